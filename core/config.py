@@ -1,0 +1,62 @@
+"""Loads a TOML file into a frozen noun, strictly: unknown keys are refused with their path and a near match."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from core.errors import ConfigError, near
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+T = TypeVar("T")
+
+
+def load(path: Path, kind: type[T]) -> T:
+    """Load the TOML file at `path` as a `kind` (a msgspec type).
+
+    Raises ConfigError with the file, the place in it and, for an unknown key, what was perhaps meant.
+    """
+    try:
+        raw = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        unknown = re.search(r"unknown field `([^`]+)`", text)
+        hint = near(unknown[1], _keys(kind, text)) if unknown else ""
+        raise ConfigError(f"{path}: {text}", hint=hint) from error
+
+
+def _keys(kind: Any, message: str) -> set[str]:
+    """The keys known at the place that a msgspec message names (`... - at `$.modules[0]``)."""
+    place = re.search(r"at `\$([^`]*)`", message)
+    info = msgspec.inspect.type_info(kind)
+    for step in re.findall(r"\.\w+|\[[^\]]*\]", place[1] if place else ""):
+        info = _child(info, step)
+    fields = getattr(_without_none(info), "fields", ())
+    return {field.encode_name for field in fields}
+
+
+def _child(info: Any, step: str) -> Any:
+    info = _without_none(info)
+    if step.startswith("."):
+        for field in getattr(info, "fields", ()):
+            if field.encode_name == step[1:]:
+                return field.type
+    return getattr(info, "value_type", None) or getattr(info, "item_type", info)
+
+
+def _without_none(info: Any) -> Any:
+    for option in getattr(info, "types", ()):
+        if not isinstance(option, msgspec.inspect.NoneType):
+            return option
+    return info

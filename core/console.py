@@ -1,0 +1,104 @@
+"""The only module that writes to the terminal: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal something (stderr)."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def data(text: str) -> None:
+    """Write a result (stdout)."""
+    print(text, flush=True)
+
+
+def data_json(value: Any) -> None:
+    """Write a result as JSON (stdout)."""
+    data(json.dumps(value, indent=2, sort_keys=True))
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write rows as aligned columns (stdout), the last column as wide as it likes."""
+    lines = [list(headings), *[list(row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line[:-1], widths[:-1], strict=True)]
+        data("  ".join([*cells, line[-1]]).rstrip())
+
+
+class Progress:
+    """Progress over steps of unequal length: a bar on a terminal, a line per step elsewhere.
+
+    `total` and every step's weight are in the same unit, expected seconds of work for compile steps.
+    """
+
+    def __init__(self, title: str, total: float, count: int) -> None:
+        self._title = title
+        self._total = max(total, 1e-9)
+        self._count = count
+        self._done = 0.0
+        self._steps = 0
+        self._started = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[state]}"),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=self._total, state=f"0/{self._count}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, name: str, weight: float, running: int) -> None:
+        """One step more is done; `running` others are under way."""
+        self._steps += 1
+        self._done += weight
+        spent = time.monotonic() - self._started
+        left = spent * (self._total - self._done) / self._done if self._done else 0.0
+        state = f"{self._steps}/{self._count}, {running} running, {clock(left)} left"
+        if self._bar is None:
+            say(f"[{state}] {name}")
+        else:
+            self._bar.update(self._task, completed=self._done, state=state)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people read them: `8 s`, `2 min`, `1 h 05 min`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(number: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"

@@ -1,0 +1,164 @@
+"""Every error Hearth raises on purpose: what happened, the likely cause, the next command, an exit code.
+
+Exit codes 0 to 2 are Python's and invoke's own (2 also says "there would be changes" on a dry run);
+130 is an interrupt. The codes below are a promise to scripts: a new error takes a new number.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class HearthError(Exception):
+    """An expected failure, shown without a traceback.
+
+    `what` says what happened, `cause` why that is likely, `hint` what to do next.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, cause: str = "", hint: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.cause = cause
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.cause:
+            lines.append(f"  cause: {self.cause}")
+        if self.hint:
+            lines.append(f"  next:  {self.hint}")
+        return "\n".join(lines)
+
+
+class ConfigError(HearthError):
+    """A TOML file of `config/` or `recipes/` that does not say what it must."""
+
+    exit_code = 10
+
+
+class ArchError(HearthError):
+    """A compute capability that is malformed or unknown."""
+
+    exit_code = 11
+
+
+class StackArchError(HearthError):
+    """A compute capability that the stack's compiler cannot target."""
+
+    exit_code = 12
+
+
+class RecipeSupportError(HearthError):
+    """An arch, stack, Python, platform or profile that the recipe does not support."""
+
+    exit_code = 13
+
+
+class UnknownNameError(HearthError):
+    """A kernel, stack, platform or profile that does not exist."""
+
+    exit_code = 14
+
+
+class CompilerMissingError(HearthError):
+    """No C++ compiler for the machine we are on."""
+
+    exit_code = 20
+
+
+class CrossCompilerMissingError(HearthError):
+    """No C++ compiler for the platform asked for."""
+
+    exit_code = 21
+
+
+class CudaMissingError(HearthError):
+    """No CUDA compiler of the version that the stack needs."""
+
+    exit_code = 22
+
+
+class CompilerVersionError(HearthError):
+    """A host compiler that this CUDA does not accept."""
+
+    exit_code = 23
+
+
+class PythonMissingError(HearthError):
+    """No interpreter or headers of the Python version asked for."""
+
+    exit_code = 24
+
+
+class ToolMissingError(HearthError):
+    """A program that Hearth calls is not installed."""
+
+    exit_code = 25
+
+
+class LockStaleError(HearthError):
+    """`uv.lock` does not answer to `pyproject.toml` any more."""
+
+    exit_code = 26
+
+
+class HashMismatchError(HearthError):
+    """A source arrived, and is not what the recipe pins."""
+
+    exit_code = 30
+
+
+class SourceUnreachableError(HearthError):
+    """No source of a recipe could be fetched."""
+
+    exit_code = 31
+
+
+class PatchError(HearthError):
+    """A patch of a recipe does not apply to its source."""
+
+    exit_code = 32
+
+
+class CompileError(HearthError):
+    """The compiler or the linker refused a file."""
+
+    exit_code = 40
+
+
+class OutOfMemoryError(HearthError):
+    """The kernel killed a compiler."""
+
+    exit_code = 41
+
+
+class DiskFullError(HearthError):
+    """No space left on the device."""
+
+    exit_code = 42
+
+
+class InspectionError(HearthError):
+    """A wheel was built, and is not what was asked for."""
+
+    exit_code = 43
+
+
+class ProcessError(HearthError):
+    """A program that Hearth called failed in a way that Hearth has no better name for."""
+
+    exit_code = 50
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A sentence that helps whoever mistyped `name`: the nearest known name, then all of them."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1)
+    start = f"perhaps you meant {close[0]!r}; " if close else ""
+    return f"{start}known: {', '.join(names)}"

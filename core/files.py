@@ -1,0 +1,77 @@
+"""Where Hearth's files lie, and the few things done with files everywhere: hash, lock, write in one rename."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def cache() -> Path:
+    """The cache directory: $HEARTH_CACHE, else `hearth` in the user's cache directory (XDG)."""
+    if chosen := os.environ.get("HEARTH_CACHE"):
+        return Path(chosen).absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hearth"
+
+
+def wheelhouse() -> Path:
+    """Where finished wheels are kept: $HEARTH_WHEELHOUSE, else `wheelhouse/` in the checkout."""
+    return Path(os.environ.get("HEARTH_WHEELHOUSE") or CHECKOUT / "wheelhouse").absolute()
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_hash(root: Path, names: Iterable[str] | None = None) -> str:
+    """The SHA-256 of a tree: sorted relative paths, the executable bit and every file's content.
+
+    `names` (relative paths) limits it; times, owners and empty directories do not count.
+    """
+    if names is None:
+        names = (str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        path = root / name
+        executable = "x" if path.stat().st_mode & 0o100 else "-"
+        digest.update(f"{name}\0{executable}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file in one rename: whoever reads it sees the old text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.rename(path)
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[int]:
+    """Hold the lock file at `path`; call `on_wait` first when someone else holds it.
+
+    Yields the descriptor. A `flock` belongs to the open file, so a child that inherits the descriptor keeps
+    the lock when this process is killed: the next run then waits for that child instead of racing it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,93 @@
+"""The only module that starts a process: argv lists in, text out, no shell in between."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+from core.errors import ProcessError, ToolMissingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+# Where Debian keeps what users call: the package that holds a program, for the message when it is missing.
+_PACKAGES = {"git": "git", "uv": "uv (pip install uv)", "apt-get": "apt"}
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    check: bool = True,
+    input_text: str | None = None,
+    timeout: float | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end and return its output as text.
+
+    `env` is added to this process's environment, `timeout` is in seconds.
+    Raises ToolMissingError when it is not installed and, with `check`, ProcessError when it fails.
+    """
+    words = [str(word) for word in argv]
+    try:
+        done = subprocess.run(
+            words,
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            input=input_text,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=timeout,
+        )
+    except FileNotFoundError as error:
+        if cwd is not None and not cwd.exists():
+            raise
+        package = _PACKAGES.get(words[0], words[0])
+        raise ToolMissingError(f"{words[0]} is not installed", hint=f"install {package}") from error
+    except subprocess.TimeoutExpired as error:
+        raise ProcessError(f"{words[0]} did not end within {timeout:.0f} s") from error
+    if check and done.returncode:
+        last = (done.stderr or done.stdout).strip().splitlines()[-8:]
+        raise ProcessError(f"{' '.join(words[:3])} ... exited with {done.returncode}", cause="\n    ".join(last))
+    return done
+
+
+def lines(
+    argv: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str], pass_fds: Sequence[int] = ()
+) -> Iterator[str]:
+    """Run a program and yield its output, stderr with it, line by line; return its exit status.
+
+    The status is the generator's return value (`status = yield from lines(...)`). `pass_fds` stay open in
+    the program and in whatever it starts, so that a file lock held on one outlives this process.
+    """
+    process = subprocess.Popen(
+        [str(word) for word in argv],
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        pass_fds=tuple(pass_fds),
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            yield line.rstrip("\n")
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        process.stdout.close()
+        status = process.wait()
+    return status  # noqa: B901 - a generator's return value is what `yield from` is for
+
+
+def which(program: str) -> str | None:
+    """The path of a program, or None."""
+    return shutil.which(program)

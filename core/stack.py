@@ -1,0 +1,80 @@
+"""Stacks and platforms: which torch, for which CUDA, on which machines."""
+
+from __future__ import annotations
+
+import platform as machine
+from enum import Enum
+from typing import Literal
+
+import msgspec
+
+from core.config import load
+from core.errors import UnknownNameError, near
+from core.files import CHECKOUT
+
+
+class Platform(Enum):
+    """A machine that wheels are made for, named as wheel tags name it."""
+
+    LINUX_X86_64 = "linux_x86_64"
+    LINUX_AARCH64 = "linux_aarch64"
+
+    @classmethod
+    def parse(cls, text: str) -> Platform:
+        """Read a platform's name; raises UnknownNameError."""
+        try:
+            return cls(text)
+        except ValueError:
+            raise UnknownNameError(
+                f"there is no platform {text!r}", hint=near(text, [each.value for each in cls])
+            ) from None
+
+    @classmethod
+    def local(cls) -> Platform:
+        """The platform of this machine; raises UnknownNameError where Hearth does not run."""
+        return cls.parse(f"linux_{machine.machine()}")
+
+    @property
+    def cpu(self) -> str:
+        """The CPU as compilers, qemu and multiarch directories name it."""
+        return self.value.removeprefix("linux_")
+
+    @property
+    def uv_name(self) -> str:
+        """The platform as uv names it. 2_28 is the glibc that torch's own wheels need."""
+        return f"{self.cpu}-manylinux_2_28"
+
+
+class Stack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a lock cannot say about one torch and its CUDA (`config/stacks.toml`)."""
+
+    torch: str
+    cuda: str
+    compiler: Literal["locked", "system"]
+    cxx11_abi: bool
+    pythons: tuple[str, ...]
+    platforms: tuple[str, ...]
+    driver: str
+    gcc: int
+    archs: tuple[str, ...]
+    archs_reason: str
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """The stack's part of a wheel's local version label: `cu130.torch2.11.0`."""
+        return f"{self.name}.torch{self.torch}"
+
+
+def stacks() -> dict[str, Stack]:
+    """The stacks of `config/stacks.toml`, by name."""
+    loaded = load(CHECKOUT / "config/stacks.toml", dict[str, Stack])
+    return {name: msgspec.structs.replace(stack, name=name) for name, stack in loaded.items()}
+
+
+def find_stack(name: str) -> Stack:
+    """The stack of that name; raises UnknownNameError with the nearest one."""
+    known = stacks()
+    if name not in known:
+        raise UnknownNameError(f"there is no stack {name!r}", hint=near(name, known))
+    return known[name]

@@ -1,0 +1,1 @@
+"""How a kernel wheel is made: source, toolchain, graph, compile, wheel, inspection, wheelhouse."""

@@ -1,0 +1,106 @@
+"""The flow behind `inv build-kernels`: from what was asked to inspected wheels in the wheelhouse."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from typing import TYPE_CHECKING
+
+from core import console, files
+from core.errors import DiskFullError
+from core.manifest import Manifest
+from kernels import compile as compiling
+from kernels import graph as graphs
+from kernels import inspection, source, store, wheel
+from kernels import toolchain as toolchains
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from kernels.graph import Graph
+    from kernels.matrix import Build
+
+
+def build_kernels(builds: Sequence[Build], *, jobs: int | None = None, force: bool = False) -> list[Manifest]:
+    """Bring every build's wheel into the wheelhouse and return their manifests, in the order of `builds`.
+
+    Two runs at once take turns; what the first made, the second finds. `force` builds anew from nothing.
+    """
+    done = {} if force else _already(builds)
+    if len(done) < len(builds):
+        with files.locked(files.cache() / "build.lock", _say_waiting) as lock:
+            done = {} if force else _already(builds)
+            missing = [build for build in builds if build.identifier not in done]
+            try:
+                done |= _make(missing, jobs, lock, force)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise DiskFullError(
+                    "the disk is full",
+                    cause=str(error),
+                    hint=f"free some space (the cache is {files.cache()}), then run the same command",
+                ) from error
+    return [done[build.identifier] for build in builds]
+
+
+def _already(builds: Sequence[Build]) -> dict[str, Manifest]:
+    found = {build.identifier: store.find(build) for build in builds}
+    return {identifier: manifest for identifier, manifest in found.items() if manifest is not None}
+
+
+def _say_waiting() -> None:
+    console.say("another build is running; waiting for it to end")
+
+
+def _make(builds: Sequence[Build], jobs: int | None, lock: int, force: bool) -> dict[str, Manifest]:
+    """Compile, link, assemble, inspect and admit `builds`."""
+    root = graphs.root()
+    for folder in {build.folder: build for build in builds}.values():
+        place = root / folder.folder
+        if force:
+            shutil.rmtree(place, ignore_errors=True)
+        patches = folder.recipe.patches_for(folder.toolchain.stack.cuda, folder.profile)
+        source.lay_out(folder.recipe, patches, place / "src")
+    for build in builds:
+        toolchains.assemble(build.toolchain)
+    width = graphs.plan_jobs(builds, jobs)
+    graph = graphs.write(builds, width)
+    compiling.compile_graph(graph, width, lock)
+    return {build.identifier: _finish(build, graph) for build in builds}
+
+
+def _finish(build: Build, graph: Graph) -> Manifest:
+    """Assemble, inspect and admit one wheel."""
+    place: Path = graphs.root() / build.folder / build.toolchain.abi_tag
+    modules = {module.name: graph.modules[build.identifier, module.name] for module in build.modules}
+    path = wheel.assemble(build, graphs.root() / build.folder / "src", modules, place / "wheel")
+    console.say(f"inspecting {path.name}")
+    reports = inspection.inspect_modules(path, build.sass, build.arch.ptx, build.toolchain)
+    imported = inspection.prove_import(path, build)
+    smoke = inspection.prove_smoke(path, build)
+    manifest = Manifest(
+        file=path.name,
+        sha256=files.sha256(path),
+        size=path.stat().st_size,
+        key=build.key,
+        identifier=build.identifier,
+        kernel=build.recipe.name,
+        version=build.version,
+        arch=str(build.arch),
+        stack=build.toolchain.stack.name,
+        torch=build.toolchain.stack.torch,
+        python=build.toolchain.python,
+        platform=build.toolchain.platform.value,
+        profile=build.profile,
+        glibc=inspection.highest([report.glibc for report in reports]),
+        glibcxx=inspection.highest([report.glibcxx for report in reports]),
+        modules=reports,
+        imported=imported,
+        smoke=smoke,
+        inputs=build.inputs,
+    )
+    store.admit(path, manifest)
+    path.unlink()
+    return manifest

@@ -1,0 +1,275 @@
+"""Looks into a built wheel before it is admitted: machine code, symbols, C library, import, smoke test."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from elftools.elf.dynamic import DynamicSection
+from elftools.elf.elffile import ELFFile
+from elftools.elf.gnuversions import GNUVerNeedSection
+from elftools.elf.hash import GNUHashSection
+from packaging.version import Version
+
+from core import arch as archs
+from core import shell
+from core.errors import InspectionError
+from core.manifest import ModuleReport, Proof
+from kernels import emulation
+from kernels import toolchain as toolchains
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from kernels.matrix import Build
+    from kernels.toolchain import Toolchain
+
+
+@dataclass(frozen=True)
+class Elf:
+    """What a shared library asks for and offers, read once."""
+
+    path: Path
+
+    @cached_property
+    def machine(self) -> str:
+        """The CPU it is for, as uname names it."""
+        with self._open() as elf:
+            return {"x64": "x86_64", "AArch64": "aarch64"}.get(elf.get_machine_arch(), elf.get_machine_arch())
+
+    @cached_property
+    def dynamic(self) -> dict[str, list[str]]:
+        """DT_NEEDED, DT_RPATH and DT_RUNPATH entries, by tag."""
+        found: dict[str, list[str]] = {"DT_NEEDED": [], "DT_RPATH": [], "DT_RUNPATH": []}
+        attribute = {"DT_NEEDED": "needed", "DT_RPATH": "rpath", "DT_RUNPATH": "runpath"}
+        with self._open() as elf:
+            for section in elf.iter_sections():
+                if isinstance(section, DynamicSection):
+                    for tag in section.iter_tags():
+                        if tag.entry.d_tag in found:
+                            found[tag.entry.d_tag].append(getattr(tag, attribute[tag.entry.d_tag]))
+        return found
+
+    @cached_property
+    def undefined(self) -> list[str]:
+        """The symbols it needs from elsewhere; weak ones may stay without a definition and do not count."""
+        with self._open() as elf:
+            table = elf.get_section_by_name(".dynsym")
+            return [
+                symbol.name
+                for symbol in table.iter_symbols()
+                if symbol.entry.st_shndx == "SHN_UNDEF" and symbol.name and symbol.entry.st_info.bind == "STB_GLOBAL"
+            ]
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """The highest version it needs of each versioned symbol family: GLIBC, GLIBCXX ..."""
+        highest: dict[str, str] = {}
+        with self._open() as elf:
+            for section in elf.iter_sections():
+                if isinstance(section, GNUVerNeedSection):
+                    for _, needed in section.iter_versions():
+                        for each in needed:
+                            family, _, version = each.name.partition("_")
+                            if re.fullmatch(r"[\d.]+", version):
+                                highest[family] = max(highest.get(family, "0"), version, key=Version)
+        return highest
+
+    def defines(self, names: Sequence[str]) -> set[str]:
+        """Which of `names` it defines, by its hash table: torch has a hundred thousand symbols."""
+        with self._open() as elf:
+            for section in elf.iter_sections():
+                if isinstance(section, GNUHashSection):
+                    return {name for name in names if section.get_symbol(name) is not None}
+            table = elf.get_section_by_name(".dynsym")
+            if table is None:
+                return set()
+            defined = {each.name for each in table.iter_symbols() if each.entry.st_shndx != "SHN_UNDEF"}
+            return defined & set(names)
+
+    @contextmanager
+    def _open(self) -> Iterator[ELFFile]:
+        with self.path.open("rb") as file:
+            yield ELFFile(file)
+
+
+def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tuple[ModuleReport, ...]:
+    """Check every extension module of a wheel; raises InspectionError with all that is wrong.
+
+    Each module with device code must hold SASS for `sass` and no other, PTX only where `ptx` was asked for;
+    its undefined symbols must be found in torch, the CUDA runtime, the C and C++ libraries or CPython; it must be
+    for the target's CPU and carry no RPATH.
+    """
+    reports: list[ModuleReport] = []
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for path in unpack(wheel, Path(folder)):
+            report, faults = _inspect_module(path, path.relative_to(folder), sass, ptx, chain)
+            reports.append(report)
+            wrong += [f"{report.name}: {fault}" for fault in faults]
+    if wrong:
+        raise InspectionError(
+            f"{wheel.name} is not what was asked for",
+            cause="\n         ".join(wrong),
+            hint="it was not admitted to the wheelhouse; check the recipe's flags, sources and libraries",
+        )
+    return tuple(reports)
+
+
+def unpack(wheel: Path, folder: Path) -> list[Path]:
+    """Unpack a wheel and return its extension modules."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+    except (zipfile.BadZipFile, FileNotFoundError, IsADirectoryError) as error:
+        raise InspectionError(f"{wheel} is not a wheel", cause=str(error)) from error
+    return sorted(folder.rglob("*.so"))
+
+
+def _inspect_module(
+    path: Path, name: Path, sass: str, ptx: bool, chain: Toolchain
+) -> tuple[ModuleReport, list[str]]:
+    elf = Elf(path)
+    faults: list[str] = []
+    cubins, ptx_found = device_code(path)
+    found = tuple(sorted(set(cubins)))
+    if cubins or ptx_found:
+        if found != (sass,):
+            faults.append(f"holds SASS for {', '.join(found) or 'nothing'}, asked for {sass}")
+        if ptx_found and not ptx:
+            faults.append(f"holds PTX for {', '.join(ptx_found)}, none was asked for")
+        if ptx and not ptx_found:
+            faults.append("holds no PTX, +PTX was asked for")
+    if elf.machine != chain.platform.cpu:
+        faults.append(f"is for {elf.machine}, not {chain.platform.cpu}")
+    for tag in ("DT_RPATH", "DT_RUNPATH"):
+        if elf.dynamic[tag]:
+            faults.append(f"carries {tag[3:]} {elf.dynamic[tag]}")
+    missing = set(elf.undefined)
+    for provider in _providers(chain):
+        missing -= provider.defines(sorted(missing))
+    # The driver's library comes with the GPU. Its functions are named cu and a capital letter.
+    driver = {each for each in missing if re.match(r"cu[A-Z]", each)}
+    if "libcuda.so.1" not in elf.dynamic["DT_NEEDED"]:
+        driver = set()
+    if missing - driver:
+        faults.append(f"needs symbols that nothing provides: {', '.join(sorted(missing - driver)[:8])}")
+    report = ModuleReport(
+        name=str(name).split(".", 1)[0].replace("/", "."),
+        sass=found,
+        ptx=ptx_found,
+        cubins=len(cubins),
+        needed=tuple(sorted(elf.dynamic["DT_NEEDED"])),
+        undefined=len(elf.undefined),
+        from_driver=tuple(sorted(driver)),
+        glibc=elf.versions.get("GLIBC", ""),
+        glibcxx=elf.versions.get("GLIBCXX", ""),
+        size=path.stat().st_size,
+    )
+    return report, faults
+
+
+def device_code(path: Path) -> tuple[list[str], tuple[str, ...]]:
+    """The SASS target of each cubin in a module, and its PTX targets, as cuobjdump lists them."""
+    tool = toolchains.cuobjdump()
+    # Without device code cuobjdump says so on stderr and fails: that is an answer, not an error.
+    cubins = shell.run([tool, "--list-elf", path], check=False).stdout
+    ptx = shell.run([tool, "--list-ptx", path], check=False).stdout
+    pattern = re.compile(r"\.(sm_\d+[af]?)\.(?:cubin|ptx)")
+    return pattern.findall(cubins), tuple(sorted(set(pattern.findall(ptx))))
+
+
+def _providers(chain: Toolchain) -> Iterator[Elf]:
+    """The libraries that may define a kernel's symbols, the likely ones first."""
+    torch = chain.site / "torch/lib"
+    for name in ("libtorch_python", "libc10", "libc10_cuda", "libtorch_cpu", "libtorch_cuda", "libtorch"):
+        yield Elf(torch / f"{name}.so")
+    for runtime in chain.site.glob("nvidia/*/lib/libcudart.so.*"):
+        yield Elf(runtime)
+    for name in ("libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6"):
+        found = Path(shell.run([chain.cxx, f"-print-file-name={name}"]).stdout.strip())
+        if found.is_absolute():
+            yield Elf(found.resolve())
+    yield from map(Elf, _python_libraries(chain))
+
+
+def _python_libraries(chain: Toolchain) -> list[Path]:
+    """Where the build machine's CPython of that version keeps its symbols: the program or libpython.
+
+    The names are the same on every platform, so it answers for the target's too.
+    """
+    code = "import sys, sysconfig as s; print(sys.executable); print(s.get_config_var('LIBDIR'))"
+    executable, folder = shell.run([chain.interpreter, "-Ic", code]).stdout.splitlines()
+    library = Path(folder) / f"libpython{chain.python}.so.1.0"
+    return [Path(executable).resolve(), *([library] if library.exists() else [])]
+
+
+def prove_import(wheel: Path, build: Build) -> Proof:
+    """Import every module of the wheel with the stack's torch, here or under emulation.
+
+    Raises InspectionError when an import fails; returns "not run" with the reason where none can be tried.
+    """
+    chain = build.toolchain
+    runner = native(chain) if chain.native else emulation.runner(chain.platform, chain.python)
+    if isinstance(runner, str):
+        return Proof("not run", runner)
+    names = [module.name for module in build.modules]
+    code = f"import torch\nfor name in {names!r}: __import__(name)\nprint('imported with torch', torch.__version__)"
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(wheel, Path(folder))
+        env = {
+            **runner.env,
+            "PYTHONPATH": f"{folder}:{chain.site}",
+            "LD_LIBRARY_PATH": str(chain.view / "stubs"),  # libcuda.so.1, which a machine without a GPU lacks
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        done = shell.run([*runner.argv, "-c", code], env=env, check=False)
+    if done.returncode:
+        raise InspectionError(
+            f"{wheel.name} cannot be imported",
+            cause="\n         ".join(done.stderr.strip().splitlines()[-6:]),
+            hint="it was not admitted to the wheelhouse",
+        )
+    return Proof("passed", f"{done.stdout.strip().splitlines()[-1]}, {runner.label}")
+
+
+def native(chain: Toolchain) -> emulation.Runner:
+    """The build machine's own interpreter."""
+    return emulation.Runner((chain.interpreter,), {}, f"natively on {chain.platform.cpu}")
+
+
+def prove_smoke(wheel: Path, build: Build) -> Proof:
+    """Run the recipe's smoke test when a GPU of exactly this capability is here.
+
+    Raises InspectionError when it fails; returns "not run" with the reason otherwise.
+    """
+    smoke = build.recipe.path / "smoke.py"
+    if not smoke.exists():
+        return Proof("not run", "the recipe has no smoke.py")
+    local = archs.local_gpu()
+    if local is None or not build.toolchain.native:
+        return Proof("not run", f"no GPU of capability {build.arch.capability} here")
+    if local.capability != build.arch.capability:
+        return Proof("not run", f"the GPU here has capability {local.capability}, not {build.arch.capability}")
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(wheel, Path(folder))
+        env = {"PYTHONPATH": f"{folder}:{build.toolchain.site}", "PYTHONDONTWRITEBYTECODE": "1"}
+        done = shell.run([build.toolchain.interpreter, smoke], env=env, check=False, timeout=600)
+    if done.returncode:
+        raise InspectionError(
+            f"{wheel.name} fails its smoke test on the GPU here",
+            cause="\n         ".join((done.stdout + done.stderr).strip().splitlines()[-12:]),
+            hint="it was not admitted to the wheelhouse",
+        )
+    return Proof("passed", done.stdout.strip().splitlines()[-1])
+
+
+def highest(versions: Sequence[str]) -> str:
+    """The highest of some versions; empty when there is none."""
+    return max((version for version in versions if version), key=Version, default="")

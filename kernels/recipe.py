@@ -1,0 +1,193 @@
+"""Recipes: how one kernel package is obtained and built, as data (`recipes/<name>/recipe.toml`)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+from packaging.specifiers import SpecifierSet
+
+from core.config import load
+from core.errors import ConfigError, UnknownNameError, near
+from core.files import CHECKOUT
+
+
+class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A frozen noun that refuses keys it does not know."""
+
+
+class Source(Base):
+    """One place to get the source from: git at a commit, an sdist by hash, or a folder of the recipe.
+
+    `paths` limits it to what the build needs; of a git source only that is downloaded.
+    """
+
+    git: str = ""
+    commit: str = ""
+    paths: tuple[str, ...] = ()
+    sdist: str = ""
+    version: str = ""
+    sha256: str = ""
+    folder: str = ""
+
+    @property
+    def label(self) -> str:
+        """The source as messages and manifests name it."""
+        if self.git:
+            return f"{self.git}@{self.commit}"
+        return f"sdist {self.sdist}=={self.version}" if self.sdist else f"folder {self.folder}"
+
+
+class Module(Base):
+    """One extension module. Paths are relative to the source tree and may be glob patterns.
+
+    `kernels` (.cu) see no Python header, so that one compile serves every Python version; `bindings` (.cpp)
+    are compiled for each. `libraries` are linked beside torch's and the CUDA runtime.
+    """
+
+    name: str
+    bindings: tuple[str, ...]
+    kernels: tuple[str, ...] = ()
+    archs: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """The module's path in the wheel, without the ABI suffix."""
+        return self.name.replace(".", "/")
+
+    @property
+    def init(self) -> str:
+        """The name that its init function carries."""
+        return self.name.rpartition(".")[2]
+
+
+class Flags(Base):
+    """Compiler flags that change the machine code or let the source compile."""
+
+    cxx: tuple[str, ...] = ()
+    nvcc: tuple[str, ...] = ()
+
+
+class Patch(Base):
+    """A change to the source, with its reason; `cuda` and `profile` say when it applies."""
+
+    file: str
+    reason: str
+    cuda: str = ""
+    profile: str = ""
+
+
+class KernelProfile(Base):
+    """A named subset of the source, such as inference without backward kernels."""
+
+    summary: str
+    default: bool = False
+    defines: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+class Recipe(Base):
+    """How one kernel package is obtained and built.
+
+    `archs` maps a plain capability to nvcc's target for it (`"12.1" = "121a"`); what is not there is not
+    supported, and `unsupported` may say why. `tree` is the hash of the fetched tree, the same for every source.
+    `seconds` are measured compile times by file pattern: they order the graph and scale the progress bar.
+    `memory_mb` is the measured peak of one compile.
+    """
+
+    name: str
+    version: str
+    summary: str
+    license: str
+    homepage: str
+    source: tuple[Source, ...]
+    tree: str
+    archs: dict[str, str]
+    stacks: tuple[str, ...]
+    modules: tuple[Module, ...]
+    python: str
+    files: tuple[str, ...]
+    license_files: tuple[str, ...]
+    memory_mb: int
+    exclude_files: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    unsupported: dict[str, str] = {}
+    include: tuple[str, ...] = ()
+    headers: str = ""
+    flags: Flags = Flags()
+    patches: tuple[Patch, ...] = ()
+    profiles: dict[str, KernelProfile] = {}
+    seconds: dict[str, float] = {}
+    folder: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The recipe's own folder."""
+        return Path(self.folder)
+
+    @property
+    def default_profile(self) -> str:
+        """The profile built when none is named; empty for a recipe without profiles."""
+        return next((name for name, profile in self.profiles.items() if profile.default), "")
+
+    def modules_for(self, capability: str) -> list[Module]:
+        """The modules that this capability needs."""
+        return [module for module in self.modules if not module.archs or capability in module.archs]
+
+    def patches_for(self, cuda: str, profile: str) -> list[Patch]:
+        """The patches that apply to this CUDA version and profile, in order."""
+        return [
+            patch
+            for patch in self.patches
+            if (not patch.cuda or SpecifierSet(patch.cuda).contains(cuda))
+            and (not patch.profile or patch.profile == profile)
+        ]
+
+
+def folders() -> list[Path]:
+    """Where recipes are looked for: the checkout's, then every folder of $HEARTH_RECIPES (`:` between)."""
+    extra = [Path(each) for each in os.environ.get("HEARTH_RECIPES", "").split(os.pathsep) if each]
+    return [CHECKOUT / "recipes", *extra]
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Load and check the recipe in the folder `path`; raises ConfigError."""
+    recipe = load(path / "recipe.toml", Recipe)
+    file = path / "recipe.toml"
+    for source in recipe.source:
+        kinds = [kind for kind in (source.git, source.sdist, source.folder) if kind]
+        if len(kinds) != 1:
+            raise ConfigError(f"{file}: a source is one of git, sdist, folder")
+        if (source.git and not source.commit) or (source.sdist and not (source.version and source.sha256)):
+            raise ConfigError(f"{file}: a git source needs commit; an sdist needs version and sha256")
+    for place in (*recipe.patches, *([recipe.headers] if recipe.headers else [])):
+        name = f"patches/{place.file}" if isinstance(place, Patch) else place
+        if not (path / name).exists():
+            raise ConfigError(f"{file}: {name} does not exist in the recipe's folder")
+    for module in recipe.modules:
+        for arch in module.archs:
+            if arch not in recipe.archs:
+                raise ConfigError(f"{file}: module {module.name} names arch {arch}, the recipe does not")
+    return msgspec.structs.replace(recipe, folder=str(path))
+
+
+def recipes() -> dict[str, Recipe]:
+    """Every kernel recipe, by name; a folder without modules in its recipe.toml is not one."""
+    found: dict[str, Recipe] = {}
+    for folder in folders():
+        for file in sorted(folder.glob("*/recipe.toml")):
+            recipe = load_recipe(file.parent)
+            found[recipe.name] = recipe
+    return found
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name; raises UnknownNameError with the nearest one."""
+    known = recipes()
+    if name not in known:
+        raise UnknownNameError(f"there is no kernel {name!r}", hint=near(name, known))
+    return known[name]
+
+

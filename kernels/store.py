@@ -1,0 +1,125 @@
+"""The wheelhouse: finished wheels, each with its manifest beside it. A folder for `--find-links`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from core import files
+from core.errors import HearthError
+from core.manifest import Manifest, decode, encode
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kernels.matrix import Build
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One wheel of the wheelhouse with its manifest; `fault` says what is wrong with it, empty when nothing is."""
+
+    manifest: Manifest
+    fault: str
+
+
+def find(build: Build) -> Manifest | None:
+    """The manifest of the wheel with this build's key, when the wheel is there, whole and admitted."""
+    from kernels.wheel import file_name
+
+    path = files.wheelhouse() / file_name(build)
+    manifest = _read(path.with_name(path.name + ".json"))
+    if manifest is None or manifest.key != build.key or not path.exists():
+        return None
+    return manifest if path.stat().st_size == manifest.size else None
+
+
+def admit(wheel: Path, manifest: Manifest) -> Path:
+    """Move an inspected wheel in. The manifest goes last: without a matching one, a wheel counts for nothing."""
+    house = files.wheelhouse()
+    house.mkdir(parents=True, exist_ok=True)
+    part = house / f".{wheel.name}.{os.getpid()}"
+    try:
+        shutil.copyfile(wheel, part)  # perhaps from another file system, where a rename is no single step
+        part.replace(house / wheel.name)
+    finally:
+        part.unlink(missing_ok=True)
+    files.write(house / f"{wheel.name}.json", encode(manifest))
+    return house / wheel.name
+
+
+def entries() -> list[Entry]:
+    """Every wheel of the wheelhouse, its file hashed again."""
+    found: list[Entry] = []
+    for path in sorted(files.wheelhouse().glob("*.whl.json")):
+        manifest = _read(path)
+        if manifest is None:
+            continue
+        wheel = path.with_name(manifest.file)
+        fault = ""
+        if not wheel.exists():
+            fault = "the wheel is missing"
+        elif files.sha256(wheel) != manifest.sha256:
+            fault = "the wheel is not the one that was inspected"
+        found.append(Entry(manifest, fault))
+    return found
+
+
+def unwanted() -> list[tuple[Path, str]]:
+    """Files of the wheelhouse that no recipe asks for any more, each with the reason."""
+    house = files.wheelhouse()
+    reasons: list[tuple[Path, str]] = []
+    listed = {entry.manifest.file: entry for entry in entries()}
+    for path in sorted(house.glob("*.whl")):
+        entry = listed.get(path.name)
+        if entry is None:
+            reasons.append((path, "it has no manifest"))
+        elif entry.fault:
+            reasons.append((path, entry.fault))
+        elif reason := _outdated(entry.manifest):
+            reasons.append((path, reason))
+    for path in sorted(house.glob("*.whl.json")):
+        if not path.with_suffix("").exists():
+            reasons.append((path, "its wheel is missing"))
+    reasons += [(path, "left by an interrupted run") for path in sorted(house.glob(".*"))]
+    return reasons
+
+
+def _outdated(manifest: Manifest) -> str:
+    """Why no recipe of today gives this wheel; empty when one does."""
+    from kernels.matrix import Request, select
+
+    try:
+        builds, _ = select(
+            Request(
+                arch=manifest.arch,
+                kernel=manifest.kernel,
+                stack=manifest.stack,
+                python=manifest.python,
+                platform=manifest.platform,
+                profile=manifest.profile,
+            )
+        )
+    except HearthError as error:
+        return error.what
+    return "" if builds[0].key == manifest.key else "its recipe, source or toolchain changed since"
+
+
+def prune() -> list[tuple[Path, str]]:
+    """Delete what no recipe asks for and return it with the reasons."""
+    gone = unwanted()
+    for path, _ in gone:
+        path.unlink(missing_ok=True)
+        path.with_name(path.name + ".json").unlink(missing_ok=True)
+    return gone
+
+
+def _read(path: Path) -> Manifest | None:
+    try:
+        return decode(path.read_bytes())
+    except (FileNotFoundError, msgspec.DecodeError, msgspec.ValidationError):
+        return None

@@ -1,0 +1,346 @@
+"""Compilers, headers and libraries for one (stack, target platform, Python), with a fingerprint.
+
+`describe` is cheap: it asks the compiler, the interpreter and the lock, so that the key of a wheel can be told
+in a fraction of a second. `assemble` installs what is missing into the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from core import console, files, shell
+from core.errors import (
+    CompilerMissingError,
+    CompilerVersionError,
+    CrossCompilerMissingError,
+    CudaMissingError,
+    PythonMissingError,
+    RecipeSupportError,
+)
+from core.stack import Platform, Stack
+
+# Compile-time packages: what else a stack installs (sympy, filelock ...) changes no byte of a kernel.
+_COMPILE_TIME = ("torch==", "nvidia-")
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The identity of every part that can change a byte, and where the cache keeps them.
+
+    `kernel_fingerprint` covers what reaches a kernel object; `fingerprint` adds Python, for the bindings.
+    """
+
+    stack: Stack
+    platform: Platform
+    python: str
+    cxx: str
+    cxx_version: str
+    cuda_home: str
+    interpreter: str
+    python_include: str
+    parts: tuple[tuple[str, str], ...]
+
+    @property
+    def native(self) -> bool:
+        """Whether the target is this machine's platform."""
+        return self.platform is Platform.local()
+
+    @property
+    def kernel_fingerprint(self) -> str:
+        """Hash of all parts but Python."""
+        return _digest([part for part in self.parts if part[0] != "python"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all parts."""
+        return _digest(self.parts)
+
+    @property
+    def view(self) -> Path:
+        """The folder of links that compile commands name, so that they hold no path of this machine."""
+        return files.cache() / "toolchains" / f"{self.stack.name}-{self.platform.cpu}-{self.kernel_fingerprint[:12]}"
+
+    @property
+    def abi_tag(self) -> str:
+        """CPython's tag: `cp312`."""
+        return "cp" + self.python.replace(".", "")
+
+    @property
+    def site(self) -> Path:
+        """The stack installed for the target: torch's headers and libraries, and all that its import needs."""
+        return self.view / self.abi_tag / "site"
+
+
+def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
+    """Find every part without installing anything.
+
+    Raises CompilerMissingError, CrossCompilerMissingError, CompilerVersionError, CudaMissingError or
+    PythonMissingError, each with the package to install.
+    """
+    if platform.value not in stack.platforms:
+        raise RecipeSupportError(
+            f"stack {stack.name} has no {platform.value}",
+            cause=f"torch {stack.torch} has no CUDA build for it",
+            hint=f"platforms of {stack.name}: {', '.join(stack.platforms)}",
+        )
+    if python not in stack.pythons:
+        raise RecipeSupportError(
+            f"stack {stack.name} has no Python {python}", hint=f"Pythons of {stack.name}: {', '.join(stack.pythons)}"
+        )
+    cxx, cxx_version = _host_compiler(stack, platform)
+    cuda_home, cuda_identity = _cuda(stack)
+    interpreter, include, headers = _python(python)
+    return Toolchain(
+        stack=stack,
+        platform=platform,
+        python=python,
+        cxx=cxx,
+        cxx_version=cxx_version,
+        cuda_home=cuda_home,
+        interpreter=interpreter,
+        python_include=include,
+        parts=(
+            ("cuda", cuda_identity),
+            ("cxx", cxx_version),
+            ("torch", _digest(_requirements(stack.name, compile_time=True))),
+            ("python", headers),
+        ),
+    )
+
+
+@cache
+def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
+    """The C++ compiler for `platform` and what identifies it: its version, binutils' and the C library's."""
+    if platform is Platform.local():
+        name = os.environ.get("CXX", "g++")
+        if not shell.which(name):
+            raise CompilerMissingError(f"there is no C++ compiler ({name})", hint="apt-get install g++")
+    else:
+        name = f"{platform.cpu}-linux-gnu-g++"
+        if not shell.which(name):
+            raise CrossCompilerMissingError(
+                f"there is no C++ compiler for {platform.value} ({name})",
+                hint=f"apt-get install g++-{platform.cpu.replace('_', '-')}-linux-gnu",
+            )
+    program = "#include <features.h>\n__GNUC__ __GLIBC__ __GLIBC_MINOR__\n"
+    asked = shell.run([name, "-E", "-P", "-x", "c++", "-"], input_text=program)
+    major, *glibc = asked.stdout.split()[-3:]
+    if int(major) > stack.gcc:
+        raise CompilerVersionError(
+            f"{name} is GCC {major}, which CUDA {stack.cuda} does not accept",
+            cause=f"crt/host_config.h of CUDA {stack.cuda} stops at GCC {stack.gcc}",
+            hint=f"apt-get install g++-{stack.gcc}, then run again with CXX=g++-{stack.gcc}",
+        )
+    version = shell.run([name, "--version"]).stdout.splitlines()[0]
+    linker = shell.run([name, "-Wl,--version"], check=False).stdout.splitlines()
+    return name, f"{version}; {linker[0] if linker else 'unknown linker'}; glibc {'.'.join(glibc)}"
+
+
+@cache
+def _cuda(stack: Stack) -> tuple[str, str]:
+    """The CUDA compiler: its home when it is the system's (else ""), and what identifies it."""
+    locked = _digest(_requirements(f"nvcc-{stack.name}"))
+    if stack.compiler == "locked":
+        return "", f"nvcc-{stack.name} {locked}"
+    tried: list[str] = []
+    homes = [os.environ.get("CUDA_HOME", ""), f"/usr/local/cuda-{stack.cuda}", "/usr/lib/nvidia-cuda-toolkit"]
+    for home in [Path(each) for each in homes if each]:
+        nvcc = home / "bin/nvcc"
+        if not nvcc.exists():
+            tried.append(f"{home}: no bin/nvcc")
+            continue
+        # Debian's nvcc has no nvcc.profile beside it and still prints its version.
+        text = shell.run([nvcc, "--version"], check=False).stdout
+        if f"release {stack.cuda}," in text:
+            binaries = [*sorted((home / "bin").glob("*")), *_cicc(home)]
+            hashes = [f"{path.name}={files.sha256(path)}" for path in binaries if path.name in _NVCC_PROGRAMS]
+            return str(home), f"nvcc {_digest(hashes)}, headers {locked}"
+        release = next((line for line in text.splitlines() if "release" in line), "no version")
+        tried.append(f"{home}: {release.strip()}")
+    raise CudaMissingError(
+        f"stack {stack.name} needs the CUDA {stack.cuda} compiler, and there is none",
+        cause="; ".join(tried),
+        hint=f"install CUDA {stack.cuda} (Debian 13: apt-get install nvidia-cuda-toolkit, from non-free) "
+        f"and set CUDA_HOME, or build for another stack: --stack cu130",
+    )
+
+
+_NVCC_PROGRAMS = {"nvcc", "cicc", "cudafe++", "ptxas", "fatbinary"}
+
+
+def _cicc(home: Path) -> list[Path]:
+    """Where cicc lies: NVIDIA's layout, then Debian's."""
+    return [path for path in (home / "nvvm/bin/cicc", home / "bin/cicc") if path.exists()]
+
+
+@cache
+def _python(version: str) -> tuple[str, str, str]:
+    """An interpreter of this minor version, its headers, and their identity.
+
+    The headers of the build machine's own interpreter serve both platforms: CPython's differ between 64-bit
+    little-endian Linux machines only in macros that no public header reads (docs/decisions/0003).
+    """
+    found = shell.run(["uv", "python", "find", "--no-project", "--system", version], check=False)
+    if found.returncode:
+        raise PythonMissingError(f"there is no Python {version}", hint=f"uv python install {version}")
+    interpreter = found.stdout.strip()
+    asked = shell.run(
+        [interpreter, "-Ic", "import platform, sysconfig as s; print(platform.python_version(), s.get_path('include'))"]
+    ).stdout.split()
+    include = Path(asked[1])
+    if not (include / "Python.h").exists():
+        raise PythonMissingError(
+            f"Python {version} has no headers: {include / 'Python.h'} does not exist",
+            hint=f"apt-get install libpython{version}-dev, or: uv python install {version}",
+        )
+    return interpreter, str(include), f"{asked[0]} headers {files.tree_hash(include)}"
+
+
+def _requirements(extra: str, *, compile_time: bool = False) -> list[str]:
+    """The locked requirements of an extra, one string each with its hashes, as `uv export` writes them.
+
+    Kept in the cache under the lock's own hash, for uv takes 0.1 s to tell. `compile_time` drops what changes
+    no byte of a kernel.
+    """
+    lock = files.CHECKOUT / "uv.lock"
+    kept = files.cache() / "exports" / f"{extra}-{files.sha256(lock)[:16]}.txt"
+    if not kept.exists():
+        argv = ["uv", "export", "--quiet", "--frozen", "--no-default-groups", "--no-emit-project", "--no-header"]
+        text = shell.run(
+            [*argv, "--no-annotate", "--extra", extra, "--project", files.CHECKOUT], cwd=files.CHECKOUT
+        ).stdout
+        files.write(kept, text.replace(" \\\n", ""))
+    lines = kept.read_text().splitlines()
+    return [line for line in lines if not compile_time or line.startswith(_COMPILE_TIME)]
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def assemble(toolchain: Toolchain) -> None:
+    """Install what the toolchain lacks in the cache, and lay the links that compile commands use."""
+    stack, platform = toolchain.stack, toolchain.platform
+    site = install(stack.name, platform, toolchain.python)
+    cuda = _system_cuda(toolchain) if toolchain.cuda_home else _locked_cuda(stack)
+    view = toolchain.view
+    _link(view / "nvcc", cuda)
+    # Any Python's install will do here: torch's headers and CUDA's files are the same for each.
+    if not (view / "torch").exists():
+        _link(view / "torch", site / "torch")
+        _link(view / "nvidia", site / "nvidia")
+    _link(view / toolchain.abi_tag / "site", site)
+    _link(view / toolchain.abi_tag / "include", Path(toolchain.python_include))
+    _driver_stub(toolchain)
+
+
+def cuobjdump() -> Path:
+    """The locked cuobjdump, installed when it is not in the cache yet."""
+    return install("cuobjdump", Platform.local(), "3.11") / "nvidia/cu13/bin/cuobjdump"
+
+
+def install(extra: str, platform: Platform, python: str) -> Path:
+    """Install a locked extra for a platform and Python into a cache folder of its own, in one rename."""
+    requirements = _requirements(extra)
+    name = f"{extra}-{platform.cpu}-cp{python.replace('.', '')}-{_digest(requirements)[:12]}"
+    place = files.cache() / "installed" / name
+    if place.is_dir():
+        return place
+    console.say(f"installing {extra} for {platform.value}, Python {python}, into the cache")
+    part = place.with_name(f".{name}.{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    list_file = part.with_suffix(".txt")
+    list_file.write_text("\n".join(requirements) + "\n")
+    try:
+        shell.run(
+            [
+                *("uv", "pip", "install", "--quiet", "--target", part, "--python-version", python),
+                *("--python-platform", platform.uv_name, "--only-binary", ":all:", "--no-deps", "--require-hashes"),
+                *("--requirements", list_file),
+            ]
+        )
+        for runtime in part.glob("nvidia/*/lib/libcudart.so.*"):
+            _repair(runtime)
+        part.rename(place)
+    finally:
+        list_file.unlink()
+        shutil.rmtree(part, ignore_errors=True)
+    return place
+
+
+def _repair(runtime: Path) -> None:
+    """The two links that the wheels leave out and a CUDA installation has; linkers and torch look for them."""
+    _link(runtime.with_name("libcudart.so"), Path(runtime.name))
+    _link(runtime.parent.with_name("lib64"), Path("lib"))
+
+
+def _locked_cuda(stack: Stack) -> Path:
+    home = install(f"nvcc-{stack.name}", Platform.local(), "3.11")
+    return next(home.glob("nvidia/cu*"))
+
+
+def _system_cuda(toolchain: Toolchain) -> Path:
+    """The system's compiler programs in a tree of their own, with a profile that finds no system headers.
+
+    A system's nvcc may sit beside headers of another version; the locked packages' headers are the stack's.
+    """
+    home = Path(toolchain.cuda_home)
+    place = files.cache() / "installed" / f"system-nvcc-{_digest(dict(toolchain.parts)['cuda'])[:12]}"
+    if place.is_dir():
+        return place
+    headers = install(f"nvcc-{toolchain.stack.name}", Platform.local(), "3.11")
+    part = place.with_name(f".{place.name}.{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "bin").mkdir(parents=True)
+    (part / "nvvm/bin").mkdir(parents=True)
+    for program in _NVCC_PROGRAMS - {"cicc"}:
+        shutil.copy2((home / "bin" / program).resolve(), part / "bin" / program)
+    shutil.copy2(_cicc(home)[0].resolve(), part / "nvvm/bin/cicc")
+    libdevice = next(headers.glob("nvidia/*/nvvm/libdevice"))
+    shutil.copytree(libdevice, part / "nvvm/libdevice")
+    for include in sorted(headers.glob("nvidia/*/include")):
+        shutil.copytree(include, part / "include", dirs_exist_ok=True)
+    (part / "bin/nvcc.profile").write_text(_PROFILE)
+    part.rename(place)
+    return place
+
+
+# What NVIDIA's own nvcc.profile says, reduced to this tree.
+_PROFILE = """\
+TOP = $(_HERE_)/..
+CICC_PATH = $(TOP)/nvvm/bin
+NVVMIR_LIBRARY_DIR = $(TOP)/nvvm/libdevice
+PATH += $(CICC_PATH):$(_HERE_):
+INCLUDES += "-I$(TOP)/include" $(_SPACE_)
+"""
+
+
+def _driver_stub(toolchain: Toolchain) -> None:
+    """A libcuda.so to link against. The real one comes with the GPU's driver, which a build machine lacks.
+
+    It defines nothing: a shared module may leave symbols open, and only the name it will ask for matters.
+    """
+    stub = toolchain.view / "stubs/libcuda.so.1"
+    if not stub.exists():
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        soname = "-Wl,-soname,libcuda.so.1"
+        shell.run([toolchain.cxx, "-shared", soname, "-x", "c++", "-o", stub, "/dev/null"])
+        _link(stub.with_name("libcuda.so"), Path(stub.name))
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make `link` point at `target`, in one rename."""
+    if link.is_symlink() and link.readlink() == target:
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    part = link.with_name(f".{link.name}.{os.getpid()}")
+    part.unlink(missing_ok=True)
+    part.symlink_to(target)
+    part.replace(link)

@@ -1,0 +1,125 @@
+"""The front door: every `inv` task. Each parses, calls and prints; the work is in the subsystems."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any
+
+from invoke import Collection, Exit, task
+
+from core import console
+from core.errors import HearthError, LockStaleError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from invoke import Context
+
+
+def command(**options: Any) -> Callable[[Callable[..., int | None]], Any]:
+    """An invoke task that shows a HearthError without a traceback and exits with its code."""
+
+    def wrap(body: Callable[..., int | None]) -> Any:
+        @functools.wraps(body)
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                status = body(*args, **kwargs)
+            except HearthError as error:
+                raise Exit(f"error: {error}", code=error.exit_code) from error
+            except KeyboardInterrupt:
+                raise Exit("interrupted; the same command goes on from here", code=130) from None
+            except BrokenPipeError:
+                raise Exit(code=0) from None
+            if status:
+                sys.exit(status)
+
+        return task(**options)(run)
+
+    return wrap
+
+
+_BUILD_HELP = {
+    "arch": "compute capabilities as in TORCH_CUDA_ARCH_LIST: 12.1, '8.9;12.0', 9.0a, '8.9+PTX'",
+    "kernel": "only these recipes, comma-separated (default: all)",
+    "stack": "cu124 or cu130 (default: the arch's)",
+    "python": "Python versions, comma-separated: 3.12,3.11 (default: the arch's)",
+    "platform": "linux_x86_64 or linux_aarch64 (default: the arch's)",
+    "profile": "a recipe's profile, such as inference or full (default: the recipe's)",
+    "jobs": "compiles at once (default: as many as cores and free memory allow)",
+    "force": "build again even when the wheelhouse has it",
+    "dry-run": "only list what would be built",
+    "json": "print JSON",
+}
+
+
+@command(help=_BUILD_HELP)
+def build_kernels(
+    _: Context,
+    arch: str = "",
+    kernel: str = "",
+    stack: str = "",
+    python: str = "",
+    platform: str = "",
+    profile: str = "",
+    jobs: int = 0,
+    force: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Build kernel wheels for a GPU into wheelhouse/."""
+    from kernels import report
+    from kernels.build import build_kernels as build_all
+    from kernels.matrix import Request, select
+
+    request = Request(arch=arch, kernel=kernel, stack=stack, python=python, platform=platform, profile=profile)
+    builds, skipped = select(request)
+    if dry_run:
+        report.plan(builds, skipped, as_json=json)
+        return
+    report.say_skipped(skipped)
+    report.wheels(build_all(builds, jobs=jobs or None, force=force), as_json=json)
+
+
+@command(help={"prune": "delete wheels that no recipe asks for any more", "json": "print JSON"})
+def wheels(_: Context, prune: bool = False, json: bool = False) -> int:
+    """List the wheelhouse, each wheel verified against its manifest."""
+    from kernels import report, store
+
+    if prune:
+        report.pruned(store.prune())
+    return report.wheelhouse(store.entries(), as_json=json)
+
+
+@command(positional=["path"], help={"path": "a wheel file", "json": "print JSON"})
+def inspect_wheel(_: Context, path: str, json: bool = False) -> None:
+    """Show what a kernel wheel holds: machine code, symbols, C library."""
+    from kernels import report
+
+    report.one_wheel(path, as_json=json)
+
+
+@command(help={"json": "print JSON"})
+def kernels(_: Context, json: bool = False) -> None:
+    """List the kernel recipes: versions, archs and stacks, and why not the others."""
+    from kernels import report
+
+    report.recipes(as_json=json)
+
+
+@command(help={"check": "fail when the lock is stale, change nothing"})
+def lock(_: Context, check: bool = False) -> None:
+    """Renew uv.lock: the tool's environment, the stacks and the CUDA compiler."""
+    from core import files, shell
+
+    done = shell.run(["uv", "lock", *(["--check"] if check else [])], cwd=files.CHECKOUT, check=False)
+    if done.returncode:
+        raise LockStaleError(
+            "uv.lock is stale" if check else "uv.lock could not be renewed",
+            cause=done.stderr.strip().splitlines()[-1],
+            hint="inv lock" if check else "read uv's message above",
+        )
+    console.say("uv.lock is current" if check else "uv.lock is renewed")
+
+
+ns = Collection(build_kernels, wheels, inspect_wheel, kernels, lock)
