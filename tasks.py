@@ -94,9 +94,11 @@ def wheels(_: Context, prune: bool = False, json: bool = False) -> int:
 @command(positional=["path"], help={"path": "a wheel file", "json": "print JSON"})
 def inspect_wheel(_: Context, path: str, json: bool = False) -> None:
     """Show what a kernel wheel holds: machine code, symbols, C library."""
+    from pathlib import Path
+
     from kernels import report
 
-    report.one_wheel(path, as_json=json)
+    report.one_wheel(Path(path), as_json=json)
 
 
 @command(help={"json": "print JSON"})

@@ -85,7 +85,7 @@ def lines(
     finally:
         process.stdout.close()
         status = process.wait()
-    return status  # noqa: B901 - a generator's return value is what `yield from` is for
+    return status
 
 
 def which(program: str) -> str | None:

@@ -40,7 +40,7 @@ def compile_graph(graph: Graph, jobs: int, lock: int) -> None:
         run = shell.lines(argv, cwd=root, env={"NINJA_STATUS": _STATUS}, pass_fds=[lock])
         status = _follow(run, graph, progress, text.write)
     if status:
-        raise _explain(log.read_text(), log, jobs)
+        raise _explain(log.read_text(), graph, log, jobs)
 
 
 def _pending(argv: list[Path | str], root: Path) -> list[str]:
@@ -61,13 +61,13 @@ def _follow(run: Iterator[str], graph: Graph, progress: console.Progress, log: o
         if line.startswith("@@"):
             _, _, _, running, _, output = line.split(maxsplit=5)
             # ninja counts the edge that just ended among the running
-            progress.step(output, graph.seconds.get(output, 0.0), max(0, int(running) - 1))
+            progress.step(graph.sources.get(output, output), graph.seconds.get(output, 0.0), max(0, int(running) - 1))
 
 
-def _explain(text: str, log: Path, jobs: int) -> HearthError:
+def _explain(text: str, graph: Graph, log: Path, jobs: int) -> HearthError:
     """The error for a failed run, from what the compilers said."""
     failed = re.search(r"^FAILED: (?:\[code=\d+\] )?(\S+)", text, re.MULTILINE)
-    name = failed[1] if failed else "the build"
+    name = graph.sources.get(failed[1], failed[1]) if failed else "the build"
     said = text[failed.start() :] if failed else text
     # The command itself is long and of no use here; the log has it.
     tail = [line for line in said.splitlines()[2:] if line.strip() and not line.startswith(("@@", "ninja:"))][-12:]
@@ -84,6 +84,4 @@ def _explain(text: str, log: Path, jobs: int) -> HearthError:
             cause=f"a compiler was killed (signal 9) with {jobs} jobs at once",
             hint=f"run again with fewer: --jobs {max(1, jobs // 2)} (finished files are kept)",
         )
-    return CompileError(
-        f"{name} does not build", cause="\n         ".join(tail), hint=f"the whole log: {log}"
-    )
+    return CompileError(f"{name} does not build", cause="\n         ".join(tail), hint=f"the whole log: {log}")

@@ -9,13 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from core import console, files, shell
 from core.stack import Platform
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _DEBIAN = {Platform.LINUX_AARCH64: "arm64", Platform.LINUX_X86_64: "amd64"}
 
@@ -39,7 +36,7 @@ def runner(platform: Platform, python: str) -> Runner | str:
         return root
     # -L makes the guest find its own loader, libraries and standard library first.
     argv = (qemu, "-L", str(root), str(root / f"usr/bin/python{python}"))
-    return Runner(argv, {"PYTHONHOME": str(root / "usr")}, f"under {os.path.basename(qemu)}")
+    return Runner(argv, {"PYTHONHOME": str(root / "usr")}, f"under {Path(qemu).name}")
 
 
 def _root(platform: Platform, python: str) -> Path | str:
@@ -48,7 +45,9 @@ def _root(platform: Platform, python: str) -> Path | str:
         return place
     if not shell.which("apt-get") or not shell.which("dpkg-deb"):
         return f"no {platform.cpu} Python {python} here: it is made from Debian packages, and there is no apt-get"
-    console.say(f"fetching a {platform.cpu} Python {python} from the distribution's packages, to import under emulation")
+    console.say(
+        f"fetching a {platform.cpu} Python {python} from the distribution's packages, to import under emulation"
+    )
     part = place.with_name(f".{place.name}.{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     archives = part / "apt/archives"
@@ -58,7 +57,15 @@ def _root(platform: Platform, python: str) -> Path | str:
     architecture = _DEBIAN[platform]
     # apt with a state of its own: nothing is installed there, so it downloads the package with all it needs.
     apt = [
-        *("apt-get", "-qq", "-y", "-o", f"Dir::State={part}/apt", "-o", f"Dir::State::status={part}/apt/status"),
+        *(
+            "apt-get",
+            "-qq",
+            "-y",
+            "-o",
+            f"Dir::State={part}/apt",
+            "-o",
+            f"Dir::State::status={part}/apt/status",
+        ),
         *("-o", f"Dir::State::Lists={part}/apt/lists", "-o", f"Dir::Cache={part}/apt"),
         *("-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"),
         *("-o", "APT::Sandbox::User="),

@@ -29,11 +29,12 @@ def root() -> Path:
 
 @dataclass(frozen=True)
 class Graph:
-    """A ninja file's text, the modules it links by (build, module name), and each output's expected seconds."""
+    """A ninja file's text, the modules it links by (build, module name), each output's expected seconds and source."""
 
     text: str
     modules: dict[tuple[str, str], Path]
     seconds: dict[str, float]
+    sources: dict[str, str]
 
 
 def plan_jobs(builds: Sequence[Build], jobs: int | None) -> int:
@@ -85,22 +86,23 @@ def write(builds: Sequence[Build], jobs: int) -> Graph:
     for output, objects, variables in links:
         ninja.build([output], "link", objects, variables=variables)
     seconds = {output: edge[0] for output, edge in edges.items()}
-    return Graph(text.getvalue(), modules, seconds | {output: 1.0 for output, _, _ in links})
+    sources = {output: edge[2] for output, edge in edges.items()}
+    return Graph(text.getvalue(), modules, seconds | {output: 1.0 for output, _, _ in links}, sources)
 
 
 # --objdir-as-tempdir and --orig_src_path_name: nvcc otherwise mangles internal names with a hash of its temporary
 # file's and the source's absolute path, and the same source gives other bytes in another folder.
+# -fno-canonical-system-headers: g++ otherwise writes the resolved path of a header into messages (__FILE__).
 _RULES = {
     "nvcc": "$nvcc -c $in -o $out -MMD -MF $out.d -MT $out --objdir-as-tempdir "
-    "-Xcudafe --orig_src_path_name -Xcudafe $in -ccbin $cxx -std=c++17 -Xcompiler -fPIC $flags",
-    "cxx": "$cxx -c $in -o $out -MMD -MF $out.d -MT $out -std=c++17 -fPIC $flags",
+    "-Xcudafe --orig_src_path_name -Xcudafe $in -ccbin $cxx -std=c++17 "
+    "-Xcompiler -fPIC,-fno-canonical-system-headers $flags",
+    "cxx": "$cxx -c $in -o $out -MMD -MF $out.d -MT $out -std=c++17 -fPIC -fno-canonical-system-headers $flags",
     "link": "$cxx -shared -o $out $in -Wl,-s -Wl,--as-needed $libs",
 }
 
 
-def _compile_edges(
-    build: Build, module: Module, edges: dict[str, tuple[float, str, str, dict[str, str]]]
-) -> list[str]:
+def _compile_edges(build: Build, module: Module, edges: dict[str, tuple[float, str, str, dict[str, str]]]) -> list[str]:
     """Add the compile edges of a module to `edges`; return its objects."""
     tree = root() / build.folder / "src"
     chain = build.toolchain
@@ -116,7 +118,7 @@ def _compile_edges(
             variables = {"cxx": chain.cxx}
             if source.endswith(".cu"):
                 output = f"{build.folder}/obj/{source}.o"
-                includes = _isystem(chain.view, view, f"{view}/torch/include", f"{view}/nvidia")
+                includes = _isystem(chain.view, f"{view}/torch/include", f"{view}/nvidia")
                 flags = [*build.recipe.flags.nvcc, *defines, *_gencode(build), *own, *includes]
                 variables |= {"nvcc": f"{view}/nvcc/bin/nvcc", "flags": " ".join(flags)}
                 rule = "nvcc"
@@ -124,8 +126,9 @@ def _compile_edges(
                 # A binding carries its module's name, and may be shared between modules.
                 output = f"{build.folder}/{chain.abi_tag}/obj/{module.path}/{source}.o"
                 site = f"{view}/{chain.abi_tag}/site"
-                includes = _isystem(chain.view, view, f"{site}/torch/include", f"{site}/nvidia")
-                python = f"-isystem {view}/{chain.abi_tag}/include"
+                includes = _isystem(chain.view, f"{site}/torch/include", f"{site}/nvidia")
+                # CUDA's headers include crt/, which comes with the compiler, not with the runtime.
+                python = f"-isystem {view}/nvcc/include -isystem {view}/{chain.abi_tag}/include"
                 name = f"-DTORCH_EXTENSION_NAME={module.init}"
                 flags = [*build.recipe.flags.cxx, *defines, name, *own, *includes, python]
                 variables |= {"flags": " ".join(flags)}
@@ -150,7 +153,7 @@ def _include_places(recipe: Recipe) -> list[str]:
     return [*([HEADERS] if recipe.headers else []), *recipe.include]
 
 
-def _isystem(view: Path, relative: str, torch: str, nvidia: str) -> list[str]:
+def _isystem(view: Path, torch: str, nvidia: str) -> list[str]:
     """Torch's headers, then CUDA's: cu13 wheels share one include folder, cu12 wheels have one each."""
     cuda = sorted(path.parent.name for path in (view / "nvidia").glob("*/include"))
     places = [torch, f"{torch}/torch/csrc/api/include", *(f"{nvidia}/{each}/include" for each in cuda)]

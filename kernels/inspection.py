@@ -20,6 +20,7 @@ from packaging.version import Version
 from core import arch as archs
 from core import shell
 from core.errors import InspectionError
+from core.files import CHECKOUT
 from core.manifest import ModuleReport, Proof
 from kernels import emulation
 from kernels import toolchain as toolchains
@@ -110,7 +111,9 @@ def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tupl
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for path in unpack(wheel, Path(folder)):
-            report, faults = _inspect_module(path, path.relative_to(folder), sass, ptx, chain)
+            elf = Elf(path)
+            report = read_module(elf, path.relative_to(folder))
+            faults = [*_code_faults(report, sass, ptx), *_link_faults(elf, report, chain)]
             reports.append(report)
             wrong += [f"{report.name}: {fault}" for fault in faults]
     if wrong:
@@ -122,57 +125,70 @@ def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tupl
     return tuple(reports)
 
 
+def describe_wheel(wheel: Path) -> tuple[ModuleReport, ...]:
+    """What the extension modules of any wheel hold; raises InspectionError when it is no wheel or holds none."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = tuple(read_module(Elf(path), path.relative_to(folder)) for path in unpack(wheel, Path(folder)))
+    if not found:
+        raise InspectionError(f"{wheel} holds no extension module", cause="it is a wheel of Python files alone")
+    return found
+
+
 def unpack(wheel: Path, folder: Path) -> list[Path]:
     """Unpack a wheel and return its extension modules."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
-    except (zipfile.BadZipFile, FileNotFoundError, IsADirectoryError) as error:
-        raise InspectionError(f"{wheel} is not a wheel", cause=str(error)) from error
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InspectionError(f"{wheel} is not a wheel that can be read", cause=str(error)) from error
     return sorted(folder.rglob("*.so"))
 
 
-def _inspect_module(
-    path: Path, name: Path, sass: str, ptx: bool, chain: Toolchain
-) -> tuple[ModuleReport, list[str]]:
-    elf = Elf(path)
-    faults: list[str] = []
-    cubins, ptx_found = device_code(path)
-    found = tuple(sorted(set(cubins)))
-    if cubins or ptx_found:
-        if found != (sass,):
-            faults.append(f"holds SASS for {', '.join(found) or 'nothing'}, asked for {sass}")
-        if ptx_found and not ptx:
-            faults.append(f"holds PTX for {', '.join(ptx_found)}, none was asked for")
-        if ptx and not ptx_found:
-            faults.append("holds no PTX, +PTX was asked for")
-    if elf.machine != chain.platform.cpu:
-        faults.append(f"is for {elf.machine}, not {chain.platform.cpu}")
-    for tag in ("DT_RPATH", "DT_RUNPATH"):
-        if elf.dynamic[tag]:
-            faults.append(f"carries {tag[3:]} {elf.dynamic[tag]}")
-    missing = set(elf.undefined)
-    for provider in _providers(chain):
-        missing -= provider.defines(sorted(missing))
-    # The driver's library comes with the GPU. Its functions are named cu and a capital letter.
-    driver = {each for each in missing if re.match(r"cu[A-Z]", each)}
-    if "libcuda.so.1" not in elf.dynamic["DT_NEEDED"]:
-        driver = set()
-    if missing - driver:
-        faults.append(f"needs symbols that nothing provides: {', '.join(sorted(missing - driver)[:8])}")
-    report = ModuleReport(
+def read_module(elf: Elf, name: Path) -> ModuleReport:
+    """What one extension module holds; `name` is its path in the wheel."""
+    cubins, ptx = device_code(elf.path)
+    needed = tuple(sorted(elf.dynamic["DT_NEEDED"]))
+    # The driver's functions are named cu and a capital letter; its library comes with the GPU, not with a package.
+    driver = sorted(each for each in elf.undefined if re.match(r"cu[A-Z]", each))
+    return ModuleReport(
         name=str(name).split(".", 1)[0].replace("/", "."),
-        sass=found,
-        ptx=ptx_found,
+        sass=tuple(sorted(set(cubins))),
+        ptx=ptx,
         cubins=len(cubins),
-        needed=tuple(sorted(elf.dynamic["DT_NEEDED"])),
+        needed=needed,
         undefined=len(elf.undefined),
-        from_driver=tuple(sorted(driver)),
+        from_driver=tuple(driver) if "libcuda.so.1" in needed else (),
         glibc=elf.versions.get("GLIBC", ""),
         glibcxx=elf.versions.get("GLIBCXX", ""),
-        size=path.stat().st_size,
+        size=elf.path.stat().st_size,
     )
-    return report, faults
+
+
+def _code_faults(report: ModuleReport, sass: str, ptx: bool) -> Iterator[str]:
+    """What is wrong with a module's device code; a module of host code alone has none to be wrong."""
+    if not report.sass and not report.ptx:
+        return
+    if report.sass != (sass,):
+        yield f"holds SASS for {', '.join(report.sass) or 'nothing (PTX only)'}, asked for {sass}"
+    if report.ptx and not ptx:
+        yield f"holds PTX for {', '.join(report.ptx)}, none was asked for"
+    if ptx and not report.ptx:
+        yield "holds no PTX, +PTX was asked for"
+
+
+def _link_faults(elf: Elf, report: ModuleReport, chain: Toolchain) -> Iterator[str]:
+    """What would keep a module from loading beside its stack."""
+    if elf.machine != chain.platform.cpu:
+        yield f"is for {elf.machine}, not {chain.platform.cpu}"
+        return
+    for tag in ("DT_RPATH", "DT_RUNPATH"):
+        if elf.dynamic[tag]:
+            yield f"carries {tag[3:]} {', '.join(elf.dynamic[tag])}: a path of the machine it was built on"
+    missing = set(elf.undefined) - set(report.from_driver)
+    for provider in _providers(chain):
+        missing -= provider.defines(sorted(missing))
+    if missing:
+        yield f"needs symbols that nothing provides: {', '.join(sorted(missing)[:8])}"
 
 
 def device_code(path: Path) -> tuple[list[str], tuple[str, ...]]:
@@ -192,7 +208,8 @@ def _providers(chain: Toolchain) -> Iterator[Elf]:
         yield Elf(torch / f"{name}.so")
     for runtime in chain.site.glob("nvidia/*/lib/libcudart.so.*"):
         yield Elf(runtime)
-    for name in ("libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6"):
+    loader = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}[chain.platform.cpu]
+    for name in ("libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", loader):
         found = Path(shell.run([chain.cxx, f"-print-file-name={name}"]).stdout.strip())
         if found.is_absolute():
             yield Elf(found.resolve())
@@ -259,7 +276,8 @@ def prove_smoke(wheel: Path, build: Build) -> Proof:
         return Proof("not run", f"the GPU here has capability {local.capability}, not {build.arch.capability}")
     with tempfile.TemporaryDirectory() as folder:
         unpack(wheel, Path(folder))
-        env = {"PYTHONPATH": f"{folder}:{build.toolchain.site}", "PYTHONDONTWRITEBYTECODE": "1"}
+        path = f"{folder}:{build.toolchain.site}:{CHECKOUT}"  # the checkout for kernels/smoke.py
+        env = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
         done = shell.run([build.toolchain.interpreter, smoke], env=env, check=False, timeout=600)
     if done.returncode:
         raise InspectionError(

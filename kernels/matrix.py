@@ -89,11 +89,16 @@ class Build:
             "include": recipe.include,
             "flags": {"cxx": recipe.flags.cxx, "nvcc": recipe.flags.nvcc},
             "profile": [self.profile, chosen.defines if chosen else (), chosen.exclude if chosen else ()],
-            "modules": [
-                [module.name, module.bindings, module.kernels, module.libraries] for module in self.modules
-            ],
+            "modules": [[module.name, module.bindings, module.kernels, module.libraries] for module in self.modules],
             "files": [recipe.files, recipe.exclude_files, recipe.license_files],
-            "metadata": [recipe.name, self.version, recipe.summary, recipe.license, recipe.homepage, recipe.python],
+            "metadata": [
+                recipe.name,
+                self.version,
+                recipe.summary,
+                recipe.license,
+                recipe.homepage,
+                recipe.python,
+            ],
             "requires": recipe.requires,
             "target": [self.target, self.arch.ptx],
             "stack": [chain.stack.name, chain.stack.torch, chain.stack.cuda, chain.stack.cxx11_abi],

@@ -189,5 +189,3 @@ def find_recipe(name: str) -> Recipe:
     if name not in known:
         raise UnknownNameError(f"there is no kernel {name!r}", hint=near(name, known))
     return known[name]
-
-

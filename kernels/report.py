@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,6 +15,7 @@ from kernels.matrix import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from core.manifest import Manifest
     from kernels.matrix import Build, Skipped
@@ -105,13 +105,13 @@ def pruned(gone: Sequence[tuple[Path, str]]) -> None:
         console.say("nothing to prune")
 
 
-def one_wheel(path: str, *, as_json: bool) -> None:
-    """What a single wheel file holds, read from the file; checked against its manifest when it has one."""
+def one_wheel(path: Path, *, as_json: bool) -> None:
+    """What a single wheel file holds, read from the file itself."""
     from kernels.inspection import describe_wheel
 
-    found = describe_wheel(Path(path))
+    modules = describe_wheel(path)
     if as_json:
-        console.data_json(msgspec.to_builtins(found))
+        console.data_json(msgspec.to_builtins(modules))
         return
     console.table(
         ("MODULE", "SASS", "PTX", "CUBINS", "UNDEFINED", "GLIBC", "GLIBCXX", "SIZE"),
@@ -126,10 +126,11 @@ def one_wheel(path: str, *, as_json: bool) -> None:
                 module.glibcxx or "-",
                 console.size(module.size),
             )
-            for module in found.modules
+            for module in modules
         ],
     )
-    console.say(found.verdict)
+    for module in modules:
+        console.say(f"{module.name} needs {', '.join(module.needed)}")
 
 
 def recipes(*, as_json: bool) -> None:
@@ -138,19 +139,24 @@ def recipes(*, as_json: bool) -> None:
     for recipe in recipes_of.recipes().values():
         for stack in stacks().values():
             refused = {arch: refusal(recipe, Arch.parse(arch), stack) for arch in known_archs()}
-            reasons = {error.what + (f" ({error.cause})" if error.cause else "") for error in refused.values() if error}
+            reasons: dict[str, list[str]] = {}
+            for arch, error in refused.items():
+                if error is not None:
+                    reasons.setdefault(error.cause, []).append(arch)
             rows.append(
                 {
                     "kernel": recipe.name,
                     "version": recipe.version,
                     "stack": stack.name,
                     "archs": " ".join(arch for arch, error in refused.items() if error is None),
-                    "profiles": " ".join(recipe.profiles),
-                    "why not": "; ".join(sorted(reasons)),
+                    "profiles": " ".join(recipe.profiles) or "-",
+                    "why not": "; ".join(f"{' '.join(archs)}: {cause}" for cause, archs in reasons.items()),
                 }
             )
     if as_json:
         console.data_json(rows)
         return
-    headings = ("kernel", "version", "stack", "archs", "profiles", "why not")
+    headings = ("kernel", "version", "stack", "archs", "profiles")
     console.table([heading.upper() for heading in headings], [[row[heading] for heading in headings] for row in rows])
+    for reason in sorted({f"{row['stack']} not for {row['why not']}" for row in rows if row["why not"]}):
+        console.say(reason)

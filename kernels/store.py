@@ -82,9 +82,8 @@ def unwanted() -> list[tuple[Path, str]]:
             reasons.append((path, entry.fault))
         elif reason := _outdated(entry.manifest):
             reasons.append((path, reason))
-    for path in sorted(house.glob("*.whl.json")):
-        if not path.with_suffix("").exists():
-            reasons.append((path, "its wheel is missing"))
+    orphans = [path for path in sorted(house.glob("*.whl.json")) if not path.with_suffix("").exists()]
+    reasons += [(path, "its wheel is missing") for path in orphans]
     reasons += [(path, "left by an interrupted run") for path in sorted(house.glob(".*"))]
     return reasons
 

@@ -91,7 +91,8 @@ def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
         )
     if python not in stack.pythons:
         raise RecipeSupportError(
-            f"stack {stack.name} has no Python {python}", hint=f"Pythons of {stack.name}: {', '.join(stack.pythons)}"
+            f"stack {stack.name} has no Python {python}",
+            hint=f"Pythons of {stack.name}: {', '.join(stack.pythons)}",
         )
     cxx, cxx_version = _host_compiler(stack, platform)
     cuda_home, cuda_identity = _cuda(stack)
@@ -191,7 +192,11 @@ def _python(version: str) -> tuple[str, str, str]:
         raise PythonMissingError(f"there is no Python {version}", hint=f"uv python install {version}")
     interpreter = found.stdout.strip()
     asked = shell.run(
-        [interpreter, "-Ic", "import platform, sysconfig as s; print(platform.python_version(), s.get_path('include'))"]
+        [
+            interpreter,
+            "-Ic",
+            "import platform, sysconfig as s; print(platform.python_version(), s.get_path('include'))",
+        ]
     ).stdout.split()
     include = Path(asked[1])
     if not (include / "Python.h").exists():
@@ -211,7 +216,15 @@ def _requirements(extra: str, *, compile_time: bool = False) -> list[str]:
     lock = files.CHECKOUT / "uv.lock"
     kept = files.cache() / "exports" / f"{extra}-{files.sha256(lock)[:16]}.txt"
     if not kept.exists():
-        argv = ["uv", "export", "--quiet", "--frozen", "--no-default-groups", "--no-emit-project", "--no-header"]
+        argv = [
+            "uv",
+            "export",
+            "--quiet",
+            "--frozen",
+            "--no-default-groups",
+            "--no-emit-project",
+            "--no-header",
+        ]
         text = shell.run(
             [*argv, "--no-annotate", "--extra", extra, "--project", files.CHECKOUT], cwd=files.CHECKOUT
         ).stdout
@@ -262,7 +275,14 @@ def install(extra: str, platform: Platform, python: str) -> Path:
         shell.run(
             [
                 *("uv", "pip", "install", "--quiet", "--target", part, "--python-version", python),
-                *("--python-platform", platform.uv_name, "--only-binary", ":all:", "--no-deps", "--require-hashes"),
+                *(
+                    "--python-platform",
+                    platform.uv_name,
+                    "--only-binary",
+                    ":all:",
+                    "--no-deps",
+                    "--require-hashes",
+                ),
                 *("--requirements", list_file),
             ]
         )
