@@ -159,8 +159,7 @@ def _cuda(stack: Stack) -> tuple[str, str]:
         # Debian's nvcc has no nvcc.profile beside it and still prints its version.
         text = shell.run([nvcc, "--version"], check=False).stdout
         if f"release {stack.cuda}," in text:
-            binaries = [*sorted((home / "bin").glob("*")), *_cicc(home)]
-            hashes = [f"{path.name}={files.sha256(path)}" for path in binaries if path.name in _NVCC_PROGRAMS]
+            hashes = [files.sha256(_program(home, name)) for name in _NVCC_PROGRAMS]
             return str(home), f"nvcc {_digest(hashes)}, headers {locked}"
         release = next((line for line in text.splitlines() if "release" in line), "no version")
         tried.append(f"{home}: {release.strip()}")
@@ -172,12 +171,16 @@ def _cuda(stack: Stack) -> tuple[str, str]:
     )
 
 
-_NVCC_PROGRAMS = {"nvcc", "cicc", "cudafe++", "ptxas", "fatbinary"}
+# nvcc, and what it calls to compile a file.
+_NVCC_PROGRAMS = ("nvcc", "cicc", "cudafe++", "ptxas", "fatbinary")
 
 
-def _cicc(home: Path) -> list[Path]:
-    """Where cicc lies: NVIDIA's layout, then Debian's."""
-    return [path for path in (home / "nvvm/bin/cicc", home / "bin/cicc") if path.exists()]
+def _program(home: Path, name: str) -> Path:
+    """Where a CUDA program lies: NVIDIA's two folders, or Debian's, which keeps some in /usr/bin."""
+    for place in (home / "bin", home / "nvvm/bin", home.parent.parent / "bin"):
+        if (place / name).exists():
+            return (place / name).resolve()
+    raise CudaMissingError(f"the CUDA compiler in {home} has no {name}", hint="install the CUDA toolkit again")
 
 
 @cache
@@ -320,9 +323,8 @@ def _system_cuda(toolchain: Toolchain) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     (part / "bin").mkdir(parents=True)
     (part / "nvvm/bin").mkdir(parents=True)
-    for program in _NVCC_PROGRAMS - {"cicc"}:
-        shutil.copy2((home / "bin" / program).resolve(), part / "bin" / program)
-    shutil.copy2(_cicc(home)[0].resolve(), part / "nvvm/bin/cicc")
+    for name in _NVCC_PROGRAMS:
+        shutil.copy2(_program(home, name), part / ("nvvm/bin" if name == "cicc" else "bin") / name)
     libdevice = next(headers.glob("nvidia/*/nvvm/libdevice"))
     shutil.copytree(libdevice, part / "nvvm/libdevice")
     for include in sorted(headers.glob("nvidia/*/include")):

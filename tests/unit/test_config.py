@@ -1,0 +1,81 @@
+"""The checked-in configuration loads, agrees with the lock, and a wrong one is refused with a near match."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from core import files
+from core.arch import known_archs
+from core.config import load
+from core.errors import ConfigError
+from core.stack import Platform, find_stack, stacks
+from kernels.recipe import Recipe, load_recipe, recipes
+
+PYPROJECT = tomllib.loads((files.CHECKOUT / "pyproject.toml").read_text())
+
+
+def test_every_arch_has_defaults_that_exist() -> None:
+    for name, info in known_archs().items():
+        stack = find_stack(info.stack)
+        assert name in stack.archs
+        assert info.python in stack.pythons
+        assert Platform.parse(info.platform).value in stack.platforms
+
+
+def test_stacks_name_the_torch_that_pyproject_pins() -> None:
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    for name, stack in stacks().items():
+        assert f"torch=={stack.torch}" in extras[name]
+
+
+def test_every_recipe_supports_only_what_exists() -> None:
+    for recipe in recipes().values():
+        assert set(recipe.archs) <= set(known_archs())
+        assert set(recipe.stacks) <= set(stacks())
+        assert recipe.path.joinpath("smoke.py").exists()
+        assert all(patch.reason for patch in recipe.patches)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "near"),
+    [
+        ("summary =", "sumary =", "sumary", "summary"),
+        ("bindings = [", "binding = [", "$.modules[0]", "bindings"),
+        ("cxx = [", "cxxx = [", "$.flags", "cxx"),
+        ("git = ", "gti = ", "$.source[0]", "git"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_its_place_and_a_near_match(
+    tmp_path: Path, old: str, new: str, place: str, near: str
+) -> None:
+    text = (files.CHECKOUT / "recipes/sageattention/recipe.toml").read_text()
+    (tmp_path / "recipe.toml").write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "recipe.toml", Recipe)
+    assert place in caught.value.what
+    assert f"perhaps you meant {near!r}" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("memory_mb = 700", "memory_mb = 'a lot'"),
+        ('folder = "src"', 'folder = "src"\ngit = "https://example.org"'),
+        ('folder = "src"', 'git = "https://example.org"'),
+        ('file = "0001-say-which-cuda.patch"', 'file = "0002-not-there.patch"'),
+        ('kernels = ["csrc/sum.cu"]', 'kernels = ["csrc/sum.cu"]\narchs = ["10.0"]'),
+        ("[[source]]", "[[source"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    folder = files.CHECKOUT / "tests/fixtures/recipes/tiny"
+    for name in ("include", "patches", "src"):
+        (tmp_path / name).symlink_to(folder / name)
+    text = (folder / "recipe.toml").read_text()
+    assert old in text
+    (tmp_path / "recipe.toml").write_text(text.replace(old, new))
+    with pytest.raises(ConfigError):
+        load_recipe(tmp_path)

@@ -1,0 +1,140 @@
+"""What is asked for becomes builds with keys; what cannot be is refused with its own exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Hearth
+
+
+def plan(hearth: Hearth, *words: str, **env: str) -> list[dict[str, str]]:
+    done = hearth.inv("build-kernels", "--dry-run", "--json", *words, **env)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert isinstance(found, list)
+    return found
+
+
+def test_the_spark_gets_its_own_platform_stack_and_python(hearth: Hearth) -> None:
+    found = [each["identifier"] for each in plan(hearth, "--arch", "12.1")]
+    assert found == [
+        "flash-attn-2.8.3.post2-cu130-sm121-cp312-linux_aarch64-inference",
+        "sageattention-2.2.0-cu130-sm121a-cp312-linux_aarch64",
+        "tiny-0.1-cu130-sm121a-cp312-linux_aarch64-plain",
+    ]
+
+
+def test_archs_come_from_the_variable_when_none_is_named(hearth: Hearth) -> None:
+    words = ("--kernel", "sageattention", "--python", "3.11")
+    found = plan(hearth, *words, TORCH_CUDA_ARCH_LIST="8.9 9.0a")
+    assert [each["identifier"] for each in found] == [
+        "sageattention-2.2.0-cu130-sm89-cp311-linux_x86_64",
+        "sageattention-2.2.0-cu130-sm90a-cp311-linux_x86_64",
+    ]
+
+
+def test_what_a_recipe_does_not_support_is_skipped_with_its_reason(hearth: Hearth) -> None:
+    found = plan(hearth, "--arch", "8.0", "--python", "3.11")
+    skipped = [each for each in found if each["state"] == "skipped"]
+    assert len(found) == 3
+    assert [each["reason"] for each in skipped] == ["tiny 0.1 does not support 8.0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--arch", "12.10"], 11, "not a compute capability"),
+        (["--arch", "abc"], 11, "not a compute capability"),
+        (["--arch", "7.5"], 11, "8.9"),
+        ([], 11, "12.1 (GB10 (DGX Spark))"),
+        (["--arch", "12.1", "--stack", "cu124", "--platform", "linux_x86_64"], 12, "CUDA 12.8"),
+        (["--arch", "8.0", "--kernel", "tiny"], 13, "tiny was never tried on it"),
+        (["--arch", "8.9", "--python", "3.9"], 13, "3.11, 3.12, 3.13"),
+        (["--arch", "8.9", "--stack", "cu124", "--platform", "linux_aarch64"], 13, "no CUDA build"),
+        (["--arch", "8.9", "--kernel", "flash-attn", "--profile", "ful", "--python", "3.11"], 13, "'full'"),
+        (["--arch", "8.9", "--kernel", "sageatention"], 14, "'sageattention'"),
+        (["--arch", "8.9", "--stack", "cu13"], 14, "'cu130'"),
+        (["--arch", "8.9", "--platform", "linux_arm64"], 14, "linux_aarch64"),
+    ],
+)
+def test_what_cannot_be_is_refused(hearth: Hearth, words: list[str], code: int, says: str) -> None:
+    done = hearth.inv("build-kernels", "--dry-run", *words)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert not done.stdout
+
+
+def key(hearth: Hearth, *words: str) -> str:
+    (found,) = plan(hearth, "--kernel", "tiny", "--arch", "8.9", "--python", "3.11", *words)
+    return found["key"]
+
+
+def test_the_key_changes_with_all_that_can_change_a_byte_and_nothing_else(hearth: Hearth) -> None:
+    first = key(hearth)
+    assert key(hearth, "--profile", "half") != first
+    for name, old, new in [
+        ("src/csrc/sum.cu", "total = 0", "total = 0.0f"),
+        ("src/tiny/__init__.py", "any", "every"),
+        ("include/tiny.h", "float buffers", "buffers"),
+        ("recipe.toml", 'nvcc = ["-O1"]', 'nvcc = ["-O2"]'),
+        ("recipe.toml", '"89"', '"86"'),
+    ]:
+        hearth.edit(name, old, new)
+        changed = key(hearth)
+        assert changed != first, name
+        first = changed
+    hearth.edit("recipe.toml", "memory_mb = 700", "memory_mb = 800")
+    hearth.edit("recipe.toml", 'reason = "shows', 'reason = "demonstrates')
+    assert key(hearth) == first
+
+
+def programs(folder: Path, names: list[str]) -> str:
+    """A PATH that holds only these programs of the real one."""
+    folder.mkdir()
+    for name in names:
+        for place in os.environ["PATH"].split(os.pathsep):
+            if (Path(place) / name).exists():
+                (folder / name).symlink_to(Path(place) / name)
+                break
+    return str(folder)
+
+
+def test_a_missing_compiler_is_named_with_its_package(hearth: Hearth) -> None:
+    path = programs(hearth.place / "bin", ["uv", "git"])
+    done = hearth.inv("build-kernels", "--arch", "8.9", "--dry-run", PATH=path)
+    assert done.returncode == 20
+    assert "apt-get install g++" in done.stderr
+    done = hearth.inv("build-kernels", "--arch", "12.1", "--dry-run", PATH=path)
+    assert done.returncode == 21
+    assert "apt-get install g++-aarch64-linux-gnu" in done.stderr
+
+
+def test_a_compiler_too_new_for_cuda_is_refused(hearth: Hearth) -> None:
+    newer = hearth.place / "g++-99"
+    newer.write_text('#!/bin/sh\nexec g++ -U__GNUC__ -D__GNUC__=99 "$@"\n')
+    newer.chmod(newer.stat().st_mode | stat.S_IXUSR)
+    done = hearth.inv("build-kernels", "--arch", "8.9", "--dry-run", CXX=str(newer))
+    assert done.returncode == 23
+    assert "apt-get install g++-15" in done.stderr
+
+
+def test_cu124_without_its_compiler_says_where_it_looked(hearth: Hearth) -> None:
+    done = hearth.inv(
+        "build-kernels", "--arch", "8.9", "--stack", "cu124", "--python", "3.11", "--dry-run", CUDA_HOME="/nowhere"
+    )
+    assert done.returncode == 22
+    assert "/nowhere: no bin/nvcc" in done.stderr
+    assert "nvidia-cuda-toolkit" in done.stderr
+
+
+def test_a_missing_python_is_named(hearth: Hearth) -> None:
+    path = programs(hearth.place / "bin", ["uv", "git", "g++", "as", "ld"])
+    empty = {"UV_PYTHON_INSTALL_DIR": str(hearth.place / "none"), "UV_PYTHON_DOWNLOADS": "never"}
+    done = hearth.inv("build-kernels", "--arch", "8.9", "--python", "3.13", "--dry-run", PATH=path, **empty)
+    assert done.returncode == 24
+    assert "uv python install 3.13" in done.stderr
