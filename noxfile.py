@@ -1,0 +1,58 @@
+"""Checks, as CI runs them: `uv run nox -s verify`. Every session uses the environment that uv has made."""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["verify"]
+
+
+@nox.session
+def verify(session: nox.Session) -> None:
+    """All that needs no GPU: lock, lint, types, unit tests, and real kernels built and inspected."""
+    for name in ("lock", "lint", "types", "tests"):
+        session.notify(name)
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """`uv.lock` answers to `pyproject.toml`."""
+    session.run("inv", "lock", "--check")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: format and rules."""
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Strict mypy."""
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Every test that needs no GPU."""
+    session.run("pytest", "-m", "not gpu", *session.posargs)
+
+
+@nox.session
+def unit(session: nox.Session) -> None:
+    """Only the tests that compile nothing: seconds."""
+    session.run("pytest", "-m", "not toolchain and not gpu", *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Build every kernel for the GPU of this machine and run the smoke tests on it."""
+    session.run("pytest", "-m", "gpu", "tests/gpu", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Side by side against upstream's own build; half an hour. Writes docs/benchmarks.md."""
+    session.run("python", "-m", "bench.kernels", *session.posargs)

@@ -1,0 +1,192 @@
+"""The main path with a small real kernel package: compile, link, inspect, import, keep; here and for aarch64."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.metadata import Metadata
+from packaging.utils import parse_wheel_filename
+
+from core import files
+from tests.conftest import Hearth
+
+pytestmark = pytest.mark.toolchain
+
+BUILD = ("build-kernels", "--kernel", "tiny", "--python", "3.11")
+WHEELS = {
+    "8.9": "tiny-0.1+cu130.torch2.11.0.sm89.plain-cp311-cp311-linux_x86_64.whl",
+    "12.1": "tiny-0.1+cu130.torch2.11.0.sm121a.plain-cp311-cp311-linux_aarch64.whl",
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Hearth:
+    """Tiny, built for 8.9 here and for 12.1 on aarch64, in one run."""
+    hearth = Hearth(tmp_path_factory.mktemp("built") / "hearth")
+    done = hearth.inv(*BUILD, "--arch", "8.9;12.1")
+    assert done.returncode == 0, done.stderr
+    # Every object and module is one line on something that is no terminal.
+    assert "[14/14, 0 running" in done.stderr
+    return hearth
+
+
+def manifest(hearth: Hearth, wheel: str) -> dict[str, object]:
+    found = json.loads((hearth.wheelhouse / f"{wheel}.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arch", "sass", "how"), [("8.9", "sm_89", "natively on x86_64"), ("12.1", "sm_121a", "under qemu-aarch64-static")]
+)
+def test_a_wheel_holds_what_was_asked_and_imports(built: Hearth, arch: str, sass: str, how: str) -> None:
+    found = manifest(built, WHEELS[arch])
+    modules = found["modules"]
+    assert isinstance(modules, list)
+    assert [module["name"] for module in modules] == ["tiny._scale", "tiny._sum"]
+    assert [module["cubins"] for module in modules] == [2, 1]
+    for module in modules:
+        assert module["sass"] == [sass]
+        assert module["ptx"] == []
+        assert "libtorch_cpu.so" in module["needed"]
+    imported = found["imported"]
+    assert isinstance(imported, dict)
+    assert imported["result"] == "passed"
+    assert how in imported["detail"]
+    assert "2.11.0+cu130" in imported["detail"]
+    assert found["sha256"] == files.sha256(built.wheelhouse / WHEELS[arch])
+
+
+def test_the_wheel_is_a_wheel(built: Hearth, tmp_path: Path) -> None:
+    path = built.wheelhouse / WHEELS["12.1"]
+    name, version, _, tags = parse_wheel_filename(path.name)
+    assert (name, str(version)) == ("tiny", "0.1+cu130.torch2.11.0.sm121a.plain")
+    assert {str(tag) for tag in tags} == {"cp311-cp311-linux_aarch64"}
+    with zipfile.ZipFile(path) as archive:
+        info = "tiny-0.1+cu130.torch2.11.0.sm121a.plain.dist-info"
+        metadata = Metadata.from_email(archive.read(f"{info}/METADATA"))
+        record = archive.read(f"{info}/RECORD").decode().splitlines()
+        assert sorted(line.split(",")[0] for line in record) == sorted(archive.namelist())
+    assert [str(each) for each in metadata.requires_dist or []] == ["torch==2.11.0"]
+    # Installers check the record.
+    pip = ("uv", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"))
+    subprocess.run(
+        [*pip, "--no-index", "--find-links", str(built.wheelhouse), "tiny"], check=True, cwd=tmp_path
+    )
+    assert sorted(path.name for path in (tmp_path / "site/tiny").iterdir()) == [
+        "__init__.py",
+        "_scale.cpython-311-x86_64-linux-gnu.so",
+        "_sum.cpython-311-x86_64-linux-gnu.so",
+    ]
+
+
+def test_the_same_command_again_finds_the_wheels(built: Hearth) -> None:
+    before = [(path.name, path.stat().st_mtime_ns) for path in built.wheels()]
+    done = built.inv(*BUILD, "--arch", "8.9;12.1")
+    assert done.returncode == 0
+    assert "inspecting" not in done.stderr
+    assert [(path.name, path.stat().st_mtime_ns) for path in built.wheels()] == before
+    plan = built.inv(*BUILD, "--arch", "12.1", "--dry-run")
+    assert "in the wheelhouse" in plan.stdout
+
+
+def test_another_place_gives_the_same_bytes(built: Hearth, tmp_path: Path) -> None:
+    other = Hearth(tmp_path / "a" / "deeper" / "checkout")
+    done = other.inv(*BUILD, "--arch", "8.9;12.1", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    for name in WHEELS.values():
+        assert (other.wheelhouse / name).read_bytes() == (built.wheelhouse / name).read_bytes()
+
+
+def test_editing_one_source_rebuilds_one_file(built: Hearth) -> None:
+    built.edit("src/csrc/scale.cu", "*= factor", "= factor * data[i]")
+    try:
+        done = built.inv(*BUILD, "--arch", "8.9")
+    finally:
+        built.edit("src/csrc/scale.cu", "= factor * data[i]", "*= factor")
+    assert done.returncode == 0, done.stderr
+    steps = [line.rpartition("/")[2] for line in done.stderr.splitlines() if line.startswith("[")]
+    assert steps == ["scale.cu", "_scale.so"]
+
+
+def test_another_python_shares_the_kernel_objects(built: Hearth) -> None:
+    """Python 3.12 compiles the two bindings and no kernel. Planned only: torch for 3.12 is not fetched."""
+    from kernels import graph
+    from kernels.matrix import Request, select
+
+    environment = built.environment()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HEARTH_CACHE", "HEARTH_RECIPES"):
+            patch.setenv(name, environment[name])
+        objects = []
+        for python in ("3.11", "3.12"):
+            try:
+                (build,), _ = select(Request(arch="8.9", kernel="tiny", python=python))
+            except Exception as error:  # a machine without Python 3.12 cannot plan for it
+                pytest.skip(f"needs Python {python} with headers: {error}")
+            if python == "3.12":
+                (build.toolchain.view / "cp312").mkdir(exist_ok=True)
+                if not build.toolchain.site.exists():
+                    build.toolchain.site.symlink_to(build.toolchain.view / "cp311/site")
+            objects.append(set(graph.write([build], 1).seconds))
+    shared = {name for name in objects[0] & objects[1] if name.endswith(".cu.o")}
+    assert {Path(name).name for name in shared} == {"scale.cu.o", "scale_half.cu.o", "sum.cu.o"}
+    assert not {name for name in objects[1] - objects[0] if name.endswith(".cu.o")}
+
+
+def test_ptx_is_kept_when_asked_for(built: Hearth) -> None:
+    done = built.inv(*BUILD, "--arch", "8.9+PTX", "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert found["file"] == "tiny-0.1+cu130.torch2.11.0.sm89.ptx.plain-cp311-cp311-linux_x86_64.whl"
+    assert [(module["sass"], module["ptx"]) for module in found["modules"]] == [(["sm_89"], ["sm_89"])] * 2
+
+
+def test_a_profile_is_another_wheel(built: Hearth) -> None:
+    done = built.inv(*BUILD, "--arch", "8.9", "--profile", "half", "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert "sm89.half-" in found["file"]
+    assert WHEELS["8.9"] in [path.name for path in built.wheels()]
+
+
+def test_inspect_wheel_reads_any_wheel(built: Hearth) -> None:
+    done = built.inv("inspect-wheel", str(built.wheelhouse / WHEELS["12.1"]), "--json")
+    assert done.returncode == 0, done.stderr
+    assert [module["sass"] for module in json.loads(done.stdout)] == [["sm_121a"], ["sm_121a"]]
+
+
+def test_the_wheelhouse_is_verified_and_pruned(built: Hearth) -> None:
+    assert built.inv("wheels").returncode == 0
+    wheel = built.wheelhouse / WHEELS["8.9"]
+    whole = wheel.read_bytes()
+    wheel.write_bytes(whole[:-1] + b"x")
+    done = built.inv("wheels")
+    assert done.returncode == 1
+    assert "not the one that was inspected" in done.stdout
+    wheel.write_bytes(whole)
+    stray = built.wheelhouse / "stray-1.0-py3-none-any.whl"
+    stray.write_bytes(b"")
+    kept = {path.name for path in built.wheels()} - {stray.name}
+    done = built.inv("wheels", "--prune")
+    assert done.returncode == 0, done.stderr
+    assert "deleted stray-1.0-py3-none-any.whl" in done.stderr
+    assert {path.name for path in built.wheels()} == kept
+    built.edit("recipe.toml", '"-O1"', '"-O2"')
+    try:
+        done = built.inv("wheels", "--prune")
+    finally:
+        built.edit("recipe.toml", '"-O2"', '"-O1"')
+    assert "changed since" in done.stderr
+    assert not built.wheels()
+
+
+def test_the_interpreter_of_the_tests_is_not_the_wheels(built: Hearth) -> None:
+    """The tool's environment holds no torch: what imported above was the stack's."""
+    done = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, check=False)
+    assert done.returncode != 0

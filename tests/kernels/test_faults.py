@@ -1,0 +1,237 @@
+"""What goes wrong with real sources, compilers and machines: its exit code, its words, and nothing lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from core import files
+from tests.conftest import Hearth
+
+pytestmark = pytest.mark.toolchain
+
+BUILD = ("build-kernels", "--kernel", "tiny", "--python", "3.11", "--arch", "8.9")
+
+
+def steps(text: str) -> list[str]:
+    """The files that a run compiled or linked."""
+    return [line.rpartition("/")[2] for line in text.splitlines() if line.startswith("[")]
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def upstream(hearth: Hearth) -> Path:
+    """The tiny recipe's source as a real git repository; the recipe fetches it from there."""
+    repository = hearth.place / "upstream"
+    shutil.copytree(hearth.tiny / "src", repository)
+    (repository / "unused").mkdir()
+    (repository / "unused/large.bin").write_bytes(b"0" * 10000)
+    git = ["git", "-C", str(repository), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    names = [str(path.relative_to(hearth.tiny / "src")) for path in (hearth.tiny / "src").rglob("*") if path.is_file()]
+    tree = files.tree_hash(hearth.tiny / "src", names)
+    gone = f'git = "file://{hearth.place}/gone"\ncommit = "{commit}"'
+    there = f'git = "file://{repository}"\ncommit = "{commit}"\npaths = ["csrc", "tiny", "LICENSE"]'
+    hearth.edit("recipe.toml", 'folder = "src"', f"{gone}\n\n[[source]]\n{there}")
+    hearth.edit("recipe.toml", 'tree = ""', f'tree = "{tree}"')
+    shutil.rmtree(hearth.tiny / "src")
+    return repository
+
+
+def test_a_source_that_is_gone_is_replaced_by_the_next_and_only_its_paths_are_fetched(
+    hearth: Hearth, upstream: Path
+) -> None:
+    done = hearth.inv(*BUILD)
+    assert done.returncode == 0, done.stderr
+    assert f"fetching tiny 0.1 from file://{upstream}" in done.stderr
+    (tree,) = (hearth.cache / "sources").iterdir()
+    assert sorted(path.name for path in tree.iterdir()) == ["LICENSE", "csrc", "tiny"]
+
+
+def test_an_unreachable_source_lists_what_was_tried(hearth: Hearth, upstream: Path) -> None:
+    shutil.rmtree(upstream)
+    done = hearth.inv(*BUILD)
+    assert done.returncode == 31
+    assert f"file://{hearth.place}/gone@" in done.stderr
+    assert f"file://{upstream}@" in done.stderr
+    assert not list((hearth.cache / "sources").glob("*"))
+
+
+def test_a_source_that_is_not_the_pinned_one_is_refused(hearth: Hearth, upstream: Path) -> None:
+    hearth.edit("recipe.toml", 'paths = ["csrc", "tiny", "LICENSE"]', 'paths = ["csrc", "tiny"]')
+    done = hearth.inv(*BUILD)
+    assert done.returncode == 30
+    assert "not what the recipe pins" in done.stderr
+    assert not hearth.wheels()
+
+
+def test_an_sdist_with_another_hash_is_refused(hearth: Hearth) -> None:
+    hearth.edit(
+        "recipe.toml", 'folder = "src"', f'sdist = "iniconfig"\nversion = "2.1.0"\nsha256 = "{"0" * 64}"'
+    )
+    done = hearth.inv(*BUILD)
+    assert done.returncode == 30, done.stderr
+    assert "pinned sha256 0000" in done.stderr
+
+
+def test_a_patch_that_does_not_apply(hearth: Hearth) -> None:
+    hearth.edit("recipe.toml", 'cuda = "<13"', 'cuda = ">=13"')
+    hearth.edit("src/tiny/__init__.py", "CUDA =", "Cuda =")
+    done = hearth.inv(*BUILD)
+    assert done.returncode == 32
+    assert "0001-say-which-cuda.patch does not apply" in done.stderr
+
+
+def test_a_compile_error_names_the_file_and_the_log_and_keeps_the_rest(hearth: Hearth) -> None:
+    hearth.edit("src/csrc/sum.cu", "float total = 0;", "float total = nothing;")
+    done = hearth.inv(*BUILD, "--jobs", "1")
+    assert done.returncode == 40
+    assert "src/csrc/sum.cu does not build" in done.stderr
+    assert 'identifier "nothing" is undefined' in done.stderr
+    assert "log.txt" in done.stderr
+    assert not hearth.wheels()
+    finished = set(steps(done.stderr)) - {"sum.cu"}
+    hearth.edit("src/csrc/sum.cu", "float total = nothing;", "float total = 0;")
+    done = hearth.inv(*BUILD)
+    assert done.returncode == 0, done.stderr
+    assert not finished & set(steps(done.stderr))
+
+
+def test_a_killed_compiler_is_told_as_out_of_memory(hearth: Hearth) -> None:
+    """The kernel's killer is played by a launcher that kills the compiler proper, as the real one would."""
+    killer = script(
+        hearth.place / "killer",
+        '#!/bin/sh\n"$@" &\nnvcc=$!\n'
+        "for i in $(seq 400); do\n"
+        "  for name in cicc cc1plus; do\n"
+        '    for pid in $(pgrep -x "$name"); do\n'
+        "      parent=$(cut -d' ' -f4 /proc/$pid/stat 2>/dev/null)\n"
+        "      grand=$(cut -d' ' -f4 /proc/$parent/stat 2>/dev/null)\n"
+        '      [ "$parent" = "$nvcc" ] || [ "$grand" = "$nvcc" ] && kill -9 "$pid"\n'
+        "    done\n"
+        "  done\n"
+        '  kill -0 "$nvcc" 2>/dev/null || break\n'
+        "  sleep 0.02\n"
+        "done\nwait $nvcc\n",
+    )
+    done = hearth.inv(*BUILD, "--jobs", "2", HEARTH_COMPILER_LAUNCHER=killer)
+    assert done.returncode == 41, done.stderr
+    assert "--jobs 1" in done.stderr
+    assert not hearth.wheels()
+
+
+def test_a_full_disk_is_told_and_the_next_run_goes_on(hearth: Hearth) -> None:
+    """The build folder on a file system of 600 kB, in a mount namespace of its own."""
+    build = hearth.cache / "build"
+    build.mkdir()
+    inner = f"mount -t tmpfs -o size=600k none {build} && exec {' '.join(hearth.command(*BUILD))}"
+    argv = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-c", inner]
+    done = subprocess.run(
+        argv, cwd=files.CHECKOUT, env=hearth.environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 42, done.stderr
+    assert "the disk is full" in done.stderr
+    assert not hearth.wheels()
+    assert hearth.inv(*BUILD).returncode == 0
+
+
+def wait_for_a_step(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("[1/"):
+            return
+    raise AssertionError("the build ended before its first step")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
+def test_an_interrupted_build_leaves_no_wheel_and_goes_on(hearth: Hearth, number: signal.Signals) -> None:
+    process = hearth.start(*BUILD, "--jobs", "1")
+    wait_for_a_step(process)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    assert not list(hearth.wheelhouse.glob("*"))
+    done = hearth.inv(*BUILD)
+    assert done.returncode == 0, done.stderr
+    assert "scale.cpp" not in steps(done.stderr) or "sum.cpp" not in steps(done.stderr)
+    assert len(hearth.wheels()) == 1
+    assert hearth.inv("wheels").returncode == 0
+
+
+def test_of_two_builds_at_once_the_second_waits_and_finds_the_wheel(hearth: Hearth) -> None:
+    first = hearth.start(*BUILD)
+    time.sleep(1)
+    second = hearth.start(*BUILD)
+    one, _ = first.communicate(timeout=300)
+    two, _ = second.communicate(timeout=300)
+    assert first.returncode == second.returncode == 0, one + two
+    waited, worked = (one, two) if "waiting for it" in one else (two, one)
+    assert "another build is running" in waited
+    assert steps(worked)
+    assert not steps(waited)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('"-O1"]\n\n[[modules]]', '"-O1", "-gencode=arch=compute_90,code=sm_90"]\n\n[[modules]]', "holds SASS for sm_89, sm_90"),
+        ('"-O1"]\n\n[[modules]]', '"-O1", "-gencode=arch=compute_89,code=compute_89"]\n\n[[modules]]', "none was asked for"),
+        ('kernels = ["csrc/sum.cu"]\n', 'kernels = ["csrc/scale.cu"]\n', "nothing provides: _Z3sumN2at6TensorES0_"),
+    ],
+    ids=["another arch", "ptx", "symbol"],
+)
+def test_a_wheel_that_is_not_what_was_asked_is_not_admitted(hearth: Hearth, old: str, new: str, says: str) -> None:
+    hearth.edit("recipe.toml", old, new)
+    done = hearth.inv(*BUILD)
+    assert done.returncode == 43, done.stderr
+    assert says in done.stderr
+    assert not hearth.wheels()
+
+
+def test_a_module_that_cannot_be_imported_is_not_admitted(hearth: Hearth) -> None:
+    hearth.edit("src/csrc/sum.cpp", "m.def", 'throw std::runtime_error("no use"); m.def')
+    done = hearth.inv(*BUILD)
+    assert done.returncode == 43
+    assert "cannot be imported" in done.stderr
+    assert "no use" in done.stderr
+    assert not hearth.wheels()
+
+
+def test_what_is_no_wheel_is_told_so(hearth: Hearth) -> None:
+    broken = hearth.place / "broken.whl"
+    broken.write_bytes(b"PK no")
+    for path in (broken, hearth.place / "missing.whl", hearth.place):
+        assert hearth.inv("inspect-wheel", str(path)).returncode == 43
+
+
+def test_a_third_kernel_is_a_folder(hearth: Hearth) -> None:
+    """As docs/how-to/add-a-kernel.md tells it: a folder with a recipe and a source, and nothing else changes."""
+    third = hearth.recipes / "doubler"
+    (third / "src").mkdir(parents=True)
+    page = (files.CHECKOUT / "docs/how-to/add-a-kernel.md").read_text()
+    blocks = {
+        block.partition("\n")[0].partition(" ")[2]: block.partition("\n")[2]
+        for block in page.split("```")[1::2]
+        if " " in block.partition("\n")[0]
+    }
+    for name, text in blocks.items():
+        path = third / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert {"recipe.toml", "src/double.cu", "src/double.cpp"} <= set(blocks)
+    done = hearth.inv("build-kernels", "--kernel", "doubler", "--python", "3.11", "--arch", "8.9")
+    assert done.returncode == 0, done.stderr
+    assert "doubler-1.0+cu130.torch2.11.0.sm89" in done.stdout
