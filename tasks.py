@@ -6,7 +6,9 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
-from invoke import Collection, Exit, task
+from invoke.collection import Collection
+from invoke.exceptions import Exit
+from invoke.tasks import task
 
 from core import console
 from core.errors import HearthError, LockStaleError
@@ -14,7 +16,7 @@ from core.errors import HearthError, LockStaleError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from invoke import Context
+    from invoke.context import Context
 
 
 def command(**options: Any) -> Callable[[Callable[..., int | None]], Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from core.errors import ProcessError, ToolMissingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
     from pathlib import Path
 
 # Where Debian keeps what users call: the package that holds a program, for the message when it is missing.
@@ -59,10 +59,10 @@ def run(
 
 def lines(
     argv: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str], pass_fds: Sequence[int] = ()
-) -> Iterator[str]:
+) -> Generator[str, None, int]:
     """Run a program and yield its output, stderr with it, line by line; return its exit status.
 
-    The status is the generator's return value (`status = yield from lines(...)`). `pass_fds` stay open in
+    The status is the generator's return value: the `value` of its StopIteration. `pass_fds` stay open in
     the program and in whatever it starts, so that a file lock held on one outlives this process.
     """
     process = subprocess.Popen(

@@ -13,7 +13,7 @@ from core.errors import CompileError, DiskFullError, HearthError, OutOfMemoryErr
 from kernels import graph as graphs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Generator, Sequence
 
     from kernels.graph import Graph
 
@@ -30,7 +30,7 @@ def compile_graph(graph: Graph, jobs: int, lock: int) -> None:
     """
     root = graphs.root()
     files.write(root / "build.ninja", graph.text)
-    argv = [Path(ninja.BIN_DIR) / "ninja", "-j", str(jobs)]
+    argv = [str(Path(ninja.BIN_DIR) / "ninja"), "-j", str(jobs)]
     pending = _pending(argv, root)
     if not pending:
         return
@@ -43,15 +43,16 @@ def compile_graph(graph: Graph, jobs: int, lock: int) -> None:
         raise _explain(log.read_text(), graph, log, jobs)
 
 
-def _pending(argv: list[Path | str], root: Path) -> list[str]:
+def _pending(argv: Sequence[str], root: Path) -> list[str]:
     """The outputs that ninja would make, by a dry run."""
     done = shell.run([*argv, "-n"], cwd=root, env={"NINJA_STATUS": _STATUS}, check=False)
     return [line.split()[5] for line in done.stdout.splitlines() if line.startswith("@@")]
 
 
-def _follow(run: Iterator[str], graph: Graph, progress: console.Progress, log: object) -> int:
-    """Turn ninja's output into progress, keep the rest in the log; return ninja's exit status."""
-    assert callable(log)
+def _follow(
+    run: Generator[str, None, int], graph: Graph, progress: console.Progress, log: Callable[[str], object]
+) -> int:
+    """Turn ninja's output into progress, keep all of it in the log; return ninja's exit status."""
     while True:
         try:
             line = next(run)

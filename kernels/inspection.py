@@ -42,7 +42,8 @@ class Elf:
     def machine(self) -> str:
         """The CPU it is for, as uname names it."""
         with self._open() as elf:
-            return {"x64": "x86_64", "AArch64": "aarch64"}.get(elf.get_machine_arch(), elf.get_machine_arch())
+            name = str(elf.get_machine_arch())
+        return {"x64": "x86_64", "AArch64": "aarch64"}.get(name, name)
 
     @cached_property
     def dynamic(self) -> dict[str, list[str]]:

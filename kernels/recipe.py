@@ -13,11 +13,7 @@ from core.errors import ConfigError, UnknownNameError, near
 from core.files import CHECKOUT
 
 
-class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A frozen noun that refuses keys it does not know."""
-
-
-class Source(Base):
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One place to get the source from: git at a commit, an sdist by hash, or a folder of the recipe.
 
     `paths` limits it to what the build needs; of a git source only that is downloaded.
@@ -39,7 +35,7 @@ class Source(Base):
         return f"sdist {self.sdist}=={self.version}" if self.sdist else f"folder {self.folder}"
 
 
-class Module(Base):
+class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One extension module. Paths are relative to the source tree and may be glob patterns.
 
     `kernels` (.cu) see no Python header, so that one compile serves every Python version; `bindings` (.cpp)
@@ -63,14 +59,14 @@ class Module(Base):
         return self.name.rpartition(".")[2]
 
 
-class Flags(Base):
+class Flags(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Compiler flags that change the machine code or let the source compile."""
 
     cxx: tuple[str, ...] = ()
     nvcc: tuple[str, ...] = ()
 
 
-class Patch(Base):
+class Patch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A change to the source, with its reason; `cuda` and `profile` say when it applies."""
 
     file: str
@@ -79,7 +75,7 @@ class Patch(Base):
     profile: str = ""
 
 
-class KernelProfile(Base):
+class KernelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A named subset of the source, such as inference without backward kernels."""
 
     summary: str
@@ -88,7 +84,7 @@ class KernelProfile(Base):
     exclude: tuple[str, ...] = ()
 
 
-class Recipe(Base):
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one kernel package is obtained and built.
 
     `archs` maps a plain capability to nvcc's target for it (`"12.1" = "121a"`); what is not there is not
@@ -162,8 +158,7 @@ def load_recipe(path: Path) -> Recipe:
             raise ConfigError(f"{file}: a source is one of git, sdist, folder")
         if (source.git and not source.commit) or (source.sdist and not (source.version and source.sha256)):
             raise ConfigError(f"{file}: a git source needs commit; an sdist needs version and sha256")
-    for place in (*recipe.patches, *([recipe.headers] if recipe.headers else [])):
-        name = f"patches/{place.file}" if isinstance(place, Patch) else place
+    for name in (*(f"patches/{patch.file}" for patch in recipe.patches), recipe.headers):
         if not (path / name).exists():
             raise ConfigError(f"{file}: {name} does not exist in the recipe's folder")
     for module in recipe.modules:

@@ -70,7 +70,8 @@ def test_an_unreachable_source_lists_what_was_tried(hearth: Hearth, upstream: Pa
     assert not list((hearth.cache / "sources").glob("*"))
 
 
-def test_a_source_that_is_not_the_pinned_one_is_refused(hearth: Hearth, upstream: Path) -> None:
+@pytest.mark.usefixtures("upstream")
+def test_a_source_that_is_not_the_pinned_one_is_refused(hearth: Hearth) -> None:
     hearth.edit("recipe.toml", 'paths = ["csrc", "tiny", "LICENSE"]', 'paths = ["csrc", "tiny"]')
     done = hearth.inv(*BUILD)
     assert done.returncode == 30
@@ -79,9 +80,7 @@ def test_a_source_that_is_not_the_pinned_one_is_refused(hearth: Hearth, upstream
 
 
 def test_an_sdist_with_another_hash_is_refused(hearth: Hearth) -> None:
-    hearth.edit(
-        "recipe.toml", 'folder = "src"', f'sdist = "iniconfig"\nversion = "2.1.0"\nsha256 = "{"0" * 64}"'
-    )
+    hearth.edit("recipe.toml", 'folder = "src"', f'sdist = "iniconfig"\nversion = "2.1.0"\nsha256 = "{"0" * 64}"')
     done = hearth.inv(*BUILD)
     assert done.returncode == 30, done.stderr
     assert "pinned sha256 0000" in done.stderr
@@ -187,8 +186,16 @@ def test_of_two_builds_at_once_the_second_waits_and_finds_the_wheel(hearth: Hear
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('"-O1"]\n\n[[modules]]', '"-O1", "-gencode=arch=compute_90,code=sm_90"]\n\n[[modules]]', "holds SASS for sm_89, sm_90"),
-        ('"-O1"]\n\n[[modules]]', '"-O1", "-gencode=arch=compute_89,code=compute_89"]\n\n[[modules]]', "none was asked for"),
+        (
+            '"-O1"]\n\n[[modules]]',
+            '"-O1", "-gencode=arch=compute_90,code=sm_90"]\n\n[[modules]]',
+            "holds SASS for sm_89, sm_90",
+        ),
+        (
+            '"-O1"]\n\n[[modules]]',
+            '"-O1", "-gencode=arch=compute_89,code=compute_89"]\n\n[[modules]]',
+            "none was asked for",
+        ),
         ('kernels = ["csrc/sum.cu"]\n', 'kernels = ["csrc/scale.cu"]\n', "nothing provides: _Z3sumN2at6TensorES0_"),
     ],
     ids=["another arch", "ptx", "symbol"],

@@ -1,0 +1,254 @@
+"""Hearth's kernel builds against upstream's own, side by side in one run: writes docs/benchmarks.md.
+
+    uv run python -m bench.kernels
+
+Everything is built from nothing in a temporary cache; the toolchain and torch are installed beforehand and are
+the same for both sides. Upstream's setup.py runs with as many jobs as there are cores.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import ninja
+from elftools.elf.elffile import ELFFile
+
+from core import files
+from core.stack import Platform, find_stack
+from kernels import source, toolchain
+from kernels.inspection import unpack
+from kernels.recipe import find_recipe
+
+ARCH, PYTHON = "12.1", "3.11"
+CORES = len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Wall and CPU seconds of a command with all it started, and the peak memory of its largest process in MB."""
+
+    wall: float
+    cpu: float
+    peak: float
+
+
+def measure(argv: list[str], *, cwd: Path, env: dict[str, str], log: Path) -> Cost:
+    """Run a command to its end; its output goes to `log`. Fails loudly when it fails."""
+    started = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(argv, cwd=cwd, env={**os.environ, **env}, stdout=output, stderr=output)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(argv)} failed:\n{log.read_text()[-3000:]}")
+    return Cost(time.monotonic() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
+
+
+def inv(*words: str) -> list[str]:
+    """The command line of an inv task, in this environment."""
+    return [sys.executable, "-m", "invoke", *words]
+
+
+def cuda_home(place: Path) -> Path:
+    """One CUDA installation as upstream's setup.py wants it: the locked compiler and the stack's headers together."""
+    stack = find_stack("cu130")
+    compiler = toolchain.install("nvcc-cu130", Platform.local(), "3.11") / "nvidia/cu13"
+    site = toolchain.install(stack.name, Platform.local(), PYTHON) / "nvidia/cu13"
+    for each in (site, compiler):
+        shutil.copytree(each, place, symlinks=True, dirs_exist_ok=True)
+    return place
+
+
+def upstream(work: Path) -> tuple[Cost, Path]:
+    """SageAttention by its own setup.py bdist_wheel."""
+    tree = work / "upstream"
+    recipe = find_recipe("sageattention")
+    first = recipe.source[0]
+    git = ["git", "-C", str(tree)]
+    tree.mkdir()
+    for words in (
+        ["init", "-q"],
+        ["config", "extensions.partialClone", "origin"],
+        ["remote", "add", "origin", first.git],
+        ["sparse-checkout", "set", "--no-cone", *(f"/{each}" for each in (*first.paths, "setup.py", "README.md"))],
+        ["fetch", "-q", "--depth=1", "--filter=blob:none", "origin", first.commit],
+        ["checkout", "-q", first.commit],
+    ):
+        subprocess.run([*git, *words], check=True)
+    home = cuda_home(work / "cuda")
+    chain = toolchain.describe(find_stack("cu130"), Platform.local(), PYTHON)
+    venv = work / "venv"
+    subprocess.run(["uv", "venv", "-q", "-p", chain.interpreter, venv], check=True)
+    # setuptools and wheel as upstream's pyproject.toml bounds them; ninja as torch's extension builder wants it
+    tools = ["setuptools>=62,<75", "wheel>=0.38,<0.44", "packaging>=21,<24", "ninja"]
+    subprocess.run(["uv", "pip", "install", "-q", "-p", venv / "bin/python", *tools], check=True)
+    env = {
+        "PYTHONPATH": str(toolchain.install("cu130", Platform.local(), PYTHON)),
+        "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
+        "CUDA_HOME": str(home),
+        "TORCH_CUDA_ARCH_LIST": ARCH,
+        "MAX_JOBS": str(CORES),
+        "EXT_PARALLEL": str(CORES),
+    }
+    argv = [str(venv / "bin/python"), "setup.py", "bdist_wheel"]
+    cost = measure(argv, cwd=tree, env=env, log=work / "upstream.log")
+    return cost, next((tree / "dist").glob("*.whl"))
+
+
+def hearth_env(work: Path) -> dict[str, str]:
+    """A cache and wheelhouse of their own, with the toolchains that the user's cache already holds."""
+    cache = work / "cache"
+    cache.mkdir(exist_ok=True)
+    for shared in ("installed", "exports", "emulation", "sources"):
+        if not (cache / shared).exists():
+            (files.cache() / shared).mkdir(parents=True, exist_ok=True)
+            (cache / shared).symlink_to(files.cache() / shared)
+    return {"HEARTH_CACHE": str(cache), "HEARTH_WHEELHOUSE": str(work / "wheelhouse"), "HEARTH_RECIPES": ""}
+
+
+SAGE = ("build-kernels", "--kernel", "sageattention", "--arch", ARCH, "--python", PYTHON, "--platform", "linux_x86_64")
+
+
+def hearth(work: Path) -> tuple[Cost, Path]:
+    """The same wheel by Hearth, cold: compile, link, assemble, inspect, import."""
+    cost = measure(inv(*SAGE), cwd=files.CHECKOUT, env=hearth_env(work), log=work / "hearth.log")
+    return cost, next((work / "wheelhouse").glob("*.whl"))
+
+
+def kernel_functions(wheel: Path) -> dict[str, bytes]:
+    """The machine code of every kernel function of a wheel, by module and mangled name."""
+    found: dict[str, bytes] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for module in unpack(wheel, folder):
+            place = folder / "cubins" / module.stem
+            place.mkdir(parents=True)
+            subprocess.run([toolchain.cuobjdump(), "-xelf", "all", module], cwd=place, check=True, capture_output=True)
+            for cubin in place.glob("*.cubin"):
+                with cubin.open("rb") as file:
+                    for section in ELFFile(file).iter_sections():
+                        if section.name.startswith(".text."):
+                            found[f"{module.name.partition('.')[0]}:{section.name[6:]}"] = section.data()
+    return found
+
+
+def already_built(work: Path) -> tuple[float, float]:
+    """Median wall seconds of the whole command when the wheel is there, and of `inv --list`."""
+    runs: dict[str, list[float]] = {"build": [], "list": []}
+    for _ in range(7):
+        for name, words in (("build", SAGE), ("list", ("--list",))):
+            cost = measure(inv(*words), cwd=files.CHECKOUT, env=hearth_env(work), log=work / "again.log")
+            runs[name].append(cost.wall)
+    return statistics.median(runs["build"]), statistics.median(runs["list"])
+
+
+def one_edit(work: Path) -> tuple[float, float]:
+    """Wall seconds of the command after one source was edited, and of that file's compile alone."""
+    recipe = find_recipe("sageattention")
+    folder = work / "recipes/sageattention"
+    shutil.copytree(recipe.path, folder)
+    shutil.copytree(source.fetch(recipe), folder / "src")
+    text = (folder / "recipe.toml").read_text()
+    before, _, rest = text.partition("[[source]]")
+    after = rest[rest.index("# nvcc's targets") :]
+    (folder / "recipe.toml").write_text(f'{before}[[source]]\nfolder = "src"\n\n{after}')
+    env = {**hearth_env(work), "HEARTH_RECIPES": str(work / "recipes")}
+    log = work / "edit.log"
+    measure(inv(*SAGE), cwd=files.CHECKOUT, env=env, log=log)
+    edited = next((folder / "src/csrc/qattn").glob("sm89_*_accum_f32_attn.cu"))
+    edited.write_text(edited.read_text() + "// edited\n")
+    command = measure(inv(*SAGE), cwd=files.CHECKOUT, env=env, log=log)
+    (target,) = (work / "cache/build").glob(f"*/obj/csrc/qattn/{edited.name}.o")
+    target.unlink()
+    argv = [str(Path(ninja.BIN_DIR) / "ninja"), str(target.relative_to(work / "cache/build"))]
+    alone = measure(argv, cwd=work / "cache/build", env={}, log=log)
+    return command.wall, alone.wall
+
+
+def machine() -> str:
+    """The machine that the figures are of."""
+    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) / 1e6
+    gcc = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return f"{CORES} cores of {model.partition(': ')[2]}, {memory:.0f} GB, {platform.release()}, {gcc}"
+
+
+def main() -> None:
+    """Run everything and write the page."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, help="keep the work in this folder")
+    arguments = parser.parse_args()
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="hearth-bench-"))
+    work.mkdir(parents=True, exist_ok=True)
+    theirs, their_wheel = upstream(work)
+    ours, our_wheel = hearth(work)
+    theirs_code, ours_code = kernel_functions(their_wheel), kernel_functions(our_wheel)
+    same = sum(theirs_code.get(name) == code for name, code in ours_code.items())
+    again, listing = already_built(work)
+    edit, alone = one_edit(work)
+    page = PAGE.format(
+        date=datetime.now(UTC).date(),
+        machine=machine(),
+        theirs=theirs,
+        ours=ours,
+        wall=theirs.wall / ours.wall,
+        cpu=theirs.cpu / ours.cpu,
+        peak=theirs.peak / ours.peak,
+        functions=len(theirs_code),
+        our_functions=len(ours_code),
+        same=same,
+        again=again,
+        listing=listing,
+        edit=edit,
+        alone=alone,
+        ratio=edit / alone,
+    )
+    (work / "page.md").write_text(page)
+    (files.CHECKOUT / "docs/benchmarks.md").write_text(page)
+    print(page)
+
+
+PAGE = """\
+# Benchmarks
+
+Written by `uv run python -m bench.kernels`, in one run, on {date}, on {machine}. Ratios hold on other
+machines; seconds do not.
+
+## SageAttention 2.2.0 for 12.1 (x86_64, cu130, Python 3.11), from nothing
+
+Upstream: `setup.py bdist_wheel` with MAX_JOBS and EXT_PARALLEL at the number of cores. Hearth: `inv build-kernels`,
+which also inspects and imports the wheel. The same nvcc, torch and g++.
+
+| | upstream | Hearth | upstream / Hearth |
+| --- | ---: | ---: | ---: |
+| wall, s | {theirs.wall:.0f} | {ours.wall:.0f} | {wall:.2f} |
+| CPU, s | {theirs.cpu:.0f} | {ours.cpu:.0f} | {cpu:.2f} |
+| peak memory of one compile, MB | {theirs.peak:.0f} | {ours.peak:.0f} | {peak:.2f} |
+
+Machine code: upstream's wheel has {functions} kernel functions, Hearth's {our_functions}; {same} of them are
+identical byte by byte.
+
+## Afterwards
+
+| | s |
+| --- | ---: |
+| the same command, wheel in the wheelhouse (median of 7) | {again:.2f} |
+| `inv --list` (median of 7) | {listing:.2f} |
+| one kernel file edited: the whole command | {edit:.1f} |
+| that file's compile alone | {alone:.1f} |
+| ratio | {ratio:.2f} |
+"""
+
+if __name__ == "__main__":
+    main()
