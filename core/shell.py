@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
-from core.errors import ProcessError, ToolMissingError
+from core.errors import DiskFullError, ProcessError, ToolMissingError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -51,6 +51,8 @@ def run(
         raise ToolMissingError(f"{words[0]} is not installed", hint=f"install {package}") from error
     except subprocess.TimeoutExpired as error:
         raise ProcessError(f"{words[0]} did not end within {timeout:.0f} s") from error
+    if done.returncode and "No space left on device" in done.stderr:
+        raise DiskFullError(f"the disk is full: {words[0]} could not write", hint="free some space, then run again")
     if check and done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-8:]
         raise ProcessError(f"{' '.join(words[:3])} ... exited with {done.returncode}", cause="\n    ".join(last))
