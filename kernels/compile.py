@@ -34,7 +34,7 @@ def compile_graph(graph: Graph, jobs: int, lock: int) -> None:
     pending = _pending(argv, root)
     if not pending:
         return
-    weight = sum(graph.seconds.get(output, 0.0) for output in pending)
+    weight = sum(map(graph.seconds, pending))
     log = root / "log.txt"
     with console.Progress("compiling", weight, len(pending)) as progress, log.open("w") as text:
         run = shell.lines(argv, cwd=root, env={"NINJA_STATUS": _STATUS}, pass_fds=[lock])
@@ -62,13 +62,13 @@ def _follow(
         if line.startswith("@@"):
             _, _, _, running, _, output = line.split(maxsplit=5)
             # ninja counts the edge that just ended among the running
-            progress.step(graph.sources.get(output, output), graph.seconds.get(output, 0.0), max(0, int(running) - 1))
+            progress.step(graph.name(output), graph.seconds(output), max(0, int(running) - 1))
 
 
 def _explain(text: str, graph: Graph, log: Path, jobs: int) -> HearthError:
     """The error for a failed run, from what the compilers said."""
     failed = re.search(r"^FAILED: (?:\[code=\d+\] )?(\S+)", text, re.MULTILINE)
-    name = graph.sources.get(failed[1], failed[1]) if failed else "the build"
+    name = graph.name(failed[1]) if failed else "the build"
     said = text[failed.start() :] if failed else text
     # The command itself is long and of no use here; the log has it.
     tail = [line for line in said.splitlines()[2:] if line.strip() and not line.startswith(("@@", "ninja:"))][-12:]

@@ -27,14 +27,33 @@ def root() -> Path:
     return files.cache() / "build"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """One step of the graph: a compile or a link. Paths are relative to `root()`, `seconds` are expected."""
+
+    rule: str
+    output: str
+    inputs: list[str]
+    seconds: float
+    variables: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Graph:
-    """A ninja file's text, the modules it links by (build, module name), each output's expected seconds and source."""
+    """A ninja file's text, its edges by output, and the linked modules by (build, module name)."""
 
     text: str
+    edges: dict[str, Edge]
     modules: dict[tuple[str, str], Path]
-    seconds: dict[str, float]
-    sources: dict[str, str]
+
+    def name(self, output: str) -> str:
+        """What people call the step that makes `output`: the source it compiles, or the module."""
+        edge = self.edges.get(output)
+        return edge.inputs[0] if edge and edge.rule != "link" else output
+
+    def seconds(self, output: str) -> float:
+        """The expected seconds of the step that makes `output`."""
+        return self.edges[output].seconds if output in self.edges else 0.0
 
 
 def plan_jobs(builds: Sequence[Build], jobs: int | None) -> int:
@@ -71,23 +90,25 @@ def write(builds: Sequence[Build], jobs: int) -> Graph:
             depfile="$out.d" if compiles else None,
             pool="compile" if compiles else None,
         )
-    edges: dict[str, tuple[float, str, str, dict[str, str]]] = {}
+    edges: dict[str, Edge] = {}
     modules: dict[tuple[str, str], Path] = {}
-    links: list[tuple[str, list[str], dict[str, str]]] = []
     for build in builds:
         for module in build.modules:
-            objects = _compile_edges(build, module, edges)
+            objects = _compile_edges(build, module)
             output = f"{build.folder}/{build.toolchain.abi_tag}/{module.path}.so"
+            link = Edge(
+                rule="link",
+                output=output,
+                inputs=[edge.output for edge in objects],
+                seconds=1.0,
+                variables=_link_variables(build, module),
+            )
+            edges |= {edge.output: edge for edge in [*objects, link]}
             modules[build.identifier, module.name] = root() / output
-            links.append((output, objects, _link_variables(build, module)))
     # Edges of the same weight start in the order of the file, so the longest compile is written first.
-    for output, (_, rule, source, variables) in sorted(edges.items(), key=lambda item: -item[1][0]):
-        ninja.build([output], rule, [source], variables=variables)
-    for output, objects, variables in links:
-        ninja.build([output], "link", objects, variables=variables)
-    seconds = {output: edge[0] for output, edge in edges.items()}
-    sources = {output: edge[2] for output, edge in edges.items()}
-    return Graph(text.getvalue(), modules, seconds | {output: 1.0 for output, _, _ in links}, sources)
+    for edge in sorted(edges.values(), key=lambda edge: -edge.seconds):
+        ninja.build([edge.output], edge.rule, edge.inputs, variables=edge.variables)
+    return Graph(text.getvalue(), edges, modules)
 
 
 # --objdir-as-tempdir and --orig_src_path_name: nvcc otherwise mangles internal names with a hash of its temporary
@@ -102,40 +123,66 @@ _RULES = {
 }
 
 
-def _compile_edges(build: Build, module: Module, edges: dict[str, tuple[float, str, str, dict[str, str]]]) -> list[str]:
-    """Add the compile edges of a module to `edges`; return its objects."""
+def _compile_edges(build: Build, module: Module) -> list[Edge]:
+    """The compile edges of a module, kernels first."""
     tree = root() / build.folder / "src"
-    chain = build.toolchain
-    view = os.path.relpath(chain.view, root())
     profile = build.recipe.profiles.get(build.profile)
     exclude = profile.exclude if profile else ()
-    defines = [f"-D{each}" for each in (profile.defines if profile else ())]
-    defines.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(chain.stack.cxx11_abi)}")
-    own = [f"-I{build.folder}/src/{place}" for place in _include_places(build.recipe)]
-    objects: list[str] = []
-    for pattern in (*module.kernels, *module.bindings):
-        for source in _matches(tree, pattern, exclude, build.recipe):
-            variables = {"cxx": chain.cxx}
-            if source.endswith(".cu"):
-                output = f"{build.folder}/obj/{source}.o"
-                includes = _isystem(chain.view, f"{view}/torch/include", f"{view}/nvidia")
-                flags = [*build.recipe.flags.nvcc, *defines, *_gencode(build), *own, *includes]
-                variables |= {"nvcc": f"{view}/nvcc/bin/nvcc", "flags": " ".join(flags)}
-                rule = "nvcc"
-            else:
-                # A binding carries its module's name, and may be shared between modules.
-                output = f"{build.folder}/{chain.abi_tag}/obj/{module.path}/{source}.o"
-                site = f"{view}/{chain.abi_tag}/site"
-                includes = _isystem(chain.view, f"{site}/torch/include", f"{site}/nvidia")
-                # CUDA's headers include crt/, which comes with the compiler, not with the runtime.
-                python = f"-isystem {view}/nvcc/include -isystem {view}/{chain.abi_tag}/include"
-                name = f"-DTORCH_EXTENSION_NAME={module.init}"
-                flags = [*build.recipe.flags.cxx, *defines, name, *own, *includes, python]
-                variables |= {"flags": " ".join(flags)}
-                rule = "cxx"
-            edges[output] = (_seconds(build.recipe, source), rule, f"{build.folder}/src/{source}", variables)
-            objects.append(output)
-    return objects
+    kernels = [name for pattern in module.kernels for name in _matches(tree, pattern, exclude, build.recipe)]
+    bindings = [name for pattern in module.bindings for name in _matches(tree, pattern, exclude, build.recipe)]
+    return [
+        *(_kernel_edge(build, source) for source in kernels),
+        *(_binding_edge(build, module, source) for source in bindings),
+    ]
+
+
+def _kernel_edge(build: Build, source: str) -> Edge:
+    """A .cu file. Nothing in its command depends on Python."""
+    view = _view(build)
+    includes = _isystem(build, f"{view}/torch/include", f"{view}/nvidia")
+    flags = [*build.recipe.flags.nvcc, *_defines(build), *_gencode(build), *_own_includes(build), *includes]
+    variables = {"nvcc": f"{view}/nvcc/bin/nvcc", "cxx": build.toolchain.cxx, "flags": " ".join(flags)}
+    return _compile_edge("nvcc", build, source, f"{build.folder}/obj/{source}.o", variables)
+
+
+def _binding_edge(build: Build, module: Module, source: str) -> Edge:
+    """A .cpp file. It carries its module's name, so modules that share one compile it each."""
+    view, tag = _view(build), build.toolchain.abi_tag
+    includes = [
+        *_isystem(build, f"{view}/{tag}/site/torch/include", f"{view}/{tag}/site/nvidia"),
+        f"-isystem {view}/nvcc/include",  # CUDA's headers include crt/, which comes with the compiler
+        f"-isystem {view}/{tag}/include",
+    ]
+    name = f"-DTORCH_EXTENSION_NAME={module.init}"
+    flags = [*build.recipe.flags.cxx, *_defines(build), name, *_own_includes(build), *includes]
+    variables = {"cxx": build.toolchain.cxx, "flags": " ".join(flags)}
+    return _compile_edge("cxx", build, source, f"{build.folder}/{tag}/obj/{module.path}/{source}.o", variables)
+
+
+def _compile_edge(rule: str, build: Build, source: str, output: str, variables: dict[str, str]) -> Edge:
+    return Edge(
+        rule=rule,
+        output=output,
+        inputs=[f"{build.folder}/src/{source}"],
+        seconds=_seconds(build.recipe, source),
+        variables=variables,
+    )
+
+
+def _view(build: Build) -> str:
+    return os.path.relpath(build.toolchain.view, root())
+
+
+def _defines(build: Build) -> list[str]:
+    profile = build.recipe.profiles.get(build.profile)
+    names = [*(profile.defines if profile else ()), f"_GLIBCXX_USE_CXX11_ABI={int(build.toolchain.stack.cxx11_abi)}"]
+    return [f"-D{name}" for name in names]
+
+
+def _own_includes(build: Build) -> list[str]:
+    """The recipe's header folder, ahead of everything, then the source's."""
+    recipe = build.recipe
+    return [f"-I{build.folder}/src/{place}" for place in (*([HEADERS] if recipe.headers else []), *recipe.include)]
 
 
 def _matches(tree: Path, pattern: str, exclude: Sequence[str], recipe: Recipe) -> list[str]:
@@ -149,13 +196,9 @@ def _matches(tree: Path, pattern: str, exclude: Sequence[str], recipe: Recipe) -
     return kept
 
 
-def _include_places(recipe: Recipe) -> list[str]:
-    return [*([HEADERS] if recipe.headers else []), *recipe.include]
-
-
-def _isystem(view: Path, torch: str, nvidia: str) -> list[str]:
+def _isystem(build: Build, torch: str, nvidia: str) -> list[str]:
     """Torch's headers, then CUDA's: cu13 wheels share one include folder, cu12 wheels have one each."""
-    cuda = sorted(path.parent.name for path in (view / "nvidia").glob("*/include"))
+    cuda = sorted(path.parent.name for path in (build.toolchain.view / "nvidia").glob("*/include"))
     places = [torch, f"{torch}/torch/csrc/api/include", *(f"{nvidia}/{each}/include" for each in cuda)]
     return [f"-isystem {place}" for place in places]
 
@@ -178,12 +221,14 @@ def _seconds(recipe: Recipe, source: str) -> float:
 
 def _link_variables(build: Build, module: Module) -> dict[str, str]:
     chain = build.toolchain
-    site = f"{os.path.relpath(chain.view, root())}/{chain.abi_tag}/site"
-    cuda = sorted(path.name for path in (chain.site / "nvidia").glob("*") if any(path.glob("lib/libcudart.so.*")))
-    runtime = f"{site}/nvidia/{cuda[0]}/lib"
-    libs = [f"-L{site}/torch/lib", *(f"-l{each}" for each in _TORCH_LIBRARIES), f"-L{runtime}", "-lcudart"]
-    libs += [f"-L{os.path.relpath(chain.view, root())}/stubs", *(f"-l{each}" for each in module.libraries)]
-    return {"cxx": chain.cxx, "libs": " ".join(libs)}
+    view = _view(build)
+    site = f"{view}/{chain.abi_tag}/site"
+    runtime = next(chain.site.glob("nvidia/*/lib/libcudart.so")).parent.relative_to(chain.site)
+    libraries = [
+        *(f"-L{site}/torch/lib", f"-L{site}/{runtime}", f"-L{view}/stubs"),
+        *(f"-l{each}" for each in (*_TORCH_LIBRARIES, "cudart", *module.libraries)),
+    ]
+    return {"cxx": chain.cxx, "libs": " ".join(libraries)}
 
 
 _TORCH_LIBRARIES = ("torch_python", "torch", "torch_cuda", "torch_cpu", "c10_cuda", "c10")

@@ -131,7 +131,7 @@ def test_another_python_shares_the_kernel_objects(built: Hearth) -> None:
                 (build.toolchain.view / "cp312").mkdir(exist_ok=True)
                 if not build.toolchain.site.exists():
                     build.toolchain.site.symlink_to(build.toolchain.view / "cp311/site")
-            objects.append(set(graph.write([build], 1).seconds))
+            objects.append(set(graph.write([build], 1).edges))
     shared = {name for name in objects[0] & objects[1] if name.endswith(".cu.o")}
     assert {Path(name).name for name in shared} == {"scale.cu.o", "scale_half.cu.o", "sum.cu.o"}
     assert not {name for name in objects[1] - objects[0] if name.endswith(".cu.o")}
