@@ -57,12 +57,12 @@ def _say_waiting() -> None:
 def _make(builds: Sequence[Build], jobs: int | None, lock: int, force: bool) -> dict[str, Manifest]:
     """Compile, link, assemble, inspect and admit `builds`."""
     root = graphs.root()
-    for folder in {build.folder: build for build in builds}.values():
-        place = root / folder.folder
+    for build in {build.folder: build for build in builds}.values():  # Pythons share a folder
+        place = root / build.folder
         if force:
             shutil.rmtree(place, ignore_errors=True)
-        patches = folder.recipe.patches_for(folder.toolchain.stack.cuda, folder.profile)
-        source.lay_out(folder.recipe, patches, place / "src")
+        patches = build.recipe.patches_for(build.toolchain.stack.cuda, build.profile)
+        source.lay_out(build.recipe, patches, place / "src")
     for build in builds:
         toolchains.assemble(build.toolchain)
     width = graphs.plan_jobs(builds, jobs)

@@ -60,9 +60,10 @@ def _follow(
             return int(stop.value)
         log(line + "\n")
         if line.startswith("@@"):
-            _, _, _, running, _, output = line.split(maxsplit=5)
-            # ninja counts the edge that just ended among the running
-            progress.step(graph.name(output), graph.seconds(output), max(0, int(running) - 1))
+            _, finished, total, running, _, output = line.split(maxsplit=5)
+            # ninja counts the step that just ended among the running; another takes its place while there are any
+            left = min(int(running), int(total) - int(finished))
+            progress.step(graph.name(output), graph.seconds(output), left)
 
 
 def _explain(text: str, graph: Graph, log: Path, jobs: int) -> HearthError:

@@ -112,11 +112,12 @@ def write(builds: Sequence[Build], jobs: int) -> Graph:
 
 
 # --objdir-as-tempdir and --orig_src_path_name: nvcc otherwise mangles internal names with a hash of its temporary
-# file's and the source's absolute path, and the same source gives other bytes in another folder.
+# file's and the source's absolute path, and the same source gives other bytes in another folder. $name is no path of
+# a file here: ccache would take it for a second source and not cache.
 # -fno-canonical-system-headers: g++ otherwise writes the resolved path of a header into messages (__FILE__).
 _RULES = {
     "nvcc": "$nvcc -c $in -o $out -MMD -MF $out.d -MT $out --objdir-as-tempdir "
-    "-Xcudafe --orig_src_path_name -Xcudafe $in -ccbin $cxx -std=c++17 "
+    "-Xcudafe --orig_src_path_name -Xcudafe $name -ccbin $cxx -std=c++17 "
     "-Xcompiler -fPIC,-fno-canonical-system-headers $flags",
     "cxx": "$cxx -c $in -o $out -MMD -MF $out.d -MT $out -std=c++17 -fPIC -fno-canonical-system-headers $flags",
     "link": "$cxx -shared -o $out $in -Wl,-s -Wl,--as-needed $libs",
@@ -141,7 +142,12 @@ def _kernel_edge(build: Build, source: str) -> Edge:
     view = _view(build)
     includes = _isystem(build, f"{view}/torch/include", f"{view}/nvidia")
     flags = [*build.recipe.flags.nvcc, *_defines(build), *_gencode(build), *_own_includes(build), *includes]
-    variables = {"nvcc": f"{view}/nvcc/bin/nvcc", "cxx": build.toolchain.cxx, "flags": " ".join(flags)}
+    variables = {
+        "nvcc": f"{view}/nvcc/bin/nvcc",
+        "cxx": build.toolchain.cxx,
+        "name": f"{build.recipe.name}/{source}",
+        "flags": " ".join(flags),
+    }
     return _compile_edge("nvcc", build, source, f"{build.folder}/obj/{source}.o", variables)
 
 

@@ -190,9 +190,18 @@ def _python(version: str) -> tuple[str, str, str]:
     The headers of the build machine's own interpreter serve both platforms: CPython's differ between 64-bit
     little-endian Linux machines only in macros that no public header reads (docs/decisions/0003).
     """
-    found = shell.run(["uv", "python", "find", "--no-project", "--system", version], check=False)
+    find = ["uv", "python", "find", "--no-project", "--system", version]
+    found = shell.run(find, check=False)
     if found.returncode:
-        raise PythonMissingError(f"there is no Python {version}", hint=f"uv python install {version}")
+        console.say(f"there is no Python {version} here; asking uv to install it")
+        installed = shell.run(["uv", "python", "install", "--quiet", version], check=False)
+        found = shell.run(find, check=False)
+        if found.returncode:
+            raise PythonMissingError(
+                f"there is no Python {version}, and uv could not install it",
+                cause=(installed.stderr.strip().splitlines() or [""])[-1].strip(),
+                hint=f"apt-get install python{version}-dev, or uv python install {version} where GitHub can be reached",
+            )
     interpreter = found.stdout.strip()
     asked = shell.run(
         [

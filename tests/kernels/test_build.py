@@ -137,6 +137,17 @@ def test_another_python_shares_the_kernel_objects(built: Hearth) -> None:
     assert not {name for name in objects[1] - objects[0] if name.endswith(".cu.o")}
 
 
+def test_a_compiler_launcher_serves_every_compile_of_a_second_build(built: Hearth) -> None:
+    statistics = ("ccache", "--print-stats")
+    env = {"HEARTH_COMPILER_LAUNCHER": "ccache", "CCACHE_DIR": str(built.place / "ccache")}
+    for _ in range(2):
+        done = built.inv(*BUILD, "--arch", "8.9", "--force", **env)
+        assert done.returncode == 0, done.stderr
+    text = subprocess.run(statistics, env=built.environment(**env), capture_output=True, text=True, check=True).stdout
+    counts = dict(line.split("\t") for line in text.splitlines())
+    assert (counts["cache_miss"], counts["direct_cache_hit"]) == ("5", "5")
+
+
 def test_ptx_is_kept_when_asked_for(built: Hearth) -> None:
     done = built.inv(*BUILD, "--arch", "8.9+PTX", "--json")
     assert done.returncode == 0, done.stderr

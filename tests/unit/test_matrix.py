@@ -138,3 +138,4 @@ def test_a_missing_python_is_named(hearth: Hearth) -> None:
     done = hearth.inv("build-kernels", "--arch", "8.9", "--python", "3.13", "--dry-run", PATH=path, **empty)
     assert done.returncode == 24
     assert "uv python install 3.13" in done.stderr
+    assert "apt-get install python3.13-dev" in done.stderr
