@@ -55,7 +55,7 @@ class StackArchError(HearthError):
 
 
 class RecipeSupportError(HearthError):
-    """An arch, stack, Python, platform or profile that the recipe does not support."""
+    """An arch, stack, Python or platform that the recipe or stack does not support."""
 
     exit_code = 13
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import arch as archs
 from core import files
-from core.errors import ArchError, HearthError, RecipeSupportError, StackArchError, near
+from core.errors import ArchError, HearthError, RecipeSupportError, StackArchError, UnknownNameError, near
 from core.stack import Platform, Stack, find_stack
 from kernels import recipe as recipes_of
 from kernels import toolchain as toolchains
@@ -160,6 +160,12 @@ def select(request: Request) -> tuple[list[Build], list[Skipped]]:
     # Every comma-separated name is looked up, so that a mistyped one is refused.
     names = [name.strip() for name in request.kernel.split(",") if name.strip()]
     chosen = [recipes_of.find_recipe(name) for name in names] or list(recipes_of.recipes().values())
+    profiles = {name for recipe in chosen for name in recipe.profiles}
+    if request.profile and request.profile not in profiles:
+        raise UnknownNameError(
+            f"there is no profile {request.profile!r} of {', '.join(recipe.name for recipe in chosen)}",
+            hint=near(request.profile, profiles) if profiles else "leave --profile out",
+        )
     builds: list[Build] = []
     skipped: list[Skipped] = []
     for arch in wanted:
@@ -169,7 +175,7 @@ def select(request: Request) -> tuple[list[Build], list[Skipped]]:
         for python in [each.strip() for each in (request.python or info.python).split(",")]:
             for recipe in chosen:
                 try:
-                    builds.append(_build(recipe, arch, stack, platform, python, request.profile, bool(names)))
+                    builds.append(_build(recipe, arch, stack, platform, python, request.profile))
                 except (StackArchError, RecipeSupportError) as error:
                     if names:
                         raise
@@ -179,16 +185,10 @@ def select(request: Request) -> tuple[list[Build], list[Skipped]]:
     return builds, skipped
 
 
-def _build(
-    recipe: Recipe, arch: Arch, stack: Stack, platform: Platform, python: str, profile: str, named: bool
-) -> Build:
+def _build(recipe: Recipe, arch: Arch, stack: Stack, platform: Platform, python: str, profile: str) -> Build:
+    """One build; a recipe without the profile is built as it is by default."""
     if (reason := refusal(recipe, arch, stack)) is not None:
         raise reason
-    if profile and profile not in recipe.profiles and (named or recipe.profiles):
-        raise RecipeSupportError(
-            f"{recipe.name} has no profile {profile!r}",
-            hint=near(profile, recipe.profiles) if recipe.profiles else "leave --profile out",
-        )
     chosen = profile if profile in recipe.profiles else recipe.default_profile
     return Build(recipe, arch, chosen, toolchains.describe(stack, platform, python))
 

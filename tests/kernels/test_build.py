@@ -41,6 +41,12 @@ def manifest(hearth: Hearth, wheel: str) -> dict[str, object]:
     return found
 
 
+def test_the_longest_compile_starts_first(built: Hearth) -> None:
+    text = (built.cache / "build/build.ninja").read_text()
+    places = [text.index(f"/{name}.o: ") for name in ("sum.cpp", "sum.cu", "scale_half.cu")]
+    assert places == sorted(places)
+
+
 @pytest.mark.parametrize(
     ("arch", "sass", "how"), [("8.9", "sm_89", "natively on x86_64"), ("12.1", "sm_121a", "under qemu-aarch64-static")]
 )
