@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,26 @@ def write(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text)
     part.rename(path)
+
+
+@contextmanager
+def whole(place: Path) -> Iterator[Path]:
+    """Make the folder `place` in one rename: yields an empty folder to fill, and drops it when the body fails.
+
+    What killed runs left of the same folder is swept away first.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for stale in place.parent.glob(f".{place.name}.*"):
+        if not Path(f"/proc/{stale.suffix[1:]}").exists():
+            shutil.rmtree(stale)
+    part = place.with_name(f".{place.name}.{os.getpid()}")
+    part.mkdir()
+    try:
+        yield part
+        if not place.exists():  # another run may have made it meanwhile
+            part.rename(place)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager

@@ -6,12 +6,12 @@ from the distribution's own package sources, so it exists for the Python version
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from core import console, files, shell
+from core.errors import ProcessError, ToolMissingError
 from core.stack import Platform
 
 _DEBIAN = {Platform.LINUX_AARCH64: "arm64", Platform.LINUX_X86_64: "amd64"}
@@ -31,56 +31,43 @@ def runner(platform: Platform, python: str) -> Runner | str:
     qemu = shell.which(f"qemu-{platform.cpu}-static") or shell.which(f"qemu-{platform.cpu}")
     if qemu is None:
         return f"no emulator for {platform.cpu} here (apt-get install qemu-user-static)"
-    root = _root(platform, python)
-    if isinstance(root, str):
-        return root
+    try:
+        root = _root(platform, python)
+    except (ProcessError, ToolMissingError) as error:
+        return f"no {platform.cpu} Python {python} to emulate: {error.what}"
     # -L makes the guest find its own loader, libraries and standard library first.
     argv = (qemu, "-L", str(root), str(root / f"usr/bin/python{python}"))
     return Runner(argv, {"PYTHONHOME": str(root / "usr")}, f"under {Path(qemu).name}")
 
 
-def _root(platform: Platform, python: str) -> Path | str:
+def _root(platform: Platform, python: str) -> Path:
+    """The tree with that Python; raises ProcessError or ToolMissingError where it cannot be made."""
     place = files.cache() / "emulation" / f"{platform.cpu}-python{python}"
     if place.is_dir():
         return place
-    if not shell.which("apt-get") or not shell.which("dpkg-deb"):
-        return f"no {platform.cpu} Python {python} here: it is made from Debian packages, and there is no apt-get"
     console.say(
         f"fetching a {platform.cpu} Python {python} from the distribution's packages, to import under emulation"
     )
-    part = place.with_name(f".{place.name}.{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    archives = part / "apt/archives"
-    for folder in (archives / "partial", part / "apt/lists/partial"):
-        folder.mkdir(parents=True)
-    (part / "apt/status").touch()
-    architecture = _DEBIAN[platform]
-    # apt with a state of its own: nothing is installed there, so it downloads the package with all it needs.
-    apt = [
-        *(
-            "apt-get",
-            "-qq",
-            "-y",
-            "-o",
-            f"Dir::State={part}/apt",
-            "-o",
-            f"Dir::State::status={part}/apt/status",
-        ),
-        *("-o", f"Dir::State::Lists={part}/apt/lists", "-o", f"Dir::Cache={part}/apt"),
-        *("-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"),
-        *("-o", "APT::Sandbox::User="),
-    ]
-    try:
+    with files.whole(place) as part:
+        archives = part / "apt/archives"
+        for folder in (archives / "partial", part / "apt/lists/partial"):
+            folder.mkdir(parents=True)
+        (part / "apt/status").touch()
+        architecture = _DEBIAN[platform]
+        # apt with a state of its own: nothing is installed there, so it downloads the package with all it needs.
+        apt = [
+            *("apt-get", "-qq", "-y", "-o", f"Dir::State={part}/apt", "-o", f"Dir::State::status={part}/apt/status"),
+            *("-o", f"Dir::State::Lists={part}/apt/lists", "-o", f"Dir::Cache={part}/apt"),
+            *("-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"),
+            *("-o", "APT::Sandbox::User="),
+        ]
         shell.run([*apt, "update"], check=False)  # a source without this architecture is no reason to stop
-        wanted = [f"python{python}", "libstdc++6"]
-        done = shell.run([*apt, "install", "--download-only", "--no-install-recommends", *wanted], check=False)
+        install = ["install", "--download-only", "--no-install-recommends", f"python{python}", "libstdc++6"]
+        shell.run([*apt, *install], check=False)
         packages = sorted(archives.glob("*.deb"))
-        if done.returncode or not packages:
-            return f"the distribution has no {architecture} package python{python}"
-        tree = part / "root"
+        if not packages:
+            raise ProcessError(f"the distribution has no {architecture} package python{python}")
         for package in packages:
-            shell.run(["dpkg-deb", "-x", package, tree])
-        tree.rename(place)
-        return place
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            shell.run(["dpkg-deb", "-x", package, part])
+        shutil.rmtree(part / "apt")
+    return place

@@ -31,21 +31,16 @@ def fetch(recipe: Recipe) -> Path:
         return place
     failures: list[str] = []
     for source in recipe.source:
-        part = place.with_name(f".{place.name}.{os.getpid()}")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
         try:
-            console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
-            (_fetch_git if source.git else _fetch_sdist)(source, part)
-            _check(recipe, source, part)
-            part.rename(place)
+            with files.whole(place) as part:
+                console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
+                (_fetch_git if source.git else _fetch_sdist)(source, part)
+                _check(recipe, source, part)
             return place
         except HashMismatchError:
             raise
         except HearthError as error:
             failures.append(f"{source.label}: {error.cause or error.what}")
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     raise SourceUnreachableError(
         f"no source of {recipe.name} {recipe.version} could be fetched",
         cause="\n         ".join(failures),

@@ -203,13 +203,8 @@ def _python(version: str) -> tuple[str, str, str]:
                 hint=f"apt-get install python{version}-dev, or uv python install {version} where GitHub can be reached",
             )
     interpreter = found.stdout.strip()
-    asked = shell.run(
-        [
-            interpreter,
-            "-Ic",
-            "import platform, sysconfig as s; print(platform.python_version(), s.get_path('include'))",
-        ]
-    ).stdout.split()
+    code = "import platform, sysconfig; print(platform.python_version(), sysconfig.get_path('include'))"
+    asked = shell.run([interpreter, "-Ic", code]).stdout.split()
     include = Path(asked[1])
     if not (include / "Python.h").exists():
         raise PythonMissingError(
@@ -228,18 +223,8 @@ def _requirements(extra: str, *, compile_time: bool = False) -> list[str]:
     lock = files.CHECKOUT / "uv.lock"
     kept = files.cache() / "exports" / f"{extra}-{files.sha256(lock)[:16]}.txt"
     if not kept.exists():
-        argv = [
-            "uv",
-            "export",
-            "--quiet",
-            "--frozen",
-            "--no-default-groups",
-            "--no-emit-project",
-            "--no-header",
-        ]
-        text = shell.run(
-            [*argv, "--no-annotate", "--extra", extra, "--project", files.CHECKOUT], cwd=files.CHECKOUT
-        ).stdout
+        words = ["uv", "export", "--quiet", "--frozen", "--no-default-groups", "--no-emit-project", "--no-header"]
+        text = shell.run([*words, "--no-annotate", "--extra", extra], cwd=files.CHECKOUT).stdout
         files.write(kept, text.replace(" \\\n", ""))
     lines = kept.read_text().splitlines()
     return [line for line in lines if not compile_time or line.startswith(_COMPILE_TIME)]
@@ -278,32 +263,22 @@ def install(extra: str, platform: Platform, python: str) -> Path:
     if place.is_dir():
         return place
     console.say(f"installing {extra} for {platform.value}, Python {python}, into the cache")
-    part = place.with_name(f".{name}.{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    list_file = part.with_suffix(".txt")
-    list_file.write_text("\n".join(requirements) + "\n")
-    try:
-        shell.run(
-            [
-                *("uv", "pip", "install", "--quiet", "--target", part, "--python-version", python),
-                *(
-                    "--python-platform",
-                    platform.uv_name,
-                    "--only-binary",
-                    ":all:",
-                    "--no-deps",
-                    "--require-hashes",
-                ),
-                *("--requirements", list_file),
-            ]
-        )
+    with files.whole(place) as part:
+        listed = "\n".join(requirements) + "\n"
+        words: list[str | Path] = [
+            "uv",
+            "pip",
+            "install",
+            "--quiet",
+            "--only-binary",
+            ":all:",
+            "--no-deps",
+            "--require-hashes",
+        ]
+        words += ["--target", part, "--python-version", python, "--python-platform", platform.uv_name]
+        shell.run([*words, "--requirements", "-"], input_text=listed)
         for runtime in part.glob("nvidia/*/lib/libcudart.so.*"):
             _repair(runtime)
-        part.rename(place)
-    finally:
-        list_file.unlink()
-        shutil.rmtree(part, ignore_errors=True)
     return place
 
 
@@ -328,18 +303,15 @@ def _system_cuda(toolchain: Toolchain) -> Path:
     if place.is_dir():
         return place
     headers = install(f"nvcc-{toolchain.stack.name}", Platform.local(), "3.11")
-    part = place.with_name(f".{place.name}.{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    (part / "bin").mkdir(parents=True)
-    (part / "nvvm/bin").mkdir(parents=True)
-    for name in _NVCC_PROGRAMS:
-        shutil.copy2(_program(home, name), part / ("nvvm/bin" if name == "cicc" else "bin") / name)
-    libdevice = next(headers.glob("nvidia/*/nvvm/libdevice"))
-    shutil.copytree(libdevice, part / "nvvm/libdevice")
-    for include in sorted(headers.glob("nvidia/*/include")):
-        shutil.copytree(include, part / "include", dirs_exist_ok=True)
-    (part / "bin/nvcc.profile").write_text(_PROFILE)
-    part.rename(place)
+    with files.whole(place) as part:
+        (part / "bin").mkdir()
+        (part / "nvvm/bin").mkdir(parents=True)
+        for name in _NVCC_PROGRAMS:
+            shutil.copy2(_program(home, name), part / ("nvvm/bin" if name == "cicc" else "bin") / name)
+        shutil.copytree(next(headers.glob("nvidia/*/nvvm/libdevice")), part / "nvvm/libdevice")
+        for include in sorted(headers.glob("nvidia/*/include")):
+            shutil.copytree(include, part / "include", dirs_exist_ok=True)
+        (part / "bin/nvcc.profile").write_text(_PROFILE)
     return place
 
 
