@@ -66,7 +66,7 @@ def cuda_home(place: Path) -> Path:
     compiler = toolchain.install("nvcc-cu130", Platform.local(), "3.11") / "nvidia/cu13"
     site = toolchain.install(stack.name, Platform.local(), PYTHON) / "nvidia/cu13"
     for each in (site, compiler):
-        shutil.copytree(each, place, symlinks=True, dirs_exist_ok=True)
+        subprocess.run(["cp", "-a", f"{each}/.", place], check=True)
     return place
 
 
