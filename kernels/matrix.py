@@ -60,6 +60,17 @@ class Build:
         return f"{self.recipe.version}+{label}{f'.{self.profile}' if self.profile else ''}"
 
     @property
+    def tag(self) -> str:
+        """The wheel's compatibility tag."""
+        chain = self.toolchain
+        return f"{chain.abi_tag}-{chain.abi_tag}-{chain.platform.value}"
+
+    @property
+    def wheel_name(self) -> str:
+        """The wheel's file name (PyPA binary distribution format)."""
+        return f"{self.recipe.file_name}-{self.version}-{self.tag}.whl"
+
+    @property
     def identifier(self) -> str:
         """How lists and messages name this build."""
         chain = self.toolchain

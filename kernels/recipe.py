@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import msgspec
-from packaging.specifiers import SpecifierSet
 
 from core.config import load
 from core.errors import ConfigError, UnknownNameError, near
@@ -67,11 +67,11 @@ class Flags(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Patch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A change to the source, with its reason; `cuda` and `profile` say when it applies."""
+    """A change to the source, with its reason; `cuda_below` and `profile` say when it applies."""
 
     file: str
     reason: str
-    cuda: str = ""
+    cuda_below: str = ""
     profile: str = ""
 
 
@@ -124,6 +124,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Path(self.folder)
 
     @property
+    def file_name(self) -> str:
+        """The name as wheel file names carry it (PyPA name normalisation, with underscores)."""
+        return re.sub(r"[-_.]+", "_", self.name).lower()
+
+    @property
     def default_profile(self) -> str:
         """The profile built when none is named; empty for a recipe without profiles."""
         return next((name for name, profile in self.profiles.items() if profile.default), "")
@@ -137,9 +142,13 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [
             patch
             for patch in self.patches
-            if (not patch.cuda or SpecifierSet(patch.cuda).contains(cuda))
+            if (not patch.cuda_below or _numbers(cuda) < _numbers(patch.cuda_below))
             and (not patch.profile or patch.profile == profile)
         ]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
 
 
 def folders() -> list[Path]:

@@ -29,9 +29,7 @@ class Entry:
 
 def find(build: Build) -> Manifest | None:
     """The manifest of the wheel with this build's key, when the wheel is there, whole and admitted."""
-    from kernels.wheel import file_name
-
-    path = files.wheelhouse() / file_name(build)
+    path = files.wheelhouse() / build.wheel_name
     manifest = _read(path.with_name(path.name + ".json"))
     if manifest is None or manifest.key != build.key or not path.exists():
         return None

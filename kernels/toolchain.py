@@ -190,28 +190,41 @@ def _python(version: str) -> tuple[str, str, str]:
     The headers of the build machine's own interpreter serve both platforms: CPython's differ between 64-bit
     little-endian Linux machines only in macros that no public header reads (docs/decisions/0003).
     """
-    find = ["uv", "python", "find", "--no-project", "--system", version]
-    found = shell.run(find, check=False)
-    if found.returncode:
+    asked = _ask_python(f"python{version}", version) or _ask_python(_uv_python(version), version)
+    if asked is None:
         console.say(f"there is no Python {version} here; asking uv to install it")
         installed = shell.run(["uv", "python", "install", "--quiet", version], check=False)
-        found = shell.run(find, check=False)
-        if found.returncode:
-            raise PythonMissingError(
-                f"there is no Python {version}, and uv could not install it",
-                cause=(installed.stderr.strip().splitlines() or [""])[-1].strip(),
-                hint=f"apt-get install python{version}-dev, or uv python install {version} where GitHub can be reached",
-            )
-    interpreter = found.stdout.strip()
-    code = "import platform, sysconfig; print(platform.python_version(), sysconfig.get_path('include'))"
-    asked = shell.run([interpreter, "-Ic", code]).stdout.split()
-    include = Path(asked[1])
+        asked = _ask_python(_uv_python(version), version)
+    if asked is None:
+        raise PythonMissingError(
+            f"there is no Python {version}, and uv could not install it",
+            cause=(installed.stderr.strip().splitlines() or [""])[-1].strip(),
+            hint=f"apt-get install python{version}-dev, or uv python install {version} where GitHub can be reached",
+        )
+    interpreter, full, include = asked[0], asked[1], Path(asked[2])
     if not (include / "Python.h").exists():
         raise PythonMissingError(
             f"Python {version} has no headers: {include / 'Python.h'} does not exist",
             hint=f"apt-get install libpython{version}-dev, or: uv python install {version}",
         )
-    return interpreter, str(include), f"{asked[0]} headers {files.tree_hash(include)}"
+    return interpreter, str(include), f"{full} headers {files.tree_hash(include)}"
+
+
+def _uv_python(version: str) -> str:
+    """The interpreter of this minor version that uv knows of; empty when there is none."""
+    return shell.run(["uv", "python", "find", "--no-project", "--system", version], check=False).stdout.strip()
+
+
+def _ask_python(program: str, version: str) -> list[str] | None:
+    """An interpreter's own path (outside any virtual environment), full version and headers.
+
+    None when it cannot be run or is of another minor version.
+    """
+    if not program or not shell.which(program):
+        return None
+    code = "import sys, sysconfig as s; print(sys._base_executable, sys.version.split()[0], s.get_path('include'))"
+    answer = shell.run([program, "-ISc", code], check=False).stdout.split()
+    return answer if len(answer) == 3 and answer[1].startswith(f"{version}.") else None
 
 
 def _requirements(extra: str, *, compile_time: bool = False) -> list[str]:

@@ -9,8 +9,6 @@ from email.message import EmailMessage
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
-from packaging.utils import canonicalize_name
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -18,17 +16,6 @@ if TYPE_CHECKING:
 
 # The earliest time a zip archive can hold; wheels carry no time of their build.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-
-
-def file_name(build: Build) -> str:
-    """The wheel's file name (PyPA binary distribution format)."""
-    name = canonicalize_name(build.recipe.name).replace("-", "_")
-    return f"{name}-{build.version}-{_tag(build)}.whl"
-
-
-def _tag(build: Build) -> str:
-    chain = build.toolchain
-    return f"{chain.abi_tag}-{chain.abi_tag}-{chain.platform.value}"
 
 
 def assemble(build: Build, tree: Path, modules: dict[str, Path], place: Path) -> Path:
@@ -47,18 +34,17 @@ def assemble(build: Build, tree: Path, modules: dict[str, Path], place: Path) ->
                 content[name] = path.read_bytes()
     for module in build.modules:
         content[module.path + suffix] = modules[module.name].read_bytes()
-    name = canonicalize_name(recipe.name).replace("-", "_")
-    info = f"{name}-{build.version}.dist-info"
+    info = f"{recipe.file_name}-{build.version}.dist-info"
     for license_file in recipe.license_files:
         content[f"{info}/licenses/{license_file}"] = (tree / license_file).read_bytes()
     content[f"{info}/METADATA"] = _metadata(build).encode()
     content[f"{info}/WHEEL"] = (
-        f"Wheel-Version: 1.0\nGenerator: hearth\nRoot-Is-Purelib: false\nTag: {_tag(build)}\n"
+        f"Wheel-Version: 1.0\nGenerator: hearth\nRoot-Is-Purelib: false\nTag: {build.tag}\n"
     ).encode()
     record = "".join(f"{each},{_hash(body)},{len(body)}\n" for each, body in sorted(content.items()))
     record += f"{info}/RECORD,,\n"
     place.mkdir(parents=True, exist_ok=True)
-    wheel = place / file_name(build)
+    wheel = place / build.wheel_name
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         for each, body in [*sorted(content.items()), (f"{info}/RECORD", record.encode())]:
             entry = zipfile.ZipInfo(each, _EPOCH)

@@ -87,7 +87,7 @@ def test_an_sdist_with_another_hash_is_refused(hearth: Hearth) -> None:
 
 
 def test_a_patch_that_does_not_apply(hearth: Hearth) -> None:
-    hearth.edit("recipe.toml", 'cuda = "<13"', 'cuda = ">=13"')
+    hearth.edit("recipe.toml", 'cuda_below = "13.0"', 'cuda_below = "99.0"')
     hearth.edit("src/tiny/__init__.py", "CUDA =", "Cuda =")
     done = hearth.inv(*BUILD)
     assert done.returncode == 32
