@@ -232,7 +232,9 @@ def _link_variables(build: Build, module: Module) -> dict[str, str]:
     runtime = next(chain.site.glob("nvidia/*/lib/libcudart.so")).parent.relative_to(chain.site)
     libraries = [
         *(f"-L{site}/torch/lib", f"-L{site}/{runtime}", f"-L{view}/stubs"),
-        *(f"-l{each}" for each in (*_TORCH_LIBRARIES, "cudart", *module.libraries)),
+        *(f"-l{each}" for each in (*_TORCH_LIBRARIES, "cudart")),
+        # What the recipe names is needed, whether or not a symbol shows it: the driver's stub defines none.
+        *(f"-Wl,--no-as-needed -l{each}" for each in module.libraries),
     ]
     return {"cxx": chain.cxx, "libs": " ".join(libraries)}
 

@@ -228,9 +228,10 @@ def _python_libraries(chain: Toolchain) -> list[Path]:
     return [Path(executable).resolve(), *([library] if library.exists() else [])]
 
 
-def prove_import(wheel: Path, build: Build) -> Proof:
+def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> Proof:
     """Import every module of the wheel with the stack's torch, here or under emulation.
 
+    Functions of the GPU's driver are stubs: Python binds every symbol at once, and a build machine has no driver.
     Raises InspectionError when an import fails; returns "not run" with the reason where none can be tried.
     """
     chain = build.toolchain
@@ -241,10 +242,13 @@ def prove_import(wheel: Path, build: Build) -> Proof:
     code = f"import torch\nfor name in {names!r}: __import__(name)\nprint('imported with torch', torch.__version__)"
     with tempfile.TemporaryDirectory() as folder:
         unpack(wheel, Path(folder))
+        functions = sorted({name for report in reports for name in report.from_driver})
+        if functions:
+            toolchains.driver_stub(chain, Path(folder), functions)
         env = {
             **runner.env,
             "PYTHONPATH": f"{folder}:{chain.site}",
-            "LD_LIBRARY_PATH": str(chain.view / "stubs"),  # libcuda.so.1, which a machine without a GPU lacks
+            "LD_LIBRARY_PATH": folder,
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         done = shell.run([*runner.argv, "-c", code], env=env, check=False)

@@ -47,7 +47,7 @@ def _finish(build: Build, graph: Graph) -> Manifest:
     path = wheel.assemble(build, graphs.root() / build.folder / "src", modules, place / "wheel")
     console.say(f"inspecting {path.name}")
     reports = inspection.inspect_modules(path, build.sass, build.arch.ptx, build.toolchain)
-    imported = inspection.prove_import(path, build)
+    imported = inspection.prove_import(path, build, reports)
     smoke = inspection.prove_smoke(path, build)
     manifest = Manifest(
         file=path.name,

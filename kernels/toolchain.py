@@ -13,6 +13,7 @@ import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core import console, files, shell
 from core.errors import (
@@ -24,6 +25,9 @@ from core.errors import (
     RecipeSupportError,
 )
 from core.stack import Platform, Stack
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Compile-time packages: what else a stack installs (sympy, filelock ...) changes no byte of a kernel.
 _COMPILE_TIME = ("torch==", "nvidia-")
@@ -260,7 +264,10 @@ def assemble(toolchain: Toolchain) -> None:
         _link(view / "nvidia", site / "nvidia")
     _link(view / toolchain.abi_tag / "site", site)
     _link(view / toolchain.abi_tag / "include", Path(toolchain.python_include))
-    _driver_stub(toolchain)
+    stubs = view / "stubs"
+    if not (stubs / "libcuda.so").exists():
+        stubs.mkdir(exist_ok=True)
+        driver_stub(toolchain, stubs)
 
 
 def cuobjdump() -> Path:
@@ -338,17 +345,16 @@ INCLUDES += "-I$(TOP)/include" $(_SPACE_)
 """
 
 
-def _driver_stub(toolchain: Toolchain) -> None:
-    """A libcuda.so to link against. The real one comes with the GPU's driver, which a build machine lacks.
+def driver_stub(toolchain: Toolchain, folder: Path, functions: Sequence[str] = ()) -> None:
+    """Make a libcuda.so.1 in `folder`. The real one comes with the GPU's driver, which a build machine lacks.
 
-    It defines nothing: a shared module may leave symbols open, and only the name it will ask for matters.
+    To link against, it needs no functions: a module may leave symbols open. To import with, it needs those.
     """
-    stub = toolchain.view / "stubs/libcuda.so.1"
-    if not stub.exists():
-        stub.parent.mkdir(parents=True, exist_ok=True)
-        soname = "-Wl,-soname,libcuda.so.1"
-        shell.run([toolchain.cxx, "-shared", soname, "-x", "c++", "-o", stub, "/dev/null"])
-        _link(stub.with_name("libcuda.so"), Path(stub.name))
+    stub = folder / "libcuda.so.1"
+    body = "".join(f'extern "C" void {name}() {{}}\n' for name in functions)
+    words = [toolchain.cxx, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c++", "-o"]
+    shell.run([*words, stub, "-"], input_text=body)
+    _link(folder / "libcuda.so", Path(stub.name))
 
 
 def _link(link: Path, target: Path) -> None:

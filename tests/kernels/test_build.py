@@ -162,6 +162,18 @@ def test_ptx_is_kept_when_asked_for(built: Hearth) -> None:
     assert [(module["sass"], module["ptx"]) for module in found["modules"]] == [(["sm_89"], ["sm_89"])] * 2
 
 
+def test_a_module_of_one_arch_may_need_the_driver_which_is_not_here(built: Hearth) -> None:
+    done = built.inv(*BUILD, "--arch", "9.0", "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    modules = {module["name"]: module for module in found["modules"]}
+    assert modules["tiny._driver"]["from_driver"] == ["cuDriverGetVersion"]
+    assert "libcuda.so.1" in modules["tiny._driver"]["needed"]
+    assert modules["tiny._driver"]["sass"] == []
+    assert modules["tiny._sum"]["sass"] == ["sm_90a"]
+    assert found["imported"]["result"] == "passed"
+
+
 def test_a_profile_is_another_wheel(built: Hearth) -> None:
     done = built.inv(*BUILD, "--arch", "8.9", "--profile", "half", "--json")
     assert done.returncode == 0, done.stderr
