@@ -11,7 +11,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from core import console
-from core.errors import HearthError, LockStaleError
+from core.errors import HearthError, LockStaleError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +64,7 @@ def build_kernels(
     python: str = "",
     platform: str = "",
     profile: str = "",
-    jobs: int = 0,
+    jobs: str = "",
     force: bool = False,
     dry_run: bool = False,
     json: bool = False,
@@ -74,13 +74,15 @@ def build_kernels(
     from kernels.build import build_kernels as build_all
     from kernels.matrix import Request, select
 
+    if jobs and not (jobs.isdecimal() and int(jobs)):  # invoke's own int option answers with a traceback
+        raise UsageError(f"--jobs {jobs} makes no sense", hint="give the number of compiles at once, or leave it out")
     request = Request(arch=arch, kernel=kernel, stack=stack, python=python, platform=platform, profile=profile)
     builds, skipped = select(request)
     if dry_run:
         report.plan(builds, skipped, as_json=json)
         return
     report.say_skipped(skipped)
-    report.wheels(build_all(builds, jobs=jobs or None, force=force), as_json=json)
+    report.wheels(build_all(builds, jobs=int(jobs) if jobs else None, force=force), as_json=json)
 
 
 @command(help={"prune": "delete wheels that no recipe asks for any more", "json": "print JSON"})

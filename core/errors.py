@@ -36,6 +36,12 @@ class HearthError(Exception):
         return "\n".join(lines)
 
 
+class UsageError(HearthError):
+    """A value on the command line that no task can take."""
+
+    exit_code = 15
+
+
 class ConfigError(HearthError):
     """A TOML file of `config/` or `recipes/` that does not say what it must."""
 
