@@ -73,7 +73,8 @@ def plan_jobs(builds: Sequence[Build], jobs: int | None) -> int:
 def write(builds: Sequence[Build], jobs: int) -> Graph:
     """Write the graph of `builds`, whose sources are laid out already.
 
-    Kernel objects lie in a folder that knows no Python version, so builds that differ only in that share them.
+    Kernel objects lie in a folder that knows no Python version and no profile, so builds that differ only in
+    those share them.
     """
     text = StringIO()
     ninja = Writer(text, width=1_000_000)
@@ -95,7 +96,7 @@ def write(builds: Sequence[Build], jobs: int) -> Graph:
     for build in builds:
         for module in build.modules:
             objects = _compile_edges(build, module)
-            output = f"{build.folder}/{build.toolchain.abi_tag}/{module.path}.so"
+            output = f"{build.own_folder}/{module.path}.so"
             link = Edge(
                 rule="link",
                 output=output,
@@ -138,10 +139,10 @@ def _compile_edges(build: Build, module: Module) -> list[Edge]:
 
 
 def _kernel_edge(build: Build, source: str) -> Edge:
-    """A .cu file. Nothing in its command depends on Python."""
+    """A .cu file. Nothing in its command depends on Python or the profile."""
     view = _view(build)
     includes = _isystem(build, f"{view}/torch/include", f"{view}/nvidia")
-    flags = [*build.recipe.flags.nvcc, *_defines(build), *_gencode(build), *_own_includes(build), *includes]
+    flags = [*build.recipe.flags.nvcc, _abi(build), *_gencode(build), *_own_includes(build), *includes]
     variables = {
         "nvcc": f"{view}/nvcc/bin/nvcc",
         "cxx": build.toolchain.cxx,
@@ -160,9 +161,11 @@ def _binding_edge(build: Build, module: Module, source: str) -> Edge:
         f"-isystem {view}/{tag}/include",
     ]
     name = f"-DTORCH_EXTENSION_NAME={module.init}"
-    flags = [*build.recipe.flags.cxx, *_defines(build), name, *_own_includes(build), *includes]
+    profile = build.recipe.profiles.get(build.profile)
+    defines = [f"-D{each}" for each in profile.defines] if profile else []
+    flags = [*build.recipe.flags.cxx, *defines, _abi(build), name, *_own_includes(build), *includes]
     variables = {"cxx": build.toolchain.cxx, "flags": " ".join(flags)}
-    return _compile_edge("cxx", build, source, f"{build.folder}/{tag}/obj/{module.path}/{source}.o", variables)
+    return _compile_edge("cxx", build, source, f"{build.own_folder}/obj/{module.path}/{source}.o", variables)
 
 
 def _compile_edge(rule: str, build: Build, source: str, output: str, variables: dict[str, str]) -> Edge:
@@ -179,10 +182,8 @@ def _view(build: Build) -> str:
     return os.path.relpath(build.toolchain.view, root())
 
 
-def _defines(build: Build) -> list[str]:
-    profile = build.recipe.profiles.get(build.profile)
-    names = [*(profile.defines if profile else ()), f"_GLIBCXX_USE_CXX11_ABI={int(build.toolchain.stack.cxx11_abi)}"]
-    return [f"-D{name}" for name in names]
+def _abi(build: Build) -> str:
+    return f"-D_GLIBCXX_USE_CXX11_ABI={int(build.toolchain.stack.cxx11_abi)}"
 
 
 def _own_includes(build: Build) -> list[str]:

@@ -26,11 +26,11 @@ def make(builds: Sequence[Build], jobs: int | None, lock: int, *, force: bool) -
     `lock` is the descriptor of the build lock, which the caller holds. `force` drops what was compiled before.
     """
     root = graphs.root()
-    for build in {build.folder: build for build in builds}.values():  # Pythons share a folder
+    for build in {build.folder: build for build in builds}.values():  # Pythons and profiles share a folder
         place = root / build.folder
         if force:
             shutil.rmtree(place, ignore_errors=True)
-        patches = build.recipe.patches_for(build.toolchain.stack.cuda, build.profile)
+        patches = build.recipe.patches_for(build.toolchain.stack.cuda)
         source.lay_out(build.recipe, patches, place / "src")
     for build in builds:
         toolchains.assemble(build.toolchain)
@@ -42,7 +42,7 @@ def make(builds: Sequence[Build], jobs: int | None, lock: int, *, force: bool) -
 
 def _finish(build: Build, graph: Graph) -> Manifest:
     """Assemble, inspect and admit one wheel."""
-    place: Path = graphs.root() / build.folder / build.toolchain.abi_tag
+    place: Path = graphs.root() / build.own_folder
     modules = {module.name: graph.modules[build.identifier, module.name] for module in build.modules}
     path = wheel.assemble(build, graphs.root() / build.folder / "src", modules, place / "wheel")
     console.say(f"inspecting {path.name}")

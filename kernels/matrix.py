@@ -80,17 +80,21 @@ class Build:
 
     @property
     def folder(self) -> str:
-        """The name of the folder its kernel objects are compiled in: the same for every Python version."""
-        profile = f"-{self.profile}" if self.profile else ""
+        """The folder its kernel objects are compiled in: the same for every Python version and profile."""
         ptx = "ptx" if self.arch.ptx else ""
-        return f"{self.recipe.name}-sm{self.target}{ptx}{profile}-{self.toolchain.view.name}"
+        return f"{self.recipe.name}-sm{self.target}{ptx}-{self.toolchain.view.name}"
+
+    @property
+    def own_folder(self) -> str:
+        """The folder in that one for what no other build shares: bindings and linked modules."""
+        return f"{self.folder}/{self.toolchain.abi_tag}{f'-{self.profile}' if self.profile else ''}"
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """Everything that can change a byte of the wheel."""
         recipe, chain = self.recipe, self.toolchain
         chosen = recipe.profiles.get(self.profile)
-        patches = recipe.patches_for(chain.stack.cuda, self.profile)
+        patches = recipe.patches_for(chain.stack.cuda)
         source = recipe.source[0]
         return {
             "builder": BUILDER,

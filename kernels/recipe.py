@@ -67,16 +67,19 @@ class Flags(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Patch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A change to the source, with its reason; `cuda_below` and `profile` say when it applies."""
+    """A change to the source, with its reason; `cuda_below` limits it to older CUDA."""
 
     file: str
     reason: str
     cuda_below: str = ""
-    profile: str = ""
 
 
 class KernelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A named subset of the source, such as inference without backward kernels."""
+    """A named subset of the source, such as inference without backward kernels.
+
+    `exclude` drops files by pattern; `defines` tell the bindings so. Kernel files do not see them, and profiles
+    share their objects.
+    """
 
     summary: str
     default: bool = False
@@ -137,14 +140,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The modules that this capability needs."""
         return [module for module in self.modules if not module.archs or capability in module.archs]
 
-    def patches_for(self, cuda: str, profile: str) -> list[Patch]:
-        """The patches that apply to this CUDA version and profile, in order."""
-        return [
-            patch
-            for patch in self.patches
-            if (not patch.cuda_below or _numbers(cuda) < _numbers(patch.cuda_below))
-            and (not patch.profile or patch.profile == profile)
-        ]
+    def patches_for(self, cuda: str) -> list[Patch]:
+        """The patches that apply to this CUDA version, in order."""
+        return [patch for patch in self.patches if not patch.cuda_below or _numbers(cuda) < _numbers(patch.cuda_below)]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

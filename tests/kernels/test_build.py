@@ -137,6 +137,17 @@ def test_another_python_shares_the_kernel_objects(built: Hearth, monkeypatch: py
     assert {Path(name).name for name in second - first} == {"scale.cpp.o", "sum.cpp.o", "_scale.so", "_sum.so"}
 
 
+def test_a_profile_is_another_wheel_of_the_same_kernel_objects(built: Hearth) -> None:
+    done = built.inv(*BUILD, "--arch", "8.9", "--profile", "small", "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert "sm89.small-" in found["file"]
+    steps = {line.rpartition("/")[2] for line in done.stderr.splitlines() if line.startswith("[")}
+    assert steps == {"scale.cpp", "sum.cpp", "_scale.so", "_sum.so"}
+    assert [module["cubins"] for module in found["modules"]] == [1, 1]
+    assert WHEELS["8.9"] in [path.name for path in built.wheels()]
+
+
 def test_a_compiler_launcher_serves_every_compile_of_a_second_build(built: Hearth) -> None:
     statistics = ("ccache", "--print-stats")
     env = {"HEARTH_COMPILER_LAUNCHER": "ccache", "CCACHE_DIR": str(built.place / "ccache")}
@@ -166,14 +177,6 @@ def test_a_module_of_one_arch_may_need_the_driver_which_is_not_here(built: Heart
     assert modules["tiny._driver"]["sass"] == []
     assert modules["tiny._sum"]["sass"] == ["sm_90a"]
     assert found["imported"]["result"] == "passed"
-
-
-def test_a_profile_is_another_wheel(built: Hearth) -> None:
-    done = built.inv(*BUILD, "--arch", "8.9", "--profile", "half", "--json")
-    assert done.returncode == 0, done.stderr
-    (found,) = json.loads(done.stdout)
-    assert "sm89.half-" in found["file"]
-    assert WHEELS["8.9"] in [path.name for path in built.wheels()]
 
 
 def test_inspect_wheel_reads_any_wheel(built: Hearth) -> None:
