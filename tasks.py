@@ -11,7 +11,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from core import console
-from core.errors import HearthError, LockStaleError, UsageError
+from core.errors import HearthError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,19 +113,16 @@ def kernels(_: Context, json: bool = False) -> None:
     report.recipes(as_json=json)
 
 
-@command(help={"check": "fail when the lock is stale, change nothing"})
+@command(help={"check": "fail when a lock is stale, change nothing"})
 def lock(_: Context, check: bool = False) -> None:
-    """Renew uv.lock: the tool's environment, the stacks and the CUDA compiler."""
-    from core import files, shell
+    """Renew what is locked: uv.lock (tool, stacks, CUDA compiler) and ComfyUI's environments."""
+    from core import lockfile
+    from deploy import environment
 
-    done = shell.run(["uv", "lock", *(["--check"] if check else [])], cwd=files.CHECKOUT, check=False)
-    if done.returncode:
-        raise LockStaleError(
-            "uv.lock is stale" if check else "uv.lock could not be renewed",
-            cause=done.stderr.strip().splitlines()[-1],
-            hint="inv lock" if check else "read uv's message above",
-        )
-    console.say("uv.lock is current" if check else "uv.lock is renewed")
+    lockfile.renew(check=check)
+    for name in environment.compile_all(check=check):
+        console.say(f"{name} is compiled anew")
+    console.say("the locks are current" if check else "the locks are renewed")
 
 
 ns = Collection(build_kernels, wheels, inspect_wheel, kernels, lock)

@@ -24,9 +24,9 @@ from pathlib import Path
 import ninja
 from elftools.elf.elffile import ELFFile
 
-from core import files
+from core import files, source
 from core.stack import Platform, find_stack
-from kernels import source, toolchain
+from kernels import toolchain
 from kernels.inspection import unpack
 from kernels.recipe import find_recipe
 
@@ -81,7 +81,7 @@ def upstream(work: Path) -> tuple[Cost, Path]:
         ["init", "-q"],
         ["config", "extensions.partialClone", "origin"],
         ["remote", "add", "origin", first.git],
-        ["sparse-checkout", "set", "--no-cone", *(f"/{each}" for each in (*first.paths, "setup.py", "README.md"))],
+        ["sparse-checkout", "set", "--no-cone", *(f"/{each}" for each in (*recipe.paths, "setup.py", "README.md"))],
         ["fetch", "-q", "--depth=1", "--filter=blob:none", "origin", first.commit],
         ["checkout", "-q", first.commit],
     ):

@@ -162,6 +162,72 @@ class ProcessError(HearthError):
     exit_code = 50
 
 
+class ConnectError(HearthError):
+    """A host that cannot be reached, or whose connection was lost."""
+
+    exit_code = 60
+
+
+class HostKeyError(HearthError):
+    """A host whose key is unknown, or not the known one."""
+
+    exit_code = 61
+
+
+class SudoError(HearthError):
+    """No root on a host that needs it."""
+
+    exit_code = 62
+
+
+class RefusedError(HearthError):
+    """A deploy that would not work: every reason was shown, nothing was changed."""
+
+    exit_code = 63
+
+
+class BusyError(HearthError):
+    """Someone else is changing the host."""
+
+    exit_code = 64
+
+
+class DrainError(HearthError):
+    """ComfyUI still has jobs, and nothing was cut short."""
+
+    exit_code = 65
+
+
+class GateError(HearthError):
+    """A release that is not healthy; what ran before runs again."""
+
+    exit_code = 66
+
+
+class ConvergeError(HearthError):
+    """A deploy after which something is still not as wanted."""
+
+    exit_code = 67
+
+
+class SecretError(HearthError):
+    """A secret in a configuration file."""
+
+    exit_code = 68
+
+
+class AgentError(HearthError):
+    """A step on the host failed; the release in service was not touched."""
+
+    exit_code = 69
+
+
+class GroupError(HearthError):
+    """Not every host of a group came through."""
+
+    exit_code = 70
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """A sentence that helps whoever mistyped `name`: the nearest known name, then all of them."""
     names = sorted(known)

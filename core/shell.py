@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from core.errors import DiskFullError, ProcessError, ToolMissingError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 # Where Debian keeps what users call: the package that holds a program, for the message when it is missing.
@@ -88,6 +90,36 @@ def lines(
         process.stdout.close()
         status = process.wait()
     return status
+
+
+def talk(argv: Sequence[str | Path], request: bytes, blocks: Iterable[bytes] = ()) -> Iterator[str]:
+    """Give a program its standard input, then yield its output line by line; raises ProcessError when it only fails."""
+    words = [str(word) for word in argv]
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        count = 0
+        try:
+            with suppress(BrokenPipeError):
+                process.stdin.write(request)
+                for block in blocks:
+                    process.stdin.write(block)
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            for line in process.stdout:
+                count += 1
+                yield line.decode(errors="replace")
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            process.stdout.close()
+            status = process.wait()
+        if status and not count:
+            said.seek(0)
+            last = said.read().decode(errors="replace").strip().splitlines()[-8:]
+            raise ProcessError(f"{' '.join(words[-2:])} ended with {status}", cause="\n    ".join(last))
 
 
 def which(program: str) -> str | None:

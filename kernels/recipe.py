@@ -11,28 +11,7 @@ import msgspec
 from core.config import load
 from core.errors import ConfigError, UnknownNameError, near
 from core.files import CHECKOUT
-
-
-class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One place to get the source from: git at a commit, an sdist by hash, or a folder of the recipe.
-
-    `paths` limits it to what the build needs; of a git source only that is downloaded.
-    """
-
-    git: str = ""
-    commit: str = ""
-    paths: tuple[str, ...] = ()
-    sdist: str = ""
-    version: str = ""
-    sha256: str = ""
-    folder: str = ""
-
-    @property
-    def label(self) -> str:
-        """The source as messages and manifests name it."""
-        if self.git:
-            return f"{self.git}@{self.commit}"
-        return f"sdist {self.sdist}=={self.version}" if self.sdist else f"folder {self.folder}"
+from core.source import Pinned, check
 
 
 class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,22 +66,18 @@ class KernelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exclude: tuple[str, ...] = ()
 
 
-class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Recipe(Pinned, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How one kernel package is obtained and built.
 
     `archs` maps a plain capability to nvcc's target for it (`"12.1" = "121a"`); what is not there is not
-    supported, and `unsupported` may say why. `tree` is the hash of the fetched tree, the same for every source.
+    supported, and `unsupported` may say why.
     `seconds` are measured compile times by file pattern: they order the graph and scale the progress bar.
     `memory_mb` is the measured peak of one compile.
     """
 
-    name: str
-    version: str
     summary: str
     license: str
     homepage: str
-    source: tuple[Source, ...]
-    tree: str
     archs: dict[str, str]
     stacks: tuple[str, ...]
     modules: tuple[Module, ...]
@@ -112,19 +87,13 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_mb: int
     exclude_files: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
-    unsupported: dict[str, str] = {}
+    unsupported: dict[str, str] = msgspec.field(default_factory=dict)
     include: tuple[str, ...] = ()
     headers: str = ""
     flags: Flags = Flags()
     patches: tuple[Patch, ...] = ()
-    profiles: dict[str, KernelProfile] = {}
-    seconds: dict[str, float] = {}
-    folder: str = ""
-
-    @property
-    def path(self) -> Path:
-        """The recipe's own folder."""
-        return Path(self.folder)
+    profiles: dict[str, KernelProfile] = msgspec.field(default_factory=dict)
+    seconds: dict[str, float] = msgspec.field(default_factory=dict)
 
     @property
     def file_name(self) -> str:
@@ -157,14 +126,9 @@ def folders() -> list[Path]:
 
 def load_recipe(path: Path) -> Recipe:
     """Load and check the recipe in the folder `path`; raises ConfigError."""
-    recipe = load(path / "recipe.toml", Recipe)
     file = path / "recipe.toml"
-    for source in recipe.source:
-        kinds = [kind for kind in (source.git, source.sdist, source.folder) if kind]
-        if len(kinds) != 1:
-            raise ConfigError(f"{file}: a source is one of git, sdist, folder")
-        if (source.git and not source.commit) or (source.sdist and not (source.version and source.sha256)):
-            raise ConfigError(f"{file}: a git source needs commit; an sdist needs version and sha256")
+    recipe = msgspec.structs.replace(load(file, Recipe), folder=str(path))
+    check(recipe)
     for name in (*(f"patches/{patch.file}" for patch in recipe.patches), recipe.headers):
         if not (path / name).exists():
             raise ConfigError(f"{file}: {name} does not exist in the recipe's folder")
@@ -172,11 +136,11 @@ def load_recipe(path: Path) -> Recipe:
         for arch in module.archs:
             if arch not in recipe.archs:
                 raise ConfigError(f"{file}: module {module.name} names arch {arch}, the recipe does not")
-    return msgspec.structs.replace(recipe, folder=str(path))
+    return recipe
 
 
 def recipes() -> dict[str, Recipe]:
-    """Every kernel recipe, by name; a folder without modules in its recipe.toml is not one."""
+    """Every kernel recipe, by name."""
     found: dict[str, Recipe] = {}
     for folder in folders():
         for file in sorted(folder.glob("*/recipe.toml")):

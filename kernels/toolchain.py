@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core import console, files, shell
+from core import console, files, lockfile, shell
 from core.errors import (
     CompilerMissingError,
     CompilerVersionError,
@@ -232,18 +232,8 @@ def _ask_python(program: str, version: str) -> list[str] | None:
 
 
 def _requirements(extra: str, *, compile_time: bool = False) -> list[str]:
-    """The locked requirements of an extra, one string each with its hashes, as `uv export` writes them.
-
-    Kept in the cache under the lock's own hash, for uv takes 0.1 s to tell. `compile_time` drops what changes
-    no byte of a kernel.
-    """
-    lock = files.CHECKOUT / "uv.lock"
-    kept = files.cache() / "exports" / f"{extra}-{files.sha256(lock)[:16]}.txt"
-    if not kept.exists():
-        words = ["uv", "export", "--quiet", "--frozen", "--no-default-groups", "--no-emit-project", "--no-header"]
-        text = shell.run([*words, "--no-annotate", "--extra", extra], cwd=files.CHECKOUT).stdout
-        files.write(kept, text.replace(" \\\n", ""))
-    lines = kept.read_text().splitlines()
+    """The locked requirements of an extra; `compile_time` drops what changes no byte of a kernel."""
+    lines = lockfile.requirements(extra)
     return [line for line in lines if not compile_time or line.startswith(_COMPILE_TIME)]
 
 
@@ -276,36 +266,15 @@ def cuobjdump() -> Path:
 
 
 def install(extra: str, platform: Platform, python: str) -> Path:
-    """Install a locked extra for a platform and Python into a cache folder of its own, in one rename."""
-    requirements = _requirements(extra)
-    name = f"{extra}-{platform.cpu}-cp{python.replace('.', '')}-{_digest(requirements)[:12]}"
-    place = files.cache() / "installed" / name
-    if place.is_dir():
-        return place
-    console.say(f"installing {extra} for {platform.value}, Python {python}, into the cache")
-    with files.whole(place) as part:
-        listed = "\n".join(requirements) + "\n"
-        words: list[str | Path] = [
-            "uv",
-            "pip",
-            "install",
-            "--quiet",
-            "--only-binary",
-            ":all:",
-            "--no-deps",
-            "--require-hashes",
-        ]
-        words += ["--target", part, "--python-version", python, "--python-platform", platform.uv_name]
-        shell.run([*words, "--requirements", "-"], input_text=listed)
-        for runtime in part.glob("nvidia/*/lib/libcudart.so.*"):
-            _repair(runtime)
-    return place
+    """Install a locked extra for a platform and Python into a cache folder of its own, its links repaired."""
+    return lockfile.install(extra, platform, python, finish=_repair)
 
 
-def _repair(runtime: Path) -> None:
+def _repair(site: Path) -> None:
     """The two links that the wheels leave out and a CUDA installation has; linkers and torch look for them."""
-    _link(runtime.with_name("libcudart.so"), Path(runtime.name))
-    _link(runtime.parent.with_name("lib64"), Path("lib"))
+    for runtime in site.glob("nvidia/*/lib/libcudart.so.*"):
+        _link(runtime.with_name("libcudart.so"), Path(runtime.name))
+        _link(runtime.parent.with_name("lib64"), Path("lib"))
 
 
 def _locked_cuda(stack: Stack) -> Path:

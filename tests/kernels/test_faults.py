@@ -44,9 +44,9 @@ def upstream(hearth: Hearth) -> Path:
     names = [str(path.relative_to(hearth.tiny / "src")) for path in (hearth.tiny / "src").rglob("*") if path.is_file()]
     tree = files.tree_hash(hearth.tiny / "src", names)
     gone = f'git = "file://{hearth.place}/gone"\ncommit = "{commit}"'
-    there = f'git = "file://{repository}"\ncommit = "{commit}"\npaths = ["csrc", "tiny", "LICENSE"]'
+    there = f'git = "file://{repository}"\ncommit = "{commit}"'
     hearth.edit("recipe.toml", 'folder = "src"', f"{gone}\n\n[[source]]\n{there}")
-    hearth.edit("recipe.toml", 'tree = ""', f'tree = "{tree}"')
+    hearth.edit("recipe.toml", 'tree = ""', f'paths = ["csrc", "tiny", "LICENSE"]\ntree = "{tree}"')
     shutil.rmtree(hearth.tiny / "src")
     return repository
 

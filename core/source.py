@@ -1,0 +1,168 @@
+"""Fetches the source that a recipe pins and checks it against the recipe's hash. Nothing of it is executed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from core import console, files, shell
+from core.errors import ConfigError, HashMismatchError, HearthError, SourceUnreachableError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One place to get a source from: git at a commit, an sdist by hash, or a folder of the recipe.
+
+    `subfolder` is where in an sdist the tree lies.
+    """
+
+    git: str = ""
+    commit: str = ""
+    sdist: str = ""
+    version: str = ""
+    sha256: str = ""
+    subfolder: str = ""
+    folder: str = ""
+
+    @property
+    def label(self) -> str:
+        """The source as messages and manifests name it."""
+        if self.git:
+            return f"{self.git}@{self.commit}"
+        return f"sdist {self.sdist}=={self.version}" if self.sdist else f"folder {self.folder}"
+
+
+class Pinned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a recipe says of its source. Several sources are tried in order, each must give the same tree.
+
+    `tree` is that tree's hash; `paths` limits it to what is needed, and of a git source only that is downloaded.
+    `folder` is the recipe's own folder, set when it is loaded.
+    """
+
+    name: str
+    version: str
+    source: tuple[Source, ...]
+    tree: str
+    paths: tuple[str, ...] = ()
+    folder: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The recipe's own folder."""
+        return Path(self.folder)
+
+
+def check(recipe: Pinned) -> None:
+    """Refuse sources that name no place or no pin; raises ConfigError."""
+    for source in recipe.source:
+        kinds = [kind for kind in (source.git, source.sdist, source.folder) if kind]
+        if len(kinds) != 1:
+            raise ConfigError(f"{recipe.path}: a source is one of git, sdist, folder")
+        if (source.git and not source.commit) or (source.sdist and not (source.version and source.sha256)):
+            raise ConfigError(f"{recipe.path}: a git source needs commit; an sdist needs version and sha256")
+
+
+def fetch(recipe: Pinned) -> Path:
+    """The recipe's pristine source tree in the cache, fetched from the first source that answers.
+
+    Raises HashMismatchError when what arrives is not what `tree` pins, SourceUnreachableError when no source
+    answers. A folder of the recipe itself is used as it is: it is the user's to edit.
+    """
+    first = recipe.source[0]
+    if first.folder:
+        return recipe.path / first.folder
+    place = files.cache() / "sources" / f"{recipe.name}-{recipe.tree[:16]}"
+    if recipe.tree and place.is_dir():
+        return place
+    failures: list[str] = []
+    for source in recipe.source:
+        try:
+            with files.whole(place) as part:
+                console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
+                (_fetch_git if source.git else _fetch_sdist)(source, recipe.paths, part)
+                _check(recipe, source, part)
+            return place
+        except HashMismatchError:
+            raise
+        except HearthError as error:
+            failures.append(f"{source.label}: {error.cause or error.what}")
+    raise SourceUnreachableError(
+        f"no source of {recipe.name} {recipe.version} could be fetched",
+        cause="\n         ".join(failures),
+        hint="check the network (and git's url.<mirror>.insteadOf, if you use one), then run the same command",
+    )
+
+
+def _check(recipe: Pinned, source: Source, tree: Path) -> None:
+    found = files.tree_hash(tree)
+    if found != recipe.tree:
+        raise HashMismatchError(
+            f"the source of {recipe.name} from {source.label} is not what the recipe pins",
+            cause=f"tree {found}, pinned {recipe.tree or '(nothing)'}: altered on the way, or the pin is wrong",
+            hint=f"compare it with the release; only then change `tree` in {recipe.path}",
+        )
+
+
+def _fetch_git(source: Source, paths: Sequence[str], place: Path) -> None:
+    """Fetch one commit, without history, and check out only `paths`: blobs of other paths never travel."""
+    git = ["git", "-C", str(place), "-c", "advice.detachedHead=false"]
+    quiet = {"GIT_TERMINAL_PROMPT": "0"}
+    shell.run([*git, "init", "--quiet"])
+    shell.run([*git, "remote", "add", "origin", source.git])
+    shell.run([*git, "config", "extensions.partialClone", "origin"])
+    if paths:
+        patterns = [f"/{path}" for path in paths]
+        shell.run([*git, "sparse-checkout", "set", "--no-cone", *patterns])
+    shell.run([*git, "fetch", "--quiet", "--depth=1", "--filter=blob:none", "origin", source.commit], env=quiet)
+    shell.run([*git, "checkout", "--quiet", source.commit], env=quiet)
+    shutil.rmtree(place / ".git")
+
+
+def _fetch_sdist(source: Source, paths: Sequence[str], place: Path) -> None:
+    """Download an sdist by name and SHA-256 from the user's index and unpack it without running it."""
+    from pypi_simple import PYPI_SIMPLE_ENDPOINT, DigestMismatchError, PyPISimple
+    from requests import RequestException
+
+    index = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("UV_INDEX_URL") or PYPI_SIMPLE_ENDPOINT
+    archive = place / "sdist.tar.gz"
+    try:
+        with PyPISimple(endpoint=index) as client:
+            page = client.get_project_page(source.sdist)
+            matching = [
+                package
+                for package in page.packages
+                if package.package_type == "sdist" and package.version == source.version
+            ]
+            pinned = [package for package in matching if package.digests.get("sha256") == source.sha256]
+            if matching and not pinned:
+                raise HashMismatchError(
+                    f"no sdist {source.sdist}=={source.version} on the index has the pinned hash",
+                    cause=f"pinned sha256 {source.sha256}, offered "
+                    + ", ".join(package.digests.get("sha256", "none") for package in matching),
+                    hint="compare it with the release; only then change the recipe",
+                )
+            if not pinned:
+                raise SourceUnreachableError(f"the index has no sdist {source.sdist}=={source.version}")
+            client.download_package(pinned[0], archive)
+    except DigestMismatchError as error:
+        raise HashMismatchError(
+            f"the sdist {source.sdist}=={source.version} was altered on the way", cause=str(error)
+        ) from error
+    except (RequestException, ValueError) as error:
+        raise SourceUnreachableError(f"the package index did not answer: {error}") from error
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = member.name.partition("/")[2]  # an sdist holds one folder, NAME-VERSION
+            if source.subfolder:
+                inside = name.startswith(f"{source.subfolder}/")
+                name = name.removeprefix(f"{source.subfolder}/") if inside else ""
+            if name and (not paths or any(f"{name}/".startswith(f"{path}/") for path in paths)):
+                tar.extract(member.replace(name=name), place, filter="data")
+    archive.unlink()

@@ -1,0 +1,1 @@
+"""How a host is changed: facts, a plan, and an agent that applies it."""

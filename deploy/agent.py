@@ -1,0 +1,1263 @@
+"""Hearth on the host: reads facts, applies plans, and keeps ComfyUI running where there is no systemd.
+
+The client sends this one file; it needs nothing but Python 3.10. Every verb reads one JSON object from standard
+input (`site`, and what the verb takes) and answers in JSON lines. What is under way lies in `<prefix>/state`:
+
+    agent.py           this file, as the plan under way was submitted
+    pending.json       the plan under way; gone when it has ended
+    cut-over.json      how far its cut-over is, so that whoever goes on knows the way back
+    runs/<run>.jsonl   what happened, line by line; `follow` reads it
+    history.jsonl      how every run ended
+    lock               held (flock) by the process that applies
+
+A killed process, a closed connection or a power cut leaves these, and the next `apply` goes on from them: under
+systemd the apply unit is restarted, also at boot.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import grp
+import hashlib
+import json
+import os
+import platform
+import pwd
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+
+class Fault(Exception):
+    """An expected failure: its kind picks the client's error, the rest is shown."""
+
+    def __init__(self, kind: str, what: str, cause: str = "", hint: str = "") -> None:
+        super().__init__(what)
+        self.report = {"kind": kind, "what": what, "cause": cause, "hint": hint}
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a file in one rename that a power cut does not undo."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.chmod(mode)
+    part.replace(path)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Bring a folder's entries to the disk: without it a rename may be lost with the power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link(place: Path, target: Path | str) -> None:
+    """Point the symbolic link `place` at `target`, in one rename."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_name(f".{place.name}.{os.getpid()}")
+    part.unlink(missing_ok=True)
+    part.symlink_to(target)
+    part.replace(place)
+    sync(place.parent)
+
+
+def read(path: Path) -> Json:
+    """Read a JSON object; empty when there is none or it cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def remove(folder: Path) -> None:
+    """Delete a tree, read-only folders too."""
+    if not folder.exists():
+        return
+    for path, _, _ in os.walk(folder):
+        with suppress(PermissionError):
+            Path(path).chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Every file and link of a tree with its own status, in no order; paths are relative."""
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                name = f"{folder}{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(f"{name}/")
+                else:
+                    yield name, entry.stat(follow_symlinks=False)
+
+
+@contextmanager
+def flock(path: Path, kind: str = "busy") -> Iterator[None]:
+    """Hold a lock that the kernel drops with the process; raises Fault at once when another holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Fault(kind, f"{path} is held by another process") from None
+        yield
+
+
+def free(path: Path) -> bool:
+    """Whether nobody holds the lock file."""
+    try:
+        with flock(path):
+            return True
+    except Fault:
+        return False
+
+
+def run(argv: list[str], env: dict[str, str] | None = None, timeout: float = 3600) -> str:
+    """Run a program to its end and return its output; raises Fault with its last lines when it fails."""
+    try:
+        done = subprocess.run(argv, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Fault("step", f"{argv[0]} could not be run", str(error)) from error
+    if done.returncode:
+        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        raise Fault("disk" if "No space left" in tail else "step", f"{' '.join(argv[:3])} failed", tail)
+    return done.stdout
+
+
+# --- the place -----------------------------------------------------------------------------------------------------
+
+
+class Site:
+    """Where on this host: the folders of a prefix, and who owns them."""
+
+    def __init__(self, site: Json) -> None:
+        self.json = site
+        self.prefix = Path(site["prefix"]).expanduser()
+        self.service = str(site["service"])
+        self.scope = str(site["scope"])  # "system" (root, systemd) or "user"
+        self.user = str(site["user"])  # whom the service runs as; empty: whoever runs this
+        self.address = str(site["address"])
+        self.port = int(site["port"])
+        self.parts = self.prefix / "parts"
+        self.releases = self.prefix / "releases"
+        self.current = self.prefix / "current"
+        self.data = self.prefix / "data"
+        self.state = self.prefix / "state"
+        self.incoming = self.state / "incoming"
+        self.pending = self.state / "pending.json"
+        self.history = self.state / "history.jsonl"
+        self.lock = self.state / "lock"
+        self.cut = self.state / "cut-over.json"
+        self.snapshot = self.state / "snapshot"
+        self.database = self.data / "user/comfyui.db"
+
+    def release(self) -> str:
+        """The current release's id; empty when there is none. Raises Fault when `current` is not Hearth's."""
+        if not self.current.is_symlink():
+            if self.current.exists():
+                raise Fault(
+                    "foreign",
+                    f"{self.current} is no link of Hearth's",
+                    "something else made it, or it was edited by hand",
+                    f"look at it, move it away (mv {self.current} {self.current}.old), then deploy again",
+                )
+            return ""
+        target = self.current.readlink()
+        if target.parent != Path("releases") or not read(self.releases / target.name / "release.json"):
+            raise Fault(
+                "foreign",
+                f"{self.current} points at {target}, which is no release of Hearth's",
+                "the release was deleted or damaged, or the link was edited by hand",
+                f"remove the link (rm {self.current}), then deploy again; data/ is not touched by that",
+            )
+        return target.name
+
+    def manifest(self, release: str) -> Json:
+        """What a release is; empty when it is not there."""
+        return read(self.releases / release / "release.json")
+
+    def owner(self) -> tuple[int, int]:
+        """User and group of the data: the service's, or -1 (unchanged) when it runs as whoever runs this."""
+        if not self.user:
+            return -1, -1
+        entry = pwd.getpwnam(self.user)
+        return entry.pw_uid, entry.pw_gid
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+def stamp(root: Path) -> str:
+    """A hash over path, size, time, mode and link target of all files: cheap, and any edit changes it."""
+    lines = [
+        f"{name} {status.st_size} {status.st_mtime_ns} {status.st_mode} {_target(root / name, status)}"
+        for name, status in walk(root)
+        if name != "PART.json"
+    ]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _target(path: Path, status: os.stat_result) -> str:
+    return str(path.readlink()) if stat.S_ISLNK(status.st_mode) else ""
+
+
+def contents(root: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a tree, with an `x` behind it for an executable one."""
+    found: dict[str, str] = {}
+    for name, status in walk(root):
+        if name != "PART.json" and stat.S_ISREG(status.st_mode):
+            found[name] = sha256(root / name) + ("x" if status.st_mode & 0o100 else "")
+    return found
+
+
+@contextmanager
+def part(site: Site, name: str) -> Iterator[Path]:
+    """Make a part in one rename: yields an empty folder to fill, then seals it. One that is there is replaced.
+
+    A sealed part is read-only and says in PART.json what it holds.
+    """
+    place = site.parts / name
+    site.parts.mkdir(parents=True, exist_ok=True)
+    for stale in site.parts.glob(f".{name}.*"):
+        remove(stale)
+    fresh = site.parts / f".{name}.{os.getpid()}"
+    fresh.mkdir()
+    yield fresh
+    size = 0
+    for path, status in walk(fresh):
+        size += status.st_size
+        if stat.S_ISREG(status.st_mode):
+            (fresh / path).chmod(0o555 if status.st_mode & 0o100 else 0o444)
+    write(fresh / "PART.json", json.dumps({"part": name, "bytes": size, "stamp": stamp(fresh)}), 0o444)
+    os.sync()
+    for folder, _, _ in os.walk(fresh):
+        Path(folder).chmod(0o555)
+    fresh.chmod(0o755)  # a folder must be writable to be renamed by who is not root
+    if place.exists():  # a damaged one: aside first, so that what runs from it keeps its open files
+        place.rename(site.parts / f".{name}.damaged")
+    fresh.rename(place)
+    place.chmod(0o555)
+    remove(site.parts / f".{name}.damaged")
+
+
+def fault_of(place: Path) -> str:
+    """What is wrong with a part; empty when nothing is."""
+    record = read(place / "PART.json")
+    if not record:
+        return "it was never finished"
+    return "" if record.get("stamp") == stamp(place) else "it was changed after it was made"
+
+
+# --- facts ---------------------------------------------------------------------------------------------------------
+
+
+def facts(site: Site, ask: Json) -> Json:
+    """What this host is now. `ask` names the Python versions and mounts to look for."""
+    try:
+        current, fault = site.release(), {}
+    except Fault as error:
+        current, fault = "", error.report
+    manifests = [read(path) for path in sorted(site.releases.glob("*/release.json"))]
+    names = {path.name for path in site.parts.glob("[!.]*")}
+    place = next(path for path in [site.prefix, *site.prefix.parents] if path.exists())
+    disk = os.statvfs(place)
+    os_release = _os_release()
+    manager = manager_of(site)
+    return {
+        "hostname": socket.gethostname(),
+        "os": f"{os_release.get('ID', 'linux')} {os_release.get('VERSION_ID', '')}".strip(),
+        "machine": platform.machine(),
+        "kernel": platform.release(),
+        "glibc": (os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
+        "pythons": _pythons(site, ask["pythons"]),
+        "gpus": _gpus(),
+        "driver": _driver(),
+        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "cores": os.cpu_count() or 1,
+        "login": pwd.getpwuid(os.getuid()).pw_name,
+        "root": os.geteuid() == 0,
+        "prefix": str(site.prefix),
+        "writable": os.access(place, os.W_OK),
+        "disk_free": disk.f_bavail * disk.f_frsize,
+        # Some file systems make inodes as they go, and say 0 of 0.
+        "inodes_free": disk.f_favail if disk.f_files else None,
+        "mounts": {path: os.path.ismount(path) for path in ask["mounts"]},
+        "port_holder": _port_holder(site),
+        "user": _exists(pwd.getpwnam, site.user),
+        "members": _members(site.user),
+        "manager": manager.name,
+        "current": current,
+        "current_fault": fault,
+        "releases": [each for each in manifests if each],
+        "parts": {name: fault_of(site.parts / name) for name in sorted(names)},
+        "data": site.data.is_dir(),
+        "service": manager.status() if current or site.state.exists() else dict(_NO_SERVICE),
+        "incoming": {path.name: path.stat().st_size for path in site.incoming.glob("*") if path.is_file()},
+        "busy": busy(site),
+        "last": last_line(site.history),
+    }
+
+
+_NO_SERVICE = {
+    "active": False,
+    "state": "absent",
+    "enabled": False,
+    "linked": False,
+    "restarts": 0,
+    "since": "",
+    "pid": 0,
+}
+
+
+def _os_release() -> dict[str, str]:
+    with suppress(OSError):
+        return platform.freedesktop_os_release()
+    return {}
+
+
+def _exists(lookup: Callable[[str], object], name: str) -> bool:
+    if not name:
+        return True
+    try:
+        lookup(name)
+    except KeyError:
+        return False
+    return True
+
+
+def _members(group: str) -> list[str]:
+    try:
+        return sorted(grp.getgrnam(group).gr_mem) if group else []
+    except KeyError:
+        return []
+
+
+def _pythons(site: Site, wanted: list[str]) -> dict[str, str]:
+    """Interpreters by minor version. A system service sees no home folder, so only the system's count for it."""
+    places = "/usr/bin:/usr/local/bin" if site.scope == "system" else os.environ.get("PATH", "/usr/bin")
+    code = "import sys; print(sys._base_executable, '%d.%d' % sys.version_info[:2])"
+    found: dict[str, str] = {}
+    for version in wanted:
+        program = shutil.which(f"python{version}", path=places)
+        if program is None:
+            continue
+        done = subprocess.run([program, "-ISc", code], capture_output=True, text=True)
+        answer = done.stdout.split()
+        if len(answer) == 2 and answer[1] == version:
+            found[version] = answer[0]
+    return found
+
+
+def _gpus() -> list[Json]:
+    """The NVIDIA GPUs, as nvidia-smi sees them. Memory in bytes; a GPU that names none shares the machine's."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True)
+    gpus: list[Json] = []
+    for line in done.stdout.splitlines() if done.returncode == 0 else []:
+        name, capability, memory = (cell.strip() for cell in line.split(","))
+        unified = not memory.isdecimal()  # GB10 answers [N/A]
+        gpus.append(
+            {
+                "name": name,
+                "capability": capability,
+                "memory": None if unified else int(memory) << 20,
+                "unified": unified,
+            }
+        )
+    return gpus
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version; empty without one."""
+    with suppress(OSError):
+        found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", Path("/proc/driver/nvidia/version").read_text())
+        return found[1] if found else ""
+    return ""
+
+
+def _port_holder(site: Site) -> Json:
+    """Who listens on the site's port: pid and name, as far as this user may see; empty when nobody does."""
+    inodes: set[str] = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                cells = line.split()
+                if cells[3] == "0A" and int(cells[1].rpartition(":")[2], 16) == site.port:
+                    inodes.add(f"socket:[{cells[9]}]")
+    if not inodes:
+        return {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if any(str(each.readlink()) in inodes for each in (folder / "fd").iterdir()):
+                words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                return {"pid": int(folder.name), "command": " ".join(words[:3]).strip()}
+    return {"pid": 0, "command": "a process of another user"}
+
+
+def busy(site: Site) -> Json:
+    """Who is changing this host now: the run under way; empty when nobody is."""
+    plan = read(site.pending)
+    if not plan:
+        return {}
+    return {key: plan[key] for key in ("run", "who", "since", "action")} | {"alive": not free(site.lock)}
+
+
+def last_line(path: Path) -> Json:
+    """The last line of a JSON lines file."""
+    try:
+        lines = path.read_text().splitlines()
+        found = json.loads(lines[-1]) if lines else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# --- service managers ----------------------------------------------------------------------------------------------
+
+
+class Systemd:
+    """The service as a unit of the system's or the user's systemd.
+
+    The unit file is a link to `current/<service>.service`: what switches the release switches the unit with it.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.name = f"systemd-{site.scope}"
+        self.unit = f"{site.service}.service"
+        self.apply_unit = f"{site.service}-apply.service"
+        system = site.scope == "system"
+        self.ctl = ["systemctl"] if system else ["systemctl", "--user"]
+        self.units = Path("/etc/systemd/system") if system else Path.home() / ".config/systemd/user"
+        self.target = "multi-user.target" if system else "default.target"
+
+    def _wants(self, unit: str) -> Path:
+        return self.units / f"{self.target}.wants" / unit
+
+    def status(self) -> Json:
+        """How the service is: running, enabled, restarts, since when."""
+        fields = "ActiveState,SubState,NRestarts,ActiveEnterTimestamp,MainPID"
+        shown = run([*self.ctl, "show", self.unit, f"--property={fields}"])
+        values = dict(line.partition("=")[::2] for line in shown.splitlines())
+        return {
+            # "auto-restart" is activating, too: it has died and waits
+            "active": values.get("ActiveState") in ("active", "activating", "reloading")
+            and values.get("SubState") != "auto-restart",
+            "state": f"{values.get('ActiveState')} ({values.get('SubState')})",
+            "enabled": self._wants(self.unit).is_symlink(),
+            "linked": self._linked(),
+            "restarts": int(values.get("NRestarts") or 0),
+            "since": values.get("ActiveEnterTimestamp", ""),
+            "pid": int(values.get("MainPID") or 0),
+        }
+
+    def _linked(self) -> bool:
+        place = self.units / self.unit
+        return place.is_symlink() and place.readlink() == self.site.current / self.unit
+
+    def install(self) -> None:
+        """Make systemd see the current release's unit, and start it at boot."""
+        link(self.units / self.unit, self.site.current / self.unit)
+        link(self._wants(self.unit), f"../{self.unit}")
+        run([*self.ctl, "daemon-reload"])
+
+    def uninstall(self) -> None:
+        """Forget the unit: there is no release any more."""
+        for place in (self._wants(self.unit), self.units / self.unit):
+            place.unlink(missing_ok=True)
+        run([*self.ctl, "daemon-reload"])
+
+    def start(self) -> None:
+        """Start the service."""
+        subprocess.run([*self.ctl, "reset-failed", self.unit], capture_output=True)
+        run([*self.ctl, "start", self.unit])
+
+    def stop(self) -> None:
+        """Stop the service and wait until it has."""
+        if self.status()["state"].split()[0] != "inactive":
+            run([*self.ctl, "stop", self.unit])
+
+    def log(self, lines: int) -> list[str]:
+        """The last lines of the service's present or last run."""
+        who = ["--user-unit"] if self.site.scope == "user" else ["--unit"]
+        shown = run([*self.ctl, "show", self.unit, "--property=InvocationID", "--value"]).strip()
+        match = [f"_SYSTEMD_INVOCATION_ID={shown}"] if shown else [*who, self.unit]
+        return run(["journalctl", "--no-pager", "--output=cat", f"--lines={lines}", *match]).splitlines()
+
+    def go(self) -> None:
+        """Start the unit that applies what is pending; it is restarted when killed, and started at boot."""
+        python = sys.executable
+        text = _APPLY_UNIT.format(
+            service=self.site.service, python=python, state=self.site.state, target=self.target, unit=self.unit
+        )
+        place = self.units / self.apply_unit
+        if not place.exists() or place.read_text() != text:
+            write(place, text)
+            link(self._wants(self.apply_unit), f"../{self.apply_unit}")
+            run([*self.ctl, "daemon-reload"])
+        subprocess.run([*self.ctl, "reset-failed", self.apply_unit], capture_output=True)
+        run([*self.ctl, "start", "--no-block", self.apply_unit])
+
+
+# Not ordered against the service, which it stops and starts itself. OOMPolicy: a compiler or uv that is killed for
+# memory must not take the apply with it.
+_APPLY_UNIT = """\
+[Unit]
+Description=Hearth: goes on with a change of {service} that is under way
+ConditionPathExists={state}/pending.json
+StartLimitIntervalSec=0
+
+[Service]
+Type=exec
+ExecStart={python} -I {state}/agent.py apply {state}/site.json
+Restart=on-failure
+RestartSec=1
+OOMPolicy=continue
+KillMode=control-group
+
+[Install]
+WantedBy={target}
+"""
+
+
+class Supervised:
+    """The service under a supervisor of our own: no systemd, no root. Survives the shell that started it."""
+
+    name = "process"
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.lock = site.state / "supervisor.lock"
+        self.record = site.state / "supervisor.json"
+        self.output = site.state / "comfyui.log"
+        self.enabled = site.state / "enabled"
+
+    def status(self) -> Json:
+        """How the service is: running, enabled, restarts, since when."""
+        running = self.lock.exists() and not free(self.lock)
+        record = read(self.record) if running else {}
+        return {
+            "active": running,
+            "state": "active (supervised)" if running else "inactive (no supervisor)",
+            "enabled": self.enabled.exists(),
+            "linked": True,
+            "restarts": record.get("restarts", 0),
+            "since": record.get("since", ""),
+            "pid": record.get("child", 0),
+        }
+
+    def install(self) -> None:
+        """Note that the service shall run."""
+        self.enabled.touch()
+
+    def uninstall(self) -> None:
+        """Forget it."""
+        self.enabled.unlink(missing_ok=True)
+
+    def start(self) -> None:
+        """Start the service."""
+        if not self.status()["active"]:
+            detach([sys.executable, "-I", str(self.site.state / "agent.py"), "supervise"], self.site)
+            wait_for(lambda: not free(self.lock), 10)
+
+    def stop(self) -> None:
+        """Stop the service and wait until it has."""
+        record = read(self.record)
+        if self.status()["active"] and record:
+            os.kill(record["pid"], signal.SIGTERM)
+            if not wait_for(lambda: free(self.lock), 40):
+                raise Fault("step", "the supervisor does not end", f"process {record['pid']}", "look at it with ps")
+
+    def log(self, lines: int) -> list[str]:
+        """The last lines that the service wrote."""
+        with suppress(OSError):
+            return self.output.read_text(errors="replace").splitlines()[-lines:]
+        return []
+
+    def go(self) -> None:
+        """Apply what is pending, in a process of its own."""
+        detach([sys.executable, "-I", str(self.site.state / "agent.py"), "apply"], self.site)
+
+
+Manager = Systemd | Supervised
+
+
+def manager_of(site: Site) -> Manager:
+    """How services are run here: the system's systemd, the user's, or neither."""
+    if site.scope == "system":
+        return Systemd(site)
+    if Path("/run/systemd/system").is_dir() and os.environ.get("XDG_RUNTIME_DIR"):
+        with suppress(OSError):
+            done = subprocess.run(["systemctl", "--user", "show", "--property=Version"], capture_output=True)
+            if done.returncode == 0:
+                return Systemd(site)
+    return Supervised(site)
+
+
+def detach(argv: list[str], site: Site) -> None:
+    """Start a process that no shell, connection or Ctrl-C of ours ends."""
+    log = (site.state / "agent.log").open("ab")
+    with log:
+        subprocess.Popen(
+            [*argv, str(site.state / "site.json")],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd="/",
+        )
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait until the condition holds; say whether it did in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+# What a unit would get, too; whatever else the shell has set is not the service's.
+_INHERITED = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "TZ", "USER", "XDG_RUNTIME_DIR")
+
+
+def supervise(site: Site) -> None:
+    """Run the current release until told to stop (SIGTERM); start it again when it dies, five times in five minutes."""
+    manager = Supervised(site)
+    stopping = False
+    child: subprocess.Popen[bytes] | None = None
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+        if child is not None and child.poll() is None:
+            child.send_signal(signal.SIGINT)  # ComfyUI handles SIGINT, not SIGTERM
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with flock(manager.lock):
+        starts: list[float] = []
+        restarts = 0
+        while not stopping:
+            release = site.manifest(site.release())
+            if manager.output.exists() and manager.output.stat().st_size > 10_000_000:
+                manager.output.replace(manager.output.with_suffix(".log.1"))
+            with manager.output.open("ab") as log:
+                inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+                environment = {**inherited, **release["environment"]}
+                child = subprocess.Popen(
+                    release["argv"], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=site.data
+                )
+                record = {"pid": os.getpid(), "child": child.pid, "restarts": restarts, "since": now()}
+                write(manager.record, json.dumps(record))
+                if stopping:  # told so between the loop's test and the start
+                    child.send_signal(signal.SIGINT)
+                while child.poll() is None:
+                    try:
+                        child.wait(30 if stopping else None)
+                    except subprocess.TimeoutExpired:
+                        child.kill()
+            starts = [each for each in starts if each > time.monotonic() - 300] + [time.monotonic()]
+            if len(starts) >= 5:
+                break
+            restarts += 1
+            if not stopping:
+                time.sleep(2)
+
+
+# --- ComfyUI -------------------------------------------------------------------------------------------------------
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine needs no proxy to reach itself
+
+
+def ask(site: Site, path: str, body: Json | None = None, timeout: float = 5) -> Any:
+    """Ask the running ComfyUI; bytes for a picture, else parsed JSON. Raises OSError or ValueError."""
+    address = "127.0.0.1" if site.address in ("0.0.0.0", "") else site.address
+    host = f"[{address}]" if ":" in address else address
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(f"http://{host}:{site.port}{path}", data, {"Content-Type": "application/json"})
+    with _DIRECT.open(request, timeout=timeout) as answer:
+        raw = answer.read()
+    return raw if path.startswith("/view") else json.loads(raw)
+
+
+def drain(site: Site, seconds: float, force: bool, note: Callable[[str], None]) -> None:
+    """Wait until ComfyUI has no job left; raises Fault naming the jobs when it does not end in time."""
+    end = time.monotonic() + seconds
+    said = ""
+    while True:
+        try:
+            queue = ask(site, "/queue")
+        except (OSError, ValueError):
+            return  # not answering: nothing to wait for
+        running = [str(job[1]) for job in queue["queue_running"]]
+        waiting = len(queue["queue_pending"])
+        if not running and not waiting:
+            return
+        jobs = f"{len(running)} running ({', '.join(running)}), {waiting} waiting"
+        if force:
+            note(f"cutting jobs short: {jobs}")
+            return
+        if time.monotonic() > end:
+            raise Fault(
+                "drain",
+                f"ComfyUI is still working after {seconds:.0f} s: {jobs}",
+                "",
+                "wait and run again, give it longer (--drain SECONDS), or cut the jobs short (--force)",
+            )
+        if jobs != said:
+            note(f"waiting for jobs: {jobs}")
+            said = jobs
+        time.sleep(0.5)
+
+
+def gate(site: Site, manager: Manager, release: Json, note: Callable[[str], None]) -> None:
+    """Prove that the release serves: it answers, is the one asked for, and makes a picture. Raises Fault if not."""
+    wanted = release["gate"]
+    started = time.monotonic()
+    stats = _first_answer(site, manager, wanted["seconds"])
+    system = stats["system"]
+    note(f"answers after {time.monotonic() - started:.1f} s: ComfyUI {system['comfyui_version']}")
+    argv = release["argv"][release["argv"].index(f"{release['code']}/main.py") :]
+    kinds = sorted({device["type"] for device in stats["devices"]})
+    checks = [
+        ("ComfyUI", system["comfyui_version"], wanted["version"]),
+        ("its command line", " ".join(system["argv"]), " ".join(argv)),
+        ("torch", system["pytorch_version"].partition("+")[0], wanted["torch"]),
+    ]
+    for what, found, expected in checks:
+        if found != expected:
+            raise Fault("gate", f"{what} is not the release's", f"found {found}, wanted {expected}")
+    if wanted["cuda"] and "cuda" not in kinds:
+        raise Fault("gate", "ComfyUI sees no CUDA device", f"it runs on {', '.join(kinds)}", "inv facts shows the GPUs")
+    if wanted["attention"]:
+        lines = [str(each["m"]) for each in ask(site, "/internal/logs/raw")["entries"]]
+        used = next((line.strip() for line in lines if re.search(r"Using .* attention", line)), "nothing it logged")
+        if wanted["attention"].lower() not in used.lower():
+            raise Fault("gate", f"the attention in use is not {wanted['attention']}", f"ComfyUI says: {used}")
+        note(f"attention: {wanted['attention']}")
+    _picture(site, note)
+
+
+def _first_answer(site: Site, manager: Manager, seconds: float) -> Any:
+    """The first /system_stats of the service; raises Fault when it dies or the time is over."""
+    end = time.monotonic() + seconds
+    restarts = manager.status()["restarts"]
+    while True:
+        try:
+            return ask(site, "/system_stats")
+        except (OSError, ValueError):
+            pass
+        status = manager.status()
+        if not status["active"] or status["restarts"] > restarts:
+            raise Fault("gate", "ComfyUI died while it started", status["state"])
+        if time.monotonic() > end:
+            raise Fault("gate", f"ComfyUI does not answer after {seconds:.0f} s", status["state"])
+        time.sleep(0.25)
+
+
+def _picture(site: Site, note: Callable[[str], None]) -> None:
+    """Run a workflow that needs no model, fetch its picture, and leave nothing behind."""
+    started = time.monotonic()
+    inputs = {"width": 64, "height": 64, "batch_size": 1, "color": 0x804020}
+    workflow = {
+        "1": {"class_type": "EmptyImage", "inputs": inputs},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "hearth-gate/proof"}},
+    }
+    try:
+        prompt = str(ask(site, "/prompt", {"prompt": workflow})["prompt_id"])
+        while not (done := ask(site, f"/history/{prompt}").get(prompt)):
+            if time.monotonic() - started > 120:
+                raise Fault("gate", "a workflow without models does not end within 120 s")
+            time.sleep(0.1)
+        (image,) = done["outputs"]["2"]["images"]
+        raw = ask(site, f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Fault("gate", "a workflow without models makes no picture", repr(error)) from error
+    finally:
+        shutil.rmtree(site.data / "output/hearth-gate", ignore_errors=True)
+    if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[16:24] != b"\0\0\0\x40\0\0\0\x40":
+        raise Fault("gate", "the picture that came back is not the one asked for", f"{len(raw)} bytes")
+    note(f"a picture came back after {time.monotonic() - started:.1f} s")
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------
+
+
+def account(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Create the system user, with its group, that the service runs as; add the members to the group."""
+    with suppress(KeyError):
+        pwd.getpwnam(site.user)
+        note(f"{site.user} is there")
+        return
+    home = str(site.data)
+    run(["useradd", "--system", "--user-group", "--home-dir", home, "--shell", "/usr/sbin/nologin", site.user])
+
+
+def members(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Put the named users, and only them, into the service's group."""
+    run(["gpasswd", "--members", ",".join(step["members"]), site.user])
+
+
+def folders(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Lay the prefix out. Folders of data/ that are there, mounts or links, are left as they are."""
+    for folder in (site.parts, site.releases, site.state, site.incoming):
+        folder.mkdir(parents=True, exist_ok=True)
+    user, group = site.owner()
+    # custom_nodes: ComfyUI stops when its base directory has none
+    for folder in (site.data, *(site.data / name for name in DATA)):
+        if folder.exists() or folder.is_symlink():
+            continue
+        fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
+        fresh.mkdir()
+        os.chown(fresh, user, group)
+        fresh.chmod(0o2775)  # what a member of the group adds belongs to the group
+        fresh.rename(folder)
+
+
+DATA = ("models", "input", "output", "user", "temp", "cache", "custom_nodes")
+
+
+def receive_blob(site: Site, digest: str) -> Path:
+    """A blob that the client sent; raises Fault when it is not there whole."""
+    path = site.incoming / digest
+    if not path.exists() or sha256(path) != digest:
+        path.unlink(missing_ok=True)
+        raise Fault("step", f"what was sent is damaged: {digest[:12]}", "", "run the same command again")
+    return path
+
+
+def tool(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Put the pinned uv where the steps find it."""
+    place = site.state / "tools" / step["name"]
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_name(f".{place.name}.{os.getpid()}")
+        shutil.copyfile(receive_blob(site, step["blob"]), part)
+        part.chmod(0o755)
+        part.replace(place)
+
+
+def app(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Make the application's tree: what was sent, and the rest from a part that has those very files."""
+    with part(site, step["part"]) as place:
+        with tarfile.open(receive_blob(site, step["blob"])) as archive:
+            archive.extractall(place)  # the client's own archive, checked by hash; 3.10 may lack the filters
+        for name, source in step["reuse"].items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(site.parts / source, place / name)
+        for path, _, _ in os.walk(place):
+            Path(path).chmod(0o755)
+        if contents(place) != step["files"]:
+            raise Fault("step", "the application's tree is not the one that was planned", "a part was changed")
+        run(
+            [
+                step["python"],
+                "-m",
+                "compileall",
+                "-q",
+                "-s",
+                str(place),
+                "-p",
+                str(site.parts / step["part"]),
+                str(place),
+            ]
+        )
+
+
+def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Make the virtual environment from the locked list and the kernel wheels, every file by its hash."""
+    uv = str(site.state / "tools" / step["tool"])
+    cache = {} if site.scope == "user" else {"UV_CACHE_DIR": str(site.state / "cache/uv")}
+    environment = {**cache, "UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1"}
+    wheels = site.state / "wheels"
+    wheels.mkdir(exist_ok=True)
+    for wheel in step["wheels"]:
+        link(wheels / wheel["file"], receive_blob(site, wheel["sha256"]))
+    with part(site, step["part"]) as place:
+        run(
+            [uv, "venv", "--quiet", "--relocatable", "--no-project", "--python", step["python"], str(place)],
+            environment,
+        )
+        listed = site.state / f"requirements-{os.getpid()}.txt"
+        listed.write_text(step["requirements"])
+        argv = [uv, "pip", "sync", "--quiet", "--python", f"{place}/bin/python", "--require-hashes", "--strict"]
+        argv += ["--only-binary", ":all:", "--find-links", str(wheels)]
+        argv += ["--no-index"] if step["offline"] else []
+        # A damaged part may have been linked from the cache, which is then damaged too.
+        argv += ["--no-cache"] if step["repair"] else []
+        try:
+            run([*argv, str(listed)], environment)
+        finally:
+            listed.unlink()
+        if step["compile"]:
+            final = str(site.parts / step["part"])
+            words = ["-m", "compileall", "-q", "-j", "0", "-s", str(place), "-p", final]
+            # Some packages ship templates and tests that no Python parses; what cannot be compiled is not imported.
+            subprocess.run([f"{place}/bin/python", *words, f"{place}/lib"], capture_output=True)
+    shutil.rmtree(wheels)
+
+
+def release(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Write the release: its manifest, its unit, and links to its parts."""
+    manifest = step["release"]
+    place = site.releases / manifest["id"]
+    place.mkdir(parents=True, exist_ok=True)
+    for kind, name in manifest["parts"].items():
+        link(place / kind, f"../../parts/{name}")
+    write(place / f"{site.service}.service", manifest["unit"])
+    write(place / "release.json", json.dumps(manifest, indent=1))
+
+
+def preflight(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Import what the release must be able to import, while the old one still serves."""
+    manifest = site.manifest(step["release"])
+    code = "".join(f"import {name}; " for name in manifest["gate"]["imports"]) or "import torch"
+    run([manifest["argv"][0], "-I", "-c", code], {**manifest["environment"], "CUDA_VISIBLE_DEVICES": ""})
+
+
+def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Take the old release out of service and the new one in; take it back when it is not healthy."""
+    manager = manager_of(site)
+    target = site.manifest(step["to"])
+    record = read(site.cut)
+    if not record:
+        previous = site.release()
+        if previous:
+            drain(site, step["drain"], step["force"], note)
+        record = {"previous": previous, "was_active": manager.status()["active"], "reverting": {}, "log": []}
+        write(site.cut, json.dumps(record))
+    if not record["reverting"]:
+        try:
+            if site.release() != step["to"]:
+                manager.stop()
+                _snapshot(site)
+                link(site.current, f"releases/{step['to']}")
+            manager.install()
+            manager.start()
+            gate(site, manager, target, note)
+        except (Fault, OSError) as error:
+            report = error.report if isinstance(error, Fault) else Fault("gate", str(error)).report
+            record |= {"reverting": report, "log": manager.log(25)}
+            write(site.cut, json.dumps(record))
+    if record["reverting"]:
+        _revert(site, manager, record, note)
+
+
+def _snapshot(site: Site) -> None:
+    """Keep ComfyUI's database as it is while nobody writes it: a newer version migrates it and an older one stops."""
+    fresh = site.snapshot.with_name(".snapshot")
+    for folder in (fresh, site.snapshot):
+        shutil.rmtree(folder, ignore_errors=True)
+    fresh.mkdir()
+    for path in site.database.parent.glob("comfyui.db*"):
+        shutil.copy2(path, fresh / path.name)
+    os.sync()
+    fresh.rename(site.snapshot)
+
+
+def _revert(site: Site, manager: Manager, record: Json, note: Callable[[str], None]) -> None:
+    """Bring back what ran before; always raises the Fault that made it necessary."""
+    previous = record["previous"]
+    note(f"not healthy, going back to {previous or 'no release'}")
+    manager.stop()
+    if site.snapshot.exists():
+        user, group = site.owner()
+        for path in site.database.parent.glob("comfyui.db*"):
+            path.unlink()
+        for path in site.snapshot.iterdir():
+            shutil.copy2(path, site.database.parent / path.name)
+            os.chown(site.database.parent / path.name, user, group)
+    report = dict(record["reverting"])
+    if previous:
+        link(site.current, f"releases/{previous}")
+        manager.install()
+        if record["was_active"]:
+            manager.start()
+            _first_answer(site, manager, site.manifest(previous)["gate"]["seconds"])
+        report["cause"] += f"\nrelease {previous} is back" + (" and answers" if record["was_active"] else "")
+    else:
+        manager.uninstall()
+        site.current.unlink(missing_ok=True)
+        report["cause"] += "\nthere was no release before, so none runs now"
+    fault = Fault("gate", f"release {read(site.pending)['release']} is not healthy: {report['what']}", report["cause"])
+    fault.report["hint"] = report["hint"] or "read the log above; inv deploy tries again"
+    fault.report["log"] = record["log"]
+    raise fault
+
+
+def serve(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Run what is current: the unit in place, started at boot, started now and healthy."""
+    manager = manager_of(site)
+    manager.install()
+    manager.start()
+    gate(site, manager, site.manifest(site.release()), note)
+
+
+def prune(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Delete releases that are not kept, then parts that no release names and blobs that are used up."""
+    current = site.release()
+    for path in site.releases.glob("*"):
+        if path.name not in (*step["keep"], current):
+            shutil.rmtree(path)
+    named = {part for path in site.releases.glob("*/release.json") for part in read(path)["parts"].values()}
+    for path in site.parts.glob("*"):
+        if path.name not in named:
+            remove(path)
+    shutil.rmtree(site.incoming)
+    site.incoming.mkdir()
+
+
+STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
+    "account": account,
+    "members": members,
+    "folders": folders,
+    "tool": tool,
+    "app": app,
+    "env": env,
+    "release": release,
+    "preflight": preflight,
+    "cut-over": cut_over,
+    "serve": serve,
+    "prune": prune,
+}
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+def now() -> str:
+    """The time, UTC, as ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class Journal:
+    """What happened in a run, on disk line by line before the next thing is done."""
+
+    def __init__(self, site: Site, run_id: str) -> None:
+        self.path = site.state / "runs" / f"{run_id}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def events(self) -> list[Json]:
+        """All lines so far; one that a power cut tore is left out."""
+        found: list[Json] = []
+        with suppress(FileNotFoundError):
+            for line in self.path.read_text(errors="replace").splitlines():
+                with suppress(ValueError):
+                    found.append(json.loads(line))
+        return found
+
+    def add(self, event: str, **values: Any) -> None:
+        """Append one line."""
+        with self.path.open("a") as file:
+            file.write("\n" * self._torn() + json.dumps({"at": now(), "event": event, **values}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _torn(self) -> bool:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                return file.read(1) != b"\n"
+        except OSError:
+            return False
+
+
+def submit(site: Site, plan: Json) -> Json:
+    """Take a plan over and start applying it; raises Fault when another is under way or the host has changed."""
+    for folder in (site.prefix, site.state):
+        folder.mkdir(parents=True, exist_ok=True)
+    with flock(site.state / "submit.lock"):
+        if other := busy(site):
+            if not other["alive"]:
+                manager_of(site).go()  # whoever applied it was killed, and nobody started it again
+            raise Fault(
+                "busy",
+                f"a {other['action']} is under way on this host: {other['who']}, since {other['since']}",
+                "",
+                "watch it with inv attach, then run the same command again",
+            )
+        if site.release() != plan["base"]:
+            raise Fault("busy", "the host was changed since the plan was made", "", "run the same command again")
+        write(site.state / "site.json", json.dumps(site.json))
+        write(site.state / "agent.py", Path(__file__).read_text())
+        Journal(site, plan["run"]).add("begin", who=plan["who"], action=plan["action"], release=plan["release"])
+        write(site.pending, json.dumps({**plan, "since": now()}))
+        manager_of(site).go()
+    return {"run": plan["run"]}
+
+
+def apply(site: Site) -> None:
+    """Apply the pending plan from where it stands. Ends with a line in the history, however it ends."""
+    with flock(site.lock):
+        plan = read(site.pending)
+        if not plan:
+            return
+        journal = Journal(site, plan["run"])
+        done = {event["step"] for event in journal.events() if event["event"] == "done"}
+        fault: Json = {}
+        for number, step in enumerate(plan["steps"]):
+            if number in done:
+                continue
+            journal.add("step", step=number, title=step["title"])
+            try:
+                STEPS[step["kind"]](site, step, lambda text: journal.add("note", text=text))
+            except Fault as error:
+                fault = error.report
+            except OSError as error:
+                fault = _os_fault(error, step)
+            if fault:
+                break
+            journal.add("done", step=number)
+        result = {"gate": "reverted"}.get(fault.get("kind", ""), "failed") if fault else "done"
+        line = {
+            "at": now(),
+            "result": result,
+            **{key: plan[key] for key in ("run", "who", "action", "release", "base")},
+        }
+        with site.history.open("a") as file:
+            file.write(json.dumps({**line, "error": fault.get("what", "")}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        journal.add("end", result=result, fault=fault)
+        shutil.rmtree(site.snapshot, ignore_errors=True)
+        site.cut.unlink(missing_ok=True)
+        site.pending.unlink()
+
+
+def _os_fault(error: OSError, step: Json) -> Json:
+    full = error.errno in (28, 122)  # ENOSPC, EDQUOT
+    hint = "free some space or inodes, then run the same command again" if full else "run the same command again"
+    return Fault("disk" if full else "step", f"could not {step['title']}", str(error), hint).report
+
+
+def follow(site: Site, run_id: str, seen: int) -> Iterator[Json]:
+    """Yield the events of a run from the `seen`-th on, as they come, up to its end."""
+    journal = Journal(site, run_id)
+    quiet = 0.0
+    while True:
+        events = journal.events()
+        yield from events[seen:]
+        if any(event["event"] == "end" for event in events):
+            return
+        quiet = quiet + 0.1 if len(events) == seen else 0.0
+        seen = len(events)
+        if quiet > 10:
+            if free(site.lock) and read(site.pending).get("run") == run_id:
+                manager_of(site).go()
+            yield {"event": "alive"}  # shows that the connection still is
+            quiet = 0.0
+        time.sleep(0.1)
+
+
+def receive(site: Site, digest: str, size: int) -> Json:
+    """Append standard input to a blob until it is whole; answers how much is there."""
+    site.incoming.mkdir(parents=True, exist_ok=True)
+    path = site.incoming / digest
+    part = site.incoming / f"{digest}.part"
+    if path.exists():
+        return {"size": size}
+    with flock(site.incoming / f".{digest}.lock"), part.open("ab") as file:
+        while block := sys.stdin.buffer.read(1 << 20):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        there = file.tell()
+        if there >= size:
+            if sha256(part) != digest:
+                part.unlink()
+                raise Fault("step", "what was sent is damaged", "", "run the same command again")
+            part.rename(path)
+    (site.incoming / f".{digest}.lock").unlink(missing_ok=True)
+    return {"size": there}
+
+
+def history(site: Site) -> list[Json]:
+    """How every run on this host ended, oldest first."""
+    try:
+        return [json.loads(line) for line in site.history.read_text().splitlines()]
+    except OSError:
+        return []
+
+
+def say(value: object) -> None:
+    """One line of JSON to whoever asked."""
+    print(json.dumps(value), flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """Do what the verb says; 0, or 3 after a Fault, which is then the last line."""
+    verb = argv[0]
+    try:
+        if verb in ("apply", "supervise"):  # started by a unit or detached: the site is a file
+            site = Site(read(Path(argv[1])))
+            (apply if verb == "apply" else supervise)(site)
+            return 0
+        request = json.loads(sys.stdin.buffer.readline())
+        site = Site(request["site"])
+        if verb == "facts":
+            say(facts(site, request))
+        elif verb == "contents":
+            say({name: contents(site.parts / name) for name in request["parts"]})
+        elif verb == "receive":
+            say(receive(site, request["sha256"], request["size"]))
+        elif verb == "submit":
+            say(submit(site, request["plan"]))
+        elif verb == "follow":
+            for event in follow(site, request["run"], request["seen"]):
+                say(event)
+        elif verb == "history":
+            say(history(site))
+        elif verb == "log":
+            say(manager_of(site).log(request["lines"]))
+        else:
+            raise Fault("step", f"the agent has no verb {verb!r}")
+    except Fault as fault:
+        say({"fault": fault.report})
+        return 3
+    except BrokenPipeError:
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,325 @@
+"""The two ways to reach a host's agent: a subprocess here, or one SSH connection. The only module that knows Fabric.
+
+Host keys are checked: an unknown or changed one ends the run. Fabric itself accepts any (`AutoAddPolicy`,
+fabric/connection.py), so policy and known_hosts are set here, for jump hosts as well.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shlex
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from core import shell
+from core.errors import (
+    AgentError,
+    BusyError,
+    ConnectError,
+    DiskFullError,
+    DrainError,
+    GateError,
+    HearthError,
+    HostKeyError,
+    SudoError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import fabric
+
+    from deploy.host import Target
+
+AGENT = Path(__file__).with_name("agent.py")
+
+
+class Agent(Protocol):
+    """The agent of one host. `site` and the verb's own values go in as JSON, JSON lines come out."""
+
+    def call(self, verb: str, **values: Any) -> Any:
+        """One answer; raises what the agent's fault stands for."""
+
+    def stream(self, verb: str, **values: Any) -> Iterator[Any]:
+        """Answers as they come."""
+
+    def send(self, path: Path, digest: str, offset: int, progress: Callable[[int], None]) -> None:
+        """Send a file from `offset` on; `progress` is told the bytes of each block."""
+
+
+class _Base:
+    """What both ways share: the request's line, and the answer's meaning."""
+
+    def __init__(self, target: Target) -> None:
+        self._site = target.site
+
+    def _request(self, values: dict[str, Any]) -> bytes:
+        return json.dumps({"site": self._site, **values}).encode() + b"\n"
+
+    def call(self, verb: str, **values: Any) -> Any:
+        """One answer; raises what the agent's fault stands for."""
+        answers = list(self.stream(verb, **values))
+        if not answers:
+            raise AgentError(f"the agent ended without an answer to {verb}", hint="run the same command again")
+        return answers[-1]
+
+    def stream(self, verb: str, **values: Any) -> Iterator[Any]:
+        """Answers as they come."""
+        raise NotImplementedError
+
+
+def _parsed(line: str) -> Any:
+    """One line of the agent's; raises the error that a fault stands for."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        raise AgentError("the agent's answer is not JSON", cause=line[:500]) from None
+    if isinstance(value, dict) and "fault" in value:
+        raise error_of(value["fault"])
+    return value
+
+
+def error_of(fault: dict[str, Any]) -> HearthError:
+    """The error that a fault of the agent stands for."""
+    kinds: dict[str, type[HearthError]] = {
+        "busy": BusyError,
+        "drain": DrainError,
+        "gate": GateError,
+        "disk": DiskFullError,
+    }
+    kind = kinds.get(fault["kind"], AgentError)
+    cause = "\n         ".join([*fault["cause"].splitlines(), *(f"| {line}" for line in fault.get("log", []))])
+    return kind(fault["what"], cause=cause, hint=fault["hint"])
+
+
+class Local(_Base):
+    """This machine's agent, by subprocess."""
+
+    def stream(self, verb: str, **values: Any) -> Iterator[Any]:
+        """Answers as they come."""
+        argv = [sys.executable, "-I", str(AGENT), verb]
+        for line in shell.talk(argv, self._request(values)):
+            yield _parsed(line)
+
+    def send(self, path: Path, digest: str, offset: int, progress: Callable[[int], None]) -> None:
+        """Send a file from `offset` on."""
+        request = self._request({"sha256": digest, "size": path.stat().st_size})
+        blocks = _blocks(path, offset, progress)
+        for line in shell.talk([sys.executable, "-I", str(AGENT), "receive"], request, blocks):
+            _parsed(line)
+
+
+def _blocks(path: Path, offset: int, progress: Callable[[int], None]) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(offset)
+        while block := file.read(1 << 18):
+            yield block
+            progress(len(block))
+
+
+class Ssh(_Base):
+    """A remote host's agent, over one connection."""
+
+    def __init__(self, target: Target, connection: fabric.Connection, password: str) -> None:
+        super().__init__(target)
+        self._connection = connection
+        self._password = password
+        self._target = target
+        text = AGENT.read_bytes()
+        self._file = f".cache/hearth/agent-{hashlib.sha256(text).hexdigest()[:16]}.py"
+
+    def stream(self, verb: str, **values: Any) -> Iterator[Any]:
+        """Answers as they come."""
+        yield from self._lines(verb, self._request(values), ())
+
+    def send(self, path: Path, digest: str, offset: int, progress: Callable[[int], None]) -> None:
+        """Send a file from `offset` on."""
+        request = self._request({"sha256": digest, "size": path.stat().st_size})
+        for _ in self._lines("receive", request, _blocks(path, offset, progress)):
+            pass
+
+    def _lines(self, verb: str, request: bytes, blocks: Any) -> Iterator[Any]:
+        """Run the agent there; when it lacks this very file, send it and run it again."""
+        from paramiko import SSHException
+
+        for attempt in (1, 2):
+            channel = self._open()
+            try:
+                channel.exec_command(self._command(verb))
+                if self._password:
+                    channel.sendall(self._password.encode() + b"\n")
+                channel.sendall(request)
+                for block in blocks:
+                    channel.sendall(block)
+                channel.shutdown_write()
+            except (OSError, SSHException) as error:
+                if not channel.exit_status_ready():
+                    raise self._lost(error) from error
+            count = 0
+            with channel.makefile("r") as output:
+                for line in output:
+                    count += 1
+                    yield _parsed(line)
+            said = channel.makefile_stderr("r").read().decode(errors="replace").strip()
+            status = channel.recv_exit_status()
+            if status == 99 and attempt == 1:
+                self._install()
+                continue
+            if status == -1:
+                raise self._lost(ConnectionError("the connection was closed"))
+            if status and not count:
+                raise self._refused(status, said)
+            return
+
+    def _command(self, verb: str) -> str:
+        """The shell command that runs the agent, as root where the host's scope needs that.
+
+        The first line of standard input is sudo's password when there is one. Where sudo does not ask for it, it
+        is taken away, so that the agent never sees it.
+        """
+        agent = shlex.join(["python3", "-I", self._file, verb])
+        present = f"test -f {self._file} || exit 99"
+        if self._target.host.scope == "user":
+            return f"{present}; exec {agent}"
+        drop = "read -r _; " if self._password else ""
+        ask = f"exec sudo -S -p '' {agent}" if self._password else f"exec sudo -n {agent}"
+        root = f'if [ "$(id -u)" = 0 ]; then {drop}exec {agent}; fi'
+        return f"{present}; {root}; if sudo -n true 2>/dev/null; then {drop}exec sudo -n {agent}; fi; {ask}"
+
+    def _open(self) -> Any:
+        transport = self._connection.transport
+        if transport is None:
+            raise self._lost(ConnectionError("there is no connection"))
+        return transport.open_session()
+
+    def _install(self) -> None:
+        """Put the agent where its hash says."""
+        channel = self._open()
+        part = f"{self._file}.part"
+        folder = os.path.dirname(self._file)  # noqa: PTH120  the other machine's path
+        channel.exec_command(f"mkdir -p {folder} && cat > {part} && mv {part} {self._file}")
+        channel.sendall(AGENT.read_bytes())
+        channel.shutdown_write()
+        if channel.recv_exit_status():
+            said = channel.makefile_stderr("r").read().decode(errors="replace").strip()
+            raise AgentError(f"the agent could not be written on {self._target.name}", cause=said)
+
+    def _refused(self, status: int, said: str) -> HearthError:
+        name = self._target.name
+        if "sudo" in said or "password" in said.lower():
+            return SudoError(
+                f"no root on {name}",
+                cause=said.splitlines()[-1],
+                hint="run again with --ask-sudo, or allow sudo without a password there",
+            )
+        if status in (126, 127):
+            return AgentError(f"{name} has no python3", cause=said, hint="apt-get install python3 there")
+        return AgentError(f"the agent on {name} ended with {status}", cause=said[-2000:])
+
+    def _lost(self, error: Exception) -> ConnectError:
+        return ConnectError(
+            f"the connection to {self._target.name} was lost",
+            cause=str(error),
+            hint=f"what was begun goes on there: inv attach --host {self._target.name}",
+        )
+
+
+@contextmanager
+def connect(target: Target, ask_sudo: bool = False) -> Iterator[Agent]:
+    """The agent of a host, for as long as the context lasts.
+
+    Raises HostKeyError, ConnectError or SudoError.
+    """
+    if not target.host.address:
+        yield Local(target)
+        return
+    import fabric
+    from paramiko import AuthenticationException, BadHostKeyException, RejectPolicy, SSHException
+
+    password = _sudo_password(target) if ask_sudo and target.host.scope == "system" else ""
+    config = fabric.Config(runtime_ssh_path=os.environ.get("HEARTH_SSH_CONFIG"))
+    host = target.host
+    connection = fabric.Connection(
+        host.address, user=host.user or None, port=host.ssh_port, config=config, connect_timeout=15
+    )
+    try:
+        hop: Any = connection
+        while isinstance(hop, fabric.Connection):
+            hop.client.set_missing_host_key_policy(RejectPolicy())
+            for file in _known_hosts(config, hop.host):
+                hop.client.load_system_host_keys(str(file))
+            hop = hop.gateway
+        connection.open()
+    except BadHostKeyException as error:
+        raise HostKeyError(
+            f"the host key of {target.name} ({connection.host}) has CHANGED",
+            cause=f"known: {_fingerprint(error.expected_key)}; offered: {_fingerprint(error.key)}. "
+            "The machine was set up anew, or someone stands between",
+            hint=f"ask whoever runs it, compare with {_scan(connection)}; only when it is right: "
+            f"ssh-keygen -R {_known_name(connection)}, then ssh to it once",
+        ) from error
+    except AuthenticationException as error:
+        raise ConnectError(
+            f"{target.name} does not let {connection.user} in",
+            cause=str(error),
+            hint=f"try: ssh -p {connection.port} {connection.user}@{connection.host}",
+        ) from error
+    except (SSHException, OSError) as error:
+        if "not found in known_hosts" in str(error):
+            raise HostKeyError(
+                f"the host key of {target.name} ({connection.host}) is not known",
+                cause="no known_hosts of yours or the system's has it",
+                hint=f"compare what {_scan(connection)} shows with the machine's own; then ssh to it once",
+            ) from error
+        raise ConnectError(
+            f"{target.name} cannot be reached ({connection.user}@{connection.host}:{connection.port})",
+            cause=str(error) or type(error).__name__,
+            hint=f"try: ssh -p {connection.port} {connection.user}@{connection.host}",
+        ) from error
+    try:
+        yield Ssh(target, connection, password)
+    finally:
+        connection.close()
+
+
+def _known_hosts(config: Any, host: str) -> list[Path]:
+    """The known_hosts files that ssh itself would read for this host."""
+    listed = config.base_ssh_config.lookup(host)
+    names = listed.get("userknownhostsfile", "~/.ssh/known_hosts ~/.ssh/known_hosts2").split()
+    names += listed.get("globalknownhostsfile", "/etc/ssh/ssh_known_hosts").split()
+    return [path for path in (Path(name).expanduser() for name in names) if path.is_file()]
+
+
+def _fingerprint(key: Any) -> str:
+    digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
+    return f"{key.get_name()} SHA256:{digest}"
+
+
+def _scan(connection: Any) -> str:
+    return f"`ssh-keyscan -p {connection.port} {connection.host} | ssh-keygen -lf -`"
+
+
+def _known_name(connection: Any) -> str:
+    return connection.host if connection.port == 22 else f"'[{connection.host}]:{connection.port}'"
+
+
+def _sudo_password(target: Target) -> str:
+    """The sudo password: from the system's keyring when it holds one, else asked for. Kept in memory only."""
+    from getpass import getpass
+
+    import keyring
+
+    with suppress(keyring.errors.KeyringError):  # a machine without one
+        if found := keyring.get_password("hearth-sudo", target.name):
+            return found
+    if not sys.stdin.isatty():
+        raise SudoError(
+            f"no terminal to ask for the sudo password of {target.name} at",
+            hint=f"run: keyring set hearth-sudo {target.name}",
+        )
+    return getpass(f"sudo password on {target.name}: ")

@@ -1,0 +1,76 @@
+"""What a host is now, as the agent tells it in one round trip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Gpu(msgspec.Struct, frozen=True):
+    """One NVIDIA GPU; `memory` in bytes, None where it shares the machine's."""
+
+    name: str
+    capability: str
+    memory: int | None
+    unified: bool
+
+
+class Service(msgspec.Struct, frozen=True):
+    """The service as its manager sees it; `linked` when its unit is the current release's."""
+
+    active: bool
+    state: str
+    enabled: bool
+    linked: bool
+    restarts: int
+    since: str
+    pid: int
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """A host as `deploy/agent.py` found it (its function `facts` names the sources). Sizes are in bytes.
+
+    `releases` are the manifests kept there, `parts` says of each what is wrong with it (empty: nothing),
+    `incoming` what was sent and not used yet, `busy` who is changing the host now.
+    """
+
+    hostname: str
+    os: str
+    machine: str
+    kernel: str
+    glibc: str
+    pythons: dict[str, str]
+    gpus: tuple[Gpu, ...]
+    driver: str
+    memory: int
+    cores: int
+    login: str
+    root: bool
+    prefix: str
+    writable: bool
+    disk_free: int
+    inodes_free: int | None
+    mounts: dict[str, bool]
+    port_holder: dict[str, Any]
+    user: bool
+    members: tuple[str, ...]
+    manager: str
+    current: str
+    current_fault: dict[str, str]
+    releases: tuple[dict[str, Any], ...]
+    parts: dict[str, str]
+    data: bool
+    service: Service
+    incoming: dict[str, int]
+    busy: dict[str, Any]
+    last: dict[str, Any]
+
+    @property
+    def platform(self) -> str:
+        """The machine as wheel tags name it."""
+        return f"linux_{self.machine}"
+
+    def release(self, name: str) -> dict[str, Any] | None:
+        """The manifest of a kept release."""
+        return next((each for each in self.releases if each["id"] == name), None)
