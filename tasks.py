@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def command(**options: Any) -> Callable[[Callable[..., int | None]], Any]:
-    """An invoke task that shows a HearthError without a traceback and exits with its code."""
+    """An invoke task that shows a HearthError without a traceback and exits with its code.
+
+    Flags that several tasks have are explained once, in `_SHARED`.
+    """
 
     def wrap(body: Callable[..., int | None]) -> Any:
         @functools.wraps(body)
@@ -36,10 +40,23 @@ def command(**options: Any) -> Callable[[Callable[..., int | None]], Any]:
             if status:
                 sys.exit(status)
 
-        return task(**options)(run)
+        own = options.pop("help", {})
+        names = [name.replace("_", "-") for name in inspect.signature(body).parameters]
+        return task(**options, help={**{name: _SHARED[name] for name in names if name in _SHARED}, **own})(run)
 
     return wrap
 
+
+_SHARED = {
+    "host": "a host of config/hosts.toml (default: local, this machine)",
+    "group": "all hosts of a group, the first of them alone at first",
+    "ask-sudo": "ask for the sudo password once",
+    "json": "print JSON",
+    "drain": "seconds to wait for ComfyUI's jobs before the cut-over (default: 60)",
+    "force": "cut jobs short that are still running then",
+    "dry-run": "only show what would be changed; exit code 2 when anything would",
+    "yes": "do not ask",
+}
 
 _BUILD_HELP = {
     "arch": "compute capabilities as in TORCH_CUDA_ARCH_LIST: 12.1, '8.9;12.0', 9.0a, '8.9+PTX'",
@@ -51,7 +68,6 @@ _BUILD_HELP = {
     "jobs": "compiles at once (default: as many as cores and free memory allow)",
     "force": "build again even when the wheelhouse has it",
     "dry-run": "only list what would be built",
-    "json": "print JSON",
 }
 
 
@@ -85,7 +101,7 @@ def build_kernels(
     report.wheels(build_all(builds, jobs=int(jobs) if jobs else None, force=force), as_json=json)
 
 
-@command(help={"prune": "delete wheels that no recipe asks for any more", "json": "print JSON"})
+@command(help={"prune": "delete wheels that no recipe asks for any more"})
 def wheels(_: Context, prune: bool = False, json: bool = False) -> int:
     """List the wheelhouse, each wheel verified against its manifest."""
     from kernels import report, store
@@ -95,7 +111,7 @@ def wheels(_: Context, prune: bool = False, json: bool = False) -> int:
     return report.wheelhouse(store.entries(), as_json=json)
 
 
-@command(positional=["path"], help={"path": "a wheel file", "json": "print JSON"})
+@command(positional=["path"], help={"path": "a wheel file"})
 def inspect_wheel(_: Context, path: str, json: bool = False) -> None:
     """Show what a kernel wheel holds: machine code, symbols, C library."""
     from pathlib import Path
@@ -105,7 +121,7 @@ def inspect_wheel(_: Context, path: str, json: bool = False) -> None:
     report.one_wheel(Path(path), as_json=json)
 
 
-@command(help={"json": "print JSON"})
+@command()
 def kernels(_: Context, json: bool = False) -> None:
     """List the kernel recipes: versions, archs and stacks, and why not the others."""
     from kernels import report
@@ -125,4 +141,142 @@ def lock(_: Context, check: bool = False) -> None:
     console.say("the locks are current" if check else "the locks are renewed")
 
 
-ns = Collection(build_kernels, wheels, inspect_wheel, kernels, lock)
+def _options(drain: str, force: bool) -> Any:
+    from deploy.plan import Options
+
+    if not drain.isdecimal():
+        raise UsageError(f"--drain {drain} makes no sense", hint="give seconds, such as --drain 300")
+    return Options(drain=float(drain), force=force)
+
+
+@command(
+    help={
+        "build": "build kernel wheels that the wheelhouse lacks",
+        "keep-going": "go on with a group's other hosts when one fails",
+    }
+)
+def deploy(
+    _: Context,
+    host: str = "",
+    group: str = "",
+    dry_run: bool = False,
+    build: bool = False,
+    drain: str = "60",
+    force: bool = False,
+    ask_sudo: bool = False,
+    keep_going: bool = False,
+    yes: bool = False,
+    json: bool = False,
+) -> int:
+    """Put ComfyUI on a host (default: this machine), proven before it takes traffic."""
+    from core.errors import RefusedError
+    from deploy import flow, report
+    from deploy.host import select
+    from kernels.build import build_kernels as build_all
+    from kernels.matrix import Request
+    from kernels.matrix import select as select_builds
+
+    options = _options(drain, force)
+
+    def one(name: str) -> flow.Outcome:
+        def go() -> flow.Outcome:
+            return flow.deploy(name, options, dry_run=dry_run, ask_sudo=ask_sudo, ask=not yes)
+
+        try:
+            return go()
+        except RefusedError as error:
+            if not build or dry_run or not error.builds:
+                raise
+            for words in error.builds:
+                fields = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+                build_all(select_builds(Request(**fields))[0])
+            return go()
+
+    results = flow.each(select(host, group), one, keep_going=keep_going)
+    report.outcomes(results, as_json=json, dry_run=dry_run)
+    return 2 if dry_run and any(result.changed for result in results) else 0
+
+
+@command(help={"to": "the release to return to (default: the newest other one kept)"})
+def rollback(
+    _: Context,
+    host: str = "",
+    to: str = "",
+    dry_run: bool = False,
+    drain: str = "60",
+    force: bool = False,
+    ask_sudo: bool = False,
+    json: bool = False,
+) -> int:
+    """Return to a kept release: the same cut-over with the same proof."""
+    from deploy import flow, report
+    from deploy.host import select
+
+    (name,) = select(host, "")
+    result = flow.rollback(name, to, _options(drain, force), dry_run=dry_run, ask_sudo=ask_sudo)
+    report.outcomes([result], as_json=json, dry_run=dry_run)
+    return 2 if dry_run else 0
+
+
+@command()
+def facts(_: Context, host: str = "", ask_sudo: bool = False, json: bool = False) -> None:
+    """Show what a host is now."""
+    from deploy import flow, report
+
+    report.facts(flow.facts(host, ask_sudo=ask_sudo), as_json=json)
+
+
+@command()
+def releases(_: Context, host: str = "", ask_sudo: bool = False, json: bool = False) -> None:
+    """List the releases that a host keeps."""
+    from deploy import flow, report
+
+    report.releases(flow.facts(host, ask_sudo=ask_sudo), as_json=json)
+
+
+@command()
+def history(_: Context, host: str = "", ask_sudo: bool = False, json: bool = False) -> None:
+    """Show every change on a host: who, when, what, and how it ended."""
+    from deploy import flow, report
+
+    report.history(flow.history(host, ask_sudo=ask_sudo), as_json=json)
+
+
+@command(help={"check": "reach every host and read its facts"})
+def hosts(_: Context, check: bool = False, ask_sudo: bool = False, json: bool = False) -> None:
+    """Show the hosts, merged with their profiles, and where each value comes from."""
+    from deploy import flow, report
+    from deploy import host as configured
+
+    names = list(configured.hosts().hosts)
+    report.configuration(names, as_json=json)
+    if check:
+        for name in names:
+            found = flow.facts(name, ask_sudo=ask_sudo)
+            console.say(f"{name}: reached, {found.os}, {found.machine}, release {found.current or 'none'}")
+
+
+@command()
+def attach(_: Context, host: str = "", ask_sudo: bool = False) -> None:
+    """Watch what is under way on a host, or see how its last change ended."""
+    from deploy import flow
+    from deploy.host import select
+
+    (name,) = select(host, "")
+    flow.attach(name, ask_sudo=ask_sudo)
+
+
+ns = Collection(
+    build_kernels,
+    wheels,
+    inspect_wheel,
+    kernels,
+    deploy,
+    rollback,
+    releases,
+    history,
+    facts,
+    hosts,
+    attach,
+    lock,
+)

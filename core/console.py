@@ -5,15 +5,39 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+
+_speaker: ContextVar[str] = ContextVar("speaker", default="")
+
+
+@contextmanager
+def speaking(name: str) -> Iterator[None]:
+    """Put `name: ` ahead of every line said in this context: of several hosts at once, whose line it is."""
+    token = _speaker.set(f"{name}: ")
+    try:
+        yield
+    finally:
+        _speaker.reset(token)
 
 
 def say(text: str) -> None:
     """Tell the person at the terminal something (stderr)."""
-    print(text, file=sys.stderr, flush=True)
+    prefix = _speaker.get()
+    print("\n".join(f"{prefix}{line}" for line in text.splitlines()), file=sys.stderr, flush=True)
+
+
+def agreed(question: str) -> bool:
+    """Ask the person at the terminal; where there is none, nobody objects."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def data(text: str) -> None:
@@ -70,6 +94,12 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def advance(self, weight: float) -> None:
+        """Part of a step is done: moves the bar, says nothing elsewhere."""
+        self._done += weight
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
 
     def step(self, name: str, weight: float, running: int) -> None:
         """One step more is done; `running` others are under way."""

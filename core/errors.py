@@ -185,6 +185,9 @@ class RefusedError(HearthError):
 
     exit_code = 63
 
+    builds: tuple[tuple[str, ...], ...] = ()
+    """The wheels whose lack is all that is in the way: the words of `inv build-kernels` for each."""
+
 
 class BusyError(HearthError):
     """Someone else is changing the host."""
@@ -222,6 +225,12 @@ class AgentError(HearthError):
     exit_code = 69
 
 
+class HostOfflineError(HearthError):
+    """A host that cannot reach the package index, and was not sent the packages."""
+
+    exit_code = 71
+
+
 class GroupError(HearthError):
     """Not every host of a group came through."""
 
@@ -229,8 +238,8 @@ class GroupError(HearthError):
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """A sentence that helps whoever mistyped `name`: the nearest known name, then all of them."""
+    """A sentence that helps whoever mistyped `name`: the nearest known name, then all of them if they are few."""
     names = sorted(known)
     close = get_close_matches(name, names, n=1)
-    start = f"perhaps you meant {close[0]!r}; " if close else ""
-    return f"{start}known: {', '.join(names)}"
+    start = [f"perhaps you meant {close[0]!r}"] if close else []
+    return "; ".join([*start, f"known: {', '.join(names)}"] if len(names) <= 20 or not close else start)

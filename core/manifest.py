@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -61,6 +65,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     imported: Proof
     smoke: Proof
     inputs: dict[str, Any]
+
+
+def found(house: Path) -> list[Manifest]:
+    """The wheels of a wheelhouse that are there with a manifest and of the size it says."""
+    wheels: list[Manifest] = []
+    for path in sorted(house.glob("*.whl.json")):
+        with suppress(msgspec.DecodeError, msgspec.ValidationError, FileNotFoundError):
+            manifest = decode(path.read_bytes())
+            if (house / manifest.file).stat().st_size == manifest.size:
+                wheels.append(manifest)
+    return wheels
 
 
 def decode(text: bytes) -> Manifest:

@@ -293,11 +293,13 @@ def facts(site: Site, ask: Json) -> Json:
         current, fault = site.release(), {}
     except Fault as error:
         current, fault = "", error.report
-    manifests = [read(path) for path in sorted(site.releases.glob("*/release.json"))]
+    newest = sorted(site.releases.glob("*/release.json"), key=lambda path: -path.stat().st_mtime_ns)
+    manifests = [read(path) for path in newest]
     names = {path.name for path in site.parts.glob("[!.]*")}
     place = next(path for path in [site.prefix, *site.prefix.parents] if path.exists())
     disk = os.statvfs(place)
     os_release = _os_release()
+    here = site.scope == "user" or Path("/run/systemd/system").is_dir()
     manager = manager_of(site)
     return {
         "hostname": socket.gethostname(),
@@ -321,13 +323,13 @@ def facts(site: Site, ask: Json) -> Json:
         "port_holder": _port_holder(site),
         "user": _exists(pwd.getpwnam, site.user),
         "members": _members(site.user),
-        "manager": manager.name,
+        "manager": manager.name if here else "none",
         "current": current,
         "current_fault": fault,
         "releases": [each for each in manifests if each],
         "parts": {name: fault_of(site.parts / name) for name in sorted(names)},
         "data": site.data.is_dir(),
-        "service": manager.status() if current or site.state.exists() else dict(_NO_SERVICE),
+        "service": manager.status() if here and site.state.exists() else dict(_NO_SERVICE),
         "incoming": {path.name: path.stat().st_size for path in site.incoming.glob("*") if path.is_file()},
         "busy": busy(site),
         "last": last_line(site.history),
@@ -904,6 +906,9 @@ def app(site: Site, step: Json, note: Callable[[str], None]) -> None:
         )
 
 
+_NO_NETWORK = "failed to fetch|error sending request|dns error|connection refused|network is unreachable|timed out"
+
+
 def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Make the virtual environment from the locked list and the kernel wheels, every file by its hash."""
     uv = str(site.state / "tools" / step["tool"])
@@ -927,6 +932,10 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
         argv += ["--no-cache"] if step["repair"] else []
         try:
             run([*argv, str(listed)], environment)
+        except Fault as fault:
+            if not step["offline"] and re.search(_NO_NETWORK, fault.report["cause"], re.IGNORECASE):
+                raise Fault("offline", "the host cannot reach the package index", fault.report["cause"]) from None
+            raise
         finally:
             listed.unlink()
         if step["compile"]:

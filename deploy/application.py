@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from core import source
 from core.config import load
+from core.errors import near
 from core.files import CHECKOUT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class Application(source.Pinned, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -27,3 +34,92 @@ def application() -> Application:
     loaded = msgspec.structs.replace(load(folder / "app.toml", Application), folder=str(folder))
     source.check(loaded)
     return loaded
+
+
+class Flag(msgspec.Struct, frozen=True):
+    """One flag of ComfyUI's command line: how many values it takes, of what type, which choices, in which group.
+
+    `values` is argparse's `nargs` ("0" for a switch, "1" for one value); flags of the same `group` exclude each other.
+    """
+
+    name: str
+    values: str
+    kind: str
+    choices: tuple[str, ...]
+    group: str
+
+
+def flags(text: str) -> dict[str, Flag]:
+    """The flags that a `comfy/cli_args.py` defines, read without running it."""
+    found: dict[str, Flag] = {}
+    groups: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Assign) and _called(node.value) == "add_mutually_exclusive_group":
+            groups |= {name.id for name in node.targets if isinstance(name, ast.Name)}
+    for node in ast.walk(ast.parse(text)):
+        if (
+            not isinstance(node, ast.Call)
+            or _called(node) != "add_argument"
+            or not isinstance(node.func, ast.Attribute)
+        ):
+            continue
+        names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        words = {word.arg: word.value for word in node.keywords if word.arg}
+        owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+        action, count = _constant(words.get("action")), _constant(words.get("nargs"))
+        kind = words.get("type")
+        flag = Flag(
+            name=names[0],
+            values="0" if action.startswith("store_") else count or "1",
+            kind=kind.id if isinstance(kind, ast.Name) else "",
+            choices=_strings(words.get("choices")),
+            group=owner if owner in groups else "",
+        )
+        found |= dict.fromkeys((name for name in names if name.startswith("-")), flag)
+    return found
+
+
+def _called(node: ast.AST | None) -> str:
+    return node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+
+
+def _constant(node: ast.AST | None) -> str:
+    return str(node.value) if isinstance(node, ast.Constant) and node.value is not None else ""
+
+
+def _strings(node: ast.AST | None) -> tuple[str, ...]:
+    items = node.elts if isinstance(node, (ast.List, ast.Tuple)) else []
+    return tuple(_constant(item) for item in items)
+
+
+def wrong(chosen: Mapping[str, str], known: Mapping[str, Flag]) -> list[tuple[str, str]]:
+    """What is wrong with flags and their values, each with its remedy; empty when nothing is."""
+    found: list[tuple[str, str]] = []
+    groups: dict[str, list[str]] = {}
+    for name, value in chosen.items():
+        flag = known.get(name)
+        if flag is None:
+            found.append((f"this ComfyUI has no flag {name}", near(name, known)))
+            continue
+        if flag.group:
+            groups.setdefault(flag.group, []).append(name)
+        words = value.split()
+        bounds = {"0": (0, 0), "?": (0, 1), "*": (0, 99), "+": (1, 99)}
+        low, high = bounds.get(flag.values) or (int(flag.values), int(flag.values))
+        if not low <= len(words) <= high:
+            found.append((f"{name} takes {flag.values} value(s), not {value!r}", "set `value` accordingly"))
+        elif flag.kind in ("int", "float") and not all(_number(word, flag.kind) for word in words):
+            found.append((f"{name} takes a number, not {value!r}", "set `value` accordingly"))
+        elif flag.choices and not set(words) <= set(flag.choices):
+            found.append((f"{name} does not know {value!r}", f"one of {', '.join(flag.choices)}"))
+    remedy = "keep one: `off = true` in the host's override"
+    found += [(f"{' and '.join(each)} exclude each other", remedy) for each in groups.values() if len(each) > 1]
+    return found
+
+
+def _number(word: str, kind: str) -> bool:
+    try:
+        int(word) if kind == "int" else float(word)
+    except ValueError:
+        return False
+    return True

@@ -26,6 +26,7 @@ from core.errors import (
     GateError,
     HearthError,
     HostKeyError,
+    HostOfflineError,
     SudoError,
 )
 
@@ -79,7 +80,7 @@ def _parsed(line: str) -> Any:
         value = json.loads(line)
     except ValueError:
         raise AgentError("the agent's answer is not JSON", cause=line[:500]) from None
-    if isinstance(value, dict) and "fault" in value:
+    if isinstance(value, dict) and value.keys() == {"fault"}:
         raise error_of(value["fault"])
     return value
 
@@ -91,6 +92,7 @@ def error_of(fault: dict[str, Any]) -> HearthError:
         "drain": DrainError,
         "gate": GateError,
         "disk": DiskFullError,
+        "offline": HostOfflineError,
     }
     kind = kinds.get(fault["kind"], AgentError)
     cause = "\n         ".join([*fault["cause"].splitlines(), *(f"| {line}" for line in fault.get("log", []))])

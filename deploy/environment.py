@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core import files, lockfile, shell, source
+from core import console, files, lockfile, shell, source
 from core.errors import LockStaleError
 from core.stack import Platform, stacks
 from deploy.application import application
@@ -87,6 +88,29 @@ def compile_all(*, check: bool) -> list[str]:
             hint="inv lock",
         )
     return stale
+
+
+def download(lock: Lock, platform: Platform) -> Path:
+    """Every wheel of a list, in a folder of the cache: for a host that cannot fetch them itself."""
+    digest = hashlib.sha256(lock.text.encode()).hexdigest()[:16]
+    place = files.cache() / "wheels" / f"{lock.name}-{digest}"
+    if place.is_dir():
+        return place
+    console.say(f"downloading the packages of {lock.name}")
+    tag = lock.name.rpartition("-")[2]
+    with files.whole(place) as part:
+        listed = part / "requirements.txt"
+        listed.write_text(lock.text)
+        words: list[str | Path] = [sys.executable, "-m", "pip", "download", "--quiet", "--require-hashes", "--no-deps"]
+        words += ["--dest", part]
+        words += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", lock.python]
+        # pip takes tags literally: an older manylinux is not implied by a newer one.
+        tags = [f"manylinux_2_{minor}" for minor in range(28, 4, -1)] + ["manylinux2014", "manylinux2010", "manylinux1"]
+        words += [word for each in [*tags, "linux"] for word in ("--platform", f"{each}_{platform.cpu}")]
+        words += [word for abi in (tag, "abi3", "none") for word in ("--abi", abi)]
+        shell.run([*words, "--requirement", listed])
+        listed.unlink()
+    return place
 
 
 def _inputs(app: Application, stack: Stack) -> str:

@@ -1,0 +1,336 @@
+"""Flows: look at a host, plan, show, send what it lacks, have it applied, look again."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import secrets
+import socket
+import tarfile
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from getpass import getuser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from core import console, files, lockfile, manifest, source
+from core.arch import local_gpu
+from core.errors import ConvergeError, GroupError, HearthError, HostOfflineError, RefusedError, UnknownNameError, near
+from core.stack import Platform
+from deploy import application as applications
+from deploy import connection, environment, plan
+from deploy import host as hosts
+from deploy.facts import Facts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from deploy.connection import Agent
+    from deploy.host import Target
+    from deploy.plan import Options, Plan, Shelf, Step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a flow ended on one host: `changed` says whether it did, or on a dry run would do, anything."""
+
+    host: str
+    release: str
+    base: str
+    changed: bool
+    steps: tuple[str, ...] = ()
+    address: str = ""
+
+
+def find_target(name: str) -> Target:
+    """A host merged with its profile. `local` without one gets its GPU's, where the wheels for that are there."""
+    known = hosts.hosts().hosts[name]
+    return hosts.target(name, known.profile or _fitting_profile())
+
+
+def _fitting_profile() -> str:
+    gpu = local_gpu()
+    if gpu is None:
+        return "cpu"
+    built = {(wheel.kernel, wheel.arch) for wheel in manifest.found(files.wheelhouse())}
+    for name, profile in hosts.profiles().items():
+        if profile.arch == str(gpu) and all((kernel, profile.arch) in built for kernel in profile.kernels):
+            return name
+    return "cuda"
+
+
+def look(agent: Agent, target: Target) -> Facts:
+    """What the host is now; one round trip."""
+    pythons = list(target.profile.pythons)
+    raw = agent.call("facts", pythons=pythons, mounts=list(target.host.mounts))
+    return msgspec.convert(raw, Facts)
+
+
+def shelf(target: Target) -> Shelf:
+    """What this client can give to a host of that profile."""
+    app = applications.application()
+    text = (source.fetch(app) / "comfy/cli_args.py").read_text()
+    stack = target.profile.stack
+    (uv,) = (line.split()[0].replace("==", "-") for line in lockfile.requirements("uv"))
+    locks = {
+        (lock.platform, lock.python): lock
+        for each, platform, python in environment.combinations()
+        if each.name == stack and (lock := environment.find(stack, platform.value, python))
+    }
+    return plan.Shelf(app, applications.flags(text), locks, manifest.found(files.wheelhouse()), uv)
+
+
+def deploy(
+    name: str,
+    options: Options,
+    *,
+    dry_run: bool = False,
+    ask_sudo: bool = False,
+    ask: bool = False,
+) -> Outcome:
+    """Make a host what its configuration says. Raises RefusedError with every reason when that would not work."""
+    target = find_target(name)
+    stock = shelf(target)
+    with connection.connect(target, ask_sudo) as agent:
+        facts = look(agent, target)
+        planned = plan.make(target, facts, stock, options)
+        _refuse(planned, target)
+        titles = tuple(step.title for step in planned.steps)
+        address = f"http://{target.host.listen}:{target.host.port}"
+        outcome = Outcome(name, planned.release, planned.base, bool(titles), titles, address)
+        show(planned)
+        if not planned.steps or dry_run:
+            return outcome
+        if ask and target.host.address and not console.agreed(f"change {name}?"):
+            raise RefusedError("nothing was changed", hint="say yes next time, or give --yes")
+        try:
+            _apply(agent, facts, planned, stock, "deploy", offline=False)
+        except HostOfflineError:
+            console.say(f"{name} has no way to the package index: sending the packages from here")
+            facts = look(agent, target)
+            planned = plan.make(target, facts, stock, options)  # what is done already stays done
+            _apply(agent, facts, planned, stock, "deploy", offline=True)
+        left = plan.make(target, look(agent, target), stock, options)
+        if left.steps or left.refusals:
+            remains = [step.title for step in left.steps] + [each.what for each in left.refusals]
+            raise ConvergeError(
+                f"{name} is changed, and still not as wanted",
+                cause="\n         ".join(remains),
+                hint="run the same command again; when that does not help, this is a fault of Hearth's",
+            )
+        return outcome
+
+
+def rollback(name: str, to: str, options: Options, *, dry_run: bool = False, ask_sudo: bool = False) -> Outcome:
+    """Return to a kept release, by default the newest other one: the same cut-over with the same gate."""
+    target = find_target(name)
+    with connection.connect(target, ask_sudo) as agent:
+        facts = look(agent, target)
+        others = [each["id"] for each in facts.releases if each["id"] != facts.current]
+        if to and to not in others:
+            raise UnknownNameError(f"{name} keeps no release {to!r} to go back to", hint=near(to, others))
+        if not others:
+            raise UnknownNameError(f"{name} keeps no other release", hint=f"inv releases --host {name}")
+        planned = plan.back(target, facts, to or others[0], options)
+        _refuse(planned, target)
+        show(planned)
+        if not dry_run:
+            _apply(agent, facts, planned, None, "rollback", offline=False)
+        titles = tuple(step.title for step in planned.steps)
+        return Outcome(name, planned.release, planned.base, True, titles)
+
+
+def facts(name: str, *, ask_sudo: bool = False) -> Facts:
+    """What a host is now."""
+    target = find_target(hosts.select(name, "")[0])
+    with connection.connect(target, ask_sudo) as agent:
+        return look(agent, target)
+
+
+def history(name: str, *, ask_sudo: bool = False) -> list[dict[str, Any]]:
+    """How every run on a host ended, oldest first."""
+    target = find_target(hosts.select(name, "")[0])
+    with connection.connect(target, ask_sudo) as agent:
+        return msgspec.convert(agent.call("history"), list[dict[str, Any]])
+
+
+def each(names: Sequence[str], one: Callable[[str], Outcome], *, keep_going: bool) -> list[Outcome]:
+    """Do `one` for every host: the first alone (the canary), then the others at once.
+
+    One host's error is raised as it is. Of several hosts, all results are told first, then GroupError is raised;
+    without `keep_going` nothing is begun after a failure of the canary.
+    """
+    if len(names) == 1:
+        return [one(names[0])]
+    results: list[Outcome] = []
+    failed: dict[str, HearthError] = {}
+
+    def attempt(name: str) -> None:
+        with console.speaking(name):
+            try:
+                results.append(one(name))
+            except HearthError as error:
+                failed[name] = error
+                console.say(f"error: {error}")
+
+    attempt(names[0])
+    rest = list(names[1:]) if keep_going or not failed else []
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(attempt, rest))
+    if failed:
+        skipped = [name for name in names[1:] if name not in rest]
+        raise GroupError(
+            f"{len(failed)} of {len(names)} hosts failed",
+            cause="\n         ".join(
+                [f"{result.host}: release {result.release} is in service" for result in results]
+                + [f"{name}: {error.what}" for name, error in failed.items()]
+                + [f"{name}: not begun, the canary failed" for name in skipped]
+            ),
+            hint="each host's own error is above; the same command goes on with those that are left",
+        )
+    return results
+
+
+def attach(name: str, *, ask_sudo: bool = False) -> None:
+    """Watch what is under way on a host, or see how its last run ended; raises the error that it ended with."""
+    target = find_target(name)
+    with connection.connect(target, ask_sudo) as agent:
+        facts = look(agent, target)
+        run = (facts.busy or facts.last).get("run")
+        if not run:
+            console.say(f"nothing was ever changed on {name}")
+            return
+        if not facts.busy:
+            console.say(f"nothing is under way on {name}; its last run:")
+        _follow(agent, run)
+
+
+def show(planned: Plan) -> None:
+    """Say what is going to be changed, and why."""
+    if not planned.steps:
+        console.say(f"nothing to do: release {planned.release} is in service")
+    for step in planned.steps:
+        console.say(f"  + {step.title}  ({step.why})")
+    for note in planned.notes:
+        console.say(f"  note: {note}")
+
+
+def _refuse(planned: Plan, target: Target) -> None:
+    if planned.refusals:
+        wheels = tuple(each.build for each in planned.refusals if each.build)
+        error = RefusedError(
+            f"{target.name} cannot be deployed to; nothing was changed",
+            cause="\n         ".join(each.what for each in planned.refusals),
+            hint="\n         ".join(each.remedy for each in planned.refusals),
+        )
+        error.builds = wheels if len(wheels) == len(planned.refusals) else ()
+        raise error
+
+
+# --- applying ------------------------------------------------------------------------------------------------------
+
+
+def _apply(agent: Agent, facts: Facts, planned: Plan, stock: Shelf | None, action: str, *, offline: bool) -> None:
+    """Send what the steps need, submit them, follow them to their end."""
+    with tempfile.TemporaryDirectory(prefix="hearth-") as scratch:
+        blobs: dict[str, Path] = {}
+        packed: list[dict[str, Any]] = []
+        for step in planned.steps:
+            values = dict(step.values)
+            if stock is not None:
+                values |= _pack(step, agent, facts, stock, Path(scratch), blobs, offline=offline)
+            packed.append({"kind": step.kind, "title": step.title, **values})
+        _send(agent, facts, blobs)
+        run = secrets.token_hex(6)
+        body = {
+            "run": run,
+            "who": f"{getuser()}@{socket.gethostname()}",
+            "action": action,
+            "release": planned.release,
+            "base": planned.base,
+            "steps": packed,
+        }
+        agent.call("submit", plan=body)
+    _follow(agent, run)
+
+
+def _pack(
+    step: Step, agent: Agent, facts: Facts, stock: Shelf, scratch: Path, blobs: dict[str, Path], *, offline: bool
+) -> dict[str, Any]:
+    """What the agent needs for a step beside what the plan says; files to send go into `blobs` by their SHA-256."""
+
+    def blob(path: Path) -> str:
+        digest = files.sha256(path)
+        blobs[digest] = path
+        return digest
+
+    platform = Platform.parse(facts.platform)
+    if step.kind == "tool":
+        return {"name": stock.uv, "blob": blob(lockfile.install("uv", platform, "3.11") / "bin/uv")}
+    if step.kind == "app":
+        return _pack_app(agent, facts, stock, scratch, blob)
+    if step.kind == "env":
+        house = files.wheelhouse()
+        wheels = [{"file": name, "sha256": blob(house / name)} for name in step.values["kernels"]]
+        if offline:
+            lock = stock.locks[facts.platform, step.values["version"]]
+            folder = environment.download(lock, platform)
+            wheels += [{"file": path.name, "sha256": blob(path)} for path in sorted(folder.glob("*.whl"))]
+        return {"tool": stock.uv, "wheels": wheels, "offline": offline}
+    return {}
+
+
+def _pack_app(agent: Agent, facts: Facts, stock: Shelf, scratch: Path, blob: Callable[[Path], str]) -> dict[str, Any]:
+    """ComfyUI's tree: an archive of the files that no part on the host holds, and where the others lie there."""
+    tree = source.fetch(stock.application)
+    wanted = {
+        str(path.relative_to(tree)): files.sha256(path) + ("x" if path.stat().st_mode & 0o100 else "")
+        for path in sorted(tree.rglob("*"))
+        if path.is_file()
+    }
+    there = [name for name, fault in facts.parts.items() if name.startswith("app-") and not fault]
+    held: dict[str, str] = {}
+    for part, listed in agent.call("contents", parts=there).items() if there else ():
+        held |= {digest: f"{part}/{name}" for name, digest in listed.items()}
+    reuse = {name: held[digest] for name, digest in wanted.items() if digest in held}
+    archive = scratch / "app.tar.gz"
+    with (
+        archive.open("wb") as raw,
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
+        for name in sorted(wanted.keys() - reuse.keys()):
+            content = (tree / name).read_bytes()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            info.mode = 0o755 if wanted[name].endswith("x") else 0o644
+            tar.addfile(info, io.BytesIO(content))
+    return {"files": wanted, "reuse": reuse, "blob": blob(archive)}
+
+
+def _send(agent: Agent, facts: Facts, blobs: dict[str, Path]) -> None:
+    """Send what the host does not hold yet, each file from where an interrupted run left it."""
+    missing = {digest: path for digest, path in blobs.items() if digest not in facts.incoming}
+    offsets = {digest: facts.incoming.get(f"{digest}.part", 0) for digest in missing}
+    total = sum(path.stat().st_size - offsets[digest] for digest, path in missing.items())
+    if not missing:
+        return
+    console.say(f"sending {len(missing)} files, {console.size(total)}")
+    with console.Progress("sending", total, len(missing)) as progress:
+        for digest, path in missing.items():
+            agent.send(path, digest, offsets[digest], progress.advance)
+            progress.step(path.name, 0, 0)
+
+
+def _follow(agent: Agent, run: str) -> None:
+    """Show a run's events until its end; raises the error that it ended with."""
+    for event in agent.stream("follow", run=run, seen=0):
+        if event["event"] == "step":
+            console.say(f"-> {event['title']}")
+        elif event["event"] == "note":
+            console.say(f"   {event['text']}")
+        elif event["event"] == "end" and event["fault"]:
+            raise connection.error_of(event["fault"])

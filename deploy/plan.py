@@ -1,0 +1,318 @@
+"""Plans: the ordered changes that make a host what is wanted, or every reason why that would not work.
+
+Pure: the same facts and wishes give the same plan; no clock, no file, no network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import InvalidVersion, Version
+
+from core import console
+from deploy import application as applications
+from deploy import release as releases
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from core.manifest import Manifest
+    from deploy.application import Application, Flag
+    from deploy.environment import Lock
+    from deploy.facts import Facts
+    from deploy.host import Target
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One reason why a deploy would not work, with its remedy. `build` names the wheel that --build would make."""
+
+    what: str
+    remedy: str
+    build: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change: what (the agent's kind of step and its values), why, and what takes it back."""
+
+    kind: str
+    title: str
+    why: str
+    undo: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The way from what a host is (`base`, its current release) to `release`. Empty when it is there already."""
+
+    base: str
+    release: str
+    steps: tuple[Step, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """What the client can give: ComfyUI with its flags, the locked lists by platform and Python, wheels, uv."""
+
+    application: Application
+    flags: Mapping[str, Flag]
+    locks: Mapping[tuple[str, str], Lock]
+    wheels: Sequence[Manifest]
+    uv: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a cut-over goes: seconds to wait for jobs, and whether to cut them short then."""
+
+    drain: float = 60
+    force: bool = False
+
+
+RESERVE_BYTES, RESERVE_FILES = 2_000_000_000, 10_000
+"""Left free on a host whatever is deployed: outputs, logs and the database must still find room."""
+
+NEEDS_ROOM = 1.2
+"""Downloads lie beside what is installed for a while; torch's wheels unpack to about their size, hard-linked."""
+
+
+def make(target: Target, facts: Facts, shelf: Shelf, options: Options) -> Plan:
+    """The plan for a host. With refusals it has no steps."""
+    choice, refusals = _choose(target, facts, shelf)
+    refusals += _place(target, facts)
+    if choice is None:
+        return Plan(facts.current, "", refusals=tuple(refusals))
+    wanted = releases.manifest(choice, facts.prefix)
+    if not _holds(facts, choice.env_part) and not _port(target, facts):
+        refusals += _room(target, facts, shelf)
+    steps = _steps(target, facts, choice, wanted, options)
+    if refusals:
+        return Plan(facts.current, wanted["id"], refusals=tuple(refusals))
+    return Plan(facts.current, wanted["id"], steps=tuple(steps), notes=tuple(_notes(facts)))
+
+
+def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
+    """The plan that returns to a kept release."""
+    refusals = _place(target, facts)
+    wanted = facts.release(to)
+    broken = [part for part in (wanted["parts"].values() if wanted else ()) if not _holds(facts, part)]
+    if broken:
+        what = f"release {to} cannot run any more: {', '.join(broken)} is missing or damaged"
+        refusals.append(Refusal(what, "choose another release, or deploy again"))
+    title = f"cut over from {facts.current or 'nothing'} to {to}"
+    values = {"to": to, "drain": options.drain, "force": options.force}
+    step = Step("cut-over", title, "asked for", f"back to {facts.current}, also by itself when unhealthy", values)
+    return Plan(facts.current, to, steps=() if refusals else (step,), refusals=tuple(refusals))
+
+
+def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice | None, list[Refusal]]:
+    """Which Python, list and wheels; None with the reasons when there is no such combination."""
+    stack, profile = target.stack, target.profile
+    found: list[Refusal] = []
+    if facts.platform not in stack.platforms:
+        remedy = f"stack {stack.name} has {', '.join(stack.platforms)}"
+        return None, [Refusal(f"the machine is {facts.machine}, and torch {stack.torch} has no build for it", remedy)]
+    for what, remedy in applications.wrong(target.flags, shelf.flags):
+        found.append(Refusal(what, remedy))
+    if profile.cuda:
+        found += _gpu(target, facts)
+    listed = [each for each in profile.pythons if (facts.platform, each) in shelf.locks]
+    python = next((each for each in listed if each in facts.pythons), "")
+    if not python:
+        packages = " or ".join(f"apt-get install python{each}" for each in listed[:2])
+        have = ", ".join(facts.pythons) or "none of them"
+        found.append(Refusal(f"no Python {' or '.join(listed)} (there is {have})", f"on the host: {packages}"))
+        return None, found
+    wheels: list[Manifest] = []
+    for kernel in profile.kernels:
+        wheel = _wheel(shelf, kernel, target, facts, python)
+        if wheel is None:
+            words: tuple[str, ...] = ("--kernel", kernel, "--arch", profile.arch, "--stack", stack.name)
+            words += ("--python", python, "--platform", facts.platform)
+            what = f"the wheelhouse has no {kernel} for {profile.arch}, {stack.name}, Python {python}, {facts.platform}"
+            found.append(Refusal(what, f"inv build-kernels {' '.join(words)}   (or run again with --build)", words))
+        elif Version(wheel.glibc) > Version(facts.glibc):
+            what = f"{wheel.file} needs glibc {wheel.glibc}, the host has {facts.glibc}"
+            found.append(Refusal(what, "build it on an older system, or there: inv build-kernels --host"))
+        else:
+            wheels.append(wheel)
+    choice = releases.Choice(
+        target=target,
+        application=shelf.application,
+        lock=shelf.locks[facts.platform, python],
+        python=python,
+        interpreter=facts.pythons[python],
+        wheels=tuple(wheels),
+        uv=shelf.uv,
+    )
+    return choice, found
+
+
+def _wheel(shelf: Shelf, kernel: str, target: Target, facts: Facts, python: str) -> Manifest | None:
+    """The wheel that fits; of several (profiles), the one that is no other profile's: the shortest version."""
+    fitting = [
+        wheel
+        for wheel in shelf.wheels
+        if wheel.kernel == kernel
+        and wheel.arch == target.profile.arch
+        and (wheel.stack, wheel.torch) == (target.stack.name, target.stack.torch)
+        and (wheel.python, wheel.platform) == (python, facts.platform)
+    ]
+    return min(fitting, key=lambda wheel: (len(wheel.version), wheel.version), default=None)
+
+
+def _gpu(target: Target, facts: Facts) -> list[Refusal]:
+    stack, profile = target.stack, target.profile
+    found: list[Refusal] = []
+    if not facts.gpus:
+        what = f"profile {target.profile_name} needs an NVIDIA GPU, and nvidia-smi shows none"
+        return [Refusal(what, "install the driver, or choose profile cpu")]
+    if facts.driver and _older(facts.driver, stack.driver):
+        what = f"the driver is {facts.driver}, and CUDA {stack.cuda} needs {stack.driver}"
+        found.append(Refusal(what, 'update the driver, or set stack = "cu124" in the host\'s override'))
+    have = sorted({gpu.capability for gpu in facts.gpus})
+    if profile.kernels and profile.arch not in have:
+        what = f"the GPU is {', '.join(have)}, and profile {target.profile_name} is for {profile.arch}"
+        found.append(Refusal(what, f'set arch = "{have[0]}" in the host\'s override, or choose another profile'))
+    return found
+
+
+def _older(version: str, floor: str) -> bool:
+    try:
+        return Version(version) < Version(floor)
+    except InvalidVersion:
+        return False
+
+
+def _place(target: Target, facts: Facts) -> list[Refusal]:
+    """What the host itself lacks."""
+    found: list[Refusal] = []
+    host = target.host
+    if facts.busy:
+        who = f"{facts.busy['action']} by {facts.busy['who']} since {facts.busy['since']}"
+        found.append(Refusal(f"the host is being changed: {who}", f"inv attach --host {target.name}"))
+    if facts.current_fault:
+        found.append(Refusal(facts.current_fault["what"], facts.current_fault["hint"]))
+    if host.scope == "system" and not facts.manager.startswith("systemd"):
+        found.append(Refusal("the host runs no systemd", 'set scope = "user" for this host'))
+    if not facts.writable:
+        found.append(Refusal(f"{facts.login} may not write to {facts.prefix}", "choose another prefix, or let it"))
+    for path, mounted in facts.mounts.items():
+        if not mounted:
+            remedy = f"mount {path} there; writing into the empty mount point would hide it later"
+            found.append(Refusal(f"{path} is not mounted", remedy))
+    if holder := _port(target, facts):
+        found.append(Refusal(holder, "end it, or set another `port` for this host"))
+    return found
+
+
+def _port(target: Target, facts: Facts) -> str:
+    """Who else holds the port; empty when nobody does or it is the service itself."""
+    holder = facts.port_holder
+    if not holder or (facts.service.active and holder["pid"] in (0, facts.service.pid)):
+        return ""
+    return f"port {target.host.port} is held by {holder['command']} (pid {holder['pid']})"
+
+
+def _room(target: Target, facts: Facts, shelf: Shelf) -> list[Refusal]:
+    """Whether a new environment finds room. Both figures are measured ones of the recipe."""
+    found: list[Refusal] = []
+    need = int(shelf.application.size[target.profile.stack] * NEEDS_ROOM) + RESERVE_BYTES
+    if facts.disk_free < need:
+        what = f"{console.size(facts.disk_free)} free at {facts.prefix}, {console.size(need)} needed"
+        found.append(Refusal(what, "free some space there, or set another `prefix`"))
+    inodes = shelf.application.files[target.profile.stack] + RESERVE_FILES
+    if facts.inodes_free is not None and facts.inodes_free < inodes:
+        what = f"{facts.inodes_free} inodes free at {facts.prefix}, {inodes} needed"
+        found.append(Refusal(what, "delete small files there, or set another `prefix`"))
+    return found
+
+
+def _holds(facts: Facts, part: str) -> bool:
+    return facts.parts.get(part) == ""
+
+
+def _steps(
+    target: Target, facts: Facts, choice: releases.Choice, wanted: dict[str, Any], options: Options
+) -> list[Step]:
+    """The steps, in order; none when the host is as wanted."""
+    host = target.host
+    steps: list[Step] = []
+    if not facts.user:
+        title, why = f"create the system user {host.run_as}", "ComfyUI runs without privileges"
+        steps.append(Step("account", title, why, f"userdel {host.run_as}"))
+    if host.scope == "system" and sorted(host.members) != sorted(facts.members):
+        title = f"members of group {host.run_as}: {', '.join(host.members) or 'nobody'}"
+        why, undo = "they may write the data", f"gpasswd --members {','.join(facts.members)} {host.run_as}"
+        steps.append(Step("members", title, why, undo, {"members": list(host.members)}))
+    if not facts.data:
+        title = f"lay out {facts.prefix}"
+        steps.append(Step("folders", title, "nothing is there yet", f"rm -r {facts.prefix}"))
+    steps += _part_steps(facts, choice)
+    known = facts.release(wanted["id"])
+    if known != wanted:
+        title = (
+            f"write release {wanted['id']}: ComfyUI {wanted['version']}, {target.stack.label}, Python {choice.python}"
+        )
+        steps.append(Step("release", title, "so that it can be returned to", "pruned later", {"release": wanted}))
+    replaced = any(step.kind in ("app", "env") for step in steps)
+    if facts.current != wanted["id"] or replaced:
+        title = "import torch and the kernels in the new environment"
+        steps.append(Step("preflight", title, "before anything is stopped", "nothing", {"release": wanted["id"]}))
+        before = facts.current or "nothing"
+        title = f"cut over from {before} to {wanted['id']}"
+        values = {"to": wanted["id"], "drain": options.drain, "force": options.force}
+        why = "a part of it was damaged" if facts.current == wanted["id"] else "it is not the one wanted"
+        steps.append(Step("cut-over", title, why, f"back to {before}, also by itself when unhealthy", values))
+    elif not (facts.service.active and facts.service.enabled and facts.service.linked):
+        missing = [name for name in ("active", "enabled", "linked") if not getattr(facts.service, name)]
+        title = f"start {host.service}"
+        steps.append(Step("serve", title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
+    steps += _prune(facts, wanted["id"], host.keep, bool(steps))
+    return steps
+
+
+def _part_steps(facts: Facts, choice: releases.Choice) -> list[Step]:
+    steps: list[Step] = []
+    for kind, part in (("app", choice.app_part), ("env", choice.env_part)):
+        if _holds(facts, part):
+            continue
+        fault = facts.parts.get(part, "")
+        why = f"{part} is damaged: {fault}" if fault else "the host lacks it"
+        label = f"ComfyUI {choice.application.version}"
+        if kind == "env":
+            kernels = ", ".join(f"{wheel.kernel} {wheel.version}" for wheel in choice.wheels)
+            label = f"the environment {choice.lock.name}{f' with {kernels}' if kernels else ''}"
+            if not steps or steps[-1].kind != "tool":
+                steps.append(Step("tool", f"send uv ({choice.uv[:12]})", "it makes the environment", "pruned later"))
+        values: dict[str, Any] = {"part": part, "python": choice.interpreter, "repair": bool(fault)}
+        if kind == "env":
+            files = [wheel.file for wheel in choice.wheels]
+            values |= {"requirements": choice.requirements, "kernels": files, "version": choice.python, "compile": True}
+        steps.append(Step(kind, f"make {part}: {label}", why, "pruned when no release names it", values))
+    return steps
+
+
+def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
+    """Which releases stay: the wanted one, the one before, and the newest others up to `keep`."""
+    others = [each["id"] for each in facts.releases if each["id"] not in (wanted, facts.current)]
+    kept = [wanted, *([facts.current] if facts.current != wanted and facts.current else [])]
+    kept += others[: max(0, keep - len(kept))]
+    gone = [name for name in others if name not in kept]
+    named = {part for each in facts.releases if each["id"] in kept for part in each["parts"].values()}
+    unnamed = [] if changes else [part for part in facts.parts if part not in named]
+    if not (changes or gone or unnamed):
+        return []
+    title = f"prune: keep {', '.join(kept)}"
+    return [Step("prune", title, "old releases take room", "deploy it again", {"keep": kept})]
+
+
+def _notes(facts: Facts) -> list[str]:
+    if facts.manager == "process":
+        return ["this machine has no systemd for you: ComfyUI is supervised by Hearth, and not started at boot"]
+    return []

@@ -1,0 +1,153 @@
+"""Releases: the manifest of all that runs, with its unit's text. A release's id is the hash of its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from dataclasses import dataclass
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from core.files import CHECKOUT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from core.manifest import Manifest
+    from deploy.application import Application
+    from deploy.environment import Lock
+    from deploy.host import Target
+
+LAYOUT = 1
+"""Raised when the agent makes parts or releases another way: what is there is then not what is wanted."""
+
+# The flag that chooses an attention, and what ComfyUI logs when it is used (comfy/ldm/modules/attention.py).
+ATTENTION = {
+    "--use-sage-attention": "sage attention",
+    "--use-flash-attention": "Flash Attention",
+    "--use-pytorch-cross-attention": "pytorch attention",
+}
+
+# What importing a kernel package proves: its extension modules load in that environment.
+IMPORTS = {"sageattention": ("sageattention",), "flash-attn": ("flash_attn", "flash_attn_2_cuda")}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is to run on a host: everything that decides a release, chosen from what there is."""
+
+    target: Target
+    application: Application
+    lock: Lock
+    python: str
+    interpreter: str
+    wheels: tuple[Manifest, ...]
+    uv: str
+
+    @property
+    def app_part(self) -> str:
+        """The part that holds ComfyUI's tree."""
+        return f"app-{_digest([LAYOUT, self.application.tree])}"
+
+    @property
+    def env_part(self) -> str:
+        """The part that holds the virtual environment."""
+        wheels = sorted(wheel.sha256 for wheel in self.wheels)
+        return f"env-{_digest([LAYOUT, self.lock.text, self.interpreter, wheels, self.uv])}"
+
+    @property
+    def requirements(self) -> str:
+        """The locked list with the kernel wheels, each by its hash."""
+        lines = [f"{wheel.kernel}=={wheel.version} --hash=sha256:{wheel.sha256}" for wheel in self.wheels]
+        return self.lock.text + "".join(f"{line}\n" for line in lines)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
+    """The release's manifest, in JSON's types. The same choice gives the same id on every host and day."""
+    target, profile = choice.target, choice.target.profile
+    content: dict[str, Any] = {
+        "version": choice.application.version,
+        "stack": profile.stack,
+        "torch": target.stack.torch,
+        "python": choice.python,
+        "platform": choice.lock.platform,
+        "profile": target.profile_name,
+        "parts": {"app": choice.app_part, "env": choice.env_part},
+        "kernels": {wheel.kernel: wheel.version for wheel in choice.wheels},
+        "gate": {
+            "seconds": profile.start_seconds,
+            "version": choice.application.version,
+            "torch": target.stack.torch,
+            "cuda": profile.cuda,
+            "attention": next((log for flag, log in ATTENTION.items() if flag in target.flags), ""),
+            "imports": [name for wheel in choice.wheels for name in IMPORTS.get(wheel.kernel, ())],
+        },
+    }
+    for name in ("@", _digest([content, _running(choice, prefix, "@")])):
+        content |= {"id": name, **_running(choice, prefix, name)}
+    return content
+
+
+def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
+    """Command line, environment and unit, with the release's own folder in them.
+
+    They name the release and not `current`, so that nothing of one release ever runs with something of another.
+    """
+    target = choice.target
+    place, data = f"{prefix}/releases/{release}", f"{prefix}/data"
+    argv = [f"{place}/env/bin/python", f"{place}/app/main.py", "--base-directory", data]
+    argv += ["--database-url", f"sqlite:///{data}/user/comfyui.db", "--disable-auto-launch"]
+    argv += ["--listen", target.host.listen, "--port", str(target.host.port)]
+    argv += [word for flag, value in target.flags.items() for word in (flag, *value.split())]
+    environment = {
+        "HOME": f"{data}/cache",  # libraries put caches and settings there; the service has no other
+        "XDG_CACHE_HOME": f"{data}/cache",
+        "TRITON_CACHE_DIR": f"{data}/cache/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{data}/cache/inductor",
+        "PYTHONUNBUFFERED": "1",  # the log shows a line when it is written
+        "PYTHONDONTWRITEBYTECODE": "1",  # the code is read-only
+        "PYTHONNOUSERSITE": "1",  # nothing but the release's own packages
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        **target.env,
+    }
+    unit = _unit(choice, argv, environment, data, release)
+    return {"code": f"{place}/app", "argv": argv, "environment": environment, "unit": unit}
+
+
+def _unit(choice: Choice, argv: Sequence[str], environment: Mapping[str, str], data: str, release: str) -> str:
+    """The systemd unit, from the template of the host's scope."""
+    target = choice.target
+    host, profile = target.host, target.profile
+    # systemd expands % everywhere and $ in commands.
+    command = shlex.join(argv).replace("%", "%%").replace("$", "$$")
+    lines = [f'Environment="{name}={_quoted(value)}"' for name, value in environment.items()]
+    devices = [f"DeviceAllow={name} rw" for name in _DEVICES] if profile.cuda else []
+    values = {
+        "service": host.service,
+        "release": release,
+        "version": choice.application.version,
+        "user": host.run_as,
+        "data": data,
+        "mounts": " ".join(host.mounts),
+        "command": command,
+        "environment": "\n".join(lines),
+        "limits": f"MemoryMax={profile.memory_max}" if profile.memory_max else "",
+        "device_policy": profile.device_policy,
+        "devices": "\n".join(devices),
+    }
+    template = (CHECKOUT / f"recipes/comfyui/units/{host.scope}.service").read_text()
+    return Template(template).substitute(values)
+
+
+def _quoted(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+
+
+# nvidia-frontend and nvidia: the same devices from driver 550.40 on and before.
+_DEVICES = ("char-nvidia", "char-nvidia-frontend", "char-nvidia-uvm", "char-nvidia-modeset", "char-nvidia-caps")

@@ -1,0 +1,120 @@
+"""What the deploy tasks print: tables and JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from core import console
+from deploy import host as hosts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deploy.facts import Facts
+    from deploy.flow import Outcome
+
+
+def outcomes(results: Sequence[Outcome], *, as_json: bool, dry_run: bool) -> None:
+    """How a deploy or rollback ended, host by host."""
+    if as_json:
+        console.data_json([msgspec.to_builtins(each) for each in results])
+        return
+    for each in results:
+        if dry_run:
+            console.data(f"{each.host}: {len(each.steps)} changes" if each.changed else f"{each.host}: nothing to do")
+        elif each.changed:
+            console.data(
+                f"{each.host}: release {each.release} is in service{f' at {each.address}' * bool(each.address)}"
+            )
+        else:
+            console.data(f"{each.host}: nothing to do, release {each.release} is in service at {each.address}")
+
+
+def releases(facts: Facts, *, as_json: bool) -> None:
+    """The releases kept on a host, newest first."""
+    if as_json:
+        console.data_json([{**each, "current": each["id"] == facts.current} for each in facts.releases])
+        return
+    rows = []
+    for each in facts.releases:
+        faults = [f"{part}: {facts.parts.get(part, 'missing')}" for part in each["parts"].values()]
+        bad = "; ".join(fault for fault in faults if not fault.endswith(": "))
+        kernels = ", ".join(f"{name} {version}" for name, version in each["kernels"].items()) or "-"
+        mark = "current" if each["id"] == facts.current else ""
+        stack = f"{each['stack']}, torch {each['torch']}"
+        rows.append((each["id"], each["version"], stack, each["python"], kernels, mark, bad or "whole"))
+    console.table(("release", "ComfyUI", "stack", "Python", "kernels", "", "parts"), rows)
+
+
+def history(lines: Sequence[dict[str, Any]], *, as_json: bool) -> None:
+    """How every run on a host ended, oldest first."""
+    if as_json:
+        console.data_json(list(lines))
+        return
+    rows = [(each["at"], each["who"], each["action"], each["release"], each["result"], each["error"]) for each in lines]
+    console.table(("when", "who", "what", "release", "result", ""), rows)
+
+
+def facts(found: Facts, *, as_json: bool) -> None:
+    """What a host is now."""
+    if as_json:
+        console.data_json(msgspec.to_builtins(found))
+        return
+    gpus = [f"{gpu.name} ({gpu.capability})" for gpu in found.gpus]
+    rows = [
+        ("host", found.hostname),
+        ("system", f"{found.os}, {found.machine}, kernel {found.kernel}, glibc {found.glibc}"),
+        ("Python", ", ".join(f"{version} ({path})" for version, path in found.pythons.items()) or "none that fits"),
+        ("GPU", ", ".join(gpus) or "none"),
+        ("driver", found.driver or "none"),
+        (
+            "memory",
+            f"{console.size(found.memory)}{', shared with the GPU' if any(g.unified for g in found.gpus) else ''}",
+        ),
+        ("free at " + found.prefix, f"{console.size(found.disk_free)}, {found.inodes_free or 'no limit of'} inodes"),
+        ("services by", found.manager),
+        ("release", found.current or "none"),
+        ("service", found.service.state + (f" since {found.service.since}" if found.service.since else "")),
+        ("parts", ", ".join(f"{name} ({fault or 'whole'})" for name, fault in found.parts.items()) or "none"),
+        ("under way", f"{found.busy['action']} by {found.busy['who']}" if found.busy else "nothing"),
+    ]
+    console.table(("", ""), rows)
+
+
+def configuration(names: Sequence[str], *, as_json: bool) -> None:
+    """Hosts merged with their profiles, and where each value comes from."""
+    from deploy.flow import find_target
+
+    targets = [find_target(name) for name in names]
+    if as_json:
+        console.data_json(
+            [
+                {
+                    "name": each.name,
+                    "address": each.host.address,
+                    "profile": each.profile_name,
+                    "site": each.site,
+                    "flags": each.flags,
+                    "env": each.env,
+                    "origin": each.origin,
+                    "values": msgspec.to_builtins(each.profile),
+                }
+                for each in targets
+            ]
+        )
+        return
+    for each in targets:
+        where = each.host.address or "this machine"
+        console.data(f"{each.name}: {where}, {each.prefix}, {each.host.listen}:{each.host.port}, {each.host.scope}")
+        for key, origin in each.origin.items():
+            kind, _, name = key.partition(".")
+            value = getattr(each.profile, kind)
+            setting = value[name] if name else value
+            if isinstance(setting, hosts.Setting):
+                shown = f"{name}{f' {setting.value}' if setting.value else ''}{' (off)' if setting.off else ''}"
+                console.data(f"  {shown:44} {origin}: {setting.why}")
+            elif setting not in ("", (), {}):
+                text = ", ".join(setting) if isinstance(setting, tuple) else str(setting)
+                console.data(f"  {kind + ' = ' + text:44} {origin}")
