@@ -253,7 +253,7 @@ def connect(target: Target, ask_sudo: bool = False) -> Iterator[Agent]:
         hop: Any = connection
         while isinstance(hop, fabric.Connection):
             hop.client.set_missing_host_key_policy(RejectPolicy())
-            for file in _known_hosts(config, hop.host):
+            for file in _known_hosts(hop.ssh_config):
                 hop.client.load_system_host_keys(str(file))
             hop = hop.gateway
         connection.open()
@@ -289,9 +289,8 @@ def connect(target: Target, ask_sudo: bool = False) -> Iterator[Agent]:
         connection.close()
 
 
-def _known_hosts(config: Any, host: str) -> list[Path]:
-    """The known_hosts files that ssh itself would read for this host."""
-    listed = config.base_ssh_config.lookup(host)
+def _known_hosts(listed: dict[str, Any]) -> list[Path]:
+    """The known_hosts files that ssh itself would read for a host with this configuration."""
     names = listed.get("userknownhostsfile", "~/.ssh/known_hosts ~/.ssh/known_hosts2").split()
     names += listed.get("globalknownhostsfile", "/etc/ssh/ssh_known_hosts").split()
     return [path for path in (Path(name).expanduser() for name in names) if path.is_file()]

@@ -1,0 +1,159 @@
+"""Real hosts to deploy to: a Debian with systemd and sshd in a folder, booted by systemd-nspawn.
+
+A machine is an overlay over a root from debootstrap, which the user's cache keeps. It shares this machine's network
+and is reached at a port of 127.0.0.1 only. Needs root, debootstrap, systemd-container and openssh-client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from core import files
+
+PACKAGES = "systemd,systemd-sysv,dbus,openssh-server,sudo,python3,iproute2,ca-certificates,procps"
+LOGIN = "deployer"
+
+
+def possible() -> bool:
+    """Whether machines can be booted here."""
+    tools = ("systemd-nspawn", "debootstrap", "ssh-keygen")
+    return os.geteuid() == 0 and all(shutil.which(tool) for tool in tools)
+
+
+def base(arch: str) -> Path:
+    """The root that machines of an arch (Debian's name) are overlays of; made once, in a minute."""
+    place = files.cache() / "hosts" / f"bookworm-{arch}"
+    if place.is_dir():
+        return place
+    with files.whole(place) as part:
+        words = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", f"--arch={arch}"]
+        words += [f"--cache-dir={_made(files.cache() / 'hosts/debs')}", "bookworm", str(part)]
+        native = subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True).stdout.strip()
+        if arch != native:
+            words.insert(1, "--foreign")
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+        if arch != native:
+            second = ["chroot", str(part), "/debootstrap/debootstrap", "--second-stage"]
+            subprocess.run(second, check=True, stdout=subprocess.DEVNULL)
+        run = ["chroot", str(part)]
+        subprocess.run([*run, "useradd", "--create-home", "--shell", "/bin/bash", LOGIN], check=True)
+        (part / "etc/sudoers.d/deployer").write_text(f"{LOGIN} ALL=(ALL) NOPASSWD: ALL\n")
+        (part / "etc/ssh/sshd_config.d/here.conf").write_text("ListenAddress 127.0.0.1\nUseDNS no\n")
+        # Packages come through this machine's way to the index, whatever that is.
+        shutil.copy("/etc/ssl/certs/ca-certificates.crt", part / "etc/ssl/certs/ca-certificates.crt")
+        (part / "etc/uv").mkdir()
+        (part / "etc/uv/uv.toml").write_text("system-certs = true\n")
+        (part / "etc/machine-id").write_text("")
+    return place
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Machine:
+    """One host: `boot` and `power_off` as often as wanted; its disk stays."""
+
+    place: Path
+    arch: str = "amd64"
+    ssh_port: int = field(default_factory=free_port)
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("upper", "work", "root"):
+            (self.place / name).mkdir(parents=True)
+        options = f"lowerdir={base(self.arch)},upperdir={self.place}/upper,workdir={self.place}/work"
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(self.root)], check=True)
+        for key in ("client", "host"):
+            words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", str(self.place / key)]
+            subprocess.run(words, check=True)
+        ssh = self.root / "home/deployer/.ssh"
+        ssh.mkdir(mode=0o700)
+        shutil.copy(self.place / "client.pub", ssh / "authorized_keys")
+        subprocess.run(["chroot", str(self.root), "chown", "-R", f"{LOGIN}:", f"/home/{LOGIN}/.ssh"], check=True)
+        self.set_host_key(self.place / "host")
+        (self.root / "etc/ssh/sshd_config.d/port.conf").write_text(f"Port {self.ssh_port}\n")
+        public = (self.place / "host.pub").read_text()
+        (self.place / "known_hosts").write_text(f"[127.0.0.1]:{self.ssh_port} {public}")
+        (self.place / "ssh_config").write_text(
+            f"Host spark\n  HostName 127.0.0.1\n  Port {self.ssh_port}\n  User {LOGIN}\n"
+            f"  IdentityFile {self.place}/client\n  IdentitiesOnly yes\n"
+            f"  UserKnownHostsFile {self.place}/known_hosts\n  GlobalKnownHostsFile /dev/null\n"
+        )
+
+    @property
+    def root(self) -> Path:
+        return self.place / "root"
+
+    def set_host_key(self, key: Path) -> None:
+        for old in (self.root / "etc/ssh").glob("ssh_host_*"):
+            old.unlink()
+        shutil.copy(key, self.root / "etc/ssh/ssh_host_ed25519_key")
+
+    def share_downloads(self, prefix: str) -> None:
+        """Give uv there what uv here has downloaded, as hard links: same file system, no byte is copied."""
+        cache = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache/uv")
+        there = self.place / "upper" / prefix.lstrip("/") / "state/cache/uv"
+        if cache.is_dir():
+            there.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["cp", "-al", str(cache), str(there)], check=True)
+
+    def boot(self) -> None:
+        """Boot and wait until sshd answers."""
+        words = ["systemd-nspawn", "--quiet", f"--directory={self.root}", "--boot", "--register=no", "--keep-unit"]
+        words += [f"--machine=hearth-{self.ssh_port}", "--resolv-conf=copy-host", "--bind-ro=/etc/hosts"]
+        log = (self.place / "console.log").open("ab")
+        self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.ssh_port), 1) as there:
+                if there.recv(4) == b"SSH-":
+                    return
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.1)
+        raise RuntimeError(f"{self.place} does not boot:\n{(self.place / 'console.log').read_text()[-2000:]}")
+
+    def power_off(self) -> None:
+        """Pull the plug: every process of the machine is killed at once."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def run(self, command: str, *, check: bool = True) -> str:
+        """Run a shell command there, as root."""
+        ssh = ["ssh", "-q", "-F", str(self.place / "ssh_config"), "spark", f"sudo sh -c {shlex_quote(command)}"]
+        done = subprocess.run(ssh, capture_output=True, text=True, check=False, timeout=600)
+        if check and done.returncode:
+            raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def discard(self) -> None:
+        """Power off and leave nothing."""
+        self.power_off()
+        subprocess.run(["umount", "--lazy", str(self.root)], check=False)
+        shutil.rmtree(self.place, ignore_errors=True)
+
+
+def shlex_quote(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
