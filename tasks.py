@@ -197,7 +197,7 @@ def deploy(
     return 2 if dry_run and any(result.changed for result in results) else 0
 
 
-@command(help={"to": "the release to return to (default: the newest other one kept)"})
+@command(help={"to": "the release to return to (default: the one that served last)"})
 def rollback(
     _: Context,
     host: str = "",

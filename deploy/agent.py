@@ -293,8 +293,8 @@ def facts(site: Site, ask: Json) -> Json:
         current, fault = site.release(), {}
     except Fault as error:
         current, fault = "", error.report
-    newest = sorted(site.releases.glob("*/release.json"), key=lambda path: -path.stat().st_mtime_ns)
-    manifests = [read(path) for path in newest]
+    manifests = [read(path) for path in sorted(site.releases.glob("*/release.json"))]
+    proven = sorted(site.releases.glob("*/proven"), key=lambda path: -path.stat().st_mtime_ns)
     names = {path.name for path in site.parts.glob("[!.]*")}
     place = next(path for path in [site.prefix, *site.prefix.parents] if path.exists())
     disk = os.statvfs(place)
@@ -327,6 +327,7 @@ def facts(site: Site, ask: Json) -> Json:
         "current": current,
         "current_fault": fault,
         "releases": [each for each in manifests if each],
+        "proven": [path.parent.name for path in proven],
         "parts": {name: fault_of(site.parts / name) for name in sorted(names)},
         "data": site.data.is_dir(),
         "service": manager.status() if here and site.state.exists() else dict(_NO_SERVICE),
@@ -984,6 +985,7 @@ def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
             manager.install()
             manager.start()
             gate(site, manager, target, note)
+            (site.releases / step["to"] / "proven").touch()
         except (Fault, OSError) as error:
             report = error.report if isinstance(error, Fault) else Fault("gate", str(error)).report
             record |= {"reverting": report, "log": manager.log(25)}
@@ -1039,7 +1041,9 @@ def serve(site: Site, step: Json, note: Callable[[str], None]) -> None:
     manager = manager_of(site)
     manager.install()
     manager.start()
-    gate(site, manager, site.manifest(site.release()), note)
+    current = site.release()
+    gate(site, manager, site.manifest(current), note)
+    (site.releases / current / "proven").touch()
 
 
 def prune(site: Site, step: Json, note: Callable[[str], None]) -> None:

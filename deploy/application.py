@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from core import source
+from core import files, source
 from core.config import load
 from core.errors import near
-from core.files import CHECKOUT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,10 +30,15 @@ class Application(source.Pinned, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 def application() -> Application:
-    """The pinned ComfyUI; raises ConfigError."""
-    folder = CHECKOUT / "recipes/comfyui"
+    """The pinned ComfyUI, or the one of $HEARTH_APP, a folder with an app.toml; raises ConfigError.
+
+    A source that is a folder beside the app.toml is taken as it is: for a ComfyUI of one's own.
+    """
+    folder = Path(os.environ.get("HEARTH_APP") or files.CHECKOUT / "recipes/comfyui").absolute()
     loaded = msgspec.structs.replace(load(folder / "app.toml", Application), folder=str(folder))
     source.check(loaded)
+    if own := loaded.source[0].folder:
+        loaded = msgspec.structs.replace(loaded, tree=files.tree_hash(folder / own))
     return loaded
 
 

@@ -31,7 +31,8 @@ class Service(msgspec.Struct, frozen=True):
 class Facts(msgspec.Struct, frozen=True):
     """A host as `deploy/agent.py` found it (its function `facts` names the sources). Sizes are in bytes.
 
-    `releases` are the manifests kept there, `parts` says of each what is wrong with it (empty: nothing),
+    `releases` are the manifests kept there, `proven` the ids of those that passed the health gate, the latest first;
+    `parts` says of each what is wrong with it (empty: nothing),
     `incoming` what was sent and not used yet, `busy` who is changing the host now.
     """
 
@@ -59,6 +60,7 @@ class Facts(msgspec.Struct, frozen=True):
     current: str
     current_fault: dict[str, str]
     releases: tuple[dict[str, Any], ...]
+    proven: tuple[str, ...]
     parts: dict[str, str]
     data: bool
     service: Service

@@ -125,11 +125,11 @@ def deploy(
 
 
 def rollback(name: str, to: str, options: Options, *, dry_run: bool = False, ask_sudo: bool = False) -> Outcome:
-    """Return to a kept release, by default the newest other one: the same cut-over with the same gate."""
+    """Return to a kept release, by default the one that served last: the same cut-over with the same gate."""
     target = find_target(name)
     with connection.connect(target, ask_sudo) as agent:
         facts = look(agent, target)
-        others = [each["id"] for each in facts.releases if each["id"] != facts.current]
+        others = [name for name in facts.proven if name != facts.current]
         if to and to not in others:
             raise UnknownNameError(f"{name} keeps no release {to!r} to go back to", hint=near(to, others))
         if not others:

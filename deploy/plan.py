@@ -299,11 +299,11 @@ def _part_steps(facts: Facts, choice: releases.Choice) -> list[Step]:
 
 
 def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
-    """Which releases stay: the wanted one, the one before, and the newest others up to `keep`."""
-    others = [each["id"] for each in facts.releases if each["id"] not in (wanted, facts.current)]
+    """Which releases stay: the wanted one, the one before, and those that served last, up to `keep`."""
+    others = [name for name in facts.proven if name not in (wanted, facts.current)]
     kept = [wanted, *([facts.current] if facts.current != wanted and facts.current else [])]
     kept += others[: max(0, keep - len(kept))]
-    gone = [name for name in others if name not in kept]
+    gone = [each["id"] for each in facts.releases if each["id"] not in kept]
     named = {part for each in facts.releases if each["id"] in kept for part in each["parts"].values()}
     unnamed = [] if changes else [part for part in facts.parts if part not in named]
     if not (changes or gone or unnamed):

@@ -33,16 +33,18 @@ def outcomes(results: Sequence[Outcome], *, as_json: bool, dry_run: bool) -> Non
 
 
 def releases(facts: Facts, *, as_json: bool) -> None:
-    """The releases kept on a host, newest first."""
+    """The releases kept on a host: the current one, those that served before, the latest first, and unproven ones."""
     if as_json:
         console.data_json([{**each, "current": each["id"] == facts.current} for each in facts.releases])
         return
     rows = []
-    for each in facts.releases:
+    order = [facts.current, *facts.proven]
+    for each in sorted(facts.releases, key=lambda each: order.index(each["id"]) if each["id"] in order else len(order)):
         faults = [f"{part}: {facts.parts.get(part, 'missing')}" for part in each["parts"].values()]
         bad = "; ".join(fault for fault in faults if not fault.endswith(": "))
         kernels = ", ".join(f"{name} {version}" for name, version in each["kernels"].items()) or "-"
-        mark = "current" if each["id"] == facts.current else ""
+        proven = "served before" if each["id"] in facts.proven else "never healthy"
+        mark = "current" if each["id"] == facts.current else proven
         stack = f"{each['stack']}, torch {each['torch']}"
         rows.append((each["id"], each["version"], stack, each["python"], kernels, mark, bad or "whole"))
     console.table(("release", "ComfyUI", "stack", "Python", "kernels", "", "parts"), rows)

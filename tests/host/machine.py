@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -71,6 +72,7 @@ class Machine:
     """One host: `boot` and `power_off` as often as wanted; its disk stays."""
 
     place: Path
+    prefix: str
     arch: str = "amd64"
     ssh_port: int = field(default_factory=free_port)
     port: int = field(default_factory=free_port)
@@ -79,6 +81,7 @@ class Machine:
     def __post_init__(self) -> None:
         for name in ("upper", "work", "root"):
             (self.place / name).mkdir(parents=True)
+        self._share_downloads()
         options = f"lowerdir={base(self.arch)},upperdir={self.place}/upper,workdir={self.place}/work"
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(self.root)], check=True)
         for key in ("client", "host"):
@@ -107,10 +110,10 @@ class Machine:
             old.unlink()
         shutil.copy(key, self.root / "etc/ssh/ssh_host_ed25519_key")
 
-    def share_downloads(self, prefix: str) -> None:
+    def _share_downloads(self) -> None:
         """Give uv there what uv here has downloaded, as hard links: same file system, no byte is copied."""
         cache = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache/uv")
-        there = self.place / "upper" / prefix.lstrip("/") / "state/cache/uv"
+        there = self.place / "upper" / self.prefix.lstrip("/") / "state/cache/uv"
         if cache.is_dir():
             there.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run(["cp", "-al", str(cache), str(there)], check=True)
@@ -119,8 +122,10 @@ class Machine:
         """Boot and wait until sshd answers."""
         words = ["systemd-nspawn", "--quiet", f"--directory={self.root}", "--boot", "--register=no", "--keep-unit"]
         words += [f"--machine=hearth-{self.ssh_port}", "--resolv-conf=copy-host", "--bind-ro=/etc/hosts"]
-        log = (self.place / "console.log").open("ab")
-        self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        with (self.place / "console.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
         end = time.monotonic() + 120
         while time.monotonic() < end:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.ssh_port), 1) as there:
@@ -140,7 +145,7 @@ class Machine:
 
     def run(self, command: str, *, check: bool = True) -> str:
         """Run a shell command there, as root."""
-        ssh = ["ssh", "-q", "-F", str(self.place / "ssh_config"), "spark", f"sudo sh -c {shlex_quote(command)}"]
+        ssh = ["ssh", "-q", "-F", str(self.place / "ssh_config"), "spark", f"sudo sh -c {shlex.quote(command)}"]
         done = subprocess.run(ssh, capture_output=True, text=True, check=False, timeout=600)
         if check and done.returncode:
             raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
@@ -151,9 +156,3 @@ class Machine:
         self.power_off()
         subprocess.run(["umount", "--lazy", str(self.root)], check=False)
         shutil.rmtree(self.place, ignore_errors=True)
-
-
-def shlex_quote(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)

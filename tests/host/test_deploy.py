@@ -1,0 +1,297 @@
+"""The main path on a real host: deployed, hardened, converged, refused, taken back."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from tests.host.conftest import PREFIX, Fleet
+
+pytestmark = pytest.mark.host
+
+
+def broken(line: str) -> dict[str, tuple[str, str]]:
+    """An edit that puts a line at the start of ComfyUI's main.py."""
+    return {"main.py": (r"\A", f"{line}\n")}
+
+
+def test_the_service_runs_unprivileged_and_its_code_is_read_only(deployed: Fleet) -> None:
+    machine = deployed.machine
+    assert deployed.answers()
+    user = machine.run("ps -o user= -p $(systemctl show comfyui --property=MainPID --value)").strip()
+    assert user == "comfyui"
+    for place in ("current/app/main.py", "current/env/bin/x", "current/release.json", "state/pending.json"):
+        tried = machine.run(f"runuser -u comfyui -- sh -c 'echo x >> {PREFIX}/{place}' 2>&1 || echo refused")
+        assert "refused" in tried, place
+    assert machine.run("systemctl is-enabled comfyui").strip() == "enabled"
+    shown = machine.run("systemd-analyze security comfyui --no-pager")
+    found = re.search(r"exposure level for comfyui.service: ([\d.]+)", shown)
+    assert found
+    assert float(found[1]) <= 2.0
+    assert (deployed.prefix / "data/models").stat().st_mode & 0o7777 == 0o2775
+
+
+def test_a_second_deploy_does_nothing_and_says_so(deployed: Fleet) -> None:
+    since = machine_since(deployed)
+    done = deployed.deploy("--json")
+    assert done.returncode == 0, done.stderr
+    (outcome,) = json.loads(done.stdout)
+    assert outcome["changed"] is False
+    assert outcome["release"] == deployed.current()
+    assert deployed.deploy("--dry-run").returncode == 0
+    assert machine_since(deployed) == since
+
+
+def machine_since(fleet: Fleet) -> str:
+    return fleet.machine.run("systemctl show comfyui --property=ActiveEnterTimestamp --value")
+
+
+def test_facts_releases_and_history(deployed: Fleet) -> None:
+    facts = json.loads(deployed.inv("facts", "--host", "spark", "--json").stdout)
+    assert facts["os"] == "debian 12"
+    assert facts["manager"] == "systemd-system"
+    assert facts["current"] == deployed.current()
+    assert facts["port_holder"]["pid"] == facts["service"]["pid"]
+    assert set(facts["parts"].values()) == {""}
+    releases = json.loads(deployed.inv("releases", "--host", "spark", "--json").stdout)
+    assert [each["id"] for each in releases if each["current"]] == [deployed.current()]
+    lines = json.loads(deployed.inv("history", "--host", "spark", "--json").stdout)
+    assert (lines[0]["action"], lines[0]["result"], lines[0]["release"]) == ("deploy", "done", deployed.current())
+    assert re.fullmatch(r"\w+@\S+", lines[0]["who"])
+
+
+def test_what_drifted_is_put_right(steady: Fleet) -> None:
+    steady.machine.run("systemctl stop comfyui; rm /etc/systemd/system/multi-user.target.wants/comfyui.service")
+    plan = steady.deploy("--dry-run")
+    assert plan.returncode == 2
+    assert "start comfyui  (it is not active, not enabled)" in plan.stderr
+
+
+def test_a_change_of_flags_is_a_new_release_of_the_same_parts_and_can_be_taken_back(steady: Fleet) -> None:
+    first = steady.current()
+    steady.configure('[hosts.spark.override.flags]\n"--preview-method" = { value = "auto", why = "a test" }\n')
+    done = steady.deploy()
+    assert done.returncode == 0, done.stderr
+    assert steady.current() != first
+    assert "sending" not in done.stderr
+    system = steady.ask("/system_stats")["system"]
+    assert isinstance(system, dict)
+    assert system["argv"][-2:] == ["--preview-method", "auto"]
+    back = steady.inv("rollback", "--host", "spark")
+    assert back.returncode == 0, back.stderr
+    assert steady.current() == first
+
+
+@pytest.mark.parametrize(
+    ("name", "edits", "said"),
+    [
+        ("crashes", broken('import sys; print("I am broken", flush=True); sys.exit(5)'), "| I am broken"),
+        ("never-answers", broken("import time; time.sleep(1000)"), "does not answer after 6 s"),
+        ("wrong-version", {"comfyui_version.py": (r"0\.30\.0", "0.29.9")}, "found 0.29.9, wanted 0.30.0"),
+        ("no-pictures", {"nodes.py": (r"filename_with_batch_num = ", "raise OSError; x = ")}, "makes no picture"),
+    ],
+)
+def test_an_unhealthy_release_is_taken_back(
+    steady: Fleet, name: str, edits: dict[str, tuple[str, str]], said: str
+) -> None:
+    release, data = steady.current(), steady.data()
+    steady.configure("[hosts.spark.override]\nstart_seconds = 6\n" if name == "never-answers" else "")
+    done = steady.deploy(HEARTH_APP=str(steady.comfyui(name, edits)))
+    assert done.returncode == 66, done.stderr
+    assert said in done.stderr
+    assert f"release {release} is back and answers" in done.stderr
+    assert steady.current() == release
+    assert steady.answers(1)
+    assert steady.data() == data
+
+
+def test_a_newer_database_is_taken_back_with_its_release(steady: Fleet) -> None:
+    """A version that migrated the database and is not healthy: the older one would refuse to start on it."""
+    before = (steady.prefix / "data/user/comfyui.db").read_bytes()
+    line = 'import sqlite3,sys; d=sqlite3.connect(sys.argv[sys.argv.index("--database-url")+1][10:]);'
+    line += ' d.execute("create table newer (x)"); d.commit(); sys.exit(1)'
+    done = steady.deploy(HEARTH_APP=str(steady.comfyui("migrates", broken(line))))
+    assert done.returncode == 66, done.stderr
+    assert b"newer" not in (steady.prefix / "data/user/comfyui.db").read_bytes()
+    assert len((steady.prefix / "data/user/comfyui.db").read_bytes()) == len(before)
+
+
+def test_every_refusal_is_shown_at_once(deployed: Fleet) -> None:
+    deployed.configure(
+        'mounts = ["/mnt/models"]\n[hosts.spark.override]\npythons = ["3.13"]\ncuda = true\n'
+        'flags."--lowvram" = { why = "a test" }\nflags."--normalvram" = { why = "a test" }\n'
+    )
+    done = deployed.deploy()
+    deployed.configure()
+    assert done.returncode == 63
+    for said in (
+        "/mnt/models is not mounted",
+        "no Python 3.13 (there is none of them)",
+        "needs an NVIDIA GPU, and nvidia-smi shows none",
+        "this ComfyUI has no flag --normalvram",
+        "--cpu and --lowvram exclude each other",
+        "apt-get install python3.13",
+    ):
+        assert said in done.stderr
+    assert deployed.answers(1)
+
+
+def test_a_port_that_another_program_holds_is_named(deployed: Fleet) -> None:
+    holder = deployed.machine.run("sh -c 'python3 -m http.server 18188 --bind 127.0.0.1 >/dev/null 2>&1 & echo $!'")
+    time.sleep(1)
+    deployed.configure()
+    text = (deployed.place / "hosts.toml").read_text()
+    (deployed.place / "hosts.toml").write_text(re.sub(r"port = \d+", "port = 18188", text))
+    done = deployed.deploy()
+    deployed.configure()
+    deployed.machine.run(f"kill {holder.strip()}")
+    assert done.returncode == 63, done.stderr
+    assert f"port 18188 is held by python3 -m http.server (pid {holder.strip()})" in done.stderr
+
+
+def test_a_missing_kernel_wheel_names_its_build(deployed: Fleet) -> None:
+    deployed.configure('[hosts.spark.override]\narch = "8.9"\nkernels = ["sageattention"]\n')
+    done = deployed.deploy()
+    deployed.configure()
+    assert done.returncode == 63
+    build = "inv build-kernels --kernel sageattention --arch 8.9 --stack cu130 --python 3.11 --platform linux_x86_64"
+    assert build in done.stderr
+
+
+def test_a_changed_and_an_unknown_host_key_are_refused(deployed: Fleet) -> None:
+    known = deployed.machine.place / "known_hosts"
+    right = known.read_text()
+    other = deployed.place / "other"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(other)], check=True)
+    try:
+        known.write_text(f"{right.split()[0]} {other.with_suffix('.pub').read_text()}")
+        changed = deployed.deploy()
+        known.write_text("")
+        unknown = deployed.deploy()
+    finally:
+        known.write_text(right)
+    assert (changed.returncode, unknown.returncode) == (61, 61)
+    assert "has CHANGED" in changed.stderr
+    assert "ssh-keyscan -p" in unknown.stderr
+    assert "is not known" in unknown.stderr
+
+
+def test_no_sudo_is_told_apart(deployed: Fleet) -> None:
+    rule = deployed.machine.root / "etc/sudoers.d/deployer"
+    text = rule.read_text()
+    rule.write_text("")
+    try:
+        done = deployed.deploy()
+        asked = deployed.deploy("--ask-sudo")
+    finally:
+        rule.write_text(text)
+    assert done.returncode == 62, done.stderr
+    assert "--ask-sudo" in done.stderr
+    assert asked.returncode == 62
+    assert "no terminal" in asked.stderr
+
+
+def test_a_host_that_is_off_is_told_apart(deployed: Fleet) -> None:
+    text = (deployed.place / "hosts.toml").read_text()
+    (deployed.place / "hosts.toml").write_text(text.replace('"spark"', '"127.0.0.1"') + "ssh_port = 1\n")
+    done = deployed.deploy()
+    deployed.configure()
+    assert done.returncode == 60
+    assert "cannot be reached" in done.stderr
+
+
+def test_a_foreign_current_is_refused_and_left_alone(steady: Fleet) -> None:
+    current = steady.prefix / "current"
+    target = current.readlink()
+    current.unlink()
+    current.mkdir()
+    (current / "mine").write_text("mine")
+    done = steady.deploy()
+    assert done.returncode == 63
+    assert "is no link of Hearth's" in done.stderr
+    assert (current / "mine").read_text() == "mine"
+    shutil.rmtree(current)
+    current.symlink_to("/etc")
+    assert "which is no release of Hearth's" in steady.deploy().stderr
+    current.unlink()
+    current.symlink_to(target)
+
+
+def test_a_tampered_part_is_made_anew(steady: Fleet) -> None:
+    manifest = json.loads((steady.prefix / "current/release.json").read_text())
+    target = steady.prefix / "parts" / manifest["parts"]["app"]
+    (target / "nodes.py").chmod(0o644)
+    with (target / "nodes.py").open("a") as file:
+        file.write("# tampered\n")
+    plan = steady.deploy("--dry-run")
+    assert plan.returncode == 2
+    assert "it was changed after it was made" in plan.stderr
+    done = steady.deploy()
+    assert done.returncode == 0, done.stderr
+    assert "tampered" not in (target / "nodes.py").read_text()
+
+
+def test_jobs_are_waited_for_and_named(steady: Fleet) -> None:
+    """A job that takes a while: ComfyUI itself sleeps in a node of the test's own."""
+    wait = "import time; time.sleep(25 if width == 65 else 0)"
+    slow = {"nodes.py": (r"(def generate\(self, width, height, batch_size=1, color=0\):\n)", rf"\1        {wait}\n")}
+    folder = steady.comfyui("slow", slow)
+    assert steady.deploy(HEARTH_APP=str(folder)).returncode == 0
+    prompt = submit(steady, 65)
+    done = steady.deploy("--drain", "1")
+    assert done.returncode == 65, done.stderr
+    assert prompt in done.stderr
+    waited = steady.deploy("--drain", "60")
+    assert waited.returncode == 0, waited.stderr
+    assert f"waiting for jobs: 1 running ({prompt}), 0 waiting" in waited.stderr
+    assert (steady.prefix / "data/output/slow_00001_.png").exists()
+    (steady.prefix / "data/output/slow_00001_.png").unlink()
+
+
+def submit(fleet: Fleet, width: int) -> str:
+    import urllib.request
+
+    inputs = {"width": width, "height": 64, "batch_size": 1, "color": 0}
+    workflow = {
+        "1": {"class_type": "EmptyImage", "inputs": inputs},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "slow"}},
+    }
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{fleet.machine.port}/prompt",
+        json.dumps({"prompt": workflow}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        prompt = json.load(answer)["prompt_id"]
+    end = time.monotonic() + 10
+    while not fleet.ask("/queue")["queue_running"] and time.monotonic() < end:
+        time.sleep(0.05)
+    return str(prompt)
+
+
+def test_old_releases_are_pruned_with_their_parts(steady: Fleet) -> None:
+    for number in range(4):
+        steady.configure(
+            f'keep = 2\n[hosts.spark.override.flags]\n"--preview-size" = {{ value = "{number}00", why = "a test" }}\n'
+        )
+        assert steady.deploy().returncode == 0
+    assert len(list((steady.prefix / "releases").iterdir())) == 2
+    named = {
+        part
+        for path in (steady.prefix / "releases").glob("*/release.json")
+        for part in json.loads(path.read_text())["parts"].values()
+    }
+    assert {path.name for path in (steady.prefix / "parts").iterdir()} == named
+
+
+def test_it_starts_at_boot(steady: Fleet) -> None:
+    release = steady.current()
+    steady.machine.power_off()
+    steady.machine.boot()
+    assert steady.answers()
+    assert steady.current() == release
