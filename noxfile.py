@@ -47,6 +47,12 @@ def unit(session: nox.Session) -> None:
 
 
 @nox.session
+def host(session: nox.Session) -> None:
+    """Deploys to a booted Debian (root, systemd-nspawn). `-- --faults`: every interruption, an hour."""
+    session.run("pytest", "tests/host", *session.posargs)
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """Build every kernel for the GPU of this machine and run the smoke tests on it."""
     session.run("pytest", "-m", "gpu", "tests/gpu", *session.posargs)

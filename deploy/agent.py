@@ -258,7 +258,11 @@ def part(site: Site, name: str) -> Iterator[Path]:
         remove(stale)
     fresh = site.parts / f".{name}.{os.getpid()}"
     fresh.mkdir()
-    yield fresh
+    try:
+        yield fresh
+    except BaseException:
+        remove(fresh)  # above all when the disk is full: what comes next must be able to write
+        raise
     size = 0
     for path, status in walk(fresh):
         size += status.st_size
@@ -1158,6 +1162,8 @@ def apply(site: Site) -> None:
                 fault = error.report
             except OSError as error:
                 fault = _os_fault(error, step)
+            except Exception as error:  # a fault of Hearth's own: doing it again would not help
+                fault = Fault("step", f"could not {step['title']}", repr(error), "this is a fault of Hearth's").report
             if fault:
                 break
             journal.add("done", step=number)
@@ -1167,11 +1173,12 @@ def apply(site: Site) -> None:
             "result": result,
             **{key: plan[key] for key in ("run", "who", "action", "release", "base")},
         }
-        with site.history.open("a") as file:
+        with suppress(OSError), site.history.open("a") as file:  # a full disk must not keep the run from ending
             file.write(json.dumps({**line, "error": fault.get("what", "")}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        journal.add("end", result=result, fault=fault)
+        with suppress(OSError):
+            journal.add("end", result=result, fault=fault)
         shutil.rmtree(site.snapshot, ignore_errors=True)
         site.cut.unlink(missing_ok=True)
         site.pending.unlink()
@@ -1186,16 +1193,19 @@ def _os_fault(error: OSError, step: Json) -> Json:
 def follow(site: Site, run_id: str, seen: int) -> Iterator[Json]:
     """Yield the events of a run from the `seen`-th on, as they come, up to its end."""
     journal = Journal(site, run_id)
-    quiet = 0.0
+    quiet, gone = 0.0, False
     while True:
         events = journal.events()
         yield from events[seen:]
         if any(event["event"] == "end" for event in events):
             return
+        if gone:
+            raise Fault("step", "the run ended without a record", "the disk may be full", "inv facts shows it")
         quiet = quiet + 0.1 if len(events) == seen else 0.0
         seen = len(events)
         if quiet > 10:
-            if free(site.lock) and read(site.pending).get("run") == run_id:
+            gone = read(site.pending).get("run") != run_id  # its last line may have come this very moment
+            if not gone and free(site.lock):
                 manager_of(site).go()
             yield {"event": "alive"}  # shows that the connection still is
             quiet = 0.0

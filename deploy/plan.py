@@ -273,7 +273,8 @@ def _steps(
         missing = [name for name in ("active", "enabled", "linked") if not getattr(facts.service, name)]
         title = f"start {host.service}"
         steps.append(Step("serve", title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
-    steps += _prune(facts, wanted["id"], host.keep, bool(steps))
+    made = any(step.kind in ("app", "env", "release", "cut-over") for step in steps)
+    steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
 
 

@@ -24,6 +24,15 @@ from tests.host.machine import Machine
 PREFIX = "/opt/comfyui"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="every interruption at every step and many random times")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--faults", default=False):
+        items[:] = [item for item in items if not item.get_closest_marker("faults")]
+
+
 @dataclass
 class Fleet:
     """A machine, a client's configuration for it, and ComfyUIs of one's own to deploy."""
@@ -135,6 +144,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     shutil.rmtree(place, ignore_errors=True)
     one = Machine(place, prefix=PREFIX)
     try:
+        one.add_disk("blocks", "80M")
+        one.add_disk("inodes", "2G", "-N", "300")
         one.boot()
         fleet = Fleet(one, tmp_path_factory.mktemp("fleet"))
         fleet.configure()

@@ -118,10 +118,19 @@ class Machine:
             there.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run(["cp", "-al", str(cache), str(there)], check=True)
 
+    def add_disk(self, name: str, size: str, *options: str) -> None:
+        """A file system of its own, from the next boot on at /srv/<name>; `options` are mkfs.ext4's."""
+        image, mounted = self.place / f"{name}.img", self.place / "disks" / name
+        mounted.mkdir(parents=True)
+        subprocess.run(["truncate", "-s", size, str(image)], check=True)
+        subprocess.run(["mkfs.ext4", "-q", *options, str(image)], check=True)
+        subprocess.run(["mount", "-o", "loop", str(image), str(mounted)], check=True)
+
     def boot(self) -> None:
         """Boot and wait until sshd answers."""
         words = ["systemd-nspawn", "--quiet", f"--directory={self.root}", "--boot", "--register=no", "--keep-unit"]
         words += [f"--machine=hearth-{self.ssh_port}", "--resolv-conf=copy-host", "--bind-ro=/etc/hosts"]
+        words += [f"--bind={disk}:/srv/{disk.name}" for disk in self.place.glob("disks/*")]
         with (self.place / "console.log").open("ab") as log:
             self.process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -138,10 +147,17 @@ class Machine:
 
     def power_off(self) -> None:
         """Pull the plug: every process of the machine is killed at once."""
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
+        if self.process is None:
+            return
+        # Its first process takes the whole PID namespace with it; nspawn alone would leave that behind.
+        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for pid in [*map(int, listed), self.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        self.process = None
+        while any(Path(f"/proc/{pid}").exists() for pid in listed):
+            time.sleep(0.02)
 
     def run(self, command: str, *, check: bool = True) -> str:
         """Run a shell command there, as root."""
@@ -154,5 +170,6 @@ class Machine:
     def discard(self) -> None:
         """Power off and leave nothing."""
         self.power_off()
-        subprocess.run(["umount", "--lazy", str(self.root)], check=False)
+        for mounted in (*self.place.glob("disks/*"), self.root):
+            subprocess.run(["umount", "--lazy", str(mounted)], check=False)
         shutil.rmtree(self.place, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,20 @@ def test_layers(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(files.CHECKOUT)))
 def test_only_the_shell_starts_processes_and_only_the_console_prints(path: Path) -> None:
     name = str(path.relative_to(files.CHECKOUT))
-    assert "subprocess" not in imported(path) or name == "core/shell.py"
-    if name not in ("core/console.py", "kernels/smoke.py"):  # smoke.py runs in the wheel's own interpreter
+    # smoke.py runs in the wheel's own interpreter, agent.py on hosts
+    assert "subprocess" not in imported(path) or name in ("core/shell.py", "deploy/agent.py")
+    if name not in ("core/console.py", "kernels/smoke.py", "deploy/agent.py"):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def test_only_one_module_knows_ssh() -> None:
+    for library in ("fabric", "paramiko", "keyring"):
+        assert [path.name for path in SOURCES if library in imported(path)] in (["connection.py"], [])
+
+
+def test_the_agent_has_nothing_but_the_standard_library() -> None:
+    assert imported(files.CHECKOUT / "deploy/agent.py") <= set(sys.stdlib_module_names)
 
 
 def test_recipes_and_config_hold_no_logic() -> None:

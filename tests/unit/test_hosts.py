@@ -1,0 +1,110 @@
+"""Hosts and profiles: merged, with their origin, strictly; and the flags of a ComfyUI, read without running it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from core import files
+from core.errors import ConfigError, HearthError, SecretError, UnknownNameError
+from deploy import application, host
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "hosts.toml"
+    monkeypatch.setenv("HEARTH_HOSTS", str(path))
+    return path
+
+
+def test_the_example_loads_and_is_merged(written: Path) -> None:
+    written.write_text((files.CHECKOUT / "config/hosts.example.toml").read_text())
+    assert host.select("", "home") == ["box", "spark"]
+    box = host.target("box")
+    assert box.stack.name == "cu124"
+    assert box.origin["stack"] == "host box"
+    assert box.origin["arch"] == "profile rtx-4070"
+    assert "--reserve-vram" not in box.flags
+    assert "--use-sage-attention" in box.flags
+    # variables by torch version: 2.6 knows only the old name
+    assert list(box.env) == ["PYTORCH_CUDA_ALLOC_CONF"]
+    assert list(host.target("spark").env) == ["PYTORCH_ALLOC_CONF"]
+
+
+@pytest.mark.usefixtures("written")
+def test_local_needs_no_file() -> None:
+    assert host.select("", "") == ["local"]
+    local = host.target("local")
+    assert (local.profile_name, local.host.scope, local.prefix) == ("cpu", "user", "~/.local/share/hearth/comfyui")
+    assert local.site["user"] == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        ('[hosts.a]\naddress = "a"\nprofil = "cpu"', ConfigError, "profile"),
+        ('[hosts.a]\naddress = "a"\nansible_become_password = "x"', SecretError, "--ask-sudo"),
+        ('[hosts.a]\naddress = "a"\noverride.env.HF_TOKEN = { value = "x", why = "y" }', SecretError, "HF_TOKEN"),
+        ("[hosts.a]", ConfigError, "has no address"),
+        ('[hosts.a]\naddress = "a"\nprefix = "/home/x"', ConfigError, "hides home folders"),
+        ('[hosts.a]\naddress = "a"\nport = 0', ConfigError, "1 to 65535"),
+        ('[hosts.a]\naddress = "a"\nservice = "a b"', ConfigError, "plain lower-case names"),
+        ('[hosts.a]\naddress = "a"\n[groups]\ng = ["b"]', UnknownNameError, "known: a"),
+        ("hosts = [", ConfigError, "is not TOML"),
+    ],
+)
+def test_what_is_wrong_is_refused(written: Path, text: str, error: type[HearthError], said: str) -> None:
+    written.write_text(text)
+    with pytest.raises(error) as raised:
+        host.hosts()
+    assert said in str(raised.value)
+
+
+def test_unknown_names(written: Path) -> None:
+    written.write_text('[hosts.spark]\naddress = "a"\nprofile = "dgx-sparc"\n[groups]\nall = ["spark"]')
+    with pytest.raises(UnknownNameError, match="spark"):
+        host.select("sparc", "")
+    with pytest.raises(UnknownNameError, match="perhaps you meant 'all'"):
+        host.select("", "al")
+    with pytest.raises(UnknownNameError, match="dgx-spark"):
+        host.target("spark")
+
+
+def test_every_profile_loads_and_gives_reasons() -> None:
+    found = host.profiles()
+    assert set(found) == {"cpu", "cuda", "dgx-spark", "rtx-4070"}
+    for profile in found.values():
+        for setting in (profile.flags | profile.env).values():
+            assert setting.why
+
+
+CLI = """
+parser = argparse.ArgumentParser()
+parser.add_argument("--listen", type=str, default="127.0.0.1", nargs="?")
+parser.add_argument("--size", type=int)
+parser.add_argument("--hash", type=str, choices=['md5', 'sha1'])
+vram = parser.add_mutually_exclusive_group()
+vram.add_argument("--cpu", action="store_true")
+vram.add_argument("--lowvram", action="store_true")
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"--cpu": "", "--listen": "", "--size": "3", "--hash": "md5"}, []),
+        ({"--cpus": ""}, ["no flag --cpus"]),
+        ({"--cpu": "", "--lowvram": ""}, ["--cpu and --lowvram exclude each other"]),
+        ({"--cpu": "yes"}, ["--cpu takes 0 value(s)"]),
+        ({"--size": ""}, ["--size takes 1 value(s)"]),
+        ({"--size": "big"}, ["--size takes a number"]),
+        ({"--hash": "crc"}, ["does not know 'crc'"]),
+    ],
+)
+def test_flags_are_checked_against_the_parser(chosen: dict[str, str], said: list[str]) -> None:
+    found = application.wrong(chosen, application.flags(CLI))
+    assert len(found) == len(said)
+    for (what, remedy), part in zip(found, said, strict=True):
+        assert part in what
+        assert remedy

@@ -1,0 +1,202 @@
+"""Plans: (wanted, facts) give steps or refusals, with nothing else involved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from core import files
+from core.manifest import Manifest, Proof
+from deploy import application, environment, plan, release
+from deploy.facts import Facts, Gpu, Service
+from deploy.host import Host, Target, profiles
+
+APP = msgspec.convert(
+    {"name": "comfyui", "version": "1.2.3", "source": [{"folder": "src"}], "tree": "t" * 64, "folder": "/nowhere",
+     "extra": [], "size": {"cu124": 10**9, "cu130": 10**9}, "files": {"cu124": 1000, "cu130": 1000}},
+    application.Application,
+)  # fmt: skip
+FLAGS = application.flags(
+    "parser = argparse.ArgumentParser()\n"
+    "parser.add_argument('--listen', type=str, nargs='?')\n"
+    "parser.add_argument('--reserve-vram', type=float)\n"
+    "parser.add_argument('--disable-nvml-pressure', action='store_true')\n"
+    "attn = parser.add_mutually_exclusive_group()\n"
+    "attn.add_argument('--use-sage-attention', action='store_true')\n"
+    "attn.add_argument('--use-flash-attention', action='store_true')\n"
+    "parser.add_argument('--cpu', action='store_true')\n"
+)
+NO_SERVICE = Service(active=False, state="absent", enabled=False, linked=False, restarts=0, since="", pid=0)
+RUNNING = Service(active=True, state="active (running)", enabled=True, linked=True, restarts=0, since="now", pid=7)
+FRESH = Facts(
+    hostname="h", os="debian 12", machine="aarch64", kernel="6", glibc="2.36", pythons={"3.12": "/usr/bin/python3.12"},
+    gpus=(Gpu("GB10", "12.1", None, True),), driver="580.95", memory=10**11, cores=20, login="d", root=True,
+    prefix="/opt/comfyui", writable=True, disk_free=10**11, inodes_free=10**6, mounts={}, port_holder={}, user=False,
+    members=(), manager="systemd-system", current="", current_fault={}, releases=(), proven=(), parts={}, data=False,
+    service=NO_SERVICE, incoming={}, busy={}, last={},
+)  # fmt: skip
+
+
+def wheel(kernel: str, **values: Any) -> Manifest:
+    proof = Proof("passed", "")
+    found = Manifest(
+        file=f"{kernel}.whl", sha256="a" * 64, size=1, key="b" * 64, identifier=kernel, kernel=kernel,
+        version="1+cu130.torch2.11.0.sm121a", arch="12.1", stack="cu130", torch="2.11.0", python="3.12",
+        platform="linux_aarch64", profile="", glibc="2.17", glibcxx="3.4", modules=(), imported=proof, smoke=proof,
+        inputs={},
+    )  # fmt: skip
+    return msgspec.structs.replace(found, **values)
+
+
+def shelf(*wheels: Manifest) -> plan.Shelf:
+    locks = {
+        (platform, python): environment.Lock("cu130", platform, python, f"torch # {platform} {python}\n")
+        for platform in ("linux_aarch64", "linux_x86_64")
+        for python in ("3.11", "3.12")
+    }
+    return plan.Shelf(APP, FLAGS, locks, wheels or (wheel("sageattention"), wheel("flash-attn")), "uv-1")
+
+
+def spark(**values: Any) -> Target:
+    return Target("spark", Host(address="spark", **values), "dgx-spark", profiles()["dgx-spark"], {})
+
+
+def made(facts: Facts = FRESH, target: Target | None = None, stock: plan.Shelf | None = None) -> plan.Plan:
+    return plan.make(target or spark(), facts, stock or shelf(), plan.Options())
+
+
+def settled() -> Facts:
+    """The facts after a first deploy."""
+    target, stock = spark(), shelf()
+    choice, refusals = plan._choose(target, FRESH, stock)
+    assert choice is not None
+    assert not refusals
+    manifest = release.manifest(choice, FRESH.prefix)
+    return msgspec.structs.replace(
+        FRESH,
+        user=True,
+        data=True,
+        current=manifest["id"],
+        releases=(manifest,),
+        proven=(manifest["id"],),
+        parts=dict.fromkeys(manifest["parts"].values(), ""),
+        service=RUNNING,
+        port_holder={"pid": 7, "command": "python main.py"},
+    )
+
+
+def kinds(found: plan.Plan) -> list[str]:
+    assert not found.refusals, found.refusals
+    return [step.kind for step in found.steps]
+
+
+def test_a_first_deploy() -> None:
+    found = made()
+    assert kinds(found) == ["account", "folders", "app", "tool", "env", "release", "preflight", "cut-over", "prune"]
+    assert all(step.title and step.why and step.undo for step in found.steps)
+
+
+def test_nothing_to_do() -> None:
+    assert kinds(made(settled())) == []
+
+
+def test_the_same_wishes_give_the_same_release() -> None:
+    assert made().release == made(settled()).release
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"service": NO_SERVICE, "port_holder": {}}, ["serve"]),
+        ({"service": msgspec.structs.replace(RUNNING, linked=False)}, ["serve"]),
+        ({"current": ""}, ["preflight", "cut-over", "prune"]),
+        ({"members": ("eve",)}, ["members"]),
+        ({"parts": {**settled().parts, "app-old": ""}}, ["prune"]),
+        ({"parts": dict.fromkeys(settled().parts, "changed")},
+         ["app", "tool", "env", "preflight", "cut-over", "prune"]),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_done_and_no_more(change: dict[str, Any], expected: list[str]) -> None:
+    assert kinds(made(msgspec.structs.replace(settled(), **change))) == expected
+
+
+def test_flags_are_a_new_release_of_the_same_parts() -> None:
+    profile = profiles()["dgx-spark"]
+    fewer = msgspec.structs.replace(profile, flags={"--use-flash-attention": profile.flags["--use-sage-attention"]})
+    found = made(settled(), replace(spark(), profile=fewer))
+    assert kinds(found) == ["release", "preflight", "cut-over", "prune"]
+    assert found.base == settled().current
+    assert found.release != found.base
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "remedy"),
+    [
+        ({"driver": "570.10"}, "CUDA 13.0 needs 580", "cu124"),
+        ({"gpus": ()}, "nvidia-smi shows none", "profile cpu"),
+        ({"gpus": (Gpu("RTX 4070", "8.9", 12, False),)}, "the GPU is 8.9", 'arch = "8.9"'),
+        ({"machine": "riscv64"}, "the machine is riscv64", "linux_aarch64"),
+        ({"pythons": {}}, "no Python 3.12 or 3.11", "apt-get install python3.12"),
+        ({"disk_free": 10**9}, "1.0 GB free at /opt/comfyui, 3.2 GB needed", "free some space"),
+        ({"inodes_free": 10}, "10 inodes free", "delete small files"),
+        ({"port_holder": {"pid": 9, "command": "nginx"}}, "port 8188 is held by nginx (pid 9)", "`port`"),
+        ({"mounts": {"/mnt/models": False}}, "/mnt/models is not mounted", "mount /mnt/models"),
+        ({"manager": "none"}, "no systemd", 'scope = "user"'),
+        ({"writable": False}, "may not write", "prefix"),
+        ({"busy": {"action": "deploy", "who": "anna@x", "since": "t"}}, "deploy by anna@x since t", "inv attach"),
+        ({"current_fault": {"what": "foreign", "hint": "move it"}}, "foreign", "move it"),
+        ({"glibc": "2.10"}, "needs glibc 2.17, the host has 2.10", "older system"),
+    ],
+)
+def test_refusals(change: dict[str, Any], what: str, remedy: str) -> None:
+    found = made(msgspec.structs.replace(FRESH, **change))
+    assert not found.steps
+    assert any(what in each.what and remedy in each.remedy for each in found.refusals), found.refusals
+
+
+def test_all_refusals_at_once() -> None:
+    facts = msgspec.structs.replace(FRESH, driver="1.0", mounts={"/a": False, "/b": False}, disk_free=1)
+    assert len(made(facts).refusals) == 4
+
+
+def test_a_missing_wheel_says_how_to_build_it() -> None:
+    found = made(stock=shelf(wheel("flash-attn")))
+    (refusal,) = found.refusals
+    words = ("--kernel", "sageattention", "--arch", "12.1", "--stack", "cu130", "--python", "3.12")
+    assert refusal.build == (*words, "--platform", "linux_aarch64")
+
+
+def test_the_wheels_hash_reaches_the_list_and_the_environment() -> None:
+    (env,) = (step for step in made().steps if step.kind == "env")
+    assert "sageattention==1+cu130.torch2.11.0.sm121a --hash=sha256:" + "a" * 64 in env.values["requirements"]
+    changed = made(stock=shelf(wheel("sageattention", sha256="c" * 64), wheel("flash-attn")))
+    assert env.values["part"] not in [step.values.get("part") for step in changed.steps]
+
+
+def test_going_back_needs_whole_parts() -> None:
+    facts = settled()
+    assert kinds(plan.back(spark(), facts, facts.current, plan.Options())) == ["cut-over"]
+    broken = msgspec.structs.replace(facts, parts={})
+    assert plan.back(spark(), broken, facts.current, plan.Options()).refusals
+
+
+def test_the_unit_names_its_release_and_hides_nothing_it_needs() -> None:
+    unit = settled().releases[0]["unit"]
+    name = settled().current
+    assert f"ExecStart=/opt/comfyui/releases/{name}/env/bin/python /opt/comfyui/releases/{name}/app/main.py" in unit
+    assert "current" not in unit.partition("[Service]")[2].replace("$current", "")
+    for line in ("DeviceAllow=char-nvidia-frontend rw", "KillSignal=SIGINT", "ProtectSystem=strict", "User=comfyui"):
+        assert line in unit
+    assert "$" not in "".join(line for line in unit.splitlines() if not line.startswith("#")).replace("$$", "")
+
+
+def test_every_lock_is_there() -> None:
+    for stack, platform, python in environment.combinations():
+        lock = environment.find(stack.name, platform.value, python)
+        assert lock is not None
+        assert f"torch=={stack.torch}" in lock.text
+        assert "--hash=sha256:" in lock.text
+    assert len(list((files.CHECKOUT / "recipes/comfyui/locks").iterdir())) == len(environment.combinations())
