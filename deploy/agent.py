@@ -118,7 +118,7 @@ def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
     pending = [""]
     while pending:
         folder = pending.pop()
-        with os.scandir(root / folder) as entries:
+        with os.scandir(f"{root}/{folder}") as entries:  # a Path for each would double the time of 65,000 files
             for entry in entries:
                 name = f"{folder}{entry.name}"
                 if entry.is_dir(follow_symlinks=False):
@@ -226,15 +226,12 @@ class Site:
 def stamp(root: Path) -> str:
     """A hash over path, size, time, mode and link target of all files: cheap, and any edit changes it."""
     lines = [
-        f"{name} {status.st_size} {status.st_mtime_ns} {status.st_mode} {_target(root / name, status)}"
+        f"{name} {status.st_size} {status.st_mtime_ns} {status.st_mode}"
+        + (f" {(root / name).readlink()}" if stat.S_ISLNK(status.st_mode) else "")
         for name, status in walk(root)
         if name != "PART.json"
     ]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def _target(path: Path, status: os.stat_result) -> str:
-    return str(path.readlink()) if stat.S_ISLNK(status.st_mode) else ""
 
 
 def contents(root: Path) -> dict[str, str]:
@@ -288,6 +285,28 @@ def fault_of(place: Path) -> str:
     return "" if record.get("stamp") == stamp(place) else "it was changed after it was made"
 
 
+def faults_of(places: list[Path]) -> Callable[[], dict[str, str]]:
+    """Begin to look through parts, each in a process of its own; what is returned waits for what is wrong with them."""
+    readers: dict[str, int] = {}
+    for place in places:
+        reader, writer = os.pipe()
+        if os.fork() == 0:
+            os.write(writer, fault_of(place).encode())
+            os._exit(0)
+        os.close(writer)
+        readers[place.name] = reader
+
+    def collect() -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name, reader in readers.items():
+            with os.fdopen(reader, "rb") as pipe:
+                found[name] = pipe.read().decode()
+            os.wait()
+        return found
+
+    return collect
+
+
 # --- facts ---------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +318,7 @@ def facts(site: Site, ask: Json) -> Json:
         current, fault = "", error.report
     manifests = [read(path) for path in sorted(site.releases.glob("*/release.json"))]
     proven = sorted(site.releases.glob("*/proven"), key=lambda path: -path.stat().st_mtime_ns)
-    names = {path.name for path in site.parts.glob("[!.]*")}
+    parts = faults_of(sorted(site.parts.glob("[!.]*")))
     place = next(path for path in [site.prefix, *site.prefix.parents] if path.exists())
     disk = os.statvfs(place)
     os_release = _os_release()
@@ -332,12 +351,12 @@ def facts(site: Site, ask: Json) -> Json:
         "current_fault": fault,
         "releases": [each for each in manifests if each],
         "proven": [path.parent.name for path in proven],
-        "parts": {name: fault_of(site.parts / name) for name in sorted(names)},
         "data": site.data.is_dir(),
         "service": manager.status() if here and site.state.exists() else dict(_NO_SERVICE),
         "incoming": {path.name: path.stat().st_size for path in site.incoming.glob("*") if path.is_file()},
         "busy": busy(site),
         "last": last_line(site.history),
+        "parts": parts(),
     }
 
 
@@ -680,7 +699,7 @@ def supervise(site: Site) -> None:
             child.send_signal(signal.SIGINT)  # ComfyUI handles SIGINT, not SIGTERM
 
     signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN: ComfyUI would inherit that, and never stop
     with flock(manager.lock):
         starts: list[float] = []
         restarts = 0
@@ -698,10 +717,12 @@ def supervise(site: Site) -> None:
                 write(manager.record, json.dumps(record))
                 if stopping:  # told so between the loop's test and the start
                     child.send_signal(signal.SIGINT)
+                patience = 30.0
                 while child.poll() is None:
-                    try:
-                        child.wait(30 if stopping else None)
-                    except subprocess.TimeoutExpired:
+                    with suppress(subprocess.TimeoutExpired):
+                        child.wait(0.5)
+                    patience -= 0.5 if stopping else 0
+                    if patience < 0:
                         child.kill()
             starts = [each for each in starts if each > time.monotonic() - 300] + [time.monotonic()]
             if len(starts) >= 5:
@@ -982,7 +1003,7 @@ def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
         write(site.cut, json.dumps(record))
     if not record["reverting"]:
         try:
-            if site.release() != step["to"]:
+            if site.release() != step["to"] or step["restart"]:
                 manager.stop()
                 _snapshot(site)
                 link(site.current, f"releases/{step['to']}")
@@ -995,7 +1016,14 @@ def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
             record |= {"reverting": report, "log": manager.log(25)}
             write(site.cut, json.dumps(record))
     if record["reverting"]:
-        _revert(site, manager, record, note)
+        try:
+            _revert(site, manager, record, note)
+        except (Fault, OSError) as error:
+            if isinstance(error, Fault) and error.report["kind"] == "gate" and "log" in error.report:
+                raise
+            why = f"{record['reverting']['what']} ({record['reverting']['cause']})"
+            what = f"release {step['to']} is not healthy, and going back failed: {error}"
+            raise Fault("step", what, why, "inv facts shows how it is; inv deploy tries again") from error
 
 
 def _snapshot(site: Site) -> None:

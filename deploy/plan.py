@@ -105,7 +105,7 @@ def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
         what = f"release {to} cannot run any more: {', '.join(broken)} is missing or damaged"
         refusals.append(Refusal(what, "choose another release, or deploy again"))
     title = f"cut over from {facts.current or 'nothing'} to {to}"
-    values = {"to": to, "drain": options.drain, "force": options.force}
+    values = {"to": to, "drain": options.drain, "force": options.force, "restart": False}
     step = Step("cut-over", title, "asked for", f"back to {facts.current}, also by itself when unhealthy", values)
     return Plan(facts.current, to, steps=() if refusals else (step,), refusals=tuple(refusals))
 
@@ -266,7 +266,7 @@ def _steps(
         steps.append(Step("preflight", title, "before anything is stopped", "nothing", {"release": wanted["id"]}))
         before = facts.current or "nothing"
         title = f"cut over from {before} to {wanted['id']}"
-        values = {"to": wanted["id"], "drain": options.drain, "force": options.force}
+        values = {"to": wanted["id"], "drain": options.drain, "force": options.force, "restart": replaced}
         why = "a part of it was damaged" if facts.current == wanted["id"] else "it is not the one wanted"
         steps.append(Step("cut-over", title, why, f"back to {before}, also by itself when unhealthy", values))
     elif not (facts.service.active and facts.service.enabled and facts.service.linked):

@@ -39,6 +39,7 @@ def base(arch: str) -> Path:
         words += [f"--cache-dir={_made(files.cache() / 'hosts/debs')}", "bookworm", str(part)]
         native = subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True).stdout.strip()
         if arch != native:
+            _emulate()
             words.insert(1, "--foreign")
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
         if arch != native:
@@ -54,6 +55,15 @@ def base(arch: str) -> Path:
         (part / "etc/uv/uv.toml").write_text("system-certs = true\n")
         (part / "etc/machine-id").write_text("")
     return place
+
+
+def _emulate() -> None:
+    """Let this kernel run arm64 programs through qemu, in every root: binfmt-support registers it so."""
+    register = Path("/proc/sys/fs/binfmt_misc")
+    if not (register / "status").exists():
+        subprocess.run(["mount", "-t", "binfmt_misc", "binfmt_misc", str(register)], check=True)
+    if not (register / "qemu-aarch64").exists():
+        subprocess.run(["update-binfmts", "--enable", "qemu-aarch64"], check=True)
 
 
 def _made(folder: Path) -> Path:
