@@ -1,0 +1,172 @@
+"""`inv deploy` without a host: this machine, no root, no systemd, Hearth's own supervisor."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core import files
+from tests.host.machine import free_port
+
+pytestmark = pytest.mark.host
+
+
+@dataclass
+class Here:
+    """A prefix on this machine, and `inv` for it."""
+
+    prefix: Path
+    hosts: Path
+    port: int
+
+    def inv(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self._command(*words), **self._how(), capture_output=True, timeout=600, check=False)
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(self._command(*words), **self._how(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def _command(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "invoke", *words]
+
+    def _how(self) -> dict[str, Any]:
+        # As in a container: without a session bus there is no systemd of the user's.
+        inherited = {name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"}
+        env = {**inherited, "HEARTH_HOSTS": str(self.hosts)}
+        return {"cwd": files.CHECKOUT, "env": env, "stdin": subprocess.DEVNULL, "text": True}
+
+    def configure(self, text: str = "") -> None:
+        self.hosts.write_text(
+            f'[hosts.local]\nprofile = "cpu"\nscope = "user"\nprefix = "{self.prefix}"\nport = {self.port}\n{text}'
+        )
+
+    def answers(self, within: float) -> bool:
+        end = time.monotonic() + within
+        while time.monotonic() < end:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/queue", timeout=2):
+                    return True
+            except OSError:
+                time.sleep(0.2)
+        return False
+
+    def supervisor(self) -> dict[str, int]:
+        found = json.loads((self.prefix / "state/supervisor.json").read_text())
+        assert isinstance(found, dict)
+        return found
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
+    folder = tmp_path_factory.mktemp("local")
+    # On the file system of uv's cache, so that the environment is made of hard links.
+    prefix = files.cache() / "hosts/running" / f"local-{folder.parent.name}"
+    one = Here(prefix, folder / "hosts.toml", free_port())
+    one.configure()
+    try:
+        yield one
+    finally:
+        if (prefix / "state/supervisor.json").exists():
+            record = one.supervisor()
+            os.kill(record["pid"], signal.SIGTERM)
+            end = time.monotonic() + 20
+            while Path(f"/proc/{record['pid']}").exists() and time.monotonic() < end:
+                time.sleep(0.1)
+            assert not Path(f"/proc/{record['child']}").exists()
+        subprocess.run(["chmod", "-R", "u+w", str(prefix)], check=False)
+        shutil.rmtree(prefix, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def running(here: Here) -> Here:
+    done = here.inv("deploy")
+    assert done.returncode == 0, done.stderr
+    assert "a picture came back" in done.stderr
+    assert done.stdout.strip().endswith(f"is in service at http://127.0.0.1:{here.port}")
+    return here
+
+
+def test_a_second_deploy_does_nothing(running: Here) -> None:
+    before = running.supervisor()
+    done = running.inv("deploy")
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do" in done.stdout
+    assert running.inv("deploy", "--dry-run").returncode == 0
+    assert running.supervisor() == before
+
+
+def test_comfyui_is_started_again_when_it_dies(running: Here) -> None:
+    before = running.supervisor()
+    os.kill(before["child"], signal.SIGKILL)
+    end = time.monotonic() + 30
+    while running.supervisor()["child"] == before["child"] and time.monotonic() < end:
+        time.sleep(0.1)
+    assert running.supervisor()["restarts"] == before["restarts"] + 1
+    assert running.answers(60)
+
+
+def test_a_supervisor_that_was_killed_is_started_by_the_next_deploy(running: Here) -> None:
+    record = running.supervisor()
+    os.kill(record["pid"], signal.SIGKILL)
+    os.kill(record["child"], signal.SIGKILL)
+    plan = running.inv("deploy", "--dry-run")
+    assert plan.returncode == 2
+    assert "start comfyui" in plan.stderr
+    done = running.inv("deploy")
+    assert done.returncode == 0, done.stderr
+    assert running.answers(1)
+
+
+def test_a_damaged_part_is_made_anew_and_comfyui_restarted(running: Here) -> None:
+    before = running.supervisor()
+    part = (running.prefix / "current/app").resolve()
+    (part / "nodes.py").chmod(0o644)
+    (part / "nodes.py").write_text("broken\n")
+    done = running.inv("deploy")
+    assert done.returncode == 0, done.stderr
+    assert "it was changed after it was made" in done.stderr
+    assert running.supervisor()["child"] != before["child"]
+    assert (part / "nodes.py").stat().st_mode & 0o222 == 0
+
+
+def test_a_deploy_goes_on_without_its_client_and_can_be_watched(running: Here) -> None:
+    before = (running.prefix / "current").readlink()
+    running.configure('[hosts.local.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n')
+    client = running.start("deploy")
+    end = time.monotonic() + 60
+    while not (running.prefix / "state/pending.json").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    client.kill()
+    client.communicate()
+    refused = running.inv("deploy")
+    assert refused.returncode in (63, 64)
+    assert "under way" in refused.stderr or "being changed" in refused.stderr
+    watched = running.inv("attach")
+    assert watched.returncode == 0, watched.stderr
+    assert "a picture came back" in watched.stderr
+    assert (running.prefix / "current").readlink() != before
+    assert running.inv("deploy", "--dry-run").returncode == 0
+    running.configure()
+    back = running.inv("rollback")
+    assert back.returncode == 0, back.stderr
+    assert (running.prefix / "current").readlink() == before
+
+
+def test_releases_and_history_and_hosts(running: Here) -> None:
+    for words in (("releases",), ("history",), ("facts",), ("hosts",), ("hosts", "--check")):
+        plain = running.inv(*words)
+        assert plain.returncode == 0, plain.stderr
+        assert plain.stdout.strip()
+        shown = running.inv(*words, "--json")
+        assert json.loads(shown.stdout)
