@@ -48,7 +48,7 @@ def unit(session: nox.Session) -> None:
 
 @nox.session
 def host(session: nox.Session) -> None:
-    """Deploys to a booted Debian (root, systemd-nspawn). `-- --faults`: every interruption, an hour."""
+    """Deploys to a booted Debian, as root. `-- --faults`: every interruption; `-- --spark`: an arm64 host."""
     session.run("pytest", "tests/host", *session.posargs)
 
 

@@ -26,11 +26,12 @@ PREFIX = "/opt/comfyui"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", action="store_true", help="every interruption at every step and many random times")
+    parser.addoption("--spark", action="store_true", help="a deploy to an emulated arm64 host")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--faults", default=False):
-        items[:] = [item for item in items if not item.get_closest_marker("faults")]
+    left_out = [name for name in ("faults", "spark") if not config.getoption(f"--{name}", default=False)]
+    items[:] = [item for item in items if not any(item.get_closest_marker(name) for name in left_out)]
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Fleet:
     machine: Machine
     place: Path
     env: dict[str, str] = field(default_factory=dict)
+    patience: float = 600
 
     def configure(self, text: str = "", profile: str = "cpu") -> None:
         """Write hosts.toml: the host `spark`, and `text` after it."""
@@ -68,7 +70,7 @@ class Fleet:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=self.patience,
             check=False,
         )
 

@@ -1,0 +1,47 @@
+"""A DGX Spark without a Spark: the same deploy to an arm64 Debian under emulation, with the real sm_121 wheels.
+
+`nox -s host -- --spark`. Needs binfmt-support and qemu-user-static, and in the wheelhouse what this makes:
+inv build-kernels --arch 12.1 --python 3.11
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from core import files
+from tests.host.conftest import PREFIX, Fleet
+from tests.host.machine import Machine
+
+pytestmark = [pytest.mark.host, pytest.mark.spark]
+
+
+def test_a_spark_takes_the_same_deploy(tmp_path: Path) -> None:
+    place = files.cache() / "hosts/running" / f"spark-{tmp_path.parent.name}"
+    fleet = Fleet(Machine(place, prefix=PREFIX, arch="arm64"), tmp_path)
+    fleet.patience = 3600
+    fleet.env["HEARTH_WHEELHOUSE"] = str(files.wheelhouse())
+    fleet.configure(
+        "[hosts.spark.override]\n"
+        'pythons = ["3.11"]\n'  # Debian 12's
+        "cuda = false\nstart_seconds = 900\n"
+        'flags."--cpu" = { why = "emulation has no GPU" }\n',
+        profile="dgx-spark",
+    )
+    try:
+        fleet.machine.boot()
+        done = fleet.deploy()
+        assert done.returncode == 0, done.stderr
+        assert "a picture came back" in done.stderr
+        assert "attention: sage attention" in done.stderr
+        facts = json.loads(fleet.inv("facts", "--host", "spark", "--json").stdout)
+        assert (facts["machine"], facts["manager"]) == ("aarch64", "systemd-system")
+        (release,) = facts["releases"]
+        assert set(release["kernels"]) == {"sageattention", "flash-attn"}
+        assert all("sm121" in version for version in release["kernels"].values())
+        again = fleet.deploy("--dry-run")
+        assert again.returncode == 0, again.stderr
+    finally:
+        fleet.machine.discard()
