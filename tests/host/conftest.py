@@ -1,27 +1,16 @@
-"""One booted Debian with ComfyUI deployed to it, for all host tests; and the ways to look at it and break it."""
+"""One booted Debian with ComfyUI deployed to it, for all host tests."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import shutil
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
-from core import files, source
-from deploy.application import application
+from core import files
 from tests.host import machine
+from tests.host.fleet import PREFIX, Fleet
 from tests.host.machine import Machine
-
-PREFIX = "/opt/comfyui"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,108 +21,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = [name for name in ("faults", "spark") if not config.getoption(f"--{name}", default=False)]
     items[:] = [item for item in items if not any(item.get_closest_marker(name) for name in left_out)]
-
-
-@dataclass
-class Fleet:
-    """A machine, a client's configuration for it, and ComfyUIs of one's own to deploy."""
-
-    machine: Machine
-    place: Path
-    env: dict[str, str] = field(default_factory=dict)
-    patience: float = 600
-
-    def configure(self, text: str = "", profile: str = "cpu") -> None:
-        """Write hosts.toml: the host `spark`, and `text` after it."""
-        (self.place / "hosts.toml").write_text(
-            f'[hosts.spark]\naddress = "spark"\nprofile = "{profile}"\nport = {self.machine.port}\n{text}'
-        )
-
-    def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "invoke", *words]
-
-    def environment(self, **env: str) -> dict[str, str]:
-        import os
-
-        own = {
-            "HEARTH_HOSTS": str(self.place / "hosts.toml"),
-            "HEARTH_SSH_CONFIG": str(self.machine.place / "ssh_config"),
-            "HEARTH_WHEELHOUSE": str(self.place / "wheelhouse"),
-        }
-        return {**os.environ, **own, **self.env, **env}
-
-    def inv(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*words),
-            cwd=files.CHECKOUT,
-            env=self.environment(**env),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=self.patience,
-            check=False,
-        )
-
-    def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command(*words),
-            cwd=files.CHECKOUT,
-            env=self.environment(**env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def deploy(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return self.inv("deploy", "--host", "spark", *words, **env)
-
-    @property
-    def prefix(self) -> Path:
-        """The prefix, as seen from outside the machine."""
-        return self.machine.root / PREFIX.lstrip("/")
-
-    def current(self) -> str:
-        return (self.prefix / "current").readlink().name
-
-    def ask(self, path: str) -> dict[str, object]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.machine.port}{path}", timeout=5) as answer:
-            found = json.load(answer)
-        assert isinstance(found, dict)
-        return found
-
-    def answers(self, within: float = 60) -> bool:
-        end = time.monotonic() + within
-        while time.monotonic() < end:
-            try:
-                return bool(self.ask("/system_stats"))
-            except OSError:
-                time.sleep(0.2)
-        return False
-
-    def comfyui(self, name: str, edits: dict[str, tuple[str, str]]) -> Path:
-        """A ComfyUI of one's own: the pinned tree with, in some files, a pattern replaced; its app.toml's folder."""
-        folder = self.place / "apps" / name
-        shutil.copytree(source.fetch(application()), folder / "src")
-        text = (files.CHECKOUT / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
-        text = re.sub(r"paths = \[.*?\]\n", "", text, flags=re.DOTALL)
-        (folder / "app.toml").write_text(text + '[[source]]\nfolder = "src"\n')
-        for file, (pattern, replacement) in edits.items():
-            path = folder / "src" / file
-            changed, count = re.subn(pattern, replacement, path.read_text(), count=1, flags=re.MULTILINE)
-            assert count == 1
-            path.write_text(changed)
-        return folder
-
-    def data(self) -> dict[str, str]:
-        """The SHA-256 of what users keep in data/: all but ComfyUI's own database, log, temporary files and caches."""
-        root = self.prefix / "data"
-        own = re.compile(r"(temp|cache)/|user/comfyui")
-        return {
-            name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in root.rglob("*")
-            if path.is_file() and not own.match(name := str(path.relative_to(root)))
-        }
 
 
 @pytest.fixture(scope="session")

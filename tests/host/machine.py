@@ -97,16 +97,18 @@ class Machine:
         for key in ("client", "host"):
             words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", str(self.place / key)]
             subprocess.run(words, check=True)
-        ssh = self.root / "home/deployer/.ssh"
-        ssh.mkdir(mode=0o700)
+        # Emulated programs do not become setuid, so sudo does not work there.
+        login, home = (LOGIN, f"home/{LOGIN}") if self.arch == "amd64" else ("root", "root")
+        ssh = self.root / home / ".ssh"
+        ssh.mkdir(mode=0o700, exist_ok=True)
         shutil.copy(self.place / "client.pub", ssh / "authorized_keys")
-        subprocess.run(["chroot", str(self.root), "chown", "-R", f"{LOGIN}:", f"/home/{LOGIN}/.ssh"], check=True)
+        subprocess.run(["chroot", str(self.root), "chown", "-R", f"{login}:", f"/{home}/.ssh"], check=True)
         self.set_host_key(self.place / "host")
         (self.root / "etc/ssh/sshd_config.d/port.conf").write_text(f"Port {self.ssh_port}\n")
         public = (self.place / "host.pub").read_text()
         (self.place / "known_hosts").write_text(f"[127.0.0.1]:{self.ssh_port} {public}")
         (self.place / "ssh_config").write_text(
-            f"Host spark\n  HostName 127.0.0.1\n  Port {self.ssh_port}\n  User {LOGIN}\n"
+            f"Host spark\n  HostName 127.0.0.1\n  Port {self.ssh_port}\n  User {login}\n"
             f"  IdentityFile {self.place}/client\n  IdentitiesOnly yes\n"
             f"  UserKnownHostsFile {self.place}/known_hosts\n  GlobalKnownHostsFile /dev/null\n"
         )
@@ -171,7 +173,8 @@ class Machine:
 
     def run(self, command: str, *, check: bool = True) -> str:
         """Run a shell command there, as root."""
-        ssh = ["ssh", "-q", "-F", str(self.place / "ssh_config"), "spark", f"sudo sh -c {shlex.quote(command)}"]
+        ssh = ["ssh", "-q", "-F", str(self.place / "ssh_config"), "spark"]
+        ssh.append(f"{'sudo ' if self.arch == 'amd64' else ''}sh -c {shlex.quote(command)}")
         done = subprocess.run(ssh, capture_output=True, text=True, check=False, timeout=600)
         if check and done.returncode:
             raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}")

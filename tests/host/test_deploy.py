@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.host.conftest import PREFIX, Fleet
+from tests.host.fleet import PREFIX, Fleet
 
 pytestmark = pytest.mark.host
 

@@ -15,7 +15,7 @@ import pytest
 
 from core import files
 from tests.host import machine
-from tests.host.conftest import PREFIX, Fleet
+from tests.host.fleet import PREFIX, Fleet
 from tests.host.machine import Machine
 
 pytestmark = pytest.mark.host

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from core import files
-from tests.host.conftest import PREFIX, Fleet
+from tests.host.fleet import PREFIX, Fleet
 from tests.host.machine import Machine
 
 pytestmark = [pytest.mark.host, pytest.mark.spark]
