@@ -60,5 +60,6 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Side by side against upstream's own build; half an hour. Writes docs/benchmarks.md."""
+    """Side by side against upstream's own build (two hours) and other deploy tools. Writes docs/benchmarks*.md."""
     session.run("python", "-m", "bench.kernels", *session.posargs)
+    session.run("python", "-m", "bench.deploy")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +20,8 @@ from elftools.elf.hash import GNUHashSection
 from packaging.version import Version
 
 from core import arch as archs
-from core import shell
+from core import files, shell
 from core.errors import InspectionError
-from core.files import CHECKOUT
 from core.manifest import ModuleReport, Proof
 from kernels import emulation
 from kernels import toolchain as toolchains
@@ -108,22 +109,25 @@ def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tupl
     its undefined symbols must be found in torch, the CUDA runtime, the C and C++ libraries or CPython; it must be
     for the target's CPU and carry no RPATH.
     """
-    reports: list[ModuleReport] = []
-    wrong: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for path in unpack(wheel, Path(folder)):
-            elf = Elf(path)
-            report = read_module(elf, path.relative_to(folder))
-            faults = [*_code_faults(report, sass, ptx), *_link_faults(elf, report, chain)]
-            reports.append(report)
-            wrong += [f"{report.name}: {fault}" for fault in faults]
-    if wrong:
+    providers = list(_providers(chain))
+
+    def inspect(path: Path) -> tuple[ModuleReport, list[str]]:
+        elf = Elf(path)
+        report = read_module(elf, path.relative_to(folder))
+        faults = [*_code_faults(report, sass, ptx), *_link_faults(elf, report, chain, providers)]
+        return report, [f"{report.name}: {fault}" for fault in faults]
+
+    # Threads: most of the time goes to cuobjdump.
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        found = list(pool.map(inspect, unpack(wheel, Path(folder))))
+    reports = tuple(report for report, _ in found)
+    if wrong := [fault for _, faults in found for fault in faults]:
         raise InspectionError(
             f"{wheel.name} is not what was asked for",
             cause="\n         ".join(wrong),
             hint="it was not admitted to the wheelhouse; check the recipe's flags, sources and libraries",
         )
-    return tuple(reports)
+    return reports
 
 
 def describe_wheel(wheel: Path) -> tuple[ModuleReport, ...]:
@@ -177,7 +181,7 @@ def _code_faults(report: ModuleReport, sass: str, ptx: bool) -> Iterator[str]:
         yield "holds no PTX, +PTX was asked for"
 
 
-def _link_faults(elf: Elf, report: ModuleReport, chain: Toolchain) -> Iterator[str]:
+def _link_faults(elf: Elf, report: ModuleReport, chain: Toolchain, providers: Sequence[Elf]) -> Iterator[str]:
     """What would keep a module from loading beside its stack."""
     if elf.machine != chain.platform.cpu:
         yield f"is for {elf.machine}, not {chain.platform.cpu}"
@@ -186,7 +190,7 @@ def _link_faults(elf: Elf, report: ModuleReport, chain: Toolchain) -> Iterator[s
         if elf.dynamic[tag]:
             yield f"carries {tag[3:]} {', '.join(elf.dynamic[tag])}: a path of the machine it was built on"
     missing = set(elf.undefined) - set(report.from_driver)
-    for provider in _providers(chain):
+    for provider in providers:
         missing -= provider.defines(sorted(missing))
     if missing:
         yield f"needs symbols that nothing provides: {', '.join(sorted(missing)[:8])}"
@@ -240,6 +244,7 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
         return Proof("not run", runner)
     names = [module.name for module in build.modules]
     code = f"import torch\nfor name in {names!r}: __import__(name)\nprint('imported with torch', torch.__version__)"
+    compiled = files.cache() / "pycache"
     with tempfile.TemporaryDirectory() as folder:
         unpack(wheel, Path(folder))
         functions = sorted({name for report in reports for name in report.from_driver})
@@ -249,9 +254,12 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
             **runner.env,
             "PYTHONPATH": f"{folder}:{chain.site}",
             "LD_LIBRARY_PATH": folder,
-            "PYTHONDONTWRITEBYTECODE": "1",
+            # Compiling torch's Python files is most of its import, and the installed stack comes without bytecode.
+            "PYTHONPYCACHEPREFIX": str(compiled),
+            "PYTHONDONTWRITEBYTECODE": "",
         }
         done = shell.run([*runner.argv, "-c", code], env=env, check=False)
+        shutil.rmtree(f"{compiled}{folder}", ignore_errors=True)
     if done.returncode:
         raise InspectionError(
             f"{wheel.name} cannot be imported",
@@ -281,7 +289,7 @@ def prove_smoke(wheel: Path, build: Build) -> Proof:
         return Proof("not run", f"the GPU here has capability {local.capability}, not {build.arch.capability}")
     with tempfile.TemporaryDirectory() as folder:
         unpack(wheel, Path(folder))
-        path = f"{folder}:{build.toolchain.site}:{CHECKOUT}"  # the checkout for kernels/smoke.py
+        path = f"{folder}:{build.toolchain.site}:{files.CHECKOUT}"  # the checkout for kernels/smoke.py
         env = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
         done = shell.run([build.toolchain.interpreter, smoke], env=env, check=False, timeout=600)
     if done.returncode:

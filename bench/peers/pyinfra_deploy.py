@@ -9,7 +9,9 @@ from pyinfra.operations import apt, files, pip, server, systemd
 
 apt.packages(name="packages", packages=["python3", "python3-venv", "ca-certificates"], _sudo=True)
 server.group(name="group", group="peer", system=True, _sudo=True)
-server.user(name="user", user="peer", group="peer", system=True, home="/srv/peer", shell="/usr/sbin/nologin", _sudo=True)
+server.user(
+    name="user", user="peer", group="peer", system=True, home="/srv/peer", shell="/usr/sbin/nologin", _sudo=True
+)
 for folder in ("models", "input", "output", "user"):
     files.directory(name=folder, path=f"/srv/peer/{folder}", user="peer", group="peer", mode="2775", _sudo=True)
 pip.packages(

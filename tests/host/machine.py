@@ -84,6 +84,7 @@ class Machine:
     place: Path
     prefix: str
     arch: str = "amd64"
+    downloads: bool = True
     ssh_port: int = field(default_factory=free_port)
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
@@ -126,7 +127,7 @@ class Machine:
         """Give uv there what uv here has downloaded, as hard links: same file system, no byte is copied."""
         cache = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache/uv")
         there = self.place / "upper" / self.prefix.lstrip("/") / "state/cache/uv"
-        if cache.is_dir():
+        if self.downloads and cache.is_dir():
             there.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run(["cp", "-al", str(cache), str(there)], check=True)
 
