@@ -1,6 +1,6 @@
-"""Hearth's kernel builds against upstream's own, side by side in one run: writes docs/benchmarks.md.
+"""Hearth's kernel builds against upstream's own, side by side: writes the sections of docs/benchmarks.md.
 
-    uv run python -m bench.kernels
+    uv run python -m bench.kernels [--only SECTION]
 
 Everything is built from nothing in a temporary cache; the toolchain and torch are installed beforehand and are
 the same for both sides. Upstream's setup.py runs with as many jobs as there are cores.
@@ -201,23 +201,12 @@ def machine() -> str:
     return f"{CORES} cores of {model.partition(': ')[2]}, {memory:.0f} GB, {platform.release()}, {gcc}"
 
 
-def main() -> None:
-    """Run everything and write the page."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, help="keep the work in this folder")
-    arguments = parser.parse_args()
-    work = arguments.work or Path(tempfile.mkdtemp(prefix="hearth-bench-"))
-    work.mkdir(parents=True, exist_ok=True)
+def side_by_side(work: Path) -> str:
+    """SageAttention by upstream's setup.py and by Hearth."""
     theirs, their_wheel = upstream(work)
     ours, our_wheel = hearth(work)
     theirs_code, ours_code = kernel_functions(their_wheel), kernel_functions(our_wheel)
-    same = sum(theirs_code.get(name) == code for name, code in ours_code.items())
-    again, listing = already_built(work)
-    edit, alone = one_edit(work)
-    inference, full = profile_costs(work)
-    page = PAGE.format(
-        date=datetime.now(UTC).date(),
-        machine=machine(),
+    return SIDE_BY_SIDE.format(
         theirs=theirs,
         ours=ours,
         wall=theirs.wall / ours.wall,
@@ -225,28 +214,51 @@ def main() -> None:
         peak=theirs.peak / ours.peak,
         functions=len(theirs_code),
         our_functions=len(ours_code),
-        same=same,
-        again=again,
-        listing=listing,
-        edit=edit,
-        alone=alone,
-        ratio=edit / alone,
-        inference=inference,
-        full=full,
-        files=full[0] / inference[0],
-        profile=full[1] / inference[1],
+        same=sum(theirs_code.get(name) == code for name, code in ours_code.items()),
     )
-    (work / "page.md").write_text(page)
-    (files.CHECKOUT / "docs/benchmarks.md").write_text(page)
-    print(page)
 
 
-PAGE = """\
-# Benchmarks
+def afterwards(work: Path) -> str:
+    """The same command again, and after an edit."""
+    if not (work / "wheelhouse").exists():
+        hearth(work)
+    again, listing = already_built(work)
+    edit, alone = one_edit(work)
+    return AFTERWARDS.format(again=again, listing=listing, edit=edit, alone=alone, ratio=edit / alone)
 
-Written by `uv run python -m bench.kernels`, in one run, on {date}, on {machine}. Ratios hold on other
-machines; seconds do not.
 
+def profiles(work: Path) -> str:
+    """flash-attention's two profiles."""
+    inference, full = profile_costs(work)
+    ratios = [full[index] / inference[index] for index in (0, 1)]
+    return PROFILES.format(inference=inference, full=full, files=ratios[0], cpu=ratios[1])
+
+
+SECTIONS = {"side-by-side": side_by_side, "afterwards": afterwards, "profiles": profiles}
+"""What can be measured: each in one run of its own, each a section of the page with its date and machine."""
+
+
+def main() -> None:
+    """Measure, and write the sections of the page."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, help="keep the work in this folder")
+    parser.add_argument(
+        "--only", choices=SECTIONS, help="measure one section, leave the others of the page as they are"
+    )
+    arguments = parser.parse_args()
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="hearth-bench-"))
+    work.mkdir(parents=True, exist_ok=True)
+    page = files.CHECKOUT / "docs/benchmarks.md"
+    for name in [arguments.only] if arguments.only else SECTIONS:
+        text = SECTIONS[name](work) + f"\nMeasured on {datetime.now(UTC).date()} on {machine()}.\n"
+        title = text.partition("\n")[0]
+        before, _, rest = page.read_text().partition(f"{title}\n")
+        after = rest.partition("\n## ")[2]
+        page.write_text(f"{before}{text}" + (f"\n## {after}" if after else ""))
+        print(text)
+
+
+SIDE_BY_SIDE = """\
 ## SageAttention 2.2.0 for 12.1 (x86_64, cu130, Python 3.11), from nothing
 
 Upstream: `setup.py bdist_wheel` with MAX_JOBS and EXT_PARALLEL at the number of cores. Hearth: `inv build-kernels`,
@@ -260,17 +272,21 @@ which also inspects and imports the wheel. The same nvcc, torch and g++.
 
 Machine code: upstream's wheel has {functions} kernel functions, Hearth's {our_functions}; {same} of them are
 identical byte by byte.
+"""
 
-## Afterwards
+AFTERWARDS = """\
+## The same command again, and after an edit
 
 | | s |
 | --- | ---: |
-| the same command, wheel in the wheelhouse (median of 7) | {again:.2f} |
+| wheel in the wheelhouse (median of 7) | {again:.2f} |
 | `inv --list` (median of 7) | {listing:.2f} |
 | one kernel file edited: the whole command | {edit:.1f} |
 | that file's compile alone | {alone:.1f} |
 | ratio | {ratio:.2f} |
+"""
 
+PROFILES = """\
 ## flash-attention 2.8.3.post2 for 12.1 (aarch64, cu130, Python 3.11), from nothing
 
 Profile `full` was built after `inference`, whose kernel objects it shares; its column is the sum of both runs.
@@ -278,7 +294,7 @@ Profile `full` was built after `inference`, whose kernel objects it shares; its 
 | | full | inference | full / inference |
 | --- | ---: | ---: | ---: |
 | kernel files compiled | {full[0]} | {inference[0]} | {files:.2f} |
-| CPU, s | {full[1]:.0f} | {inference[1]:.0f} | {profile:.2f} |
+| CPU, s | {full[1]:.0f} | {inference[1]:.0f} | {cpu:.2f} |
 """
 
 if __name__ == "__main__":
