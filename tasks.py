@@ -67,6 +67,7 @@ _BUILD_HELP = {
     "profile": "a recipe's profile, such as inference or full (default: the recipe's)",
     "jobs": "compiles at once (default: as many as cores and free memory allow)",
     "force": "build again even when the wheelhouse has it",
+    "host": "build on this host, natively, and bring the wheels back",
     "dry-run": "only list what would be built",
 }
 
@@ -83,6 +84,7 @@ def build_kernels(
     jobs: str = "",
     force: bool = False,
     dry_run: bool = False,
+    host: str = "",
     json: bool = False,
 ) -> None:
     """Build kernel wheels for a GPU into wheelhouse/."""
@@ -92,6 +94,17 @@ def build_kernels(
 
     if jobs and not (jobs.isdecimal() and int(jobs)):  # invoke's own int option answers with a traceback
         raise UsageError(f"--jobs {jobs} makes no sense", hint="give the number of compiles at once, or leave it out")
+    if host:
+        from deploy import workshop
+        from deploy.host import select as select_hosts
+
+        (name,) = select_hosts(host, "")
+        given = {"arch": arch, "kernel": kernel, "stack": stack, "python": python, "platform": platform}
+        given |= {"profile": profile, "jobs": jobs}
+        words = [word for key, value in given.items() if value for word in (f"--{key}", value)]
+        words += [f"--{key}" for key, value in {"force": force, "dry-run": dry_run}.items() if value]
+        report.wheels(workshop.build(name, words), as_json=json)
+        return
     request = Request(arch=arch, kernel=kernel, stack=stack, python=python, platform=platform, profile=profile)
     builds, skipped = select(request)
     if dry_run:

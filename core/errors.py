@@ -231,6 +231,12 @@ class HostOfflineError(HearthError):
     exit_code = 71
 
 
+class RemoteError(HearthError):
+    """A command on a host failed; what it said was shown."""
+
+    exit_code = 72
+
+
 class GroupError(HearthError):
     """Not every host of a group came through."""
 

@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import sys
+import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +28,7 @@ from core.errors import (
     HearthError,
     HostKeyError,
     HostOfflineError,
+    RemoteError,
     SudoError,
 )
 
@@ -177,6 +179,44 @@ class Ssh(_Base):
             if status and not count:
                 raise self._refused(status, said)
             return
+
+    def shell(self, command: str, say: Callable[[str], None]) -> str:
+        """Run a shell command as the login and return its output; what it says on stderr goes to `say` line by line.
+
+        Raises RemoteError when it fails.
+        """
+        channel = self._open()
+        channel.exec_command(command)
+        channel.shutdown_write()
+        output: list[bytes] = []
+        reader = threading.Thread(target=lambda: output.append(channel.makefile("rb").read()))
+        reader.start()
+        last = ""
+        with channel.makefile_stderr("r") as lines:
+            for line in lines:
+                last = line.rstrip("\n")
+                say(last)
+        reader.join()
+        status = channel.recv_exit_status()
+        if status == -1:
+            raise self._lost(ConnectionError("the connection was closed"))
+        if status:
+            raise RemoteError(
+                f"a command on {self._target.name} ended with {status}",
+                cause=last,
+                hint="read what it said above; the same command goes on from there",
+            )
+        return b"".join(output).decode(errors="replace")
+
+    def put(self, content: bytes, path: str) -> None:
+        """Write a file there, as the login."""
+        with self._connection.sftp().open(path, "wb") as file:
+            file.set_pipelined(True)
+            file.write(content)
+
+    def get(self, path: str, place: Path) -> None:
+        """Fetch a file from there."""
+        self._connection.sftp().get(path, str(place))
 
     def _command(self, verb: str) -> str:
         """The shell command that runs the agent, as root where the host's scope needs that.

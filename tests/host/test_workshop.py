@@ -1,0 +1,37 @@
+"""Kernels built natively on a host, from this checkout, and brought back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from core import files
+from tests.conftest import FIXTURES
+from tests.host.fleet import Fleet
+
+pytestmark = pytest.mark.host
+
+
+@pytest.mark.faults
+def test_a_host_builds_and_the_wheel_comes_back(fleet: Fleet) -> None:
+    """It downloads compiler and torch there, 6 GB: part of the long run."""
+    fleet.machine.run("apt-get update -qq && apt-get install -qq -y --no-install-recommends g++ python3-dev git")
+    words = ("build-kernels", "--host", "spark", "--kernel", "tiny", "--arch", "8.9", "--python", "3.11")
+    env = {"HEARTH_RECIPES": str(FIXTURES / "recipes")}
+    plan = fleet.inv(*words, "--dry-run", **env)
+    assert plan.returncode == 0, plan.stderr
+    assert "tiny-0.1-cu130-sm89-cp311" in plan.stdout
+    done = fleet.inv(*words, "--json", **env)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = json.loads(done.stdout)
+    assert wheel["imported"]["result"] == "passed"
+    place = fleet.place / "wheelhouse" / wheel["file"]
+    assert files.sha256(place) == wheel["sha256"]
+    assert json.loads((place.parent / f"{place.name}.json").read_text()) == wheel
+
+
+def test_a_build_that_fails_there_is_told_apart(fleet: Fleet) -> None:
+    done = fleet.inv("build-kernels", "--host", "spark", "--kernel", "nothing", "--arch", "8.9")
+    assert done.returncode == 72, done.stderr
+    assert "there is no kernel 'nothing'" in done.stderr
