@@ -102,8 +102,9 @@ def build_kernels(
         given = {"arch": arch, "kernel": kernel, "stack": stack, "python": python, "platform": platform}
         given |= {"profile": profile, "jobs": jobs}
         words = [word for key, value in given.items() if value for word in (f"--{key}", value)]
-        words += [f"--{key}" for key, value in {"force": force, "dry-run": dry_run}.items() if value]
-        report.wheels(workshop.build(name, words), as_json=json)
+        found = workshop.build(name, [*words, *(["--force"] if force else [])], dry_run=dry_run)
+        if not dry_run:
+            report.wheels(found, as_json=json)
         return
     request = Request(arch=arch, kernel=kernel, stack=stack, python=python, platform=platform, profile=profile)
     builds, skipped = select(request)

@@ -31,10 +31,10 @@ CHECKOUT = ("tasks.py", "pyproject.toml", "uv.lock", "README.md", "core", "kerne
 """What `inv build-kernels` needs of this checkout."""
 
 
-def build(name: str, words: Sequence[str]) -> list[Manifest]:
+def build(name: str, words: Sequence[str], *, dry_run: bool) -> list[Manifest]:
     """Run `inv build-kernels` with these words on a host; return the manifests of the wheels, now in the wheelhouse.
 
-    Raises what connecting raises, and RemoteBuildError with the exit code of the build there.
+    On a dry run, only what the host says is printed. Raises what connecting raises, and RemoteError.
     """
     target = flow.find_target(name)
     if not target.host.address:
@@ -46,7 +46,10 @@ def build(name: str, words: Sequence[str]) -> list[Manifest]:
         uv = lockfile.install("uv", platform, "3.11") / "bin/uv"
         checkout = _send(agent, uv)
         command = f"cd {checkout} && exec {_environment()} ../uv run --frozen --no-group dev inv build-kernels"
-        said = agent.shell(f"{command} {shlex.join([*words, '--json'])}", console.say)
+        said = agent.shell(f"{command} {shlex.join([*words, '--dry-run' if dry_run else '--json'])}", console.say)
+        if dry_run:
+            console.data(said.rstrip())
+            return []
         found = msgspec.convert(json.loads(said), list[manifest.Manifest])
         for each in found:
             _fetch(agent, each)
@@ -78,9 +81,8 @@ def _pack() -> bytes:
     buffer = io.BytesIO()
     extra = [Path(each) for each in os.environ.get("HEARTH_RECIPES", "").split(os.pathsep) if each]
     trees = [(files.CHECKOUT / each, each) for each in CHECKOUT]
-    trees += [
-        (recipe.parent, f"more-recipes/{recipe.parent.name}") for e in extra for recipe in e.glob("*/recipe.toml")
-    ]
+    recipes = [file.parent for folder in extra for file in folder.glob("*/recipe.toml")]
+    trees += [(recipe, f"more-recipes/{recipe.name}") for recipe in recipes]
 
     def wanted(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
         if "__pycache__" in info.name or info.name == "config/hosts.toml":
