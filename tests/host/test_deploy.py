@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
 import re
 import shutil
 import subprocess
+import termios
 import time
 
 import pytest
 
+from core import files
 from tests.host.fleet import PREFIX, Fleet
 
 pytestmark = pytest.mark.host
@@ -295,3 +300,77 @@ def test_it_starts_at_boot(steady: Fleet) -> None:
     steady.machine.boot()
     assert steady.answers()
     assert steady.current() == release
+
+
+def test_members_of_the_group_may_write_the_data_and_no_one_else(steady: Fleet) -> None:
+    steady.machine.run("useradd anna; useradd eve")
+    steady.configure('members = ["anna"]\n')
+    done = steady.deploy()
+    assert done.returncode == 0, done.stderr
+    place = f"{PREFIX}/data/models/annas"
+    assert "no" not in steady.machine.run(f"runuser -u anna -- touch {place} || echo no")
+    assert "no" in steady.machine.run(f"runuser -u eve -- touch {place} 2>/dev/null || echo no")
+    assert "no" in steady.machine.run(f"runuser -u anna -- touch {PREFIX}/current/app/x 2>/dev/null || echo no")
+    assert steady.machine.run(f"stat -c %G {place}").strip() == "comfyui"
+    (steady.prefix / "data/models/annas").unlink()
+    steady.configure()
+    assert steady.deploy().returncode == 0
+    assert "no" in steady.machine.run(f"runuser -u anna -- touch {place} 2>/dev/null || echo no")
+
+
+def test_a_group_begins_with_its_canary(deployed: Fleet) -> None:
+    ghost = '[hosts.ghost]\naddress = "127.0.0.1"\nssh_port = 1\nprofile = "cpu"\n'
+    deployed.configure(f'{ghost}[groups]\nsound = ["spark", "ghost"]\nsick = ["ghost", "spark"]\n')
+    sound = deployed.inv("deploy", "--group", "sound")
+    sick = deployed.inv("deploy", "--group", "sick")
+    both = deployed.inv("deploy", "--group", "sick", "--keep-going")
+    deployed.configure()
+    assert (sound.returncode, sick.returncode, both.returncode) == (70, 70, 70)
+    in_service = f"spark: release {deployed.current()} is in service"
+    assert in_service in sound.stderr
+    assert "spark: not begun, the canary failed" in sick.stderr
+    assert in_service in both.stderr
+    assert "ghost: error: ghost cannot be reached" in both.stderr
+
+
+def test_the_sudo_password_is_asked_for_once_and_never_shown(deployed: Fleet) -> None:
+    rule = deployed.machine.root / "etc/sudoers.d/deployer"
+    text = rule.read_text()
+    deployed.machine.run("echo deployer:open-sesame | chpasswd")
+    rule.write_text(text.replace("NOPASSWD: ", ""))
+    try:
+        status, said = at_a_terminal(deployed, ("facts", "--host", "spark", "--ask-sudo"), "open-sesame\n")
+        refused, _ = at_a_terminal(deployed, ("facts", "--host", "spark", "--ask-sudo"), "wrong\n")
+    finally:
+        rule.write_text(text)
+    assert status == 0, said
+    assert said.count("sudo password on spark") == 1
+    assert "open-sesame" not in said
+    assert "debian 12" in said
+    assert refused == 62
+    # Where sudo does not ask, the password goes nowhere.
+    status, said = at_a_terminal(deployed, ("facts", "--host", "spark", "--ask-sudo"), "open-sesame\n")
+    assert status == 0, said
+    assert "open-sesame" not in deployed.machine.run("journalctl --no-pager")
+
+
+def at_a_terminal(fleet: Fleet, words: tuple[str, ...], typed: str) -> tuple[int, str]:
+    """Run inv with a terminal of its own; type the text when it asks for a password."""
+    ours, theirs = pty.openpty()
+    environment = fleet.environment(COLUMNS="200")
+    process = subprocess.Popen(
+        fleet.command(*words), cwd=files.CHECKOUT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    said = ""
+    while True:
+        try:
+            said += os.read(ours, 4096).decode()
+        except OSError:  # the other end is closed
+            break
+        if said.endswith(": ") and typed:
+            os.write(ours, typed.encode())
+            typed = ""
+    os.close(ours)
+    return process.wait(), said
