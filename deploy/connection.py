@@ -228,10 +228,11 @@ class Ssh(_Base):
         present = f"test -f {self._file} || exit 99"
         if self._target.host.scope == "user":
             return f"{present}; exec {agent}"
-        drop = "read -r _; " if self._password else ""
-        ask = f"exec sudo -S -p '' {agent}" if self._password else f"exec sudo -n {agent}"
-        root = f'if [ "$(id -u)" = 0 ]; then {drop}exec {agent}; fi'
-        return f"{present}; {root}; if sudo -n true 2>/dev/null; then {drop}exec sudo -n {agent}; fi; {ask}"
+        as_root = 'if [ "$(id -u)" = 0 ]; then'
+        if not self._password:
+            return f"{present}; {as_root} exec {agent}; fi; exec sudo -n {agent}"
+        unasked = f"if sudo -n true 2>/dev/null; then read -r _; exec sudo -n {agent}; fi"
+        return f"{present}; {as_root} read -r _; exec {agent}; fi; {unasked}; exec sudo -S -p '' {agent}"
 
     def _open(self) -> Any:
         transport = self._connection.transport
