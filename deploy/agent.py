@@ -548,6 +548,12 @@ class Systemd:
         match = [f"_SYSTEMD_INVOCATION_ID={shown}"] if shown else [*who, self.unit]
         return run(["journalctl", "--no-pager", "--output=cat", f"--lines={lines}", *match]).splitlines()
 
+    def settle(self) -> None:
+        """Start the enabled service where systemd did not find its unit at boot: the prefix was not mounted yet."""
+        if self._wants(self.unit).is_symlink() and not self.status()["active"]:
+            for words in (["daemon-reload"], ["start", "--no-block", self.unit]):
+                subprocess.run([*self.ctl, *words], capture_output=True)
+
     def go(self) -> None:
         """Start the unit that applies what is pending; it is restarted when killed, and started at boot."""
         python = sys.executable
@@ -567,8 +573,8 @@ class Systemd:
 # memory must not take the apply with it.
 _APPLY_UNIT = """\
 [Unit]
-Description=Hearth: goes on with a change of {service} that is under way
-ConditionPathExists={state}/pending.json
+Description=Hearth: goes on with a change of {service} that is under way, else sees that it was started
+RequiresMountsFor={state}
 StartLimitIntervalSec=0
 
 [Service]
@@ -637,6 +643,9 @@ class Supervised:
         with suppress(OSError):
             return self.output.read_text(errors="replace").splitlines()[-lines:]
         return []
+
+    def settle(self) -> None:
+        """Nothing starts it at boot."""
 
     def go(self) -> None:
         """Apply what is pending, in a process of its own."""
@@ -1176,6 +1185,7 @@ def apply(site: Site) -> None:
     with flock(site.lock):
         plan = read(site.pending)
         if not plan:
+            manager_of(site).settle()
             return
         journal = Journal(site, plan["run"])
         done = {event["step"] for event in journal.events() if event["event"] == "done"}
