@@ -1250,25 +1250,31 @@ def follow(site: Site, run_id: str, seen: int) -> Iterator[Json]:
         time.sleep(0.1)
 
 
-def receive(site: Site, digest: str, size: int) -> Json:
-    """Append standard input to a blob until it is whole; answers how much is there."""
+def receive(site: Site, digest: str, size: int, offset: int) -> Json:
+    """Write standard input to a blob from `offset` on, until it is whole; answers how much is there.
+
+    Two clients that send the same blob do so one after the other; the second finds it there.
+    """
     site.incoming.mkdir(parents=True, exist_ok=True)
     path = site.incoming / digest
     part = site.incoming / f"{digest}.part"
     if path.exists():
         return {"size": size}
-    with flock(site.incoming / f".{digest}.lock"), part.open("ab") as file:
+    with part.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():
+            return {"size": size}
+        file.truncate(offset)  # what another client wrote meanwhile comes again
         while block := sys.stdin.buffer.read(1 << 20):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-        there = file.tell()
+        there = part.stat().st_size
         if there >= size:
             if sha256(part) != digest:
                 part.unlink()
                 raise Fault("step", "what was sent is damaged", "", "run the same command again")
             part.rename(path)
-    (site.incoming / f".{digest}.lock").unlink(missing_ok=True)
     return {"size": there}
 
 
@@ -1300,7 +1306,7 @@ def main(argv: list[str]) -> int:
         elif verb == "contents":
             say({name: contents(site.parts / name) for name in request["parts"]})
         elif verb == "receive":
-            say(receive(site, request["sha256"], request["size"]))
+            say(receive(site, request["sha256"], request["size"], request["offset"]))
         elif verb == "submit":
             say(submit(site, request["plan"]))
         elif verb == "follow":

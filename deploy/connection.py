@@ -112,7 +112,7 @@ class Local(_Base):
 
     def send(self, path: Path, digest: str, offset: int, progress: Callable[[int], None]) -> None:
         """Send a file from `offset` on."""
-        request = self._request({"sha256": digest, "size": path.stat().st_size})
+        request = self._request({"sha256": digest, "size": path.stat().st_size, "offset": offset})
         blocks = _blocks(path, offset, progress)
         for line in shell.talk([sys.executable, "-I", str(AGENT), "receive"], request, blocks):
             _parsed(line)
@@ -143,7 +143,7 @@ class Ssh(_Base):
 
     def send(self, path: Path, digest: str, offset: int, progress: Callable[[int], None]) -> None:
         """Send a file from `offset` on."""
-        request = self._request({"sha256": digest, "size": path.stat().st_size})
+        request = self._request({"sha256": digest, "size": path.stat().st_size, "offset": offset})
         for _ in self._lines("receive", request, _blocks(path, offset, progress)):
             pass
 

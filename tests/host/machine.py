@@ -125,7 +125,8 @@ class Machine:
 
     def _share_downloads(self) -> None:
         """Give uv there what uv here has downloaded, as hard links: same file system, no byte is copied."""
-        cache = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache/uv")
+        asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
+        cache = Path(asked.stdout.strip())
         there = self.place / "upper" / self.prefix.lstrip("/") / "state/cache/uv"
         if self.downloads and cache.is_dir():
             there.parent.mkdir(parents=True, exist_ok=True)
