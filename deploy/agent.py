@@ -128,14 +128,14 @@ def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 @contextmanager
-def flock(path: Path, kind: str = "busy") -> Iterator[None]:
-    """Hold a lock that the kernel drops with the process; raises Fault at once when another holds it."""
+def flock(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock that the kernel drops with the process; wait for it, or raise Fault when another holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise Fault(kind, f"{path} is held by another process") from None
+            raise Fault("busy", f"{path} is held by another process") from None
         yield
 
 
@@ -1160,7 +1160,7 @@ def submit(site: Site, plan: Json) -> Json:
     """Take a plan over and start applying it; raises Fault when another is under way or the host has changed."""
     for folder in (site.prefix, site.state):
         folder.mkdir(parents=True, exist_ok=True)
-    with flock(site.state / "submit.lock"):
+    with flock(site.state / "submit.lock", wait=True):  # moments: whoever is first leaves its plan
         if other := busy(site):
             if not other["alive"]:
                 manager_of(site).go()  # whoever applied it was killed, and nobody started it again

@@ -148,7 +148,7 @@ def test_two_deploys_at_once(steady: Fleet, other: Path) -> None:
     said = [client.communicate(timeout=180)[0] for client in clients]
     codes = sorted(client.returncode for client in clients)
     assert codes in ([0, 63], [0, 64]), said
-    assert any("@" in text and "since 20" in text for text in said)
+    assert any("@" in text and "since 20" in text for text in said), said
     converge(steady, HEARTH_APP=str(other))
 
 
