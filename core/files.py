@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,12 +59,20 @@ def write(path: Path, text: str) -> None:
     part.rename(path)
 
 
+_making = threading.RLock()
+
+
 @contextmanager
 def whole(place: Path) -> Iterator[Path]:
     """Make the folder `place` in one rename: yields an empty folder to fill, and drops it when the body fails.
 
-    What killed runs left of the same folder is swept away first.
+    What killed runs left of the same folder is swept away first. Threads of one process do so in turn.
     """
+    with _making:
+        yield from _whole(place)
+
+
+def _whole(place: Path) -> Iterator[Path]:
     place.parent.mkdir(parents=True, exist_ok=True)
     for stale in place.parent.glob(f".{place.name}.*"):
         if not Path(f"/proc/{stale.suffix[1:]}").exists():

@@ -110,6 +110,7 @@ def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tupl
     for the target's CPU and carry no RPATH.
     """
     providers = list(_providers(chain))
+    toolchains.cuobjdump()  # installed before the threads ask for it
 
     def inspect(path: Path) -> tuple[ModuleReport, list[str]]:
         elf = Elf(path)
