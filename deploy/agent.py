@@ -354,6 +354,7 @@ def facts(site: Site, ask: Json) -> Json:
         "data": site.data.is_dir(),
         "service": manager.status() if here and site.state.exists() else dict(_NO_SERVICE),
         "incoming": {path.name: path.stat().st_size for path in site.incoming.glob("*") if path.is_file()},
+        "tools": sorted(path.name for path in (site.state / "tools").glob("[!.]*")),
         "busy": busy(site),
         "last": last_line(site.history),
         "parts": parts(),

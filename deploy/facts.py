@@ -33,7 +33,7 @@ class Facts(msgspec.Struct, frozen=True):
 
     `releases` are the manifests kept there, `proven` the ids of those that passed the health gate, the latest first;
     `parts` says of each what is wrong with it (empty: nothing),
-    `incoming` what was sent and not used yet, `busy` who is changing the host now.
+    `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who is changing the host now.
     """
 
     hostname: str
@@ -65,6 +65,7 @@ class Facts(msgspec.Struct, frozen=True):
     data: bool
     service: Service
     incoming: dict[str, int]
+    tools: tuple[str, ...]
     busy: dict[str, Any]
     last: dict[str, Any]
 

@@ -289,7 +289,7 @@ def _part_steps(facts: Facts, choice: releases.Choice) -> list[Step]:
         if kind == "env":
             kernels = ", ".join(f"{wheel.kernel} {wheel.version}" for wheel in choice.wheels)
             label = f"the environment {choice.lock.name}{f' with {kernels}' if kernels else ''}"
-            if not steps or steps[-1].kind != "tool":
+            if choice.uv not in facts.tools:
                 steps.append(Step("tool", f"send uv ({choice.uv[:12]})", "it makes the environment", "pruned later"))
         values: dict[str, Any] = {"part": part, "python": choice.interpreter, "repair": bool(fault)}
         if kind == "env":

@@ -36,7 +36,7 @@ FRESH = Facts(
     gpus=(Gpu("GB10", "12.1", None, True),), driver="580.95", memory=10**11, cores=20, login="d", root=True,
     prefix="/opt/comfyui", writable=True, disk_free=10**11, inodes_free=10**6, mounts={}, port_holder={}, user=False,
     members=(), manager="systemd-system", current="", current_fault={}, releases=(), proven=(), parts={}, data=False,
-    service=NO_SERVICE, incoming={}, busy={}, last={},
+    service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
 )  # fmt: skip
 
 
@@ -84,6 +84,7 @@ def settled() -> Facts:
         proven=(manifest["id"],),
         parts=dict.fromkeys(manifest["parts"].values(), ""),
         service=RUNNING,
+        tools=("uv-1",),
         port_holder={"pid": 7, "command": "python main.py"},
     )
 
@@ -116,7 +117,7 @@ def test_the_same_wishes_give_the_same_release() -> None:
         ({"members": ("eve",)}, ["members"]),
         ({"parts": {**settled().parts, "app-old": ""}}, ["prune"]),
         ({"parts": dict.fromkeys(settled().parts, "changed")},
-         ["app", "tool", "env", "preflight", "cut-over", "prune"]),
+         ["app", "env", "preflight", "cut-over", "prune"]),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_done_and_no_more(change: dict[str, Any], expected: list[str]) -> None:
