@@ -1021,10 +1021,12 @@ def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
             manager.start()
             gate(site, manager, target, note)
             (site.releases / step["to"] / "proven").touch()
-        except (Fault, OSError) as error:
-            report = error.report if isinstance(error, Fault) else Fault("gate", str(error)).report
-            record |= {"reverting": report, "log": manager.log(25)}
+        except Exception as error:  # whatever it is, what ran before must run again
+            report = error.report if isinstance(error, Fault) else Fault("gate", repr(error)).report
+            record["reverting"] = report
             write(site.cut, json.dumps(record))
+            with suppress(Fault, OSError):
+                record["log"] = manager.log(25)
     if record["reverting"]:
         try:
             _revert(site, manager, record, note)
