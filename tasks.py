@@ -96,13 +96,11 @@ def build_kernels(
         raise UsageError(f"--jobs {jobs} makes no sense", hint="give the number of compiles at once, or leave it out")
     if host:
         from deploy import workshop
-        from deploy.host import select as select_hosts
 
-        (name,) = select_hosts(host, "")
         given = {"arch": arch, "kernel": kernel, "stack": stack, "python": python, "platform": platform}
         given |= {"profile": profile, "jobs": jobs}
         words = [word for key, value in given.items() if value for word in (f"--{key}", value)]
-        found = workshop.build(name, [*words, *(["--force"] if force else [])], dry_run=dry_run)
+        found = workshop.build(host, [*words, *(["--force"] if force else [])], dry_run=dry_run)
         if not dry_run:
             report.wheels(found, as_json=json)
         return
@@ -206,7 +204,7 @@ def deploy(
                 build_all(select_builds(Request(**fields))[0])
             return go()
 
-    results = flow.each(select(host, group), one, keep_going=keep_going)
+    results = flow.on_each(select(host, group), one, keep_going=keep_going)
     report.outcomes(results, as_json=json, dry_run=dry_run)
     return 2 if dry_run and any(result.changed for result in results) else 0
 
@@ -224,10 +222,8 @@ def rollback(
 ) -> int:
     """Return to a kept release: the same cut-over with the same proof."""
     from deploy import flow, report
-    from deploy.host import select
 
-    (name,) = select(host, "")
-    result = flow.rollback(name, to, _options(drain, force), dry_run=dry_run, ask_sudo=ask_sudo)
+    result = flow.rollback(host, to, _options(drain, force), dry_run=dry_run, ask_sudo=ask_sudo)
     report.outcomes([result], as_json=json, dry_run=dry_run)
     return 2 if dry_run else 0
 
@@ -274,10 +270,8 @@ def hosts(_: Context, check: bool = False, ask_sudo: bool = False, json: bool = 
 def attach(_: Context, host: str = "", ask_sudo: bool = False) -> None:
     """Watch what is under way on a host, or see how its last change ended."""
     from deploy import flow
-    from deploy.host import select
 
-    (name,) = select(host, "")
-    flow.attach(name, ask_sudo=ask_sudo)
+    flow.attach(host, ask_sudo=ask_sudo)
 
 
 ns = Collection(

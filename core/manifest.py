@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import os
+import shutil
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
+
+from core import files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,15 +70,32 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: dict[str, Any]
 
 
+def read(path: Path) -> Manifest | None:
+    """The manifest in a file; None when there is none that can be read."""
+    try:
+        return decode(path.read_bytes())
+    except (FileNotFoundError, msgspec.DecodeError, msgspec.ValidationError):
+        return None
+
+
 def found(house: Path) -> list[Manifest]:
     """The wheels of a wheelhouse that are there with a manifest and of the size it says."""
-    wheels: list[Manifest] = []
-    for path in sorted(house.glob("*.whl.json")):
-        with suppress(msgspec.DecodeError, msgspec.ValidationError, FileNotFoundError):
-            manifest = decode(path.read_bytes())
-            if (house / manifest.file).stat().st_size == manifest.size:
-                wheels.append(manifest)
-    return wheels
+    listed = [(read(path), path.with_suffix("")) for path in sorted(house.glob("*.whl.json"))]
+    return [each for each, wheel in listed if each and wheel.exists() and wheel.stat().st_size == each.size]
+
+
+def admit(wheel: Path, manifest: Manifest) -> Path:
+    """Move an inspected wheel into the wheelhouse. The manifest goes last: without one, a wheel counts for nothing."""
+    house = files.wheelhouse()
+    house.mkdir(parents=True, exist_ok=True)
+    part = house / f".{manifest.file}.{os.getpid()}"
+    try:
+        shutil.copyfile(wheel, part)  # perhaps from another file system, where a rename is no single step
+        part.replace(house / manifest.file)
+    finally:
+        part.unlink(missing_ok=True)
+    files.write(house / f"{manifest.file}.json", encode(manifest))
+    return house / manifest.file
 
 
 def decode(text: bytes) -> Manifest:

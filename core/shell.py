@@ -6,8 +6,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 from core.errors import DiskFullError, ProcessError, ToolMissingError
 
@@ -80,16 +80,10 @@ def lines(
         pass_fds=tuple(pass_fds),
     )
     assert process.stdout is not None
-    try:
+    with _ended(process):
         for line in process.stdout:
             yield line.rstrip("\n")
-    except BaseException:
-        process.terminate()
-        raise
-    finally:
-        process.stdout.close()
-        status = process.wait()
-    return status
+    return process.returncode
 
 
 def talk(argv: Sequence[str | Path], request: bytes, blocks: Iterable[bytes] = ()) -> Iterator[str]:
@@ -100,7 +94,7 @@ def talk(argv: Sequence[str | Path], request: bytes, blocks: Iterable[bytes] = (
         assert process.stdin is not None
         assert process.stdout is not None
         count = 0
-        try:
+        with _ended(process):
             with suppress(BrokenPipeError):
                 process.stdin.write(request)
                 for block in blocks:
@@ -110,16 +104,24 @@ def talk(argv: Sequence[str | Path], request: bytes, blocks: Iterable[bytes] = (
             for line in process.stdout:
                 count += 1
                 yield line.decode(errors="replace")
-        except BaseException:
-            process.terminate()
-            raise
-        finally:
-            process.stdout.close()
-            status = process.wait()
-        if status and not count:
+        if process.returncode and not count:
             said.seek(0)
             last = said.read().decode(errors="replace").strip().splitlines()[-8:]
-            raise ProcessError(f"{' '.join(words[-2:])} ended with {status}", cause="\n    ".join(last))
+            raise ProcessError(f"{' '.join(words[-2:])} ended with {process.returncode}", cause="\n    ".join(last))
+
+
+@contextmanager
+def _ended(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """See that a process has ended when the context is left; an error ends it early."""
+    assert process.stdout is not None
+    try:
+        yield
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        process.stdout.close()
+        process.wait()
 
 
 def which(program: str) -> str | None:

@@ -344,7 +344,7 @@ def facts(site: Site, ask: Json) -> Json:
         "inodes_free": disk.f_favail if disk.f_files else None,
         "mounts": {path: os.path.ismount(path) for path in ask["mounts"]},
         "port_holder": _port_holder(site),
-        "user": _exists(pwd.getpwnam, site.user),
+        "user": _user_exists(site.user),
         "members": _members(site.user),
         "manager": manager.name if here else "none",
         "current": current,
@@ -378,14 +378,10 @@ def _os_release() -> dict[str, str]:
     return {}
 
 
-def _exists(lookup: Callable[[str], object], name: str) -> bool:
-    if not name:
-        return True
-    try:
-        lookup(name)
-    except KeyError:
-        return False
-    return True
+def _user_exists(name: str) -> bool:
+    with suppress(KeyError):
+        return not name or bool(pwd.getpwnam(name))
+    return False
 
 
 def _members(group: str) -> list[str]:
@@ -557,9 +553,8 @@ class Systemd:
 
     def go(self) -> None:
         """Start the unit that applies what is pending; it is restarted when killed, and started at boot."""
-        python = sys.executable
         text = _APPLY_UNIT.format(
-            service=self.site.service, python=python, state=self.site.state, target=self.target, unit=self.unit
+            service=self.site.service, python=sys.executable, state=self.site.state, target=self.target
         )
         place = self.units / self.apply_unit
         if not place.exists() or place.read_text() != text:
@@ -862,7 +857,7 @@ def _picture(site: Site, note: Callable[[str], None]) -> None:
 
 
 def account(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Create the system user, with its group, that the service runs as; add the members to the group."""
+    """Create the system user, with its group, that the service runs as."""
     with suppress(KeyError):
         pwd.getpwnam(site.user)
         note(f"{site.user} is there")
@@ -927,19 +922,12 @@ def app(site: Site, step: Json, note: Callable[[str], None]) -> None:
             Path(path).chmod(0o755)
         if contents(place) != step["files"]:
             raise Fault("step", "the application's tree is not the one that was planned", "a part was changed")
-        run(
-            [
-                step["python"],
-                "-m",
-                "compileall",
-                "-q",
-                "-s",
-                str(place),
-                "-p",
-                str(site.parts / step["part"]),
-                str(place),
-            ]
-        )
+        run([step["python"], *_compileall(site, step, place), str(place)])
+
+
+def _compileall(site: Site, step: Json, place: Path) -> list[str]:
+    """Compile Python files in a part that is being made; their tracebacks name its final place."""
+    return ["-m", "compileall", "-q", "-j", "0", "-s", str(place), "-p", str(site.parts / step["part"])]
 
 
 _NO_NETWORK = "failed to fetch|error sending request|dns error|connection refused|network is unreachable|timed out"
@@ -955,10 +943,8 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
     for wheel in step["wheels"]:
         link(wheels / wheel["file"], receive_blob(site, wheel["sha256"]))
     with part(site, step["part"]) as place:
-        run(
-            [uv, "venv", "--quiet", "--relocatable", "--no-project", "--python", step["python"], str(place)],
-            environment,
-        )
+        venv = ["venv", "--quiet", "--relocatable", "--no-project", "--python", step["python"]]
+        run([uv, *venv, str(place)], environment)
         listed = site.state / f"requirements-{os.getpid()}.txt"
         listed.write_text(step["requirements"])
         argv = [uv, "pip", "sync", "--quiet", "--python", f"{place}/bin/python", "--require-hashes", "--strict"]
@@ -974,11 +960,8 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
             raise
         finally:
             listed.unlink()
-        if step["compile"]:
-            final = str(site.parts / step["part"])
-            words = ["-m", "compileall", "-q", "-j", "0", "-s", str(place), "-p", final]
-            # Some packages ship templates and tests that no Python parses; what cannot be compiled is not imported.
-            subprocess.run([f"{place}/bin/python", *words, f"{place}/lib"], capture_output=True)
+        # Some packages ship templates and tests that no Python parses; what cannot be compiled is not imported.
+        subprocess.run([f"{place}/bin/python", *_compileall(site, step, place), f"{place}/lib"], capture_output=True)
     shutil.rmtree(wheels)
 
 
@@ -1209,13 +1192,10 @@ def apply(site: Site) -> None:
                 break
             journal.add("done", step=number)
         result = {"gate": "reverted"}.get(fault.get("kind", ""), "failed") if fault else "done"
-        line = {
-            "at": now(),
-            "result": result,
-            **{key: plan[key] for key in ("run", "who", "action", "release", "base")},
-        }
+        asked = {key: plan[key] for key in ("run", "who", "action", "release", "base")}
+        line = {"at": now(), "result": result, **asked, "error": fault.get("what", "")}
         with suppress(OSError), site.history.open("a") as file:  # a full disk must not keep the run from ending
-            file.write(json.dumps({**line, "error": fault.get("what", "")}) + "\n")
+            file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
         with suppress(OSError):
@@ -1231,10 +1211,10 @@ def _os_fault(error: OSError, step: Json) -> Json:
     return Fault("disk" if full else "step", f"could not {step['title']}", str(error), hint).report
 
 
-def follow(site: Site, run_id: str, seen: int) -> Iterator[Json]:
-    """Yield the events of a run from the `seen`-th on, as they come, up to its end."""
+def follow(site: Site, run_id: str) -> Iterator[Json]:
+    """Yield the events of a run, as they come, up to its end."""
     journal = Journal(site, run_id)
-    quiet, gone = 0.0, False
+    seen, quiet, gone = 0, 0.0, False
     while True:
         events = journal.events()
         yield from events[seen:]
@@ -1313,12 +1293,10 @@ def main(argv: list[str]) -> int:
         elif verb == "submit":
             say(submit(site, request["plan"]))
         elif verb == "follow":
-            for event in follow(site, request["run"], request["seen"]):
+            for event in follow(site, request["run"]):
                 say(event)
         elif verb == "history":
             say(history(site))
-        elif verb == "log":
-            say(manager_of(site).log(request["lines"]))
         else:
             raise Fault("step", f"the agent has no verb {verb!r}")
     except Fault as fault:

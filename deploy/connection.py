@@ -13,9 +13,10 @@ import os
 import shlex
 import sys
 import threading
+from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from core import shell
 from core.errors import (
@@ -33,7 +34,7 @@ from core.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import fabric
 
@@ -42,27 +43,15 @@ if TYPE_CHECKING:
 AGENT = Path(__file__).with_name("agent.py")
 
 
-class Agent(Protocol):
+class Agent(ABC):
     """The agent of one host. `site` and the verb's own values go in as JSON, JSON lines come out."""
 
-    def call(self, verb: str, **values: Any) -> Any:
-        """One answer; raises what the agent's fault stands for."""
+    def __init__(self, target: Target) -> None:
+        self._target = target
 
     def stream(self, verb: str, **values: Any) -> Iterator[Any]:
-        """Answers as they come."""
-
-    def send(self, path: Path, digest: str, offset: int, progress: Callable[[int], None]) -> None:
-        """Send a file from `offset` on; `progress` is told the bytes of each block."""
-
-
-class _Base:
-    """What both ways share: the request's line, and the answer's meaning."""
-
-    def __init__(self, target: Target) -> None:
-        self._site = target.site
-
-    def _request(self, values: dict[str, Any]) -> bytes:
-        return json.dumps({"site": self._site, **values}).encode() + b"\n"
+        """Answers as they come; raises what the agent's fault stands for."""
+        return self._run(verb, values)
 
     def call(self, verb: str, **values: Any) -> Any:
         """One answer; raises what the agent's fault stands for."""
@@ -71,9 +60,20 @@ class _Base:
             raise AgentError(f"the agent ended without an answer to {verb}", hint="run the same command again")
         return answers[-1]
 
-    def stream(self, verb: str, **values: Any) -> Iterator[Any]:
-        """Answers as they come."""
-        raise NotImplementedError
+    def send(self, path: Path, digest: str, offset: int, progress: Callable[[int], None]) -> None:
+        """Send a file from `offset` on; `progress` is told the bytes of each block."""
+        values = {"sha256": digest, "size": path.stat().st_size, "offset": offset}
+        for _ in self._run("receive", values, _blocks(path, offset, progress)):
+            pass
+
+    def _run(self, verb: str, values: dict[str, Any], blocks: Iterable[bytes] = ()) -> Iterator[Any]:
+        request = json.dumps({"site": self._target.site, **values}).encode() + b"\n"
+        for line in self._lines(verb, request, blocks):
+            yield _parsed(line)
+
+    @abstractmethod
+    def _lines(self, verb: str, request: bytes, blocks: Iterable[bytes]) -> Iterator[str]:
+        """Run the agent with the request and the blocks on its standard input; yield its output."""
 
 
 def _parsed(line: str) -> Any:
@@ -101,21 +101,11 @@ def error_of(fault: dict[str, Any]) -> HearthError:
     return kind(fault["what"], cause=cause, hint=fault["hint"])
 
 
-class Local(_Base):
+class Local(Agent):
     """This machine's agent, by subprocess."""
 
-    def stream(self, verb: str, **values: Any) -> Iterator[Any]:
-        """Answers as they come."""
-        argv = [sys.executable, "-I", str(AGENT), verb]
-        for line in shell.talk(argv, self._request(values)):
-            yield _parsed(line)
-
-    def send(self, path: Path, digest: str, offset: int, progress: Callable[[int], None]) -> None:
-        """Send a file from `offset` on."""
-        request = self._request({"sha256": digest, "size": path.stat().st_size, "offset": offset})
-        blocks = _blocks(path, offset, progress)
-        for line in shell.talk([sys.executable, "-I", str(AGENT), "receive"], request, blocks):
-            _parsed(line)
+    def _lines(self, verb: str, request: bytes, blocks: Iterable[bytes]) -> Iterator[str]:
+        return shell.talk([sys.executable, "-I", str(AGENT), verb], request, blocks)
 
 
 def _blocks(path: Path, offset: int, progress: Callable[[int], None]) -> Iterator[bytes]:
@@ -126,28 +116,17 @@ def _blocks(path: Path, offset: int, progress: Callable[[int], None]) -> Iterato
             progress(len(block))
 
 
-class Ssh(_Base):
+class Ssh(Agent):
     """A remote host's agent, over one connection."""
 
     def __init__(self, target: Target, connection: fabric.Connection, password: str) -> None:
         super().__init__(target)
         self._connection = connection
         self._password = password
-        self._target = target
         text = AGENT.read_bytes()
         self._file = f".cache/hearth/agent-{hashlib.sha256(text).hexdigest()[:16]}.py"
 
-    def stream(self, verb: str, **values: Any) -> Iterator[Any]:
-        """Answers as they come."""
-        yield from self._lines(verb, self._request(values), ())
-
-    def send(self, path: Path, digest: str, offset: int, progress: Callable[[int], None]) -> None:
-        """Send a file from `offset` on."""
-        request = self._request({"sha256": digest, "size": path.stat().st_size, "offset": offset})
-        for _ in self._lines("receive", request, _blocks(path, offset, progress)):
-            pass
-
-    def _lines(self, verb: str, request: bytes, blocks: Any) -> Iterator[Any]:
+    def _lines(self, verb: str, request: bytes, blocks: Iterable[bytes]) -> Iterator[str]:
         """Run the agent there; when it lacks this very file, send it and run it again."""
         from paramiko import SSHException
 
@@ -168,7 +147,7 @@ class Ssh(_Base):
             with channel.makefile("r") as output:
                 for line in output:
                     count += 1
-                    yield _parsed(line)
+                    yield line
             said = channel.makefile_stderr("r").read().decode(errors="replace").strip()
             status = channel.recv_exit_status()
             if status == 99 and attempt == 1:

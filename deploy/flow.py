@@ -46,7 +46,11 @@ class Outcome:
 
 
 def find_target(name: str) -> Target:
-    """A host merged with its profile. `local` without one gets its GPU's, where the wheels for that are there."""
+    """A host (empty: this machine) merged with its profile; raises UnknownNameError.
+
+    `local` without a profile gets its GPU's, where the wheels for that are there.
+    """
+    (name,) = hosts.select(name, "")
     known = hosts.hosts().hosts[name]
     return hosts.target(name, known.profile or _fitting_profile())
 
@@ -129,35 +133,35 @@ def rollback(name: str, to: str, options: Options, *, dry_run: bool = False, ask
     target = find_target(name)
     with connection.connect(target, ask_sudo) as agent:
         facts = look(agent, target)
-        others = [name for name in facts.proven if name != facts.current]
+        others = [each for each in facts.proven if each != facts.current]
         if to and to not in others:
-            raise UnknownNameError(f"{name} keeps no release {to!r} to go back to", hint=near(to, others))
+            raise UnknownNameError(f"{target.name} keeps no release {to!r} to go back to", hint=near(to, others))
         if not others:
-            raise UnknownNameError(f"{name} keeps no other release", hint=f"inv releases --host {name}")
+            raise UnknownNameError(f"{target.name} keeps no other release", hint=f"inv releases --host {target.name}")
         planned = plan.back(target, facts, to or others[0], options)
         _refuse(planned, target)
         show(planned)
         if not dry_run:
             _apply(agent, facts, planned, None, "rollback", offline=False)
         titles = tuple(step.title for step in planned.steps)
-        return Outcome(name, planned.release, planned.base, True, titles)
+        return Outcome(target.name, planned.release, planned.base, True, titles)
 
 
 def facts(name: str, *, ask_sudo: bool = False) -> Facts:
     """What a host is now."""
-    target = find_target(hosts.select(name, "")[0])
+    target = find_target(name)
     with connection.connect(target, ask_sudo) as agent:
         return look(agent, target)
 
 
 def history(name: str, *, ask_sudo: bool = False) -> list[dict[str, Any]]:
     """How every run on a host ended, oldest first."""
-    target = find_target(hosts.select(name, "")[0])
+    target = find_target(name)
     with connection.connect(target, ask_sudo) as agent:
         return msgspec.convert(agent.call("history"), list[dict[str, Any]])
 
 
-def each(names: Sequence[str], one: Callable[[str], Outcome], *, keep_going: bool) -> list[Outcome]:
+def on_each(names: Sequence[str], one: Callable[[str], Outcome], *, keep_going: bool) -> list[Outcome]:
     """Do `one` for every host: the first alone (the canary), then the others at once.
 
     One host's error is raised as it is. Of several hosts, all results are told first, then GroupError is raised;
@@ -201,10 +205,10 @@ def attach(name: str, *, ask_sudo: bool = False) -> None:
         facts = look(agent, target)
         run = (facts.busy or facts.last).get("run")
         if not run:
-            console.say(f"nothing was ever changed on {name}")
+            console.say(f"nothing was ever changed on {target.name}")
             return
         if not facts.busy:
-            console.say(f"nothing is under way on {name}; its last run:")
+            console.say(f"nothing is under way on {target.name}; its last run:")
         _follow(agent, run)
 
 
@@ -327,7 +331,7 @@ def _send(agent: Agent, facts: Facts, blobs: dict[str, Path]) -> None:
 
 def _follow(agent: Agent, run: str) -> None:
     """Show a run's events until its end; raises the error that it ended with."""
-    for event in agent.stream("follow", run=run, seen=0):
+    for event in agent.stream("follow", run=run):
         if event["event"] == "step":
             console.say(f"-> {event['title']}")
         elif event["event"] == "note":

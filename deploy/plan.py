@@ -294,7 +294,7 @@ def _part_steps(facts: Facts, choice: releases.Choice) -> list[Step]:
         values: dict[str, Any] = {"part": part, "python": choice.interpreter, "repair": bool(fault)}
         if kind == "env":
             files = [wheel.file for wheel in choice.wheels]
-            values |= {"requirements": choice.requirements, "kernels": files, "version": choice.python, "compile": True}
+            values |= {"requirements": choice.requirements, "kernels": files, "version": choice.python}
         steps.append(Step(kind, f"make {part}: {label}", why, "pruned when no release names it", values))
     return steps
 

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,15 +99,10 @@ def _pack() -> bytes:
 
 
 def _fetch(agent: Ssh, wheel: Manifest) -> None:
-    """Bring one wheel home; it is in the wheelhouse when its manifest is."""
-    house = files.wheelhouse()
-    house.mkdir(parents=True, exist_ok=True)
-    part = house / f".{wheel.file}.{os.getpid()}"
-    try:
-        agent.get(f"{PLACE}/wheelhouse/{wheel.file}", part)
-        if files.sha256(part) != wheel.sha256:
+    """Bring one wheel home, into the wheelhouse."""
+    with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
+        place = Path(folder) / wheel.file
+        agent.get(f"{PLACE}/wheelhouse/{wheel.file}", place)
+        if files.sha256(place) != wheel.sha256:
             raise HashMismatchError(f"{wheel.file} was altered on the way", hint="run the same command again")
-        part.replace(house / wheel.file)
-    finally:
-        part.unlink(missing_ok=True)
-    files.write(house / f"{wheel.file}.json", manifest.encode(wheel))
+        manifest.admit(place, wheel)

@@ -6,10 +6,10 @@ import shutil
 from typing import TYPE_CHECKING
 
 from core import console, files
-from core.manifest import Manifest
+from core.manifest import Manifest, admit
 from kernels import compile as compiling
 from kernels import graph as graphs
-from kernels import inspection, source, store, wheel
+from kernels import inspection, source, wheel
 from kernels import toolchain as toolchains
 
 if TYPE_CHECKING:
@@ -70,6 +70,6 @@ def _finish(build: Build, graph: Graph) -> Manifest:
         smoke=smoke,
         inputs=build.inputs,
     )
-    store.admit(path, manifest)
+    admit(path, manifest)
     path.unlink()
     return manifest

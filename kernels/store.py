@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from core import files
+from core import manifest as manifests
 from core.errors import HearthError
-from core.manifest import Manifest, decode, encode
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from core.manifest import Manifest
     from kernels.matrix import Build
 
 
@@ -30,31 +27,17 @@ class Entry:
 def find(build: Build) -> Manifest | None:
     """The manifest of the wheel with this build's key, when the wheel is there, whole and admitted."""
     path = files.wheelhouse() / build.wheel_name
-    manifest = _read(path.with_name(path.name + ".json"))
+    manifest = manifests.read(path.with_name(path.name + ".json"))
     if manifest is None or manifest.key != build.key or not path.exists():
         return None
     return manifest if path.stat().st_size == manifest.size else None
-
-
-def admit(wheel: Path, manifest: Manifest) -> Path:
-    """Move an inspected wheel in. The manifest goes last: without a matching one, a wheel counts for nothing."""
-    house = files.wheelhouse()
-    house.mkdir(parents=True, exist_ok=True)
-    part = house / f".{wheel.name}.{os.getpid()}"
-    try:
-        shutil.copyfile(wheel, part)  # perhaps from another file system, where a rename is no single step
-        part.replace(house / wheel.name)
-    finally:
-        part.unlink(missing_ok=True)
-    files.write(house / f"{wheel.name}.json", encode(manifest))
-    return house / wheel.name
 
 
 def entries() -> list[Entry]:
     """Every wheel of the wheelhouse, its file hashed again."""
     found: list[Entry] = []
     for path in sorted(files.wheelhouse().glob("*.whl.json")):
-        manifest = _read(path)
+        manifest = manifests.read(path)
         if manifest is None:
             continue
         wheel = path.with_name(manifest.file)
@@ -113,10 +96,3 @@ def prune() -> list[tuple[Path, str]]:
         path.unlink(missing_ok=True)
         path.with_name(path.name + ".json").unlink(missing_ok=True)
     return gone
-
-
-def _read(path: Path) -> Manifest | None:
-    try:
-        return decode(path.read_bytes())
-    except (FileNotFoundError, msgspec.DecodeError, msgspec.ValidationError):
-        return None

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 import urllib.request
 from dataclasses import dataclass, field
@@ -16,19 +14,19 @@ from pathlib import Path
 
 from core import files, source
 from deploy.application import application
+from tests.client import Client
 from tests.host.machine import Machine
 
 PREFIX = "/opt/comfyui"
 
 
 @dataclass
-class Fleet:
+class Fleet(Client):
     """A machine, a client's configuration for it, and ComfyUIs of one's own to deploy."""
 
     machine: Machine
     place: Path
     env: dict[str, str] = field(default_factory=dict)
-    patience: float = 600
 
     def configure(self, text: str = "", profile: str = "cpu") -> None:
         """Write hosts.toml: the host `spark`, and `text` after it."""
@@ -36,39 +34,13 @@ class Fleet:
             f'[hosts.spark]\naddress = "spark"\nprofile = "{profile}"\nport = {self.machine.port}\n{text}'
         )
 
-    def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "invoke", *words]
-
-    def environment(self, **env: str) -> dict[str, str]:
+    def variables(self) -> dict[str, str]:
         own = {
             "HEARTH_HOSTS": str(self.place / "hosts.toml"),
             "HEARTH_SSH_CONFIG": str(self.machine.place / "ssh_config"),
             "HEARTH_WHEELHOUSE": str(self.place / "wheelhouse"),
         }
-        return {**os.environ, **own, **self.env, **env}
-
-    def inv(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*words),
-            cwd=files.CHECKOUT,
-            env=self.environment(**env),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=self.patience,
-            check=False,
-        )
-
-    def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command(*words),
-            cwd=files.CHECKOUT,
-            env=self.environment(**env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return {**own, **self.env}
 
     def deploy(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return self.inv("deploy", "--host", "spark", *words, **env)

@@ -23,10 +23,11 @@ PACKAGES = "systemd,systemd-sysv,dbus,openssh-server,sudo,python3,iproute2,ca-ce
 LOGIN = "deployer"
 
 
-def possible() -> bool:
-    """Whether machines can be booted here."""
-    tools = ("systemd-nspawn", "debootstrap", "ssh-keygen")
-    return os.geteuid() == 0 and all(shutil.which(tool) for tool in tools)
+def missing() -> list[str]:
+    """What keeps machines from being booted here; empty when nothing does."""
+    needed = {"systemd-nspawn": "systemd-container", "debootstrap": "debootstrap", "ssh-keygen": "openssh-client"}
+    packages = [package for program, package in needed.items() if not shutil.which(program)]
+    return [*packages, *([] if os.geteuid() == 0 else ["root"])]
 
 
 def base(arch: str) -> Path:

@@ -7,44 +7,33 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from core import files
+from tests.client import Client
 from tests.host.machine import free_port
 
 pytestmark = pytest.mark.host
 
 
 @dataclass
-class Here:
+class Here(Client):
     """A prefix on this machine, and `inv` for it."""
+
+    without = ("XDG_RUNTIME_DIR",)  # as in a container: without a session bus there is no systemd of the user's
 
     prefix: Path
     hosts: Path
     port: int
 
-    def inv(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self._command(*words), **self._how(), capture_output=True, timeout=600, check=False)
-
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(self._command(*words), **self._how(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-    def _command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "invoke", *words]
-
-    def _how(self) -> dict[str, Any]:
-        # As in a container: without a session bus there is no systemd of the user's.
-        inherited = {name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"}
-        env = {**inherited, "HEARTH_HOSTS": str(self.hosts)}
-        return {"cwd": files.CHECKOUT, "env": env, "stdin": subprocess.DEVNULL, "text": True}
+    def variables(self) -> dict[str, str]:
+        return {"HEARTH_HOSTS": str(self.hosts)}
 
     def configure(self, text: str = "") -> None:
         self.hosts.write_text(

@@ -1,0 +1,56 @@
+"""Somebody at a terminal of this checkout: a way to call `inv` with settings of one's own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from core import files
+
+
+class Client(ABC):
+    """Calls `inv`; `without` are variables of this process's environment that must not reach it."""
+
+    without: ClassVar[tuple[str, ...]] = ()
+    patience: float = 900
+    """Seconds until a call that does not end is given up."""
+
+    @abstractmethod
+    def variables(self) -> dict[str, str]:
+        """The settings of this client."""
+
+    def environment(self, **env: str) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if name not in self.without}
+        return {**inherited, **self.variables(), **env}
+
+    def command(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "invoke", *words]
+
+    def inv(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*words),
+            cwd=files.CHECKOUT,
+            env=self.environment(**env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=self.patience,
+            check=False,
+        )
+
+    def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(*words),
+            cwd=files.CHECKOUT,
+            env=self.environment(**env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # Whoever starts the tests in the background makes them, and all they start, deaf to Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
