@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from core import files
@@ -108,3 +109,8 @@ def test_flags_are_checked_against_the_parser(chosen: dict[str, str], said: list
     for (what, remedy), part in zip(found, said, strict=True):
         assert part in what
         assert remedy
+
+
+def test_a_host_may_override_all_that_a_profile_says() -> None:
+    said = {field.name for field in msgspec.structs.fields(host.Profile)} - {"summary"}
+    assert {field.name for field in msgspec.structs.fields(host.Override)} == said
