@@ -88,7 +88,7 @@ def make(target: Target, facts: Facts, shelf: Shelf, options: Options) -> Plan:
     if choice is None:
         return Plan(facts.current, "", refusals=tuple(refusals))
     wanted = releases.manifest(choice, facts.prefix)
-    if not _holds(facts, choice.env_part) and not _port(target, facts):
+    if not _holds(facts, choice.env_part):
         refusals += _room(target, facts, shelf)
     steps = _steps(target, facts, choice, wanted, options)
     if refusals:
@@ -117,8 +117,7 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
     if facts.platform not in stack.platforms:
         remedy = f"stack {stack.name} has {', '.join(stack.platforms)}"
         return None, [Refusal(f"the machine is {facts.machine}, and torch {stack.torch} has no build for it", remedy)]
-    for what, remedy in applications.wrong(target.flags, shelf.flags):
-        found.append(Refusal(what, remedy))
+    found += [Refusal(what, remedy) for what, remedy in applications.wrong(target.flags, shelf.flags)]
     if profile.cuda:
         found += _gpu(target, facts)
     listed = [each for each in profile.pythons if (facts.platform, each) in shelf.locks]

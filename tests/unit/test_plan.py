@@ -159,8 +159,10 @@ def test_refusals(change: dict[str, Any], what: str, remedy: str) -> None:
 
 
 def test_all_refusals_at_once() -> None:
+    holder = {"pid": 9, "command": "nginx"}
     facts = msgspec.structs.replace(FRESH, driver="1.0", mounts={"/a": False, "/b": False}, disk_free=1)
     assert len(made(facts).refusals) == 4
+    assert len(made(msgspec.structs.replace(facts, port_holder=holder)).refusals) == 5
 
 
 def test_a_missing_wheel_says_how_to_build_it() -> None:
