@@ -70,8 +70,8 @@ def converged(fleet: Fleet, work: Path) -> dict[str, float]:
     inventory.write_text(
         f"[all]\nspark ansible_ssh_common_args='-F {config}' ansible_python_interpreter=/usr/bin/python3"
     )
-    (work / "inventory.py").write_text(f"hosts = [('spark', {{'ssh_config_file': '{config}', 'port': '{port}'}})]\n")
-    extra = ["-e", f"port={port}", "-e", f"source={source}"]
+    (work / "inventory.py").write_text(f"hosts = [('spark', {{'ssh_config_file': '{config}', 'service_port': '{port}'}})]\n")
+    extra = ["-e", f"service_port={port}", "-e", f"source={source}"]
     commands = {
         "hearth": fleet.command("deploy", "--host", "spark"),
         "pyinfra": [str(tools / "bin/pyinfra"), "-y", str(work / "inventory.py"), str(PEERS / "pyinfra_deploy.py")],

@@ -7,7 +7,7 @@ from io import StringIO
 from pyinfra import host
 from pyinfra.operations import apt, files, pip, server, systemd
 
-apt.packages(name="packages", packages=["python3", "python3-venv", "ca-certificates"], _sudo=True)
+apt.packages(name="packages", packages=["python3", "python3-venv", "python3-packaging", "ca-certificates"], _sudo=True)
 server.group(name="group", group="peer", system=True, _sudo=True)
 server.user(
     name="user", user="peer", group="peer", system=True, home="/srv/peer", shell="/usr/sbin/nologin", _sudo=True
@@ -22,7 +22,7 @@ pip.packages(
 )
 UNIT = f"""[Service]
 User=peer
-ExecStart=/usr/bin/python3 -m http.server {host.data.port} --bind 127.0.0.1
+ExecStart=/usr/bin/python3 -m http.server {host.data.service_port} --bind 127.0.0.1
 [Install]
 WantedBy=multi-user.target
 """
