@@ -184,9 +184,6 @@ def deploy(
     from core.errors import RefusedError
     from deploy import flow, report
     from deploy.host import select
-    from kernels.build import build_kernels as build_all
-    from kernels.matrix import Request
-    from kernels.matrix import select as select_builds
 
     options = _options(drain, force)
 
@@ -199,9 +196,12 @@ def deploy(
         except RefusedError as error:
             if not build or dry_run or not error.builds:
                 raise
+            from kernels import matrix
+            from kernels.build import build_kernels as build_all
+
             for words in error.builds:
                 fields = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
-                build_all(select_builds(Request(**fields))[0])
+                build_all(matrix.select(matrix.Request(**fields))[0])
             return go()
 
     results = flow.on_each(select(host, group), one, keep_going=keep_going)

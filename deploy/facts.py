@@ -31,9 +31,9 @@ class Service(msgspec.Struct, frozen=True):
 class Facts(msgspec.Struct, frozen=True):
     """A host as `deploy/agent.py` found it (its function `facts` names the sources). Sizes are in bytes.
 
-    `releases` are the manifests kept there, `proven` the ids of those that passed the health gate, the latest first;
-    `parts` says of each what is wrong with it (empty: nothing),
-    `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who is changing the host now.
+    `releases` are the manifests kept there, `altered` the ids of those whose unit or links were changed since,
+    `proven` those that passed the health gate, the latest first; `parts` says of each what is wrong with it (empty:
+    nothing), `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now.
     """
 
     hostname: str
@@ -60,6 +60,7 @@ class Facts(msgspec.Struct, frozen=True):
     current: str
     current_fault: dict[str, str]
     releases: tuple[dict[str, Any], ...]
+    altered: tuple[str, ...]
     proven: tuple[str, ...]
     parts: dict[str, str]
     data: bool

@@ -167,6 +167,8 @@ def hosts() -> Hosts:
         if not host.address and name != LOCAL:
             raise ConfigError(f"{path}: host {name} has no address", hint='address = "name-or-ip"')
         _check(path, name, host)
+        if not host.profile and name != LOCAL:  # this machine's GPU says nothing about that one's
+            raise ConfigError(f"{path}: host {name} has no profile", hint=f"profile = one of {', '.join(profiles())}")
     local = listed.hosts.get(LOCAL) or Host(scope="user")
     return msgspec.structs.replace(listed, hosts={**listed.hosts, LOCAL: local})
 

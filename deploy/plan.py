@@ -104,10 +104,12 @@ def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
     if broken:
         what = f"release {to} cannot run any more: {', '.join(broken)} is missing or damaged"
         refusals.append(Refusal(what, "choose another release, or deploy again"))
+    steps = [_release_step(wanted, "its unit or links were changed")] if wanted and to in facts.altered else []
     title = f"cut over from {facts.current or 'nothing'} to {to}"
     values = {"to": to, "drain": options.drain, "force": options.force, "restart": False}
-    step = Step("cut-over", title, "asked for", f"back to {facts.current}, also by itself when unhealthy", values)
-    return Plan(facts.current, to, steps=() if refusals else (step,), refusals=tuple(refusals))
+    undo = f"back to {facts.current}, also by itself when unhealthy"
+    steps.append(Step("cut-over", title, "asked for", undo, values))
+    return Plan(facts.current, to, steps=() if refusals else tuple(steps), refusals=tuple(refusals))
 
 
 def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice | None, list[Refusal]]:
@@ -153,7 +155,7 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
 
 
 def _wheel(shelf: Shelf, kernel: str, target: Target, facts: Facts, python: str) -> Manifest | None:
-    """The wheel that fits; of several (profiles), the one that is no other profile's: the shortest version."""
+    """The wheel that fits; of several (a recipe's profiles) the smallest: ComfyUI asks for no gradients."""
     fitting = [
         wheel
         for wheel in shelf.wheels
@@ -162,7 +164,7 @@ def _wheel(shelf: Shelf, kernel: str, target: Target, facts: Facts, python: str)
         and (wheel.stack, wheel.torch) == (target.stack.name, target.stack.torch)
         and (wheel.python, wheel.platform) == (python, facts.platform)
     ]
-    return min(fitting, key=lambda wheel: (len(wheel.version), wheel.version), default=None)
+    return min(fitting, key=lambda wheel: (wheel.size, wheel.version), default=None)
 
 
 def _gpu(target: Target, facts: Facts) -> list[Refusal]:
@@ -253,20 +255,18 @@ def _steps(
         title = f"lay out {facts.prefix}"
         steps.append(Step("folders", title, "nothing is there yet", f"rm -r {facts.prefix}"))
     steps += _part_steps(facts, choice)
-    known = facts.release(wanted["id"])
-    if known != wanted:
-        title = (
-            f"write release {wanted['id']}: ComfyUI {wanted['version']}, {target.stack.label}, Python {choice.python}"
-        )
-        steps.append(Step("release", title, "so that it can be returned to", "pruned later", {"release": wanted}))
-    replaced = any(step.kind in ("app", "env") for step in steps)
+    if facts.release(wanted["id"]) is None:
+        steps.append(_release_step(wanted, "so that it can be returned to"))
+    elif facts.release(wanted["id"]) != wanted or wanted["id"] in facts.altered:
+        steps.append(_release_step(wanted, "its manifest, unit or links were changed"))
+    replaced = any(step.kind in ("app", "env", "release") for step in steps)
     if facts.current != wanted["id"] or replaced:
         title = "import torch and the kernels in the new environment"
         steps.append(Step("preflight", title, "before anything is stopped", "nothing", {"release": wanted["id"]}))
         before = facts.current or "nothing"
         title = f"cut over from {before} to {wanted['id']}"
         values = {"to": wanted["id"], "drain": options.drain, "force": options.force, "restart": replaced}
-        why = "a part of it was damaged" if facts.current == wanted["id"] else "it is not the one wanted"
+        why = "what runs is not what it says" if facts.current == wanted["id"] else "it is not the one wanted"
         steps.append(Step("cut-over", title, why, f"back to {before}, also by itself when unhealthy", values))
     elif not (facts.service.active and facts.service.enabled and facts.service.linked):
         missing = [name for name in ("active", "enabled", "linked") if not getattr(facts.service, name)]
@@ -275,6 +275,11 @@ def _steps(
     made = any(step.kind in ("app", "env", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
+
+
+def _release_step(wanted: dict[str, Any], why: str) -> Step:
+    title = f"write release {wanted['id']}: ComfyUI {wanted['version']}, torch {wanted['torch']}"
+    return Step("release", f"{title}, Python {wanted['python']}", why, "pruned when others serve", {"release": wanted})
 
 
 def _part_steps(facts: Facts, choice: releases.Choice) -> list[Step]:

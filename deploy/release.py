@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from deploy.environment import Lock
     from deploy.host import Target
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised when the agent makes parts or releases another way: what is there is then not what is wanted."""
 
 # The flag that chooses an attention, and what ComfyUI logs when it is used (comfy/ldm/modules/attention.py).

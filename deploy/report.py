@@ -41,6 +41,7 @@ def releases(facts: Facts, *, as_json: bool) -> None:
     order = [facts.current, *facts.proven]
     for each in sorted(facts.releases, key=lambda each: order.index(each["id"]) if each["id"] in order else len(order)):
         faults = [f"{part}: {facts.parts.get(part, 'missing')}" for part in each["parts"].values()]
+        faults += ["its unit or links were changed"] if each["id"] in facts.altered else []
         bad = "; ".join(fault for fault in faults if not fault.endswith(": "))
         kernels = ", ".join(f"{name} {version}" for name, version in each["kernels"].items()) or "-"
         proven = "served before" if each["id"] in facts.proven else "never healthy"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core import files
 from core import manifest as manifests
@@ -86,7 +87,12 @@ def _outdated(manifest: Manifest) -> str:
         )
     except HearthError as error:
         return error.what
-    return "" if builds[0].key == manifest.key else "its recipe, source or toolchain changed since"
+    return "" if _wanted(builds[0].inputs) == _wanted(manifest.inputs) else "its recipe or source changed since"
+
+
+def _wanted(inputs: dict[str, Any]) -> str:
+    """What the recipe decides. The toolchain is left out: another machine's compiler built what comes from a host."""
+    return json.dumps({**inputs, "toolchain": {}}, sort_keys=True)
 
 
 def prune() -> list[tuple[Path, str]]:

@@ -77,6 +77,19 @@ def test_what_drifted_is_put_right(steady: Fleet) -> None:
     assert "start comfyui  (it is not active, not enabled)" in plan.stderr
 
 
+def test_an_edited_unit_is_put_right(steady: Fleet) -> None:
+    """Edited where an administrator finds it, which is the release's own file; a drop-in of theirs stays."""
+    drop_in = "/etc/systemd/system/comfyui.service.d"
+    steady.machine.run(f"mkdir -p {drop_in}; printf '[Service]\\nEnvironment=OWN=1\\n' > {drop_in}/own.conf")
+    steady.machine.run("sed -i 's/^NoNewPrivileges=yes/NoNewPrivileges=no/' /etc/systemd/system/comfyui.service")
+    done = steady.deploy()
+    assert done.returncode == 0, done.stderr
+    assert "its manifest, unit or links were changed" in done.stderr
+    shown = steady.machine.run("systemctl show comfyui -p NoNewPrivileges -p Environment")
+    assert "NoNewPrivileges=yes" in shown
+    assert "OWN=1" in shown
+
+
 def test_a_change_of_flags_is_a_new_release_of_the_same_parts_and_can_be_taken_back(steady: Fleet) -> None:
     first = steady.current()
     steady.configure('[hosts.spark.override.flags]\n"--preview-method" = { value = "auto", why = "a test" }\n')

@@ -52,6 +52,7 @@ def test_local_needs_no_file() -> None:
         ('[hosts.a]\naddress = "a"\nport = 0', ConfigError, "1 to 65535"),
         ('[hosts.a]\naddress = "a"\nservice = "a b"', ConfigError, "plain lower-case names"),
         ('[hosts.a]\naddress = "a"\n[groups]\ng = ["b"]', UnknownNameError, "known: a"),
+        ('[hosts.a]\naddress = "a"', ConfigError, "has no profile"),
         ("hosts = [", ConfigError, "is not TOML"),
     ],
 )

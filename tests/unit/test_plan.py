@@ -35,8 +35,8 @@ FRESH = Facts(
     hostname="h", os="debian 12", machine="aarch64", kernel="6", glibc="2.36", pythons={"3.12": "/usr/bin/python3.12"},
     gpus=(Gpu("GB10", "12.1", None, True),), driver="580.95", memory=10**11, cores=20, login="d", root=True,
     prefix="/opt/comfyui", writable=True, disk_free=10**11, inodes_free=10**6, mounts={}, port_holder={}, user=False,
-    members=(), manager="systemd-system", current="", current_fault={}, releases=(), proven=(), parts={}, data=False,
-    service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
+    members=(), manager="systemd-system", current="", current_fault={}, releases=(), altered=(), proven=(), parts={},
+    data=False, service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
 )  # fmt: skip
 
 
@@ -115,6 +115,7 @@ def test_the_same_wishes_give_the_same_release() -> None:
         ({"service": msgspec.structs.replace(RUNNING, linked=False)}, ["serve"]),
         ({"current": ""}, ["preflight", "cut-over", "prune"]),
         ({"members": ("eve",)}, ["members"]),
+        ({"altered": (settled().current,)}, ["release", "preflight", "cut-over", "prune"]),
         ({"parts": {**settled().parts, "app-old": ""}}, ["prune"]),
         ({"parts": dict.fromkeys(settled().parts, "changed")},
          ["app", "env", "preflight", "cut-over", "prune"]),
@@ -177,6 +178,17 @@ def test_the_wheels_hash_reaches_the_list_and_the_environment() -> None:
     assert "sageattention==1+cu130.torch2.11.0.sm121a --hash=sha256:" + "a" * 64 in env.values["requirements"]
     changed = made(stock=shelf(wheel("sageattention", sha256="c" * 64), wheel("flash-attn")))
     assert env.values["part"] not in [step.values.get("part") for step in changed.steps]
+
+
+def test_of_a_kernels_profiles_the_smallest_is_taken() -> None:
+    full, inference = wheel("flash-attn", size=2, version="1+full"), wheel("flash-attn", size=1, version="1+inference")
+    (env,) = (step for step in made(stock=shelf(wheel("sageattention"), full, inference)).steps if step.kind == "env")
+    assert "1+inference" in env.values["requirements"]
+
+
+def test_going_back_writes_an_altered_release_anew() -> None:
+    facts = msgspec.structs.replace(settled(), altered=(settled().current,))
+    assert kinds(plan.back(spark(), facts, facts.current, plan.Options())) == ["release", "cut-over"]
 
 
 def test_going_back_needs_whole_parts() -> None:
