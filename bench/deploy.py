@@ -155,8 +155,9 @@ def main() -> None:
 PAGE = """\
 # Benchmarks of deploys
 
-Written by `uv run python -m bench.deploy`, in one run, on {date}, on {machine}. The host is a Debian 12 booted by
-systemd-nspawn on the same machine, reached over SSH at 127.0.0.1. Ratios hold on other machines; seconds do not.
+Written by `uv run python -m bench.deploy`, in one run, on {date}, on {machine}.
+The host is a Debian 12 booted by systemd-nspawn on the same machine, reached over SSH at 127.0.0.1. Ratios hold on
+other machines; seconds do not.
 
 ## A run with nothing to do (median of {runs}, in turns)
 

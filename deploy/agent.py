@@ -228,19 +228,25 @@ def stamp(root: Path) -> str:
     """
     found: dict[str, str] = {}
     pending = [""]
-    while pending and len(pending) < 100:
+    while pending and len(pending) < 500:
         pending += _stamp_folder(root, pending.pop(0), found)
-    workers = min(os.cpu_count() or 1, 8)
-    for share in [forked(_stamps, root, pending[start::workers]) for start in range(workers)]:
-        found |= share()
+    queue, feed = os.pipe()  # whoever is free takes the next folder's number: they differ by a factor of a thousand
+    os.write(feed, b"".join(number.to_bytes(4, "big") for number in range(len(pending))))
+    os.close(feed)
+    workers = [forked(_stamp_queued, root, pending, queue) for _ in range(min(os.cpu_count() or 1, 8))]
+    os.close(queue)
+    for worker in workers:
+        found |= worker()
     return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
 
 
-def _stamps(root: Path, pending: list[str]) -> dict[str, str]:
-    """The stamp of every folder in and below those pending."""
+def _stamp_queued(root: Path, folders: list[str], queue: int) -> dict[str, str]:
+    """The stamps of all folders in and below those whose numbers come from the queue."""
     found: dict[str, str] = {}
-    while pending:
-        pending += _stamp_folder(root, pending.pop(), found)
+    while number := os.read(queue, 4):
+        pending = [folders[int.from_bytes(number, "big")]]
+        while pending:
+            pending += _stamp_folder(root, pending.pop(), found)
     return found
 
 
@@ -446,6 +452,9 @@ def _pythons(site: Site, wanted: list[str]) -> dict[str, str]:
     for version in wanted:
         program = shutil.which(f"python{version}", path=places)
         if program is None:
+            continue
+        if sys.prefix == sys.base_prefix and Path(program).resolve() == Path(sys.executable).resolve():
+            found[version] = program  # the one that runs this: no need to start it
             continue
         done = subprocess.run([program, "-ISc", code], capture_output=True, text=True)
         answer = done.stdout.split()
