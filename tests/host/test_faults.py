@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,10 +74,12 @@ def cases() -> Iterator[object]:
         yield pytest.param(kind, seconds, id=f"{kind}-{seconds}s", marks=[pytest.mark.faults] if number else [])
 
 
-@pytest.fixture(scope="session")
-def other(deployed: Fleet) -> Path:
-    """Another ComfyUI to deploy: of another tree, and as healthy."""
-    return deployed.comfyui("other", {"README.md": (r"\A", "other\n")})
+@pytest.fixture
+def other(deployed: Fleet, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Another ComfyUI to deploy, as healthy and of a tree that the host has not seen: every step has work to do."""
+    name = re.sub(r"\W", "-", request.node.name)
+    yield deployed.comfyui(name, {"README.md": (r"\A", f"{name}\n")})
+    shutil.rmtree(deployed.place / "apps" / name)
 
 
 def journal(fleet: Fleet, since: float) -> list[dict[str, object]]:
