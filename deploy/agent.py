@@ -376,7 +376,7 @@ def facts(site: Site, ask: Json) -> Json:
         "driver": _driver(),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "cores": os.cpu_count() or 1,
-        "login": pwd.getpwuid(os.getuid()).pw_name,
+        "login": login(),
         "root": os.geteuid() == 0,
         "prefix": str(site.prefix),
         "writable": os.access(place, os.W_OK),
@@ -388,6 +388,7 @@ def facts(site: Site, ask: Json) -> Json:
         "user": _user_exists(site.user),
         "members": _members(site.user),
         "manager": manager.name if here else "none",
+        "lingers": manager.name != "process" or not _user_systemd() or Supervised(site).enabled.exists(),
         "current": current,
         "current_fault": fault,
         "releases": [each for each in manifests if each],
@@ -708,15 +709,32 @@ Manager = Systemd | Supervised
 
 
 def manager_of(site: Site) -> Manager:
-    """How services are run here: the system's systemd, the user's, or neither."""
-    if site.scope == "system":
+    """How services are run here: by the system's systemd, the user's where it outlives the login, or by Hearth.
+
+    What Hearth supervises once stays so: two managers would start the service twice.
+    """
+    lingers = Path("/var/lib/systemd/linger", login()).exists()
+    if site.scope == "system" or (lingers and not Supervised(site).enabled.exists() and _user_systemd()):
         return Systemd(site)
-    if Path("/run/systemd/system").is_dir() and os.environ.get("XDG_RUNTIME_DIR"):
-        with suppress(OSError):
-            done = subprocess.run(["systemctl", "--user", "show", "--property=Version"], capture_output=True)
-            if done.returncode == 0:
-                return Systemd(site)
     return Supervised(site)
+
+
+def login() -> str:
+    """Who runs this; the number where it has no name, as in some containers."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def _user_systemd() -> bool:
+    """Whether the login has a systemd of its own that answers."""
+    if not (Path("/run/systemd/system").is_dir() and os.environ.get("XDG_RUNTIME_DIR")):
+        return False
+    with suppress(OSError):
+        done = subprocess.run(["systemctl", "--user", "show", "--property=Version"], capture_output=True)
+        return done.returncode == 0
+    return False
 
 
 def detach(argv: list[str], site: Site) -> None:
@@ -888,7 +906,8 @@ def _first_answer(site: Site, manager: Manager, seconds: float) -> Any:
 def _picture(site: Site, note: Callable[[str], None]) -> None:
     """Run a workflow that needs no model, fetch its picture, and leave nothing behind."""
     started = time.monotonic()
-    inputs = {"width": 64, "height": 64, "batch_size": 1, "color": 0x804020}
+    color = time.time_ns() % (1 << 24)  # ComfyUI would answer the same workflow from its cache, without the file
+    inputs = {"width": 64, "height": 64, "batch_size": 1, "color": color}
     workflow = {
         "1": {"class_type": "EmptyImage", "inputs": inputs},
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "hearth-gate/proof"}},
@@ -926,6 +945,13 @@ def account(site: Site, step: Json, note: Callable[[str], None]) -> None:
 def members(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Put the named users, and only them, into the service's group."""
     run(["gpasswd", "--members", ",".join(step["members"]), site.user])
+
+
+def linger(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Let the login's systemd run without a session, from boot on; where that is not allowed, Hearth supervises."""
+    done = subprocess.run(["loginctl", "enable-linger"], capture_output=True, text=True)
+    if done.returncode:
+        note(f"loginctl enable-linger: {done.stderr.strip()}: ComfyUI is supervised by Hearth instead")
 
 
 def folders(site: Site, step: Json, note: Callable[[str], None]) -> None:
@@ -1156,6 +1182,7 @@ JOURNALS = 50
 
 STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "account": account,
+    "linger": linger,
     "members": members,
     "folders": folders,
     "tool": tool,

@@ -31,6 +31,7 @@ class Service(msgspec.Struct, frozen=True):
 class Facts(msgspec.Struct, frozen=True):
     """A host as `deploy/agent.py` found it (its function `facts` names the sources). Sizes are in bytes.
 
+    `manager` is what runs services; `lingers` is false where the login's own systemd could, if it outlived the login.
     `releases` are the manifests kept there, `altered` the ids of those whose unit or links were changed since,
     `proven` those that passed the health gate, the latest first; `parts` says of each what is wrong with it (empty:
     nothing), `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now.
@@ -57,6 +58,7 @@ class Facts(msgspec.Struct, frozen=True):
     user: bool
     members: tuple[str, ...]
     manager: str
+    lingers: bool
     current: str
     current_fault: dict[str, str]
     releases: tuple[dict[str, Any], ...]

@@ -247,6 +247,10 @@ def _steps(
     if not facts.user:
         title, why = f"create the system user {host.run_as}", "ComfyUI runs without privileges"
         steps.append(Step("account", title, why, f"userdel {host.run_as}"))
+    if not facts.lingers:
+        title = f"let {facts.login}'s systemd run without a login (loginctl enable-linger)"
+        why, undo = "ComfyUI would end with your session, and not start at boot", "loginctl disable-linger"
+        steps.append(Step("linger", title, why, undo))
     if host.scope == "system" and sorted(host.members) != sorted(facts.members):
         title = f"members of group {host.run_as}: {', '.join(host.members) or 'nobody'}"
         why, undo = "they may write the data", f"gpasswd --members {','.join(facts.members)} {host.run_as}"
@@ -259,7 +263,7 @@ def _steps(
         steps.append(_release_step(wanted, "so that it can be returned to"))
     elif facts.release(wanted["id"]) != wanted or wanted["id"] in facts.altered:
         steps.append(_release_step(wanted, "its manifest, unit or links were changed"))
-    replaced = any(step.kind in ("app", "env", "release") for step in steps)
+    replaced = any(step.kind in ("app", "env", "release") for step in steps) or not facts.service.linked
     if facts.current != wanted["id"] or replaced:
         title = "import torch and the kernels in the new environment"
         steps.append(Step("preflight", title, "before anything is stopped", "nothing", {"release": wanted["id"]}))
@@ -268,8 +272,8 @@ def _steps(
         values = {"to": wanted["id"], "drain": options.drain, "force": options.force, "restart": replaced}
         why = "what runs is not what it says" if facts.current == wanted["id"] else "it is not the one wanted"
         steps.append(Step("cut-over", title, why, f"back to {before}, also by itself when unhealthy", values))
-    elif not (facts.service.active and facts.service.enabled and facts.service.linked):
-        missing = [name for name in ("active", "enabled", "linked") if not getattr(facts.service, name)]
+    elif not (facts.service.active and facts.service.enabled):
+        missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
         steps.append(Step("serve", title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
     made = any(step.kind in ("app", "env", "release", "cut-over") for step in steps)
@@ -318,6 +322,6 @@ def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
 
 
 def _notes(facts: Facts) -> list[str]:
-    if facts.manager == "process":
+    if facts.manager == "process" and facts.lingers:
         return ["this machine has no systemd for you: ComfyUI is supervised by Hearth, and not started at boot"]
     return []

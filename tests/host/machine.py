@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,20 +81,26 @@ def free_port() -> int:
 
 @dataclass
 class Machine:
-    """One host: `boot` and `power_off` as often as wanted; its disk stays."""
+    """One host: `boot` and `power_off` as often as wanted; its disk stays.
+
+    Without `network` it has a loopback of its own and nothing else; ssh gets in through its namespace.
+    """
 
     place: Path
     prefix: str
     arch: str = "amd64"
     downloads: bool = True
+    network: bool = True
     ssh_port: int = field(default_factory=free_port)
     port: int = field(default_factory=free_port)
+    login: str = LOGIN
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
         for name in ("upper", "work", "root"):
             (self.place / name).mkdir(parents=True)
-        self._share_downloads()
+        if self.downloads:
+            self.share_downloads(f"{self.prefix}/state/cache/uv")
         options = f"lowerdir={base(self.arch)},upperdir={self.place}/upper,workdir={self.place}/work"
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(self.root)], check=True)
         for key in ("client", "host"):
@@ -109,29 +116,38 @@ class Machine:
         (self.root / "etc/ssh/sshd_config.d/port.conf").write_text(f"Port {self.ssh_port}\n")
         public = (self.place / "host.pub").read_text()
         (self.place / "known_hosts").write_text(f"[127.0.0.1]:{self.ssh_port} {public}")
-        (self.place / "ssh_config").write_text(
-            f"Host spark\n  HostName 127.0.0.1\n  Port {self.ssh_port}\n  User {login}\n"
-            f"  IdentityFile {self.place}/client\n  IdentitiesOnly yes\n"
-            f"  UserKnownHostsFile {self.place}/known_hosts\n  GlobalKnownHostsFile /dev/null\n"
-        )
+        self.login = login
+        self.configure_ssh()
 
     @property
     def root(self) -> Path:
         return self.place / "root"
+
+    def configure_ssh(self, text: str = "") -> None:
+        """Write the client's ssh_config: the host `spark`, with `text`, more options or hosts, after it."""
+        (self.place / "ssh_config").write_text(
+            f"Host spark inner\n  HostName 127.0.0.1\n  Port {self.ssh_port}\n  User {self.login}\n"
+            f"  IdentityFile {self.place}/client\n  IdentitiesOnly yes\n"
+            f"  UserKnownHostsFile {self.place}/known_hosts\n  GlobalKnownHostsFile /dev/null\n{text}"
+        )
 
     def set_host_key(self, key: Path) -> None:
         for old in (self.root / "etc/ssh").glob("ssh_host_*"):
             old.unlink()
         shutil.copy(key, self.root / "etc/ssh/ssh_host_ed25519_key")
 
-    def _share_downloads(self) -> None:
-        """Give uv there what uv here has downloaded, as hard links: same file system, no byte is copied."""
+    def share_downloads(self, path: str) -> None:
+        """Give uv there what uv here has downloaded, as hard links: same file system, no byte is copied.
+
+        Only before the machine boots: it is put below the overlay.
+        """
         asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
         cache = Path(asked.stdout.strip())
-        there = self.place / "upper" / self.prefix.lstrip("/") / "state/cache/uv"
-        if self.downloads and cache.is_dir():
-            there.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run(["cp", "-al", str(cache), str(there)], check=True)
+        there = self.place / "upper" / path.lstrip("/")
+        there.mkdir(parents=True)
+        for each in cache.glob("*"):  # uv writes into all but what it has unpacked
+            words = ["cp", "-al" if each.name.startswith("archive") else "-a", str(each), str(there)]
+            subprocess.run(words, check=True)
 
     def add_disk(self, name: str, size: str, *options: str) -> None:
         """A file system of its own, from the next boot on at /srv/<name>; `options` are mkfs.ext4's."""
@@ -145,6 +161,7 @@ class Machine:
         """Boot and wait until sshd answers."""
         words = ["systemd-nspawn", "--quiet", f"--directory={self.root}", "--boot", "--register=no", "--keep-unit"]
         words += [f"--machine=hearth-{self.ssh_port}", "--resolv-conf=copy-host", "--bind-ro=/etc/hosts"]
+        words += [] if self.network else ["--private-network"]
         words += [f"--bind={disk}:/srv/{disk.name}" for disk in self.place.glob("disks/*")]
         with (self.place / "console.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -152,21 +169,38 @@ class Machine:
             )
         end = time.monotonic() + 120
         while time.monotonic() < end:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.ssh_port), 1) as there:
-                if there.recv(4) == b"SSH-":
-                    return
+            if self._answers():
+                return
             if self.process.poll() is not None:
                 break
             time.sleep(0.1)
         raise RuntimeError(f"{self.place} does not boot:\n{(self.place / 'console.log').read_text()[-2000:]}")
+
+    def _answers(self) -> bool:
+        """Whether sshd does."""
+        if self.network:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.ssh_port), 1) as there:
+                return there.recv(4) == b"SSH-"
+            return False
+        if first := self._children():
+            way = f"nsenter --net=/proc/{first[0]}/ns/net {sys.executable} {Path(__file__).with_name('relay.py')}"
+            self.configure_ssh(f"  ProxyCommand {way} {self.ssh_port}\n")
+        words = ["ssh", "-q", "-F", str(self.place / "ssh_config"), "-o", "ConnectTimeout=1", "spark", "true"]
+        return subprocess.run(words, stdin=subprocess.DEVNULL, check=False).returncode == 0
+
+    def _children(self) -> list[int]:
+        """The processes that nspawn started: the machine's first one."""
+        assert self.process is not None
+        pid = self.process.pid
+        return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
     def power_off(self) -> None:
         """Pull the plug: every process of the machine is killed at once."""
         if self.process is None:
             return
         # Its first process takes the whole PID namespace with it; nspawn alone would leave that behind.
-        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        for pid in [*map(int, listed), self.process.pid]:
+        listed = self._children()
+        for pid in [*listed, self.process.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()

@@ -77,14 +77,22 @@ def test_what_drifted_is_put_right(steady: Fleet) -> None:
     assert "start comfyui  (it is not active, not enabled)" in plan.stderr
 
 
-def test_an_edited_unit_is_put_right(steady: Fleet) -> None:
-    """Edited where an administrator finds it, which is the release's own file; a drop-in of theirs stays."""
-    drop_in = "/etc/systemd/system/comfyui.service.d"
-    steady.machine.run(f"mkdir -p {drop_in}; printf '[Service]\\nEnvironment=OWN=1\\n' > {drop_in}/own.conf")
-    steady.machine.run("sed -i 's/^NoNewPrivileges=yes/NoNewPrivileges=no/' /etc/systemd/system/comfyui.service")
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        ("sed -i --follow-symlinks", "its manifest, unit or links were changed"),
+        ("sed -i", "what runs is not what it says"),
+    ],
+    ids=["in the release", "a file in its place"],
+)
+def test_an_edited_unit_is_put_right(steady: Fleet, edit: str, why: str) -> None:
+    """Some editors write to where a link leads, some replace it. A drop-in of an administrator's stays."""
+    unit = "/etc/systemd/system/comfyui.service"
+    steady.machine.run(f"mkdir -p {unit}.d; printf '[Service]\\nEnvironment=OWN=1\\n' > {unit}.d/own.conf")
+    steady.machine.run(f"{edit} 's/^NoNewPrivileges=yes/NoNewPrivileges=no/' {unit}")
     done = steady.deploy()
     assert done.returncode == 0, done.stderr
-    assert "its manifest, unit or links were changed" in done.stderr
+    assert why in done.stderr
     shown = steady.machine.run("systemctl show comfyui -p NoNewPrivileges -p Environment")
     assert "NoNewPrivileges=yes" in shown
     assert "OWN=1" in shown
@@ -126,6 +134,30 @@ def test_an_unhealthy_release_is_taken_back(
     assert steady.current() == release
     assert steady.answers(1)
     assert steady.data() == data
+
+
+def test_a_gpu_or_kernel_that_is_not_used_is_unhealthy(steady: Fleet) -> None:
+    """nvidia-smi alone is made up, so that the plan lets a GPU's profile pass; ComfyUI is the real one on its CPU."""
+    release = steady.current()
+    smi = steady.machine.root / "usr/local/bin/nvidia-smi"
+    smi.write_text("#!/bin/sh\necho NVIDIA GB10, 12.1, [N/A]\n")
+    smi.chmod(0o755)
+    try:
+        steady.configure("[hosts.spark.override]\ncuda = true\n")
+        no_cuda = steady.deploy()
+        (gpu,) = json.loads(steady.inv("facts", "--host", "spark", "--json").stdout)["gpus"]
+    finally:
+        smi.unlink()
+    assert gpu == {"name": "NVIDIA GB10", "capability": "12.1", "memory": None, "unified": True}
+    assert no_cuda.returncode == 66, no_cuda.stderr
+    assert "ComfyUI sees no CUDA device" in no_cuda.stderr
+    steady.configure('[hosts.spark.override.flags]\n"--use-pytorch-cross-attention" = { why = "a test" }\n')
+    other = {"comfy/ldm/modules/attention.py": ("Using pytorch attention", "Using split attention")}
+    not_used = steady.deploy(HEARTH_APP=str(steady.comfyui("not-used", other)))
+    assert not_used.returncode == 66, not_used.stderr
+    assert "the attention in use is not pytorch attention" in not_used.stderr
+    assert steady.current() == release
+    assert steady.answers(1)
 
 
 def test_a_newer_database_is_taken_back_with_its_release(steady: Fleet) -> None:

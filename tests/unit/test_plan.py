@@ -35,8 +35,8 @@ FRESH = Facts(
     hostname="h", os="debian 12", machine="aarch64", kernel="6", glibc="2.36", pythons={"3.12": "/usr/bin/python3.12"},
     gpus=(Gpu("GB10", "12.1", None, True),), driver="580.95", memory=10**11, cores=20, login="d", root=True,
     prefix="/opt/comfyui", writable=True, disk_free=10**11, inodes_free=10**6, mounts={}, port_holder={}, user=False,
-    members=(), manager="systemd-system", current="", current_fault={}, releases=(), altered=(), proven=(), parts={},
-    data=False, service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
+    members=(), manager="systemd-system", lingers=True, current="", current_fault={}, releases=(), altered=(),
+    proven=(), parts={}, data=False, service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
 )  # fmt: skip
 
 
@@ -111,10 +111,12 @@ def test_the_same_wishes_give_the_same_release() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"service": NO_SERVICE, "port_holder": {}}, ["serve"]),
-        ({"service": msgspec.structs.replace(RUNNING, linked=False)}, ["serve"]),
+        ({"service": msgspec.structs.replace(NO_SERVICE, linked=True), "port_holder": {}}, ["serve"]),
+        ({"service": msgspec.structs.replace(RUNNING, enabled=False)}, ["serve"]),
+        ({"service": msgspec.structs.replace(RUNNING, linked=False)}, ["preflight", "cut-over", "prune"]),
         ({"current": ""}, ["preflight", "cut-over", "prune"]),
         ({"members": ("eve",)}, ["members"]),
+        ({"lingers": False}, ["linger"]),
         ({"altered": (settled().current,)}, ["release", "preflight", "cut-over", "prune"]),
         ({"parts": {**settled().parts, "app-old": ""}}, ["prune"]),
         ({"parts": dict.fromkeys(settled().parts, "changed")},

@@ -1,0 +1,81 @@
+"""Ways to a host: through a jump host, with sudo's password from a keyring, without a network of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from core import files
+from tests.host.fleet import PREFIX, Fleet
+from tests.host.machine import Machine
+
+pytestmark = pytest.mark.host
+
+
+def test_a_jump_host_is_used_and_its_key_is_checked(deployed: Fleet) -> None:
+    machine = deployed.machine
+    deployed.configure(f'[hosts.inner]\naddress = "inner"\nprofile = "cpu"\nport = {machine.port}\n')
+    jump = f"Host jump\n  HostName 127.0.0.1\n  Port {machine.ssh_port}\n  User {machine.login}\n"
+    jump += f"  IdentityFile {machine.place}/client\n  GlobalKnownHostsFile /dev/null\nHost inner\n  ProxyJump jump\n"
+    try:
+        machine.configure_ssh(f"{jump}Host jump\n  UserKnownHostsFile {machine.place}/known_hosts\n")
+        through = deployed.inv("deploy", "--host", "inner", "--dry-run")
+        machine.configure_ssh(f"{jump}Host jump\n  UserKnownHostsFile /dev/null\n")
+        unknown = deployed.inv("facts", "--host", "inner")
+    finally:
+        machine.configure_ssh()
+        deployed.configure()
+    assert through.returncode == 0, through.stderr
+    assert "nothing to do" in through.stdout
+    assert unknown.returncode == 61, unknown.stderr
+
+
+def test_sudos_password_comes_from_the_keyring(deployed: Fleet) -> None:
+    (deployed.place / "one_password.py").write_text(
+        "from keyring.backend import KeyringBackend\n"
+        "class Keyring(KeyringBackend):\n"
+        "    priority = 1\n"
+        "    def get_password(self, service, name):\n"
+        "        return 'open-sesame' if (service, name) == ('hearth-sudo', 'spark') else None\n"
+        "    def set_password(self, service, name, password): ...\n"
+    )
+    rule = deployed.machine.root / "etc/sudoers.d/deployer"
+    text = rule.read_text()
+    subprocess.run(["chroot", deployed.machine.root, "chpasswd"], input="deployer:open-sesame", text=True, check=True)
+    rule.write_text(text.replace("NOPASSWD: ", ""))
+    keyring = {"PYTHONPATH": str(deployed.place), "PYTHON_KEYRING_BACKEND": "one_password.Keyring"}
+    try:
+        done = deployed.deploy("--ask-sudo", "--dry-run", **keyring)
+    finally:
+        rule.write_text(text)
+    assert done.returncode == 0, done.stderr
+    assert "open-sesame" not in done.stdout + done.stderr
+
+
+def test_every_host_is_reached_by_a_check(deployed: Fleet) -> None:
+    done = deployed.inv("hosts", "--check")
+    assert done.returncode == 0, done.stderr
+    assert f"spark: reached, debian 12, x86_64, release {deployed.current()}" in done.stderr
+
+
+@pytest.mark.faults
+def test_a_host_without_a_network_gets_its_packages_from_here(tmp_path: Path) -> None:
+    """They are downloaded here (3 GB) and sent: part of the long run."""
+    place = files.cache() / "hosts/running" / f"offline-{tmp_path.parent.name}"
+    alone = Fleet(Machine(place, prefix=PREFIX, downloads=False, network=False), tmp_path)
+    alone.configure()
+    try:
+        alone.machine.boot()
+        done = alone.deploy()
+        assert done.returncode == 0, done.stderr
+        assert "spark has no way to the package index: sending the packages from here" in done.stderr
+        assert "a picture came back" in done.stderr
+        facts = json.loads(alone.inv("facts", "--host", "spark", "--json").stdout)
+        assert set(facts["parts"].values()) == {""}
+        again = alone.deploy("--dry-run")
+        assert again.returncode == 0, again.stderr
+    finally:
+        alone.machine.discard()

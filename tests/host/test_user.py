@@ -1,0 +1,66 @@
+"""A deploy without root to a host whose login has a systemd of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from core import files
+from tests.host.fleet import Fleet
+from tests.host.machine import LOGIN, Machine
+
+pytestmark = pytest.mark.host
+
+HOME = f"/home/{LOGIN}"
+
+
+class Own(Fleet):
+    """A fleet whose host `spark` is deployed to without root."""
+
+    @property
+    def prefix(self) -> Path:
+        return self.machine.root / f"{HOME.lstrip('/')}/.local/share/hearth/comfyui"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Own]:
+    place = files.cache() / "hosts/running" / f"user-{tmp_path.parent.name}"
+    machine = Machine(place, prefix="/nowhere", downloads=False)
+    machine.share_downloads(f"{HOME}/.cache/uv")
+    fleet = Own(machine, tmp_path)
+    fleet.configure('scope = "user"\n')
+    try:
+        machine.boot()
+        # What every full Debian and Ubuntu has; polkit allows a login to let its own services linger.
+        packages = "libpam-systemd dbus-user-session polkitd"
+        machine.run(f"apt-get update -qq && apt-get install -qq -y --no-install-recommends {packages}")
+        # What is linked to this machine's files stays root's: uv copies what it may not link.
+        machine.run(f"find {HOME}/.cache '(' -type d -o -links 1 ')' -exec chown {LOGIN}: {{}} +")
+        yield fleet
+    finally:
+        machine.discard()
+
+
+def test_a_user_deploys_without_root(own: Own) -> None:
+    done = own.deploy()
+    assert done.returncode == 0, done.stderr
+    assert "systemd run without a login (loginctl enable-linger)" in done.stderr
+    assert "a picture came back" in done.stderr
+    facts = json.loads(own.inv("facts", "--host", "spark", "--json").stdout)
+    assert (facts["manager"], facts["root"], facts["login"]) == ("systemd-user", False, LOGIN)
+    assert facts["service"]["enabled"]
+    again = own.deploy("--dry-run")
+    assert again.returncode == 0, again.stderr
+    release = own.current()
+    own.configure('scope = "user"\n[hosts.spark.override]\nstart_seconds = 6\n')
+    slow = own.comfyui("never", {"main.py": (r"\A", 'import time; print("thinking", flush=True); time.sleep(99)\n')})
+    broken = own.deploy(HEARTH_APP=str(slow))
+    assert broken.returncode == 66, broken.stderr
+    assert own.current() == release
+    assert own.answers(1)
+    own.machine.power_off()
+    own.machine.boot()
+    assert own.answers()  # nobody has logged in
