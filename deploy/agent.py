@@ -1019,8 +1019,9 @@ _NO_NETWORK = "failed to fetch|error sending request|dns error|connection refuse
 def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Make the virtual environment from the locked list and the kernel wheels, every file by its hash."""
     uv = str(site.state / "tools" / step["tool"])
-    cache = {} if site.scope == "user" else {"UV_CACHE_DIR": str(site.state / "cache/uv")}
-    environment = {**cache, "UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1"}
+    # uv links what it installs to its cache: one of our own, lest somebody else's environment change with a part's.
+    own_cache = str(site.state / "cache/uv")
+    environment = {"UV_CACHE_DIR": own_cache, "UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1"}
     wheels = site.state / "wheels"
     wheels.mkdir(exist_ok=True)
     for wheel in step["wheels"]:

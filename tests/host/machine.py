@@ -79,6 +79,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def share_downloads(there: Path) -> None:
+    """Make a cache for uv of what uv here has downloaded, as hard links: same file system, no byte is copied."""
+    asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
+    cache = Path(asked.stdout.strip())
+    there.mkdir(parents=True)
+    for each in cache.glob("*"):  # uv writes into all but what it has unpacked
+        words = ["cp", "-al" if each.name.startswith("archive") else "-a", str(each), str(there)]
+        subprocess.run(words, check=True)
+
+
 @dataclass
 class Machine:
     """One host: `boot` and `power_off` as often as wanted; its disk stays.
@@ -137,17 +147,8 @@ class Machine:
         shutil.copy(key, self.root / "etc/ssh/ssh_host_ed25519_key")
 
     def share_downloads(self, path: str) -> None:
-        """Give uv there what uv here has downloaded, as hard links: same file system, no byte is copied.
-
-        Only before the machine boots: it is put below the overlay.
-        """
-        asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
-        cache = Path(asked.stdout.strip())
-        there = self.place / "upper" / path.lstrip("/")
-        there.mkdir(parents=True)
-        for each in cache.glob("*"):  # uv writes into all but what it has unpacked
-            words = ["cp", "-al" if each.name.startswith("archive") else "-a", str(each), str(there)]
-            subprocess.run(words, check=True)
+        """Give uv there what uv here has downloaded; only before the machine boots: it is put below the overlay."""
+        share_downloads(self.place / "upper" / path.lstrip("/"))
 
     def add_disk(self, name: str, size: str, *options: str) -> None:
         """A file system of its own, from the next boot on at /srv/<name>; `options` are mkfs.ext4's."""

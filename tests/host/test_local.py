@@ -17,7 +17,7 @@ import pytest
 
 from core import files
 from tests.client import Client
-from tests.host.machine import free_port
+from tests.host.machine import free_port, share_downloads
 
 pytestmark = pytest.mark.host
 
@@ -63,6 +63,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     prefix = files.cache() / "hosts/running" / f"local-{folder.parent.name}"
     one = Here(prefix, folder / "hosts.toml", free_port())
     one.configure()
+    share_downloads(prefix / "state/cache/uv")
     try:
         yield one
     finally:
@@ -73,7 +74,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
             while Path(f"/proc/{record['pid']}").exists() and time.monotonic() < end:
                 time.sleep(0.1)
             assert not Path(f"/proc/{record['child']}").exists()
-        subprocess.run(["chmod", "-R", "u+w", str(prefix)], check=False)
+        # Folders only: files are linked to those of other environments.
+        subprocess.run(["find", str(prefix), "-type", "d", "-exec", "chmod", "u+w", "{}", "+"], check=False)
         shutil.rmtree(prefix, ignore_errors=True)
 
 

@@ -29,7 +29,7 @@ class Own(Fleet):
 def own(tmp_path: Path) -> Iterator[Own]:
     place = files.cache() / "hosts/running" / f"user-{tmp_path.parent.name}"
     machine = Machine(place, prefix="/nowhere", downloads=False)
-    machine.share_downloads(f"{HOME}/.cache/uv")
+    machine.share_downloads(f"{HOME}/.local/share/hearth/comfyui/state/cache/uv")
     fleet = Own(machine, tmp_path)
     fleet.configure('scope = "user"\n')
     try:
@@ -38,7 +38,7 @@ def own(tmp_path: Path) -> Iterator[Own]:
         packages = "libpam-systemd dbus-user-session polkitd"
         machine.run(f"apt-get update -qq && apt-get install -qq -y --no-install-recommends {packages}")
         # What is linked to this machine's files stays root's: uv copies what it may not link.
-        machine.run(f"find {HOME}/.cache '(' -type d -o -links 1 ')' -exec chown {LOGIN}: {{}} +")
+        machine.run(f"find {HOME}/.local '(' -type d -o -links 1 ')' -exec chown {LOGIN}: {{}} +")
         yield fleet
     finally:
         machine.discard()
