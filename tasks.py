@@ -209,6 +209,15 @@ def deploy(
     return 2 if dry_run and any(result.changed for result in results) else 0
 
 
+@command()
+def nodes(_: Context, json: bool = False) -> None:
+    """List the custom nodes that Hearth knows, and those left out with the reason."""
+    from deploy import nodes as known
+    from deploy import report
+
+    report.nodes(known.catalogue(), as_json=json)
+
+
 @command(help={"to": "the release to return to (default: the one that served last)"})
 def rollback(
     _: Context,
@@ -286,5 +295,6 @@ ns = Collection(
     facts,
     hosts,
     attach,
+    nodes,
     lock,
 )

@@ -109,9 +109,15 @@ class ToolMissingError(HearthError):
 
 
 class LockStaleError(HearthError):
-    """`uv.lock` does not answer to `pyproject.toml` any more."""
+    """A lock does not answer any more to what it was made from."""
 
     exit_code = 26
+
+
+class ResolutionError(HearthError):
+    """No versions suit all that ComfyUI and its nodes ask for."""
+
+    exit_code = 27
 
 
 class HashMismatchError(HearthError):

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import threading
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,16 +60,16 @@ def write(path: Path, text: str) -> None:
     part.rename(path)
 
 
-_making = threading.RLock()
+_making: defaultdict[Path, threading.RLock] = defaultdict(threading.RLock)
 
 
 @contextmanager
 def whole(place: Path) -> Iterator[Path]:
     """Make the folder `place` in one rename: yields an empty folder to fill, and drops it when the body fails.
 
-    What killed runs left of the same folder is swept away first. Threads of one process do so in turn.
+    What killed runs left of the same folder is swept away first. Threads that make the same folder do so in turn.
     """
-    with _making:
+    with _making[place]:
         yield from _whole(place)
 
 

@@ -42,8 +42,9 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Pinned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a recipe says of its source. Several sources are tried in order, each must give the same tree.
 
-    `tree` is that tree's hash; `paths` limits it to what is needed, and of a git source only that is downloaded.
-    `folder` is the recipe's own folder, set when it is loaded.
+    `tree` is that tree's hash; `paths` and `without` limit it to what is needed, and of a git source only that is
+    downloaded; `submodules` are those of a git source that belong to it. `folder` is the recipe's own folder, set
+    when it is loaded.
     """
 
     name: str
@@ -51,6 +52,8 @@ class Pinned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     source: tuple[Source, ...]
     tree: str
     paths: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    submodules: tuple[str, ...] = ()
     folder: str = ""
 
     @property
@@ -69,24 +72,33 @@ def check(recipe: Pinned) -> None:
             raise ConfigError(f"{recipe.path}: a git source needs commit; an sdist needs version and sha256")
 
 
+def cached(recipe: Pinned) -> Path | None:
+    """Where the recipe's tree lies already; None when it must be fetched."""
+    if own := recipe.source[0].folder:
+        return recipe.path / own
+    place = _place(recipe)
+    return place if recipe.tree and place.is_dir() else None
+
+
+def _place(recipe: Pinned) -> Path:
+    return files.cache() / "sources" / f"{recipe.name}-{recipe.tree[:16]}"
+
+
 def fetch(recipe: Pinned) -> Path:
     """The recipe's pristine source tree in the cache, fetched from the first source that answers.
 
     Raises HashMismatchError when what arrives is not what `tree` pins, SourceUnreachableError when no source
     answers. A folder of the recipe itself is used as it is: it is the user's to edit.
     """
-    first = recipe.source[0]
-    if first.folder:
-        return recipe.path / first.folder
-    place = files.cache() / "sources" / f"{recipe.name}-{recipe.tree[:16]}"
-    if recipe.tree and place.is_dir():
-        return place
+    if there := cached(recipe):
+        return there
+    place = _place(recipe)
     failures: list[str] = []
     for source in recipe.source:
         try:
             with files.whole(place) as part:
                 console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
-                (_fetch_git if source.git else _fetch_sdist)(source, recipe.paths, part)
+                (_fetch_git if source.git else _fetch_sdist)(source, recipe, part)
                 _check(recipe, source, part)
             return place
         except HashMismatchError:
@@ -110,22 +122,31 @@ def _check(recipe: Pinned, source: Source, tree: Path) -> None:
         )
 
 
-def _fetch_git(source: Source, paths: Sequence[str], place: Path) -> None:
-    """Fetch one commit, without history, and check out only `paths`: blobs of other paths never travel."""
+def _fetch_git(source: Source, recipe: Pinned, place: Path) -> None:
+    """Fetch one commit, without history, and check out only what is wanted: blobs of other paths never travel.
+
+    Where all is wanted it comes in one answer: each further one would wait for the server again.
+    """
     git = ["git", "-C", str(place), "-c", "advice.detachedHead=false"]
     quiet = {"GIT_TERMINAL_PROMPT": "0"}
     shell.run([*git, "init", "--quiet"])
     shell.run([*git, "remote", "add", "origin", source.git])
-    shell.run([*git, "config", "extensions.partialClone", "origin"])
-    if paths:
-        patterns = [f"/{path}" for path in paths]
+    few: list[str] = []
+    if recipe.paths or recipe.without:
+        shell.run([*git, "config", "extensions.partialClone", "origin"])
+        patterns = [f"/{path}" for path in recipe.paths or ("*",)] + [f"!/{path}" for path in recipe.without]
         shell.run([*git, "sparse-checkout", "set", "--no-cone", *patterns])
-    shell.run([*git, "fetch", "--quiet", "--depth=1", "--filter=blob:none", "origin", source.commit], env=quiet)
+        few = ["--filter=blob:none"]
+    shell.run([*git, "fetch", "--quiet", "--depth=1", *few, "origin", source.commit], env=quiet)
     shell.run([*git, "checkout", "--quiet", source.commit], env=quiet)
-    shutil.rmtree(place / ".git")
+    if recipe.submodules:  # at the commits that the pinned one names
+        words = ["submodule", "--quiet", "update", "--init", "--depth=1", "--", *recipe.submodules]
+        shell.run([*git, *words], env=quiet)
+    for name in (".git", *(f"{each}/.git" for each in recipe.submodules)):
+        shutil.rmtree(place / name) if (place / name).is_dir() else (place / name).unlink()
 
 
-def _fetch_sdist(source: Source, paths: Sequence[str], place: Path) -> None:
+def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
     """Download an sdist by name and SHA-256 from the user's index and unpack it without running it."""
     from pypi_simple import PYPI_SIMPLE_ENDPOINT, DigestMismatchError, PyPISimple
     from requests import RequestException
@@ -163,6 +184,10 @@ def _fetch_sdist(source: Source, paths: Sequence[str], place: Path) -> None:
             if source.subfolder:
                 inside = name.startswith(f"{source.subfolder}/")
                 name = name.removeprefix(f"{source.subfolder}/") if inside else ""
-            if name and (not paths or any(f"{name}/".startswith(f"{path}/") for path in paths)):
+            if name and (not recipe.paths or _below(name, recipe.paths)) and not _below(name, recipe.without):
                 tar.extract(member.replace(name=name), place, filter="data")
     archive.unlink()
+
+
+def _below(name: str, paths: Sequence[str]) -> bool:
+    return any(f"{name}/".startswith(f"{path}/") for path in paths)

@@ -394,6 +394,7 @@ def facts(site: Site, ask: Json) -> Json:
         "releases": [each for each in manifests if each],
         "altered": [each["id"] for each in manifests if each and altered(site, each)],
         "proven": [path.parent.name for path in proven],
+        "failed_nodes": read(site.releases / current / "proven").get("failed_nodes", {}),
         "data": site.data.is_dir(),
         "service": manager.status() if here and site.state.exists() else dict(_NO_SERVICE),
         "incoming": {path.name: path.stat().st_size for path in site.incoming.glob("*") if path.is_file()},
@@ -405,14 +406,15 @@ def facts(site: Site, ask: Json) -> Json:
 
 
 def altered(site: Site, manifest: Json) -> bool:
-    """Whether a release's unit or links are not those of its manifest any more."""
+    """Whether a release's files or links are not those of its manifest any more."""
     place = site.releases / manifest["id"]
     try:
         links = {kind: (place / kind).readlink().name for kind in manifest["parts"]}
-        unit = (place / f"{site.service}.service").read_text()
+        links |= {name: str((place / name).readlink()) for name in manifest["links"]}
+        files = {name: (place / name).read_text() for name in manifest["files"]}
     except OSError:
         return True
-    return (links, unit) != (manifest["parts"], manifest["unit"])
+    return (links, files) != (manifest["parts"] | manifest["links"], manifest["files"])
 
 
 _NO_SERVICE = {
@@ -692,9 +694,10 @@ class Supervised:
                 raise Fault("step", "the supervisor does not end", f"process {record['pid']}", "look at it with ps")
 
     def log(self, lines: int) -> list[str]:
-        """The last lines that the service wrote."""
-        with suppress(OSError):
-            return self.output.read_text(errors="replace").splitlines()[-lines:]
+        """The last lines of the service's present or last run."""
+        with suppress(OSError), self.output.open(errors="replace") as log:
+            log.seek(read(self.record).get("offset", 0))
+            return log.read().splitlines()[-lines:]
         return []
 
     def settle(self) -> None:
@@ -787,12 +790,14 @@ def supervise(site: Site) -> None:
             if manager.output.exists() and manager.output.stat().st_size > 10_000_000:
                 manager.output.replace(manager.output.with_suffix(".log.1"))
             with manager.output.open("ab") as log:
+                begin = log.tell()
                 inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
                 environment = {**inherited, **release["environment"]}
                 child = subprocess.Popen(
                     release["argv"], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=site.data
                 )
                 record = {"pid": os.getpid(), "child": child.pid, "restarts": restarts, "since": now()}
+                record["offset"] = begin
                 write(manager.record, json.dumps(record))
                 if stopping:  # told so between the loop's test and the start
                     child.send_signal(signal.SIGINT)
@@ -859,7 +864,10 @@ def drain(site: Site, seconds: float, force: bool, note: Callable[[str], None]) 
 
 
 def gate(site: Site, manager: Manager, release: Json, note: Callable[[str], None]) -> None:
-    """Prove that the release serves: it answers, is the one asked for, and makes a picture. Raises Fault if not."""
+    """Prove that the release serves: it answers, is the one asked for, and makes a picture. Raises Fault if not.
+
+    What was found is kept with the release, in `proven`: its node types, and nodes that could not be imported.
+    """
     wanted = release["gate"]
     started = time.monotonic()
     stats = _first_answer(site, manager, wanted["seconds"])
@@ -877,13 +885,53 @@ def gate(site: Site, manager: Manager, release: Json, note: Callable[[str], None
             raise Fault("gate", f"{what} is not the release's", f"found {found}, wanted {expected}")
     if wanted["cuda"] and "cuda" not in kinds:
         raise Fault("gate", "ComfyUI sees no CUDA device", f"it runs on {', '.join(kinds)}", "inv facts shows the GPUs")
+    lines = _output(site, manager, "Import times for custom nodes:" if release["nodes"] else "")
     if wanted["attention"]:
-        lines = [str(each["m"]) for each in ask(site, "/internal/logs/raw")["entries"]]
         used = next((line.strip() for line in lines if re.search(r"Using .* attention", line)), "nothing it logged")
         if wanted["attention"].lower() not in used.lower():
             raise Fault("gate", f"the attention in use is not {wanted['attention']}", f"ComfyUI says: {used}")
         note(f"attention: {wanted['attention']}")
+    failed = _failed_nodes(lines)
+    for name, reason in failed.items():
+        if name in wanted["required"]:
+            raise Fault("gate", f"node {name} cannot be imported, and is required", reason)
+        note(f"node {name} cannot be imported: {reason}")
     _picture(site, note)
+    proof = {"at": now(), "failed_nodes": failed, "types": sorted(ask(site, "/object_info", timeout=60))}
+    write(site.releases / release["id"] / "proven", json.dumps(proof))
+
+
+def _output(site: Site, manager: Manager, until: str) -> list[str]:
+    """What ComfyUI has written since it started, without colours; waits a little for a line with `until`."""
+    lines: list[str] = []
+    for _ in range(20):
+        with suppress(Fault, OSError):
+            lines = manager.log(100_000)
+        if not lines:  # a journal that is not ours to read: ComfyUI itself keeps its last 300 writes
+            lines = "".join(str(each["m"]) for each in ask(site, "/internal/logs/raw")["entries"]).splitlines()
+        if any(until in line for line in lines):
+            break
+        time.sleep(0.25)
+    return [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
+
+
+def _failed_nodes(lines: list[str]) -> dict[str, str]:
+    """The custom nodes that ComfyUI could not import, each with the last line of its traceback."""
+    failed: dict[str, str] = {}
+    for line in lines:
+        if found := re.search(r"\(IMPORT FAILED\): .*/([^/]+)$", line):
+            name = found[1].strip()
+            why = [each.partition(" for custom nodes: ")[2] for each in lines if f"/{name} module for custom" in each]
+            failed[name] = why[-1] if why else "it has no NODE_CLASS_MAPPINGS and no comfy_entrypoint"
+    return failed
+
+
+def _say_missing_types(site: Site, before: str, after: str, note: Callable[[str], None]) -> None:
+    """Say which node types the release before had and this one has not: workflows may use them."""
+    types = [set(read(site.releases / name / "proven").get("types", ())) for name in (before, after)]
+    if gone := sorted(types[0] - types[1]):
+        more = f" and {len(gone) - 20} more" if len(gone) > 20 else ""
+        note(f"node types that are gone: {', '.join(gone[:20])}{more}")
 
 
 def _first_answer(site: Site, manager: Manager, seconds: float) -> Any:
@@ -994,18 +1042,91 @@ def tool(site: Site, step: Json, note: Callable[[str], None]) -> None:
 
 
 def app(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Make the application's tree: what was sent, and the rest from a part that has those very files."""
+    """Make the application's tree."""
     with part(site, step["part"]) as place:
-        with tarfile.open(receive_blob(site, step["blob"])) as archive:
-            archive.extractall(place)  # the client's own archive, checked by hash; 3.10 may lack the filters
-        for name, source in step["reuse"].items():
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(site.parts / source, place / name)
-        for path, _, _ in os.walk(place):
-            Path(path).chmod(0o755)
-        if contents(place) != step["files"]:
-            raise Fault("step", "the application's tree is not the one that was planned", "a part was changed")
+        _unpack(site, step, place)
         run([step["python"], *_compileall(site, step, place), str(place)])
+        _corners(site, step, place)
+
+
+def _unpack(site: Site, step: Json, place: Path) -> None:
+    """Fill a part with a tree: what was sent, and the rest from parts that have those very files."""
+    with tarfile.open(receive_blob(site, step["blob"])) as archive:
+        archive.extractall(place)  # the client's own archive, checked by hash; 3.10 may lack the filters
+    for name, source in step["reuse"].items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(site.parts / source, place / name)
+    for path, _, _ in os.walk(place):
+        Path(path).chmod(0o755)
+    if contents(place) != step["files"]:
+        raise Fault("step", f"the tree of {step['part']} is not the one that was planned", "a part was changed")
+
+
+def node(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Make a custom node's tree."""
+    with part(site, step["part"]) as place:
+        _unpack(site, step, place)
+        # Some nodes carry files that no Python parses; ComfyUI tells which nodes cannot be imported.
+        subprocess.run([step["python"], *_compileall(site, step, place), str(place)], capture_output=True)
+        if step["install"]:
+            _install(site, step, place)
+        _corners(site, step, place)
+
+
+def _corners(site: Site, step: Json, place: Path) -> None:
+    """Make what a tree writes links into the data, seeded once with what it came with."""
+    for name in step["writable"]:
+        inside, kept = place / name.rstrip("/"), site.data / step["keeps"] / name.rstrip("/")
+        if not kept.exists():
+            _seed(site, inside, kept, folder=name.endswith("/"))
+        remove(inside) if inside.is_dir() else inside.unlink(missing_ok=True)
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        inside.symlink_to(kept)
+
+
+def _seed(site: Site, source: Path, place: Path, *, folder: bool) -> None:
+    """Give the data what a node came with, or an empty folder; a file that it did not come with is left to the node."""
+    fresh = site.state / "seed"
+    shutil.rmtree(fresh, ignore_errors=True)
+    if source.is_dir():
+        shutil.copytree(source, fresh)
+    elif folder:
+        fresh.mkdir()
+    elif source.exists():
+        shutil.copyfile(source, fresh)
+    user, group = site.owner()
+    for parent in reversed(place.parents):
+        if site.data in parent.parents and not parent.exists():
+            parent.mkdir()
+            own(parent, user, group)
+    if fresh.exists():
+        own(fresh, user, group)
+        fresh.rename(place)
+
+
+def own(root: Path, user: int, group: int) -> None:
+    """Give a tree to the service: what a member of the group adds to a folder belongs to the group."""
+    for path in (root, *root.rglob("*")):
+        if not path.is_symlink():
+            os.chown(path, user, group)
+            path.chmod(0o2775 if path.is_dir() else 0o664)
+
+
+def _install(site: Site, step: Json, place: Path) -> None:
+    """Run a node's install.py as whom the service runs as, in the tree that is being made."""
+    user, group = site.owner()
+    own(place, user, group)
+    python = site.parts / step["install"] / "bin/python"
+    environment = {**os.environ, "HOME": str(site.data / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    who: Json = {"user": user, "group": group, "extra_groups": []} if site.user else {}
+    done = subprocess.run(
+        [str(python), "install.py"], cwd=place, env=environment, capture_output=True, text=True, timeout=1800, **who
+    )
+    if done.returncode:
+        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        raise Fault("step", f"the install.py failed: {step['title']}", tail)
+    if site.user:
+        own(place, 0, 0)
 
 
 def _compileall(site: Site, step: Json, place: Path) -> list[str]:
@@ -1050,13 +1171,16 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
 
 
 def release(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Write the release: its manifest, its unit, and links to its parts."""
+    """Write the release: its manifest, its files (the unit above all), and links to its parts."""
     manifest = step["release"]
     place = site.releases / manifest["id"]
     place.mkdir(parents=True, exist_ok=True)
     for kind, name in manifest["parts"].items():
-        link(place / kind, f"../../parts/{name}")
-    write(place / f"{site.service}.service", manifest["unit"])
+        link(place / kind, f"../../{'../' * kind.count('/')}parts/{name}")
+    for name, target in manifest["links"].items():
+        link(place / name, target)
+    for name, text in manifest["files"].items():
+        write(place / name, text)
     write(place / "release.json", json.dumps(manifest, indent=1))
 
 
@@ -1087,7 +1211,7 @@ def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
             manager.install()
             manager.start()
             gate(site, manager, target, note)
-            (site.releases / step["to"] / "proven").touch()
+            _say_missing_types(site, record["previous"], step["to"], note)
         except Exception as error:  # whatever it is, what ran before must run again
             report = error.report if isinstance(error, Fault) else Fault("gate", repr(error)).report
             record["reverting"] = report
@@ -1154,7 +1278,6 @@ def serve(site: Site, step: Json, note: Callable[[str], None]) -> None:
     manager.start()
     current = site.release()
     gate(site, manager, site.manifest(current), note)
-    (site.releases / current / "proven").touch()
 
 
 def prune(site: Site, step: Json, note: Callable[[str], None]) -> None:
@@ -1189,6 +1312,7 @@ STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "tool": tool,
     "app": app,
     "env": env,
+    "node": node,
     "release": release,
     "preflight": preflight,
     "cut-over": cut_over,

@@ -20,13 +20,20 @@ if TYPE_CHECKING:
 class Application(source.Pinned, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """ComfyUI (`recipes/comfyui/app.toml`).
 
-    `extra` are packages beside its own requirements. `size` and `files` are what an installed release takes,
+    `extra` are packages beside its own requirements; `writable` are files and folders (with a `/` behind) of it that
+    nodes write, which lie in the data. `size` and `files` are what an installed release takes,
     in bytes and inodes, by stack; measured.
     """
 
     extra: tuple[str, ...]
+    writable: tuple[str, ...] = ()
     size: dict[str, int]
     files: dict[str, int]
+
+
+def folder() -> Path:
+    """Where the application is described: $HEARTH_APP, else `recipes/comfyui`."""
+    return Path(os.environ.get("HEARTH_APP") or files.CHECKOUT / "recipes/comfyui").absolute()
 
 
 def application() -> Application:
@@ -34,11 +41,11 @@ def application() -> Application:
 
     A source that is a folder beside the app.toml is taken as it is: for a ComfyUI of one's own.
     """
-    folder = Path(os.environ.get("HEARTH_APP") or files.CHECKOUT / "recipes/comfyui").absolute()
-    loaded = msgspec.structs.replace(load(folder / "app.toml", Application), folder=str(folder))
+    place = folder()
+    loaded = msgspec.structs.replace(load(place / "app.toml", Application), folder=str(place))
     source.check(loaded)
     if own := loaded.source[0].folder:
-        loaded = msgspec.structs.replace(loaded, tree=files.tree_hash(folder / own))
+        loaded = msgspec.structs.replace(loaded, tree=files.tree_hash(place / own))
     return loaded
 
 

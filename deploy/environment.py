@@ -1,25 +1,44 @@
-"""The locked environments of ComfyUI: one hash-locked list per stack, platform and Python."""
+"""The locked environments of ComfyUI: one hash-locked list per stack, platform and Python.
+
+A list holds what ComfyUI and all known nodes need, resolved together, so that any choice of nodes fits. Each package
+says who asked for it (`# via`); a host gets those that its own nodes, ComfyUI and the stack reach.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
 from core import console, files, lockfile, shell, source
-from core.errors import LockStaleError
+from core.errors import ConfigError, LockStaleError, ResolutionError
 from core.stack import Platform, stacks
+from deploy import application as applications
+from deploy import nodes
 from deploy.application import application
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping, Sequence
 
     from core.stack import Stack
     from deploy.application import Application
+    from deploy.nodes import Catalogue
 
 TRIO = ("torch", "torchvision", "torchaudio")
+APP, OWN = "comfyui.txt", "hearth.txt"
+"""Who asks for a package: ComfyUI, Hearth (the stack's torch, `extra`), else a node, as `NODE.node.txt`."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +55,37 @@ class Lock:
         """The list's file name without the ending."""
         return f"{self.stack}-{self.platform}-cp{self.python.replace('.', '')}"
 
+    def fits(self, known: Catalogue) -> bool:
+        """Whether the list was compiled with these nodes."""
+        return f"and nodes {nodes_hash(known)};" in self.text.partition("\n")[0]
+
+    @cached_property
+    def _packages(self) -> dict[str, tuple[str, set[str]]]:
+        """Each package's requirement with hashes, and who asks for it: packages, or files of requirements."""
+        found: dict[str, tuple[str, set[str]]] = {}
+        for block in re.split(r"\n(?=[\w])", self.text):
+            lines = block.splitlines()
+            name = re.match(r"([\w.-]+)==", lines[0]) if lines else None
+            if name is None:
+                continue
+            told = [line.partition("#")[2].strip() for line in lines if line.lstrip().startswith("#")]
+            asking = {each.removeprefix("via").strip().removeprefix("-r ") for each in told} - {""}
+            pinned = [line for line in lines if not line.lstrip().startswith("#")]
+            found[canonicalize_name(name[1])] = "\n".join(pinned) + "\n", asking
+        return found
+
+    def select(self, chosen: Iterable[str]) -> str:
+        """The list without what only other nodes need."""
+        reached = {APP, OWN, *(f"{name}.node.txt" for name in chosen)}
+        while fresh := {name for name, (_, asking) in self._packages.items() if asking & reached} - reached:
+            reached |= fresh
+        return "".join(text for name, (text, _) in sorted(self._packages.items()) if name in reached)
+
 
 def folder() -> Path:
-    """Where the lists are kept."""
-    return files.CHECKOUT / "recipes/comfyui/locks"
+    """Where the lists are kept: beside the app.toml, or for one without a list of its own with the recipe."""
+    own = applications.folder() / "locks"
+    return own if own.is_dir() else files.CHECKOUT / "recipes/comfyui/locks"
 
 
 def combinations() -> list[tuple[Stack, Platform, str]]:
@@ -68,31 +114,82 @@ def trio(stack: Stack) -> list[str]:
 def compile_all(*, check: bool) -> list[str]:
     """Compile every list whose inputs changed and return their names; with `check` raise LockStaleError instead.
 
-    A list's first line names the hash of its inputs, so that checking needs no network.
+    A list's first line names the hash of its inputs, so that checking needs no network. Raises ResolutionError with
+    the nodes that do not fit, and ConfigError for a requirement that cannot be pinned.
     """
-    app = application()
-    stale: list[str] = []
+    app, known = application(), nodes.catalogue()
+    stale: list[tuple[Stack, Platform, str, Path, str]] = []
     for stack, platform, python in combinations():
-        lock = Lock(stack.name, platform.value, python, "")
-        path = folder() / f"{lock.name}.txt"
-        first = f"# Compiled by `inv lock` from inputs {_inputs(app, stack)}; do not edit.\n"
-        if path.exists() and path.read_text().startswith(first):
-            continue
-        stale.append(lock.name)
-        if not check:
-            files.write(path, first + _compile(app, stack, platform, python, path))
+        path = folder() / f"{Lock(stack.name, platform.value, python, '').name}.txt"
+        first = (
+            f"# Compiled by `inv lock` from ComfyUI {_inputs(app, stack)} and nodes {nodes_hash(known)}; do not edit.\n"
+        )
+        if not (path.exists() and path.read_text().startswith(first)):
+            stale.append((stack, platform, python, path, first))
+    names = [path.stem for *_, path, _ in stale]
     if check and stale:
         raise LockStaleError(
-            f"the environments of ComfyUI are stale: {', '.join(stale)}",
-            cause="ComfyUI's version, the stack's torch or the extra packages changed since they were compiled",
+            f"the environments of ComfyUI are stale: {', '.join(names)}",
+            cause="ComfyUI's version, a node, the stack's torch or the extra packages changed since they were compiled",
             hint="inv lock",
         )
-    return stale
+    if stale:
+        asked = wishes(app, known)
+        for stack, platform, python, path, first in stale:
+            console.say(f"resolving {path.stem}: ComfyUI and {len(known.nodes)} nodes")
+            files.write(path, first + _compile(asked, known, stack, platform, python, path))
+    return names
 
 
-def download(lock: Lock, platform: Platform) -> Path:
+def wishes(app: Application, known: Catalogue) -> dict[str, list[str]]:
+    """What ComfyUI and every node ask for, by the name of the file of requirements that uv is given."""
+    trees = nodes.fetch(known.nodes)
+    asked = {APP: nodes.requirements(source.fetch(app)), OWN: list(app.extra)}
+    return asked | {
+        f"{name}.node.txt": [*_pinnable(name, tree, known), *known.nodes[name].extra] for name, tree in trees.items()
+    }
+
+
+def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
+    """A node's requirements without torch's, which the stack decides; raises ConfigError for what has no hash."""
+    found: list[str] = []
+    for line in nodes.requirements(tree):
+        requirement = _parsed(line)
+        if requirement is None:
+            raise ConfigError(
+                f"node {name} asks for {line!r}, which is no requirement that can be pinned",
+                hint=f"leave the node out: in {nodes.catalogue_file()}, [left-out]",
+            )
+        package = canonicalize_name(requirement.name)
+        if package in TRIO:
+            if requirement.specifier or requirement.url:
+                console.say(f"{name} asks for {line}: the stack's {package} stays")
+        elif package in known.override:
+            found += [each for each in [known.override[package].requirement] if each]
+        elif requirement.url and "sha256=" not in requirement.url:
+            raise ConfigError(
+                f"node {name} asks for {line}, which no hash pins",
+                cause="what lies at an address may change; nothing unpinned reaches a host",
+                hint=f"name a package of the index instead: in {nodes.catalogue_file()}, "
+                f'[override.{package}] requirement = "..." why = "..."',
+            )
+        else:
+            found.append(line)
+    return found
+
+
+def _parsed(line: str) -> Requirement | None:
+    """A line of requirements; a mere address (`git+https://.../name.git`) is named as its repository is."""
+    with suppress(InvalidRequirement):
+        return Requirement(line)
+    address = re.fullmatch(r"(?:git\+)?(?:https?|ssh|git)://\S*?/([\w.-]+?)(?:\.git|\.zip|\.whl)?(?:[@#]\S*)?", line)
+    return Requirement(f"{address[1]} @ {line}") if address else None
+
+
+def download(lock: Lock, chosen: Iterable[str], platform: Platform) -> Path:
     """Every wheel of a list, in a folder of the cache: for a host that cannot fetch them itself."""
-    digest = hashlib.sha256(lock.text.encode()).hexdigest()[:16]
+    text = lock.select(chosen)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = files.cache() / "wheels" / f"{lock.name}-{digest}"
     if place.is_dir():
         return place
@@ -100,7 +197,7 @@ def download(lock: Lock, platform: Platform) -> Path:
     tag = lock.name.rpartition("-")[2]
     with files.whole(place) as part:
         listed = part / "requirements.txt"
-        listed.write_text(lock.text)
+        listed.write_text(text)
         words: list[str | Path] = [sys.executable, "-m", "pip", "download", "--quiet", "--require-hashes", "--no-deps"]
         words += ["--dest", part]
         words += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", lock.python]
@@ -114,18 +211,52 @@ def download(lock: Lock, platform: Platform) -> Path:
 
 
 def _inputs(app: Application, stack: Stack) -> str:
-    """The hash of everything that decides a list."""
+    """The hash of what decides a list beside the nodes."""
     return hashlib.sha256(json.dumps([app.tree, app.extra, trio(stack)]).encode()).hexdigest()[:16]
 
 
-def _compile(app: Application, stack: Stack, platform: Platform, python: str, path: Path) -> str:
-    """Resolve one list. What is pinned already stays where it can."""
-    requirements = source.fetch(app) / "requirements.txt"
-    words = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--generate-hashes"]
-    words += ["--only-binary", ":all:", "--python-version", python, "--python-platform", platform.uv_name]
-    extra = "\n".join([*trio(stack), *app.extra]) + "\n"
-    old = ["--constraints", str(path)] if path.exists() else []
-    done = shell.run([*words, *old, str(requirements), "-"], input_text=extra, check=False)
-    if done.returncode and old:  # what was pinned does not fit any more
-        done = shell.run([*words, str(requirements), "-"], input_text=extra)
-    return done.stdout
+def nodes_hash(known: Catalogue) -> str:
+    """The hash of what the nodes decide in every list; it is in the list's first line."""
+    listed = [[name, node.tree, node.extra] for name, node in sorted(known.nodes.items())]
+    decided = [[name, each.requirement] for name, each in sorted(known.override.items())]
+    return hashlib.sha256(json.dumps([listed, decided]).encode()).hexdigest()[:16]
+
+
+def _compile(
+    asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack, platform: Platform, python: str, old: Path
+) -> str:
+    """Resolve one list; what is pinned already stays where it can. Raises ResolutionError."""
+    with tempfile.TemporaryDirectory(prefix="hearth-") as name:
+        place = Path(name)
+        pinned = trio(stack)
+        for file, lines in asked.items():
+            (place / file).write_text("".join(f"{line}\n" for line in [*(pinned if file == OWN else []), *lines]))
+        decided = [each.requirement for each in known.override.values() if each.requirement]
+        (place / "overrides").write_text("\n".join([*pinned, *decided]) + "\n")
+        (place / "excludes").write_text("\n".join(n for n, each in known.override.items() if not each.requirement))
+
+        def resolve(chosen: Iterable[str], *more: str) -> Any:
+            words = ["uv", "pip", "compile", "--quiet", "--no-header", "--generate-hashes", "--only-binary", ":all:"]
+            words += ["--python-version", python, "--python-platform", platform.uv_name]
+            words += ["--overrides", "overrides", "--excludes", "excludes", *more, *chosen]
+            return shell.run(words, cwd=place, check=False)
+
+        if old.exists():  # uv keeps what an output file pins already, where it can
+            shutil.copy(old, place / "list")
+        done = resolve(asked, "--output-file", "list")
+        if done.returncode == 0:
+            return (place / "list").read_text()
+        alone = [APP, OWN]
+        rest = [file for file in asked if file not in alone]
+        with ThreadPoolExecutor() as pool:
+            single = dict(zip(rest, pool.map(lambda file: resolve([*alone, file]), rest), strict=True))
+            without = dict(zip(rest, pool.map(lambda file: resolve(set(asked) - {file}), rest), strict=True))
+    bad = [file.removesuffix(".node.txt") for file, each in single.items() if each.returncode]
+    helps = [file.removesuffix(".node.txt") for file, each in without.items() if each.returncode == 0]
+    raise ResolutionError(
+        f"no versions suit ComfyUI and all nodes at once ({old.stem})",
+        cause=done.stderr.strip().replace(".node.txt", "").replace("\n", "\n         "),
+        hint=(f"not to be had even alone: {', '.join(bad)}. " if bad else "")
+        + (f"it resolves without {' or without '.join(helps)}: move it to [left-out]" if helps else "leave several out")
+        + f" in {nodes.catalogue_file()}, or decide the package there with [override.PACKAGE] and a reason",
+    )

@@ -33,7 +33,8 @@ class Facts(msgspec.Struct, frozen=True):
 
     `manager` is what runs services; `lingers` is false where the login's own systemd could, if it outlived the login.
     `releases` are the manifests kept there, `altered` the ids of those whose unit or links were changed since,
-    `proven` those that passed the health gate, the latest first; `parts` says of each what is wrong with it (empty:
+    `proven` those that passed the health gate, the latest first, `failed_nodes` the nodes that the current one could
+    not import, with the reason; `parts` says of each what is wrong with it (empty:
     nothing), `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now.
     """
 
@@ -64,6 +65,7 @@ class Facts(msgspec.Struct, frozen=True):
     releases: tuple[dict[str, Any], ...]
     altered: tuple[str, ...]
     proven: tuple[str, ...]
+    failed_nodes: dict[str, str]
     parts: dict[str, str]
     data: bool
     service: Service

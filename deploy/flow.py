@@ -18,10 +18,19 @@ import msgspec
 
 from core import console, files, lockfile, manifest, source
 from core.arch import local_gpu
-from core.errors import ConvergeError, GroupError, HearthError, HostOfflineError, RefusedError, UnknownNameError, near
+from core.errors import (
+    ConvergeError,
+    GroupError,
+    HearthError,
+    HostOfflineError,
+    LockStaleError,
+    RefusedError,
+    UnknownNameError,
+    near,
+)
 from core.stack import Platform
 from deploy import application as applications
-from deploy import connection, environment, plan
+from deploy import connection, environment, nodes, plan
 from deploy import host as hosts
 from deploy.facts import Facts
 
@@ -84,7 +93,13 @@ def shelf(target: Target) -> Shelf:
         for each, platform, python in environment.combinations()
         if each.name == stack and (lock := environment.find(stack, platform.value, python))
     }
-    return plan.Shelf(app, applications.flags(text), locks, manifest.found(files.wheelhouse()), uv)
+    known = nodes.catalogue()
+    chosen = nodes.choose(known, target.profile.nodes)
+    if chosen and (stale := [lock.name for lock in locks.values() if not lock.fits(known)]):
+        raise LockStaleError(
+            f"nodes were changed, and not resolved yet: {', '.join(stale)}", hint="inv lock, then the same command"
+        )
+    return plan.Shelf(app, applications.flags(text), locks, manifest.found(files.wheelhouse()), uv, chosen)
 
 
 def deploy(
@@ -242,6 +257,9 @@ def _apply(agent: Agent, facts: Facts, planned: Plan, stock: Shelf | None, actio
     with tempfile.TemporaryDirectory(prefix="hearth-") as scratch:
         blobs: dict[str, Path] = {}
         packed: list[dict[str, Any]] = []
+        if stock is not None:  # all at once, not each when it is packed
+            lacking = [step.values["node"] for step in planned.steps if step.kind == "node"]
+            nodes.fetch({name: stock.nodes[name] for name in lacking})
         for step in planned.steps:
             values = dict(step.values)
             if stock is not None:
@@ -275,32 +293,39 @@ def _pack(
     if step.kind == "tool":
         return {"name": stock.uv, "blob": blob(lockfile.install("uv", platform, "3.11") / "bin/uv")}
     if step.kind == "app":
-        return _pack_app(agent, facts, stock, scratch, blob)
+        return _pack_tree("app", source.fetch(stock.application), agent, facts, scratch, blob)
+    if step.kind == "node":
+        name = step.values["node"]
+        return _pack_tree(
+            f"custom_nodes/{name}", nodes.fetch({name: stock.nodes[name]})[name], agent, facts, scratch, blob
+        )
     if step.kind == "env":
         house = files.wheelhouse()
         wheels = [{"file": name, "sha256": blob(house / name)} for name in step.values["kernels"]]
         if offline:
             lock = stock.locks[facts.platform, step.values["version"]]
-            folder = environment.download(lock, platform)
+            folder = environment.download(lock, stock.nodes, platform)
             wheels += [{"file": path.name, "sha256": blob(path)} for path in sorted(folder.glob("*.whl"))]
         return {"tool": stock.uv, "wheels": wheels, "offline": offline}
     return {}
 
 
-def _pack_app(agent: Agent, facts: Facts, stock: Shelf, scratch: Path, blob: Callable[[Path], str]) -> dict[str, Any]:
-    """ComfyUI's tree: an archive of the files that no part on the host holds, and where the others lie there."""
-    tree = source.fetch(stock.application)
+def _pack_tree(
+    kind: str, tree: Path, agent: Agent, facts: Facts, scratch: Path, blob: Callable[[Path], str]
+) -> dict[str, Any]:
+    """A tree: an archive of the files that no release there has for the same `kind`, and where the others lie."""
     wanted = {
         str(path.relative_to(tree)): files.sha256(path) + ("x" if path.stat().st_mode & 0o100 else "")
         for path in sorted(tree.rglob("*"))
         if path.is_file()
     }
-    there = [name for name, fault in facts.parts.items() if name.startswith("app-") and not fault]
+    used = {each["parts"].get(kind) for each in facts.releases}
+    there = sorted(name for name, fault in facts.parts.items() if name in used and not fault)
     held: dict[str, str] = {}
     for part, listed in agent.call("contents", parts=there).items() if there else ():
         held |= {digest: f"{part}/{name}" for name, digest in listed.items()}
     reuse = {name: held[digest] for name, digest in wanted.items() if digest in held}
-    archive = scratch / "app.tar.gz"
+    archive = scratch / f"{tree.name}.tar.gz"
     with (
         archive.open("wb") as raw,
         gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,

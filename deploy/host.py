@@ -35,7 +35,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Flags, environment and limits for a kind of machine.
 
     `arch` is the compute capability that `kernels` are built for; `cuda` makes the health gate ask for a CUDA
-    device; `start_seconds` is how long the gate waits for an answer.
+    device; `start_seconds` is how long the gate waits for an answer. `nodes` are sets and names of `nodes.toml`.
     """
 
     summary: str
@@ -45,6 +45,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     arch: str = ""
     cuda: bool = False
     kernels: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
     flags: dict[str, Setting] = {}
     env: dict[str, Setting] = {}
     device_policy: Literal["closed", "auto"] = "closed"
@@ -60,6 +61,7 @@ class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     arch: str | None = None
     cuda: bool | None = None
     kernels: tuple[str, ...] | None = None
+    nodes: tuple[str, ...] | None = None
     flags: dict[str, Setting] = {}
     env: dict[str, Setting] = {}
     device_policy: Literal["closed", "auto"] | None = None

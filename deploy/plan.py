@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from deploy.environment import Lock
     from deploy.facts import Facts
     from deploy.host import Target
+    from deploy.nodes import Node
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Shelf:
-    """What the client can give: ComfyUI with its flags, the locked lists by platform and Python, wheels, uv."""
+    """What the client can give: ComfyUI with its flags, nodes, the locked lists by platform and Python, wheels, uv."""
 
     application: Application
     flags: Mapping[str, Flag]
     locks: Mapping[tuple[str, str], Lock]
     wheels: Sequence[Manifest]
     uv: str
+    nodes: Mapping[str, Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
         interpreter=facts.pythons[python],
         wheels=tuple(wheels),
         uv=shelf.uv,
+        nodes=shelf.nodes,
     )
     return choice, found
 
@@ -263,7 +266,7 @@ def _steps(
         steps.append(_release_step(wanted, "so that it can be returned to"))
     elif facts.release(wanted["id"]) != wanted or wanted["id"] in facts.altered:
         steps.append(_release_step(wanted, "its manifest, unit or links were changed"))
-    replaced = any(step.kind in ("app", "env", "release") for step in steps) or not facts.service.linked
+    replaced = any(step.kind in ("app", "env", "node", "release") for step in steps) or not facts.service.linked
     if facts.current != wanted["id"] or replaced:
         title = "import torch and the kernels in the new environment"
         steps.append(Step("preflight", title, "before anything is stopped", "nothing", {"release": wanted["id"]}))
@@ -276,7 +279,7 @@ def _steps(
         missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
         steps.append(Step("serve", title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
-    made = any(step.kind in ("app", "env", "release", "cut-over") for step in steps)
+    made = any(step.kind in ("app", "env", "node", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
 
@@ -303,7 +306,19 @@ def _part_steps(facts: Facts, choice: releases.Choice) -> list[Step]:
         if kind == "env":
             files = [wheel.file for wheel in choice.wheels]
             values |= {"requirements": choice.requirements, "kernels": files, "version": choice.python}
+        else:
+            values |= {"writable": list(choice.application.writable), "keeps": "comfyui"}
         steps.append(Step(kind, f"make {part}: {label}", why, "pruned when no release names it", values))
+    for name, part in choice.node_parts.items():
+        if _holds(facts, part):
+            continue
+        fault, node = facts.parts.get(part, ""), choice.nodes[name]
+        why = f"{part} is damaged: {fault}" if fault else "the host lacks it"
+        values = {"part": part, "python": choice.interpreter, "node": name}
+        values |= {"writable": list(node.writable), "keeps": f"nodes/{name}"}
+        values |= {"install": choice.env_part if node.install else ""}
+        title = f"make {part}: node {name} {node.commit[:9]}"
+        steps.append(Step("node", title, why, "pruned when no release names it", values))
     return steps
 
 

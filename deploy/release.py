@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 from dataclasses import dataclass
+from functools import cached_property
 from string import Template
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from deploy.application import Application
     from deploy.environment import Lock
     from deploy.host import Target
+    from deploy.nodes import Node
 
-LAYOUT = 2
+LAYOUT = 3
 """Raised when the agent makes parts or releases another way: what is there is then not what is wanted."""
 
 # The flag that chooses an attention, and what ComfyUI logs when it is used (comfy/ldm/modules/attention.py).
@@ -44,23 +46,37 @@ class Choice:
     interpreter: str
     wheels: tuple[Manifest, ...]
     uv: str
+    nodes: Mapping[str, Node]
 
     @property
     def app_part(self) -> str:
         """The part that holds ComfyUI's tree."""
-        return f"app-{_digest([LAYOUT, self.application.tree])}"
+        return f"app-{_digest([LAYOUT, self.application.tree, self.application.writable])}"
 
     @property
     def env_part(self) -> str:
         """The part that holds the virtual environment."""
         wheels = sorted(wheel.sha256 for wheel in self.wheels)
-        return f"env-{_digest([LAYOUT, self.lock.text, self.interpreter, wheels, self.uv])}"
+        return f"env-{_digest([LAYOUT, self._locked, self.interpreter, wheels, self.uv])}"
+
+    @property
+    def node_parts(self) -> dict[str, str]:
+        """The parts that hold the nodes' trees, by the node's name."""
+        return {
+            # what an install.py does depends on the environment that runs it
+            name: f"node-{_digest([LAYOUT, name, node.tree, node.writable, node.install and self.env_part])}"
+            for name, node in self.nodes.items()
+        }
+
+    @cached_property
+    def _locked(self) -> str:
+        return self.lock.select(self.nodes)
 
     @property
     def requirements(self) -> str:
-        """The locked list with the kernel wheels, each by its hash."""
+        """The locked list, as far as it is needed, with the kernel wheels, each by its hash."""
         lines = [f"{wheel.kernel}=={wheel.version} --hash=sha256:{wheel.sha256}" for wheel in self.wheels]
-        return self.lock.text + "".join(f"{line}\n" for line in lines)
+        return self._locked + "".join(f"{line}\n" for line in lines)
 
 
 def _digest(value: object) -> str:
@@ -77,7 +93,12 @@ def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
         "python": choice.python,
         "platform": choice.lock.platform,
         "profile": target.profile_name,
-        "parts": {"app": choice.app_part, "env": choice.env_part},
+        "parts": {
+            "app": choice.app_part,
+            "env": choice.env_part,
+            **{f"custom_nodes/{name}": part for name, part in choice.node_parts.items()},
+        },
+        "nodes": {name: {"url": node.url, "commit": node.commit} for name, node in choice.nodes.items()},
         "kernels": {wheel.kernel: wheel.version for wheel in choice.wheels},
         "gate": {
             "seconds": profile.start_seconds,
@@ -85,6 +106,7 @@ def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
             "torch": target.stack.torch,
             "cuda": profile.cuda,
             "attention": next((log for flag, log in ATTENTION.items() if flag in target.flags), ""),
+            "required": [name for name, node in choice.nodes.items() if node.required],
             "imports": [name for wheel in choice.wheels for name in IMPORTS.get(wheel.kernel, ())],
         },
     }
@@ -102,6 +124,14 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     place, data = f"{prefix}/releases/{release}", f"{prefix}/data"
     argv = [f"{place}/env/bin/python", f"{place}/app/main.py", "--base-directory", data]
     argv += ["--database-url", f"sqlite:///{data}/user/comfyui.db", "--disable-auto-launch"]
+    files: dict[str, str] = {}
+    links: dict[str, str] = {}
+    if choice.nodes:
+        # Some nodes look for ComfyUI's folders two levels above themselves.
+        links = {name: f"{data}/{name}" for name in ("models", "input", "output", "temp", "user")}
+        links["web"] = f"{data}/comfyui/web"
+        files["paths.yaml"] = f"hearth:\n  custom_nodes: {json.dumps(f'{place}/custom_nodes')}\n"  # JSON is YAML
+        argv += ["--extra-model-paths-config", f"{place}/paths.yaml"]
     argv += ["--listen", target.host.listen, "--port", str(target.host.port)]
     argv += [word for flag, value in target.flags.items() for word in (flag, *value.split())]
     environment = {
@@ -112,12 +142,15 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
         "PYTHONUNBUFFERED": "1",  # the log shows a line when it is written
         "PYTHONDONTWRITEBYTECODE": "1",  # the code is read-only
         "PYTHONNOUSERSITE": "1",  # nothing but the release's own packages
+        "PIP_NO_INDEX": "1",  # nothing is installed at start: the lock is all that runs
+        "UV_OFFLINE": "1",
+        "GIT_PYTHON_REFRESH": "quiet",  # GitPython is imported by nodes that need no git, and would stop without one
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         **target.env,
     }
-    unit = _unit(choice, argv, environment, data, release)
-    return {"code": f"{place}/app", "argv": argv, "environment": environment, "unit": unit}
+    files[f"{target.host.service}.service"] = _unit(choice, argv, environment, data, release)
+    return {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
 
 
 def _unit(choice: Choice, argv: Sequence[str], environment: Mapping[str, str], data: str, release: str) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from deploy.facts import Facts
     from deploy.flow import Outcome
+    from deploy.nodes import Catalogue
 
 
 def outcomes(results: Sequence[Outcome], *, as_json: bool, dry_run: bool) -> None:
@@ -49,6 +50,20 @@ def releases(facts: Facts, *, as_json: bool) -> None:
         stack = f"{each['stack']}, torch {each['torch']}"
         rows.append((each["id"], each["version"], stack, each["python"], kernels, mark, bad or "whole"))
     console.table(("release", "ComfyUI", "stack", "Python", "kernels", "", "parts"), rows)
+
+
+def nodes(catalogue: Catalogue, *, as_json: bool) -> None:
+    """Known nodes with the sets that they are in, and those left out."""
+    if as_json:
+        console.data_json(msgspec.to_builtins(catalogue))
+        return
+    rows = []
+    for name, node in catalogue.nodes.items():
+        sets = ", ".join(each for each, members in catalogue.sets.items() if name in members)
+        rows.append((name, node.commit[:9], sets or "-", "required" if node.required else "", node.why))
+    console.table(("node", "commit", "sets", "", "why"), rows)
+    for name, reason in catalogue.left_out.items():
+        console.data(f"left out: {name}: {reason}")
 
 
 def history(lines: Sequence[dict[str, Any]], *, as_json: bool) -> None:

@@ -36,7 +36,7 @@ FRESH = Facts(
     gpus=(Gpu("GB10", "12.1", None, True),), driver="580.95", memory=10**11, cores=20, login="d", root=True,
     prefix="/opt/comfyui", writable=True, disk_free=10**11, inodes_free=10**6, mounts={}, port_holder={}, user=False,
     members=(), manager="systemd-system", lingers=True, current="", current_fault={}, releases=(), altered=(),
-    proven=(), parts={}, data=False, service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
+    proven=(), failed_nodes={}, parts={}, data=False, service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
 )  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def test_going_back_needs_whole_parts() -> None:
 
 
 def test_the_unit_names_its_release_and_hides_nothing_it_needs() -> None:
-    unit = settled().releases[0]["unit"]
+    unit = settled().releases[0]["files"]["comfyui.service"]
     name = settled().current
     assert f"ExecStart=/opt/comfyui/releases/{name}/env/bin/python /opt/comfyui/releases/{name}/app/main.py" in unit
     assert "current" not in unit.partition("[Service]")[2].replace("$current", "")

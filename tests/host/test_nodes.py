@@ -1,0 +1,140 @@
+"""Custom nodes on a real host: real git repositories, the real ComfyUI that imports them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from core import files, source
+from deploy import environment, nodes
+from deploy.application import application
+from tests.host.fleet import Fleet
+
+pytestmark = pytest.mark.host
+
+GOOD = """\
+import json, pathlib
+place = pathlib.Path(__file__).parent
+with open(place / "count.json", "w") as file:
+    json.dump({"started": True}, file)
+(place / "presets" / "own.txt").write_text("mine")
+NODE_CLASS_MAPPINGS = {}
+for name in WHICH:
+    NODE_CLASS_MAPPINGS[name] = type(name, (), {
+        "INPUT_TYPES": classmethod(lambda cls: {"required": {}}), "RETURN_TYPES": (),
+        "FUNCTION": "run", "CATEGORY": "test",
+    })
+"""
+
+
+@dataclass
+class Garden:
+    """A folder with an app.toml, a nodes.toml and locks, and the repositories that the nodes come from."""
+
+    folder: Path
+    fleet: Fleet
+
+    def commit(self, name: str, code: str) -> str:
+        """A commit with this code in the node's repository; the table that pins it."""
+        place = self.folder / "upstream" / name
+        (place / "presets").mkdir(parents=True, exist_ok=True)
+        (place / "__init__.py").write_text(code)
+        (place / "presets/shipped.txt").write_text("as it came")
+        (place / "requirements.txt").write_text("torch==1.0\npackaging\n")
+        git = ["git", "-C", str(place), "-c", "user.name=a", "-c", "user.email=a@b"]
+        for words in (["init", "--quiet"], ["add", "-A"], ["commit", "--quiet", "-m", "one"]):
+            subprocess.run([*git, *words], check=True)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        names = [str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()]
+        tree = files.tree_hash(place, [each for each in names if not each.startswith(".git/")])
+        return (
+            f'[nodes.{name}]\nurl = "file://{place}"\ncommit = "{head}"\ntree = "{tree}"\nwhy = "a test"\n'
+            'writable = ["count.json", "presets/"]\n'
+        )
+
+    def write(self, *tables: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """List these nodes; the locks are the recipe's, which hold all that they ask for, marked as theirs."""
+        (self.folder / "nodes.toml").write_text("\n".join(tables))
+        monkeypatch.setenv("HEARTH_APP", str(self.folder))
+        marked = f"and nodes {environment.nodes_hash(nodes.catalogue())};"
+        (self.folder / "locks").mkdir(exist_ok=True)
+        for path in (files.CHECKOUT / "recipes/comfyui/locks").glob("*.txt"):
+            text = re.sub(r"and nodes \w+;", marked, path.read_text(), count=1)
+            (self.folder / "locks" / path.name).write_text(text)
+
+    def deploy(self, *wanted: str) -> subprocess.CompletedProcess[str]:
+        self.fleet.configure(f"[hosts.spark.override]\nnodes = {json.dumps(wanted)}\n")
+        return self.fleet.deploy(HEARTH_APP=str(self.folder))
+
+
+@pytest.fixture
+def garden(steady: Fleet, tmp_path: Path) -> Iterator[Garden]:
+    folder = tmp_path / "garden"
+    folder.mkdir()
+    text = (files.CHECKOUT / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
+    text = re.sub(r"paths = \[.*?\]\n", "", text, flags=re.DOTALL)
+    (folder / "app.toml").write_text(f'{text}[[source]]\nfolder = "src"\n')
+    (folder / "src").symlink_to(source.fetch(application()))
+    yield Garden(folder, steady)
+    steady.machine.run("rm -rf /opt/comfyui/data/nodes")
+
+
+def test_nodes_are_read_only_parts_with_writable_corners(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = garden.fleet
+    first = garden.commit("good", GOOD.replace("WHICH", '("HearthOne", "HearthTwo")'))
+    bad = garden.commit("bad", "import nothing_like_this\n")
+    garden.write(first, bad, monkeypatch=monkeypatch)
+    done = garden.deploy("good", "bad")
+    assert done.returncode == 0, done.stderr
+    assert "node bad cannot be imported: No module named 'nothing_like_this'" in done.stderr
+    assert "HearthOne" in fleet.ask("/object_info")
+    kept = fleet.prefix / "data/nodes/good"
+    assert json.loads((kept / "count.json").read_text()) == {"started": True}
+    assert {path.name for path in (kept / "presets").iterdir()} == {"shipped.txt", "own.txt"}
+    place = "/opt/comfyui/current/custom_nodes/good"
+    assert "no" in fleet.machine.run(f"runuser -u comfyui -- touch {place}/new 2>/dev/null || echo no")
+    facts = json.loads(fleet.inv("facts", "--host", "spark", "--json").stdout)
+    assert facts["failed_nodes"] == {"bad": "No module named 'nothing_like_this'"}
+
+    (kept / "presets/shipped.txt").write_text("edited by its user")
+    second = garden.commit("good", GOOD.replace("WHICH", '("HearthOne", "HearthThree")'))
+    garden.write(second, bad, monkeypatch=monkeypatch)
+    done = garden.deploy("good", "bad")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("fetching") == 1  # one node was changed
+    assert len(re.findall(r"-> make node-", done.stderr)) == 1
+    assert "node types that are gone: HearthTwo" in done.stderr
+    assert (kept / "presets/shipped.txt").read_text() == "edited by its user"
+
+    release = fleet.current()
+    required = bad.replace('why = "a test"', 'why = "a test"\nrequired = true')
+    garden.write(second, required, monkeypatch=monkeypatch)
+    refused = garden.deploy("good", "bad")
+    assert refused.returncode == 66, refused.stderr
+    assert "node bad cannot be imported, and is required" in refused.stderr
+    assert fleet.current() == release
+
+
+def test_nodes_that_were_not_resolved_are_refused(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = garden.commit("good", GOOD.replace("WHICH", '("HearthOne",)'))
+    garden.write(first, monkeypatch=monkeypatch)
+    (garden.folder / "nodes.toml").write_text(garden.commit("good", "NODE_CLASS_MAPPINGS = {}\n"))
+    done = garden.deploy("good")
+    assert done.returncode == 26, done.stderr
+    assert "inv lock" in done.stderr
+
+
+def test_a_node_that_is_not_what_it_was_is_refused(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = garden.commit("good", GOOD.replace("WHICH", '("HearthOne",)'))
+    garden.write(re.sub('tree = "[0-9a-f]+"', f'tree = "{"0" * 64}"', table), monkeypatch=monkeypatch)
+    altered = garden.deploy("good")
+    garden.write(table.replace(str(garden.folder / "upstream/good"), "/nowhere/at/all"), monkeypatch=monkeypatch)
+    gone = garden.deploy("good")
+    assert (altered.returncode, gone.returncode) == (30, 31), altered.stderr + gone.stderr
+    assert "is not what the recipe pins" in altered.stderr

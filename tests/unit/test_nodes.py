@@ -1,0 +1,152 @@
+"""Custom nodes as data: what is refused, what is chosen, and which packages a choice of nodes reaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from core.errors import ConfigError, HearthError, UnknownNameError
+from deploy import environment, nodes
+
+NODE = 'url = "https://example.org/{name}"\ncommit = "' + "a" * 40 + '"\ntree = "t"\nwhy = "a test"\n'
+
+
+def node(name: str, more: str = "") -> str:
+    return f"[nodes.{name}]\n{NODE.format(name=name)}{more}\n"
+
+
+@pytest.fixture
+def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HEARTH_APP", str(tmp_path))
+    return tmp_path / "nodes.toml"
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        (node("up").replace("nodes.up", 'nodes."../up"'), ConfigError, "cannot be a node's name"),
+        (node("a").replace("a" * 40, "main"), ConfigError, "not a whole commit"),
+        (node("a").replace("https://example.org/a", "/tmp/a"), ConfigError, "no address"),
+        (node("a", 'writable = ["../../etc"]'), ConfigError, "not below the node"),
+        (node("a", 'writable = ["/etc"]'), ConfigError, "not below the node"),
+        (node("a") + node("b").replace("example.org/b", "example.org/A.git"), ConfigError, "are the same node"),
+        (node("a") + node("A").replace("example.org/A", "example.org/b"), ConfigError, "are the same node"),
+        (node("a", 'requires = ["b"]') + node("b", 'requires = ["a"]'), ConfigError, "a -> b -> a"),
+        (node("a", 'requires = ["c"]') + node("b"), UnknownNameError, "requires 'c'"),
+        (node("a") + '[sets]\nmine = ["aa"]', UnknownNameError, "set mine names 'aa'"),
+        (node("a", 'whi = "x"'), ConfigError, "whi"),
+        ("nodes = [", ConfigError, "is not TOML"),
+    ],
+)
+def test_what_is_wrong_is_refused(listed: Path, text: str, error: type[HearthError], said: str) -> None:
+    listed.write_text(text)
+    with pytest.raises(error) as raised:
+        nodes.catalogue()
+    assert said in str(raised.value)
+
+
+def test_sets_nodes_and_what_they_require_are_chosen(listed: Path) -> None:
+    text = node("a", 'requires = ["c"]') + node("b") + node("c") + '[sets]\nmine = ["a"]\n[left-out]\nd = "it is bad"\n'
+    listed.write_text(text)
+    found = nodes.catalogue()
+    assert list(nodes.choose(found, ["mine"])) == ["a", "c"]
+    assert list(nodes.choose(found, ["b", "mine"])) == ["a", "b", "c"]
+    assert nodes.choose(found, []) == {}
+    with pytest.raises(UnknownNameError, match="perhaps you meant 'mine'"):
+        nodes.choose(found, ["mines"])
+    with pytest.raises(ConfigError, match="it is bad"):
+        nodes.choose(found, ["d"])
+
+
+def test_the_known_nodes_load_and_each_set_can_be_chosen() -> None:
+    found = nodes.catalogue()
+    assert found.nodes
+    for name in found.sets:
+        assert nodes.choose(found, [name])
+    assert all(each.why for each in found.nodes.values())
+    assert all(each.why for each in found.override.values())
+
+
+LISTED = """\
+# Compiled
+base==1 \\
+    --hash=sha256:aa
+    # via -r comfyui.txt
+deep-one==2 \\
+    --hash=sha256:bb \\
+    --hash=sha256:cc
+    # via
+    #   only-a
+    #   other
+only-a==3 \\
+    --hash=sha256:dd
+    # via -r a.node.txt
+other==4 \\
+    --hash=sha256:ee
+    # via
+    #   -r b.node.txt
+torch==5 \\
+    --hash=sha256:ff
+    # via
+    #   -r hearth.txt
+    #   only-a
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ([], ["base==1", "torch==5"]),
+        (["a"], ["base==1", "deep-one==2", "only-a==3", "torch==5"]),
+        (["b"], ["base==1", "deep-one==2", "other==4", "torch==5"]),
+    ],
+)
+def test_a_host_gets_the_packages_that_its_nodes_reach(chosen: list[str], expected: list[str]) -> None:
+    text = environment.Lock("cu130", "linux_x86_64", "3.12", LISTED).select(chosen)
+    assert [line.split()[0] for line in text.splitlines() if "==" in line] == expected
+    assert ("sha256:bb" in text) == ("deep-one==2" in expected)
+    assert "via" not in text
+
+
+def asked(tmp_path: Path, lines: str, override: dict[str, nodes.Override] | None = None) -> list[str]:
+    (tmp_path / "requirements.txt").write_text(lines)
+    return environment._pinnable("a", tmp_path, nodes.Catalogue(override=override or {}))
+
+
+def test_a_nodes_torch_is_the_stacks_and_its_namesakes_stay(tmp_path: Path) -> None:
+    text = "torch==2.1\nTorchVision\ntorchsde # a comment\ntorchmetrics>1\n# nothing\n\nnumpy<2"
+    assert asked(tmp_path, text) == ["torchsde", "torchmetrics>1", "numpy<2"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "git+https://example.org/x/thing.git",
+        "git+https://example.org/x/thing.git@main#egg=thing",
+        "thing @ https://example.org/thing-1.0.zip",
+        "thing @ git+https://example.org/x/thing",
+    ],
+)
+def test_what_no_hash_pins_is_refused_unless_decided_otherwise(tmp_path: Path, line: str) -> None:
+    with pytest.raises(ConfigError, match="which no hash pins"):
+        asked(tmp_path, line)
+    assert asked(tmp_path, line, {"thing": nodes.Override(why="")}) == []
+    assert asked(tmp_path, line, {"thing": nodes.Override(why="", requirement="thing==1")}) == ["thing==1"]
+
+
+def test_an_address_with_its_hash_is_kept(tmp_path: Path) -> None:
+    line = "thing @ https://example.org/thing-1.0-py3-none-any.whl#sha256=" + "0" * 64
+    assert asked(tmp_path, line) == [line]
+
+
+def test_what_is_no_requirement_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no requirement"):
+        asked(tmp_path, "--extra-index-url https://example.org")
+
+
+def test_without_a_list_the_projects_dependencies_count(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["lark>=1"]\n')
+    assert nodes.requirements(tmp_path) == ["lark>=1"]
+    (tmp_path / "pyproject.toml").write_text("[project\n")
+    assert nodes.requirements(tmp_path) == []
