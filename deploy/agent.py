@@ -406,15 +406,15 @@ def facts(site: Site, ask: Json) -> Json:
 
 
 def altered(site: Site, manifest: Json) -> bool:
-    """Whether a release's files or links are not those of its manifest any more."""
+    """Whether a release's files or links are not those of its manifest any more; an older Hearth's may name none."""
     place = site.releases / manifest["id"]
     try:
         links = {kind: (place / kind).readlink().name for kind in manifest["parts"]}
-        links |= {name: str((place / name).readlink()) for name in manifest["links"]}
-        files = {name: (place / name).read_text() for name in manifest["files"]}
+        links |= {name: str((place / name).readlink()) for name in manifest.get("links", {})}
+        files = {name: (place / name).read_text() for name in manifest.get("files", {})}
     except OSError:
         return True
-    return (links, files) != (manifest["parts"] | manifest["links"], manifest["files"])
+    return (links, files) != (manifest["parts"] | manifest.get("links", {}), manifest.get("files", {}))
 
 
 _NO_SERVICE = {
@@ -885,7 +885,7 @@ def gate(site: Site, manager: Manager, release: Json, note: Callable[[str], None
             raise Fault("gate", f"{what} is not the release's", f"found {found}, wanted {expected}")
     if wanted["cuda"] and "cuda" not in kinds:
         raise Fault("gate", "ComfyUI sees no CUDA device", f"it runs on {', '.join(kinds)}", "inv facts shows the GPUs")
-    lines = _output(site, manager, "Import times for custom nodes:" if release["nodes"] else "")
+    lines = _output(site, manager, "Import times for custom nodes:" if release.get("nodes") else "")
     if wanted["attention"]:
         used = next((line.strip() for line in lines if re.search(r"Using .* attention", line)), "nothing it logged")
         if wanted["attention"].lower() not in used.lower():
@@ -893,7 +893,7 @@ def gate(site: Site, manager: Manager, release: Json, note: Callable[[str], None
         note(f"attention: {wanted['attention']}")
     failed = _failed_nodes(lines)
     for name, reason in failed.items():
-        if name in wanted["required"]:
+        if name in wanted.get("required", ()):
             raise Fault("gate", f"node {name} cannot be imported, and is required", reason)
         note(f"node {name} cannot be imported: {reason}")
     _picture(site, note)
@@ -1109,7 +1109,7 @@ def own(root: Path, user: int, group: int) -> None:
     for path in (root, *root.rglob("*")):
         if not path.is_symlink():
             os.chown(path, user, group)
-            path.chmod(0o2775 if path.is_dir() else 0o664)
+            path.chmod(0o2775 if path.is_dir() else 0o775 if os.access(path, os.X_OK) else 0o664)
 
 
 def _install(site: Site, step: Json, place: Path) -> None:
