@@ -149,10 +149,10 @@ def rollback(name: str, to: str, options: Options, *, dry_run: bool = False, ask
     with connection.connect(target, ask_sudo) as agent:
         facts = look(agent, target)
         others = [each for each in facts.proven if each != facts.current]
-        if to and to not in others:
-            raise UnknownNameError(f"{target.name} keeps no release {to!r} to go back to", hint=near(to, others))
         if not others:
             raise UnknownNameError(f"{target.name} keeps no other release", hint=f"inv releases --host {target.name}")
+        if to and to not in others:
+            raise UnknownNameError(f"{target.name} keeps no release {to!r} to go back to", hint=near(to, others))
         planned = plan.back(target, facts, to or others[0], options)
         _refuse(planned, target)
         show(planned)
