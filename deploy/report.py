@@ -81,6 +81,7 @@ def facts(found: Facts, *, as_json: bool) -> None:
         console.data_json(msgspec.to_builtins(found))
         return
     gpus = [f"{gpu.name} ({gpu.capability})" for gpu in found.gpus]
+    bad = [f"{name}: {fault}" for name, fault in found.parts.items() if fault]
     rows = [
         ("host", found.hostname),
         ("system", f"{found.os}, {found.machine}, kernel {found.kernel}, glibc {found.glibc}"),
@@ -95,7 +96,8 @@ def facts(found: Facts, *, as_json: bool) -> None:
         ("services by", found.manager),
         ("release", found.current or "none"),
         ("service", found.service.state + (f" since {found.service.since}" if found.service.since else "")),
-        ("parts", ", ".join(f"{name} ({fault or 'whole'})" for name, fault in found.parts.items()) or "none"),
+        ("parts", "; ".join([f"{len(found.parts) - len(bad)} whole", *bad])),
+        ("failed nodes", "; ".join(f"{name}: {why}" for name, why in found.failed_nodes.items()) or "none"),
         ("under way", f"{found.busy['action']} by {found.busy['who']}" if found.busy else "nothing"),
     ]
     console.table(("", ""), rows)
