@@ -209,13 +209,63 @@ def deploy(
     return 2 if dry_run and any(result.changed for result in results) else 0
 
 
-@command()
-def nodes(_: Context, json: bool = False) -> None:
+@command(name="list", default=True)
+def nodes_list(_: Context, json: bool = False) -> None:
     """List the custom nodes that Hearth knows, and those left out with the reason."""
-    from deploy import nodes as known
-    from deploy import report
+    from deploy import nodes, report
 
-    report.nodes(known.catalogue(), as_json=json)
+    report.nodes(nodes.catalogue(), as_json=json)
+
+
+@command(
+    name="add",
+    positional=["address"],
+    help={"address": "a repository, or URL@REV: a branch, tag or commit of it", "why": "what the node is for"},
+)
+def nodes_add(_: Context, address: str, why: str = "") -> None:
+    """Pin a custom node and list it."""
+    from deploy import curate
+
+    console.say(f"{curate.add(address, why)} is listed; inv lock resolves what it needs")
+
+
+@command(name="remove", positional=["name"], help={"name": "a node's name"})
+def nodes_remove(_: Context, name: str) -> None:
+    """Take a custom node off the list."""
+    from deploy import curate
+
+    curate.remove(name)
+    console.say(f"{name} is not listed any more; inv lock renews the locks")
+
+
+@command(name="update", iterable=["name"], help={"name": "only this node, may be given several times (default: all)"})
+def nodes_update(_: Context, name: list[str], dry_run: bool = False, json: bool = False) -> int:
+    """Pin the latest commits, and show what they bring: commits, requirements, files that run at import."""
+    from deploy import curate, report
+
+    changes = curate.update(name, dry_run=dry_run)
+    report.changes(changes, as_json=json)
+    return 2 if dry_run and changes else 0
+
+
+@command(name="outdated")
+def nodes_outdated(_: Context, json: bool = False) -> None:
+    """List the custom nodes whose upstream has another latest commit."""
+    from deploy import curate, nodes, report
+
+    report.outdated(curate.outdated(nodes.catalogue()), as_json=json)
+
+
+@command(name="search", positional=["workflow"], help={"workflow": "a workflow's file, as saved or exported"})
+def nodes_search(_: Context, workflow: str, json: bool = False) -> int:
+    """Say which of the known custom nodes a workflow needs; exit code 1 when some type has none."""
+    from pathlib import Path
+
+    from deploy import curate, report
+
+    found = curate.search(Path(workflow))
+    report.providers(found, as_json=json)
+    return int(any(not names for names in found.values()))
 
 
 @command(help={"to": "the release to return to (default: the one that served last)"})
@@ -295,6 +345,6 @@ ns = Collection(
     facts,
     hosts,
     attach,
-    nodes,
     lock,
 )
+ns.add_collection(Collection("nodes", nodes_list, nodes_add, nodes_remove, nodes_update, nodes_outdated, nodes_search))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,6 +111,25 @@ def fetch(recipe: Pinned) -> Path:
         cause="\n         ".join(failures),
         hint="check the network (and git's url.<mirror>.insteadOf, if you use one), then run the same command",
     )
+
+
+def pin(recipe: Pinned) -> Pinned:
+    """The recipe with the hash of what its source holds now; the tree is in the cache then. For new pins only."""
+    (source,) = recipe.source
+    with tempfile.TemporaryDirectory(prefix=".pin-", dir=_made(files.cache() / "sources")) as folder:
+        place = Path(folder) / "tree"
+        place.mkdir()
+        console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
+        _fetch_git(source, recipe, place)
+        pinned = msgspec.structs.replace(recipe, tree=files.tree_hash(place))
+        with files.whole(_place(pinned)) as part:
+            shutil.copytree(place, part, dirs_exist_ok=True, symlinks=True)
+    return pinned
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _check(recipe: Pinned, source: Source, tree: Path) -> None:

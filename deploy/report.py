@@ -10,8 +10,9 @@ from core import console
 from deploy import host as hosts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from deploy.curate import Change
     from deploy.facts import Facts
     from deploy.flow import Outcome
     from deploy.nodes import Catalogue
@@ -64,6 +65,43 @@ def nodes(catalogue: Catalogue, *, as_json: bool) -> None:
     console.table(("node", "commit", "sets", "", "why"), rows)
     for name, reason in catalogue.left_out.items():
         console.data(f"left out: {name}: {reason}")
+
+
+def changes(found: Sequence[Change], *, as_json: bool) -> None:
+    """What updates of nodes bring."""
+    if as_json:
+        console.data_json([msgspec.to_builtins(each) for each in found])
+        return
+    if not found:
+        console.say("every node is at its latest commit")
+    for each in found:
+        console.data(f"{each.name} {each.old[:9]} -> {each.new[:9]}")
+        console.data("\n".join(f"    {line}" for line in each.commits))
+        for title, lines in (("requirements", each.requirements), ("changed files that run at import", each.imported)):
+            if lines:
+                console.data(f"  {title}:\n" + "\n".join(f"    {line}" for line in lines))
+
+
+def outdated(found: Mapping[str, tuple[str, str]], *, as_json: bool) -> None:
+    """Nodes whose upstream has another commit."""
+    if as_json:
+        console.data_json({name: {"pinned": old, "latest": new} for name, (old, new) in found.items()})
+    elif found:
+        console.table(("node", "pinned", "latest"), [(name, old[:9], new[:9]) for name, (old, new) in found.items()])
+    else:
+        console.say("every node is at its latest commit")
+
+
+def providers(found: Mapping[str, Sequence[str]], *, as_json: bool) -> None:
+    """Which known nodes name the types of a workflow."""
+    if as_json:
+        console.data_json(dict(found))
+    elif found:
+        console.table(
+            ("node type", "in"), [(each, ", ".join(names) or "no known node") for each, names in found.items()]
+        )
+    else:
+        console.say("ComfyUI has every node of it")
 
 
 def history(lines: Sequence[dict[str, Any]], *, as_json: bool) -> None:

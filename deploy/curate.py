@@ -1,0 +1,255 @@
+"""Changes to the list of custom nodes: what upstream has, what an update would bring, who provides a node type."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import re
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import tomlkit
+
+from core import files, shell, source
+from core.errors import ConfigError, SourceUnreachableError, UnknownNameError, UsageError, near
+from deploy import nodes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from deploy.nodes import Catalogue, Node
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an update of a node brings: commits (the latest first), requirements and files of its start that differ."""
+
+    name: str
+    old: str
+    new: str
+    commits: tuple[str, ...]
+    requirements: tuple[str, ...]
+    imported: tuple[str, ...]
+
+
+def add(address: str, why: str) -> str:
+    """Pin a node's latest commit, or the one of `URL@REV`, and list it; returns its name.
+
+    Raises UsageError, ConfigError when it is listed already, and what reaching its upstream raises.
+    """
+    if not why:
+        raise UsageError("a node is listed with its reason", hint='--why "what it is for"')
+    url, _, rev = address.partition("@") if "://" in address else (address, "", "")
+    name = url.rstrip("/").rpartition("/")[2].removesuffix(".git")
+    known = nodes.catalogue()
+    if name in known.nodes:
+        raise ConfigError(f"{name} is listed already", hint="inv nodes.update")
+    commit = newest(url, rev or "HEAD")
+    pinned, date = _pin(name, nodes.Node(url=url, commit=commit, tree="", why=why))
+    document = _document()
+    table = tomlkit.table()
+    table.update({"url": url, "commit": commit, "tree": pinned.tree, "why": why})
+    table["commit"].comment(date)
+    document.setdefault("nodes", tomlkit.table(is_super_table=True))[name] = table
+    _write(document)
+    return name
+
+
+def remove(name: str) -> None:
+    """Take a node off the list and out of all sets; raises UnknownNameError."""
+    known = nodes.catalogue()
+    if name not in known.nodes:
+        raise UnknownNameError(f"there is no node {name!r}", hint=near(name, known.nodes))
+    document = _document()
+    del document["nodes"][name]
+    for members in document.get("sets", {}).values():
+        if name in members:
+            members.remove(name)
+    _write(document)
+
+
+def outdated(known: Catalogue) -> dict[str, tuple[str, str]]:
+    """The nodes whose upstream has another latest commit: pinned and latest, by name."""
+    with ThreadPoolExecutor(max_workers=nodes.PARALLEL) as pool:
+        latest = dict(zip(known.nodes, pool.map(lambda node: newest(node.url), known.nodes.values()), strict=True))
+    return {name: (node.commit, latest[name]) for name, node in known.nodes.items() if node.commit != latest[name]}
+
+
+def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
+    """Pin the latest commits of these nodes (all, when none is named) and say what that brings."""
+    known = nodes.catalogue()
+    for name in names:
+        if name not in known.nodes:
+            raise UnknownNameError(f"there is no node {name!r}", hint=near(name, known.nodes))
+    chosen = {name: known.nodes[name] for name in names} or known.nodes
+    changes: list[Change] = []
+    document = _document()
+    for name, (old, new) in outdated(msgspec.structs.replace(known, nodes=chosen)).items():
+        node = known.nodes[name]
+        before = nodes.fetch({name: node})[name]
+        pinned, date = _pin(name, msgspec.structs.replace(node, commit=new, tree=""))
+        after = source.fetch(pinned)
+        changes.append(_change(name, node.url, (old, new), (before, after)))
+        entry = document["nodes"][name]
+        entry["commit"], entry["tree"] = new, pinned.tree
+        entry["commit"].comment(date)
+    if changes and not dry_run:
+        _write(document)
+    return changes
+
+
+def newest(url: str, rev: str = "HEAD") -> str:
+    """The commit that a branch or tag of a repository is at; raises SourceUnreachableError or UnknownNameError."""
+    if re.fullmatch(r"[0-9a-f]{40}", rev):
+        return rev
+    done = shell.run(["git", "ls-remote", url, rev, f"{rev}^{{}}"], env={"GIT_TERMINAL_PROMPT": "0"}, check=False)
+    if done.returncode:
+        raise SourceUnreachableError(
+            f"{url} does not answer", cause=done.stderr.strip(), hint="check the address and the network"
+        )
+    found = done.stdout.split()
+    if not found:
+        raise UnknownNameError(f"{url} has no {rev!r}", hint="a branch, a tag or a whole commit")
+    return str(found[-2])  # of an annotated tag, the commit comes after it
+
+
+def _pin(name: str, node: Node) -> tuple[source.Pinned, str]:
+    """A node's source with the hash of its tree, which is in the cache then; and the commit's date."""
+    pinned = source.pin(node.pinned(name))
+    with _history(node.url, node.commit) as git:
+        return pinned, shell.run([*git, "log", "-1", "--format=%cs", node.commit]).stdout.strip()
+
+
+@contextmanager
+def _history(url: str, commit: str) -> Iterator[list[str]]:
+    """A repository's commits without their files, for as long as the context lasts: git's words to ask it."""
+    with tempfile.TemporaryDirectory(prefix="hearth-") as place:
+        git = ["git", "-C", place]
+        shell.run([*git, "init", "--quiet", "--bare"])
+        shell.run([*git, "fetch", "--quiet", "--filter=tree:0", url, commit], env={"GIT_TERMINAL_PROMPT": "0"})
+        yield git
+
+
+def _change(name: str, url: str, commits: tuple[str, str], trees: tuple[Path, Path]) -> Change:
+    (old, new), (before, after) = commits, trees
+    with _history(url, new) as git:
+        log = shell.run([*git, "log", "--format=%h %cs %s", "--max-count=30", f"{old}..{new}"], check=False)
+    said = log.stdout.splitlines() if log.returncode == 0 else ["(its history was rewritten)"]
+    lines = difflib.unified_diff(nodes.requirements(before), nodes.requirements(after), lineterm="", n=0)
+    wanted = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+    changed = [
+        name
+        for name in sorted(imported(before) | imported(after))
+        if not ((before / name).exists() and (after / name).exists())
+        or files.sha256(before / name) != files.sha256(after / name)
+    ]
+    return Change(name, old, new, tuple(said), tuple(wanted), tuple(changed))
+
+
+def imported(tree: Path) -> set[str]:
+    """The files that run when ComfyUI imports a node, as far as import statements tell."""
+    found: set[str] = set()
+    pending = [name for name in ("__init__.py", "prestartup_script.py", "install.py") if (tree / name).exists()]
+    while pending:
+        name = pending.pop()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            module = ast.parse((tree / name).read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        for statement in ast.walk(module):
+            pending += [each for each in _targets(statement, Path(name).parent) if (tree / each).is_file()]
+    return found
+
+
+def _targets(statement: ast.AST, folder: Path) -> list[str]:
+    """The files that an import statement in a folder may mean; nodes import their own folder as a package or not."""
+    if isinstance(statement, ast.Import):
+        modules = [alias.name for alias in statement.names]
+        bases = [folder, Path()]
+    elif isinstance(statement, ast.ImportFrom):
+        start = folder
+        for _ in range(statement.level - 1):
+            start = start.parent
+        stem = statement.module or ""
+        modules = [stem, *(f"{stem}.{alias.name}".lstrip(".") for alias in statement.names)]
+        bases = [start] if statement.level else [folder, Path()]
+    else:
+        return []
+    paths = [base / module.replace(".", "/") for base in bases for module in modules]
+    return [str(each) for path in paths for each in (path.with_suffix(".py"), path / "__init__.py")]
+
+
+def search(workflow: Path) -> dict[str, list[str]]:
+    """The node types of a workflow that ComfyUI does not have itself, each with the known nodes that name it.
+
+    Raises ConfigError for a file that is no workflow.
+    """
+    try:
+        content = json.loads(workflow.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{workflow} does not exist") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{workflow} is no JSON: {error}", hint="save the workflow again, or export it") from None
+    types = _types(content)
+    if not types:
+        raise ConfigError(f"{workflow} holds no nodes", hint="a workflow as ComfyUI saves or exports it")
+    from deploy.application import application
+
+    own = _named(source.fetch(application()))
+    known = nodes.catalogue()
+    trees = nodes.fetch(known.nodes)
+    names = {name: _named(tree) for name, tree in trees.items()}
+    return {each: [name for name in names if each in names[name]] for each in sorted(types - own)}
+
+
+def _types(content: Any) -> set[str]:
+    """Node types of a workflow in either form: as the editor saves it, or as the API takes it."""
+    if not isinstance(content, dict):
+        return set()
+    listed = content.get("nodes")
+    if isinstance(listed, list):
+        parts = [content, *(content.get("definitions", {}) or {}).get("subgraphs", [])]
+        inside = {str(part.get("id")) for part in parts[1:]}  # a subgraph's id is a type, too
+        return {str(node.get("type")) for part in parts for node in part.get("nodes", [])} - inside - _EDITORS
+    return {str(node["class_type"]) for node in content.values() if isinstance(node, dict) and "class_type" in node}
+
+
+_EDITORS = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode", "None"}
+"""Types that only the editor knows."""
+
+
+def _named(tree: Path) -> set[str]:
+    """Every string in a tree's Python files: node types are among them, however they are registered."""
+    kept = files.cache() / "strings" / f"{tree.name}.json"
+    if not kept.exists():
+        found: set[str] = set()
+        for path in tree.rglob("*.py"):
+            try:
+                module = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError):
+                continue
+            found |= {
+                node.value
+                for node in ast.walk(module)
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 100
+            }
+        files.write(kept, json.dumps(sorted(found)))
+    return set(json.loads(kept.read_text()))
+
+
+def _document() -> tomlkit.TOMLDocument:
+    path = nodes.catalogue_file()
+    return tomlkit.parse(path.read_text()) if path.exists() else tomlkit.document()
+
+
+def _write(document: tomlkit.TOMLDocument) -> None:
+    files.write(nodes.catalogue_file(), tomlkit.dumps(document))

@@ -1,0 +1,141 @@
+"""The list of nodes is changed from real repositories, and keeps what people wrote into it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from core.errors import ConfigError, HearthError, SourceUnreachableError, UnknownNameError, UsageError
+from deploy import curate, nodes
+
+
+@dataclass
+class Upstream:
+    """A node's repository."""
+
+    place: Path
+
+    @property
+    def url(self) -> str:
+        return f"file://{self.place}"
+
+    def git(self, *words: str) -> str:
+        argv = ["git", "-C", str(self.place), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(self, subject: str, **contents: str) -> str:
+        for name, text in contents.items():
+            (self.place / name.replace("__py", ".py").replace("__txt", ".txt")).write_text(text)
+        self.git("add", "-A")
+        self.git("commit", "--quiet", "-m", subject)
+        return self.git("rev-parse", "HEAD")
+
+
+@pytest.fixture
+def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upstream:
+    app = tmp_path / "app"
+    (app / "src").mkdir(parents=True)
+    (app / "src/nodes.py").write_text('NODE_CLASS_MAPPINGS = {"KSampler": 1}\n')
+    (app / "app.toml").write_text(
+        'name = "comfyui"\nversion = "1"\ntree = ""\nextra = []\n[size]\n[files]\n[[source]]\nfolder = "src"\n'
+    )
+    (app / "nodes.toml").write_text('# mine\n[sets]\nbest = [] # to be filled\n\n[override]\ncmake = { why = "no" }\n')
+    monkeypatch.setenv("HEARTH_APP", str(app))
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
+    one = Upstream(tmp_path / "My-Node")
+    one.place.mkdir()
+    one.git("init", "--quiet", "--initial-branch=main")
+    one.git("config", "uploadpack.allowAnySHA1InWant", "true")  # as GitHub does
+    one.git("config", "uploadpack.allowFilter", "true")
+    one.commit(
+        "first",
+        __init____py="from .types import NODE_CLASS_MAPPINGS\n",
+        types__py='NODE_CLASS_MAPPINGS = {"MyType": object}\n',
+        later__py="",
+        requirements__txt="numpy\n",
+    )
+    one.git("tag", "-a", "v1", "-m", "v1")
+    return one
+
+
+def test_add_update_and_remove(upstream: Upstream) -> None:
+    first = upstream.git("rev-parse", "HEAD")
+    assert curate.add(f"{upstream.url}@v1", "for a test") == "My-Node"
+    node = nodes.catalogue().nodes["My-Node"]
+    assert (node.url, node.commit, node.why) == (upstream.url, first, "for a test")
+    assert (nodes.fetch({"My-Node": node})["My-Node"] / "types.py").exists()
+    with pytest.raises(ConfigError, match="listed already"):
+        curate.add(upstream.url, "again")
+    assert curate.outdated(nodes.catalogue()) == {}
+    assert curate.update([], dry_run=False) == []
+
+    upstream.commit("second", types__py="import os\n", later__py="x = 1\n", requirements__txt="numpy\nscipy\n")
+    third = upstream.commit("third", README__txt="hello")
+    assert curate.outdated(nodes.catalogue()) == {"My-Node": (first, third)}
+    (change,) = curate.update(["My-Node"], dry_run=True)
+    assert [line.partition(" ")[2][11:] for line in change.commits] == ["third", "second"]
+    assert change.requirements == ("+scipy",)
+    assert change.imported == ("types.py",)  # later.py changed as well, and nothing imports it
+    assert nodes.catalogue().nodes["My-Node"] == node
+    curate.update([], dry_run=False)
+    assert nodes.catalogue().nodes["My-Node"].commit == third
+
+    path = nodes.catalogue_file()
+    path.write_text(path.read_text().replace("best = []", 'best = ["My-Node"]'))
+    curate.remove("My-Node")
+    left = nodes.catalogue()
+    assert (left.nodes, left.sets) == ({}, {"best": ()})
+    assert "# mine" in path.read_text()
+    assert "# to be filled" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("address", "why", "error", "said"),
+    [
+        ("{url}", "", UsageError, "reason"),
+        ("{url}@nothing", "x", UnknownNameError, "has no 'nothing'"),
+        ("{url}-gone", "x", SourceUnreachableError, "does not answer"),
+    ],
+)
+def test_what_cannot_be_added(upstream: Upstream, address: str, why: str, error: type[HearthError], said: str) -> None:
+    before = nodes.catalogue_file().read_text()
+    with pytest.raises(error, match=said):
+        curate.add(address.format(url=upstream.url), why)
+    assert nodes.catalogue_file().read_text() == before
+
+
+@pytest.mark.usefixtures("upstream")
+def test_unknown_names() -> None:
+    with pytest.raises(UnknownNameError):
+        curate.remove("My-Nod")
+    with pytest.raises(UnknownNameError):
+        curate.update(["My-Nod"], dry_run=False)
+
+
+EDITOR = {
+    "nodes": [{"type": "KSampler"}, {"type": "MyType"}, {"type": "Note"}, {"type": "sub-1"}],
+    "definitions": {"subgraphs": [{"id": "sub-1", "nodes": [{"type": "Nobodys"}]}]},
+}
+API = {"1": {"class_type": "KSampler"}, "2": {"class_type": "MyType"}, "3": {"class_type": "Nobodys"}}
+
+
+@pytest.mark.parametrize("workflow", [EDITOR, API], ids=["saved", "exported"])
+def test_the_nodes_that_a_workflow_needs(upstream: Upstream, tmp_path: Path, workflow: dict[str, object]) -> None:
+    curate.add(upstream.url, "for a test")
+    path = tmp_path / "workflow.json"
+    path.write_text(json.dumps(workflow))
+    assert curate.search(path) == {"MyType": ["My-Node"], "Nobodys": []}
+
+
+@pytest.mark.parametrize(("text", "said"), [("{", "is no JSON"), ("[]", "holds no nodes"), ("{}", "holds no nodes")])
+@pytest.mark.usefixtures("upstream")
+def test_what_is_no_workflow(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "workflow.json").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        curate.search(tmp_path / "workflow.json")
+    with pytest.raises(ConfigError, match="does not exist"):
+        curate.search(tmp_path / "none.json")
