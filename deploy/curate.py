@@ -208,7 +208,13 @@ def search(workflow: Path) -> dict[str, list[str]]:
     known = nodes.catalogue()
     trees = nodes.fetch(known.nodes)
     names = {name: _named(tree) for name, tree in trees.items()}
-    return {each: [name for name in names if each in names[name]] for each in sorted(types - own)}
+    return {each: [name for name in names if _names(names[name], each)] for each in sorted(types - own)}
+
+
+def _names(strings: set[str], node_type: str) -> bool:
+    """Whether a node's code names a type: as it is, or put together as in `Seed (rgthree)`."""
+    parts = re.fullmatch(r"(.+) \((.+)\)", node_type)
+    return node_type in strings or bool(parts and {parts[1], parts[2]} <= strings)
 
 
 def _types(content: Any) -> set[str]:
