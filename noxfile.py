@@ -63,3 +63,4 @@ def bench(session: nox.Session) -> None:
     """Side by side against upstream's own build (two hours) and other deploy tools. Writes docs/benchmarks*.md."""
     session.run("python", "-m", "bench.kernels", *session.posargs)
     session.run("python", "-m", "bench.deploy")
+    session.run("python", "-m", "bench.nodes")

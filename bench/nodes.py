@@ -1,0 +1,174 @@
+"""Fetching and resolving all known custom nodes: writes docs/benchmarks-nodes.md.
+
+    uv run python -m bench.nodes
+
+The repositories are served by git daemon on this machine, behind a relay with 40 ms there and back and 100 Mbit/s
+(`bench/link.py`; not every kernel has netem). Their histories are fetched from upstream once, into Hearth's cache.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.kernels import machine as this_machine
+from core import files
+from core.stack import Platform, find_stack
+from deploy import environment, nodes
+from deploy.application import application
+from tests.host.machine import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DELAY, RATE = 0.020, 100e6 / 8
+FETCH = "import sys; from deploy import nodes; nodes.fetch(nodes.catalogue().nodes, parallel=int(sys.argv[1]))"
+
+
+SUBMODULES = {"ultimate-upscale": "https://github.com/Coyote-A/ultimate-upscale-for-automatic1111"}
+"""What some of them hold as submodules and fetch as well."""
+
+
+def repositories() -> dict[str, str]:
+    """The addresses of all repositories, by a name."""
+    return {name: node.url for name, node in nodes.catalogue().nodes.items()} | SUBMODULES
+
+
+def mirrors(place: Path) -> None:
+    """A bare repository of each below `place`, by its name."""
+    kept = files.cache() / "bench-mirrors"
+    kept.mkdir(parents=True, exist_ok=True)
+    for name, url in repositories().items():
+        asked = subprocess.run(["git", "ls-remote", "--get-url", url], capture_output=True, text=True, check=True)
+        here = Path(asked.stdout.strip().removeprefix("file://"))  # your own mirror, by url.<mirror>.insteadOf
+        if not here.is_dir():
+            here = kept / f"{name}.git"
+            if not here.exists():
+                subprocess.run(["git", "clone", "--quiet", "--mirror", url, here], check=True)
+        (place / name).symlink_to(here)
+
+
+@contextmanager
+def served(place: Path) -> Iterator[dict[str, str]]:
+    """Serve the repositories over the slow link; yields the environment in which git finds them there."""
+    daemon, link = free_port(), free_port()
+    allowed = {"uploadpack.allowAnySHA1InWant": "true", "uploadpack.allowFilter": "true", "safe.directory": "*"}
+    server = ["git", "daemon", "--reuseaddr", "--listen=127.0.0.1", f"--port={daemon}", "--export-all"]
+    server += [f"--base-path={place}"]
+    relay = [sys.executable, "-m", "bench.link", str(link), str(daemon), str(DELAY), str(RATE)]
+    processes = [
+        subprocess.Popen(server, env={**os.environ, **_git(allowed)}),
+        subprocess.Popen(relay, cwd=files.CHECKOUT),
+    ]
+    time.sleep(1)
+    instead = {f"url.git://127.0.0.1:{link}/{name}.insteadOf": url for name, url in repositories().items()}
+    try:
+        yield {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", **_git(instead)}
+    finally:
+        for each in processes:
+            each.terminate()
+            each.wait()
+
+
+def _git(settings: dict[str, str]) -> dict[str, str]:
+    """Settings of git's as an environment."""
+    found = {"GIT_CONFIG_COUNT": str(len(settings))}
+    for number, (key, value) in enumerate(settings.items()):
+        found |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
+    return found
+
+
+def fetched(environment: dict[str, str], parallel: int) -> float:
+    """Seconds to fetch all nodes into an empty cache, so many at once."""
+    with tempfile.TemporaryDirectory(prefix="hearth-bench-") as cache:
+        started = time.monotonic()
+        words = [sys.executable, "-c", FETCH, str(parallel)]
+        subprocess.run(
+            words, cwd=files.CHECKOUT, env={**environment, "HEARTH_CACHE": cache}, check=True, stderr=subprocess.DEVNULL
+        )
+        return time.monotonic() - started
+
+
+def cloned(environment: dict[str, str]) -> float:
+    """Seconds to clone all nodes, one after another, with their histories: what people do by hand."""
+    with tempfile.TemporaryDirectory(prefix="hearth-bench-") as place:
+        started = time.monotonic()
+        for name, node in nodes.catalogue().nodes.items():
+            subprocess.run(
+                ["git", "clone", "--quiet", node.url, f"{place}/{name}"],
+                env=environment,
+                check=False,
+                stderr=subprocess.DEVNULL,
+            )
+        return time.monotonic() - started
+
+
+def resolved() -> float:
+    """Seconds to resolve one list anew, with what uv has cached of the index."""
+    app, known = application(), nodes.catalogue()
+    asked = environment.wishes(app, known)
+    started = time.monotonic()
+    environment._compile(asked, known, find_stack("cu130"), Platform.parse("linux_x86_64"), "3.12", Path("/nowhere"))
+    return time.monotonic() - started
+
+
+def checked() -> float:
+    """Seconds of `inv lock --check` when nothing changed."""
+    started = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-m", "invoke", "lock", "--check"], cwd=files.CHECKOUT, check=True, stderr=subprocess.DEVNULL
+    )
+    return time.monotonic() - started
+
+
+def main() -> None:
+    """Run everything and write the page."""
+    with tempfile.TemporaryDirectory(prefix="hearth-bench-") as name:
+        place = Path(name)
+        mirrors(place)
+        with served(place) as link:
+            together, single, by_hand = fetched(link, nodes.PARALLEL), fetched(link, 1), cloned(link)
+    page = PAGE.format(
+        date=datetime.now(UTC).date(),
+        machine=this_machine(),
+        count=len(nodes.catalogue().nodes),
+        parallel=nodes.PARALLEL,
+        together=together,
+        single=single,
+        by_hand=by_hand,
+        single_ratio=single / together,
+        by_hand_ratio=by_hand / together,
+        resolve=resolved(),
+        check=min(checked() for _ in range(3)),
+    )
+    (files.CHECKOUT / "docs/benchmarks-nodes.md").write_text(page)
+    print(page)
+
+
+PAGE = """\
+# Benchmarks of custom nodes
+
+Written by `uv run python -m bench.nodes`, in one run, on {date}, on {machine}.
+The repositories are served from the same machine over a link of 40 ms there and back and 100 Mbit/s (`bench/link.py`).
+
+| {count} repositories | s | times as long |
+| --- | ---: | ---: |
+| fetched {parallel} at a time: one commit each, without history | {together:.1f} | |
+| the same, one after another | {single:.1f} | {single_ratio:.1f} |
+| `git clone`, one after another, with their histories | {by_hand:.1f} | {by_hand_ratio:.1f} |
+
+| | s |
+| --- | ---: |
+| ComfyUI and {count} nodes resolved, one list, what the index says cached | {resolve:.1f} |
+| `inv lock --check`, nothing changed | {check:.2f} |
+"""
+
+if __name__ == "__main__":
+    main()
