@@ -6,16 +6,17 @@ import os
 import shutil
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from core import console, files, shell
-from core.errors import ConfigError, HashMismatchError, HearthError, SourceUnreachableError
+from core.errors import ConfigError, HashMismatchError, HearthError, ProcessError, SourceUnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,7 +100,7 @@ def fetch(recipe: Pinned) -> Path:
         try:
             with files.whole(place) as part:
                 console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
-                (_fetch_git if source.git else _fetch_sdist)(source, recipe, part)
+                _insist(_fetch_git if source.git else _fetch_sdist, source, recipe, part)
                 _check(recipe, source, part)
             return place
         except HashMismatchError:
@@ -125,6 +126,25 @@ def pin(recipe: Pinned) -> Pinned:
         with files.whole(_place(pinned)) as part:
             shutil.copytree(place, part, dirs_exist_ok=True, symlinks=True)
     return pinned
+
+
+_PASSING = ("timed out", "reset by peer", "early eof", "hung up", "http/2 stream", "error: 5", "503", "429")
+"""What git and the index say when trying again may help."""
+
+
+def _insist(fetch_one: Callable[[Source, Pinned, Path], None], source: Source, recipe: Pinned, place: Path) -> None:
+    """Fetch, and try twice more when the network failed on the way."""
+    for pause in (1, 4, 0):
+        try:
+            return fetch_one(source, recipe, place)
+        except (ProcessError, SourceUnreachableError) as error:
+            if not pause or not any(sign in f"{error}".lower() for sign in _PASSING):
+                raise
+            console.say(f"{recipe.name}: the network failed, trying again")
+            time.sleep(pause)
+            shutil.rmtree(place)
+            place.mkdir()
+    return None
 
 
 def _made(folder: Path) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,3 +141,29 @@ def test_what_is_no_workflow(tmp_path: Path, text: str, said: str) -> None:
         curate.search(tmp_path / "workflow.json")
     with pytest.raises(ConfigError, match="does not exist"):
         curate.search(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(("failures", "arrives"), [(2, True), (3, False)])
+def test_a_fetch_that_the_network_cut_is_tried_again(
+    upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, arrives: bool
+) -> None:
+    curate.add(upstream.url, "for a test")
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "another"))
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    real = shutil.which("git")
+    (programs / "git").write_text(
+        f'#!/bin/sh\ncase "$*" in *fetch*) if [ $(cat {tmp_path}/count) -gt 0 ]; then\n'
+        f"echo $(($(cat {tmp_path}/count) - 1)) > {tmp_path}/count\n"
+        f'echo "fatal: early EOF" >&2; exit 128; fi;; esac\nexec {real} "$@"\n'
+    )
+    (programs / "git").chmod(0o755)
+    (tmp_path / "count").write_text(str(failures))
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    known = nodes.catalogue().nodes
+    if arrives:
+        assert nodes.fetch(known)["My-Node"].is_dir()
+    else:
+        with pytest.raises(SourceUnreachableError, match="early EOF"):
+            nodes.fetch(known)
