@@ -276,9 +276,12 @@ def forked(work: Callable[..., Any], *given: Any) -> Callable[[], Any]:
     child = os.fork()
     if child == 0:
         status = 1
-        with suppress(Exception), os.fdopen(writer, "w") as pipe:
-            pipe.write(json.dumps(work(*given)))
+        try:
+            with os.fdopen(writer, "w") as pipe:
+                pipe.write(json.dumps(work(*given)))
             status = 0
+        except Exception as error:
+            print(f"{work.__name__}: {error!r}", file=sys.stderr)
         os._exit(status)
     os.close(writer)
 
@@ -286,10 +289,25 @@ def forked(work: Callable[..., Any], *given: Any) -> Callable[[], Any]:
         with os.fdopen(reader) as pipe:
             said = pipe.read()
         if os.waitpid(child, 0)[1]:
-            raise Fault("step", "a process that looks through files failed", "a file cannot be read, or no memory")
+            raise Fault("step", f"{work.__name__} failed", "a file cannot be read or written, or there is no memory")
         return json.loads(said)
 
     return answer
+
+
+def as_service(site: Site, work: Callable[..., Any], *given: Any) -> Any:
+    """Do work in the data as whom the service runs as: root would follow whatever link that one left there."""
+    user, group = site.owner()
+
+    def lowered() -> Any:
+        if site.user:
+            os.setgroups([])
+            os.setgid(group)
+            os.setuid(user)
+        os.umask(0o002)
+        return work(*given)
+
+    return forked(lowered)()
 
 
 def contents(root: Path) -> dict[str, str]:
@@ -1077,45 +1095,40 @@ def _corners(site: Site, step: Json, place: Path) -> None:
     """Make what a tree writes links into the data, seeded once with what it came with."""
     for name in step["writable"]:
         inside, kept = place / name.rstrip("/"), site.data / step["keeps"] / name.rstrip("/")
-        if not kept.exists():
-            _seed(site, inside, kept, folder=name.endswith("/"))
+        as_service(site, _seed, inside, kept, name.endswith("/"))
         remove(inside) if inside.is_dir() else inside.unlink(missing_ok=True)
         inside.parent.mkdir(parents=True, exist_ok=True)
         inside.symlink_to(kept)
 
 
-def _seed(site: Site, source: Path, place: Path, *, folder: bool) -> None:
+def _seed(source: Path, place: Path, folder: bool) -> None:
     """Give the data what a node came with, or an empty folder; a file that it did not come with is left to the node."""
-    fresh = site.state / "seed"
-    shutil.rmtree(fresh, ignore_errors=True)
+    if place.exists():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    fresh = place.with_name(f".{place.name}.{os.getpid()}")
     if source.is_dir():
-        shutil.copytree(source, fresh)
+        shutil.copytree(source, fresh, copy_function=shutil.copyfile)
     elif folder:
         fresh.mkdir()
     elif source.exists():
         shutil.copyfile(source, fresh)
-    user, group = site.owner()
-    for parent in reversed(place.parents):
-        if site.data in parent.parents and not parent.exists():
-            parent.mkdir()
-            own(parent, user, group)
-    if fresh.exists():
-        own(fresh, user, group)
-        fresh.rename(place)
+    else:
+        return
+    fresh.rename(place)
 
 
 def own(root: Path, user: int, group: int) -> None:
-    """Give a tree to the service: what a member of the group adds to a folder belongs to the group."""
+    """Change who owns a tree that nobody else can reach yet."""
     for path in (root, *root.rglob("*")):
-        if not path.is_symlink():
-            os.chown(path, user, group)
-            path.chmod(0o2775 if path.is_dir() else 0o775 if os.access(path, os.X_OK) else 0o664)
+        os.chown(path, user, group, follow_symlinks=False)
 
 
 def _install(site: Site, step: Json, place: Path) -> None:
     """Run a node's install.py as whom the service runs as, in the tree that is being made."""
     user, group = site.owner()
-    own(place, user, group)
+    if site.user:
+        own(place, user, group)
     python = site.parts / step["install"] / "bin/python"
     environment = {**os.environ, "HOME": str(site.data / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     who: Json = {"user": user, "group": group, "extra_groups": []} if site.user else {}
@@ -1235,10 +1248,18 @@ def _snapshot(site: Site) -> None:
     for folder in (fresh, site.snapshot):
         shutil.rmtree(folder, ignore_errors=True)
     fresh.mkdir()
-    for path in site.database.parent.glob("comfyui.db*"):
-        shutil.copy2(path, fresh / path.name)
+    os.chown(fresh, *site.owner())
+    as_service(site, _copy_database, site.database.parent, fresh)
     os.sync()
     fresh.rename(site.snapshot)
+
+
+def _copy_database(source: Path, place: Path) -> None:
+    """Replace the database in `place` by the one in `source`."""
+    for path in place.glob("comfyui.db*"):
+        path.unlink()
+    for path in source.glob("comfyui.db*"):
+        shutil.copy2(path, place / path.name)
 
 
 def _revert(site: Site, manager: Manager, record: Json, note: Callable[[str], None]) -> None:
@@ -1247,12 +1268,7 @@ def _revert(site: Site, manager: Manager, record: Json, note: Callable[[str], No
     note(f"not healthy, going back to {previous or 'no release'}")
     manager.stop()
     if site.snapshot.exists():
-        user, group = site.owner()
-        for path in site.database.parent.glob("comfyui.db*"):
-            path.unlink()
-        for path in site.snapshot.iterdir():
-            shutil.copy2(path, site.database.parent / path.name)
-            os.chown(site.database.parent / path.name, user, group)
+        as_service(site, _copy_database, site.snapshot, site.database.parent)
     report = dict(record["reverting"])
     if previous:
         link(site.current, f"releases/{previous}")
