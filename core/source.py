@@ -117,7 +117,7 @@ def fetch(recipe: Pinned) -> Path:
 def pin(recipe: Pinned) -> Pinned:
     """The recipe with the hash of what its source holds now; the tree is in the cache then. For new pins only."""
     (source,) = recipe.source
-    with tempfile.TemporaryDirectory(prefix=".pin-", dir=_made(files.cache() / "sources")) as folder:
+    with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
         place = Path(folder) / "tree"
         place.mkdir()
         console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
@@ -145,11 +145,6 @@ def _insist(fetch_one: Callable[[Source, Pinned, Path], None], source: Source, r
             shutil.rmtree(place)
             place.mkdir()
     return None
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _check(recipe: Pinned, source: Source, tree: Path) -> None:

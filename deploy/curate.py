@@ -23,7 +23,7 @@ from deploy import nodes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from deploy.nodes import Catalogue, Node
+    from deploy.nodes import Catalogue
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ def add(address: str, why: str) -> str:
     if name in known.nodes:
         raise ConfigError(f"{name} is listed already", hint="inv nodes.update")
     commit = newest(url, rev or "HEAD")
-    pinned, date = _pin(name, nodes.Node(url=url, commit=commit, tree="", why=why))
+    pinned = source.pin(nodes.Node(url=url, commit=commit, tree="", why=why).pinned(name))
+    with _history(url, commit) as git:
+        date = _date(git, commit)
     document = _document()
     table = tomlkit.table()
     table.update({"url": url, "commit": commit, "tree": pinned.tree, "why": why})
@@ -93,12 +95,12 @@ def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
     for name, (old, new) in outdated(msgspec.structs.replace(known, nodes=chosen)).items():
         node = known.nodes[name]
         before = nodes.fetch({name: node})[name]
-        pinned, date = _pin(name, msgspec.structs.replace(node, commit=new, tree=""))
-        after = source.fetch(pinned)
-        changes.append(_change(name, node.url, (old, new), (before, after)))
+        pinned = source.pin(msgspec.structs.replace(node, commit=new, tree="").pinned(name))
         entry = document["nodes"][name]
         entry["commit"], entry["tree"] = new, pinned.tree
-        entry["commit"].comment(date)
+        with _history(node.url, new) as git:
+            entry["commit"].comment(_date(git, new))
+            changes.append(_change(name, git, (old, new), (before, source.fetch(pinned))))
     if changes and not dry_run:
         _write(document)
     return changes
@@ -119,13 +121,6 @@ def newest(url: str, rev: str = "HEAD") -> str:
     return str(found[-2])  # of an annotated tag, the commit comes after it
 
 
-def _pin(name: str, node: Node) -> tuple[source.Pinned, str]:
-    """A node's source with the hash of its tree, which is in the cache then; and the commit's date."""
-    pinned = source.pin(node.pinned(name))
-    with _history(node.url, node.commit) as git:
-        return pinned, shell.run([*git, "log", "-1", "--format=%cs", node.commit]).stdout.strip()
-
-
 @contextmanager
 def _history(url: str, commit: str) -> Iterator[list[str]]:
     """A repository's commits without their files, for as long as the context lasts: git's words to ask it."""
@@ -136,10 +131,13 @@ def _history(url: str, commit: str) -> Iterator[list[str]]:
         yield git
 
 
-def _change(name: str, url: str, commits: tuple[str, str], trees: tuple[Path, Path]) -> Change:
+def _date(git: Sequence[str], commit: str) -> str:
+    return shell.run([*git, "log", "-1", "--format=%cs", commit]).stdout.strip()
+
+
+def _change(name: str, git: Sequence[str], commits: tuple[str, str], trees: tuple[Path, Path]) -> Change:
     (old, new), (before, after) = commits, trees
-    with _history(url, new) as git:
-        log = shell.run([*git, "log", "--format=%h %cs %s", "--max-count=30", f"{old}..{new}"], check=False)
+    log = shell.run([*git, "log", "--format=%h %cs %s", "--max-count=30", f"{old}..{new}"], check=False)
     said = log.stdout.splitlines() if log.returncode == 0 else ["(its history was rewritten)"]
     lines = difflib.unified_diff(nodes.requirements(before), nodes.requirements(after), lineterm="", n=0)
     wanted = [line for line in lines if not line.startswith(("---", "+++", "@@"))]

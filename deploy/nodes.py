@@ -27,8 +27,8 @@ class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     `tree` is the hash of its files at `commit`. A failed import of a `required` one makes a release unhealthy.
     `without` are files and folders of it that are not fetched, `submodules` those that are; `extra` is what it needs
     and does not ask for. `writable` are files and folders (with a `/` behind) below it that it writes; they live in
-    `data/nodes/`. `requires` are other nodes that it cannot do without;
-    `install` is the reason why its own `install.py` may run when it is put on a host (by default it never does).
+    `data/nodes/`. `requires` are other nodes that it cannot do without; `install` is the reason why its own
+    `install.py` may run when it is put on a host (by default it never does).
     """
 
     url: str
