@@ -94,18 +94,15 @@ def build_kernels(
 
     if jobs and not (jobs.isdecimal() and int(jobs)):  # invoke's own int option answers with a traceback
         raise UsageError(f"--jobs {jobs} makes no sense", hint="give the number of compiles at once, or leave it out")
+    asked = {"arch": arch, "kernel": kernel, "stack": stack, "python": python, "platform": platform, "profile": profile}
     if host:
         from deploy import workshop
 
-        given = {"arch": arch, "kernel": kernel, "stack": stack, "python": python, "platform": platform}
-        given |= {"profile": profile, "jobs": jobs}
-        words = [word for key, value in given.items() if value for word in (f"--{key}", value)]
-        found = workshop.build(host, [*words, *(["--force"] if force else [])], dry_run=dry_run)
+        found = workshop.build(host, {**asked, "jobs": jobs}, force=force, dry_run=dry_run)
         if not dry_run:
             report.wheels(found, as_json=json)
         return
-    request = Request(arch=arch, kernel=kernel, stack=stack, python=python, platform=platform, profile=profile)
-    builds, skipped = select(request)
+    builds, skipped = select(Request(**asked))
     if dry_run:
         report.plan(builds, skipped, as_json=json)
         return
@@ -181,29 +178,18 @@ def deploy(
     json: bool = False,
 ) -> int:
     """Put ComfyUI on a host (default: this machine), proven before it takes traffic."""
-    from core.errors import RefusedError
     from deploy import flow, report
     from deploy.host import select
+    from kernels.build import build_missing
 
-    options = _options(drain, force)
-
-    def one(name: str) -> flow.Outcome:
-        def go() -> flow.Outcome:
-            return flow.deploy(name, options, dry_run=dry_run, ask_sudo=ask_sudo, ask=not yes)
-
-        try:
-            return go()
-        except RefusedError as error:
-            if not build or dry_run or not error.builds:
-                raise
-            from kernels import matrix
-            from kernels.build import build_kernels as build_all
-
-            for words in error.builds:
-                fields = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
-                build_all(matrix.select(matrix.Request(**fields))[0])
-            return go()
-
+    one = functools.partial(
+        flow.deploy,
+        options=_options(drain, force),
+        dry_run=dry_run,
+        ask_sudo=ask_sudo,
+        ask=not yes,
+        build=build_missing if build else None,
+    )
     results = flow.on_each(select(host, group), one, keep_going=keep_going)
     report.outcomes(results, as_json=json, dry_run=dry_run)
     return 2 if dry_run and any(result.changed for result in results) else 0

@@ -109,8 +109,22 @@ def deploy(
     dry_run: bool = False,
     ask_sudo: bool = False,
     ask: bool = False,
+    build: Callable[[Sequence[Sequence[str]]], None] | None = None,
 ) -> Outcome:
-    """Make a host what its configuration says. Raises RefusedError with every reason when that would not work."""
+    """Make a host what its configuration says. Raises RefusedError with every reason when that would not work.
+
+    When all that is missing are kernel wheels, `build` is given the words that build each, and it is tried again.
+    """
+    try:
+        return _deploy(name, options, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask)
+    except RefusedError as error:
+        if build is None or dry_run or not error.builds:
+            raise
+        build(error.builds)
+    return _deploy(name, options, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask)
+
+
+def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: bool) -> Outcome:
     target = find_target(name)
     stock = shelf(target)
     with connection.connect(target, ask_sudo) as agent:

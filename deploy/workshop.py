@@ -20,7 +20,7 @@ from core.stack import Platform
 from deploy import connection, flow
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
 
     from core.manifest import Manifest
     from deploy.connection import Ssh
@@ -32,10 +32,11 @@ CHECKOUT = ("tasks.py", "pyproject.toml", "uv.lock", "README.md", "core", "kerne
 """What `inv build-kernels` needs of this checkout."""
 
 
-def build(name: str, words: Sequence[str], *, dry_run: bool) -> list[Manifest]:
-    """Run `inv build-kernels` with these words on a host; return the manifests of the wheels, now in the wheelhouse.
+def build(name: str, asked: Mapping[str, str], *, force: bool, dry_run: bool) -> list[Manifest]:
+    """Run `inv build-kernels` on a host, `asked` its flags with their values; the wheels are in the wheelhouse then.
 
-    On a dry run, only what the host says is printed. Raises what connecting raises, and RemoteError.
+    Returns their manifests. On a dry run, only what the host says is printed. Raises what connecting raises, and
+    RemoteError.
     """
     target = flow.find_target(name)
     if not target.host.address:
@@ -47,7 +48,9 @@ def build(name: str, words: Sequence[str], *, dry_run: bool) -> list[Manifest]:
         uv = lockfile.install("uv", platform, "3.11") / "bin/uv"
         checkout = _send(agent, uv)
         command = f"cd {checkout} && exec {_environment()} ../uv run --frozen --no-group dev inv build-kernels"
-        said = agent.shell(f"{command} {shlex.join([*words, '--dry-run' if dry_run else '--json'])}", console.say)
+        words = [word for flag, value in asked.items() if value for word in (f"--{flag}", value)]
+        words += [*(["--force"] if force else []), "--dry-run" if dry_run else "--json"]
+        said = agent.shell(f"{command} {shlex.join(words)}", console.say)
         if dry_run:
             console.data(said.rstrip())
             return []

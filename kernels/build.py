@@ -50,3 +50,12 @@ def _already(builds: Sequence[Build]) -> dict[str, Manifest]:
 
 def _say_waiting() -> None:
     console.say("another build is running; waiting for it to end")
+
+
+def build_missing(asked: Sequence[Sequence[str]]) -> None:
+    """Build what others ask for in the words of `inv build-kernels`: flags, each with its value."""
+    from kernels.matrix import Request, select
+
+    for words in asked:
+        fields = {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+        build_kernels(select(Request(**fields))[0])
