@@ -16,6 +16,7 @@ systemd the apply unit is restarted, also at boot.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import grp
 import hashlib
@@ -28,6 +29,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
@@ -172,6 +174,8 @@ class Site:
         self.user = str(site["user"])  # whom the service runs as; empty: whoever runs this
         self.address = str(site["address"])
         self.port = int(site["port"])
+        self.mounts: dict[str, str] = site.get("mounts", {})  # systemd's unit for each mount point
+        self.elsewhere: dict[str, str] = site.get("folders", {})  # where folders lie that are not in the data
         self.parts = self.prefix / "parts"
         self.releases = self.prefix / "releases"
         self.current = self.prefix / "current"
@@ -205,6 +209,14 @@ class Site:
                 f"remove the link (rm {self.current}), then deploy again; data/ is not touched by that",
             )
         return target.name
+
+    def folder(self, name: str) -> Path:
+        """Where ComfyUI has its models, input, output or user files."""
+        return Path(self.elsewhere.get(name) or self.data / name)
+
+    def unmounted(self) -> list[str]:
+        """The mount points where nothing is mounted."""
+        return [path for path in self.mounts if not os.path.ismount(path)]
 
     def manifest(self, release: str) -> Json:
         """What a release is; empty when it is not there."""
@@ -369,7 +381,7 @@ def fault_of(place: Path) -> str:
 
 
 def facts(site: Site, ask: Json) -> Json:
-    """What this host is now. `ask` names the Python versions and mounts to look for."""
+    """What this host is now. `ask` names the Python versions, mounts and folders to look for."""
     try:
         current, fault = site.release(), {}
     except Fault as error:
@@ -401,10 +413,14 @@ def facts(site: Site, ask: Json) -> Json:
         "disk_free": disk.f_bavail * disk.f_frsize,
         # Some file systems make inodes as they go, and say 0 of 0.
         "inodes_free": disk.f_favail if disk.f_files else None,
-        "mounts": {path: os.path.ismount(path) for path in ask["mounts"]},
+        "mounts": {path: _mount(site, path, wanted) for path, wanted in ask["mounts"].items()},
+        "places": {path: _place(site, Path(path), use) for path, use in ask["places"].items()},
+        "data_free": {str(path): _free(path) for path in (site.data, *map(Path, site.elsewhere.values()))},
         "port_holder": _port_holder(site),
         "user": _user_exists(site.user),
         "members": _members(site.user),
+        "shared": not _user_exists(site.user) or not site.user or all(_shared(site, site.data / name) for name in DATA),
+        "rights": _rights(site),
         "manager": manager.name if here else "none",
         "lingers": manager.name != "process" or not _user_systemd() or Supervised(site).enabled.exists(),
         "current": current,
@@ -463,6 +479,85 @@ def _members(group: str) -> list[str]:
         return sorted(grp.getgrnam(group).gr_mem) if group else []
     except KeyError:
         return []
+
+
+def _mount(site: Site, path: str, wanted: Json) -> Json:
+    """A mount point: what is mounted there, our own unit for it, and why what is wanted could not be mounted."""
+    found = {"mounted": os.path.ismount(path), "source": "", "unit": "", "fault": "", "remedy": ""}
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            cells, _, rest = line.partition(" - ")
+            place = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), cells.split()[4])
+            if place == path:
+                found["source"] = rest.split()[1]  # of several, the last one is on top
+    with suppress(OSError):
+        found["unit"] = (UNITS / site.mounts[path]).read_text()
+    what, kind = wanted["what"], wanted["type"]
+    if not what or found["mounted"]:
+        return found
+    if what.startswith("/dev/mapper/") and not Path(what).exists():
+        found["fault"] = "this encrypted or logical volume is not open"
+        found["remedy"] = f"on the host: cryptsetup open DEVICE {Path(what).name} (or vgchange -ay); it is mounted then"
+    elif what.startswith("/") and not Path(what).exists():
+        found["fault"], found["remedy"] = "the host has no such device", "connect it, or correct `what`"
+    elif kind.startswith(("nfs", "cifs")) and not shutil.which(f"mount.{kind}", path="/sbin:/usr/sbin"):
+        package = "nfs-common" if kind.startswith("nfs") else "cifs-utils"
+        found["fault"], found["remedy"] = f"the host has no mount.{kind}", f"on the host: apt-get install {package}"
+    elif Path(path).is_dir() and any(os.scandir(path)):
+        found["fault"] = "there are files in the folder itself, which the mount would hide"
+        found["remedy"] = f"move them away first: ls {path}"
+    return found
+
+
+def _place(site: Site, path: Path, use: str) -> str:
+    """What is wrong with a folder that is to be read, or written by the service; empty when nothing is."""
+    if not path.exists():
+        return "is not there"
+    if not path.is_dir():
+        return "is no folder"
+    need = os.R_OK | os.X_OK | (os.W_OK if use == "write" else 0)
+    if _user_exists(site.user) and not as_service(site, os.access, str(path), need):
+        return f"cannot be {'written' if use == 'write' else 'read'} by the service"
+    return ""
+
+
+def _free(path: Path) -> int:
+    """The bytes that are left for files in a folder."""
+    disk = os.statvfs(next(each for each in (path, *path.parents) if each.exists()))
+    return disk.f_bavail * disk.f_frsize
+
+
+def _shared(site: Site, folder: Path) -> bool:
+    """Whether what one member of the group puts into a folder of the service's, every other may change."""
+    try:
+        status = folder.stat()
+        if status.st_uid != site.owner()[0]:
+            return True  # another's is another's affair
+        return bool(status.st_mode & stat.S_ISGID) and os.getxattr(folder, "system.posix_acl_default") == SHARED
+    except OSError as error:  # a file system without such lists does without, a folder that is not there is no fault
+        return error.errno in (errno.ENOTSUP, errno.ENOENT)
+
+
+def _acl(*entries: tuple[int, int]) -> bytes:
+    """An access control list as the kernel keeps it (acl(5), include/uapi/linux/posix_acl_xattr.h)."""
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, may, 0xFFFFFFFF) for tag, may in entries)
+
+
+SHARED = _acl((0x01, 7), (0x04, 7), (0x20, 5))
+"""Owner and group may all, others read: what is made in a folder gets this, whatever its maker's umask says."""
+
+
+def _rights(site: Site) -> str | None:
+    """What members may do by sudo, as our file says; None where there is no sudo."""
+    if not site.user or not shutil.which("visudo", path="/usr/sbin:/sbin"):
+        return None
+    with suppress(OSError):
+        return _sudoers(site).read_text()
+    return ""
+
+
+def _sudoers(site: Site) -> Path:
+    return Path(f"/etc/sudoers.d/hearth-{site.service}")
 
 
 def _pythons(site: Site, wanted: list[str]) -> dict[str, str]:
@@ -553,6 +648,9 @@ def last_line(path: Path) -> Json:
 # --- service managers ----------------------------------------------------------------------------------------------
 
 
+UNITS = Path("/etc/systemd/system")
+
+
 class Systemd:
     """The service as a unit of the system's or the user's systemd.
 
@@ -563,10 +661,11 @@ class Systemd:
         self.site = site
         self.name = f"systemd-{site.scope}"
         self.unit = f"{site.service}.service"
+        self.storage = f"{site.service}-storage.service"  # what waits for mounts, where there are any
         self.apply_unit = f"{site.service}-apply.service"
         system = site.scope == "system"
         self.ctl = ["systemctl"] if system else ["systemctl", "--user"]
-        self.units = Path("/etc/systemd/system") if system else Path.home() / ".config/systemd/user"
+        self.units = UNITS if system else Path.home() / ".config/systemd/user"
         self.target = "multi-user.target" if system else "default.target"
 
     def _wants(self, unit: str) -> Path:
@@ -590,18 +689,25 @@ class Systemd:
         }
 
     def _linked(self) -> bool:
-        place = self.units / self.unit
-        return place.is_symlink() and place.readlink() == self.site.current / self.unit
+        wanted = [
+            name for name in (self.unit, self.storage) if name == self.unit or (self.site.current / name).exists()
+        ]
+        places = [(self.units / name, self.site.current / name) for name in wanted]
+        return all(place.is_symlink() and place.readlink() == target for place, target in places)
 
     def install(self) -> None:
         """Make systemd see the current release's unit, and start it at boot."""
         link(self.units / self.unit, self.site.current / self.unit)
         link(self._wants(self.unit), f"../{self.unit}")
+        if (self.site.current / self.storage).exists():
+            link(self.units / self.storage, self.site.current / self.storage)
+        else:
+            (self.units / self.storage).unlink(missing_ok=True)
         run([*self.ctl, "daemon-reload"])
 
     def uninstall(self) -> None:
         """Forget the unit: there is no release any more."""
-        for place in (self._wants(self.unit), self.units / self.unit):
+        for place in (self._wants(self.unit), self.units / self.unit, self.units / self.storage):
             place.unlink(missing_ok=True)
         run([*self.ctl, "daemon-reload"])
 
@@ -612,8 +718,9 @@ class Systemd:
 
     def stop(self) -> None:
         """Stop the service and wait until it has."""
-        if self.status()["state"].split()[0] != "inactive":
-            run([*self.ctl, "stop", self.unit])
+        units = [name for name in (self.storage, self.unit) if os.path.lexists(self.units / name)]
+        if units:
+            run([*self.ctl, "stop", *units])
 
     def log(self, lines: int) -> list[str]:
         """The last lines of the service's present or last run."""
@@ -804,6 +911,11 @@ def supervise(site: Site) -> None:
         starts: list[float] = []
         restarts = 0
         while not stopping:
+            if missing := site.unmounted():
+                with manager.output.open("a") as output:
+                    output.write(f"{now()} waiting for {' and '.join(missing)} to be mounted\n")
+                wait_for(lambda: stopping or not site.unmounted(), 60)
+                continue
             release = site.manifest(site.release())
             if manager.output.exists() and manager.output.stat().st_size > 10_000_000:
                 manager.output.replace(manager.output.with_suffix(".log.1"))
@@ -819,13 +931,18 @@ def supervise(site: Site) -> None:
                 write(manager.record, json.dumps(record))
                 if stopping:  # told so between the loop's test and the start
                     child.send_signal(signal.SIGINT)
-                patience = 30.0
+                patience, gone = 30.0, False
                 while child.poll() is None:
                     with suppress(subprocess.TimeoutExpired):
                         child.wait(0.5)
-                    patience -= 0.5 if stopping else 0
+                    if not gone and site.unmounted():  # it must not write into the empty mount point
+                        gone = True
+                        child.send_signal(signal.SIGINT)
+                    patience -= 0.5 if stopping or gone else 0
                     if patience < 0:
                         child.kill()
+            if gone:
+                continue
             starts = [each for each in starts if each > time.monotonic() - 300] + [time.monotonic()]
             if len(starts) >= 5:
                 break
@@ -989,7 +1106,7 @@ def _picture(site: Site, note: Callable[[str], None]) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Fault("gate", "a workflow without models makes no picture", repr(error)) from error
     finally:
-        shutil.rmtree(site.data / "output/hearth-gate", ignore_errors=True)
+        shutil.rmtree(site.folder("output") / "hearth-gate", ignore_errors=True)
     if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[16:24] != b"\0\0\0\x40\0\0\0\x40":
         raise Fault("gate", "the picture that came back is not the one asked for", f"{len(raw)} bytes")
     note(f"a picture came back after {time.monotonic() - started:.1f} s")
@@ -1013,6 +1130,40 @@ def members(site: Site, step: Json, note: Callable[[str], None]) -> None:
     run(["gpasswd", "--members", ",".join(step["members"]), site.user])
 
 
+def rights(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Write what members may do by sudo; a file that sudo would not take is never put there: it would lock all out."""
+    place = _sudoers(site)
+    if not step["text"]:
+        place.unlink(missing_ok=True)
+        return
+    draft = site.state / "sudoers"
+    write(draft, step["text"], 0o440)
+    run(["visudo", "--check", "--strict", f"--file={draft}"])
+    draft.unlink()
+    write(place, step["text"], 0o440)
+
+
+def mount(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Mount a file system by a unit of its own, now and at boot; an encrypted volume's, whenever it is opened."""
+    path, unit = Path(step["path"]), site.mounts[step["path"]]
+    mounted = os.path.ismount(path)
+    path.mkdir(parents=True, exist_ok=True)
+    if not mounted and any(os.scandir(path)):
+        hint = f"move them away first: ls {path}"
+        raise Fault("step", f"there are files in {path} itself, which the mount would hide", "", hint)
+    write(UNITS / unit, step["text"])
+    link(UNITS / "multi-user.target.wants" / unit, f"../{unit}")
+    if step["what"].startswith("/dev/"):
+        device = run(["systemd-escape", "--path", "--suffix=device", step["what"]]).strip()
+        link(UNITS / f"{device}.wants" / unit, f"../{unit}")
+    run(["systemctl", "daemon-reload"])
+    done = subprocess.run(["systemctl", "reload" if mounted else "start", unit], capture_output=True, text=True)
+    if done.returncode:
+        tail = run(["journalctl", "--no-pager", "--output=cat", "--lines=5", f"--unit={unit}"])
+        hint = "look whether the server or device answers, then run the same command again"
+        raise Fault("step", f"{step['what']} cannot be mounted at {path}", tail.strip() or done.stderr.strip(), hint)
+
+
 def linger(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Let the login's systemd run without a session, from boot on; where that is not allowed, Hearth supervises."""
     done = subprocess.run(["loginctl", "enable-linger"], capture_output=True, text=True)
@@ -1021,21 +1172,31 @@ def linger(site: Site, step: Json, note: Callable[[str], None]) -> None:
 
 
 def folders(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Lay the prefix out. Folders of data/ that are there, mounts or links, are left as they are."""
+    """Lay the prefix out. Folders that are there, mounts or links, stay where they are, with what is in them."""
     for folder in (site.parts, site.releases, site.state, site.incoming):
         folder.mkdir(parents=True, exist_ok=True)
-    user, group = site.owner()
-    # custom_nodes: ComfyUI stops when its base directory has none
-    for folder in (site.data, *(site.data / name for name in DATA)):
+    for folder in (site.data, *map(Path, site.elsewhere.values())):
         if folder.exists() or folder.is_symlink():
             continue
         fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
-        fresh.mkdir()
-        os.chown(fresh, user, group)
-        fresh.chmod(0o2775)  # what a member of the group adds belongs to the group
+        fresh.mkdir(parents=True)
+        os.chown(fresh, *site.owner())
         fresh.rename(folder)
+    for folder in (site.data, *(site.data / name for name in DATA), *map(Path, site.elsewhere.values())):
+        as_service(site, _share, folder)
 
 
+def _share(folder: Path) -> None:
+    """Make a folder whose files belong to the group, and can be changed by it."""
+    if not folder.is_symlink():
+        folder.mkdir(exist_ok=True)
+    if folder.exists() and folder.stat().st_uid == os.geteuid():
+        folder.chmod(folder.stat().st_mode | 0o2770)
+        with suppress(OSError):  # NFS 4 has lists of another kind
+            os.setxattr(folder, "system.posix_acl_default", SHARED)
+
+
+# custom_nodes: ComfyUI stops when its base directory has none
 DATA = ("models", "input", "output", "user", "temp", "cache", "custom_nodes")
 
 
@@ -1210,6 +1371,9 @@ def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
     target = site.manifest(step["to"])
     record = read(site.cut)
     if not record:
+        if missing := site.unmounted():
+            what = f"{' and '.join(missing)} went away since the plan was made"
+            raise Fault("step", what, "", "mount it there, then run the same command again")
         previous = site.release()
         if previous:
             drain(site, step["drain"], step["force"], note)
@@ -1324,6 +1488,8 @@ STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "account": account,
     "linger": linger,
     "members": members,
+    "rights": rights,
+    "mount": mount,
     "folders": folders,
     "tool": tool,
     "app": app,

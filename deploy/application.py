@@ -92,6 +92,18 @@ def flags(text: str) -> dict[str, Flag]:
     return found
 
 
+def model_folders(text: str) -> dict[str, tuple[str, ...]]:
+    """The kinds of models that a `folder_paths.py` defines, each with its folders' names, read without running it."""
+    found: dict[str, tuple[str, ...]] = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+            joined = [call for call in ast.walk(node.value) if _called(call) == "join" and isinstance(call, ast.Call)]
+            names = [_constant(call.args[1]) for call in joined if getattr(call.args[0], "id", "") == "models_dir"]
+            if names:
+                found[_constant(node.targets[0].slice)] = tuple(names)
+    return found
+
+
 def _called(node: ast.AST | None) -> str:
     return node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
 

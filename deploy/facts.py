@@ -28,13 +28,25 @@ class Service(msgspec.Struct, frozen=True):
     pid: int
 
 
+class Mount(msgspec.Struct, frozen=True):
+    """A mount point: what is mounted there, Hearth's own unit for it, and why what is wanted could not be mounted."""
+
+    mounted: bool
+    source: str
+    unit: str
+    fault: str
+    remedy: str
+
+
 class Facts(msgspec.Struct, frozen=True):
     """A host as `deploy/agent.py` found it (its function `facts` names the sources). Sizes are in bytes.
 
-    `manager` is what runs services; `lingers` is false where the login's own systemd could, if it outlived the login.
-    `releases` are the manifests kept there, `altered` the ids of those whose unit or links were changed since,
-    `proven` those that passed the health gate, the latest first, `failed_nodes` the nodes that the current one could
-    not import, with the reason; `parts` says of each what is wrong with it (empty:
+    `places` says of each folder that lies outside the prefix what is wrong with it, `data_free` the bytes left where
+    ComfyUI writes; `shared` is false where members could not change each other's files, `rights` is what members may
+    do by sudo (None: there is no sudo). `manager` is what runs services; `lingers` is false where the login's own
+    systemd could, if it outlived the login. `releases` are the manifests kept there, `altered` the ids of those whose
+    unit or links were changed since, `proven` those that passed the health gate, the latest first, `failed_nodes` the
+    nodes that the current one could not import, with the reason; `parts` says of each what is wrong with it (empty:
     nothing), `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now.
     """
 
@@ -54,10 +66,14 @@ class Facts(msgspec.Struct, frozen=True):
     writable: bool
     disk_free: int
     inodes_free: int | None
-    mounts: dict[str, bool]
+    mounts: dict[str, Mount]
+    places: dict[str, str]
+    data_free: dict[str, int]
     port_holder: dict[str, Any]
     user: bool
     members: tuple[str, ...]
+    shared: bool
+    rights: str | None
     manager: str
     lingers: bool
     current: str

@@ -77,15 +77,23 @@ def _fitting_profile() -> str:
 
 def look(agent: Agent, target: Target) -> Facts:
     """What the host is now; one round trip."""
-    pythons = list(target.profile.pythons)
-    raw = agent.call("facts", pythons=pythons, mounts=list(target.host.mounts))
+    host = target.host
+    places = {path: "read" if name == "models" else "write" for name, path in host.folders.items()}
+    raw = agent.call(
+        "facts",
+        pythons=list(target.profile.pythons),
+        mounts=msgspec.to_builtins(host.mounts),
+        places={**dict.fromkeys(host.model_roots, "read"), **places},
+    )
     return msgspec.convert(raw, Facts)
 
 
 def shelf(target: Target) -> Shelf:
     """What this client can give to a host of that profile."""
     app = applications.application()
-    text = (source.fetch(app) / "comfy/cli_args.py").read_text()
+    tree = source.fetch(app)
+    flags = applications.flags((tree / "comfy/cli_args.py").read_text())
+    model_folders = applications.model_folders((tree / "folder_paths.py").read_text())
     stack = target.profile.stack
     (uv,) = (line.split()[0].replace("==", "-") for line in lockfile.requirements("uv"))
     locks = {
@@ -99,7 +107,7 @@ def shelf(target: Target) -> Shelf:
         raise LockStaleError(
             f"nodes were changed, and not resolved yet: {', '.join(stale)}", hint="inv lock, then the same command"
         )
-    return plan.Shelf(app, applications.flags(text), locks, manifest.found(files.wheelhouse()), uv, chosen)
+    return plan.Shelf(app, flags, locks, manifest.found(files.wheelhouse()), uv, chosen, model_folders)
 
 
 def deploy(

@@ -68,10 +68,23 @@ class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     memory_max: str | None = None
 
 
+class Mount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file system that a host needs at a place. Without `what`, others mount it (fstab), and Hearth waits for it.
+
+    `what` is a device or an NFS export (`nas:/models`), `type` and `options` are mount's.
+    """
+
+    what: str = ""
+    type: str = ""
+    options: str = ""
+
+
 class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One machine. `scope` "system" needs root and systemd; "user" neither.
 
-    `mounts` must be mounted before anything is changed; `listen` and `port` are ComfyUI's own.
+    `mounts` (by mount point) must be mounted for ComfyUI to run. `folders` says what of models, input, output and
+    user lies elsewhere than in `data/`; `model_roots` are folders with more models, laid out as `models` is.
+    `members` may write the data and read the log, and do what `members_may` says; `listen` and `port` are ComfyUI's.
     """
 
     address: str = ""
@@ -84,8 +97,11 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     run_as: str = "comfyui"
     listen: str = "127.0.0.1"
     port: int = 8188
-    mounts: tuple[str, ...] = ()
+    mounts: dict[str, Mount] = {}
+    folders: dict[Literal["models", "input", "output", "user"], str] = {}
+    model_roots: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
+    members_may: tuple[Literal["restart"], ...] = ()
     keep: int = 3
     override: Override = Override()
 
@@ -137,7 +153,40 @@ class Target:
             "user": self.host.run_as if self.host.scope == "system" else "",
             "address": self.host.listen,
             "port": self.host.port,
+            "mounts": {path: mount_unit(path) for path in self.host.mounts},
+            "folders": dict(self.host.folders),
         }
+
+    @property
+    def rights(self) -> str:
+        """The sudoers file that lets members read the log, and do what they may; empty without members.
+
+        Whole command lines, without wildcards and without a pager: nobody gets more by them.
+        """
+        if self.host.scope != "system" or not self.host.members:
+            return ""
+        unit = f"{self.host.service}.service"
+        words = [f"journalctl --no-pager --unit {unit}{more}" for more in ("", " --lines 1000", " --follow")]
+        words += [f"systemctl {verb} {unit}" for verb in self.host.members_may]
+        listed = ", \\\n    ".join(f"/usr/bin/{each}" for each in words)
+        return f"# Written by Hearth; a deploy replaces it.\n%{self.host.run_as} ALL=(root) NOPASSWD: {listed}\n"
+
+    def mount_text(self, path: str) -> str:
+        """The systemd unit that mounts one of the host's file systems."""
+        mount = self.host.mounts[path]
+        lines = [f"What={mount.what}", f"Where={path}", f"Type={mount.type}"]
+        lines += [f"Options={mount.options}"] if mount.options else []
+        body = "\n".join(lines).replace("%", "%%")
+        return (
+            "# Written by Hearth; a deploy replaces it.\n"
+            f"[Unit]\nDescription={path}, for ComfyUI\n\n[Mount]\n{body}\n\n[Install]\nWantedBy=multi-user.target\n"
+        )
+
+
+def mount_unit(path: str) -> str:
+    """The name of systemd's unit for a mount point (systemd.unit(5), "String Escaping")."""
+    plain = re.sub(r"[^\w/:.]|^\.", lambda found: f"\\x{ord(found[0]):02x}", path.strip("/"), flags=re.ASCII)
+    return f"{plain.replace('/', '-') or '-'}.mount"
 
 
 def _chosen(settings: dict[str, Setting], torch: str) -> dict[str, str]:
@@ -187,6 +236,26 @@ def _check(path: Path, name: str, host: Host) -> None:
         raise ConfigError(f"{path}: host {name}: service and run_as are plain lower-case names")
     if not 0 < host.port < 65536 or host.keep < 1:
         raise ConfigError(f"{path}: host {name}: port is 1 to 65535, keep at least 1")
+    for each in (*host.mounts, *host.folders.values(), *host.model_roots):
+        if not re.fullmatch(r"(/[\w.@:+-]+)+", each, flags=re.ASCII) or {".", ".."} & set(each.split("/")):
+            raise ConfigError(
+                f"{path}: host {name}: {each!r} is no plain absolute path",
+                hint="such as /mnt/models: letters, digits and . _ @ : + - between slashes, none at the end",
+            )
+        if host.scope == "system" and re.match(r"/(home|root)\b", each):
+            raise ConfigError(
+                f"{path}: host {name}: {each} lies in a home folder, which the unit hides from the service",
+                hint='another place (a bind mount will do), or scope = "user"',
+            )
+    for each, mount in host.mounts.items():
+        if mount.what and (not mount.type or host.scope != "system"):
+            raise ConfigError(
+                f"{path}: host {name}: mount {each} cannot be made",
+                cause="`what` needs a `type`, and root",
+                hint='type = "nfs4"; without root leave `what` out, and let fstab mount it',
+            )
+        if "\n" in mount.what + mount.type + mount.options:
+            raise ConfigError(f"{path}: host {name}: mount {each}: what, type and options are one line each")
 
 
 _SECRET = re.compile(r"passw|secret|token|api_?key|credential|become_pass", re.IGNORECASE)

@@ -66,6 +66,7 @@ class Shelf:
     wheels: Sequence[Manifest]
     uv: str
     nodes: Mapping[str, Node] = field(default_factory=dict)
+    model_folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ class Options:
 
 RESERVE_BYTES, RESERVE_FILES = 2_000_000_000, 10_000
 """Left free on a host whatever is deployed: outputs, logs and the database must still find room."""
+
+RESERVE_DATA = 200_000_000
+"""Where ComfyUI writes: its database is copied before a cut-over, and pictures must find room after it."""
+
+MISSING = "is not there"
+"""What the agent says of a folder that it could make."""
 
 NEEDS_ROOM = 1.2
 """Downloads lie beside what is installed for a while; torch's wheels unpack to about their size, hard-linked."""
@@ -95,7 +102,7 @@ def make(target: Target, facts: Facts, shelf: Shelf, options: Options) -> Plan:
     steps = _steps(target, facts, choice, wanted, options)
     if refusals:
         return Plan(facts.current, wanted["id"], refusals=tuple(refusals))
-    return Plan(facts.current, wanted["id"], steps=tuple(steps), notes=tuple(_notes(facts)))
+    return Plan(facts.current, wanted["id"], steps=tuple(steps), notes=tuple(_notes(target, facts)))
 
 
 def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
@@ -153,6 +160,7 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
         wheels=tuple(wheels),
         uv=shelf.uv,
         nodes=shelf.nodes,
+        model_folders=shelf.model_folders,
     )
     return choice, found
 
@@ -206,12 +214,35 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal("the host runs no systemd", 'set scope = "user" for this host'))
     if not facts.writable:
         found.append(Refusal(f"{facts.login} may not write to {facts.prefix}", "choose another prefix, or let it"))
-    for path, mounted in facts.mounts.items():
-        if not mounted:
-            remedy = f"mount {path} there; writing into the empty mount point would hide it later"
-            found.append(Refusal(f"{path} is not mounted", remedy))
+    found += _storage(target, facts)
     if holder := _port(target, facts):
         found.append(Refusal(holder, "end it, or set another `port` for this host"))
+    return found
+
+
+def _storage(target: Target, facts: Facts) -> list[Refusal]:
+    """What is wrong with mounts and folders, and cannot be put right by a step."""
+    found: list[Refusal] = []
+    host = target.host
+    for path, wanted in host.mounts.items():
+        there = facts.mounts[path]
+        if not wanted.what and not there.mounted:
+            remedy = f"mount {path} there; writing into the empty mount point would hide it later"
+            found.append(Refusal(f"{path} is not mounted", remedy))
+        elif wanted.what and there.mounted and f"\nWhat={wanted.what}\n" not in there.unit:
+            remedy = f"umount {path} there, or leave out `what` for it"
+            found.append(Refusal(f"{there.source} is mounted at {path}, and not by Hearth's unit for it", remedy))
+        elif wanted.what and there.fault:
+            found.append(Refusal(f"{wanted.what} cannot be mounted at {path}: {there.fault}", there.remedy))
+    coming = tuple(f"{path}/" for path, wanted in host.mounts.items() if wanted.what and not facts.mounts[path].mounted)
+    for path, fault in facts.places.items():
+        made = fault == MISSING and path in host.folders.values()
+        if fault and not made and not f"{path}/".startswith(coming):
+            found.append(Refusal(f"{path} {fault}", f"on the host: ls -ld {path}; ComfyUI runs as {host.run_as}"))
+    for path, left in facts.data_free.items():
+        if left < RESERVE_DATA:
+            what = f"{console.size(left)} free for {path}, {console.size(RESERVE_DATA)} needed"
+            found.append(Refusal(what, "free some space there: nothing that ComfyUI writes would find room"))
     return found
 
 
@@ -254,13 +285,16 @@ def _steps(
         title = f"let {facts.login}'s systemd run without a login (loginctl enable-linger)"
         why, undo = "ComfyUI would end with your session, and not start at boot", "loginctl disable-linger"
         steps.append(Step("linger", title, why, undo))
-    if host.scope == "system" and sorted(host.members) != sorted(facts.members):
-        title = f"members of group {host.run_as}: {', '.join(host.members) or 'nobody'}"
-        why, undo = "they may write the data", f"gpasswd --members {','.join(facts.members)} {host.run_as}"
-        steps.append(Step("members", title, why, undo, {"members": list(host.members)}))
+    steps += _people(target, facts)
+    steps += _mounts(target, facts)
+    missing = [path for path, fault in facts.places.items() if fault]
     if not facts.data:
         title = f"lay out {facts.prefix}"
         steps.append(Step("folders", title, "nothing is there yet", f"rm -r {facts.prefix}"))
+    elif missing or not facts.shared:
+        title = f"make {', '.join(missing)}" if missing else f"let members share what is in {facts.prefix}/data"
+        why = "it is not there" if missing else "what one writes, another could not change"
+        steps.append(Step("folders", title, why, "nothing: no file is touched"))
     steps += _part_steps(facts, choice)
     if facts.release(wanted["id"]) is None:
         steps.append(_release_step(wanted, "so that it can be returned to"))
@@ -281,6 +315,39 @@ def _steps(
         steps.append(Step("serve", title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
     made = any(step.kind in ("app", "env", "node", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
+    return steps
+
+
+def _people(target: Target, facts: Facts) -> list[Step]:
+    """Who belongs to the service's group, and what its members may do."""
+    host = target.host
+    steps: list[Step] = []
+    if host.scope != "system":
+        return steps
+    if sorted(host.members) != sorted(facts.members):
+        title = f"members of group {host.run_as}: {', '.join(host.members) or 'nobody'}"
+        why, undo = "they may write the data", f"gpasswd --members {','.join(facts.members)} {host.run_as}"
+        steps.append(Step("members", title, why, undo, {"members": list(host.members)}))
+    rights = target.rights
+    if facts.rights is not None and facts.rights != rights:
+        may = " and ".join(["read its log", *(f"{each} it" for each in host.members_may)])
+        title = f"let members of {host.run_as} {may} (sudo)" if rights else "take back what members may do by sudo"
+        steps.append(Step("rights", title, "as configured", "rm the file in /etc/sudoers.d", {"text": rights}))
+    return steps
+
+
+def _mounts(target: Target, facts: Facts) -> list[Step]:
+    """What Hearth itself mounts: a unit for each, started now and at boot."""
+    steps: list[Step] = []
+    for path, wanted in target.host.mounts.items():
+        there, text = facts.mounts[path], target.mount_text(path)
+        if wanted.what and not (there.mounted and there.unit == text):
+            title = f"mount {wanted.what} at {path} ({wanted.type}{f', {wanted.options}' * bool(wanted.options)})"
+            why = (
+                "it is not mounted" if not there.mounted else "its unit is another" if there.unit else "it has no unit"
+            )
+            undo = f"systemctl disable --now '{target.site['mounts'][path]}'"
+            steps.append(Step("mount", title, why, undo, {"path": path, "what": wanted.what, "text": text}))
     return steps
 
 
@@ -336,7 +403,10 @@ def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
     return [Step("prune", title, "old releases take room", "deploy it again", {"keep": kept})]
 
 
-def _notes(facts: Facts) -> list[str]:
+def _notes(target: Target, facts: Facts) -> list[str]:
+    found: list[str] = []
     if facts.manager == "process" and facts.lingers:
-        return ["this machine has no systemd for you: ComfyUI is supervised by Hearth, and not started at boot"]
-    return []
+        found.append("this machine has no systemd for you: ComfyUI is supervised by Hearth, and not started at boot")
+    if facts.rights is None and target.rights:
+        found.append("the host has no sudo: members cannot read the log or restart ComfyUI by it")
+    return found

@@ -11,6 +11,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from core.files import CHECKOUT
+from deploy.host import mount_unit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,6 +48,7 @@ class Choice:
     wheels: tuple[Manifest, ...]
     uv: str
     nodes: Mapping[str, Node]
+    model_folders: Mapping[str, Sequence[str]]
 
     @property
     def app_part(self) -> str:
@@ -123,14 +125,16 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     target = choice.target
     place, data = f"{prefix}/releases/{release}", f"{prefix}/data"
     argv = [f"{place}/env/bin/python", f"{place}/app/main.py", "--base-directory", data]
+    argv += [word for name, path in sorted(target.host.folders.items()) for word in (f"--{_DIRECTORY[name]}", path)]
     argv += ["--database-url", f"sqlite:///{data}/user/comfyui.db", "--disable-auto-launch"]
     files: dict[str, str] = {}
     links: dict[str, str] = {}
     if choice.nodes:
         # Some nodes look for ComfyUI's folders two levels above themselves.
-        links = {name: f"{data}/{name}" for name in ("models", "input", "output", "temp", "user")}
+        links = {name: f"{data}/{name}" for name in ("models", "input", "output", "temp", "user")} | target.host.folders
         links["web"] = f"{data}/comfyui/web"
-        files["paths.yaml"] = f"hearth:\n  custom_nodes: {json.dumps(f'{place}/custom_nodes')}\n"  # JSON is YAML
+    if paths := _search_paths(choice, place):
+        files["paths.yaml"] = json.dumps(paths, indent=1) + "\n"  # JSON is YAML
         argv += ["--extra-model-paths-config", f"{place}/paths.yaml"]
     argv += ["--listen", target.host.listen, "--port", str(target.host.port)]
     argv += [word for flag, value in target.flags.items() for word in (flag, *value.split())]
@@ -150,7 +154,23 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
         **target.env,
     }
     files[f"{target.host.service}.service"] = _unit(choice, argv, environment, data, release)
+    if target.host.mounts:
+        files[f"{target.host.service}-storage.service"] = _storage_unit(target, release)
     return {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
+
+
+# ComfyUI's flags for folders that do not lie in its base directory.
+_DIRECTORY = {name: f"{name}-directory" for name in ("models", "input", "output", "user")}
+
+
+def _search_paths(choice: Choice, place: str) -> dict[str, dict[str, str]]:
+    """ComfyUI's extra search paths: the release's nodes, and the host's further folders of models."""
+    found: dict[str, dict[str, str]] = {}
+    if choice.nodes:
+        found["nodes"] = {"custom_nodes": f"{place}/custom_nodes"}
+    for root in choice.target.host.model_roots:
+        found[root] = {"base_path": root} | {kind: "\n".join(names) for kind, names in choice.model_folders.items()}
+    return found
 
 
 def _unit(choice: Choice, argv: Sequence[str], environment: Mapping[str, str], data: str, release: str) -> str:
@@ -161,21 +181,41 @@ def _unit(choice: Choice, argv: Sequence[str], environment: Mapping[str, str], d
     command = shlex.join(argv).replace("%", "%%").replace("$", "$$")
     lines = [f'Environment="{name}={_quoted(value)}"' for name, value in environment.items()]
     devices = [f"DeviceAllow={name} rw" for name in _DEVICES] if profile.cuda else []
+    storage = f"{host.service}-storage.service"
     values = {
         "service": host.service,
         "release": release,
         "version": choice.application.version,
         "user": host.run_as,
         "data": data,
-        "mounts": " ".join(host.mounts),
+        "folders": " ".join(host.folders.values()),
+        "storage": f"BindsTo={storage}\nAfter={storage}" if host.mounts else "",
         "command": command,
         "environment": "\n".join(lines),
         "limits": f"MemoryMax={profile.memory_max}" if profile.memory_max else "",
         "device_policy": profile.device_policy,
         "devices": "\n".join(devices),
     }
-    template = (CHECKOUT / f"recipes/comfyui/units/{host.scope}.service").read_text()
-    return Template(template).substitute(values)
+    return _filled(host.scope, values)
+
+
+def _storage_unit(target: Target, release: str) -> str:
+    """The unit that ComfyUI's own is bound to: it lasts as long as everything is mounted."""
+    host = target.host
+    values = {
+        "service": host.service,
+        "release": release,
+        "mounts": " ".join(host.mounts),
+        "mounted": " && ".join(f"mountpoint --quiet {path}" for path in host.mounts),
+        "units": " ".join(map(mount_unit, host.mounts)),
+        "identity": f"User={host.run_as}" if host.scope == "system" else "",
+    }
+    return _filled("storage", values)
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    text = (CHECKOUT / f"recipes/comfyui/units/{template}.service").read_text()
+    return Template(text).substitute(values)
 
 
 def _quoted(value: str) -> str:

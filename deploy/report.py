@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from deploy.curate import Change
-    from deploy.facts import Facts
+    from deploy.facts import Facts, Mount
     from deploy.flow import Outcome
     from deploy.nodes import Catalogue
 
@@ -131,6 +131,7 @@ def facts(found: Facts, *, as_json: bool) -> None:
             f"{console.size(found.memory)}{', shared with the GPU' if any(g.unified for g in found.gpus) else ''}",
         ),
         ("free at " + found.prefix, f"{console.size(found.disk_free)}, {found.inodes_free or 'no limit of'} inodes"),
+        ("mounts", "; ".join(_mounted(path, each) for path, each in found.mounts.items()) or "none asked for"),
         ("services by", found.manager),
         ("release", found.current or "none"),
         ("service", found.service.state + (f" since {found.service.since}" if found.service.since else "")),
@@ -139,6 +140,10 @@ def facts(found: Facts, *, as_json: bool) -> None:
         ("under way", f"{found.busy['action']} by {found.busy['who']}" if found.busy else "nothing"),
     ]
     console.table(("", ""), rows)
+
+
+def _mounted(path: str, mount: Mount) -> str:
+    return f"{path}: {mount.source}" if mount.mounted else f"{path}: not mounted, ComfyUI waits for it"
 
 
 def configuration(names: Sequence[str], *, as_json: bool) -> None:

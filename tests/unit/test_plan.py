@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 
 from core import files
 from core.manifest import Manifest, Proof
-from deploy import application, environment, plan, release
+from deploy import application, environment, facts, plan, release
 from deploy.facts import Facts, Gpu, Service
-from deploy.host import Host, Target, profiles
+from deploy.host import Host, Mount, Target, profiles
 
 APP = msgspec.convert(
     {"name": "comfyui", "version": "1.2.3", "source": [{"folder": "src"}], "tree": "t" * 64, "folder": "/nowhere",
@@ -34,9 +35,10 @@ RUNNING = Service(active=True, state="active (running)", enabled=True, linked=Tr
 FRESH = Facts(
     hostname="h", os="debian 12", machine="aarch64", kernel="6", glibc="2.36", pythons={"3.12": "/usr/bin/python3.12"},
     gpus=(Gpu("GB10", "12.1", None, True),), driver="580.95", memory=10**11, cores=20, login="d", root=True,
-    prefix="/opt/comfyui", writable=True, disk_free=10**11, inodes_free=10**6, mounts={}, port_holder={}, user=False,
-    members=(), manager="systemd-system", lingers=True, current="", current_fault={}, releases=(), altered=(),
-    proven=(), failed_nodes={}, parts={}, data=False, service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
+    prefix="/opt/comfyui", writable=True, disk_free=10**11, inodes_free=10**6, mounts={}, places={},
+    data_free={"/opt/comfyui/data": 10**11}, port_holder={}, user=False, members=(), shared=True, rights="",
+    manager="systemd-system", lingers=True, current="", current_fault={}, releases=(), altered=(), proven=(),
+    failed_nodes={}, parts={}, data=False, service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
 )  # fmt: skip
 
 
@@ -147,7 +149,7 @@ def test_flags_are_a_new_release_of_the_same_parts() -> None:
         ({"disk_free": 10**9}, "1.0 GB free at /opt/comfyui, 3.2 GB needed", "free some space"),
         ({"inodes_free": 10}, "10 inodes free", "delete small files"),
         ({"port_holder": {"pid": 9, "command": "nginx"}}, "port 8188 is held by nginx (pid 9)", "`port`"),
-        ({"mounts": {"/mnt/models": False}}, "/mnt/models is not mounted", "mount /mnt/models"),
+        ({"data_free": {"/mnt/out": 10**7}}, "10.0 MB free for /mnt/out, 200.0 MB needed", "free some space"),
         ({"manager": "none"}, "no systemd", 'scope = "user"'),
         ({"writable": False}, "may not write", "prefix"),
         ({"busy": {"action": "deploy", "who": "anna@x", "since": "t"}}, "deploy by anna@x since t", "inv attach"),
@@ -161,11 +163,94 @@ def test_refusals(change: dict[str, Any], what: str, remedy: str) -> None:
     assert any(what in each.what and remedy in each.remedy for each in found.refusals), found.refusals
 
 
+NAS = {"/mnt/models": Mount("nas:/models", "nfs4", "nosuid")}
+
+
+def mounted(**values: Any) -> Facts:
+    there = facts.Mount(mounted=False, source="", unit="", fault="", remedy="")
+    return msgspec.structs.replace(FRESH, mounts={"/mnt/models": msgspec.structs.replace(there, **values)})
+
+
+@pytest.mark.parametrize(
+    ("mount", "there", "what"),
+    [
+        (Mount(), {}, "/mnt/models is not mounted"),
+        (NAS["/mnt/models"], {"fault": "the host has no mount.nfs4"}, "at /mnt/models: the host has no mount.nfs4"),
+        (
+            NAS["/mnt/models"],
+            {"mounted": True, "source": "/dev/sdb"},
+            "/dev/sdb is mounted at /mnt/models, and not by",
+        ),
+    ],
+)
+def test_what_cannot_be_mounted_is_refused(mount: Mount, there: dict[str, Any], what: str) -> None:
+    found = made(mounted(**there), spark(mounts={"/mnt/models": mount}))
+    assert not found.steps
+    assert any(what in each.what for each in found.refusals), found.refusals
+
+
+def test_what_hearth_mounts_gets_a_unit_before_anything_is_put_there() -> None:
+    target = spark(mounts=NAS, folders={"models": "/mnt/models/comfyui"})
+    now = msgspec.structs.replace(mounted(), places={"/mnt/models/comfyui": plan.MISSING})
+    steps = made(now, target).steps
+    assert [step.kind for step in steps][:3] == ["account", "mount", "folders"]
+    assert "\nWhat=nas:/models\nWhere=/mnt/models\nType=nfs4\nOptions=nosuid\n" in steps[1].values["text"]
+    there = mounted(mounted=True, unit=target.mount_text("/mnt/models"))
+    assert "mount" not in kinds(made(there, target))
+    changed = mounted(mounted=True, unit=target.mount_text("/mnt/models").replace("nosuid", "nodev"))
+    assert "mount" in kinds(made(changed, target))
+
+
+def test_folders_elsewhere_are_comfyuis_own_flags_and_never_links_in_the_data() -> None:
+    target = spark(mounts=NAS, folders={"models": "/mnt/models", "output": "/srv/out"}, model_roots=("/srv/more",))
+    stock = replace(shelf(), model_folders={"text_encoders": ("text_encoders", "clip")})
+    there = mounted(mounted=True, unit=target.mount_text("/mnt/models"))
+    now = msgspec.structs.replace(there, places={"/srv/more": ""})
+    (step,) = (each for each in made(now, target, stock).steps if each.kind == "release")
+    wanted = step.values["release"]
+    words = " ".join(wanted["argv"])
+    assert "--models-directory /mnt/models --output-directory /srv/out --database-url" in words
+    assert json.loads(wanted["files"]["paths.yaml"]) == {
+        "/srv/more": {"base_path": "/srv/more", "text_encoders": "text_encoders\nclip"}
+    }
+    unit = wanted["files"]["comfyui.service"]
+    assert "\nBindsTo=comfyui-storage.service\nAfter=comfyui-storage.service\n" in unit
+    assert "until mountpoint --quiet /mnt/models; do" in wanted["files"]["comfyui-storage.service"]
+    assert "\nReadWritePaths=/opt/comfyui/data /mnt/models /srv/out\n" in unit
+
+
+def test_a_folder_that_cannot_be_used_is_refused_and_one_that_is_missing_is_made() -> None:
+    target = spark(folders={"output": "/srv/out"}, model_roots=("/srv/more",))
+    missing = msgspec.structs.replace(FRESH, places={"/srv/out": plan.MISSING, "/srv/more": plan.MISSING})
+    (refusal,) = made(missing, target).refusals
+    assert refusal.what == "/srv/more is not there"
+    unusable = msgspec.structs.replace(FRESH, places={"/srv/out": "cannot be written by the service", "/srv/more": ""})
+    (refusal,) = made(unusable, target).refusals
+    assert refusal.what == "/srv/out cannot be written by the service"
+
+
+def test_members_may_what_is_said_and_nothing_else() -> None:
+    target = spark(members=("anna",), members_may=("restart",))
+    steps = [step for step in made(target=target).steps if step.kind in ("members", "rights")]
+    assert [step.title for step in steps] == [
+        "members of group comfyui: anna",
+        "let members of comfyui read its log and restart it (sudo)",
+    ]
+    text = steps[1].values["text"]
+    assert "/usr/bin/systemctl restart comfyui.service\n" in text
+    assert "*" not in text
+    there = msgspec.structs.replace(settled(), members=("anna",), rights=text)
+    assert kinds(made(there, target)) == []
+    assert kinds(made(there, spark())) == ["members", "rights"]
+    without = msgspec.structs.replace(FRESH, rights=None)
+    assert "the host has no sudo" in " ".join(made(without, target).notes)
+
+
 def test_all_refusals_at_once() -> None:
     holder = {"pid": 9, "command": "nginx"}
-    facts = msgspec.structs.replace(FRESH, driver="1.0", mounts={"/a": False, "/b": False}, disk_free=1)
-    assert len(made(facts).refusals) == 4
-    assert len(made(msgspec.structs.replace(facts, port_holder=holder)).refusals) == 5
+    bad = msgspec.structs.replace(FRESH, driver="1.0", disk_free=1, data_free={"/a": 1, "/b": 1})
+    assert len(made(bad).refusals) == 4
+    assert len(made(msgspec.structs.replace(bad, port_holder=holder)).refusals) == 5
 
 
 def test_a_missing_wheel_says_how_to_build_it() -> None:

@@ -1,0 +1,179 @@
+"""Where models and outputs lie: mounts that go and come, full disks, folders elsewhere, people who share them."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+
+import pytest
+
+from tests.host.fleet import PREFIX, Fleet
+
+pytestmark = pytest.mark.host
+
+POOL = """\
+mounts."/srv/pool" = {}
+folders.output = "/srv/pool/out"
+model_roots = ["/srv/more"]
+"""
+
+
+def picture(fleet: Fleet, name: str) -> dict[str, object]:
+    """Have ComfyUI save a picture under a name; what its history then says of it."""
+    inputs = {"width": 64, "height": 64, "batch_size": 1, "color": time.time_ns() % (1 << 24)}
+    workflow = {
+        "1": {"class_type": "EmptyImage", "inputs": inputs},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": name}},
+    }
+    body = json.dumps({"prompt": workflow}).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{fleet.machine.port}/prompt", body, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        prompt = json.load(answer)["prompt_id"]
+    end = time.monotonic() + 60
+    while not (found := fleet.ask(f"/history/{prompt}").get(prompt)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert isinstance(found, dict)
+    return found
+
+
+def stopped(fleet: Fleet, within: float = 60) -> bool:
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        if fleet.machine.run("systemctl is-active comfyui || true").strip() in ("inactive", "failed"):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def test_comfyui_stops_when_a_mount_goes_waits_for_it_and_starts_when_it_comes(steady: Fleet) -> None:
+    machine = steady.machine
+    machine.run("mkdir -p /srv/pool /srv/more/loras; touch /srv/more/loras/hand.safetensors")
+    steady.configure(POOL)
+    refused = steady.deploy()
+    assert refused.returncode == 63, refused.stderr
+    assert "/srv/pool is not mounted" in refused.stderr
+    machine.run("mount --bind /srv/inodes /srv/pool")
+    done = steady.deploy()
+    assert done.returncode == 0, done.stderr
+    assert "make /srv/pool/out" in done.stderr
+    picture(steady, "kept")
+    assert machine.run("ls /srv/pool/out").split() == ["kept_00001_.png"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{machine.port}/models/loras", timeout=10) as answer:
+        assert json.load(answer) == ["hand.safetensors"]
+
+    machine.run("umount /srv/pool || umount --lazy /srv/pool")
+    assert stopped(steady)
+    assert machine.run("ls -A /srv/pool") == ""
+    gone = steady.deploy()
+    assert (gone.returncode, "/srv/pool is not mounted" in gone.stderr) == (63, True), gone.stderr
+    machine.run("mount --bind /srv/inodes /srv/pool")  # nobody starts ComfyUI
+    assert steady.answers()
+
+    machine.power_off()
+    machine.boot()
+    assert stopped(steady)
+    facts = steady.inv("facts", "--host", "spark")
+    assert "/srv/pool: not mounted, ComfyUI waits for it" in " ".join(facts.stdout.split()), facts.stdout
+    machine.run("mount --bind /srv/inodes /srv/pool")
+    assert steady.answers()
+    assert machine.run("ls /srv/pool/out").split() == ["kept_00001_.png"]
+    steady.configure()
+    assert steady.deploy().returncode == 0
+    machine.run("umount /srv/pool; rm -r /srv/inodes/out /srv/more")
+    assert steady.answers(5)  # what it does not need any more does not stop it
+
+
+def test_hearth_mounts_what_it_is_told_to_and_at_boot_and_never_over_files(steady: Fleet) -> None:
+    machine = steady.machine
+    machine.run("mkdir -p /srv/vault; touch /srv/vault/hidden")
+    mount = '[hosts.spark.mounts."/srv/vault"]\nwhat = "{}"\ntype = "{}"\noptions = "{}"\n'
+    folders = 'folders.input = "/srv/vault/in"\n'
+    steady.configure(folders + mount.format("/srv/inodes", "none", "bind"))
+    over = steady.deploy()
+    assert over.returncode == 63, over.stderr
+    assert "there are files in the folder itself, which the mount would hide" in over.stderr
+    machine.run("rm /srv/vault/hidden")
+    for what, kind, remedy in (
+        ("/dev/mapper/vault", "ext4", "cryptsetup open DEVICE vault"),
+        ("nas:/models", "nfs4", "apt-get install nfs-common"),
+    ):
+        steady.configure(folders + mount.format(what, kind, "noatime"))
+        cannot = steady.deploy()
+        assert (cannot.returncode, remedy in cannot.stderr) == (63, True), cannot.stderr
+    steady.configure(folders + mount.format("/srv/inodes", "none", "bind"))
+    done = steady.deploy()
+    assert done.returncode == 0, done.stderr
+    assert "mount /srv/inodes at /srv/vault (none, bind)" in done.stderr
+    machine.power_off()
+    machine.boot()
+    assert steady.answers()
+    assert "/srv/vault" in machine.run("findmnt --noheadings --output TARGET /srv/vault")
+    again = steady.deploy("--dry-run")
+    assert again.returncode == 0, again.stderr
+    steady.configure()
+    assert steady.deploy().returncode == 0
+    machine.run("systemctl disable --now srv-vault.mount; rm -r /srv/inodes/in")
+
+
+def test_a_full_data_disk_leaves_the_service_up_and_is_refused(steady: Fleet) -> None:
+    machine = steady.machine
+    machine.run("mkdir -p /srv/small; mount -t tmpfs -o size=300M small /srv/small")
+    steady.configure('mounts."/srv/small" = {}\nfolders.output = "/srv/small/out"\n')
+    done = steady.deploy()
+    assert done.returncode == 0, done.stderr
+    machine.run("head -c 400M /dev/zero > /srv/small/filler 2>/dev/null || true")
+    status = picture(steady, "none")["status"]
+    assert isinstance(status, dict)
+    assert status["status_str"] == "error"
+    assert steady.answers(5)
+    refused = steady.deploy()
+    assert refused.returncode == 63, refused.stderr
+    assert "free for /srv/small/out, 200.0 MB needed" in refused.stderr
+    machine.run("rm /srv/small/filler")
+    picture(steady, "some")
+    assert "some_00001_.png" in machine.run("ls /srv/small/out")
+    steady.configure()
+    assert steady.deploy().returncode == 0
+    machine.run("umount /srv/small")
+
+
+def test_members_share_the_data_read_the_log_and_may_restart_when_allowed(steady: Fleet) -> None:
+    machine = steady.machine
+    machine.run("useradd anna; useradd ben; useradd eve")
+    steady.configure('members = ["anna", "ben"]\nmembers_may = ["restart"]\n')
+    done = steady.deploy()
+    assert done.returncode == 0, done.stderr
+    place, log = f"{PREFIX}/data/output/shared", "sudo -n journalctl --no-pager --unit comfyui.service"
+
+    def may(who: str, command: str) -> bool:
+        tried = machine.run(f"runuser -u {who} -- sh -c '{command}' >/dev/null 2>&1 && echo yes || echo no")
+        return tried.strip() == "yes"
+
+    assert may("anna", f"umask 077; mkdir {place}; echo a > {place}/one")
+    assert may("ben", f"echo b >> {place}/one; echo b > {place}/two")
+    assert may("comfyui", f"rm {place}/two")
+    assert may("anna", f"head -1 {PREFIX}/current/app/main.py")
+    assert not may("anna", f"touch {PREFIX}/current/app/x")
+    assert not may("eve", f"touch {place}/three")
+    since = machine.run("systemctl show comfyui --property=ActiveEnterTimestampMonotonic --value")
+    assert may("anna", log)
+    assert not may("eve", log)
+    assert not may("anna", "sudo -n systemctl stop comfyui.service")
+    assert not may("anna", f"{log} --file /etc/shadow")
+    assert may("ben", "sudo -n systemctl restart comfyui.service")
+    assert machine.run("systemctl show comfyui --property=ActiveEnterTimestampMonotonic --value") != since
+    assert steady.answers()
+
+    steady.configure('members = ["anna"]\n')
+    fewer = steady.deploy()
+    assert fewer.returncode == 0, fewer.stderr
+    assert not may("ben", f"echo b >> {place}/one")
+    assert not may("ben", log)
+    assert not may("anna", "sudo -n systemctl restart comfyui.service")
+    steady.configure()
+    assert steady.deploy().returncode == 0
+    assert not may("anna", log)
+    machine.run(f"rm -r {place}")
