@@ -161,6 +161,7 @@ def _options(drain: str, force: bool) -> Any:
 @command(
     help={
         "build": "build kernel wheels that the wheelhouse lacks",
+        "bundle": "take everything from this file of `inv bundle`, and nothing from a network",
         "keep-going": "go on with a group's other hosts when one fails",
     }
 )
@@ -170,6 +171,7 @@ def deploy(
     group: str = "",
     dry_run: bool = False,
     build: bool = False,
+    bundle: str = "",
     drain: str = "60",
     force: bool = False,
     ask_sudo: bool = False,
@@ -178,21 +180,61 @@ def deploy(
     json: bool = False,
 ) -> int:
     """Put ComfyUI on a host (default: this machine), proven before it takes traffic."""
+    from contextlib import nullcontext
+    from pathlib import Path
+
+    from deploy import bundle as bundles
     from deploy import flow, report
     from deploy.host import select
     from kernels.build import build_missing
 
-    one = functools.partial(
-        flow.deploy,
-        options=_options(drain, force),
-        dry_run=dry_run,
-        ask_sudo=ask_sudo,
-        ask=not yes,
-        build=build_missing if build else None,
-    )
-    results = flow.on_each(select(host, group), one, keep_going=keep_going)
+    if build and bundle:
+        raise UsageError("--build and --bundle exclude each other", hint="a bundle holds the wheels that it needs")
+    with bundles.opened(Path(bundle)) if bundle else nullcontext() as opened:
+        one = functools.partial(
+            flow.deploy,
+            options=_options(drain, force),
+            dry_run=dry_run,
+            ask_sudo=ask_sudo,
+            ask=not yes,
+            build=build_missing if build else None,
+            bundle=opened,
+        )
+        results = flow.on_each(select(host, group), one, keep_going=keep_going)
     report.outcomes(results, as_json=json, dry_run=dry_run)
     return 2 if dry_run and any(result.changed for result in results) else 0
+
+
+@command(
+    help={
+        "host": "the host that it is for (default: local, this machine)",
+        "output": "the file to write (default: named after host, version, platform and Python)",
+        "platform": "linux_x86_64 or linux_aarch64 (default: the host is asked)",
+        "python": "the host's Python, such as 3.12 (default: the host is asked)",
+        "verify": "check this bundle instead, every file of it",
+    }
+)
+def bundle(
+    _: Context,
+    host: str = "",
+    output: str = "",
+    platform: str = "",
+    python: str = "",
+    verify: str = "",
+    ask_sudo: bool = False,
+    json: bool = False,
+) -> None:
+    """Write one file with all that a host needs, for `inv deploy --bundle` where no network is."""
+    from pathlib import Path
+
+    from deploy import bundle as bundles
+    from deploy import flow, report
+
+    if verify:
+        report.bundle(Path(verify), bundles.verify(Path(verify)), as_json=json)
+        return
+    place = Path(output) if output else None
+    report.bundle(*flow.make_bundle(host, place, platform, python, ask_sudo=ask_sudo), as_json=json)
 
 
 @command(name="list", default=True)
@@ -325,6 +367,7 @@ ns = Collection(
     inspect_wheel,
     kernels,
     deploy,
+    bundle,
     rollback,
     releases,
     history,

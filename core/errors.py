@@ -138,6 +138,12 @@ class PatchError(HearthError):
     exit_code = 32
 
 
+class BundleError(HearthError):
+    """A bundle that is cut short, altered, or not for this host or Hearth."""
+
+    exit_code = 33
+
+
 class CompileError(HearthError):
     """The compiler or the linker refused a file."""
 

@@ -18,8 +18,28 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
+_inside: list[Path] = []
+
+
+@contextmanager
+def inside(place: Path) -> Iterator[None]:
+    """Take recipes, configuration, locks, cache and wheelhouse from a folder, a bundle's, and from nowhere else."""
+    _inside.append(place)
+    try:
+        yield
+    finally:
+        _inside.pop()
+
+
+def checkout() -> Path:
+    """Where recipes, profiles and locks lie: the checkout, or the bundle that is open."""
+    return _inside[-1] / "checkout" if _inside else CHECKOUT
+
+
 def cache() -> Path:
     """The cache directory: $HEARTH_CACHE, else `hearth` in the user's cache directory (XDG)."""
+    if _inside:
+        return _inside[-1] / "cache"
     if chosen := os.environ.get("HEARTH_CACHE"):
         return Path(chosen).absolute()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -28,6 +48,8 @@ def cache() -> Path:
 
 def wheelhouse() -> Path:
     """Where finished wheels are kept: $HEARTH_WHEELHOUSE, else `wheelhouse/` in the checkout."""
+    if _inside:
+        return _inside[-1] / "wheelhouse"
     return Path(os.environ.get("HEARTH_WHEELHOUSE") or CHECKOUT / "wheelhouse").absolute()
 
 

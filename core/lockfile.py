@@ -32,13 +32,17 @@ def requirements(extra: str) -> list[str]:
 
     Kept in the cache under the lock's own hash, for uv takes 0.1 s to tell.
     """
-    lock = files.CHECKOUT / "uv.lock"
-    kept = files.cache() / "exports" / f"{extra}-{files.sha256(lock)[:16]}.txt"
+    kept = exported(extra)
     if not kept.exists():
         words = ["uv", "export", "--quiet", "--frozen", "--no-default-groups", "--no-emit-project", "--no-header"]
         text = shell.run([*words, "--no-annotate", "--extra", extra], cwd=files.CHECKOUT).stdout
         files.write(kept, text.replace(" \\\n", ""))
     return kept.read_text().splitlines()
+
+
+def exported(extra: str) -> Path:
+    """Where the cache keeps the locked requirements of an extra."""
+    return files.cache() / "exports" / f"{extra}-{files.sha256(files.checkout() / 'uv.lock')[:16]}.txt"
 
 
 def install(extra: str, platform: Platform, python: str, finish: Callable[[Path], None] | None = None) -> Path:

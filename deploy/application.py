@@ -32,8 +32,9 @@ class Application(source.Pinned, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 def folder() -> Path:
-    """Where the application is described: $HEARTH_APP, else `recipes/comfyui`."""
-    return Path(os.environ.get("HEARTH_APP") or files.CHECKOUT / "recipes/comfyui").absolute()
+    """Where the application is described: $HEARTH_APP, else `recipes/comfyui`; in a bundle the latter."""
+    own = os.environ.get("HEARTH_APP") if files.checkout() == files.CHECKOUT else ""
+    return Path(own or files.checkout() / "recipes/comfyui").absolute()
 
 
 def application() -> Application:

@@ -85,7 +85,7 @@ class Lock:
 def folder() -> Path:
     """Where the lists are kept: beside the app.toml, or for one without a list of its own with the recipe."""
     own = applications.folder() / "locks"
-    return own if own.is_dir() else files.CHECKOUT / "recipes/comfyui/locks"
+    return own if own.is_dir() else files.checkout() / "recipes/comfyui/locks"
 
 
 def combinations() -> list[tuple[Stack, Platform, str]]:

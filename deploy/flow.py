@@ -19,6 +19,7 @@ import msgspec
 from core import console, files, lockfile, manifest, source
 from core.arch import local_gpu
 from core.errors import (
+    BundleError,
     ConvergeError,
     GroupError,
     HearthError,
@@ -30,6 +31,7 @@ from core.errors import (
 )
 from core.stack import Platform
 from deploy import application as applications
+from deploy import bundle as bundles
 from deploy import connection, environment, nodes, plan
 from deploy import host as hosts
 from deploy.facts import Facts
@@ -37,6 +39,7 @@ from deploy.facts import Facts
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from deploy.bundle import Bundle
     from deploy.connection import Agent
     from deploy.host import Target
     from deploy.plan import Options, Plan, Shelf, Step
@@ -118,25 +121,38 @@ def deploy(
     ask_sudo: bool = False,
     ask: bool = False,
     build: Callable[[Sequence[Sequence[str]]], None] | None = None,
+    bundle: Bundle | None = None,
 ) -> Outcome:
     """Make a host what its configuration says. Raises RefusedError with every reason when that would not work.
 
     When all that is missing are kernel wheels, `build` is given the words that build each, and it is tried again.
+    `bundle` is the one that is open: the host is then not asked to fetch anything.
     """
     try:
-        return _deploy(name, options, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask)
+        return _deploy(name, options, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask, bundle=bundle)
     except RefusedError as error:
         if build is None or dry_run or not error.builds:
             raise
         build(error.builds)
-    return _deploy(name, options, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask)
+    return _deploy(name, options, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask, bundle=bundle)
 
 
-def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: bool) -> Outcome:
+def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: bool, bundle: Bundle | None) -> Outcome:
     target = find_target(name)
     stock = shelf(target)
     with connection.connect(target, ask_sudo) as agent:
         facts = look(agent, target)
+        if bundle and bundle.platform != facts.platform:
+            raise BundleError(
+                f"the bundle is for {bundle.platform}, and {name} is {facts.platform}",
+                hint=f"make one for it: inv bundle --host {name}",
+            )
+        if bundle and set(bundle.nodes) != set(stock.nodes):
+            theirs, ours = (", ".join(each) or "none" for each in (bundle.nodes, stock.nodes))
+            raise BundleError(
+                f"the bundle has other nodes ({theirs}) than {name} ({ours})",
+                hint=f"change `nodes` of {name}, or make a bundle for it: inv bundle --host {name}",
+            )
         planned = plan.make(target, facts, stock, options)
         _refuse(planned, target)
         titles = tuple(step.title for step in planned.steps)
@@ -148,8 +164,10 @@ def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: 
         if ask and target.host.address and not console.agreed(f"change {name}?"):
             raise RefusedError("nothing was changed", hint="say yes next time, or give --yes")
         try:
-            _apply(agent, facts, planned, stock, "deploy", offline=False)
+            _apply(agent, facts, planned, stock, "deploy", offline=bundle is not None)
         except HostOfflineError:
+            if bundle:
+                raise
             console.say(f"{name} has no way to the package index: sending the packages from here")
             facts = look(agent, target)
             planned = plan.make(target, facts, stock, options)  # what is done already stays done
@@ -163,6 +181,35 @@ def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: 
                 hint="run the same command again; when that does not help, this is a fault of Hearth's",
             )
         return outcome
+
+
+def make_bundle(name: str, output: Path | None, platform: str, python: str, *, ask_sudo: bool) -> tuple[Path, Bundle]:
+    """Write one file with all that a host needs; where platform or Python is not told, the host is asked for them.
+
+    Raises RefusedError when a kernel wheel is missing or there is no list for that platform and Python.
+    """
+    target = find_target(name)
+    stock = shelf(target)
+    if not (platform and python):
+        with connection.connect(target, ask_sudo) as agent:
+            found = look(agent, target)
+        platform = platform or found.platform
+        python = python or next(
+            (each for each in target.profile.pythons if each in found.pythons and (platform, each) in stock.locks), ""
+        )
+    if (platform, python) not in stock.locks:
+        known = ", ".join(sorted(f"{each} with Python {version}" for each, version in stock.locks))
+        what = f"there is no list of packages for {platform}, Python {python or '(none that fits is there)'}"
+        raise RefusedError(what, hint=f"--platform and --python: {known}")
+    wheels = [plan.find_wheel(stock, kernel, target, platform, python) for kernel in target.profile.kernels]
+    missing = [wheel for wheel in wheels if isinstance(wheel, plan.Refusal)]
+    if missing:
+        lines = "\n         "
+        hint = lines.join(f"inv build-kernels {' '.join(each.build)}" for each in missing)
+        raise RefusedError("kernel wheels are missing", cause=lines.join(each.what for each in missing), hint=hint)
+    place = output or Path(f"{name}-{stock.application.version}-{platform}-py{python}.bundle.tar")
+    built = [wheel for wheel in wheels if not isinstance(wheel, plan.Refusal)]
+    return place, bundles.write(target, stock, platform, python, built, place)
 
 
 def rollback(name: str, to: str, options: Options, *, dry_run: bool = False, ask_sudo: bool = False) -> Outcome:

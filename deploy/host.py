@@ -13,7 +13,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from core.config import load
 from core.errors import ConfigError, SecretError, UnknownNameError, near
-from core.files import CHECKOUT
+from core.files import CHECKOUT, checkout
 from core.stack import Stack, find_stack
 
 LOCAL = "local"
@@ -285,7 +285,7 @@ def _refuse_secrets(path: Path) -> None:
 def profiles() -> dict[str, Profile]:
     """The profiles of `config/profiles/`, by name."""
     found: dict[str, Profile] = {}
-    for path in sorted((CHECKOUT / "config/profiles").glob("*.toml")):
+    for path in sorted((checkout() / "config/profiles").glob("*.toml")):
         _refuse_secrets(path)
         found[path.stem] = profile = load(path, Profile)
         for name, setting in (profile.flags | profile.env).items():

@@ -140,12 +140,9 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
         return None, found
     wheels: list[Manifest] = []
     for kernel in profile.kernels:
-        wheel = _wheel(shelf, kernel, target, facts, python)
-        if wheel is None:
-            words: tuple[str, ...] = ("--kernel", kernel, "--arch", profile.arch, "--stack", stack.name)
-            words += ("--python", python, "--platform", facts.platform)
-            what = f"the wheelhouse has no {kernel} for {profile.arch}, {stack.name}, Python {python}, {facts.platform}"
-            found.append(Refusal(what, f"inv build-kernels {' '.join(words)}   (or run again with --build)", words))
+        wheel = find_wheel(shelf, kernel, target, facts.platform, python)
+        if isinstance(wheel, Refusal):
+            found.append(wheel)
         elif Version(wheel.glibc) > Version(facts.glibc):
             what = f"{wheel.file} needs glibc {wheel.glibc}, the host has {facts.glibc}"
             found.append(Refusal(what, "build it on an older system, or there: inv build-kernels --host"))
@@ -165,17 +162,23 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
     return choice, found
 
 
-def _wheel(shelf: Shelf, kernel: str, target: Target, facts: Facts, python: str) -> Manifest | None:
+def find_wheel(shelf: Shelf, kernel: str, target: Target, platform: str, python: str) -> Manifest | Refusal:
     """The wheel that fits; of several (a recipe's profiles) the smallest: ComfyUI asks for no gradients."""
+    stack, arch = target.stack, target.profile.arch
     fitting = [
         wheel
         for wheel in shelf.wheels
         if wheel.kernel == kernel
-        and wheel.arch == target.profile.arch
-        and (wheel.stack, wheel.torch) == (target.stack.name, target.stack.torch)
-        and (wheel.python, wheel.platform) == (python, facts.platform)
+        and wheel.arch == arch
+        and (wheel.stack, wheel.torch) == (stack.name, stack.torch)
+        and (wheel.python, wheel.platform) == (python, platform)
     ]
-    return min(fitting, key=lambda wheel: (wheel.size, wheel.version), default=None)
+    if fitting:
+        return min(fitting, key=lambda wheel: (wheel.size, wheel.version))
+    words: tuple[str, ...] = ("--kernel", kernel, "--arch", arch, "--stack", stack.name)
+    words += ("--python", python, "--platform", platform)
+    what = f"the wheelhouse has no {kernel} for {arch}, {stack.name}, Python {python}, {platform}"
+    return Refusal(what, f"inv build-kernels {' '.join(words)}   (or run again with --build)", words)
 
 
 def _gpu(target: Target, facts: Facts) -> list[Refusal]:

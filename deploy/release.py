@@ -10,7 +10,7 @@ from functools import cached_property
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from core.files import CHECKOUT
+from core.files import checkout
 from deploy.host import mount_unit
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _storage_unit(target: Target, release: str) -> str:
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
-    text = (CHECKOUT / f"recipes/comfyui/units/{template}.service").read_text()
+    text = (checkout() / f"recipes/comfyui/units/{template}.service").read_text()
     return Template(text).substitute(values)
 
 

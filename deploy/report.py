@@ -11,7 +11,9 @@ from deploy import host as hosts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
+    from deploy.bundle import Bundle
     from deploy.curate import Change
     from deploy.facts import Facts, Mount
     from deploy.flow import Outcome
@@ -51,6 +53,24 @@ def releases(facts: Facts, *, as_json: bool) -> None:
         stack = f"{each['stack']}, torch {each['torch']}"
         rows.append((each["id"], each["version"], stack, each["python"], kernels, mark, bad or "whole"))
     console.table(("release", "ComfyUI", "stack", "Python", "kernels", "", "parts"), rows)
+
+
+def bundle(path: Path, found: Bundle, *, as_json: bool) -> None:
+    """What a bundle holds; its id is a hash over all of it."""
+    if as_json:
+        about = {key: value for key, value in msgspec.to_builtins(found).items() if key != "files"}
+        console.data_json({"file": str(path), "id": found.id, "bytes": found.size, "files": len(found.files), **about})
+        return
+    kernels = [f"{name} {version}" for name, version in found.kernels.items()]
+    rows = [
+        ("bundle", f"{path}, whole: {len(found.files)} files, {console.size(found.size)}"),
+        ("id", found.id),
+        ("for", f"profile {found.profile}, {found.platform}, Python {found.python}"),
+        ("ComfyUI", found.version),
+        ("kernels", ", ".join(kernels) or "none"),
+        ("nodes", ", ".join(found.nodes) or "none"),
+    ]
+    console.table(("", ""), rows)
 
 
 def nodes(catalogue: Catalogue, *, as_json: bool) -> None:

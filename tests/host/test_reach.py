@@ -61,6 +61,36 @@ def test_every_host_is_reached_by_a_check(deployed: Fleet) -> None:
     assert f"spark: reached, debian 12, x86_64, release {deployed.current()}" in done.stderr
 
 
+def test_a_host_without_a_network_is_deployed_to_from_a_bundle(tmp_path: Path) -> None:
+    """Everything comes from one file: the client's cache and wheelhouse are empty then, too."""
+    place = files.cache() / "hosts/running" / f"bundle-{tmp_path.parent.name}"
+    alone = Fleet(Machine(place, prefix=PREFIX, downloads=False, network=False), tmp_path)
+    alone.configure()
+    bundle, cut = tmp_path / "spark.tar", tmp_path / "cut.tar"
+    try:
+        alone.machine.boot()
+        made = alone.inv("bundle", "--host", "spark", "--output", str(bundle), "--json")
+        assert made.returncode == 0, made.stderr
+        verified = alone.inv("bundle", "--verify", str(bundle), "--json")
+        assert json.loads(verified.stdout) == json.loads(made.stdout)
+        with bundle.open("rb") as whole, cut.open("wb") as part:
+            part.write(whole.read(1 << 20))
+        alone.env["HEARTH_CACHE"] = str(tmp_path / "empty")
+        alone.env |= {"UV_OFFLINE": "1", "PIP_NO_INDEX": "1"}
+        short = alone.deploy("--bundle", str(cut))
+        assert short.returncode == 33, short.stderr
+        done = alone.deploy("--bundle", str(bundle))
+        assert done.returncode == 0, done.stderr
+        assert "a picture came back" in done.stderr
+        again = alone.deploy("--bundle", str(bundle), "--dry-run")
+        assert again.returncode == 0, again.stderr
+        facts = json.loads(alone.inv("facts", "--host", "spark", "--json").stdout)
+        assert set(facts["parts"].values()) == {""}
+    finally:
+        alone.machine.discard()
+        bundle.unlink(missing_ok=True)
+
+
 @pytest.mark.faults
 def test_a_host_without_a_network_gets_its_packages_from_here(tmp_path: Path) -> None:
     """They are downloaded here (3 GB) and sent: part of the long run."""
