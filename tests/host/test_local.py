@@ -154,6 +154,36 @@ def test_a_deploy_goes_on_without_its_client_and_can_be_watched(running: Here) -
     assert (running.prefix / "current").readlink() == before
 
 
+def test_without_systemd_too_comfyui_waits_for_its_mounts(running: Here, tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    before = (running.prefix / "current").readlink()
+    mount = ["mount", "-t", "tmpfs", "pool", str(pool)]
+    running.configure(f'mounts."{pool}" = {{}}\nfolders.output = "{pool}/out"\n')
+    assert running.inv("deploy").returncode == 63
+    subprocess.run(mount, check=True)
+    try:
+        done = running.inv("deploy")
+        assert done.returncode == 0, done.stderr
+        assert (pool / "out").is_dir()
+        child = running.supervisor()["child"]
+        subprocess.run(["umount", "--lazy", str(pool)], check=True)
+        end = time.monotonic() + 40
+        while Path(f"/proc/{child}").exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not running.answers(3)
+        assert not list(pool.iterdir())
+        assert f"waiting for {pool} to be mounted" in (running.prefix / "state/comfyui.log").read_text()
+        subprocess.run(mount, check=True)
+        (pool / "out").mkdir()
+        assert running.answers(60)
+        running.configure()
+        assert running.inv("deploy").returncode == 0
+        assert (running.prefix / "current").readlink() == before
+    finally:
+        subprocess.run(["umount", "--lazy", str(pool)], check=False)
+
+
 def test_releases_and_history_and_hosts(running: Here) -> None:
     for words in (("releases",), ("history",), ("facts",), ("hosts",), ("hosts", "--check")):
         plain = running.inv(*words)

@@ -53,6 +53,12 @@ def test_local_needs_no_file() -> None:
         ('[hosts.a]\naddress = "a"\nservice = "a b"', ConfigError, "plain lower-case names"),
         ('[hosts.a]\naddress = "a"\n[groups]\ng = ["b"]', UnknownNameError, "known: a"),
         ('[hosts.a]\naddress = "a"', ConfigError, "has no profile"),
+        ('[hosts.a]\naddress = "a"\nmounts."/mnt/../etc" = {}', ConfigError, "'/mnt/../etc' is no plain absolute path"),
+        ('[hosts.a]\naddress = "a"\nmodel_roots = ["/mnt/my models"]', ConfigError, "no plain absolute path"),
+        ('[hosts.a]\naddress = "a"\nfolders.output = "/home/anna/out"', ConfigError, "hides from the service"),
+        ('[hosts.a]\naddress = "a"\nfolders.custom_nodes = "/srv/x"', ConfigError, "custom_nodes"),
+        ('[hosts.a]\naddress = "a"\nmounts."/mnt/a" = { what = "nas:/a" }', ConfigError, "`what` needs a `type`"),
+        ('[hosts.a]\naddress = "a"\nmembers_may = ["stop"]', ConfigError, "stop"),
         ("hosts = [", ConfigError, "is not TOML"),
     ],
 )
