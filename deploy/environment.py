@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -135,9 +136,17 @@ def compile_all(*, check: bool) -> list[str]:
         )
     if stale:
         asked = wishes(app, known)
-        for stack, platform, python, path, first in stale:
-            console.say(f"resolving {path.stem}: ComfyUI and {len(known.nodes)} nodes")
+
+        def resolve(stack: Stack, platform: Platform, python: str, path: Path, first: str) -> str:
             files.write(path, first + _compile(asked, known, stack, platform, python, path))
+            return path.stem
+
+        with (
+            console.Progress("resolving", len(stale), len(stale)) as progress,
+            ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,  # uv resolves on one core
+        ):
+            for done in as_completed([pool.submit(resolve, *each) for each in stale]):
+                progress.step(f"{done.result()}: ComfyUI and {len(known.nodes)} nodes", 1, 0)
     return names
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -182,6 +183,55 @@ def test_without_systemd_too_comfyui_waits_for_its_mounts(running: Here, tmp_pat
         assert (running.prefix / "current").readlink() == before
     finally:
         subprocess.run(["umount", "--lazy", str(pool)], check=False)
+
+
+@pytest.mark.faults  # it resolves 27 lists: part of the long run
+def test_the_tutorial_does_what_it_says(running: Here, tmp_path: Path) -> None:
+    """docs/tutorial/custom-nodes.md, block by block, with a list of nodes that begins empty."""
+    app = tmp_path / "app"
+    shutil.copytree(files.CHECKOUT / "recipes/comfyui", app, ignore=shutil.ignore_patterns("nodes.toml"))
+    (app / "nodes.toml").write_text("[sets]\n")
+    before = (running.prefix / "current").readlink()
+    env = running.environment(
+        HOME=str(tmp_path),
+        HEARTH_APP=str(app),
+        HEARTH_CACHE=str(files.cache()),
+        UV_CACHE_DIR=subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip(),
+        GIT_CONFIG_COUNT="1",
+        GIT_CONFIG_KEY_0="init.defaultBranch",
+        GIT_CONFIG_VALUE_0="main",
+        **{f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+    )
+    page = (files.CHECKOUT / "docs/tutorial/custom-nodes.md").read_text()
+    said: list[str] = []
+    for block in page.split("```")[1::2]:
+        kind, _, text = block.partition("\n")
+        if kind == "toml":
+            running.configure(text)
+            continue
+        text = text.replace("uv run inv", f"{sys.executable} -m invoke").replace(":8188", f":{running.port}")
+        if "nodes.remove" in text:
+            running.configure()
+        done = subprocess.run(
+            ["bash", "-euc", text],
+            cwd=files.CHECKOUT,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=900,
+        )
+        assert done.returncode == 0, text + done.stdout + done.stderr
+        said.append(done.stdout + done.stderr)
+    _, _, chosen, shown, _, broke, back, _ = said
+    assert "node hello-node" in chosen
+    assert '"tutorial"' in shown
+    assert "node hello-node cannot be imported: No module named 'a_package_that_nobody_has'" in broke
+    assert "node types that are gone: TutorialHello" in broke
+    assert '"tutorial"' in back
+    done = running.inv("deploy")
+    assert done.returncode == 0, done.stderr
+    assert (running.prefix / "current").readlink() == before
 
 
 def test_releases_and_history_and_hosts(running: Here) -> None:
