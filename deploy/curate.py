@@ -136,6 +136,8 @@ def _history(url: str, commit: str) -> Iterator[list[str]]:
 
 def holds(url: str, commit: str, wanted: str) -> bool | None:
     """Whether a commit has another one in its history; None when its repository does not tell."""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):  # a host said it, and git would take --words for options
+        return None
     try:
         with _history(url, commit) as git:
             words = [*git, "merge-base", "--is-ancestor", wanted, commit]

@@ -90,7 +90,7 @@ def osv() -> Iterator[Osv]:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         told.port = server.server_port
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
             yield told

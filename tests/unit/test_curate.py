@@ -70,6 +70,8 @@ def test_a_repair_is_looked_for_in_a_commits_history(upstream: Upstream, tmp_pat
     assert curate.holds(upstream.url, second, first) is True
     assert curate.holds(upstream.url, first, second) is False
     assert curate.holds(upstream.url, second, "a" * 40) is None
+    assert curate.holds(upstream.url, f"--upload-pack=touch {tmp_path}/run; git-upload-pack", first) is None
+    assert not (tmp_path / "run").exists()
     assert curate.holds(f"file://{tmp_path}/nothing", second, first) is None
 
 

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from core.errors import UnknownNameError
+from deploy import report
 from deploy.difference import Change, compare
 from tests.unit.test_bill import manifest
 from tests.unit.test_plan import FRESH
@@ -30,10 +31,12 @@ def renamed(found: dict[str, Any], name: str) -> dict[str, Any]:
     return renamed
 
 
-def test_another_id_alone_is_no_difference(old: dict[str, Any]) -> None:
+def test_another_id_alone_is_no_difference(old: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     found = compare(old, renamed(old, "b" * 16))
     assert (found.changes, found.files, found.unknown) == ((), (), ())
     assert found.shared == tuple(old["parts"])
+    report.difference(found, as_json=False)
+    assert capsys.readouterr().out.startswith(f"{old['id']} and {'b' * 16} differ in nothing\n")
 
 
 @pytest.mark.parametrize(
