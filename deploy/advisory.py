@@ -44,8 +44,9 @@ class Advisory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def affected(self) -> str:
         """What is affected, in words."""
-        ranges = f"version {' or '.join(self.versions)}" if self.versions else ""
-        return ", ".join(each for each in (ranges, self.fixed and f"all before {self.fixed}") if each) or "all of it"
+        told = [f"versions {' or '.join(self.versions)}"] if self.versions else []
+        told += [f"all before commit {self.fixed}"] if self.fixed else []
+        return f"affected: {', '.join(told) or 'all of it'}"
 
     def has(self, version: str) -> bool | None:
         """Whether a version is affected; None when that cannot be told from it."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tomlkit
+
 from core import files, shell, source
 from core.errors import AuditServiceError
 from deploy import advisory, curate, environment, nodes
@@ -123,17 +125,15 @@ def _bad_repositories(stock: Stock, known: Sequence[Advisory]) -> Iterator[Findi
         for each in advisory.of(there.url, known):
             affected = advisory.applies(each, there, curate.holds)
             if affected is not False:
-                at = there.commit or there.version
-                remedy = f"affected: {each.affected}"
-                yield Finding(there.name, at, each.ids, each.what, remedy, each.source, certain=affected is not None)
+                at, certain = there.commit or there.version, affected is not None
+                yield Finding(there.name, at, each.ids, each.what, each.affected, each.source, certain=certain)
 
 
 def _bad_packages(stock: Stock, known: Sequence[Advisory]) -> Iterator[Finding]:
     for (name, version), where in stock.packages.items():
         for each in known:
             if each.package == name and each.has(version):
-                remedy = f"affected: {each.affected}"
-                yield Finding(name, version, each.ids, each.what, remedy, each.source, tuple(where))
+                yield Finding(name, version, each.ids, each.what, each.affected, each.source, tuple(where))
 
 
 def _vulnerable(stock: Stock, service: str) -> Iterator[Finding]:
@@ -166,20 +166,12 @@ def _vulnerable(stock: Stock, service: str) -> Iterator[Finding]:
 
 
 def _project(place: Path, packages: Sequence[tuple[str, str]]) -> None:
-    """A project whose lock holds exactly these packages, as uv itself would write it (JSON's strings are TOML's).
+    """A project whose lock holds exactly these packages, in the form that uv reads.
 
     `registry` is a folder, for uv would ask an index of each package whether it is still kept up.
     """
-    head = {"name": "audited", "version": "0"}
-    lines = [f"{key} = {json.dumps(value)}" for key, value in head.items()]
-    python = 'requires-python = ">=3.11"'
-    (place / "pyproject.toml").write_text("\n".join(["[project]", *lines, python, ""]))
-    origin = 'source = { registry = "." }'
-    needs = [
-        f"{{ name = {json.dumps(name)}, version = {json.dumps(version)}, {origin} }}" for name, version in packages
-    ]
-    lock = ["version = 1", python, "[[package]]", *lines, 'source = { virtual = "." }']
-    lock += [f"dependencies = [{', '.join(needs)}]"]
-    for name, version in packages:
-        lock += ["[[package]]", f"name = {json.dumps(name)}", f"version = {json.dumps(version)}", origin]
-    (place / "uv.lock").write_text("\n".join([*lock, ""]))
+    own, python = {"name": "audited", "version": "0"}, {"requires-python": ">=3.11"}
+    listed = [{"name": name, "version": version, "source": {"registry": "."}} for name, version in packages]
+    root = {**own, "source": {"virtual": "."}, "dependencies": listed}
+    (place / "pyproject.toml").write_text(tomlkit.dumps({"project": {**own, **python}}))
+    (place / "uv.lock").write_text(tomlkit.dumps({"version": 1, **python, "package": [root, *listed]}))

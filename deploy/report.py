@@ -205,8 +205,9 @@ def audit(found: Audit, *, as_json: bool) -> None:
         console.data_json({**plain, "fault": found.fault.what if found.fault else ""})
         return
     for each in found.findings:
-        console.data(f"{each.name} {each.at}: {', '.join(each.ids) or 'known to be bad'}: {each.what}")
-        console.data(f"    {each.remedy}{'' if each.certain else ' (perhaps: compare them)'}; {each.source}")
+        perhaps = "" if each.certain else "perhaps: "
+        console.data(f"{each.name} {each.at}: {perhaps}{each.what}")
+        console.data(f"    {'; '.join(text for text in (', '.join(each.ids), each.remedy, each.source) if text)}")
         if each.where:
             console.data(f"    in {', '.join(each.where)}")
     asked = "no service was asked" if found.fault else "by the vulnerability service"

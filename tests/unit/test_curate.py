@@ -86,7 +86,7 @@ def test_a_node_that_is_known_to_be_bad_is_warned_of(
     assert "warning" not in capsys.readouterr().err
     curate.add(address, "for a test")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert "ComfyUI_LLMVISION is known to be bad (all of it): stole browser passwords" in line
+    assert "ComfyUI_LLMVISION is known to be bad (affected: all of it): stole browser passwords" in line
 
 
 def test_add_update_and_remove(upstream: Upstream) -> None:
