@@ -159,7 +159,8 @@ class Own(Client):
 
     def list_nodes(self, text: str) -> None:
         (self.place / "src/comfy").mkdir(parents=True, exist_ok=True)
-        (self.place / "src/comfy/cli_args.py").write_text("")
+        for name in ("comfy/cli_args.py", "folder_paths.py"):  # read, and nothing in them is needed
+            (self.place / "src" / name).write_text("")
         app = (files.CHECKOUT / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
         (self.place / "app.toml").write_text(f'{app}[[source]]\nfolder = "src"\n')
         (self.place / "nodes.toml").write_text(text)
