@@ -361,6 +361,52 @@ def attach(_: Context, host: str = "", ask_sudo: bool = False) -> None:
     flow.attach(host, ask_sudo=ask_sudo)
 
 
+@command(
+    help={"release": "a kept release, current or previous (default: current)", "output": "a file (default: stdout)"}
+)
+def bom(_: Context, host: str = "", release: str = "current", output: str = "", ask_sudo: bool = False) -> None:
+    """Write the bill of materials of a release on a host: CycloneDX 1.6."""
+    from pathlib import Path
+
+    from core import files
+    from deploy import bill, flow
+
+    text = bill.write(flow.facts(host, ask_sudo=ask_sudo).named(release))
+    if output:
+        files.write(Path(output), text)
+    else:
+        console.data(text.rstrip())
+
+
+@command(positional=["old", "new"], help={"old": "a kept release, current or previous", "new": "another one"})
+def diff(_: Context, old: str, new: str, host: str = "", ask_sudo: bool = False, json: bool = False) -> None:
+    """Show what differs between two releases that a host keeps."""
+    from deploy import flow, report
+    from deploy.difference import compare
+
+    facts = flow.facts(host, ask_sudo=ask_sudo)
+    report.difference(compare(facts.named(old), facts.named(new)), as_json=json)
+
+
+@command(
+    help={
+        "host": "the current release of this host (default: all that is locked in this checkout)",
+        "service": "the address of a service that speaks OSV's API (default: OSV itself)",
+    }
+)
+def audit(_: Context, host: str = "", service: str = "", ask_sudo: bool = False, json: bool = False) -> int:
+    """Look up what is known against packages, custom nodes and ComfyUI; exit code 1 when there is anything."""
+    from deploy import audit as audits
+    from deploy import flow, report
+
+    stock = audits.deployed(flow.facts(host, ask_sudo=ask_sudo).named("current")) if host else audits.locked()
+    found = audits.check(stock, service)
+    report.audit(found, as_json=json)
+    if found.fault:
+        raise found.fault
+    return int(bool(found.findings))
+
+
 ns = Collection(
     build_kernels,
     wheels,
@@ -375,5 +421,8 @@ ns = Collection(
     hosts,
     attach,
     lock,
+    bom,
+    diff,
+    audit,
 )
 ns.add_collection(Collection("nodes", nodes_list, nodes_add, nodes_remove, nodes_update, nodes_outdated, nodes_search))

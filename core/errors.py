@@ -249,6 +249,18 @@ class RemoteError(HearthError):
     exit_code = 72
 
 
+class OldReleaseError(HearthError):
+    """A kept release whose manifest, an older Hearth's, does not say what is asked."""
+
+    exit_code = 73
+
+
+class AuditServiceError(HearthError):
+    """The service that knows vulnerabilities did not answer: packages were not looked up."""
+
+    exit_code = 74
+
+
 class GroupError(HearthError):
     """Not every host of a group came through."""
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import tomlkit
 
-from core import files, shell, source
-from core.errors import ConfigError, SourceUnreachableError, UnknownNameError, UsageError, near
-from deploy import nodes
+from core import console, files, shell, source
+from core.errors import ConfigError, ProcessError, SourceUnreachableError, UnknownNameError, UsageError, near
+from deploy import advisory, nodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,7 +41,8 @@ class Change:
 def add(address: str, why: str) -> str:
     """Pin a node's latest commit, or the one of `URL@REV`, and list it; returns its name.
 
-    Raises UsageError, ConfigError when it is listed already, and what reaching its upstream raises.
+    What is known to be bad of it is said. Raises UsageError, ConfigError when it is listed already, and what reaching
+    its upstream raises.
     """
     if not why:
         raise UsageError("a node is listed with its reason", hint='--why "what it is for"')
@@ -50,6 +51,8 @@ def add(address: str, why: str) -> str:
     known = nodes.catalogue()
     if name in known.nodes:
         raise ConfigError(f"{name} is listed already", hint="inv nodes.update")
+    for each in advisory.of(url, advisory.advisories()):
+        console.say(f"warning: {name} is known to be bad ({each.affected}): {each.what}; {each.source}")
     commit = newest(url, rev or "HEAD")
     pinned = source.pin(nodes.Node(url=url, commit=commit, tree="", why=why).pinned(name))
     with _history(url, commit) as git:
@@ -129,6 +132,18 @@ def _history(url: str, commit: str) -> Iterator[list[str]]:
         shell.run([*git, "init", "--quiet", "--bare"])
         shell.run([*git, "fetch", "--quiet", "--filter=tree:0", url, commit], env={"GIT_TERMINAL_PROMPT": "0"})
         yield git
+
+
+def holds(url: str, commit: str, wanted: str) -> bool | None:
+    """Whether a commit has another one in its history; None when its repository does not tell."""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):  # a host said it, and git would take --words for options
+        return None
+    try:
+        with _history(url, commit) as git:
+            words = [*git, "merge-base", "--is-ancestor", wanted, commit]
+            return {0: True, 1: False}.get(shell.run(words, check=False).returncode)
+    except ProcessError:
+        return None
 
 
 def _date(git: Sequence[str], commit: str) -> str:

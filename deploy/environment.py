@@ -77,10 +77,21 @@ class Lock:
 
     def select(self, chosen: Iterable[str]) -> str:
         """The list without what only other nodes need."""
+        reached = self._reached(chosen)
+        return "".join(text for name, (text, _) in sorted(self._packages.items()) if name in reached)
+
+    def versions(self, chosen: Iterable[str] | None = None) -> dict[str, str]:
+        """The packages' versions by name; with `chosen` without what only other nodes need."""
+        pinned = {name: re.split(r"==|[\s;]", text)[1] for name, (text, _) in sorted(self._packages.items())}
+        reached = pinned.keys() if chosen is None else self._reached(chosen)
+        return {name: version for name, version in pinned.items() if name in reached}
+
+    def _reached(self, chosen: Iterable[str]) -> set[str]:
+        """The packages that ComfyUI, the stack and these nodes need."""
         reached = {APP, OWN, *(f"{name}.node.txt" for name in chosen)}
         while fresh := {name for name, (_, asking) in self._packages.items() if asking & reached} - reached:
             reached |= fresh
-        return "".join(text for name, (text, _) in sorted(self._packages.items()) if name in reached)
+        return reached
 
 
 def folder() -> Path:

@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from core.errors import UnknownNameError, near
+
 
 class Gpu(msgspec.Struct, frozen=True):
     """One NVIDIA GPU; `memory` in bytes, None where it shares the machine's."""
@@ -98,3 +100,17 @@ class Facts(msgspec.Struct, frozen=True):
     def release(self, name: str) -> dict[str, Any] | None:
         """The manifest of a kept release."""
         return next((each for each in self.releases if each["id"] == name), None)
+
+    def named(self, name: str) -> dict[str, Any]:
+        """The manifest of a kept release by its id, `current` or `previous` (what a rollback returns to).
+
+        Raises UnknownNameError.
+        """
+        before = next((each for each in self.proven if each != self.current), "")
+        words = {word: meant for word, meant in (("current", self.current), ("previous", before)) if meant}
+        found = self.release(words.get(name, name))
+        if found is None:
+            known = [*words, *(each["id"] for each in self.releases)]
+            hint = near(name, known) if known else "nothing is deployed there yet: inv deploy"
+            raise UnknownNameError(f"{self.hostname} keeps no release {name!r}", hint=hint)
+        return found

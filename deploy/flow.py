@@ -30,18 +30,19 @@ from core.errors import (
     near,
 )
 from core.stack import Platform
+from deploy import advisory, connection, environment, nodes, plan
 from deploy import application as applications
 from deploy import bundle as bundles
-from deploy import connection, environment, nodes, plan
 from deploy import host as hosts
 from deploy.facts import Facts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from deploy.bundle import Bundle
     from deploy.connection import Agent
     from deploy.host import Target
+    from deploy.nodes import Node
     from deploy.plan import Options, Plan, Shelf, Step
 
 
@@ -106,11 +107,24 @@ def shelf(target: Target) -> Shelf:
     }
     known = nodes.catalogue()
     chosen = nodes.choose(known, target.profile.nodes)
+    _refuse_malware(target, chosen)
     if chosen and (stale := [lock.name for lock in locks.values() if not lock.fits(known)]):
         raise LockStaleError(
             f"nodes were changed, and not resolved yet: {', '.join(stale)}", hint="inv lock, then the same command"
         )
     return plan.Shelf(app, flags, locks, manifest.found(files.wheelhouse()), uv, chosen, model_folders)
+
+
+def _refuse_malware(target: Target, chosen: Mapping[str, Node]) -> None:
+    """Refuse nodes of which every version is known to be bad. What depends on the version is told by `inv audit`."""
+    listed = advisory.advisories()
+    bad = {name: each for name, node in chosen.items() for each in advisory.of(node.url, listed) if each.outright}
+    if bad:
+        raise RefusedError(
+            f"{target.name} would get nodes that are known to be bad; nothing was changed",
+            cause="\n         ".join(f"{name}: {each.what} ({each.source})" for name, each in bad.items()),
+            hint=f"take it off the host's `nodes`, then inv nodes.remove {next(iter(bad))}",
+        )
 
 
 def deploy(

@@ -10,6 +10,9 @@ from functools import cached_property
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from core.errors import OldReleaseError
 from core.files import checkout
 from deploy.host import mount_unit
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from core.manifest import Manifest
+    from core.source import Source
     from deploy.application import Application
     from deploy.environment import Lock
     from deploy.host import Target
@@ -100,8 +104,14 @@ def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
             "env": choice.env_part,
             **{f"custom_nodes/{name}": part for name, part in choice.node_parts.items()},
         },
-        "nodes": {name: {"url": node.url, "commit": node.commit} for name, node in choice.nodes.items()},
+        "sources": [_source(each) for each in choice.application.source],
+        "tree": choice.application.tree,
+        "packages": choice.lock.versions(choice.nodes),
+        "nodes": {
+            name: {"url": node.url, "commit": node.commit, "tree": node.tree} for name, node in choice.nodes.items()
+        },
         "kernels": {wheel.kernel: wheel.version for wheel in choice.wheels},
+        "wheels": {wheel.kernel: _wheel(wheel) for wheel in choice.wheels},
         "gate": {
             "seconds": profile.start_seconds,
             "version": choice.application.version,
@@ -115,6 +125,34 @@ def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
     for name in ("@", _digest([content, _running(choice, prefix, "@")])):
         content |= {"id": name, **_running(choice, prefix, name)}
     return content
+
+
+def _source(source: Source) -> dict[str, str]:
+    """Where a tree can be had: what is said of the source, without what is not."""
+    return {name: value for name, value in msgspec.to_builtins(source).items() if value}
+
+
+def _wheel(wheel: Manifest) -> dict[str, Any]:
+    """A kernel wheel: its file, and what compiled it as far as its own manifest says (`kernels.toolchain`)."""
+    stack, toolchain = wheel.inputs.get("stack", ()), wheel.inputs.get("toolchain", {})
+    return {
+        "file": wheel.file,
+        "sha256": wheel.sha256,
+        "arch": wheel.arch,
+        "cuda": str(stack[2]) if len(stack) > 2 else "",
+        "compilers": {name: toolchain[name] for name in ("cuda", "cxx") if name in toolchain},
+    }
+
+
+def told(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The manifest, when it names all that the release holds; raises OldReleaseError."""
+    if "packages" not in manifest:
+        raise OldReleaseError(
+            f"release {manifest['id']} does not say which packages and wheels it holds",
+            cause="an older Hearth made it",
+            hint="inv deploy writes a new release of the same parts, which does",
+        )
+    return manifest
 
 
 def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:

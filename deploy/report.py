@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from deploy.audit import Audit
     from deploy.bundle import Bundle
     from deploy.curate import Change
+    from deploy.difference import Difference
     from deploy.facts import Facts, Mount
     from deploy.flow import Outcome
     from deploy.nodes import Catalogue
@@ -201,3 +204,39 @@ def configuration(names: Sequence[str], *, as_json: bool) -> None:
             elif setting not in ("", (), {}):
                 text = ", ".join(setting) if isinstance(setting, tuple) else str(setting)
                 console.data(f"  {kind + ' = ' + text:44} {origin}")
+
+
+def difference(found: Difference, *, as_json: bool) -> None:
+    """What differs between two releases."""
+    if as_json:
+        console.data_json(msgspec.to_builtins(found))
+        return
+    if not (found.changes or found.files):
+        console.data(f"{found.old} and {found.new} differ in nothing")
+    for each in found.changes:
+        name = each.name if each.kind == "release" else f"{each.kind} {each.name}"
+        console.data(f"{name}: {each.old or 'none'} -> {each.new or 'none'}")
+    for line in found.files:
+        console.data(line)
+    console.data(f"the same parts: {', '.join(found.shared) or 'none'}")
+    if found.unknown:
+        console.say(f"not compared, for an older Hearth did not note it: {', '.join(found.unknown)}")
+
+
+def audit(found: Audit, *, as_json: bool) -> None:
+    """What is known against what was looked at."""
+    if as_json:
+        plain = msgspec.to_builtins(replace(found, fault=None))
+        console.data_json({**plain, "fault": found.fault.what if found.fault else ""})
+        return
+    for each in found.findings:
+        perhaps = "" if each.certain else "perhaps: "
+        console.data(f"{each.name} {each.at}: {perhaps}{each.what}")
+        console.data(f"    {'; '.join(text for text in (', '.join(each.ids), each.remedy, each.source) if text)}")
+        if each.where:
+            console.data(f"    in {', '.join(each.where)}")
+    asked = "no service was asked" if found.fault else "by the vulnerability service"
+    console.data(
+        f"{len(found.findings)} findings: {found.packages} packages ({asked}), and with {found.repositories} "
+        f"repositories by the {found.advisories} entries of known-bad.toml"
+    )

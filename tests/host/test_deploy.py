@@ -13,6 +13,8 @@ import termios
 import time
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 from core import files
 from tests.host.fleet import PREFIX, Fleet
@@ -56,7 +58,7 @@ def machine_since(fleet: Fleet) -> str:
     return fleet.machine.run("systemctl show comfyui --property=ActiveEnterTimestamp --value")
 
 
-def test_facts_releases_and_history(deployed: Fleet) -> None:
+def test_facts_releases_history_and_what_a_release_holds(deployed: Fleet) -> None:
     facts = json.loads(deployed.inv("facts", "--host", "spark", "--json").stdout)
     assert facts["os"] == "debian 12"
     assert facts["manager"] == "systemd-system"
@@ -68,6 +70,16 @@ def test_facts_releases_and_history(deployed: Fleet) -> None:
     lines = json.loads(deployed.inv("history", "--host", "spark", "--json").stdout)
     assert (lines[0]["action"], lines[0]["result"], lines[0]["release"]) == ("deploy", "done", deployed.current())
     assert re.fullmatch(r"\w+@\S+", lines[0]["who"])
+    bill = deployed.inv("bom", "--host", "spark")
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(bill.stdout) is None, bill.stderr
+    found = {each["name"]: each for each in json.loads(bill.stdout)["components"]}
+    torch = deployed.machine.run(f"{PREFIX}/current/env/bin/python -c 'import torch; print(torch.__version__)'")
+    assert (found["torch"]["version"], found["ComfyUI"]["version"]) == (torch.partition("+")[0].strip(), "0.30.0")
+    listed = deployed.machine.run(f"ls -d {PREFIX}/current/env/lib/python*/site-packages/*.dist-info").split()
+    assert len(listed) == len([each for each in found.values() if each["bom-ref"].startswith("pkg:pypi/")])
+    audited = deployed.inv("audit", "--host", "spark", "--service", "http://127.0.0.1:1", UV_HTTP_RETRIES="0")
+    assert audited.returncode == 74, audited.stderr
+    assert f"0 findings: {len(listed)} packages (no service was asked)" in audited.stdout
 
 
 def test_what_drifted_is_put_right(steady: Fleet) -> None:
@@ -108,6 +120,9 @@ def test_a_change_of_flags_is_a_new_release_of_the_same_parts_and_can_be_taken_b
     system = steady.ask("/system_stats")["system"]
     assert isinstance(system, dict)
     assert system["argv"][-2:] == ["--preview-method", "auto"]
+    told = steady.inv("diff", "previous", "current", "--host", "spark").stdout
+    assert told.startswith("flag --preview-method: none -> auto\n---")
+    assert "the same parts: app, env" in told
     back = steady.inv("rollback", "--host", "spark")
     assert back.returncode == 0, back.stderr
     assert steady.current() == first

@@ -64,6 +64,31 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upstream:
     return one
 
 
+def test_a_repair_is_looked_for_in_a_commits_history(upstream: Upstream, tmp_path: Path) -> None:
+    first = upstream.git("rev-parse", "HEAD")
+    second = upstream.commit("second", later__py="x = 1\n")
+    assert curate.holds(upstream.url, second, first) is True
+    assert curate.holds(upstream.url, first, second) is False
+    assert curate.holds(upstream.url, second, "a" * 40) is None
+    assert curate.holds(upstream.url, f"--upload-pack=touch {tmp_path}/run; git-upload-pack", first) is None
+    assert not (tmp_path / "run").exists()
+    assert curate.holds(f"file://{tmp_path}/nothing", second, first) is None
+
+
+def test_a_node_that_is_known_to_be_bad_is_warned_of(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = "https://github.com/AppleBotzz/ComfyUI_LLMVISION"
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.{upstream.url}.insteadOf")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", address)
+    curate.add(upstream.url, "for a test")
+    assert "warning" not in capsys.readouterr().err
+    curate.add(address, "for a test")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "ComfyUI_LLMVISION is known to be bad (affected: all of it): stole browser passwords" in line
+
+
 def test_add_update_and_remove(upstream: Upstream) -> None:
     first = upstream.git("rev-parse", "HEAD")
     assert curate.add(f"{upstream.url}@v1", "for a test") == "My-Node"

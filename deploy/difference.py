@@ -1,0 +1,103 @@
+"""What differs between two releases: a pure function over their manifests."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that differs: its kind and name, and both values; empty where there is none."""
+
+    kind: str
+    name: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs between the releases `old` and `new`, and which parts they share.
+
+    `files` is a unified diff of the unit and what else lies in a release, each release's own id written as `@`.
+    `unknown` are kinds that cannot be compared, for one release was made by an older Hearth that did not note them.
+    """
+
+    old: str
+    new: str
+    changes: tuple[Change, ...]
+    files: tuple[str, ...]
+    shared: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+_PLAIN = {
+    "version": "ComfyUI",
+    "stack": "stack",
+    "torch": "torch",
+    "python": "Python",
+    "platform": "platform",
+    "profile": "profile",
+}
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Difference:
+    """What changes from one release's manifest to the other's."""
+    before, after = _kinds(_nameless(old)), _kinds(_nameless(new))
+    unknown = tuple(kind for kind in before if before[kind] is None or after[kind] is None)
+    changes: list[Change] = []
+    for kind, left in before.items():
+        right = after[kind]
+        if left is not None and right is not None:
+            differing = [name for name in sorted(left.keys() | right.keys()) if left.get(name) != right.get(name)]
+            changes += [Change(kind, name, left.get(name, ""), right.get(name, "")) for name in differing]
+    shared = tuple(name for name, part in old["parts"].items() if new["parts"].get(name) == part)
+    return Difference(old["id"], new["id"], tuple(changes), tuple(_files(old, new)), shared, unknown)
+
+
+def _nameless(manifest: Mapping[str, Any]) -> Any:
+    """A manifest with `@` for its own id, which stands in every path of a release."""
+    return json.loads(json.dumps(manifest).replace(manifest["id"], "@"))
+
+
+def _kinds(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, str] | None]:
+    """All that is compared, by kind and name; None for what the manifest does not tell."""
+    wheels = manifest.get("wheels")
+    return {
+        "release": {word: manifest[key] for key, word in _PLAIN.items()},
+        "package": manifest.get("packages"),
+        "node": {name: f"{node['url']} {node['commit']}" for name, node in manifest.get("nodes", {}).items()},
+        "kernel": manifest["kernels"],
+        # one that was built anew is another, though of the same version
+        "wheel": None
+        if wheels is None
+        else {name: f"{each['file']} sha256:{each['sha256']}" for name, each in wheels.items()},
+        "flag": _flags(manifest["argv"]),
+        "variable": manifest["environment"],
+        "gate": {name: json.dumps(value) for name, value in manifest["gate"].items() if name not in _PLAIN},
+        "part": manifest["parts"],
+    }
+
+
+def _flags(argv: Sequence[str]) -> dict[str, str]:
+    """The flags of a command line with their values; its first two words are the interpreter and main.py."""
+    found: dict[str, list[str]] = {}
+    for word in argv[2:]:
+        if word.startswith("--"):
+            values = found.setdefault(word, [])
+        else:
+            values.append(word)
+    return {name: " ".join(values) or "on" for name, values in found.items()}
+
+
+def _files(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    before, after = _nameless(old)["files"], _nameless(new)["files"]
+    for name in sorted(before.keys() | after.keys()):
+        left, right = before.get(name, "").splitlines(), after.get(name, "").splitlines()
+        yield from difflib.unified_diff(left, right, f"{old['id']}/{name}", f"{new['id']}/{name}", lineterm="", n=1)

@@ -1,0 +1,147 @@
+"""The bill of materials: complete, valid by the standard's schema, and the same bytes for the same release."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+
+from core import files
+from core.errors import OldReleaseError
+from deploy import application, bill, environment, nodes, plan, release
+from tests.unit.test_plan import FRESH, shelf, spark, wheel
+
+TOOLCHAIN = {
+    "cuda": "nvcc-cu130 c461d9ef",
+    "cxx": "aarch64-linux-gnu-g++ (Debian 12.2.0-14) 12.2.0; GNU ld (GNU Binutils for Debian) 2.40; glibc 2.36",
+    "torch": "64cf33f1",
+}
+INPUTS = {"stack": ["cu130", "2.11.0", "13.0", True], "toolchain": TOOLCHAIN}
+
+
+def manifest(**more: nodes.Node) -> dict[str, Any]:
+    """The manifest of a real list, with the real nodes, and wheels as `kernels` describes them."""
+    lock = environment.find("cu130", "linux_aarch64", "3.12")
+    assert lock is not None
+    stock = replace(
+        shelf(wheel("sageattention", inputs=INPUTS), wheel("flash-attn", sha256="f" * 64, inputs=INPUTS)),
+        application=application.application(),
+        locks={("linux_aarch64", "3.12"): lock},
+        nodes={**nodes.choose(nodes.catalogue(), ["recommended"]), **more},
+    )
+    choice, refusals = plan._choose(spark(), FRESH, stock)
+    assert choice is not None
+    assert not refusals
+    found = release.manifest(choice, FRESH.prefix)
+    assert json.loads(json.dumps(found)) == found  # the host keeps it as JSON, and a deploy compares
+    return found
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, Any]:
+    return manifest()
+
+
+@pytest.fixture(scope="module")
+def parts(known: dict[str, Any]) -> dict[str, Any]:
+    """The bill's components by their reference."""
+    return {each["bom-ref"]: each for each in json.loads(bill.write(known))["components"]}
+
+
+def properties(component: dict[str, Any]) -> dict[str, str]:
+    return {each["name"]: each["value"] for each in component["properties"]}
+
+
+def test_it_is_valid(known: dict[str, Any]) -> None:
+    validator = JsonStrictValidator(SchemaVersion.V1_6)
+    assert validator.validate_str(bill.write(known)) is None
+    assert validator.validate_str(bill.write(known).replace('"hashes"', '"hashs"')) is not None
+
+
+def test_the_manifest_has_the_packages_that_the_environment_gets(known: dict[str, Any]) -> None:
+    lock = environment.find("cu130", "linux_aarch64", "3.12")
+    assert lock is not None
+    pinned = [f"{name}=={version}" for name, version in known["packages"].items()]
+    assert pinned == [line.split()[0] for line in lock.select(known["nodes"]).splitlines() if "==" in line]
+    assert len(lock.versions([])) < len(pinned) < len(lock.versions()) + 1
+
+
+def test_every_package_is_named_as_the_index_names_it(known: dict[str, Any], parts: dict[str, Any]) -> None:
+    assert parts["pkg:pypi/torch@2.11.0"]["purl"] == "pkg:pypi/torch@2.11.0"
+    purls = [each["purl"] for each in parts.values() if each.get("purl", "").startswith("pkg:pypi/")]
+    assert len(purls) == len(known["packages"]) > 100
+
+
+def test_comfyui_is_its_commit_and_what_carries_it(known: dict[str, Any], parts: dict[str, Any]) -> None:
+    git, sdist = application.application().source
+    found = parts["comfyui"]
+    assert (found["version"], found["purl"]) == (known["version"], f"pkg:github/comfy-org/comfyui@{git.commit}")
+    assert properties(found) == {"hearth:tree": application.application().tree}
+    (carrier,) = (each for each in found["externalReferences"] if each["type"] == "source-distribution")
+    assert carrier["hashes"] == [{"alg": "SHA-256", "content": sdist.sha256}]
+
+
+def test_nodes_are_their_commits(parts: dict[str, Any]) -> None:
+    node = nodes.catalogue().nodes["rgthree-comfy"]
+    found = parts["node:rgthree-comfy"]
+    assert found["purl"] == f"pkg:github/rgthree/rgthree-comfy@{node.commit}"
+    assert properties(found) == {"hearth:tree": node.tree}
+
+
+def test_a_node_from_elsewhere_has_its_address() -> None:
+    node = nodes.Node(url="https://git.example.org/a/b.git", commit="a" * 40, tree="t", why="a test")
+    (found,) = (each for each in json.loads(bill.write(manifest(b=node)))["components"] if each["name"] == "b")
+    assert "purl" not in found
+    assert found["externalReferences"] == [{"type": "vcs", "url": node.url, "comment": f"commit {node.commit}"}]
+
+
+def test_kernel_wheels_have_hash_arch_and_compilers(known: dict[str, Any], parts: dict[str, Any]) -> None:
+    found = parts["wheel:flash-attn"]
+    assert found["hashes"] == [{"alg": "SHA-256", "content": "f" * 64}]
+    assert properties(found) == {"hearth:file": "flash-attn.whl", "hearth:arch": "12.1"}
+    needs = {each["ref"]: each.get("dependsOn", []) for each in json.loads(bill.write(known))["dependencies"]}
+    compilers = [parts[name] for name in needs["wheel:flash-attn"]]
+    assert {(each["name"], each["version"], each["scope"]) for each in compilers} == {
+        ("nvcc", "13.0", "excluded"),
+        ("aarch64-linux-gnu-g++", "12.2.0", "excluded"),
+    }
+    running = [name for name, each in parts.items() if each.get("scope") != "excluded"]
+    assert sorted(needs[f"release:{known['id']}"]) == sorted(running)
+
+
+def test_the_same_release_gives_the_same_bytes(known: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "release.json").write_text(json.dumps(known))
+    program = "import json, sys; from deploy import bill; print(bill.write(json.load(open(sys.argv[1]))), end='')"
+    words = [sys.executable, "-W", "error", "-c", program, str(tmp_path / "release.json")]
+
+    def said(seed: str) -> str:
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        return subprocess.run(words, cwd=files.CHECKOUT, env=env, check=True, capture_output=True, text=True).stdout
+
+    assert said("1") == said("2") == bill.write(known)
+    other = json.loads(bill.write({**known, "id": "0" * 16}))
+    assert other["serialNumber"] != json.loads(bill.write(known))["serialNumber"]
+
+
+def test_a_release_of_an_older_hearth_is_told() -> None:
+    old = {name: value for name, value in manifest().items() if name not in ("packages", "wheels", "sources", "tree")}
+    with pytest.raises(OldReleaseError, match=f"release {old['id']} does not say which packages"):
+        bill.write(old)
+
+
+def test_a_wheel_that_says_nothing_of_its_compilers_is_billed() -> None:
+    stock = shelf()
+    choice, _ = plan._choose(spark(), FRESH, stock)
+    assert choice is not None
+    folder = msgspec.structs.replace(choice.application, version="1.2.3")
+    found = json.loads(bill.write(release.manifest(replace(choice, application=folder), FRESH.prefix)))
+    assert {each["name"] for each in found["components"]} == {"ComfyUI", "sageattention", "flash-attn"}

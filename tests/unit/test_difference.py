@@ -1,0 +1,126 @@
+"""Two manifests, and what is said of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import msgspec
+import pytest
+
+from core.errors import UnknownNameError
+from deploy import report
+from deploy.difference import Change, compare
+from tests.unit.test_bill import manifest
+from tests.unit.test_plan import FRESH
+
+
+@pytest.fixture
+def old() -> dict[str, Any]:
+    return copy.deepcopy(_OLD)
+
+
+_OLD = manifest()
+
+
+def renamed(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """The same release under another id, which stands in its command, unit and variables, too."""
+    text = msgspec.json.encode(found).replace(found["id"].encode(), name.encode())
+    renamed = msgspec.json.decode(text)
+    assert isinstance(renamed, dict)
+    return renamed
+
+
+def test_another_id_alone_is_no_difference(old: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    found = compare(old, renamed(old, "b" * 16))
+    assert (found.changes, found.files, found.unknown) == ((), (), ())
+    assert found.shared == tuple(old["parts"])
+    report.difference(found, as_json=False)
+    assert capsys.readouterr().out.startswith(f"{old['id']} and {'b' * 16} differ in nothing\n")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (("version",), "0.31.0", Change("release", "ComfyUI", "0.30.0", "0.31.0")),
+        (("stack",), "cu124", Change("release", "stack", "cu130", "cu124")),
+        (("torch",), "2.6.0", Change("release", "torch", "2.11.0", "2.6.0")),
+        (("python",), "3.13", Change("release", "Python", "3.12", "3.13")),
+        (("packages", "torch"), "2.6.0", Change("package", "torch", "2.11.0", "2.6.0")),
+        (("packages", "left-pad"), "1", Change("package", "left-pad", "", "1")),
+        (("kernels", "flash-attn"), "2", Change("kernel", "flash-attn", "1+cu130.torch2.11.0.sm121a", "2")),
+        (("wheels", "flash-attn", "sha256"), "e" * 64,
+         Change("wheel", "flash-attn", f"flash-attn.whl sha256:{'f' * 64}", f"flash-attn.whl sha256:{'e' * 64}")),
+        (("environment", "DO_NOT_TRACK"), "0", Change("variable", "DO_NOT_TRACK", "1", "0")),
+        (("gate", "seconds"), 5, Change("gate", "seconds", str(_OLD["gate"]["seconds"]), "5")),
+        (("parts", "env"), "env-1", Change("part", "env", _OLD["parts"]["env"], "env-1")),
+    ],
+)  # fmt: skip
+def test_what_changes_is_named(old: dict[str, Any], path: tuple[str, ...], value: object, expected: Change) -> None:
+    new = renamed(old, "b" * 16)
+    place = new
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    assert compare(old, new).changes == (expected,)
+    assert compare(new, old).changes == (Change(expected.kind, expected.name, expected.new, expected.old),)
+
+
+def test_what_is_not_there_any_more_is_named(old: dict[str, Any]) -> None:
+    new = renamed(old, "b" * 16)
+    del new["packages"]["aiohttp"], new["nodes"]["rgthree-comfy"], new["parts"]["custom_nodes/rgthree-comfy"]
+    found = compare(old, new)
+    assert [(each.kind, each.name, each.new) for each in found.changes] == [
+        ("package", "aiohttp", ""),
+        ("node", "rgthree-comfy", ""),
+        ("part", "custom_nodes/rgthree-comfy", ""),
+    ]
+    assert "custom_nodes/rgthree-comfy" not in found.shared
+
+
+def test_a_node_moves_from_commit_to_commit(old: dict[str, Any]) -> None:
+    new = renamed(old, "b" * 16)
+    node = new["nodes"]["rgthree-comfy"]
+    before, node["commit"] = node["commit"], "c" * 40
+    (change,) = compare(old, new).changes
+    assert (change.old, change.new) == (f"{node['url']} {before}", f"{node['url']} {'c' * 40}")
+
+
+def test_flags_and_their_values_are_compared(old: dict[str, Any]) -> None:
+    new = renamed(old, "b" * 16)
+    new["argv"] = [*new["argv"], "--preview-method", "auto", "--cpu"]
+    assert compare(old, new).changes == (
+        Change("flag", "--cpu", "", "on"),
+        Change("flag", "--preview-method", "", "auto"),
+    )
+
+
+def test_the_units_text_is_compared_line_by_line(old: dict[str, Any]) -> None:
+    new = renamed(old, "b" * 16)
+    unit = new["files"]["comfyui.service"]
+    assert "KillSignal=SIGINT\n" in unit
+    new["files"]["comfyui.service"] = unit.replace("KillSignal=SIGINT\n", "KillSignal=SIGTERM\n")
+    found = compare(old, new)
+    assert found.files[:2] == (f"--- {old['id']}/comfyui.service", f"+++ {'b' * 16}/comfyui.service")
+    assert [line for line in found.files[2:] if line[0] in "+-"] == ["-KillSignal=SIGINT", "+KillSignal=SIGTERM"]
+
+
+def test_what_an_older_hearth_did_not_note_is_told(old: dict[str, Any]) -> None:
+    older = renamed(old, "b" * 16)
+    for name in ("packages", "wheels", "sources", "tree"):
+        del older[name]
+    found = compare(older, old)
+    assert found.unknown == ("package", "wheel")
+    assert found.changes == ()
+
+
+def test_releases_are_named_by_words_and_ids(old: dict[str, Any]) -> None:
+    a, b, c = (renamed(old, letter * 16) for letter in "abc")
+    facts = msgspec.structs.replace(FRESH, releases=(a, b, c), current="b" * 16, proven=("b" * 16, "c" * 16, "a" * 16))
+    assert [facts.named(word)["id"][0] for word in ("current", "previous", "a" * 16)] == ["b", "c", "a"]
+    with pytest.raises(UnknownNameError, match="perhaps you meant 'current'"):
+        facts.named("curent")
+    with pytest.raises(UnknownNameError, match=r"no release 'previous'(.|\n)*known: aaa"):
+        msgspec.structs.replace(facts, proven=("b" * 16,)).named("previous")
+    with pytest.raises(UnknownNameError, match="inv deploy"):
+        FRESH.named("current")
