@@ -348,9 +348,7 @@ def hosts(_: Context, check: bool = False, ask_sudo: bool = False, json: bool = 
     names = list(configured.hosts().hosts)
     report.configuration(names, as_json=json)
     if check:
-        for name in names:
-            found = flow.facts(name, ask_sudo=ask_sudo)
-            console.say(f"{name}: reached, {found.os}, {found.machine}, release {found.current or 'none'}")
+        flow.reach(names, ask_sudo=ask_sudo)
 
 
 @command()

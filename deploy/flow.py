@@ -252,6 +252,24 @@ def facts(name: str, *, ask_sudo: bool = False) -> Facts:
         return look(agent, target)
 
 
+def reach(names: Sequence[str], *, ask_sudo: bool = False) -> None:
+    """Reach all hosts at once and say what each is; raises GroupError when there are some that cannot be reached."""
+
+    def one(name: str) -> HearthError | None:
+        try:
+            found = facts(name, ask_sudo=ask_sudo)
+        except HearthError as error:
+            console.say(f"{name}: {error}")
+            return error
+        console.say(f"{name}: reached, {found.os}, {found.machine}, release {found.current or 'none'}")
+        return None
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        failed = [error for error in pool.map(one, names) if error]
+    if failed:
+        raise GroupError(f"{len(failed)} of {len(names)} hosts cannot be reached", hint="each one's reason is above")
+
+
 def history(name: str, *, ask_sudo: bool = False) -> list[dict[str, Any]]:
     """How every run on a host ended, oldest first."""
     target = find_target(name)

@@ -185,7 +185,6 @@ def test_without_systemd_too_comfyui_waits_for_its_mounts(running: Here, tmp_pat
         subprocess.run(["umount", "--lazy", str(pool)], check=False)
 
 
-@pytest.mark.faults  # it resolves 27 lists: part of the long run
 def test_the_tutorial_does_what_it_says(running: Here, tmp_path: Path) -> None:
     """docs/tutorial/custom-nodes.md, block by block, with a list of nodes that begins empty."""
     app = tmp_path / "app"

@@ -56,8 +56,14 @@ def test_sudos_password_comes_from_the_keyring(deployed: Fleet) -> None:
 
 
 def test_every_host_is_reached_by_a_check(deployed: Fleet) -> None:
+    ghost = '[hosts.ghost]\naddress = "127.0.0.1"\nssh_port = 1\nprofile = "cpu"\n'
+    deployed.configure(ghost)
+    one_is_off = deployed.inv("hosts", "--check")
+    deployed.configure()
     done = deployed.inv("hosts", "--check")
-    assert done.returncode == 0, done.stderr
+    assert (one_is_off.returncode, done.returncode) == (70, 0), one_is_off.stderr + done.stderr
+    assert "ghost: ghost cannot be reached" in one_is_off.stderr
+    assert "spark: reached, debian 12" in one_is_off.stderr
     assert f"spark: reached, debian 12, x86_64, release {deployed.current()}" in done.stderr
 
 
