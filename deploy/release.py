@@ -142,7 +142,8 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
         "PYTHONUNBUFFERED": "1",  # the log shows a line when it is written
         "PYTHONDONTWRITEBYTECODE": "1",  # the code is read-only
         "PYTHONNOUSERSITE": "1",  # nothing but the release's own packages
-        "PIP_NO_INDEX": "1",  # nothing is installed at start: the lock is all that runs
+        # Nothing is installed at start: the lock is all that runs. A system service's unit also hides the programs.
+        "PIP_NO_INDEX": "1",
         "UV_OFFLINE": "1",
         "GIT_PYTHON_REFRESH": "quiet",  # GitPython is imported by nodes that need no git, and would stop without one
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -166,6 +167,7 @@ def _unit(choice: Choice, argv: Sequence[str], environment: Mapping[str, str], d
         "release": release,
         "version": choice.application.version,
         "user": host.run_as,
+        "python": choice.python,
         "data": data,
         "mounts": " ".join(host.mounts),
         "command": command,
