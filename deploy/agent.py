@@ -16,6 +16,7 @@ systemd the apply unit is restarted, also at boot.
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import grp
 import hashlib
@@ -1147,6 +1148,29 @@ def _compileall(site: Site, step: Json, place: Path) -> list[str]:
     return ["-m", "compileall", "-q", "-j", "0", "-s", str(place), "-p", str(site.parts / step["part"])]
 
 
+_NEVER_IMPORTED = ("tests", "test", "docs", "examples", "benchmarks")
+"""Folders that packages leave beside their own by mistake, many of them the same ones."""
+
+
+def _refuse_overwritten(environment: Path) -> None:
+    """Raise Fault when two packages brought the same module with other contents: the one installed last has it."""
+    owners: dict[str, tuple[str, str]] = {}
+    for record in sorted(environment.glob("lib/python*/site-packages/*.dist-info/RECORD")):
+        package = record.parent.name.partition("-")[0].replace("_", "-")
+        with record.open(newline="") as file:
+            for path, digest, _ in csv.reader(file):
+                if path.partition("/")[0] in _NEVER_IMPORTED or not path.endswith((".py", ".so")):
+                    continue
+                other, held = owners.setdefault(path, (package, digest))
+                if held != digest:
+                    raise Fault(
+                        "step",
+                        f"{other} and {package} both bring {path}, and one has overwritten the other's",
+                        "which one a node gets is chance",
+                        f"decide which stays: [override.{package}] in nodes.toml, then inv lock",
+                    )
+
+
 _NO_NETWORK = "failed to fetch|error sending request|dns error|connection refused|network is unreachable|timed out"
 
 
@@ -1178,6 +1202,7 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
             raise
         finally:
             listed.unlink()
+        _refuse_overwritten(place)
         # Some packages ship templates and tests that no Python parses; what cannot be compiled is not imported.
         subprocess.run([f"{place}/bin/python", *_compileall(site, step, place), f"{place}/lib"], capture_output=True)
     shutil.rmtree(wheels)

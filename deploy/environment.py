@@ -222,6 +222,11 @@ def nodes_hash(known: Catalogue) -> str:
     return hashlib.sha256(json.dumps([listed, decided]).encode()).hexdigest()[:16]
 
 
+def _other(name: str, requirement: str) -> bool:
+    """Whether an override takes another package than the one asked for, or none."""
+    return not requirement or canonicalize_name(Requirement(requirement).name) != canonicalize_name(name)
+
+
 def _compile(
     asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack, platform: Platform, python: str, old: Path
 ) -> str:
@@ -233,7 +238,9 @@ def _compile(
             (place / file).write_text("".join(f"{line}\n" for line in [*(pinned if file == OWN else []), *lines]))
         decided = [each.requirement for each in known.override.values() if each.requirement]
         (place / "overrides").write_text("\n".join([*pinned, *decided]) + "\n")
-        (place / "excludes").write_text("\n".join(n for n, each in known.override.items() if not each.requirement))
+        # uv puts no package in another's place: what a dependency asks for is left out, a node's own line was replaced.
+        gone = [name for name, each in known.override.items() if _other(name, each.requirement)]
+        (place / "excludes").write_text("\n".join(gone))
 
         def resolve(chosen: Iterable[str], *more: str) -> Any:
             words = ["uv", "pip", "compile", "--quiet", "--no-header", "--generate-hashes", "--only-binary", ":all:"]
