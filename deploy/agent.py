@@ -370,7 +370,7 @@ def fault_of(place: Path) -> str:
 
 
 def facts(site: Site, ask: Json) -> Json:
-    """What this host is now. `ask` names the Python versions and mounts to look for."""
+    """What this host is now. `ask` names the Python versions, mounts and Debian packages to look for."""
     try:
         current, fault = site.release(), {}
     except Fault as error:
@@ -403,6 +403,7 @@ def facts(site: Site, ask: Json) -> Json:
         # Some file systems make inodes as they go, and say 0 of 0.
         "inodes_free": disk.f_favail if disk.f_files else None,
         "mounts": {path: os.path.ismount(path) for path in ask["mounts"]},
+        "packages": _packages(ask["packages"]),
         "port_holder": _port_holder(site),
         "user": _user_exists(site.user),
         "members": _members(site.user),
@@ -483,6 +484,15 @@ def _pythons(site: Site, wanted: list[str]) -> dict[str, str]:
         if len(answer) == 2 and answer[1] == version:
             found[version] = answer[0]
     return found
+
+
+def _packages(wanted: list[str]) -> dict[str, bool]:
+    """Which of these Debian packages are installed; empty where there is no dpkg to tell."""
+    if not wanted or not shutil.which("dpkg-query"):
+        return {}
+    query = ["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n", *wanted]
+    shown = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()  # fails when it lacks one
+    return {name: f"{name} installed" in shown for name in wanted}
 
 
 def _gpus() -> list[Json]:

@@ -34,7 +34,8 @@ class Facts(msgspec.Struct, frozen=True):
     `manager` is what runs services; `lingers` is false where the login's own systemd could, if it outlived the login.
     `releases` are the manifests kept there, `altered` the ids of those whose unit or links were changed since,
     `proven` those that passed the health gate, the latest first, `failed_nodes` the nodes that the current one could
-    not import, with the reason; `parts` says of each what is wrong with it (empty:
+    not import, with the reason; `packages` says which of the Debian packages asked for are installed (of none, where
+    there is no dpkg); `parts` says of each what is wrong with it (empty:
     nothing), `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now.
     """
 
@@ -55,6 +56,7 @@ class Facts(msgspec.Struct, frozen=True):
     disk_free: int
     inodes_free: int | None
     mounts: dict[str, bool]
+    packages: dict[str, bool]
     port_holder: dict[str, Any]
     user: bool
     members: tuple[str, ...]

@@ -75,10 +75,10 @@ def _fitting_profile() -> str:
     return "cuda"
 
 
-def look(agent: Agent, target: Target) -> Facts:
-    """What the host is now; one round trip."""
-    pythons = list(target.profile.pythons)
-    raw = agent.call("facts", pythons=pythons, mounts=list(target.host.mounts))
+def look(agent: Agent, target: Target, packages: Sequence[str] = ()) -> Facts:
+    """What the host is now, and whether it has these Debian packages; one round trip."""
+    pythons, mounts = list(target.profile.pythons), list(target.host.mounts)
+    raw = agent.call("facts", pythons=pythons, mounts=mounts, packages=list(packages))
     return msgspec.convert(raw, Facts)
 
 
@@ -127,8 +127,9 @@ def deploy(
 def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: bool) -> Outcome:
     target = find_target(name)
     stock = shelf(target)
+    packages = sorted({each for node in stock.nodes.values() for each in node.system})
     with connection.connect(target, ask_sudo) as agent:
-        facts = look(agent, target)
+        facts = look(agent, target, packages)
         planned = plan.make(target, facts, stock, options)
         _refuse(planned, target)
         titles = tuple(step.title for step in planned.steps)
@@ -143,10 +144,10 @@ def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: 
             _apply(agent, facts, planned, stock, "deploy", offline=False)
         except HostOfflineError:
             console.say(f"{name} has no way to the package index: sending the packages from here")
-            facts = look(agent, target)
+            facts = look(agent, target, packages)
             planned = plan.make(target, facts, stock, options)  # what is done already stays done
             _apply(agent, facts, planned, stock, "deploy", offline=True)
-        left = plan.make(target, look(agent, target), stock, options)
+        left = plan.make(target, look(agent, target, packages), stock, options)
         if left.steps or left.refusals:
             remains = [step.title for step in left.steps] + [each.what for each in left.refusals]
             raise ConvergeError(

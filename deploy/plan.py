@@ -86,7 +86,8 @@ NEEDS_ROOM = 1.2
 def make(target: Target, facts: Facts, shelf: Shelf, options: Options) -> Plan:
     """The plan for a host. With refusals it has no steps."""
     choice, refusals = _choose(target, facts, shelf)
-    refusals += _place(target, facts)
+    lacking, notes = _system(facts, shelf)
+    refusals += _place(target, facts) + lacking
     if choice is None:
         return Plan(facts.current, "", refusals=tuple(refusals))
     wanted = releases.manifest(choice, facts.prefix)
@@ -95,7 +96,7 @@ def make(target: Target, facts: Facts, shelf: Shelf, options: Options) -> Plan:
     steps = _steps(target, facts, choice, wanted, options)
     if refusals:
         return Plan(facts.current, wanted["id"], refusals=tuple(refusals))
-    return Plan(facts.current, wanted["id"], steps=tuple(steps), notes=tuple(_notes(facts)))
+    return Plan(facts.current, wanted["id"], steps=tuple(steps), notes=(*_notes(facts), *notes))
 
 
 def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
@@ -213,6 +214,21 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
     if holder := _port(target, facts):
         found.append(Refusal(holder, "end it, or set another `port` for this host"))
     return found
+
+
+def _system(facts: Facts, shelf: Shelf) -> tuple[list[Refusal], list[str]]:
+    """What the host lacks for its nodes: refusals for required ones, notes for others."""
+    refusals: list[Refusal] = []
+    notes: list[str] = []
+    for name, node in shelf.nodes.items():
+        if lacking := [each for each in node.system if facts.packages.get(each) is False]:
+            what = f"node {name} needs {', '.join(lacking)}, which the host lacks"
+            remedy = f"on the host: apt-get install {' '.join(lacking)}"
+            if node.required:
+                refusals.append(Refusal(what, remedy))
+            else:
+                notes.append(f"{what}; {remedy}")
+    return refusals, notes
 
 
 def _port(target: Target, facts: Facts) -> str:

@@ -112,11 +112,13 @@ def garden(steady: Fleet, tmp_path: Path) -> Iterator[Garden]:
 def test_nodes_are_read_only_parts_with_writable_corners(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = garden.fleet
     first = garden.commit("good", GOOD.replace("WHICH", '("HearthOne", "HearthTwo")'))
+    first += 'system = ["coreutils", "ffmpeg"]\n'
     bad = garden.commit("bad", "import nothing_like_this\n")
     garden.write(first, bad, monkeypatch=monkeypatch)
     done = garden.deploy("good", "bad")
     assert done.returncode == 0, done.stderr
     assert "node bad cannot be imported: No module named 'nothing_like_this'" in done.stderr
+    assert "node good needs ffmpeg, which the host lacks; on the host: apt-get install ffmpeg" in done.stderr
     assert "HearthOne" in fleet.ask("/object_info")
     kept = fleet.prefix / "data/nodes/good"
     assert json.loads((kept / "count.json").read_text()) == {"started": True}

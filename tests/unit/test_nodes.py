@@ -30,6 +30,7 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (node("a").replace("a" * 40, "main"), ConfigError, "not a whole commit"),
         (node("a").replace("https://example.org/a", "/tmp/a"), ConfigError, "no address"),
         (node("a", 'writable = ["../../etc"]'), ConfigError, "not below the node"),
+        (node("a", 'system = ["-o=x"]'), ConfigError, "cannot be a Debian package"),
         (node("a", 'writable = ["/etc"]'), ConfigError, "not below the node"),
         (node("a") + node("b").replace("example.org/b", "example.org/A.git"), ConfigError, "are the same node"),
         (node("a") + node("A").replace("example.org/A", "example.org/b"), ConfigError, "are the same node"),

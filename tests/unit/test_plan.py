@@ -10,7 +10,7 @@ import pytest
 
 from core import files
 from core.manifest import Manifest, Proof
-from deploy import application, environment, plan, release
+from deploy import application, environment, nodes, plan, release
 from deploy.facts import Facts, Gpu, Service
 from deploy.host import Host, Target, profiles
 
@@ -34,9 +34,10 @@ RUNNING = Service(active=True, state="active (running)", enabled=True, linked=Tr
 FRESH = Facts(
     hostname="h", os="debian 12", machine="aarch64", kernel="6", glibc="2.36", pythons={"3.12": "/usr/bin/python3.12"},
     gpus=(Gpu("GB10", "12.1", None, True),), driver="580.95", memory=10**11, cores=20, login="d", root=True,
-    prefix="/opt/comfyui", writable=True, disk_free=10**11, inodes_free=10**6, mounts={}, port_holder={}, user=False,
-    members=(), manager="systemd-system", lingers=True, current="", current_fault={}, releases=(), altered=(),
-    proven=(), failed_nodes={}, parts={}, data=False, service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
+    prefix="/opt/comfyui", writable=True, disk_free=10**11, inodes_free=10**6, mounts={}, packages={},
+    port_holder={}, user=False, members=(), manager="systemd-system", lingers=True, current="", current_fault={},
+    releases=(), altered=(), proven=(), failed_nodes={}, parts={}, data=False, service=NO_SERVICE, incoming={},
+    tools=(), busy={}, last={},
 )  # fmt: skip
 
 
@@ -208,6 +209,26 @@ def test_the_unit_names_its_release_and_hides_nothing_it_needs() -> None:
     for line in ("DeviceAllow=char-nvidia-frontend rw", "KillSignal=SIGINT", "ProtectSystem=strict", "User=comfyui"):
         assert line in unit
     assert "$" not in "".join(line for line in unit.splitlines() if not line.startswith("#")).replace("$$", "")
+
+
+@pytest.mark.parametrize(
+    ("packages", "required", "noted", "refused"),
+    [
+        ({"ffmpeg": False, "libgl1": True}, False, True, False),
+        ({"ffmpeg": False, "libgl1": True}, True, False, True),
+        ({"ffmpeg": True, "libgl1": True}, True, False, False),
+        ({}, True, False, False),
+    ],
+)
+def test_what_nodes_need_of_the_system_is_told_and_refused_when_required(
+    packages: dict[str, bool], required: bool, noted: bool, refused: bool
+) -> None:
+    node = nodes.Node(url="u", commit="c" * 40, tree="t", why="w", required=required, system=("ffmpeg", "libgl1"))
+    found = made(msgspec.structs.replace(FRESH, packages=packages), stock=replace(shelf(), nodes={"mine": node}))
+    said = "node mine needs ffmpeg, which the host lacks; on the host: apt-get install ffmpeg"
+    assert (said in found.notes) is noted
+    assert any(f"{each.what}; {each.remedy}" == said for each in found.refusals) is refused
+    assert bool(found.steps) is not refused
 
 
 def test_every_lock_is_there() -> None:
