@@ -40,6 +40,9 @@ TRIO = ("torch", "torchvision", "torchaudio")
 APP, OWN = "comfyui.txt", "hearth.txt"
 """Who asks for a package: ComfyUI, Hearth (the stack's torch, `extra`), else a node, as `NODE.node.txt`."""
 
+MANAGER = "ComfyUI-Manager"
+"""Asks for its package as a node does, though it is none: ComfyUI brings it with `--enable-manager`."""
+
 
 @dataclass(frozen=True)
 class Lock:
@@ -74,9 +77,9 @@ class Lock:
             found[canonicalize_name(name[1])] = "\n".join(pinned) + "\n", asking
         return found
 
-    def select(self, chosen: Iterable[str]) -> str:
-        """The list without what only other nodes need."""
-        reached = {APP, OWN, *(f"{name}.node.txt" for name in chosen)}
+    def select(self, asking: Iterable[str]) -> str:
+        """The list without what only other nodes than these (or MANAGER) need."""
+        reached = {APP, OWN, *(f"{name}.node.txt" for name in asking)}
         while fresh := {name for name, (_, asking) in self._packages.items() if asking & reached} - reached:
             reached |= fresh
         return "".join(text for name, (text, _) in sorted(self._packages.items()) if name in reached)
@@ -145,6 +148,7 @@ def wishes(app: Application, known: Catalogue) -> dict[str, list[str]]:
     """What ComfyUI and every node ask for, by the name of the file of requirements that uv is given."""
     trees = nodes.fetch(known.nodes)
     asked = {APP: nodes.requirements(source.fetch(app)), OWN: list(app.extra)}
+    asked |= {f"{MANAGER}.node.txt": [app.manager]} if app.manager else {}
     return asked | {
         f"{name}.node.txt": [*_pinnable(name, tree, known), *known.nodes[name].extra] for name, tree in trees.items()
     }
@@ -186,9 +190,9 @@ def _parsed(line: str) -> Requirement | None:
     return Requirement(f"{address[1]} @ {line}") if address else None
 
 
-def download(lock: Lock, chosen: Iterable[str], platform: Platform) -> Path:
-    """Every wheel of a list, in a folder of the cache: for a host that cannot fetch them itself."""
-    text = lock.select(chosen)
+def download(lock: Lock, asking: Iterable[str], platform: Platform) -> Path:
+    """Every wheel that these ask for, in a folder of the cache: for a host that cannot fetch them itself."""
+    text = lock.select(asking)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = files.cache() / "wheels" / f"{lock.name}-{digest}"
     if place.is_dir():
@@ -212,7 +216,7 @@ def download(lock: Lock, chosen: Iterable[str], platform: Platform) -> Path:
 
 def _inputs(app: Application, stack: Stack) -> str:
     """The hash of what decides a list beside the nodes."""
-    return hashlib.sha256(json.dumps([app.tree, app.extra, trio(stack)]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([app.tree, app.extra, app.manager, trio(stack)]).encode()).hexdigest()[:16]
 
 
 def nodes_hash(known: Catalogue) -> str:

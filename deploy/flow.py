@@ -319,7 +319,7 @@ def _pack(
         wheels = [{"file": name, "sha256": blob(house / name)} for name in step.values["kernels"]]
         if offline:
             lock = stock.locks[facts.platform, step.values["version"]]
-            folder = environment.download(lock, stock.nodes, platform)
+            folder = environment.download(lock, step.values["asking"], platform)
             wheels += [{"file": path.name, "sha256": blob(path)} for path in sorted(folder.glob("*.whl"))]
         return {"tool": stock.uv, "wheels": wheels, "offline": offline}
     return {}

@@ -155,6 +155,9 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
         uv=shelf.uv,
         nodes=shelf.nodes,
     )
+    if choice.manager and target.host.scope == "user":
+        what = "ComfyUI-Manager could change its own security level: only a system service's unit keeps that from it"
+        found.append(Refusal(what, 'set scope = "system" for this host, or leave --enable-manager out'))
     return choice, found
 
 
@@ -321,7 +324,8 @@ def _part_steps(facts: Facts, choice: releases.Choice) -> list[Step]:
         values: dict[str, Any] = {"part": part, "python": choice.interpreter, "repair": bool(fault)}
         if kind == "env":
             files = [wheel.file for wheel in choice.wheels]
-            values |= {"requirements": choice.requirements, "kernels": files, "version": choice.python}
+            values |= {"requirements": choice.requirements, "kernels": files}
+            values |= {"version": choice.python, "asking": choice.asking}
         else:
             values |= {"writable": list(choice.application.writable), "keeps": "comfyui"}
         steps.append(Step(kind, f"make {part}: {label}", why, "pruned when no release names it", values))

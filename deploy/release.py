@@ -11,6 +11,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from core.files import CHECKOUT
+from deploy.environment import MANAGER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,6 +34,23 @@ ATTENTION = {
 
 # What importing a kernel package proves: its extension modules load in that environment.
 IMPORTS = {"sageattention": ("sageattention",), "flash-attn": ("flash_attn", "flash_attn_2_cuda")}
+
+
+# Settings of ComfyUI-Manager that the service cannot change: its unit binds them, read-only, to where Manager looks.
+MANAGER_INI = """\
+# Written by Hearth; a deploy replaces it.
+[default]
+# nothing may be installed, updated or removed: any weaker level trusts all of a proxy on the same host
+security_level = strong
+# nothing is fetched at start
+network_mode = offline
+# the journal has the log
+file_logging = False
+# the environment has no pip; Manager lists its packages with uv, and does not start where it cannot
+use_uv = True
+allow_git_url_install = False
+allow_pip_install = False
+"""
 
 
 @dataclass(frozen=True)
@@ -68,9 +86,19 @@ class Choice:
             for name, node in self.nodes.items()
         }
 
+    @property
+    def manager(self) -> bool:
+        """Whether ComfyUI-Manager is on: a flag of ComfyUI's own says so."""
+        return any(flag.startswith("--enable-manager") for flag in self.target.flags)
+
+    @property
+    def asking(self) -> list[str]:
+        """Whose packages are needed beside ComfyUI's: the nodes' and ComfyUI-Manager's."""
+        return [*self.nodes, *([MANAGER] if self.manager else [])]
+
     @cached_property
     def _locked(self) -> str:
-        return self.lock.select(self.nodes)
+        return self.lock.select(self.asking)
 
     @property
     def requirements(self) -> str:
@@ -132,6 +160,15 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
         links["web"] = f"{data}/comfyui/web"
         files["paths.yaml"] = f"hearth:\n  custom_nodes: {json.dumps(f'{place}/custom_nodes')}\n"  # JSON is YAML
         argv += ["--extra-model-paths-config", f"{place}/paths.yaml"]
+    manager: list[str] = []
+    folders: list[str] = []
+    if choice.manager:
+        state = "user/__manager"  # where folder_paths.get_system_user_directory puts it
+        files["manager.ini"] = MANAGER_INI
+        folders = [f"{state}/startup-scripts"]
+        # Whatever lies in startup-scripts is run at the next start, before ComfyUI.
+        manager = [f"BindReadOnlyPaths={place}/manager.ini:{data}/{state}/config.ini"]
+        manager += [f"InaccessiblePaths=-{data}/{folders[0]}"]
     argv += ["--listen", target.host.listen, "--port", str(target.host.port)]
     argv += [word for flag, value in target.flags.items() for word in (flag, *value.split())]
     environment = {
@@ -150,12 +187,15 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
         "DO_NOT_TRACK": "1",
         **target.env,
     }
-    files[f"{target.host.service}.service"] = _unit(choice, argv, environment, data, release)
-    return {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
+    files[f"{target.host.service}.service"] = _unit(choice, argv, environment, data, release, manager)
+    running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
+    return running | {"folders": folders}
 
 
-def _unit(choice: Choice, argv: Sequence[str], environment: Mapping[str, str], data: str, release: str) -> str:
-    """The systemd unit, from the template of the host's scope."""
+def _unit(
+    choice: Choice, argv: Sequence[str], environment: Mapping[str, str], data: str, release: str, more: Sequence[str]
+) -> str:
+    """The systemd unit, from the template of the host's scope, with `more` lines for what it may touch."""
     target = choice.target
     host, profile = target.host, target.profile
     # systemd expands % everywhere and $ in commands.
@@ -175,6 +215,7 @@ def _unit(choice: Choice, argv: Sequence[str], environment: Mapping[str, str], d
         "limits": f"MemoryMax={profile.memory_max}" if profile.memory_max else "",
         "device_policy": profile.device_policy,
         "devices": "\n".join(devices),
+        "more": "\n".join(more),
     }
     template = (CHECKOUT / f"recipes/comfyui/units/{host.scope}.service").read_text()
     return Template(template).substitute(values)

@@ -12,7 +12,7 @@ from core import files
 from core.manifest import Manifest, Proof
 from deploy import application, environment, nodes, plan, release
 from deploy.facts import Facts, Gpu, Service
-from deploy.host import Host, Target, profiles
+from deploy.host import Host, Setting, Target, profiles
 
 APP = msgspec.convert(
     {"name": "comfyui", "version": "1.2.3", "source": [{"folder": "src"}], "tree": "t" * 64, "folder": "/nowhere",
@@ -23,6 +23,7 @@ FLAGS = application.flags(
     "parser = argparse.ArgumentParser()\n"
     "parser.add_argument('--listen', type=str, nargs='?')\n"
     "parser.add_argument('--reserve-vram', type=float)\n"
+    "parser.add_argument('--enable-manager', action='store_true')\n"
     "parser.add_argument('--disable-nvml-pressure', action='store_true')\n"
     "attn = parser.add_mutually_exclusive_group()\n"
     "attn.add_argument('--use-sage-attention', action='store_true')\n"
@@ -229,6 +230,38 @@ def test_what_nodes_need_of_the_system_is_told_and_refused_when_required(
     assert (said in found.notes) is noted
     assert any(f"{each.what}; {each.remedy}" == said for each in found.refusals) is refused
     assert bool(found.steps) is not refused
+
+
+def managed(**values: Any) -> Target:
+    target = spark(**values)
+    flags = {**target.profile.flags, "--enable-manager": Setting(why="a test")}
+    return replace(target, profile=msgspec.structs.replace(target.profile, flags=flags))
+
+
+def test_the_manager_is_not_there_unless_it_is_chosen() -> None:
+    locks = {key: replace(lock, text=LOCKED) for key, lock in shelf().locks.items()}
+    without, chosen = (made(target=each, stock=replace(shelf(), locks=locks)) for each in (spark(), managed()))
+    for found, expected in ((without, False), (chosen, True)):
+        (env,) = (step for step in found.steps if step.kind == "env")
+        (written,) = (step.values["release"] for step in found.steps if step.kind == "release")
+        assert ("comfyui-manager==1" in env.values["requirements"]) is expected
+        assert ("manager.ini" in written["files"]) is expected
+        assert ("__manager" in written["files"]["comfyui.service"]) is expected
+        assert "torch==1" in env.values["requirements"]
+
+
+LOCKED = """\
+torch==1
+    # via -r hearth.txt
+comfyui-manager==1
+    # via -r ComfyUI-Manager.node.txt
+"""
+
+
+def test_the_manager_is_refused_where_it_could_change_its_own_security_level() -> None:
+    found = made(target=managed(scope="user"))
+    assert [each.what for each in found.refusals if "ComfyUI-Manager" in each.what], found.refusals
+    assert made(target=managed()).steps
 
 
 def test_every_lock_is_there() -> None:
