@@ -895,7 +895,8 @@ def drain(site: Site, seconds: float, force: bool, note: Callable[[str], None]) 
 def gate(site: Site, manager: Manager, release: Json, note: Callable[[str], None]) -> None:
     """Prove that the release serves: it answers, is the one asked for, and makes a picture. Raises Fault if not.
 
-    What was found is kept with the release, in `proven`: its node types, and nodes that could not be imported.
+    What was found is kept with the release, in `proven`: its node types with the module that each is from, and nodes
+    that could not be imported.
     """
     wanted = release["gate"]
     started = time.monotonic()
@@ -926,7 +927,10 @@ def gate(site: Site, manager: Manager, release: Json, note: Callable[[str], None
             raise Fault("gate", f"node {name} cannot be imported, and is required", reason)
         note(f"node {name} cannot be imported: {reason}")
     _picture(site, note)
-    proof = {"at": now(), "failed_nodes": failed, "types": sorted(ask(site, "/object_info", timeout=60))}
+    types = {
+        name: each.get("python_module", "") for name, each in sorted(ask(site, "/object_info", timeout=60).items())
+    }
+    proof = {"at": now(), "failed_nodes": failed, "types": types}
     write(site.releases / release["id"] / "proven", json.dumps(proof))
 
 
@@ -955,12 +959,23 @@ def _failed_nodes(lines: list[str]) -> dict[str, str]:
     return failed
 
 
-def _say_missing_types(site: Site, before: str, after: str, note: Callable[[str], None]) -> None:
-    """Say which node types the release before had and this one has not: workflows may use them."""
-    types = [set(read(site.releases / name / "proven").get("types", ())) for name in (before, after)]
-    if gone := sorted(types[0] - types[1]):
-        more = f" and {len(gone) - 20} more" if len(gone) > 20 else ""
-        note(f"node types that are gone: {', '.join(gone[:20])}{more}")
+def _say_changed_types(site: Site, before: str, after: str, note: Callable[[str], None]) -> None:
+    """Say which node types are gone since the release before, and which another node provides: workflows use them.
+
+    Of two nodes with the same type ComfyUI takes the one that it loads last, without a word.
+    """
+    old, new = (read(site.releases / name / "proven").get("types", {}) for name in (before, after))
+    gone = sorted(set(old) - set(new))
+    moved = [
+        f"{name} ({new[name]}, before {old[name]})"
+        for name in sorted(set(old) & set(new))
+        # an older Hearth kept names only; a newer ComfyUI may move its own
+        if isinstance(old, dict) and old[name] != new[name] and new[name].startswith("custom_nodes.")
+    ]
+    for what, names in (("are gone", gone), ("another node provides now", moved)):
+        if names:
+            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            note(f"node types that {what}: {', '.join(names[:20])}{more}")
 
 
 def _first_answer(site: Site, manager: Manager, seconds: float) -> Any:
@@ -1261,7 +1276,7 @@ def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
             manager.install()
             manager.start()
             gate(site, manager, target, note)
-            _say_missing_types(site, record["previous"], step["to"], note)
+            _say_changed_types(site, record["previous"], step["to"], note)
         except Exception as error:  # whatever it is, what ran before must run again
             report = error.report if isinstance(error, Fault) else Fault("gate", repr(error)).report
             record["reverting"] = report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import shutil
 import sys
 import zipfile
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 
 from deploy import agent
+
+
+def at(place: Path) -> agent.Site:
+    return agent.Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
 
 
 def wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
@@ -67,3 +72,24 @@ def test_packages_that_share_what_does_no_harm_are_not(tmp_path: Path) -> None:
     two = {**shared, "space/two.py": "", "tests/__init__.py": "a = 2", "LICENSE": "b"}
     place = make(tmp_path, one, two)
     assert {path.name for path in place.glob("lib/*/site-packages/space/*.py")} == {"__init__.py", "one.py", "two.py"}
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        (["A", "B", "C"], ["node types that are gone: C"]),  # as an older Hearth kept them
+        (
+            {"A": "custom_nodes.one", "B": "comfy_extras.old", "C": "nodes"},
+            ["node types that are gone: C", "node types that another node provides now: A (two, before one)"],
+        ),
+        ({"A": "custom_nodes.two", "B": "comfy_extras.new"}, []),
+    ],
+)
+def test_node_types_that_are_gone_or_another_nodes_are_told(tmp_path: Path, before: object, said: list[str]) -> None:
+    site = at(tmp_path)
+    after = {"A": "custom_nodes.two", "B": "comfy_extras.new"}
+    for name, types in (("old", before), ("new", after)):
+        agent.write(site.releases / name / "proven", json.dumps({"types": types}))
+    notes: list[str] = []
+    agent._say_changed_types(site, "old", "new", notes.append)
+    assert [note.replace("custom_nodes.", "") for note in notes] == said
