@@ -1243,7 +1243,7 @@ def release(site: Site, step: Json, note: Callable[[str], None]) -> None:
     for name, target in manifest["links"].items():
         link(place / name, target)
     for name in manifest.get("folders", ()):  # what the unit mounts onto, which systemd would make as root
-        as_service(site, os.makedirs, str(site.data / name), 0o777, True)
+        as_service(site, os.makedirs, name, 0o777, True)
     for name, text in manifest["files"].items():
         write(place / name, text)
     write(place / "release.json", json.dumps(manifest, indent=1))

@@ -163,12 +163,13 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     manager: list[str] = []
     folders: list[str] = []
     if choice.manager:
-        state = "user/__manager"  # where folder_paths.get_system_user_directory puts it
+        # where folder_paths.get_system_user_directory puts it
+        state = f"{target.flags.get('--user-directory', f'{data}/user')}/__manager"
         files["manager.ini"] = MANAGER_INI
         folders = [f"{state}/startup-scripts"]
         # Whatever lies in startup-scripts is run at the next start, before ComfyUI.
-        manager = [f"BindReadOnlyPaths={place}/manager.ini:{data}/{state}/config.ini"]
-        manager += [f"InaccessiblePaths=-{data}/{folders[0]}"]
+        manager = [f"BindReadOnlyPaths={place}/manager.ini:{state}/config.ini"]
+        manager += [f"InaccessiblePaths=-{folders[0]}"]
     argv += ["--listen", target.host.listen, "--port", str(target.host.port)]
     argv += [word for flag, value in target.flags.items() for word in (flag, *value.split())]
     environment = {

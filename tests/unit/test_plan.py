@@ -258,6 +258,20 @@ comfyui-manager==1
 """
 
 
+def test_the_managers_settings_are_bound_to_where_it_looks() -> None:
+    target = managed()
+    flags = {**target.profile.flags, "--user-directory": Setting(why="a test", value="/srv/mine")}
+    known = FLAGS | application.flags("parser.add_argument('--user-directory', type=str)\n")
+    moved = replace(target, profile=msgspec.structs.replace(target.profile, flags=flags))
+    for each, user in ((target, "/opt/comfyui/data/user"), (moved, "/srv/mine")):
+        found = made(target=each, stock=replace(shelf(), flags=known))
+        (written,) = (step.values["release"] for step in found.steps if step.kind == "release")
+        unit = written["files"]["comfyui.service"].splitlines()
+        place = f"/opt/comfyui/releases/{written['id']}/manager.ini"
+        assert f"BindReadOnlyPaths={place}:{user}/__manager/config.ini" in unit
+        assert f"InaccessiblePaths=-{user}/__manager/startup-scripts" in unit
+
+
 def test_the_manager_is_refused_where_it_could_change_its_own_security_level() -> None:
     found = made(target=managed(scope="user"))
     assert [each.what for each in found.refusals if "ComfyUI-Manager" in each.what], found.refusals
