@@ -16,6 +16,7 @@ systemd the apply unit is restarted, also at boot.
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
 import grp
@@ -381,7 +382,7 @@ def fault_of(place: Path) -> str:
 
 
 def facts(site: Site, ask: Json) -> Json:
-    """What this host is now. `ask` names the Python versions, mounts and folders to look for."""
+    """What this host is now. `ask` names the Python versions, mounts, folders and Debian packages to look for."""
     try:
         current, fault = site.release(), {}
     except Fault as error:
@@ -416,6 +417,7 @@ def facts(site: Site, ask: Json) -> Json:
         "mounts": {path: _mount(site, path, wanted) for path, wanted in ask["mounts"].items()},
         "places": {path: _place(site, Path(path), use) for path, use in ask["places"].items()},
         "data_free": {str(path): _free(path) for path in (site.data, *map(Path, site.elsewhere.values()))},
+        "packages": _packages(ask["packages"]),
         "port_holder": _port_holder(site),
         "user": _user_exists(site.user),
         "members": _members(site.user),
@@ -577,6 +579,15 @@ def _pythons(site: Site, wanted: list[str]) -> dict[str, str]:
         if len(answer) == 2 and answer[1] == version:
             found[version] = answer[0]
     return found
+
+
+def _packages(wanted: list[str]) -> dict[str, bool]:
+    """Which of these Debian packages are installed; empty where there is no dpkg to tell."""
+    if not wanted or not shutil.which("dpkg-query"):
+        return {}
+    query = ["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n", *wanted]
+    shown = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()  # fails when it lacks one
+    return {name: f"{name} installed" in shown for name in wanted}
 
 
 def _gpus() -> list[Json]:
@@ -1001,7 +1012,8 @@ def drain(site: Site, seconds: float, force: bool, note: Callable[[str], None]) 
 def gate(site: Site, manager: Manager, release: Json, note: Callable[[str], None]) -> None:
     """Prove that the release serves: it answers, is the one asked for, and makes a picture. Raises Fault if not.
 
-    What was found is kept with the release, in `proven`: its node types, and nodes that could not be imported.
+    What was found is kept with the release, in `proven`: its node types with the module that each is from, and nodes
+    that could not be imported.
     """
     wanted = release["gate"]
     started = time.monotonic()
@@ -1032,7 +1044,10 @@ def gate(site: Site, manager: Manager, release: Json, note: Callable[[str], None
             raise Fault("gate", f"node {name} cannot be imported, and is required", reason)
         note(f"node {name} cannot be imported: {reason}")
     _picture(site, note)
-    proof = {"at": now(), "failed_nodes": failed, "types": sorted(ask(site, "/object_info", timeout=60))}
+    types = {
+        name: each.get("python_module", "") for name, each in sorted(ask(site, "/object_info", timeout=60).items())
+    }
+    proof = {"at": now(), "failed_nodes": failed, "types": types}
     write(site.releases / release["id"] / "proven", json.dumps(proof))
 
 
@@ -1061,12 +1076,23 @@ def _failed_nodes(lines: list[str]) -> dict[str, str]:
     return failed
 
 
-def _say_missing_types(site: Site, before: str, after: str, note: Callable[[str], None]) -> None:
-    """Say which node types the release before had and this one has not: workflows may use them."""
-    types = [set(read(site.releases / name / "proven").get("types", ())) for name in (before, after)]
-    if gone := sorted(types[0] - types[1]):
-        more = f" and {len(gone) - 20} more" if len(gone) > 20 else ""
-        note(f"node types that are gone: {', '.join(gone[:20])}{more}")
+def _say_changed_types(site: Site, before: str, after: str, note: Callable[[str], None]) -> None:
+    """Say which node types are gone since the release before, and which another node provides: workflows use them.
+
+    Of two nodes with the same type ComfyUI takes the one that it loads last, without a word.
+    """
+    old, new = (read(site.releases / name / "proven").get("types", {}) for name in (before, after))
+    gone = sorted(set(old) - set(new))
+    moved = [
+        f"{name} ({new[name]}, before {old[name]})"
+        for name in sorted(set(old) & set(new))
+        # an older Hearth kept names only; a newer ComfyUI may move its own
+        if isinstance(old, dict) and old[name] != new[name] and new[name].startswith("custom_nodes.")
+    ]
+    for what, names in (("are gone", gone), ("another node provides now", moved)):
+        if names:
+            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            note(f"node types that {what}: {', '.join(names[:20])}{more}")
 
 
 def _first_answer(site: Site, manager: Manager, seconds: float) -> Any:
@@ -1308,6 +1334,29 @@ def _compileall(site: Site, step: Json, place: Path) -> list[str]:
     return ["-m", "compileall", "-q", "-j", "0", "-s", str(place), "-p", str(site.parts / step["part"])]
 
 
+_NEVER_IMPORTED = ("tests", "test", "docs", "examples", "benchmarks")
+"""Folders that packages leave beside their own by mistake, many of them the same ones."""
+
+
+def _refuse_overwritten(environment: Path) -> None:
+    """Raise Fault when two packages brought the same module with other contents: the one installed last has it."""
+    owners: dict[str, tuple[str, str]] = {}
+    for record in sorted(environment.glob("lib/python*/site-packages/*.dist-info/RECORD")):
+        package = record.parent.name.partition("-")[0].replace("_", "-")
+        with record.open(newline="") as file:
+            for path, digest, _ in csv.reader(file):
+                if path.partition("/")[0] in _NEVER_IMPORTED or not path.endswith((".py", ".so")):
+                    continue
+                other, held = owners.setdefault(path, (package, digest))
+                if held != digest:
+                    raise Fault(
+                        "step",
+                        f"{other} and {package} both bring {path}, and one has overwritten the other's",
+                        "which one a node gets is chance",
+                        f"decide which stays: [override.{package}] in nodes.toml, then inv lock",
+                    )
+
+
 _NO_NETWORK = "failed to fetch|error sending request|dns error|connection refused|network is unreachable|timed out"
 
 
@@ -1339,6 +1388,7 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
             raise
         finally:
             listed.unlink()
+        _refuse_overwritten(place)
         # Some packages ship templates and tests that no Python parses; what cannot be compiled is not imported.
         subprocess.run([f"{place}/bin/python", *_compileall(site, step, place), f"{place}/lib"], capture_output=True)
     shutil.rmtree(wheels)
@@ -1353,6 +1403,8 @@ def release(site: Site, step: Json, note: Callable[[str], None]) -> None:
         link(place / kind, f"../../{'../' * kind.count('/')}parts/{name}")
     for name, target in manifest["links"].items():
         link(place / name, target)
+    for name in manifest.get("folders", ()):  # what the unit mounts onto, which systemd would make as root
+        as_service(site, os.makedirs, name, 0o777, True)
     for name, text in manifest["files"].items():
         write(place / name, text)
     write(place / "release.json", json.dumps(manifest, indent=1))
@@ -1388,7 +1440,7 @@ def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
             manager.install()
             manager.start()
             gate(site, manager, target, note)
-            _say_missing_types(site, record["previous"], step["to"], note)
+            _say_changed_types(site, record["previous"], step["to"], note)
         except Exception as error:  # whatever it is, what ran before must run again
             report = error.report if isinstance(error, Fault) else Fault("gate", repr(error)).report
             record["reverting"] = report

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 class Application(source.Pinned, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """ComfyUI (`recipes/comfyui/app.toml`).
 
-    `extra` are packages beside its own requirements; `writable` are files and folders (with a `/` behind) of it that
-    nodes write, which lie in the data. `size` and `files` are what an installed release takes,
-    in bytes and inodes, by stack; measured.
+    `extra` are packages beside its own requirements, `manager` the one that `--enable-manager` needs; `writable` are
+    files and folders (with a `/` behind) of it that nodes write, which lie in the data. `size` and `files` are what an
+    installed release takes, in bytes and inodes, by stack; measured.
     """
 
     extra: tuple[str, ...]
+    manager: str = ""
     writable: tuple[str, ...] = ()
     size: dict[str, int]
     files: dict[str, int]

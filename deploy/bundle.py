@@ -23,6 +23,7 @@ from core.manifest import Sha256
 from core.stack import Platform
 from deploy import application as applications
 from deploy import connection, environment, nodes
+from deploy import release as releases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,14 +46,14 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a bundle is for, and every file that it holds."""
+    """What a bundle is for, and every file that it holds. `asking` are its nodes, and ComfyUI-Manager where chosen."""
 
     format: int
     profile: str
     platform: str
     python: str
     version: str
-    nodes: tuple[str, ...]
+    asking: tuple[str, ...]
     kernels: dict[str, str]
     files: dict[str, File]
 
@@ -69,7 +70,8 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 def write(target: Target, stock: Shelf, platform: str, python: str, wheels: Sequence[Manifest], output: Path) -> Bundle:
     """Write a bundle for machines of a platform and Python, in one rename. The same content gives the same bytes."""
-    listed = _listed(stock, platform, python, wheels)
+    asking = releases.asking(target, stock.nodes)
+    listed = _listed(stock, asking, platform, python, wheels)
     total = sum(path.stat().st_size for path in listed.values())
     console.say(f"bundling {len(listed)} files, {console.size(total)}")
     part = output.with_name(f".{output.name}.{os.getpid()}")
@@ -90,7 +92,7 @@ def write(target: Target, stock: Shelf, platform: str, python: str, wheels: Sequ
                 platform=platform,
                 python=python,
                 version=stock.application.version,
-                nodes=tuple(stock.nodes),
+                asking=tuple(asking),
                 kernels={wheel.kernel: wheel.version for wheel in wheels},
                 files=found,
             )
@@ -108,7 +110,9 @@ def _member(name: str, file: File) -> tarfile.TarInfo:
     return info
 
 
-def _listed(stock: Shelf, platform: str, python: str, wheels: Sequence[Manifest]) -> dict[str, Path]:
+def _listed(
+    stock: Shelf, asking: Sequence[str], platform: str, python: str, wheels: Sequence[Manifest]
+) -> dict[str, Path]:
     """Every file of a bundle by its name there; what the cache lacks is fetched."""
     app, lock = stock.application, stock.locks[platform, python]
     found = {AGENT: connection.AGENT, "checkout/uv.lock": files.checkout() / "uv.lock"}
@@ -122,7 +126,7 @@ def _listed(stock: Shelf, platform: str, python: str, wheels: Sequence[Manifest]
         found |= {f"checkout/recipes/comfyui/{own}/{name}": path for name, path in _tree(tree)}
     cached = [
         *nodes.fetch(stock.nodes).values(),
-        environment.download(lock, stock.nodes, Platform.parse(platform)),
+        environment.download(lock, asking, Platform.parse(platform)),
         lockfile.install("uv", Platform.parse(platform), "3.11"),
         *([] if own else [tree]),
     ]

@@ -41,6 +41,9 @@ TRIO = ("torch", "torchvision", "torchaudio")
 APP, OWN = "comfyui.txt", "hearth.txt"
 """Who asks for a package: ComfyUI, Hearth (the stack's torch, `extra`), else a node, as `NODE.node.txt`."""
 
+MANAGER = "ComfyUI-Manager"
+"""Asks for its package as a node does, though it is none: ComfyUI brings it with `--enable-manager`."""
+
 
 @dataclass(frozen=True)
 class Lock:
@@ -75,21 +78,21 @@ class Lock:
             found[canonicalize_name(name[1])] = "\n".join(pinned) + "\n", asking
         return found
 
-    def select(self, chosen: Iterable[str]) -> str:
-        """The list without what only other nodes need."""
-        reached = self._reached(chosen)
+    def select(self, asking: Iterable[str]) -> str:
+        """The list without what only other nodes than these (or MANAGER) need."""
+        reached = self._reached(asking)
         return "".join(text for name, (text, _) in sorted(self._packages.items()) if name in reached)
 
-    def versions(self, chosen: Iterable[str] | None = None) -> dict[str, str]:
-        """The packages' versions by name; with `chosen` without what only other nodes need."""
+    def versions(self, asking: Iterable[str] | None = None) -> dict[str, str]:
+        """The packages' versions by name; with `asking` without what only other nodes than these need."""
         pinned = {name: re.split(r"==|[\s;]", text)[1] for name, (text, _) in sorted(self._packages.items())}
-        reached = pinned.keys() if chosen is None else self._reached(chosen)
+        reached = pinned.keys() if asking is None else self._reached(asking)
         return {name: version for name, version in pinned.items() if name in reached}
 
-    def _reached(self, chosen: Iterable[str]) -> set[str]:
+    def _reached(self, asking: Iterable[str]) -> set[str]:
         """The packages that ComfyUI, the stack and these nodes need."""
-        reached = {APP, OWN, *(f"{name}.node.txt" for name in chosen)}
-        while fresh := {name for name, (_, asking) in self._packages.items() if asking & reached} - reached:
+        reached = {APP, OWN, *(f"{name}.node.txt" for name in asking)}
+        while fresh := {name for name, (_, via) in self._packages.items() if via & reached} - reached:
             reached |= fresh
         return reached
 
@@ -165,6 +168,7 @@ def wishes(app: Application, known: Catalogue) -> dict[str, list[str]]:
     """What ComfyUI and every node ask for, by the name of the file of requirements that uv is given."""
     trees = nodes.fetch(known.nodes)
     asked = {APP: nodes.requirements(source.fetch(app)), OWN: list(app.extra)}
+    asked |= {f"{MANAGER}.node.txt": [app.manager]} if app.manager else {}
     return asked | {
         f"{name}.node.txt": [*_pinnable(name, tree, known), *known.nodes[name].extra] for name, tree in trees.items()
     }
@@ -206,9 +210,9 @@ def _parsed(line: str) -> Requirement | None:
     return Requirement(f"{address[1]} @ {line}") if address else None
 
 
-def download(lock: Lock, chosen: Iterable[str], platform: Platform) -> Path:
-    """Every wheel of a list, in a folder of the cache: for a host that cannot fetch them itself."""
-    text = lock.select(chosen)
+def download(lock: Lock, asking: Iterable[str], platform: Platform) -> Path:
+    """Every wheel that these ask for, in a folder of the cache: for a host that cannot fetch them itself."""
+    text = lock.select(asking)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = files.cache() / "wheels" / f"{lock.name}-{digest}"
     if place.is_dir():
@@ -232,7 +236,7 @@ def download(lock: Lock, chosen: Iterable[str], platform: Platform) -> Path:
 
 def _inputs(app: Application, stack: Stack) -> str:
     """The hash of what decides a list beside the nodes."""
-    return hashlib.sha256(json.dumps([app.tree, app.extra, trio(stack)]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([app.tree, app.extra, app.manager, trio(stack)]).encode()).hexdigest()[:16]
 
 
 def nodes_hash(known: Catalogue) -> str:
@@ -240,6 +244,11 @@ def nodes_hash(known: Catalogue) -> str:
     listed = [[name, node.tree, node.extra] for name, node in sorted(known.nodes.items())]
     decided = [[name, each.requirement] for name, each in sorted(known.override.items())]
     return hashlib.sha256(json.dumps([listed, decided]).encode()).hexdigest()[:16]
+
+
+def _other(name: str, requirement: str) -> bool:
+    """Whether an override takes another package than the one asked for, or none."""
+    return not requirement or canonicalize_name(Requirement(requirement).name) != canonicalize_name(name)
 
 
 def _compile(
@@ -253,7 +262,9 @@ def _compile(
             (place / file).write_text("".join(f"{line}\n" for line in [*(pinned if file == OWN else []), *lines]))
         decided = [each.requirement for each in known.override.values() if each.requirement]
         (place / "overrides").write_text("\n".join([*pinned, *decided]) + "\n")
-        (place / "excludes").write_text("\n".join(n for n, each in known.override.items() if not each.requirement))
+        # uv puts no package in another's place: what a dependency asks for is left out, a node's own line was replaced.
+        gone = [name for name, each in known.override.items() if _other(name, each.requirement)]
+        (place / "excludes").write_text("\n".join(gone))
 
         def resolve(chosen: Iterable[str], *more: str) -> Any:
             words = ["uv", "pip", "compile", "--quiet", "--no-header", "--generate-hashes", "--only-binary", ":all:"]

@@ -44,11 +44,12 @@ class Facts(msgspec.Struct, frozen=True):
     """A host as `deploy/agent.py` found it (its function `facts` names the sources). Sizes are in bytes.
 
     `places` says of each folder that lies outside the prefix what is wrong with it, `data_free` the bytes left where
-    ComfyUI writes; `shared` is false where members could not change each other's files, `rights` is what members may
-    do by sudo (None: there is no sudo). `manager` is what runs services; `lingers` is false where the login's own
-    systemd could, if it outlived the login. `releases` are the manifests kept there, `altered` the ids of those whose
-    unit or links were changed since, `proven` those that passed the health gate, the latest first, `failed_nodes` the
-    nodes that the current one could not import, with the reason; `parts` says of each what is wrong with it (empty:
+    ComfyUI writes; `packages` says which of the Debian packages asked for are installed (of none, where there is no
+    dpkg); `shared` is false where members could not change each other's files, `rights` is what members may do by sudo
+    (None: there is no sudo). `manager` is what runs services; `lingers` is false where the login's own systemd could,
+    if it outlived the login. `releases` are the manifests kept there, `altered` the ids of those whose unit or links
+    were changed since, `proven` those that passed the health gate, the latest first, `failed_nodes` the nodes that the
+    current one could not import, with the reason; `parts` says of each what is wrong with it (empty:
     nothing), `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now.
     """
 
@@ -71,6 +72,7 @@ class Facts(msgspec.Struct, frozen=True):
     mounts: dict[str, Mount]
     places: dict[str, str]
     data_free: dict[str, int]
+    packages: dict[str, bool]
     port_holder: dict[str, Any]
     user: bool
     members: tuple[str, ...]

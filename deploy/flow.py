@@ -34,6 +34,7 @@ from deploy import advisory, connection, environment, nodes, plan
 from deploy import application as applications
 from deploy import bundle as bundles
 from deploy import host as hosts
+from deploy import release as releases
 from deploy.facts import Facts
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ def _fitting_profile() -> str:
     return "cuda"
 
 
-def look(agent: Agent, target: Target) -> Facts:
-    """What the host is now; one round trip."""
+def look(agent: Agent, target: Target, packages: Sequence[str] = ()) -> Facts:
+    """What the host is now, and whether it has these Debian packages; one round trip."""
     host = target.host
     places = {path: "read" if name == "models" else "write" for name, path in host.folders.items()}
     raw = agent.call(
@@ -88,6 +89,7 @@ def look(agent: Agent, target: Target) -> Facts:
         pythons=list(target.profile.pythons),
         mounts=msgspec.to_builtins(host.mounts),
         places={**dict.fromkeys(host.model_roots, "read"), **places},
+        packages=list(packages),
     )
     return msgspec.convert(raw, Facts)
 
@@ -154,15 +156,16 @@ def deploy(
 def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: bool, bundle: Bundle | None) -> Outcome:
     target = find_target(name)
     stock = shelf(target)
+    packages = sorted({each for node in stock.nodes.values() for each in node.system})
     with connection.connect(target, ask_sudo) as agent:
-        facts = look(agent, target)
+        facts = look(agent, target, packages)
         if bundle and bundle.platform != facts.platform:
             raise BundleError(
                 f"the bundle is for {bundle.platform}, and {name} is {facts.platform}",
                 hint=f"make one for it: inv bundle --host {name}",
             )
-        if bundle and set(bundle.nodes) != set(stock.nodes):
-            theirs, ours = (", ".join(each) or "none" for each in (bundle.nodes, stock.nodes))
+        if bundle and set(bundle.asking) != set(asking := releases.asking(target, stock.nodes)):
+            theirs, ours = (", ".join(each) or "none" for each in (bundle.asking, asking))
             raise BundleError(
                 f"the bundle has other nodes ({theirs}) than {name} ({ours})",
                 hint=f"change `nodes` of {name}, or make a bundle for it: inv bundle --host {name}",
@@ -183,10 +186,10 @@ def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: 
             if bundle:
                 raise
             console.say(f"{name} has no way to the package index: sending the packages from here")
-            facts = look(agent, target)
+            facts = look(agent, target, packages)
             planned = plan.make(target, facts, stock, options)  # what is done already stays done
             _apply(agent, facts, planned, stock, "deploy", offline=True)
-        left = plan.make(target, look(agent, target), stock, options)
+        left = plan.make(target, look(agent, target, packages), stock, options)
         if left.steps or left.refusals:
             remains = [step.title for step in left.steps] + [each.what for each in left.refusals]
             raise ConvergeError(
@@ -405,7 +408,7 @@ def _pack(
         wheels = [{"file": name, "sha256": blob(house / name)} for name in step.values["kernels"]]
         if offline:
             lock = stock.locks[facts.platform, step.values["version"]]
-            folder = environment.download(lock, stock.nodes, platform)
+            folder = environment.download(lock, step.values["asking"], platform)
             wheels += [{"file": path.name, "sha256": blob(path)} for path in sorted(folder.glob("*.whl"))]
         return {"tool": stock.uv, "wheels": wheels, "offline": offline}
     return {}

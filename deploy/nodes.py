@@ -27,8 +27,9 @@ class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     `tree` is the hash of its files at `commit`. A failed import of a `required` one makes a release unhealthy.
     `without` are files and folders of it that are not fetched, `submodules` those that are; `extra` is what it needs
     and does not ask for. `writable` are files and folders (with a `/` behind) below it that it writes; they live in
-    `data/nodes/`. `requires` are other nodes that it cannot do without; `install` is the reason why its own
-    `install.py` may run when it is put on a host (by default it never does).
+    `data/nodes/`. `system` are Debian packages that it needs on the host, `requires` other nodes that it cannot do
+    without; `install` is the reason why its own `install.py` may run when it is put on a host (by default it never
+    does).
     """
 
     url: str
@@ -40,6 +41,7 @@ class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     submodules: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     writable: tuple[str, ...] = ()
+    system: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     install: str = ""
 
@@ -110,6 +112,9 @@ def _check(path: Path, name: str, node: Node) -> None:
         raise ConfigError(f"{path}: {name}: commit {node.commit!r} is not a whole commit", hint="40 hexadecimal digits")
     if not re.match(r"(https|file|ssh|git)://|git@", node.url):
         raise ConfigError(f"{path}: {name}: {node.url!r} is no address of a repository", hint="https://...")
+    for each in node.system:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]+", each):  # deb-control(5)
+            raise ConfigError(f"{path}: {name}: {each!r} cannot be a Debian package", hint='system = ["ffmpeg"]')
     for each in node.writable:
         parts = Path(each).parts
         if not parts or each.startswith("/") or ".." in parts:

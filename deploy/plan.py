@@ -93,7 +93,8 @@ NEEDS_ROOM = 1.2
 def make(target: Target, facts: Facts, shelf: Shelf, options: Options) -> Plan:
     """The plan for a host. With refusals it has no steps."""
     choice, refusals = _choose(target, facts, shelf)
-    refusals += _place(target, facts)
+    lacking, notes = _system(facts, shelf)
+    refusals += _place(target, facts) + lacking
     if choice is None:
         return Plan(facts.current, "", refusals=tuple(refusals))
     wanted = releases.manifest(choice, facts.prefix)
@@ -102,7 +103,7 @@ def make(target: Target, facts: Facts, shelf: Shelf, options: Options) -> Plan:
     steps = _steps(target, facts, choice, wanted, options)
     if refusals:
         return Plan(facts.current, wanted["id"], refusals=tuple(refusals))
-    return Plan(facts.current, wanted["id"], steps=tuple(steps), notes=tuple(_notes(target, facts)))
+    return Plan(facts.current, wanted["id"], steps=tuple(steps), notes=(*_notes(target, facts), *notes))
 
 
 def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
@@ -159,6 +160,9 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
         nodes=shelf.nodes,
         model_folders=shelf.model_folders,
     )
+    if releases.manager(target) and target.host.scope == "user":
+        what = "ComfyUI-Manager could change its own security level: only a system service's unit keeps that from it"
+        found.append(Refusal(what, 'set scope = "system" for this host, or leave --enable-manager out'))
     return choice, found
 
 
@@ -247,6 +251,21 @@ def _storage(target: Target, facts: Facts) -> list[Refusal]:
             what = f"{console.size(left)} free for {path}, {console.size(RESERVE_DATA)} needed"
             found.append(Refusal(what, "free some space there: nothing that ComfyUI writes would find room"))
     return found
+
+
+def _system(facts: Facts, shelf: Shelf) -> tuple[list[Refusal], list[str]]:
+    """What the host lacks for its nodes: refusals for required ones, notes for others."""
+    refusals: list[Refusal] = []
+    notes: list[str] = []
+    for name, node in shelf.nodes.items():
+        if lacking := [each for each in node.system if facts.packages.get(each) is False]:
+            what = f"node {name} needs {', '.join(lacking)}, which the host lacks"
+            remedy = f"on the host: apt-get install {' '.join(lacking)}"
+            if node.required:
+                refusals.append(Refusal(what, remedy))
+            else:
+                notes.append(f"{what}; {remedy}")
+    return refusals, notes
 
 
 def _port(target: Target, facts: Facts) -> str:
@@ -375,7 +394,8 @@ def _part_steps(facts: Facts, choice: releases.Choice) -> list[Step]:
         values: dict[str, Any] = {"part": part, "python": choice.interpreter, "repair": bool(fault)}
         if kind == "env":
             files = [wheel.file for wheel in choice.wheels]
-            values |= {"requirements": choice.requirements, "kernels": files, "version": choice.python}
+            values |= {"requirements": choice.requirements, "kernels": files}
+            values |= {"version": choice.python, "asking": choice.asking}
         else:
             values |= {"writable": list(choice.application.writable), "keeps": "comfyui"}
         steps.append(Step(kind, f"make {part}: {label}", why, "pruned when no release names it", values))

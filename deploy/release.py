@@ -14,10 +14,11 @@ import msgspec
 
 from core.errors import OldReleaseError
 from core.files import checkout
+from deploy.environment import MANAGER
 from deploy.host import mount_unit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from core.manifest import Manifest
     from core.source import Source
@@ -38,6 +39,33 @@ ATTENTION = {
 
 # What importing a kernel package proves: its extension modules load in that environment.
 IMPORTS = {"sageattention": ("sageattention",), "flash-attn": ("flash_attn", "flash_attn_2_cuda")}
+
+
+# Settings of ComfyUI-Manager that the service cannot change: its unit binds them, read-only, to where Manager looks.
+MANAGER_INI = """\
+# Written by Hearth; a deploy replaces it.
+[default]
+# nothing may be installed, updated or removed: any weaker level trusts all of a proxy on the same host
+security_level = strong
+# nothing is fetched at start
+network_mode = offline
+# the journal has the log
+file_logging = False
+# the environment has no pip; Manager lists its packages with uv, and does not start where it cannot
+use_uv = True
+allow_git_url_install = False
+allow_pip_install = False
+"""
+
+
+def manager(target: Target) -> bool:
+    """Whether ComfyUI-Manager is on: a flag of ComfyUI's own says so."""
+    return any(flag.startswith("--enable-manager") for flag in target.flags)
+
+
+def asking(target: Target, nodes: Iterable[str]) -> list[str]:
+    """Whose packages are needed beside ComfyUI's: the nodes' and ComfyUI-Manager's."""
+    return [*nodes, *([MANAGER] if manager(target) else [])]
 
 
 @dataclass(frozen=True)
@@ -74,9 +102,14 @@ class Choice:
             for name, node in self.nodes.items()
         }
 
+    @property
+    def asking(self) -> list[str]:
+        """Whose packages are needed beside ComfyUI's."""
+        return asking(self.target, self.nodes)
+
     @cached_property
     def _locked(self) -> str:
-        return self.lock.select(self.nodes)
+        return self.lock.select(self.asking)
 
     @property
     def requirements(self) -> str:
@@ -106,7 +139,7 @@ def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
         },
         "sources": [_source(each) for each in choice.application.source],
         "tree": choice.application.tree,
-        "packages": choice.lock.versions(choice.nodes),
+        "packages": choice.lock.versions(choice.asking),
         "nodes": {
             name: {"url": node.url, "commit": node.commit, "tree": node.tree} for name, node in choice.nodes.items()
         },
@@ -174,6 +207,17 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     if paths := _search_paths(choice, place):
         files["paths.yaml"] = json.dumps(paths, indent=1) + "\n"  # JSON is YAML
         argv += ["--extra-model-paths-config", f"{place}/paths.yaml"]
+    more: list[str] = []
+    folders: list[str] = []
+    if manager(target):
+        # where folder_paths.get_system_user_directory puts it
+        user = target.flags.get("--user-directory") or target.host.folders.get("user", f"{data}/user")
+        state = f"{user}/__manager"
+        files["manager.ini"] = MANAGER_INI
+        folders = [f"{state}/startup-scripts"]
+        # Whatever lies in startup-scripts is run at the next start, before ComfyUI.
+        more = [f"BindReadOnlyPaths={place}/manager.ini:{state}/config.ini"]
+        more += [f"InaccessiblePaths=-{folders[0]}"]
     argv += ["--listen", target.host.listen, "--port", str(target.host.port)]
     argv += [word for flag, value in target.flags.items() for word in (flag, *value.split())]
     environment = {
@@ -184,17 +228,19 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
         "PYTHONUNBUFFERED": "1",  # the log shows a line when it is written
         "PYTHONDONTWRITEBYTECODE": "1",  # the code is read-only
         "PYTHONNOUSERSITE": "1",  # nothing but the release's own packages
-        "PIP_NO_INDEX": "1",  # nothing is installed at start: the lock is all that runs
+        # Nothing is installed at start: the lock is all that runs. A system service's unit also hides the programs.
+        "PIP_NO_INDEX": "1",
         "UV_OFFLINE": "1",
         "GIT_PYTHON_REFRESH": "quiet",  # GitPython is imported by nodes that need no git, and would stop without one
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         **target.env,
     }
-    files[f"{target.host.service}.service"] = _unit(choice, argv, environment, data, release)
+    files[f"{target.host.service}.service"] = _unit(choice, argv, environment, data, release, more)
     if target.host.mounts:
         files[f"{target.host.service}-storage.service"] = _storage_unit(target, release)
-    return {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
+    running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
+    return running | {"folders": folders}
 
 
 # ComfyUI's flags for folders that do not lie in its base directory.
@@ -211,8 +257,10 @@ def _search_paths(choice: Choice, place: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def _unit(choice: Choice, argv: Sequence[str], environment: Mapping[str, str], data: str, release: str) -> str:
-    """The systemd unit, from the template of the host's scope."""
+def _unit(
+    choice: Choice, argv: Sequence[str], environment: Mapping[str, str], data: str, release: str, more: Sequence[str]
+) -> str:
+    """The systemd unit, from the template of the host's scope, with `more` lines for what it may touch."""
     target = choice.target
     host, profile = target.host, target.profile
     # systemd expands % everywhere and $ in commands.
@@ -225,6 +273,7 @@ def _unit(choice: Choice, argv: Sequence[str], environment: Mapping[str, str], d
         "release": release,
         "version": choice.application.version,
         "user": host.run_as,
+        "python": choice.python,
         "data": data,
         "folders": " ".join(host.folders.values()),
         "storage": f"BindsTo={storage}\nAfter={storage}" if host.mounts else "",
@@ -233,6 +282,7 @@ def _unit(choice: Choice, argv: Sequence[str], environment: Mapping[str, str], d
         "limits": f"MemoryMax={profile.memory_max}" if profile.memory_max else "",
         "device_policy": profile.device_policy,
         "devices": "\n".join(devices),
+        "more": "\n".join(more),
     }
     return _filled(host.scope, values)
 

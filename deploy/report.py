@@ -71,7 +71,7 @@ def bundle(path: Path, found: Bundle, *, as_json: bool) -> None:
         ("for", f"profile {found.profile}, {found.platform}, Python {found.python}"),
         ("ComfyUI", found.version),
         ("kernels", ", ".join(kernels) or "none"),
-        ("nodes", ", ".join(found.nodes) or "none"),
+        ("nodes", ", ".join(found.asking) or "none"),
     ]
     console.table(("", ""), rows)
 

@@ -33,6 +33,30 @@ for name in WHICH:
 """
 
 
+EAGER = """\
+import json, pathlib, subprocess, sys
+tried = {}
+for line in LINES:
+    try:
+        done = subprocess.run(line.replace("PYTHON", sys.executable).split(), capture_output=True, text=True)
+        tried[line] = done.stdout + done.stderr
+    except OSError as error:
+        tried[line] = error.strerror
+pathlib.Path(__file__).with_name("count.json").write_text(json.dumps(tried))
+NODE_CLASS_MAPPINGS = {}
+"""
+
+INSTALLERS = {
+    "usr/bin/git": "git clone x",
+    "usr/bin/pip": "pip install x",
+    "usr/bin/pip3": "pip3 install x",
+    "usr/local/bin/uv": "uv pip install x",
+    "usr/lib/python3/dist-packages/pip/__main__.py": "/usr/bin/python3 -m pip install x",
+    "usr/lib/python3.11/ensurepip/__main__.py": "PYTHON -m ensurepip",
+}
+"""Programs and modules on the host, each with the command that finds it there."""
+
+
 @dataclass
 class Garden:
     """A folder with an app.toml, a nodes.toml and locks, and the repositories that the nodes come from."""
@@ -88,11 +112,13 @@ def garden(steady: Fleet, tmp_path: Path) -> Iterator[Garden]:
 def test_nodes_are_read_only_parts_with_writable_corners(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = garden.fleet
     first = garden.commit("good", GOOD.replace("WHICH", '("HearthOne", "HearthTwo")'))
+    first += 'system = ["coreutils", "ffmpeg"]\n'
     bad = garden.commit("bad", "import nothing_like_this\n")
     garden.write(first, bad, monkeypatch=monkeypatch)
     done = garden.deploy("good", "bad")
     assert done.returncode == 0, done.stderr
     assert "node bad cannot be imported: No module named 'nothing_like_this'" in done.stderr
+    assert "node good needs ffmpeg, which the host lacks; on the host: apt-get install ffmpeg" in done.stderr
     assert "HearthOne" in fleet.ask("/object_info")
     kept = fleet.prefix / "data/nodes/good"
     assert json.loads((kept / "count.json").read_text()) == {"started": True}
@@ -121,6 +147,29 @@ def test_nodes_are_read_only_parts_with_writable_corners(garden: Garden, monkeyp
     assert fleet.current() == release
 
 
+def test_a_node_finds_no_git_and_no_installer(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = garden.fleet.machine
+    for name in INSTALLERS:
+        path = machine.root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("print('works')\n" if path.suffix else "#!/bin/sh\necho works\n")
+        path.chmod(0o755)
+    lines = list(INSTALLERS.values())
+    garden.write(garden.commit("eager", EAGER.replace("LINES", repr(lines))), monkeypatch=monkeypatch)
+    try:
+        done = garden.deploy("eager")
+        python = "/opt/comfyui/current/env/bin/python"
+        outside = [machine.run(f"runuser -u comfyui -- {line.replace('PYTHON', python)}").strip() for line in lines]
+    finally:
+        machine.run(f"cd / && rm -r {' '.join(each.removesuffix('/__main__.py') for each in INSTALLERS)}")
+    assert done.returncode == 0, done.stderr
+    assert outside == ["works"] * len(lines)
+    tried = json.loads((garden.fleet.prefix / "data/nodes/eager/count.json").read_text())
+    assert list(tried) == lines
+    assert not [line for line, said in tried.items() if "works" in said]
+    assert tried["git clone x"] == "Permission denied"
+
+
 def test_nodes_that_were_not_resolved_are_refused(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
     first = garden.commit("good", GOOD.replace("WHICH", '("HearthOne",)'))
     garden.write(first, monkeypatch=monkeypatch)
@@ -131,7 +180,8 @@ def test_nodes_that_were_not_resolved_are_refused(garden: Garden, monkeypatch: p
 
 
 def test_a_node_that_is_not_what_it_was_is_refused(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = garden.commit("good", GOOD.replace("WHICH", '("HearthOne",)'))
+    # code that no other test fetches: what lies in the cache is not asked for again
+    table = garden.commit("good", GOOD.replace("WHICH", '("HearthGone",)'))
     garden.write(re.sub('tree = "[0-9a-f]+"', f'tree = "{"0" * 64}"', table), monkeypatch=monkeypatch)
     altered = garden.deploy("good")
     garden.write(table.replace(str(garden.folder / "upstream/good"), "/nowhere/at/all"), monkeypatch=monkeypatch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (node("a").replace("a" * 40, "main"), ConfigError, "not a whole commit"),
         (node("a").replace("https://example.org/a", "/tmp/a"), ConfigError, "no address"),
         (node("a", 'writable = ["../../etc"]'), ConfigError, "not below the node"),
+        (node("a", 'system = ["-o=x"]'), ConfigError, "cannot be a Debian package"),
         (node("a", 'writable = ["/etc"]'), ConfigError, "not below the node"),
         (node("a") + node("b").replace("example.org/b", "example.org/A.git"), ConfigError, "are the same node"),
         (node("a") + node("A").replace("example.org/A", "example.org/b"), ConfigError, "are the same node"),
@@ -66,6 +68,17 @@ def test_the_known_nodes_load_and_each_set_can_be_chosen() -> None:
         assert nodes.choose(found, [name])
     assert all(each.why for each in found.nodes.values())
     assert all(each.why for each in found.override.values())
+
+
+def test_no_list_has_a_package_that_an_override_replaced() -> None:
+    for stack, platform, python in environment.combinations():
+        lock = environment.find(stack.name, platform.value, python)
+        assert lock
+        there = re.findall(r"^([\w.-]+)==", lock.text, re.MULTILINE)
+        replaced = [
+            name for name, each in nodes.catalogue().override.items() if each.requirement.partition("=")[0] != name
+        ]
+        assert not set(there) & set(replaced)
 
 
 LISTED = """\

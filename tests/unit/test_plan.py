@@ -11,9 +11,9 @@ import pytest
 
 from core import files
 from core.manifest import Manifest, Proof
-from deploy import application, environment, facts, plan, release
+from deploy import application, environment, facts, nodes, plan, release
 from deploy.facts import Facts, Gpu, Service
-from deploy.host import Host, Mount, Target, profiles
+from deploy.host import Host, Mount, Setting, Target, profiles
 
 APP = msgspec.convert(
     {"name": "comfyui", "version": "1.2.3", "source": [{"folder": "src"}], "tree": "t" * 64, "folder": "/nowhere",
@@ -24,6 +24,7 @@ FLAGS = application.flags(
     "parser = argparse.ArgumentParser()\n"
     "parser.add_argument('--listen', type=str, nargs='?')\n"
     "parser.add_argument('--reserve-vram', type=float)\n"
+    "parser.add_argument('--enable-manager', action='store_true')\n"
     "parser.add_argument('--disable-nvml-pressure', action='store_true')\n"
     "attn = parser.add_mutually_exclusive_group()\n"
     "attn.add_argument('--use-sage-attention', action='store_true')\n"
@@ -35,7 +36,7 @@ RUNNING = Service(active=True, state="active (running)", enabled=True, linked=Tr
 FRESH = Facts(
     hostname="h", os="debian 12", machine="aarch64", kernel="6", glibc="2.36", pythons={"3.12": "/usr/bin/python3.12"},
     gpus=(Gpu("GB10", "12.1", None, True),), driver="580.95", memory=10**11, cores=20, login="d", root=True,
-    prefix="/opt/comfyui", writable=True, disk_free=10**11, inodes_free=10**6, mounts={}, places={},
+    prefix="/opt/comfyui", writable=True, disk_free=10**11, inodes_free=10**6, mounts={}, places={}, packages={},
     data_free={"/opt/comfyui/data": 10**11}, port_holder={}, user=False, members=(), shared=True, rights="",
     manager="systemd-system", lingers=True, current="", current_fault={}, releases=(), altered=(), proven=(),
     failed_nodes={}, parts={}, data=False, service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
@@ -293,6 +294,72 @@ def test_the_unit_names_its_release_and_hides_nothing_it_needs() -> None:
     for line in ("DeviceAllow=char-nvidia-frontend rw", "KillSignal=SIGINT", "ProtectSystem=strict", "User=comfyui"):
         assert line in unit
     assert "$" not in "".join(line for line in unit.splitlines() if not line.startswith("#")).replace("$$", "")
+
+
+@pytest.mark.parametrize(
+    ("packages", "required", "noted", "refused"),
+    [
+        ({"ffmpeg": False, "libgl1": True}, False, True, False),
+        ({"ffmpeg": False, "libgl1": True}, True, False, True),
+        ({"ffmpeg": True, "libgl1": True}, True, False, False),
+        ({}, True, False, False),
+    ],
+)
+def test_what_nodes_need_of_the_system_is_told_and_refused_when_required(
+    packages: dict[str, bool], required: bool, noted: bool, refused: bool
+) -> None:
+    node = nodes.Node(url="u", commit="c" * 40, tree="t", why="w", required=required, system=("ffmpeg", "libgl1"))
+    found = made(msgspec.structs.replace(FRESH, packages=packages), stock=replace(shelf(), nodes={"mine": node}))
+    said = "node mine needs ffmpeg, which the host lacks; on the host: apt-get install ffmpeg"
+    assert (said in found.notes) is noted
+    assert any(f"{each.what}; {each.remedy}" == said for each in found.refusals) is refused
+    assert bool(found.steps) is not refused
+
+
+def managed(**values: Any) -> Target:
+    target = spark(**values)
+    flags = {**target.profile.flags, "--enable-manager": Setting(why="a test")}
+    return replace(target, profile=msgspec.structs.replace(target.profile, flags=flags))
+
+
+def test_the_manager_is_not_there_unless_it_is_chosen() -> None:
+    locks = {key: replace(lock, text=LOCKED) for key, lock in shelf().locks.items()}
+    without, chosen = (made(target=each, stock=replace(shelf(), locks=locks)) for each in (spark(), managed()))
+    for found, expected in ((without, False), (chosen, True)):
+        (env,) = (step for step in found.steps if step.kind == "env")
+        (written,) = (step.values["release"] for step in found.steps if step.kind == "release")
+        assert ("comfyui-manager==1" in env.values["requirements"]) is expected
+        assert ("manager.ini" in written["files"]) is expected
+        assert ("__manager" in written["files"]["comfyui.service"]) is expected
+        assert "torch==1" in env.values["requirements"]
+
+
+LOCKED = """\
+torch==1
+    # via -r hearth.txt
+comfyui-manager==1
+    # via -r ComfyUI-Manager.node.txt
+"""
+
+
+def test_the_managers_settings_are_bound_to_where_it_looks() -> None:
+    target = managed()
+    flags = {**target.profile.flags, "--user-directory": Setting(why="a test", value="/srv/mine")}
+    known = FLAGS | application.flags("parser.add_argument('--user-directory', type=str)\n")
+    moved = replace(target, profile=msgspec.structs.replace(target.profile, flags=flags))
+    for each, user in ((target, "/opt/comfyui/data/user"), (moved, "/srv/mine")):
+        found = made(target=each, stock=replace(shelf(), flags=known))
+        (written,) = (step.values["release"] for step in found.steps if step.kind == "release")
+        unit = written["files"]["comfyui.service"].splitlines()
+        place = f"/opt/comfyui/releases/{written['id']}/manager.ini"
+        assert f"BindReadOnlyPaths={place}:{user}/__manager/config.ini" in unit
+        assert f"InaccessiblePaths=-{user}/__manager/startup-scripts" in unit
+
+
+def test_the_manager_is_refused_where_it_could_change_its_own_security_level() -> None:
+    found = made(target=managed(scope="user"))
+    assert [each.what for each in found.refusals if "ComfyUI-Manager" in each.what], found.refusals
+    assert made(target=managed()).steps
 
 
 def test_every_lock_is_there() -> None:

@@ -1,0 +1,95 @@
+"""The agent's own rules, with a real uv and real wheels."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from deploy import agent
+
+
+def at(place: Path) -> agent.Site:
+    return agent.Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+
+
+def wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
+    """A wheel with these files, as small as one can be."""
+    info = f"{name}-1.dist-info"
+    meta = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    path = folder / f"{name}-1-py3-none-any.whl"
+    record = f"{info}/RECORD,,\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        for each, text in {**files, **meta}.items():
+            archive.writestr(each, text)
+            digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
+            record += f"{each},sha256={digest},{len(text)}\n"
+        archive.writestr(f"{info}/RECORD", record)
+    return path
+
+
+def make(tmp_path: Path, one: dict[str, str], two: dict[str, str]) -> Path:
+    """An environment of the wheels `one` and `two`, made as on a host without a network; the part."""
+    site = agent.Site({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+    uv = shutil.which("uv")
+    assert uv
+    (site.state / "tools").mkdir(parents=True)
+    (site.state / "tools/uv").symlink_to(uv)
+    site.incoming.mkdir()
+    wheels, lines = [], []
+    for name, files in (("one", one), ("two", two)):
+        path = wheel(tmp_path, name, files)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        path.rename(site.incoming / digest)
+        wheels.append({"file": path.name, "sha256": digest})
+        lines.append(f"{name}==1 --hash=sha256:{digest}\n")
+    step = {"part": "env-test", "python": sys.executable, "tool": "uv", "wheels": wheels, "offline": True}
+    agent.env(site, {**step, "repair": False, "requirements": "".join(lines)}, lambda _: None)
+    return site.parts / "env-test"
+
+
+def test_packages_that_overwrite_each_others_modules_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(agent.Fault) as raised:
+        make(tmp_path, {"cv2/__init__.py": "whose = 1"}, {"cv2/__init__.py": "whose = 2"})
+    report = raised.value.report
+    assert report["what"] == "one and two both bring cv2/__init__.py, and one has overwritten the other's"
+    assert "[override.two]" in report["hint"]
+    assert not list((tmp_path / "parts").iterdir())
+
+
+def test_packages_that_share_what_does_no_harm_are_not(tmp_path: Path) -> None:
+    shared = {"space/__init__.py": "", "LICENSE": "a"}
+    one = {**shared, "space/one.py": "", "tests/__init__.py": "a = 1"}
+    two = {**shared, "space/two.py": "", "tests/__init__.py": "a = 2", "LICENSE": "b"}
+    place = make(tmp_path, one, two)
+    assert {path.name for path in place.glob("lib/*/site-packages/space/*.py")} == {"__init__.py", "one.py", "two.py"}
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        (["A", "B", "C"], ["node types that are gone: C"]),  # as an older Hearth kept them
+        (
+            {"A": "custom_nodes.one", "B": "comfy_extras.old", "C": "nodes"},
+            ["node types that are gone: C", "node types that another node provides now: A (two, before one)"],
+        ),
+        ({"A": "custom_nodes.two", "B": "comfy_extras.new"}, []),
+    ],
+)
+def test_node_types_that_are_gone_or_another_nodes_are_told(tmp_path: Path, before: object, said: list[str]) -> None:
+    site = at(tmp_path)
+    after = {"A": "custom_nodes.two", "B": "comfy_extras.new"}
+    for name, types in (("old", before), ("new", after)):
+        agent.write(site.releases / name / "proven", json.dumps({"types": types}))
+    notes: list[str] = []
+    agent._say_changed_types(site, "old", "new", notes.append)
+    assert [note.replace("custom_nodes.", "") for note in notes] == said
