@@ -41,7 +41,7 @@ class Change:
 def add(address: str, why: str) -> str:
     """Pin a node's latest commit, or the one of `URL@REV`, and list it; returns its name.
 
-    Raises UsageError, ConfigError when it is listed already, and what reaching its upstream raises.
+    Raises UsageError, ConfigError when it is listed already or left out, and what reaching its upstream raises.
     """
     if not why:
         raise UsageError("a node is listed with its reason", hint='--why "what it is for"')
@@ -50,6 +50,8 @@ def add(address: str, why: str) -> str:
     known = nodes.catalogue()
     if name in known.nodes:
         raise ConfigError(f"{name} is listed already", hint="inv nodes.update")
+    if name in known.left_out:
+        raise ConfigError(f"{name} is left out: {known.left_out[name]}", hint="take it out of [left-out] first")
     commit = newest(url, rev or "HEAD")
     pinned = source.pin(nodes.Node(url=url, commit=commit, tree="", why=why).pinned(name))
     with _history(url, commit) as git:

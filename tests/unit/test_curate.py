@@ -64,6 +64,12 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upstream:
     return one
 
 
+def test_what_is_left_out_is_not_added(upstream: Upstream) -> None:
+    nodes.catalogue_file().write_text('[left-out]\nMy-Node = "it comes with ComfyUI"\n')
+    with pytest.raises(ConfigError, match="it comes with ComfyUI"):
+        curate.add(upstream.url, "for a test")
+
+
 def test_add_update_and_remove(upstream: Upstream) -> None:
     first = upstream.git("rev-parse", "HEAD")
     assert curate.add(f"{upstream.url}@v1", "for a test") == "My-Node"
