@@ -41,8 +41,8 @@ class Change:
 def add(address: str, why: str) -> str:
     """Pin a node's latest commit, or the one of `URL@REV`, and list it; returns its name.
 
-    What is known to be bad of it is said. Raises UsageError, ConfigError when it is listed already, and what reaching
-    its upstream raises.
+    What is known to be bad of it is said. Raises UsageError, ConfigError when it is listed already or left out, and
+    what reaching its upstream raises.
     """
     if not why:
         raise UsageError("a node is listed with its reason", hint='--why "what it is for"')
@@ -51,6 +51,8 @@ def add(address: str, why: str) -> str:
     known = nodes.catalogue()
     if name in known.nodes:
         raise ConfigError(f"{name} is listed already", hint="inv nodes.update")
+    if name in known.left_out:
+        raise ConfigError(f"{name} is left out: {known.left_out[name]}", hint="take it out of [left-out] first")
     for each in advisory.of(url, advisory.advisories()):
         console.say(f"warning: {name} is known to be bad ({each.affected}): {each.what}; {each.source}")
     commit = newest(url, rev or "HEAD")

@@ -89,6 +89,12 @@ def test_a_node_that_is_known_to_be_bad_is_warned_of(
     assert "ComfyUI_LLMVISION is known to be bad (affected: all of it): stole browser passwords" in line
 
 
+def test_what_is_left_out_is_not_added(upstream: Upstream) -> None:
+    nodes.catalogue_file().write_text('[left-out]\nMy-Node = "it comes with ComfyUI"\n')
+    with pytest.raises(ConfigError, match="it comes with ComfyUI"):
+        curate.add(upstream.url, "for a test")
+
+
 def test_add_update_and_remove(upstream: Upstream) -> None:
     first = upstream.git("rev-parse", "HEAD")
     assert curate.add(f"{upstream.url}@v1", "for a test") == "My-Node"
