@@ -243,6 +243,12 @@ class RemoteError(HearthError):
     exit_code = 72
 
 
+class NoInstallationError(HearthError):
+    """No ComfyUI to adopt, more than one, or nothing adopted that could be put back."""
+
+    exit_code = 74
+
+
 class GroupError(HearthError):
     """Not every host of a group came through."""
 

@@ -202,6 +202,8 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal(f"the host is being changed: {who}", f"inv attach --host {target.name}"))
     if facts.current_fault:
         found.append(Refusal(facts.current_fault["what"], facts.current_fault["hint"]))
+    if facts.foreign_unit:
+        found.append(Refusal(f"{facts.foreign_unit} is not Hearth's", f"inv adopt --host {target.name} takes it over"))
     if host.scope == "system" and not facts.manager.startswith("systemd"):
         found.append(Refusal("the host runs no systemd", 'set scope = "user" for this host'))
     if not facts.writable:
