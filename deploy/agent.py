@@ -1192,7 +1192,7 @@ def _packages(place: Path, programs: list[str]) -> Json:
     named = [Path(each).parent.parent for each in programs if each.startswith("/")]
     for environment in (*named, place / ".venv", place / "venv", place.parent / "venv", place.parent / ".venv"):
         for packages in environment.glob("lib/python3*/site-packages"):
-            torch = [each.name.split("-")[1] for each in packages.glob("torch-*.dist-info")]
+            torch = [each.name[6:-10] for each in packages.glob("torch-*.dist-info")]
             return {"python": packages.parent.name[6:], "torch": (torch or [""])[0], "environment": str(environment)}
     return {"python": "", "torch": "", "environment": ""}
 
@@ -1451,21 +1451,25 @@ def _keep_database(site: Site, folder: Path, record: Adopted) -> None:
     fresh = kept.with_name(".database")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True, mode=0o700)
-    for name, content in _database(folder).items():
+    for name, (content, *owner, mode) in _database(folder).items():
         (fresh / name).write_bytes(content)
+        os.chown(fresh / name, *owner)
+        (fresh / name).chmod(mode)
     record.add("database", folder=str(folder))
     os.sync()
     fresh.rename(kept)
 
 
-def _database(folder: Path) -> dict[str, bytes]:
-    """The files of a ComfyUI's database, which are small: it holds what the asset browser knows."""
-    found: dict[str, bytes] = {}
-    with opened(folder) as place:
+def _database(folder: Path) -> dict[str, tuple[bytes, int, int, int]]:
+    """The files of a ComfyUI's database with owner, group and mode. It is small, an index of models and pictures."""
+    found: dict[str, tuple[bytes, int, int, int]] = {}
+    with opened(folder.resolve()) as place:
         for path in folder.glob("comfyui.db*"):
             with suppress(OSError), open(path.name, "rb", opener=_within(place)) as file:
-                if stat.S_ISREG(os.fstat(file.fileno()).st_mode) and path.suffix != ".newer":
-                    found[path.name] = file.read()
+                status = os.fstat(file.fileno())
+                if stat.S_ISREG(status.st_mode) and path.suffix != ".newer":
+                    mode = stat.S_IMODE(status.st_mode)
+                    found[path.name] = file.read(), status.st_uid, status.st_gid, mode
     return found
 
 
@@ -1476,20 +1480,17 @@ def _within(place: int) -> Callable[[str, int], int]:
 
 def _return_database(site: Site, folder: Path) -> None:
     """Put the old database back where a newer version has changed it; the newer one stays beside it."""
-    kept = site.state / "adopted/database"
-    before, now_there = {each.name: each.read_bytes() for each in kept.glob("*")}, _database(folder)
-    if before == now_there:
+    before, present = _database(site.state / "adopted/database"), _database(folder)
+    if before == present:
         return
+    for name in present:
+        rename(folder / name, folder / f"{name}.newer")
     with opened(folder) as place:
-        status = os.fstat(place)
-        for name in now_there:
-            status = os.lstat(name, dir_fd=place)
-            rename(folder / name, folder / f"{name}.newer")
-        for name, content in before.items():
+        for name, (content, *owner, mode) in before.items():
             with open(name, "xb", opener=_within(place)) as file:
                 file.write(content)
-                os.fchown(file.fileno(), status.st_uid, status.st_gid)
-                os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode) & 0o666)
+                os.fchown(file.fileno(), *owner)
+                os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
 
 
