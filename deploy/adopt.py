@@ -180,6 +180,8 @@ def propose(
     edited = [each for each in found.edited or () if not each.startswith(("models/", "input/", "output/"))]
     if edited:
         left.append((f"edits of ComfyUI: {_some(edited)}", "a release has ComfyUI as it is pinned"))
+    if "--database-url" in told:
+        left.append(("its database", f"it is at {told['--database-url']}; Hearth's ComfyUI makes one anew"))
     people = {name for folder in found.folders.values() for name in folder.people} - {host.run_as}
     listen = (told.get("--listen") or "0.0.0.0") if "--listen" in told else host.listen  # noqa: S104  as it was
     lines = [f"[hosts.{target.name}]", f"address = {json.dumps(host.address)}", f'profile = "{profile}"']
@@ -230,6 +232,8 @@ def _folders(
         if folder.real.startswith(("/home/", "/root/")) and not (folder.rename and by == "rename"):
             left.append((f"{name} in {folder.real}", "a system's service sees no home folder: move it elsewhere first"))
             continue
+        if folder.rename and not folder.files:
+            continue  # nothing in it, or no more
         if folder.rename and by == "rename":
             moves[name] = (folder.real, folder.bytes, folder.files)
             left += _links(folder, found)
@@ -369,7 +373,9 @@ def make(target: Target, facts: Facts, proposal: Proposal, options: Options) -> 
         title, why = f"create the system user {target.host.run_as}", "what is moved becomes its own"
         steps.append(Step("account", title, why, f"userdel {target.host.run_as}"))
     if proposal.moves and not facts.data:
-        steps.append(Step("folders", f"lay out {facts.prefix}", "something is missing there", f"rm -r {facts.prefix}"))
+        steps.append(
+            Step("folders", f"lay out {facts.prefix}", "its folders are not all there", f"rm -r {facts.prefix}")
+        )
     if units:
         title = f"stop {', '.join(units)} and put it aside"
         values: dict[str, Any] = {"units": [{name: getattr(each, name) for name in _UNIT} for each in units.values()]}

@@ -1135,12 +1135,8 @@ def _units(site: Site) -> list[Json]:
 
 def _started(command: str, folder: str, depth: int = 0) -> tuple[str, list[str]]:
     """The folder and the flags of the ComfyUI that a command starts; a script that it names is read, not run."""
-    for line in re.split(r"\n|;|&&", command.replace("\\\n", " ")):
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError:
-            continue
-        if words[:1] == ["cd"] and len(words) > 1:
+    for words in _commands(command):
+        if words[0] == "cd" and len(words) > 1:
             folder = str(Path(folder, words[1]))
         for number, word in enumerate(words):
             if word.endswith("main.py"):
@@ -1155,6 +1151,19 @@ def _started(command: str, folder: str, depth: int = 0) -> tuple[str, list[str]]
                 if place:
                     return place, argv
     return "", []
+
+
+def _commands(text: str) -> list[list[str]]:
+    """The commands of a shell's script, as words; a line that no shell would read is left out."""
+    found: list[list[str]] = []
+    for line in text.replace("\\\n", " ").splitlines():
+        with suppress(ValueError):
+            found.append([])
+            for word in shlex.split(line, comments=True):
+                found[-1] += [word.rstrip(";")] if word not in ("&&", "||", ";") else []
+                if word.endswith(("&&", "||", ";")):
+                    found.append([])
+    return [words for words in found if words]
 
 
 def _plain(words: list[str]) -> list[str]:
@@ -1325,12 +1334,12 @@ def rename(source: Path, target: Path) -> None:
 
 def retire(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Take what served before out of service: its jobs awaited, its units stopped, disabled and set aside."""
+    drain(Site({**site.json, "address": "127.0.0.1", "port": step["port"]}), step["drain"], step["force"], note)
     record = Adopted(site)
     known = {event["unit"]["name"] for event in record.events() if event["event"] == "unit"}
     for unit in step["units"]:
         if unit["name"] not in known:
             record.add("unit", unit=unit)
-    drain(Site({**site.json, "address": "127.0.0.1", "port": step["port"]}), step["drain"], step["force"], note)
     for unit in step["units"]:
         if not os.path.lexists(unit["path"]):
             continue
@@ -1373,8 +1382,11 @@ def adopt(site: Site, step: Json, note: Callable[[str], None]) -> None:
     source, target = Path(step["source"]), site.data.resolve() / step["name"]
     if step["name"] == "user":
         _keep_database(site, source, record)
-    for left in _bring(source, target, record):
-        note(f"left where it is, the data has one of that name: {left}")
+    left = _bring(source, target, record)
+    for each in left[:20]:
+        note(f"left where it is, the data has one of that name: {each}")
+    if left[20:]:
+        note(f"and {len(left) - 20} more of these")
     moved = [Path(event["target"]) for event in record.events() if event["event"] == "rename"]
     linked = sum(_own(site, each, record) for each in dict.fromkeys(moved) if target in (each, *each.parents))
     if linked:
@@ -1463,11 +1475,11 @@ def _keep_database(site: Site, folder: Path, record: Adopted) -> None:
 def _database(folder: Path) -> dict[str, tuple[bytes, int, int, int]]:
     """The files of a ComfyUI's database with owner, group and mode. It is small, an index of models and pictures."""
     found: dict[str, tuple[bytes, int, int, int]] = {}
-    with opened(folder.resolve()) as place:
+    with opened(folder) as place:
         for path in folder.glob("comfyui.db*"):
             with suppress(OSError), open(path.name, "rb", opener=_within(place)) as file:
                 status = os.fstat(file.fileno())
-                if stat.S_ISREG(status.st_mode) and path.suffix != ".newer":
+                if stat.S_ISREG(status.st_mode) and ".newer-" not in path.name:
                     mode = stat.S_IMODE(status.st_mode)
                     found[path.name] = file.read(), status.st_uid, status.st_gid, mode
     return found
@@ -1480,11 +1492,11 @@ def _within(place: int) -> Callable[[str, int], int]:
 
 def _return_database(site: Site, folder: Path) -> None:
     """Put the old database back where a newer version has changed it; the newer one stays beside it."""
-    before, present = _database(site.state / "adopted/database"), _database(folder)
+    before, present = _database((site.state / "adopted/database").resolve()), _database(folder)
     if before == present:
         return
     for name in present:
-        rename(folder / name, folder / f"{name}.newer")
+        rename(folder / name, folder / f"{name}.newer-{now()}")
     with opened(folder) as place:
         for name, (content, *owner, mode) in before.items():
             with open(name, "xb", opener=_within(place)) as file:

@@ -262,7 +262,7 @@ def _steps(
         steps.append(Step("members", title, why, undo, {"members": list(host.members)}))
     if not facts.data:
         title = f"lay out {facts.prefix}"
-        steps.append(Step("folders", title, "nothing is there yet", f"rm -r {facts.prefix}"))
+        steps.append(Step("folders", title, "its folders are not all there", f"rm -r {facts.prefix}"))
     steps += _part_steps(facts, choice)
     if facts.release(wanted["id"]) is None:
         steps.append(_release_step(wanted, "so that it can be returned to"))

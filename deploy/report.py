@@ -65,6 +65,8 @@ def proposal(found: Proposal, *, as_json: bool) -> None:
     for unit in old.units:
         where = "put aside" if unit.aside else f"{'runs' if unit.active else 'stopped'}, as {unit.user}"
         console.data(f"  {unit.name}: {where}")
+    for process in old.processes:
+        console.data(f"  pid {process.pid} of {process.user}{', holds the port' if old.holds_port else ''}")
     for name, (source, size, count) in found.moves.items():
         console.data(f"  {name}: {source}, {count} files, {console.size(size)}: a rename brings it to the data")
     for name, remark in found.nodes.items():
