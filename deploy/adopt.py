@@ -180,6 +180,9 @@ def propose(
     edited = [each for each in found.edited or () if not each.startswith(("models/", "input/", "output/"))]
     if edited:
         left.append((f"edits of ComfyUI: {_some(edited)}", "a release has ComfyUI as it is pinned"))
+    unread = ["ComfyUI"] if found.commit and found.edited is None else []
+    if unread := [*unread, *(each.name for each in found.nodes if each.commit and each.edited is None)]:
+        left.append((f"edits of {_some(unread)}", "nobody can tell whether there are any: the host has no git"))
     if "--database-url" in told:
         left.append(("its database", f"it is at {told['--database-url']}; Hearth's ComfyUI makes one anew"))
     people = {name for folder in found.folders.values() for name in folder.people} - {host.run_as}

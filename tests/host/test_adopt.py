@@ -19,7 +19,7 @@ import pytest
 from core import files
 from tests.host.fleet import PREFIX, Fleet
 from tests.host.machine import Machine, free_port
-from tests.host.test_faults import kill_agent, wait_for_step
+from tests.host.test_faults import cut_power, kill_agent, wait_for_step
 from tests.host.test_nodes import GOOD, Garden
 
 pytestmark = pytest.mark.host
@@ -272,9 +272,11 @@ def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> N
     since = time.time()
     client = fleet.start("adopt", "--host", "spark", "--undo")
     wait_for_step(fleet, "put the old ComfyUI back", since)
-    kill_agent(fleet, client.pid)
+    cut_power(fleet, client.pid)
     said, _ = client.communicate(timeout=180)
-    assert client.returncode == 0, said
+    assert client.returncode == 60, said
+    attached = fleet.inv("attach", "--host", "spark")
+    assert attached.returncode == 0, attached.stderr
     assert old.state() == before
     assert old.serves()
     assert old.adopt("--undo").returncode == 74

@@ -149,6 +149,7 @@ def test_nodes_are_known_or_can_be_listed_or_have_a_reason() -> None:
         found_node("pinned", url="git@example.org:pinned"),
         found_node("other"),
         found_node("registry", commit="", edited=None),
+        found_node("unread", edited=None),
         found_node("edited", edited=["a.py", "b.py"]),
         found_node("outcast"),
         found_node("off", disabled=True),
@@ -161,11 +162,15 @@ def test_nodes_are_known_or_can_be_listed_or_have_a_reason() -> None:
     assert [command.split(" --why")[0] for command in found.add] == [
         f"inv nodes.add https://example.org/other@{'c' * 40}",
         "inv nodes.add https://example.org/registry",
+        f"inv nodes.add https://example.org/unread@{'c' * 40}",
     ]
-    assert [what for what, _ in found.left] == [
-        f"node {name}" for name in ("edited", "outcast", "off", "single.py", "bare")
+    reasons = [what for what, _ in found.left]
+    assert reasons == [
+        *(f"node {name}" for name in ("edited", "outcast", "off", "single.py", "bare")),
+        "edits of unread",
     ]
     assert "a.py, b.py" in dict(found.left)["node edited"]
+    assert "nobody can tell" in dict(found.left)["edits of unread"]
 
 
 def test_one_installation_must_be_meant() -> None:
