@@ -366,7 +366,9 @@ def make(target: Target, facts: Facts, proposal: Proposal, options: Options) -> 
     """The plan that takes an installation over: its units out of service, then what is moved, a rename a folder."""
     found, data = proposal.installation, f"{facts.prefix}/data"
     refusals = _place(target, facts)
-    units = {unit.name: unit for unit in found.units if not unit.aside}
+    there = [unit for unit in found.units if not unit.aside]
+    # One that came with a package stays where it is, stopped and disabled.
+    units = {unit.name: unit for unit in there if unit.active or unit.enabled or unit.path.startswith("/etc/")}
     for each in found.processes:
         if each.unit not in units:
             what = f"the old ComfyUI runs without a unit of the system's: pid {each.pid} of {each.user}"

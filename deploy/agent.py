@@ -17,6 +17,7 @@ systemd the apply unit is restarted, also at boot.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import grp
 import hashlib
@@ -1027,9 +1028,11 @@ def survey(site: Site, path: str) -> Json:
     found: dict[str, Json] = {}
     for each in looked:
         place = Path(os.path.realpath(Path(each).expanduser()))
-        if (place / "main.py").is_file() and (place / "comfy").is_dir() and not (place / "PART.json").exists():
-            found.setdefault(str(place), {})
-    return {"looked": looked, "found": [_installation(site, Path(each), units, processes) for each in found]}
+        with suppress(PermissionError):  # a home that is not for this login
+            # Hearth's own have a PART.json.
+            if (place / "main.py").is_file() and (place / "comfy").is_dir() and not (place / "PART.json").exists():
+                found[str(place)] = _installation(site, place, units, processes)
+    return {"looked": looked, "found": list(found.values())}
 
 
 def _usual_places(site: Site, units: list[Json], processes: list[Json]) -> list[str]:
@@ -1327,7 +1330,10 @@ def rename(source: Path, target: Path) -> None:
         names = os.fsencode(source.name), os.fsencode(target.name)
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.renameat2(here, names[0], there, names[1], 1):  # RENAME_NOREPLACE
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(source), None, str(target))
+            code = ctypes.get_errno()
+            if code != errno.EINVAL or os.path.lexists(target):
+                raise OSError(code, os.strerror(code), str(source), None, str(target))
+            os.rename(*names, src_dir_fd=here, dst_dir_fd=there)  # some file systems (NFS, older ZFS) know no such flag
         os.fsync(there)
         os.fsync(here)
 
