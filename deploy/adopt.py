@@ -170,7 +170,6 @@ def propose(
     left: list[tuple[str, str]] = []
     moves, places, mounts = _folders(found, by, left)
     roots = _model_roots(found.paths, left)
-    mounts |= {point: "" for point in host.mounts if point not in mounts}
     nodes, add = _nodes(found, known, left)
     profile = _profile(facts)
     told = settings(found.argv)
@@ -196,7 +195,7 @@ def propose(
         if value not in ([], None) and value != getattr(default, key, []):
             lines.append(f"{key} = {json.dumps(value)}")
     for point, what in sorted(mounts.items()):
-        lines += ["", f"[hosts.{target.name}.mounts.{json.dumps(point)}]" + (f"    # {what}" if what else "")]
+        lines += ["", f"[hosts.{target.name}.mounts.{json.dumps(point)}]    # {what}"]
     if places:
         lines += ["", f"[hosts.{target.name}.folders]"]
         lines += [f"{name} = {json.dumps(place)}" for name, place in places.items()]
@@ -230,21 +229,25 @@ def _folders(
     places: dict[str, str] = {}
     mounts: dict[str, str] = {}
     for name, folder in found.folders.items():
-        if folder.kind == "missing" or (name == "temp" and folder.kind == "folder"):
-            continue  # ComfyUI empties temp at every start
-        if folder.real.startswith(("/home/", "/root/")) and not (folder.rename and by == "rename"):
-            left.append((f"{name} in {folder.real}", "a system's service sees no home folder: move it elsewhere first"))
-            continue
-        if folder.rename and not folder.files:
+        if folder.kind == "missing" or (folder.rename and not folder.files):
             continue  # nothing in it, or no more
         if folder.rename and by == "rename":
             moves[name] = (folder.real, folder.bytes, folder.files)
             left += _links(folder, found)
+        elif wrong := _unfit(folder.real):
+            left.append((f"{name} in {folder.real}", wrong))
         else:
             places[name] = folder.real
-        stays = [] if name in moves else [folder.mount]
-        mounts |= {each.point: f"{each.type} {each.what}" for each in (*stays, *folder.inside) if each.point != "/"}
+            there = [each for each in (folder.mount, *folder.inside) if each.point != "/"]
+            mounts |= {each.point: f"{each.type} {each.what}" for each in there}
     return moves, places, mounts
+
+
+def _unfit(place: str) -> str:
+    """Why a folder cannot be named in hosts.toml; empty when it can."""
+    if re.match(r"/(home|root)\b", place):
+        return "a system's service sees no home folder: move it elsewhere first"
+    return "" if re.fullmatch(r"(/[\w.@:+-]+)+", place, re.ASCII) else "hosts.toml takes no such name: rename it first"
 
 
 def _links(folder: Folder, found: Installation) -> list[tuple[str, str]]:
@@ -288,10 +291,11 @@ def _model_roots(text: str, left: list[tuple[str, str]]) -> list[str]:
             base = value or base
         elif value not in ("", "|", ">") and kind != "is_default":
             place = PurePosixPath(base, value)
-            if place.name == kind and place.is_absolute() and kind != "custom_nodes":
+            fits = place.name == kind and place.is_absolute() and kind != "custom_nodes"
+            why = _unfit(str(place.parent)) if fits else "model_roots have a folder a kind, named as ComfyUI names it"
+            if not why:
                 roots[str(place.parent)] = None
             else:
-                why = "model_roots have a folder for each kind, named as ComfyUI names it"
                 left.append((f"{kind} in {place} (extra_model_paths.yaml)", why))
     return list(roots)
 

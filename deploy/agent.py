@@ -1018,7 +1018,7 @@ WRITTEN = "written by Hearth for release"
 
 UNITS = Path("/etc/systemd/system")
 
-FOLDERS = ("models", "input", "output", "user", "temp")
+FOLDERS = ("models", "input", "output", "user")
 
 
 def survey(site: Site, path: str) -> Json:
@@ -1055,7 +1055,7 @@ def _installation(site: Site, place: Path, units: list[Json], processes: list[Js
     for name in FOLDERS:
         folder = base / name
         if told := _flag(argv, f"--{name}-directory"):
-            folder = place / told / ("temp" if name == "temp" else "")  # ComfyUI adds that itself
+            folder = place / told
         folders[name] = _folder(folder, site.data)
     configs = [base / "extra_model_paths.yaml", place / "extra_model_paths.yaml"]
     configs += [place / argv[number + 1] for number, word in enumerate(argv[:-1]) if word == _MODEL_PATHS]
