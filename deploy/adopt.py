@@ -378,6 +378,11 @@ def make(target: Target, facts: Facts, proposal: Proposal, options: Options) -> 
             what = f"the old ComfyUI runs without a unit of the system's: pid {each.pid} of {each.user}"
             refusals.append(Refusal(what, "end it, so that nothing is moved while it is in use"))
     steps: list[Step] = []
+    if units:
+        title = f"stop {', '.join(units)} and put it aside"
+        values: dict[str, Any] = {"units": [{name: getattr(each, name) for name in _UNIT} for each in units.values()]}
+        values |= {"path": found.path, "port": found.port, "drain": options.drain, "force": options.force}
+        steps.append(Step("retire", title, f"it runs {found.path}, or has the name of Hearth's", _UNDO, values))
     if proposal.moves and not facts.user:
         title, why = f"create the system user {target.host.run_as}", "what is moved becomes its own"
         steps.append(Step("account", title, why, f"userdel {target.host.run_as}"))
@@ -385,11 +390,6 @@ def make(target: Target, facts: Facts, proposal: Proposal, options: Options) -> 
         steps.append(
             Step("folders", f"lay out {facts.prefix}", "its folders are not all there", f"rm -r {facts.prefix}")
         )
-    if units:
-        title = f"stop {', '.join(units)} and put it aside"
-        values: dict[str, Any] = {"units": [{name: getattr(each, name) for name in _UNIT} for each in units.values()]}
-        values |= {"path": found.path, "port": found.port, "drain": options.drain, "force": options.force}
-        steps.append(Step("retire", title, f"it runs {found.path}, or has the name of Hearth's", _UNDO, values))
     for name, (source, size, count) in proposal.moves.items():
         title = f"move {source} to {data}/{name} ({count} files, {console.size(size)})"
         steps.append(Step("adopt", title, "one rename, nothing is copied", _UNDO, {"name": name, "source": source}))

@@ -28,13 +28,16 @@ OLD = "/opt/comfyui/ComfyUI"
 UNIT = "/etc/systemd/system/comfyui.service"
 
 MAIN = """\
-import http.server, sys
+import http.server, pathlib, sys
+
+JOBS = pathlib.Path("jobs.json")
 
 class Old(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(b'{"queue_running": [], "queue_pending": []}' if self.path == "/queue" else b'"the old one"')
+        jobs = JOBS.read_bytes() if JOBS.exists() else b'{"queue_running": [], "queue_pending": []}'
+        self.wfile.write(jobs if self.path == "/queue" else b'"the old one"')
 
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Old).serve_forever()
 """
@@ -239,6 +242,18 @@ def test_what_cannot_be_adopted_is_told_apart(old: Old) -> None:
     machine.run(f"kill {pid}; rm -r /home/anna/comfy")
     assert loose.returncode == 63, loose.stderr
     assert f"runs without a unit of the system's: pid {pid} of root" in loose.stderr
+
+
+def test_jobs_of_the_old_one_are_waited_for(old: Old) -> None:
+    before = old.state()
+    (old.place / "jobs.json").write_text('{"queue_running": [[0, "job-7"]], "queue_pending": []}')
+    busy = old.adopt("--apply", "--drain", "1")
+    (old.place / "jobs.json").unlink()
+    assert busy.returncode == 65, busy.stderr
+    assert "1 running (job-7)" in busy.stderr
+    assert old.state() == before
+    assert old.serves(1)
+    assert old.adopt("--undo").returncode == 74
 
 
 def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> None:

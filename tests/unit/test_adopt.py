@@ -185,7 +185,7 @@ def test_one_installation_must_be_meant() -> None:
 def test_the_plan_stops_what_runs_and_moves_folder_by_folder() -> None:
     proposal = proposed(folders={"models": folder("models"), "user": folder("user")}, units=[unit()])
     options = plan.Options()
-    assert kinds(adopt.make(spark(), FRESH, proposal, options)) == ["account", "folders", "retire", "adopt", "adopt"]
+    assert kinds(adopt.make(spark(), FRESH, proposal, options)) == ["retire", "account", "folders", "adopt", "adopt"]
     aside = proposed(units=[unit(aside=True)])
     assert kinds(adopt.make(spark(), FRESH, aside, options)) == []
 
