@@ -40,7 +40,7 @@ class Folder(msgspec.Struct, frozen=True):
     """One of ComfyUI's folders: a "folder", a "link" or "missing"; `real` is where it leads.
 
     `rename` says whether one rename brings it into Hearth's data; `bytes`, `files` and `links` (with what they say)
-    are counted only then. `inside` are mounts in it, `people` who owns it or is in its group.
+    are counted only then. `mounts` are in it or links in it lead there; `people` own it or are in its group.
     """
 
     place: str
@@ -53,7 +53,7 @@ class Folder(msgspec.Struct, frozen=True):
     owner: str
     people: tuple[str, ...]
     links: dict[str, str]
-    inside: tuple[Mount, ...]
+    mounts: tuple[Mount, ...]
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -166,34 +166,15 @@ def propose(
     target: Target, facts: Facts, found: Installation, known: Catalogue, flags: Mapping[str, Flag], by: str
 ) -> Proposal:
     """What of an installation Hearth keeps, and how; `by` is "rename" or "reference"."""
-    host = target.host
     left: list[tuple[str, str]] = []
     moves, places, mounts = _folders(found, by, left)
     roots = _model_roots(found.paths, left)
     nodes, add = _nodes(found, known, left)
     profile = _profile(facts)
-    told = settings(found.argv)
-    chosen = _flags(profile, told, flags, left)
-    variables = sorted({name for unit in found.units for name in unit.variables} - {"PATH", "PYTHONUNBUFFERED"})
-    left += [(f"variable {name}", "set it in the host's override.env if it has a reason") for name in variables]
-    edited = [each for each in found.edited or () if not each.startswith(("models/", "input/", "output/"))]
-    if edited:
-        left.append((f"edits of ComfyUI: {_some(edited)}", "a release has ComfyUI as it is pinned"))
-    unread = ["ComfyUI"] if found.commit and found.edited is None else []
-    if unread := [*unread, *(each.name for each in found.nodes if each.commit and each.edited is None)]:
-        left.append((f"edits of {_some(unread)}", "nobody can tell whether there are any: the host has no git"))
-    if "--database-url" in told:
-        left.append(("its database", f"it is at {told['--database-url']}; Hearth's ComfyUI makes one anew"))
-    people = {name for folder in found.folders.values() for name in folder.people} - {host.run_as}
-    listen = (told.get("--listen") or "0.0.0.0") if "--listen" in told else host.listen  # noqa: S104  as it was
-    lines = [f"[hosts.{target.name}]", f"address = {json.dumps(host.address)}", f'profile = "{profile}"']
-    shown = {"listen": listen, "port": found.port, "members": sorted(people | set(host.members)), "model_roots": roots}
-    plain = msgspec.structs.replace(host, listen=listen, port=found.port)
-    kept = {field: getattr(plain, field) for field in ("user", "ssh_port", "prefix", "service", "run_as", "keep")}
-    default = Host()
-    for key, value in (kept | shown).items():
-        if value not in ([], None) and value != getattr(default, key, []):
-            lines.append(f"{key} = {json.dumps(value)}")
+    chosen = _flags(profile, settings(found.argv), flags, left)
+    left += _lost(found)
+    lines = [f"[hosts.{target.name}]", f'profile = "{profile}"', *_host(target.host, found)]
+    lines += [f"model_roots = {json.dumps(roots)}"] if roots else []
     for point, what in sorted(mounts.items()):
         lines += ["", f"[hosts.{target.name}.mounts.{json.dumps(point)}]    # {what}"]
     if places:
@@ -206,6 +187,35 @@ def propose(
             given = f"value = {json.dumps(value)}, " if value else ""
             lines.append(f'flags."{name}" = {{ {given}why = "{WHY}" }}')
     return Proposal(target.name, found, "\n".join(lines) + "\n", moves, nodes, tuple(add), tuple(left))
+
+
+def _host(host: Host, found: Installation) -> list[str]:
+    """The lines of a host's own keys: as they are now, but where the installation listens, and who shares it."""
+    told = settings(found.argv)
+    started = bool(found.units or found.processes)  # else nobody knows with which flags
+    people = {name for folder in found.folders.values() for name in folder.people} - {host.run_as}
+    values = {
+        "address": host.address, "user": host.user, "ssh_port": host.ssh_port, "prefix": host.prefix,
+        "service": host.service, "run_as": host.run_as, "keep": host.keep,
+        "listen": (told["--listen"] or "0.0.0.0") if "--listen" in told else host.listen,  # noqa: S104  ComfyUI's own
+        "port": found.port if started else host.port, "members": tuple(sorted(people | set(host.members))),
+    }  # fmt: skip
+    default = Host()
+    return [f"{key} = {json.dumps(value)}" for key, value in values.items() if value != getattr(default, key)]
+
+
+def _lost(found: Installation) -> list[tuple[str, str]]:
+    """What is not taken over of the installation as a whole."""
+    names = sorted({name for unit in found.units for name in unit.variables} - {"PATH", "PYTHONUNBUFFERED"})
+    lost = [(f"variable {name}", "set it in the host's override.env if it has a reason") for name in names]
+    if edited := [each for each in found.edited or () if not each.startswith(("models/", "input/", "output/"))]:
+        lost.append((f"edits of ComfyUI: {_some(edited)}", "a release has ComfyUI as it is pinned"))
+    unread = ["ComfyUI"] if found.commit and found.edited is None else []
+    if unread := [*unread, *(each.name for each in found.nodes if each.commit and each.edited is None)]:
+        lost.append((f"edits of {_some(unread)}", "nobody can tell whether there are any: the host has no git"))
+    if database := settings(found.argv).get("--database-url"):
+        lost.append(("its database", f"it is at {database}; Hearth's ComfyUI makes one anew"))
+    return lost
 
 
 def settings(argv: Sequence[str]) -> dict[str, str]:
@@ -238,8 +248,8 @@ def _folders(
             left.append((f"{name} in {folder.real}", wrong))
         else:
             places[name] = folder.real
-            there = [each for each in (folder.mount, *folder.inside) if each.point != "/"]
-            mounts |= {each.point: f"{each.type} {each.what}" for each in there}
+        needed = [*folder.mounts, *([folder.mount] if places.get(name) else [])]
+        mounts |= {each.point: f"{each.type} {each.what}" for each in needed if each.point != "/"}
     return moves, places, mounts
 
 

@@ -1217,7 +1217,7 @@ def _folder(place: Path, data: Path) -> Json:
     real = Path(os.path.realpath(place))
     kind = "link" if place.is_symlink() else "folder" if place.is_dir() else "missing"
     found: Json = {"place": str(place), "real": str(real), "kind": kind, "mount": {}, "rename": False}
-    found |= {"bytes": 0, "files": 0, "owner": "", "people": [], "links": {}, "inside": []}
+    found |= {"bytes": 0, "files": 0, "owner": "", "people": [], "links": {}, "mounts": []}
     if not real.is_dir():
         return found
     mounts = _mounts()
@@ -1228,15 +1228,17 @@ def _folder(place: Path, data: Path) -> Json:
         found["people"] = [found["owner"]] if status.st_uid >= 1000 else []
         found["people"] += grp.getgrgid(status.st_gid).gr_mem
     found["mount"] = mount
-    found["inside"] = [each for each in mounts if each["point"].startswith(f"{real}/")]
-    if kind == "folder" and mount["point"] != str(real) and not found["inside"]:
+    found["mounts"] = [each for each in mounts if each["point"].startswith(f"{real}/")]
+    if kind == "folder" and mount["point"] != str(real) and not found["mounts"]:
         there = next(path for path in (data, *data.parents) if path.exists()).resolve()
         found["rename"] = mount == _mount_of(there, mounts) and status.st_dev == there.stat().st_dev
         for name, each in walk(real):
             found["files"] += 1
             found["bytes"] += each.st_size
             if stat.S_ISLNK(each.st_mode) and len(found["links"]) < 100:
-                found["links"][name] = str((real / name).readlink())
+                found["links"][name] = target = str((real / name).readlink())
+                if target.startswith("/") and (far := _mount_of(Path(target), mounts)) not in (mount, *found["mounts"]):
+                    found["mounts"].append(far)
     return found
 
 

@@ -21,7 +21,7 @@ from tests.unit.test_plan import FLAGS, FRESH, kinds, spark
 ROOT = {"point": "/", "what": "/dev/sda1", "type": "ext4"}
 MISSING = {
     "place": "", "real": "", "kind": "missing", "mount": {}, "rename": False, "bytes": 0, "files": 0, "owner": "",
-    "people": [], "links": {}, "inside": [],
+    "people": [], "links": {}, "mounts": [],
 }  # fmt: skip
 
 
@@ -71,13 +71,13 @@ def test_what_a_rename_cannot_move_is_named_with_its_mount() -> None:
     nas = {"point": "/mnt/nas", "what": "nas:/models", "type": "nfs4"}
     folders = {
         "models": folder("models", kind="link", real="/mnt/nas/comfy/models", mount=nas, rename=False),
-        "input": folder("input", rename=False, inside=[{**nas, "point": "/opt/comfyui/ComfyUI/input/photos"}]),
-        "output": folder("output"),
+        "input": folder("input", rename=False, mounts=[{**nas, "point": "/opt/comfyui/ComfyUI/input/photos"}]),
+        "output": folder("output", mounts=[{**nas, "point": "/mnt/far"}]),
         "user": folder("user", files=0),
     }
     found = proposed(folders=folders)
     assert host(found)["folders"] == {"models": "/mnt/nas/comfy/models", "input": "/opt/comfyui/ComfyUI/input"}
-    assert host(found)["mounts"].keys() == {"/mnt/nas", "/opt/comfyui/ComfyUI/input/photos"}
+    assert host(found)["mounts"].keys() == {"/mnt/nas", "/mnt/far", "/opt/comfyui/ComfyUI/input/photos"}
     assert "# nfs4 nas:/models" in found.snippet
     assert found.moves == {"output": ("/opt/comfyui/ComfyUI/output", 5, 1)}
     stays = proposed("reference", folders=folders)
@@ -112,7 +112,7 @@ def test_links_that_would_lead_nowhere_are_named(link: str, target: str, why: st
 
 def test_flags_are_taken_as_far_as_this_comfyui_knows_them() -> None:
     words = "--listen --port 8190 --reserve-vram 2.5 --normalvram --use-flash-attention --enable-manager --cpu=1"
-    found = proposed(argv=words.split())
+    found = proposed(argv=words.split(), units=[unit()])
     assert (host(found)["listen"], host(found)["port"], found.installation.port) == ("0.0.0.0", 8190, 8190)
     assert {name: each["value"] for name, each in host(found)["override"]["flags"].items()} == {"--reserve-vram": "2.5"}
     left = dict(found.left)
