@@ -246,7 +246,7 @@ class RemoteError(HearthError):
 class NoInstallationError(HearthError):
     """No ComfyUI to adopt, more than one, or nothing adopted that could be put back."""
 
-    exit_code = 74
+    exit_code = 79
 
 
 class GroupError(HearthError):

@@ -227,13 +227,13 @@ def test_what_is_there_is_read_and_a_proposal_made(old: Old) -> None:
 def test_what_cannot_be_adopted_is_told_apart(old: Old) -> None:
     none = old.adopt("--path", "/srv")
     undo = old.adopt("--undo")
-    assert (none.returncode, undo.returncode) == (74, 74), none.stderr + undo.stderr
+    assert (none.returncode, undo.returncode) == (79, 79), none.stderr + undo.stderr
     assert "no ComfyUI was found on spark" in none.stderr
     assert "nothing was adopted on spark" in undo.stderr
     machine = old.fleet.machine
     machine.run(f"mkdir -p /home/anna/comfy && cp -r {OLD} /home/anna/comfy && rm -r /home/anna/comfy/ComfyUI/output")
     two = old.adopt()
-    assert two.returncode == 74
+    assert two.returncode == 79
     assert f"spark has 2 ComfyUIs: {OLD}, /home/anna/comfy/ComfyUI" in two.stderr
     start = f"cd /home/anna/comfy/ComfyUI; setsid python3 main.py --port {free_port()} >/tmp/loose 2>&1 & echo $!"
     pid = machine.run(start).strip()
@@ -253,7 +253,7 @@ def test_jobs_of_the_old_one_are_waited_for(old: Old) -> None:
     assert "1 running (job-7)" in busy.stderr
     assert old.state() == before
     assert old.serves(1)
-    assert old.adopt("--undo").returncode == 74
+    assert old.adopt("--undo").returncode == 79
 
 
 def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> None:
@@ -294,7 +294,7 @@ def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> N
     assert attached.returncode == 0, attached.stderr
     assert old.state() == before
     assert old.serves()
-    assert old.adopt("--undo").returncode == 74
+    assert old.adopt("--undo").returncode == 79
 
 
 def test_an_adopted_installation_is_deployed_and_nothing_is_lost(old: Old) -> None:
