@@ -173,9 +173,9 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Old]:
             machine.boot()
             machine.run("apt-get update -qq && apt-get install -qq -y --no-install-recommends git python3-venv")
             garden = Garden(tmp_path / "garden", fleet)
-            known = garden.commit("good", GOOD.replace("WHICH", '("HearthOne",)'))
+            known = garden.commit("good", GOOD.replace("WHICH", '("HearthAdopted",)'))
             for name in ("edited", "unknown"):
-                garden.commit(name, GOOD.replace("WHICH", '("HearthTwo",)'))
+                garden.commit(name, GOOD.replace("WHICH", '("HearthOther",)'))
             garden.write(known, monkeypatch=patch)
             one = Old(fleet, garden)
             one.build()
@@ -309,7 +309,7 @@ def test_an_adopted_installation_is_deployed_and_nothing_is_lost(old: Old) -> No
     assert (taken / "ü b.yaml").read_text() == "mine\n"
     done = old.garden.deploy("good")
     assert done.returncode == 0, done.stderr
-    assert "HearthOne" in fleet.ask("/object_info/HearthOne")
+    assert "HearthAdopted" in fleet.ask("/object_info/HearthAdopted")
     loader = json.dumps(fleet.ask("/object_info/CheckpointLoaderSimple"))
     assert "one.safetensors" in loader
     with urllib.request.urlopen(
