@@ -405,6 +405,46 @@ def audit(_: Context, host: str = "", service: str = "", ask_sudo: bool = False,
     return int(bool(found.findings))
 
 
+@command(
+    help={
+        "path": "where it is there (default: the usual places, and what units and processes run)",
+        "by": "rename: its folders become Hearth's data; reference: they stay, and hosts.toml names them",
+        "apply": "take it over; without this, only look and propose",
+        "undo": "put everything back, and start what ran before",
+    }
+)
+def adopt(
+    _: Context,
+    host: str = "",
+    path: str = "",
+    by: str = "rename",
+    apply: bool = False,
+    undo: bool = False,
+    dry_run: bool = False,
+    drain: str = "60",
+    force: bool = False,
+    ask_sudo: bool = False,
+    yes: bool = False,
+    json: bool = False,
+) -> int:
+    """Take over a ComfyUI that is on a host already: its models, pictures, workflows and settings."""
+    from deploy import flow, report
+
+    if by not in ("rename", "reference") or (apply and undo):
+        raise UsageError("say --by rename or --by reference, and one of --apply and --undo")
+    how: dict[str, Any] = {"dry_run": dry_run, "ask_sudo": ask_sudo, "ask": not yes}
+    if undo:
+        outcome = flow.unadopt(host, _options(drain, force), **how)
+        report.adopted(None, outcome, as_json=json, dry_run=dry_run)
+    elif apply:
+        proposal, outcome = flow.adopt(host, path, by, _options(drain, force), **how)
+        report.adopted(proposal, outcome, as_json=json, dry_run=dry_run)
+    else:
+        report.proposal(flow.survey(host, path, by, ask_sudo=ask_sudo), as_json=json)
+        return 0
+    return 2 if dry_run and outcome.changed else 0
+
+
 ns = Collection(
     build_kernels,
     wheels,
@@ -418,6 +458,7 @@ ns = Collection(
     facts,
     hosts,
     attach,
+    adopt,
     lock,
     bom,
     diff,

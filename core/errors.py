@@ -261,6 +261,12 @@ class AuditServiceError(HearthError):
     exit_code = 74
 
 
+class NoInstallationError(HearthError):
+    """No ComfyUI to adopt, more than one, or nothing adopted that could be put back."""
+
+    exit_code = 75
+
+
 class GroupError(HearthError):
     """Not every host of a group came through."""
 

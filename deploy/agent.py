@@ -8,6 +8,7 @@ input (`site`, and what the verb takes) and answers in JSON lines. What is under
     cut-over.json      how far its cut-over is, so that whoever goes on knows the way back
     runs/<run>.jsonl   what happened, line by line; `follow` reads it
     history.jsonl      how every run ended
+    adopted.jsonl      what was taken over from another installation, and its units in adopted/
     lock               held (flock) by the process that applies
 
 A killed process, a closed connection or a power cut leaves these, and the next `apply` goes on from them: under
@@ -26,6 +27,7 @@ import os
 import platform
 import pwd
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -34,6 +36,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -419,6 +422,8 @@ def facts(site: Site, ask: Json) -> Json:
         "data_free": {str(path): _free(path) for path in (site.data, *map(Path, site.elsewhere.values()))},
         "packages": _packages(ask["packages"]),
         "port_holder": _port_holder(site),
+        "foreign_unit": manager.foreign() if here and isinstance(manager, Systemd) else "",
+        "adopted": Adopted(site).path.exists(),
         "user": _user_exists(site.user),
         "members": _members(site.user),
         "shared": not _user_exists(site.user) or not site.user or all(_shared(site, site.data / name) for name in DATA),
@@ -431,7 +436,7 @@ def facts(site: Site, ask: Json) -> Json:
         "altered": [each["id"] for each in manifests if each and altered(site, each)],
         "proven": [path.parent.name for path in proven],
         "failed_nodes": read(site.releases / current / "proven").get("failed_nodes", {}),
-        "data": site.data.is_dir(),
+        "data": all(os.path.lexists(site.data / name) for name in DATA),
         "service": manager.status() if here and site.state.exists() else dict(_NO_SERVICE),
         "incoming": {path.name: path.stat().st_size for path in site.incoming.glob("*") if path.is_file()},
         "tools": sorted(path.name for path in (site.state / "tools").glob("[!.]*")),
@@ -705,6 +710,12 @@ class Systemd:
         ]
         places = [(self.units / name, self.site.current / name) for name in wanted]
         return all(place.is_symlink() and place.readlink() == target for place, target in places)
+
+    def foreign(self) -> str:
+        """The unit's file when somebody else wrote it; one of Hearth's that was edited, or none at all, is drift."""
+        place = self.units / self.unit
+        text = "" if self._linked() else _text(place)
+        return str(place) if text and WRITTEN not in text else ""
 
     def install(self) -> None:
         """Make systemd see the current release's unit, and start it at boot."""
@@ -1138,6 +1149,563 @@ def _picture(site: Site, note: Callable[[str], None]) -> None:
     note(f"a picture came back after {time.monotonic() - started:.1f} s")
 
 
+# --- adopting ------------------------------------------------------------------------------------------------------
+#
+# A ComfyUI that somebody else installed: read, never run. Its folders belong to whoever ran it, who may have put a
+# link anywhere; so what root changes there is opened name by name, and no link is followed.
+
+
+WRITTEN = "written by Hearth for release"
+"""In the first line of every unit of Hearth's (recipes/comfyui/units/)."""
+
+UNITS = Path("/etc/systemd/system")
+
+FOLDERS = ("models", "input", "output", "user")
+
+
+def survey(site: Site, path: str) -> Json:
+    """What ComfyUI installations are here: the one at `path`, or those at the usual places."""
+    units, processes = _units(site), _processes()
+    looked = [path] if path else _usual_places(site, units, processes)
+    found: dict[str, Json] = {}
+    for each in looked:
+        place = Path(os.path.realpath(Path(each).expanduser()))
+        with suppress(PermissionError):  # a home that is not for this login
+            # Hearth's own have a PART.json.
+            if (place / "main.py").is_file() and (place / "comfy").is_dir() and not (place / "PART.json").exists():
+                found[str(place)] = _installation(site, place, units, processes)
+    return {"looked": looked, "found": list(found.values())}
+
+
+def _usual_places(site: Site, units: list[Json], processes: list[Json]) -> list[str]:
+    """Where units and processes say, and where the guides of ComfyUI and comfy-cli put it."""
+    homes = sorted({entry.pw_dir for entry in pwd.getpwall() if entry.pw_uid == 0 or 1000 <= entry.pw_uid < 65534})
+    fixed = [str(site.prefix / "ComfyUI"), str(site.prefix), "/opt/comfyui/ComfyUI", "/opt/ComfyUI", "/opt/comfyui"]
+    fixed += ["/srv/comfyui/ComfyUI", "/srv/ComfyUI", "/srv/comfyui"]
+    fixed += [f"{home}/{each}" for home in homes for each in ("comfy/ComfyUI", "ComfyUI", "comfyui")]
+    return list(dict.fromkeys([each["place"] for each in (*units, *processes) if each["place"]] + fixed))
+
+
+def _installation(site: Site, place: Path, units: list[Json], processes: list[Json]) -> Json:
+    """All about one installation that can be read."""
+    own = [each for each in processes if each["place"] == str(place)]
+    through = {each["unit"] for each in own} | {f"{site.service}.service"}
+    started = [each for each in units if each["place"] == str(place) or each["name"] in through]
+    argv: list[str] = next((each["argv"] for each in (*own, *started) if each["argv"]), [])
+    base = Path(_flag(argv, "--base-directory") or place)
+    folders = {}
+    for name in FOLDERS:
+        folder = base / name
+        if told := _flag(argv, f"--{name}-directory"):
+            folder = place / told
+        folders[name] = _folder(folder, site.data)
+    configs = [base / "extra_model_paths.yaml", place / "extra_model_paths.yaml"]
+    configs += [place / argv[number + 1] for number, word in enumerate(argv[:-1]) if word == _MODEL_PATHS]
+    version = re.search(r'^(?:__version__|version) *= *"([^"]+)"', _text(place / "comfyui_version.py"), re.MULTILINE)
+    return {
+        "path": str(place),
+        "version": version[1] if version else "",
+        **_repository(place),
+        **_installed(place, [each["program"] for each in (*own, *started)]),
+        "folders": folders,
+        "paths": "\n".join(_text(each) for each in dict.fromkeys(configs)),
+        "nodes": _nodes(base / "custom_nodes"),
+        "argv": argv,
+        "units": started,
+        "processes": own,
+        "holds_port": _port_holder(site).get("pid", -1) in [each["pid"] for each in own],
+    }
+
+
+_MODEL_PATHS = "--extra-model-paths-config"
+
+
+def _flag(argv: list[str], name: str) -> str:
+    """The value of a flag; empty when it is not given."""
+    for number, word in enumerate(argv):
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+        if word == name and number + 1 < len(argv):
+            return argv[number + 1]
+    return ""
+
+
+def _text(path: Path) -> str:
+    """The start of a text file; empty when there is none."""
+    return _content(path, 200_000).decode(errors="replace")
+
+
+def _content(path: Path, limit: int = -1) -> bytes:
+    """What is in a file, up to `limit` bytes; nothing when it is a pipe or a device that somebody put there."""
+    with suppress(OSError), os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file.read(limit)
+    return b""
+
+
+def _units(site: Site) -> list[Json]:
+    """The units that have to do with ComfyUI and are not Hearth's, also those that were set aside."""
+    found: dict[str, Json] = {}
+    known = ("/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib")
+    for folder in [*(Path(each, "systemd/system") for each in known), site.state / "adopted"]:
+        for path in sorted(folder.glob("*.service")):
+            text = _text(path)
+            named = path.name == f"{site.service}.service" or re.search(r"comfy|main\.py", text, re.IGNORECASE)
+            if path.name in found or WRITTEN in text or not named:
+                continue
+            text += "\n".join(_text(each) for each in sorted((UNITS / f"{path.name}.d").glob("*.conf")))
+            values = dict(re.findall(r"^(\w+) *= *(.+)$", text.replace("\\\n", " "), re.MULTILINE))
+            user, command = values.get("User", "root"), values.get("ExecStart", "").lstrip("@-:+!")
+            place, argv = _started(command, values.get("WorkingDirectory", "/").lstrip("-"))
+            place = os.path.expanduser(place.replace("~", f"~{user}", 1))  # noqa: PTH111  Path fails on unknown users
+            shown: dict[str, str] = {}
+            if Path("/run/systemd/system").is_dir():
+                ask = ["systemctl", "show", path.name, "--property=ActiveState,UnitFileState"]
+                lines = subprocess.run(ask, capture_output=True, text=True).stdout.splitlines()
+                shown = dict(line.partition("=")[::2] for line in lines)
+            found[path.name] = {
+                "name": path.name,
+                "path": str(path),
+                "aside": folder == site.state / "adopted",
+                "place": place and os.path.realpath(place),
+                "argv": argv,
+                "program": command.split(" ")[0],
+                "user": user,
+                "variables": sorted(set(re.findall(r'^Environment *= *"?(\w+)=', text, re.MULTILINE))),
+                "active": shown.get("ActiveState") in ("active", "activating", "reloading"),
+                "enabled": shown.get("UnitFileState", "").startswith("enabled"),
+            }
+    return list(found.values())
+
+
+def _started(command: str, folder: str, depth: int = 0) -> tuple[str, list[str]]:
+    """The folder and the flags of the ComfyUI that a command starts; a script that it names is read, not run."""
+    for words in _commands(command):
+        if words[0] == "cd" and len(words) > 1:
+            folder = str(Path(folder, words[1]))
+        for number, word in enumerate(words):
+            if word.endswith("main.py"):
+                return str(Path(folder, word).parent), _plain(words[number + 1 :])
+            if word == "launch" and "comfy" in [Path(each).name for each in words[:number]]:  # comfy-cli's
+                workspace = [each.partition("=")[2] for each in words if each.startswith("--workspace=")]
+                after = words.index("--") + 1 if "--" in words else len(words)
+                return (workspace or ["~/comfy/ComfyUI"])[0], _plain(words[after:])
+            inner = word if " " in word else _text(Path(folder, word)) if "/" in word else ""
+            if depth < 3 and (inner == word or inner.startswith("#!")):
+                place, argv = _started(inner, folder, depth + 1)
+                if place:
+                    return place, argv
+    return "", []
+
+
+def _commands(text: str) -> list[list[str]]:
+    """The commands of a shell's script, as words; a line that no shell would read is left out."""
+    found: list[list[str]] = []
+    for line in text.replace("\\\n", " ").splitlines():
+        with suppress(ValueError):
+            found.append([])
+            for word in shlex.split(line, comments=True):
+                found[-1] += [word.rstrip(";")] if word not in ("&&", "||", ";") else []
+                if word.endswith(("&&", "||", ";")):
+                    found.append([])
+    return [words for words in found if words]
+
+
+def _plain(words: list[str]) -> list[str]:
+    """Flags up to a redirection or pipe, without what only a shell knows."""
+    end = next((number for number, word in enumerate(words) if re.match(r"[0-9]?[<>|&]", word)), len(words))
+    return [word for word in words[:end] if not word.startswith("$")]
+
+
+def _processes() -> list[Json]:
+    """The processes that run a main.py, with the folder of it and the unit that they belong to."""
+    found: list[Json] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, KeyError):
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            number = next((number for number, word in enumerate(words) if word.endswith("main.py")), 0)
+            if not number:
+                continue
+            unit = re.search(r"/system\.slice/([^/\n]+\.service)", (folder / "cgroup").read_text())
+            place = Path(os.path.realpath((folder / "cwd").readlink() / words[number]))
+            found.append(
+                {
+                    "pid": int(folder.name),
+                    "user": pwd.getpwuid(folder.stat().st_uid).pw_name,
+                    "place": str(place.parent),
+                    "program": words[0],
+                    "argv": words[number + 1 :],
+                    "unit": unit[1] if unit else "",
+                }
+            )
+    return found
+
+
+def _installed(place: Path, programs: list[str]) -> Json:
+    """The Python and torch of its environment, by the names of folders."""
+    named = [Path(each).parent.parent for each in programs if each.startswith("/")]
+    for environment in (*named, place / ".venv", place / "venv", place.parent / "venv", place.parent / ".venv"):
+        for packages in environment.glob("lib/python3*/site-packages"):
+            torch = [each.name[6:-10] for each in packages.glob("torch-*.dist-info")]
+            return {"python": packages.parent.name[6:], "torch": (torch or [""])[0], "environment": str(environment)}
+    return {"python": "", "torch": "", "environment": ""}
+
+
+def _folder(place: Path, data: Path) -> Json:
+    """A folder of ComfyUI's: what and where it is, whose, how large, and whether a rename brings it into `data`.
+
+    What is in a link's target or a mount is not counted: it may be a network's.
+    """
+    real = Path(os.path.realpath(place))
+    kind = "link" if place.is_symlink() else "folder" if place.is_dir() else "missing"
+    found: Json = {"place": str(place), "real": str(real), "kind": kind, "mount": {}, "rename": False}
+    found |= {"bytes": 0, "files": 0, "owner": "", "people": [], "links": {}, "mounts": []}
+    if not real.is_dir():
+        return found
+    mounts = _mounts()
+    mount = _mount_of(real, mounts)
+    status = real.stat()
+    with suppress(KeyError):
+        found["owner"] = pwd.getpwuid(status.st_uid).pw_name
+        found["people"] = [found["owner"]] if status.st_uid >= 1000 else []
+        found["people"] += grp.getgrgid(status.st_gid).gr_mem
+    found["mount"] = mount
+    found["mounts"] = [each for each in mounts if each["point"].startswith(f"{real}/")]
+    if kind == "folder" and mount["point"] != str(real) and not found["mounts"]:
+        there = next(path for path in (data, *data.parents) if path.exists()).resolve()
+        found["rename"] = mount == _mount_of(there, mounts) and status.st_dev == there.stat().st_dev
+        for name, each in walk(real):
+            found["files"] += 1
+            found["bytes"] += each.st_size
+            if stat.S_ISLNK(each.st_mode) and len(found["links"]) < 100:
+                found["links"][name] = target = str((real / name).readlink())
+                if target.startswith("/") and (far := _mount_of(Path(target), mounts)) not in (mount, *found["mounts"]):
+                    found["mounts"].append(far)
+    return found
+
+
+def _mounts() -> list[Json]:
+    """What is mounted: where, what and of which type (/proc/self/mountinfo, proc(5))."""
+    found: list[Json] = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split()[4])
+        found.append({"point": point, "what": after.split()[1], "type": after.split()[0]})
+    return found
+
+
+def _mount_of(path: Path, mounts: list[Json]) -> Json:
+    """The mount that a path is on: of those above it the lowest, of one place the latest."""
+    above = {str(each) for each in (path, *path.parents)}
+    return max((each for each in reversed(mounts) if each["point"] in above), key=lambda each: len(each["point"]))
+
+
+def _nodes(folder: Path) -> list[Json]:
+    """The custom nodes: trees with where they come from, and single files."""
+    found: list[Json] = []
+    for place in sorted([*folder.glob("*"), *folder.glob(".disabled/*")]):
+        disabled = place.name.endswith(".disabled") or place.parent != folder
+        name = place.name.removesuffix(".disabled")
+        if place.is_dir() and not name.startswith((".", "__")):
+            found.append({"name": name, "disabled": disabled, "file": False, **_repository(place)})
+        elif name.endswith(".py") and name != "websocket_image_save.py":  # that one is ComfyUI's own
+            found.append({"name": name, "disabled": disabled, "file": True, "url": "", "commit": "", "edited": None})
+    return found
+
+
+def _repository(place: Path) -> Json:
+    """Where a tree comes from, its commit, and which of its files were edited (None: nobody can tell)."""
+    folder = place / ".git"
+    if folder.is_file():
+        folder = place / _text(folder).partition("gitdir:")[2].strip()
+    head = _text(folder / "HEAD").strip()
+    if head.startswith("ref: "):
+        packed = [line.split() for line in _text(folder / "packed-refs").splitlines()]
+        head = _text(folder / head[5:]).strip() or next((line[0] for line in packed if line[1:] == [head[5:]]), "")
+    commit = head if re.fullmatch(r"[0-9a-f]{40}", head) else ""
+    origin = re.search(r'^\[remote "origin"\][^\[]*?^\s*url\s*=\s*(\S+)', _text(folder / "config"), re.MULTILINE)
+    if not commit:  # from the registry of nodes, which leaves no history
+        origin = re.search(r'^Repository *= *"([^"]+)', _text(place / "pyproject.toml"), re.MULTILINE)
+    url = re.sub(r"(://)[^/@]*@", r"\1", origin[1]) if origin else ""  # there may be a password in it
+    return {"url": url, "commit": commit, "edited": _edited(place, folder, commit) if commit else None}
+
+
+def _edited(place: Path, folder: Path, commit: str) -> list[str] | None:
+    """The files of a working tree that are not its commit's; None where git is missing or cannot tell.
+
+    A repository's configuration can name programs, hooks and filters that git then runs: git is given a folder of
+    our own, with that one's objects and a copy of its index, and sees no configuration at all.
+    """
+    if not shutil.which("git"):
+        return None
+    with tempfile.TemporaryDirectory(prefix="hearth-") as own:
+        (Path(own) / "HEAD").write_text(f"{commit}\n")
+        (Path(own) / "refs").mkdir()
+        (Path(own) / "index").write_bytes(_content(folder / "index"))
+        environment = {"PATH": os.environ.get("PATH", "/usr/bin"), "GIT_DIR": own, "GIT_WORK_TREE": str(place)}
+        environment |= {"GIT_OBJECT_DIRECTORY": str(folder / "objects"), "GIT_OPTIONAL_LOCKS": "0"}
+        environment |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null"}
+        words = ["git", "status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=all"]
+        done = subprocess.run([*words, "--no-renames"], cwd=place, env=environment, capture_output=True)
+    if done.returncode:
+        return None
+    return [line[3:] for line in done.stdout.decode(errors="replace").split("\0") if line]
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[int]:
+    """A folder's descriptor; raises OSError when any name on the way to it is a link."""
+    place = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in folder.parts[1:]:
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=place)
+            os.close(place)
+            place = inner
+        yield place
+    finally:
+        os.close(place)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename, following no link, and never onto something that is there (renameat2, glibc 2.28); raises OSError."""
+    import ctypes  # a megabyte that no other verb needs
+
+    with opened(source.parent) as here, opened(target.parent) as there:
+        names = os.fsencode(source.name), os.fsencode(target.name)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.renameat2(here, names[0], there, names[1], 1):  # RENAME_NOREPLACE
+            code = ctypes.get_errno()
+            if code != errno.EINVAL or os.path.lexists(target):
+                raise OSError(code, os.strerror(code), str(source), None, str(target))
+            os.rename(*names, src_dir_fd=here, dst_dir_fd=there)  # some file systems (NFS, older ZFS) know no such flag
+        os.fsync(there)
+        os.fsync(here)
+
+
+def retire(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Take what served before out of service: its jobs awaited, its units stopped, disabled and set aside."""
+    drain(Site({**site.json, "address": "127.0.0.1", "port": step["port"]}), step["drain"], step["force"], note)
+    record = Adopted(site)
+    known = {event["unit"]["name"] for event in record.events() if event["event"] == "unit"}
+    for unit in step["units"]:
+        if unit["name"] not in known:
+            record.add("unit", unit=unit)
+    for unit in step["units"]:
+        if not os.path.lexists(unit["path"]):
+            continue
+        run(["systemctl", "stop", unit["name"]])
+        # Drop-ins, too: they would change Hearth's unit of that name.
+        own = [UNITS / f"{unit['name']}.d", UNITS / unit["name"]]
+        for place in own:
+            _copy(place, site.state / "adopted" / place.name)
+        if unit["enabled"]:
+            run(["systemctl", "disable", unit["name"]])
+        for place in own:
+            _drop(place)
+    run(["systemctl", "daemon-reload"])
+    for each in _processes():
+        if each["place"] == step["path"]:
+            what = f"the old ComfyUI still runs: pid {each['pid']} of {each['user']}"
+            raise Fault("step", what, "no unit that was stopped is its own", "end it, then run the same command again")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a unit or its drop-ins as they are, links as links; /etc may be another file system than the prefix."""
+    if not os.path.lexists(source):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.fresh")
+    for stale in (fresh, target):
+        _drop(stale)
+    run(["cp", "-a", str(source), str(fresh)])
+    fresh.rename(target)
+    os.sync()
+
+
+def _drop(place: Path) -> None:
+    remove(place) if place.is_dir() and not place.is_symlink() else place.unlink(missing_ok=True)
+
+
+def adopt(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Rename a folder of the old installation into the data, and let the service read and write it."""
+    record = Adopted(site)
+    source, target = Path(step["source"]), site.data.resolve() / step["name"]
+    if step["name"] == "user":
+        _keep_database(site, source, record)
+    left = _bring(source, target, record)
+    for each in left[:20]:
+        note(f"left where it is, the data has one of that name: {each}")
+    if left[20:]:
+        note(f"and {len(left) - 20} more of these")
+    moved = [Path(event["target"]) for event in record.events() if event["event"] == "rename"]
+    linked = sum(_own(site, each, record) for each in dict.fromkeys(moved) if target in (each, *each.parents))
+    if linked:
+        note(f"{linked} files have several names, and keep their owners and modes")
+
+
+def _bring(source: Path, target: Path, record: Adopted) -> list[str]:
+    """Rename a folder, or what is in it where there is one already; answers what had to stay."""
+    if not os.path.lexists(source):
+        return []
+    with suppress(OSError), opened(target.parent) as place:
+        os.rmdir(target.name, dir_fd=place)  # an empty one is as good as none
+    if not os.path.lexists(target):
+        record.add("rename", source=str(source), target=str(target))
+        rename(source, target)
+        return []
+    if any(each.is_symlink() or not each.is_dir() for each in (source, target)):
+        return [str(source)]
+    return [left for each in sorted(source.iterdir()) for left in _bring(each, target / each.name, record)]
+
+
+def _own(site: Site, root: Path, record: Adopted) -> int:
+    """Give a tree to the service and its group, what it was recorded before; answers how many files had to be left."""
+    user, group = site.owner()
+    linked = 0
+    with opened(root.parent) as parent:
+        linked += _own_entries(parent, root.parent, [root.name], (user, group), record)
+        if stat.S_ISDIR(os.lstat(root.name, dir_fd=parent).st_mode):
+            for folder, folders, files, place in os.fwalk(root.name, dir_fd=parent, follow_symlinks=False):
+                linked += _own_entries(place, root.parent / folder, [*folders, *files], (user, group), record)
+    return linked
+
+
+def _own_entries(place: int, folder: Path, names: list[str], owner: tuple[int, int], record: Adopted) -> int:
+    """The same for some entries of an open folder."""
+    changes: list[tuple[list[Any], int]] = []
+    linked = 0
+    for name in names:
+        status = os.lstat(name, dir_fd=place)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+            linked += 1  # another name of it may be elsewhere, of somebody else's
+            continue
+        mode = stat.S_IMODE(status.st_mode)
+        wanted = {stat.S_IFDIR: mode | 0o2770, stat.S_IFREG: mode | 0o660}.get(stat.S_IFMT(status.st_mode), mode)
+        if (status.st_uid, status.st_gid, mode) != (*owner, wanted):
+            changes.append(([name, status.st_uid, status.st_gid, mode], wanted))
+    if changes:
+        record.add("own", folder=str(folder), entries=[before for before, _ in changes])
+    for (name, *_), wanted in changes:
+        _give(place, name, *owner, wanted)
+    return linked
+
+
+def _give(place: int, name: str, user: int, group: int, mode: int) -> None:
+    """Set owner and mode of an entry of an open folder, of a link its own; what has several names is left alone."""
+    kind = stat.S_IFMT(os.lstat(name, dir_fd=place).st_mode)
+    if kind == stat.S_IFLNK:
+        os.chown(name, user, group, dir_fd=place, follow_symlinks=False)
+    elif kind in (stat.S_IFREG, stat.S_IFDIR):
+        entry = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place)
+        try:
+            if kind == stat.S_IFDIR or os.fstat(entry).st_nlink == 1:
+                os.fchown(entry, user, group)
+                os.fchmod(entry, mode)
+        finally:
+            os.close(entry)
+
+
+def _keep_database(site: Site, folder: Path, record: Adopted) -> None:
+    """Copy the old ComfyUI's database: a newer version migrates it, and the old one would not start any more."""
+    kept = site.state / "adopted/database"
+    if kept.exists() or not folder.is_dir():
+        return
+    fresh = kept.with_name(".database")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True, mode=0o700)
+    for name, (content, *owner, mode) in _database(folder).items():
+        (fresh / name).write_bytes(content)
+        os.chown(fresh / name, *owner)
+        (fresh / name).chmod(mode)
+    record.add("database", folder=str(folder))
+    os.sync()
+    fresh.rename(kept)
+
+
+def _database(folder: Path) -> dict[str, tuple[bytes, int, int, int]]:
+    """The files of a ComfyUI's database with owner, group and mode. It is small, an index of models and pictures."""
+    found: dict[str, tuple[bytes, int, int, int]] = {}
+    with opened(folder) as place:
+        for path in folder.glob("comfyui.db*"):
+            with suppress(OSError), open(path.name, "rb", opener=_within(place)) as file:
+                status = os.fstat(file.fileno())
+                if stat.S_ISREG(status.st_mode) and ".newer-" not in path.name:
+                    mode = stat.S_IMODE(status.st_mode)
+                    found[path.name] = file.read(), status.st_uid, status.st_gid, mode
+    return found
+
+
+def _within(place: int) -> Callable[[str, int], int]:
+    """An opener of names in an open folder that follows no link and waits for no pipe."""
+    return lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=place)
+
+
+def _return_database(site: Site, folder: Path) -> None:
+    """Put the old database back where a newer version has changed it; the newer one stays beside it."""
+    before, present = _database((site.state / "adopted/database").resolve()), _database(folder)
+    if before == present:
+        return
+    for name in present:
+        rename(folder / name, folder / f"{name}.newer-{now()}")
+    with opened(folder) as place:
+        for name, (content, *owner, mode) in before.items():
+            with open(name, "xb", opener=_within(place)) as file:
+                file.write(content)
+                os.fchown(file.fileno(), *owner)
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+
+
+def withdraw(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Take the current release out of service. It stays here: a deploy or rollback brings it back."""
+    if not site.current.is_symlink():
+        return
+    drain(site, step["drain"], step["force"], note)
+    manager = manager_of(site)
+    manager.stop()
+    manager.uninstall()
+    site.current.unlink()
+
+
+def unadopt(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Put back all that adopting changed, the last first: owners and modes, folders, database, units."""
+    record = Adopted(site)
+    stuck: list[str] = []
+    for event in reversed(record.events()):
+        try:
+            _undo(site, event)
+        except (Fault, OSError) as error:
+            stuck.append(str(error))
+    if stuck:
+        hint = "look at them, then run the same command again"
+        raise Fault("step", f"{len(stuck)} things could not be put back", "\n".join(stuck[:20]), hint)
+    shutil.rmtree(site.state / "adopted", ignore_errors=True)
+    record.path.rename(record.path.with_name("adopted.undone.jsonl"))
+
+
+def _undo(site: Site, event: Json) -> None:
+    """Take one line of the record back, as far as it was done."""
+    if event["event"] == "own" and Path(event["folder"]).is_dir():
+        with opened(Path(event["folder"])) as place:
+            for name, user, group, mode in event["entries"]:
+                with suppress(FileNotFoundError):
+                    _give(place, name, user, group, mode)
+    elif event["event"] == "rename" and os.path.lexists(event["target"]):
+        rename(Path(event["target"]), Path(event["source"]))
+    elif event["event"] == "database" and (site.state / "adopted/database").is_dir():
+        _return_database(site, Path(event["folder"]))
+    elif event["event"] == "unit":
+        unit = event["unit"]
+        for own in (UNITS / unit["name"], UNITS / f"{unit['name']}.d"):
+            if not os.path.lexists(own):
+                _copy(site.state / "adopted" / own.name, own)
+        run(["systemctl", "daemon-reload"])
+        if unit["enabled"]:
+            run(["systemctl", "enable", unit["name"]])
+        if unit["active"]:
+            run(["systemctl", "start", unit["name"]])
+
+
 # --- steps ---------------------------------------------------------------------------------------------------------
 
 
@@ -1552,6 +2120,10 @@ STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "cut-over": cut_over,
     "serve": serve,
     "prune": prune,
+    "retire": retire,
+    "adopt": adopt,
+    "withdraw": withdraw,
+    "unadopt": unadopt,
 }
 
 
@@ -1593,6 +2165,13 @@ class Journal:
                 return file.read(1) != b"\n"
         except OSError:
             return False
+
+
+class Adopted(Journal):
+    """What adopting changes, each line on disk before that is done: undoing reads it backwards."""
+
+    def __init__(self, site: Site) -> None:
+        self.path = site.state / "adopted.jsonl"
 
 
 def submit(site: Site, plan: Json) -> Json:
@@ -1750,6 +2329,8 @@ def main(argv: list[str]) -> int:
                 say(event)
         elif verb == "history":
             say(history(site))
+        elif verb == "survey":
+            say(survey(site, request["path"]))
         else:
             raise Fault("step", f"the agent has no verb {verb!r}")
     except Fault as fault:

@@ -51,6 +51,7 @@ class Facts(msgspec.Struct, frozen=True):
     were changed since, `proven` those that passed the health gate, the latest first, `failed_nodes` the nodes that the
     current one could not import, with the reason; `parts` says of each what is wrong with it (empty:
     nothing), `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now.
+    `foreign_unit` is the unit's file where somebody else wrote it; `adopted` says whether `inv adopt --undo` has work.
     """
 
     hostname: str
@@ -93,6 +94,8 @@ class Facts(msgspec.Struct, frozen=True):
     tools: tuple[str, ...]
     busy: dict[str, Any]
     last: dict[str, Any]
+    foreign_unit: str = ""
+    adopted: bool = False
 
     @property
     def platform(self) -> str:

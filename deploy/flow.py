@@ -30,6 +30,7 @@ from core.errors import (
     near,
 )
 from core.stack import Platform
+from deploy import adopt as adoption
 from deploy import advisory, connection, environment, nodes, plan
 from deploy import application as applications
 from deploy import bundle as bundles
@@ -40,6 +41,7 @@ from deploy.facts import Facts
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from deploy.adopt import Proposal
     from deploy.bundle import Bundle
     from deploy.connection import Agent
     from deploy.host import Target
@@ -246,6 +248,58 @@ def rollback(name: str, to: str, options: Options, *, dry_run: bool = False, ask
             _apply(agent, facts, planned, None, "rollback", offline=False)
         titles = tuple(step.title for step in planned.steps)
         return Outcome(target.name, planned.release, planned.base, True, titles)
+
+
+def survey(name: str, path: str, by: str, *, ask_sudo: bool = False) -> Proposal:
+    """What becomes of the ComfyUI that is on a host already; nothing is changed."""
+    target = find_target(name)
+    with connection.connect(target, ask_sudo) as agent:
+        return _propose(agent, target, look(agent, target), path, by)
+
+
+def _propose(agent: Agent, target: Target, facts: Facts, path: str, by: str) -> Proposal:
+    raw = agent.call("survey", path=path)
+    found = msgspec.convert(raw, adoption.Survey).only(target.name)
+    text = (source.fetch(applications.application()) / "comfy/cli_args.py").read_text()
+    return adoption.propose(target, facts, found, nodes.catalogue(), applications.flags(text), by)
+
+
+def adopt(
+    name: str, path: str, by: str, options: Options, *, dry_run: bool = False, ask_sudo: bool = False, ask: bool = False
+) -> tuple[Proposal, Outcome]:
+    """Take over the ComfyUI that is on a host: it is out of service then, and a deploy finds its folders in place."""
+    target = find_target(name)
+    with connection.connect(target, ask_sudo) as agent:
+        facts = look(agent, target)
+        proposal = _propose(agent, target, facts, path, by)
+        planned = adoption.make(target, facts, proposal, options)
+        return proposal, _carry_out(agent, target, facts, planned, "adopt", dry_run=dry_run, ask=ask)
+
+
+def unadopt(
+    name: str, options: Options, *, dry_run: bool = False, ask_sudo: bool = False, ask: bool = False
+) -> Outcome:
+    """Put back all that `adopt` changed on a host, and start what ran there before."""
+    target = find_target(name)
+    with connection.connect(target, ask_sudo) as agent:
+        facts = look(agent, target)
+        planned = adoption.undo(target, facts, options)
+        return _carry_out(agent, target, facts, planned, "undo adopt", dry_run=dry_run, ask=ask)
+
+
+def _carry_out(
+    agent: Agent, target: Target, facts: Facts, planned: Plan, action: str, *, dry_run: bool, ask: bool
+) -> Outcome:
+    """Show a plan that sends nothing; unless it is a dry run, have it applied."""
+    _refuse(planned, target)
+    titles = tuple(step.title for step in planned.steps)
+    if titles:
+        show(planned)
+    if titles and not dry_run:
+        if ask and target.host.address and not console.agreed(f"change {target.name}?"):
+            raise RefusedError("nothing was changed", hint="say yes next time, or give --yes")
+        _apply(agent, facts, planned, None, action, offline=False)
+    return Outcome(target.name, planned.release, planned.base, bool(titles), titles)
 
 
 def facts(name: str, *, ask_sudo: bool = False) -> Facts:

@@ -217,6 +217,8 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal(f"the host is being changed: {who}", f"inv attach --host {target.name}"))
     if facts.current_fault:
         found.append(Refusal(facts.current_fault["what"], facts.current_fault["hint"]))
+    if facts.foreign_unit:
+        found.append(Refusal(f"{facts.foreign_unit} is not Hearth's", f"inv adopt --host {target.name} takes it over"))
     if host.scope == "system" and not facts.manager.startswith("systemd"):
         found.append(Refusal("the host runs no systemd", 'set scope = "user" for this host'))
     if not facts.writable:
@@ -312,7 +314,7 @@ def _steps(
     missing = [path for path, fault in facts.places.items() if fault]
     if not facts.data:
         title = f"lay out {facts.prefix}"
-        steps.append(Step("folders", title, "nothing is there yet", f"rm -r {facts.prefix}"))
+        steps.append(Step("folders", title, "its folders are not all there", f"rm -r {facts.prefix}"))
     elif missing or not facts.shared:
         title = f"make {', '.join(missing)}" if missing else f"let members share what is in {facts.prefix}/data"
         why = "it is not there" if missing else "what one writes, another could not change"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from deploy.adopt import Proposal
     from deploy.audit import Audit
     from deploy.bundle import Bundle
     from deploy.curate import Change
@@ -74,6 +75,49 @@ def bundle(path: Path, found: Bundle, *, as_json: bool) -> None:
         ("nodes", ", ".join(found.asking) or "none"),
     ]
     console.table(("", ""), rows)
+
+
+def proposal(found: Proposal, *, as_json: bool) -> None:
+    """What becomes of an installation: the lines for hosts.toml, what is moved, its nodes, what is not taken over."""
+    if as_json:
+        console.data_json(msgspec.to_builtins(found))
+        return
+    old = found.installation
+    version = f"ComfyUI {old.version or 'of an unknown version'} {old.commit[:9]}".rstrip()
+    console.data(f"{old.path}: {version}{f', torch {old.torch}, Python {old.python}' if old.torch else ''}")
+    for unit in old.units:
+        where = "put aside" if unit.aside else f"{'runs' if unit.active else 'stopped'}, as {unit.user}"
+        console.data(f"  {unit.name}: {where}")
+    for process in old.processes:
+        console.data(f"  pid {process.pid} of {process.user}{', holds the port' if old.holds_port else ''}")
+    for name, (source, size, count) in found.moves.items():
+        console.data(f"  {name}: {source}, {count} files, {console.size(size)}: a rename brings it to the data")
+    for name, remark in found.nodes.items():
+        console.data(f"  node {name}: known, {remark}")
+    for what, why in found.left:
+        console.data(f"  not taken over: {what}: {why}")
+    console.data(f"\nfor config/hosts.toml:\n\n{found.snippet}")
+    if found.add:
+        console.data("nodes that Hearth does not know yet; then inv lock, and their names in `nodes`:\n")
+        console.data("\n".join(f"    {command}" for command in found.add))
+
+
+def adopted(found: Proposal | None, outcome: Outcome, *, as_json: bool, dry_run: bool) -> None:
+    """How taking over, or undoing that (then there is no proposal), ended."""
+    if as_json:
+        console.data_json({**msgspec.to_builtins(outcome), "proposal": msgspec.to_builtins(found)})
+    elif dry_run or not outcome.changed:
+        console.data(f"{outcome.host}: {len(outcome.steps) or 'no'} changes")
+    elif found is None:
+        console.data(f"{outcome.host}: all is where it was")
+    else:
+        proposal(found, as_json=False)
+        environment = found.installation.environment or "its virtual environment"
+        console.data(
+            f"\n{outcome.host}: adopted; with those lines, inv deploy --host {outcome.host} puts it in service"
+        )
+        console.data(f"inv adopt --host {outcome.host} --undo puts it back; when that is not wanted any more, delete")
+        console.data(f"{found.installation.path} and {environment} there")
 
 
 def nodes(catalogue: Catalogue, *, as_json: bool) -> None:

@@ -64,6 +64,13 @@ class Garden:
     folder: Path
     fleet: Fleet
 
+    def __post_init__(self) -> None:
+        self.folder.mkdir()
+        text = (files.CHECKOUT / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
+        text = re.sub(r"paths = \[.*?\]\n", "", text, flags=re.DOTALL)
+        (self.folder / "app.toml").write_text(f'{text}[[source]]\nfolder = "src"\n')
+        (self.folder / "src").symlink_to(source.fetch(application()))
+
     def commit(self, name: str, code: str) -> str:
         """A commit with this code in the node's repository; the table that pins it."""
         place = self.folder / "upstream" / name
@@ -99,13 +106,7 @@ class Garden:
 
 @pytest.fixture
 def garden(steady: Fleet, tmp_path: Path) -> Iterator[Garden]:
-    folder = tmp_path / "garden"
-    folder.mkdir()
-    text = (files.CHECKOUT / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
-    text = re.sub(r"paths = \[.*?\]\n", "", text, flags=re.DOTALL)
-    (folder / "app.toml").write_text(f'{text}[[source]]\nfolder = "src"\n')
-    (folder / "src").symlink_to(source.fetch(application()))
-    yield Garden(folder, steady)
+    yield Garden(tmp_path / "garden", steady)
     steady.machine.run("rm -rf /opt/comfyui/data/nodes")
 
 

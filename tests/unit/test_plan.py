@@ -155,6 +155,11 @@ def test_flags_are_a_new_release_of_the_same_parts() -> None:
         ({"writable": False}, "may not write", "prefix"),
         ({"busy": {"action": "deploy", "who": "anna@x", "since": "t"}}, "deploy by anna@x since t", "inv attach"),
         ({"current_fault": {"what": "foreign", "hint": "move it"}}, "foreign", "move it"),
+        (
+            {"foreign_unit": "/etc/systemd/system/comfyui.service"},
+            "comfyui.service is not Hearth's",
+            "inv adopt --host",
+        ),
         ({"glibc": "2.10"}, "needs glibc 2.17, the host has 2.10", "older system"),
     ],
 )

@@ -1,0 +1,331 @@
+"""Taking over a ComfyUI that was set up by hand, as guides have it, and giving it back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import stat
+import subprocess
+import time
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from core import files
+from tests.host.fleet import PREFIX, Fleet
+from tests.host.machine import Machine, free_port
+from tests.host.test_faults import cut_power, kill_agent, wait_for_step
+from tests.host.test_nodes import GOOD, Garden
+
+pytestmark = pytest.mark.host
+
+OLD = "/opt/comfyui/ComfyUI"
+UNIT = "/etc/systemd/system/comfyui.service"
+
+MAIN = """\
+import http.server, pathlib, sys
+
+JOBS = pathlib.Path("jobs.json")
+
+class Old(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        jobs = JOBS.read_bytes() if JOBS.exists() else b'{"queue_running": [], "queue_pending": []}'
+        self.wfile.write(jobs if self.path == "/queue" else b'"the old one"')
+
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Old).serve_forever()
+"""
+"""Stands for the ComfyUI of before: a real one would only need minutes to install."""
+
+SERVICE = """\
+[Unit]
+Description=ComfyUI Stable Diffusion Service
+After=network.target
+
+[Service]
+Type=simple
+User=anna
+WorkingDirectory=/opt/comfyui/ComfyUI
+Environment=PATH=/opt/comfyui/ComfyUI/.venv/bin
+Environment=OMP_NUM_THREADS=20
+ExecStart=/opt/comfyui/ComfyUI/.venv/bin/python main.py --listen 0.0.0.0 --port PORT --highvram --preview-method auto
+Restart=always
+RestartSec=10
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+USERS = f"""\
+set -e
+groupadd comfyui-users
+useradd --create-home --uid 1500 --groups comfyui-users anna
+useradd --uid 1501 --groups comfyui-users bert
+python3 -m venv --without-pip {OLD}/.venv
+mkdir -p {OLD}/.venv/lib/python3.11/site-packages/torch-2.9.1+cu130.dist-info /srv/loras /srv/more/vae
+chown -R anna:comfyui-users {OLD}
+find {OLD}/models {OLD}/output -type d -exec chmod 2775 {{}} +
+chown bert {OLD}/output/berts
+chmod 400 {OLD}/models/checkpoints/one.safetensors
+chown root: {OLD}/output/berts/roots.png
+systemctl daemon-reload
+systemctl enable --now comfyui
+"""
+
+
+def git(place: Path, *words: str) -> str:
+    argv = ["git", "-C", str(place), "-c", "user.name=a", "-c", "user.email=a@b", "-c", "safe.directory=*", *words]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def state(root: Path) -> dict[str, tuple[int, int, int, str]]:
+    """Owner, group, mode and content of everything in a tree, or of a file."""
+    found: dict[str, tuple[int, int, int, str]] = {}
+    for path in (root, *root.rglob("*")):
+        status = path.lstat()
+        content = ""
+        if path.is_symlink():
+            content = str(path.readlink())
+        elif stat.S_ISREG(status.st_mode):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(path.relative_to(root))] = (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode), content)
+    return found
+
+
+class Old:
+    """A machine with a ComfyUI that was set up by hand, and the nodes that the client knows."""
+
+    def __init__(self, fleet: Fleet, garden: Garden) -> None:
+        self.fleet = fleet
+        self.garden = garden
+        self.place = fleet.machine.root / OLD.lstrip("/")
+        self.unit = fleet.machine.root / UNIT.lstrip("/")
+
+    def build(self) -> None:
+        """The installation: code and nodes as clones, data with links, several owners, and many small pictures."""
+        place, upstream = self.place, self.garden.folder / "upstream"
+        for name, text in (("main.py", MAIN), ("comfyui_version.py", '__version__ = "0.3.40"\n'), ("comfy/a.py", "")):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text(text)
+        for words in (["init", "--quiet"], ["add", "-A"], ["commit", "--quiet", "-m", "one"]):
+            git(place, *words)
+        git(place, "remote", "add", "origin", "https://name:word@github.com/comfyanonymous/ComfyUI")
+        for name in ("good", "edited", "unknown"):
+            git(place, "clone", "--quiet", f"file://{upstream / name}", f"custom_nodes/{name}")
+        (place / "custom_nodes/edited/__init__.py").write_text("edited = True\n")
+        # Whoever may read a repository must not be made to run what its configuration names.
+        git(place / "custom_nodes/unknown", "config", "core.fsmonitor", "touch /tmp/hearth-ran-this; false")
+        (place / "custom_nodes/single.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
+        (place / "extra_model_paths.yaml").write_text(
+            "more:\n  base_path: /srv/more\n  vae: vae\n  loras: other/lora\n"
+        )
+        data = {
+            "models/checkpoints/one.safetensors": "weights",
+            "models/configs/ü b.yaml": "x",
+            "input/photo.png": "photo",
+            "output/berts/roots.png": "art",
+            "user/default/workflows/mine.json": '{"nodes": []}',
+            **{f"output/{number % 400}/{number}.png": str(number) for number in range(8000)},
+        }
+        for name, text in data.items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text(text)
+        (place / "models/loras").symlink_to("/srv/loras")
+        os.link(place / "input/photo.png", place / "input/the-same.png")
+        with sqlite3.connect(place / "user/comfyui.db") as database:
+            database.execute("create table old (x)")
+        database.close()
+        self.unit.write_text(SERVICE.replace("PORT", str(self.fleet.machine.port)))
+        self.fleet.machine.run(USERS)
+
+    def adopt(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return self.fleet.inv("adopt", "--host", "spark", *words)
+
+    def serves(self, within: float = 20) -> bool:
+        end = time.monotonic() + within
+        while time.monotonic() < end:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.fleet.machine.port}/", timeout=5) as answer:
+                    return bool(json.load(answer) == "the old one")
+            except (OSError, ValueError):
+                time.sleep(0.2)
+        return False
+
+    def state(self) -> dict[str, tuple[int, int, int, str]]:
+        enabled = self.fleet.machine.run("systemctl is-enabled comfyui", check=False)
+        return state(self.place) | {f"unit {enabled}": state(self.unit)["."]}
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Old]:
+    tmp_path = tmp_path_factory.mktemp("adopt")
+    machine = Machine(files.cache() / "hosts/running" / f"adopt-{tmp_path.parent.name}", prefix=PREFIX)
+    fleet = Fleet(machine, tmp_path)
+    fleet.configure()
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            machine.boot()
+            machine.run("apt-get update -qq && apt-get install -qq -y --no-install-recommends git python3-venv")
+            garden = Garden(tmp_path / "garden", fleet)
+            known = garden.commit("good", GOOD.replace("WHICH", '("HearthAdopted",)'))
+            for name in ("edited", "unknown"):
+                garden.commit(name, GOOD.replace("WHICH", '("HearthOther",)'))
+            garden.write(known, monkeypatch=patch)
+            one = Old(fleet, garden)
+            one.build()
+            assert one.serves()
+            yield one
+        finally:
+            machine.discard()
+
+
+def test_what_is_there_is_read_and_a_proposal_made(old: Old) -> None:
+    before = old.state()
+    refused = old.fleet.deploy()
+    assert refused.returncode == 63, refused.stderr
+    assert f"{UNIT} is not Hearth's" in refused.stderr
+    assert "inv adopt --host spark" in refused.stderr
+    done = old.adopt("--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    installation = found["installation"]
+    assert (installation["version"], installation["torch"], installation["python"]) == ("0.3.40", "2.9.1+cu130", "3.11")
+    assert installation["url"] == "https://github.com/comfyanonymous/ComfyUI"
+    assert installation["commit"] == git(old.place, "rev-parse", "HEAD")
+    (host,) = tomllib.loads(found["snippet"])["hosts"].values()
+    assert (host["listen"], host["port"], host["members"]) == ("0.0.0.0", old.fleet.machine.port, ["anna", "bert"])
+    assert host["model_roots"] == ["/srv/more"]
+    assert host["override"]["nodes"] == ["good"]
+    assert host["override"]["flags"].keys() == {"--preview-method"}
+    assert found["nodes"] == {"good": "at the same commit"}
+    (command,) = found["add"]
+    commit = git(old.place / "custom_nodes/unknown", "rev-parse", "HEAD")
+    assert command.startswith(f"inv nodes.add file://{old.garden.folder}/upstream/unknown@{commit} ")
+    left = dict(found["left"])
+    assert left["node edited"].startswith("it was edited here (__init__.py)")
+    assert "single file" in left["node single.py"]
+    assert "exclude each other" in left["flag --highvram"]
+    assert "variable OMP_NUM_THREADS" in left
+    assert "loras in /srv/more/other/lora (extra_model_paths.yaml)" in left
+    assert {name: count for name, (_, _, count) in found["moves"].items()} == {
+        "models": 3, "input": 2, "output": 8001, "user": 2
+    }  # fmt: skip
+    assert "tmp/hearth-ran-this" not in old.fleet.machine.run("ls -d /tmp/*", check=False)
+    text = old.adopt()
+    assert "node edited" in text.stdout
+    assert found["snippet"] in text.stdout
+    assert old.state() == before
+    assert old.serves(1)
+
+
+def test_what_cannot_be_adopted_is_told_apart(old: Old) -> None:
+    none = old.adopt("--path", "/srv")
+    undo = old.adopt("--undo")
+    assert (none.returncode, undo.returncode) == (75, 75), none.stderr + undo.stderr
+    assert "no ComfyUI was found on spark" in none.stderr
+    assert "nothing was adopted on spark" in undo.stderr
+    machine = old.fleet.machine
+    machine.run(f"mkdir -p /home/anna/comfy && cp -r {OLD} /home/anna/comfy && rm -r /home/anna/comfy/ComfyUI/output")
+    two = old.adopt()
+    assert two.returncode == 75
+    assert f"spark has 2 ComfyUIs: {OLD}, /home/anna/comfy/ComfyUI" in two.stderr
+    start = f"cd /home/anna/comfy/ComfyUI; setsid python3 main.py --port {free_port()} >/tmp/loose 2>&1 & echo $!"
+    pid = machine.run(start).strip()
+    time.sleep(1)
+    loose = old.adopt("--path", "/home/anna/comfy/ComfyUI", "--apply")
+    machine.run(f"kill {pid}; rm -r /home/anna/comfy")
+    assert loose.returncode == 63, loose.stderr
+    assert f"runs without a unit of the system's: pid {pid} of root" in loose.stderr
+
+
+def test_jobs_of_the_old_one_are_waited_for(old: Old) -> None:
+    before = old.state()
+    (old.place / "jobs.json").write_text('{"queue_running": [[0, "job-7"]], "queue_pending": []}')
+    busy = old.adopt("--apply", "--drain", "1")
+    (old.place / "jobs.json").unlink()
+    assert busy.returncode == 65, busy.stderr
+    assert "1 running (job-7)" in busy.stderr
+    assert old.state() == before
+    assert old.serves(1)
+    assert old.adopt("--undo").returncode == 75
+
+
+def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> None:
+    before = old.state()
+    fleet, since = old.fleet, time.time()
+    plan = old.adopt("--apply", "--dry-run")
+    assert plan.returncode == 2, plan.stderr
+    assert old.state() == before
+    client = fleet.start("adopt", "--host", "spark", "--apply", "--json")
+    for step in ("stop comfyui.service", f"move {OLD}/models", f"move {OLD}/output", f"move {OLD}/user"):
+        wait_for_step(fleet, step, since)
+        kill_agent(fleet, client.pid)
+    said, _ = client.communicate(timeout=180)
+    assert client.returncode == 0, said
+    assert not old.serves(1)
+    moved = {f"{name}/{each}" for name in ("models", "input", "output", "user") for each in state(old.place)}
+    data = state(fleet.prefix / "data")
+    for name, (_, _, _, content) in before.items():
+        if name.split("/")[0] in ("models", "input", "output", "user"):
+            assert data[name][3] == content, name
+            assert name not in moved
+    uid = int(fleet.machine.run("id -u comfyui"))
+    alien = {name for name, (owner, *_) in data.items() if owner != uid}
+    assert alien == {"input/photo.png", "input/the-same.png"}  # of one file, and who knows where its other name is
+    assert data["output/berts"][2] == 0o2775
+    assert data["models/checkpoints/one.safetensors"][2] == 0o660
+    assert not old.unit.exists()
+    again = old.adopt("--apply", "--dry-run")
+    assert again.returncode == 0, again.stderr
+
+    since = time.time()
+    client = fleet.start("adopt", "--host", "spark", "--undo")
+    wait_for_step(fleet, "put the old ComfyUI back", since)
+    cut_power(fleet, client.pid)
+    said, _ = client.communicate(timeout=180)
+    assert client.returncode == 60, said
+    attached = fleet.inv("attach", "--host", "spark")
+    assert attached.returncode == 0, attached.stderr
+    assert old.state() == before
+    assert old.serves()
+    assert old.adopt("--undo").returncode == 75
+
+
+def test_an_adopted_installation_is_deployed_and_nothing_is_lost(old: Old) -> None:
+    before = old.state()
+    fleet = old.fleet
+    # Somebody tried Hearth before: what the data has already stays.
+    taken = fleet.prefix / "data/models/configs"
+    fleet.machine.run(f"mkdir -p {PREFIX}/data/models/configs; echo mine > '{PREFIX}/data/models/configs/ü b.yaml'")
+    adopted = old.adopt("--apply")
+    assert adopted.returncode == 0, adopted.stderr
+    assert f"the data has one of that name: {OLD}/models/configs/ü b.yaml" in adopted.stderr
+    assert (taken / "ü b.yaml").read_text() == "mine\n"
+    done = old.garden.deploy("good")
+    assert done.returncode == 0, done.stderr
+    assert "HearthAdopted" in fleet.ask("/object_info/HearthAdopted")
+    loader = json.dumps(fleet.ask("/object_info/CheckpointLoaderSimple"))
+    assert "one.safetensors" in loader
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{fleet.machine.port}/api/userdata?dir=workflows", timeout=5
+    ) as answer:
+        assert json.load(answer) == ["mine.json"]
+    data = fleet.data()
+    for name, (_, _, _, content) in before.items():
+        if name.split("/")[0] in ("models", "input", "output") and len(content) == 64 and "ü" not in name:
+            assert data[name] == content, name
+    (fleet.prefix / "data/output/new.png").write_text("made since")
+
+    back = old.adopt("--undo")
+    assert back.returncode == 0, back.stderr
+    assert old.serves()
+    after = old.state()
+    assert {name: after.get(name) for name in before} == before
+    assert (old.place / "output/new.png").read_text() == "made since"
+    assert list((old.place / "user").glob("comfyui.db.newer-*"))

@@ -1,0 +1,317 @@
+"""Adopting: what is read of an installation, what becomes of it, and how it is moved and put back."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from core.errors import NoInstallationError
+from deploy import adopt, agent, nodes, plan
+from deploy.facts import Gpu
+from tests.unit.test_plan import FLAGS, FRESH, kinds, spark
+
+ROOT = {"point": "/", "what": "/dev/sda1", "type": "ext4"}
+MISSING = {
+    "place": "", "real": "", "kind": "missing", "mount": {}, "rename": False, "bytes": 0, "files": 0, "owner": "",
+    "people": [], "links": {}, "mounts": [],
+}  # fmt: skip
+
+
+def folder(name: str, **values: Any) -> dict[str, Any]:
+    place = f"/opt/comfyui/ComfyUI/{name}"
+    own = {"place": place, "real": place, "kind": "folder", "mount": ROOT, "rename": True, "bytes": 5, "files": 1}
+    return {**MISSING, **own, **values}
+
+
+def unit(**values: Any) -> dict[str, Any]:
+    own = {"name": "comfyui.service", "path": "/etc/systemd/system/comfyui.service", "aside": False, "user": "anna"}
+    return {**own, "variables": [], "active": True, "enabled": True, **values}
+
+
+def installation(**values: Any) -> adopt.Installation:
+    own: dict[str, Any] = {
+        "path": "/opt/comfyui/ComfyUI", "version": "0.3.40", "url": "", "commit": "", "edited": None, "python": "",
+        "torch": "", "environment": "", "folders": {}, "paths": "", "nodes": [], "argv": [], "units": [],
+        "processes": [], "holds_port": False,
+    }  # fmt: skip
+    return msgspec.convert({**own, **values}, adopt.Installation)
+
+
+def found_node(name: str, **values: Any) -> dict[str, Any]:
+    own = {"name": name, "disabled": False, "file": False, "url": f"https://example.org/{name}", "commit": "c" * 40}
+    return {**own, "edited": [], **values}
+
+
+KNOWN = nodes.Catalogue(
+    nodes={"pinned": nodes.Node(url="https://Example.org/pinned.git", commit="a" * 40, tree="t", why="a test")},
+    left_out={"outcast": "it fits no other"},
+)
+
+
+def proposed(by: str = "rename", **values: Any) -> adopt.Proposal:
+    facts = msgspec.structs.replace(FRESH, user=True, data=True)
+    return adopt.propose(spark(), facts, installation(**values), KNOWN, FLAGS, by)
+
+
+def host(proposal: adopt.Proposal) -> dict[str, Any]:
+    (found,) = tomllib.loads(proposal.snippet)["hosts"].values()
+    assert isinstance(found, dict)
+    return found
+
+
+def test_what_a_rename_cannot_move_is_named_with_its_mount() -> None:
+    nas = {"point": "/mnt/nas", "what": "nas:/models", "type": "nfs4"}
+    folders = {
+        "models": folder("models", kind="link", real="/mnt/nas/comfy/models", mount=nas, rename=False),
+        "input": folder("input", rename=False, mounts=[{**nas, "point": "/opt/comfyui/ComfyUI/input/photos"}]),
+        "output": folder("output", mounts=[{**nas, "point": "/mnt/far"}]),
+        "user": folder("user", files=0),
+    }
+    found = proposed(folders=folders)
+    assert host(found)["folders"] == {"models": "/mnt/nas/comfy/models", "input": "/opt/comfyui/ComfyUI/input"}
+    assert host(found)["mounts"].keys() == {"/mnt/nas", "/mnt/far", "/opt/comfyui/ComfyUI/input/photos"}
+    assert "# nfs4 nas:/models" in found.snippet
+    assert found.moves == {"output": ("/opt/comfyui/ComfyUI/output", 5, 1)}
+    stays = proposed("reference", folders=folders)
+    assert not stays.moves
+    assert host(stays)["folders"]["output"] == "/opt/comfyui/ComfyUI/output"
+
+
+def test_a_home_folder_is_moved_but_never_referred_to() -> None:
+    folders = {"models": folder("models", real="/home/anna/ComfyUI/models")}
+    assert proposed(folders=folders).moves.keys() == {"models"}
+    stays = proposed("reference", folders=folders)
+    assert "folders" not in host(stays)
+    assert "sees no home folder" in dict(stays.left)["models in /home/anna/ComfyUI/models"]
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "why"),
+    [
+        ("a", "../output/a", "leads out of what is moved"),
+        ("sub/a", "../a", ""),
+        ("sub/a", "../../a", "leads out of what is moved"),
+        ("a", "/opt/comfyui/ComfyUI/models/b", "leads into what is moved"),
+        ("a", "/home/anna/a", "sees no home folder"),
+        ("a", "/srv/a", ""),
+    ],
+)
+def test_links_that_would_lead_nowhere_are_named(link: str, target: str, why: str) -> None:
+    left = dict(proposed(folders={"models": folder("models", links={link: target})}).left)
+    assert why in left.get(f"link /opt/comfyui/ComfyUI/models/{link} -> {target}", "")
+    assert bool(left) == bool(why)
+
+
+def test_flags_are_taken_as_far_as_this_comfyui_knows_them() -> None:
+    words = "--listen --port 8190 --reserve-vram 2.5 --normalvram --use-flash-attention --enable-manager --cpu=1"
+    found = proposed(argv=words.split(), units=[unit()])
+    assert (host(found)["listen"], host(found)["port"], found.installation.port) == ("0.0.0.0", 8190, 8190)
+    assert {name: each["value"] for name, each in host(found)["override"]["flags"].items()} == {"--reserve-vram": "2.5"}
+    left = dict(found.left)
+    assert "has no flag" in left["flag --normalvram"]
+    assert "exclude each other" in left["flag --use-flash-attention"]
+    assert "pinned" in left["flag --enable-manager"]
+    assert "takes 0" in left["flag --cpu 1"]
+
+
+def test_the_profile_is_the_gpus() -> None:
+    assert host(proposed())["profile"] == "dgx-spark"
+    for gpus, profile in (((), "cpu"), ((Gpu("H100", "9.0", 1, False),), "cuda")):
+        facts = msgspec.structs.replace(FRESH, gpus=gpus)
+        assert host(adopt.propose(spark(), facts, installation(), KNOWN, FLAGS, "rename"))["profile"] == profile
+
+
+def test_more_model_folders_are_those_laid_out_as_comfyuis() -> None:
+    text = (
+        "# an example\nnas:\n    base_path: /mnt/more/\n    is_default: true\n    checkpoints: checkpoints  # all\n"
+        "    loras: |\n        loras\n        other/lora\n    custom_nodes: custom_nodes\n"
+        'webui:\n    base_path: "/srv/webui"\n    checkpoints: models/Stable-diffusion\n'
+    )
+    found = proposed(paths=text)
+    assert host(found)["model_roots"] == ["/mnt/more"]
+    assert [what for what, _ in found.left] == [
+        "loras in /mnt/more/other/lora (extra_model_paths.yaml)",
+        "custom_nodes in /mnt/more/custom_nodes (extra_model_paths.yaml)",
+        "checkpoints in /srv/webui/models/Stable-diffusion (extra_model_paths.yaml)",
+    ]
+
+
+def test_nodes_are_known_or_can_be_listed_or_have_a_reason() -> None:
+    listed = [
+        found_node("pinned", url="git@example.org:pinned"),
+        found_node("other"),
+        found_node("registry", commit="", edited=None),
+        found_node("unread", edited=None),
+        found_node("edited", edited=["a.py", "b.py"]),
+        found_node("outcast"),
+        found_node("off", disabled=True),
+        found_node("single.py", file=True, url=""),
+        found_node("bare", url="", commit="", edited=None),
+    ]
+    found = proposed(nodes=listed)
+    assert found.nodes == {"pinned": "pinned at aaaaaaaaa, here ccccccccc"}
+    assert host(found)["override"]["nodes"] == ["pinned"]
+    assert [command.split(" --why")[0] for command in found.add] == [
+        f"inv nodes.add https://example.org/other@{'c' * 40}",
+        "inv nodes.add https://example.org/registry",
+        f"inv nodes.add https://example.org/unread@{'c' * 40}",
+    ]
+    reasons = [what for what, _ in found.left]
+    assert reasons == [
+        *(f"node {name}" for name in ("edited", "outcast", "off", "single.py", "bare")),
+        "edits of unread",
+    ]
+    assert "a.py, b.py" in dict(found.left)["node edited"]
+    assert "nobody can tell" in dict(found.left)["edits of unread"]
+
+
+def test_one_installation_must_be_meant() -> None:
+    two = adopt.Survey(("/a", "/b"), (installation(path="/a"), installation(path="/b")))
+    with pytest.raises(NoInstallationError, match="2 ComfyUIs: /a, /b"):
+        two.only("spark")
+    with pytest.raises(NoInstallationError, match="no ComfyUI was found") as none:
+        adopt.Survey(("/opt/x",), ()).only("spark")
+    assert "/opt/x" in none.value.cause
+
+
+def test_the_plan_stops_what_runs_and_moves_folder_by_folder() -> None:
+    proposal = proposed(folders={"models": folder("models"), "user": folder("user")}, units=[unit()])
+    options = plan.Options()
+    assert kinds(adopt.make(spark(), FRESH, proposal, options)) == ["retire", "account", "folders", "adopt", "adopt"]
+    aside = proposed(units=[unit(aside=True)])
+    assert kinds(adopt.make(spark(), FRESH, aside, options)) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "scope", "what"),
+    [
+        ({"processes": [{"pid": 7, "user": "anna", "unit": ""}]}, "system", "without a unit of the system's: pid 7"),
+        ({}, "user", "this host's scope is user"),
+    ],
+)
+def test_what_cannot_be_adopted_is_refused(values: dict[str, Any], scope: str, what: str) -> None:
+    planned = adopt.make(spark(scope=scope), FRESH, proposed(units=[unit()], **values), plan.Options())
+    assert not planned.steps
+    assert [what in each.what for each in planned.refusals] == [True]
+
+
+def test_undoing_takes_the_release_out_of_service_first() -> None:
+    adopted = msgspec.structs.replace(FRESH, adopted=True, current="r1")
+    assert kinds(adopt.undo(spark(), adopted, plan.Options())) == ["withdraw", "unadopt"]
+    with pytest.raises(NoInstallationError):
+        adopt.undo(spark(), FRESH, plan.Options())
+
+
+# --- the agent -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("/opt/c/.venv/bin/python main.py --listen 0.0.0.0", ("/wd", ["--listen", "0.0.0.0"])),
+        ("/usr/bin/python3 -u /opt/c/main.py", ("/opt/c", [])),
+        ("/bin/bash -c 'cd /opt/c && exec python main.py --port 1 > /tmp/log 2>&1'", ("/opt/c", ["--port", "1"])),
+        ("/usr/bin/comfy --workspace=/opt/w launch -- --port 2", ("/opt/w", ["--port", "2"])),
+        ("/usr/bin/comfy launch --background", ("~/comfy/ComfyUI", [])),
+        ("SCRIPT", ("/opt/s", ["--cpu", "--port", "3"])),
+        ("/usr/sbin/nginx -g main", ("", [])),
+    ],
+)
+def test_how_it_is_started_is_read(tmp_path: Path, command: str, expected: tuple[str, list[str]]) -> None:
+    script = tmp_path / "run.sh"
+    script.write_text('#!/bin/sh\n# starts it\ncd /opt/s\nexec python main.py --cpu \\\n  --port 3 "$@"\n')
+    assert agent._started(command.replace("SCRIPT", str(script)), "/wd") == expected
+
+
+def git(place: Path, *words: str) -> str:
+    argv = ["git", "-C", str(place), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_repository_is_read_and_nothing_that_it_names_is_run(tmp_path: Path) -> None:
+    place, ran = tmp_path / "node", tmp_path / "ran"
+    place.mkdir()
+    (place / "one.py").write_text("1\n")
+    (place / "two.py").write_text("2\n")
+    (place / ".gitattributes").write_text("*.py filter=evil\n")
+    for words in (["init", "--quiet"], ["add", "-A"], ["commit", "--quiet", "-m", "one"], ["gc", "--quiet"]):
+        git(place, *words)
+    git(place, "remote", "add", "origin", "https://anna:word@example.org/node")
+    for key in ("core.fsmonitor", "filter.evil.clean", "filter.evil.process", "core.sshCommand"):
+        git(place, "config", key, f"touch {ran}; cat")
+    commit = (place / ".git/HEAD").read_text()
+    (place / "two.py").write_text("edited\n")
+    (place / "new.py").write_text("made when it ran\n")
+    found = agent._repository(place)
+    assert not ran.exists()
+    assert found == {"url": "https://example.org/node", "commit": git(place, "rev-parse", "HEAD"), "edited": ["two.py"]}
+    assert commit == (place / ".git/HEAD").read_text()
+
+
+def site(tmp_path: Path) -> agent.Site:
+    values = {"prefix": str(tmp_path / "prefix"), "service": "c", "scope": "user", "user": "", "address": "", "port": 1}
+    one = agent.Site(values)
+    for path in (one.data, one.state):
+        path.mkdir(parents=True)
+    return one
+
+
+def tree(root: Path) -> dict[str, tuple[int, str]]:
+    return {
+        str(path.relative_to(root)): (stat.S_IMODE(path.lstat().st_mode), path.read_text() if path.is_file() else "")
+        for path in root.rglob("*")
+    }
+
+
+def test_folders_in_both_places_are_brought_together_and_apart_again(tmp_path: Path) -> None:
+    place, old = site(tmp_path), tmp_path / "old/models"
+    files = {"loras/a": "old a", "loras/b": "old b", "checkpoints/c": "c", "same": "old"}
+    for root, contents in ((old, files), (place.data / "models", {"loras/b": "new b", "same": "new", "vae/v": "v"})):
+        for name, text in contents.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text)
+    (place.data / "models/checkpoints").mkdir()
+    (old / "checkpoints/c").chmod(0o400)
+    (old / "dangling").symlink_to("/nowhere")
+    before, data = tree(old), tree(place.data)
+    said: list[str] = []
+    step = {"name": "models", "source": str(old)}
+    agent.adopt(place, step, said.append)
+    agent.adopt(place, step, said.append)  # as after a kill
+    assert (place.data / "models/loras/b").read_text() == "new b"
+    assert (place.data / "models/loras/a").read_text() == "old a"
+    assert (place.data / "models/checkpoints/c").stat().st_mode & 0o777 == 0o660
+    assert (place.data / "models/dangling").is_symlink()
+    assert {path.relative_to(old) for path in old.rglob("*") if path.is_file()} == {Path("loras/b"), Path("same")}
+    assert [each.rpartition("/")[2] for each in said] == ["b", "same"] * 2
+    agent.unadopt(place, {}, said.append)
+    assert tree(old) == before
+    assert tree(place.data) == {name: each for name, each in data.items() if name != "models/checkpoints"}
+    assert not agent.Adopted(place).path.exists()
+
+
+def test_a_rename_overwrites_nothing_and_follows_no_link(tmp_path: Path) -> None:
+    for name in ("a/x", "b/x"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    with pytest.raises(FileExistsError):
+        agent.rename(tmp_path / "a/x", tmp_path / "b/x")
+    with pytest.raises(OSError, match="link") as refused:
+        agent.rename(tmp_path / "link/x", tmp_path / "b/y")
+    assert refused.value.errno in (errno.ELOOP, errno.ENOTDIR)
+    agent.rename(tmp_path / "a/x", tmp_path / "b/y")
+    assert ((tmp_path / "b/x").read_text(), (tmp_path / "b/y").read_text()) == ("b/x", "a/x")
+
+
+def test_a_pipe_instead_of_a_file_holds_nobody_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "HEAD")
+    assert agent._text(tmp_path / "HEAD") == ""
