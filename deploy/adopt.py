@@ -167,7 +167,7 @@ def propose(
 ) -> Proposal:
     """What of an installation Hearth keeps, and how; `by` is "rename" or "reference"."""
     left: list[tuple[str, str]] = []
-    moves, places, mounts = _folders(found, by, left)
+    moves, places, mounts = _folders(found, by, target.host.folders, left)
     roots = _model_roots(found.paths, left)
     nodes, add = _nodes(found, known, left)
     profile = _profile(facts)
@@ -232,16 +232,20 @@ def settings(argv: Sequence[str]) -> dict[str, str]:
 
 
 def _folders(
-    found: Installation, by: str, left: list[tuple[str, str]]
+    found: Installation, by: str, elsewhere: Mapping[str, str], left: list[tuple[str, str]]
 ) -> tuple[dict[str, tuple[str, int, int]], dict[str, str], dict[str, str]]:
     """What is moved; what stays and is named in `folders`; the mounts that both need, with what they are now."""
     moves: dict[str, tuple[str, int, int]] = {}
     places: dict[str, str] = {}
     mounts: dict[str, str] = {}
     for name, folder in found.folders.items():
-        if folder.kind == "missing" or (folder.rename and not folder.files):
+        if told := elsewhere.get(name):
+            places[name] = told
+            if folder.files and folder.real != told:
+                left.append((f"{name} in {folder.real}", f"hosts.toml says that it lies in {told}"))
+        elif folder.kind == "missing" or (folder.rename and not folder.files):
             continue  # nothing in it, or no more
-        if folder.rename and by == "rename":
+        elif folder.rename and by == "rename":
             moves[name] = (folder.real, folder.bytes, folder.files)
             left += _links(folder, found)
         elif wrong := _unfit(folder.real):
@@ -327,7 +331,7 @@ def _flags(
         if name in OWN_FLAGS or own.get(name) == value:
             continue
         if name.startswith("--enable-manager"):
-            left.append((f"flag {name}", "nodes are pinned in nodes.toml, and nothing changes them while it runs"))
+            left.append((f"flag {name}", "off by default, and unable to install: docs/decisions/0010-manager.md"))
         elif wrong := application.wrong({**own, **chosen, name: value}, known):
             left.append((f"flag {f'{name} {value}'.strip()}", wrong[0][0]))
         else:

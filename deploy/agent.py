@@ -1158,8 +1158,6 @@ def _picture(site: Site, note: Callable[[str], None]) -> None:
 WRITTEN = "written by Hearth for release"
 """In the first line of every unit of Hearth's (recipes/comfyui/units/)."""
 
-UNITS = Path("/etc/systemd/system")
-
 FOLDERS = ("models", "input", "output", "user")
 
 

@@ -85,6 +85,17 @@ def test_what_a_rename_cannot_move_is_named_with_its_mount() -> None:
     assert host(stays)["folders"]["output"] == "/opt/comfyui/ComfyUI/output"
 
 
+def test_what_lies_elsewhere_already_is_not_moved_into_the_data() -> None:
+    facts = msgspec.structs.replace(FRESH, user=True, data=True)
+    target = spark(folders={"models": "/srv/models"})
+    folders = {"models": folder("models"), "output": folder("output")}
+    found = adopt.propose(target, facts, installation(folders=folders), KNOWN, FLAGS, "rename")
+    assert found.moves.keys() == {"output"}
+    assert host(found)["folders"] == {"models": "/srv/models"}
+    place = "models in /opt/comfyui/ComfyUI/models"
+    assert (place, "hosts.toml says that it lies in /srv/models") in found.left
+
+
 def test_a_home_folder_is_moved_but_never_referred_to() -> None:
     folders = {"models": folder("models", real="/home/anna/ComfyUI/models")}
     assert proposed(folders=folders).moves.keys() == {"models"}
