@@ -167,7 +167,7 @@ def propose(
 ) -> Proposal:
     """What of an installation Hearth keeps, and how; `by` is "rename" or "reference"."""
     left: list[tuple[str, str]] = []
-    moves, places, mounts = _folders(found, by, target.host.folders, left)
+    moves, places, mounts = _folders(found, by, target.site["folders"], left)
     roots = _model_roots(found.paths, left)
     nodes, add = _nodes(found, known, left)
     profile = _profile(facts)

@@ -129,7 +129,7 @@ def test_flags_are_taken_as_far_as_this_comfyui_knows_them() -> None:
     left = dict(found.left)
     assert "has no flag" in left["flag --normalvram"]
     assert "exclude each other" in left["flag --use-flash-attention"]
-    assert "pinned" in left["flag --enable-manager"]
+    assert "off by default" in left["flag --enable-manager"]
     assert "takes 0" in left["flag --cpu 1"]
 
 
