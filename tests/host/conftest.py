@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
 
-from core import files
 from tests.host import machine
-from tests.host.fleet import PREFIX, Fleet
-from tests.host.machine import Machine
+from tests.host.fleet import Fleet, fresh
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,19 +27,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """The machine, booted; nothing is deployed yet."""
     if lacking := machine.missing():  # .ci/run is root and installs them, so CI never leaves this out
         pytest.skip(f"a Debian cannot be booted without {', '.join(lacking)}")
-    # Not in pytest's folder: the overlay must be on the file system of uv's cache, to share it by hard links.
-    place = files.cache() / "hosts/running" / tmp_path_factory.getbasetemp().name
-    shutil.rmtree(place, ignore_errors=True)
-    one = Machine(place, prefix=PREFIX)
-    try:
-        one.add_disk("blocks", "80M")
-        one.add_disk("inodes", "2G", "-N", "300")
-        one.boot()
-        fleet = Fleet(one, tmp_path_factory.mktemp("fleet"))
-        fleet.configure()
-        yield fleet
-    finally:
-        one.discard()
+    with fresh(tmp_path_factory.mktemp("fleet"), "shared", Fleet) as one:
+        one.machine.add_disk("blocks", "300M")
+        one.machine.add_disk("inodes", "2G", "-N", "300")
+        one.machine.boot()
+        yield one
 
 
 @pytest.fixture(scope="session")

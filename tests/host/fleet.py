@@ -9,8 +9,11 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from core import files, source
 from deploy.application import application
@@ -41,6 +44,11 @@ class Fleet(Client):
             "HEARTH_WHEELHOUSE": str(self.place / "wheelhouse"),
         }
         return {**own, **self.env}
+
+    def facts(self) -> dict[str, Any]:
+        found = json.loads(self.inv("facts", "--host", "spark", "--json").stdout)
+        assert isinstance(found, dict)
+        return found
 
     def deploy(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return self.inv("deploy", "--host", "spark", *words, **env)
@@ -91,3 +99,20 @@ class Fleet(Client):
             for path in root.rglob("*")
             if path.is_file() and not own.match(name := str(path.relative_to(root)))
         }
+
+
+F = TypeVar("F", bound=Fleet)
+
+
+@contextmanager
+def fresh(folder: Path, name: str, kind: type[F], prefix: str = PREFIX, **machine: Any) -> Iterator[F]:
+    """A fleet whose machine is its own, not booted yet and discarded in the end; what a killed run left goes first."""
+    # Not in pytest's folder: the overlay must be on the file system of uv's cache, to share it by hard links.
+    place = files.cache() / "hosts/running" / f"{name}-{folder.parent.name}"
+    shutil.rmtree(place, ignore_errors=True)
+    fleet = kind(Machine(place, prefix=prefix, **machine), folder)
+    fleet.configure()
+    try:
+        yield fleet
+    finally:
+        fleet.machine.discard()

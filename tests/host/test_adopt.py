@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from core import files
-from tests.host.fleet import PREFIX, Fleet
-from tests.host.machine import Machine, free_port
+from tests.host.fleet import PREFIX, Fleet, fresh
+from tests.host.machine import free_port
 from tests.host.test_faults import cut_power, kill_agent, wait_for_step
 from tests.host.test_nodes import GOOD, Garden
 
@@ -165,24 +164,18 @@ class Old:
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Old]:
     tmp_path = tmp_path_factory.mktemp("adopt")
-    machine = Machine(files.cache() / "hosts/running" / f"adopt-{tmp_path.parent.name}", prefix=PREFIX)
-    fleet = Fleet(machine, tmp_path)
-    fleet.configure()
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            machine.boot()
-            machine.run("apt-get update -qq && apt-get install -qq -y --no-install-recommends git python3-venv")
-            garden = Garden(tmp_path / "garden", fleet)
-            known = garden.commit("good", GOOD.replace("WHICH", '("HearthAdopted",)'))
-            for name in ("edited", "unknown"):
-                garden.commit(name, GOOD.replace("WHICH", '("HearthOther",)'))
-            garden.write(known, monkeypatch=patch)
-            one = Old(fleet, garden)
-            one.build()
-            assert one.serves()
-            yield one
-        finally:
-            machine.discard()
+    with fresh(tmp_path, "adopt", Fleet) as fleet, pytest.MonkeyPatch.context() as patch:
+        fleet.machine.boot()
+        fleet.machine.run("apt-get update -qq && apt-get install -qq -y --no-install-recommends git python3-venv")
+        garden = Garden(tmp_path / "garden", fleet)
+        known = garden.commit("good", GOOD.replace("WHICH", '("HearthAdopted",)'))
+        for name in ("edited", "unknown"):
+            garden.commit(name, GOOD.replace("WHICH", '("HearthOther",)'))
+        garden.write(known, monkeypatch=patch)
+        one = Old(fleet, garden)
+        one.build()
+        assert one.serves()
+        yield one
 
 
 def test_what_is_there_is_read_and_a_proposal_made(old: Old) -> None:

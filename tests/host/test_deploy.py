@@ -59,7 +59,7 @@ def machine_since(fleet: Fleet) -> str:
 
 
 def test_facts_releases_history_and_what_a_release_holds(deployed: Fleet) -> None:
-    facts = json.loads(deployed.inv("facts", "--host", "spark", "--json").stdout)
+    facts = deployed.facts()
     assert facts["os"] == "debian 12"
     assert facts["manager"] == "systemd-system"
     assert facts["current"] == deployed.current()
@@ -160,7 +160,7 @@ def test_a_gpu_or_kernel_that_is_not_used_is_unhealthy(steady: Fleet) -> None:
     try:
         steady.configure("[hosts.spark.override]\ncuda = true\n")
         no_cuda = steady.deploy()
-        (gpu,) = json.loads(steady.inv("facts", "--host", "spark", "--json").stdout)["gpus"]
+        (gpu,) = steady.facts()["gpus"]
     finally:
         smi.unlink()
     assert gpu == {"name": "NVIDIA GB10", "capability": "12.1", "memory": None, "unified": True}

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from core import files
 from tests.host import machine
-from tests.host.fleet import PREFIX, Fleet
-from tests.host.machine import Machine
+from tests.host.fleet import Fleet, fresh
 
 pytestmark = pytest.mark.host
 
@@ -138,7 +136,7 @@ def test_an_interrupted_deploy_leaves_the_old_release_or_the_new(
     begun = [event["release"] for event in journal(steady, since - 1) if event["event"] == "begin"]
     assert now in (old, *begun)
     assert steady.answers(90)
-    facts = json.loads(steady.inv("facts", "--host", "spark", "--json").stdout)
+    facts = steady.facts()
     (release,) = (each for each in facts["releases"] if each["id"] == now)
     assert {facts["parts"][part] for part in release["parts"].values()} == {""}
     converge(steady, HEARTH_APP=str(other))
@@ -159,22 +157,17 @@ def test_two_deploys_at_once(steady: Fleet, other: Path) -> None:
 @pytest.mark.faults
 def test_a_first_deploy_interrupted_at_every_step(tmp_path: Path) -> None:
     """The agent is killed at each step in turn; each time systemd starts it again, and it gets further."""
-    place = files.cache() / "hosts/running" / f"first-{tmp_path.name}"
-    fresh = Fleet(Machine(place, prefix=PREFIX), tmp_path)
-    fresh.configure()
-    try:
-        fresh.machine.boot()
+    with fresh(tmp_path, "first", Fleet) as first:
+        first.machine.boot()
         since = time.time()
-        client = fresh.start("deploy", "--host", "spark")
+        client = first.start("deploy", "--host", "spark")
         for step in FIRST:
-            wait_for_step(fresh, step, since)
-            kill_agent(fresh, client.pid)
+            wait_for_step(first, step, since)
+            kill_agent(first, client.pid)
         said, _ = client.communicate(timeout=600)
         assert client.returncode == 0, said
-        converge(fresh)
-        assert fresh.answers(1)
-    finally:
-        fresh.machine.discard()
+        converge(first)
+        assert first.answers(1)
 
 
 @pytest.mark.parametrize(("lacking", "said"), [("blocks", "free at /srv/blocks/c"), ("inodes", "inodes free at")])

@@ -126,7 +126,7 @@ def test_nodes_are_read_only_parts_with_writable_corners(garden: Garden, monkeyp
     assert {path.name for path in (kept / "presets").iterdir()} == {"shipped.txt", "own.txt"}
     place = "/opt/comfyui/current/custom_nodes/good"
     assert "no" in fleet.machine.run(f"runuser -u comfyui -- touch {place}/new 2>/dev/null || echo no")
-    facts = json.loads(fleet.inv("facts", "--host", "spark", "--json").stdout)
+    facts = fleet.facts()
     assert facts["failed_nodes"] == {"bad": "No module named 'nothing_like_this'"}
 
     (kept / "presets/shipped.txt").write_text("edited by its user")

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core import files
-from tests.host.fleet import PREFIX, Fleet
-from tests.host.machine import Machine
+from tests.host.fleet import Fleet, fresh
 
 pytestmark = pytest.mark.host
 
@@ -69,11 +67,8 @@ def test_every_host_is_reached_by_a_check(deployed: Fleet) -> None:
 
 def test_a_host_without_a_network_is_deployed_to_from_a_bundle(tmp_path: Path) -> None:
     """Everything comes from one file: the client's cache and wheelhouse are empty then, too."""
-    place = files.cache() / "hosts/running" / f"bundle-{tmp_path.parent.name}"
-    alone = Fleet(Machine(place, prefix=PREFIX, downloads=False, network=False), tmp_path)
-    alone.configure()
     bundle, cut = tmp_path / "spark.tar", tmp_path / "cut.tar"
-    try:
+    with fresh(tmp_path, "bundle", Fleet, downloads=False, network=False) as alone:
         alone.machine.boot()
         made = alone.inv("bundle", "--host", "spark", "--output", str(bundle), "--json")
         assert made.returncode == 0, made.stderr
@@ -90,28 +85,21 @@ def test_a_host_without_a_network_is_deployed_to_from_a_bundle(tmp_path: Path) -
         assert "a picture came back" in done.stderr
         again = alone.deploy("--bundle", str(bundle), "--dry-run")
         assert again.returncode == 0, again.stderr
-        facts = json.loads(alone.inv("facts", "--host", "spark", "--json").stdout)
+        facts = alone.facts()
         assert set(facts["parts"].values()) == {""}
-    finally:
-        alone.machine.discard()
-        bundle.unlink(missing_ok=True)
+    bundle.unlink()
 
 
 @pytest.mark.faults
 def test_a_host_without_a_network_gets_its_packages_from_here(tmp_path: Path) -> None:
     """They are downloaded here (3 GB) and sent: part of the long run."""
-    place = files.cache() / "hosts/running" / f"offline-{tmp_path.parent.name}"
-    alone = Fleet(Machine(place, prefix=PREFIX, downloads=False, network=False), tmp_path)
-    alone.configure()
-    try:
+    with fresh(tmp_path, "offline", Fleet, downloads=False, network=False) as alone:
         alone.machine.boot()
         done = alone.deploy()
         assert done.returncode == 0, done.stderr
         assert "spark has no way to the package index: sending the packages from here" in done.stderr
         assert "a picture came back" in done.stderr
-        facts = json.loads(alone.inv("facts", "--host", "spark", "--json").stdout)
+        facts = alone.facts()
         assert set(facts["parts"].values()) == {""}
         again = alone.deploy("--dry-run")
         assert again.returncode == 0, again.stderr
-    finally:
-        alone.machine.discard()

@@ -6,42 +6,36 @@ inv build-kernels --arch 12.1 --python 3.11
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from core import files
-from tests.host.fleet import PREFIX, Fleet
-from tests.host.machine import Machine
+from tests.host.fleet import Fleet, fresh
 
 pytestmark = [pytest.mark.host, pytest.mark.spark]
 
 
 def test_a_spark_takes_the_same_deploy(tmp_path: Path) -> None:
-    place = files.cache() / "hosts/running" / f"spark-{tmp_path.parent.name}"
-    fleet = Fleet(Machine(place, prefix=PREFIX, arch="arm64"), tmp_path)
-    fleet.patience = 3600
-    fleet.env["HEARTH_WHEELHOUSE"] = str(files.wheelhouse())
-    fleet.configure(
-        "[hosts.spark.override]\n"
-        'pythons = ["3.11"]\n'  # Debian 12's
-        "cuda = false\nstart_seconds = 900\n"
-        'flags."--cpu" = { why = "emulation has no GPU" }\n',
-        profile="dgx-spark",
-    )
-    try:
+    with fresh(tmp_path, "spark", Fleet, arch="arm64") as fleet:
+        fleet.patience = 3600
+        fleet.env["HEARTH_WHEELHOUSE"] = str(files.wheelhouse())
+        fleet.configure(
+            "[hosts.spark.override]\n"
+            'pythons = ["3.11"]\n'  # Debian 12's
+            "cuda = false\nstart_seconds = 900\n"
+            'flags."--cpu" = { why = "emulation has no GPU" }\n',
+            profile="dgx-spark",
+        )
         fleet.machine.boot()
         done = fleet.deploy()
         assert done.returncode == 0, done.stderr
         assert "a picture came back" in done.stderr
         assert "attention: sage attention" in done.stderr
-        facts = json.loads(fleet.inv("facts", "--host", "spark", "--json").stdout)
+        facts = fleet.facts()
         assert (facts["machine"], facts["manager"]) == ("aarch64", "systemd-system")
         (release,) = facts["releases"]
         assert set(release["kernels"]) == {"sageattention", "flash-attn"}
         assert all("sm121" in version for version in release["kernels"].values())
         again = fleet.deploy("--dry-run")
         assert again.returncode == 0, again.stderr
-    finally:
-        fleet.machine.discard()

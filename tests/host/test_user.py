@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from core import files
-from tests.host.fleet import Fleet
-from tests.host.machine import LOGIN, Machine
+from tests.host.fleet import Fleet, fresh
+from tests.host.machine import LOGIN
 
 pytestmark = pytest.mark.host
 
@@ -27,12 +25,10 @@ class Own(Fleet):
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Own]:
-    place = files.cache() / "hosts/running" / f"user-{tmp_path.parent.name}"
-    machine = Machine(place, prefix="/nowhere", downloads=False)
-    machine.share_downloads(f"{HOME}/.local/share/hearth/comfyui/state/cache/uv")
-    fleet = Own(machine, tmp_path)
-    fleet.configure('scope = "user"\n')
-    try:
+    with fresh(tmp_path, "user", Own, prefix="/nowhere", downloads=False) as fleet:
+        machine = fleet.machine
+        machine.share_downloads(f"{HOME}/.local/share/hearth/comfyui/state/cache/uv")
+        fleet.configure('scope = "user"\n')
         machine.boot()
         # What every full Debian and Ubuntu has; polkit allows a login to let its own services linger.
         packages = "libpam-systemd dbus-user-session polkitd"
@@ -40,8 +36,6 @@ def own(tmp_path: Path) -> Iterator[Own]:
         # What is linked to this machine's files stays root's: uv copies what it may not link.
         machine.run(f"find {HOME}/.local '(' -type d -o -links 1 ')' -exec chown {LOGIN}: {{}} +")
         yield fleet
-    finally:
-        machine.discard()
 
 
 def test_a_user_deploys_without_root(own: Own) -> None:
@@ -49,7 +43,7 @@ def test_a_user_deploys_without_root(own: Own) -> None:
     assert done.returncode == 0, done.stderr
     assert "systemd run without a login (loginctl enable-linger)" in done.stderr
     assert "a picture came back" in done.stderr
-    facts = json.loads(own.inv("facts", "--host", "spark", "--json").stdout)
+    facts = own.facts()
     assert (facts["manager"], facts["root"], facts["login"]) == ("systemd-user", False, LOGIN)
     assert facts["service"]["enabled"]
     again = own.deploy("--dry-run")
