@@ -540,7 +540,7 @@ def _shared(site: Site, folder: Path) -> bool:
         status = folder.stat()
         if status.st_uid != site.owner()[0]:
             return True  # another's is another's affair
-        return bool(status.st_mode & stat.S_ISGID) and os.getxattr(folder, "system.posix_acl_default") == SHARED
+        return bool(status.st_mode & stat.S_ISGID) and os.getxattr(folder, SHARING) == SHARED
     except OSError as error:  # a file system without such lists does without, a folder that is not there is no fault
         return error.errno in (errno.ENOTSUP, errno.ENOENT)
 
@@ -550,6 +550,7 @@ def _acl(*entries: tuple[int, int]) -> bytes:
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, may, 0xFFFFFFFF) for tag, may in entries)
 
 
+SHARING = "system.posix_acl_default"
 SHARED = _acl((0x01, 7), (0x04, 7), (0x20, 5))
 """Owner and group may all, others read: what is made in a folder gets this, whatever its maker's umask says."""
 
@@ -1688,6 +1689,8 @@ def _undo(site: Site, event: Json) -> None:
             for name, user, group, mode in event["entries"]:
                 with suppress(FileNotFoundError):
                     _give(place, name, user, group, mode)
+                with suppress(OSError):  # what a deploy added since
+                    os.removexattr(f"/proc/self/fd/{place}/{name}", SHARING, follow_symlinks=False)
     elif event["event"] == "rename" and os.path.lexists(event["target"]):
         rename(Path(event["target"]), Path(event["source"]))
     elif event["event"] == "database" and (site.state / "adopted/database").is_dir():
@@ -1774,18 +1777,21 @@ def folders(site: Site, step: Json, note: Callable[[str], None]) -> None:
         fresh.mkdir(parents=True)
         os.chown(fresh, *site.owner())
         fresh.rename(folder)
-    for folder in (site.data, *(site.data / name for name in DATA), *map(Path, site.elsewhere.values())):
-        as_service(site, _share, folder)
+    as_service(site, _share, site.data, list(site.elsewhere.values()))
 
 
-def _share(folder: Path) -> None:
-    """Make a folder whose files belong to the group, and can be changed by it."""
-    if not folder.is_symlink():
-        folder.mkdir(exist_ok=True)
-    if folder.exists() and folder.stat().st_uid == os.geteuid():
-        folder.chmod(folder.stat().st_mode | 0o2770)
-        with suppress(OSError):  # NFS 4 has lists of another kind
-            os.setxattr(folder, "system.posix_acl_default", SHARED)
+def _share(data: Path, elsewhere: list[str]) -> None:
+    """Make the folders of the data, and let the group change whatever lies in them and elsewhere."""
+    for name in DATA:
+        if not (data / name).is_symlink():
+            (data / name).mkdir(exist_ok=True)
+    for root in (str(data), *elsewhere):
+        for name, _, _ in os.walk(root):
+            place = Path(name)
+            if place.stat().st_uid == os.geteuid():  # another's is another's affair
+                place.chmod(place.stat().st_mode | 0o2770)
+                with suppress(OSError):  # NFS 4 has lists of another kind
+                    os.setxattr(place, SHARING, SHARED)
 
 
 # custom_nodes: ComfyUI stops when its base directory has none

@@ -84,13 +84,15 @@ def git(place: Path, *words: str) -> str:
 
 
 def state(root: Path) -> dict[str, tuple[int, int, int, str]]:
-    """Owner, group, mode and content of everything in a tree, or of a file."""
+    """Owner, group, mode and content (of folders: access lists) of everything in a tree, or of a file."""
     found: dict[str, tuple[int, int, int, str]] = {}
     for path in (root, *root.rglob("*")):
         status = path.lstat()
         content = ""
         if path.is_symlink():
             content = str(path.readlink())
+        elif path.is_dir():
+            content = " ".join(os.listxattr(path))
         elif stat.S_ISREG(status.st_mode):
             content = hashlib.sha256(path.read_bytes()).hexdigest()
         found[str(path.relative_to(root))] = (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode), content)
@@ -313,6 +315,7 @@ def test_an_adopted_installation_is_deployed_and_nothing_is_lost(old: Old) -> No
     for name, (_, _, _, content) in before.items():
         if name.split("/")[0] in ("models", "input", "output") and len(content) == 64 and "ü" not in name:
             assert data[name] == content, name
+    assert "system.posix_acl_default" in os.listxattr(fleet.prefix / "data/output/berts")
     (fleet.prefix / "data/output/new.png").write_text("made since")
 
     back = old.adopt("--undo")

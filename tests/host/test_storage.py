@@ -152,7 +152,7 @@ def test_members_share_the_data_read_the_log_and_may_restart_when_allowed(steady
         tried = machine.run(f"runuser -u {who} -- sh -c '{command}' >/dev/null 2>&1 && echo yes || echo no")
         return tried.strip() == "yes"
 
-    assert may("anna", f"umask 077; mkdir {place}; echo a > {place}/one")
+    assert may("anna", f"umask 077; mkdir -p {place}; echo a > {place}/one")
     assert may("ben", f"echo b >> {place}/one; echo b > {place}/two")
     assert may("comfyui", f"rm {place}/two")
     assert may("anna", f"head -1 {PREFIX}/current/app/main.py")
