@@ -160,7 +160,8 @@ def run(argv: list[str], env: dict[str, str] | None = None, timeout: float = 360
         raise Fault("step", f"{argv[0]} could not be run", str(error)) from error
     if done.returncode:
         tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
-        raise Fault("disk" if "No space left" in tail else "step", f"{' '.join(argv[:3])} failed", tail)
+        full = "No space left" in tail
+        raise Fault("disk" if full else "step", f"{' '.join(argv[:3])} failed", tail, FULL if full else "")
     return done.stdout
 
 
@@ -2243,8 +2244,11 @@ def apply(site: Site) -> None:
 
 def _os_fault(error: OSError, step: Json) -> Json:
     full = error.errno in (28, 122)  # ENOSPC, EDQUOT
-    hint = "free some space or inodes, then run the same command again" if full else "run the same command again"
+    hint = FULL if full else "run the same command again"
     return Fault("disk" if full else "step", f"could not {step['title']}", str(error), hint).report
+
+
+FULL = "free some space or inodes, then run the same command again"
 
 
 def follow(site: Site, run_id: str) -> Iterator[Json]:
