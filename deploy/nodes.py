@@ -157,7 +157,7 @@ def _closure(found: Catalogue, names: Sequence[str]) -> set[str]:
     return closed
 
 
-PARALLEL = 8
+PARALLEL = 16
 """Repositories fetched at once: each waits for its server most of the time."""
 
 
