@@ -74,6 +74,9 @@ def write(target: Target, stock: Shelf, platform: str, python: str, wheels: Sequ
     listed = _listed(stock, asking, platform, python, wheels)
     total = sum(path.stat().st_size for path in listed.values())
     console.say(f"bundling {len(listed)} files, {console.size(total)}")
+    for stale in output.parent.glob(f".{output.name}.*"):  # of a run that was killed
+        if not Path(f"/proc/{stale.suffix[1:]}").exists():
+            stale.unlink()
     part = output.with_name(f".{output.name}.{os.getpid()}")
     found: dict[str, File] = {}
     try:

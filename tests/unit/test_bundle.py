@@ -52,6 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HEARTH_APP", str(place / "app"))
         patch.setenv("HEARTH_HOSTS", str(place / "hosts.toml"))
+        (place / ".far.tar.999999999").write_text("left by a run that was killed")
         output, found = flow.make_bundle("far", place / "far.tar", "linux_x86_64", "3.11", ask_sudo=False)
         again, _ = flow.make_bundle("far", place / "again.tar", "linux_x86_64", "3.11", ask_sudo=False)
         flow.make_bundle("far", place / "arm.tar", "linux_aarch64", "3.11", ask_sudo=False)
