@@ -152,7 +152,10 @@ def compile_all(*, check: bool) -> list[str]:
         asked = wishes(app, known)
 
         def resolve(stack: Stack, platform: Platform, python: str, path: Path, first: str) -> str:
-            files.write(path, first + _compile(asked, known, stack, platform, python, path))
+            second = f"# What they ask for: {_asked_hash(asked, known, stack)}\n"
+            _, _, body = path.read_text().partition(second) if path.exists() else ("", "", "")
+            body = body or _compile(asked, known, stack, platform, python, path)  # new code may ask for the same
+            files.write(path, first + second + body)
             return path.stem
 
         with (
@@ -249,6 +252,13 @@ def nodes_hash(known: Catalogue) -> str:
 def _other(name: str, requirement: str) -> bool:
     """Whether an override takes another package than the one asked for, or none."""
     return not requirement or canonicalize_name(Requirement(requirement).name) != canonicalize_name(name)
+
+
+def _asked_hash(asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack) -> str:
+    """The hash of all requirements that a list answers; it is in the list's second line."""
+    decided = {name: each.requirement for name, each in known.override.items()}
+    listed = json.dumps([asked, decided, trio(stack)], sort_keys=True)
+    return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
 def _compile(

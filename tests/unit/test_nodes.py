@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import ConfigError, HearthError, UnknownNameError
+from core.errors import ConfigError, HearthError, ToolMissingError, UnknownNameError
 from deploy import environment, nodes
+from deploy.application import application
 
 NODE = 'url = "https://example.org/{name}"\ncommit = "' + "a" * 40 + '"\ntree = "t"\nwhy = "a test"\n'
 
@@ -163,3 +164,25 @@ def test_without_a_list_the_projects_dependencies_count(tmp_path: Path) -> None:
     assert nodes.requirements(tmp_path) == ["lark>=1"]
     (tmp_path / "pyproject.toml").write_text("[project\n")
     assert nodes.requirements(tmp_path) == []
+
+
+def test_new_code_that_asks_for_the_same_needs_no_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "src/requirements.txt").write_text("six\n")
+    (tmp_path / "app.toml").write_text(
+        'name = "comfyui"\nversion = "1"\ntree = ""\nextra = []\nsize = {}\nfiles = {}\n[[source]]\nfolder = "src"\n'
+    )
+    monkeypatch.setenv("HEARTH_APP", str(tmp_path))
+    known = nodes.catalogue()
+    asked = environment.wishes(application(), known)
+    for stack, platform, python in environment.combinations():
+        path = tmp_path / "locks" / f"{environment.Lock(stack.name, platform.value, python, '').name}.txt"
+        path.write_text(f"# before\n# What they ask for: {environment._asked_hash(asked, known, stack)}\nsix==1.17.0\n")
+    monkeypatch.setenv("PATH", "")  # no uv: nothing can be resolved
+    assert len(environment.compile_all(check=False)) == len(environment.combinations())
+    assert all(path.read_text().endswith("\nsix==1.17.0\n") for path in (tmp_path / "locks").iterdir())
+    assert environment.compile_all(check=True) == []
+    (tmp_path / "src/requirements.txt").write_text("six<1\n")
+    with pytest.raises(ToolMissingError):
+        environment.compile_all(check=False)
