@@ -42,8 +42,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def unit(session: nox.Session) -> None:
-    """Only the tests that compile nothing: seconds."""
-    session.run("pytest", "-m", "not toolchain and not gpu", *session.posargs)
+    """Only the tests that compile nothing and boot nothing: seconds."""
+    session.run("pytest", "-m", "not toolchain and not gpu and not host", *session.posargs)
 
 
 @nox.session
