@@ -74,11 +74,11 @@ def tree_hash(root: Path, names: Iterable[str] | None = None) -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file in one rename: whoever reads it sees the old text or the new one."""
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file in one rename: whoever reads it sees the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
+    part.write_bytes(content if isinstance(content, bytes) else content.encode())
     part.rename(path)
 
 

@@ -1,6 +1,6 @@
 """Taking over a ComfyUI that somebody else installed: what of it Hearth can keep, and the plan that does it.
 
-Pure, as plans are: what `survey` of `deploy/agent.py` saw goes in, a proposal or a plan comes out.
+Pure, as plans are: what `agent/survey.py` saw goes in, a proposal or a plan comes out.
 """
 
 from __future__ import annotations

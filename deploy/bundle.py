@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "bundle.json"
-AGENT = "agent.py"
+AGENT = "agent.pyz"
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -118,7 +118,7 @@ def _listed(
 ) -> dict[str, Path]:
     """Every file of a bundle by its name there; what the cache lacks is fetched."""
     app, lock = stock.application, stock.locks[platform, python]
-    found = {AGENT: connection.AGENT, "checkout/uv.lock": files.checkout() / "uv.lock"}
+    found = {AGENT: connection.agent_file(), "checkout/uv.lock": files.checkout() / "uv.lock"}
     for pattern in ("config/stacks.toml", "config/profiles/*.toml", "recipes/comfyui/units/*.service"):
         found |= {f"checkout/{path.relative_to(files.checkout())}": path for path in files.checkout().glob(pattern)}
     recipe = [applications.folder() / "app.toml", nodes.catalogue_file()]
@@ -163,7 +163,7 @@ def opened(path: Path) -> Iterator[Bundle]:
     try:
         console.say(f"unpacking {path.name}, {console.size(path.stat().st_size)}")
         bundle = _read(path, place)
-        if bundle.files[AGENT].sha256 != files.sha256(connection.AGENT):
+        if bundle.files[AGENT].sha256 != hashlib.sha256(connection.packed_agent()).hexdigest():
             raise BundleError(
                 f"{path} was made by another version of Hearth",
                 cause="its agent is not this one's, so what it would do on a host may differ",

@@ -7,18 +7,21 @@ fabric/connection.py), so policy and known_hosts are set here, for jump hosts as
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
+import io
 import json
 import os
 import shlex
 import sys
 import threading
+import zipfile
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import shell
+from core import files, shell
 from core.errors import (
     AgentError,
     BusyError,
@@ -40,7 +43,30 @@ if TYPE_CHECKING:
 
     from deploy.host import Target
 
-AGENT = Path(__file__).with_name("agent.py")
+
+@functools.cache
+def packed_agent() -> bytes:
+    """`agent/` as one file that Python runs. The same code gives the same bytes: its hash is its name on hosts."""
+    output = io.BytesIO()
+    with zipfile.ZipFile(output, "w") as archive:
+        for path in sorted((files.CHECKOUT / "agent").glob("*.py")):
+            archive.writestr(zipfile.ZipInfo(f"agent/{path.name}"), path.read_bytes())
+        run = "import sys\n\nfrom agent.main import main\n\nsys.exit(main(sys.argv[1:]))\n"
+        archive.writestr(zipfile.ZipInfo("__main__.py"), run)
+    return output.getvalue()
+
+
+def agent_name() -> str:
+    """The name of the packed agent's file, here and on hosts."""
+    return f"agent-{hashlib.sha256(packed_agent()).hexdigest()[:16]}.pyz"
+
+
+def agent_file() -> Path:
+    """The packed agent, in the cache."""
+    place = files.cache() / "agents" / agent_name()
+    if not place.is_file():
+        files.write(place, packed_agent())
+    return place
 
 
 class Agent(ABC):
@@ -105,7 +131,7 @@ class Local(Agent):
     """This machine's agent, by subprocess."""
 
     def _lines(self, verb: str, request: bytes, blocks: Iterable[bytes]) -> Iterator[str]:
-        return shell.talk([sys.executable, "-I", str(AGENT), verb], request, blocks)
+        return shell.talk([sys.executable, "-I", str(agent_file()), verb], request, blocks)
 
 
 def _blocks(path: Path, offset: int, progress: Callable[[int], None]) -> Iterator[bytes]:
@@ -123,8 +149,7 @@ class Ssh(Agent):
         super().__init__(target)
         self._connection = connection
         self._password = password
-        text = AGENT.read_bytes()
-        self._file = f".cache/hearth/agent-{hashlib.sha256(text).hexdigest()[:16]}.py"
+        self._file = f".cache/hearth/{agent_name()}"
 
     def _lines(self, verb: str, request: bytes, blocks: Iterable[bytes]) -> Iterator[str]:
         """Run the agent there; when it lacks this very file, send it and run it again."""
@@ -225,7 +250,7 @@ class Ssh(Agent):
         part = f"{self._file}.part"
         folder = os.path.dirname(self._file)  # noqa: PTH120  the other machine's path
         channel.exec_command(f"mkdir -p {folder} && cat > {part} && mv {part} {self._file}")
-        channel.sendall(AGENT.read_bytes())
+        channel.sendall(packed_agent())
         channel.shutdown_write()
         if channel.recv_exit_status():
             said = channel.makefile_stderr("r").read().decode(errors="replace").strip()

@@ -13,8 +13,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent import adopt as adopting
+from agent import survey
+from agent.files import read_text
+from agent.journal import Adopted
+from agent.site import Site
 from core.errors import NoInstallationError
-from deploy import adopt, agent, nodes, plan
+from deploy import adopt, nodes, plan
 from deploy.facts import Gpu
 from tests.unit.test_plan import FLAGS, FRESH, kinds, spark
 
@@ -239,7 +244,7 @@ def test_undoing_takes_the_release_out_of_service_first() -> None:
 def test_how_it_is_started_is_read(tmp_path: Path, command: str, expected: tuple[str, list[str]]) -> None:
     script = tmp_path / "run.sh"
     script.write_text('#!/bin/sh\n# starts it\ncd /opt/s\nexec python main.py --cpu \\\n  --port 3 "$@"\n')
-    assert agent._started(command.replace("SCRIPT", str(script)), "/wd") == expected
+    assert survey._started(command.replace("SCRIPT", str(script)), "/wd") == expected
 
 
 def git(place: Path, *words: str) -> str:
@@ -261,15 +266,15 @@ def test_a_repository_is_read_and_nothing_that_it_names_is_run(tmp_path: Path) -
     commit = (place / ".git/HEAD").read_text()
     (place / "two.py").write_text("edited\n")
     (place / "new.py").write_text("made when it ran\n")
-    found = agent._repository(place)
+    found = survey._repository(place)
     assert not ran.exists()
     assert found == {"url": "https://example.org/node", "commit": git(place, "rev-parse", "HEAD"), "edited": ["two.py"]}
     assert commit == (place / ".git/HEAD").read_text()
 
 
-def site(tmp_path: Path) -> agent.Site:
+def site(tmp_path: Path) -> Site:
     values = {"prefix": str(tmp_path / "prefix"), "service": "c", "scope": "user", "user": "", "address": "", "port": 1}
-    one = agent.Site(values)
+    one = Site(values)
     for path in (one.data, one.state):
         path.mkdir(parents=True)
     return one
@@ -295,18 +300,18 @@ def test_folders_in_both_places_are_brought_together_and_apart_again(tmp_path: P
     before, data = tree(old), tree(place.data)
     said: list[str] = []
     step = {"name": "models", "source": str(old)}
-    agent.adopt(place, step, said.append)
-    agent.adopt(place, step, said.append)  # as after a kill
+    adopting.adopt(place, step, said.append)
+    adopting.adopt(place, step, said.append)  # as after a kill
     assert (place.data / "models/loras/b").read_text() == "new b"
     assert (place.data / "models/loras/a").read_text() == "old a"
     assert (place.data / "models/checkpoints/c").stat().st_mode & 0o777 == 0o660
     assert (place.data / "models/dangling").is_symlink()
     assert {path.relative_to(old) for path in old.rglob("*") if path.is_file()} == {Path("loras/b"), Path("same")}
     assert [each.rpartition("/")[2] for each in said] == ["b", "same"] * 2
-    agent.unadopt(place, {}, said.append)
+    adopting.unadopt(place, {}, said.append)
     assert tree(old) == before
     assert tree(place.data) == {name: each for name, each in data.items() if name != "models/checkpoints"}
-    assert not agent.Adopted(place).path.exists()
+    assert not Adopted(place).path.exists()
 
 
 def test_a_rename_overwrites_nothing_and_follows_no_link(tmp_path: Path) -> None:
@@ -315,14 +320,14 @@ def test_a_rename_overwrites_nothing_and_follows_no_link(tmp_path: Path) -> None
         (tmp_path / name).write_text(name)
     (tmp_path / "link").symlink_to(tmp_path / "a")
     with pytest.raises(FileExistsError):
-        agent.rename(tmp_path / "a/x", tmp_path / "b/x")
+        adopting.rename(tmp_path / "a/x", tmp_path / "b/x")
     with pytest.raises(OSError, match="link") as refused:
-        agent.rename(tmp_path / "link/x", tmp_path / "b/y")
+        adopting.rename(tmp_path / "link/x", tmp_path / "b/y")
     assert refused.value.errno in (errno.ELOOP, errno.ENOTDIR)
-    agent.rename(tmp_path / "a/x", tmp_path / "b/y")
+    adopting.rename(tmp_path / "a/x", tmp_path / "b/y")
     assert ((tmp_path / "b/x").read_text(), (tmp_path / "b/y").read_text()) == ("b/x", "a/x")
 
 
 def test_a_pipe_instead_of_a_file_holds_nobody_up(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "HEAD")
-    assert agent._text(tmp_path / "HEAD") == ""
+    assert read_text(tmp_path / "HEAD") == ""

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from deploy import agent
+from agent import comfyui, steps
+from agent.files import Fault, write
+from agent.site import Site
 
 
-def at(place: Path) -> agent.Site:
-    return agent.Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+def at(place: Path) -> Site:
+    return Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
 
 
 def wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
@@ -39,7 +41,7 @@ def wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
 
 def make(tmp_path: Path, one: dict[str, str], two: dict[str, str]) -> Path:
     """An environment of the wheels `one` and `two`, made as on a host without a network; the part."""
-    site = agent.Site({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+    site = Site({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
     uv = shutil.which("uv")
     assert uv
     (site.state / "tools").mkdir(parents=True)
@@ -53,12 +55,12 @@ def make(tmp_path: Path, one: dict[str, str], two: dict[str, str]) -> Path:
         wheels.append({"file": path.name, "sha256": digest})
         lines.append(f"{name}==1 --hash=sha256:{digest}\n")
     step = {"part": "env-test", "python": sys.executable, "tool": "uv", "wheels": wheels, "offline": True}
-    agent.env(site, {**step, "repair": False, "requirements": "".join(lines)}, lambda _: None)
+    steps.env(site, {**step, "repair": False, "requirements": "".join(lines)}, lambda _: None)
     return site.parts / "env-test"
 
 
 def test_packages_that_overwrite_each_others_modules_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(agent.Fault) as raised:
+    with pytest.raises(Fault) as raised:
         make(tmp_path, {"cv2/__init__.py": "whose = 1"}, {"cv2/__init__.py": "whose = 2"})
     report = raised.value.report
     assert report["what"] == "one and two both bring cv2/__init__.py, and one has overwritten the other's"
@@ -89,7 +91,7 @@ def test_node_types_that_are_gone_or_another_nodes_are_told(tmp_path: Path, befo
     site = at(tmp_path)
     after = {"A": "custom_nodes.two", "B": "comfy_extras.new"}
     for name, types in (("old", before), ("new", after)):
-        agent.write(site.releases / name / "proven", json.dumps({"types": types}))
+        write(site.releases / name / "proven", json.dumps({"types": types}))
     notes: list[str] = []
-    agent._say_changed_types(site, "old", "new", notes.append)
+    comfyui.say_changed_types(site, "old", "new", notes.append)
     assert [note.replace("custom_nodes.", "") for note in notes] == said

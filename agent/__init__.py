@@ -1,0 +1,1 @@
+"""What runs on hosts: one file there, of nothing but the standard library. `main` tells how it is called."""

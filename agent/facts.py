@@ -1,0 +1,274 @@
+"""What the host is now."""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import platform
+import pwd
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from agent.files import Fault, Json, read
+from agent.journal import Adopted, busy, last_line
+from agent.parts import as_service, fault_of, forked
+from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
+from agent.site import DATA, SHARED, SHARING, Site
+
+
+def facts(site: Site, ask: Json) -> Json:
+    """What this host is now. `ask` names the Python versions, mounts, folders and Debian packages to look for."""
+    try:
+        current, fault = site.release(), {}
+    except Fault as error:
+        current, fault = "", error.report
+    manifests = [read(path) for path in sorted(site.releases.glob("*/release.json"))]
+    proven = sorted(site.releases.glob("*/proven"), key=lambda path: -path.stat().st_mtime_ns)
+    places = sorted(site.parts.glob("[!.]*"))
+    parts = {place.name: forked(fault_of, place) for place in places}
+    place = next(path for path in [site.prefix, *site.prefix.parents] if path.exists())
+    disk = os.statvfs(place)
+    os_release = _os_release()
+    here = site.scope == "user" or Path("/run/systemd/system").is_dir()
+    manager = manager_of(site)
+    return {
+        "hostname": socket.gethostname(),
+        "os": f"{os_release.get('ID', 'linux')} {os_release.get('VERSION_ID', '')}".strip(),
+        "machine": platform.machine(),
+        "kernel": platform.release(),
+        "glibc": (os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
+        "pythons": _pythons(site, ask["pythons"]),
+        "gpus": _gpus(),
+        "driver": _driver(),
+        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "cores": os.cpu_count() or 1,
+        "login": login(),
+        "root": os.geteuid() == 0,
+        "prefix": str(site.prefix),
+        "writable": os.access(place, os.W_OK),
+        "disk_free": disk.f_bavail * disk.f_frsize,
+        # Some file systems make inodes as they go, and say 0 of 0.
+        "inodes_free": disk.f_favail if disk.f_files else None,
+        "mounts": {path: _mount(site, path, wanted) for path, wanted in ask["mounts"].items()},
+        "places": {path: _place(site, Path(path), use) for path, use in ask["places"].items()},
+        "data_free": {str(path): _free(path) for path in (site.data, *map(Path, site.elsewhere.values()))},
+        "packages": _packages(ask["packages"]),
+        "port_holder": port_holder(site),
+        "foreign_unit": manager.foreign() if here and isinstance(manager, Systemd) else "",
+        "adopted": Adopted(site).path.exists(),
+        "user": _user_exists(site.user),
+        "members": _members(site.user),
+        "shared": not _user_exists(site.user) or not site.user or all(_shared(site, site.data / name) for name in DATA),
+        "rights": _rights(site),
+        "manager": manager.name if here else "none",
+        "lingers": manager.name != "process" or not user_systemd() or Supervised(site).enabled.exists(),
+        "current": current,
+        "current_fault": fault,
+        "releases": [each for each in manifests if each],
+        "altered": [each["id"] for each in manifests if each and altered(site, each)],
+        "proven": [path.parent.name for path in proven],
+        "failed_nodes": read(site.releases / current / "proven").get("failed_nodes", {}),
+        "data": all(os.path.lexists(site.data / name) for name in DATA),
+        "service": manager.status() if here and site.state.exists() else dict(_NO_SERVICE),
+        "incoming": {path.name: path.stat().st_size for path in site.incoming.glob("*") if path.is_file()},
+        "tools": sorted(path.name for path in (site.state / "tools").glob("[!.]*")),
+        "busy": busy(site),
+        "last": last_line(site.history),
+        "parts": {name: fault() for name, fault in parts.items()},
+    }
+
+
+def altered(site: Site, manifest: Json) -> bool:
+    """Whether a release's files or links are not those of its manifest any more; an older Hearth's may name none."""
+    place = site.releases / manifest["id"]
+    try:
+        links = {kind: (place / kind).readlink().name for kind in manifest["parts"]}
+        links |= {name: str((place / name).readlink()) for name in manifest.get("links", {})}
+        files = {name: (place / name).read_text() for name in manifest.get("files", {})}
+    except OSError:
+        return True
+    return (links, files) != (manifest["parts"] | manifest.get("links", {}), manifest.get("files", {}))
+
+
+_NO_SERVICE = {
+    "active": False,
+    "state": "absent",
+    "enabled": False,
+    "linked": False,
+    "restarts": 0,
+    "since": "",
+    "pid": 0,
+}
+
+
+def _os_release() -> dict[str, str]:
+    with suppress(OSError):
+        return platform.freedesktop_os_release()
+    return {}
+
+
+def _user_exists(name: str) -> bool:
+    with suppress(KeyError):
+        return not name or bool(pwd.getpwnam(name))
+    return False
+
+
+def _members(group: str) -> list[str]:
+    try:
+        return sorted(grp.getgrnam(group).gr_mem) if group else []
+    except KeyError:
+        return []
+
+
+def _mount(site: Site, path: str, wanted: Json) -> Json:
+    """A mount point: what is mounted there, our own unit for it, and why what is wanted could not be mounted."""
+    found = {"mounted": os.path.ismount(path), "source": "", "unit": "", "fault": "", "remedy": ""}
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            cells, _, rest = line.partition(" - ")
+            place = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), cells.split()[4])
+            if place == path:
+                found["source"] = rest.split()[1]  # of several, the last one is on top
+    with suppress(OSError):
+        found["unit"] = (UNITS / site.mounts[path]).read_text()
+    what, kind = wanted["what"], wanted["type"]
+    if not what or found["mounted"]:
+        return found
+    if what.startswith("/dev/mapper/") and not Path(what).exists():
+        found["fault"] = "this encrypted or logical volume is not open"
+        found["remedy"] = f"on the host: cryptsetup open DEVICE {Path(what).name} (or vgchange -ay); it is mounted then"
+    elif what.startswith("/") and not Path(what).exists():
+        found["fault"], found["remedy"] = "the host has no such device", "connect it, or correct `what`"
+    elif kind.startswith(("nfs", "cifs")) and not shutil.which(f"mount.{kind}", path="/sbin:/usr/sbin"):
+        package = "nfs-common" if kind.startswith("nfs") else "cifs-utils"
+        found["fault"], found["remedy"] = f"the host has no mount.{kind}", f"on the host: apt-get install {package}"
+    elif Path(path).is_dir() and any(os.scandir(path)):
+        found["fault"] = "there are files in the folder itself, which the mount would hide"
+        found["remedy"] = f"move them away first: ls {path}"
+    return found
+
+
+def _place(site: Site, path: Path, use: str) -> str:
+    """What is wrong with a folder that is to be read, or written by the service; empty when nothing is."""
+    if not path.exists():
+        return "is not there"
+    if not path.is_dir():
+        return "is no folder"
+    need = os.R_OK | os.X_OK | (os.W_OK if use == "write" else 0)
+    if _user_exists(site.user) and not as_service(site, os.access, str(path), need):
+        return f"cannot be {'written' if use == 'write' else 'read'} by the service"
+    return ""
+
+
+def _free(path: Path) -> int:
+    """The bytes that are left for files in a folder."""
+    disk = os.statvfs(next(each for each in (path, *path.parents) if each.exists()))
+    return disk.f_bavail * disk.f_frsize
+
+
+def _shared(site: Site, folder: Path) -> bool:
+    """Whether what one member of the group puts into a folder of the service's, every other may change."""
+    try:
+        status = folder.stat()
+        if status.st_uid != site.owner()[0]:
+            return True  # another's is another's affair
+        return bool(status.st_mode & stat.S_ISGID) and os.getxattr(folder, SHARING) == SHARED
+    except OSError as error:  # a file system without such lists does without, a folder that is not there is no fault
+        return error.errno in (errno.ENOTSUP, errno.ENOENT)
+
+
+def _rights(site: Site) -> str | None:
+    """What members may do by sudo, as our file says; None where there is no sudo."""
+    if not site.user or not shutil.which("visudo", path="/usr/sbin:/sbin"):
+        return None
+    with suppress(OSError):
+        return sudoers(site).read_text()
+    return ""
+
+
+def sudoers(site: Site) -> Path:
+    """What members may do as root."""
+    return Path(f"/etc/sudoers.d/hearth-{site.service}")
+
+
+def _pythons(site: Site, wanted: list[str]) -> dict[str, str]:
+    """Interpreters by minor version. A system service sees no home folder, so only the system's count for it."""
+    places = "/usr/bin:/usr/local/bin" if site.scope == "system" else os.environ.get("PATH", "/usr/bin")
+    code = "import sys; print(sys._base_executable, '%d.%d' % sys.version_info[:2])"
+    found: dict[str, str] = {}
+    for version in wanted:
+        program = shutil.which(f"python{version}", path=places)
+        if program is None:
+            continue
+        if sys.prefix == sys.base_prefix and Path(program).resolve() == Path(sys.executable).resolve():
+            found[version] = program  # the one that runs this: no need to start it
+            continue
+        done = subprocess.run([program, "-ISc", code], capture_output=True, text=True)
+        answer = done.stdout.split()
+        if len(answer) == 2 and answer[1] == version:
+            found[version] = answer[0]
+    return found
+
+
+def _packages(wanted: list[str]) -> dict[str, bool]:
+    """Which of these Debian packages are installed; empty where there is no dpkg to tell."""
+    if not wanted or not shutil.which("dpkg-query"):
+        return {}
+    query = ["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n", *wanted]
+    shown = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()  # fails when it lacks one
+    return {name: f"{name} installed" in shown for name in wanted}
+
+
+def _gpus() -> list[Json]:
+    """The NVIDIA GPUs, as nvidia-smi sees them. Memory in bytes; a GPU that names none shares the machine's."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True)
+    gpus: list[Json] = []
+    for line in done.stdout.splitlines() if done.returncode == 0 else []:
+        name, capability, memory = (cell.strip() for cell in line.split(","))
+        unified = not memory.isdecimal()  # GB10 answers [N/A]
+        gpus.append(
+            {
+                "name": name,
+                "capability": capability,
+                "memory": None if unified else int(memory) << 20,
+                "unified": unified,
+            }
+        )
+    return gpus
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version; empty without one."""
+    with suppress(OSError):
+        found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", Path("/proc/driver/nvidia/version").read_text())
+        return found[1] if found else ""
+    return ""
+
+
+def port_holder(site: Site) -> Json:
+    """Who listens on the site's port: pid and name, as far as this user may see; empty when nobody does."""
+    inodes: set[str] = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                cells = line.split()
+                if cells[3] == "0A" and int(cells[1].rpartition(":")[2], 16) == site.port:
+                    inodes.add(f"socket:[{cells[9]}]")
+    if not inodes:
+        return {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if any(str(each.readlink()) in inodes for each in (folder / "fd").iterdir()):
+                words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                return {"pid": int(folder.name), "command": " ".join(words[:3]).strip()}
+    return {"pid": 0, "command": "a process of another user"}

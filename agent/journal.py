@@ -1,0 +1,83 @@
+"""What was done on the host, and what is under way."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from agent.files import Json, free, read
+from agent.site import Site
+
+
+def busy(site: Site) -> Json:
+    """Who is changing this host now: the run under way; empty when nobody is."""
+    plan = read(site.pending)
+    if not plan:
+        return {}
+    return {key: plan[key] for key in ("run", "who", "since", "action")} | {"alive": not free(site.lock)}
+
+
+def last_line(path: Path) -> Json:
+    """The last line of a JSON lines file."""
+    try:
+        lines = path.read_text().splitlines()
+        found = json.loads(lines[-1]) if lines else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def now() -> str:
+    """The time, UTC, as ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class Journal:
+    """What happened in a run, on disk line by line before the next thing is done."""
+
+    def __init__(self, site: Site, run_id: str) -> None:
+        self.path = site.state / "runs" / f"{run_id}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def events(self) -> list[Json]:
+        """All lines so far; one that a power cut tore is left out."""
+        found: list[Json] = []
+        with suppress(FileNotFoundError):
+            for line in self.path.read_text(errors="replace").splitlines():
+                with suppress(ValueError):
+                    found.append(json.loads(line))
+        return found
+
+    def add(self, event: str, **values: Any) -> None:
+        """Append one line."""
+        with self.path.open("a") as file:
+            file.write("\n" * self._torn() + json.dumps({"at": now(), "event": event, **values}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _torn(self) -> bool:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                return file.read(1) != b"\n"
+        except OSError:
+            return False
+
+
+class Adopted(Journal):
+    """What adopting changes, each line on disk before that is done: undoing reads it backwards."""
+
+    def __init__(self, site: Site) -> None:
+        self.path = site.state / "adopted.jsonl"
+
+
+def history(site: Site) -> list[Json]:
+    """How every run on this host ended, oldest first."""
+    try:
+        return [json.loads(line) for line in site.history.read_text().splitlines()]
+    except OSError:
+        return []

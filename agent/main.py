@@ -1,0 +1,92 @@
+"""Hearth on the host: reads facts, applies plans, and keeps ComfyUI running where there is no systemd.
+
+The client sends this package as one file; it needs nothing but Python 3.10. Every verb reads one JSON object from
+standard input (`site`, and what the verb takes) and answers in JSON lines. What is under way lies in `<prefix>/state`:
+
+    agent.pyz          that file, as it submitted the plan under way
+    pending.json       the plan under way; gone when it has ended
+    cut-over.json      how far its cut-over is, so that whoever goes on knows the way back
+    runs/<run>.jsonl   what happened, line by line; `follow` reads it
+    history.jsonl      how every run ended
+    adopted.jsonl      what was taken over from another installation, and its units in adopted/
+    lock               held (flock) by the process that applies
+
+A killed process, a closed connection or a power cut leaves these, and the next `apply` goes on from them: under
+systemd the apply unit is restarted, also at boot.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from agent.files import Fault, Json, read
+from agent.site import Site
+
+
+def say(value: object) -> None:
+    """One line of JSON to whoever asked."""
+    print(json.dumps(value), flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """Do what the verb says; 0, or 3 after a Fault, which is then the last line."""
+    verb = argv[0]
+    try:
+        if verb in ("apply", "supervise"):  # started by a unit or detached: the site is a file
+            _stay(verb, Site(read(Path(argv[1]))))
+        else:
+            request = json.loads(sys.stdin.buffer.readline())
+            _answer(verb, Site(request["site"]), request)
+    except Fault as fault:
+        say({"fault": fault.report})
+        return 3
+    except BrokenPipeError:
+        return 3
+    return 0
+
+
+def _stay(verb: str, site: Site) -> None:
+    """Verbs that run for long. All that they need is imported now: their file may be replaced meanwhile."""
+    from agent import runs, services
+
+    if verb == "apply":
+        runs.apply(site)
+    else:
+        services.supervise(site)
+
+
+def _answer(verb: str, site: Site, request: Json) -> None:
+    """Verbs that are asked, each importing what it needs: nothing is compiled in advance there."""
+    if verb == "facts":
+        from agent.facts import facts
+
+        say(facts(site, request))
+    elif verb == "contents":
+        from agent.parts import contents
+
+        say({name: contents(site.parts / name) for name in request["parts"]})
+    elif verb == "receive":
+        from agent.runs import receive
+
+        say(receive(site, request["sha256"], request["size"], request["offset"]))
+    elif verb == "submit":
+        from agent.runs import submit
+
+        say(submit(site, request["plan"]))
+    elif verb == "follow":
+        from agent.runs import follow
+
+        for event in follow(site, request["run"]):
+            say(event)
+    elif verb == "history":
+        from agent.journal import history
+
+        say(history(site))
+    elif verb == "survey":
+        from agent.survey import survey
+
+        say(survey(site, request["path"]))
+    else:
+        raise Fault("step", f"the agent has no verb {verb!r}")

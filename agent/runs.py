@@ -1,0 +1,177 @@
+"""Plans: taken over, applied step by step, followed; and what they need received."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from agent.adopt import adopt, retire, unadopt, withdraw
+from agent.files import FULL, Fault, Json, flock, free, read, sha256, write
+from agent.journal import Journal, busy, now
+from agent.services import manager_of
+from agent.site import Site
+from agent.steps import (
+    account,
+    app,
+    cut_over,
+    env,
+    folders,
+    linger,
+    members,
+    mount,
+    node,
+    preflight,
+    prune,
+    release,
+    rights,
+    serve,
+    tool,
+)
+
+STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
+    "account": account,
+    "linger": linger,
+    "members": members,
+    "rights": rights,
+    "mount": mount,
+    "folders": folders,
+    "tool": tool,
+    "app": app,
+    "env": env,
+    "node": node,
+    "release": release,
+    "preflight": preflight,
+    "cut-over": cut_over,
+    "serve": serve,
+    "prune": prune,
+    "retire": retire,
+    "adopt": adopt,
+    "withdraw": withdraw,
+    "unadopt": unadopt,
+}
+
+
+def submit(site: Site, plan: Json) -> Json:
+    """Take a plan over and start applying it; raises Fault when another is under way or the host has changed."""
+    for folder in (site.prefix, site.state):
+        folder.mkdir(parents=True, exist_ok=True)
+    with flock(site.state / "submit.lock", wait=True):  # moments: whoever is first leaves its plan
+        if other := busy(site):
+            if not other["alive"]:
+                manager_of(site).go()  # whoever applied it was killed, and nobody started it again
+            raise Fault(
+                "busy",
+                f"a {other['action']} is under way on this host: {other['who']}, since {other['since']}",
+                "",
+                "watch it with inv attach, then run the same command again",
+            )
+        if site.release() != plan["base"]:
+            raise Fault("busy", "the host was changed since the plan was made", "", "run the same command again")
+        write(site.state / "site.json", json.dumps(site.json))
+        write(site.state / "agent.pyz", Path(sys.argv[0]).read_bytes())
+        Journal(site, plan["run"]).add("begin", who=plan["who"], action=plan["action"], release=plan["release"])
+        write(site.pending, json.dumps({**plan, "since": now()}))
+        manager_of(site).go()
+    return {"run": plan["run"]}
+
+
+def apply(site: Site) -> None:
+    """Apply the pending plan from where it stands. Ends with a line in the history, however it ends."""
+    with flock(site.lock):
+        plan = read(site.pending)
+        if not plan:
+            manager_of(site).settle()
+            return
+        journal = Journal(site, plan["run"])
+        done = {event["step"] for event in journal.events() if event["event"] == "done"}
+        fault: Json = {}
+        for number, step in enumerate(plan["steps"]):
+            if number in done:
+                continue
+            journal.add("step", step=number, title=step["title"])
+            try:
+                STEPS[step["kind"]](site, step, lambda text: journal.add("note", text=text))
+            except Fault as error:
+                fault = error.report
+            except OSError as error:
+                fault = _os_fault(error, step)
+            except Exception as error:  # a fault of Hearth's own: doing it again would not help
+                fault = Fault("step", f"could not {step['title']}", repr(error), "this is a fault of Hearth's").report
+            if fault:
+                break
+            journal.add("done", step=number)
+        result = {"gate": "reverted"}.get(fault.get("kind", ""), "failed") if fault else "done"
+        asked = {key: plan[key] for key in ("run", "who", "action", "release", "base")}
+        line = {"at": now(), "result": result, **asked, "error": fault.get("what", "")}
+        with suppress(OSError), site.history.open("a") as file:  # a full disk must not keep the run from ending
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(OSError):
+            journal.add("end", result=result, fault=fault)
+        shutil.rmtree(site.snapshot, ignore_errors=True)
+        site.cut.unlink(missing_ok=True)
+        site.pending.unlink()
+
+
+def _os_fault(error: OSError, step: Json) -> Json:
+    full = error.errno in (28, 122)  # ENOSPC, EDQUOT
+    hint = FULL if full else "run the same command again"
+    return Fault("disk" if full else "step", f"could not {step['title']}", str(error), hint).report
+
+
+def follow(site: Site, run_id: str) -> Iterator[Json]:
+    """Yield the events of a run, as they come, up to its end."""
+    journal = Journal(site, run_id)
+    seen, quiet, gone = 0, 0.0, False
+    while True:
+        events = journal.events()
+        yield from events[seen:]
+        if any(event["event"] == "end" for event in events):
+            return
+        if gone:
+            raise Fault("step", "the run ended without a record", "the disk may be full", "inv facts shows it")
+        quiet = quiet + 0.1 if len(events) == seen else 0.0
+        seen = len(events)
+        if quiet > 10:
+            gone = read(site.pending).get("run") != run_id  # its last line may have come this very moment
+            if not gone and free(site.lock):
+                manager_of(site).go()
+            yield {"event": "alive"}  # shows that the connection still is
+            quiet = 0.0
+        time.sleep(0.1)
+
+
+def receive(site: Site, digest: str, size: int, offset: int) -> Json:
+    """Write standard input to a blob from `offset` on, until it is whole; answers how much is there.
+
+    Two clients that send the same blob do so one after the other; the second finds it there.
+    """
+    site.incoming.mkdir(parents=True, exist_ok=True)
+    path = site.incoming / digest
+    part = site.incoming / f"{digest}.part"
+    if path.exists():
+        return {"size": size}
+    with part.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():
+            return {"size": size}
+        file.truncate(offset)  # what another client wrote meanwhile comes again
+        while block := sys.stdin.buffer.read(1 << 20):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        there = part.stat().st_size
+        if there >= size:
+            if sha256(part) != digest:
+                part.unlink()
+                raise Fault("step", "what was sent is damaged", "", "run the same command again")
+            part.rename(path)
+    return {"size": there}

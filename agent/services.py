@@ -1,0 +1,330 @@
+"""Who keeps ComfyUI running: systemd, the system's or the login's, or where there is none a supervisor of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from agent.files import Fault, Json, flock, free, link, read, read_text, run, write
+from agent.journal import now
+from agent.site import Site
+
+UNITS = Path("/etc/systemd/system")
+
+
+class Systemd:
+    """The service as a unit of the system's or the user's systemd.
+
+    The unit file is a link to `current/<service>.service`: what switches the release switches the unit with it.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.name = f"systemd-{site.scope}"
+        self.unit = f"{site.service}.service"
+        self.storage = f"{site.service}-storage.service"  # what waits for mounts, where there are any
+        self.apply_unit = f"{site.service}-apply.service"
+        system = site.scope == "system"
+        self.ctl = ["systemctl"] if system else ["systemctl", "--user"]
+        self.units = UNITS if system else Path.home() / ".config/systemd/user"
+        self.target = "multi-user.target" if system else "default.target"
+
+    def _wants(self, unit: str) -> Path:
+        return self.units / f"{self.target}.wants" / unit
+
+    def status(self) -> Json:
+        """How the service is: running, enabled, restarts, since when."""
+        fields = "ActiveState,SubState,NRestarts,ActiveEnterTimestamp,MainPID"
+        shown = run([*self.ctl, "show", self.unit, f"--property={fields}"])
+        values = dict(line.partition("=")[::2] for line in shown.splitlines())
+        return {
+            # "auto-restart" is activating, too: it has died and waits
+            "active": values.get("ActiveState") in ("active", "activating", "reloading")
+            and values.get("SubState") != "auto-restart",
+            "state": f"{values.get('ActiveState')} ({values.get('SubState')})",
+            "enabled": self._wants(self.unit).is_symlink(),
+            "linked": self._linked(),
+            "restarts": int(values.get("NRestarts") or 0),
+            "since": values.get("ActiveEnterTimestamp", ""),
+            "pid": int(values.get("MainPID") or 0),
+        }
+
+    def _linked(self) -> bool:
+        wanted = [
+            name for name in (self.unit, self.storage) if name == self.unit or (self.site.current / name).exists()
+        ]
+        places = [(self.units / name, self.site.current / name) for name in wanted]
+        return all(place.is_symlink() and place.readlink() == target for place, target in places)
+
+    def foreign(self) -> str:
+        """The unit's file when somebody else wrote it; one of Hearth's that was edited, or none at all, is drift."""
+        place = self.units / self.unit
+        text = "" if self._linked() else read_text(place)
+        return str(place) if text and WRITTEN not in text else ""
+
+    def install(self) -> None:
+        """Make systemd see the current release's unit, and start it at boot."""
+        link(self.units / self.unit, self.site.current / self.unit)
+        link(self._wants(self.unit), f"../{self.unit}")
+        if (self.site.current / self.storage).exists():
+            link(self.units / self.storage, self.site.current / self.storage)
+        else:
+            (self.units / self.storage).unlink(missing_ok=True)
+        run([*self.ctl, "daemon-reload"])
+
+    def uninstall(self) -> None:
+        """Forget the unit: there is no release any more."""
+        for place in (self._wants(self.unit), self.units / self.unit, self.units / self.storage):
+            place.unlink(missing_ok=True)
+        run([*self.ctl, "daemon-reload"])
+
+    def start(self) -> None:
+        """Start the service."""
+        subprocess.run([*self.ctl, "reset-failed", self.unit], capture_output=True)
+        run([*self.ctl, "start", self.unit])
+
+    def stop(self) -> None:
+        """Stop the service and wait until it has."""
+        units = [name for name in (self.storage, self.unit) if os.path.lexists(self.units / name)]
+        if units:
+            run([*self.ctl, "stop", *units])
+
+    def log(self, lines: int) -> list[str]:
+        """The last lines of the service's present or last run."""
+        who = ["--user-unit"] if self.site.scope == "user" else ["--unit"]
+        shown = run([*self.ctl, "show", self.unit, "--property=InvocationID", "--value"]).strip()
+        match = [f"_SYSTEMD_INVOCATION_ID={shown}"] if shown else [*who, self.unit]
+        return run(["journalctl", "--no-pager", "--output=cat", f"--lines={lines}", *match]).splitlines()
+
+    def settle(self) -> None:
+        """Start the enabled service where systemd did not find its unit at boot: the prefix was not mounted yet."""
+        if self._wants(self.unit).is_symlink() and not self.status()["active"]:
+            for words in (["daemon-reload"], ["start", "--no-block", self.unit]):
+                subprocess.run([*self.ctl, *words], capture_output=True)
+
+    def go(self) -> None:
+        """Start the unit that applies what is pending; it is restarted when killed, and started at boot."""
+        text = _APPLY_UNIT.format(
+            service=self.site.service, python=sys.executable, state=self.site.state, target=self.target
+        )
+        place = self.units / self.apply_unit
+        if not place.exists() or place.read_text() != text:
+            write(place, text)
+            link(self._wants(self.apply_unit), f"../{self.apply_unit}")
+            run([*self.ctl, "daemon-reload"])
+        subprocess.run([*self.ctl, "reset-failed", self.apply_unit], capture_output=True)
+        run([*self.ctl, "start", "--no-block", self.apply_unit])
+
+
+# Not ordered against the service, which it stops and starts itself. OOMPolicy: a compiler or uv that is killed for
+# memory must not take the apply with it.
+_APPLY_UNIT = """\
+[Unit]
+Description=Hearth: goes on with a change of {service} that is under way, else sees that it was started
+RequiresMountsFor={state}
+StartLimitIntervalSec=0
+
+[Service]
+Type=exec
+ExecStart={python} -I {state}/agent.pyz apply {state}/site.json
+Restart=on-failure
+RestartSec=1
+OOMPolicy=continue
+KillMode=control-group
+
+[Install]
+WantedBy={target}
+"""
+
+
+class Supervised:
+    """The service under a supervisor of our own: no systemd, no root. Survives the shell that started it."""
+
+    name = "process"
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.lock = site.state / "supervisor.lock"
+        self.record = site.state / "supervisor.json"
+        self.output = site.state / "comfyui.log"
+        self.enabled = site.state / "enabled"
+
+    def status(self) -> Json:
+        """How the service is: running, enabled, restarts, since when."""
+        running = self.lock.exists() and not free(self.lock)
+        record = read(self.record) if running else {}
+        return {
+            "active": running,
+            "state": "active (supervised)" if running else "inactive (no supervisor)",
+            "enabled": self.enabled.exists(),
+            "linked": True,
+            "restarts": record.get("restarts", 0),
+            "since": record.get("since", ""),
+            "pid": record.get("child", 0),
+        }
+
+    def install(self) -> None:
+        """Note that the service shall run."""
+        self.enabled.touch()
+
+    def uninstall(self) -> None:
+        """Forget it."""
+        self.enabled.unlink(missing_ok=True)
+
+    def start(self) -> None:
+        """Start the service."""
+        if not self.status()["active"]:
+            detach([sys.executable, "-I", str(self.site.state / "agent.pyz"), "supervise"], self.site)
+            wait_for(lambda: not free(self.lock), 10)
+
+    def stop(self) -> None:
+        """Stop the service and wait until it has."""
+        record = read(self.record)
+        if self.status()["active"] and record:
+            os.kill(record["pid"], signal.SIGTERM)
+            if not wait_for(lambda: free(self.lock), 40):
+                raise Fault("step", "the supervisor does not end", f"process {record['pid']}", "look at it with ps")
+
+    def log(self, lines: int) -> list[str]:
+        """The last lines of the service's present or last run."""
+        with suppress(OSError), self.output.open(errors="replace") as log:
+            log.seek(read(self.record).get("offset", 0))
+            return log.read().splitlines()[-lines:]
+        return []
+
+    def settle(self) -> None:
+        """Nothing starts it at boot."""
+
+    def go(self) -> None:
+        """Apply what is pending, in a process of its own."""
+        detach([sys.executable, "-I", str(self.site.state / "agent.pyz"), "apply"], self.site)
+
+
+Manager = Systemd | Supervised
+
+
+def manager_of(site: Site) -> Manager:
+    """How services are run here: by the system's systemd, the user's where it outlives the login, or by Hearth.
+
+    What Hearth supervises once stays so: two managers would start the service twice.
+    """
+    lingers = Path("/var/lib/systemd/linger", login()).exists()
+    if site.scope == "system" or (lingers and not Supervised(site).enabled.exists() and user_systemd()):
+        return Systemd(site)
+    return Supervised(site)
+
+
+def login() -> str:
+    """Who runs this; the number where it has no name, as in some containers."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def user_systemd() -> bool:
+    """Whether the login has a systemd of its own that answers."""
+    if not (Path("/run/systemd/system").is_dir() and os.environ.get("XDG_RUNTIME_DIR")):
+        return False
+    with suppress(OSError):
+        done = subprocess.run(["systemctl", "--user", "show", "--property=Version"], capture_output=True)
+        return done.returncode == 0
+    return False
+
+
+def detach(argv: list[str], site: Site) -> None:
+    """Start a process that no shell, connection or Ctrl-C of ours ends."""
+    log = (site.state / "agent.log").open("ab")
+    with log:
+        subprocess.Popen(
+            [*argv, str(site.state / "site.json")],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd="/",
+        )
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait until the condition holds; say whether it did in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+# What a unit would get, too; whatever else the shell has set is not the service's.
+_INHERITED = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "TZ", "USER", "XDG_RUNTIME_DIR")
+
+
+def supervise(site: Site) -> None:
+    """Run the current release until told to stop (SIGTERM); start it again when it dies, five times in five minutes."""
+    manager = Supervised(site)
+    stopping = False
+    child: subprocess.Popen[bytes] | None = None
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+        if child is not None and child.poll() is None:
+            child.send_signal(signal.SIGINT)  # ComfyUI handles SIGINT, not SIGTERM
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN: ComfyUI would inherit that, and never stop
+    with flock(manager.lock):
+        starts: list[float] = []
+        restarts = 0
+        while not stopping:
+            if missing := site.unmounted():
+                with manager.output.open("a") as output:
+                    output.write(f"{now()} waiting for {' and '.join(missing)} to be mounted\n")
+                wait_for(lambda: stopping or not site.unmounted(), 60)
+                continue
+            release = site.manifest(site.release())
+            if manager.output.exists() and manager.output.stat().st_size > 10_000_000:
+                manager.output.replace(manager.output.with_suffix(".log.1"))
+            with manager.output.open("ab") as log:
+                begin = log.tell()
+                inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+                environment = {**inherited, **release["environment"]}
+                child = subprocess.Popen(
+                    release["argv"], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=site.data
+                )
+                record = {"pid": os.getpid(), "child": child.pid, "restarts": restarts, "since": now()}
+                record["offset"] = begin
+                write(manager.record, json.dumps(record))
+                if stopping:  # told so between the loop's test and the start
+                    child.send_signal(signal.SIGINT)
+                patience, gone = 30.0, False
+                while child.poll() is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        child.wait(0.5)
+                    if not gone and site.unmounted():  # it must not write into the empty mount point
+                        gone = True
+                        child.send_signal(signal.SIGINT)
+                    patience -= 0.5 if stopping or gone else 0
+                    if patience < 0:
+                        child.kill()
+            if gone:
+                continue
+            starts = [each for each in starts if each > time.monotonic() - 300] + [time.monotonic()]
+            if len(starts) >= 5:
+                break
+            restarts += 1
+            if not stopping:
+                time.sleep(2)
+
+
+WRITTEN = "written by Hearth for release"
+"""In the first line of every unit of Hearth's (recipes/comfyui/units/)."""

@@ -1,0 +1,93 @@
+"""Where everything of one host lies, and who may do what there."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import struct
+from pathlib import Path
+
+from agent.files import Fault, Json, read
+
+
+class Site:
+    """Where on this host: the folders of a prefix, and who owns them."""
+
+    def __init__(self, site: Json) -> None:
+        self.json = site
+        self.prefix = Path(site["prefix"]).expanduser()
+        self.service = str(site["service"])
+        self.scope = str(site["scope"])  # "system" (root, systemd) or "user"
+        self.user = str(site["user"])  # whom the service runs as; empty: whoever runs this
+        self.address = str(site["address"])
+        self.port = int(site["port"])
+        self.mounts: dict[str, str] = site.get("mounts", {})  # systemd's unit for each mount point
+        self.elsewhere: dict[str, str] = site.get("folders", {})  # where folders lie that are not in the data
+        self.parts = self.prefix / "parts"
+        self.releases = self.prefix / "releases"
+        self.current = self.prefix / "current"
+        self.data = self.prefix / "data"
+        self.state = self.prefix / "state"
+        self.incoming = self.state / "incoming"
+        self.pending = self.state / "pending.json"
+        self.history = self.state / "history.jsonl"
+        self.lock = self.state / "lock"
+        self.cut = self.state / "cut-over.json"
+        self.snapshot = self.state / "snapshot"
+        self.database = self.data / "user/comfyui.db"
+
+    def release(self) -> str:
+        """The current release's id; empty when there is none. Raises Fault when `current` is not Hearth's."""
+        if not self.current.is_symlink():
+            if self.current.exists():
+                raise Fault(
+                    "foreign",
+                    f"{self.current} is no link of Hearth's",
+                    "something else made it, or it was edited by hand",
+                    f"look at it, move it away (mv {self.current} {self.current}.old), then deploy again",
+                )
+            return ""
+        target = self.current.readlink()
+        if target.parent != Path("releases") or not read(self.releases / target.name / "release.json"):
+            raise Fault(
+                "foreign",
+                f"{self.current} points at {target}, which is no release of Hearth's",
+                "the release was deleted or damaged, or the link was edited by hand",
+                f"remove the link (rm {self.current}), then deploy again; data/ is not touched by that",
+            )
+        return target.name
+
+    def folder(self, name: str) -> Path:
+        """Where ComfyUI has its models, input, output or user files."""
+        return Path(self.elsewhere.get(name) or self.data / name)
+
+    def unmounted(self) -> list[str]:
+        """The mount points where nothing is mounted."""
+        return [path for path in self.mounts if not os.path.ismount(path)]
+
+    def manifest(self, release: str) -> Json:
+        """What a release is; empty when it is not there."""
+        return read(self.releases / release / "release.json")
+
+    def owner(self) -> tuple[int, int]:
+        """User and group of the data: the service's, or -1 (unchanged) when it runs as whoever runs this."""
+        if not self.user:
+            return -1, -1
+        entry = pwd.getpwnam(self.user)
+        return entry.pw_uid, entry.pw_gid
+
+
+def _acl(*entries: tuple[int, int]) -> bytes:
+    """An access control list as the kernel keeps it (acl(5), include/uapi/linux/posix_acl_xattr.h)."""
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, may, 0xFFFFFFFF) for tag, may in entries)
+
+
+SHARING = "system.posix_acl_default"
+
+
+SHARED = _acl((0x01, 7), (0x04, 7), (0x20, 5))
+"""Owner and group may all, others read: what is made in a folder gets this, whatever its maker's umask says."""
+
+
+# custom_nodes: ComfyUI stops when its base directory has none
+DATA = ("models", "input", "output", "user", "temp", "cache", "custom_nodes")

@@ -1,0 +1,411 @@
+"""The steps of a plan, by their kind. Each may have been cut short before, and is done again then."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from agent.comfyui import drain, first_answer, gate, say_changed_types
+from agent.facts import sudoers
+from agent.files import Fault, Json, link, own, read, remove, run, sha256, write
+from agent.journal import history
+from agent.parts import as_service, contents, part
+from agent.services import UNITS, Manager, manager_of
+from agent.site import DATA, SHARED, SHARING, Site
+
+
+def account(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Create the system user, with its group, that the service runs as."""
+    with suppress(KeyError):
+        pwd.getpwnam(site.user)
+        note(f"{site.user} is there")
+        return
+    home = str(site.data)
+    run(["useradd", "--system", "--user-group", "--home-dir", home, "--shell", "/usr/sbin/nologin", site.user])
+
+
+def members(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Put the named users, and only them, into the service's group."""
+    run(["gpasswd", "--members", ",".join(step["members"]), site.user])
+
+
+def rights(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Write what members may do by sudo; a file that sudo would not take is never put there: it would lock all out."""
+    place = sudoers(site)
+    if not step["text"]:
+        place.unlink(missing_ok=True)
+        return
+    draft = site.state / "sudoers"
+    write(draft, step["text"], 0o440)
+    run(["visudo", "--check", "--strict", f"--file={draft}"])
+    draft.unlink()
+    write(place, step["text"], 0o440)
+
+
+def mount(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Mount a file system by a unit of its own, now and at boot; an encrypted volume's, whenever it is opened."""
+    path, unit = Path(step["path"]), site.mounts[step["path"]]
+    mounted = os.path.ismount(path)
+    path.mkdir(parents=True, exist_ok=True)
+    if not mounted and any(os.scandir(path)):
+        hint = f"move them away first: ls {path}"
+        raise Fault("step", f"there are files in {path} itself, which the mount would hide", "", hint)
+    write(UNITS / unit, step["text"])
+    link(UNITS / "multi-user.target.wants" / unit, f"../{unit}")
+    if step["what"].startswith("/dev/"):
+        device = run(["systemd-escape", "--path", "--suffix=device", step["what"]]).strip()
+        link(UNITS / f"{device}.wants" / unit, f"../{unit}")
+    run(["systemctl", "daemon-reload"])
+    done = subprocess.run(["systemctl", "reload" if mounted else "start", unit], capture_output=True, text=True)
+    if done.returncode:
+        tail = run(["journalctl", "--no-pager", "--output=cat", "--lines=5", f"--unit={unit}"])
+        hint = "look whether the server or device answers, then run the same command again"
+        raise Fault("step", f"{step['what']} cannot be mounted at {path}", tail.strip() or done.stderr.strip(), hint)
+
+
+def linger(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Let the login's systemd run without a session, from boot on; where that is not allowed, Hearth supervises."""
+    done = subprocess.run(["loginctl", "enable-linger"], capture_output=True, text=True)
+    if done.returncode:
+        note(f"loginctl enable-linger: {done.stderr.strip()}: ComfyUI is supervised by Hearth instead")
+
+
+def folders(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Lay the prefix out. Folders that are there, mounts or links, stay where they are, with what is in them."""
+    for folder in (site.parts, site.releases, site.state, site.incoming):
+        folder.mkdir(parents=True, exist_ok=True)
+    for folder in (site.data, *map(Path, site.elsewhere.values())):
+        if folder.exists() or folder.is_symlink():
+            continue
+        fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
+        fresh.mkdir(parents=True)
+        os.chown(fresh, *site.owner())
+        fresh.rename(folder)
+    as_service(site, _share, site.data, list(site.elsewhere.values()))
+
+
+def _share(data: Path, elsewhere: list[str]) -> None:
+    """Make the folders of the data, and let the group change whatever lies in them and elsewhere."""
+    for name in DATA:
+        if not (data / name).is_symlink():
+            (data / name).mkdir(exist_ok=True)
+    for root in (str(data), *elsewhere):
+        for name, _, _ in os.walk(root):
+            place = Path(name)
+            if place.stat().st_uid == os.geteuid():  # another's is another's affair
+                place.chmod(place.stat().st_mode | 0o2770)
+                with suppress(OSError):  # NFS 4 has lists of another kind
+                    os.setxattr(place, SHARING, SHARED)
+
+
+def receive_blob(site: Site, digest: str) -> Path:
+    """A blob that the client sent; raises Fault when it is not there whole."""
+    path = site.incoming / digest
+    if not path.exists() or sha256(path) != digest:
+        path.unlink(missing_ok=True)
+        raise Fault("step", f"what was sent is damaged: {digest[:12]}", "", "run the same command again")
+    return path
+
+
+def tool(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Put the pinned uv where the steps find it."""
+    place = site.state / "tools" / step["name"]
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_name(f".{place.name}.{os.getpid()}")
+        shutil.copyfile(receive_blob(site, step["blob"]), part)
+        part.chmod(0o755)
+        part.replace(place)
+
+
+def app(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Make the application's tree."""
+    with part(site, step["part"]) as place:
+        _unpack(site, step, place)
+        run([step["python"], *_compileall(site, step, place), str(place)])
+        _corners(site, step, place)
+
+
+def _unpack(site: Site, step: Json, place: Path) -> None:
+    """Fill a part with a tree: what was sent, and the rest from parts that have those very files."""
+    with tarfile.open(receive_blob(site, step["blob"])) as archive:
+        archive.extractall(place)  # the client's own archive, checked by hash; 3.10 may lack the filters
+    for name, source in step["reuse"].items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(site.parts / source, place / name)
+    for path, _, _ in os.walk(place):
+        Path(path).chmod(0o755)
+    if contents(place) != step["files"]:
+        raise Fault("step", f"the tree of {step['part']} is not the one that was planned", "a part was changed")
+
+
+def node(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Make a custom node's tree."""
+    with part(site, step["part"]) as place:
+        _unpack(site, step, place)
+        # Some nodes carry files that no Python parses; ComfyUI tells which nodes cannot be imported.
+        subprocess.run([step["python"], *_compileall(site, step, place), str(place)], capture_output=True)
+        if step["install"]:
+            _install(site, step, place)
+        _corners(site, step, place)
+
+
+def _corners(site: Site, step: Json, place: Path) -> None:
+    """Make what a tree writes links into the data, seeded once with what it came with."""
+    for name in step["writable"]:
+        inside, kept = place / name.rstrip("/"), site.data / step["keeps"] / name.rstrip("/")
+        as_service(site, _seed, inside, kept, name.endswith("/"))
+        remove(inside) if inside.is_dir() else inside.unlink(missing_ok=True)
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        inside.symlink_to(kept)
+
+
+def _seed(source: Path, place: Path, folder: bool) -> None:
+    """Give the data what a node came with, or an empty folder; a file that it did not come with is left to the node."""
+    if place.exists():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    fresh = place.with_name(f".{place.name}.{os.getpid()}")
+    if source.is_dir():
+        shutil.copytree(source, fresh, copy_function=shutil.copyfile)
+    elif folder:
+        fresh.mkdir()
+    elif source.exists():
+        shutil.copyfile(source, fresh)
+    else:
+        return
+    fresh.rename(place)
+
+
+def _install(site: Site, step: Json, place: Path) -> None:
+    """Run a node's install.py as whom the service runs as, in the tree that is being made."""
+    user, group = site.owner()
+    if site.user:
+        own(place, user, group)
+    python = site.parts / step["install"] / "bin/python"
+    environment = {**os.environ, "HOME": str(site.data / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    who: Json = {"user": user, "group": group, "extra_groups": []} if site.user else {}
+    done = subprocess.run(
+        [str(python), "install.py"], cwd=place, env=environment, capture_output=True, text=True, timeout=1800, **who
+    )
+    if done.returncode:
+        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        raise Fault("step", f"the install.py failed: {step['title']}", tail)
+    if site.user:
+        own(place, 0, 0)
+
+
+def _compileall(site: Site, step: Json, place: Path) -> list[str]:
+    """Compile Python files in a part that is being made; their tracebacks name its final place."""
+    return ["-m", "compileall", "-q", "-j", "0", "-s", str(place), "-p", str(site.parts / step["part"])]
+
+
+_NEVER_IMPORTED = ("tests", "test", "docs", "examples", "benchmarks")
+"""Folders that packages leave beside their own by mistake, many of them the same ones."""
+
+
+def _refuse_overwritten(environment: Path) -> None:
+    """Raise Fault when two packages brought the same module with other contents: the one installed last has it."""
+    owners: dict[str, tuple[str, str]] = {}
+    for record in sorted(environment.glob("lib/python*/site-packages/*.dist-info/RECORD")):
+        package = record.parent.name.partition("-")[0].replace("_", "-")
+        with record.open(newline="") as file:
+            for path, digest, _ in csv.reader(file):
+                if path.partition("/")[0] in _NEVER_IMPORTED or not path.endswith((".py", ".so")):
+                    continue
+                other, held = owners.setdefault(path, (package, digest))
+                if held != digest:
+                    raise Fault(
+                        "step",
+                        f"{other} and {package} both bring {path}, and one has overwritten the other's",
+                        "which one a node gets is chance",
+                        f"decide which stays: [override.{package}] in nodes.toml, then inv lock",
+                    )
+
+
+_NO_NETWORK = "failed to fetch|error sending request|dns error|connection refused|network is unreachable|timed out"
+
+
+def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Make the virtual environment from the locked list and the kernel wheels, every file by its hash."""
+    uv = str(site.state / "tools" / step["tool"])
+    # uv links what it installs to its cache: one of our own, lest somebody else's environment change with a part's.
+    own_cache = str(site.state / "cache/uv")
+    environment = {"UV_CACHE_DIR": own_cache, "UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1"}
+    wheels = site.state / "wheels"
+    wheels.mkdir(exist_ok=True)
+    for wheel in step["wheels"]:
+        link(wheels / wheel["file"], receive_blob(site, wheel["sha256"]))
+    with part(site, step["part"]) as place:
+        venv = ["venv", "--quiet", "--relocatable", "--no-project", "--python", step["python"]]
+        run([uv, *venv, str(place)], environment)
+        listed = site.state / f"requirements-{os.getpid()}.txt"
+        listed.write_text(step["requirements"])
+        argv = [uv, "pip", "sync", "--quiet", "--python", f"{place}/bin/python", "--require-hashes", "--strict"]
+        argv += ["--only-binary", ":all:", "--find-links", str(wheels)]
+        argv += ["--no-index"] if step["offline"] else []
+        # A damaged part may have been linked from the cache, which is then damaged too.
+        argv += ["--no-cache"] if step["repair"] else []
+        try:
+            run([*argv, str(listed)], environment)
+        except Fault as fault:
+            if not step["offline"] and re.search(_NO_NETWORK, fault.report["cause"], re.IGNORECASE):
+                raise Fault("offline", "the host cannot reach the package index", fault.report["cause"]) from None
+            raise
+        finally:
+            listed.unlink()
+        _refuse_overwritten(place)
+        # Some packages ship templates and tests that no Python parses; what cannot be compiled is not imported.
+        subprocess.run([f"{place}/bin/python", *_compileall(site, step, place), f"{place}/lib"], capture_output=True)
+    shutil.rmtree(wheels)
+
+
+def release(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Write the release: its manifest, its files (the unit above all), and links to its parts."""
+    manifest = step["release"]
+    place = site.releases / manifest["id"]
+    place.mkdir(parents=True, exist_ok=True)
+    for kind, name in manifest["parts"].items():
+        link(place / kind, f"../../{'../' * kind.count('/')}parts/{name}")
+    for name, target in manifest["links"].items():
+        link(place / name, target)
+    for name in manifest.get("folders", ()):  # what the unit mounts onto, which systemd would make as root
+        as_service(site, os.makedirs, name, 0o777, True)
+    for name, text in manifest["files"].items():
+        write(place / name, text)
+    write(place / "release.json", json.dumps(manifest, indent=1))
+
+
+def preflight(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Import what the release must be able to import, while the old one still serves."""
+    manifest = site.manifest(step["release"])
+    code = "".join(f"import {name}; " for name in manifest["gate"]["imports"]) or "import torch"
+    run([manifest["argv"][0], "-I", "-c", code], {**manifest["environment"], "CUDA_VISIBLE_DEVICES": ""})
+
+
+def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Take the old release out of service and the new one in; take it back when it is not healthy."""
+    manager = manager_of(site)
+    target = site.manifest(step["to"])
+    record = read(site.cut)
+    if not record:
+        if missing := site.unmounted():
+            what = f"{' and '.join(missing)} went away since the plan was made"
+            raise Fault("step", what, "", "mount it there, then run the same command again")
+        previous = site.release()
+        if previous:
+            drain(site, step["drain"], step["force"], note)
+        record = {"previous": previous, "was_active": manager.status()["active"], "reverting": {}, "log": []}
+        write(site.cut, json.dumps(record))
+    if not record["reverting"]:
+        try:
+            if site.release() != step["to"] or step["restart"]:
+                manager.stop()
+                _snapshot(site)
+                link(site.current, f"releases/{step['to']}")
+            manager.install()
+            manager.start()
+            gate(site, manager, target, note)
+            say_changed_types(site, record["previous"], step["to"], note)
+        except Exception as error:  # whatever it is, what ran before must run again
+            report = error.report if isinstance(error, Fault) else Fault("gate", repr(error)).report
+            record["reverting"] = report
+            write(site.cut, json.dumps(record))
+            with suppress(Fault, OSError):
+                record["log"] = manager.log(25)
+    if record["reverting"]:
+        try:
+            _revert(site, manager, record, note)
+        except (Fault, OSError) as error:
+            if isinstance(error, Fault) and error.report["kind"] == "gate" and "log" in error.report:
+                raise
+            why = f"{record['reverting']['what']} ({record['reverting']['cause']})"
+            what = f"release {step['to']} is not healthy, and going back failed: {error}"
+            raise Fault("step", what, why, "inv facts shows how it is; inv deploy tries again") from error
+
+
+def _snapshot(site: Site) -> None:
+    """Keep ComfyUI's database as it is while nobody writes it: a newer version migrates it and an older one stops."""
+    fresh = site.snapshot.with_name(".snapshot")
+    for folder in (fresh, site.snapshot):
+        shutil.rmtree(folder, ignore_errors=True)
+    fresh.mkdir()
+    os.chown(fresh, *site.owner())
+    as_service(site, copy_database, site.database.parent, fresh)
+    os.sync()
+    fresh.rename(site.snapshot)
+
+
+def copy_database(source: Path, place: Path) -> None:
+    """Replace the database in `place` by the one in `source`."""
+    for path in place.glob("comfyui.db*"):
+        path.unlink()
+    for path in source.glob("comfyui.db*"):
+        shutil.copy2(path, place / path.name)
+
+
+def _revert(site: Site, manager: Manager, record: Json, note: Callable[[str], None]) -> None:
+    """Bring back what ran before; always raises the Fault that made it necessary."""
+    previous = record["previous"]
+    note(f"not healthy, going back to {previous or 'no release'}")
+    manager.stop()
+    if site.snapshot.exists():
+        as_service(site, copy_database, site.snapshot, site.database.parent)
+    report = dict(record["reverting"])
+    if previous:
+        link(site.current, f"releases/{previous}")
+        manager.install()
+        if record["was_active"]:
+            manager.start()
+            first_answer(site, manager, site.manifest(previous)["gate"]["seconds"])
+        report["cause"] += f"\nrelease {previous} is back" + (" and answers" if record["was_active"] else "")
+    else:
+        manager.uninstall()
+        site.current.unlink(missing_ok=True)
+        report["cause"] += "\nthere was no release before, so none runs now"
+    fault = Fault("gate", f"release {read(site.pending)['release']} is not healthy: {report['what']}", report["cause"])
+    fault.report["hint"] = report["hint"] or "read the log above; inv deploy tries again"
+    fault.report["log"] = record["log"]
+    raise fault
+
+
+def serve(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Run what is current: the unit in place, started at boot, started now and healthy."""
+    manager = manager_of(site)
+    manager.install()
+    manager.start()
+    current = site.release()
+    gate(site, manager, site.manifest(current), note)
+
+
+def prune(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Delete releases that are not kept, then what only they needed, blobs that are used up, and old journals."""
+    current = site.release()
+    for path in site.releases.glob("*"):
+        if path.name not in (*step["keep"], current):
+            shutil.rmtree(path)
+    named = {part for path in site.releases.glob("*/release.json") for part in read(path)["parts"].values()}
+    for path in site.parts.glob("*"):
+        if path.name not in named:
+            remove(path)
+            if path.name.startswith("env-"):  # its packages lie in uv's cache too, several GB that nothing else needs
+                shutil.rmtree(site.state / "cache", ignore_errors=True)
+    shutil.rmtree(site.incoming)
+    site.incoming.mkdir()
+    journals = {line["run"] for line in history(site)[-JOURNALS:]} | {read(site.pending).get("run")}
+    for path in (site.state / "runs").glob("*.jsonl"):
+        if path.stem not in journals:
+            path.unlink()
+
+
+JOURNALS = 50
+"""So many of the last runs keep their journal; a line of every run stays in the history."""
