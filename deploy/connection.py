@@ -277,8 +277,8 @@ class Ssh(Agent):
 
 
 @contextmanager
-def connect(target: Target, ask_sudo: bool = False) -> Iterator[Agent]:
-    """The agent of a host, for as long as the context lasts.
+def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterator[Agent]:
+    """The agent of a host, for as long as the context lasts; the host must let us in within `seconds`.
 
     Raises HostKeyError, ConnectError or SudoError.
     """
@@ -292,7 +292,7 @@ def connect(target: Target, ask_sudo: bool = False) -> Iterator[Agent]:
     config = fabric.Config(runtime_ssh_path=os.environ.get("HEARTH_SSH_CONFIG"))
     host = target.host
     connection = fabric.Connection(
-        host.address, user=host.user or None, port=host.ssh_port, config=config, connect_timeout=15
+        host.address, user=host.user or None, port=host.ssh_port, config=config, connect_timeout=seconds
     )
     try:
         hop: Any = connection

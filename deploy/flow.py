@@ -231,23 +231,37 @@ def make_bundle(name: str, output: Path | None, platform: str, python: str, *, a
     return place, bundles.write(target, stock, platform, python, built, place)
 
 
-def rollback(name: str, to: str, options: Options, *, dry_run: bool = False, ask_sudo: bool = False) -> Outcome:
-    """Return to a kept release, by default the one that served last: the same cut-over with the same gate."""
+def change(
+    name: str,
+    action: str,
+    make: Callable[[Target, Facts], Plan],
+    *,
+    dry_run: bool = False,
+    ask_sudo: bool = False,
+    ask: bool = False,
+) -> Outcome:
+    """Look at a host, have `make` plan from what it is, show that, and unless it is a dry run have it applied.
+
+    For plans that send nothing. `action` is what the host's history calls it.
+    """
     target = find_target(name)
     with connection.connect(target, ask_sudo) as agent:
         facts = look(agent, target)
+        return _carry_out(agent, target, facts, make(target, facts), action, dry_run=dry_run, ask=ask)
+
+
+def rollback(name: str, to: str, options: Options, *, dry_run: bool = False, ask_sudo: bool = False) -> Outcome:
+    """Return to a kept release, by default the one that served last: the same cut-over with the same gate."""
+
+    def back(target: Target, facts: Facts) -> Plan:
         others = [each for each in facts.proven if each != facts.current]
         if not others:
             raise UnknownNameError(f"{target.name} keeps no other release", hint=f"inv releases --host {target.name}")
         if to and to not in others:
             raise UnknownNameError(f"{target.name} keeps no release {to!r} to go back to", hint=near(to, others))
-        planned = plan.back(target, facts, to or others[0], options)
-        _refuse(planned, target)
-        show(planned)
-        if not dry_run:
-            _apply(agent, facts, planned, None, "rollback", offline=False)
-        titles = tuple(step.title for step in planned.steps)
-        return Outcome(target.name, planned.release, planned.base, True, titles)
+        return plan.back(target, facts, to or others[0], options)
+
+    return change(name, "rollback", back, dry_run=dry_run, ask_sudo=ask_sudo)
 
 
 def survey(name: str, path: str, by: str, *, ask_sudo: bool = False) -> Proposal:
@@ -280,11 +294,11 @@ def unadopt(
     name: str, options: Options, *, dry_run: bool = False, ask_sudo: bool = False, ask: bool = False
 ) -> Outcome:
     """Put back all that `adopt` changed on a host, and start what ran there before."""
-    target = find_target(name)
-    with connection.connect(target, ask_sudo) as agent:
-        facts = look(agent, target)
-        planned = adoption.undo(target, facts, options)
-        return _carry_out(agent, target, facts, planned, "undo adopt", dry_run=dry_run, ask=ask)
+
+    def back(target: Target, facts: Facts) -> Plan:
+        return adoption.undo(target, facts, options)
+
+    return change(name, "undo adopt", back, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask)
 
 
 def _carry_out(

@@ -1,0 +1,66 @@
+"""Asking hosts, all at once: whoever does not answer in time holds nobody up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from core.errors import ConnectError, HearthError
+from deploy import connection, flow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from deploy.connection import Agent
+    from deploy.host import Target
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """What one host said, or why it said nothing."""
+
+    host: str
+    value: T | None
+    error: HearthError | None = None
+
+
+def ask_each(
+    names: Sequence[str], ask: Callable[[Agent, Target], T], *, ask_sudo: bool = False, seconds: float = 10
+) -> list[Answer[T]]:
+    """Ask every host at once, and give their answers in the order of `names`, after `seconds` at the latest.
+
+    With `ask_sudo` one after the other, each as long as it takes: its password is asked for at the terminal.
+    """
+    answers: dict[str, Answer[T]] = {}
+
+    def one(name: str) -> None:
+        try:
+            target = flow.find_target(name)
+            with connection.connect(target, ask_sudo, seconds=max(1, int(seconds))) as agent:
+                answers[name] = Answer(name, ask(agent, target))
+        except HearthError as error:
+            answers[name] = Answer(name, None, error)
+
+    if ask_sudo or len(names) == 1:
+        for name in names:
+            one(name)
+    else:  # daemons: what still waits for a host must not keep the program from ending
+        threads = [threading.Thread(target=one, args=(name,), daemon=True) for name in names]
+        end = time.monotonic() + seconds
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+    return [answers.get(name) or Answer(name, None, _late(name, seconds)) for name in names]
+
+
+def _late(name: str, seconds: float) -> ConnectError:
+    return ConnectError(
+        f"{name} does not answer within {seconds:.0f} s",
+        cause="it is busy or hangs, or the way there is slow",
+        hint=f"inv facts --host {name} waits longer",
+    )
