@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,9 @@ UNITS = Path("/etc/systemd/system")
 class Systemd:
     """The service as a unit of the system's or the user's systemd.
 
-    The unit file is a link to `current/<service>.service`: what switches the release switches the unit with it.
+    The unit file is a link to `current/<service>.service`: what switches the release switches the unit with it. So
+    are those of its companions, `<service>-*`: what waits for mounts, exports metrics or runs by a timer. One with an
+    [Install] section is started at boot, and with the service.
     """
 
     def __init__(self, site: Site) -> None:
@@ -57,12 +60,35 @@ class Systemd:
             "pid": int(values.get("MainPID") or 0),
         }
 
+    def _links(self) -> dict[Path, str]:
+        """The links in systemd's folder that the current release asks for."""
+        found = {self.units / self.unit: str(self.site.current / self.unit)}
+        for name in self._companions():
+            found[self.units / name] = str(self.site.current / name)
+            for target in re.findall(r"^WantedBy=(.+)$", read_text(self.site.current / name), re.MULTILINE):
+                found[self.units / f"{target}.wants" / name] = f"../{name}"
+        return found
+
+    def _companions(self) -> list[str]:
+        listed = self.site.current.glob(f"{self.site.service}-*")
+        return sorted(path.name for path in listed if path.suffix in (".service", ".timer", ".path"))
+
+    def _linked_companions(self) -> list[str]:
+        """The companions that systemd knows, also those of an earlier release."""
+        listed = (path for path in self.units.glob(f"{self.site.service}-*") if path.is_symlink())
+        return [path.name for path in listed if path.readlink().parent == self.site.current]
+
+    def _entries(self, name: str) -> list[Path]:
+        """A unit's links in systemd's folder."""
+        return [self.units / name, *self.units.glob(f"*.wants/{name}")]
+
+    def _stale(self) -> list[str]:
+        """Companions that the current release does not have."""
+        return [name for name in self._linked_companions() if not (self.site.current / name).exists()]
+
     def _linked(self) -> bool:
-        wanted = [
-            name for name in (self.unit, self.storage) if name == self.unit or (self.site.current / name).exists()
-        ]
-        places = [(self.units / name, self.site.current / name) for name in wanted]
-        return all(place.is_symlink() and place.readlink() == target for place, target in places)
+        links = self._links().items()
+        return not self._stale() and all(place.is_symlink() and str(place.readlink()) == to for place, to in links)
 
     def foreign(self) -> str:
         """The unit's file when somebody else wrote it; one of Hearth's that was edited, or none at all, is drift."""
@@ -72,24 +98,28 @@ class Systemd:
 
     def install(self) -> None:
         """Make systemd see the current release's unit, and start it at boot."""
-        link(self.units / self.unit, self.site.current / self.unit)
         link(self._wants(self.unit), f"../{self.unit}")
-        if (self.site.current / self.storage).exists():
-            link(self.units / self.storage, self.site.current / self.storage)
-        else:
-            (self.units / self.storage).unlink(missing_ok=True)
+        for place, to in self._links().items():
+            link(place, to)
+        if stale := self._stale():
+            run([*self.ctl, "stop", *stale])
+        for path in [path for name in stale for path in self._entries(name)]:
+            path.unlink()
         run([*self.ctl, "daemon-reload"])
 
     def uninstall(self) -> None:
         """Forget the unit: there is no release any more."""
-        for place in (self._wants(self.unit), self.units / self.unit, self.units / self.storage):
-            place.unlink(missing_ok=True)
+        for name in (self.unit, *self._linked_companions()):
+            for place in self._entries(name):
+                place.unlink(missing_ok=True)
         run([*self.ctl, "daemon-reload"])
 
     def start(self) -> None:
-        """Start the service."""
+        """Start the service, and its companions as the current release has them."""
         subprocess.run([*self.ctl, "reset-failed", self.unit], capture_output=True)
         run([*self.ctl, "start", self.unit])
+        if wanted := sorted({place.name for place in self._links() if place.parent.name.endswith(".wants")}):
+            run([*self.ctl, "restart", *wanted])
 
     def stop(self) -> None:
         """Stop the service and wait until it has."""
