@@ -63,6 +63,10 @@ def _answer(verb: str, site: Site, request: Json) -> None:
         from agent.facts import facts
 
         say(facts(site, request))
+    elif verb == "status":
+        from agent.status import status
+
+        say(status(site, request))
     elif verb == "contents":
         from agent.parts import contents
 

@@ -84,16 +84,19 @@ def _fitting_profile() -> str:
 
 def look(agent: Agent, target: Target, packages: Sequence[str] = ()) -> Facts:
     """What the host is now, and whether it has these Debian packages; one round trip."""
+    return msgspec.convert(agent.call("facts", **questions(target, packages)), Facts)
+
+
+def questions(target: Target, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What the agent must be told to find out what a host is now."""
     host = target.host
     places = {path: "read" if name == "models" else "write" for name, path in host.folders.items()}
-    raw = agent.call(
-        "facts",
-        pythons=list(target.profile.pythons),
-        mounts=msgspec.to_builtins(host.mounts),
-        places={**dict.fromkeys(host.model_roots, "read"), **places},
-        packages=list(packages),
-    )
-    return msgspec.convert(raw, Facts)
+    return {
+        "pythons": list(target.profile.pythons),
+        "mounts": msgspec.to_builtins(host.mounts),
+        "places": {**dict.fromkeys(host.model_roots, "read"), **places},
+        "packages": list(packages),
+    }
 
 
 def shelf(target: Target) -> Shelf:
