@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from core import console, files, shell
-from core.errors import HearthError
+from core.arch import known_archs
+from core.stack import Platform, find_stack
 from deploy import flow, plan
 from deploy import host as hosts
 from deploy.facts import Facts
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from deploy.connection import Agent
-    from deploy.host import Target
+    from deploy.host import Profile, Target
 
 SECONDS = 60.0
 """How long hosts have: torch is asked where ComfyUI does not answer, and an emulated or busy machine takes its time."""
@@ -99,22 +100,20 @@ def workbench() -> list[Finding]:
 
 
 def _workbench() -> Iterator[tuple[Severity, Problem]]:
-    from kernels import store
-    from kernels.matrix import Request, select
+    from kernels import store, toolchain
 
     for program, installer in (("git", "apt-get install git"), ("uv", "pip install uv")):
         if not shell.which(program):
             yield "error", Problem(f"{program} is not installed", installer)
-    for arch, kernels in _wanted().items():
-        try:
-            builds, _ = select(Request(arch=arch, kernel=",".join(sorted(kernels))))
-        except HearthError as error:
-            yield "error", Problem(f"kernels for {arch} cannot be built here: {error.what}", error.hint)
-            continue
-        for cpu in {build.toolchain.platform.cpu for build in builds} - {platform.machine()}:
-            if not (shell.which(f"qemu-{cpu}-static") or shell.which(f"qemu-{cpu}")):
-                what = f"wheels for {arch} are not imported here after the build: there is no emulator for {cpu}"
-                yield "warning", Problem(what, "apt-get install qemu-user-static")
+    for profile in _profiles():
+        arch = known_archs()[profile.arch]
+        target = Platform.parse(arch.platform)
+        for error in toolchain.faults(find_stack(profile.stack), target, arch.python):
+            yield "error", Problem(f"kernels for {profile.arch} cannot be built here: {error.what}", error.hint)
+        cpu = target.cpu
+        if cpu != platform.machine() and not (shell.which(f"qemu-{cpu}-static") or shell.which(f"qemu-{cpu}")):
+            what = f"wheels for {profile.arch} are not imported here after the build: there is no emulator for {cpu}"
+            yield "warning", Problem(what, "apt-get install qemu-user-static")
     for entry in store.entries():
         if entry.fault:
             yield "error", Problem(f"{entry.manifest.file}: {entry.fault}", "inv build-kernels builds it again")
@@ -125,14 +124,10 @@ def _workbench() -> Iterator[tuple[Severity, Problem]]:
         yield "warning", Problem(what, "inv wheels --prune, or HEARTH_CACHE on a larger disk")
 
 
-def _wanted() -> dict[str, set[str]]:
-    """The kernels that configured hosts ask for, by compute capability; without hosts, those of all profiles."""
-    profiles = [hosts.target(name).profile for name in hosts.hosts().hosts if name != hosts.LOCAL]
-    found: dict[str, set[str]] = {}
-    for profile in profiles or list(hosts.profiles().values()):
-        if profile.kernels:
-            found.setdefault(profile.arch, set()).update(profile.kernels)
-    return found
+def _profiles() -> list[Profile]:
+    """The profiles of configured hosts that ask for kernels; without hosts, all of those."""
+    wanted = [hosts.target(name).profile for name in hosts.hosts().hosts if name != hosts.LOCAL]
+    return [each for each in wanted or hosts.profiles().values() if each.kernels]
 
 
 # --- shown ---------------------------------------------------------------------------------------------------------
@@ -168,8 +163,8 @@ def page() -> str:
     lines = [
         "# Troubleshooting",
         "",
-        "`inv doctor --host NAME` looks for all of this, and names what it found with the next command; without a host,",
-        "it looks at this machine. This page is made of its checks (`ops/checks.py`).",
+        "`inv doctor --host NAME` looks for all of this, and names what it found with the next command. Without a",
+        "host it looks at this machine. This page is made of its checks (`ops/checks.py`).",
         "",
     ]
     for check in CHECKS:

@@ -36,7 +36,7 @@ class Where(Sudo):
 class Fleet(Where):
     """One host, or several."""
 
-    group: str = flag("", "all hosts of a group, the first of them alone at first")
+    group: str = flag("", "all hosts of a group; a change goes to the first of them alone, then to the others")
 
 
 @dataclass(frozen=True)
