@@ -92,6 +92,15 @@ def _answer(verb: str, site: Site, request: Json) -> None:
         from agent.journal import history
 
         say(history(site))
+    elif verb == "logs":
+        from agent.logs import logs
+
+        for line in logs(site, request):
+            say(line)
+    elif verb == "jobs":
+        from agent.jobs import jobs
+
+        say(jobs(site, request["count"]))
     elif verb == "survey":
         from agent.survey import survey
 

@@ -193,7 +193,7 @@ class SudoError(HearthError):
 
 
 class RefusedError(HearthError):
-    """A deploy that would not work: every reason was shown, nothing was changed."""
+    """A change that would not work, or that nobody agreed to: every reason was shown, nothing was changed."""
 
     exit_code = 63
 
@@ -265,6 +265,18 @@ class NoInstallationError(HearthError):
     """No ComfyUI to adopt, more than one, or nothing adopted that could be put back."""
 
     exit_code = 75
+
+
+class NoAnswerError(HearthError):
+    """ComfyUI does not answer: it does not run, it hangs, or it died while it started."""
+
+    exit_code = 82
+
+
+class LogError(HearthError):
+    """A log that cannot be read on the host."""
+
+    exit_code = 83
 
 
 class GroupError(HearthError):

@@ -32,8 +32,11 @@ from core.errors import (
     HearthError,
     HostKeyError,
     HostOfflineError,
+    LogError,
+    NoAnswerError,
     RemoteError,
     SudoError,
+    UsageError,
 )
 
 if TYPE_CHECKING:
@@ -121,6 +124,9 @@ def error_of(fault: dict[str, Any]) -> HearthError:
         "gate": GateError,
         "disk": DiskFullError,
         "offline": HostOfflineError,
+        "silent": NoAnswerError,
+        "log": LogError,
+        "usage": UsageError,
     }
     kind = kinds.get(fault["kind"], AgentError)
     cause = "\n         ".join([*fault["cause"].splitlines(), *(f"| {line}" for line in fault.get("log", []))])

@@ -226,6 +226,8 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal(f"the host is being changed: {who}", f"inv attach --host {target.name}"))
     if facts.current_fault:
         found.append(Refusal(facts.current_fault["what"], facts.current_fault["hint"]))
+    if facts.paused:  # by somebody with a reason, who may be somebody else
+        found.append(Refusal(paused(target, facts), f"inv resume --host {target.name}"))
     if facts.foreign_unit:
         found.append(Refusal(f"{facts.foreign_unit} is not Hearth's", f"inv adopt --host {target.name} takes it over"))
     if host.scope == "system" and not facts.manager.startswith("systemd"):
@@ -236,6 +238,11 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
     if holder := port(target, facts):
         found.append(Refusal(holder, "end it, or set another `port` for this host"))
     return found
+
+
+def paused(target: Target, facts: Facts) -> str:
+    """Who keeps the service from running, and since when."""
+    return f"{target.host.service} was paused by {facts.paused['who']} at {facts.paused['at']}"
 
 
 def storage(target: Target, facts: Facts) -> list[Refusal]:

@@ -47,15 +47,20 @@ class DryRun:
 
 
 @dataclass(frozen=True)
-class CutOver(DryRun):
-    """How the service is taken from one release to another."""
+class Agreed(DryRun):
+    """A change that somebody at a terminal agrees to."""
 
-    drain: str = flag("60", "seconds to wait for ComfyUI's jobs before the cut-over (default: 60)")
+    yes: bool = flag(False, "do not ask")
+
+
+@dataclass(frozen=True)
+class CutOver(DryRun):
+    """How the service is stopped, as to go from one release to another."""
+
+    drain: str = flag("60", "seconds to wait for ComfyUI's jobs before it is stopped (default: 60)")
     force: bool = flag(False, "cut jobs short that are still running then")
 
 
 @dataclass(frozen=True)
-class Change(CutOver):
+class Change(CutOver, Agreed):
     """A cut-over that somebody at a terminal agrees to."""
-
-    yes: bool = flag(False, "do not ask")
