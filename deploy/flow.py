@@ -90,7 +90,7 @@ def look(agent: Agent, target: Target, packages: Sequence[str] = ()) -> Facts:
         "facts",
         pythons=list(target.profile.pythons),
         mounts=msgspec.to_builtins(host.mounts),
-        places={**dict.fromkeys(host.model_roots, "read"), **places},
+        places={**dict.fromkeys(host.model_roots, "read"), **places, **dict.fromkeys(host.develop, "bind")},
         packages=list(packages),
     )
     return msgspec.convert(raw, Facts)
