@@ -252,7 +252,7 @@ def _port(case: Case) -> Iterator[Problem]:
 
 
 SLOW = 1 / 3
-"""The share of the time that the gate gives a start which is worth a word: of 180 s, 15 were measured, 51 with 26 nodes."""
+"""A start is worth a word from this share of the gate's patience on: of 180 s, 15 were measured, 51 with 26 nodes."""
 
 
 @check(
