@@ -19,14 +19,17 @@ from agent.site import Site
 def ask(site: Site, path: str, body: Json | None = None, timeout: float = 5) -> Any:
     """Ask the running ComfyUI; bytes for a picture, else parsed JSON. Raises OSError or ValueError."""
     import urllib.request  # half of this file's start, and most verbs ask nothing
+    from http.client import HTTPException
 
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a machine needs no proxy to reach itself
-    address = "127.0.0.1" if site.address in ("0.0.0.0", "") else site.address
-    host = f"[{address}]" if ":" in address else address
+    host = f"[{site.reachable}]" if ":" in site.reachable else site.reachable
     data = json.dumps(body).encode() if body is not None else None
     request = urllib.request.Request(f"http://{host}:{site.port}{path}", data, {"Content-Type": "application/json"})
-    with direct.open(request, timeout=timeout) as answer:
-        raw = answer.read()
+    try:
+        with direct.open(request, timeout=timeout) as answer:
+            raw = answer.read()
+    except HTTPException as error:  # whoever has the port speaks something else
+        raise ValueError(f"no HTTP: {error!r}") from error
     return raw if path.startswith("/view") else json.loads(raw)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import grp
+import json
 import os
 import platform
 import pwd
@@ -13,26 +14,30 @@ import socket
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import Fault, Json, read
+from agent.files import Fault, Json, read, write
 from agent.journal import Adopted, busy, last_line
 from agent.parts import as_service, fault_of, forked
 from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
 from agent.site import DATA, SHARED, SHARING, Site
 
 
-def facts(site: Site, ask: Json) -> Json:
-    """What this host is now. `ask` names the Python versions, mounts, folders and Debian packages to look for."""
+def facts(site: Site, ask: Json, verified: float = 0) -> Json:
+    """What this host is now. `ask` names the Python versions, mounts, folders and Debian packages to look for.
+
+    Parts that were found whole within the last `verified` seconds are not looked at again.
+    """
     try:
         current, fault = site.release(), {}
     except Fault as error:
         current, fault = "", error.report
     manifests = [read(path) for path in sorted(site.releases.glob("*/release.json"))]
     proven = sorted(site.releases.glob("*/proven"), key=lambda path: -path.stat().st_mtime_ns)
-    places = sorted(site.parts.glob("[!.]*"))
-    parts = {place.name: forked(fault_of, place) for place in places}
+    parts = _parts(site, verified)
     place = next(path for path in [site.prefix, *site.prefix.parents] if path.exists())
     disk = os.statvfs(place)
     os_release = _os_release()
@@ -81,8 +86,27 @@ def facts(site: Site, ask: Json) -> Json:
         "tools": sorted(path.name for path in (site.state / "tools").glob("[!.]*")),
         "busy": busy(site),
         "last": last_line(site.history),
-        "parts": {name: fault() for name, fault in parts.items()},
+        "parts": parts(),
     }
+
+
+def _parts(site: Site, verified: float) -> Callable[[], dict[str, str]]:
+    """Begin to verify the parts; what is returned waits for what is wrong with each, and notes which are whole."""
+    note = site.state / "verified.json"
+    known = {name: at for name, at in read(note).items() if 0 <= time.time() - at < verified}
+    begun = time.time()
+    names = [path.name for path in sorted(site.parts.glob("[!.]*"))]
+    asked = {name: forked(fault_of, site.parts / name) for name in names if name not in known}
+
+    def answer() -> dict[str, str]:
+        found = {name: asked[name]() if name in asked else "" for name in names}
+        if asked and site.state.is_dir():
+            with suppress(OSError):  # it only saves time
+                whole = {name: known.get(name, begun) for name, fault in found.items() if not fault}
+                write(note, json.dumps(whole))
+        return found
+
+    return answer
 
 
 def altered(site: Site, manifest: Json) -> bool:

@@ -1,0 +1,99 @@
+"""How ComfyUI and its machine are right now: what `facts` does not tell, since it changes by the second."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from agent.comfyui import ask
+from agent.facts import facts
+from agent.files import Fault, Json, read_text
+from agent.site import Site
+
+PATIENCE = 2.0
+"""Seconds for each answer of ComfyUI's: it gives these between two steps of a job, from memory."""
+
+VERIFIED = 300
+"""Seconds for which parts that were found whole count as whole: looking at 66,000 files takes a core's half second."""
+
+
+def status(site: Site, request: Json) -> Json:
+    """The host's facts, with parts that were verified lately taken as they are, and how everything is now."""
+    found = facts(site, request, VERIFIED)
+    return {"facts": found, "live": live(site, found["service"]["pid"])}
+
+
+def live(site: Site, pid: int) -> Json:
+    """ComfyUI's own answers, memory, disks and the service's time. `time` is this machine's clock."""
+    return {
+        "time": time.time(),
+        "uptime": _age(pid),
+        "comfyui": _comfyui(site),
+        "memory": memory(),
+        "disks": {str(path): _disk(path) for path in _places(site)},
+    }
+
+
+def _comfyui(site: Site) -> Json:
+    """What ComfyUI says of itself: `state` is answers, silent (it takes connections, and says nothing), or closed."""
+    started = time.monotonic()
+    try:
+        stats = ask(site, "/system_stats", timeout=PATIENCE)
+        queue = ask(site, "/queue", timeout=PATIENCE)
+        running = [{"id": job[1], "nodes": len(job[2]), "since": _created(job)} for job in queue["queue_running"]]
+        return {
+            "state": "answers",
+            "seconds": time.monotonic() - started,
+            "version": stats["system"].get("comfyui_version", ""),
+            "torch": stats["system"].get("pytorch_version", ""),
+            "devices": [{"name": each["name"], "type": each["type"]} for each in stats["devices"]],
+            "running": running,
+            "pending": len(queue["queue_pending"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        return {"state": "silent" if _takes_connections(site) else "closed", "reason": str(error)}
+
+
+def _created(job: list[Json]) -> float | None:
+    """When a job was handed in, in seconds since 1970; ComfyUI notes it in milliseconds."""
+    with suppress(IndexError, TypeError, ValueError, AttributeError):
+        return float(job[3]["create_time"]) / 1000
+    return None
+
+
+def _takes_connections(site: Site) -> bool:
+    with suppress(OSError), socket.create_connection((site.reachable, site.port), timeout=1):
+        return True
+    return False
+
+
+def memory() -> dict[str, int]:
+    """The machine's memory in bytes, as /proc/meminfo names it."""
+    lines = (line.split() for line in read_text(Path("/proc/meminfo")).splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3}
+
+
+def _places(site: Site) -> list[Path]:
+    return [site.prefix, site.data, *map(Path, site.elsewhere.values())]
+
+
+def _disk(path: Path) -> Json:
+    """Room at a place, in bytes and inodes (`files`; None where a file system makes them as it goes)."""
+    try:
+        disk = os.statvfs(path)
+    except OSError as error:
+        return {"fault": error.strerror or str(error)}
+    files = {"files_free": disk.f_favail, "files": disk.f_files} if disk.f_files else {}
+    return {"free": disk.f_bavail * disk.f_frsize, "total": disk.f_blocks * disk.f_frsize, **files}
+
+
+def _age(pid: int) -> float | None:
+    """Seconds since a process was started (proc(5), stat: starttime, the 20th after the name)."""
+    with suppress(OSError, ValueError, IndexError, Fault):
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        up = float(Path("/proc/uptime").read_text().split()[0])
+        return up - ticks / os.sysconf("SC_CLK_TCK")
+    return None

@@ -1,0 +1,247 @@
+"""Status: one glance at hosts, and whether all is well.
+
+What drifted is what a deploy would change: the same plan, from the same facts. So a damaged part, an edited unit, and a
+lock or a configuration that the host does not have yet all show.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from core import console
+from core.errors import UsageError
+from deploy import flow, plan
+from deploy.facts import Facts
+from ops import fleet
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deploy.connection import Agent
+    from deploy.host import Target
+    from deploy.plan import Shelf
+
+SECONDS = 10.0
+"""How long hosts have to answer."""
+
+
+class Job(msgspec.Struct, frozen=True):
+    """A job that runs: its id, how many nodes it has, and when it was handed in (seconds since 1970)."""
+
+    id: str
+    nodes: int
+    since: float | None
+
+
+class Device(msgspec.Struct, frozen=True):
+    """What ComfyUI computes on: "cuda" or "cpu"."""
+
+    name: str
+    type: str
+
+
+class ComfyUI(msgspec.Struct, frozen=True):
+    """What ComfyUI says of itself: it `answers`, is `silent` (takes connections, says nothing) or `closed`."""
+
+    state: str
+    reason: str = ""
+    seconds: float = 0
+    version: str = ""
+    torch: str = ""
+    devices: tuple[Device, ...] = ()
+    running: tuple[Job, ...] = ()
+    pending: int = 0
+
+
+class Disk(msgspec.Struct, frozen=True):
+    """Room at a place, in bytes and inodes; `fault` says why it cannot be told."""
+
+    free: int = 0
+    total: int = 0
+    files_free: int | None = None
+    files: int | None = None
+    fault: str = ""
+
+
+class Live(msgspec.Struct, frozen=True):
+    """How a host is this moment (`agent/status.py`). Memory in bytes, by /proc/meminfo's names."""
+
+    time: float
+    uptime: float | None
+    comfyui: ComfyUI
+    memory: dict[str, int]
+    disks: dict[str, Disk]
+
+
+class _Said(msgspec.Struct, frozen=True):
+    facts: Facts
+    live: Live
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not well, and the command to go on with."""
+
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """One host: `drift` is what a deploy would change. All is well when there are no problems."""
+
+    host: str
+    facts: Facts
+    live: Live
+    drift: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+def look(names: Sequence[str], *, ask_sudo: bool = False, seconds: float = SECONDS) -> list[fleet.Answer[Status]]:
+    """The status of hosts, all at once."""
+    shelves: dict[str, Shelf] = {}  # what this checkout can give is the same for hosts of one configuration
+    return fleet.ask_each(names, lambda agent, target: _one(agent, target, shelves), ask_sudo=ask_sudo, seconds=seconds)
+
+
+def _one(agent: Agent, target: Target, shelves: dict[str, Shelf]) -> Status:
+    key = repr(target.profile)
+    stock = shelves.get(key) or shelves.setdefault(key, flow.shelf(target))
+    packages = sorted({each for node in stock.nodes.values() for each in node.system})
+    said = msgspec.convert(agent.call("status", **flow.questions(target, packages)), _Said)
+    planned = plan.make(target, said.facts, stock, plan.Options())
+    return judge(target, said.facts, said.live, planned)
+
+
+def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Status:
+    """What is not well on a host; pure."""
+    name = target.name
+    at = f"--host {name}"
+    drift = tuple(step.title for step in planned.steps) if facts.current else ()
+    found: list[Problem] = []
+
+    def problem(what: str, remedy: str) -> None:
+        found.append(Problem(what, remedy))
+
+    if facts.busy:
+        problem(f"{facts.busy['action']} by {facts.busy['who']} is under way", f"inv attach {at}")
+    if not facts.current:
+        problem("nothing is deployed", f"inv deploy {at}")
+    elif not facts.service.active:
+        problem(f"the service does not run: {facts.service.state}", f"inv doctor {at}, then inv start {at}")
+    elif live.comfyui.state == "silent":
+        problem(f"ComfyUI takes connections and does not answer: {live.comfyui.reason}", f"inv logs {at}")
+    elif live.comfyui.state == "closed":
+        starting = live.uptime is not None and live.uptime < target.profile.start_seconds
+        what = f"ComfyUI is starting, since {console.clock(live.uptime or 0)}" if starting else "ComfyUI is not reached"
+        problem(what, f"inv logs {at}")
+    if facts.current and not facts.service.enabled:
+        problem("the service is not started at boot", f"inv resume {at}")
+    if facts.service.restarts:
+        problem(f"the service was restarted {facts.service.restarts} times", f"inv doctor {at}")
+    if facts.last and facts.last.get("result") != "done":
+        last = facts.last
+        problem(f"the last {last['action']} ({last['at']}) {last['result']}: {last['error']}", f"inv attach {at}")
+    for node, why in facts.failed_nodes.items():
+        problem(f"node {node} cannot be imported: {why}", f"inv doctor {at}")
+    if drift:
+        more = f" and {len(drift) - 1} more" if len(drift) > 1 else ""
+        problem(f"a deploy would {drift[0]}{more}", f"inv deploy {at} --dry-run")
+    for each in planned.refusals:
+        problem(each.what, each.remedy)
+    return Status(name, facts, live, drift, tuple(found))
+
+
+# --- shown ---------------------------------------------------------------------------------------------------------
+
+
+def watch(names: Sequence[str], every: str | bool, *, ask_sudo: bool = False) -> None:
+    """Show the status again and again, until Ctrl-C; raises UsageError."""
+    seconds = "2" if every is True else str(every)
+    if not re.fullmatch(r"\d+(\.\d+)?", seconds) or float(seconds) < 0.5:
+        raise UsageError(f"--watch {every} makes no sense", hint="give seconds, at least 0.5, or nothing for 2")
+    console.refreshed(lambda: _lines(look(names, ask_sudo=ask_sudo)), float(seconds))
+
+
+def show(answers: Sequence[fleet.Answer[Status]], *, as_json: bool) -> int:
+    """Print the status of hosts; 0 when all is well, else 1."""
+    if as_json:
+        console.data_json([_plain(each) for each in answers])
+    else:
+        for line in _lines(answers):
+            console.data(line)
+    return int(any(each.value is None or each.value.problems for each in answers))
+
+
+def _plain(answer: fleet.Answer[Status]) -> dict[str, Any]:
+    """A host's status in JSON's types."""
+    status, error = answer.value, answer.error
+    if status is None:
+        assert error is not None
+        problems = [{"what": error.what, "remedy": error.hint}]
+        return {"host": answer.host, "reached": False, "well": False, "problems": problems}
+    facts, live = status.facts, status.live
+    release = facts.release(facts.current) or {}
+    told = {name: release.get(name) for name in ("version", "torch", "stack", "profile", "python", "kernels")}
+    return {
+        "host": status.host,
+        "reached": True,
+        "well": not status.problems,
+        "release": facts.current,
+        **told,
+        "service": msgspec.to_builtins(facts.service),
+        "last": facts.last,
+        "busy": facts.busy,
+        "drift": list(status.drift),
+        "problems": [{"what": each.what, "remedy": each.remedy} for each in status.problems],
+        **msgspec.to_builtins(live),
+    }
+
+
+def _lines(answers: Sequence[fleet.Answer[Status]]) -> list[str]:
+    return [*console.aligned(HEADINGS, map(_row, answers)), *notes(answers)]
+
+
+HEADINGS = ("host", "", "release", "ComfyUI", "up", "jobs", "GPU", "memory free", "disk free", "drift")
+
+
+def _row(answer: fleet.Answer[Status]) -> tuple[str, ...]:
+    status = answer.value
+    if status is None:
+        return (answer.host, "not reached", *["-"] * 8)
+    facts, live = status.facts, status.live
+    comfyui = live.comfyui
+    state = "stopped" if not facts.service.active else {"answers": "serves"}.get(comfyui.state, comfyui.state)
+    jobs = f"{len(comfyui.running)} + {comfyui.pending}" if comfyui.state == "answers" else "-"
+    place = live.disks.get(facts.prefix) or Disk()
+    return (
+        status.host,
+        "empty" if not facts.current else state,
+        facts.current[:8] or "-",
+        comfyui.version or "-",
+        "-" if live.uptime is None or not facts.service.active else console.clock(live.uptime),
+        jobs,
+        _gpus(status),
+        console.size(live.memory.get("MemAvailable", 0)),
+        console.size(place.free) if place.total else "-",
+        str(len(status.drift)) if status.drift else "none",
+    )
+
+
+def _gpus(status: Status) -> str:
+    return ", ".join(gpu.name for gpu in status.facts.gpus) or "none"
+
+
+def notes(answers: Sequence[fleet.Answer[Status]]) -> list[str]:
+    """What is not well, host by host, each with what to do next."""
+    lines: list[str] = []
+    for each in answers:
+        if each.error is not None:
+            lines.append(f"{each.host}: {each.error.what}; next: {each.error.hint}")
+        else:
+            assert each.value is not None
+            lines += [f"{each.host}: {found.what}; next: {found.remedy}" for found in each.value.problems]
+    return lines or ["all is well"]
