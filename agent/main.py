@@ -97,7 +97,10 @@ def _answer(verb: str, site: Site, request: Json) -> None:
 
         say(history(site))
     elif verb == "flags":
-        say({"text": (site.current / "app/comfy/cli_args.py").read_text()})
+        from agent.files import read_text
+
+        release = site.release()
+        say({"release": site.manifest(release), "text": read_text(site.releases / release / "app/comfy/cli_args.py")})
     elif verb == "survey":
         from agent.survey import survey
 

@@ -272,6 +272,12 @@ def _binds(target: Target, developed: Mapping[str, str]) -> list[str]:
 # ComfyUI's flags for folders that do not lie in its base directory.
 _DIRECTORY = {name: f"{name}-directory" for name in ("models", "input", "output", "user")}
 
+OWN_FLAGS = frozenset(
+    f"--{name}"
+    for name in ("base-directory", "database-url", "disable-auto-launch", "extra-model-paths-config", "listen", "port")
+) | {f"--{name}" for name in _DIRECTORY.values()}
+"""Flags that a release has beside those of its profile, modes and host."""
+
 
 def _search_paths(choice: Choice, place: str) -> dict[str, dict[str, str]]:
     """ComfyUI's extra search paths: the release's nodes, and the host's further folders of models."""
