@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +140,9 @@ def shown(found: Explained, *, explain: bool, as_json: bool) -> None:
     heading, *lines = console.aligned(headings, rows)
     console.data(f"  {heading}")
     for each, text in zip(found.lines, lines, strict=True):
-        console.data(f"  {text}" + (f"\n      {each.why}" if explain else ""))
+        console.data(f"  {text}")
+        if explain:
+            console.data(textwrap.fill(each.why, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
 
 
 def _for(line: Line) -> str:

@@ -59,8 +59,8 @@ def profiles(_: Context, *, out: Output) -> None:
 def profile(_: Context, name: str, explain: bool = False, *, out: Output) -> None:
     """Show what a profile or mode sets, for which versions of torch and ComfyUI, and with which stacks it has effect.
 
-        inv profile low-memory --explain
-        inv profile dgx-spark --json
+    inv profile low-memory --explain
+    inv profile dgx-spark --json
     """
     from ops import profiles
 
