@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deploy.nodes import Catalogue
 
 
-class Mount(msgspec.Struct, frozen=True):
+class FileSystem(msgspec.Struct, frozen=True):
     """A mounted file system: its place, what it is and of which type."""
 
     point: str = "/"
@@ -46,14 +46,14 @@ class Folder(msgspec.Struct, frozen=True):
     place: str
     real: str
     kind: str
-    mount: Mount
+    mount: FileSystem
     rename: bool
     bytes: int
     files: int
     owner: str
     people: tuple[str, ...]
     links: dict[str, str]
-    mounts: tuple[Mount, ...]
+    mounts: tuple[FileSystem, ...]
 
 
 class Found(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ import tomlkit
 
 from core import files, shell, source
 from core.errors import AuditServiceError
-from deploy import advisory, curate, environment, nodes
+from deploy import advisory, curate, environment, flow, nodes
 from deploy import application as applications
 from deploy import release as releases
 from deploy.advisory import Repository
@@ -63,6 +63,11 @@ class Audit:
     advisories: int
     findings: tuple[Finding, ...]
     fault: AuditServiceError | None
+
+
+def stock(host: str, *, ask_sudo: bool) -> Stock:
+    """What the current release of a host holds; without a host, all that is locked in this checkout."""
+    return deployed(flow.facts(host, ask_sudo=ask_sudo).named("current")) if host else locked()
 
 
 def locked() -> Stock:

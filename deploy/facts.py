@@ -30,7 +30,7 @@ class Service(msgspec.Struct, frozen=True):
     pid: int
 
 
-class Mount(msgspec.Struct, frozen=True):
+class MountState(msgspec.Struct, frozen=True):
     """A mount point: what is mounted there, Hearth's own unit for it, and why what is wanted could not be mounted."""
 
     mounted: bool
@@ -70,7 +70,7 @@ class Facts(msgspec.Struct, frozen=True):
     writable: bool
     disk_free: int
     inodes_free: int | None
-    mounts: dict[str, Mount]
+    mounts: dict[str, MountState]
     places: dict[str, str]
     data_free: dict[str, int]
     packages: dict[str, bool]

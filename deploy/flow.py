@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import secrets
@@ -9,6 +10,7 @@ import socket
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from getpass import getuser
 from pathlib import Path
@@ -27,6 +29,7 @@ from core.errors import (
     LockStaleError,
     RefusedError,
     UnknownNameError,
+    UsageError,
     near,
 )
 from core.stack import Platform
@@ -134,6 +137,28 @@ def _refuse_malware(target: Target, chosen: Mapping[str, Node]) -> None:
         )
 
 
+def deploy_each(
+    host: str,
+    group: str,
+    options: Options,
+    *,
+    dry_run: bool,
+    ask_sudo: bool,
+    ask: bool,
+    build: Callable[[Sequence[Sequence[str]]], None] | None,
+    bundle: str,
+    keep_going: bool,
+) -> list[Outcome]:
+    """Deploy to a host, or to all of a group, as `deploy` and `on_each` say. `bundle` names a file (empty: none)."""
+    if build and bundle:
+        raise UsageError("--build and --bundle exclude each other", hint="a bundle holds the wheels that it needs")
+    with bundles.opened(Path(bundle)) if bundle else nullcontext() as opened:
+        one = functools.partial(
+            deploy, options=options, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask, build=build, bundle=opened
+        )
+        return on_each(hosts.select(host, group), one, keep_going=keep_going)
+
+
 def deploy(
     name: str,
     options: Options,
@@ -205,6 +230,13 @@ def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: 
         return outcome
 
 
+def bundle(name: str, output: str, platform: str, python: str, verify: str, *, ask_sudo: bool) -> tuple[Path, Bundle]:
+    """Read and check the bundle that `verify` names; where it names none, make one. Raises BundleError."""
+    if verify:
+        return Path(verify), bundles.verify(Path(verify))
+    return make_bundle(name, Path(output) if output else None, platform, python, ask_sudo=ask_sudo)
+
+
 def make_bundle(name: str, output: Path | None, platform: str, python: str, *, ask_sudo: bool) -> tuple[Path, Bundle]:
     """Write one file with all that a host needs; where platform or Python is not told, the host is asked for them.
 
@@ -267,13 +299,6 @@ def rollback(name: str, to: str, options: Options, *, dry_run: bool = False, ask
     return change(name, "rollback", back, dry_run=dry_run, ask_sudo=ask_sudo)
 
 
-def survey(name: str, path: str, by: str, *, ask_sudo: bool = False) -> Proposal:
-    """What becomes of the ComfyUI that is on a host already; nothing is changed."""
-    target = find_target(name)
-    with connection.connect(target, ask_sudo) as agent:
-        return _propose(agent, target, look(agent, target), path, by)
-
-
 def _propose(agent: Agent, target: Target, facts: Facts, path: str, by: str) -> Proposal:
     raw = agent.call("survey", path=path)
     found = msgspec.convert(raw, adoption.Survey).only(target.name)
@@ -282,26 +307,35 @@ def _propose(agent: Agent, target: Target, facts: Facts, path: str, by: str) -> 
 
 
 def adopt(
-    name: str, path: str, by: str, options: Options, *, dry_run: bool = False, ask_sudo: bool = False, ask: bool = False
-) -> tuple[Proposal, Outcome]:
-    """Take over the ComfyUI that is on a host: it is out of service then, and a deploy finds its folders in place."""
+    name: str,
+    path: str,
+    by: str,
+    options: Options,
+    *,
+    apply: bool,
+    undo: bool,
+    dry_run: bool,
+    ask_sudo: bool,
+    ask: bool,
+) -> tuple[Proposal | None, Outcome | None]:
+    """Propose what becomes of the ComfyUI that is on a host already; nothing is changed, and there is no outcome.
+
+    `apply` takes it over: it is out of service then, and a deploy finds its folders in place. `undo` puts back all that
+    this changed, and starts what ran before; there is no proposal then.
+    """
+    if by not in ("rename", "reference") or (apply and undo):
+        raise UsageError("say --by rename or --by reference, and one of --apply and --undo")
+    if undo:
+        back = functools.partial(adoption.undo, options=options)
+        return None, change(name, "undo adopt", back, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask)
     target = find_target(name)
     with connection.connect(target, ask_sudo) as agent:
         facts = look(agent, target)
         proposal = _propose(agent, target, facts, path, by)
+        if not apply:
+            return proposal, None
         planned = adoption.make(target, facts, proposal, options)
         return proposal, _carry_out(agent, target, facts, planned, "adopt", dry_run=dry_run, ask=ask)
-
-
-def unadopt(
-    name: str, options: Options, *, dry_run: bool = False, ask_sudo: bool = False, ask: bool = False
-) -> Outcome:
-    """Put back all that `adopt` changed on a host, and start what ran there before."""
-
-    def back(target: Target, facts: Facts) -> Plan:
-        return adoption.undo(target, facts, options)
-
-    return change(name, "undo adopt", back, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask)
 
 
 def _carry_out(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import InvalidVersion, Version
 
 from core import console
+from core.errors import UsageError
 from deploy import application as applications
 from deploy import release as releases
 
@@ -75,6 +76,13 @@ class Options:
 
     drain: float = 60
     force: bool = False
+
+
+def options(drain: str, force: bool) -> Options:
+    """The options as --drain and --force say them; raises UsageError."""
+    if not drain.isdecimal():
+        raise UsageError(f"--drain {drain} makes no sense", hint="give seconds, such as --drain 300")
+    return Options(drain=float(drain), force=force)
 
 
 RESERVE_BYTES, RESERVE_FILES = 2_000_000_000, 10_000

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from core import console
+from core import console, files
 from deploy import host as hosts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from deploy.adopt import Proposal
     from deploy.audit import Audit
     from deploy.bundle import Bundle
     from deploy.curate import Change
     from deploy.difference import Difference
-    from deploy.facts import Facts, Mount
+    from deploy.facts import Facts, MountState
     from deploy.flow import Outcome
     from deploy.nodes import Catalogue
 
 
-def outcomes(results: Sequence[Outcome], *, as_json: bool, dry_run: bool) -> None:
-    """How a deploy or rollback ended, host by host."""
+def outcomes(results: Sequence[Outcome], *, as_json: bool, dry_run: bool) -> int:
+    """How a deploy or rollback ended, host by host; returns 2 when a dry run would change anything."""
+    code = 2 if dry_run and any(each.changed for each in results) else 0
     if as_json:
         console.data_json([msgspec.to_builtins(each) for each in results])
-        return
+        return code
     for each in results:
         if dry_run:
             console.data(f"{each.host}: {len(each.steps)} changes" if each.changed else f"{each.host}: nothing to do")
@@ -38,6 +39,7 @@ def outcomes(results: Sequence[Outcome], *, as_json: bool, dry_run: bool) -> Non
             )
         else:
             console.data(f"{each.host}: nothing to do, release {each.release} is in service at {each.address}")
+    return code
 
 
 def releases(facts: Facts, *, as_json: bool) -> None:
@@ -102,8 +104,15 @@ def proposal(found: Proposal, *, as_json: bool) -> None:
         console.data("\n".join(f"    {command}" for command in found.add))
 
 
-def adopted(found: Proposal | None, outcome: Outcome, *, as_json: bool, dry_run: bool) -> None:
-    """How taking over, or undoing that (then there is no proposal), ended."""
+def adopted(found: Proposal | None, outcome: Outcome | None, *, as_json: bool, dry_run: bool) -> int:
+    """How taking over, or undoing that (then there is no proposal), ended, or what is proposed (then no outcome).
+
+    Returns 2 when a dry run would change anything.
+    """
+    if outcome is None:
+        assert found is not None
+        proposal(found, as_json=as_json)
+        return 0
     if as_json:
         console.data_json({**msgspec.to_builtins(outcome), "proposal": msgspec.to_builtins(found)})
     elif dry_run or not outcome.changed:
@@ -118,6 +127,7 @@ def adopted(found: Proposal | None, outcome: Outcome, *, as_json: bool, dry_run:
         )
         console.data(f"inv adopt --host {outcome.host} --undo puts it back; when that is not wanted any more, delete")
         console.data(f"{found.installation.path} and {environment} there")
+    return 2 if dry_run and outcome.changed else 0
 
 
 def nodes(catalogue: Catalogue, *, as_json: bool) -> None:
@@ -134,11 +144,12 @@ def nodes(catalogue: Catalogue, *, as_json: bool) -> None:
         console.data(f"left out: {name}: {reason}")
 
 
-def changes(found: Sequence[Change], *, as_json: bool) -> None:
-    """What updates of nodes bring."""
+def changes(found: Sequence[Change], *, as_json: bool, dry_run: bool) -> int:
+    """What updates of nodes bring; returns 2 when a dry run would change anything."""
+    code = 2 if dry_run and found else 0
     if as_json:
         console.data_json([msgspec.to_builtins(each) for each in found])
-        return
+        return code
     if not found:
         console.say("every node is at its latest commit")
     for each in found:
@@ -147,6 +158,7 @@ def changes(found: Sequence[Change], *, as_json: bool) -> None:
         for title, lines in (("requirements", each.requirements), ("changed files that run at import", each.imported)):
             if lines:
                 console.data(f"  {title}:\n" + "\n".join(f"    {line}" for line in lines))
+    return code
 
 
 def outdated(found: Mapping[str, tuple[str, str]], *, as_json: bool) -> None:
@@ -159,8 +171,8 @@ def outdated(found: Mapping[str, tuple[str, str]], *, as_json: bool) -> None:
         console.say("every node is at its latest commit")
 
 
-def providers(found: Mapping[str, Sequence[str]], *, as_json: bool) -> None:
-    """Which known nodes name the types of a workflow."""
+def providers(found: Mapping[str, Sequence[str]], *, as_json: bool) -> int:
+    """Which known nodes name the types of a workflow; returns 1 when there is a type that none names."""
     if as_json:
         console.data_json(dict(found))
     elif found:
@@ -169,6 +181,7 @@ def providers(found: Mapping[str, Sequence[str]], *, as_json: bool) -> None:
         )
     else:
         console.say("ComfyUI has every node of it")
+    return int(any(not names for names in found.values()))
 
 
 def history(lines: Sequence[dict[str, Any]], *, as_json: bool) -> None:
@@ -209,7 +222,7 @@ def facts(found: Facts, *, as_json: bool) -> None:
     console.table(("", ""), rows)
 
 
-def _mounted(path: str, mount: Mount) -> str:
+def _mounted(path: str, mount: MountState) -> str:
     return f"{path}: {mount.source}" if mount.mounted else f"{path}: not mounted, ComfyUI waits for it"
 
 
@@ -267,12 +280,30 @@ def difference(found: Difference, *, as_json: bool) -> None:
         console.say(f"not compared, for an older Hearth did not note it: {', '.join(found.unknown)}")
 
 
-def audit(found: Audit, *, as_json: bool) -> None:
-    """What is known against what was looked at."""
+def bill(text: str, output: str) -> None:
+    """A bill of materials, to a file where one is named."""
+    if output:
+        files.write(Path(output), text)
+    else:
+        console.data(text.rstrip())
+
+
+def audit(found: Audit, *, as_json: bool) -> int:
+    """What is known against what was looked at; returns 1 when there is anything.
+
+    Raises AuditServiceError, after all that is known without the service was told.
+    """
     if as_json:
         plain = msgspec.to_builtins(replace(found, fault=None))
         console.data_json({**plain, "fault": found.fault.what if found.fault else ""})
-        return
+    else:
+        _findings(found)
+    if found.fault:
+        raise found.fault
+    return int(bool(found.findings))
+
+
+def _findings(found: Audit) -> None:
     for each in found.findings:
         perhaps = "" if each.certain else "perhaps: "
         console.data(f"{each.name} {each.at}: {perhaps}{each.what}")

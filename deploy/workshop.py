@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PLACE = ".cache/hearth/workshop"
 """Where it happens, below the login's home: uv, this checkout, a cache and a wheelhouse."""
 
-CHECKOUT = ("tasks.py", "pyproject.toml", "uv.lock", "README.md", "core", "kernels", "deploy", "config", "recipes")
+CHECKOUT = ("tasks", "pyproject.toml", "uv.lock", "README.md", "core", "kernels", "deploy", "config", "recipes")
 """What `inv build-kernels` needs of this checkout."""
 
 

@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from core.manifest import Manifest
-    from kernels.matrix import Build
+    from kernels.matrix import Build, Request
+
+
+def build_asked(asked: Request, *, force: bool = False) -> list[Manifest]:
+    """Build what was asked for, and say what is skipped and why. Raises what `select` and `build_kernels` raise."""
+    from kernels.matrix import select
+
+    builds, skipped = select(asked)
+    for each in skipped:
+        console.say(f"skipping {each.identifier}: {each.error.what}")
+    return build_kernels(builds, jobs=int(asked.jobs) if asked.jobs else None, force=force)
 
 
 def build_kernels(builds: Sequence[Build], *, jobs: int | None = None, force: bool = False) -> list[Manifest]:
@@ -54,8 +64,8 @@ def _say_waiting() -> None:
 
 def build_missing(asked: Sequence[Sequence[str]]) -> None:
     """Build what others ask for in the words of `inv build-kernels`: flags, each with its value."""
-    from kernels.matrix import Request, select
+    from kernels.matrix import Request
 
     for words in asked:
         fields = {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
-        build_kernels(select(Request(**fields))[0])
+        build_asked(Request(**fields))

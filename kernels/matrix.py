@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import arch as archs
 from core import files
-from core.errors import ArchError, HearthError, RecipeSupportError, StackArchError, UnknownNameError, near
+from core.errors import ArchError, HearthError, RecipeSupportError, StackArchError, UnknownNameError, UsageError, near
 from core.stack import Platform, Stack, find_stack
 from kernels import recipe as recipes_of
 from kernels import toolchain as toolchains
@@ -138,7 +138,10 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asked for, as text; an empty field means "the default of the arch or recipe"."""
+    """What the user asked for, as text; an empty field means the default: the arch's, the recipe's or the machine's.
+
+    Raises UsageError for `jobs` that are no number.
+    """
 
     arch: str = ""
     kernel: str = ""
@@ -146,6 +149,12 @@ class Request:
     python: str = ""
     platform: str = ""
     profile: str = ""
+    jobs: str = ""
+
+    def __post_init__(self) -> None:
+        if self.jobs and not (self.jobs.isdecimal() and int(self.jobs)):
+            hint = "give the number of compiles at once, or leave it out"
+            raise UsageError(f"--jobs {self.jobs} makes no sense", hint=hint)
 
 
 def wanted_archs(text: str) -> list[Arch]:

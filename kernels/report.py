@@ -42,12 +42,6 @@ def plan(builds: Sequence[Build], skipped: Sequence[Skipped], *, as_json: bool) 
     console.table(("BUILD", "KEY", "STATE"), rows)
 
 
-def say_skipped(skipped: Sequence[Skipped]) -> None:
-    """Tell what is not built, and why."""
-    for each in skipped:
-        console.say(f"skipping {each.identifier}: {each.error.what}")
-
-
 def wheels(manifests: Sequence[Manifest], *, as_json: bool) -> None:
     """The wheels a build left, with what was proven of each."""
     if as_json:

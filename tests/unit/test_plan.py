@@ -173,7 +173,7 @@ NAS = {"/mnt/models": Mount("nas:/models", "nfs4", "nosuid")}
 
 
 def mounted(**values: Any) -> Facts:
-    there = facts.Mount(mounted=False, source="", unit="", fault="", remedy="")
+    there = facts.MountState(mounted=False, source="", unit="", fault="", remedy="")
     return msgspec.structs.replace(FRESH, mounts={"/mnt/models": msgspec.structs.replace(there, **values)})
 
 

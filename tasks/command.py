@@ -1,0 +1,61 @@
+"""What makes a task of a function: its flags, and how its errors are shown."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from dataclasses import fields, is_dataclass
+from inspect import Parameter
+from typing import TYPE_CHECKING, Any
+
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+from core.errors import HearthError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from invoke.context import Context
+
+
+def command(*, help: dict[str, str] | None = None, **options: Any) -> Callable[[Callable[..., int | None]], Any]:  # noqa: A002  invoke's name
+    """An invoke task that shows a HearthError without a traceback and exits with its code.
+
+    A parameter annotated with a dataclass of `tasks/flags.py` stands for the flags that are its fields: invoke sees
+    those, the body gets the dataclass filled. `help` explains the task's own.
+    """
+
+    def wrap(body: Callable[..., int | None]) -> Any:
+        signature = inspect.signature(body, eval_str=True)
+        parameters = signature.parameters.values()
+        shared: dict[str, Any] = {each.name: each.annotation for each in parameters if is_dataclass(each.annotation)}
+
+        @functools.wraps(body)
+        def run(context: Context, **given: Any) -> None:
+            filled = {
+                name: kind(**{each.name: given.pop(each.name) for each in fields(kind)})
+                for name, kind in shared.items()
+            }
+            try:
+                status = body(context, **given, **filled)
+            except HearthError as error:
+                raise Exit(f"error: {error}", code=error.exit_code) from error
+            except KeyboardInterrupt:
+                raise Exit("interrupted; the same command goes on from here", code=130) from None
+            except BrokenPipeError:
+                raise Exit(code=0) from None
+            if status:
+                sys.exit(status)
+
+        expanded: list[Parameter] = []
+        meanings = dict(help or {})
+        for each in parameters:
+            flags = fields(shared[each.name]) if each.name in shared else ()
+            expanded += [Parameter(flag.name, each.kind, default=flag.default) for flag in flags] or [each]
+            meanings |= {flag.name: flag.metadata["help"] for flag in flags}
+        run.__signature__ = signature.replace(parameters=expanded)  # type: ignore[attr-defined]  # what invoke reads
+        return task(**options, help=meanings)(run)
+
+    return wrap

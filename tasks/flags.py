@@ -1,0 +1,67 @@
+"""Flags that several tasks have, each declared once. A task takes the dataclasses whose flags it wants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def flag(default: str | bool, meaning: str) -> Any:
+    """A field that is a flag, with its default and what `inv --help` says of it."""
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a result is printed."""
+
+    json: bool = flag(False, "print JSON")
+
+
+@dataclass(frozen=True)
+class Sudo:
+    """How root is had."""
+
+    ask_sudo: bool = flag(
+        False, "the sudo password, from the keyring (keyring set hearth-sudo HOST) or asked for once; never stored"
+    )
+
+
+@dataclass(frozen=True)
+class Where(Sudo):
+    """One host."""
+
+    host: str = flag("", "a host of config/hosts.toml (default: local, this machine)")
+
+
+@dataclass(frozen=True)
+class Fleet(Where):
+    """One host, or several."""
+
+    group: str = flag(
+        "", "all hosts of a group, instead of one: the first alone, and when it is healthy the others at once"
+    )
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Whether anything is changed at all."""
+
+    dry_run: bool = flag(False, "only show what would be changed; exit code 0: nothing, 2: there would be changes")
+
+
+@dataclass(frozen=True)
+class CutOver(DryRun):
+    """How the service is taken from one release to another."""
+
+    drain: str = flag(
+        "60", "seconds to wait for ComfyUI's jobs; then nothing is cut short, unless --force (default: 60)"
+    )
+    force: bool = flag(False, "cut jobs short that still run after --drain")
+
+
+@dataclass(frozen=True)
+class Change(CutOver):
+    """A cut-over that somebody at a terminal agrees to."""
+
+    yes: bool = flag(False, "do not ask on a terminal before a remote host is changed")

@@ -1,0 +1,125 @@
+"""The front door: shared flags reach the body, errors become exit codes, and it opens from anywhere."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from invoke.context import Context
+from invoke.exceptions import Exit
+
+from core import files
+from core.errors import AuditServiceError, BusyError
+from deploy import report, workshop
+from deploy.audit import Audit, Finding
+from deploy.curate import Change as Update
+from deploy.flow import Outcome
+from tasks.command import command
+from tasks.flags import CutOver, Where
+from tests.conftest import Hearth
+
+
+def test_a_dataclass_of_flags_is_flags_outside_and_itself_inside() -> None:
+    seen: list[Any] = []
+
+    @command(help={"own": "its own"})
+    def example(_: Context, path: str, own: str = "x", *, where: Where, how: CutOver) -> None:
+        seen.extend((path, own, where, how))
+
+    arguments = {str(each.attr_name or each.name): each for each in example.get_arguments()}
+    assert [name for name, each in arguments.items() if each.positional] == ["path"]
+    assert {name: each.default for name, each in arguments.items() if not each.positional} == {
+        "own": "x", "ask_sudo": False, "host": "", "dry_run": False, "drain": "60", "force": False,
+    }  # fmt: skip
+    assert arguments["drain"].help.startswith("seconds to wait")
+    example(Context(), path="p", own="y", ask_sudo=True, host="spark", dry_run=False, drain="5", force=True)
+    assert seen == ["p", "y", Where(ask_sudo=True, host="spark"), CutOver(drain="5", force=True)]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(BusyError("someone else"), 64), (KeyboardInterrupt(), 130), (BrokenPipeError(), 0)]
+)
+def test_an_expected_error_is_an_exit_code(error: BaseException, code: int) -> None:
+    @command()
+    def example(_: Context) -> None:
+        raise error
+
+    with pytest.raises(Exit) as caught:
+        example(Context())
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["deploy", "--drain", "soon"], "--drain soon makes no sense"),
+        (["deploy", "--build", "--bundle", "x.tar"], "--build and --bundle exclude each other"),
+        (["adopt", "--by", "copy"], "say --by rename or --by reference"),
+        (["adopt", "--apply", "--undo"], "one of --apply and --undo"),
+    ],
+)
+def test_what_no_task_can_take_is_refused(hearth: Hearth, words: list[str], says: str) -> None:
+    done = hearth.inv(*words)
+    assert done.returncode == 15
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("folder", [".", "docs", "tasks"])
+def test_inv_finds_the_checkouts_packages_from_every_folder(folder: str) -> None:
+    """And not those of its own folder: `deploy` is both."""
+    program = Path(sys.executable).with_name("inv")
+    words = [str(program), "facts", "--host", "nowhere"]
+    done = subprocess.run(words, cwd=files.CHECKOUT / folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 14, done.stderr
+
+
+def test_the_checkout_that_a_host_is_sent_has_all_that_a_build_needs(hearth: Hearth, tmp_path: Path) -> None:
+    with tarfile.open(fileobj=io.BytesIO(workshop._pack())) as tar:
+        tar.extractall(tmp_path, filter="data")
+    words = hearth.command("build-kernels", "--arch", "8.9", "--python", "3.11", "--dry-run")
+    done = subprocess.run(words, cwd=tmp_path, env=hearth.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "sageattention" in done.stdout
+
+
+def outcome(*, changed: bool) -> Outcome:
+    return Outcome("spark", "new", "old", changed)
+
+
+def update() -> Update:
+    return Update("node", "a", "b", (), (), ())
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize(
+    ("shown", "code"),
+    [
+        (lambda **how: report.outcomes([outcome(changed=True), outcome(changed=False)], dry_run=True, **how), 2),
+        (lambda **how: report.outcomes([outcome(changed=False)], dry_run=True, **how), 0),
+        (lambda **how: report.outcomes([outcome(changed=True)], dry_run=False, **how), 0),
+        (lambda **how: report.adopted(None, outcome(changed=True), dry_run=True, **how), 2),
+        (lambda **how: report.adopted(None, outcome(changed=True), dry_run=False, **how), 0),
+        (lambda **how: report.changes([update()], dry_run=True, **how), 2),
+        (lambda **how: report.changes([update()], dry_run=False, **how), 0),
+        (lambda **how: report.changes([], dry_run=True, **how), 0),
+        (lambda **how: report.providers({"A": ["node"], "B": []}, **how), 1),
+        (lambda **how: report.providers({"A": ["node"]}, **how), 0),
+        (lambda **how: report.audit(Audit(1, 1, 1, (), None), **how), 0),
+        (lambda **how: report.audit(Audit(1, 1, 1, (Finding("x", "1", (), "a hole", "", ""),), None), **how), 1),
+    ],
+)
+def test_a_report_says_with_which_code_to_exit(shown: Callable[..., int], code: int, as_json: bool) -> None:
+    assert shown(as_json=as_json) == code
+
+
+def test_an_audit_without_its_service_is_reported_before_it_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    found = Audit(1, 0, 1, (Finding("x", "1", (), "a hole", "", ""),), AuditServiceError("no answer"))
+    with pytest.raises(AuditServiceError):
+        report.audit(found, as_json=False)
+    assert "x 1: a hole" in capsys.readouterr().out
