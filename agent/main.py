@@ -67,6 +67,10 @@ def _answer(verb: str, site: Site, request: Json) -> None:
         from agent.status import status
 
         say(status(site, request))
+    elif verb == "probe":
+        from agent.probe import probe
+
+        say(probe(site, request))
     elif verb == "contents":
         from agent.parts import contents
 

@@ -134,6 +134,13 @@ class Systemd:
         match = [f"_SYSTEMD_INVOCATION_ID={shown}"] if shown else [*who, self.unit]
         return run(["journalctl", "--no-pager", "--output=cat", f"--lines={lines}", *match]).splitlines()
 
+    def timed_log(self, lines: int) -> list[tuple[float | None, str]]:
+        """The last lines of a day, also of runs that have ended, each with its time in seconds since 1970."""
+        who = "--user-unit" if self.site.scope == "user" else "--unit"
+        words = ["--no-pager", "--quiet", "--output=short-unix", "--since=-1d", f"--lines={lines}", who, self.unit]
+        found = (re.match(r"(\d+\.\d+) \S+ [^\s:]+: ?(.*)", line) for line in run(["journalctl", *words]).splitlines())
+        return [(float(each[1]), each[2]) for each in found if each]
+
     def settle(self) -> None:
         """Start the enabled service where systemd did not find its unit at boot: the prefix was not mounted yet."""
         if self._wants(self.unit).is_symlink() and not self.status()["active"]:
@@ -228,6 +235,13 @@ class Supervised:
         with suppress(OSError), self.output.open(errors="replace") as log:
             log.seek(read(self.record).get("offset", 0))
             return log.read().splitlines()[-lines:]
+        return []
+
+    def timed_log(self, lines: int) -> list[tuple[float | None, str]]:
+        """The last lines, also of runs that have ended; a file has no times."""
+        with suppress(OSError), self.output.open(errors="replace") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - 200 * lines))
+            return [(None, line) for line in log.read().splitlines()[-lines:]]
         return []
 
     def settle(self) -> None:

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 _speaker: ContextVar[str] = ContextVar("speaker", default="")
@@ -52,11 +52,35 @@ def data_json(value: Any) -> None:
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write rows as aligned columns (stdout), the last column as wide as it likes."""
+    for line in aligned(headings, rows):
+        data(line)
+
+
+def aligned(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     lines = [list(headings), *[list(row) for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line[:-1], widths[:-1], strict=True)]
-        data("  ".join([*cells, line[-1]]).rstrip())
+    return [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line[:-1], widths[:-1], strict=True)), line[-1]]).rstrip()
+        for line in lines
+    ]
+
+
+def refreshed(lines: Callable[[], Iterable[str]], seconds: float) -> None:
+    """Write lines again and again (stdout) until Ctrl-C: in place on a terminal, else one after another."""
+    if not sys.stdout.isatty():
+        while True:
+            for line in lines():
+                data(line)
+            data("")
+            time.sleep(seconds)
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(Text("\n".join(lines())), screen=False, auto_refresh=False) as live:
+        while True:
+            time.sleep(seconds)
+            live.update(Text("\n".join(lines())), refresh=True)
 
 
 class Progress:

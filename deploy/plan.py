@@ -107,7 +107,7 @@ def make(target: Target, facts: Facts, shelf: Shelf, options: Options) -> Plan:
         return Plan(facts.current, "", refusals=tuple(refusals))
     wanted = releases.manifest(choice, facts.prefix)
     if not _holds(facts, choice.env_part):
-        refusals += _room(target, facts, shelf)
+        refusals += room(target, facts, shelf)
     steps = _steps(target, facts, choice, wanted, options)
     if refusals:
         return Plan(facts.current, wanted["id"], refusals=tuple(refusals))
@@ -139,7 +139,7 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
         return None, [Refusal(f"the machine is {facts.machine}, and torch {stack.torch} has no build for it", remedy)]
     found += [Refusal(what, remedy) for what, remedy in applications.wrong(target.flags, shelf.flags)]
     if profile.cuda:
-        found += _gpu(target, facts)
+        found += gpu(target, facts)
     listed = [each for each in profile.pythons if (facts.platform, each) in shelf.locks]
     python = next((each for each in listed if each in facts.pythons), "")
     if not python:
@@ -193,7 +193,8 @@ def find_wheel(shelf: Shelf, kernel: str, target: Target, platform: str, python:
     return Refusal(what, f"inv build-kernels {' '.join(words)}   (or run again with --build)", words)
 
 
-def _gpu(target: Target, facts: Facts) -> list[Refusal]:
+def gpu(target: Target, facts: Facts) -> list[Refusal]:
+    """What is wrong with the GPU or its driver for that profile."""
     stack, profile = target.stack, target.profile
     found: list[Refusal] = []
     if not facts.gpus:
@@ -231,13 +232,13 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal("the host runs no systemd", 'set scope = "user" for this host'))
     if not facts.writable:
         found.append(Refusal(f"{facts.login} may not write to {facts.prefix}", "choose another prefix, or let it"))
-    found += _storage(target, facts)
-    if holder := _port(target, facts):
+    found += storage(target, facts)
+    if holder := port(target, facts):
         found.append(Refusal(holder, "end it, or set another `port` for this host"))
     return found
 
 
-def _storage(target: Target, facts: Facts) -> list[Refusal]:
+def storage(target: Target, facts: Facts) -> list[Refusal]:
     """What is wrong with mounts and folders, and cannot be put right by a step."""
     found: list[Refusal] = []
     host = target.host
@@ -278,7 +279,7 @@ def _system(facts: Facts, shelf: Shelf) -> tuple[list[Refusal], list[str]]:
     return refusals, notes
 
 
-def _port(target: Target, facts: Facts) -> str:
+def port(target: Target, facts: Facts) -> str:
     """Who else holds the port; empty when nobody does or it is the service itself."""
     holder = facts.port_holder
     if not holder or (facts.service.active and holder["pid"] in (0, facts.service.pid)):
@@ -286,7 +287,7 @@ def _port(target: Target, facts: Facts) -> str:
     return f"port {target.host.port} is held by {holder['command']} (pid {holder['pid']})"
 
 
-def _room(target: Target, facts: Facts, shelf: Shelf) -> list[Refusal]:
+def room(target: Target, facts: Facts, shelf: Shelf) -> list[Refusal]:
     """Whether a new environment finds room. Both figures are measured ones of the recipe."""
     found: list[Refusal] = []
     need = int(shelf.application.size[target.profile.stack] * NEEDS_ROOM) + RESERVE_BYTES

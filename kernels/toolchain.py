@@ -21,13 +21,14 @@ from core.errors import (
     CompilerVersionError,
     CrossCompilerMissingError,
     CudaMissingError,
+    HearthError,
     PythonMissingError,
     RecipeSupportError,
 )
 from core.stack import Platform, Stack
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 # Compile-time packages: what else a stack installs (sympy, filelock ...) changes no byte of a kernel.
 _COMPILE_TIME = ("torch==", "nvidia-")
@@ -119,6 +120,22 @@ def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
     )
 
 
+def faults(stack: Stack, platform: Platform, python: str) -> list[HearthError]:
+    """All that `describe` would raise, without its asking uv for a Python."""
+    found: list[HearthError] = []
+    if _known_python(python) is None:
+        hint = f"apt-get install python{python}-dev, or uv python install {python}"
+        found.append(PythonMissingError(f"there is no Python {python}", hint=hint))
+    looks: list[Callable[[], object]] = [lambda: _host_compiler(stack, platform), lambda: _cuda(stack)]
+    looks += [] if found else [lambda: _python(python)]
+    for look in looks:
+        try:
+            look()
+        except HearthError as error:
+            found.append(error)
+    return found
+
+
 @cache
 def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
     """The C++ compiler for `platform` and what identifies it: its version, binutils' and the C library's."""
@@ -194,7 +211,7 @@ def _python(version: str) -> tuple[str, str, str]:
     The headers of the build machine's own interpreter serve both platforms: CPython's differ between 64-bit
     little-endian Linux machines only in macros that no public header reads (docs/decisions/0003).
     """
-    asked = _ask_python(f"python{version}", version) or _ask_python(_uv_python(version), version)
+    asked = _known_python(version)
     if asked is None:
         console.say(f"there is no Python {version} here; asking uv to install it")
         installed = shell.run(["uv", "python", "install", "--quiet", version], check=False)
@@ -212,6 +229,10 @@ def _python(version: str) -> tuple[str, str, str]:
             hint=f"apt-get install libpython{version}-dev, or: uv python install {version}",
         )
     return interpreter, str(include), f"{full} headers {files.tree_hash(include)}"
+
+
+def _known_python(version: str) -> list[str] | None:
+    return _ask_python(f"python{version}", version) or _ask_python(_uv_python(version), version)
 
 
 def _uv_python(version: str) -> str:

@@ -6,12 +6,14 @@ lock or a configuration that the host does not have yet all show.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from core import console
+from core.errors import UsageError
 from deploy import flow, plan
 from deploy.facts import Facts
 from ops import fleet
@@ -156,13 +158,20 @@ def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Statu
 # --- shown ---------------------------------------------------------------------------------------------------------
 
 
+def watch(names: Sequence[str], every: str | bool, *, ask_sudo: bool = False) -> None:
+    """Show the status again and again, until Ctrl-C; raises UsageError."""
+    seconds = "2" if every is True else str(every)
+    if not re.fullmatch(r"\d+(\.\d+)?", seconds) or float(seconds) < 0.5:
+        raise UsageError(f"--watch {every} makes no sense", hint="give seconds, at least 0.5, or nothing for 2")
+    console.refreshed(lambda: _lines(look(names, ask_sudo=ask_sudo)), float(seconds))
+
+
 def show(answers: Sequence[fleet.Answer[Status]], *, as_json: bool) -> int:
     """Print the status of hosts; 0 when all is well, else 1."""
     if as_json:
         console.data_json([_plain(each) for each in answers])
     else:
-        console.table(HEADINGS, map(_row, answers))
-        for line in notes(answers):
+        for line in _lines(answers):
             console.data(line)
     return int(any(each.value is None or each.value.problems for each in answers))
 
@@ -190,6 +199,10 @@ def _plain(answer: fleet.Answer[Status]) -> dict[str, Any]:
         "problems": [{"what": each.what, "remedy": each.remedy} for each in status.problems],
         **msgspec.to_builtins(live),
     }
+
+
+def _lines(answers: Sequence[fleet.Answer[Status]]) -> list[str]:
+    return [*console.aligned(HEADINGS, map(_row, answers)), *notes(answers)]
 
 
 HEADINGS = ("host", "", "release", "ComfyUI", "up", "jobs", "GPU", "memory free", "disk free", "drift")

@@ -38,9 +38,7 @@ class Where(Sudo):
 class Fleet(Where):
     """One host, or several."""
 
-    group: str = flag(
-        "", "all hosts of a group, instead of one: the first alone, and when it is healthy the others at once"
-    )
+    group: str = flag("", "all hosts of a group; a change goes to the first of them alone, then to the others")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 from core import files
 
-LAYERS = {"agent": set(), "core": set(), "kernels": {"core"}, "deploy": {"core"}, "ops": {"core", "deploy"}}
+LAYERS = {"agent": set(), "core": set(), "kernels": {"core"}, "deploy": {"core"}, "ops": {"core", "deploy", "kernels"}}
 SOURCES = [path for layer in LAYERS for path in sorted((files.CHECKOUT / layer).rglob("*.py"))]
 
 
