@@ -129,7 +129,7 @@ def test_a_port_that_is_held(steady: Fleet) -> None:
     found = findings(steady, code=2)
     machine.run("systemctl stop other; systemctl start comfyui")
     assert steady.answers()
-    assert only(found, "port")[0].startswith(f"port {machine.port} is held by python3")
+    assert only(found, "port")[0].startswith(f"port {machine.port} is held by /usr/bin/python3")
     assert only(found, "service") == ("the service does not run (inactive (dead))", "inv start --host spark")
 
 
