@@ -455,7 +455,7 @@ def _refuse(planned: Plan, target: Target) -> None:
     if planned.refusals:
         wheels = tuple(each.build for each in planned.refusals if each.build)
         error = RefusedError(
-            f"{target.name} cannot be deployed to; nothing was changed",
+            f"this cannot be done on {target.name}; nothing was changed",
             cause="\n         ".join(each.what for each in planned.refusals),
             hint="\n         ".join(each.remedy for each in planned.refusals),
         )

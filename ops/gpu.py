@@ -140,7 +140,7 @@ def lines(seen: Mapping[str, Sample]) -> list[str]:
         (name, str(gpu.index), *_user(each, 14 if several else 20)) for name, gpu in gpus for each in gpu.processes
     ]
     if users:
-        headings = ("host", "GPU", "process", "", "user", "kind", "memory", "service")
+        headings = ("host", "GPU", "pid", "process", "user", "kind", "memory", "service")
         text += ["", *console.aligned(headings[not several :], [row[not several :] for row in users])]
     notes = [f"{name}: job {sample.job} runs" for name, sample in seen.items() if sample.job]
     notes += [f"{name}: the driver lists no GPU" for name, sample in seen.items() if not sample.gpus]

@@ -105,10 +105,11 @@ def svg(samples: Sequence[Recorded]) -> str:
     for start, end, job in jobs(samples):
         place = f'x="{x(start):.1f}" y="{TOP}" width="{x(end) - x(start):.1f}" height="{bottom - TOP}"'
         out.append(f'<rect class="job" {place} fill="#eee" stroke="#bbb"><title>{escape(job)}</title></rect>')
-        out.append(f'<text x="{x(start) + 3:.1f}" y="{TOP + 11}" fill="#777" font-size="9">{escape(job[:8])}</text>')
-    for index, name in names.items():
-        across = LEFT + list(names).index(index) * 220
-        out.append(f'<text x="{across}" y="20" fill="{_color(index)}">GPU {index}: {escape(name)}</text>')
+        place = f'x="{x(start) + 3:.1f}" y="{TOP + PANEL + 12}"'  # where no line is drawn
+        out.append(f'<text {place} fill="#777" font-size="9">{escape(job[:8])}</text>')
+    for number, (index, name) in enumerate(names.items()):
+        place = f'x="{LEFT + number % 4 * 220}" y="{14 + number // 4 * 14}"'
+        out.append(f'<text {place} fill="{_color(index)}">GPU {index}: {escape(name)}</text>')
     for row, panel in enumerate(PANELS):
         out += _panel(panel, samples, TOP + row * (PANEL + GAP), x)
     step = _nice(length / 8)
