@@ -101,7 +101,7 @@ def questions(target: Target, packages: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "pythons": list(target.profile.pythons),
         "mounts": msgspec.to_builtins(host.mounts),
-        "places": {**dict.fromkeys(host.model_roots, "read"), **places},
+        "places": {**dict.fromkeys(host.model_roots, "read"), **places, **dict.fromkeys(host.develop, "bind")},
         "packages": list(packages),
     }
 
