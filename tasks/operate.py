@@ -145,6 +145,8 @@ def profiles(_: Context, *, out: Output) -> None:
     """List profiles (kinds of machines) and modes (what a machine is used for).
 
     A host of config/hosts.toml names one `profile`, and any `modes`. `inv hosts` shows what becomes of them.
+
+        inv profiles
     """
     from ops import profiles
 
@@ -155,8 +157,10 @@ def profiles(_: Context, *, out: Output) -> None:
 def profile(_: Context, name: str, explain: bool = False, *, out: Output) -> None:
     """Show what a profile or mode sets, for which versions of torch and ComfyUI, and with which stacks it has effect.
 
-    inv profile low-memory --explain
-    inv profile dgx-spark --json
+    `--explain` says why of each.
+
+        inv profile low-memory --explain
+        inv profile dgx-spark --json
     """
     from ops import profiles
 
