@@ -30,7 +30,7 @@ def ask(site: Site, path: str, body: Json | None = None, timeout: float = 5) -> 
             raw = answer.read()
     except HTTPException as error:  # whoever has the port speaks something else
         raise ValueError(f"no HTTP: {error!r}") from error
-    return raw if path.startswith("/view") else json.loads(raw)
+    return raw if path.startswith("/view") or not raw else json.loads(raw)
 
 
 def free_if_idle(site: Site) -> str:

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.files import Fault, Json, read, write
+from agent.gpu import gpus
 from agent.journal import Adopted, busy, last_line
 from agent.parts import as_service, fault_of, forked
 from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
@@ -50,8 +51,7 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "kernel": platform.release(),
         "glibc": (os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
         "pythons": _pythons(site, ask["pythons"]),
-        "gpus": _gpus(),
-        "driver": _driver(),
+        **_nvidia(),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "cores": os.cpu_count() or 1,
         "login": login(),
@@ -257,29 +257,44 @@ def _packages(wanted: list[str]) -> dict[str, bool]:
     return {name: f"{name} installed" in shown for name in wanted}
 
 
-def _gpus() -> list[Json]:
-    """The NVIDIA GPUs, as nvidia-smi sees them. Memory in bytes; a GPU that names none shares the machine's."""
+def _nvidia() -> Json:
+    """The NVIDIA GPUs and their driver's version. Memory in bytes; None for a GPU that shares the machine's.
+
+    A GPU that does not tell its capability (it fell off the bus) is none to deploy to.
+    """
+    found = gpus()
+    if not found:
+        return {"gpus": _nvidia_smi(), "driver": _driver()}
+    named = [
+        {
+            "name": gpu["name"] or "NVIDIA GPU",
+            "capability": gpu["capability"],
+            "memory": None if gpu["unified"] else gpu["memory_total"],
+            "unified": gpu["unified"],
+        }
+        for gpu in found
+        if gpu["capability"]
+    ]
+    return {"gpus": named, "driver": found[0]["driver"] or _driver()}
+
+
+def _nvidia_smi() -> list[Json]:
+    """The GPUs where NVML cannot be loaded here, but the driver's own program finds it (Nix, some containers)."""
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True)
-    gpus: list[Json] = []
+    found: list[Json] = []
     for line in done.stdout.splitlines() if done.returncode == 0 else []:
         name, capability, memory = (cell.strip() for cell in line.split(","))
         unified = not memory.isdecimal()  # GB10 answers [N/A]
-        gpus.append(
-            {
-                "name": name,
-                "capability": capability,
-                "memory": None if unified else int(memory) << 20,
-                "unified": unified,
-            }
-        )
-    return gpus
+        total = None if unified else int(memory) << 20
+        found.append({"name": name, "capability": capability, "memory": total, "unified": unified})
+    return found
 
 
 def _driver() -> str:
-    """The NVIDIA driver's version; empty without one."""
+    """The NVIDIA driver's version, as its kernel module tells it; empty without one."""
     with suppress(OSError):
         found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", Path("/proc/driver/nvidia/version").read_text())
         return found[1] if found else ""

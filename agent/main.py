@@ -75,6 +75,15 @@ def _answer(verb: str, site: Site, request: Json) -> None:
         from agent.probe import probe
 
         say(probe(site, request))
+    elif verb == "gpu":
+        from agent.samples import samples
+
+        for sample in samples(site, request["every"], request["seconds"]):
+            say(sample)
+    elif verb == "free-memory":
+        from agent.memory import free
+
+        say(free(site, request["wait"]))
     elif verb == "contents":
         from agent.parts import contents
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from agent.comfyui import ask
 from agent.facts import facts
-from agent.files import Fault, Json, read_text
+from agent.files import Fault, Json, meminfo
+from agent.gpu import gpus
 from agent.site import Site
 
 PATIENCE = 2.0
@@ -32,7 +33,8 @@ def live(site: Site, pid: int) -> Json:
         "time": time.time(),
         "uptime": _age(pid),
         "comfyui": _comfyui(site),
-        "memory": memory(),
+        "memory": meminfo(),
+        "gpus": gpus(),
         "disks": {str(path): _disk(path) for path in _places(site)},
     }
 
@@ -68,12 +70,6 @@ def _takes_connections(site: Site) -> bool:
     with suppress(OSError), socket.create_connection((site.reachable, site.port), timeout=1):
         return True
     return False
-
-
-def memory() -> dict[str, int]:
-    """The machine's memory in bytes, as /proc/meminfo names it."""
-    lines = (line.split() for line in read_text(Path("/proc/meminfo")).splitlines())
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3}
 
 
 def _places(site: Site) -> list[Path]:
