@@ -454,6 +454,8 @@ def _notes(target: Target, facts: Facts) -> list[str]:
         found.append(f"{idle} means nothing: ComfyUI chooses CUDA's allocator; mode native-allocator chooses torch's")
     if facts.manager == "process" and facts.lingers:
         found.append("this machine has no systemd for you: ComfyUI is supervised by Hearth, and not started at boot")
+    if facts.manager == "process" and target.profile.memory_max:
+        found.append("nothing limits ComfyUI's memory here: `memory_max` needs systemd")
     if facts.rights is None and target.rights:
         found.append("the host has no sudo: members cannot read the log or restart ComfyUI by it")
     return found

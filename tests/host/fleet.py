@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +99,16 @@ class Fleet(Client):
             for path in root.rglob("*")
             if path.is_file() and not own.match(name := str(path.relative_to(root)))
         }
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> bool:
+    """Wait until the condition holds; say whether it did in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 F = TypeVar("F", bound=Fleet)

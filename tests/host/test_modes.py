@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import time
 import urllib.error
-from collections.abc import Callable
 
 import pytest
 
 from deploy import host
-from tests.host.fleet import PREFIX, Fleet
+from tests.host.fleet import PREFIX, Fleet, within
 
 pytestmark = pytest.mark.host
 
@@ -30,15 +28,6 @@ def has(fleet: Fleet, node_type: str) -> bool:
         return node_type in fleet.ask(f"/object_info/{node_type}")
     except (OSError, urllib.error.HTTPError):
         return False
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.2)
-    return True
 
 
 def exposure(fleet: Fleet, unit: str) -> float:
@@ -129,7 +118,11 @@ def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet
         f"runuser -u comfyui -- touch {PREFIX}/data/develop/my-node/new 2>&1 || true"
     )
     assert "Read-only file system" in tried
-    # what somebody stopped stays so, and what is broken comes back
+    write("import os; os._exit(3)")
+    assert within(60, lambda: "auto-restart" in machine.run("systemctl show comfyui -p SubState"))
+    write(NODE.replace("NAME", "DevelopedAgain"))
+    assert within(90, lambda: has(steady, "DevelopedAgain"))
+    # what somebody stopped stays so
     machine.run("systemctl stop comfyui")
     write(NODE.replace("NAME", "DevelopedThree"))
     assert within(20, lambda: "is stopped" in machine.run("journalctl --no-pager --output=cat --unit=comfyui-reload"))
