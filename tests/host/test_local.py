@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from core import files
+from tests import nvml
 from tests.client import Client
 from tests.host.machine import free_port, share_downloads
 
@@ -96,6 +98,27 @@ def test_a_second_deploy_does_nothing(running: Here) -> None:
     assert "nothing to do" in done.stdout
     assert running.inv("deploy", "--dry-run").returncode == 0
     assert running.supervisor() == before
+
+
+def test_its_gpu_is_seen_and_its_memory_given_back(running: Here, tmp_path: Path) -> None:
+    child = running.supervisor()["child"]
+    recording = tmp_path / "recording"
+    recording.write_text(nvml.recording("gb10", ("compute", f"{child} 5000000000")))
+    env = {"LD_LIBRARY_PATH": str(nvml.library().parent), "NVML_RECORDING": str(recording)}
+    (seen,) = json.loads(running.inv("gpu", "--json", **env).stdout)
+    (process,) = seen["gpus"][0]["processes"]
+    assert (process["pid"], process["comfyui"]) == (child, True)
+    freed = running.inv("free-memory")
+    assert freed.returncode == 0, freed.stderr
+    assert freed.stdout.startswith("local: ComfyUI's process: ")
+    dropped = running.inv("drop-caches", **env)  # this machine's, once
+    last = json.loads(running.inv("history", "--json").stdout)[-1]
+    if os.access("/proc/sys/vm/drop_caches", os.W_OK):
+        assert dropped.returncode == 0, dropped.stderr
+        assert re.search(r"the page cache: [\d.]+ GB before, [\d.]+ GB after; available memory: ", dropped.stdout)
+        assert (last["action"], last["result"]) == ("drop-caches", "done")
+    else:  # who is not root is refused, and root in a container fails
+        assert dropped.returncode in (63, 69), dropped.stderr
 
 
 def test_comfyui_is_started_again_when_it_dies(running: Here) -> None:
