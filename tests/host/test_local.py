@@ -18,7 +18,7 @@ import pytest
 
 from core import files
 from tests.client import Client
-from tests.host.machine import free_port, share_downloads
+from tests.host.machine import free_port, place_for, share_downloads
 
 pytestmark = pytest.mark.host
 
@@ -61,7 +61,7 @@ class Here(Client):
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     folder = tmp_path_factory.mktemp("local")
     # On the file system of uv's cache, so that the environment is made of hard links.
-    prefix = files.cache() / "hosts/running" / f"local-{folder.parent.name}"
+    prefix = place_for("local")
     one = Here(prefix, folder / "hosts.toml", free_port())
     one.configure()
     share_downloads(prefix / "state/cache/uv")
