@@ -53,6 +53,13 @@ class Fleet(Client):
     def deploy(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return self.inv("deploy", "--host", "spark", *words, **env)
 
+    def becomes(self, text: str = "") -> subprocess.CompletedProcess[str]:
+        """Configure and deploy, which must succeed."""
+        self.configure(text)
+        done = self.deploy()
+        assert done.returncode == 0, done.stderr
+        return done
+
     @property
     def prefix(self) -> Path:
         """The prefix, as seen from outside the machine."""
