@@ -33,14 +33,18 @@ def ask(site: Site, path: str, body: Json | None = None, timeout: float = 5) -> 
     return raw if path.startswith("/view") or not raw else json.loads(raw)
 
 
+def unload(site: Site) -> None:
+    """Ask ComfyUI to unload its models and forget its results, once no job runs. Raises OSError or ValueError."""
+    ask(site, "/free", {"unload_models": True, "free_memory": True})
+
+
 def free_if_idle(site: Site) -> str:
     """Have ComfyUI unload its models and forget its results when it has no job; says what came of it."""
     try:
         queue = ask(site, "/queue")
         if queue["queue_running"] or queue["queue_pending"]:
             return "ComfyUI has a job: its memory stays as it is"
-        with suppress(ValueError):  # it answers with nothing
-            ask(site, "/free", {"unload_models": True, "free_memory": True})
+        unload(site)
     except (OSError, ValueError) as error:
         return f"ComfyUI does not answer: {error}"
     return "ComfyUI has no job, and gives its memory back"
