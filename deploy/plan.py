@@ -14,6 +14,7 @@ from core import console
 from core.errors import UsageError
 from deploy import application as applications
 from deploy import release as releases
+from deploy.exporter import Exporter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,7 +60,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Shelf:
-    """What the client can give: ComfyUI with its flags, nodes, the locked lists by platform and Python, wheels, uv."""
+    """What the client can give: ComfyUI with its flags, nodes, the locked lists by platform and Python, wheels, tools."""
 
     application: Application
     flags: Mapping[str, Flag]
@@ -68,6 +69,7 @@ class Shelf:
     uv: str
     nodes: Mapping[str, Node] = field(default_factory=dict)
     model_folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    exporter: Exporter = field(default_factory=Exporter)
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
         uv=shelf.uv,
         nodes=shelf.nodes,
         model_folders=shelf.model_folders,
+        exporter=shelf.exporter,
     )
     if releases.manager(target) and target.host.scope == "user":
         what = "ComfyUI-Manager could change its own security level: only a system service's unit keeps that from it"
@@ -346,7 +349,7 @@ def _steps(
         missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
         steps.append(Step("serve", title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
-    made = any(step.kind in ("app", "env", "node", "release", "cut-over") for step in steps)
+    made = any(step.kind in ("app", "env", "node", "exporter", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
 
@@ -420,6 +423,14 @@ def _part_steps(facts: Facts, choice: releases.Choice) -> list[Step]:
         values |= {"install": choice.env_part if node.install else ""}
         title = f"make {part}: node {name} {node.commit[:9]}"
         steps.append(Step("node", title, why, "pruned when no release names it", values))
+    part = choice.exporter_part
+    if part and not _holds(facts, part):
+        fault = facts.parts.get(part, "")
+        why = f"{part} is damaged: {fault}" if fault else "the host lacks it"
+        values = {"part": part, "python": choice.interpreter, "writable": []}
+        steps.append(
+            Step("exporter", f"make {part}: what exports metrics", why, "pruned when no release names it", values)
+        )
     return steps
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from ipaddress import ip_address
 from string import Template
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from core.source import Source
     from deploy.application import Application
     from deploy.environment import Lock
-    from deploy.host import Target
+    from deploy.exporter import Exporter
+    from deploy.host import Profile, Target
     from deploy.nodes import Node
 
 LAYOUT = 3
@@ -81,6 +84,7 @@ class Choice:
     uv: str
     nodes: Mapping[str, Node]
     model_folders: Mapping[str, Sequence[str]]
+    exporter: Exporter
 
     @property
     def app_part(self) -> str:
@@ -101,6 +105,12 @@ class Choice:
             name: f"node-{_digest([LAYOUT, name, node.tree, node.writable, node.install and self.env_part])}"
             for name, node in self.nodes.items()
         }
+
+    @property
+    def exporter_part(self) -> str:
+        """The part that exports metrics; empty where they are not wanted."""
+        wanted = self.target.host.metrics_port
+        return f"exporter-{_digest([LAYOUT, self.exporter.digest, self.interpreter])}" if wanted else ""
 
     @property
     def asking(self) -> list[str]:
@@ -135,11 +145,12 @@ def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
         "parts": {
             "app": choice.app_part,
             "env": choice.env_part,
+            **({"exporter": choice.exporter_part} if choice.exporter_part else {}),
             **{f"custom_nodes/{name}": part for name, part in choice.node_parts.items()},
         },
         "sources": [_source(each) for each in choice.application.source],
         "tree": choice.application.tree,
-        "packages": choice.lock.versions(choice.asking),
+        "packages": choice.lock.versions(choice.asking) | (choice.exporter.packages if choice.exporter_part else {}),
         "nodes": {
             name: {"url": node.url, "commit": node.commit, "tree": node.tree} for name, node in choice.nodes.items()
         },
@@ -239,6 +250,11 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     files[f"{target.host.service}.service"] = _unit(choice, argv, environment, data, release, more)
     if target.host.mounts:
         files[f"{target.host.service}-storage.service"] = _storage_unit(target, release)
+    if choice.exporter_part:
+        site = target.site | {"prefix": prefix}
+        told = {"site": site, "port": target.host.metrics_port, "cuda": target.profile.cuda}
+        files["exporter.json"] = json.dumps(told, indent=1) + "\n"
+        files[target.exporter_unit] = _exporter_unit(choice, place, data, release)
     running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
     return running | {"folders": folders}
 
@@ -263,10 +279,7 @@ def _unit(
     """The systemd unit, from the template of the host's scope, with `more` lines for what it may touch."""
     target = choice.target
     host, profile = target.host, target.profile
-    # systemd expands % everywhere and $ in commands.
-    command = shlex.join(argv).replace("%", "%%").replace("$", "$$")
     lines = [f'Environment="{name}={_quoted(value)}"' for name, value in environment.items()]
-    devices = [f"DeviceAllow={name} rw" for name in _DEVICES] if profile.cuda else []
     storage = f"{host.service}-storage.service"
     values = {
         "service": host.service,
@@ -277,11 +290,10 @@ def _unit(
         "data": data,
         "folders": " ".join(host.folders.values()),
         "storage": f"BindsTo={storage}\nAfter={storage}" if host.mounts else "",
-        "command": command,
+        "command": _command(argv),
         "environment": "\n".join(lines),
         "limits": f"MemoryMax={profile.memory_max}" if profile.memory_max else "",
-        "device_policy": profile.device_policy,
-        "devices": "\n".join(devices),
+        **_devices(profile),
         "more": "\n".join(more),
     }
     return _filled(host.scope, values)
@@ -299,6 +311,40 @@ def _storage_unit(target: Target, release: str) -> str:
         "identity": f"User={host.run_as}" if host.scope == "system" else "",
     }
     return _filled("storage", values)
+
+
+def _exporter_unit(choice: Choice, place: str, data: str, release: str) -> str:
+    """The unit that exports metrics; the system's Python runs it, without a look at what else is installed there."""
+    target = choice.target
+    host = target.host
+    values = {
+        "service": host.service,
+        "release": release,
+        "port": str(host.metrics_port),
+        "user": host.run_as,
+        "command": _command([choice.interpreter, "-I", "-S", f"{place}/exporter", f"{place}/exporter.json"]),
+        "data": data,
+        "addresses": " ".join(["localhost", *([host.listen] if _is_address(host.listen) else [])]),
+        **_devices(target.profile),
+    }
+    return _filled(f"exporter-{host.scope}", values)
+
+
+def _is_address(listen: str) -> bool:
+    with suppress(ValueError):
+        return bool(ip_address(listen))
+    return False
+
+
+def _command(argv: Sequence[str]) -> str:
+    """A command line in a unit: systemd expands % everywhere and $ in commands."""
+    return shlex.join(argv).replace("%", "%%").replace("$", "$$")
+
+
+def _devices(profile: Profile) -> dict[str, str]:
+    """Which devices a unit may use."""
+    listed = [f"DeviceAllow={name} rw" for name in _DEVICES] if profile.cuda else []
+    return {"device_policy": profile.device_policy, "devices": "\n".join(listed)}
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
