@@ -11,6 +11,7 @@ from pathlib import Path
 from agent.comfyui import ask
 from agent.facts import facts
 from agent.files import Fault, Json
+from agent.gpu import gpus
 from agent.memory import meminfo
 from agent.site import Site
 
@@ -34,6 +35,7 @@ def live(site: Site, pid: int) -> Json:
         "uptime": _age(pid),
         "comfyui": _comfyui(site),
         "memory": meminfo(),
+        "gpus": gpus(),
         "disks": {str(path): _disk(path) for path in _places(site)},
     }
 

@@ -361,6 +361,37 @@ def _cuda(case: Case) -> Iterator[Problem]:
 
 
 @check(
+    "gpu-shared",
+    "Is the GPU ComfyUI's own?",
+    how="the processes that NVML names on each GPU, and the units that they belong to",
+    mend='end the others; or share on purpose: inv mps on, modes = ["shared-gpu"]',
+    severity="warning",
+    cases=(f"{DEBIAN}: context conflicts", f"{DEBIAN}: performance degradation, conflicts with development tools"),
+)
+def _shared(case: Case) -> Iterator[Problem]:
+    own = f"{case.target.host.service}.service"
+    for gpu in case.live.gpus:
+        # with MPS on, the server holds the memory of all
+        others = [
+            each
+            for each in gpu.processes
+            if each.unit != own and each.kind == "compute" and each.pid != case.facts.service.pid
+        ]
+        if others:
+            who = ", ".join(
+                f"{each.name or 'a process'} (pid {each.pid}{f', {each.user}' * bool(each.user)}"
+                f"{f', {console.size(each.bytes)}' if each.bytes else ''})"
+                for each in others
+            )
+            yield Problem(
+                f"GPU {gpu.index} is used by others: {who}",
+                f'end them, or modes = ["shared-gpu"] for {case.target.name}',
+            )
+        if gpu.faults:
+            yield Problem(f"GPU {gpu.index} does not tell everything: {gpu.faults[0]}", "on the host: nvidia-smi -q")
+
+
+@check(
     "kernels",
     "Were the kernels built for this GPU, torch and Python?",
     how="the wheels in the release's manifest against the GPU's compute capability and the release",

@@ -67,6 +67,32 @@ class Disk(msgspec.Struct, frozen=True):
     fault: str = ""
 
 
+class GpuProcess(msgspec.Struct, frozen=True):
+    """Who uses a GPU; None is what neither driver nor /proc tells. `bytes` of its memory."""
+
+    pid: int
+    kind: str
+    name: str | None = None
+    user: str | None = None
+    unit: str | None = None
+    bytes: int | None = None
+
+
+class GpuNow(msgspec.Struct, frozen=True):
+    """A GPU this moment (`agent/gpu.py` names the units); None is what it does not tell, `faults` say why."""
+
+    index: int
+    name: str | None
+    unified: bool
+    utilization: int | None
+    temperature: int | None
+    power: float | None
+    memory_total: int | None
+    memory_used: int | None
+    processes: tuple[GpuProcess, ...]
+    faults: tuple[str, ...]
+
+
 class Live(msgspec.Struct, frozen=True):
     """How a host is this moment (`agent/status.py`). Memory in bytes, by /proc/meminfo's names."""
 
@@ -75,6 +101,7 @@ class Live(msgspec.Struct, frozen=True):
     comfyui: ComfyUI
     memory: dict[str, int]
     disks: dict[str, Disk]
+    gpus: tuple[GpuNow, ...] = ()
 
 
 class _Said(msgspec.Struct, frozen=True):
@@ -225,14 +252,26 @@ def _row(answer: fleet.Answer[Status]) -> tuple[str, ...]:
         "-" if live.uptime is None or not facts.service.active else console.clock(live.uptime),
         jobs,
         _gpus(status),
-        console.size(live.memory.get("MemAvailable", 0)),
+        _memory(status),
         console.size(place.free) if place.total else "-",
         str(len(status.drift)) if status.drift else "none",
     )
 
 
 def _gpus(status: Status) -> str:
-    return ", ".join(gpu.name for gpu in status.facts.gpus) or "none"
+    cells = []
+    for gpu in status.live.gpus:
+        told = ((gpu.utilization, "%"), (gpu.temperature, "°C"), (gpu.power and round(gpu.power), "W"))
+        cells.append(" ".join(f"{value}{unit}" for value, unit in told if value is not None) or "untold")
+    return ", ".join(cells) or "none"
+
+
+def _memory(status: Status) -> str:
+    """What is free: of the GPU's own memory where it has some, else of the machine's."""
+    own = [gpu for gpu in status.live.gpus if not gpu.unified and gpu.memory_total and gpu.memory_used is not None]
+    if own:
+        return console.size(sum((gpu.memory_total or 0) - (gpu.memory_used or 0) for gpu in own))
+    return console.size(status.live.memory.get("MemAvailable", 0))
 
 
 def notes(answers: Sequence[fleet.Answer[Status]]) -> list[str]:

@@ -38,7 +38,10 @@ class Where(Sudo):
 class Fleet(Where):
     """One host, or several."""
 
-    group: str = flag("", "all hosts of a group; a change goes to the first of them alone, then to the others")
+    group: str = flag(
+        "",
+        "all hosts of a group, instead of one; a change goes to the first alone, and when it is healthy to the others",
+    )
 
 
 @dataclass(frozen=True)

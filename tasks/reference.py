@@ -28,8 +28,8 @@ they heed: [environment](environment.md)."""
 OTHER_CODES = {
     0: "Done; on a dry run, nothing to do.",
     1: "A wheel of the wheelhouse is not what was inspected; a workflow needs a node type that no known node has; an "
-    "audit found something. Also a task or flag that does not exist.",
-    2: "A dry run: there would be changes.",
+    "audit found something; a host is not well; the doctor warns. Also a task or flag that does not exist.",
+    2: "A dry run: there would be changes. The doctor: there are errors.",
     130: "Interrupted.",
 }
 """What is no error of `core/errors.py`."""
@@ -61,7 +61,8 @@ def render() -> str:
 def _row(argument: Argument, *, required: bool) -> str:
     found = re.fullmatch(r"(.*?)(?: \(default: (.*)\))?", str(argument.help))
     assert found is not None
-    name = argument.names[0].upper() if required else f"--{argument.names[0]}{' STRING' * argument.takes_value}"
+    value = (" [STRING]" if argument.optional else " STRING") * argument.takes_value
+    name = argument.names[0].upper() if required else f"--{argument.names[0]}{value}"
     return f"| `{name}` | {f'{found[2]} ' if found[2] else ''}| {found[1]} |"
 
 

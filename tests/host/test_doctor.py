@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from tests import nvml
 from tests.host.fleet import PREFIX, Fleet
 
 pytestmark = pytest.mark.host
@@ -129,7 +131,7 @@ def test_a_port_that_is_held(steady: Fleet) -> None:
     found = findings(steady, code=2)
     machine.run("systemctl stop other; systemctl start comfyui")
     assert steady.answers()
-    assert only(found, "port")[0].startswith(f"port {machine.port} is held by python3")
+    assert only(found, "port")[0].startswith(f"port {machine.port} is held by /usr/bin/python3")
     assert only(found, "service") == ("the service does not run (inactive (dead))", "inv start --host spark")
 
 
@@ -142,13 +144,19 @@ def test_a_slow_start_names_what_it_waited_for(steady: Fleet) -> None:
     assert "--enable-assets" in remedy
 
 
+KERNEL = """\
+2026-11-20T08:12:01,000000+00:00 Memory cgroup out of memory: Killed process 4242 (python) total-vm:24112640kB, UID:999
+2026-11-20T09:00:00,000000+00:00 NVRM: Xid (PCI:0000:01:00): 79, pid=4242, GPU has fallen off the bus.
+"""  # the kernel's (mm/oom_kill.c) and the driver's own wording; a container may not read the real log
+
+
 def test_out_of_memory_in_the_kernel_and_on_the_gpu(steady: Fleet) -> None:
-    with drop_in(steady, "MemoryMax=150M", "MemorySwapMax=0", "Restart=no"):
-        steady.machine.run("until systemctl is-failed comfyui; do sleep 0.1; done")
+    with program(steady, "dmesg", f"cat <<'E'\n{KERNEL}E"):
         found = findings(steady, code=2)
     what, remedy = only(found, "out-of-memory")
-    assert what == "the kernel killed ComfyUI for want of memory"
+    assert "Killed process 4242 (python)" in what
     assert 'modes = ["low-memory"] for spark' in remedy
+    assert "Xid (PCI:0000:01:00): 79" in only(found, "gpu-faults")[0]
     refusal = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
     with drop_in(steady, f'ExecStartPre=/bin/echo "{refusal}"'):
         assert steady.answers()
@@ -179,7 +187,7 @@ def test_full_disks(steady: Fleet) -> None:
     machine.run("mkdir -p /srv/inodes/out; chown comfyui: /srv/inodes/out")
     machine.run("i=0; while touch /srv/inodes/out/$i 2>/dev/null; do i=$((i+1)); done")
     steady.configure('folders.output = "/srv/inodes/out"\n')
-    (what, remedy), *_ = findings(steady, code=2)["disk"]
+    (what, remedy), *_ = findings(steady, code=1)["disk"]
     machine.run("rm -r /srv/inodes/out; mkdir -p /srv/blocks/out; chown comfyui: /srv/blocks/out")
     assert "inodes left at /srv/inodes/out" in what
     assert remedy.startswith("on the host: du --inodes")
@@ -199,3 +207,76 @@ def test_a_gpu_that_is_missing_and_kernels_for_another(steady: Fleet) -> None:
     what, remedy = only(findings(steady, code=2), "kernels")
     assert what.startswith("the wheelhouse has no sageattention for 8.9")
     assert remedy.startswith("inv build-kernels --kernel sageattention --arch 8.9")
+
+
+@contextmanager
+def gpu(fleet: Fleet, machine: str, *edits: tuple[str, str]) -> Iterator[None]:
+    """NVIDIA's library on the machine, answering as another machine's did."""
+    root = fleet.machine.root
+    place, recording = root / "usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1", root / "etc/nvml-recording"
+    shutil.copy(nvml.library(), place)
+    recording.write_text(nvml.recording(machine, *edits))
+    try:
+        yield
+    finally:
+        place.unlink()
+        recording.unlink()
+
+
+def test_a_gpu_with_an_old_driver_that_others_use(steady: Fleet) -> None:
+    steady.configure("override.cuda = true\n")
+    other = steady.machine.run(
+        "systemd-run --quiet --unit=trainer sleep 600; systemctl show trainer -p MainPID --value"
+    )
+    with gpu(steady, "rtx-4070", ("driver", "550.54.14"), ("compute", f"{other.strip()} 3000000000")):
+        found = findings(steady, code=2)
+        shown = steady.inv("status", "--host", "spark").stdout
+    steady.machine.run("systemctl stop trainer")
+    assert only(found, "driver")[0] == "the driver is 550.54.14, and CUDA 13.0 needs 580.65.06"
+    what, remedy = only(found, "gpu-shared")
+    assert what == f"GPU 0 is used by others: sleep (pid {other.strip()}, root, 3.0 GB)"
+    assert 'modes = ["shared-gpu"] for spark' in remedy
+    assert "°C" in shown
+
+
+def test_kernels_for_another_gpu_without_a_compiler_and_a_container_without_one(steady: Fleet) -> None:
+    machine = steady.machine
+    release = f"{PREFIX}/current/release.json"
+    machine.run(f"cp {release} /root/release.json")
+    text = json.loads(machine.run(f"cat {release}"))
+    text["wheels"] = {"sageattention": {"file": "-", "sha256": "-", "arch": "12.1", "cuda": "", "compilers": {}}}
+    (steady.prefix / "releases" / steady.current() / "release.json").write_text(json.dumps(text))
+    with gpu(steady, "rtx-4070"), program(steady, "docker", "exit 0"):
+        found = findings(steady, code=2)
+        with program(steady, "nvidia-ctk", '[ "$1" = cdi ] || echo "NVIDIA Container Toolkit CLI version 1.17.4"'):
+            old = findings(steady, code=2)
+    machine.run(f"cp /root/release.json {release}")
+    what, remedy = only(found, "kernels")
+    assert what == "sageattention was built for 12.1, and the GPU is 8.9"
+    assert remedy.startswith("inv build-kernels --kernel sageattention --arch '8.9'")
+    assert [what.partition(",")[0] for what, _ in found["compilers"]] == [
+        "there is no C compiler",
+        "Python 3.11 has no headers",
+    ]
+    what, remedy = only(found, "containers")
+    assert "there is no NVIDIA container toolkit" in what
+    assert remedy == "on the host: apt-get install nvidia-container-toolkit"
+    assert [what.partition(",")[0] for what, _ in old["containers"]] == [
+        "NVIDIA's container toolkit is 1.17.4",
+        "no GPU is described for containers (CDI)",
+    ]
+
+
+def test_unified_memory_that_the_page_cache_holds(steady: Fleet) -> None:
+    lines = {"MemTotal": 120, "MemFree": 5, "MemAvailable": 60, "Cached": 70, "SwapTotal": 16, "SwapFree": 4}
+    text = "".join(f"{name}: {value * 1_000_000} kB\n" for name, value in lines.items())
+    (steady.machine.root / "root/meminfo").write_text(text)
+    steady.machine.run("mount --bind /root/meminfo /proc/meminfo")
+    with gpu(steady, "gb10"):
+        found = findings(steady, code=1)
+    steady.machine.run("umount /proc/meminfo; rm /root/meminfo")
+    (cache, drop), (swap, tune) = found["unified-memory"]
+    assert cache == "the page cache holds 71.7 GB of 122.9 GB, and 5.1 GB is free"
+    assert drop == "inv drop-caches --host spark"
+    assert swap == "12.3 GB is swapped out, which the GPU waits for"
+    assert tune == "inv tune --host spark"
