@@ -60,7 +60,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Shelf:
-    """What the client can give: ComfyUI with its flags, nodes, the locked lists by platform and Python, wheels, tools."""
+    """What the client can give: ComfyUI with its flags, nodes, the locked lists by platform and Python, wheels, uv."""
 
     application: Application
     flags: Mapping[str, Flag]
