@@ -20,7 +20,7 @@ EXTRA = "exporter"
 AGENT = ("__init__", "files", "gpu", "memory", "site")
 """The agent's modules that the exporter reaches. Not all of it: what changes the tree restarts ComfyUI, too."""
 
-MAIN = "from exporter.__main__ import main\n\nimport sys\n\nmain(sys.argv[1:])\n"
+MAIN = "import sys\n\nfrom exporter.__main__ import main\n\nmain(sys.argv[1:])\n"
 
 
 @dataclass(frozen=True)

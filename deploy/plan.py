@@ -238,6 +238,19 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
     found += storage(target, facts)
     if holder := port(target, facts):
         found.append(Refusal(holder, "end it, or set another `port` for this host"))
+    return found + _metrics(target, facts)
+
+
+def _metrics(target: Target, facts: Facts) -> list[Refusal]:
+    """Why the host could not export the metrics that are wanted of it."""
+    found: list[Refusal] = []
+    wanted, holder = target.host.metrics_port, facts.metrics_holder
+    if wanted and facts.manager == "process" and facts.lingers:
+        what = "the host has no systemd for this login, and Hearth's own supervisor runs ComfyUI only, no exporter"
+        found.append(Refusal(what, "leave `metrics_port` out for this host"))
+    if holder and holder["unit"] != target.exporter_unit:
+        what = f"port {wanted} is held by {holder['command']} (pid {holder['pid']})"
+        found.append(Refusal(what, "end it, or set another `metrics_port` for this host"))
     return found
 
 

@@ -324,16 +324,18 @@ def _exporter_unit(choice: Choice, place: str, data: str, release: str) -> str:
         "user": host.run_as,
         "command": _command([choice.interpreter, "-I", "-S", f"{place}/exporter", f"{place}/exporter.json"]),
         "data": data,
-        "addresses": " ".join(["localhost", *([host.listen] if _is_address(host.listen) else [])]),
+        "addresses": " ".join(["localhost", *_elsewhere(host.listen)]),
         **_devices(target.profile),
     }
     return _filled(f"exporter-{host.scope}", values)
 
 
-def _is_address(listen: str) -> bool:
+def _elsewhere(listen: str) -> list[str]:
+    """The address at which ComfyUI is reached, where that is not loopback's."""
     with suppress(ValueError):
-        return bool(ip_address(listen))
-    return False
+        address = ip_address(listen)
+        return [] if address.is_loopback or address.is_unspecified else [listen]
+    return []
 
 
 def _command(argv: Sequence[str]) -> str:

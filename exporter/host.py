@@ -165,15 +165,17 @@ class Gpus:
             return []
         if not all(gpu["name"] for gpu in found):  # one is lost, or the driver was replaced: look anew next time
             self._close()
+        up = GaugeMetricFamily("hearth_gpu_up", "Whether the driver reaches the GPU.", labels=["gpu"])
         info = InfoMetricFamily("hearth_gpu", "The GPUs.", labels=["gpu"])
         metrics = {key: GaugeMetricFamily(f"hearth_gpu_{name}", what, labels=["gpu"]) for key, name, what, _ in _GPU}
         for gpu in found:
+            up.add_metric([str(gpu["index"])], bool(gpu["name"]))
             names = {name: str(gpu[name] or "") for name in _NAMES}
             info.add_metric([str(gpu["index"])], {**names, "unified": str(gpu["unified"]).lower()})
             for key, _, _, units in _GPU:
                 if gpu[key] is not None:
                     metrics[key].add_metric([str(gpu["index"])], gpu[key] / units)
-        return [metric for metric in (info, *metrics.values()) if metric.samples]
+        return [metric for metric in (up, info, *metrics.values()) if metric.samples]
 
     def _close(self) -> None:
         if self._nvml:
