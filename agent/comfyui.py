@@ -30,7 +30,20 @@ def ask(site: Site, path: str, body: Json | None = None, timeout: float = 5) -> 
             raw = answer.read()
     except HTTPException as error:  # whoever has the port speaks something else
         raise ValueError(f"no HTTP: {error!r}") from error
-    return raw if path.startswith("/view") else json.loads(raw)
+    return raw if path.startswith("/view") or not raw else json.loads(raw)
+
+
+def free_if_idle(site: Site) -> str:
+    """Have ComfyUI unload its models and forget its results when it has no job; says what came of it."""
+    try:
+        queue = ask(site, "/queue")
+        if queue["queue_running"] or queue["queue_pending"]:
+            return "ComfyUI has a job: its memory stays as it is"
+        with suppress(ValueError):  # it answers with nothing
+            ask(site, "/free", {"unload_models": True, "free_memory": True})
+    except (OSError, ValueError) as error:
+        return f"ComfyUI does not answer: {error}"
+    return "ComfyUI has no job, and gives its memory back"
 
 
 def drain(site: Site, seconds: float, force: bool, note: Callable[[str], None]) -> None:

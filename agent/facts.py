@@ -187,9 +187,16 @@ def _place(site: Site, path: Path, use: str) -> str:
     if not path.is_dir():
         return "is no folder"
     need = os.R_OK | os.X_OK | (os.W_OK if use == "write" else 0)
-    if _user_exists(site.user) and not as_service(site, os.access, str(path), need):
+    inside = None
+    if use == "bind":  # the unit mounts it where the service sees it, whatever the folders above it allow
+        path, inside = Path(), os.open(path, os.O_PATH)
+    if _user_exists(site.user) and not as_service(site, _access, str(path), need, inside):
         return f"cannot be {'written' if use == 'write' else 'read'} by the service"
     return ""
+
+
+def _access(path: str, need: int, inside: int | None) -> bool:
+    return os.access(path, need, dir_fd=inside)
 
 
 def _free(path: Path) -> int:

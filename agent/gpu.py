@@ -13,8 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agent.files import Fault, Json, read_some, read_text
-from agent.memory import meminfo
+from agent.files import Fault, Json, meminfo, read_some, read_text
 
 T = TypeVar("T")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from agent.adopt import adopt, retire, unadopt, withdraw
 from agent.files import FULL, Fault, Json, flock, free, read, sha256, write
 from agent.journal import Journal, busy, now
+from agent.memory import drop_caches
 from agent.services import manager_of
 from agent.site import Site
 from agent.steps import (
@@ -56,6 +57,7 @@ STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "adopt": adopt,
     "withdraw": withdraw,
     "unadopt": unadopt,
+    "drop-caches": drop_caches,
 }
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from agent.comfyui import ask
 from agent.facts import facts
-from agent.files import Fault, Json
+from agent.files import Fault, Json, meminfo
 from agent.gpu import gpus
-from agent.memory import meminfo
 from agent.site import Site
 
 PATIENCE = 2.0

@@ -267,6 +267,18 @@ class NoInstallationError(HearthError):
     exit_code = 75
 
 
+class GpuError(HearthError):
+    """A host without an NVIDIA driver that answers."""
+
+    exit_code = 80
+
+
+class RecordingError(HearthError):
+    """A recording of GPUs that is cut short, or is none."""
+
+    exit_code = 81
+
+
 class GroupError(HearthError):
     """Not every host of a group came through."""
 

@@ -119,7 +119,7 @@ def _listed(
     """Every file of a bundle by its name there; what the cache lacks is fetched."""
     app, lock = stock.application, stock.locks[platform, python]
     found = {AGENT: connection.agent_file(), "checkout/uv.lock": files.checkout() / "uv.lock"}
-    for pattern in ("config/stacks.toml", "config/profiles/*.toml", "recipes/comfyui/units/*.service"):
+    for pattern in ("config/stacks.toml", "config/profiles/*.toml", "config/modes/*.toml", "recipes/comfyui/units/*"):
         found |= {f"checkout/{path.relative_to(files.checkout())}": path for path in files.checkout().glob(pattern)}
     recipe = [applications.folder() / "app.toml", nodes.catalogue_file()]
     found |= {f"checkout/recipes/comfyui/{path.name}": path for path in recipe if path.exists()}

@@ -29,6 +29,7 @@ from core.errors import (
     DiskFullError,
     DrainError,
     GateError,
+    GpuError,
     HearthError,
     HostKeyError,
     HostOfflineError,
@@ -121,6 +122,7 @@ def error_of(fault: dict[str, Any]) -> HearthError:
         "gate": GateError,
         "disk": DiskFullError,
         "offline": HostOfflineError,
+        "gpu": GpuError,
     }
     kind = kinds.get(fault["kind"], AgentError)
     cause = "\n         ".join([*fault["cause"].splitlines(), *(f"| {line}" for line in fault.get("log", []))])

@@ -55,7 +55,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a flow ended on one host: `changed` says whether it did, or on a dry run would do, anything."""
+    """How a flow ended on one host: `changed` says whether it did, or on a dry run would do, anything.
+
+    `notes` are what its steps said.
+    """
 
     host: str
     release: str
@@ -63,6 +66,7 @@ class Outcome:
     changed: bool
     steps: tuple[str, ...] = ()
     address: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def find_target(name: str) -> Target:
@@ -98,7 +102,7 @@ def questions(target: Target, packages: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "pythons": list(target.profile.pythons),
         "mounts": msgspec.to_builtins(host.mounts),
-        "places": {**dict.fromkeys(host.model_roots, "read"), **places},
+        "places": {**dict.fromkeys(host.model_roots, "read"), **places, **dict.fromkeys(host.develop, "bind")},
         "packages": list(packages),
         "metrics_port": host.metrics_port,
     }
@@ -349,11 +353,12 @@ def _carry_out(
     titles = tuple(step.title for step in planned.steps)
     if titles:
         show(planned)
+    notes: tuple[str, ...] = ()
     if titles and not dry_run:
         if ask and target.host.address and not console.agreed(f"change {target.name}?"):
             raise RefusedError("nothing was changed", hint="say yes next time, or give --yes")
-        _apply(agent, facts, planned, None, action, offline=False)
-    return Outcome(target.name, planned.release, planned.base, bool(titles), titles)
+        notes = _apply(agent, facts, planned, None, action, offline=False)
+    return Outcome(target.name, planned.release, planned.base, bool(titles), titles, notes=notes)
 
 
 def facts(name: str, *, ask_sudo: bool = False) -> Facts:
@@ -453,7 +458,7 @@ def _refuse(planned: Plan, target: Target) -> None:
     if planned.refusals:
         wheels = tuple(each.build for each in planned.refusals if each.build)
         error = RefusedError(
-            f"{target.name} cannot be deployed to; nothing was changed",
+            f"this cannot be done on {target.name}; nothing was changed",
             cause="\n         ".join(each.what for each in planned.refusals),
             hint="\n         ".join(each.remedy for each in planned.refusals),
         )
@@ -464,8 +469,10 @@ def _refuse(planned: Plan, target: Target) -> None:
 # --- applying ------------------------------------------------------------------------------------------------------
 
 
-def _apply(agent: Agent, facts: Facts, planned: Plan, stock: Shelf | None, action: str, *, offline: bool) -> None:
-    """Send what the steps need, submit them, follow them to their end."""
+def _apply(
+    agent: Agent, facts: Facts, planned: Plan, stock: Shelf | None, action: str, *, offline: bool
+) -> tuple[str, ...]:
+    """Send what the steps need, submit them, follow them to their end; what they said."""
     with tempfile.TemporaryDirectory(prefix="hearth-") as scratch:
         blobs: dict[str, Path] = {}
         packed: list[dict[str, Any]] = []
@@ -488,7 +495,7 @@ def _apply(agent: Agent, facts: Facts, planned: Plan, stock: Shelf | None, actio
             "steps": packed,
         }
         agent.call("submit", plan=body)
-    _follow(agent, run)
+    return _follow(agent, run)
 
 
 def _pack(
@@ -568,12 +575,15 @@ def _send(agent: Agent, facts: Facts, blobs: dict[str, Path]) -> None:
             progress.step(path.name, 0, 0)
 
 
-def _follow(agent: Agent, run: str) -> None:
-    """Show a run's events until its end; raises the error that it ended with."""
+def _follow(agent: Agent, run: str) -> tuple[str, ...]:
+    """Show a run's events until its end, and return its notes; raises the error that it ended with."""
+    notes: list[str] = []
     for event in agent.stream("follow", run=run):
         if event["event"] == "step":
             console.say(f"-> {event['title']}")
         elif event["event"] == "note":
+            notes.append(event["text"])
             console.say(f"   {event['text']}")
         elif event["event"] == "end" and event["fault"]:
             raise connection.error_of(event["fault"])
+    return tuple(notes)

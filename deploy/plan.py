@@ -139,7 +139,8 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
     if facts.platform not in stack.platforms:
         remedy = f"stack {stack.name} has {', '.join(stack.platforms)}"
         return None, [Refusal(f"the machine is {facts.machine}, and torch {stack.torch} has no build for it", remedy)]
-    found += [Refusal(what, remedy) for what, remedy in applications.wrong(target.flags, shelf.flags)]
+    origin = {name: target.origin.get(f"flags.{name}", "") for name in target.flags}
+    found += [Refusal(what, remedy) for what, remedy in applications.wrong(target.flags, shelf.flags, origin)]
     if profile.cuda:
         found += gpu(target, facts)
     listed = [each for each in profile.pythons if (facts.platform, each) in shelf.locks]
@@ -461,8 +462,20 @@ def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
     return [Step("prune", title, "old releases take room", "deploy it again", {"keep": kept})]
 
 
+def allocator_without_effect(target: Target) -> str:
+    """A variable for torch's own allocator, where ComfyUI chooses CUDA's; empty when there is none."""
+    if not target.profile.cuda or "--disable-cuda-malloc" in target.flags:
+        return ""
+    named = (name for name, value in target.env.items() if name.endswith("ALLOC_CONF") and "backend:" not in value)
+    return next(named, "")
+
+
 def _notes(target: Target, facts: Facts) -> list[str]:
-    found: list[str] = []
+    found = [
+        f"ComfyUI starts anew whenever a Python file in {each} changes, jobs or not" for each in target.host.develop
+    ]
+    if idle := allocator_without_effect(target):
+        found.append(f"{idle} means nothing: ComfyUI chooses CUDA's allocator; mode native-allocator chooses torch's")
     if facts.manager == "process" and facts.lingers:
         found.append("this machine has no systemd for you: ComfyUI is supervised by Hearth, and not started at boot")
     if facts.rights is None and target.rights:

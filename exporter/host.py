@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 from prometheus_client import ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
-from agent.files import Fault, read
+from agent.files import Fault, meminfo, read
 from agent.gpu import Nvml
-from agent.memory import meminfo
 from agent.site import Site
 
 Metrics = Iterable[Metric]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from agent.facts import _nvidia as nvidia
+from agent.files import meminfo
 from agent.gpu import gpus, process
-from agent.memory import meminfo
 from tests import nvml
 
 KEYS = {
