@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.files import Fault, Json, read, write
-from agent.gpu import gpus
+from agent.gpu import gpus, process
 from agent.journal import Adopted, busy, last_line
 from agent.parts import as_service, fault_of, forked
 from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
@@ -65,7 +65,8 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "places": {path: _place(site, Path(path), use) for path, use in ask["places"].items()},
         "data_free": {str(path): _free(path) for path in (site.data, *map(Path, site.elsewhere.values()))},
         "packages": _packages(ask["packages"]),
-        "port_holder": port_holder(site),
+        "port_holder": port_holder(site.port),
+        "metrics_holder": port_holder(ask["metrics_port"]) if ask["metrics_port"] else {},
         "foreign_unit": manager.foreign() if here and isinstance(manager, Systemd) else "",
         "adopted": Adopted(site).path.exists(),
         "user": _user_exists(site.user),
@@ -301,14 +302,14 @@ def _driver() -> str:
     return ""
 
 
-def port_holder(site: Site) -> Json:
-    """Who listens on the site's port: pid and name, as far as this user may see; empty when nobody does."""
+def port_holder(port: int) -> Json:
+    """Who listens on a port: pid, name and systemd's unit, as far as this user may see; empty when nobody does."""
     inodes: set[str] = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):
             for line in Path(table).read_text().splitlines()[1:]:
                 cells = line.split()
-                if cells[3] == "0A" and int(cells[1].rpartition(":")[2], 16) == site.port:
+                if cells[3] == "0A" and int(cells[1].rpartition(":")[2], 16) == port:
                     inodes.add(f"socket:[{cells[9]}]")
     if not inodes:
         return {}
@@ -316,5 +317,6 @@ def port_holder(site: Site) -> Json:
         with suppress(OSError):
             if any(str(each.readlink()) in inodes for each in (folder / "fd").iterdir()):
                 words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                return {"pid": int(folder.name), "command": " ".join(words[:3]).strip()}
-    return {"pid": 0, "command": "a process of another user"}
+                command = " ".join(words[:3]).strip()
+                return {"pid": int(folder.name), "command": command, "unit": process(int(folder.name))["unit"]}
+    return {"pid": 0, "command": "a process of another user", "unit": None}
