@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.files import Fault, Json, read, write
-from agent.gpu import gpus
+from agent.gpu import gpus, process
 from agent.journal import Adopted, busy, last_line
 from agent.parts import as_service, fault_of, forked
 from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
@@ -65,7 +65,8 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "places": {path: _place(site, Path(path), use) for path, use in ask["places"].items()},
         "data_free": {str(path): _free(path) for path in (site.data, *map(Path, site.elsewhere.values()))},
         "packages": _packages(ask["packages"]),
-        "port_holder": port_holder(site),
+        "port_holder": port_holder(site.port),
+        "metrics_holder": port_holder(ask["metrics_port"]) if ask["metrics_port"] else {},
         "foreign_unit": manager.foreign() if here and isinstance(manager, Systemd) else "",
         "adopted": Adopted(site).path.exists(),
         "user": _user_exists(site.user),
@@ -186,9 +187,16 @@ def _place(site: Site, path: Path, use: str) -> str:
     if not path.is_dir():
         return "is no folder"
     need = os.R_OK | os.X_OK | (os.W_OK if use == "write" else 0)
-    if _user_exists(site.user) and not as_service(site, os.access, str(path), need):
+    inside = None
+    if use == "bind":  # the unit mounts it where the service sees it, whatever the folders above it allow
+        path, inside = Path(), os.open(path, os.O_PATH)
+    if _user_exists(site.user) and not as_service(site, _access, str(path), need, inside):
         return f"cannot be {'written' if use == 'write' else 'read'} by the service"
     return ""
+
+
+def _access(path: str, need: int, inside: int | None) -> bool:
+    return os.access(path, need, dir_fd=inside)
 
 
 def _free(path: Path) -> int:
@@ -294,14 +302,14 @@ def _driver() -> str:
     return ""
 
 
-def port_holder(site: Site) -> Json:
-    """Who listens on the site's port: pid and name, as far as this user may see; empty when nobody does."""
+def port_holder(port: int) -> Json:
+    """Who listens on a port: pid, name and systemd's unit, as far as this user may see; empty when nobody does."""
     inodes: set[str] = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):
             for line in Path(table).read_text().splitlines()[1:]:
                 cells = line.split()
-                if cells[3] == "0A" and int(cells[1].rpartition(":")[2], 16) == site.port:
+                if cells[3] == "0A" and int(cells[1].rpartition(":")[2], 16) == port:
                     inodes.add(f"socket:[{cells[9]}]")
     if not inodes:
         return {}
@@ -309,5 +317,6 @@ def port_holder(site: Site) -> Json:
         with suppress(OSError):
             if any(str(each.readlink()) in inodes for each in (folder / "fd").iterdir()):
                 words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                return {"pid": int(folder.name), "command": " ".join(words[:3]).strip()}
-    return {"pid": 0, "command": "a process of another user"}
+                command = " ".join(words[:3]).strip()
+                return {"pid": int(folder.name), "command": command, "unit": process(int(folder.name))["unit"]}
+    return {"pid": 0, "command": "a process of another user", "unit": None}

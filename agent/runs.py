@@ -47,6 +47,7 @@ STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "app": app,
     "env": env,
     "node": node,
+    "exporter": app,  # a tree as ComfyUI's is
     "release": release,
     "preflight": preflight,
     "cut-over": cut_over,

@@ -52,6 +52,7 @@ class Facts(msgspec.Struct, frozen=True):
     current one could not import, with the reason; `parts` says of each what is wrong with it (empty:
     nothing), `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now.
     `foreign_unit` is the unit's file where somebody else wrote it; `adopted` says whether `inv adopt --undo` has work.
+    `port_holder` and `metrics_holder` are who listens on ComfyUI's port and on the exporter's.
     """
 
     hostname: str
@@ -96,6 +97,7 @@ class Facts(msgspec.Struct, frozen=True):
     last: dict[str, Any]
     foreign_unit: str = ""
     adopted: bool = False
+    metrics_holder: dict[str, Any] = {}
 
     @property
     def platform(self) -> str:

@@ -37,6 +37,7 @@ from deploy import adopt as adoption
 from deploy import advisory, connection, environment, nodes, plan
 from deploy import application as applications
 from deploy import bundle as bundles
+from deploy import exporter as exporters
 from deploy import host as hosts
 from deploy import release as releases
 from deploy.facts import Facts
@@ -101,8 +102,9 @@ def questions(target: Target, packages: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "pythons": list(target.profile.pythons),
         "mounts": msgspec.to_builtins(host.mounts),
-        "places": {**dict.fromkeys(host.model_roots, "read"), **places},
+        "places": {**dict.fromkeys(host.model_roots, "read"), **places, **dict.fromkeys(host.develop, "bind")},
         "packages": list(packages),
+        "metrics_port": host.metrics_port,
     }
 
 
@@ -126,7 +128,8 @@ def shelf(target: Target) -> Shelf:
         raise LockStaleError(
             f"nodes were changed, and not resolved yet: {', '.join(stale)}", hint="inv lock, then the same command"
         )
-    return plan.Shelf(app, flags, locks, manifest.found(files.wheelhouse()), uv, chosen, model_folders)
+    wanted = exporters.exporter() if target.host.metrics_port else exporters.Exporter()
+    return plan.Shelf(app, flags, locks, manifest.found(files.wheelhouse()), uv, chosen, model_folders, wanted)
 
 
 def _refuse_malware(target: Target, chosen: Mapping[str, Node]) -> None:
@@ -510,6 +513,8 @@ def _pack(
         return {"name": stock.uv, "blob": blob(lockfile.install("uv", platform, "3.11") / "bin/uv")}
     if step.kind == "app":
         return _pack_tree("app", source.fetch(stock.application), agent, facts, scratch, blob)
+    if step.kind == "exporter":
+        return _pack_tree("exporter", exporters.tree(platform), agent, facts, scratch, blob)
     if step.kind == "node":
         name = step.values["node"]
         return _pack_tree(

@@ -17,6 +17,7 @@ from core.errors import UsageError
 from deploy import flow, plan
 from deploy.facts import Facts
 from ops import fleet
+from ops.gpu import Gpu
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,32 +68,6 @@ class Disk(msgspec.Struct, frozen=True):
     fault: str = ""
 
 
-class GpuProcess(msgspec.Struct, frozen=True):
-    """Who uses a GPU; None is what neither driver nor /proc tells. `bytes` of its memory."""
-
-    pid: int
-    kind: str
-    name: str | None = None
-    user: str | None = None
-    unit: str | None = None
-    bytes: int | None = None
-
-
-class GpuNow(msgspec.Struct, frozen=True):
-    """A GPU this moment (`agent/gpu.py` names the units); None is what it does not tell, `faults` say why."""
-
-    index: int
-    name: str | None
-    unified: bool
-    utilization: int | None
-    temperature: int | None
-    power: float | None
-    memory_total: int | None
-    memory_used: int | None
-    processes: tuple[GpuProcess, ...]
-    faults: tuple[str, ...]
-
-
 class Live(msgspec.Struct, frozen=True):
     """How a host is this moment (`agent/status.py`). Memory in bytes, by /proc/meminfo's names."""
 
@@ -101,7 +76,7 @@ class Live(msgspec.Struct, frozen=True):
     comfyui: ComfyUI
     memory: dict[str, int]
     disks: dict[str, Disk]
-    gpus: tuple[GpuNow, ...] = ()
+    gpus: tuple[Gpu, ...] = ()
 
 
 class _Said(msgspec.Struct, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from invoke.context import Context  # `command` evaluates annotations
 
 from tasks.command import command
-from tasks.flags import DryRun, Fleet, Output
+from tasks.flags import DryRun, Fleet, Output, Where
 
 
 @command(
@@ -138,3 +138,43 @@ def drop_caches(_: Context, force: bool = False, yes: bool = False, *, where: Fl
 
     names = select(where.host, where.group)
     return memory.drop(names, force=force, dry_run=dry.dry_run, ask_sudo=where.ask_sudo, ask=not yes, as_json=out.json)
+
+
+@command()
+def profiles(_: Context, *, out: Output) -> None:
+    """List profiles (kinds of machines) and modes (what a machine is used for).
+
+    A host of config/hosts.toml names one `profile`, and any `modes`. `inv hosts` shows what becomes of them.
+
+        inv profiles
+    """
+    from ops import profiles
+
+    profiles.listed(profiles.every(), as_json=out.json)
+
+
+@command(positional=["name"], help={"name": "a profile or mode", "explain": "say why of each"})
+def profile(_: Context, name: str, explain: bool = False, *, out: Output) -> None:
+    """Show what a profile or mode sets, for which versions of torch and ComfyUI, and with which stacks it has effect.
+
+    `--explain` says why of each.
+
+        inv profile low-memory --explain
+        inv profile dgx-spark --json
+    """
+    from ops import profiles
+
+    profiles.shown(profiles.one(name), explain=explain, as_json=out.json)
+
+
+@command()
+def flags(_: Context, *, where: Where, out: Output) -> None:
+    """Show the flags of the ComfyUI that a host runs: which are set and by what, and which exclude each other.
+
+    Says so where the configuration would set others than the release in service has.
+
+        inv flags --host spark
+    """
+    from ops import flags
+
+    flags.show(flags.look(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
