@@ -50,6 +50,25 @@ def free_if_idle(site: Site) -> str:
     return "ComfyUI has no job, and gives its memory back"
 
 
+def takes_connections(site: Site) -> bool:
+    """Whether anything listens on the site's port."""
+    import socket
+
+    with suppress(OSError), socket.create_connection((site.reachable, site.port), timeout=1):
+        return True
+    return False
+
+
+def unanswered(site: Site, error: Exception) -> Fault:
+    """The Fault that stands for a ComfyUI that gave no answer."""
+    if takes_connections(site):
+        hint = "inv logs shows what it does; inv restart --force ends that"
+        return Fault("silent", "ComfyUI takes connections and does not answer", str(error), hint)
+    return Fault(
+        "silent", f"nothing listens on port {site.port}: ComfyUI does not run", str(error), "inv start; inv logs"
+    )
+
+
 def drain(site: Site, seconds: float, force: bool, note: Callable[[str], None]) -> None:
     """Wait until ComfyUI has no job left; raises Fault naming the jobs when it does not end in time."""
     end = time.monotonic() + seconds

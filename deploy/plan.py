@@ -230,6 +230,8 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal(f"the host is being changed: {who}", f"inv attach --host {target.name}"))
     if facts.current_fault:
         found.append(Refusal(facts.current_fault["what"], facts.current_fault["hint"]))
+    if facts.paused:  # by somebody with a reason, who may be somebody else
+        found.append(Refusal(paused(target, facts), f"inv resume --host {target.name}"))
     if facts.foreign_unit:
         found.append(Refusal(f"{facts.foreign_unit} is not Hearth's", f"inv adopt --host {target.name} takes it over"))
     if host.scope == "system" and not facts.manager.startswith("systemd"):
@@ -253,6 +255,11 @@ def _metrics(target: Target, facts: Facts) -> list[Refusal]:
         what = f"port {wanted} is held by {holder['command']} (pid {holder['pid']})"
         found.append(Refusal(what, "end it, or set another `metrics_port` for this host"))
     return found
+
+
+def paused(target: Target, facts: Facts) -> str:
+    """Who keeps the service from running, and since when."""
+    return f"{target.host.service} was paused by {facts.paused['who']} at {facts.paused['at']}"
 
 
 def storage(target: Target, facts: Facts) -> list[Refusal]:
