@@ -13,7 +13,7 @@ from typing import Any
 from agent.files import Fault, Json, read, write
 from agent.journal import now
 from agent.services import Manager
-from agent.site import Site
+from agent.site import PROOF, Site
 
 
 def ask(site: Site, path: str, body: Json | None = None, timeout: float = 5) -> Any:
@@ -48,6 +48,25 @@ def free_if_idle(site: Site) -> str:
     except (OSError, ValueError) as error:
         return f"ComfyUI does not answer: {error}"
     return "ComfyUI has no job, and gives its memory back"
+
+
+def takes_connections(site: Site) -> bool:
+    """Whether anything listens on the site's port."""
+    import socket
+
+    with suppress(OSError), socket.create_connection((site.reachable, site.port), timeout=1):
+        return True
+    return False
+
+
+def unanswered(site: Site, error: Exception) -> Fault:
+    """The Fault that stands for a ComfyUI that gave no answer."""
+    if takes_connections(site):
+        hint = "inv logs shows what it does; inv restart --force ends that"
+        return Fault("silent", "ComfyUI takes connections and does not answer", str(error), hint)
+    return Fault(
+        "silent", f"nothing listens on port {site.port}: ComfyUI does not run", str(error), "inv start; inv logs"
+    )
 
 
 def drain(site: Site, seconds: float, force: bool, note: Callable[[str], None]) -> None:
@@ -190,7 +209,7 @@ def _picture(site: Site, note: Callable[[str], None]) -> None:
     inputs = {"width": 64, "height": 64, "batch_size": 1, "color": color}
     workflow = {
         "1": {"class_type": "EmptyImage", "inputs": inputs},
-        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "hearth-gate/proof"}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": f"{PROOF}/proof"}},
     }
     try:
         prompt = str(ask(site, "/prompt", {"prompt": workflow})["prompt_id"])
@@ -203,7 +222,7 @@ def _picture(site: Site, note: Callable[[str], None]) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Fault("gate", "a workflow without models makes no picture", repr(error)) from error
     finally:
-        shutil.rmtree(site.folder("output") / "hearth-gate", ignore_errors=True)
+        shutil.rmtree(site.folder("output") / PROOF, ignore_errors=True)
     if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[16:24] != b"\0\0\0\x40\0\0\0\x40":
         raise Fault("gate", "the picture that came back is not the one asked for", f"{len(raw)} bytes")
     note(f"a picture came back after {time.monotonic() - started:.1f} s")

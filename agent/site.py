@@ -33,6 +33,8 @@ class Site:
         self.history = self.state / "history.jsonl"
         self.lock = self.state / "lock"
         self.cut = self.state / "cut-over.json"
+        self.paused = self.state / "paused.json"
+        self.lingered = self.state / "lingered"  # the login's systemd outlives it since Hearth asked for that
         self.snapshot = self.state / "snapshot"
         self.database = self.data / "user/comfyui.db"
 
@@ -93,6 +95,9 @@ SHARING = "system.posix_acl_default"
 SHARED = _acl((0x01, 7), (0x04, 7), (0x20, 5))
 """Owner and group may all, others read: what is made in a folder gets this, whatever its maker's umask says."""
 
+
+PROOF = "hearth-gate"
+"""The folder in the output where the health gate has its picture written, for a moment."""
 
 # custom_nodes: ComfyUI stops when its base directory has none
 DATA = ("models", "input", "output", "user", "temp", "cache", "custom_nodes")

@@ -124,6 +124,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     `mounts` (by mount point) must be mounted for ComfyUI to run. `folders` says what of models, input, output and
     user lies elsewhere than in `data/`; `model_roots` are folders with more models, laid out as `models` is.
     `members` may write the data and read the log, and do what `members_may` says; `listen` and `port` are ComfyUI's.
+    At `metrics_port` of its loopback the host tells Prometheus how it is.
     `modes` are of `config/modes`; `develop` are folders there, each a custom node under development; `free_memory` is
     how often ComfyUI gives its memory back when it has no job (`4h`).
     """
@@ -138,6 +139,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     run_as: str = "comfyui"
     listen: str = "127.0.0.1"
     port: int = 8188
+    metrics_port: int | None = None
     mounts: dict[str, Mount] = {}
     folders: dict[Literal["models", "input", "output", "user"], str] = {}
     model_roots: tuple[str, ...] = ()
@@ -223,6 +225,11 @@ class Target:
         }
 
     @property
+    def exporter_unit(self) -> str:
+        """The unit that exports metrics."""
+        return f"{self.host.service}-exporter.service"
+
+    @property
     def rights(self) -> str:
         """The sudoers file that lets members read the log, and do what they may; empty without members.
 
@@ -293,6 +300,8 @@ def _check(path: Path, name: str, host: Host) -> None:
         raise ConfigError(f"{path}: host {name}: service and run_as are plain lower-case names")
     if not 0 < host.port < 65536 or host.keep < 1:
         raise ConfigError(f"{path}: host {name}: port is 1 to 65535, keep at least 1")
+    if host.metrics_port is not None and (not 0 < host.metrics_port < 65536 or host.metrics_port == host.port):
+        raise ConfigError(f"{path}: host {name}: metrics_port is 1 to 65535, and another than ComfyUI's {host.port}")
     for each in (*host.mounts, *host.folders.values(), *host.model_roots, *host.develop):
         if not re.fullmatch(r"(/[\w.@:+-]+)+", each, flags=re.ASCII) or {".", ".."} & set(each.split("/")):
             raise ConfigError(

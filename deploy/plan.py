@@ -14,6 +14,7 @@ from core import console
 from core.errors import UsageError
 from deploy import application as applications
 from deploy import release as releases
+from deploy.exporter import Exporter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -68,6 +69,7 @@ class Shelf:
     uv: str
     nodes: Mapping[str, Node] = field(default_factory=dict)
     model_folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    exporter: Exporter = field(default_factory=Exporter)
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
         uv=shelf.uv,
         nodes=shelf.nodes,
         model_folders=shelf.model_folders,
+        exporter=shelf.exporter,
     )
     if releases.manager(target) and target.host.scope == "user":
         what = "ComfyUI-Manager could change its own security level: only a system service's unit keeps that from it"
@@ -227,6 +230,8 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal(f"the host is being changed: {who}", f"inv attach --host {target.name}"))
     if facts.current_fault:
         found.append(Refusal(facts.current_fault["what"], facts.current_fault["hint"]))
+    if facts.paused:  # by somebody with a reason, who may be somebody else
+        found.append(Refusal(paused(target, facts), f"inv resume --host {target.name}"))
     if facts.foreign_unit:
         found.append(Refusal(f"{facts.foreign_unit} is not Hearth's", f"inv adopt --host {target.name} takes it over"))
     if host.scope == "system" and not facts.manager.startswith("systemd"):
@@ -236,7 +241,25 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
     found += storage(target, facts)
     if holder := port(target, facts):
         found.append(Refusal(holder, "end it, or set another `port` for this host"))
+    return found + _metrics(target, facts)
+
+
+def _metrics(target: Target, facts: Facts) -> list[Refusal]:
+    """Why the host could not export the metrics that are wanted of it."""
+    found: list[Refusal] = []
+    wanted, holder = target.host.metrics_port, facts.metrics_holder
+    if wanted and facts.manager == "process" and facts.lingers:
+        what = "the host has no systemd for this login, and Hearth's own supervisor runs ComfyUI only, no exporter"
+        found.append(Refusal(what, "leave `metrics_port` out for this host"))
+    if holder and holder["unit"] != target.exporter_unit:
+        what = f"port {wanted} is held by {holder['command']} (pid {holder['pid']})"
+        found.append(Refusal(what, "end it, or set another `metrics_port` for this host"))
     return found
+
+
+def paused(target: Target, facts: Facts) -> str:
+    """Who keeps the service from running, and since when."""
+    return f"{target.host.service} was paused by {facts.paused['who']} at {facts.paused['at']}"
 
 
 def storage(target: Target, facts: Facts) -> list[Refusal]:
@@ -347,7 +370,7 @@ def _steps(
         missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
         steps.append(Step("serve", title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
-    made = any(step.kind in ("app", "env", "node", "release", "cut-over") for step in steps)
+    made = any(step.kind in ("app", "env", "node", "exporter", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
 
@@ -421,6 +444,14 @@ def _part_steps(facts: Facts, choice: releases.Choice) -> list[Step]:
         values |= {"install": choice.env_part if node.install else ""}
         title = f"make {part}: node {name} {node.commit[:9]}"
         steps.append(Step("node", title, why, "pruned when no release names it", values))
+    part = choice.exporter_part
+    if part and not _holds(facts, part):
+        fault = facts.parts.get(part, "")
+        why = f"{part} is damaged: {fault}" if fault else "the host lacks it"
+        values = {"part": part, "python": choice.interpreter, "writable": []}
+        steps.append(
+            Step("exporter", f"make {part}: what exports metrics", why, "pruned when no release names it", values)
+        )
     return steps
 
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from core.source import Source
     from deploy.application import Application
     from deploy.environment import Lock
-    from deploy.host import Target
+    from deploy.exporter import Exporter
+    from deploy.host import Profile, Target
     from deploy.nodes import Node
 
 LAYOUT = 3
@@ -83,6 +84,7 @@ class Choice:
     uv: str
     nodes: Mapping[str, Node]
     model_folders: Mapping[str, Sequence[str]]
+    exporter: Exporter
 
     @property
     def app_part(self) -> str:
@@ -108,6 +110,12 @@ class Choice:
             name: f"node-{_digest([LAYOUT, name, node.tree, node.writable, node.install and self.env_part])}"
             for name, node in self.pinned.items()
         }
+
+    @property
+    def exporter_part(self) -> str:
+        """The part that exports metrics; empty where they are not wanted."""
+        wanted = self.target.host.metrics_port
+        return f"exporter-{_digest([LAYOUT, self.exporter.digest, self.interpreter])}" if wanted else ""
 
     @property
     def asking(self) -> list[str]:
@@ -142,11 +150,12 @@ def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
         "parts": {
             "app": choice.app_part,
             "env": choice.env_part,
+            **({"exporter": choice.exporter_part} if choice.exporter_part else {}),
             **{f"custom_nodes/{name}": part for name, part in choice.node_parts.items()},
         },
         "sources": [_source(each) for each in choice.application.source],
         "tree": choice.application.tree,
-        "packages": choice.lock.versions(choice.asking),
+        "packages": choice.lock.versions(choice.asking) | (choice.exporter.packages if choice.exporter_part else {}),
         "nodes": {
             name: {"url": node.url, "commit": node.commit, "tree": node.tree} for name, node in choice.pinned.items()
         },
@@ -248,6 +257,9 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     files[f"{target.host.service}.service"] = _unit(choice, argv, environment, data, release, more)
     if target.host.mounts:
         files[f"{target.host.service}-storage.service"] = _storage_unit(target, release)
+    if choice.exporter_part:
+        told = {"site": target.site | {"prefix": prefix}, "port": target.host.metrics_port, "cuda": target.profile.cuda}
+        files["exporter.json"] = json.dumps(told, indent=1) + "\n"
     for name, text in _companions(choice, prefix, release, developed).items():
         files[f"{target.host.service}-{name}"] = text
     running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
@@ -296,7 +308,6 @@ def _unit(
     target = choice.target
     host, profile = target.host, target.profile
     lines = [f'Environment="{name}={_quoted(value)}"' for name, value in environment.items()]
-    devices = [f"DeviceAllow={name} rw" for name in _DEVICES] if profile.cuda else []
     storage = f"{host.service}-storage.service"
     values = {
         "service": host.service,
@@ -311,8 +322,7 @@ def _unit(
         "environment": "\n".join(lines),
         "restart": profile.restart,
         "limits": f"MemoryMax={profile.memory_max}" if profile.memory_max else "",
-        "device_policy": profile.device_policy,
-        "devices": "\n".join(devices),
+        **_devices(profile),
         "more": "\n".join(more),
     }
     return _filled(host.scope, values)
@@ -333,7 +343,7 @@ def _storage_unit(target: Target, release: str) -> str:
 
 
 def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[str, str]) -> dict[str, str]:
-    """Units beside the service's, by the end of their names: what looks at nodes under development, and the timer."""
+    """Units beside the service's, by the end of their names: for nodes under development, the timer, metrics."""
     target = choice.target
     host = target.host
 
@@ -356,12 +366,24 @@ def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[st
     if host.free_memory:
         found["free-memory.service"] = _filled("free-memory", {**values, "command": command("free")})
         found["free-memory.timer"] = _filled("free-memory.timer", values)
+    if choice.exporter_part:
+        place = f"{prefix}/releases/{release}/exporter"
+        # the system's Python, without a look at what else is installed there
+        words = [choice.interpreter, "-I", "-S", place, f"{place}.json"]
+        more = {"port": str(host.metrics_port), "data": f"{prefix}/data", **_devices(target.profile)}
+        found["exporter.service"] = _filled("exporter", {**values, **more, "command": _command(words)})
     if host.scope == "user":
         found = {
             name: re.sub(r"\n# --- Only the system's.*?(?=\n\[|\Z)", "", text, flags=re.S)
             for name, text in found.items()
         }
     return found
+
+
+def _devices(profile: Profile) -> dict[str, str]:
+    """Which devices a unit may use."""
+    listed = [f"DeviceAllow={name} rw" for name in _DEVICES] if profile.cuda else []
+    return {"device_policy": profile.device_policy, "devices": "\n".join(listed)}
 
 
 def _own_addresses(listen: str) -> list[str]:

@@ -37,9 +37,7 @@ def exposure(fleet: Fleet, unit: str) -> float:
 
 
 def test_a_modes_flags_arrive_and_are_explained(steady: Fleet) -> None:
-    steady.configure('modes = ["low-memory", "production"]\n')
-    done = steady.deploy()
-    assert done.returncode == 0, done.stderr
+    steady.becomes('modes = ["low-memory", "production"]\n')
     system = steady.ask("/system_stats")["system"]
     assert isinstance(system, dict)
     assert " ".join(system["argv"]).endswith("--cache-ram 4 --cpu --vram-headroom 0.5")
@@ -98,9 +96,7 @@ def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet
         machine.run(f"runuser -u deployer -- tee /{HOME}/{node.name} >/dev/null <<'END'\n{text}\nEND")
 
     write("import a_module_that_nobody_has")
-    steady.configure(f'modes = ["development"]\ndevelop = ["/{HOME}"]\n')
-    done = steady.deploy()
-    assert done.returncode == 0, done.stderr
+    done = steady.becomes(f'modes = ["development"]\ndevelop = ["/{HOME}"]\n')
     assert f"ComfyUI starts anew whenever a Python file in /{HOME} changes" in done.stderr
     assert "node my-node cannot be imported: No module named 'a_module_that_nobody_has'" in done.stderr
     write(NODE.replace("NAME", "DevelopedOne"))
@@ -129,16 +125,13 @@ def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet
     assert machine.run("systemctl is-active comfyui || true").strip() == "inactive"
     machine.run("systemctl start comfyui")
     assert within(90, lambda: has(steady, "DevelopedThree"))
-    steady.configure()
-    assert steady.deploy().returncode == 0
+    steady.becomes()
     assert not (machine.root / "etc/systemd/system/comfyui-reload.service").is_symlink()
     assert machine.run("systemctl is-active comfyui-reload || true").strip() == "inactive"
 
 
 def test_memory_is_given_back_by_a_timer(steady: Fleet) -> None:
-    steady.configure('free_memory = "3s"\n')
-    done = steady.deploy()
-    assert done.returncode == 0, done.stderr
+    steady.becomes('free_memory = "3s"\n')
     timers = json.loads(steady.machine.run("systemctl list-timers --output=json comfyui-free-memory.timer"))
     assert [each["activates"] for each in timers] == ["comfyui-free-memory.service"]
     journal = "journalctl --no-pager --output=cat --unit=comfyui-free-memory"
