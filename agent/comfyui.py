@@ -13,7 +13,7 @@ from typing import Any
 from agent.files import Fault, Json, read, write
 from agent.journal import now
 from agent.services import Manager
-from agent.site import Site
+from agent.site import PROOF, Site
 
 
 def ask(site: Site, path: str, body: Json | None = None, timeout: float = 5) -> Any:
@@ -30,7 +30,24 @@ def ask(site: Site, path: str, body: Json | None = None, timeout: float = 5) -> 
             raw = answer.read()
     except HTTPException as error:  # whoever has the port speaks something else
         raise ValueError(f"no HTTP: {error!r}") from error
-    return raw if path.startswith("/view") else json.loads(raw)
+    return raw if path.startswith("/view") or not raw else json.loads(raw)
+
+
+def unload(site: Site) -> None:
+    """Ask ComfyUI to unload its models and forget its results, once no job runs. Raises OSError or ValueError."""
+    ask(site, "/free", {"unload_models": True, "free_memory": True})
+
+
+def free_if_idle(site: Site) -> str:
+    """Have ComfyUI unload its models and forget its results when it has no job; says what came of it."""
+    try:
+        queue = ask(site, "/queue")
+        if queue["queue_running"] or queue["queue_pending"]:
+            return "ComfyUI has a job: its memory stays as it is"
+        unload(site)
+    except (OSError, ValueError) as error:
+        return f"ComfyUI does not answer: {error}"
+    return "ComfyUI has no job, and gives its memory back"
 
 
 def takes_connections(site: Site) -> bool:
@@ -192,7 +209,7 @@ def _picture(site: Site, note: Callable[[str], None]) -> None:
     inputs = {"width": 64, "height": 64, "batch_size": 1, "color": color}
     workflow = {
         "1": {"class_type": "EmptyImage", "inputs": inputs},
-        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "hearth-gate/proof"}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": f"{PROOF}/proof"}},
     }
     try:
         prompt = str(ask(site, "/prompt", {"prompt": workflow})["prompt_id"])
@@ -205,7 +222,7 @@ def _picture(site: Site, note: Callable[[str], None]) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Fault("gate", "a workflow without models makes no picture", repr(error)) from error
     finally:
-        shutil.rmtree(site.folder("output") / "hearth-gate", ignore_errors=True)
+        shutil.rmtree(site.folder("output") / PROOF, ignore_errors=True)
     if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[16:24] != b"\0\0\0\x40\0\0\0\x40":
         raise Fault("gate", "the picture that came back is not the one asked for", f"{len(raw)} bytes")
     note(f"a picture came back after {time.monotonic() - started:.1f} s")

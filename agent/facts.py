@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.files import Fault, Json, mounts, read, write
+from agent.gpu import gpus, process
 from agent.journal import Adopted, busy, last_line
 from agent.parts import as_service, fault_of, forked
 from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
@@ -50,8 +51,7 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "kernel": platform.release(),
         "glibc": (os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
         "pythons": _pythons(site, ask["pythons"]),
-        "gpus": _gpus(),
-        "driver": _driver(),
+        **_nvidia(),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "cores": os.cpu_count() or 1,
         "login": login(),
@@ -65,7 +65,8 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "places": {path: _place(site, Path(path), use) for path, use in ask["places"].items()},
         "data_free": {str(path): _free(path) for path in (site.data, *map(Path, site.elsewhere.values()))},
         "packages": _packages(ask["packages"]),
-        "port_holder": port_holder(site),
+        "port_holder": port_holder(site.port),
+        "metrics_holder": port_holder(ask["metrics_port"]) if ask["metrics_port"] else {},
         "foreign_unit": manager.foreign() if here and isinstance(manager, Systemd) else "",
         "adopted": Adopted(site).path.exists(),
         "paused": read(site.paused),
@@ -233,9 +234,16 @@ def _place(site: Site, path: Path, use: str) -> str:
     if not path.is_dir():
         return "is no folder"
     need = os.R_OK | os.X_OK | (os.W_OK if use == "write" else 0)
-    if _user_exists(site.user) and not as_service(site, os.access, str(path), need):
+    inside = None
+    if use == "bind":  # the unit mounts it where the service sees it, whatever the folders above it allow
+        path, inside = Path(), os.open(path, os.O_PATH)
+    if _user_exists(site.user) and not as_service(site, _access, str(path), need, inside):
         return f"cannot be {'written' if use == 'write' else 'read'} by the service"
     return ""
+
+
+def _access(path: str, need: int, inside: int | None) -> bool:
+    return os.access(path, need, dir_fd=inside)
 
 
 def _free(path: Path) -> int:
@@ -297,43 +305,58 @@ def _packages(wanted: list[str]) -> dict[str, bool]:
     return {name: f"{name} installed" in shown for name in wanted}
 
 
-def _gpus() -> list[Json]:
-    """The NVIDIA GPUs, as nvidia-smi sees them. Memory in bytes; a GPU that names none shares the machine's."""
+def _nvidia() -> Json:
+    """The NVIDIA GPUs and their driver's version. Memory in bytes; None for a GPU that shares the machine's.
+
+    A GPU that does not tell its capability (it fell off the bus) is none to deploy to.
+    """
+    found = gpus()
+    if not found:
+        return {"gpus": _nvidia_smi(), "driver": _driver()}
+    named = [
+        {
+            "name": gpu["name"] or "NVIDIA GPU",
+            "capability": gpu["capability"],
+            "memory": None if gpu["unified"] else gpu["memory_total"],
+            "unified": gpu["unified"],
+        }
+        for gpu in found
+        if gpu["capability"]
+    ]
+    return {"gpus": named, "driver": found[0]["driver"] or _driver()}
+
+
+def _nvidia_smi() -> list[Json]:
+    """The GPUs where NVML cannot be loaded here, but the driver's own program finds it (Nix, some containers)."""
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True)
-    gpus: list[Json] = []
+    found: list[Json] = []
     for line in done.stdout.splitlines() if done.returncode == 0 else []:
         name, capability, memory = (cell.strip() for cell in line.split(","))
         unified = not memory.isdecimal()  # GB10 answers [N/A]
-        gpus.append(
-            {
-                "name": name,
-                "capability": capability,
-                "memory": None if unified else int(memory) << 20,
-                "unified": unified,
-            }
-        )
-    return gpus
+        total = None if unified else int(memory) << 20
+        found.append({"name": name, "capability": capability, "memory": total, "unified": unified})
+    return found
 
 
 def _driver() -> str:
-    """The NVIDIA driver's version; empty without one."""
+    """The NVIDIA driver's version, as its kernel module tells it; empty without one."""
     with suppress(OSError):
         found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", Path("/proc/driver/nvidia/version").read_text())
         return found[1] if found else ""
     return ""
 
 
-def port_holder(site: Site) -> Json:
-    """Who listens on the site's port: pid and name, as far as this user may see; empty when nobody does."""
+def port_holder(port: int) -> Json:
+    """Who listens on a port: pid, name and systemd's unit, as far as this user may see; empty when nobody does."""
     inodes: set[str] = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):
             for line in Path(table).read_text().splitlines()[1:]:
                 cells = line.split()
-                if cells[3] == "0A" and int(cells[1].rpartition(":")[2], 16) == site.port:
+                if cells[3] == "0A" and int(cells[1].rpartition(":")[2], 16) == port:
                     inodes.add(f"socket:[{cells[9]}]")
     if not inodes:
         return {}
@@ -341,5 +364,6 @@ def port_holder(site: Site) -> Json:
         with suppress(OSError):
             if any(str(each.readlink()) in inodes for each in (folder / "fd").iterdir()):
                 words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                return {"pid": int(folder.name), "command": " ".join(words[:3]).strip()}
-    return {"pid": 0, "command": "a process of another user"}
+                command = " ".join(words[:3]).strip()
+                return {"pid": int(folder.name), "command": command, "unit": process(int(folder.name))["unit"]}
+    return {"pid": 0, "command": "a process of another user", "unit": None}

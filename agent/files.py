@@ -230,6 +230,12 @@ def read_some(path: Path, limit: int = -1) -> bytes:
     return b""
 
 
+def meminfo() -> dict[str, int]:
+    """The machine's memory in bytes, as /proc/meminfo names it."""
+    lines = (line.split() for line in read_text(Path("/proc/meminfo")).splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3}
+
+
 def own(root: Path, user: int, group: int) -> None:
     """Change who owns a tree that nobody else can reach yet."""
     for path in (root, *root.rglob("*")):

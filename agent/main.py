@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     """Do what the verb says; 0, or 3 after a Fault, which is then the last line."""
     verb = argv[0]
     try:
-        if verb in ("apply", "supervise"):  # started by a unit or detached: the site is a file
+        if verb in ("apply", "supervise", "watch", "free"):  # started by a unit or detached: the site is a file
             _stay(verb, Site(read(Path(argv[1]))))
         else:
             request = json.loads(sys.stdin.buffer.readline())
@@ -48,13 +48,17 @@ def main(argv: list[str]) -> int:
 
 
 def _stay(verb: str, site: Site) -> None:
-    """Verbs that run for long. All that they need is imported now: their file may be replaced meanwhile."""
-    from agent import runs, services
+    """Verbs that units run. All that they need is imported now: their file may be replaced meanwhile."""
+    from agent import comfyui, develop, runs, services
 
     if verb == "apply":
         runs.apply(site)
-    else:
+    elif verb == "supervise":
         services.supervise(site)
+    elif verb == "watch":
+        develop.watch(site)
+    else:
+        print(comfyui.free_if_idle(site), flush=True)
 
 
 def _answer(verb: str, site: Site, request: Json) -> None:
@@ -71,6 +75,15 @@ def _answer(verb: str, site: Site, request: Json) -> None:
         from agent.probe import probe
 
         say(probe(site, request))
+    elif verb == "gpu":
+        from agent.samples import samples
+
+        for sample in samples(site, request["every"], request["seconds"]):
+            say(sample)
+    elif verb == "free-memory":
+        from agent.memory import free
+
+        say(free(site, request["wait"]))
     elif verb == "contents":
         from agent.parts import contents
 
@@ -92,6 +105,11 @@ def _answer(verb: str, site: Site, request: Json) -> None:
         from agent.journal import history
 
         say(history(site))
+    elif verb == "flags":
+        from agent.files import read_text
+
+        release = site.release()
+        say({"release": site.manifest(release), "text": read_text(site.releases / release / "app/comfy/cli_args.py")})
     elif verb == "logs":
         from agent.logs import logs
 

@@ -17,6 +17,7 @@ from agent.adopt import adopt, retire, unadopt
 from agent.files import FULL, Fault, Json, flock, free, read, sha256, write
 from agent.journal import Journal, busy, events, now
 from agent.lifecycle import delete, end_linger, erase, forget, forget_mounts, restart, start, stop, vanish, withdraw
+from agent.memory import drop_caches
 from agent.services import manager_of
 from agent.site import Site
 from agent.steps import (
@@ -48,6 +49,7 @@ STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "app": app,
     "env": env,
     "node": node,
+    "exporter": app,  # a tree as ComfyUI's is
     "release": release,
     "preflight": preflight,
     "cut-over": cut_over,
@@ -57,6 +59,7 @@ STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "adopt": adopt,
     "withdraw": withdraw,
     "unadopt": unadopt,
+    "drop-caches": drop_caches,
     "stop": stop,
     "start": start,
     "restart": restart,

@@ -145,6 +145,11 @@ class Systemd:
         if wanted := sorted({place.name for place in self._links() if place.parent.name.endswith(".wants")}):
             run([*self.ctl, "restart", *wanted])
 
+    def restart(self) -> None:
+        """Restart the service alone, however often it was started before."""
+        subprocess.run([*self.ctl, "reset-failed", self.unit], capture_output=True)
+        run([*self.ctl, "restart", self.unit])
+
     def stop(self) -> None:
         """Stop the service and wait until it has."""
         self._stop([name for name in (self.storage, self.unit) if os.path.lexists(self.units / name)])
@@ -376,7 +381,14 @@ _INHERITED = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "TZ", "USER", "XDG_RU
 
 
 def supervise(site: Site) -> None:
-    """Run the current release until told to stop (SIGTERM); start it again when it dies, five times in five minutes."""
+    """Run the current release until told to stop (SIGTERM); start it again when it dies, five times in five minutes.
+
+    What has a unit of its own under systemd is done here: to start anew when a node under development changes, and to
+    have ComfyUI give its memory back from time to time.
+    """
+    from agent.comfyui import free_if_idle  # both use this module
+    from agent.develop import Watcher
+
     manager = Supervised(site)
     stopping = False
     child: subprocess.Popen[bytes] | None = None
@@ -399,6 +411,7 @@ def supervise(site: Site) -> None:
                 wait_for(lambda: stopping or not site.unmounted(), 60)
                 continue
             release = site.manifest(site.release())
+            watcher = Watcher(release.get("develop", []))
             manager.rotate()
             with manager.output.open("ab") as log:
                 begin = log.tell()
@@ -412,7 +425,10 @@ def supervise(site: Site) -> None:
                 write(manager.record, json.dumps(record))
                 if stopping:  # told so between the loop's test and the start
                     child.send_signal(signal.SIGINT)
-                patience, gone = 30.0, False
+                patience, gone, anew = 30.0, False, False
+                changed: list[str] = []
+                period = release.get("free_memory") or float("inf")
+                due = time.monotonic() + period
                 while child.poll() is None:
                     with suppress(subprocess.TimeoutExpired):
                         child.wait(0.5)
@@ -420,14 +436,28 @@ def supervise(site: Site) -> None:
                     if not gone and site.unmounted():  # it must not write into the empty mount point
                         gone = True
                         child.send_signal(signal.SIGINT)
-                    patience -= 0.5 if stopping or gone else 0
+                    changed += watcher.changed()
+                    if changed and not anew and not site.pending.exists():  # a deploy that proves it comes first
+                        anew = True
+                        log.write(f"{now()} {changed[0]} changed: ComfyUI starts anew\n".encode())
+                        log.flush()
+                        child.send_signal(signal.SIGINT)
+                    if time.monotonic() > due:
+                        due += period
+                        log.write(f"{now()} {free_if_idle(site)}\n".encode())
+                        log.flush()
+                    patience -= 0.5 if stopping or gone or anew else 0
                     if patience < 0:
                         child.kill()
-            if gone:
+            if gone or anew:
                 continue
             starts = [each for each in starts if each > time.monotonic() - 300] + [time.monotonic()]
             if len(starts) >= 5:
-                break
+                if not watcher.folders:
+                    break
+                while not (stopping or watcher.changed()):  # until the node that breaks it is mended
+                    time.sleep(1)
+                starts = []
             restarts += 1
             if not stopping:
                 time.sleep(2)

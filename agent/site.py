@@ -96,5 +96,8 @@ SHARED = _acl((0x01, 7), (0x04, 7), (0x20, 5))
 """Owner and group may all, others read: what is made in a folder gets this, whatever its maker's umask says."""
 
 
+PROOF = "hearth-gate"
+"""The folder in the output where the health gate has its picture written, for a moment."""
+
 # custom_nodes: ComfyUI stops when its base directory has none
 DATA = ("models", "input", "output", "user", "temp", "cache", "custom_nodes")

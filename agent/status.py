@@ -9,7 +9,8 @@ from pathlib import Path
 
 from agent.comfyui import ask, takes_connections
 from agent.facts import facts
-from agent.files import Fault, Json, read_text
+from agent.files import Fault, Json, meminfo
+from agent.gpu import gpus
 from agent.site import Site
 
 PATIENCE = 2.0
@@ -31,7 +32,8 @@ def live(site: Site, pid: int) -> Json:
         "time": time.time(),
         "uptime": _age(pid),
         "comfyui": _comfyui(site),
-        "memory": memory(),
+        "memory": meminfo(),
+        "gpus": gpus(),
         "disks": {str(path): _disk(path) for path in _places(site)},
     }
 
@@ -61,12 +63,6 @@ def _created(job: list[Json]) -> float | None:
     with suppress(IndexError, TypeError, ValueError, AttributeError):
         return float(job[3]["create_time"]) / 1000
     return None
-
-
-def memory() -> dict[str, int]:
-    """The machine's memory in bytes, as /proc/meminfo names it."""
-    lines = (line.split() for line in read_text(Path("/proc/meminfo")).splitlines())
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3}
 
 
 def _places(site: Site) -> list[Path]:

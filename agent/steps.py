@@ -130,7 +130,7 @@ def tool(site: Site, step: Json, note: Callable[[str], None]) -> None:
 
 
 def app(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Make the application's tree."""
+    """Make the application's tree, or another one that is only unpacked and compiled."""
     with part(site, step["part"]) as place:
         _unpack(site, step, place)
         run([step["python"], *_compileall(site, step, place), str(place)])

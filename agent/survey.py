@@ -74,7 +74,7 @@ def _installation(site: Site, place: Path, units: list[Json], processes: list[Js
         "argv": argv,
         "units": started,
         "processes": own,
-        "holds_port": port_holder(site).get("pid", -1) in [each["pid"] for each in own],
+        "holds_port": port_holder(site.port).get("pid", -1) in [each["pid"] for each in own],
     }
 
 

@@ -49,7 +49,7 @@ class ConfigError(HearthError):
 
 
 class ArchError(HearthError):
-    """A compute capability that is malformed or unknown."""
+    """A compute capability that is malformed or unknown, or none given."""
 
     exit_code = 11
 
@@ -109,7 +109,7 @@ class ToolMissingError(HearthError):
 
 
 class LockStaleError(HearthError):
-    """A lock does not answer any more to what it was made from."""
+    """A lock that does not answer any more to what it was made from: `inv lock` renews it."""
 
     exit_code = 26
 
@@ -151,7 +151,7 @@ class CompileError(HearthError):
 
 
 class OutOfMemoryError(HearthError):
-    """The kernel killed a compiler."""
+    """A compiler was killed: out of memory."""
 
     exit_code = 41
 
@@ -163,7 +163,7 @@ class DiskFullError(HearthError):
 
 
 class InspectionError(HearthError):
-    """A wheel was built, and is not what was asked for."""
+    """A wheel that is not what was asked for, or a file that is no wheel."""
 
     exit_code = 43
 
@@ -265,6 +265,18 @@ class NoInstallationError(HearthError):
     """No ComfyUI to adopt, more than one, or nothing adopted that could be put back."""
 
     exit_code = 75
+
+
+class GpuError(HearthError):
+    """A host without an NVIDIA driver that answers."""
+
+    exit_code = 80
+
+
+class RecordingError(HearthError):
+    """A recording of GPUs that is cut short, or is none."""
+
+    exit_code = 81
 
 
 class NoAnswerError(HearthError):

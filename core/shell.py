@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # Where Debian keeps what users call: the package that holds a program, for the message when it is missing.
-_PACKAGES = {"git": "git", "uv": "uv (pip install uv)", "apt-get": "apt"}
+_PACKAGES = {"git": "git", "uv": "uv (pip install uv)", "apt-get": "apt", "rsvg-convert": "librsvg2-bin"}
 
 
 def run(

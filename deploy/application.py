@@ -51,6 +51,11 @@ def application() -> Application:
     return loaded
 
 
+def version() -> str:
+    """The version that is pinned, without looking at its source."""
+    return load(folder() / "app.toml", Application).version
+
+
 class Flag(msgspec.Struct, frozen=True):
     """One flag of ComfyUI's command line: how many values it takes, of what type, which choices, in which group.
 
@@ -119,8 +124,14 @@ def _strings(node: ast.AST | None) -> tuple[str, ...]:
     return tuple(_constant(item) for item in items)
 
 
-def wrong(chosen: Mapping[str, str], known: Mapping[str, Flag]) -> list[tuple[str, str]]:
-    """What is wrong with flags and their values, each with its remedy; empty when nothing is."""
+def wrong(
+    chosen: Mapping[str, str], known: Mapping[str, Flag], origin: Mapping[str, str] | None = None
+) -> list[tuple[str, str]]:
+    """What is wrong with flags and their values, each with its remedy; empty when nothing is.
+
+    `origin` says who sets a flag.
+    """
+    by = origin or {}
     found: list[tuple[str, str]] = []
     groups: dict[str, list[str]] = {}
     for name, value in chosen.items():
@@ -139,8 +150,14 @@ def wrong(chosen: Mapping[str, str], known: Mapping[str, Flag]) -> list[tuple[st
             found.append((f"{name} takes a number, not {value!r}", "set `value` accordingly"))
         elif flag.choices and not set(words) <= set(flag.choices):
             found.append((f"{name} does not know {value!r}", f"one of {', '.join(flag.choices)}"))
-    remedy = "keep one: `off = true` in the host's override"
-    found += [(f"{' and '.join(each)} exclude each other", remedy) for each in groups.values() if len(each) > 1]
+    for names in (each for each in groups.values() if len(each) > 1):
+        who = ", ".join(f"{name} is from {by[name]}" for name in names if by.get(name))
+        found.append(
+            (
+                f"{' and '.join(names)} exclude each other",
+                f"keep one (`off = true` in the host's override); {who}".removesuffix("; "),
+            )
+        )
     return found
 
 

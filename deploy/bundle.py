@@ -22,7 +22,7 @@ from core.errors import BundleError
 from core.manifest import Sha256
 from core.stack import Platform
 from deploy import application as applications
-from deploy import connection, environment, nodes
+from deploy import connection, environment, exporter, nodes
 from deploy import release as releases
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _listed(
     """Every file of a bundle by its name there; what the cache lacks is fetched."""
     app, lock = stock.application, stock.locks[platform, python]
     found = {AGENT: connection.agent_file(), "checkout/uv.lock": files.checkout() / "uv.lock"}
-    for pattern in ("config/stacks.toml", "config/profiles/*.toml", "recipes/comfyui/units/*.service"):
+    for pattern in ("config/stacks.toml", "config/profiles/*.toml", "config/modes/*.toml", "recipes/comfyui/units/*"):
         found |= {f"checkout/{path.relative_to(files.checkout())}": path for path in files.checkout().glob(pattern)}
     recipe = [applications.folder() / "app.toml", nodes.catalogue_file()]
     found |= {f"checkout/recipes/comfyui/{path.name}": path for path in recipe if path.exists()}
@@ -131,12 +131,13 @@ def _listed(
         *nodes.fetch(stock.nodes).values(),
         environment.download(lock, asking, Platform.parse(platform)),
         lockfile.install("uv", Platform.parse(platform), "3.11"),
+        exporter.packages(Platform.parse(platform)),  # a few hundred kB; whether a host wants it is not the bundle's
         *([] if own else [tree]),
     ]
     for folder in cached:
         found |= {f"cache/{folder.relative_to(files.cache())}/{name}": path for name, path in _tree(folder)}
-    exported = lockfile.exported("uv")
-    found[f"cache/{exported.relative_to(files.cache())}"] = exported
+    for exported in (lockfile.exported("uv"), lockfile.exported(exporter.EXTRA)):
+        found[f"cache/{exported.relative_to(files.cache())}"] = exported
     for wheel in wheels:
         found |= {f"wheelhouse/{name}": files.wheelhouse() / name for name in (wheel.file, f"{wheel.file}.json")}
     return found

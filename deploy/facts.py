@@ -79,6 +79,7 @@ class Facts(msgspec.Struct, frozen=True):
     current one could not import, with the reason; `parts` says of each what is wrong with it (empty:
     nothing), `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now.
     `foreign_unit` is the unit's file where somebody else wrote it; `adopted` says whether `inv adopt --undo` has work.
+    `port_holder` and `metrics_holder` are who listens on ComfyUI's port and on the exporter's.
     `paused` says who took the service out of traffic, and when (empty: nobody); `placed` are the files of Hearth's in
     systemd's folder, `lingered` says that the login's systemd outlives it since Hearth asked for that.
     """
@@ -125,6 +126,7 @@ class Facts(msgspec.Struct, frozen=True):
     last: dict[str, Any]
     foreign_unit: str = ""
     adopted: bool = False
+    metrics_holder: dict[str, Any] = {}
     paused: dict[str, str] = {}
     placed: tuple[str, ...] = ()
     lingered: bool = False

@@ -37,6 +37,7 @@ from deploy import adopt as adoption
 from deploy import advisory, connection, environment, nodes, plan
 from deploy import application as applications
 from deploy import bundle as bundles
+from deploy import exporter as exporters
 from deploy import host as hosts
 from deploy import release as releases
 from deploy.facts import Facts
@@ -56,7 +57,8 @@ if TYPE_CHECKING:
 class Outcome:
     """How a flow ended on one host: `changed` says whether it did, or on a dry run would do, anything.
 
-    `state` is how the host is now, in words, where that is not its release being in service.
+    `notes` are what its steps said; `state` is how the host is now, in words, where that is not its release being in
+    service.
     """
 
     host: str
@@ -65,6 +67,7 @@ class Outcome:
     changed: bool
     steps: tuple[str, ...] = ()
     address: str = ""
+    notes: tuple[str, ...] = ()
     state: str = ""
 
 
@@ -101,8 +104,9 @@ def questions(target: Target, packages: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "pythons": list(target.profile.pythons),
         "mounts": msgspec.to_builtins(host.mounts),
-        "places": {**dict.fromkeys(host.model_roots, "read"), **places},
+        "places": {**dict.fromkeys(host.model_roots, "read"), **places, **dict.fromkeys(host.develop, "bind")},
         "packages": list(packages),
+        "metrics_port": host.metrics_port,
     }
 
 
@@ -126,7 +130,8 @@ def shelf(target: Target) -> Shelf:
         raise LockStaleError(
             f"nodes were changed, and not resolved yet: {', '.join(stale)}", hint="inv lock, then the same command"
         )
-    return plan.Shelf(app, flags, locks, manifest.found(files.wheelhouse()), uv, chosen, model_folders)
+    wanted = exporters.exporter() if target.host.metrics_port else exporters.Exporter()
+    return plan.Shelf(app, flags, locks, manifest.found(files.wheelhouse()), uv, chosen, model_folders, wanted)
 
 
 def _refuse_malware(target: Target, chosen: Mapping[str, Node]) -> None:
@@ -368,13 +373,14 @@ def _carry_out(
     titles = tuple(step.title for step in planned.steps)
     if titles:
         show(planned)
+    notes: tuple[str, ...] = ()
     if titles and not dry_run:
         if consent:
             consent()
         elif ask and target.host.address and not console.agreed(f"change {target.name}?"):
             raise RefusedError("nothing was changed", hint="say yes next time, or give --yes")
-        _apply(agent, facts, planned, None, action, offline=False)
-    return Outcome(target.name, planned.release, planned.base, bool(titles), titles)
+        notes = _apply(agent, facts, planned, None, action, offline=False)
+    return Outcome(target.name, planned.release, planned.base, bool(titles), titles, notes=notes)
 
 
 def facts(name: str, *, ask_sudo: bool = False) -> Facts:
@@ -485,8 +491,10 @@ def _refuse(planned: Plan, what: str) -> None:
 # --- applying ------------------------------------------------------------------------------------------------------
 
 
-def _apply(agent: Agent, facts: Facts, planned: Plan, stock: Shelf | None, action: str, *, offline: bool) -> None:
-    """Send what the steps need, submit them, follow them to their end."""
+def _apply(
+    agent: Agent, facts: Facts, planned: Plan, stock: Shelf | None, action: str, *, offline: bool
+) -> tuple[str, ...]:
+    """Send what the steps need, submit them, follow them to their end; what they said."""
     with tempfile.TemporaryDirectory(prefix="hearth-") as scratch:
         blobs: dict[str, Path] = {}
         packed: list[dict[str, Any]] = []
@@ -509,7 +517,7 @@ def _apply(agent: Agent, facts: Facts, planned: Plan, stock: Shelf | None, actio
             "steps": packed,
         }
         agent.call("submit", plan=body)
-    _follow(agent, run)
+    return _follow(agent, run)
 
 
 def _pack(
@@ -527,6 +535,8 @@ def _pack(
         return {"name": stock.uv, "blob": blob(lockfile.install("uv", platform, "3.11") / "bin/uv")}
     if step.kind == "app":
         return _pack_tree("app", source.fetch(stock.application), agent, facts, scratch, blob)
+    if step.kind == "exporter":
+        return _pack_tree("exporter", exporters.tree(platform), agent, facts, scratch, blob)
     if step.kind == "node":
         name = step.values["node"]
         return _pack_tree(
@@ -587,12 +597,15 @@ def _send(agent: Agent, facts: Facts, blobs: dict[str, Path]) -> None:
             progress.step(path.name, 0, 0)
 
 
-def _follow(agent: Agent, run: str) -> None:
-    """Show a run's events until its end; raises the error that it ended with."""
+def _follow(agent: Agent, run: str) -> tuple[str, ...]:
+    """Show a run's events until its end, and return its notes; raises the error that it ended with."""
+    notes: list[str] = []
     for event in agent.stream("follow", run=run):
         if event["event"] == "step":
             console.say(f"-> {event['title']}")
         elif event["event"] == "note":
+            notes.append(event["text"])
             console.say(f"   {event['text']}")
         elif event["event"] == "end" and event["fault"]:
             raise connection.error_of(event["fault"])
+    return tuple(notes)

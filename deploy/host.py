@@ -1,12 +1,12 @@
-"""Hosts and profiles: where ComfyUI runs, and how (`config/hosts.toml`, `config/profiles/`)."""
+"""Hosts, profiles and modes: where ComfyUI runs, and how (`config/hosts.toml`, `profiles/`, `modes/`)."""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
@@ -15,6 +15,10 @@ from core.config import load
 from core.errors import ConfigError, SecretError, UnknownNameError, near
 from core.files import CHECKOUT, checkout
 from core.stack import Stack, find_stack
+from deploy import application as applications
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LOCAL = "local"
 
@@ -22,20 +26,32 @@ LOCAL = "local"
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A flag's or variable's value with the reason for it.
 
-    `torch` limits it to versions of torch (PEP 440); `off` takes away what a profile sets.
+    `torch` and `comfyui` limit it to versions of those (PEP 440); `off` takes away what a profile or mode sets.
     """
 
     why: str
     value: str = ""
     torch: str = ""
+    comfyui: str = ""
     off: bool = False
+
+    def active(self, torch: str, comfyui: str) -> bool:
+        """Whether it is for these versions, and not off."""
+        return not self.off and torch in SpecifierSet(self.torch) and comfyui in SpecifierSet(self.comfyui)
+
+    @property
+    def versions(self) -> str:
+        """What it is for, in words; empty when it is for all."""
+        said = (("torch", self.torch), ("ComfyUI", self.comfyui))
+        return ", ".join(f"{name} {wanted}" for name, wanted in said if wanted)
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Flags, environment and limits for a kind of machine.
 
     `arch` is the compute capability that `kernels` are built for; `cuda` makes the health gate ask for a CUDA
-    device; `start_seconds` is how long the gate waits for an answer. `nodes` are sets and names of `nodes.toml`.
+    device; `unified` says that CPU and GPU share their memory; `start_seconds` is how long the gate waits for it.
+    `nodes` are sets and names of `nodes.toml`; `restart` is when systemd starts ComfyUI again, as its Restart= says it.
     """
 
     summary: str
@@ -44,28 +60,51 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     start_seconds: int
     arch: str = ""
     cuda: bool = False
+    unified: bool = False
     kernels: tuple[str, ...] = ()
     nodes: tuple[str, ...] = ()
     flags: dict[str, Setting] = {}
     env: dict[str, Setting] = {}
     device_policy: Literal["closed", "auto"] = "closed"
     memory_max: str = ""
+    restart: Literal["on-failure", "always"] = "on-failure"
 
 
 class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What one host has otherwise than its profile."""
+    """What a mode or one host has otherwise than the profile."""
 
     stack: str | None = None
     pythons: tuple[str, ...] | None = None
     start_seconds: int | None = None
     arch: str | None = None
     cuda: bool | None = None
+    unified: bool | None = None
     kernels: tuple[str, ...] | None = None
     nodes: tuple[str, ...] | None = None
     flags: dict[str, Setting] = {}
     env: dict[str, Setting] = {}
     device_policy: Literal["closed", "auto"] | None = None
     memory_max: str | None = None
+    restart: Literal["on-failure", "always"] | None = None
+
+
+class Mode(Override, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a machine is used for, whatever machine it is. Put over the profile, in the order that the host names them.
+
+    `excludes` are modes that a host cannot have as well; `develop` lets it name nodes under development.
+    `on_unified` is what is said instead where CPU and GPU share their memory; `why` has the reason for each value that
+    is neither flag nor variable.
+    """
+
+    summary: str
+    excludes: tuple[str, ...] = ()
+    develop: bool = False
+    on_unified: Override | None = None
+    why: dict[str, str] = {}
+
+    def on(self, *, unified: bool) -> Override:
+        """What it says for such a machine."""
+        return self.on_unified if self.on_unified and unified else self
 
 
 class Mount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,6 +124,9 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     `mounts` (by mount point) must be mounted for ComfyUI to run. `folders` says what of models, input, output and
     user lies elsewhere than in `data/`; `model_roots` are folders with more models, laid out as `models` is.
     `members` may write the data and read the log, and do what `members_may` says; `listen` and `port` are ComfyUI's.
+    At `metrics_port` of its loopback the host tells Prometheus how it is.
+    `modes` are of `config/modes`; `develop` are folders there, each a custom node under development; `free_memory` is
+    how often ComfyUI gives its memory back when it has no job (`4h`).
     """
 
     address: str = ""
@@ -97,13 +139,30 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     run_as: str = "comfyui"
     listen: str = "127.0.0.1"
     port: int = 8188
+    metrics_port: int | None = None
     mounts: dict[str, Mount] = {}
     folders: dict[Literal["models", "input", "output", "user"], str] = {}
     model_roots: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
     members_may: tuple[Literal["restart"], ...] = ()
+    modes: tuple[str, ...] = ()
+    develop: tuple[str, ...] = ()
+    free_memory: str = ""
     keep: int = 3
     override: Override = Override()
+
+    @property
+    def developed(self) -> dict[str, str]:
+        """The folders of nodes under development, by the node's name."""
+        return {path.rpartition("/")[2]: path for path in self.develop}
+
+    @property
+    def free_seconds(self) -> int:
+        """How often ComfyUI gives its memory back, in seconds; 0 for never."""
+        return int(self.free_memory[:-1]) * _SECONDS[self.free_memory[-1]] if self.free_memory else 0
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Hosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -115,13 +174,17 @@ class Hosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Target:
-    """A host with its profile, merged. `origin` says of each value where it comes from."""
+    """A host with its profile and modes, merged. `origin` says of each value where it comes from.
+
+    `comfyui` is the version that is to run.
+    """
 
     name: str
     host: Host
     profile_name: str
     profile: Profile
     origin: dict[str, str]
+    comfyui: str = field(default_factory=applications.version)
 
     @property
     def stack(self) -> Stack:
@@ -136,12 +199,16 @@ class Target:
     @property
     def flags(self) -> dict[str, str]:
         """ComfyUI's flags with their values, in a fixed order."""
-        return _chosen(self.profile.flags, self.stack.torch)
+        return self._active(self.profile.flags)
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment that the profile sets, as far as it is for this torch."""
-        return _chosen(self.profile.env, self.stack.torch)
+        """The environment that is set, as far as it is for these versions."""
+        return self._active(self.profile.env)
+
+    def _active(self, settings: dict[str, Setting]) -> dict[str, str]:
+        torch = self.stack.torch
+        return {name: each.value for name, each in sorted(settings.items()) if each.active(torch, self.comfyui)}
 
     @property
     def site(self) -> dict[str, Any]:
@@ -156,6 +223,11 @@ class Target:
             "mounts": {path: mount_unit(path) for path in self.host.mounts},
             "folders": dict(self.host.folders),
         }
+
+    @property
+    def exporter_unit(self) -> str:
+        """The unit that exports metrics."""
+        return f"{self.host.service}-exporter.service"
 
     @property
     def rights(self) -> str:
@@ -187,14 +259,6 @@ def mount_unit(path: str) -> str:
     """The name of systemd's unit for a mount point (systemd.unit(5), "String Escaping")."""
     plain = re.sub(r"[^\w/:.]|^\.", lambda found: f"\\x{ord(found[0]):02x}", path.strip("/"), flags=re.ASCII)
     return f"{plain.replace('/', '-') or '-'}.mount"
-
-
-def _chosen(settings: dict[str, Setting], torch: str) -> dict[str, str]:
-    return {
-        name: each.value
-        for name, each in sorted(settings.items())
-        if not each.off and torch in SpecifierSet(each.torch)
-    }
 
 
 def hosts_file() -> Path:
@@ -236,13 +300,16 @@ def _check(path: Path, name: str, host: Host) -> None:
         raise ConfigError(f"{path}: host {name}: service and run_as are plain lower-case names")
     if not 0 < host.port < 65536 or host.keep < 1:
         raise ConfigError(f"{path}: host {name}: port is 1 to 65535, keep at least 1")
-    for each in (*host.mounts, *host.folders.values(), *host.model_roots):
+    if host.metrics_port is not None and (not 0 < host.metrics_port < 65536 or host.metrics_port == host.port):
+        raise ConfigError(f"{path}: host {name}: metrics_port is 1 to 65535, and another than ComfyUI's {host.port}")
+    for each in (*host.mounts, *host.folders.values(), *host.model_roots, *host.develop):
         if not re.fullmatch(r"(/[\w.@:+-]+)+", each, flags=re.ASCII) or {".", ".."} & set(each.split("/")):
             raise ConfigError(
                 f"{path}: host {name}: {each!r} is no plain absolute path",
                 hint="such as /mnt/models: letters, digits and . _ @ : + - between slashes, none at the end",
             )
-        if host.scope == "system" and re.match(r"/(home|root)\b", each):
+        # nodes under development are bound to where the service sees them
+        if host.scope == "system" and each not in host.develop and re.match(r"/(home|root)\b", each):
             raise ConfigError(
                 f"{path}: host {name}: {each} lies in a home folder, which the unit hides from the service",
                 hint='another place (a bind mount will do), or scope = "user"',
@@ -256,6 +323,15 @@ def _check(path: Path, name: str, host: Host) -> None:
             )
         if "\n" in mount.what + mount.type + mount.options:
             raise ConfigError(f"{path}: host {name}: mount {each}: what, type and options are one line each")
+    if host.free_memory and not re.fullmatch(r"[1-9]\d*[smhd]", host.free_memory):
+        raise ConfigError(f"{path}: host {name}: free_memory = {host.free_memory!r}", hint="such as 30m, 4h or 1d")
+    bad = [each for each in host.developed if not re.fullmatch(r"\w[\w-]*", each, flags=re.ASCII)]
+    if bad or len(host.developed) < len(host.develop):
+        raise ConfigError(
+            f"{path}: host {name}: develop: {', '.join(bad or host.develop)}: each node needs a name of its own",
+            hint="its folder's: letters, digits, _ and -",
+        )
+    _check_settings(f"{path}: host {name}", host.override)
 
 
 _SECRET = re.compile(r"passw|secret|token|api_?key|credential|become_pass", re.IGNORECASE)
@@ -282,18 +358,51 @@ def _refuse_secrets(path: Path) -> None:
         return  # load() says it better
 
 
+def _check_settings(place: str, said: Profile | Override) -> None:
+    """Refuse ranges that are none, and allocator settings that contradict each other."""
+    for name, setting in (said.flags | said.env).items():
+        for what in ("torch", "comfyui"):
+            try:
+                SpecifierSet(getattr(setting, what))
+            except InvalidSpecifier as error:
+                text = getattr(setting, what)
+                raise ConfigError(f"{place}: {name}: {what} = {text!r} is no version range") from error
+        if "expandable_segments:True" in setting.value and "max_split_size_mb" in setting.value:
+            raise ConfigError(
+                f"{place}: {name}: max_split_size_mb means nothing with expandable_segments",
+                cause="a segment that grows is never too large to be split",
+                hint="keep expandable_segments:True alone",
+            )
+
+
 def profiles() -> dict[str, Profile]:
     """The profiles of `config/profiles/`, by name."""
     found: dict[str, Profile] = {}
     for path in sorted((checkout() / "config/profiles").glob("*.toml")):
         _refuse_secrets(path)
-        found[path.stem] = profile = load(path, Profile)
-        for name, setting in (profile.flags | profile.env).items():
-            try:
-                SpecifierSet(setting.torch)
-            except InvalidSpecifier as error:
-                raise ConfigError(f"{path}: {name}: torch = {setting.torch!r} is no version range") from error
+        found[path.stem] = load(path, Profile)
+        _check_settings(str(path), found[path.stem])
     return found
+
+
+def modes() -> dict[str, Mode]:
+    """The modes of `config/modes/`, by name."""
+    found: dict[str, Mode] = {}
+    for path in sorted((checkout() / "config/modes").glob("*.toml")):
+        _refuse_secrets(path)
+        found[path.stem] = mode = load(path, Mode)
+        _check_settings(str(path), mode)
+        _check_settings(f"{path}: on_unified", mode.on(unified=True))
+        unexplained = plain(mode).keys() - mode.why.keys()
+        if unexplained:
+            raise ConfigError(f"{path}: no reason for {', '.join(sorted(unexplained))}", hint="say it below [why]")
+    return found
+
+
+def plain(said: Override) -> dict[str, Any]:
+    """What is said beside flags and variables."""
+    names = [field.name for field in msgspec.structs.fields(Override) if field.name not in ("flags", "env")]
+    return {name: value for name in names if (value := getattr(said, name)) is not None}
 
 
 def select(host: str, group: str) -> list[str]:
@@ -315,22 +424,57 @@ def select(host: str, group: str) -> list[str]:
 
 
 def target(name: str, fallback: str = "cpu") -> Target:
-    """The host merged with its profile; `fallback` is the profile of a host that names none (`local`)."""
+    """The host merged with its profile and modes; `fallback` is the profile of a host that names none (`local`).
+
+    Raises UnknownNameError, or ConfigError for modes that exclude each other.
+    """
     host = hosts().hosts[name]
     known = profiles()
     chosen = host.profile or fallback
     if chosen not in known:
         raise UnknownNameError(f"host {name}: there is no profile {chosen!r}", hint=near(chosen, known))
-    profile = known[chosen]
-    origin: dict[str, str] = {}
+    base = known[chosen]
+    unified = base.unified if host.override.unified is None else host.override.unified
+    layers = [(f"mode {each}", mode.on(unified=unified)) for each, mode in _modes_of(name, host).items()]
+    layers.append((f"host {name}", host.override))
+    profile, origin = merged(f"profile {chosen}", base, layers)
+    return Target(name, host, chosen, profile, origin)
+
+
+def merged(base_origin: str, base: Profile, layers: Sequence[tuple[str, Override]]) -> tuple[Profile, dict[str, str]]:
+    """A profile with what is put over it, each layer over those before; and where each value comes from."""
     values: dict[str, Any] = {}
-    for field in msgspec.structs.fields(Profile):
-        base, over = getattr(profile, field.name), getattr(host.override, field.name, None)
-        if isinstance(base, dict):
-            values[field.name] = {**base, **(over or {})}
-            for key in values[field.name]:
-                origin[f"{field.name}.{key}"] = f"host {name}" if key in (over or {}) else f"profile {chosen}"
-        else:
-            values[field.name] = base if over is None else over
-            origin[field.name] = f"profile {chosen}" if over is None else f"host {name}"
-    return Target(name, host, chosen, Profile(**values), origin)
+    origin: dict[str, str] = {}
+    for name, value in ((each.name, getattr(base, each.name)) for each in msgspec.structs.fields(Profile)):
+        values[name] = dict(value) if isinstance(value, dict) else value
+        origin |= {f"{name}.{key}": base_origin for key in value} if isinstance(value, dict) else {name: base_origin}
+    for layer, said in layers:
+        for kind in ("flags", "env"):
+            settings: dict[str, Setting] = getattr(said, kind)
+            values[kind] |= settings
+            origin |= {f"{kind}.{key}": layer for key in settings}
+        given = {name: getattr(said, name) for name in values if name not in ("flags", "env", "summary")}
+        for name, value in given.items():
+            if value is not None:
+                values[name], origin[name] = value, layer
+    return Profile(**values), origin
+
+
+def _modes_of(name: str, host: Host) -> dict[str, Mode]:
+    """A host's modes, in its order; raises UnknownNameError, or ConfigError where they cannot be had together."""
+    known = modes()
+    for each in host.modes:
+        if each not in known:
+            raise UnknownNameError(f"host {name}: there is no mode {each!r}", hint=near(each, known))
+    found = {each: known[each] for each in host.modes}
+    for one, mode in found.items():
+        if other := next((each for each in mode.excludes if each in found), ""):
+            raise ConfigError(f"host {name}: modes {one} and {other} exclude each other", hint="keep one of them")
+    if host.develop and not any(mode.develop for mode in found.values()):
+        unfit = f", and {', '.join(found)} is not for that" if found else ""
+        raise ConfigError(
+            f"host {name}: `develop` names nodes under development{unfit}",
+            cause="ComfyUI starts anew whenever they change, in the middle of a job",
+            hint='modes = ["development"], or leave `develop` out',
+        )
+    return found

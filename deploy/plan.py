@@ -14,6 +14,7 @@ from core import console
 from core.errors import UsageError
 from deploy import application as applications
 from deploy import release as releases
+from deploy.exporter import Exporter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -68,6 +69,7 @@ class Shelf:
     uv: str
     nodes: Mapping[str, Node] = field(default_factory=dict)
     model_folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    exporter: Exporter = field(default_factory=Exporter)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
     if facts.platform not in stack.platforms:
         remedy = f"stack {stack.name} has {', '.join(stack.platforms)}"
         return None, [Refusal(f"the machine is {facts.machine}, and torch {stack.torch} has no build for it", remedy)]
-    found += [Refusal(what, remedy) for what, remedy in applications.wrong(target.flags, shelf.flags)]
+    origin = {name: target.origin.get(f"flags.{name}", "") for name in target.flags}
+    found += [Refusal(what, remedy) for what, remedy in applications.wrong(target.flags, shelf.flags, origin)]
     if profile.cuda:
         found += gpu(target, facts)
     listed = [each for each in profile.pythons if (facts.platform, each) in shelf.locks]
@@ -167,6 +170,7 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
         uv=shelf.uv,
         nodes=shelf.nodes,
         model_folders=shelf.model_folders,
+        exporter=shelf.exporter,
     )
     if releases.manager(target) and target.host.scope == "user":
         what = "ComfyUI-Manager could change its own security level: only a system service's unit keeps that from it"
@@ -237,6 +241,19 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
     found += storage(target, facts)
     if holder := port(target, facts):
         found.append(Refusal(holder, "end it, or set another `port` for this host"))
+    return found + _metrics(target, facts)
+
+
+def _metrics(target: Target, facts: Facts) -> list[Refusal]:
+    """Why the host could not export the metrics that are wanted of it."""
+    found: list[Refusal] = []
+    wanted, holder = target.host.metrics_port, facts.metrics_holder
+    if wanted and facts.manager == "process" and facts.lingers:
+        what = "the host has no systemd for this login, and Hearth's own supervisor runs ComfyUI only, no exporter"
+        found.append(Refusal(what, "leave `metrics_port` out for this host"))
+    if holder and holder["unit"] != target.exporter_unit:
+        what = f"port {wanted} is held by {holder['command']} (pid {holder['pid']})"
+        found.append(Refusal(what, "end it, or set another `metrics_port` for this host"))
     return found
 
 
@@ -353,7 +370,7 @@ def _steps(
         missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
         steps.append(Step("serve", title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
-    made = any(step.kind in ("app", "env", "node", "release", "cut-over") for step in steps)
+    made = any(step.kind in ("app", "env", "node", "exporter", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
 
@@ -427,6 +444,14 @@ def _part_steps(facts: Facts, choice: releases.Choice) -> list[Step]:
         values |= {"install": choice.env_part if node.install else ""}
         title = f"make {part}: node {name} {node.commit[:9]}"
         steps.append(Step("node", title, why, "pruned when no release names it", values))
+    part = choice.exporter_part
+    if part and not _holds(facts, part):
+        fault = facts.parts.get(part, "")
+        why = f"{part} is damaged: {fault}" if fault else "the host lacks it"
+        values = {"part": part, "python": choice.interpreter, "writable": []}
+        steps.append(
+            Step("exporter", f"make {part}: what exports metrics", why, "pruned when no release names it", values)
+        )
     return steps
 
 
@@ -444,10 +469,24 @@ def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
     return [Step("prune", title, "old releases take room", "deploy it again", {"keep": kept})]
 
 
+def allocator_without_effect(target: Target) -> str:
+    """A variable for torch's own allocator, where ComfyUI chooses CUDA's; empty when there is none."""
+    if not target.profile.cuda or "--disable-cuda-malloc" in target.flags:
+        return ""
+    named = (name for name, value in target.env.items() if name.endswith("ALLOC_CONF") and "backend:" not in value)
+    return next(named, "")
+
+
 def _notes(target: Target, facts: Facts) -> list[str]:
-    found: list[str] = []
+    found = [
+        f"ComfyUI starts anew whenever a Python file in {each} changes, jobs or not" for each in target.host.develop
+    ]
+    if idle := allocator_without_effect(target):
+        found.append(f"{idle} means nothing: ComfyUI chooses CUDA's allocator; mode native-allocator chooses torch's")
     if facts.manager == "process" and facts.lingers:
         found.append("this machine has no systemd for you: ComfyUI is supervised by Hearth, and not started at boot")
+    if facts.manager == "process" and target.profile.memory_max:
+        found.append("nothing limits ComfyUI's memory here: `memory_max` needs systemd")
     if facts.rights is None and target.rights:
         found.append("the host has no sudo: members cannot read the log or restart ComfyUI by it")
     return found

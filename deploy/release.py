@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from core.source import Source
     from deploy.application import Application
     from deploy.environment import Lock
-    from deploy.host import Target
+    from deploy.exporter import Exporter
+    from deploy.host import Profile, Target
     from deploy.nodes import Node
 
 LAYOUT = 3
@@ -81,6 +84,7 @@ class Choice:
     uv: str
     nodes: Mapping[str, Node]
     model_folders: Mapping[str, Sequence[str]]
+    exporter: Exporter
 
     @property
     def app_part(self) -> str:
@@ -94,13 +98,24 @@ class Choice:
         return f"env-{_digest([LAYOUT, self._locked, self.interpreter, wheels, self.uv])}"
 
     @property
+    def pinned(self) -> dict[str, Node]:
+        """The nodes that run as they are pinned; one under development takes the place of its namesake."""
+        return {name: node for name, node in self.nodes.items() if name not in self.target.host.developed}
+
+    @property
     def node_parts(self) -> dict[str, str]:
         """The parts that hold the nodes' trees, by the node's name."""
         return {
             # what an install.py does depends on the environment that runs it
             name: f"node-{_digest([LAYOUT, name, node.tree, node.writable, node.install and self.env_part])}"
-            for name, node in self.nodes.items()
+            for name, node in self.pinned.items()
         }
+
+    @property
+    def exporter_part(self) -> str:
+        """The part that exports metrics; empty where they are not wanted."""
+        wanted = self.target.host.metrics_port
+        return f"exporter-{_digest([LAYOUT, self.exporter.digest, self.interpreter])}" if wanted else ""
 
     @property
     def asking(self) -> list[str]:
@@ -135,13 +150,14 @@ def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
         "parts": {
             "app": choice.app_part,
             "env": choice.env_part,
+            **({"exporter": choice.exporter_part} if choice.exporter_part else {}),
             **{f"custom_nodes/{name}": part for name, part in choice.node_parts.items()},
         },
         "sources": [_source(each) for each in choice.application.source],
         "tree": choice.application.tree,
-        "packages": choice.lock.versions(choice.asking),
+        "packages": choice.lock.versions(choice.asking) | (choice.exporter.packages if choice.exporter_part else {}),
         "nodes": {
-            name: {"url": node.url, "commit": node.commit, "tree": node.tree} for name, node in choice.nodes.items()
+            name: {"url": node.url, "commit": node.commit, "tree": node.tree} for name, node in choice.pinned.items()
         },
         "kernels": {wheel.kernel: wheel.version for wheel in choice.wheels},
         "wheels": {wheel.kernel: _wheel(wheel) for wheel in choice.wheels},
@@ -151,7 +167,7 @@ def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
             "torch": target.stack.torch,
             "cuda": profile.cuda,
             "attention": next((log for flag, log in ATTENTION.items() if flag in target.flags), ""),
-            "required": [name for name, node in choice.nodes.items() if node.required],
+            "required": [name for name, node in choice.pinned.items() if node.required],
             "imports": [name for wheel in choice.wheels for name in IMPORTS.get(wheel.kernel, ())],
         },
     }
@@ -200,24 +216,26 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     argv += ["--database-url", f"sqlite:///{data}/user/comfyui.db", "--disable-auto-launch"]
     files: dict[str, str] = {}
     links: dict[str, str] = {}
-    if choice.nodes:
+    developed = _developed(target, data)
+    if choice.nodes or developed:
         # Some nodes look for ComfyUI's folders two levels above themselves.
         links = {name: f"{data}/{name}" for name in ("models", "input", "output", "temp", "user")} | target.host.folders
         links["web"] = f"{data}/comfyui/web"
+        links |= {f"custom_nodes/{name}": path for name, path in developed.items()}
     if paths := _search_paths(choice, place):
         files["paths.yaml"] = json.dumps(paths, indent=1) + "\n"  # JSON is YAML
         argv += ["--extra-model-paths-config", f"{place}/paths.yaml"]
-    more: list[str] = []
-    folders: list[str] = []
+    more = _binds(target, developed)
+    folders = [path for path in developed.values() if more]
     if manager(target):
         # where folder_paths.get_system_user_directory puts it
         user = target.flags.get("--user-directory") or target.host.folders.get("user", f"{data}/user")
         state = f"{user}/__manager"
         files["manager.ini"] = MANAGER_INI
-        folders = [f"{state}/startup-scripts"]
+        scripts = f"{state}/startup-scripts"
+        folders.append(scripts)
         # Whatever lies in startup-scripts is run at the next start, before ComfyUI.
-        more = [f"BindReadOnlyPaths={place}/manager.ini:{state}/config.ini"]
-        more += [f"InaccessiblePaths=-{folders[0]}"]
+        more += [f"BindReadOnlyPaths={place}/manager.ini:{state}/config.ini", f"InaccessiblePaths=-{scripts}"]
     argv += ["--listen", target.host.listen, "--port", str(target.host.port)]
     argv += [word for flag, value in target.flags.items() for word in (flag, *value.split())]
     environment = {
@@ -239,18 +257,44 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     files[f"{target.host.service}.service"] = _unit(choice, argv, environment, data, release, more)
     if target.host.mounts:
         files[f"{target.host.service}-storage.service"] = _storage_unit(target, release)
+    if choice.exporter_part:
+        told = {"site": target.site | {"prefix": prefix}, "port": target.host.metrics_port, "cuda": target.profile.cuda}
+        files["exporter.json"] = json.dumps(told, indent=1) + "\n"
+    for name, text in _companions(choice, prefix, release, developed).items():
+        files[f"{target.host.service}-{name}"] = text
     running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
-    return running | {"folders": folders}
+    running |= {"folders": folders}
+    # what a supervisor does itself, and a unit's process has to know
+    running |= {"develop": list(developed.values())} if developed else {}
+    return running | ({"free_memory": target.host.free_seconds} if target.host.free_memory else {})
+
+
+def _developed(target: Target, data: str) -> dict[str, str]:
+    """Where the service sees nodes under development: a system's unit hides home folders, and mounts each elsewhere."""
+    mounted = target.host.scope == "system"
+    return {name: f"{data}/develop/{name}" if mounted else path for name, path in target.host.developed.items()}
+
+
+def _binds(target: Target, developed: Mapping[str, str]) -> list[str]:
+    """What mounts nodes under development; one that is not there must not keep ComfyUI from starting."""
+    folders = target.host.developed
+    return [f"BindReadOnlyPaths=-{folders[name]}:{at}" for name, at in developed.items() if at != folders[name]]
 
 
 # ComfyUI's flags for folders that do not lie in its base directory.
 _DIRECTORY = {name: f"{name}-directory" for name in ("models", "input", "output", "user")}
 
+OWN_FLAGS = frozenset(
+    f"--{name}"
+    for name in ("base-directory", "database-url", "disable-auto-launch", "extra-model-paths-config", "listen", "port")
+) | {f"--{name}" for name in _DIRECTORY.values()}
+"""Flags that a release has beside those of its profile, modes and host."""
+
 
 def _search_paths(choice: Choice, place: str) -> dict[str, dict[str, str]]:
     """ComfyUI's extra search paths: the release's nodes, and the host's further folders of models."""
     found: dict[str, dict[str, str]] = {}
-    if choice.nodes:
+    if choice.nodes or choice.target.host.develop:
         found["nodes"] = {"custom_nodes": f"{place}/custom_nodes"}
     for root in choice.target.host.model_roots:
         found[root] = {"base_path": root} | {kind: "\n".join(names) for kind, names in choice.model_folders.items()}
@@ -263,10 +307,7 @@ def _unit(
     """The systemd unit, from the template of the host's scope, with `more` lines for what it may touch."""
     target = choice.target
     host, profile = target.host, target.profile
-    # systemd expands % everywhere and $ in commands.
-    command = shlex.join(argv).replace("%", "%%").replace("$", "$$")
     lines = [f'Environment="{name}={_quoted(value)}"' for name, value in environment.items()]
-    devices = [f"DeviceAllow={name} rw" for name in _DEVICES] if profile.cuda else []
     storage = f"{host.service}-storage.service"
     values = {
         "service": host.service,
@@ -277,11 +318,11 @@ def _unit(
         "data": data,
         "folders": " ".join(host.folders.values()),
         "storage": f"BindsTo={storage}\nAfter={storage}" if host.mounts else "",
-        "command": command,
+        "command": _command(argv),
         "environment": "\n".join(lines),
+        "restart": profile.restart,
         "limits": f"MemoryMax={profile.memory_max}" if profile.memory_max else "",
-        "device_policy": profile.device_policy,
-        "devices": "\n".join(devices),
+        **_devices(profile),
         "more": "\n".join(more),
     }
     return _filled(host.scope, values)
@@ -301,9 +342,71 @@ def _storage_unit(target: Target, release: str) -> str:
     return _filled("storage", values)
 
 
+def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[str, str]) -> dict[str, str]:
+    """Units beside the service's, by the end of their names: for nodes under development, the timer, metrics."""
+    target = choice.target
+    host = target.host
+
+    def command(verb: str) -> str:
+        interpreter = f"{prefix}/releases/{release}/env/bin/python"
+        return _command([interpreter, "-I", f"{prefix}/state/agent.pyz", verb, f"{prefix}/state/site.json"])
+
+    values = {
+        "service": host.service,
+        "release": release,
+        "user": host.run_as,
+        "binds": "\n".join(_binds(target, developed)),
+        "target": "multi-user.target" if host.scope == "system" else "default.target",
+        "interval": host.free_memory,
+        "addresses": " ".join(["localhost", *_own_addresses(host.listen)]),
+    }
+    found: dict[str, str] = {}
+    if developed:
+        found["reload.service"] = _filled("reload", {**values, "command": command("watch")})
+    if host.free_memory:
+        found["free-memory.service"] = _filled("free-memory", {**values, "command": command("free")})
+        found["free-memory.timer"] = _filled("free-memory.timer", values)
+    if choice.exporter_part:
+        place = f"{prefix}/releases/{release}/exporter"
+        # the system's Python, without a look at what else is installed there
+        words = [choice.interpreter, "-I", "-S", place, f"{place}.json"]
+        more = {"port": str(host.metrics_port), "data": f"{prefix}/data", **_devices(target.profile)}
+        found["exporter.service"] = _filled("exporter", {**values, **more, "command": _command(words)})
+    if host.scope == "user":
+        found = {
+            name: re.sub(r"\n# --- Only the system's.*?(?=\n\[|\Z)", "", text, flags=re.S)
+            for name, text in found.items()
+        }
+    return found
+
+
+def _devices(profile: Profile) -> dict[str, str]:
+    """Which devices a unit may use."""
+    listed = [f"DeviceAllow={name} rw" for name in _DEVICES] if profile.cuda else []
+    return {"device_policy": profile.device_policy, "devices": "\n".join(listed)}
+
+
+def _own_addresses(listen: str) -> list[str]:
+    """The addresses that ComfyUI is reached at, where they are not the loopback's."""
+    found = []
+    for each in listen.split(","):
+        try:
+            address = ipaddress.ip_address(each)
+        except ValueError:
+            continue
+        if not address.is_loopback and not address.is_unspecified:
+            found.append(each)
+    return found
+
+
+def _command(argv: Sequence[str]) -> str:
+    """A command for a unit: systemd expands % everywhere and $ in commands."""
+    return shlex.join(argv).replace("%", "%%").replace("$", "$$")
+
+
 def _filled(template: str, values: Mapping[str, str]) -> str:
-    text = (checkout() / f"recipes/comfyui/units/{template}.service").read_text()
-    return Template(text).substitute(values)
+    name = template if "." in template else f"{template}.service"
+    return Template((checkout() / f"recipes/comfyui/units/{name}").read_text()).substitute(values)
 
 
 def _quoted(value: str) -> str:

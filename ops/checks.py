@@ -254,7 +254,7 @@ def _port(case: Case) -> Iterator[Problem]:
 
 
 SLOW = 1 / 3
-"""The share of the time that the gate gives a start which is worth a word: of 180 s, 15 were measured, 51 with 26 nodes."""
+"""A start is worth a word from this share of the gate's patience on: of 180 s, 15 were measured, 51 with 26 nodes."""
 
 
 @check(
@@ -360,6 +360,37 @@ def _cuda(case: Case) -> Iterator[Problem]:
     elif torch and (torch.get("fault") or not torch.get("available")):
         reason = torch.get("fault") or f"torch {torch.get('version')} finds no device"
         yield Problem(f"torch cannot use CUDA: {reason}", f"inv tune gpu-access {case.at}")
+
+
+@check(
+    "gpu-shared",
+    "Is the GPU ComfyUI's own?",
+    how="the processes that NVML names on each GPU, and the units that they belong to",
+    mend='end the others; or share on purpose: inv mps on, modes = ["shared-gpu"]',
+    severity="warning",
+    cases=(f"{DEBIAN}: context conflicts", f"{DEBIAN}: performance degradation, conflicts with development tools"),
+)
+def _shared(case: Case) -> Iterator[Problem]:
+    own = f"{case.target.host.service}.service"
+    for gpu in case.live.gpus:
+        # with MPS on, the server holds the memory of all
+        others = [
+            each
+            for each in gpu.processes
+            if each.unit != own and each.kind == "compute" and each.pid != case.facts.service.pid
+        ]
+        if others:
+            who = ", ".join(
+                f"{each.name or 'a process'} (pid {each.pid}{f', {each.user}' * bool(each.user)}"
+                f"{f', {console.size(each.bytes)}' if each.bytes else ''})"
+                for each in others
+            )
+            yield Problem(
+                f"GPU {gpu.index} is used by others: {who}",
+                f'end them, or modes = ["shared-gpu"] for {case.target.name}',
+            )
+        if gpu.faults:
+            yield Problem(f"GPU {gpu.index} does not tell everything: {gpu.faults[0]}", "on the host: nvidia-smi -q")
 
 
 @check(

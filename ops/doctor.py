@@ -178,3 +178,9 @@ def page() -> str:
         by_case.setdefault(case, []).append(f"[{name}](#{name})")
     lines += [f"| {case} | {', '.join(names)} |" for case, names in by_case.items()]
     return "\n".join(lines) + "\n"
+
+
+PAGE = files.CHECKOUT / "docs/troubleshooting.md"
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

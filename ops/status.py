@@ -17,6 +17,7 @@ from core.errors import UsageError
 from deploy import flow, plan
 from deploy.facts import Facts
 from ops import fleet
+from ops.gpu import Gpu
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,6 +76,7 @@ class Live(msgspec.Struct, frozen=True):
     comfyui: ComfyUI
     memory: dict[str, int]
     disks: dict[str, Disk]
+    gpus: tuple[Gpu, ...] = ()
 
 
 class _Said(msgspec.Struct, frozen=True):
@@ -227,14 +229,26 @@ def _row(answer: fleet.Answer[Status]) -> tuple[str, ...]:
         "-" if live.uptime is None or not facts.service.active else console.clock(live.uptime),
         jobs,
         _gpus(status),
-        console.size(live.memory.get("MemAvailable", 0)),
+        _memory(status),
         console.size(place.free) if place.total else "-",
         str(len(status.drift)) if status.drift else "none",
     )
 
 
 def _gpus(status: Status) -> str:
-    return ", ".join(gpu.name for gpu in status.facts.gpus) or "none"
+    cells = []
+    for gpu in status.live.gpus:
+        told = ((gpu.utilization, "%"), (gpu.temperature, "°C"), (gpu.power and round(gpu.power), "W"))
+        cells.append(" ".join(f"{value}{unit}" for value, unit in told if value is not None) or "untold")
+    return ", ".join(cells) or "none"
+
+
+def _memory(status: Status) -> str:
+    """What is free: of the GPU's own memory where it has some, else of the machine's."""
+    own = [gpu for gpu in status.live.gpus if not gpu.unified and gpu.memory_total and gpu.memory_used is not None]
+    if own:
+        return console.size(sum((gpu.memory_total or 0) - (gpu.memory_used or 0) for gpu in own))
+    return console.size(status.live.memory.get("MemAvailable", 0))
 
 
 def notes(answers: Sequence[fleet.Answer[Status]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Kernels: what is built, kept and locked."""
+"""Kernels and locks: what is built, kept and pinned."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from tasks.command import command
 from tasks.flags import Output
 
 _BUILD_HELP = {
-    "arch": "compute capabilities as in TORCH_CUDA_ARCH_LIST: 12.1, '8.9;12.0', 9.0a, '8.9+PTX'",
+    "arch": "compute capabilities: 12.1, '8.9;12.0', 9.0a, '8.9+PTX' (default: TORCH_CUDA_ARCH_LIST, else this GPU's)",
     "kernel": "only these recipes, comma-separated (default: all)",
-    "stack": "cu124 or cu130 (default: the arch's)",
-    "python": "Python versions, comma-separated: 3.12,3.11 (default: the arch's)",
-    "platform": "linux_x86_64 or linux_aarch64 (default: the arch's)",
-    "profile": "a recipe's profile, such as inference or full (default: the recipe's)",
-    "jobs": "compiles at once (default: as many as cores and free memory allow)",
-    "force": "build again even when the wheelhouse has it",
-    "host": "build on this host, natively, and bring the wheels back",
-    "dry-run": "only list what would be built",
+    "stack": "cu124 or cu130 (default: as config/archs.toml says)",
+    "python": "Python versions, comma-separated: 3.12,3.11 builds both (default: as config/archs.toml says)",
+    "platform": "linux_x86_64 or linux_aarch64 (default: as config/archs.toml says)",
+    "profile": "such as inference or full; a recipe without that profile is built as usual (default: the recipe's)",
+    "jobs": "compiles at once (default: as many as there are cores, or fewer where free memory is short)",
+    "force": "compile everything again, also what the wheelhouse has",
+    "host": "build there, natively and without root, and bring the wheels back; it needs what a build needs here",
+    "dry-run": "only list what would be built, one line each: identifier, key, state",
 }
 
 
@@ -38,7 +38,15 @@ def build_kernels(
     *,
     out: Output,
 ) -> None:
-    """Build kernel wheels for a GPU into wheelhouse/."""
+    """Build kernel wheels for a GPU into wheelhouse/.
+
+    Cross-built where the GPU is another machine's. What the wheelhouse has already is not built again.
+
+        inv build-kernels --arch 12.1                   # all kernels for a DGX Spark
+        inv build-kernels --arch '8.9;12.0' --dry-run   # what would be built for two GPUs, and what is there already
+        inv build-kernels --arch 8.9 --stack cu124      # for drivers older than 580; needs a CUDA 12.4 compiler
+        inv build-kernels --arch 12.1 --host spark      # on the Spark itself
+    """
     from dataclasses import asdict
 
     from kernels import build, report
@@ -57,9 +65,15 @@ def build_kernels(
         report.wheels(found, as_json=out.json)
 
 
-@command(help={"prune": "delete wheels that no recipe asks for any more"})
+@command(help={"prune": "delete wheels that no recipe asks for any more, and say why"})
 def wheels(_: Context, prune: bool = False, *, out: Output) -> int:
-    """List the wheelhouse, each wheel verified against its manifest."""
+    """List the wheelhouse, each wheel verified against its manifest.
+
+    Every wheel is hashed again; exit code 1 when one is not what was inspected.
+
+        inv wheels
+        inv wheels --prune   # and drop what no recipe asks for
+    """
     from kernels import report, store
 
     if prune:
@@ -69,7 +83,12 @@ def wheels(_: Context, prune: bool = False, *, out: Output) -> int:
 
 @command(help={"path": "a wheel file"})
 def inspect_wheel(_: Context, path: str, *, out: Output) -> None:
-    """Show what a kernel wheel holds: machine code, symbols, C library."""
+    """Show what a kernel wheel holds: machine code, symbols, C library.
+
+    Also the needed libraries, and versions of the C library. Of any wheel, also one that Hearth did not build.
+
+        inv inspect-wheel dist/flash_attn.whl
+    """
     from pathlib import Path
 
     from kernels import report
@@ -79,7 +98,12 @@ def inspect_wheel(_: Context, path: str, *, out: Output) -> None:
 
 @command()
 def kernels(_: Context, *, out: Output) -> None:
-    """List the kernel recipes: versions, archs and stacks, and why not the others."""
+    """List the kernel recipes: versions, archs and stacks, and why not the others.
+
+    A line for each stack, with the profiles that a recipe has.
+
+        inv kernels
+    """
     from kernels import report
 
     report.recipes(as_json=out.json)
@@ -87,7 +111,13 @@ def kernels(_: Context, *, out: Output) -> None:
 
 @command(help={"check": "fail when a lock is stale, change nothing"})
 def lock(_: Context, check: bool = False) -> None:
-    """Renew what is locked: uv.lock (tool, stacks, CUDA compiler) and ComfyUI's environments."""
+    """Renew what is locked: uv.lock (tool, stacks, CUDA compiler) and ComfyUI's environments.
+
+    The environments are `recipes/comfyui/locks/`.
+
+        inv lock           # after a change of pyproject.toml, app.toml or nodes.toml
+        inv lock --check   # in CI
+    """
     from core import lockfile
     from deploy import environment
 

@@ -10,8 +10,8 @@ from tasks.flags import Change, CutOver, Fleet, Output, Sudo, Where
 
 @command(
     help={
-        "build": "build kernel wheels that the wheelhouse lacks",
-        "bundle": "take everything from this file of `inv bundle`, and nothing from a network",
+        "build": "build kernel wheels when they are all that is missing",
+        "bundle": "take everything from this file of `inv bundle`, and nothing from a network; not with --build",
         "keep-going": "go on with a group's other hosts when one fails",
     }
 )
@@ -25,7 +25,17 @@ def deploy(
     how: Change,
     out: Output,
 ) -> int:
-    """Put ComfyUI on a host (default: this machine), proven before it takes traffic."""
+    """Put ComfyUI on a host (default: this machine), proven before it takes traffic.
+
+    Makes a host what `config/hosts.toml` says: reads its facts, shows the changes, sends what it lacks, builds
+    everything beside the release in service, cuts over, proves that the new one serves, and otherwise goes back to the
+    old one. On this machine it needs no root: all is below `~/.local/share/hearth/comfyui`, on port 8188.
+    How: docs/how-to/deploy-to-a-spark.md
+
+        inv deploy --host spark --dry-run     # what would be changed
+        inv deploy --group home --drain 300   # several hosts; give jobs five minutes
+        inv deploy --host spark --bundle spark.bundle.tar
+    """
     from deploy import flow, plan, report
     from kernels.build import build_missing
 
@@ -45,16 +55,23 @@ def deploy(
 
 @command(
     help={
-        "output": "the file to write (default: named after host, version, platform and Python)",
-        "platform": "linux_x86_64 or linux_aarch64 (default: the host is asked)",
-        "python": "the host's Python, such as 3.12 (default: the host is asked)",
-        "verify": "check this bundle instead, every file of it",
+        "output": "the file to write (default: NAME-VERSION-PLATFORM-pyX.Y.bundle.tar)",
+        "platform": "linux_x86_64 or linux_aarch64; with --python too, no host is asked (default: the host's)",
+        "python": "such as 3.12 (default: the first of the profile's that the host has)",
+        "verify": "check this bundle instead: the whole file is read, and every hash compared",
     }
 )
 def bundle(
     _: Context, output: str = "", platform: str = "", python: str = "", verify: str = "", *, where: Where, out: Output
 ) -> None:
-    """Write one file with all that a host needs, for `inv deploy --bundle` where no network is."""
+    """Write one file with all that a host needs, for `inv deploy --bundle` where no network is.
+
+    The `id` that it shows is one hash over all of it. How: docs/how-to/deploy-offline.md
+
+        inv bundle --host spark
+        inv bundle --host spark --platform linux_aarch64 --python 3.12   # without a way to the host
+        inv bundle --verify spark.bundle.tar                             # did it arrive whole?
+    """
     from deploy import flow, report
 
     path, found = flow.bundle(where.host, output, platform, python, verify, ask_sudo=where.ask_sudo)
@@ -63,7 +80,13 @@ def bundle(
 
 @command(help={"to": "the release to return to (default: the one that served last)"})
 def rollback(_: Context, to: str = "", *, where: Where, how: CutOver, out: Output) -> int:
-    """Return to a kept release: the same cut-over with the same proof."""
+    """Return to a kept release: the same cut-over with the same proof.
+
+    Nothing is sent or built: its parts are still there.
+
+        inv rollback --host spark             # to the one that served before
+        inv rollback --host spark --dry-run
+    """
     from deploy import flow, plan, report
 
     options = plan.options(how.drain, how.force)
@@ -73,7 +96,12 @@ def rollback(_: Context, to: str = "", *, where: Where, how: CutOver, out: Outpu
 
 @command()
 def releases(_: Context, *, where: Where, out: Output) -> None:
-    """List the releases that a host keeps."""
+    """List the releases that a host keeps.
+
+    And whether their parts are whole.
+
+        inv releases --host spark
+    """
     from deploy import flow, report
 
     report.releases(flow.facts(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
@@ -81,7 +109,12 @@ def releases(_: Context, *, where: Where, out: Output) -> None:
 
 @command()
 def history(_: Context, *, where: Where, out: Output) -> None:
-    """Show every change on a host: who, when, what, and how it ended."""
+    """Show every change on a host: who, when, what, and how it ended.
+
+    Who: the login and the machine that it came from.
+
+        inv history --host spark
+    """
     from deploy import flow, report
 
     report.history(flow.history(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
@@ -89,7 +122,13 @@ def history(_: Context, *, where: Where, out: Output) -> None:
 
 @command()
 def facts(_: Context, *, where: Where, out: Output) -> None:
-    """Show what a host is now."""
+    """Show what a host is now.
+
+    As a deploy sees it.
+
+        inv facts --host spark
+        inv facts --json        # this machine, for a script
+    """
     from deploy import flow, report
 
     report.facts(flow.facts(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
@@ -97,7 +136,13 @@ def facts(_: Context, *, where: Where, out: Output) -> None:
 
 @command(help={"check": "reach every host and read its facts"})
 def hosts(_: Context, check: bool = False, *, sudo: Sudo, out: Output) -> None:
-    """Show the hosts, merged with their profiles, and where each value comes from."""
+    """Show the hosts, merged with their profiles, and where each value comes from.
+
+    They are in `config/hosts.toml`; `local`, this machine, is always there.
+
+        inv hosts
+        inv hosts --check   # and reach every one of them
+    """
     from deploy import flow, host, report
 
     names = list(host.hosts().hosts)
@@ -108,7 +153,12 @@ def hosts(_: Context, check: bool = False, *, sudo: Sudo, out: Output) -> None:
 
 @command()
 def attach(_: Context, *, where: Where) -> None:
-    """Watch what is under way on a host, or see how its last change ended."""
+    """Watch what is under way on a host, or see how its last change ended.
+
+    For a change that goes on after the connection was lost. The exit code is the change's own.
+
+        inv attach --host spark
+    """
     from deploy import flow
 
     flow.attach(where.host, ask_sudo=where.ask_sudo)
@@ -116,10 +166,10 @@ def attach(_: Context, *, where: Where) -> None:
 
 @command(
     help={
-        "path": "where it is there (default: the usual places, and what units and processes run)",
-        "by": "rename: its folders become Hearth's data; reference: they stay, and hosts.toml names them",
-        "apply": "take it over; without this, only look and propose",
-        "undo": "put everything back, and start what ran before",
+        "path": "the folder of its main.py (default: the usual places, and what units and processes run)",
+        "by": "rename: its folders become Hearth's data; reference: they stay, hosts.toml names them (default: rename)",
+        "apply": "stop its units and put them aside; move models, input, output and user into the data, by rename",
+        "undo": "put everything back, with owners and modes, and start what ran before; not with --apply",
     }
 )
 def adopt(
@@ -133,7 +183,16 @@ def adopt(
     how: Change,
     out: Output,
 ) -> int:
-    """Take over a ComfyUI that is on a host already: its models, pictures, workflows and settings."""
+    """Take over a ComfyUI that is on a host already: its models, pictures, workflows and settings.
+
+    Without `--apply` and `--undo` it only reads, runs nothing of the installation, and proposes lines for
+    `config/hosts.toml`; `--dry-run` goes with either of them. How: docs/how-to/adopt-an-installation.md
+
+        inv adopt --host box                     # look and propose
+        inv adopt --host box --apply --dry-run   # the steps
+        inv adopt --host box --apply
+        inv adopt --host box --undo
+    """
     from deploy import flow, plan, report
 
     proposal, outcome = flow.adopt(
@@ -151,18 +210,34 @@ def adopt(
 
 
 @command(
-    help={"release": "a kept release, current or previous (default: current)", "output": "a file (default: stdout)"}
+    help={
+        "release": "a kept release's id, current or previous (default: current)",
+        "output": "the file to write (default: stdout)",
+    }
 )
 def bom(_: Context, release: str = "current", output: str = "", *, where: Where) -> None:
-    """Write the bill of materials of a release on a host: CycloneDX 1.6."""
+    """Write the bill of materials of a release on a host: CycloneDX 1.6.
+
+    Made from the release's manifest alone, as JSON: packages, ComfyUI, custom nodes, kernel wheels with their SHA-256
+    and arch, and the compilers that made them (scope `excluded`). The same release gives the same bytes.
+
+        inv bom --host spark --output spark.cdx.json
+        inv bom --host spark --release previous
+    """
     from deploy import bill, flow, report
 
     report.bill(bill.write(flow.facts(where.host, ask_sudo=where.ask_sudo).named(release)), output)
 
 
-@command(help={"old": "a kept release, current or previous", "new": "another one"})
+@command(help={"old": "a kept release's id, current or previous", "new": "another one"})
 def diff(_: Context, old: str, new: str, *, where: Where, out: Output) -> None:
-    """Show what differs between two releases that a host keeps."""
+    """Show what differs between two releases that a host keeps.
+
+    Versions, packages, nodes, kernels, flags, variables, the gate, the parts, and the unit's text (with `@` for each
+    release's own id).
+
+        inv diff previous current --host spark   # what the last deploy changed
+    """
     from deploy import difference, flow, report
 
     facts = flow.facts(where.host, ask_sudo=where.ask_sudo)
@@ -171,12 +246,20 @@ def diff(_: Context, old: str, new: str, *, where: Where, out: Output) -> None:
 
 @command(
     help={
-        "host": "the current release of this host (default: all that is locked in this checkout)",
-        "service": "the address of a service that speaks OSV's API (default: OSV itself)",
+        "host": "what this host's current release holds (default: all that is locked in this checkout)",
+        "service": "the address of another service that speaks OSV's API (default: OSV itself)",
     }
 )
 def audit(_: Context, host: str = "", service: str = "", *, sudo: Sudo, out: Output) -> int:
-    """Look up what is known against packages, custom nodes and ComfyUI; exit code 1 when there is anything."""
+    """Look up what is known against packages, custom nodes and ComfyUI; exit code 1 when there is anything.
+
+    Packages are looked up by `uv audit`, which asks OSV; packages, custom nodes and ComfyUI also in
+    `recipes/comfyui/known-bad.toml`. "perhaps" marks what Hearth cannot tell: compare the commits. When the service
+    does not answer, what is known without it is shown, and the exit code is 74. How: docs/how-to/audit-and-compare.md
+
+        inv audit                # all that is locked here, before it is deployed
+        inv audit --host spark   # what runs there
+    """
     from deploy import audit, report
 
     return report.audit(audit.check(audit.stock(host, ask_sudo=sudo.ask_sudo), service), as_json=out.json)

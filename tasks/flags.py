@@ -22,7 +22,9 @@ class Output:
 class Sudo:
     """How root is had."""
 
-    ask_sudo: bool = flag(False, "ask for the sudo password once")
+    ask_sudo: bool = flag(
+        False, "the sudo password, from the keyring (keyring set hearth-sudo HOST) or asked for once; never stored"
+    )
 
 
 @dataclass(frozen=True)
@@ -36,29 +38,34 @@ class Where(Sudo):
 class Fleet(Where):
     """One host, or several."""
 
-    group: str = flag("", "all hosts of a group; a change goes to the first of them alone, then to the others")
+    group: str = flag(
+        "",
+        "all hosts of a group, instead of one; a change goes to the first alone, and when it is healthy to the others",
+    )
 
 
 @dataclass(frozen=True)
 class DryRun:
     """Whether anything is changed at all."""
 
-    dry_run: bool = flag(False, "only show what would be changed; exit code 2 when anything would")
+    dry_run: bool = flag(False, "only show what would be changed; exit code 0: nothing, 2: there would be changes")
 
 
 @dataclass(frozen=True)
 class Agreed(DryRun):
     """A change that somebody at a terminal agrees to."""
 
-    yes: bool = flag(False, "do not ask")
+    yes: bool = flag(False, "do not ask on a terminal before a remote host is changed")
 
 
 @dataclass(frozen=True)
 class CutOver(DryRun):
     """How the service is stopped, as to go from one release to another."""
 
-    drain: str = flag("60", "seconds to wait for ComfyUI's jobs before it is stopped (default: 60)")
-    force: bool = flag(False, "cut jobs short that are still running then")
+    drain: str = flag(
+        "60", "seconds to wait for ComfyUI's jobs; then nothing is cut short, unless --force (default: 60)"
+    )
+    force: bool = flag(False, "cut jobs short that still run after --drain")
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,21 @@ from typing import Any
 from invoke.context import Context  # `command` evaluates annotations
 
 from tasks.command import command
-from tasks.flags import Agreed, Change, Fleet, Output, Where
+from tasks.flags import Agreed, Change, DryRun, Fleet, Output, Where
 
 
 @command(
     help={"watch": "show it again and again, every 2 seconds or as many as given, until Ctrl-C"}, optional=["watch"]
 )
 def status(_: Context, watch: str = "", *, where: Fleet, out: Output) -> int:
-    """Show hosts at a glance; exit code 0 only when all is well."""
+    """Show hosts at a glance; exit code 0 only when all is well.
+
+    All hosts of a group are asked at once.
+
+        inv status --host spark
+        inv status --group home --watch     # again and again, until Ctrl-C
+        inv status --group home --watch 10
+    """
     from deploy.host import select
     from ops import status
 
@@ -26,10 +33,153 @@ def status(_: Context, watch: str = "", *, where: Fleet, out: Output) -> int:
 
 @command()
 def doctor(_: Context, *, where: Fleet, out: Output) -> int:
-    """Look for what is wrong, here or on hosts, and name the command that mends it; 1: warnings, 2: errors."""
+    """Look for what is wrong, here or on hosts, and name the command that mends it; 1: warnings, 2: errors.
+
+    Without `--host` and `--group`: where kernels are built, and the ComfyUI of this machine where there is one. A host
+    that cannot be reached is a finding, too.
+
+        inv doctor                # here
+        inv doctor --host spark
+    """
     from ops import doctor
 
     return doctor.show(*doctor.examine(where.host, where.group, ask_sudo=where.ask_sudo), as_json=out.json)
+
+
+@command(
+    help={
+        "watch": "show them every second, or every so many seconds, until Ctrl-C",
+        "record": "write a sample a line, as JSON, to this new file; one host only",
+        "seconds": "how long to record",
+        "every": "seconds from sample to sample of a recording (default: 1)",
+    },
+    optional=["watch"],
+)
+def gpu(
+    _: Context,
+    watch: str = "",
+    record: str = "",
+    seconds: str = "",
+    every: str = "",
+    *,
+    where: Fleet,
+    out: Output,
+) -> int:
+    """Show the GPUs of hosts: use, memory, power, clocks, temperature, and the processes that are on them.
+
+    A GPU that shares the machine's memory (GB10) has the machine's numbers there. A dash is what its driver does not
+    tell. The ComfyUI of Hearth is marked. A recording has the id of the job that ran at each sample; `inv gpu-plot`
+    draws it. How: docs/how-to/watch-the-gpu.md
+
+        inv gpu --host spark
+        inv gpu --group home --watch
+        inv gpu --host spark --record run.jsonl --seconds 600 --every 0.5
+    """
+    from ops import gpu
+
+    return gpu.run(
+        where.host,
+        where.group,
+        watch=watch,
+        record=record,
+        seconds=seconds,
+        every=every,
+        ask_sudo=where.ask_sudo,
+        as_json=out.json,
+    )
+
+
+@command(
+    help={
+        "recording": "a file of `inv gpu --record`",
+        "output": "the file to draw to, .svg or .png (default: the recording's name with .svg)",
+    }
+)
+def gpu_plot(_: Context, recording: str, output: str = "") -> None:
+    """Draw a recording of GPUs: utilisation, memory and power over time, and when which job ran.
+
+    A PNG needs the program rsvg-convert (Debian: librsvg2-bin).
+
+        inv gpu-plot run.jsonl
+        inv gpu-plot run.jsonl --output run.png
+    """
+    from ops import plot
+
+    plot.plot(recording, output)
+
+
+@command(help={"wait": "seconds to wait for the job that runs (default: 60)"})
+def free_memory(_: Context, wait: str = "60", *, where: Fleet, out: Output) -> int:
+    """Have ComfyUI unload its models and forget its results, and show what that gained; 1 when it is still to come.
+
+    ComfyUI does so at once, or when the job that runs has ended; no job is cut short. The next job loads its models
+    again.
+
+        inv free-memory --host spark
+        inv free-memory --host spark --wait 0   # say it, and do not wait for the job
+    """
+    from deploy.host import select
+    from ops import memory
+
+    return memory.free(select(where.host, where.group), wait, ask_sudo=where.ask_sudo, as_json=out.json)
+
+
+@command(
+    help={"force": "also where no GPU shares the machine's memory", "yes": "do not ask before a remote host is changed"}
+)
+def drop_caches(_: Context, force: bool = False, yes: bool = False, *, where: Fleet, dry: DryRun, out: Output) -> int:
+    """Drop the page cache of a host whose GPU shares the machine's memory, and show what that gained.
+
+    What was read from disks stays in memory until that is needed; on a GB10, CUDA may find less than there is. Once
+    only, and never by itself: afterwards all is read from the disk again. Needs root.
+
+        inv drop-caches --host spark
+    """
+    from deploy.host import select
+    from ops import memory
+
+    names = select(where.host, where.group)
+    return memory.drop(names, force=force, dry_run=dry.dry_run, ask_sudo=where.ask_sudo, ask=not yes, as_json=out.json)
+
+
+@command()
+def profiles(_: Context, *, out: Output) -> None:
+    """List profiles (kinds of machines) and modes (what a machine is used for).
+
+    A host of config/hosts.toml names one `profile`, and any `modes`. `inv hosts` shows what becomes of them.
+
+        inv profiles
+    """
+    from ops import profiles
+
+    profiles.listed(profiles.every(), as_json=out.json)
+
+
+@command(positional=["name"], help={"name": "a profile or mode", "explain": "say why of each"})
+def profile(_: Context, name: str, explain: bool = False, *, out: Output) -> None:
+    """Show what a profile or mode sets, for which versions of torch and ComfyUI, and with which stacks it has effect.
+
+    `--explain` says why of each.
+
+        inv profile low-memory --explain
+        inv profile dgx-spark --json
+    """
+    from ops import profiles
+
+    profiles.shown(profiles.one(name), explain=explain, as_json=out.json)
+
+
+@command()
+def flags(_: Context, *, where: Where, out: Output) -> None:
+    """Show the flags of the ComfyUI that a host runs: which are set and by what, and which exclude each other.
+
+    Says so where the configuration would set others than the release in service has.
+
+        inv flags --host spark
+    """
+    from ops import flags
+
+    flags.show(flags.look(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
 
 
 def _change(action: str, where: Fleet, how: Agreed, out: Output, **more: Any) -> int:

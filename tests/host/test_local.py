@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from core import files
+from tests import nvml
 from tests.client import Client
-from tests.host.machine import free_port, share_downloads
+from tests.host.machine import free_port, place_for, share_downloads
 
 pytestmark = pytest.mark.host
 
@@ -61,7 +63,7 @@ class Here(Client):
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     folder = tmp_path_factory.mktemp("local")
     # On the file system of uv's cache, so that the environment is made of hard links.
-    prefix = files.cache() / "hosts/running" / f"local-{folder.parent.name}"
+    prefix = place_for("local")
     one = Here(prefix, folder / "hosts.toml", free_port())
     one.configure()
     share_downloads(prefix / "state/cache/uv")
@@ -96,6 +98,27 @@ def test_a_second_deploy_does_nothing(running: Here) -> None:
     assert "nothing to do" in done.stdout
     assert running.inv("deploy", "--dry-run").returncode == 0
     assert running.supervisor() == before
+
+
+def test_its_gpu_is_seen_and_its_memory_given_back(running: Here, tmp_path: Path) -> None:
+    child = running.supervisor()["child"]
+    recording = tmp_path / "recording"
+    recording.write_text(nvml.recording("gb10", ("compute", f"{child} 5000000000")))
+    env = {"LD_LIBRARY_PATH": str(nvml.library().parent), "NVML_RECORDING": str(recording)}
+    (seen,) = json.loads(running.inv("gpu", "--json", **env).stdout)
+    (process,) = seen["gpus"][0]["processes"]
+    assert (process["pid"], process["comfyui"]) == (child, True)
+    freed = running.inv("free-memory")
+    assert freed.returncode == 0, freed.stderr
+    assert freed.stdout.startswith("local: ComfyUI's process: ")
+    dropped = running.inv("drop-caches", **env)  # this machine's, once
+    last = json.loads(running.inv("history", "--json").stdout)[-1]
+    if os.access("/proc/sys/vm/drop_caches", os.W_OK):
+        assert dropped.returncode == 0, dropped.stderr
+        assert re.search(r"the page cache: [\d.]+ GB before, [\d.]+ GB after; available memory: ", dropped.stdout)
+        assert (last["action"], last["result"]) == ("drop-caches", "done")
+    else:  # who is not root is refused, and root in a container fails
+        assert dropped.returncode in (63, 69), dropped.stderr
 
 
 def test_comfyui_is_started_again_when_it_dies(running: Here) -> None:
@@ -183,6 +206,38 @@ def test_without_systemd_too_comfyui_waits_for_its_mounts(running: Here, tmp_pat
         assert (running.prefix / "current").readlink() == before
     finally:
         subprocess.run(["umount", "--lazy", str(pool)], check=False)
+
+
+def test_without_systemd_too_nodes_under_development_are_looked_at_and_memory_is_given_back(
+    running: Here, tmp_path: Path
+) -> None:
+    before = (running.prefix / "current").readlink()
+    node = tmp_path / "my-node"
+    node.mkdir()
+    (node / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
+    running.configure(f'modes = ["development"]\ndevelop = ["{node}"]\nfree_memory = "4s"\n')
+    done = running.inv("deploy")
+    assert done.returncode == 0, done.stderr
+    first = running.supervisor()
+    log = running.prefix / "state/comfyui.log"
+
+    def said(text: str, within: float) -> bool:
+        end = time.monotonic() + within
+        while text not in log.read_text() and time.monotonic() < end:
+            time.sleep(0.2)
+        return text in log.read_text()
+
+    assert said("ComfyUI has no job, and gives its memory back", 20)
+    (node / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\nprint('the second one')\n")
+    assert said(f"{node}/__init__.py changed: ComfyUI starts anew", 20)
+    assert said("the second one", 60)
+    assert running.answers(60)
+    now = running.supervisor()
+    assert now["pid"] == first["pid"]
+    assert (now["child"] != first["child"], now["restarts"]) == (True, first["restarts"])
+    running.configure()
+    assert running.inv("deploy").returncode == 0
+    assert (running.prefix / "current").readlink() == before
 
 
 def test_the_tutorial_does_what_it_says(running: Here, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from core import files
 from core.errors import BundleError, RefusedError
 from core.stack import Platform
-from deploy import bundle, environment, flow
+from deploy import bundle, environment, exporter, flow
 from deploy.bundle import Bundle
 from deploy.plan import Options
 
@@ -46,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
     for cpu in ("x86_64", "aarch64"):
         (place / f"app/locks/cu130-linux_{cpu}-cp311.txt").write_text(SIX)
     (place / "hosts.toml").write_text(
-        '[hosts.far]\naddress = "nowhere.invalid"\nprofile = "cpu"\n'
+        '[hosts.far]\naddress = "nowhere.invalid"\nprofile = "cpu"\nmetrics_port = 9188\n'
         f'[hosts.local]\nprofile = "cpu"\nscope = "user"\nprefix = "{place}/prefix"\n'
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -67,6 +67,7 @@ def test_a_bundle_names_every_file_and_is_found_whole(made: tuple[Path, Bundle])
     names = set(written.files)
     assert {"agent.pyz", "checkout/uv.lock", "checkout/recipes/comfyui/src/comfy/cli_args.py"} <= names
     assert [name for name in names if name.endswith("six-1.17.0-py2.py3-none-any.whl")]
+    assert [name for name in names if name.endswith("prometheus_client/exposition.py")]
     assert [name for name in names if name.endswith("bin/uv") and written.files[name].executable]
     assert (written.version, written.platform, written.python, written.asking) == ("1.2.3", "linux_x86_64", "3.11", ())
 
@@ -92,6 +93,9 @@ def test_what_is_deployed_from_a_bundle_comes_from_it_alone(
         lock = stock.locks["linux_x86_64", "3.11"]
         (wheel,) = environment.download(lock, stock.nodes, Platform.parse("linux_x86_64")).glob("*.whl")
         assert wheel.name.startswith("six")
+        tree = exporter.tree(Platform.parse("linux_x86_64"))
+        assert (tree / "prometheus_client/exposition.py").exists()
+        assert tree.name == stock.exporter.digest
     assert not list((tmp_path / "empty/bundles").iterdir())
 
 

@@ -1,35 +1,52 @@
-"""The docs are true: every task and exit code is in the reference, the schema is today's, links lead somewhere."""
+"""The docs are true: the reference is what the tasks say, examples can be typed, the schema is today's, links lead."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import re
+import shlex
 from pathlib import Path
 
 import msgspec
 import pytest
-from invoke.tasks import Task
+from invoke.parser import Parser
 
 import tasks
 from core import errors, files
 from core.manifest import Manifest
+from tasks import reference
 
-REFERENCE = (files.CHECKOUT / "docs/reference/tasks.md").read_text()
+REFERENCE = reference.PAGE.read_text()
 PAGES = [*files.CHECKOUT.glob("*.md"), *(files.CHECKOUT / "docs").rglob("*.md")]
 
 
 @pytest.mark.parametrize("name", sorted(tasks.ns.task_names))
 def test_every_task_is_in_the_reference_with_its_flags(name: str) -> None:
-    task = tasks.ns[name]
-    assert isinstance(task, Task)
-    assert task.__doc__
-    section = REFERENCE.partition(f"## {name}\n")[2].partition("\n## ")[0]
-    assert section
-    for argument in task.get_arguments():
+    section = REFERENCE.partition(f"### {name}\n")[2].partition("\n##")[0]
+    assert tasks.ns[name].__doc__.partition("\n")[0] in section
+    for argument in reference.contexts()[name].args.values():
         assert argument.help, f"{argument.name} has no help"
-        flag = str(argument.name).replace("_", "-")
-        assert f"--{flag}" in section or flag.upper() in section, flag
+        flag = argument.names[0]
+        assert f"`--{flag}" in section or f"`{flag.upper()}`" in section, flag
+        if isinstance(argument.default, str) and argument.default:
+            assert argument.help.endswith(f"(default: {argument.default})")
+
+
+def test_the_reference_is_todays() -> None:
+    """Written anew with: python -m tasks.reference."""
+    assert reference.render() == REFERENCE
+
+
+@pytest.mark.parametrize("name", sorted(tasks.ns.task_names))
+def test_every_task_has_examples_that_invoke_understands(name: str) -> None:
+    lines = str(inspect.getdoc(tasks.ns[name])).splitlines()
+    assert not [line for line in lines if line.startswith("inv ")], "an example that is not indented"
+    examples = [shlex.split(line, comments=True) for line in lines if line.startswith("    inv ")]
+    assert examples
+    for _, *words in examples:
+        (found,) = Parser(contexts=reference.contexts().values()).parse_argv(words)
+        assert found.name == name
 
 
 def test_every_error_has_its_own_exit_code_and_is_in_the_reference() -> None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from core import files
+from deploy import exporter
 
-LAYERS = {"agent": set(), "core": set(), "kernels": {"core"}, "deploy": {"core"}, "ops": {"core", "deploy", "kernels"}}
+LAYERS = {
+    "agent": set(),
+    "exporter": {"agent"},
+    "core": set(),
+    "kernels": {"core"},
+    "deploy": {"core"},
+    "ops": {"core", "deploy", "kernels"},
+}
+ON_HOSTS = ("agent/", "exporter/")
 SOURCES = [path for layer in LAYERS for path in sorted((files.CHECKOUT / layer).rglob("*.py"))]
 
 
@@ -35,9 +45,9 @@ def test_layers(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(files.CHECKOUT)))
 def test_only_the_shell_starts_processes_and_only_the_console_prints(path: Path) -> None:
     name = str(path.relative_to(files.CHECKOUT))
-    # smoke.py runs in the wheel's own interpreter, the agent on hosts
-    assert "subprocess" not in imported(path) or name == "core/shell.py" or name.startswith("agent/")
-    if name not in ("core/console.py", "kernels/smoke.py") and not name.startswith("agent/"):
+    # smoke.py runs in the wheel's own interpreter, agent and exporter on hosts
+    assert "subprocess" not in imported(path) or name == "core/shell.py" or name.startswith(ON_HOSTS)
+    if name not in ("core/console.py", "kernels/smoke.py") and not name.startswith(ON_HOSTS):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
 
@@ -50,6 +60,18 @@ def test_only_one_module_knows_ssh() -> None:
 def test_the_agent_has_nothing_but_the_standard_library() -> None:
     for path in (files.CHECKOUT / "agent").glob("*.py"):
         assert imported(path) <= {*sys.stdlib_module_names, "agent"}
+
+
+def test_the_exporter_has_prometheus_client_too_and_what_it_uses_of_the_agent_is_sent() -> None:
+    pending = list((files.CHECKOUT / "exporter").glob("*.py"))
+    for path in pending:
+        assert imported(path) <= {*sys.stdlib_module_names, "agent", "exporter", "prometheus_client"}
+    used: set[str] = set()
+    while pending:
+        named = set(re.findall(r"from agent\.(\w+) import", pending.pop().read_text())) - used
+        pending += [files.CHECKOUT / f"agent/{name}.py" for name in named]
+        used |= named
+    assert set(exporter.AGENT) == {*used, "__init__"}
 
 
 def test_recipes_and_config_hold_no_logic() -> None:

@@ -12,6 +12,7 @@ import pytest
 from core import files
 from core.manifest import Manifest, Proof
 from deploy import application, environment, facts, nodes, plan, release
+from deploy.exporter import Exporter
 from deploy.facts import Facts, Gpu, Service
 from deploy.host import Host, Mount, Setting, Target, profiles
 
@@ -250,6 +251,44 @@ def test_members_may_what_is_said_and_nothing_else() -> None:
     assert kinds(made(there, spark())) == ["members", "rights"]
     without = msgspec.structs.replace(FRESH, rights=None)
     assert "the host has no sudo" in " ".join(made(without, target).notes)
+
+
+METRICS = plan.Shelf(**{**vars(shelf()), "exporter": Exporter("e" * 16, {"prometheus-client": "1.0"})})
+
+
+def test_metrics_are_a_part_and_a_unit_of_the_release() -> None:
+    target = spark(metrics_port=9188, listen="192.168.1.5")
+    found = made(target=target, stock=METRICS)
+    assert kinds(found).index("exporter") < kinds(found).index("release")
+    (wanted,) = (step.values["release"] for step in found.steps if step.kind == "release")
+    (part,) = (step.values["part"] for step in found.steps if step.kind == "exporter")
+    assert wanted["parts"]["exporter"] == part
+    assert wanted["packages"]["prometheus-client"] == "1.0"
+    told = json.loads(wanted["files"]["exporter.json"])
+    assert (told["port"], told["cuda"], told["site"]["prefix"]) == (9188, True, "/opt/comfyui")
+    place = f"/opt/comfyui/releases/{wanted['id']}"
+    unit = wanted["files"]["comfyui-exporter.service"]
+    assert f"\nExecStart=/usr/bin/python3.12 -I -S {place}/exporter {place}/exporter.json\n" in unit
+    assert "\nIPAddressAllow=localhost 192.168.1.5\n" in unit  # where ComfyUI listens
+    assert "\nDeviceAllow=char-nvidia rw\n" in unit
+    assert "$" not in unit
+    own = made(target=spark(metrics_port=9188, scope="user"), stock=METRICS)
+    (release,) = (step.values["release"] for step in own.steps if step.kind == "release")
+    assert "\nWantedBy=default.target\n" in release["files"]["comfyui-exporter.service"]
+    assert "exporter" not in kinds(made(stock=METRICS))
+
+
+def test_metrics_that_could_not_be_exported_are_refused() -> None:
+    target = spark(metrics_port=9188)
+    unit = "comfyui-exporter.service"
+    held = {"pid": 9, "command": "postgres_exporter", "unit": "postgres.service"}
+    (refusal,) = made(msgspec.structs.replace(FRESH, metrics_holder=held), target, METRICS).refusals
+    assert refusal.what == "port 9188 is held by postgres_exporter (pid 9)"
+    assert not made(msgspec.structs.replace(FRESH, metrics_holder={**held, "unit": unit}), target, METRICS).refusals
+    supervised = msgspec.structs.replace(FRESH, manager="process")
+    (refusal,) = made(supervised, spark(metrics_port=9188, scope="user"), METRICS).refusals
+    assert "no exporter" in refusal.what
+    assert not made(supervised, spark(scope="user"), METRICS).refusals
 
 
 def test_all_refusals_at_once() -> None:

@@ -1,0 +1,51 @@
+"""The GPUs and ComfyUI's job, looked at again and again over one connection."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from agent.comfyui import ask
+from agent.files import Json
+from agent.gpu import Nvml
+from agent.services import Supervised
+from agent.site import Site
+
+
+def samples(site: Site, every: float, seconds: float | None) -> Iterator[Json]:
+    """A sample now, and one each `every` seconds until `seconds` are over (None: for ever; 0: only one).
+
+    `time` is this machine's, in seconds since 1970, `gpus` as `agent.gpu.gpus` tells them, each process with
+    `comfyui`: whether it is the site's; `job` the id of the one that ComfyUI runs. Raises Fault without NVML.
+    """
+    begun = time.monotonic()
+    number, asked_again = 0, 0.0
+    with Nvml() as nvml:
+        while True:
+            now, job = time.monotonic(), None
+            if now >= asked_again:
+                try:
+                    job = running_job(site, 1)
+                except (OSError, ValueError):  # one that hangs must not hold up each sample
+                    asked_again = time.monotonic() + 10 * (time.monotonic() - now)
+            yield {"time": time.time(), "gpus": ours(site, nvml.gpus()), "job": job}
+            number = max(number + 1, int((time.monotonic() - begun) / every))  # one that came late is left out
+            if seconds is not None and number * every > seconds:
+                return
+            time.sleep(max(0.0, begun + number * every - time.monotonic()))
+
+
+def ours(site: Site, gpus: list[Json]) -> list[Json]:
+    """The GPUs, with a mark at the processes of the site's service."""
+    child = Supervised(site).status()["pid"]
+    for each in (process for gpu in gpus for process in gpu["processes"]):
+        each["comfyui"] = each["unit"] == f"{site.service}.service" or (child != 0 and each["pid"] == child)
+    return gpus
+
+
+def running_job(site: Site, timeout: float = 5) -> str | None:
+    """The id of the job that ComfyUI runs; None when it runs none. Raises OSError or ValueError."""
+    try:
+        return next((str(job[1]) for job in ask(site, "/queue", timeout=timeout)["queue_running"]), None)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"no queue: {error!r}") from error

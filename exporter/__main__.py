@@ -1,0 +1,54 @@
+"""Serve the metrics of the host that the given file describes: `python -I -S <tree> <release>/exporter.json`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, MetricsHandler, ProcessCollector
+
+from agent.files import read
+from agent.site import Site
+from exporter import comfyui, host
+from exporter.gather import Gatherer, Source
+
+
+class Handler(MetricsHandler):
+    """Answers any GET with the metrics; whoever connects and says nothing is hung up on after `timeout` seconds."""
+
+    timeout = 5
+
+
+def gatherer(site: Site, *, cuda: bool) -> Gatherer:
+    """Everything that is told of a host. `cuda` says whether its release needs a GPU."""
+    client = comfyui.Client(site)
+    jobs = comfyui.Jobs(client, site.data / "cache/exporter.json")
+    named: dict[str, Callable[[], host.Metrics]] = {
+        "release": host.Release(site),
+        "service": partial(host.service, site),
+        "memory": host.memory,
+        "gpu": host.Gpus(needed=cuda),
+    }
+    places = dict.fromkeys([site.prefix, site.data, *map(Path, site.elsewhere.values())])
+    named |= {f"disk {place}": partial(host.disk, site, place) for place in places}
+    return Gatherer(
+        Source("comfyui", partial(comfyui.queue, client), comfyui.down),
+        Source("jobs", jobs.look, jobs.told),
+        *(Source(name, ask) for name, ask in named.items()),
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Serve until killed."""
+    config = read(Path(argv[0]))
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    registry.register(gatherer(Site(config["site"]), cuda=config["cuda"]))
+    ThreadingHTTPServer(("127.0.0.1", config["port"]), Handler.factory(registry)).serve_forever()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,172 @@
+"""What ComfyUI says: whether it answers, its queue, and the jobs that ended."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import Iterable
+from http.client import HTTPConnection
+from itertools import accumulate
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from agent.files import Json, read, write
+from agent.site import PROOF, Site
+
+PATIENCE = 1.5
+"""Seconds for an answer of ComfyUI's, less than a scrape has."""
+
+LIMIT = 32_000_000
+"""Bytes of an answer: a workflow may carry pictures, and the exporter is to stay small."""
+
+KNOWN = 256
+"""So many of the last jobs are remembered, and looked for: more end between two scrapes only while nobody scrapes."""
+
+BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+"""Seconds: pictures take some, videos many minutes."""
+
+
+class Client:
+    """Asks the running ComfyUI over HTTP."""
+
+    def __init__(self, site: Site) -> None:
+        self._place = (site.reachable, site.port)
+
+    def get(self, path: str) -> Any:
+        """An answer's JSON. Raises OSError, HTTPException or ValueError; when it takes longer than `PATIENCE`, too."""
+        end = time.monotonic() + PATIENCE
+        connection = HTTPConnection(*self._place, timeout=PATIENCE)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise OSError(f"{path} is answered with {answer.status}")
+            raw = bytearray()
+            while block := answer.read1(1 << 16):
+                raw += block
+                if len(raw) > LIMIT or time.monotonic() > end:
+                    raise TimeoutError(f"{path} is still answered after {PATIENCE} s, {len(raw)} bytes")
+            return json.loads(raw)
+        finally:
+            connection.close()
+
+
+def _up(value: bool) -> Metric:
+    return GaugeMetricFamily("hearth_comfyui_up", "Whether ComfyUI answers within 1.5 s.", value=value)
+
+
+def down() -> Iterable[Metric]:
+    """What a ComfyUI that does not answer stands for."""
+    return [_up(False)]
+
+
+def queue(client: Client) -> Iterable[Metric]:
+    """That ComfyUI answers, and its jobs. `/queue` would send whole workflows, of each job that waits."""
+    running, pending = (
+        int(client.get(f"/api/jobs?status={state}&limit=1")["pagination"]["total"])
+        for state in ("in_progress", "pending")
+    )
+    return [
+        _up(True),
+        GaugeMetricFamily("hearth_jobs_running", "Jobs that ComfyUI works on.", value=running),
+        GaugeMetricFamily("hearth_jobs_pending", "Jobs that wait in ComfyUI's queue.", value=pending),
+    ]
+
+
+class Jobs:
+    """Counts jobs as they turn up in ComfyUI's history.
+
+    ComfyUI forgets its history when it ends, and keeps the last 10,000 jobs; so each is counted when it is first seen,
+    and the counts lie in a file, for the exporter ends, too. Lost are jobs that ended between the last scrape and an
+    end of ComfyUI, and those before the last `KNOWN` where nobody scraped. What the health gate makes is no job.
+    """
+
+    def __init__(self, client: Client, file: Path) -> None:
+        self._client = client
+        self._file = file
+        self._lock = Lock()
+        kept = read(file)
+        if kept.get("bounds") != list(BUCKETS):
+            kept = {}
+        # by id, oldest first; None: there is no file, and what ComfyUI did before is nobody's to count
+        self._known: dict[str, None] | None = dict.fromkeys(kept["known"]) if kept else None
+        self._results: dict[str, int] = {"done": 0, "failed": 0, "interrupted": 0, **kept.get("results", {})}
+        self._counts: list[int] = kept.get("counts") or [0] * (len(BUCKETS) + 1)
+        self._seconds = float(kept.get("seconds", 0))
+
+    def look(self) -> Iterable[Metric]:
+        """Count what ended since the last look; raises what `Client.get` does."""
+        if fresh := self._fresh():
+            with self._lock:
+                for job in fresh:
+                    self._count(job)
+            self._keep()
+        return self.told()
+
+    def _fresh(self) -> list[Json]:
+        """Jobs that were not seen before, oldest first; they are known from now on.
+
+        The history's end is asked for, twice as long each time until it holds a job that is known: usually one.
+        """
+        size = 1 if self._known else 16
+        while True:
+            page: dict[str, Json] = self._client.get(f"/history?max_items={size}")
+            if self._known is None or self._known.keys() & page or len(page) < size or size >= KNOWN:
+                break
+            size *= 2
+        before = self._known
+        unknown = [name for name in page if name not in (before or ())]
+        self._known = dict.fromkeys([*(before or ()), *unknown][-KNOWN:])
+        if before is None:
+            self._keep()
+            return []
+        return [page[name] for name in unknown if not _is_proof(page[name])]
+
+    def _count(self, job: Json) -> None:
+        status = job["status"] or {}
+        times = {event: values["timestamp"] / 1000 for event, values in status.get("messages", ())}
+        if status.get("status_str") == "success":
+            self._results["done"] += 1
+            if {"execution_start", "execution_success"} <= times.keys():
+                seconds = max(0.0, times["execution_success"] - times["execution_start"])
+                self._counts[bisect_left(BUCKETS, seconds)] += 1
+                self._seconds += seconds
+        else:
+            self._results["interrupted" if "execution_interrupted" in times else "failed"] += 1
+
+    def _keep(self) -> None:
+        kept = {
+            "known": list(self._known or ()),
+            "results": self._results,
+            "bounds": BUCKETS,
+            "counts": self._counts,
+            "seconds": self._seconds,
+        }
+        try:
+            write(self._file, json.dumps(kept))
+        except OSError as error:  # a full disk: the counts are right for as long as this process lasts
+            print(f"jobs: the counts cannot be kept: {error}", file=sys.stderr, flush=True)
+
+    def told(self) -> Iterable[Metric]:
+        """The counts, which are told whether ComfyUI answers or not."""
+        jobs = CounterMetricFamily("hearth_jobs", "Jobs that ended.", labels=["result"])
+        with self._lock:
+            for result, count in self._results.items():
+                jobs.add_metric([result], count)
+            bounds = [*map(str, BUCKETS), "+Inf"]
+            buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
+            seconds = HistogramMetricFamily(
+                "hearth_job_duration_seconds", "How long the jobs took that are done.", buckets, self._seconds
+            )
+        return [jobs, seconds]
+
+
+def _is_proof(job: Json) -> bool:
+    """Whether a job is the health gate's picture (`agent/comfyui.py`)."""
+    nodes = job["prompt"][2].values()
+    return any(str(node.get("inputs", {}).get("filename_prefix", "")).startswith(f"{PROOF}/") for node in nodes)

@@ -1,0 +1,101 @@
+"""Asking many sources within a time limit: one that hangs holds up neither the others nor the next scrape."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+PATIENCE = 1.8
+"""Seconds that all sources have, together; Prometheus gives up after 10 by default."""
+
+FRESH = 1.0
+"""Seconds for which an answer serves further scrapes, so that two Prometheus servers ask no more than one does."""
+
+
+def nothing() -> Iterable[Metric]:
+    """What a source says that has nothing to say while it fails."""
+    return ()
+
+
+class Source:
+    """Something to ask, in a thread of its own. `otherwise` says what it stands for when it fails or is late."""
+
+    def __init__(
+        self, name: str, ask: Callable[[], Iterable[Metric]], otherwise: Callable[[], Iterable[Metric]] = nothing
+    ) -> None:
+        self.name = name
+        self._ask = ask
+        self._otherwise = otherwise
+        self._thread = threading.Thread()
+        self._found: list[Metric] | None = None
+        self._fault = ""
+        self._began = self._ended = 0.0
+
+    def begin(self) -> None:
+        """Ask, unless the last question is still without an answer."""
+        if not self._thread.is_alive():
+            self._found, self._began = None, time.monotonic()
+            self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        fault = ""
+        try:
+            self._found = list(self._ask())
+        except Exception as error:  # whatever it is, the other sources have something to say
+            fault = f"{type(error).__name__}: {error}"
+        if fault != self._fault:  # not each time: the journal is for changes
+            print(f"{self.name}: {fault or 'well again'}", file=sys.stderr, flush=True)
+            self._fault = fault
+        self._ended = time.monotonic()
+
+    def answer(self, deadline: float) -> tuple[Iterable[Metric], bool, float]:
+        """Metrics, whether they are an answer, and the seconds that it took; `deadline` is on the monotonic clock."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        late = self._thread.is_alive()
+        seconds = (time.monotonic() if late else self._ended) - self._began
+        found = None if late else self._found
+        return (self._otherwise() if found is None else found), found is not None, seconds
+
+
+class Gatherer(Collector):
+    """What all sources say, and how asking them went: of each family of metrics one, as the format wants it."""
+
+    def __init__(self, *sources: Source) -> None:
+        self._sources = sources
+        self._lock = threading.Lock()
+        self._last: list[Metric] = []
+        self._at = float("-inf")
+
+    def collect(self) -> Iterator[Metric]:
+        """Everything, at most `FRESH` seconds old; within `PATIENCE` seconds, or twice that behind another scrape."""
+        with self._lock:
+            if time.monotonic() - self._at > FRESH:
+                self._last = self._gather()
+                self._at = time.monotonic()
+            yield from self._last
+
+    def _gather(self) -> list[Metric]:
+        deadline = time.monotonic() + PATIENCE
+        for source in self._sources:
+            source.begin()
+        success = GaugeMetricFamily(
+            "hearth_scrape_collector_success", "Whether a source of metrics answered in time.", labels=["collector"]
+        )
+        duration = GaugeMetricFamily(
+            "hearth_scrape_collector_duration_seconds", "How long a source of metrics took.", labels=["collector"]
+        )
+        merged: dict[str, Metric] = {}
+        for source in self._sources:
+            metrics, answered, seconds = source.answer(deadline)
+            for metric in metrics:
+                merged.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                merged[metric.name].samples += metric.samples
+            success.add_metric([source.name], answered)
+            duration.add_metric([source.name], seconds)
+        return [*merged.values(), success, duration]

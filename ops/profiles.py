@@ -1,0 +1,154 @@
+"""Profiles and modes, explained: what each sets, why, for which versions, and with which stacks it has effect."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from core import console
+from core.errors import UnknownNameError, near
+from core.stack import stacks
+from deploy import application, host
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from deploy.host import Mode, Override, Profile, Setting
+
+
+@dataclass(frozen=True)
+class Line:
+    """One flag, variable or other value. `stacks` are those with which it has effect, with the ComfyUI that is pinned.
+
+    `machines` says of a mode's which machines it is for.
+    """
+
+    name: str
+    value: str
+    why: str
+    versions: str
+    stacks: tuple[str, ...]
+    machines: str = ""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A profile or mode."""
+
+    name: str
+    kind: str
+    summary: str
+    about: Mapping[str, str]
+    lines: tuple[Line, ...]
+
+
+SEPARATE, UNIFIED = "memory of its own", "shared memory"
+
+
+def every() -> list[Explained]:
+    """All profiles, then all modes."""
+    return [
+        *(_profile(name, each) for name, each in host.profiles().items()),
+        *(_mode(name, each) for name, each in host.modes().items()),
+    ]
+
+
+def one(name: str) -> Explained:
+    """The profile or mode of that name; raises UnknownNameError."""
+    known = {each.name: each for each in every()}
+    if name not in known:
+        raise UnknownNameError(f"there is no profile or mode {name!r}", hint=near(name, known))
+    return known[name]
+
+
+def _profile(name: str, profile: Profile) -> Explained:
+    stack = stacks()[profile.stack]
+    about = {
+        "stack": f"{stack.name}: torch {stack.torch}, CUDA {stack.cuda}, driver {stack.driver} or newer",
+        "Python": ", ".join(profile.pythons),
+        "arch": profile.arch,
+        "kernels": ", ".join(profile.kernels) or "none",
+        "nodes": ", ".join(profile.nodes) or "none",
+        "limits": f"{profile.memory_max or 'no limit'} of memory, {profile.start_seconds} s to start",
+        "restart": profile.restart,
+        "devices": f"policy {profile.device_policy}" if profile.cuda else "none",
+    }
+    return Explained(name, "profile", profile.summary, _said(about), tuple(_settings(profile)))
+
+
+def _mode(name: str, mode: Mode) -> Explained:
+    about = {
+        "excludes": ", ".join(mode.excludes),
+        "develop": "the host may name folders of nodes under development" if mode.develop else "",
+    }
+    lines = [*_settings(mode), *_plain(mode)]
+    if mode.on_unified:
+        lines = [replace(each, machines=SEPARATE) for each in lines]
+        lines += [replace(each, machines=UNIFIED) for each in _settings(mode.on_unified)]
+    return Explained(name, "mode", mode.summary, _said(about), tuple(lines))
+
+
+def _said(about: Mapping[str, str]) -> dict[str, str]:
+    return {name: text for name, text in about.items() if text}
+
+
+def _settings(said: Profile | Override) -> Iterator[Line]:
+    comfyui, known = application.version(), stacks()
+
+    def line(name: str, setting: Setting) -> Line:
+        active = tuple(each.name for each in known.values() if setting.active(each.torch, comfyui))
+        return Line(name, "off" if setting.off else setting.value, setting.why, setting.versions, active)
+
+    for settings in (said.flags, said.env):
+        for name, setting in settings.items():
+            yield line(name, setting)
+
+
+def _plain(mode: Mode) -> Iterator[Line]:
+    for name, value in host.plain(mode).items():
+        yield Line(
+            name, ", ".join(value) if isinstance(value, tuple) else str(value), mode.why[name], "", tuple(stacks())
+        )
+
+
+def listed(found: list[Explained], *, as_json: bool) -> None:
+    """Names and summaries."""
+    if as_json:
+        console.data_json([_json(each) for each in found])
+        return
+    console.table(("", "name", ""), [(each.kind, each.name, each.summary) for each in found])
+
+
+def shown(found: Explained, *, explain: bool, as_json: bool) -> None:
+    """One profile or mode; with `explain` the reasons, too."""
+    if as_json:
+        console.data_json(_json(found))
+        return
+    console.data(f"{found.kind} {found.name}: {found.summary}")
+    for name, text in found.about.items():
+        console.data(f"  {name}: {text}")
+    if not found.lines:
+        console.data("  no flag and no variable")
+        return
+    versions = ", ".join(f"{each.name} (torch {each.torch})" for each in stacks().values())
+    console.data(f"  with ComfyUI {application.version()} and {versions}:\n")
+    headings = ("", "value", "for", "active with")
+    rows = [(each.name, each.value, _for(each), ", ".join(each.stacks) or "none") for each in found.lines]
+    heading, *lines = console.aligned(headings, rows)
+    console.data(f"  {heading}")
+    for each, text in zip(found.lines, lines, strict=True):
+        console.data(f"  {text}")
+        if explain:
+            console.data(textwrap.fill(each.why, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+
+
+def _for(line: Line) -> str:
+    return "; ".join(each for each in (line.machines, line.versions) if each)
+
+
+def _json(found: Explained) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.to_builtins(found)
+    return plain

@@ -1,0 +1,282 @@
+"""Each fault that the doctor knows is made on the real machine, found, and its remedy named."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests import nvml
+from tests.host.fleet import PREFIX, Fleet
+
+pytestmark = pytest.mark.host
+
+
+def findings(fleet: Fleet, *, code: int, host: str = "spark") -> dict[str, list[tuple[str, str]]]:
+    """What the doctor finds, by check: (what, remedy)."""
+    fleet.machine.run(f"rm -f {PREFIX}/state/verified.json")  # what was whole a minute ago may not be now
+    done = fleet.inv("doctor", "--host", host, "--json")
+    assert done.returncode == code, done.stdout + done.stderr
+    found: dict[str, list[tuple[str, str]]] = {}
+    for each in json.loads(done.stdout):
+        found.setdefault(each["check"], []).append((each["what"], each["remedy"]))
+    return found
+
+
+def only(found: dict[str, list[tuple[str, str]]], check: str) -> tuple[str, str]:
+    """The one finding of a check."""
+    (one,) = found[check]
+    return one
+
+
+@contextmanager
+def drop_in(fleet: Fleet, *lines: str) -> Iterator[None]:
+    """The service with more lines in its unit, restarted; afterwards as before, and serving."""
+    folder = "/etc/systemd/system/comfyui.service.d"
+    text = "\\n".join(("[Service]", *lines))
+    fleet.machine.run(f"mkdir -p {folder}; printf {shlex.quote(text + chr(92) + 'n')} > {folder}/test.conf")
+    fleet.machine.run("systemctl daemon-reload; systemctl restart comfyui", check=False)
+    try:
+        yield
+    finally:
+        fleet.machine.run(f"rm -r {folder}; systemctl daemon-reload; systemctl reset-failed comfyui")
+        fleet.machine.run("journalctl --rotate --vacuum-time=1s --quiet; systemctl restart comfyui")
+        assert fleet.answers()
+
+
+@contextmanager
+def program(fleet: Fleet, name: str, script: str) -> Iterator[None]:
+    """A program on the machine that says what a real one would."""
+    path = f"/usr/local/bin/{name}"
+    fleet.machine.run(f"printf '%s\\n' {shlex.quote('#!/bin/sh')} {shlex.quote(script)} > {path}; chmod +x {path}")
+    try:
+        yield
+    finally:
+        fleet.machine.run(f"rm {path}")
+
+
+def test_a_healthy_host_has_no_errors(steady: Fleet) -> None:
+    status = steady.inv("status", "--host", "spark", "--json")
+    assert status.returncode == 0, status.stdout
+    (told,) = json.loads(status.stdout)
+    assert (told["well"], told["drift"], told["comfyui"]["state"]) == (True, [], "answers")
+    assert told["uptime"] > 0
+    assert told["disks"][PREFIX]["free"] > 0
+    shown = steady.inv("status", "--host", "spark")
+    assert "all is well" in shown.stdout
+    assert all(len(line) <= 100 for line in shown.stdout.splitlines())
+    found = findings(steady, code=1)  # nobody keeps a container's clock
+    assert list(found) == ["clock"]
+    assert only(found, "clock") == ("no time service keeps its clock", "on the host: timedatectl set-ntp true")
+
+
+def test_nothing_deployed(steady: Fleet) -> None:
+    steady.configure(f'[hosts.bare]\naddress = "spark"\nprofile = "cpu"\nprefix = "/opt/other"\nport = {1}\n')
+    found = findings(steady, code=2, host="bare")
+    assert only(found, "deployed") == ("nothing is deployed", "inv deploy --host bare")
+    assert steady.inv("status", "--host", "bare").returncode == 1
+
+
+def test_a_host_that_is_off_holds_nobody_up(steady: Fleet) -> None:
+    more = '[hosts.off]\naddress = "127.0.0.1"\nssh_port = 9\nprofile = "cpu"\n[groups]\nall = ["spark", "off"]\n'
+    steady.configure(more)
+    done = steady.inv("status", "--group", "all", "--json")
+    spark, off = json.loads(done.stdout)
+    assert (done.returncode, spark["well"], off["reached"]) == (1, True, False)
+    assert "cannot be reached" in off["problems"][0]["what"]
+    assert "cannot be reached" in only(findings(steady, code=2, host="off"), "reach")[0]
+
+
+def test_damage_and_another_torch(steady: Fleet) -> None:
+    place = f"{PREFIX}/current/env/lib/python3.11/site-packages"
+    steady.machine.run(f"mv {place}/torch-2.11.0.dist-info {place}/torch-2.9.1.dist-info")
+    found = findings(steady, code=2)
+    steady.machine.run(f"mv {place}/torch-2.9.1.dist-info {place}/torch-2.11.0.dist-info")
+    assert only(found, "packages") == ("torch is 2.9.1, the release names 2.11.0", "inv deploy --host spark")
+    assert any("was changed after it was made" in what for what, _ in found["drift"])
+    assert any(what.startswith("a deploy would make env-") for what, _ in found["drift"])
+
+
+def test_a_crash_loop_shows_the_line_that_tells(steady: Fleet) -> None:
+    command = "/bin/sh -c 'echo starting; echo \"ModuleNotFoundError: No module named kornia\" >&2; echo bye; exit 1'"
+    with drop_in(steady, "ExecStart=", f"ExecStart={command}", "RestartSec=100ms"):
+        steady.machine.run("until systemctl is-failed comfyui; do sleep 0.1; done")
+        what, remedy = only(findings(steady, code=2), "service")
+        status = steady.inv("status", "--host", "spark")
+    assert what == "the service gave up (exit-code); its log: ModuleNotFoundError: No module named kornia"
+    assert remedy == "inv logs --host spark; inv start --host spark"
+    assert (status.returncode, "stopped" in status.stdout) == (1, True)
+
+
+def test_a_comfyui_that_hangs(steady: Fleet) -> None:
+    pid = steady.machine.run("systemctl show comfyui --property=MainPID --value").strip()
+    steady.machine.run(f"kill -STOP {pid}")
+    status = steady.inv("status", "--host", "spark")
+    found = findings(steady, code=2)
+    steady.machine.run(f"kill -CONT {pid}")
+    assert (status.returncode, "silent" in status.stdout) == (1, True)
+    what, remedy = only(found, "service")
+    assert what.startswith("ComfyUI takes connections and does not answer")
+    assert "inv restart --host spark --force" in remedy
+
+
+def test_a_port_that_is_held(steady: Fleet) -> None:
+    machine = steady.machine
+    machine.run(f"systemctl stop comfyui; systemd-run --unit=other python3 -m http.server {machine.port}")
+    machine.run(f"until ss -ltn | grep -q :{machine.port}; do sleep 0.1; done")
+    found = findings(steady, code=2)
+    machine.run("systemctl stop other; systemctl start comfyui")
+    assert steady.answers()
+    assert only(found, "port")[0].startswith(f"port {machine.port} is held by /usr/bin/python3")
+    assert only(found, "service") == ("the service does not run (inactive (dead))", "inv start --host spark")
+
+
+def test_a_slow_start_names_what_it_waited_for(steady: Fleet) -> None:
+    with drop_in(steady, "ExecStartPre=/bin/echo Background asset scan initiated", "ExecStartPre=/bin/sleep 8"):
+        assert steady.answers()
+        steady.configure("override.start_seconds = 10\n")
+        (what, remedy), *_ = findings(steady, code=1)["start"]
+    assert "of it after: Background asset scan initiated" in what
+    assert "--enable-assets" in remedy
+
+
+KERNEL = """\
+2026-11-20T08:12:01,000000+00:00 Memory cgroup out of memory: Killed process 4242 (python) total-vm:24112640kB, UID:999
+2026-11-20T09:00:00,000000+00:00 NVRM: Xid (PCI:0000:01:00): 79, pid=4242, GPU has fallen off the bus.
+"""  # the kernel's (mm/oom_kill.c) and the driver's own wording; a container may not read the real log
+
+
+def test_out_of_memory_in_the_kernel_and_on_the_gpu(steady: Fleet) -> None:
+    with program(steady, "dmesg", f"cat <<'E'\n{KERNEL}E"):
+        found = findings(steady, code=2)
+    what, remedy = only(found, "out-of-memory")
+    assert "Killed process 4242 (python)" in what
+    assert 'modes = ["low-memory"] for spark' in remedy
+    assert "Xid (PCI:0000:01:00): 79" in only(found, "gpu-faults")[0]
+    refusal = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    with drop_in(steady, f'ExecStartPre=/bin/echo "{refusal}"'):
+        assert steady.answers()
+        what, remedy = only(findings(steady, code=2), "out-of-memory")
+    assert refusal in what
+    assert 'modes = ["low-memory"] for spark' in remedy
+
+
+def test_folders_that_are_missing_dead_or_closed(steady: Fleet) -> None:
+    machine = steady.machine
+    steady.configure('mounts."/srv/none" = {}\n')
+    assert any("/srv/none" in what for what, _ in findings(steady, code=2)["storage"])
+    with program(steady, "stat", "sleep 60"):
+        machine.run("mkdir -p /srv/none")
+        found = findings(steady, code=2)
+    assert only(found, "storage")[0] == "/srv/none does not answer"
+    steady.configure()
+    machine.run(f"rmdir /srv/none; chmod 700 {PREFIX}/data/output; chown root:root {PREFIX}/data/output")
+    found = findings(steady, code=2)
+    machine.run(f"chown comfyui:comfyui {PREFIX}/data/output; chmod 2770 {PREFIX}/data/output")
+    what, remedy = only(found, "access")
+    assert what == f"comfyui may not write {PREFIX}/data/output"
+    assert remedy == f"on the host: chown -R comfyui: {PREFIX}/data/output"
+
+
+def test_full_disks(steady: Fleet) -> None:
+    machine = steady.machine
+    machine.run("mkdir -p /srv/inodes/out; chown comfyui: /srv/inodes/out")
+    machine.run("i=0; while touch /srv/inodes/out/$i 2>/dev/null; do i=$((i+1)); done")
+    steady.configure('folders.output = "/srv/inodes/out"\n')
+    (what, remedy), *_ = findings(steady, code=1)["disk"]
+    machine.run("rm -r /srv/inodes/out; mkdir -p /srv/blocks/out; chown comfyui: /srv/blocks/out")
+    assert "inodes left at /srv/inodes/out" in what
+    assert remedy.startswith("on the host: du --inodes")
+    machine.run("head -c 400M /dev/zero > /srv/blocks/filler 2>/dev/null || true")
+    steady.configure('folders.output = "/srv/blocks/out"\n')
+    found = findings(steady, code=2)
+    machine.run("rm -r /srv/blocks/out /srv/blocks/filler")
+    assert any("left at /srv/blocks/out" in what for what, _ in found["disk"])
+
+
+def test_a_gpu_that_is_missing_and_kernels_for_another(steady: Fleet) -> None:
+    steady.configure("override.cuda = true\n")
+    found = findings(steady, code=2)
+    assert "shows none" in only(found, "driver")[0]
+    assert only(found, "cuda")[0] == "ComfyUI sees no CUDA device, it computes on cpu"
+    steady.configure('override.kernels = ["sageattention"]\noverride.arch = "8.9"\n')
+    what, remedy = only(findings(steady, code=2), "kernels")
+    assert what.startswith("the wheelhouse has no sageattention for 8.9")
+    assert remedy.startswith("inv build-kernels --kernel sageattention --arch 8.9")
+
+
+@contextmanager
+def gpu(fleet: Fleet, machine: str, *edits: tuple[str, str]) -> Iterator[None]:
+    """NVIDIA's library on the machine, answering as another machine's did."""
+    root = fleet.machine.root
+    place, recording = root / "usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1", root / "etc/nvml-recording"
+    shutil.copy(nvml.library(), place)
+    recording.write_text(nvml.recording(machine, *edits))
+    try:
+        yield
+    finally:
+        place.unlink()
+        recording.unlink()
+
+
+def test_a_gpu_with_an_old_driver_that_others_use(steady: Fleet) -> None:
+    steady.configure("override.cuda = true\n")
+    other = steady.machine.run(
+        "systemd-run --quiet --unit=trainer sleep 600; systemctl show trainer -p MainPID --value"
+    )
+    with gpu(steady, "rtx-4070", ("driver", "550.54.14"), ("compute", f"{other.strip()} 3000000000")):
+        found = findings(steady, code=2)
+        shown = steady.inv("status", "--host", "spark").stdout
+    steady.machine.run("systemctl stop trainer")
+    assert only(found, "driver")[0] == "the driver is 550.54.14, and CUDA 13.0 needs 580.65.06"
+    what, remedy = only(found, "gpu-shared")
+    assert what == f"GPU 0 is used by others: sleep (pid {other.strip()}, root, 3.0 GB)"
+    assert 'modes = ["shared-gpu"] for spark' in remedy
+    assert "°C" in shown
+
+
+def test_kernels_for_another_gpu_without_a_compiler_and_a_container_without_one(steady: Fleet) -> None:
+    machine = steady.machine
+    release = f"{PREFIX}/current/release.json"
+    machine.run(f"cp {release} /root/release.json")
+    text = json.loads(machine.run(f"cat {release}"))
+    text["wheels"] = {"sageattention": {"file": "-", "sha256": "-", "arch": "12.1", "cuda": "", "compilers": {}}}
+    (steady.prefix / "releases" / steady.current() / "release.json").write_text(json.dumps(text))
+    with gpu(steady, "rtx-4070"), program(steady, "docker", "exit 0"):
+        found = findings(steady, code=2)
+        with program(steady, "nvidia-ctk", '[ "$1" = cdi ] || echo "NVIDIA Container Toolkit CLI version 1.17.4"'):
+            old = findings(steady, code=2)
+    machine.run(f"cp /root/release.json {release}")
+    what, remedy = only(found, "kernels")
+    assert what == "sageattention was built for 12.1, and the GPU is 8.9"
+    assert remedy.startswith("inv build-kernels --kernel sageattention --arch '8.9'")
+    assert [what.partition(",")[0] for what, _ in found["compilers"]] == [
+        "there is no C compiler",
+        "Python 3.11 has no headers",
+    ]
+    what, remedy = only(found, "containers")
+    assert "there is no NVIDIA container toolkit" in what
+    assert remedy == "on the host: apt-get install nvidia-container-toolkit"
+    assert [what.partition(",")[0] for what, _ in old["containers"]] == [
+        "NVIDIA's container toolkit is 1.17.4",
+        "no GPU is described for containers (CDI)",
+    ]
+
+
+def test_unified_memory_that_the_page_cache_holds(steady: Fleet) -> None:
+    lines = {"MemTotal": 120, "MemFree": 5, "MemAvailable": 60, "Cached": 70, "SwapTotal": 16, "SwapFree": 4}
+    text = "".join(f"{name}: {value * 1_000_000} kB\n" for name, value in lines.items())
+    (steady.machine.root / "root/meminfo").write_text(text)
+    steady.machine.run("mount --bind /root/meminfo /proc/meminfo")
+    with gpu(steady, "gb10"):
+        found = findings(steady, code=1)
+    steady.machine.run("umount /proc/meminfo; rm /root/meminfo")
+    (cache, drop), (swap, tune) = found["unified-memory"]
+    assert cache == "the page cache holds 71.7 GB of 122.9 GB, and 5.1 GB is free"
+    assert drop == "inv drop-caches --host spark"
+    assert swap == "12.3 GB is swapped out, which the GPU waits for"
+    assert tune == "inv tune --host spark"

@@ -1,0 +1,161 @@
+"""GPUs of the real machine, whose NVML alone is made up; and the memory that the real ComfyUI gives back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import nvml
+from tests.host.fleet import Fleet
+
+pytestmark = pytest.mark.host
+
+
+@contextmanager
+def driver(fleet: Fleet, machine: str) -> Iterator[int]:
+    """NVIDIA's library where Debian has it, and a recording in which ComfyUI computes; its process id."""
+    pid = int(fleet.machine.run("systemctl show comfyui --property=MainPID --value"))
+    library = fleet.machine.root / "usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1"
+    recording = fleet.machine.root / "etc/nvml-recording"
+    shutil.copy(nvml.library(), library)
+    recording.write_text(nvml.recording(machine, ("compute", f"{pid} 9000000000")))
+    try:
+        yield pid
+    finally:
+        library.unlink()
+        recording.unlink()
+
+
+def queue(fleet: Fleet, seconds: int) -> str:
+    """Hand in a job without models that computes for some seconds and keeps its pictures; its id."""
+    color = time.time_ns() % (1 << 24)  # ComfyUI would answer the same workflow from its cache
+    inputs: dict[str, Any] = {"width": 64, "height": 64, "batch_size": 1, "color": color}
+    workflow: dict[str, Any] = {"0": {"class_type": "EmptyImage", "inputs": inputs}}
+    for number in range(seconds):
+        size = {"upscale_method": "lanczos", "width": 4000 + number, "height": 4000, "crop": "disabled"}
+        scale = {"class_type": "ImageScale", "inputs": {"image": [str(number), 0], **size}}
+        workflow[str(number + 1)] = scale
+    workflow["last"] = {"class_type": "PreviewImage", "inputs": {"images": [str(seconds), 0]}}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{fleet.machine.port}/prompt",
+        json.dumps({"prompt": workflow}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return str(json.load(answer)["prompt_id"])
+
+
+def test_a_gpu_is_shown_with_comfyuis_process(steady: Fleet) -> None:
+    with driver(steady, "rtx-4070") as pid:
+        told = steady.inv("gpu", "--host", "spark", "--json")
+        assert told.returncode == 0, told.stderr
+        (sample,) = json.loads(told.stdout)
+        (gpu,) = sample["gpus"]
+        assert (gpu["name"], gpu["faults"]) == ("NVIDIA GeForce RTX 4070", [])
+        ours = next(each for each in gpu["processes"] if each["comfyui"])
+        assert (ours["pid"], ours["user"], ours["unit"]) == (pid, "comfyui", "comfyui.service")
+        assert ours["name"].endswith(" main.py")
+        shown = steady.inv("gpu", "--host", "spark").stdout
+        assert "comfyui.service (ComfyUI)" in shown
+        assert all(len(line) <= 100 for line in shown.splitlines())
+        facts = steady.facts()
+        assert facts["gpus"] == [
+            {"name": "NVIDIA GeForce RTX 4070", "capability": "8.9", "memory": 12282 << 20, "unified": False}
+        ]
+        assert facts["driver"] == "535.247.01"
+    without = steady.inv("gpu", "--host", "spark")
+    assert without.returncode == 80, without.stderr
+    assert "nvidia-smi must list the GPU" in without.stderr
+
+
+def test_a_recording_names_the_jobs(steady: Fleet, tmp_path: Path) -> None:
+    with driver(steady, "h200"):
+        place = tmp_path / "run.jsonl"
+        job = queue(steady, 8)
+        done = steady.inv("gpu", "--host", "spark", "--record", str(place), "--seconds", "4", "--every", "0.5")
+        assert done.returncode == 0, done.stderr
+        samples = [json.loads(line) for line in place.read_text().splitlines()]
+        assert 7 <= len(samples) <= 9
+        assert job in {each["job"] for each in samples}
+        assert samples[0]["host"] == "spark"
+        assert steady.inv("gpu-plot", str(place)).stdout.strip() == str(tmp_path / "run.svg")
+        assert job[:8] in (tmp_path / "run.svg").read_text()
+        again = steady.inv("gpu", "--host", "spark", "--record", str(place), "--seconds", "4")
+        assert (again.returncode, len(place.read_text().splitlines())) == (15, len(samples))
+
+
+def test_an_interrupt_keeps_what_was_recorded_and_ends_the_agent(steady: Fleet, tmp_path: Path) -> None:
+    with driver(steady, "gb10"):
+        place = tmp_path / "run.jsonl"
+        started = steady.start("gpu", "--host", "spark", "--record", str(place), "--seconds", "600", "--every", "0.2")
+        wait_for(lambda: place.exists() and len(place.read_text().splitlines()) >= 3)
+        os.kill(started.pid, signal.SIGINT)
+        said, _ = started.communicate(timeout=30)
+        assert started.returncode == 130, said
+        assert "samples in" in said
+        samples = [json.loads(line) for line in place.read_text().splitlines()]
+        assert all(each["gpus"][0]["memory_source"] == "meminfo" for each in samples)
+        wait_for(lambda: not steady.machine.run("pgrep -f '[a]gent-.*pyz gpu'", check=False))
+
+
+def test_it_can_be_watched_over_one_connection(steady: Fleet) -> None:
+    def logins() -> int:
+        """How often somebody logged in, this time too."""
+        return steady.machine.run("journalctl --unit=ssh --output=cat").count("Accepted publickey")
+
+    with driver(steady, "h200"):
+        before = logins()
+        started = steady.start("gpu", "--host", "spark", "--watch=0.5")
+        time.sleep(4)
+        os.kill(started.pid, signal.SIGINT)
+        shown, _ = started.communicate(timeout=30)
+        assert started.returncode == 130, shown
+        assert shown.count("H200") >= 4
+        assert logins() == before + 2
+
+
+def test_comfyui_gives_its_memory_back_when_its_job_has_ended(steady: Fleet) -> None:
+    job = queue(steady, 8)
+    at_once = steady.inv("free-memory", "--host", "spark", "--wait", "0")
+    assert at_once.returncode == 1, at_once.stdout + at_once.stderr
+    assert f"job {job} runs" in at_once.stdout
+    done = steady.inv("free-memory", "--host", "spark", "--json")
+    assert done.returncode == 0, done.stderr
+    queue(steady, 4)
+    wait_for(lambda: not any(steady.ask("/queue").values()))  # neither running nor pending
+    (found,) = json.loads(steady.inv("free-memory", "--host", "spark", "--json").stdout)
+    assert (found["freed"], found["job"]) == (True, None)
+    assert found["after"]["resident"] < found["before"]["resident"] - 300_000_000  # the pictures of four nodes
+    shown = steady.inv("free-memory", "--host", "spark")
+    assert "ComfyUI's process: " in shown.stdout
+
+
+def test_a_container_does_not_let_its_page_cache_be_dropped(steady: Fleet) -> None:
+    refused = steady.inv("drop-caches", "--host", "spark")
+    assert refused.returncode == 63
+    assert "no GPU there shares the machine's memory" in refused.stderr
+    with driver(steady, "gb10"):
+        assert steady.inv("drop-caches", "--host", "spark", "--dry-run").returncode == 2
+        done = steady.inv("drop-caches", "--host", "spark")
+    assert done.returncode == 69, done.stderr
+    assert "does not let its cache be dropped" in done.stderr
+    assert "Read-only file system" in done.stderr
+    last = json.loads(steady.inv("history", "--host", "spark", "--json").stdout)[-1]
+    assert (last["action"], last["result"]) == ("drop-caches", "failed")
+
+
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)

@@ -1,0 +1,143 @@
+"""Modes on a real host: flags that arrive, nodes under development, memory that is given back."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+
+import pytest
+
+from deploy import host
+from tests.host.fleet import PREFIX, Fleet, within
+
+pytestmark = pytest.mark.host
+
+NODE = """\
+class One:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES, FUNCTION, CATEGORY = (), "run", "test"
+
+NODE_CLASS_MAPPINGS = {"NAME": One}
+"""
+HOME = "home/deployer/my-node"
+
+
+def has(fleet: Fleet, node_type: str) -> bool:
+    try:
+        return node_type in fleet.ask(f"/object_info/{node_type}")
+    except (OSError, urllib.error.HTTPError):
+        return False
+
+
+def exposure(fleet: Fleet, unit: str) -> float:
+    found = re.search(r"exposure level for .*: ([\d.]+)", fleet.machine.run(f"systemd-analyze security {unit}"))
+    assert found
+    return float(found[1])
+
+
+def test_a_modes_flags_arrive_and_are_explained(steady: Fleet) -> None:
+    steady.becomes('modes = ["low-memory", "production"]\n')
+    system = steady.ask("/system_stats")["system"]
+    assert isinstance(system, dict)
+    assert " ".join(system["argv"]).endswith("--cache-ram 4 --cpu --vram-headroom 0.5")
+    shown = steady.machine.run("systemctl show comfyui -p Restart -p MemoryMax")
+    assert "Restart=always" in shown
+    assert "MemoryMax=infinity" not in shown
+    steady.configure('modes = ["shared-gpu"]\n')
+    told = steady.inv("flags", "--host", "spark")
+    assert told.returncode == 0, told.stderr
+    assert re.search(r"--cpu +yes +profile cpu\n", told.stdout)
+    assert re.search(r"--cache-ram +4 +an earlier configuration\n", told.stdout)
+    assert re.search(r"--port +\d+ +Hearth\n", told.stdout)
+    assert "the configuration differs: --reserve-vram is not set there, and 2 in it" in told.stdout
+    assert "  --cpu --gpu-only --highvram --lowvram --novram\n" in told.stdout
+
+
+@pytest.mark.parametrize("mode", host.modes())
+def test_every_mode_is_one_for_the_comfyui_that_is_deployed(deployed: Fleet, mode: str) -> None:
+    try:
+        deployed.configure(f'modes = ["{mode}"]\n')
+        done = deployed.deploy("--dry-run")
+    finally:
+        deployed.configure()
+    assert done.returncode == (0 if mode == "standard" else 2), done.stderr
+
+
+def test_what_excludes_each_other_is_refused_with_who_says_it(deployed: Fleet) -> None:
+    try:
+        deployed.configure('modes = ["low-memory", "high-memory"]\n')
+        modes = deployed.deploy()
+        deployed.configure(
+            'modes = ["low-memory"]\n[hosts.spark.override.flags]\n"--cache-none" = { why = "a test" }\n'
+        )
+        flags = deployed.deploy()
+        deployed.configure('modes = ["production"]\ndevelop = ["/home/deployer/my-node"]\n')
+        develop = deployed.deploy()
+        deployed.configure('modes = ["development"]\ndevelop = ["/srv/nothing"]\n')
+        missing = deployed.deploy()
+    finally:
+        deployed.configure()
+    assert (modes.returncode, flags.returncode, develop.returncode, missing.returncode) == (10, 63, 10, 63)
+    assert "modes low-memory and high-memory exclude each other" in modes.stderr
+    assert "--cache-none and --cache-ram exclude each other" in flags.stderr
+    assert "--cache-none is from host spark, --cache-ram is from mode low-memory" in flags.stderr
+    assert "production is not for that" in develop.stderr
+    assert "/srv/nothing is not there" in missing.stderr
+
+
+def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet) -> None:
+    """The node lies in a home folder that nobody else may look into, and that the service's unit hides."""
+    machine = steady.machine
+    node = machine.root / HOME / "__init__.py"
+    machine.run(f"runuser -u deployer -- mkdir -p /{HOME}/inner; chmod 0700 /home/deployer")
+
+    def write(text: str) -> None:
+        machine.run(f"runuser -u deployer -- tee /{HOME}/{node.name} >/dev/null <<'END'\n{text}\nEND")
+
+    write("import a_module_that_nobody_has")
+    done = steady.becomes(f'modes = ["development"]\ndevelop = ["/{HOME}"]\n')
+    assert f"ComfyUI starts anew whenever a Python file in /{HOME} changes" in done.stderr
+    assert "node my-node cannot be imported: No module named 'a_module_that_nobody_has'" in done.stderr
+    write(NODE.replace("NAME", "DevelopedOne"))
+    assert within(90, lambda: has(steady, "DevelopedOne"))
+    machine.run(f"runuser -u deployer -- sh -c 'echo value = 1 > /{HOME}/inner/more.py'")
+    write("from .inner.more import value\n" + NODE.replace("NAME", "DevelopedTwo"))
+    assert within(90, lambda: has(steady, "DevelopedTwo"))
+    assert not has(steady, "DevelopedOne")
+    assert steady.deploy("--dry-run").returncode == 0
+    log = machine.run("journalctl --no-pager --output=cat --unit=comfyui-reload")
+    assert f"{PREFIX}/data/develop/my-node/__init__.py changed: ComfyUI starts anew" in log
+    assert exposure(steady, "comfyui-reload") <= 2.0
+    tried = machine.run(
+        f"nsenter --target $(systemctl show comfyui -p MainPID --value) --mount "
+        f"runuser -u comfyui -- touch {PREFIX}/data/develop/my-node/new 2>&1 || true"
+    )
+    assert "Read-only file system" in tried
+    write("import os; os._exit(3)")
+    assert within(60, lambda: "auto-restart" in machine.run("systemctl show comfyui -p SubState"))
+    write(NODE.replace("NAME", "DevelopedAgain"))
+    assert within(90, lambda: has(steady, "DevelopedAgain"))
+    # what somebody stopped stays so
+    machine.run("systemctl stop comfyui")
+    write(NODE.replace("NAME", "DevelopedThree"))
+    assert within(20, lambda: "is stopped" in machine.run("journalctl --no-pager --output=cat --unit=comfyui-reload"))
+    assert machine.run("systemctl is-active comfyui || true").strip() == "inactive"
+    machine.run("systemctl start comfyui")
+    assert within(90, lambda: has(steady, "DevelopedThree"))
+    steady.becomes()
+    assert not (machine.root / "etc/systemd/system/comfyui-reload.service").is_symlink()
+    assert machine.run("systemctl is-active comfyui-reload || true").strip() == "inactive"
+
+
+def test_memory_is_given_back_by_a_timer(steady: Fleet) -> None:
+    steady.becomes('free_memory = "3s"\n')
+    timers = json.loads(steady.machine.run("systemctl list-timers --output=json comfyui-free-memory.timer"))
+    assert [each["activates"] for each in timers] == ["comfyui-free-memory.service"]
+    journal = "journalctl --no-pager --output=cat --unit=comfyui-free-memory"
+    said = "ComfyUI has no job, and gives its memory back"
+    assert within(20, lambda: steady.machine.run(journal).count(said) >= 2)
+    assert exposure(steady, "comfyui-free-memory") <= 2.0
+    steady.machine.run("systemctl stop comfyui")
+    assert within(20, lambda: "ComfyUI does not answer" in steady.machine.run(journal))
+    assert "Failed" not in steady.machine.run(journal)

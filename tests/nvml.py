@@ -1,0 +1,50 @@
+"""NVIDIA's library, made up: `fixtures/nvml/nvml.c` compiled, answering from recordings of real machines."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from core import files
+
+FIXTURES = Path(__file__).parent / "fixtures/nvml"
+MACHINES = ("rtx-4070", "h200", "gb10")
+
+
+@functools.cache
+def library() -> Path:
+    """The library; compiled once, for Debian's path of it and for any LD_LIBRARY_PATH."""
+    folder = tempfile.mkdtemp(prefix="hearth-nvml-")
+    atexit.register(shutil.rmtree, folder)
+    place = Path(folder) / "libnvidia-ml.so.1"
+    words = ["gcc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,libnvidia-ml.so.1"]
+    subprocess.run([*words, "-o", str(place), str(FIXTURES / "nvml.c")], check=True)
+    return place
+
+
+def recording(machine: str, *edits: tuple[str, str]) -> str:
+    """What a machine answered; each edit replaces the line of a key (`memory`), or adds it."""
+    lines = (FIXTURES / f"{machine}.txt").read_text().splitlines()
+    for key, value in edits:
+        kept = [line for line in lines if line.split()[:1] != [key]]
+        before = kept.index("gpu") + (key not in ("driver", "cuda", "gpus", "fails"))
+        lines = [*kept[:before], f"{key} {value}", *kept[before:]]
+    return "\n".join(lines) + "\n"
+
+
+def environment(place: Path) -> dict[str, str]:
+    """This process's environment, with the library in it and the recording at `place`."""
+    return {**os.environ, "LD_LIBRARY_PATH": str(library().parent), "NVML_RECORDING": str(place)}
+
+
+def python(code: str, place: Path) -> str:
+    """What a program prints that runs with the library and the recording at `place`."""
+    words = [sys.executable, "-c", code]
+    run = subprocess.run(words, env=environment(place), cwd=files.CHECKOUT, capture_output=True, text=True, check=True)
+    return run.stdout

@@ -1,0 +1,116 @@
+"""What status and doctor make of what was seen; on a booted host each fault is made for real (tests/host)."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from deploy import plan
+from deploy.facts import Facts
+from ops import doctor, status
+from ops.checks import CHECKS, Case, Probe
+from ops.status import ComfyUI, Disk, Live
+from tests.unit.test_plan import made, settled, shelf, spark
+
+NOW = 1_000_000.0
+SERVES = ComfyUI("answers", version="1.2.3", torch="2.11.0")
+WELL = Live(NOW, 3600, SERVES, {"MemTotal": 10**11, "MemAvailable": 10**11}, {"/opt/comfyui": Disk(10**11, 10**12)})
+PROBE = Probe(dead=(), synchronized=True, compiler="/usr/bin/cc", headers="/usr/include/Python.h",
+              installed={"torch": "2.11.0"})  # fmt: skip
+
+
+def seen(facts: Facts | None = None, live: Live = WELL, probe: Probe = PROBE) -> Case:
+    facts = facts or settled()
+    live = msgspec.structs.replace(
+        live, comfyui=msgspec.structs.replace(live.comfyui, devices=(status.Device("GB10", "cuda"),))
+    )
+    return Case(spark(), facts, live, probe, shelf(), made(facts), NOW)
+
+
+def found(case: Case) -> dict[str, str]:
+    return {each.check: each.what for each in doctor.judge(case)}
+
+
+def test_all_is_well() -> None:
+    assert found(seen()) == {}
+    assert status.judge(spark(), settled(), WELL, made(settled())).problems == ()
+
+
+@pytest.mark.parametrize(("off", "what"), [(-300.0, "5 min 00 s behind"), (90.0, "1 min 30 s ahead of")])
+def test_a_clock_that_is_wrong(off: float, what: str) -> None:
+    case = seen(live=msgspec.structs.replace(WELL, time=NOW + off))
+    assert found(case) == {"clock": f"its clock is {what} this machine's"}
+
+
+def test_torch_is_asked_when_comfyui_does_not_answer() -> None:
+    stopped = msgspec.structs.replace(settled(), service=msgspec.structs.replace(settled().service, active=False))
+    live = msgspec.structs.replace(WELL, comfyui=ComfyUI("closed"))
+    case = seen(stopped, live, msgspec.structs.replace(PROBE, torch={"fault": "CUDA driver initialization failed"}))
+    assert found(case)["cuda"] == "torch cannot use CUDA: CUDA driver initialization failed"
+
+
+def test_a_gpu_of_another_kind_than_the_kernels_are_for() -> None:
+    other = msgspec.structs.replace(settled().gpus[0], capability="8.9", unified=False)
+    case = seen(msgspec.structs.replace(settled(), gpus=(other,)))
+    assert "was built for 12.1, and the GPU is 8.9" in found(case)["kernels"]
+
+
+@pytest.mark.parametrize(
+    ("live", "what"),
+    [
+        (msgspec.structs.replace(WELL, uptime=5, comfyui=ComfyUI("closed")), "ComfyUI is starting, since 5 s"),
+        (msgspec.structs.replace(WELL, comfyui=ComfyUI("closed")), "ComfyUI is not reached"),
+        (msgspec.structs.replace(WELL, comfyui=ComfyUI("silent", "timed out")), "does not answer: timed out"),
+    ],
+)
+def test_what_status_says_of_a_comfyui_that_is_not_there(live: Live, what: str) -> None:
+    (problem,) = status.judge(spark(), settled(), live, made(settled())).problems
+    assert what in problem.what
+    assert problem.remedy == "inv logs --host spark"
+
+
+def test_drift_is_what_a_deploy_would_change() -> None:
+    altered = msgspec.structs.replace(settled(), altered=(settled().current,))
+    judged = status.judge(spark(), altered, WELL, made(altered))
+    assert judged.drift
+    assert judged.drift == tuple(step.title for step in made(altered).steps)
+    assert any(problem.what.startswith(f"a deploy would {judged.drift[0]}") for problem in judged.problems)
+
+
+def test_a_failed_last_run_and_one_under_way() -> None:
+    last = {"action": "deploy", "at": "now", "result": "reverted", "error": "no picture"}
+    busy = {"action": "deploy", "who": "anna", "alive": True, "run": "1", "since": "now"}
+    facts = msgspec.structs.replace(settled(), last=last, busy=busy)
+    told = [problem.what for problem in status.judge(spark(), facts, WELL, plan.Plan("", "")).problems]
+    assert told == ["deploy by anna is under way", "the last deploy (now) reverted: no picture"]
+
+
+GUIDES = {  # the rows of both guides' chapters on troubleshooting, in the words of their headings
+    "Spark guide": (
+        "sageattention", "GPU architecture", "build tools", "service won't start", "port 8188", "Python import errors",
+        "permission errors", "NFS symlinks", "virtual environment", "PyTorch wrong version", "GPU not detected",
+    ),
+    "Debian guide": (
+        "CUDA out of memory", "GPU not detected in container", "performance degradation", "memory fragmentation",
+        "context conflicts", "driver instability", "system resource exhaustion", "port conflicts",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("guide", "row"), [(guide, row) for guide, rows in GUIDES.items() for row in rows])
+def test_every_row_of_the_guides_has_a_check(guide: str, row: str) -> None:
+    cases = [case for check in CHECKS for case in check.cases]
+    assert any(case.startswith(f"{guide}: ") and row.lower() in case.lower() for case in cases)
+
+
+def test_the_page_is_todays() -> None:
+    """Written anew with: python -m ops.doctor."""
+    assert doctor.PAGE.read_text() == doctor.page()
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+def test_this_machine_is_looked_at_for_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.shell.which", lambda _: None)
+    told = {each.what for each in doctor.workbench()}
+    assert {"git is not installed", "uv is not installed"} <= told
+    assert any("there is no C++ compiler" in what or "no aarch64" in what for what in told), told

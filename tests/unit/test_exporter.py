@@ -1,0 +1,448 @@
+"""The exporter: what it counts, that nothing that hangs holds it up, and that what hosts get of it runs there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlparse
+
+import pytest
+from invoke.parser import Parser
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+
+from agent.site import Site
+from core import files
+from core.stack import Platform
+from deploy import exporter as exporters
+from exporter import comfyui, host
+from exporter.__main__ import gatherer
+from exporter.gather import Gatherer, Source
+from tasks import reference
+from tests import nvml
+from tests.host.machine import free_port
+
+ALERTS = files.CHECKOUT / "ops/prometheus/alerts.yml"
+
+
+class Stand:
+    """Answers as ComfyUI 0.30.0 does what the exporter asks, and nothing else; `delay` seconds late."""
+
+    def __init__(self) -> None:
+        self.history: dict[str, Any] = {}
+        self.waiting = 0
+        self.delay = 0.0
+        self.asked: list[int] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                place = urlparse(self.path)
+                query = {name: value[0] for name, value in parse_qs(place.query).items()}
+                answer: Any
+                if place.path == "/history":
+                    outer.asked.append(int(query["max_items"]))
+                    answer = dict(list(outer.history.items())[-int(query["max_items"]) :])
+                else:
+                    assert (place.path, query["limit"]) == ("/api/jobs", "1")
+                    total = {"in_progress": min(outer.waiting, 1), "pending": max(outer.waiting - 1, 0)}
+                    answer = {"jobs": [], "pagination": {"total": total[query["status"]]}}
+                time.sleep(outer.delay)
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps(answer).encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+    def end(self, name: str, seconds: float = 2, result: str = "success", prefix: str = "art") -> None:
+        """A job ended."""
+        last = {"success": "success", "failed": "error", "interrupted": "interrupted"}[result]
+        messages = [["execution_start", {"timestamp": 10_000}]]
+        messages += [["execution_cached", {"nodes": [], "timestamp": 10_001}]]
+        messages += [[f"execution_{last}", {"timestamp": 10_000 + int(seconds * 1000)}]]
+        status = {"status_str": "success" if result == "success" else "error", "messages": messages}
+        nodes = {"1": {"class_type": "EmptyImage"}, "2": {"inputs": {"filename_prefix": prefix}}}
+        self.history[name] = {"prompt": [0, name, nodes, {}, []], "outputs": {}, "status": status}
+
+
+@pytest.fixture
+def stand() -> Iterator[Stand]:
+    found = Stand()
+    thread = threading.Thread(target=found.server.serve_forever, args=(0.05,))
+    thread.start()
+    yield found
+    found.server.shutdown()
+    thread.join()
+    found.server.server_close()
+
+
+def site(place: Path, port: int, **more: Any) -> Site:
+    (place / "data/cache").mkdir(parents=True, exist_ok=True)
+    plain = {"prefix": str(place), "service": "comfyui", "scope": "system", "user": "", "address": "", "port": port}
+    return Site(plain | more)
+
+
+def jobs(stand: Stand, place: Path) -> comfyui.Jobs:
+    return comfyui.Jobs(comfyui.Client(site(place, stand.server.server_port)), place / "data/cache/exporter.json")
+
+
+def counted(found: comfyui.Jobs) -> dict[str, float]:
+    found.look()
+    return {sample.labels["result"]: sample.value for sample in next(iter(found.told())).samples}
+
+
+def text(*sources: Source) -> str:
+    registry = CollectorRegistry()
+    registry.register(Gatherer(*sources))
+    return generate_latest(registry).decode()
+
+
+def test_each_job_is_counted_once_as_it_ended(stand: Stand, tmp_path: Path) -> None:
+    stand.end("before")
+    found = jobs(stand, tmp_path)
+    assert counted(found) == {"done": 0, "failed": 0, "interrupted": 0}  # who counted those that ended before?
+    stand.end("one", 3)
+    stand.end("two", 700)
+    stand.end("three", result="failed")
+    stand.end("four", result="interrupted")
+    stand.end("proof", prefix="hearth-gate/proof")
+    assert counted(found) == {"done": 2, "failed": 1, "interrupted": 1}
+    assert counted(found) == {"done": 2, "failed": 1, "interrupted": 1}
+    assert stand.asked[-1] == 1  # whole workflows: no more of them than needed
+    lines = text(Source("jobs", found.look))
+    assert 'hearth_job_duration_seconds_bucket{le="2.5"} 0.0' in lines
+    assert 'hearth_job_duration_seconds_bucket{le="5.0"} 1.0' in lines
+    assert 'hearth_job_duration_seconds_bucket{le="600.0"} 1.0' in lines
+    assert "hearth_job_duration_seconds_count 2.0" in lines
+    assert "hearth_job_duration_seconds_sum 703.0" in lines
+
+
+def test_counts_outlast_comfyui_and_the_exporter(stand: Stand, tmp_path: Path) -> None:
+    first = jobs(stand, tmp_path)
+    counted(first)
+    for name in ("one", "two"):
+        stand.end(name)
+    assert counted(first)["done"] == 2
+    stand.end("while the exporter is not there")
+    assert counted(jobs(stand, tmp_path))["done"] == 3
+    stand.history.clear()  # ComfyUI was started anew
+    again = jobs(stand, tmp_path)
+    assert counted(again)["done"] == 3
+    stand.end("of the new one")
+    assert counted(again)["done"] == 4
+    for number in range(1000):
+        stand.end(f"many {number}")
+    assert counted(again)["done"] == 4 + comfyui.KNOWN
+    stand.history.pop("many 999")  # by hand, in the browser
+    assert counted(again)["done"] == 4 + comfyui.KNOWN
+
+
+def test_counts_that_cannot_be_kept_or_read_go_on(
+    stand: Stand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data/cache").mkdir(parents=True)
+    (tmp_path / "data/cache/exporter.json").write_text('{"known": ["one"')
+    found = jobs(stand, tmp_path)
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "data").write_text("in the way")
+    counted(found)
+    stand.end("one")
+    assert counted(found)["done"] == 1
+    assert "the counts cannot be kept" in capsys.readouterr().err
+
+
+def test_an_answer_without_end_is_given_up(stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comfyui, "LIMIT", 100_000)
+    client = comfyui.Client(site(tmp_path, stand.server.server_port))
+    stand.end("x" * 200_000)
+    with pytest.raises(TimeoutError, match="still answered"):
+        client.get("/history?max_items=1")
+
+
+@pytest.mark.parametrize("state", ["closed", "hangs"])
+def test_without_comfyui_all_else_is_told_within_two_seconds(stand: Stand, tmp_path: Path, state: str) -> None:
+    stand.delay = 4
+    port = stand.server.server_port if state == "hangs" else free_port()
+    registry = CollectorRegistry()
+    registry.register(gatherer(site(tmp_path, port), cuda=False))
+    started = time.monotonic()
+    found = generate_latest(registry).decode()
+    assert time.monotonic() - started < 2
+    assert "hearth_comfyui_up 0.0" in found
+    assert 'hearth_jobs_total{result="done"} 0.0' in found
+    assert "hearth_jobs_running" not in found
+    assert 'hearth_scrape_collector_success{collector="jobs"} 0.0' in found
+    assert 'hearth_scrape_collector_success{collector="memory"} 1.0' in found
+    assert f'hearth_disk_available_bytes{{path="{tmp_path}"}}' in found
+
+
+def test_the_queue_is_told(stand: Stand, tmp_path: Path) -> None:
+    stand.waiting = 4
+    client = comfyui.Client(site(tmp_path, stand.server.server_port))
+    found = text(Source("comfyui", lambda: comfyui.queue(client), comfyui.down))
+    for line in ("hearth_comfyui_up 1.0", "hearth_jobs_running 1.0", "hearth_jobs_pending 3.0"):
+        assert f"\n{line}\n" in found
+
+
+def test_what_hangs_is_not_asked_again_and_scrapes_share_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exporter.gather.PATIENCE", 0.2)
+    monkeypatch.setattr("exporter.gather.FRESH", 0.4)
+    go_on, asked = threading.Event(), {"stuck": 0, "quick": 0}
+
+    def stuck() -> list[Any]:
+        asked["stuck"] += 1
+        go_on.wait(30)
+        return [GaugeMetricFamily("late", "Late.", value=1)]
+
+    def quick() -> list[Any]:
+        asked["quick"] += 1
+        return [GaugeMetricFamily("prompt", "Prompt.", value=asked["quick"])]
+
+    registry = CollectorRegistry()
+    registry.register(Gatherer(Source("stuck", stuck), Source("quick", quick)))
+    found: list[str] = []
+    scrapes = [threading.Thread(target=lambda: found.append(generate_latest(registry).decode())) for _ in range(5)]
+    for each in scrapes:
+        each.start()
+    for each in scrapes:
+        each.join()
+    assert asked == {"stuck": 1, "quick": 1}
+    assert all('success{collector="stuck"} 0.0' in each and "prompt 1.0" in each for each in found)
+    time.sleep(0.5)
+    assert "prompt 2.0" in generate_latest(registry).decode()
+    assert asked == {"stuck": 1, "quick": 2}
+    go_on.set()
+    time.sleep(0.5)
+    assert "late 1.0" in generate_latest(registry).decode()
+    assert asked == {"stuck": 2, "quick": 3}
+
+
+def test_a_fault_is_told_once_and_when_it_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+    faults: list[Exception] = [ValueError("nonsense"), ValueError("nonsense")]
+
+    def ask() -> list[Any]:
+        if faults:
+            raise faults.pop()
+        return []
+
+    source = Source("odd", ask)
+    for _ in range(4):
+        source.begin()
+        source.answer(time.monotonic() + 5)
+    assert capsys.readouterr().err == "odd: ValueError: nonsense\nodd: well again\n"
+
+
+def test_a_family_of_two_sources_is_one() -> None:
+    def of(path: str) -> list[Any]:
+        metric = GaugeMetricFamily("room", "Room.", labels=["path"])
+        metric.add_metric([path], 1)
+        return [metric]
+
+    found = text(Source("a", lambda: of("/a")), Source("b", lambda: of("/b")))
+    assert found.count("# TYPE room gauge") == 1
+    assert 'room{path="/a"} 1.0\nroom{path="/b"} 1.0' in found
+
+
+def release(place: Path) -> Site:
+    """A prefix with a current release and a history."""
+    found = site(place, 1)
+    folder = found.releases / "abc"
+    folder.mkdir(parents=True)
+    manifest = {"id": "abc", "version": "0.30.0", "torch": "2.11.0", "stack": "cu130", "profile": "dgx-spark"}
+    manifest |= {"python": "3.12", "kernels": {"sageattention": "2.2.0", "flash-attn": "2.8.3"}}  # type: ignore[dict-item]
+    manifest |= {"gate": {"attention": "sage attention"}}  # type: ignore[dict-item]
+    (folder / "release.json").write_text(json.dumps(manifest))
+    found.current.symlink_to("releases/abc")
+    found.state.mkdir()
+    return found
+
+
+def test_the_release_its_gate_and_the_last_deploy(tmp_path: Path) -> None:
+    found = release(tmp_path)
+    told = host.Release(found)
+    lines = text(Source("release", told))
+    expected = 'attention="sage attention",kernels="flash-attn 2.8.3, sageattention 2.2.0",profile="dgx-spark"'
+    expected += ',python="3.12",release="abc",stack="cu130",torch="2.11.0",version="0.30.0"'
+    assert f"hearth_release_info{{{expected}}} 1.0" in lines
+    assert "hearth_gate_success 0.0" in lines
+    assert "hearth_deploy" not in lines
+
+    (found.releases / "abc/proven").write_text('{"at": "2026-11-23T03:00:00Z"}')
+    ended = {"action": "deploy", "result": "done", "at": "2026-11-23T02:00:00Z"}
+    failed = {"action": "deploy", "result": "reverted", "at": "2026-11-23T04:00:00Z"}
+    other = {"action": "drop caches", "result": "done", "at": "2026-11-23T05:00:00Z"}
+    found.history.write_text(json.dumps(ended) + "\n")
+    lines = text(Source("release", told))
+    assert "hearth_gate_success 1.0" in lines
+    assert "hearth_gate_timestamp_seconds 1.7954028e+09" in lines
+    assert "hearth_deploy_success 1.0" in lines
+    found.history.write_text("".join(json.dumps(each) + "\n" for each in (ended, failed, other)))
+    lines = text(Source("release", told))
+    assert "hearth_deploy_success 0.0" in lines
+    assert "hearth_deploy_timestamp_seconds 1.7954064e+09" in lines
+
+    found.current.unlink()
+    assert "hearth_release_info" not in text(Source("release", told))
+    found.current.symlink_to("/etc")
+    assert 'success{collector="release"} 0.0' in text(Source("release", told))
+
+
+GPUS = """
+import sys
+from pathlib import Path
+from prometheus_client import CollectorRegistry, generate_latest
+from exporter import gather
+from exporter.host import Gpus
+gather.FRESH = 0
+registry = CollectorRegistry()
+registry.register(gather.Gatherer(gather.Source("gpu", Gpus(needed={needed}))))
+for recording in {recordings}:
+    if recording:
+        Path({place!r}).write_text(recording)
+    else:
+        Path({place!r}).unlink(missing_ok=True)
+    print("---", generate_latest(registry).decode())
+"""
+
+
+def gpus(place: Path, *recordings: str, needed: bool = True) -> list[str]:
+    """What one exporter tells while the driver answers this, then that; empty: there is no driver."""
+    program = GPUS.format(needed=needed, recordings=recordings, place=f"{place}/recording")
+    return nvml.python(program, place / "recording").split("---")[1:]
+
+
+def test_gpus_of_real_machines(tmp_path: Path) -> None:
+    desktop, unified, server = gpus(tmp_path, *map(nvml.recording, ("rtx-4070", "gb10", "h200")))
+    for line in (
+        'hearth_gpu_info{capability="8.9",cuda="12.2",driver="535.247.01",gpu="0",name="NVIDIA GeForce RTX 4070",'
+        'unified="false",uuid="GPU-4070aaaa-0000-0000-0000-000000000000"} 1.0',
+        'hearth_gpu_memory_used_bytes{gpu="0"} 3.296722944e+09',
+        'hearth_gpu_utilization_ratio{gpu="0"} 0.02',
+        'hearth_gpu_temperature_celsius{gpu="0"} 47.0',
+        'hearth_gpu_power_watts{gpu="0"} 74.0',
+        'hearth_gpu_power_limit_watts{gpu="0"} 215.0',
+    ):
+        assert line in desktop
+    assert 'unified="true"' in unified
+    assert 'hearth_gpu_memory_size_bytes{gpu="0"}' in unified
+    assert "hearth_gpu_power_limit_watts" not in unified  # it has none, and nothing is made up
+    assert server.count("# TYPE hearth_gpu_temperature_celsius gauge") == 1
+
+
+def test_a_gpu_that_is_lost_is_looked_for_again(tmp_path: Path) -> None:
+    whole, lost = nvml.recording("rtx-4070"), nvml.recording("rtx-4070", ("fails", "0 15"))
+    silent = nvml.recording("rtx-4070", *((key, "!15") for key in ("name", "uuid", "temperature")))
+    found = gpus(tmp_path, whole, silent, lost, "", whole)
+    assert ['success{collector="gpu"} 1.0' in each for each in found] == [True, True, False, False, True]
+    assert ['hearth_gpu_up{gpu="0"} 1.0' in each for each in found] == [True, False, False, False, True]
+    assert 'hearth_gpu_up{gpu="0"} 0.0' in found[1]
+    assert ["hearth_gpu_temperature_celsius{" in each for each in found] == [True, False, False, False, True]
+
+
+def test_without_a_driver_there_is_a_fault_only_where_a_gpu_is_needed(tmp_path: Path) -> None:
+    assert 'success{collector="gpu"} 0.0' in gpus(tmp_path, "")[0]
+    assert 'success{collector="gpu"} 1.0' in gpus(tmp_path, "", needed=False)[0]
+
+
+@contextmanager
+def running(place: Path, port: int) -> Iterator[str]:
+    """The exporter as a host gets it, compiled and run by itself; its address."""
+    tree, ours = place / "tree", free_port()
+    shutil.copytree(exporters.tree(Platform.parse("linux_x86_64")), tree)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(tree)], check=True)
+    release(place)
+    config = {"site": site(place, port).json, "port": ours, "cuda": False}
+    (place / "exporter.json").write_text(json.dumps(config))
+    words = [sys.executable, "-I", "-S", str(tree), str(place / "exporter.json")]
+    process = subprocess.Popen(words, cwd="/", env={"PATH": os.environ["PATH"]}, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 20
+        while time.monotonic() < end and process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{ours}/metrics", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{ours}/metrics"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def test_what_hosts_get_runs_by_itself_and_promtool_finds_no_fault(stand: Stand, tmp_path: Path) -> None:
+    needs_prometheus()
+    with running(tmp_path, stand.server.server_port) as address, urllib.request.urlopen(address, timeout=5) as answer:
+        raw = answer.read()
+    assert b"hearth_comfyui_up 1.0" in raw
+    assert b"process_resident_memory_bytes" in raw
+    done = subprocess.run(["promtool", "check", "metrics"], input=raw, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def needs_prometheus() -> None:
+    if not shutil.which("promtool"):  # .ci/run installs it, so CI never leaves this out
+        pytest.skip("metrics and rules cannot be checked without promtool: apt-get install prometheus")
+
+
+def test_the_tree_changes_its_name_with_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = exporters.exporter()
+    assert before.packages == {"prometheus-client": before.packages["prometheus-client"]}
+    monkeypatch.setattr(exporters, "AGENT", (*exporters.AGENT, "journal"))
+    assert exporters.exporter().digest != before.digest
+
+
+def test_no_environment_has_the_exporters_packages_too() -> None:
+    """A release's manifest names each package once: of two versions it would tell one only."""
+    for path in (files.CHECKOUT / "recipes/comfyui/locks").glob("*.txt"):
+        assert not re.search(r"^prometheus[-_]client==", path.read_text(), re.MULTILINE)
+
+
+def test_the_alerts_do_what_they_say() -> None:
+    needs_prometheus()
+    for words in (
+        ["check", "rules", ALERTS],
+        ["test", "rules", Path(__file__).parents[1] / "fixtures/prometheus/alerts.test.yml"],
+    ):
+        done = subprocess.run(["promtool", *map(str, words)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_names_a_command_that_can_be_typed() -> None:
+    alerts = re.split(r"\n +- alert: ", ALERTS.read_text())[1:]
+    assert len(alerts) > 10
+    for each in alerts:
+        assert re.search(r'^ +summary: ".+"$', each, re.MULTILINE), each
+        found = re.search(r'^ +next: "inv (.+)"$', each, re.MULTILINE)
+        assert found, each
+        words = shlex.split(found[1].replace("{{ $labels.host }}", "spark"))
+        (context,) = Parser(contexts=reference.contexts().values()).parse_argv(words)
+        assert context.name == words[0]
+
+
+def test_the_dashboard_is_whole() -> None:
+    dashboard = json.loads((files.CHECKOUT / "ops/grafana/hearth.json").read_text())
+    panels = dashboard["panels"]
+    rows = [panel["title"] for panel in panels if panel["type"] == "row"]
+    assert rows == ["Health", "Queue and jobs", "GPU", "Disk and memory"]
+    assert [each["name"] for each in dashboard["templating"]["list"]] == ["datasource", "host"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for target in [target for panel in panels for target in panel.get("targets", ())]:
+        assert 'host=~"$host"' in target["expr"]
+        assert target["datasource"]["uid"] == "${datasource}"

@@ -1,0 +1,363 @@
+"""`inv gpu`, `gpu-plot`, `free-memory`, `drop-caches`: what they show, draw and refuse."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import msgspec
+import pytest
+
+from agent import memory as agent_memory
+from agent import samples as agent_samples
+from agent.files import Fault
+from agent.site import Site
+from core.errors import RecordingError, UsageError
+from deploy.facts import Gpu as GpuFact
+from ops import gpu, memory, plot
+from ops.gpu import Sample
+from tests import nvml
+from tests.unit.test_plan import FRESH, spark
+
+PROCESS = {"pid": 4242, "name": "python3.12 main.py", "user": "comfyui", "unit": "comfyui.service"}
+
+
+@functools.cache
+def asked(machine: str) -> str:
+    """What the agent's `gpus` tells of a recorded machine, as JSON."""
+    code = "import json; from agent.gpu import gpus; print(json.dumps(gpus()))"
+    return nvml.python(code, nvml.FIXTURES / f"{machine}.txt")
+
+
+def sample(machine: str, **changes: Any) -> dict[str, Any]:
+    """A sample as the agent gives one, without processes unless they are named."""
+    (one,) = json.loads(asked(machine))
+    return {"time": 1000.0, "gpus": [{**one, "processes": [], **changes}], "job": None}
+
+
+def shown(**of: dict[str, Any]) -> str:
+    return "\n".join(gpu.lines({name: msgspec.convert(each, Sample) for name, each in of.items()}))
+
+
+# --- shown -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_and_its_processes() -> None:
+    ours = {**PROCESS, "bytes": 30_000_000_000, "kind": "compute", "comfyui": True}
+    text = shown(spark={**sample("h200", processes=[ours]), "job": "3f2a"})
+    assert text == (
+        "GPU  name  used   memory               power         SM/memory MHz  °C\n"
+        "0    H200  100 %  34.6 GB of 150.8 GB  627 of 700 W  1980 / 3201    52\n"
+        "\n"
+        "GPU  pid   process             user     kind     memory   service\n"
+        "0    4242  python3.12 main.py  comfyui  compute  30.0 GB  comfyui.service (ComfyUI)\n"
+        "\n"
+        "spark: job 3f2a runs"
+    )
+
+
+def test_what_is_not_told_is_a_dash_and_only_failures_need_words() -> None:
+    untold = dict.fromkeys(
+        ("name", "utilization", "memory_used", "temperature", "power", "power_limit", "clock_memory")
+    )
+    text = shown(spark=sample("gb10", **untold, unified=True, faults=["power: GPU is lost"]))
+    assert "0    -     - %" in text
+    assert "spark: GPU 0 shares the machine's memory" in text
+    assert "spark: GPU 0: power: GPU is lost" in text
+    assert "clock_memory" not in text
+
+
+def test_no_gpu() -> None:
+    assert "spark: the driver lists no GPU" in shown(spark={**sample("h200"), "gpus": []})
+
+
+def test_tables_fit_100_columns() -> None:
+    long = {**PROCESS, "pid": 4194303, "name": "x" * 60, "user": "y" * 32, "unit": f"{'z' * 40}.service"}
+    process = {**long, "bytes": 99_900_000_000, "kind": "graphics", "comfyui": True}
+    one = sample(
+        "h200", name="NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", power=1000, processes=[process]
+    )
+    assert max(map(len, shown(spark=one).splitlines())) <= 100
+    assert max(map(len, shown(spark=one, studio=one).splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"record": "x"},
+        {"seconds": "5"},
+        {"every": "1"},
+        {"record": "x", "seconds": "5", "watch": True},
+        {"record": "x", "seconds": "0"},
+        {"record": "x", "seconds": "soon"},
+        {"record": "x", "seconds": "5", "every": "0.01"},
+        {"record": "x", "seconds": "5", "every": "-1"},
+        {"watch": "nan"},
+    ],
+)
+def test_flags_that_make_no_sense(words: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"watch": "", "record": "", "seconds": "", "every": "", **words}
+    with pytest.raises(UsageError):
+        gpu.run("", "", ask_sudo=False, as_json=False, **given)
+    assert not list(tmp_path.iterdir())
+
+
+# --- drawn -----------------------------------------------------------------------------------------------------------
+
+
+def recorded(*jobs: str | None, **changes: Any) -> list[dict[str, Any]]:
+    """A sample each second, with the job that ran."""
+    return [
+        {**sample("h200", **changes), "time": 1000.0 + second, "job": job, "host": "spark"}
+        for second, job in enumerate(jobs)
+    ]
+
+
+def written(tmp_path: Path, samples: list[dict[str, Any]]) -> Path:
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in samples))
+    return path
+
+
+def test_a_recording_is_drawn_with_its_jobs(tmp_path: Path) -> None:
+    samples = recorded(None, "one", "one", "two", None, "one")
+    samples[2]["gpus"][0]["power"] = None
+    plot.plot(str(written(tmp_path, samples)), "")
+    picture = ElementTree.parse(tmp_path / "run.svg")
+    jobs = [each for each in picture.iter("{http://www.w3.org/2000/svg}rect") if each.get("class") == "job"]
+    assert [each[0].text for each in jobs] == ["one", "two", "one"]
+    widths = [float(each.attrib["width"]) for each in jobs]
+    assert widths[0] == pytest.approx(2 * widths[1], abs=0.2)
+    paths = [str(each.get("d")) for each in picture.iter("{http://www.w3.org/2000/svg}path") if each.get("class")]
+    assert [path.count("M") for path in paths] == [1, 1, 2]  # what was not told leaves a gap
+    assert [path.count("L") for path in paths] == [5, 5, 3]
+
+
+def test_jobs_are_seen_to_begin_and_end() -> None:
+    seen = [msgspec.convert(each, plot.Recorded) for each in recorded("a", "a", None, "b")]
+    assert plot.jobs(seen) == [(1000, 1002, "a"), (1003, 1003, "b")]
+
+
+def test_a_gpu_that_tells_nothing_is_drawn_empty(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("utilization", "memory_used", "memory_total", "power", "power_limit", "name"))
+    path = written(tmp_path, recorded(None, **nothing))
+    plot.plot(str(path), str(tmp_path / "out.svg"))
+    text = (tmp_path / "out.svg").read_text()
+    assert "power, W: not told" in text
+    ElementTree.fromstring(text)
+
+
+def test_a_name_is_no_markup(tmp_path: Path) -> None:
+    plot.plot(str(written(tmp_path, recorded("<j&b>", name="<script>"))), "")
+    text = (tmp_path / "run.svg").read_text()
+    assert "<script>" not in text
+    assert "&lt;j&amp;b&gt;" in text
+
+
+def test_a_png_is_one(tmp_path: Path) -> None:
+    plot.plot(str(written(tmp_path, recorded("a", "b"))), str(tmp_path / "run.png"))
+    assert (tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda raw: raw[:-30], "line 3 of .*run.jsonl is cut short"),
+        (lambda raw: raw.replace(b"{", b"[", 1), "line 1 of .* is no sample"),
+        (lambda raw: raw.replace(b'"time": 1001.0', b'"time": "noon"'), "line 2 of .* is no sample"),
+        (lambda raw: raw.replace(b'"gpus"', b'"cpus"'), "line 1 of .* is no sample"),
+        (lambda raw: b"hello\n" + raw, "line 1 of .* is no sample"),
+        (lambda _: b"", "is empty"),
+    ],
+)
+def test_a_damaged_recording_is_told_by_its_line(tmp_path: Path, damage: Any, said: str) -> None:
+    path = written(tmp_path, recorded(None, "a", "b"))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(RecordingError, match=said):
+        plot.read(path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match="cannot be read"):
+        plot.plot(str(tmp_path / "none"), "")
+    with pytest.raises(UsageError, match="neither"):
+        plot.plot(str(written(tmp_path, recorded("a"))), str(tmp_path / "run.pdf"))
+
+
+# --- ComfyUI's memory ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def comfyui(*running: str | None) -> Iterator[tuple[Site, list[str]]]:
+    """A ComfyUI that says of its queue, one after the other, that these jobs run; and what it was asked."""
+    asked: list[str] = []
+    left = list(running)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/queue"
+            job = left.pop(0) if len(left) > 1 else left[0]
+            self.answer(json.dumps({"queue_running": [[0, job, {}]] if job else [], "queue_pending": []}).encode())
+
+        def do_POST(self) -> None:
+            assert self.path == "/free"
+            asked.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.answer(b"")  # as the real one: 200, and nothing
+
+        def answer(self, body: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield site(server.server_port), asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def site(port: int) -> Site:
+    where = {"prefix": "/nowhere/hearth", "service": "comfyui", "scope": "user", "user": ""}
+    return Site({**where, "address": "127.0.0.1", "port": port})
+
+
+def test_memory_is_freed_at_once_when_no_job_runs() -> None:
+    with comfyui(None) as (place, asked):
+        found = msgspec.convert(agent_memory.free(place, 0), memory.Freed)
+    assert (found.freed, found.job) == (True, None)
+    assert [json.loads(each) for each in asked] == [{"unload_models": True, "free_memory": True}]
+    assert found.before.available > 0
+
+
+def test_memory_is_freed_when_the_job_that_runs_has_ended() -> None:
+    with comfyui("one", "one", "one", "two") as (place, _):
+        found = agent_memory.free(place, 30)
+    assert (found["freed"], found["job"]) == (True, "one")
+
+
+def test_a_job_that_runs_on_is_not_waited_for_longer_than_asked() -> None:
+    with comfyui("one") as (place, asked):
+        found = msgspec.convert(agent_memory.free(place, 0.1), memory.Freed)
+    assert not found.freed
+    assert len(asked) == 1
+    said = "spark: job one runs; ComfyUI gives its memory back when that has ended"
+    assert memory.lines("spark", found) == [said]
+
+
+def test_a_comfyui_that_does_not_answer_keeps_its_memory() -> None:
+    with pytest.raises(Fault, match="does not answer"):
+        agent_memory.free(site(1), 1)
+
+
+def test_what_was_gained() -> None:
+    def held(used: int | None, resident: int | None) -> memory.Held:
+        of = () if used is None else (memory.OfGpu(0, used, 0),)
+        return memory.Held(of, resident, 10**10)
+
+    freed = memory.Freed(True, None, held(9_000_000_000, 5), held(1_000_000_000, 5))
+    assert memory.lines("a", freed) == ["a: GPU 0: 9.0 GB before, 1.0 GB after (8.0 GB less)"]
+    of_process = memory.Freed(True, None, held(None, 2_000_000_000), held(None, 2_100_000_000))
+    assert memory.lines("a", of_process) == ["a: ComfyUI's process: 2.0 GB before, 2.1 GB after (100.0 MB more)"]
+
+
+# --- samples of the agent --------------------------------------------------------------------------------------------
+
+
+def test_the_agent_samples_at_its_pace_and_names_the_job(tmp_path: Path) -> None:
+    """Over one library that stays open; ComfyUI's process is marked by its unit."""
+    path = tmp_path / "recording"
+    path.write_text(nvml.recording("h200"))
+    with comfyui("one", "one", None) as (place, _):
+        code = (
+            "import json, time; from agent.samples import samples; from agent.site import Site\n"
+            f"found = list(samples(Site({place.json!r}), 0.5, 1.2))\n"
+            "print(json.dumps(found))"
+        )
+        found = msgspec.json.decode(nvml.python(code, path), type=list[Sample])
+    assert [each.job for each in found] == ["one", "one", None]
+    assert [each.time - found[0].time for each in found] == pytest.approx([0, 0.5, 1.0], abs=0.3)
+    assert found[0].gpus[0].power == 627.32
+
+
+def test_a_comfyui_that_hangs_does_not_hold_up_the_samples(tmp_path: Path) -> None:
+    path = tmp_path / "recording"
+    path.write_text(nvml.recording("h200"))
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as hung:  # takes connections, and answers none
+        code = (
+            "import json; from agent.samples import samples; from agent.site import Site\n"
+            f"print(json.dumps(list(samples(Site({site(hung.server_port).json!r}), 0.5, 4))))"
+        )
+        found = msgspec.json.decode(nvml.python(code, path), type=list[Sample])
+    assert len(found) >= 6  # one second is lost, once
+    assert {each.job for each in found} == {None}
+
+
+def test_processes_of_the_service_are_marked() -> None:
+    def process(unit: str | None) -> dict[str, Any]:
+        return {"pid": 9, "unit": unit}
+
+    gpus = [{"processes": [process("comfyui.service"), process("other.service"), process(None)]}]
+    (found,) = agent_samples.ours(site(1), gpus)
+    assert [each["comfyui"] for each in found["processes"]] == [True, False, False]
+
+
+# --- the page cache --------------------------------------------------------------------------------------------------
+
+
+def test_dropping_the_page_cache_is_planned_where_memory_is_shared() -> None:
+    there = msgspec.structs.replace(FRESH, current="r1", gpus=(GpuFact("GB10", "12.1", None, True),))
+    planned = memory.plan(spark(), there, force=False)
+    assert [step.kind for step in planned.steps] == ["drop-caches"]
+    assert (planned.base, planned.release) == ("r1", "r1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "force", "said"),
+    [
+        ({"gpus": (GpuFact("H200", "9.0", 1, False),)}, False, "no GPU there shares"),
+        ({"gpus": ()}, False, "no GPU there shares"),
+        ({"root": False}, True, "only root"),
+        ({"current": ""}, True, "nothing is deployed"),
+    ],
+)
+def test_dropping_the_page_cache_is_refused(changes: dict[str, Any], force: bool, said: str) -> None:
+    there = msgspec.structs.replace(FRESH, **{"current": "r1", **changes})
+    planned = memory.plan(spark(), there, force=force)
+    assert not planned.steps
+    assert [each.what for each in planned.refusals if said in each.what]
+    assert all(each.remedy for each in planned.refusals)
+
+
+def test_force_drops_the_page_cache_elsewhere() -> None:
+    there = msgspec.structs.replace(FRESH, current="r1", gpus=())
+    assert memory.plan(spark(), there, force=True).steps
+
+
+def test_the_step_says_what_it_gained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on this machine: its cache is of use to others."""
+    place = tmp_path / "drop_caches"
+    place.write_text("")
+    monkeypatch.setattr(agent_memory, "CACHES", place)
+    notes: list[str] = []
+    agent_memory.drop_caches(site(1), {}, notes.append)
+    assert place.read_text() == "3\n"
+    assert [note.partition(":")[0] for note in notes] == ["the page cache", "available memory"]
+    monkeypatch.setattr(agent_memory, "CACHES", tmp_path / "no/such")
+    with pytest.raises(Fault, match="does not let its cache be dropped"):
+        agent_memory.drop_caches(site(1), {}, notes.append)

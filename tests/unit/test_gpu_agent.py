@@ -1,0 +1,250 @@
+"""The agent and the client ask NVML: the library is made up, what it answers was recorded on real machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.facts import _nvidia as nvidia
+from agent.files import meminfo
+from agent.gpu import gpus, process
+from tests import nvml
+
+KEYS = {
+    *("index", "name", "uuid", "capability", "driver", "cuda", "memory_total", "memory_used", "unified"),
+    *("memory_source", "utilization", "memory_utilization", "temperature", "power", "power_limit", "clock_sm"),
+    *("clock_memory", "persistence", "compute_mode", "processes", "unsupported", "faults"),
+}
+
+
+def asked(tmp_path: Path, recording: str, call: str = "agent.gpu.gpus()") -> Any:
+    """What the agent answers on a machine with that recording."""
+    place = tmp_path / "recording"
+    place.write_text(recording)
+    return json.loads(nvml.python(f"import json, agent.gpu, agent.facts; print(json.dumps({call}))", place))
+
+
+def one(tmp_path: Path, machine: str, *edits: tuple[str, str]) -> dict[str, Any]:
+    (found,) = asked(tmp_path, nvml.recording(machine, *edits))
+    assert isinstance(found, dict)
+    assert found.keys() == KEYS
+    return found
+
+
+def test_an_rtx_4070(tmp_path: Path) -> None:
+    found = one(tmp_path, "rtx-4070")
+    listed = found.pop("processes")
+    assert found == {
+        "index": 0,
+        "name": "NVIDIA GeForce RTX 4070",
+        "uuid": "GPU-4070aaaa-0000-0000-0000-000000000000",
+        "capability": "8.9",
+        "driver": "535.247.01",
+        "cuda": "12.2",
+        "memory_total": 12282 << 20,
+        "memory_used": 3144 << 20,
+        "unified": False,
+        "memory_source": "nvml",
+        "utilization": 2,
+        "memory_utilization": 1,
+        "temperature": 47,
+        "power": 74.0,
+        "power_limit": 215.0,
+        "clock_sm": 2475,
+        "clock_memory": 10501,
+        "persistence": True,
+        "compute_mode": "default",
+        "unsupported": [],
+        "faults": [],
+    }
+    assert [(each["kind"], each["bytes"] >> 20) for each in listed] == [
+        ("compute", 1708),
+        *(("graphics", size) for size in (814, 158, 235, 112, 96)),
+    ]
+
+
+def test_an_h200(tmp_path: Path) -> None:
+    found = one(tmp_path, "h200")
+    assert (found["name"], found["capability"], found["cuda"]) == ("NVIDIA H200", "9.0", "13.1")
+    assert (found["memory_total"] >> 20, found["memory_used"] >> 20) == (143771, 32976)
+    assert (found["utilization"], found["power"], found["faults"]) == (100, 627.32, [])
+    assert len(found["processes"]) == 3
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        (),
+        (("memory", "130663165952 1"),),  # nvtop#463: some drivers tell all of the machine's as the GPU's
+        (("capability", "11 0"),),  # one that Hearth does not know: its memory query tells
+    ],
+)
+def test_a_gb10_has_the_machines_memory(tmp_path: Path, edits: tuple[tuple[str, str], ...]) -> None:
+    found = one(tmp_path, "gb10", ("compute", "4242 1000"), *edits)
+    assert (found["unified"], found["memory_source"]) == (True, "meminfo")
+    assert found["memory_total"] == meminfo()["MemTotal"]
+    assert 0 < found["memory_used"] < found["memory_total"]
+    assert found["power_limit"] is None
+    assert (found["unsupported"], found["faults"]) == (["power_limit", "clock_memory"], [])
+    assert [each["bytes"] for each in found["processes"]] == [1000]
+
+
+@pytest.mark.parametrize(
+    ("edit", "keys", "said"),
+    [
+        (("memory", "!15"), ("memory_total", "memory_used", "memory_source"), "memory: GPU is lost"),
+        (("memory", "100 101"), ("memory_total", "memory_used"), "memory: answers that 101 of 100 bytes are used"),
+        (("memory", "0 0"), ("memory_total", "memory_used"), "memory: answers that 0 of 0 bytes are used"),
+        (("utilization", "200 1"), ("utilization", "memory_utilization"), "utilization: answers 200"),
+        (("temperature", "4294967295"), ("temperature",), "temperature: answers 4294967295"),
+        (("power", "!4"), ("power",), "power: Insufficient Permissions"),
+        (("power", "4294967295"), ("power",), "power: answers 4294967295"),
+        (("clock-sm", "999999"), ("clock_sm",), "clock_sm: answers 999999"),
+        (("capability", "-5 0"), ("capability",), "capability: answers -5"),
+        (("name", "\x1b[31mGPU"), ("name",), "name: answers '\\x1b[31mGPU'"),
+        (("persistence", "7"), ("persistence",), "persistence: answers 7"),
+        (("cuda", "!999"), ("cuda",), "cuda: Unknown Error"),
+        (("compute-mode", "9"), ("compute_mode",), "compute_mode: answers 9"),
+    ],
+)
+def test_what_is_not_told_or_makes_no_sense_is_none_and_all_else_is_there(
+    tmp_path: Path, edit: tuple[str, str], keys: tuple[str, ...], said: str
+) -> None:
+    whole, found = one(tmp_path, "h200"), one(tmp_path, "h200", edit)
+    assert found["faults"] == [said]
+    assert [found[key] for key in keys] == [None] * len(keys)
+    rest = KEYS - {*keys, "faults", "memory_source"}
+    assert {key: found[key] for key in rest} == {key: whole[key] for key in rest}
+
+
+def test_processes_that_make_no_sense(tmp_path: Path) -> None:
+    pid, unknown = os.getpid(), 2**64 - 1
+    lines = f"compute 0 5\ncompute {pid} {unknown}\ncompute 4294967295 5\nmps {pid} {2**60}\n"
+    found = one(tmp_path, "h200", ("compute", "!3"))
+    assert found["processes"] == []
+    (found,) = asked(tmp_path, nvml.recording("h200").replace("compute 10291 2690646016\n", lines))
+    assert [(each["pid"], each["bytes"], each["kind"]) for each in found["processes"]] == [
+        (pid, None, "compute"),
+        (10293, 1616904192, "compute"),
+        (10309, 29605494784, "compute"),
+        (pid, None, "mps"),
+    ]
+    assert found["faults"] == [
+        "compute processes: answers process 0",
+        "compute processes: answers process 4294967295",
+        f"mps processes: answers that process {pid} holds {2**60} bytes",
+    ]
+
+
+def test_a_gpu_that_is_lost_midway(tmp_path: Path) -> None:
+    """The first calls succeed, all others fail: what was told stays."""
+    found = one(tmp_path, "h200", ("fails", "5 15"))
+    assert (found["capability"], found["memory_source"]) == ("9.0", "nvml")
+    assert (found["utilization"], found["power"], found["processes"]) == (None, None, [])
+    assert "power: GPU is lost" in found["faults"]
+
+
+def test_a_gpu_without_a_handle_is_listed_beside_one_that_works(tmp_path: Path) -> None:
+    driver, _, gpu = nvml.recording("h200", ("gpus", "2")).partition("gpu\n")
+    lost, works = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}")
+    assert lost.keys() == KEYS
+    assert (lost["index"], lost["name"], lost["faults"]) == (0, None, ["device: GPU is lost"])
+    assert (works["index"], works["name"], works["faults"]) == (1, "NVIDIA H200", [])
+    told = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}", "agent.facts._nvidia()")
+    assert [each["name"] for each in told["gpus"]] == ["NVIDIA H200"]
+
+
+@pytest.mark.parametrize("recording", ["", "driver 1\n", "gpus !9\n", "gpus 4294967295\n"])
+def test_a_driver_that_tells_nothing_is_no_gpu(tmp_path: Path, recording: str) -> None:
+    assert asked(tmp_path, recording) == []
+
+
+def test_without_the_library_there_is_no_gpu() -> None:
+    assert gpus() == []  # no machine that builds Hearth is known to have one
+    words = "from agent.gpu import Nvml\ntry: Nvml()\nexcept Exception as error: print(error.report)"
+    run = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert "libnvidia-ml.so.1" in run.stdout
+
+
+def test_a_library_that_is_not_nvidias(tmp_path: Path) -> None:
+    source, place = tmp_path / "x.c", tmp_path / "libnvidia-ml.so.1"
+    source.write_text("int x;\n")
+    subprocess.run(["gcc", "-shared", "-o", str(place), str(source)], check=True)
+    words = [sys.executable, "-c", "from agent.gpu import gpus; print(gpus())"]
+    run = subprocess.run(words, env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert run.stdout == "[]\n", run.stderr
+
+
+def test_who_a_process_is() -> None:
+    found = process(os.getpid())
+    assert found["pid"] == os.getpid()
+    assert found["name"].startswith("python")
+    assert "pytest" in found["name"] or "__main__.py" in found["name"]
+    assert found["user"]
+    assert process(4_194_303) == {"pid": 4_194_303, "name": None, "user": None, "unit": None}
+
+
+def test_a_name_cannot_write_to_the_terminal() -> None:
+    # It answers once it runs under its own name: Popen returns a moment before.
+    words = ["\x1b[2Jcat", "-"]
+    with subprocess.Popen(words, executable="/bin/cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as named:
+        assert named.stdin is not None
+        assert named.stdout is not None
+        named.stdin.write(b"x")
+        named.stdin.flush()
+        named.stdout.read(1)
+        assert process(named.pid)["name"] == "?[2Jcat"
+        named.stdin.close()
+
+
+@pytest.mark.parametrize(
+    ("machine", "wanted"),
+    [
+        ("h200", {"name": "NVIDIA H200", "capability": "9.0", "memory": 143771 << 20, "unified": False}),
+        ("gb10", {"name": "NVIDIA GB10", "capability": "12.1", "memory": None, "unified": True}),
+    ],
+)
+def test_facts_are_told_by_nvml(tmp_path: Path, machine: str, wanted: dict[str, Any]) -> None:
+    told = asked(tmp_path, nvml.recording(machine), "agent.facts._nvidia()")
+    assert told["gpus"] == [wanted]
+    assert told["driver"].startswith("5")
+
+
+def test_facts_are_told_by_nvidia_smi_where_nvml_cannot_be_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho NVIDIA H200, 9.0, 143771\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert nvidia()["gpus"] == [
+        {"name": "NVIDIA H200", "capability": "9.0", "memory": 143771 << 20, "unified": False},
+    ]
+
+
+@pytest.mark.parametrize(("machine", "arch"), [("rtx-4070", "8.9"), ("h200", "9.0"), ("gb10", "12.1")])
+def test_the_client_asks_the_same_library_by_pynvml(tmp_path: Path, machine: str, arch: str) -> None:
+    (tmp_path / "recording").write_text(nvml.recording(machine))
+    code = "from core.arch import local_gpu; print(local_gpu())"
+    assert nvml.python(code, tmp_path / "recording") == f"{arch}\n"
+
+
+def test_the_structures_are_pynvmls() -> None:
+    """Sizes and offsets as NVIDIA's own bindings have them."""
+    import pynvml
+
+    from agent import gpu
+
+    for ours, theirs in (
+        (gpu._Memory, pynvml.c_nvmlMemory_t),
+        (gpu._Utilization, pynvml.c_nvmlUtilization_t),
+        (gpu._Process, pynvml.c_nvmlProcessInfo_v3_t),
+    ):
+        offsets = [[getattr(kind, name).offset for name, _ in kind._fields_] for kind in (ours, theirs)]
+        assert offsets[0] == offsets[1]

@@ -1,0 +1,425 @@
+"""Modes: merged over profiles, by version and kind of memory; nodes under development; memory that is given back."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent import comfyui
+from agent.develop import Watcher
+from agent.site import Site
+from core.errors import ConfigError, HearthError, UnknownNameError
+from core.stack import stacks
+from deploy import host, nodes, plan
+from deploy.host import Override, Setting, Target
+from ops import flags, profiles
+from tests.unit.test_plan import FRESH, made, shelf, spark
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "hosts.toml"
+    monkeypatch.setenv("HEARTH_HOSTS", str(path))
+    return path
+
+
+def target(written: Path, text: str, profile: str = "rtx-4070") -> Target:
+    written.write_text(f'[hosts.a]\naddress = "a"\nprofile = "{profile}"\n{text}')
+    return host.target("a")
+
+
+# --- what is merged ------------------------------------------------------------------------------------------------
+
+
+def test_modes_lie_over_the_profile_in_their_order_and_the_host_over_all(written: Path) -> None:
+    text = 'modes = ["shared-gpu", "low-memory", "production"]\n[hosts.a.override]\nmemory_max = "20G"\n'
+    found = target(written, text + 'flags."--cache-ram" = { value = "3", why = "mine" }\n')
+    assert found.flags == {
+        "--cache-ram": "3",
+        "--disable-smart-memory": "",
+        "--reserve-vram": "2",
+        "--use-sage-attention": "",
+        "--vram-headroom": "0.5",
+    }
+    said = {
+        "flags.--use-sage-attention": "profile rtx-4070",
+        "flags.--reserve-vram": "mode shared-gpu",
+        "flags.--vram-headroom": "mode low-memory",
+        "flags.--cache-ram": "host a",
+        "restart": "mode production",
+        "memory_max": "host a",
+        "stack": "profile rtx-4070",
+    }
+    assert {name: found.origin[name] for name in said} == said
+    assert (found.profile.restart, found.profile.memory_max) == ("always", "20G")
+
+
+def test_of_two_modes_the_later_says() -> None:
+    one, two = (Override(flags={"--x": Setting(value=value, why="w")}, memory_max=f"{value}G") for value in "12")
+    profile, origin = host.merged("p", host.profiles()["cpu"], [("one", one), ("two", two), ("three", Override())])
+    assert (profile.flags["--x"].value, profile.memory_max) == ("2", "2G")
+    assert (origin["flags.--x"], origin["memory_max"], origin["flags.--cpu"]) == ("two", "two", "p")
+
+
+def test_a_mode_is_another_where_cpu_and_gpu_share_their_memory(written: Path) -> None:
+    text = 'modes = ["high-memory"]\n'
+    assert "--high-ram" in target(written, text).flags
+    assert target(written, text, "dgx-spark").flags["--cache-ram"] == "10 32"
+    assert "--high-ram" not in target(written, text, "dgx-spark").flags
+    assert "--cache-ram" in target(written, text + "override.unified = true\n", "cuda").flags
+
+
+def test_settings_are_for_versions_of_torch_and_comfyui(written: Path) -> None:
+    old = 'modes = ["low-memory"]\noverride.stack = "cu124"\n'
+    assert {"--lowvram", "--cache-ram"} <= target(written, old).flags.keys()
+    assert "--vram-headroom" not in target(written, old).flags
+    before = replace(target(written, 'modes = ["low-memory"]\n'), comfyui="0.29.9")
+    assert not {"--lowvram", "--cache-ram", "--vram-headroom"} & before.flags.keys()
+    setting = Setting(why="w", torch=">=2.8", comfyui="<1")
+    assert [setting.active(torch, "0.30.0") for torch in ("2.6.0", "2.11.0")] == [False, True]
+    assert not setting.active("2.11.0", "1.0")
+    assert not msgspec.structs.replace(setting, off=True).active("2.11.0", "0.30.0")
+
+
+@pytest.mark.parametrize("stack", ["cu124", "cu130"])
+@pytest.mark.parametrize("profile", ["cuda", "rtx-4070", "dgx-spark"])
+def test_the_allocators_variable_has_the_name_that_torch_knows(written: Path, profile: str, stack: str) -> None:
+    chosen = f'override.stack = "{stack}"\n'
+    assert target(written, chosen, profile).env == {}
+    found = target(written, f'modes = ["native-allocator"]\n{chosen}', profile)
+    name = {"cu124": "PYTORCH_CUDA_ALLOC_CONF", "cu130": "PYTORCH_ALLOC_CONF"}[stack]
+    assert found.env == {name: "expandable_segments:True"}
+    assert "--disable-cuda-malloc" in found.flags
+    assert ("--disable-dynamic-vram" in found.flags) is (stack == "cu130")
+
+
+def test_a_variable_for_the_allocator_that_does_not_run_is_told(written: Path) -> None:
+    text = '[hosts.a.override.env]\nPYTORCH_ALLOC_CONF = { value = "expandable_segments:True", why = "w" }\n'
+    assert plan.allocator_without_effect(target(written, text)) == "PYTORCH_ALLOC_CONF"
+    assert plan.allocator_without_effect(target(written, text, "cpu")) == ""
+    assert plan.allocator_without_effect(target(written, text.replace("expandable", "backend:native,expandable"))) == ""
+    assert plan.allocator_without_effect(target(written, 'modes = ["native-allocator"]\n')) == ""
+
+
+def test_every_mode_gives_reasons_and_excludes_modes_that_are_there() -> None:
+    found = host.modes()
+    wanted = {"standard", "low-memory", "high-memory", "shared-gpu", "native-allocator", "development", "production"}
+    assert set(found) == wanted
+    for name, mode in found.items():
+        assert mode.summary
+        assert set(mode.excludes) <= wanted - {name}
+        assert all(name in found[other].excludes for other in mode.excludes)
+        for said in (mode, mode.on(unified=True)):
+            assert all(setting.why for setting in (said.flags | said.env).values())
+        assert not any("max_split_size_mb" in setting.value for setting in mode.env.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        ('modes = ["low-memory", "high-memory"]', ConfigError, "low-memory and high-memory exclude each other"),
+        ('modes = ["shared-gpu", "high-memory"]', ConfigError, "shared-gpu and high-memory exclude each other"),
+        ('modes = ["low-memroy"]', UnknownNameError, "low-memory"),
+        ('develop = ["/home/a/n"]', ConfigError, 'modes = ["development"]'),
+        ('modes = ["production"]\ndevelop = ["/home/a/n"]', ConfigError, "production is not for that"),
+        ('modes = ["production", "development"]', ConfigError, "production and development exclude each other"),
+        ('modes = ["development"]\ndevelop = ["n"]', ConfigError, "'n' is no plain absolute path"),
+        ('modes = ["development"]\ndevelop = ["/a/n.x"]', ConfigError, "n.x: each node needs a name of its own"),
+        ('modes = ["development"]\ndevelop = ["/a/n", "/b/n"]', ConfigError, "/a/n, /b/n: each node needs a name"),
+        ('free_memory = "often"', ConfigError, "such as 30m, 4h or 1d"),
+        ('free_memory = "0h"', ConfigError, "such as 30m, 4h or 1d"),
+        ('override.flags."--x" = { why = "w", comfyui = "new" }', ConfigError, "comfyui = 'new' is no version range"),
+        ('override.flags."--x" = { why = "w", torch = "2.9" }', ConfigError, "torch = '2.9' is no version range"),
+        (
+            'override.env.PYTORCH_ALLOC_CONF = { why = "w", value = "expandable_segments:True,max_split_size_mb:64" }',
+            ConfigError,
+            "max_split_size_mb means nothing with expandable_segments",
+        ),
+        ("override.summary = 'x'", ConfigError, "summary"),
+    ],
+)
+def test_what_is_wrong_is_refused(written: Path, text: str, error: type[HearthError], said: str) -> None:
+    with pytest.raises(error) as raised:
+        target(written, text)
+    assert said in str(raised.value)
+
+
+def test_a_mode_without_a_reason_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config/modes").mkdir(parents=True)
+    (tmp_path / "config/modes/mine.toml").write_text('summary = "s"\nmemory_max = "1G"\n')
+    monkeypatch.setattr(host, "checkout", lambda: tmp_path)
+    with pytest.raises(ConfigError, match="no reason for memory_max"):
+        host.modes()
+
+
+def test_flags_of_one_group_are_refused_with_who_sets_them() -> None:
+    profile = msgspec.structs.replace(spark().profile, flags=spark().profile.flags | {"--use-flash-attention": WHY})
+    origin = {"flags.--use-sage-attention": "profile x", "flags.--use-flash-attention": "mode y"}
+    found = made(target=replace(spark(), profile=profile, origin=origin))
+    (refusal,) = found.refusals
+    assert refusal.what == "--use-flash-attention and --use-sage-attention exclude each other"
+    assert refusal.remedy.endswith("--use-flash-attention is from mode y, --use-sage-attention is from profile x")
+
+
+WHY = Setting(why="a test")
+
+
+# --- what is deployed ----------------------------------------------------------------------------------------------
+
+
+def wanted(**values: Any) -> dict[str, Any]:
+    node = nodes.Node(url="u", commit="c" * 40, tree="t", why="w", required=True)
+    stock = replace(shelf(), nodes={"mine": node, "other": node})
+    (step,) = (each for each in made(target=spark(**values), stock=stock).steps if each.kind == "release")
+    release: dict[str, Any] = step.values["release"]
+    return release
+
+
+def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
+    found = wanted(develop=("/home/anna/mine",))
+    assert found["links"]["custom_nodes/mine"] == "/opt/comfyui/data/develop/mine"
+    assert set(found["nodes"]) == {"other"} == set(wanted()["nodes"]) - {"mine"}
+    assert "custom_nodes/mine" not in found["parts"]
+    assert found["gate"]["required"] == ["other"]
+    assert found["folders"] == found["develop"] == ["/opt/comfyui/data/develop/mine"]
+    bind = "BindReadOnlyPaths=-/home/anna/mine:/opt/comfyui/data/develop/mine"
+    for name in ("comfyui.service", "comfyui-reload.service"):
+        assert bind in found["files"][name].splitlines(), name
+    reload = found["files"]["comfyui-reload.service"]
+    command = f"/opt/comfyui/releases/{found['id']}/env/bin/python -I /opt/comfyui/state/agent.pyz watch"
+    assert f"ExecStart={command} /opt/comfyui/state/site.json" in reload
+    assert reload.endswith("[Install]\nWantedBy=multi-user.target\n")
+
+
+def test_without_root_it_is_linked_to_where_it_lies() -> None:
+    found = wanted(develop=("/home/anna/mine",), scope="user", free_memory="30m")
+    assert found["links"]["custom_nodes/mine"] == "/home/anna/mine"
+    assert (found["develop"], found["free_memory"]) == (["/home/anna/mine"], 1800)
+    units = {name: text for name, text in found["files"].items() if name.startswith("comfyui-")}
+    assert set(units) == {"comfyui-reload.service", "comfyui-free-memory.service", "comfyui-free-memory.timer"}
+    assert not [name for name, text in units.items() if "ProtectSystem" in text or "User=" in text]
+    assert units["comfyui-reload.service"].endswith("\n\n[Install]\nWantedBy=default.target\n")
+    assert "Bind" not in "".join(found["files"].values())
+
+
+def test_the_timer_and_what_it_starts() -> None:
+    found = wanted(free_memory="4h", listen="192.168.1.5")
+    assert "OnActiveSec=4h\nOnUnitActiveSec=4h\n" in found["files"]["comfyui-free-memory.timer"]
+    service = found["files"]["comfyui-free-memory.service"].splitlines()
+    assert {"IPAddressDeny=any", "IPAddressAllow=localhost 192.168.1.5", "User=comfyui"} <= set(service)
+    assert found["free_memory"] == 14400
+    anywhere = wanted(free_memory="4h", listen="0.0.0.0")["files"]["comfyui-free-memory.service"]
+    assert "IPAddressAllow=localhost\n" in anywhere
+
+
+def test_who_wants_none_of_it_has_the_release_as_it_was() -> None:
+    found = wanted()
+    assert not {"develop", "free_memory"} & found.keys()
+    assert [name for name in found["files"] if name.startswith("comfyui-")] == []
+    assert "\nRestart=on-failure\n" in found["files"]["comfyui.service"]
+
+
+def test_a_folder_under_development_must_be_there() -> None:
+    missing = msgspec.structs.replace(FRESH, places={"/home/anna/mine": plan.MISSING})
+    (refusal,) = made(missing, spark(develop=("/home/anna/mine",))).refusals
+    assert refusal.what == "/home/anna/mine is not there"
+    there = made(msgspec.structs.replace(FRESH, places={"/home/anna/mine": ""}), spark(develop=("/home/anna/mine",)))
+    assert there.notes == ("ComfyUI starts anew whenever a Python file in /home/anna/mine changes, jobs or not",)
+
+
+def test_a_limit_that_nobody_holds_is_told() -> None:
+    profile = msgspec.structs.replace(spark().profile, memory_max="90%")
+    target = replace(spark(scope="user"), profile=profile)
+    without = msgspec.structs.replace(FRESH, manager="process")
+    assert "nothing limits ComfyUI's memory here: `memory_max` needs systemd" in made(without, target).notes
+    assert not any("memory_max" in each for each in made(msgspec.structs.replace(FRESH, manager="x"), target).notes)
+
+
+# --- what the agent does -------------------------------------------------------------------------------------------
+
+
+def test_changes_are_told_once_they_have_settled(tmp_path: Path) -> None:
+    def touch(name: str, text: str = "x") -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return str(path)
+
+    one = touch("one.py")
+    watcher = Watcher([str(tmp_path)])
+    assert watcher.changed() == []
+    for name in ("readme.md", ".git/hook.py", "__pycache__/one.cpython-312.py"):
+        touch(name)
+    assert watcher.changed() == watcher.changed() == []
+    two = touch("deep/er/two.py")
+    assert watcher.changed() == []
+    touch("one.py", "longer")
+    assert watcher.changed() == []
+    assert watcher.changed() == sorted([one, two])
+    assert watcher.changed() == []
+    os.utime(one, ns=(1, 1))
+    assert [watcher.changed(), watcher.changed()] == [[], [one]]
+    Path(two).unlink()
+    assert [watcher.changed(), watcher.changed()] == [[], [two]]
+    touch("three.py")
+    assert watcher.changed() == []
+    (tmp_path / "three.py").unlink()
+    assert [watcher.changed(), watcher.changed()] == [[], []]
+
+
+def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    watcher = Watcher([str(tmp_path / "later")])
+    assert watcher.changed() == []
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later/new.py").write_text("")
+    assert [watcher.changed(), watcher.changed()] == [[], [str(tmp_path / "later/new.py")]]
+
+
+@contextmanager
+def answering(queue: dict[str, Any]) -> Iterator[tuple[Site, list[Any]]]:
+    """Something that answers as ComfyUI does when it is asked for its queue, and to free its memory."""
+    asked: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer(json.dumps(queue).encode() if self.path == "/queue" else b"")
+
+        def do_POST(self) -> None:
+            asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self._answer(b"")
+
+        def _answer(self, body: bytes) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        values = {"prefix": "/nowhere", "service": "s", "scope": "user", "user": "", "address": "127.0.0.1"}
+        yield Site({**values, "port": server.server_address[1]}), asked
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("queue", "said", "freed"),
+    [
+        ({"queue_running": [], "queue_pending": []}, "gives its memory back", True),
+        ({"queue_running": [[0, "p"]], "queue_pending": []}, "has a job", False),
+        ({"queue_running": [], "queue_pending": [[0, "p"]]}, "has a job", False),
+    ],
+)
+def test_memory_is_given_back_when_there_is_no_job(queue: dict[str, Any], said: str, freed: bool) -> None:
+    with answering(queue) as (site, asked):
+        assert said in comfyui.free_if_idle(site)
+    assert asked == ([("/free", {"unload_models": True, "free_memory": True})] if freed else [])
+    assert "does not answer" in comfyui.free_if_idle(site)
+
+
+# --- what is shown -------------------------------------------------------------------------------------------------
+
+CLI = """
+parser.add_argument("--listen", type=str, nargs="?")
+parser.add_argument("--size", type=int)
+parser.add_argument("--hash", type=str, choices=['md5', 'sha1'])
+parser.add_argument("--cache-ram", type=float, nargs='*')
+vram = parser.add_mutually_exclusive_group()
+vram.add_argument("--cpu", action="store_true")
+vram.add_argument("--lowvram", action="store_true")
+"""
+
+
+def release_of(*words: str) -> dict[str, Any]:
+    return {"id": "r1", "version": "0.29.0", "code": "/r/app", "argv": ["/r/python", "/r/app/main.py", *words]}
+
+
+def test_a_command_line_is_read_as_comfyui_reads_it() -> None:
+    read = flags.given(["--cpu", "--cache-ram", "10", "32", "--size", "3", "--size", "4"])
+    assert read == {"--cpu": "", "--cache-ram": "10 32", "--size": "4"}
+
+
+def test_flags_say_what_is_set_by_what_and_what_differs(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wish = target(written, '[hosts.a.override]\nflags."--size" = { value = "4", why = "w" }\n', "cpu")
+    found = flags.compare(wish, release_of("--listen", "127.0.0.1", "--cpu", "--size", "3", "--hash", "md5"), CLI)
+    shown = {each.name: each for each in found.lines}
+    assert (found.version, found.release) == ("0.29.0", "r1")
+    assert {name: (each.value, each.origin) for name, each in shown.items() if each.value is not None} == {
+        "--listen": ("127.0.0.1", "Hearth"),
+        "--cpu": ("", "profile cpu"),
+        "--size": ("3", "an earlier configuration"),
+        "--hash": ("md5", "an earlier configuration"),
+    }
+    assert shown["--lowvram"].excludes == ("--cpu",)
+    assert [shown[name].takes for name in ("--cpu", "--hash", "--size", "--cache-ram", "--listen")] == [
+        "", "md5|sha1", "number", "[number ...]", "[text]",
+    ]  # fmt: skip
+    assert [(each.name, each.deployed, each.configured) for each in found.differences] == [
+        ("--hash", "md5", None),
+        ("--size", "3", "4"),
+    ]
+    flags.show(found, as_json=False)
+    said = capsys.readouterr().out
+    assert "the configuration differs: --hash is md5 there, and not set in it" in said
+    assert "\n  --cpu --lowvram\n" in said
+    assert max(map(len, said.splitlines())) <= 100
+    flags.show(found, as_json=True)
+    assert json.loads(capsys.readouterr().out)["differences"][0]["name"] == "--hash"
+
+
+def test_flags_of_a_host_without_a_release_are_those_that_are_configured(written: Path) -> None:
+    found = flags.compare(target(written, "", "cpu"), {}, CLI)
+    assert (found.release, found.differences) == ("", ())
+    assert [(each.name, each.origin) for each in found.lines if each.value is not None] == [("--cpu", "profile cpu")]
+
+
+@pytest.mark.parametrize("name", [each.name for each in profiles.every()])
+def test_every_profile_and_mode_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = profiles.one(name)
+    profiles.shown(found, explain=True, as_json=False)
+    explained = capsys.readouterr().out
+    assert all(each.why in " ".join(explained.split()) for each in found.lines)
+    assert max(map(len, explained.splitlines())) <= 100
+    profiles.shown(found, explain=False, as_json=False)
+    plain = capsys.readouterr().out
+    assert not any(each.why in plain for each in found.lines)
+    assert max(map(len, plain.splitlines())) <= 100
+    profiles.shown(found, explain=False, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["lines"]) == len(found.lines)
+    assert all(set(each["stacks"]) <= set(stacks()) for each in told["lines"])
+
+
+def test_an_explanation_says_with_which_stacks_a_setting_has_effect() -> None:
+    shown = {(each.name, each.machines): each for each in profiles.one("low-memory").lines}
+    assert shown["--lowvram", profiles.SEPARATE].stacks == ("cu124",)
+    assert shown["--vram-headroom", profiles.SEPARATE].stacks == ("cu130",)
+    assert shown["--cache-ram", profiles.SEPARATE].stacks == ("cu124", "cu130")
+    assert shown["--reserve-vram", profiles.UNIFIED].value == "16"
+    assert [(each.name, each.value) for each in profiles.one("production").lines] == [
+        ("memory_max", "90%"),
+        ("restart", "always"),
+    ]
+    with pytest.raises(UnknownNameError, match="perhaps you meant 'low-memory'"):
+        profiles.one("low-memroy")
+
+
+def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    profiles.listed(profiles.every(), as_json=False)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 100
+    assert "\nmode     low-memory " in said
+    assert "\nprofile  rtx-4070 " in said
+    profiles.listed(profiles.every(), as_json=True)
+    assert {each["name"] for each in json.loads(capsys.readouterr().out)} >= {"cpu", "standard"}
