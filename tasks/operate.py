@@ -208,8 +208,8 @@ def start(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
 def stop(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
     """Stop ComfyUI when its jobs are done, until the next boot or `inv start`.
 
-    Jobs that are not done after `--drain` seconds keep it running, unless `--force` cuts them short. A deploy starts it,
-    too, and says so before.
+    Jobs that are not done after `--drain` seconds keep it running, unless `--force` cuts them short. A deploy starts
+    it, too, and says so before.
 
         inv stop --host spark
         inv stop --group home --drain 600
@@ -244,7 +244,9 @@ def pause(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
 def resume(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
     """Start ComfyUI after a pause, from now on also at boot.
 
-    inv resume --host spark
+    Refused where `inv start` is refused for another reason than the pause.
+
+        inv resume --host spark
     """
     return _change("resume", where, how, out)
 
