@@ -9,6 +9,8 @@ standard input (`site`, and what the verb takes) and answers in JSON lines. What
     runs/<run>.jsonl   what happened, line by line; `follow` reads it
     history.jsonl      how every run ended
     adopted.jsonl      what was taken over from another installation, and its units in adopted/
+    paused.json        who paused the service, and when; gone when it is resumed
+    comfyui.log        what a supervised ComfyUI said, and comfyui.times how long that was when
     lock               held (flock) by the process that applies
 
 A killed process, a closed connection or a power cut leaves these, and the next `apply` goes on from them: under

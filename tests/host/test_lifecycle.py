@@ -12,6 +12,7 @@ import pytest
 
 from tests.host.fleet import PREFIX, Fleet, fresh
 from tests.host.test_deploy import at_a_terminal, submit
+from tests.host.test_faults import kill_agent
 
 pytestmark = pytest.mark.host
 
@@ -180,7 +181,8 @@ def test_what_is_removed_leaves_systemd_and_comes_back(served: Fleet) -> None:
     said = inv(served, "remove")
     assert "take back what members may do by sudo" in said
     assert "comfyui" not in machine.run("ls -R /etc/systemd/system /etc/sudoers.d")
-    assert "comfyui" not in machine.run("systemctl list-units --all --no-legend; systemctl list-unit-files --no-legend")
+    for listing in ("list-units --all --state=loaded", "list-units --failed", "list-unit-files"):
+        assert "comfyui" not in machine.run(f"systemctl {listing} --no-legend")
     assert "/srv/pool" in machine.run("findmnt --noheadings --output TARGET /srv/pool")
     assert "nothing to do" in inv(served, "remove")
     back = served.deploy()
@@ -204,7 +206,7 @@ def test_what_is_removed_leaves_systemd_and_comes_back(served: Fleet) -> None:
 )
 def test_a_prefix_that_is_not_for_deleting_is_refused(lone: Fleet, prefix: str, prepare: str, said: str) -> None:
     lone.machine.run(prepare)
-    before = lone.machine.run(f"ls -la {prefix}/")
+    before = lone.machine.run(f"ls -A {prefix}/")
     lone.configure(f'prefix = "{prefix}"\n')
     try:
         refused = lone.inv("nuke", "--host", "spark", "--data", "--yes-delete-data-of", "spark")
@@ -212,7 +214,7 @@ def test_a_prefix_that_is_not_for_deleting_is_refused(lone: Fleet, prefix: str, 
         lone.configure(PEOPLE + MOUNT)
     assert refused.returncode == 63, refused.stderr
     assert said in refused.stderr
-    assert lone.machine.run(f"ls -la {prefix}/") == before
+    assert lone.machine.run(f"ls -A {prefix}/") == before
     assert active(lone) == "active"
 
 
@@ -222,7 +224,7 @@ def test_a_nuke_goes_on_after_a_kill_and_a_power_cut_and_leaves_the_data(lone: F
     machine.run(f"runuser -u comfyui -- sh -c 'echo art > {PREFIX}/data/output/art.png'")
     client = lone.start("nuke", "--host", "spark")
     wait_for(lone, "delete current")
-    machine.run("systemctl kill --signal=KILL --kill-whom=all comfyui-apply")
+    kill_agent(lone, 0)
     wait_for(lone, f"delete {PREFIX}/state")
     machine.power_off()
     client.communicate(timeout=60)

@@ -74,3 +74,23 @@ def test_a_user_deploys_without_root(own: Own) -> None:
     own.machine.power_off()
     own.machine.boot()
     assert own.answers()  # nobody has logged in
+
+    own.configure('scope = "user"\n')
+    said = own.inv("logs", "--host", "spark", "--lines", "500")
+    assert said.returncode == 0, said.stderr
+    assert "To see the GUI go to" in said.stdout
+    assert own.inv("restart", "--host", "spark").returncode == 0
+    removed = own.inv("remove", "--host", "spark")
+    assert removed.returncode == 0, removed.stderr
+    assert f"let {LOGIN}'s systemd end with its last session again" in removed.stderr
+    assert own.machine.run("ls /var/lib/systemd/linger") == ""
+    assert "comfyui" not in own.machine.run(f"ls -R {HOME}/.config/systemd/user")
+    back = own.deploy()
+    assert back.returncode == 0, back.stderr
+    assert "make " not in back.stderr
+    assert own.current() == release
+    assert own.facts()["manager"] == "systemd-user"
+    gone = own.inv("nuke", "--host", "spark")
+    assert gone.returncode == 0, gone.stderr
+    assert [path.name for path in own.prefix.iterdir()] == ["data"]
+    assert own.machine.run("ls /var/lib/systemd/linger") == ""
