@@ -10,31 +10,17 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from agent.comfyui import drain
-from agent.files import Fault, Json, remove, run
+from agent.files import Fault, Json, opened, remove, run
 from agent.journal import Adopted, now
-from agent.services import UNITS, manager_of
+from agent.services import UNITS
 from agent.site import SHARING, Site
 from agent.survey import all_processes
-
-
-@contextmanager
-def opened(folder: Path) -> Iterator[int]:
-    """A folder's descriptor; raises OSError when any name on the way to it is a link."""
-    place = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for name in folder.parts[1:]:
-            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=place)
-            os.close(place)
-            place = inner
-        yield place
-    finally:
-        os.close(place)
 
 
 def rename(source: Path, target: Path) -> None:
@@ -225,17 +211,6 @@ def _return_database(site: Site, folder: Path) -> None:
                 os.fchown(file.fileno(), *owner)
                 os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
-
-
-def withdraw(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Take the current release out of service. It stays here: a deploy or rollback brings it back."""
-    if not site.current.is_symlink():
-        return
-    drain(site, step["drain"], step["force"], note)
-    manager = manager_of(site)
-    manager.stop()
-    manager.uninstall()
-    site.current.unlink()
 
 
 def unadopt(site: Site, step: Json, note: Callable[[str], None]) -> None:

@@ -33,17 +33,40 @@ def ask(site: Site, path: str, body: Json | None = None, timeout: float = 5) -> 
     return raw if path.startswith("/view") or not raw else json.loads(raw)
 
 
+def unload(site: Site) -> None:
+    """Ask ComfyUI to unload its models and forget its results, once no job runs. Raises OSError or ValueError."""
+    ask(site, "/free", {"unload_models": True, "free_memory": True})
+
+
 def free_if_idle(site: Site) -> str:
     """Have ComfyUI unload its models and forget its results when it has no job; says what came of it."""
     try:
         queue = ask(site, "/queue")
         if queue["queue_running"] or queue["queue_pending"]:
             return "ComfyUI has a job: its memory stays as it is"
-        with suppress(ValueError):  # it answers with nothing
-            ask(site, "/free", {"unload_models": True, "free_memory": True})
+        unload(site)
     except (OSError, ValueError) as error:
         return f"ComfyUI does not answer: {error}"
     return "ComfyUI has no job, and gives its memory back"
+
+
+def takes_connections(site: Site) -> bool:
+    """Whether anything listens on the site's port."""
+    import socket
+
+    with suppress(OSError), socket.create_connection((site.reachable, site.port), timeout=1):
+        return True
+    return False
+
+
+def unanswered(site: Site, error: Exception) -> Fault:
+    """The Fault that stands for a ComfyUI that gave no answer."""
+    if takes_connections(site):
+        hint = "inv logs shows what it does; inv restart --force ends that"
+        return Fault("silent", "ComfyUI takes connections and does not answer", str(error), hint)
+    return Fault(
+        "silent", f"nothing listens on port {site.port}: ComfyUI does not run", str(error), "inv start; inv logs"
+    )
 
 
 def drain(site: Site, seconds: float, force: bool, note: Callable[[str], None]) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import Fault, Json, read, write
+from agent.files import Fault, Json, mounts, read, write
 from agent.gpu import gpus, process
 from agent.journal import Adopted, busy, last_line
 from agent.parts import as_service, fault_of, forked
@@ -69,6 +69,10 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "metrics_holder": port_holder(ask["metrics_port"]) if ask["metrics_port"] else {},
         "foreign_unit": manager.foreign() if here and isinstance(manager, Systemd) else "",
         "adopted": Adopted(site).path.exists(),
+        "paused": read(site.paused),
+        "placed": list(map(str, Systemd(site).placed())),
+        "lingered": site.lingered.exists(),
+        "place": _prefix(site),
         "user": _user_exists(site.user),
         "members": _members(site.user),
         "shared": not _user_exists(site.user) or not site.user or all(_shared(site, site.data / name) for name in DATA),
@@ -81,7 +85,8 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "altered": [each["id"] for each in manifests if each and altered(site, each)],
         "proven": [path.parent.name for path in proven],
         "failed_nodes": read(site.releases / current / "proven").get("failed_nodes", {}),
-        "data": all(os.path.lexists(site.data / name) for name in DATA),
+        # ComfyUI deletes that one when it ends, and makes it when it starts
+        "data": all(os.path.lexists(site.data / name) for name in DATA if name != "temp"),
         "service": manager.status() if here and site.state.exists() else dict(_NO_SERVICE),
         "incoming": {path.name: path.stat().st_size for path in site.incoming.glob("*") if path.is_file()},
         "tools": sorted(path.name for path in (site.state / "tools").glob("[!.]*")),
@@ -122,8 +127,55 @@ def altered(site: Site, manifest: Json) -> bool:
     return (links, files) != (manifest["parts"] | manifest.get("links", {}), manifest.get("files", {}))
 
 
+OWN = ("current", "parts", "releases", "state")
+"""All that Hearth makes in its prefix, but the data."""
+
+
+def _prefix(site: Site) -> Json:
+    """What the prefix is and what lies in it: as much as must be known before anything there is deleted."""
+    prefix, real = site.prefix, os.path.realpath(site.prefix)
+    names: list[str] = []
+    with suppress(OSError):
+        names = sorted(path.name for path in site.prefix.iterdir())
+    # Of a killed run: what `link` and `folders` make before they rename it.
+    own = [name for name in names if name in OWN or re.fullmatch(r"\.(current|data)\.\d+", name)]
+    points = sorted({each["point"] for each in mounts() if each["point"].startswith(f"{real}/")})
+    data = (site.data, *(site.data / name for name in DATA))
+    deployed = read(site.state / "site.json")
+    traces = [*site.state.glob("runs/*.jsonl"), *site.releases.glob("*/release.json")]
+    return {
+        "real": real,
+        "link": prefix.is_symlink(),
+        "mount": os.path.ismount(prefix),
+        "homes": sorted(entry.pw_name for entry in pwd.getpwall() if _holds(Path(real), Path(entry.pw_dir), site.data)),
+        "own": own,
+        "others": [name for name in names if name not in (*own, "data")],
+        "data": os.path.lexists(site.data) and _deletable(f"{real}/data", points),
+        "crossings": [name for name in own if name != "current" and (prefix / name).is_symlink()],
+        "mounts": points,
+        "links": {str(path): str(path.readlink()) for path in data if path.is_symlink()},
+        "service": str(deployed.get("service", "")),
+        "ours": bool(deployed or traces),
+    }
+
+
+def _deletable(path: str, points: list[str]) -> bool:
+    """Whether more is at a path than mount points and the way to them."""
+    if path in points or not any(each.startswith(f"{path}/") for each in points):
+        return path not in points
+    with os.scandir(path) as entries:
+        return any(_deletable(entry.path, points) for entry in entries)
+
+
+def _holds(folder: Path, home: Path, data: Path) -> bool:
+    """Whether a folder is somebody's home, or has it in it; the service's own is the data."""
+    same = home.name == folder.name and os.path.realpath(home) == str(folder)  # not asked of each: some are a server's
+    return home != data and (same or folder in (home, *home.parents))
+
+
 _NO_SERVICE = {
     "active": False,
+    "waits": False,
     "state": "absent",
     "enabled": False,
     "linked": False,
@@ -155,12 +207,7 @@ def _members(group: str) -> list[str]:
 def _mount(site: Site, path: str, wanted: Json) -> Json:
     """A mount point: what is mounted there, our own unit for it, and why what is wanted could not be mounted."""
     found = {"mounted": os.path.ismount(path), "source": "", "unit": "", "fault": "", "remedy": ""}
-    with suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            cells, _, rest = line.partition(" - ")
-            place = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), cells.split()[4])
-            if place == path:
-                found["source"] = rest.split()[1]  # of several, the last one is on top
+    found["source"] = next((each["what"] for each in reversed(mounts()) if each["point"] == path), "")
     with suppress(OSError):
         found["unit"] = (UNITS / site.mounts[path]).read_text()
     what, kind = wanted["what"], wanted["type"]

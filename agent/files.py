@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -22,7 +23,7 @@ class Fault(Exception):
 
     def __init__(self, kind: str, what: str, cause: str = "", hint: str = "") -> None:
         super().__init__(what)
-        self.report = {"kind": kind, "what": what, "cause": cause, "hint": hint}
+        self.report: Json = {"kind": kind, "what": what, "cause": cause, "hint": hint}
 
 
 def write(path: Path, content: str | bytes, mode: int = 0o644) -> None:
@@ -87,6 +88,85 @@ def remove(folder: Path) -> None:
         with suppress(PermissionError):
             Path(path).chmod(0o755)
     shutil.rmtree(folder)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[int]:
+    """A folder's descriptor; raises OSError when any name on the way to it is a link."""
+    place = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in folder.parts[1:]:
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=place)
+            os.close(place)
+            place = inner
+        yield place
+    finally:
+        os.close(place)
+
+
+class Sweep:
+    """Deleting where others may have put links and mounts: no link is followed, and no mount is entered.
+
+    `files` counts what is gone, `left` are the mount points that stay, `stuck` says what could not be deleted.
+    """
+
+    def __init__(self) -> None:
+        self.files = 0
+        self.left: list[str] = []
+        self.stuck: list[str] = []
+        self._mounts = {each["point"] for each in mounts()}  # known before they are opened: a dead server's would hang
+
+    def delete(self, path: Path) -> None:
+        """Delete a file, a link, or a folder with all that is in it, as far as that is possible."""
+        parent = Path(os.path.realpath(path.parent))
+        with opened(parent) as place:
+            self._delete(place, path.name, str(parent / path.name), _mount_id(place))
+
+    def _delete(self, place: int, name: str, path: str, mount: str) -> None:
+        if path in self._mounts:
+            self.left.append(path)
+            return
+        try:
+            if not stat.S_ISDIR(os.lstat(name, dir_fd=place).st_mode):
+                os.unlink(name, dir_fd=place)
+                self.files += 1
+                return
+            folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=place)
+            try:
+                if _mount_id(folder) != mount:  # whoever may write here could have renamed a folder above it
+                    self.left.append(path)
+                    return
+                with suppress(PermissionError):
+                    os.fchmod(folder, 0o700)  # a part's are read-only
+                before = len(self.left) + len(self.stuck)
+                with os.scandir(folder) as entries:
+                    names = [entry.name for entry in entries]
+                for inner in names:
+                    self._delete(folder, inner, f"{path}/{inner}", mount)
+            finally:
+                os.close(folder)
+            if before == len(self.left) + len(self.stuck):
+                os.rmdir(name, dir_fd=place)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self.stuck.append(f"{path}: {error.strerror}")
+
+
+def _mount_id(folder: int) -> str:
+    """Which mount an open folder is on: of two that show the same files, too, each has its own (proc(5))."""
+    lines = Path(f"/proc/self/fdinfo/{folder}").read_text().splitlines()
+    return next(line for line in lines if line.startswith("mnt_id:"))
+
+
+def mounts() -> list[Json]:
+    """What is mounted: where, what and of which type (/proc/self/mountinfo, proc(5)); of one place the last is seen."""
+    found: list[Json] = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split()[4])
+        found.append({"point": point, "what": after.split()[1], "type": after.split()[0]})
+    return found
 
 
 def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:

@@ -1,7 +1,8 @@
 """The NVIDIA GPUs, told by the driver's own library (NVML): by ctypes, since a host has nothing but Python.
 
-Any call may be one that this GPU or driver does not have, may fail midway, or answer nonsense. That one value is None
-then, and the GPU's `faults` say why. Functions, structures and constants are nvidia-ml-py 13.615.71's (`pynvml.py`).
+Any call may be one that this GPU does not support, may fail midway, or answer nonsense. That one value is None then,
+and the GPU's `unsupported` names it or its `faults` say why. Functions, structures and constants are those of
+nvidia-ml-py 13.615.71 (`pynvml.py`).
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class Nvml:
 
     def _gpu(self, index: int) -> Json:
         faults: list[str] = []
+        unsupported: list[str] = []
         device = ctypes.c_void_p()
         try:
             self._call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(device))
@@ -100,7 +102,10 @@ class Nvml:
             try:
                 return ask(*words) if device else None  # without a device the one fault says it all
             except _Error as error:
-                faults.append(f"{what}: {error}")
+                if error.code == _NOT_SUPPORTED:
+                    unsupported.append(what)
+                else:
+                    faults.append(f"{what}: {error}")
                 return None
 
         capability = tell("capability", self._capability, device)
@@ -131,6 +136,7 @@ class Nvml:
             "persistence": tell("persistence", self._persistence, device),
             "compute_mode": tell("compute_mode", self._compute_mode, device),
             "processes": processes,
+            "unsupported": unsupported,
             "faults": faults,
         }
 
@@ -236,7 +242,8 @@ def gpus() -> list[Json]:
     machine's (`unified`); `utilization` and `memory_utilization` in percent, `temperature` in degrees Celsius, `power`
     and `power_limit` in watts, `clock_sm` and `clock_memory` in MHz, `persistence`, `compute_mode` ("default",
     "prohibited", "exclusive process"), `processes` (see `process`; each with its `bytes` and the `kind` of its work,
-    "compute", "graphics" or "mps"), and `faults`, a line for each value that is not told. Such a value is None.
+    "compute", "graphics" or "mps"). A value that is not told is None: `unsupported` names those that this GPU does not
+    have, `faults` has a line for each that failed or made no sense.
     """
     try:
         with Nvml() as nvml:

@@ -36,24 +36,31 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+def events(text: str) -> list[Json]:
+    """The lines of a journal; one that a power cut tore is left out."""
+    found: list[Json] = []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 class Journal:
     """What happened in a run, on disk line by line before the next thing is done."""
 
     def __init__(self, site: Site, run_id: str) -> None:
         self.path = site.state / "runs" / f"{run_id}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def events(self) -> list[Json]:
         """All lines so far; one that a power cut tore is left out."""
-        found: list[Json] = []
-        with suppress(FileNotFoundError):
-            for line in self.path.read_text(errors="replace").splitlines():
-                with suppress(ValueError):
-                    found.append(json.loads(line))
-        return found
+        try:
+            return events(self.path.read_text(errors="replace"))
+        except FileNotFoundError:
+            return []
 
     def add(self, event: str, **values: Any) -> None:
         """Append one line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write("\n" * self._torn() + json.dumps({"at": now(), "event": event, **values}) + "\n")
             file.flush()

@@ -110,6 +110,15 @@ def _answer(verb: str, site: Site, request: Json) -> None:
 
         release = site.release()
         say({"release": site.manifest(release), "text": read_text(site.releases / release / "app/comfy/cli_args.py")})
+    elif verb == "logs":
+        from agent.logs import logs
+
+        for line in logs(site, request):
+            say(line)
+    elif verb == "jobs":
+        from agent.jobs import jobs
+
+        say(jobs(site, request["count"]))
     elif verb == "survey":
         from agent.survey import survey
 

@@ -9,12 +9,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TextIO
 
-from agent.adopt import adopt, retire, unadopt, withdraw
+from agent.adopt import adopt, retire, unadopt
 from agent.files import FULL, Fault, Json, flock, free, read, sha256, write
-from agent.journal import Journal, busy, now
+from agent.journal import Journal, busy, events, now
+from agent.lifecycle import delete, end_linger, erase, forget, forget_mounts, restart, start, stop, vanish, withdraw
 from agent.memory import drop_caches
 from agent.services import manager_of
 from agent.site import Site
@@ -58,6 +60,14 @@ STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "withdraw": withdraw,
     "unadopt": unadopt,
     "drop-caches": drop_caches,
+    "stop": stop,
+    "start": start,
+    "restart": restart,
+    "end-linger": end_linger,
+    "forget": forget,
+    "forget-mounts": forget_mounts,
+    "delete": delete,
+    "erase": erase,
 }
 
 
@@ -110,6 +120,9 @@ def apply(site: Site) -> None:
             if fault:
                 break
             journal.add("done", step=number)
+        if not fault and plan["steps"][-1]["kind"] == "erase":
+            vanish(site, journal)
+            return
         result = {"gate": "reverted"}.get(fault.get("kind", ""), "failed") if fault else "done"
         asked = {key: plan[key] for key in ("run", "who", "action", "release", "base")}
         line = {"at": now(), "result": result, **asked, "error": fault.get("what", "")}
@@ -131,25 +144,35 @@ def _os_fault(error: OSError, step: Json) -> Json:
 
 
 def follow(site: Site, run_id: str) -> Iterator[Json]:
-    """Yield the events of a run, as they come, up to its end."""
-    journal = Journal(site, run_id)
+    """Yield the events of a run, as they come, up to its end. The journal stays open: a run may end by deleting it."""
+    journal = Journal(site, run_id).path
     seen, quiet, gone = 0, 0.0, False
-    while True:
-        events = journal.events()
-        yield from events[seen:]
-        if any(event["event"] == "end" for event in events):
-            return
-        if gone:
-            raise Fault("step", "the run ended without a record", "the disk may be full", "inv facts shows it")
-        quiet = quiet + 0.1 if len(events) == seen else 0.0
-        seen = len(events)
-        if quiet > 10:
-            gone = read(site.pending).get("run") != run_id  # its last line may have come this very moment
-            if not gone and free(site.lock):
-                manager_of(site).go()
-            yield {"event": "alive"}  # shows that the connection still is
-            quiet = 0.0
-        time.sleep(0.1)
+    with ExitStack() as stack:
+        held: TextIO | None = None
+        while True:
+            with suppress(FileNotFoundError):
+                held = held or stack.enter_context(journal.open(errors="replace"))
+            if held is None and not site.state.exists():
+                yield {"event": "end", "result": "done", "fault": {}}  # what is gone was its to delete
+                return
+            so_far: list[Json] = []
+            if held is not None:
+                held.seek(0)
+                so_far = events(held.read())
+            yield from so_far[seen:]
+            if any(event["event"] == "end" for event in so_far):
+                return
+            if gone:
+                raise Fault("step", "the run ended without a record", "the disk may be full", "inv facts shows it")
+            quiet = quiet + 0.1 if len(so_far) == seen else 0.0
+            seen = len(so_far)
+            if quiet > 10:
+                gone = read(site.pending).get("run") != run_id  # its last line may have come this very moment
+                if not gone and free(site.lock):
+                    manager_of(site).go()
+                yield {"event": "alive"}  # shows that the connection still is
+                quiet = 0.0
+            time.sleep(0.1)
 
 
 def receive(site: Site, digest: str, size: int, offset: int) -> Json:

@@ -44,14 +44,15 @@ class Systemd:
         return self.units / f"{self.target}.wants" / unit
 
     def status(self) -> Json:
-        """How the service is: running, enabled, restarts, since when."""
-        fields = "ActiveState,SubState,NRestarts,ActiveEnterTimestamp,MainPID"
-        shown = run([*self.ctl, "show", self.unit, f"--property={fields}"])
-        values = dict(line.partition("=")[::2] for line in shown.splitlines())
+        """How the service is: running or about to, enabled, restarts, since when."""
+        values = self._shown(self.unit, "ActiveState,SubState,NRestarts,ActiveEnterTimestamp,MainPID")
+        died = values.get("SubState") == "auto-restart"  # it is "activating", too
+        active = values.get("ActiveState") in ("active", "activating", "reloading") and not died
+        stored = os.path.lexists(self.units / self.storage)
+        storage = self._shown(self.storage, "ActiveState").get("ActiveState") if stored else ""
         return {
-            # "auto-restart" is activating, too: it has died and waits
-            "active": values.get("ActiveState") in ("active", "activating", "reloading")
-            and values.get("SubState") != "auto-restart",
+            "active": active,
+            "waits": not active and (died or storage in ("active", "activating")),
             "state": f"{values.get('ActiveState')} ({values.get('SubState')})",
             "enabled": self._wants(self.unit).is_symlink(),
             "linked": self._linked(),
@@ -59,6 +60,10 @@ class Systemd:
             "since": values.get("ActiveEnterTimestamp", ""),
             "pid": int(values.get("MainPID") or 0),
         }
+
+    def _shown(self, unit: str, fields: str) -> dict[str, str]:
+        lines = run([*self.ctl, "show", unit, f"--property={fields}"]).splitlines()
+        return dict(line.partition("=")[::2] for line in lines)
 
     def _links(self) -> dict[Path, str]:
         """The links in systemd's folder that the current release asks for."""
@@ -81,6 +86,12 @@ class Systemd:
     def _entries(self, name: str) -> list[Path]:
         """A unit's links in systemd's folder."""
         return [self.units / name, *self.units.glob(f"*.wants/{name}")]
+
+    def placed(self) -> list[Path]:
+        """All that Hearth put into systemd's folder for this service, and that is there."""
+        names = [self.unit, self.apply_unit, *self._linked_companions()]
+        own = [] if self.foreign() else [path for name in names for path in self._entries(name)]
+        return [path for path in own if os.path.lexists(path)]
 
     def _stale(self) -> list[str]:
         """Companions that the current release does not have."""
@@ -108,10 +119,23 @@ class Systemd:
         run([*self.ctl, "daemon-reload"])
 
     def uninstall(self) -> None:
-        """Forget the unit: there is no release any more."""
-        for name in (self.unit, *self._linked_companions()):
+        """Forget the unit and its companions, which end: there is no release any more."""
+        if companions := self._linked_companions():
+            self._stop(companions)
+        for name in (self.unit, *companions):
             for place in self._entries(name):
                 place.unlink(missing_ok=True)
+        run([*self.ctl, "daemon-reload"])
+        subprocess.run([*self.ctl, "reset-failed", self.unit, *companions], capture_output=True)
+
+    def enable(self) -> None:
+        """Start the service at boot."""
+        link(self._wants(self.unit), f"../{self.unit}")
+        run([*self.ctl, "daemon-reload"])
+
+    def disable(self) -> None:
+        """Do not start it at boot."""
+        self._wants(self.unit).unlink(missing_ok=True)
         run([*self.ctl, "daemon-reload"])
 
     def start(self) -> None:
@@ -128,9 +152,12 @@ class Systemd:
 
     def stop(self) -> None:
         """Stop the service and wait until it has."""
-        units = [name for name in (self.storage, self.unit) if os.path.lexists(self.units / name)]
-        if units:
-            run([*self.ctl, "stop", *units])
+        self._stop([name for name in (self.storage, self.unit) if os.path.lexists(self.units / name)])
+
+    def _stop(self, units: list[str]) -> None:
+        done = subprocess.run([*self.ctl, "stop", *units], capture_output=True, text=True) if units else None
+        if done and done.returncode not in (0, 5):  # 5: none of that name is loaded, so none runs (systemctl(1))
+            raise Fault("step", f"systemctl stop {' '.join(units)} failed", done.stderr.strip())
 
     def log(self, lines: int) -> list[str]:
         """The last lines of the service's present or last run."""
@@ -165,6 +192,13 @@ class Systemd:
         subprocess.run([*self.ctl, "reset-failed", self.apply_unit], capture_output=True)
         run([*self.ctl, "start", "--no-block", self.apply_unit])
 
+    def forget(self) -> None:
+        """Take that unit away. What it runs goes on to its end, and is not started again when it is killed."""
+        if entries := [path for path in self._entries(self.apply_unit) if os.path.lexists(path)]:
+            for path in entries:
+                path.unlink(missing_ok=True)
+            run([*self.ctl, "daemon-reload"])
+
 
 # Not ordered against the service, which it stops and starts itself. OOMPolicy: a compiler or uv that is killed for
 # memory must not take the apply with it.
@@ -187,6 +221,10 @@ WantedBy={target}
 """
 
 
+LONG = 10_000_000
+"""Bytes from which on a log is long; at the next start a new one is begun."""
+
+
 class Supervised:
     """The service under a supervisor of our own: no systemd, no root. Survives the shell that started it."""
 
@@ -197,7 +235,9 @@ class Supervised:
         self.lock = site.state / "supervisor.lock"
         self.record = site.state / "supervisor.json"
         self.output = site.state / "comfyui.log"
+        self.times = site.state / "comfyui.times"
         self.enabled = site.state / "enabled"
+        self._marked = (0.0, -1)
 
     def status(self) -> Json:
         """How the service is: running, enabled, restarts, since when."""
@@ -205,6 +245,7 @@ class Supervised:
         record = read(self.record) if running else {}
         return {
             "active": running,
+            "waits": False,  # what waits for a mount is the supervisor, and it runs
             "state": "active (supervised)" if running else "inactive (no supervisor)",
             "enabled": self.enabled.exists(),
             "linked": True,
@@ -220,6 +261,12 @@ class Supervised:
     def uninstall(self) -> None:
         """Forget it."""
         self.enabled.unlink(missing_ok=True)
+
+    def enable(self) -> None:
+        """Nothing starts it at boot."""
+
+    def disable(self) -> None:
+        """Nothing starts it at boot."""
 
     def start(self) -> None:
         """Start the service."""
@@ -251,6 +298,22 @@ class Supervised:
 
     def settle(self) -> None:
         """Nothing starts it at boot."""
+
+    def rotate(self) -> None:
+        """Begin a new log when this one has grown long; one older is kept."""
+        if self.output.exists() and self.output.stat().st_size > LONG:
+            for path in (self.times, self.output):
+                with suppress(FileNotFoundError):
+                    path.replace(path.with_name(f"{path.name}.1"))
+
+    def mark(self) -> None:
+        """Note when the log was how long, every five seconds that it grows: ComfyUI's lines have no times."""
+        with suppress(OSError):  # a full disk must not end the supervisor
+            at, size = time.time(), self.output.stat().st_size
+            if size != self._marked[1] and at - self._marked[0] >= 5:
+                self._marked = at, size
+                with self.times.open("a") as file:
+                    file.write(f"{at:.0f} {size}\n")
 
     def go(self) -> None:
         """Apply what is pending, in a process of its own."""
@@ -349,8 +412,7 @@ def supervise(site: Site) -> None:
                 continue
             release = site.manifest(site.release())
             watcher = Watcher(release.get("develop", []))
-            if manager.output.exists() and manager.output.stat().st_size > 10_000_000:
-                manager.output.replace(manager.output.with_suffix(".log.1"))
+            manager.rotate()
             with manager.output.open("ab") as log:
                 begin = log.tell()
                 inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
@@ -370,6 +432,7 @@ def supervise(site: Site) -> None:
                 while child.poll() is None:
                     with suppress(subprocess.TimeoutExpired):
                         child.wait(0.5)
+                    manager.mark()
                     if not gone and site.unmounted():  # it must not write into the empty mount point
                         gone = True
                         child.send_signal(signal.SIGINT)

@@ -33,6 +33,8 @@ class Site:
         self.history = self.state / "history.jsonl"
         self.lock = self.state / "lock"
         self.cut = self.state / "cut-over.json"
+        self.paused = self.state / "paused.json"
+        self.lingered = self.state / "lingered"  # the login's systemd outlives it since Hearth asked for that
         self.snapshot = self.state / "snapshot"
         self.database = self.data / "user/comfyui.db"
 

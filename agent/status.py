@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from agent.comfyui import ask
+from agent.comfyui import ask, takes_connections
 from agent.facts import facts
 from agent.files import Fault, Json, meminfo
 from agent.gpu import gpus
@@ -56,7 +55,7 @@ def _comfyui(site: Site) -> Json:
             "pending": len(queue["queue_pending"]),
         }
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        return {"state": "silent" if _takes_connections(site) else "closed", "reason": str(error)}
+        return {"state": "silent" if takes_connections(site) else "closed", "reason": str(error)}
 
 
 def _created(job: list[Json]) -> float | None:
@@ -64,12 +63,6 @@ def _created(job: list[Json]) -> float | None:
     with suppress(IndexError, TypeError, ValueError, AttributeError):
         return float(job[3]["create_time"]) / 1000
     return None
-
-
-def _takes_connections(site: Site) -> bool:
-    with suppress(OSError), socket.create_connection((site.reachable, site.port), timeout=1):
-        return True
-    return False
 
 
 def _places(site: Site) -> list[Path]:

@@ -74,8 +74,10 @@ def mount(site: Site, step: Json, note: Callable[[str], None]) -> None:
 
 def linger(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Let the login's systemd run without a session, from boot on; where that is not allowed, Hearth supervises."""
+    site.lingered.touch()
     done = subprocess.run(["loginctl", "enable-linger"], capture_output=True, text=True)
     if done.returncode:
+        site.lingered.unlink()
         note(f"loginctl enable-linger: {done.stderr.strip()}: ComfyUI is supervised by Hearth instead")
 
 

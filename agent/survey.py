@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.facts import port_holder
-from agent.files import Json, read_some, read_text, walk
+from agent.files import Json, mounts, read_some, read_text, walk
 from agent.services import UNITS, WRITTEN
 from agent.site import Site
 
@@ -210,35 +210,25 @@ def _folder(place: Path, data: Path) -> Json:
     found |= {"bytes": 0, "files": 0, "owner": "", "people": [], "links": {}, "mounts": []}
     if not real.is_dir():
         return found
-    mounts = _mounts()
-    mount = _mount_of(real, mounts)
+    listed = mounts()
+    mount = _mount_of(real, listed)
     status = real.stat()
     with suppress(KeyError):
         found["owner"] = pwd.getpwuid(status.st_uid).pw_name
         found["people"] = [found["owner"]] if status.st_uid >= 1000 else []
         found["people"] += grp.getgrgid(status.st_gid).gr_mem
     found["mount"] = mount
-    found["mounts"] = [each for each in mounts if each["point"].startswith(f"{real}/")]
+    found["mounts"] = [each for each in listed if each["point"].startswith(f"{real}/")]
     if kind == "folder" and mount["point"] != str(real) and not found["mounts"]:
         there = next(path for path in (data, *data.parents) if path.exists()).resolve()
-        found["rename"] = mount == _mount_of(there, mounts) and status.st_dev == there.stat().st_dev
+        found["rename"] = mount == _mount_of(there, listed) and status.st_dev == there.stat().st_dev
         for name, each in walk(real):
             found["files"] += 1
             found["bytes"] += each.st_size
             if stat.S_ISLNK(each.st_mode) and len(found["links"]) < 100:
                 found["links"][name] = target = str((real / name).readlink())
-                if target.startswith("/") and (far := _mount_of(Path(target), mounts)) not in (mount, *found["mounts"]):
+                if target.startswith("/") and (far := _mount_of(Path(target), listed)) not in (mount, *found["mounts"]):
                     found["mounts"].append(far)
-    return found
-
-
-def _mounts() -> list[Json]:
-    """What is mounted: where, what and of which type (/proc/self/mountinfo, proc(5))."""
-    found: list[Json] = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split()[4])
-        found.append({"point": point, "what": after.split()[1], "type": after.split()[0]})
     return found
 
 

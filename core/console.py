@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import sys
 import time
 from contextlib import contextmanager
@@ -38,6 +40,26 @@ def agreed(question: str) -> bool:
         return True
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def typed(question: str, word: str) -> bool:
+    """Whether the person at the terminal types this very word; where there is no terminal, nobody does."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print(f"{question} ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip() == word
+
+
+def coloured() -> bool:
+    """Whether results may have colours: on a terminal, unless NO_COLOR says otherwise (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def unread() -> bool:
+    """Whether whoever read the results has gone, as `| head` does: nothing is written to see that."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
 def data(text: str) -> None:

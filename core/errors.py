@@ -193,7 +193,7 @@ class SudoError(HearthError):
 
 
 class RefusedError(HearthError):
-    """A deploy that would not work, or was not agreed to: every reason was shown, nothing was changed."""
+    """A change that would not work, or that nobody agreed to: every reason was shown, nothing was changed."""
 
     exit_code = 63
 
@@ -277,6 +277,18 @@ class RecordingError(HearthError):
     """A recording of GPUs that is cut short, or is none."""
 
     exit_code = 81
+
+
+class NoAnswerError(HearthError):
+    """ComfyUI does not answer: it does not run, it hangs, or it died while it started."""
+
+    exit_code = 82
+
+
+class LogError(HearthError):
+    """A log that cannot be read on the host."""
+
+    exit_code = 83
 
 
 class GroupError(HearthError):

@@ -33,8 +33,11 @@ from core.errors import (
     HearthError,
     HostKeyError,
     HostOfflineError,
+    LogError,
+    NoAnswerError,
     RemoteError,
     SudoError,
+    UsageError,
 )
 
 if TYPE_CHECKING:
@@ -123,6 +126,9 @@ def error_of(fault: dict[str, Any]) -> HearthError:
         "disk": DiskFullError,
         "offline": HostOfflineError,
         "gpu": GpuError,
+        "silent": NoAnswerError,
+        "log": LogError,
+        "usage": UsageError,
     }
     kind = kinds.get(fault["kind"], AgentError)
     cause = "\n         ".join([*fault["cause"].splitlines(), *(f"| {line}" for line in fault.get("log", []))])

@@ -19,7 +19,10 @@ class Gpu(msgspec.Struct, frozen=True):
 
 
 class Service(msgspec.Struct, frozen=True):
-    """The service as its manager sees it; `linked` when its unit is the current release's."""
+    """The service as its manager sees it; `linked` when its unit is the current release's.
+
+    `waits` says that it does not run, and will by itself: it died a moment ago, or waits for a mount.
+    """
 
     active: bool
     state: str
@@ -28,6 +31,30 @@ class Service(msgspec.Struct, frozen=True):
     restarts: int
     since: str
     pid: int
+    waits: bool = False
+
+
+class Place(msgspec.Struct, frozen=True):
+    """The prefix, with links resolved (`real`), and what lies in it.
+
+    `own` are the entries that Hearth makes, `crossings` those of them that are links; `others` are neither these nor
+    the data, and `data` says whether there is more of that than mount points and the way to them. `homes` names whose
+    home folder it is or holds. `mounts` are the mount points in it, `links` what in the data leads elsewhere. `ours`
+    says that Hearth has been there, `service` for which service last.
+    """
+
+    real: str = ""
+    link: bool = False
+    mount: bool = False
+    homes: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    data: bool = False
+    others: tuple[str, ...] = ()
+    crossings: tuple[str, ...] = ()
+    mounts: tuple[str, ...] = ()
+    links: dict[str, str] = {}
+    service: str = ""
+    ours: bool = False
 
 
 class MountState(msgspec.Struct, frozen=True):
@@ -53,6 +80,8 @@ class Facts(msgspec.Struct, frozen=True):
     nothing), `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now.
     `foreign_unit` is the unit's file where somebody else wrote it; `adopted` says whether `inv adopt --undo` has work.
     `port_holder` and `metrics_holder` are who listens on ComfyUI's port and on the exporter's.
+    `paused` says who took the service out of traffic, and when (empty: nobody); `placed` are the files of Hearth's in
+    systemd's folder, `lingered` says that the login's systemd outlives it since Hearth asked for that.
     """
 
     hostname: str
@@ -98,6 +127,10 @@ class Facts(msgspec.Struct, frozen=True):
     foreign_unit: str = ""
     adopted: bool = False
     metrics_holder: dict[str, Any] = {}
+    paused: dict[str, str] = {}
+    placed: tuple[str, ...] = ()
+    lingered: bool = False
+    place: Place = Place()
 
     @property
     def platform(self) -> str:

@@ -57,7 +57,8 @@ if TYPE_CHECKING:
 class Outcome:
     """How a flow ended on one host: `changed` says whether it did, or on a dry run would do, anything.
 
-    `notes` are what its steps said.
+    `notes` are what its steps said; `state` is how the host is now, in words, where that is not its release being in
+    service.
     """
 
     host: str
@@ -67,6 +68,7 @@ class Outcome:
     steps: tuple[str, ...] = ()
     address: str = ""
     notes: tuple[str, ...] = ()
+    state: str = ""
 
 
 def find_target(name: str) -> Target:
@@ -208,7 +210,7 @@ def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: 
                 hint=f"change `nodes` of {name}, or make a bundle for it: inv bundle --host {name}",
             )
         planned = plan.make(target, facts, stock, options)
-        _refuse(planned, target)
+        _refuse(planned, f"{name} cannot be deployed to")
         titles = tuple(step.title for step in planned.steps)
         address = f"http://{target.host.listen}:{target.host.port}"
         outcome = Outcome(name, planned.release, planned.base, bool(titles), titles, address)
@@ -226,14 +228,7 @@ def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: 
             facts = look(agent, target, packages)
             planned = plan.make(target, facts, stock, options)  # what is done already stays done
             _apply(agent, facts, planned, stock, "deploy", offline=True)
-        left = plan.make(target, look(agent, target, packages), stock, options)
-        if left.steps or left.refusals:
-            remains = [step.title for step in left.steps] + [each.what for each in left.refusals]
-            raise ConvergeError(
-                f"{name} is changed, and still not as wanted",
-                cause="\n         ".join(remains),
-                hint="run the same command again; when that does not help, this is a fault of Hearth's",
-            )
+        _converged(name, plan.make(target, look(agent, target, packages), stock, options))
         return outcome
 
 
@@ -281,15 +276,32 @@ def change(
     dry_run: bool = False,
     ask_sudo: bool = False,
     ask: bool = False,
+    consent: Callable[[], None] | None = None,
+    converges: bool = False,
 ) -> Outcome:
     """Look at a host, have `make` plan from what it is, show that, and unless it is a dry run have it applied.
 
-    For plans that send nothing. `action` is what the host's history calls it.
+    For plans that send nothing. `action` is what the host's history calls it. `consent` is had on any host, in
+    place of a plain yes, or raises. When it `converges`, the plan must be empty afterwards; raises ConvergeError.
     """
     target = find_target(name)
     with connection.connect(target, ask_sudo) as agent:
         facts = look(agent, target)
-        return _carry_out(agent, target, facts, make(target, facts), action, dry_run=dry_run, ask=ask)
+        planned = make(target, facts)
+        outcome = _carry_out(agent, target, facts, planned, action, dry_run=dry_run, ask=ask, consent=consent)
+        if converges and outcome.changed and not dry_run:
+            _converged(name, make(target, look(agent, target)))
+        return outcome
+
+
+def _converged(name: str, left: Plan) -> None:
+    if left.steps or left.refusals:
+        remains = [step.title for step in left.steps] + [each.what for each in left.refusals]
+        raise ConvergeError(
+            f"{name} is changed, and still not as wanted",
+            cause="\n         ".join(remains),
+            hint="run the same command again; when that does not help, this is a fault of Hearth's",
+        )
 
 
 def rollback(name: str, to: str, options: Options, *, dry_run: bool = False, ask_sudo: bool = False) -> Outcome:
@@ -346,16 +358,26 @@ def adopt(
 
 
 def _carry_out(
-    agent: Agent, target: Target, facts: Facts, planned: Plan, action: str, *, dry_run: bool, ask: bool
+    agent: Agent,
+    target: Target,
+    facts: Facts,
+    planned: Plan,
+    action: str,
+    *,
+    dry_run: bool,
+    ask: bool,
+    consent: Callable[[], None] | None = None,
 ) -> Outcome:
     """Show a plan that sends nothing; unless it is a dry run, have it applied."""
-    _refuse(planned, target)
+    _refuse(planned, f"{action} is refused for {target.name}")
     titles = tuple(step.title for step in planned.steps)
     if titles:
         show(planned)
     notes: tuple[str, ...] = ()
     if titles and not dry_run:
-        if ask and target.host.address and not console.agreed(f"change {target.name}?"):
+        if consent:
+            consent()
+        elif ask and target.host.address and not console.agreed(f"change {target.name}?"):
             raise RefusedError("nothing was changed", hint="say yes next time, or give --yes")
         notes = _apply(agent, facts, planned, None, action, offline=False)
     return Outcome(target.name, planned.release, planned.base, bool(titles), titles, notes=notes)
@@ -421,7 +443,7 @@ def on_each(names: Sequence[str], one: Callable[[str], Outcome], *, keep_going: 
         raise GroupError(
             f"{len(failed)} of {len(names)} hosts failed",
             cause="\n         ".join(
-                [f"{result.host}: release {result.release} is in service" for result in results]
+                [f"{each.host}: {each.state or f'release {each.release} is in service'}" for each in results]
                 + [f"{name}: {error.what}" for name, error in failed.items()]
                 + [f"{name}: not begun, the canary failed" for name in skipped]
             ),
@@ -454,11 +476,11 @@ def show(planned: Plan) -> None:
         console.say(f"  note: {note}")
 
 
-def _refuse(planned: Plan, target: Target) -> None:
+def _refuse(planned: Plan, what: str) -> None:
     if planned.refusals:
         wheels = tuple(each.build for each in planned.refusals if each.build)
         error = RefusedError(
-            f"this cannot be done on {target.name}; nothing was changed",
+            f"{what}; nothing was changed",
             cause="\n         ".join(each.what for each in planned.refusals),
             hint="\n         ".join(each.remedy for each in planned.refusals),
         )

@@ -230,6 +230,8 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal(f"the host is being changed: {who}", f"inv attach --host {target.name}"))
     if facts.current_fault:
         found.append(Refusal(facts.current_fault["what"], facts.current_fault["hint"]))
+    if facts.paused:  # by somebody with a reason, who may be somebody else
+        found.append(Refusal(paused(target, facts), f"inv resume --host {target.name}"))
     if facts.foreign_unit:
         found.append(Refusal(f"{facts.foreign_unit} is not Hearth's", f"inv adopt --host {target.name} takes it over"))
     if host.scope == "system" and not facts.manager.startswith("systemd"):
@@ -253,6 +255,11 @@ def _metrics(target: Target, facts: Facts) -> list[Refusal]:
         what = f"port {wanted} is held by {holder['command']} (pid {holder['pid']})"
         found.append(Refusal(what, "end it, or set another `metrics_port` for this host"))
     return found
+
+
+def paused(target: Target, facts: Facts) -> str:
+    """Who keeps the service from running, and since when."""
+    return f"{target.host.service} was paused by {facts.paused['who']} at {facts.paused['at']}"
 
 
 def storage(target: Target, facts: Facts) -> list[Refusal]:
@@ -478,6 +485,8 @@ def _notes(target: Target, facts: Facts) -> list[str]:
         found.append(f"{idle} means nothing: ComfyUI chooses CUDA's allocator; mode native-allocator chooses torch's")
     if facts.manager == "process" and facts.lingers:
         found.append("this machine has no systemd for you: ComfyUI is supervised by Hearth, and not started at boot")
+    if facts.manager == "process" and target.profile.memory_max:
+        found.append("nothing limits ComfyUI's memory here: `memory_max` needs systemd")
     if facts.rights is None and target.rights:
         found.append("the host has no sudo: members cannot read the log or restart ComfyUI by it")
     return found

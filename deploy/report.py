@@ -238,6 +238,7 @@ def configuration(names: Sequence[str], *, as_json: bool) -> None:
                     "name": each.name,
                     "address": each.host.address,
                     "profile": each.profile_name,
+                    "modes": each.host.modes,
                     "site": each.site,
                     "flags": each.flags,
                     "env": each.env,

@@ -213,7 +213,9 @@ _DECISIVE = re.compile(
 )
 def _service(case: Case) -> Iterator[Problem]:
     facts, service = case.facts, case.facts.service
-    if not facts.current:
+    if facts.paused:
+        yield Problem(plan.paused(case.target, facts), f"inv resume {case.at}")
+    if not facts.current or facts.paused:
         return
     said = [line.strip() for line in case.lines if _DECISIVE.search(line)]
     line = said[-1] if said else next((each.strip() for each in reversed(case.lines) if each.strip()), "nothing")

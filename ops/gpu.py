@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ class Process(msgspec.Struct, frozen=True):
 
 
 class Gpu(msgspec.Struct, frozen=True):
-    """One GPU, as `agent.gpu.gpus` explains it; None is what the driver does not tell, `faults` say why."""
+    """One GPU, as `agent.gpu.gpus` explains it; None is what it does not support, or what `faults` have a line for."""
 
     index: int
     name: str | None
@@ -59,6 +60,7 @@ class Gpu(msgspec.Struct, frozen=True):
     persistence: bool | None
     compute_mode: str | None
     processes: tuple[Process, ...]
+    unsupported: tuple[str, ...]
     faults: tuple[str, ...]
 
 
@@ -88,6 +90,8 @@ def run(
             "--record FILE and --seconds N go together, --every S with both, and none of them with --watch",
             hint="inv gpu --record FILE --seconds 60",
         )
+    if watch and as_json:
+        raise UsageError("--watch shows tables", hint="JSON, a sample a line: inv gpu --record FILE --seconds 60")
     if record and len(names) > 1:
         raise UsageError("--record records one host", hint=f"inv gpu --host {names[0]} --record {record} ...")
     if record:
@@ -145,13 +149,7 @@ def lines(seen: Mapping[str, Sample]) -> list[str]:
     notes = [f"{name}: job {sample.job} runs" for name, sample in seen.items() if sample.job]
     notes += [f"{name}: the driver lists no GPU" for name, sample in seen.items() if not sample.gpus]
     notes += [f"{name}: GPU {gpu.index} shares the machine's memory" for name, gpu in gpus if gpu.unified]
-    # What a model does not have is shown as a dash; only what failed needs words.
-    notes += [
-        f"{name}: GPU {gpu.index}: {fault}"
-        for name, gpu in gpus
-        for fault in gpu.faults
-        if not fault.endswith(": Not Supported")
-    ]
+    notes += [f"{name}: GPU {gpu.index}: {fault}" for name, gpu in gpus for fault in gpu.faults]
     return text + [""] * bool(notes) + notes
 
 
@@ -182,25 +180,30 @@ def _whole(value: float | None) -> str:
 def _watch(names: Sequence[str], every: float, ask_sudo: bool) -> int:
     """Show the GPUs as they are, until Ctrl-C. Each host has one connection, on which its agent tells them."""
     latest: dict[str, Sample] = {}
+    came: dict[str, float] = {}
     failed: dict[str, HearthError] = {}
     told = threading.Event()
 
     def read(name: str, agent: Agent) -> None:
         try:
             for sample in _samples(agent, every, None):
-                latest[name] = sample
+                latest[name], came[name] = sample, time.monotonic()
                 told.set()
             raise ConnectError(f"{name} does not tell its GPUs any more", hint="run the same command again")
         except HearthError as error:
-            latest.pop(name, None)
             failed[name] = error
             told.set()
 
     def now() -> list[str]:
         if len(failed) == len(names):
             raise failed[names[0]]
-        seen = {name: latest[name] for name in names if name in latest}
-        return [*lines(seen), *(f"{name}: {error.what}; next: {error.hint}" for name, error in failed.items())]
+        seen = {name: latest[name] for name in names if name in latest and name not in failed}
+        late = {name: time.monotonic() - came[name] for name in seen}
+        return [
+            *lines(seen),
+            *(f"{name}: the last of this came {age:.0f} s ago" for name, age in late.items() if age > every + 5),
+            *(f"{name}: {failed[name].what}; next: {failed[name].hint}" for name in names if name in failed),
+        ]
 
     with ExitStack() as stack:
         for name in names:  # one after the other: a password may be asked for
@@ -246,7 +249,7 @@ def _plain(sample: Sample) -> dict[str, Any]:
 
 def _recorded(place: Path, count: int, code: int) -> int:
     if not count:
-        place.unlink()
+        place.unlink(missing_ok=True)
     else:
         console.say(f"{count} samples in {place}; inv gpu-plot {place} draws them")
     return code

@@ -132,6 +132,8 @@ def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Statu
         problem(f"{facts.busy['action']} by {facts.busy['who']} is under way", f"inv attach {at}")
     if not facts.current:
         problem("nothing is deployed", f"inv deploy {at}")
+    elif facts.paused:
+        pass  # why, and by whom, is among the plan's refusals
     elif not facts.service.active:
         problem(f"the service does not run: {facts.service.state}", f"inv doctor {at}, then inv start {at}")
     elif live.comfyui.state == "silent":
@@ -140,7 +142,7 @@ def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Statu
         starting = live.uptime is not None and live.uptime < target.profile.start_seconds
         what = f"ComfyUI is starting, since {console.clock(live.uptime or 0)}" if starting else "ComfyUI is not reached"
         problem(what, f"inv logs {at}")
-    if facts.current and not facts.service.enabled:
+    if facts.current and not facts.service.enabled and not facts.paused:
         problem("the service is not started at boot", f"inv resume {at}")
     if facts.service.restarts:
         problem(f"the service was restarted {facts.service.restarts} times", f"inv doctor {at}")

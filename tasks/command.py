@@ -10,7 +10,7 @@ from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
 from invoke.exceptions import Exit
-from invoke.tasks import task
+from invoke.tasks import Task, task
 
 from core.errors import HearthError
 
@@ -18,6 +18,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from invoke.context import Context
+
+
+class _Task(Task[Any]):
+    """A task whose flags have the short forms that people know from elsewhere; invoke takes a letter of the name."""
+
+    def arg_opts(self, name: str, default: str, taken_names: set[str]) -> dict[str, Any]:
+        found = super().arg_opts(name, default, taken_names)
+        if short := _SHORT.get(name):
+            found["names"] = [found["names"][0], short]
+        return found
+
+
+_SHORT = {"lines": "n"}  # as tail and journalctl have it
 
 
 def command(*, help: dict[str, str] | None = None, **options: Any) -> Callable[[Callable[..., int | None]], Any]:  # noqa: A002  invoke's name
@@ -56,6 +69,6 @@ def command(*, help: dict[str, str] | None = None, **options: Any) -> Callable[[
             expanded += [Parameter(flag.name, each.kind, default=flag.default) for flag in flags] or [each]
             meanings |= {flag.name: flag.metadata["help"] for flag in flags}
         run.__signature__ = signature.replace(parameters=expanded)  # type: ignore[attr-defined]  # what invoke reads
-        return task(**options, help=meanings)(run)
+        return task(klass=_Task, **options, help=meanings)(run)
 
     return wrap

@@ -52,8 +52,15 @@ class DryRun:
 
 
 @dataclass(frozen=True)
+class Agreed(DryRun):
+    """A change that somebody at a terminal agrees to."""
+
+    yes: bool = flag(False, "do not ask on a terminal before a remote host is changed")
+
+
+@dataclass(frozen=True)
 class CutOver(DryRun):
-    """How the service is taken from one release to another."""
+    """How the service is stopped, as to go from one release to another."""
 
     drain: str = flag(
         "60", "seconds to wait for ComfyUI's jobs; then nothing is cut short, unless --force (default: 60)"
@@ -62,7 +69,5 @@ class CutOver(DryRun):
 
 
 @dataclass(frozen=True)
-class Change(CutOver):
+class Change(CutOver, Agreed):
     """A cut-over that somebody at a terminal agrees to."""
-
-    yes: bool = flag(False, "do not ask on a terminal before a remote host is changed")

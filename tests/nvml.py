@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,9 @@ MACHINES = ("rtx-4070", "h200", "gb10")
 @functools.cache
 def library() -> Path:
     """The library; compiled once, for Debian's path of it and for any LD_LIBRARY_PATH."""
-    place = Path(tempfile.mkdtemp(prefix="hearth-nvml-")) / "libnvidia-ml.so.1"
+    folder = tempfile.mkdtemp(prefix="hearth-nvml-")
+    atexit.register(shutil.rmtree, folder)
+    place = Path(folder) / "libnvidia-ml.so.1"
     words = ["gcc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,libnvidia-ml.so.1"]
     subprocess.run([*words, "-o", str(place), str(FIXTURES / "nvml.c")], check=True)
     return place

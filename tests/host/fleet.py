@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from core import files, source
 from deploy.application import application
 from tests.client import Client
-from tests.host.machine import Machine
+from tests.host.machine import Machine, place_for
 
 PREFIX = "/opt/comfyui"
 
@@ -52,6 +52,13 @@ class Fleet(Client):
 
     def deploy(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return self.inv("deploy", "--host", "spark", *words, **env)
+
+    def becomes(self, text: str = "") -> subprocess.CompletedProcess[str]:
+        """Configure and deploy, which must succeed."""
+        self.configure(text)
+        done = self.deploy()
+        assert done.returncode == 0, done.stderr
+        return done
 
     @property
     def prefix(self) -> Path:
@@ -101,16 +108,23 @@ class Fleet(Client):
         }
 
 
+def within(seconds: float, condition: Callable[[], bool]) -> bool:
+    """Wait until the condition holds; say whether it did in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
 F = TypeVar("F", bound=Fleet)
 
 
 @contextmanager
 def fresh(folder: Path, name: str, kind: type[F], prefix: str = PREFIX, **machine: Any) -> Iterator[F]:
-    """A fleet whose machine is its own, not booted yet and discarded in the end; what a killed run left goes first."""
-    # Not in pytest's folder: the overlay must be on the file system of uv's cache, to share it by hard links.
-    place = files.cache() / "hosts/running" / f"{name}-{folder.parent.name}"
-    shutil.rmtree(place, ignore_errors=True)
-    fleet = kind(Machine(place, prefix=prefix, **machine), folder)
+    """A fleet whose machine is its own, not booted yet and discarded in the end."""
+    fleet = kind(Machine(place_for(name), prefix=prefix, **machine), folder)
     fleet.configure()
     try:
         yield fleet

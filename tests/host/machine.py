@@ -79,6 +79,37 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def place_for(name: str) -> Path:
+    """Where a test's host may lie: on the file system of uv's cache, to share it by hard links; named by our process.
+
+    What runs left that were killed is swept away first: gigabytes, mounts, and machines that still run.
+    """
+    running = _made(files.cache() / "hosts/running")
+    for stale in running.glob("*.*"):
+        if not Path(f"/proc/{stale.suffix[1:]}").exists():
+            for process in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):  # systemd-nspawn, whose first argument ends its machine with it
+                    if f"--directory={stale}/root".encode() in process.read_bytes().split(b"\0"):
+                        _kill(int(process.parent.name))
+            _clear(stale)
+    return running / f"{name}.{os.getpid()}"
+
+
+def _clear(place: Path) -> None:
+    for mounted in (*place.glob("disks/*"), place / "root"):
+        subprocess.run(["umount", "--lazy", "--quiet", str(mounted)], check=False)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _kill(pid: int) -> list[int]:
+    """Kill systemd-nspawn and its machine's first process, which takes the others with it; which were killed."""
+    listed = [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()), pid]
+    for each in listed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+    return listed
+
+
 def share_downloads(there: Path) -> None:
     """Make a cache for uv of what uv here has downloaded, as hard links: same file system, no byte is copied."""
     asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
@@ -199,11 +230,7 @@ class Machine:
         """Pull the plug: every process of the machine is killed at once."""
         if self.process is None:
             return
-        # Its first process takes the whole PID namespace with it; nspawn alone would leave that behind.
-        listed = self._children()
-        for pid in [*listed, self.process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        listed = _kill(self.process.pid)
         self.process.wait()
         self.process = None
         while any(Path(f"/proc/{pid}").exists() for pid in listed):
@@ -221,6 +248,4 @@ class Machine:
     def discard(self) -> None:
         """Power off and leave nothing."""
         self.power_off()
-        for mounted in (*self.place.glob("disks/*"), self.root):
-            subprocess.run(["umount", "--lazy", str(mounted)], check=False)
-        shutil.rmtree(self.place, ignore_errors=True)
+        _clear(self.place)

@@ -112,9 +112,7 @@ def test_an_edited_unit_is_put_right(steady: Fleet, edit: str, why: str) -> None
 
 def test_a_change_of_flags_is_a_new_release_of_the_same_parts_and_can_be_taken_back(steady: Fleet) -> None:
     first = steady.current()
-    steady.configure('[hosts.spark.override.flags]\n"--preview-method" = { value = "auto", why = "a test" }\n')
-    done = steady.deploy()
-    assert done.returncode == 0, done.stderr
+    done = steady.becomes('[hosts.spark.override.flags]\n"--preview-method" = { value = "auto", why = "a test" }\n')
     assert steady.current() != first
     assert "sending" not in done.stderr
     system = steady.ask("/system_stats")["system"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from core import files
+from tests import nvml
 from tests.client import Client
-from tests.host.machine import free_port, share_downloads
+from tests.host.machine import free_port, place_for, share_downloads
 
 pytestmark = pytest.mark.host
 
@@ -61,7 +63,7 @@ class Here(Client):
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     folder = tmp_path_factory.mktemp("local")
     # On the file system of uv's cache, so that the environment is made of hard links.
-    prefix = files.cache() / "hosts/running" / f"local-{folder.parent.name}"
+    prefix = place_for("local")
     one = Here(prefix, folder / "hosts.toml", free_port())
     one.configure()
     share_downloads(prefix / "state/cache/uv")
@@ -96,6 +98,27 @@ def test_a_second_deploy_does_nothing(running: Here) -> None:
     assert "nothing to do" in done.stdout
     assert running.inv("deploy", "--dry-run").returncode == 0
     assert running.supervisor() == before
+
+
+def test_its_gpu_is_seen_and_its_memory_given_back(running: Here, tmp_path: Path) -> None:
+    child = running.supervisor()["child"]
+    recording = tmp_path / "recording"
+    recording.write_text(nvml.recording("gb10", ("compute", f"{child} 5000000000")))
+    env = {"LD_LIBRARY_PATH": str(nvml.library().parent), "NVML_RECORDING": str(recording)}
+    (seen,) = json.loads(running.inv("gpu", "--json", **env).stdout)
+    (process,) = seen["gpus"][0]["processes"]
+    assert (process["pid"], process["comfyui"]) == (child, True)
+    freed = running.inv("free-memory")
+    assert freed.returncode == 0, freed.stderr
+    assert freed.stdout.startswith("local: ComfyUI's process: ")
+    dropped = running.inv("drop-caches", **env)  # this machine's, once
+    last = json.loads(running.inv("history", "--json").stdout)[-1]
+    if os.access("/proc/sys/vm/drop_caches", os.W_OK):
+        assert dropped.returncode == 0, dropped.stderr
+        assert re.search(r"the page cache: [\d.]+ GB before, [\d.]+ GB after; available memory: ", dropped.stdout)
+        assert (last["action"], last["result"]) == ("drop-caches", "done")
+    else:  # who is not root is refused, and root in a container fails
+        assert dropped.returncode in (63, 69), dropped.stderr
 
 
 def test_comfyui_is_started_again_when_it_dies(running: Here) -> None:
@@ -272,3 +295,203 @@ def test_releases_and_history_and_hosts(running: Here) -> None:
         assert plain.stdout.strip()
         shown = running.inv(*words, "--json")
         assert json.loads(shown.stdout)
+
+
+def test_stop_start_restart_pause_and_resume(running: Here) -> None:
+    assert running.inv("start").stdout == "local: nothing to do, ComfyUI runs\n"
+    dry = running.inv("stop", "--dry-run")
+    assert (dry.returncode, "stop comfyui until inv start" in dry.stderr) == (2, True), dry.stderr
+    assert running.answers(1)
+    child = running.supervisor()["child"]
+    again = running.inv("restart")
+    assert again.returncode == 0, again.stderr
+    assert "answers after" in again.stderr
+    assert running.supervisor()["child"] != child
+    assert running.inv("stop").returncode == 0
+    assert not running.answers(0.5)
+    assert "nothing to do" in running.inv("stop").stdout
+    started = running.inv("start")
+    assert (started.returncode, "answers after" in started.stderr) == (0, True), started.stderr
+
+    assert running.inv("pause").returncode == 0
+    assert "nothing to do" in running.inv("pause").stdout
+    for words in (("start",), ("restart",), ("deploy",)):
+        refused = running.inv(*words)
+        assert refused.returncode == 63, refused.stderr
+        assert "comfyui was paused by " in refused.stderr
+        assert "next:  inv resume --host local" in refused.stderr
+    assert "was paused by" in running.inv("status").stdout
+    assert not running.answers(0.5)
+    resumed = running.inv("resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert running.answers(1)
+    assert running.inv("deploy", "--dry-run").returncode == 0
+
+
+def test_the_supervisors_log(running: Here) -> None:
+    assert running.inv("restart").returncode == 0
+    last = running.inv("logs", "-n", "3", "--grep", "To see the GUI")
+    assert (last.returncode, last.stdout.splitlines()[-1]) == (
+        0, f"[INFO] To see the GUI go to: http://127.0.0.1:{running.port}",
+    )  # fmt: skip
+    for words, said in (
+        (("--since", "whenever"), "--since whenever is no time"),
+        (("--grep", "("), "--grep ( is no regular expression"),
+        (("--lines", "many"), "--lines many makes no sense"),
+    ):
+        wrong = running.inv("logs", *words)
+        assert (wrong.returncode, said in wrong.stderr) == (15, True), wrong.stderr
+    lately = running.inv("logs", "--since", "1 min ago", "--json")
+    assert any("To see the GUI" in json.loads(line)["text"] for line in lately.stdout.splitlines())
+    assert "this begins up to five seconds early" in lately.stderr
+
+    following = running.start("logs", "-f", "-n", "0")
+    time.sleep(1.5)  # it is connected
+    submit(running.port, "seen")
+    assert following.stdout is not None
+    seen = [following.stdout.readline() for _ in range(2)]
+    assert "got prompt" in seen[0], seen
+    following.send_signal(signal.SIGINT)
+    said, _ = following.communicate(timeout=10)
+    assert (following.returncode, said) == (130, "")
+
+    pipe = f"{sys.executable} -m invoke logs -f -n 5 | head -2; echo ${{PIPESTATUS[0]}}"
+    shell = subprocess.run(
+        ["bash", "-c", pipe], cwd=files.CHECKOUT, env=running.environment(), capture_output=True, text=True, timeout=30
+    )
+    assert (len(shell.stdout.splitlines()), shell.stdout.splitlines()[-1], shell.stderr) == (3, "0", "")
+
+
+def submit(port: int, prefix: str) -> str:
+    """Have ComfyUI save a picture, which needs no model; the prompt's id."""
+    inputs = {"width": 64, "height": 64, "batch_size": 1, "color": time.time_ns() % (1 << 24)}
+    workflow = {
+        "1": {"class_type": "EmptyImage", "inputs": inputs},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": prefix}},
+    }
+    body = json.dumps({"prompt": workflow}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/prompt", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return str(json.load(answer)["prompt_id"])
+
+
+def test_jobs_that_ended_well_and_badly_and_a_comfyui_that_hangs(running: Here) -> None:
+    good, bad = submit(running.port, "good"), submit(running.port, "../../outside")
+    time.sleep(2)
+    shown = running.inv("jobs")
+    assert shown.returncode == 0, shown.stderr
+    assert f"{bad[:8]}: node 2 (SaveImage): Exception: **** ERROR: Saving image outside" in shown.stdout
+    listed = {each["id"]: each for each in json.loads(running.inv("jobs", "--json").stdout)}
+    assert (listed[good]["status"], listed[good]["nodes"], listed[bad]["status"]) == ("success", 2, "error")
+    assert 0 <= listed[good]["seconds"] < 10
+    child = running.supervisor()["child"]
+    os.kill(child, signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        silent = running.inv("jobs")
+        assert time.monotonic() - started < 15
+    finally:
+        os.kill(child, signal.SIGCONT)
+    assert silent.returncode == 82
+    assert "ComfyUI takes connections and does not answer" in silent.stderr
+
+
+def test_a_service_that_does_not_come_up_is_told_with_its_log(running: Here) -> None:
+    main = running.prefix / "current/app/main.py"
+    mode, text = main.stat().st_mode, main.read_text()
+    main.chmod(0o644)
+    try:
+        main.write_text(f"print('I am broken', flush=True); raise SystemExit(3)\n{text}")
+        broken = running.inv("restart")
+    finally:
+        main.write_text(text)
+    assert broken.returncode == 82, broken.stderr
+    assert "| I am broken" in broken.stderr
+    assert json.loads(running.inv("history", "--json").stdout)[-1]["result"] == "failed"
+    main.chmod(mode)
+    mended = running.inv("deploy")  # the file is another, if only by its time
+    assert mended.returncode == 0, mended.stderr
+
+
+def test_what_is_removed_comes_back_with_the_next_deploy(running: Here) -> None:
+    release = (running.prefix / "current").readlink()
+    done = running.inv("remove")
+    assert done.returncode == 0, done.stderr
+    assert not running.answers(0.5)
+    assert sorted(path.name for path in running.prefix.iterdir()) == ["data", "parts", "releases", "state"]
+    assert "nothing to do" in running.inv("remove").stdout
+    assert "nothing is in service on local" in running.inv("start").stderr
+    back = running.inv("deploy")
+    assert back.returncode == 0, back.stderr
+    assert "make " not in back.stderr
+    assert (running.prefix / "current").readlink() == release
+    assert [each["action"] for each in json.loads(running.inv("history", "--json").stdout)][-2:] == ["remove", "deploy"]
+
+
+def test_a_nuke_that_was_killed_goes_on_and_keeps_the_data_and_whatever_is_mounted(running: Here) -> None:
+    """The last test here: afterwards nothing is deployed."""
+    prefix, pool = running.prefix, running.prefix.parent / f"{running.prefix.name}-pool"
+    (pool / "weights").mkdir(parents=True)
+    (pool / "weights/large").write_text("kept")
+    inside = prefix / "data/models/pool"
+    inside.mkdir()
+    (prefix / "data/input/pool").symlink_to(pool)
+    (prefix / "data/output/art.png").write_text("art")
+    (prefix / "notes.txt").write_text("mine")
+    subprocess.run(["mount", "--bind", str(pool), str(inside)], check=True)  # the same file system: only /proc tells
+    try:
+        (prefix / "state/adopted.jsonl").touch()
+        adopted = running.inv("nuke")
+        (prefix / "state/adopted.jsonl").unlink()
+        assert (adopted.returncode, "inv adopt --host local --undo" in adopted.stderr) == (63, True), adopted.stderr
+
+        client = running.start("nuke")
+        journal = b""
+        end = time.monotonic() + 60
+        while b"delete current" not in journal and time.monotonic() < end:
+            journal = b"".join(path.read_bytes() for path in (prefix / "state/runs").glob("*.jsonl"))
+        for applying in applying_in(prefix):
+            os.kill(applying, signal.SIGKILL)
+        client.kill()
+        client.communicate()
+        assert (prefix / "state/pending.json").exists()
+        other = running.inv("nuke")
+        assert other.returncode in (63, 64), other.stderr
+        assert "nuke" in other.stderr
+        watched = running.inv("attach")
+        assert watched.returncode == 0, watched.stderr
+        assert sorted(path.name for path in prefix.iterdir()) == ["data", "notes.txt"]
+        assert (prefix / "data/output/art.png").read_text() == "art"
+        assert running.inv("nuke").stdout.startswith("local: nothing to do")
+        assert running.inv("attach").stderr == "nothing was ever changed on local\n"
+
+        unnamed = running.inv("nuke", "--data", "--yes")
+        assert (unnamed.returncode, "its name was not typed" in unnamed.stderr) == (63, True), unnamed.stderr
+        wrong = running.inv("nuke", "--data", "--yes-delete-data-of", "spark")
+        assert (wrong.returncode, (prefix / "data/output/art.png").exists()) == (15, True), wrong.stderr
+        gone = running.inv("nuke", "--data", "--yes-delete-data-of", "local")
+        assert gone.returncode == 0, gone.stderr
+        assert f"left, it is mounted: {inside}" in gone.stderr
+        assert f"left, it is not Hearth's: {prefix}/notes.txt" in gone.stderr
+        left = [str(path.relative_to(prefix)) for path in sorted(prefix.rglob("*"))]
+        assert left == [
+            "data", "data/models", "data/models/pool", "data/models/pool/weights", "data/models/pool/weights/large",
+            "notes.txt",
+        ]  # fmt: skip
+        assert (pool / "weights/large").read_text() == "kept"
+        assert running.inv("nuke", "--data", "--yes-delete-data-of", "local").stdout.startswith("local: nothing to do")
+    finally:
+        subprocess.run(["umount", "--lazy", str(inside)], check=False)
+        shutil.rmtree(pool, ignore_errors=True)
+
+
+def applying_in(prefix: Path) -> list[int]:
+    """The processes that apply a plan in a prefix."""
+    words = f"{prefix}/state/agent.pyz\0apply".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [int(path.parent.name)] * (words in path.read_bytes())
+        except OSError:  # it has ended
+            continue
+    return found

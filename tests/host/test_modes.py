@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import time
 import urllib.error
-from collections.abc import Callable
 
 import pytest
 
 from deploy import host
-from tests.host.fleet import PREFIX, Fleet
+from tests.host.fleet import PREFIX, Fleet, within
 
 pytestmark = pytest.mark.host
 
@@ -32,15 +30,6 @@ def has(fleet: Fleet, node_type: str) -> bool:
         return False
 
 
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.2)
-    return True
-
-
 def exposure(fleet: Fleet, unit: str) -> float:
     found = re.search(r"exposure level for .*: ([\d.]+)", fleet.machine.run(f"systemd-analyze security {unit}"))
     assert found
@@ -48,9 +37,7 @@ def exposure(fleet: Fleet, unit: str) -> float:
 
 
 def test_a_modes_flags_arrive_and_are_explained(steady: Fleet) -> None:
-    steady.configure('modes = ["low-memory", "production"]\n')
-    done = steady.deploy()
-    assert done.returncode == 0, done.stderr
+    steady.becomes('modes = ["low-memory", "production"]\n')
     system = steady.ask("/system_stats")["system"]
     assert isinstance(system, dict)
     assert " ".join(system["argv"]).endswith("--cache-ram 4 --cpu --vram-headroom 0.5")
@@ -109,9 +96,7 @@ def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet
         machine.run(f"runuser -u deployer -- tee /{HOME}/{node.name} >/dev/null <<'END'\n{text}\nEND")
 
     write("import a_module_that_nobody_has")
-    steady.configure(f'modes = ["development"]\ndevelop = ["/{HOME}"]\n')
-    done = steady.deploy()
-    assert done.returncode == 0, done.stderr
+    done = steady.becomes(f'modes = ["development"]\ndevelop = ["/{HOME}"]\n')
     assert f"ComfyUI starts anew whenever a Python file in /{HOME} changes" in done.stderr
     assert "node my-node cannot be imported: No module named 'a_module_that_nobody_has'" in done.stderr
     write(NODE.replace("NAME", "DevelopedOne"))
@@ -129,23 +114,24 @@ def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet
         f"runuser -u comfyui -- touch {PREFIX}/data/develop/my-node/new 2>&1 || true"
     )
     assert "Read-only file system" in tried
-    # what somebody stopped stays so, and what is broken comes back
+    write("import os; os._exit(3)")
+    assert within(60, lambda: "auto-restart" in machine.run("systemctl show comfyui -p SubState"))
+    write(NODE.replace("NAME", "DevelopedAgain"))
+    assert within(90, lambda: has(steady, "DevelopedAgain"))
+    # what somebody stopped stays so
     machine.run("systemctl stop comfyui")
     write(NODE.replace("NAME", "DevelopedThree"))
     assert within(20, lambda: "is stopped" in machine.run("journalctl --no-pager --output=cat --unit=comfyui-reload"))
     assert machine.run("systemctl is-active comfyui || true").strip() == "inactive"
     machine.run("systemctl start comfyui")
     assert within(90, lambda: has(steady, "DevelopedThree"))
-    steady.configure()
-    assert steady.deploy().returncode == 0
+    steady.becomes()
     assert not (machine.root / "etc/systemd/system/comfyui-reload.service").is_symlink()
     assert machine.run("systemctl is-active comfyui-reload || true").strip() == "inactive"
 
 
 def test_memory_is_given_back_by_a_timer(steady: Fleet) -> None:
-    steady.configure('free_memory = "3s"\n')
-    done = steady.deploy()
-    assert done.returncode == 0, done.stderr
+    steady.becomes('free_memory = "3s"\n')
     timers = json.loads(steady.machine.run("systemctl list-timers --output=json comfyui-free-memory.timer"))
     assert [each["activates"] for each in timers] == ["comfyui-free-memory.service"]
     journal = "journalctl --no-pager --output=cat --unit=comfyui-free-memory"

@@ -128,6 +128,10 @@ def test_nodes_are_read_only_parts_with_writable_corners(garden: Garden, monkeyp
     assert "no" in fleet.machine.run(f"runuser -u comfyui -- touch {place}/new 2>/dev/null || echo no")
     facts = fleet.facts()
     assert facts["failed_nodes"] == {"bad": "No module named 'nothing_like_this'"}
+    told = json.loads(fleet.inv("doctor", "--host", "spark", "--json").stdout)
+    (node,) = [each for each in told if each["check"] == "nodes"]
+    assert node["what"] == "node bad cannot be imported: No module named 'nothing_like_this'"
+    assert node["remedy"].startswith("inv nodes.update bad")
 
     (kept / "presets/shipped.txt").write_text("edited by its user")
     second = garden.commit("good", GOOD.replace("WHICH", '("HearthOne", "HearthThree")'))

@@ -80,8 +80,7 @@ def test_comfyui_stops_when_a_mount_goes_waits_for_it_and_starts_when_it_comes(s
     machine.run("mount --bind /srv/inodes /srv/pool")
     assert steady.answers()
     assert machine.run("ls /srv/pool/out").split() == ["kept_00001_.png"]
-    steady.configure()
-    assert steady.deploy().returncode == 0
+    steady.becomes()
     machine.run("umount /srv/pool; rm -r /srv/inodes/out /srv/more")
     assert steady.answers(5)  # what it does not need any more does not stop it
 
@@ -103,9 +102,7 @@ def test_hearth_mounts_what_it_is_told_to_and_at_boot_and_never_over_files(stead
         steady.configure(folders + mount.format(what, kind, "noatime"))
         cannot = steady.deploy()
         assert (cannot.returncode, remedy in cannot.stderr) == (63, True), cannot.stderr
-    steady.configure(folders + mount.format("/srv/inodes", "none", "bind"))
-    done = steady.deploy()
-    assert done.returncode == 0, done.stderr
+    done = steady.becomes(folders + mount.format("/srv/inodes", "none", "bind"))
     assert "mount /srv/inodes at /srv/vault (none, bind)" in done.stderr
     machine.power_off()
     machine.boot()
@@ -113,17 +110,14 @@ def test_hearth_mounts_what_it_is_told_to_and_at_boot_and_never_over_files(stead
     assert "/srv/vault" in machine.run("findmnt --noheadings --output TARGET /srv/vault")
     again = steady.deploy("--dry-run")
     assert again.returncode == 0, again.stderr
-    steady.configure()
-    assert steady.deploy().returncode == 0
+    steady.becomes()
     machine.run("systemctl disable --now srv-vault.mount; rm -r /srv/inodes/in")
 
 
 def test_a_full_data_disk_leaves_the_service_up_and_is_refused(steady: Fleet) -> None:
     machine = steady.machine
     machine.run("mkdir -p /srv/small; mount -t tmpfs -o size=300M small /srv/small")
-    steady.configure('mounts."/srv/small" = {}\nfolders.output = "/srv/small/out"\n')
-    done = steady.deploy()
-    assert done.returncode == 0, done.stderr
+    steady.becomes('mounts."/srv/small" = {}\nfolders.output = "/srv/small/out"\n')
     machine.run("head -c 400M /dev/zero > /srv/small/filler 2>/dev/null || true")
     status = picture(steady, "none")["status"]
     assert isinstance(status, dict)
@@ -135,17 +129,14 @@ def test_a_full_data_disk_leaves_the_service_up_and_is_refused(steady: Fleet) ->
     machine.run("rm /srv/small/filler")
     picture(steady, "some")
     assert "some_00001_.png" in machine.run("ls /srv/small/out")
-    steady.configure()
-    assert steady.deploy().returncode == 0
+    steady.becomes()
     machine.run("umount /srv/small")
 
 
 def test_members_share_the_data_read_the_log_and_may_restart_when_allowed(steady: Fleet) -> None:
     machine = steady.machine
     machine.run("useradd anna; useradd ben; useradd eve")
-    steady.configure('members = ["anna", "ben"]\nmembers_may = ["restart"]\n')
-    done = steady.deploy()
-    assert done.returncode == 0, done.stderr
+    steady.becomes('members = ["anna", "ben"]\nmembers_may = ["restart"]\n')
     place, log = f"{PREFIX}/data/output/shared", "sudo -n journalctl --no-pager --unit comfyui.service"
 
     def may(who: str, command: str) -> bool:
@@ -167,13 +158,10 @@ def test_members_share_the_data_read_the_log_and_may_restart_when_allowed(steady
     assert machine.run("systemctl show comfyui --property=ActiveEnterTimestampMonotonic --value") != since
     assert steady.answers()
 
-    steady.configure('members = ["anna"]\n')
-    fewer = steady.deploy()
-    assert fewer.returncode == 0, fewer.stderr
+    steady.becomes('members = ["anna"]\n')
     assert not may("ben", f"echo b >> {place}/one")
     assert not may("ben", log)
     assert not may("anna", "sudo -n systemctl restart comfyui.service")
-    steady.configure()
-    assert steady.deploy().returncode == 0
+    steady.becomes()
     assert not may("anna", log)
     machine.run(f"rm -r {place}")

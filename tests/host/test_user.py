@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.host.fleet import Fleet, fresh
+from tests.host.fleet import Fleet, fresh, within
 from tests.host.machine import LOGIN, free_port
 from tests.host.test_metrics import scrape
 
@@ -58,6 +58,22 @@ def test_a_user_deploys_without_root(own: Own) -> None:
         assert line in found
     assert "hearth_service_process_resident_memory_bytes" in found
     release = own.current()
+    node = f"{HOME}/my-node"
+    own.machine.run(f"runuser -u {LOGIN} -- sh -c 'mkdir {node}; echo NODE_CLASS_MAPPINGS = 0 > {node}/__init__.py'")
+    own.configure(f'scope = "user"\nmodes = ["development"]\ndevelop = ["{node}"]\nfree_memory = "5s"\n')
+    developed = own.deploy()
+    assert developed.returncode == 0, developed.stderr
+    assert "node my-node cannot be imported" in developed.stderr
+    before = own.facts()["service"]["pid"]
+    own.machine.run(f"runuser -u {LOGIN} -- sh -c 'echo NODE_CLASS_MAPPINGS = {{}} > {node}/__init__.py'")
+    told = f"journalctl --no-pager --output=cat _UID=$(id -u {LOGIN})"
+    assert within(30, lambda: f"{node}/__init__.py changed: ComfyUI starts anew" in own.machine.run(told))
+    assert within(30, lambda: "gives its memory back" in own.machine.run(told))
+    assert own.answers()
+    assert own.facts()["service"]["pid"] != before
+    own.configure('scope = "user"\n')
+    assert own.deploy().returncode == 0
+    assert own.current() == release
     own.configure('scope = "user"\n[hosts.spark.override]\nstart_seconds = 6\n')
     slow = own.comfyui("never", {"main.py": (r"\A", 'import time; print("thinking", flush=True); time.sleep(99)\n')})
     broken = own.deploy(HEARTH_APP=str(slow))

@@ -19,7 +19,7 @@ from tests import nvml
 KEYS = {
     *("index", "name", "uuid", "capability", "driver", "cuda", "memory_total", "memory_used", "unified"),
     *("memory_source", "utilization", "memory_utilization", "temperature", "power", "power_limit", "clock_sm"),
-    *("clock_memory", "persistence", "compute_mode", "processes", "faults"),
+    *("clock_memory", "persistence", "compute_mode", "processes", "unsupported", "faults"),
 }
 
 
@@ -60,6 +60,7 @@ def test_an_rtx_4070(tmp_path: Path) -> None:
         "clock_memory": 10501,
         "persistence": True,
         "compute_mode": "default",
+        "unsupported": [],
         "faults": [],
     }
     assert [(each["kind"], each["bytes"] >> 20) for each in listed] == [
@@ -90,7 +91,7 @@ def test_a_gb10_has_the_machines_memory(tmp_path: Path, edits: tuple[tuple[str, 
     assert found["memory_total"] == meminfo()["MemTotal"]
     assert 0 < found["memory_used"] < found["memory_total"]
     assert found["power_limit"] is None
-    assert found["faults"] == ["power_limit: Not Supported", "clock_memory: Not Supported"]
+    assert (found["unsupported"], found["faults"]) == (["power_limit", "clock_memory"], [])
     assert [each["bytes"] for each in found["processes"]] == [1000]
 
 
@@ -109,6 +110,7 @@ def test_a_gb10_has_the_machines_memory(tmp_path: Path, edits: tuple[tuple[str, 
         (("name", "\x1b[31mGPU"), ("name",), "name: answers '\\x1b[31mGPU'"),
         (("persistence", "7"), ("persistence",), "persistence: answers 7"),
         (("cuda", "!999"), ("cuda",), "cuda: Unknown Error"),
+        (("compute-mode", "9"), ("compute_mode",), "compute_mode: answers 9"),
     ],
 )
 def test_what_is_not_told_or_makes_no_sense_is_none_and_all_else_is_there(

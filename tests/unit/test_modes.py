@@ -237,6 +237,14 @@ def test_a_folder_under_development_must_be_there() -> None:
     assert there.notes == ("ComfyUI starts anew whenever a Python file in /home/anna/mine changes, jobs or not",)
 
 
+def test_a_limit_that_nobody_holds_is_told() -> None:
+    profile = msgspec.structs.replace(spark().profile, memory_max="90%")
+    target = replace(spark(scope="user"), profile=profile)
+    without = msgspec.structs.replace(FRESH, manager="process")
+    assert "nothing limits ComfyUI's memory here: `memory_max` needs systemd" in made(without, target).notes
+    assert not any("memory_max" in each for each in made(msgspec.structs.replace(FRESH, manager="x"), target).notes)
+
+
 # --- what the agent does -------------------------------------------------------------------------------------------
 
 

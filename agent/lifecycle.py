@@ -1,0 +1,136 @@
+"""Starting, stopping and taking away what a deploy has put here. Each step may be done again after it was cut short."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from agent.comfyui import drain, first_answer
+from agent.files import Fault, Json, Sweep, flock, read, run, write
+from agent.journal import Journal, now
+from agent.services import UNITS, Manager, Systemd, manager_of
+from agent.site import Site
+
+
+def stop(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Stop ComfyUI when its jobs are done; with `pause` until it is resumed, at boot too."""
+    manager = manager_of(site)
+    _drain(site, manager, step, note)
+    if step["pause"]:
+        write(site.paused, json.dumps({"who": read(site.pending)["who"], "at": now()}))
+        manager.disable()
+    manager.stop()
+
+
+def start(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Start ComfyUI and wait until it answers; with `resume` from now on at boot, too."""
+    manager = manager_of(site)
+    if missing := site.unmounted():  # systemd would wait for it without an end
+        what = f"{' and '.join(missing)} went away since the plan was made"
+        raise Fault("step", what, "", "mount it there, then run the same command again")
+    if step["resume"]:
+        manager.enable()
+        site.paused.unlink(missing_ok=True)
+    _start(site, manager, note)
+
+
+def restart(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Stop ComfyUI when its jobs are done, start it again, and wait until it answers."""
+    manager = manager_of(site)
+    _drain(site, manager, step, note)
+    manager.stop()
+    _start(site, manager, note)
+
+
+def _drain(site: Site, manager: Manager, step: Json, note: Callable[[str], None]) -> None:
+    if manager.status()["active"]:  # else it is somebody else's ComfyUI that answers
+        drain(site, step["drain"], step["force"], note)
+
+
+def _start(site: Site, manager: Manager, note: Callable[[str], None]) -> None:
+    began = time.monotonic()
+    manager.start()
+    try:
+        stats = first_answer(site, manager, site.manifest(site.release())["gate"]["seconds"])
+    except Fault as fault:
+        fault.report |= {"kind": "silent", "hint": "read the log above; inv rollback returns to the release before"}
+        with suppress(Fault, OSError):
+            fault.report["log"] = manager.log(25)
+        raise
+    note(f"answers after {time.monotonic() - began:.1f} s: ComfyUI {stats['system']['comfyui_version']}")
+
+
+def withdraw(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Take the current release out of service. It stays here: a deploy or rollback brings it back."""
+    manager = manager_of(site)
+    _drain(site, manager, step, note)
+    manager.stop()
+    manager.uninstall()
+    site.paused.unlink(missing_ok=True)
+    if site.current.is_symlink():
+        site.current.unlink()
+
+
+def end_linger(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Let the login's systemd end with its last session again."""
+    run(["loginctl", "disable-linger"])
+    site.lingered.unlink(missing_ok=True)
+
+
+def forget(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Take away the unit that goes on with what was interrupted; it is the last of Hearth's in systemd's folder."""
+    Systemd(site).forget()
+
+
+def forget_mounts(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Take away Hearth's mount units. What is mounted stays so until the next boot."""
+    for unit in step["units"]:
+        for path in (UNITS / unit, *UNITS.glob(f"*.wants/{unit}")):
+            path.unlink(missing_ok=True)
+    run(["systemctl", "daemon-reload"])
+
+
+def delete(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Delete what the step names in the prefix."""
+    _sweep([site.prefix / name for name in step["names"]], note)
+
+
+RUN = ("agent.pyz", "lock", "pending.json", "runs", "site.json", "submit.lock")
+"""What a run needs up to its end, and the next one to go on from there."""
+
+
+def erase(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Delete what Hearth noted, but for what this run needs: `vanish` takes that."""
+    _sweep([path for path in site.state.iterdir() if path.name not in RUN], note)
+
+
+def _sweep(paths: list[Path], note: Callable[[str], None]) -> None:
+    sweep = Sweep()
+    for path in paths:
+        sweep.delete(path)
+    note(f"{sweep.files} files are deleted")
+    for point in sweep.left:
+        note(f"left, it is a mount point: {point}")
+    if sweep.stuck:
+        more = [f"and {len(sweep.stuck) - 20} more"] if len(sweep.stuck) > 20 else []
+        what = f"{len(sweep.stuck)} things could not be deleted"
+        hint = "look at them (lsattr shows what is immutable), then run the same command again"
+        raise Fault("step", what, "\n".join([*sweep.stuck[:20], *more]), hint)
+
+
+def vanish(site: Site, journal: Journal) -> None:
+    """End a run that leaves nothing: what it needed itself is deleted after it, the journal with its last line at last.
+
+    Whoever follows has the journal open, and reads that line from there.
+    """
+    with flock(site.state / "submit.lock", wait=True):  # nobody leaves a plan in what is being deleted
+        site.pending.unlink()
+        Systemd(site).forget()
+        journal.add("end", result="done", fault={})
+        sweep = Sweep()
+        sweep.delete(site.state)
+    with suppress(OSError):  # the data is in it, or something of somebody else's
+        site.prefix.rmdir()

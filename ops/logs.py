@@ -1,0 +1,71 @@
+"""ComfyUI's log, from wherever the host keeps it."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from core import console
+from core.errors import UsageError
+from deploy import connection, flow
+from deploy.host import select
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+LINES = 100
+"""So many are shown when neither their number nor a time is asked for."""
+
+
+def question(lines: str, since: str, grep: str, *, follow: bool) -> dict[str, Any]:
+    """What the agent is asked; `lines` None are all. Raises UsageError."""
+    if lines and not lines.isdecimal():
+        raise UsageError(f"--lines {lines} makes no sense", hint="give a number, such as --lines 500")
+    try:
+        re.compile(grep)
+    except re.error as error:
+        hint = "a regular expression of Python's; a backslash before ( [ . * + ? takes them as they are"
+        raise UsageError(f"--grep {grep} is no regular expression", cause=str(error), hint=hint) from None
+    count = int(lines) if lines else None if since else LINES
+    return {"lines": count, "since": since, "grep": grep, "follow": follow}
+
+
+def show(host: str, asked: dict[str, Any], *, ask_sudo: bool, as_json: bool) -> int:
+    """Print a host's log as it comes; 130 when Ctrl-C ends it. Raises LogError, or UsageError for an unknown time."""
+    (name,) = select(host, "")
+    try:
+        with connection.connect(flow.find_target(name), ask_sudo) as agent:
+            _print(agent.stream("logs", **asked), as_json=as_json)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _print(answers: Iterable[dict[str, Any]], *, as_json: bool) -> None:
+    coloured = console.coloured()
+    for each in answers:
+        if "alive" in each and console.unread():
+            return
+        if "note" in each:
+            console.say(each["note"])
+        elif "text" in each and as_json:
+            console.data(json.dumps({"at": each["at"], "text": clean(each["text"], coloured=False)}))
+        elif "text" in each:
+            when = f"{datetime.fromtimestamp(each['at']):%Y-%m-%d %H:%M:%S}  " if each["at"] else ""
+            console.data(when + clean(each["text"], coloured=coloured))
+
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def clean(text: str, *, coloured: bool) -> str:
+    """A line for the terminal: of what would steer that, at most its colours. A prompt can write into the log."""
+    pieces = _COLOUR.split(text)
+    colours = _COLOUR.findall(text) if coloured else [""] * (len(pieces) - 1)
+    whole = _CONTROL.sub("", pieces[0]) + "".join(
+        colour + _CONTROL.sub("", piece) for colour, piece in zip(colours, pieces[1:], strict=True)
+    )
+    return f"{whole}\x1b[0m" if any(colours) else whole

@@ -1,0 +1,323 @@
+"""Starting, stopping and taking away: the plans, and what may be deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent import lifecycle as steps
+from agent import runs
+from agent.files import Fault, Sweep
+from agent.journal import Journal
+from agent.site import Site
+from core import console
+from core.errors import RefusedError, UsageError
+from deploy import plan
+from deploy.facts import Facts, MountState, Place
+from deploy.host import Mount
+from deploy.plan import Options
+from ops import lifecycle
+from tests.unit.test_plan import FRESH, NO_SERVICE, RUNNING, kinds, made, settled, spark
+
+OURS = Place(
+    real="/opt/comfyui", own=("current", "parts", "releases", "state"), data=True, service="comfyui", ours=True
+)
+UNITS = tuple(f"/etc/systemd/system/{name}" for name in ("comfyui.service", "comfyui-apply.service"))
+PAUSED = {"who": "anna@desk", "at": "2026-11-23T03:00:00Z"}
+DIED = msgspec.structs.replace(NO_SERVICE, state="activating (auto-restart)", linked=True, enabled=True, waits=True)
+STOPPED = msgspec.structs.replace(NO_SERVICE, state="inactive (dead)", linked=True, enabled=True)
+
+
+def running(**values: Any) -> Facts:
+    return msgspec.structs.replace(settled(), **{"placed": UNITS, "place": OURS, **values})
+
+
+def stopped(**values: Any) -> Facts:
+    return running(**{"port_holder": {}, "service": STOPPED, **values})
+
+
+def planned(action: str, facts: Facts, **host: Any) -> plan.Plan:
+    return lifecycle.PLANS[action](spark(**host), facts, Options(drain=5))
+
+
+@pytest.mark.parametrize(
+    ("action", "facts", "expected"),
+    [
+        ("start", running(), []),
+        ("start", stopped(), ["start"]),
+        ("start", stopped(service=DIED), ["start"]),
+        ("stop", running(), ["stop"]),
+        ("stop", stopped(), []),
+        ("stop", stopped(service=DIED), ["stop"]),
+        ("stop", FRESH, []),
+        ("restart", running(), ["restart"]),
+        ("restart", stopped(), ["restart"]),
+        ("pause", running(), ["stop"]),
+        ("pause", stopped(), ["stop"]),
+        ("pause", stopped(paused=PAUSED, service=msgspec.structs.replace(STOPPED, enabled=False)), []),
+        ("resume", running(), []),
+        ("resume", running(service=msgspec.structs.replace(RUNNING, enabled=False)), ["start"]),
+        ("resume", stopped(paused=PAUSED), ["start"]),
+        ("remove", running(), ["withdraw", "forget"]),
+        ("remove", running(rights="some", lingered=True), ["withdraw", "rights", "end-linger", "forget"]),
+        ("remove", stopped(current="", placed=UNITS[1:]), ["forget"]),
+        ("remove", FRESH, []),
+        ("nuke", running(), ["withdraw", "delete", "erase"]),
+        ("nuke", stopped(current="", placed=(), place=msgspec.structs.replace(OURS, own=("state",))), ["erase"]),
+        ("nuke", stopped(current="", placed=(), place=msgspec.structs.replace(OURS, own=())), []),
+        ("nuke", msgspec.structs.replace(FRESH, place=Place(real="/opt/comfyui")), []),
+    ],
+)  # fmt: skip
+def test_the_steps_of_each(action: str, facts: Facts, expected: list[str]) -> None:
+    assert kinds(planned(action, facts)) == expected
+
+
+def test_without_systemd_a_pause_disables_nothing_and_a_removal_forgets_no_unit() -> None:
+    host = {"scope": "user"}
+    facts = stopped(manager="process", placed=())
+    assert kinds(planned("pause", msgspec.structs.replace(facts, paused=PAUSED), **host)) == []
+    assert kinds(planned("remove", facts, **host)) == ["withdraw"]
+    (step,) = planned("stop", running(manager="process"), **host).steps
+    assert step.title == "stop comfyui until inv start"
+
+
+def test_the_wait_for_jobs_reaches_the_step() -> None:
+    (step,) = planned("stop", running()).steps
+    assert step.values == {"drain": 5, "force": False, "pause": False}
+    (step,) = planned("pause", running()).steps
+    assert step.values["pause"]
+
+
+def test_what_is_paused_is_left_so_by_a_start_and_a_deploy() -> None:
+    said = "comfyui was paused by anna@desk at 2026-11-23T03:00:00Z"
+    for found in (
+        planned("start", stopped(paused=PAUSED)),
+        planned("restart", stopped(paused=PAUSED)),
+        made(stopped(paused=PAUSED)),
+        plan.back(spark(), stopped(paused=PAUSED), "x", Options()),
+    ):
+        assert said in [each.what for each in found.refusals]
+        assert not found.steps
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        (FRESH, "nothing is in service on spark"),
+        (stopped(port_holder={"pid": 9, "command": "jupyter"}), "port 8188 is held by jupyter (pid 9)"),
+        (stopped(service=msgspec.structs.replace(STOPPED, linked=False)), "it is missing or was changed"),
+        (stopped(busy={"action": "deploy", "who": "a@b", "since": "then"}), "the host is being changed: deploy by a@b"),
+        (stopped(foreign_unit="/etc/systemd/system/comfyui.service"), "is not Hearth's"),
+    ],
+)
+def test_what_cannot_start_is_refused(facts: Facts, said: str) -> None:
+    for action in ("start", "restart", "resume"):
+        found = planned(action, facts)
+        assert [each.what for each in found.refusals if said in each.what], found.refusals
+
+
+def test_a_missing_mount_keeps_it_from_starting_and_not_from_stopping() -> None:
+    host = {"mounts": {"/mnt/models": Mount()}}
+    facts = stopped(mounts={"/mnt/models": MountState(False, "", "", "", "")}, service=DIED)
+    assert [each.what for each in planned("start", facts, **host).refusals] == ["/mnt/models is not mounted"]
+    assert kinds(planned("stop", facts, **host)) == ["stop"]
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ({"real": "/"}, "is the root"),
+        ({"real": "/opt"}, "is a top-level folder"),
+        ({"mount": True}, "is a mount point"),
+        ({"link": True, "real": "/srv/x"}, "is a symbolic link to /srv/x"),
+        ({"homes": ("anna",)}, "is or holds the home of anna"),
+        ({"crossings": ("parts",)}, "parts in /opt/comfyui: a link leads out of there"),
+        ({"mounts": ("/opt/comfyui/parts",)}, "something is mounted at /opt/comfyui/parts"),
+        ({"ours": False, "own": ("parts",)}, "does not look like Hearth's"),
+        ({"ours": False, "own": ()}, "does not look like Hearth's"),
+        ({"service": "other"}, "was deployed as service other"),
+    ],
+)
+def test_a_prefix_that_is_not_for_deleting_is_refused(place: dict[str, Any], said: str) -> None:
+    facts = running(data=False)
+    found = planned("nuke", msgspec.structs.replace(facts, place=msgspec.structs.replace(OURS, **place)))
+    assert not found.steps
+    assert [each.what for each in found.refusals if said in each.what], found.refusals
+    assert all(each.remedy for each in found.refusals)
+
+
+def test_what_was_adopted_is_given_back_before_a_nuke() -> None:
+    (refusal,) = planned("nuke", running(adopted=True)).refusals
+    assert "inv adopt --host spark --undo" in refusal.remedy
+
+
+def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
+    place = msgspec.structs.replace(
+        OURS, mounts=("/opt/comfyui/data/models/nas",), links={"/opt/comfyui/data/input": "/srv/in"}, others=("notes",)
+    )
+    facts, target = running(place=place), spark(folders={"output": "/srv/out"}, model_roots=("/srv/more",))
+    without, with_data = (lifecycle.nuke(target, facts, Options(), data=each) for each in (False, True))
+    assert not [step for step in without.steps if step.values.get("names") == ["data"]]
+    assert [step.values.get("names") for step in with_data.steps] == [
+        None, ["current", "parts", "releases"], ["data"], None,
+    ]  # fmt: skip
+    left = "\n".join(with_data.notes)
+    for each in ("data/models/nas", "/srv/in", "/srv/out", "/srv/more", "/opt/comfyui/notes", "the account comfyui"):
+        assert each in left
+    assert "left: /opt/comfyui/data" in without.notes
+    assert "left: /opt/comfyui/data" not in with_data.notes
+
+
+@pytest.mark.parametrize(
+    "place", [{"mounts": ("/opt/comfyui/data",)}, {"links": {"/opt/comfyui/data": "/srv/data"}}], ids=["mount", "link"]
+)
+def test_data_that_is_a_mount_or_a_link_is_left(place: dict[str, Any]) -> None:
+    facts = running(place=msgspec.structs.replace(OURS, **place))
+    found = lifecycle.nuke(spark(), facts, Options(), data=True)
+    assert not [step for step in found.steps if step.values.get("names") == ["data"]]
+
+
+def test_only_mount_units_of_hearths_are_forgotten() -> None:
+    host = {"mounts": {"/mnt/a": Mount("nas:/a", "nfs4"), "/mnt/b": Mount()}}
+    ours = MountState(True, "nas:/a", "# Written by Hearth; a deploy replaces it.\n", "", "")
+    theirs = MountState(True, "/dev/sdb", "[Mount]\n", "", "")
+    found = planned("nuke", running(mounts={"/mnt/a": ours, "/mnt/b": theirs}), **host)
+    (step,) = (step for step in found.steps if step.kind == "forget-mounts")
+    assert step.values == {"units": ["mnt-a.mount"]}
+
+
+def test_the_name_is_typed_or_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "typed", lambda _, word: word == "spark")
+    lifecycle._consent(["spark"], "", data=True)()
+    lifecycle._consent(["box"], "box", data=True)()
+    with pytest.raises(RefusedError, match="its name was not typed"):
+        lifecycle._consent(["box"], "", data=True)()
+    with pytest.raises(UsageError, match="names another host than box"):
+        lifecycle._consent(["box"], "spark", data=True)
+    with pytest.raises(UsageError, match="one host at a time"):
+        lifecycle._consent(["box", "spark"], "", data=True)
+    with pytest.raises(UsageError, match="goes with --data"):
+        lifecycle._consent(["box"], "box", data=False)
+
+
+# --- the agent -----------------------------------------------------------------------------------------------------
+
+
+def site(place: Path) -> Site:
+    return Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+
+
+def test_deleting_follows_no_link(tmp_path: Path) -> None:
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    (outside / "folder").mkdir(parents=True)
+    (outside / "file").write_text("kept")
+    (inside / "deep/er").mkdir(parents=True)
+    (inside / "deep/link").symlink_to(outside / "folder")
+    (inside / "file").symlink_to(outside / "file")
+    (inside / "deep/hard").hardlink_to(outside / "file")
+    os.mkfifo(inside / "deep/er/pipe")
+    (inside / "deep/er").chmod(0o500)
+    mode = stat.S_IMODE((outside / "folder").stat().st_mode)
+    sweep = Sweep()
+    sweep.delete(inside)
+    assert (sweep.files, sweep.left, sweep.stuck) == (4, [], [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outside"]
+    assert (outside / "file").read_text() == "kept"
+    assert stat.S_IMODE((outside / "folder").stat().st_mode) == mode
+    sweep.delete(inside)  # it is gone already
+
+
+def test_what_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "parts/one").mkdir(parents=True)
+    (tmp_path / "parts/one/fixed").touch()
+    (tmp_path / "parts/other").touch()
+    real = os.unlink
+
+    def refuse(name: str, dir_fd: int | None = None) -> None:  # as chattr +i would
+        if name == "fixed":
+            raise PermissionError(1, "Operation not permitted")
+        real(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(Fault, match="1 things could not be deleted") as caught:
+        steps.delete(site(tmp_path), {"names": ["parts"]}, lambda _: None)
+    assert caught.value.report["cause"] == f"{tmp_path}/parts/one/fixed: Operation not permitted"
+    assert not (tmp_path / "parts/other").exists()
+
+
+def pending(own: Site) -> Journal:
+    """A nuke that was submitted and not begun."""
+    (own.parts / "app-1").mkdir(parents=True)
+    (own.parts / "app-1/file").touch()
+    own.data.mkdir()
+    (own.state / "cache").mkdir(parents=True)
+    plan = {"run": "r", "who": "a@b", "action": "nuke", "release": "", "base": ""}
+    kinds = [{"kind": "delete", "title": "parts", "names": ["parts"]}, {"kind": "erase", "title": "state"}]
+    own.pending.write_text(json.dumps({**plan, "since": "then", "steps": kinds}))
+    journal = Journal(own, "r")
+    journal.add("begin")
+    return journal
+
+
+def test_a_nuke_can_be_followed_to_its_end_though_it_deletes_its_own_journal(tmp_path: Path) -> None:
+    own = site(tmp_path / "prefix")
+    pending(own)
+    following = runs.follow(own, "r")
+    assert next(following)["event"] == "begin"
+    runs.apply(own)
+    events = list(following)
+    assert [each["event"] for each in events] == ["step", "note", "done", "step", "note", "done", "end"]
+    assert events[-1]["result"] == "done"
+    assert [path.name for path in own.prefix.iterdir()] == ["data"]
+    # Whoever comes too late to open the journal is told the same, and makes nothing anew by asking.
+    assert [each["event"] for each in runs.follow(own, "r")] == ["end"]
+    assert not own.state.exists()
+
+
+def test_a_nuke_that_was_killed_anywhere_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut short at each deletion in turn: what is there then is enough for the next run."""
+    real = os.unlink
+    for count in range(20):
+        own = site(tmp_path / f"prefix-{count}")
+        pending(own)
+        done = 0
+
+        def killed(name: str, dir_fd: int | None = None, stop: int = count) -> None:
+            nonlocal done
+            done += 1
+            if done > stop:
+                raise KeyboardInterrupt
+            real(name, dir_fd=dir_fd)
+
+        monkeypatch.setattr(os, "unlink", killed)
+        try:
+            runs.apply(own)
+        except KeyboardInterrupt:
+            monkeypatch.setattr(os, "unlink", real)
+            before = own.pending.exists()
+            runs.apply(own)
+            assert before == (not own.state.exists())  # what is left of a run that had ended is the next nuke's
+        else:
+            assert count > 1
+            return
+    raise AssertionError("it never came through")
+
+
+def test_a_nuke_that_fails_keeps_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = site(tmp_path / "prefix")
+    pending(own)
+
+    def full(self: Sweep, path: Path) -> None:
+        self.stuck.append(f"{path}: Operation not permitted")
+
+    monkeypatch.setattr(Sweep, "delete", full)
+    runs.apply(own)
+    events = list(runs.follow(own, "r"))
+    assert events[-1]["fault"]["what"] == "1 things could not be deleted"
+    assert not own.pending.exists()

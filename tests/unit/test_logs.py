@@ -1,0 +1,204 @@
+"""The log and the jobs: what is asked, what a terminal may be shown, and how the supervisor's file is read."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import jobs as agent_jobs
+from agent import logs as agent_logs
+from agent.files import Fault
+from agent.services import Supervised
+from agent.site import Site
+from core.errors import UsageError
+from ops import jobs, logs
+
+NOW = time.mktime((2026, 11, 23, 14, 30, 0, 0, 0, -1))
+
+
+def own(place: Path, port: int = 1) -> Site:
+    (place / "state").mkdir(exist_ok=True)
+    (place / "state/enabled").touch()  # so that it is the supervisor's wherever the tests run
+    return Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
+
+
+def read(site: Site, **asked: Any) -> Iterator[dict[str, Any]]:
+    return agent_logs.logs(site, {"lines": 100, "since": "", "grep": "", "follow": False, **asked})
+
+
+def texts(site: Site, **asked: Any) -> list[str]:
+    return [each["text"] for each in read(site, **asked) if "text" in each]
+
+
+def test_what_is_asked() -> None:
+    assert logs.question("", "", "", follow=True) == {"lines": 100, "since": "", "grep": "", "follow": True}
+    assert logs.question("", "yesterday", "", follow=False)["lines"] is None
+    assert logs.question("7", "yesterday", "", follow=False)["lines"] == 7
+    with pytest.raises(UsageError, match="--lines -1 makes no sense"):
+        logs.question("-1", "", "", follow=False)
+    with pytest.raises(UsageError, match=r"--grep \( is no regular expression"):
+        logs.question("", "", "(", follow=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "coloured", "plain"),
+    [
+        ("plain", "plain", "plain"),
+        ("\x1b[32mgreen\x1b[0m and not", "\x1b[32mgreen\x1b[0m and not\x1b[0m", "green and not"),
+        ("a\x1b]0;title\x07b\x1b[2Jc\x1b[5;5Hd\x9be\x08f", "abcdef", "abcdef"),
+        ("a\x1b[1mb\x1b]8;;http://x\x1b\\c", "a\x1b[1mbc\x1b[0m", "abc"),
+        ("tab\tand ü and 絵", "tab\tand ü and 絵", "tab\tand ü and 絵"),
+    ],
+)
+def test_a_line_colours_the_terminal_and_does_nothing_else_to_it(text: str, coloured: str, plain: str) -> None:
+    assert logs.clean(text, coloured=True) == coloured
+    assert logs.clean(text, coloured=False) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("now", 0), ("10 min ago", 600), ("10min ago", 600), ("-10min", 600), ("1 hour ago", 3600), ("2h ago", 7200),
+        ("3 days ago", 3 * 86400), ("1week ago", 604800), ("today", 14.5 * 3600), ("yesterday", 38.5 * 3600),
+        ("14:00", 1800), ("13:29:59", 3601), ("2026-11-23 14:00", 1800), ("2026-11-23", 14.5 * 3600),
+        (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(NOW)), 0),
+    ],
+)  # fmt: skip
+def test_times(text: str, seconds: float) -> None:
+    assert agent_logs.moment(text, NOW) == NOW - seconds
+
+
+@pytest.mark.parametrize("text", ["foo", "10 min", "10 parsecs ago", "25:00", "2026-13-01", ""])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(ValueError):
+        agent_logs.moment(text, NOW)
+
+
+def test_the_last_lines_come_from_both_files_with_progress_bars_as_they_ended(tmp_path: Path) -> None:
+    site = own(tmp_path)
+    (site.state / "comfyui.log.1").write_text("one\n\x1b[31mtwo\x1b[0m\n")
+    (site.state / "comfyui.log").write_bytes(b"  0%|  |\r 50%|# |\r100%|##|\nthree \xff\nfour")
+    assert texts(site) == ["one", "\x1b[31mtwo\x1b[0m", "100%|##|", "three \ufffd", "four"]
+    assert texts(site, lines=2) == ["three \ufffd", "four"]
+    assert texts(site, grep="^t", lines=1) == ["three \ufffd"]
+    assert texts(site, grep="^two$") == ["\x1b[31mtwo\x1b[0m"]  # as it is read, not as it is coloured
+    assert list(read(site, grep="five")) == [{"note": "no line matches"}]
+
+
+def test_nothing_to_read_says_why(tmp_path: Path) -> None:
+    assert list(read(own(tmp_path))) == [{"note": "nothing was ever logged: it never ran here"}]
+    (tmp_path / "state/comfyui.log").touch()
+    assert list(read(own(tmp_path))) == [{"note": "nothing was logged"}]
+
+
+def test_a_time_is_found_by_what_the_supervisor_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = own(tmp_path)
+    manager = Supervised(site)
+    log = site.state / "comfyui.log"
+    for at, line in ((1000, "old\n"), (1003, "too soon to be noted\n"), (2000, "new\n"), (2100, "")):
+        with log.open("a") as file:
+            file.write(line)
+        monkeypatch.setattr(time, "time", lambda at=at: float(at))
+        manager.mark()
+    assert (site.state / "comfyui.times").read_text() == f"1000 4\n2000 {log.stat().st_size}\n"
+    monkeypatch.setattr(time, "time", lambda: 3000.0)
+    assert texts(site, since="2500 s ago", lines=None) == ["old", "too soon to be noted", "new"]
+    assert texts(site, since="1500 s ago", lines=None) == ["too soon to be noted", "new"]
+    assert texts(site, since="10 s ago", lines=None) == []
+    with pytest.raises(Fault, match="--since then is no time"):
+        list(read(site, since="then"))
+    monkeypatch.setattr("agent.services.LONG", 10)
+    manager.rotate()
+    assert sorted(path.name for path in site.state.glob("comfyui.*")) == ["comfyui.log.1", "comfyui.times.1"]
+    log.write_text("newest\n")
+    assert texts(site, since="1500 s ago", lines=None) == ["too soon to be noted", "new", "newest"]
+
+
+def test_following_goes_on_in_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = own(tmp_path)
+    log = site.state / "comfyui.log"
+    log.write_text("before\nlast\n")
+    monkeypatch.setattr(agent_logs, "ALIVE", 0.3)
+    lines = read(site, follow=True, lines=1, grep="^[^x]")
+    assert next(lines)["text"] == "last"
+    with log.open("a") as file:
+        file.write("grown\nxx\nhal")
+    assert next(lines)["text"] == "grown"
+    with log.open("a") as file:
+        file.write("f\n")
+    assert next(lines)["text"] == "half"
+    assert next(lines) == {"alive": True}
+    log.rename(log.with_name("comfyui.log.1"))
+    log.write_text("anew\n")
+    assert next(each for each in lines if "text" in each)["text"] == "anew"
+    lines.close()  # type: ignore[attr-defined]  # it is a generator
+
+
+# --- jobs ----------------------------------------------------------------------------------------------------------
+
+PROMPT = [3, "0f5c", {"1": {}, "2": {}}, {"create_time": 1795404759013}, ["2"]]
+
+
+def over(status: str, *messages: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    """An entry of /history as ComfyUI 0.30.0 gives it."""
+    said = [["execution_start", {"prompt_id": "0f5c", "timestamp": 1795404760000}], *map(list, messages)]
+    return {"prompt": PROMPT, "outputs": {}, "status": {"status_str": status, "completed": True, "messages": said}}
+
+
+def test_how_jobs_ended() -> None:
+    cached = ("execution_cached", {"nodes": ["1"], "timestamp": 1795404760001})
+    done = agent_jobs._over(over("success", cached, ("execution_success", {"timestamp": 1795404762500})))
+    assert done == {
+        "id": "0f5c", "nodes": 2, "queued": 1795404759.013, "status": "success", "started": 1795404760.0,
+        "seconds": 2.5, "cached": 1,
+    }  # fmt: skip
+    error = {"node_id": "2", "node_type": "KSampler", "exception_type": "RuntimeError", "timestamp": 1795404761000}
+    failed = agent_jobs._over(over("error", ("execution_error", {**error, "exception_message": "no\x1b[2J room\n"})))
+    assert (failed["status"], failed["node"], failed["node_type"]) == ("error", "2", "KSampler")
+    assert failed["error"] == "RuntimeError: no\x1b[2J room"
+    stopped = {"node_id": "1", "node_type": "Wait", "timestamp": 1795404761000}
+    assert agent_jobs._over(over("error", ("execution_interrupted", stopped)))["status"] == "interrupted"
+    assert agent_jobs._over({"prompt": PROMPT, "outputs": {}, "status": None})["status"] == "unknown"
+
+
+def test_jobs_are_shown_in_a_hundred_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = jobs.Job(
+        "0f5c1234-5678", "error", 12, 1.0, 2.0, 3700.0, 3, "2", "KSampler", "OutOfMemoryError: \x1b[2Jno\n room " * 20
+    )
+    jobs.show([failed, jobs.Job("77", "running", 2, 5.0), jobs.Job("78", "pending", 2)], as_json=False)
+    said = capsys.readouterr().out
+    assert all(len(line) <= 100 for line in said.splitlines())
+    assert "\x1b" not in said
+    assert "0f5c1234: node 2 (KSampler): OutOfMemoryError: no room" in said
+    assert "1 h 01 min" in said
+    jobs.show([failed], as_json=True)
+    (shown,) = json.loads(capsys.readouterr().out)
+    assert shown["error"] == failed.error
+
+
+def test_a_comfyui_that_hangs_is_told_apart_from_one_that_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_jobs, "PATIENCE", 0.3)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        site = own(tmp_path, listening.getsockname()[1])
+        started = time.monotonic()
+        with pytest.raises(Fault, match="takes connections and does not answer"):
+            agent_jobs.jobs(site, 20)
+        assert time.monotonic() - started < 3
+    with pytest.raises(Fault, match="ComfyUI does not run"):
+        agent_jobs.jobs(site, 20)
+
+
+def test_how_many_jobs_makes_sense() -> None:
+    for count in ("0", "x", "-3"):
+        with pytest.raises(UsageError, match="makes no sense"):
+            jobs.recent("local", count, ask_sudo=False)
