@@ -196,7 +196,7 @@ def _change(action: str, where: Fleet, how: Agreed, out: Output, **more: Any) ->
 def start(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
     """Start ComfyUI, and wait until it answers.
 
-    What was paused stays so: `inv resume` ends that.
+    After a pause it is `inv resume` that starts it.
 
         inv start --host spark
     """
