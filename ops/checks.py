@@ -300,6 +300,8 @@ def _memory(case: Case) -> Iterator[Problem]:
     elif killed := [line for line in case.probe.kernel.lines if "Killed process" in line or "oom-kill" in line]:
         yield Problem(f"the kernel killed a process for want of memory: {killed[-1].strip()[:120]}", less)
     if refused := [line for line in case.lines if re.search(r"Got an OOM|OutOfMemoryError|CUDA out of memory", line)]:
+        if fragments := re.findall(r"([\d.]+ GiB) is reserved by PyTorch but unallocated", refused[-1]):
+            less += f'; {fragments[0]} are in pieces too small to use: modes = ["native-allocator"] may help'
         yield Problem(
             f"the GPU's memory did not suffice ({len(refused)} times in the log): {refused[-1].strip()[:120]}", less
         )

@@ -173,6 +173,9 @@ def _able(target: Target, facts: Facts) -> list[Refusal]:
     if not facts.current:
         return [*found, _nothing(target)]
     found += plan.storage(target, facts)
+    for path, wanted in target.host.mounts.items():
+        if wanted.what and not facts.mounts[path].mounted:
+            found.append(Refusal(f"{path} is not mounted", f"inv deploy --host {target.name} mounts it"))
     if holder := plan.port(target, facts):
         found.append(Refusal(holder, "end it, or set another `port` for this host"))
     if not facts.service.linked:

@@ -194,37 +194,68 @@ def _change(action: str, where: Fleet, how: Agreed, out: Output, **more: Any) ->
 
 @command()
 def start(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
-    """Start ComfyUI, and wait until it answers."""
+    """Start ComfyUI, and wait until it answers.
+
+    After a pause it is `inv resume` that starts it.
+
+        inv start --host spark
+    """
     return _change("start", where, how, out)
 
 
 @command()
 def stop(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
-    """Stop ComfyUI when its jobs are done, until the next boot or `inv start`."""
+    """Stop ComfyUI when its jobs are done, until the next boot or `inv start`.
+
+    Jobs that still run after `--drain` seconds are named, and nothing is stopped, unless `--force`.
+
+        inv stop --host spark --drain 600
+    """
     return _change("stop", where, how, out)
 
 
 @command()
 def restart(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
-    """Stop ComfyUI when its jobs are done, start it again, and wait until it answers."""
+    """Stop ComfyUI when its jobs are done, start it again, and wait until it answers.
+
+    A ComfyUI that hangs answers nothing of its jobs: `--force` restarts that, too.
+
+        inv restart --host spark
+        inv restart --group home --force   # the first host alone, then the others
+    """
     return _change("restart", where, how, out)
 
 
 @command()
 def pause(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
-    """Stop ComfyUI until `inv resume`: no boot and no deploy starts it."""
+    """Stop ComfyUI until `inv resume`: no boot and no deploy starts it.
+
+    `inv status` says who paused it, and when.
+
+        inv pause --host spark
+    """
     return _change("pause", where, how, out)
 
 
 @command()
 def resume(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
-    """Start ComfyUI after a pause, from now on also at boot."""
+    """Start ComfyUI after a pause, from now on also at boot.
+
+    It waits until ComfyUI answers, and says how long that took.
+
+        inv resume --host spark
+    """
     return _change("resume", where, how, out)
 
 
 @command()
 def remove(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
-    """Take the service away; its releases and data stay, and a deploy brings it back."""
+    """Take the service away; its releases and data stay, and a deploy brings it back.
+
+    Units, rights of members and what else lies in the system's folders goes.
+
+        inv remove --host spark --dry-run
+    """
     return _change("remove", where, how, out)
 
 
@@ -237,7 +268,14 @@ def remove(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
 def nuke(
     _: Context, data: bool = False, yes_delete_data_of: str = "", *, where: Fleet, how: Change, out: Output
 ) -> int:
-    """Delete all of Hearth's on a host but the data, and with --data that too; never what is mounted or linked."""
+    """Delete all of Hearth's on a host but the data, and with --data that too; never what is mounted or linked.
+
+    A prefix that is a mount point, a link, `/`, a home or that Hearth did not make is refused. The account stays: the
+    data are its own. What was left, because it is mounted or lies elsewhere, is named.
+
+        inv nuke --host spark --dry-run
+        inv nuke --host spark --yes-delete-data-of spark   # models and pictures, too
+    """
     return _change("nuke", where, how, out, data=data, yes_delete_data_of=yes_delete_data_of)
 
 
@@ -259,7 +297,14 @@ def logs(
     where: Where,
     out: Output,
 ) -> int:
-    """Show ComfyUI's log."""
+    """Show ComfyUI's log.
+
+    It is the journal's where systemd runs ComfyUI, else the supervisor's file, whose lines have no time.
+
+        inv logs --host spark -f
+        inv logs --host spark -n 500 --grep "error|warning"
+        inv logs --host spark --since "10 min ago"
+    """
     from ops import logs
 
     asked = logs.question(lines, since, grep, follow=follow)
@@ -268,7 +313,12 @@ def logs(
 
 @command(help={"number": "so many of those that are over (default: 20)"})
 def jobs(_: Context, number: str = "20", *, where: Where, out: Output) -> None:
-    """List ComfyUI's recent jobs, how long they took and why they failed, and those that run and wait."""
+    """List ComfyUI's recent jobs, how long they took and why they failed, and those that run and wait.
+
+    They are those since ComfyUI was started: its own history is no longer.
+
+        inv jobs --host spark -n 50
+    """
     from ops import jobs
 
     jobs.show(jobs.recent(where.host, number, ask_sudo=where.ask_sudo), as_json=out.json)

@@ -122,8 +122,9 @@ def test_what_cannot_start_is_refused(facts: Facts, said: str) -> None:
         assert [each.what for each in found.refusals if said in each.what], found.refusals
 
 
-def test_a_missing_mount_keeps_it_from_starting_and_not_from_stopping() -> None:
-    host = {"mounts": {"/mnt/models": Mount()}}
+@pytest.mark.parametrize("mount", [Mount(), Mount("nas:/models", "nfs4")])
+def test_a_missing_mount_keeps_it_from_starting_and_not_from_stopping(mount: Mount) -> None:
+    host = {"mounts": {"/mnt/models": mount}}
     facts = stopped(mounts={"/mnt/models": MountState(False, "", "", "", "")}, service=DIED)
     assert [each.what for each in planned("start", facts, **host).refusals] == ["/mnt/models is not mounted"]
     assert kinds(planned("stop", facts, **host)) == ["stop"]
