@@ -253,6 +253,23 @@ def _port(case: Case) -> Iterator[Problem]:
         yield Problem(holder, "end it there, or set another `port` for this host")
 
 
+@check(
+    "exporter",
+    "Are the metrics exported?",
+    how="who listens at the host's `metrics_port`",
+    mend="systemctl restart comfyui-exporter on the host; its log says why it ended",
+    severity="warning",
+)
+def _exporter(case: Case) -> Iterator[Problem]:
+    yield from (Problem(each.what, each.remedy) for each in plan.metrics(case.target, case.facts))
+    if "exporter" in case.release.get("parts", {}) and not case.facts.metrics_holder:
+        unit = case.target.exporter_unit
+        yield Problem(
+            f"nothing listens at port {case.target.host.metrics_port}: the exporter does not run",
+            f"on the host: journalctl --unit {unit}, then systemctl restart {unit}",
+        )
+
+
 SLOW = 1 / 3
 """A start is worth a word from this share of the gate's patience on: of 180 s, 15 were measured, 51 with 26 nodes."""
 

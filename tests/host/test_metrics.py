@@ -19,6 +19,7 @@ import pytest
 from core import files
 from tests.host.fleet import Fleet
 from tests.host.machine import free_port
+from tests.host.test_doctor import findings, only
 from tests.host.test_gpu import driver
 
 pytestmark = pytest.mark.host
@@ -165,6 +166,13 @@ def test_prometheus_finds_all_that_the_dashboard_and_the_alerts_name(metrics: tu
             time.sleep(0.5)
             rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
 
+        assert "exporter" not in findings(fleet, code=1)
+        machine.run(f"systemctl stop {UNIT}")
+        what, remedy = only(findings(fleet, code=1), "exporter")
+        assert what == f"nothing listens at port {port}: the exporter does not run"
+        machine.run(remedy.partition("then ")[2])
+        prometheus.value("up", 1)
+
         (release,) = prometheus.query("hearth_release_info")
         assert (release["metric"]["release"], release["metric"]["version"]) == (fleet.current(), "0.30.0")
         for name, wanted in (("gate_success", 1), ("deploy_success", 1), ("service_active", 1), ("gpu_up", 1)):
@@ -172,8 +180,13 @@ def test_prometheus_finds_all_that_the_dashboard_and_the_alerts_name(metrics: tu
         assert prometheus.query("hearth_scrape_collector_success == 0") == []
         (resident,) = prometheus.query("hearth_service_process_resident_memory_bytes")
         assert float(resident["value"][1]) > 100e6  # torch is in it
+        told = scrape(port)
+        page = (files.CHECKOUT / "docs/how-to/metrics.md").read_text()
+        exported = set(re.findall(r"^# TYPE (hearth_\w+)", told, re.MULTILINE))
+        documented = set(re.findall(r"`(hearth_\w+)`", page))
+        assert {name for name in exported if not name.startswith("hearth_service_process_")} == documented
         checked = subprocess.run(
-            ["promtool", "check", "metrics"], input=scrape(port), capture_output=True, text=True, check=False
+            ["promtool", "check", "metrics"], input=told, capture_output=True, text=True, check=False
         )
         assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
 
