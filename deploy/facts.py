@@ -81,7 +81,8 @@ class Facts(msgspec.Struct, frozen=True):
     `foreign_unit` is the unit's file where somebody else wrote it; `adopted` says whether `inv adopt --undo` has work.
     `port_holder` and `metrics_holder` are who listens on ComfyUI's port and on the exporter's.
     `paused` says who took the service out of traffic, and when (empty: nobody); `placed` are the files of Hearth's in
-    systemd's folder, `lingered` says that the login's systemd outlives it since Hearth asked for that.
+    systemd's folder, `drop_ins` the folders of somebody's own settings for its units; `lingered` says that the login's
+    systemd outlives it since Hearth asked for that.
     """
 
     hostname: str
@@ -129,6 +130,7 @@ class Facts(msgspec.Struct, frozen=True):
     metrics_holder: dict[str, Any] = {}
     paused: dict[str, str] = {}
     placed: tuple[str, ...] = ()
+    drop_ins: tuple[str, ...] = ()
     lingered: bool = False
     place: Place = Place()
 

@@ -196,7 +196,8 @@ def _change(action: str, where: Fleet, how: Agreed, out: Output, **more: Any) ->
 def start(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
     """Start ComfyUI, and wait until it answers.
 
-    After a pause it is `inv resume` that starts it.
+    Refused where it was paused, where something that it needs is not mounted, or where another program has its port.
+    At boot it starts by itself where systemd runs it.
 
         inv start --host spark
     """
@@ -207,9 +208,11 @@ def start(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
 def stop(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
     """Stop ComfyUI when its jobs are done, until the next boot or `inv start`.
 
-    Jobs that still run after `--drain` seconds are named, and nothing is stopped, unless `--force`.
+    Jobs that are not done after `--drain` seconds keep it running, unless `--force` cuts them short. A deploy starts
+    it, too, and says so before.
 
-        inv stop --host spark --drain 600
+        inv stop --host spark
+        inv stop --group home --drain 600
     """
     return _change("stop", where, how, out)
 
@@ -218,10 +221,10 @@ def stop(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
 def restart(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
     """Stop ComfyUI when its jobs are done, start it again, and wait until it answers.
 
-    A ComfyUI that hangs answers nothing of its jobs: `--force` restarts that, too.
+    When it does not answer in the time that its profile gives a start, its log is shown; it is left as it is.
 
         inv restart --host spark
-        inv restart --group home --force   # the first host alone, then the others
+        inv restart --host spark --force   # it hangs, or its jobs do not matter
     """
     return _change("restart", where, how, out)
 
@@ -230,7 +233,7 @@ def restart(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
 def pause(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
     """Stop ComfyUI until `inv resume`: no boot and no deploy starts it.
 
-    `inv status` says who paused it, and when.
+    `inv deploy`, `rollback` and `start` are refused meanwhile, and say who paused it and when.
 
         inv pause --host spark
     """
@@ -241,7 +244,7 @@ def pause(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
 def resume(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
     """Start ComfyUI after a pause, from now on also at boot.
 
-    It waits until ComfyUI answers, and says how long that took.
+    Refused where `inv start` is refused for another reason than the pause.
 
         inv resume --host spark
     """
@@ -252,9 +255,11 @@ def resume(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
 def remove(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
     """Take the service away; its releases and data stay, and a deploy brings it back.
 
-    Units, rights of members and what else lies in the system's folders goes.
+    Units, their links in systemd's folder, members' rights by sudo, and the linger that a deploy enabled. How:
+    docs/how-to/stop-and-take-away.md
 
         inv remove --host spark --dry-run
+        inv remove --host spark
     """
     return _change("remove", where, how, out)
 
@@ -268,13 +273,16 @@ def remove(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
 def nuke(
     _: Context, data: bool = False, yes_delete_data_of: str = "", *, where: Fleet, how: Change, out: Output
 ) -> int:
-    """Delete all of Hearth's on a host but the data, and with --data that too; never what is mounted or linked.
+    """Delete all of Hearth's on a host but the data, and with `--data` that too; never what is mounted or linked.
 
-    A prefix that is a mount point, a link, `/`, a home or that Hearth did not make is refused. The account stays: the
-    data are its own. What was left, because it is mounted or lies elsewhere, is named.
+    Models, inputs, outputs, workflows and settings are the data. They go only when the host's name is typed at the
+    terminal, or given by `--yes-delete-data-of`; nothing brings them back. What stays is named. How:
+    docs/how-to/stop-and-take-away.md
 
         inv nuke --host spark --dry-run
-        inv nuke --host spark --yes-delete-data-of spark   # models and pictures, too
+        inv nuke --host spark
+        inv nuke --host spark --data
+        inv nuke --host spark --data --yes-delete-data-of spark   # in a script
     """
     return _change("nuke", where, how, out, data=data, yes_delete_data_of=yes_delete_data_of)
 
@@ -297,13 +305,14 @@ def logs(
     where: Where,
     out: Output,
 ) -> int:
-    """Show ComfyUI's log.
+    """Show ComfyUI's log: the journal's where systemd runs it, else that of Hearth's supervisor.
 
-    It is the journal's where systemd runs ComfyUI, else the supervisor's file, whose lines have no time.
+    Times are shown in your zone, and read in the host's; they are what journalctl takes. The supervisor's log has no
+    times in it: `--since` finds its place to five seconds. Colours are kept on a terminal only.
 
-        inv logs --host spark -f
-        inv logs --host spark -n 500 --grep "error|warning"
-        inv logs --host spark --since "10 min ago"
+        inv logs --host spark
+        inv logs --host spark --follow
+        inv logs --host spark --since '10 min ago' --grep 'error|warning'
     """
     from ops import logs
 
@@ -315,9 +324,10 @@ def logs(
 def jobs(_: Context, number: str = "20", *, where: Where, out: Output) -> None:
     """List ComfyUI's recent jobs, how long they took and why they failed, and those that run and wait.
 
-    They are those since ComfyUI was started: its own history is no longer.
+    They are what ComfyUI remembers: none from before its last start. `--json` has whole ids and messages.
 
-        inv jobs --host spark -n 50
+        inv jobs --host spark
+        inv jobs --host spark --number 100 --json
     """
     from ops import jobs
 

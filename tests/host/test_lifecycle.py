@@ -106,19 +106,25 @@ def test_a_restart_of_a_group_begins_with_its_canary(served: Fleet) -> None:
 
 def test_what_waits_for_a_mount_can_be_stopped_and_not_started(served: Fleet) -> None:
     machine = served.machine
-    machine.run("umount /srv/pool || umount --lazy /srv/pool")
+    machine.run("mkdir -p /srv/plain; mount -t tmpfs plain /srv/plain")
+    served.configure(f'{PEOPLE}mounts."/srv/plain" = {{}}\n{MOUNT}')  # what Hearth mounts, systemd mounts again
+    assert served.deploy().returncode == 0
+    machine.run("umount /srv/plain || umount --lazy /srv/plain")
     end = time.monotonic() + 40
     while active(served) == "active" and time.monotonic() < end:
         time.sleep(0.2)
     assert served.facts()["service"]["waits"]
-    assert "/srv/pool is not mounted" in inv(served, "restart", code=63)
+    assert "/srv/plain is not mounted" in inv(served, "restart", code=63)
     assert "spark: ComfyUI is stopped" in inv(served, "stop")
     assert not served.facts()["service"]["waits"]
-    assert "/srv/pool is not mounted" in inv(served, "start", code=63)
-    machine.run("systemctl start srv-pool.mount; sleep 3")
+    assert "/srv/plain is not mounted" in inv(served, "start", code=63)
+    machine.run("mount -t tmpfs plain /srv/plain; sleep 3")
     assert active(served) == "inactive"  # it was stopped: the mount's return does not start it
     assert "spark: ComfyUI runs" in inv(served, "start")
     assert served.answers(1)
+    served.configure(PEOPLE + MOUNT)
+    assert served.deploy().returncode == 0
+    machine.run("umount /srv/plain")
 
 
 def test_the_journal(served: Fleet) -> None:
