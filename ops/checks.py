@@ -16,6 +16,8 @@ from packaging.version import InvalidVersion, Version
 from core import console
 from deploy import plan
 from deploy.facts import Facts
+from ops.mps import Mps
+from ops.mps import problems as mps_problems
 from ops.status import Live, Problem
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class Probe(msgspec.Struct, frozen=True):
     kernel: Kernel = Kernel(True, ())
     log: tuple[tuple[float | None, str], ...] = ()
     containers: Containers = Containers((), "", (), False)
+    mps: Mps = Mps()
 
 
 @dataclass(frozen=True)
@@ -366,7 +369,7 @@ def _driver(case: Case) -> Iterator[Problem]:
     "cuda",
     "Does torch see CUDA in ComfyUI's own environment?",
     how="the devices that ComfyUI names; while it does not answer, torch itself as the service's user",
-    mend="inv tune gpu-access shows who may use the devices; a reboot after an update of the driver",
+    mend="inv gpu-access shows who may use the devices; a reboot after an update of the driver",
     cases=(f"{SPARK}: GPU not detected", f"{DEBIAN}: GPU not detected"),
 )
 def _cuda(case: Case) -> Iterator[Problem]:
@@ -375,10 +378,10 @@ def _cuda(case: Case) -> Iterator[Problem]:
     said, torch = case.live.comfyui, case.probe.torch
     if said.state == "answers" and not any(each.type == "cuda" for each in said.devices):
         kinds = ", ".join(each.type for each in said.devices)
-        yield Problem(f"ComfyUI sees no CUDA device, it computes on {kinds}", f"inv tune gpu-access {case.at}")
+        yield Problem(f"ComfyUI sees no CUDA device, it computes on {kinds}", f"inv gpu-access {case.at}")
     elif torch and (torch.get("fault") or not torch.get("available")):
         reason = torch.get("fault") or f"torch {torch.get('version')} finds no device"
-        yield Problem(f"torch cannot use CUDA: {reason}", f"inv tune gpu-access {case.at}")
+        yield Problem(f"torch cannot use CUDA: {reason}", f"inv gpu-access {case.at}")
 
 
 @check(
@@ -410,6 +413,18 @@ def _shared(case: Case) -> Iterator[Problem]:
             )
         if gpu.faults:
             yield Problem(f"GPU {gpu.index} does not tell everything: {gpu.faults[0]}", "on the host: nvidia-smi -q")
+
+
+@check(
+    "mps",
+    "Where MPS is on: does its daemon run, and does ComfyUI compute through it?",
+    how="the daemon's unit and answers, ComfyUI's environment and whether it is among the clients",
+    mend="inv mps on starts the daemon and ComfyUI anew; inv mps off does without it",
+    cases=(f"{DEBIAN}: context conflicts",),
+)
+def _mps(case: Case) -> Iterator[Problem]:
+    on_gpu = case.live.comfyui.state == "answers" and any(each.type == "cuda" for each in case.live.comfyui.devices)
+    yield from mps_problems(case.probe.mps, case.at, cuda=on_gpu)
 
 
 @check(
