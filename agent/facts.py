@@ -21,7 +21,7 @@ from pathlib import Path
 
 from agent.files import Fault, Json, mounts, read, write
 from agent.gpu import gpus, process
-from agent.journal import Adopted, busy, last_line
+from agent.journal import Adopted, Settings, busy, last_line
 from agent.parts import as_service, fault_of, forked
 from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
 from agent.site import DATA, SHARED, SHARING, Site
@@ -69,6 +69,7 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "metrics_holder": port_holder(ask["metrics_port"]) if ask["metrics_port"] else {},
         "foreign_unit": manager.foreign() if here and isinstance(manager, Systemd) else "",
         "adopted": Adopted(site).path.exists(),
+        "settings": sorted(Settings(site).in_force()),
         "paused": read(site.paused),
         "placed": list(map(str, Systemd(site).placed())),
         "drop_ins": list(map(str, sorted(Systemd(site).units.glob(f"{site.service}*.service.d")))),

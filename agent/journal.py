@@ -82,6 +82,25 @@ class Adopted(Journal):
         self.path = site.state / "adopted.jsonl"
 
 
+class Settings(Journal):
+    """What is changed outside the prefix on request, each line on disk before that is done."""
+
+    def __init__(self, site: Site) -> None:
+        self.path = site.state / "settings.jsonl"
+
+    def in_force(self) -> dict[str, list[Json]]:
+        """The changes that were not undone, by setting, each with its first `old` value and its latest `new` one."""
+        found: dict[str, dict[tuple[str, str], Json]] = {}
+        for event in self.events():
+            places = found.setdefault(event["setting"], {})
+            key = event["kind"], event["place"]
+            if event["event"] == "undone":
+                places.pop(key, None)
+            else:
+                places[key] = {**event, "old": places.get(key, event)["old"]}
+        return {name: list(places.values()) for name, places in found.items() if places}
+
+
 def history(site: Site) -> list[Json]:
     """How every run on this host ended, oldest first."""
     try:

@@ -18,7 +18,7 @@ from agent.site import Site
 def stop(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Stop ComfyUI when its jobs are done; with `pause` until it is resumed, at boot too."""
     manager = manager_of(site)
-    _drain(site, manager, step, note)
+    await_jobs(site, manager, step, note)
     if step["pause"]:
         write(site.paused, json.dumps({"who": read(site.pending)["who"], "at": now()}))
         manager.disable()
@@ -34,23 +34,25 @@ def start(site: Site, step: Json, note: Callable[[str], None]) -> None:
     if step["resume"]:
         manager.enable()
         site.paused.unlink(missing_ok=True)
-    _start(site, manager, note)
+    await_answer(site, manager, note)
 
 
 def restart(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Stop ComfyUI when its jobs are done, start it again, and wait until it answers."""
     manager = manager_of(site)
-    _drain(site, manager, step, note)
+    await_jobs(site, manager, step, note)
     manager.stop()
-    _start(site, manager, note)
+    await_answer(site, manager, note)
 
 
-def _drain(site: Site, manager: Manager, step: Json, note: Callable[[str], None]) -> None:
+def await_jobs(site: Site, manager: Manager, step: Json, note: Callable[[str], None]) -> None:
+    """Wait until ComfyUI has no job left, as the step says; raises Fault when it does not end in time."""
     if manager.status()["active"]:  # else it is somebody else's ComfyUI that answers
         drain(site, step["drain"], step["force"], note)
 
 
-def _start(site: Site, manager: Manager, note: Callable[[str], None]) -> None:
+def await_answer(site: Site, manager: Manager, note: Callable[[str], None]) -> None:
+    """Start ComfyUI and wait until it answers; raises Fault with its log when it does not."""
     began = time.monotonic()
     manager.start()
     try:
@@ -66,7 +68,7 @@ def _start(site: Site, manager: Manager, note: Callable[[str], None]) -> None:
 def withdraw(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Take the current release out of service. It stays here: a deploy or rollback brings it back."""
     manager = manager_of(site)
-    _drain(site, manager, step, note)
+    await_jobs(site, manager, step, note)
     manager.stop()
     manager.uninstall()
     site.paused.unlink(missing_ok=True)

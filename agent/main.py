@@ -11,6 +11,7 @@ standard input (`site`, and what the verb takes) and answers in JSON lines. What
     adopted.jsonl      what was taken over from another installation, and its units in adopted/
     paused.json        who paused the service, and when; gone when it is resumed
     comfyui.log        what a supervised ComfyUI said, and comfyui.times how long that was when
+    settings.jsonl     what was changed outside the prefix on request, each with what was there before
     lock               held (flock) by the process that applies
 
 A killed process, a closed connection or a power cut leaves these, and the next `apply` goes on from them: under
@@ -103,6 +104,18 @@ def _answer(verb: str, site: Site, request: Json) -> None:
 
         for event in follow(site, request["run"]):
             say(event)
+    elif verb == "settings":
+        from agent.settings import look
+
+        say(look(site, request))
+    elif verb == "access":
+        from agent.settings import access
+
+        say(access(site, request))
+    elif verb == "mps":
+        from agent.mps import mps
+
+        say(mps(site))
     elif verb == "history":
         from agent.journal import history
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from agent.facts import facts
 from agent.files import Fault, Json, read_text, run
+from agent.mps import mps
 from agent.parts import as_service, forked
 from agent.services import Manager, Systemd, manager_of
 from agent.site import DATA, Site
@@ -36,6 +37,7 @@ def probe(site: Site, request: Json) -> Json:
         "kernel": forked(_kernel, site),
         "log": forked(_log, site),
         "containers": forked(_containers),
+        "mps": forked(mps, site),
     }
     found = facts(site, request, VERIFIED)
     now = live(site, found["service"]["pid"])

@@ -19,6 +19,7 @@ from agent.journal import Journal, busy, events, now
 from agent.lifecycle import delete, end_linger, erase, forget, forget_mounts, restart, start, stop, vanish, withdraw
 from agent.memory import drop_caches
 from agent.services import manager_of
+from agent.settings import apply_setting, undo_settings
 from agent.site import Site
 from agent.steps import (
     account,
@@ -59,6 +60,8 @@ STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "adopt": adopt,
     "withdraw": withdraw,
     "unadopt": unadopt,
+    "set": apply_setting,
+    "unset": undo_settings,
     "drop-caches": drop_caches,
     "stop": stop,
     "start": start,

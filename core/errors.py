@@ -291,6 +291,12 @@ class LogError(HearthError):
     exit_code = 83
 
 
+class ChangedSinceError(HearthError):
+    """Something outside the prefix that Hearth set was changed since: undoing leaves it as it is."""
+
+    exit_code = 84
+
+
 class GroupError(HearthError):
     """Not every host of a group came through."""
 

@@ -25,6 +25,7 @@ from core import files, shell
 from core.errors import (
     AgentError,
     BusyError,
+    ChangedSinceError,
     ConnectError,
     DiskFullError,
     DrainError,
@@ -123,6 +124,7 @@ def error_of(fault: dict[str, Any]) -> HearthError:
         "busy": BusyError,
         "drain": DrainError,
         "gate": GateError,
+        "changed": ChangedSinceError,
         "disk": DiskFullError,
         "offline": HostOfflineError,
         "gpu": GpuError,

@@ -78,7 +78,8 @@ class Facts(msgspec.Struct, frozen=True):
     were changed since, `proven` those that passed the health gate, the latest first, `failed_nodes` the nodes that the
     current one could not import, with the reason; `parts` says of each what is wrong with it (empty:
     nothing), `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now.
-    `foreign_unit` is the unit's file where somebody else wrote it; `adopted` says whether `inv adopt --undo` has work.
+    `foreign_unit` is the unit's file where somebody else wrote it; `adopted` says whether `inv adopt --undo` has work;
+    `settings` names what was changed outside the prefix on request, and not undone.
     `port_holder` and `metrics_holder` are who listens on ComfyUI's port and on the exporter's.
     `paused` says who took the service out of traffic, and when (empty: nobody); `placed` are the files of Hearth's in
     systemd's folder, `drop_ins` the folders of somebody's own settings for its units; `lingered` says that the login's
@@ -127,6 +128,7 @@ class Facts(msgspec.Struct, frozen=True):
     last: dict[str, Any]
     foreign_unit: str = ""
     adopted: bool = False
+    settings: tuple[str, ...] = ()
     metrics_holder: dict[str, Any] = {}
     paused: dict[str, str] = {}
     placed: tuple[str, ...] = ()

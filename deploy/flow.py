@@ -278,18 +278,24 @@ def change(
     ask: bool = False,
     consent: Callable[[], None] | None = None,
     converges: bool = False,
+    ask_first: Callable[[Agent, Target], None] | None = None,
 ) -> Outcome:
     """Look at a host, have `make` plan from what it is, show that, and unless it is a dry run have it applied.
 
     For plans that send nothing. `action` is what the host's history calls it. `consent` is had on any host, in
     place of a plain yes, or raises. When it `converges`, the plan must be empty afterwards; raises ConvergeError.
+    `ask_first` asks the agent what a plan needs beside the facts.
     """
     target = find_target(name)
     with connection.connect(target, ask_sudo) as agent:
         facts = look(agent, target)
+        if ask_first:
+            ask_first(agent, target)
         planned = make(target, facts)
         outcome = _carry_out(agent, target, facts, planned, action, dry_run=dry_run, ask=ask, consent=consent)
         if converges and outcome.changed and not dry_run:
+            if ask_first:
+                ask_first(agent, target)
             _converged(name, make(target, look(agent, target)))
         return outcome
 

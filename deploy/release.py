@@ -322,7 +322,7 @@ def _unit(
         "environment": "\n".join(lines),
         "restart": profile.restart,
         "limits": f"MemoryMax={profile.memory_max}" if profile.memory_max else "",
-        **_devices(profile),
+        **devices(profile),
         "more": "\n".join(more),
     }
     return _filled(host.scope, values)
@@ -370,7 +370,7 @@ def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[st
         place = f"{prefix}/releases/{release}/exporter"
         # the system's Python, without a look at what else is installed there
         words = [choice.interpreter, "-I", "-S", place, f"{place}.json"]
-        more = {"port": str(host.metrics_port), "data": f"{prefix}/data", **_devices(target.profile)}
+        more = {"port": str(host.metrics_port), "data": f"{prefix}/data", **devices(target.profile)}
         found["exporter.service"] = _filled("exporter", {**values, **more, "command": _command(words)})
     if host.scope == "user":
         found = {
@@ -380,7 +380,7 @@ def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[st
     return found
 
 
-def _devices(profile: Profile) -> dict[str, str]:
+def devices(profile: Profile) -> dict[str, str]:
     """Which devices a unit may use."""
     listed = [f"DeviceAllow={name} rw" for name in _DEVICES] if profile.cuda else []
     return {"device_policy": profile.device_policy, "devices": "\n".join(listed)}

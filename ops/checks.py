@@ -16,6 +16,8 @@ from packaging.version import InvalidVersion, Version
 from core import console
 from deploy import plan
 from deploy.facts import Facts
+from ops.mps import Mps
+from ops.mps import problems as mps_problems
 from ops.status import Live, Problem
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class Probe(msgspec.Struct, frozen=True):
     kernel: Kernel = Kernel(True, ())
     log: tuple[tuple[float | None, str], ...] = ()
     containers: Containers = Containers((), "", (), False)
+    mps: Mps = Mps()
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,23 @@ def _port(case: Case) -> Iterator[Problem]:
         yield Problem(holder, "end it there, or set another `port` for this host")
 
 
+@check(
+    "exporter",
+    "Are the metrics exported?",
+    how="who listens at the host's `metrics_port`",
+    mend="systemctl restart comfyui-exporter on the host; its log says why it ended",
+    severity="warning",
+)
+def _exporter(case: Case) -> Iterator[Problem]:
+    yield from (Problem(each.what, each.remedy) for each in plan.metrics(case.target, case.facts))
+    if "exporter" in case.release.get("parts", {}) and not case.facts.metrics_holder:
+        unit = case.target.exporter_unit
+        yield Problem(
+            f"nothing listens at port {case.target.host.metrics_port}: the exporter does not run",
+            f"on the host: journalctl --unit {unit}, then systemctl restart {unit}",
+        )
+
+
 SLOW = 1 / 3
 """A start is worth a word from this share of the gate's patience on: of 180 s, 15 were measured, 51 with 26 nodes."""
 
@@ -300,6 +320,8 @@ def _memory(case: Case) -> Iterator[Problem]:
     elif killed := [line for line in case.probe.kernel.lines if "Killed process" in line or "oom-kill" in line]:
         yield Problem(f"the kernel killed a process for want of memory: {killed[-1].strip()[:120]}", less)
     if refused := [line for line in case.lines if re.search(r"Got an OOM|OutOfMemoryError|CUDA out of memory", line)]:
+        if fragments := re.findall(r"([\d.]+ GiB) is reserved by PyTorch but unallocated", refused[-1]):
+            less += f'; {fragments[0]} are in pieces too small to use: modes = ["native-allocator"] may help'
         yield Problem(
             f"the GPU's memory did not suffice ({len(refused)} times in the log): {refused[-1].strip()[:120]}", less
         )
@@ -347,7 +369,7 @@ def _driver(case: Case) -> Iterator[Problem]:
     "cuda",
     "Does torch see CUDA in ComfyUI's own environment?",
     how="the devices that ComfyUI names; while it does not answer, torch itself as the service's user",
-    mend="inv tune gpu-access shows who may use the devices; a reboot after an update of the driver",
+    mend="inv gpu-access shows who may use the devices; a reboot after an update of the driver",
     cases=(f"{SPARK}: GPU not detected", f"{DEBIAN}: GPU not detected"),
 )
 def _cuda(case: Case) -> Iterator[Problem]:
@@ -356,10 +378,10 @@ def _cuda(case: Case) -> Iterator[Problem]:
     said, torch = case.live.comfyui, case.probe.torch
     if said.state == "answers" and not any(each.type == "cuda" for each in said.devices):
         kinds = ", ".join(each.type for each in said.devices)
-        yield Problem(f"ComfyUI sees no CUDA device, it computes on {kinds}", f"inv tune gpu-access {case.at}")
+        yield Problem(f"ComfyUI sees no CUDA device, it computes on {kinds}", f"inv gpu-access {case.at}")
     elif torch and (torch.get("fault") or not torch.get("available")):
         reason = torch.get("fault") or f"torch {torch.get('version')} finds no device"
-        yield Problem(f"torch cannot use CUDA: {reason}", f"inv tune gpu-access {case.at}")
+        yield Problem(f"torch cannot use CUDA: {reason}", f"inv gpu-access {case.at}")
 
 
 @check(
@@ -391,6 +413,18 @@ def _shared(case: Case) -> Iterator[Problem]:
             )
         if gpu.faults:
             yield Problem(f"GPU {gpu.index} does not tell everything: {gpu.faults[0]}", "on the host: nvidia-smi -q")
+
+
+@check(
+    "mps",
+    "Where MPS is on: does its daemon run, and does ComfyUI compute through it?",
+    how="the daemon's unit and answers, ComfyUI's environment and whether it is among the clients",
+    mend="inv mps on starts the daemon and ComfyUI anew; inv mps off does without it",
+    cases=(f"{DEBIAN}: context conflicts",),
+)
+def _mps(case: Case) -> Iterator[Problem]:
+    on_gpu = case.live.comfyui.state == "answers" and any(each.type == "cuda" for each in case.live.comfyui.devices)
+    yield from mps_problems(case.probe.mps, case.at, cuda=on_gpu)
 
 
 @check(

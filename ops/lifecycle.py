@@ -88,8 +88,10 @@ def remove(target: Target, facts: Facts, options: Options) -> Plan:
     if any(path.endswith("-apply.service") for path in facts.placed) or (steps and facts.manager != "process"):
         title, why = "forget the unit that goes on with interrupted changes", "there is nothing left to go on with"
         steps.append(Step("forget", title, why, "inv deploy"))
-    kept = f"kept: releases and data in {facts.prefix}; inv deploy --host {target.name} brings the service back"
-    return _plan(facts, steps, _changeable(target, facts), [kept], release="")
+    kept = [f"kept: releases and data in {facts.prefix}; inv deploy --host {target.name} brings the service back"]
+    if facts.settings:
+        kept.append(f"kept: {', '.join(facts.settings)}, set outside it; {_undone_by(target, facts)}")
+    return _plan(facts, steps, _changeable(target, facts), kept, release="")
 
 
 def nuke(target: Target, facts: Facts, options: Options, *, data: bool = False) -> Plan:
@@ -218,7 +220,17 @@ def _erasable(target: Target, facts: Facts) -> list[Refusal]:
             f"inv adopt --host {target.name} --undo; or, to keep it as it is now, rm {prefix}/state/adopted.jsonl there"
         )
         found.append(Refusal(what, undo))
+    if facts.settings:
+        what = f"{', '.join(facts.settings)} is set outside {prefix}, and state/ holds what was there before"
+        found.append(Refusal(what, _undone_by(target, facts)))
     return found
+
+
+def _undone_by(target: Target, facts: Facts) -> str:
+    """What undoes the settings that are in force."""
+    own = {"mps": "inv mps off", "gpu-access": "inv gpu-access --undo"}
+    found = dict.fromkeys(own.get(each, "inv tune --undo") for each in facts.settings)
+    return "; ".join(f"{each} --host {target.name}" for each in found)
 
 
 def _left(target: Target, facts: Facts, *, data: bool) -> list[str]:

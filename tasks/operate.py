@@ -332,3 +332,104 @@ def jobs(_: Context, number: str = "20", *, where: Where, out: Output) -> None:
     from ops import jobs
 
     jobs.show(jobs.recent(where.host, number, ask_sudo=where.ask_sudo), as_json=out.json)
+
+
+@command(
+    help={
+        "apply": "settings to apply, commas between",
+        "undo": "put back what was there before: these settings, or all",
+        "force": "with --undo: also what somebody changed since",
+    },
+    optional=["undo"],
+)
+def tune(
+    _: Context, apply: str = "", undo: str = "", force: bool = False, *, where: Fleet, how: Agreed, out: Output
+) -> int:
+    """List settings of the machine that may help: what each is now and would be, what it does and costs.
+
+    Nothing is set that is not named. What is set is recorded on the host before, with what was there, stays over a
+    boot, and is put back by `--undo`; what somebody changed since is told, and left. Needs root and systemd.
+    How: docs/how-to/tune-a-host.md
+
+        inv tune --host spark
+        inv tune --host spark --apply swappiness,cpu-governor --dry-run
+        inv tune --host spark --undo                  # all of them
+        inv tune --host spark --undo swappiness
+    """
+    from ops import tuning
+
+    return tuning.run(
+        (where.host, where.group),
+        apply,
+        undo,
+        force=force,
+        dry_run=how.dry_run,
+        ask_sudo=where.ask_sudo,
+        ask=not how.yes,
+        as_json=out.json,
+    )
+
+
+@command(
+    positional=["action"],
+    help={
+        "action": "on, off, status or limit",
+        "percent": "of a GPU's threads that a process may use, with on and limit",
+        "memory": "of a GPU that a process may take, with on and limit: GPU=SIZE, as 0=8G or 0=8G,1=500M",
+    },
+)
+def mps(_: Context, action: str, percent: str = "", memory: str = "", *, where: Fleet, how: Change, out: Output) -> int:
+    """Have ComfyUI compute through NVIDIA's Multi-Process Service: on, off, status or limit.
+
+    The control daemon becomes a unit of its own, as the service's user. Around a change ComfyUI is stopped when its
+    jobs are done, and started again; should it not come back, MPS is off again. `limit` takes the place of the limits
+    before; `--percent 100` lifts all. `status` lists servers and clients; 1 when MPS is on and not well. `off --force`
+    also removes what somebody edited since.
+    How: docs/how-to/share-the-gpu-by-mps.md
+
+        inv mps status --host spark
+        inv mps on --host spark --percent 60 --memory 0=8G
+        inv mps limit --host spark --percent 30
+        inv mps off --host spark
+    """
+    from deploy.plan import options
+    from ops import mps
+
+    return mps.run(
+        action,
+        (where.host, where.group),
+        percent,
+        memory,
+        options(how.drain, how.force),
+        dry_run=how.dry_run,
+        ask_sudo=where.ask_sudo,
+        ask=not how.yes,
+        as_json=out.json,
+    )
+
+
+@command(help={"apply": "keep the GPU to the group gpu-users", "undo": "put back what was there before"})
+def gpu_access(_: Context, apply: bool = False, undo: bool = False, *, where: Fleet, how: Change, out: Output) -> int:
+    """Check who may use the GPU: devices, groups, udev rules; 1 when somebody who must may not.
+
+    Who must: the service's user and its members. Mostly everybody may, and there is nothing to do. `--apply` keeps the
+    GPU to a group gpu-users with these: by the driver's own option, which makes the nodes, and a udev rule for render
+    nodes. Around it ComfyUI is started anew. How: docs/how-to/share-a-host.md
+
+        inv gpu-access --host spark
+        inv gpu-access --host spark --apply --dry-run
+        inv gpu-access --host spark --undo
+    """
+    from deploy.plan import options
+    from ops import access
+
+    return access.run(
+        (where.host, where.group),
+        options(how.drain, how.force),
+        apply=apply,
+        undo=undo,
+        dry_run=how.dry_run,
+        ask_sudo=where.ask_sudo,
+        ask=not how.yes,
+        as_json=out.json,
+    )

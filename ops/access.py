@@ -1,0 +1,235 @@
+"""Who may use the GPU: the devices' modes and groups, checked; on request kept to a group, and given back.
+
+NVIDIA's nodes are no udev devices: the driver's own tools (nvidia-modprobe, libcuda) make them, and set owner and mode
+by the driver's parameters whenever they are used (`ModifyDeviceFiles`). So the rule that guides have for them
+(`SUBSYSTEM=="nvidia"`) matches nothing; the parameters decide (NVIDIA's driver README, "How and why are permissions
+set on the device files?"). udev has its say for the render nodes below /dev/dri alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from core import console
+from core.errors import UsageError
+from deploy import flow
+from deploy import host as hosts
+from deploy.plan import Refusal
+from ops import fleet, lifecycle, tuning
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deploy.connection import Agent
+    from deploy.facts import Facts
+    from deploy.flow import Outcome
+    from deploy.host import Target
+    from deploy.plan import Options, Plan
+    from ops.tuning import Change, State
+
+NAME, GROUP = "gpu-access", "gpu-users"
+
+_RULE = (
+    "# Written by Hearth: inv gpu-access --undo takes it away.\n"
+    f'SUBSYSTEM=="drm", KERNEL=="renderD*", DRIVERS=="nvidia", GROUP="{GROUP}", MODE="0660"\n'
+)
+_DRIVER = (
+    "# Written by Hearth: inv gpu-access --undo takes it away. The driver reads it when it is loaded.\n"
+    "options nvidia NVreg_DeviceFileUID=0 NVreg_DeviceFileGID=@gid@ NVreg_DeviceFileMode=0660\n"
+)
+
+
+class Node(msgspec.Struct, frozen=True):
+    """A device: who owns it, and who of those that must use it may not."""
+
+    place: str
+    mode: int
+    owner: str
+    group: str
+    denied: tuple[str, ...]
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """A udev rule that names such devices."""
+
+    file: str
+    rule: str
+
+
+class Access(msgspec.Struct, frozen=True):
+    """What `agent/settings.py` tells; `driver` are the parameters of the nodes, `users` the groups of each (None: no
+    such user)."""
+
+    nodes: tuple[Node, ...]
+    driver: dict[str, str]
+    rules: tuple[Rule, ...]
+    users: dict[str, tuple[str, ...] | None]
+
+
+def users(target: Target) -> list[str]:
+    """Who must use the GPU: the service's user, and its members."""
+    return list(dict.fromkeys([target.host.run_as, *target.host.members]))
+
+
+def changes(target: Target) -> list[Change]:
+    """What keeps the GPU to a group: the group, what the driver makes from now on, and what is there already."""
+    return [
+        {"kind": "group", "place": GROUP, "members": users(target)},
+        tuning.file("/etc/modprobe.d/hearth-gpu-access.conf", _DRIVER, group=GROUP),
+        tuning.file("/etc/udev/rules.d/70-hearth-gpu-access.rules", _RULE),
+        *(
+            {"kind": "node", "place": place, "group": GROUP, "mode": 0o660}
+            for place in ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/nvidia-uvm*", "/dev/nvidia-modeset")
+        ),
+    ]
+
+
+# --- plans: pure ---------------------------------------------------------------------------------------------------
+
+
+def keep(target: Target, facts: Facts, state: State, access: Access, options: Options) -> Plan:
+    """The plan that keeps the GPU to the group."""
+    refusals = tuning.able(target, facts)
+    missing = [name for name, groups in access.users.items() if groups is None]
+    if missing:
+        what = f"{target.name} has no user {', '.join(missing)}"
+        refusals.append(Refusal(what, f"inv deploy --host {target.name} first, or take them off `members`"))
+    if all(each.now == each.wanted for each in state.seen[NAME]):
+        return tuning.finished(facts, [], refusals)
+    step = tuning.setting_step(
+        NAME,
+        changes(target),
+        f"keep the GPU to group {GROUP}: {', '.join(users(target))}",
+        "asked for",
+        "inv gpu-access --undo",
+        options if facts.service.active else None,
+    )
+    notes = [
+        "nobody else may use the GPU then: no other login, desktop or container",
+        f"who is logged in already gets the group with the next login: {', '.join(users(target)[1:]) or 'nobody'}",
+        "nodes that the driver makes anew follow it from its next load on: reboot (first update-initramfs -u, where "
+        "the initramfs has the driver)",
+    ]
+    return tuning.finished(facts, [step], refusals, notes)
+
+
+def give_back(target: Target, facts: Facts, state: State, options: Options, *, force: bool) -> Plan:
+    """The plan that puts back who could use the GPU before."""
+    if NAME not in state.applied:
+        return tuning.finished(facts, [], [])
+    step = tuning.undo_step(
+        NAME,
+        f"give the GPU back: remove group {GROUP}, the driver's option and the rule",
+        force=force,
+        options=options if facts.service.active else None,
+    )
+    return tuning.finished(facts, [step], tuning.able(target, facts))
+
+
+# --- carried out ---------------------------------------------------------------------------------------------------
+
+
+def run(
+    where: tuple[str, str],
+    options: Options,
+    *,
+    apply: bool,
+    undo: bool,
+    dry_run: bool,
+    ask_sudo: bool,
+    ask: bool,
+    as_json: bool,
+) -> int:
+    """What `inv gpu-access` does: check, keep to the group (`apply`) or give back (`undo`)."""
+    if apply and undo:
+        raise UsageError("--apply and --undo exclude each other", hint="one after the other")
+    if not (apply or undo):
+        return show(look(where, ask_sudo=ask_sudo), as_json=as_json)
+
+    def one(name: str) -> Outcome:
+        asked: list[tuple[State, Access]] = []
+
+        def ask_first(agent: Agent, target: Target) -> None:
+            state = agent.call("settings", changes={NAME: changes(target)})
+            access = agent.call("access", users=users(target))
+            asked[:] = [(msgspec.convert(state, tuning.State), msgspec.convert(access, Access))]
+
+        def make(target: Target, facts: Facts) -> Plan:
+            state, access = asked[0]
+            if undo:
+                return give_back(target, facts, state, options, force=options.force)
+            return keep(target, facts, state, access, options)
+
+        found = flow.change(
+            name, "undo gpu-access" if undo else NAME, make, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask,
+            converges=True, ask_first=ask_first,
+        )  # fmt: skip
+        return replace(found, state="who may use the GPU is as before" if undo else f"the GPU is kept to {GROUP}")
+
+    return lifecycle.show(flow.on_each(hosts.select(*where), one, keep_going=False), as_json=as_json, dry_run=dry_run)
+
+
+def look(where: tuple[str, str], *, ask_sudo: bool = False) -> list[fleet.Answer[Access]]:
+    """Who may use the GPUs of hosts."""
+
+    def one(agent: Agent, target: Target) -> Access:
+        who = (
+            users(target) if target.host.scope == "system" else [agent.call("facts", **flow.questions(target))["login"]]
+        )
+        return msgspec.convert(agent.call("access", users=who), Access)
+
+    return fleet.ask_each(hosts.select(*where), one, ask_sudo=ask_sudo, seconds=30)
+
+
+# --- shown ---------------------------------------------------------------------------------------------------------
+
+
+def show(answers: Sequence[fleet.Answer[Access]], *, as_json: bool) -> int:
+    """Print who may use the GPU; 1 when somebody who must may not, or a host did not answer."""
+    if as_json:
+        console.data_json([_plain(each) for each in answers])
+    else:
+        for line in [line for each in answers for line in lines(each)]:
+            console.data(line)
+    return int(any(each.value is None or _denied(each.value) for each in answers))
+
+
+def _plain(answer: fleet.Answer[Access]) -> dict[str, Any]:
+    if answer.error is not None:
+        return {"host": answer.host, "error": answer.error.what, "hint": answer.error.hint}
+    return {"host": answer.host, **msgspec.to_builtins(answer.value)}
+
+
+def _denied(access: Access) -> list[Node]:
+    """Devices that CUDA needs, and that somebody who must use them may not; render nodes it does without."""
+    optional = ("/dev/dri/", "/dev/nvidia-modeset", "/dev/nvidia-caps")
+    return [each for each in access.nodes if each.denied and not each.place.startswith(optional)]
+
+
+def lines(answer: fleet.Answer[Access]) -> list[str]:
+    """Who may use the GPU of a host, in words."""
+    if answer.value is None:
+        assert answer.error is not None
+        return [f"{answer.host}: {answer.error.what}; next: {answer.error.hint}"]
+    access, name = answer.value, answer.host
+    if not access.nodes:
+        return [f"{name}: there are no /dev/nvidia* and /dev/dri/render*; next: inv doctor --host {name}"]
+    rows = [
+        (each.place, f"{each.mode:04o}", f"{each.owner}:{each.group}", ", ".join(each.denied) or "-")
+        for each in access.nodes
+    ]
+    found = [f"{name}:", *console.aligned(("device", "mode", "owner", "may not use it"), rows)]
+    found += [f"driver: {', '.join(f'{key}={value}' for key, value in access.driver.items())}"] if access.driver else []
+    found += [f"rule: {each.file}: {each.rule}"[:100] for each in access.rules]
+    found += [f"there is no user {who}" for who, groups in access.users.items() if groups is None]
+    if denied := _denied(access):
+        groups = {each.group for each in denied} - {"root"}
+        join = f"on the host: usermod -aG {groups.pop()} USER" if len(groups) == 1 else ""
+        found.append(f"{name}: not everybody who must may use the GPU; next: "
+                     f"{join + '; or ' if join else ''}inv gpu-access --host {name} --apply")  # fmt: skip
+    else:
+        found.append(f"{name}: everybody who must use the GPU may")
+    return found

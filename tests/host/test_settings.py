@@ -1,0 +1,194 @@
+"""Settings of a real machine: applied when named, kept over a kill, undone; MPS as a unit, with a daemon made up.
+
+There is no GPU, and a container's kernel settings are the machine's that it runs on: those files are made up by binding
+others over them; that they may not be written otherwise is the real machine's own answer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from core import files
+from tests.host.fleet import PREFIX, Fleet
+from tests.host.test_doctor import findings, gpu, only
+from tests.host.test_modes import exposure
+
+pytestmark = pytest.mark.host
+
+SWAPPINESS, CONF = "/proc/sys/vm/swappiness", "/etc/sysctl.d/90-hearth-swappiness.conf"
+RECORD = f"{PREFIX}/state/settings.jsonl"
+
+
+@contextmanager
+def kernel_file(fleet: Fleet, path: str, text: str) -> Iterator[None]:
+    """A file of the kernel's that may be written."""
+    fleet.machine.run(f"echo {text} > /root/value; chmod 644 /root/value; mount --bind /root/value {path}")
+    try:
+        yield
+    finally:
+        fleet.machine.run(f"umount {path}; rm /root/value")
+
+
+def test_a_setting_is_applied_recorded_and_undone(steady: Fleet) -> None:
+    machine = steady.machine
+    refused = steady.inv("tune", "--host", "spark", "--apply", "swappiness")
+    assert (refused.returncode, "cannot be written there" in refused.stderr) == (63, True), refused.stderr
+    with kernel_file(steady, SWAPPINESS, "60"):
+        listed = steady.inv("tune", "--host", "spark", "--json")
+        ((host),) = json.loads(listed.stdout)
+        found = {each["name"]: each for each in host["settings"]}
+        assert (found["swappiness"]["now"], found["swappiness"]["becomes"]) == ("60", "10")
+        assert found["gpu-persistence"]["unfit"] == "no NVIDIA GPU there"
+        dry = steady.inv("tune", "--host", "spark", "--apply", "swappiness", "--dry-run")
+        assert (dry.returncode, machine.run(f"cat {SWAPPINESS}").strip()) == (2, "60")
+        done = steady.inv("tune", "--host", "spark", "--apply", "swappiness")
+        assert done.returncode == 0, done.stderr
+        assert machine.run(f"cat {SWAPPINESS}").strip() == "10"
+        assert machine.run(f"tail -1 {CONF}").strip() == "vm.swappiness = 10"
+        assert steady.facts()["settings"] == ["swappiness"]
+        again = steady.inv("tune", "--host", "spark", "--apply", "swappiness")
+        assert "nothing to do" in again.stdout
+        nuke = steady.inv("nuke", "--host", "spark", "--dry-run")
+        assert (nuke.returncode, "inv tune --undo" in nuke.stderr) == (63, True), nuke.stderr
+
+        machine.run(f"echo 42 > {SWAPPINESS}")
+        undo = steady.inv("tune", "--host", "spark", "--undo")
+        assert (undo.returncode, f"{SWAPPINESS}: 42, Hearth set 10" in undo.stderr) == (84, True), undo.stderr
+        assert machine.run(f"cat {SWAPPINESS}").strip() == "42"
+        forced = steady.inv("tune", "--host", "spark", "--undo", "swappiness", "--force")
+        assert forced.returncode == 0, forced.stderr
+        assert machine.run(f"cat {SWAPPINESS}; ls {CONF} 2>/dev/null || echo none").split() == ["60", "none"]
+    assert steady.facts()["settings"] == []
+    assert steady.inv("tune", "--host", "spark", "--undo").stdout.startswith("spark: nothing to do")
+
+
+@contextmanager
+def control(fleet: Fleet) -> Iterator[None]:
+    """NVIDIA's MPS control program on the machine, made up."""
+    place = fleet.machine.root / "usr/bin/nvidia-cuda-mps-control"
+    shutil.copy(files.CHECKOUT / "tests/fixtures/mps/nvidia-cuda-mps-control", place)
+    place.chmod(0o755)
+    try:
+        yield
+    finally:
+        place.unlink()
+
+
+def mps(fleet: Fleet, *words: str, code: int = 0) -> str:
+    done = fleet.inv("mps", *words, "--host", "spark")
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_mps_on_limited_dying_and_off(steady: Fleet) -> None:
+    machine = steady.machine
+    assert "the driver shows no NVIDIA GPU" in mps(steady, "on", code=63)
+    steady.configure("override.cuda = true\n")
+    with gpu(steady, "rtx-4070"):
+        assert "there is no nvidia-cuda-mps-control" in mps(steady, "on", code=63)
+        with control(steady):
+            assert "MPS is off" in mps(steady, "limit", "--percent", "50", code=63)
+            mps(steady, "on", "--dry-run", code=2)
+            before = machine.run("systemctl show comfyui --property=MainPID --value").strip()
+            mps(steady, "on", "--percent", "60", "--memory", "0=8G")
+            pid = machine.run("systemctl show comfyui --property=MainPID --value").strip()
+            assert pid != before
+            assert exposure(steady, "comfyui-mps") <= 2.0
+            shown = mps(steady, "status")
+            assert "MPS is on, active (running), threads 60.0 %, memory 0=8G" in shown
+            assert f"client {pid}: python" in shown
+            assert "(ComfyUI)" in shown
+            assert "nothing to do" in mps(steady, "on")
+            assert "mps" not in findings(steady, code=2)
+
+            mps(steady, "limit", "--percent", "30")
+            shown = mps(steady, "status")
+            assert "threads 30.0 %" in shown
+            assert "memory" not in shown
+
+            # It dies: systemd starts it again, and ComfyUI with it, whose CUDA died, too.
+            first = machine.run("systemctl show comfyui --property=MainPID --value").strip()
+            machine.run("systemctl kill --signal=KILL comfyui-mps")
+            end = time.monotonic() + 30
+            while time.monotonic() < end:
+                pid = machine.run("systemctl show comfyui --property=MainPID --value").strip()
+                if pid not in (first, "0"):
+                    break
+                time.sleep(0.5)
+            assert pid != first
+            assert steady.answers()
+            assert "was started again 1 times" in mps(steady, "status", code=1)
+
+            # It cannot come back.
+            machine.run("mv /usr/bin/nvidia-cuda-mps-control /usr/bin/away")
+            machine.run(
+                "systemctl kill --signal=KILL comfyui-mps; until systemctl is-failed comfyui-mps; do sleep 1; done"
+            )
+            machine.run("mv /usr/bin/away /usr/bin/nvidia-cuda-mps-control")
+            assert "its daemon does not run: failed" in mps(steady, "status", code=1)
+            what, remedy = only(findings(steady, code=2), "mps")
+            assert "its daemon does not run: failed" in what
+            assert remedy.startswith("inv mps on --host spark")
+            mps(steady, "on")
+            assert "active (running)" in mps(steady, "status")
+
+            mps(steady, "off")
+            assert steady.answers()
+            left = "ls -d /etc/systemd/system/comfyui-mps.service /etc/systemd/system/comfyui.service.d 2>/dev/null"
+            assert machine.run(f"{left} || true").strip() == ""
+            assert "nothing to do" in mps(steady, "off")
+            assert "MPS is off" in mps(steady, "status")
+
+
+def test_an_mps_that_does_not_start_is_off_again_and_comfyui_serves(steady: Fleet) -> None:
+    steady.configure("override.cuda = true\n")
+    with gpu(steady, "rtx-4070"), control(steady):
+        steady.machine.run(
+            "chmod 644 /usr/bin/nvidia-cuda-mps-control; cp /bin/true /usr/local/bin/nvidia-cuda-mps-control"
+        )
+        steady.machine.run(
+            "chmod 000 /usr/local/bin/nvidia-cuda-mps-control; chmod 755 /usr/bin/nvidia-cuda-mps-control"
+        )
+        steady.machine.run("mkdir -p /etc/systemd/system/comfyui-mps.service.d")
+        steady.machine.run(
+            "printf '[Service]\\nUser=nobody-here\\n' > /etc/systemd/system/comfyui-mps.service.d/bad.conf"
+        )
+        shown = mps(steady, "on", code=69)
+        steady.machine.run("rm -r /etc/systemd/system/comfyui-mps.service.d /usr/local/bin/nvidia-cuda-mps-control")
+        assert "mps could not be set, and is undone" in shown
+        assert steady.answers()
+        assert steady.facts()["settings"] == []
+
+
+def test_the_gpu_kept_to_a_group(steady: Fleet) -> None:
+    machine = steady.machine
+    machine.run("useradd anna 2>/dev/null || true; mknod /dev/nvidia0 c 1 3; chmod 600 /dev/nvidia0")
+    steady.configure('members = ["anna"]\n')
+    try:
+        checked = steady.inv("gpu-access", "--host", "spark")
+        assert (checked.returncode, "comfyui, anna" in checked.stdout) == (1, True), checked.stdout + checked.stderr
+        kept = steady.inv("gpu-access", "--host", "spark", "--apply")
+        assert kept.returncode == 0, kept.stderr
+        assert "next login: anna" in kept.stderr
+        gid = machine.run("getent group gpu-users").split(":")
+        assert gid[3].strip() == "anna,comfyui"
+        assert machine.run("stat --format='%G %a' /dev/nvidia0").strip() == "gpu-users 660"
+        assert f"NVreg_DeviceFileGID={gid[2]} " in machine.run("cat /etc/modprobe.d/hearth-gpu-access.conf")
+        assert steady.inv("gpu-access", "--host", "spark").returncode == 0
+        assert gid[2] in machine.run("grep ^Groups /proc/$(systemctl show comfyui -p MainPID --value)/status")
+        undone = steady.inv("gpu-access", "--host", "spark", "--undo")
+        assert undone.returncode == 0, undone.stderr
+        assert machine.run("stat --format='%G %a' /dev/nvidia0").strip() == "root 600"
+        assert machine.run("getent group gpu-users || echo none").strip() == "none"
+        assert (
+            machine.run("ls /etc/udev/rules.d/70-hearth* /etc/modprobe.d/hearth* 2>/dev/null || echo none").strip()
+            == "none"
+        )
+    finally:
+        machine.run("rm -f /dev/nvidia0")

@@ -1,0 +1,327 @@
+"""Settings outside the prefix: recorded before they are made, put back from the record, planned only when named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent import settings as steps
+from agent.files import Fault
+from agent.journal import Settings
+from agent.site import Site
+from core.errors import UnknownNameError, UsageError
+from deploy import plan
+from deploy.facts import Facts, Gpu
+from ops import access, fleet, mps, tuning
+from ops.access import Access, Node
+from ops.mps import Client, Mps, Server
+from ops.tuning import Applied, Seen, State
+from tests.unit.test_lifecycle import running
+from tests.unit.test_plan import FRESH, kinds, spark
+
+DESKTOP = msgspec.structs.replace(FRESH, gpus=(Gpu("RTX 4070", "8.9", 12 * 10**9, False),))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    (tmp_path / "state").mkdir()
+    values = {"prefix": str(tmp_path), "service": "comfyui", "scope": "system", "user": ""}
+    return Site({**values, "address": "127.0.0.1", "port": 1})
+
+
+def step(*changes: dict[str, Any], **values: Any) -> dict[str, Any]:
+    return {"setting": "one", "changes": changes, "serves": False, **values}
+
+
+def undo(*, overwrite: bool = False) -> dict[str, Any]:
+    return {"settings": ["one"], "overwrite": overwrite, "serves": False}
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def test_twice_keeps_the_first_old_value_and_undo_puts_it_back(site: Site, tmp_path: Path) -> None:
+    old, fresh, kernel = (tmp_path / name for name in ("old", "fresh", "kernel0"))
+    old.write_text("before")
+    old.chmod(0o600)
+    kernel.write_text("60\n")
+    changes = [tuning.file(str(old), "first"), tuning.file(str(fresh), "new"),
+               {"kind": "value", "place": f"{tmp_path}/kernel[0-9]", "value": "10"}]  # fmt: skip
+    steps.apply_setting(site, step(*changes), quiet)
+    steps.apply_setting(site, step(tuning.file(str(old), "second"), *changes[1:]), quiet)
+    assert (old.read_text(), fresh.read_text(), kernel.read_text()) == ("second", "new", "10")
+    assert {each["place"]: each["old"] for each in Settings(site).in_force()["one"]} == {
+        str(old): ["before", 0o600], str(fresh): None, str(kernel): "60",
+    }  # fmt: skip
+    steps.undo_settings(site, undo(), quiet)
+    assert (old.read_text(), old.stat().st_mode & 0o777, fresh.exists()) == ("before", 0o600, False)
+    assert kernel.read_text() == "60"
+    assert Settings(site).in_force() == {}
+    kept = Settings(site).path.read_text()
+    steps.undo_settings(site, undo(), quiet)
+    assert Settings(site).path.read_text() == kept
+
+
+def test_what_is_so_already_is_not_recorded(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("same")
+    (tmp_path / "file").chmod(0o644)
+    steps.apply_setting(site, step(tuning.file(f"{tmp_path}/file", "same")), quiet)
+    assert Settings(site).in_force() == {}
+
+
+def test_what_somebody_changed_since_is_told_and_left(site: Site, tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    mine.write_text("before")
+    steps.apply_setting(site, step(tuning.file(str(mine), "set"), tuning.file(str(other), "set")), quiet)
+    mine.write_text("edited")
+    with pytest.raises(Fault) as caught:
+        steps.undo_settings(site, undo(), quiet)
+    assert caught.value.report["kind"] == "changed"
+    assert caught.value.report["cause"] == f"{mine}: edited"
+    assert (mine.read_text(), other.exists()) == ("edited", False)
+    assert [each["place"] for each in Settings(site).in_force()["one"]] == [str(mine)]
+    steps.undo_settings(site, undo(overwrite=True), quiet)
+    assert (mine.read_text(), Settings(site).in_force()) == ("before", {})
+
+
+class _Killed(BaseException):
+    """The power goes."""
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_killed_between_record_and_change(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def killed(*_: object) -> None:
+        raise _Killed
+
+    with monkeypatch.context() as patched, pytest.raises(_Killed):
+        patched.setitem(steps.KINDS, "file", (steps.KINDS["file"][0], killed))
+        steps.apply_setting(site, step(tuning.file(str(path), "set")), quiet)
+    assert (path.read_text(), list(Settings(site).in_force())) == ("before", ["one"])
+    if again:
+        steps.apply_setting(site, step(tuning.file(str(path), "set")), quiet)
+        assert path.read_text() == "set"
+        assert len(Settings(site).events()) == 1
+    steps.undo_settings(site, undo(), quiet)
+    assert (path.read_text(), Settings(site).in_force()) == ("before", {})
+
+
+def test_what_cannot_be_made_undoes_the_whole_setting(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("a file where a folder is needed")
+    with pytest.raises(Fault, match="could not be set, and is undone"):
+        wrong = tuning.file(f"{tmp_path}/folder/file", "x")
+        steps.apply_setting(site, step(tuning.file(f"{tmp_path}/first", "x"), wrong), quiet)
+    assert not (tmp_path / "first").exists()
+    assert Settings(site).in_force() == {}
+
+
+def test_a_choice_of_the_kernels_is_read_by_its_brackets(tmp_path: Path) -> None:
+    path = tmp_path / "enabled"
+    path.write_text("always [madvise] never\n")
+    (found,) = steps.seen([{"kind": "value", "place": str(path), "value": "always"}])
+    assert (found["now"], found["wanted"]) == ("madvise", "always")
+
+
+def test_who_may_use_a_device() -> None:
+    def may(mode: int, groups: list[str]) -> bool:
+        status = os.stat_result((0o020000 | mode, 0, 0, 1, 0, 0, 0, 0, 0, 0))  # root:root
+        return steps._may(status, "somebody", groups)
+
+    assert (may(0o666, []), may(0o660, []), may(0o660, ["root"]), may(0o606, ["root"])) == (True, False, True, False)
+
+
+# --- plans ---------------------------------------------------------------------------------------------------------
+
+
+def state(name: str = "swappiness", now: str = "60", *, writable: bool = True, applied: bool = False) -> State:
+    setting = tuning.known().settings[name]
+    seen = [
+        Seen(each["kind"], each["place"], [True, True] if each["kind"] == "unit" else now, each.get("value"), writable)
+        for each in tuning.changes(name, setting)
+    ]
+    record: dict[str, tuple[Applied, ...]] = {name: (Applied("value", seen[1].place, "60", "10"),)} if applied else {}
+    return State(record, {name: tuple(seen)})
+
+
+def test_only_what_is_named_is_planned_and_only_when_it_is_otherwise() -> None:
+    found = tuning.apply(spark(), FRESH, state(), ["swappiness"])
+    assert kinds(found) == ["set"]
+    assert found.steps[0].title == "set swappiness: 60 -> 10"
+    changes = found.steps[0].values["changes"]
+    assert [(each["kind"], each["place"]) for each in changes] == [
+        ("file", "/etc/sysctl.d/90-hearth-swappiness.conf"), ("value", "/proc/sys/vm/swappiness"),
+    ]  # fmt: skip
+    assert changes[0]["text"].endswith("\nvm.swappiness = 10\n")
+    assert kinds(tuning.apply(spark(), FRESH, state(now="10"), ["swappiness"])) == []
+    assert kinds(tuning.apply(spark(), FRESH, state(), [])) == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "host", "writable", "what"),
+    [
+        (FRESH, {"scope": "user"}, True, 'scope = "user" changes nothing outside'),
+        (msgspec.structs.replace(FRESH, root=False), {}, True, "needs root, and this is d"),
+        (msgspec.structs.replace(FRESH, manager="none"), {}, True, "runs no systemd"),
+        (FRESH, {}, False, "/proc/sys/vm/swappiness cannot be written there"),
+    ],
+)
+def test_refused_with_a_reason(facts: Facts, host: dict[str, Any], writable: bool, what: str) -> None:
+    found = tuning.apply(spark(**host), facts, state(writable=writable), ["swappiness"])
+    assert what in " ".join(each.what for each in found.refusals)
+    assert found.steps == ()
+
+
+def test_what_makes_no_sense_there_is_refused() -> None:
+    name = "dirty-pages"
+    (refusal,) = tuning.apply(spark(), DESKTOP, state(name), [name]).refusals
+    assert refusal.what == "dirty-pages makes no sense on spark: for a GPU that shares the machine's memory"
+    assert kinds(tuning.apply(spark(), FRESH, state(name), [name])) == ["set"]
+
+
+def test_undo_names_what_goes_back_and_does_nothing_twice() -> None:
+    found = tuning.undo(spark(), FRESH, state(applied=True), [], force=False)
+    assert found.steps[0].title == "undo swappiness: /proc/sys/vm/swappiness back to 60"
+    assert kinds(tuning.undo(spark(), FRESH, state(), [], force=False)) == []
+
+
+def test_every_setting_is_explained_and_fits_the_terminal() -> None:
+    seen = {name: state(name).seen[name] for name in tuning.known().settings}
+    told = tuning.lines(fleet.Answer("spark", tuning.rows(FRESH, State({}, seen))))
+    assert max(map(len, told)) <= 100
+    for name, each in tuning.known().settings.items():
+        assert each.source.startswith("https://"), name
+        assert any(line.startswith(f"{name}: ") for line in told)
+
+
+def test_a_mistyped_name() -> None:
+    with pytest.raises(UnknownNameError, match="swapiness"):
+        tuning.named("cpu-governor,swapiness")
+    with pytest.raises(UnknownNameError) as caught:
+        tuning.named("mps")
+    assert caught.value.hint.startswith("inv mps")
+
+
+# --- MPS -----------------------------------------------------------------------------------------------------------
+
+CONTROL = "/usr/bin/nvidia-cuda-mps-control"
+OFF = Mps(control=CONTROL)
+ON = Mps(on=True, control=CONTROL, state="active (running)", service_pid=7, service_knows=True,
+         servers=(Server(9, "ACTIVE", (Client(7, "python main.py", "comfyui"),)),))  # fmt: skip
+
+
+def mps_state(*, now: str | None) -> State:
+    places = [Seen(each["kind"], each["place"], now, "wanted", True) for each in mps.changes(spark(), CONTROL, {})]
+    return State({}, {"mps": tuple(places)})
+
+
+def test_mps_is_turned_on_around_a_service_that_runs() -> None:
+    facts = running()
+    found = mps.turn_on(spark(), facts, OFF, mps_state(now=None), {mps.PERCENT: "40"}, plan.Options(drain=5))
+    (step,) = found.steps
+    assert (step.kind, step.values["serves"], step.values["drain"]) == ("set", True, 5)
+    unit, _, drop_in = step.values["changes"]
+    assert "\nEnvironment=CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=40\n" in unit["text"]
+    assert f"\nExecStart={CONTROL} -f\n" in unit["text"]
+    assert "\nUser=comfyui\n" in unit["text"]
+    assert "\nDeviceAllow=char-nvidia-uvm rw\n" in unit["text"]
+    assert "$" not in unit["text"]
+    assert "\nEnvironment=CUDA_MPS_PIPE_DIRECTORY=/run/comfyui-mps\n" in drop_in["text"]
+    assert "not verified on GB10" in found.notes[0]
+    still = mps.turn_on(spark(), facts, ON, mps_state(now="wanted"), {}, plan.Options())
+    assert kinds(still) == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "host", "seen", "what"),
+    [
+        (running(gpus=()), {}, OFF, "shows no NVIDIA GPU"),
+        (running(), {}, Mps(), "no nvidia-cuda-mps-control"),
+        (running(), {"scope": "user"}, OFF, 'scope = "user"'),
+        (running(root=False), {}, OFF, "needs root"),
+        (FRESH, {}, OFF, "nothing is deployed"),
+        (running(), {}, OFF, "there is no GPU 3, there are 1"),
+    ],
+)
+def test_mps_is_refused_with_a_reason(facts: Facts, host: dict[str, Any], seen: Mps, what: str) -> None:
+    limited = {mps.MEMORY: "3=8G"}
+    found = mps.turn_on(spark(**host), facts, seen, mps_state(now=None), limited, plan.Options())
+    assert what in " ".join(each.what for each in found.refusals)
+    assert found.steps == ()
+
+
+def test_mps_that_is_off() -> None:
+    assert kinds(mps.turn_off(spark(), running(), OFF, plan.Options(), force=False)) == []
+    (refusal,) = mps.limit(spark(), running(), OFF, mps_state(now=None), {}, plan.Options()).refusals
+    assert refusal.what == "MPS is off"
+
+
+@pytest.mark.parametrize(
+    ("seen", "what"),
+    [
+        (Mps(service_knows=True), "ComfyUI looks for an MPS that is off"),
+        (msgspec.structs.replace(ON, state="failed (failed)"), "its daemon does not run: failed (failed)"),
+        (msgspec.structs.replace(ON, fault="it does not answer"), "MPS is on, and it does not answer"),
+        (msgspec.structs.replace(ON, service_knows=False), "was started before MPS"),
+        (msgspec.structs.replace(ON, servers=()), "is no client of its MPS"),
+        (msgspec.structs.replace(ON, restarts=2), "started again 2 times"),
+        (msgspec.structs.replace(ON, servers=(Server(9, "FAULT", ON.servers[0].clients),)), "is in state FAULT"),
+    ],
+)
+def test_what_is_not_well_with_mps(seen: Mps, what: str) -> None:
+    (found,) = mps.problems(seen, "--host spark", cuda=True)
+    assert what in found.what
+
+
+def test_mps_that_is_well() -> None:
+    assert mps.problems(ON, "--host spark", cuda=True) == []
+    assert mps.problems(OFF, "--host spark", cuda=True) == []
+    told = mps.lines(fleet.Answer("spark", ON), [])
+    assert told[1:] == ["  server 9: ACTIVE", "    client 7: python main.py, comfyui (ComfyUI)"]
+
+
+@pytest.mark.parametrize(
+    ("percent", "memory"), [("0", ""), ("101", ""), ("half", ""), ("", "8G"), ("", "0=8"), ("", "0:8G")]
+)
+def test_limits_that_make_no_sense(percent: str, memory: str) -> None:
+    with pytest.raises(UsageError):
+        mps.limits(percent, memory)
+    assert mps.limits("50", "0=8G,1=500M") == {mps.PERCENT: "50", mps.MEMORY: "0=8G,1=500M"}
+
+
+# --- who may use the GPU -------------------------------------------------------------------------------------------
+
+
+def test_the_gpu_is_kept_to_a_group() -> None:
+    target = spark(members=("anna",))
+    wanted = access.changes(target)
+    places = tuple(Seen(each["kind"], each["place"], None, "x", True) for each in wanted)
+    seen = Access((), {}, (), {"comfyui": ("comfyui",), "anna": ("anna",)})
+    found = access.keep(target, running(), State({}, {access.NAME: places}), seen, plan.Options())
+    assert found.steps[0].title == "keep the GPU to group gpu-users: comfyui, anna"
+    assert any("next login: anna" in note for note in found.notes)
+    nobody = msgspec.structs.replace(seen, users={"comfyui": None})
+    (refusal,) = access.keep(target, running(), State({}, {access.NAME: places}), nobody, plan.Options()).refusals
+    assert "has no user comfyui" in refusal.what
+
+
+@pytest.mark.parametrize(
+    ("node", "code", "what"),
+    [
+        (Node("/dev/nvidia0", 0o666, "root", "root", ()), 0, "everybody who must use the GPU may"),
+        (Node("/dev/nvidia0", 0o660, "root", "video", ("anna",)), 1, "usermod -aG video USER; or inv gpu-access"),
+        (Node("/dev/dri/renderD128", 0o660, "root", "render", ("anna",)), 0, "everybody who must use the GPU may"),
+    ],
+)
+def test_who_may_not_use_the_gpu(node: Node, code: int, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = Access((node,), {"DeviceFileMode": "438"}, (), {"anna": ()})
+    assert access.show([fleet.Answer("spark", seen)], as_json=False) == code
+    assert what in capsys.readouterr().out
