@@ -11,7 +11,7 @@ from pathlib import Path
 from agent.comfyui import drain, first_answer
 from agent.files import Fault, Json, Sweep, flock, read, run, write
 from agent.journal import Journal, now
-from agent.services import UNITS, Manager, Systemd, manager_of
+from agent.services import UNITS, Manager, Systemd, entries, manager_of
 from agent.site import Site
 
 
@@ -90,8 +90,8 @@ def forget(site: Site, step: Json, note: Callable[[str], None]) -> None:
 def forget_mounts(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Take away Hearth's mount units. What is mounted stays so until the next boot."""
     for unit in step["units"]:
-        for path in (UNITS / unit, *UNITS.glob(f"*.wants/{unit}")):
-            path.unlink(missing_ok=True)
+        for path in entries(UNITS, unit):
+            path.unlink()
     run(["systemctl", "daemon-reload"])
 
 

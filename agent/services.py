@@ -21,6 +21,12 @@ from agent.site import Site
 UNITS = Path("/etc/systemd/system")
 
 
+def entries(folder: Path, unit: str) -> list[Path]:
+    """A unit's file and its links in a folder of systemd's, also those that lead nowhere, which a glob leaves out."""
+    places = [folder / unit, *(wants / unit for wants in folder.glob("*.wants"))]
+    return [path for path in places if os.path.lexists(path)]
+
+
 class Systemd:
     """The service as a unit of the system's or the user's systemd.
 
@@ -83,15 +89,10 @@ class Systemd:
         listed = (path for path in self.units.glob(f"{self.site.service}-*") if path.is_symlink())
         return [path.name for path in listed if path.readlink().parent == self.site.current]
 
-    def _entries(self, name: str) -> list[Path]:
-        """A unit's links in systemd's folder."""
-        return [self.units / name, *self.units.glob(f"*.wants/{name}")]
-
     def placed(self) -> list[Path]:
         """All that Hearth put into systemd's folder for this service, and that is there."""
         names = [self.unit, self.apply_unit, *self._linked_companions()]
-        own = [] if self.foreign() else [path for name in names for path in self._entries(name)]
-        return [path for path in own if os.path.lexists(path)]
+        return [] if self.foreign() else [path for name in names for path in entries(self.units, name)]
 
     def _stale(self) -> list[str]:
         """Companions that the current release does not have."""
@@ -114,7 +115,7 @@ class Systemd:
             link(place, to)
         if stale := self._stale():
             run([*self.ctl, "stop", *stale])
-        for path in [path for name in stale for path in self._entries(name)]:
+        for path in [path for name in stale for path in entries(self.units, name)]:
             path.unlink()
         run([*self.ctl, "daemon-reload"])
 
@@ -123,8 +124,8 @@ class Systemd:
         if companions := self._linked_companions():
             self._stop(companions)
         for name in (self.unit, *companions):
-            for place in self._entries(name):
-                place.unlink(missing_ok=True)
+            for place in entries(self.units, name):
+                place.unlink()
         run([*self.ctl, "daemon-reload"])
         subprocess.run([*self.ctl, "reset-failed", self.unit, *companions], capture_output=True)
 
@@ -194,9 +195,9 @@ class Systemd:
 
     def forget(self) -> None:
         """Take that unit away. What it runs goes on to its end, and is not started again when it is killed."""
-        if entries := [path for path in self._entries(self.apply_unit) if os.path.lexists(path)]:
-            for path in entries:
-                path.unlink(missing_ok=True)
+        if placed := entries(self.units, self.apply_unit):
+            for path in placed:
+                path.unlink()
             run([*self.ctl, "daemon-reload"])
 
 

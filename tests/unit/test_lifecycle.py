@@ -15,6 +15,7 @@ from agent import lifecycle as steps
 from agent import runs
 from agent.files import Fault, Sweep
 from agent.journal import Journal
+from agent.services import entries
 from agent.site import Site
 from core import console
 from core.errors import RefusedError, UsageError
@@ -262,6 +263,16 @@ def test_what_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         steps.delete(site(tmp_path), {"names": ["parts"]}, lambda _: None)
     assert caught.value.report["cause"] == f"{tmp_path}/parts/one/fixed: Operation not permitted"
     assert not (tmp_path / "parts/other").exists()
+
+
+def test_a_units_links_are_found_also_when_they_lead_nowhere(tmp_path: Path) -> None:
+    """As those of a companion that the release in service does not have any more."""
+    wants = tmp_path / "timers.target.wants"
+    wants.mkdir()
+    (tmp_path / "s-x.timer").symlink_to("/nowhere/current/s-x.timer")
+    (wants / "s-x.timer").symlink_to("../s-x.timer")
+    assert entries(tmp_path, "s-x.timer") == [tmp_path / "s-x.timer", wants / "s-x.timer"]
+    assert entries(tmp_path, "other.timer") == []
 
 
 def pending(own: Site) -> Journal:
