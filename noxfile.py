@@ -64,3 +64,5 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "bench.kernels", *session.posargs)
     session.run("python", "-m", "bench.deploy")
     session.run("python", "-m", "bench.nodes")
+    session.run("python", "-m", "bench.ops")
+    session.run("python", "-m", "bench.exporter")

@@ -72,6 +72,7 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "settings": sorted(Settings(site).in_force()),
         "paused": read(site.paused),
         "placed": list(map(str, Systemd(site).placed())),
+        "drop_ins": list(map(str, sorted(Systemd(site).units.glob(f"{site.service}*.service.d")))),
         "lingered": site.lingered.exists(),
         "place": _prefix(site),
         "user": _user_exists(site.user),

@@ -82,7 +82,8 @@ class Facts(msgspec.Struct, frozen=True):
     `settings` names what was changed outside the prefix on request, and not undone.
     `port_holder` and `metrics_holder` are who listens on ComfyUI's port and on the exporter's.
     `paused` says who took the service out of traffic, and when (empty: nobody); `placed` are the files of Hearth's in
-    systemd's folder, `lingered` says that the login's systemd outlives it since Hearth asked for that.
+    systemd's folder, `drop_ins` the folders of somebody's own settings for its units; `lingered` says that the login's
+    systemd outlives it since Hearth asked for that.
     """
 
     hostname: str
@@ -131,6 +132,7 @@ class Facts(msgspec.Struct, frozen=True):
     metrics_holder: dict[str, Any] = {}
     paused: dict[str, str] = {}
     placed: tuple[str, ...] = ()
+    drop_ins: tuple[str, ...] = ()
     lingered: bool = False
     place: Place = Place()
 

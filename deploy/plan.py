@@ -241,10 +241,10 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
     found += storage(target, facts)
     if holder := port(target, facts):
         found.append(Refusal(holder, "end it, or set another `port` for this host"))
-    return found + _metrics(target, facts)
+    return found + metrics(target, facts)
 
 
-def _metrics(target: Target, facts: Facts) -> list[Refusal]:
+def metrics(target: Target, facts: Facts) -> list[Refusal]:
     """Why the host could not export the metrics that are wanted of it."""
     found: list[Refusal] = []
     wanted, holder = target.host.metrics_port, facts.metrics_holder

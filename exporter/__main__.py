@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     registry.register(gatherer(Site(config["site"]), cuda=config["cuda"]))
-    ThreadingHTTPServer(("127.0.0.1", config["port"]), Handler.factory(registry)).serve_forever()
+    server = ThreadingHTTPServer(("127.0.0.1", config["port"]), Handler.factory(registry))
+    server.serve_forever(poll_interval=60)  # it is ended by a signal: nothing to look for twice a second
 
 
 if __name__ == "__main__":

@@ -256,6 +256,23 @@ def _port(case: Case) -> Iterator[Problem]:
         yield Problem(holder, "end it there, or set another `port` for this host")
 
 
+@check(
+    "exporter",
+    "Are the metrics exported?",
+    how="who listens at the host's `metrics_port`",
+    mend="systemctl restart comfyui-exporter on the host; its log says why it ended",
+    severity="warning",
+)
+def _exporter(case: Case) -> Iterator[Problem]:
+    yield from (Problem(each.what, each.remedy) for each in plan.metrics(case.target, case.facts))
+    if "exporter" in case.release.get("parts", {}) and not case.facts.metrics_holder:
+        unit = case.target.exporter_unit
+        yield Problem(
+            f"nothing listens at port {case.target.host.metrics_port}: the exporter does not run",
+            f"on the host: journalctl --unit {unit}, then systemctl restart {unit}",
+        )
+
+
 SLOW = 1 / 3
 """A start is worth a word from this share of the gate's patience on: of 180 s, 15 were measured, 51 with 26 nodes."""
 
@@ -303,6 +320,8 @@ def _memory(case: Case) -> Iterator[Problem]:
     elif killed := [line for line in case.probe.kernel.lines if "Killed process" in line or "oom-kill" in line]:
         yield Problem(f"the kernel killed a process for want of memory: {killed[-1].strip()[:120]}", less)
     if refused := [line for line in case.lines if re.search(r"Got an OOM|OutOfMemoryError|CUDA out of memory", line)]:
+        if fragments := re.findall(r"([\d.]+ GiB) is reserved by PyTorch but unallocated", refused[-1]):
+            less += f'; {fragments[0]} are in pieces too small to use: modes = ["native-allocator"] may help'
         yield Problem(
             f"the GPU's memory did not suffice ({len(refused)} times in the log): {refused[-1].strip()[:120]}", less
         )

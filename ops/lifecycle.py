@@ -175,6 +175,9 @@ def _able(target: Target, facts: Facts) -> list[Refusal]:
     if not facts.current:
         return [*found, _nothing(target)]
     found += plan.storage(target, facts)
+    for path, wanted in target.host.mounts.items():
+        if wanted.what and not facts.mounts[path].mounted:
+            found.append(Refusal(f"{path} is not mounted", f"inv deploy --host {target.name} mounts it"))
     if holder := plan.port(target, facts):
         found.append(Refusal(holder, "end it, or set another `port` for this host"))
     if not facts.service.linked:
@@ -237,7 +240,8 @@ def _left(target: Target, facts: Facts, *, data: bool) -> list[str]:
     found += [f"left, it is mounted: {path}" for path in place.mounts]
     found += [f"left, {path} leads there: {to}" for path, to in place.links.items()]
     found += [f"left, it lies elsewhere: {path}" for path in (*host.folders.values(), *host.model_roots)]
-    found += [f"left, it is not Hearth's: {facts.prefix}/{name}" for name in place.others]
+    others = (*(f"{facts.prefix}/{name}" for name in place.others), *facts.drop_ins)
+    found += [f"left, it is not Hearth's: {path}" for path in others]
     if target.site["user"] and facts.user:
         found.append(f"left: the account {host.run_as}, which owns what it wrote; userdel {host.run_as} removes it")
     return found

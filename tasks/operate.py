@@ -194,37 +194,73 @@ def _change(action: str, where: Fleet, how: Agreed, out: Output, **more: Any) ->
 
 @command()
 def start(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
-    """Start ComfyUI, and wait until it answers."""
+    """Start ComfyUI, and wait until it answers.
+
+    Refused where it was paused, where something that it needs is not mounted, or where another program has its port.
+    At boot it starts by itself where systemd runs it.
+
+        inv start --host spark
+    """
     return _change("start", where, how, out)
 
 
 @command()
 def stop(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
-    """Stop ComfyUI when its jobs are done, until the next boot or `inv start`."""
+    """Stop ComfyUI when its jobs are done, until the next boot or `inv start`.
+
+    Jobs that are not done after `--drain` seconds keep it running, unless `--force` cuts them short. A deploy starts
+    it, too, and says so before.
+
+        inv stop --host spark
+        inv stop --group home --drain 600
+    """
     return _change("stop", where, how, out)
 
 
 @command()
 def restart(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
-    """Stop ComfyUI when its jobs are done, start it again, and wait until it answers."""
+    """Stop ComfyUI when its jobs are done, start it again, and wait until it answers.
+
+    When it does not answer in the time that its profile gives a start, its log is shown; it is left as it is.
+
+        inv restart --host spark
+        inv restart --host spark --force   # it hangs, or its jobs do not matter
+    """
     return _change("restart", where, how, out)
 
 
 @command()
 def pause(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
-    """Stop ComfyUI until `inv resume`: no boot and no deploy starts it."""
+    """Stop ComfyUI until `inv resume`: no boot and no deploy starts it.
+
+    `inv deploy`, `rollback` and `start` are refused meanwhile, and say who paused it and when.
+
+        inv pause --host spark
+    """
     return _change("pause", where, how, out)
 
 
 @command()
 def resume(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
-    """Start ComfyUI after a pause, from now on also at boot."""
+    """Start ComfyUI after a pause, from now on also at boot.
+
+    Refused where `inv start` is refused for another reason than the pause.
+
+        inv resume --host spark
+    """
     return _change("resume", where, how, out)
 
 
 @command()
 def remove(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
-    """Take the service away; its releases and data stay, and a deploy brings it back."""
+    """Take the service away; its releases and data stay, and a deploy brings it back.
+
+    Units, their links in systemd's folder, members' rights by sudo, and the linger that a deploy enabled. How:
+    docs/how-to/stop-and-take-away.md
+
+        inv remove --host spark --dry-run
+        inv remove --host spark
+    """
     return _change("remove", where, how, out)
 
 
@@ -237,7 +273,17 @@ def remove(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
 def nuke(
     _: Context, data: bool = False, yes_delete_data_of: str = "", *, where: Fleet, how: Change, out: Output
 ) -> int:
-    """Delete all of Hearth's on a host but the data, and with --data that too; never what is mounted or linked."""
+    """Delete all of Hearth's on a host but the data, and with `--data` that too; never what is mounted or linked.
+
+    Models, inputs, outputs, workflows and settings are the data. They go only when the host's name is typed at the
+    terminal, or given by `--yes-delete-data-of`; nothing brings them back. What stays is named. How:
+    docs/how-to/stop-and-take-away.md
+
+        inv nuke --host spark --dry-run
+        inv nuke --host spark
+        inv nuke --host spark --data
+        inv nuke --host spark --data --yes-delete-data-of spark   # in a script
+    """
     return _change("nuke", where, how, out, data=data, yes_delete_data_of=yes_delete_data_of)
 
 
@@ -259,7 +305,15 @@ def logs(
     where: Where,
     out: Output,
 ) -> int:
-    """Show ComfyUI's log."""
+    """Show ComfyUI's log: the journal's where systemd runs it, else that of Hearth's supervisor.
+
+    Times are shown in your zone, and read in the host's; they are what journalctl takes. The supervisor's log has no
+    times in it: `--since` finds its place to five seconds. Colours are kept on a terminal only.
+
+        inv logs --host spark
+        inv logs --host spark --follow
+        inv logs --host spark --since '10 min ago' --grep 'error|warning'
+    """
     from ops import logs
 
     asked = logs.question(lines, since, grep, follow=follow)
@@ -268,7 +322,13 @@ def logs(
 
 @command(help={"number": "so many of those that are over (default: 20)"})
 def jobs(_: Context, number: str = "20", *, where: Where, out: Output) -> None:
-    """List ComfyUI's recent jobs, how long they took and why they failed, and those that run and wait."""
+    """List ComfyUI's recent jobs, how long they took and why they failed, and those that run and wait.
+
+    They are what ComfyUI remembers: none from before its last start. `--json` has whole ids and messages.
+
+        inv jobs --host spark
+        inv jobs --host spark --number 100 --json
+    """
     from ops import jobs
 
     jobs.show(jobs.recent(where.host, number, ask_sudo=where.ask_sudo), as_json=out.json)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.host.fleet import Fleet, fresh, within
-from tests.host.machine import LOGIN
+from tests.host.machine import LOGIN, free_port
+from tests.host.test_metrics import scrape
 
 pytestmark = pytest.mark.host
 
@@ -49,6 +50,14 @@ def test_a_user_deploys_without_root(own: Own) -> None:
     again = own.deploy("--dry-run")
     assert again.returncode == 0, again.stderr
     release = own.current()
+    port = free_port()
+    own.configure(f'scope = "user"\nmetrics_port = {port}\n')
+    measured = own.deploy()
+    assert measured.returncode == 0, measured.stderr
+    found = scrape(port)
+    for line in ("hearth_comfyui_up 1.0", "hearth_service_active 1.0", "hearth_gate_success 1.0"):
+        assert line in found
+    assert "hearth_service_process_resident_memory_bytes" in found
     node = f"{HOME}/my-node"
     own.machine.run(f"runuser -u {LOGIN} -- sh -c 'mkdir {node}; echo NODE_CLASS_MAPPINGS = 0 > {node}/__init__.py'")
     own.configure(f'scope = "user"\nmodes = ["development"]\ndevelop = ["{node}"]\nfree_memory = "5s"\n')

@@ -114,3 +114,11 @@ def test_this_machine_is_looked_at_for_builds(monkeypatch: pytest.MonkeyPatch) -
     told = {each.what for each in doctor.workbench()}
     assert {"git is not installed", "uv is not installed"} <= told
     assert any("there is no C++ compiler" in what or "no aarch64" in what for what in told), told
+
+
+def test_memory_in_pieces_names_the_mode_that_may_help() -> None:
+    line = "torch.OutOfMemoryError: CUDA out of memory. 5.10 GiB is reserved by PyTorch but unallocated."
+    (told,) = doctor.judge(seen(probe=msgspec.structs.replace(PROBE, log=((NOW, line),))))
+    assert told.check == "out-of-memory"
+    assert 'modes = ["low-memory"]' in told.remedy
+    assert '5.10 GiB are in pieces too small to use: modes = ["native-allocator"]' in told.remedy

@@ -122,8 +122,9 @@ def test_what_cannot_start_is_refused(facts: Facts, said: str) -> None:
         assert [each.what for each in found.refusals if said in each.what], found.refusals
 
 
-def test_a_missing_mount_keeps_it_from_starting_and_not_from_stopping() -> None:
-    host = {"mounts": {"/mnt/models": Mount()}}
+@pytest.mark.parametrize("mount", [Mount(), Mount("nas:/models", "nfs4")])
+def test_a_missing_mount_keeps_it_from_starting_and_not_from_stopping(mount: Mount) -> None:
+    host = {"mounts": {"/mnt/models": mount}}
     facts = stopped(mounts={"/mnt/models": MountState(False, "", "", "", "")}, service=DIED)
     assert [each.what for each in planned("start", facts, **host).refusals] == ["/mnt/models is not mounted"]
     assert kinds(planned("stop", facts, **host)) == ["stop"]
@@ -161,14 +162,26 @@ def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
     place = msgspec.structs.replace(
         OURS, mounts=("/opt/comfyui/data/models/nas",), links={"/opt/comfyui/data/input": "/srv/in"}, others=("notes",)
     )
-    facts, target = running(place=place), spark(folders={"output": "/srv/out"}, model_roots=("/srv/more",))
+    own = "/etc/systemd/system/comfyui.service.d"
+    facts, target = (
+        running(place=place, drop_ins=(own,)),
+        spark(folders={"output": "/srv/out"}, model_roots=("/srv/more",)),
+    )
     without, with_data = (lifecycle.nuke(target, facts, Options(), data=each) for each in (False, True))
     assert not [step for step in without.steps if step.values.get("names") == ["data"]]
     assert [step.values.get("names") for step in with_data.steps] == [
         None, ["current", "parts", "releases"], ["data"], None,
     ]  # fmt: skip
     left = "\n".join(with_data.notes)
-    for each in ("data/models/nas", "/srv/in", "/srv/out", "/srv/more", "/opt/comfyui/notes", "the account comfyui"):
+    for each in (
+        "data/models/nas",
+        "/srv/in",
+        "/srv/out",
+        "/srv/more",
+        "/opt/comfyui/notes",
+        own,
+        "the account comfyui",
+    ):
         assert each in left
     assert "left: /opt/comfyui/data" in without.notes
     assert "left: /opt/comfyui/data" not in with_data.notes
