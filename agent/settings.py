@@ -51,6 +51,7 @@ def _write_file(place: str, value: list[Any] | None) -> None:
         write(path, value[0].encode(errors="surrogateescape"), value[1])
         if there and path.parent == UNITS:
             _reload(path)
+            subprocess.run(["systemctl", "reset-failed", path.name], capture_output=True)  # no start of ours counts
             run(["systemctl", "try-restart", path.name])
     _reload(path)
 
@@ -206,7 +207,7 @@ def _apply(site: Site, setting: str, changes: list[Json]) -> None:
 
 
 def undo_settings(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Put back what settings changed, the last first; what somebody changed since stays, unless `force`."""
+    """Put back what settings changed, the last first; what somebody changed since stays, unless told to `overwrite`."""
     if step["serves"]:
         _stop(site, step, note)
     stuck = [each for name in step["settings"] for each in _undo(site, name, force=step["overwrite"])]
@@ -225,7 +226,7 @@ def _undo(site: Site, setting: str, *, force: bool) -> list[str]:
     for change in reversed(record.in_force().get(setting, [])):
         read, put = KINDS[change["kind"]]
         told = {key: change[key] for key in ("setting", "kind", "place")}
-        with suppress(FileNotFoundError):  # a processor or device that is not there any more
+        try:
             now = read(change["place"])
             # whether a unit runs is nobody's change: it may have died
             if now not in (change["old"], change["new"]) and change["kind"] != "unit" and not force:
@@ -233,6 +234,11 @@ def _undo(site: Site, setting: str, *, force: bool) -> list[str]:
                 continue
             if now != change["old"]:
                 put(change["place"], change["old"])
+        except FileNotFoundError:
+            pass  # a processor or device that is not there any more
+        except (Fault, OSError) as error:
+            stuck.append(f"{change['place']}: {error}")
+            continue
         record.add("undone", **told)
     return stuck
 

@@ -345,3 +345,11 @@ def test_a_nuke_that_fails_keeps_its_record(tmp_path: Path, monkeypatch: pytest.
     events = list(runs.follow(own, "r"))
     assert events[-1]["fault"]["what"] == "1 things could not be deleted"
     assert not own.pending.exists()
+
+
+def test_what_is_set_outside_the_prefix_is_named_and_keeps_its_record() -> None:
+    facts = running(settings=("mps", "swappiness"))
+    (refusal,) = planned("nuke", facts).refusals
+    assert refusal.what.startswith("mps, swappiness is set outside /opt/comfyui")
+    assert refusal.remedy == "inv mps off --host spark; inv tune --undo --host spark"
+    assert any("kept: mps, swappiness" in note for note in planned("remove", facts).notes)

@@ -124,6 +124,18 @@ def test_what_cannot_be_made_undoes_the_whole_setting(site: Site, tmp_path: Path
     assert Settings(site).in_force() == {}
 
 
+def test_what_cannot_be_put_back_is_told_and_stays_recorded(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("before")
+    steps.apply_setting(site, step(tuning.file(f"{tmp_path}/one", "set"), tuning.file(f"{tmp_path}/two", "set")), quiet)
+    (tmp_path / "two").unlink()
+    (tmp_path / "two").mkdir()
+    with pytest.raises(Fault) as caught:
+        steps.undo_settings(site, undo(), quiet)
+    assert "Is a directory" in caught.value.report["cause"]
+    assert (tmp_path / "one").read_text() == "before"
+    assert [each["place"] for each in Settings(site).in_force()["one"]] == [f"{tmp_path}/two"]
+
+
 def test_a_choice_of_the_kernels_is_read_by_its_brackets(tmp_path: Path) -> None:
     path = tmp_path / "enabled"
     path.write_text("always [madvise] never\n")
