@@ -105,11 +105,13 @@ def _workbench() -> Iterator[tuple[Severity, Problem]]:
     for program, installer in (("git", "apt-get install git"), ("uv", "pip install uv")):
         if not shell.which(program):
             yield "error", Problem(f"{program} is not installed", installer)
-    for profile in _profiles():
+    asked = _profiles()
+    severity: Severity = "error" if asked else "warning"  # without hosts nobody may want to build here
+    for profile in asked or [each for each in hosts.profiles().values() if each.kernels]:
         arch = known_archs()[profile.arch]
         target = Platform.parse(arch.platform)
         for error in toolchain.faults(find_stack(profile.stack), target, arch.python):
-            yield "error", Problem(f"kernels for {profile.arch} cannot be built here: {error.what}", error.hint)
+            yield severity, Problem(f"kernels for {profile.arch} cannot be built here: {error.what}", error.hint)
         cpu = target.cpu
         if cpu != platform.machine() and not (shell.which(f"qemu-{cpu}-static") or shell.which(f"qemu-{cpu}")):
             what = f"wheels for {profile.arch} are not imported here after the build: there is no emulator for {cpu}"
@@ -125,9 +127,9 @@ def _workbench() -> Iterator[tuple[Severity, Problem]]:
 
 
 def _profiles() -> list[Profile]:
-    """The profiles of configured hosts that ask for kernels; without hosts, all of those."""
+    """The profiles of configured hosts that ask for kernels."""
     wanted = [hosts.target(name).profile for name in hosts.hosts().hosts if name != hosts.LOCAL]
-    return [each for each in wanted or hosts.profiles().values() if each.kernels]
+    return [each for each in wanted if each.kernels]
 
 
 # --- shown ---------------------------------------------------------------------------------------------------------
