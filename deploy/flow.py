@@ -147,34 +147,25 @@ def _refuse_malware(target: Target, chosen: Mapping[str, Node]) -> None:
 
 
 def deploy_each(
-    host: str,
-    group: str,
+    names: Sequence[str],
     options: Options,
     *,
-    dry_run: bool,
-    ask_sudo: bool,
-    ask: bool,
     build: Callable[[Sequence[Sequence[str]]], None] | None,
     bundle: str,
     keep_going: bool,
 ) -> list[Outcome]:
-    """Deploy to a host, or to all of a group, as `deploy` and `on_each` say. `bundle` names a file (empty: none)."""
+    """Deploy to hosts, as `deploy` and `on_each` say. `bundle` names a file (empty: none)."""
     if build and bundle:
         raise UsageError("--build and --bundle exclude each other", hint="a bundle holds the wheels that it needs")
     with bundles.opened(Path(bundle)) if bundle else nullcontext() as opened:
-        one = functools.partial(
-            deploy, options=options, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask, build=build, bundle=opened
-        )
-        return on_each(hosts.select(host, group), one, keep_going=keep_going)
+        one = functools.partial(deploy, options=options, build=build, bundle=opened)
+        return on_each(names, one, keep_going=keep_going)
 
 
 def deploy(
     name: str,
     options: Options,
     *,
-    dry_run: bool = False,
-    ask_sudo: bool = False,
-    ask: bool = False,
     build: Callable[[Sequence[Sequence[str]]], None] | None = None,
     bundle: Bundle | None = None,
 ) -> Outcome:
@@ -184,19 +175,19 @@ def deploy(
     `bundle` is the one that is open: the host is then not asked to fetch anything.
     """
     try:
-        return _deploy(name, options, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask, bundle=bundle)
+        return _deploy(name, options, bundle)
     except RefusedError as error:
-        if build is None or dry_run or not error.builds:
+        if build is None or options.dry_run or not error.builds:
             raise
         build(error.builds)
-    return _deploy(name, options, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask, bundle=bundle)
+    return _deploy(name, options, bundle)
 
 
-def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: bool, bundle: Bundle | None) -> Outcome:
+def _deploy(name: str, options: Options, bundle: Bundle | None) -> Outcome:
     target = find_target(name)
     stock = shelf(target)
     packages = sorted({each for node in stock.nodes.values() for each in node.system})
-    with connection.connect(target, ask_sudo) as agent:
+    with connection.connect(target, options.ask_sudo) as agent:
         facts = look(agent, target, packages)
         if bundle and bundle.platform != facts.platform:
             raise BundleError(
@@ -215,10 +206,9 @@ def _deploy(name: str, options: Options, *, dry_run: bool, ask_sudo: bool, ask: 
         address = f"http://{target.host.listen}:{target.host.port}"
         outcome = Outcome(name, planned.release, planned.base, bool(titles), titles, address)
         show(planned)
-        if not planned.steps or dry_run:
+        if not planned.steps or options.dry_run:
             return outcome
-        if ask and target.host.address and not console.agreed(f"change {name}?"):
-            raise RefusedError("nothing was changed", hint="say yes next time, or give --yes")
+        _agree(target, options)
         try:
             _apply(agent, facts, planned, stock, "deploy", offline=bundle is not None)
         except HostOfflineError:
@@ -269,35 +259,33 @@ def make_bundle(name: str, output: Path | None, platform: str, python: str, *, a
 
 
 def change(
-    name: str,
+    names: Sequence[str],
     action: str,
-    make: Callable[[Target, Facts], Plan],
+    make: Callable[[Agent, Target, Facts], Plan],
+    options: Options,
     *,
-    dry_run: bool = False,
-    ask_sudo: bool = False,
-    ask: bool = False,
+    state: str = "",
     consent: Callable[[], None] | None = None,
     converges: bool = False,
-    ask_first: Callable[[Agent, Target], None] | None = None,
-) -> Outcome:
-    """Look at a host, have `make` plan from what it is, show that, and unless it is a dry run have it applied.
+) -> list[Outcome]:
+    """Look at hosts, have `make` plan from what each is, show that, and unless it is a dry run have it applied.
 
-    For plans that send nothing. `action` is what the host's history calls it. `consent` is had on any host, in
-    place of a plain yes, or raises. When it `converges`, the plan must be empty afterwards; raises ConvergeError.
-    `ask_first` asks the agent what a plan needs beside the facts.
+    For plans that send nothing; `make` may ask the agent what it needs beside the facts. `action` is what the host's
+    history calls it, `state` how the host is afterwards. `consent` is had on any host, in place of a plain yes, or
+    raises. When it `converges`, the plan must be empty afterwards; raises ConvergeError.
     """
-    target = find_target(name)
-    with connection.connect(target, ask_sudo) as agent:
-        facts = look(agent, target)
-        if ask_first:
-            ask_first(agent, target)
-        planned = make(target, facts)
-        outcome = _carry_out(agent, target, facts, planned, action, dry_run=dry_run, ask=ask, consent=consent)
-        if converges and outcome.changed and not dry_run:
-            if ask_first:
-                ask_first(agent, target)
-            _converged(name, make(target, look(agent, target)))
-        return outcome
+
+    def one(name: str) -> Outcome:
+        target = find_target(name)
+        with connection.connect(target, options.ask_sudo) as agent:
+            facts = look(agent, target)
+            planned = make(agent, target, facts)
+            outcome = _carry_out(agent, target, facts, planned, action, options, state, consent)
+            if converges and outcome.changed and not options.dry_run:
+                _converged(name, make(agent, target, look(agent, target)))
+            return outcome
+
+    return on_each(names, one, keep_going=False)
 
 
 def _converged(name: str, left: Plan) -> None:
@@ -310,10 +298,10 @@ def _converged(name: str, left: Plan) -> None:
         )
 
 
-def rollback(name: str, to: str, options: Options, *, dry_run: bool = False, ask_sudo: bool = False) -> Outcome:
+def rollback(name: str, to: str, options: Options) -> list[Outcome]:
     """Return to a kept release, by default the one that served last: the same cut-over with the same gate."""
 
-    def back(target: Target, facts: Facts) -> Plan:
+    def back(_: Agent, target: Target, facts: Facts) -> Plan:
         others = [each for each in facts.proven if each != facts.current]
         if not others:
             raise UnknownNameError(f"{target.name} keeps no other release", hint=f"inv releases --host {target.name}")
@@ -321,7 +309,7 @@ def rollback(name: str, to: str, options: Options, *, dry_run: bool = False, ask
             raise UnknownNameError(f"{target.name} keeps no release {to!r} to go back to", hint=near(to, others))
         return plan.back(target, facts, to or others[0], options)
 
-    return change(name, "rollback", back, dry_run=dry_run, ask_sudo=ask_sudo)
+    return change(hosts.select(name, ""), "rollback", back, options)
 
 
 def _propose(agent: Agent, target: Target, facts: Facts, path: str, by: str) -> Proposal:
@@ -339,9 +327,6 @@ def adopt(
     *,
     apply: bool,
     undo: bool,
-    dry_run: bool,
-    ask_sudo: bool,
-    ask: bool,
 ) -> tuple[Proposal | None, Outcome | None]:
     """Propose what becomes of the ComfyUI that is on a host already; nothing is changed, and there is no outcome.
 
@@ -351,16 +336,20 @@ def adopt(
     if by not in ("rename", "reference") or (apply and undo):
         raise UsageError("say --by rename or --by reference, and one of --apply and --undo")
     if undo:
-        back = functools.partial(adoption.undo, options=options)
-        return None, change(name, "undo adopt", back, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask)
+
+        def back(_: Agent, target: Target, facts: Facts) -> Plan:
+            return adoption.undo(target, facts, options)
+
+        (outcome,) = change(hosts.select(name, ""), "undo adopt", back, options)
+        return None, outcome
     target = find_target(name)
-    with connection.connect(target, ask_sudo) as agent:
+    with connection.connect(target, options.ask_sudo) as agent:
         facts = look(agent, target)
         proposal = _propose(agent, target, facts, path, by)
         if not apply:
             return proposal, None
         planned = adoption.make(target, facts, proposal, options)
-        return proposal, _carry_out(agent, target, facts, planned, "adopt", dry_run=dry_run, ask=ask)
+        return proposal, _carry_out(agent, target, facts, planned, "adopt", options)
 
 
 def _carry_out(
@@ -369,9 +358,8 @@ def _carry_out(
     facts: Facts,
     planned: Plan,
     action: str,
-    *,
-    dry_run: bool,
-    ask: bool,
+    options: Options,
+    state: str = "",
     consent: Callable[[], None] | None = None,
 ) -> Outcome:
     """Show a plan that sends nothing; unless it is a dry run, have it applied."""
@@ -380,13 +368,18 @@ def _carry_out(
     if titles:
         show(planned)
     notes: tuple[str, ...] = ()
-    if titles and not dry_run:
+    if titles and not options.dry_run:
         if consent:
             consent()
-        elif ask and target.host.address and not console.agreed(f"change {target.name}?"):
-            raise RefusedError("nothing was changed", hint="say yes next time, or give --yes")
+        else:
+            _agree(target, options)
         notes = _apply(agent, facts, planned, None, action, offline=False)
-    return Outcome(target.name, planned.release, planned.base, bool(titles), titles, notes=notes)
+    return Outcome(target.name, planned.release, planned.base, bool(titles), titles, notes=notes, state=state)
+
+
+def _agree(target: Target, options: Options) -> None:
+    if options.ask and target.host.address and not console.agreed(f"change {target.name}?"):
+        raise RefusedError("nothing was changed", hint="say yes next time, or give --yes")
 
 
 def facts(name: str, *, ask_sudo: bool = False) -> Facts:

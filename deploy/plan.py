@@ -74,17 +74,21 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Options:
-    """How a cut-over goes: seconds to wait for jobs, and whether to cut them short then."""
+    """How a change is made: `drain` seconds to wait for jobs, and with `force` cut them short then; not at all on a
+    `dry_run`; whether to `ask` for the sudo password, and whether a remote host shall be changed."""
 
     drain: float = 60
     force: bool = False
+    dry_run: bool = False
+    ask_sudo: bool = False
+    ask: bool = False
 
 
-def options(drain: str, force: bool) -> Options:
-    """The options as --drain and --force say them; raises UsageError."""
+def seconds(drain: str) -> float:
+    """What --drain says; raises UsageError."""
     if not drain.isdecimal():
         raise UsageError(f"--drain {drain} makes no sense", hint="give seconds, such as --drain 300")
-    return Options(drain=float(drain), force=force)
+    return float(drain)
 
 
 RESERVE_BYTES, RESERVE_FILES = 2_000_000_000, 10_000

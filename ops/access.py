@@ -8,15 +8,13 @@ set on the device files?"). udev has its say for the render nodes below /dev/dri
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from core import console
 from core.errors import UsageError
 from deploy import flow
-from deploy import host as hosts
 from deploy.plan import Refusal
 from ops import fleet, lifecycle, tuning
 
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
     from deploy.connection import Agent
     from deploy.facts import Facts
-    from deploy.flow import Outcome
     from deploy.host import Target
     from deploy.plan import Options, Plan
     from ops.tuning import Change, State
@@ -132,47 +129,27 @@ def give_back(target: Target, facts: Facts, state: State, options: Options, *, f
 # --- carried out ---------------------------------------------------------------------------------------------------
 
 
-def run(
-    where: tuple[str, str],
-    options: Options,
-    *,
-    apply: bool,
-    undo: bool,
-    dry_run: bool,
-    ask_sudo: bool,
-    ask: bool,
-    as_json: bool,
-) -> int:
+def run(names: Sequence[str], options: Options, *, apply: bool, undo: bool, as_json: bool) -> int:
     """What `inv gpu-access` does: check, keep to the group (`apply`) or give back (`undo`)."""
     if apply and undo:
         raise UsageError("--apply and --undo exclude each other", hint="one after the other")
     if not (apply or undo):
-        return show(look(where, ask_sudo=ask_sudo), as_json=as_json)
+        return show(look(names, ask_sudo=options.ask_sudo), as_json=as_json)
 
-    def one(name: str) -> Outcome:
-        asked: list[tuple[State, Access]] = []
+    def make(agent: Agent, target: Target, facts: Facts) -> Plan:
+        state = msgspec.convert(agent.call("settings", changes={NAME: changes(target)}), tuning.State)
+        if undo:
+            return give_back(target, facts, state, options, force=options.force)
+        access = msgspec.convert(agent.call("access", users=users(target)), Access)
+        return keep(target, facts, state, access, options)
 
-        def ask_first(agent: Agent, target: Target) -> None:
-            state = agent.call("settings", changes={NAME: changes(target)})
-            access = agent.call("access", users=users(target))
-            asked[:] = [(msgspec.convert(state, tuning.State), msgspec.convert(access, Access))]
-
-        def make(target: Target, facts: Facts) -> Plan:
-            state, access = asked[0]
-            if undo:
-                return give_back(target, facts, state, options, force=options.force)
-            return keep(target, facts, state, access, options)
-
-        found = flow.change(
-            name, "undo gpu-access" if undo else NAME, make, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask,
-            converges=True, ask_first=ask_first,
-        )  # fmt: skip
-        return replace(found, state="who may use the GPU is as before" if undo else f"the GPU is kept to {GROUP}")
-
-    return lifecycle.show(flow.on_each(hosts.select(*where), one, keep_going=False), as_json=as_json, dry_run=dry_run)
+    action = "undo gpu-access" if undo else NAME
+    state = "who may use the GPU is as before" if undo else f"the GPU is kept to {GROUP}"
+    results = flow.change(names, action, make, options, state=state, converges=True)
+    return lifecycle.show(results, as_json=as_json, dry_run=options.dry_run)
 
 
-def look(where: tuple[str, str], *, ask_sudo: bool = False) -> list[fleet.Answer[Access]]:
+def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[Access]]:
     """Who may use the GPUs of hosts."""
 
     def one(agent: Agent, target: Target) -> Access:
@@ -181,7 +158,7 @@ def look(where: tuple[str, str], *, ask_sudo: bool = False) -> list[fleet.Answer
         )
         return msgspec.convert(agent.call("access", users=who), Access)
 
-    return fleet.ask_each(hosts.select(*where), one, ask_sudo=ask_sudo, seconds=30)
+    return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)
 
 
 # --- shown ---------------------------------------------------------------------------------------------------------
@@ -189,18 +166,8 @@ def look(where: tuple[str, str], *, ask_sudo: bool = False) -> list[fleet.Answer
 
 def show(answers: Sequence[fleet.Answer[Access]], *, as_json: bool) -> int:
     """Print who may use the GPU; 1 when somebody who must may not, or a host did not answer."""
-    if as_json:
-        console.data_json([_plain(each) for each in answers])
-    else:
-        for line in [line for each in answers for line in lines(each)]:
-            console.data(line)
+    fleet.show(answers, lines, lambda _, access: msgspec.to_builtins(access), as_json=as_json)
     return int(any(each.value is None or _denied(each.value) for each in answers))
-
-
-def _plain(answer: fleet.Answer[Access]) -> dict[str, Any]:
-    if answer.error is not None:
-        return {"host": answer.host, "error": answer.error.what, "hint": answer.error.hint}
-    return {"host": answer.host, **msgspec.to_builtins(answer.value)}
 
 
 def _denied(access: Access) -> list[Node]:
@@ -209,12 +176,8 @@ def _denied(access: Access) -> list[Node]:
     return [each for each in access.nodes if each.denied and not each.place.startswith(optional)]
 
 
-def lines(answer: fleet.Answer[Access]) -> list[str]:
+def lines(name: str, access: Access) -> list[str]:
     """Who may use the GPU of a host, in words."""
-    if answer.value is None:
-        assert answer.error is not None
-        return [f"{answer.host}: {answer.error.what}; next: {answer.error.hint}"]
-    access, name = answer.value, answer.host
     if not access.nodes:
         return [f"{name}: there are no /dev/nvidia* and /dev/dri/render*; next: inv doctor --host {name}"]
     rows = [

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from core import console
 from core.errors import ConnectError, HearthError
 from deploy import connection, flow
 
@@ -56,6 +57,31 @@ def ask_each(
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
     return [answers.get(name) or Answer(name, None, _late(name, seconds)) for name in names]
+
+
+def show(
+    answers: Sequence[Answer[T]],
+    lines: Callable[[str, T], list[str]],
+    plain: Callable[[str, T], dict[str, Any]],
+    *,
+    as_json: bool,
+) -> None:
+    """Print what hosts said, a host's `lines` or as JSON its `plain`, or why one said nothing and what to do."""
+    if as_json:
+        console.data_json(
+            [
+                {"host": each.host}
+                | (plain(each.host, each.value) if each.value is not None else {})
+                | ({"error": each.error.what, "hint": each.error.hint} if each.error else {})
+                for each in answers
+            ]
+        )
+        return
+    for each in answers:
+        told = lines(each.host, each.value) if each.value is not None else []
+        told += [f"{each.host}: {each.error.what}; next: {each.error.hint}"] if each.error else []
+        for line in told:
+            console.data(line)
 
 
 def _late(name: str, seconds: float) -> ConnectError:

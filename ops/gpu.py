@@ -16,7 +16,6 @@ import msgspec
 from core import console
 from core.errors import ConnectError, DiskFullError, HearthError, UsageError
 from deploy import connection, flow
-from deploy.host import select
 from ops import fleet
 
 if TYPE_CHECKING:
@@ -73,8 +72,7 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 def run(
-    host: str,
-    group: str,
+    names: Sequence[str],
     *,
     watch: str | bool,
     record: str,
@@ -84,7 +82,6 @@ def run(
     as_json: bool,
 ) -> int:
     """What `inv gpu` does; returns its exit code."""
-    names = select(host, group)
     if bool(record) != bool(seconds) or (every and not record) or (record and watch):
         raise UsageError(
             "--record FILE and --seconds N go together, --every S with both, and none of them with --watch",

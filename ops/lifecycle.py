@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -11,7 +10,6 @@ import msgspec
 from core import console
 from core.errors import RefusedError, UsageError
 from deploy import flow, plan
-from deploy import host as hosts
 from deploy.plan import Plan, Refusal, Step
 
 if TYPE_CHECKING:
@@ -271,39 +269,23 @@ STATES = {
 
 
 def carry_out(
-    action: str,
-    host: str,
-    group: str,
-    options: Options,
-    *,
-    dry_run: bool,
-    ask_sudo: bool,
-    ask: bool,
-    data: bool = False,
-    yes_delete_data_of: str = "",
+    action: str, names: Sequence[str], options: Options, *, data: bool = False, yes_delete_data_of: str = ""
 ) -> list[Outcome]:
-    """Do one of `PLANS` on a host, or on all of a group; `data` is for nuke.
+    """Do one of `PLANS` on hosts; `data` is for nuke.
 
     Raises RefusedError when nobody agreed, UsageError when the data of several hosts would go.
     """
-    names = hosts.select(host, group)
     consent = _consent(names, yes_delete_data_of, data=data) if data or yes_delete_data_of else None
     make = functools.partial(nuke, data=True) if data else PLANS[action]
-
-    def one(name: str) -> Outcome:
-        found = flow.change(
-            name,
-            action,
-            lambda target, facts: make(target, facts, options),
-            dry_run=dry_run,
-            ask_sudo=ask_sudo,
-            ask=ask,
-            consent=consent,
-            converges=action != "restart",
-        )
-        return replace(found, state=STATES[action])
-
-    return flow.on_each(names, one, keep_going=False)
+    return flow.change(
+        names,
+        action,
+        lambda _, target, facts: make(target, facts, options),
+        options,
+        state=STATES[action],
+        consent=consent,
+        converges=action != "restart",
+    )
 
 
 def _consent(names: Sequence[str], named: str, *, data: bool) -> Callable[[], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
     from deploy.facts import Facts
     from deploy.host import Target
+    from deploy.plan import Options
 
 
 class OfGpu(msgspec.Struct, frozen=True):
@@ -80,16 +80,16 @@ def _gained(old: int, new: int) -> str:
     return f"{console.size(old)} before, {console.size(new)} after ({change})"
 
 
-def drop(names: Sequence[str], *, force: bool, dry_run: bool, ask_sudo: bool, ask: bool, as_json: bool = False) -> int:
+def drop(names: Sequence[str], options: Options, *, as_json: bool = False) -> int:
     """Drop the page cache of hosts, and print what that gained; returns 2 on a dry run."""
-    make = functools.partial(plan, force=force)
-    one = functools.partial(flow.change, action="drop-caches", make=make, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask)
-    results = flow.on_each(names, one, keep_going=False)
+    results = flow.change(
+        names, "drop-caches", lambda _, target, facts: plan(target, facts, force=options.force), options
+    )
     if as_json:
         console.data_json([msgspec.to_builtins(each) for each in results])
     for each in () if as_json else results:
         console.data(f"{each.host}: {'; '.join(each.notes) or 'the page cache would be dropped'}")
-    return 2 if dry_run else 0
+    return 2 if options.dry_run else 0
 
 
 def plan(target: Target, facts: Facts, *, force: bool) -> Plan:

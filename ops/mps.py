@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from core import console, files
+from core import files
 from core.errors import UsageError
 from deploy import flow
-from deploy import host as hosts
 from deploy import release as releases
 from deploy.plan import Plan, Refusal
 from ops import fleet, lifecycle, tuning
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
     from deploy.connection import Agent
     from deploy.facts import Facts
-    from deploy.flow import Outcome
     from deploy.host import Target
     from deploy.plan import Options
     from ops.tuning import Change, State
@@ -193,18 +190,7 @@ def problems(mps: Mps, at: str, *, cuda: bool) -> list[Problem]:
 # --- carried out ---------------------------------------------------------------------------------------------------
 
 
-def run(
-    action: str,
-    where: tuple[str, str],
-    percent: str,
-    memory: str,
-    options: Options,
-    *,
-    dry_run: bool,
-    ask_sudo: bool,
-    ask: bool,
-    as_json: bool,
-) -> int:
+def run(action: str, names: Sequence[str], percent: str, memory: str, options: Options, *, as_json: bool) -> int:
     """What `inv mps` does; raises UsageError."""
     if action not in ACTIONS:
         raise UsageError(f"inv mps {action} makes no sense", hint=f"one of {', '.join(ACTIONS)}")
@@ -214,91 +200,55 @@ def run(
     if not limited and action == "limit":
         raise UsageError("limit to what?", hint="--percent 50, --memory 0=8G, or both; --percent 100 lifts all")
     if action == "status":
-        return show(look(where, ask_sudo=ask_sudo), as_json=as_json)
-    results = change(action, where, limited, options, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask)
-    return lifecycle.show(results, as_json=as_json, dry_run=dry_run)
+        return show(look(names, ask_sudo=options.ask_sudo), as_json=as_json)
 
+    def make(agent: Agent, target: Target, facts: Facts) -> Plan:
+        mps = msgspec.convert(agent.call("mps"), Mps)
+        if action == "off":
+            return turn_off(target, facts, mps, options, force=options.force)
+        kept = limited if limited or action == "limit" else mps.limits
+        wanted = {"mps": changes(target, mps.control, kept)}
+        state = msgspec.convert(agent.call("settings", changes=wanted), tuning.State)
+        return (limit if action == "limit" else turn_on)(target, facts, mps, state, kept, options)
 
-def change(
-    action: str,
-    where: tuple[str, str],
-    limited: Mapping[str, str],
-    options: Options,
-    *,
-    dry_run: bool,
-    ask_sudo: bool,
-    ask: bool,
-) -> list[Outcome]:
-    """Turn MPS on or off, or limit it, on a host or a group."""
-
-    def one(name: str) -> Outcome:
-        asked: list[tuple[Mps, State, Mapping[str, str]]] = []
-
-        def ask_first(agent: Agent, target: Target) -> None:
-            mps = msgspec.convert(agent.call("mps"), Mps)
-            kept = limited if limited or action == "limit" else mps.limits
-            wanted = {"changes": {"mps": changes(target, mps.control, kept)}}
-            asked[:] = [(mps, msgspec.convert(agent.call("settings", **wanted), tuning.State), kept)]
-
-        def make(target: Target, facts: Facts) -> Plan:
-            mps, state, kept = asked[0]
-            if action == "off":
-                return turn_off(target, facts, mps, options, force=options.force)
-            return (limit if action == "limit" else turn_on)(target, facts, mps, state, kept, options)
-
-        found = flow.change(
-            name, f"mps {action}", make, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask, converges=True,
-            ask_first=ask_first,
-        )  # fmt: skip
-        return replace(found, state=f"MPS is {'off' if action == 'off' else 'on'}")
-
-    return flow.on_each(hosts.select(*where), one, keep_going=False)
+    state = f"MPS is {'off' if action == 'off' else 'on'}"
+    results = flow.change(names, f"mps {action}", make, options, state=state, converges=True)
+    return lifecycle.show(results, as_json=as_json, dry_run=options.dry_run)
 
 
 # --- shown ---------------------------------------------------------------------------------------------------------
 
 
-def look(where: tuple[str, str], *, ask_sudo: bool = False) -> list[fleet.Answer[Mps]]:
+def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[Mps]]:
     """How MPS is on hosts."""
     return fleet.ask_each(
-        hosts.select(*where), lambda agent, _: msgspec.convert(agent.call("mps"), Mps), ask_sudo=ask_sudo, seconds=30
+        names, lambda agent, _: msgspec.convert(agent.call("mps"), Mps), ask_sudo=ask_sudo, seconds=30
     )
 
 
 def show(answers: Sequence[fleet.Answer[Mps]], *, as_json: bool) -> int:
     """Print how MPS is on hosts; 1 when it is on somewhere and not well, or a host did not answer."""
-    told = [
-        (each, problems(each.value, f"--host {each.host}", cuda=False) if each.value is not None else [])
-        for each in answers
-    ]
-    if as_json:
-        console.data_json(
-            [
-                {"host": each.host, "error": each.error.what, "hint": each.error.hint}
-                if each.error
-                else {"host": each.host, **msgspec.to_builtins(each.value), "problems": msgspec.to_builtins(found)}
-                for each, found in told
-            ]
-        )
-    else:
-        for line in [line for each, found in told for line in lines(each, found)]:
-            console.data(line)
-    return int(any(found or each.error for each, found in told))
+
+    def plain(name: str, mps: Mps) -> dict[str, Any]:
+        return {**msgspec.to_builtins(mps), "problems": msgspec.to_builtins(_problems(name, mps))}
+
+    fleet.show(answers, lines, plain, as_json=as_json)
+    return int(any(each.value is None or _problems(each.host, each.value) for each in answers))
 
 
-def lines(answer: fleet.Answer[Mps], found: Sequence[Problem]) -> list[str]:
+def _problems(name: str, mps: Mps) -> list[Problem]:
+    return problems(mps, f"--host {name}", cuda=False)
+
+
+def lines(name: str, mps: Mps) -> list[str]:
     """A host's MPS in words."""
-    if answer.value is None:
-        assert answer.error is not None
-        return [f"{answer.host}: {answer.error.what}; next: {answer.error.hint}"]
-    mps = answer.value
-    trouble = [f"{answer.host}: {each.what}; next: {each.remedy}" for each in found]
+    trouble = [f"{name}: {each.what}; next: {each.remedy}" for each in _problems(name, mps)]
     if not mps.on:
         why = "" if mps.control else ", and there is no nvidia-cuda-mps-control"
-        return [f"{answer.host}: MPS is off{why}", *trouble]
+        return [f"{name}: MPS is off{why}", *trouble]
     told = [f"threads {mps.percent} %"] if mps.percent else []
-    told += [f"memory {value}" for name, value in mps.limits.items() if name == MEMORY]
-    result = [f"{answer.host}: MPS is on, {mps.state}{''.join(f', {each}' for each in told)}"]
+    told += [f"memory {mps.limits[MEMORY]}"] if MEMORY in mps.limits else []
+    result = [f"{name}: MPS is on, {mps.state}{''.join(f', {each}' for each in told)}"]
     for server in mps.servers:
         result.append(f"  server {server.pid}: {server.state}")
         for client in server.clients:

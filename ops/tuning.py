@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -11,16 +11,14 @@ import msgspec
 from core import config, console, files
 from core.errors import ConfigError, UnknownNameError, UsageError, near
 from deploy import flow
-from deploy import host as hosts
 from deploy.plan import Plan, Refusal, Step
 from ops import fleet
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from deploy.connection import Agent
     from deploy.facts import Facts
-    from deploy.flow import Outcome
     from deploy.host import Target
     from deploy.plan import Options
 
@@ -204,22 +202,10 @@ def finished(facts: Facts, steps: list[Step], refusals: list[Refusal], notes: Se
 # --- carried out ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Asked:
-    """What the agent was asked beside the facts; filled anew before each plan."""
-
-    verb: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    answer: Any = None
-
-    def ask(self, agent: Agent, _: Target) -> None:
-        """Ask it."""
-        self.answer = agent.call(self.verb, **self.values)
-
-
-def question(names: Sequence[str]) -> dict[str, Any]:
-    """What the agent must be told to see settings."""
-    return {"changes": {name: changes(name, known().settings[name]) for name in names}}
+def seen(agent: Agent, names: Sequence[str]) -> State:
+    """What a host says of settings."""
+    wanted = {name: changes(name, known().settings[name]) for name in names}
+    return msgspec.convert(agent.call("settings", changes=wanted), State)
 
 
 def named(text: str) -> list[str]:
@@ -233,64 +219,26 @@ def named(text: str) -> list[str]:
     return found
 
 
-def change(
-    where: tuple[str, str],
-    names: Sequence[str],
-    *,
-    back: bool = False,
-    force: bool = False,
-    dry_run: bool,
-    ask_sudo: bool,
-    ask: bool,
-) -> list[Outcome]:
-    """Apply settings on a host or a group, or undo them (`back`; none named: all)."""
-
-    def one(host: str) -> Outcome:
-        asked = Asked("settings", question(names or list(known().settings)))
-
-        def make(target: Target, facts: Facts) -> Plan:
-            state = msgspec.convert(asked.answer, State)
-            return undo(target, facts, state, names, force=force) if back else apply(target, facts, state, names)
-
-        found = flow.change(
-            host,
-            "undo tune" if back else "tune",
-            make,
-            dry_run=dry_run,
-            ask_sudo=ask_sudo,
-            ask=ask,
-            converges=True,
-            ask_first=asked.ask,
-        )
-        what = ", ".join(names) or "all settings"
-        return replace(found, state=f"{what} {'as before Hearth' if back else 'set'}")
-
-    return flow.on_each(hosts.select(*where), one, keep_going=False)
-
-
-def run(
-    where: tuple[str, str],
-    names: str,
-    undone: str | bool,
-    *,
-    force: bool,
-    dry_run: bool,
-    ask_sudo: bool,
-    ask: bool,
-    as_json: bool,
-) -> int:
-    """What `inv tune` does: list, apply (`names`) or undo (`undone`; True: all)."""
+def run(hosts: Sequence[str], applied: str, undone: str | bool, options: Options, *, as_json: bool) -> int:
+    """What `inv tune` does: list settings, apply those named, or undo those named (True: all)."""
     from ops import lifecycle
 
-    if names and undone:
+    if applied and undone:
         raise UsageError("--apply and --undo exclude each other", hint="one after the other")
-    if not (names or undone):
-        return show(look(where, ask_sudo=ask_sudo), as_json=as_json)
-    chosen = named(names) if names else [] if undone is True else named(str(undone))
-    results = change(
-        where, chosen, back=bool(undone), force=force, dry_run=dry_run, ask_sudo=ask_sudo, ask=ask
-    )  # fmt: skip
-    return lifecycle.show(results, as_json=as_json, dry_run=dry_run)
+    if not (applied or undone):
+        return show(look(hosts, ask_sudo=options.ask_sudo), as_json=as_json)
+    names = [] if undone is True else named(applied or str(undone))
+
+    def make(agent: Agent, target: Target, facts: Facts) -> Plan:
+        state = seen(agent, names or list(known().settings))
+        if undone:
+            return undo(target, facts, state, names, force=options.force)
+        return apply(target, facts, state, names)
+
+    action, state = ("undo tune", "as before Hearth") if undone else ("tune", "set")
+    what = ", ".join(names) or "all settings"
+    results = flow.change(hosts, action, make, options, state=f"{what} {state}", converges=True)
+    return lifecycle.show(results, as_json=as_json, dry_run=options.dry_run)
 
 
 # --- shown ---------------------------------------------------------------------------------------------------------
@@ -311,14 +259,13 @@ class Row:
     source: str
 
 
-def look(where: tuple[str, str], *, ask_sudo: bool = False) -> list[fleet.Answer[list[Row]]]:
+def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[list[Row]]]:
     """Every setting, on every host."""
 
     def one(agent: Agent, target: Target) -> list[Row]:
-        state = msgspec.convert(agent.call("settings", **question(list(known().settings))), State)
-        return rows(flow.look(agent, target), state)
+        return rows(flow.look(agent, target), seen(agent, list(known().settings)))
 
-    return fleet.ask_each(hosts.select(*where), one, ask_sudo=ask_sudo, seconds=30)
+    return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)
 
 
 def rows(facts: Facts, state: State) -> list[Row]:
@@ -355,34 +302,23 @@ def becomes(setting: Setting) -> str:
 
 def show(answers: Sequence[fleet.Answer[list[Row]]], *, as_json: bool) -> int:
     """Print the settings of hosts; 1 when one could not be asked."""
-    if as_json:
-        console.data_json([_plain(each) for each in answers])
-    else:
-        for line in [line for each in answers for line in lines(each)]:
-            console.data(line)
+
+    def plain(_: str, rows: list[Row]) -> dict[str, Any]:
+        return {"settings": msgspec.to_builtins(rows), "left_out": known().left_out}
+
+    fleet.show(answers, lines, plain, as_json=as_json)
     return int(any(each.error for each in answers))
 
 
-def _plain(answer: fleet.Answer[list[Row]]) -> dict[str, Any]:
-    if answer.error is not None:
-        return {"host": answer.host, "error": answer.error.what, "hint": answer.error.hint}
-    return {"host": answer.host, "settings": msgspec.to_builtins(answer.value), "left_out": known().left_out}
-
-
-def lines(answer: fleet.Answer[list[Row]]) -> list[str]:
+def lines(name: str, rows: list[Row]) -> list[str]:
     """A host's settings: a table, then what each is for."""
-    if answer.value is None:
-        assert answer.error is not None
-        return [f"{answer.host}: {answer.error.what}; next: {answer.error.hint}"]
-    table = [
-        (each.name, "Hearth" if each.on else "-", each.now, each.becomes, each.unfit or "yes") for each in answer.value
-    ]
-    found = [f"{answer.host}:", *console.aligned(("setting", "set by", "now", "would be", "makes sense"), table), ""]
-    for each in answer.value:
+    table = [(each.name, "Hearth" if each.on else "-", each.now, each.becomes, each.unfit or "yes") for each in rows]
+    found = [f"{name}:", *console.aligned(("setting", "set by", "now", "would be", "makes sense"), table), ""]
+    for each in rows:
         for label, text in ((each.name, each.what), ("expected", each.expect), ("cost", each.cost)):
             found += _wrapped(label, text)
         found += [f"  source: {each.source}"]
-    at = f" --host {answer.host}"
+    at = f" --host {name}"
     return [*found, "", f"inv tune{at} --apply NAME[,NAME]; inv tune{at} --undo; left out, and why: --json"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from invoke.context import Context  # `command` evaluates annotations
 
 from tasks.command import command
-from tasks.flags import Change, CutOver, Fleet, Output, Sudo, Where
+from tasks.flags import Change, CutOver, Fleet, Output, Sudo, Where, options
 
 
 @command(
@@ -36,16 +36,12 @@ def deploy(
         inv deploy --group home --drain 300   # several hosts; give jobs five minutes
         inv deploy --host spark --bundle spark.bundle.tar
     """
-    from deploy import flow, plan, report
+    from deploy import flow, report
     from kernels.build import build_missing
 
     results = flow.deploy_each(
-        where.host,
-        where.group,
-        plan.options(how.drain, how.force),
-        dry_run=how.dry_run,
-        ask_sudo=where.ask_sudo,
-        ask=not how.yes,
+        where.names(),
+        options(where, how),
         build=build_missing if build else None,
         bundle=bundle,
         keep_going=keep_going,
@@ -87,11 +83,10 @@ def rollback(_: Context, to: str = "", *, where: Where, how: CutOver, out: Outpu
         inv rollback --host spark             # to the one that served before
         inv rollback --host spark --dry-run
     """
-    from deploy import flow, plan, report
+    from deploy import flow, report
 
-    options = plan.options(how.drain, how.force)
-    result = flow.rollback(where.host, to, options, dry_run=how.dry_run, ask_sudo=where.ask_sudo)
-    return report.outcomes([result], as_json=out.json, dry_run=how.dry_run)
+    results = flow.rollback(where.host, to, options(where, how))
+    return report.outcomes(results, as_json=out.json, dry_run=how.dry_run)
 
 
 @command()
@@ -193,19 +188,9 @@ def adopt(
         inv adopt --host box --apply
         inv adopt --host box --undo
     """
-    from deploy import flow, plan, report
+    from deploy import flow, report
 
-    proposal, outcome = flow.adopt(
-        where.host,
-        path,
-        by,
-        plan.options(how.drain, how.force),
-        apply=apply,
-        undo=undo,
-        dry_run=how.dry_run,
-        ask_sudo=where.ask_sudo,
-        ask=not how.yes,
-    )
+    proposal, outcome = flow.adopt(where.host, path, by, options(where, how), apply=apply, undo=undo)
     return report.adopted(proposal, outcome, as_json=out.json, dry_run=how.dry_run)
 
 

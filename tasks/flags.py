@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deploy.plan import Options
 
 
 def flag(default: str | bool, meaning: str) -> Any:
@@ -43,6 +46,12 @@ class Fleet(Where):
         "all hosts of a group, instead of one; a change goes to the first alone, and when it is healthy to the others",
     )
 
+    def names(self) -> list[str]:
+        """Every host that is meant; raises UnknownNameError."""
+        from deploy.host import select
+
+        return select(self.host, self.group)
+
 
 @dataclass(frozen=True)
 class DryRun:
@@ -71,3 +80,12 @@ class CutOver(DryRun):
 @dataclass(frozen=True)
 class Change(CutOver, Agreed):
     """A cut-over that somebody at a terminal agrees to."""
+
+
+def options(sudo: Sudo, how: DryRun, *, force: bool = False) -> Options:
+    """How a change is made, as its flags say; raises UsageError. `force` is that of a task which has its own."""
+    from deploy.plan import Options, seconds
+
+    cut = how if isinstance(how, CutOver) else CutOver()
+    asks = isinstance(how, Agreed) and not how.yes
+    return Options(seconds(cut.drain), cut.force or force, how.dry_run, sudo.ask_sudo, asks)

@@ -7,7 +7,7 @@ from typing import Any
 from invoke.context import Context  # `command` evaluates annotations
 
 from tasks.command import command
-from tasks.flags import Agreed, Change, DryRun, Fleet, Output, Where
+from tasks.flags import Agreed, Change, Fleet, Output, Where, options
 
 
 @command(
@@ -22,10 +22,9 @@ def status(_: Context, watch: str = "", *, where: Fleet, out: Output) -> int:
         inv status --group home --watch     # again and again, until Ctrl-C
         inv status --group home --watch 10
     """
-    from deploy.host import select
     from ops import status
 
-    names = select(where.host, where.group)
+    names = where.names()
     if watch:
         status.watch(names, watch, ask_sudo=where.ask_sudo)
     return status.show(status.look(names, ask_sudo=where.ask_sudo), as_json=out.json)
@@ -78,8 +77,7 @@ def gpu(
     from ops import gpu
 
     return gpu.run(
-        where.host,
-        where.group,
+        where.names(),
         watch=watch,
         record=record,
         seconds=seconds,
@@ -118,16 +116,13 @@ def free_memory(_: Context, wait: str = "60", *, where: Fleet, out: Output) -> i
         inv free-memory --host spark
         inv free-memory --host spark --wait 0   # say it, and do not wait for the job
     """
-    from deploy.host import select
     from ops import memory
 
-    return memory.free(select(where.host, where.group), wait, ask_sudo=where.ask_sudo, as_json=out.json)
+    return memory.free(where.names(), wait, ask_sudo=where.ask_sudo, as_json=out.json)
 
 
-@command(
-    help={"force": "also where no GPU shares the machine's memory", "yes": "do not ask before a remote host is changed"}
-)
-def drop_caches(_: Context, force: bool = False, yes: bool = False, *, where: Fleet, dry: DryRun, out: Output) -> int:
+@command(help={"force": "also where no GPU shares the machine's memory"})
+def drop_caches(_: Context, force: bool = False, *, where: Fleet, how: Agreed, out: Output) -> int:
     """Drop the page cache of a host whose GPU shares the machine's memory, and show what that gained.
 
     What was read from disks stays in memory until that is needed; on a GB10, CUDA may find less than there is. Once
@@ -135,11 +130,9 @@ def drop_caches(_: Context, force: bool = False, yes: bool = False, *, where: Fl
 
         inv drop-caches --host spark
     """
-    from deploy.host import select
     from ops import memory
 
-    names = select(where.host, where.group)
-    return memory.drop(names, force=force, dry_run=dry.dry_run, ask_sudo=where.ask_sudo, ask=not yes, as_json=out.json)
+    return memory.drop(where.names(), options(where, how, force=force), as_json=out.json)
 
 
 @command()
@@ -183,12 +176,9 @@ def flags(_: Context, *, where: Where, out: Output) -> None:
 
 
 def _change(action: str, where: Fleet, how: Agreed, out: Output, **more: Any) -> int:
-    from deploy.plan import Options, options
     from ops import lifecycle
 
-    wishes = options(how.drain, how.force) if isinstance(how, Change) else Options()
-    more |= {"dry_run": how.dry_run, "ask_sudo": where.ask_sudo, "ask": not how.yes}
-    results = lifecycle.carry_out(action, where.host, where.group, wishes, **more)
+    results = lifecycle.carry_out(action, where.names(), options(where, how), **more)
     return lifecycle.show(results, as_json=out.json, dry_run=how.dry_run)
 
 
@@ -358,16 +348,7 @@ def tune(
     """
     from ops import tuning
 
-    return tuning.run(
-        (where.host, where.group),
-        apply,
-        undo,
-        force=force,
-        dry_run=how.dry_run,
-        ask_sudo=where.ask_sudo,
-        ask=not how.yes,
-        as_json=out.json,
-    )
+    return tuning.run(where.names(), apply, undo, options(where, how, force=force), as_json=out.json)
 
 
 @command(
@@ -392,20 +373,9 @@ def mps(_: Context, action: str, percent: str = "", memory: str = "", *, where: 
         inv mps limit --host spark --percent 30
         inv mps off --host spark
     """
-    from deploy.plan import options
     from ops import mps
 
-    return mps.run(
-        action,
-        (where.host, where.group),
-        percent,
-        memory,
-        options(how.drain, how.force),
-        dry_run=how.dry_run,
-        ask_sudo=where.ask_sudo,
-        ask=not how.yes,
-        as_json=out.json,
-    )
+    return mps.run(action, where.names(), percent, memory, options(where, how), as_json=out.json)
 
 
 @command(help={"apply": "keep the GPU to the group gpu-users", "undo": "put back what was there before"})
@@ -420,16 +390,6 @@ def gpu_access(_: Context, apply: bool = False, undo: bool = False, *, where: Fl
         inv gpu-access --host spark --apply --dry-run
         inv gpu-access --host spark --undo
     """
-    from deploy.plan import options
     from ops import access
 
-    return access.run(
-        (where.host, where.group),
-        options(how.drain, how.force),
-        apply=apply,
-        undo=undo,
-        dry_run=how.dry_run,
-        ask_sudo=where.ask_sudo,
-        ask=not how.yes,
-        as_json=out.json,
-    )
+    return access.run(where.names(), options(where, how), apply=apply, undo=undo, as_json=out.json)

@@ -106,7 +106,7 @@ def test_flags_that_make_no_sense(words: dict[str, Any], tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     given = {"watch": "", "record": "", "seconds": "", "every": "", **words}
     with pytest.raises(UsageError):
-        gpu.run("", "", ask_sudo=False, as_json=False, **given)
+        gpu.run([""], ask_sudo=False, as_json=False, **given)
     assert not list(tmp_path.iterdir())
 
 

@@ -207,7 +207,7 @@ def test_undo_names_what_goes_back_and_does_nothing_twice() -> None:
 
 def test_every_setting_is_explained_and_fits_the_terminal() -> None:
     seen = {name: state(name).seen[name] for name in tuning.known().settings}
-    told = tuning.lines(fleet.Answer("spark", tuning.rows(FRESH, State({}, seen))))
+    told = tuning.lines("spark", tuning.rows(FRESH, State({}, seen)))
     assert max(map(len, told)) <= 100
     for name, each in tuning.known().settings.items():
         assert each.source.startswith("https://"), name
@@ -296,7 +296,7 @@ def test_what_is_not_well_with_mps(seen: Mps, what: str) -> None:
 def test_mps_that_is_well() -> None:
     assert mps.problems(ON, "--host spark", cuda=True) == []
     assert mps.problems(OFF, "--host spark", cuda=True) == []
-    told = mps.lines(fleet.Answer("spark", ON), [])
+    told = mps.lines("spark", ON)
     assert told[1:] == ["  server 9: ACTIVE", "    client 7: python main.py, comfyui (ComfyUI)"]
 
 
