@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +15,7 @@ import pytest
 
 from tests import nvml
 from tests.host.fleet import PREFIX, Fleet
+from tests.host.test_faults import wait_for_step
 
 pytestmark = pytest.mark.host
 
@@ -112,6 +116,40 @@ def test_a_crash_loop_shows_the_line_that_tells(steady: Fleet) -> None:
     assert (status.returncode, "stopped" in status.stdout) == (1, True)
 
 
+def test_a_comfyui_that_crashes_again_and_again_and_one_that_never_serves(steady: Fleet) -> None:
+    count = f"{PREFIX}/data/output/count"
+    script = f'echo >> {count}; [ $(wc -l < {count}) -gt 3 ] && exec sleep 600; echo "RuntimeError: boom" >&2; exit 1'
+    with drop_in(steady, "ExecStart=", f"ExecStart=/bin/sh -c '{script}'", "RestartSec=100ms"):
+        steady.machine.run(f"until [ $(wc -l < {count}) -gt 3 ]; do sleep 0.1; done; rm {count}")
+        what, remedy = only(findings(steady, code=2), "service")
+    assert what == "the service crashes again and again (3 restarts); its log: RuntimeError: boom"
+    assert remedy == "inv logs --host spark; inv rollback --host spark"
+    with drop_in(steady, "ExecStart=", "ExecStart=/bin/sleep 600"):
+        steady.configure("override.start_seconds = 1\n")
+        time.sleep(1.5)
+        what, remedy = only(findings(steady, code=2), "service")
+    assert what.endswith("and serves nothing")
+    assert remedy == "inv logs --host spark"
+
+
+def test_a_deploy_that_failed_and_one_that_was_cut_short(steady: Fleet) -> None:
+    app = steady.comfyui("broken", {"main.py": (r"\A", 'raise RuntimeError("broken")\n')})
+    assert steady.deploy(HEARTH_APP=str(app)).returncode == 66
+    what, remedy = only(findings(steady, code=2), "deployed")
+    assert what.startswith("the last deploy reverted: release ")
+    assert remedy == "inv deploy --host spark"
+    since = time.time()
+    client = steady.start("deploy", "--host", "spark", HEARTH_APP=str(app))
+    wait_for_step(steady, "cut over", since)
+    steady.machine.run("systemctl stop comfyui-apply")
+    found = findings(steady, code=2)
+    steady.machine.run("systemctl start comfyui-apply")  # as a boot would
+    client.communicate(timeout=180)
+    (what, remedy), *_ = found["deployed"]
+    assert re.fullmatch("a deploy by .+ was cut short", what)
+    assert remedy == "inv attach --host spark"
+
+
 def test_a_comfyui_that_hangs(steady: Fleet) -> None:
     pid = steady.machine.run("systemctl show comfyui --property=MainPID --value").strip()
     steady.machine.run(f"kill -STOP {pid}")
@@ -143,6 +181,18 @@ def test_a_slow_start_names_what_it_waited_for(steady: Fleet) -> None:
     assert "of it after: Background asset scan initiated" in what
     assert "--enable-assets" in remedy
 
+
+AHEAD = """\
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <time.h>
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int (*real)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
+    int result = real(clock, now);
+    if (clock == CLOCK_REALTIME) now->tv_sec += 7200;
+    return result;
+}
+"""  # a container has the clock of the machine that it runs on: two hours ahead for each program that starts there
 
 KERNEL = """\
 2026-11-20T08:12:01,000000+00:00 Memory cgroup out of memory: Killed process 4242 (python) total-vm:24112640kB, UID:999
@@ -182,6 +232,18 @@ def test_folders_that_are_missing_dead_or_closed(steady: Fleet) -> None:
     assert remedy == f"on the host: chown -R comfyui: {PREFIX}/data/output"
 
 
+def test_a_clock_that_is_off(steady: Fleet) -> None:
+    library = steady.machine.root / "usr/local/lib/clock.so"
+    words = ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-x", "c", "-", "-o", str(library), "-ldl"]
+    subprocess.run(words, input=AHEAD, text=True, check=True)
+    steady.machine.run("echo /usr/local/lib/clock.so > /etc/ld.so.preload")
+    found = findings(steady, code=1)
+    steady.machine.run("rm /etc/ld.so.preload /usr/local/lib/clock.so")
+    what, remedy = only(found, "clock")
+    assert re.fullmatch(r"its clock is (2 h 00|1 h 59) min ahead of this machine's", what)
+    assert remedy == "on the host: timedatectl set-ntp true"
+
+
 def test_full_disks(steady: Fleet) -> None:
     machine = steady.machine
     machine.run("mkdir -p /srv/inodes/out; chown comfyui: /srv/inodes/out")
@@ -203,6 +265,12 @@ def test_a_gpu_that_is_missing_and_kernels_for_another(steady: Fleet) -> None:
     found = findings(steady, code=2)
     assert "shows none" in only(found, "driver")[0]
     assert only(found, "cuda")[0] == "ComfyUI sees no CUDA device, it computes on cpu"
+    steady.machine.run("systemctl stop comfyui")
+    found = findings(steady, code=2)
+    steady.machine.run("systemctl start comfyui")
+    assert steady.answers()
+    said = ("torch cannot use CUDA: torch 2.11.0+cu130 finds no device", "inv gpu-access --host spark")
+    assert only(found, "cuda") == said
     steady.configure('override.kernels = ["sageattention"]\noverride.arch = "8.9"\n')
     what, remedy = only(findings(steady, code=2), "kernels")
     assert what.startswith("the wheelhouse has no sageattention for 8.9")
@@ -231,12 +299,15 @@ def test_a_gpu_with_an_old_driver_that_others_use(steady: Fleet) -> None:
     with gpu(steady, "rtx-4070", ("driver", "550.54.14"), ("compute", f"{other.strip()} 3000000000")):
         found = findings(steady, code=2)
         shown = steady.inv("status", "--host", "spark").stdout
+    with gpu(steady, "rtx-4070", ("temperature", "!999")):
+        told = findings(steady, code=2)["gpu-shared"]
     steady.machine.run("systemctl stop trainer")
     assert only(found, "driver")[0] == "the driver is 550.54.14, and CUDA 13.0 needs 580.65.06"
     what, remedy = only(found, "gpu-shared")
     assert what == f"GPU 0 is used by others: sleep (pid {other.strip()}, root, 3.0 GB)"
     assert 'modes = ["shared-gpu"] for spark' in remedy
     assert "°C" in shown
+    assert any(what.startswith("GPU 0 does not tell everything: temperature") for what, _ in told)
 
 
 def test_kernels_for_another_gpu_without_a_compiler_and_a_container_without_one(steady: Fleet) -> None:
