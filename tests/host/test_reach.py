@@ -69,6 +69,7 @@ def test_a_host_without_a_network_is_deployed_to_from_a_bundle(tmp_path: Path) -
     """Everything comes from one file: the client's cache and wheelhouse are empty then, too."""
     bundle, cut = tmp_path / "spark.tar", tmp_path / "cut.tar"
     with fresh(tmp_path, "bundle", Fleet, downloads=False, network=False) as alone:
+        alone.configure("metrics_port = 9101\n")
         alone.machine.boot()
         made = alone.inv("bundle", "--host", "spark", "--output", str(bundle), "--json")
         assert made.returncode == 0, made.stderr
@@ -87,6 +88,8 @@ def test_a_host_without_a_network_is_deployed_to_from_a_bundle(tmp_path: Path) -
         assert again.returncode == 0, again.stderr
         facts = alone.facts()
         assert set(facts["parts"].values()) == {""}
+        scrape = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9101/metrics').read().decode())"
+        assert "\nhearth_comfyui_up 1.0\n" in alone.machine.run(f'python3 -c "{scrape}"')
     bundle.unlink()
 
 

@@ -137,6 +137,9 @@ def test_mps_on_limited_dying_and_off(steady: Fleet) -> None:
             assert "its daemon does not run: failed" in what
             assert remedy.startswith("inv mps on --host spark")
             mps(steady, "on")
+            machine.power_off()
+            machine.boot()
+            assert steady.answers()
             assert "active (running)" in mps(steady, "status")
 
             mps(steady, "off")
