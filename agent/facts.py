@@ -30,7 +30,8 @@ from agent.site import DATA, SHARED, SHARING, Site
 def facts(site: Site, ask: Json, verified: float = 0) -> Json:
     """What this host is now. `ask` names the Python versions, mounts, folders and Debian packages to look for.
 
-    Parts that were found whole within the last `verified` seconds are not looked at again.
+    Parts that were found whole within the last `verified` seconds are not looked at again. Waits for a folder that does
+    not answer: see `answering` first.
     """
     try:
         current, fault = site.release(), {}
@@ -96,6 +97,29 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "last": last_line(site.history),
         "parts": parts(),
     }
+
+
+STALE, PATIENT = 2.0, 15.0
+"""Seconds after which a folder that does not answer counts as dead: for a glance, and before a change. A local disk
+takes milliseconds; one that spins up, or is mounted when it is looked at, up to ten seconds."""
+
+
+def answering(site: Site, ask: Json, seconds: float) -> None:
+    """Raise Fault when a folder does not answer in time: a mount without its server makes who looks wait for ever."""
+    inside = (each["point"] for each in mounts() if each["point"].startswith(f"{site.prefix}/"))
+    places = sorted({*ask["mounts"], *ask["places"], *inside})
+    children = {place: subprocess.Popen(["stat", "-f", place], stdout=-3, stderr=-3) for place in places}
+    end = time.monotonic() + seconds
+    dead: list[str] = []
+    for place, child in children.items():
+        try:
+            child.wait(max(0.01, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()  # it may not die while it waits for the server; nobody waits for it
+            dead.append(place)
+    if dead:
+        remedy = "on the host: umount --lazy it, or wait for its server; ComfyUI waits as long as it must"
+        raise Fault("storage", f"{', '.join(dead)} does not answer", "its server or its disk is gone, or slow", remedy)
 
 
 def _parts(site: Site, verified: float) -> Callable[[], dict[str, str]]:

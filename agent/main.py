@@ -67,8 +67,9 @@ def _stay(verb: str, site: Site) -> None:
 def _answer(verb: str, site: Site, request: Json) -> None:
     """Verbs that are asked, each importing what it needs: nothing is compiled in advance there."""
     if verb == "facts":
-        from agent.facts import facts
+        from agent.facts import PATIENT, answering, facts
 
+        answering(site, request, PATIENT)
         say(facts(site, request))
     elif verb == "status":
         from agent.status import status

@@ -7,12 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agent.facts import facts
+from agent.facts import STALE, answering, facts
 from agent.files import Fault, Json, read_text, run
 from agent.mps import mps
 from agent.parts import as_service, forked
@@ -23,14 +22,10 @@ from agent.status import VERIFIED, live
 LINES = 2000
 """So much of the service's log is looked at: a start with many nodes, and the last failure, are in it."""
 
-STALE = 2.0
-"""Seconds after which a file system that does not answer counts as dead: a local disk takes milliseconds."""
-
 
 def probe(site: Site, request: Json) -> Json:
-    """All that the doctor's checks need. Folders that do not answer are found first: the rest would wait for them."""
-    if dead := _dead([Path(path) for path in request["folders"]]):
-        return {"dead": dead}
+    """All that the doctor's checks need."""
+    answering(site, request, STALE)
     manager = manager_of(site)
     begun = {
         "access": forked(_access, site, request["roots"]),
@@ -42,7 +37,6 @@ def probe(site: Site, request: Json) -> Json:
     found = facts(site, request, VERIFIED)
     now = live(site, found["service"]["pid"])
     told: Json = {
-        "dead": [],
         "facts": found,
         "live": now,
         "result": _result(manager),
@@ -54,20 +48,6 @@ def probe(site: Site, request: Json) -> Json:
         "torch": _torch(site) if site.current.exists() and now["comfyui"]["state"] != "answers" else {},
     }
     return told | {name: answer() for name, answer in begun.items()}
-
-
-def _dead(places: list[Path]) -> list[str]:
-    """Which places do not answer: a mount whose server is gone makes whoever looks at it wait, perhaps for ever."""
-    children = {str(place): subprocess.Popen(["stat", "-f", str(place)], stdout=-3, stderr=-3) for place in places}
-    end = time.monotonic() + STALE
-    dead: list[str] = []
-    for place, child in children.items():
-        try:
-            child.wait(max(0.01, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            child.kill()  # it may not die while it waits for the server; nobody waits for it
-            dead.append(place)
-    return dead
 
 
 def _access(site: Site, roots: list[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.comfyui import ask, takes_connections
-from agent.facts import facts
+from agent.facts import STALE, answering, facts
 from agent.files import Fault, Json, meminfo
 from agent.gpu import gpus
 from agent.site import Site
@@ -22,6 +22,7 @@ VERIFIED = 300
 
 def status(site: Site, request: Json) -> Json:
     """The host's facts, with parts that were verified lately taken as they are, and how everything is now."""
+    answering(site, request, STALE)
     found = facts(site, request, VERIFIED)
     return {"facts": found, "live": live(site, found["service"]["pid"])}
 

@@ -267,6 +267,12 @@ class NoInstallationError(HearthError):
     exit_code = 75
 
 
+class StorageError(HearthError):
+    """A folder of a host that does not answer: its server or its disk is gone."""
+
+    exit_code = 76
+
+
 class GpuError(HearthError):
     """A host without an NVIDIA driver that answers."""
 

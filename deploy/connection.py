@@ -37,6 +37,7 @@ from core.errors import (
     LogError,
     NoAnswerError,
     RemoteError,
+    StorageError,
     SudoError,
     UsageError,
 )
@@ -127,6 +128,7 @@ def error_of(fault: dict[str, Any]) -> HearthError:
         "changed": ChangedSinceError,
         "disk": DiskFullError,
         "offline": HostOfflineError,
+        "storage": StorageError,
         "gpu": GpuError,
         "silent": NoAnswerError,
         "log": LogError,

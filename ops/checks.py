@@ -46,13 +46,12 @@ class Containers(msgspec.Struct, frozen=True):
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """What `agent/probe.py` saw, beside facts and status. `dead` are folders that do not answer; then nothing else is.
+    """What `agent/probe.py` saw, beside facts and status.
 
     `log` has lines with their times (seconds since 1970) where the manager keeps them; `access` what the service may
     not do at a place; `torch` what it says of CUDA, asked only when ComfyUI does not answer.
     """
 
-    dead: tuple[str, ...]
     result: str = ""
     oom_kills: int = 0
     synchronized: bool | None = None

@@ -13,6 +13,7 @@ import msgspec
 
 from core import console, files, shell
 from core.arch import known_archs
+from core.errors import StorageError
 from core.stack import Platform, find_stack
 from deploy import flow, plan
 from deploy import host as hosts
@@ -55,7 +56,8 @@ def examine(host: str, group: str, *, ask_sudo: bool = False) -> tuple[list[str]
             return [HERE], found
     for answer in fleet.ask_each(names, _one, ask_sudo=ask_sudo, seconds=SECONDS):
         if answer.error is not None:
-            found.append(Finding(answer.host, "reach", "error", answer.error.what, answer.error.hint))
+            check = "storage" if isinstance(answer.error, StorageError) else "reach"
+            found.append(Finding(answer.host, check, "error", answer.error.what, answer.error.hint))
         found += answer.value or []
     return [*([] if host or group else [HERE]), *names], found
 
@@ -63,13 +65,7 @@ def examine(host: str, group: str, *, ask_sudo: bool = False) -> tuple[list[str]
 def _one(agent: Agent, target: Target) -> list[Finding]:
     stock = flow.shelf(target)
     packages = sorted({each for node in stock.nodes.values() for each in node.system})
-    host = target.host
-    folders = [*host.mounts, *host.folders.values(), *host.model_roots]
-    asked = {**flow.questions(target, packages), "folders": folders, "roots": list(host.model_roots)}
-    said = agent.call("probe", **asked)
-    if said["dead"]:
-        remedy = "on the host: umount --lazy it, or wait for its server; ComfyUI waits as long as it must"
-        return [Finding(target.name, "storage", "error", f"{path} does not answer", remedy) for path in said["dead"]]
+    said = agent.call("probe", **flow.questions(target, packages), roots=list(target.host.model_roots))
     facts, live = msgspec.convert(said.pop("facts"), Facts), msgspec.convert(said.pop("live"), Live)
     planned = plan.make(target, facts, stock, plan.Options())
     case = Case(target, facts, live, msgspec.convert(said, Probe), stock, planned, time.time())

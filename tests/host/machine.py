@@ -214,8 +214,8 @@ class Machine:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.ssh_port), 1) as there:
                 return there.recv(4) == b"SSH-"
             return False
-        if first := self._children():
-            way = f"nsenter --net=/proc/{first[0]}/ns/net {sys.executable} {Path(__file__).with_name('relay.py')}"
+        if self._children():
+            way = f"nsenter --net=/proc/{self.first}/ns/net {sys.executable} {Path(__file__).with_name('relay.py')}"
             self.configure_ssh(f"  ProxyCommand {way} {self.ssh_port}\n")
         words = ["ssh", "-q", "-F", str(self.place / "ssh_config"), "-o", "ConnectTimeout=1", "spark", "true"]
         return subprocess.run(words, stdin=subprocess.DEVNULL, check=False).returncode == 0
@@ -225,6 +225,11 @@ class Machine:
         assert self.process is not None
         pid = self.process.pid
         return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+    @property
+    def first(self) -> int:
+        """The machine's first process, as its number is here."""
+        return self._children()[0]
 
     def power_off(self) -> None:
         """Pull the plug: every process of the machine is killed at once."""

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,34 @@ def program(fleet: Fleet, name: str, script: str) -> Iterator[None]:
         yield
     finally:
         fleet.machine.run(f"rm {path}")
+
+
+DEAD = """
+import ctypes, os, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+pid, place = sys.argv[1], sys.argv[2].encode()
+fuse = os.open("/dev/fuse", os.O_RDWR)
+assert libc.setns(os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY), 0) == 0
+options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0,allow_other".encode()
+assert libc.mount(b"nowhere", place, b"fuse", 0, options) == 0
+print("mounted", flush=True)
+time.sleep(600)
+"""  # mount(2), and nobody reads from the kernel what is asked of it (fuse(4))
+
+
+@contextmanager
+def dead(fleet: Fleet, path: str) -> Iterator[None]:
+    """A mount on the machine whose server is gone: whoever looks at it waits."""
+    fleet.machine.run(f"mkdir -p {path}")
+    words = [sys.executable, "-c", DEAD, str(fleet.machine.first), path]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "mounted\n"
+            yield
+        finally:
+            fleet.machine.run(f"umount --lazy {path}")
+            server.kill()  # whoever waits is told that it is over
 
 
 def test_a_healthy_host_has_no_errors(steady: Fleet) -> None:
@@ -219,10 +248,18 @@ def test_folders_that_are_missing_dead_or_closed(steady: Fleet) -> None:
     machine = steady.machine
     steady.configure('mounts."/srv/none" = {}\n')
     assert any("/srv/none" in what for what, _ in findings(steady, code=2)["storage"])
-    with program(steady, "stat", "sleep 60"):
-        machine.run("mkdir -p /srv/none")
-        found = findings(steady, code=2)
-    assert only(found, "storage")[0] == "/srv/none does not answer"
+    with dead(steady, "/srv/none"):
+        what, remedy = only(findings(steady, code=2), "storage")
+        words = (["status"], ["facts"], ["deploy", "--dry-run"], ["tune"], ["stop", "--dry-run"])
+        asked = {words[0]: steady.inv(*words, "--host", "spark") for words in words}
+        logs = steady.inv("logs", "--host", "spark", "--lines", "1")
+    assert what == "/srv/none does not answer"
+    assert remedy.startswith("on the host: umount --lazy it")
+    assert {name: done.returncode for name, done in asked.items()} == {"status": 1, "tune": 1} | dict.fromkeys(
+        ("facts", "deploy", "stop"), 76
+    )
+    assert all("/srv/none does not answer" in done.stdout + done.stderr for done in asked.values())
+    assert logs.returncode == 0
     steady.configure()
     machine.run(f"rmdir /srv/none; chmod 700 {PREFIX}/data/output; chown root:root {PREFIX}/data/output")
     found = findings(steady, code=2)

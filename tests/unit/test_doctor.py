@@ -15,7 +15,7 @@ from tests.unit.test_plan import made, settled, shelf, spark
 NOW = 1_000_000.0
 SERVES = ComfyUI("answers", version="1.2.3", torch="2.11.0")
 WELL = Live(NOW, 3600, SERVES, {"MemTotal": 10**11, "MemAvailable": 10**11}, {"/opt/comfyui": Disk(10**11, 10**12)})
-PROBE = Probe(dead=(), synchronized=True, compiler="/usr/bin/cc", headers="/usr/include/Python.h",
+PROBE = Probe(synchronized=True, compiler="/usr/bin/cc", headers="/usr/include/Python.h",
               installed={"torch": "2.11.0"})  # fmt: skip
 
 
