@@ -36,8 +36,9 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Every test that needs no GPU."""
-    session.run("pytest", "-m", "not gpu", *session.posargs)
+    """Every test that needs no GPU, two files at once: hosts boot, start and wait. The long ones come first."""
+    two = ("--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+    session.run("pytest", "-m", "not gpu", *two, *session.posargs)
 
 
 @nox.session
