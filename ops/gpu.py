@@ -116,18 +116,13 @@ def _samples(agent: Agent, every: float, seconds: float | None) -> Iterator[Samp
 
 def _show(answers: Sequence[fleet.Answer[Sample]], *, as_json: bool) -> int:
     """Print the GPUs of hosts; 1 when some host did not tell them. Raises the error of a host that is the only one."""
-    failed = {each.host: each.error for each in answers if each.error is not None}
-    if len(answers) == 1 and (error := answers[0].error):
-        raise error
-    seen = {each.host: each.value for each in answers if each.value is not None}
+    seen = fleet.heard(answers)
     if as_json:
         console.data_json([{"host": name, **msgspec.to_builtins(sample)} for name, sample in seen.items()])
     else:
         for line in lines(seen):
             console.data(line)
-    for name, error in failed.items():
-        console.say(f"{name}: {error}")
-    return int(bool(failed))
+    return int(len(seen) < len(answers))
 
 
 def lines(seen: Mapping[str, Sample]) -> list[str]:
