@@ -345,6 +345,7 @@ def _nvidia() -> Json:
             "capability": gpu["capability"],
             "memory": None if gpu["unified"] else gpu["memory_total"],
             "unified": gpu["unified"],
+            "processes": gpu["processes"],
         }
         for gpu in found
         if gpu["capability"]

@@ -16,24 +16,13 @@ import msgspec
 from core import console
 from core.errors import ConnectError, DiskFullError, HearthError, UsageError
 from deploy import connection, flow
+from deploy.facts import Process
 from ops import fleet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from deploy.connection import Agent
-
-
-class Process(msgspec.Struct, frozen=True):
-    """Who uses a GPU, and for what: compute, graphics or mps. `comfyui` marks those of Hearth's service."""
-
-    pid: int
-    name: str | None
-    user: str | None
-    unit: str | None
-    bytes: int | None
-    kind: str
-    comfyui: bool = False
 
 
 class Gpu(msgspec.Struct, frozen=True):

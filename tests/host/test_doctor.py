@@ -364,6 +364,9 @@ def test_a_gpu_with_an_old_driver_that_others_use(steady: Fleet) -> None:
     with gpu(steady, "rtx-4070", ("driver", "550.54.14"), ("compute", f"{other.strip()} 3000000000")):
         found = findings(steady, code=2)
         shown = steady.inv("status", "--host", "spark").stdout
+    with gpu(steady, "rtx-4070", ("compute", f"{other.strip()} 3000000000")):
+        dry = steady.deploy("--dry-run")
+        assert dry.returncode == 2, dry.stderr
     with gpu(steady, "rtx-4070", ("temperature", "!999")):
         told = findings(steady, code=2)["gpu-shared"]
     steady.machine.run("systemctl stop trainer")
@@ -371,6 +374,7 @@ def test_a_gpu_with_an_old_driver_that_others_use(steady: Fleet) -> None:
     what, remedy = only(found, "gpu-shared")
     assert what == f"GPU 0 is used by others: sleep (pid {other.strip()}, root, 3.0 GB)"
     assert 'modes = ["shared-gpu"] for spark' in remedy
+    assert f"ComfyUI has that much less of it: sleep (pid {other.strip()}, root, 3.0 GB)" in dry.stderr
     assert "°C" in shown
     assert any(what.startswith("GPU 0 does not tell everything: temperature") for what, _ in told)
 
