@@ -118,7 +118,7 @@ def answering(site: Site, ask: Json, seconds: float) -> None:
             child.kill()  # it may not die while it waits for the server; nobody waits for it
             dead.append(place)
     if dead:
-        remedy = "on the host: umount --lazy it, or wait for its server; ComfyUI waits as long as it must"
+        remedy = "on the host: umount --lazy it, or wait for its server"
         raise Fault("storage", f"{', '.join(dead)} does not answer", "its server or its disk is gone, or slow", remedy)
 
 
@@ -345,6 +345,7 @@ def _nvidia() -> Json:
             "capability": gpu["capability"],
             "memory": None if gpu["unified"] else gpu["memory_total"],
             "unified": gpu["unified"],
+            "processes": gpu["processes"],
         }
         for gpu in found
         if gpu["capability"]

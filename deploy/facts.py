@@ -9,6 +9,18 @@ import msgspec
 from core.errors import UnknownNameError, near
 
 
+class Process(msgspec.Struct, frozen=True):
+    """Who uses a GPU, and for what: compute, graphics or mps. `comfyui` marks those of Hearth's service."""
+
+    pid: int
+    name: str | None
+    user: str | None
+    unit: str | None
+    bytes: int | None
+    kind: str
+    comfyui: bool = False
+
+
 class Gpu(msgspec.Struct, frozen=True):
     """One NVIDIA GPU; `memory` in bytes, None where it shares the machine's."""
 
@@ -16,6 +28,7 @@ class Gpu(msgspec.Struct, frozen=True):
     capability: str
     memory: int | None
     unified: bool
+    processes: tuple[Process, ...] = ()
 
 
 class Service(msgspec.Struct, frozen=True):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from core.manifest import Manifest
     from deploy.application import Application, Flag
     from deploy.environment import Lock
-    from deploy.facts import Facts
+    from deploy.facts import Facts, Process
     from deploy.host import Target
     from deploy.nodes import Node
 
@@ -216,6 +216,17 @@ def gpu(target: Target, facts: Facts) -> list[Refusal]:
         what = f"the GPU is {', '.join(have)}, and profile {target.profile_name} is for {profile.arch}"
         found.append(Refusal(what, f'set arch = "{have[0]}" in the host\'s override, or choose another profile'))
     return found
+
+
+def others(target: Target, facts: Facts, processes: Sequence[Process]) -> str:
+    """Who else computes on a GPU, in words; empty when nobody does. With MPS on, its server holds the memory of all."""
+    own = f"{target.host.service}.service"
+    return ", ".join(
+        f"{each.name or 'a process'} (pid {each.pid}{f', {each.user}' * bool(each.user)}"
+        f"{f', {console.size(each.bytes)}' if each.bytes else ''})"
+        for each in processes
+        if each.unit != own and each.kind == "compute" and each.pid != facts.service.pid
+    )
 
 
 def _older(version: str, floor: str) -> bool:
@@ -485,6 +496,9 @@ def _notes(target: Target, facts: Facts) -> list[str]:
     found = [
         f"ComfyUI starts anew whenever a Python file in {each} changes, jobs or not" for each in target.host.develop
     ]
+    for number, gpu in enumerate(facts.gpus if target.profile.cuda else ()):
+        if who := others(target, facts, gpu.processes):
+            found.append(f"GPU {number} is used by others, and ComfyUI has that much less of it: {who}")
     if idle := allocator_without_effect(target):
         found.append(f"{idle} means nothing: ComfyUI chooses CUDA's allocator; mode native-allocator chooses torch's")
     if facts.manager == "process" and facts.lingers:

@@ -392,20 +392,8 @@ def _cuda(case: Case) -> Iterator[Problem]:
     cases=(f"{DEBIAN}: context conflicts", f"{DEBIAN}: performance degradation, conflicts with development tools"),
 )
 def _shared(case: Case) -> Iterator[Problem]:
-    own = f"{case.target.host.service}.service"
     for gpu in case.live.gpus:
-        # with MPS on, the server holds the memory of all
-        others = [
-            each
-            for each in gpu.processes
-            if each.unit != own and each.kind == "compute" and each.pid != case.facts.service.pid
-        ]
-        if others:
-            who = ", ".join(
-                f"{each.name or 'a process'} (pid {each.pid}{f', {each.user}' * bool(each.user)}"
-                f"{f', {console.size(each.bytes)}' if each.bytes else ''})"
-                for each in others
-            )
+        if who := plan.others(case.target, case.facts, gpu.processes):
             yield Problem(
                 f"GPU {gpu.index} is used by others: {who}",
                 f'end them, or modes = ["shared-gpu"] for {case.target.name}',

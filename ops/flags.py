@@ -9,12 +9,13 @@ import msgspec
 
 from core import console, source
 from deploy import application as applications
-from deploy import connection, flow
 from deploy.release import OWN_FLAGS
+from ops import fleet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from deploy.connection import Agent
     from deploy.host import Target
 
 
@@ -49,13 +50,15 @@ class Flags:
     differences: tuple[Difference, ...]
 
 
-def look(name: str, *, ask_sudo: bool = False) -> Flags:
-    """The flags of the release in service on a host."""
-    target = flow.find_target(name)
-    with connection.connect(target, ask_sudo) as agent:
+def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[Flags]]:
+    """The flags of the releases in service on hosts."""
+
+    def one(agent: Agent, target: Target) -> Flags:
         found = agent.call("flags")
-    text = found["text"] or (source.fetch(applications.application()) / "comfy/cli_args.py").read_text()
-    return compare(target, found["release"], text)
+        text = found["text"] or (source.fetch(applications.application()) / "comfy/cli_args.py").read_text()
+        return compare(target, found["release"], text)
+
+    return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)
 
 
 def compare(target: Target, release: Mapping[str, Any], text: str) -> Flags:
@@ -117,11 +120,19 @@ def _origin(target: Target, name: str, value: str | None) -> str:
     return target.origin.get(f"flags.{name}", "") if same else "an earlier configuration"
 
 
-def show(found: Flags, *, as_json: bool) -> None:
-    """Flags that are set first, then the others, then what would change with the next deploy."""
+def show(answers: Sequence[fleet.Answer[Flags]], *, as_json: bool) -> int:
+    """Print the flags of hosts; 1 when one of several did not tell them. Raises the error of one that is alone."""
+    seen = fleet.heard(answers)
     if as_json:
-        console.data_json(msgspec.to_builtins(found))
-        return
+        console.data_json([msgspec.to_builtins(each) for each in seen.values()])
+    else:
+        for each in seen.values():
+            _print(each)
+    return int(len(seen) < len(answers))
+
+
+def _print(found: Flags) -> None:
+    """Flags that are set first, then the others, then what would change with the next deploy."""
     what = f"release {found.release}" if found.release else "nothing is deployed; as configured"
     console.data(f"{found.host}: ComfyUI {found.version}, {what}")
     unset = [each for each in found.lines if each.value is None]

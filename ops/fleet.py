@@ -59,6 +59,16 @@ def ask_each(
     return [answers.get(name) or Answer(name, None, _late(name, seconds)) for name in names]
 
 
+def heard(answers: Sequence[Answer[T]]) -> dict[str, T]:
+    """What hosts said, by name; says why some said nothing. Raises the error of a host that is the only one."""
+    for each in answers:
+        if each.error is not None:
+            if len(answers) == 1:
+                raise each.error
+            console.say(f"{each.host}: {each.error}")
+    return {each.host: each.value for each in answers if each.value is not None}
+
+
 def show(
     answers: Sequence[Answer[T]],
     lines: Callable[[str, T], list[str]],
@@ -66,21 +76,13 @@ def show(
     *,
     as_json: bool,
 ) -> None:
-    """Print what hosts said, a host's `lines` or as JSON its `plain`, or why one said nothing and what to do."""
+    """Print what hosts said, a host's `lines` or as JSON its `plain`; errors as `heard` does."""
+    seen = heard(answers)
     if as_json:
-        console.data_json(
-            [
-                {"host": each.host}
-                | (plain(each.host, each.value) if each.value is not None else {})
-                | ({"error": each.error.what, "hint": each.error.hint} if each.error else {})
-                for each in answers
-            ]
-        )
+        console.data_json([{"host": name, **plain(name, value)} for name, value in seen.items()])
         return
-    for each in answers:
-        told = lines(each.host, each.value) if each.value is not None else []
-        told += [f"{each.host}: {each.error.what}; next: {each.error.hint}"] if each.error else []
-        for line in told:
+    for name, value in seen.items():
+        for line in lines(name, value):
             console.data(line)
 
 

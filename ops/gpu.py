@@ -16,24 +16,13 @@ import msgspec
 from core import console
 from core.errors import ConnectError, DiskFullError, HearthError, UsageError
 from deploy import connection, flow
+from deploy.facts import Process
 from ops import fleet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from deploy.connection import Agent
-
-
-class Process(msgspec.Struct, frozen=True):
-    """Who uses a GPU, and for what: compute, graphics or mps. `comfyui` marks those of Hearth's service."""
-
-    pid: int
-    name: str | None
-    user: str | None
-    unit: str | None
-    bytes: int | None
-    kind: str
-    comfyui: bool = False
 
 
 class Gpu(msgspec.Struct, frozen=True):
@@ -116,18 +105,13 @@ def _samples(agent: Agent, every: float, seconds: float | None) -> Iterator[Samp
 
 def _show(answers: Sequence[fleet.Answer[Sample]], *, as_json: bool) -> int:
     """Print the GPUs of hosts; 1 when some host did not tell them. Raises the error of a host that is the only one."""
-    failed = {each.host: each.error for each in answers if each.error is not None}
-    if len(answers) == 1 and (error := answers[0].error):
-        raise error
-    seen = {each.host: each.value for each in answers if each.value is not None}
+    seen = fleet.heard(answers)
     if as_json:
         console.data_json([{"host": name, **msgspec.to_builtins(sample)} for name, sample in seen.items()])
     else:
         for line in lines(seen):
             console.data(line)
-    for name, error in failed.items():
-        console.say(f"{name}: {error}")
-    return int(bool(failed))
+    return int(len(seen) < len(answers))
 
 
 def lines(seen: Mapping[str, Sample]) -> list[str]:

@@ -10,12 +10,14 @@ import msgspec
 
 from core import console
 from core.errors import UsageError
-from deploy import connection, flow
-from deploy.host import select
+from ops import fleet
 from ops.logs import clean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from deploy.connection import Agent
+    from deploy.host import Target
 
 WIDTH = 100
 
@@ -39,28 +41,38 @@ class Job(msgspec.Struct, frozen=True):
     error: str = ""
 
 
-def recent(host: str, count: str, *, ask_sudo: bool) -> list[Job]:
-    """The last `count` jobs that are over, and all that run and wait; raises NoAnswerError or UsageError."""
+def recent(names: Sequence[str], count: str, *, ask_sudo: bool) -> list[fleet.Answer[list[Job]]]:
+    """The last `count` jobs of hosts that are over, and all that run and wait; raises UsageError."""
     if not (count.isdecimal() and int(count)):
         raise UsageError(f"--number {count} makes no sense", hint="give how many, such as --number 50")
-    (name,) = select(host, "")
-    with connection.connect(flow.find_target(name), ask_sudo) as agent:
+
+    def one(agent: Agent, _: Target) -> list[Job]:
         return msgspec.convert(agent.call("jobs", count=int(count)), list[Job])
 
+    return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)
 
-def show(found: Sequence[Job], *, as_json: bool) -> None:
-    """Print jobs, the oldest first; below the table, why some failed."""
+
+def show(answers: Sequence[fleet.Answer[list[Job]]], *, as_json: bool) -> int:
+    """Print jobs, a host's oldest first; below the table, why some failed. 1 when a host of several told none.
+
+    Raises NoAnswerError, or another error of a host that is the only one.
+    """
+    seen = fleet.heard(answers)
+    found = [(name, each) for name, told in seen.items() for each in told]
     if as_json:
-        console.data_json([msgspec.to_builtins(each) for each in found])
-    elif not found:
+        console.data_json([{"host": name, **msgspec.to_builtins(each)} for name, each in found])
+    elif not found and seen:
         console.data("no jobs: ComfyUI remembers none since it started")
-    else:
-        console.table(("job", "when", "took", "nodes", "status"), map(_row, found))
-        for each in found:
+    elif found:
+        alone = len(answers) == 1  # then the host is no column
+        headings = ("host", "job", "when", "took", "nodes", "status")
+        console.table(headings[alone:], [(name, *_row(each))[alone:] for name, each in found])
+        for _, each in found:
             if each.node:
                 reason = " ".join(clean(each.error, coloured=False).split())
                 text = f"{each.id[:8]}: node {each.node} ({each.node_type}){f': {reason}' * bool(reason)}"
                 console.data(textwrap.fill(text, WIDTH, subsequent_indent=" " * 10, max_lines=4, placeholder=" ..."))
+    return int(len(seen) < len(answers))
 
 
 def _row(job: Job) -> tuple[str, ...]:

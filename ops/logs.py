@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from core import console
-from core.errors import UsageError
+from core.errors import HearthError, UsageError
 from deploy import connection, flow
-from deploy.host import select
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 LINES = 100
 """So many are shown when neither their number nor a time is asked for."""
@@ -32,18 +32,42 @@ def question(lines: str, since: str, grep: str, *, follow: bool) -> dict[str, An
     return {"lines": count, "since": since, "grep": grep, "follow": follow}
 
 
-def show(host: str, asked: dict[str, Any], *, ask_sudo: bool, as_json: bool) -> int:
-    """Print a host's log as it comes; 130 when Ctrl-C ends it. Raises LogError, or UsageError for an unknown time."""
-    (name,) = select(host, "")
+def show(names: Sequence[str], asked: dict[str, Any], *, ask_sudo: bool, as_json: bool) -> int:
+    """Print the logs of hosts, one after the other, or all as they come when they are followed; 130 at Ctrl-C.
+
+    Of several hosts each line has its host's name, and 1 is returned when one could not be read. Raises LogError, or
+    UsageError for an unknown time, of one that is alone.
+    """
+    alone = len(names) == 1
+    failed: list[str] = []
+
+    def one(name: str) -> None:
+        try:
+            with connection.connect(flow.find_target(name), ask_sudo) as agent:
+                _print(agent.stream("logs", **asked), name, alone=alone, as_json=as_json)
+        except HearthError as error:
+            if alone:
+                raise
+            failed.append(name)
+            console.say(f"{name}: {error}")
+
     try:
-        with connection.connect(flow.find_target(name), ask_sudo) as agent:
-            _print(agent.stream("logs", **asked), as_json=as_json)
+        if alone or not asked["follow"]:
+            for name in names:
+                one(name)
+        else:  # daemons: Ctrl-C waits for none
+            threads = [threading.Thread(target=one, args=(name,), daemon=True) for name in names]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
     except KeyboardInterrupt:
         return 130
-    return 0
+    return int(bool(failed))
 
 
-def _print(answers: Iterable[dict[str, Any]], *, as_json: bool) -> None:
+def _print(answers: Iterable[dict[str, Any]], host: str, *, alone: bool, as_json: bool) -> None:
+    """Print lines as they come; with their host's name where there are others, and always in JSON."""
     coloured = console.coloured()
     for each in answers:
         if "alive" in each and console.unread():
@@ -51,10 +75,11 @@ def _print(answers: Iterable[dict[str, Any]], *, as_json: bool) -> None:
         if "note" in each:
             console.say(each["note"])
         elif "text" in each and as_json:
-            console.data(json.dumps({"at": each["at"], "text": clean(each["text"], coloured=False)}))
+            line = {"host": host, "at": each["at"], "text": clean(each["text"], coloured=False)}
+            console.data(json.dumps(line))
         elif "text" in each:
             when = f"{datetime.fromtimestamp(each['at']):%Y-%m-%d %H:%M:%S}  " if each["at"] else ""
-            console.data(when + clean(each["text"], coloured=coloured))
+            console.data(f"{host}  " * (not alone) + when + clean(each["text"], coloured=coloured))
 
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")

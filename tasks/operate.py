@@ -7,7 +7,7 @@ from typing import Any
 from invoke.context import Context  # `command` evaluates annotations
 
 from tasks.command import command
-from tasks.flags import Agreed, Change, Fleet, Output, Where, options
+from tasks.flags import Agreed, Change, Fleet, Output, options
 
 
 @command(
@@ -163,7 +163,7 @@ def profile(_: Context, name: str, explain: bool = False, *, out: Output) -> Non
 
 
 @command()
-def flags(_: Context, *, where: Where, out: Output) -> None:
+def flags(_: Context, *, where: Fleet, out: Output) -> int:
     """Show the flags of the ComfyUI that a host runs: which are set and by what, and which exclude each other.
 
     Says so where the configuration would set others than the release in service has.
@@ -172,7 +172,7 @@ def flags(_: Context, *, where: Where, out: Output) -> None:
     """
     from ops import flags
 
-    flags.show(flags.look(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
+    return flags.show(flags.look(where.names(), ask_sudo=where.ask_sudo), as_json=out.json)
 
 
 def _change(action: str, where: Fleet, how: Agreed, out: Output, **more: Any) -> int:
@@ -292,7 +292,7 @@ def logs(
     since: str = "",
     grep: str = "",
     *,
-    where: Where,
+    where: Fleet,
     out: Output,
 ) -> int:
     """Show ComfyUI's log: the journal's where systemd runs it, else that of Hearth's supervisor.
@@ -303,25 +303,27 @@ def logs(
         inv logs --host spark
         inv logs --host spark --follow
         inv logs --host spark --since '10 min ago' --grep 'error|warning'
+        inv logs --group home --follow   # each line with its host's name
     """
     from ops import logs
 
     asked = logs.question(lines, since, grep, follow=follow)
-    return logs.show(where.host, asked, ask_sudo=where.ask_sudo, as_json=out.json)
+    return logs.show(where.names(), asked, ask_sudo=where.ask_sudo, as_json=out.json)
 
 
 @command(help={"number": "so many of those that are over (default: 20)"})
-def jobs(_: Context, number: str = "20", *, where: Where, out: Output) -> None:
+def jobs(_: Context, number: str = "20", *, where: Fleet, out: Output) -> int:
     """List ComfyUI's recent jobs, how long they took and why they failed, and those that run and wait.
 
     They are what ComfyUI remembers: none from before its last start. `--json` has whole ids and messages.
 
         inv jobs --host spark
         inv jobs --host spark --number 100 --json
+        inv jobs --group home
     """
     from ops import jobs
 
-    jobs.show(jobs.recent(where.host, number, ask_sudo=where.ask_sudo), as_json=out.json)
+    return jobs.show(jobs.recent(where.names(), number, ask_sudo=where.ask_sudo), as_json=out.json)
 
 
 @command(

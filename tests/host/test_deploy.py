@@ -161,7 +161,7 @@ def test_a_gpu_or_kernel_that_is_not_used_is_unhealthy(steady: Fleet) -> None:
         (gpu,) = steady.facts()["gpus"]
     finally:
         smi.unlink()
-    assert gpu == {"name": "NVIDIA GB10", "capability": "12.1", "memory": None, "unified": True}
+    assert gpu == {"name": "NVIDIA GB10", "capability": "12.1", "memory": None, "unified": True, "processes": []}
     assert no_cuda.returncode == 66, no_cuda.stderr
     assert "ComfyUI sees no CUDA device" in no_cuda.stderr
     steady.configure('[hosts.spark.override.flags]\n"--use-pytorch-cross-attention" = { why = "a test" }\n')

@@ -6,17 +6,20 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 
 from tests import nvml
 from tests.host.fleet import PREFIX, Fleet
 from tests.host.test_faults import wait_for_step
+from tests.unit.test_plan import wheel
 
 pytestmark = pytest.mark.host
 
@@ -122,6 +125,23 @@ def test_a_host_that_is_off_holds_nobody_up(steady: Fleet) -> None:
     assert (done.returncode, spark["well"], off["reached"]) == (1, True, False)
     assert "cannot be reached" in off["problems"][0]["what"]
     assert "cannot be reached" in only(findings(steady, code=2, host="off"), "reach")[0]
+    logs = steady.inv("logs", "--group", "all", "--lines", "1")
+    assert (logs.returncode, logs.stdout[:7], "off: off cannot be reached" in logs.stderr) == (1, "spark  ", True)
+    jobs = steady.inv("jobs", "--group", "all", "--json")
+    assert (jobs.returncode, {each["host"] for each in json.loads(jobs.stdout)}) == (1, {"spark"})
+    assert steady.inv("flags", "--group", "all").returncode == 1
+    assert steady.inv("jobs", "--host", "off").returncode == 60
+
+
+def test_the_logs_of_several_hosts_are_followed_at_once(steady: Fleet) -> None:
+    twin = f'[hosts.twin]\naddress = "spark"\nprofile = "cpu"\nport = {steady.machine.port}\n'
+    steady.configure(f'{twin}[groups]\nboth = ["spark", "twin"]\n')
+    following = steady.start("logs", "--group", "both", "--follow", "--lines", "1")
+    assert following.stdout is not None
+    assert {following.stdout.readline()[:7] for _ in range(2)} == {"spark  ", "twin  2"}
+    following.send_signal(signal.SIGINT)
+    following.communicate(timeout=10)
+    assert following.returncode == 130
 
 
 def test_damage_and_another_torch(steady: Fleet) -> None:
@@ -255,9 +275,9 @@ def test_folders_that_are_missing_dead_or_closed(steady: Fleet) -> None:
         logs = steady.inv("logs", "--host", "spark", "--lines", "1")
     assert what == "/srv/none does not answer"
     assert remedy.startswith("on the host: umount --lazy it")
-    assert {name: done.returncode for name, done in asked.items()} == {"status": 1, "tune": 1} | dict.fromkeys(
-        ("facts", "deploy", "stop"), 76
-    )
+    assert {name: done.returncode for name, done in asked.items()} == {
+        "status": 1, "facts": 76, "deploy": 76, "tune": 76, "stop": 76,
+    }  # fmt: skip
     assert all("/srv/none does not answer" in done.stdout + done.stderr for done in asked.values())
     assert logs.returncode == 0
     steady.configure()
@@ -312,6 +332,14 @@ def test_a_gpu_that_is_missing_and_kernels_for_another(steady: Fleet) -> None:
     what, remedy = only(findings(steady, code=2), "kernels")
     assert what.startswith("the wheelhouse has no sageattention for 8.9")
     assert remedy.startswith("inv build-kernels --kernel sageattention --arch 8.9")
+    house = steady.place / "wheelhouse"
+    house.mkdir(exist_ok=True)
+    newer = wheel("sageattention", arch="8.9", python="3.11", platform="linux_x86_64", glibc="2.99")
+    (house / newer.file).write_bytes(b"x")
+    (house / f"{newer.file}.json").write_bytes(msgspec.json.encode(newer))
+    what, _ = only(findings(steady, code=2), "kernels")
+    shutil.rmtree(house)
+    assert what == "sageattention.whl needs glibc 2.99, the host has 2.36"
 
 
 @contextmanager
@@ -336,6 +364,9 @@ def test_a_gpu_with_an_old_driver_that_others_use(steady: Fleet) -> None:
     with gpu(steady, "rtx-4070", ("driver", "550.54.14"), ("compute", f"{other.strip()} 3000000000")):
         found = findings(steady, code=2)
         shown = steady.inv("status", "--host", "spark").stdout
+    with gpu(steady, "rtx-4070", ("compute", f"{other.strip()} 3000000000")):
+        dry = steady.deploy("--dry-run")
+        assert dry.returncode == 2, dry.stderr
     with gpu(steady, "rtx-4070", ("temperature", "!999")):
         told = findings(steady, code=2)["gpu-shared"]
     steady.machine.run("systemctl stop trainer")
@@ -343,6 +374,7 @@ def test_a_gpu_with_an_old_driver_that_others_use(steady: Fleet) -> None:
     what, remedy = only(found, "gpu-shared")
     assert what == f"GPU 0 is used by others: sleep (pid {other.strip()}, root, 3.0 GB)"
     assert 'modes = ["shared-gpu"] for spark' in remedy
+    assert f"ComfyUI has that much less of it: sleep (pid {other.strip()}, root, 3.0 GB)" in dry.stderr
     assert "°C" in shown
     assert any(what.startswith("GPU 0 does not tell everything: temperature") for what, _ in told)
 

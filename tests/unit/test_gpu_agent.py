@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -212,7 +213,10 @@ def test_a_name_cannot_write_to_the_terminal() -> None:
 )
 def test_facts_are_told_by_nvml(tmp_path: Path, machine: str, wanted: dict[str, Any]) -> None:
     told = asked(tmp_path, nvml.recording(machine), "agent.facts._nvidia()")
-    assert told["gpus"] == [wanted]
+    (gpu,) = told["gpus"]
+    listed = re.findall(r"^(?:compute|graphics) (\d+)", nvml.recording(machine), re.MULTILINE)
+    assert [each["pid"] for each in gpu.pop("processes")] == list(map(int, listed))
+    assert gpu == wanted
     assert told["driver"].startswith("5")
 
 

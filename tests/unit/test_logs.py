@@ -16,8 +16,8 @@ from agent import logs as agent_logs
 from agent.files import Fault
 from agent.services import Supervised
 from agent.site import Site
-from core.errors import UsageError
-from ops import jobs, logs
+from core.errors import ConnectError, UsageError
+from ops import fleet, jobs, logs
 
 NOW = time.mktime((2026, 11, 23, 14, 30, 0, 0, 0, -1))
 
@@ -171,15 +171,21 @@ def test_jobs_are_shown_in_a_hundred_columns(capsys: pytest.CaptureFixture[str])
     failed = jobs.Job(
         "0f5c1234-5678", "error", 12, 1.0, 2.0, 3700.0, 3, "2", "KSampler", "OutOfMemoryError: \x1b[2Jno\n room " * 20
     )
-    jobs.show([failed, jobs.Job("77", "running", 2, 5.0), jobs.Job("78", "pending", 2)], as_json=False)
+    told = [failed, jobs.Job("77", "running", 2, 5.0), jobs.Job("78", "pending", 2)]
+    assert jobs.show([fleet.Answer("spark", told)], as_json=False) == 0
     said = capsys.readouterr().out
     assert all(len(line) <= 100 for line in said.splitlines())
     assert "\x1b" not in said
     assert "0f5c1234: node 2 (KSampler): OutOfMemoryError: no room" in said
     assert "1 h 01 min" in said
-    jobs.show([failed], as_json=True)
-    (shown,) = json.loads(capsys.readouterr().out)
-    assert shown["error"] == failed.error
+    off = fleet.Answer[list[jobs.Job]]("off", None, ConnectError("off cannot be reached"))
+    assert jobs.show([fleet.Answer("spark", [failed]), off], as_json=True) == 1
+    captured = capsys.readouterr()
+    (shown,) = json.loads(captured.out)
+    assert (shown["host"], shown["error"]) == ("spark", failed.error)
+    assert "off: off cannot be reached" in captured.err
+    with pytest.raises(ConnectError):
+        jobs.show([off], as_json=True)
 
 
 def test_a_comfyui_that_hangs_is_told_apart_from_one_that_does_not_run(
@@ -201,4 +207,4 @@ def test_a_comfyui_that_hangs_is_told_apart_from_one_that_does_not_run(
 def test_how_many_jobs_makes_sense() -> None:
     for count in ("0", "x", "-3"):
         with pytest.raises(UsageError, match="makes no sense"):
-            jobs.recent("local", count, ask_sudo=False)
+            jobs.recent(["local"], count, ask_sudo=False)

@@ -22,7 +22,7 @@ from core.errors import ConfigError, HearthError, UnknownNameError
 from core.stack import stacks
 from deploy import host, nodes, plan
 from deploy.host import Override, Setting, Target
-from ops import flags, profiles
+from ops import flags, fleet, profiles
 from tests.unit.test_plan import FRESH, made, shelf, spark
 
 
@@ -369,13 +369,14 @@ def test_flags_say_what_is_set_by_what_and_what_differs(written: Path, capsys: p
         ("--hash", "md5", None),
         ("--size", "3", "4"),
     ]
-    flags.show(found, as_json=False)
+    flags.show([fleet.Answer("box", found)], as_json=False)
     said = capsys.readouterr().out
     assert "the configuration differs: --hash is md5 there, and not set in it" in said
     assert "\n  --cpu --lowvram\n" in said
     assert max(map(len, said.splitlines())) <= 100
-    flags.show(found, as_json=True)
-    assert json.loads(capsys.readouterr().out)["differences"][0]["name"] == "--hash"
+    flags.show([fleet.Answer("box", found)], as_json=True)
+    (shown_json,) = json.loads(capsys.readouterr().out)
+    assert shown_json["differences"][0]["name"] == "--hash"
 
 
 def test_flags_of_a_host_without_a_release_are_those_that_are_configured(written: Path) -> None:

@@ -13,7 +13,7 @@ from core import files
 from core.manifest import Manifest, Proof
 from deploy import application, environment, facts, nodes, plan, release
 from deploy.exporter import Exporter
-from deploy.facts import Facts, Gpu, Service
+from deploy.facts import Facts, Gpu, Process, Service
 from deploy.host import Host, Mount, Setting, Target, profiles
 
 APP = msgspec.convert(
@@ -129,6 +129,18 @@ def test_the_same_wishes_give_the_same_release() -> None:
 )  # fmt: skip
 def test_what_is_missing_is_done_and_no_more(change: dict[str, Any], expected: list[str]) -> None:
     assert kinds(made(msgspec.structs.replace(settled(), **change))) == expected
+
+
+def test_who_else_computes_on_the_gpu_is_told_before_a_change() -> None:
+    users = (
+        Process(7, "python", "comfyui", "comfyui.service", 10**9, "compute"),
+        Process(8, "Xorg", "root", None, 10**8, "graphics"),
+        Process(9, "train.py", "anna", None, 3 * 10**9, "compute"),
+    )
+    found = made(msgspec.structs.replace(FRESH, gpus=(Gpu("GB10", "12.1", None, True, users),)))
+    assert found.steps
+    told = "GPU 0 is used by others, and ComfyUI has that much less of it: train.py (pid 9, anna, 3.0 GB)"
+    assert told in found.notes
 
 
 def test_flags_are_a_new_release_of_the_same_parts() -> None:
