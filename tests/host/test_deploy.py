@@ -108,6 +108,7 @@ def test_an_edited_unit_is_put_right(steady: Fleet, edit: str, why: str) -> None
     shown = steady.machine.run("systemctl show comfyui -p NoNewPrivileges -p Environment")
     assert "NoNewPrivileges=yes" in shown
     assert "OWN=1" in shown
+    steady.machine.run(f"rm -r {unit}.d; systemctl daemon-reload")
 
 
 def test_a_change_of_flags_is_a_new_release_of_the_same_parts_and_can_be_taken_back(steady: Fleet) -> None:
