@@ -23,7 +23,7 @@ from agent.files import Fault, Json, mounts, read, write
 from agent.gpu import gpus, process
 from agent.journal import Adopted, Settings, busy, last_line
 from agent.parts import as_service, fault_of, forked
-from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
+from agent.services import UNITS, Supervised, Systemd, login, manager_of, ours, user_systemd
 from agent.site import DATA, SHARED, SHARING, Site
 
 
@@ -52,7 +52,7 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "kernel": platform.release(),
         "glibc": (os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
         "pythons": _pythons(site, ask["pythons"]),
-        **_nvidia(),
+        **_nvidia(ours(site, gpus())),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "cores": os.cpu_count() or 1,
         "login": login(),
@@ -331,12 +331,12 @@ def _packages(wanted: list[str]) -> dict[str, bool]:
     return {name: f"{name} installed" in shown for name in wanted}
 
 
-def _nvidia() -> Json:
-    """The NVIDIA GPUs and their driver's version. Memory in bytes; None for a GPU that shares the machine's.
+def _nvidia(found: list[Json]) -> Json:
+    """What a deploy needs of these NVIDIA GPUs, and their driver's version.
 
-    A GPU that does not tell its capability (it fell off the bus) is none to deploy to.
+    Memory in bytes, None for a GPU that shares the machine's. A GPU that does not tell its capability (it fell
+    off the bus) is none to deploy to.
     """
-    found = gpus()
     if not found:
         return {"gpus": _nvidia_smi(), "driver": _driver()}
     named = [

@@ -10,8 +10,8 @@ from pathlib import Path
 from agent.comfyui import unload
 from agent.files import Fault, Json, meminfo, read_text
 from agent.gpu import gpus
-from agent.samples import ours, running_job
-from agent.services import manager_of
+from agent.samples import running_job
+from agent.services import manager_of, ours
 from agent.site import Site
 
 CACHES = Path("/proc/sys/vm/drop_caches")

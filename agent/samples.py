@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from agent.comfyui import ask
 from agent.files import Json
 from agent.gpu import Nvml
-from agent.services import Supervised
+from agent.services import ours
 from agent.site import Site
 
 
 def samples(site: Site, every: float, seconds: float | None) -> Iterator[Json]:
     """A sample now, and one each `every` seconds until `seconds` are over (None: for ever; 0: only one).
 
-    `time` is this machine's, in seconds since 1970, `gpus` as `agent.gpu.gpus` tells them, each process with
-    `comfyui`: whether it is the site's; `job` the id of the one that ComfyUI runs. Raises Fault without NVML.
+    `time` is this machine's, in seconds since 1970, `gpus` as `agent.gpu.gpus` tells them, processes marked
+    by `ours`; `job` the id of the one that ComfyUI runs. Raises Fault without NVML.
     """
     begun = time.monotonic()
     number, asked_again = 0, 0.0
@@ -33,14 +33,6 @@ def samples(site: Site, every: float, seconds: float | None) -> Iterator[Json]:
             if seconds is not None and number * every > seconds:
                 return
             time.sleep(max(0.0, begun + number * every - time.monotonic()))
-
-
-def ours(site: Site, gpus: list[Json]) -> list[Json]:
-    """The GPUs, with a mark at the processes of the site's service."""
-    child = Supervised(site).status()["pid"]
-    for each in (process for gpu in gpus for process in gpu["processes"]):
-        each["comfyui"] = each["unit"] == f"{site.service}.service" or (child != 0 and each["pid"] == child)
-    return gpus
 
 
 def running_job(site: Site, timeout: float = 5) -> str | None:

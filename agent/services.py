@@ -335,6 +335,15 @@ def manager_of(site: Site) -> Manager:
     return Supervised(site)
 
 
+def ours(site: Site, gpus: list[Json]) -> list[Json]:
+    """The GPUs, each process marked by `comfyui`: whether it is of the site's service, or of the MPS server it has."""
+    units = (f"{site.service}.service", f"{site.service}-mps.service")
+    child = Supervised(site).status()["pid"]
+    for each in (process for gpu in gpus for process in gpu["processes"]):
+        each["comfyui"] = each["unit"] in units or (child != 0 and each["pid"] == child)
+    return gpus
+
+
 def login() -> str:
     """Who runs this; the number where it has no name, as in some containers."""
     try:

@@ -11,6 +11,7 @@ from agent.comfyui import ask, takes_connections
 from agent.facts import STALE, answering, facts
 from agent.files import Fault, Json, meminfo
 from agent.gpu import gpus
+from agent.services import ours
 from agent.site import Site
 
 PATIENCE = 2.0
@@ -34,7 +35,7 @@ def live(site: Site, pid: int) -> Json:
         "uptime": _age(pid),
         "comfyui": _comfyui(site),
         "memory": meminfo(),
-        "gpus": gpus(),
+        "gpus": ours(site, gpus()),
         "disks": {str(path): _disk(path) for path in _places(site)},
     }
 

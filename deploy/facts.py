@@ -10,7 +10,7 @@ from core.errors import UnknownNameError, near
 
 
 class Process(msgspec.Struct, frozen=True):
-    """Who uses a GPU, and for what: compute, graphics or mps. `comfyui` marks those of Hearth's service."""
+    """Who uses a GPU, and for what: compute, graphics or mps. `comfyui` marks those of Hearth's service and its MPS."""
 
     pid: int
     name: str | None

@@ -218,14 +218,13 @@ def gpu(target: Target, facts: Facts) -> list[Refusal]:
     return found
 
 
-def others(target: Target, facts: Facts, processes: Sequence[Process]) -> str:
-    """Who else computes on a GPU, in words; empty when nobody does. With MPS on, its server holds the memory of all."""
-    own = f"{target.host.service}.service"
+def others(processes: Sequence[Process]) -> str:
+    """Who else computes on a GPU, directly or through MPS, in words; empty when nobody does."""
+    found = {each.pid: each for each in processes if each.kind != "graphics" and not each.comfyui}
     return ", ".join(
         f"{each.name or 'a process'} (pid {each.pid}{f', {each.user}' * bool(each.user)}"
         f"{f', {console.size(each.bytes)}' if each.bytes else ''})"
-        for each in processes
-        if each.unit != own and each.kind == "compute" and each.pid != facts.service.pid
+        for each in found.values()
     )
 
 
@@ -497,7 +496,7 @@ def _notes(target: Target, facts: Facts) -> list[str]:
         f"ComfyUI starts anew whenever a Python file in {each} changes, jobs or not" for each in target.host.develop
     ]
     for number, gpu in enumerate(facts.gpus if target.profile.cuda else ()):
-        if who := others(target, facts, gpu.processes):
+        if who := others(gpu.processes):
             found.append(f"GPU {number} is used by others, and ComfyUI has that much less of it: {who}")
     if idle := allocator_without_effect(target):
         found.append(f"{idle} means nothing: ComfyUI chooses CUDA's allocator; mode native-allocator chooses torch's")

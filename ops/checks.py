@@ -393,7 +393,7 @@ def _cuda(case: Case) -> Iterator[Problem]:
 )
 def _shared(case: Case) -> Iterator[Problem]:
     for gpu in case.live.gpus:
-        if who := plan.others(case.target, case.facts, gpu.processes):
+        if who := plan.others(gpu.processes):
             yield Problem(
                 f"GPU {gpu.index} is used by others: {who}",
                 f'end them, or modes = ["shared-gpu"] for {case.target.name}',

@@ -69,9 +69,14 @@ def test_a_gpu_is_shown_with_comfyuis_process(steady: Fleet) -> None:
         assert "comfyui.service (ComfyUI)" in shown
         assert all(len(line) <= 100 for line in shown.splitlines())
         facts = steady.facts()
-        assert facts["gpus"] == [
-            {"name": "NVIDIA GeForce RTX 4070", "capability": "8.9", "memory": 12282 << 20, "unified": False}
-        ]
+        (device,) = facts["gpus"]
+        assert [each["pid"] for each in device.pop("processes") if each["comfyui"]] == [pid]
+        assert device == {
+            "name": "NVIDIA GeForce RTX 4070",
+            "capability": "8.9",
+            "memory": 12282 << 20,
+            "unified": False,
+        }
         assert facts["driver"] == "535.247.01"
     without = steady.inv("gpu", "--host", "spark")
     assert without.returncode == 80, without.stderr

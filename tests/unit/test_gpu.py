@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from agent import memory as agent_memory
-from agent import samples as agent_samples
+from agent import services
 from agent.files import Fault
 from agent.site import Site
 from core.errors import RecordingError, UsageError
@@ -312,9 +312,9 @@ def test_processes_of_the_service_are_marked() -> None:
     def process(unit: str | None) -> dict[str, Any]:
         return {"pid": 9, "unit": unit}
 
-    gpus = [{"processes": [process("comfyui.service"), process("other.service"), process(None)]}]
-    (found,) = agent_samples.ours(site(1), gpus)
-    assert [each["comfyui"] for each in found["processes"]] == [True, False, False]
+    units = ("comfyui.service", "comfyui-mps.service", "other.service", None)
+    (found,) = services.ours(site(1), [{"processes": list(map(process, units))}])
+    assert [each["comfyui"] for each in found["processes"]] == [True, True, False, False]
 
 
 # --- the page cache --------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def test_a_gpu_without_a_handle_is_listed_beside_one_that_works(tmp_path: Path) 
     assert lost.keys() == KEYS
     assert (lost["index"], lost["name"], lost["faults"]) == (0, None, ["device: GPU is lost"])
     assert (works["index"], works["name"], works["faults"]) == (1, "NVIDIA H200", [])
-    told = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}", "agent.facts._nvidia()")
+    told = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}", "agent.facts._nvidia(agent.gpu.gpus())")
     assert [each["name"] for each in told["gpus"]] == ["NVIDIA H200"]
 
 
@@ -218,7 +218,7 @@ def test_a_name_cannot_write_to_the_terminal() -> None:
     ],
 )
 def test_facts_are_told_by_nvml(tmp_path: Path, machine: str, wanted: dict[str, Any]) -> None:
-    told = asked(tmp_path, nvml.recording(machine), "agent.facts._nvidia()")
+    told = asked(tmp_path, nvml.recording(machine), "agent.facts._nvidia(agent.gpu.gpus())")
     (gpu,) = told["gpus"]
     listed = re.findall(r"^(?:compute|graphics) (\d+)", nvml.recording(machine), re.MULTILINE)
     assert [each["pid"] for each in gpu.pop("processes")] == list(map(int, listed))
@@ -233,7 +233,7 @@ def test_facts_are_told_by_nvidia_smi_where_nvml_cannot_be_loaded(
     smi.write_text("#!/bin/sh\necho NVIDIA H200, 9.0, 143771\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert nvidia()["gpus"] == [
+    assert nvidia(gpus())["gpus"] == [
         {"name": "NVIDIA H200", "capability": "9.0", "memory": 143771 << 20, "unified": False},
     ]
 

@@ -133,9 +133,10 @@ def test_what_is_missing_is_done_and_no_more(change: dict[str, Any], expected: l
 
 def test_who_else_computes_on_the_gpu_is_told_before_a_change() -> None:
     users = (
-        Process(7, "python", "comfyui", "comfyui.service", 10**9, "compute"),
+        Process(7, "python", "comfyui", "comfyui.service", 10**9, "compute", comfyui=True),
         Process(8, "Xorg", "root", None, 10**8, "graphics"),
         Process(9, "train.py", "anna", None, 3 * 10**9, "compute"),
+        Process(9, "train.py", "anna", None, 3 * 10**9, "mps"),
     )
     found = made(msgspec.structs.replace(FRESH, gpus=(Gpu("GB10", "12.1", None, True, users),)))
     assert found.steps
