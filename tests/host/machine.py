@@ -34,8 +34,14 @@ def missing() -> list[str]:
 def base(arch: str) -> Path:
     """The root that machines of an arch (Debian's name) are overlays of; made once, in a minute."""
     place = files.cache() / "hosts" / f"bookworm-{arch}"
-    if place.is_dir():
-        return place
+    # One at a time: two debootstraps that share a folder of packages take each other's away.
+    with files.locked(files.cache() / "hosts/base.lock", lambda: None):
+        if not place.is_dir():
+            _make_base(arch, place)
+    return place
+
+
+def _make_base(arch: str, place: Path) -> None:
     with files.whole(place) as part:
         words = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", f"--arch={arch}"]
         words += [f"--cache-dir={_made(files.cache() / 'hosts/debs')}", "bookworm", str(part)]
@@ -56,7 +62,6 @@ def base(arch: str) -> Path:
         (part / "etc/uv").mkdir()
         (part / "etc/uv/uv.toml").write_text("system-certs = true\n")
         (part / "etc/machine-id").write_text("")
-    return place
 
 
 def _emulate() -> None:
@@ -117,7 +122,7 @@ def share_downloads(there: Path) -> None:
     there.mkdir(parents=True)
     for each in cache.glob("*"):  # uv writes into all but what it has unpacked
         words = ["cp", "-al" if each.name.startswith("archive") else "-a", str(each), str(there)]
-        subprocess.run(words, check=True)
+        subprocess.run(words, check=False)  # another test's uv may write there: what cp misses is downloaded again
 
 
 @dataclass
