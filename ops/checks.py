@@ -385,15 +385,16 @@ def _cuda(case: Case) -> Iterator[Problem]:
 
 @check(
     "gpu-shared",
-    "Is the GPU ComfyUI's own?",
+    "Is the GPU ComfyUI's own, unless it is shared on purpose?",
     how="the processes that NVML names on each GPU, and the units that they belong to",
     mend='end the others; or share on purpose: inv mps on, modes = ["shared-gpu"]',
     severity="warning",
     cases=(f"{DEBIAN}: context conflicts", f"{DEBIAN}: performance degradation, conflicts with development tools"),
 )
 def _shared(case: Case) -> Iterator[Problem]:
+    on_purpose = "shared-gpu" in case.target.host.modes or case.probe.mps.on
     for gpu in case.live.gpus:
-        if who := plan.others(gpu.processes):
+        if not on_purpose and (who := plan.others(gpu.processes)):
             yield Problem(
                 f"GPU {gpu.index} is used by others: {who}",
                 f'end them, or modes = ["shared-gpu"] for {case.target.name}',

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 import pytest
 
@@ -9,7 +11,10 @@ from deploy import plan
 from deploy.facts import Facts
 from ops import doctor, status
 from ops.checks import CHECKS, Case, Probe
+from ops.gpu import Gpu
+from ops.mps import Mps
 from ops.status import ComfyUI, Disk, Live
+from tests.unit.test_gpu import PROCESS, sample
 from tests.unit.test_plan import made, settled, shelf, spark
 
 NOW = 1_000_000.0
@@ -67,6 +72,17 @@ def test_what_status_says_of_a_comfyui_that_is_not_there(live: Live, what: str) 
     (problem,) = status.judge(spark(), settled(), live, made(settled())).problems
     assert what in problem.what
     assert problem.remedy == "inv logs --host spark"
+
+
+def test_a_gpu_that_is_shared_on_purpose_is_none_to_warn_of() -> None:
+    gpu = msgspec.convert(
+        {**sample("h200")["gpus"][0], "processes": [{**PROCESS, "bytes": None, "kind": "compute"}]}, Gpu
+    )
+    case = seen(live=msgspec.structs.replace(WELL, gpus=(gpu,)))
+    assert found(case)["gpu-shared"].startswith("GPU 0 is used by others: python3.12 main.py (pid 4242")
+    shared = dataclasses.replace(case, target=spark(modes=("shared-gpu",)))
+    through_mps = dataclasses.replace(case, probe=msgspec.structs.replace(PROBE, mps=Mps(True, state="active")))
+    assert "gpu-shared" not in found(shared) | found(through_mps)
 
 
 def test_drift_is_what_a_deploy_would_change() -> None:
