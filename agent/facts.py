@@ -21,7 +21,7 @@ from pathlib import Path
 
 from agent.files import Fault, Json, mounts, read, write
 from agent.gpu import gpus, process
-from agent.journal import Adopted, Settings, busy, last_line
+from agent.journal import DEPLOYS, Adopted, Settings, busy, last
 from agent.parts import as_service, fault_of, forked
 from agent.services import UNITS, Supervised, Systemd, login, manager_of, ours, user_systemd
 from agent.site import DATA, SHARED, SHARING, Site
@@ -94,7 +94,8 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "incoming": {path.name: path.stat().st_size for path in site.incoming.glob("*") if path.is_file()},
         "tools": sorted(path.name for path in (site.state / "tools").glob("[!.]*")),
         "busy": busy(site),
-        "last": last_line(site.history),
+        "last": last(site),
+        "deployed": last(site, *DEPLOYS),
         "parts": parts(),
     }
 

@@ -21,16 +21,6 @@ def busy(site: Site) -> Json:
     return {key: plan[key] for key in ("run", "who", "since", "action")} | {"alive": not free(site.lock)}
 
 
-def last_line(path: Path) -> Json:
-    """The last line of a JSON lines file."""
-    try:
-        lines = path.read_text().splitlines()
-        found = json.loads(lines[-1]) if lines else {}
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def now() -> str:
     """The time, UTC, as ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -43,6 +33,16 @@ def events(text: str) -> list[Json]:
         with suppress(ValueError):
             found.append(json.loads(line))
     return found
+
+
+def append(path: Path, line: Json) -> None:
+    """Add a line to a journal: on the disk when this returns, and none of it in a line that a power cut tore."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        file.write(b"\n" * bool(torn) + json.dumps(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Journal:
@@ -60,19 +60,7 @@ class Journal:
 
     def add(self, event: str, **values: Any) -> None:
         """Append one line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write("\n" * self._torn() + json.dumps({"at": now(), "event": event, **values}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _torn(self) -> bool:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(-1, os.SEEK_END)
-                return file.read(1) != b"\n"
-        except OSError:
-            return False
+        append(self.path, {"at": now(), "event": event, **values})
 
 
 class Adopted(Journal):
@@ -104,6 +92,15 @@ class Settings(Journal):
 def history(site: Site) -> list[Json]:
     """How every run on this host ended, oldest first."""
     try:
-        return [json.loads(line) for line in site.history.read_text().splitlines()]
+        return events(site.history.read_text(errors="replace"))
     except OSError:
         return []
+
+
+DEPLOYS = ("deploy", "rollback")
+"""The actions that put a release in service."""
+
+
+def last(site: Site, *actions: str) -> Json:
+    """How the last run on this host ended, or of the last of these `actions`; empty when there was none."""
+    return next((each for each in reversed(history(site)) if not actions or each["action"] in actions), {})

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from agent.adopt import adopt, retire, unadopt
 from agent.files import FULL, Fault, Json, flock, free, read, sha256, write
-from agent.journal import Journal, busy, events, now
+from agent.journal import Journal, append, busy, events, now
 from agent.lifecycle import delete, end_linger, erase, forget, forget_mounts, restart, start, stop, vanish, withdraw
 from agent.memory import drop_caches
 from agent.services import manager_of
@@ -129,10 +129,8 @@ def apply(site: Site) -> None:
         result = {"gate": "reverted"}.get(fault.get("kind", ""), "failed") if fault else "done"
         asked = {key: plan[key] for key in ("run", "who", "action", "release", "base")}
         line = {"at": now(), "result": result, **asked, "error": fault.get("what", "")}
-        with suppress(OSError), site.history.open("a") as file:  # a full disk must not keep the run from ending
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with suppress(OSError):  # a full disk must not keep the run from ending
+            append(site.history, line)
         with suppress(OSError):
             journal.add("end", result=result, fault=fault)
         shutil.rmtree(site.snapshot, ignore_errors=True)

@@ -171,6 +171,14 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def age(seconds: float) -> str:
+    """Seconds in their largest whole unit: `40 s`, `12 min`, `5 h`, `9 d`."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit}"
+    return f"{max(0, int(seconds))} s"
+
+
 def size(number: float) -> str:
     """Bytes as people read them."""
     for unit in ("B", "kB", "MB"):

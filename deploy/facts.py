@@ -89,8 +89,9 @@ class Facts(msgspec.Struct, frozen=True):
     (None: there is no sudo). `manager` is what runs services; `lingers` is false where the login's own systemd could,
     if it outlived the login. `releases` are the manifests kept there, `altered` the ids of those whose unit or links
     were changed since, `proven` those that passed the health gate, the latest first, `failed_nodes` the nodes that the
-    current one could not import, with the reason; `parts` says of each what is wrong with it (empty:
-    nothing), `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now.
+    current one could not import, with the reason; `parts` says of each what is wrong with it (empty: nothing),
+    `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now. `last` is how
+    the last run of any kind ended, `deployed` the last that was to put a release in service.
     `foreign_unit` is the unit's file where somebody else wrote it; `adopted` says whether `inv adopt --undo` has work;
     `settings` names what was changed outside the prefix on request, and not undone.
     `port_holder` and `metrics_holder` are who listens on ComfyUI's port and on the exporter's.
@@ -139,6 +140,7 @@ class Facts(msgspec.Struct, frozen=True):
     tools: tuple[str, ...]
     busy: dict[str, Any]
     last: dict[str, Any]
+    deployed: dict[str, Any] = {}
     foreign_unit: str = ""
     adopted: bool = False
     settings: tuple[str, ...] = ()

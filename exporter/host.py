@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 
 from agent.files import Fault, meminfo, read
 from agent.gpu import Nvml
+from agent.journal import DEPLOYS, last
 from agent.site import Site
 
 Metrics = Iterable[Metric]
@@ -51,7 +51,7 @@ class Release:
             yield self._kept.get(place / "release.json", _info)
             yield from self._gate(place / "proven")
         if self._site.history.exists():
-            yield from self._kept.get(self._site.history, _deploy)
+            yield from self._kept.get(self._site.history, lambda _: _deploy(self._site))
 
     def _gate(self, proven: Path) -> Metrics:
         passed = proven.exists()
@@ -73,18 +73,17 @@ def _info(path: Path) -> Metric:
     return InfoMetricFamily("hearth_release", "The release in service.", {"release": manifest["id"], **told})
 
 
-def _deploy(history: Path) -> list[Metric]:
+def _deploy(site: Site) -> list[Metric]:
     """How the last run ended that was to change the release."""
-    for line in reversed(history.read_text().splitlines()):
-        ended = json.loads(line)
-        if ended["action"] in ("deploy", "rollback"):
-            what = "Whether the last deploy or rollback was done."
-            when = "When the last deploy or rollback ended."
-            return [
-                GaugeMetricFamily("hearth_deploy_success", what, value=ended["result"] == "done"),
-                GaugeMetricFamily("hearth_deploy_timestamp_seconds", when, value=_seconds(ended["at"])),
-            ]
-    return []
+    ended = last(site, *DEPLOYS)
+    if not ended:
+        return []
+    what = "Whether the last deploy or rollback was done."
+    when = "When the last deploy or rollback ended."
+    return [
+        GaugeMetricFamily("hearth_deploy_success", what, value=ended["result"] == "done"),
+        GaugeMetricFamily("hearth_deploy_timestamp_seconds", when, value=_seconds(ended["at"])),
+    ]
 
 
 def _seconds(at: str) -> float:

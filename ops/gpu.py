@@ -118,8 +118,8 @@ def lines(seen: Mapping[str, Sample]) -> list[str]:
     """The GPUs of hosts as tables, 100 columns wide at most; the host is a column when there are several."""
     several = len(seen) > 1
     gpus = [(name, gpu) for name, sample in seen.items() for gpu in sample.gpus]
-    rows = [(name, str(gpu.index), *_row(gpu, 16 if several else 24)) for name, gpu in gpus]
-    headings = ("host", "GPU", "name", "used", "memory", "power", "SM/memory MHz", "°C")
+    rows = [(name, str(gpu.index), *cells(gpu, 16 if several else 24), _clocks(gpu)) for name, gpu in gpus]
+    headings = ("host", "GPU", "name", "used", "memory", "°C", "power", "SM/memory MHz")
     text = console.aligned(headings[not several :], [row[not several :] for row in rows])
     users = [
         (name, str(gpu.index), *_user(each, 14 if several else 20)) for name, gpu in gpus for each in gpu.processes
@@ -134,12 +134,16 @@ def lines(seen: Mapping[str, Sample]) -> list[str]:
     return text + [""] * bool(notes) + notes
 
 
-def _row(gpu: Gpu, wide: int) -> tuple[str, ...]:
+def cells(gpu: Gpu, wide: int) -> tuple[str, ...]:
+    """A GPU in a table: its name, cut to `wide`, utilisation, memory, temperature and power."""
     name = (gpu.name or "-").removeprefix("NVIDIA ").removeprefix("GeForce ")
     memory = f"{_size(gpu.memory_used)} of {_size(gpu.memory_total)}"
     power = f"{_whole(gpu.power)} of {_whole(gpu.power_limit)} W" if gpu.power_limit else f"{_whole(gpu.power)} W"
-    clocks = f"{_whole(gpu.clock_sm)} / {_whole(gpu.clock_memory)}"
-    return name[:wide], f"{_whole(gpu.utilization)} %", memory, power, clocks, _whole(gpu.temperature)
+    return name[:wide], f"{_whole(gpu.utilization)} %", memory, _whole(gpu.temperature), power
+
+
+def _clocks(gpu: Gpu) -> str:
+    return f"{_whole(gpu.clock_sm)} / {_whole(gpu.clock_memory)}"
 
 
 def _user(each: Process, wide: int) -> tuple[str, ...]:

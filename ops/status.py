@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,6 +19,7 @@ from deploy import flow, plan
 from deploy.facts import Facts
 from ops import fleet
 from ops.gpu import Gpu
+from ops.gpu import cells as gpu_cells
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -198,6 +200,7 @@ def _plain(answer: fleet.Answer[Status]) -> dict[str, Any]:
         **told,
         "service": msgspec.to_builtins(facts.service),
         "last": facts.last,
+        "deployed": facts.deployed,
         "busy": facts.busy,
         "drift": list(status.drift),
         "problems": [{"what": each.what, "remedy": each.remedy} for each in status.problems],
@@ -206,49 +209,59 @@ def _plain(answer: fleet.Answer[Status]) -> dict[str, Any]:
 
 
 def _lines(answers: Sequence[fleet.Answer[Status]]) -> list[str]:
-    return [*console.aligned(HEADINGS, map(_row, answers)), *notes(answers)]
+    """What runs, then on what, as tables 100 columns wide at most; below, what is not well."""
+    seen = [each.value for each in answers if each.value is not None]
+    machines = console.aligned(MACHINES, (row for each in seen for row in _machine(each)))
+    return [*console.aligned(SERVICES, map(_service, answers)), "", *(machines if seen else ()), *notes(answers)]
 
 
-HEADINGS = ("host", "", "release", "ComfyUI", "up", "jobs", "GPU", "memory free", "disk free", "drift")
+SERVICES = ("host", "", "release", "ComfyUI", "deployed", "up", "restarts", "jobs", "drift")
+MACHINES = ("host", "GPU", "used", "memory", "°C", "power", "free RAM", "free disk")
+HOST = 16
+"""So much of a host's name fits."""
 
 
-def _row(answer: fleet.Answer[Status]) -> tuple[str, ...]:
-    status = answer.value
+def _service(answer: fleet.Answer[Status]) -> tuple[str, ...]:
+    """What is in service on a host. Jobs are those that run and those that wait."""
+    host, status = answer.host[:HOST], answer.value
     if status is None:
-        return (answer.host, "not reached", *["-"] * 8)
+        return (host, "not reached", *["-"] * (len(SERVICES) - 2))
     facts, live = status.facts, status.live
-    comfyui = live.comfyui
-    state = "stopped" if not facts.service.active else {"answers": "serves"}.get(comfyui.state, comfyui.state)
-    jobs = f"{len(comfyui.running)} + {comfyui.pending}" if comfyui.state == "answers" else "-"
-    place = live.disks.get(facts.prefix) or Disk()
+    if not facts.current:
+        state = "empty"
+    elif facts.paused:
+        state = "paused"
+    else:
+        state = {"answers": "serves"}.get(live.comfyui.state, live.comfyui.state) if facts.service.active else "stopped"
     return (
-        status.host,
-        "empty" if not facts.current else state,
+        host,
+        state,
         facts.current[:8] or "-",
-        comfyui.version or "-",
-        "-" if live.uptime is None or not facts.service.active else console.clock(live.uptime),
-        jobs,
-        _gpus(status),
-        _memory(status),
-        console.size(place.free) if place.total else "-",
+        live.comfyui.version or "-",
+        _deployed(facts, live),
+        console.age(live.uptime) if live.uptime is not None and facts.service.active else "-",
+        str(facts.service.restarts),
+        f"{len(live.comfyui.running)} + {live.comfyui.pending}" if live.comfyui.state == "answers" else "-",
         str(len(status.drift)) if status.drift else "none",
     )
 
 
-def _gpus(status: Status) -> str:
-    cells = []
-    for gpu in status.live.gpus:
-        told = ((gpu.utilization, "%"), (gpu.temperature, "°C"), (gpu.power and round(gpu.power), "W"))
-        cells.append(" ".join(f"{value}{unit}" for value, unit in told if value is not None) or "untold")
-    return ", ".join(cells) or "none"
+def _deployed(facts: Facts, live: Live) -> str:
+    """How long ago the last deploy or rollback ended, by the host's own clock, and how unless it was done."""
+    if not facts.deployed:
+        return "-"
+    ago = live.time - datetime.fromisoformat(facts.deployed["at"]).timestamp()
+    how = facts.deployed["result"]
+    return console.age(ago) if how == "done" else f"{how}, {console.age(ago)}"
 
 
-def _memory(status: Status) -> str:
-    """What is free: of the GPU's own memory where it has some, else of the machine's."""
-    own = [gpu for gpu in status.live.gpus if not gpu.unified and gpu.memory_total and gpu.memory_used is not None]
-    if own:
-        return console.size(sum((gpu.memory_total or 0) - (gpu.memory_used or 0) for gpu in own))
-    return console.size(status.live.memory.get("MemAvailable", 0))
+def _machine(status: Status) -> list[tuple[str, ...]]:
+    """A host's GPUs, a row each, with what is free of the machine's memory and of the prefix's disk."""
+    live = status.live
+    place = live.disks.get(status.facts.prefix) or Disk()
+    room = (console.size(live.memory.get("MemAvailable", 0)), console.size(place.free) if place.total else "-")
+    rows = [(status.host[:HOST], *gpu_cells(each, 12), *room) for each in live.gpus]
+    return rows or [(status.host[:HOST], "none", *["-"] * (len(MACHINES) - 4), *room)]
 
 
 def notes(answers: Sequence[fleet.Answer[Status]]) -> list[str]:

@@ -101,6 +101,7 @@ def test_a_healthy_host_has_no_errors(steady: Fleet) -> None:
     (told,) = json.loads(status.stdout)
     assert (told["well"], told["drift"], told["comfyui"]["state"]) == (True, [], "answers")
     assert told["uptime"] > 0
+    assert (told["deployed"]["action"], told["deployed"]["result"]) == ("deploy", "done")
     assert told["disks"][PREFIX]["free"] > 0
     shown = steady.inv("status", "--host", "spark")
     assert "all is well" in shown.stdout

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import comfyui, steps
+from agent import comfyui, journal, steps
 from agent.files import Fault, write
 from agent.site import Site
 
@@ -95,3 +95,15 @@ def test_node_types_that_are_gone_or_another_nodes_are_told(tmp_path: Path, befo
     notes: list[str] = []
     comfyui.say_changed_types(site, "old", "new", notes.append)
     assert [note.replace("custom_nodes.", "") for note in notes] == said
+
+
+def test_a_line_of_the_history_that_a_power_cut_tore_is_left_out(tmp_path: Path) -> None:
+    site = at(tmp_path)
+    assert journal.last(site) == {}
+    journal.append(site.history, {"action": "deploy", "run": "1"})
+    with site.history.open("a") as file:
+        file.write('{"action": "depl')
+    assert journal.last(site)["run"] == "1"
+    journal.append(site.history, {"action": "restart", "run": "3"})
+    assert [each["run"] for each in journal.history(site)] == ["1", "3"]
+    assert journal.last(site, *journal.DEPLOYS)["run"] == "1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from core.console import clock, size
+from core.console import age, clock, size
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,8 @@ def test_clock(seconds: float, text: str) -> None:
 )
 def test_size(number: float, text: str) -> None:
     assert size(number) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(-3, "0 s"), (59.9, "59 s"), (3599, "59 min"), (90000, "1 d")])
+def test_age(seconds: float, text: str) -> None:
+    assert age(seconds) == text

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import UTC, datetime
 
 import msgspec
 import pytest
 
+from core.errors import ConnectError
 from deploy import plan
 from deploy.facts import Facts
 from ops import doctor, status
 from ops.checks import CHECKS, Case, Probe
+from ops.fleet import Answer
 from ops.gpu import Gpu
 from ops.mps import Mps
 from ops.status import ComfyUI, Disk, Live
@@ -99,6 +102,32 @@ def test_a_failed_last_run_and_one_under_way() -> None:
     facts = msgspec.structs.replace(settled(), last=last, busy=busy)
     told = [problem.what for problem in status.judge(spark(), facts, WELL, plan.Plan("", "")).problems]
     assert told == ["deploy by anna is under way", "the last deploy (now) reverted: no picture"]
+
+
+def test_the_tables_of_status_are_100_columns_wide_at_most() -> None:
+    widest = "7" * 400
+    gpu = msgspec.convert({**sample("h200")["gpus"][0], "name": "NVIDIA RTX PRO 6000 Blackwell"}, Gpu)
+    facts = msgspec.structs.replace(
+        settled(),
+        deployed={"at": "2026-01-01T00:00:00Z", "result": "reverted"},
+        service=msgspec.structs.replace(settled().service, restarts=12345),
+    )
+    live = msgspec.structs.replace(
+        WELL,
+        time=datetime(2026, 4, 11, tzinfo=UTC).timestamp(),
+        comfyui=msgspec.structs.replace(SERVES, version="0.100.10", pending=12345),
+        disks={"/opt/comfyui": Disk(9 * 10**12, 10**13)},
+        gpus=(gpu, gpu),
+    )
+    well = status.Status(widest, facts, live, tuple(widest), ())
+    answers = [Answer(widest, well), Answer(widest, None, ConnectError(f"{widest} cannot be reached"))]
+    services, machines = "\n".join(status._lines(answers)).split("\n\n")
+    assert all(len(line) <= 100 for line in f"{services}\n{machines}".splitlines() if "next:" not in line)
+    assert "serves  " in services
+    assert "reverted, 100 d" in services
+    assert services.splitlines()[2].split() == ["7" * 16, "not", "reached", *["-"] * 7]
+    assert machines.splitlines()[2].split()[1:4] == ["RTX", "PRO", "6000"]
+    assert machines.splitlines()[2].endswith("100.0 GB  9000.0 GB")
 
 
 GUIDES = {  # the rows of both guides' chapters on troubleshooting, in the words of their headings

@@ -53,8 +53,8 @@ def test_a_gpu_and_its_processes() -> None:
     ours = {**PROCESS, "bytes": 30_000_000_000, "kind": "compute", "comfyui": True}
     text = shown(spark={**sample("h200", processes=[ours]), "job": "3f2a"})
     assert text == (
-        "GPU  name  used   memory               power         SM/memory MHz  °C\n"
-        "0    H200  100 %  34.6 GB of 150.8 GB  627 of 700 W  1980 / 3201    52\n"
+        "GPU  name  used   memory               °C  power         SM/memory MHz\n"
+        "0    H200  100 %  34.6 GB of 150.8 GB  52  627 of 700 W  1980 / 3201\n"
         "\n"
         "GPU  pid   process             user     kind     memory   service\n"
         "0    4242  python3.12 main.py  comfyui  compute  30.0 GB  comfyui.service (ComfyUI)\n"
