@@ -410,9 +410,9 @@ def select(host: str, group: str) -> list[str]:
     known = hosts()
     if group:
         if group not in known.groups:
-            raise UnknownNameError(
-                f"there is no group {group!r}", hint=near(group, known.groups) if known.groups else ""
-            )
+            none = f"there are none: [groups] in {hosts_file()}, as config/hosts.example.toml has it"
+            hint = near(group, known.groups) if known.groups else none
+            raise UnknownNameError(f"there is no group {group!r}", hint=hint)
         return list(known.groups[group])
     name = host or LOCAL
     if name not in known.hosts:

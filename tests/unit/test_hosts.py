@@ -76,6 +76,9 @@ def test_unknown_names(written: Path) -> None:
         host.select("", "al")
     with pytest.raises(UnknownNameError, match="dgx-spark"):
         host.target("spark")
+    written.write_text('[hosts.spark]\naddress = "a"\nprofile = "cpu"')
+    with pytest.raises(UnknownNameError, match=r"there are none: \[groups\] in "):
+        host.select("", "all")
 
 
 def test_every_profile_loads_and_gives_reasons() -> None:
