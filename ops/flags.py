@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,8 @@ def _print(found: Flags) -> None:
     console.table(("not set", "takes"), [(each.name, each.takes) for each in unset])
     console.data("\nof each of these lines only one:")
     for group in dict.fromkeys(tuple(sorted((each.name, *each.excludes))) for each in found.lines if each.excludes):
-        console.data(f"  {' '.join(group)}")
+        line = " ".join(group)
+        console.data(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False))
     for each in found.differences:
         there, here = ("not set" if value is None else value or "set" for value in (each.deployed, each.configured))
         console.data(f"\nthe configuration differs: {each.name} is {there} there, and {here} in it")

@@ -46,6 +46,7 @@ def test_a_modes_flags_arrive_and_are_explained(steady: Fleet) -> None:
     assert "MemoryMax=infinity" not in shown
     steady.configure('modes = ["shared-gpu"]\n')
     told = steady.inv("flags", "--host", "spark")
+    assert all(len(line) <= 100 for line in told.stdout.splitlines())
     assert told.returncode == 0, told.stderr
     assert re.search(r"--cpu +yes +profile cpu\n", told.stdout)
     assert re.search(r"--cache-ram +4 +an earlier configuration\n", told.stdout)
