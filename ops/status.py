@@ -130,12 +130,10 @@ def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Statu
     def problem(what: str, remedy: str) -> None:
         found.append(Problem(what, remedy))
 
-    if facts.busy:
-        problem(f"{facts.busy['action']} by {facts.busy['who']} is under way", f"inv attach {at}")
     if not facts.current:
         problem("nothing is deployed", f"inv deploy {at}")
     elif facts.paused:
-        pass  # why, and by whom, is among the plan's refusals
+        pass  # why, and by whom, is among the plan's refusals, as is who changes the host just now
     elif not facts.service.active:
         problem(f"the service does not run: {facts.service.state}", f"inv doctor {at}, then inv start {at}")
     elif live.comfyui.state == "silent":

@@ -9,7 +9,6 @@ import msgspec
 import pytest
 
 from core.errors import ConnectError
-from deploy import plan
 from deploy.facts import Facts
 from ops import doctor, status
 from ops.checks import CHECKS, Case, Probe
@@ -100,8 +99,8 @@ def test_a_failed_last_run_and_one_under_way() -> None:
     last = {"action": "deploy", "at": "now", "result": "reverted", "error": "no picture"}
     busy = {"action": "deploy", "who": "anna", "alive": True, "run": "1", "since": "now"}
     facts = msgspec.structs.replace(settled(), last=last, busy=busy)
-    told = [problem.what for problem in status.judge(spark(), facts, WELL, plan.Plan("", "")).problems]
-    assert told == ["deploy by anna is under way", "the last deploy (now) reverted: no picture"]
+    told = [problem.what for problem in status.judge(spark(), facts, WELL, made(facts)).problems]
+    assert told == ["the last deploy (now) reverted: no picture", "the host is being changed: deploy by anna since now"]
 
 
 def test_the_tables_of_status_are_100_columns_wide_at_most() -> None:
