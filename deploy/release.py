@@ -255,8 +255,6 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
         **target.env,
     }
     files[f"{target.host.service}.service"] = _unit(choice, argv, environment, data, release, more)
-    if target.host.mounts:
-        files[f"{target.host.service}-storage.service"] = _storage_unit(target, release)
     if choice.exporter_part:
         told = {"site": target.site | {"prefix": prefix}, "port": target.host.metrics_port, "cuda": target.profile.cuda}
         files["exporter.json"] = json.dumps(told, indent=1) + "\n"
@@ -328,22 +326,8 @@ def _unit(
     return _filled(host.scope, values)
 
 
-def _storage_unit(target: Target, release: str) -> str:
-    """The unit that ComfyUI's own is bound to: it lasts as long as everything is mounted."""
-    host = target.host
-    values = {
-        "service": host.service,
-        "release": release,
-        "mounts": " ".join(host.mounts),
-        "mounted": " && ".join(f"mountpoint --quiet {path}" for path in host.mounts),
-        "units": " ".join(map(mount_unit, host.mounts)),
-        "identity": f"User={host.run_as}" if host.scope == "system" else "",
-    }
-    return _filled("storage", values)
-
-
 def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[str, str]) -> dict[str, str]:
-    """Units beside the service's, by the end of their names: for nodes under development, the timer, metrics."""
+    """Units beside the service's, by the end of their names: mounts, nodes under development, timer, metrics."""
     target = choice.target
     host = target.host
 
@@ -361,6 +345,14 @@ def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[st
         "addresses": " ".join(["localhost", *_own_addresses(host.listen)]),
     }
     found: dict[str, str] = {}
+    if host.mounts:  # ComfyUI's own unit is bound to it: it lasts as long as everything is mounted
+        waits = {
+            "mounts": " ".join(host.mounts),
+            "mounted": " && ".join(f"mountpoint --quiet {path}" for path in host.mounts),
+            "units": " ".join(map(mount_unit, host.mounts)),
+            "outside": "+" if host.scope == "system" else "",
+        }
+        found["storage.service"] = _filled("storage", {**values, **waits})
     if developed:
         found["reload.service"] = _filled("reload", {**values, "command": command("watch")})
     if host.free_memory:

@@ -68,6 +68,11 @@ def test_a_setting_is_applied_recorded_and_undone(steady: Fleet) -> None:
     assert steady.inv("tune", "--host", "spark", "--undo").stdout.startswith("spark: nothing to do")
 
 
+def test_the_unit_of_persistence_mode_is_confined(steady: Fleet) -> None:
+    shutil.copy(files.CHECKOUT / "recipes/system/persistence.service", steady.machine.root / "root")
+    assert exposure(steady, "--offline=true /root/persistence.service") <= 2.0
+
+
 @contextmanager
 def control(fleet: Fleet) -> Iterator[None]:
     """NVIDIA's MPS control program on the machine, made up."""

@@ -9,6 +9,7 @@ import urllib.request
 import pytest
 
 from tests.host.fleet import PREFIX, Fleet
+from tests.host.test_modes import exposure
 
 pytestmark = pytest.mark.host
 
@@ -61,6 +62,7 @@ def test_comfyui_stops_when_a_mount_goes_waits_for_it_and_starts_when_it_comes(s
     assert "make /srv/pool/out" in done.stderr
     picture(steady, "kept")
     assert machine.run("ls /srv/pool/out").split() == ["kept_00001_.png"]
+    assert exposure(steady, "comfyui-storage") <= 2.0
     with urllib.request.urlopen(f"http://127.0.0.1:{machine.port}/models/loras", timeout=10) as answer:
         assert json.load(answer) == ["hand.safetensors"]
 
