@@ -20,17 +20,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.files import Fault, Json, mounts, read, write
-from agent.gpu import gpus, process
-from agent.journal import DEPLOYS, Adopted, Settings, busy, last
+from agent.gpu import process
+from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
 from agent.parts import as_service, fault_of, forked
-from agent.services import UNITS, Supervised, Systemd, login, manager_of, ours, user_systemd
+from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
 from agent.site import DATA, SHARED, SHARING, Site
 
 
-def facts(site: Site, ask: Json, verified: float = 0) -> Json:
+def facts(site: Site, ask: Json, devices: list[Json], verified: float = 0) -> Json:
     """What this host is now. `ask` names the Python versions, mounts, folders and Debian packages to look for.
 
-    Parts that were found whole within the last `verified` seconds are not looked at again. Waits for a folder that does
+    `devices` are its GPUs (`ours`). Parts that were found whole within the last `verified` seconds are not looked at
+    again. Waits for a folder that does
     not answer: see `answering` first.
     """
     try:
@@ -45,6 +46,7 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
     os_release = _os_release()
     here = site.scope == "user" or Path("/run/systemd/system").is_dir()
     manager = manager_of(site)
+    runs = history(site)
     return {
         "hostname": socket.gethostname(),
         "os": f"{os_release.get('ID', 'linux')} {os_release.get('VERSION_ID', '')}".strip(),
@@ -52,7 +54,7 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "kernel": platform.release(),
         "glibc": (os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
         "pythons": _pythons(site, ask["pythons"]),
-        **_nvidia(ours(site, gpus())),
+        **_nvidia(devices),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "cores": os.cpu_count() or 1,
         "login": login(),
@@ -94,8 +96,8 @@ def facts(site: Site, ask: Json, verified: float = 0) -> Json:
         "incoming": {path.name: path.stat().st_size for path in site.incoming.glob("*") if path.is_file()},
         "tools": sorted(path.name for path in (site.state / "tools").glob("[!.]*")),
         "busy": busy(site),
-        "last": last(site),
-        "deployed": last(site, *DEPLOYS),
+        "last": last(runs),
+        "deployed": last(runs, *DEPLOYS),
         "parts": parts(),
     }
 

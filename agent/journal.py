@@ -101,6 +101,6 @@ DEPLOYS = ("deploy", "rollback")
 """The actions that put a release in service."""
 
 
-def last(site: Site, *actions: str) -> Json:
-    """How the last run on this host ended, or of the last of these `actions`; empty when there was none."""
-    return next((each for each in reversed(history(site)) if not actions or each["action"] in actions), {})
+def last(runs: list[Json], *actions: str) -> Json:
+    """How the last of some runs ended, or the last of these `actions`; empty when there was none."""
+    return next((each for each in reversed(runs) if not actions or each["action"] in actions), {})

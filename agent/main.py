@@ -68,9 +68,11 @@ def _answer(verb: str, site: Site, request: Json) -> None:
     """Verbs that are asked, each importing what it needs: nothing is compiled in advance there."""
     if verb == "facts":
         from agent.facts import PATIENT, answering, facts
+        from agent.gpu import gpus
+        from agent.services import ours
 
         answering(site, request, PATIENT)
-        say(facts(site, request))
+        say(facts(site, request, ours(site, gpus())))
     elif verb == "status":
         from agent.status import status
 

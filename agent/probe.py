@@ -11,13 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agent.facts import STALE, answering, facts
+from agent.facts import STALE, answering
 from agent.files import Fault, Json, read_text, run
 from agent.mps import mps
 from agent.parts import as_service, forked
 from agent.services import Manager, Systemd, manager_of
 from agent.site import DATA, Site
-from agent.status import VERIFIED, live
+from agent.status import glance
 
 LINES = 2000
 """So much of the service's log is looked at: a start with many nodes, and the last failure, are in it."""
@@ -34,18 +34,16 @@ def probe(site: Site, request: Json) -> Json:
         "containers": forked(_containers),
         "mps": forked(mps, site),
     }
-    found = facts(site, request, VERIFIED)
-    now = live(site, found["service"]["pid"])
+    seen = glance(site, request)
     told: Json = {
-        "facts": found,
-        "live": now,
+        **seen,
         "result": _result(manager),
         "oom_kills": _oom_kills(manager),
         "synchronized": _synchronized(),
         "compiler": shutil.which("cc") or shutil.which("gcc") or "",
         "headers": _headers(site),
         "installed": _installed(site, ("torch", "torchvision", "torchaudio")),
-        "torch": _torch(site) if site.current.exists() and now["comfyui"]["state"] != "answers" else {},
+        "torch": _torch(site) if site.current.exists() and seen["live"]["comfyui"]["state"] != "answers" else {},
     }
     return told | {name: answer() for name, answer in begun.items()}
 

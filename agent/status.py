@@ -24,18 +24,24 @@ VERIFIED = 300
 def status(site: Site, request: Json) -> Json:
     """The host's facts, with parts that were verified lately taken as they are, and how everything is now."""
     answering(site, request, STALE)
-    found = facts(site, request, VERIFIED)
-    return {"facts": found, "live": live(site, found["service"]["pid"])}
+    return glance(site, request)
 
 
-def live(site: Site, pid: int) -> Json:
+def glance(site: Site, request: Json) -> Json:
+    """Facts and what is live, of one question to the driver: opening its library wakes a GPU that sleeps."""
+    devices = ours(site, gpus())
+    found = facts(site, request, devices, VERIFIED)
+    return {"facts": found, "live": _live(site, found["service"]["pid"], devices)}
+
+
+def _live(site: Site, pid: int, devices: list[Json]) -> Json:
     """ComfyUI's own answers, memory, disks and the service's time. `time` is this machine's clock."""
     return {
         "time": time.time(),
         "uptime": _age(pid),
         "comfyui": _comfyui(site),
         "memory": meminfo(),
-        "gpus": ours(site, gpus()),
+        "gpus": devices,
         "disks": {str(path): _disk(path) for path in _places(site)},
     }
 

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 
 from agent.files import Fault, meminfo, read
 from agent.gpu import Nvml
-from agent.journal import DEPLOYS, last
+from agent.journal import DEPLOYS, history, last
 from agent.site import Site
 
 Metrics = Iterable[Metric]
@@ -75,7 +75,7 @@ def _info(path: Path) -> Metric:
 
 def _deploy(site: Site) -> list[Metric]:
     """How the last run ended that was to change the release."""
-    ended = last(site, *DEPLOYS)
+    ended = last(history(site), *DEPLOYS)
     if not ended:
         return []
     what = "Whether the last deploy or rollback was done."
