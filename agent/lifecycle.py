@@ -11,7 +11,7 @@ from pathlib import Path
 from agent.comfyui import drain, first_answer
 from agent.files import Fault, Json, Sweep, flock, read, run, write
 from agent.journal import Journal, now
-from agent.services import UNITS, Manager, Systemd, entries, manager_of
+from agent.services import UNITS, Manager, Systemd, entries, last_words, manager_of
 from agent.site import Site
 
 
@@ -60,7 +60,7 @@ def await_answer(site: Site, manager: Manager, note: Callable[[str], None]) -> N
     except Fault as fault:
         fault.report |= {"kind": "silent", "hint": "read the log above; inv rollback returns to the release before"}
         with suppress(Fault, OSError):
-            fault.report["log"] = manager.log(25)
+            fault.report["log"] = last_words(manager)
         raise
     note(f"answers after {time.monotonic() - began:.1f} s: ComfyUI {stats['system']['comfyui_version']}")
 

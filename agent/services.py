@@ -335,6 +335,11 @@ def manager_of(site: Site) -> Manager:
     return Supervised(site)
 
 
+def last_words(manager: Manager) -> list[str]:
+    """The last lines of a service that died: it may have been started again a moment ago, and has said nothing yet."""
+    return manager.log(25) or [line for _, line in manager.timed_log(25)]
+
+
 def ours(site: Site, gpus: list[Json]) -> list[Json]:
     """The GPUs, each process marked by `comfyui`: whether it is of the site's service, or of the MPS server it has."""
     units = (f"{site.service}.service", f"{site.service}-mps.service")

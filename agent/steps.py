@@ -19,7 +19,7 @@ from agent.facts import sudoers
 from agent.files import Fault, Json, link, own, read, remove, run, sha256, write
 from agent.journal import history
 from agent.parts import as_service, contents, part
-from agent.services import UNITS, Manager, manager_of
+from agent.services import UNITS, Manager, last_words, manager_of
 from agent.site import DATA, SHARED, SHARING, Site
 
 
@@ -323,7 +323,7 @@ def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
             record["reverting"] = report
             write(site.cut, json.dumps(record))
             with suppress(Fault, OSError):
-                record["log"] = manager.log(25)
+                record["log"] = last_words(manager)
     if record["reverting"]:
         try:
             _revert(site, manager, record, note)

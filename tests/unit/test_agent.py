@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import comfyui, journal, steps
+from agent import comfyui, journal, services, steps
 from agent.files import Fault, write
 from agent.site import Site
 
@@ -107,3 +107,14 @@ def test_a_line_of_the_history_that_a_power_cut_tore_is_left_out(tmp_path: Path)
     journal.append(site.history, {"action": "restart", "run": "3"})
     assert [each["run"] for each in journal.history(site)] == ["1", "3"]
     assert journal.last(journal.history(site), *journal.DEPLOYS)["run"] == "1"
+
+
+def test_the_last_words_are_those_of_the_run_before_when_the_next_has_said_nothing_yet(tmp_path: Path) -> None:
+    manager = services.Supervised(at(tmp_path))
+    write(manager.output, "starting\nI am broken\n")
+    write(manager.record, json.dumps({"offset": manager.output.stat().st_size}))
+    assert manager.log(25) == []
+    assert services.last_words(manager) == ["starting", "I am broken"]
+    with manager.output.open("a") as log:
+        log.write("once more\n")
+    assert services.last_words(manager) == ["once more"]
