@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from agent.api import Endpoint
 from agent.comfyui import drain
 from agent.files import Fault, Json, opened, remove, run
 from agent.journal import Adopted, now
@@ -41,7 +42,7 @@ def rename(source: Path, target: Path) -> None:
 
 def retire(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Take what served before out of service: its jobs awaited, its units stopped, disabled and set aside."""
-    drain(Site({**site.json, "address": "127.0.0.1", "port": step["port"]}), step["drain"], step["force"], note)
+    drain(Endpoint(("127.0.0.1",), step["port"]), step["drain"], step["force"], note)
     record = Adopted(site)
     known = {event["unit"]["name"] for event in record.events() if event["event"] == "unit"}
     for unit in step["units"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,7 +11,8 @@ import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,19 +30,67 @@ class Fault(Exception):
 
 def write(path: Path, content: str | bytes, mode: int = 0o644) -> None:
     """Write a file in one rename that a power cut does not undo."""
+    data = content if isinstance(content, bytes) else content.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with _draft(path, mode) as descriptor:
+        _write_all(descriptor, data)
+
+
+def copy(source: Path, place: Path) -> None:
+    """Copy a file with its mode, in one rename that a power cut does not undo."""
+    with source.open("rb") as file, _draft(place, stat.S_IMODE(os.fstat(file.fileno()).st_mode)) as descriptor:
+        while block := file.read(1 << 20):
+            _write_all(descriptor, block)
+
+
+@contextmanager
+def _draft(path: Path, mode: int) -> Iterator[int]:
+    """A new file's descriptor; synced and renamed to `path` at the end, removed when that or the body fails."""
+    draft = _draft_of(path)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
-        with part.open("wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        part.chmod(mode)
-        part.replace(path)
-    except OSError:  # a full disk
-        part.unlink(missing_ok=True)
+        try:
+            yield descriptor
+            os.fchmod(descriptor, mode)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        draft.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
         raise
     sync(path.parent)
+
+
+def _draft_of(path: Path) -> Path:
+    """Where a file or link is made before it is renamed to `path`; what killed processes left there is removed."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    for stale in path.parent.glob(f".{path.name}.*"):
+        number = stale.suffix[1:]
+        if stale == draft or (number.isdecimal() and not Path(f"/proc/{number}").exists()):
+            stale.unlink(missing_ok=True)
+    return draft
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def append(path: Path, line: Json) -> None:
+    """Add a line of JSON: on the disk when this returns, and none of it in a line that a power cut tore."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
+        _write_all(descriptor, b"\n" * bool(torn) + json.dumps(line).encode() + b"\n")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if not size:
+        sync(path.parent)
 
 
 def sync(folder: Path) -> None:
@@ -55,11 +105,37 @@ def sync(folder: Path) -> None:
 def link(place: Path, target: Path | str) -> None:
     """Point the symbolic link `place` at `target`, in one rename."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f".{place.name}.{os.getpid()}")
-    part.unlink(missing_ok=True)
-    part.symlink_to(target)
-    part.replace(place)
+    draft = _draft_of(place)
+    draft.symlink_to(target)
+    draft.replace(place)
     sync(place.parent)
+
+
+def retried(act: Callable[[], object]) -> None:
+    """Do what must not fail, such as a step of a revert: three times, a moment apart, before its error is raised."""
+    for pause in RETRIES:
+        try:
+            act()
+            return
+        except (OSError, Fault):
+            time.sleep(pause)
+    act()
+
+
+RETRIES = [0.1, 1.0]
+"""Seconds between the attempts of `retried`: a disk that is full for a moment, a systemd that reloads."""
+
+
+def os_fault(error: OSError, what: str) -> Fault:
+    """The Fault that stands for an error of the operating system's; `what` could not be done."""
+    remedies = {
+        errno.ENOSPC: FULL,
+        errno.EDQUOT: FULL,
+        errno.EROFS: "the file system is read-only: see dmesg, check the disk, remount it, then run the command again",
+        errno.EIO: "the disk reports errors: see dmesg and smartctl before anything is written there again",
+    }
+    kind = "disk" if error.errno in remedies else "step"
+    return Fault(kind, what, str(error), remedies.get(error.errno or 0, "run the same command again"))
 
 
 def read(path: Path) -> Json:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from agent.comfyui import ask, unanswered
+from agent.api import ask, checked, endpoint, job, queue, unanswered
 from agent.files import Json
 from agent.site import Site
 
@@ -17,34 +15,32 @@ def jobs(site: Site, count: int) -> list[Json]:
 
     Times are in seconds since 1970. ComfyUI forgets what is over when it ends.
     """
+    place = endpoint(site)
     try:
-        over = ask(site, f"/history?max_items={count}", timeout=PATIENCE)
-        queue = ask(site, "/queue", timeout=PATIENCE)
+        path = f"/history?max_items={count}"
+        history = ask(place, path, seconds=PATIENCE)
+        over = checked(path, history, lambda answer: [_over(name, entry) for name, entry in answer.items()])
+        running, waiting = queue(place, PATIENCE)
     except (OSError, ValueError) as error:
-        raise unanswered(site, error) from error
-    found = [_over(each) for each in over.values()]
-    for state in ("running", "pending"):
-        waiting = sorted(queue[f"queue_{state}"], key=lambda job: job[0])
-        found += [{**_asked(job), "status": state} for job in waiting]
-    return found
+        raise unanswered(place, error) from error
+    return [
+        *over,
+        *({**each, "status": "running"} for each in running),
+        *({**each, "status": "pending"} for each in waiting),
+    ]
 
 
-def _asked(job: list[Any]) -> Json:
-    """What was asked for: a job's number, id, workflow, and what came with it (ComfyUI's execution.py, PromptQueue)."""
-    created = job[3].get("create_time") if len(job) > 3 and isinstance(job[3], dict) else None
-    return {"id": job[1], "nodes": len(job[2]), "queued": created / 1000 if isinstance(created, (int, float)) else None}
-
-
-def _over(entry: Json) -> Json:
+def _over(name: str, entry: Json) -> Json:
     """One of the history: what was asked for, when it ran, and how it ended."""
     status = entry.get("status") or {}
+    asked = job(entry["prompt"]) if entry.get("prompt") else {"id": name, "nodes": 0, "queued": None}
     said = dict(status.get("messages", ()))
     begun = said.get("execution_start", {}).get("timestamp")
     names = ("execution_success", "execution_error", "execution_interrupted")
     ending = next((name for name in names if name in said), "")
     ended = said.get(ending, {}).get("timestamp")
     found = {
-        **_asked(entry["prompt"]),
+        **asked,
         "status": ending.removeprefix("execution_") or str(status.get("status_str", "unknown")),
         "started": begun / 1000 if begun else None,
         "seconds": (ended - begun) / 1000 if begun and ended else None,

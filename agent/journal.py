@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from agent.files import Json, free, read
+from agent.files import Json, append, free, read
 from agent.site import Site
 
 
@@ -33,16 +31,6 @@ def events(text: str) -> list[Json]:
         with suppress(ValueError):
             found.append(json.loads(line))
     return found
-
-
-def append(path: Path, line: Json) -> None:
-    """Add a line to a journal: on the disk when this returns, and none of it in a line that a power cut tore."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
-        file.write(b"\n" * bool(torn) + json.dumps(line).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class Journal:

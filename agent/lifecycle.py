@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from agent.api import endpoint
 from agent.comfyui import drain, first_answer
 from agent.files import Fault, Json, Sweep, flock, read, run, write
 from agent.journal import Journal, now
@@ -48,7 +49,7 @@ def restart(site: Site, step: Json, note: Callable[[str], None]) -> None:
 def await_jobs(site: Site, manager: Manager, step: Json, note: Callable[[str], None]) -> None:
     """Wait until ComfyUI has no job left, as the step says; raises Fault when it does not end in time."""
     if manager.status()["active"]:  # else it is somebody else's ComfyUI that answers
-        drain(site, step["drain"], step["force"], note)
+        drain(endpoint(site), step["drain"], step["force"], note)
 
 
 def await_answer(site: Site, manager: Manager, note: Callable[[str], None]) -> None:
@@ -56,13 +57,13 @@ def await_answer(site: Site, manager: Manager, note: Callable[[str], None]) -> N
     began = time.monotonic()
     manager.start()
     try:
-        stats = first_answer(site, manager, site.manifest(site.release())["gate"]["seconds"])
+        stats = first_answer(endpoint(site), manager, site.manifest(site.release())["gate"]["seconds"])
     except Fault as fault:
         fault.report |= {"kind": "silent", "hint": "read the log above; inv rollback returns to the release before"}
         with suppress(Fault, OSError):
             fault.report["log"] = last_words(manager)
         raise
-    note(f"answers after {time.monotonic() - began:.1f} s: ComfyUI {stats['system']['comfyui_version']}")
+    note(f"answers after {time.monotonic() - began:.1f} s: ComfyUI {stats['version']}")
 
 
 def withdraw(site: Site, step: Json, note: Callable[[str], None]) -> None:

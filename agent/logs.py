@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from agent.comfyui import ask
+from agent.api import ask, checked, endpoint
 from agent.files import Fault, Json
 from agent.services import Supervised, Systemd, login, manager_of
 from agent.site import Site
@@ -184,11 +184,12 @@ def _fault(why: str) -> Fault:
 def _remembered(site: Site, fault: Fault, match: Match) -> Iterator[Json]:
     """What ComfyUI itself remembers, its last 300 writes, where the journal is not ours to read."""
     try:
-        entries = ask(site, "/internal/logs/raw")["entries"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = ask(endpoint(site), "/internal/logs/raw")
+        remembered = checked("its log", found, lambda log: "".join(str(each["m"]) for each in log["entries"]))
+    except (OSError, ValueError):
         raise fault from None
     yield {"note": f"{fault.report['what']}: this is what ComfyUI remembers. {fault.report['hint']}"}
-    for line in "".join(str(each["m"]) for each in entries).splitlines():
+    for line in remembered.splitlines():
         if match(line):
             yield {"at": None, "text": line}
 

@@ -5,7 +5,10 @@ standard input (`site`, and what the verb takes) and answers in JSON lines. What
 
     agent.pyz          that file, as it submitted the plan under way
     pending.json       the plan under way; gone when it has ended
-    cut-over.json      how far its cut-over is, so that whoever goes on knows the way back
+    cut-over.json      the phase of its cut-over (`cutover`), and database-<run>/ the database as it was before,
+                       deleted with the run's end unless a revert could not restore it
+    reserve            room for the records that end a run, given up when the disk is full
+    trial/             scratch data of a release on trial
     runs/<run>.jsonl   what happened, line by line; `follow` reads it
     history.jsonl      how every run ended
     adopted.jsonl      what was taken over from another installation, and its units in adopted/
@@ -24,7 +27,7 @@ import json
 import sys
 from pathlib import Path
 
-from agent.files import Fault, Json, read
+from agent.files import Fault, Json, os_fault, read
 from agent.site import Site
 
 
@@ -47,7 +50,14 @@ def main(argv: list[str]) -> int:
         return 3
     except BrokenPipeError:
         return 3
+    except OSError as error:  # a disk that is full, read-only or broken
+        say({"fault": os_fault(error, f"the agent could not {verb}").report})
+        return UNWRITABLE
     return 0
+
+
+UNWRITABLE = 4
+"""The apply unit is not started again at once after this exit code (RestartPreventExitStatus= in `services`)."""
 
 
 def _stay(verb: str, site: Site) -> None:

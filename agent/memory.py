@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from agent.comfyui import unload
+from agent.api import endpoint, unload
 from agent.files import Fault, Json, meminfo, read_text
 from agent.gpu import gpus
 from agent.samples import running_job
@@ -26,7 +26,7 @@ def free(site: Site, wait: float) -> Json:
     end = time.monotonic() + wait
     before = held(site)
     try:
-        unload(site)
+        unload(endpoint(site))
         job = running_job(site)
         while job and running_job(site) == job:
             if time.monotonic() > end:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import TextIO
 
 from agent.adopt import adopt, retire, unadopt
-from agent.files import FULL, Fault, Json, flock, free, read, sha256, write
-from agent.journal import Journal, append, busy, events, now
+from agent.cutover import RESERVE, cut_over
+from agent.files import Fault, Json, Sweep, append, flock, free, os_fault, read, retried, sha256, write
+from agent.journal import Journal, busy, events, history, now
 from agent.lifecycle import delete, end_linger, erase, forget, forget_mounts, restart, start, stop, vanish, withdraw
 from agent.memory import drop_caches
 from agent.services import manager_of
@@ -24,7 +24,6 @@ from agent.site import Site
 from agent.steps import (
     account,
     app,
-    cut_over,
     env,
     folders,
     linger,
@@ -38,6 +37,7 @@ from agent.steps import (
     serve,
     tool,
 )
+from agent.trial import trial_of
 
 STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "account": account,
@@ -92,56 +92,106 @@ def submit(site: Site, plan: Json) -> Json:
             raise Fault("busy", "the host was changed since the plan was made", "", "run the same command again")
         write(site.state / "site.json", json.dumps(site.json))
         write(site.state / "agent.pyz", Path(sys.argv[0]).read_bytes())
+        write(site.state / RESERVE, bytes(RESERVED))
         Journal(site, plan["run"]).add("begin", who=plan["who"], action=plan["action"], release=plan["release"])
         write(site.pending, json.dumps({**plan, "since": now()}))
         manager_of(site).go()
     return {"run": plan["run"]}
 
 
+RESERVED = 65536
+"""Bytes kept for the records that end a run whose disk is full: the result with a log's last lines, the journal's."""
+
+
 def apply(site: Site) -> None:
-    """Apply the pending plan from where it stands. Ends with a line in the history, however it ends."""
+    """Apply the pending plan from where it stands; without one, clear up what an interrupted run left.
+
+    Raises OSError when the disk takes no writes at all: the plan stays pending then.
+    """
     with flock(site.lock):
         plan = read(site.pending)
         if not plan:
+            _clear(site)
             manager_of(site).settle()
             return
         journal = Journal(site, plan["run"])
-        done = {event["step"] for event in journal.events() if event["event"] == "done"}
-        fault: Json = {}
-        for number, step in enumerate(plan["steps"]):
-            if number in done:
-                continue
+        if "result" not in plan:
+            fault = _carry_out(site, plan, journal)
+            if not fault and plan["steps"][-1]["kind"] == "erase":
+                vanish(site, journal)
+                return
+            plan |= {"result": fault.get("result", "failed") if fault else "done", "fault": fault}
+            _record(site, plan)
+        _end(site, plan, journal)
+
+
+def _carry_out(site: Site, plan: Json, journal: Journal) -> Json:
+    """Do the steps that are not done yet; the report of the Fault that ended them, empty when none did."""
+    done = {event["step"] for event in journal.events() if event["event"] == "done"}
+
+    def note(text: str) -> None:
+        with suppress(OSError):  # what is done does not depend on it, a revert above all
+            journal.add("note", text=text)
+
+    for number, step in enumerate(plan["steps"]):
+        if number in done:
+            continue
+        try:
             journal.add("step", step=number, title=step["title"])
-            try:
-                STEPS[step["kind"]](site, step, lambda text: journal.add("note", text=text))
-            except Fault as error:
-                fault = error.report
-            except OSError as error:
-                fault = _os_fault(error, step)
-            except Exception as error:  # a fault of Hearth's own: doing it again would not help
-                fault = Fault("step", f"could not {step['title']}", repr(error), "this is a fault of Hearth's").report
-            if fault:
-                break
+            STEPS[step["kind"]](site, step, note)
+        except Fault as error:
+            return error.report
+        except OSError as error:
+            return os_fault(error, f"could not {step['title']}").report
+        except Exception as error:  # doing it again would not help
+            what = f"could not {step['title']}: internal error in Hearth"
+            return Fault("step", what, repr(error), f"report it, with {journal.path}").report
+        try:
             journal.add("done", step=number)
-        if not fault and plan["steps"][-1]["kind"] == "erase":
-            vanish(site, journal)
-            return
-        result = {"gate": "reverted"}.get(fault.get("kind", ""), "failed") if fault else "done"
-        asked = {key: plan[key] for key in ("run", "who", "action", "release", "base")}
-        line = {"at": now(), "result": result, **asked, "error": fault.get("what", "")}
-        with suppress(OSError):  # a full disk must not keep the run from ending
+        except OSError as error:
+            return os_fault(error, f"done, but it could not be recorded: {step['title']}").report
+    return {}
+
+
+def _record(site: Site, plan: Json) -> None:
+    """Write the result into the plan, before anything is deleted that it rests on.
+
+    On a disk without room even for that, the plan is deleted instead, which ends the run as well.
+    """
+    try:
+        retried(lambda: write(site.pending, json.dumps({**plan, "steps": []})))
+    except OSError:
+        (site.state / RESERVE).unlink(missing_ok=True)
+        try:
+            write(site.pending, json.dumps({**plan, "steps": []}))
+        except OSError:
+            retried(lambda: site.pending.unlink(missing_ok=True))
+
+
+def _end(site: Site, plan: Json, journal: Journal) -> None:
+    """Tell how a run ended, once, and delete what it needed; the plan last, so that whoever is killed here goes on."""
+    asked = {key: plan[key] for key in ("run", "who", "action", "release", "base")}
+    line = {"at": now(), "result": plan["result"], **asked, "error": plan["fault"].get("what", "")}
+    (site.state / RESERVE).unlink(missing_ok=True)
+    with suppress(OSError):  # a full disk must not keep the run from ending
+        if not any(each.get("run") == plan["run"] for each in history(site)):
             append(site.history, line)
-        with suppress(OSError):
-            journal.add("end", result=result, fault=fault)
-        shutil.rmtree(site.snapshot, ignore_errors=True)
-        site.cut.unlink(missing_ok=True)
-        site.pending.unlink()
+    with suppress(OSError):
+        if not any(event["event"] == "end" for event in journal.events()):
+            journal.add("end", result=plan["result"], fault=plan["fault"])
+    if not plan["fault"].get("kept"):
+        for _ in range(2):  # a disk may refuse once; after that it is no more than litter
+            Sweep().delete(site.state / f"database-{plan['run']}")
+    _clear(site)
+    retried(lambda: site.pending.unlink(missing_ok=True))
 
 
-def _os_fault(error: OSError, step: Json) -> Json:
-    full = error.errno in (28, 122)  # ENOSPC, EDQUOT
-    hint = FULL if full else "run the same command again"
-    return Fault("disk" if full else "step", f"could not {step['title']}", str(error), hint).report
+def _clear(site: Site) -> None:
+    """Delete what runs that have ended needed."""
+    for path in (site.cut, site.state / RESERVE, site.prefix / ".current.back"):
+        retried(lambda path=path: path.unlink(missing_ok=True))  # type: ignore[misc]
+    if (site.state / "trial").exists():
+        trial_of(site, manager_of(site)).clear()
 
 
 def follow(site: Site, run_id: str) -> Iterator[Json]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from agent.comfyui import ask
+from agent.api import endpoint, queue
 from agent.files import Json
 from agent.gpu import Nvml
 from agent.services import ours
@@ -37,7 +37,5 @@ def samples(site: Site, every: float, seconds: float | None) -> Iterator[Json]:
 
 def running_job(site: Site, timeout: float = 5) -> str | None:
     """The id of the job that ComfyUI runs; None when it runs none. Raises OSError or ValueError."""
-    try:
-        return next((str(job[1]) for job in ask(site, "/queue", timeout=timeout)["queue_running"]), None)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"no queue: {error!r}") from error
+    running, _ = queue(endpoint(site), timeout)
+    return str(running[0]["id"]) if running else None

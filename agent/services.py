@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pwd
@@ -139,12 +140,13 @@ class Systemd:
         self._wants(self.unit).unlink(missing_ok=True)
         run([*self.ctl, "daemon-reload"])
 
-    def start(self) -> None:
-        """Start the service, and its companions as the current release has them."""
+    def start(self, *, wait: bool = True) -> None:
+        """Start the service, and its companions as the current release has them; `wait` until they have started."""
         subprocess.run([*self.ctl, "reset-failed", self.unit], capture_output=True)
-        run([*self.ctl, "start", self.unit])
+        how = [] if wait else ["--no-block"]
+        run([*self.ctl, "start", *how, self.unit])
         if wanted := sorted({place.name for place in self._links() if place.parent.name.endswith(".wants")}):
-            run([*self.ctl, "restart", *wanted])
+            run([*self.ctl, "restart", *how, *wanted])
 
     def restart(self) -> None:
         """Restart the service alone, however often it was started before."""
@@ -213,6 +215,8 @@ StartLimitIntervalSec=0
 Type=exec
 ExecStart={python} -I {state}/agent.pyz apply {state}/site.json
 Restart=on-failure
+# The disk takes no writes: trying each second would not help. The next boot or command goes on.
+RestartPreventExitStatus=4
 RestartSec=1
 OOMPolicy=continue
 KillMode=control-group
@@ -269,8 +273,8 @@ class Supervised:
     def disable(self) -> None:
         """Nothing starts it at boot."""
 
-    def start(self) -> None:
-        """Start the service."""
+    def start(self, *, wait: bool = True) -> None:
+        """Start the service; the supervisor itself waits for mounts."""
         if not self.status()["active"]:
             detach([sys.executable, "-I", str(self.site.state / "agent.pyz"), "supervise"], self.site)
             wait_for(lambda: not free(self.lock), 10)
@@ -391,8 +395,15 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-# What a unit would get, too; whatever else the shell has set is not the service's.
-_INHERITED = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "TZ", "USER", "XDG_RUNTIME_DIR")
+def inherited() -> dict[str, str]:
+    """The variables that a unit would get, too; whatever else the shell has set is not the service's."""
+    names = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "TZ", "USER", "XDG_RUNTIME_DIR")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def dies_with_parent() -> None:
+    """Have this process killed when its parent dies (prctl(2), PR_SET_PDEATHSIG); for `preexec_fn`."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def supervise(site: Site) -> None:
@@ -430,8 +441,7 @@ def supervise(site: Site) -> None:
             manager.rotate()
             with manager.output.open("ab") as log:
                 begin = log.tell()
-                inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-                environment = {**inherited, **release["environment"]}
+                environment = {**inherited(), **release["environment"]}
                 child = subprocess.Popen(
                     release["argv"], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=site.data
                 )

@@ -35,13 +35,7 @@ class Site:
         self.cut = self.state / "cut-over.json"
         self.paused = self.state / "paused.json"
         self.lingered = self.state / "lingered"  # the login's systemd outlives it since Hearth asked for that
-        self.snapshot = self.state / "snapshot"
         self.database = self.data / "user/comfyui.db"
-
-    @property
-    def reachable(self) -> str:
-        """The address at which ComfyUI can be reached from here."""
-        return "127.0.0.1" if self.address in ("0.0.0.0", "") else "::1" if self.address == "::" else self.address
 
     def release(self) -> str:
         """The current release's id; empty when there is none. Raises Fault when `current` is not Hearth's."""

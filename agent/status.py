@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from agent.comfyui import ask, takes_connections
+from agent.api import endpoint, queue, system_stats, takes_connections
 from agent.facts import STALE, answering, facts
 from agent.files import Fault, Json, meminfo
 from agent.gpu import gpus
@@ -48,29 +48,21 @@ def _live(site: Site, pid: int, devices: list[Json]) -> Json:
 
 def _comfyui(site: Site) -> Json:
     """What ComfyUI says of itself: `state` is answers, silent (it takes connections, and says nothing), or closed."""
-    started = time.monotonic()
+    started, place = time.monotonic(), endpoint(site)
     try:
-        stats = ask(site, "/system_stats", timeout=PATIENCE)
-        queue = ask(site, "/queue", timeout=PATIENCE)
-        running = [{"id": job[1], "nodes": len(job[2]), "since": _created(job)} for job in queue["queue_running"]]
-        return {
-            "state": "answers",
-            "seconds": time.monotonic() - started,
-            "version": stats["system"].get("comfyui_version", ""),
-            "torch": stats["system"].get("pytorch_version", ""),
-            "devices": [{"name": each["name"], "type": each["type"]} for each in stats["devices"]],
-            "running": running,
-            "pending": len(queue["queue_pending"]),
-        }
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        return {"state": "silent" if takes_connections(site) else "closed", "reason": str(error)}
-
-
-def _created(job: list[Json]) -> float | None:
-    """When a job was handed in, in seconds since 1970; ComfyUI notes it in milliseconds."""
-    with suppress(IndexError, TypeError, ValueError, AttributeError):
-        return float(job[3]["create_time"]) / 1000
-    return None
+        stats = system_stats(place, PATIENCE)
+        running, waiting = queue(place, PATIENCE)
+    except (OSError, ValueError) as error:
+        return {"state": "silent" if takes_connections(place) else "closed", "reason": str(error)}
+    return {
+        "state": "answers",
+        "seconds": time.monotonic() - started,
+        "version": stats["version"],
+        "torch": stats["torch"],
+        "devices": stats["devices"],
+        "running": [{"id": each["id"], "nodes": each["nodes"], "since": each["queued"]} for each in running],
+        "pending": len(waiting),
+    }
 
 
 def _places(site: Site) -> list[Path]:

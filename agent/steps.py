@@ -14,12 +14,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from agent.comfyui import drain, first_answer, gate, say_changed_types
+from agent.comfyui import gate
 from agent.facts import sudoers
 from agent.files import Fault, Json, link, own, read, remove, run, sha256, write
 from agent.journal import history
 from agent.parts import as_service, contents, part
-from agent.services import UNITS, Manager, last_words, manager_of
+from agent.services import UNITS, manager_of
 from agent.site import DATA, SHARED, SHARING, Site
 
 
@@ -292,92 +292,6 @@ def preflight(site: Site, step: Json, note: Callable[[str], None]) -> None:
     manifest = site.manifest(step["release"])
     code = "".join(f"import {name}; " for name in manifest["gate"]["imports"]) or "import torch"
     run([manifest["argv"][0], "-I", "-c", code], {**manifest["environment"], "CUDA_VISIBLE_DEVICES": ""})
-
-
-def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Take the old release out of service and the new one in; take it back when it is not healthy."""
-    manager = manager_of(site)
-    target = site.manifest(step["to"])
-    record = read(site.cut)
-    if not record:
-        if missing := site.unmounted():
-            what = f"{' and '.join(missing)} went away since the plan was made"
-            raise Fault("step", what, "", "mount it there, then run the same command again")
-        previous = site.release()
-        if previous:
-            drain(site, step["drain"], step["force"], note)
-        record = {"previous": previous, "was_active": manager.status()["active"], "reverting": {}, "log": []}
-        write(site.cut, json.dumps(record))
-    if not record["reverting"]:
-        try:
-            if site.release() != step["to"] or step["restart"]:
-                manager.stop()
-                _snapshot(site)
-                link(site.current, f"releases/{step['to']}")
-            manager.install()
-            manager.start()
-            gate(site, manager, target, note)
-            say_changed_types(site, record["previous"], step["to"], note)
-        except Exception as error:  # whatever it is, what ran before must run again
-            report = error.report if isinstance(error, Fault) else Fault("gate", repr(error)).report
-            record["reverting"] = report
-            write(site.cut, json.dumps(record))
-            with suppress(Fault, OSError):
-                record["log"] = last_words(manager)
-    if record["reverting"]:
-        try:
-            _revert(site, manager, record, note)
-        except (Fault, OSError) as error:
-            if isinstance(error, Fault) and error.report["kind"] == "gate" and "log" in error.report:
-                raise
-            why = f"{record['reverting']['what']} ({record['reverting']['cause']})"
-            what = f"release {step['to']} is not healthy, and going back failed: {error}"
-            raise Fault("step", what, why, "inv facts shows how it is; inv deploy tries again") from error
-
-
-def _snapshot(site: Site) -> None:
-    """Keep ComfyUI's database as it is while nobody writes it: a newer version migrates it and an older one stops."""
-    fresh = site.snapshot.with_name(".snapshot")
-    for folder in (fresh, site.snapshot):
-        shutil.rmtree(folder, ignore_errors=True)
-    fresh.mkdir()
-    os.chown(fresh, *site.owner())
-    as_service(site, copy_database, site.database.parent, fresh)
-    os.sync()
-    fresh.rename(site.snapshot)
-
-
-def copy_database(source: Path, place: Path) -> None:
-    """Replace the database in `place` by the one in `source`."""
-    for path in place.glob("comfyui.db*"):
-        path.unlink()
-    for path in source.glob("comfyui.db*"):
-        shutil.copy2(path, place / path.name)
-
-
-def _revert(site: Site, manager: Manager, record: Json, note: Callable[[str], None]) -> None:
-    """Bring back what ran before; always raises the Fault that made it necessary."""
-    previous = record["previous"]
-    note(f"not healthy, going back to {previous or 'no release'}")
-    manager.stop()
-    if site.snapshot.exists():
-        as_service(site, copy_database, site.snapshot, site.database.parent)
-    report = dict(record["reverting"])
-    if previous:
-        link(site.current, f"releases/{previous}")
-        manager.install()
-        if record["was_active"]:
-            manager.start()
-            first_answer(site, manager, site.manifest(previous)["gate"]["seconds"])
-        report["cause"] += f"\nrelease {previous} is back" + (" and answers" if record["was_active"] else "")
-    else:
-        manager.uninstall()
-        site.current.unlink(missing_ok=True)
-        report["cause"] += "\nthere was no release before, so none runs now"
-    fault = Fault("gate", f"release {read(site.pending)['release']} is not healthy: {report['what']}", report["cause"])
-    fault.report["hint"] = report["hint"] or "read the log above; inv deploy tries again"
-    fault.report["log"] = record["log"]
-    raise fault
 
 
 def serve(site: Site, step: Json, note: Callable[[str], None]) -> None:

@@ -125,6 +125,7 @@ def error_of(fault: dict[str, Any]) -> HearthError:
         "busy": BusyError,
         "drain": DrainError,
         "gate": GateError,
+        "trial": GateError,
         "changed": ChangedSinceError,
         "disk": DiskFullError,
         "offline": HostOfflineError,

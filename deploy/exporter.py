@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXTRA = "exporter"
 
-AGENT = ("__init__", "files", "gpu", "journal", "site")
+AGENT = ("__init__", "api", "files", "gpu", "journal", "site")
 """The agent's modules that the exporter reaches. Not all of it: what changes the tree restarts ComfyUI, too."""
 
 MAIN = "import sys\n\nfrom exporter.__main__ import main\n\nmain(sys.argv[1:])\n"

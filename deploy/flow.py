@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from getpass import getuser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,8 +218,15 @@ def _deploy(name: str, options: Options, bundle: Bundle | None) -> Outcome:
             facts = look(agent, target, packages)
             planned = plan.make(target, facts, stock, options)  # what is done already stays done
             _apply(agent, facts, planned, stock, "deploy", offline=True)
+        if options.trial == "only":
+            return replace(outcome, state=tried(planned))
         _converged(name, plan.make(target, look(agent, target, packages), stock, options))
         return outcome
+
+
+def tried(planned: Plan) -> str:
+    """What a host is after a trial that went well."""
+    return f"release {planned.release} passed its trial; {planned.base or 'nothing'} stays in service"
 
 
 def bundle(name: str, output: str, platform: str, python: str, verify: str, *, ask_sudo: bool) -> tuple[Path, Bundle]:
@@ -309,7 +316,12 @@ def rollback(name: str, to: str, options: Options) -> list[Outcome]:
             raise UnknownNameError(f"{target.name} keeps no release {to!r} to go back to", hint=near(to, others))
         return plan.back(target, facts, to or others[0], options)
 
-    return change(hosts.select(name, ""), "rollback", back, options)
+    results = change(hosts.select(name, ""), "rollback", back, options)
+    if options.trial == "only" and not options.dry_run:
+        return [
+            replace(each, state=f"release {each.release} passed its trial; nothing was cut over") for each in results
+        ]
+    return results
 
 
 def _propose(agent: Agent, target: Target, facts: Facts, path: str, by: str) -> Proposal:

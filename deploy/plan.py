@@ -75,13 +75,19 @@ class Shelf:
 @dataclass(frozen=True)
 class Options:
     """How a change is made: `drain` seconds to wait for jobs, and with `force` cut them short then; not at all on a
-    `dry_run`; whether to `ask` for the sudo password, and whether a remote host shall be changed."""
+    `dry_run`; whether to `ask` for the sudo password, and whether a remote host shall be changed. `trial` says whether
+    a release is tried beside the one in service before the cut-over: "yes", "no", or "only": nothing is cut over."""
 
     drain: float = 60
     force: bool = False
     dry_run: bool = False
     ask_sudo: bool = False
     ask: bool = False
+    trial: str = "yes"
+
+    def cut_over(self, to: str) -> dict[str, Any]:
+        """What the agent must know for a cut-over."""
+        return {"to": to, "drain": self.drain, "force": self.force, "trial": self.trial}
 
 
 def seconds(drain: str) -> float:
@@ -129,10 +135,7 @@ def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
         what = f"release {to} cannot run any more: {', '.join(broken)} is missing or damaged"
         refusals.append(Refusal(what, "choose another release, or deploy again"))
     steps = [_release_step(wanted, "its unit or links were changed")] if wanted and to in facts.altered else []
-    title = f"cut over from {facts.current or 'nothing'} to {to}"
-    values = {"to": to, "drain": options.drain, "force": options.force, "restart": False}
-    undo = f"back to {facts.current}, also by itself when unhealthy"
-    steps.append(Step("cut-over", title, "asked for", undo, values))
+    steps.append(_cut_over(facts, to, "asked for", options))
     return Plan(facts.current, to, steps=() if refusals else tuple(steps), refusals=tuple(refusals))
 
 
@@ -375,11 +378,12 @@ def _steps(
     if facts.current != wanted["id"] or replaced:
         title = "import torch and the kernels in the new environment"
         steps.append(Step("preflight", title, "before anything is stopped", "nothing", {"release": wanted["id"]}))
-        before = facts.current or "nothing"
-        title = f"cut over from {before} to {wanted['id']}"
-        values = {"to": wanted["id"], "drain": options.drain, "force": options.force, "restart": replaced}
         why = "what runs is not what it says" if facts.current == wanted["id"] else "it is not the one wanted"
-        steps.append(Step("cut-over", title, why, f"back to {before}, also by itself when unhealthy", values))
+        steps.append(_cut_over(facts, wanted["id"], why, options))
+        if options.trial == "only":
+            return steps
+    elif options.trial == "only":
+        return []
     elif not (facts.service.active and facts.service.enabled):
         missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
@@ -387,6 +391,16 @@ def _steps(
     made = any(step.kind in ("app", "env", "node", "exporter", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
+
+
+def _cut_over(facts: Facts, to: str, why: str, options: Options) -> Step:
+    """The step that puts a release in service, or only tries it."""
+    before = facts.current or "nothing"
+    if options.trial == "only":
+        title, undo = f"try {to} beside {before}, which stays in service", "nothing: it leaves nothing behind"
+    else:
+        title, undo = f"cut over from {before} to {to}", f"back to {before}, also by itself when unhealthy"
+    return Step("cut-over", title, why, undo, options.cut_over(to))
 
 
 def _people(target: Target, facts: Facts) -> list[Step]:

@@ -256,7 +256,8 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     }
     files[f"{target.host.service}.service"] = _unit(choice, argv, environment, data, release, more)
     if choice.exporter_part:
-        told = {"site": target.site | {"prefix": prefix}, "port": target.host.metrics_port, "cuda": target.profile.cuda}
+        told = {"site": target.site | {"prefix": prefix}, "argv": argv, "port": target.host.metrics_port}
+        told["cuda"] = target.profile.cuda
         files["exporter.json"] = json.dumps(told, indent=1) + "\n"
     for name, text in _companions(choice, prefix, release, developed).items():
         files[f"{target.host.service}-{name}"] = text

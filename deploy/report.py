@@ -33,6 +33,8 @@ def outcomes(results: Sequence[Outcome], *, as_json: bool, dry_run: bool) -> int
     for each in results:
         if dry_run:
             console.data(f"{each.host}: {len(each.steps)} changes" if each.changed else f"{each.host}: nothing to do")
+        elif each.state:
+            console.data(f"{each.host}: {each.state}")
         elif each.changed:
             console.data(
                 f"{each.host}: release {each.release} is in service{f' at {each.address}' * bool(each.address)}"

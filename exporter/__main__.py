@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, MetricsHandler, ProcessCollector
 
+from agent.api import Endpoint
 from agent.files import read
 from agent.site import Site
 from exporter import comfyui, host
@@ -22,9 +23,9 @@ class Handler(MetricsHandler):
     timeout = 5
 
 
-def gatherer(site: Site, *, cuda: bool) -> Gatherer:
-    """Everything that is told of a host. `cuda` says whether its release needs a GPU."""
-    client = comfyui.Client(site)
+def gatherer(site: Site, place: Endpoint, *, cuda: bool) -> Gatherer:
+    """Everything that is told of a host. `place` is where its ComfyUI listens, `cuda`: its release needs a GPU."""
+    client = comfyui.Client(place)
     jobs = comfyui.Jobs(client, site.data / "cache/exporter.json")
     named: dict[str, Callable[[], host.Metrics]] = {
         "release": host.Release(site),
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     config = read(Path(argv[0]))
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    registry.register(gatherer(Site(config["site"]), cuda=config["cuda"]))
+    registry.register(gatherer(Site(config["site"]), Endpoint.of(config["argv"]), cuda=config["cuda"]))
     server = ThreadingHTTPServer(("127.0.0.1", config["port"]), Handler.factory(registry))
     server.serve_forever(poll_interval=60)  # it is ended by a signal: nothing to look for twice a second
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from bisect import bisect_left
 from collections.abc import Iterable
-from http.client import HTTPConnection
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
@@ -15,8 +13,9 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from agent.api import Endpoint, ask
 from agent.files import Json, read, write
-from agent.site import PROOF, Site
+from agent.site import PROOF
 
 PATIENCE = 1.5
 """Seconds for an answer of ComfyUI's, less than a scrape has."""
@@ -34,26 +33,12 @@ BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0, 1800
 class Client:
     """Asks the running ComfyUI over HTTP."""
 
-    def __init__(self, site: Site) -> None:
-        self._place = (site.reachable, site.port)
+    def __init__(self, place: Endpoint) -> None:
+        self._place = place
 
     def get(self, path: str) -> Any:
-        """An answer's JSON. Raises OSError, HTTPException or ValueError; when it takes longer than `PATIENCE`, too."""
-        end = time.monotonic() + PATIENCE
-        connection = HTTPConnection(*self._place, timeout=PATIENCE)
-        try:
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            if answer.status != 200:
-                raise OSError(f"{path} is answered with {answer.status}")
-            raw = bytearray()
-            while block := answer.read1(1 << 16):
-                raw += block
-                if len(raw) > LIMIT or time.monotonic() > end:
-                    raise TimeoutError(f"{path} is still answered after {PATIENCE} s, {len(raw)} bytes")
-            return json.loads(raw)
-        finally:
-            connection.close()
+        """An answer's JSON. Raises OSError or ValueError; when it takes longer than `PATIENCE`, too."""
+        return ask(self._place, path, seconds=PATIENCE, limit=LIMIT)
 
 
 def _up(value: bool) -> Metric:

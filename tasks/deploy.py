@@ -5,7 +5,7 @@ from __future__ import annotations
 from invoke.context import Context  # `command` evaluates annotations
 
 from tasks.command import command
-from tasks.flags import Change, CutOver, Fleet, Output, Sudo, Where, options
+from tasks.flags import Change, Fleet, Output, Sudo, Tried, TriedChange, Where, options
 
 
 @command(
@@ -22,17 +22,19 @@ def deploy(
     keep_going: bool = False,
     *,
     where: Fleet,
-    how: Change,
+    how: TriedChange,
     out: Output,
 ) -> int:
-    """Put ComfyUI on a host (default: this machine), proven before it takes traffic.
+    """Put ComfyUI on a host (default: this machine), health-checked before it takes traffic.
 
-    Makes a host what `config/hosts.toml` says: reads its facts, shows the changes, sends what it lacks, builds
-    everything beside the release in service, cuts over, proves that the new one serves, and otherwise goes back to the
-    old one. On this machine it needs no root: all is below `~/.local/share/hearth/comfyui`, on port 8188.
+    Makes a host what `config/hosts.toml` says: reads its facts, shows the changes, sends what it lacks, and builds
+    everything beside the release in service. The new release is tried there, on a port and data of its own; only then
+    ComfyUI is stopped, and the new release takes over. If that one is not healthy, the old one runs again. On this
+    machine it needs no root: everything is below `~/.local/share/hearth/comfyui`, on port 8188.
     How: docs/how-to/deploy-to-a-spark.md
 
         inv deploy --host spark --dry-run     # what would be changed
+        inv deploy --host spark --trial       # try it there; the release in service is not touched
         inv deploy --group home --drain 300   # several hosts; give jobs five minutes
         inv deploy --host spark --bundle spark.bundle.tar
     """
@@ -75,8 +77,8 @@ def bundle(
 
 
 @command(help={"to": "the release to return to (default: the one that served last)"})
-def rollback(_: Context, to: str = "", *, where: Where, how: CutOver, out: Output) -> int:
-    """Return to a kept release: the same cut-over with the same proof.
+def rollback(_: Context, to: str = "", *, where: Where, how: Tried, out: Output) -> int:
+    """Return to a kept release: the same trial, cut-over and health check.
 
     Nothing is sent or built: its parts are still there.
 

@@ -72,9 +72,17 @@ class CutOver(DryRun):
     """How the service is stopped, as to go from one release to another."""
 
     drain: str = flag(
-        "60", "seconds to wait for ComfyUI's jobs; then nothing is cut short, unless --force (default: 60)"
+        "60", "seconds to wait for ComfyUI's jobs; when they still run then, nothing is changed (default: 60)"
     )
-    force: bool = flag(False, "cut jobs short that still run after --drain")
+    force: bool = flag(False, "stop ComfyUI without asking for its jobs: they are interrupted")
+
+
+@dataclass(frozen=True)
+class Tried(CutOver):
+    """Whether a release is tried beside the one in service before it replaces it."""
+
+    trial: bool = flag(False, "stop after the trial: the release in service stays untouched")
+    no_trial: bool = flag(False, "cut over without a trial: an unhealthy release costs its start and the way back")
 
 
 @dataclass(frozen=True)
@@ -82,10 +90,21 @@ class Change(CutOver, Agreed):
     """A cut-over that somebody at a terminal agrees to."""
 
 
+@dataclass(frozen=True)
+class TriedChange(Tried, Agreed):
+    """A cut-over after a trial, that somebody at a terminal agrees to."""
+
+
 def options(sudo: Sudo, how: DryRun, *, force: bool = False) -> Options:
     """How a change is made, as its flags say; raises UsageError. `force` is that of a task which has its own."""
+    from core.errors import UsageError
     from deploy.plan import Options, seconds
 
     cut = how if isinstance(how, CutOver) else CutOver()
     asks = isinstance(how, Agreed) and not how.yes
-    return Options(seconds(cut.drain), cut.force or force, how.dry_run, sudo.ask_sudo, asks)
+    trial = "yes"
+    if isinstance(how, Tried):
+        if how.trial and how.no_trial:
+            raise UsageError("--trial and --no-trial exclude each other", hint="leave one of them out")
+        trial = "only" if how.trial else "no" if how.no_trial else "yes"
+    return Options(seconds(cut.drain), cut.force or force, how.dry_run, sudo.ask_sudo, asks, trial)

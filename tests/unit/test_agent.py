@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent import comfyui, journal, services, steps
-from agent.files import Fault, write
+from agent.files import Fault, append, write
 from agent.site import Site
 
 
@@ -87,24 +87,21 @@ def test_packages_that_share_what_does_no_harm_are_not(tmp_path: Path) -> None:
         ({"A": "custom_nodes.two", "B": "comfy_extras.new"}, []),
     ],
 )
-def test_node_types_that_are_gone_or_another_nodes_are_told(tmp_path: Path, before: object, said: list[str]) -> None:
-    site = at(tmp_path)
+def test_node_types_that_are_gone_or_another_nodes_are_told(before: object, said: list[str]) -> None:
     after = {"A": "custom_nodes.two", "B": "comfy_extras.new"}
-    for name, types in (("old", before), ("new", after)):
-        write(site.releases / name / "proven", json.dumps({"types": types}))
     notes: list[str] = []
-    comfyui.say_changed_types(site, "old", "new", notes.append)
+    comfyui.say_changed_types({"types": before}, {"types": after}, notes.append)
     assert [note.replace("custom_nodes.", "") for note in notes] == said
 
 
 def test_a_line_of_the_history_that_a_power_cut_tore_is_left_out(tmp_path: Path) -> None:
     site = at(tmp_path)
     assert journal.last(journal.history(site)) == {}
-    journal.append(site.history, {"action": "deploy", "run": "1"})
+    append(site.history, {"action": "deploy", "run": "1"})
     with site.history.open("a") as file:
         file.write('{"action": "depl')
     assert journal.last(journal.history(site))["run"] == "1"
-    journal.append(site.history, {"action": "restart", "run": "3"})
+    append(site.history, {"action": "restart", "run": "3"})
     assert [each["run"] for each in journal.history(site)] == ["1", "3"]
     assert journal.last(journal.history(site), *journal.DEPLOYS)["run"] == "1"
 

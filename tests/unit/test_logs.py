@@ -153,18 +153,20 @@ def over(status: str, *messages: tuple[str, dict[str, Any]]) -> dict[str, Any]:
 
 def test_how_jobs_ended() -> None:
     cached = ("execution_cached", {"nodes": ["1"], "timestamp": 1795404760001})
-    done = agent_jobs._over(over("success", cached, ("execution_success", {"timestamp": 1795404762500})))
+    done = agent_jobs._over("an id", over("success", cached, ("execution_success", {"timestamp": 1795404762500})))
     assert done == {
         "id": "0f5c", "nodes": 2, "queued": 1795404759.013, "status": "success", "started": 1795404760.0,
         "seconds": 2.5, "cached": 1,
     }  # fmt: skip
     error = {"node_id": "2", "node_type": "KSampler", "exception_type": "RuntimeError", "timestamp": 1795404761000}
-    failed = agent_jobs._over(over("error", ("execution_error", {**error, "exception_message": "no\x1b[2J room\n"})))
+    failed = agent_jobs._over(
+        "an id", over("error", ("execution_error", {**error, "exception_message": "no\x1b[2J room\n"}))
+    )
     assert (failed["status"], failed["node"], failed["node_type"]) == ("error", "2", "KSampler")
     assert failed["error"] == "RuntimeError: no\x1b[2J room"
     stopped = {"node_id": "1", "node_type": "Wait", "timestamp": 1795404761000}
-    assert agent_jobs._over(over("error", ("execution_interrupted", stopped)))["status"] == "interrupted"
-    assert agent_jobs._over({"prompt": PROMPT, "outputs": {}, "status": None})["status"] == "unknown"
+    assert agent_jobs._over("an id", over("error", ("execution_interrupted", stopped)))["status"] == "interrupted"
+    assert agent_jobs._over("an id", {"prompt": PROMPT, "outputs": {}, "status": None})["status"] == "unknown"
 
 
 def test_jobs_are_shown_in_a_hundred_columns(capsys: pytest.CaptureFixture[str]) -> None:

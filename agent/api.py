@@ -1,0 +1,207 @@
+"""ComfyUI's HTTP API, asked from its own machine. Whatever listens there may be slow, hostile or no ComfyUI at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from agent.files import Fault, Json
+from agent.site import Site
+
+T = TypeVar("T")
+
+LIMIT = 64_000_000
+"""Bytes of an answer. The largest is `/object_info` (about 5 MB with ten node packs); queues hold whole workflows."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a ComfyUI listens: its addresses as reached from its own machine, its port, and whether by TLS."""
+
+    addresses: tuple[str, ...]
+    port: int
+    tls: bool = False
+
+    @classmethod
+    def of(cls, argv: Sequence[str]) -> Endpoint:
+        """The endpoint that a ComfyUI with this command line has (comfy/cli_args.py: --listen, --port, --tls-*)."""
+        values = {"--listen": "127.0.0.1", "--port": "8188", "--tls-keyfile": "", "--tls-certfile": ""}
+        words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+        for flag, value in zip(words, [*words[1:], ""]):  # noqa: B905  3.10 and the same length
+            if flag in values:
+                values[flag] = "" if value.startswith("--") else value
+        any_address = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
+        listed = (values["--listen"] or "0.0.0.0,::").split(",")  # what a --listen without a value stands for
+        addresses = dict.fromkeys(any_address.get(each.strip(), each.strip()) for each in listed)
+        return cls(tuple(addresses), int(values["--port"]), bool(values["--tls-keyfile"] and values["--tls-certfile"]))
+
+
+def endpoint(site: Site) -> Endpoint:
+    """Where the release in service listens, by its own manifest; where nothing is deployed, as configured."""
+    with suppress(Fault):  # `current` is foreign: facts report it
+        if argv := site.manifest(site.release()).get("argv"):
+            return Endpoint.of(argv)
+    return Endpoint.of(["--listen", site.address, "--port", str(site.port)])
+
+
+NOBODY = (errno.ECONNREFUSED, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+"""Errors that say that nothing listens at an address: it is refused, or this machine has no such address at all."""
+
+
+def ask(place: Endpoint, path: str, body: Json | None = None, seconds: float = 5, limit: int = LIMIT) -> Any:
+    """Ask ComfyUI; the bytes of a picture (`/view`), else parsed JSON (None: an empty answer).
+
+    `seconds` is for all of it, connecting included. No redirect is followed. Raises ConnectionRefusedError when no
+    address of the endpoint takes connections, another OSError when there is no answer in time, ValueError when the
+    answer is not ComfyUI's.
+    """
+    from http.client import HTTPException  # half of this file's start, and most verbs ask nothing
+
+    end = time.monotonic() + seconds
+    unknown: OSError | None = None
+    for address in place.addresses:
+        try:
+            raw = _exchange(place, address, path, body, max(0.1, end - time.monotonic()), limit)
+        except OSError as error:
+            unknown = unknown or (None if error.errno in NOBODY else error)
+            continue
+        except HTTPException as error:  # whoever has the port speaks something else
+            raise ValueError(f"no HTTP: {error!r}") from error
+        try:
+            return raw if path.startswith("/view") else json.loads(raw) if raw else None
+        except RecursionError as error:
+            raise ValueError(f"the answer to {path} is nested too deeply") from error
+    raise unknown or ConnectionRefusedError(f"nothing listens at {' or '.join(place.addresses)}, port {place.port}")
+
+
+def _exchange(place: Endpoint, address: str, path: str, body: Json | None, seconds: float, limit: int) -> bytes:
+    from http.client import HTTPConnection, HTTPSConnection
+
+    if place.tls:
+        import ssl
+
+        # ComfyUI's own certificate names the host that people open, not this loopback address.
+        connection: HTTPConnection = HTTPSConnection(
+            address,
+            place.port,
+            timeout=seconds,
+            context=ssl._create_unverified_context(),  # noqa: S323
+        )
+    else:
+        connection = HTTPConnection(address, place.port, timeout=seconds)
+    late = threading.Event()
+
+    def hang_up() -> None:
+        late.set()
+        if sock := connection.sock:
+            with suppress(OSError):
+                sock.shutdown(2)
+
+    # A socket's own time-out starts anew with every byte: this one ends an answer that trickles.
+    timer = threading.Timer(seconds, hang_up)
+    timer.daemon = True
+    with closing(connection):
+        timer.start()
+        try:
+            headers = {"Content-Type": "application/json"}
+            connection.request(
+                "GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers
+            )
+            answer = connection.getresponse()
+            raw = answer.read(limit + 1)
+        except Exception as error:
+            if late.is_set():
+                raise TimeoutError(f"no answer to {path} within {seconds:g} s") from error
+            raise
+        finally:
+            timer.cancel()
+    if late.is_set():
+        raise TimeoutError(f"no answer to {path} within {seconds:g} s")
+    if len(raw) > limit:
+        raise ValueError(f"the answer to {path} is longer than {limit} bytes")
+    if answer.status != 200:
+        raise ValueError(f"{path} is answered with {answer.status}: {raw[:500].decode(errors='replace')}")
+    return raw
+
+
+# --- answers, checked ----------------------------------------------------------------------------------------------
+
+
+def checked(name: str, answer: Any, read: Callable[[Any], T]) -> T:
+    """What `read` makes of an answer; raises ValueError when the answer has another shape than ComfyUI's."""
+    try:
+        return read(answer)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise ValueError(f"the answer to {name} is not ComfyUI's: {error!r}") from error
+
+
+def system_stats(place: Endpoint, seconds: float = 5) -> Json:
+    """`/system_stats`: `version`, `torch`, `argv`, and `devices` with name and type. Raises as `ask` does."""
+
+    def read(answer: Any) -> Json:
+        system = answer["system"]
+        return {
+            "version": str(system.get("comfyui_version", "")),
+            "torch": str(system.get("pytorch_version", "")),
+            "argv": [str(word) for word in system.get("argv", [])],
+            "devices": [{"name": str(each["name"]), "type": str(each["type"])} for each in answer["devices"]],
+        }
+
+    return checked("/system_stats", ask(place, "/system_stats", seconds=seconds), read)
+
+
+def queue(place: Endpoint, seconds: float = 5) -> tuple[list[Json], list[Json]]:
+    """The jobs that run and those that wait, in their order (`job`). Raises as `ask` does."""
+
+    def read(answer: Any) -> tuple[list[Json], list[Json]]:
+        listed = [list(answer[name]) for name in ("queue_running", "queue_pending")]
+        for jobs in listed:  # nodes queue jobs, too, and may number them with something else
+            jobs.sort(key=lambda entry: entry[0] if isinstance(entry[0], (int, float)) else float("inf"))
+        running, waiting = ([job(entry) for entry in jobs] for jobs in listed)
+        return running, waiting
+
+    return checked("/queue", ask(place, "/queue", seconds=seconds), read)
+
+
+def job(entry: Sequence[Any]) -> Json:
+    """A job as ComfyUI queues it (execution.py, PromptQueue): number, id, workflow, and what came with it.
+
+    `queued` is in seconds since 1970, None where the job does not say.
+    """
+    extra = entry[3] if len(entry) > 3 and isinstance(entry[3], dict) else {}
+    created = extra.get("create_time")
+    queued = created / 1000 if isinstance(created, (int, float)) else None
+    return {"id": str(entry[1]), "nodes": len(entry[2]) if hasattr(entry[2], "__len__") else 0, "queued": queued}
+
+
+def takes_connections(place: Endpoint) -> bool:
+    """Whether anything listens at an address of the endpoint."""
+    import socket
+
+    for address in place.addresses:
+        with suppress(OSError), socket.create_connection((address, place.port), timeout=1):
+            return True
+    return False
+
+
+def unanswered(place: Endpoint, error: Exception) -> Fault:
+    """The Fault that stands for a ComfyUI that gave no answer, or for another program at its port."""
+    if isinstance(error, ValueError):
+        what = f"the program at port {place.port} does not answer as ComfyUI does"
+        return Fault("silent", what, str(error), "inv status shows which program holds the port")
+    if takes_connections(place):
+        hint = "inv logs shows what it does; inv restart --force ends that"
+        return Fault("silent", "ComfyUI takes connections and does not answer", str(error), hint)
+    what = f"nothing listens on port {place.port}: ComfyUI does not run"
+    return Fault("silent", what, str(error), "inv start; inv logs")
+
+
+def unload(place: Endpoint) -> None:
+    """Ask ComfyUI to unload its models and forget its results, once no job runs. Raises as `ask` does."""
+    ask(place, "/free", {"unload_models": True, "free_memory": True})

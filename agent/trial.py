@@ -1,0 +1,234 @@
+"""The trial of a release: it runs beside the one in service, in the same sandbox and on the same GPU, and is proven.
+
+It has a loopback port of its own and scratch data: folders of its own, a copy of the database, the real models to read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+
+from agent.api import Endpoint
+from agent.comfyui import prove, say_changed_types
+from agent.files import Fault, Json, Sweep, link, meminfo, read, run, write
+from agent.gpu import gpus
+from agent.parts import as_service
+from agent.services import Manager, Systemd, dies_with_parent, inherited
+from agent.site import DATA, Site
+
+MEMORY, GPU_MEMORY = 2_500_000_000, 1_500_000_000
+"""Bytes that a second, idle ComfyUI needs: its process (0.9 GB measured on a CPU, more with node packs) and on the GPU
+a CUDA context with the libraries of the kernels (estimated, not measured)."""
+
+SMALL = 16_000_000
+"""Bytes up to which a file that nodes keep in data/nodes is copied: settings are small, models of their own are not."""
+
+
+def lacking() -> str:
+    """Which memory is too small for two instances, in words; empty when there is enough."""
+    if (free := meminfo()["MemAvailable"]) < MEMORY:
+        return f"{free / 1e9:.1f} GB of memory are available, {MEMORY / 1e9:.1f} GB needed"
+    for gpu in gpus():
+        if not gpu["unified"] and gpu["memory_total"] and gpu["memory_used"] is not None:
+            free = gpu["memory_total"] - gpu["memory_used"]
+            if free < GPU_MEMORY:
+                return f"GPU {gpu['index']} has {free / 1e9:.1f} GB free, {GPU_MEMORY / 1e9:.1f} GB needed"
+    return ""
+
+
+def trial_of(site: Site, manager: Manager) -> Trial:
+    """The trial of a release, run as its service would be."""
+    return SystemdTrial(site) if isinstance(manager, Systemd) else Trial(site)
+
+
+def run_trial(site: Site, manager: Manager, release: Json, note: Callable[[str], None]) -> None:
+    """Prove a release without touching the one in service. Raises Fault, kind `trial`, with its log."""
+    trial = trial_of(site, manager)
+    current = site.release()
+    try:
+        trial.start(release)
+        proof = prove(
+            Endpoint.of(trial.argv), trial, release, trial.argv, lambda text: note(f"trial: {text}"), trial.output
+        )
+    except Exception as error:
+        report = error.report if isinstance(error, Fault) else Fault("trial", repr(error)).report
+        still = f"release {current} stays in service: nothing was stopped" if current else "nothing was in service"
+        fault = Fault("trial", f"release {release['id']} failed its trial: {report['what']}")
+        fault.report["cause"] = "\n".join(filter(None, [report["cause"], still]))
+        fault.report["hint"] = report["hint"] or "read the log above; inv deploy tries again"
+        with suppress(Fault, OSError):
+            fault.report["log"] = trial.log(25)
+        raise fault from error
+    finally:
+        trial.clear()
+    say_changed_types(read(site.releases / current / "proven"), proof, note)
+
+
+class Trial:
+    """One release on scratch data, as a process of the agent's own: it ends with it."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.scratch = site.state / "trial"
+        self.argv: list[str] = []
+        # where the trial has what is written: the data, and folders that lie elsewhere
+        elsewhere = {path: name for name, path in site.elsewhere.items() if name != "models"}
+        self.places = {str(site.data): self.scratch, **{path: self.scratch / name for path, name in elsewhere.items()}}
+        self.child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def output(self) -> Path:
+        """Where its pictures lie."""
+        return self.scratch / "output"
+
+    def moved(self, text: str) -> str:
+        """A command line, unit or environment with the scratch's paths in place of the data's."""
+        for path, place in self.places.items():
+            text = re.sub(rf"{re.escape(path)}(?![\w.-])", str(place).replace("\\", r"\\"), text)
+        return text
+
+    def prepare(self, release: Json, models: Path | None) -> None:
+        """Choose a port and make the scratch data, as the service's user; `models` is what its models are a link to."""
+        self.clear()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.argv = list(release["argv"])
+        for flag, value in (("--listen", "127.0.0.1"), ("--port", str(port))):
+            self.argv[self.argv.index(flag) + 1] = value
+        self.scratch.mkdir()
+        os.chown(self.scratch, *self.site.owner())
+        inside = [self.moved(name) for name in release.get("folders", ())]
+        as_service(self.site, _fill, self.site.data, self.scratch, inside, models)
+
+    def start(self, release: Json) -> None:
+        """Start a release."""
+        self.prepare(release, self.site.data / "models")
+        self.argv = [self.moved(word) for word in self.argv]
+        variables = {name: self.moved(value) for name, value in release["environment"].items()}
+        with (self.site.state / "trial.log").open("wb") as log:
+            self.child = subprocess.Popen(
+                self.argv,
+                env={**inherited(), **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.scratch,
+                preexec_fn=dies_with_parent,
+            )
+
+    def stop(self) -> None:
+        """End it, if it runs."""
+        if self.child:
+            self.child.send_signal(signal.SIGINT)  # ComfyUI handles SIGINT, not SIGTERM
+            with suppress(subprocess.TimeoutExpired):
+                self.child.wait(20)
+            self.child.kill()
+            self.child.wait()
+
+    def clear(self) -> None:
+        """End it, if it runs, and remove what it has written."""
+        self.stop()
+        Sweep().delete(self.scratch)
+
+    def status(self) -> Json:
+        """Whether it runs."""
+        code = self.child.poll() if self.child else None
+        return {"active": self.child and code is None, "state": f"it ended with {code}", "restarts": 0}
+
+    def log(self, lines: int) -> list[str]:
+        """Its last lines."""
+        return (self.site.state / "trial.log").read_text(errors="replace").splitlines()[-lines:]
+
+
+class SystemdTrial(Trial):
+    """One release on scratch data, as a unit that is gone with the next boot: the service's own with other places.
+
+    The system's systemd mounts the scratch over the data, so that what lies in the release and leads into the data
+    is tried, too; the login's own cannot, and gets other paths.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.unit = Systemd(Site({**site.json, "service": f"{site.service}-trial"}))
+        self.drop_ins = self.unit.units / f"{site.service}.service.d"
+        system = site.scope == "system"
+        self.unit.units = Path("/run/systemd/system" if system else f"/run/user/{os.getuid()}/systemd/user")
+        self.place = self.unit.units / self.unit.unit
+
+    def start(self, release: Json) -> None:
+        """Start a release; settings that somebody made for the service (systemctl edit) hold for it, too."""
+        text = (self.site.releases / release["id"] / f"{self.site.service}.service").read_text()
+        lines = ["[Service]", "Restart=no", f"RuntimeMaxSec={release['gate']['seconds'] + 900}", "ExecStart="]
+        if self.site.scope == "system":
+            self.prepare(release, None)
+            lines += [f"BindPaths={place}:{path}" for path, place in self.places.items()]
+            models = self.site.elsewhere.get("models", f"{self.site.data}/models")
+            lines += [f"BindReadOnlyPaths=-{models}:{models}"]
+        else:
+            self.prepare(release, self.site.data / "models")
+            self.argv, text = [self.moved(word) for word in self.argv], self.moved(text)
+        lines.append("ExecStart=" + shlex.join(self.argv).replace("%", "%%").replace("$", "$$"))
+        storage = f"{self.site.service}-storage.service"  # a release's first one is not known to systemd yet
+        write(self.place, "".join(f"{line}\n" for line in text.splitlines() if not line.endswith(f"={storage}")))
+        ours = self.place.with_name(f"{self.place.name}.d")
+        for each in self.drop_ins.glob("*.conf"):
+            link(ours / each.name, each)
+        write(ours / "~trial.conf", "\n".join(lines) + "\n")  # the last one by name
+        run([*self.unit.ctl, "daemon-reload"])
+        self.unit.start()
+
+    def stop(self) -> None:
+        """End it, if it runs, and forget its unit."""
+        if self.place.exists():
+            self.unit.stop()
+            self.place.unlink()
+            shutil.rmtree(self.place.with_name(f"{self.place.name}.d"), ignore_errors=True)
+            run([*self.unit.ctl, "daemon-reload"])
+            subprocess.run([*self.unit.ctl, "reset-failed", self.unit.unit], capture_output=True)
+
+    def status(self) -> Json:
+        """Whether it runs."""
+        return self.unit.status()
+
+    def log(self, lines: int) -> list[str]:
+        """Its last lines."""
+        return self.unit.log(lines)
+
+
+def _fill(data: Path, scratch: Path, inside: list[str], models: Path | None) -> None:
+    """Give the scratch data its folders, a copy of the database, and of what nodes keep."""
+    for name in ("nodes", "comfyui"):  # the trees of nodes and of ComfyUI have links to these
+        for folder, _, names in os.walk(data / name):
+            place = scratch / Path(folder).relative_to(data)
+            place.mkdir(parents=True, exist_ok=True)
+            for each in names:
+                status = os.lstat(f"{folder}/{each}")
+                if stat.S_ISREG(status.st_mode) and status.st_size <= SMALL:
+                    shutil.copyfile(f"{folder}/{each}", place / each)
+    if models:
+        (scratch / "models").symlink_to(models)
+    for name in (*DATA, *inside):
+        (scratch / name).mkdir(parents=True, exist_ok=True)
+    _copy_live(data / "user/comfyui.db", scratch / "user/comfyui.db")
+
+
+def _copy_live(source: Path, place: Path) -> None:
+    """Copy a SQLite database that another process may be writing to."""
+    if source.exists():
+        import sqlite3
+
+        with (
+            closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as live,
+            closing(sqlite3.connect(place)) as copied,
+        ):
+            live.backup(copied)

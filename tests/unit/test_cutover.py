@@ -1,0 +1,407 @@
+"""The crash matrix: every durable operation of a cut-over, killed or failing at each one, in each scenario.
+
+The code is the agent's own from `runs.apply` down; service manager and health check are stand-ins. The operations are
+counted by running each scenario once, so the matrix grows with the code. An operation on files that the counter does
+not see fails the test.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+import shutil
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import comfyui, cutover, files, runs, trial
+from agent.files import Fault, Json, link, write
+from agent.journal import history
+from agent.site import DATA, Site
+
+PLAN = {
+    "run": "r1",
+    "who": "anna@laptop",
+    "since": "2026-11-25T12:00:00Z",
+    "action": "deploy",
+    "release": "new",
+    "base": "old",
+    "steps": [
+        {"kind": "cut-over", "title": "cut over", "to": "new", "drain": 0, "force": False, "trial": "yes"},
+        {"kind": "prune", "title": "prune", "keep": ["new", "old"]},
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What the new release is like. `migrates`: it changes the database, and the old one then refuses it."""
+
+    name: str
+    trial: bool = True
+    gate: bool = True
+    migrates: bool = False
+    restores: bool = True
+
+
+SCENARIOS = [
+    Scenario("healthy"),
+    Scenario("fails the trial", trial=False),
+    Scenario("fails the gate", gate=False),
+    Scenario("migrates", migrates=True),
+    Scenario("migrates and fails the gate", migrates=True, gate=False),
+    Scenario("migrates, fails the gate, cannot be restored", migrates=True, gate=False, restores=False),
+]
+
+KILLED = 137
+MODES = {
+    "killed": "the process dies before the operation",
+    "power": "so does ComfyUI, and the machine boots",
+    "ENOSPC": "the operation fails once",
+    "EIO": "the operation fails once",
+    "full": "this and every later operation that needs room fails, until the run has ended",
+}
+NEEDS_ROOM = {"open", "write", "mkdir", "symlink", "link", "posix_fallocate"}
+
+
+def schema(database: Path) -> int:
+    with closing(sqlite3.connect(database)) as opened:
+        return int(opened.execute("pragma user_version").fetchone()[0])
+
+
+def set_schema(database: Path, version: int) -> None:
+    with closing(sqlite3.connect(database)) as opened:
+        opened.execute(f"pragma user_version = {version}")
+        opened.execute(f"create table t{version} (x)")
+        opened.commit()
+
+
+class Manager:
+    """A service manager: what runs and is enabled lies beside the prefix."""
+
+    def __init__(self, site: Site, scenario: Scenario, layer: Layer) -> None:
+        self.site = site
+        self.scenario = scenario
+        self.layer = layer
+        self.running = site.prefix.parent / "running"
+        self.enabled = site.prefix.parent / "enabled"
+
+    def status(self) -> Json:
+        return {"active": self.running.exists(), "enabled": self.enabled.exists(), "restarts": 0, "state": "a stand-in"}
+
+    def stop(self) -> None:
+        self.layer.count("stop", "service")
+        with self.layer.off():
+            self.running.unlink(missing_ok=True)
+
+    def start(self, *, wait: bool = True) -> None:
+        self.layer.count("start", "service")
+        with self.layer.off():
+            self.boot()
+
+    def boot(self) -> None:
+        """Start what is current; an old release does not open a newer database."""
+        release = self.site.release()
+        if self.running.exists() or not release:
+            return
+        if release == "new" and self.scenario.migrates and schema(self.site.database) == 1:
+            set_schema(self.site.database, 2)
+        if schema(self.site.database) <= (2 if release == "new" else 1):
+            self.running.write_text(release)
+
+    def install(self) -> None:
+        with self.layer.off():
+            self.enabled.touch()
+
+    def disable(self) -> None:
+        with self.layer.off():
+            self.enabled.unlink(missing_ok=True)
+
+    def uninstall(self) -> None:
+        self.disable()
+
+    def settle(self) -> None:
+        pass
+
+    def log(self, lines: int) -> list[str]:
+        return ["a line of its log"]
+
+    timed_log = log
+
+
+class Layer:
+    """Counts the durable operations of this process, and has one of them go wrong."""
+
+    COUNTED = ("open", "write", "fsync", "rename", "replace", "unlink", "remove", "symlink", "link", "mkdir", "rmdir",
+               "posix_fallocate")  # fmt: skip
+
+    def __init__(self, prefix: Path, mode: str = "", at: int = 0) -> None:
+        self.prefix = str(prefix)
+        self.mode = mode
+        self.at = at
+        self.number = 0
+        self.quiet = 0
+        self.unseen: list[str] = []
+        self.seen: list[str] = []
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        self.quiet += 1
+        try:
+            yield
+        finally:
+            self.quiet -= 1
+
+    def count(self, name: str, what: object) -> None:
+        """Count an operation, and let it go wrong when it is its turn."""
+        if self.quiet:
+            return
+        self.number += 1
+        self.seen.append(f"{self.number} {name} {what}")
+        if self.number == self.at and self.mode in ("killed", "power"):
+            os._exit(KILLED)
+        if self.number == self.at and self.mode in ("ENOSPC", "EIO"):
+            raise OSError(getattr(errno, self.mode), os.strerror(getattr(errno, self.mode)))
+        if self.mode == "full" and self.number >= self.at and name in NEEDS_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def install(self) -> None:
+        """For the rest of this process."""
+        for name in self.COUNTED:
+            setattr(os, name, self.counted(name, getattr(os, name)))
+        sys.addaudithook(self.audit)
+
+    def counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*words: Any, **more: Any) -> Any:
+            reads = name == "open" and not words[1] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if not reads:
+                self.count(name, words[0])
+            with self.off():
+                return real(*words, **more)
+
+        return wrapped
+
+    def audit(self, event: str, details: tuple[Any, ...]) -> None:
+        """Note what is opened for writing, renamed or removed without having been counted."""
+        if self.quiet:
+            return
+        if event == "open" and isinstance(details[0], str) and not details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate"):
+            if str(details[0]).startswith(f"{self.prefix}/") and not str(details[0]).startswith(
+                (f"{self.prefix}/state/trial", f"{self.prefix}/state/lock")
+            ):
+                self.unseen.append(f"{event} {details[0]}")
+
+
+class StandIn(trial.Trial):
+    """A trial whose ComfyUI is none: its scratch data is real."""
+
+    def start(self, release: Json) -> None:
+        self.prepare(release, self.site.data / "models")
+
+
+@dataclass
+class World:
+    """A host, made anew for each case from a template."""
+
+    place: Path
+    scenario: Scenario
+    site: Site = field(init=False)
+
+    def __post_init__(self) -> None:
+        prefix = self.place / "prefix"
+        self.site = Site({"prefix": str(prefix), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+
+    def make(self) -> World:
+        site = self.site
+        for folder in (site.state, site.releases, *(site.data / name for name in DATA)):
+            folder.mkdir(parents=True)
+        argv = ["python", "main.py", "--listen", "127.0.0.1", "--port", "8188"]
+        for name in ("old", "new"):
+            release = {"id": name, "argv": argv, "environment": {}, "parts": {}, "gate": {"seconds": 1}}
+            write(site.releases / name / "release.json", json.dumps(release))
+        link(site.current, "releases/old")
+        set_schema(site.database, 1)
+        (site.data / "output/art.png").write_text("art")
+        (site.data / "user/comfyui.db.mine").write_text("a user's own copy")
+        manager = Manager(site, self.scenario, Layer(site.prefix))
+        manager.install()
+        manager.boot()
+        write(site.state / cutover.RESERVE, bytes(runs.RESERVED))
+        write(site.pending, json.dumps(PLAN))
+        return self
+
+    def faulty(self, mode: str, at: int, counted: mmap.mmap | None = None) -> int:
+        """Apply what is pending in a process of its own, with a fault; its exit code."""
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                layer = Layer(self.site.prefix, mode, at)
+                if mode:
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                layer.install()
+                code = self.apply(layer)
+                if counted is not None:
+                    counted[:] = json.dumps([layer.seen, layer.unseen]).encode().ljust(len(counted))
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def apply(self, layer: Layer | None = None) -> int:
+        """Apply what is pending, with stand-ins for service, health check and trial; 4: the disk takes no writes."""
+        manager = Manager(self.site, self.scenario, layer or Layer(self.site.prefix))
+
+        def directly(site: Site, work: Callable[..., Any], *given: Any) -> Any:
+            if work is cutover.restore and not self.scenario.restores:
+                raise OSError(errno.EIO, "cannot be restored")
+            return work(*given)
+
+        def prove(place: object, process: object, *_: object) -> Json:
+            if not (self.scenario.trial if isinstance(process, trial.Trial) else self.scenario.gate):
+                raise Fault("gate", "unhealthy", "as the scenario wants it")
+            return {"types": {}, "failed_nodes": {}}
+
+        def first_answer(*_: object) -> Json:
+            if not manager.status()["active"]:
+                raise Fault("gate", "ComfyUI died while it started")
+            return {}
+
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (cutover, runs):
+                patch.setattr(module, "manager_of", lambda _: manager)
+            for module in (cutover, trial):
+                patch.setattr(module, "as_service", directly)
+            for module in (comfyui, trial):
+                patch.setattr(module, "prove", prove)
+            for module in (runs, trial):
+                patch.setattr(module, "trial_of", lambda site, _: StandIn(site))
+            patch.setattr(cutover, "drain", lambda *_: None)
+            patch.setattr(cutover, "first_answer", first_answer)
+            patch.setattr(cutover, "lacking", lambda: "")
+            patch.setattr(files, "RETRIES", [0, 0])
+            try:
+                runs.apply(self.site)
+            except OSError:
+                return 4
+        return 0
+
+    def boot(self) -> None:
+        """The machine comes up after a power cut: what is enabled is started."""
+        manager = Manager(self.site, self.scenario, Layer(self.site.prefix))
+        manager.running.unlink(missing_ok=True)
+        if manager.enabled.exists():
+            manager.boot()
+
+    def listing(self) -> dict[str, float]:
+        return {str(path): path.lstat().st_mtime for path in self.place.rglob("*")}
+
+    def faults(self) -> list[str]:
+        """What must not be, when no run is pending any more."""
+        site, found = self.site, []
+        running = (self.place / "running").read_text() if (self.place / "running").exists() else "nothing"
+        current = site.release()
+        if current not in ("old", "new"):
+            found.append(f"current is {current!r}")
+        kept = list(site.state.glob("database-r1/comfyui.db"))
+        if kept:
+            if schema(kept[0]) != 1 or self.scenario.restores:
+                found.append(f"the database was not restored, and what is kept has schema {schema(kept[0])}")
+        else:
+            if running != current:
+                found.append(f"{running} runs, and {current} is current")
+            if schema(site.database) > (2 if current == "new" else 1):
+                found.append(f"{current} cannot open a database of schema {schema(site.database)}")
+        if (site.data / "output/art.png").read_text() != "art" or not (site.data / "user/comfyui.db.mine").exists():
+            found.append("the user's files changed")
+        expected = {"comfyui.db", "comfyui.db.mine"}
+        if {path.name for path in (site.data / "user").iterdir()} != expected:
+            found.append(f"data/user holds {sorted(path.name for path in (site.data / 'user').iterdir())}")
+        names = {"history.jsonl", "runs", "lock", "incoming", *(path.name for path in site.state.glob("database-*"))}
+        left = [path.name for path in site.state.iterdir() if path.name not in names and not stale(path)]
+        if left:
+            found.append(f"left in state/: {left}")
+        if extra := {path.name for path in site.prefix.iterdir() if not stale(path)} - {
+            "current", "data", "parts", "releases", "state",
+        }:  # fmt: skip
+            found.append(f"left in the prefix: {extra}")
+        return found
+
+
+def stale(path: Path) -> bool:
+    """Whether it is a draft of a killed process, which the next write of that file removes."""
+    return path.name.startswith(".") and path.suffix[1:].isdecimal()
+
+
+def count(place: Path, scenario: Scenario) -> tuple[list[str], list[str]]:
+    """The durable operations of a scenario without faults, and those that the counter did not see."""
+    world = World(place, scenario).make()
+    shared = mmap.mmap(-1, 1 << 20)
+    assert world.faulty("", 0, shared) == 0
+    seen, unseen = json.loads(shared[:].decode())
+    assert world.faults() == []
+    return seen, unseen
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_a_cut_over_survives_every_fault_at_every_operation(
+    scenario: Scenario, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """`current` is the old or the new release, it runs, opens the database, and nothing is left over."""
+    root = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path  # memory: a thousand hosts are made
+    place = root / f"hearth-{os.getpid()}"
+    try:
+        place.mkdir()
+        (place / "count").mkdir()
+        seen, unseen = count(place / "count", scenario)
+        assert unseen == []
+        template = place / "template"
+        template.mkdir()
+        World(template, scenario).make()
+        bad: list[str] = []
+        cases = 0
+        for mode in MODES:
+            for at in range(1, len(seen) + 1):
+                cases += 1
+                case = place / "case"
+                shutil.copytree(template, case, symlinks=True)
+                bad += [f"{mode} at {seen[at - 1]}: {fault}" for fault in outcome(World(case, scenario), mode, at)]
+                shutil.rmtree(case)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    record_property("cases", cases)
+    print(f"\n{scenario.name}: {cases} cases, {len(seen)} operations")
+    assert not bad, "\n".join(bad[:40])
+
+
+def outcome(world: World, mode: str, at: int) -> list[str]:
+    """What is wrong after a fault and however many resumptions."""
+    code = world.faulty(mode, at)
+    expected = (KILLED,) if mode in ("killed", "power") else (0, 4)
+    if code not in expected:
+        return [f"the agent ended with {code}"]
+    if mode == "power":
+        world.boot()
+    for _ in range(3):
+        if not world.site.pending.exists():
+            break
+        if (code := world.apply()) != 0:
+            return [f"the resumed agent ended with {code}"]
+    world.apply()  # as at the next boot: clears up what a run left that could not record its end
+    if world.site.pending.exists():
+        return ["the plan is still pending"]
+    found = world.faults()
+    before = world.listing()
+    if world.apply() != 0 or world.listing() != before:
+        found.append("a second run is not a no-op")
+    if len(history(world.site)) > 1:
+        found.append("history tells the run twice")
+    return found
