@@ -136,12 +136,21 @@ def test_a_change_of_flags_is_a_new_release_of_the_same_parts_and_can_be_taken_b
         ("no-pictures", {"nodes.py": (r"filename_with_batch_num = ", "raise OSError; x = ")}, "makes no picture"),
     ],
 )
-def test_an_unhealthy_release_is_taken_back(
+def test_an_unhealthy_release_fails_its_trial_or_is_taken_back(
     steady: Fleet, name: str, edits: dict[str, tuple[str, str]], said: str
 ) -> None:
-    release, data = steady.current(), steady.data()
+    """Tried first, it stops nothing; without a trial the release before comes back."""
+    release, data, since = steady.current(), steady.data(), machine_since(steady)
     steady.configure("[hosts.spark.override]\nstart_seconds = 6\n" if name == "never-answers" else "")
-    done = steady.deploy(HEARTH_APP=str(steady.comfyui(name, edits)))
+    app = str(steady.comfyui(name, edits))
+    tried = steady.deploy(HEARTH_APP=app)
+    assert tried.returncode == 66, tried.stderr
+    assert said in tried.stderr
+    assert f"release {release} stays in service: nothing was stopped" in tried.stderr
+    assert (steady.current(), machine_since(steady)) == (release, since)
+    assert "comfyui-trial" not in steady.machine.run("systemctl list-units --all; ls /run/systemd/system")
+    assert not (steady.prefix / "state/trial").exists()
+    done = steady.deploy("--no-trial", HEARTH_APP=app)
     assert done.returncode == 66, done.stderr
     assert said in done.stderr
     assert f"release {release} is back and answers" in done.stderr
@@ -179,7 +188,10 @@ def test_a_newer_database_is_taken_back_with_its_release(steady: Fleet) -> None:
     before = (steady.prefix / "data/user/comfyui.db").read_bytes()
     line = 'import sqlite3,sys; d=sqlite3.connect(sys.argv[sys.argv.index("--database-url")+1][10:]);'
     line += ' d.execute("create table newer (x)"); d.commit(); sys.exit(1)'
-    done = steady.deploy(HEARTH_APP=str(steady.comfyui("migrates", broken(line))))
+    app = str(steady.comfyui("migrates", broken(line)))
+    assert steady.deploy(HEARTH_APP=app).returncode == 66
+    assert (steady.prefix / "data/user/comfyui.db").read_bytes() == before  # the trial had a copy
+    done = steady.deploy("--no-trial", HEARTH_APP=app)
     assert done.returncode == 66, done.stderr
     assert b"newer" not in (steady.prefix / "data/user/comfyui.db").read_bytes()
     assert len((steady.prefix / "data/user/comfyui.db").read_bytes()) == len(before)

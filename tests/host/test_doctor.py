@@ -184,9 +184,10 @@ def test_a_comfyui_that_crashes_again_and_again_and_one_that_never_serves(steady
 
 def test_a_deploy_that_failed_and_one_that_was_cut_short(steady: Fleet) -> None:
     app = steady.comfyui("broken", {"main.py": (r"\A", 'raise RuntimeError("broken")\n')})
-    assert steady.deploy(HEARTH_APP=str(app)).returncode == 66
-    what, remedy = only(findings(steady, code=2), "deployed")
-    assert what.startswith("the last deploy reverted: release ")
+    for flag, how in ((), "failed"), (("--no-trial",), "reverted"):
+        assert steady.deploy(*flag, HEARTH_APP=str(app)).returncode == 66
+        what, remedy = only(findings(steady, code=2), "deployed")
+        assert what.startswith(f"the last deploy {how}: release ")
     assert remedy == "inv deploy --host spark"
     since = time.time()
     client = steady.start("deploy", "--host", "spark", HEARTH_APP=str(app))

@@ -86,7 +86,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
 def running(here: Here) -> Here:
     done = here.inv("deploy")
     assert done.returncode == 0, done.stderr
-    assert "a picture came back" in done.stderr
+    assert "the second picture came back" in done.stderr
     assert done.stdout.strip().endswith(f"is in service at http://127.0.0.1:{here.port}")
     return here
 
@@ -169,7 +169,7 @@ def test_a_deploy_goes_on_without_its_client_and_can_be_watched(running: Here) -
     assert "under way" in refused.stderr or "being changed" in refused.stderr
     watched = running.inv("attach")
     assert watched.returncode == 0, watched.stderr
-    assert "a picture came back" in watched.stderr
+    assert "the second picture came back" in watched.stderr
     assert (running.prefix / "current").readlink() != before
     assert running.inv("deploy", "--dry-run").returncode == 0
     running.configure()

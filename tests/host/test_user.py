@@ -43,7 +43,7 @@ def test_a_user_deploys_without_root(own: Own) -> None:
     done = own.deploy()
     assert done.returncode == 0, done.stderr
     assert "systemd run without a login (loginctl enable-linger)" in done.stderr
-    assert "a picture came back" in done.stderr
+    assert "the second picture came back" in done.stderr
     facts = own.facts()
     assert (facts["manager"], facts["root"], facts["login"]) == ("systemd-user", False, LOGIN)
     assert facts["service"]["enabled"]

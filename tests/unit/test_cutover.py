@@ -260,12 +260,12 @@ class World:
         """Apply what is pending, with stand-ins for service, health check and trial; 4: the disk takes no writes."""
         manager = Manager(self.site, self.scenario, layer or Layer(self.site.prefix))
 
-        def directly(site: Site, work: Callable[..., Any], *given: Any) -> Any:
+        def directly(_: Site, work: Callable[..., Any], *given: Any) -> Any:
             if work is cutover.restore and not self.scenario.restores:
                 raise OSError(errno.EIO, "cannot be restored")
             return work(*given)
 
-        def prove(place: object, process: object, *_: object) -> Json:
+        def prove(_: object, process: object, *__: object) -> Json:
             if not (self.scenario.trial if isinstance(process, trial.Trial) else self.scenario.gate):
                 raise Fault("gate", "unhealthy", "as the scenario wants it")
             return {"types": {}, "failed_nodes": {}}
