@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -96,12 +97,13 @@ def _exchange(place: Endpoint, address: str, path: str, body: Json | None, secon
     else:
         connection = HTTPConnection(address, place.port, timeout=seconds)
     late = threading.Event()
+    sockets: list[socket.socket | None] = []
 
     def hang_up() -> None:
         late.set()
-        if sock := connection.sock:
+        for each in filter(None, (connection.sock, *sockets)):
             with suppress(OSError):
-                sock.shutdown(2)
+                each.shutdown(socket.SHUT_RDWR)
 
     # A socket's own time-out starts anew with every byte: this one ends an answer that trickles.
     timer = threading.Timer(seconds, hang_up)
@@ -109,12 +111,14 @@ def _exchange(place: Endpoint, address: str, path: str, body: Json | None, secon
     with closing(connection):
         timer.start()
         try:
+            connection.connect()
+            sockets.append(connection.sock)  # a connection forgets it once the headers of a last answer are read
             headers = {"Content-Type": "application/json"}
             connection.request(
                 "GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers
             )
-            answer = connection.getresponse()
-            raw = answer.read(limit + 1)
+            with connection.getresponse() as answer:
+                raw = answer.read(limit + 1)
         except Exception as error:
             if late.is_set():
                 raise TimeoutError(f"no answer to {path} within {seconds:g} s") from error
@@ -182,8 +186,6 @@ def job(entry: Sequence[Any]) -> Json:
 
 def takes_connections(place: Endpoint) -> bool:
     """Whether anything listens at an address of the endpoint."""
-    import socket
-
     for address in place.addresses:
         with suppress(OSError), socket.create_connection((address, place.port), timeout=1):
             return True

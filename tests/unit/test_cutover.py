@@ -103,7 +103,7 @@ class Manager:
             self.running.unlink(missing_ok=True)
 
     def start(self, *, wait: bool = True) -> None:
-        self.layer.count("start", "service")
+        self.layer.count("start", f"service, {wait=}")
         with self.layer.off():
             self.boot()
 
@@ -132,7 +132,7 @@ class Manager:
         pass
 
     def log(self, lines: int) -> list[str]:
-        return ["a line of its log"]
+        return ["a line of its log"][:lines]
 
     timed_log = log
 
@@ -195,11 +195,10 @@ class Layer:
             return
         if event == "open" and isinstance(details[0], str) and not details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate"):
-            if str(details[0]).startswith(f"{self.prefix}/") and not str(details[0]).startswith(
-                (f"{self.prefix}/state/trial", f"{self.prefix}/state/lock")
-            ):
-                self.unseen.append(f"{event} {details[0]}")
+        changes = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate")
+        path, ours = str(details[0]), (f"{self.prefix}/state/trial", f"{self.prefix}/state/lock")
+        if event in changes and path.startswith(f"{self.prefix}/") and not path.startswith(ours):
+            self.unseen.append(f"{event} {path}")
 
 
 class StandIn(trial.Trial):

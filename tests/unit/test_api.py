@@ -1,0 +1,313 @@
+"""ComfyUI's API as the agent asks it: against real sockets that are slow, silent, hostile, or no ComfyUI at all."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import api, comfyui, jobs, status
+from agent.api import Endpoint
+from agent.files import Fault, link, write
+from agent.site import Site
+
+IDLE: dict[str, Any] = {"queue_running": [], "queue_pending": []}
+BUSY = {"queue_running": [[1, "a-job", {"1": {}}, {"create_time": 5000}, []]], "queue_pending": []}
+STATS = {
+    "system": {"comfyui_version": "0.30.0", "pytorch_version": "2.11.0+cu130", "argv": ["main.py"]},
+    "devices": [{"name": "cpu", "type": "cpu"}],
+}
+
+
+@contextmanager
+def serving(
+    answers: dict[str, Any], address: str = "127.0.0.1", delay: float = 0, tls: Path | None = None
+) -> Iterator[int]:
+    """A server that answers paths with JSON, bytes as they are, and with a redirect what is a string; its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(delay)
+            answer = answers.get(self.path.partition("?")[0])
+            self.send_response(302 if isinstance(answer, str) else 404 if answer is None else 200)
+            if isinstance(answer, str):
+                self.send_header("Location", answer)
+            self.end_headers()
+            self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        block_on_close = False
+        address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+
+    server = Server((address, 0), Handler)
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls / "cert.pem", tls / "key.pem")
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield int(server.server_address[1])
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def listening(talk: Callable[[socket.socket], None] = lambda _: None) -> Iterator[int]:
+    """A program that takes connections and does `talk` with each; its port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                held.append(connection)
+                threading.Thread(target=attempt, args=(connection,), daemon=True).start()
+
+        def attempt(connection: socket.socket) -> None:
+            try:
+                talk(connection)
+            except OSError:
+                return
+
+        held: list[socket.socket] = []
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield int(server.getsockname()[1])
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        for connection in held:
+            connection.close()
+
+
+def at(port: int, *addresses: str) -> Endpoint:
+    return Endpoint(addresses or ("127.0.0.1",), port)
+
+
+def site(place: Path, port: int, argv: list[str] | None = None) -> Site:
+    """A host whose configuration says `port`, with a release in service that has this command line."""
+    found = Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
+    if argv is not None:
+        write(found.releases / "old/release.json", json.dumps({"id": "old", "argv": argv}))
+        link(found.current, "releases/old")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("argv", "addresses", "port", "tls"),
+    [
+        ([], ("127.0.0.1",), 8188, False),
+        (["--listen", "0.0.0.0", "--port", "81"], ("127.0.0.1",), 81, False),
+        (["--listen", "::"], ("::1",), 8188, False),
+        (["--listen", "0.0.0.0,::"], ("127.0.0.1", "::1"), 8188, False),
+        (["--listen", "127.0.0.1,192.168.1.5"], ("127.0.0.1", "192.168.1.5"), 8188, False),
+        (["--listen", "--port=90"], ("127.0.0.1", "::1"), 90, False),
+        (["--port", "1", "--port", "2"], ("127.0.0.1",), 2, False),
+        (["--tls-keyfile", "k", "--tls-certfile", "c"], ("127.0.0.1",), 8188, True),
+        (["--tls-keyfile", "k"], ("127.0.0.1",), 8188, False),  # ComfyUI wants both
+    ],
+)
+def test_the_endpoint_of_a_command_line(argv: list[str], addresses: tuple[str, ...], port: int, tls: bool) -> None:
+    assert Endpoint.of(argv) == Endpoint(addresses, port, tls)
+
+
+def test_a_release_is_asked_where_it_listens_whatever_the_configuration_says(tmp_path: Path) -> None:
+    """hosts.toml may name another port by now: a rollback, a drain, a revert."""
+    with serving({"/queue": IDLE}) as port:
+        released = site(tmp_path, 1, ["python", "main.py", "--listen", "127.0.0.1", "--port", str(port)])
+        assert api.queue(api.endpoint(released)) == ([], [])
+    assert api.endpoint(site(tmp_path / "empty", 7)) == at(7, "127.0.0.1", "::1")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_of_several_addresses_the_one_that_answers_is_asked(address: str) -> None:
+    with serving({"/queue": IDLE}, address) as port:
+        assert api.queue(at(port, "127.0.0.1", "::1")) == ([], [])
+        assert api.takes_connections(at(port, "127.0.0.1", "::1"))
+
+
+def test_a_tls_endpoint_is_asked_by_https(tmp_path: Path) -> None:
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=spark.example", "-days", "2"]
+    words += ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]
+    subprocess.run(words, check=True, capture_output=True)
+    with serving({"/queue": IDLE}, tls=tmp_path) as port:
+        place = Endpoint.of(["--port", str(port), "--tls-keyfile", "k", "--tls-certfile", "c"])
+        assert api.queue(place) == ([], [])
+
+
+def endless_headers(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\n")
+    while True:
+        connection.sendall(b"X: y\r\n")
+        time.sleep(0.1)
+
+
+def trickle(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        connection.sendall(b" ")
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("talk", [lambda _: None, endless_headers, trickle], ids=["silent", "headers", "trickles"])
+def test_all_of_an_answer_has_one_deadline(talk: Callable[[socket.socket], None]) -> None:
+    with listening(talk) as port:
+        started = time.monotonic()
+        with pytest.raises(TimeoutError):
+            api.ask(at(port), "/queue", seconds=0.5)
+        assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "http://127.0.0.1:1/queue",
+        b"<html>",
+        b"[" * 200_000,
+        b'"' + b"x" * 3_000_000 + b'"',
+        {"error": "unauthorized"},
+        [],
+        None,
+        {"queue_running": None, "queue_pending": []},
+        {"queue_running": [7], "queue_pending": []},
+        {"queue_running": [[1]], "queue_pending": []},
+    ],
+    ids=["redirect", "html", "nested", "long", "object", "list", "404", "null", "number", "short"],
+)
+def test_what_is_no_queue_is_told_apart(answer: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api.ask, "__defaults__", (None, 5, 2_000_000))
+    with serving({"/queue": answer}) as port, pytest.raises(ValueError):
+        api.queue(at(port))
+
+
+# --- drain ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_refused_connection_means_that_nothing_runs() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    comfyui.drain(at(port, "127.0.0.1", "::1"), 0, False, lambda _: None)
+
+
+@pytest.mark.parametrize(("answers", "delay"), [({"/queue": IDLE}, 8.0), ({"/queue": b"busy"}, 0), ({}, 0)])
+def test_a_comfyui_that_is_slow_or_says_nonsense_may_be_at_work(answers: dict[str, Any], delay: float) -> None:
+    with serving(answers, delay=delay) as port, pytest.raises(Fault) as raised:
+        comfyui.drain(at(port), 0.2, False, lambda _: None)
+    assert raised.value.report["kind"] == "drain"
+    assert "its jobs are not known" in raised.value.report["what"]
+
+
+def test_a_comfyui_that_hangs_is_waited_for_until_it_answers() -> None:
+    answers: dict[str, Any] = {"/queue": b""}
+    with serving(answers) as port:
+        threading.Timer(1, lambda: answers.update({"/queue": BUSY})).start()
+        threading.Timer(2, lambda: answers.update({"/queue": IDLE})).start()
+        notes: list[str] = []
+        comfyui.drain(at(port), 20, False, notes.append)
+    assert notes[-1] == "waiting for jobs: 1 running (a-job), 0 waiting"
+    assert "its jobs are not known" in notes[0]
+
+
+def test_with_force_comfyui_is_asked_nothing() -> None:
+    asked: list[socket.socket] = []
+    with listening(asked.append) as port:
+        comfyui.drain(at(port), 60, True, lambda _: None)
+    assert asked == []
+
+
+# --- jobs and status -----------------------------------------------------------------------------------------------
+
+
+def test_jobs_that_nodes_queued_in_their_own_way_are_listed(tmp_path: Path) -> None:
+    """Without a time, with a number that is none, with no workflow in the history."""
+    queue = {
+        "queue_running": [["x", "odd", {}]],
+        "queue_pending": [[2, "second", {"1": {}}, None], [1, "first", None, {}]],
+    }
+    history = {"ended": {"prompt": None, "status": None}}
+    with serving({"/queue": queue, "/history": history, "/system_stats": STATS}) as port:
+        place = site(tmp_path, port)
+        assert [(each["id"], each["status"]) for each in jobs.jobs(place, 10)] == [
+            ("ended", "unknown"), ("odd", "running"), ("first", "pending"), ("second", "pending"),
+        ]  # fmt: skip
+        seen = status._comfyui(place)
+    assert (seen["state"], seen["pending"], seen["running"]) == (
+        "answers",
+        2,
+        [{"id": "odd", "nodes": 0, "since": None}],
+    )
+
+
+@pytest.mark.parametrize("answer", [{"error": "unauthorized"}, [], 7, {"x": 1}, b"<html>"])
+def test_another_program_at_the_port_is_named_as_such(tmp_path: Path, answer: object) -> None:
+    answers = dict.fromkeys(("/queue", "/history", "/system_stats"), answer)
+    with serving(answers) as port:
+        with pytest.raises(Fault) as raised:
+            jobs.jobs(site(tmp_path, port), 10)
+        assert status._comfyui(site(tmp_path, port))["state"] == "silent"
+    assert raised.value.report["what"] == f"the program at port {port} does not answer as ComfyUI does"
+
+
+class Runs:
+    """A process that runs."""
+
+    def status(self) -> dict[str, Any]:
+        return {"active": True, "state": "active", "restarts": 0}
+
+    def log(self, _: int) -> list[str]:
+        return []
+
+
+def test_the_health_check_says_what_answered_instead_of_comfyui() -> None:
+    with serving({"/system_stats": {"system": 1}}) as port, pytest.raises(Fault) as raised:
+        comfyui.first_answer(at(port), Runs(), 0.1)
+    assert "the answer to /system_stats is not ComfyUI's" in raised.value.report["cause"]
+
+
+def test_a_second_workflow_that_hangs_is_unhealthy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """comfy-aimdo 0.4.11 was reported to pass the first and to hang in the second (ComfyUI#15269)."""
+    monkeypatch.setattr(comfyui, "WORKFLOW_SECONDS", 0.5)
+    pictures: list[str] = []
+
+    def ask(_: Endpoint, path: str, body: object = None, **__: object) -> Any:
+        if path == "/prompt":
+            pictures.append(json.dumps(body))
+            return {"prompt_id": str(len(pictures))}
+        if path == "/history/1":
+            return {"1": {"outputs": {"2": {"images": [{"filename": "f", "subfolder": "s", "type": "output"}]}}}}
+        return {} if path.startswith("/history") else b"\x89PNG\r\n\x1a\n" + bytes(8) + b"\0\0\0\x40\0\0\0\x40"
+
+    monkeypatch.setattr(comfyui, "ask", ask)
+    monkeypatch.setattr(comfyui, "first_answer", lambda *_: _stats(STATS))
+    release = {
+        "code": "/app",
+        "gate": {"seconds": 1, "version": "0.30.0", "torch": "2.11.0", "cuda": False, "attention": ""},
+    }
+    with pytest.raises(Fault) as raised:
+        comfyui.prove(at(1), Runs(), release, ["python", "/app/main.py"], lambda _: None, tmp_path)
+    assert raised.value.report["what"] == "the second workflow without models does not end within 0.5 s"
+    assert len(set(pictures)) == 2
+
+
+def _stats(answer: Any) -> dict[str, Any]:
+    system = answer["system"]
+    return {"version": system["comfyui_version"], "torch": system["pytorch_version"], "argv": ["/app/main.py"],
+            "devices": answer["devices"]}  # fmt: skip
