@@ -373,7 +373,8 @@ def running(place: Path, port: int) -> Iterator[str]:
     shutil.copytree(exporters.tree(Platform.parse("linux_x86_64")), tree)
     subprocess.run([sys.executable, "-m", "compileall", "-q", str(tree)], check=True)
     release(place)
-    config = {"site": site(place, port).json, "port": ours, "cuda": False}
+    argv = ["main.py", "--listen", "127.0.0.1", "--port", str(port)]
+    config = {"site": site(place, port).json, "argv": argv, "port": ours, "cuda": False}
     (place / "exporter.json").write_text(json.dumps(config))
     words = [sys.executable, "-I", "-S", str(tree), str(place / "exporter.json")]
     process = subprocess.Popen(words, cwd="/", env={"PATH": os.environ["PATH"]}, stderr=subprocess.DEVNULL)

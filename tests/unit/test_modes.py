@@ -317,8 +317,8 @@ def answering(queue: dict[str, Any]) -> Iterator[tuple[Site, list[Any]]]:
     ("queue", "said", "freed"),
     [
         ({"queue_running": [], "queue_pending": []}, "gives its memory back", True),
-        ({"queue_running": [[0, "p"]], "queue_pending": []}, "has a job", False),
-        ({"queue_running": [], "queue_pending": [[0, "p"]]}, "has a job", False),
+        ({"queue_running": [[0, "p", {}]], "queue_pending": []}, "has a job", False),
+        ({"queue_running": [], "queue_pending": [[0, "p", {}]]}, "has a job", False),
     ],
 )
 def test_memory_is_given_back_when_there_is_no_job(queue: dict[str, Any], said: str, freed: bool) -> None:
