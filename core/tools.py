@@ -107,7 +107,7 @@ def _configured() -> dict[str, str]:
     found: dict[str, str] = {}
     user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     for place in (Path("/etc/uv/uv.toml"), user / "uv/uv.toml"):
-        with suppress(OSError, ValueError):  # one that cannot be read says nothing
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # what uv rejects says nothing
             found |= index_settings(tomllib.loads(place.read_text()))
     return found
 
@@ -115,10 +115,11 @@ def _configured() -> dict[str, str]:
 def index_settings(said: dict[str, Any]) -> dict[str, str]:
     """What a uv.toml says of indexes and certificates, as variables. `agent/steps.py` has the same for hosts."""
     said = {**said, **said.get("pip", {})}
+    names = ("index-url", "extra-index-url", "keyring-provider", "allow-insecure-host", "native-tls", "system-certs")
+    variables = {name: f"UV_{name.upper().replace('-', '_').replace('ALLOW_', '')}" for name in names if said.get(name)}
     found = {
-        variable: " ".join(value) if isinstance(value, list) else str(value).lower() if value is True else str(value)
-        for name, variable in INDEX_SETTINGS.items()
-        if (value := said.get(name))
+        variable: " ".join(said[name]) if isinstance(said[name], list) else str(said[name]).replace("True", "true")
+        for name, variable in variables.items()
     }
     for each in said.get("index", []):
         if each.get("default"):
@@ -127,13 +128,3 @@ def index_settings(said: dict[str, Any]) -> dict[str, str]:
             named = f"{each['name']}={each['url']}" if "name" in each else each["url"]
             found["UV_INDEX"] = f"{found.get('UV_INDEX', '')} {named}".strip()
     return found
-
-
-INDEX_SETTINGS = {
-    "index-url": "UV_INDEX_URL",
-    "extra-index-url": "UV_EXTRA_INDEX_URL",
-    "keyring-provider": "UV_KEYRING_PROVIDER",
-    "allow-insecure-host": "UV_INSECURE_HOST",
-    "native-tls": "UV_NATIVE_TLS",
-    "system-certs": "UV_SYSTEM_CERTS",
-}
