@@ -282,8 +282,10 @@ def free(path: Path) -> bool:
         return False
 
 
-INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR")
-INHERITED += ("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")  # for systemctl --user
+INHERITED = (
+    *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR"),
+    *("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"),  # for systemctl --user
+)
 """What programs get of the agent's environment. The rest is that of whoever started the agent, and PYTHON*, LD_*, PIP_*
 and the like would change what they do."""
 

@@ -312,12 +312,10 @@ def _check(path: Path, name: str, host: Host) -> None:
             raise ConfigError(f"{place}: members: {each!r} is no user's name", hint='members = ["anna"]')
     for each in host.listen.split(","):
         try:
-            zone = getattr(ipaddress.ip_address(each), "scope_id", None)
-        except ValueError:
-            zone = each
-        if zone:
-            what = f"{place}: listen = {host.listen!r}: {each!r} is no IP address"
-            raise ConfigError(what, hint='one or more, as "127.0.0.1" or "127.0.0.1,::1"; "0.0.0.0,::" is everywhere')
+            ipaddress.ip_address(each.replace("%", " "))  # no zone, as in fe80::1%eth0: units read % otherwise
+        except ValueError as error:
+            hint = 'one or more, as "127.0.0.1" or "127.0.0.1,::1"; "0.0.0.0,::" is everywhere'
+            raise ConfigError(f"{place}: listen = {host.listen!r}: {each!r} is no IP address", hint=hint) from error
     prefix = host.prefix
     if host.scope == "system" and prefix and (not prefix.startswith("/") or re.match(r"/(home|root)\b", prefix)):
         raise ConfigError(
@@ -325,7 +323,7 @@ def _check(path: Path, name: str, host: Host) -> None:
             cause="it must be absolute, and the unit hides home folders from the service",
             hint='use /opt/comfyui, or scope = "user"',
         )
-    if not 0 < host.port < 65536 or not 0 < (host.ssh_port or 22) < 65536 or host.keep < 1:
+    if not 0 < host.port < 65536 or host.ssh_port not in (None, *range(1, 65536)) or host.keep < 1:
         raise ConfigError(f"{place}: port and ssh_port are 1 to 65535, keep at least 1")
     if host.metrics_port is not None and (not 0 < host.metrics_port < 65536 or host.metrics_port == host.port):
         raise ConfigError(f"{place}: metrics_port is 1 to 65535, and another than ComfyUI's {host.port}")
@@ -352,7 +350,7 @@ def _check(path: Path, name: str, host: Host) -> None:
                 hint='type = "nfs4"; without root leave `what` out, and let fstab mount it',
             )
         told = (
-            ("what", mount.what, r"(?!-)[^\\'\"]*\S"),
+            ("what", mount.what, r"(?![- ])[^\\'\"]*(?<! )"),
             ("type", mount.type, r"[\w.-]*"),
             ("options", mount.options, r"[^\s\\'\"]*"),
         )
