@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def test_what_is_no_file_of_the_tree_is_refused_by_name(tmp_path: Path) -> None:
     odd = root / "sub/odd"
     odd.parent.mkdir()
     listening = socket.socket(socket.AF_UNIX)
-    makers = (
+    makers: tuple[Callable[[], object], ...] = (
         lambda: odd.symlink_to(outside),
         lambda: odd.symlink_to("/"),
         lambda: odd.symlink_to(root),
