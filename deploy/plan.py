@@ -135,6 +135,10 @@ def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
     if broken:
         what = f"release {to} cannot run any more: {', '.join(broken)} is missing or damaged"
         refusals.append(Refusal(what, "choose another release, or deploy again"))
+    unit = (wanted or {}).get("files", {f"{target.host.service}.service": ""}).get(f"{target.host.service}.service")
+    if unit is None or (target.host.scope == "system" and unit and f"\nUser={target.host.run_as}\n" not in unit):
+        what = f"release {to} was made for another service or user than {target.host.service} and {target.host.run_as}"
+        refusals.append(Refusal(what, "choose another release, or deploy again"))
     steps = [_release_step(wanted, "its unit or links were changed")] if wanted and to in facts.altered else []
     steps.append(_cut_over(facts, to, "asked for", options))
     return Plan(facts.current, to, steps=() if refusals else tuple(steps), refusals=tuple(refusals))
@@ -290,16 +294,18 @@ def deployed_otherwise(target: Target, facts: Facts) -> list[Refusal]:
     found: list[Refusal] = []
     place, host = facts.place, target.host
     first = f"inv remove --host {target.name}, then change it"
-    if facts.current and place.service and place.service != host.service:
-        what = f"{facts.prefix} was deployed as service {place.service}, and the configuration says {host.service}"
-        found.append(Refusal(what, f'set service = "{place.service}", so that its units are found; {first}'))
+    units = (facts.release(facts.current) or {}).get("files", {})
+    served = min((each for each in units if each.endswith(".service")), key=len, default="")  # companions are longer
+    for old in {served.removesuffix(".service"), place.service if facts.current else ""} - {"", host.service}:
+        what = f"{facts.prefix} was deployed as service {old}, and the configuration says {host.service}"
+        found.append(Refusal(what, f'set service = "{old}", so that its units are found; {first}'))
     if facts.current and place.scope and place.scope != host.scope:
         what = f'{facts.prefix} was deployed with scope = "{place.scope}", and the configuration says "{host.scope}"'
         found.append(Refusal(what, f'set scope = "{place.scope}", so that its units are found; {first}'))
     if host.scope == "system" and place.user and place.user != host.run_as:
         what = f"{facts.prefix}/data belongs to {place.user}, and the configuration says run_as = {host.run_as}"
         change = f"inv stop, then there: useradd --system {host.run_as}; chown -R {host.run_as}: {facts.prefix}/data"
-        found.append(Refusal(what, f'set run_as = "{place.user}"; to change it: {change}'))
+        found.append(Refusal(what, f'set run_as = "{place.user}"; to change it, then: {change}'))
     if place.elsewhere:
         what = f"{host.service} is deployed at {place.elsewhere}, and the configuration says {facts.prefix}"
         move = f'set prefix = "{place.elsewhere}"; to move it: {first}, and mv {place.elsewhere}/data there'

@@ -356,6 +356,7 @@ def test_of_a_versions_profiles_inference_is_taken_whatever_its_size(other: str)
     ("place", "values", "what", "remedy"),
     [
         ({"service": "comfyui-old"}, {}, "was deployed as service comfyui-old", 'service = "comfyui-old"'),
+        ({"service": "new"}, {"service": "new"}, "was deployed as service comfyui", 'service = "comfyui"'),
         ({"service": "comfyui"}, {"service": "new"}, "and the configuration says new", 'service = "comfyui"'),
         ({"scope": "user"}, {}, 'deployed with scope = "user"', 'scope = "user"'),
         ({"user": "anna"}, {}, "data belongs to anna", 'run_as = "anna"'),
@@ -370,6 +371,15 @@ def test_what_was_deployed_under_other_settings_is_refused(
     for found in (made(changed, spark(**values)), plan.back(spark(**values), changed, changed.current, plan.Options())):
         assert not found.steps
         assert any(what in each.what and remedy in each.remedy for each in found.refusals), found.refusals
+
+
+@pytest.mark.parametrize("values", [{"service": "new"}, {"run_as": "art"}])
+def test_a_release_of_another_service_or_user_is_not_gone_back_to(values: dict[str, str]) -> None:
+    old, before = settled(), settled().current
+    now = msgspec.structs.replace(old, current="", service=NO_SERVICE, port_holder={})
+    found = plan.back(spark(**values), now, before, plan.Options())
+    assert ["was made for another service or user" in each.what for each in found.refusals] == [True]
+    assert not plan.back(spark(), now, before, plan.Options()).refusals
 
 
 def test_what_was_taken_away_may_be_deployed_under_another_name() -> None:
