@@ -126,7 +126,7 @@ def pin(recipe: Pinned) -> Pinned:
     """The recipe with the hash of what its source holds now; the tree is in the cache then. For new pins only."""
     (source,) = recipe.source
     with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
-        place = Path(folder) / "tree"
+        place = Path(folder) / recipe.name
         place.mkdir()
         console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
         _fetch_git(source, recipe, place)
