@@ -184,8 +184,28 @@ def _prefix(site: Site) -> Json:
         "mounts": points,
         "links": {str(path): str(path.readlink()) for path in data if path.is_symlink()},
         "service": str(deployed.get("service", "")),
+        "scope": str(deployed.get("scope", "")),
+        "user": _owner(site, str(deployed.get("user", ""))),
+        "elsewhere": _elsewhere(site),
         "ours": bool(deployed or traces),
     }
+
+
+def _owner(site: Site, user: str) -> str:
+    """The user, when the data is that one's."""
+    with suppress(OSError, KeyError):
+        return user if user and site.data.stat().st_uid == pwd.getpwnam(user).pw_uid else ""
+    return ""
+
+
+def _elsewhere(site: Site) -> str:
+    """Another prefix that is there, and that the service's unit leads to; empty when there is none."""
+    unit = Systemd(site).units / f"{site.service}.service"
+    with suppress(OSError):
+        prefix = unit.readlink().parent.parent  # PREFIX/current/SERVICE.service
+        if (prefix / "state/site.json").exists() and os.path.realpath(prefix) != os.path.realpath(site.prefix):
+            return str(prefix)
+    return ""
 
 
 def _deletable(path: str, points: list[str]) -> bool:

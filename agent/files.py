@@ -9,11 +9,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -280,17 +282,48 @@ def free(path: Path) -> bool:
         return False
 
 
-def run(argv: list[str], env: dict[str, str] | None = None, timeout: float = 3600) -> str:
-    """Run a program to its end and return its output; raises Fault with its last lines when it fails."""
+INHERITED = (
+    *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR"),
+    *("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"),  # for systemctl --user
+)
+"""What programs get of the agent's environment. The rest is that of whoever started the agent, and PYTHON*, LD_*, PIP_*
+and the like would change what they do."""
+
+
+def inherited(*more: str) -> dict[str, str]:
+    """The agent's environment as far as programs get it; `more` are further names, with `*` for any part of one."""
+    names = (*INHERITED, *more)
+    return {name: value for name, value in os.environ.items() if any(fnmatchcase(name, each) for each in names)}
+
+
+def run(
+    argv: list[str], env: dict[str, str] | None = None, timeout: float = 3600, *, inherit: bool = True, **more: Any
+) -> str:
+    """Run a program to its end and return its output; raises Fault with its last lines when it fails.
+
+    `env` is added to `inherited`, or without `inherit` is all that it gets; `more` is for subprocess.Popen. After
+    `timeout` seconds it is killed, with what it has started.
+    """
+    more |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    more |= {"env": {**(inherited() if inherit else {}), **(env or {})}, "start_new_session": True}
     try:
-        done = subprocess.run(argv, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        with subprocess.Popen(argv, text=True, errors="replace", **more) as process:
+            try:
+                output, said = (str(each) for each in process.communicate(timeout=timeout))
+            except BaseException:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
+    except subprocess.TimeoutExpired as error:
+        hint = "run the same command again; look at the host's load and network when that does not help"
+        raise Fault("step", f"{' '.join(argv[:3])} did not end within {timeout:.0f} s", "", hint) from error
+    except OSError as error:
         raise Fault("step", f"{argv[0]} could not be run", str(error)) from error
-    if done.returncode:
-        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+    if process.returncode:
+        tail = "\n".join((said or output).strip().splitlines()[-8:])
         full = "No space left" in tail
         raise Fault("disk" if full else "step", f"{' '.join(argv[:3])} failed", tail, FULL if full else "")
-    return done.stdout
+    return output
 
 
 def read_text(path: Path) -> str:

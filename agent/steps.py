@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent.comfyui import gate
 from agent.facts import sudoers
-from agent.files import Fault, Json, link, own, read, remove, run, sha256, write
+from agent.files import Fault, Json, inherited, link, own, read, remove, run, sha256, write
 from agent.journal import history
 from agent.parts import as_service, contents, part
 from agent.services import UNITS, manager_of
@@ -188,27 +188,32 @@ def _seed(source: Path, place: Path, folder: bool) -> None:
     fresh.rename(place)
 
 
+INSTALL_SECONDS = 1800
+"""For an install.py, which may download models."""
+
+
 def _install(site: Site, step: Json, place: Path) -> None:
     """Run a node's install.py as whom the service runs as, in the tree that is being made."""
     user, group = site.owner()
     if site.user:
         own(place, user, group)
     python = site.parts / step["install"] / "bin/python"
-    environment = {**os.environ, "HOME": str(site.data / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}  # nothing of whoever deploys
+    environment |= {"HOME": str(site.data / "cache"), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
     who: Json = {"user": user, "group": group, "extra_groups": []} if site.user else {}
-    done = subprocess.run(
-        [str(python), "install.py"], cwd=place, env=environment, capture_output=True, text=True, timeout=1800, **who
-    )
-    if done.returncode:
-        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
-        raise Fault("step", f"the install.py failed: {step['title']}", tail)
+    try:
+        run([str(python), "install.py"], environment, INSTALL_SECONDS, inherit=False, cwd=place, **who)
+    except Fault as fault:
+        cause = fault.report["cause"] or fault.report["what"]
+        fault.report |= {"what": f"the install.py failed: {step['title']}", "cause": cause}
+        raise
     if site.user:
         own(place, 0, 0)
 
 
 def _compileall(site: Site, step: Json, place: Path) -> list[str]:
     """Compile Python files in a part that is being made; their tracebacks name its final place."""
-    return ["-m", "compileall", "-q", "-j", "0", "-s", str(place), "-p", str(site.parts / step["part"])]
+    return ["-I", "-m", "compileall", "-q", "-j", "0", "-s", str(place), "-p", str(site.parts / step["part"])]
 
 
 _NEVER_IMPORTED = ("tests", "test", "docs", "examples", "benchmarks")
@@ -235,6 +240,48 @@ def _refuse_overwritten(environment: Path) -> None:
 
 
 _NO_NETWORK = "failed to fetch|error sending request|dns error|connection refused|network is unreachable|timed out"
+_NO_NETWORK += "|network connectivity is disabled"
+_UNTRUSTED = "invalid peer certificate|certificate verify failed"
+
+# Indexes, their credentials and certificates, and how the network is reached. Nothing else of uv's: what is installed,
+# and where, is decided by the plan.
+_INDEX = (
+    *("UV_INDEX*", "UV_DEFAULT_INDEX", "UV_EXTRA_INDEX_URL", "UV_KEYRING_PROVIDER", "UV_CREDENTIALS_DIR", "NETRC"),
+    *("UV_NATIVE_TLS", "UV_SYSTEM_CERTS", "UV_INSECURE_HOST", "UV_HTTP_*", "UV_REQUEST_TIMEOUT", "UV_OFFLINE", "SSL_*"),
+    *(name for each in ("HTTP", "HTTPS", "ALL", "NO") for name in (f"{each}_PROXY", f"{each}_PROXY".lower())),
+)
+
+
+def _configured(python: str) -> dict[str, str]:
+    """The indexes and certificates of the system's and the login's uv.toml, as uv's variables for them.
+
+    A system service has no other way to be told. `python` reads the files: the agent's own may be too old for that.
+    """
+    code = "import json, sys, tomllib; print(json.dumps(tomllib.load(open(sys.argv[1], 'rb')), default=str))"
+    user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    found: dict[str, str] = {}
+    for path in (Path("/etc/uv/uv.toml"), user / "uv/uv.toml"):
+        with suppress(Fault, ValueError, LookupError, TypeError, AttributeError):  # a file that uv rejects says nothing
+            found |= index_settings(json.loads(run([python, "-ISc", code, str(path)]))) if path.exists() else {}
+    return found
+
+
+def index_settings(said: Json) -> dict[str, str]:
+    """What a uv.toml says of indexes and certificates, as variables. `core/tools.py` has the same for the client."""
+    said = {**said, **said.get("pip", {})}
+    names = ("index-url", "extra-index-url", "keyring-provider", "allow-insecure-host", "native-tls", "system-certs")
+    variables = {name: f"UV_{name.upper().replace('-', '_').replace('ALLOW_', '')}" for name in names if said.get(name)}
+    found = {
+        variable: " ".join(said[name]) if isinstance(said[name], list) else str(said[name]).replace("True", "true")
+        for name, variable in variables.items()
+    }
+    for each in said.get("index", []):
+        if each.get("default"):
+            found["UV_DEFAULT_INDEX"] = each["url"]
+        elif not each.get("explicit"):
+            named = f"{each['name']}={each['url']}" if "name" in each else each["url"]
+            found["UV_INDEX"] = f"{found.get('UV_INDEX', '')} {named}".strip()
+    return found
 
 
 def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
@@ -242,17 +289,28 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
     uv = str(site.state / "tools" / step["tool"])
     # uv links what it installs to its cache: one of our own, lest somebody else's environment change with a part's.
     own_cache = str(site.state / "cache/uv")
-    environment = {"UV_CACHE_DIR": own_cache, "UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1"}
+    environment = {**_configured(step["python"]), **inherited(*_INDEX)}
+    environment |= {"UV_CACHE_DIR": own_cache, "UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1"}
     wheels = site.state / "wheels"
     wheels.mkdir(exist_ok=True)
     for wheel in step["wheels"]:
         link(wheels / wheel["file"], receive_blob(site, wheel["sha256"]))
     with part(site, step["part"]) as place:
-        venv = ["venv", "--quiet", "--relocatable", "--no-project", "--python", step["python"]]
+        venv = ["--no-config", "venv", "--quiet", "--relocatable", "--no-project", "--python", step["python"]]
         run([uv, *venv, str(place)], environment)
         listed = site.state / f"requirements-{os.getpid()}.txt"
         listed.write_text(step["requirements"])
-        argv = [uv, "pip", "sync", "--quiet", "--python", f"{place}/bin/python", "--require-hashes", "--strict"]
+        argv = [
+            uv,
+            "--no-config",
+            "pip",
+            "sync",
+            "--quiet",
+            "--python",
+            f"{place}/bin/python",
+            "--require-hashes",
+            "--strict",
+        ]
         argv += ["--only-binary", ":all:", "--find-links", str(wheels)]
         argv += ["--no-index"] if step["offline"] else []
         # A damaged part may have been linked from the cache, which is then damaged too.
@@ -260,6 +318,11 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
         try:
             run([*argv, str(listed)], environment)
         except Fault as fault:
+            if not step["offline"] and re.search(_UNTRUSTED, fault.report["cause"], re.IGNORECASE):
+                what = "the host does not trust the certificate of the package index, or of a proxy before it"
+                hint = "on the host: add the CA to the system's (update-ca-certificates), and system-certs = true to "
+                hint += "/etc/uv/uv.toml; or deploy from a bundle, which needs no index (inv bundle)"
+                raise Fault("step", what, fault.report["cause"], hint) from None
             if not step["offline"] and re.search(_NO_NETWORK, fault.report["cause"], re.IGNORECASE):
                 raise Fault("offline", "the host cannot reach the package index", fault.report["cause"]) from None
             raise

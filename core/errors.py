@@ -144,6 +144,12 @@ class BundleError(HearthError):
     exit_code = 33
 
 
+class TreeError(HearthError):
+    """A source tree with a link that leads out of it, or with what is neither file nor folder."""
+
+    exit_code = 34
+
+
 class CompileError(HearthError):
     """The compiler or the linker refused a file."""
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
+import tempfile
 import threading
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from core.errors import TreeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -59,27 +63,99 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tree(root: Path) -> list[tuple[str, Path]]:
+    """Every file of a tree by its relative path, sorted. What is read of a tree to hash, pack or bundle it, is this.
+
+    A symbolic link to a file of the same tree counts as that file. Raises TreeError for any other link, since it would
+    send what lies elsewhere on this machine, and for devices, pipes, sockets and names that are not UTF-8.
+    """
+    real, found = Path(os.path.realpath(root)), []
+    for folder, folders, names in os.walk(root):
+        for path in (Path(folder, name) for name in (*folders, *names)):
+            name = os.fsencode(path.relative_to(root)).decode(errors="backslashreplace")
+            inside = not path.is_symlink() or Path(os.path.realpath(path)).is_relative_to(real)
+            if name != str(path.relative_to(root)):
+                raise TreeError(f"{root.name}: the name {name} is not UTF-8", hint=_REFUSED)
+            if inside and path.is_file():
+                found.append((name, path))
+            elif not inside or path.is_symlink() or not path.is_dir():
+                kind = f"a link to {path.readlink()}" if path.is_symlink() else "a device, pipe or socket"
+                raise TreeError(
+                    f"{root.name}: {name} is {kind}",
+                    cause="only files, and links to files of the same tree, are hashed, packed or sent",
+                    hint=_REFUSED,
+                )
+    return sorted(found)
+
+
+_REFUSED = "delete it where the folder is your own; leave it out of a node or recipe with `without`"
+
+
 def tree_hash(root: Path, names: Iterable[str] | None = None) -> str:
     """The SHA-256 of a tree: sorted relative paths, the executable bit and every file's content.
 
-    `names` (relative paths) limits it; times, owners and empty directories do not count.
+    `names` (relative paths) limits it, to files whose links were checked by the caller or lead where they may; times,
+    owners and empty directories do not count.
     """
-    if names is None:
-        names = (str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
     digest = hashlib.sha256()
-    for name in sorted(names):
-        path = root / name
+    for name, path in tree(root) if names is None else ((name, root / name) for name in sorted(names)):
         executable = "x" if path.stat().st_mode & 0o100 else "-"
         digest.update(f"{name}\0{executable}\0{sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
+@contextmanager
+def draft(place: Path) -> Iterator[Path]:
+    """A path to make a file or folder at, to be renamed to `place`: in a locked folder beside it, deleted at the end.
+
+    Folders of killed runs are deleted first. They are told by their lock, which the kernel drops with its process, also
+    on a shared home: process ids repeat in containers and mean nothing on another machine.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for stale in place.parent.glob(f".{glob.escape(place.name)}.*"):
+        sweep(stale)
+    lock = None
+    while lock is None:  # another run's sweep may come between the next two lines, and delete the folder
+        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        lock = _lock(folder)
+    try:
+        yield folder / place.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def sweep(stale: Path) -> None:
+    """Delete what a killed run left; what a living one has locked, or another user owns, stays."""
+    with suppress(PermissionError):
+        if not stale.is_dir():  # older versions left plain files, too
+            stale.unlink(missing_ok=True)
+        elif (lock := _lock(stale)) is not None:
+            shutil.rmtree(stale, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a draft's folder; None when another process holds it or has deleted it."""
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)  # NFS locks only what is open for writing
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), (folder / "lock").stat()):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    return None
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Write a file in one rename: whoever reads it sees the old content or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(content if isinstance(content, bytes) else content.encode())
-    part.rename(path)
+    with draft(path) as part:
+        part.write_bytes(content if isinstance(content, bytes) else content.encode())
+        part.replace(path)
 
 
 _making: defaultdict[Path, threading.RLock] = defaultdict(threading.RLock)
@@ -89,25 +165,16 @@ _making: defaultdict[Path, threading.RLock] = defaultdict(threading.RLock)
 def whole(place: Path) -> Iterator[Path]:
     """Make the folder `place` in one rename: yields an empty folder to fill, and drops it when the body fails.
 
-    What killed runs left of the same folder is swept away first. Threads that make the same folder do so in turn.
+    Threads that make the same folder do so in turn; of processes that do, the first one's stays.
     """
-    with _making[place]:
-        yield from _whole(place)
-
-
-def _whole(place: Path) -> Iterator[Path]:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    for stale in place.parent.glob(f".{place.name}.*"):
-        if not Path(f"/proc/{stale.suffix[1:]}").exists():
-            shutil.rmtree(stale)
-    part = place.with_name(f".{place.name}.{os.getpid()}")
-    part.mkdir()
-    try:
+    with _making[place], draft(place) as part:
+        part.mkdir()
         yield part
-        if not place.exists():  # another run may have made it meanwhile
+        try:
             part.rename(place)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        except OSError:
+            if not place.is_dir():
+                raise
 
 
 @contextmanager

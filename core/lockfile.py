@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from typing import TYPE_CHECKING
 
-from core import console, files, shell
+from core import console, files, tools
 from core.errors import LockStaleError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def renew(*, check: bool) -> None:
     """Resolve `uv.lock` anew; with `check` change nothing. Raises LockStaleError."""
-    done = shell.run(["uv", "lock", *(["--check"] if check else [])], cwd=files.CHECKOUT, check=False)
+    done = tools.uv("lock", *(["--check"] if check else []), cwd=files.CHECKOUT, check=False)
     if done.returncode:
         raise LockStaleError(
             "uv.lock is stale" if check else "uv.lock could not be renewed",
@@ -34,8 +35,8 @@ def requirements(extra: str) -> list[str]:
     """
     kept = exported(extra)
     if not kept.exists():
-        words = ["uv", "export", "--quiet", "--frozen", "--no-default-groups", "--no-emit-project", "--no-header"]
-        text = shell.run([*words, "--no-annotate", "--extra", extra], cwd=files.CHECKOUT).stdout
+        words = ["export", "--quiet", "--frozen", "--no-default-groups", "--no-emit-project", "--no-header"]
+        text = tools.uv(*words, "--no-annotate", "--extra", extra, cwd=files.CHECKOUT).stdout
         files.write(kept, text.replace(" \\\n", ""))
     return kept.read_text().splitlines()
 
@@ -57,9 +58,10 @@ def install(extra: str, platform: Platform, python: str, finish: Callable[[Path]
         return place
     console.say(f"installing {extra} for {platform.value}, Python {python}, into the cache")
     with files.whole(place) as part:
-        words = ["uv", "pip", "install", "--quiet", "--only-binary", ":all:", "--no-deps", "--require-hashes"]
+        words = ["pip", "install", "--quiet", "--only-binary", ":all:", "--no-deps", "--require-hashes"]
         words += ["--target", str(part), "--python-version", python, "--python-platform", platform.uv_name]
-        shell.run([*words, "--requirements", "-"], input_text="\n".join(pinned) + "\n")
+        words += ["--python", sys.executable]  # uv reads its paths; without one it looks for any in the current folder
+        tools.uv(*words, "--requirements", "-", input_text="\n".join(pinned) + "\n")
         if finish is not None:
             finish(part)
     return place

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 import shutil
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from core import files
+from core.errors import HashMismatchError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,16 +85,26 @@ def found(house: Path) -> list[Manifest]:
     return [each for each, wheel in listed if each and wheel.exists() and wheel.stat().st_size == each.size]
 
 
+def whole(wheel: Manifest) -> Path:
+    """The wheel's file in the wheelhouse, compared with its manifest; raises HashMismatchError."""
+    path = files.wheelhouse() / wheel.file
+    if not path.exists() or files.sha256(path) != wheel.sha256:
+        words = ["--kernel", wheel.kernel, "--arch", wheel.arch, "--stack", wheel.stack, "--python", wheel.python]
+        words += ["--platform", wheel.platform, *(["--profile", wheel.profile] if wheel.profile else [])]
+        raise HashMismatchError(
+            f"{path} is not the wheel that was inspected",
+            cause="it was damaged or replaced since: its manifest has another sha256",
+            hint=f"inv build-kernels --force {shlex.join(words)}",
+        )
+    return path
+
+
 def admit(wheel: Path, manifest: Manifest) -> Path:
     """Move an inspected wheel into the wheelhouse. The manifest goes last: without one, a wheel counts for nothing."""
     house = files.wheelhouse()
-    house.mkdir(parents=True, exist_ok=True)
-    part = house / f".{manifest.file}.{os.getpid()}"
-    try:
+    with files.draft(house / manifest.file) as part:
         shutil.copyfile(wheel, part)  # perhaps from another file system, where a rename is no single step
         part.replace(house / manifest.file)
-    finally:
-        part.unlink(missing_ok=True)
     files.write(house / f"{manifest.file}.json", encode(manifest))
     return house / manifest.file
 

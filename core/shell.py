@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import tempfile
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from core.errors import DiskFullError, ProcessError, ToolMissingError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+Done = subprocess.CompletedProcess[str]
 
 # Where Debian keeps what users call: the package that holds a program, for the message when it is missing.
 _PACKAGES = {"git": "git", "uv": "uv (pip install uv)", "apt-get": "apt", "rsvg-convert": "librsvg2-bin"}
@@ -24,13 +26,16 @@ def run(
     *,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
+    inherit: bool = True,
     check: bool = True,
     input_text: str | None = None,
+    output: IO[bytes] | None = None,
     timeout: float | None = None,
-) -> subprocess.CompletedProcess[str]:
+) -> Done:
     """Run a program to its end and return its output as text.
 
-    `env` is added to this process's environment, `timeout` is in seconds.
+    `env` is added to this process's environment, or without `inherit` is all of it. What it says on standard output
+    goes to the file `output` as it is, where there is one. `timeout` is in seconds.
     Raises ToolMissingError when it is not installed and, with `check`, ProcessError when it fails.
     """
     words = [str(word) for word in argv]
@@ -38,9 +43,10 @@ def run(
         done = subprocess.run(
             words,
             cwd=cwd,
-            env={**os.environ, **(env or {})},
+            env={**(os.environ if inherit else {}), **(env or {})},
             input=input_text,
-            capture_output=True,
+            stdout=output or subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
             check=False,
@@ -56,7 +62,7 @@ def run(
     if done.returncode and "No space left on device" in done.stderr:
         raise DiskFullError(f"the disk is full: {words[0]} could not write", hint="free some space, then run again")
     if check and done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()[-8:]
+        last = (done.stderr or done.stdout or "").strip().splitlines()[-8:]
         raise ProcessError(f"{' '.join(words[:3])} ... exited with {done.returncode}", cause="\n    ".join(last))
     return done
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from core import console, files, shell
-from core.errors import ConfigError, HashMismatchError, HearthError, ProcessError, SourceUnreachableError
+from core import console, files, tools
+from core.errors import ConfigError, HashMismatchError, HearthError, ProcessError, SourceUnreachableError, TreeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,6 +75,10 @@ def check(recipe: Pinned) -> None:
             raise ConfigError(f"{recipe.path}: a source is one of git, sdist, folder")
         if (source.git and not source.commit) or (source.sdist and not (source.version and source.sha256)):
             raise ConfigError(f"{recipe.path}: a git source needs commit; an sdist needs version and sha256")
+        if source.git and not re.fullmatch("[0-9a-f]{40,64}", source.commit):
+            raise ConfigError(
+                f"{recipe.path}: commit {source.commit!r} is not a whole commit", hint="40 hexadecimal digits"
+            )
 
 
 def cached(recipe: Pinned) -> Path | None:
@@ -102,9 +108,10 @@ def fetch(recipe: Pinned) -> Path:
             with files.whole(place) as part:
                 console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
                 _insist(_fetch_git if source.git else _fetch_sdist, source, recipe, part)
+                _dereference(part)
                 _check(recipe, source, part)
             return place
-        except HashMismatchError:
+        except (HashMismatchError, TreeError):
             raise
         except HearthError as error:
             failures.append(f"{source.label}: {error.cause or error.what}")
@@ -119,10 +126,11 @@ def pin(recipe: Pinned) -> Pinned:
     """The recipe with the hash of what its source holds now; the tree is in the cache then. For new pins only."""
     (source,) = recipe.source
     with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
-        place = Path(folder) / "tree"
+        place = Path(folder) / recipe.name
         place.mkdir()
         console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
         _fetch_git(source, recipe, place)
+        _dereference(place)
         pinned = msgspec.structs.replace(recipe, tree=files.tree_hash(place))
         with files.whole(_place(pinned)) as part:
             shutil.copytree(place, part, dirs_exist_ok=True, symlinks=True)
@@ -158,37 +166,99 @@ def _check(recipe: Pinned, source: Source, tree: Path) -> None:
         )
 
 
-def _fetch_git(source: Source, recipe: Pinned, place: Path) -> None:
-    """Fetch one commit, without history, and check out only what is wanted: blobs of other paths never travel.
+def _dereference(tree: Path) -> None:
+    """Put copies of files in the place of links to them; raises TreeError for links to anything else."""
+    for _, path in files.tree(tree):
+        if path.is_symlink():
+            real = path.resolve()
+            path.unlink()
+            shutil.copy(real, path)
 
-    Where all is wanted it comes in one answer: each further one would wait for the server again. The repository is
+
+def _fetch_git(source: Source, recipe: Pinned, place: Path) -> None:
+    """Fetch one commit, without history, and write the files that are wanted."""
+    for path, target in _write_commit(source, recipe, place):
+        path.symlink_to(target)  # last: nothing is written through a link
+
+
+def _write_commit(source: Source, recipe: Pinned, place: Path) -> list[tuple[Path, str]]:
+    """Write a commit's files and return its links. Blobs of other paths than the wanted never travel.
+
+    Where all is wanted it comes in one answer: each further one would wait for the server again. Nothing is checked
+    out: blobs are written as they are, so that no attribute, filter, hook or setting changes a byte. The repository is
     written and not made by git, a program fewer for each of its lines.
     """
-    # One pack as it came, not a file for each object: a third of the work.
-    git = ["git", "-C", str(place), "-c", "advice.detachedHead=false", "-c", "transfer.unpackLimit=1"]
-    quiet = {"GIT_TERMINAL_PROMPT": "0"}
+    repository = place / ".git"
+    own = {"GIT_DIR": str(repository)}
     url = json.dumps(source.git, ensure_ascii=False)  # git quotes its settings in the same way
-    made = {"HEAD": "ref: refs/heads/main", "config": f'[remote "origin"]\nurl = {url}'}
+    config = f'[remote "origin"]\nurl = {url}\n'
     few: list[str] = []
     if recipe.paths or recipe.without:
-        patterns = [f"/{path}" for path in recipe.paths or ("*",)] + [f"!/{path}" for path in recipe.without]
-        made["info/sparse-checkout"] = "\n".join(patterns)
-        made["config"] += "\n[core]\nrepositoryFormatVersion = 1\nsparseCheckout = true"
-        made["config"] += "\n[extensions]\npartialClone = origin"
+        config += "[core]\nrepositoryFormatVersion = 1\n[extensions]\npartialClone = origin\n"
         few = ["--filter=blob:none"]
-    for name in ("objects", "refs", "info"):
-        (place / ".git" / name).mkdir(parents=True)
-    for name, text in made.items():
-        (place / ".git" / name).write_text(f"{text}\n")
+    for name in ("objects", "refs"):
+        (repository / name).mkdir(parents=True)
+    for name, text in {"HEAD": "ref: refs/heads/main\n", "config": config}.items():
+        (repository / name).write_text(text)
     # Without tags the server is not asked what it has: the commit is known.
-    lean = ["--quiet", "--depth=1", "--no-tags", "--no-auto-maintenance", "--no-write-fetch-head"]
-    shell.run([*git, "fetch", *lean, *few, "origin", source.commit], env=quiet)
-    shell.run([*git, "checkout", "--quiet", source.commit], env=quiet)
-    if recipe.submodules:  # at the commits that the pinned one names
-        words = ["submodule", "--quiet", "update", "--init", "--depth=1", "--", *recipe.submodules]
-        shell.run([*git, *words], env=quiet)
-    for name in (".git", *(f"{each}/.git" for each in recipe.submodules)):
-        shutil.rmtree(place / name) if (place / name).is_dir() else (place / name).unlink()
+    fetch = ["fetch", "--quiet", "--no-tags", "--no-auto-maintenance", "--no-write-fetch-head", *few]
+    tools.git(*fetch, "--depth=1", "--", "origin", source.commit, env=own)
+    listed = tools.git("ls-tree", "-r", "-z", "--full-tree", source.commit, env=own).stdout
+    entries = {name: about.split() for about, _, name in (each.partition("\t") for each in listed.split("\0")[:-1])}
+    for name in entries:
+        if {"", ".", "..", ".git"} & set(name.lower().split("/")) or "\ufffd" in name:
+            raise TreeError(f"{source.label}: a file cannot be named {name!r}", hint="leave the repository out")
+    wanted = {
+        name: (mode, blob)
+        for name, (mode, kind, blob) in entries.items()
+        if kind == "blob" and (not recipe.paths or _below(name, recipe.paths)) and not _below(name, recipe.without)
+    }
+    blobs = "".join(f"{blob}\n" for _, blob in wanted.values())
+    if few and blobs:  # cat-file would ask for each one by itself
+        tools.git("-c", "fetch.negotiationAlgorithm=noop", *fetch, "--stdin", "origin", input_text=blobs, env=own)
+    links: list[tuple[Path, str]] = []
+    with (repository / "blobs").open("w+b") as raw:
+        tools.git("cat-file", "--batch", input_text=blobs, output=raw, env=own)
+        raw.seek(0)
+        for name, (mode, _) in wanted.items():
+            path, size = place / name, int(raw.readline().split()[2])
+            content = raw.read(size + 1)[:size]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if mode == "120000":
+                links.append((path, os.fsdecode(content)))
+            else:
+                path.write_bytes(content)
+                path.chmod(0o755 if mode == "100755" else 0o644)
+    for name in recipe.submodules:  # at the commits that the pinned one names
+        inner = _submodule(name, source, entries, own)
+        (place / name).mkdir(parents=True, exist_ok=True)
+        whole = msgspec.structs.replace(recipe, paths=(), without=(), submodules=())
+        links += _write_commit(inner, whole, place / name)
+    shutil.rmtree(repository)
+    return links
+
+
+def _submodule(name: str, source: Source, entries: Mapping[str, Sequence[str]], own: Mapping[str, str]) -> Source:
+    """Where a submodule is to be had; raises ConfigError when the commit has none of that path."""
+    told = ""
+    if ".gitmodules" in entries:
+        words = ["config", "--blob", entries[".gitmodules"][2], "-z", "--get-regexp", r"^submodule\..*\.(path|url)$"]
+        told = tools.git(*words, env=own, check=False).stdout
+    said = dict(each.split("\n", 1) for each in told.split("\0")[:-1])
+    url = next(
+        (said.get(f"{key[:-4]}url", "") for key, path in said.items() if (key[-5:], path) == (".path", name)), ""
+    )
+    if not url or entries.get(name, ("",))[0] != "160000":
+        raise ConfigError(
+            f"{source.label} has no submodule {name!r}", hint="`submodules` has its path in the repository"
+        )
+    if url.startswith(("./", "../")):  # relative to the repository's own address
+        base = source.git.rstrip("/")
+        while url.startswith(("./", "../")):
+            step, _, url = url.partition("/")
+            base = base.rpartition("/")[0] if step == ".." else base
+        url = f"{base}/{url}"
+    return Source(git=url, commit=entries[name][2])
 
 
 def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
@@ -196,7 +266,7 @@ def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
     from pypi_simple import PYPI_SIMPLE_ENDPOINT, DigestMismatchError, PyPISimple
     from requests import RequestException
 
-    index = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("UV_INDEX_URL") or PYPI_SIMPLE_ENDPOINT
+    index = tools.index() or PYPI_SIMPLE_ENDPOINT
     archive = place / "sdist.tar.gz"
     try:
         with PyPISimple(endpoint=index) as client:
@@ -230,9 +300,17 @@ def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
                 inside = name.startswith(f"{source.subfolder}/")
                 name = name.removeprefix(f"{source.subfolder}/") if inside else ""
             if name and (not recipe.paths or _below(name, recipe.paths)) and not _below(name, recipe.without):
-                tar.extract(member.replace(name=name), place, filter="data")
+                try:
+                    tar.extract(member.replace(name=name), place, filter="data")
+                except tarfile.FilterError as error:
+                    raise TreeError(
+                        f"{source.label}: {error}", hint="leave it out of the recipe with `without`"
+                    ) from error
     archive.unlink()
 
 
 def _below(name: str, paths: Sequence[str]) -> bool:
-    return any(f"{name}/".startswith(f"{path}/") for path in paths)
+    """Whether a file is one of these, or in one of these folders; `*` stands for any part of a name."""
+    parts = name.split("/")
+    patterns = [path.strip("/").split("/") for path in paths]
+    return any(len(each) <= len(parts) and all(map(fnmatchcase, parts, each)) for each in patterns)

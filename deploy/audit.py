@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomlkit
 
-from core import files, shell, source
+from core import files, source, tools
 from core.errors import AuditServiceError
 from deploy import advisory, curate, environment, flow, nodes
 from deploy import application as applications
@@ -143,12 +143,12 @@ def _bad_packages(stock: Stock, known: Sequence[Advisory]) -> Iterator[Finding]:
 
 def _vulnerable(stock: Stock, service: str) -> Iterator[Finding]:
     """What `uv audit` finds. Raises AuditServiceError when it cannot tell."""
-    words = ["uv", "audit", "--frozen", "--output-format", "json"]
+    words = ["audit", "--frozen", "--output-format", "json"]
     words += ["--preview-features", "audit-command,json-output"]  # both are previews still, and uv warns of that
     words += ["--service-url", service] if service else []
     with tempfile.TemporaryDirectory(prefix="hearth-") as name:
         _project(Path(name), sorted(stock.packages))
-        done = shell.run(words, cwd=Path(name), check=False)
+        done = tools.uv(*words, cwd=Path(name), check=False)
     if done.returncode not in (0, 1) or not done.stdout:  # 1: there are vulnerabilities
         raise AuditServiceError(
             f"{len(stock.packages)} packages were not looked up: uv audit failed",

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import shutil
 import tarfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import IO, TYPE_CHECKING
 import msgspec
 
 from core import console, files, lockfile, source
+from core import manifest as manifests
 from core.errors import BundleError
 from core.manifest import Sha256
 from core.stack import Platform
@@ -74,12 +73,8 @@ def write(target: Target, stock: Shelf, platform: str, python: str, wheels: Sequ
     listed = _listed(stock, asking, platform, python, wheels)
     total = sum(path.stat().st_size for path in listed.values())
     console.say(f"bundling {len(listed)} files, {console.size(total)}")
-    for stale in output.parent.glob(f".{output.name}.*"):  # of a run that was killed
-        if not Path(f"/proc/{stale.suffix[1:]}").exists():
-            stale.unlink()
-    part = output.with_name(f".{output.name}.{os.getpid()}")
     found: dict[str, File] = {}
-    try:
+    with files.draft(output) as part:
         with (
             console.Progress("bundling", total, len(listed)) as progress,
             tarfile.open(part, mode="w", format=tarfile.PAX_FORMAT) as tar,
@@ -102,8 +97,6 @@ def write(target: Target, stock: Shelf, platform: str, python: str, wheels: Sequ
             text = msgspec.json.encode(bundle)
             tar.addfile(_member(MANIFEST, File("", len(text))), io.BytesIO(text))
         part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)
     return bundle
 
 
@@ -126,7 +119,7 @@ def _listed(
     found[f"checkout/recipes/comfyui/locks/{lock.name}.txt"] = environment.folder() / f"{lock.name}.txt"
     tree = source.fetch(app)
     if own := app.source[0].folder:
-        found |= {f"checkout/recipes/comfyui/{own}/{name}": path for name, path in _tree(tree)}
+        found |= {f"checkout/recipes/comfyui/{own}/{name}": path for name, path in files.tree(tree)}
     cached = [
         *nodes.fetch(stock.nodes).values(),
         environment.download(lock, asking, Platform.parse(platform)),
@@ -135,16 +128,13 @@ def _listed(
         *([] if own else [tree]),
     ]
     for folder in cached:
-        found |= {f"cache/{folder.relative_to(files.cache())}/{name}": path for name, path in _tree(folder)}
+        found |= {f"cache/{folder.relative_to(files.cache())}/{name}": path for name, path in files.tree(folder)}
     for exported in (lockfile.exported("uv"), lockfile.exported(exporter.EXTRA)):
         found[f"cache/{exported.relative_to(files.cache())}"] = exported
     for wheel in wheels:
-        found |= {f"wheelhouse/{name}": files.wheelhouse() / name for name in (wheel.file, f"{wheel.file}.json")}
+        found |= {f"wheelhouse/{wheel.file}": manifests.whole(wheel)}
+        found |= {f"wheelhouse/{wheel.file}.json": files.wheelhouse() / f"{wheel.file}.json"}
     return found
-
-
-def _tree(folder: Path) -> list[tuple[str, Path]]:
-    return [(str(path.relative_to(folder)), path) for path in folder.rglob("*") if path.is_file()]
 
 
 def verify(path: Path) -> Bundle:
@@ -155,13 +145,8 @@ def verify(path: Path) -> Bundle:
 @contextmanager
 def opened(path: Path) -> Iterator[Bundle]:
     """Unpack a bundle, checked, and take everything from there for as long as the context lasts; raises BundleError."""
-    places = files.cache() / "bundles"
-    for stale in places.glob("*"):  # of a run that was killed
-        if not Path(f"/proc/{stale.name}").exists():
-            shutil.rmtree(stale)
-    place = places / str(os.getpid())
-    place.mkdir(parents=True)
-    try:
+    with files.draft(files.cache() / "bundles/open") as place:
+        place.mkdir()
         console.say(f"unpacking {path.name}, {console.size(path.stat().st_size)}")
         bundle = _read(path, place)
         if bundle.files[AGENT].sha256 != hashlib.sha256(connection.packed_agent()).hexdigest():
@@ -172,8 +157,6 @@ def opened(path: Path) -> Iterator[Bundle]:
             )
         with files.inside(place):
             yield bundle
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _read(path: Path, place: Path | None) -> Bundle:
@@ -183,7 +166,7 @@ def _read(path: Path, place: Path | None) -> Bundle:
     try:
         with tarfile.open(path, mode="r:") as tar:
             for member in tar:
-                content = tar.extractfile(member)
+                content = tar.extractfile(member) if member.isreg() and member.name not in found else None
                 if content is None or member.name.startswith("/") or ".." in member.name.split("/"):
                     raise BundleError(f"{path} is no bundle of Hearth's", cause=f"it holds {member.name!r}")
                 if member.name == MANIFEST:

@@ -10,19 +10,21 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import tomlkit
 
-from core import console, files, shell, source
+from core import console, files, source, tools
 from core.errors import ConfigError, ProcessError, SourceUnreachableError, UnknownNameError, UsageError, near
 from deploy import advisory, nodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from core.shell import Done
     from deploy.nodes import Catalogue
 
 
@@ -115,7 +117,7 @@ def newest(url: str, rev: str = "HEAD") -> str:
     """The commit that a branch or tag of a repository is at; raises SourceUnreachableError or UnknownNameError."""
     if re.fullmatch(r"[0-9a-f]{40}", rev):
         return rev
-    done = shell.run(["git", "ls-remote", url, rev, f"{rev}^{{}}"], env={"GIT_TERMINAL_PROMPT": "0"}, check=False)
+    done = tools.git("ls-remote", "--", url, rev, f"{rev}^{{}}", check=False)
     if done.returncode:
         raise SourceUnreachableError(
             f"{url} does not answer", cause=done.stderr.strip(), hint="check the address and the network"
@@ -127,12 +129,12 @@ def newest(url: str, rev: str = "HEAD") -> str:
 
 
 @contextmanager
-def _history(url: str, commit: str) -> Iterator[list[str]]:
-    """A repository's commits without their files, for as long as the context lasts: git's words to ask it."""
+def _history(url: str, commit: str) -> Iterator[partial[Done]]:
+    """A repository's commits without their files, for as long as the context lasts: git, to ask it."""
     with tempfile.TemporaryDirectory(prefix="hearth-") as place:
-        git = ["git", "-C", place]
-        shell.run([*git, "init", "--quiet", "--bare"])
-        shell.run([*git, "fetch", "--quiet", "--filter=tree:0", url, commit], env={"GIT_TERMINAL_PROMPT": "0"})
+        git = partial(tools.git, env={"GIT_DIR": place})
+        git("init", "--quiet", "--bare")
+        git("fetch", "--quiet", "--filter=tree:0", "--", url, commit)
         yield git
 
 
@@ -142,19 +144,18 @@ def holds(url: str, commit: str, wanted: str) -> bool | None:
         return None
     try:
         with _history(url, commit) as git:
-            words = [*git, "merge-base", "--is-ancestor", wanted, commit]
-            return {0: True, 1: False}.get(shell.run(words, check=False).returncode)
+            return {0: True, 1: False}.get(git("merge-base", "--is-ancestor", wanted, commit, check=False).returncode)
     except ProcessError:
         return None
 
 
-def _date(git: Sequence[str], commit: str) -> str:
-    return shell.run([*git, "log", "-1", "--format=%cs", commit]).stdout.strip()
+def _date(git: partial[Done], commit: str) -> str:
+    return git("log", "-1", "--format=%cs", commit).stdout.strip()
 
 
-def _change(name: str, git: Sequence[str], commits: tuple[str, str], trees: tuple[Path, Path]) -> Change:
+def _change(name: str, git: partial[Done], commits: tuple[str, str], trees: tuple[Path, Path]) -> Change:
     (old, new), (before, after) = commits, trees
-    log = shell.run([*git, "log", "--format=%h %cs %s", "--max-count=30", f"{old}..{new}"], check=False)
+    log = git("log", "--format=%h %cs %s", "--max-count=30", f"{old}..{new}", check=False)
     said = log.stdout.splitlines() if log.returncode == 0 else ["(its history was rewritten)"]
     lines = difflib.unified_diff(nodes.requirements(before), nodes.requirements(after), lineterm="", n=0)
     wanted = [line for line in lines if not line.startswith(("---", "+++", "@@"))]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from core import console, files, lockfile, shell, source
+from core import console, files, lockfile, source, tools
 from core.errors import ConfigError, LockStaleError, ResolutionError
 from core.stack import Platform, stacks
 from deploy import application as applications
@@ -225,14 +225,13 @@ def download(lock: Lock, asking: Iterable[str], platform: Platform) -> Path:
     with files.whole(place) as part:
         listed = part / "requirements.txt"
         listed.write_text(text)
-        words: list[str | Path] = [sys.executable, "-m", "pip", "download", "--quiet", "--require-hashes", "--no-deps"]
-        words += ["--dest", part]
+        words: list[str | Path] = ["download", "--quiet", "--require-hashes", "--no-deps", "--dest", part]
         words += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", lock.python]
         # pip takes tags literally: an older manylinux is not implied by a newer one.
         tags = [f"manylinux_2_{minor}" for minor in range(28, 4, -1)] + ["manylinux2014", "manylinux2010", "manylinux1"]
         words += [word for each in [*tags, "linux"] for word in ("--platform", f"{each}_{platform.cpu}")]
         words += [word for abi in (tag, "abi3", "none") for word in ("--abi", abi)]
-        shell.run([*words, "--requirement", listed])
+        tools.pip(*words, "--requirement", listed)
         listed.unlink()
     return place
 
@@ -277,10 +276,10 @@ def _compile(
         (place / "excludes").write_text("\n".join(gone))
 
         def resolve(chosen: Iterable[str], *more: str) -> Any:
-            words = ["uv", "pip", "compile", "--quiet", "--no-header", "--generate-hashes", "--only-binary", ":all:"]
+            words = ["pip", "compile", "--quiet", "--no-header", "--generate-hashes", "--only-binary", ":all:"]
             words += ["--python-version", python, "--python-platform", platform.uv_name]
             words += ["--overrides", "overrides", "--excludes", "excludes", *more, *chosen]
-            return shell.run(words, cwd=place, check=False)
+            return tools.uv(*words, "--python", sys.executable, cwd=place, check=False)
 
         if old.exists():  # uv keeps what an output file pins already, where it can
             shutil.copy(old, place / "list")

@@ -53,7 +53,8 @@ class Place(msgspec.Struct, frozen=True):
     `own` are the entries that Hearth makes, `crossings` those of them that are links; `others` are neither these nor
     the data, and `data` says whether there is more of that than mount points and the way to them. `homes` names whose
     home folder it is or holds. `mounts` are the mount points in it, `links` what in the data leads elsewhere. `ours`
-    says that Hearth has been there, `service` for which service last.
+    says that Hearth has been there, `service` and `scope` for which service last, and `user` for whom, if the data is
+    still that one's. `elsewhere` is another prefix, which the service's unit leads to.
     """
 
     real: str = ""
@@ -67,6 +68,9 @@ class Place(msgspec.Struct, frozen=True):
     mounts: tuple[str, ...] = ()
     links: dict[str, str] = {}
     service: str = ""
+    scope: str = ""
+    user: str = ""
+    elsewhere: str = ""
     ours: bool = False
 
 

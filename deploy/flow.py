@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import io
+import ipaddress
 import secrets
 import socket
 import tarfile
@@ -24,6 +25,7 @@ from core.errors import (
     BundleError,
     ConvergeError,
     GroupError,
+    HashMismatchError,
     HearthError,
     HostOfflineError,
     LockStaleError,
@@ -203,7 +205,7 @@ def _deploy(name: str, options: Options, bundle: Bundle | None) -> Outcome:
         planned = plan.make(target, facts, stock, options)
         _refuse(planned, f"{name} cannot be deployed to")
         titles = tuple(step.title for step in planned.steps)
-        address = f"http://{target.host.listen}:{target.host.port}"
+        address = web_address(target)
         outcome = Outcome(name, planned.release, planned.base, bool(titles), titles, address)
         show(planned)
         if not planned.steps or options.dry_run:
@@ -227,6 +229,16 @@ def _deploy(name: str, options: Options, bundle: Bundle | None) -> Outcome:
 def tried(planned: Plan) -> str:
     """What a host is after a trial that went well."""
     return f"release {planned.release} passed its trial; {planned.base or 'nothing'} stays in service"
+
+
+def web_address(target: Target) -> str:
+    """Where a browser finds ComfyUI: as it listens, and where that is everywhere, as the host is reached."""
+    listed = target.host.listen.split(",")
+    at = next((each for each in listed if not ipaddress.ip_address(each).is_loopback), listed[0])
+    if (only := ipaddress.ip_address(at)).is_unspecified:
+        at = target.host.address.rpartition("@")[2] or ("127.0.0.1" if only.version == 4 else "::1")
+    scheme = "https" if all(flag in target.flags for flag in releases.TLS_FLAGS) else "http"
+    return f"{scheme}://{f'[{at}]' if ':' in at else at}:{target.host.port}"
 
 
 def bundle(name: str, output: str, platform: str, python: str, verify: str, *, ask_sudo: bool) -> tuple[Path, Bundle]:
@@ -554,12 +566,16 @@ def _pack(
             f"custom_nodes/{name}", nodes.fetch({name: stock.nodes[name]})[name], agent, facts, scratch, blob
         )
     if step.kind == "env":
-        house = files.wheelhouse()
-        wheels = [{"file": name, "sha256": blob(house / name)} for name in step.values["kernels"]]
+        kernels = [wheel for wheel in stock.wheels if wheel.file in step.values["kernels"]]
+        blobs |= {wheel.sha256: manifest.whole(wheel) for wheel in kernels}
+        wheels = [{"file": wheel.file, "sha256": wheel.sha256} for wheel in kernels]
         if offline:
             lock = stock.locks[facts.platform, step.values["version"]]
             folder = environment.download(lock, step.values["asking"], platform)
             wheels += [{"file": path.name, "sha256": blob(path)} for path in sorted(folder.glob("*.whl"))]
+            if damaged := [each["file"] for each in wheels[len(kernels) :] if each["sha256"] not in lock.text]:
+                what = f"{folder / damaged[0]} was damaged: its hash is not the locked one"
+                raise HashMismatchError(what, hint=f"rm -r {folder}, then run the same command again")
         return {"tool": stock.uv, "wheels": wheels, "offline": offline}
     return {}
 
@@ -569,9 +585,7 @@ def _pack_tree(
 ) -> dict[str, Any]:
     """A tree: an archive of the files that no release there has for the same `kind`, and where the others lie."""
     wanted = {
-        str(path.relative_to(tree)): files.sha256(path) + ("x" if path.stat().st_mode & 0o100 else "")
-        for path in sorted(tree.rglob("*"))
-        if path.is_file()
+        name: files.sha256(path) + ("x" if path.stat().st_mode & 0o100 else "") for name, path in files.tree(tree)
     }
     used = {each["parts"].get(kind) for each in facts.releases}
     there = sorted(name for name, fault in facts.parts.items() if name in used and not fault)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from dataclasses import dataclass, field
@@ -288,25 +289,52 @@ def hosts() -> Hosts:
     return msgspec.structs.replace(listed, hosts={**listed.hosts, LOCAL: local})
 
 
+PLAIN_PATH = re.compile(r"(/[\w.@+-]+)+", re.ASCII)
+"""No blanks, quotes, % or colons, which units and command lines read in ways of their own."""
+
+_PLAIN = {
+    "address": (r"(?!-)[\w.:%@+-]*", "a name or address as ssh takes it"),
+    "user": (r"((?!-)[\w.@\\+-]+\$?)?", "a login"),
+    "service": (r"[a-z][a-z0-9_-]{0,30}", "service and run_as are plain lower-case names"),
+    "run_as": (r"[a-z_][a-z0-9_-]*", "service and run_as are plain lower-case names"),
+    "free_memory": (r"([1-9][0-9]{0,5}[smhd])?", "such as 30m, 4h or 1d"),
+}
+"""What ends up in units and command lines as it is, and is no path: the form of each."""
+
+
 def _check(path: Path, name: str, host: Host) -> None:
+    place = f"{path}: host {name}"
+    for key, (form, hint) in _PLAIN.items():
+        if not re.fullmatch(form, value := getattr(host, key)):
+            raise ConfigError(f"{place}: {key} = {value!r}", hint=hint)
+    for each in host.members:
+        if not re.fullmatch(r"(?!-)[\w.@-]+\$?", each):
+            raise ConfigError(f"{place}: members: {each!r} is no user's name", hint='members = ["anna"]')
+    for each in host.listen.split(","):
+        try:
+            ipaddress.ip_address(each.replace("%", " "))  # no zone, as in fe80::1%eth0: units read % otherwise
+        except ValueError as error:
+            hint = 'one or more, as "127.0.0.1" or "127.0.0.1,::1"; "0.0.0.0,::" is everywhere'
+            raise ConfigError(f"{place}: listen = {host.listen!r}: {each!r} is no IP address", hint=hint) from error
     prefix = host.prefix
     if host.scope == "system" and prefix and (not prefix.startswith("/") or re.match(r"/(home|root)\b", prefix)):
         raise ConfigError(
-            f"{path}: host {name}: prefix {prefix} cannot be a system service's",
+            f"{place}: prefix {prefix} cannot be a system service's",
             cause="it must be absolute, and the unit hides home folders from the service",
             hint='use /opt/comfyui, or scope = "user"',
         )
-    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,30}", host.service) or not re.fullmatch(r"[a-z_][a-z0-9_-]*", host.run_as):
-        raise ConfigError(f"{path}: host {name}: service and run_as are plain lower-case names")
-    if not 0 < host.port < 65536 or host.keep < 1:
-        raise ConfigError(f"{path}: host {name}: port is 1 to 65535, keep at least 1")
+    if not 0 < host.port < 65536 or host.ssh_port not in (None, *range(1, 65536)) or host.keep < 1:
+        raise ConfigError(f"{place}: port and ssh_port are 1 to 65535, keep at least 1")
     if host.metrics_port is not None and (not 0 < host.metrics_port < 65536 or host.metrics_port == host.port):
-        raise ConfigError(f"{path}: host {name}: metrics_port is 1 to 65535, and another than ComfyUI's {host.port}")
-    for each in (*host.mounts, *host.folders.values(), *host.model_roots, *host.develop):
-        if not re.fullmatch(r"(/[\w.@:+-]+)+", each, flags=re.ASCII) or {".", ".."} & set(each.split("/")):
+        raise ConfigError(f"{place}: metrics_port is 1 to 65535, and another than ComfyUI's {host.port}")
+    for each in (*host.mounts, *host.folders.values(), *host.model_roots, *host.develop, *([prefix] if prefix else [])):
+        below = each.removeprefix("~") if each is prefix else each  # the agent puts the login's home there
+        if each not in (prefix, *host.develop):
+            below = below.replace(":", "_")  # only where systemd binds a path does a colon end it
+        if not PLAIN_PATH.fullmatch(below) or {".", ".."} & set(each.split("/")):
             raise ConfigError(
-                f"{path}: host {name}: {each!r} is no plain absolute path",
-                hint="such as /mnt/models: letters, digits and . _ @ : + - between slashes, none at the end",
+                f"{place}: {each!r} is no plain absolute path",
+                hint="such as /mnt/models: letters, digits and . _ @ + - between slashes, none at the end",
             )
         # nodes under development are bound to where the service sees them
         if host.scope == "system" and each not in host.develop and re.match(r"/(home|root)\b", each):
@@ -321,10 +349,14 @@ def _check(path: Path, name: str, host: Host) -> None:
                 cause="`what` needs a `type`, and root",
                 hint='type = "nfs4"; without root leave `what` out, and let fstab mount it',
             )
-        if "\n" in mount.what + mount.type + mount.options:
-            raise ConfigError(f"{path}: host {name}: mount {each}: what, type and options are one line each")
-    if host.free_memory and not re.fullmatch(r"[1-9]\d*[smhd]", host.free_memory):
-        raise ConfigError(f"{path}: host {name}: free_memory = {host.free_memory!r}", hint="such as 30m, 4h or 1d")
+        told = (
+            ("what", mount.what, r"(?![- ])[^\\'\"]*(?<! )"),
+            ("type", mount.type, r"[\w.-]*"),
+            ("options", mount.options, r"[^\s\\'\"]*"),
+        )
+        for key, value, form in told:
+            if not ((value.isprintable() and re.fullmatch(form, value)) or not value):
+                raise ConfigError(f"{place}: mount {each}: {key} = {value!r} cannot be written into a unit")
     bad = [each for each in host.developed if not re.fullmatch(r"\w[\w-]*", each, flags=re.ASCII)]
     if bad or len(host.developed) < len(host.develop):
         raise ConfigError(
@@ -359,7 +391,22 @@ def _refuse_secrets(path: Path) -> None:
 
 
 def _check_settings(place: str, said: Profile | Override) -> None:
-    """Refuse ranges that are none, and allocator settings that contradict each other."""
+    """Refuse what a unit could not hold, ranges that are none, and allocator settings that contradict each other."""
+    if not re.fullmatch(r"([0-9]+(\.[0-9]+)?%|[0-9]+[KMGT]?|infinity)?", said.memory_max or ""):
+        raise ConfigError(f"{place}: memory_max = {said.memory_max!r}", hint="such as 48G or 90%")
+    for each in said.pythons or ():
+        if not re.fullmatch(r"3\.[0-9]+", each):
+            raise ConfigError(f"{place}: pythons: {each!r}", hint="such as 3.12")
+    forms = ((said.flags, r"--[a-z][a-z0-9-]*", r"[^\\'\"]*"), (said.env, r"[A-Za-z_][A-Za-z0-9_]*", r".*"))
+    for settings, form, values in forms:
+        for name, setting in settings.items():
+            if not re.fullmatch(form, name):
+                raise ConfigError(f"{place}: {name!r} is no {'flag' if settings is said.flags else 'variable'}")
+            if not (setting.value.isprintable() and re.fullmatch(values, setting.value)):
+                what = f"{place}: {name}: {setting.value!r} cannot be written into a unit"
+                raise ConfigError(
+                    what, hint="no line breaks and control characters, in flags no quotes and backslashes"
+                )
     for name, setting in (said.flags | said.env).items():
         for what in ("torch", "comfyui"):
             try:

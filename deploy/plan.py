@@ -13,6 +13,7 @@ from packaging.version import InvalidVersion, Version
 from core import console
 from core.errors import UsageError
 from deploy import application as applications
+from deploy import host as hosts
 from deploy import release as releases
 from deploy.exporter import Exporter
 
@@ -134,6 +135,10 @@ def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
     if broken:
         what = f"release {to} cannot run any more: {', '.join(broken)} is missing or damaged"
         refusals.append(Refusal(what, "choose another release, or deploy again"))
+    unit = (wanted or {}).get("files", {f"{target.host.service}.service": ""}).get(f"{target.host.service}.service")
+    if unit is None or (target.host.scope == "system" and unit and f"\nUser={target.host.run_as}\n" not in unit):
+        what = f"release {to} was made for another service or user than {target.host.service} and {target.host.run_as}"
+        refusals.append(Refusal(what, "choose another release, or deploy again"))
     steps = [_release_step(wanted, "its unit or links were changed")] if wanted and to in facts.altered else []
     steps.append(_cut_over(facts, to, "asked for", options))
     return Plan(facts.current, to, steps=() if refusals else tuple(steps), refusals=tuple(refusals))
@@ -148,6 +153,9 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
         return None, [Refusal(f"the machine is {facts.machine}, and torch {stack.torch} has no build for it", remedy)]
     origin = {name: target.origin.get(f"flags.{name}", "") for name in target.flags}
     found += [Refusal(what, remedy) for what, remedy in applications.wrong(target.flags, shelf.flags, origin)]
+    if len(alone := [flag for flag in releases.TLS_FLAGS if flag in target.flags]) == 1:  # ComfyUI would speak http
+        (other,) = set(releases.TLS_FLAGS) - set(alone)
+        found.append(Refusal(f"{alone[0]} needs {other}, too", "set both, or neither"))
     if profile.cuda:
         found += gpu(target, facts)
     listed = [each for each in profile.pythons if (facts.platform, each) in shelf.locks]
@@ -186,7 +194,7 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
 
 
 def find_wheel(shelf: Shelf, kernel: str, target: Target, platform: str, python: str) -> Manifest | Refusal:
-    """The wheel that fits; of several (a recipe's profiles) the smallest: ComfyUI asks for no gradients."""
+    """The wheel that fits; of several the highest version, then the inference profile: ComfyUI trains nothing."""
     stack, arch = target.stack, target.profile.arch
     fitting = [
         wheel
@@ -197,7 +205,10 @@ def find_wheel(shelf: Shelf, kernel: str, target: Target, platform: str, python:
         and (wheel.python, wheel.platform) == (python, platform)
     ]
     if fitting:
-        return min(fitting, key=lambda wheel: (wheel.size, wheel.version))
+        # without the local label, which names arch and profile and sorts as text
+        return max(
+            fitting, key=lambda each: (Version(Version(each.version).public), each.profile == "inference", each.key)
+        )
     words: tuple[str, ...] = ("--kernel", kernel, "--arch", arch, "--stack", stack.name)
     words += ("--python", python, "--platform", platform)
     what = f"the wheelhouse has no {kernel} for {arch}, {stack.name}, Python {python}, {platform}"
@@ -253,6 +264,10 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal(f"{facts.foreign_unit} is not Hearth's", f"inv adopt --host {target.name} takes it over"))
     if host.scope == "system" and not facts.manager.startswith("systemd"):
         found.append(Refusal("the host runs no systemd", 'set scope = "user" for this host'))
+    if not hosts.PLAIN_PATH.fullmatch(facts.prefix):
+        what = f"{facts.prefix} holds characters that units and command lines do not take"
+        found.append(Refusal(what, "set a `prefix` of letters, digits and . _ @ + -"))
+    found += deployed_otherwise(target, facts)
     if not facts.writable:
         found.append(Refusal(f"{facts.login} may not write to {facts.prefix}", "choose another prefix, or let it"))
     found += storage(target, facts)
@@ -274,6 +289,30 @@ def metrics(target: Target, facts: Facts) -> list[Refusal]:
     return found
 
 
+def deployed_otherwise(target: Target, facts: Facts) -> list[Refusal]:
+    """What was deployed under settings that the configuration has changed since, and that nothing carries over."""
+    found: list[Refusal] = []
+    place, host = facts.place, target.host
+    first = f"inv remove --host {target.name}, then change it"
+    units = (facts.release(facts.current) or {}).get("files", {})
+    served = min((each for each in units if each.endswith(".service")), key=len, default="")  # companions are longer
+    for old in {served.removesuffix(".service"), place.service if facts.current else ""} - {"", host.service}:
+        what = f"{facts.prefix} was deployed as service {old}, and the configuration says {host.service}"
+        found.append(Refusal(what, f'set service = "{old}", so that its units are found; {first}'))
+    if facts.current and place.scope and place.scope != host.scope:
+        what = f'{facts.prefix} was deployed with scope = "{place.scope}", and the configuration says "{host.scope}"'
+        found.append(Refusal(what, f'set scope = "{place.scope}", so that its units are found; {first}'))
+    if host.scope == "system" and place.user and place.user != host.run_as:
+        what = f"{facts.prefix}/data belongs to {place.user}, and the configuration says run_as = {host.run_as}"
+        change = f"inv stop, then there: useradd --system {host.run_as}; chown -R {host.run_as}: {facts.prefix}/data"
+        found.append(Refusal(what, f'set run_as = "{place.user}"; to change it, then: {change}'))
+    if place.elsewhere:
+        what = f"{host.service} is deployed at {place.elsewhere}, and the configuration says {facts.prefix}"
+        move = f'set prefix = "{place.elsewhere}"; to move it: {first}, and mv {place.elsewhere}/data there'
+        found.append(Refusal(what, f"{move}; for a second one set another `service`"))
+    return found
+
+
 def paused(target: Target, facts: Facts) -> str:
     """Who keeps the service from running, and since when."""
     return f"{target.host.service} was paused by {facts.paused['who']} at {facts.paused['at']}"
@@ -288,7 +327,7 @@ def storage(target: Target, facts: Facts) -> list[Refusal]:
         if not wanted.what and not there.mounted:
             remedy = f"mount {path} there; writing into the empty mount point would hide it later"
             found.append(Refusal(f"{path} is not mounted", remedy))
-        elif wanted.what and there.mounted and f"\nWhat={wanted.what}\n" not in there.unit:
+        elif wanted.what and there.mounted and target.mount_text(path).split("\nWhere")[0] not in there.unit:
             remedy = f"umount {path} there, or leave out `what` for it"
             found.append(Refusal(f"{there.source} is mounted at {path}, and not by Hearth's unit for it", remedy))
         elif wanted.what and there.fault:

@@ -40,6 +40,9 @@ ATTENTION = {
     "--use-pytorch-cross-attention": "pytorch attention",
 }
 
+TLS_FLAGS = ("--tls-keyfile", "--tls-certfile")
+"""With both, ComfyUI speaks https; with one of them it stays with http, and says nothing."""
+
 # What importing a kernel package proves: its extension modules load in that environment.
 IMPORTS = {"sageattention": ("sageattention",), "flash-attn": ("flash_attn", "flash_attn_2_cuda")}
 

@@ -6,7 +6,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
-from core import shell
+from core import tools
 from core.errors import PatchError
 from core.source import fetch
 
@@ -42,7 +42,7 @@ def _apply(recipe: Recipe, patch: Patch, tree: Path) -> None:
     file = recipe.path / "patches" / patch.file
     # Without the ceiling, git would find a repository around the cache and skip every path outside it.
     ceiling = {"GIT_CEILING_DIRECTORIES": str(tree.parent)}
-    done = shell.run(["git", "apply", "--whitespace=nowarn", str(file)], cwd=tree, env=ceiling, check=False)
+    done = tools.git("apply", "--whitespace=nowarn", "--", file, cwd=tree, env=ceiling, check=False)
     if done.returncode:
         raise PatchError(
             f"{patch.file} does not apply to {recipe.name} {recipe.version}",

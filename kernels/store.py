@@ -99,6 +99,6 @@ def prune() -> list[tuple[Path, str]]:
     """Delete what no recipe asks for and return it with the reasons."""
     gone = unwanted()
     for path, _ in gone:
-        path.unlink(missing_ok=True)
+        files.sweep(path)
         path.with_name(path.name + ".json").unlink(missing_ok=True)
     return gone

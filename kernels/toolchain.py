@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core import console, files, lockfile, shell
+from core import console, files, lockfile, shell, tools
 from core.errors import (
     CompilerMissingError,
     CompilerVersionError,
@@ -214,7 +214,7 @@ def _python(version: str) -> tuple[str, str, str]:
     asked = _known_python(version)
     if asked is None:
         console.say(f"there is no Python {version} here; asking uv to install it")
-        installed = shell.run(["uv", "python", "install", "--quiet", version], check=False)
+        installed = tools.uv("python", "install", "--quiet", version, check=False)
         asked = _ask_python(_uv_python(version), version)
     if asked is None:
         raise PythonMissingError(
@@ -228,7 +228,9 @@ def _python(version: str) -> tuple[str, str, str]:
             f"Python {version} has no headers: {include / 'Python.h'} does not exist",
             hint=f"apt-get install libpython{version}-dev, or: uv python install {version}",
         )
-    return interpreter, str(include), f"{full} headers {files.tree_hash(include)}"
+    # Named one by one: distributions link other packages' headers (numpy's) into the folder.
+    headers = [str(path.relative_to(include)) for path in include.rglob("*") if path.is_file()]
+    return interpreter, str(include), f"{full} headers {files.tree_hash(include, headers)}"
 
 
 def _known_python(version: str) -> list[str] | None:
@@ -237,7 +239,7 @@ def _known_python(version: str) -> list[str] | None:
 
 def _uv_python(version: str) -> str:
     """The interpreter of this minor version that uv knows of; empty when there is none."""
-    return shell.run(["uv", "python", "find", "--no-project", "--system", version], check=False).stdout.strip()
+    return tools.uv("python", "find", "--no-project", "--system", version, check=False).stdout.strip()
 
 
 def _ask_python(program: str, version: str) -> list[str] | None:

@@ -164,7 +164,7 @@ def _changeable(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal(f"{facts.foreign_unit} is not Hearth's", f"systemctl there, or inv adopt {at}"))
     if target.host.scope == "system" and not facts.manager.startswith("systemd"):
         found.append(Refusal("the host runs no systemd", 'set scope = "user" for this host'))
-    return found
+    return found + plan.deployed_otherwise(target, facts)
 
 
 def _able(target: Target, facts: Facts) -> list[Refusal]:
@@ -209,9 +209,6 @@ def _erasable(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal(f"something is mounted at {', '.join(inside)}", "umount it there first"))
     if (place.own or place.data) and not (place.ours or facts.data):
         found.append(Refusal(f"{prefix} does not look like Hearth's: no state and no release of its own", by_hand))
-    if place.service and place.service != target.host.service:
-        what = f"{prefix} was deployed as service {place.service}, and the configuration says {target.host.service}"
-        found.append(Refusal(what, f'set service = "{place.service}", so that its units are found'))
     if facts.adopted:
         what = "an installation was adopted, and state/ holds what gives it back"
         undo = (

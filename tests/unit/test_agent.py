@@ -5,15 +5,22 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
+import pwd
 import shutil
+import ssl
+import subprocess
 import sys
+import threading
+import time
 import zipfile
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
-from agent import comfyui, journal, services, steps
-from agent.files import Fault, append, write
+from agent import comfyui, facts, journal, services, steps
+from agent.files import Fault, Json, append, run, write
 from agent.site import Site
 
 
@@ -54,8 +61,13 @@ def make(tmp_path: Path, one: dict[str, str], two: dict[str, str]) -> Path:
         path.rename(site.incoming / digest)
         wheels.append({"file": path.name, "sha256": digest})
         lines.append(f"{name}==1 --hash=sha256:{digest}\n")
-    step = {"part": "env-test", "python": sys.executable, "tool": "uv", "wheels": wheels, "offline": True}
-    steps.env(site, {**step, "repair": False, "requirements": "".join(lines)}, lambda _: None)
+    return environment(site, "".join(lines), wheels=wheels)
+
+
+def environment(site: Site, requirements: str, **values: object) -> Path:
+    """The environment of these requirements, made without a network unless `offline` says otherwise."""
+    step = {"part": "env-test", "python": sys.executable, "tool": "uv", "wheels": [], "offline": True, "repair": False}
+    steps.env(site, {**step, "requirements": requirements, **values}, lambda _: None)
     return site.parts / "env-test"
 
 
@@ -115,3 +127,158 @@ def test_the_last_words_are_those_of_the_run_before_when_the_next_has_said_nothi
     with manager.output.open("a") as log:
         log.write("once more\n")
     assert services.last_words(manager) == ["once more"]
+
+
+MISLEADING = {
+    "target": '[pip]\ntarget = "{elsewhere}"\n',
+    "prefix": '[pip]\nprefix = "{elsewhere}"\n',
+    "exclude-newer": 'exclude-newer = "2001-01-01T00:00:00Z"\n',
+    "required-version": 'required-version = ">=99"\n',
+    "no-binary": '[pip]\nno-binary = [":all:"]\n',
+    "python-version": '[pip]\npython-version = "3.8"\n',
+    "link-mode": 'link-mode = "symlink"\n',
+    "not TOML": "[[[",
+}
+
+
+@pytest.mark.parametrize("text", MISLEADING.values(), ids=MISLEADING)
+def test_uvs_own_file_does_not_change_an_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "config/uv").mkdir(parents=True)
+    (tmp_path / "config/uv/uv.toml").write_text(text.format(elsewhere=tmp_path / "elsewhere"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    installed_whole(make(tmp_path, {"one.py": ""}, {"two.py": ""}))
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def installed_whole(place: Path) -> None:
+    found = [*place.glob("lib/*/site-packages/one.py"), *place.glob("lib/*/site-packages/two.py")]
+    assert len(found) == 2
+    assert not any(path.is_symlink() for path in found)
+
+
+def test_the_callers_variables_do_not_change_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("UV_CONSTRAINT", "UV_BUILD_CONSTRAINT", "UV_CONFIG_FILE", "UV_WORKING_DIRECTORY", "UV_OVERRIDE"):
+        monkeypatch.setenv(name, str(tmp_path / "missing"))
+    for name, value in {"UV_EXCLUDE_NEWER": "2001-01-01", "UV_LINK_MODE": "symlink", "UV_NO_BINARY": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("VIRTUAL_ENV", "PYTHONPYCACHEPREFIX", "PYTHONHOME", "PYTHONPATH"):
+        monkeypatch.setenv(name, str(tmp_path / "other"))
+    place = make(tmp_path, {"one.py": ""}, {"two.py": ""})
+    installed_whole(place)
+    assert list(place.glob("lib/*/site-packages/__pycache__/one.*.pyc"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_index_whose_certificate_is_not_trusted_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-days", "1"]
+    words += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    site = at(tmp_path)
+    (site.state / "tools").mkdir(parents=True)
+    (site.state / "tools/uv").symlink_to(str(shutil.which("uv")))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    monkeypatch.setenv("UV_DEFAULT_INDEX", f"https://127.0.0.1:{server.server_port}/simple")
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
+    try:
+        with pytest.raises(Fault) as raised:
+            environment(site, f"one==1 --hash=sha256:{'a' * 64}\n", offline=False)
+    finally:
+        server.shutdown()
+        server.server_close()
+        serving.join()
+    assert raised.value.report["kind"] == "step"  # not "offline": the client would send gigabytes instead
+    assert "does not trust the certificate" in raised.value.report["what"]
+    assert "invalid peer certificate" in raised.value.report["cause"]
+    assert "update-ca-certificates" in raised.value.report["hint"]
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://127.0.0.1:1/simple")
+    with pytest.raises(Fault) as raised:
+        environment(site, f"one==1 --hash=sha256:{'a' * 64}\n", offline=False)
+    assert raised.value.report["kind"] == "offline"
+
+
+def test_a_program_gets_what_it_needs_of_the_environment_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/x")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    names = {line.partition("=")[0] for line in run(["env"], {"OWN": "1"}).splitlines()}
+    assert {"PATH", "OWN", "XDG_RUNTIME_DIR"} <= names
+    assert not {"HF_TOKEN", "LD_LIBRARY_PATH"} & names
+    assert run(["/usr/bin/env"], {"OWN": "1"}, inherit=False) == "OWN=1\n"
+
+
+def test_a_program_that_does_not_end_is_a_failure_with_a_message(tmp_path: Path) -> None:
+    began = time.monotonic()
+    script = f"sleep 60 & echo $! > {tmp_path}/pid; wait"
+    with pytest.raises(Fault, match=r"sh -c .* did not end within 1 s"):
+        run(["sh", "-c", script], timeout=1)
+    assert time.monotonic() - began < 10  # though its child holds the pipe
+    pid = (tmp_path / "pid").read_text().strip()
+    assert services.wait_for(lambda: gone(Path(f"/proc/{pid}/status")), 5)
+
+
+def gone(status: Path) -> bool:
+    """Whether a process has ended, also when nobody has waited for it yet."""
+    return not status.exists() or "\nState:\tZ" in status.read_text()
+
+
+def installed(tmp_path: Path, script: str) -> Path:
+    """Run an install.py in a node's tree; the tree."""
+    site, place = at(tmp_path), tmp_path / "tree"
+    place.mkdir()
+    (place / "install.py").write_text(script)
+    (site.parts / "env/bin").mkdir(parents=True)
+    (site.parts / "env/bin/python").symlink_to(sys.executable)
+    step: Json = {"install": "env", "title": "make node it"}
+    steps._install(site, step, place)
+    return place
+
+
+def test_an_install_script_that_hangs_is_a_failed_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "INSTALL_SECONDS", 1)
+    with pytest.raises(Fault) as raised:
+        installed(tmp_path, "import time; time.sleep(60)")
+    assert raised.value.report["what"] == "the install.py failed: make node it"
+    assert "did not end within 1 s" in raised.value.report["cause"]
+
+
+def test_an_install_script_sees_nothing_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "HTTPS_PROXY", "PIP_INDEX_URL", "SSH_AUTH_SOCK", "PYTHONPATH", "XDG_RUNTIME_DIR"):
+        monkeypatch.setenv(name, "x")
+    place = installed(tmp_path, "import json, os; json.dump(dict(os.environ), open('seen', 'w'))")
+    seen = json.loads((place / "seen").read_text())
+    assert set(seen) <= {"PATH", "HOME", "LANG", "LC_CTYPE", "PYTHONDONTWRITEBYTECODE", "PYTHONNOUSERSITE"}
+    assert seen["HOME"] == str(tmp_path / "data/cache")
+
+
+def test_what_a_prefix_was_deployed_as_and_where_its_unit_leads_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = at(tmp_path / "new")
+    me = pwd.getpwuid(os.getuid()).pw_name
+    site.data.mkdir(parents=True)
+    write(site.state / "site.json", json.dumps({"service": "old", "scope": "system", "user": me}))
+    told = facts._prefix(site)
+    assert (told["service"], told["scope"], told["user"], told["elsewhere"]) == ("old", "system", me, "")
+    write(site.state / "site.json", json.dumps({"service": "old", "scope": "system", "user": "nobody"}))
+    assert facts._prefix(site)["user"] == ""  # the data was given to another since
+    units = tmp_path / "home/.config/systemd/user"
+    units.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    other = tmp_path / "other"
+    (units / "s.service").symlink_to(other / "current/s.service")
+    assert facts._prefix(site)["elsewhere"] == ""  # it was deleted, or moved here
+    write(other / "state/site.json", "{}")
+    assert facts._prefix(site)["elsewhere"] == str(other)
+    (tmp_path / "way").symlink_to(other)
+    assert facts._prefix(Site({**site.json, "prefix": str(tmp_path / "way")}))["elsewhere"] == ""

@@ -1,14 +1,21 @@
-"""Folders that are made in one rename, also by threads of one process."""
+"""Files and folders that are made in one rename, also by threads of one process; and what counts as a tree's files."""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from core import files
+from core.errors import TreeError
 
 
 def test_threads_make_the_same_folder_in_turn(tmp_path: Path) -> None:
@@ -35,3 +42,84 @@ def test_what_a_killed_run_left_is_swept_away(tmp_path: Path) -> None:
     with files.whole(tmp_path / "made"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_leftover_of_the_same_process_id_does_not_block(tmp_path: Path) -> None:
+    """In a container every run has the same one."""
+    for name in ("made", "file"):
+        (tmp_path / f".{name}.{os.getpid()}").mkdir()
+        (tmp_path / f".{name}.{os.getpid()}/half").touch()
+    with files.whole(tmp_path / "made"):
+        pass
+    files.write(tmp_path / "file", "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "made"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from core import files
+with files.whole(Path(sys.argv[1])) as part:
+    (part / "half").touch()
+    print(part, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_living_process_makes_stays_and_what_it_leaves_when_killed_goes(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", HOLD, str(tmp_path / "made")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=files.CHECKOUT) as other:
+        assert other.stdout
+        part = Path(other.stdout.readline().strip())
+        (tmp_path / "made").mkdir()  # whoever asks for it now sweeps, and makes nothing
+        with files.whole(tmp_path / "made"):
+            pass
+        assert (part / "half").exists()
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    with files.whole(tmp_path / "made"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_processes_that_begin_at_the_same_moment_sweep_nothing_of_each_other(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from core import files\n"
+        "for number in range(100):\n"
+        "    with files.draft(Path(sys.argv[1])) as part:\n"
+        "        part.write_text('x'); assert part.read_text() == 'x'; part.replace(sys.argv[1])"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "it")]
+    running = [subprocess.Popen(words, cwd=files.CHECKOUT) for _ in range(4)]
+    assert [each.wait() for each in running] == [0, 0, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+
+
+def test_what_is_no_file_of_the_tree_is_refused_by_name(tmp_path: Path) -> None:
+    outside, root = tmp_path / "secret", tmp_path / "tree"
+    outside.write_text("PRIVATE")
+    root.mkdir()
+    (root / "a.py").write_text("x")
+    (root / "same.py").symlink_to("a.py")
+    assert [name for name, _ in files.tree(root)] == ["a.py", "same.py"]
+    odd = root / "sub/odd"
+    odd.parent.mkdir()
+    listening = socket.socket(socket.AF_UNIX)
+    makers: tuple[Callable[[], object], ...] = (
+        lambda: odd.symlink_to(outside),
+        lambda: odd.symlink_to("/"),
+        lambda: odd.symlink_to(root),
+        lambda: odd.symlink_to("nothing"),
+        lambda: os.mkfifo(odd),
+        lambda: listening.bind(str(odd)),
+    )
+    with listening:
+        for maker in makers:
+            maker()
+            for read in (files.tree, files.tree_hash):
+                with pytest.raises(TreeError, match=r"sub/odd is a (link to|device, pipe or socket)"):
+                    read(root)
+            odd.unlink()
+    (root / os.fsdecode(b"caf\xe9")).touch()
+    with pytest.raises(TreeError, match=r"caf\\xe9 is not UTF-8"):
+        files.tree_hash(root)

@@ -68,6 +68,73 @@ def test_what_is_wrong_is_refused(written: Path, text: str, error: type[HearthEr
     assert said in str(raised.value)
 
 
+ODD = ["a b", "a\\nb", "a%b", 'a\\"b', "a'b", "a$b", "a;b", "a\\\\b", "../b", "-a"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f'prefix = "/opt/{each}"' for each in [*ODD[:-1], "x:y", "x/", "/x", "./x"]),
+        *(f'scope = "user"\nprefix = "~/{each}"' for each in ODD[:-1]),
+        *(f'scope = "user"\nprefix = "{each}"' for each in ("~", "~anna/x", "x", "~/", "$HOME/x")),
+        *(f'address = "{each}"' for each in ODD if each not in ("a%b",)),
+        *(f'user = "{each}"' for each in ODD if each != "a\\\\b"),
+        *(f'members = ["{each}"]' for each in [*ODD, "a,b", ""]),
+        *(
+            f'listen = "{each}"'
+            for each in ["", "localhost", "1.2.3", "::1,", "127.0.0.1, ::1", "fe80::1%eth0", "[::1]"]
+        ),
+        *(f'free_memory = "{each}"' for each in ("4", "h", "0h", "4 h", "4h\\n", "\u0664h", "-1h")),
+        *(f'mounts."/mnt/a" = {{ what = "{each}", type = "nfs4" }}' for each in ["-o x", "x\\n[Mount]", "x\\\\", " "]),
+        *(f'mounts."/mnt/a" = {{ what = "/dev/sdb", type = "{each}" }}' for each in ("ext4\\n", "a b", "a%b")),
+        *(
+            f'mounts."/mnt/a" = {{ what = "/dev/b", type = "xfs", options = "{each}" }}'
+            for each in ("a b", "a\\nb", "a\\\\")
+        ),
+        *(f'override.memory_max = "{each}"' for each in ("lots", "1G\\nExecStartPre=/bin/x", "-1", "90 %")),
+        *(f'override.pythons = ["{each}"]' for each in ("3", "3.11; x", "../3.11")),
+        *(f'override.env.X = {{ why = "w", value = "{each}" }}' for each in ("a\\nb", "a\\u0000b", "a\\rb")),
+        *(f'override.env."{each}" = {{ why = "w" }}' for each in ("A B", "A=B", "1A", "")),
+        *(f'override.flags."--x" = {{ why = "w", value = "{each}" }}' for each in ("a\\nb", "a'b", 'a\\"b', "a\\\\nb")),
+        *(f'override.flags."{each}" = {{ why = "w" }}' for each in ("x", "--x y", "--x\\ny", "-x")),
+        "ssh_port = 0",
+        "ssh_port = 65536",
+        'develop = ["/srv/a:b"]\nmodes = ["development"]',
+    ],
+)
+def test_what_units_and_command_lines_would_take_otherwise_is_refused(written: Path, text: str) -> None:
+    address = "" if text.startswith("address") else 'address = "a"\n'
+    written.write_text(f'[hosts.a]\n{address}profile = "cpu"\n{text}\n')
+    with pytest.raises(ConfigError):
+        host.hosts()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'prefix = "/opt/comfy-ui_2.0"',
+        'scope = "user"\nprefix = "~/ai/comfyui"',
+        'scope = "user"\nprefix = "/home/anna/comfyui"',
+        'address = "fe80::1%eth0"',
+        'address = "my_host.example.org"',
+        'user = "CORP\\\\anna"',
+        'user = "anna@corp"',
+        'members = ["anna", "svc-art$"]',
+        'listen = "0.0.0.0,::"',
+        'listen = "192.168.1.2,127.0.0.1,::1"',
+        'mounts."/mnt/a" = { what = "//nas/my share%1", type = "cifs", options = "credentials=/etc/x,uid=1000" }',
+        'override.memory_max = "90%"',
+        'override.memory_max = "48G"',
+        'override.env.X = { why = "w", value = "a \\"b\\" $c %d é" }',
+        'override.flags."--x" = { why = "w", value = "10 32%" }',
+    ],
+)
+def test_what_units_and_command_lines_can_hold_is_taken(written: Path, text: str) -> None:
+    address = "" if text.startswith("address") else 'address = "a"\n'
+    written.write_text(f'[hosts.a]\n{address}profile = "cpu"\n{text}\n')
+    assert "a" in host.hosts().hosts
+
+
 def test_unknown_names(written: Path) -> None:
     written.write_text('[hosts.spark]\naddress = "a"\nprofile = "dgx-sparc"\n[groups]\nall = ["spark"]')
     with pytest.raises(UnknownNameError, match="spark"):

@@ -325,10 +325,95 @@ def test_the_wheels_hash_reaches_the_list_and_the_environment() -> None:
     assert env.values["part"] not in [step.values.get("part") for step in changed.steps]
 
 
-def test_of_a_kernels_profiles_the_smallest_is_taken() -> None:
-    full, inference = wheel("flash-attn", size=2, version="1+full"), wheel("flash-attn", size=1, version="1+inference")
-    (env,) = (step for step in made(stock=shelf(wheel("sageattention"), full, inference)).steps if step.kind == "env")
-    assert "1+inference" in env.values["requirements"]
+@pytest.mark.parametrize(
+    ("versions", "taken"),
+    [
+        (["2.2.0", "2.10.0", "2.9.1"], "2.10.0"),
+        (["2.2.0.post1", "2.2.0"], "2.2.0.post1"),
+        (["2.3.0rc1", "2.3.0"], "2.3.0"),
+    ],
+)
+def test_of_a_kernels_wheels_the_highest_version_is_taken_whatever_its_size(versions: list[str], taken: str) -> None:
+    wheels = [wheel("flash-attn", size=n, version=f"{each}+cu130.sm121a") for n, each in enumerate(versions)]
+    for listed in (wheels, wheels[::-1]):
+        found = plan.find_wheel(shelf(*listed), "flash-attn", spark(), "linux_aarch64", "3.12")
+        assert isinstance(found, Manifest)
+        assert found.version.partition("+")[0] == taken
+
+
+@pytest.mark.parametrize("other", ["full", "training", "a", "z", ""])
+def test_of_a_versions_profiles_inference_is_taken_whatever_its_size(other: str) -> None:
+    inference = wheel("flash-attn", profile="inference", size=9, version="2+cu130.inference", file="i.whl")
+    more = wheel("flash-attn", profile=other, size=1, version=f"2+cu130{f'.{other}' * bool(other)}", file="m.whl")
+    newer = wheel("flash-attn", profile=other, size=99, version="2.1+cu130", file="n.whl")
+    for listed, expected in (((inference, more), "i.whl"), ((more, inference), "i.whl"), ((inference, newer), "n.whl")):
+        found = plan.find_wheel(shelf(*listed), "flash-attn", spark(), "linux_aarch64", "3.12")
+        assert isinstance(found, Manifest)
+        assert found.file == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "values", "what", "remedy"),
+    [
+        ({"service": "comfyui-old"}, {}, "was deployed as service comfyui-old", 'service = "comfyui-old"'),
+        ({"service": "new"}, {"service": "new"}, "was deployed as service comfyui", 'service = "comfyui"'),
+        ({"service": "comfyui"}, {"service": "new"}, "and the configuration says new", 'service = "comfyui"'),
+        ({"scope": "user"}, {}, 'deployed with scope = "user"', 'scope = "user"'),
+        ({"user": "anna"}, {}, "data belongs to anna", 'run_as = "anna"'),
+        ({"user": "comfyui"}, {"run_as": "art"}, "says run_as = art", "chown -R art: /opt/comfyui/data"),
+        ({"elsewhere": "/srv/old"}, {}, "comfyui is deployed at /srv/old", 'prefix = "/srv/old"'),
+    ],
+)
+def test_what_was_deployed_under_other_settings_is_refused(
+    place: dict[str, str], values: dict[str, str], what: str, remedy: str
+) -> None:
+    changed = msgspec.structs.replace(settled(), place=facts.Place(ours=True, **place))  # type: ignore[arg-type]
+    for found in (made(changed, spark(**values)), plan.back(spark(**values), changed, changed.current, plan.Options())):
+        assert not found.steps
+        assert any(what in each.what and remedy in each.remedy for each in found.refusals), found.refusals
+
+
+@pytest.mark.parametrize("values", [{"service": "new"}, {"run_as": "art"}])
+def test_a_release_of_another_service_or_user_is_not_gone_back_to(values: dict[str, str]) -> None:
+    old, before = settled(), settled().current
+    now = msgspec.structs.replace(old, current="", service=NO_SERVICE, port_holder={})
+    found = plan.back(spark(**values), now, before, plan.Options())
+    assert ["was made for another service or user" in each.what for each in found.refusals] == [True]
+    assert not plan.back(spark(), now, before, plan.Options()).refusals
+
+
+def test_what_was_taken_away_may_be_deployed_under_another_name() -> None:
+    place = facts.Place(ours=True, service="comfyui-old", scope="user")
+    assert kinds(made(msgspec.structs.replace(FRESH, place=place)))
+    same = facts.Place(ours=True, service="comfyui", scope="system", user="comfyui")
+    assert kinds(made(msgspec.structs.replace(settled(), place=same))) == []
+
+
+def test_a_home_that_units_cannot_name_is_refused() -> None:
+    found = made(msgspec.structs.replace(FRESH, prefix="/home/my user/.local/share/hearth/comfyui"))
+    assert any("characters that units and command lines do not take" in each.what for each in found.refusals)
+
+
+TLS = {"--tls-keyfile": Setting(why="w", value="/x/k.pem"), "--tls-certfile": Setting(why="w", value="/x/c.pem")}
+
+
+@pytest.mark.parametrize(("one", "other"), [tuple(TLS), tuple(TLS)[::-1]])
+def test_one_of_the_two_flags_for_tls_is_refused(one: str, other: str) -> None:
+    known = application.flags(
+        "parser.add_argument('--use-sage-attention', action='store_true')\n"
+        "parser.add_argument('--tls-keyfile', type=str)\nparser.add_argument('--tls-certfile', type=str)\n"
+        "parser.add_argument('--disable-nvml-pressure', action='store_true')\n"
+    )
+    stock = replace(shelf(), flags=known)
+    profile = profiles()["dgx-spark"]
+
+    def refused(*names: str) -> list[str]:
+        flags = {**profile.flags, **{name: TLS[name] for name in names}}
+        target = replace(spark(), profile=msgspec.structs.replace(profile, flags=flags))
+        return [each.what for each in made(target=target, stock=stock).refusals]
+
+    assert f"{one} needs {other}, too" in refused(one)
+    assert not [each for each in refused(one, other) if "tls" in each]
 
 
 def test_going_back_writes_an_altered_release_anew() -> None:

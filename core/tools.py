@@ -1,0 +1,130 @@
+"""uv, pip and git, run so that neither the caller's environment nor its settings change what they do."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from core import shell
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from core.shell import Done
+
+# What every program needs: where it is, whose files it uses, and how it reaches the network.
+_COMMON = """
+PATH HOME USER LOGNAME TZ TMPDIR XDG_* NETRC SSL_* CURL_CA_BUNDLE NIX_SSL_CERT_FILE
+HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy
+"""
+
+# Indexes and their credentials, certificates, the network, the cache, and which Pythons there are. Nothing that
+# chooses packages or says where they are installed.
+_UV = """
+UV_INDEX* UV_DEFAULT_INDEX UV_EXTRA_INDEX_URL UV_KEYRING_PROVIDER UV_CREDENTIALS_DIR UV_NATIVE_TLS UV_SYSTEM_CERTS
+UV_INSECURE_HOST UV_HTTP_* UV_REQUEST_TIMEOUT UV_OFFLINE UV_CONCURRENT_* UV_CACHE_DIR
+UV_PYTHON UV_PYTHON_DOWNLOADS UV_PYTHON_INSTALL_* LANG LC_*
+"""
+
+# The same of pip's. Its configuration file counts, too: it has no other way to leave all but an index out.
+_PIP = """
+PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX PIP_TRUSTED_HOST PIP_*CERT PIP_PROXY PIP_*TIMEOUT
+PIP_RETRIES PIP_KEYRING_PROVIDER PIP_CACHE_DIR PIP_CONFIG_FILE REQUESTS_CA_BUNDLE LANG LC_*
+"""
+
+# Who one is, how the server is reached, and where one's own settings lie: they name mirrors, proxies and credentials.
+# Settings that would change a file's bytes change none, for `core.source` checks nothing out.
+_GIT = """
+GIT_SSH* GIT_SSL_* GIT_PROXY_* GIT_ASKPASS SSH_* KRB5* GNUPGHOME DISPLAY WAYLAND_DISPLAY DBUS_SESSION_BUS_ADDRESS
+GIT_CONFIG_GLOBAL GIT_CONFIG_SYSTEM GIT_CONFIG_NOSYSTEM GIT_CONFIG_COUNT GIT_CONFIG_KEY_* GIT_CONFIG_VALUE_*
+"""
+
+# It starts no program but for the network, changes no byte of a patch, and stores one pack as it came and not a file
+# for each object, which is a third of the work.
+_SETTINGS = """
+core.hooksPath=/dev/null init.templateDir= core.fsmonitor=false core.symlinks=false core.autocrlf=false
+core.attributesFile=/dev/null apply.ignoreWhitespace=no fetch.recurseSubmodules=false log.showSignature=false
+transfer.unpackLimit=1
+"""
+
+
+def git(
+    *words: str | Path,
+    cwd: Path | None = None,
+    check: bool = True,
+    input_text: str | None = None,
+    output: IO[bytes] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Done:
+    """Run git as `shell.run` does, with `env` beside what it gets of the caller's environment.
+
+    It asks nobody anything, and speaks its own transports only. Operands that others chose belong behind `--`.
+    """
+    passed = _passed(_COMMON + _GIT)
+    before = int(passed.get("GIT_CONFIG_COUNT") or 0)  # what comes later wins
+    settings = [each.partition("=") for each in _SETTINGS.split()]
+    for number, (name, _, value) in enumerate(settings, before):
+        passed |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
+    passed["GIT_CONFIG_COUNT"] = str(before + len(settings))
+    passed["GIT_TERMINAL_PROMPT"] = "0"
+    passed["GIT_ALLOW_PROTOCOL"] = "file:git:http:https:ssh"  # no helper such as ext::, which runs a command
+    passed["LC_ALL"] = "C"  # `core.source` reads its messages
+    env = {**passed, **(env or {})}
+    return shell.run(
+        ["git", *words], cwd=cwd, env=env, inherit=False, check=check, input_text=input_text, output=output
+    )
+
+
+def uv(*words: str | Path, cwd: Path | None = None, check: bool = True, input_text: str | None = None) -> Done:
+    """Run uv as `shell.run` does, without its configuration files but for the indexes and certificates they name."""
+    env = {**_configured(), **_passed(_COMMON + _UV)}
+    return shell.run(["uv", "--no-config", *words], cwd=cwd, env=env, inherit=False, check=check, input_text=input_text)
+
+
+def pip(*words: str | Path) -> Done:
+    """Run this environment's pip with the user's own index: uv's, else the one that pip's configuration names."""
+    chosen = ["--index-url", index()] if index() else []
+    return shell.run([sys.executable, "-I", "-m", "pip", *words, *chosen], env=_passed(_COMMON + _PIP), inherit=False)
+
+
+def index() -> str:
+    """The user's package index, as uv would choose it; empty for PyPI."""
+    env = {**_configured(), **os.environ}
+    return env.get("UV_DEFAULT_INDEX") or env.get("UV_INDEX_URL") or ""
+
+
+def _passed(names: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if any(fnmatchcase(name, each) for each in names.split())}
+
+
+def _configured() -> dict[str, str]:
+    """The indexes and certificates of the system's and the user's uv.toml, as uv's variables for them."""
+    found: dict[str, str] = {}
+    user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    for place in (Path("/etc/uv/uv.toml"), user / "uv/uv.toml"):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # what uv rejects says nothing
+            found |= index_settings(tomllib.loads(place.read_text()))
+    return found
+
+
+def index_settings(said: dict[str, Any]) -> dict[str, str]:
+    """What a uv.toml says of indexes and certificates, as variables. `agent/steps.py` has the same for hosts."""
+    said = {**said, **said.get("pip", {})}
+    names = ("index-url", "extra-index-url", "keyring-provider", "allow-insecure-host", "native-tls", "system-certs")
+    variables = {name: f"UV_{name.upper().replace('-', '_').replace('ALLOW_', '')}" for name in names if said.get(name)}
+    found = {
+        variable: " ".join(said[name]) if isinstance(said[name], list) else str(said[name]).replace("True", "true")
+        for name, variable in variables.items()
+    }
+    for each in said.get("index", []):
+        if each.get("default"):
+            found["UV_DEFAULT_INDEX"] = each["url"]
+        elif not each.get("explicit"):
+            named = f"{each['name']}={each['url']}" if "name" in each else each["url"]
+            found["UV_INDEX"] = f"{found.get('UV_INDEX', '')} {named}".strip()
+    return found

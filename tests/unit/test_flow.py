@@ -1,0 +1,132 @@
+"""What a deploy sends, and the address that it names."""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from core import files
+from core.errors import BundleError, HashMismatchError, TreeError
+from core.manifest import Manifest
+from deploy import bundle, environment, flow
+from deploy.host import Setting
+from deploy.plan import Shelf, Step
+from tests.unit.test_plan import FRESH, shelf, spark, wheel
+
+TLS = {name: Setting(why="w", value="/x") for name in ("--tls-keyfile", "--tls-certfile")}
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "expected"),
+    [
+        ({}, {}, "http://127.0.0.1:8188"),
+        ({"listen": "0.0.0.0"}, {}, "http://spark:8188"),
+        ({"listen": "0.0.0.0,::"}, {}, "http://spark:8188"),
+        ({"listen": "127.0.0.1,0.0.0.0"}, {}, "http://spark:8188"),
+        ({"listen": "::", "port": 80}, {}, "http://spark:80"),
+        ({"listen": "::1"}, {}, "http://[::1]:8188"),
+        ({"listen": "127.0.0.1,192.168.1.5"}, {}, "http://192.168.1.5:8188"),
+        ({"listen": "::1,2001:db8::5"}, {}, "http://[2001:db8::5]:8188"),
+        ({"listen": "0.0.0.0", "address": ""}, {}, "http://127.0.0.1:8188"),
+        ({"listen": "::", "address": ""}, {}, "http://[::1]:8188"),
+        ({"listen": "0.0.0.0", "address": "anna@2001:db8::5"}, {}, "http://[2001:db8::5]:8188"),
+        ({}, TLS, "https://127.0.0.1:8188"),
+        ({}, {"--tls-keyfile": TLS["--tls-keyfile"]}, "http://127.0.0.1:8188"),
+    ],
+)
+def test_the_address_is_one_that_a_browser_can_open(
+    values: dict[str, Any], flags: dict[str, Setting], expected: str
+) -> None:
+    target = spark()
+    host = msgspec.structs.replace(target.host, **values)
+    profile = msgspec.structs.replace(target.profile, flags=flags)
+    assert flow.web_address(replace(target, host=host, profile=profile)) == expected
+
+
+def packed(step: Step, stock: Shelf, scratch: Path, *, offline: bool = False) -> tuple[dict[str, Any], dict[str, Path]]:
+    blobs: dict[str, Path] = {}
+    values = flow._pack(step, cast("Any", None), FRESH, stock, scratch, blobs, offline=offline)
+    return values, blobs
+
+
+def kernel(house: Path, content: bytes) -> Manifest:
+    (house / "sageattention.whl").write_bytes(content)
+    digest = files.sha256(house / "sageattention.whl")
+    return wheel("sageattention", sha256=digest, size=len(content), profile="inference")
+
+
+def env(**values: Any) -> Step:
+    return Step("env", "t", "w", "u", {"kernels": ["sageattention.whl"], "version": "3.12", "asking": [], **values})
+
+
+@pytest.mark.parametrize("damage", [b"wrong", b"short", None])
+def test_a_damaged_wheel_is_named_before_it_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
+) -> None:
+    monkeypatch.setenv("HEARTH_WHEELHOUSE", str(tmp_path))
+    found = kernel(tmp_path, b"right")
+    values, blobs = packed(env(), shelf(found), tmp_path)
+    assert values["wheels"] == [{"file": "sageattention.whl", "sha256": found.sha256}]
+    assert blobs == {found.sha256: tmp_path / "sageattention.whl"}
+    if damage:
+        (tmp_path / "sageattention.whl").write_bytes(damage)
+    else:
+        (tmp_path / "sageattention.whl").unlink()
+    with pytest.raises(HashMismatchError, match=r"sageattention\.whl is not the wheel") as raised:
+        packed(env(), shelf(found), tmp_path)
+    assert "inv build-kernels --force --kernel sageattention --arch 12.1 --stack cu130" in raised.value.hint
+    assert raised.value.hint.endswith("--profile inference")
+
+
+def test_a_damaged_package_of_the_cache_is_named_before_it_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
+    package = tmp_path / "six-1-py3-none-any.whl"
+    package.write_bytes(b"right")
+    text = f"six==1 \\\n    --hash=sha256:{files.sha256(package)}\n    # via -r comfyui.txt\n"
+    lock = environment.Lock("cu130", "linux_aarch64", "3.12", text)
+    stock = replace(shelf(), locks={("linux_aarch64", "3.12"): lock})
+    monkeypatch.setattr(environment, "download", lambda *_: tmp_path)
+    values, _ = packed(env(kernels=[]), stock, tmp_path, offline=True)
+    assert [each["file"] for each in values["wheels"]] == [package.name]
+    package.write_bytes(b"wrong")
+    with pytest.raises(HashMismatchError, match=r"six-1-py3-none-any\.whl was damaged"):
+        packed(env(kernels=[]), stock, tmp_path, offline=True)
+
+
+def test_a_tree_with_a_link_out_of_it_is_neither_packed_nor_bundled(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tmp_path / "id_ed25519").write_text("PRIVATE KEY")
+    (tree / "web.js").symlink_to(tmp_path / "id_ed25519")
+    with pytest.raises(TreeError, match=r"web\.js is a link to"):
+        flow._pack_tree("app", tree, cast("Any", None), FRESH, tmp_path, str)
+    assert not list(tmp_path.glob("*.tar.gz"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
+def test_a_bundle_with_anything_but_files_is_refused(tmp_path: Path, kind: bytes) -> None:
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(tarfile.TarInfo("plain"))
+        odd = tarfile.TarInfo("odd")
+        odd.type, odd.linkname = kind, "plain"
+        tar.addfile(odd)
+    with pytest.raises(BundleError, match="is no bundle") as raised:
+        bundle.verify(path)
+    assert "'odd'" in raised.value.cause
+
+
+def test_a_bundle_that_names_a_file_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(tarfile.TarInfo("plain"))
+        tar.addfile(tarfile.TarInfo("plain"))
+    with pytest.raises(BundleError, match="is no bundle"):
+        bundle.verify(path)
