@@ -138,17 +138,14 @@ def os_fault(error: OSError, what: str) -> Fault:
 
 
 def read(path: Path, *, lenient: bool = False) -> Json:
-    """Read a JSON object; empty when there is no such file. Raises Fault when it cannot be read: that is not the same.
+    """Read a JSON object; empty when there is no such file. One that cannot be read is not the same: raises OSError.
 
-    `lenient` takes a damaged file for a missing one: only for files that the next deploy writes again.
+    Raises Fault when it is damaged; `lenient` takes it for a missing one, right for what the next deploy writes again.
     """
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except OSError as error:
-        hint = "check its disk and its permissions, then run the same command again"
-        raise Fault("step", f"{path} cannot be read", str(error), hint) from error
     except ValueError:
         found = None
     if isinstance(found, dict):

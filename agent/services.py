@@ -218,8 +218,8 @@ StartLimitIntervalSec=0
 Type=exec
 ExecStart={python} -I {state}/agent.pyz apply {state}/site.json
 Restart=on-failure
-# The disk takes no writes: trying each second would not help. The next boot or command goes on.
-RestartPreventExitStatus=4
+# A damaged record, or a disk that takes no writes: trying each second would not help. The next boot or command goes on.
+RestartPreventExitStatus=3 4
 RestartSec=1
 OOMPolicy=continue
 KillMode=control-group
