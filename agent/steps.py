@@ -96,7 +96,7 @@ def folders(site: Site, step: Json, note: Callable[[str], None]) -> None:
         # Others may write in the folder above, and have put a link, or another folder, in the place of the new one.
         place = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            if os.fstat(place).st_uid != os.geteuid() or any(os.scandir(place)):
+            if os.fstat(place).st_uid != os.geteuid() or os.listdir(place):  # noqa: PTH208
                 raise Fault("step", f"{fresh} was replaced while it was being made", "look who may write there")
             os.fchown(place, *site.owner())
             os.fchmod(place, 0o755)
