@@ -309,7 +309,7 @@ class Supervised:
     def log(self, lines: int) -> list[str]:
         """The last lines of the service's present or last run."""
         with suppress(OSError), self.output.open(errors="replace") as log:
-            log.seek(read(self.record).get("offset", 0))
+            log.seek(read(self.record, lenient=True).get("offset", 0))
             return log.read().splitlines()[-lines:]
         return []
 
