@@ -106,7 +106,8 @@ class Cutover:
             report = error.report if isinstance(error, Fault) else _unexpected(error).report
             self.revert(report)
         if not self.record["tried"]:
-            old, new = (read(self.site.releases / self.record[name] / "proven") for name in ("from", "to"))
+            places = (self.site.releases / self.record[name] / "proven" for name in ("from", "to"))
+            old, new = (read(place, lenient=True) for place in places)
             say_changed_types(old, new, self.note)
 
     def prepare(self) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from agent.files import Fault, Json, mounts, read, write
 from agent.gpu import process
 from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
-from agent.parts import as_service, fault_of, forked
+from agent.parts import as_service, faults_of, forked
 from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
 from agent.site import DATA, SHARED, SHARING, Site
 
@@ -38,8 +38,7 @@ def facts(site: Site, ask: Json, devices: list[Json], verified: float = 0) -> Js
         current, fault = site.release(), {}
     except Fault as error:
         current, fault = "", error.report
-    manifests = [read(path) for path in sorted(site.releases.glob("*/release.json"))]
-    proven = sorted(site.releases.glob("*/proven"), key=lambda path: -path.stat().st_mtime_ns)
+    manifests = [read(path, lenient=True) for path in sorted(site.releases.glob("*/release.json"))]
     parts = _parts(site, verified)
     place = next(path for path in [site.prefix, *site.prefix.parents] if path.exists())
     disk = os.statvfs(place)
@@ -88,8 +87,8 @@ def facts(site: Site, ask: Json, devices: list[Json], verified: float = 0) -> Js
         "current_fault": fault,
         "releases": [each for each in manifests if each],
         "altered": [each["id"] for each in manifests if each and altered(site, each)],
-        "proven": [path.parent.name for path in proven],
-        "failed_nodes": read(site.releases / current / "proven").get("failed_nodes", {}),
+        "proven": _proven(site, runs),
+        "failed_nodes": read(site.releases / current / "proven", lenient=True).get("failed_nodes", {}),
         # ComfyUI deletes that one when it ends, and makes it when it starts
         "data": all(os.path.lexists(site.data / name) for name in DATA if name != "temp"),
         "service": manager.status() if here and site.state.exists() else dict(_NO_SERVICE),
@@ -128,13 +127,14 @@ def answering(site: Site, ask: Json, seconds: float) -> None:
 def _parts(site: Site, verified: float) -> Callable[[], dict[str, str]]:
     """Begin to verify the parts; what is returned waits for what is wrong with each, and notes which are whole."""
     note = site.state / "verified.json"
-    known = {name: at for name, at in read(note).items() if 0 <= time.time() - at < verified}
+    known = {name: at for name, at in read(note, lenient=True).items() if 0 <= time.time() - at < verified}
     begun = time.time()
     names = [path.name for path in sorted(site.parts.glob("[!.]*"))]
-    asked = {name: forked(fault_of, site.parts / name) for name in names if name not in known}
+    asked = [site.parts / name for name in names if name not in known]
+    faults = forked(faults_of, asked) if asked else dict
 
     def answer() -> dict[str, str]:
-        found = {name: asked[name]() if name in asked else "" for name in names}
+        found: dict[str, str] = dict.fromkeys(names, "") | faults()
         if asked and site.state.is_dir():
             with suppress(OSError):  # it only saves time
                 whole = {name: known.get(name, begun) for name, fault in found.items() if not fault}
@@ -142,6 +142,16 @@ def _parts(site: Site, verified: float) -> Callable[[], dict[str, str]]:
         return found
 
     return answer
+
+
+def _proven(site: Site, runs: list[Json]) -> list[str]:
+    """The releases that passed the health gate, by when they were last put in service, the latest first.
+
+    The history is appended to, so its order is right whatever the clock was. What it does not name comes last.
+    """
+    served = {run["release"]: number for number, run in enumerate(runs) if run["result"] == "done"}
+    names = sorted(path.parent.name for path in site.releases.glob("*/proven"))
+    return sorted(names, key=lambda name: -served.get(name, -1))
 
 
 def altered(site: Site, manifest: Json) -> bool:
@@ -167,10 +177,10 @@ def _prefix(site: Site) -> Json:
     with suppress(OSError):
         names = sorted(path.name for path in site.prefix.iterdir())
     # Of a killed run: what `link` and `folders` make before they rename it.
-    own = [name for name in names if name in OWN or re.fullmatch(r"\.(current|data)\.\d+", name)]
+    own = [name for name in names if name in OWN or re.fullmatch(r"\.(current|data)\.(\d+|back)", name)]
     points = sorted({each["point"] for each in mounts() if each["point"].startswith(f"{real}/")})
     data = (site.data, *(site.data / name for name in DATA))
-    deployed = read(site.state / "site.json")
+    deployed = read(site.state / "site.json", lenient=True)
     traces = [*site.state.glob("runs/*.jsonl"), *site.releases.glob("*/release.json")]
     return {
         "real": real,
@@ -210,10 +220,15 @@ def _elsewhere(site: Site) -> str:
 
 def _deletable(path: str, points: list[str]) -> bool:
     """Whether more is at a path than mount points and the way to them."""
-    if path in points or not any(each.startswith(f"{path}/") for each in points):
-        return path not in points
-    with os.scandir(path) as entries:
-        return any(_deletable(entry.path, points) for entry in entries)
+    pending = [path]
+    while pending:
+        path = pending.pop()
+        if not any(each == path or each.startswith(f"{path}/") for each in points):
+            return True
+        if path not in points:
+            with os.scandir(path) as entries:
+                pending += [entry.path for entry in entries]
+    return False
 
 
 def _holds(folder: Path, home: Path, data: Path) -> bool:

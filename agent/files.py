@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import stat
 import subprocess
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 Json = dict[str, Any]
 
@@ -140,13 +139,23 @@ def os_fault(error: OSError, what: str) -> Fault:
     return Fault(kind, what, str(error), remedies.get(error.errno or 0, "run the same command again"))
 
 
-def read(path: Path) -> Json:
-    """Read a JSON object; empty when there is none or it cannot be read."""
+def read(path: Path, *, lenient: bool = False) -> Json:
+    """Read a JSON object; empty when there is no such file. One that cannot be read is not the same: raises OSError.
+
+    Raises Fault when it is damaged; `lenient` takes it for a missing one, right for what the next deploy writes again.
+    """
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return found if isinstance(found, dict) else {}
+    except ValueError:
+        found = None
+    if isinstance(found, dict):
+        return found
+    if lenient:
+        return {}
+    hint = f"look at it; if it is of no use, delete it (rm {path}) and run the same command again"
+    raise Fault("step", f"{path} is damaged: it holds no JSON object", "a disk error, or an edit by hand", hint)
 
 
 def sha256(path: Path) -> str:
@@ -158,23 +167,26 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def remove(folder: Path) -> None:
-    """Delete a tree, read-only folders too."""
-    if not folder.exists():
-        return
-    for path, _, _ in os.walk(folder):
-        with suppress(PermissionError):
-            Path(path).chmod(0o755)
-    shutil.rmtree(folder)
+def remove(path: Path) -> None:
+    """Delete a file, a link or a tree, read-only folders too. Follows no link; raises Fault when something is left."""
+    sweep = Sweep()
+    if os.path.lexists(path):
+        sweep.delete(path)
+    if left := [*sweep.stuck, *(f"{point} is a mount point" for point in sweep.left)]:
+        raise Fault("step", f"{path} cannot be deleted", "\n".join(left[:20]), "run the same command again")
+
+
+_FOLDER = os.O_PATH | os.O_DIRECTORY  # O_PATH asks for no permission to read: one may only be passed through
 
 
 @contextmanager
 def opened(folder: Path) -> Iterator[int]:
-    """A folder's descriptor; raises OSError when any name on the way to it is a link."""
-    place = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
+    """Open a folder name by name and yield its descriptor; raises OSError when any name on the way to it is a link."""
+    place = os.open("/", _FOLDER)
     try:
-        for name in folder.parts[1:]:
-            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=place)
+        for name in (*folder.parts[1:], "."):
+            flags = _FOLDER if name != "." else os.O_RDONLY | os.O_DIRECTORY
+            inner = os.open(name, flags | os.O_NOFOLLOW, dir_fd=place)
             os.close(place)
             place = inner
         yield place
@@ -182,10 +194,20 @@ def opened(folder: Path) -> Iterator[int]:
         os.close(place)
 
 
+class _Level(NamedTuple):
+    """A folder that is being emptied: its path, its identity, the entries to go, and how many were kept before it."""
+
+    path: str
+    identity: tuple[int, int]
+    names: list[str]
+    kept: int
+
+
 class Sweep:
     """Deleting where others may have put links and mounts: no link is followed, and no mount is entered.
 
-    `files` counts what is gone, `left` are the mount points that stay, `stuck` says what could not be deleted.
+    `files` counts what is gone, `left` are the mount points that stay, `stuck` says what could not be deleted. A tree
+    may have any depth: only one of its folders is open at a time, and no path to it is used, whose length is limited.
     """
 
     def __init__(self) -> None:
@@ -193,42 +215,71 @@ class Sweep:
         self.left: list[str] = []
         self.stuck: list[str] = []
         self._mounts = {each["point"] for each in mounts()}  # known before they are opened: a dead server's would hang
+        self._longest = max([1000, *map(len, self._mounts)])  # of paths: whole ones would fill the memory
 
     def delete(self, path: Path) -> None:
         """Delete a file, a link, or a folder with all that is in it, as far as that is possible."""
         parent = Path(os.path.realpath(path.parent))
-        with opened(parent) as place:
-            self._delete(place, path.name, str(parent / path.name), _mount_id(place))
-
-    def _delete(self, place: int, name: str, path: str, mount: str) -> None:
-        if path in self._mounts:
-            self.left.append(path)
-            return
-        try:
-            if not stat.S_ISDIR(os.lstat(name, dir_fd=place).st_mode):
-                os.unlink(name, dir_fd=place)
-                self.files += 1
-                return
-            folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=place)
+        with opened(parent) as top:
+            here, mount = os.dup(top), _mount_id(top)
+            way = [_Level(str(parent).rstrip("/"), _identity(top), [path.name], 0)]
             try:
-                if _mount_id(folder) != mount:  # whoever may write here could have renamed a folder above it
-                    self.left.append(path)
-                    return
-                with suppress(PermissionError):
-                    os.fchmod(folder, 0o700)  # a part's are read-only
-                before = len(self.left) + len(self.stuck)
-                with os.scandir(folder) as entries:
-                    names = [entry.name for entry in entries]
-                for inner in names:
-                    self._delete(folder, inner, f"{path}/{inner}", mount)
+                while way[-1].names or len(way) > 1:
+                    here = self._enter(here, way, mount) if way[-1].names else self._leave(here, way)
             finally:
-                os.close(folder)
-            if before == len(self.left) + len(self.stuck):
-                os.rmdir(name, dir_fd=place)
+                os.close(here)
+
+    def _enter(self, here: int, way: list[_Level], mount: str) -> int:
+        """Delete the next entry of the open folder, or go into it; returns the folder that is open then."""
+        name = way[-1].names.pop()
+        path = f"{way[-1].path}/{name}"[-self._longest :]
+        other = None
+        try:
+            if path in self._mounts:
+                self.left.append(path)
+            elif not stat.S_ISDIR(os.lstat(name, dir_fd=here).st_mode):
+                os.unlink(name, dir_fd=here)
+                self.files += 1
+            else:
+                other = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=here)
+                if _mount_id(other) != mount:  # whoever may write here could have renamed a folder above it
+                    self.left.append(path)
+                    return here
+                inside = Path(f"/proc/self/fd/{other}")
+                with suppress(PermissionError):
+                    inside.chmod(0o700)  # a part's are read-only
+                os.close(os.open("..", _FOLDER, dir_fd=other))  # fails where `_leave` would
+                names = [each.name for each in inside.iterdir()]
+                way.append(_Level(path, _identity(other), names, len(self.left) + len(self.stuck)))
+                here, other = other, here
         except FileNotFoundError:
-            return
+            pass
         except OSError as error:
             self.stuck.append(f"{path}: {error.strerror}")
+        finally:
+            if other is not None:
+                os.close(other)
+        return here
+
+    def _leave(self, here: int, way: list[_Level]) -> int:
+        """Delete the open folder, if nothing in it was kept; returns the one above it, which is open then."""
+        level = way.pop()
+        above = os.open("..", _FOLDER, dir_fd=here)
+        os.close(here)
+        if _identity(above) != way[-1].identity:
+            self.stuck.append(f"{level.path}: it was moved while it was being deleted")
+            way[:] = [way[0]._replace(names=[])]
+        elif level.kept == len(self.left) + len(self.stuck):
+            try:
+                os.rmdir(level.path.rpartition("/")[2], dir_fd=above)
+            except OSError as error:
+                self.stuck.append(f"{level.path}: {error.strerror}")
+        return above
+
+
+def _identity(folder: int) -> tuple[int, int]:
+    status = os.fstat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _mount_id(folder: int) -> str:
@@ -261,25 +312,60 @@ def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
                     yield name, entry.stat(follow_symlinks=False)
 
 
+def tree(root: Path) -> Iterator[Path]:
+    """Every folder of a tree, each before those in it, no link followed. One that cannot be listed counts as empty."""
+    pending = [str(root)]
+    while pending:
+        folder = pending.pop()
+        yield Path(folder)
+        with suppress(OSError), os.scandir(folder) as entries:
+            pending += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
 @contextmanager
-def flock(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock that the kernel drops with the process; wait for it, or raise Fault when another holds it."""
+def flock(path: Path, *, wait: bool = False) -> Iterator[IO[bytes]]:
+    """Hold a lock that the kernel drops with the process; yields its file, opened to append to.
+
+    Waits while another holds it, or raises Fault when it is still held after a second: `free` holds it for a moment.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise Fault("busy", f"{path} is held by another process") from None
-        yield
+    end = time.monotonic() + (float("inf") if wait else 1)
+    while True:
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise Fault("busy", f"{path} is held by another process") from None
+                time.sleep(0.01)
+                continue
+            if os.fstat(file.fileno()).st_nlink:  # 0: it was deleted meanwhile, and the next one locks another file
+                yield file
+                return
 
 
 def free(path: Path) -> bool:
-    """Whether nobody holds the lock file."""
+    """Whether nobody holds the lock file.
+
+    Asked by a shared lock, so that those who ask do not take each other for a holder. Other ways fail: /proc/locks
+    shows no lock of another process namespace, and F_OFD_GETLK no flock, which supervisors that run now hold.
+    """
     try:
-        with flock(path):
-            return True
-    except Fault:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
         return False
+    return True
+
+
+def started(pid: int) -> str:
+    """When a process was started and in which boot: with its number that names one process; empty when it has ended."""
+    fields = read_text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()  # proc(5); its name may hold anything
+    if not fields or fields[0] in "ZX":
+        return ""
+    return f"{fields[19]} {read_text(Path('/proc/sys/kernel/random/boot_id')).strip()}"
 
 
 INHERITED = (
@@ -346,9 +432,28 @@ def meminfo() -> dict[str, int]:
 
 
 def own(root: Path, user: int, group: int) -> None:
-    """Change who owns a tree that nobody else can reach yet."""
-    for path in (root, *root.rglob("*")):
-        os.chown(path, user, group, follow_symlinks=False)
+    """Give a tree of ours to a user, or take it back, so that nobody puts a link where its owner is changed.
+
+    Taken back, a folder becomes ours, and nobody else's to write, before its entries are read; given away, after them.
+    """
+    ours = user == os.geteuid()
+    folders = [root]
+    for folder in folders:
+        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            if ours:
+                os.fchown(place, user, group)
+                os.fchmod(place, 0o755)
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(folder / entry.name)
+                    else:
+                        os.chown(entry.name, user, group, dir_fd=place, follow_symlinks=False)
+        finally:
+            os.close(place)
+    for folder in () if ours else reversed(folders):
+        os.chown(folder, user, group, follow_symlinks=False)
 
 
 FULL = "free some space or inodes, then run the same command again"

@@ -13,6 +13,7 @@ standard input (`site`, and what the verb takes) and answers in JSON lines. What
     history.jsonl      how every run ended
     adopted.jsonl      what was taken over from another installation, and its units in adopted/
     paused.json        who paused the service, and when; gone when it is resumed
+    manager.json       who runs the service: systemd-system, systemd-user or process (Hearth's own supervisor)
     comfyui.log        what a supervised ComfyUI said, and comfyui.times how long that was when
     settings.jsonl     what was changed outside the prefix on request, each with what was there before
     lock               held (flock) by the process that applies

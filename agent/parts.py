@@ -6,37 +6,39 @@ import hashlib
 import json
 import os
 import stat
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from agent.files import Fault, read, remove, sha256, walk, write
+from agent.files import Fault, read, remove, sha256, tree, walk, write
 from agent.site import Site
 
 
 def stamp(root: Path) -> str:
     """A hash over path, size, time, mode and link target of all files: cheap, and any edit changes it.
 
-    The kernel's answers take most of it, so once there are folders enough, processes share them.
+    The kernel's answers take most of it, so processes share the folders of a large tree.
     """
     found: dict[str, str] = {}
     pending = [""]
     while pending and len(pending) < 500:
         pending += _stamp_folder(root, pending.pop(0), found)
-    queue, feed = os.pipe()  # whoever is free takes the next folder's number: they differ by a factor of a thousand
-    os.write(feed, b"".join(number.to_bytes(4, "big") for number in range(len(pending))))
-    os.close(feed)
-    workers = [forked(_stamp_queued, root, pending, queue) for _ in range(min(os.cpu_count() or 1, 8))]
-    os.close(queue)
-    for worker in workers:
-        found |= worker()
+    if pending:
+        queue, feed = os.pipe()  # whoever is free takes the next folder's number: they differ by a factor of a thousand
+        number = min(os.cpu_count() or 1, 8)
+        workers = [forked(_stamp_queued, root, pending, queue, feed) for _ in range(number)]
+        os.close(queue)
+        with os.fdopen(feed, "wb") as pipe:  # a pipe holds 64 KiB: more can be written only while somebody reads
+            pipe.write(b"".join(number.to_bytes(4, "big") for number in range(len(pending))))
+        for worker in workers:
+            found |= worker()
     return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
 
 
-def _stamp_queued(root: Path, folders: list[str], queue: int) -> dict[str, str]:
+def _stamp_queued(root: Path, folders: list[str], queue: int, feed: int) -> dict[str, str]:
     """The stamps of all folders in and below those whose numbers come from the queue."""
+    os.close(feed)  # else the queue had no end
     found: dict[str, str] = {}
     while number := os.read(queue, 4):
         pending = [folders[int.from_bytes(number, "big")]]
@@ -66,17 +68,25 @@ def _stamp_folder(root: Path, folder: str, found: dict[str, str]) -> list[str]:
 
 
 def forked(work: Callable[..., Any], *given: Any) -> Callable[[], Any]:
-    """Begin work in a process of its own; what is returned waits for its answer, JSON. Raises Fault when it failed."""
+    """Begin work in a process of its own; what is returned waits for its answer, JSON.
+
+    That raises OSError where the work did, and Fault for anything else that ended it.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(reader)  # else writing would not fail, but wait for ever, once the parent is gone
         status = 1
-        try:
+        with suppress(BaseException):
+            try:
+                said = {"answer": work(*given)}
+            except OSError as error:
+                said = {"errno": error.errno or 0, "error": str(error)}
+            except Exception as error:
+                said = {"error": repr(error)}
             with os.fdopen(writer, "w") as pipe:
-                pipe.write(json.dumps(work(*given)))
+                pipe.write(json.dumps(said))
             status = 0
-        except Exception as error:
-            print(f"{work.__name__}: {error!r}", file=sys.stderr)
         os._exit(status)
     os.close(writer)
 
@@ -84,8 +94,13 @@ def forked(work: Callable[..., Any], *given: Any) -> Callable[[], Any]:
         with os.fdopen(reader) as pipe:
             said = pipe.read()
         if os.waitpid(child, 0)[1]:
-            raise Fault("step", f"{work.__name__} failed", "a file cannot be read or written, or there is no memory")
-        return json.loads(said)
+            raise Fault("step", f"{work.__name__} was killed", "there may be too little memory", "inv doctor")
+        found = json.loads(said)
+        if "errno" in found:
+            raise OSError(found["errno"], found["error"].partition("] ")[2] or found["error"])
+        if "error" in found:
+            raise Fault("step", f"{work.__name__} failed", found["error"])
+        return found["answer"]
 
     return answer
 
@@ -102,6 +117,7 @@ def as_service(site: Site, work: Callable[..., Any], *given: Any) -> Any:
         os.umask(0o002)
         return work(*given)
 
+    lowered.__name__ = work.__name__  # for messages
     return forked(lowered)()
 
 
@@ -138,8 +154,8 @@ def part(site: Site, name: str) -> Iterator[Path]:
             (fresh / path).chmod(0o555 if status.st_mode & 0o100 else 0o444)
     write(fresh / "PART.json", json.dumps({"part": name, "bytes": size, "stamp": stamp(fresh)}), 0o444)
     os.sync()
-    for folder, _, _ in os.walk(fresh):
-        Path(folder).chmod(0o555)
+    for folder in tree(fresh):
+        folder.chmod(0o555)
     fresh.chmod(0o755)  # a folder must be writable to be renamed by who is not root
     if place.exists():  # a damaged one: aside first, so that what runs from it keeps its open files
         place.rename(site.parts / f".{name}.damaged")
@@ -150,11 +166,16 @@ def part(site: Site, name: str) -> Iterator[Path]:
 
 def fault_of(place: Path) -> str:
     """What is wrong with a part; empty when nothing is."""
-    record = read(place / "PART.json")
-    if not record:
-        return "it was never finished"
     try:
+        record = read(place / "PART.json")
+        if not record:
+            return "it was never finished"
         whole = record.get("stamp") == stamp(place)
     except (OSError, Fault) as error:
         return f"it cannot be read: {error}"
     return "" if whole else "it was changed after it was made"
+
+
+def faults_of(places: list[Path]) -> dict[str, str]:
+    """What is wrong with each of some parts, by name."""
+    return {place.name: fault_of(place) for place in places}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 from agent.adopt import adopt, retire, unadopt
 from agent.cutover import RESERVE, cut_over
@@ -18,7 +20,7 @@ from agent.files import Fault, Json, Sweep, append, flock, free, os_fault, read,
 from agent.journal import Journal, busy, events, history, now
 from agent.lifecycle import delete, end_linger, erase, forget, forget_mounts, restart, start, stop, vanish, withdraw
 from agent.memory import drop_caches
-from agent.services import manager_of
+from agent.services import agent_log, manager_of
 from agent.settings import apply_setting, undo_settings
 from agent.site import Site
 from agent.steps import (
@@ -197,7 +199,7 @@ def _clear(site: Site) -> None:
 def follow(site: Site, run_id: str) -> Iterator[Json]:
     """Yield the events of a run, as they come, up to its end. The journal stays open: a run may end by deleting it."""
     journal = Journal(site, run_id).path
-    seen, quiet, gone = 0, 0.0, False
+    seen, quiet, gone, idle = 0, 0.0, False, 0
     with ExitStack() as stack:
         held: TextIO | None = None
         while True:
@@ -219,36 +221,70 @@ def follow(site: Site, run_id: str) -> Iterator[Json]:
             seen = len(so_far)
             if quiet > 10:
                 gone = read(site.pending).get("run") != run_id  # its last line may have come this very moment
-                if not gone and free(site.lock):
+                idle = idle + 1 if not gone and free(site.lock) else 0
+                if idle > 3:
+                    hint = f"read {agent_log(site)} and the log of {site.service}-apply.service on the host"
+                    raise Fault("step", "what applies the plan ends each time it is started", "", hint)
+                if idle:
                     manager_of(site).go()
                 yield {"event": "alive"}  # shows that the connection still is
                 quiet = 0.0
             time.sleep(0.1)
 
 
+SILENCE = 60
+"""Seconds without a byte after which an upload ends: its client sleeps, or is gone. The next one resumes it."""
+
+
 def receive(site: Site, digest: str, size: int, offset: int) -> Json:
     """Write standard input to a blob from `offset` on, until it is whole; answers how much is there.
 
-    Two clients that send the same blob do so one after the other; the second finds it there.
+    What is there stays in a file that the next upload resumes. While another client sends the same blob, or is silent,
+    this one writes to a copy. Raises Fault when nothing comes, or when another run deleted the file.
     """
-    site.incoming.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGALRM, _silent)
     path = site.incoming / digest
     part = site.incoming / f"{digest}.part"
-    if path.exists():
-        return {"size": size}
-    with part.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if path.exists():
-            return {"size": size}
-        file.truncate(offset)  # what another client wrote meanwhile comes again
-        while block := sys.stdin.buffer.read(1 << 20):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        there = part.stat().st_size
-        if there >= size:
-            if sha256(part) != digest:
-                part.unlink()
-                raise Fault("step", "what was sent is damaged", "", "run the same command again")
-            part.rename(path)
+    try:
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(flock(part))
+            except Fault:
+                other, part = part, site.incoming / f"{digest}.{os.getpid()}.part"
+                file = stack.enter_context(flock(part))
+                stack.callback(part.unlink, missing_ok=True)
+                shutil.copyfile(other, part)
+            if path.exists():
+                part.unlink(missing_ok=True)
+                return {"size": size}
+            if os.fstat(file.fileno()).st_size < offset:
+                raise FileNotFoundError(part)
+            file.truncate(offset)  # what another client wrote meanwhile comes again
+            while block := _block():
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            there = os.fstat(file.fileno()).st_size
+            if there >= size:
+                if sha256(part) != digest:
+                    part.unlink()
+                    raise Fault("step", "what was sent is damaged", "", "run the same command again")
+                part.replace(path)
+    except FileNotFoundError:
+        what, hint = "what was sent so far was deleted", "run the same command again"
+        raise Fault("step", what, "another run cleaned up meanwhile", hint) from None
     return {"size": there}
+
+
+def _block() -> bytes:
+    """What comes next on standard input, which may hold some already: `select` would not see that."""
+    signal.alarm(SILENCE)
+    try:
+        return cast("BufferedReader", sys.stdin.buffer).read1(1 << 20)
+    finally:
+        signal.alarm(0)
+
+
+def _silent(*_: object) -> None:
+    cause = "the client sleeps, or its connection is gone"
+    raise Fault("step", f"nothing came for {SILENCE} seconds", cause, "run the same command again: it resumes")

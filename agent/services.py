@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import pwd
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import Fault, Json, flock, free, link, read, read_text, run, write
+from agent.files import Fault, Json, flock, free, inherited, link, read, read_some, read_text, run, started, write
 from agent.journal import now
 from agent.site import Site
 
@@ -44,6 +43,8 @@ class Systemd:
         self.apply_unit = f"{site.service}-apply.service"
         system = site.scope == "system"
         self.ctl = ["systemctl"] if system else ["systemctl", "--user"]
+        if not system:
+            find_runtime()
         self.units = UNITS if system else Path.home() / ".config/systemd/user"
         self.target = "multi-user.target" if system else "default.target"
 
@@ -111,6 +112,7 @@ class Systemd:
 
     def install(self) -> None:
         """Make systemd see the current release's unit, and start it at boot."""
+        _note(self)
         link(self._wants(self.unit), f"../{self.unit}")
         for place, to in self._links().items():
             link(place, to)
@@ -129,6 +131,7 @@ class Systemd:
                 place.unlink()
         run([*self.ctl, "daemon-reload"])
         subprocess.run([*self.ctl, "reset-failed", self.unit, *companions], capture_output=True)
+        choice(self.site).unlink(missing_ok=True)
 
     def enable(self) -> None:
         """Start the service at boot."""
@@ -184,9 +187,9 @@ class Systemd:
 
     def go(self) -> None:
         """Start the unit that applies what is pending; it is restarted when killed, and started at boot."""
-        text = _APPLY_UNIT.format(
-            service=self.site.service, python=sys.executable, state=self.site.state, target=self.target
-        )
+        python = str(getattr(sys, "_base_executable", ""))  # a checkout's environment may be moved or deleted
+        python = python if Path(python).is_file() else sys.executable
+        text = _APPLY_UNIT.format(service=self.site.service, python=python, state=self.site.state, target=self.target)
         place = self.units / self.apply_unit
         if not place.exists() or place.read_text() != text:
             write(place, text)
@@ -215,8 +218,8 @@ StartLimitIntervalSec=0
 Type=exec
 ExecStart={python} -I {state}/agent.pyz apply {state}/site.json
 Restart=on-failure
-# The disk takes no writes: trying each second would not help. The next boot or command goes on.
-RestartPreventExitStatus=4
+# A damaged record, or a disk that takes no writes: trying each second would not help. The next boot or command goes on.
+RestartPreventExitStatus=3 4
 RestartSec=1
 OOMPolicy=continue
 KillMode=control-group
@@ -246,7 +249,7 @@ class Supervised:
 
     def status(self) -> Json:
         """How the service is: running, enabled, restarts, since when."""
-        running = self.lock.exists() and not free(self.lock)
+        running = not free(self.lock)
         record = read(self.record) if running else {}
         return {
             "active": running,
@@ -256,16 +259,18 @@ class Supervised:
             "linked": True,
             "restarts": record.get("restarts", 0),
             "since": record.get("since", ""),
-            "pid": record.get("child", 0),
+            "pid": _recorded(record, "child"),
         }
 
     def install(self) -> None:
         """Note that the service shall run."""
+        _note(self)
         self.enabled.touch()
 
     def uninstall(self) -> None:
         """Forget it."""
         self.enabled.unlink(missing_ok=True)
+        choice(self.site).unlink(missing_ok=True)
 
     def enable(self) -> None:
         """Nothing starts it at boot."""
@@ -274,23 +279,37 @@ class Supervised:
         """Nothing starts it at boot."""
 
     def start(self, *, wait: bool = True) -> None:
-        """Start the service; the supervisor itself waits for mounts."""
-        if not self.status()["active"]:
-            detach([sys.executable, "-I", str(self.site.state / "agent.pyz"), "supervise"], self.site)
-            wait_for(lambda: not free(self.lock), 10)
+        """Start the service; raises Fault when its supervisor does not come up. That one waits for mounts itself."""
+        if not free(self.lock):
+            return
+        before = len(read_some(agent_log(self.site)))
+        child = detach([sys.executable, "-I", str(self.site.state / "agent.pyz"), "supervise"], self.site)
+        up = wait_for(lambda: not free(self.lock) or child.poll() is not None, 30)
+        if not up or free(self.lock):
+            said = read_some(agent_log(self.site))[before:].decode(errors="replace").strip()
+            what = "the supervisor, which runs ComfyUI where there is no systemd, did not start"
+            raise Fault("step", what, said[-2000:], f"read {agent_log(self.site)}, then run the same command again")
 
     def stop(self) -> None:
-        """Stop the service and wait until it has."""
-        record = read(self.record)
-        if self.status()["active"] and record:
-            os.kill(record["pid"], signal.SIGTERM)
-            if not wait_for(lambda: free(self.lock), 40):
-                raise Fault("step", "the supervisor does not end", f"process {record['pid']}", "look at it with ps")
+        """Stop the service and wait until it has; raises Fault when it does not."""
+        if free(self.lock):
+            return
+        # One that has just been started takes a moment to write its record.
+        wait_for(lambda: free(self.lock) or _recorded(read(self.record), "pid") != 0, 5)
+        pid = _recorded(read(self.record), "pid")
+        if pid:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        if not (pid or free(self.lock)) or not wait_for(lambda: free(self.lock), 40):
+            cause = f"process {pid} holds {self.lock}" if pid else f"{self.record} does not name it: was the disk full?"
+            raise Fault(
+                "step", "the supervisor does not end", cause, f"on the host: fuser -v {self.lock}, then kill it"
+            )
 
     def log(self, lines: int) -> list[str]:
         """The last lines of the service's present or last run."""
         with suppress(OSError), self.output.open(errors="replace") as log:
-            log.seek(read(self.record).get("offset", 0))
+            log.seek(read(self.record, lenient=True).get("offset", 0))
             return log.read().splitlines()[-lines:]
         return []
 
@@ -310,6 +329,16 @@ class Supervised:
             for path in (self.times, self.output):
                 with suppress(FileNotFoundError):
                     path.replace(path.with_name(f"{path.name}.1"))
+
+    def note(self, child: int = 0, restarts: int = 0, offset: int | None = None) -> None:
+        """Record which processes the supervisor, this one, and its ComfyUI are, and where in the log that begins."""
+        if offset is None:
+            offset = self.output.stat().st_size if self.output.exists() else 0
+        pid = os.getpid()
+        record = {"pid": pid, "pid_started": started(pid), "child": child, "child_started": started(child)}
+        record |= {"restarts": restarts, "since": now(), "offset": offset}
+        with suppress(OSError):  # a full disk must not end the supervisor
+            write(self.record, json.dumps(record))
 
     def mark(self) -> None:
         """Note when the log was how long, every five seconds that it grows: ComfyUI's lines have no times."""
@@ -331,12 +360,48 @@ Manager = Systemd | Supervised
 def manager_of(site: Site) -> Manager:
     """How services are run here: by the system's systemd, the user's where it outlives the login, or by Hearth.
 
-    What Hearth supervises once stays so: two managers would start the service twice.
+    What installed the service stays in charge of it, whoever asks: two managers would start it twice. Raises Fault
+    when that is the user's systemd and it does not answer.
     """
-    lingers = Path("/var/lib/systemd/linger", login()).exists()
-    if site.scope == "system" or (lingers and not Supervised(site).enabled.exists() and user_systemd()):
-        return Systemd(site)
-    return Supervised(site)
+    systemd, supervised = Systemd(site), Supervised(site)
+    if site.scope == "system":
+        return systemd
+    name = read(choice(site)).get("manager")
+    if not name:  # nothing is installed, or by a Hearth that did not note it
+        lingers = Path("/var/lib/systemd/linger", login()).exists()
+        placed = (systemd.units / systemd.unit).is_symlink()
+        by_systemd = not supervised.enabled.exists() and (placed or (lingers and user_systemd()))
+        name = systemd.name if by_systemd else supervised.name
+    if name == supervised.name:
+        return supervised
+    if not user_systemd():
+        what = f"{login()}'s systemd, which runs {site.service} here, does not answer"
+        cause = f"it ends with {login()}'s last session unless it lingers; its socket is in /run/user/{os.getuid()}"
+        raise Fault(
+            "step", what, cause, f"on the host: loginctl enable-linger {login()}, then run the same command again"
+        )
+    return systemd
+
+
+def choice(site: Site) -> Path:
+    """The file that says which manager runs the service."""
+    return site.state / "manager.json"
+
+
+def _note(manager: Manager) -> None:
+    with suppress(OSError):  # a full disk must not stop a revert; the unit or `enabled` says it, too
+        write(choice(manager.site), json.dumps({"manager": manager.name}))
+
+
+def _recorded(record: Json, name: str) -> int:
+    """A process of the supervisor's record while it runs, else 0: its number alone may be another process's by now."""
+    pid = int(record.get(name, 0))
+    since = started(pid)
+    if f"{name}_started" in record:
+        return pid if since and since == record[f"{name}_started"] else 0
+    # An older Hearth's supervisor, which noted no times, runs on after an update.
+    ours = b"supervise" in read_some(Path(f"/proc/{record.get('pid', 0)}/cmdline"))
+    return pid if since and ours else 0
 
 
 def last_words(manager: Manager) -> list[str]:
@@ -361,8 +426,16 @@ def login() -> str:
         return str(os.getuid())
 
 
+def find_runtime() -> None:
+    """Name the folder of the login's systemd, as cron does not, and su names another's."""
+    runtime = f"/run/user/{os.getuid()}"  # where the user's systemd has it, always (pam_systemd(8))
+    if Path(runtime).is_dir():
+        os.environ["XDG_RUNTIME_DIR"] = runtime
+
+
 def user_systemd() -> bool:
     """Whether the login has a systemd of its own that answers."""
+    find_runtime()
     if not (Path("/run/systemd/system").is_dir() and os.environ.get("XDG_RUNTIME_DIR")):
         return False
     with suppress(OSError):
@@ -371,11 +444,15 @@ def user_systemd() -> bool:
     return False
 
 
-def detach(argv: list[str], site: Site) -> None:
+def agent_log(site: Site) -> Path:
+    """What detached processes said."""
+    return site.state / "agent.log"
+
+
+def detach(argv: list[str], site: Site) -> subprocess.Popen[bytes]:
     """Start a process that no shell, connection or Ctrl-C of ours ends."""
-    log = (site.state / "agent.log").open("ab")
-    with log:
-        subprocess.Popen(
+    with agent_log(site).open("ab") as log:
+        return subprocess.Popen(
             [*argv, str(site.state / "site.json")],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -395,15 +472,18 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def inherited() -> dict[str, str]:
-    """The variables that a unit would get, too; whatever else the shell has set is not the service's."""
-    names = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "TZ", "USER", "XDG_RUNTIME_DIR")
-    return {name: os.environ[name] for name in names if name in os.environ}
+def dies_with_parent() -> Callable[[], None]:
+    """For `preexec_fn`: the kernel kills the new process when this thread ends, however it ends (prctl(2))."""
+    import ctypes  # a megabyte that no other verb needs
 
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
-def dies_with_parent() -> None:
-    """Have this process killed when its parent dies (prctl(2), PR_SET_PDEATHSIG); for `preexec_fn`."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    def child() -> None:
+        prctl(1, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before the kernel knew
+            os._exit(1)
+
+    return child
 
 
 def supervise(site: Site) -> None:
@@ -425,29 +505,37 @@ def supervise(site: Site) -> None:
         if child is not None and child.poll() is None:
             child.send_signal(signal.SIGINT)  # ComfyUI handles SIGINT, not SIGTERM
 
+    def say(text: str) -> None:
+        with suppress(OSError), manager.output.open("a") as output:  # a full disk must not end the supervisor
+            output.write(f"{now()} {text}\n")
+
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN: ComfyUI would inherit that, and never stop
     with flock(manager.lock):
+        manager.note()
         starts: list[float] = []
         restarts = 0
         while not stopping:
             if missing := site.unmounted():
-                with manager.output.open("a") as output:
-                    output.write(f"{now()} waiting for {' and '.join(missing)} to be mounted\n")
+                say(f"waiting for {' and '.join(missing)} to be mounted")
                 wait_for(lambda: stopping or not site.unmounted(), 60)
                 continue
             release = site.manifest(site.release())
             watcher = Watcher(release.get("develop", []))
             manager.rotate()
             with manager.output.open("ab") as log:
-                begin = log.tell()
                 environment = {**inherited(), **release["environment"]}
+                begin = log.tell()
                 child = subprocess.Popen(
-                    release["argv"], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=site.data
+                    release["argv"],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=site.data,
+                    preexec_fn=dies_with_parent(),
                 )
-                record = {"pid": os.getpid(), "child": child.pid, "restarts": restarts, "since": now()}
-                record["offset"] = begin
-                write(manager.record, json.dumps(record))
+                manager.note(child.pid, restarts, begin)
                 if stopping:  # told so between the loop's test and the start
                     child.send_signal(signal.SIGINT)
                 patience, gone, anew = 30.0, False, False
@@ -464,13 +552,11 @@ def supervise(site: Site) -> None:
                     changed += watcher.changed()
                     if changed and not anew and not site.pending.exists():  # a deploy that proves it comes first
                         anew = True
-                        log.write(f"{now()} {changed[0]} changed: ComfyUI starts anew\n".encode())
-                        log.flush()
+                        say(f"{changed[0]} changed: ComfyUI starts anew")
                         child.send_signal(signal.SIGINT)
                     if time.monotonic() > due:
                         due += period
-                        log.write(f"{now()} {free_if_idle(site)}\n".encode())
-                        log.flush()
+                        say(free_if_idle(site))
                     patience -= 0.5 if stopping or gone or anew else 0
                     if patience < 0:
                         child.kill()

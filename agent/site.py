@@ -49,7 +49,7 @@ class Site:
                 )
             return ""
         target = self.current.readlink()
-        if target.parent != Path("releases") or not read(self.releases / target.name / "release.json"):
+        if target.parent != Path("releases") or not read(self.releases / target.name / "release.json", lenient=True):
             raise Fault(
                 "foreign",
                 f"{self.current} points at {target}, which is no release of Hearth's",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import pwd
@@ -10,13 +11,15 @@ import re
 import shutil
 import subprocess
 import tarfile
+import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from agent.comfyui import gate
 from agent.facts import sudoers
-from agent.files import Fault, Json, inherited, link, own, read, remove, run, sha256, write
+from agent.files import Fault, Json, free, inherited, link, own, read, remove, run, sha256, tree, write
 from agent.journal import history
 from agent.parts import as_service, contents, part
 from agent.services import UNITS, manager_of
@@ -88,9 +91,17 @@ def folders(site: Site, step: Json, note: Callable[[str], None]) -> None:
     for folder in (site.data, *map(Path, site.elsewhere.values())):
         if folder.exists() or folder.is_symlink():
             continue
-        fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
-        fresh.mkdir(parents=True)
-        os.chown(fresh, *site.owner())
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        # Others may write in the folder above, and have put a link, or another folder, in the place of the new one.
+        place = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            if os.fstat(place).st_uid != os.geteuid() or os.listdir(place):  # noqa: PTH208
+                raise Fault("step", f"{fresh} was replaced while it was being made", "look who may write there")
+            os.fchown(place, *site.owner())
+            os.fchmod(place, 0o755)
+        finally:
+            os.close(place)
         fresh.rename(folder)
     as_service(site, _share, site.data, list(site.elsewhere.values()))
 
@@ -101,12 +112,15 @@ def _share(data: Path, elsewhere: list[str]) -> None:
         if not (data / name).is_symlink():
             (data / name).mkdir(exist_ok=True)
     for root in (str(data), *elsewhere):
-        for name, _, _ in os.walk(root):
-            place = Path(name)
-            if place.stat().st_uid == os.geteuid():  # another's is another's affair
-                place.chmod(place.stat().st_mode | 0o2770)
-                with suppress(OSError):  # NFS 4 has lists of another kind
-                    os.setxattr(place, SHARING, SHARED)
+        for place in tree(Path(root)):
+            try:
+                if place.stat().st_uid == os.geteuid():  # another's is another's affair
+                    place.chmod(place.stat().st_mode | 0o2770)
+                    with suppress(OSError):  # NFS 4 has lists of another kind
+                        os.setxattr(place, SHARING, SHARED)
+            except OSError as error:  # gone by now, or so deep that no path leads to it
+                if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+                    raise
 
 
 def receive_blob(site: Site, digest: str) -> Path:
@@ -165,8 +179,13 @@ def _corners(site: Site, step: Json, place: Path) -> None:
     """Make what a tree writes links into the data, seeded once with what it came with."""
     for name in step["writable"]:
         inside, kept = place / name.rstrip("/"), site.data / step["keeps"] / name.rstrip("/")
+        if not Path(os.path.realpath(inside.parent)).is_relative_to(os.path.realpath(place)):
+            cause = "the node's install.py has put a link there"
+            raise Fault(
+                "step", f"{name} of {step['part']} lies outside of it", cause, "remove the node, or its install.py"
+            )
         as_service(site, _seed, inside, kept, name.endswith("/"))
-        remove(inside) if inside.is_dir() else inside.unlink(missing_ok=True)
+        remove(inside)
         inside.parent.mkdir(parents=True, exist_ok=True)
         inside.symlink_to(kept)
 
@@ -177,6 +196,7 @@ def _seed(source: Path, place: Path, folder: bool) -> None:
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     fresh = place.with_name(f".{place.name}.{os.getpid()}")
+    remove(fresh)  # a killed run may have had this number, too
     if source.is_dir():
         shutil.copytree(source, fresh, copy_function=shutil.copyfile)
     elif folder:
@@ -347,6 +367,8 @@ def release(site: Site, step: Json, note: Callable[[str], None]) -> None:
         as_service(site, os.makedirs, name, 0o777, True)
     for name, text in manifest["files"].items():
         write(place / name, text)
+    if manifest.get("develop") or manifest.get("free_memory"):  # units of the release run it
+        write(place / "agent.pyz", (site.state / "agent.pyz").read_bytes())
     write(place / "release.json", json.dumps(manifest, indent=1))
 
 
@@ -371,16 +393,21 @@ def prune(site: Site, step: Json, note: Callable[[str], None]) -> None:
     current = site.release()
     for path in site.releases.glob("*"):
         if path.name not in (*step["keep"], current):
-            shutil.rmtree(path)
+            remove(path)
     named = {part for path in site.releases.glob("*/release.json") for part in read(path)["parts"].values()}
     for path in site.parts.glob("*"):
         if path.name not in named:
             remove(path)
             if path.name.startswith("env-"):  # its packages lie in uv's cache too, several GB that nothing else needs
                 shutil.rmtree(site.state / "cache", ignore_errors=True)
-    shutil.rmtree(site.incoming)
-    site.incoming.mkdir()
-    journals = {line["run"] for line in history(site)[-JOURNALS:]} | {read(site.pending).get("run")}
+    plan = read(site.pending)
+    used, old = json.dumps(plan), 24 * 3600  # in seconds; what is younger may be another client's for its next plan
+    for path in site.incoming.glob("*"):
+        with suppress(FileNotFoundError):
+            needless = path.name.partition(".")[0] in used or abs(time.time() - path.stat().st_mtime) > old
+            if needless and free(path):
+                path.unlink()
+    journals = {line["run"] for line in history(site)[-JOURNALS:]} | {plan.get("run")}
     for path in (site.state / "runs").glob("*.jsonl"):
         if path.stem not in journals:
             path.unlink()

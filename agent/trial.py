@@ -19,10 +19,10 @@ from pathlib import Path
 
 from agent.api import Endpoint
 from agent.comfyui import prove, say_changed_types
-from agent.files import Fault, Json, Sweep, link, meminfo, read, run, write
+from agent.files import Fault, Json, Sweep, inherited, link, meminfo, read, run, write
 from agent.gpu import gpus
 from agent.parts import as_service
-from agent.services import Manager, Systemd, dies_with_parent, inherited
+from agent.services import Manager, Systemd, dies_with_parent
 from agent.site import DATA, Site
 
 MEMORY, GPU_MEMORY = 2_500_000_000, 1_500_000_000
@@ -70,7 +70,7 @@ def run_trial(site: Site, manager: Manager, release: Json, note: Callable[[str],
         raise fault from error
     finally:
         trial.clear()
-    say_changed_types(read(site.releases / current / "proven"), proof, note)
+    say_changed_types(read(site.releases / current / "proven", lenient=True), proof, note)
 
 
 class Trial:
@@ -123,7 +123,7 @@ class Trial:
                 stdout=log,
                 stderr=log,
                 cwd=self.scratch,
-                preexec_fn=dies_with_parent,
+                preexec_fn=dies_with_parent(),
             )
 
     def stop(self) -> None:

@@ -337,7 +337,9 @@ def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[st
 
     def command(verb: str) -> str:
         interpreter = f"{prefix}/releases/{release}/env/bin/python"
-        return _command([interpreter, "-I", f"{prefix}/state/agent.pyz", verb, f"{prefix}/state/site.json"])
+        # The release's own copy: another client's submit replaces the one in state/.
+        agent = f"{prefix}/releases/{release}/agent.pyz"
+        return _command([interpreter, "-I", agent, verb, f"{prefix}/state/site.json"])
 
     values = {
         "service": host.service,

@@ -75,7 +75,7 @@ class Jobs:
         self._client = client
         self._file = file
         self._lock = Lock()
-        kept = read(file)
+        kept = read(file, lenient=True)
         if kept.get("bounds") != list(BUCKETS):
             kept = {}
         # by id, oldest first; None: there is no file, and what ComfyUI did before is nobody's to count

@@ -29,8 +29,6 @@ pytestmark = pytest.mark.host
 class Here(Client):
     """A prefix on this machine, and `inv` for it."""
 
-    without = ("XDG_RUNTIME_DIR",)  # as in a container: without a session bus there is no systemd of the user's
-
     prefix: Path
     hosts: Path
     port: int
@@ -42,6 +40,11 @@ class Here(Client):
         self.hosts.write_text(
             f'[hosts.local]\nprofile = "cpu"\nscope = "user"\nprefix = "{self.prefix}"\nport = {self.port}\n{text}'
         )
+
+    def choose(self) -> None:
+        """Have Hearth supervise ComfyUI, as in a container, also where the login has a systemd."""
+        (self.prefix / "state").mkdir(parents=True, exist_ok=True)
+        (self.prefix / "state/manager.json").write_text('{"manager": "process"}')
 
     def answers(self, within: float) -> bool:
         end = time.monotonic() + within
@@ -66,6 +69,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     prefix = place_for("local")
     one = Here(prefix, folder / "hosts.toml", free_port())
     one.configure()
+    one.choose()
     share_downloads(prefix / "state/cache/uv")
     try:
         yield one
@@ -421,6 +425,7 @@ def test_what_is_removed_comes_back_with_the_next_deploy(running: Here) -> None:
     assert sorted(path.name for path in running.prefix.iterdir()) == ["data", "parts", "releases", "state"]
     assert "nothing to do" in running.inv("remove").stdout
     assert "nothing is in service on local" in running.inv("start").stderr
+    running.choose()
     back = running.inv("deploy")
     assert back.returncode == 0, back.stderr
     assert "make " not in back.stderr

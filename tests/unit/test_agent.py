@@ -16,10 +16,11 @@ import time
 import zipfile
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from agent import comfyui, facts, journal, services, steps
+from agent import comfyui, facts, journal, runs, services, steps
 from agent.files import Fault, Json, append, run, write
 from agent.site import Site
 
@@ -116,6 +117,20 @@ def test_a_line_of_the_history_that_a_power_cut_tore_is_left_out(tmp_path: Path)
     append(site.history, {"action": "restart", "run": "3"})
     assert [each["run"] for each in journal.history(site)] == ["1", "3"]
     assert journal.last(journal.history(site), *journal.DEPLOYS)["run"] == "1"
+
+
+def test_following_a_run_that_nobody_can_go_on_with_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = at(tmp_path)
+    write(site.pending, json.dumps({"run": "r"}))
+    started: list[Site] = []
+    monkeypatch.setattr("agent.runs.time.sleep", lambda _: None)
+    manager = SimpleNamespace(go=lambda: started.append(site))
+    monkeypatch.setattr("agent.runs.manager_of", lambda _: manager)
+    following = runs.follow(site, "r")
+    assert [next(following) for _ in range(3)] == [{"event": "alive"}] * 3
+    with pytest.raises(Fault, match="ends each time it is started"):
+        next(following)
+    assert len(started) == 3
 
 
 def test_the_last_words_are_those_of_the_run_before_when_the_next_has_said_nothing_yet(tmp_path: Path) -> None:

@@ -196,7 +196,8 @@ def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
     for name in ("comfyui.service", "comfyui-reload.service"):
         assert bind in found["files"][name].splitlines(), name
     reload = found["files"]["comfyui-reload.service"]
-    command = f"/opt/comfyui/releases/{found['id']}/env/bin/python -I /opt/comfyui/state/agent.pyz watch"
+    place = f"/opt/comfyui/releases/{found['id']}"
+    command = f"{place}/env/bin/python -I {place}/agent.pyz watch"  # nothing of another release's
     assert f"ExecStart={command} /opt/comfyui/state/site.json" in reload
     assert reload.endswith("[Install]\nWantedBy=multi-user.target\n")
 

@@ -1,0 +1,304 @@
+"""What the agent reads, deletes and gives away on hosts: damaged records, links, deep trees."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agent import services, steps
+from agent.facts import _deletable, facts
+from agent.files import Fault, Sweep, append, flock, own, read, remove, tree
+from agent.site import DATA, Site
+from core import files
+
+
+def at(place: Path, **values: object) -> Site:
+    return Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1, **values})
+
+
+def deep(root: Path, levels: int) -> None:
+    """A tree of so many folders, one in the other; 1365 levels are more than a path can name."""
+    root.mkdir()
+    place = os.open(root, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("dd", dir_fd=place)
+        inner = os.open("dd", os.O_RDONLY, dir_fd=place)
+        os.close(place)
+        place = inner
+    os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=place))
+    os.close(place)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path) -> None:
+    assert read(tmp_path / "none.json") == {}
+    (tmp_path / "file").touch()
+    assert read(tmp_path / "file/none.json") == {}
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        read(tmp_path / "folder")
+    for content in (b"", b'{"run": "a"', b"[]", b"null", b"\xff\xfe", b"\0" * 100):
+        (tmp_path / "damaged.json").write_bytes(content)
+        with pytest.raises(Fault, match="is damaged") as raised:
+            read(tmp_path / "damaged.json")
+        assert f"rm {tmp_path}/damaged.json" in raised.value.report["hint"]
+        assert read(tmp_path / "damaged.json", lenient=True) == {}
+
+
+@pytest.mark.parametrize("name", ["pending.json", "paused.json"])
+def test_a_damaged_record_of_a_run_or_a_pause_stops_whoever_needs_it(tmp_path: Path, name: str) -> None:
+    site = at(tmp_path)
+    site.state.mkdir()
+    (site.state / name).write_text('{"run": ')
+    with pytest.raises(Fault, match=f"{name} is damaged"):
+        facts(site, ASK, [])
+
+
+def test_a_damaged_record_of_the_supervisor_is_told(tmp_path: Path) -> None:
+    manager = services.Supervised(at(tmp_path))
+    manager.lock.parent.mkdir()
+    manager.record.write_text("")
+    assert not manager.status()["active"]  # it is nobody's
+    with flock(manager.lock), pytest.raises(Fault, match="is damaged"):
+        manager.stop()
+
+
+ASK = {"pythons": [], "mounts": {}, "places": {}, "packages": [], "metrics_port": 0}
+
+
+def test_what_a_deploy_writes_again_may_be_damaged(tmp_path: Path) -> None:
+    site = at(tmp_path)
+    (site.releases / "one").mkdir(parents=True)
+    site.state.mkdir()
+    (site.parts / "app-1").mkdir(parents=True)
+    site.current.symlink_to("releases/one")
+    for path in (site.releases / "one/release.json", site.releases / "one/proven", site.parts / "app-1/PART.json"):
+        path.write_text('{"id": ')
+    for path in (site.state / "site.json", site.state / "verified.json"):
+        path.write_text("")
+    found = facts(site, ASK, [])
+    assert (found["releases"], found["current"], found["failed_nodes"]) == ([], "", {})
+    assert found["current_fault"]["kind"] == "foreign"
+    assert found["parts"]["app-1"].startswith("it cannot be read")
+
+
+# --- the order of releases -----------------------------------------------------------------------------------------
+
+
+def test_the_release_to_return_to_goes_by_the_history_and_not_by_clocks(tmp_path: Path) -> None:
+    site = at(tmp_path)
+    at_once = {"a": 1000, "b": 2000, "c": 500, "d": 9000}  # the clock was set back before c was served
+    for name, when in at_once.items():
+        (site.releases / name).mkdir(parents=True)
+        (site.releases / name / "proven").write_text("{}")
+        os.utime(site.releases / name / "proven", (when, when))
+    runs = [("a", "done"), ("b", "done"), ("c", "done"), ("b", "reverted"), ("x", "done"), ("d", "failed")]
+    for release, result in runs:
+        append(site.history, {"action": "deploy", "run": "r", "release": release, "result": result})
+    assert facts(site, ASK, [])["proven"] == ["c", "b", "a", "d"]
+    append(site.history, {"action": "rollback", "run": "r", "release": "a", "result": "done"})
+    assert facts(site, ASK, [])["proven"] == ["a", "c", "b", "d"]
+
+
+# --- deleting ------------------------------------------------------------------------------------------------------
+
+
+def test_a_tree_of_any_depth_is_deleted_with_few_descriptors(tmp_path: Path) -> None:
+    deep(tmp_path / "deep", 2500)
+    code = "import resource, sys; from pathlib import Path; from agent.files import Sweep\n"
+    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))\nsweep = Sweep(); sweep.delete(Path(sys.argv[1]))\n"
+    code += "assert (sweep.files, sweep.left, sweep.stuck) == (1, [], []), sweep.stuck"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "deep")], cwd=files.CHECKOUT, check=True)
+    assert not (tmp_path / "deep").exists()
+
+
+def test_what_cannot_be_deleted_in_a_deep_tree_is_left_with_its_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep(tmp_path / "deep", 30)
+    (tmp_path / "deep/dd/other").touch()
+    real = os.unlink
+
+    def refuse(name: str, dir_fd: int | None = None) -> None:  # as chattr +i would
+        if name == "file":
+            raise PermissionError(1, "Operation not permitted")
+        real(name, dir_fd=dir_fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        with pytest.raises(Fault, match="cannot be deleted") as raised:
+            remove(tmp_path / "deep")
+    assert raised.value.report["cause"] == f"{tmp_path}/deep{'/dd' * 30}/file: Operation not permitted"
+    assert (tmp_path / f"deep{'/dd' * 30}/file").exists()
+    assert not (tmp_path / "deep/dd/other").exists()
+    remove(tmp_path / "deep")
+    remove(tmp_path / "deep")  # it is gone already
+
+
+def test_a_folder_that_is_moved_while_it_is_deleted_takes_nothing_else_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tree/inner").mkdir(parents=True)
+    (tmp_path / "tree/inner/file").touch()
+    (tmp_path / "kept/other").mkdir(parents=True)
+    (tmp_path / "kept/tree").mkdir()
+    real = os.unlink
+
+    def moving(name: str, dir_fd: int | None = None) -> None:
+        (tmp_path / "tree/inner").rename(tmp_path / "kept/inner")
+        real(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", moving)
+    sweep = Sweep()
+    sweep.delete(tmp_path / "tree")
+    assert [each.rpartition(": ")[2] for each in sweep.stuck] == ["it was moved while it was being deleted"]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["inner", "other", "tree"]
+
+
+def test_removing_a_link_touches_nothing_behind_it(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    (home / ".ssh/key").touch()
+    for folder in (home / ".ssh", home):
+        folder.chmod(0o500)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part/cache").symlink_to(home)
+    (tmp_path / "link").symlink_to(home)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("link", "part", "dangling"):
+        remove(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert (mode(home), mode(home / ".ssh"), (home / ".ssh/key").exists()) == (0o500, 0o500, True)
+
+
+def test_folders_without_any_permission_are_deleted(tmp_path: Path) -> None:
+    (tmp_path / "tree/closed/er").mkdir(parents=True)
+    (tmp_path / "tree/closed/er").chmod(0)
+    (tmp_path / "tree/closed").chmod(0)
+    remove(tmp_path / "tree")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_way_to_mount_points_is_not_more_than_them(tmp_path: Path) -> None:
+    deep(tmp_path / "data", 1200)
+    point = f"{tmp_path}/data{'/dd' * 1100}"
+    assert not _deletable(f"{tmp_path}/data", [point])
+    (tmp_path / "data/dd/dd/file").touch()
+    assert _deletable(f"{tmp_path}/data", [point])
+    remove(tmp_path / "data")
+
+
+# --- owners and modes ----------------------------------------------------------------------------------------------
+
+
+def test_a_tree_taken_back_is_closed_to_others_and_no_link_in_it_is_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir(mode=0o700)
+    (tmp_path / "tree/inner").mkdir(parents=True)
+    (tmp_path / "tree/link").symlink_to(outside)
+    for folder in (tmp_path / "tree/inner", tmp_path / "tree"):
+        folder.chmod(0o777)  # as an install.py may have left it
+    own(tmp_path / "tree", os.geteuid(), os.getegid())
+    assert [mode(folder) for folder in tree(tmp_path / "tree")] == [0o755, 0o755]
+    assert mode(outside) == 0o700
+    with pytest.raises(OSError):
+        own(tmp_path / "tree/link", os.geteuid(), os.getegid())
+
+
+def test_a_tree_deeper_than_python_recurses_is_shared(tmp_path: Path) -> None:
+    """os.walk recurses on Python 3.10 and 3.11."""
+    for levels in (1200, 1500):  # of the latter, what a path can name
+        site = at(tmp_path / str(levels))
+        site.prefix.mkdir()
+        site.data.mkdir()
+        deep(site.data / "output", levels)
+        steps.folders(site, {}, lambda _: None)
+        assert all((site.data / name).is_dir() for name in DATA)
+        assert mode(site.data / f"output{'/dd' * 1100}") == 0o2775
+        remove(site.data)
+
+
+def test_a_folder_that_somebody_put_in_the_place_of_a_new_one_is_not_given_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir(mode=0o700)
+    (victim / "secret").touch()
+    site = at(tmp_path / "prefix", folders={"output": str(tmp_path / "pool/out")})
+
+    def swapped(prefix: str, dir: Path) -> str:  # noqa: A002  tempfile.mkdtemp's own name
+        place = dir / f"{prefix}x"
+        place.symlink_to(victim)
+        return str(place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("agent.steps.tempfile.mkdtemp", swapped)
+        with pytest.raises(OSError):
+            steps.folders(site, {}, lambda _: None)
+        patch.setattr("agent.steps.tempfile.mkdtemp", lambda **_: str(victim))
+        with pytest.raises(Fault, match="was replaced while it was being made"):
+            steps.folders(site, {}, lambda _: None)
+    assert mode(victim) == 0o700
+    for path in tmp_path.glob("p*/.*"):
+        path.unlink()
+    steps.folders(site, {}, lambda _: None)
+    assert (tmp_path / "pool/out").is_dir()
+    assert mode(tmp_path / "pool/out") == 0o2775
+
+
+@pytest.mark.parametrize("name", ["web/cache/", "web/cache"])
+def test_a_link_of_an_install_script_leads_no_deletion_out_of_its_part(tmp_path: Path, name: str) -> None:
+    site = at(tmp_path / "prefix")
+    place = site.parts / ".node-1.1"
+    place.mkdir(parents=True)
+    site.data.mkdir()
+    (tmp_path / "home/cache").mkdir(parents=True)
+    (tmp_path / "home/cache/file").touch()
+    (place / "web").symlink_to(tmp_path / "home")
+    with pytest.raises(Fault, match="lies outside of it"):
+        steps._corners(site, {"writable": [name], "keeps": "nodes/one", "part": "node-1"}, place)
+    assert (tmp_path / "home/cache/file").exists()
+    (place / "web").unlink()
+    (place / "real").mkdir()
+    (place / "web").symlink_to("real")
+    (place / "real/cache").symlink_to(tmp_path / "home")
+    steps._corners(site, {"writable": [name], "keeps": "nodes/one", "part": "node-1"}, place)
+    assert (place / "real/cache").readlink() == site.data / "nodes/one/web/cache"
+    assert (tmp_path / "home/cache/file").exists()
+
+
+def test_what_a_killed_run_of_this_pid_left_is_no_obstacle(tmp_path: Path) -> None:
+    """In a container every run has the same one."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/new").touch()
+    (tmp_path / f".place.{os.getpid()}").mkdir()
+    (tmp_path / f".place.{os.getpid()}/half").touch()
+    steps._seed(tmp_path / "source", tmp_path / "place", True)
+    assert [path.name for path in (tmp_path / "place").iterdir()] == ["new"]
+
+
+def test_a_release_runs_its_own_agent(tmp_path: Path) -> None:
+    """Another client's submit replaces the one in state/."""
+    site = at(tmp_path)
+    site.state.mkdir()
+    manifest = {"id": "one", "parts": {}, "links": {}, "files": {}, "free_memory": 60}
+    for agent in ("first", "second"):
+        (site.state / "agent.pyz").write_text(agent)
+        steps.release(site, {"release": {**manifest, "id": agent}}, lambda _: None)
+    assert [(site.releases / name / "agent.pyz").read_text() for name in ("first", "second")] == ["first", "second"]
+    del manifest["free_memory"]
+    steps.release(site, {"release": manifest}, lambda _: None)
+    assert json.loads((site.releases / "one/release.json").read_text()) == manifest
+    assert not (site.releases / "one/agent.pyz").exists()

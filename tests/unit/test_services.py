@@ -1,0 +1,284 @@
+"""Who keeps ComfyUI running: locks, the supervisor and its processes, which manager is in charge. Real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import services
+from agent.files import Fault, flock, free, link, read, started, write
+from agent.gpu import process
+from agent.services import Supervised, Systemd, manager_of, wait_for
+from agent.site import Site
+from core import files
+from deploy import connection
+
+
+def make(place: Path, **values: Any) -> Site:
+    """A prefix with a release whose ComfyUI sleeps."""
+    site = Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1, **values})
+    argv = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(1000)"]
+    write(site.releases / "one/release.json", json.dumps({"id": "one", "argv": argv, "environment": {}}))
+    write(site.state / "agent.pyz", connection.packed_agent())
+    write(site.state / "site.json", json.dumps(site.json))
+    link(site.current, "releases/one")
+    site.data.mkdir()
+    return site
+
+
+@contextmanager
+def supervisor(site: Site) -> Iterator[subprocess.Popen[bytes]]:
+    """A supervisor of the site's that has begun; it and its ComfyUI end with the block."""
+    argv = [sys.executable, "-I", str(site.state / "agent.pyz"), "supervise", str(site.state / "site.json")]
+    with (site.state / "agent.log").open("ab") as log, subprocess.Popen(argv, stdout=log, stderr=log) as one:
+        try:
+            assert wait_for(lambda: not free(Supervised(site).lock), 20)
+            yield one
+        finally:
+            one.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                one.wait(20)
+            one.kill()
+
+
+def child(site: Site) -> int:
+    """The pid of the ComfyUI that is supervised, once there is one."""
+    assert wait_for(lambda: bool(Supervised(site).status()["pid"]), 20)
+    return int(Supervised(site).status()["pid"])
+
+
+@pytest.fixture
+def askers(tmp_path: Path) -> Iterator[Path]:
+    """A lock file that two processes ask about without a pause."""
+    lock = tmp_path / "lock"
+    lock.touch()
+    code = "import sys; from pathlib import Path; from agent.files import free\nwhile True: free(Path(sys.argv[1]))"
+    with ExitStack() as stack:
+        for _ in range(2):
+            one = stack.enter_context(subprocess.Popen([sys.executable, "-c", code, str(lock)], cwd=files.CHECKOUT))
+            stack.callback(one.kill)
+        time.sleep(0.5)
+        yield lock
+
+
+def test_whoever_asks_for_a_lock_keeps_nobody_from_taking_it(askers: Path) -> None:
+    for _ in range(300):
+        with flock(askers):
+            pass
+        time.sleep(0.001)
+
+
+def test_those_who_ask_for_a_lock_do_not_take_each_other_for_a_holder(askers: Path) -> None:
+    assert all(free(askers) for _ in range(5000))
+    with flock(askers):
+        assert not free(askers)
+        with pytest.raises(Fault, match="held by another process"), flock(askers):
+            pass
+
+
+def test_asking_for_a_lock_makes_no_file(tmp_path: Path) -> None:
+    assert free(tmp_path / "state/lock")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_whose_file_was_deleted_while_one_waited_is_taken_anew(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    code = "import sys; from pathlib import Path; from agent.files import flock\n"
+    code += "with flock(Path(sys.argv[1]), wait=True): print('mine', flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", code, str(lock)]
+    with ExitStack() as stack:
+        with flock(lock):
+            words = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": files.CHECKOUT}
+            other = stack.enter_context(subprocess.Popen(argv, **words))  # type: ignore[call-overload]
+            time.sleep(0.5)
+            lock.unlink()
+        assert other.stdout.readline() == b"mine\n"
+        assert not free(lock)
+        other.stdin.close()
+
+
+def test_a_supervisor_that_does_not_come_up_is_a_fault_with_what_it_said(tmp_path: Path) -> None:
+    site = make(tmp_path)
+    write(site.state / "agent.pyz", "import sys; sys.exit('there is no room')")
+    with pytest.raises(Fault, match="did not start") as raised:
+        Supervised(site).start()
+    assert raised.value.report["cause"] == "there is no room"
+
+
+def test_starting_and_stopping_while_others_ask(tmp_path: Path) -> None:
+    """As `status`, `follow` and `facts` do: one that asked at the wrong moment kept the supervisor from starting."""
+    site = make(tmp_path)
+    code = "import json, sys; from agent.site import Site; from agent.services import Supervised\n"
+    code += "one = Supervised(Site(json.loads(sys.argv[1])))\nwhile True: one.status()"
+    argv = [sys.executable, "-c", code, json.dumps(site.json)]
+    with subprocess.Popen(argv, cwd=files.CHECKOUT) as asker:
+        try:
+            code = "import json, sys; from agent.site import Site; from agent.services import Supervised\n"
+            code += "one = Supervised(Site(json.loads(sys.argv[1])))\nfor _ in range(4): one.start(); one.stop()"
+            subprocess.run([sys.executable, "-c", code, json.dumps(site.json)], cwd=files.CHECKOUT, check=True)
+        finally:
+            asker.kill()
+    assert "held by another process" not in (site.state / "agent.log").read_text()
+
+
+def test_comfyui_dies_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+    site = make(tmp_path)
+    manager = Supervised(site)
+    with supervisor(site) as one:
+        pid = child(site)
+        one.kill()
+        one.wait()
+        assert wait_for(lambda: not started(pid), 5)
+        assert (manager.status()["active"], manager.status()["pid"]) == (False, 0)
+        manager.stop()
+    with supervisor(site):
+        assert child(site) != pid
+        manager.stop()
+        assert not manager.status()["active"]
+
+
+def test_comfyui_dies_with_a_supervisor_that_fails(tmp_path: Path) -> None:
+    site = make(tmp_path)
+    with supervisor(site) as one:
+        pid = child(site)
+        link(site.current, "nowhere")
+        os.kill(pid, signal.SIGKILL)  # it is started again, and there is no release to start
+        assert one.wait(20) == 3
+    assert not started(pid)
+
+
+def test_stopping_signals_no_process_that_an_earlier_supervisor_recorded(tmp_path: Path) -> None:
+    site = make(tmp_path, mounts={str(tmp_path / "pool"): "pool.mount"})  # the supervisor waits for it
+    manager = Supervised(site)
+    with subprocess.Popen(["sleep", "100"]) as other:
+        stale = {"pid": other.pid, "child": other.pid, "restarts": 0, "since": ""}
+        newer = {**stale, "pid_started": "1 of another boot", "child_started": "1 of another boot"}
+        try:
+            for record in (stale, newer):
+                write(manager.record, json.dumps(record))
+                with supervisor(site) as one:
+                    assert manager.status()["active"]
+                    assert manager.status()["pid"] == 0
+                    manager.stop()
+                    assert one.wait(5) == 0
+            write(manager.record, json.dumps(newer))
+            with flock(manager.lock):  # by a supervisor that could not write its record
+                assert manager.status()["pid"] == 0
+                with pytest.raises(Fault, match="the supervisor does not end") as raised:
+                    manager.stop()
+                assert "does not name it" in raised.value.report["cause"]
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+def test_a_supervisor_of_an_older_hearth_can_be_stopped(tmp_path: Path) -> None:
+    """It runs on after an update; its record has no times."""
+    site = make(tmp_path)
+    manager = Supervised(site)
+    with supervisor(site) as one:
+        pid = child(site)
+        old = {name: value for name, value in read(manager.record).items() if not name.endswith("_started")}
+        write(manager.record, json.dumps(old))
+        assert manager.status()["pid"] == pid
+        manager.stop()
+        assert one.wait(5) == 0
+
+
+def test_a_process_with_the_number_of_comfyui_is_not_taken_for_it(tmp_path: Path) -> None:
+    site = make(tmp_path)
+    with supervisor(site):
+        pid = child(site)
+        gpu = {"processes": [process(pid)]}
+        assert services.ours(site, [gpu])[0]["processes"][0]["comfyui"] is True
+        record = read(Supervised(site).record)
+        write(Supervised(site).record, json.dumps({**record, "child_started": "1 of another boot"}))
+        assert services.ours(site, [gpu])[0]["processes"][0]["comfyui"] is False
+
+
+def test_a_supervisor_goes_on_without_room_for_its_record(tmp_path: Path) -> None:
+    site = make(tmp_path)
+    (Supervised(site).record / "in the way").mkdir(parents=True)  # the rename fails
+    with supervisor(site) as one:
+        assert wait_for(lambda: "up" in Supervised(site).output.read_text(), 20)
+        assert one.poll() is None
+
+
+# --- which manager -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Sets whether the login's systemd can be reached; `systemctl` does nothing, and the login lingers."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/systemctl").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(services, "login", lambda: str(tmp_path))  # there is a file of that name for who lingers
+    yield lambda reached: monkeypatch.setattr(services, "user_systemd", lambda: reached)
+
+
+def test_what_was_supervised_once_stays_so(tmp_path: Path, asked_from: Any) -> None:
+    site = make(tmp_path / "prefix")
+    asked_from(False)
+    manager_of(site).install()
+    asked_from(True)
+    assert manager_of(site).name == "process"
+    manager_of(site).uninstall()
+    assert manager_of(site).name == "systemd-user"
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_the_users_systemd_runs_is_never_supervised_too(tmp_path: Path, asked_from: Any, older: bool) -> None:
+    site = make(tmp_path / "prefix")
+    asked_from(True)
+    manager_of(site).install()
+    if older:  # an older Hearth noted nothing: the unit says it
+        services.choice(site).unlink()
+    asked_from(False)  # from cron, or when it does not linger any more
+    with pytest.raises(Fault, match="does not answer") as raised:
+        manager_of(site)
+    assert "loginctl enable-linger" in raised.value.report["hint"]
+    asked_from(True)
+    assert manager_of(site).name == "systemd-user"
+    manager_of(site).uninstall()
+    asked_from(False)
+    assert manager_of(site).name == "process"
+
+
+def test_a_full_disk_keeps_no_manager_from_being_installed(tmp_path: Path, asked_from: Any) -> None:
+    site = make(tmp_path / "prefix")
+    services.choice(site).mkdir()  # it cannot be written
+    asked_from(False)
+    Supervised(site).install()
+    assert Supervised(site).enabled.exists()
+
+
+def test_the_logins_systemd_is_found_without_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runtime = f"/run/user/{os.getuid()}"
+    real = Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda self: str(self) == runtime or real(self))
+    for given in ("", "/run/user/12345"):  # cron sets none, su keeps another's
+        monkeypatch.setenv("XDG_RUNTIME_DIR", given)
+        Systemd(make(tmp_path / f"prefix{given[-1:]}"))
+        assert os.environ["XDG_RUNTIME_DIR"] == runtime
+
+
+@pytest.mark.usefixtures("asked_from")
+def test_the_unit_that_applies_names_no_python_of_a_checkout(tmp_path: Path) -> None:
+    manager = Systemd(make(tmp_path / "prefix"))
+    manager.go()
+    text = (manager.units / manager.apply_unit).read_text()
+    assert sys.prefix != sys.base_prefix
+    assert f"ExecStart={sys._base_executable} -I " in text  # type: ignore[attr-defined]
