@@ -34,10 +34,10 @@ def say(text: str) -> None:
     print("\n".join(f"{prefix}{line}" for line in text.splitlines()), file=sys.stderr, flush=True)
 
 
-def agreed(question: str) -> bool:
-    """Ask the person at the terminal; where there is none, nobody objects."""
+def agreed(question: str) -> bool | None:
+    """Ask the person at the terminal; None where there is none."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return True
+        return None
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

@@ -179,6 +179,12 @@ class ProcessError(HearthError):
 
     exit_code = 50
 
+    status: int = 0
+    """Its exit status, negative for the signal that killed it."""
+
+    said: str = ""
+    """What it wrote to stderr."""
+
 
 class ConnectError(HearthError):
     """A host that cannot be reached, or whose connection was lost."""

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import selectors
 import shutil
 import subprocess
-import tempfile
+import threading
+import time
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from core.errors import DiskFullError, ProcessError, ToolMissingError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 Done = subprocess.CompletedProcess[str]
 
 # Where Debian keeps what users call: the package that holds a program, for the message when it is missing.
-_PACKAGES = {"git": "git", "uv": "uv (pip install uv)", "apt-get": "apt", "rsvg-convert": "librsvg2-bin"}
+_PACKAGES = {
+    "git": "git",
+    "uv": "uv (pip install uv)",
+    "apt-get": "apt",
+    "rsvg-convert": "librsvg2-bin",
+    "ssh": "openssh-client",
+}
 
 
 def run(
@@ -55,8 +64,7 @@ def run(
     except FileNotFoundError as error:
         if cwd is not None and not cwd.exists():
             raise
-        package = _PACKAGES.get(words[0], words[0])
-        raise ToolMissingError(f"{words[0]} is not installed", hint=f"install {package}") from error
+        raise _missing(words[0]) from error
     except subprocess.TimeoutExpired as error:
         raise ProcessError(f"{words[0]} did not end within {timeout:.0f} s") from error
     if done.returncode and "No space left on device" in done.stderr:
@@ -65,6 +73,10 @@ def run(
         last = (done.stderr or done.stdout or "").strip().splitlines()[-8:]
         raise ProcessError(f"{' '.join(words[:3])} ... exited with {done.returncode}", cause="\n    ".join(last))
     return done
+
+
+def _missing(program: str) -> ToolMissingError:
+    return ToolMissingError(f"{program} is not installed", hint=f"install {_PACKAGES.get(program, program)}")
 
 
 def lines(
@@ -92,41 +104,102 @@ def lines(
     return process.returncode
 
 
-def talk(argv: Sequence[str | Path], request: bytes, blocks: Iterable[bytes] = ()) -> Iterator[str]:
-    """Give a program its standard input, then yield its output line by line; raises ProcessError when it only fails."""
+def talk(
+    argv: Sequence[str | Path],
+    request: bytes,
+    blocks: Iterable[bytes] = (),
+    *,
+    first: float | None = None,
+    silence: float | None = None,
+    said: Callable[[str], None] = lambda _: None,
+) -> Iterator[bytes]:
+    """Give a program its standard input and yield its output, line by line with the line ends.
+
+    Input and output move at once, so that no full pipe makes both sides wait for each other; `said` gets the lines of
+    stderr as they come. The program has a session of its own: it cannot ask at our terminal, and Ctrl-C ends it
+    through us. Raises TimeoutError when no byte moves for `silence` seconds (`first`: before any output), and
+    ProcessError with the status and stderr whenever the status is not 0, also after output. The unfinished last line
+    of a program that fails is dropped.
+    """
     words = [str(word) for word in argv]
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
-        assert process.stdin is not None
-        assert process.stdout is not None
-        count = 0
-        with _ended(process):
-            with suppress(BrokenPipeError):
-                process.stdin.write(request)
-                for block in blocks:
-                    process.stdin.write(block)
-            with suppress(BrokenPipeError):
-                process.stdin.close()
-            for line in process.stdout:
-                count += 1
-                yield line.decode(errors="replace")
-        if process.returncode and not count:
-            said.seek(0)
-            last = said.read().decode(errors="replace").strip().splitlines()[-8:]
-            raise ProcessError(f"{' '.join(words[-2:])} ended with {process.returncode}", cause="\n    ".join(last))
+    pipe = subprocess.PIPE
+    try:
+        process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+    except FileNotFoundError as error:
+        raise _missing(words[0]) from error
+    stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
+    assert stdin is not None
+    assert stdout is not None
+    assert stderr is not None
+    outgoing = (each for each in itertools.chain((request,), blocks) if each)
+    block = output = b""
+    complaints: list[str] = []
+    limit, moved = first, time.monotonic()
+
+    def listen() -> None:
+        nonlocal moved
+        with stderr:
+            for line in stderr:
+                moved = time.monotonic()
+                complaints.append(line.decode(errors="replace").rstrip())
+                said(complaints[-1])
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    with _ended(process, patience=5), selectors.DefaultSelector() as selector:
+        os.set_blocking(stdin.fileno(), False)
+        selector.register(stdin, selectors.EVENT_WRITE)
+        selector.register(stdout, selectors.EVENT_READ)
+        while not stdout.closed or process.poll() is None:
+            if limit is not None and time.monotonic() - moved > limit:
+                raise TimeoutError(f"no byte moved for {limit:.0f} s")
+            for key, _ in selector.select(0.1):
+                if key.fileobj is stdin:
+                    block = block or next(outgoing, b"")
+                    count = _write(key.fd, block)
+                    block = block[count:]
+                else:
+                    chunk = os.read(key.fd, 1 << 16)
+                    count, limit = len(chunk), silence if chunk else limit
+                    *lines, output = (output + chunk).split(b"\n")
+                    for line in lines:
+                        yield line + b"\n"
+                if not count:
+                    selector.unregister(key.fileobj)
+                    (stdin if key.fileobj is stdin else stdout).close()
+                moved = time.monotonic()
+        listener.join(1)  # not for ever: the master that an older ssh leaves in the background keeps stderr open
+        if process.returncode:
+            cause = "\n    ".join(complaints[-8:])
+            failure = ProcessError(f"{' '.join(words[-2:])} ended with {process.returncode}", cause=cause)
+            failure.status, failure.said = process.returncode, "\n".join(complaints)
+            raise failure
+        if output:
+            yield output
+
+
+def _write(pipe: int, block: bytes) -> int:
+    """Write to a pipe; 0 when there is nothing to write, or nobody who reads."""
+    with suppress(BrokenPipeError):
+        return os.write(pipe, block) if block else 0
+    return 0
 
 
 @contextmanager
-def _ended(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """See that a process has ended when the context is left; an error ends it early."""
-    assert process.stdout is not None
+def _ended(process: subprocess.Popen[Any], patience: float | None = None) -> Iterator[None]:
+    """See that a process has ended when the context is left; an error ends it early, after `patience` s by SIGKILL."""
     try:
         yield
     except BaseException:
         process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+        process.kill()
         raise
     finally:
-        process.stdout.close()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
         process.wait()
 
 

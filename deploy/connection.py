@@ -1,19 +1,21 @@
-"""The two ways to reach a host's agent: a subprocess here, or one SSH connection. The only module that knows Fabric.
+"""The two ways to reach a host's agent: a subprocess here, or the `ssh` program. The only module that knows SSH.
 
-Host keys are checked: an unknown or changed one ends the run. Fabric itself accepts any (`AutoAddPolicy`,
-fabric/connection.py), so policy and known_hosts are set here, for jump hosts as well.
+OpenSSH itself connects, so that keys, agents, certificates, jump hosts, known_hosts and every other option mean here
+what they mean in a terminal. It may not ask anything, and a host's key must be known.
 """
 
 from __future__ import annotations
 
-import base64
 import functools
 import hashlib
 import io
 import json
 import os
+import re
 import shlex
+import signal
 import sys
+import tempfile
 import threading
 import zipfile
 from abc import ABC, abstractmethod
@@ -36,6 +38,7 @@ from core.errors import (
     HostOfflineError,
     LogError,
     NoAnswerError,
+    ProcessError,
     RemoteError,
     StorageError,
     SudoError,
@@ -43,11 +46,45 @@ from core.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    import fabric
+    from deploy.host import Host, Target
 
-    from deploy.host import Target
+ALIVE = 10
+"""Seconds between ssh's questions whether the host is still there; three without an answer are a lost connection.
+
+That finds a host that vanished without closing anything, also behind jump hosts and proxies: TCP's timeouts do not."""
+
+QUIET = 45
+"""Seconds without a word after which a verb that says `alive` every 10 s has lost its agent."""
+
+SILENT = 900
+"""Seconds without a byte in either direction that any other verb may take: gigabytes are read from slow disks."""
+
+_LOGIN = 90
+"""Seconds until a host runs what it was sent: to connect (which ssh itself limits), to log in, to start a shell."""
+
+_MARK = "--- hearth ---"
+_OLD_PYTHON, _NO_SUDO, _NO_PYTHON, _NO_AGENT = 96, 97, 98, 99
+"""Exit statuses of what runs before the agent does, which itself has 0, 1 and 3."""
+
+
+# Any Python 3 can read this, and nothing is imported before the version is known. A path before the verb is a pipe to
+# read in place of standard input, which belonged to sudo.
+_MAIN = f"""\
+import os
+import sys
+
+if sys.version_info < (3, 10):
+    sys.stderr.write(sys.version.split()[0])
+    sys.exit({_OLD_PYTHON})
+if sys.argv[1].startswith("/"):
+    os.dup2(os.open(sys.argv.pop(1), os.O_RDONLY), 0)
+
+from agent.main import main
+
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @functools.cache
@@ -57,8 +94,7 @@ def packed_agent() -> bytes:
     with zipfile.ZipFile(output, "w") as archive:
         for path in sorted((files.CHECKOUT / "agent").glob("*.py")):
             archive.writestr(zipfile.ZipInfo(f"agent/{path.name}"), path.read_bytes())
-        run = "import sys\n\nfrom agent.main import main\n\nsys.exit(main(sys.argv[1:]))\n"
-        archive.writestr(zipfile.ZipInfo("__main__.py"), run)
+        archive.writestr(zipfile.ZipInfo("__main__.py"), _MAIN)
     return output.getvalue()
 
 
@@ -68,9 +104,9 @@ def agent_name() -> str:
 
 
 def agent_file() -> Path:
-    """The packed agent, in the cache."""
+    """The packed agent, in the cache; written again when something else is there."""
     place = files.cache() / "agents" / agent_name()
-    if not place.is_file():
+    if not place.is_file() or place.read_bytes() != packed_agent():
         files.write(place, packed_agent())
     return place
 
@@ -82,11 +118,11 @@ class Agent(ABC):
         self._target = target
 
     def stream(self, verb: str, **values: Any) -> Iterator[Any]:
-        """Answers as they come; raises what the agent's fault stands for."""
+        """Answers as they come; raises what the agent's fault stands for, or how the agent ended too early."""
         return self._run(verb, values)
 
     def call(self, verb: str, **values: Any) -> Any:
-        """One answer; raises what the agent's fault stands for."""
+        """One answer; raises as `stream` does."""
         answers = list(self.stream(verb, **values))
         if not answers:
             raise AgentError(f"the agent ended without an answer to {verb}", hint="run the same command again")
@@ -94,29 +130,69 @@ class Agent(ABC):
 
     def send(self, path: Path, digest: str, offset: int, progress: Callable[[int], None]) -> None:
         """Send a file from `offset` on; `progress` is told the bytes of each block."""
-        values = {"sha256": digest, "size": path.stat().st_size, "offset": offset}
-        for _ in self._run("receive", values, _blocks(path, offset, progress)):
-            pass
+        size = path.stat().st_size
+        values = {"sha256": digest, "size": size, "offset": offset}
+        answers = list(self._run("receive", values, lambda: _blocks(path, offset, progress)))
+        if not answers or answers[-1]["size"] < size:
+            raise self.lost(f"{path.name} did not arrive whole")
 
-    def _run(self, verb: str, values: dict[str, Any], blocks: Iterable[bytes] = ()) -> Iterator[Any]:
+    def lost(self, cause: str) -> ConnectError:
+        """The error for a connection that ended before the answer."""
+        return ConnectError(
+            f"the connection to {self._target.name} was lost",
+            cause=cause,
+            hint=f"a change that was begun continues there: inv attach --host {self._target.name}",
+        )
+
+    def _run(self, verb: str, values: dict[str, Any], blocks: Callable[[], Iterable[bytes]] = tuple) -> Iterator[Any]:
         request = json.dumps({"site": self._target.site, **values}).encode() + b"\n"
-        for line in self._lines(verb, request, blocks):
-            yield _parsed(line)
+        try:
+            for line in self._lines(verb, request, blocks, _patience(verb, values)):
+                yield self._parsed(line)
+        except TimeoutError as error:
+            raise self.lost(f"the agent answers nothing: {error}") from error
+        except ProcessError as error:
+            raise self._ended(verb, error.status, error.said) from error
+
+    def _parsed(self, line: bytes) -> Any:
+        """One line of the agent's; raises the error that a fault stands for."""
+        try:
+            value = json.loads(line)
+        except ValueError:
+            raise AgentError(
+                f"the answer of {self._target.name} is not JSON",
+                cause=line[:500].decode(errors="replace").strip(),
+                hint="another program writes into it: see what the login's shell starts in the background",
+            ) from None
+        if isinstance(value, dict) and value.keys() == {"fault"}:
+            raise error_of(value["fault"])
+        return value
+
+    def _ended(self, verb: str, status: int, said: str) -> HearthError:
+        """The error for an agent that ended with this status, whatever it answered before."""
+        number = -status if status < 0 else status - 128  # a shell's status for a signal
+        killed = number in set(signal.Signals)
+        how = f"was killed by {signal.Signals(number).name}" if killed else f"ended with {status}"
+        if verb == "follow":
+            return self.lost(f"the agent that watches the change {how}")
+        hint = f"perhaps no memory was left: inv doctor --host {self._target.name}" if killed else ""
+        return AgentError(f"the agent on {self._target.name} {how} at {verb}", cause=said[-2000:], hint=hint)
 
     @abstractmethod
-    def _lines(self, verb: str, request: bytes, blocks: Iterable[bytes]) -> Iterator[str]:
-        """Run the agent with the request and the blocks on its standard input; yield its output."""
+    def _lines(
+        self, verb: str, request: bytes, blocks: Callable[[], Iterable[bytes]], silence: float
+    ) -> Iterator[bytes]:
+        """Run the agent with the request and the blocks on its standard input; yield its output.
+
+        Raises TimeoutError and ProcessError as `shell.talk` does.
+        """
 
 
-def _parsed(line: str) -> Any:
-    """One line of the agent's; raises the error that a fault stands for."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        raise AgentError("the agent's answer is not JSON", cause=line[:500]) from None
-    if isinstance(value, dict) and value.keys() == {"fault"}:
-        raise error_of(value["fault"])
-    return value
+def _patience(verb: str, values: Mapping[str, Any]) -> float:
+    """The seconds without a byte after which a verb has failed."""
+    if verb == "follow" or (verb == "logs" and values["follow"]):
+        return QUIET
+    return SILENT + float(values.get("wait") or 0) + float(values.get("every") or 0)
 
 
 def error_of(fault: dict[str, Any]) -> HearthError:
@@ -143,8 +219,11 @@ def error_of(fault: dict[str, Any]) -> HearthError:
 class Local(Agent):
     """This machine's agent, by subprocess."""
 
-    def _lines(self, verb: str, request: bytes, blocks: Iterable[bytes]) -> Iterator[str]:
-        return shell.talk([sys.executable, "-I", str(agent_file()), verb], request, blocks)
+    def _lines(
+        self, verb: str, request: bytes, blocks: Callable[[], Iterable[bytes]], silence: float
+    ) -> Iterator[bytes]:
+        argv = [sys.executable, "-I", str(agent_file()), verb]
+        return shell.talk(argv, request, blocks(), first=silence, silence=silence)
 
 
 def _blocks(path: Path, offset: int, progress: Callable[[int], None]) -> Iterator[bytes]:
@@ -156,229 +235,306 @@ def _blocks(path: Path, offset: int, progress: Callable[[int], None]) -> Iterato
 
 
 class Ssh(Agent):
-    """A remote host's agent, over one connection."""
+    """A remote host's agent, each verb in a session of its own over one shared connection."""
 
-    def __init__(self, target: Target, connection: fabric.Connection, password: str) -> None:
+    def __init__(self, target: Target, argv: Sequence[str], settings: Mapping[str, str], password: str) -> None:
         super().__init__(target)
-        self._connection = connection
+        self._argv = argv
+        self._settings = settings
         self._password = password
-        self._file = f".cache/hearth/{agent_name()}"
-
-    def _lines(self, verb: str, request: bytes, blocks: Iterable[bytes]) -> Iterator[str]:
-        """Run the agent there; when it lacks this very file, send it and run it again."""
-        from paramiko import SSHException
-
-        for attempt in (1, 2):
-            channel = self._open()
-            try:
-                channel.exec_command(self._command(verb))
-                if self._password:
-                    channel.sendall(self._password.encode() + b"\n")
-                channel.sendall(request)
-                for block in blocks:
-                    channel.sendall(block)
-                channel.shutdown_write()
-            except (OSError, SSHException) as error:
-                if not channel.exit_status_ready():
-                    raise self._lost(error) from error
-            count = 0
-            with channel.makefile("r") as output:
-                for line in output:
-                    count += 1
-                    yield line
-            said = channel.makefile_stderr("r").read().decode(errors="replace").strip()
-            status = channel.recv_exit_status()
-            if status == 99 and attempt == 1:
-                self._install()
-                continue
-            if status == -1:
-                raise self._lost(ConnectionError("the connection was closed"))
-            if status and not count:
-                raise self._refused(status, said)
-            return
 
     def shell(self, command: str, say: Callable[[str], None]) -> str:
-        """Run a shell command as the login and return its output; what it says on stderr goes to `say` line by line.
+        """Run a shell command as the login, in its home, and return its output; `say` gets its stderr line by line.
 
         Raises RemoteError when it fails.
         """
-        channel = self._open()
-        channel.exec_command(command)
-        channel.shutdown_write()
-        output: list[bytes] = []
-        reader = threading.Thread(target=lambda: output.append(channel.makefile("rb").read()))
-        reader.start()
-        last = ""
-        with channel.makefile_stderr("r") as lines:
-            for line in lines:
-                last = line.rstrip("\n")
-                say(last)
-        reader.join()
-        status = channel.recv_exit_status()
-        if status == -1:
-            raise self._lost(ConnectionError("the connection was closed"))
-        if status:
+        try:
+            return b"".join(self._session(command, say=say)).decode(errors="replace")
+        except ProcessError as error:
             raise RemoteError(
-                f"a command on {self._target.name} ended with {status}",
-                cause=last,
-                hint="read what it said above; the same command goes on from there",
-            )
-        return b"".join(output).decode(errors="replace")
+                f"a command on {self._target.name} ended with {error.status}",
+                cause=_last(error.said),
+                hint="its output is above; running the same command again continues from there",
+            ) from error
 
     def put(self, content: bytes, path: str) -> None:
-        """Write a file there, as the login."""
-        with self._connection.sftp().open(path, "wb") as file:
-            file.set_pipelined(True)
-            file.write(content)
+        """Write a file there, as the login; `path` is relative to its home.
+
+        What arrived is compared by its hash and renamed: a connection that drops leaves the file as it was.
+        """
+        digest = hashlib.sha256(content).hexdigest()
+        quoted, folder = shlex.quote(path), shlex.quote(os.path.dirname(path))  # noqa: PTH120  the other machine's
+        script = f"""umask 022; f={quoted}; p=$f.$$; mkdir -p {folder} && chmod go-w {folder} && cat >"$p" &&
+        case $(sha256sum <"$p") in {digest}*) mv -f "$p" "$f"; exit;; *) echo it arrived damaged >&2;; esac;
+        rm -f "$p"; exit 1"""
+        try:
+            list(self._session(script, content, silence=SILENT))
+        except ProcessError as error:
+            kind = DiskFullError if "No space left" in error.said else AgentError
+            what = f"{path} could not be written on {self._target.name}"
+            raise kind(what, cause=error.said, hint=f"make room or rights for it in {folder} there") from error
 
     def get(self, path: str, place: Path) -> None:
         """Fetch a file from there."""
-        self._connection.sftp().get(path, str(place))
+        try:
+            with place.open("wb") as file:
+                file.writelines(self._session(f"cat {shlex.quote(path)}", silence=SILENT))
+        except ProcessError as error:
+            raise RemoteError(f"{path} could not be read on {self._target.name}", cause=error.said) from error
 
-    def _command(self, verb: str) -> str:
-        """The shell command that runs the agent, as root where the host's scope needs that.
+    def _lines(
+        self, verb: str, request: bytes, blocks: Callable[[], Iterable[bytes]], silence: float
+    ) -> Iterator[bytes]:
+        """Run the agent there; when the host lacks it, or has something else under its name, send it first."""
+        script = self._script(verb)
+        given = f"{self._password}\n".encode() + request if self._password else request
+        try:
+            yield from self._session(script, given, blocks, silence)
+        except ProcessError as error:
+            if error.status != _NO_AGENT:
+                raise
+        else:
+            return
+        self.put(packed_agent(), f".cache/hearth/{agent_name()}")
+        yield from self._session(script, given, blocks, silence)
 
-        The first line of standard input is sudo's password when there is one. Where sudo does not ask for it, it
-        is taken away, so that the agent never sees it.
+    def _script(self, verb: str) -> str:
+        """The script that checks the agent's file and runs it, as root where the host's scope needs that.
+
+        Only the login may write into its folder, and the hash is compared each time, before root runs it. sudo gets the
+        password alone on its standard input, so that it never takes the request for a second attempt; the agent then
+        reads the request from a named pipe.
         """
-        agent = shlex.join(["python3", "-I", self._file, verb])
-        present = f"test -f {self._file} || exit 99"
+        digest = hashlib.sha256(packed_agent()).hexdigest()
+        check = f"""u=$(id -u); d=$HOME/.cache/hearth; f=$d/{agent_name()};
+        case $({{ stat -Lc "%u %A" "$d"; sha256sum <"$f"; }} 2>/dev/null) in
+        "$u d"????-??-*{digest}*) ;; *) exit {_NO_AGENT};; esac;
+        command -v python3 >/dev/null || exit {_NO_PYTHON};"""
+        # Not the shell's last command, which some shells run in their own place: a signal would leave no status then.
+        run = f'python3 -I "$f" {verb}; exit $?;'
         if self._target.host.scope == "user":
-            return f"{present}; exec {agent}"
-        as_root = 'if [ "$(id -u)" = 0 ]; then'
+            return f"{check} {run}"
+        sudo = "env LC_ALL= LC_MESSAGES=C sudo"  # its messages are compared
+        take = "IFS= read -r p;" if self._password else ""
+        start = f"{check} {take} if [ $u = 0 ]; then {run} fi; command -v sudo >/dev/null || exit {_NO_SUDO};"
         if not self._password:
-            return f"{present}; {as_root} exec {agent}; fi; exec sudo -n {agent}"
-        unasked = f"if sudo -n true 2>/dev/null; then read -r _; exec sudo -n {agent}; fi"
-        return f"{present}; {as_root} read -r _; exec {agent}; fi; {unasked}; exec sudo -S -p '' {agent}"
+            return f"{start} {sudo} -n {run}"
+        return f"""{start} q=$d/in.$$; mkfifo -m 600 "$q" || exit 1; exec 3<&0; cat <&3 >"$q" 2>/dev/null &
+        printf "%s\\n" "$p" | {sudo} -S -p "" python3 -I "$f" "$q" {verb} 3<&-;
+        s=$?; kill $! 2>/dev/null; rm -f "$q"; exit $s"""
 
-    def _open(self) -> Any:
-        transport = self._connection.transport
-        if transport is None:
-            raise self._lost(ConnectionError("there is no connection"))
-        return transport.open_session()
+    def _session(
+        self,
+        script: str,
+        request: bytes = b"",
+        blocks: Callable[[], Iterable[bytes]] = tuple,
+        silence: float | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> Iterator[bytes]:
+        """Run a script of /bin/sh in the login's home; yield its output. Raises ProcessError when it fails.
 
-    def _install(self) -> None:
-        """Put the agent where its hash says."""
-        channel = self._open()
-        part = f"{self._file}.part"
-        folder = os.path.dirname(self._file)  # noqa: PTH120  the other machine's path
-        channel.exec_command(f"mkdir -p {folder} && cat > {part} && mv {part} {self._file}")
-        channel.sendall(packed_agent())
-        channel.shutdown_write()
-        if channel.recv_exit_status():
-            said = channel.makefile_stderr("r").read().decode(errors="replace").strip()
-            raise AgentError(f"the agent could not be written on {self._target.name}", cause=said)
+        The login's shell may be any, and may print on its own: the output begins after a mark.
+        """
+        begun = heard = False  # the mark was seen in the output; and on stderr, which the shell may have put elsewhere
+        noise: list[bytes] = []
 
-    def _refused(self, status: int, said: str) -> HearthError:
-        name = self._target.name
-        if "sudo" in said or "password" in said.lower():
-            return SudoError(
-                f"no root on {name}",
-                cause=said.splitlines()[-1],
-                hint="run again with --ask-sudo, or allow sudo without a password there",
-            )
-        if status in (126, 127):
-            return AgentError(f"{name} has no python3", cause=said, hint="apt-get install python3 there")
-        return AgentError(f"the agent on {name} ended with {status}", cause=said[-2000:])
+        def listen(line: str) -> None:
+            nonlocal heard
+            if heard:
+                say(line)
+            heard = heard or line == _MARK
 
-    def _lost(self, error: Exception) -> ConnectError:
-        return ConnectError(
-            f"the connection to {self._target.name} was lost",
-            cause=str(error),
-            hint=f"what was begun goes on there: inv attach --host {self._target.name}",
+        # One line: a C shell takes no other in quotes.
+        script = " ".join(f'cd; echo; echo "{_MARK}"; echo "{_MARK}" >&2; {script}'.split("\n"))
+        command = f"exec /bin/sh -c {shlex.quote(script)}"
+        lines = shell.talk([*self._argv, command], request, blocks(), first=_LOGIN, silence=silence, said=listen)
+        try:
+            for line in lines:
+                noise.append(line)
+                if line.strip() == _MARK.encode():
+                    begun = True
+                    yield from lines
+                    return
+        except ProcessError as error:
+            if heard:
+                error.said = error.said.rpartition(_MARK)[2].strip()
+            if error.status == 255:  # ssh's own
+                raise (self.lost(_last(error.said)) if begun else self._unreachable(error.said)) from error
+            if begun:
+                raise
+            noise.append(error.said.encode())
+        except TimeoutError as error:
+            raise (self.lost if begun else self._unreachable)(str(error)) from error
+        raise AgentError(
+            f"the login shell on {self._target.name} does not run commands",
+            cause=b"".join(noise).decode(errors="replace").strip()[-500:],
+            hint=f"try: {self._try} 'exec /bin/sh -c true'",
         )
+
+    def _ended(self, verb: str, status: int, said: str) -> HearthError:
+        name = self._target.name
+        if status == _NO_PYTHON:
+            return AgentError(f"{name} has no python3", hint="install it there, such as by: apt-get install python3")
+        if status == _OLD_PYTHON:
+            what = f"python3 on {name} is {_last(said)}, and Hearth needs 3.10 or newer"
+            return AgentError(what, hint="upgrade that system, or put a newer python3 first on the login's PATH")
+        if status in (126, 127):
+            return AgentError(f"python3 on {name} does not start", cause=said, hint="reinstall python3 there")
+        sudo = status in (1, _NO_SUDO) and self._target.host.scope == "system"
+        return (self._no_root(status, said) if sudo else None) or super()._ended(verb, status, said)
+
+    def _no_root(self, status: int, said: str) -> SudoError | None:
+        """The error for a sudo that refuses; None when it was not sudo that failed."""
+        name, user = self._target.name, self._settings["user"]
+        otherwise = f'log in as root or as who may use sudo (`user` of hosts.{name}), or set scope = "user"'
+        if status == _NO_SUDO:
+            return SudoError(f"{name} has no sudo, and {user} is not root", hint=otherwise)
+        if not re.search(r"^(sudo: |Sorry, )|sudoers", said, re.MULTILINE):
+            return None
+        cause = _last(said)
+        if re.search(r"sudoers|not allowed|may not run", said):
+            return SudoError(f"{user} may not use sudo on {name}", cause=cause, hint=otherwise)
+        if self._password and re.search("incorrect password|no password was provided", said):
+            _passwords.pop(name, None)  # a second try asks again: some systems lock the login after three
+            hint = f"type it again; when the keyring has it: keyring set hearth-sudo {name}"
+            return SudoError(f"sudo on {name} does not accept the password", cause=cause, hint=hint)
+        hint = "run again with --ask-sudo, or allow sudo without a password there"
+        return SudoError(f"sudo gives {user} no root on {name}", cause=cause, hint=hint)
+
+    def _unreachable(self, said: str) -> HearthError:
+        """The error for an ssh that did not get in, by what it said."""
+        if self._settings.keys() & {"proxyjump", "proxycommand"}:
+            # A connection to be shared silences what leads to it (ssh_proxy_connect in OpenSSH): one more try, alone.
+            alone = ["ssh", "-S", "none", "-o", "ControlPersist=no", *self._argv[1:], "true"]
+            with suppress(TimeoutError):
+                try:
+                    list(shell.talk(alone, b"", first=_LOGIN))
+                except ProcessError as error:
+                    said = error.said or said
+        name, host, port = self._target.name, self._settings["hostname"], self._settings["port"]
+        words = [line for line in said.splitlines() if line.strip("@ ")]
+        cause = "\n         ".join(words[-6:])
+        # Our own ssh only says that the way was closed: the key refused is that of a host on the way.
+        jump = re.search("exchange_identification|UNKNOWN port", said)
+        of = f"a jump host of {name}" if jump else f"{name} ({host})"
+        if "HOST IDENTIFICATION HAS CHANGED" in said:
+            offered = re.search(r"key sent .* is\s+(SHA256:\S+\w)", said)
+            known = re.search("Offending .*", said)
+            listed = re.search(r"Host key for (\S+) has changed", said)
+            entry = listed[1] if listed else host
+            return HostKeyError(
+                f"the host key of {of} has CHANGED",
+                cause=f"offered: {offered[1] if offered else '?'}; known: {known[0] if known else '?'}. "
+                "The host was reinstalled, or this is a man-in-the-middle attack",
+                hint=f"compare it with {self._scan}; only when it is right: ssh-keygen -R '{entry}', "
+                f"then connect once by: {self._try}",
+            )
+        if "REVOKED" in said or "revoked" in said:
+            return HostKeyError(f"the host key of {of} is revoked", cause=cause, hint="ask whoever runs that host")
+        if "Certificate invalid" in said:
+            return HostKeyError(f"the host certificate of {of} is not valid", cause=cause, hint=f"try: {self._try}")
+        if "Host key verification failed" in said:
+            return HostKeyError(
+                f"the host key of {of} is not known",
+                cause="no known_hosts file of yours or the system's has it, nor an authority that certified it",
+                hint=f"compare what {self._scan} shows with the host's own key; then connect once by: {self._try}",
+            )
+        if "Permission denied (" in said or "Too many authentication failures" in said:
+            return ConnectError(
+                f"SSH authentication failed for {self._settings['user']} on {name}",
+                cause=cause,
+                hint=f"try: {self._try}; a key with a passphrase must be in your agent (ssh-add)",
+            )
+        what = f"{name} cannot be reached ({self._settings['user']}@{host}:{port})"
+        return ConnectError(what, cause=cause, hint=f"try: {self._try}")
+
+    @property
+    def _try(self) -> str:
+        return shlex.join([*_ssh(self._target), self._target.host.address])
+
+    @property
+    def _scan(self) -> str:
+        return f"`ssh-keyscan -p {self._settings['port']} {self._settings['hostname']} | ssh-keygen -lf -`"
+
+
+def _last(said: str) -> str:
+    return said.rpartition("\n")[2]
+
+
+def _ssh(target: Target) -> list[str]:
+    """The ssh command for a host, with what hosts.toml says of it."""
+    config, host = os.environ.get("HEARTH_SSH_CONFIG"), target.host
+    words = ["ssh", *(["-F", config] if config else []), *(["-l", host.user] if host.user else [])]
+    return [*words, *(["-p", str(host.ssh_port)] if host.ssh_port else [])]
 
 
 @contextmanager
 def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterator[Agent]:
-    """The agent of a host, for as long as the context lasts; the host must let us in within `seconds`.
+    """The agent of a host, for as long as the context lasts; the host must take the connection within `seconds`.
 
-    Raises HostKeyError, ConnectError or SudoError.
+    The connection is made by the first verb, which raises HostKeyError, ConnectError or SudoError.
     """
     if not target.host.address:
         yield Local(target)
         return
-    import fabric
-    from paramiko import AuthenticationException, BadHostKeyException, RejectPolicy, SSHException
-
-    password = _sudo_password(target) if ask_sudo and target.host.scope == "system" else ""
-    config = fabric.Config(runtime_ssh_path=os.environ.get("HEARTH_SSH_CONFIG"))
-    host = target.host
-    connection = fabric.Connection(
-        host.address, user=host.user or None, port=host.ssh_port, config=config, connect_timeout=seconds
-    )
-    try:
-        hop: Any = connection
-        while isinstance(hop, fabric.Connection):
-            hop.client.set_missing_host_key_policy(RejectPolicy())
-            for file in _known_hosts(hop.ssh_config):
-                hop.client.load_system_host_keys(str(file))
-            hop = hop.gateway
-        connection.open()
-    except BadHostKeyException as error:
-        raise HostKeyError(
-            f"the host key of {target.name} ({connection.host}) has CHANGED",
-            cause=f"known: {_fingerprint(error.expected_key)}; offered: {_fingerprint(error.key)}. "
-            "The machine was set up anew, or someone stands between",
-            hint=f"ask whoever runs it, compare with {_scan(connection)}; only when it is right: "
-            f"ssh-keygen -R {_known_name(connection)}, then ssh to it once",
-        ) from error
-    except AuthenticationException as error:
-        raise ConnectError(
-            f"{target.name} does not let {connection.user} in",
-            cause=str(error),
-            hint=f"try: ssh -p {connection.port} {connection.user}@{connection.host}",
-        ) from error
-    except (SSHException, OSError) as error:
-        if "not found in known_hosts" in str(error):
-            raise HostKeyError(
-                f"the host key of {target.name} ({connection.host}) is not known",
-                cause="no known_hosts of yours or the system's has it",
-                hint=f"compare what {_scan(connection)} shows with the machine's own; then ssh to it once",
-            ) from error
-        raise ConnectError(
-            f"{target.name} cannot be reached ({connection.user}@{connection.host}:{connection.port})",
-            cause=str(error) or type(error).__name__,
-            hint=f"try: ssh -p {connection.port} {connection.user}@{connection.host}",
-        ) from error
-    try:
-        yield Ssh(target, connection, password)
-    finally:
-        connection.close()
+    password = sudo_password(target.name, target.host) if ask_sudo else ""
+    # Not in $TMPDIR, which may be too long for the name of a socket.
+    with tempfile.TemporaryDirectory(prefix="hearth-", dir="/tmp") as folder:
+        socket = f"{folder}/ssh"
+        options = {
+            # Sessions share one connection, which outlives neither us by long nor the last session.
+            "ControlMaster": "auto", "ControlPath": socket, "ControlPersist": "60",
+            # Never a question: of several hosts at once nobody could tell whose it is. ssh's messages are compared.
+            "BatchMode": "yes", "LogLevel": "ERROR", "ConnectTimeout": str(seconds),
+            "ServerAliveInterval": str(ALIVE), "ServerAliveCountMax": "3",
+            # What a configuration asks of a login at a terminal: a forwarded port is taken by another session already,
+            # a command of its own excludes ours, and root there has no business with our keys and our display.
+            "ClearAllForwardings": "yes", "RemoteCommand": "none", "RequestTTY": "no", "PermitLocalCommand": "no",
+            "ForwardAgent": "no", "ForwardX11": "no",
+        }  # fmt: skip
+        argv = [*_ssh(target), *(word for name, value in options.items() for word in ("-o", f"{name}={value}"))]
+        read = shell.run([*argv, "-G", "--", target.host.address], check=False, input_text="", timeout=60)
+        if read.returncode:
+            what = f"ssh cannot read its configuration for {target.name}"
+            raise ConnectError(what, cause=read.stderr.strip(), hint="correct the file that it names")
+        settings = dict(line.partition(" ")[::2] for line in read.stdout.splitlines())
+        if settings.get("stricthostkeychecking") in ("false", "no", "off"):
+            argv += ["-o", "StrictHostKeyChecking=accept-new"]  # what runs as root goes to no host whose key changed
+        # Options that older ssh do not know: those that this one has, and that would keep a command from its input.
+        for name, value in (("stdinnull", "no"), ("forkafterauthentication", "no"), ("sessiontype", "default")):
+            argv += ["-o", f"{name}={value}"] if settings.get(name, value) != value else []
+        try:
+            yield Ssh(target, [*argv, "--", target.host.address], settings, password)
+        finally:
+            shell.run(["ssh", "-F", os.devnull, "-S", socket, "-O", "exit", "hearth"], check=False, input_text="")
 
 
-def _known_hosts(listed: dict[str, Any]) -> list[Path]:
-    """The known_hosts files that ssh itself would read for a host with this configuration."""
-    names = listed.get("userknownhostsfile", "~/.ssh/known_hosts ~/.ssh/known_hosts2").split()
-    names += listed.get("globalknownhostsfile", "/etc/ssh/ssh_known_hosts").split()
-    return [path for path in (Path(name).expanduser() for name in names) if path.is_file()]
+def sudo_password(name: str, host: Host) -> str:
+    """The sudo password of a host, asked for once; empty where root is not needed. Raises SudoError."""
+    if not host.address or host.scope != "system":
+        return ""
+    with _asking:  # of several hosts at once: one question after the other
+        if name not in _passwords:
+            _passwords[name] = _ask_password(name)
+        return _passwords[name]
 
 
-def _fingerprint(key: Any) -> str:
-    digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
-    return f"{key.get_name()} SHA256:{digest}"
+_asking = threading.Lock()
+_passwords: dict[str, str] = {}
 
 
-def _scan(connection: Any) -> str:
-    return f"`ssh-keyscan -p {connection.port} {connection.host} | ssh-keygen -lf -`"
-
-
-def _known_name(connection: Any) -> str:
-    return connection.host if connection.port == 22 else f"'[{connection.host}]:{connection.port}'"
-
-
-def _sudo_password(target: Target) -> str:
-    """The sudo password: from the system's keyring when it holds one, else asked for. Kept in memory only."""
+def _ask_password(name: str) -> str:
+    """From the system's keyring when it holds one, else typed. Kept in memory only."""
     from getpass import getpass
 
     import keyring
 
     with suppress(keyring.errors.KeyringError):  # a machine without one
-        if found := keyring.get_password("hearth-sudo", target.name):
+        if found := keyring.get_password("hearth-sudo", name):
             return found
-    if not sys.stdin.isatty():
-        raise SudoError(
-            f"no terminal to ask for the sudo password of {target.name} at",
-            hint=f"run: keyring set hearth-sudo {target.name}",
-        )
-    return getpass(f"sudo password on {target.name}: ")
+    if sys.stdin.isatty():
+        with suppress(EOFError):
+            return getpass(f"sudo password on {name}: ")
+    raise SudoError(
+        f"no terminal to ask for the sudo password of {name} at", hint=f"run: keyring set hearth-sudo {name}"
+    )

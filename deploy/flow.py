@@ -11,7 +11,7 @@ import socket
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from getpass import getuser
 from pathlib import Path
@@ -23,6 +23,7 @@ from core import console, files, lockfile, manifest, source
 from core.arch import local_gpu
 from core.errors import (
     BundleError,
+    ConnectError,
     ConvergeError,
     GroupError,
     HashMismatchError,
@@ -30,6 +31,7 @@ from core.errors import (
     HostOfflineError,
     LockStaleError,
     RefusedError,
+    SudoError,
     UnknownNameError,
     UsageError,
     near,
@@ -71,6 +73,35 @@ class Outcome:
     address: str = ""
     notes: tuple[str, ...] = ()
     state: str = ""
+
+
+DESTRUCTIVE = ("remove", "nuke", "adopt", "undo adopt")
+"""What takes a service or files away: never without a yes, also on this machine and where there is no terminal."""
+
+
+class Consent:
+    """The yes to a change, asked for once for all hosts of a command.
+
+    Without a terminal only what is `DESTRUCTIVE` needs --yes: CI deploys, and a deploy goes back by itself.
+    """
+
+    def __init__(self, names: Sequence[str], action: str, options: Options) -> None:
+        known = hosts.hosts().hosts
+        self._question = f"{action} {', '.join(names)}?"
+        self._destroys = action in DESTRUCTIVE
+        asks = options.ask and not options.dry_run and (self._destroys or any(known[each].address for each in names))
+        self._given = None if asks else True
+        self._hint = "run it again and answer y, or add --yes"
+
+    def __call__(self) -> None:
+        """Raises RefusedError without a yes."""
+        if self._given is None:
+            answer = console.agreed(self._question)
+            self._given = not self._destroys if answer is None else answer
+            if answer is None:
+                self._hint = "add --yes: there is no terminal to ask at; --dry-run shows what it does"
+        if not self._given:
+            raise RefusedError(f"nothing was changed: nobody agreed to {self._question[:-1]}", hint=self._hint)
 
 
 def find_target(name: str) -> Target:
@@ -160,8 +191,9 @@ def deploy_each(
     if build and bundle:
         raise UsageError("--build and --bundle exclude each other", hint="a bundle holds the wheels that it needs")
     with bundles.opened(Path(bundle)) if bundle else nullcontext() as opened:
-        one = functools.partial(deploy, options=options, build=build, bundle=opened)
-        return on_each(names, one, keep_going=keep_going)
+        agree = Consent(names, "deploy", options)
+        one = functools.partial(deploy, options=options, build=build, bundle=opened, agree=agree)
+        return on_each(names, one, agree, ask_sudo=options.ask_sudo, keep_going=keep_going)
 
 
 def deploy(
@@ -170,22 +202,24 @@ def deploy(
     *,
     build: Callable[[Sequence[Sequence[str]]], None] | None = None,
     bundle: Bundle | None = None,
+    agree: Callable[[], None] | None = None,
 ) -> Outcome:
     """Make a host what its configuration says. Raises RefusedError with every reason when that would not work.
 
     When all that is missing are kernel wheels, `build` is given the words that build each, and it is tried again.
-    `bundle` is the one that is open: the host is then not asked to fetch anything.
+    `bundle` is the one that is open: the host is then not asked to fetch anything. `agree` is as in `change`.
     """
+    agree = agree or Consent([name], "deploy", options)
     try:
-        return _deploy(name, options, bundle)
+        return _deploy(name, options, bundle, agree)
     except RefusedError as error:
         if build is None or options.dry_run or not error.builds:
             raise
         build(error.builds)
-    return _deploy(name, options, bundle)
+    return _deploy(name, options, bundle, agree)
 
 
-def _deploy(name: str, options: Options, bundle: Bundle | None) -> Outcome:
+def _deploy(name: str, options: Options, bundle: Bundle | None, agree: Callable[[], None]) -> Outcome:
     target = find_target(name)
     stock = shelf(target)
     packages = sorted({each for node in stock.nodes.values() for each in node.system})
@@ -210,7 +244,7 @@ def _deploy(name: str, options: Options, bundle: Bundle | None) -> Outcome:
         show(planned)
         if not planned.steps or options.dry_run:
             return outcome
-        _agree(target, options)
+        agree()
         try:
             _apply(agent, facts, planned, stock, "deploy", offline=bundle is not None)
         except HostOfflineError:
@@ -290,21 +324,23 @@ def change(
     """Look at hosts, have `make` plan from what each is, show that, and unless it is a dry run have it applied.
 
     For plans that send nothing; `make` may ask the agent what it needs beside the facts. `action` is what the host's
-    history calls it, `state` how the host is afterwards. `consent` is had on any host, in place of a plain yes, or
-    raises. When it `converges`, the plan must be empty afterwards; raises ConvergeError.
+    history calls it, `state` how the host is afterwards. `consent` asks in place of the plain question, and raises
+    without consent. When it `converges`, the plan must be empty afterwards; raises ConvergeError.
     """
+
+    agree = consent or Consent(names, action, options)
 
     def one(name: str) -> Outcome:
         target = find_target(name)
         with connection.connect(target, options.ask_sudo) as agent:
             facts = look(agent, target)
             planned = make(agent, target, facts)
-            outcome = _carry_out(agent, target, facts, planned, action, options, state, consent)
+            outcome = _carry_out(agent, target, facts, planned, action, options, agree, state)
             if converges and outcome.changed and not options.dry_run:
                 _converged(name, make(agent, target, look(agent, target)))
             return outcome
 
-    return on_each(names, one, keep_going=False)
+    return on_each(names, one, agree, ask_sudo=options.ask_sudo, keep_going=False)
 
 
 def _converged(name: str, left: Plan) -> None:
@@ -373,7 +409,8 @@ def adopt(
         if not apply:
             return proposal, None
         planned = adoption.make(target, facts, proposal, options)
-        return proposal, _carry_out(agent, target, facts, planned, "adopt", options)
+        agree = Consent([target.name], "adopt", options)
+        return proposal, _carry_out(agent, target, facts, planned, "adopt", options, agree)
 
 
 def _carry_out(
@@ -383,8 +420,8 @@ def _carry_out(
     planned: Plan,
     action: str,
     options: Options,
+    agree: Callable[[], None],
     state: str = "",
-    consent: Callable[[], None] | None = None,
 ) -> Outcome:
     """Show a plan that sends nothing; unless it is a dry run, have it applied."""
     _refuse(planned, f"{action} is refused for {target.name}")
@@ -393,17 +430,9 @@ def _carry_out(
         show(planned)
     notes: tuple[str, ...] = ()
     if titles and not options.dry_run:
-        if consent:
-            consent()
-        else:
-            _agree(target, options)
+        agree()
         notes = _apply(agent, facts, planned, None, action, offline=False)
     return Outcome(target.name, planned.release, planned.base, bool(titles), titles, notes=notes, state=state)
-
-
-def _agree(target: Target, options: Options) -> None:
-    if options.ask and target.host.address and not console.agreed(f"change {target.name}?"):
-        raise RefusedError("nothing was changed", hint="say yes next time, or give --yes")
 
 
 def facts(name: str, *, ask_sudo: bool = False) -> Facts:
@@ -438,14 +467,27 @@ def history(name: str, *, ask_sudo: bool = False) -> list[dict[str, Any]]:
         return msgspec.convert(agent.call("history"), list[dict[str, Any]])
 
 
-def on_each(names: Sequence[str], one: Callable[[str], Outcome], *, keep_going: bool) -> list[Outcome]:
+def on_each(
+    names: Sequence[str],
+    one: Callable[[str], Outcome],
+    agree: Callable[[], None],
+    *,
+    ask_sudo: bool,
+    keep_going: bool,
+) -> list[Outcome]:
     """Do `one` for every host: the first alone (the canary), then the others at once.
 
-    One host's error is raised as it is. Of several hosts, all results are told first, then GroupError is raised;
+    All questions come before the others begin: each host's sudo password first of all, then `agree`, which `one` calls
+    when the canary's plan is shown. One host's error is raised as it is. Of several hosts, all results are told first,
+    then GroupError is raised;
     without `keep_going` nothing is begun after a failure of the canary.
     """
     if len(names) == 1:
         return [one(names[0])]
+    known = hosts.hosts().hosts
+    for name in names if ask_sudo else ():
+        with suppress(SudoError):  # its own host reports it
+            connection.sudo_password(name, known[name])
     results: list[Outcome] = []
     failed: dict[str, HearthError] = {}
 
@@ -459,6 +501,8 @@ def on_each(names: Sequence[str], one: Callable[[str], Outcome], *, keep_going: 
 
     attempt(names[0])
     rest = list(names[1:]) if keep_going or not failed else []
+    if rest:
+        agree()
     with ThreadPoolExecutor(max_workers=8) as pool:
         list(pool.map(attempt, rest))
     if failed:
@@ -631,6 +675,11 @@ def _follow(agent: Agent, run: str) -> tuple[str, ...]:
         elif event["event"] == "note":
             notes.append(event["text"])
             console.say(f"   {event['text']}")
-        elif event["event"] == "end" and event["fault"]:
-            raise connection.error_of(event["fault"])
-    return tuple(notes)
+        elif event["event"] == "end":
+            if event["fault"]:
+                raise connection.error_of(event["fault"])
+            return tuple(notes)
+    raise ConnectError(
+        "how the change ended is not known: the agent stopped reporting before the run's end",
+        hint="it may still be under way; see it by: inv attach, with the same --host",
+    )

@@ -62,9 +62,9 @@ class DryRun:
 
 @dataclass(frozen=True)
 class Agreed(DryRun):
-    """A change that somebody at a terminal agrees to."""
+    """A change that asks for confirmation."""
 
-    yes: bool = flag(False, "do not ask on a terminal before a remote host is changed")
+    yes: bool = flag(False, "change it without asking; remove, nuke and adopt need it where there is no terminal")
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def test_what_is_there_is_read_and_a_proposal_made(old: Old) -> None:
 
 def test_what_cannot_be_adopted_is_told_apart(old: Old) -> None:
     none = old.adopt("--path", "/srv")
-    undo = old.adopt("--undo")
+    undo = old.adopt("--undo", "--yes")
     assert (none.returncode, undo.returncode) == (75, 75), none.stderr + undo.stderr
     assert "no ComfyUI was found on spark" in none.stderr
     assert "nothing was adopted on spark" in undo.stderr
@@ -233,7 +233,7 @@ def test_what_cannot_be_adopted_is_told_apart(old: Old) -> None:
     start = f"cd /home/anna/comfy/ComfyUI; setsid python3 main.py --port {free_port()} >/tmp/loose 2>&1 & echo $!"
     pid = machine.run(start).strip()
     time.sleep(1)
-    loose = old.adopt("--path", "/home/anna/comfy/ComfyUI", "--apply")
+    loose = old.adopt("--path", "/home/anna/comfy/ComfyUI", "--apply", "--yes")
     machine.run(f"kill {pid}; rm -r /home/anna/comfy")
     assert loose.returncode == 63, loose.stderr
     assert f"runs without a unit of the system's: pid {pid} of root" in loose.stderr
@@ -242,13 +242,13 @@ def test_what_cannot_be_adopted_is_told_apart(old: Old) -> None:
 def test_jobs_of_the_old_one_are_waited_for(old: Old) -> None:
     before = old.state()
     (old.place / "jobs.json").write_text('{"queue_running": [[0, "job-7"]], "queue_pending": []}')
-    busy = old.adopt("--apply", "--drain", "1")
+    busy = old.adopt("--apply", "--drain", "1", "--yes")
     (old.place / "jobs.json").unlink()
     assert busy.returncode == 65, busy.stderr
     assert "1 running (job-7)" in busy.stderr
     assert old.state() == before
     assert old.serves(1)
-    assert old.adopt("--undo").returncode == 75
+    assert old.adopt("--undo", "--yes").returncode == 75
 
 
 def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> None:
@@ -257,7 +257,7 @@ def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> N
     plan = old.adopt("--apply", "--dry-run")
     assert plan.returncode == 2, plan.stderr
     assert old.state() == before
-    client = fleet.start("adopt", "--host", "spark", "--apply", "--json")
+    client = fleet.start("adopt", "--host", "spark", "--apply", "--yes", "--json")
     for step in ("stop comfyui.service", f"move {OLD}/models", f"move {OLD}/output", f"move {OLD}/user"):
         wait_for_step(fleet, step, since)
         kill_agent(fleet, client.pid)
@@ -280,7 +280,7 @@ def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> N
     assert again.returncode == 0, again.stderr
 
     since = time.time()
-    client = fleet.start("adopt", "--host", "spark", "--undo")
+    client = fleet.start("adopt", "--host", "spark", "--undo", "--yes")
     wait_for_step(fleet, "put the old ComfyUI back", since)
     cut_power(fleet, client.pid)
     said, _ = client.communicate(timeout=180)
@@ -289,7 +289,7 @@ def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> N
     assert attached.returncode == 0, attached.stderr
     assert old.state() == before
     assert old.serves()
-    assert old.adopt("--undo").returncode == 75
+    assert old.adopt("--undo", "--yes").returncode == 75
 
 
 def test_an_adopted_installation_is_deployed_and_nothing_is_lost(old: Old) -> None:
@@ -298,7 +298,7 @@ def test_an_adopted_installation_is_deployed_and_nothing_is_lost(old: Old) -> No
     # Somebody tried Hearth before: what the data has already stays.
     taken = fleet.prefix / "data/models/configs"
     fleet.machine.run(f"mkdir -p {PREFIX}/data/models/configs; echo mine > '{PREFIX}/data/models/configs/ü b.yaml'")
-    adopted = old.adopt("--apply")
+    adopted = old.adopt("--apply", "--yes")
     assert adopted.returncode == 0, adopted.stderr
     assert f"the data has one of that name: {OLD}/models/configs/ü b.yaml" in adopted.stderr
     assert (taken / "ü b.yaml").read_text() == "mine\n"
@@ -318,7 +318,7 @@ def test_an_adopted_installation_is_deployed_and_nothing_is_lost(old: Old) -> No
     assert "system.posix_acl_default" in os.listxattr(fleet.prefix / "data/output/berts")
     (fleet.prefix / "data/output/new.png").write_text("made since")
 
-    back = old.adopt("--undo")
+    back = old.adopt("--undo", "--yes")
     assert back.returncode == 0, back.stderr
     assert old.serves()
     after = old.state()

@@ -178,7 +178,7 @@ def test_what_is_removed_leaves_systemd_and_comes_back(served: Fleet) -> None:
     machine = served.machine
     assert "comfyui-apply.service" in machine.run("ls /etc/systemd/system")
     release = served.current()
-    said = inv(served, "remove")
+    said = inv(served, "remove", "--yes")
     assert "take back what members may do by sudo" in said
     assert "comfyui" not in machine.run("ls -R /etc/systemd/system /etc/sudoers.d")
     for listing in ("list-units --all --state=loaded", "list-units --failed", "list-unit-files"):
@@ -222,7 +222,7 @@ def test_a_nuke_goes_on_after_a_kill_and_a_power_cut_and_leaves_the_data(lone: F
     """From here on nothing is deployed."""
     machine, prefix = lone.machine, lone.prefix
     machine.run(f"runuser -u comfyui -- sh -c 'echo art > {PREFIX}/data/output/art.png'")
-    client = lone.start("nuke", "--host", "spark")
+    client = lone.start("nuke", "--host", "spark", "--yes")
     wait_for(lone, "delete current")
     kill_agent(lone, 0)
     wait_for(lone, f"delete {PREFIX}/state")

@@ -419,7 +419,7 @@ def test_a_service_that_does_not_come_up_is_told_with_its_log(running: Here) -> 
 
 def test_what_is_removed_comes_back_with_the_next_deploy(running: Here) -> None:
     release = (running.prefix / "current").readlink()
-    done = running.inv("remove")
+    done = running.inv("remove", "--yes")
     assert done.returncode == 0, done.stderr
     assert not running.answers(0.5)
     assert sorted(path.name for path in running.prefix.iterdir()) == ["data", "parts", "releases", "state"]
@@ -446,11 +446,11 @@ def test_a_nuke_that_was_killed_goes_on_and_keeps_the_data_and_whatever_is_mount
     subprocess.run(["mount", "--bind", str(pool), str(inside)], check=True)  # the same file system: only /proc tells
     try:
         (prefix / "state/adopted.jsonl").touch()
-        adopted = running.inv("nuke")
+        adopted = running.inv("nuke", "--yes")
         (prefix / "state/adopted.jsonl").unlink()
         assert (adopted.returncode, "inv adopt --host local --undo" in adopted.stderr) == (63, True), adopted.stderr
 
-        client = running.start("nuke")
+        client = running.start("nuke", "--yes")
         journal = b""
         end = time.monotonic() + 60
         while b"delete current" not in journal and time.monotonic() < end:
@@ -460,7 +460,7 @@ def test_a_nuke_that_was_killed_goes_on_and_keeps_the_data_and_whatever_is_mount
         client.kill()
         client.communicate()
         assert (prefix / "state/pending.json").exists()
-        other = running.inv("nuke")
+        other = running.inv("nuke", "--yes")
         assert other.returncode in (63, 64), other.stderr
         assert "nuke" in other.stderr
         watched = running.inv("attach")

@@ -89,7 +89,7 @@ def test_a_user_deploys_without_root(own: Own) -> None:
     assert said.returncode == 0, said.stderr
     assert "To see the GUI go to" in said.stdout
     assert own.inv("restart", "--host", "spark").returncode == 0
-    removed = own.inv("remove", "--host", "spark")
+    removed = own.inv("remove", "--host", "spark", "--yes")
     assert removed.returncode == 0, removed.stderr
     assert f"let {LOGIN}'s systemd end with its last session again" in removed.stderr
     assert own.machine.run("ls /var/lib/systemd/linger") == ""
@@ -99,7 +99,7 @@ def test_a_user_deploys_without_root(own: Own) -> None:
     assert "make " not in back.stderr
     assert own.current() == release
     assert own.facts()["manager"] == "systemd-user"
-    gone = own.inv("nuke", "--host", "spark")
+    gone = own.inv("nuke", "--host", "spark", "--yes")
     assert gone.returncode == 0, gone.stderr
     assert [path.name for path in own.prefix.iterdir()] == ["data"]
     assert own.machine.run("ls /var/lib/systemd/linger") == ""

@@ -55,6 +55,7 @@ def test_only_the_shell_starts_processes_and_only_the_console_prints(path: Path)
 def test_only_one_module_knows_ssh() -> None:
     for library in ("fabric", "paramiko", "keyring"):
         assert [path.name for path in SOURCES if library in imported(path)] in (["connection.py"], [])
+    assert {path.name for path in SOURCES if '["ssh"' in path.read_text()} == {"connection.py"}
 
 
 def test_the_agent_has_nothing_but_the_standard_library() -> None:

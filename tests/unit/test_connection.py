@@ -1,0 +1,462 @@
+"""The client's side of a connection: what it runs, what it makes of how that ends, and what it asks before."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core import shell
+from core.errors import (
+    AgentError,
+    ConnectError,
+    DiskFullError,
+    HearthError,
+    HostKeyError,
+    ProcessError,
+    RefusedError,
+    RemoteError,
+    SudoError,
+)
+from deploy import connection, flow
+from deploy.flow import Consent, Outcome
+from deploy.plan import Options
+
+# --- a program on the other end -----------------------------------------------------------------------------------
+
+
+def test_a_program_that_dies_after_it_answered_has_failed() -> None:
+    answers = shell.talk(["sh", "-c", "echo one; echo unfini; echo why >&2; printf shed; kill -9 $$"], b"")
+    assert [next(answers), next(answers)] == [b"one\n", b"unfini\n"]
+    with pytest.raises(ProcessError) as caught:
+        next(answers)
+    assert (caught.value.status, caught.value.said) == (-9, "why")
+
+
+def test_input_and_output_move_at_once() -> None:
+    """More than any pipe holds, both ways: neither side waits for the other to read first."""
+    blocks = [b"x" * 200_000 + b"\n"] * 30
+    assert list(shell.talk(["cat"], b"first\n", blocks)) == [b"first\n", *blocks]
+
+
+def test_a_program_that_reads_nothing_is_no_matter() -> None:
+    assert list(shell.talk(["echo", "done"], b"x" * 1_000_000)) == [b"done\n"]
+
+
+def test_the_last_line_needs_no_end() -> None:
+    assert list(shell.talk(["printf", "a\\nb"], b"")) == [b"a\n", b"b"]
+
+
+@pytest.mark.parametrize(
+    ("script", "limits"),
+    [
+        ("exec sleep 60", {"first": 0.3}),
+        ("echo begun; exec sleep 60", {"first": 60.0, "silence": 0.3}),
+        ("exec >&-; exec sleep 60", {"first": 0.3}),
+    ],
+)
+def test_silence_is_a_failure(script: str, limits: dict[str, Any]) -> None:
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError):
+        list(shell.talk(["sh", "-c", script], b"x" * 1_000_000, **limits))
+    assert time.monotonic() - begun < 10
+
+
+def test_words_on_stderr_and_a_slow_reader_are_no_silence() -> None:
+    said: list[str] = []
+    script = "for each in 1 2 3 4; do sleep 0.2; echo $each >&2; done; echo done"
+    assert list(shell.talk(["sh", "-c", script], b"", first=0.6, said=said.append)) == [b"done\n"]
+    assert said == ["1", "2", "3", "4"]
+    for _ in shell.talk(["sh", "-c", "echo a; echo b; sleep 0.1; echo c"], b"", first=0.4, silence=0.4):
+        time.sleep(0.5)
+
+
+def test_a_program_that_is_given_up_is_ended() -> None:
+    answers = shell.talk(["sh", "-c", "trap '' TERM; echo $$; while :; do sleep 0.1; done"], b"")
+    pid = int(next(answers))
+    answers.close()  # type: ignore[attr-defined]  # a generator
+    assert not Path(f"/proc/{pid}").exists()
+
+
+# --- an ssh that reaches this machine -----------------------------------------------------------------------------
+
+SSH = """#!/bin/sh
+for each; do last=$each; done
+case " $* " in
+*" -G "*) printf 'hostname box.lan\\nuser anna\\nport 22\\nconnecttimeout 15\\n'; exit;;
+*" -O "*) exit;;
+esac
+[ -e "$FAKE/ssh.sh" ] && . "$FAKE/ssh.sh"
+export HOME="$FAKE/home" PATH="$FAKE/bin:$PATH"
+cd "$FAKE"
+exec /bin/sh -c "$last"
+"""
+
+
+class Box:
+    """A host whose ssh is a script: whatever is in `ssh.sh` comes before what the login would run."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        for name in ("home", "bin", "client"):
+            (place / name).mkdir()
+        self.program("client/ssh", SSH)
+
+    def program(self, name: str, text: str) -> None:
+        path = self.place / name
+        path.write_text(text if text.startswith("#!") else f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+
+    def before(self, script: str) -> None:
+        (self.place / "ssh.sh").write_text(script)
+
+    @property
+    def agents(self) -> list[Path]:
+        return list((self.place / "home/.cache/hearth").glob("agent-*.pyz"))
+
+    def call(self, verb: str = "history", name: str = "box", **values: Any) -> Any:
+        with connection.connect(flow.find_target(name), ask_sudo=True) as agent:
+            return agent.call(verb, **values)
+
+    def fails(self, kind: type[HearthError], verb: str = "history", name: str = "box", **values: Any) -> HearthError:
+        with pytest.raises(HearthError) as caught:
+            self.call(verb, name, **values)
+        assert type(caught.value) is kind, caught.value
+        return caught.value
+
+
+@pytest.fixture
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
+    found = Box(tmp_path)
+    (tmp_path / "hosts.toml").write_text(
+        '[hosts.box]\naddress = "box"\nprofile = "cpu"\nscope = "user"\n'
+        '[hosts.rooted]\naddress = "box"\nprofile = "cpu"\n'
+        '[hosts.third]\naddress = "box"\nprofile = "cpu"\n[groups]\nall = ["box", "rooted", "third"]\n'
+    )
+    monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}/client:{os.environ['PATH']}")
+    monkeypatch.setattr(connection, "_passwords", {"rooted": "open-sesame"})
+    return found
+
+
+@pytest.mark.parametrize("text", [b"", b"PK half", b"print('not the agent')"])
+def test_an_agent_that_is_not_the_right_one_is_sent_again(box: Box, text: bytes) -> None:
+    assert box.call() == []
+    (path,) = box.agents
+    path.write_bytes(text)
+    assert box.call() == []
+    assert path.read_bytes() == connection.packed_agent()
+    path.parent.chmod(0o775)
+    assert box.call() == []
+    assert path.parent.stat().st_mode & 0o022 == 0
+
+
+def test_this_machines_own_agent_is_compared_too(box: Box) -> None:
+    connection.agent_file().write_bytes(b"PK half")
+    assert box.call(name="local") == []
+
+
+def test_a_file_that_is_cut_off_on_its_way_is_not_there(box: Box) -> None:
+    with connection.connect(flow.find_target("box")) as agent:
+        assert isinstance(agent, connection.Ssh)
+        agent.put(b"old", "x/blob")
+        box.program("bin/cat", "exec /usr/bin/head -c 5")  # what arrives before the connection drops
+        with pytest.raises(AgentError, match="could not be written"):
+            agent.put(b"new and long", "x/blob")
+        box.program("bin/cat", "echo 'cat: write error: No space left on device' >&2; exit 1")
+        with pytest.raises(DiskFullError):
+            agent.put(b"new and long", "x/blob")
+    assert [each.name for each in (box.place / "home/x").iterdir()] == ["blob"]
+    assert (box.place / "home/x/blob").read_text() == "old"
+
+
+NOISE = "printf 'Welcome'; echo '[1]'; echo 'sudo: Permission denied (publickey)' >&2; cd /tmp\n"
+
+
+def test_what_the_login_shell_says_is_not_the_agents(box: Box) -> None:
+    box.before(NOISE.replace("cd /tmp", ""))
+    assert box.call() == []
+    box.program("bin/python3", "echo failed >&2; exit 1")
+    assert box.fails(AgentError).cause == "failed"
+    box.before(NOISE + "exit 7")
+    error = box.fails(AgentError)
+    assert "does not run commands" in error.what
+    assert "Welcome" in error.cause
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "says"),
+    [
+        ("exit 255", ConnectError, "cannot be reached (anna@box.lan:22)"),
+        ("echo 'ssh: connect to host box.lan port 22: Connection refused' >&2; exit 255", ConnectError, "reached"),
+        ("echo 'anna@box.lan: Permission denied (publickey).' >&2; exit 255", ConnectError, "authentication failed"),
+        ("echo 'Received disconnect: Too many authentication failures' >&2; exit 255", ConnectError, "authentication"),
+        ("echo 'Host key verification failed.' >&2; exit 255", HostKeyError, "is not known"),
+        (
+            "echo 'Host key verification failed.' >&2; echo 'Connection closed by UNKNOWN port 65535' >&2; exit 255",
+            HostKeyError,
+            "a jump host of box is not known",
+        ),
+        (
+            "echo '@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @' >&2; exit 255",
+            HostKeyError,
+            "box (box.lan) has CHANGED",
+        ),
+        ("echo '@  WARNING: REVOKED HOST KEY DETECTED!  @' >&2; exit 255", HostKeyError, "is revoked"),
+        (
+            "echo 'Certificate invalid: expired' >&2; echo 'Host key verification failed.' >&2; exit 255",
+            HostKeyError,
+            "certificate",
+        ),
+    ],
+)
+def test_why_a_host_is_not_reached(box: Box, script: str, kind: type[HearthError], says: str) -> None:
+    box.before(script)
+    error = box.fails(kind)
+    assert says in error.what
+    assert "ssh box" in error.hint or "ask whoever" in error.hint
+
+
+@pytest.mark.parametrize("act", ["shell", "put", "get", "call", "send"])
+def test_whatever_is_done_when_the_connection_breaks_is_a_connect_error(box: Box, act: str) -> None:
+    (box.place / "blob").write_bytes(b"x" * 100)
+    with connection.connect(flow.find_target("box")) as agent:
+        assert isinstance(agent, connection.Ssh)
+        assert agent.call("history") == []
+        # After the mark, as a master of the connection that ends.
+        box.before('printf "\\n--- hearth ---\\n"; echo "--- hearth ---" >&2; echo gone >&2; exit 255\n')
+        acts: dict[str, Callable[[], Any]] = {
+            "shell": lambda: agent.shell("true", print),
+            "put": lambda: agent.put(b"x", "blob"),
+            "get": lambda: agent.get("blob", box.place / "got"),
+            "call": lambda: agent.call("history"),
+            "send": lambda: agent.send(box.place / "blob", "0" * 64, 0, lambda _: None),
+        }
+        with pytest.raises(ConnectError, match="was lost") as caught:
+            acts[act]()
+    assert caught.value.cause == "gone"
+    assert "inv attach --host box" in caught.value.hint
+
+
+def test_a_shell_that_hides_stderr_hides_no_failure(box: Box) -> None:
+    box.before("exec 2>/dev/null\n")
+    box.program("bin/python3", "exit 7")
+    assert "ended with 7" in box.fails(AgentError).what
+    box.program("bin/python3", "echo '[]'; exit 255")
+    assert "was lost" in box.fails(ConnectError).what
+
+
+def test_a_command_that_fails_there_is_a_remote_error(box: Box) -> None:
+    said: list[str] = []
+    with connection.connect(flow.find_target("box")) as agent:
+        assert isinstance(agent, connection.Ssh)
+        assert agent.shell('pwd; echo "it\'s" >&2', said.append) == f"{box.place}/home\n"
+        with pytest.raises(RemoteError, match="ended with 3"):
+            agent.shell("exit 3", said.append)
+        with pytest.raises(RemoteError, match="could not be read"):
+            agent.get("nothing", box.place / "got")
+    assert said == ["it's"]
+
+
+@pytest.mark.parametrize(
+    ("script", "says", "cause"),
+    [
+        ("exit 127", "python3 on box does not start", ""),
+        ("echo 'error while loading shared libraries' >&2; exit 127", "does not start", "shared libraries"),
+        ("kill -9 $$", "was killed by SIGKILL", ""),
+        ("echo 'sudo: not mine' >&2; exit 1", "ended with 1", "sudo: not mine"),
+        ("exit 0", "without an answer", ""),
+        ("echo '{\"half'; exit 0", "is not JSON", "half"),
+        ("printf '{\"half'; exit 1", "ended with 1", ""),
+        ("echo '[]'; kill -9 $$", "was killed by SIGKILL", ""),
+    ],
+)
+def test_what_becomes_of_an_agent_that_fails(box: Box, script: str, says: str, cause: str) -> None:
+    box.program("bin/python3", script)
+    error = box.fails(AgentError)
+    assert says in error.what
+    assert cause in error.cause
+
+
+def test_the_version_of_python_is_looked_at_before_any_module(box: Box) -> None:
+    old = "import sys, runpy; sys.version_info = (3, 8, 18); sys.version = '3.8.18 (old)'; sys.argv.pop(0)"
+    box.program(
+        "bin/python3", f'shift; exec {sys.executable} -c "{old}; runpy.run_path(sys.argv[0], None, \'__main__\')" "$@"'
+    )
+    assert "python3 on box is 3.8.18, and Hearth needs 3.10" in box.fails(AgentError).what
+
+
+def test_lost_sight_of_a_change_is_never_its_end(box: Box) -> None:
+    box.program("bin/python3", 'echo \'{"event": "step", "title": "x"}\'; kill -9 $$')
+    error = box.fails(ConnectError, "follow", run="r1")
+    assert "inv attach --host box" in error.hint
+    box.program("bin/python3", 'echo \'{"event": "step", "title": "x"}\'')
+    with pytest.raises(ConnectError) as caught, connection.connect(flow.find_target("box")) as agent:
+        flow._follow(agent, "r1")
+    assert "inv attach" in caught.value.hint
+
+
+def test_this_machines_own_agent_may_be_killed_too(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.program("bin/python3", 'echo \'{"event": "alive"}\'; kill -9 $$')
+    monkeypatch.setattr(sys, "executable", str(box.place / "bin/python3"))
+    assert "inv attach --host local" in box.fails(ConnectError, "follow", "local", run="r1").hint
+    assert "was killed by SIGKILL" in box.fails(AgentError, "facts", "local").what
+
+
+def test_an_agent_that_falls_silent_is_lost(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "QUIET", 0.3)
+    monkeypatch.setattr(connection, "SILENT", 0.6)
+    box.program("bin/python3", 'echo \'{"event": "alive"}\'; exec sleep 60')
+    for verb, values in (("follow", {"run": "r1"}), ("logs", {"follow": True}), ("facts", {})):
+        assert "answers nothing" in box.fails(ConnectError, verb, **values).cause or verb
+    assert connection._patience("free-memory", {"wait": 3600}) > 3600
+    assert connection._patience("logs", {"follow": False}) == connection.SILENT
+
+
+def test_a_file_that_did_not_arrive_whole_is_an_error(box: Box) -> None:
+    box.program("bin/python3", "echo '{\"size\": 5}'")
+    (box.place / "blob").write_bytes(b"x" * 100)
+    with connection.connect(flow.find_target("box")) as agent, pytest.raises(ConnectError, match="was lost"):
+        agent.send(box.place / "blob", "0" * 64, 0, lambda _: None)
+
+
+def test_sudo_gets_the_password_and_the_agent_the_request(box: Box) -> None:
+    """Without root here: who we are is made up."""
+    box.program("bin/id", "echo 1000")
+    box.program("bin/stat", "echo 1000 drwx------")
+    note = box.place / "sudo.txt"
+    box.program("bin/sudo", f'/usr/bin/cat >{note}; shift 3; exec "$@"')
+    assert box.call(name="rooted") == []
+    assert note.read_text() == "open-sesame\n"
+    box.program("bin/sudo", f'/usr/bin/cat >{note}; echo "sudo: 1 incorrect password attempt" >&2; exit 1')
+    assert "does not accept the password" in box.fails(SudoError, name="rooted").what
+    assert "rooted" not in connection._passwords  # the next try asks again
+    connection._passwords["rooted"] = "open-sesame"
+    assert note.read_text() == "open-sesame\n"
+    assert not list((box.place / "home/.cache/hearth").glob("in.*"))
+    box.program("bin/sudo", 'echo "sudo: anna is not in the sudoers file." >&2; exit 1')
+    assert "anna may not use sudo on rooted" in box.fails(SudoError, name="rooted").what
+
+
+# --- questions ----------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Terminal]:
+    """Put somebody at the terminal who types this; what is shown there."""
+
+    def typed(text: str) -> Terminal:
+        shown = Terminal()
+        monkeypatch.setattr(sys, "stdin", Terminal(text))
+        monkeypatch.setattr(sys, "stderr", shown)
+        return shown
+
+    return typed
+
+
+def everywhere(options: Options, action: str = "deploy", skip: str = "") -> list[str]:
+    """What hosts of the group are changed, in the order that it happens."""
+    names = ["box", "rooted", "third"]
+    agree = Consent(names, action, options)
+    changed: list[str] = []
+
+    def one(name: str) -> Outcome:
+        if name != skip:
+            agree()
+            changed.append(name)
+        return Outcome(name, "r", "", changed=True)
+
+    flow.on_each(names, one, agree, ask_sudo=options.ask_sudo, keep_going=True)
+    return changed
+
+
+@pytest.mark.usefixtures("box")
+def test_a_group_is_asked_for_once_before_the_others_begin(asked: Callable[[str], Terminal]) -> None:
+    for skip in ("", "box"):
+        shown = asked("y\n")
+        assert len(everywhere(Options(ask=True), skip=skip)) == 3 - bool(skip)
+        assert shown.getvalue().count("[y/N]") == 1
+        assert "deploy box, rooted, third?" in shown.getvalue()
+    shown = asked("n\ny\ny\n")
+    with pytest.raises(RefusedError):
+        everywhere(Options(ask=True))
+    assert shown.getvalue().count("[y/N]") == 1
+
+
+@pytest.mark.usefixtures("box")
+def test_passwords_of_a_group_are_asked_for_before_anything(
+    asked: Callable[[str], Terminal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.null.Keyring")
+    monkeypatch.setattr(connection, "_passwords", {})
+
+    def type_it(question: str) -> str:
+        order.append(question)
+        return "secret"
+
+    monkeypatch.setattr("getpass.getpass", type_it)
+    asked("")
+    names = ["box", "rooted", "third"]
+
+    def one(name: str) -> Outcome:
+        order.append(name)
+        connection.sudo_password(name, flow.find_target(name).host)
+        return Outcome(name, "r", "", changed=True)
+
+    flow.on_each(names, one, lambda: None, ask_sudo=True, keep_going=False)
+    assert order[:3] == ["sudo password on rooted: ", "sudo password on third: ", "box"]
+    assert len(order) == 5
+
+
+@pytest.mark.usefixtures("box")
+@pytest.mark.parametrize("action", ["deploy", "stop", *flow.DESTRUCTIVE])
+@pytest.mark.parametrize("name", ["box", "local"])
+def test_what_is_destructive_needs_a_yes(action: str, name: str, asked: Callable[[str], Terminal]) -> None:
+    destroys = action in flow.DESTRUCTIVE
+    agree = Consent([name], action, Options(ask=True))
+    if destroys:  # nobody is at a terminal
+        with pytest.raises(RefusedError) as caught:
+            agree()
+        assert "--yes" in caught.value.hint
+    else:
+        agree()
+    shown = asked("\n")
+    if destroys or name != "local":
+        with pytest.raises(RefusedError):
+            Consent([name], action, Options(ask=True))()
+        assert f"{action} {name}? [y/N]" in shown.getvalue()
+    for options in (Options(ask=False), Options(ask=True, dry_run=True)):
+        Consent([name], action, options)()
+    assert shown.getvalue().count("[y/N]") <= 1
+
+
+def test_a_task_without_a_terminal_says_what_it_lacks(box: Box) -> None:
+    """From the command line: a service that is there would be taken away."""
+    prefix = box.place / "home/.local/share/hearth/comfyui"
+    (prefix / "releases/old").mkdir(parents=True)
+    (prefix / "state").mkdir()
+    (prefix / "releases/old/release.json").write_text('{"id": "old", "parts": {}}')
+    words = [sys.executable, "-m", "invoke", "nuke", "--host", "box"]
+
+    def inv(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*words, *more], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+
+    refused = inv()
+    assert (refused.returncode, "--yes" in refused.stderr) == (63, True), refused.stderr
+    assert (prefix / "releases/old").exists()
+    assert inv("--dry-run").returncode == 2
