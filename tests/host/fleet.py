@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +53,10 @@ class Fleet(Client):
 
     def deploy(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return self.inv("deploy", "--host", "spark", *words, **env)
+
+    def no_trial(self) -> list[str]:
+        """What makes a deploy skip the trial, so that an unhealthy release gets as far as the gate."""
+        return ["--no-trial"] if "--no-trial" in self.inv("--help", "deploy").stdout else []
 
     def becomes(self, text: str = "") -> subprocess.CompletedProcess[str]:
         """Configure and deploy, which must succeed."""
@@ -96,6 +101,18 @@ class Fleet(Client):
             assert count == 1
             path.write_text(changed)
         return folder
+
+    def records(self) -> set[str]:
+        """What is left in state/ of runs that have ended, and must not be: what was under way, and how to go back."""
+        left = {"pending.json", "cut-over.json", "snapshot"} & {path.name for path in (self.prefix / "state").iterdir()}
+        return left | {path.name for path in (self.prefix / "state").glob(".*")}
+
+    def database(self) -> set[str]:
+        """The tables of ComfyUI's database, and the revision that it was migrated to; it must be whole."""
+        with closing(sqlite3.connect(f"file:{self.prefix}/data/user/comfyui.db?mode=ro", uri=True)) as database:
+            assert [*database.execute("pragma integrity_check")] == [("ok",)]
+            tables = {name for (name,) in database.execute("select name from sqlite_master")}
+            return tables | {revision for (revision,) in database.execute("select version_num from alembic_version")}
 
     def data(self) -> dict[str, str]:
         """The SHA-256 of what users keep in data/: all but ComfyUI's own database, log, temporary files and caches."""
