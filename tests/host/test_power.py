@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,14 +27,9 @@ from tests.host.fleet import PREFIX, Fleet, within
 from tests.host.machine import place_for
 from tests.host.replica import Replica
 from tests.host.test_deploy import broken
+from tests.host.test_faults import MIGRATES
 
 pytestmark = pytest.mark.host
-
-MIGRATES = (
-    'import sqlite3,sys,time; d=sqlite3.connect(sys.argv[sys.argv.index("--database-url")+1][10:]); '
-    'd.execute("create table if not exists newer (x)"); d.commit(); time.sleep(1000)'
-)
-"""A line for ComfyUI's main.py: it changes the database as a newer version would, and never answers."""
 
 UNHEALTHY = "[hosts.spark.override]\nstart_seconds = 6\n"
 """The gate of a release that never answers lasts this long."""
@@ -145,6 +141,29 @@ def recovers(fleet: Tower, cut: Cut, allowed: set[str], **env: str) -> None:
     assert fleet.records() == set()
 
 
+@pytest.mark.parametrize("kind", [*replica.MKFS])
+def test_a_copy_of_a_disk_has_what_was_synced_and_not_what_was_only_in_memory(images: Path, kind: str) -> None:
+    """What all tests here rest on."""
+    image, copy, mounted = images / "one.img", images / "two.img", images / "mounted"
+    replica.make_image(image, kind, "1G")
+    mounted.mkdir()
+    try:
+        subprocess.run(["mount", "-o", "loop", str(image), str(mounted)], check=True)
+        (mounted / "synced").write_text("synced")
+        subprocess.run(["sync", "--file-system", str(mounted)], check=True)
+        (mounted / "not").write_text("not")
+        replica.clone(image, copy)
+        replica.unmount(mounted)
+        subprocess.run(["mount", "-o", "loop", str(copy), str(mounted)], check=True)
+        assert (mounted / "synced").read_text() == "synced"
+        assert not (mounted / "not").exists()
+    finally:
+        replica.unmount(mounted)
+        image.unlink()
+        copy.unlink(missing_ok=True)
+        mounted.rmdir()
+
+
 def series(*always: str) -> Iterator[object]:
     """(file system, number of cuts): one for each that is named, then with `--faults` many more."""
     for kind in replica.MKFS:
@@ -162,7 +181,8 @@ def test_power_is_cut_in_an_update(
         random_ = chance(request)
         client = fleet.start("deploy", "--host", "spark", HEARTH_APP=app)
         found = cuts(fleet, client, 6, random_)
-        assert client.returncode == 0, client.communicate()[0]
+        said, _ = client.communicate()
+        assert client.returncode == 0, said
         new = fleet.current()
         assert new != old
         for cut in random_.sample(found, count):
@@ -186,7 +206,8 @@ def test_power_is_cut_while_a_release_that_migrates_the_database_is_taken_back(
         fleet.configure(UNHEALTHY)
         client = fleet.start("deploy", "--host", "spark", *fleet.no_trial(), HEARTH_APP=app)
         found = cuts(fleet, client, 6, random_)
-        assert client.returncode == 66, client.communicate()[0]
+        said, _ = client.communicate()
+        assert client.returncode == 66, said
         fleet.configure()
         gate = [cut for cut in found if cut.current != old]
         revert = [cut for cut in found if cut.at > gate[-1].at - 1]
@@ -208,7 +229,8 @@ def test_power_is_cut_in_a_first_deploy(
         random_ = chance(request)
         client = fleet.start("deploy", "--host", "spark")
         found = cuts(fleet, client, 6, random_)
-        assert client.returncode == 0, client.communicate()[0]
+        said, _ = client.communicate()
+        assert client.returncode == 0, said
         new = fleet.current()
         for cut in random_.sample(found, 3):
             recovers(fleet, cut, {"", new})
