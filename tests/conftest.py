@@ -17,7 +17,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def pytest_configure() -> None:
-    """Choose the seed of all random faults, anew for every run; HEARTH_SEED repeats one. Workers of xdist inherit it."""
+    """Choose the seed of all random faults, anew for every run; HEARTH_SEED repeats one. xdist passes it on."""
     os.environ.setdefault("HEARTH_SEED", str(random.SystemRandom().randrange(1_000_000)))
 
 

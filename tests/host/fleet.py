@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from core import files, source
+from core import source
 from deploy.application import application
 from tests.client import Client
 from tests.host.machine import Machine, place_for
@@ -92,7 +92,7 @@ class Fleet(Client):
         """A ComfyUI of one's own: the pinned tree with, in some files, a pattern replaced; its app.toml's folder."""
         folder = self.place / "apps" / name
         shutil.copytree(source.fetch(application()), folder / "src")
-        text = (files.CHECKOUT / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
+        text = (self.checkout / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
         text = re.sub(r"paths = \[.*?\]\n", "", text, flags=re.DOTALL)
         (folder / "app.toml").write_text(text + '[[source]]\nfolder = "src"\n')
         for file, (pattern, replacement) in edits.items():
