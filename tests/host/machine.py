@@ -27,6 +27,7 @@ LOGIN = "deployer"
 def missing() -> list[str]:
     """What keeps machines from being booted here; empty when nothing does."""
     needed = {"systemd-nspawn": "systemd-container", "debootstrap": "debootstrap", "ssh-keygen": "openssh-client"}
+    needed |= {"mkfs.xfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs", "ip": "iproute2", "nft": "nftables"}
     packages = [package for program, package in needed.items() if not shutil.which(program)]
     return [*packages, *([] if os.geteuid() == 0 else ["root"])]
 

@@ -141,7 +141,7 @@ def test_an_unhealthy_release_is_taken_back(
 ) -> None:
     release, data = steady.current(), steady.data()
     steady.configure("[hosts.spark.override]\nstart_seconds = 6\n" if name == "never-answers" else "")
-    done = steady.deploy(HEARTH_APP=str(steady.comfyui(name, edits)))
+    done = steady.deploy(*steady.no_trial(), HEARTH_APP=str(steady.comfyui(name, edits)))
     assert done.returncode == 66, done.stderr
     assert said in done.stderr
     assert f"release {release} is back and answers" in done.stderr
@@ -179,7 +179,7 @@ def test_a_newer_database_is_taken_back_with_its_release(steady: Fleet) -> None:
     before = (steady.prefix / "data/user/comfyui.db").read_bytes()
     line = 'import sqlite3,sys; d=sqlite3.connect(sys.argv[sys.argv.index("--database-url")+1][10:]);'
     line += ' d.execute("create table newer (x)"); d.commit(); sys.exit(1)'
-    done = steady.deploy(HEARTH_APP=str(steady.comfyui("migrates", broken(line))))
+    done = steady.deploy(*steady.no_trial(), HEARTH_APP=str(steady.comfyui("migrates", broken(line))))
     assert done.returncode == 66, done.stderr
     assert b"newer" not in (steady.prefix / "data/user/comfyui.db").read_bytes()
     assert len((steady.prefix / "data/user/comfyui.db").read_bytes()) == len(before)
