@@ -169,12 +169,15 @@ def test_an_upload_outlives_what_other_clients_do_meanwhile(steady: Fleet) -> No
     """Another client deploys, prunes, and goes back: the host is as the first one saw it, and has what it sent."""
     client = half_uploaded(steady)
     flag = '[hosts.spark.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n'
+    release = steady.current()
     steady.becomes(flag)
+    other = steady.current()
     back = steady.inv("rollback", "--host", "spark")
     assert back.returncode == 0, back.stderr
     os.kill(client.pid, signal.SIGCONT)
     said, _ = client.communicate(timeout=180)
     assert client.returncode == 0, said
+    assert steady.current() not in (release, other)
 
 
 def test_an_upload_for_a_host_that_another_client_has_changed_is_refused(steady: Fleet) -> None:
@@ -205,8 +208,12 @@ def half_uploaded(fleet: Fleet) -> Popen[str]:
 @pytest.mark.parametrize("damage", ["truncate -s 1000", "truncate -s 0", "sed -i s/agent/tnega/"])
 def test_a_damaged_agent_is_sent_again(deployed: Fleet, damage: str) -> None:
     """As an upload that was cut off, or a disk that was full, leaves it: the next command heals that."""
-    deployed.machine.run(f"{damage} /home/{machine.LOGIN}/.cache/hearth/agent-*.pyz")
-    done = deployed.inv("facts", "--host", "spark")
+    agents = f"/home/{machine.LOGIN}/.cache/hearth/agent-*"
+    deployed.machine.run(f"{damage} {agents}")
+    try:
+        done = deployed.inv("facts", "--host", "spark")
+    finally:
+        deployed.machine.run(f"rm -f {agents}")
     assert done.returncode == 0, done.stderr
 
 

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -99,9 +100,16 @@ def distant(linked: Distant) -> Iterator[Distant]:
     yield linked
     linked.there("nft", "flush", "ruleset")
     linked.slow()
+    for agent in agents(linked):
+        agent.unlink()
     linked.becomes()
     assert linked.current() == release
     assert linked.data() == data
+
+
+def agents(fleet: Fleet) -> list[Path]:
+    """The copies of the agent in the login's home."""
+    return [*(fleet.machine.root / f"home/{LOGIN}/.cache/hearth").glob("agent-*")]
 
 
 def ends_by_itself(client: subprocess.Popen[str]) -> str:
@@ -153,12 +161,11 @@ def test_a_network_that_goes_silent_in_an_upload_ends_the_client(distant: Distan
 
 
 def test_an_upload_of_the_agent_that_is_cut_off_is_done_again(distant: Distant) -> None:
-    agents = distant.machine.root / f"home/{LOGIN}/.cache/hearth"
-    for agent in agents.glob("agent-*"):
+    for agent in agents(distant):
         agent.unlink()
     distant.slow("100kbit")
     client = distant.start("facts", "--host", "spark")
-    assert within(60, lambda: any(path.stat().st_size > 0 for path in agents.glob("*")))
+    assert within(60, lambda: any(path.stat().st_size > 0 for path in agents(distant)))
     cut_connection(distant, client.pid)
     said, _ = client.communicate(timeout=60)
     distant.slow()
