@@ -194,7 +194,7 @@ def test_an_upload_for_a_host_that_another_client_has_changed_is_refused(steady:
 def half_uploaded(fleet: Fleet) -> Popen[str]:
     """A client that deploys a ComfyUI with a large file, stopped (SIGSTOP) while it sends that."""
     folder = fleet.comfyui("large-and-slow", {})
-    (folder / "src/large.bin").write_bytes(random.Random(SEED).randbytes(60_000_000))
+    (folder / "src/large.bin").write_bytes(os.urandom(60_000_000))  # new to the host
     client = fleet.start("deploy", "--host", "spark", HEARTH_APP=str(folder))
     incoming, end = fleet.prefix / "state/incoming", time.monotonic() + 60
     while not any(0 < path.stat().st_size < 50_000_000 for path in incoming.glob("*.part")):
@@ -209,6 +209,7 @@ def half_uploaded(fleet: Fleet) -> Popen[str]:
 def test_a_damaged_agent_is_sent_again(deployed: Fleet, damage: str) -> None:
     """As an upload that was cut off, or a disk that was full, leaves it: the next command heals that."""
     agents = f"/home/{machine.LOGIN}/.cache/hearth/agent-*"
+    deployed.facts()  # sends it, where it is not there
     deployed.machine.run(f"{damage} {agents}")
     try:
         done = deployed.inv("facts", "--host", "spark")

@@ -65,10 +65,11 @@ class Distant(Fleet):
         self.here("tc", "qdisc", "replace", "dev", "near", "root", *limit)
 
     def silence(self) -> None:
-        """Drop every packet, of either direction: nobody is told that a connection has ended."""
+        """Drop every packet of the cable, of either direction: nobody is told that a connection has ended."""
         self.there("nft", "add table inet gone")
-        for hook in ("input", "output"):
-            self.there("nft", f"add chain inet gone {hook} {{ type filter hook {hook} priority 0; policy drop; }}")
+        for hook, key in (("input", "iifname"), ("output", "oifname")):
+            self.there("nft", f"add chain inet gone {hook} {{ type filter hook {hook} priority 0; }}")
+            self.there("nft", f"add rule inet gone {hook} {key} far drop")
 
     def restore(self) -> None:
         self.there("nft", "delete table inet gone")
