@@ -65,13 +65,21 @@ def _draft(path: Path, mode: int) -> Iterator[int]:
 
 
 def _draft_of(path: Path) -> Path:
-    """Where a file or link is made before it is renamed to `path`; what killed processes left there is removed."""
+    """Where a file or link is made before it is renamed to `path`."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    for stale in path.parent.glob(f".{path.name}.*"):
-        number = stale.suffix[1:]
-        if stale == draft or (number.isdecimal() and not Path(f"/proc/{number}").exists()):
-            stale.unlink(missing_ok=True)
+    draft.unlink(missing_ok=True)  # of a killed process that had the same number
     return draft
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what killed processes left of `write` and `link` in a folder: a draft lives for moments."""
+    for draft in folder.glob(".*.*"):
+        with suppress(FileNotFoundError):
+            if draft.suffix[1:].isdecimal() and not 0 <= time.time() - draft.lstat().st_mtime < DRAFT_SECONDS:
+                draft.unlink()
+
+
+DRAFT_SECONDS = 5
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -16,7 +16,7 @@ from typing import TextIO, cast
 
 from agent.adopt import adopt, retire, unadopt
 from agent.cutover import RESERVE, cut_over
-from agent.files import Fault, Json, Sweep, append, flock, free, os_fault, read, retried, sha256, write
+from agent.files import Fault, Json, Sweep, append, flock, free, os_fault, read, remove_drafts, retried, sha256, write
 from agent.journal import Journal, busy, events, history, now
 from agent.lifecycle import delete, end_linger, erase, forget, forget_mounts, restart, start, stop, vanish, withdraw
 from agent.memory import drop_caches
@@ -192,6 +192,8 @@ def _clear(site: Site) -> None:
     """Delete what runs that have ended needed."""
     for path in (site.cut, site.state / RESERVE, site.prefix / ".current.back"):
         retried(lambda path=path: path.unlink(missing_ok=True))  # type: ignore[misc]
+    for folder in (site.state, site.prefix):
+        remove_drafts(folder)
     if (site.state / "trial").exists():
         trial_of(site, manager_of(site)).clear()
 

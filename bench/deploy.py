@@ -1,13 +1,16 @@
 """Deploys against peers, side by side on one host in one run: writes docs/benchmarks-deploy.md.
 
-    uv run python -m bench.deploy
+    uv run python -m bench.deploy [--before CHECKOUT] [--runs N]
 
 As root, with debootstrap and systemd-container: the host is a Debian booted by systemd-nspawn, reached over SSH at
-127.0.0.1. ansible-core and pyinfra are installed from the index into an environment of their own.
+127.0.0.1. ansible-core and pyinfra are installed from the index into an environment of their own. With `--before`,
+the same is measured with the `inv` of another checkout, such as a worktree of an older commit that `uv sync` was run
+in, on a host of its own, and stands beside it on the page.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 import subprocess
@@ -15,7 +18,10 @@ import tempfile
 import threading
 import time
 import urllib.request
-from dataclasses import dataclass
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,18 +29,67 @@ from bench.kernels import machine as this_machine
 from core import files
 from tests.host.fleet import PREFIX, Fleet
 from tests.host.machine import Machine, free_port
+from tests.host.test_deploy import broken
 
 PEERS = Path(__file__).with_name("peers")
 RUNS = 7
+UPDATES = 3
+GATE = 30
+"""Seconds until a release that does not answer is given up: a profile's own would only make the run longer."""
 
 
-@dataclass(frozen=True)
-class Revision:
-    """A deploy of a new ComfyUI revision with the same environment: seconds, what was sent, seconds without service."""
+@dataclass
+class Watch:
+    """Somebody who asks ComfyUI a hundred times a second; `gap` is the longest time between two answers, in seconds."""
 
-    wall: float
-    sent: str
-    outage: float
+    gap: float = 0.0
+
+
+@dataclass
+class Side:
+    """One checkout's `inv`, a host that it deployed to, and what was measured, in seconds."""
+
+    name: str
+    fleet: Fleet
+    cold: float
+    warm: float
+    idle: float = 0.0
+    sent: str = ""
+    updates: list[float] = field(default_factory=list)
+    outages: list[float] = field(default_factory=list)
+    restarts: list[float] = field(default_factory=list)
+    broken: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def watched(fleet: Fleet) -> Iterator[Watch]:
+    """Ask from before until after what is done here; it must answer at both ends."""
+    watch, stop = Watch(), threading.Event()
+
+    def asked() -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{fleet.machine.port}/queue", timeout=1):
+                return True
+        except OSError:
+            return False
+
+    def ask() -> None:
+        last = time.monotonic()
+        answered = False
+        while not (answered and stop.is_set()):
+            if answered := asked():
+                watch.gap = max(watch.gap, time.monotonic() - last)
+                last = time.monotonic()
+            time.sleep(0.01)
+
+    assert fleet.answers()
+    watcher = threading.Thread(target=ask)
+    watcher.start()
+    try:
+        yield watch
+    finally:
+        stop.set()
+        watcher.join()
 
 
 def timed(argv: list[str], cwd: Path, env: dict[str, str]) -> float:
@@ -50,17 +105,42 @@ def timed(argv: list[str], cwd: Path, env: dict[str, str]) -> float:
     return time.monotonic() - started
 
 
-def first_deploy(place: Path, *, warm: bool) -> tuple[Fleet, float]:
-    """A machine of its own with ComfyUI deployed to it, and how long that took; `warm`: uv's downloads are there."""
-    machine = Machine(place / "machine", prefix=PREFIX, downloads=warm)
-    fleet = Fleet(machine, place)
+def host(place: Path, checkout: Path, downloads: Path | None) -> Fleet:
+    """A machine for a checkout's `inv`, not booted; uv's cache in `downloads` is shared with it."""
+    place.mkdir()
+    if downloads:
+        os.environ["UV_CACHE_DIR"] = str(downloads)
+    try:
+        fleet = Fleet(Machine(place / "machine", prefix=PREFIX, downloads=downloads is not None), place)
+    finally:
+        os.environ.pop("UV_CACHE_DIR", None)
+    fleet.checkout = checkout
+    if checkout != files.CHECKOUT:
+        fleet.python = str(checkout / ".venv/bin/python")
     fleet.configure()
-    machine.boot()
-    return fleet, timed(fleet.command("deploy", "--host", "spark"), files.CHECKOUT, fleet.environment())
+    return fleet
 
 
-def converged(fleet: Fleet, work: Path) -> dict[str, float]:
-    """Median seconds of a run that changes nothing, in turns: Hearth, pyinfra, Ansible."""
+def first_deploy(fleet: Fleet) -> float:
+    """Seconds of it."""
+    fleet.machine.boot()
+    return timed(fleet.command("deploy", "--host", "spark"), fleet.checkout, fleet.environment())
+
+
+def side(stack: ExitStack, name: str, work: Path, checkout: Path) -> Side:
+    """Two first deploys, the second one with what the first one downloaded; its host stays."""
+    fresh = host(work / f"{name}-cold", checkout, None)
+    stack.callback(fresh.machine.discard)
+    cold = first_deploy(fresh)
+    fleet = host(work / f"{name}-warm", checkout, fresh.prefix / "state/cache/uv")
+    stack.callback(fleet.machine.discard)
+    fresh.machine.discard()
+    return Side(name, fleet, cold, first_deploy(fleet))
+
+
+def idle(sides: list[Side], work: Path, runs: int) -> dict[str, float]:
+    """Median seconds of a run that changes nothing, in turns: Ansible, pyinfra, and `inv` of each side."""
+    fleet = sides[-1].fleet
     tools = work / "peers"
     subprocess.run(["uv", "venv", "-q", "-p", "3.11", tools], check=True)
     packages = ["ansible-core==2.19.4", "pyinfra==3.10"]
@@ -77,79 +157,119 @@ def converged(fleet: Fleet, work: Path) -> dict[str, float]:
     data = {"ssh_config_file": str(config), "service_port": port}
     (work / "inventory.py").write_text(f"hosts = [('spark', {data!r})]\n")
     extra = ["-e", f"service_port={port}", "-e", f"source={source}"]
-    commands = {
-        "hearth": fleet.command("deploy", "--host", "spark"),
-        "pyinfra": [str(tools / "bin/pyinfra"), "-y", str(work / "inventory.py"), str(PEERS / "pyinfra_deploy.py")],
-        "ansible": [str(tools / "bin/ansible-playbook"), "-i", str(inventory), *extra, str(PEERS / "playbook.yml")],
-    }
+    # Ansible first: its first run makes what pyinfra finds
+    playbook = [str(tools / "bin/ansible-playbook"), "-i", str(inventory), *extra, str(PEERS / "playbook.yml")]
+    pyinfra = [str(tools / "bin/pyinfra"), "-y", str(work / "inventory.py"), str(PEERS / "pyinfra_deploy.py")]
+    commands = {"ansible": (playbook, work, fleet), "pyinfra": (pyinfra, work, fleet)}
+    for each in sides:
+        commands[each.name] = (each.fleet.command("deploy", "--host", "spark"), each.fleet.checkout, each.fleet)
     fleet.machine.run("apt-get update -qq && apt-get install -qq -y python3-venv acl")
     seconds: dict[str, list[float]] = {name: [] for name in commands}
-    for turn in range(RUNS + 1):
-        for name in ("ansible", "pyinfra", "hearth"):  # Ansible first: its first run makes what pyinfra finds
-            cwd = files.CHECKOUT if name == "hearth" else work
-            spent = timed(commands[name], cwd, fleet.environment())
+    for turn in range(runs + 1):
+        for name, (argv, cwd, owner) in commands.items():
+            spent = timed(argv, cwd, owner.environment())
             if turn:  # the first turn converges
                 seconds[name].append(spent)
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def new_revision(fleet: Fleet) -> Revision:
-    """Deploy a ComfyUI with one changed file while somebody asks for it a hundred times a second."""
-    app = fleet.comfyui("revision", {"nodes.py": (r"\A", "# another revision\n")})
-    gaps: list[float] = []
-    stop = threading.Event()
+def update(one: Side) -> None:
+    """In turns: restart ComfyUI, and deploy one with a changed file; each time how long nobody was answered."""
+    for number in range(UPDATES):
+        with watched(one.fleet) as watch:
+            one.fleet.machine.run("systemctl restart comfyui")
+        one.restarts.append(watch.gap)
+        app = one.fleet.comfyui(f"revision-{number}", {"nodes.py": (r"\A", f"# revision {number}\n")})
+        started = time.monotonic()
+        with watched(one.fleet) as watch:
+            done = one.fleet.deploy(HEARTH_APP=str(app))
+            one.updates.append(time.monotonic() - started)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        found = re.search(r"sending \d+ files, (.+)", done.stderr)
+        one.sent = found[1] if found else "nothing"
+        one.outages.append(watch.gap)
 
-    def ask() -> None:
-        last = time.monotonic()
-        while not stop.is_set():
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{fleet.machine.port}/queue", timeout=1):
-                    gaps.append(time.monotonic() - last)
-                    last = time.monotonic()
-            except OSError:
-                pass
-            time.sleep(0.01)
 
-    watcher = threading.Thread(target=ask)
-    watcher.start()
-    started = time.monotonic()
-    done = fleet.deploy(HEARTH_APP=str(app))
-    wall = time.monotonic() - started
-    stop.set()
-    watcher.join()
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found = re.search(r"sending \d+ files, (.+)", done.stderr)
-    return Revision(wall, found[1] if found else "nothing", max(gaps))
+def breaks(one: Side) -> None:
+    """Deploy what does not start: how long nobody was answered, until the release before was back."""
+    one.fleet.configure(f"[hosts.spark.override]\nstart_seconds = {GATE}\n")
+    for name, line in BROKEN.items():
+        app = one.fleet.comfyui(name, broken(line))
+        with watched(one.fleet) as watch:
+            done = one.fleet.deploy(HEARTH_APP=str(app))
+        if done.returncode != 66:
+            raise SystemExit(f"{name} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        one.broken[name] = watch.gap
+
+
+BROKEN = {"exits": "import sys; sys.exit(5)", "hangs": "import time; time.sleep(1000)"}
+"""Lines for the start of ComfyUI's main.py."""
 
 
 def main() -> None:
     """Run everything and write the page."""
-    with tempfile.TemporaryDirectory(prefix="hearth-bench-", dir=files.cache()) as name:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--before", type=Path, help="another checkout, measured beside this one")
+    parser.add_argument("--runs", type=int, default=RUNS, help="turns of the run with nothing to do")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="hearth-bench-", dir=files.cache()) as name, ExitStack() as stack:
         work = Path(name)
-        (work / "warm").mkdir()
-        (work / "cold").mkdir()
-        cold_fleet, cold = first_deploy(work / "cold", warm=False)
-        cold_fleet.machine.discard()
-        fleet, warm = first_deploy(work / "warm", warm=True)
-        try:
-            idle = converged(fleet, work)
-            revision = new_revision(fleet)
-        finally:
-            fleet.machine.discard()
-    page = PAGE.format(
+        checkouts = {"before": options.before.resolve()} if options.before else {}
+        sides = [side(stack, name, work, path) for name, path in {**checkouts, "now": files.CHECKOUT}.items()]
+        seconds = idle(sides, work, options.runs)
+        for one in sides:
+            update(one)
+            breaks(one)
+        text = page(sides, seconds, options.runs)
+    (files.CHECKOUT / "docs/benchmarks-deploy.md").write_text(text)
+    print(text)
+
+
+def table(head: list[str], rows: list[tuple[str, list[str]]]) -> str:
+    """A Markdown table: a label and a number in each column of a row."""
+    lines = [["", *head], ["---", *["---:"] * len(head)], *([label, *values] for label, values in rows)]
+    return "\n".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|" for line in lines)
+
+
+def page(sides: list[Side], seconds: dict[str, float], runs: int) -> str:
+    """docs/benchmarks-deploy.md."""
+    titles = {"pyinfra": "pyinfra 3.10", "ansible": "ansible-core 2.19", "now": "`inv deploy`"}
+    titles["before"] = "`inv deploy`, before"
+    peers = [
+        (titles[name], [f"{seconds[name]:.2f}", "" if name == "now" else f"{seconds['now'] / seconds[name]:.2f}"])
+        for name in titles
+        if name in seconds
+    ]
+
+    def row(label: str, value: Callable[[Side], float]) -> tuple[str, list[str]]:
+        return label, [f"{value(one):.1f}" for one in sides]
+
+    def median(value: Callable[[Side], list[float]]) -> Callable[[Side], float]:
+        return lambda one: statistics.median(value(one))
+
+    downtime = [
+        row("ComfyUI restarted (`systemctl restart`), s", median(lambda one: one.restarts)),
+        row("update to a release that is healthy, s", median(lambda one: one.outages)),
+        row(f"update to one that ends at once, s ({GATE} s to start)", lambda one: one.broken["exits"]),
+        row(f"update to one that never answers, s ({GATE} s to start)", lambda one: one.broken["hangs"]),
+    ]
+    duration = [
+        row("first deploy, nothing downloaded before, s", lambda one: one.cold),
+        row("first deploy, uv's downloads there, s", lambda one: one.warm),
+        row("a new revision (one file), the same environment, s", median(lambda one: one.updates)),
+        ("sent for it", [one.sent for one in sides]),
+    ]
+    head = [one.name if len(sides) > 1 else "" for one in sides]
+    return PAGE.format(
         date=datetime.now(UTC).date(),
         machine=this_machine(),
-        idle=idle,
-        ansible=idle["hearth"] / idle["ansible"],
-        pyinfra=idle["hearth"] / idle["pyinfra"],
-        revision=revision,
-        cold=cold,
-        warm=warm,
-        runs=RUNS,
+        runs=runs,
+        updates=UPDATES,
+        peers=table(["s", "Hearth / it"], peers),
+        downtime=table(head, downtime),
+        duration=table(head, duration),
     )
-    (files.CHECKOUT / "docs/benchmarks-deploy.md").write_text(page)
-    print(page)
 
 
 PAGE = """\
@@ -157,28 +277,26 @@ PAGE = """\
 
 Written by `uv run python -m bench.deploy`, in one run, on {date}, on {machine}.
 The host is a Debian 12 booted by systemd-nspawn on the same machine, reached over SSH at 127.0.0.1. Ratios hold on
-other machines; seconds do not.
+other machines; seconds do not. "Before" is an older commit's `inv` (`--before CHECKOUT`), in the same run on a host of
+the same kind.
 
 ## A run with nothing to do (median of {runs}, in turns)
 
 The peers keep a service of the same shape (packages, user, folders, source, environment, unit, answer), with three
 small packages in its environment: `bench/peers/`. Hearth looks through every file of what it deployed.
 
-| | s | Hearth / it |
-| --- | ---: | ---: |
-| `inv deploy` | {idle[hearth]:.2f} | |
-| pyinfra 3.10 | {idle[pyinfra]:.2f} | {pyinfra:.2f} |
-| ansible-core 2.19 | {idle[ansible]:.2f} | {ansible:.2f} |
+{peers}
 
-## ComfyUI 0.30.0 on a CPU, Python 3.11
+## Downtime (ComfyUI 0.30.0 on a CPU)
 
-| | |
-| --- | ---: |
-| first deploy, nothing downloaded before, s | {cold:.0f} |
-| first deploy, uv's downloads there, s | {warm:.0f} |
-| a new revision (one file), the same environment, s | {revision.wall:.1f} |
-| sent for it | {revision.sent} |
-| longest time without an answer meanwhile, s | {revision.outage:.1f} |
+The longest time between two answers while a client asks a hundred times a second. Restart and healthy update take
+turns, and the median of {updates} is shown.
+
+{downtime}
+
+## Duration (ComfyUI 0.30.0 on a CPU, Python 3.11)
+
+{duration}
 """
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import ClassVar
 
 from core import files
@@ -18,6 +19,9 @@ class Client(ABC):
     without: ClassVar[tuple[str, ...]] = ()
     patience: float = 900
     """Seconds until a call that does not end is given up."""
+    checkout: Path = files.CHECKOUT
+    python: str = sys.executable
+    """Whose `inv` is called, and with which interpreter."""
 
     @abstractmethod
     def variables(self) -> dict[str, str]:
@@ -28,12 +32,12 @@ class Client(ABC):
         return {**inherited, **self.variables(), **env}
 
     def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "invoke", *words]
+        return [self.python, "-m", "invoke", *words]
 
     def inv(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*words),
-            cwd=files.CHECKOUT,
+            cwd=self.checkout,
             env=self.environment(**env),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -45,7 +49,7 @@ class Client(ABC):
     def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             self.command(*words),
-            cwd=files.CHECKOUT,
+            cwd=self.checkout,
             env=self.environment(**env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

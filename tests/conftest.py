@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,15 @@ from core import files
 from tests.client import Client
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def pytest_configure() -> None:
+    """Choose the seed of all random faults, anew for every run; HEARTH_SEED repeats one. xdist passes it on."""
+    os.environ.setdefault("HEARTH_SEED", str(random.SystemRandom().randrange(1_000_000)))
+
+
+def pytest_report_header() -> str:
+    return f"HEARTH_SEED={os.environ['HEARTH_SEED']}"
 
 
 @dataclass

@@ -6,16 +6,17 @@ import hashlib
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from core import files, source
+from core import source
 from deploy.application import application
 from tests.client import Client
 from tests.host.machine import Machine, place_for
@@ -53,6 +54,10 @@ class Fleet(Client):
     def deploy(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return self.inv("deploy", "--host", "spark", *words, **env)
 
+    def no_trial(self) -> list[str]:
+        """What makes a deploy skip the trial, so that an unhealthy release gets as far as the gate."""
+        return ["--no-trial"] if "--no-trial" in self.inv("--help", "deploy").stdout else []
+
     def becomes(self, text: str = "") -> subprocess.CompletedProcess[str]:
         """Configure and deploy, which must succeed."""
         self.configure(text)
@@ -87,7 +92,7 @@ class Fleet(Client):
         """A ComfyUI of one's own: the pinned tree with, in some files, a pattern replaced; its app.toml's folder."""
         folder = self.place / "apps" / name
         shutil.copytree(source.fetch(application()), folder / "src")
-        text = (files.CHECKOUT / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
+        text = (self.checkout / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
         text = re.sub(r"paths = \[.*?\]\n", "", text, flags=re.DOTALL)
         (folder / "app.toml").write_text(text + '[[source]]\nfolder = "src"\n')
         for file, (pattern, replacement) in edits.items():
@@ -96,6 +101,25 @@ class Fleet(Client):
             assert count == 1
             path.write_text(changed)
         return folder
+
+    def records(self) -> set[str]:
+        """What is left in state/ of runs that have ended, and must not be: what was under way, and how to go back."""
+        kept = {"pending.json", "cut-over.json", "reserve", "trial"} & {
+            path.name for path in (self.prefix / "state").iterdir()
+        }
+        places = [
+            *(self.prefix / "state").glob("database-*"),
+            *(self.prefix / "state").glob(".*"),
+            *self.prefix.glob(".*"),
+        ]
+        return kept | {path.name for path in places}
+
+    def database(self) -> set[str]:
+        """The tables of ComfyUI's database, and the revision that it was migrated to; it must be whole."""
+        with closing(sqlite3.connect(f"file:{self.prefix}/data/user/comfyui.db?mode=ro", uri=True)) as database:
+            assert [*database.execute("pragma integrity_check")] == [("ok",)]
+            tables = {name for (name,) in database.execute("select name from sqlite_master")}
+            return tables | {revision for (revision,) in database.execute("select version_num from alembic_version")}
 
     def data(self) -> dict[str, str]:
         """The SHA-256 of what users keep in data/: all but ComfyUI's own database, log, temporary files and caches."""

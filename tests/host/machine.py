@@ -27,6 +27,7 @@ LOGIN = "deployer"
 def missing() -> list[str]:
     """What keeps machines from being booted here; empty when nothing does."""
     needed = {"systemd-nspawn": "systemd-container", "debootstrap": "debootstrap", "ssh-keygen": "openssh-client"}
+    needed |= {"mkfs.xfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs", "ip": "iproute2", "nft": "nftables"}
     packages = [package for program, package in needed.items() if not shutil.which(program)]
     return [*packages, *([] if os.geteuid() == 0 else ["root"])]
 
@@ -96,13 +97,20 @@ def place_for(name: str) -> Path:
                 with contextlib.suppress(OSError):  # systemd-nspawn, whose first argument ends its machine with it
                     if f"--directory={stale}/root".encode() in process.read_bytes().split(b"\0"):
                         _kill(int(process.parent.name))
-            _clear(stale)
+            clear(stale)
     return running / f"{name}.{os.getpid()}"
 
 
-def _clear(place: Path) -> None:
-    for mounted in (*place.glob("disks/*"), place / "root"):
-        subprocess.run(["umount", "--lazy", "--quiet", str(mounted)], check=False)
+def mounted_below(place: Path) -> list[Path]:
+    """The mount points below a folder, in the order in which they can be unmounted."""
+    points = (Path(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    return [point for point in reversed([*points]) if point.is_relative_to(place)]
+
+
+def clear(place: Path) -> None:
+    """Unmount all below a folder, and delete it."""
+    for point in mounted_below(place):
+        subprocess.run(["umount", "--lazy", "--quiet", str(point)], check=False)
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -143,12 +151,10 @@ class Machine:
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("upper", "work", "root"):
-            (self.place / name).mkdir(parents=True)
+        self.root.mkdir(parents=True)
         if self.downloads:
             self.share_downloads(f"{self.prefix}/state/cache/uv")
-        options = f"lowerdir={base(self.arch)},upperdir={self.place}/upper,workdir={self.place}/work"
-        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(self.root)], check=True)
+        self.mount()
         for key in ("client", "host"):
             words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", str(self.place / key)]
             subprocess.run(words, check=True)
@@ -168,6 +174,18 @@ class Machine:
     @property
     def root(self) -> Path:
         return self.place / "root"
+
+    @property
+    def disk(self) -> Path:
+        """The folder with all that the machine itself has written: the overlay's `upper`."""
+        return self.place
+
+    def mount(self) -> None:
+        """Mount the machine's root."""
+        for name in ("upper", "work"):
+            (self.disk / name).mkdir(exist_ok=True)
+        options = f"lowerdir={base(self.arch)},upperdir={self.disk}/upper,workdir={self.disk}/work"
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(self.root)], check=True)
 
     def configure_ssh(self, text: str = "") -> None:
         """Write the client's ssh_config: the host `spark`, with `text`, more options or hosts, after it."""
@@ -258,4 +276,4 @@ class Machine:
     def discard(self) -> None:
         """Power off and leave nothing."""
         self.power_off()
-        _clear(self.place)
+        clear(self.place)

@@ -6,22 +6,30 @@ The idea is ostree's (tests/inst/src/destructive.rs). `--faults` runs every kind
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 
 from tests.host import machine
-from tests.host.fleet import Fleet, fresh
+from tests.host.fleet import Fleet, fresh, within
+from tests.host.test_deploy import broken
 
 pytestmark = pytest.mark.host
 
 STEPS = ["make app", "write release", "import torch", "cut over", "prune"]
 """The start of the title of each step of a deploy that changes ComfyUI's tree."""
+
+SEED = os.environ["HEARTH_SEED"]
+"""What the random times come from: another one in each run, told at its start (tests/conftest.py)."""
 
 FIRST = ["create the system user", "lay out", "make app", "send uv", "make env", "write release", "import torch"]
 """The same for a first deploy, up to the cut-over."""
@@ -29,9 +37,6 @@ FIRST = ["create the system user", "lay out", "make app", "send uv", "make env",
 
 def kill_client(_: Fleet, client: int) -> None:
     """kill -9 for the command that the user started."""
-    import os
-    import signal
-
     os.kill(client, signal.SIGKILL)
 
 
@@ -51,6 +56,12 @@ def cut_power(fleet: Fleet, _: int) -> None:
     fleet.machine.boot()
 
 
+MIGRATES = (
+    'import sqlite3,sys,time; d=sqlite3.connect(sys.argv[sys.argv.index("--database-url")+1][10:]); '
+    'd.execute("create table if not exists newer (x)"); d.commit(); time.sleep(1000)'
+)
+"""A line for ComfyUI's main.py: it changes the database as a newer version would, and never answers."""
+
 KINDS: dict[str, Callable[[Fleet, int], None]] = {
     "client": kill_client,
     "agent": kill_agent,
@@ -66,7 +77,7 @@ def cases() -> Iterator[object]:
         for step in STEPS:
             marks = [] if (kind, step) in always else [pytest.mark.faults]
             yield pytest.param(kind, step, id=f"{kind}-{step.replace(' ', '-')}", marks=marks)
-    chance = random.Random(3)
+    chance = random.Random(SEED)
     for number in range(24):
         kind, seconds = chance.choice(sorted(KINDS)), round(chance.uniform(0, 20), 2)
         yield pytest.param(kind, seconds, id=f"{kind}-{seconds}s", marks=[pytest.mark.faults] if number else [])
@@ -152,6 +163,177 @@ def test_two_deploys_at_once(steady: Fleet, other: Path) -> None:
     assert codes in ([0, 63], [0, 64]), said
     assert any("@" in text and "since 20" in text for text in said), said
     converge(steady, HEARTH_APP=str(other))
+
+
+def test_an_upload_outlives_what_other_clients_do_meanwhile(steady: Fleet) -> None:
+    """Another client deploys, prunes, and goes back: the host is as the first one saw it, and has what it sent."""
+    client = half_uploaded(steady)
+    flag = '[hosts.spark.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n'
+    release = steady.current()
+    steady.becomes(flag)
+    other = steady.current()
+    back = steady.inv("rollback", "--host", "spark")
+    assert back.returncode == 0, back.stderr
+    os.kill(client.pid, signal.SIGCONT)
+    said, _ = client.communicate(timeout=180)
+    assert client.returncode == 0, said
+    assert steady.current() not in (release, other)
+
+
+def test_an_upload_for_a_host_that_another_client_has_changed_is_refused(steady: Fleet) -> None:
+    client = half_uploaded(steady)
+    steady.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "400", why = "a test" }\n')
+    release = steady.current()
+    os.kill(client.pid, signal.SIGCONT)
+    said, _ = client.communicate(timeout=180)
+    assert client.returncode == 64, said
+    assert "run the same command again" in said
+    assert steady.current() == release
+
+
+def half_uploaded(fleet: Fleet) -> Popen[str]:
+    """A client that deploys a ComfyUI with a large file, stopped (SIGSTOP) while it sends that."""
+    folder = fleet.comfyui("large-and-slow", {})
+    (folder / "src/large.bin").write_bytes(os.urandom(60_000_000))  # new to the host
+    client = fleet.start("deploy", "--host", "spark", HEARTH_APP=str(folder))
+    incoming, end = fleet.prefix / "state/incoming", time.monotonic() + 60
+    while not any(0 < path.stat().st_size < 50_000_000 for path in incoming.glob("*.part")):
+        assert time.monotonic() < end
+        time.sleep(0.003)
+    os.kill(client.pid, signal.SIGSTOP)
+    shutil.rmtree(folder)
+    return client
+
+
+@pytest.mark.parametrize("damage", ["truncate -s 1000", "truncate -s 0", "sed -i s/agent/tnega/"])
+def test_a_damaged_agent_is_sent_again(deployed: Fleet, damage: str) -> None:
+    """As an upload that was cut off, or a disk that was full, leaves it: the next command heals that."""
+    agents = f"/home/{machine.LOGIN}/.cache/hearth/agent-*"
+    deployed.facts()  # sends it, where it is not there
+    deployed.machine.run(f"{damage} {agents}")
+    try:
+        done = deployed.inv("facts", "--host", "spark")
+    finally:
+        deployed.machine.run(f"rm -f {agents}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_clock_that_was_set_back_does_not_change_where_rollback_goes(steady: Fleet) -> None:
+    """The release that served before this one is meant, not the one whose files are the newest."""
+    first = steady.current()
+    with clock_set_back(steady, 2 * 86_400):
+        steady.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "600", why = "a test" }\n')
+        second = steady.current()
+        backdate(steady, second, 2 * 86_400)
+        steady.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "700", why = "a test" }\n')
+        backdate(steady, steady.current(), 2 * 86_400)
+    back = steady.inv("rollback", "--host", "spark")
+    assert back.returncode == 0, back.stderr
+    assert steady.current() == second != first
+
+
+@contextmanager
+def clock_set_back(fleet: Fleet, seconds: int) -> Iterator[None]:
+    """Let Python there, which the agent runs in, see an earlier time: the clock itself is this machine's, too."""
+    place = fleet.machine.root / "etc/python3.11/sitecustomize.py"
+    was = place.read_text()
+    place.write_text(
+        f"{was}\nimport time\n"
+        f"def back(real):\n    return lambda: real() - {seconds} * (10**9 if real.__name__.endswith('_ns') else 1)\n"
+        "time.time, time.time_ns, now = back(time.time), back(time.time_ns), time.time\n"
+        "def of(real):\n    return lambda seconds=None: real(time.time() if seconds is None else seconds)\n"
+        "time.gmtime, time.localtime = of(time.gmtime), of(time.localtime)\n"
+    )
+    try:
+        yield
+    finally:
+        place.write_text(was)
+
+
+def backdate(fleet: Fleet, release: str, seconds: int) -> None:
+    """Give a release's files the times that they would have had."""
+    for path in (fleet.prefix / "releases" / release).iterdir():
+        then = path.lstat().st_mtime - seconds
+        os.utime(path, (then, then), follow_symlinks=False)
+
+
+def revert_cases() -> Iterator[object]:
+    """When to kill the agent: at the n-th change since the switch, or at a random time since then; two always run."""
+    chance = random.Random(f"revert {SEED}")
+    for number in range(12):
+        yield pytest.param(number, id=f"change-{number}", marks=[] if number == 4 else [pytest.mark.faults])
+    for number in range(12):
+        seconds = round(chance.uniform(0, 10), 2)
+        yield pytest.param(seconds, id=f"{seconds}s", marks=[] if number == 0 else [pytest.mark.faults])
+
+
+def progress(fleet: Fleet) -> tuple[object, ...]:
+    """What a cut-over leaves on the disk; differs whenever one more thing was done."""
+    state, database = fleet.prefix / "state", fleet.prefix / "data/user/comfyui.db"
+    records = {
+        path: read(path) for path in (*state.glob("runs/*.jsonl"), *state.glob("*.json"), state / "history.jsonl")
+    }
+    copies = {path.name for path in state.glob("*snapshot*/*")}
+    return fleet.current(), records, copies, read(database)
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def ended(fleet: Fleet) -> list[str]:
+    """The history: a line for every run that has ended."""
+    return (fleet.prefix / "state/history.jsonl").read_text().splitlines()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def kill_applying(fleet: Fleet) -> None:
+    """kill -9, in the same moment, for the process that applies the plan: ssh and systemctl would take too long."""
+    namespace = f"/proc/{fleet.machine.first}/ns/pid"
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (place / "cmdline").read_bytes().split(b"\0")
+            if b"apply" in words and (place / "ns/pid").samefile(namespace):
+                os.kill(int(place.name), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("when", [*revert_cases()])
+def test_the_agent_is_killed_while_it_takes_back_a_release_that_migrated_the_database(
+    steady: Fleet, when: float
+) -> None:
+    """Its gate lasts 3 s, so the times reach from the gate to the end of the revert."""
+    old, tables, before = steady.current(), steady.database(), len(ended(steady))
+    steady.configure("[hosts.spark.override]\nstart_seconds = 3\n")
+    app = steady.comfyui(f"migrates-{when}", broken(MIGRATES))
+    client = steady.start("deploy", "--host", "spark", *steady.no_trial(), HEARTH_APP=str(app))
+    wait_until(lambda: steady.current() != old, 120)
+    if isinstance(when, int):
+        left, seen = when, progress(steady)
+        while left and client.poll() is None:
+            if seen != (seen := progress(steady)):
+                left -= 1
+    else:
+        time.sleep(when)
+    kill_applying(steady)
+    said, _ = client.communicate(timeout=180)
+    assert client.returncode == 66, said
+    assert within(60, lambda: not (steady.prefix / "state/pending.json").exists())
+    assert steady.current() == old
+    assert steady.answers()
+    assert steady.database() == tables
+    assert steady.records() == set()
+    (line,) = ended(steady)[before:]
+    assert json.loads(line)["result"] == "reverted"
+    shutil.rmtree(app)
 
 
 @pytest.mark.faults

@@ -287,6 +287,7 @@ class World:
             patch.setattr(cutover, "first_answer", first_answer)
             patch.setattr(cutover, "lacking", lambda: "")
             patch.setattr(files, "RETRIES", [0, 0])
+            patch.setattr(files, "DRAFT_SECONDS", 0)
             try:
                 runs.apply(self.site)
             except OSError:
@@ -325,19 +326,14 @@ class World:
         if {path.name for path in (site.data / "user").iterdir()} != expected:
             found.append(f"data/user holds {sorted(path.name for path in (site.data / 'user').iterdir())}")
         names = {"history.jsonl", "runs", "lock", "incoming", *(path.name for path in site.state.glob("database-*"))}
-        left = [path.name for path in site.state.iterdir() if path.name not in names and not stale(path)]
+        left = [path.name for path in site.state.iterdir() if path.name not in names]
         if left:
             found.append(f"left in state/: {left}")
-        if extra := {path.name for path in site.prefix.iterdir() if not stale(path)} - {
+        if extra := {path.name for path in site.prefix.iterdir()} - {
             "current", "data", "parts", "releases", "state",
         }:  # fmt: skip
             found.append(f"left in the prefix: {extra}")
         return found
-
-
-def stale(path: Path) -> bool:
-    """Whether it is a draft of a killed process, which the next write of that file removes."""
-    return path.name.startswith(".") and path.suffix[1:].isdecimal()
 
 
 def count(place: Path, scenario: Scenario) -> tuple[list[str], list[str]]:

@@ -1,0 +1,237 @@
+"""Power cuts: a machine boots from what its disk had in one instant of a deploy, and its release and data are whole.
+
+The disk, in an image file, is copied again and again while a deploy runs; some of the copies, drawn at random, are
+booted from. All that the machine wrote is on it, systemd's units too, so that a copy is one moment of everything. Two
+things are not: Debian itself, below, and the environment of an update, which that does not write (see replica.py);
+a first deploy has its environment on the disk. `--faults` makes 42 cuts, else five. HEARTH_SEED repeats a choice; the
+deploy under it still takes its own time.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import pytest
+
+from tests.host import replica
+from tests.host.fleet import PREFIX, Fleet, within
+from tests.host.machine import place_for
+from tests.host.replica import Replica
+from tests.host.test_deploy import broken
+from tests.host.test_faults import MIGRATES
+
+pytestmark = [pytest.mark.host, pytest.mark.usefixtures("fleet")]  # skipped where that is
+
+UNHEALTHY = "[hosts.spark.override]\nstart_seconds = 6\n"
+"""The gate of a release that never answers lasts this long."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The disk as it was in one instant, and which release was current then."""
+
+    image: Path
+    at: float
+    current: str
+
+
+@dataclass
+class Tower(Fleet):
+    """A fleet whose machine can be given another disk."""
+
+    machine: Replica
+
+
+@pytest.fixture(scope="module")
+def images() -> Iterator[Path]:
+    with replica.store() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def original(deployed: Fleet) -> Iterator[Fleet]:
+    """The deployed machine, powered off: replicas have its port meanwhile."""
+    deployed.machine.power_off()
+    yield deployed
+    deployed.machine.boot()
+    assert deployed.answers()
+
+
+@contextmanager
+def tower(folder: Path, images: Path, kind: str, of: Fleet | None) -> Iterator[Tower]:
+    """A machine whose disk has that kind of file system, booted: a replica that answers, or one with nothing on it."""
+    image = replica.make_image(images / f"{kind}.img", kind, "20G")
+    settings: dict[str, Any] = {"of": of.machine, "port": of.machine.port} if of else {}
+    fleet = Tower(Replica(place_for("tower"), PREFIX, image=image, **settings), folder)
+    fleet.configure()
+    try:
+        fleet.machine.boot()
+        assert not of or fleet.answers(90)
+        fleet.machine.sync()
+        yield fleet
+    finally:
+        fleet.machine.discard()
+        for left in images.iterdir():
+            left.unlink()
+
+
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers of a test's own; what they come from is shown with its output."""
+    print(f"HEARTH_SEED={os.environ['HEARTH_SEED']}")
+    return random.Random(f"{os.environ['HEARTH_SEED']} {request.node.name}")
+
+
+def cuts(fleet: Tower, client: Popen[str], rest: float, random_: random.Random) -> list[Cut]:
+    """Copy the disk at random until `rest` seconds after the client's end, and often when something happens there."""
+    found: list[Cut] = []
+    runs, image = fleet.prefix / "state/runs", fleet.machine.image
+    assert image
+
+    def journalled() -> int:
+        return sum(path.stat().st_size for path in runs.glob("*.jsonl"))
+
+    end, changed, size = float("inf"), 0.0, 0
+    while time.monotonic() < end:
+        if end == float("inf") and client.poll() is not None:
+            end = time.monotonic() + rest
+        pause = random_.uniform(0, 0.15 if time.monotonic() < changed + 1 else 0.8)
+        resume = time.monotonic() + pause
+        while time.monotonic() < resume:
+            if size != (size := journalled()):
+                changed = time.monotonic()
+                break
+            time.sleep(0.005)
+        current = fleet.prefix / "current"
+        now = current.readlink().name if current.is_symlink() else ""
+        copy = image.with_name(f"cut-{len(found)}.img")
+        replica.clone(image, copy)
+        found.append(Cut(copy, time.monotonic(), now))
+    return found
+
+
+def recovers(fleet: Tower, cut: Cut, allowed: set[str], **env: str) -> None:
+    """Boot from a cut: what was under way ends by itself, a deploy converges, a second one has nothing to do."""
+    fleet.machine.exchange_disk(cut.image)
+    cut.image.unlink()  # it is mounted
+    fleet.machine.boot()
+    now = fleet.current() if (fleet.prefix / "current").is_symlink() else ""
+    assert now in allowed
+    assert within(240, lambda: not (fleet.prefix / "state/pending.json").exists()), fleet.machine.run(
+        "journalctl --no-pager -u comfyui-apply | tail -50"
+    )
+    ended = fleet.current() if (fleet.prefix / "current").is_symlink() else ""
+    assert ended in allowed
+    if ended:
+        assert fleet.answers(120), fleet.machine.run("journalctl --no-pager -u comfyui | tail -50")
+        fleet.database()
+    done = fleet.deploy(**env)
+    assert done.returncode == 0, done.stderr
+    again = fleet.deploy(**env)
+    assert (again.returncode, "nothing to do" in again.stdout) == (0, True), again.stdout + again.stderr
+    assert fleet.answers(1)
+    assert fleet.records() == set()
+
+
+@pytest.mark.parametrize("kind", [*replica.MKFS])
+def test_a_copy_of_a_disk_has_what_was_synced_and_not_what_was_only_in_memory(images: Path, kind: str) -> None:
+    """What all tests here rest on."""
+    image, copy, mounted = images / "one.img", images / "two.img", images / "mounted"
+    replica.make_image(image, kind, "1G")
+    mounted.mkdir()
+    try:
+        subprocess.run(["mount", "-o", "loop", str(image), str(mounted)], check=True)
+        (mounted / "synced").write_text("synced")
+        subprocess.run(["sync", "--file-system", str(mounted)], check=True)
+        (mounted / "not").write_text("not")
+        replica.clone(image, copy)
+        replica.unmount(mounted)
+        subprocess.run(["mount", "-o", "loop", str(copy), str(mounted)], check=True)
+        assert (mounted / "synced").read_text() == "synced"
+        assert not (mounted / "not").exists()
+    finally:
+        replica.unmount(mounted)
+        image.unlink()
+        copy.unlink(missing_ok=True)
+        mounted.rmdir()
+
+
+def series(*always: str) -> Iterator[object]:
+    """(file system, number of cuts): one for each that is named, then with `--faults` many more."""
+    for kind in replica.MKFS:
+        yield pytest.param(kind, 1, id=kind, marks=[] if kind in always else [pytest.mark.faults])
+        yield pytest.param(kind, 4, id=f"{kind}-more", marks=pytest.mark.faults)
+
+
+@pytest.mark.parametrize(("kind", "count"), [*series("ext4", "xfs", "btrfs")])
+def test_power_is_cut_in_an_update(
+    original: Fleet, images: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str, count: int
+) -> None:
+    with tower(tmp_path, images, kind, original) as fleet:
+        old, data = fleet.current(), fleet.data()
+        app = str(fleet.comfyui("other", {"README.md": (r"\A", "another\n")}))
+        random_ = chance(request)
+        client = fleet.start("deploy", "--host", "spark", HEARTH_APP=app)
+        found = cuts(fleet, client, 6, random_)
+        said, _ = client.communicate()
+        assert client.returncode == 0, said
+        new = fleet.current()
+        assert new != old
+        for cut in random_.sample(found, count):
+            recovers(fleet, cut, {old, new}, HEARTH_APP=app)
+            assert fleet.current() == new
+            assert fleet.data() == data
+
+
+@pytest.mark.parametrize(("kind", "count"), [*series("ext4")])
+def test_power_is_cut_while_a_release_that_migrates_the_database_is_taken_back(
+    original: Fleet, images: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str, count: int
+) -> None:
+    """Half of the cuts are in its gate, half from a second before its revert to six after its end; at least one each.
+
+    The old release refuses a database that was migrated, so it answers only on the right one.
+    """
+    with tower(tmp_path, images, kind, original) as fleet:
+        old, data, tables = fleet.current(), fleet.data(), fleet.database()
+        app = str(fleet.comfyui("migrates", broken(MIGRATES)))
+        random_ = chance(request)
+        fleet.configure(UNHEALTHY)
+        client = fleet.start("deploy", "--host", "spark", *fleet.no_trial(), HEARTH_APP=app)
+        found = cuts(fleet, client, 6, random_)
+        said, _ = client.communicate()
+        assert client.returncode == 66, said
+        fleet.configure()
+        gate = [cut for cut in found if cut.current != old]
+        revert = [cut for cut in found if cut.at > gate[-1].at - 1]
+        half = (count + 1) // 2
+        for cut in random_.sample(gate, half) + random_.sample(revert, half):
+            recovers(fleet, cut, {old, cut.current})
+            assert fleet.current() == old
+            assert fleet.database() == tables
+            assert fleet.data() == data
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", [*replica.MKFS])
+def test_power_is_cut_in_a_first_deploy(
+    images: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    """Its environment is made on the disk, gigabytes of files that nobody syncs one by one: three cuts."""
+    with tower(tmp_path, images, kind, None) as fleet:
+        random_ = chance(request)
+        client = fleet.start("deploy", "--host", "spark")
+        found = cuts(fleet, client, 6, random_)
+        said, _ = client.communicate()
+        assert client.returncode == 0, said
+        new = fleet.current()
+        for cut in random_.sample(found, 3):
+            recovers(fleet, cut, {"", new})
+            assert fleet.current() == new
