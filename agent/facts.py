@@ -177,7 +177,7 @@ def _prefix(site: Site) -> Json:
     with suppress(OSError):
         names = sorted(path.name for path in site.prefix.iterdir())
     # Of a killed run: what `link` and `folders` make before they rename it.
-    own = [name for name in names if name in OWN or re.fullmatch(r"\.(current|data)\.(\d+|back)", name)]
+    own = [name for name in names if name in OWN or re.fullmatch(r"\.(current|data)\.\w+", name)]
     points = sorted({each["point"] for each in mounts() if each["point"].startswith(f"{real}/")})
     data = (site.data, *(site.data / name for name in DATA))
     deployed = read(site.state / "site.json", lenient=True)

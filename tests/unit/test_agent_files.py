@@ -289,6 +289,16 @@ def test_what_a_killed_run_of_this_pid_left_is_no_obstacle(tmp_path: Path) -> No
     assert [path.name for path in (tmp_path / "place").iterdir()] == ["new"]
 
 
+def test_a_folder_that_a_killed_run_was_making_is_hearths_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = at(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            steps.folders(site, {}, lambda _: None)
+    (tmp_path / "somebodys").touch()
+    assert facts(site, ASK, [])["place"]["others"] == ["somebodys"]
+
+
 def test_a_release_runs_its_own_agent(tmp_path: Path) -> None:
     """Another client's submit replaces the one in state/."""
     site = at(tmp_path)
