@@ -278,6 +278,8 @@ def restore(snapshot: Path, place: Path) -> None:
     The log and journal go first: SQLite would apply a newer one's to the older database.
     """
     for name in reversed(DATABASE):
+        for draft in place.glob(f".{name}.*"):  # of a restore that was killed
+            draft.unlink()
         kept, now = snapshot / name, place / name
         if not kept.exists():
             retried(lambda now=now: now.unlink(missing_ok=True))  # type: ignore[misc]
