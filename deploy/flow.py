@@ -82,7 +82,7 @@ DESTRUCTIVE = ("remove", "nuke", "adopt", "undo adopt")
 class Consent:
     """The yes to a change, asked for once for all hosts of a command.
 
-    Without a terminal only what is `DESTRUCTIVE` needs --yes: CI deploys, and a deploy goes back by itself.
+    Without a terminal only what is `DESTRUCTIVE` needs --yes: scripts deploy, and an unhealthy release is taken back.
     """
 
     def __init__(self, names: Sequence[str], action: str, options: Options) -> None:

@@ -68,6 +68,7 @@ MODES = {
     "ENOSPC": "the operation fails once",
     "EIO": "the operation fails once",
     "full": "this and every later operation that needs room fails, until the run has ended",
+    "EROFS": "this and every later operation on files fails, until the run has ended",
 }
 NEEDS_ROOM = {"open", "write", "mkdir", "symlink", "link", "posix_fallocate"}
 
@@ -172,6 +173,8 @@ class Layer:
             raise OSError(getattr(errno, self.mode), os.strerror(getattr(errno, self.mode)))
         if self.mode == "full" and self.number >= self.at and name in NEEDS_ROOM:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.mode == "EROFS" and self.number >= self.at and name in self.COUNTED:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     def install(self) -> None:
         """For the rest of this process."""
@@ -214,6 +217,8 @@ class World:
 
     place: Path
     scenario: Scenario
+    short: str = ""
+    """Which memory there is too little of for a trial."""
     site: Site = field(init=False)
 
     def __post_init__(self) -> None:
@@ -238,6 +243,12 @@ class World:
         write(site.state / cutover.RESERVE, bytes(runs.RESERVED))
         write(site.pending, json.dumps(PLAN))
         return self
+
+    def plan(self, **values: object) -> None:
+        """Change the pending cut-over."""
+        cut, prune = PLAN["steps"]
+        steps = [{**cut, **values}] + ([prune] if values.get("trial") != "only" else [])  # type: ignore[dict-item]
+        write(self.site.pending, json.dumps({**PLAN, "steps": steps}))
 
     def faulty(self, mode: str, at: int, counted: mmap.mmap | None = None) -> int:
         """Apply what is pending in a process of its own, with a fault; its exit code."""
@@ -285,7 +296,7 @@ class World:
                 patch.setattr(module, "trial_of", lambda site, _: StandIn(site))
             patch.setattr(cutover, "drain", lambda *_: None)
             patch.setattr(cutover, "first_answer", first_answer)
-            patch.setattr(cutover, "lacking", lambda: "")
+            patch.setattr(cutover, "lacking", lambda: self.short)
             patch.setattr(files, "RETRIES", [0, 0])
             patch.setattr(files, "DRAFT_SECONDS", 0)
             try:
@@ -338,7 +349,10 @@ class World:
 
 def count(place: Path, scenario: Scenario) -> tuple[list[str], list[str]]:
     """The durable operations of a scenario without faults, and those that the counter did not see."""
-    world = World(place, scenario).make()
+    return count_of(World(place, scenario).make())
+
+
+def count_of(world: World) -> tuple[list[str], list[str]]:
     shared = mmap.mmap(-1, 1 << 20)
     assert world.faulty("", 0, shared) == 0
     seen, unseen = json.loads(shared[:].decode())
@@ -375,6 +389,91 @@ def test_a_cut_over_survives_every_fault_at_every_operation(
     record_property("cases", cases)
     print(f"\n{scenario.name}: {cases} cases, {len(seen)} operations")
     assert not bad, "\n".join(bad[:40])
+
+
+def test_the_record_of_another_run_is_ignored(tmp_path: Path) -> None:
+    world = World(tmp_path, SCENARIOS[0]).make()
+    other = {"run": "r0", "phase": "reverting", "from": "gone", "to": "new", "tried": True, "copied": True}
+    write(world.site.cut, json.dumps({**other, "fault": Fault("gate", "of another run").report}))
+    assert world.apply() == 0
+    assert (world.site.release(), world.faults()) == ("new", [])
+
+
+def test_a_revert_leaves_a_service_as_it_was(tmp_path: Path) -> None:
+    """Stopped and disabled by somebody: it is neither started nor enabled."""
+    world = World(tmp_path, Scenario("fails the gate", gate=False)).make()
+    for name in ("running", "enabled"):
+        (tmp_path / name).unlink()
+    assert world.apply() == 0
+    assert world.site.release() == "old"
+    assert not (tmp_path / "running").exists()
+    assert not (tmp_path / "enabled").exists()
+
+
+def test_a_cut_over_that_a_boot_interrupted_does_not_wait_for_mounts_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server of a mount is late: the old release is current again, and starts when the mount is there."""
+    world = World(tmp_path, SCENARIOS[0]).make()
+    seen, _ = count_of(world)
+    at = next(number for number, each in enumerate(seen, 1) if "start" in each)
+    world = World(tmp_path / "again", SCENARIOS[0])
+    world.place.mkdir()
+    assert world.make().faulty("power", at) == KILLED
+    monkeypatch.setattr(cutover, "MOUNTS_SECONDS", 0)
+    monkeypatch.setattr(Site, "unmounted", lambda _: ["/mnt/late"])
+    waits: list[bool] = []
+
+    def start(self: Manager, *, wait: bool = True) -> None:
+        waits.append(wait)
+        self.boot()
+
+    monkeypatch.setattr(Manager, "start", start)
+    assert world.apply() == 0
+    (line,) = history(world.site)
+    assert (line["result"], world.site.release(), waits) == ("reverted", "old", [False])
+    assert "/mnt/late is not mounted" in line["error"]
+
+
+def test_without_memory_for_two_there_is_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "meminfo", lambda: {"MemAvailable": 1_000_000_000})
+    assert trial.lacking() == "1.0 GB of memory are available, 2.5 GB needed"
+    monkeypatch.setattr(trial, "meminfo", lambda: {"MemAvailable": 10_000_000_000})
+    gpu = {"index": 0, "unified": False, "memory_total": 12_000_000_000, "memory_used": 11_000_000_000}
+    monkeypatch.setattr(trial, "gpus", lambda: [gpu])
+    assert trial.lacking() == "GPU 0 has 1.0 GB free, 1.5 GB needed"
+    monkeypatch.setattr(trial, "gpus", lambda: [{**gpu, "unified": True}, {**gpu, "memory_used": None}])
+    assert trial.lacking() == ""
+    world = World(tmp_path, Scenario("fails the trial", trial=False)).make()
+    world.short = "no memory"
+    assert world.apply() == 0
+    assert world.site.release() == "new"
+    world = World(tmp_path / "only", SCENARIOS[0])
+    world.place.mkdir()
+    world.make().plan(trial="only")
+    world.short = "no memory"
+    assert world.apply() == 0
+    (line,) = history(world.site)
+    assert (line["result"], line["error"]) == ("failed", "there is not enough memory for a trial: no memory")
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_trial_alone_touches_nothing(tmp_path: Path, good: bool) -> None:
+    world = World(tmp_path, Scenario("", trial=good, migrates=True)).make()
+    world.plan(trial="only")
+    database = world.site.database.read_bytes()
+    assert world.apply() == 0
+    assert (world.site.release(), (tmp_path / "running").read_text()) == ("old", "old")
+    assert (world.faults(), world.site.database.read_bytes()) == ([], database)
+    (line,) = history(world.site)
+    assert line["result"] == ("done" if good else "failed")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_errors_of_the_disk_are_told_as_such(code: int) -> None:
+    fault = files.os_fault(OSError(code, os.strerror(code)), "it could not be written")
+    assert (fault.report["kind"], fault.report["hint"] != "") == ("disk", True)
+    assert os.strerror(code) in fault.report["cause"]
 
 
 def outcome(world: World, mode: str, at: int) -> list[str]:
