@@ -212,6 +212,38 @@ def test_without_systemd_too_comfyui_waits_for_its_mounts(running: Here, tmp_pat
         subprocess.run(["umount", "--lazy", str(pool)], check=False)
 
 
+def test_other_addresses_another_port_and_tls_are_tried_and_taken_back(running: Here, tmp_path: Path) -> None:
+    """Each release is asked where it listens itself, in the trial, after the cut-over and on the way back."""
+    before, port = (running.prefix / "current").readlink(), running.port
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=spark.example", "-days", "2"]
+    subprocess.run(
+        [*words, "-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")],
+        check=True,
+        capture_output=True,
+    )
+    flags = f'"--tls-keyfile" = {{ value = "{tmp_path}/key.pem", why = "a test" }}\n'
+    flags += f'"--tls-certfile" = {{ value = "{tmp_path}/cert.pem", why = "a test" }}\n'
+    running.port = free_port()
+    try:
+        running.configure(f'listen = "127.0.0.1,::1"\n[hosts.local.override.flags]\n{flags}')
+        done = running.inv("deploy")
+        assert done.returncode == 0, done.stderr
+        assert "trial: the second picture came back" in done.stderr
+        assert done.stdout.strip().endswith(f"is in service at https://127.0.0.1:{running.port}")
+        status = json.loads(running.inv("status", "--json").stdout)
+        assert "answers" in json.dumps(status)
+        slow = running.inv("restart")
+        assert slow.returncode == 0, slow.stderr
+        back = running.inv("rollback")  # hosts.toml still names the other port
+        assert back.returncode == 0, back.stderr
+    finally:
+        running.port = port
+    assert (running.prefix / "current").readlink() == before
+    assert running.answers(1)
+    running.configure()
+    assert running.inv("deploy", "--dry-run").returncode == 0
+
+
 def test_without_systemd_too_nodes_under_development_are_looked_at_and_memory_is_given_back(
     running: Here, tmp_path: Path
 ) -> None:
