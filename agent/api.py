@@ -178,10 +178,10 @@ def job(entry: Sequence[Any]) -> Json:
 
     `queued` is in seconds since 1970, None where the job does not say.
     """
-    extra = entry[3] if len(entry) > 3 and isinstance(entry[3], dict) else {}
+    workflow, extra = (each if isinstance(each, dict) else {} for each in [*entry[2:4], None, None][:2])
     created = extra.get("create_time")
     queued = created / 1000 if isinstance(created, (int, float)) else None
-    return {"id": str(entry[1]), "nodes": len(entry[2]) if hasattr(entry[2], "__len__") else 0, "queued": queued}
+    return {"id": str(entry[1]), "nodes": len(workflow), "queued": queued}
 
 
 def takes_connections(place: Endpoint) -> bool:
