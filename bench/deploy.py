@@ -132,7 +132,7 @@ def side(stack: ExitStack, name: str, work: Path, checkout: Path) -> Side:
     fresh = host(work / f"{name}-cold", checkout, None)
     stack.callback(fresh.machine.discard)
     cold = first_deploy(fresh)
-    fleet = host(work / f"{name}-warm", checkout, fresh.prefix / "state/cache/uv")
+    fleet = host(work / f"{name}-warm", checkout, fresh.machine.disk / f"upper{PREFIX}/state/cache/uv")
     stack.callback(fleet.machine.discard)
     fresh.machine.discard()
     return Side(name, fleet, cold, first_deploy(fleet))

@@ -54,10 +54,6 @@ class Fleet(Client):
     def deploy(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return self.inv("deploy", "--host", "spark", *words, **env)
 
-    def no_trial(self) -> list[str]:
-        """What makes a deploy skip the trial, so that an unhealthy release gets as far as the gate."""
-        return ["--no-trial"] if "--no-trial" in self.inv("--help", "deploy").stdout else []
-
     def becomes(self, text: str = "") -> subprocess.CompletedProcess[str]:
         """Configure and deploy, which must succeed."""
         self.configure(text)

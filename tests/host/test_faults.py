@@ -314,7 +314,7 @@ def test_the_agent_is_killed_while_it_takes_back_a_release_that_migrated_the_dat
     old, tables, before = steady.current(), steady.database(), len(ended(steady))
     steady.configure("[hosts.spark.override]\nstart_seconds = 3\n")
     app = steady.comfyui(f"migrates-{when}", broken(MIGRATES))
-    client = steady.start("deploy", "--host", "spark", *steady.no_trial(), HEARTH_APP=str(app))
+    client = steady.start("deploy", "--host", "spark", "--no-trial", HEARTH_APP=str(app))
     wait_until(lambda: steady.current() != old, 120)
     if isinstance(when, int):
         left, seen = when, progress(steady)

@@ -204,7 +204,7 @@ def test_power_is_cut_while_a_release_that_migrates_the_database_is_taken_back(
         app = str(fleet.comfyui("migrates", broken(MIGRATES)))
         random_ = chance(request)
         fleet.configure(UNHEALTHY)
-        client = fleet.start("deploy", "--host", "spark", *fleet.no_trial(), HEARTH_APP=app)
+        client = fleet.start("deploy", "--host", "spark", "--no-trial", HEARTH_APP=app)
         found = cuts(fleet, client, 6, random_)
         said, _ = client.communicate()
         assert client.returncode == 66, said
