@@ -54,10 +54,10 @@ class Fleet(Client):
     def deploy(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return self.inv("deploy", "--host", "spark", *words, **env)
 
-    def becomes(self, text: str = "") -> subprocess.CompletedProcess[str]:
+    def becomes(self, text: str = "", *words: str) -> subprocess.CompletedProcess[str]:
         """Configure and deploy, which must succeed."""
         self.configure(text)
-        done = self.deploy()
+        done = self.deploy(*words)
         assert done.returncode == 0, done.stderr
         return done
 

@@ -319,10 +319,10 @@ def test_jobs_are_waited_for_and_named(steady: Fleet) -> None:
     folder = steady.comfyui("slow", slow)
     assert steady.deploy(HEARTH_APP=str(folder)).returncode == 0
     prompt = submit(steady, 65)
-    done = steady.deploy("--drain", "1")
+    done = steady.deploy("--no-trial", "--drain", "1")  # the job would end during the trial
     assert done.returncode == 65, done.stderr
     assert prompt in done.stderr
-    waited = steady.deploy("--drain", "60")
+    waited = steady.deploy("--no-trial", "--drain", "60")
     assert waited.returncode == 0, waited.stderr
     assert f"waiting for jobs: 1 running ({prompt}), 0 waiting" in waited.stderr
     assert (steady.prefix / "data/output/slow_00001_.png").exists()

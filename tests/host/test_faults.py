@@ -170,9 +170,9 @@ def test_an_upload_outlives_what_other_clients_do_meanwhile(steady: Fleet) -> No
     client = half_uploaded(steady)
     flag = '[hosts.spark.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n'
     release = steady.current()
-    steady.becomes(flag)
+    steady.becomes(flag, "--no-trial")  # an upload is given up after 60 s of silence
     other = steady.current()
-    back = steady.inv("rollback", "--host", "spark")
+    back = steady.inv("rollback", "--host", "spark", "--no-trial")
     assert back.returncode == 0, back.stderr
     os.kill(client.pid, signal.SIGCONT)
     said, _ = client.communicate(timeout=180)
@@ -182,7 +182,7 @@ def test_an_upload_outlives_what_other_clients_do_meanwhile(steady: Fleet) -> No
 
 def test_an_upload_for_a_host_that_another_client_has_changed_is_refused(steady: Fleet) -> None:
     client = half_uploaded(steady)
-    steady.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "400", why = "a test" }\n')
+    steady.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "400", why = "a test" }\n', "--no-trial")
     release = steady.current()
     os.kill(client.pid, signal.SIGCONT)
     said, _ = client.communicate(timeout=180)
@@ -195,9 +195,10 @@ def half_uploaded(fleet: Fleet) -> Popen[str]:
     """A client that deploys a ComfyUI with a large file, stopped (SIGSTOP) while it sends that."""
     folder = fleet.comfyui("large-and-slow", {})
     (folder / "src/large.bin").write_bytes(os.urandom(60_000_000))  # new to the host
-    client = fleet.start("deploy", "--host", "spark", HEARTH_APP=str(folder))
     incoming, end = fleet.prefix / "state/incoming", time.monotonic() + 60
-    while not any(0 < path.stat().st_size < 50_000_000 for path in incoming.glob("*.part")):
+    before = set(incoming.glob("*.part"))
+    client = fleet.start("deploy", "--host", "spark", HEARTH_APP=str(folder))
+    while not any(0 < path.stat().st_size < 50_000_000 for path in {*incoming.glob("*.part")} - before):
         assert time.monotonic() < end
         time.sleep(0.003)
     os.kill(client.pid, signal.SIGSTOP)
