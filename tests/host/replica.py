@@ -80,7 +80,12 @@ class Replica(Machine):
     def mount(self) -> None:
         self.disk.mkdir(exist_ok=True)
         if self.image:
-            subprocess.run(["mount", "-o", "loop", str(self.image), str(self.disk)], check=True)
+            words = ["mount", "-o", "loop", str(self.image), str(self.disk)]
+            end = time.monotonic() + 20
+            # xfs refuses a copy while the original is in use, which it is until the last process of a machine has gone.
+            while subprocess.run(words, capture_output=True, check=False).returncode:
+                assert time.monotonic() < end, f"{self.image} cannot be mounted: see dmesg"
+                time.sleep(0.1)
         inside = self.prefix.lstrip("/")
         upper = self.disk / "upper"
         if not upper.exists():
