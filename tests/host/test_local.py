@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -382,9 +383,11 @@ def test_the_supervisors_log(running: Here) -> None:
     assert "this begins up to five seconds early" in lately.stderr
 
     following = running.start("logs", "-f", "-n", "0")
-    time.sleep(1.5)  # it is connected
-    submit(running.port, "seen")
     assert following.stdout is not None
+    for _ in range(20):  # until it is connected: what was said before is not shown
+        submit(running.port, "seen")
+        if select.select([following.stdout], [], [], 3)[0]:
+            break
     seen = [following.stdout.readline() for _ in range(2)]
     assert "got prompt" in seen[0], seen
     following.send_signal(signal.SIGINT)
