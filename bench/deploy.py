@@ -222,8 +222,8 @@ def main() -> None:
             update(one)
             breaks(one)
         text = page(sides, seconds, options.runs)
-    (files.CHECKOUT / "docs/benchmarks-deploy.md").write_text(text)
-    print(text)
+        (files.CHECKOUT / "docs/benchmarks-deploy.md").write_text(text)
+        print(text)
 
 
 def table(head: list[str], rows: list[tuple[str, list[str]]]) -> str:
