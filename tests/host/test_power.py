@@ -9,6 +9,8 @@ deploy under it still takes its own time.
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import random
 import subprocess
@@ -219,6 +221,24 @@ def test_power_is_cut_while_a_release_that_migrates_the_database_is_taken_back(
             assert fleet.data() == data
 
 
+def damaged(fleet: Fleet) -> list[str]:
+    """The packages' files that do not have the size their own list (RECORD) says: also those that nothing imports.
+
+    uv syncs nothing that it unpacks into its cache, and a resumed deploy would take it from there.
+    """
+    manifest = json.loads((fleet.prefix / "current/release.json").read_text())
+    (packages,) = (fleet.prefix / "parts" / manifest["parts"]["env"]).glob("lib/python*/site-packages")
+    found: list[str] = []
+    for record in packages.glob("*.dist-info/RECORD"):
+        with record.open(newline="") as file:
+            for path, _, size in csv.reader(file):
+                whole = packages / path
+                if size and not path.startswith("..") and not (whole.is_file() and whole.stat().st_size == int(size)):
+                    found.append(path)
+    assert [*packages.glob("torch-*.dist-info/RECORD")]
+    return found
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", [*replica.MKFS])
 def test_power_is_cut_in_a_first_deploy(
@@ -235,3 +255,4 @@ def test_power_is_cut_in_a_first_deploy(
         for cut in random_.sample(found, 3):
             recovers(fleet, cut, {"", new})
             assert fleet.current() == new
+            assert damaged(fleet) == []
