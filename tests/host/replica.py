@@ -12,7 +12,7 @@ import fcntl
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,13 +52,29 @@ def make_image(place: Path, kind: str, size: str) -> Path:
     return place
 
 
-def unmount(place: Path) -> None:
-    """Unmount all below a folder, and wait until that is done: a file system may be mounted elsewhere next."""
-    end = time.monotonic() + 20
+def unmount(place: Path, image: Path) -> None:
+    """Unmount all below a folder, and wait until nothing has the image any more: a copy of it is mounted next.
+
+    What a killed machine had mounted, too, goes some time after its processes, when gigabytes are written out. XFS
+    and btrfs refuse a second file system of the same UUID meanwhile.
+    """
+    end = time.monotonic() + 60
     while points := mounted_below(place):
         if subprocess.run(["umount", "--quiet", str(points[0])], check=False).returncode:
             assert time.monotonic() < end, f"{points[0]} is in use"
             time.sleep(0.05)
+    while any(text.startswith(str(image)) for text in _looped()):  # a deleted file's name has a word after it
+        assert time.monotonic() < end, f"{image} is in use"
+        time.sleep(0.05)
+
+
+def _looped() -> list[str]:
+    """The files behind loop devices."""
+    found: list[str] = []
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # detached in this moment
+            found.append(path.read_text())
+    return found
 
 
 @dataclass(kw_only=True)
@@ -118,7 +134,8 @@ class Replica(Machine):
     def exchange_disk(self, image: Path) -> None:
         """Pull the plug and put another disk in; `boot` boots from it."""
         self.power_off()
-        unmount(self.place)
+        assert self.image
+        unmount(self.place, self.image)
         # A btrfs that was seen newer than the one that comes now would be refused.
         subprocess.run(["btrfs", "device", "scan", "--forget"], capture_output=True, check=False)
         self.image = image

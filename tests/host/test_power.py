@@ -155,12 +155,12 @@ def test_a_copy_of_a_disk_has_what_was_synced_and_not_what_was_only_in_memory(im
         subprocess.run(["sync", "--file-system", str(mounted)], check=True)
         (mounted / "not").write_text("not")
         replica.clone(image, copy)
-        replica.unmount(mounted)
+        replica.unmount(mounted, image)
         subprocess.run(["mount", "-o", "loop", str(copy), str(mounted)], check=True)
         assert (mounted / "synced").read_text() == "synced"
         assert not (mounted / "not").exists()
     finally:
-        replica.unmount(mounted)
+        replica.unmount(mounted, copy)
         image.unlink()
         copy.unlink(missing_ok=True)
         mounted.rmdir()
