@@ -12,7 +12,7 @@ import fcntl
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,29 +52,24 @@ def make_image(place: Path, kind: str, size: str) -> Path:
     return place
 
 
-def unmount(place: Path, image: Path) -> None:
-    """Unmount all below a folder, and wait until nothing has the image any more: a copy of it is mounted next.
+def mount_image(image: Path, place: Path) -> None:
+    """Mount an image, also where another one with the same UUID still is mounted.
 
-    What a killed machine had mounted, too, goes some time after its processes, when gigabytes are written out. XFS
-    and btrfs refuse a second file system of the same UUID meanwhile.
+    It may be for long: a mount namespace that some other program made meanwhile has the mount of the disk before, too.
+    XFS has to be told, btrfs knows since Linux 6.7.
     """
-    end = time.monotonic() + 60
+    with image.open("rb") as file:
+        options = "loop,nouuid" if file.read(4) == b"XFSB" else "loop"
+    subprocess.run(["mount", "-o", options, str(image), str(place)], check=True)
+
+
+def unmount(place: Path) -> None:
+    """Unmount all below a folder, as soon as nothing uses it any more."""
+    end = time.monotonic() + 20
     while points := mounted_below(place):
         if subprocess.run(["umount", "--quiet", str(points[0])], check=False).returncode:
             assert time.monotonic() < end, f"{points[0]} is in use"
             time.sleep(0.05)
-    while any(text.startswith(str(image)) for text in _looped()):  # a deleted file's name has a word after it
-        assert time.monotonic() < end, f"{image} is in use"
-        time.sleep(0.05)
-
-
-def _looped() -> list[str]:
-    """The files behind loop devices."""
-    found: list[str] = []
-    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
-        with suppress(OSError):  # detached in this moment
-            found.append(path.read_text())
-    return found
 
 
 @dataclass(kw_only=True)
@@ -96,12 +91,7 @@ class Replica(Machine):
     def mount(self) -> None:
         self.disk.mkdir(exist_ok=True)
         if self.image:
-            words = ["mount", "-o", "loop", str(self.image), str(self.disk)]
-            end = time.monotonic() + 20
-            # xfs refuses a copy while the original is in use, which it is until the last process of a machine has gone.
-            while subprocess.run(words, capture_output=True, check=False).returncode:
-                assert time.monotonic() < end, f"{self.image} cannot be mounted: see dmesg"
-                time.sleep(0.1)
+            mount_image(self.image, self.disk)
         inside = self.prefix.lstrip("/")
         upper = self.disk / "upper"
         if not upper.exists():
@@ -134,9 +124,6 @@ class Replica(Machine):
     def exchange_disk(self, image: Path) -> None:
         """Pull the plug and put another disk in; `boot` boots from it."""
         self.power_off()
-        assert self.image
-        unmount(self.place, self.image)
-        # A btrfs that was seen newer than the one that comes now would be refused.
-        subprocess.run(["btrfs", "device", "scan", "--forget"], capture_output=True, check=False)
+        unmount(self.place)
         self.image = image
         self.mount()
