@@ -19,7 +19,7 @@ from pathlib import Path
 
 from agent.comfyui import gate
 from agent.facts import sudoers
-from agent.files import Fault, Json, free, inherited, link, own, read, remove, run, sha256, tree, write
+from agent.files import Fault, Json, free, inherited, link, own, read, read_text, remove, run, sha256, tree, write
 from agent.journal import history
 from agent.parts import as_service, contents, part
 from agent.services import UNITS, manager_of
@@ -311,6 +311,11 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
     own_cache = str(site.state / "cache/uv")
     environment = {**_configured(step["python"]), **inherited(*_INDEX)}
     environment |= {"UV_CACHE_DIR": own_cache, "UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1"}
+    # uv syncs nothing: a power cut may leave files without content in the cache. A kill, in the same boot, does not.
+    boot, used = read_text(Path("/proc/sys/kernel/random/boot_id")), site.state / "cache-in-use"
+    if used.exists() and read_text(used) != boot:
+        remove(site.state / "cache")
+    write(used, boot)
     wheels = site.state / "wheels"
     wheels.mkdir(exist_ok=True)
     for wheel in step["wheels"]:
@@ -351,6 +356,7 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
         _refuse_overwritten(place)
         # Some packages ship templates and tests that no Python parses; what cannot be compiled is not imported.
         subprocess.run([f"{place}/bin/python", *_compileall(site, step, place), f"{place}/lib"], capture_output=True)
+    used.unlink()  # sealing the part has synced everything
     shutil.rmtree(wheels)
 
 

@@ -52,7 +52,7 @@ def make(tmp_path: Path, one: dict[str, str], two: dict[str, str]) -> Path:
     site = Site({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
     uv = shutil.which("uv")
     assert uv
-    (site.state / "tools").mkdir(parents=True)
+    (site.state / "tools").mkdir(parents=True, exist_ok=True)
     (site.state / "tools/uv").symlink_to(uv)
     site.incoming.mkdir()
     wheels, lines = [], []
@@ -196,7 +196,7 @@ def test_an_index_whose_certificate_is_not_trusted_is_told_as_that(
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     site = at(tmp_path)
-    (site.state / "tools").mkdir(parents=True)
+    (site.state / "tools").mkdir(parents=True, exist_ok=True)
     (site.state / "tools/uv").symlink_to(str(shutil.which("uv")))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
@@ -297,3 +297,14 @@ def test_what_a_prefix_was_deployed_as_and_where_its_unit_leads_is_told(
     assert facts._prefix(site)["elsewhere"] == str(other)
     (tmp_path / "way").symlink_to(other)
     assert facts._prefix(Site({**site.json, "prefix": str(tmp_path / "way")}))["elsewhere"] == ""
+
+
+@pytest.mark.parametrize(("boot", "kept"), [("another boot", False), ("", True)])
+def test_a_cache_that_was_in_use_when_the_power_was_cut_is_deleted(tmp_path: Path, boot: str, kept: bool) -> None:
+    """uv syncs nothing, and would install its files without content; after a kill in the same boot they are whole."""
+    old = tmp_path / "state/cache/uv/old"
+    write(old, "perhaps without content")
+    write(tmp_path / "state/cache-in-use", boot or Path("/proc/sys/kernel/random/boot_id").read_text())
+    make(tmp_path, {"one.py": ""}, {"two.py": ""})
+    assert old.exists() == kept
+    assert not (tmp_path / "state/cache-in-use").exists()

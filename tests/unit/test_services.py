@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from agent import services
-from agent.files import Fault, flock, free, link, read, started, write
+from agent.files import Fault, flock, free, link, read, read_text, started, write
 from agent.gpu import process
 from agent.services import Supervised, Systemd, manager_of, wait_for
 from agent.site import Site
@@ -210,7 +210,7 @@ def test_a_supervisor_goes_on_without_room_for_its_record(tmp_path: Path) -> Non
     site = make(tmp_path)
     (Supervised(site).record / "in the way").mkdir(parents=True)  # the rename fails
     with supervisor(site) as one:
-        assert wait_for(lambda: "up" in Supervised(site).output.read_text(), 20)
+        assert wait_for(lambda: "up" in read_text(Supervised(site).output), 20)
         assert one.poll() is None
 
 
