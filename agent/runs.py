@@ -90,7 +90,7 @@ def submit(site: Site, plan: Json) -> Json:
                 "",
                 "watch it with inv attach, then run the same command again",
             )
-        if site.release() != plan["base"]:
+        if site.release() != plan["base"] or _missing(site, plan["steps"]):
             raise Fault("busy", "the host was changed since the plan was made", "", "run the same command again")
         write(site.state / "site.json", json.dumps(site.json))
         write(site.state / "agent.pyz", Path(sys.argv[0]).read_bytes())
@@ -99,6 +99,19 @@ def submit(site: Site, plan: Json) -> Json:
         write(site.pending, json.dumps({**plan, "since": now()}))
         manager_of(site).go()
     return {"run": plan["run"]}
+
+
+def _missing(site: Site, steps: list[Json]) -> set[str]:
+    """The parts and releases that these steps rest on and do not make: another run may have pruned them since."""
+    parts = {source.partition("/")[0] for step in steps for source in step.get("reuse", {}).values()}
+    releases = {step["to"] for step in steps if step["kind"] == "cut-over"}
+    for step in steps:
+        if step["kind"] == "release":
+            parts |= set(step["release"]["parts"].values())
+            releases.discard(step["release"]["id"])
+    parts -= {step["part"] for step in steps if "part" in step}
+    lack = {name for name in parts if not (site.parts / name).is_dir()}
+    return lack | {name for name in releases if not site.manifest(name)}
 
 
 RESERVED = 65536

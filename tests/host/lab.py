@@ -37,7 +37,9 @@ class Lab(Client):
     def prepare(self) -> None:
         """The login, the keys, the configuration of sshd and client."""
         self.place.chmod(0o755)
-        subprocess.run(["useradd", "--create-home", "--shell", "/bin/bash", self.login], check=True)
+        # A number that no login of a booted host has, whose processes are seen from here, too: `processes` finds ours.
+        number = ["--key", "UID_MIN=30000", "--key", "UID_MAX=39999"]
+        subprocess.run(["useradd", *number, "--create-home", "--shell", "/bin/bash", self.login], check=True)
         for each in self.home.iterdir():  # the skeleton's files, which tests write themselves
             each.unlink()
         line = f"{self.login}:{self.password}"  # sshd refuses a login whose password is locked

@@ -176,22 +176,21 @@ def test_an_upload_outlives_what_other_clients_do_meanwhile(steady: Fleet) -> No
     assert back.returncode == 0, back.stderr
     os.kill(client.pid, signal.SIGCONT)
     said, _ = client.communicate(timeout=180)
-    if client.returncode == 69:  # on a slow machine that took more than a minute: the same command resumes
-        assert "it resumes" in said
+    code = client.returncode
+    if code in (69, 64):  # on a slow machine that took more than a minute; or what it would have copied was pruned
+        assert "it resumes" in said or "run the same command again" in said
         again = steady.deploy(HEARTH_APP=str(app))
-        (client.returncode, said) = (again.returncode, again.stderr)
-    shutil.rmtree(app)
-    assert client.returncode == 0, said
+        code, said = again.returncode, again.stderr
+    assert code == 0, said
     assert steady.current() not in (release, other)
 
 
 def test_an_upload_for_a_host_that_another_client_has_changed_is_refused(steady: Fleet) -> None:
-    client, app = half_uploaded(steady)
+    client, _ = half_uploaded(steady)
     steady.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "400", why = "a test" }\n', "--no-trial")
     release = steady.current()
     os.kill(client.pid, signal.SIGCONT)
     said, _ = client.communicate(timeout=180)
-    shutil.rmtree(app)
     assert client.returncode == 64, said
     assert "run the same command again" in said
     assert steady.current() == release
@@ -199,7 +198,7 @@ def test_an_upload_for_a_host_that_another_client_has_changed_is_refused(steady:
 
 def half_uploaded(fleet: Fleet) -> tuple[Popen[str], Path]:
     """A client that deploys a ComfyUI with a large file, stopped (SIGSTOP) while it sends that; and that ComfyUI."""
-    folder = fleet.comfyui("large-and-slow", {})
+    folder = fleet.comfyui(f"large-{time.monotonic_ns()}", {})
     (folder / "src/large.bin").write_bytes(os.urandom(60_000_000))  # new to the host
     incoming, end = fleet.prefix / "state/incoming", time.monotonic() + 60
     before = set(incoming.glob("*.part"))

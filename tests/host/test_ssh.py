@@ -216,10 +216,10 @@ def test_a_missing_ssh_names_its_package(box: Lab) -> None:
 
 @pytest.mark.usefixtures("box")
 def test_nothing_is_left_of_a_connection() -> None:
-    before = set(Path("/tmp").glob("hearth-*"))
-    reach()
-    assert set(Path("/tmp").glob("hearth-*")) == before
-    assert not ours("ssh: ")
+    with connection.connect(flow.find_target("box")) as agent:
+        agent.call("history")
+        assert len(masters(agent)) == 1
+    assert within(5, lambda: not masters(agent))
 
 
 # --- host keys ----------------------------------------------------------------------------------------------------
@@ -537,7 +537,7 @@ def test_an_upload_that_is_cut_off_leaves_nothing(box: Lab, monkeypatch: pytest.
 # --- connections that break ---------------------------------------------------------------------------------------
 
 
-def following(box: Lab, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> HearthError:
+def following(box: Lab, monkeypatch: pytest.MonkeyPatch, act: Callable[[connection.Agent], None]) -> HearthError:
     """The error that ends a watched run when something happens to the connection after the first event."""
     monkeypatch.setattr(connection, "ALIVE", 1)
     monkeypatch.setattr(connection, "QUIET", 6)
@@ -549,19 +549,21 @@ def following(box: Lab, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]
         with pytest.raises(HearthError) as caught, connection.connect(flow.find_target("box")) as agent:
             for event in agent.stream("follow", run="r1"):
                 if event["event"] == "step":
-                    act()
+                    act(agent)
     finally:
         lock.kill()
         lock.wait()
     return caught.value
 
 
-def ours(word: str) -> list[int]:
-    """The masters of shared connections that this process left running."""
+def masters(agent: connection.Agent) -> list[int]:
+    """The processes that hold this agent's shared connection."""
+    assert isinstance(agent, connection.Ssh)
+    (path,) = (word.partition("=")[2] for word in agent._argv if word.startswith("ControlPath="))
     found = []
     for each in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            if each.read_bytes().startswith(word.encode()) and b"/tmp/hearth-" in each.read_bytes():
+            if each.read_bytes().startswith(f"ssh: {path} ".encode()):
                 found.append(int(each.parent.name))
     return found
 
@@ -577,11 +579,11 @@ def test_whoever_loses_sight_of_a_change_is_sent_to_attach(
     box: Lab, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kills = {
-        "agent": lambda: signal_all(box.processes("follow"), signal.SIGKILL),
-        "server": lambda: signal_all(box.processes("sshd:"), signal.SIGKILL),
-        "connection": lambda: signal_all(ours("ssh: "), signal.SIGKILL),
+        "agent": lambda _: box.processes("follow"),
+        "server": lambda _: box.processes("sshd:"),
+        "connection": masters,
     }
-    error = following(box, monkeypatch, kills[what])
+    error = following(box, monkeypatch, lambda agent: signal_all(kills[what](agent), signal.SIGKILL))
     assert isinstance(error, ConnectError)
     assert "inv attach --host box" in error.hint
 
@@ -595,7 +597,7 @@ def test_a_host_that_falls_silent_is_noticed(box: Lab, what: str, jump: bool, mo
         box.configure(own=f"  ProxyCommand {sys.executable} {relay} %p\n")
     stopped: list[int] = []
 
-    def stop() -> None:
+    def stop(_: connection.Agent) -> None:
         stopped.extend(box.processes(what))
         signal_all(stopped, signal.SIGSTOP)
 
@@ -633,6 +635,6 @@ def test_a_host_that_takes_the_connection_and_says_nothing_is_given_up(box: Lab)
 def test_a_connection_that_ended_between_two_verbs_is_made_again() -> None:
     with connection.connect(flow.find_target("box")) as agent:
         assert agent.call("history") == []
-        signal_all(ours("ssh: "), signal.SIGKILL)
-        assert within(5, lambda: not ours("ssh: "))
+        signal_all(masters(agent), signal.SIGKILL)
+        assert within(5, lambda: not masters(agent))
         assert agent.call("history") == []

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from agent import steps
-from agent.files import flock, write
+from agent import runs, steps
+from agent.files import Fault, flock, remove, write
 from agent.services import wait_for
 from agent.site import Site
 from core import files
@@ -146,3 +147,31 @@ def test_pruning_while_a_client_sends(site: Site) -> None:
     write(site.pending, json.dumps({"run": "r", "steps": []}))
     steps.prune(site, {"keep": []}, lambda _: None)
     assert one.end(DATA[HALF:]) == {"size": len(DATA)}
+
+
+REUSES = {"kind": "app", "part": "app-2", "reuse": {"a.py": "app-1/a.py"}}
+WRITES = {"kind": "release", "release": {"id": "two", "parts": {"app": "app-2", "env": "env-1"}}}
+CUTS = {"kind": "cut-over", "to": "two"}
+
+
+@pytest.mark.parametrize("gone", ["", "parts/app-1", "parts/env-1", "releases/two"])
+def test_a_plan_that_rests_on_what_another_run_pruned_is_refused(
+    site: Site, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one deployed, pruned and went back: what is current is as the plan expects it."""
+    for name in ("parts/app-1", "parts/env-1"):
+        (site.prefix / name).mkdir(parents=True)
+    write(site.releases / "two/release.json", json.dumps(WRITES["release"]))
+    if gone:
+        remove(site.prefix / gone)
+    begun: list[str] = []
+    monkeypatch.setattr(runs, "manager_of", lambda _: SimpleNamespace(go=lambda: begun.append("")))
+    steps = [CUTS] if gone.startswith("releases") else [REUSES, WRITES, CUTS]
+    plan = {"run": "r", "who": "a@b", "action": "deploy", "release": "two", "base": "", "steps": steps}
+    if not gone:
+        assert runs.submit(site, plan) == {"run": "r"}
+        return
+    with pytest.raises(Fault) as caught:
+        runs.submit(site, plan)
+    assert caught.value.report["kind"] == "busy"
+    assert not begun and not site.pending.exists()
