@@ -378,16 +378,32 @@ def started(pid: int) -> str:
 
 INHERITED = (
     *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR"),
-    *("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"),  # for systemctl --user
+    *("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "DBUS_SESSION_BUS_ADDRESS"),  # the last for systemctl --user
 )
 """What programs get of the agent's environment. The rest is that of whoever started the agent, and PYTHON*, LD_*, PIP_*
 and the like would change what they do."""
+
+# Indexes, their credentials and certificates, and how the network is reached. Nothing else of uv's: what is installed,
+# and where, is decided by the plan.
+INDEX = (
+    *("UV_INDEX*", "UV_DEFAULT_INDEX", "UV_EXTRA_INDEX_URL", "UV_KEYRING_PROVIDER", "UV_CREDENTIALS_DIR", "NETRC"),
+    *("UV_NATIVE_TLS", "UV_SYSTEM_CERTS", "UV_INSECURE_HOST", "UV_HTTP_*", "UV_REQUEST_TIMEOUT", "UV_OFFLINE", "SSL_*"),
+    *(name for each in ("HTTP", "HTTPS", "ALL", "NO") for name in (f"{each}_PROXY", f"{each}_PROXY".lower())),
+)
 
 
 def inherited(*more: str) -> dict[str, str]:
     """The agent's environment as far as programs get it; `more` are further names, with `*` for any part of one."""
     names = (*INHERITED, *more)
     return {name: value for name, value in os.environ.items() if any(fnmatchcase(name, each) for each in names)}
+
+
+def confine() -> None:
+    """Forget the rest of the environment, whatever starts a program later; and have programs speak English, which we
+    read, and take any file's name."""
+    kept = inherited(*INDEX) | {"LC_ALL": "C.UTF-8"}
+    os.environ.clear()
+    os.environ.update(kept)
 
 
 def run(

@@ -28,7 +28,7 @@ import json
 import sys
 from pathlib import Path
 
-from agent.files import Fault, Json, os_fault, read
+from agent.files import Fault, Json, confine, os_fault, read
 from agent.site import Site
 
 
@@ -40,6 +40,7 @@ def say(value: object) -> None:
 def main(argv: list[str]) -> int:
     """Do what the verb says; 0, or 3 after a Fault, which is then the last line."""
     verb = argv[0]
+    confine()
     try:
         if verb in ("apply", "supervise", "watch", "free"):  # started by a unit or detached: the site is a file
             _stay(verb, Site(read(Path(argv[1]))))

@@ -19,7 +19,22 @@ from pathlib import Path
 
 from agent.comfyui import gate
 from agent.facts import sudoers
-from agent.files import Fault, Json, free, inherited, link, own, read, read_text, remove, run, sha256, tree, write
+from agent.files import (
+    INDEX,
+    Fault,
+    Json,
+    free,
+    inherited,
+    link,
+    own,
+    read,
+    read_text,
+    remove,
+    run,
+    sha256,
+    tree,
+    write,
+)
 from agent.journal import history
 from agent.parts import as_service, contents, part
 from agent.services import UNITS, manager_of
@@ -263,14 +278,6 @@ _NO_NETWORK = "failed to fetch|error sending request|dns error|connection refuse
 _NO_NETWORK += "|network connectivity is disabled"
 _UNTRUSTED = "invalid peer certificate|certificate verify failed"
 
-# Indexes, their credentials and certificates, and how the network is reached. Nothing else of uv's: what is installed,
-# and where, is decided by the plan.
-_INDEX = (
-    *("UV_INDEX*", "UV_DEFAULT_INDEX", "UV_EXTRA_INDEX_URL", "UV_KEYRING_PROVIDER", "UV_CREDENTIALS_DIR", "NETRC"),
-    *("UV_NATIVE_TLS", "UV_SYSTEM_CERTS", "UV_INSECURE_HOST", "UV_HTTP_*", "UV_REQUEST_TIMEOUT", "UV_OFFLINE", "SSL_*"),
-    *(name for each in ("HTTP", "HTTPS", "ALL", "NO") for name in (f"{each}_PROXY", f"{each}_PROXY".lower())),
-)
-
 
 def _configured(python: str) -> dict[str, str]:
     """The indexes and certificates of the system's and the login's uv.toml, as uv's variables for them.
@@ -307,9 +314,9 @@ def index_settings(said: Json) -> dict[str, str]:
 def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Make the virtual environment from the locked list and the kernel wheels, every file by its hash."""
     uv = str(site.state / "tools" / step["tool"])
-    # uv links what it installs to its cache: one of our own, lest somebody else's environment change with a part's.
+    # uv links what it installs to its cache. In a shared one, others could change the files of a part.
     own_cache = str(site.state / "cache/uv")
-    environment = {**_configured(step["python"]), **inherited(*_INDEX)}
+    environment = {**_configured(step["python"]), **inherited(*INDEX)}
     environment |= {"UV_CACHE_DIR": own_cache, "UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1"}
     # uv syncs nothing: a power cut may leave files without content in the cache. A kill, in the same boot, does not.
     boot, used = read_text(Path("/proc/sys/kernel/random/boot_id")), site.state / "cache-in-use"

@@ -312,3 +312,17 @@ def test_a_release_runs_its_own_agent(tmp_path: Path) -> None:
     steps.release(site, {"release": manifest}, lambda _: None)
     assert json.loads((site.releases / "one/release.json").read_text()) == manifest
     assert not (site.releases / "one/agent.pyz").exists()
+
+
+def test_the_agent_forgets_the_environment_of_whoever_started_it(tmp_path: Path) -> None:
+    """Any program that it starts, by whatever call, gets what is left; messages that it compares are English."""
+    code = "import os, subprocess; from agent import main; main.main(['nonsense']); subprocess.run('env', env=None)"
+    hostile = {"LD_DEBUG_OUTPUT": "/tmp/x", "PYTHONPATH": "/nowhere", "SYSTEMD_PAGER": "evil", "LC_ALL": "de_DE.UTF-8"}
+    kept = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "https_proxy": "http://p:1", "UV_INDEX_URL": "x"}
+    request = json.dumps({"site": at(tmp_path).json})
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=request, env=kept | hostile, capture_output=True, text=True, check=True,
+        cwd=files.CHECKOUT,
+    )  # fmt: skip
+    said = dict(line.partition("=")[::2] for line in done.stdout.splitlines()[1:])
+    assert said == kept | {"LC_ALL": "C.UTF-8"}

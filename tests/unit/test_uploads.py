@@ -165,6 +165,7 @@ def test_a_plan_that_rests_on_what_another_run_pruned_is_refused(
     if gone:
         remove(site.prefix / gone)
     begun: list[str] = []
+    monkeypatch.setattr(sys, "argv", [__file__])  # what is kept as the agent
     monkeypatch.setattr(runs, "manager_of", lambda _: SimpleNamespace(go=lambda: begun.append("")))
     steps = [CUTS] if gone.startswith("releases") else [REUSES, WRITES, CUTS]
     plan = {"run": "r", "who": "a@b", "action": "deploy", "release": "two", "base": "", "steps": steps}
