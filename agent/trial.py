@@ -228,7 +228,7 @@ def _copy_live(source: Path, place: Path) -> None:
         import sqlite3
 
         with (
-            closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as live,
+            closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True)) as live,
             closing(sqlite3.connect(place)) as copied,
         ):
             live.backup(copied)

@@ -31,7 +31,7 @@ STATS = {
 
 @contextmanager
 def serving(
-    answers: dict[str, Any], address: str = "127.0.0.1", delay: float = 0, tls: Path | None = None
+    answers: dict[str, Any], address: str = "127.0.0.1", delay: float = 0, late: float = 0, tls: Path | None = None
 ) -> Iterator[int]:
     """A server that answers paths with JSON, bytes as they are, and with a redirect what is a string; its port."""
 
@@ -44,6 +44,10 @@ def serving(
                 self.send_header("Location", answer)
             self.end_headers()
             self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+
+        def do_POST(self) -> None:
+            time.sleep(late)
+            self.do_GET()
 
         def log_message(self, *_: object) -> None:
             pass
@@ -282,6 +286,17 @@ def test_the_health_check_says_what_answered_instead_of_comfyui() -> None:
     assert "the answer to /system_stats is not ComfyUI's" in raised.value.report["cause"]
 
 
+DONE = {"outputs": {"2": {"images": [{"filename": "f", "subfolder": "s", "type": "output"}]}}}
+PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(8) + b"\0\0\0\x40\0\0\0\x40"
+
+
+def test_a_busy_comfyui_that_answers_late_is_healthy(tmp_path: Path) -> None:
+    """A node that computes while it is loaded holds Python's lock, for longer than any other question may take."""
+    answers = {"/prompt": {"prompt_id": "1"}, "/history/1": {"1": DONE}, "/view": PICTURE}
+    with serving(answers, late=5.5) as port:
+        comfyui._picture(at(port), Runs(), "first", tmp_path, lambda _: None)
+
+
 def test_a_second_workflow_that_hangs_is_unhealthy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """comfy-aimdo 0.4.11 was reported to pass the first and to hang in the second (ComfyUI#15269)."""
     monkeypatch.setattr(comfyui, "WORKFLOW_SECONDS", 0.5)
@@ -291,9 +306,7 @@ def test_a_second_workflow_that_hangs_is_unhealthy(tmp_path: Path, monkeypatch: 
         if path == "/prompt":
             pictures.append(json.dumps(body))
             return {"prompt_id": str(len(pictures))}
-        if path == "/history/1":
-            return {"1": {"outputs": {"2": {"images": [{"filename": "f", "subfolder": "s", "type": "output"}]}}}}
-        return {} if path.startswith("/history") else b"\x89PNG\r\n\x1a\n" + bytes(8) + b"\0\0\0\x40\0\0\0\x40"
+        return {"1": DONE} if path == "/history/1" else {} if path.startswith("/history") else PICTURE
 
     monkeypatch.setattr(comfyui, "ask", ask)
     monkeypatch.setattr(comfyui, "first_answer", lambda *_: _stats(STATS))
