@@ -290,7 +290,8 @@ small packages in its environment: `bench/peers/`. Hearth looks through every fi
 ## Downtime (ComfyUI 0.30.0 on a CPU)
 
 The longest time between two answers while a client asks a hundred times a second. Restart and healthy update take
-turns, and the median of {updates} is shown.
+turns, and the median of {updates} is shown. While a release is on trial two ComfyUIs start and compute on the same
+cores: tenths of a second are an answer that came late, from a service that was not stopped.
 
 {downtime}
 
