@@ -278,7 +278,7 @@ def progress(fleet: Fleet) -> tuple[object, ...]:
     records = {
         path: read(path) for path in (*state.glob("runs/*.jsonl"), *state.glob("*.json"), state / "history.jsonl")
     }
-    copies = {path.name for path in state.glob("*snapshot*/*")}
+    copies = {path.name for path in state.glob("database-*/*")}
     return fleet.current(), records, copies, read(database)
 
 
