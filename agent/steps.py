@@ -23,6 +23,7 @@ from agent.files import (
     INDEX,
     Fault,
     Json,
+    copy,
     free,
     inherited,
     link,
@@ -152,10 +153,9 @@ def tool(site: Site, step: Json, note: Callable[[str], None]) -> None:
     place = site.state / "tools" / step["name"]
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(f".{place.name}.{os.getpid()}")
-        shutil.copyfile(receive_blob(site, step["blob"]), part)
-        part.chmod(0o755)
-        part.replace(place)
+        blob = receive_blob(site, step["blob"])
+        blob.chmod(0o755)
+        copy(blob, place)
 
 
 def app(site: Site, step: Json, note: Callable[[str], None]) -> None:
@@ -220,6 +220,7 @@ def _seed(source: Path, place: Path, folder: bool) -> None:
         shutil.copyfile(source, fresh)
     else:
         return
+    os.sync()  # once it is there it is trusted, also after a power cut
     fresh.rename(place)
 
 

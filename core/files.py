@@ -152,9 +152,12 @@ def _lock(folder: Path) -> int | None:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file in one rename: whoever reads it sees the old content or the new one."""
+    """Write a file in one rename: whoever reads it sees the old content or the new one, after a power cut, too."""
     with draft(path) as part:
-        part.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with part.open("wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
 
 
@@ -170,6 +173,7 @@ def whole(place: Path) -> Iterator[Path]:
     with _making[place], draft(place) as part:
         part.mkdir()
         yield part
+        os.sync()  # a folder that is there counts as whole, also after a power cut
         try:
             part.rename(place)
         except OSError:

@@ -94,7 +94,7 @@ class Options:
 def seconds(drain: str) -> float:
     """What --drain says; raises UsageError."""
     if not drain.isdecimal():
-        raise UsageError(f"--drain {drain} makes no sense", hint="give seconds, such as --drain 300")
+        raise UsageError(f"--drain {drain} is not a number of seconds", hint="such as: --drain 300")
     return float(drain)
 
 

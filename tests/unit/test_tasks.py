@@ -58,7 +58,7 @@ def test_an_expected_error_is_an_exit_code(error: BaseException, code: int) -> N
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["deploy", "--drain", "soon"], "--drain soon makes no sense"),
+        (["deploy", "--drain", "soon"], "--drain soon is not a number of seconds"),
         (["deploy", "--build", "--bundle", "x.tar"], "--build and --bundle exclude each other"),
         (["adopt", "--by", "copy"], "say --by rename or --by reference"),
         (["adopt", "--apply", "--undo"], "one of --apply and --undo"),
