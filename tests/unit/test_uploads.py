@@ -180,13 +180,12 @@ def test_a_plan_that_rests_on_what_another_run_pruned_is_refused(
 
 def test_a_tool_is_on_the_disk_before_it_has_its_name(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A power cut in a first deploy left uv's file empty, and the host trusted its name ever after."""
-    synced: list[str] = []
-    fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    synced: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink()))
     write(site.incoming / DIGEST, DATA)
     synced.clear()
     steps.tool(site, {"name": "uv-1", "blob": DIGEST}, print)
     tool = site.state / "tools/uv-1"
-    assert [Path(each).parent for each in synced] == [tool.parent, tool.parent.parent]
+    assert [each.parent for each in synced] == [tool.parent, tool.parent.parent]
     assert tool.read_bytes() == DATA
     assert os.access(tool, os.X_OK)
