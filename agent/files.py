@@ -378,7 +378,8 @@ def started(pid: int) -> str:
 
 INHERITED = (
     *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR"),
-    *("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "DBUS_SESSION_BUS_ADDRESS"),  # the last for systemctl --user
+    *("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"),  # for systemctl --user
+    "XDG_CONFIG_HOME",  # where uv.toml lies
 )
 """What programs get of the agent's environment. The rest is that of whoever started the agent, and PYTHON*, LD_*, PIP_*
 and the like would change what they do."""
@@ -399,8 +400,10 @@ def inherited(*more: str) -> dict[str, str]:
 
 
 def confine() -> None:
-    """Forget the rest of the environment, whatever starts a program later; and have programs speak English, which we
-    read, and take any file's name."""
+    """Remove all other variables from this process, so that programs lack them however they are started.
+
+    Programs also speak English then, which the agent reads, and take file names in UTF-8.
+    """
     kept = inherited(*INDEX) | {"LC_ALL": "C.UTF-8"}
     os.environ.clear()
     os.environ.update(kept)

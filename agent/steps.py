@@ -154,7 +154,7 @@ def tool(site: Site, step: Json, note: Callable[[str], None]) -> None:
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         blob = receive_blob(site, step["blob"])
-        blob.chmod(0o755)
+        blob.chmod(0o755)  # the copy has its mode
         copy(blob, place)
 
 
