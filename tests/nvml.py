@@ -18,12 +18,16 @@ MACHINES = ("rtx-4070", "h200", "gb10")
 
 
 @functools.cache
-def library() -> Path:
-    """The library; compiled once, for Debian's path of it and for any LD_LIBRARY_PATH."""
+def library(recording: Path = Path("/etc/nvml-recording")) -> Path:
+    """The library that answers from a recording; for Debian's path of it and for any LD_LIBRARY_PATH.
+
+    The path is compiled in: a variable would not reach the agent, which forgets its caller's environment.
+    """
     folder = tempfile.mkdtemp(prefix="hearth-nvml-")
     atexit.register(shutil.rmtree, folder)
     place = Path(folder) / "libnvidia-ml.so.1"
     words = ["gcc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,libnvidia-ml.so.1"]
+    words += [f'-DRECORDING="{recording}"']
     subprocess.run([*words, "-o", str(place), str(FIXTURES / "nvml.c")], check=True)
     return place
 
@@ -40,7 +44,7 @@ def recording(machine: str, *edits: tuple[str, str]) -> str:
 
 def environment(place: Path) -> dict[str, str]:
     """This process's environment, with the library in it and the recording at `place`."""
-    return {**os.environ, "LD_LIBRARY_PATH": str(library().parent), "NVML_RECORDING": str(place)}
+    return {**os.environ, "LD_LIBRARY_PATH": str(library(place).parent)}
 
 
 def python(code: str, place: Path) -> str:

@@ -109,7 +109,7 @@ def test_its_gpu_is_seen_and_its_memory_given_back(running: Here, tmp_path: Path
     child = running.supervisor()["child"]
     recording = tmp_path / "recording"
     recording.write_text(nvml.recording("gb10", ("compute", f"{child} 5000000000")))
-    env = {"LD_LIBRARY_PATH": str(nvml.library().parent), "NVML_RECORDING": str(recording)}
+    env = {"LD_LIBRARY_PATH": str(nvml.library(recording).parent)}
     (seen,) = json.loads(running.inv("gpu", "--json", **env).stdout)
     (process,) = seen["gpus"][0]["processes"]
     assert (process["pid"], process["comfyui"]) == (child, True)
