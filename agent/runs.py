@@ -20,7 +20,7 @@ from agent.files import Fault, Json, Sweep, append, flock, free, os_fault, read,
 from agent.journal import Journal, busy, events, history, now
 from agent.lifecycle import delete, end_linger, erase, forget, forget_mounts, restart, start, stop, vanish, withdraw
 from agent.memory import drop_caches
-from agent.services import agent_log, manager_of
+from agent.services import manager_of
 from agent.settings import apply_setting, undo_settings
 from agent.site import Site
 from agent.steps import (
@@ -238,8 +238,10 @@ def follow(site: Site, run_id: str) -> Iterator[Json]:
                 gone = read(site.pending).get("run") != run_id  # its last line may have come this very moment
                 idle = idle + 1 if not gone and free(site.lock) else 0
                 if idle > 3:
-                    hint = f"read {agent_log(site)} and the log of {site.service}-apply.service on the host"
-                    raise Fault("step", "what applies the plan ends each time it is started", "", hint)
+                    what, hint = "what applies the plan ends each time it is started", f"its plan is in {site.pending}"
+                    fault = Fault("step", what, "", hint)
+                    fault.report["log"] = manager_of(site).last_go()
+                    raise fault
                 if idle:
                     manager_of(site).go()
                 yield {"event": "alive"}  # shows that the connection still is

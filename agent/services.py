@@ -198,6 +198,14 @@ class Systemd:
         subprocess.run([*self.ctl, "reset-failed", self.apply_unit], capture_output=True)
         run([*self.ctl, "start", "--no-block", self.apply_unit])
 
+    def last_go(self) -> list[str]:
+        """What became of that unit, and the last lines that it wrote."""
+        fields = "ActiveState,SubState,Result,ExecMainCode,ExecMainStatus,NRestarts,Job"
+        shown = run([*self.ctl, "show", self.apply_unit, f"--property={fields}"]).split()
+        who = "--user-unit" if self.site.scope == "user" else "--unit"
+        words = ["--no-pager", "--quiet", "--output=cat", "--lines=12", who, self.apply_unit]
+        return [" ".join(shown), *run(["journalctl", *words]).splitlines()]
+
     def forget(self) -> None:
         """Take that unit away. What it runs goes on to its end, and is not started again when it is killed."""
         if placed := entries(self.units, self.apply_unit):
@@ -352,6 +360,10 @@ class Supervised:
     def go(self) -> None:
         """Apply what is pending, in a process of its own."""
         detach([sys.executable, "-I", str(self.site.state / "agent.pyz"), "apply"], self.site)
+
+    def last_go(self) -> list[str]:
+        """The last lines that such processes wrote."""
+        return read_some(agent_log(self.site)).decode(errors="replace").splitlines()[-12:]
 
 
 Manager = Systemd | Supervised

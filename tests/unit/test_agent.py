@@ -124,12 +124,13 @@ def test_following_a_run_that_nobody_can_go_on_with_ends(tmp_path: Path, monkeyp
     write(site.pending, json.dumps({"run": "r"}))
     started: list[Site] = []
     monkeypatch.setattr("agent.runs.time.sleep", lambda _: None)
-    manager = SimpleNamespace(go=lambda: started.append(site))
+    manager = SimpleNamespace(go=lambda: started.append(site), last_go=lambda: ["Traceback"])
     monkeypatch.setattr("agent.runs.manager_of", lambda _: manager)
     following = runs.follow(site, "r")
     assert [next(following) for _ in range(3)] == [{"event": "alive"}] * 3
-    with pytest.raises(Fault, match="ends each time it is started"):
+    with pytest.raises(Fault, match="ends each time it is started") as raised:
         next(following)
+    assert raised.value.report["log"] == ["Traceback"]
     assert len(started) == 3
 
 
