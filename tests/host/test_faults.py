@@ -5,6 +5,7 @@ The idea is ostree's (tests/inst/src/destructive.rs). `--faults` runs every kind
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import random
@@ -276,7 +277,7 @@ def progress(fleet: Fleet) -> tuple[object, ...]:
     records = {
         path: read(path) for path in (*state.glob("runs/*.jsonl"), *state.glob("*.json"), state / "history.jsonl")
     }
-    copies = {path.name for path in state.glob("database-*/*")}
+    copies = sorted(glob.glob(f"{state}/database-*/*"))  # noqa: PTH207  Path's fails for a folder that is gone by then
     return fleet.current(), records, copies, read(database)
 
 
