@@ -231,8 +231,8 @@ RestartPreventExitStatus=3 4
 RestartSec=1
 OOMPolicy=continue
 KillMode=control-group
-# Now and then systemd (252, in a container under load) misses that a killed process was the last of its group, and starts
-# the next one only after this time. Nothing here needs long to end.
+# Now and then systemd (252, in a container under load) misses that a killed process was the last of its group, and
+# starts the next one only after this time. Nothing here needs long to end.
 TimeoutStopSec=5
 
 [Install]
