@@ -17,7 +17,7 @@ from typing import Any
 
 from agent.api import Endpoint
 from agent.comfyui import drain
-from agent.files import Fault, Json, opened, remove, run
+from agent.files import Fault, Json, discard, opened, remove, run, sync
 from agent.journal import Adopted, now
 from agent.services import UNITS
 from agent.site import SHARING, Site
@@ -81,7 +81,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _drop(place: Path) -> None:
-    remove(place) if place.is_dir() and not place.is_symlink() else place.unlink(missing_ok=True)
+    remove(place) if place.is_dir() and not place.is_symlink() else discard(place)
 
 
 def adopt(site: Site, step: Json, note: Callable[[str], None]) -> None:
@@ -178,6 +178,7 @@ def _keep_database(site: Site, folder: Path, record: Adopted) -> None:
     record.add("database", folder=str(folder))
     os.sync()
     fresh.rename(kept)
+    sync(kept.parent)
 
 
 def _database(folder: Path) -> dict[str, tuple[bytes, int, int, int]]:

@@ -28,7 +28,7 @@ from typing import NoReturn
 
 from agent.api import Endpoint, endpoint
 from agent.comfyui import drain, first_answer, gate, say_changed_types
-from agent.files import Fault, Json, copy, link, os_fault, read, retried, sha256, sync, write
+from agent.files import Fault, Json, copy, discard, link, os_fault, read, retried, sha256, sync, write
 from agent.parts import as_service
 from agent.services import last_words, manager_of, wait_for
 from agent.site import Site
@@ -202,7 +202,7 @@ class Cutover:
                     troubles.append(f"release {previous} is back, and does not serve: {error}")
         else:
             attempt(self.manager.uninstall)
-            attempt(lambda: self.site.current.unlink(missing_ok=True))
+            attempt(lambda: discard(self.site.current))
             back = "there was no release before, so none runs now"
         raise self.reverted(report, back, troubles)
 
@@ -269,7 +269,7 @@ def take_snapshot(source: Path, place: Path) -> None:
         if (source / name).exists():
             copy(source / name, place / name)
         else:
-            (place / name).unlink(missing_ok=True)
+            discard(place / name)
 
 
 def restore(snapshot: Path, place: Path) -> None:
@@ -288,3 +288,4 @@ def restore(snapshot: Path, place: Path) -> None:
                 retried(lambda kept=kept, now=now: copy(kept, now))  # type: ignore[misc]
             except OSError:
                 os.replace(kept, now)  # a full disk has room for this, on the same file system  # noqa: PTH105
+    retried(lambda: sync(place))  # the snapshot is deleted after this

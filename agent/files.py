@@ -103,12 +103,22 @@ def append(path: Path, line: Json) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Bring a folder's entries to the disk: without it a rename may be lost with the power."""
+    """Bring a folder's entries to the disk: without it a rename or deletion may be lost with the power.
+
+    Also one that came before something else was synced: btrfs writes what is asked for, and nothing that is older.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def discard(path: Path) -> None:
+    """Delete a file or link, if it is there; a power cut does not bring it back."""
+    with suppress(FileNotFoundError):
+        path.unlink()
+        sync(path.parent)
 
 
 def link(place: Path, target: Path | str) -> None:

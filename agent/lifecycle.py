@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from agent.api import endpoint
 from agent.comfyui import drain, first_answer
-from agent.files import Fault, Json, Sweep, flock, read, run, write
+from agent.files import Fault, Json, Sweep, discard, flock, read, run, write
 from agent.journal import Journal, now
 from agent.services import UNITS, Manager, Systemd, entries, last_words, manager_of
 from agent.site import Site
@@ -34,7 +35,7 @@ def start(site: Site, step: Json, note: Callable[[str], None]) -> None:
         raise Fault("step", what, "", "mount it there, then run the same command again")
     if step["resume"]:
         manager.enable()
-        site.paused.unlink(missing_ok=True)
+        discard(site.paused)
     await_answer(site, manager, note)
 
 
@@ -72,15 +73,15 @@ def withdraw(site: Site, step: Json, note: Callable[[str], None]) -> None:
     await_jobs(site, manager, step, note)
     manager.stop()
     manager.uninstall()
-    site.paused.unlink(missing_ok=True)
+    discard(site.paused)
     if site.current.is_symlink():
-        site.current.unlink()
+        discard(site.current)
 
 
 def end_linger(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Let the login's systemd end with its last session again."""
     run(["loginctl", "disable-linger"])
-    site.lingered.unlink(missing_ok=True)
+    discard(site.lingered)
 
 
 def forget(site: Site, step: Json, note: Callable[[str], None]) -> None:
@@ -92,7 +93,7 @@ def forget_mounts(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Take away Hearth's mount units. What is mounted stays so until the next boot."""
     for unit in step["units"]:
         for path in entries(UNITS, unit):
-            path.unlink()
+            discard(path)
     run(["systemctl", "daemon-reload"])
 
 
@@ -114,6 +115,7 @@ def _sweep(paths: list[Path], note: Callable[[str], None]) -> None:
     sweep = Sweep()
     for path in paths:
         sweep.delete(path)
+    os.sync()  # what is recorded as deleted does not come back with the power
     note(f"{sweep.files} files are deleted")
     for point in sweep.left:
         note(f"left, it is a mount point: {point}")
@@ -135,5 +137,6 @@ def vanish(site: Site, journal: Journal) -> None:
         journal.add("end", result="done", fault={})
         sweep = Sweep()
         sweep.delete(site.state)
+        os.sync()
     with suppress(OSError):  # the data is in it, or something of somebody else's
         site.prefix.rmdir()

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from agent.files import Fault, read, remove, sha256, tree, walk, write
+from agent.files import Fault, read, remove, sha256, sync, tree, walk, write
 from agent.site import Site
 
 
@@ -160,6 +160,7 @@ def part(site: Site, name: str) -> Iterator[Path]:
     if place.exists():  # a damaged one: aside first, so that what runs from it keeps its open files
         place.rename(site.parts / f".{name}.damaged")
     fresh.rename(place)
+    sync(site.parts)  # before anything that is synced relies on it
     place.chmod(0o555)
     remove(site.parts / f".{name}.damaged")
 

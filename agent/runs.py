@@ -16,7 +16,21 @@ from typing import TextIO, cast
 
 from agent.adopt import adopt, retire, unadopt
 from agent.cutover import RESERVE, cut_over
-from agent.files import Fault, Json, Sweep, append, flock, free, os_fault, read, remove_drafts, retried, sha256, write
+from agent.files import (
+    Fault,
+    Json,
+    Sweep,
+    append,
+    flock,
+    free,
+    os_fault,
+    read,
+    remove_drafts,
+    retried,
+    sha256,
+    sync,
+    write,
+)
 from agent.journal import Journal, busy, events, history, now
 from agent.lifecycle import delete, end_linger, erase, forget, forget_mounts, restart, start, stop, vanish, withdraw
 from agent.memory import drop_caches
@@ -288,6 +302,7 @@ def receive(site: Site, digest: str, size: int, offset: int) -> Json:
                     part.unlink()
                     raise Fault("step", "what was sent is damaged", "", "run the same command again")
                 part.replace(path)
+                sync(site.incoming)
     except FileNotFoundError:
         what, hint = "what was sent so far was deleted", "run the same command again"
         raise Fault("step", what, "another run cleaned up meanwhile", hint) from None

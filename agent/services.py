@@ -14,7 +14,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import Fault, Json, flock, free, inherited, link, read, read_some, read_text, run, started, write
+from agent.files import (
+    Fault,
+    Json,
+    discard,
+    flock,
+    free,
+    inherited,
+    link,
+    read,
+    read_some,
+    read_text,
+    run,
+    started,
+    write,
+)
 from agent.journal import now
 from agent.site import Site
 
@@ -119,7 +133,7 @@ class Systemd:
         if stale := self._stale():
             run([*self.ctl, "stop", *stale])
         for path in [path for name in stale for path in entries(self.units, name)]:
-            path.unlink()
+            discard(path)
         run([*self.ctl, "daemon-reload"])
 
     def uninstall(self) -> None:
@@ -128,10 +142,10 @@ class Systemd:
             self._stop(companions)
         for name in (self.unit, *companions):
             for place in entries(self.units, name):
-                place.unlink()
+                discard(place)
         run([*self.ctl, "daemon-reload"])
         subprocess.run([*self.ctl, "reset-failed", self.unit, *companions], capture_output=True)
-        choice(self.site).unlink(missing_ok=True)
+        discard(choice(self.site))
 
     def enable(self) -> None:
         """Start the service at boot."""
@@ -140,7 +154,7 @@ class Systemd:
 
     def disable(self) -> None:
         """Do not start it at boot."""
-        self._wants(self.unit).unlink(missing_ok=True)
+        discard(self._wants(self.unit))
         run([*self.ctl, "daemon-reload"])
 
     def start(self, *, wait: bool = True) -> None:
@@ -210,7 +224,7 @@ class Systemd:
         """Take that unit away. What it runs goes on to its end, and is not started again when it is killed."""
         if placed := entries(self.units, self.apply_unit):
             for path in placed:
-                path.unlink()
+                discard(path)
             run([*self.ctl, "daemon-reload"])
 
 
@@ -276,12 +290,12 @@ class Supervised:
     def install(self) -> None:
         """Note that the service shall run."""
         _note(self)
-        self.enabled.touch()
+        write(self.enabled, "")
 
     def uninstall(self) -> None:
         """Forget it."""
-        self.enabled.unlink(missing_ok=True)
-        choice(self.site).unlink(missing_ok=True)
+        discard(self.enabled)
+        discard(choice(self.site))
 
     def enable(self) -> None:
         """Nothing starts it at boot."""

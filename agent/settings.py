@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agent.files import Fault, Json, run, write
+from agent.files import Fault, Json, discard, run, write
 from agent.journal import Settings
 from agent.lifecycle import await_answer, await_jobs
 from agent.services import UNITS, manager_of
@@ -42,7 +42,7 @@ def _read_file(place: str) -> list[Any] | None:
 def _write_file(place: str, value: list[Any] | None) -> None:
     path = Path(place)
     if value is None:
-        path.unlink(missing_ok=True)
+        discard(path)
         with suppress(OSError):  # a folder of drop-ins that holds others, or none at all
             if path.parent.name.endswith(".service.d"):
                 path.parent.rmdir()

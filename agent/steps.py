@@ -24,6 +24,7 @@ from agent.files import (
     Fault,
     Json,
     copy,
+    discard,
     free,
     inherited,
     link,
@@ -33,6 +34,7 @@ from agent.files import (
     remove,
     run,
     sha256,
+    sync,
     tree,
     write,
 )
@@ -61,7 +63,7 @@ def rights(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Write what members may do by sudo; a file that sudo would not take is never put there: it would lock all out."""
     place = sudoers(site)
     if not step["text"]:
-        place.unlink(missing_ok=True)
+        discard(place)
         return
     draft = site.state / "sudoers"
     write(draft, step["text"], 0o440)
@@ -93,10 +95,10 @@ def mount(site: Site, step: Json, note: Callable[[str], None]) -> None:
 
 def linger(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Let the login's systemd run without a session, from boot on; where that is not allowed, Hearth supervises."""
-    site.lingered.touch()
+    write(site.lingered, "")
     done = subprocess.run(["loginctl", "enable-linger"], capture_output=True, text=True)
     if done.returncode:
-        site.lingered.unlink()
+        discard(site.lingered)
         note(f"loginctl enable-linger: {done.stderr.strip()}: ComfyUI is supervised by Hearth instead")
 
 
@@ -119,6 +121,7 @@ def folders(site: Site, step: Json, note: Callable[[str], None]) -> None:
         finally:
             os.close(place)
         fresh.rename(folder)
+        sync(folder.parent)
     as_service(site, _share, site.data, list(site.elsewhere.values()))
 
 
@@ -127,6 +130,7 @@ def _share(data: Path, elsewhere: list[str]) -> None:
     for name in DATA:
         if not (data / name).is_symlink():
             (data / name).mkdir(exist_ok=True)
+    sync(data)
     for root in (str(data), *elsewhere):
         for place in tree(Path(root)):
             try:

@@ -23,6 +23,11 @@ from typing import Any
 
 import pytest
 
+from agent import cutover, steps
+from agent.files import discard, write
+from agent.parts import fault_of, part
+from agent.services import Systemd
+from agent.site import Site
 from tests.host import replica
 from tests.host.fleet import PREFIX, Fleet, within
 from tests.host.machine import place_for
@@ -180,6 +185,52 @@ def test_a_copy_of_a_disk_has_what_was_synced_and_not_what_was_only_in_memory(im
         replica.mount_image(copy, other)
         assert (other / "synced").read_text() == "synced"
         assert not (other / "not").exists()
+    finally:
+        for mounted in (disk, other):
+            replica.unmount(mounted)
+            mounted.rmdir()
+        image.unlink()
+        copy.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("kind", [*replica.MKFS])
+def test_what_is_recorded_as_done_is_not_lost_with_the_power(
+    images: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record that is synced says that something before it was done. btrfs syncs what it is asked to, and no more."""
+    image, copy, disk, other = (images / name for name in ("one.img", "two.img", "disk", "other"))
+    disk.mkdir()
+    other.mkdir()
+    try:
+        replica.mount_image(replica.make_image(image, kind, "1G"), disk)
+        site = Site({"prefix": f"{disk}/prefix", "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+        monkeypatch.setenv("HOME", f"{disk}/home")
+        units, kept = Systemd(site).units, site.state / "database"
+        monkeypatch.setattr("agent.services.run", lambda *_: "")
+        for path in (units / "default.target.wants/s.service", site.paused, site.database, kept / "comfyui.db"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("old")
+        site.database.with_name("comfyui.db-wal").write_text("new")
+        os.sync()  # all this is long ago
+
+        steps.folders(site, {}, lambda _: None)
+        with part(site, "env-1") as place:
+            (place / "python").write_text("python")
+        Systemd(site).disable()
+        discard(site.paused)
+        cutover.restore(kept, site.database.parent)
+        write(site.state / "record", "all that was done")
+        replica.clone(image, copy)
+
+        replica.mount_image(copy, other)
+        found = Site({**site.json, "prefix": f"{other}/prefix"})
+        assert (found.state / "record").exists()
+        assert (found.parts / "env-1/python").read_text() == "python"
+        assert fault_of(found.parts / "env-1") == ""
+        assert (found.data / "cache").is_dir()
+        assert not (other / units.relative_to(disk) / "default.target.wants/s.service").exists()
+        assert not found.paused.exists()
+        assert not found.database.with_name("comfyui.db-wal").exists()
     finally:
         for mounted in (disk, other):
             replica.unmount(mounted)
