@@ -229,6 +229,7 @@ def unadopt(site: Site, step: Json, note: Callable[[str], None]) -> None:
         raise Fault("step", f"{len(stuck)} things could not be put back", "\n".join(stuck[:20]), hint)
     shutil.rmtree(site.state / "adopted", ignore_errors=True)
     record.path.rename(record.path.with_name("adopted.undone.jsonl"))
+    sync(site.state)
 
 
 def _undo(site: Site, event: Json) -> None:

@@ -169,22 +169,14 @@ def recovers(fleet: Tower, cut: Cut, allowed: set[str], **env: str) -> None:
     assert fleet.records() == set()
 
 
-@pytest.mark.parametrize("kind", [*replica.MKFS])
-def test_a_copy_of_a_disk_has_what_was_synced_and_not_what_was_only_in_memory(images: Path, kind: str) -> None:
-    """What all tests here rest on."""
-    image, copy = replica.make_image(images / "one.img", kind, "1G"), images / "two.img"
-    disk, other = images / "disk", images / "other"
+@contextmanager
+def disks(images: Path) -> Iterator[tuple[Path, Path, Path, Path]]:
+    """An image and its copy, which are to be made, and the folders to mount them at; all is taken away afterwards."""
+    image, copy, disk, other = (images / name for name in ("one.img", "two.img", "disk", "other"))
     disk.mkdir()
     other.mkdir()
     try:
-        replica.mount_image(image, disk)
-        (disk / "synced").write_text("synced")
-        subprocess.run(["sync", "--file-system", str(disk)], check=True)
-        (disk / "not").write_text("not")
-        replica.clone(image, copy)
-        replica.mount_image(copy, other)
-        assert (other / "synced").read_text() == "synced"
-        assert not (other / "not").exists()
+        yield image, copy, disk, other
     finally:
         for mounted in (disk, other):
             replica.unmount(mounted)
@@ -194,14 +186,25 @@ def test_a_copy_of_a_disk_has_what_was_synced_and_not_what_was_only_in_memory(im
 
 
 @pytest.mark.parametrize("kind", [*replica.MKFS])
+def test_a_copy_of_a_disk_has_what_was_synced_and_not_what_was_only_in_memory(images: Path, kind: str) -> None:
+    """What all tests here rest on."""
+    with disks(images) as (image, copy, disk, other):
+        replica.mount_image(replica.make_image(image, kind, "1G"), disk)
+        (disk / "synced").write_text("synced")
+        subprocess.run(["sync", "--file-system", str(disk)], check=True)
+        (disk / "not").write_text("not")
+        replica.clone(image, copy)
+        replica.mount_image(copy, other)
+        assert (other / "synced").read_text() == "synced"
+        assert not (other / "not").exists()
+
+
+@pytest.mark.parametrize("kind", [*replica.MKFS])
 def test_what_is_recorded_as_done_is_not_lost_with_the_power(
     images: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A record that is synced says that something before it was done. btrfs syncs what it is asked to, and no more."""
-    image, copy, disk, other = (images / name for name in ("one.img", "two.img", "disk", "other"))
-    disk.mkdir()
-    other.mkdir()
-    try:
+    with disks(images) as (image, copy, disk, other):
         replica.mount_image(replica.make_image(image, kind, "1G"), disk)
         site = Site({"prefix": f"{disk}/prefix", "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
         monkeypatch.setenv("HOME", f"{disk}/home")
@@ -231,12 +234,6 @@ def test_what_is_recorded_as_done_is_not_lost_with_the_power(
         assert not (other / units.relative_to(disk) / "default.target.wants/s.service").exists()
         assert not found.paused.exists()
         assert not found.database.with_name("comfyui.db-wal").exists()
-    finally:
-        for mounted in (disk, other):
-            replica.unmount(mounted)
-            mounted.rmdir()
-        image.unlink()
-        copy.unlink(missing_ok=True)
 
 
 def series(*always: str) -> Iterator[object]:
