@@ -220,7 +220,7 @@ class Machine:
         words += [f"--bind={disk}:/srv/{disk.name}" for disk in self.place.glob("disks/*")]
         with (self.place / "console.log").open("ab") as log:
             self.process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=self._alone
             )
         end = time.monotonic() + 120
         while time.monotonic() < end:
@@ -230,6 +230,18 @@ class Machine:
                 break
             time.sleep(0.1)
         raise RuntimeError(f"{self.place} does not boot:\n{(self.place / 'console.log').read_text()[-2000:]}")
+
+    def _cgroups(self) -> list[Path]:
+        """The machine's own control groups: in the hierarchies that its systemd uses, version 1's and version 2's."""
+        roots = (Path("/sys/fs/cgroup", name) for name in ("systemd", "unified", ""))
+        return [root / f"hearth-{self.ssh_port}" for root in roots if (root / "cgroup.procs").exists()]
+
+    def _alone(self) -> None:
+        """Enter them: two machines in one would remove each other's, and then a service of theirs does not start."""
+        for place in self._cgroups():
+            with contextlib.suppress(OSError):  # not ours to make: then it shares them
+                place.mkdir(exist_ok=True)
+                (place / "cgroup.procs").write_text(str(os.getpid()))
 
     def _answers(self) -> bool:
         """Whether sshd does."""
@@ -263,6 +275,10 @@ class Machine:
         self.process = None
         while any(Path(f"/proc/{pid}").exists() for pid in listed):
             time.sleep(0.02)
+        for root in self._cgroups():
+            for place in [*sorted(root.rglob("*/"), reverse=True), root]:
+                with contextlib.suppress(OSError):
+                    place.rmdir()
 
     def run(self, command: str, *, check: bool = True) -> str:
         """Run a shell command there, as root."""
