@@ -181,7 +181,7 @@ def disks(images: Path) -> Iterator[tuple[Path, Path, Path, Path]]:
         for mounted in (disk, other):
             replica.unmount(mounted)
             mounted.rmdir()
-        image.unlink()
+        image.unlink(missing_ok=True)
         copy.unlink(missing_ok=True)
 
 
