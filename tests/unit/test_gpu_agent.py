@@ -87,7 +87,7 @@ def test_an_h200(tmp_path: Path) -> None:
     ],
 )
 def test_a_gb10_has_the_machines_memory(tmp_path: Path, edits: tuple[tuple[str, str], ...]) -> None:
-    found = one(tmp_path, "gb10", ("compute", "4242 1000"), *edits)
+    found = one(tmp_path, "gb10", ("compute", "3904242 1000"), *edits)
     assert (found["unified"], found["memory_source"]) == (True, "meminfo")
     assert found["memory_total"] == meminfo()["MemTotal"]
     assert 0 < found["memory_used"] < found["memory_total"]
@@ -129,11 +129,11 @@ def test_processes_that_make_no_sense(tmp_path: Path) -> None:
     lines = f"compute 0 5\ncompute {pid} {unknown}\ncompute 4294967295 5\nmps {pid} {2**60}\n"
     found = one(tmp_path, "h200", ("compute", "!3"))
     assert found["processes"] == []
-    (found,) = asked(tmp_path, nvml.recording("h200").replace("compute 10291 2690646016\n", lines))
+    (found,) = asked(tmp_path, nvml.recording("h200").replace("compute 3910291 2690646016\n", lines))
     assert [(each["pid"], each["bytes"], each["kind"]) for each in found["processes"]] == [
         (pid, None, "compute"),
-        (10293, 1616904192, "compute"),
-        (10309, 29605494784, "compute"),
+        (3910293, 1616904192, "compute"),
+        (3910309, 29605494784, "compute"),
         (pid, None, "mps"),
     ]
     assert found["faults"] == [
