@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from typing import TextIO
 
 
 _speaker: ContextVar[str] = ContextVar("speaker", default="")
@@ -28,17 +30,44 @@ def speaking(name: str) -> Iterator[None]:
         _speaker.reset(token)
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# Escape sequences whole, then what is left of C0 and C1, and the marks that turn the direction of text (Unicode TR 9).
+_STEERING = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b."
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+
+
+def printable(text: str, *, colours: bool = False) -> str:
+    """Text without what would steer a terminal: hosts, repositories, jobs and file names choose parts of it.
+
+    Tabs and line feeds stay, with `colours` also colours, which end with the text; half of a surrogate pair, which a
+    file name that is not UTF-8 has, becomes an escape.
+    """
+    pieces = _COLOUR.split(text)
+    kept = _COLOUR.findall(text) if colours else [""] * (len(pieces) - 1)
+    first, *rest = (_STEERING.sub("", piece) for piece in pieces)
+    whole = first + "".join(colour + piece for colour, piece in zip(kept, rest, strict=True))
+    return (f"{whole}\x1b[0m" if any(kept) else whole).encode(errors="backslashreplace").decode()
+
+
+def _write(text: str, file: TextIO, end: str = "\n") -> None:
+    """Write text that is printable already; characters that the terminal's encoding lacks become escapes."""
+    encoding = file.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=file, flush=True)
+
+
 def say(text: str) -> None:
     """Tell the person at the terminal something (stderr)."""
     prefix = _speaker.get()
-    print("\n".join(f"{prefix}{line}" for line in text.splitlines()), file=sys.stderr, flush=True)
+    _write("\n".join(f"{prefix}{line}" for line in printable(text).splitlines()), sys.stderr)
 
 
 def agreed(question: str) -> bool | None:
     """Ask the person at the terminal; None where there is none."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    _write(printable(f"{question} [y/N] "), sys.stderr, end="")
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -46,7 +75,7 @@ def typed(question: str, word: str) -> bool:
     """Whether the person at the terminal types this very word; where there is no terminal, nobody does."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
-    print(f"{question} ", end="", file=sys.stderr, flush=True)
+    _write(printable(f"{question} "), sys.stderr, end="")
     return sys.stdin.readline().strip() == word
 
 
@@ -62,9 +91,9 @@ def unread() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
-def data(text: str) -> None:
-    """Write a result (stdout)."""
-    print(text, flush=True)
+def data(text: str, *, colours: bool = False) -> None:
+    """Write a result (stdout); with `colours` its own colours stay, on a terminal."""
+    _write(printable(text, colours=colours and coloured()), sys.stdout)
 
 
 def data_json(value: Any) -> None:
@@ -79,8 +108,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def aligned(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = [list(headings), *[list(row) for row in rows]]
+    """The lines of a table. No cell breaks its line."""
+    lines = [[" ".join(printable(cell).split("\n")) for cell in row] for row in (headings, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     return [
         "  ".join([*(cell.ljust(width) for cell, width in zip(line[:-1], widths[:-1], strict=True)), line[-1]]).rstrip()
@@ -99,10 +128,13 @@ def refreshed(lines: Callable[[], Iterable[str]], seconds: float) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    with Live(Text("\n".join(lines())), screen=False, auto_refresh=False) as live:
+    def seen() -> Text:
+        return Text(printable("\n".join(lines())))
+
+    with Live(seen(), screen=False, auto_refresh=False) as live:
         while True:
             time.sleep(seconds)
-            live.update(Text("\n".join(lines())), refresh=True)
+            live.update(seen(), refresh=True)
 
 
 class Progress:

@@ -72,7 +72,7 @@ def git(
         passed |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
     passed["GIT_CONFIG_COUNT"] = str(before + len(settings))
     passed["GIT_TERMINAL_PROMPT"] = "0"
-    passed["GIT_ALLOW_PROTOCOL"] = "file:git:http:https:ssh"  # no helper such as ext::, which runs a command
+    passed["GIT_ALLOW_PROTOCOL"] = "file:https:ssh"  # nothing unprotected, no helper that runs commands (ext::)
     passed["LC_ALL"] = "C"  # `core.source` reads its messages
     env = {**passed, **(env or {})}
     return shell.run(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomlkit
 
-from core import files, source, tools
+from core import files, foreign, source, tools
 from core.errors import AuditServiceError
 from deploy import advisory, curate, environment, flow, nodes
 from deploy import application as applications
@@ -101,11 +101,7 @@ def _node(name: str, url: str, commit: str, tree: str) -> Repository:
     """A node with its own version, where its tree is in the cache and says one. Nothing is fetched for that."""
     pinned = source.Pinned(name=name, version=commit, source=(source.Source(git=url, commit=commit),), tree=tree)
     place = source.cached(pinned)
-    try:
-        project = tomllib.loads((place / "pyproject.toml").read_text()) if place else {}
-    except (FileNotFoundError, tomllib.TOMLDecodeError, UnicodeDecodeError):
-        project = {}
-    return Repository(name, url, commit, str(project.get("project", {}).get("version", "")))
+    return Repository(name, url, commit, str(foreign.pyproject(place).get("version", "")) if place else "")
 
 
 def check(stock: Stock, service: str = "") -> Audit:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import tomlkit
 
-from core import console, files, source, tools
+from core import console, files, foreign, source, tools
 from core.errors import ConfigError, ProcessError, SourceUnreachableError, UnknownNameError, UsageError, near
 from deploy import advisory, nodes
 
@@ -48,7 +48,8 @@ def add(address: str, why: str) -> str:
     """
     if not why:
         raise UsageError("a node is listed with its reason", hint='--why "what it is for"')
-    url, _, rev = address.partition("@") if "://" in address else (address, "", "")
+    url, rev = _revision(address)
+    nodes.check_address("inv nodes.add", url)
     name = url.rstrip("/").rpartition("/")[2].removesuffix(".git")
     known = nodes.catalogue()
     if name in known.nodes:
@@ -58,7 +59,9 @@ def add(address: str, why: str) -> str:
     for each in advisory.of(url, advisory.advisories()):
         console.say(f"warning: {name} is known to be bad ({each.affected}): {each.what}; {each.source}")
     commit = newest(url, rev or "HEAD")
-    pinned = source.pin(nodes.Node(url=url, commit=commit, tree="", why=why).pinned(name))
+    node = nodes.Node(url=url, commit=commit, tree="", why=why)
+    nodes.check("inv nodes.add", name, node)
+    pinned = source.pin(node.pinned(name))
     with _history(url, commit) as git:
         date = _date(git, commit)
     document = _document()
@@ -68,6 +71,14 @@ def add(address: str, why: str) -> str:
     document.setdefault("nodes", tomlkit.table(is_super_table=True))[name] = table
     _write(document)
     return name
+
+
+def _revision(address: str) -> tuple[str, str]:
+    """The two parts of `URL@REV`; the URL may name a user, as git@host:path does, and the revision be left out."""
+    user = re.match(r"([a-z]+://)?([^/@]*@)?", address)
+    start = user.end() if user else 0
+    url, _, rev = address[start:].partition("@")
+    return address[:start] + url, rev
 
 
 def remove(name: str) -> None:
@@ -170,19 +181,16 @@ def _change(name: str, git: partial[Done], commits: tuple[str, str], trees: tupl
 
 def imported(tree: Path) -> set[str]:
     """The files that run when ComfyUI imports a node, as far as import statements tell."""
+    there = {name for name, _ in files.tree(tree)}
     found: set[str] = set()
-    pending = [name for name in ("__init__.py", "prestartup_script.py", "install.py") if (tree / name).exists()]
+    pending: list[str] = [name for name in ("__init__.py", "prestartup_script.py", "install.py") if name in there]
     while pending:
         name = pending.pop()
         if name in found:
             continue
         found.add(name)
-        try:
-            module = ast.parse((tree / name).read_bytes())
-        except (SyntaxError, ValueError):
-            continue
-        for statement in ast.walk(module):
-            pending += [each for each in _targets(statement, Path(name).parent) if (tree / each).is_file()]
+        for statement in ast.walk(foreign.python(tree / name)):
+            pending += [each for each in _targets(statement, Path(name).parent) if each in there]
     return found
 
 
@@ -213,7 +221,7 @@ def search(workflow: Path) -> dict[str, list[str]]:
         content = json.loads(workflow.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{workflow} does not exist") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{workflow} is no JSON: {error}", hint="save the workflow again, or export it") from None
     types = _types(content)
     if not types:
@@ -254,14 +262,10 @@ def _named(tree: Path) -> set[str]:
     kept = files.cache() / "strings" / f"{tree.name}.json"
     if not kept.exists():
         found: set[str] = set()
-        for path in tree.rglob("*.py"):
-            try:
-                module = ast.parse(path.read_bytes())
-            except (SyntaxError, ValueError):
-                continue
+        for path in (path for name, path in files.tree(tree) if name.endswith(".py")):
             found |= {
                 node.value
-                for node in ast.walk(module)
+                for node in ast.walk(foreign.python(path))
                 if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 100
             }
         files.write(kept, json.dumps(sorted(found)))

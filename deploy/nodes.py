@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from core import console, source
+from core import console, foreign, source
 from core.config import load
 from core.errors import ConfigError, UnknownNameError, near
 from deploy import application
@@ -82,7 +82,7 @@ def catalogue() -> Catalogue:
     found = load(path, Catalogue)
     urls: dict[str, str] = {}
     for name, node in found.nodes.items():
-        _check(path, name, node)
+        check(str(path), name, node)
         url = node.url.lower().removesuffix("/").removesuffix(".git")
         if other := urls.get(url) or next((each for each in urls.values() if each.lower() == name.lower()), ""):
             raise ConfigError(f"{path}: {name} and {other} are the same node", hint="keep one of them")
@@ -104,14 +104,13 @@ def catalogue_file() -> Path:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def _check(path: Path, name: str, node: Node) -> None:
-    """Refuse what could reach beyond a node's own folder, or is no pin."""
+def check(path: str, name: str, node: Node) -> None:
+    """Refuse what could reach beyond a node's own folder, or is no pin; raises ConfigError. `path` says where it is."""
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{path}: {name!r} cannot be a node's name", hint="letters, digits, dots, dashes")
     if not re.fullmatch(r"[0-9a-f]{40}", node.commit):
         raise ConfigError(f"{path}: {name}: commit {node.commit!r} is not a whole commit", hint="40 hexadecimal digits")
-    if not re.match(r"(https|file|ssh|git)://|git@", node.url):
-        raise ConfigError(f"{path}: {name}: {node.url!r} is no address of a repository", hint="https://...")
+    check_address(f"{path}: {name}", node.url)
     for each in node.system:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]+", each):  # deb-control(5)
             raise ConfigError(f"{path}: {name}: {each!r} cannot be a Debian package", hint='system = ["ffmpeg"]')
@@ -119,6 +118,16 @@ def _check(path: Path, name: str, node: Node) -> None:
         parts = Path(each).parts
         if not parts or each.startswith("/") or ".." in parts:
             raise ConfigError(f"{path}: {name}: writable {each!r} is not below the node", hint="config.json, or cache/")
+
+
+def check_address(place: str, url: str) -> None:
+    """Refuse what is no address of a repository that git asks by https, ssh or as a folder; raises ConfigError."""
+    start = r"https://(?![^/]*:[^/]*@)|ssh://|file:///|[\w.-]+@[\w.-]+:"
+    if not re.fullmatch(rf"({start})(?!-)[\w.~/@:+%-]+", url, flags=re.ASCII):
+        raise ConfigError(
+            f"{place}: {url!r} is no address of a repository",
+            hint="https://..., ssh://..., file:///... or git@...; passwords belong to git's credential helper",
+        )
 
 
 def choose(found: Catalogue, wanted: Iterable[str]) -> dict[str, Node]:
@@ -179,14 +188,9 @@ def fetch(chosen: Mapping[str, Node], parallel: int = PARALLEL) -> dict[str, Pat
 
 def requirements(tree: Path) -> list[str]:
     """What a node asks for: its requirements.txt, else its pyproject.toml's dependencies, a line each."""
-    import tomllib
-
     listed = tree / "requirements.txt"
     if listed.exists():
-        lines = [line.partition(" #")[0].strip() for line in listed.read_text(errors="replace").splitlines()]
+        lines = [line.partition(" #")[0].strip() for line in foreign.text(listed).splitlines()]
         return [line for line in lines if line and not line.startswith("#")]
-    try:
-        project = tomllib.loads((tree / "pyproject.toml").read_text()).get("project", {})
-    except (FileNotFoundError, tomllib.TOMLDecodeError, UnicodeDecodeError):
-        return []
-    return [str(each) for each in project.get("dependencies", [])]
+    named = foreign.pyproject(tree).get("dependencies")
+    return [str(each) for each in named] if isinstance(named, list) else []

@@ -11,7 +11,6 @@ import msgspec
 from core import console
 from core.errors import UsageError
 from ops import fleet
-from ops.logs import clean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +68,7 @@ def show(answers: Sequence[fleet.Answer[list[Job]]], *, as_json: bool) -> int:
         console.table(headings[alone:], [(name, *_row(each))[alone:] for name, each in found])
         for _, each in found:
             if each.node:
-                reason = " ".join(clean(each.error, coloured=False).split())
+                reason = " ".join(console.printable(each.error).split())
                 text = f"{each.id[:8]}: node {each.node} ({each.node_type}){f': {reason}' * bool(reason)}"
                 console.data(textwrap.fill(text, WIDTH, subsequent_indent=" " * 10, max_lines=4, placeholder=" ..."))
     return int(len(seen) < len(answers))

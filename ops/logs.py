@@ -68,29 +68,14 @@ def show(names: Sequence[str], asked: dict[str, Any], *, ask_sudo: bool, as_json
 
 def _print(answers: Iterable[dict[str, Any]], host: str, *, alone: bool, as_json: bool) -> None:
     """Print lines as they come; with their host's name where there are others, and always in JSON."""
-    coloured = console.coloured()
     for each in answers:
         if "alive" in each and console.unread():
             return
         if "note" in each:
             console.say(each["note"])
         elif "text" in each and as_json:
-            line = {"host": host, "at": each["at"], "text": clean(each["text"], coloured=False)}
+            line = {"host": host, "at": each["at"], "text": console.printable(each["text"])}
             console.data(json.dumps(line))
         elif "text" in each:
             when = f"{datetime.fromtimestamp(each['at']):%Y-%m-%d %H:%M:%S}  " if each["at"] else ""
-            console.data(f"{host}  " * (not alone) + when + clean(each["text"], coloured=coloured))
-
-
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def clean(text: str, *, coloured: bool) -> str:
-    """A line for the terminal: of what would steer that, at most its colours. A prompt can write into the log."""
-    pieces = _COLOUR.split(text)
-    colours = _COLOUR.findall(text) if coloured else [""] * (len(pieces) - 1)
-    whole = _CONTROL.sub("", pieces[0]) + "".join(
-        colour + _CONTROL.sub("", piece) for colour, piece in zip(colours, pieces[1:], strict=True)
-    )
-    return f"{whole}\x1b[0m" if any(colours) else whole
+            console.data(f"{host}  " * (not alone) + when + each["text"], colours=True)

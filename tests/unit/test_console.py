@@ -1,10 +1,19 @@
-"""Numbers as people read them."""
+"""What reaches the terminal, and numbers as people read them."""
 
 from __future__ import annotations
 
+import io
+import os
+import random
+import re
+import sys
+import unicodedata
+from collections.abc import Callable
+
 import pytest
 
-from core.console import age, clock, size
+from core import console
+from core.console import age, clock, printable, size
 
 
 @pytest.mark.parametrize(
@@ -24,3 +33,69 @@ def test_size(number: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(-3, "0 s"), (59.9, "59 s"), (3599, "59 min"), (90000, "1 d")])
 def test_age(seconds: float, text: str) -> None:
     assert age(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "coloured", "plain"),
+    [
+        ("plain", "plain", "plain"),
+        ("\x1b[32mgreen\x1b[0m and not", "\x1b[32mgreen\x1b[0m and not\x1b[0m", "green and not"),
+        ("a\x1b]0;title\x07b\x1b[2Jc\x1b[5;5Hd\x9be\x08f", "abcdef", "abcdef"),
+        ("a\x1b[1mb\x1b]8;;http://x\x1b\\c", "a\x1b[1mbc\x1b[0m", "abc"),
+        ("tab\tand ü and 絵", "tab\tand ü and 絵", "tab\tand ü and 絵"),
+        ("photo\u202egnp.exe", "photognp.exe", "photognp.exe"),
+        (os.fsdecode(b"na\xefve"), "na\\udcefve", "na\\udcefve"),
+    ],
+)
+def test_text_colours_the_terminal_and_does_nothing_else_to_it(text: str, coloured: str, plain: str) -> None:
+    assert printable(text, colours=True) == coloured
+    assert printable(text) == plain
+
+
+ALPHABET = [
+    *map(chr, range(0x20)),
+    *map(chr, range(0x7F, 0xA0)),
+    *"\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\udc80\ud800",
+    *("\x1b[", "\x1b]", "\x1bP", "[31m", "52;c;", "\x1b\\", "[red]", "m", "0", ";", "ü", "絵", " ", "x"),
+]
+
+
+def writers() -> list[Callable[[str], object]]:
+    return [
+        console.say,
+        console.data,
+        lambda text: console.data(text, colours=True),
+        lambda text: console.table([text, "b"], [[text, text]]),
+        lambda text: console.agreed(text),
+        lambda text: console.typed(text, "word"),
+        lambda text: console.Progress(text, 1, 1).step(text, 1, 1),
+    ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nothing_that_is_written_steers_the_terminal(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> None:
+    """Whatever a host, a repository or a file name holds, by every way that text is written."""
+    written = io.BytesIO()
+    chance = random.Random(seed := random.randrange(10**6))
+    for name, encoding in (("stdout", "utf-8"), ("stderr", "ascii")):
+        stream = io.TextIOWrapper(written, encoding, write_through=True)
+        monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+        monkeypatch.setattr(sys, name, stream)
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (io.StringIO,), {"isatty": lambda _: terminal})())
+    for _ in range(300):
+        text = "".join(chance.choices(ALPHABET, k=chance.randrange(1, 30)))
+        for write in writers():
+            written.truncate(0)
+            written.seek(0)
+            write(text)
+            shown = written.getvalue().decode()
+            plain = re.sub(r"\x1b\[[0-9;]*m", "", shown) if terminal else shown
+            bad = [
+                each for each in plain if unicodedata.category(each) in ("Cc", "Cf", "Zl", "Zp") and each not in "\t\n"
+            ]
+            assert not bad, (seed, text, shown)
+
+
+def test_a_cell_does_not_break_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table(["id", "state"], [["one\nforged  well", "failed"]])
+    assert capsys.readouterr().out == "id                state\none forged  well  failed\n"

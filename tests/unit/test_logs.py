@@ -47,21 +47,6 @@ def test_what_is_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "coloured", "plain"),
-    [
-        ("plain", "plain", "plain"),
-        ("\x1b[32mgreen\x1b[0m and not", "\x1b[32mgreen\x1b[0m and not\x1b[0m", "green and not"),
-        ("a\x1b]0;title\x07b\x1b[2Jc\x1b[5;5Hd\x9be\x08f", "abcdef", "abcdef"),
-        ("a\x1b[1mb\x1b]8;;http://x\x1b\\c", "a\x1b[1mbc\x1b[0m", "abc"),
-        ("tab\tand ü and 絵", "tab\tand ü and 絵", "tab\tand ü and 絵"),
-    ],
-)
-def test_a_line_colours_the_terminal_and_does_nothing_else_to_it(text: str, coloured: str, plain: str) -> None:
-    assert logs.clean(text, coloured=True) == coloured
-    assert logs.clean(text, coloured=False) == plain
-
-
-@pytest.mark.parametrize(
     ("text", "seconds"),
     [
         ("now", 0), ("10 min ago", 600), ("10min ago", 600), ("-10min", 600), ("1 hour ago", 3600), ("2h ago", 7200),
