@@ -35,16 +35,12 @@ def text(path: Path) -> str:
 
 
 def python(path: Path) -> ast.Module:
-    """The syntax tree of a Python file, which is not run; an empty one for what the parser refuses or is too deep.
-
-    Raises TreeError as `content` does.
-    """
-    source = content(path)
+    """The syntax tree of a Python file, which is not run; an empty one for what is too large or deep, or no Python."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its escapes and comparisons, which are its author's affair
         try:
-            return ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return ast.parse(content(path))
+        except (TreeError, SyntaxError, ValueError, RecursionError, MemoryError):
             return ast.Module([], [])
 
 

