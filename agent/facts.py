@@ -19,12 +19,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import Fault, Json, mounts, read, write
+from agent.files import Fault, Json, mounts, read, read_text, write
 from agent.gpu import process
 from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
 from agent.parts import as_service, faults_of, forked
 from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
 from agent.site import DATA, SHARED, SHARING, Site
+
+SIGNERS = Path("/etc/hearth/allowed_signers")
+"""Who may sign bundles for this host (ssh-keygen(1), ALLOWED SIGNERS). Without it, a bundle may be unsigned."""
 
 
 def facts(site: Site, ask: Json, devices: list[Json], verified: float = 0) -> Json:
@@ -76,6 +79,8 @@ def facts(site: Site, ask: Json, devices: list[Json], verified: float = 0) -> Js
         "placed": list(map(str, Systemd(site).placed())),
         "drop_ins": list(map(str, sorted(Systemd(site).units.glob(f"{site.service}*.service.d")))),
         "lingered": site.lingered.exists(),
+        # one that cannot be read lists nobody
+        "signers": read_text(SIGNERS) if os.path.lexists(SIGNERS) else None,
         "place": _prefix(site),
         "user": _user_exists(site.user),
         "members": _members(site.user),

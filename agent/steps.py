@@ -331,6 +331,8 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
     wheels = site.state / "wheels"
     wheels.mkdir(exist_ok=True)
     for wheel in step["wheels"]:
+        if "/" in wheel["file"]:
+            raise Fault("step", f"{wheel['file']} is no wheel's name", "its manifest was altered", "do not deploy it")
         link(wheels / wheel["file"], receive_blob(site, wheel["sha256"]))
     with part(site, step["part"]) as place:
         venv = ["--no-config", "venv", "--quiet", "--relocatable", "--no-project", "--python", step["python"]]

@@ -150,6 +150,12 @@ class TreeError(HearthError):
     exit_code = 34
 
 
+class SignatureError(HearthError):
+    """A bundle that nobody signed who may, or a key that cannot sign."""
+
+    exit_code = 35
+
+
 class CompileError(HearthError):
     """The compiler or the linker refused a file."""
 

@@ -17,7 +17,8 @@ from core.errors import HashMismatchError
 if TYPE_CHECKING:
     from pathlib import Path
 
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
+WheelFile = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*\.whl$(?!\n)")]
 
 
 class ModuleReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,7 +51,7 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One wheel: its file and hash, its coordinates, the key and what went into it, and what was found in it."""
 
-    file: str
+    file: WheelFile
     sha256: Sha256
     size: int
     key: Sha256
@@ -80,9 +81,10 @@ def read(path: Path) -> Manifest | None:
 
 
 def found(house: Path) -> list[Manifest]:
-    """The wheels of a wheelhouse that are there with a manifest and of the size it says."""
+    """The wheels of a wheelhouse that are there with a manifest of their own and of the size it says."""
     listed = [(read(path), path.with_suffix("")) for path in sorted(house.glob("*.whl.json"))]
-    return [each for each, wheel in listed if each and wheel.exists() and wheel.stat().st_size == each.size]
+    here = [(each, wheel) for each, wheel in listed if each and each.file == wheel.name and wheel.exists()]
+    return [each for each, wheel in here if wheel.stat().st_size == each.size]
 
 
 def whole(wheel: Manifest) -> Path:

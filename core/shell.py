@@ -27,6 +27,7 @@ _PACKAGES = {
     "apt-get": "apt",
     "rsvg-convert": "librsvg2-bin",
     "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
 }
 
 

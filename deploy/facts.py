@@ -101,7 +101,7 @@ class Facts(msgspec.Struct, frozen=True):
     `port_holder` and `metrics_holder` are who listens on ComfyUI's port and on the exporter's.
     `paused` says who took the service out of traffic, and when (empty: nobody); `placed` are the files of Hearth's in
     systemd's folder, `drop_ins` the folders of somebody's own settings for its units; `lingered` says that the login's
-    systemd outlives it since Hearth asked for that.
+    systemd outlives it since Hearth asked for that. `signers` is the host's own list of who may sign bundles for it.
     """
 
     hostname: str
@@ -153,6 +153,7 @@ class Facts(msgspec.Struct, frozen=True):
     placed: tuple[str, ...] = ()
     drop_ins: tuple[str, ...] = ()
     lingered: bool = False
+    signers: str | None = None
     place: Place = Place()
 
     @property

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from deploy.adopt import Proposal
-    from deploy.bundle import Bundle
+    from deploy.bundle import Opened
     from deploy.connection import Agent
     from deploy.host import Target
     from deploy.nodes import Node
@@ -201,7 +201,7 @@ def deploy(
     options: Options,
     *,
     build: Callable[[Sequence[Sequence[str]]], None] | None = None,
-    bundle: Bundle | None = None,
+    bundle: Opened | None = None,
     agree: Callable[[], None] | None = None,
 ) -> Outcome:
     """Make a host what its configuration says. Raises RefusedError with every reason when that would not work.
@@ -219,23 +219,14 @@ def deploy(
     return _deploy(name, options, bundle, agree)
 
 
-def _deploy(name: str, options: Options, bundle: Bundle | None, agree: Callable[[], None]) -> Outcome:
+def _deploy(name: str, options: Options, bundle: Opened | None, agree: Callable[[], None]) -> Outcome:
     target = find_target(name)
     stock = shelf(target)
     packages = sorted({each for node in stock.nodes.values() for each in node.system})
     with connection.connect(target, options.ask_sudo) as agent:
         facts = look(agent, target, packages)
-        if bundle and bundle.platform != facts.platform:
-            raise BundleError(
-                f"the bundle is for {bundle.platform}, and {name} is {facts.platform}",
-                hint=f"make one for it: inv bundle --host {name}",
-            )
-        if bundle and set(bundle.asking) != set(asking := releases.asking(target, stock.nodes)):
-            theirs, ours = (", ".join(each) or "none" for each in (bundle.asking, asking))
-            raise BundleError(
-                f"the bundle has other nodes ({theirs}) than {name} ({ours})",
-                hint=f"change `nodes` of {name}, or make a bundle for it: inv bundle --host {name}",
-            )
+        if bundle:
+            _accept(bundle, name, facts, releases.asking(target, stock.nodes))
         planned = plan.make(target, facts, stock, options)
         _refuse(planned, f"{name} cannot be deployed to")
         titles = tuple(step.title for step in planned.steps)
@@ -260,6 +251,24 @@ def _deploy(name: str, options: Options, bundle: Bundle | None, agree: Callable[
         return outcome
 
 
+def _accept(opened: Opened, name: str, facts: Facts, asking: Sequence[str]) -> None:
+    """Refuse a bundle that is for another host, or whose signer the host does not list."""
+    if facts.signers is not None:
+        who = opened.seal.signer(facts.signers, f"/etc/hearth/allowed_signers on {name}")
+        console.say(f"{name} takes what {who} signs")
+    if opened.bundle.platform != facts.platform:
+        raise BundleError(
+            f"the bundle is for {opened.bundle.platform}, and {name} is {facts.platform}",
+            hint=f"make one for it: inv bundle --host {name}",
+        )
+    if set(opened.bundle.asking) != set(asking):
+        theirs, ours = (", ".join(each) or "none" for each in (opened.bundle.asking, asking))
+        raise BundleError(
+            f"the bundle has other nodes ({theirs}) than {name} ({ours})",
+            hint=f"change `nodes` of {name}, or make a bundle for it: inv bundle --host {name}",
+        )
+
+
 def tried(planned: Plan) -> str:
     """What a host is after a trial that went well."""
     return f"release {planned.release} passed its trial; {planned.base or 'nothing'} stays in service"
@@ -275,17 +284,13 @@ def web_address(target: Target) -> str:
     return f"{scheme}://{f'[{at}]' if ':' in at else at}:{target.host.port}"
 
 
-def bundle(name: str, output: str, platform: str, python: str, verify: str, *, ask_sudo: bool) -> tuple[Path, Bundle]:
-    """Read and check the bundle that `verify` names; where it names none, make one. Raises BundleError."""
-    if verify:
-        return Path(verify), bundles.verify(Path(verify))
-    return make_bundle(name, Path(output) if output else None, platform, python, ask_sudo=ask_sudo)
-
-
-def make_bundle(name: str, output: Path | None, platform: str, python: str, *, ask_sudo: bool) -> tuple[Path, Bundle]:
+def make_bundle(
+    name: str, output: Path | None, platform: str, python: str, key: Path | None = None, *, ask_sudo: bool
+) -> tuple[Path, Opened]:
     """Write one file with all that a host needs; where platform or Python is not told, the host is asked for them.
 
-    Raises RefusedError when a kernel wheel is missing or there is no list for that platform and Python.
+    It is signed with `key`, where one is given. Raises RefusedError when a kernel wheel is missing or there is no list
+    for that platform and Python, SignatureError when the key cannot sign.
     """
     target = find_target(name)
     stock = shelf(target)
@@ -308,7 +313,7 @@ def make_bundle(name: str, output: Path | None, platform: str, python: str, *, a
         raise RefusedError("kernel wheels are missing", cause=lines.join(each.what for each in missing), hint=hint)
     place = output or Path(f"{name}-{stock.application.version}-{platform}-py{python}.bundle.tar")
     built = [wheel for wheel in wheels if not isinstance(wheel, plan.Refusal)]
-    return place, bundles.write(target, stock, platform, python, built, place)
+    return place, bundles.write(target, stock, platform, python, built, place, key)
 
 
 def change(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from deploy.adopt import Proposal
     from deploy.audit import Audit
-    from deploy.bundle import Bundle
+    from deploy.bundle import Opened
     from deploy.curate import Change
     from deploy.difference import Difference
     from deploy.facts import Facts, MountState
@@ -63,16 +63,19 @@ def releases(facts: Facts, *, as_json: bool) -> None:
     console.table(("release", "ComfyUI", "stack", "Python", "kernels", "", "parts"), rows)
 
 
-def bundle(path: Path, found: Bundle, *, as_json: bool) -> None:
-    """What a bundle holds; its id is a hash over all of it."""
+def bundle(path: Path, opened: Opened, *, as_json: bool) -> None:
+    """What a bundle holds, and who signed it; its id is a hash over all of it."""
+    found = opened.bundle
     if as_json:
         about = {key: value for key, value in msgspec.to_builtins(found).items() if key != "files"}
-        console.data_json({"file": str(path), "id": found.id, "bytes": found.size, "files": len(found.files), **about})
+        about |= {"file": str(path), "id": opened.id, "origin": opened.origin}
+        console.data_json({**about, "bytes": found.size, "files": len(found.files)})
         return
     kernels = [f"{name} {version}" for name, version in found.kernels.items()]
     rows = [
         ("bundle", f"{path}, whole: {len(found.files)} files, {console.size(found.size)}"),
-        ("id", found.id),
+        ("id", opened.id),
+        ("origin", opened.origin),
         ("for", f"profile {found.profile}, {found.platform}, Python {found.python}"),
         ("ComfyUI", found.version),
         ("kernels", ", ".join(kernels) or "none"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from invoke.context import Context  # `command` evaluates annotations
 
 from tasks.command import command
@@ -56,23 +58,41 @@ def deploy(
         "output": "the file to write (default: NAME-VERSION-PLATFORM-pyX.Y.bundle.tar)",
         "platform": "linux_x86_64 or linux_aarch64; with --python too, no host is asked (default: the host's)",
         "python": "such as 3.12 (default: the first of the profile's that the host has)",
-        "verify": "check this bundle instead: the whole file is read, and every hash compared",
+        "sign": "the SSH key that signs it, or `none` (default: $HEARTH_SIGNING_KEY, else yours in ~/.ssh)",
+        "verify": "check this bundle instead: its signature, and the whole file with every hash",
     }
 )
 def bundle(
-    _: Context, output: str = "", platform: str = "", python: str = "", verify: str = "", *, where: Where, out: Output
+    _: Context,
+    output: str = "",
+    platform: str = "",
+    python: str = "",
+    sign: str = "",
+    verify: str = "",
+    *,
+    where: Where,
+    out: Output,
 ) -> None:
     """Write one file with all that a host needs, for `inv deploy --bundle` where no network is.
 
-    The `id` that it shows is one hash over all of it. How: docs/how-to/deploy-offline.md
+    The `id` that it shows is one hash over all of it, which your SSH key signs. How: docs/how-to/deploy-offline.md
 
         inv bundle --host spark
         inv bundle --host spark --platform linux_aarch64 --python 3.12   # without a way to the host
         inv bundle --verify spark.bundle.tar                             # did it arrive whole?
     """
+    from core import console, signature
+    from deploy import bundle as bundles
     from deploy import flow, report
 
-    path, found = flow.bundle(where.host, output, platform, python, verify, ask_sudo=where.ask_sudo)
+    if verify:
+        report.bundle(Path(verify), bundles.verify(Path(verify)), as_json=out.json)
+        return
+    key = None if sign == "none" else Path(sign) if sign else signature.own_key()
+    if key is None and not sign:
+        console.say("not signed: there is no SSH key in ~/.ssh, and --sign names none")
+    place = Path(output) if output else None
+    path, found = flow.make_bundle(where.host, place, platform, python, key, ask_sudo=where.ask_sudo)
     report.bundle(path, found, as_json=out.json)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,9 +10,9 @@ import msgspec
 import pytest
 
 from core import files
-from core.errors import BundleError, HashMismatchError, TreeError
+from core.errors import HashMismatchError, TreeError
 from core.manifest import Manifest
-from deploy import bundle, environment, flow
+from deploy import environment, flow
 from deploy.host import Setting
 from deploy.plan import Shelf, Step
 from tests.unit.test_plan import FRESH, shelf, spark, wheel
@@ -108,25 +107,3 @@ def test_a_tree_with_a_link_out_of_it_is_neither_packed_nor_bundled(tmp_path: Pa
     with pytest.raises(TreeError, match=r"web\.js is a link to"):
         flow._pack_tree("app", tree, cast("Any", None), FRESH, tmp_path, str)
     assert not list(tmp_path.glob("*.tar.gz"))
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
-def test_a_bundle_with_anything_but_files_is_refused(tmp_path: Path, kind: bytes) -> None:
-    path = tmp_path / "odd.tar"
-    with tarfile.open(path, "w") as tar:
-        tar.addfile(tarfile.TarInfo("plain"))
-        odd = tarfile.TarInfo("odd")
-        odd.type, odd.linkname = kind, "plain"
-        tar.addfile(odd)
-    with pytest.raises(BundleError, match="is no bundle") as raised:
-        bundle.verify(path)
-    assert "'odd'" in raised.value.cause
-
-
-def test_a_bundle_that_names_a_file_twice_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "odd.tar"
-    with tarfile.open(path, "w") as tar:
-        tar.addfile(tarfile.TarInfo("plain"))
-        tar.addfile(tarfile.TarInfo("plain"))
-    with pytest.raises(BundleError, match="is no bundle"):
-        bundle.verify(path)
