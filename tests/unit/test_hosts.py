@@ -190,3 +190,51 @@ def test_flags_are_checked_against_the_parser(chosen: dict[str, str], said: list
 def test_a_host_may_override_all_that_a_profile_says() -> None:
     said = {field.name for field in msgspec.structs.fields(host.Profile)} - {"summary"}
     assert {field.name for field in msgspec.structs.fields(host.Override)} == said
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("HF_TOKEN", "HF_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "PRIVATE_KEY", "CIVITAI_AUTH", "MY_PASS"),
+        *(
+            "--api-key",
+            "password",
+            "ansible_become_pass",
+            "DB_PWD",
+            "GITHUB_PAT",
+            "OPENAI_API_KEY",
+            "apiKey",
+            "hfToken",
+        ),
+        *("PGPASSWORD", "MYSQL_PASSPHRASE", "GOOGLE_APPLICATION_CREDENTIALS", "SESSION_COOKIE", "SENTRY_DSN"),
+    ],
+)
+def test_names_of_secrets(name: str) -> None:
+    assert host.names_secret(name)
+
+
+def test_names_of_flags_folders_and_ordinary_variables_are_none() -> None:
+    names = [*host.Host.__struct_fields__, *host.Profile.__struct_fields__, "--tls-keyfile", "--comfy-api-base"]
+    names += ["TOKENIZERS_PARALLELISM", "PYTORCH_CUDA_ALLOC_CONF"]
+    names += ["MAX_TOKENS", "KEYBOARD_LAYOUT", "COMPASS", "PATH", "AUTHOR", "CUDA_MODULE_LOADING", "HF_HUB_OFFLINE"]
+    assert [name for name in names if host.names_secret(name)] == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "hf_abcdefghijklmnopqrstuvwxyz",
+        "ghp_0123456789abcdef0123",
+        "sk-proj-0123456789abcdef",
+        "AKIAIOSFODNN7EXAMPLE",
+        "http://anna:word@proxy:3128",
+        "-----BEGIN OPENSSH PRIVATE KEY-----",
+    ],
+)
+def test_values_that_look_like_secrets_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    (tmp_path / "hosts.toml").write_text(
+        f'[hosts.a]\naddress = "a"\noverride.env.X = {{ value = "{value}", why = "y" }}'
+    )
+    monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
+    with pytest.raises(SecretError, match=r"hosts\.a\.override\.env\.X\.value looks like a secret"):
+        host.hosts()
