@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import grp
+import itertools
 import json
 import os
 import platform
@@ -19,12 +20,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from agent.confine import abi as landlock
 from agent.files import Fault, Json, mounts, read, read_text, write
 from agent.gpu import process
 from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
 from agent.parts import as_service, faults_of, forked
 from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
-from agent.site import DATA, SHARED, SHARING, Site
+from agent.site import DATA, SHARING, UNUSED, Site, shared
 
 SIGNERS = Path("/etc/hearth/allowed_signers")
 """Who may sign bundles for this host (ssh-keygen(1), ALLOWED SIGNERS). Without it, a bundle may be unsigned."""
@@ -83,8 +85,11 @@ def facts(site: Site, ask: Json, devices: list[Json], verified: float = 0) -> Js
         "signers": read_text(SIGNERS) if os.path.lexists(SIGNERS) else None,
         "place": _prefix(site),
         "user": _user_exists(site.user),
-        "members": _members(site.user),
-        "shared": not _user_exists(site.user) or not site.user or all(_shared(site, site.data / name) for name in DATA),
+        "user_fault": _foreign_account(site),
+        "members": _members(site),
+        "shared": _shares(site),
+        "unused": _unused(site),
+        "landlock": landlock(),
         "rights": _rights(site),
         "manager": manager.name if here else "none",
         "lingers": manager.name != "process" or not user_systemd() or Supervised(site).enabled.exists(),
@@ -165,6 +170,9 @@ def altered(site: Site, manifest: Json) -> bool:
     try:
         links = {kind: (place / kind).readlink().name for kind in manifest["parts"]}
         links |= {name: str((place / name).readlink()) for name in manifest.get("links", {})}
+        nodes = {name.partition("/")[2] for name in (*links, *manifest.get("empty", ())) if name.startswith("custom_")}
+        if "empty" in manifest and {*os.listdir(place / "custom_nodes")} != nodes - {""}:  # noqa: PTH208
+            return True  # ComfyUI imports all that is there
         files = {name: (place / name).read_text() for name in manifest.get("files", {})}
     except OSError:
         return True
@@ -266,11 +274,51 @@ def _user_exists(name: str) -> bool:
     return False
 
 
-def _members(group: str) -> list[str]:
-    try:
-        return sorted(grp.getgrnam(group).gr_mem) if group else []
-    except KeyError:
+def _foreign_account(site: Site) -> str:
+    """Why the service must not run as a user that is there; empty when it may.
+
+    Whatever else runs as that user is a way out of the unit's sandbox, by /proc/PID/root.
+    """
+    with suppress(KeyError):
+        entry = pwd.getpwnam(site.user) if site.user else None
+        if entry and entry.pw_uid == 0:
+            return "is root"
+        if entry and entry.pw_dir != str(site.data) and Path(entry.pw_dir).exists():
+            return f"has its home in {entry.pw_dir}: it is not Hearth's, and may run something else"
+    return ""
+
+
+def _members(site: Site) -> list[str] | None:
+    """Who is in the members' group; None when that is not there, or people are in the service's own group."""
+    with suppress(KeyError):
+        if not site.user:
+            return []
+        people = sorted(grp.getgrnam(site.group).gr_mem)
+        return None if grp.getgrnam(site.user).gr_mem else people
+    return None
+
+
+def _shares(site: Site) -> bool:
+    """Whether the data is the members' to change, and nobody else's to see unless it is public."""
+    if not site.user or not _user_exists(site.user) or not site.data.exists():
+        return True
+    others = site.data.stat().st_mode & 0o7
+    fits = others == (0o5 if site.public else 0)
+    return fits and all(_shared(site, site.data / name) for name in ("", *DATA))
+
+
+def _unused(site: Site) -> list[str]:
+    """What lies where nodes are no longer loaded from, as far as a glance shows."""
+
+    def look() -> list[str]:
+        with suppress(FileNotFoundError), os.scandir(site.data / UNUSED) as entries:
+            return [entry.name for entry in itertools.islice(entries, 20)]
         return []
+
+    try:
+        return sorted(as_service(site, look, seconds=5)) if _user_exists(site.user) else []
+    except (OSError, Fault) as error:
+        return [str(error)]
 
 
 def _mount(site: Site, path: str, wanted: Json) -> Json:
@@ -325,9 +373,13 @@ def _shared(site: Site, folder: Path) -> bool:
     """Whether what one member of the group puts into a folder of the service's, every other may change."""
     try:
         status = folder.stat()
-        if status.st_uid != site.owner()[0]:
+        owner, group = site.sharing()
+        if status.st_uid != owner:
             return True  # another's is another's affair
-        return bool(status.st_mode & stat.S_ISGID) and os.getxattr(folder, SHARING) == SHARED
+        fits = status.st_gid == group and status.st_mode & stat.S_ISGID
+        return bool(fits) and os.getxattr(folder, SHARING) == shared(status.st_mode)
+    except KeyError:  # no such group yet
+        return False
     except OSError as error:  # a file system without such lists does without, a folder that is not there is no fault
         return error.errno in (errno.ENOTSUP, errno.ENOENT)
 

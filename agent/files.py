@@ -468,29 +468,4 @@ def meminfo() -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3}
 
 
-def own(root: Path, user: int, group: int) -> None:
-    """Give a tree of ours to a user, or take it back, so that nobody puts a link where its owner is changed.
-
-    Taken back, a folder becomes ours, and nobody else's to write, before its entries are read; given away, after them.
-    """
-    ours = user == os.geteuid()
-    folders = [root]
-    for folder in folders:
-        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            if ours:
-                os.fchown(place, user, group)
-                os.fchmod(place, 0o755)
-            with os.scandir(place) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(folder / entry.name)
-                    else:
-                        os.chown(entry.name, user, group, dir_fd=place, follow_symlinks=False)
-        finally:
-            os.close(place)
-    for folder in () if ours else reversed(folders):
-        os.chown(folder, user, group, follow_symlinks=False)
-
-
 FULL = "free some space or inodes, then run the same command again"

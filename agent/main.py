@@ -40,6 +40,10 @@ def say(value: object) -> None:
 def main(argv: list[str]) -> int:
     """Do what the verb says; 0, or 3 after a Fault, which is then the last line."""
     verb = argv[0]
+    if verb == "confine":  # its environment is the command's
+        from agent import confine as confinement
+
+        confinement.main(json.loads(argv[1]), argv[3:])
     confine()
     try:
         if verb in ("apply", "supervise", "watch", "free"):  # started by a unit or detached: the site is a file

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import select
+import signal
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,11 +70,13 @@ def _stamp_folder(root: Path, folder: str, found: dict[str, str]) -> list[str]:
     return folders
 
 
-def forked(work: Callable[..., Any], *given: Any) -> Callable[[], Any]:
+def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) -> Callable[[], Any]:
     """Begin work in a process of its own; what is returned waits for its answer, JSON.
 
-    That raises OSError where the work did, and Fault for anything else that ended it.
+    That raises OSError where the work did, and Fault for anything else that ended it, or when it takes longer than
+    `seconds` from now.
     """
+    end = time.monotonic() + seconds if seconds else None
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -92,6 +97,10 @@ def forked(work: Callable[..., Any], *given: Any) -> Callable[[], Any]:
 
     def answer() -> Any:
         with os.fdopen(reader) as pipe:
+            if end and not select.select([reader], [], [], max(0, end - time.monotonic()))[0]:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                raise Fault("step", f"{work.__name__} did not end within {seconds:.0f} s", "", "run it again")
             said = pipe.read()
         if os.waitpid(child, 0)[1]:
             raise Fault("step", f"{work.__name__} was killed", "there may be too little memory", "inv doctor")
@@ -105,20 +114,27 @@ def forked(work: Callable[..., Any], *given: Any) -> Callable[[], Any]:
     return answer
 
 
-def as_service(site: Site, work: Callable[..., Any], *given: Any) -> Any:
-    """Do work in the data as whom the service runs as: root would follow whatever link that one left there."""
+def as_service(site: Site, work: Callable[..., Any], *given: Any, sharing: bool = False, seconds: float = 600) -> Any:
+    """Do work in the data as whom the service runs as: root would follow whatever link that one left there.
+
+    With `sharing` it may give files to the members' group. The service may have made a labyrinth of the data, so the
+    work ends after some `seconds`. Raises as `forked` does.
+    """
     user, group = site.owner()
+    groups = [site.sharing()[1]] if sharing and site.user else []
 
     def lowered() -> Any:
         if site.user:
-            os.setgroups([])
+            os.setgroups(groups)
             os.setgid(group)
-            os.setuid(user)
-        os.umask(0o002)
+            os.setuid(user)  # which also keeps the service from tracing this process (prctl(2), PR_SET_DUMPABLE)
+            os.umask(0o007)
+        else:
+            os.umask(0o022)
         return work(*given)
 
     lowered.__name__ = work.__name__  # for messages
-    return forked(lowered)()
+    return forked(lowered, seconds=seconds)()
 
 
 def contents(root: Path) -> dict[str, str]:

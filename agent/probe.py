@@ -15,6 +15,7 @@ from agent.facts import STALE, answering
 from agent.files import Fault, Json, read_text, run
 from agent.mps import mps
 from agent.parts import as_service, forked
+from agent.sandbox import sandboxed
 from agent.services import Manager, Systemd, manager_of
 from agent.site import DATA, Site
 from agent.status import glance
@@ -151,15 +152,13 @@ def _torch(site: Site) -> Json:
         "'devices': [c.get_device_name(i) for i in range(c.device_count())] if a else []}))"
     )
 
-    def ask() -> Json:
-        try:
-            return dict(json.loads(run([str(site.current / "env/bin/python"), "-I", "-B", "-c", script], timeout=60)))
-        except Fault as fault:
-            return {"fault": fault.report["cause"] or fault.report["what"]}
-
+    release = site.manifest(site.release())
+    argv = [str(site.current / "env/bin/python"), "-I", "-B", "-c", script]
     try:
-        return dict(as_service(site, ask))
-    except (Fault, ValueError, KeyError) as error:
+        return dict(json.loads(sandboxed(site, release["files"][f"{site.service}.service"], argv, release, seconds=60)))
+    except Fault as fault:
+        return {"fault": fault.report["cause"] or fault.report["what"]}
+    except (ValueError, TypeError, KeyError) as error:
         return {"fault": str(error)}
 
 

@@ -46,7 +46,6 @@ from agent.steps import (
     members,
     mount,
     node,
-    preflight,
     prune,
     release,
     rights,
@@ -68,7 +67,6 @@ STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "node": node,
     "exporter": app,  # a tree as ComfyUI's is
     "release": release,
-    "preflight": preflight,
     "cut-over": cut_over,
     "serve": serve,
     "prune": prune,

@@ -238,7 +238,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=exec
-ExecStart={python} -I {state}/agent.pyz apply {state}/site.json
+ExecStart={python} -I -S {state}/agent.pyz apply {state}/site.json
 Restart=on-failure
 # A damaged record, or a disk that takes no writes: trying each second would not help. The next boot or command goes on.
 RestartPreventExitStatus=3 4
@@ -556,7 +556,7 @@ def supervise(site: Site) -> None:
                 environment = {**inherited(), **release["environment"]}
                 begin = log.tell()
                 child = subprocess.Popen(
-                    release["argv"],
+                    [*release.get("confined", ()), *release["argv"]],
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=log,

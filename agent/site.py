@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 import struct
@@ -19,6 +20,8 @@ class Site:
         self.service = str(site["service"])
         self.scope = str(site["scope"])  # "system" (root, systemd) or "user"
         self.user = str(site["user"])  # whom the service runs as; empty: whoever runs this
+        self.group = f"{self.user}-members" if self.user else ""  # the people's, which the service is not in
+        self.public = bool(site.get("public"))  # whether everybody on the machine may read the data
         self.address = str(site["address"])
         self.port = int(site["port"])
         self.mounts: dict[str, str] = site.get("mounts", {})  # systemd's unit for each mount point
@@ -71,11 +74,15 @@ class Site:
         return read(self.releases / release / "release.json")
 
     def owner(self) -> tuple[int, int]:
-        """User and group of the data: the service's, or -1 (unchanged) when it runs as whoever runs this."""
+        """User and group of the service, or -1 (unchanged) when it runs as whoever runs this."""
         if not self.user:
             return -1, -1
         entry = pwd.getpwnam(self.user)
         return entry.pw_uid, entry.pw_gid
+
+    def sharing(self) -> tuple[int, int]:
+        """User and group that the data belongs to: the service's user, and the members' group."""
+        return (self.owner()[0], grp.getgrnam(self.group).gr_gid) if self.user else self.owner()
 
 
 def _acl(*entries: tuple[int, int]) -> bytes:
@@ -86,12 +93,17 @@ def _acl(*entries: tuple[int, int]) -> bytes:
 SHARING = "system.posix_acl_default"
 
 
-SHARED = _acl((0x01, 7), (0x04, 7), (0x20, 5))
-"""Owner and group may all, others read: what is made in a folder gets this, whatever its maker's umask says."""
+def shared(mode: int) -> bytes:
+    """What is made in a folder of this mode gets, whatever its maker's umask says: owner and group may do all."""
+    return _acl((0x01, 7), (0x04, 7), (0x20, mode & 5))
 
 
 PROOF = "hearth-gate"
 """The folder in the output where the health gate has its picture written, for a moment."""
 
-# custom_nodes: ComfyUI stops when its base directory has none
-DATA = ("models", "input", "output", "user", "temp", "cache", "custom_nodes")
+DATA = ("models", "input", "output", "user", "temp", "cache", "datasets")
+"""The folders of the data that ComfyUI writes to."""
+
+UNUSED = "custom_nodes"
+"""A folder of the data that nothing is loaded from: nodes are the release's. It is empty, root's and read-only, so that
+whoever puts one there is told."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import json
 import os
 import pwd
@@ -28,7 +29,7 @@ from agent.files import (
     free,
     inherited,
     link,
-    own,
+    opened,
     read,
     read_text,
     remove,
@@ -40,12 +41,14 @@ from agent.files import (
 )
 from agent.journal import history
 from agent.parts import as_service, contents, part
+from agent.sandbox import confined_to, sandboxed
 from agent.services import UNITS, manager_of
-from agent.site import DATA, SHARED, SHARING, Site
+from agent.site import DATA, SHARING, UNUSED, Site, shared
 
 
 def account(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Create the system user, with its group, that the service runs as."""
+    """Create the system user, with its group, that the service runs as, and the group of its members."""
+    run(["groupadd", "--force", "--system", site.group])
     with suppress(KeyError):
         pwd.getpwnam(site.user)
         note(f"{site.user} is there")
@@ -55,8 +58,10 @@ def account(site: Site, step: Json, note: Callable[[str], None]) -> None:
 
 
 def members(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Put the named users, and only them, into the service's group."""
-    run(["gpasswd", "--members", ",".join(step["members"]), site.user])
+    """Put the named users, and only them, into the members' group, and nobody into the service's own."""
+    run(["groupadd", "--force", "--system", site.group])
+    for people, group in ((step["members"], site.group), ([], site.user)):
+        run(["gpasswd", "--members", ",".join(people), group])
 
 
 def rights(site: Site, step: Json, note: Callable[[str], None]) -> None:
@@ -116,31 +121,73 @@ def folders(site: Site, step: Json, note: Callable[[str], None]) -> None:
         try:
             if os.fstat(place).st_uid != os.geteuid() or os.listdir(place):  # noqa: PTH208
                 raise Fault("step", f"{fresh} was replaced while it was being made", "look who may write there")
-            os.fchown(place, *site.owner())
-            os.fchmod(place, 0o755)
+            os.fchown(place, *site.sharing())
+            os.fchmod(place, 0o750 if site.user and not site.public else 0o755)
         finally:
             os.close(place)
         fresh.rename(folder)
         sync(folder.parent)
-    as_service(site, _share, site.data, list(site.elsewhere.values()))
+    group = site.sharing()[1]
+    mode = (0o2755 if site.public else 0o2750) if site.user else 0
+    whole = as_service(site, _share, site.data, list(site.elsewhere.values()), group, mode, sharing=True)
+    if not whole:
+        note(f"there is so much in {site.data} that not all of it is given to the members yet: inv deploy goes on")
+    _lay_out_unused(site)
 
 
-def _share(data: Path, elsewhere: list[str]) -> None:
-    """Make the folders of the data, and let the group change whatever lies in them and elsewhere."""
+def _lay_out_unused(site: Site) -> None:
+    """Make the folder that nothing is loaded from, root's and read-only; one with something in it is left, and told."""
+    with suppress(OSError), opened(Path(os.path.realpath(site.data))) as data:
+        with suppress(OSError):
+            os.rmdir(UNUSED, dir_fd=data)
+        os.mkdir(UNUSED, 0o555, dir_fd=data)
+        # through a descriptor: by now the service may have put a link there
+        place = os.open(UNUSED, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=data)
+        os.fchmod(place, 0o555)
+        os.close(place)
+
+
+SHARE_SECONDS = 300
+"""For giving folders to the members: a tree that the service made without an end must not keep a deploy from ending."""
+
+
+def _share(data: Path, elsewhere: list[str], group: int, mode: int) -> bool:
+    """Make the folders of the data, and let the group change whatever lies in them and elsewhere; whether all is done.
+
+    `mode` is the data's own, 0 where it stays as it is: without root there are no members.
+    """
+    end = time.monotonic() + SHARE_SECONDS
     for name in DATA:
         if not (data / name).is_symlink():
             (data / name).mkdir(exist_ok=True)
     sync(data)
-    for root in (str(data), *elsewhere):
+    for root in (str(data), *elsewhere) if mode else ():
         for place in tree(Path(root)):
+            if time.monotonic() > end:
+                return False
             try:
-                if place.stat().st_uid == os.geteuid():  # another's is another's affair
-                    place.chmod(place.stat().st_mode | 0o2770)
-                    with suppress(OSError):  # NFS 4 has lists of another kind
-                        os.setxattr(place, SHARING, SHARED)
+                status = place.stat()
+                if status.st_uid != os.geteuid():  # another's is another's affair
+                    continue
+                if status.st_gid != group:
+                    _give_to(place, group)
+                wanted = mode if str(place) == str(data) else status.st_mode | 0o2770
+                place.chmod(wanted)
+                with suppress(OSError):  # NFS 4 has lists of another kind
+                    os.setxattr(place, SHARING, shared(wanted))
             except OSError as error:  # gone by now, or so deep that no path leads to it
                 if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
                     raise
+    return True
+
+
+def _give_to(folder: Path, group: int) -> None:
+    """Give a folder and the files in it to a group, as far as they are ours."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_uid == os.geteuid():
+                os.chown(entry.path, -1, group, follow_symlinks=False)
+    os.chown(folder, -1, group)
 
 
 def receive_blob(site: Site, digest: str) -> Path:
@@ -166,7 +213,7 @@ def app(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Make the application's tree, or another one that is only unpacked and compiled."""
     with part(site, step["part"]) as place:
         _unpack(site, step, place)
-        run([step["python"], *_compileall(site, step, place), str(place)])
+        run(_compileall(site, step, place))
         _corners(site, step, place)
 
 
@@ -187,10 +234,10 @@ def node(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Make a custom node's tree."""
     with part(site, step["part"]) as place:
         _unpack(site, step, place)
-        # Some nodes carry files that no Python parses; ComfyUI tells which nodes cannot be imported.
-        subprocess.run([step["python"], *_compileall(site, step, place), str(place)], capture_output=True)
         if step["install"]:
-            _install(site, step, place)
+            _install(site, step, place, note)
+        with suppress(Fault):  # some have files that no Python parses; ComfyUI tells which nodes cannot be imported
+            run(_compileall(site, step, place))
         _corners(site, step, place)
 
 
@@ -198,11 +245,6 @@ def _corners(site: Site, step: Json, place: Path) -> None:
     """Make what a tree writes links into the data, seeded once with what it came with."""
     for name in step["writable"]:
         inside, kept = place / name.rstrip("/"), site.data / step["keeps"] / name.rstrip("/")
-        if not Path(os.path.realpath(inside.parent)).is_relative_to(os.path.realpath(place)):
-            cause = "the node's install.py has put a link there"
-            raise Fault(
-                "step", f"{name} of {step['part']} lies outside of it", cause, "remove the node, or its install.py"
-            )
         as_service(site, _seed, inside, kept, name.endswith("/"))
         remove(inside)
         inside.parent.mkdir(parents=True, exist_ok=True)
@@ -231,29 +273,74 @@ def _seed(source: Path, place: Path, folder: bool) -> None:
 INSTALL_SECONDS = 1800
 """For an install.py, which may download models."""
 
+# Runs in the sandbox: a copy of the tree, its install.py, and what there is then, as an archive on standard output.
+_INSTALLER = """
+import shutil, subprocess, sys, tarfile
+source, place, python = sys.argv[1:]
+shutil.copytree(source, place)
+done = subprocess.run([python, "install.py"], cwd=place, stdin=subprocess.DEVNULL, stdout=2)
+if done.returncode:
+    sys.exit(done.returncode % 256)
+with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+    archive.add(place, ".")
+"""
 
-def _install(site: Site, step: Json, place: Path) -> None:
-    """Run a node's install.py as whom the service runs as, in the tree that is being made."""
-    user, group = site.owner()
-    if site.user:
-        own(place, user, group)
-    python = site.parts / step["install"] / "bin/python"
-    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}  # nothing of whoever deploys
-    environment |= {"HOME": str(site.data / "cache"), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
-    who: Json = {"user": user, "group": group, "extra_groups": []} if site.user else {}
+
+def _install(site: Site, step: Json, place: Path, note: Callable[[str], None]) -> None:
+    """Run a node's install.py on a copy of its tree, as nobody else, and take over the regular files that it leaves."""
+    scratch = site.state / "install"
+    room = "/tmp" if site.scope == "system" else str(scratch)  # noqa: S108  its unit's own
+    remove(scratch)
+    scratch.mkdir(parents=True)
+    environment = {**step["environment"], **dict.fromkeys(("HOME", "XDG_CACHE_HOME", "TMPDIR"), room)}
+    release = {"environment": environment, "confined": confined_to(scratch, site, step)}
+    python = str(site.parts / step["install"] / "bin/python")
+    argv = [step["python"], "-I", "-S", "-c", _INSTALLER, str(place), f"{room}/node", python]
     try:
-        run([str(python), "install.py"], environment, INSTALL_SECONDS, inherit=False, cwd=place, **who)
+        raw = sandboxed(
+            site, step["unit"], argv, release, seconds=INSTALL_SECONDS, apart=True, network=bool(step["network"])
+        )
+        for inner in list(place.iterdir()):
+            remove(inner)
+        taken_over(raw, place, note)
     except Fault as fault:
         cause = fault.report["cause"] or fault.report["what"]
         fault.report |= {"what": f"the install.py failed: {step['title']}", "cause": cause}
         raise
-    if site.user:
-        own(place, 0, 0)
+    finally:
+        remove(scratch)
+
+
+def taken_over(raw: bytes, place: Path, note: Callable[[str], None]) -> None:
+    """Unpack the regular files of an archive that somebody else made; `note` what is left out. Raises Fault."""
+    left: list[str] = []
+    try:
+        with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
+            for member in archive:
+                name = Path(member.name)
+                if member.isdir() or "__pycache__" in name.parts:
+                    continue
+                if not member.isreg() or member.issparse() or name.is_absolute() or ".." in name.parts:
+                    left.append(str(name))
+                    continue
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                content = archive.extractfile(member)
+                assert content is not None
+                (place / name).write_bytes(content.read())
+                (place / name).chmod(0o755 if member.mode & 0o100 else 0o644)
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        raise Fault("step", "what it left is no archive", repr(error)) from error
+    if left:
+        note(f"not regular files, and left out: {', '.join(left[:10])}")
 
 
 def _compileall(site: Site, step: Json, place: Path) -> list[str]:
-    """Compile Python files in a part that is being made; their tracebacks name its final place."""
-    return ["-I", "-m", "compileall", "-q", "-j", "0", "-s", str(place), "-p", str(site.parts / step["part"])]
+    """The command that compiles the Python files in a part that is being made; their tracebacks name its final place.
+
+    It runs none of them: the environment's own Python would run each .pth file of its packages, as root.
+    """
+    words = ["-I", "-S", "-m", "compileall", "-q", "-j", "0", "-s", str(place), "-p", str(site.parts / step["part"])]
+    return [step["python"], *words, str(place)]
 
 
 _NEVER_IMPORTED = ("tests", "test", "docs", "examples", "benchmarks")
@@ -369,7 +456,8 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
             listed.unlink()
         _refuse_overwritten(place)
         # Some packages ship templates and tests that no Python parses; what cannot be compiled is not imported.
-        subprocess.run([f"{place}/bin/python", *_compileall(site, step, place), f"{place}/lib"], capture_output=True)
+        with suppress(Fault):
+            run(_compileall(site, step, place))
     used.unlink()  # sealing the part has synced everything
     shutil.rmtree(wheels)
 
@@ -385,18 +473,13 @@ def release(site: Site, step: Json, note: Callable[[str], None]) -> None:
         link(place / name, target)
     for name in manifest.get("folders", ()):  # what the unit mounts onto, which systemd would make as root
         as_service(site, os.makedirs, name, 0o777, True)
+    for name in manifest.get("empty", ()):
+        (place / name).mkdir(parents=True, exist_ok=True)
     for name, text in manifest["files"].items():
         write(place / name, text)
-    if manifest.get("develop") or manifest.get("free_memory"):  # units of the release run it
+    if any(manifest.get(each) for each in ("develop", "free_memory", "confined")):  # what the release runs needs it
         write(place / "agent.pyz", (site.state / "agent.pyz").read_bytes())
     write(place / "release.json", json.dumps(manifest, indent=1))
-
-
-def preflight(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Import what the release must be able to import, while the old one still serves."""
-    manifest = site.manifest(step["release"])
-    code = "".join(f"import {name}; " for name in manifest["gate"]["imports"]) or "import torch"
-    run([manifest["argv"][0], "-I", "-c", code], {**manifest["environment"], "CUDA_VISIBLE_DEVICES": ""})
 
 
 def serve(site: Site, step: Json, note: Callable[[str], None]) -> None:

@@ -5,6 +5,7 @@ It has a loopback port of its own and scratch data: folders of its own, a copy o
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -73,6 +74,16 @@ def run_trial(site: Site, manager: Manager, release: Json, note: Callable[[str],
     say_changed_types(read(site.releases / current / "proven", lenient=True), proof, note)
 
 
+IMPORT_SECONDS = 300
+"""For importing torch and the kernels from a cold disk."""
+
+
+def imports(release: Json) -> list[str]:
+    """The command that imports the release's kernels: ComfyUI itself loads only the one that it computes with."""
+    names = release["gate"].get("imports", ())
+    return [release["argv"][0], "-I", "-B", "-c", f"import torch, {', '.join(names)}"] if names else []
+
+
 class Trial:
     """One release on scratch data, as a process of the agent's own: it ends with it."""
 
@@ -96,6 +107,14 @@ class Trial:
             text = re.sub(rf"{re.escape(path)}(?![\w.-])", str(place).replace("\\", r"\\"), text)
         return text
 
+    def confined(self, release: Json) -> list[str]:
+        """What a command is prefixed with where the release confines itself: for the trial's places and port."""
+        words = [self.moved(word) for word in release.get("confined", ())]
+        if words:
+            spec, port = json.loads(words[-2]), int(self.argv[self.argv.index("--port") + 1])
+            words[-2] = json.dumps({**spec, "bind": [port], "connect": [*spec["connect"], port]})
+        return words
+
     def prepare(self, release: Json, models: Path | None) -> None:
         """Choose a port and make the scratch data, as the service's user; `models` is what its models are a link to."""
         self.clear()
@@ -116,15 +135,25 @@ class Trial:
         self.argv = [self.moved(word) for word in self.argv]
         variables = {name: self.moved(value) for name, value in release["environment"].items()}
         with (self.site.state / "trial.log").open("wb") as log:
-            self.child = subprocess.Popen(
-                self.argv,
-                env={**inherited(), **variables},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.scratch,
-                preexec_fn=dies_with_parent(),
-            )
+
+            def spawn(argv: list[str]) -> subprocess.Popen[bytes]:
+                return subprocess.Popen(
+                    argv,
+                    env={**inherited(), **variables},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=self.scratch,
+                    preexec_fn=dies_with_parent(),
+                )
+
+            if check := imports(release):
+                self.child = spawn([*self.confined(release), *check])
+                with suppress(subprocess.TimeoutExpired):
+                    self.child.wait(IMPORT_SECONDS)
+                if self.child.poll() != 0:
+                    raise Fault("gate", "a kernel of the release cannot be imported", " ".join(check[1:]))
+            self.child = spawn([*self.confined(release), *self.argv])
 
     def stop(self) -> None:
         """End it, if it runs."""
@@ -177,7 +206,10 @@ class SystemdTrial(Trial):
         else:
             self.prepare(release, self.site.data / "models")
             self.argv, text = [self.moved(word) for word in self.argv], self.moved(text)
-        lines.append("ExecStart=" + shlex.join(self.argv).replace("%", "%%").replace("$", "$$"))
+        for key, argv in (("ExecStartPre", imports(release)), ("ExecStart", self.argv)):
+            command = shlex.join([*self.confined(release), *argv]).replace("%", "%%").replace("$", "$$")
+            lines += [f"{key}={command}"] if argv else []
+        lines += [f"TimeoutStartSec={IMPORT_SECONDS}"]
         storage = f"{self.site.service}-storage.service"  # a release's first one is not known to systemd yet
         write(self.place, "".join(f"{line}\n" for line in text.splitlines() if not line.endswith(f"={storage}")))
         ours = self.place.with_name(f"{self.place.name}.d")

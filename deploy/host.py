@@ -47,12 +47,17 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return ", ".join(f"{name} {wanted}" for name, wanted in said if wanted)
 
 
+Network = Literal["open", "lan-deny", "offline"]
+
+
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Flags, environment and limits for a kind of machine.
 
     `arch` is the compute capability that `kernels` are built for; `cuda` makes the health gate ask for a CUDA
     device; `unified` says that CPU and GPU share their memory; `start_seconds` is how long the gate waits for it.
     `nodes` are sets and names of `nodes.toml`; `restart` is when systemd starts ComfyUI again, as its Restart= says it.
+    `network` says whom ComfyUI may reach: anybody but link-local and metadata addresses, no private network either
+    ("lan-deny"), or nobody but its own machine ("offline").
     """
 
     summary: str
@@ -67,7 +72,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     flags: dict[str, Setting] = {}
     env: dict[str, Setting] = {}
     device_policy: Literal["closed", "auto"] = "closed"
-    memory_max: str = ""
+    memory_max: str = "90%"
+    network: Network = "open"
     restart: Literal["on-failure", "always"] = "on-failure"
 
 
@@ -86,6 +92,7 @@ class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     env: dict[str, Setting] = {}
     device_policy: Literal["closed", "auto"] | None = None
     memory_max: str | None = None
+    network: Network | None = None
     restart: Literal["on-failure", "always"] | None = None
 
 
@@ -124,8 +131,10 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     `mounts` (by mount point) must be mounted for ComfyUI to run. `folders` says what of models, input, output and
     user lies elsewhere than in `data/`; `model_roots` are folders with more models, laid out as `models` is.
+    Everybody on the machine may read the data if it is `public`.
     `members` may write the data and read the log, and do what `members_may` says; `listen` and `port` are ComfyUI's.
     At `metrics_port` of its loopback the host tells Prometheus how it is.
+    `connect` are the ports that ComfyUI may connect to in scope "user", where the kernel can limit ports alone.
     `modes` are of `config/modes`; `develop` are folders there, each a custom node under development; `free_memory` is
     how often ComfyUI gives its memory back when it has no job (`4h`).
     """
@@ -149,6 +158,8 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     modes: tuple[str, ...] = ()
     develop: tuple[str, ...] = ()
     free_memory: str = ""
+    public: bool = False
+    connect: tuple[int, ...] = (80, 443)
     keep: int = 3
     override: Override = Override()
 
@@ -223,6 +234,7 @@ class Target:
             "port": self.host.port,
             "mounts": {path: mount_unit(path) for path in self.host.mounts},
             "folders": dict(self.host.folders),
+            "public": self.host.public,
         }
 
     @property
@@ -242,7 +254,9 @@ class Target:
         words = [f"journalctl --no-pager --unit {unit}{more}" for more in ("", " --lines 1000", " --follow")]
         words += [f"systemctl {verb} {unit}" for verb in self.host.members_may]
         listed = ", \\\n    ".join(f"/usr/bin/{each}" for each in words)
-        return f"# Written by Hearth; a deploy replaces it.\n%{self.host.run_as} ALL=(root) NOPASSWD: {listed}\n"
+        return (
+            f"# Written by Hearth; a deploy replaces it.\n%{self.host.run_as}-members ALL=(root) NOPASSWD: {listed}\n"
+        )
 
     def mount_text(self, path: str) -> str:
         """The systemd unit that mounts one of the host's file systems."""
@@ -296,7 +310,10 @@ _PLAIN = {
     "address": (r"(?!-)[\w.:%@+-]*", "a name or address as ssh takes it"),
     "user": (r"((?!-)[\w.@\\+-]+\$?)?", "a login"),
     "service": (r"[a-z][a-z0-9_-]{0,30}", "service and run_as are plain lower-case names"),
-    "run_as": (r"[a-z_][a-z0-9_-]*", "service and run_as are plain lower-case names"),
+    "run_as": (
+        r"(?!root$)[a-z_][a-z0-9_-]{0,22}",
+        "service and run_as are plain lower-case names, and nobody runs as root",
+    ),
     "free_memory": (r"([1-9][0-9]{0,5}[smhd])?", "such as 30m, 4h or 1d"),
 }
 """What ends up in units and command lines as it is, and is no path: the form of each."""

@@ -29,7 +29,7 @@ class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     and does not ask for. `writable` are files and folders (with a `/` behind) below it that it writes; they live in
     `data/nodes/`. `system` are Debian packages that it needs on the host, `requires` other nodes that it cannot do
     without; `install` is the reason why its own `install.py` may run when it is put on a host (by default it never
-    does).
+    does), `install_network` the reason why that may use the network.
     """
 
     url: str
@@ -44,6 +44,7 @@ class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     system: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     install: str = ""
+    install_network: str = ""
 
     def pinned(self, name: str) -> source.Pinned:
         """Its source, as `core.source` fetches it."""

@@ -5,6 +5,7 @@ Pure: the same facts and wishes give the same plan; no clock, no file, no networ
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +153,9 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
         remedy = f"stack {stack.name} has {', '.join(stack.platforms)}"
         return None, [Refusal(f"the machine is {facts.machine}, and torch {stack.torch} has no build for it", remedy)]
     origin = {name: target.origin.get(f"flags.{name}", "") for name in target.flags}
+    for flag in releases.OWN_FLAGS & target.flags.keys():
+        what = f"{flag} ({origin[flag]}) is Hearth's own: a release says where it lies and listens"
+        found.append(Refusal(what, "leave it out; `folders`, `model_roots`, `listen` and `port` of the host say that"))
     found += [Refusal(what, remedy) for what, remedy in applications.wrong(target.flags, shelf.flags, origin)]
     if len(alone := [flag for flag in releases.TLS_FLAGS if flag in target.flags]) == 1:  # ComfyUI would speak http
         (other,) = set(releases.TLS_FLAGS) - set(alone)
@@ -252,7 +256,7 @@ def _older(version: str, floor: str) -> bool:
 def _place(target: Target, facts: Facts) -> list[Refusal]:
     """What the host itself lacks."""
     found: list[Refusal] = []
-    host = target.host
+    host, listen = target.host, target.host.listen.split(",")
     if facts.busy:
         who = f"{facts.busy['action']} by {facts.busy['who']} since {facts.busy['since']}"
         found.append(Refusal(f"the host is being changed: {who}", f"inv attach --host {target.name}"))
@@ -262,6 +266,15 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal(paused(target, facts), f"inv resume --host {target.name}"))
     if facts.foreign_unit:
         found.append(Refusal(f"{facts.foreign_unit} is not Hearth's", f"inv adopt --host {target.name} takes it over"))
+    if facts.user_fault:
+        remedy = 'set `run_as` to a name of its own, such as "comfyui-service"'
+        found.append(Refusal(f"the user {host.run_as} {facts.user_fault}", remedy))
+    if host.scope == "user" and target.profile.network == "lan-deny":
+        what = "without root nothing tells private addresses from others: mode lan-deny has no effect"
+        found.append(Refusal(what, 'set scope = "system" for this host, or mode "offline"'))
+    if target.profile.network != "open" and not all(ipaddress.ip_address(each).is_loopback for each in listen):
+        what = f"network = {target.profile.network} shuts out whoever would come to {host.listen}, too"
+        found.append(Refusal(what, 'listen = "127.0.0.1", and come by ssh -L or by a proxy on the host'))
     if host.scope == "system" and not facts.manager.startswith("systemd"):
         found.append(Refusal("the host runs no systemd", 'set scope = "user" for this host'))
     if not hosts.PLAIN_PATH.fullmatch(facts.prefix):
@@ -405,18 +418,17 @@ def _steps(
         title = f"lay out {facts.prefix}"
         steps.append(Step("folders", title, "its folders are not all there", f"rm -r {facts.prefix}"))
     elif missing or not facts.shared:
-        title = f"make {', '.join(missing)}" if missing else f"let members share what is in {facts.prefix}/data"
-        why = "it is not there" if missing else "what one writes, another could not change"
+        people = "everybody read" if host.public else "members share, and nobody else see,"
+        title = f"make {', '.join(missing)}" if missing else f"let {people} what is in {facts.prefix}/data"
+        why = "it is not there" if missing else "its modes or group are others"
         steps.append(Step("folders", title, why, "nothing: no file is touched"))
-    steps += _part_steps(facts, choice)
+    steps += _part_steps(facts, choice, wanted)
     if facts.release(wanted["id"]) is None:
         steps.append(_release_step(wanted, "so that it can be returned to"))
     elif facts.release(wanted["id"]) != wanted or wanted["id"] in facts.altered:
         steps.append(_release_step(wanted, "its manifest, unit or links were changed"))
     replaced = any(step.kind in ("app", "env", "node", "release") for step in steps) or not facts.service.linked
     if facts.current != wanted["id"] or replaced:
-        title = "import torch and the kernels in the new environment"
-        steps.append(Step("preflight", title, "before anything is stopped", "nothing", {"release": wanted["id"]}))
         why = "what runs is not what it says" if facts.current == wanted["id"] else "it is not the one wanted"
         steps.append(_cut_over(facts, wanted["id"], why, options))
         if options.trial == "only":
@@ -448,14 +460,16 @@ def _people(target: Target, facts: Facts) -> list[Step]:
     steps: list[Step] = []
     if host.scope != "system":
         return steps
-    if sorted(host.members) != sorted(facts.members):
-        title = f"members of group {host.run_as}: {', '.join(host.members) or 'nobody'}"
-        why, undo = "they may write the data", f"gpasswd --members {','.join(facts.members)} {host.run_as}"
+    group = f"{host.run_as}-members"
+    there = facts.members if facts.user else ()  # the account's step makes the group
+    if there is None or sorted(host.members) != sorted(there):
+        title = f"members of group {group}: {', '.join(host.members) or 'nobody'}"
+        why, undo = "they may write the data", f"gpasswd --members '{','.join(there or ())}' {group}"
         steps.append(Step("members", title, why, undo, {"members": list(host.members)}))
     rights = target.rights
     if facts.rights is not None and facts.rights != rights:
         may = " and ".join(["read its log", *(f"{each} it" for each in host.members_may)])
-        title = f"let members of {host.run_as} {may} (sudo)" if rights else "take back what members may do by sudo"
+        title = f"let members of {group} {may} (sudo)" if rights else "take back what members may do by sudo"
         steps.append(Step("rights", title, "as configured", "rm the file in /etc/sudoers.d", {"text": rights}))
     return steps
 
@@ -480,7 +494,7 @@ def _release_step(wanted: dict[str, Any], why: str) -> Step:
     return Step("release", f"{title}, Python {wanted['python']}", why, "pruned when others serve", {"release": wanted})
 
 
-def _part_steps(facts: Facts, choice: releases.Choice) -> list[Step]:
+def _part_steps(facts: Facts, choice: releases.Choice, wanted: Mapping[str, Any]) -> list[Step]:
     steps: list[Step] = []
     for kind, part in (("app", choice.app_part), ("env", choice.env_part)):
         if _holds(facts, part):
@@ -509,6 +523,10 @@ def _part_steps(facts: Facts, choice: releases.Choice) -> list[Step]:
         values = {"part": part, "python": choice.interpreter, "node": name}
         values |= {"writable": list(node.writable), "keeps": f"nodes/{name}"}
         values |= {"install": choice.env_part if node.install else ""}
+        if node.install:  # it runs as the service would
+            values |= {"network": bool(node.install_network), "confined": wanted.get("confined", [])}
+            values |= {"environment": wanted["environment"]}
+            values |= {"unit": wanted["files"][f"{choice.target.host.service}.service"]}
         title = f"make {part}: node {name} {node.commit[:9]}"
         steps.append(Step("node", title, why, "pruned when no release names it", values))
     part = choice.exporter_part
@@ -557,6 +575,11 @@ def _notes(target: Target, facts: Facts) -> list[str]:
         found.append("this machine has no systemd for you: ComfyUI is supervised by Hearth, and not started at boot")
     if facts.manager == "process" and target.profile.memory_max:
         found.append("nothing limits ComfyUI's memory here: `memory_max` needs systemd")
+    if facts.unused:
+        names = ", ".join(facts.unused)
+        found.append(f"nothing is loaded from {facts.prefix}/data/custom_nodes: {names} (inv nodes.add, or delete it)")
+    if target.host.scope == "user" and not facts.landlock:
+        found.append(f"this kernel has no Landlock: custom nodes can read and write all that {facts.login} can")
     if facts.rights is None and target.rights:
         found.append("the host has no sudo: members cannot read the log or restart ComfyUI by it")
     return found

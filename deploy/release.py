@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from deploy.host import Profile, Target
     from deploy.nodes import Node
 
-LAYOUT = 3
+LAYOUT = 4
 """Raised when the agent makes parts or releases another way: what is there is then not what is wanted."""
 
 # The flag that chooses an attention, and what ComfyUI logs when it is used (comfy/ldm/modules/attention.py).
@@ -110,9 +110,13 @@ class Choice:
         """The parts that hold the nodes' trees, by the node's name."""
         return {
             # what an install.py does depends on the environment that runs it
-            name: f"node-{_digest([LAYOUT, name, node.tree, node.writable, node.install and self.env_part])}"
+            name: f"node-{_digest([LAYOUT, name, node.tree, node.writable, self._installs(node)])}"
             for name, node in self.pinned.items()
         }
+
+    def _installs(self, node: Node) -> list[str]:
+        """What a node's install.py depends on: the environment that runs it, and whether it has the network."""
+        return [self.env_part, str(bool(node.install_network))] if node.install else []
 
     @property
     def exporter_part(self) -> str:
@@ -214,31 +218,36 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     """
     target = choice.target
     place, data = f"{prefix}/releases/{release}", f"{prefix}/data"
-    argv = [f"{place}/env/bin/python", f"{place}/app/main.py", "--base-directory", data]
-    argv += [word for name, path in sorted(target.host.folders.items()) for word in (f"--{_DIRECTORY[name]}", path)]
+    # ComfyUI imports whatever lies in custom_nodes of its base directory: so that is the release, and not the data.
+    argv = [f"{place}/env/bin/python", f"{place}/app/main.py", "--base-directory", place]
+    argv += ["--temp-directory", data]  # temp in it
+    lies = {name: f"{data}/{name}" for name in ("input", "output", "user")} | target.host.folders
+    argv += [word for name, path in sorted(lies.items()) for word in (f"--{_DIRECTORY[name]}", path)]
     argv += ["--database-url", f"sqlite:///{data}/user/comfyui.db", "--disable-auto-launch"]
     files: dict[str, str] = {}
-    links: dict[str, str] = {}
-    developed = _developed(target, data)
-    if choice.nodes or developed:
-        # Some nodes look for ComfyUI's folders two levels above themselves.
-        links = {name: f"{data}/{name}" for name in ("models", "input", "output", "temp", "user")} | target.host.folders
-        links["web"] = f"{data}/comfyui/web"
-        links |= {f"custom_nodes/{name}": path for name, path in developed.items()}
-    if paths := _search_paths(choice, place):
+    # The base directory's other folders; some nodes look for them two levels above themselves.
+    links = {name: f"{data}/{name}" for name in ("models", "temp", "datasets")} | lies
+    links["web"] = f"{data}/comfyui/web"
+    developed = _developed(target, place)
+    binds = _binds(target, developed)
+    empty = ["custom_nodes", *(f"custom_nodes/{name}" for name in developed if binds)]
+    links |= {f"custom_nodes/{name}": path for name, path in developed.items() if not binds}
+    if paths := _search_paths(choice):
         files["paths.yaml"] = json.dumps(paths, indent=1) + "\n"  # JSON is YAML
         argv += ["--extra-model-paths-config", f"{place}/paths.yaml"]
-    more = _binds(target, developed)
-    folders = [path for path in developed.values() if more]
+    more, asserts = binds, list[str]()
+    folders: list[str] = []
     if manager(target):
         # where folder_paths.get_system_user_directory puts it
-        user = target.flags.get("--user-directory") or target.host.folders.get("user", f"{data}/user")
+        user = lies["user"]
         state = f"{user}/__manager"
         files["manager.ini"] = MANAGER_INI
         scripts = f"{state}/startup-scripts"
         folders.append(scripts)
         # Whatever lies in startup-scripts is run at the next start, before ComfyUI.
         more += [f"BindReadOnlyPaths={place}/manager.ini:{state}/config.ini", f"InaccessiblePaths=-{scripts}"]
+        # systemd follows links on the way to where it mounts, and makes what is not there, as root.
+        asserts = [f"AssertPathIsSymbolicLink=!{path}" for path in (user, state, f"{state}/config.ini", scripts)]
     argv += ["--listen", target.host.listen, "--port", str(target.host.port)]
     argv += [word for flag, value in target.flags.items() for word in (flag, *value.split())]
     environment = {
@@ -255,26 +264,31 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
         "GIT_PYTHON_REFRESH": "quiet",  # GitPython is imported by nodes that need no git, and would stop without one
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
+        **({"TMPDIR": f"{data}/cache/tmp"} if target.host.scope == "user" else {}),  # a unit has a /tmp of its own
         **target.env,
     }
-    files[f"{target.host.service}.service"] = _unit(choice, argv, environment, data, release, more)
+    running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
+    running |= {"folders": folders, "empty": empty}
+    confined = _confined(choice, prefix, place) if target.host.scope == "user" else []
+    running |= {"confined": confined} if confined else {}
+    files[f"{target.host.service}.service"] = _unit(
+        choice, [*confined, *argv], environment, data, release, more, asserts
+    )
     if choice.exporter_part:
         told = {"site": target.site | {"prefix": prefix}, "argv": argv, "port": target.host.metrics_port}
         told["cuda"] = target.profile.cuda
         files["exporter.json"] = json.dumps(told, indent=1) + "\n"
     for name, text in _companions(choice, prefix, release, developed).items():
         files[f"{target.host.service}-{name}"] = text
-    running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
-    running |= {"folders": folders}
     # what a supervisor does itself, and a unit's process has to know
     running |= {"develop": list(developed.values())} if developed else {}
     return running | ({"free_memory": target.host.free_seconds} if target.host.free_memory else {})
 
 
-def _developed(target: Target, data: str) -> dict[str, str]:
-    """Where the service sees nodes under development: a system's unit hides home folders, and mounts each elsewhere."""
+def _developed(target: Target, place: str) -> dict[str, str]:
+    """Where the service sees nodes under development: a system's unit hides home folders, and mounts each here."""
     mounted = target.host.scope == "system"
-    return {name: f"{data}/develop/{name}" if mounted else path for name, path in target.host.developed.items()}
+    return {name: f"{place}/custom_nodes/{name}" if mounted else path for name, path in target.host.developed.items()}
 
 
 def _binds(target: Target, developed: Mapping[str, str]) -> list[str]:
@@ -283,28 +297,61 @@ def _binds(target: Target, developed: Mapping[str, str]) -> list[str]:
     return [f"BindReadOnlyPaths=-{folders[name]}:{at}" for name, at in developed.items() if at != folders[name]]
 
 
-# ComfyUI's flags for folders that do not lie in its base directory.
+# ComfyUI's flags for folders of the data.
 _DIRECTORY = {name: f"{name}-directory" for name in ("models", "input", "output", "user")}
 
-OWN_FLAGS = frozenset(
-    f"--{name}"
-    for name in ("base-directory", "database-url", "disable-auto-launch", "extra-model-paths-config", "listen", "port")
-) | {f"--{name}" for name in _DIRECTORY.values()}
+OWN_FLAGS = (
+    frozenset(
+        f"--{name}"
+        for name in ("base-directory", "temp-directory", "database-url", "disable-auto-launch", "listen", "port")
+    )
+    | {"--extra-model-paths-config"}
+    | {f"--{name}" for name in _DIRECTORY.values()}
+)
 """Flags that a release has beside those of its profile, modes and host."""
 
 
-def _search_paths(choice: Choice, place: str) -> dict[str, dict[str, str]]:
-    """ComfyUI's extra search paths: the release's nodes, and the host's further folders of models."""
-    found: dict[str, dict[str, str]] = {}
-    if choice.nodes or choice.target.host.develop:
-        found["nodes"] = {"custom_nodes": f"{place}/custom_nodes"}
-    for root in choice.target.host.model_roots:
-        found[root] = {"base_path": root} | {kind: "\n".join(names) for kind, names in choice.model_folders.items()}
-    return found
+def _search_paths(choice: Choice) -> dict[str, dict[str, str]]:
+    """ComfyUI's extra search paths: the host's further folders of models."""
+    kinds = {kind: "\n".join(names) for kind, names in choice.model_folders.items()}
+    return {root: {"base_path": root} | kinds for root in choice.target.host.model_roots}
+
+
+def _confined(choice: Choice, prefix: str, place: str) -> list[str]:
+    """What a command is prefixed with so that it confines itself, where no system's unit does (`agent/confine.py`)."""
+    host = choice.target.host
+    told = {
+        "write": [f"{prefix}/data", *host.folders.values()],
+        "read": [f"{prefix}/parts", place, f"{prefix}/data/models", *host.model_roots, *host.develop],
+        "bind": [host.port],
+        "connect": [] if choice.target.profile.network == "offline" else [53, *host.connect, host.port],
+        "udp": choice.target.profile.network != "offline",
+    }
+    return [choice.interpreter, "-I", "-S", f"{place}/agent.pyz", "confine", json.dumps(told), "--"]
+
+
+# What no service may reach: the machine's own neighbours by link-local addresses, and what clouds answer with
+# credentials at (AWS, Azure, Google and most others use 169.254.169.254; these are the ones that are not link-local).
+_METADATA = "link-local multicast 100.100.100.200 168.63.129.16 192.0.0.192 fd00:ec2::254 fd20:ce::254"
+
+_LAN = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 fc00::/7"
+
+_NETWORK = {
+    "open": f"IPAddressDeny={_METADATA}",
+    "lan-deny": f"IPAddressDeny={_METADATA} {_LAN}",
+    "offline": "IPAddressDeny=any\nIPAddressAllow=localhost",
+}
+"""What a system service may reach, by the profile's `network` (systemd.resource-control(5), IPAddressAllow=)."""
 
 
 def _unit(
-    choice: Choice, argv: Sequence[str], environment: Mapping[str, str], data: str, release: str, more: Sequence[str]
+    choice: Choice,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    data: str,
+    release: str,
+    more: Sequence[str],
+    asserts: Sequence[str],
 ) -> str:
     """The systemd unit, from the template of the host's scope, with `more` lines for what it may touch."""
     target = choice.target
@@ -320,7 +367,9 @@ def _unit(
         "data": data,
         "folders": " ".join(host.folders.values()),
         "storage": f"BindsTo={storage}\nAfter={storage}" if host.mounts else "",
-        "command": _command(argv),
+        "asserts": "\n".join(asserts),
+        "network": _NETWORK[profile.network],
+        "command": _command(command),
         "environment": "\n".join(lines),
         "restart": profile.restart,
         "limits": f"MemoryMax={profile.memory_max}" if profile.memory_max else "",
@@ -336,15 +385,14 @@ def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[st
     host = target.host
 
     def command(verb: str) -> str:
-        interpreter = f"{prefix}/releases/{release}/env/bin/python"
-        # The release's own copy: another client's submit replaces the one in state/.
+        # The release's own copy: another client's submit replaces the one in state/. Not by the environment's Python,
+        # whose packages would run as root.
         agent = f"{prefix}/releases/{release}/agent.pyz"
-        return _command([interpreter, "-I", agent, verb, f"{prefix}/state/site.json"])
+        return _command([choice.interpreter, "-I", "-S", agent, verb, f"{prefix}/state/site.json"])
 
     values = {
         "service": host.service,
         "release": release,
-        "user": host.run_as,
         "binds": "\n".join(_binds(target, developed)),
         "target": "multi-user.target" if host.scope == "system" else "default.target",
         "interval": host.free_memory,
@@ -368,7 +416,7 @@ def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[st
         place = f"{prefix}/releases/{release}/exporter"
         # the system's Python, without a look at what else is installed there
         words = [choice.interpreter, "-I", "-S", place, f"{place}.json"]
-        more = {"port": str(host.metrics_port), "data": f"{prefix}/data", **devices(target.profile)}
+        more = {"port": str(host.metrics_port), **devices(target.profile)}
         found["exporter.service"] = _filled("exporter", {**values, **more, "command": _command(words)})
     if host.scope == "user":
         found = {
@@ -404,7 +452,9 @@ def _command(argv: Sequence[str]) -> str:
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
     name = template if "." in template else f"{template}.service"
-    return Template((checkout() / f"recipes/comfyui/units/{name}").read_text()).substitute(values)
+    folder = checkout() / "recipes/comfyui/units"
+    hardening = (folder / "hardening.conf").read_text().strip()
+    return Template((folder / name).read_text()).substitute(values, hardening=hardening)
 
 
 def _quoted(value: str) -> str:

@@ -170,6 +170,24 @@ def _drift(case: Case) -> Iterator[Problem]:
         if steps := case.planned.steps:
             more = f", and {len(steps) - 1} more" if len(steps) > 1 else ""
             yield Problem(f"a deploy would {steps[0].title} ({steps[0].why}){more}", f"inv deploy {case.at} --dry-run")
+        if case.facts.unused:
+            what = f"{case.facts.prefix}/data/custom_nodes holds {', '.join(case.facts.unused)}, which is never loaded"
+            yield Problem(
+                what, f"look at it: whoever put it there meant it to run. inv quarantine {case.at} if in doubt"
+            )
+
+
+@check(
+    "confined",
+    "Is what custom nodes may do limited?",
+    how="a system's unit limits it; without root the kernel must have Landlock (5.13 and newer, not switched off)",
+    mend='a newer kernel, "landlock" among its lsm= parameters, or scope = "system"',
+    severity="warning",
+)
+def _confined(case: Case) -> Iterator[Problem]:
+    if case.target.host.scope == "user" and not case.facts.landlock:
+        what = f"custom nodes can read and write all that {case.facts.login} can: the kernel has no Landlock"
+        yield Problem(what, 'a newer kernel, or scope = "system" for this host')
 
 
 @check(

@@ -89,7 +89,7 @@ def changes(target: Target, control: str, limited: Mapping[str, str]) -> list[Ch
     drop_in = (
         f"# Written by Hearth: inv mps off takes it away.\n"
         f"[Unit]\nWants={unit}\nAfter={unit}\nPartOf={unit}\n"
-        f"[Service]\nEnvironment=CUDA_MPS_PIPE_DIRECTORY=/run/{service}-mps\nReadWritePaths=-/run/{service}-mps\n"
+        f"[Service]\nEnvironment=CUDA_MPS_PIPE_DIRECTORY=/run/{service}-mps\nBindPaths=-/run/{service}-mps\n"
     )
     return [
         tuning.file(f"/etc/systemd/system/{unit}", Template(text).substitute(values)),

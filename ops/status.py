@@ -125,6 +125,7 @@ def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Statu
     name = target.name
     at = f"--host {name}"
     drift = tuple(step.title for step in planned.steps) if facts.current else ()
+    strays = f"data/custom_nodes holds {', '.join(facts.unused)}, which is never loaded" if facts.unused else ""
     found: list[Problem] = []
 
     def problem(what: str, remedy: str) -> None:
@@ -154,9 +155,11 @@ def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Statu
     if drift:
         more = f" and {len(drift) - 1} more" if len(drift) > 1 else ""
         problem(f"a deploy would {drift[0]}{more}", f"inv deploy {at} --dry-run")
+    if strays:
+        problem(strays, f"inv doctor {at}")
     for each in planned.refusals:
         problem(each.what, each.remedy)
-    return Status(name, facts, live, drift, tuple(found))
+    return Status(name, facts, live, (*drift, *([strays] if strays else ())), tuple(found))
 
 
 # --- shown ---------------------------------------------------------------------------------------------------------

@@ -255,8 +255,9 @@ def installed(tmp_path: Path, script: str) -> Path:
     (place / "install.py").write_text(script)
     (site.parts / "env/bin").mkdir(parents=True)
     (site.parts / "env/bin/python").symlink_to(sys.executable)
-    step: Json = {"install": "env", "title": "make node it"}
-    steps._install(site, step, place)
+    step: Json = {"install": "env", "title": "make node it", "python": sys.executable, "unit": "", "network": False}
+    step |= {"environment": {"HOME": "/nowhere"}, "confined": []}
+    steps._install(site, step, place, lambda _: None)
     return place
 
 
@@ -268,13 +269,26 @@ def test_an_install_script_that_hangs_is_a_failed_step(tmp_path: Path, monkeypat
     assert "did not end within 1 s" in raised.value.report["cause"]
 
 
+def test_of_what_an_install_script_leaves_only_regular_files_are_taken_over(tmp_path: Path) -> None:
+    script = """
+import os
+os.symlink("/etc/passwd", "link"); os.mkfifo("pipe"); os.makedirs("a/b"); open("a/b/c", "w").write("made")
+os.makedirs("__pycache__"); open("__pycache__/x.pyc", "w").write("not what the source says")
+open("tool", "w").close(); os.chmod("tool", 0o4755); print("on standard output")
+"""
+    place = installed(tmp_path, script)
+    found = {str(path.relative_to(place)): path for path in place.rglob("*") if not path.is_dir()}
+    assert set(found) == {"install.py", "a/b/c", "tool"}
+    assert found["tool"].stat().st_mode & 0o7777 == 0o755
+
+
 def test_an_install_script_sees_nothing_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "HTTPS_PROXY", "PIP_INDEX_URL", "SSH_AUTH_SOCK", "PYTHONPATH", "XDG_RUNTIME_DIR"):
         monkeypatch.setenv(name, "x")
     place = installed(tmp_path, "import json, os; json.dump(dict(os.environ), open('seen', 'w'))")
     seen = json.loads((place / "seen").read_text())
-    assert set(seen) <= {"PATH", "HOME", "LANG", "LC_CTYPE", "PYTHONDONTWRITEBYTECODE", "PYTHONNOUSERSITE"}
-    assert seen["HOME"] == str(tmp_path / "data/cache")
+    assert set(seen) <= {"PATH", "HOME", "LANG", "LC_CTYPE", "PYTHONDONTWRITEBYTECODE", "XDG_CACHE_HOME", "TMPDIR"}
+    assert seen["HOME"] == str(tmp_path / "state/install")
 
 
 def test_what_a_prefix_was_deployed_as_and_where_its_unit_leads_is_told(

@@ -13,7 +13,7 @@ import pytest
 
 from agent import services, steps
 from agent.facts import _deletable, facts
-from agent.files import Fault, Sweep, append, flock, own, read, remove, tree
+from agent.files import Fault, Sweep, append, flock, read, remove
 from agent.site import DATA, Site
 from core import files
 
@@ -203,20 +203,6 @@ def test_the_way_to_mount_points_is_not_more_than_them(tmp_path: Path) -> None:
 # --- owners and modes ----------------------------------------------------------------------------------------------
 
 
-def test_a_tree_taken_back_is_closed_to_others_and_no_link_in_it_is_followed(tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    outside.mkdir(mode=0o700)
-    (tmp_path / "tree/inner").mkdir(parents=True)
-    (tmp_path / "tree/link").symlink_to(outside)
-    for folder in (tmp_path / "tree/inner", tmp_path / "tree"):
-        folder.chmod(0o777)  # as an install.py may have left it
-    own(tmp_path / "tree", os.geteuid(), os.getegid())
-    assert [mode(folder) for folder in tree(tmp_path / "tree")] == [0o755, 0o755]
-    assert mode(outside) == 0o700
-    with pytest.raises(OSError):
-        own(tmp_path / "tree/link", os.geteuid(), os.getegid())
-
-
 def test_a_tree_deeper_than_python_recurses_is_shared(tmp_path: Path) -> None:
     """os.walk recurses on Python 3.10 and 3.11."""
     for levels in (1200, 1500):  # of the latter, what a path can name
@@ -226,7 +212,7 @@ def test_a_tree_deeper_than_python_recurses_is_shared(tmp_path: Path) -> None:
         deep(site.data / "output", levels)
         steps.folders(site, {}, lambda _: None)
         assert all((site.data / name).is_dir() for name in DATA)
-        assert mode(site.data / f"output{'/dd' * 1100}") == 0o2775
+        assert mode(site.data / f"output{'/dd' * 1100}") == 0o755
         remove(site.data)
 
 
@@ -255,28 +241,7 @@ def test_a_folder_that_somebody_put_in_the_place_of_a_new_one_is_not_given_away(
         path.unlink()
     steps.folders(site, {}, lambda _: None)
     assert (tmp_path / "pool/out").is_dir()
-    assert mode(tmp_path / "pool/out") == 0o2775
-
-
-@pytest.mark.parametrize("name", ["web/cache/", "web/cache"])
-def test_a_link_of_an_install_script_leads_no_deletion_out_of_its_part(tmp_path: Path, name: str) -> None:
-    site = at(tmp_path / "prefix")
-    place = site.parts / ".node-1.1"
-    place.mkdir(parents=True)
-    site.data.mkdir()
-    (tmp_path / "home/cache").mkdir(parents=True)
-    (tmp_path / "home/cache/file").touch()
-    (place / "web").symlink_to(tmp_path / "home")
-    with pytest.raises(Fault, match="lies outside of it"):
-        steps._corners(site, {"writable": [name], "keeps": "nodes/one", "part": "node-1"}, place)
-    assert (tmp_path / "home/cache/file").exists()
-    (place / "web").unlink()
-    (place / "real").mkdir()
-    (place / "web").symlink_to("real")
-    (place / "real/cache").symlink_to(tmp_path / "home")
-    steps._corners(site, {"writable": [name], "keeps": "nodes/one", "part": "node-1"}, place)
-    assert (place / "real/cache").readlink() == site.data / "nodes/one/web/cache"
-    assert (tmp_path / "home/cache/file").exists()
+    assert mode(tmp_path / "pool/out") == 0o755
 
 
 def test_what_a_killed_run_of_this_pid_left_is_no_obstacle(tmp_path: Path) -> None:

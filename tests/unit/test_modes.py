@@ -114,6 +114,7 @@ def test_a_variable_for_the_allocator_that_does_not_run_is_told(written: Path) -
 def test_every_mode_gives_reasons_and_excludes_modes_that_are_there() -> None:
     found = host.modes()
     wanted = {"standard", "low-memory", "high-memory", "shared-gpu", "native-allocator", "development", "production"}
+    wanted |= {"lan-deny", "offline"}
     assert set(found) == wanted
     for name, mode in found.items():
         assert mode.summary
@@ -187,17 +188,19 @@ def wanted(**values: Any) -> dict[str, Any]:
 
 def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
     found = wanted(develop=("/home/anna/mine",))
-    assert found["links"]["custom_nodes/mine"] == "/opt/comfyui/data/develop/mine"
+    place = f"/opt/comfyui/releases/{found['id']}"
+    assert "custom_nodes/mine" not in found["links"]  # it is mounted there: nothing that the service may write is
     assert set(found["nodes"]) == {"other"} == set(wanted()["nodes"]) - {"mine"}
     assert "custom_nodes/mine" not in found["parts"]
     assert found["gate"]["required"] == ["other"]
-    assert found["folders"] == found["develop"] == ["/opt/comfyui/data/develop/mine"]
-    bind = "BindReadOnlyPaths=-/home/anna/mine:/opt/comfyui/data/develop/mine"
+    assert found["develop"] == [f"{place}/custom_nodes/mine"]
+    assert found["empty"] == ["custom_nodes", "custom_nodes/mine"]
+    bind = f"BindReadOnlyPaths=-/home/anna/mine:{place}/custom_nodes/mine"
     for name in ("comfyui.service", "comfyui-reload.service"):
         assert bind in found["files"][name].splitlines(), name
     reload = found["files"]["comfyui-reload.service"]
-    place = f"/opt/comfyui/releases/{found['id']}"
-    command = f"{place}/env/bin/python -I {place}/agent.pyz watch"  # nothing of another release's
+    # nothing of another release's, and no package's code: it is root
+    command = f"/usr/bin/python3.12 -I -S {place}/agent.pyz watch"
     assert f"ExecStart={command} /opt/comfyui/state/site.json" in reload
     assert reload.endswith("[Install]\nWantedBy=multi-user.target\n")
 
@@ -217,7 +220,7 @@ def test_the_timer_and_what_it_starts() -> None:
     found = wanted(free_memory="4h", listen="192.168.1.5")
     assert "OnActiveSec=4h\nOnUnitActiveSec=4h\n" in found["files"]["comfyui-free-memory.timer"]
     service = found["files"]["comfyui-free-memory.service"].splitlines()
-    assert {"IPAddressDeny=any", "IPAddressAllow=localhost 192.168.1.5", "User=comfyui"} <= set(service)
+    assert {"IPAddressDeny=any", "IPAddressAllow=localhost 192.168.1.5", "DynamicUser=yes"} <= set(service)
     assert found["free_memory"] == 14400
     anywhere = wanted(free_memory="4h", listen="0.0.0.0")["files"]["comfyui-free-memory.service"]
     assert "IPAddressAllow=localhost\n" in anywhere
@@ -409,10 +412,7 @@ def test_an_explanation_says_with_which_stacks_a_setting_has_effect() -> None:
     assert shown["--vram-headroom", profiles.SEPARATE].stacks == ("cu130",)
     assert shown["--cache-ram", profiles.SEPARATE].stacks == ("cu124", "cu130")
     assert shown["--reserve-vram", profiles.UNIFIED].value == "16"
-    assert [(each.name, each.value) for each in profiles.one("production").lines] == [
-        ("memory_max", "90%"),
-        ("restart", "always"),
-    ]
+    assert [(each.name, each.value) for each in profiles.one("production").lines] == [("restart", "always")]
     with pytest.raises(UnknownNameError, match="perhaps you meant 'low-memory'"):
         profiles.one("low-memroy")
 

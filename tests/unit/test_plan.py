@@ -100,7 +100,7 @@ def kinds(found: plan.Plan) -> list[str]:
 
 def test_a_first_deploy() -> None:
     found = made()
-    assert kinds(found) == ["account", "folders", "app", "tool", "env", "release", "preflight", "cut-over", "prune"]
+    assert kinds(found) == ["account", "folders", "app", "tool", "env", "release", "cut-over", "prune"]
     assert all(step.title and step.why and step.undo for step in found.steps)
 
 
@@ -117,14 +117,14 @@ def test_the_same_wishes_give_the_same_release() -> None:
     [
         ({"service": msgspec.structs.replace(NO_SERVICE, linked=True), "port_holder": {}}, ["serve"]),
         ({"service": msgspec.structs.replace(RUNNING, enabled=False)}, ["serve"]),
-        ({"service": msgspec.structs.replace(RUNNING, linked=False)}, ["preflight", "cut-over", "prune"]),
-        ({"current": ""}, ["preflight", "cut-over", "prune"]),
+        ({"service": msgspec.structs.replace(RUNNING, linked=False)}, ["cut-over", "prune"]),
+        ({"current": ""}, ["cut-over", "prune"]),
         ({"members": ("eve",)}, ["members"]),
         ({"lingers": False}, ["linger"]),
-        ({"altered": (settled().current,)}, ["release", "preflight", "cut-over", "prune"]),
+        ({"altered": (settled().current,)}, ["release", "cut-over", "prune"]),
         ({"parts": {**settled().parts, "app-old": ""}}, ["prune"]),
         ({"parts": dict.fromkeys(settled().parts, "changed")},
-         ["app", "env", "preflight", "cut-over", "prune"]),
+         ["app", "env", "cut-over", "prune"]),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_done_and_no_more(change: dict[str, Any], expected: list[str]) -> None:
@@ -148,7 +148,7 @@ def test_flags_are_a_new_release_of_the_same_parts() -> None:
     profile = profiles()["dgx-spark"]
     fewer = msgspec.structs.replace(profile, flags={"--use-flash-attention": profile.flags["--use-sage-attention"]})
     found = made(settled(), replace(spark(), profile=fewer))
-    assert kinds(found) == ["release", "preflight", "cut-over", "prune"]
+    assert kinds(found) == ["release", "cut-over", "prune"]
     assert found.base == settled().current
     assert found.release != found.base
 
@@ -229,7 +229,9 @@ def test_folders_elsewhere_are_comfyuis_own_flags_and_never_links_in_the_data() 
     (step,) = (each for each in made(now, target, stock).steps if each.kind == "release")
     wanted = step.values["release"]
     words = " ".join(wanted["argv"])
-    assert "--models-directory /mnt/models --output-directory /srv/out --database-url" in words
+    data = "/opt/comfyui/data"
+    folders = f"--input-directory {data}/input --models-directory /mnt/models --output-directory /srv/out"
+    assert f"--temp-directory {data} {folders} --user-directory {data}/user --database-url" in words
     assert json.loads(wanted["files"]["paths.yaml"]) == {
         "/srv/more": {"base_path": "/srv/more", "text_encoders": "text_encoders\nclip"}
     }
@@ -253,8 +255,8 @@ def test_members_may_what_is_said_and_nothing_else() -> None:
     target = spark(members=("anna",), members_may=("restart",))
     steps = [step for step in made(target=target).steps if step.kind in ("members", "rights")]
     assert [step.title for step in steps] == [
-        "members of group comfyui: anna",
-        "let members of comfyui read its log and restart it (sudo)",
+        "members of group comfyui-members: anna",
+        "let members of comfyui-members read its log and restart it (sudo)",
     ]
     text = steps[1].values["text"]
     assert "/usr/bin/systemctl restart comfyui.service\n" in text
@@ -486,16 +488,52 @@ comfyui-manager==1
 
 def test_the_managers_settings_are_bound_to_where_it_looks() -> None:
     target = managed()
-    flags = {**target.profile.flags, "--user-directory": Setting(why="a test", value="/srv/mine")}
-    known = FLAGS | application.flags("parser.add_argument('--user-directory', type=str)\n")
-    moved = replace(target, profile=msgspec.structs.replace(target.profile, flags=flags))
+    moved = replace(target, host=msgspec.structs.replace(target.host, folders={"user": "/srv/mine"}))
+    there = msgspec.structs.replace(FRESH, places={"/srv/mine": ""})
     for each, user in ((target, "/opt/comfyui/data/user"), (moved, "/srv/mine")):
-        found = made(target=each, stock=replace(shelf(), flags=known))
+        found = made(there, each)
         (written,) = (step.values["release"] for step in found.steps if step.kind == "release")
         unit = written["files"]["comfyui.service"].splitlines()
         place = f"/opt/comfyui/releases/{written['id']}/manager.ini"
         assert f"BindReadOnlyPaths={place}:{user}/__manager/config.ini" in unit
         assert f"InaccessiblePaths=-{user}/__manager/startup-scripts" in unit
+        assert f"AssertPathIsSymbolicLink=!{user}/__manager" in unit
+
+
+def test_flags_that_say_where_a_release_lies_are_its_own() -> None:
+    flags = {"--base-directory": Setting(why="a test", value="/srv/mine")}
+    target = replace(spark(), profile=msgspec.structs.replace(spark().profile, flags=flags))
+    known = FLAGS | application.flags("parser.add_argument('--base-directory', type=str)\n")
+    (refusal,) = made(target=target, stock=replace(shelf(), flags=known)).refusals
+    assert refusal.what.startswith("--base-directory")
+
+
+def test_an_account_of_somebody_elses_is_not_taken() -> None:
+    (refusal,) = made(msgspec.structs.replace(FRESH, user=True, user_fault="is root")).refusals
+    assert "comfyui is root" in refusal.what
+
+
+def test_whom_comfyui_may_reach() -> None:
+    def unit(network: str) -> str:
+        profile = msgspec.structs.replace(spark().profile, network=network)
+        (step,) = (each for each in made(target=replace(spark(), profile=profile)).steps if each.kind == "release")
+        return str(step.values["release"]["files"]["comfyui.service"])
+
+    assert "IPAddressDeny=link-local multicast" in unit("open")
+    assert "192.168.0.0/16" in unit("lan-deny")
+    assert "IPAddressDeny=any\nIPAddressAllow=localhost\n" in unit("offline")
+
+
+@pytest.mark.parametrize(("network", "values", "said"), [
+    ("lan-deny", {"listen": "0.0.0.0"}, "shuts out"),
+    ("offline", {"listen": "192.168.1.2"}, "shuts out"),
+    ("lan-deny", {"scope": "user"}, "has no effect"),
+])  # fmt: skip
+def test_a_network_that_makes_no_sense_is_refused(network: str, values: dict[str, Any], said: str) -> None:
+    target = spark(**values)
+    target = replace(target, profile=msgspec.structs.replace(target.profile, network=network))
+    (refusal,) = made(target=target).refusals
+    assert said in refusal.what
 
 
 def test_the_manager_is_refused_where_it_could_change_its_own_security_level() -> None:
