@@ -17,7 +17,7 @@ from typing import Any
 
 from agent.api import Endpoint
 from agent.comfyui import drain
-from agent.files import Fault, Json, discard, opened, remove, run, sync
+from agent.files import Fault, Json, discard, opened, remove, run, sync, tree
 from agent.journal import Adopted, now
 from agent.services import UNITS
 from agent.site import SHARING, Site
@@ -121,11 +121,15 @@ def _own(site: Site, root: Path, owners: set[int], record: Adopted) -> int:
     """Give a tree to the service and its group, as far as it is the `owners`'; answers how many files were left."""
     left = 0
     with opened(root.parent) as parent:
-        left += _own_entries(parent, root.parent, [root.name], site.owner(), owners, record)
-        if stat.S_ISDIR(os.lstat(root.name, dir_fd=parent).st_mode):
-            for folder, folders, files, place in os.fwalk(root.name, dir_fd=parent, follow_symlinks=False):
-                entries = [*folders, *files]
-                left += _own_entries(place, root.parent / folder, entries, site.owner(), owners, record)
+        left += _own_entries(parent, root.parent, [root.name], site.sharing(), owners, record)
+    for folder in tree(root):
+        try:
+            with opened(folder) as place:
+                names = os.listdir(place)  # noqa: PTH208  of an open folder
+                left += _own_entries(place, folder, names, site.sharing(), owners, record)
+        except OSError as error:  # gone, a link by now, or so deep that no path leads to it
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                raise
     return left
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 from agent.api import Endpoint, ask, checked, endpoint, queue, system_stats, unload
-from agent.files import Fault, Json, write
+from agent.files import Fault, Json, remove, write
 from agent.journal import now
+from agent.parts import as_service
 from agent.site import PROOF, Site
 
 
@@ -78,17 +77,34 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Callable[[str], No
 
 def gate(site: Site, process: Process, release: Json, note: Callable[[str], None]) -> None:
     """Prove that the release in service is healthy, and keep with it what was found, in `proven`. Raises Fault."""
-    proof = prove(Endpoint.of(release["argv"]), process, release, release["argv"], note, site.folder("output"))
+    proof = prove(Endpoint.of(release["argv"]), process, release, release["argv"], note, clearer(site, note))
     write(site.releases / release["id"] / "proven", json.dumps(proof))
 
 
-def prove(
-    place: Endpoint, process: Process, release: Json, command: list[str], note: Callable[[str], None], output: Path
-) -> Json:
-    """Prove that a ComfyUI serves: it answers, is the release asked for, and makes pictures in `output`. Raises Fault.
+def clearer(site: Site, note: Callable[[str], None]) -> Callable[[], None]:
+    """What deletes the pictures of a proof: as the service, which may have put a link or a labyrinth there."""
 
-    `command` is the one that it was started with. Returns when this was, the node types with the module that each is
-    from, and the nodes that could not be imported with the reason.
+    def clear() -> None:
+        try:
+            as_service(site, remove, site.folder("output") / PROOF, seconds=20)
+        except (Fault, OSError) as error:
+            note(f"the proof's folder stays: {error}")
+
+    return clear
+
+
+def prove(
+    place: Endpoint,
+    process: Process,
+    release: Json,
+    command: list[str],
+    note: Callable[[str], None],
+    clear: Callable[[], None],
+) -> Json:
+    """Prove that a ComfyUI serves: it answers, is the release asked for, and makes pictures. Raises Fault.
+
+    `command` is the one that it was started with, `clear` deletes the pictures. Returns when this was, the node types
+    with the module that each is from, and the nodes that could not be imported with the reason.
     """
     wanted = release["gate"]
     started = time.monotonic()
@@ -118,7 +134,7 @@ def prove(
             raise Fault("gate", f"node {name} cannot be imported, and is required", reason)
         note(f"node {name} cannot be imported: {reason}")
     for turn in ("first", "second"):  # an upstream regression passes the first and hangs in the second (ComfyUI#15269)
-        _picture(place, process, turn, output, note)
+        _picture(place, process, turn, clear, note)
     try:
         types = checked(
             "/object_info",
@@ -204,7 +220,9 @@ WORKFLOW_SECONDS = 120
 """For a workflow of 64 x 64 pixels without a model: it takes under a second, and a busy disk or GPU may hold it up."""
 
 
-def _picture(place: Endpoint, process: Process, turn: str, output: Path, note: Callable[[str], None]) -> None:
+def _picture(
+    place: Endpoint, process: Process, turn: str, clear: Callable[[], None], note: Callable[[str], None]
+) -> None:
     """Run a workflow that needs no model, fetch its picture, and leave nothing behind."""
     started = time.monotonic()
     color = time.time_ns() % (1 << 24)  # ComfyUI would answer the same workflow from its cache, without the file
@@ -230,7 +248,7 @@ def _picture(place: Endpoint, process: Process, turn: str, output: Path, note: C
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Fault("gate", f"the {turn} workflow without models makes no picture", repr(error)) from error
     finally:
-        shutil.rmtree(output / PROOF, ignore_errors=True)
+        clear()
     if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[16:24] != b"\0\0\0\x40\0\0\0\x40":
         raise Fault("gate", "the picture that came back is not the one asked for", f"{len(raw)} bytes")
     note(f"the {turn} picture came back after {time.monotonic() - started:.1f} s")

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +27,21 @@ from typing import NoReturn
 
 from agent.api import Endpoint, endpoint
 from agent.comfyui import drain, first_answer, gate, say_changed_types
-from agent.files import Fault, Json, copy, discard, link, os_fault, read, retried, sha256, sync, write
+from agent.files import (
+    Fault,
+    Json,
+    copy,
+    discard,
+    link,
+    os_fault,
+    read,
+    regular,
+    remove,
+    retried,
+    sha256,
+    sync,
+    write,
+)
 from agent.parts import as_service
 from agent.services import last_words, manager_of, wait_for
 from agent.site import Site
@@ -127,7 +140,7 @@ class Cutover:
         if status["active"]:  # else it is somebody else's ComfyUI that answers
             drain(endpoint(self.site), self.step["drain"], self.step["force"], self.note)
         self.enter("snapshot", copied=False)
-        shutil.rmtree(self.snapshot, ignore_errors=True)
+        remove(self.snapshot)
         self.snapshot.mkdir()
         os.chown(self.snapshot, *self.site.owner())
         as_service(self.site, reserve, self.site.database.parent, self.snapshot)
@@ -250,11 +263,21 @@ def _unexpected(error: Exception) -> Fault:
 # --- the database: run as the service's user -----------------------------------------------------------------------
 
 
+LARGEST = 20_000_000_000
+"""Bytes of a database: an index of models and pictures, some MB."""
+
+
 def reserve(source: Path, place: Path) -> None:
-    """Take the room that a copy of the database needs, so that a full disk is noticed before anything is stopped."""
-    for name in DATABASE:
+    """Take the room that a copy of the database needs, so that a full disk is noticed before anything is stopped.
+
+    Raises Fault for a database that is larger than any: a custom node may have made it so.
+    """
+    for name in filter(lambda name: regular(source / name), DATABASE):
         with suppress(FileNotFoundError):
             size = (source / name).stat().st_size
+            if size > LARGEST:
+                what = f"{source / name} is {size} bytes, and ComfyUI's database never is: {LARGEST} at most are copied"
+                raise Fault("step", what, "", f"inv stop --force, look at it, and move it away: mv {source / name} …")
             descriptor = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
             try:
                 if size:
@@ -266,7 +289,7 @@ def reserve(source: Path, place: Path) -> None:
 def take_snapshot(source: Path, place: Path) -> None:
     """Copy the database, while nobody writes to it: a newer ComfyUI migrates it, and an older one then refuses it."""
     for name in DATABASE:
-        if (source / name).exists():
+        if regular(source / name):  # not where a link leads: this reads what the service's unit hides from it
             copy(source / name, place / name)
         else:
             discard(place / name)
@@ -283,7 +306,7 @@ def restore(snapshot: Path, place: Path) -> None:
         kept, now = snapshot / name, place / name
         if not kept.exists():
             retried(lambda now=now: now.unlink(missing_ok=True))  # type: ignore[misc]
-        elif not now.exists() or sha256(kept) != sha256(now):
+        elif not regular(now) or sha256(kept) != sha256(now):
             try:
                 retried(lambda kept=kept, now=now: copy(kept, now))  # type: ignore[misc]
             except OSError:

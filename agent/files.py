@@ -38,10 +38,21 @@ def write(path: Path, content: str | bytes, mode: int = 0o644) -> None:
 
 
 def copy(source: Path, place: Path) -> None:
-    """Copy a file with its mode, in one rename that a power cut does not undo."""
-    with source.open("rb") as file, _draft(place, stat.S_IMODE(os.fstat(file.fileno()).st_mode)) as descriptor:
-        while block := file.read(1 << 20):
-            _write_all(descriptor, block)
+    """Copy a regular file with its mode, in one rename that a power cut does not undo; raises OSError for another."""
+    with os.fdopen(os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "no regular file", str(source))
+        with _draft(place, stat.S_IMODE(mode)) as descriptor:
+            while block := file.read(1 << 20):
+                _write_all(descriptor, block)
+
+
+def regular(path: Path) -> bool:
+    """Whether a file is there, and no link, pipe or device."""
+    with suppress(OSError):
+        return stat.S_ISREG(path.lstat().st_mode)
+    return False
 
 
 @contextmanager
@@ -454,9 +465,12 @@ def read_text(path: Path) -> str:
     return read_some(path, 200_000).decode(errors="replace")
 
 
-def read_some(path: Path, limit: int = -1) -> bytes:
-    """What is in a file, up to `limit` bytes; nothing when it is a pipe or a device that somebody put there."""
-    with suppress(OSError), os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+def read_some(path: Path, limit: int = -1, *, follow: int = 0) -> bytes:
+    """What is in a file, up to `limit` bytes; nothing when it is a pipe or a device that somebody put there.
+
+    With O_NOFOLLOW for `follow` a link is none either.
+    """
+    with suppress(OSError), os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | follow), "rb") as file:
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return file.read(limit)
     return b""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from agent.adopt import adopt, retire, unadopt
+from agent.asker import asker
 from agent.cutover import RESERVE, cut_over
 from agent.files import (
     Fault,
@@ -107,7 +108,10 @@ def submit(site: Site, plan: Json) -> Json:
         write(site.state / "site.json", json.dumps(site.json))
         write(site.state / "agent.pyz", Path(sys.argv[0]).read_bytes())
         write(site.state / RESERVE, bytes(RESERVED))
-        Journal(site, plan["run"]).add("begin", who=plan["who"], action=plan["action"], release=plan["release"])
+        plan |= asker(plan["who"])
+        Journal(site, plan["run"]).add(
+            "begin", who=plan["who"], key=plan["key"], action=plan["action"], release=plan["release"]
+        )
         write(site.pending, json.dumps({**plan, "since": now()}))
         manager_of(site).go()
     return {"run": plan["run"]}
@@ -197,7 +201,8 @@ def _record(site: Site, plan: Json) -> None:
 
 def _end(site: Site, plan: Json, journal: Journal) -> None:
     """Tell how a run ended, once, and delete what it needed; the plan last, so that whoever is killed here goes on."""
-    asked = {key: plan[key] for key in ("run", "who", "action", "release", "base")}
+    names = ("run", "who", "key", "action", "release", "base")
+    asked: Json = {name: plan.get(name, "") for name in names}
     line = {"at": now(), "result": plan["result"], **asked, "error": plan["fault"].get("what", "")}
     (site.state / RESERVE).unlink(missing_ok=True)
     with suppress(OSError):  # a full disk must not keep the run from ending

@@ -5,6 +5,8 @@ It has a loopback port of its own and scratch data: folders of its own, a copy o
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import re
@@ -12,7 +14,6 @@ import shlex
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from agent.api import Endpoint
 from agent.comfyui import prove, say_changed_types
-from agent.files import Fault, Json, Sweep, inherited, link, meminfo, read, run, write
+from agent.files import Fault, Json, Sweep, inherited, link, meminfo, read, read_some, regular, run, tree, write
 from agent.gpu import gpus
 from agent.parts import as_service
 from agent.services import Manager, Systemd, dies_with_parent
@@ -32,6 +33,9 @@ a CUDA context with the libraries of the kernels (estimated, not measured)."""
 
 SMALL = 16_000_000
 """Bytes up to which a file that nodes keep in data/nodes is copied: settings are small, models of their own are not."""
+
+SMALL_ONES = 500_000_000
+"""Bytes up to which such files are copied: what a node wrote without an end must not fill the disk."""
 
 
 def lacking() -> str:
@@ -58,7 +62,7 @@ def run_trial(site: Site, manager: Manager, release: Json, note: Callable[[str],
     try:
         trial.start(release)
         proof = prove(
-            Endpoint.of(trial.argv), trial, release, trial.argv, lambda text: note(f"trial: {text}"), trial.output
+            Endpoint.of(trial.argv), trial, release, trial.argv, lambda text: note(f"trial: {text}"), lambda: None
         )
     except Exception as error:
         report = error.report if isinstance(error, Fault) else Fault("trial", repr(error)).report
@@ -95,11 +99,6 @@ class Trial:
         elsewhere = {path: name for name, path in site.elsewhere.items() if name != "models"}
         self.places = {str(site.data): self.scratch, **{path: self.scratch / name for path, name in elsewhere.items()}}
         self.child: subprocess.Popen[bytes] | None = None
-
-    @property
-    def output(self) -> Path:
-        """Where its pictures lie."""
-        return self.scratch / "output"
 
     def moved(self, text: str) -> str:
         """A command line, unit or environment with the scratch's paths in place of the data's."""
@@ -239,14 +238,20 @@ class SystemdTrial(Trial):
 
 def _fill(data: Path, scratch: Path, inside: list[str], models: Path | None) -> None:
     """Give the scratch data its folders, a copy of the database, and of what nodes keep."""
-    for name in ("nodes", "comfyui"):  # the trees of nodes and of ComfyUI have links to these
-        for folder, _, names in os.walk(data / name):
-            place = scratch / Path(folder).relative_to(data)
+    left = SMALL_ONES
+    for folder in itertools.chain(tree(data / "nodes"), tree(data / "comfyui")):  # the trees have links to these
+        place = scratch / folder.relative_to(data)
+        try:
             place.mkdir(parents=True, exist_ok=True)
-            for each in names:
-                status = os.lstat(f"{folder}/{each}")
-                if stat.S_ISREG(status.st_mode) and status.st_size <= SMALL:
-                    shutil.copyfile(f"{folder}/{each}", place / each)
+            for each in folder.iterdir():
+                if regular(each) and (size := each.lstat().st_size) <= min(SMALL, left):
+                    (place / each.name).write_bytes(read_some(each, size, follow=os.O_NOFOLLOW))
+                    left -= size + 4096
+        except OSError as error:  # gone by now, or so deep that no path leads to it
+            if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG, errno.EACCES):
+                raise
+        if left < 0:
+            break
     if models:
         (scratch / "models").symlink_to(models)
     for name in (*DATA, *inside):
@@ -256,7 +261,7 @@ def _fill(data: Path, scratch: Path, inside: list[str], models: Path | None) -> 
 
 def _copy_live(source: Path, place: Path) -> None:
     """Copy a SQLite database that another process may be writing to."""
-    if source.exists():
+    if regular(source):
         import sqlite3
 
         with (

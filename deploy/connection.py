@@ -87,6 +87,23 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+# Root runs the bytes whose hash it has just compared, and no file that the login could replace in between. Any Python
+# can read this.
+_LOADER = f"""\
+import hashlib, os, runpy, sys
+raw = open(sys.argv[1], "rb").read()
+if sys.version_info < (3, 10):
+    sys.stderr.write(sys.version.split()[0])
+    sys.exit({_OLD_PYTHON})
+if hashlib.sha256(raw).hexdigest() != sys.argv[2]:
+    sys.exit({_NO_AGENT})
+place = os.memfd_create("hearth")
+os.write(place, raw)
+sys.argv[:3] = ["/proc/self/fd/%d" % place]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @functools.cache
 def packed_agent() -> bytes:
     """`agent/` as one file that Python runs. The same code gives the same bytes: its hash is its name on hosts."""
@@ -301,17 +318,18 @@ class Ssh(Agent):
     def _script(self, verb: str) -> str:
         """The script that checks the agent's file and runs it, as root where the host's scope needs that.
 
-        Only the login may write into its folder, and the hash is compared each time, before root runs it. sudo gets the
+        Only the login may write into its folder, and the hash is compared each time, by who runs it. sudo gets the
         password alone on its standard input, so that it never takes the request for a second attempt; the agent then
         reads the request from a named pipe.
         """
         digest = hashlib.sha256(packed_agent()).hexdigest()
         check = f"""u=$(id -u); d=$HOME/.cache/hearth; f=$d/{agent_name()};
-        case $({{ stat -Lc "%u %A" "$d"; sha256sum <"$f"; }} 2>/dev/null) in
-        "$u d"????-??-*{digest}*) ;; *) exit {_NO_AGENT};; esac;
+        case $(stat -Lc "%u %A" "$d" 2>/dev/null) in "$u d"????-??-*) ;; *) exit {_NO_AGENT};; esac;
+        [ -f "$f" ] || exit {_NO_AGENT};
         command -v python3 >/dev/null || exit {_NO_PYTHON};"""
         # Not the shell's last command, which some shells run in their own place: a signal would leave no status then.
-        run = f'python3 -I "$f" {verb}; exit $?;'
+        python = f'python3 -I -S -c {shlex.quote(f"exec({_LOADER!r})")} "$f" {digest}'
+        run = f"{python} {verb}; exit $?;"
         if self._target.host.scope == "user":
             return f"{check} {run}"
         sudo = "env LC_ALL= LC_MESSAGES=C sudo"  # its messages are compared
@@ -320,7 +338,7 @@ class Ssh(Agent):
         if not self._password:
             return f"{start} {sudo} -n {run}"
         return f"""{start} q=$d/in.$$; mkfifo -m 600 "$q" || exit 1; exec 3<&0; cat <&3 >"$q" 2>/dev/null &
-        printf "%s\\n" "$p" | {sudo} -S -p "" python3 -I "$f" "$q" {verb} 3<&-;
+        printf "%s\\n" "$p" | {sudo} -S -p "" {python} "$q" {verb} 3<&-;
         s=$?; kill $! 2>/dev/null; rm -f "$q"; exit $s"""
 
     def _session(

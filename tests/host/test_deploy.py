@@ -69,7 +69,8 @@ def test_facts_releases_history_and_what_a_release_holds(deployed: Fleet) -> Non
     assert [each["id"] for each in releases if each["current"]] == [deployed.current()]
     lines = json.loads(deployed.inv("history", "--host", "spark", "--json").stdout)
     assert (lines[0]["action"], lines[0]["result"], lines[0]["release"]) == ("deploy", "done", deployed.current())
-    assert re.fullmatch(r"\w+@\S+", lines[0]["who"])
+    assert re.fullmatch(r"deployer from 127.0.0.1 \(says \w+@\S+\)", lines[0]["who"])
+    assert lines[0]["key"].startswith("SHA256:")
     bill = deployed.inv("bom", "--host", "spark")
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(bill.stdout) is None, bill.stderr
     found = {each["name"]: each for each in json.loads(bill.stdout)["components"]}

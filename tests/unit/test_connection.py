@@ -288,10 +288,8 @@ def test_what_becomes_of_an_agent_that_fails(box: Box, script: str, says: str, c
 
 
 def test_the_version_of_python_is_looked_at_before_any_module(box: Box) -> None:
-    old = "import sys, runpy; sys.version_info = (3, 8, 18); sys.version = '3.8.18 (old)'; sys.argv.pop(0)"
-    box.program(
-        "bin/python3", f'shift; exec {sys.executable} -c "{old}; runpy.run_path(sys.argv[0], None, \'__main__\')" "$@"'
-    )
+    old = "import sys; sys.version_info = (3, 8, 18); sys.version = '3.8.18 (old)'; exec(sys.argv.pop(1))"
+    box.program("bin/python3", f'shift 3; exec {sys.executable} -c "{old}" "$@"')
     assert "python3 on box is 3.8.18, and Hearth needs 3.10" in box.fails(AgentError).what
 
 
