@@ -354,13 +354,15 @@ def _place(site: Site, path: Path, use: str) -> str:
     inside = None
     if use == "bind":  # the unit mounts it where the service sees it, whatever the folders above it allow
         path, inside = Path(), os.open(path, os.O_PATH)
-    if _user_exists(site.user) and not as_service(site, _access, str(path), need, inside):
-        return f"cannot be {'written' if use == 'write' else 'read'} by the service"
-    return ""
+    try:
+        may = not _user_exists(site.user) or as_service(site, _access, str(path), need, inside, seconds=10)
+    except Fault as fault:
+        return f"cannot be looked at as the service: {fault.report['what']}"
+    return "" if may else f"cannot be {'written' if use == 'write' else 'read'} by the service"
 
 
 def _access(path: str, need: int, inside: int | None) -> bool:
-    return os.access(path, need, dir_fd=inside)
+    return os.access(path, need, dir_fd=inside, effective_ids=True)
 
 
 def _free(path: Path) -> int:

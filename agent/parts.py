@@ -125,9 +125,10 @@ def as_service(site: Site, work: Callable[..., Any], *given: Any, sharing: bool 
 
     def lowered() -> Any:
         if site.user:
+            # The effective user alone: the real one decides who may send signals, and the service could stop this.
             os.setgroups(groups)
-            os.setgid(group)
-            os.setuid(user)  # which also keeps the service from tracing this process (prctl(2), PR_SET_DUMPABLE)
+            os.setresgid(-1, group, -1)
+            os.setresuid(-1, user, -1)
             os.umask(0o007)
         else:
             os.umask(0o022)

@@ -264,6 +264,7 @@ def _copy_live(source: Path, place: Path) -> None:
     if regular(source):
         import sqlite3
 
+        os.setresuid(*[os.geteuid()] * 3)  # for good: this parses what the service wrote
         with (
             closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True)) as live,
             closing(sqlite3.connect(place)) as copied,

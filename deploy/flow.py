@@ -7,6 +7,7 @@ import gzip
 import io
 import ipaddress
 import secrets
+import shlex
 import socket
 import tarfile
 import tempfile
@@ -309,7 +310,7 @@ def make_bundle(
     missing = [wheel for wheel in wheels if isinstance(wheel, plan.Refusal)]
     if missing:
         lines = "\n         "
-        hint = lines.join(f"inv build-kernels {' '.join(each.build)}" for each in missing)
+        hint = lines.join(f"inv build-kernels {shlex.join(each.build)}" for each in missing)
         raise RefusedError("kernel wheels are missing", cause=lines.join(each.what for each in missing), hint=hint)
     place = output or Path(f"{name}-{stock.application.version}-{platform}-py{python}.bundle.tar")
     built = [wheel for wheel in wheels if not isinstance(wheel, plan.Refusal)]

@@ -289,6 +289,9 @@ def hosts() -> Hosts:
         listed = load(path, Hosts)
     else:
         listed = Hosts()
+    for each in (*listed.hosts, *listed.groups):  # printed within commands to copy
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", each):
+            raise ConfigError(f"{path}: {each!r} is no name for a host or group", hint="letters, digits and . _ -")
     for group, names in listed.groups.items():
         for name in names:
             if name not in listed.hosts:
@@ -342,6 +345,8 @@ def _check(path: Path, name: str, host: Host) -> None:
         )
     if not 0 < host.port < 65536 or host.ssh_port not in (None, *range(1, 65536)) or host.keep < 1:
         raise ConfigError(f"{place}: port and ssh_port are 1 to 65535, keep at least 1")
+    if not all(0 < each < 65536 for each in host.connect):
+        raise ConfigError(f"{place}: connect = {list(host.connect)}", hint="ports from 1 to 65535")
     if host.metrics_port is not None and (not 0 < host.metrics_port < 65536 or host.metrics_port == host.port):
         raise ConfigError(f"{place}: metrics_port is 1 to 65535, and another than ComfyUI's {host.port}")
     for each in (*host.mounts, *host.folders.values(), *host.model_roots, *host.develop, *([prefix] if prefix else [])):

@@ -6,6 +6,7 @@ Pure: the same facts and wishes give the same plan; no clock, no file, no networ
 from __future__ import annotations
 
 import ipaddress
+import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -216,7 +217,7 @@ def find_wheel(shelf: Shelf, kernel: str, target: Target, platform: str, python:
     words: tuple[str, ...] = ("--kernel", kernel, "--arch", arch, "--stack", stack.name)
     words += ("--python", python, "--platform", platform)
     what = f"the wheelhouse has no {kernel} for {arch}, {stack.name}, Python {python}, {platform}"
-    return Refusal(what, f"inv build-kernels {' '.join(words)}   (or run again with --build)", words)
+    return Refusal(what, f"inv build-kernels {shlex.join(words)}   (or run again with --build)", words)
 
 
 def gpu(target: Target, facts: Facts) -> list[Refusal]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -11,6 +12,7 @@ from core import console
 from core.errors import RefusedError, UsageError
 from deploy import flow, plan
 from deploy.plan import Plan, Refusal, Step
+from ops import tuning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +80,58 @@ def resume(target: Target, facts: Facts, _: Options) -> Plan:
     why = plan.paused(target, facts) if facts.paused else "it does not run, or is not started at boot"
     title = f"start {target.host.service}{', also at boot' * (facts.manager != 'process')}"
     return _plan(facts, [Step("start", title, why, "inv pause", {"resume": True})], _able(target, facts))
+
+
+def quarantine(target: Target, facts: Facts, options: Options) -> Plan:
+    """The plan that stops ComfyUI without asking it, and keeps it from the network should anything start it."""
+    host = target.host
+    title = f"stop {host.service} without asking it, until inv quarantine --undo and inv resume"
+    values = _ending(replace(options, force=True), pause=True)
+    steps = [Step("stop", title, "asked for", "inv resume", values)]
+    if facts.paused and not (facts.service.active or facts.service.waits):
+        steps = []
+    if host.scope == "system" and QUARANTINE not in facts.settings:
+        text = "# Written by Hearth: inv quarantine --undo takes it away.\n[Service]\nPrivateNetwork=yes\n"
+        place = f"/etc/systemd/system/{host.service}.service.d/zz-hearth-quarantine.conf"
+        steps.append(
+            tuning.setting_step(
+                QUARANTINE,
+                [tuning.file(place, text)],
+                f"deny {host.service} the network, whatever starts it",
+                "asked for",
+                "inv quarantine --undo",
+            )
+        )
+    notes = [] if host.scope == "system" else ["without root nothing denies it the network, should anything start it"]
+    return _plan(facts, steps, [] if facts.service.active else _changeable(target, facts), notes)
+
+
+def end_quarantine(target: Target, facts: Facts, options: Options) -> Plan:
+    """The plan that gives the service the network again; it stays paused."""
+    title = f"give {target.host.service} the network again; it stays paused until inv resume"
+    steps = [tuning.undo_step(QUARANTINE, title, force=options.force)] if QUARANTINE in facts.settings else []
+    return _plan(facts, steps, _changeable(target, facts))
+
+
+QUARANTINE = "quarantine"
+"""The setting that denies the network."""
+
+
+def evidence(target: Target, prefix: str) -> list[str]:
+    """What to look at on a host in quarantine: commands for its shell, each with what it shows."""
+    service, data = target.host.service, f"{prefix}/data"
+    name = f"--host {target.name}"
+    root = "sudo " if target.host.scope == "system" else ""
+    return [
+        f"inv logs {name} --since '7 days ago'   # what ComfyUI and its nodes said",
+        f"inv history {name}                     # who changed what, and from where",
+        f"inv doctor {name}                      # damaged parts, files where none belong",
+        f"inv audit {name}                       # nodes and packages that are known to be bad",
+        f"{root}find {data} -newermt '7 days ago' -type f -ls",
+        rf"{root}find {data} \( -perm /6111 -type f -o -type l -o -type p -o -name '*.py' -o -name '*.so' \) -ls",
+        f"{root}ls -la {data}/custom_nodes {data}/nodes {data}/cache",
+        f"{root}journalctl --unit {service}.service --since '7 days ago' --output json > evidence.json",
+    ]
 
 
 def remove(target: Target, facts: Facts, options: Options) -> Plan:
@@ -172,6 +226,8 @@ def _able(target: Target, facts: Facts) -> list[Refusal]:
     found = _changeable(target, facts)
     if not facts.current:
         return [*found, _nothing(target)]
+    if QUARANTINE in facts.settings:
+        found.append(Refusal(f"{target.host.service} is in quarantine", f"inv quarantine --undo --host {target.name}"))
     found += plan.storage(target, facts)
     for path, wanted in target.host.mounts.items():
         if wanted.what and not facts.mounts[path].mounted:
@@ -223,7 +279,7 @@ def _erasable(target: Target, facts: Facts) -> list[Refusal]:
 
 def _undone_by(target: Target, facts: Facts) -> str:
     """What undoes the settings that are in force."""
-    own = {"mps": "inv mps off", "gpu-access": "inv gpu-access --undo"}
+    own = {"mps": "inv mps off", "gpu-access": "inv gpu-access --undo", QUARANTINE: "inv quarantine --undo"}
     found = dict.fromkeys(own.get(each, "inv tune --undo") for each in facts.settings)
     return "; ".join(f"{each} --host {target.name}" for each in found)
 
@@ -250,6 +306,8 @@ PLANS: Mapping[str, Make] = {
     "restart": restart,
     "pause": pause,
     "resume": resume,
+    "quarantine": quarantine,
+    "end quarantine": end_quarantine,
     "remove": remove,
     "nuke": nuke,
 }
@@ -260,6 +318,8 @@ STATES = {
     "restart": "ComfyUI runs again",
     "pause": "ComfyUI is paused",
     "resume": "ComfyUI runs",
+    "quarantine": "ComfyUI is stopped and has no network; nothing is deleted",
+    "end quarantine": "ComfyUI has the network again, and is paused",
     "remove": "the service is removed, releases and data are kept",
     "nuke": "nothing of Hearth's is left but what was named",
 }
@@ -305,6 +365,15 @@ def _consent(names: Sequence[str], named: str, *, data: bool) -> Callable[[], No
             )
 
     return ask
+
+
+def show_evidence(names: Sequence[str]) -> None:
+    """Print what to look at on hosts in quarantine."""
+    for name in names:
+        target = flow.find_target(name)
+        console.data(f"{name}: what to look at")
+        for line in evidence(target, target.prefix):
+            console.data(f"  {line}")
 
 
 def show(results: Sequence[Outcome], *, as_json: bool, dry_run: bool) -> int:

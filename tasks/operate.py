@@ -241,6 +241,26 @@ def resume(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
     return _change("resume", where, how, out)
 
 
+@command(help={"undo": "give it the network again; it stays paused until `inv resume`"})
+def quarantine(_: Context, undo: bool = False, *, where: Fleet, how: Agreed, out: Output) -> int:
+    """Stop ComfyUI without asking it anything, keep it from the network, delete nothing, and say what to look at.
+
+    For a custom node that does what it should not. Jobs are cut short. It stays stopped: no boot and no deploy starts
+    it, and whoever starts its unit by hand starts it without a network. How: SECURITY.md
+
+        inv quarantine --host spark
+        inv quarantine --host spark --undo
+    """
+    from ops import lifecycle
+
+    names, chosen = where.names(), options(where, how)
+    results = lifecycle.carry_out("end quarantine" if undo else "quarantine", names, chosen)
+    code = lifecycle.show(results, as_json=out.json, dry_run=how.dry_run)
+    if not (undo or out.json or how.dry_run):
+        lifecycle.show_evidence(names)
+    return code
+
+
 @command()
 def remove(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
     """Take the service away; its releases and data stay, and a deploy brings it back.
