@@ -147,7 +147,15 @@ def _filter(program: bytes) -> None:
 
 
 def main(spec: Json, argv: list[str]) -> None:
-    """Become the command, confined. On a kernel that cannot, say so and run it all the same, as the plan has said."""
+    """Become the command, confined, and with its secrets as variables. `write` is missing where a unit confines it.
+
+    On a kernel that cannot, say so and run it all the same, as the plan has said.
+    """
+    folder = Path(spec.get("folder") or os.environ.get("CREDENTIALS_DIRECTORY", "/nowhere"))
+    for name in spec.get("secrets", ()):
+        os.environ[name] = (folder / name).read_text()
+    if "write" not in spec:
+        os.execv(argv[0], argv)  # noqa: S606
     if scratch := os.environ.get("TMPDIR"):
         Path(scratch).mkdir(parents=True, exist_ok=True)
     if os.geteuid() == 0:

@@ -25,6 +25,7 @@ from agent.files import Fault, Json, mounts, read, read_text, write
 from agent.gpu import process
 from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
 from agent.parts import as_service, faults_of, forked
+from agent.secret import secrets
 from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
 from agent.site import DATA, SHARING, UNUSED, Site, shared
 
@@ -90,6 +91,7 @@ def facts(site: Site, ask: Json, devices: list[Json], verified: float = 0) -> Js
         "shared": _shares(site),
         "unused": _unused(site),
         "landlock": landlock(),
+        "secrets": secrets(site),
         "rights": _rights(site),
         "manager": manager.name if here else "none",
         "lingers": manager.name != "process" or not user_systemd() or Supervised(site).enabled.exists(),
@@ -179,7 +181,7 @@ def altered(site: Site, manifest: Json) -> bool:
     return (links, files) != (manifest["parts"] | manifest.get("links", {}), manifest.get("files", {}))
 
 
-OWN = ("current", "parts", "releases", "state")
+OWN = ("current", "parts", "releases", "secrets", "state")
 """All that Hearth makes in its prefix, but the data."""
 
 

@@ -123,6 +123,10 @@ def _answer(verb: str, site: Site, request: Json) -> None:
 
         for event in follow(site, request["run"]):
             say(event)
+    elif verb == "secret":
+        from agent.secret import keep
+
+        say(keep(site, request))
     elif verb == "settings":
         from agent.settings import look
 

@@ -16,7 +16,7 @@ from agent.site import Site
 
 # What of a unit is about its own command, and when it runs; the rest is what it may touch and do.
 _ITS_OWN = re.compile(
-    r"(Exec|Restart|Timeout|RuntimeDirectory|Kill|SuccessExit)\w*=|(Type|WorkingDirectory|Environment)="
+    r"(Exec|Restart|Timeout|RuntimeDirectory|Kill|SuccessExit)\w*=|(Type|WorkingDirectory|Environment|LoadCredential|LoadCredentialEncrypted)="
 )
 
 OUTPUT = 300_000_000
@@ -56,7 +56,7 @@ def confined_to(folder: Path, site: Site, step: Json) -> list[str]:
     words = list(step["confined"])
     if words:
         spec = json.loads(words[-2])
-        spec |= {"write": [str(folder)], "bind": [], "udp": bool(step["network"])}
+        spec |= {"secrets": [], "write": [str(folder)], "bind": [], "udp": bool(step["network"])}
         spec |= {} if step["network"] else {"connect": []}
         words[3], words[-2] = str(site.state / "agent.pyz"), json.dumps(spec)
     return words

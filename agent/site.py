@@ -31,6 +31,7 @@ class Site:
         self.current = self.prefix / "current"
         self.data = self.prefix / "data"
         self.state = self.prefix / "state"
+        self.secrets = self.prefix / "secrets"
         self.incoming = self.state / "incoming"
         self.pending = self.state / "pending.json"
         self.history = self.state / "history.jsonl"

@@ -109,7 +109,7 @@ class Trial:
     def confined(self, release: Json) -> list[str]:
         """What a command is prefixed with where the release confines itself: for the trial's places and port."""
         words = [self.moved(word) for word in release.get("confined", ())]
-        if words:
+        if words and "write" in json.loads(words[-2]):
             spec, port = json.loads(words[-2]), int(self.argv[self.argv.index("--port") + 1])
             words[-2] = json.dumps({**spec, "bind": [port], "connect": [*spec["connect"], port]})
         return words

@@ -131,7 +131,8 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     `mounts` (by mount point) must be mounted for ComfyUI to run. `folders` says what of models, input, output and
     user lies elsewhere than in `data/`; `model_roots` are folders with more models, laid out as `models` is.
-    Everybody on the machine may read the data if it is `public`.
+    Everybody on the machine may read the data if it is `public`. `secrets` are names of variables that ComfyUI gets,
+    and nobody else: `inv secret set` keeps their values on the host.
     `members` may write the data and read the log, and do what `members_may` says; `listen` and `port` are ComfyUI's.
     At `metrics_port` of its loopback the host tells Prometheus how it is.
     `connect` are the ports that ComfyUI may connect to in scope "user", where the kernel can limit ports alone.
@@ -159,6 +160,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     develop: tuple[str, ...] = ()
     free_memory: str = ""
     public: bool = False
+    secrets: tuple[str, ...] = ()
     connect: tuple[int, ...] = (80, 443)
     keep: int = 3
     override: Override = Override()
@@ -345,6 +347,9 @@ def _check(path: Path, name: str, host: Host) -> None:
         )
     if not 0 < host.port < 65536 or host.ssh_port not in (None, *range(1, 65536)) or host.keep < 1:
         raise ConfigError(f"{place}: port and ssh_port are 1 to 65535, keep at least 1")
+    for each in host.secrets:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", each):
+            raise ConfigError(f"{place}: secrets: {each!r} is no variable's name", hint='secrets = ["HF_TOKEN"]')
     if not all(0 < each < 65536 for each in host.connect):
         raise ConfigError(f"{place}: connect = {list(host.connect)}", hint="ports from 1 to 65535")
     if host.metrics_port is not None and (not 0 < host.metrics_port < 65536 or host.metrics_port == host.port):
@@ -399,9 +404,9 @@ _SECRET_VALUE = re.compile(
 
 
 def names_secret(name: str) -> bool:
-    """Whether a key, variable or flag has the name of a secret."""
+    """Whether a key, variable or flag has the name of a secret; a host's `secrets` are names themselves."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_").split("_")
-    return bool(_SECRET & {*words}) or any(part in "".join(words) for part in _SECRET_PARTS)
+    return name != "secrets" and (bool(_SECRET & {*words}) or any(part in "".join(words) for part in _SECRET_PARTS))
 
 
 def _refuse_secrets(path: Path) -> None:
@@ -424,7 +429,7 @@ def _refuse_secrets(path: Path) -> None:
         raise SecretError(
             f"{path}: {place} looks like a secret",
             cause="this file is copied, backed up and shown; secrets do not belong in it",
-            hint="for sudo use --ask-sudo; give ComfyUI its own with: systemctl edit comfyui",
+            hint="for sudo use --ask-sudo; for ComfyUI: inv secret set NAME, and its name in the host's `secrets`",
         )
 
     try:

@@ -191,6 +191,7 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
         nodes=shelf.nodes,
         model_folders=shelf.model_folders,
         exporter=shelf.exporter,
+        secrets={name: facts.secrets.get(name, "plain") for name in target.host.secrets},
     )
     if releases.manager(target) and target.host.scope == "user":
         what = "ComfyUI-Manager could change its own security level: only a system service's unit keeps that from it"
@@ -267,6 +268,11 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal(paused(target, facts), f"inv resume --host {target.name}"))
     if facts.foreign_unit:
         found.append(Refusal(f"{facts.foreign_unit} is not Hearth's", f"inv adopt --host {target.name} takes it over"))
+    found += [
+        Refusal(f"the host has no secret {name}", f"inv secret set {name} --host {target.name}")
+        for name in host.secrets
+        if name not in facts.secrets
+    ]
     if facts.user_fault:
         remedy = 'set `run_as` to a name of its own, such as "comfyui-service"'
         found.append(Refusal(f"the user {host.run_as} {facts.user_fault}", remedy))

@@ -7,7 +7,7 @@ import ipaddress
 import json
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,7 @@ class Choice:
     nodes: Mapping[str, Node]
     model_folders: Mapping[str, Sequence[str]]
     exporter: Exporter
+    secrets: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def app_part(self) -> str:
@@ -235,7 +236,7 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     if paths := _search_paths(choice):
         files["paths.yaml"] = json.dumps(paths, indent=1) + "\n"  # JSON is YAML
         argv += ["--extra-model-paths-config", f"{place}/paths.yaml"]
-    more, asserts = binds, list[str]()
+    more, asserts = [*binds, *_credentials(choice, prefix)], list[str]()
     folders: list[str] = []
     if manager(target):
         # where folder_paths.get_system_user_directory puts it
@@ -269,7 +270,7 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     }
     running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
     running |= {"folders": folders, "empty": empty}
-    confined = _confined(choice, prefix, place) if target.host.scope == "user" else []
+    confined = _confined(choice, prefix, place)
     running |= {"confined": confined} if confined else {}
     files[f"{target.host.service}.service"] = _unit(
         choice, [*confined, *argv], environment, data, release, more, asserts
@@ -283,6 +284,15 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     # what a supervisor does itself, and a unit's process has to know
     running |= {"develop": list(developed.values())} if developed else {}
     return running | ({"free_memory": target.host.free_seconds} if target.host.free_memory else {})
+
+
+def _credentials(choice: Choice, prefix: str) -> list[str]:
+    """What hands the unit its secrets (systemd.exec(5), Credentials), as each is kept on the host."""
+    if choice.target.host.scope == "user":
+        return []
+    kinds = {"encrypted": ("LoadCredentialEncrypted", ".cred"), "plain": ("LoadCredential", "")}
+    lines = ((name, *kinds[how]) for name, how in choice.secrets.items())
+    return [f"{key}={name}:{prefix}/secrets/{name}{end}" for name, key, end in lines]
 
 
 def _developed(target: Target, place: str) -> dict[str, str]:
@@ -318,15 +328,24 @@ def _search_paths(choice: Choice) -> dict[str, dict[str, str]]:
 
 
 def _confined(choice: Choice, prefix: str, place: str) -> list[str]:
-    """What a command is prefixed with so that it confines itself, where no system's unit does (`agent/confine.py`)."""
+    """What a command is prefixed with so that it gets its secrets, and confines itself where no system's unit does.
+
+    That is `agent/confine.py`'s work. systemd hands secrets to a service that it decrypts itself.
+    """
     host = choice.target.host
-    told = {
-        "write": [f"{prefix}/data", *host.folders.values()],
-        "read": [f"{prefix}/parts", place, f"{prefix}/data/models", *host.model_roots, *host.develop],
-        "bind": [host.port],
-        "connect": [] if choice.target.profile.network == "offline" else [53, *host.connect, host.port],
-        "udp": choice.target.profile.network != "offline",
-    }
+    offline = choice.target.profile.network == "offline"
+    told: dict[str, Any] = {"secrets": list(choice.secrets)}
+    if host.scope == "user":
+        told |= {
+            "folder": f"{prefix}/secrets",
+            "write": [f"{prefix}/data", *host.folders.values()],
+            "read": [f"{prefix}/parts", place, f"{prefix}/data/models", *host.model_roots, *host.develop],
+            "bind": [host.port],
+            "connect": [] if offline else [53, *host.connect, host.port],
+            "udp": not offline,
+        }
+    elif not choice.secrets:
+        return []
     return [choice.interpreter, "-I", "-S", f"{place}/agent.pyz", "confine", json.dumps(told), "--"]
 
 

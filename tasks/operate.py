@@ -400,6 +400,61 @@ def mps(_: Context, action: str, percent: str = "", memory: str = "", *, where: 
     return mps.run(action, where.names(), percent, memory, options(where, how), as_json=out.json)
 
 
+@command(
+    positional=["action", "name"],
+    help={
+        "action": "set or remove",
+        "name": "the variable that ComfyUI gets, such as HF_TOKEN",
+        "command": "a program that prints the secret, as of a password manager",
+        "keyring": "read it from the system's keyring (keyring set hearth-secret NAME)",
+    },
+)
+def secret(
+    _: Context,
+    action: str,
+    name: str,
+    command: str = "",
+    keyring: bool = False,
+    *,
+    where: Fleet,
+    out: Output,
+) -> int:
+    """Keep a secret on a host for ComfyUI alone, or forget it: set or remove.
+
+    It is asked for here, or piped in, and never an argument. There it is encrypted where systemd can, else a file that
+    root alone may read; ComfyUI gets it as a variable once the host's `secrets` name it, and nobody else does: it is in
+    no unit, release, log or history. How: docs/how-to/secrets.md
+
+        inv secret set HF_TOKEN --host spark
+        inv secret set HF_TOKEN --host spark --command 'op read op://home/hf/token'
+        inv secret remove HF_TOKEN --host spark
+    """
+    from ops import secret
+
+    return secret.run(
+        action,
+        name,
+        where.names(),
+        command=command,
+        keyring=keyring,
+        ask_sudo=where.ask_sudo,
+        as_json=out.json,
+    )
+
+
+@command()
+def secrets(_: Context, *, where: Fleet, out: Output) -> int:
+    """List the secrets that hosts keep for ComfyUI, and how; never their values.
+
+    A deploy is refused where one is missing that the host's `secrets` name.
+
+    inv secrets --host spark
+    """
+    from ops import secret
+
+    return secret.listed(where.names(), ask_sudo=where.ask_sudo, as_json=out.json)
+
+
 @command(help={"apply": "keep the GPU to the group gpu-users", "undo": "put back what was there before"})
 def gpu_access(_: Context, apply: bool = False, undo: bool = False, *, where: Fleet, how: Change, out: Output) -> int:
     """Check who may use the GPU: devices, groups, udev rules; 1 when somebody who must may not.
