@@ -67,16 +67,23 @@ def tree(root: Path) -> list[tuple[str, Path]]:
     """Every file of a tree by its relative path, sorted. What is read of a tree to hash, pack or bundle it, is this.
 
     A symbolic link to a file of the same tree counts as that file. Raises TreeError for any other link, since it would
-    send what lies elsewhere on this machine, and for devices, pipes, sockets and names that are not UTF-8.
+    send what lies elsewhere on this machine, and for devices, pipes, sockets, huge files and names that are not UTF-8.
     """
     real, found = Path(os.path.realpath(root)), []
-    for folder, folders, names in os.walk(root):
-        for path in (Path(folder, name) for name in (*folders, *names)):
+    pending = [root]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            listed = list(entries)
+        pending += [Path(entry.path) for entry in listed if entry.is_dir(follow_symlinks=False)]
+        for path in (Path(entry.path) for entry in listed):
             name = os.fsencode(path.relative_to(root)).decode(errors="backslashreplace")
             inside = not path.is_symlink() or Path(os.path.realpath(path)).is_relative_to(real)
             if name != str(path.relative_to(root)):
                 raise TreeError(f"{root.name}: the name {name} is not UTF-8", hint=_REFUSED)
             if inside and path.is_file():
+                if path.stat().st_size > LARGEST:
+                    what = f"{root.name}: {name} is larger than {LARGEST // 1_000_000} MB"
+                    raise TreeError(what, cause="trees are code, and models are not sent", hint=_REFUSED)
                 found.append((name, path))
             elif not inside or path.is_symlink() or not path.is_dir():
                 kind = f"a link to {path.readlink()}" if path.is_symlink() else "a device, pipe or socket"
@@ -87,6 +94,9 @@ def tree(root: Path) -> list[tuple[str, Path]]:
                 )
     return sorted(found)
 
+
+LARGEST = 1_000_000_000
+"""Bytes of a file in a tree."""
 
 _REFUSED = "delete it where the folder is your own; leave it out of a node or recipe with `without`"
 

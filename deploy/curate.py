@@ -9,7 +9,7 @@ import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import tomlkit
 
 from core import console, files, foreign, source, tools
 from core.errors import ConfigError, ProcessError, SourceUnreachableError, UnknownNameError, UsageError, near
-from deploy import advisory, nodes
+from deploy import advisory, nodes, review
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """What an update of a node brings: commits (the latest first), requirements and files of its start that differ."""
+    """What an update of a node brings: commits (the latest first), requirements and files of its start that differ.
+
+    `powers` are what it could not do before (`review.gained`), and symbolic links that it had not.
+    """
 
     name: str
     old: str
@@ -38,6 +41,7 @@ class Change:
     commits: tuple[str, ...]
     requirements: tuple[str, ...]
     imported: tuple[str, ...]
+    powers: tuple[str, ...] = ()
 
 
 def add(address: str, why: str) -> str:
@@ -118,7 +122,10 @@ def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
         entry["commit"], entry["tree"] = new, pinned.tree
         with _history(node.url, new) as git:
             entry["commit"].comment(_date(git, new))
-            changes.append(_change(name, git, (old, new), (before, source.fetch(pinned))))
+            found = _change(name, git, (old, new), (before, source.fetch(pinned)))
+        links = sorted(_links(node.url, new) - _links(node.url, old))
+        powers = (*found.powers, *([f"symbolic links: {', '.join(links)}"] if links else []))
+        changes.append(replace(found, powers=powers))
     if changes and not dry_run:
         _write(document)
     return changes
@@ -176,7 +183,17 @@ def _change(name: str, git: partial[Done], commits: tuple[str, str], trees: tupl
         if not ((before / name).exists() and (after / name).exists())
         or files.sha256(before / name) != files.sha256(after / name)
     ]
-    return Change(name, old, new, tuple(said), tuple(wanted), tuple(changed))
+    return Change(name, old, new, tuple(said), tuple(wanted), tuple(changed), review.gained(before, after))
+
+
+def _links(url: str, commit: str) -> set[str]:
+    """The symbolic links of a commit: what is fetched has copies in their places, or was refused."""
+    with tempfile.TemporaryDirectory(prefix="hearth-") as place:
+        git = partial(tools.git, env={"GIT_DIR": place})
+        git("init", "--quiet", "--bare")
+        git("fetch", "--quiet", "--depth=1", "--filter=blob:none", "--", url, commit)
+        listed = git("ls-tree", "-r", "-z", "--full-tree", commit).stdout.split("\0")
+    return {line.partition("\t")[2] for line in listed if line.startswith("120000 ")}
 
 
 def imported(tree: Path) -> set[str]:

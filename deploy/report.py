@@ -160,7 +160,11 @@ def changes(found: Sequence[Change], *, as_json: bool, dry_run: bool) -> int:
     for each in found:
         console.data(f"{each.name} {each.old[:9]} -> {each.new[:9]}")
         console.data("\n".join(f"    {line}" for line in each.commits))
-        for title, lines in (("requirements", each.requirements), ("changed files that run at import", each.imported)):
+        for title, lines in (
+            ("requirements", each.requirements),
+            ("changed files that run at import", each.imported),
+            ("what it could not do before", each.powers),
+        ):
             if lines:
                 console.data(f"  {title}:\n" + "\n".join(f"    {line}" for line in lines))
     return code

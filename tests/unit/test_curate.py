@@ -114,6 +114,7 @@ def test_add_update_and_remove(upstream: Upstream) -> None:
     assert change.requirements == ("+scipy",)
     assert change.imported == ("types.py",)  # later.py changed as well, and nothing imports it
     assert nodes.catalogue().nodes["My-Node"] == node
+    assert change.powers == ()
     curate.update([], dry_run=False)
     assert nodes.catalogue().nodes["My-Node"].commit == third
 
@@ -124,6 +125,28 @@ def test_add_update_and_remove(upstream: Upstream) -> None:
     assert (left.nodes, left.sets) == ({}, {"best": ()})
     assert "# mine" in path.read_text()
     assert "# to be filled" in path.read_text()
+
+
+def test_an_update_tells_what_a_node_could_not_do_before(upstream: Upstream) -> None:
+    curate.add(upstream.url, "for a test")
+    (upstream.place / "evil.pth").write_text("import os\n")
+    (upstream.place / "lib.so").write_bytes(b"\x7fELF")
+    (upstream.place / "link").symlink_to("types.py")
+    upstream.commit(
+        "more",
+        types__py="import subprocess, ctypes\nfrom os import system\neval('1')\nimport socket\n",
+        later__py="import importlib\nimportlib.import_module('x')\n",
+    )
+    (change,) = curate.update([], dry_run=True)
+    assert set(change.powers) == {
+        "binary: lib.so",
+        "native code: types.py",
+        "network: types.py",
+        "runs at every start of Python (.pth): evil.pth",
+        "runs text as code: later.py, types.py",
+        "starts programs: types.py",
+        "symbolic links: link",
+    }
 
 
 @pytest.mark.parametrize(
