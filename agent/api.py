@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import socket
 import threading
 import time
@@ -73,9 +74,9 @@ def ask(place: Endpoint, path: str, body: Json | None = None, seconds: float = 5
             unknown = unknown or (None if error.errno in NOBODY else error)
             continue
         except HTTPException as error:  # whoever has the port speaks something else
-            raise ValueError(f"no HTTP: {error!r}") from error
+            raise ValueError(f"no HTTP: {said(repr(error))}") from error
         try:
-            return raw if path.startswith("/view") else json.loads(raw) if raw else None
+            return raw if path.startswith("/view") else parsed(raw) if raw else None
         except RecursionError as error:
             raise ValueError(f"the answer to {path} is nested too deeply") from error
     raise unknown or ConnectionRefusedError(f"nothing listens at {' or '.join(place.addresses)}, port {place.port}")
@@ -130,8 +131,19 @@ def _exchange(place: Endpoint, address: str, path: str, body: Json | None, secon
     if len(raw) > limit:
         raise ValueError(f"the answer to {path} is longer than {limit} bytes")
     if answer.status != 200:
-        raise ValueError(f"{path} is answered with {answer.status}: {raw[:500].decode(errors='replace')}")
+        raise ValueError(f"{path} is answered with {answer.status}: {said(raw[:500].decode(errors='replace'), 500)}")
     return raw
+
+
+def parsed(raw: bytes) -> Any:
+    """JSON as the format has it, without Python's NaN and infinities; raises ValueError, RecursionError."""
+
+    def number(text: str) -> float:
+        if not math.isfinite(found := float(text)):
+            raise ValueError(f"{text} is no number")
+        return found
+
+    return json.loads(raw, parse_float=number, parse_constant=number)
 
 
 # --- answers, checked ----------------------------------------------------------------------------------------------
@@ -141,8 +153,22 @@ def checked(name: str, answer: Any, read: Callable[[Any], T]) -> T:
     """What `read` makes of an answer; raises ValueError when the answer has another shape than ComfyUI's."""
     try:
         return read(answer)
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise ValueError(f"the answer to {name} is not ComfyUI's: {error!r}") from error
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"the answer to {name} is not ComfyUI's: {said(repr(error))}") from error
+
+
+def said(value: object, limit: int = 200) -> str:
+    """A word of ComfyUI's, as text of one line that any program can take: it may be anything, of any length."""
+    text = value[: limit + 1] if isinstance(value, str) else repr(value)[: limit + 1] if value is not None else ""
+    text = "".join(each if each.isprintable() else " " for each in text)
+    return f"{text[:limit]}…" if len(text) > limit else text
+
+
+def seconds_of(milliseconds: object) -> float | None:
+    """A time of ComfyUI's in seconds since 1970; None for what is none."""
+    if isinstance(milliseconds, (int, float)) and 0 <= milliseconds < 1e14:
+        return milliseconds / 1000
+    return None
 
 
 def system_stats(place: Endpoint, seconds: float = 5) -> Json:
@@ -151,10 +177,10 @@ def system_stats(place: Endpoint, seconds: float = 5) -> Json:
     def read(answer: Any) -> Json:
         system = answer["system"]
         return {
-            "version": str(system.get("comfyui_version", "")),
-            "torch": str(system.get("pytorch_version", "")),
-            "argv": [str(word) for word in system.get("argv", [])],
-            "devices": [{"name": str(each["name"]), "type": str(each["type"])} for each in answer["devices"]],
+            "version": said(system.get("comfyui_version", "")),
+            "torch": said(system.get("pytorch_version", "")),
+            "argv": [said(word, 10_000) for word in system.get("argv", [])],
+            "devices": [{"name": said(each["name"]), "type": said(each["type"])} for each in answer["devices"][:100]],
         }
 
     return checked("/system_stats", ask(place, "/system_stats", seconds=seconds), read)
@@ -179,9 +205,7 @@ def job(entry: Sequence[Any]) -> Json:
     `queued` is in seconds since 1970, None where the job does not say.
     """
     workflow, extra = (each if isinstance(each, dict) else {} for each in [*entry[2:4], None, None][:2])
-    created = extra.get("create_time")
-    queued = created / 1000 if isinstance(created, (int, float)) else None
-    return {"id": str(entry[1]), "nodes": len(workflow), "queued": queued}
+    return {"id": said(entry[1]), "nodes": len(workflow), "queued": seconds_of(extra.get("create_time"))}
 
 
 def takes_connections(place: Endpoint) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
-from agent.api import Endpoint, ask, checked, endpoint, queue, system_stats, unload
+from agent.api import Endpoint, ask, checked, endpoint, queue, said, system_stats, unload
 from agent.files import Fault, Json, remove, write
 from agent.journal import now
 from agent.parts import as_service
@@ -81,6 +81,10 @@ def gate(site: Site, process: Process, release: Json, note: Callable[[str], None
     write(site.releases / release["id"] / "proven", json.dumps(proof))
 
 
+TYPES = 50_000
+"""Node types that are looked at: a hundred node packs have some 10,000."""
+
+
 def clearer(site: Site, note: Callable[[str], None]) -> Callable[[], None]:
     """What deletes the pictures of a proof: as the service, which may have put a link or a labyrinth there."""
 
@@ -139,26 +143,33 @@ def prove(
         types = checked(
             "/object_info",
             ask(place, "/object_info", seconds=60),
-            lambda listed: {name: str(each.get("python_module", "")) for name, each in sorted(listed.items())},
+            lambda listed: {
+                said(name): said(each.get("python_module", "")) for name, each in sorted(listed.items())[:TYPES]
+            },
         )
     except (OSError, ValueError) as error:
         raise Fault("gate", "ComfyUI does not list its node types", str(error)) from error
     return {"at": now(), "failed_nodes": failed, "types": types}
 
 
+LOG_SECONDS = 5.0
+"""For the log to hold what is looked for: a journal is some moments behind."""
+
+
 def _output(place: Endpoint, process: Process, until: str) -> list[str]:
     """What ComfyUI has written since it started, without colours; waits a little for a line with `until`."""
     lines: list[str] = []
-    for _ in range(20):
+    end = time.monotonic() + LOG_SECONDS
+    while True:
         with suppress(Fault, OSError):
             lines = process.log(100_000)
         if not lines:  # a journal that is not ours to read: ComfyUI itself keeps its last 300 writes
             with suppress(OSError, ValueError):
-                found = ask(place, "/internal/logs/raw")
+                found = ask(place, "/internal/logs/raw", seconds=LOG_SECONDS)
                 lines = checked(
                     "its log", found, lambda log: "".join(str(each["m"]) for each in log["entries"])
                 ).splitlines()
-        if any(until in line for line in lines):
+        if any(until in line for line in lines) or time.monotonic() > end:
             break
         time.sleep(0.25)
     return [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]

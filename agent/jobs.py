@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.api import ask, checked, endpoint, job, queue, unanswered
+from agent.api import ask, checked, endpoint, job, queue, said, seconds_of, unanswered
 from agent.files import Json
 from agent.site import Site
 
@@ -19,7 +19,7 @@ def jobs(site: Site, count: int) -> list[Json]:
     try:
         path = f"/history?max_items={count}"
         history = ask(place, path, seconds=PATIENCE)
-        over = checked(path, history, lambda answer: [_over(name, entry) for name, entry in answer.items()])
+        over = checked(path, history, lambda answer: [_over(name, entry) for name, entry in answer.items()][-count:])
         running, waiting = queue(place, PATIENCE)
     except (OSError, ValueError) as error:
         raise unanswered(place, error) from error
@@ -33,23 +33,22 @@ def jobs(site: Site, count: int) -> list[Json]:
 def _over(name: str, entry: Json) -> Json:
     """One of the history: what was asked for, when it ran, and how it ended."""
     status = entry.get("status") or {}
-    asked = job(entry["prompt"]) if entry.get("prompt") else {"id": name, "nodes": 0, "queued": None}
-    said = dict(status.get("messages", ()))
-    begun = said.get("execution_start", {}).get("timestamp")
+    asked = job(entry["prompt"]) if entry.get("prompt") else {"id": said(name), "nodes": 0, "queued": None}
+    told = dict(status.get("messages", ()))
+    begun = seconds_of(told.get("execution_start", {}).get("timestamp"))
     names = ("execution_success", "execution_error", "execution_interrupted")
-    ending = next((name for name in names if name in said), "")
-    ended = said.get(ending, {}).get("timestamp")
+    ending = next((name for name in names if name in told), "")
+    ended = seconds_of(told.get(ending, {}).get("timestamp"))
     found = {
         **asked,
-        "status": ending.removeprefix("execution_") or str(status.get("status_str", "unknown")),
-        "started": begun / 1000 if begun else None,
-        "seconds": (ended - begun) / 1000 if begun and ended else None,
-        "cached": len(said.get("execution_cached", {}).get("nodes", ())),
+        "status": ending.removeprefix("execution_") or said(status.get("status_str", "unknown")),
+        "started": begun,
+        "seconds": ended - begun if begun and ended else None,
+        "cached": len(told.get("execution_cached", {}).get("nodes", ())),
     }
     if ending in names[1:]:
-        error = said[ending]
-        found["node"], found["node_type"] = str(error.get("node_id", "")), str(error.get("node_type", ""))
-        found["error"] = ": ".join(
-            str(error[name]).strip() for name in ("exception_type", "exception_message") if error.get(name)
-        )
+        error = told[ending]
+        found["node"], found["node_type"] = said(error.get("node_id", "")), said(error.get("node_type", ""))
+        words = (error[name] for name in ("exception_type", "exception_message") if error.get(name))
+        found["error"] = ": ".join(said(word, 20_000).strip() for word in words)
     return found

@@ -40,7 +40,7 @@ def test_the_service_runs_unprivileged_and_its_code_is_read_only(deployed: Fleet
     found = re.search(r"exposure level for comfyui.service: ([\d.]+)", shown)
     assert found
     assert float(found[1]) <= 2.0
-    assert (deployed.prefix / "data/models").stat().st_mode & 0o7777 == 0o2775
+    assert (deployed.prefix / "data/models").stat().st_mode & 0o7777 == 0o2770
 
 
 def test_a_second_deploy_does_nothing_and_says_so(deployed: Fleet) -> None:

@@ -108,11 +108,12 @@ def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet
     assert not has(steady, "DevelopedOne")
     assert steady.deploy("--dry-run").returncode == 0
     log = machine.run("journalctl --no-pager --output=cat --unit=comfyui-reload")
-    assert f"{PREFIX}/data/develop/my-node/__init__.py changed: ComfyUI starts anew" in log
+    place = f"{PREFIX}/releases/{steady.current()}/custom_nodes/my-node"
+    assert f"{place}/__init__.py changed: ComfyUI starts anew" in log
     assert exposure(steady, "comfyui-reload") <= 2.0
     tried = machine.run(
         f"nsenter --target $(systemctl show comfyui -p MainPID --value) --mount "
-        f"runuser -u comfyui -- touch {PREFIX}/data/develop/my-node/new 2>&1 || true"
+        f"runuser -u comfyui -- touch {place}/new 2>&1 || true"
     )
     assert "Read-only file system" in tried
     write("import os; os._exit(3)")

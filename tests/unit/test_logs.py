@@ -148,7 +148,7 @@ def test_how_jobs_ended() -> None:
         "an id", over("error", ("execution_error", {**error, "exception_message": "no\x1b[2J room\n"}))
     )
     assert (failed["status"], failed["node"], failed["node_type"]) == ("error", "2", "KSampler")
-    assert failed["error"] == "RuntimeError: no\x1b[2J room"
+    assert failed["error"] == "RuntimeError: no [2J room"
     stopped = {"node_id": "1", "node_type": "Wait", "timestamp": 1795404761000}
     assert agent_jobs._over("an id", over("error", ("execution_interrupted", stopped)))["status"] == "interrupted"
     assert agent_jobs._over("an id", {"prompt": PROMPT, "outputs": {}, "status": None})["status"] == "unknown"

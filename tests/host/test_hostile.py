@@ -1,0 +1,122 @@
+"""A custom node that attacks its host (tests/fixtures/hostile): what it gets at, and whether you stay in control."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from core import files
+from tests.host.fleet import PREFIX, Fleet, within
+from tests.host.machine import place_for
+from tests.host.replica import Replica
+from tests.host.test_nodes import Garden
+
+pytestmark = pytest.mark.host
+
+OTHERS = """
+mkdir -p /home/deployer && chmod 755 /home/deployer && echo private > /home/deployer/notes.txt
+echo theirs > /tmp/theirs
+ip address add 169.254.169.254/32 dev lo
+cat > /usr/local/bin/serve <<'X'
+import http.server, os, socket, socketserver, threading
+class Socket(socketserver.BaseRequestHandler):
+    def handle(self): self.request.sendall(b"a secret of another's")
+class Unix(socketserver.ThreadingUnixStreamServer): pass
+server = Unix("/run/other.sock", Socket); os.chmod("/run/other.sock", 0o666)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+http.server.HTTPServer(("169.254.169.254", 80), http.server.SimpleHTTPRequestHandler).serve_forever()
+X
+systemd-run --quiet --unit=others --setenv=TOKEN=theirs python3 /usr/local/bin/serve
+"""
+
+
+@pytest.fixture(scope="module")
+def attacked(deployed: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Garden]:
+    """A machine of its own, with a loopback of its own, to which the hostile node is deployed."""
+    machine = Replica(place_for("hostile"), PREFIX, network=False, of=deployed.machine, port=deployed.machine.port)
+    fleet = Fleet(machine, tmp_path_factory.mktemp("hostile"))
+    fleet.patience = 240
+    patch = pytest.MonkeyPatch()
+    try:
+        machine.boot()
+        machine.run(OTHERS)
+        garden = Garden(fleet.place / "garden", fleet)
+        code = (files.CHECKOUT / "tests/fixtures/hostile/__init__.py").read_text()
+        garden.write(garden.commit("hostile", code), monkeypatch=patch)
+        done = garden.deploy("hostile")
+        assert done.returncode == 0, done.stderr
+        machine.run(f"runuser -u comfyui -- touch {PREFIX}/data/output/begin")
+        assert within(120, lambda: (fleet.prefix / "data/output/ready").exists()), machine.run(
+            "journalctl -u comfyui -n 50 --no-pager"
+        )
+        yield garden
+    finally:
+        patch.undo()
+        machine.discard()
+
+
+def report(garden: Garden) -> dict[str, list[str]]:
+    found = json.loads((garden.fleet.prefix / "data/output/report.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def test_it_gets_at_nothing_of_anybody_else(attacked: Garden) -> None:
+    found = report(attacked)
+    assert found["foreign"] == []
+    assert len(found["kept from"]) > 20
+    # what it was kept from is there, and others do get at it
+    machine = attacked.fleet.machine
+    assert "private" in machine.run("runuser -u nobody -- cat /home/deployer/notes.txt")
+    assert "200" in machine.run(
+        "runuser -u nobody -- python3 -c \"import urllib.request as u; print(u.urlopen('http://169.254.169.254/').status)\""
+    )
+
+
+def timed(fleet: Fleet, *words: str, seconds: float = 60) -> str:
+    begun = time.monotonic()
+    done = fleet.inv(*words, "--host", "spark")
+    assert time.monotonic() - begun < seconds, words
+    assert "internal error" not in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert not re.search(r"[\x1b\u202e]", done.stdout + done.stderr)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verb", ["status", "doctor", "jobs", "logs", "facts", "free-memory"])
+def test_what_is_asked_ends_in_time(attacked: Garden, verb: str) -> None:
+    assert timed(attacked.fleet, verb)
+
+
+def test_what_it_planted_is_told(attacked: Garden) -> None:
+    assert "data/custom_nodes holds evil.py, which is never loaded" in timed(attacked.fleet, "status")
+
+
+def test_it_is_stopped_updated_and_cleaned_away(attacked: Garden) -> None:
+    fleet, machine = attacked.fleet, attacked.fleet.machine
+    stopped = fleet.inv("quarantine", "--host", "spark")
+    assert stopped.returncode == 0, stopped.stderr
+    assert machine.run("pgrep --count --uid comfyui || true").strip() == "0"
+    assert "journalctl --unit comfyui.service" in stopped.stdout
+    assert "PrivateNetwork=yes" in machine.run("systemctl cat comfyui.service")
+    assert fleet.inv("resume", "--host", "spark").returncode != 0
+    for words in (["quarantine", "--undo"], ["resume"]):
+        done = fleet.inv(*words, "--host", "spark")
+        assert done.returncode == 0, done.stderr
+    assert not (fleet.prefix / "data/output/ran-again").exists()  # what it left in custom_nodes was not loaded
+    machine.run(f"rm {PREFIX}/data/output/begin")
+    assert fleet.inv("stop", "--host", "spark", "--force").returncode == 0
+    clean = attacked.deploy()
+    assert clean.returncode == 0, clean.stderr
+    assert "nothing is loaded from" in clean.stderr
+    modes = machine.run(f"find {PREFIX}/data -perm /6000 -type f")
+    assert modes.strip() == "", modes
+    assert machine.run("ls /etc/cron.d; stat -c %a /etc/shadow").split()[-1] == "640"
+    gone = fleet.inv("nuke", "--host", "spark", "--data", "--yes-delete-data-of", "spark", "--yes")
+    assert gone.returncode == 0, gone.stderr
+    assert not Path(f"{fleet.prefix}/data").exists()
