@@ -114,7 +114,8 @@ def filtered(*, udp: bool) -> bytes:
     """The seccomp filter: no sockets but Internet and netlink ones (without `udp`: TCP alone), none of the calls above.
 
     An AF_UNIX socket would reach the login's systemd, which starts anything, its ssh-agent and its containers; Landlock
-    does not keep from connecting to those. socketpair(2) stays.
+    does not keep from connecting to those. They are streams and datagrams; CUDA's own socket is of the third type,
+    which stays, as socketpair(2) does.
     """
     machine = platform.machine()
     allowed, denied = (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _DENY)
@@ -125,7 +126,9 @@ def filtered(*, udp: bool) -> bytes:
         lines += [(_EQUAL, 0, 1, number), denied]
     lines += [(_EQUAL, 1, 0, _SOCKET[machine]), allowed, (_LOAD, 0, 0, 16)]
     lines += [(_EQUAL, 0, 1, 16), allowed]  # AF_NETLINK
-    lines += [(_EQUAL, 2, 0, 2), (_EQUAL, 1, 0, 10), denied]  # AF_INET, AF_INET6
+    lines += [(_EQUAL, 8, 0, 2), (_EQUAL, 7, 0, 10)]  # AF_INET, AF_INET6: to the last block
+    lines += [(_EQUAL, 1, 0, 1), denied]  # AF_UNIX: to the next one
+    lines += [(_LOAD, 0, 0, 24), (_AND, 0, 0, 0xF), (_EQUAL, 1, 0, 5), denied, allowed]  # SOCK_SEQPACKET
     if not udp:
         lines += [(_LOAD, 0, 0, 24), (_AND, 0, 0, 0xF), (_EQUAL, 1, 0, 1), denied]  # SOCK_STREAM
     return b"".join(struct.pack("<HBBI", *line) for line in [*lines, allowed])

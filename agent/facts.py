@@ -381,7 +381,7 @@ def _shared(site: Site, folder: Path) -> bool:
         if status.st_uid != owner:
             return True  # another's is another's affair
         fits = status.st_gid == group and status.st_mode & stat.S_ISGID
-        return bool(fits) and os.getxattr(folder, SHARING) == shared(status.st_mode)
+        return bool(fits) and os.getxattr(folder, SHARING) == shared(status.st_mode, owner)
     except KeyError:  # no such group yet
         return False
     except OSError as error:  # a file system without such lists does without, a folder that is not there is no fault

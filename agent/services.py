@@ -203,7 +203,10 @@ class Systemd:
         """Start the unit that applies what is pending; it is restarted when killed, and started at boot."""
         python = str(getattr(sys, "_base_executable", ""))  # a checkout's environment may be moved or deleted
         python = python if Path(python).is_file() else sys.executable
-        text = _APPLY_UNIT.format(service=self.site.service, python=python, state=self.site.state, target=self.target)
+        limits = _APPLY_LIMITS if self.site.scope == "system" else ""
+        text = _APPLY_UNIT.format(
+            service=self.site.service, python=python, state=self.site.state, target=self.target, limits=limits
+        )
         place = self.units / self.apply_unit
         if not place.exists() or place.read_text() != text:
             write(place, text)
@@ -228,6 +231,25 @@ class Systemd:
             run([*self.ctl, "daemon-reload"])
 
 
+# What it must be able to do: write anywhere (the prefix, units, places of mounts, sudoers, settings of the kernel),
+# change owners, act as the service's user, create it, reach the index, read what other processes are (adopt). No file
+# system is hidden or made read-only: in a mount namespace it would not see the mounts that it waits for.
+_APPLY_LIMITS = """\
+NoNewPrivileges=yes
+CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_FSETID CAP_KILL CAP_SETGID
+CapabilityBoundingSet=CAP_SETUID CAP_SYS_PTRACE CAP_AUDIT_WRITE
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+LockPersonality=yes
+KeyringMode=private
+UMask=0022
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+"""
+
+
 # Not ordered against the service, which it stops and starts itself. OOMPolicy: a compiler or uv that is killed for
 # memory must not take the apply with it.
 _APPLY_UNIT = """\
@@ -248,7 +270,7 @@ KillMode=control-group
 # Now and then systemd (252, in a container under load) misses that a killed process was the last of its group, and
 # starts the next one only after this time. Nothing here needs long to end.
 TimeoutStopSec=5
-
+{limits}
 [Install]
 WantedBy={target}
 """

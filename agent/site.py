@@ -86,17 +86,17 @@ class Site:
         return (self.owner()[0], grp.getgrnam(self.group).gr_gid) if self.user else self.owner()
 
 
-def _acl(*entries: tuple[int, int]) -> bytes:
-    """An access control list as the kernel keeps it (acl(5), include/uapi/linux/posix_acl_xattr.h)."""
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, may, 0xFFFFFFFF) for tag, may in entries)
-
-
 SHARING = "system.posix_acl_default"
 
 
-def shared(mode: int) -> bytes:
-    """What is made in a folder of this mode gets, whatever its maker's umask says: owner and group may do all."""
-    return _acl((0x01, 7), (0x04, 7), (0x20, mode & 5))
+def shared(mode: int, user: int) -> bytes:
+    """What is made in a folder of this mode gets, whatever its maker's umask: owner, service and members may do all.
+
+    An access control list as the kernel keeps it (acl(5), include/uapi/linux/posix_acl_xattr.h).
+    """
+    nobody = 0xFFFFFFFF
+    entries = ((0x01, 7, nobody), (0x02, 7, user), (0x04, 7, nobody), (0x10, 7, nobody), (0x20, mode & 5, nobody))
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
 PROOF = "hearth-gate"

@@ -174,7 +174,7 @@ def _share(data: Path, elsewhere: list[str], group: int, mode: int) -> bool:
                 wanted = mode if str(place) == str(data) else status.st_mode | 0o2770
                 place.chmod(wanted)
                 with suppress(OSError):  # NFS 4 has lists of another kind
-                    os.setxattr(place, SHARING, shared(wanted))
+                    os.setxattr(place, SHARING, shared(wanted, os.geteuid()))
             except OSError as error:  # gone by now, or so deep that no path leads to it
                 if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +27,7 @@ class Handler(MetricsHandler):
 def gatherer(site: Site, place: Endpoint, *, cuda: bool) -> Gatherer:
     """Everything that is told of a host. `place` is where its ComfyUI listens, `cuda`: its release needs a GPU."""
     client = comfyui.Client(place)
-    jobs = comfyui.Jobs(client, site.data / "cache/exporter.json")
+    jobs = comfyui.Jobs(client, Path(os.environ["RUNTIME_DIRECTORY"]) / "jobs.json")  # its unit's
     named: dict[str, Callable[[], host.Metrics]] = {
         "release": host.Release(site),
         "service": partial(host.service, site),

@@ -377,7 +377,9 @@ def running(place: Path, port: int) -> Iterator[str]:
     config = {"site": site(place, port).json, "argv": argv, "port": ours, "cuda": False}
     (place / "exporter.json").write_text(json.dumps(config))
     words = [sys.executable, "-I", "-S", str(tree), str(place / "exporter.json")]
-    process = subprocess.Popen(words, cwd="/", env={"PATH": os.environ["PATH"]}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        words, cwd="/", env={"PATH": os.environ["PATH"], "RUNTIME_DIRECTORY": str(place)}, stderr=-3
+    )
     try:
         end = time.monotonic() + 20
         while time.monotonic() < end and process.poll() is None:
