@@ -1,0 +1,198 @@
+"""What a hostile service may leave among its files, for root or a deploy to fall over: links, pipes, labyrinths."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent import asker, comfyui, cutover, facts, parts, steps, trial
+from agent.files import Fault, Json, remove
+from agent.site import DATA, PROOF, UNUSED, Site
+from tests.unit.test_agent import at, make
+from tests.unit.test_agent_files import deep, mode
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    place = tmp_path / "home/notes"
+    place.parent.mkdir(mode=0o755)
+    place.write_text("private")
+    return place
+
+
+def link(path: Path, secret: Path) -> None:
+    path.symlink_to(secret)
+
+
+def pipe(path: Path, _: Path) -> None:
+    os.mkfifo(path)
+
+
+def listening(path: Path, _: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as place:
+        place.bind(str(path))
+
+
+def folder(path: Path, _: Path) -> None:
+    path.mkdir()
+
+
+TRAPS = [link, pipe, listening, folder]
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_only_a_database_of_regular_files_is_copied(
+    tmp_path: Path, secret: Path, trap: Callable[[Path, Path], None]
+) -> None:
+    user, kept, scratch = tmp_path / "user", tmp_path / "kept", tmp_path / "scratch"
+    for each in (user, kept, scratch):
+        each.mkdir()
+    (user / "comfyui.db").write_text("database")
+    trap(user / "comfyui.db-wal", secret)
+    trap(user / "comfyui.db-x", secret)
+    cutover.reserve(user, kept)
+    cutover.take_snapshot(user, kept)
+    assert [path.name for path in kept.iterdir()] == ["comfyui.db"]
+    remove(user / "comfyui.db")
+    trap(user / "comfyui.db", secret)
+    if trap is not folder:
+        cutover.restore(kept, user)
+        assert (user / "comfyui.db").read_text() == "database"
+    assert secret.read_text() == "private"
+
+
+def test_a_database_beyond_all_is_told_before_anything_is_stopped(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    with (tmp_path / "comfyui.db").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(Fault, match="ComfyUI's database never is"):
+        cutover.reserve(tmp_path, tmp_path / "kept")
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trial_is_given_what_nodes_keep_and_nothing_else(
+    tmp_path: Path, secret: Path, trap: Callable[[Path, Path], None]
+) -> None:
+    data, scratch = tmp_path / "data", tmp_path / "scratch"
+    (data / "nodes/one").mkdir(parents=True)
+    (data / "nodes/one/settings").write_text("mine")
+    trap(data / "nodes/one/trap", secret)
+    deep(data / "nodes/labyrinth", 2000)
+    scratch.mkdir()
+    trial._fill(data, scratch, [], None)
+    assert (scratch / "nodes/one/settings").read_text() == "mine"
+    assert not [path for path in (scratch / "nodes/one").iterdir() if path.name == "trap" and not path.is_dir()]
+    remove(data)
+    remove(scratch)
+
+
+def test_a_trial_is_not_given_more_than_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "SMALL_ONES", 50_000)
+    (tmp_path / "data/nodes").mkdir(parents=True)
+    for number in range(100):
+        (tmp_path / f"data/nodes/{number}").write_bytes(bytes(1000))
+    trial._fill(tmp_path / "data", tmp_path / "scratch", [], None)
+    assert sum(path.stat().st_size for path in (tmp_path / "scratch/nodes").iterdir()) < 50_000
+
+
+@pytest.mark.parametrize("levels", [3000])
+def test_a_labyrinth_in_the_place_of_the_proof_is_deleted(tmp_path: Path, levels: int) -> None:
+    site, notes = at(tmp_path), list[str]()
+    (tmp_path / "data/output").mkdir(parents=True)
+    deep(tmp_path / "data/output" / PROOF, levels)
+    comfyui.clearer(site, notes.append)()
+    assert list((tmp_path / "data/output").iterdir()) == []
+    assert notes == []
+
+
+def test_a_link_in_the_place_of_the_output_is_not_followed_by_root(tmp_path: Path, secret: Path) -> None:
+    """S13: as whom the service runs as, root's folder cannot be changed; here that is who runs this."""
+    (secret.parent / PROOF).mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/output").mkdir()
+    (tmp_path / "data/output" / PROOF).symlink_to(secret.parent)
+    comfyui.clearer(at(tmp_path), lambda _: None)()
+    assert secret.exists()
+    assert not os.path.lexists(tmp_path / "data/output" / PROOF)
+
+
+def test_work_that_does_not_end_is_ended(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(Fault, match="did not end within 1 s"):
+        parts.as_service(at(tmp_path), lambda: time.sleep(60), seconds=1)
+    assert time.monotonic() - began < 5
+
+
+def test_the_service_cannot_stop_what_root_does_as_it() -> None:
+    """A process of the same effective user alone may not be signalled, traced or looked into by that user's."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    site = Site({"prefix": "/nowhere", "service": "s", "scope": "system", "user": "nobody", "address": "", "port": 1})
+
+    def work() -> list[str]:
+        assert os.geteuid() == site.owner()[0]
+        code = f"""
+import os
+told = []
+root = "/proc/{os.getpid()}/root"
+for name, act in (("signal", lambda: os.kill({os.getpid()}, 0)), ("look", lambda: os.listdir(root))):
+    try:
+        act()
+        told.append(name)
+    except PermissionError:
+        pass
+print(" ".join(told))
+"""
+        words = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "/usr/bin/python3", "-c", code]
+        os.seteuid(0)  # to start another user's process
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert parts.as_service(site, work) == []
+
+
+def test_what_lies_where_nothing_is_loaded_from_is_told(tmp_path: Path) -> None:
+    site = at(tmp_path)
+    site.prefix.mkdir(exist_ok=True)
+    steps.folders(site, {}, lambda _: None)
+    assert all((site.data / name).is_dir() for name in DATA)
+    assert mode(site.data / UNUSED) == 0o555
+    assert facts._unused(site) == []
+    (site.data / UNUSED).rmdir()
+    (site.data / UNUSED).mkdir()
+    (site.data / UNUSED / "evil.py").touch()
+    assert facts._unused(site) == ["evil.py"]
+    (site.data / UNUSED / "evil.py").unlink()
+    (site.data / UNUSED).rmdir()
+    os.mkfifo(site.data / UNUSED)
+    assert facts._unused(site)
+
+
+@pytest.mark.parametrize("name", ["evil.pth", "distutils-precedence.pth"])
+def test_no_code_of_a_package_runs_while_an_environment_is_made(tmp_path: Path, name: str) -> None:
+    """A .pth file in site-packages runs at each start of that environment's Python, which root must not start."""
+    proof = tmp_path / "ran"
+    code = f"import pathlib; pathlib.Path({str(proof)!r}).touch()\n"
+    place = make(tmp_path, {name: code, "one.py": code}, {"two.py": code, "sitecustomize.py": code})
+    assert list(place.glob(f"lib/*/site-packages/{name}"))
+    assert list(place.glob("lib/*/site-packages/__pycache__/one.*.pyc"))
+    assert not proof.exists()
+
+
+def test_who_asks_is_what_the_host_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what the client's variables say."""
+    for name in ("LOGNAME", "USER"):
+        monkeypatch.setenv(name, "anna")
+    told: Json = asker.asker("anna@laptop")
+    assert not told["who"].startswith("anna")
+    code = "import sys; sys.path.insert(0, '.'); from agent.asker import asker; print(asker('anna@laptop')['who'])"
+    env = {"PATH": "/usr/bin:/bin", "SSH_CONNECTION": "192.0.2.7 4711 192.0.2.1 22"}
+    python = os.path.realpath("/proc/self/exe")
+    said = subprocess.run([python, "-S", "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert said.strip().endswith("from 192.0.2.7 (says anna@laptop)")
