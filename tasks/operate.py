@@ -448,7 +448,7 @@ def secrets(_: Context, *, where: Fleet, out: Output) -> int:
 
     A deploy is refused where one is missing that the host's `secrets` name.
 
-    inv secrets --host spark
+        inv secrets --host spark
     """
     from ops import secret
 
