@@ -168,11 +168,11 @@ def part(site: Site, name: str) -> Iterator[Path]:
     for path, status in walk(fresh):
         size += status.st_size
         if stat.S_ISREG(status.st_mode):
-            (fresh / path).chmod(0o555 if status.st_mode & 0o100 else 0o444)
+            _seal(fresh / path, 0o555 if status.st_mode & 0o100 else 0o444)
     write(fresh / "PART.json", json.dumps({"part": name, "bytes": size, "stamp": stamp(fresh)}), 0o444)
     os.sync()
     for folder in tree(fresh):
-        folder.chmod(0o555)
+        _seal(folder, 0o555)
     fresh.chmod(0o755)  # a folder must be writable to be renamed by who is not root
     if place.exists():  # a damaged one: aside first, so that what runs from it keeps its open files
         place.rename(site.parts / f".{name}.damaged")
@@ -180,6 +180,16 @@ def part(site: Site, name: str) -> Iterator[Path]:
     sync(site.parts)  # before anything that is synced relies on it
     place.chmod(0o555)
     remove(site.parts / f".{name}.damaged")
+
+
+def _seal(path: Path, mode: int) -> None:
+    """Set the mode of a file or folder, and never of what a link leads to."""
+    place = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        if not stat.S_ISLNK(os.fstat(place).st_mode):
+            Path(f"/proc/self/fd/{place}").chmod(mode)
+    finally:
+        os.close(place)
 
 
 def fault_of(place: Path) -> str:
