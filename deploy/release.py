@@ -336,10 +336,11 @@ def _confined(choice: Choice, prefix: str, place: str) -> list[str]:
     offline = choice.target.profile.network == "offline"
     told: dict[str, Any] = {"secrets": list(choice.secrets)}
     if host.scope == "user":
+        named = [value for value in choice.target.flags.values() if value.startswith("/")]  # such as a certificate
         told |= {
             "folder": f"{prefix}/secrets",
             "write": [f"{prefix}/data", *host.folders.values()],
-            "read": [f"{prefix}/parts", place, f"{prefix}/data/models", *host.model_roots, *host.develop],
+            "read": [f"{prefix}/parts", place, f"{prefix}/data/models", *host.model_roots, *host.develop, *named],
             "bind": [host.port],
             "connect": [] if offline else [53, *host.connect, host.port],
             "udp": not offline,
