@@ -23,6 +23,9 @@ from core import files
 PACKAGES = "systemd,systemd-sysv,dbus,openssh-server,sudo,python3,iproute2,ca-certificates,procps"
 LOGIN = "deployer"
 
+FIREWALL = ("--system-call-filter=bpf", "--capability=CAP_BPF,CAP_NET_ADMIN,CAP_PERFMON,CAP_SYS_RESOURCE")
+"""Flags that let a machine's systemd enforce IPAddressDeny=: it attaches BPF programs."""
+
 
 def missing() -> list[str]:
     """What keeps machines from being booted here; empty when nothing does."""
@@ -137,7 +140,8 @@ def share_downloads(there: Path) -> None:
 class Machine:
     """One host: `boot` and `power_off` as often as wanted; its disk stays.
 
-    Without `network` it has a loopback of its own and nothing else; ssh gets in through its namespace.
+    Without `network` it has a loopback of its own and nothing else; ssh gets in through its namespace. `more` are
+    further flags of systemd-nspawn.
     """
 
     place: Path
@@ -145,6 +149,7 @@ class Machine:
     arch: str = "amd64"
     downloads: bool = True
     network: bool = True
+    more: tuple[str, ...] = ()
     ssh_port: int = field(default_factory=free_port)
     port: int = field(default_factory=free_port)
     login: str = LOGIN
@@ -217,6 +222,7 @@ class Machine:
         words = ["systemd-nspawn", "--quiet", f"--directory={self.root}", "--boot", "--register=no", "--keep-unit"]
         words += [f"--machine=hearth-{self.ssh_port}", "--resolv-conf=copy-host", "--bind-ro=/etc/hosts"]
         words += [] if self.network else ["--private-network"]
+        words += self.more
         words += [f"--bind={disk}:/srv/{disk.name}" for disk in self.place.glob("disks/*")]
         with (self.place / "console.log").open("ab") as log:
             self.process = subprocess.Popen(

@@ -12,7 +12,7 @@ import pytest
 
 from core import files
 from tests.host.fleet import PREFIX, Fleet, within
-from tests.host.machine import place_for
+from tests.host.machine import FIREWALL, place_for
 from tests.host.replica import Replica
 from tests.host.test_nodes import Garden
 
@@ -38,7 +38,9 @@ systemd-run --quiet --unit=others --setenv=TOKEN=theirs python3 /usr/local/bin/s
 @pytest.fixture(scope="module")
 def attacked(deployed: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Garden]:
     """A machine of its own, with a loopback of its own, to which the hostile node is deployed."""
-    machine = Replica(place_for("hostile"), PREFIX, network=False, of=deployed.machine, port=deployed.machine.port)
+    machine = Replica(
+        place_for("hostile"), PREFIX, network=False, of=deployed.machine, port=deployed.machine.port, more=FIREWALL
+    )
     fleet = Fleet(machine, tmp_path_factory.mktemp("hostile"))
     fleet.patience = 240
     patch = pytest.MonkeyPatch()
