@@ -292,12 +292,8 @@ def _foreign_account(site: Site) -> str:
 
 def _members(site: Site) -> list[str] | None:
     """Who is in the members' group; None when that is not there, or people are in the service's own group."""
-    with suppress(KeyError):
-        if not site.user:
-            return []
-        people = sorted(grp.getgrnam(site.group).gr_mem)
-        return None if grp.getgrnam(site.user).gr_mem else people
-    return None
+    groups = {each.gr_name: each.gr_mem for each in grp.getgrall()} if site.user else {"": []}
+    return None if site.group not in groups or groups.get(site.user) else sorted(groups[site.group])
 
 
 def _shares(site: Site) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import grp
 import io
 import json
 import os
@@ -60,8 +61,10 @@ def account(site: Site, step: Json, note: Callable[[str], None]) -> None:
 def members(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Put the named users, and only them, into the members' group, and nobody into the service's own."""
     run(["groupadd", "--force", "--system", site.group])
-    for people, group in ((step["members"], site.group), ([], site.user)):
-        run(["gpasswd", "--members", ",".join(people), group])
+    run(["gpasswd", "--members", ",".join(step["members"]), site.group])
+    with suppress(KeyError):
+        if grp.getgrnam(site.user).gr_mem:
+            run(["gpasswd", "--members", "", site.user])
 
 
 def rights(site: Site, step: Json, note: Callable[[str], None]) -> None:
