@@ -286,7 +286,7 @@ def test_folders_that_are_missing_dead_or_closed(steady: Fleet) -> None:
     steady.configure()
     machine.run(f"rmdir /srv/none; chmod 700 {PREFIX}/data/output; chown root:root {PREFIX}/data/output")
     found = findings(steady, code=2)
-    machine.run(f"chown comfyui:comfyui {PREFIX}/data/output; chmod 2770 {PREFIX}/data/output")
+    machine.run(f"chown comfyui:comfyui-members {PREFIX}/data/output; chmod 2770 {PREFIX}/data/output")
     what, remedy = only(found, "access")
     assert what == f"comfyui may not write {PREFIX}/data/output"
     assert remedy == f"on the host: chown -R comfyui: {PREFIX}/data/output"
