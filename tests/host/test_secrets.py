@@ -1,0 +1,46 @@
+"""Secrets on a real host: who sees them, and where they are not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.host.fleet import PREFIX, Fleet
+
+pytestmark = pytest.mark.host
+
+VALUE = "correct-horse-battery"
+
+
+def test_a_secret_is_comfyuis_alone(steady: Fleet) -> None:
+    machine = steady.machine
+    steady.configure('secrets = ["HF_TOKEN"]\n')
+    refused = steady.deploy()
+    assert refused.returncode != 0
+    assert "the host has no secret HF_TOKEN" in refused.stderr
+    kept = steady.inv("secret", "set", "HF_TOKEN", "--host", "spark", "--command", f"echo {VALUE}")
+    assert kept.returncode == 0, kept.stderr
+    assert json.loads(steady.inv("secrets", "--host", "spark", "--json").stdout) == {"spark": {"HF_TOKEN": "encrypted"}}
+    done = steady.deploy()
+    assert done.returncode == 0, done.stderr
+    pid = "$(systemctl show comfyui -p MainPID --value)"
+    assert f"HF_TOKEN={VALUE}" in machine.run(f"tr '\\0' '\\n' < /proc/{pid}/environ")
+    assert steady.deploy("--dry-run").returncode == 0
+    # nobody else's: not by systemd, in no file, of no other process, in no log
+    assert VALUE not in machine.run("systemctl show comfyui; systemctl cat comfyui; journalctl --no-pager")
+    found = machine.run(f"grep -rls {VALUE} {PREFIX} /etc /run /var/log /tmp /home 2>/dev/null || true")
+    assert found.strip() == "", found
+    others = (
+        f"for p in /proc/[0-9]*; do [ $p = /proc/{pid} ] || grep -l {VALUE} $p/environ $p/cmdline; done 2>/dev/null"
+    )
+    assert machine.run(f"{others} || true").strip() == ""
+    assert machine.run(f"stat -c '%U %a' {PREFIX}/secrets").strip() == "root 700"
+    (line,) = (each for each in json.loads(steady.inv("history", "--host", "spark", "--json").stdout)
+               if "secret" in each["action"])  # fmt: skip
+    assert line["action"] == "set secret HF_TOKEN"
+    steady.becomes()
+    gone = steady.inv("secret", "remove", "HF_TOKEN", "--host", "spark")
+    assert gone.returncode == 0, gone.stderr
+    assert machine.run(f"ls -A {PREFIX}/secrets").strip() == ""
+    assert "HF_TOKEN" not in machine.run(f"tr '\\0' '\\n' < /proc/{pid}/environ")
