@@ -38,7 +38,14 @@ OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 
 SYSTEM = (
     *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/nix/store", "/gnu/store", "/proc", "/sys"),
-    *("/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager", "/run/opengl-driver", "/var/cache/fontconfig"),
+    *(
+        "/run/systemd/resolve",
+        "/run/resolvconf",
+        "/run/NetworkManager",
+        "/run/netconfig",
+        "/run/opengl-driver",
+        "/var/cache/fontconfig",
+    ),
 )
 """What every program needs to read: itself, its libraries, how names are resolved, what the kernel tells."""
 

@@ -135,7 +135,8 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     and nobody else: `inv secret set` keeps their values on the host.
     `members` may write the data and read the log, and do what `members_may` says; `listen` and `port` are ComfyUI's.
     At `metrics_port` of its loopback the host tells Prometheus how it is.
-    `connect` are the ports that ComfyUI may connect to in scope "user", where the kernel can limit ports alone.
+    In scope "user" ComfyUI is `confined` by Landlock and seccomp, and may `connect` to these ports: the kernel limits
+    ports alone there.
     `modes` are of `config/modes`; `develop` are folders there, each a custom node under development; `free_memory` is
     how often ComfyUI gives its memory back when it has no job (`4h`).
     """
@@ -161,6 +162,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     free_memory: str = ""
     public: bool = False
     secrets: tuple[str, ...] = ()
+    confined: bool = True
     connect: tuple[int, ...] = (80, 443)
     keep: int = 3
     override: Override = Override()

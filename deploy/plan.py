@@ -585,8 +585,9 @@ def _notes(target: Target, facts: Facts) -> list[str]:
     if facts.unused:
         names = ", ".join(facts.unused)
         found.append(f"nothing is loaded from {facts.prefix}/data/custom_nodes: {names} (inv nodes.add, or delete it)")
-    if target.host.scope == "user" and not facts.landlock:
-        found.append(f"this kernel has no Landlock: custom nodes can read and write all that {facts.login} can")
+    if target.host.scope == "user" and not (facts.landlock and target.host.confined):
+        why = "this kernel has no Landlock" if target.host.confined else "the host is not `confined`"
+        found.append(f"{why}: custom nodes can read and write all that {facts.login} can")
     if facts.rights is None and target.rights:
         found.append("the host has no sudo: members cannot read the log or restart ComfyUI by it")
     return found

@@ -335,7 +335,7 @@ def _confined(choice: Choice, prefix: str, place: str) -> list[str]:
     host = choice.target.host
     offline = choice.target.profile.network == "offline"
     told: dict[str, Any] = {"secrets": list(choice.secrets)}
-    if host.scope == "user":
+    if host.scope == "user" and host.confined:
         named = [value for value in choice.target.flags.values() if value.startswith("/")]  # such as a certificate
         told |= {
             "folder": f"{prefix}/secrets",
@@ -347,6 +347,8 @@ def _confined(choice: Choice, prefix: str, place: str) -> list[str]:
         }
     elif not choice.secrets:
         return []
+    elif host.scope == "user":
+        told["folder"] = f"{prefix}/secrets"
     return [choice.interpreter, "-I", "-S", f"{place}/agent.pyz", "confine", json.dumps(told), "--"]
 
 
