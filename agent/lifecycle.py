@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from agent.api import endpoint
 from agent.comfyui import drain, first_answer
-from agent.files import Fault, Json, Sweep, discard, flock, read, run, write
+from agent.files import Fault, Json, Sweep, discard, flock, read, run, started, write
 from agent.journal import Journal, now
 from agent.services import UNITS, Manager, Systemd, entries, last_words, manager_of
 from agent.site import Site
@@ -25,6 +26,33 @@ def stop(site: Site, step: Json, note: Callable[[str], None]) -> None:
         write(site.paused, json.dumps({"who": read(site.pending)["who"], "at": now()}))
         manager.disable()
     manager.stop()
+    if step["force"]:
+        end_all(site)
+
+
+def end_all(site: Site) -> None:
+    """Kill what still runs as the service's user: a fork bomb outlasts systemd's own kill where that finds no end."""
+    if not site.user:
+        return
+    end = time.monotonic() + 20
+    while left := _processes(site.owner()[0]):
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > end:
+            what = f"{len(left)} processes of {site.user} do not end"
+            raise Fault("step", what, f"the first: {left[:5]}", "look at them on the host; a reboot ends them")
+        time.sleep(0.1)
+
+
+def _processes(user: int) -> list[int]:
+    """The processes of a user that have not ended."""
+    found: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if folder.stat().st_uid == user and started(int(folder.name)):
+                found.append(int(folder.name))
+    return found
 
 
 def start(site: Site, step: Json, note: Callable[[str], None]) -> None:

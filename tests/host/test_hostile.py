@@ -103,7 +103,7 @@ def test_it_is_stopped_updated_and_cleaned_away(attacked: Garden) -> None:
     fleet, machine = attacked.fleet, attacked.fleet.machine
     stopped = fleet.inv("quarantine", "--host", "spark")
     assert stopped.returncode == 0, stopped.stderr
-    assert machine.run("pgrep --count --uid comfyui || true").strip() == "0"
+    assert machine.run("ps -o stat= -u comfyui | grep -vc Z || true").strip() == "0"
     assert "journalctl --unit comfyui.service" in stopped.stdout
     assert "PrivateNetwork=yes" in machine.run("systemctl cat comfyui.service")
     assert fleet.inv("resume", "--host", "spark").returncode != 0
