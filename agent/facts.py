@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.confine import abi as landlock
-from agent.files import Fault, Json, mounts, read, read_text, write
+from agent.files import Fault, Json, mounts, read, read_text, regular, write
 from agent.gpu import process
 from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
 from agent.parts import as_service, faults_of, forked
@@ -70,7 +70,7 @@ def facts(site: Site, ask: Json, devices: list[Json], verified: float = 0) -> Js
         # Some file systems make inodes as they go, and say 0 of 0.
         "inodes_free": disk.f_favail if disk.f_files else None,
         "mounts": {path: _mount(site, path, wanted) for path, wanted in ask["mounts"].items()},
-        "places": {path: _place(site, Path(path), use) for path, use in ask["places"].items()},
+        "places": {path: _place(site, Path(path), use) for path, use in ask["places"].items()} | _traps(site),
         "data_free": {str(path): _free(path) for path in (site.data, *map(Path, site.elsewhere.values()))},
         "packages": _packages(ask["packages"]),
         "port_holder": port_holder(site.port),
@@ -357,6 +357,12 @@ def _place(site: Site, path: Path, use: str) -> str:
     except Fault as fault:
         return f"cannot be looked at as the service: {fault.report['what']}"
     return "" if may else f"cannot be {'written' if use == 'write' else 'read'} by the service"
+
+
+def _traps(site: Site) -> dict[str, str]:
+    """What lies in the place of ComfyUI's database and is no file: it would wait for a pipe's other end."""
+    places = [site.database.with_name(f"comfyui.db{end}") for end in ("", "-wal", "-shm", "-journal")]
+    return {str(each): "is no regular file" for each in places if os.path.lexists(each) and not regular(each)}
 
 
 def _access(path: str, need: int, inside: int | None) -> bool:

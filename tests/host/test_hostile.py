@@ -107,13 +107,14 @@ def test_it_is_stopped_updated_and_cleaned_away(attacked: Garden) -> None:
     assert "journalctl --unit comfyui.service" in stopped.stdout
     assert "PrivateNetwork=yes" in machine.run("systemctl cat comfyui.service")
     assert fleet.inv("resume", "--host", "spark").returncode != 0
-    for words in (["quarantine", "--undo"], ["resume"]):
+    for words in (["quarantine", "--undo"], ["remove", "--yes"]):
         done = fleet.inv(*words, "--host", "spark")
         assert done.returncode == 0, done.stderr
-    assert not (fleet.prefix / "data/output/ran-again").exists()  # what it left in custom_nodes was not loaded
-    machine.run(f"rm {PREFIX}/data/output/begin")
-    assert fleet.inv("stop", "--host", "spark", "--force").returncode == 0
+    trapped = attacked.deploy()
+    assert f"{PREFIX}/data/user/comfyui.db-journal is no regular file" in trapped.stderr
+    machine.run(f"rm {PREFIX}/data/user/comfyui.db-*")
     clean = attacked.deploy()
+    assert not (fleet.prefix / "data/output/ran-again").exists()  # what it left in custom_nodes was not loaded
     assert clean.returncode == 0, clean.stderr
     assert "nothing is loaded from" in clean.stderr
     modes = machine.run(f"find {PREFIX}/data -perm /6000 -type f")
