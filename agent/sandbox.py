@@ -37,6 +37,8 @@ def sandboxed(
     if site.scope == "system":
         lines = [line for line in unit.partition("[Service]")[2].splitlines() if re.match(r"\w+=", line)]
         lines = [line for line in lines if not _ITS_OWN.match(line)]
+        # systemd-run (252) takes link-local and the like only alone
+        lines = [each for line in lines for each in _split(line)]
         if apart:
             lines = [line for line in lines if not re.match("(User|Group|ReadWritePaths|UMask)=", line)]
             lines.append("DynamicUser=yes")
@@ -49,6 +51,11 @@ def sandboxed(
     else:
         command = [*release.get("confined", ()), *argv]
     return _output(command, {**inherited(), **variables} if site.scope == "system" else variables, seconds)
+
+
+def _split(line: str) -> list[str]:
+    key, _, words = line.partition("=")
+    return [f"{key}={word}" for word in words.split()] if key.startswith("IPAddress") else [line]
 
 
 def confined_to(folder: Path, site: Site, step: Json) -> list[str]:
