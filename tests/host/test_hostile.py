@@ -125,5 +125,5 @@ def test_it_is_stopped_updated_and_cleaned_away(attacked: Garden) -> None:
         "nodes",
         "cache",
         "output/hearth-gate",
-    ):  # a nuke deletes it in the same way (tests/unit/test_traps.py)
+    ):  # as a nuke does: tests/unit/test_traps.py
         assert (fleet.prefix / "data" / name).is_dir()
