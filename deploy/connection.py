@@ -541,15 +541,21 @@ _asking = threading.Lock()
 _passwords: dict[str, str] = {}
 
 
+def from_keyring(service: str, name: str) -> str:
+    """A secret of the system's keyring; empty where it has none, or there is no keyring."""
+    import keyring
+
+    with suppress(keyring.errors.KeyringError):
+        return keyring.get_password(service, name) or ""
+    return ""
+
+
 def _ask_password(name: str) -> str:
     """From the system's keyring when it holds one, else typed. Kept in memory only."""
     from getpass import getpass
 
-    import keyring
-
-    with suppress(keyring.errors.KeyringError):  # a machine without one
-        if found := keyring.get_password("hearth-sudo", name):
-            return found
+    if found := from_keyring("hearth-sudo", name):
+        return found
     if sys.stdin.isatty():
         with suppress(EOFError):
             return getpass(f"sudo password on {name}: ")

@@ -24,10 +24,13 @@ class Handler(MetricsHandler):
     timeout = 5
 
 
-def gatherer(site: Site, place: Endpoint, *, cuda: bool) -> Gatherer:
-    """Everything that is told of a host. `place` is where its ComfyUI listens, `cuda`: its release needs a GPU."""
+def gatherer(site: Site, place: Endpoint, counts: Path, *, cuda: bool) -> Gatherer:
+    """Everything that is told of a host, whose ComfyUI listens at `place`.
+
+    `counts` is the file of its jobs; `cuda`: its release needs a GPU.
+    """
     client = comfyui.Client(place)
-    jobs = comfyui.Jobs(client, Path(os.environ["RUNTIME_DIRECTORY"]) / "jobs.json")  # its unit's
+    jobs = comfyui.Jobs(client, counts)
     named: dict[str, Callable[[], host.Metrics]] = {
         "release": host.Release(site),
         "service": partial(host.service, site),
@@ -48,7 +51,8 @@ def main(argv: list[str]) -> None:
     config = read(Path(argv[0]))
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    registry.register(gatherer(Site(config["site"]), Endpoint.of(config["argv"]), cuda=config["cuda"]))
+    counts = Path(os.environ["RUNTIME_DIRECTORY"]) / "jobs.json"  # its unit's
+    registry.register(gatherer(Site(config["site"]), Endpoint.of(config["argv"]), counts, cuda=config["cuda"]))
     server = ThreadingHTTPServer(("127.0.0.1", config["port"]), Handler.factory(registry))
     server.serve_forever(poll_interval=60)  # it is ended by a signal: nothing to look for twice a second
 

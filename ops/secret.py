@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from getpass import getpass, getuser
 from socket import gethostname
 from typing import TYPE_CHECKING
 
-from core import console
-from core.errors import SecretError, UsageError
+from core import console, shell
+from core.errors import HearthError, SecretError, UsageError
 from deploy import connection, flow
 
 if TYPE_CHECKING:
@@ -69,19 +68,12 @@ def read(name: str, command: str, *, keyring: bool) -> str:
     """The secret: a command's output, the keyring's, or what is typed or piped in. Raises SecretError."""
     if command:
         try:
-            done = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, text=True, timeout=300, check=False)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            raise SecretError(f"--command could not be run: {command}", cause=str(error)) from error
-        if done.returncode:
-            raise SecretError(f"--command ended with {done.returncode}: {command}", hint="its own message is above")
+            done = shell.run(shlex.split(command), timeout=300)
+        except (HearthError, ValueError) as error:
+            raise SecretError(f"--command gave no secret: {command}", cause=str(error)) from error
         value = done.stdout
     elif keyring:
-        import keyring as keyrings
-
-        try:
-            value = keyrings.get_password("hearth-secret", name) or ""
-        except keyrings.errors.KeyringError as error:
-            raise SecretError("there is no keyring to read from", cause=str(error)) from error
+        value = connection.from_keyring("hearth-secret", name)
         if not value:
             raise SecretError(f"the keyring has no {name}", hint=f"keyring set hearth-secret {name}")
     elif sys.stdin.isatty():

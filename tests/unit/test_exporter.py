@@ -186,7 +186,7 @@ def test_without_comfyui_all_else_is_told_within_two_seconds(stand: Stand, tmp_p
     stand.delay = 4
     port = stand.server.server_port if state == "hangs" else free_port()
     registry = CollectorRegistry()
-    registry.register(gatherer(site(tmp_path, port), at(port), cuda=False))
+    registry.register(gatherer(site(tmp_path, port), at(port), tmp_path / "counts", cuda=False))
     started = time.monotonic()
     found = generate_latest(registry).decode()
     assert time.monotonic() - started < 2
