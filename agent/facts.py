@@ -86,6 +86,7 @@ def facts(site: Site, ask: Json, devices: list[Json], verified: float = 0) -> Js
         "signers": read_text(SIGNERS) if os.path.lexists(SIGNERS) else None,
         "place": _prefix(site),
         "user": _user_exists(site.user),
+        "exporter_user": _user_exists(site.exporter),
         "user_fault": _foreign_account(site),
         "members": _members(site),
         "shared": _shares(site),

@@ -21,6 +21,7 @@ class Site:
         self.scope = str(site["scope"])  # "system" (root, systemd) or "user"
         self.user = str(site["user"])  # whom the service runs as; empty: whoever runs this
         self.group = f"{self.user}-members" if self.user else ""  # the people's, which the service is not in
+        self.exporter = str(site.get("exporter", ""))  # whom its exporter runs as
         self.public = bool(site.get("public"))  # whether everybody on the machine may read the data
         self.address = str(site["address"])
         self.port = int(site["port"])

@@ -48,14 +48,15 @@ from agent.site import DATA, SHARING, UNUSED, Site, shared
 
 
 def account(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Create the system user, with its group, that the service runs as, and the group of its members."""
+    """Create the system users, each with its group, that units run as, and the group of the service's members."""
     run(["groupadd", "--force", "--system", site.group])
-    with suppress(KeyError):
-        pwd.getpwnam(site.user)
-        note(f"{site.user} is there")
-        return
-    home = str(site.data)
-    run(["useradd", "--system", "--user-group", "--home-dir", home, "--shell", "/usr/sbin/nologin", site.user])
+    for user in filter(None, (site.user, site.exporter)):
+        with suppress(KeyError):
+            pwd.getpwnam(user)
+            note(f"{user} is there")
+            continue
+        home = str(site.data) if user == site.user else "/nonexistent"
+        run(["useradd", "--system", "--user-group", "--home-dir", home, "--shell", "/usr/sbin/nologin", user])
 
 
 def members(site: Site, step: Json, note: Callable[[str], None]) -> None:

@@ -19,7 +19,7 @@ from core.errors import ConfigError, NoInstallationError
 from deploy import application
 from deploy.host import Host, profiles
 from deploy.nodes import check_address
-from deploy.plan import Options, Plan, Refusal, Step
+from deploy.plan import Options, Plan, Refusal, Step, account
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -416,8 +416,7 @@ def make(target: Target, facts: Facts, proposal: Proposal, options: Options) -> 
         values |= {"path": found.path, "port": found.port, "drain": options.drain, "force": options.force}
         steps.append(Step("retire", title, f"it runs {found.path}, or has the name of Hearth's", _UNDO, values))
     if proposal.moves and not facts.user:
-        title, why = f"create the system user {target.host.run_as}", "what is moved becomes its own"
-        steps.append(Step("account", title, why, f"userdel {target.host.run_as}"))
+        steps.append(account([target.host.run_as], "what is moved becomes its own"))
     if proposal.moves and not facts.data:
         steps.append(
             Step("folders", f"lay out {facts.prefix}", "its folders are not all there", f"rm -r {facts.prefix}")

@@ -129,6 +129,7 @@ class Facts(msgspec.Struct, frozen=True):
     packages: dict[str, bool]
     port_holder: dict[str, Any]
     user: bool
+    exporter_user: bool
     members: tuple[str, ...] | None
     shared: bool
     rights: str | None

@@ -234,6 +234,7 @@ class Target:
             "service": self.host.service,
             "scope": self.host.scope,
             "user": self.host.run_as if self.host.scope == "system" else "",
+            "exporter": EXPORTER if self.host.scope == "system" and self.host.metrics_port else "",
             "address": self.host.listen,
             "port": self.host.port,
             "mounts": {path: mount_unit(path) for path in self.host.mounts},
@@ -309,6 +310,10 @@ def hosts() -> Hosts:
     local = listed.hosts.get(LOCAL) or Host(scope="user")
     return msgspec.structs.replace(listed, hosts={**listed.hosts, LOCAL: local})
 
+
+EXPORTER = "hearth-exporter"
+"""Whom the exporters of a machine run as. Not a dynamic user: D-Bus turns away whom NSS does not know (a system without
+libnss-systemd), and groups list who may use the GPU."""
 
 PLAIN_PATH = re.compile(r"(/[\w.@+-]+)+", re.ASCII)
 """No blanks, quotes, % or colons, which units and command lines read in ways of their own."""

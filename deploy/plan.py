@@ -411,9 +411,10 @@ def _steps(
     """The steps, in order; none when the host is as wanted."""
     host = target.host
     steps: list[Step] = []
-    if not facts.user:
-        title, why = f"create the system user {host.run_as}", "ComfyUI runs without privileges"
-        steps.append(Step("account", title, why, f"userdel {host.run_as}"))
+    users = [] if facts.user else [host.run_as]
+    users += [] if facts.exporter_user else [target.site["exporter"]]
+    if users:
+        steps.append(account(users, "units run without privileges"))
     if not facts.lingers:
         title = f"let {facts.login}'s systemd run without a login (loginctl enable-linger)"
         why, undo = "ComfyUI would end with your session, and not start at boot", "loginctl disable-linger"
@@ -449,6 +450,12 @@ def _steps(
     made = any(step.kind in ("app", "env", "node", "exporter", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
+
+
+def account(users: Sequence[str], why: str) -> Step:
+    """The step that creates system users."""
+    title = f"create the system user{'s' * (len(users) > 1)} {' and '.join(users)}"
+    return Step("account", title, why, "; ".join(f"userdel {user}" for user in users))
 
 
 def _cut_over(facts: Facts, to: str, why: str, options: Options) -> Step:

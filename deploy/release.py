@@ -438,7 +438,7 @@ def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[st
         place = f"{prefix}/releases/{release}/exporter"
         # the system's Python, without a look at what else is installed there
         words = [choice.interpreter, "-I", "-S", place, f"{place}.json"]
-        more = {"port": str(host.metrics_port), **devices(target.profile)}
+        more = {"port": str(host.metrics_port), "exporter": target.site["exporter"], **devices(target.profile)}
         found["exporter.service"] = _filled("exporter", {**values, **more, "command": _command(words)})
     if host.scope == "user":
         found = {

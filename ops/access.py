@@ -67,8 +67,8 @@ class Access(msgspec.Struct, frozen=True):
 
 
 def users(target: Target) -> list[str]:
-    """Who must use the GPU: the service's user, and its members."""
-    return list(dict.fromkeys([target.host.run_as, *target.host.members]))
+    """Who must use the GPU: the service's user, the exporter's, and the members."""
+    return list(filter(None, dict.fromkeys([target.host.run_as, target.site["exporter"], *target.host.members])))
 
 
 def changes(target: Target) -> list[Change]:

@@ -295,6 +295,11 @@ def _left(target: Target, facts: Facts, *, data: bool) -> list[str]:
     found += [f"left, it is not Hearth's: {path}" for path in others]
     if target.site["user"] and facts.user:
         found.append(f"left: the account {host.run_as}, which owns what it wrote; userdel {host.run_as} removes it")
+    if target.site["exporter"] and facts.exporter_user:
+        who = target.site["exporter"]
+        found.append(
+            f"left: the account {who} of this machine's exporters, which owns nothing; userdel {who} removes it"
+        )
     return found
 
 

@@ -38,8 +38,8 @@ FRESH = Facts(
     hostname="h", os="debian 12", machine="aarch64", kernel="6", glibc="2.36", pythons={"3.12": "/usr/bin/python3.12"},
     gpus=(Gpu("GB10", "12.1", None, True),), driver="580.95", memory=10**11, cores=20, login="d", root=True,
     prefix="/opt/comfyui", writable=True, disk_free=10**11, inodes_free=10**6, mounts={}, places={}, packages={},
-    data_free={"/opt/comfyui/data": 10**11}, port_holder={}, user=False, members=(), shared=True, rights="",
-    manager="systemd-system", lingers=True, current="", current_fault={}, releases=(), altered=(), proven=(),
+    data_free={"/opt/comfyui/data": 10**11}, port_holder={}, user=False, exporter_user=True, members=(), shared=True,
+    rights="", manager="systemd-system", lingers=True, current="", current_fault={}, releases=(), altered=(), proven=(),
     failed_nodes={}, parts={}, data=False, service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
 )  # fmt: skip
 
@@ -286,7 +286,11 @@ def test_metrics_are_a_part_and_a_unit_of_the_release() -> None:
     assert f"\nExecStart=/usr/bin/python3.12 -I -S {place}/exporter {place}/exporter.json\n" in unit
     assert "\nIPAddressAllow=localhost 192.168.1.5\n" in unit  # where ComfyUI listens
     assert "\nDeviceAllow=char-nvidia rw\n" in unit
+    assert "\nUser=hearth-exporter\n" in unit
     assert "$" not in unit
+    without = msgspec.structs.replace(FRESH, user=True, exporter_user=False)
+    (account,) = (step for step in made(without, target, METRICS).steps if step.kind == "account")
+    assert (account.title, account.undo) == ("create the system user hearth-exporter", "userdel hearth-exporter")
     own = made(target=spark(metrics_port=9188, scope="user"), stock=METRICS)
     (release,) = (step.values["release"] for step in own.steps if step.kind == "release")
     assert "\nWantedBy=default.target\n" in release["files"]["comfyui-exporter.service"]
