@@ -67,7 +67,7 @@ def _call(number: int, *words: object) -> int:
 def restrict(spec: Json) -> None:
     """Let this process, and what it starts, do what `spec` says and no more; raises OSError.
 
-    `write` and `read` are paths, `bind` and `connect` TCP ports. What is not there is left out.
+    `write` and `read` are paths, `bind` and `connect` TCP ports. What is not there, or closed to this user, is left out.
     """
     version = abi()
     handled = FIRST | (REFER if version >= 2 else 0) | (TRUNCATE if version >= 3 else 0)
@@ -79,7 +79,7 @@ def restrict(spec: Json) -> None:
 
     def allow(paths: Iterable[str], rights: int) -> None:
         for path in paths:
-            with suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 place = os.open(path, os.O_PATH)
                 mine = rights & handled & (-1 if Path(path).is_dir() else OF_FILES)
                 rule = struct.pack("<Qi", mine, place)
@@ -89,7 +89,12 @@ def restrict(spec: Json) -> None:
     home = Path(os.path.realpath(spec["program"])).parent.parent  # a Python of the login's, as pyenv and uv have them
     allow([*SYSTEM, *spec["read"], *(str(home / each) for each in ("bin", "lib", "include", "share"))], READ)
     allow([*spec["write"], "/dev/shm"], handled)  # noqa: S108  shared memory of torch's workers
-    allow(["/dev", "/proc/self"], USE)  # the GPU; the driver names its threads
+    allow(["/dev"], USE)  # the GPU
+    # The driver names its threads there, in processes to come as well, or CUDA does not start (error 304). Nothing of
+    # other processes is opened by that but their priority when memory ends: the rest asks for ptrace(2). Root could set
+    # the kernel there; where it is not mounted read-only, as containers have it, no other process gets CUDA.
+    kernel = any(os.access(f"/proc/{each}", os.W_OK) for each in ("sys/kernel/core_pattern", "sysrq-trigger"))
+    allow(["/proc/self" if kernel else "/proc"], WRITE_FILE | TRUNCATE)
     for right, ports in ((BIND, spec["bind"]), (CONNECT, spec["connect"])) if version >= 4 else ():
         for port in ports:
             rule = struct.pack("<QQ", right, port)
