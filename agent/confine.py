@@ -67,7 +67,8 @@ def _call(number: int, *words: object) -> int:
 def restrict(spec: Json) -> None:
     """Let this process, and what it starts, do what `spec` says and no more; raises OSError.
 
-    `write` and `read` are paths, `bind` and `connect` TCP ports. What is not there, or closed to this user, is left out.
+    `write` and `read` are paths, `bind` and `connect` TCP ports. What is not there, or is closed to this user, is left
+    out.
     """
     version = abi()
     handled = FIRST | (REFER if version >= 2 else 0) | (TRUNCATE if version >= 3 else 0)
