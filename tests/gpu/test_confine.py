@@ -1,0 +1,43 @@
+"""CUDA starts in a ComfyUI that confines itself (`agent/confine.py`), and in the processes that it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROBE = """
+import ctypes, subprocess, sys
+cuda, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+for done in (cuda.cuInit(0), cuda.cuCtxCreate_v2(ctypes.byref(context), 0, 0)):
+    assert done == 0, done  # 304: the driver may not do what it asks the kernel for
+for line in sys.argv[1:]:
+    subprocess.run([sys.executable, "-c", line], check=True)
+"""
+
+
+@pytest.mark.gpu
+def test_cuda_starts_confined_and_so_it_does_in_a_process_of_its_own() -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as code:  # pytest's own is closed to others
+        shutil.copytree(Path(__file__).parents[2] / "agent", f"{code}/agent")
+        Path(code).chmod(0o755)
+        run(code)
+
+
+def run(code: str) -> None:
+    """As nobody where this is root, who could set the kernel, and therefore gets less of /proc."""
+    start = f"import sys, json; sys.path.insert(0, {code!r}); from agent import confine; "
+    start += "confine.main(json.loads(sys.argv[1]), sys.argv[2:])"
+    spec = {"read": [code], "write": [], "bind": [], "connect": [], "udp": False}
+    lowered: dict[str, Any] = {} if os.geteuid() else {"user": 65534, "group": 65534, "extra_groups": []}
+    python = sys.executable if os.geteuid() else "/usr/bin/python3"  # root's own may lie in a closed folder
+    command = [python, "-I", "-S", "-B", "-c", start, json.dumps(spec), python, "-c", PROBE, PROBE]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, **lowered)
+    assert done.returncode == 0, done.stderr
