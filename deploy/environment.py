@@ -177,6 +177,10 @@ def wishes(app: Application, known: Catalogue) -> dict[str, list[str]]:
     }
 
 
+# A file at an address: what a repository gives (git+https) has no hash that anybody would check.
+_PINNED = re.compile(r"https://[^#]+#(?:[^#]*&)?sha256=[0-9a-f]{64}(?:&[^#]*)?")
+
+
 def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
     """A node's requirements without torch's, which the stack decides; raises ConfigError for what has no hash."""
     found: list[str] = []
@@ -193,7 +197,7 @@ def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
                 console.say(f"{name} asks for {line}: the stack's {package} stays")
         elif package in known.override:
             found += [each for each in [known.override[package].requirement] if each]
-        elif requirement.url and "sha256=" not in requirement.url:
+        elif requirement.url and not _PINNED.fullmatch(requirement.url):
             raise ConfigError(
                 f"node {name} asks for {line}, which no hash pins",
                 cause="what lies at an address may change; nothing unpinned reaches a host",

@@ -210,7 +210,7 @@ class Target:
     @property
     def prefix(self) -> str:
         """Where everything lies on the host; `~` is its login's home."""
-        return self.host.prefix or ("/opt/comfyui" if self.host.scope == "system" else "~/.local/share/hearth/comfyui")
+        return self.host.prefix or (SYSTEM_PREFIX if self.host.scope == "system" else "~/.local/share/hearth/comfyui")
 
     @property
     def flags(self) -> dict[str, str]:
@@ -311,6 +311,9 @@ def hosts() -> Hosts:
     return msgspec.structs.replace(listed, hosts={**listed.hosts, LOCAL: local})
 
 
+SYSTEM_PREFIX = "/opt/comfyui"
+"""Where everything lies on a host with root that says nothing else."""
+
 EXPORTER = "hearth-exporter"
 """Whom the exporters of a machine run as. Not a dynamic user: D-Bus turns away whom NSS does not know (a system without
 libnss-systemd), and groups list who may use the GPU."""
@@ -375,6 +378,14 @@ def _check(path: Path, name: str, host: Host) -> None:
             raise ConfigError(
                 f"{path}: host {name}: {each} lies in a home folder, which the unit hides from the service",
                 hint='another place (a bind mount will do), or scope = "user"',
+            )
+    written = [f"{prefix or SYSTEM_PREFIX}/data", *host.folders.values()] if host.scope == "system" else []
+    for each in (*host.mounts, *host.folders.values()):
+        if inside := next((its for its in written if each.startswith(f"{its}/")), ""):
+            raise ConfigError(
+                f"{place}: {each} lies in {inside}",
+                cause="ComfyUI writes there, and could put a link in its place that leads root elsewhere",
+                hint='a place of its own, such as mounts."/mnt/models" and folders.models = "/mnt/models"',
             )
     for each, mount in host.mounts.items():
         if mount.what and (not mount.type or host.scope != "system"):

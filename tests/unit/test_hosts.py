@@ -51,6 +51,17 @@ def test_local_needs_no_file() -> None:
         ('[hosts.a]\naddress = "a"\n[groups]\ng = ["b"]', UnknownNameError, "known: a"),
         ('[hosts.a]\naddress = "a"', ConfigError, "has no profile"),
         ('[hosts.a]\naddress = "a"\nmounts."/mnt/../etc" = {}', ConfigError, "'/mnt/../etc' is no plain absolute path"),
+        ('[hosts.a]\naddress = "a"\nmounts."/opt/comfyui/data/models" = {}', ConfigError, "lies in /opt/comfyui/data"),
+        (
+            '[hosts.a]\naddress = "a"\nmounts."/mnt/a/b" = {}\nfolders.input = "/mnt/a"',
+            ConfigError,
+            "/mnt/a/b lies in /mnt/a",
+        ),
+        (
+            '[hosts.a]\naddress = "a"\nfolders.input = "/opt/comfyui/data/x/in"',
+            ConfigError,
+            "lies in /opt/comfyui/data",
+        ),
         ('[hosts.a]\naddress = "a"\nmodel_roots = ["/mnt/my models"]', ConfigError, "no plain absolute path"),
         ('[hosts.a]\naddress = "a"\nfolders.output = "/home/anna/out"', ConfigError, "hides from the service"),
         ('[hosts.a]\naddress = "a"\nfolders.custom_nodes = "/srv/x"', ConfigError, "custom_nodes"),

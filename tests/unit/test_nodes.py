@@ -140,6 +140,9 @@ def test_a_nodes_torch_is_the_stacks_and_its_namesakes_stay(tmp_path: Path) -> N
         "git+https://example.org/x/thing.git@main#egg=thing",
         "thing @ https://example.org/thing-1.0.zip",
         "thing @ git+https://example.org/x/thing",
+        "thing @ git+https://example.org/x/thing#sha256=" + "0" * 64,
+        "thing @ https://example.org/thing-1.0-py3-none-any.whl?sha256=" + "0" * 64,
+        "thing @ https://example.org/thing-1.0-py3-none-any.whl#sha256=00",
     ],
 )
 def test_what_no_hash_pins_is_refused_unless_decided_otherwise(tmp_path: Path, line: str) -> None:
