@@ -121,9 +121,4 @@ def test_it_is_stopped_updated_and_cleaned_away(attacked: Garden) -> None:
     assert machine.run("ls /etc/cron.d; stat -c %a /etc/shadow").split()[-1] == "640"
     told = fleet.inv("nuke", "--host", "spark", "--data", "--dry-run")  # this machine's prefix is a mount
     assert "is a mount point" in told.stderr
-    for name in (
-        "nodes",
-        "cache",
-        "output/hearth-gate",
-    ):  # as a nuke does: tests/unit/test_traps.py
-        assert (fleet.prefix / "data" / name).is_dir()
+    assert not (fleet.prefix / "data/output/hearth-gate").exists()  # the labyrinth in the place of the gate's picture
