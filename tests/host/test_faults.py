@@ -27,13 +27,13 @@ from tests.host.test_deploy import broken
 
 pytestmark = pytest.mark.host
 
-STEPS = ["make app", "write release", "import torch", "cut over", "prune"]
+STEPS = ["make app", "write release", "cut over", "prune"]
 """The start of the title of each step of a deploy that changes ComfyUI's tree."""
 
 SEED = os.environ["HEARTH_SEED"]
 """What the random times come from: another one in each run, told at its start (tests/conftest.py)."""
 
-FIRST = ["create the system user", "lay out", "make app", "send uv", "make env", "write release", "import torch"]
+FIRST = ["create the system user", "lay out", "make app", "send uv", "make env", "write release"]
 """The same for a first deploy, up to the cut-over."""
 
 
@@ -74,7 +74,7 @@ KINDS: dict[str, Callable[[Fleet, int], None]] = {
 
 def cases() -> Iterator[object]:
     """(kind, step or seconds): every kind at every step, and 24 random times; a handful of them always runs."""
-    always = {("agent", "cut over"), ("power", "cut over"), ("client", "make app"), ("connection", "import torch")}
+    always = {("agent", "cut over"), ("power", "cut over"), ("client", "make app"), ("connection", "write release")}
     for kind in KINDS:
         for step in STEPS:
             marks = [] if (kind, step) in always else [pytest.mark.faults]
