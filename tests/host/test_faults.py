@@ -361,7 +361,9 @@ def test_a_full_disk(deployed: Fleet, lacking: str, said: str) -> None:
     """A prefix on a small file system: refused when that is known, told apart when it fills up on the way."""
     port = machine.free_port()
     text = (deployed.place / "hosts.toml").read_text().replace(str(deployed.machine.port), str(port))
-    (deployed.place / "hosts.toml").write_text(f'{text}prefix = "/srv/{lacking}/c"\nservice = "small"\n')
+    (deployed.place / "hosts.toml").write_text(
+        f'{text}prefix = "/srv/{lacking}/c"\nservice = "small"\nrun_as = "small"\n'
+    )
     try:
         refused = deployed.deploy()
         app = deployed.comfyui(lacking, {})
