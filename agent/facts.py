@@ -287,7 +287,7 @@ def _foreign_account(site: Site) -> str:
         if entry and entry.pw_uid == 0:
             return "is root"
         if entry and entry.pw_dir != str(site.data) and Path(entry.pw_dir).exists():
-            return f"has its home in {entry.pw_dir}: it is not Hearth's, and may run something else"
+            return f"has its home in {entry.pw_dir}: what else runs as it would be a way out of the sandbox"
     return ""
 
 

@@ -85,11 +85,13 @@ def changes(target: Target, control: str, limited: Mapping[str, str]) -> list[Ch
         **releases.devices(target.profile),
     }
     unit = f"{service}-mps.service"
+    # PrivateUsers: the daemon looks at its clients' processes, which a user namespace of their own would close to it.
     # PartOf: a CUDA context does not outlive its server. When the daemon dies, ComfyUI is started again with it.
     drop_in = (
         f"# Written by Hearth: inv mps off takes it away.\n"
         f"[Unit]\nWants={unit}\nAfter={unit}\nPartOf={unit}\n"
         f"[Service]\nEnvironment=CUDA_MPS_PIPE_DIRECTORY=/run/{service}-mps\nBindPaths=-/run/{service}-mps\n"
+        "PrivateUsers=no\n"
     )
     return [
         tuning.file(f"/etc/systemd/system/{unit}", Template(text).substitute(values)),
