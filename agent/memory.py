@@ -36,7 +36,7 @@ def free(site: Site, wait: float) -> Json:
         raise Fault(
             "step", "ComfyUI does not answer, and keeps its memory", str(error), "inv status shows how it is"
         ) from error
-    return {"freed": True, "job": job, "before": before, "after": _settled(site)}
+    return {"freed": True, "job": job, "before": before, "after": _settled(site, before)}
 
 
 def held(site: Site) -> Json:
@@ -55,17 +55,17 @@ def held(site: Site) -> Json:
     return {"gpus": told, "resident": resident, "available": meminfo()["MemAvailable"]}
 
 
-def _settled(site: Site) -> Json:
-    """What is held when it has not become less for a second: ComfyUI does not tell when it is done."""
-    least, since = held(site), time.monotonic()
+def _settled(site: Site, before: Json) -> Json:
+    """What is held when it has not become less for a second, or not at all for five: ComfyUI does not tell when it is
+    done, and begins when its worker wakes up."""
+    least, since = before, time.monotonic()
     end = since + 15
-    while time.monotonic() < min(end, since + 1):
+    while time.monotonic() < min(end, since + (5 if least is before else 1)):
         time.sleep(0.25)
         found = held(site)
         if _sum(found) < _sum(least) - 1_000_000:
-            since = time.monotonic()
-        least = min(least, found, key=_sum)
-    return least
+            least, since = found, time.monotonic()
+    return least if least is not before else held(site)
 
 
 def _sum(each: Json) -> int:
