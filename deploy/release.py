@@ -354,16 +354,30 @@ def _confined(choice: Choice, prefix: str, place: str) -> list[str]:
 
 # What no service may reach: the machine's own neighbours by link-local addresses, and what clouds answer with
 # credentials at (AWS, Azure, Google and most others use 169.254.169.254; these are the ones that are not link-local).
-_METADATA = "link-local multicast 100.100.100.200 168.63.129.16 192.0.0.192 fd00:ec2::254 fd20:ce::254"
+# systemd's word link-local is fe80::/64 alone.
+_METADATA = "link-local fe80::/10 multicast 100.100.100.200 168.63.129.16 192.0.0.192 fd00:ec2::254 fd20:ce::254"
 
-_LAN = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 fc00::/7"
+# What is nobody's on the Internet, or leads back: IANA's registries of special-purpose addresses (RFC 6890; 2025-10),
+# without the loopback's and those that are global. IPv4 in IPv6 (mapped, NAT64, 6to4, Teredo) would go round the rest.
+_LAN = (
+    "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 "
+    "198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 240.0.0.0/4 "
+    "::/128 ::ffff:0:0/96 64:ff9b::/96 64:ff9b:1::/48 100::/64 100:0:0:1::/64 2001::/23 2001:db8::/32 2002::/16 "
+    "3fff::/20 5f00::/16 fc00::/7 fec0::/10"
+)
 
 _NETWORK = {
     "open": f"IPAddressDeny={_METADATA}",
     "lan-deny": f"IPAddressDeny={_METADATA} {_LAN}",
-    "offline": "IPAddressDeny=any\nIPAddressAllow=localhost",
+    # Not "localhost", which is all of 127.0.0.0/8: at 127.0.0.53 systemd-resolved would ask others for it.
+    "offline": "IPAddressDeny=any\nIPAddressAllow=127.0.0.1 ::1",
 }
 """What a system service may reach, by the profile's `network` (systemd.resource-control(5), IPAddressAllow=)."""
+
+# How names are resolved: files, and sockets of who asks others.
+_NAMES = """\
+BindReadOnlyPaths=-/run/systemd/resolve -/run/resolvconf -/run/NetworkManager/resolv.conf -/run/nscd
+BindReadOnlyPaths=-/run/netconfig -/run/connman/resolv.conf"""
 
 
 def _unit(
@@ -391,6 +405,7 @@ def _unit(
         "storage": f"BindsTo={storage}\nAfter={storage}" if host.mounts else "",
         "asserts": "\n".join(asserts),
         "network": _NETWORK[profile.network],
+        "names": "" if profile.network == "offline" else _NAMES,
         "command": _command(command),
         "environment": "\n".join(lines),
         "restart": profile.restart,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -517,15 +519,35 @@ def test_an_account_of_somebody_elses_is_not_taken() -> None:
     assert "comfyui is root" in refusal.what
 
 
-def test_whom_comfyui_may_reach() -> None:
-    def unit(network: str) -> str:
-        profile = msgspec.structs.replace(spark().profile, network=network)
-        (step,) = (each for each in made(target=replace(spark(), profile=profile)).steps if each.kind == "release")
-        return str(step.values["release"]["files"]["comfyui.service"])
+def unit_of(found: plan.Plan) -> str:
+    (step,) = (each for each in found.steps if each.kind == "release")
+    return str(step.values["release"]["files"]["comfyui.service"])
 
-    assert "IPAddressDeny=link-local multicast" in unit("open")
-    assert "192.168.0.0/16" in unit("lan-deny")
-    assert "IPAddressDeny=any\nIPAddressAllow=localhost\n" in unit("offline")
+
+@pytest.mark.parametrize(("network", "reached", "denied"), [
+    ("open", "1.1.1.1 10.0.0.1 2606:4700::1", "169.254.169.254 fe80::1 febf::1 fd00:ec2::254 224.0.0.251 ff02::1"),
+    ("lan-deny", "1.1.1.1 8.8.8.8 2606:4700::1 2001:200::1 127.0.0.53",
+     "10.0.0.1 172.31.9.9 192.168.1.1 100.64.0.1 0.0.0.0 255.255.255.255 240.0.0.1 239.1.1.1 198.19.0.1 192.0.0.8 "
+     "fc00::1 fdff::1 febf::1 fec0::1 ::ffff:10.0.0.1 64:ff9b::a00:1 64:ff9b:1::1 2002:a00:1:: 2001::1 ::"),
+    ("offline", "127.0.0.1 ::1", "127.0.0.53 127.0.0.54 127.0.1.1 1.1.1.1 10.0.0.1 ::ffff:127.0.0.53"),
+])  # fmt: skip
+def test_whom_comfyui_may_reach(network: str, reached: str, denied: str) -> None:
+    profile = msgspec.structs.replace(spark().profile, network=network)
+    unit = unit_of(made(target=replace(spark(), profile=profile)))
+    names = {"link-local": "169.254.0.0/16 fe80::/64", "multicast": "224.0.0.0/4 ff00::/8", "any": "0.0.0.0/0 ::/0"}
+
+    def listed(key: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+        words = " ".join(re.findall(rf"^IPAddress{key}=(.*)$", unit, re.MULTILINE)).split()
+        return [ipaddress.ip_network(each) for word in words for each in names.get(word, word).split()]
+
+    def allowed(address: str) -> bool:
+        each = ipaddress.ip_address(address)
+        return any(each in net for net in listed("Allow")) or not any(each in net for net in listed("Deny"))
+
+    assert [each for each in reached.split() if not allowed(each)] == []
+    assert [each for each in denied.split() if allowed(each)] == []
+    # sockets by which others would ask for it
+    assert bool(re.search(r"^BindReadOnlyPaths=.*resolve.*nscd", unit, re.MULTILINE)) is (network != "offline")
 
 
 @pytest.mark.parametrize(("network", "values", "said"), [
