@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -38,12 +39,15 @@ def write(path: Path, content: str | bytes, mode: int = 0o644) -> None:
 
 
 def copy(source: Path, place: Path) -> None:
-    """Copy a regular file with its mode, in one rename that a power cut does not undo; raises OSError for another."""
+    """Copy a regular file with its mode, in one rename that a power cut does not undo; raises OSError for another.
+
+    A copy belongs to whoever makes it, so it is nothing that runs as its owner: the original may be somebody else's.
+    """
     with os.fdopen(os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "no regular file", str(source))
-        with _draft(place, stat.S_IMODE(mode)) as descriptor:
+        with _draft(place, mode & 0o777) as descriptor:
             while block := file.read(1 << 20):
                 _write_all(descriptor, block)
 
@@ -208,28 +212,113 @@ def remove(path: Path) -> None:
 _FOLDER = os.O_PATH | os.O_DIRECTORY  # O_PATH asks for no permission to read: one may only be passed through
 
 
+def distrusted() -> int:
+    """Whose links are not followed: the service's, where this is a process of root's that has become it; else -1."""
+    return os.geteuid() if os.geteuid() != os.getuid() else -1
+
+
 @contextmanager
-def opened(folder: Path) -> Iterator[int]:
-    """Open a folder name by name and yield its descriptor; raises OSError when any name on the way to it is a link."""
-    place = os.open("/", _FOLDER)
+def opened(folder: Path, *, links: bool = False) -> Iterator[int]:
+    """Open a folder name by name and yield its descriptor; raises OSError when any name on the way to it is a link.
+
+    With `links` these are followed, as an operator may have made them, but for the service's own (`distrusted`).
+    """
+    place, names, left = os.open("/", _FOLDER), [".", *reversed(folder.parts[1:])], 40  # links, as the kernel follows
     try:
-        for name in (*folder.parts[1:], "."):
-            flags = _FOLDER if name != "." else os.O_RDONLY | os.O_DIRECTORY
-            inner = os.open(name, flags | os.O_NOFOLLOW, dir_fd=place)
-            os.close(place)
-            place = inner
+        while names:
+            name = names.pop()
+            inner = os.open(name, os.O_PATH | os.O_NOFOLLOW if names else os.O_RDONLY | os.O_DIRECTORY, dir_fd=place)
+            status = os.fstat(inner)
+            if stat.S_ISLNK(status.st_mode):
+                target = os.readlink("", dir_fd=inner)
+                os.close(inner)
+                if not links or status.st_uid == distrusted() or not left:
+                    whose = " of the service's" if links and left else ""
+                    raise OSError(errno.ELOOP, f"{name} on the way is a link{whose}", str(folder))
+                names += reversed(Path(target).parts)
+                left -= 1
+            else:
+                os.close(place)
+                place = inner
         yield place
     finally:
         os.close(place)
 
 
+def below(place: int, name: str, *, make: bool = False) -> int:
+    """Open a folder below an open one, and make it first if need be; raises OSError for a link on the way to it."""
+    here = os.dup(place)
+    try:
+        for each in filter(None, name.split("/")):
+            if make:
+                with suppress(FileExistsError):
+                    os.mkdir(each, dir_fd=here)
+            inner = os.open(each, _FOLDER | os.O_NOFOLLOW, dir_fd=here)
+            os.close(here)
+            here = inner
+    except BaseException:
+        os.close(here)
+        raise
+    return here
+
+
+@contextmanager
+def inside(root: Path, name: str = "", *, make: bool = False) -> Iterator[Path]:
+    """A folder below another, as a path that leads to it alone, whatever is put in its place. Raises OSError.
+
+    On the way to `root` links are followed that are not the service's, below it none is.
+    """
+    with opened(root, links=True) as top, _descriptor(below(top, name, make=make)) as place:
+        yield place
+
+
+LEVELS = 100
+"""Folders in each other: nobody who means well makes more."""
+
+
+def branches(root: Path, name: str = "") -> Iterator[tuple[str, Path]]:
+    """Every folder of the tree `name` below a folder, itself first: its path from there, with a `/` behind, and a path
+    that leads to it alone until the next is asked for. Links as `inside`; what cannot be looked into counts as empty.
+
+    Those that are `LEVELS` deep are the last, and 10,000 the most that wait: who means well makes no such trees.
+    """
+    pending = [f"{name}/" if name else ""]
+    with opened(root, links=True) as top:
+        while pending:
+            name = pending.pop()
+            with suppress(OSError), _descriptor(below(top, name)) as place:
+                yield name, place
+                if name.count("/") < LEVELS:
+                    with os.scandir(place) as entries:
+                        found = (f"{name}{entry.name}/" for entry in entries if entry.is_dir(follow_symlinks=False))
+                        pending += itertools.islice(found, max(0, 10_000 - len(pending)))
+
+
+@contextmanager
+def _descriptor(folder: int) -> Iterator[Path]:
+    """The path of an open folder, which is closed afterwards."""
+    try:
+        yield Path(f"/proc/self/fd/{folder}")
+    finally:
+        os.close(folder)
+
+
+def real(path: Path | str) -> Path:
+    """Where a path leads, links followed; raises OSError for a chain of them that has no end (3.12 and older recurse)."""
+    try:
+        return Path(os.path.realpath(path))
+    except RecursionError:
+        raise OSError(errno.ELOOP, "links lead to links without an end", str(path)) from None
+
+
 class _Level(NamedTuple):
-    """A folder that is being emptied: its path, its identity, the entries to go, and how many were kept before it."""
+    """A folder that is being emptied: its path, its identity, entries to go, and how many were kept before it."""
 
     path: str
     identity: tuple[int, int]
     names: list[str]
     kept: int
+    more: bool = False  # than were read at once
 
 
 class Sweep:
@@ -237,9 +326,11 @@ class Sweep:
 
     `files` counts what is gone, `left` are the mount points that stay, `stuck` says what could not be deleted. A tree
     may have any depth: only one of its folders is open at a time, and no path to it is used, whose length is limited.
+    A folder may have any number of entries, and what cannot be deleted in `seconds` is left.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 1800) -> None:
+        self._end, self._seconds = time.monotonic() + seconds, seconds
         self.files = 0
         self.left: list[str] = []
         self.stuck: list[str] = []
@@ -254,6 +345,9 @@ class Sweep:
             way = [_Level(str(parent).rstrip("/"), _identity(top), [path.name], 0)]
             try:
                 while way[-1].names or len(way) > 1:
+                    if time.monotonic() > self._end:
+                        self.stuck.append(f"{path}: there is more than {self._seconds:.0f} s suffice for")
+                        return
                     here = self._enter(here, way, mount) if way[-1].names else self._leave(here, way)
             finally:
                 os.close(here)
@@ -278,8 +372,10 @@ class Sweep:
                 with suppress(PermissionError):
                     inside.chmod(0o700)  # a part's are read-only
                 os.close(os.open("..", _FOLDER, dir_fd=other))  # fails where `_leave` would
-                names = [each.name for each in inside.iterdir()]
-                way.append(_Level(path, _identity(other), names, len(self.left) + len(self.stuck)))
+                with os.scandir(inside) as entries:
+                    names = [each.name for each in itertools.islice(entries, AT_ONCE)]
+                kept = len(self.left) + len(self.stuck)
+                way.append(_Level(path, _identity(other), names, kept, len(names) == AT_ONCE))
                 here, other = other, here
         except FileNotFoundError:
             pass
@@ -299,11 +395,19 @@ class Sweep:
             self.stuck.append(f"{level.path}: it was moved while it was being deleted")
             way[:] = [way[0]._replace(names=[])]
         elif level.kept == len(self.left) + len(self.stuck):
+            name = level.path.rpartition("/")[2]
             try:
-                os.rmdir(level.path.rpartition("/")[2], dir_fd=above)
+                os.rmdir(name, dir_fd=above)
             except OSError as error:
-                self.stuck.append(f"{level.path}: {error.strerror}")
+                if level.more and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    way[-1].names.append(name)
+                else:
+                    self.stuck.append(f"{level.path}: {error.strerror}")
         return above
+
+
+AT_ONCE = 10_000
+"""Entries of a folder whose names are held: millions of them would fill the memory."""
 
 
 def _identity(folder: int) -> tuple[int, int]:
@@ -351,26 +455,33 @@ def tree(root: Path) -> Iterator[Path]:
             pending += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
+_LOCK = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
 @contextmanager
-def flock(path: Path, *, wait: bool = False) -> Iterator[IO[bytes]]:
+def flock(path: Path, *, wait: float = 1) -> Iterator[IO[bytes]]:
     """Hold a lock that the kernel drops with the process; yields its file, opened to append to.
 
-    Waits while another holds it, or raises Fault when it is still held after a second: `free` holds it for a moment.
+    Raises Fault when another holds it for all of `wait` seconds: `free` holds it for a moment. Whoever may open a file
+    may lock it, so it is its owner's alone; one that others may open gives way to a new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + (float("inf") if wait else 1)
+    end = time.monotonic() + wait
+    renewed = False
     while True:
-        with path.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise Fault("busy", f"{path} is held by another process") from None
-                time.sleep(0.01)
+        with os.fdopen(os.open(path, _LOCK, 0o600), "ab") as file:
+            held = _locked(file, fcntl.LOCK_EX)
+            if held and not os.fstat(file.fileno()).st_nlink:  # deleted meanwhile: the next one locks another file
                 continue
-            if os.fstat(file.fileno()).st_nlink:  # 0: it was deleted meanwhile, and the next one locks another file
+            if _open_to_others(file) and not renewed and (held or not _ours(file)):
+                renewed = _renew(path)
+            elif held:
                 yield file
                 return
+        if time.monotonic() > end:
+            hint = f"fuser -v {path}, on the host, shows which; then run the same command again"
+            raise Fault("busy", f"{path} is held by another process", "", hint)
+        time.sleep(0.01)
 
 
 def free(path: Path) -> bool:
@@ -381,12 +492,47 @@ def free(path: Path) -> bool:
     """
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return _locked(file, fcntl.LOCK_SH) or (_open_to_others(file) and not _ours(file))
     except FileNotFoundError:
         return True
+
+
+def _locked(file: IO[bytes], how: int) -> bool:
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
+
+
+def _open_to_others(file: IO[bytes]) -> bool:
+    """Whether others may open, and so lock it, as they may what an older Hearth has made."""
+    return bool(os.fstat(file.fileno()).st_mode & 0o077)
+
+
+def _ours(file: IO[bytes]) -> bool:
+    """Whether it is a process of this user that holds the lock: an older Hearth's apply or supervisor."""
+    for process in Path("/proc").glob("[0-9]*"):
+        # the real user: the effective one is root's, too, of a program such as su that somebody has started
+        if f"\nUid:\t{os.getuid()}\t" in read_text(process / "status"):
+            with suppress(OSError):  # it has ended
+                for each in (process / "fdinfo").iterdir():
+                    if " FLOCK " in read_text(each):
+                        with suppress(OSError):
+                            if os.path.samestat(os.fstat(file.fileno()), (process / "fd" / each.name).stat()):
+                                return True
+    return False
+
+
+def _renew(path: Path) -> bool:
+    """Put a new file, its owner's alone, in the place of a lock file that others may open; one process at a time."""
+    fresh = path.with_name(f"{path.name}.new")
+    with os.fdopen(os.open(fresh, _LOCK, 0o600), "ab") as file, suppress(FileNotFoundError):
+        alone = _locked(file, fcntl.LOCK_EX) and os.path.samestat(os.fstat(file.fileno()), fresh.stat())
+        if alone and path.stat().st_mode & 0o077:
+            fresh.replace(path)
+            return True
+    return False
 
 
 def started(pid: int) -> str:
@@ -462,13 +608,13 @@ def run(
 
 def read_text(path: Path) -> str:
     """The start of a text file; empty when there is none."""
-    return read_some(path, 200_000).decode(errors="replace")
+    return read_some(path).decode(errors="replace")
 
 
-def read_some(path: Path, limit: int = -1, *, follow: int = 0) -> bytes:
+def read_some(path: Path, limit: int = 200_000, *, follow: int = 0) -> bytes:
     """What is in a file, up to `limit` bytes; nothing when it is a pipe or a device that somebody put there.
 
-    With O_NOFOLLOW for `follow` a link is none either.
+    It may have any length, as what a process says of itself in /proc. With O_NOFOLLOW for `follow` a link is none.
     """
     with suppress(OSError), os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | follow), "rb") as file:
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -159,7 +159,7 @@ def vanish(site: Site, journal: Journal) -> None:
 
     Whoever follows has the journal open, and reads that line from there.
     """
-    with flock(site.state / "submit.lock", wait=True):  # nobody leaves a plan in what is being deleted
+    with flock(site.state / "submit.lock", wait=30):  # nobody leaves a plan in what is being deleted
         site.pending.unlink()
         Systemd(site).forget()
         journal.add("end", result="done", fault={})

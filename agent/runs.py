@@ -93,7 +93,7 @@ def submit(site: Site, plan: Json) -> Json:
     """Take a plan over and start applying it; raises Fault when another is under way or the host has changed."""
     for folder in (site.prefix, site.state):
         folder.mkdir(parents=True, exist_ok=True)
-    with flock(site.state / "submit.lock", wait=True):  # moments: whoever is first leaves its plan
+    with flock(site.state / "submit.lock", wait=SUBMIT_SECONDS):  # moments: whoever is first leaves its plan
         if other := busy(site):
             if not other["alive"]:
                 manager_of(site).go()  # whoever applied it was killed, and nobody started it again
@@ -115,6 +115,10 @@ def submit(site: Site, plan: Json) -> Json:
         write(site.pending, json.dumps({**plan, "since": now()}))
         manager_of(site).go()
     return {"run": plan["run"]}
+
+
+SUBMIT_SECONDS = 30
+"""For another client to leave its plan, and for systemd to start what applies it."""
 
 
 def _missing(site: Site, steps: list[Json]) -> set[str]:

@@ -7,13 +7,16 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from agent import services, steps
 from agent.facts import _deletable, facts
-from agent.files import Fault, Sweep, append, flock, read, remove
+from agent.files import Fault, Sweep, append, flock, free, read, remove
 from agent.site import DATA, Site
 from core import files
 
@@ -291,3 +294,80 @@ def test_the_agent_forgets_the_environment_of_whoever_started_it(tmp_path: Path)
     )  # fmt: skip
     said = dict(line.partition("=")[::2] for line in done.stdout.splitlines()[1:])
     assert said == kept | {"LC_ALL": "C.UTF-8"}
+
+
+# --- locks ---------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import fcntl, os, sys, time
+if int(sys.argv[1]):
+    os.setgroups([]); os.setresgid(*[65534] * 3); os.setresuid(*[65534] * 3)
+file = os.open(sys.argv[2], os.O_RDONLY)
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.fixture
+def shared_place() -> Iterator[Path]:
+    """A folder that everybody may pass through, as `state/` is."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        Path(place).chmod(0o755)
+        yield Path(place)
+
+
+@contextmanager
+def held(path: Path, *, by_nobody: bool) -> Iterator[None]:
+    words = [sys.executable, "-I", "-S", "-c", HOLD, str(int(by_nobody)), str(path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs another user")
+def test_nobody_else_can_hold_a_lock(shared_place: Path) -> None:
+    path = shared_place / "lock"
+    with flock(path):
+        assert mode(path) == 0o600
+        assert not free(path)
+    path.chmod(0o644)  # as an older Hearth made it
+    with held(path, by_nobody=True):
+        assert free(path)
+        with flock(path):
+            assert mode(path) == 0o600
+            assert not free(path)
+            with pytest.raises(Fault, match="is held by another process"), flock(path, wait=0.1):
+                pass
+    assert [each.name for each in shared_place.iterdir()] == ["lock"]
+
+
+def test_what_an_older_hearth_holds_is_held(shared_place: Path) -> None:
+    path = shared_place / "lock"
+    path.touch(0o644)
+    with held(path, by_nobody=False):
+        assert not free(path)
+        with pytest.raises(Fault, match="is held by another process"), flock(path, wait=0.1):
+            pass
+    with flock(path):
+        assert mode(path) == 0o600
+
+
+def test_locks_are_renewed_by_one_at_a_time(shared_place: Path) -> None:
+    path, count = shared_place / "lock", shared_place / "count"
+    path.touch(0o644)
+    count.write_text("0")
+    code = (
+        "import sys; from pathlib import Path; from agent.files import flock\nwith flock(Path(sys.argv[1]), wait=60):\n"
+    )
+    code += (
+        "    count = Path(sys.argv[2]); n = int(count.read_text()); count.write_text(''); count.write_text(str(n + 1))"
+    )
+    words = [sys.executable, "-c", code, str(path), str(count)]
+    processes = [subprocess.Popen(words, cwd=files.CHECKOUT) for _ in range(8)]
+    assert [each.wait(60) for each in processes] == [0] * 8
+    assert count.read_text() == "8"
