@@ -12,8 +12,9 @@ import threading
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
+from core import console
 from core.errors import TreeError
 
 if TYPE_CHECKING:
@@ -57,6 +58,18 @@ def wheelhouse() -> Path:
     return Path(os.environ.get("HEARTH_WHEELHOUSE") or CHECKOUT / "wheelhouse").absolute()
 
 
+def bundled() -> bool:
+    """Whether everything comes from an open bundle, and so nothing from a network."""
+    return bool(_inside)
+
+
+def blocks(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """The next `size` bytes of a file, in blocks."""
+    while block := file.read(min(size, 1 << 16)):
+        size -= len(block)
+        yield block
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -67,19 +80,22 @@ def tree(root: Path) -> list[tuple[str, Path]]:
     """Every file of a tree by its relative path, sorted. What is read of a tree to hash, pack or bundle it, is this.
 
     A symbolic link to a file of the same tree counts as that file. Raises TreeError for any other link, since it would
-    send what lies elsewhere on this machine, and for devices, pipes, sockets, huge files and names that are not UTF-8.
+    send what lies elsewhere on this machine, and for devices, pipes, sockets, huge files and names that are not plain.
     """
     real, found = Path(os.path.realpath(root)), []
     pending = [root]
     while pending:
+        if len(pending[-1].parts) - len(root.parts) > 100:
+            raise TreeError(f"{root.name}: {pending[-1].relative_to(root)} is too deep", hint=_REFUSED)
         with os.scandir(pending.pop()) as entries:
             listed = list(entries)
         pending += [Path(entry.path) for entry in listed if entry.is_dir(follow_symlinks=False)]
         for path in (Path(entry.path) for entry in listed):
             name = os.fsencode(path.relative_to(root)).decode(errors="backslashreplace")
-            inside = not path.is_symlink() or Path(os.path.realpath(path)).is_relative_to(real)
-            if name != str(path.relative_to(root)):
-                raise TreeError(f"{root.name}: the name {name} is not UTF-8", hint=_REFUSED)
+            inside = not path.is_symlink() or _real(path).is_relative_to(real)
+            if not plain(name) or name != str(path.relative_to(root)):
+                what = f"{root.name}: the name {name!r} is not UTF-8, or has control characters"
+                raise TreeError(what, hint=_REFUSED)
             if inside and path.is_file():
                 if path.stat().st_size > LARGEST:
                     what = f"{root.name}: {name} is larger than {LARGEST // 1_000_000} MB"
@@ -95,8 +111,22 @@ def tree(root: Path) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
-LARGEST = 1_000_000_000
+LARGEST = 200_000_000
 """Bytes of a file in a tree."""
+
+
+def plain(name: str) -> bool:
+    """Whether a file's name has nothing that would steer a terminal or begin a new line, and is UTF-8."""
+    return console.printable(name) == name and not {"\n", "\t"} & set(name)
+
+
+def _real(link: Path) -> Path:
+    """Where a link leads; nowhere, when the kernel would not follow it so far (a path may be longer than it takes)."""
+    try:
+        return Path(os.path.realpath(link, strict=True))
+    except OSError:
+        return Path("/")
+
 
 _REFUSED = "delete it where the folder is your own; leave it out of a node or recipe with `without`"
 

@@ -1,47 +1,192 @@
-"""Reads what strangers wrote: the Python, TOML and text of nodes and of ComfyUI, of any size, nesting and shape."""
+"""Reads what strangers wrote: archives, Python, TOML and text of any size, nesting and shape."""
 
 from __future__ import annotations
 
 import ast
 import os
+import shutil
 import stat
+import tarfile
 import warnings
-from typing import TYPE_CHECKING, Any
+import zlib
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
 
+from core import files
 from core.errors import TreeError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-LIMIT = 8_000_000
-"""Bytes of a file that is parsed. ComfyUI's largest Python file has 0.2 MB, nodes have tables of 2 MB."""
+LIMIT = 1_000_000
+"""Bytes of a Python file that is parsed, which takes a thousand times that in memory. ComfyUI's largest has 0.2 MB."""
+
+TEXT, TABLE = 256_000, 32_000
+"""Bytes of a list of requirements, and of a pyproject.toml, whose parser takes seconds for more of the wrong kind."""
+
+FILES, DEPTH, TOTAL = 100_000, 64, 2_000_000_000
+"""Of a tree: files and links, folders in one another, bytes. flash-attention has 12,000 files and 0.1 GB."""
+
+LEAVE_OUT = "leave it out of the node or recipe with `without`"
 
 
-def content(path: Path) -> bytes:
+class Tree:
+    """A folder that is filled with what a commit or archive holds; raises TreeError for what no source tree needs."""
+
+    def __init__(self, place: Path, label: str) -> None:
+        self.place, self.label = place, label
+        self._entries = self._bytes = 0
+        self._links: dict[str, str] = {}
+
+    def file(self, name: str, size: int, blocks: Iterable[bytes], *, executable: bool) -> None:
+        """Write a file of that size."""
+        path = self._new(name, size)
+        try:
+            with path.open("xb") as file:
+                file.writelines(blocks)
+        except (FileExistsError, IsADirectoryError) as error:
+            raise self._twice(name) from error
+        path.chmod(0o755 if executable else 0o644)
+
+    def link(self, name: str, target: bytes) -> None:
+        """Remember a symbolic link."""
+        self._new(name, 0)
+        if not 0 < len(target) < 4096 or b"\0" in target:
+            raise TreeError(f"{self.label}: {name!r} is a link to nothing", hint=LEAVE_OUT)
+        if name in self._links:
+            raise self._twice(name)
+        self._links[name] = os.fsdecode(target)
+
+    def finish(self) -> None:
+        """Put copies of files in the places of links to them. It comes last, so that nothing is written through one."""
+        for name, target in self._links.items():
+            try:
+                (self.place / name).symlink_to(target)
+            except FileExistsError as error:
+                raise self._twice(name) from error
+        found = {name: path for name, path in files.tree(self.place) if name in self._links}
+        for name, path in found.items():
+            self._count(name, path.stat().st_size)
+            shutil.copy(path, self.place / ".git")  # a name that nothing else has
+            (self.place / ".git").replace(path)
+
+    def _new(self, name: str, size: int) -> Path:
+        parts = name.split("/")
+        if {"", ".", "..", ".git"} & {part.lower() for part in parts} or not files.plain(name):
+            raise TreeError(f"{self.label}: a file cannot be named {name!r}", hint=LEAVE_OUT)
+        if len(parts) > DEPTH or max(len(os.fsencode(part)) for part in parts) > 250 or len(os.fsencode(name)) > 2000:
+            raise TreeError(f"{self.label}: {name[:100]!r}... is too long a name, or too deep", hint=LEAVE_OUT)
+        self._count(name, size)
+        path = self.place.joinpath(*parts)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise self._twice(name) from error
+        return path
+
+    def _count(self, name: str, size: int) -> None:
+        self._entries, self._bytes = self._entries + 1, self._bytes + size
+        if not 0 <= size <= files.LARGEST or self._bytes > TOTAL or self._entries > FILES:
+            most = (
+                f"a tree has at most {FILES} files of {files.LARGEST // 1_000_000} MB, and {TOTAL // 1_000_000_000} GB"
+            )
+            raise TreeError(f"{self.label} is too large, at {name!r}", cause=most, hint=LEAVE_OUT)
+
+    def _twice(self, name: str) -> TreeError:
+        return TreeError(f"{self.label} has {name!r} twice, or both as a file and as a folder", hint=LEAVE_OUT)
+
+
+@contextmanager
+def _told(label: str, where: str) -> Iterator[None]:
+    """Tell whatever an archive makes tarfile and zlib raise as a TreeError."""
+    try:
+        yield
+    except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError, RecursionError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk
+            raise
+        cause = f"damaged, cut short or made to be misread, at {where!r}: {error!r}"
+        raise TreeError(f"{label} is no archive that can be unpacked", cause=cause[:500]) from error
+
+
+class _Rationed:
+    """Bytes of a tar archive, as many as `left` says: its headers may be of any length, and are read whole."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self.left = raw, HEADERS
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if self.left < 0:
+            raise tarfile.ReadError("a header is too long")
+        return self._raw.read(size)
+
+
+HEADERS = 1 << 20
+"""Bytes of headers before a member: a name, and what else pax keeps."""
+
+
+def members(raw: IO[bytes], label: str) -> Iterator[tuple[tarfile.TarInfo, Iterator[bytes]]]:
+    """The members of an uncompressed tar archive, each with its content in blocks, to be read before the next one.
+
+    Raises TreeError, naming the member, for anything but files, folders and symbolic links: no hard links, devices or
+    sparse files, which are small here and huge when unpacked. Of the archive no more than a block is held in memory.
+    """
+    ration, last, count, total = _Rationed(raw), "its beginning", 0, 0
+
+    def content(file: IO[bytes] | None) -> Iterator[bytes]:
+        with _told(label, last):
+            while block := file.read(1 << 16) if file else b"":
+                yield block
+
+    with (
+        _told(label, "its headers"),
+        tarfile.open(fileobj=ration, mode="r|") as archive,  # type: ignore[call-overload]  # it needs `read` alone
+    ):
+        while member := archive.next():
+            last, count, total = member.name, count + 1, total + member.size
+            if not (member.isreg() or member.isdir() or member.issym()) or member.issparse() or member.size < 0:
+                raise TreeError(f"{label}: {last} is no plain file, folder or link to one", hint=LEAVE_OUT)
+            if count > FILES or total > TOTAL:
+                raise TreeError(f"{label} is too large, at {last!r}", hint=LEAVE_OUT)
+            ration.left = member.size + HEADERS
+            yield member, content(archive.extractfile(member) if member.isreg() else None)
+            archive.members = []  # it would remember them all
+
+
+def content(path: Path, limit: int = LIMIT) -> bytes:
     """A file's bytes; raises TreeError when it is too large to be parsed, or no plain file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for whoever would write into a pipe
-    with os.fdopen(descriptor, "rb") as file:
-        plain = stat.S_ISREG(os.fstat(descriptor).st_mode)
-        read = file.read(LIMIT + 1) if plain else b""
-    if not plain or len(read) > LIMIT:
-        kind = f"larger than {LIMIT // 1_000_000} MB" if plain else "no plain file"
-        raise TreeError(f"{path} is {kind}, and is not read", hint="leave it out of the node or recipe with `without`")
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise TreeError(f"{path} is no plain file, and is not read", hint=LEAVE_OUT)
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            read = file.read(limit + 1)
+    finally:
+        os.close(descriptor)
+    if len(read) > limit:
+        raise TreeError(f"{path} is larger than {limit // 1000} kB, and is not read", hint=LEAVE_OUT)
     return read
 
 
-def text(path: Path) -> str:
+def text(path: Path, limit: int = TEXT) -> str:
     """A file's text, with U+FFFD for bytes that are not UTF-8; raises TreeError as `content` does."""
-    return content(path).decode(errors="replace")
+    return content(path, limit).decode(errors="replace")
 
 
-def python(path: Path) -> ast.Module:
-    """The syntax tree of a Python file, which is not run; an empty one for what is too large or deep, or no Python."""
+def parsed(path: Path) -> ast.Module | None:
+    """The syntax tree of a Python file, which is not run; None for what is too large or deep, or no Python of ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its escapes and comparisons, which are its author's affair
         try:
             return ast.parse(content(path))
         except (TreeError, SyntaxError, ValueError, RecursionError, MemoryError):
-            return ast.Module([], [])
+            return None
+
+
+def python(path: Path) -> ast.Module:
+    """The same, with an empty tree where there is none."""
+    return parsed(path) or ast.Module([], [])
 
 
 def pyproject(tree: Path) -> dict[str, Any]:
@@ -49,7 +194,7 @@ def pyproject(tree: Path) -> dict[str, Any]:
     import tomllib
 
     try:
-        found = tomllib.loads(text(tree / "pyproject.toml")).get("project")
-    except (FileNotFoundError, tomllib.TOMLDecodeError, RecursionError):
+        found = tomllib.loads(text(tree / "pyproject.toml", TABLE)).get("project")
+    except (FileNotFoundError, ValueError, RecursionError):  # also of a number of 5,000 digits
         return {}
     return found if isinstance(found, dict) else {}

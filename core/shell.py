@@ -204,6 +204,13 @@ def _ended(process: subprocess.Popen[Any], patience: float | None = None) -> Ite
         process.wait()
 
 
+def find(program: str) -> str:
+    """The path of a program; raises ToolMissingError."""
+    if found := which(program):
+        return found
+    raise _missing(program)
+
+
 def which(program: str) -> str | None:
     """The path of a program, or None."""
     return shutil.which(program)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
+import shlex
 import shutil
-import tarfile
 import tempfile
 import time
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 import msgspec
 
-from core import console, files, tools
+from core import console, files, foreign, tools
 from core.errors import ConfigError, HashMismatchError, HearthError, ProcessError, SourceUnreachableError, TreeError
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def check(recipe: Pinned) -> None:
         kinds = [kind for kind in (source.git, source.sdist, source.folder) if kind]
         if len(kinds) != 1:
             raise ConfigError(f"{recipe.path}: a source is one of git, sdist, folder")
+        if source.folder and (Path(source.folder).is_absolute() or ".." in Path(source.folder).parts):
+            raise ConfigError(f"{recipe.path}: folder {source.folder!r} is not below the recipe")
         if (source.git and not source.commit) or (source.sdist and not (source.version and source.sha256)):
             raise ConfigError(f"{recipe.path}: a git source needs commit; an sdist needs version and sha256")
         if source.git and not re.fullmatch("[0-9a-f]{40,64}", source.commit):
@@ -89,6 +92,14 @@ def cached(recipe: Pinned) -> Path | None:
     return place if recipe.tree and place.is_dir() else None
 
 
+def intact(recipe: Pinned) -> Path:
+    """The tree as `fetch` gives it, hashed again: what is sent is what was pinned, whoever edited the cache."""
+    tree = fetch(recipe)
+    if not recipe.source[0].folder:
+        _check(recipe, recipe.source[0], tree)
+    return tree
+
+
 def _place(recipe: Pinned) -> Path:
     return files.cache() / "sources" / f"{recipe.name}-{recipe.tree[:16]}"
 
@@ -102,13 +113,14 @@ def fetch(recipe: Pinned) -> Path:
     if there := cached(recipe):
         return there
     place = _place(recipe)
+    if files.bundled():
+        raise TreeError(f"the bundle lacks {recipe.name} {recipe.version}", hint="make it again: inv bundle")
     failures: list[str] = []
     for source in recipe.source:
         try:
             with files.whole(place) as part:
                 console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
                 _insist(_fetch_git if source.git else _fetch_sdist, source, recipe, part)
-                _dereference(part)
                 _check(recipe, source, part)
             return place
         except (HashMismatchError, TreeError):
@@ -130,7 +142,6 @@ def pin(recipe: Pinned) -> Pinned:
         place.mkdir()
         console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
         _fetch_git(source, recipe, place)
-        _dereference(place)
         pinned = msgspec.structs.replace(recipe, tree=files.tree_hash(place))
         with files.whole(_place(pinned)) as part:
             shutil.copytree(place, part, dirs_exist_ok=True, symlinks=True)
@@ -162,33 +173,27 @@ def _check(recipe: Pinned, source: Source, tree: Path) -> None:
         raise HashMismatchError(
             f"the source of {recipe.name} from {source.label} is not what the recipe pins",
             cause=f"tree {found}, pinned {recipe.tree or '(nothing)'}: altered on the way, or the pin is wrong",
-            hint=f"compare it with the release; only then change `tree` in {recipe.path}",
+            hint=f"rm -r {shlex.quote(str(tree))} has it fetched again"
+            if tree == _place(recipe)
+            else f"compare it with the release; only then change `tree` in {recipe.path}",
         )
-
-
-def _dereference(tree: Path) -> None:
-    """Put copies of files in the place of links to them; raises TreeError for links to anything else."""
-    for _, path in files.tree(tree):
-        if path.is_symlink():
-            real = path.resolve()
-            path.unlink()
-            shutil.copy(real, path)
 
 
 def _fetch_git(source: Source, recipe: Pinned, place: Path) -> None:
     """Fetch one commit, without history, and write the files that are wanted."""
-    for path, target in _write_commit(source, recipe, place):
-        path.symlink_to(target)  # last: nothing is written through a link
+    tree = foreign.Tree(place, source.label)
+    _write_commit(source, recipe, tree, "")
+    tree.finish()
 
 
-def _write_commit(source: Source, recipe: Pinned, place: Path) -> list[tuple[Path, str]]:
-    """Write a commit's files and return its links. Blobs of other paths than the wanted never travel.
+def _write_commit(source: Source, recipe: Pinned, tree: foreign.Tree, below: str) -> None:
+    """Add a commit's files to a tree, below a folder of it. Blobs of other paths than the wanted never travel.
 
     Where all is wanted it comes in one answer: each further one would wait for the server again. Nothing is checked
     out: blobs are written as they are, so that no attribute, filter, hook or setting changes a byte. The repository is
     written and not made by git, a program fewer for each of its lines.
     """
-    repository = place / ".git"
+    repository = tree.place / ".git"
     own = {"GIT_DIR": str(repository)}
     url = json.dumps(source.git, ensure_ascii=False)  # git quotes its settings in the same way
     config = f'[remote "origin"]\nurl = {url}\n'
@@ -203,11 +208,9 @@ def _write_commit(source: Source, recipe: Pinned, place: Path) -> list[tuple[Pat
     # Without tags the server is not asked what it has: the commit is known.
     fetch = ["fetch", "--quiet", "--no-tags", "--no-auto-maintenance", "--no-write-fetch-head", *few]
     tools.git(*fetch, "--depth=1", "--", "origin", source.commit, env=own)
-    listed = tools.git("ls-tree", "-r", "-z", "--full-tree", source.commit, env=own).stdout
-    entries = {name: about.split() for about, _, name in (each.partition("\t") for each in listed.split("\0")[:-1])}
-    for name in entries:
-        if {"", ".", "..", ".git"} & set(name.lower().split("/")) or "\ufffd" in name:
-            raise TreeError(f"{source.label}: a file cannot be named {name!r}", hint="leave the repository out")
+    with (repository / "names").open("w+b") as raw:
+        tools.git("ls-tree", "-r", "-z", "--full-tree", source.commit, output=raw, env=own)
+        entries = _entries(raw, source)
     wanted = {
         name: (mode, blob)
         for name, (mode, kind, blob) in entries.items()
@@ -216,26 +219,37 @@ def _write_commit(source: Source, recipe: Pinned, place: Path) -> list[tuple[Pat
     blobs = "".join(f"{blob}\n" for _, blob in wanted.values())
     if few and blobs:  # cat-file would ask for each one by itself
         tools.git("-c", "fetch.negotiationAlgorithm=noop", *fetch, "--stdin", "origin", input_text=blobs, env=own)
-    links: list[tuple[Path, str]] = []
     with (repository / "blobs").open("w+b") as raw:
         tools.git("cat-file", "--batch", input_text=blobs, output=raw, env=own)
         raw.seek(0)
         for name, (mode, _) in wanted.items():
-            path, size = place / name, int(raw.readline().split()[2])
-            content = raw.read(size + 1)[:size]
-            path.parent.mkdir(parents=True, exist_ok=True)
+            size = int(raw.readline().split()[2])
             if mode == "120000":
-                links.append((path, os.fsdecode(content)))
+                tree.link(below + name, raw.read(min(size, 4096)))
             else:
-                path.write_bytes(content)
-                path.chmod(0o755 if mode == "100755" else 0o644)
-    for name in recipe.submodules:  # at the commits that the pinned one names
-        inner = _submodule(name, source, entries, own)
-        (place / name).mkdir(parents=True, exist_ok=True)
-        whole = msgspec.structs.replace(recipe, paths=(), without=(), submodules=())
-        links += _write_commit(inner, whole, place / name)
+                tree.file(below + name, size, files.blocks(raw, size), executable=mode == "100755")
+            raw.read(1)  # the line's end
+    inner = {name: _submodule(name, source, entries, own) for name in recipe.submodules}
     shutil.rmtree(repository)
-    return links
+    for name, each in inner.items():  # at the commits that the pinned one names
+        whole = msgspec.structs.replace(recipe, paths=(), without=(), submodules=())
+        _write_commit(each, whole, tree, f"{below}{name}/")
+
+
+def _entries(raw: IO[bytes], source: Source) -> dict[str, list[str]]:
+    """What `git ls-tree -r -z` wrote to a file: mode, kind and object of each path; raises TreeError for too many."""
+    if (size := raw.seek(0, os.SEEK_END)) > LISTED:
+        raise TreeError(f"{source.label} has too many files", cause=f"{size} bytes of names", hint=foreign.LEAVE_OUT)
+    raw.seek(0)
+    found: dict[str, list[str]] = {}
+    for line in raw.read().split(b"\0")[:-1]:
+        about, _, name = line.partition(b"\t")
+        found[os.fsdecode(name)] = about.decode().split()
+    return found
+
+
+LISTED = 20_000_000
+"""Bytes of all names of a commit: 100,000 files. A few trees, each many times in the next, make any number."""
 
 
 def _submodule(name: str, source: Source, entries: Mapping[str, Sequence[str]], own: Mapping[str, str]) -> Source:
@@ -258,7 +272,18 @@ def _submodule(name: str, source: Source, entries: Mapping[str, Sequence[str]], 
             step, _, url = url.partition("/")
             base = base.rpartition("/")[0] if step == ".." else base
         url = f"{base}/{url}"
+    kind = url.partition("://")[0]
+    if not (ADDRESS.fullmatch(url) and (kind != "file" or source.git.startswith(("file:", "/")))):
+        raise TreeError(
+            f"{source.label}: submodule {name!r} comes from {url!r}",
+            cause="a repository elsewhere cannot name a folder of this machine, nor another way than https and ssh",
+            hint="leave it out of `submodules`",
+        )
     return Source(git=url, commit=entries[name][2])
+
+
+ADDRESS = re.compile(r"(https://(?![^/]*:[^/]*@)|ssh://|file:///|[\w.-]+@[\w.-]+:)(?!-)[\w.~/@:+%-]+", flags=re.ASCII)
+"""Of a repository that git asks by https or ssh, or that is a folder: what is not the operator's own has no other."""
 
 
 def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
@@ -267,7 +292,7 @@ def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
     from requests import RequestException
 
     index = tools.index() or PYPI_SIMPLE_ENDPOINT
-    archive = place / "sdist.tar.gz"
+    archive = place.with_name("sdist.tar.gz")
     try:
         with PyPISimple(endpoint=index) as client:
             page = client.get_project_page(source.sdist)
@@ -293,20 +318,28 @@ def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
         ) from error
     except (RequestException, ValueError) as error:
         raise SourceUnreachableError(f"the package index did not answer: {error}") from error
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            name = member.name.partition("/")[2]  # an sdist holds one folder, NAME-VERSION
-            if source.subfolder:
-                inside = name.startswith(f"{source.subfolder}/")
-                name = name.removeprefix(f"{source.subfolder}/") if inside else ""
-            if name and (not recipe.paths or _below(name, recipe.paths)) and not _below(name, recipe.without):
-                try:
-                    tar.extract(member.replace(name=name), place, filter="data")
-                except tarfile.FilterError as error:
-                    raise TreeError(
-                        f"{source.label}: {error}", hint="leave it out of the recipe with `without`"
-                    ) from error
+
+    def wanted(name: str) -> str:
+        if source.subfolder:
+            inside = name.startswith(f"{source.subfolder}/")
+            name = name.removeprefix(f"{source.subfolder}/") if inside else ""
+        chosen = not recipe.paths or _below(name, recipe.paths)
+        return name if chosen and not _below(name, recipe.without) else ""
+
+    unpack(archive, foreign.Tree(place, source.label), wanted)
     archive.unlink()
+
+
+def unpack(archive: Path, tree: foreign.Tree, wanted: Callable[[str], str]) -> None:
+    """Fill a tree from an sdist, whose one folder is NAME-VERSION; `wanted` names a file there, or says no (empty)."""
+    with gzip.open(archive) as raw:
+        for member, blocks in foreign.members(cast("IO[bytes]", raw), tree.label):
+            name = wanted(member.name.partition("/")[2])
+            if name and member.issym():
+                tree.link(name, os.fsencode(member.linkname))
+            elif name and member.isreg():
+                tree.file(name, member.size, blocks, executable=bool(member.mode & 0o100))
+    tree.finish()
 
 
 def _below(name: str, paths: Sequence[str]) -> bool:

@@ -45,11 +45,11 @@ GIT_CONFIG_GLOBAL GIT_CONFIG_SYSTEM GIT_CONFIG_NOSYSTEM GIT_CONFIG_COUNT GIT_CON
 """
 
 # It starts no program but for the network, changes no byte of a patch, and stores one pack as it came and not a file
-# for each object, which is a third of the work.
+# for each object, which is a third of the work. Large files are streamed, not held in memory.
 _SETTINGS = """
 core.hooksPath=/dev/null init.templateDir= core.fsmonitor=false core.symlinks=false core.autocrlf=false
 core.attributesFile=/dev/null apply.ignoreWhitespace=no fetch.recurseSubmodules=false log.showSignature=false
-transfer.unpackLimit=1
+transfer.unpackLimit=1 core.bigFileThreshold=20m
 """
 
 
@@ -75,9 +75,15 @@ def git(
     passed["GIT_ALLOW_PROTOCOL"] = "file:https:ssh"  # nothing unprotected, no helper that runs commands (ext::)
     passed["LC_ALL"] = "C"  # `core.source` reads its messages
     env = {**passed, **(env or {})}
+    program = shell.find("git")
+    limited = ["/bin/sh", "-c", f'ulimit -f {LARGEST_FILE // 512}; exec "$0" "$@"', program]
     return shell.run(
-        ["git", *words], cwd=cwd, env=env, inherit=False, check=check, input_text=input_text, output=output
+        [*limited, *words], cwd=cwd, env=env, inherit=False, check=check, input_text=input_text, output=output
     )
+
+
+LARGEST_FILE = 4_000_000_000
+"""Bytes of a file that git writes: a server may send any number of them, and a small pack hold huge files."""
 
 
 def uv(*words: str | Path, cwd: Path | None = None, check: bool = True, input_text: str | None = None) -> Done:

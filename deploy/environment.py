@@ -188,7 +188,7 @@ def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
         requirement = _parsed(line)
         if requirement is None:
             raise ConfigError(
-                f"node {name} asks for {line!r}, which is no requirement that can be pinned",
+                f"node {name} asks for {line[:200]!r}, which is no requirement that can be pinned",
                 hint=f"leave the node out: in {nodes.catalogue_file()}, [left-out]",
             )
         package = canonicalize_name(requirement.name)
@@ -209,9 +209,24 @@ def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
     return found
 
 
+# What uv reads as more than a requirement: a variable's value, the next line joined, a line of its own.
+_MORE = re.compile(r"[$\\`\x00-\x1f\x7f-\x9f\u2028\u2029]|(^|\s)[-#]")
+
+
+def _plain(line: str) -> str:
+    """A requirement as uv is given it; raises ConfigError for a line that means more to uv than to us."""
+    if _parsed(line) is None:
+        raise ConfigError(
+            f"{line[:200]!r} is no requirement", hint="leave the node out, or name a package of the index"
+        )
+    return line
+
+
 def _parsed(line: str) -> Requirement | None:
     """A line of requirements; a mere address (`git+https://.../name.git`) is named as its repository is."""
-    with suppress(InvalidRequirement):
+    if len(line) > 2000 or _MORE.search(line):
+        return None
+    with suppress(InvalidRequirement, RecursionError):
         return Requirement(line)
     address = re.fullmatch(r"(?:git\+)?(?:https?|ssh|git)://\S*?/([\w.-]+?)(?:\.git|\.zip|\.whl)?(?:[@#]\S*)?", line)
     return Requirement(f"{address[1]} @ {line}") if address else None
@@ -272,7 +287,8 @@ def _compile(
         place = Path(name)
         pinned = trio(stack)
         for file, lines in asked.items():
-            (place / file).write_text("".join(f"{line}\n" for line in [*(pinned if file == OWN else []), *lines]))
+            listed = [*(pinned if file == OWN else []), *map(_plain, lines)]
+            (place / file).write_text("".join(f"{line}\n" for line in listed))
         decided = [each.requirement for each in known.override.values() if each.requirement]
         (place / "overrides").write_text("\n".join([*pinned, *decided]) + "\n")
         # uv puts no package in another's place: what a dependency asks for is left out, a node's own line was replaced.

@@ -33,6 +33,7 @@ from core.errors import (
     LockStaleError,
     RefusedError,
     SudoError,
+    TreeError,
     UnknownNameError,
     UsageError,
     near,
@@ -607,14 +608,13 @@ def _pack(
     if step.kind == "tool":
         return {"name": stock.uv, "blob": blob(lockfile.install("uv", platform, "3.11") / "bin/uv")}
     if step.kind == "app":
-        return _pack_tree("app", source.fetch(stock.application), agent, facts, scratch, blob)
+        return _pack_tree("app", source.intact(stock.application), agent, facts, scratch, blob)
     if step.kind == "exporter":
         return _pack_tree("exporter", exporters.tree(platform), agent, facts, scratch, blob)
     if step.kind == "node":
         name = step.values["node"]
-        return _pack_tree(
-            f"custom_nodes/{name}", nodes.fetch({name: stock.nodes[name]})[name], agent, facts, scratch, blob
-        )
+        tree = source.intact(stock.nodes[name].pinned(name))
+        return _pack_tree(f"custom_nodes/{name}", tree, agent, facts, scratch, blob)
     if step.kind == "env":
         kernels = [wheel for wheel in stock.wheels if wheel.file in step.values["kernels"]]
         blobs |= {wheel.sha256: manifest.whole(wheel) for wheel in kernels}
@@ -637,6 +637,8 @@ def _pack_tree(
     wanted = {
         name: files.sha256(path) + ("x" if path.stat().st_mode & 0o100 else "") for name, path in files.tree(tree)
     }
+    if "PART.json" in wanted:  # the agent's own record of a part
+        raise TreeError(f"{tree.name} has a file PART.json, which a host would take for its own")
     used = {each["parts"].get(kind) for each in facts.releases}
     there = sorted(name for name, fault in facts.parts.items() if name in used and not fault)
     held: dict[str, str] = {}

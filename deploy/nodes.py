@@ -123,8 +123,7 @@ def check(path: str, name: str, node: Node) -> None:
 
 def check_address(place: str, url: str) -> None:
     """Refuse what is no address of a repository that git asks by https, ssh or as a folder; raises ConfigError."""
-    start = r"https://(?![^/]*:[^/]*@)|ssh://|file:///|[\w.-]+@[\w.-]+:"
-    if not re.fullmatch(rf"({start})(?!-)[\w.~/@:+%-]+", url, flags=re.ASCII):
+    if not source.ADDRESS.fullmatch(url):
         raise ConfigError(
             f"{place}: {url!r} is no address of a repository",
             hint="https://..., ssh://..., file:///... or git@...; passwords belong to git's credential helper",

@@ -121,5 +121,5 @@ def test_what_is_no_file_of_the_tree_is_refused_by_name(tmp_path: Path) -> None:
                     read(root)
             odd.unlink()
     (root / os.fsdecode(b"caf\xe9")).touch()
-    with pytest.raises(TreeError, match=r"caf\\xe9 is not UTF-8"):
+    with pytest.raises(TreeError, match=r"caf.*xe9' is not UTF-8"):
         files.tree_hash(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -155,6 +156,31 @@ def test_what_no_hash_pins_is_refused_unless_decided_otherwise(tmp_path: Path, l
 def test_an_address_with_its_hash_is_kept(tmp_path: Path) -> None:
     line = "thing @ https://example.org/thing-1.0-py3-none-any.whl#sha256=" + "0" * 64
     assert asked(tmp_path, line) == [line]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a @ https://host/${UV_INDEX_PRIVATE_PASSWORD}/a.whl#sha256=" + "0" * 64,
+        "a @ https://host/a.whl#sha256=" + "0" * 64 + "&x=\\",
+        "a @ https://host/a.whl\n--index-url=https://evil/simple\n#sha256=" + "0" * 64,
+        "a @ https://host/a.whl\r-r/etc/passwd#sha256=" + "0" * 64,
+        "a; " + "(" * 900 + "os_name == 'x'" + ")" * 900,
+        "https://" + "/a@" * 9_000 + " x",
+        "a>=" + "1" * 5_000,
+        "--index-url https://evil/simple",
+        "-e .",
+        "-r /etc/passwd",
+        "a --config-settings=x",
+        "a # b",
+    ],
+)
+def test_a_line_that_means_more_to_uv_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(f"[project]\ndependencies = [{json.dumps(line)}]")
+    with pytest.raises(ConfigError, match="no requirement that can be pinned"):
+        environment._pinnable("it", tmp_path, nodes.Catalogue())
+    with pytest.raises(ConfigError, match="is no requirement"):
+        environment._plain(line)
 
 
 def test_what_is_no_requirement_is_refused(tmp_path: Path) -> None:
