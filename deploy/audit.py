@@ -10,6 +10,7 @@ import json
 import tempfile
 import tomllib
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import tomlkit
 
 from core import files, foreign, source, tools
-from core.errors import AuditServiceError
+from core.errors import AuditServiceError, TreeError
 from deploy import advisory, curate, environment, flow, nodes
 from deploy import application as applications
 from deploy import release as releases
@@ -100,8 +101,10 @@ def _comfyui(version: str) -> Repository:
 def _node(name: str, url: str, commit: str, tree: str) -> Repository:
     """A node with its own version, where its tree is in the cache and says one. Nothing is fetched for that."""
     pinned = source.Pinned(name=name, version=commit, source=(source.Source(git=url, commit=commit),), tree=tree)
-    place = source.cached(pinned)
-    return Repository(name, url, commit, str(foreign.pyproject(place).get("version", "")) if place else "")
+    place, version = source.cached(pinned), ""
+    with suppress(TreeError):  # too large to be read
+        version = str(foreign.pyproject(place).get("version", "")) if place else ""
+    return Repository(name, url, commit, version)
 
 
 def check(stock: Stock, service: str = "") -> Audit:
