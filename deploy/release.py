@@ -47,7 +47,7 @@ TLS_FLAGS = ("--tls-keyfile", "--tls-certfile")
 IMPORTS = {"sageattention": ("sageattention",), "flash-attn": ("flash_attn", "flash_attn_2_cuda")}
 
 
-# Settings of ComfyUI-Manager that the service cannot change: its unit binds them, read-only, to where Manager looks.
+# Settings of ComfyUI-Manager that the service cannot change: they lie in the release.
 MANAGER_INI = """\
 # Written by Hearth; a deploy replaces it.
 [default]
@@ -219,12 +219,7 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     """
     target = choice.target
     place, data = f"{prefix}/releases/{release}", f"{prefix}/data"
-    # ComfyUI imports whatever lies in custom_nodes of its base directory: so that is the release, and not the data.
-    argv = [f"{place}/env/bin/python", f"{place}/app/main.py", "--base-directory", place]
-    argv += ["--temp-directory", data]  # temp in it
     lies = {name: f"{data}/{name}" for name in ("input", "output", "user")} | target.host.folders
-    argv += [word for name, path in sorted(lies.items()) for word in (f"--{_DIRECTORY[name]}", path)]
-    argv += ["--database-url", f"sqlite:///{data}/user/comfyui.db", "--disable-auto-launch"]
     files: dict[str, str] = {}
     # The base directory's other folders; some nodes look for them two levels above themselves.
     links = {name: f"{data}/{name}" for name in ("models", "temp", "datasets")} | lies
@@ -233,22 +228,26 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     binds = _binds(target, developed)
     empty = ["custom_nodes", *(f"custom_nodes/{name}" for name in developed if binds)]
     links |= {f"custom_nodes/{name}": path for name, path in developed.items() if not binds}
+    more = [*binds, *_credentials(choice, prefix)]
+    if manager(target):
+        # Its settings, and scripts that it runs before ComfyUI, lie in the user folder: so that is the release's, and
+        # leads to the data's for what is written.
+        user = links.pop("user")
+        lies["user"] = f"{place}/user"
+        files["user/__manager/config.ini"] = MANAGER_INI
+        empty.append("user/__manager/startup-scripts")
+        kept = ("default", *(f"__manager/{name}" for name in ("cache", "snapshots", "batch_history", "channels.list")))
+        links |= {f"user/{name}": f"{user}/{name}" for name in kept}
+        made = [f"{user}/{name}" for name in kept if not name.endswith(".list")]
+        more.append(f"ExecStartPre=-{_command(['/bin/mkdir', '-p', *made])}")
+    # ComfyUI imports whatever lies in custom_nodes of its base directory: so that is the release, and not the data.
+    argv = [f"{place}/env/bin/python", f"{place}/app/main.py", "--base-directory", place]
+    argv += ["--temp-directory", data]  # temp in it
+    argv += [word for name, path in sorted(lies.items()) for word in (f"--{_DIRECTORY[name]}", path)]
+    argv += ["--database-url", f"sqlite:///{data}/user/comfyui.db", "--disable-auto-launch"]
     if paths := _search_paths(choice):
         files["paths.yaml"] = json.dumps(paths, indent=1) + "\n"  # JSON is YAML
         argv += ["--extra-model-paths-config", f"{place}/paths.yaml"]
-    more, asserts = [*binds, *_credentials(choice, prefix)], list[str]()
-    folders: list[str] = []
-    if manager(target):
-        # where folder_paths.get_system_user_directory puts it
-        user = lies["user"]
-        state = f"{user}/__manager"
-        files["manager.ini"] = MANAGER_INI
-        scripts = f"{state}/startup-scripts"
-        folders.append(scripts)
-        # Whatever lies in startup-scripts is run at the next start, before ComfyUI.
-        more += [f"BindReadOnlyPaths={place}/manager.ini:{state}/config.ini", f"InaccessiblePaths=-{scripts}"]
-        # systemd follows links on the way to where it mounts, and makes what is not there, as root.
-        asserts = [f"AssertPathIsSymbolicLink=!{path}" for path in (user, state, f"{state}/config.ini", scripts)]
     argv += ["--listen", target.host.listen, "--port", str(target.host.port)]
     argv += [word for flag, value in target.flags.items() for word in (flag, *value.split())]
     environment = {
@@ -269,12 +268,10 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
         **target.env,
     }
     running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
-    running |= {"folders": folders, "empty": empty}
+    running["empty"] = empty
     confined = _confined(choice, prefix, place)
     running |= {"confined": confined} if confined else {}
-    files[f"{target.host.service}.service"] = _unit(
-        choice, [*confined, *argv], environment, data, release, more, asserts
-    )
+    files[f"{target.host.service}.service"] = _unit(choice, [*confined, *argv], environment, data, release, more)
     if choice.exporter_part:
         told = {"site": target.site | {"prefix": prefix}, "argv": argv, "port": target.host.metrics_port}
         told["cuda"] = target.profile.cuda
@@ -337,10 +334,13 @@ def _confined(choice: Choice, prefix: str, place: str) -> list[str]:
     told: dict[str, Any] = {"secrets": list(choice.secrets)}
     if host.scope == "user" and host.confined:
         named = [value for value in choice.target.flags.values() if value.startswith("/")]  # such as a certificate
+        more = [*host.model_roots, *host.develop, *named]
         told |= {
             "folder": f"{prefix}/secrets",
-            "write": [f"{prefix}/data", *host.folders.values()],
-            "read": [f"{prefix}/parts", place, f"{prefix}/data/models", *host.model_roots, *host.develop, *named],
+            # its folders: the data's own is closed, so that none of them is replaced by a link to be opened at a start
+            "write": [f"{prefix}/data/*", *host.folders.values()],
+            # the models may be a link that somebody made, to a larger disk
+            "read": [f"{prefix}/parts", place, *(f"{prefix}/data{end}" for end in ("", "/models")), *more],
             "bind": [host.port],
             "connect": [] if offline else [53, *host.connect, host.port],
             "udp": not offline,
@@ -387,7 +387,6 @@ def _unit(
     data: str,
     release: str,
     more: Sequence[str],
-    asserts: Sequence[str],
 ) -> str:
     """The systemd unit, from the template of the host's scope, with `more` lines for what it may touch."""
     target = choice.target
@@ -403,7 +402,6 @@ def _unit(
         "data": data,
         "folders": " ".join(host.folders.values()),
         "storage": f"BindsTo={storage}\nAfter={storage}" if host.mounts else "",
-        "asserts": "\n".join(asserts),
         "network": _NETWORK[profile.network],
         "names": "" if profile.network == "offline" else _NAMES,
         "command": _command(command),

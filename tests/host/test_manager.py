@@ -73,18 +73,27 @@ def test_the_manager_when_chosen_installs_nothing_and_cannot_be_weakened(steady:
         for path in ("/v2/snapshot/remove?target=x", "/v2/manager/reboot", "/v2/manager/policy/update"):
             assert call(steady, path, {})[0] == 403, path
 
-        assert "denied" in inside(steady, f"echo security_level=weak >> {STATE}/config.ini")
-        assert "busy" in inside(steady, f"mv {STATE}/config.ini {STATE}/x")
-        assert "denied" in inside(steady, f"touch {STATE}/startup-scripts/x")
+        used = f"{PREFIX}/current/user/__manager"
+        for change in (
+            f"echo >> {used}/config.ini",
+            f"mv {used}/config.ini {STATE}/x",
+            f"touch {used}/startup-scripts/x",
+        ):
+            said = inside(steady, change)
+            assert "denied" in said or "Read-only" in said, change
 
-        # What a node could prepare for the next start: settings of its own, and a command that Manager runs then.
+        # What a node could prepare for the next start: settings of its own, a command that Manager runs then, a link
+        # where a mount would have systemd make a file.
         script = f'["{PREFIX}/data", "touch", "{PREFIX}/data/ran"]'
         prepare = f"cd {PREFIX}/data/user && mv __manager aside && mkdir -p __manager/startup-scripts"
         prepare += " && printf '[default]\\nsecurity_level = weak\\n' > __manager/config.ini"
         assert inside(steady, f"{prepare} && echo '{script}' > __manager/startup-scripts/install-scripts.txt") == ""
+        assert inside(steady, f"cd {PREFIX}/data/user/__manager && rm -rf cache && ln -s /etc/profile.d cache") == ""
+        before = machine.run("ls /etc/profile.d")
         machine.run("systemctl restart comfyui")
         assert steady.answers()
         assert not (steady.prefix / "data/ran").exists()
+        assert machine.run("ls /etc/profile.d") == before
         assert install(steady)["state_before"]["security_level"] == "strong"  # type: ignore[index]
         shown = machine.run("systemd-analyze security comfyui --no-pager")
         assert float(shown.rpartition("comfyui.service: ")[2].split()[0]) <= 2.0

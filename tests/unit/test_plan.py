@@ -479,8 +479,7 @@ def test_the_manager_is_not_there_unless_it_is_chosen() -> None:
         (env,) = (step for step in found.steps if step.kind == "env")
         (written,) = (step.values["release"] for step in found.steps if step.kind == "release")
         assert ("comfyui-manager==1" in env.values["requirements"]) is expected
-        assert ("manager.ini" in written["files"]) is expected
-        assert ("__manager" in written["files"]["comfyui.service"]) is expected
+        assert ("user/__manager/config.ini" in written["files"]) is expected
         assert "torch==1" in env.values["requirements"]
 
 
@@ -492,18 +491,29 @@ comfyui-manager==1
 """
 
 
-def test_the_managers_settings_are_bound_to_where_it_looks() -> None:
+def test_the_managers_settings_lie_where_the_service_cannot_change_them() -> None:
+    """Without a mount: systemd follows links of the service's on the way to where it mounts, as root."""
     target = managed()
     moved = replace(target, host=msgspec.structs.replace(target.host, folders={"user": "/srv/mine"}))
     there = msgspec.structs.replace(FRESH, places={"/srv/mine": ""})
     for each, user in ((target, "/opt/comfyui/data/user"), (moved, "/srv/mine")):
-        found = made(there, each)
-        (written,) = (step.values["release"] for step in found.steps if step.kind == "release")
-        unit = written["files"]["comfyui.service"].splitlines()
-        place = f"/opt/comfyui/releases/{written['id']}/manager.ini"
-        assert f"BindReadOnlyPaths={place}:{user}/__manager/config.ini" in unit
-        assert f"InaccessiblePaths=-{user}/__manager/startup-scripts" in unit
-        assert f"AssertPathIsSymbolicLink=!{user}/__manager" in unit
+        (written,) = (step.values["release"] for step in made(there, each).steps if step.kind == "release")
+        place = f"/opt/comfyui/releases/{written['id']}"
+        assert written["argv"][written["argv"].index("--user-directory") + 1] == f"{place}/user"
+        assert "security_level = strong" in written["files"]["user/__manager/config.ini"]
+        assert "user/__manager/startup-scripts" in written["empty"]
+        assert "user" not in written["links"]
+        assert written["links"]["user/default"] == f"{user}/default"
+        assert f"{user}/__manager/cache" in re.findall("ExecStartPre=-(.*)", written["files"]["comfyui.service"])[0]
+
+
+@pytest.mark.parametrize("each", [spark(), managed(), spark(folders={"user": "/srv/mine"}), spark(develop=("/srv/n",))])
+def test_nothing_is_mounted_from_or_below_what_the_service_writes(each: Target) -> None:
+    places = dict.fromkeys(each.host.folders.values(), "")
+    unit = unit_of(made(msgspec.structs.replace(FRESH, places=places), each))
+    written = ["/opt/comfyui/data", *places]
+    mounts = re.findall(r"^(?:\w+Paths|TemporaryFileSystem)=(.*)$", unit, re.MULTILINE)
+    assert [line for line in mounts for path in written if f"{path}/" in line] == []
 
 
 def test_flags_that_say_where_a_release_lies_are_its_own() -> None:
