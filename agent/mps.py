@@ -6,17 +6,14 @@ lists come back as one process id a line.
 
 from __future__ import annotations
 
-import pwd
 import re
 import shutil
-import subprocess
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from agent.files import Fault, Json, read_some, read_text, run
 from agent.gpu import process
 from agent.journal import Settings
+from agent.sandbox import sandboxed
 from agent.services import UNITS, manager_of
 from agent.site import Site
 
@@ -83,19 +80,20 @@ def _numbers(lines: list[str]) -> list[int]:
     return [int(each) for each in lines if each.isdecimal()]
 
 
+SECONDS, LONGEST = 5, 65_536
+"""For an answer, and bytes of one: the daemon runs as the service does, and may have been taken over."""
+
+
 def _said(control: str, command: str, pipes: str, site: Site) -> list[str]:
-    """What the daemon answers, asked by its own user; raises Fault when it does not within five seconds."""
-    who: dict[str, Any] = {}
-    with suppress(KeyError):
-        entry = pwd.getpwnam(site.user)
-        who = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
-    env = {"CUDA_MPS_PIPE_DIRECTORY": pipes, "PATH": "/usr/bin:/bin"}
+    """What the daemon answers, asked by its own user in its own unit's sandbox; raises Fault.
+
+    A process of that user outside of it would be a way out for ComfyUI's (/proc/PID/root).
+    """
+    unit = read_text(UNITS / f"{site.service}-mps.service")
+    release = {"environment": {"CUDA_MPS_PIPE_DIRECTORY": pipes, "PATH": "/usr/bin:/bin"}}
+    argv = ["/bin/sh", "-c", 'echo "$1" | "$0"', control, command]
     try:
-        done = subprocess.run(
-            [control], input=f"{command}\n", env=env, cwd="/", capture_output=True, text=True, timeout=5, **who
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Fault("step", "the MPS daemon does not answer", str(error)) from error
-    if done.returncode:
-        raise Fault("step", "the MPS daemon does not answer", (done.stderr or done.stdout).strip()[-300:])
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        said = sandboxed(site, unit, argv, release, seconds=SECONDS, most=LONGEST).decode(errors="replace")
+    except Fault as fault:
+        raise Fault("step", "the MPS daemon does not answer", fault.report["cause"] or str(fault)) from fault
+    return [line.strip() for line in said.splitlines() if line.strip()]

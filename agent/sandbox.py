@@ -16,7 +16,7 @@ from agent.site import Site
 
 # What of a unit is about its own command, and when it runs; the rest is what it may touch and do.
 _ITS_OWN = re.compile(
-    r"(Exec|Restart|Timeout|RuntimeDirectory|Kill|SuccessExit)\w*=|(Type|WorkingDirectory|Environment|LoadCredential|LoadCredentialEncrypted)="
+    r"(Exec|Restart|Timeout|RuntimeDirectory|LogsDirectory|Kill|SuccessExit)\w*=|(Type|WorkingDirectory|Environment|LoadCredential|LoadCredentialEncrypted)="
 )
 
 OUTPUT = 300_000_000
@@ -24,19 +24,29 @@ OUTPUT = 300_000_000
 
 
 def sandboxed(
-    site: Site, unit: str, argv: list[str], release: Json, *, seconds: int, apart: bool = False, network: bool = False
+    site: Site,
+    unit: str,
+    argv: list[str],
+    release: Json,
+    *,
+    seconds: int,
+    most: int = OUTPUT,
+    apart: bool = False,
+    network: bool = False,
 ) -> bytes:
     """What a program says on its standard output, run with the limits of a service's `unit` (its text); raises Fault.
 
-    It ends with everything that it has started. `apart` gives it a user of its own, who owns nothing and may write in
-    its own /tmp alone. `release` says how it is confined where there is no system's unit (`confined`), and its
-    `environment`. Without `network` it reaches nobody.
+    It ends with everything that it has started, after so many `seconds` or when it has said the `most` bytes. `apart`
+    gives it a user of its own, who owns nothing and may write in its own /tmp alone. `release` says how it is confined
+    where there is no system's unit (`confined`), and its `environment`. Without `network` it reaches nobody.
     """
     variables = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}  # nothing of whoever deploys
     variables |= {**release["environment"], "PYTHONDONTWRITEBYTECODE": "1"}
     if site.scope == "system":
         lines = [line for line in unit.partition("[Service]")[2].splitlines() if re.match(r"\w+=", line)]
-        lines = [line for line in lines if not _ITS_OWN.match(line)]
+        # An older release's has mounts below what the service writes: systemd would follow its links there, as root.
+        written = [f"{each}/" for each in (site.data, *site.elsewhere.values())]
+        lines = [line for line in lines if not _ITS_OWN.match(line) and not any(each in line for each in written)]
         # systemd-run (252) takes link-local and the like only alone
         lines = [each for line in lines for each in _split(line)]
         if apart:
@@ -50,7 +60,7 @@ def sandboxed(
         command = [*words, "--", *argv]
     else:
         command = [*release.get("confined", ()), *argv]
-    return _output(command, {**inherited(), **variables} if site.scope == "system" else variables, seconds)
+    return _output(command, {**inherited(), **variables} if site.scope == "system" else variables, seconds, most)
 
 
 def _split(line: str) -> list[str]:
@@ -69,7 +79,7 @@ def confined_to(folder: Path, site: Site, step: Json) -> list[str]:
     return words
 
 
-def _output(command: list[str], variables: dict[str, str], seconds: int) -> bytes:
+def _output(command: list[str], variables: dict[str, str], seconds: int, most: int) -> bytes:
     """The standard output of a command that may say too much, or not end; raises Fault."""
     tail, late = bytearray(), threading.Event()
 
@@ -82,6 +92,7 @@ def _output(command: list[str], variables: dict[str, str], seconds: int) -> byte
         with subprocess.Popen(
             command,
             env=variables,
+            cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -98,8 +109,8 @@ def _output(command: list[str], variables: dict[str, str], seconds: int) -> byte
             listener.start()
             try:
                 assert process.stdout is not None
-                said = process.stdout.read(OUTPUT + 1)
-                if len(said) > OUTPUT:
+                said = process.stdout.read(most + 1)
+                if len(said) > most:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 listener.join(1)
@@ -109,8 +120,8 @@ def _output(command: list[str], variables: dict[str, str], seconds: int) -> byte
         raise Fault("step", f"{command[0]} could not be run", str(error)) from error
     if late.is_set():
         raise Fault("step", f"it did not end within {seconds} s")
-    if len(said) > OUTPUT:
-        raise Fault("step", f"it said more than {OUTPUT} bytes")
+    if len(said) > most:
+        raise Fault("step", f"it said more than {most} bytes")
     if process.returncode:
         lines = (bytes(tail) or said[-4000:]).decode(errors="replace").strip().splitlines()
         raise Fault("step", f"it ended with {process.returncode}", "\n".join(lines[-8:]))

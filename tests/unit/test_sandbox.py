@@ -1,0 +1,72 @@
+"""Programs of others' that run once: what their transient units are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent import mps, sandbox
+from agent.files import Fault
+from agent.site import Site
+
+DATA = "/opt/comfyui/data"
+
+
+def site(**values: object) -> Site:
+    base = {"prefix": "/opt/comfyui", "service": "comfyui", "scope": "system", "user": "comfyui"}
+    return Site({**base, "address": "", "port": 1, **values})
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words of the last command."""
+    words: list[str] = []
+
+    def output(command: list[str], *_: object) -> bytes:
+        words[:] = command
+        return b" 100.0\n"
+
+    monkeypatch.setattr(sandbox, "_output", output)
+    return words
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("line", [
+    f"BindReadOnlyPaths=/r/manager.ini:{DATA}/user/__manager/config.ini",
+    f"BindPaths=-{DATA}/models:/mnt",
+    f"InaccessiblePaths=-{DATA}/user/__manager/startup-scripts",
+    "BindReadOnlyPaths=/r/manager.ini:/srv/mine/__manager/config.ini",
+    "TemporaryFileSystem=/srv/mine/x",
+])  # fmt: skip
+def test_nothing_is_mounted_from_or_below_what_the_service_writes(ran: list[str], line: str, *, apart: bool) -> None:
+    """systemd-run asserts nothing, and systemd follows links as root."""
+    unit = f"[Unit]\nAssertPathIsSymbolicLink=!{DATA}/user\n[Service]\nReadWritePaths={DATA} /srv/mine\n{line}\n"
+    sandbox.sandboxed(site(folders={"user": "/srv/mine"}), unit, ["true"], {"environment": {}}, seconds=5, apart=apart)
+    assert [word for word in ran if f"{DATA}/" in word or "/srv/mine/" in word] == []
+    assert (f"--property=ReadWritePaths={DATA} /srv/mine" in ran) is not apart
+    assert "--property=WorkingDirectory=/" in ran
+
+
+def test_the_mps_daemon_is_asked_in_its_own_sandbox(
+    ran: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A process of ComfyUI's user outside of it would be a way out."""
+    monkeypatch.setattr(mps, "UNITS", tmp_path)
+    text = (Path(__file__).parents[2] / "recipes/system/mps.service").read_text().replace("$service", "comfyui")
+    (tmp_path / "comfyui-mps.service").write_text(text.replace("$user", "comfyui"))
+    monkeypatch.setattr("subprocess.run", None)
+    assert mps._said("/usr/bin/control", "get_server_list", "/run/comfyui-mps", site()) == ["100.0"]
+    assert ran[0] == "systemd-run"
+    for line in ("User=comfyui", "ProtectHome=yes", "BindPaths=/run/comfyui-mps", "PrivateNetwork=yes"):
+        assert f"--property={line}" in ran
+    assert not [word for word in ran if "Exec" in word or "RuntimeDirectory" in word or "LogsDirectory" in word]
+    assert ran[ran.index("--") + 1 :] == ["/bin/sh", "-c", 'echo "$1" | "$0"', "/usr/bin/control", "get_server_list"]
+
+    def fails(*_: object) -> bytes:
+        raise Fault("step", "it ended with 1", "Cannot find MPS control daemon process")
+
+    monkeypatch.setattr(sandbox, "_output", fails)
+    with pytest.raises(Fault, match="does not answer") as caught:
+        mps._said("/usr/bin/control", "get_server_list", "/run/comfyui-mps", site())
+    assert "Cannot find" in caught.value.report["cause"]
