@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.confine import abi as landlock
-from agent.files import Fault, Json, mounts, read, read_text, regular, write
+from agent.files import Fault, Json, mounts, read, read_some, read_text, regular, write
 from agent.gpu import process
 from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
 from agent.parts import as_service, faults_of, forked
@@ -478,21 +478,51 @@ def _driver() -> str:
     return ""
 
 
+HOLDER_SECONDS = 3.0
+"""For finding who listens on a port: whoever has millions of descriptors must not keep anybody waiting."""
+
+
 def port_holder(port: int) -> Json:
-    """Who listens on a port: pid, name and systemd's unit, as far as this user may see; empty when nobody does."""
-    inodes: set[str] = set()
+    """Who listens on a port: pid, name and systemd's unit; empty when nobody does.
+
+    Pid 0 is one that this user may not see, -1 one that was not found in time.
+    """
+    end = time.monotonic() + HOLDER_SECONDS
+    sockets: dict[str, int] = {}
+    late = False
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with suppress(OSError):
-            for line in Path(table).read_text().splitlines()[1:]:
+        with suppress(OSError), Path(table).open() as lines:
+            for line in itertools.islice(lines, 1, None):
                 cells = line.split()
-                if cells[3] == "0A" and int(cells[1].rpartition(":")[2], 16) == port:
-                    inodes.add(f"socket:[{cells[9]}]")
-    if not inodes:
+                late = time.monotonic() > end
+                if cells[3] != "0A" or late:  # those that listen come first
+                    break
+                if int(cells[1].rpartition(":")[2], 16) == port:
+                    sockets[f"socket:[{cells[9]}]"] = int(cells[7])
+    if not sockets and not late:
         return {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if any(str(each.readlink()) in inodes for each in (folder / "fd").iterdir()):
-                words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                command = " ".join(words[:3]).strip()
-                return {"pid": int(folder.name), "command": command, "unit": process(int(folder.name))["unit"]}
-    return {"pid": 0, "command": "a process of another user", "unit": None}
+    places = {place: _uid(place) for place in Path("/proc").glob("[0-9]*")}
+    # Those of the socket's own user first: the kernel tells it, and others cannot hide among theirs.
+    for place in sorted(places, key=lambda place: places[place] not in sockets.values()):
+        with suppress(OSError), os.scandir(place / "fd") as entries:
+            for entry in entries:
+                if late := time.monotonic() > end:
+                    return {"pid": -1, "command": f"{_whose(sockets)}, not found in time", "unit": None}
+                if os.readlink(entry.path) in sockets:  # noqa: PTH115  a Path for each takes longer
+                    words = read_some(place / "cmdline", 4096).decode(errors="replace").split("\0")
+                    command = " ".join(words[:3]).strip()[:200]
+                    return {"pid": int(place.name), "command": command, "unit": process(int(place.name))["unit"]}
+    return {"pid": -1 if late else 0, "command": _whose(sockets), "unit": None}
+
+
+def _uid(process: Path) -> int:
+    with suppress(OSError):
+        return process.stat().st_uid
+    return -1
+
+
+def _whose(sockets: dict[str, int]) -> str:
+    uid = min(sockets.values(), default=-1)
+    with suppress(KeyError):
+        return f"a process of {pwd.getpwuid(uid).pw_name}" if sockets else "a process of somebody's"
+    return f"a process of user {uid}"

@@ -304,10 +304,10 @@ def _descriptor(folder: int) -> Iterator[Path]:
 
 
 def real(path: Path | str) -> Path:
-    """Where a path leads, links followed; raises OSError for a chain of them that has no end (3.12 and older recurse)."""
+    """Where a path leads, links followed; raises OSError for a chain of them without an end."""
     try:
         return Path(os.path.realpath(path))
-    except RecursionError:
+    except RecursionError:  # 3.12 and older
         raise OSError(errno.ELOOP, "links lead to links without an end", str(path)) from None
 
 

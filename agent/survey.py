@@ -8,14 +8,17 @@ import pwd
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from agent.facts import port_holder
-from agent.files import Json, mounts, read_some, read_text, walk
+from agent.files import LEVELS, Fault, Json, branches, mounts, read_some, read_text, real, run
+from agent.parts import forked
 from agent.services import UNITS, WRITTEN
 from agent.site import Site
 
@@ -28,8 +31,8 @@ def survey(site: Site, path: str) -> Json:
     looked = [path] if path else _usual_places(site, units, processes)
     found: dict[str, Json] = {}
     for each in looked:
-        place = Path(os.path.realpath(Path(each).expanduser()))
-        with suppress(PermissionError):  # a home that is not for this login
+        with suppress(OSError):  # a home that is not for this login, or links without an end
+            place = real(Path(each).expanduser())
             # Hearth's own have a PART.json.
             if (place / "main.py").is_file() and (place / "comfy").is_dir() and not (place / "PART.json").exists():
                 found[str(place)] = _installation(site, place, units, processes)
@@ -117,6 +120,8 @@ def _units(site: Site) -> list[Json]:
             user, command = values.get("User", "root"), values.get("ExecStart", "").lstrip("@-:+!")
             place, argv = _started(command, values.get("WorkingDirectory", "/").lstrip("-"))
             place = os.path.expanduser(place.replace("~", f"~{user}", 1))  # noqa: PTH111  Path fails on unknown users
+            with suppress(OSError):
+                place = place and str(real(place))
             shown: dict[str, str] = {}
             if Path("/run/systemd/system").is_dir():
                 ask = ["systemctl", "show", path.name, "--property=ActiveState,UnitFileState"]
@@ -126,7 +131,7 @@ def _units(site: Site) -> list[Json]:
                 "name": path.name,
                 "path": str(path),
                 "aside": folder == site.state / "adopted",
-                "place": place and os.path.realpath(place),
+                "place": place,
                 "argv": argv,
                 "program": command.split(" ")[0],
                 "user": user,
@@ -181,12 +186,12 @@ def all_processes() -> list[Json]:
     found: list[Json] = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, KeyError):
-            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            words = read_some(folder / "cmdline", 32_768).decode(errors="replace").split("\0")[:-1]
             number = next((number for number, word in enumerate(words) if word.endswith("main.py")), 0)
             if not number:
                 continue
-            unit = re.search(r"/system\.slice/([^/\n]+\.service)", (folder / "cgroup").read_text())
-            place = Path(os.path.realpath((folder / "cwd").readlink() / words[number]))
+            unit = re.search(r"/system\.slice/([^/\n]+\.service)", read_text(folder / "cgroup"))
+            place = real((folder / "cwd").readlink() / words[number])
             found.append(
                 {
                     "pid": int(folder.name),
@@ -214,12 +219,12 @@ _SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", 
 _SHARED = ("/", "/home", "/media", "/mnt", "/opt", "/srv", "/tmp", "/var", "/var/lib", "/var/tmp")  # noqa: S108
 
 
-def _foreign(real: Path, owners: set[int]) -> str:
+def _foreign(folder: Path, owners: set[int]) -> str:
     """Why a folder is not ComfyUI's to take, though a flag or a link names it; empty when it may be taken."""
     homes = {entry.pw_dir for entry in pwd.getpwall()}
-    if str(real) in (*_SHARED, *_SYSTEM, *homes) or str(real).startswith(tuple(f"{each}/" for each in _SYSTEM)):
+    if str(folder) in (*_SHARED, *_SYSTEM, *homes) or str(folder).startswith(tuple(f"{each}/" for each in _SYSTEM)):
         return "it is the system's, or somebody's home"
-    owner = real.stat().st_uid
+    owner = folder.stat().st_uid
     return "" if owner in owners else f"it belongs to user {owner}, who neither owns nor runs this ComfyUI"
 
 
@@ -229,34 +234,52 @@ def _folder(place: Path, data: Path, owners: set[int]) -> Json:
     What is in a link's target or a mount is not counted: it may be a network's. `foreign` says why it is nobody's of
     `owners`, those who own or run the installation.
     """
-    real = Path(os.path.realpath(place))
+    folder = real(place)
     kind = "link" if place.is_symlink() else "folder" if place.is_dir() else "missing"
-    found: Json = {"place": str(place), "real": str(real), "kind": kind, "mount": {}, "rename": False}
+    found: Json = {"place": str(place), "real": str(folder), "kind": kind, "mount": {}, "rename": False}
     found |= {"bytes": 0, "files": 0, "owner": "", "people": [], "links": {}, "mounts": [], "foreign": ""}
-    if not real.is_dir():
+    if not folder.is_dir():
         return found
-    if why := _foreign(real, owners):
+    if why := _foreign(folder, owners):
         return {**found, "foreign": why}
     listed = mounts()
-    mount = _mount_of(real, listed)
-    status = real.stat()
+    mount = _mount_of(folder, listed)
+    status = folder.stat()
     with suppress(KeyError):
         found["owner"] = pwd.getpwuid(status.st_uid).pw_name
         found["people"] = [found["owner"]] if status.st_uid >= 1000 else []
         found["people"] += grp.getgrgid(status.st_gid).gr_mem
     found["mount"] = mount
-    found["mounts"] = [each for each in listed if each["point"].startswith(f"{real}/")]
-    if kind == "folder" and mount["point"] != str(real) and not found["mounts"]:
+    found["mounts"] = [each for each in listed if each["point"].startswith(f"{folder}/")]
+    if kind == "folder" and mount["point"] != str(folder) and not found["mounts"]:
         there = next(path for path in (data, *data.parents) if path.exists()).resolve()
         found["rename"] = mount == _mount_of(there, listed) and status.st_dev == there.stat().st_dev
-        for name, each in walk(real):
-            found["files"] += 1
-            found["bytes"] += each.st_size
-            if stat.S_ISLNK(each.st_mode) and len(found["links"]) < 100:
-                found["links"][name] = target = str((real / name).readlink())
-                if target.startswith("/") and (far := _mount_of(Path(target), listed)) not in (mount, *found["mounts"]):
-                    found["mounts"].append(far)
+        found["foreign"] = _count(folder, found)
+        far = (_mount_of(Path(each), listed) for each in found["links"].values() if each.startswith("/"))
+        found["mounts"] += [each for each in {each["point"]: each for each in far}.values() if each != mount]
     return found
+
+
+COUNT_SECONDS = 120
+"""For looking at the files of a folder: 60,000 take a second."""
+
+
+def _count(folder: Path, found: Json) -> str:
+    """Add up the files of a tree and note its links; answers why it is no tree of ComfyUI's, if it is none."""
+    end = time.monotonic() + COUNT_SECONDS
+    for name, place in branches(folder):
+        if name.count("/") == LEVELS:
+            return f"it has {LEVELS} folders in each other: {folder}/{name}"[:1000]
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if time.monotonic() > end:
+                    return f"looking at its files takes more than {COUNT_SECONDS} s: {folder}/{name}"[:1000]
+                if not entry.is_dir(follow_symlinks=False):
+                    found["files"] += 1
+                    found["bytes"] += entry.stat(follow_symlinks=False).st_size
+                    if entry.is_symlink() and len(found["links"]) < 100:
+                        found["links"][f"{name}{entry.name}"] = str(Path(entry).readlink())
+    return ""
 
 
 def _mount_of(path: Path, mounts: list[Json]) -> Json:
@@ -279,7 +302,36 @@ def _nodes(folder: Path) -> list[Json]:
 
 
 def _repository(place: Path) -> Json:
-    """Where a tree comes from, its commit, and which of its files were edited (None: nobody can tell)."""
+    """Where a tree comes from, its commit, and which of its files were edited (None: nobody can tell).
+
+    Found out as its owner: what lies in it may lead anywhere, and git is not made for what is hostile.
+    """
+    try:
+        return _as_owner(place, _read_repository, place)
+    except (OSError, Fault):
+        return {"url": "", "commit": "", "edited": None}
+
+
+def _as_owner(place: Path, work: Callable[..., Json], *given: Any) -> Json:
+    """Do work as whom a folder belongs to, where this is root and that one is not; raises as `forked` does."""
+    owner = place.stat().st_uid
+    if os.geteuid() or not owner:
+        return work(*given)
+
+    def lowered() -> Json:
+        group = 65534
+        with suppress(KeyError):
+            group = pwd.getpwuid(owner).pw_gid
+        os.setgroups([])
+        os.setresgid(group, group, group)
+        os.setresuid(owner, owner, owner)
+        return work(*given)
+
+    found: Json = forked(lowered, seconds=GIT_SECONDS + 5)()
+    return found
+
+
+def _read_repository(place: Path) -> Json:
     folder = place / ".git"
     if folder.is_file():
         folder = place / read_text(folder).partition("gitdir:")[2].strip()
@@ -295,23 +347,30 @@ def _repository(place: Path) -> Json:
     return {"url": url, "commit": commit, "edited": _edited(place, folder, commit) if commit else None}
 
 
+GIT_SECONDS, INDEX = 60, 50_000_000
+"""For git to compare a tree with its commit, and bytes of an index: a node of 100,000 files has ten million."""
+
+
 def _edited(place: Path, folder: Path, commit: str) -> list[str] | None:
     """The files of a working tree that are not its commit's; None where git is missing or cannot tell.
 
     A repository's configuration can name programs, hooks and filters that git then runs: git is given a folder of
     our own, with that one's objects and a copy of its index, and sees no configuration at all.
     """
-    if not shutil.which("git"):
+    index = read_some(folder / "index", INDEX + 1)
+    if not shutil.which("git") or len(index) > INDEX:
         return None
     with tempfile.TemporaryDirectory(prefix="hearth-") as own:
         (Path(own) / "HEAD").write_text(f"{commit}\n")
         (Path(own) / "refs").mkdir()
-        (Path(own) / "index").write_bytes(read_some(folder / "index"))
+        (Path(own) / "index").write_bytes(index)
         environment = {"PATH": os.environ.get("PATH", "/usr/bin"), "GIT_DIR": own, "GIT_WORK_TREE": str(place)}
         environment |= {"GIT_OBJECT_DIRECTORY": str(folder / "objects"), "GIT_OPTIONAL_LOCKS": "0"}
         environment |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null"}
-        words = ["git", "status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=all"]
-        done = subprocess.run([*words, "--no-renames"], cwd=place, env=environment, capture_output=True)
-    if done.returncode:
-        return None
-    return [line[3:] for line in done.stdout.decode(errors="replace").split("\0") if line]
+        words = ["git", "-c", "core.fsmonitor=false", "status", "--porcelain", "-z", "--untracked-files=no"]
+        words += ["--ignore-submodules=all", "--no-renames"]
+        try:
+            said = run(words, environment, GIT_SECONDS, inherit=False, cwd=place)
+        except Fault:
+            return None
+    return [line[3:] for line in said.split("\0") if line]

@@ -9,13 +9,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from agent import asker, comfyui, cutover, facts, parts, steps, trial
+from agent import asker, comfyui, cutover, facts, mps, parts, steps, survey, trial
 from agent.files import Fault, Json, remove
 from agent.site import DATA, PROOF, UNUSED, Site
+from deploy import plan
 from tests.unit.test_agent import at, make
 from tests.unit.test_agent_files import deep, mode
+from tests.unit.test_plan import FRESH, RUNNING, spark
 
 
 @pytest.fixture
@@ -196,3 +199,68 @@ def test_who_asks_is_what_the_host_knows(monkeypatch: pytest.MonkeyPatch) -> Non
     python = os.path.realpath("/proc/self/exe")
     said = subprocess.run([python, "-S", "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert said.strip().endswith("from 192.0.2.7 (says anna@laptop)")
+
+
+# --- what processes say of themselves ------------------------------------------------------------------------------
+
+BOUNDLESS = """
+import ctypes, socket, struct, sys, time
+libc = ctypes.CDLL(None)
+libc.mmap.restype = libc.sbrk.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+size = 1 << 33
+start = libc.mmap(None, size, 1, 0x4022, -1, 0)  # PROT_READ; MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+stat = [int(each) for each in open("/proc/self/stat").read().rpartition(")")[2].split()[1:]]
+code, data, ends = stat[22:24], stat[41:43], [start, start + size] * 2
+said = struct.pack("<11QQIi", *code, *data, stat[43], libc.sbrk(ctypes.c_long(0)), stat[24], *ends, 0, 0, -1)
+place = socket.create_server(("127.0.0.1", 0))
+print(libc.prctl(35, 14, said, ctypes.c_ulong(len(said)), 0), place.getsockname()[1], flush=True)  # PR_SET_MM_MAP
+time.sleep(60)
+"""
+
+
+def test_a_process_whose_words_have_no_end_is_read_with_a_limit() -> None:
+    """A command line and variables of 8 GB, which the kernel takes from wherever a process says that they are."""
+    words = ["/usr/bin/python3", "-ISc", BOUNDLESS]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            done, port = process.stdout.readline().split()
+            assert done == "0"
+            assert facts.port_holder(int(port))["pid"] == process.pid
+            assert len(mps._environment(process.pid)) < 300_000
+            assert process.pid not in [each["pid"] for each in survey.all_processes()]
+        finally:
+            process.kill()
+
+
+def test_who_holds_a_port_is_looked_for_with_a_limit_and_then_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        port = place.getsockname()[1]
+        files = [os.open("/dev/null", os.O_RDONLY) for _ in range(100)]
+        assert facts.port_holder(port)["pid"] == os.getpid()
+        monkeypatch.setattr(facts, "HOLDER_SECONDS", 0)
+        found = facts.port_holder(port)
+        assert found["pid"] == -1
+        assert found["command"].startswith("a process of ")
+        for each in files:
+            os.close(each)
+    facts_now = msgspec.structs.replace(FRESH, port_holder=found, service=RUNNING)
+    assert "not found in time" in plan.port(spark(), facts_now)
+
+
+def test_an_mps_daemon_that_says_too_much_or_nothing_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mps, "SECONDS", 1)
+    program = tmp_path / "control"
+    for script, answer in (("cat", ["ask"]), ("exec yes", None), ("sleep 60", None), ("exit 3", None)):
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        began = time.monotonic()
+        if answer:
+            assert mps._said(str(program), "ask", "", at(tmp_path)) == answer
+        else:
+            with pytest.raises(Fault, match="does not answer"):
+                mps._said(str(program), "ask", "", at(tmp_path))
+        assert time.monotonic() - began < 5
