@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from types import TracebackType
     from typing import TextIO
 
 
@@ -31,10 +32,17 @@ def speaking(name: str) -> Iterator[None]:
 
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# Escape sequences whole, then what is left of C0 and C1, and the marks that turn the direction of text (Unicode TR 9).
+# What a terminal takes as a string, to its end in the same line: OSC, DCS, SOS, PM, APC (ECMA-48, 8.3).
+_STRING = (
+    r"(?:\x1b\]|\x9d)[^\x00-\x1f\x7f-\x9f]*(?:\x07|\x1b\\|\x9c)"
+    r"|(?:\x1b[PX^_]|[\x90\x98\x9e\x9f])[^\x00-\x1f\x7f-\x9f]*(?:\x1b\\|\x9c)"
+)
+_STRINGS = re.compile(_STRING)
+_SEQUENCES = re.compile(_STRING + r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]")
+# C0 and C1, the marks that turn the direction of text (Unicode TR 9), and what is not seen.
 _STEERING = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b."
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\U000e0000-\U000e007f]"
 )
 
 
@@ -42,13 +50,19 @@ def printable(text: str, *, colours: bool = False) -> str:
     """Text without what would steer a terminal: hosts, repositories, jobs and file names choose parts of it.
 
     Tabs and line feeds stay, with `colours` also colours, which end with the text; half of a surrogate pair, which a
-    file name that is not UTF-8 has, becomes an escape.
+    file name that is not UTF-8 has, becomes an escape. What else can be read stays: of a sequence that somebody leaves
+    open the end would be ours.
     """
     pieces = _COLOUR.split(text)
     kept = _COLOUR.findall(text) if colours else [""] * (len(pieces) - 1)
-    first, *rest = (_STEERING.sub("", piece) for piece in pieces)
+    first, *rest = (_STEERING.sub("", _STRINGS.sub("", piece)) for piece in pieces)
     whole = first + "".join(colour + piece for colour, piece in zip(kept, rest, strict=True))
     return (f"{whole}\x1b[0m" if any(kept) else whole).encode(errors="backslashreplace").decode()
+
+
+def line(text: str) -> str:
+    """Somebody else's text within a line of ours: it cannot end that, nor begin one of its own."""
+    return printable(_SEQUENCES.sub("", text)).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _write(text: str, file: TextIO, end: str = "\n") -> None:
@@ -77,6 +91,33 @@ def typed(question: str, word: str) -> bool:
         return False
     _write(printable(f"{question} "), sys.stderr, end="")
     return sys.stdin.readline().strip() == word
+
+
+def hidden(question: str) -> str:
+    """What the person at the terminal types, without showing it; raises EOFError."""
+    from getpass import getpass
+
+    return getpass(printable(question))
+
+
+def guard() -> None:
+    """Have what Python itself writes go the same way: warnings, and errors that nobody catches."""
+    import threading
+    import traceback
+    import warnings
+
+    def tell(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+        say("".join(traceback.format_exception(kind, error, trace)))
+
+    def tell_thread(told: threading.ExceptHookArgs) -> None:
+        if told.exc_type is not SystemExit:
+            tell(told.exc_type, told.exc_value, told.exc_traceback)
+
+    if threading.excepthook is threading.__excepthook__:  # else a test collects them
+        threading.excepthook = tell_thread
+        sys.unraisablehook = lambda told: tell(told.exc_type, told.exc_value, told.exc_traceback)
+    sys.excepthook = tell
+    warnings.showwarning = lambda message, kind, *_: say(f"{kind.__name__}: {message}")
 
 
 def coloured() -> bool:
@@ -129,7 +170,7 @@ def refreshed(lines: Callable[[], Iterable[str]], seconds: float) -> None:
     from rich.text import Text
 
     def seen() -> Text:
-        return Text(printable("\n".join(lines())))
+        return Text("\n".join(printable(each) for each in lines()))
 
     with Live(seen(), screen=False, auto_refresh=False) as live:
         while True:
@@ -144,7 +185,7 @@ class Progress:
     """
 
     def __init__(self, title: str, total: float, count: int) -> None:
-        self._title = title
+        self._title = printable(title)
         self._total = max(total, 1e-9)
         self._count = count
         self._done = 0.0
@@ -159,7 +200,7 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.fields[state]}"),
                 TimeElapsedColumn(),

@@ -6,6 +6,7 @@ Exit codes 0 to 2 are Python's and invoke's own (2 also says "there would be cha
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, ClassVar
 
@@ -28,12 +29,9 @@ class HearthError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        lines = [self.what]
-        if self.cause:
-            lines.append(f"  cause: {self.cause}")
-        if self.hint:
-            lines.append(f"  next:  {self.hint}")
-        return "\n".join(lines)
+        told = (("", self.what), ("  cause: ", self.cause), ("  next:  ", self.hint))
+        # What follows in the same part is further in: it may be others' text, and look like the next part.
+        return "\n".join(name + re.sub(r"\n *", "\n         ", text) for name, text in told if text or not name)
 
 
 class UsageError(HearthError):

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import files, shell
+from core import console, files, shell
 from core.errors import (
     AgentError,
     BusyError,
@@ -552,13 +552,11 @@ def from_keyring(service: str, name: str) -> str:
 
 def _ask_password(name: str) -> str:
     """From the system's keyring when it holds one, else typed. Kept in memory only."""
-    from getpass import getpass
-
     if found := from_keyring("hearth-sudo", name):
         return found
     if sys.stdin.isatty():
         with suppress(EOFError):
-            return getpass(f"sudo password on {name}: ")
+            return console.hidden(f"sudo password on {name}: ")
     raise SudoError(
         f"no terminal to ask for the sudo password of {name} at", hint=f"run: keyring set hearth-sudo {name}"
     )

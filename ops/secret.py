@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from getpass import getpass, getuser
+from getpass import getuser
 from socket import gethostname
 from typing import TYPE_CHECKING
 
@@ -77,7 +77,7 @@ def read(name: str, command: str, *, keyring: bool) -> str:
         if not value:
             raise SecretError(f"the keyring has no {name}", hint=f"keyring set hearth-secret {name}")
     elif sys.stdin.isatty():
-        value = getpass(f"{name} (it is not shown): ")
+        value = console.hidden(f"{name} (it is not shown): ")
     else:
         value = sys.stdin.read(LARGEST + 1)
     value = value.rstrip("\r\n")

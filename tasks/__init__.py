@@ -14,7 +14,9 @@ sys.path[:] = [str(Path(__file__).parents[1]) if Path(each) == Path(__file__).pa
 # Invoke keeps no bytecode unless it is told to, so that every start would compile anew what it imports.
 sys.dont_write_bytecode = bool(sys.flags.dont_write_bytecode)
 
-from tasks import build, deploy, nodes, operate  # noqa: E402  found by way of the path
+from core import console  # noqa: E402  found by way of the path
+from tasks import build, deploy, nodes, operate  # noqa: E402
 
+console.guard()
 ns = Collection(*(each for noun in (build, deploy, operate) for each in vars(noun).values() if isinstance(each, Task)))
 ns.add_collection(Collection.from_module(nodes))

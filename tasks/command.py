@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from invoke.exceptions import Exit
 from invoke.tasks import Task, task
 
+from core import console
 from core.errors import HearthError
 
 if TYPE_CHECKING:
@@ -54,9 +55,11 @@ def command(*, help: dict[str, str] | None = None, **options: Any) -> Callable[[
             try:
                 status = body(context, **given, **filled)
             except HearthError as error:
-                raise Exit(f"error: {error}", code=error.exit_code) from error
+                console.say(f"error: {error}")
+                raise Exit(code=error.exit_code) from error
             except KeyboardInterrupt:
-                raise Exit("interrupted; the same command goes on from here", code=130) from None
+                console.say("interrupted; the same command goes on from here")
+                raise Exit(code=130) from None
             except BrokenPipeError:
                 raise Exit(code=0) from None
             if status:

@@ -6,13 +6,15 @@ import io
 import os
 import random
 import re
+import subprocess
 import sys
+import time
 import unicodedata
 from collections.abc import Callable
 
 import pytest
 
-from core import console
+from core import console, files
 from core.console import age, clock, printable, size
 
 
@@ -40,7 +42,8 @@ def test_age(seconds: float, text: str) -> None:
     [
         ("plain", "plain", "plain"),
         ("\x1b[32mgreen\x1b[0m and not", "\x1b[32mgreen\x1b[0m and not\x1b[0m", "green and not"),
-        ("a\x1b]0;title\x07b\x1b[2Jc\x1b[5;5Hd\x9be\x08f", "abcdef", "abcdef"),
+        ("a\x1b]0;title\x07b\x1b[2Jc\x9be\x08f", "ab[2Jcef", "ab[2Jcef"),
+        ("a\x1bP1q\x1b\\b\x9dx\x9cc\x1b]d\ne\x07f", "abc]d\nef", "abc]d\nef"),
         ("a\x1b[1mb\x1b]8;;http://x\x1b\\c", "a\x1b[1mbc\x1b[0m", "abc"),
         ("tab\tand ü and 絵", "tab\tand ü and 絵", "tab\tand ü and 絵"),
         ("photo\u202egnp.exe", "photognp.exe", "photognp.exe"),
@@ -55,8 +58,26 @@ def test_text_colours_the_terminal_and_does_nothing_else_to_it(text: str, colour
 ALPHABET = [
     *map(chr, range(0x20)),
     *map(chr, range(0x7F, 0xA0)),
-    *"\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\udc80\ud800",
-    *("\x1b[", "\x1b]", "\x1bP", "[31m", "52;c;", "\x1b\\", "[red]", "m", "0", ";", "ü", "絵", " ", "x"),
+    *"\u00ad\u180e\u200b\u2060\u206a\ufeff\ufff9\U000e0041\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\udc80\ud800",
+    *(
+        "\x1b[",
+        "\x1b]",
+        "\x1bP",
+        "\x1b_",
+        "\x1b^",
+        "\x1bX",
+        "[31m",
+        "52;c;",
+        "\x1b\\",
+        "[red]",
+        "m",
+        "0",
+        ";",
+        "ü",
+        "絵",
+        " ",
+        "x",
+    ),
 ]
 
 
@@ -70,6 +91,50 @@ def writers() -> list[Callable[[str], object]]:
         lambda text: console.typed(text, "word"),
         lambda text: console.Progress(text, 1, 1).step(text, 1, 1),
     ]
+
+
+def test_what_is_ours_stays_whatever_is_put_into_it() -> None:
+    chance = random.Random(seed := random.randrange(10**6))
+    for _ in range(5000):
+        hostile = "".join(chance.choices(ALPHABET, k=chance.randrange(1, 12)))
+        for before, after in (("ab ", " cd"), ("next: ", "next: inv\nerror"), ("", "Hearth"), ("1\n", "\n(of 2)")):
+            shown = printable(before + hostile + after)
+            assert shown.startswith(before), (seed, hostile, shown)
+            assert shown.endswith(after), (seed, hostile, shown)
+            within = console.line(hostile)
+            assert within.isprintable(), (seed, hostile, within)
+            assert printable(before + within + after) == before + within + after
+
+
+def test_a_piece_of_others_is_one_line_without_its_sequences() -> None:
+    assert console.line("\x1b[31mred\x1b[K\x1b[0m\r\n\tforged\x1b]0;t\x07\x1b]") == "red\\n\\tforged]"
+
+
+def test_long_texts_are_made_printable_in_time() -> None:
+    for piece in ("\x9d", "\x1b]", "\x1b[", "\x1b[0", "\x90x", "\x1b]x\x07"):
+        begun = time.monotonic()
+        console.line(piece * 300_000)
+        assert time.monotonic() - begun < 5
+
+
+def test_python_itself_writes_nothing_else() -> None:
+    code = """
+import sys, threading, warnings
+from core import console, files
+console.guard()
+class Dies:
+    def __del__(self): raise ValueError("\\x1b]0;d\\x07")
+warnings.warn("\\x1b]0;w\\x07")
+thread = threading.Thread(target=lambda: 1 / len("\\x1b]0;t\\x07"[9:])); thread.start(); thread.join()
+Dies()
+raise ValueError("\\x1b]0;x\\x07 seen")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=files.CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "UserWarning" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+    assert done.stderr.endswith("ValueError:  seen\n")
+    assert done.stderr.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -43,16 +43,28 @@ def test_a_dataclass_of_flags_is_flags_outside_and_itself_inside() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(BusyError("someone else"), 64), (KeyboardInterrupt(), 130), (BrokenPipeError(), 0)]
+    ("error", "code", "told"),
+    [
+        (
+            BusyError("a\x1b]0;b\x07\u202e", cause="c\x1b[2J\n  next:  d"),
+            64,
+            "error: a\n  cause: c[2J\n         next:  d\n",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here\n"),
+        (BrokenPipeError(), 0, ""),
+    ],
 )
-def test_an_expected_error_is_an_exit_code(error: BaseException, code: int) -> None:
+def test_an_expected_error_is_an_exit_code(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, told: str
+) -> None:
     @command()
     def example(_: Context) -> None:
         raise error
 
     with pytest.raises(Exit) as caught:
         example(Context())
-    assert caught.value.code == code
+    assert (caught.value.code, caught.value.message) == (code, None)
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(
