@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from core import files
 pytestmark = pytest.mark.skipif(confine.abi() < 4, reason="this kernel has no Landlock with rules for TCP (Linux 6.7)")
 
 PROBE = """
-import json, os, socket, sys
+import ctypes, json, os, platform, resource, signal, socket, struct, sys
 home, data, port = sys.argv[1:]
+libc = ctypes.CDLL(None, use_errno=True)
+A, TFO = ("127.0.0.1", int(port)), 0x20000000
 told = {}
 def attempt(name, act):
     try:
@@ -30,16 +33,24 @@ def attempt(name, act):
         told[name] = error.strerror
 def tcp(there):
     socket.create_connection(("127.0.0.1", int(there)), 2).close()
+def call(name, *words):
+    done = getattr(libc, name)(*words)
+    if done == -1:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return done
+def fork(flags):
+    if call("syscall", 56 if platform.machine() == "x86_64" else 220, flags | signal.SIGCHLD, 0, 0, 0, 0) == 0:
+        os._exit(0)
 parent = os.getppid()
 for name, act in {
     "read the system": lambda: open("/etc/hostname").read(),
     "read a home": lambda: open(f"{home}/secret").read(),
     "list a home": lambda: ",".join(os.listdir(home)),
     "write a home": lambda: open(f"{home}/new", "w").close(),
-    "write the data": lambda: open(f"{data}/new", "w").close(),
-    "read by a link": lambda: os.path.lexists(f"{data}/link") or os.symlink(f"{home}/secret", f"{data}/link")
-        or open(f"{data}/link").read(),
-    "rename out": lambda: os.rename(f"{data}/new", f"{home}/new"),
+    "write the data": lambda: open(f"{data}/input/new", "w").close(),
+    "read by a link": lambda: os.symlink(f"{home}/secret", f"{data}/input/link")
+        or open(f"{data}/input/link").read(),
+    "rename out": lambda: os.rename(f"{data}/input/new", f"{home}/new"),
     "read the parent's variables": lambda: open(f"/proc/{parent}/environ").read(),
     "see by the parent": lambda: open(f"/proc/{parent}/root{home}/secret").read(),
     "signal the parent": lambda: os.kill(parent, 0),
@@ -59,6 +70,42 @@ for name, act in {
     "shared memory": lambda: (open("/dev/shm/hearth-test", "w").close(), os.unlink("/dev/shm/hearth-test"))[1],
     "run a program": lambda: os.system("true") and None,
     "become root again": lambda: os.setuid(0),
+    "MPTCP": lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262).close(),
+    "SCTP": lambda: socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 132).close(),
+    "DCCP": lambda: socket.socket(socket.AF_INET, 6, 33).close(),
+    "ICMP": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM, 1).close(),
+    "AF_VSOCK": lambda: socket.socket(40, socket.SOCK_STREAM).close(),
+    "AF_ALG": lambda: socket.socket(38, socket.SOCK_SEQPACKET).close(),
+    "routes": lambda: socket.socket(16, socket.SOCK_RAW).close(),
+    "other sockets by netlink": lambda: socket.socket(16, socket.SOCK_RAW, 4).close(),
+    "AF_UNIX pair of datagrams": lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].close(),
+    "connect by sendto": lambda: socket.socket().sendto(b"x", TFO, A),
+    "connect by sendmsg": lambda: socket.socket().sendmsg([b"x"], [], TFO, A),
+    "connect by a first write": lambda: socket.socket().setsockopt(6, 30, 1),
+    "a socket of another protocol": lambda: socket.socket().setsockopt(6, 31, b"smc"),
+    "no delay": lambda: socket.socket().setsockopt(6, 1, 1),
+    "limit the parent": lambda: resource.prlimit(parent, resource.RLIMIT_CORE, (0, 0)),
+    "limit itself": lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),
+    "slow the parent": lambda: os.setpriority(os.PRIO_PROCESS, parent, 1),
+    "slow all of the login": lambda: os.setpriority(os.PRIO_USER, 0, 1),
+    "slow itself": lambda: os.setpriority(os.PRIO_PROCESS, 0, 19),
+    "move the parent": lambda: os.sched_setaffinity(parent, {0}),
+    "move itself": lambda: os.sched_setaffinity(0, os.sched_getaffinity(0)),
+    "schedule the parent": lambda: os.sched_setscheduler(parent, os.SCHED_BATCH, os.sched_param(0)),
+    "signal everybody": lambda: os.kill(-1, 0),
+    "hold the parent": lambda: os.close(os.pidfd_open(parent)),
+    "signal by a pidfd": lambda: signal.pidfd_send_signal(os.open(f"/proc/{parent}", os.O_RDONLY), 0),
+    "shared memory by a key": lambda: call("shmget", 0x4845, 4096, 0o1600),
+    "a message queue": lambda: call("mq_open", b"/hearth", 0o102, 0o600, None),
+    "a namespace": lambda: call("unshare", 0x10000000),
+    "a process in a namespace": lambda: fork(0x10000000),
+    "a process": lambda: fork(0),
+    "others' shared memory": lambda: str(os.listdir("/dev/shm")),
+    "a terminal": lambda: os.close(os.open("/dev/ptmx", os.O_RDWR)),
+    "another device": lambda: os.close(os.open("/dev/kmsg", os.O_RDONLY)),
+    "no device": lambda: (open("/dev/null", "w").close(), open("/dev/urandom", "rb").read(1))[0],
+    "take a folder of the data away": lambda: os.rmdir(f"{data}/models"),
+    "put something into the data itself": lambda: open(f"{data}/out", "w").close(),
 }.items():
     attempt(name, act)
 told["secret"] = os.environ.get("SECRET", "")
@@ -71,6 +118,12 @@ KEPT_FROM = {
     "read a home", "list a home", "write a home", "read by a link", "rename out", "read the parent's variables",
     "see by the parent", "signal the parent", "AF_UNIX stream", "AF_UNIX datagram", "a packet socket",
     "connect to another port", "listen at another port", "set the kernel", "write the parent's memory",
+    "MPTCP", "SCTP", "DCCP", "ICMP", "AF_VSOCK", "AF_ALG", "other sockets by netlink", "AF_UNIX pair of datagrams",
+    "connect by sendto", "connect by sendmsg", "connect by a first write", "a socket of another protocol",
+    "limit the parent", "slow the parent", "slow all of the login", "move the parent", "schedule the parent",
+    "signal everybody", "hold the parent", "signal by a pidfd", "shared memory by a key", "a message queue",
+    "a namespace", "a process in a namespace", "others' shared memory", "a terminal", "another device",
+    "take a folder of the data away", "put something into the data itself",
 }  # fmt: skip
 
 
@@ -80,28 +133,29 @@ def port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def tell(place: Path, port: int, user: int, **spec: Any) -> dict[str, str]:
-    """What the probe tells, confined, run by a user."""
+def tell(place: Path, port: int, user: int = 0, code: str = PROBE, abi: int = 0, **spec: Any) -> dict[str, str]:
+    """What the probe tells, confined, run by a user; on a kernel with an older Landlock where one is named."""
     home, data = place / "home", place / "data"
     for folder in (home, data, place / "secrets"):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
     (home / "secret").write_text("private")
     (place / "secrets/SECRET").write_text("told to it alone")
-    shutil.copytree(files.CHECKOUT / "agent", place / "code/agent")
+    shutil.copytree(files.CHECKOUT / "agent", place / "code/agent", dirs_exist_ok=True)
     for path in (place, *place.rglob("*")):
-        os.chown(path, user, user)
-    told = {"read": [], "write": [str(data)], "bind": [], "connect": [port], "udp": True}
+        os.chown(path, user, user, follow_symlinks=False)
+    told: dict[str, Any] = {"read": [], "write": [f"{data}/*"], "bind": [], "connect": [port], "udp": True}
     told |= {"secrets": ["SECRET"], "folder": str(place / "secrets"), **spec}
     start = f"import sys, json; sys.path.insert(0, {str(place / 'code')!r}); from agent import confine; "
+    start += f"confine.abi = lambda: {abi}; " if abi else ""
     start += "confine.main(json.loads(sys.argv[1]), sys.argv[2:])"
     python = "/usr/bin/python3" if user else os.path.realpath(sys.executable)  # root's own may lie in a closed folder
-    command = [python, "-I", "-S", "-c", PROBE, str(home), str(data), str(port)]
+    command = [python, "-I", "-S", "-c", code, str(home), str(data), str(port)]
     lowered = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
     done = subprocess.run(
         [*lowered, python, "-I", "-S", "-B", "-c", start, json.dumps(told), *command],
         capture_output=True,
         text=True,
-        env={"PATH": "/usr/bin:/bin", "PRIVATE": "x", "TMPDIR": str(data / "tmp")},
+        env={**told.pop("more", {}), "PATH": "/usr/bin:/bin", "PRIVATE": "x", "TMPDIR": str(data / "cache/tmp")},
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -130,8 +184,8 @@ def test_it_reads_the_system_writes_its_data_and_gets_no_further(user: int, port
 
 
 def test_offline_means_no_datagrams_either(tmp_path: Path, port: int) -> None:
-    told = tell(tmp_path, port, 0, udp=False, connect=[])
-    assert told["UDP"] == "Operation not permitted"
+    told = tell(tmp_path, port, udp=False, connect=[])
+    assert told["UDP"] == told["MPTCP"] == told["connect by sendto"] == "Operation not permitted"
     assert told["connect to an allowed port"] == "Permission denied"
 
 
@@ -142,3 +196,221 @@ def test_secrets_alone_confine_nothing(tmp_path: Path) -> None:
     words = [sys.executable, "-c", code, sys.executable, "-c", "import os; print(os.environ['TOKEN'])"]
     env = {"PATH": "/usr/bin:/bin", "CREDENTIALS_DIRECTORY": str(tmp_path), "PYTHONPATH": str(files.CHECKOUT)}
     assert subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout == "x\n"
+
+
+WORKS = """
+import asyncio, concurrent.futures, json, multiprocessing, os, shutil, socket, subprocess, sys, tempfile, threading
+from multiprocessing import shared_memory
+data = sys.argv[2]
+async def started():
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", "print(1)", stdout=-1)
+    return (await process.communicate())[0].decode().strip()
+def squares():
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map(abs, [-2])
+def shared():
+    one = shared_memory.SharedMemory(create=True, size=4096)
+    other = shared_memory.SharedMemory(one.name)
+    one.buf[0] = 7
+    found = other.buf[0]
+    other.close(), one.close(), one.unlink()
+    return found
+def temporary():
+    shutil.rmtree(f"{data}/temp", ignore_errors=True)  # as ComfyUI begins
+    os.makedirs(f"{data}/temp", exist_ok=True)
+    return tempfile.mkdtemp()
+def ran():
+    found = []
+    one = threading.Thread(target=lambda: found.append(1))
+    one.start(), one.join()
+    return found
+told = {}
+for each in (lambda: asyncio.run(started()), squares, shared, temporary, ran,
+             lambda: socket.getaddrinfo("localhost", 80), lambda: subprocess.run(["true"]).returncode,
+             lambda: socket.if_nameindex()):
+    told[f"{each.__name__} {len(told)}"] = str(each())
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.parametrize("abi", [0, 1, 2])
+def test_what_comfyui_does_works_confined(tmp_path: Path, port: int, abi: int) -> None:
+    told = tell(tmp_path, port, code=WORKS, abi=abi)
+    assert told.pop("temporary 3").startswith(str(tmp_path / "data/cache/tmp"))
+    assert [told.pop(f"{each}") for each in ("<lambda> 0", "squares 1", "shared 2", "ran 4")] == [
+        "1",
+        "[2]",
+        "7",
+        "[1]",
+    ]
+    assert all(told.values())
+
+
+READS = """
+import json, os, sys
+told = {}
+def attempt(path, flags):
+    try:
+        os.close(os.open(path, flags))
+        return "done"
+    except OSError as error:
+        return "refused"
+for path in os.environ.get("LOOK", "").split() or [sys.argv[1] + "/secret"]:
+    told[path] = f"{attempt(path, os.O_RDONLY)} {attempt(path, os.O_WRONLY)} {attempt(path, os.O_RDONLY | os.O_TRUNC)}"
+try:
+    os.truncate(sys.argv[1] + "/secret", 0)
+except OSError:
+    pass
+print(json.dumps(told))
+"""
+SHUT = "refused refused refused"
+
+
+@pytest.mark.parametrize("abi", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("write", "read", "at"),
+    [
+        (["data"], ["data/models"], "data/models"),
+        (["data"], ["data/models/loras"], "data/models"),
+        (["data", "data/output"], [], "data/output"),
+        (["data/output", "data"], [], "data/output"),
+        (["data", "data/a/b/../output"], [], "data/a"),
+        (["data/*"], [], "data/input"),
+        (["data/*"], ["data/input/more"], "data/input/more"),
+        (["data/*", "data/cache/out"], [], "data/cache/out"),
+        (["data"], [], "data/cache/tmp"),  # TMPDIR
+    ],
+)
+def test_a_link_that_it_may_have_made_opens_nothing(
+    tmp_path: Path, port: int, write: list[str], read: list[str], at: str, abi: int
+) -> None:
+    """What was confined replaces a folder by a link, and a rule of the next start is for where that leads."""
+    (tmp_path / "home/loras").mkdir(parents=True)
+    (tmp_path / at).parent.mkdir(parents=True)
+    (tmp_path / at).symlink_to(tmp_path / "home")
+    spec: dict[str, Any] = {"write": [f"{tmp_path}/{each}" for each in write]}
+    spec |= {"read": [f"{tmp_path}/{each}" for each in read]}
+    assert tell(tmp_path, port, code=READS, abi=abi, **spec) == {f"{tmp_path}/home/secret": SHUT}
+    assert (tmp_path / "home/secret").read_text() == "private"
+    assert sorted(each.name for each in (tmp_path / "home").iterdir()) == ["loras", "secret"]
+
+
+def test_no_folder_is_made_through_a_link(tmp_path: Path, port: int) -> None:
+    for folder in ("home", "data"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data/cache").symlink_to(tmp_path / "home")
+    tell(tmp_path, port, code=READS, write=[str(tmp_path / "data")])
+    assert [each.name for each in (tmp_path / "home").iterdir()] == ["secret"]
+
+
+@pytest.mark.parametrize("abi", [0, 1, 2])
+def test_models_that_somebody_linked_to_a_disk_are_read(tmp_path: Path, port: int, abi: int) -> None:
+    model = tmp_path / "disk/models/a.safetensors"
+    model.parent.mkdir(parents=True)
+    model.touch()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/models").symlink_to("../disk/models")
+    look = [str(model), f"{tmp_path}/data/models/a.safetensors"]
+    spec: dict[str, Any] = {"read": [f"{tmp_path}/data/models"], "more": {"LOOK": " ".join(look)}}
+    told = tell(tmp_path, port, code=READS, abi=abi, **spec)
+    assert told == dict.fromkeys(look, "done refused refused")
+
+
+@pytest.mark.parametrize("abi", [0, 1, 2])
+def test_no_rule_opens_what_holds_the_secrets(tmp_path: Path, port: int, abi: int) -> None:
+    """Neither what the host names nor a folder of the system's that it was installed to."""
+    for name in ("home/prefix/secrets", "home/prefix/state", "home/prefix/models", "home/more"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x").touch()
+    look = [f"{tmp_path}/home/{name}/x" for name in ("prefix/secrets", "prefix/state", "prefix/models", "more")]
+    folder = f"{tmp_path}/home/prefix/secrets"
+    spec: dict[str, Any] = {"folder": folder, "secrets": [], "more": {"LOOK": " ".join(look)}, "abi": abi}
+    for key, path in (("read", "home"), ("write", "home/prefix"), ("write", "home/prefix/secrets")):
+        spec[key] = [f"{tmp_path}/{path}"]
+        assert tell(tmp_path, port, code=READS, **spec) == dict.fromkeys(look, SHUT)
+    around = set(confine._around(f"{tmp_path}/home", {Path(folder), Path(folder).parent / "state"}))
+    assert around == {f"{tmp_path}/home/{name}" for name in ("secret", "more", "prefix/models")}
+    assert confine._closed(spec) >= {Path(folder), Path(folder).parent / "state", Path("/root")}
+
+
+def test_of_a_python_in_the_home_folder_its_own_files_are_opened(tmp_path: Path) -> None:
+    own = ("bin/python3.12", "lib/python3.12", "lib/libpython3.12.so.1.0", "include/python3.12")
+    others = ("share/keyrings", "lib/python3.11", "lib/systemd", "bin/hearth", "include/x")
+    for name in (*own, *others):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "env").symlink_to("bin/python3.12")
+    assert {str(Path(each).relative_to(tmp_path)) for each in confine._python(str(tmp_path / "env"))} == set(own)
+    assert confine._python("/usr/bin/env") == []
+
+
+X86, ARM = 0xC000003E, 0xC00000B7
+
+
+def answer(program: bytes, arch: int, number: int, *arguments: int) -> int:
+    """What a seccomp filter answers to a call: the error's number, 0 when it is allowed (a machine of classic BPF)."""
+    words = struct.pack("<iIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
+    held = at = 0
+    while True:
+        code, yes, no, value = struct.unpack_from("<HBBI", program, 8 * at)
+        at += 1
+        if code == confine._RETURN:
+            return 0 if value == confine._ALLOW else value & 0xFFFF
+        if code == confine._LOAD:
+            held = struct.unpack_from("<I", words, value)[0]
+        elif code == confine._AND:
+            held &= value
+        else:
+            at += yes if (held == value if code == confine._EQUAL else held >= value) else no
+
+
+@pytest.mark.parametrize(
+    ("x86", "arm", "arguments", "error"),
+    [
+        (41, 198, (2, 1 | 0o2004000, 6), 0),  # TCP with SOCK_CLOEXEC and SOCK_NONBLOCK
+        (41, 198, (2, 1 | 0o2004000, 262), 1),
+        (41, 198, (10 | 1 << 32, 2, 0), 0),  # the kernel takes an int of it
+        (41, 198, (2, 3, 255), 1),
+        (41, 198, (17, 3, 768), 1),
+        (53, 199, (1, 1 | 0o2004000, 0), 0),
+        (53, 199, (1, 2 | 0o2000000, 0), 1),
+        (53, 199, (30, 5, 0), 1),  # AF_TIPC
+        (44, 206, (3, 0, 1, 0x4000), 0),  # MSG_NOSIGNAL
+        (44, 206, (3, 0, 1, 0x20004000), 1),
+        (307, 269, (3, 0, 1, 0x20000000), 1),
+        (54, 208, (3, 6, 30), 1),
+        (54, 208, (3, 1, 30), 0),
+        (56, 220, (0x3D0F00,), 0),  # a thread
+        (56, 220, (0x40000011,), 1),
+        (435, 435, (), 38),
+        (302, 261, (0, 7), 0),
+        (302, 261, (77, 7), 1),
+        (141, 140, (2, 0, 19), 1),
+        (251, 30, (1, 77, 0), 1),
+        (62, 129, (77, 9), 0),  # of whom, no filter can tell
+        (62, 129, (-1 & 0xFFFFFFFF, 9), 1),
+        *((number, number, (), 1) for number in (424, 425, 434, 438, 440, 448)),
+        (30, 196, (), 1),
+        (101, 117, (), 1),
+        (308, 268, (), 1),
+        (0, 63, (), 0),  # read
+    ],
+)
+def test_the_filter_knows_the_calls_of_both_architectures(
+    x86: int, arm: int, arguments: tuple[int, ...], error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for machine, arch, number in (("x86_64", X86, x86), ("aarch64", ARM, arm)):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        program = confine.filtered(udp=True, version=6)
+        assert answer(program, arch, number, *arguments) == error
+        assert answer(program, X86 + ARM - arch, number, *arguments) == 1
+        assert answer(program, 0x40000003, number, *arguments) == 1  # i386
+        assert answer(program, arch, 0x40000000 | number, *arguments) == 1  # x32
+        assert len(program) < 8 * 4096  # BPF_MAXINSNS
+
+
+def test_what_an_old_landlock_lets_be_emptied_the_filter_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    old, new = (confine.filtered(udp=True, version=version) for version in (2, 3))
+    for number, arguments, error in ((76, (0, 0), 1), (2, (0, 0x200), 1), (257, (0, 0, 0x203), 1), (437, (), 38)):
+        assert (answer(old, X86, number, *arguments), answer(new, X86, number, *arguments)) == (error, 0)
+    assert answer(old, X86, 257, 0, 0, 0x241) == 0  # to write a new file
