@@ -33,12 +33,10 @@ def speaking(name: str) -> Iterator[None]:
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # What a terminal takes as a string, to its end in the same line: OSC, DCS, SOS, PM, APC (ECMA-48, 8.3).
-_STRING = (
+_STRINGS = re.compile(
     r"(?:\x1b\]|\x9d)[^\x00-\x1f\x7f-\x9f]*(?:\x07|\x1b\\|\x9c)"
     r"|(?:\x1b[PX^_]|[\x90\x98\x9e\x9f])[^\x00-\x1f\x7f-\x9f]*(?:\x1b\\|\x9c)"
 )
-_STRINGS = re.compile(_STRING)
-_SEQUENCES = re.compile(_STRING + r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]")
 # C0 and C1, the marks that turn the direction of text (Unicode TR 9), and what is not seen.
 _STEERING = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
@@ -61,8 +59,8 @@ def printable(text: str, *, colours: bool = False) -> str:
 
 
 def line(text: str) -> str:
-    """Somebody else's text within a line of ours: it cannot end that, nor begin one of its own."""
-    return printable(_SEQUENCES.sub("", text)).replace("\n", "\\n").replace("\t", "\\t")
+    """Text of one line, whatever others have put into it: it cannot begin one that looks like ours."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _write(text: str, file: TextIO, end: str = "\n") -> None:

@@ -458,7 +458,7 @@ def reach(names: Sequence[str], *, ask_sudo: bool = False) -> None:
         except HearthError as error:
             console.say(f"{name}: {error}")
             return error
-        console.say(f"{name}: reached, {found.os}, {found.machine}, release {found.current or 'none'}")
+        console.say(console.line(f"{name}: reached, {found.os}, {found.machine}, release {found.current or 'none'}"))
         return None
 
     with ThreadPoolExecutor(max_workers=8) as pool:
@@ -545,9 +545,9 @@ def show(planned: Plan) -> None:
     if not planned.steps:
         console.say(f"nothing to do: release {planned.release} is in service")
     for step in planned.steps:
-        console.say(f"  + {step.title}  ({step.why})")
+        console.say(console.line(f"  + {step.title}  ({step.why})"))
     for note in planned.notes:
-        console.say(f"  note: {note}")
+        console.say(console.line(f"  note: {note}"))
 
 
 def _refuse(planned: Plan, what: str) -> None:
@@ -679,10 +679,10 @@ def _follow(agent: Agent, run: str) -> tuple[str, ...]:
     notes: list[str] = []
     for event in agent.stream("follow", run=run):
         if event["event"] == "step":
-            console.say(f"-> {event['title']}")
+            console.say(console.line(f"-> {event['title']}"))
         elif event["event"] == "note":
             notes.append(event["text"])
-            console.say(f"   {event['text']}")
+            console.say(console.line(f"   {event['text']}"))
         elif event["event"] == "end":
             if event["fault"]:
                 raise connection.error_of(event["fault"])

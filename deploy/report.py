@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from deploy.nodes import Catalogue
 
 
+def _say(text: str) -> None:
+    """A line with words of hosts and repositories in it."""
+    console.data(console.line(text))
+
+
 def outcomes(results: Sequence[Outcome], *, as_json: bool, dry_run: bool) -> int:
     """How a deploy or rollback ended, host by host; returns 2 when a dry run would change anything."""
     code = 2 if dry_run and any(each.changed for each in results) else 0
@@ -34,7 +39,7 @@ def outcomes(results: Sequence[Outcome], *, as_json: bool, dry_run: bool) -> int
         if dry_run:
             console.data(f"{each.host}: {len(each.steps)} changes" if each.changed else f"{each.host}: nothing to do")
         elif each.state:
-            console.data(f"{each.host}: {each.state}")
+            _say(f"{each.host}: {each.state}")
         elif each.changed:
             console.data(
                 f"{each.host}: release {each.release} is in service{f' at {each.address}' * bool(each.address)}"
@@ -91,22 +96,23 @@ def proposal(found: Proposal, *, as_json: bool) -> None:
         return
     old = found.installation
     version = f"ComfyUI {old.version or 'of an unknown version'} {old.commit[:9]}".rstrip()
-    console.data(f"{old.path}: {version}{f', torch {old.torch}, Python {old.python}' if old.torch else ''}")
+    _say(f"{old.path}: {version}{f', torch {old.torch}, Python {old.python}' if old.torch else ''}")
     for unit in old.units:
         where = "put aside" if unit.aside else f"{'runs' if unit.active else 'stopped'}, as {unit.user}"
-        console.data(f"  {unit.name}: {where}")
+        _say(f"  {unit.name}: {where}")
     for process in old.processes:
-        console.data(f"  pid {process.pid} of {process.user}{', holds the port' if old.holds_port else ''}")
+        _say(f"  pid {process.pid} of {process.user}{', holds the port' if old.holds_port else ''}")
     for name, (source, size, count) in found.moves.items():
-        console.data(f"  {name}: {source}, {count} files, {console.size(size)}: a rename brings it to the data")
+        _say(f"  {name}: {source}, {count} files, {console.size(size)}: a rename brings it to the data")
     for name, remark in found.nodes.items():
-        console.data(f"  node {name}: known, {remark}")
+        _say(f"  node {name}: known, {remark}")
     for what, why in found.left:
-        console.data(f"  not taken over: {what}: {why}")
+        _say(f"  not taken over: {what}: {why}")
     console.data(f"\nfor config/hosts.toml:\n\n{found.snippet}")
     if found.add:
         console.data("nodes that Hearth does not know yet; then inv lock, and their names in `nodes`:\n")
-        console.data("\n".join(f"    {command}" for command in found.add))
+        for command in found.add:
+            _say(f"    {command}")
 
 
 def adopted(found: Proposal | None, outcome: Outcome | None, *, as_json: bool, dry_run: bool) -> int:
@@ -131,7 +137,7 @@ def adopted(found: Proposal | None, outcome: Outcome | None, *, as_json: bool, d
             f"\n{outcome.host}: adopted; with those lines, inv deploy --host {outcome.host} puts it in service"
         )
         console.data(f"inv adopt --host {outcome.host} --undo puts it back; when that is not wanted any more, delete")
-        console.data(f"{found.installation.path} and {environment} there")
+        _say(f"{found.installation.path} and {environment} there")
     return 2 if dry_run and outcome.changed else 0
 
 
@@ -146,7 +152,7 @@ def nodes(catalogue: Catalogue, *, as_json: bool) -> None:
         rows.append((name, node.commit[:9], sets or "-", "required" if node.required else "", node.why))
     console.table(("node", "commit", "sets", "", "why"), rows)
     for name, reason in catalogue.left_out.items():
-        console.data(f"left out: {name}: {reason}")
+        _say(f"left out: {name}: {reason}")
 
 
 def changes(found: Sequence[Change], *, as_json: bool, dry_run: bool) -> int:
@@ -159,14 +165,15 @@ def changes(found: Sequence[Change], *, as_json: bool, dry_run: bool) -> int:
         console.say("every node is at its latest commit")
     for each in found:
         console.data(f"{each.name} {each.old[:9]} -> {each.new[:9]}")
-        console.data("\n".join(f"    {line}" for line in each.commits))
+        for line in each.commits:
+            _say(f"    {line}")
         for title, lines in (
             ("requirements", each.requirements),
             ("changed files that run at import", each.imported),
             ("what it could not do before", each.powers),
         ):
-            if lines:
-                console.data(f"  {title}:\n" + "\n".join(f"    {line}" for line in lines))
+            for line in (f"  {title}:", *(f"    {line}" for line in lines)) if lines else ():
+                _say(line)
     return code
 
 
@@ -282,10 +289,10 @@ def difference(found: Difference, *, as_json: bool) -> None:
         console.data(f"{found.old} and {found.new} differ in nothing")
     for each in found.changes:
         name = each.name if each.kind == "release" else f"{each.kind} {each.name}"
-        console.data(f"{name}: {each.old or 'none'} -> {each.new or 'none'}")
+        _say(f"{name}: {each.old or 'none'} -> {each.new or 'none'}")
     for line in found.files:
-        console.data(line)
-    console.data(f"the same parts: {', '.join(found.shared) or 'none'}")
+        _say(line)
+    _say(f"the same parts: {', '.join(found.shared) or 'none'}")
     if found.unknown:
         console.say(f"not compared, for an older Hearth did not note it: {', '.join(found.unknown)}")
 
@@ -316,10 +323,10 @@ def audit(found: Audit, *, as_json: bool) -> int:
 def _findings(found: Audit) -> None:
     for each in found.findings:
         perhaps = "" if each.certain else "perhaps: "
-        console.data(f"{each.name} {each.at}: {perhaps}{each.what}")
-        console.data(f"    {'; '.join(text for text in (', '.join(each.ids), each.remedy, each.source) if text)}")
+        _say(f"{each.name} {each.at}: {perhaps}{each.what}")
+        _say(f"    {'; '.join(text for text in (', '.join(each.ids), each.remedy, each.source) if text)}")
         if each.where:
-            console.data(f"    in {', '.join(each.where)}")
+            _say(f"    in {', '.join(each.where)}")
     asked = "no service was asked" if found.fault else "by the vulnerability service"
     console.data(
         f"{len(found.findings)} findings: {found.packages} packages ({asked}), and with {found.repositories} "

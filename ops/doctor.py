@@ -140,7 +140,8 @@ def show(names: Sequence[str], findings: Sequence[Finding], *, as_json: bool) ->
             listed = [each for each in findings if each.host == host]
             console.data(f"{host}: {_counted(listed)}")
             for each in listed:
-                console.data(f"  {each.severity}: {each.what}  [{each.check}]\n    next: {each.remedy}")
+                console.data(console.line(f"  {each.severity}: {each.what}  [{each.check}]"))
+                console.data(console.line(f"    next: {each.remedy}"))
     return 2 if any(each.severity == "error" for each in findings) else int(bool(findings))
 
 

@@ -135,7 +135,7 @@ def show(answers: Sequence[fleet.Answer[Flags]], *, as_json: bool) -> int:
 def _print(found: Flags) -> None:
     """Flags that are set first, then the others, then what would change with the next deploy."""
     what = f"release {found.release}" if found.release else "nothing is deployed; as configured"
-    console.data(f"{found.host}: ComfyUI {found.version}, {what}")
+    console.data(console.line(f"{found.host}: ComfyUI {found.version}, {what}"))
     unset = [each for each in found.lines if each.value is None]
     chosen = [each for each in found.lines if each.value is not None]
     rows = [(each.name, each.value or "yes", each.origin) for each in chosen]
@@ -144,10 +144,11 @@ def _print(found: Flags) -> None:
     console.table(("not set", "takes"), [(each.name, each.takes) for each in unset])
     console.data("\nof each of these lines only one:")
     for group in dict.fromkeys(tuple(sorted((each.name, *each.excludes))) for each in found.lines if each.excludes):
-        line = " ".join(group)
+        line = console.line(" ".join(group))
         console.data(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False))
     for each in found.differences:
         there, here = ("not set" if value is None else value or "set" for value in (each.deployed, each.configured))
-        console.data(f"\nthe configuration differs: {each.name} is {there} there, and {here} in it")
+        console.data("")
+        console.data(console.line(f"the configuration differs: {each.name} is {there} there, and {here} in it"))
     if found.differences:
         console.data(f"inv deploy --host {found.host} makes it so")

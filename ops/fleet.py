@@ -83,7 +83,7 @@ def show(
         return
     for name, value in seen.items():
         for line in lines(name, value):
-            console.data(line)
+            console.data(console.line(line))
 
 
 def _late(name: str, seconds: float) -> ConnectError:

@@ -110,7 +110,7 @@ def _show(answers: Sequence[fleet.Answer[Sample]], *, as_json: bool) -> int:
         console.data_json([{"host": name, **msgspec.to_builtins(sample)} for name, sample in seen.items()])
     else:
         for line in lines(seen):
-            console.data(line)
+            console.data(console.line(line))
     return int(len(seen) < len(answers))
 
 

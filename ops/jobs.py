@@ -69,7 +69,7 @@ def show(answers: Sequence[fleet.Answer[list[Job]]], *, as_json: bool) -> int:
         for _, each in found:
             if each.node:
                 reason = " ".join(console.printable(each.error).split())
-                text = f"{each.id[:8]}: node {each.node} ({each.node_type}){f': {reason}' * bool(reason)}"
+                text = console.line(f"{each.id[:8]}: node {each.node} ({each.node_type}){f': {reason}' * bool(reason)}")
                 console.data(textwrap.fill(text, WIDTH, subsequent_indent=" " * 10, max_lines=4, placeholder=" ..."))
     return int(len(seen) < len(answers))
 

@@ -378,7 +378,7 @@ def show_evidence(names: Sequence[str]) -> None:
         target = flow.find_target(name)
         console.data(f"{name}: what to look at")
         for line in evidence(target, target.prefix):
-            console.data(f"  {line}")
+            console.data(console.line(f"  {line}"))
 
 
 def show(results: Sequence[Outcome], *, as_json: bool, dry_run: bool) -> int:

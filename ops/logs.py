@@ -72,10 +72,11 @@ def _print(answers: Iterable[dict[str, Any]], host: str, *, alone: bool, as_json
         if "alive" in each and console.unread():
             return
         if "note" in each:
-            console.say(each["note"])
+            console.say(console.line(each["note"]))
         elif "text" in each and as_json:
             line = {"host": host, "at": each["at"], "text": console.printable(each["text"])}
             console.data(json.dumps(line))
         elif "text" in each:
             when = f"{datetime.fromtimestamp(each['at']):%Y-%m-%d %H:%M:%S}  " if each["at"] else ""
-            console.data(f"{host}  " * (not alone) + when + each["text"], colours=True)
+            text = each["text"].replace("\n", "\\n")
+            console.data(f"{host}  " * (not alone) + when + text, colours=True)

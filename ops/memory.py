@@ -56,7 +56,7 @@ def free(names: Sequence[str], wait: str, *, ask_sudo: bool = False, as_json: bo
             found[name] = msgspec.convert(agent.call("free-memory", wait=patience), Freed)
         if not as_json:
             for line in lines(name, found[name]):
-                console.data(line)
+                console.data(console.line(line))
     if as_json:
         console.data_json([{"host": name, **msgspec.to_builtins(each)} for name, each in found.items()])
     return int(not all(each.freed for each in found.values()))
@@ -88,7 +88,8 @@ def drop(names: Sequence[str], options: Options, *, as_json: bool = False) -> in
     if as_json:
         console.data_json([msgspec.to_builtins(each) for each in results])
     for each in () if as_json else results:
-        console.data(f"{each.host}: {'; '.join(each.notes) or 'the page cache would be dropped'}")
+        text = "; ".join(each.notes) or "the page cache would be dropped"
+        console.data(console.line(f"{each.host}: {text}"))
     return 2 if options.dry_run else 0
 
 

@@ -274,4 +274,4 @@ def notes(answers: Sequence[fleet.Answer[Status]]) -> list[str]:
         else:
             assert each.value is not None
             lines += [f"{each.host}: {found.what}; next: {found.remedy}" for found in each.value.problems]
-    return lines or ["all is well"]
+    return [console.line(each) for each in lines] or ["all is well"]

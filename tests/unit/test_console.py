@@ -16,6 +16,12 @@ import pytest
 
 from core import console, files
 from core.console import age, clock, printable, size
+from core.errors import HearthError
+from deploy import flow, report
+from deploy.curate import Change
+from deploy.flow import Outcome
+from deploy.plan import Plan, Step
+from ops import doctor, fleet, jobs, logs, status
 
 
 @pytest.mark.parametrize(
@@ -106,8 +112,8 @@ def test_what_is_ours_stays_whatever_is_put_into_it() -> None:
             assert printable(before + within + after) == before + within + after
 
 
-def test_a_piece_of_others_is_one_line_without_its_sequences() -> None:
-    assert console.line("\x1b[31mred\x1b[K\x1b[0m\r\n\tforged\x1b]0;t\x07\x1b]") == "red\\n\\tforged]"
+def test_what_others_put_into_a_line_does_not_end_it() -> None:
+    assert console.line("\x1b[31mred\x1b[0m\r\n\tforged\x1b]0;t\x07\x1b]") == "red\\n\\tforged]"
 
 
 def test_long_texts_are_made_printable_in_time() -> None:
@@ -164,3 +170,24 @@ def test_nothing_that_is_written_steers_the_terminal(monkeypatch: pytest.MonkeyP
 def test_a_cell_does_not_break_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     console.table(["id", "state"], [["one\nforged  well", "failed"]])
     assert capsys.readouterr().out == "id                state\none forged  well  failed\n"
+
+
+FORGED = "x\n  error: forged\x1b]\nnext: inv nuke"
+
+
+def test_nobody_forges_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever a host, a repository or a job says stays in its line."""
+    one: fleet.Answer[status.Status] = fleet.Answer("box", None, HearthError(FORGED, hint=FORGED))
+    job = jobs.Job(FORGED, FORGED, 1, node=FORGED, node_type=FORGED, error=FORGED)
+    status.show([one], as_json=False)
+    jobs.show([fleet.Answer("box", [job])], as_json=False)
+    doctor.show(["box"], [doctor.Finding("box", "nodes", "error", FORGED, FORGED)], as_json=False)
+    report.changes([Change("n", "a" * 40, "b" * 40, *[(FORGED,)] * 4)], as_json=False, dry_run=True)
+    report.outcomes([Outcome("box", "r", "", True, state=FORGED)], as_json=False, dry_run=False)
+    flow.show(Plan("", "r", (Step("stop", FORGED, FORGED, ""),), notes=(FORGED,)))
+    logs._print([{"at": None, "text": FORGED}, {"note": FORGED}], "box", alone=True, as_json=False)
+    said = capsys.readouterr()
+    assert "forged" in said.out
+    assert "forged" in said.err
+    for each in (*said.out.splitlines(), *said.err.splitlines()):
+        assert not each.strip().startswith(("error: forged", "next: inv nuke")), each

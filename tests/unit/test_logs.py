@@ -163,7 +163,7 @@ def test_jobs_are_shown_in_a_hundred_columns(capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().out
     assert all(len(line) <= 100 for line in said.splitlines())
     assert "\x1b" not in said
-    assert "0f5c1234: node 2 (KSampler): OutOfMemoryError: no room" in said
+    assert "0f5c1234: node 2 (KSampler): OutOfMemoryError: [2Jno room" in said
     assert "1 h 01 min" in said
     off = fleet.Answer[list[jobs.Job]]("off", None, ConnectError("off cannot be reached"))
     assert jobs.show([fleet.Answer("spark", [failed]), off], as_json=True) == 1
