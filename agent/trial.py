@@ -21,11 +21,28 @@ from pathlib import Path
 
 from agent.api import Endpoint
 from agent.comfyui import prove, say_changed_types
-from agent.files import Fault, Json, Sweep, inherited, link, meminfo, read, read_some, regular, run, tree, write
+from agent.files import (
+    Fault,
+    Json,
+    Sweep,
+    branches,
+    inherited,
+    inside,
+    link,
+    meminfo,
+    read,
+    read_some,
+    regular,
+    run,
+    write,
+)
 from agent.gpu import gpus
-from agent.parts import as_service
+from agent.parts import as_service, forsake_root
 from agent.services import Manager, Systemd, dies_with_parent
 from agent.site import DATA, Site
+
+CLEAR_SECONDS = 120
+"""For deleting what a trial has written, some megabytes."""
 
 MEMORY, GPU_MEMORY = 2_500_000_000, 1_500_000_000
 """Bytes that a second, idle ComfyUI needs: its process (0.9 GB measured on a CPU, more with node packs) and on the GPU
@@ -93,11 +110,13 @@ class Trial:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self.scratch = site.state / "trial"
+        # Nobody else may write in the room itself: systemd, which mounts from it, would follow a link there.
+        self.room = site.state / "trial"
+        self.scratch = self.room / "data"
         self.argv: list[str] = []
         # where the trial has what is written: the data, and folders that lie elsewhere
         elsewhere = {path: name for name, path in site.elsewhere.items() if name != "models"}
-        self.places = {str(site.data): self.scratch, **{path: self.scratch / name for path, name in elsewhere.items()}}
+        self.places = {str(site.data): self.scratch, **{path: self.room / name for path, name in elsewhere.items()}}
         self.child: subprocess.Popen[bytes] | None = None
 
     def moved(self, text: str) -> str:
@@ -114,17 +133,21 @@ class Trial:
             words[-2] = json.dumps({**spec, "bind": [port], "connect": [*spec["connect"], port]})
         return words
 
-    def prepare(self, release: Json, models: Path | None) -> None:
+    def prepare(self, release: Json, models: Path) -> None:
         """Choose a port and make the scratch data, as the service's user; `models` is what its models are a link to."""
         self.clear()
+        if os.path.lexists(self.room):
+            what = f"{self.room} could not be deleted: an earlier trial has made too much of it, or a mount"
+            raise Fault("trial", what, "", f"look at it, and delete it: rm -r --one-file-system {self.room}")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.argv = list(release["argv"])
         for flag, value in (("--listen", "127.0.0.1"), ("--port", str(port))):
             self.argv[self.argv.index(flag) + 1] = value
-        self.scratch.mkdir()
-        os.chown(self.scratch, *self.site.owner())
+        for place in self.places.values():
+            place.mkdir(0o750, parents=True)
+            os.chown(place, *self.site.owner())
         inside = [self.moved(name) for name in release.get("folders", ())]
         as_service(self.site, _fill, self.site.data, self.scratch, inside, models)
 
@@ -142,7 +165,7 @@ class Trial:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    cwd=self.scratch,
+                    cwd="/",
                     preexec_fn=dies_with_parent(),
                 )
 
@@ -166,7 +189,7 @@ class Trial:
     def clear(self) -> None:
         """End it, if it runs, and remove what it has written."""
         self.stop()
-        Sweep().delete(self.scratch)
+        Sweep(CLEAR_SECONDS).delete(self.room)
 
     def status(self) -> Json:
         """Whether it runs."""
@@ -198,10 +221,14 @@ class SystemdTrial(Trial):
         text = (self.site.releases / release["id"] / f"{self.site.service}.service").read_text()
         lines = ["[Service]", "Restart=no", f"RuntimeMaxSec={release['gate']['seconds'] + 900}", "ExecStart="]
         if self.site.scope == "system":
-            self.prepare(release, None)
+            # All of the real data, to read its models: systemd would follow a link in their place, as root. The trial
+            # follows it itself, within its sandbox.
+            real = Path(f"/run/{self.site.service}-data")
+            self.prepare(release, real / "models")
             lines += [f"BindPaths={place}:{path}" for path, place in self.places.items()]
-            models = self.site.elsewhere.get("models", f"{self.site.data}/models")
-            lines += [f"BindReadOnlyPaths=-{models}:{models}"]
+            lines += [f"BindReadOnlyPaths={self.site.data}:{real}"]
+            if models := self.site.elsewhere.get("models"):  # the operator's
+                lines += [f"BindReadOnlyPaths=-{models}:{models}"]
         else:
             self.prepare(release, self.site.data / "models")
             self.argv, text = [self.moved(word) for word in self.argv], self.moved(text)
@@ -236,17 +263,19 @@ class SystemdTrial(Trial):
         return self.unit.log(lines)
 
 
-def _fill(data: Path, scratch: Path, inside: list[str], models: Path | None) -> None:
+def _fill(data: Path, scratch: Path, folders: list[str], models: Path | None) -> None:
     """Give the scratch data its folders, a copy of the database, and of what nodes keep."""
     left = SMALL_ONES
-    for folder in itertools.chain(tree(data / "nodes"), tree(data / "comfyui")):  # the trees have links to these
-        place = scratch / folder.relative_to(data)
+    for name, folder in itertools.chain(branches(data, "nodes"), branches(data, "comfyui")):  # releases have links here
+        place = scratch / name
         try:
             place.mkdir(parents=True, exist_ok=True)
-            for each in folder.iterdir():
-                if regular(each) and (size := each.lstat().st_size) <= min(SMALL, left):
-                    (place / each.name).write_bytes(read_some(each, size, follow=os.O_NOFOLLOW))
-                    left -= size + 4096
+            with os.scandir(folder) as entries:
+                for each in entries:
+                    size = each.stat(follow_symlinks=False).st_size
+                    if each.is_file(follow_symlinks=False) and size <= min(SMALL, left):
+                        (place / each.name).write_bytes(read_some(Path(each), size, follow=os.O_NOFOLLOW))
+                        left -= size + 4096
         except OSError as error:  # gone by now, or so deep that no path leads to it
             if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG, errno.EACCES):
                 raise
@@ -254,19 +283,29 @@ def _fill(data: Path, scratch: Path, inside: list[str], models: Path | None) -> 
             break
     if models:
         (scratch / "models").symlink_to(models)
-    for name in (*DATA, *inside):
-        (scratch / name).mkdir(parents=True, exist_ok=True)
-    _copy_live(data / "user/comfyui.db", scratch / "user/comfyui.db")
+    for name in (*DATA, *folders):
+        if not (scratch / name).is_symlink():  # it may lead nowhere until the trial begins
+            (scratch / name).mkdir(parents=True, exist_ok=True)
+    _copy_live(data / "user", scratch / "user/comfyui.db")
 
 
-def _copy_live(source: Path, place: Path) -> None:
+def _copy_live(folder: Path, place: Path) -> None:
     """Copy a SQLite database that another process may be writing to."""
-    if regular(source):
+    with suppress(FileNotFoundError), inside(folder) as here:
+        source = here / "comfyui.db"
+        if not regular(source):
+            return
         import sqlite3
 
-        os.setresuid(*[os.geteuid()] * 3)  # for good: this parses what the service wrote
+        forsake_root()  # this parses what the service wrote
+        known = source.lstat()
         with (
             closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True)) as live,
             closing(sqlite3.connect(place)) as copied,
         ):
             live.backup(copied)
+            # SQLite goes by the path to which that descriptor leads, where there may be a link by now
+            own = [each.stat() for each in Path("/proc/self/fd").iterdir() if each.exists()]
+            if not any(os.path.samestat(known, each) for each in own):
+                place.unlink()
+                raise OSError(errno.ELOOP, "it was replaced while it was being copied", str(folder / "comfyui.db"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from agent import mps, sandbox
-from agent.files import Fault
+from agent import mps, sandbox, trial
+from agent.files import Fault, write
 from agent.site import Site
 
 DATA = "/opt/comfyui/data"
@@ -70,3 +71,32 @@ def test_the_mps_daemon_is_asked_in_its_own_sandbox(
     with pytest.raises(Fault, match="does not answer") as caught:
         mps._said("/usr/bin/control", "get_server_list", "/run/comfyui-mps", site())
     assert "Cannot find" in caught.value.report["cause"]
+
+
+def test_a_trial_is_given_nothing_from_a_place_that_the_service_or_the_trial_may_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a link `data/models`, or one that the import of a kernel leaves for the start that comes after it."""
+    folders = {"models": "/mnt/models", "output": "/srv/output"}
+    for given in ({}, folders):
+        place = site(prefix=str(tmp_path), user="", folders=given)
+        for each in (place.data / "user", place.state):
+            each.mkdir(parents=True, exist_ok=True)
+        release = {"id": "r", "argv": ["python", "--listen", "x", "--port", "1"], "gate": {"seconds": 1}}
+        write(place.releases / "r/comfyui.service", "[Service]\n")
+        monkeypatch.setattr(trial, "run", lambda *_: "")
+        tried = trial.SystemdTrial(place)
+        monkeypatch.setattr(tried.unit, "start", lambda: None)
+        tried.place = tmp_path / "units/comfyui-trial.service"
+        tried.start({**release, "environment": {}})
+        said = (tmp_path / "units/comfyui-trial.service.d/~trial.conf").read_text()
+        binds = dict(line.split(":") for line in re.findall(r"^Bind\w+=-?(.*)$", said, re.MULTILINE))
+        room = place.state / "trial"
+        wanted = {str(room / "data"): str(place.data), str(place.data): "/run/comfyui-data"}
+        wanted |= {str(room / "output"): "/srv/output", "/mnt/models": "/mnt/models"} if given else {}
+        assert binds == wanted
+        assert (room / "data/models").readlink() == Path("/run/comfyui-data/models")
+        monkeypatch.setattr(tried.unit, "stop", lambda: None)
+        monkeypatch.setattr("subprocess.run", lambda *_, **__: None)
+        tried.clear()
+        assert not room.exists()
