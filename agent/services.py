@@ -9,10 +9,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import IO
 
 from agent.files import (
     Fault,
@@ -537,8 +539,75 @@ def dies_with_parent() -> Callable[[], None]:
     return child
 
 
+def take_orphans() -> set[int]:
+    """Become the parent of all that outlives its own here (prctl(2)); returns the children that there are already."""
+    import ctypes  # a megabyte that no other verb needs
+
+    ctypes.CDLL(None).prctl(36, ctypes.c_ulong(1), 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    return _descendants()
+
+
+def end_descendants(spared: Collection[int] = (), *, seconds: float = 20) -> None:
+    """Kill what this process and its children started, but for the `spared`; raises Fault when it does not end.
+
+    For what `take_orphans` was called for. They are stopped first: what runs goes on to start others.
+    """
+    end, held = time.monotonic() + seconds, set[int]()
+    while left := _descendants(spared):
+        fresh = left - held
+        for pid in fresh or left:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGSTOP if fresh else signal.SIGKILL)
+        for pid in () if fresh else left:
+            with suppress(ChildProcessError):  # it is another's child
+                os.waitpid(pid, os.WNOHANG)
+        if time.monotonic() > end:
+            what = f"{len(left)} processes of ComfyUI's do not end"
+            raise Fault(
+                "step", what, f"some of them: {sorted(left)[:5]}", "look at them on the host; a reboot ends them"
+            )
+        time.sleep(0 if fresh else 0.01)
+        held = held | fresh if fresh else set()
+
+
+def _descendants(spared: Collection[int] = ()) -> set[int]:
+    """All processes below this one, but for some children and what is below those; one may be dead but for a thread."""
+    children: dict[int, list[int]] = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        if fields := read_some(place / "stat", 4096).rpartition(b")")[2].split():  # proc(5); its name may hold anything
+            children.setdefault(int(fields[1]), []).append(int(place.name))
+    found, pending = set[int](), [os.getpid()]
+    while pending:
+        inner = set(children.get(pending.pop(), ())) - found - set(spared)
+        found |= inner
+        pending += inner
+    return found
+
+
+def _reap(but: int) -> None:
+    """Let go of orphans that have ended, up to the child that is waited for elsewhere."""
+    with suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != but:
+            os.waitpid(ended.si_pid, 0)
+
+
+def _copying(pipe: IO[bytes], log: IO[bytes]) -> threading.Thread:
+    """Put what comes by a pipe at the end of a file: with the file itself, its writer could empty it."""
+
+    def copy() -> None:
+        while block := os.read(pipe.fileno(), 1 << 16):
+            with suppress(OSError, ValueError):  # a full disk must not hold it up
+                log.write(block)
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    return thread
+
+
 def supervise(site: Site) -> None:
     """Run the current release until told to stop (SIGTERM); start it again when it dies, five times in five minutes.
+
+    Whatever it has started ends with it.
 
     What has a unit of its own under systemd is done here: to start anew when a node under development changes, and to
     have ComfyUI give its memory back from time to time.
@@ -562,7 +631,9 @@ def supervise(site: Site) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN: ComfyUI would inherit that, and never stop
-    with flock(manager.lock):
+    take_orphans()
+    with flock(manager.lock), ExitStack() as stack:
+        stack.callback(end_descendants, seconds=float("inf"))
         manager.note()
         starts: list[float] = []
         restarts = 0
@@ -574,18 +645,20 @@ def supervise(site: Site) -> None:
             release = site.manifest(site.release())
             watcher = Watcher(release.get("develop", []))
             manager.rotate()
-            with manager.output.open("ab") as log:
+            with manager.output.open("ab", buffering=0) as log:
                 environment = {**inherited(), **release["environment"]}
                 begin = log.tell()
                 child = subprocess.Popen(
                     [*release.get("confined", ()), *release["argv"]],
                     env=environment,
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd=site.data,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    cwd="/",
                     preexec_fn=dies_with_parent(),
                 )
+                assert child.stdout is not None
+                copying = _copying(child.stdout, log)
                 manager.note(child.pid, restarts, begin)
                 if stopping:  # told so between the loop's test and the start
                     child.send_signal(signal.SIGINT)
@@ -596,6 +669,7 @@ def supervise(site: Site) -> None:
                 while child.poll() is None:
                     with suppress(subprocess.TimeoutExpired):
                         child.wait(0.5)
+                    _reap(child.pid)
                     manager.mark()
                     if not gone and site.unmounted():  # it must not write into the empty mount point
                         gone = True
@@ -611,6 +685,9 @@ def supervise(site: Site) -> None:
                     patience -= 0.5 if stopping or gone or anew else 0
                     if patience < 0:
                         child.kill()
+                end_descendants(seconds=float("inf"))
+                copying.join(5)
+                child.stdout.close()
             if gone or anew:
                 continue
             starts = [each for each in starts if each > time.monotonic() - 300] + [time.monotonic()]

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
-from agent import confine
+from agent import confine, services
+from agent.files import read_text, started, write
 from core import files
+from tests.unit.test_services import child, make, supervisor
 
 pytestmark = pytest.mark.skipif(confine.abi() < 4, reason="this kernel has no Landlock with rules for TCP (Linux 6.7)")
 
@@ -414,3 +416,98 @@ def test_what_an_old_landlock_lets_be_emptied_the_filter_keeps(monkeypatch: pyte
     for number, arguments, error in ((76, (0, 0), 1), (2, (0, 0x200), 1), (257, (0, 0, 0x203), 1), (437, (), 38)):
         assert (answer(old, X86, number, *arguments), answer(new, X86, number, *arguments)) == (error, 0)
     assert answer(old, X86, 257, 0, 0, 0x241) == 0  # to write a new file
+
+
+# --- its supervisor ------------------------------------------------------------------------------------------------
+
+DAEMON = """
+import ctypes, os, signal, sys, threading, time
+for kind in ("fork", "new session", "orphan", "stopped", "without its first thread", "of its own orphans", "deaf"):
+    if os.fork() == 0:
+        if kind != "fork":
+            os.setsid()
+        if kind != "new session" and os.fork():
+            os._exit(0)
+        if kind == "of its own orphans":
+            ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+            if os.fork() == 0 and os.fork():
+                os._exit(0)
+        for each in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP} if kind == "deaf" else ():
+            signal.signal(each, signal.SIG_IGN)
+        open(f"{sys.argv[1]}/{kind}-{os.getpid()}", "w").close()
+        if kind == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if kind == "without its first thread":
+            threading.Thread(target=time.sleep, args=(100,)).start()
+            ctypes.CDLL(None).pthread_exit(None)
+        while True:
+            time.sleep(0.01)
+            if kind == "of its own orphans" and os.fork():
+                os._exit(0)  # it is never the same process for long
+time.sleep(1)
+print("up", os.getcwd(), flush=True)
+os.ftruncate(1, 0) if sys.argv[2] == "empty" else time.sleep(100)
+"""
+
+
+def daemons(place: Path, what: str) -> Any:
+    """A prefix whose ComfyUI leaves processes behind, and says who they are in a folder."""
+    site = make(place, port=1)
+    (place / "left").mkdir()
+    argv = [sys.executable, "-c", DAEMON, str(place / "left"), what]
+    write(site.releases / "one/release.json", json.dumps({"id": "one", "argv": argv, "environment": {}}))
+    return site
+
+
+def alive(place: Path) -> list[str]:
+    """Which of them run; a process whose first thread has ended looks dead but for its others."""
+    found = []
+    for each in (place / "left").iterdir():
+        kind, _, pid = each.name.rpartition("-")
+        if len(list(Path(f"/proc/{pid}/task").glob("*"))) > 1 or started(int(pid)):
+            found.append(kind)
+    return found
+
+
+def marked(place: Path) -> list[str]:
+    """All processes that name the folder, also those that nobody noted."""
+    lines = ((each, each.read_bytes()) for each in Path("/proc").glob("[0-9]*/cmdline") if each.exists())
+    return [str(each) for each, line in lines if str(place / "left").encode() in line]
+
+
+def test_nothing_outlives_the_supervisor_that_is_stopped(tmp_path: Path) -> None:
+    site = daemons(tmp_path, "")
+    with supervisor(site) as one:
+        pid = child(site)
+        assert services.wait_for(lambda: "up" in read_text(services.Supervised(site).output), 20)
+        assert len(alive(tmp_path)) >= 6
+        services.Supervised(site).stop()
+        assert one.wait(20) == 0
+    assert not started(pid)
+    assert not alive(tmp_path)
+    assert not marked(tmp_path)
+
+
+def test_nor_does_it_outlive_comfyui_and_its_log_cannot_be_emptied(tmp_path: Path) -> None:
+    site = daemons(tmp_path, "empty")
+    with supervisor(site):
+        pid = child(site)
+        assert services.wait_for(lambda: not started(pid), 20)
+        first = set((tmp_path / "left").iterdir())
+        assert services.wait_for(lambda: "up" in read_text(services.Supervised(site).output), 20)
+        assert services.wait_for(lambda: set((tmp_path / "left").iterdir()) > first, 20)  # the next one has begun
+        pids = [each.name.rpartition("-")[2] for each in first]
+        assert not any(started(int(each)) for each in pids)
+        assert read_text(services.Supervised(site).output).startswith("up /\n")
+    assert not marked(tmp_path)
+
+
+def test_only_what_was_started_since_is_ended(tmp_path: Path) -> None:
+    code = "import os, subprocess, sys, time; from agent.services import end_descendants, take_orphans\n"
+    code += "words = [sys.executable, '-c', 'import os, time; os.fork() or os.fork(); time.sleep(100)', sys.argv[1]]\n"
+    code += "before = subprocess.Popen(words)\ntime.sleep(0.5)\nspared = take_orphans()\n"
+    code += "after = subprocess.Popen(words)\ntime.sleep(0.5)\nend_descendants(spared)\n"
+    code += "print(before.poll(), after.poll() is not None)\nend_descendants()\n"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "left")], cwd=files.CHECKOUT, capture_output=True)
+    assert done.stdout == b"None True\n", done.stderr
+    assert not marked(tmp_path)
