@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -514,6 +518,41 @@ def test_nothing_is_mounted_from_or_below_what_the_service_writes(each: Target) 
     written = ["/opt/comfyui/data", *places]
     mounts = re.findall(r"^(?:\w+Paths|TemporaryFileSystem)=(.*)$", unit, re.MULTILINE)
     assert [line for line in mounts for path in written if f"{path}/" in line] == []
+
+
+PLANTED = "open({proof!r}, 'a').write(__file__ + ' ')\n"
+SPAWNS = """
+import multiprocessing, subprocess, sys
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=print)
+    child.start(); child.join()
+    for words in (["-c", "import datasets"], ["-m", "timeit", "-n1", "-r1", "import models"]):
+        subprocess.run([sys.executable, *words])
+"""
+
+
+@pytest.mark.parametrize("scope", ["system", "user"])
+def test_nothing_that_the_service_writes_is_code_of_the_next_start(tmp_path: Path, scope: str) -> None:
+    """In the working directory, which Python puts first for -c and -m, or where Python looks in a home folder."""
+    target = spark(scope=scope)
+    found = made(msgspec.structs.replace(FRESH, prefix=str(tmp_path)), target)
+    unit = unit_of(found)
+    (folder,) = re.findall("^WorkingDirectory=(.*)$", unit, re.MULTILINE)
+    variables = dict(re.findall('^Environment="(.*?)=(.*)"$', unit, re.MULTILINE))
+    data = tmp_path / "data"
+    user = Path(variables["HOME"]) / f".local/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    for place in (data, Path(variables["HOME"]), user):
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ("multiprocessing", "timeit", "datasets", "models", "sitecustomize", "usercustomize"):
+            (place / f"{name}.py").write_text(PLANTED.format(proof=str(tmp_path / "ran")))
+    (user / "x.pth").write_text("import usercustomize\n")
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app/main.py").write_text(SPAWNS)
+    subprocess.run(
+        [os.path.realpath(sys.executable), tmp_path / "app/main.py"], cwd=folder, env=variables, capture_output=True
+    )
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+    assert "LimitCORE=1" in unit.splitlines()  # else who collects crashes notes the secrets
 
 
 def test_flags_that_say_where_a_release_lies_are_its_own() -> None:
