@@ -28,10 +28,12 @@ from typing import NoReturn
 from agent.api import Endpoint, endpoint
 from agent.comfyui import drain, first_answer, gate, say_changed_types
 from agent.files import (
+    DATABASE,
     Fault,
     Json,
     copy,
     discard,
+    inside,
     link,
     os_fault,
     read,
@@ -46,9 +48,6 @@ from agent.parts import as_service
 from agent.services import last_words, manager_of, wait_for
 from agent.site import Site
 from agent.trial import lacking, run_trial
-
-DATABASE = ("comfyui.db", "comfyui.db-wal", "comfyui.db-shm", "comfyui.db-journal")
-"""The files of a SQLite database (sqlite.org/tempfiles.html); what else is named alike is the user's."""
 
 MOUNTS_SECONDS = 120
 """How long a cut-over that a boot has interrupted waits for mounts: a server that boots at the same time, too."""
@@ -272,27 +271,31 @@ def reserve(source: Path, place: Path) -> None:
 
     Raises Fault for a database that is larger than any: a custom node may have made it so.
     """
-    for name in filter(lambda name: regular(source / name), DATABASE):
-        with suppress(FileNotFoundError):
-            size = (source / name).stat().st_size
-            if size > LARGEST:
-                what = f"{source / name} is {size} bytes, and ComfyUI's database never is: {LARGEST} at most are copied"
-                raise Fault("step", what, "", f"inv stop --force, look at it, and move it away: mv {source / name} …")
-            descriptor = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-            try:
-                if size:
-                    os.posix_fallocate(descriptor, 0, size)
-            finally:
-                os.close(descriptor)
+    with inside(source) as here:
+        for name in filter(lambda name: regular(here / name), DATABASE):
+            with suppress(FileNotFoundError):
+                size = (here / name).lstat().st_size
+                if size > LARGEST:
+                    what = f"{source / name} is {size} bytes, and ComfyUI's database never is: at most {LARGEST}"
+                    raise Fault(
+                        "step", what, "", f"inv stop --force, look at it, and move it away: mv {source / name} …"
+                    )
+                descriptor = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+                try:
+                    if size:
+                        os.posix_fallocate(descriptor, 0, size)
+                finally:
+                    os.close(descriptor)
 
 
 def take_snapshot(source: Path, place: Path) -> None:
     """Copy the database, while nobody writes to it: a newer ComfyUI migrates it, and an older one then refuses it."""
-    for name in DATABASE:
-        if regular(source / name):  # not where a link leads: this reads what the service's unit hides from it
-            copy(source / name, place / name)
-        else:
-            discard(place / name)
+    with inside(source) as here:
+        for name in DATABASE:
+            if regular(here / name):  # not where a link leads: this reads what the service's unit hides from it
+                copy(here / name, place / name)
+            else:
+                discard(place / name)
 
 
 def restore(snapshot: Path, place: Path) -> None:
@@ -300,15 +303,17 @@ def restore(snapshot: Path, place: Path) -> None:
 
     The log and journal go first: SQLite would apply a newer one's to the older database.
     """
-    for name in reversed(DATABASE):
-        for draft in place.glob(f".{name}.*"):  # of a restore that was killed
-            draft.unlink()
-        kept, now = snapshot / name, place / name
-        if not kept.exists():
-            retried(lambda now=now: now.unlink(missing_ok=True))  # type: ignore[misc]
-        elif not regular(now) or sha256(kept) != sha256(now):
-            try:
-                retried(lambda kept=kept, now=now: copy(kept, now))  # type: ignore[misc]
-            except OSError:
-                os.replace(kept, now)  # a full disk has room for this, on the same file system  # noqa: PTH105
-    retried(lambda: sync(place))  # the snapshot is deleted after this
+    with inside(place) as here:
+        for name in reversed(DATABASE):
+            for draft in here.glob(f".{name}.*"):  # of a restore that was killed
+                with suppress(OSError):
+                    draft.unlink()
+            kept, now = snapshot / name, here / name
+            if not kept.exists() or not regular(now):
+                retried(lambda now=now: remove(now))  # type: ignore[misc]  # it may be a folder by now
+            if kept.exists() and (not regular(now) or sha256(kept) != sha256(now)):
+                try:
+                    retried(lambda kept=kept, now=now: copy(kept, now))  # type: ignore[misc]
+                except OSError:
+                    os.replace(kept, now)  # a full disk has room for this, on the same file system  # noqa: PTH105
+        retried(lambda: sync(here))  # the snapshot is deleted after this

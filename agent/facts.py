@@ -19,15 +19,18 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from agent.confine import abi as landlock
-from agent.files import Fault, Json, mounts, read, read_some, read_text, regular, write
+from agent.files import DATABASE, Fault, Json, inside, mounts, read, read_some, read_text, regular, write
 from agent.gpu import process
 from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
 from agent.parts import as_service, faults_of, forked
 from agent.secret import secrets
 from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
 from agent.site import DATA, SHARING, UNUSED, Site, shared
+
+T = TypeVar("T")
 
 SIGNERS = Path("/etc/hearth/allowed_signers")
 """Who may sign bundles for this host (ssh-keygen(1), ALLOWED SIGNERS). Without it, a bundle may be unsigned."""
@@ -303,7 +306,7 @@ def _shares(site: Site) -> bool:
         return True
     others = site.data.stat().st_mode & 0o7
     fits = others == (0o5 if site.public else 0)
-    return fits and all(_shared(site, site.data / name) for name in ("", *DATA))
+    return fits and _looked(site, lambda: all(_shared(site, site.data / name) for name in ("", *DATA)), lambda _: False)
 
 
 def _unused(site: Site) -> list[str]:
@@ -314,10 +317,7 @@ def _unused(site: Site) -> list[str]:
             return [entry.name for entry in itertools.islice(entries, 20)]
         return []
 
-    try:
-        return sorted(as_service(site, look, seconds=5)) if _user_exists(site.user) else []
-    except (OSError, Fault) as error:
-        return [str(error)]
+    return sorted(_looked(site, look, lambda error: [str(error)]))
 
 
 def _mount(site: Site, path: str, wanted: Json) -> Json:
@@ -361,9 +361,32 @@ def _place(site: Site, path: Path, use: str) -> str:
 
 
 def _traps(site: Site) -> dict[str, str]:
-    """What lies in the place of ComfyUI's database and is no file: it would wait for a pipe's other end."""
-    places = [site.database.with_name(f"comfyui.db{end}") for end in ("", "-wal", "-shm", "-journal")]
-    return {str(each): "is no regular file" for each in places if os.path.lexists(each) and not regular(each)}
+    """What lies in the place of ComfyUI's database and is no file: it would wait for a pipe's other end.
+
+    Or in the place of its folder: a link of the service's own leads to what its unit hides from it.
+    """
+    folder = site.database.parent
+
+    def look() -> dict[str, str]:
+        try:
+            with inside(folder) as here:
+                names = [name for name in DATABASE if os.path.lexists(here / name) and not regular(here / name)]
+                return {str(folder / name): "is no regular file" for name in names}
+        except OSError as error:
+            return {str(folder): f"is refused: {error.strerror}"} if error.errno == errno.ELOOP else {}
+
+    return _looked(site, look, lambda fault: {str(folder): str(fault)})
+
+
+def _looked(site: Site, look: Callable[[], T], otherwise: Callable[[Exception], T]) -> T:
+    """What a look below the data shows, taken as the service and in time: links may lead anywhere, mounts be dead."""
+    try:
+        found: T = as_service(site, look, seconds=5) if _user_exists(site.user) else look()
+        return found
+    except KeyError:  # no such group yet
+        return look()
+    except (OSError, Fault) as error:
+        return otherwise(error)
 
 
 def _access(path: str, need: int, inside: int | None) -> bool:

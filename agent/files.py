@@ -303,6 +303,10 @@ def _descriptor(folder: int) -> Iterator[Path]:
         os.close(folder)
 
 
+DATABASE = ("comfyui.db", "comfyui.db-wal", "comfyui.db-shm", "comfyui.db-journal")
+"""The files of ComfyUI's database, SQLite's (sqlite.org/tempfiles.html); what else is named alike is the user's."""
+
+
 def real(path: Path | str) -> Path:
     """Where a path leads, links followed; raises OSError for a chain of them without an end."""
     try:

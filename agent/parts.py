@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pwd
 import select
 import signal
 import stat
@@ -102,8 +103,11 @@ def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) 
                 os.waitpid(child, 0)
                 raise Fault("step", f"{work.__name__} did not end within {seconds:.0f} s", "", "run it again")
             said = pipe.read()
-        if os.waitpid(child, 0)[1]:
-            raise Fault("step", f"{work.__name__} was killed", "there may be too little memory", "inv doctor")
+        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            why = f"by signal {-code}" if code < 0 else "it could not tell its answer"
+            if code == -signal.SIGKILL:
+                why += ": the kernel's, where memory is too little (dmesg tells), or somebody's"
+            raise Fault("step", f"{work.__name__} was ended", why, "run it again; inv doctor")
         found = json.loads(said)
         if "errno" in found:
             raise OSError(found["errno"], found["error"].partition("] ")[2] or found["error"])
@@ -136,6 +140,20 @@ def as_service(site: Site, work: Callable[..., Any], *given: Any, sharing: bool 
 
     lowered.__name__ = work.__name__  # for messages
     return forked(lowered, seconds=seconds)()
+
+
+def forsake_root() -> None:
+    """Keep a process of `as_service` from ever being root again: it is to parse what the service wrote.
+
+    Its real user becomes a number that is nobody's. Were it the service's, that one's processes could end or enter it.
+    """
+    user, group = os.geteuid(), os.getegid()
+    if user != os.getuid():
+        known = {each.pw_uid for each in pwd.getpwall()}
+        nobody = next(number for number in range(65_533, 1000, -1) if number not in known)
+        os.seteuid(0)
+        os.setresgid(group, group, group)
+        os.setresuid(nobody, user, nobody)
 
 
 def contents(root: Path) -> dict[str, str]:

@@ -29,6 +29,7 @@ from agent.files import (
     discard,
     free,
     inherited,
+    inside,
     link,
     opened,
     read,
@@ -227,9 +228,10 @@ def _unpack(site: Site, step: Json, place: Path) -> None:
         archive.extractall(place)  # the client's own archive, checked by hash; 3.10 may lack the filters
     for name, source in step["reuse"].items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(site.parts / source, place / name)
-    for path, _, _ in os.walk(place):
-        Path(path).chmod(0o755)
+        shutil.copyfile(site.parts / source, place / name)
+        (place / name).chmod(0o755 if (site.parts / source).stat().st_mode & 0o100 else 0o644)
+    for path in tree(place):
+        path.chmod(0o755)
     if contents(place) != step["files"]:
         raise Fault("step", f"the tree of {step['part']} is not the one that was planned", "a part was changed")
 
@@ -248,30 +250,34 @@ def node(site: Site, step: Json, note: Callable[[str], None]) -> None:
 def _corners(site: Site, step: Json, place: Path) -> None:
     """Make what a tree writes links into the data, seeded once with what it came with."""
     for name in step["writable"]:
-        inside, kept = place / name.rstrip("/"), site.data / step["keeps"] / name.rstrip("/")
-        as_service(site, _seed, inside, kept, name.endswith("/"))
-        remove(inside)
-        inside.parent.mkdir(parents=True, exist_ok=True)
-        inside.symlink_to(kept)
+        own, kept = place / name.rstrip("/"), f"{step['keeps']}/{name.rstrip('/')}"
+        as_service(site, _seed, own, site.data, kept, name.endswith("/"))
+        remove(own)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.symlink_to(site.data / kept)
 
 
-def _seed(source: Path, place: Path, folder: bool) -> None:
-    """Give the data what a node came with, or an empty folder; a file that it did not come with is left to the node."""
-    if place.exists():
-        return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    fresh = place.with_name(f".{place.name}.{os.getpid()}")
-    remove(fresh)  # a killed run may have had this number, too
-    if source.is_dir():
-        shutil.copytree(source, fresh, copy_function=shutil.copyfile)
-    elif folder:
-        fresh.mkdir()
-    elif source.exists():
-        shutil.copyfile(source, fresh)
-    else:
-        return
-    os.sync()  # once it is there it is trusted, also after a power cut
-    fresh.rename(place)
+def _seed(source: Path, data: Path, name: str, folder: bool) -> None:
+    """Give the data what a node came with, or an empty folder; a file that it did not come with is left to the node.
+
+    No link below the data is followed: the unit keeps the service from where it leads, and this is outside of it.
+    """
+    parent, _, last = name.rpartition("/")
+    with inside(data, parent, make=True) as here:
+        place, fresh = here / last, here / f".{last}.{os.getpid()}"
+        if os.path.lexists(place):
+            return
+        remove(fresh)  # a killed run may have had this number, too
+        if source.is_dir():
+            shutil.copytree(source, fresh, copy_function=shutil.copyfile)
+        elif folder:
+            fresh.mkdir()
+        elif source.exists():
+            shutil.copyfile(source, fresh)
+        else:
+            return
+        os.sync()  # once it is there it is trusted, also after a power cut
+        fresh.rename(place)
 
 
 INSTALL_SECONDS = 1800
@@ -475,8 +481,6 @@ def release(site: Site, step: Json, note: Callable[[str], None]) -> None:
         link(place / kind, f"../../{'../' * kind.count('/')}parts/{name}")
     for name, target in manifest["links"].items():
         link(place / name, target)
-    for name in manifest.get("folders", ()):  # what the unit mounts onto, which systemd would make as root
-        as_service(site, os.makedirs, name, 0o777, True)
     for name in manifest.get("empty", ()):
         (place / name).mkdir(parents=True, exist_ok=True)
     for name, text in manifest["files"].items():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from agent import files as agent_files
 from agent import services, steps
 from agent.facts import _deletable, facts
 from agent.files import Fault, Sweep, append, flock, free, read, remove
@@ -253,7 +254,7 @@ def test_what_a_killed_run_of_this_pid_left_is_no_obstacle(tmp_path: Path) -> No
     (tmp_path / "source/new").touch()
     (tmp_path / f".place.{os.getpid()}").mkdir()
     (tmp_path / f".place.{os.getpid()}/half").touch()
-    steps._seed(tmp_path / "source", tmp_path / "place", True)
+    steps._seed(tmp_path / "source", tmp_path, "place", True)
     assert [path.name for path in (tmp_path / "place").iterdir()] == ["new"]
 
 
@@ -294,6 +295,19 @@ def test_the_agent_forgets_the_environment_of_whoever_started_it(tmp_path: Path)
     )  # fmt: skip
     said = dict(line.partition("=")[::2] for line in done.stdout.splitlines()[1:])
     assert said == kept | {"LC_ALL": "C.UTF-8"}
+
+
+def test_more_than_can_be_held_or_deleted_in_time_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_files, "AT_ONCE", 10)
+    for number in range(105):
+        (tmp_path / f"wide/{number}").mkdir(parents=True)
+    late = Sweep(seconds=0)
+    late.delete(tmp_path / "wide")
+    assert "there is more than 0 s suffice for" in late.stuck[0]
+    sweep = Sweep()
+    sweep.delete(tmp_path / "wide")
+    assert sweep.stuck == []
+    assert not (tmp_path / "wide").exists()
 
 
 # --- locks ---------------------------------------------------------------------------------------------------------
