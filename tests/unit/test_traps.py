@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -64,9 +66,9 @@ def test_only_a_database_of_regular_files_is_copied(
     assert [path.name for path in kept.iterdir()] == ["comfyui.db"]
     remove(user / "comfyui.db")
     trap(user / "comfyui.db", secret)
-    if trap is not folder:
-        cutover.restore(kept, user)
-        assert (user / "comfyui.db").read_text() == "database"
+    trap(user / ".comfyui.db.7", secret)
+    cutover.restore(kept, user)
+    assert (user / "comfyui.db").read_text() == "database"
     assert secret.read_text() == "private"
 
 
@@ -93,6 +95,114 @@ def test_a_trial_is_given_what_nodes_keep_and_nothing_else(
     assert not [path for path in (scratch / "nodes/one").iterdir() if path.name == "trap" and not path.is_dir()]
     remove(data)
     remove(scratch)
+
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def served() -> Iterator[Site]:
+    """A site of root's, whose service is nobody."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        site = at(Path(place))
+        site.user = "nobody"
+        for each in ("", "home", "data", "data/output", "scratch"):
+            (site.prefix / each).mkdir(exist_ok=True)
+            (site.prefix / each).chmod(0o755)
+        for each in ("data", "data/output", "scratch"):
+            os.chown(site.prefix / each, NOBODY, NOBODY)
+        for name in ("comfyui.db", "notes"):
+            (site.prefix / "home" / name).write_text("private")
+        yield site
+        remove(site.prefix / "data")
+
+
+def _give(place: Path, user: int) -> None:
+    os.chown(place, user, user, follow_symlinks=False)
+
+
+@pytest.mark.parametrize("work", [cutover.reserve, cutover.take_snapshot, trial._copy_live])
+def test_a_link_of_the_services_to_anothers_database_is_refused(served: Site, work: Callable[..., None]) -> None:
+    user, kept = served.data / "user", served.prefix / "scratch"
+    copy = kept / "comfyui.db" if work is trial._copy_live else kept
+    for name in ("user", "user/comfyui.db"):  # the folder, and the file
+        place = served.data / name
+        place.symlink_to(served.prefix / "home" / name.removeprefix("user").strip("/"))
+        _give(place, NOBODY)
+        if name == "user":
+            with pytest.raises(OSError, match="user on the way is a link of the service's"):
+                parts.as_service(served, work, user, copy)
+            assert list(facts._traps(served).values()) == ["is refused: user on the way is a link of the service's"]
+            place.unlink()
+            user.mkdir()
+            _give(user, NOBODY)
+        else:
+            parts.as_service(served, work, user, copy)
+    assert not list(kept.iterdir())
+    with pytest.raises(OSError, match="user on the way is a link of the service's"):
+        remove(user)
+        user.symlink_to(served.prefix / "home")
+        _give(user, NOBODY)
+        parts.as_service(served, cutover.restore, kept, user)
+    assert (served.prefix / "home/comfyui.db").read_text() == "private"
+
+
+def test_a_link_of_the_operators_is_followed(served: Site) -> None:
+    (served.data / "user").symlink_to("../home")
+    parts.as_service(served, cutover.take_snapshot, served.data / "user", served.prefix / "scratch")
+    assert (served.prefix / "scratch/comfyui.db").read_text() == "private"
+    assert facts._traps(served) == {}
+
+
+@pytest.mark.parametrize("name", ["nodes", "nodes/pack", "comfyui"])
+def test_no_link_below_the_data_is_followed_by_what_fills_it_or_is_filled_from_it(served: Site, name: str) -> None:
+    (served.prefix / "home").chmod(0o777)
+    place = served.data / name
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(served.prefix / "home")
+    parts.as_service(served, trial._fill, served.data, served.prefix / "scratch", [], served.data / "models")
+    found = {path.name for path in (served.prefix / "scratch").rglob("*")}
+    assert not found & {"notes", "comfyui.db"}
+    with pytest.raises(OSError):  # a link, or no folder
+        parts.as_service(served, steps._seed, served.prefix, served.data, f"{name}/deeper/it", True)
+    assert len(list((served.prefix / "home").iterdir())) == 2
+
+
+def test_a_database_is_parsed_by_who_can_never_be_root_and_whom_the_service_cannot_end(served: Site) -> None:
+    code = "import os; os.kill(int(input()), 9)"
+    words = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "/usr/bin/python3", "-ISc", code]
+    service = subprocess.Popen(words, stdin=-1, stderr=-1)
+
+    def work() -> list[object]:
+        parts.forsake_root()
+        said = service.communicate(f"{os.getpid()}\n".encode())[1]
+        return [0 in (*os.getresuid(), *os.getresgid()), os.geteuid() == NOBODY, b"PermissionError" in said]
+
+    def attack() -> None:
+        os.kill(os.getpid(), 9)
+
+    database = sqlite3.connect(served.data / "comfyui.db")
+    database.execute("CREATE TABLE one (x)")
+    database.close()
+    parts.as_service(served, trial._copy_live, served.data, served.prefix / "scratch/comfyui.db")
+    assert b"TABLE one" in (served.prefix / "scratch/comfyui.db").read_bytes()
+    with service:
+        assert parts.as_service(served, work) == [False, True, True]
+    with pytest.raises(Fault, match="attack was ended") as raised:
+        parts.as_service(served, attack)
+    assert raised.value.report["cause"].startswith("by signal 9: the kernel's")
+
+
+@pytest.mark.parametrize("mode_before", [0o4755, 0o6777, 0o1640])
+def test_a_copy_is_nothing_that_runs_as_its_owner(tmp_path: Path, mode_before: int) -> None:
+    """A member may leave such a file, and the copy would be the service's."""
+    (tmp_path / "comfyui.db").touch()
+    (tmp_path / "comfyui.db").chmod(mode_before)
+    (tmp_path / "kept").mkdir()
+    cutover.take_snapshot(tmp_path, tmp_path / "kept")
+    assert mode(tmp_path / "kept/comfyui.db") == mode_before & 0o777
 
 
 def test_a_trial_is_not_given_more_than_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
