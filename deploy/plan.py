@@ -279,6 +279,10 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
     if host.scope == "user" and target.profile.network == "lan-deny":
         what = "without root nothing tells private addresses from others: mode lan-deny has no effect"
         found.append(Refusal(what, 'set scope = "system" for this host, or mode "offline"'))
+    if host.scope == "user" and target.profile.network == "offline" and not (host.confined and facts.landlock >= _TCP):
+        why = f"Landlock {facts.landlock} knows no TCP (Linux 6.7 does)" if host.confined else "it is not `confined`"
+        what = f"nothing keeps ComfyUI from the network here: mode offline has no effect ({why})"
+        found.append(Refusal(what, 'set scope = "system" for this host, or take a newer kernel and confined = true'))
     if target.profile.network != "open" and not all(ipaddress.ip_address(each).is_loopback for each in listen):
         what = f"network = {target.profile.network} shuts out whoever would come to {host.listen}, too"
         found.append(Refusal(what, 'listen = "127.0.0.1", and come by ssh -L or by a proxy on the host'))
@@ -576,6 +580,29 @@ def allocator_without_effect(target: Target) -> str:
     return next(named, "")
 
 
+_TCP = 4
+
+_LACKS = {
+    2: "ComfyUI cannot move files from one folder to another (Linux 5.19)",
+    3: "only the filter of system calls keeps custom nodes from emptying files that they may not write (Linux 6.2)",
+    _TCP: "custom nodes reach every TCP port, and listen at any (Linux 6.7)",
+    5: "custom nodes may send any command (ioctl) to a device that is open to them (Linux 6.10)",
+    6: "custom nodes can end other processes of {login}, Hearth's too, and reach their abstract sockets (Linux 6.12)",
+}
+"""What a Landlock lacks that is older than this version of it, and the kernel that has it (landlock(7))."""
+
+
+def unconfined(target: Target, facts: Facts) -> list[str]:
+    """What nothing keeps custom nodes from on a host without root, a sentence each."""
+    if target.host.scope != "user":
+        return []
+    if not (facts.landlock and target.host.confined):
+        why = "this kernel has no Landlock" if target.host.confined else "the host is not `confined`"
+        return [f"{why}: custom nodes can read and write all that {facts.login} can"]
+    lacks = (text.format(login=facts.login) for version, text in _LACKS.items() if facts.landlock < version)
+    return [f"this kernel's Landlock is of version {facts.landlock}: {text}" for text in lacks]
+
+
 def _notes(target: Target, facts: Facts) -> list[str]:
     found = [
         f"ComfyUI starts anew whenever a Python file in {each} changes, jobs or not" for each in target.host.develop
@@ -592,9 +619,7 @@ def _notes(target: Target, facts: Facts) -> list[str]:
     if facts.unused:
         names = ", ".join(facts.unused)
         found.append(f"nothing is loaded from {facts.prefix}/data/custom_nodes: {names} (inv nodes.add, or delete it)")
-    if target.host.scope == "user" and not (facts.landlock and target.host.confined):
-        why = "this kernel has no Landlock" if target.host.confined else "the host is not `confined`"
-        found.append(f"{why}: custom nodes can read and write all that {facts.login} can")
+    found += unconfined(target, facts)
     if facts.rights is None and target.rights:
         found.append("the host has no sudo: members cannot read the log or restart ComfyUI by it")
     return found

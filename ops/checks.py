@@ -185,10 +185,7 @@ def _drift(case: Case) -> Iterator[Problem]:
     severity="warning",
 )
 def _confined(case: Case) -> Iterator[Problem]:
-    host = case.target.host
-    if host.scope == "user" and not (case.facts.landlock and host.confined):
-        why = "the kernel has no Landlock" if host.confined else "the host is not `confined`"
-        what = f"custom nodes can read and write all that {case.facts.login} can: {why}"
+    for what in plan.unconfined(case.target, case.facts):
         yield Problem(what, 'a newer kernel, or scope = "system" for this host')
 
 

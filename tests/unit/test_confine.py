@@ -10,14 +10,18 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agent import confine, services
 from agent.files import read_text, started, write
 from core import files
+from deploy import plan
+from tests.unit.test_plan import FRESH, made, spark
 from tests.unit.test_services import child, make, supervisor
 
 pytestmark = pytest.mark.skipif(confine.abi() < 4, reason="this kernel has no Landlock with rules for TCP (Linux 6.7)")
@@ -511,3 +515,39 @@ def test_only_what_was_started_since_is_ended(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "left")], cwd=files.CHECKOUT, capture_output=True)
     assert done.stdout == b"None True\n", done.stderr
     assert not marked(tmp_path)
+
+
+# --- what the plan says --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "confined", "says"),
+    [
+        (0, True, ["no Landlock"]),
+        (6, False, ["not `confined`"]),
+        (1, True, ["cannot move", "emptying", "TCP port", "ioctl", "end other processes of d,"]),
+        (2, True, ["emptying", "TCP port", "ioctl", "end other processes"]),
+        (5, True, ["end other processes"]),
+        (6, True, []),
+    ],
+)
+def test_the_plan_says_what_this_kernel_does_not_keep_from(version: int, confined: bool, says: list[str]) -> None:
+    facts, target = msgspec.structs.replace(FRESH, landlock=version), spark(scope="user", confined=confined)
+    notes = [each for each in made(facts, target).notes if "Landlock" in each or "confined" in each]
+    assert len(notes) == len(says)
+    assert all(part in note for part, note in zip(says, notes, strict=True))
+    assert plan.unconfined(spark(), facts) == []
+    offline = replace(target, profile=msgspec.structs.replace(target.profile, network="offline"))
+    refusals = [each.what for each in made(facts, offline).refusals]
+    assert bool(refusals) is (version < 4 or not confined)
+    assert all("mode offline has no effect" in each for each in refusals)
+
+
+def test_a_rule_is_for_none_of_the_datas_own_folder() -> None:
+    """Whoever may write there puts a link in the place of the models."""
+    facts = msgspec.structs.replace(FRESH, prefix="/home/d/comfyui")
+    target = spark(scope="user", model_roots=("/srv/models",), folders={"output": "/srv/output"})
+    step = next(each for each in made(facts, target).steps if each.kind == "release")
+    spec = json.loads(step.values["release"]["confined"][-2])
+    assert spec["write"] == ["/home/d/comfyui/data/*", "/srv/output"]
+    assert {"/home/d/comfyui/data", "/home/d/comfyui/data/models", "/srv/models"} <= set(spec["read"])
