@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import errno
 import grp
-import io
+import itertools
 import json
 import os
 import pwd
 import re
 import shutil
+import struct
 import subprocess
 import tarfile
 import tempfile
@@ -32,6 +33,7 @@ from agent.files import (
     inside,
     link,
     opened,
+    os_fault,
     read,
     read_text,
     remove,
@@ -283,16 +285,23 @@ def _seed(source: Path, data: Path, name: str, folder: bool) -> None:
 INSTALL_SECONDS = 1800
 """For an install.py, which may download models."""
 
-# Runs in the sandbox: a copy of the tree, its install.py, and what there is then, as an archive on standard output.
+# Runs in the sandbox: a copy of the tree, its install.py, and what there is then, on standard output (`taken_over`).
 _INSTALLER = """
-import shutil, subprocess, sys, tarfile
+import os, shutil, stat, struct, subprocess, sys
 source, place, python = sys.argv[1:]
 shutil.copytree(source, place)
 done = subprocess.run([python, "install.py"], cwd=place, stdin=subprocess.DEVNULL, stdout=2)
 if done.returncode:
     sys.exit(done.returncode % 256)
-with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT) as archive:
-    archive.add(place, ".")
+for folder, _, names in os.walk(os.fsencode(place)):
+    for path in [os.path.join(folder, name) for name in names]:
+        status = os.lstat(path)
+        regular = stat.S_ISREG(status.st_mode)
+        content = open(path, "rb").read() if regular else b""
+        name = os.path.relpath(path, os.fsencode(place))
+        kind = (2 if status.st_mode & 0o100 else 1) if regular else 0
+        sys.stdout.buffer.write(struct.pack(">HIB", len(name), len(content), kind) + name + content)
+sys.stdout.buffer.write(bytes(7))
 """
 
 
@@ -321,25 +330,39 @@ def _install(site: Site, step: Json, place: Path, note: Callable[[str], None]) -
         remove(scratch)
 
 
+TAKEN, DEEP = 100_000, 50
+"""Files that an install.py may leave, and folders in each other."""
+
+
 def taken_over(raw: bytes, place: Path, note: Callable[[str], None]) -> None:
-    """Unpack the regular files of an archive that somebody else made; `note` what is left out. Raises Fault."""
+    """Write the regular files of a tree that somebody else made into an empty folder; `note` what is left out.
+
+    Each is a length of its name, one of its content, and a kind (0: no regular file, 2: an executable one), then name
+    and content; a name without a length ends it. No archive's format: those are for parsers to get wrong. Raises Fault.
+    """
     left: list[str] = []
+    view, at = memoryview(raw), 0
     try:
-        with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
-            for member in archive:
-                name = Path(member.name)
-                if member.isdir() or "__pycache__" in name.parts:
-                    continue
-                if not member.isreg() or member.issparse() or name.is_absolute() or ".." in name.parts:
-                    left.append(str(name))
-                    continue
+        for number in itertools.count():
+            length, size, kind = struct.unpack_from(">HIB", view, at)
+            content = at + 7 + length
+            name, at = os.fsdecode(bytes(view[at + 7 : content])), content + size
+            if not name:
+                break
+            words = name.split("/")
+            if at > len(raw) or number >= TAKEN or len(words) > DEEP or not {"", ".", ".."}.isdisjoint(words):
+                raise ValueError(f"entry {number}, {name[:200]!r}")
+            if not kind:
+                left.append(name)
+            elif "__pycache__" not in words:
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
-                content = archive.extractfile(member)
-                assert content is not None
-                (place / name).write_bytes(content.read())
-                (place / name).chmod(0o755 if member.mode & 0o100 else 0o644)
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise Fault("step", "what it left is no archive", repr(error)) from error
+                with (place / name).open("xb") as file:
+                    file.write(view[content:at])
+                (place / name).chmod(0o755 if kind == 2 else 0o644)
+    except (struct.error, ValueError) as error:
+        raise Fault("step", "what it left is no tree that can be taken over", str(error)) from error
+    except OSError as error:
+        raise os_fault(error, "what it left cannot be taken over") from error
     if left:
         note(f"not regular files, and left out: {', '.join(left[:10])}")
 

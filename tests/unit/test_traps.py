@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import socket
 import sqlite3
+import struct
 import subprocess
 import tempfile
 import time
@@ -285,6 +287,55 @@ def test_what_lies_where_nothing_is_loaded_from_is_told(tmp_path: Path) -> None:
     (site.data / UNUSED).rmdir()
     os.mkfifo(site.data / UNUSED)
     assert facts._unused(site)
+
+
+def left(*entries: tuple[str, bytes, int]) -> bytes:
+    """What an install.py's tree is sent as."""
+    packed = [struct.pack(">HIB", len(name.encode()), len(content), kind) for name, content, kind in entries]
+    whole = [head + name.encode() + content for head, (name, content, _) in zip(packed, entries, strict=True)]
+    return b"".join(whole) + bytes(7)
+
+
+def compressed() -> bytes:
+    return lzma.compress(bytes(10_000_000), preset=0)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(left((name, b"", 1)) for name in ("/etc/x", "a/../../x", ".", "a/.", "..", "a//b", "x" * 300, "a\0b")),
+        left(("/".join("d" * 1500), b"", 1)),
+        left(*[("/".join("d" * 60), b"", 1)]),
+        left(("a", b"", 1), ("a/b", b"", 1)),
+        left(("a/b", b"", 1), ("a", b"", 1)),
+        left(("a", b"1", 1), ("a", b"2", 1)),
+        left(*[(f"{number}", b"", 1) for number in range(101)]),
+        left(("a", b"1", 1))[:-1],
+        b"",
+        bytes(6),
+        struct.pack(">HIB", 1, 0xFFFFFFFF, 1) + b"a" + bytes(100),
+        compressed(),
+        b"\xff" * 10_000,
+    ],
+)
+def test_what_an_install_script_leaves_is_taken_over_or_refused(
+    tmp_path: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "TAKEN", 100)
+    (tmp_path / "place").mkdir()
+    with pytest.raises(Fault, match="what it left"):
+        steps.taken_over(raw, tmp_path / "place", print)
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+    assert sum(path.stat().st_size for path in (tmp_path / "place").rglob("*") if path.is_file()) < 10
+
+
+def test_what_an_install_script_leaves_is_written_as_plain_files(tmp_path: Path) -> None:
+    said: list[str] = []
+    entries = (("a/b", b"1", 1), ("tool", b"", 2), ("link", b"", 0), ("__pycache__/x", b"", 1), ("a/\u00fc", b"2", 7))
+    steps.taken_over(left(*entries), tmp_path, said.append)
+    found = {str(path.relative_to(tmp_path)): mode(path) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"a/b": 0o644, "tool": 0o755, "a/\u00fc": 0o644}
+    assert said == ["not regular files, and left out: link"]
 
 
 @pytest.mark.parametrize("name", ["evil.pth", "distutils-precedence.pth"])
