@@ -17,7 +17,8 @@ from typing import Any
 
 from agent.api import Endpoint
 from agent.comfyui import drain
-from agent.files import Fault, Json, discard, opened, remove, run, sync, tree
+from agent.cutover import LARGEST
+from agent.files import DATABASE, LEVELS, Fault, Json, discard, opened, remove, run, sync, tree
 from agent.journal import Adopted, now
 from agent.services import UNITS
 from agent.site import SHARING, Site
@@ -104,17 +105,29 @@ def adopt(site: Site, step: Json, note: Callable[[str], None]) -> None:
 
 def _bring(source: Path, target: Path, record: Adopted) -> list[str]:
     """Rename a folder, or what is in it where there is one already; answers what had to stay."""
-    if not os.path.lexists(source):
-        return []
-    with suppress(OSError), opened(target.parent) as place:
-        os.rmdir(target.name, dir_fd=place)  # an empty one is as good as none
-    if not os.path.lexists(target):
-        record.add("rename", source=str(source), target=str(target))
-        rename(source, target)
-        return []
-    if any(each.is_symlink() or not each.is_dir() for each in (source, target)):
-        return [str(source)]
-    return [left for each in sorted(source.iterdir()) for left in _bring(each, target / each.name, record)]
+    left: list[str] = []
+    pending = [(source, target)]
+    while pending:
+        here, there = pending.pop()
+        if len(here.parts) - len(source.parts) > LEVELS or max(len(bytes(here)), len(bytes(there))) > LONGEST:
+            left.append(str(here))
+            continue
+        if not os.path.lexists(here):
+            continue
+        with suppress(OSError), opened(there.parent) as place:
+            os.rmdir(there.name, dir_fd=place)  # an empty one is as good as none
+        if not os.path.lexists(there):
+            record.add("rename", source=str(here), target=str(there))
+            rename(here, there)
+        elif any(each.is_symlink() or not each.is_dir() for each in (here, there)):
+            left.append(str(here))
+        else:
+            pending += [(each, there / each.name) for each in sorted(here.iterdir(), reverse=True)]
+    return left
+
+
+LONGEST = 3800
+"""Bytes of a path; the kernel takes 4096."""
 
 
 def _own(site: Site, root: Path, owners: set[int], record: Adopted) -> int:
@@ -187,27 +200,56 @@ def _keep_database(site: Site, folder: Path, record: Adopted) -> None:
     fresh = kept.with_name(".database")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True, mode=0o700)
-    for name, (content, *owner, mode) in _database(folder).items():
-        (fresh / name).write_bytes(content)
-        os.chown(fresh / name, *owner)
-        (fresh / name).chmod(mode)
+    for name, status in _database(folder).items():
+        if status.st_size > LARGEST:
+            what = f"{folder / name} is {status.st_size} bytes, and ComfyUI's database never is: at most {LARGEST}"
+            raise Fault("step", what, "", f"look at it, and move it away: mv {folder / name} …")
+        _copy_file(folder, fresh, name)
     record.add("database", folder=str(folder))
     os.sync()
     fresh.rename(kept)
     sync(kept.parent)
 
 
-def _database(folder: Path) -> dict[str, tuple[bytes, int, int, int]]:
-    """The files of a ComfyUI's database with owner, group and mode. It is small, an index of models and pictures."""
-    found: dict[str, tuple[bytes, int, int, int]] = {}
+def _database(folder: Path) -> dict[str, os.stat_result]:
+    """The files of a ComfyUI's database. It is small, an index of models and pictures."""
+    found: dict[str, os.stat_result] = {}
     with opened(folder) as place:
-        for path in folder.glob("comfyui.db*"):
-            with suppress(OSError), open(path.name, "rb", opener=_within(place)) as file:
-                status = os.fstat(file.fileno())
-                if stat.S_ISREG(status.st_mode) and ".newer-" not in path.name:
-                    mode = stat.S_IMODE(status.st_mode)
-                    found[path.name] = file.read(), status.st_uid, status.st_gid, mode
-    return found
+        for name in DATABASE:
+            with suppress(FileNotFoundError):
+                found[name] = os.lstat(name, dir_fd=place)
+    return {name: status for name, status in found.items() if stat.S_ISREG(status.st_mode)}
+
+
+def _copy_file(source: Path, target: Path, name: str) -> None:
+    """Copy a file with owner and mode from one folder to another, as long as it is now; never onto another file."""
+    with (
+        opened(source) as here,
+        opened(target) as there,
+        open(name, "rb", opener=_within(here)) as old,
+        open(name, "xb", opener=_within(there)) as new,
+    ):
+        status = os.fstat(old.fileno())
+        left = min(LARGEST, status.st_size) if stat.S_ISREG(status.st_mode) else 0
+        while block := old.read(min(left, 1 << 20)):
+            left -= new.write(block)
+        os.fchown(new.fileno(), status.st_uid, status.st_gid)
+        os.fchmod(new.fileno(), status.st_mode & 0o777)
+        new.flush()
+        os.fsync(new.fileno())
+
+
+def _unchanged(kept: Path, folder: Path) -> bool:
+    """Whether the database is what was kept: only files of the same size are read."""
+    old, now = _database(kept), _database(folder)
+    if {name: each.st_size for name, each in old.items()} != {name: each.st_size for name, each in now.items()}:
+        return False
+    with opened(kept) as here, opened(folder) as there:
+        for name, status in old.items():
+            with open(name, "rb", opener=_within(here)) as one, open(name, "rb", opener=_within(there)) as other:
+                if any(one.read(1 << 20) != other.read(1 << 20) for _ in range(0, status.st_size, 1 << 20)):
+                    return False
+    return True
 
 
 def _within(place: int) -> Callable[[str, int], int]:
@@ -217,18 +259,14 @@ def _within(place: int) -> Callable[[str, int], int]:
 
 def _return_database(site: Site, folder: Path) -> None:
     """Put the old database back where a newer version has changed it; the newer one stays beside it."""
-    before, present = _database((site.state / "adopted/database").resolve()), _database(folder)
-    if before == present:
+    kept = (site.state / "adopted/database").resolve()
+    if _unchanged(kept, folder):
         return
-    for name in present:
-        rename(folder / name, folder / f"{name}.newer-{now()}")
-    with opened(folder) as place:
-        for name, (content, *owner, mode) in before.items():
-            with open(name, "xb", opener=_within(place)) as file:
-                file.write(content)
-                os.fchown(file.fileno(), *owner)
-                os.fchmod(file.fileno(), mode)
-                os.fsync(file.fileno())
+    for name in DATABASE:
+        if os.path.lexists(folder / name):
+            rename(folder / name, folder / f"{name}.newer-{now()}")
+    for name in _database(kept):
+        _copy_file(kept, folder, name)
 
 
 def unadopt(site: Site, step: Json, note: Callable[[str], None]) -> None:

@@ -6,6 +6,8 @@ import errno
 import os
 import stat
 import subprocess
+import sys
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ import pytest
 
 from agent import adopt as adopting
 from agent import survey
-from agent.files import opened, read_text
+from agent.files import Fault, opened, read_text, remove
 from agent.journal import Adopted
 from agent.site import Site
 from core.errors import NoInstallationError
 from deploy import adopt, nodes, plan
 from deploy.facts import Gpu
+from tests.unit.test_agent_files import deep
 from tests.unit.test_plan import FLAGS, FRESH, kinds, spark
 
 ROOT = {"point": "/", "what": "/dev/sda1", "type": "ext4"}
@@ -384,3 +387,104 @@ def test_a_rename_overwrites_nothing_and_follows_no_link(tmp_path: Path) -> None
 def test_a_pipe_instead_of_a_file_holds_nobody_up(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "HEAD")
     assert read_text(tmp_path / "HEAD") == ""
+
+
+@pytest.mark.parametrize("size", [10**13, 3])
+def test_a_database_of_any_size_does_not_keep_undoing_from_its_end(tmp_path: Path, size: int) -> None:
+    place, old = site(tmp_path), tmp_path / "old/user"
+    old.mkdir(parents=True)
+    (old / "comfyui.db").write_text("old")
+    (old / "comfyui.db").chmod(0o4755)
+    adopting.adopt(place, {"name": "user", "source": str(old), "owners": [os.geteuid()]}, print)
+    kept = place.state / "adopted/database/comfyui.db"
+    assert (kept.read_text(), kept.stat().st_mode & 0o7777) == ("old", 0o755)
+    data = place.data / "user"
+    for name in ("comfyui.db", "comfyui.db-x"):
+        (data / name).write_text("new")
+        os.truncate(data / name, size)
+    os.mkfifo(data / "comfyui.db-wal")
+    adopting.unadopt(place, {}, print)
+    assert (old / "comfyui.db").read_text() == "old"
+    assert (old / "comfyui.db-x").stat().st_size == size
+    (newer,) = old.glob("comfyui.db.newer-*")
+    assert newer.stat().st_size == size
+
+
+def test_a_database_beyond_all_is_not_adopted(tmp_path: Path) -> None:
+    place, old = site(tmp_path), tmp_path / "old/user"
+    old.mkdir(parents=True)
+    (old / "comfyui.db").touch()
+    os.truncate(old / "comfyui.db", 10**13)
+    with pytest.raises(Fault, match="ComfyUI's database never is"):
+        adopting.adopt(place, {"name": "user", "source": str(old), "owners": [os.geteuid()]}, print)
+
+
+@pytest.mark.parametrize("levels", [1100, 2500])
+def test_labyrinths_in_both_places_are_left_where_they_are(tmp_path: Path, levels: int) -> None:
+    place, old = site(tmp_path), tmp_path / "old/output"
+    old.parent.mkdir()
+    for root in (old, place.data / "output"):
+        deep(root, levels)
+    said: list[str] = []
+    adopting.adopt(place, {"name": "output", "source": str(old), "owners": [os.geteuid()]}, said.append)
+    assert said[0].startswith(f"left where it is, the data has one of that name: {old}/dd/dd")
+    for root in (old, place.data):
+        remove(root)
+
+
+@pytest.mark.parametrize("levels", [150, 3000])
+def test_a_labyrinth_is_no_folder_of_comfyuis(tmp_path: Path, levels: int) -> None:
+    deep(tmp_path / "output", levels)
+    owners = {os.geteuid()}
+    found = survey._folder(tmp_path / "output", tmp_path / "data", owners)
+    assert found["foreign"].startswith(f"it has 100 folders in each other: {tmp_path}/output/dd/dd")
+    (tmp_path / "input/a").mkdir(parents=True)
+    (tmp_path / "input/a/b").write_text("12345")
+    (tmp_path / "input/a/c").symlink_to("b")
+    found = survey._folder(tmp_path / "input", tmp_path / "data", owners)
+    assert (found["files"], found["bytes"], found["links"], found["foreign"]) == (2, 6, {"a/c": "b"}, "")
+    remove(tmp_path / "output")
+
+
+def test_links_to_links_without_an_end_are_no_installation(tmp_path: Path) -> None:
+    (tmp_path / "main.py").touch()
+    before = "main.py"
+    for number in range(1200):
+        (tmp_path / str(number)).symlink_to(before)
+        before = str(number)
+    (tmp_path / "xmain.py").symlink_to(before)
+    code = "import time; print(flush=True); time.sleep(60)"
+    words = [sys.executable, "-ISc", code, "xmain.py"]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        survey.all_processes()
+        assert survey.survey(site(tmp_path), str(tmp_path / "xmain.py"))["found"] == []
+        process.kill()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_a_repository_is_read_as_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        tree, told, program = Path(place, "tree"), Path(place, "told"), Path(place, "bin/git")
+        for each in (tree, tree / ".git", told, program.parent):
+            each.mkdir()
+            os.chown(each, 65534, 65534)
+        Path(place).chmod(0o755)
+        secret = Path(place, "secret")
+        secret.write_text('[remote "origin"]\n url = secret')
+        secret.chmod(0o600)
+        (tree / ".git/config").symlink_to(secret)
+        (tree / ".git/HEAD").write_text("a" * 40)
+        program.write_text(f"#!/bin/sh\nid -u > {told}/uid\nid -G > {told}/groups\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+        assert survey._repository(tree) == {"url": "", "commit": "a" * 40, "edited": []}
+        assert [(told / name).read_text().strip() for name in ("uid", "groups")] == ["65534", "65534"]
+        monkeypatch.setattr(survey, "GIT_SECONDS", 1)
+        program.write_text("#!/bin/sh\nsleep 60\n")
+        assert survey._repository(tree)["edited"] is None
+        with (tree / ".git/index").open("wb") as file:
+            file.truncate(10**12)
+        assert survey._repository(tree)["edited"] is None
