@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from core import files
 from core.config import load
@@ -54,9 +54,9 @@ class Advisory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             return True
         try:
             known = Version(version)
-        except InvalidVersion:
+            return any(SpecifierSet(each).contains(known, prereleases=True) for each in self.versions)
+        except ValueError:  # no version, or one of more digits than Python takes for a number
             return None
-        return any(SpecifierSet(each).contains(known, prereleases=True) for each in self.versions)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ast
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from core import files, source
+from core import files, foreign, source
 from core.config import load
-from core.errors import near
+from core.errors import ConfigError, near
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,45 +71,72 @@ class Flag(msgspec.Struct, frozen=True):
 
 
 def flags(text: str) -> dict[str, Flag]:
-    """The flags that a `comfy/cli_args.py` defines, read without running it."""
+    """The flags that a `comfy/cli_args.py` defines, read without running it; what is not understood is left out.
+
+    Raises ConfigError for what cannot be parsed.
+    """
     found: dict[str, Flag] = {}
     groups: set[str] = set()
-    for node in ast.walk(ast.parse(text)):
+    nodes = list(ast.walk(_parsed(text, "comfy/cli_args.py")))
+    for node in nodes:
         if isinstance(node, ast.Assign) and _called(node.value) == "add_mutually_exclusive_group":
             groups |= {name.id for name in node.targets if isinstance(name, ast.Name)}
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes:
         if (
             not isinstance(node, ast.Call)
             or _called(node) != "add_argument"
             or not isinstance(node.func, ast.Attribute)
         ):
             continue
-        names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        names = [name for name in map(_constant, node.args) if name.startswith("-")]
+        if not names:
+            continue
         words = {word.arg: word.value for word in node.keywords if word.arg}
         owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
         action, count = _constant(words.get("action")), _constant(words.get("nargs"))
         kind = words.get("type")
         flag = Flag(
             name=names[0],
-            values="0" if action.startswith("store_") else count or "1",
+            values="0" if action.startswith("store_") else count if count in _COUNTS else "1" if not count else "*",
             kind=kind.id if isinstance(kind, ast.Name) else "",
             choices=_strings(words.get("choices")),
             group=owner if owner in groups else "",
         )
-        found |= dict.fromkeys((name for name in names if name.startswith("-")), flag)
+        found |= dict.fromkeys(names, flag)
     return found
+
+
+_COUNTS = {"?", "*", "+", *map(str, range(100))}
+"""What argparse's `nargs` may be; of another any number of values is taken."""
 
 
 def model_folders(text: str) -> dict[str, tuple[str, ...]]:
-    """The kinds of models that a `folder_paths.py` defines, each with its folders' names, read without running it."""
+    """The kinds of models that a `folder_paths.py` defines, each with its folders' names, read as `flags` does."""
     found: dict[str, tuple[str, ...]] = {}
-    for node in ast.parse(text).body:
+    for node in _parsed(text, "folder_paths.py").body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
-            joined = [call for call in ast.walk(node.value) if _called(call) == "join" and isinstance(call, ast.Call)]
-            names = [_constant(call.args[1]) for call in joined if getattr(call.args[0], "id", "") == "models_dir"]
-            if names:
-                found[_constant(node.targets[0].slice)] = tuple(names)
+            joined = [
+                call.args for call in ast.walk(node.value) if isinstance(call, ast.Call) and _called(call) == "join"
+            ]
+            names = [
+                _constant(args[1]) for args in joined if len(args) > 1 and getattr(args[0], "id", "") == "models_dir"
+            ]
+            kind = _constant(node.targets[0].slice)
+            if kind and all(names) and names:
+                found[kind] = tuple(names)
     return found
+
+
+def _parsed(text: str, name: str) -> ast.Module:
+    """The syntax tree of a file of ComfyUI's, which may come from a host; raises ConfigError where there is none."""
+    if len(text) > foreign.TEXT:
+        raise ConfigError(f"ComfyUI's {name} is larger than {foreign.TEXT // 1000} kB, and is not read")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its escapes and comparisons, which are its author's affair
+        try:
+            return ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise ConfigError(f"ComfyUI's {name} cannot be parsed", cause=f"{type(error).__name__}: {error}") from None
 
 
 def _called(node: ast.AST | None) -> str:
@@ -116,7 +144,9 @@ def _called(node: ast.AST | None) -> str:
 
 
 def _constant(node: ast.AST | None) -> str:
-    return str(node.value) if isinstance(node, ast.Constant) and node.value is not None else ""
+    """A text or a number of few digits: Python refuses to write one of very many."""
+    value = node.value if isinstance(node, ast.Constant) else None
+    return str(value) if isinstance(value, (str, float)) or (isinstance(value, int) and value < 1 << 64) else ""
 
 
 def _strings(node: ast.AST | None) -> tuple[str, ...]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
 import json
 import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +15,23 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import tomlkit
 
-from core import console, files, foreign, source, tools
-from core.errors import ConfigError, ProcessError, SourceUnreachableError, UnknownNameError, UsageError, near
+from core import console, files, source, tools
+from core.errors import (
+    ConfigError,
+    HearthError,
+    ProcessError,
+    SourceUnreachableError,
+    UnknownNameError,
+    UsageError,
+    near,
+)
 from deploy import advisory, nodes, review
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from core.shell import Done
-    from deploy.nodes import Catalogue
+    from deploy.nodes import Catalogue, Node
 
 
 @dataclass(frozen=True)
@@ -99,14 +105,25 @@ def remove(name: str) -> None:
 
 
 def outdated(known: Catalogue) -> dict[str, tuple[str, str]]:
-    """The nodes whose upstream has another latest commit: pinned and latest, by name."""
-    with ThreadPoolExecutor(max_workers=nodes.PARALLEL) as pool:
-        latest = dict(zip(known.nodes, pool.map(lambda node: newest(node.url), known.nodes.values()), strict=True))
-    return {name: (node.commit, latest[name]) for name, node in known.nodes.items() if node.commit != latest[name]}
+    """The nodes whose upstream has another latest commit: pinned and latest, by name.
+
+    When upstreams do not answer it says what it has found all the same, and raises what is wrong with them.
+    """
+    latest, failures = _latest(known.nodes)
+    found = {name: (node.commit, latest[name]) for name, node in known.nodes.items() if name in latest}
+    found = {name: (old, new) for name, (old, new) in found.items() if old != new}
+    if failures:
+        for name, (old, new) in found.items():
+            console.say(f"{name} {old[:9]} -> {new[:9]}")
+        raise _together(failures)
+    return found
 
 
 def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
-    """Pin the latest commits of these nodes (all, when none is named) and say what that brings."""
+    """Pin the latest commits of these nodes (all, when none is named) and say what that brings.
+
+    A node that cannot be updated keeps no other from it: what is wrong with each is raised at the end.
+    """
     known = nodes.catalogue()
     for name in names:
         if name not in known.nodes:
@@ -114,21 +131,67 @@ def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
     chosen = {name: known.nodes[name] for name in names} or known.nodes
     changes: list[Change] = []
     document = _document()
-    for name, (old, new) in outdated(msgspec.structs.replace(known, nodes=chosen)).items():
-        node = known.nodes[name]
-        before = nodes.fetch({name: node})[name]
-        pinned = source.pin(msgspec.structs.replace(node, commit=new, tree="").pinned(name))
+    latest, failures = _latest(chosen)
+    for name, new in latest.items():
+        if new == chosen[name].commit:
+            continue
+        try:
+            change, tree, date = _updated(name, chosen[name], new)
+        except (HearthError, OSError, ValueError) as error:
+            failures[name] = error
+            continue
         entry = document["nodes"][name]
-        entry["commit"], entry["tree"] = new, pinned.tree
-        with _history(node.url, new) as git:
-            entry["commit"].comment(_date(git, new))
-            found = _change(name, git, (old, new), (before, source.fetch(pinned)))
-        links = sorted(_links(node.url, new) - _links(node.url, old))
-        powers = (*found.powers, *([f"symbolic links: {', '.join(links)}"] if links else []))
-        changes.append(replace(found, powers=powers))
+        entry["commit"], entry["tree"] = new, tree
+        entry["commit"].comment(date)
+        changes.append(change)
     if changes and not dry_run:
         _write(document)
+    if failures:
+        for each in changes:  # the error would keep them from being shown
+            lines = (*each.commits, *each.requirements, *each.imported, *each.powers)
+            console.say("\n    ".join((f"{each.name} {each.old[:9]} -> {each.new[:9]}", *lines)))
+        raise _together(failures)
     return changes
+
+
+def _latest(chosen: Mapping[str, Node]) -> tuple[dict[str, str], dict[str, Exception]]:
+    """The latest commits of nodes by name, and what is wrong where none was found."""
+    failures: dict[str, Exception] = {}
+
+    def one(name: str) -> str:
+        try:
+            return newest(chosen[name].url)
+        except (HearthError, OSError, ValueError) as error:
+            failures[name] = error
+            return ""
+
+    with ThreadPoolExecutor(max_workers=nodes.PARALLEL) as pool:
+        found = dict(zip(chosen, pool.map(one, chosen), strict=True))
+    return {name: commit for name, commit in found.items() if commit}, failures
+
+
+def _together(failures: Mapping[str, Exception]) -> HearthError:
+    """One error for what is wrong with nodes; of the kind that all of them are."""
+    kinds = {type(error) for error in failures.values()}
+    (kind,) = kinds if len(kinds) == 1 else (HearthError,)
+    told = [f"{name}: {error}".replace("\n", "\n    ") for name, error in failures.items()]
+    return (kind if issubclass(kind, HearthError) else HearthError)(
+        f"{len(failures)} node(s) could not be looked at: {', '.join(failures)}",
+        cause="\n    ".join(told),
+        hint="the others were; when a repository is gone for good, inv nodes.remove",
+    )
+
+
+def _updated(name: str, node: Node, new: str) -> tuple[Change, str, str]:
+    """What a node's update brings, and its tree and date."""
+    before = nodes.fetch({name: node})[name]
+    pinned = source.pin(msgspec.structs.replace(node, commit=new, tree="").pinned(name))
+    links = _links(node.url, new)
+    with suppress(ProcessError):  # its history was rewritten: what was there is not known, and all are told
+        links -= _links(node.url, node.commit)
+    with _history(node.url, new) as git:
+        change = _change(name, git, (node.commit, new), (before, source.fetch(pinned)), links)
+        return change, pinned.tree, _date(git, new)
 
 
 def newest(url: str, rev: str = "HEAD") -> str:
@@ -140,10 +203,10 @@ def newest(url: str, rev: str = "HEAD") -> str:
         raise SourceUnreachableError(
             f"{url} does not answer", cause=done.stderr.strip(), hint="check the address and the network"
         )
-    found = done.stdout.split()
+    found = re.findall(r"^([0-9a-f]{40})\t", done.stdout, re.MULTILINE)
     if not found:
         raise UnknownNameError(f"{url} has no {rev!r}", hint="a branch, a tag or a whole commit")
-    return str(found[-2])  # of an annotated tag, the commit comes after it
+    return str(found[-1])  # of an annotated tag, the commit comes after it
 
 
 @contextmanager
@@ -171,19 +234,23 @@ def _date(git: partial[Done], commit: str) -> str:
     return git("log", "-1", "--format=%cs", commit).stdout.strip()
 
 
-def _change(name: str, git: partial[Done], commits: tuple[str, str], trees: tuple[Path, Path]) -> Change:
+def _change(
+    name: str, git: partial[Done], commits: tuple[str, str], trees: tuple[Path, Path], links: set[str]
+) -> Change:
     (old, new), (before, after) = commits, trees
     log = git("log", "--format=%h %cs %s", "--max-count=30", f"{old}..{new}", check=False)
     said = log.stdout.splitlines() if log.returncode == 0 else ["(its history was rewritten)"]
-    lines = difflib.unified_diff(nodes.requirements(before), nodes.requirements(after), lineterm="", n=0)
-    wanted = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+    asked, asks = dict.fromkeys(nodes.requirements(before)), dict.fromkeys(nodes.requirements(after))
+    wanted = [f"-{line}" for line in asked if line not in asks] + [f"+{line}" for line in asks if line not in asked]
+    was, now = review.read(before), review.read(after)
     changed = [
         name
-        for name in sorted(imported(before) | imported(after))
+        for name in sorted(was.imported | now.imported)
         if not ((before / name).exists() and (after / name).exists())
         or files.sha256(before / name) != files.sha256(after / name)
     ]
-    return Change(name, old, new, tuple(said), tuple(wanted), tuple(changed), review.gained(before, after))
+    powers = (*review.gained(was, now), *([f"symbolic links: {', '.join(sorted(links))}"] if links else []))
+    return Change(name, old, new, tuple(said), tuple(wanted), tuple(changed), powers)
 
 
 def _links(url: str, commit: str) -> set[str]:
@@ -198,35 +265,7 @@ def _links(url: str, commit: str) -> set[str]:
 
 def imported(tree: Path) -> set[str]:
     """The files that run when ComfyUI imports a node, as far as import statements tell."""
-    there = {name for name, _ in files.tree(tree)}
-    found: set[str] = set()
-    pending: list[str] = [name for name in ("__init__.py", "prestartup_script.py", "install.py") if name in there]
-    while pending:
-        name = pending.pop()
-        if name in found:
-            continue
-        found.add(name)
-        for statement in ast.walk(foreign.python(tree / name)):
-            pending += [each for each in _targets(statement, Path(name).parent) if each in there]
-    return found
-
-
-def _targets(statement: ast.AST, folder: Path) -> list[str]:
-    """The files that an import statement in a folder may mean; nodes import their own folder as a package or not."""
-    if isinstance(statement, ast.Import):
-        modules = [alias.name for alias in statement.names]
-        bases = [folder, Path()]
-    elif isinstance(statement, ast.ImportFrom):
-        start = folder
-        for _ in range(statement.level - 1):
-            start = start.parent
-        stem = statement.module or ""
-        modules = [stem, *(f"{stem}.{alias.name}".lstrip(".") for alias in statement.names)]
-        bases = [start] if statement.level else [folder, Path()]
-    else:
-        return []
-    paths = [base / module.replace(".", "/") for base in bases for module in modules]
-    return [str(each) for path in paths for each in (path.with_suffix(".py"), path / "__init__.py")]
+    return review.read(tree).imported
 
 
 def search(workflow: Path) -> dict[str, list[str]]:
@@ -238,9 +277,12 @@ def search(workflow: Path) -> dict[str, list[str]]:
         content = json.loads(workflow.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{workflow} does not exist") from None
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{workflow} is no JSON: {error}", hint="save the workflow again, or export it") from None
-    types = _types(content)
+    try:
+        types = _types(content)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{workflow} is no workflow: {error}", hint="save it again, or export it") from None
     if not types:
         raise ConfigError(f"{workflow} holds no nodes", hint="a workflow as ComfyUI saves or exports it")
     from deploy.application import application
@@ -254,20 +296,45 @@ def search(workflow: Path) -> dict[str, list[str]]:
 
 def _names(strings: set[str], node_type: str) -> bool:
     """Whether a node's code names a type: as it is, or put together as in `Seed (rgthree)`."""
-    parts = re.fullmatch(r"(.+) \((.+)\)", node_type)
+    parts = re.fullmatch(r"(.+) \((.+)\)", node_type) if len(node_type) < 200 else None  # strings are shorter
     return node_type in strings or bool(parts and {parts[1], parts[2]} <= strings)
 
 
+class _Node(msgspec.Struct):
+    type: str | None = None
+
+
+class _Graph(msgspec.Struct):
+    nodes: list[_Node] = []
+    id: str | int | None = None
+
+
+class _Definitions(msgspec.Struct):
+    subgraphs: list[_Graph] = []
+
+
+class _Workflow(_Graph):
+    definitions: _Definitions | None = None
+
+
+class _Step(msgspec.Struct):
+    class_type: str
+
+
 def _types(content: Any) -> set[str]:
-    """Node types of a workflow in either form: as the editor saves it, or as the API takes it."""
+    """Node types of a workflow in either form: as the editor saves it, or as the API takes it.
+
+    Raises ValidationError for what has another shape.
+    """
     if not isinstance(content, dict):
         return set()
-    listed = content.get("nodes")
-    if isinstance(listed, list):
-        parts = [content, *(content.get("definitions", {}) or {}).get("subgraphs", [])]
-        inside = {str(part.get("id")) for part in parts[1:]}  # a subgraph's id is a type, too
-        return {str(node.get("type")) for part in parts for node in part.get("nodes", [])} - inside - _EDITORS
-    return {str(node["class_type"]) for node in content.values() if isinstance(node, dict) and "class_type" in node}
+    if isinstance(content.get("nodes"), list):
+        whole = msgspec.convert(content, _Workflow)
+        inner = whole.definitions.subgraphs if whole.definitions else []
+        inside = {str(part.id) for part in inner}  # a subgraph's id is a type, too
+        return {str(node.type) for part in (whole, *inner) for node in part.nodes} - inside - _EDITORS
+    steps = [each for each in content.values() if isinstance(each, dict) and "class_type" in each]
+    return {each.class_type for each in msgspec.convert(steps, list[_Step])}
 
 
 _EDITORS = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode", "None"}
@@ -278,14 +345,11 @@ def _named(tree: Path) -> set[str]:
     """Every string in a tree's Python files: node types are among them, however they are registered."""
     kept = files.cache() / "strings" / f"{tree.name}.json"
     if not kept.exists():
-        found: set[str] = set()
-        for path in (path for name, path in files.tree(tree) if name.endswith(".py")):
-            found |= {
-                node.value
-                for node in ast.walk(foreign.python(path))
-                if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 100
-            }
-        files.write(kept, json.dumps(sorted(found)))
+        found = review.read(tree)
+        if found.failed:
+            console.say(f"{tree.name} cannot be read: which node types it has is not known")
+            return set()
+        files.write(kept, json.dumps(sorted(found.strings)))
     return set(json.loads(kept.read_text()))
 
 

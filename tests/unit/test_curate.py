@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,13 +141,63 @@ def test_an_update_tells_what_a_node_could_not_do_before(upstream: Upstream) -> 
     (change,) = curate.update([], dry_run=True)
     assert set(change.powers) == {
         "binary: lib.so",
-        "native code: types.py",
-        "network: types.py",
+        "native code: types.py (ctypes)",
+        "network: types.py (socket)",
         "runs at every start of Python (.pth): evil.pth",
-        "runs text as code: later.py, types.py",
-        "starts programs: types.py",
+        "runs text as code: later.py (importlib, importlib.import_module), types.py (eval)",
+        "starts programs: types.py (os.system, subprocess)",
         "symbolic links: link",
     }
+
+
+def test_a_node_that_cannot_be_updated_keeps_no_other_from_it(
+    upstream: Upstream, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = [Upstream(tmp_path / name) for name in ("Gone", "Leads-Out")]
+    for each in others:
+        shutil.copytree(upstream.place, each.place)
+    for each in (*others, upstream):
+        curate.add(each.url, "for a test")
+    before = nodes.catalogue().nodes
+    shutil.rmtree(others[0].place)
+    (others[1].place / "link").symlink_to("/etc/passwd")
+    others[1].commit("a link")
+    new = upstream.commit("second", types__py="import socket\n")
+    for look in (lambda: curate.outdated(nodes.catalogue()), lambda: curate.update([], dry_run=True)):
+        with pytest.raises(HearthError, match=r"Gone"):
+            look()
+        assert f"My-Node {before['My-Node'].commit[:9]} -> {new[:9]}" in capsys.readouterr().err
+        assert nodes.catalogue().nodes == before
+    with pytest.raises(HearthError, match=r"Gone, Leads-Out") as raised:
+        curate.update([], dry_run=False)
+    assert "Gone does not answer" in str(raised.value)
+    assert "/etc/passwd" in str(raised.value)
+    assert "network: types.py (socket)" in capsys.readouterr().err
+    after = nodes.catalogue().nodes
+    assert after["My-Node"].commit == new
+    assert [after[name] for name in ("Gone", "Leads-Out")] == [before[name] for name in ("Gone", "Leads-Out")]
+    with pytest.raises(SourceUnreachableError, match="Gone"):  # of one kind: its exit code stays
+        curate.update(["Gone"], dry_run=False)
+
+
+def test_all_links_of_a_history_that_was_rewritten_are_told(upstream: Upstream) -> None:
+    (upstream.place / "link").symlink_to("types.py")
+    upstream.commit("a link")
+    curate.add(upstream.url, "for a test")
+    upstream.git("commit", "--amend", "--quiet", "-m", "another")
+    upstream.git("reflog", "expire", "--expire=now", "--all")
+    upstream.git("gc", "--quiet", "--prune=now")
+    (change,) = curate.update([], dry_run=False)
+    assert change.commits == ("(its history was rewritten)",)
+    assert change.powers == ("symbolic links: link",)
+
+
+def test_requirements_are_compared_in_any_order(upstream: Upstream) -> None:
+    upstream.commit("some", requirements__txt="a\nb\nc\n")
+    curate.add(upstream.url, "for a test")
+    upstream.commit("others", requirements__txt="d\nb\na\n")
+    (change,) = curate.update([], dry_run=True)
+    assert change.requirements == ("-c", "+d")
 
 
 @pytest.mark.parametrize(
@@ -187,12 +238,44 @@ def test_the_nodes_that_a_workflow_needs(upstream: Upstream, tmp_path: Path, wor
     assert curate.search(path) == {"MyType": ["My-Node"], "Nobodys": []}
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "is no JSON"), ("[]", "holds no nodes"), ("{}", "holds no nodes")])
+def test_a_tree_that_cannot_be_read_is_said_and_read_again(
+    upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curate.add(upstream.url, "for a test")
+    path = tmp_path / "workflow.json"
+    path.write_text(json.dumps(API))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", shutil.which("false"))
+        assert curate.search(path)["MyType"] == []
+    assert capsys.readouterr().err.count("cannot be read") == 2
+    assert curate.search(path)["MyType"] == ["My-Node"]
+
+
+def test_files_that_run_at_import(tmp_path: Path) -> None:
+    imports = {"__init__": "from . import a", "a": "import b.c", "b/c": "from .. import d", "d": "from ....e import f"}
+    (tmp_path / "b").mkdir()
+    for name in (*imports, "e", "f", "g"):
+        (tmp_path / f"{name}.py").write_text(imports.get(name, ""))
+    assert curate.imported(tmp_path) == {"__init__.py", "a.py", "b/c.py", "d.py", "e.py"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        *(("{", "is no JSON"), ("9" * 5_000, "is no JSON"), ("[" * 100_000, "is no JSON")),
+        *(("[]", "holds no nodes"), ("{}", "holds no nodes"), ('{"nodes": [{}]}', "holds no nodes")),
+        *(('{"nodes": [1]}', "is no workflow"), ('{"nodes": [{"type": []}]}', "is no workflow")),
+        *((f'{{"nodes": [], "definitions": {each}}}', "no workflow") for each in ("[]", "1", '{"subgraphs": [1]}')),
+        *((f'{{"1": {{"class_type": {each}}}}}', "is no workflow") for each in ("1", "{}", "null")),
+    ],
+)
 @pytest.mark.usefixtures("upstream")
 def test_what_is_no_workflow(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "workflow.json").write_text(text)
     with pytest.raises(ConfigError, match=said):
         curate.search(tmp_path / "workflow.json")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        curate.search(tmp_path)
     with pytest.raises(ConfigError, match="does not exist"):
         curate.search(tmp_path / "none.json")
 
