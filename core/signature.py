@@ -1,12 +1,16 @@
 """Signatures by SSH keys, which every operator has: made and checked by ssh-keygen (its -Y, OpenSSH 8.2).
 
-Who may sign is listed in an `allowed_signers` file (ssh-keygen(1)), a line a key; a line's `valid-before` ends that,
-and so does taking the line out.
+Who may sign is listed in an `allowed_signers` file (ssh-keygen(1)), a line a key. A line's `valid-before` ends what
+the line says, by the clock of the machine that checks: a signature tells no time, which its maker could choose.
+`@revoked ` before a line, as in a known_hosts file, ends its key, whatever else lists or certifies that.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
 
 NAMESPACE = "hearth-bundle"
 """What a signature is for: one that the same key made for git or a file counts for nothing here."""
+
+LIMIT = 1_000_000
+"""Bytes of a list of who may sign."""
 
 _KEYS = ("id_ed25519", "id_ed25519_sk", "id_ecdsa", "id_ecdsa_sk", "id_rsa")
 
@@ -43,10 +50,11 @@ def sign(text: str, key: Path) -> Signed:
 
     Raises SignatureError.
     """
-    done = _keygen("sign", "-n", NAMESPACE, "-f", key, said=text)
-    if done.returncode:
+    done = _keygen("sign", "-n", NAMESPACE, "-f", key, said=text) if key.is_file() else None  # it would wait for a pipe
+    if done is None or done.returncode:
+        cause = done.stderr.strip() if done else "there is no such file"
         hint = "--sign KEY names another one, --sign none signs nothing; ssh-add unlocks one that has a passphrase"
-        raise SignatureError(f"ssh-keygen cannot sign with {key}", cause=done.stderr.strip(), hint=hint)
+        raise SignatureError(f"ssh-keygen cannot sign with {key}", cause=cause, hint=hint)
     return Signed(text, done.stdout)
 
 
@@ -75,7 +83,10 @@ class Signed:
         if not self.signature:
             raise SignatureError("it is not signed", cause=f"{where} lists who may sign", hint=hint)
         key = self.key()
-        with _files(signature=self.signature, allowed_signers=allowed) as (place, listed):
+        valid, revoked = _without_revoked(allowed, where)
+        if key.rpartition(" ")[2] in revoked:
+            raise SignatureError(f"{where} says that the key which signed it is revoked: {key}", hint=hint)
+        with _files(signature=self.signature, allowed_signers=valid) as (place, listed):
             done = _keygen("find-principals", "-s", place, "-f", listed)
             for name in done.stdout.splitlines() if not done.returncode else ():
                 done = _keygen("verify", "-n", NAMESPACE, "-f", listed, "-I", name, "-s", place, said=self.text)
@@ -85,11 +96,41 @@ class Signed:
         raise SignatureError(f"nobody of {where} signed it: its key is {key}", cause=cause, hint=hint)
 
 
+_PUBLIC = re.compile(r"(?<!\S)((?:sk-)?(?:ssh|ecdsa)-[\w@.-]+)[ \t]+([A-Za-z0-9+/]+={0,2})(?!\S)", re.ASCII)
+
+
+def _without_revoked(allowed: str, where: str) -> tuple[str, set[str]]:
+    """The lines of an allowed_signers file without those of revoked keys, and these keys' fingerprints.
+
+    Raises SignatureError for a mark that is not understood, and for one that has no key: it would revoke nothing.
+    """
+    lines = [line.strip("\ufeff \t\r") for line in allowed.split("\n")]
+    keys = {line: {_fingerprint(*found) for found in _PUBLIC.findall(line)} for line in lines}
+    marked = [line for line in lines if line.startswith("@")]
+    for line in marked:
+        if line.split()[0] != "@revoked" or not keys[line] or "" in keys[line]:
+            hint = "@revoked anna@example.org ssh-ed25519 AAAA...: the line as it was, with the mark before it"
+            raise SignatureError(f"{where} has a line that cannot be read: {line[:80]!r}", hint=hint)
+    revoked = {key for line in marked for key in keys[line]}
+    return "".join(f"{line}\n" for line in lines if line not in marked and not keys[line] & revoked), revoked
+
+
+def _fingerprint(kind: str, encoded: str) -> str:
+    """A public key's fingerprint, as ssh-keygen writes it; empty for what is no key, and for a certificate."""
+    try:
+        blob = base64.b64decode(encoded, validate=True)
+    except ValueError:
+        return ""
+    if "-cert-" in kind or not blob.startswith(len(kind).to_bytes(4, "big") + kind.encode()):
+        return ""
+    return f"SHA256:{base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip('=')}"
+
+
 @contextmanager
 def _files(**texts: str) -> Iterator[list[Path]]:
     """Files with these texts, which ssh-keygen takes in no other way."""
     with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
         places = [Path(folder, name) for name in texts]
         for place in places:
-            place.write_text(texts[place.name])
+            place.write_text(texts[place.name], errors="backslashreplace")
         yield places

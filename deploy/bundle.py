@@ -7,9 +7,12 @@ is used before it was checked, and what is deployed from a bundle is taken from 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
+import re
+import stat
 import tarfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ import msgspec
 
 from core import console, files, lockfile, signature, source
 from core import manifest as manifests
-from core.errors import BundleError
+from core.errors import BundleError, SignatureError
 from core.manifest import Sha256
 from core.signature import Signed
 from core.stack import Platform
@@ -38,8 +41,10 @@ if TYPE_CHECKING:
 FORMAT = 2
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"
-LIMIT = 64_000_000
-"""Bytes of a manifest: 300,000 files. A signature has about 300."""
+LIMIT, SHORT = 64_000_000, 64_000
+"""Bytes of a manifest: 300,000 files; and of its signature, which has about 300, or of a header."""
+DEPTH = 100
+"""Folders in one another."""
 AGENT = "agent.pyz"
 
 
@@ -90,9 +95,40 @@ def signers_file() -> Path:
 
 def _origin(seal: Signed) -> str:
     """Who signed a bundle, in words; raises SignatureError for nobody whom this client's list has, if it has one."""
-    if (place := signers_file()).exists():
-        return f"signed by {seal.signer(place.read_text(), str(place))}"
+    place = signers_file()
+    if (listed := _signers(place)) is not None:
+        return f"signed by {seal.signer(listed, str(place))}"
     return f"signed with {seal.key()}, which {place} could name" if seal.signature else "not signed"
+
+
+def _signers(place: Path) -> str | None:
+    """This client's list of who may sign, None where there is none: where a variable names none, and no file is there.
+
+    Raises SignatureError for any other that cannot be read: a check that could not run has failed.
+    """
+    try:
+        if not os.environ.get("HEARTH_ALLOWED_SIGNERS"):
+            try:
+                place.lstat()  # a link to nothing is a list that cannot be read
+            except FileNotFoundError:
+                return None
+        with _plain_file(place) as file:
+            content = file.read(signature.LIMIT + 1)
+    except OSError as error:
+        hint = "put the list there, or mend its rights; HEARTH_ALLOWED_SIGNERS names another one"
+        raise SignatureError(f"{place} lists who may sign, and cannot be read", cause=str(error), hint=hint) from error
+    if len(content) > signature.LIMIT:
+        raise SignatureError(f"{place} lists who may sign, and is larger than {signature.LIMIT // 1_000_000} MB")
+    return content.decode(errors="replace")
+
+
+def _plain_file(path: Path) -> IO[bytes]:
+    """Open a file to read; raises OSError for a folder, and for a pipe or device, which it does not wait for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no plain file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def write(
@@ -108,6 +144,8 @@ def write(
 
     The same content gives the same bytes, but for the signature, where the kind of key has none that is the same.
     """
+    if output.exists() and not output.is_file():
+        raise BundleError(f"{output} is no file, and cannot be replaced by a bundle", hint="name another one")
     asking = releases.asking(target, stock.nodes)
     listed = _listed(stock, asking, platform, python, wheels)
     total = sum(path.stat().st_size for path in listed.values())
@@ -198,10 +236,10 @@ def opened(path: Path) -> Iterator[Opened]:
     """
     with files.draft(files.cache() / "bundles/open") as place:
         place.mkdir()
-        console.say(f"unpacking {path.name}, {console.size(path.stat().st_size)}")
         found = _read(path, place)
         console.say(f"{path.name} is whole, and {found.origin}")
-        if found.bundle.files[AGENT].sha256 != hashlib.sha256(connection.packed_agent()).hexdigest():
+        theirs = found.bundle.files.get(AGENT)
+        if theirs is None or theirs.sha256 != hashlib.sha256(connection.packed_agent()).hexdigest():
             raise BundleError(
                 f"{path} was made by another version of Hearth",
                 cause="its agent is not this one's, so what it would do on a host may differ",
@@ -214,23 +252,26 @@ def opened(path: Path) -> Iterator[Opened]:
 def _read(path: Path, place: Path | None) -> Opened:
     """Check a bundle: its signature first, then its manifest, then every file; unpack it where a place is given."""
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            text, member = _head(path, tar, tar.next()), tar.next()
+        with _plain_file(path) as file:
+            if place:
+                console.say(f"unpacking {path.name}, {console.size(path.stat().st_size)}")
+            members = _members(path, file)
+            text, member = _head(path, file, next(members, None), MANIFEST, LIMIT), next(members, None)
             signed = b""
             if member and member.name == SIGNATURE:
-                signed, member = _head(path, tar, member), tar.next()
+                signed, member = _head(path, file, member, SIGNATURE, SHORT), next(members, None)
             seal = Signed(hashlib.sha256(text).hexdigest(), signed.decode("ascii"))
             origin = _origin(seal)
             bundle = _manifest(path, text)
             missing = dict(bundle.files)
             while member:
                 wanted = missing.pop(member.name, None)
-                if wanted is None or not _passes(tar, member, wanted, place and place / member.name):
-                    raise BundleError(f"{path} was altered: {member.name}", hint=_ALTERED)
-                member = tar.next()
-    except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise BundleError(f"{path} cannot be read", cause=str(error)) from error
+                if wanted is None or not _passes(file, member, wanted, place and place / member.name):
+                    raise _altered(path, member.name)
+                member = next(members, None)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be {'unpacked' if place else 'read'}", cause=str(error)) from error
+    except (tarfile.TarError, UnicodeDecodeError) as error:
         raise _cut_short(path, str(error)) from error
     if missing:
         raise _cut_short(path, f"{min(missing)} is missing")
@@ -245,20 +286,60 @@ def _cut_short(path: Path, why: str) -> BundleError:
     return BundleError(f"{path} is no whole bundle", cause=f"cut short, or something else: {why}", hint=again)
 
 
-def _plain(member: tarfile.TarInfo) -> bool:
-    """Whether a member is a file with all its bytes: no link, device or folder, and not sparse, small here and huge."""
-    return member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+def _altered(path: Path, name: str) -> BundleError:
+    return BundleError(f"{path} was altered: {name}", hint=_ALTERED)
 
 
-def _head(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
+def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """The members of a bundle, each to be read from the file before the next one.
+
+    Only what `write` makes is read: plain files, with a header in front where a name is long. tarfile itself reads into
+    memory what a header says, follows one to the next without end, and knows sparse files, small here and huge.
+    """
+    told: dict[str, str] = {}
+    while (head := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
+        member = tarfile.TarInfo.frombuf(head, "utf-8", "strict")
+        if member.type == tarfile.XHDTYPE and not told and 0 < member.size <= SHORT:
+            told = _told(path, _whole(file, member.size))
+        else:
+            member.name, member.size = told.get("path", member.name), int(told.get("size", member.size))
+            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.size < 0:
+                raise _altered(path, member.name)
+            told = {}
+            yield member
+        file.read(-member.size % tarfile.BLOCKSIZE)
+
+
+def _told(path: Path, records: bytes) -> dict[str, str]:
+    """What pax records say of the next member's name and size; raises BundleError for others, which no bundle has."""
+    told: dict[str, str] = {}
+    while records:
+        found = re.match(rb"(\d{1,5}) (?:(path)=([^\n]+)|(size)=(\d{1,15}))\n", records)
+        if not found or int(found[1]) != found.end():
+            raise _altered(path, f"its archive says {records[:80]!r}")
+        told[(found[2] or found[4]).decode()] = (found[3] or found[5]).decode()
+        records = records[found.end() :]
+    return told
+
+
+def _whole(file: IO[bytes], size: int) -> bytes:
+    """The next bytes of a file; raises TarError when there are fewer."""
+    if len(content := file.read(size)) < size:
+        raise tarfile.ReadError("unexpected end of data")
+    return content
+
+
+def _head(path: Path, file: IO[bytes], member: tarfile.TarInfo | None, name: str, most: int) -> bytes:
     """The bytes of a bundle's manifest or of its signature."""
-    if member is None or member.name not in (MANIFEST, SIGNATURE) or not _plain(member) or member.size > LIMIT:
+    if member is None:
+        raise _cut_short(path, "it is empty")
+    if member.name != name:
         hint = "an older Hearth's has its manifest at its end: use that one, or make the bundle again"
-        cause = f"it begins with {member.name!r}, not with {MANIFEST}" if member else "it is empty"
+        cause = f"it begins with {member.name!r}, not with {name}"
         raise BundleError(f"{path} is no bundle of this Hearth's", cause=cause, hint=hint)
-    content = tar.extractfile(member)
-    assert content is not None  # it is plain
-    return content.read()
+    if member.size > most:
+        raise BundleError(f"{path} was altered: its {name} has {console.size(member.size)}", hint=_ALTERED)
+    return _whole(file, member.size)
 
 
 def _manifest(path: Path, text: bytes) -> Bundle:
@@ -268,10 +349,11 @@ def _manifest(path: Path, text: bytes) -> Bundle:
             hint = "use the Hearth that it was made with"
             raise BundleError(f"{path} has format {told}, this Hearth reads {FORMAT}", hint=hint)
         bundle = msgspec.json.decode(text, type=Bundle)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise BundleError(f"{path} has a manifest that is none", cause=str(error), hint=_ALTERED) from error
     for name in bundle.files:
-        if {"", ".", ".."} & set(name.split("/")) or not name.isprintable():
+        parts = name.split("/")
+        if {"", ".", ".."} & set(parts) or len(parts) > DEPTH or not name.isprintable():
             raise BundleError(f"{path} names a file {name!r}", hint=_ALTERED)
     return bundle
 
@@ -280,17 +362,18 @@ class _Format(msgspec.Struct):
     format: int
 
 
-def _passes(tar: tarfile.TarFile, member: tarfile.TarInfo, wanted: File, place: Path | None) -> bool:
+def _passes(file: IO[bytes], member: tarfile.TarInfo, wanted: File, place: Path | None) -> bool:
     """Whether a member is the file that the manifest names; it is written to a place on the way, if one is given."""
-    content = tar.extractfile(member) if _plain(member) and member.size == wanted.size else None
-    if content is None or bool(member.mode & 0o100) != wanted.executable:
+    if member.size != wanted.size or bool(member.mode & 0o100) != wanted.executable:
         return False
-    digest = hashlib.sha256()
-    with nullcontext() if place is None else _new(place) as file:
-        while block := content.read(1 << 20):
+    digest, left = hashlib.sha256(), member.size
+    with nullcontext() if place is None else _new(place) as written:
+        while left:
+            block = _whole(file, min(left, 1 << 20))
+            left -= len(block)
             digest.update(block)
-            if file is not None:
-                file.write(block)
+            if written is not None:
+                written.write(block)
     if place and wanted.executable:
         place.chmod(0o755)
     return digest.hexdigest() == wanted.sha256

@@ -222,13 +222,15 @@ def deploy(
 
 
 def _deploy(name: str, options: Options, bundle: Opened | None, agree: Callable[[], None]) -> Outcome:
+    if bundle:
+        _accept(bundle, name, _glance(name, options.ask_sudo))
     target = find_target(name)
     stock = shelf(target)
+    if bundle:
+        _same_nodes(bundle, name, releases.asking(target, stock.nodes))
     packages = sorted({each for node in stock.nodes.values() for each in node.system})
     with connection.connect(target, options.ask_sudo) as agent:
         facts = look(agent, target, packages)
-        if bundle:
-            _accept(bundle, name, facts, releases.asking(target, stock.nodes))
         planned = plan.make(target, facts, stock, options)
         _refuse(planned, f"{name} cannot be deployed to")
         titles = tuple(step.title for step in planned.steps)
@@ -253,8 +255,17 @@ def _deploy(name: str, options: Options, bundle: Opened | None, agree: Callable[
         return outcome
 
 
-def _accept(opened: Opened, name: str, facts: Facts, asking: Sequence[str]) -> None:
-    """Refuse a bundle that is for another host, or whose signer the host does not list."""
+def _glance(name: str, ask_sudo: bool) -> Facts:
+    """What a host is, asked by its entry in hosts.toml alone: a bundle that is open has profiles, modes and recipes."""
+    (name,) = hosts.select(name, "")
+    unknown = hosts.Profile(summary="", stack="", pythons=(), start_seconds=0)
+    target = hosts.Target(name, hosts.hosts().hosts[name], "", unknown, {}, comfyui="")
+    with connection.connect(target, ask_sudo) as agent:
+        return look(agent, target)
+
+
+def _accept(opened: Opened, name: str, facts: Facts) -> None:
+    """Refuse one whose signer the host does not list, or that is for another machine. Nothing of it is used yet."""
     if facts.signers is not None:
         who = opened.seal.signer(facts.signers, f"/etc/hearth/allowed_signers on {name}")
         console.say(f"{name} takes what {who} signs")
@@ -263,6 +274,10 @@ def _accept(opened: Opened, name: str, facts: Facts, asking: Sequence[str]) -> N
             f"the bundle is for {opened.bundle.platform}, and {name} is {facts.platform}",
             hint=f"make one for it: inv bundle --host {name}",
         )
+
+
+def _same_nodes(opened: Opened, name: str, asking: Sequence[str]) -> None:
+    """Refuse a bundle that has other nodes than the host."""
     if set(opened.bundle.asking) != set(asking):
         theirs, ours = (", ".join(each) or "none" for each in (opened.bundle.asking, asking))
         raise BundleError(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import platform
 import shutil
 import socket
 import subprocess
 import tarfile
+import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
-from core import files, signature
+from core import files, shell, signature
 from core.errors import BundleError, RefusedError, SignatureError
 from core.signature import Signed
 from core.stack import Platform
@@ -23,6 +25,10 @@ from deploy import bundle, environment, exporter, flow
 from deploy.bundle import Bundle, File, Opened
 from deploy.plan import Options
 from tests.unit.test_plan import FRESH
+
+if TYPE_CHECKING:
+    from deploy.facts import Facts
+    from deploy.host import Target
 
 APP = """\
 name = "comfyui"
@@ -150,14 +156,19 @@ def test_a_bundle_that_was_altered_is_refused_and_nothing_of_it_stays(
 
 
 def test_what_is_no_bundle_or_another_hearths_is_refused(made: tuple[Path, Opened], tmp_path: Path) -> None:
-    path, opened = made
-    with pytest.raises(BundleError, match="cannot be read"):
-        bundle.verify(tmp_path / "missing.tar")
+    _, opened = made
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("missing.tar", "folder", "pipe"):
+        with pytest.raises(BundleError, match="cannot be read"):
+            bundle.verify(tmp_path / name)
+        with pytest.raises(BundleError, match="cannot be unpacked"), bundle.opened(tmp_path / name):
+            pass
     (tmp_path / "text.tar").write_text("no tar")
     with pytest.raises(BundleError, match="no whole bundle"):
         bundle.verify(tmp_path / "text.tar")
     with tarfile.open(tmp_path / "older.tar", "w") as tar:
-        tar.add(path, "agent.pyz")
+        tar.addfile(tarfile.TarInfo("agent.pyz"))
     with pytest.raises(BundleError) as raised:
         bundle.verify(tmp_path / "older.tar")
     assert raised.value.cause == "it begins with 'agent.pyz', not with bundle.json"
@@ -229,6 +240,82 @@ def test_members_that_are_not_what_the_manifest_names_are_refused(made: tuple[Pa
         bundle.verify(tmp_path / "joined.tar")
 
 
+def header(kind: bytes, size: int, name: str = "x") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def pax(text: bytes) -> bytes:
+    return header(tarfile.XHDTYPE, len(text)) + text.ljust(512, b"\0")
+
+
+LONG, NEXT = header(b"L", 2) + b"x".ljust(512, b"\0"), pax(b"10 path=a\n")
+WRONG = {
+    "nothing": b"",
+    "a block of zeros": bytes(512),
+    "half a header": b"x" * 300,
+    "no header": b"x" * 512,
+    "no end": header(b"0", 10**12, "bundle.json"),
+    "a long signature": header(b"0", 10**8, "bundle.json.sig"),
+    "a link": header(b"2", 0, "bundle.json"),
+    "a folder": header(b"5", 0, "bundle.json"),
+    "a chain of long names": LONG * 3000,
+    "a chain of pax headers": NEXT * 3000,
+    "a manifest in its depths": header(b"0", 10**6, "bundle.json") + (b'{"format":2,"x":' + b"[" * 10**6)[: 10**6],
+    "a manifest of no sense": header(b"0", 6, "bundle.json") + b"\xff\xfe{}[]".ljust(512, b"\0"),
+    **{f"{chr(kind)} of {size}": header(bytes([kind]), size) for kind in b"0LKxgS" for size in (-1, -513, 6 * 10**8)},
+    **{
+        f"pax {each!r}": pax(each)
+        for each in (
+            b"22 GNU.sparse.map=a,b\n",
+            b"11 size=zz\n",
+            b"11 size=-5\n",
+            b"99999999999999999999 path=x\n",
+            b"0 path=x\n",
+            b"10 path=\xff\n",
+            b"nonsense",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("first", [True, False])
+def test_what_an_archive_may_say_is_refused_in_little_memory(
+    made: tuple[Path, Opened], tmp_path: Path, what: str, *, first: bool
+) -> None:
+    whole = built(tmp_path, msgspec.structs.replace(made[1].bundle, files={"a": File("0" * 64, 3)})).read_bytes()
+    path = tmp_path / "wrong.tar"
+    path.write_bytes(
+        WRONG[what] if first else whole.rstrip(b"\0").ljust(-len(whole.rstrip(b"\0")) // 512 * -512, b"\0")
+    )
+    with path.open("ab") as file:
+        if not first:
+            file.write(WRONG[what])
+        file.truncate(path.stat().st_size + 7 * 10**8)
+    tracemalloc.start()
+    with pytest.raises(BundleError, match=r"bundle|altered|manifest"):
+        bundle.verify(path)
+    assert tracemalloc.get_traced_memory()[1] < 3e7
+    tracemalloc.stop()
+
+
+def test_names_of_any_length_are_read_and_others_refused(made: tuple[Path, Opened], tmp_path: Path) -> None:
+    def named(name: str, file: str = "a") -> Path:
+        each = File(hashlib.sha256(b"abc").hexdigest(), 3)
+        return built(tmp_path, msgspec.structs.replace(made[1].bundle, files={name: each}), member(file, b"abc"))
+
+    for name in ("n" * 200 + "/" + "m" * 200, "\u00e4" * 80):
+        assert bundle.verify(named(name, name)).bundle.files
+    with pytest.raises(BundleError, match="names a file"):
+        bundle.verify(named("a/" * 1000 + "a"))
+    with pytest.raises(BundleError, match="another version of Hearth"), bundle.opened(named("a")):  # it has no agent
+        pass
+    with pytest.raises(BundleError, match="cannot be unpacked"), bundle.opened(named("n" * 300, "n" * 300)):
+        pass
+
+
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two SSH keys: anna's and eve's."""
@@ -261,9 +348,9 @@ def test_a_bundle_is_signed_by_somebody_or_refused(
     made: tuple[Path, Opened], signed: Path, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = tmp_path / "allowed_signers"
-    monkeypatch.setenv("HEARTH_ALLOWED_SIGNERS", str(listed))
     assert bundle.verify(signed).origin.startswith("signed with ED25519 key SHA256:")
     assert bundle.verify(made[0]).origin == "not signed"
+    monkeypatch.setenv("HEARTH_ALLOWED_SIGNERS", str(listed))
     listed.write_text("# ours\n" + allowed(keys, "eve") + allowed(keys, "anna", 'valid-before="29990101"'))
     assert bundle.verify(signed).origin == "signed by anna@example.org"
     with bundle.opened(signed) as opened:
@@ -286,7 +373,6 @@ def test_a_bundle_is_signed_by_somebody_or_refused(
 def test_a_signature_of_something_else_is_refused_before_anything_is_read(
     made: tuple[Path, Opened], signed: Path, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HEARTH_ALLOWED_SIGNERS", str(tmp_path / "none"))
     content = signed.read_bytes()
     place = content.index(b'"version":"1.2.3"')
     altered = tmp_path / "altered.tar"
@@ -309,16 +395,152 @@ def test_a_key_that_cannot_sign_says_why(tmp_path: Path, keys: Path, monkeypatch
     monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "none"))
     alone = tmp_path / "alone.pub"
     shutil.copy(keys / "eve.pub", alone)
-    for key in (tmp_path / "none", alone, Path("/dev/null")):
+    os.mkfifo(tmp_path / "pipe")
+    for key in (tmp_path / "none", alone, Path("/dev/null"), tmp_path / "pipe", tmp_path):
         with pytest.raises(SignatureError, match=rf"ssh-keygen cannot sign with {key}"):
             signature.sign("text", key)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("kind", ["missing", "a link to nothing", "a folder", "a pipe", "too large", "below a file"])
+def test_a_list_that_cannot_be_read_lists_nobody(
+    made: tuple[Path, Opened], signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, *, named: bool
+) -> None:
+    listed = tmp_path / "config/allowed_signers"
+    listed.parent.mkdir()
+    match kind:
+        case "a link to nothing":
+            listed.symlink_to(tmp_path / "nothing")
+        case "a folder":
+            listed.mkdir()
+        case "a pipe":
+            os.mkfifo(listed)
+        case "too large":
+            listed.write_text("#" * 10**6 + "\n")
+        case "below a file":
+            listed.parent.rmdir()
+            listed.parent.write_text("")
+    if named:
+        monkeypatch.setenv("HEARTH_ALLOWED_SIGNERS", str(listed))
+    else:
+        monkeypatch.setattr(files, "CHECKOUT", tmp_path)
+    if kind == "missing" and not named:
+        assert bundle.verify(made[0]).origin == "not signed"
+        return
+    for path in (made[0], signed):
+        with pytest.raises(SignatureError, match=r"allowed_signers lists who may sign, and (cannot be read|is larger)"):
+            bundle.verify(path)
+
+
+def public(keys: Path, name: str) -> str:
+    return " ".join((keys / f"{name}.pub").read_text().split()[:2])
+
+
+def test_a_revoked_key_signs_nothing_whatever_else_lists_or_certifies_it(keys: Path, tmp_path: Path) -> None:
+    anna, eve = public(keys, "anna"), public(keys, "eve")
+    by_key = signature.sign("text", keys / "anna")
+    shutil.copy(keys / "anna", tmp_path / "anna")
+    shutil.copy(keys / "anna.pub", tmp_path / "anna.pub")
+    certify: list[str | Path] = [
+        "ssh-keygen",
+        "-q",
+        "-s",
+        keys / "eve",
+        "-I",
+        "id",
+        "-n",
+        "carol",
+        tmp_path / "anna.pub",
+    ]
+    subprocess.run(certify, check=True)
+    shutil.copy(tmp_path / "anna", tmp_path / "anna-cert")
+    by_certificate = signature.sign("text", tmp_path / "anna-cert.pub")
+    authority = f"carol cert-authority {eve}\n"
+    assert by_key.signer(f"# \xe4\n  anna,bob {anna}\r\n@revoked eve {eve} eve@host\n", "the list") == "anna"
+    assert by_key.signer(f'x valid-before="20200101" {anna}\nbob {anna}\n', "the list") == "bob"  # ends a line alone
+    assert by_certificate.signer(authority, "the list") == "carol"
+    for seal, lines in (
+        (by_key, f"bob {anna}\n@revoked anna {anna}\nanna {anna}\n"),
+        (by_key, f"\ufeff \t@revoked {anna}\nbob {anna}"),
+        (by_key, f'bob {anna}\n@revoked "anna smith" valid-before="20200101" {anna} a comment'),
+        (by_certificate, f"{authority}@revoked anna {anna}\n"),
+        (by_certificate, f"{authority}@revoked eve cert-authority {eve}\n"),
+    ):
+        with pytest.raises(SignatureError, match=r"is revoked: ED25519|nobody of the list"):
+            seal.signer(lines, "the list")
+    for mark in (
+        "@revoked",
+        "@revoked bob",
+        f"@revoke {anna}",
+        f"@Revoked {eve}",
+        f"@revoked {anna[:-9]}!",
+        f"@{anna}",
+    ):
+        with pytest.raises(SignatureError, match="the list has a line that cannot be read: '@"):
+            by_key.signer(f"anna {anna}\n{mark}\n", "the list")
+
+
+def test_the_time_of_checking_ends_a_key_and_no_time_that_a_signer_says(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it signed before does not count either: nobody can tell when that was."""
+    words: list[str] = []
+    run = shell.run
+
+    def record(argv: list[str | Path], **more: Any) -> shell.Done:
+        words.extend(map(str, argv))
+        return run(argv, **more)
+
+    monkeypatch.setattr(shell, "run", record)
+    seal = signature.sign("text", keys / "anna")
+    with pytest.raises(SignatureError, match="nobody of the list signed it"):
+        seal.signer(allowed(keys, "anna", 'valid-before="19700102Z"'), "the list")
+    assert "verify" in words or "find-principals" in words
+    assert not [word for word in words if "verify-time" in word]
 
 
 def test_a_host_that_lists_signers_takes_no_other_bundle(made: tuple[Path, Opened], signed: Path, keys: Path) -> None:
     facts = msgspec.structs.replace(FRESH, machine="x86_64", signers=allowed(keys, "anna"))
     with bundle.opened(signed) as opened:
-        flow._accept(opened, "far", facts, [])
+        flow._accept(opened, "far", facts)
         with pytest.raises(SignatureError, match="nobody of /etc/hearth/allowed_signers on far signed it"):
-            flow._accept(opened, "far", msgspec.structs.replace(FRESH, machine="x86_64", signers=""), [])
+            flow._accept(opened, "far", msgspec.structs.replace(FRESH, machine="x86_64", signers=""))
     with bundle.opened(made[0]) as opened, pytest.raises(SignatureError, match="it is not signed"):
-        flow._accept(opened, "far", facts, [])
+        flow._accept(opened, "far", facts)
+
+
+def test_a_host_refuses_a_bundle_before_anything_in_it_is_read(
+    made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even its profiles: what is asked of the host, and how it is reached, is the operator's hosts.toml."""
+    monkeypatch.setenv("HEARTH_HOSTS", str(made[0].with_name("hosts.toml")))
+    asked: list[dict[str, Any]] = []
+
+    def look(_: object, target: Target, *__: object) -> Facts:
+        asked.append(flow.questions(target))
+        return msgspec.structs.replace(FRESH, signers="")
+
+    monkeypatch.setattr(flow, "look", look)
+    with bundle.opened(made[0]) as opened:
+        inside = files.checkout()
+        shutil.rmtree(inside)
+        inside.mkdir()
+        (inside / "config/profiles").mkdir(parents=True)
+        for place in ("config/hosts.toml", "config/profiles/cpu.toml", "config/stacks.toml"):
+            (inside / place).write_text("this is = no = TOML")
+        for name in ("local", "far"):
+            with pytest.raises(SignatureError, match="it is not signed"):
+                flow.deploy(name, Options(), bundle=opened)
+    assert [each["pythons"] for each in asked] == [[], []]
+    assert [each["metrics_port"] for each in asked] == [None, 9188]
+
+
+def test_a_bundle_with_other_nodes_is_refused(made: tuple[Path, Opened]) -> None:
+    with pytest.raises(BundleError, match=r"has other nodes \(none\) than far \(six\)"):
+        flow._same_nodes(made[1], "far", ["six"])
+
+
+def test_a_bundle_takes_no_folders_place(tmp_path: Path) -> None:
+    wanted: Any = None
+    with pytest.raises(BundleError, match="is no file"):
+        bundle.write(wanted, wanted, "", "", [], tmp_path)
