@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from core.errors import ConfigError, near
+from core import foreign
+from core.errors import ConfigError, TreeError, near
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,12 +22,7 @@ def load(path: Path, kind: type[T]) -> T:
 
     Raises ConfigError with the file, the place in it and, for an unknown key, what was perhaps meant.
     """
-    try:
-        raw = tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+    raw = table(path)
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
@@ -34,6 +30,25 @@ def load(path: Path, kind: type[T]) -> T:
         unknown = re.search(r"unknown field `([^`]+)`", text)
         hint = near(unknown[1], _keys(kind, text)) if unknown else ""
         raise ConfigError(f"{path}: {text}", hint=hint) from error
+
+
+DOTS = 200
+"""Dots in a line: the parser takes a minute for a key of 100,000 parts. Only what a bundle brings has many."""
+
+
+def table(path: Path) -> dict[str, Any]:
+    """What a TOML file says, which may be a bundle's: of any size, nesting and kind. Raises ConfigError."""
+    try:
+        text = foreign.content(path).decode()
+        if max(line.count(".") for line in text.split("\n")) > DOTS:
+            raise ConfigError(f"{path} is not read: a line of it has more than {DOTS} dots")
+        return tomllib.loads(text)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist") from error
+    except (OSError, TreeError) as error:
+        raise ConfigError(error.what if isinstance(error, TreeError) else f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: of a number of 5,000 digits, and of what is no UTF-8
+        raise ConfigError(f"{path} is not TOML: {error}") from error
 
 
 def _keys(kind: Any, message: str) -> set[str]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from core import files
-from core.errors import HashMismatchError
+from core import files, foreign
+from core.errors import HashMismatchError, TreeError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,24 +73,24 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read(path: Path) -> Manifest | None:
-    """The manifest in a file; None when there is none that can be read."""
+    """The manifest in a file; None when there is none that can be read, as of a folder, a pipe or nested JSON."""
     try:
-        return decode(path.read_bytes())
-    except (FileNotFoundError, msgspec.DecodeError, msgspec.ValidationError):
+        return decode(foreign.content(path))
+    except (OSError, TreeError, msgspec.DecodeError, RecursionError):
         return None
 
 
 def found(house: Path) -> list[Manifest]:
     """The wheels of a wheelhouse that are there with a manifest of their own and of the size it says."""
     listed = [(read(path), path.with_suffix("")) for path in sorted(house.glob("*.whl.json"))]
-    here = [(each, wheel) for each, wheel in listed if each and each.file == wheel.name and wheel.exists()]
+    here = [(each, wheel) for each, wheel in listed if each and each.file == wheel.name and wheel.is_file()]
     return [each for each, wheel in here if wheel.stat().st_size == each.size]
 
 
 def whole(wheel: Manifest) -> Path:
     """The wheel's file in the wheelhouse, compared with its manifest; raises HashMismatchError."""
     path = files.wheelhouse() / wheel.file
-    if not path.exists() or files.sha256(path) != wheel.sha256:
+    if not path.is_file() or files.sha256(path) != wheel.sha256:
         words = ["--kernel", wheel.kernel, "--arch", wheel.arch, "--stack", wheel.stack, "--python", wheel.python]
         words += ["--platform", wheel.platform, *(["--profile", wheel.profile] if wheel.profile else [])]
         raise HashMismatchError(

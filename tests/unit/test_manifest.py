@@ -1,0 +1,92 @@
+"""Manifests of wheels and TOML files that strangers made: of any kind, size and nesting."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from core import files, manifest
+from core.config import load
+from core.errors import ConfigError, HashMismatchError
+from tests.unit.test_plan import wheel
+
+
+def put(path: Path, what: str | None) -> None:
+    """A file with this text, or what is none: a folder, a pipe, a link to nothing."""
+    match what:
+        case "a folder":
+            path.mkdir()
+        case "a pipe":
+            os.mkfifo(path)
+        case "a link to nothing":
+            path.symlink_to(path.with_name("nothing"))
+        case None:
+            pass
+        case _:
+            path.write_text(what)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("a folder", "a pipe", "a link to nothing", "", "[" * 10**5, " " * 9_000_000),
+        '{"inputs":{"a":' + "[" * 5000 + "]" * 5000 + "}}",
+    ],
+    ids=lambda what: what[:20].strip() or str(len(what)),
+)
+def test_a_manifest_that_cannot_be_read_is_passed_over(tmp_path: Path, what: str) -> None:
+    good = wheel("good", size=4)
+    (tmp_path / good.file).write_text("good")
+    (tmp_path / f"{good.file}.json").write_text(manifest.encode(good))
+    put(tmp_path / "bad.whl.json", what)
+    (tmp_path / "bad.whl").write_text("bad")
+    assert manifest.read(tmp_path / "bad.whl.json") is None
+    assert manifest.found(tmp_path) == [good]
+
+
+@pytest.mark.parametrize("what", ["a folder", "a pipe", "a link to nothing", None])
+def test_a_wheel_that_is_no_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str | None) -> None:
+    monkeypatch.setenv("HEARTH_WHEELHOUSE", str(tmp_path))
+    listed = wheel("odd")
+    put(tmp_path / listed.file, what)
+    size = (tmp_path / listed.file).stat().st_size if what in ("a folder", "a pipe") else 1
+    listed = msgspec.structs.replace(listed, size=size)
+    (tmp_path / f"{listed.file}.json").write_text(manifest.encode(listed))
+    assert manifest.found(tmp_path) == []
+    with pytest.raises(HashMismatchError, match="is not the wheel that was inspected"):
+        manifest.whole(listed)
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        (None, "does not exist"),
+        ("a link to nothing", "does not exist"),
+        ("a folder", "no plain file"),
+        ("a pipe", "no plain file"),
+        ("x = " + "[" * 5000, "is not TOML"),
+        ("x = " + "{a=" * 5000, "is not TOML"),
+        ("x = " + "1" * 5000, "is not TOML"),
+        (".".join("x" * 100_000) + " = 1", "more than 200 dots"),
+        ("[" + ".".join("x" * 100_000) + "]", "more than 200 dots"),
+        ("#" * 9_000_000, "is larger than"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_toml_file_of_any_shape_is_an_error_of_one_kind(tmp_path: Path, what: str | None, says: str) -> None:
+    put(tmp_path / "x.toml", what)
+    with pytest.raises(ConfigError, match=says):
+        load(tmp_path / "x.toml", dict[str, Any])
+
+
+def test_a_toml_file_that_is_no_text_or_below_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(b"x = '\\xff'".replace(b"\\xff", b"\xff"))
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load(tmp_path / "x.toml", dict[str, Any])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path / "x.toml/y.toml", dict[str, Any])
+    assert max(path.stat().st_size for path in (files.CHECKOUT / "recipes").rglob("*.toml")) < 100_000

@@ -1,0 +1,173 @@
+"""What a build host answers: it is a machine that others may have, and the wheelhouse is for all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from core import console, files, lockfile, manifest
+from core.errors import ArchError, HashMismatchError, RemoteError
+from deploy import connection, flow, workshop
+from tests.unit.test_plan import spark, wheel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ASKED = {"kernel": "flash-attn", "arch": "12.1", "stack": "", "python": "", "platform": "", "profile": "inference"}
+VERSION = "2.8.3.post2+cu130.torch2.11.0.sm121.inference"
+
+
+def built(content: bytes = b"wheel", **values: Any) -> manifest.Manifest:
+    """A wheel that is just what was asked for, but for these values."""
+    kernel = values.get("kernel", "flash-attn")
+    found = wheel(kernel, profile="inference", version=VERSION, sha256=hashlib.sha256(content).hexdigest())
+    found = msgspec.structs.replace(found, size=len(content), **values)
+    tag = f"cp{found.python.replace('.', '')}"
+    name = f"{kernel.replace('-', '_')}-{found.version}-{tag}-{tag}-{found.platform}.whl"
+    return msgspec.structs.replace(found, file=values.get("file", name))
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """`inv build-kernels` on a host that answers as told, sends that content, and was asked for other things."""
+    monkeypatch.setenv("HEARTH_WHEELHOUSE", str(tmp_path / "house"))
+
+    def run(answer: Any, content: bytes = b"wheel", **asked: str) -> list[manifest.Manifest]:
+        class Host(connection.Ssh):
+            def __init__(self) -> None: ...
+
+            def shell(self, command: str, *_: Any) -> str:
+                said = answer if isinstance(answer, str) else msgspec.json.encode(answer).decode()
+                return "x86_64" if "uname" in command else said
+
+            def _session(self, *_: Any, **__: Any) -> Iterator[bytes]:
+                yield from (content[at : at + 1000] for at in range(0, len(content), 1000))
+
+        @contextmanager
+        def connect(*_: Any) -> Iterator[connection.Agent]:
+            yield Host()
+
+        monkeypatch.setattr(flow, "find_target", lambda _: spark())
+        monkeypatch.setattr(connection, "connect", connect)
+        monkeypatch.setattr(lockfile, "install", lambda *_: Path("/nowhere"))
+        monkeypatch.setattr(workshop, "_send", lambda *_: "place")
+        return workshop.build("spark", {**ASKED, **asked}, force=False, dry_run=False)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("wheels", "asked"),
+    [
+        ([built()], {}),
+        ([built()], {"kernel": "", "arch": "", "profile": ""}),
+        ([built(), built(kernel="sageattention", profile="", version="1+cu130.torch2.11.0.sm121a")],
+         {"kernel": "flash-attn, sageattention"}),
+        ([built(arch="12.1+PTX", version=VERSION.replace(".inf", ".ptx.inf"))], {"arch": "9.0;12.1+PTX"}),
+        ([built(python="3.11"), built(python="3.12")], {"python": "3.12,3.11"}),
+        ([], {}),
+    ],
+)  # fmt: skip
+def test_what_was_asked_for_comes_into_the_wheelhouse(
+    build: Any, wheels: list[manifest.Manifest], asked: dict[str, str]
+) -> None:
+    assert build(wheels, **asked) == wheels
+    assert [each.file for each in manifest.found(files.wheelhouse())] == sorted(each.file for each in wheels)
+
+
+@pytest.mark.parametrize(
+    ("wheels", "asked"),
+    [
+        ([built(kernel="sageattention")], {}),
+        ([built(arch="9.0", version=VERSION.replace("121", "90"))], {}),
+        ([built(arch="9.0", version=VERSION.replace("121", "90"), python="3.11", platform="linux_x86_64"), built()],
+         {"arch": ""}),
+        ([built(arch="sm_121a")], {}),
+        ([built(arch="12.1a")], {}),
+        ([built(arch="12.1", version=VERSION.replace("121", "90"))], {}),
+        ([built(stack="cu124", torch="2.6.0", version=VERSION.replace("130.torch2.11", "124.torch2.6"))], {}),
+        ([built(stack="../x")], {}),
+        ([built(torch="9", version=VERSION.replace("2.11.0", "9"))], {}),
+        ([built(python="3.11")], {}),
+        ([built(python="3.12")], {"python": "3.11"}),
+        ([built(platform="linux_x86_64")], {}),
+        ([built(profile="full", version=VERSION.replace("inference", "full"))], {}),
+        ([built(profile="full")], {"profile": ""}),
+        ([built(file="sageattention-2.2.0+cu130.torch2.11.0.sm90a-cp312-cp312-linux_x86_64.whl")], {}),
+        ([built(file="flash_attn.whl")], {}),
+        ([built(version="1+x")], {}),
+        ([built(), built()], {}),
+        ([built(), built(kernel="sageattention")], {}),
+        ([msgspec.structs.replace(built(), size=10**13)], {}),
+        ([msgspec.structs.replace(built(), size=-1)], {}),
+    ],
+)  # fmt: skip
+def test_anything_else_is_refused_and_nothing_is_taken(
+    build: Any, wheels: list[manifest.Manifest], asked: dict[str, str]
+) -> None:
+    files.wheelhouse().mkdir()
+    for each in wheels:
+        (files.wheelhouse() / each.file).write_bytes(b"good")
+    with pytest.raises(RemoteError, match="spark answers with wheels that it was not asked for"):
+        build(wheels, **asked)
+    assert {path.read_bytes() for path in files.wheelhouse().iterdir()} == {b"good"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "nonsense",
+        "{}",
+        "[{}]",
+        "[" * 10**5,
+        "\udc80",
+        json.dumps([{**msgspec.to_builtins(built()), "file": "../x.whl"}]),
+    ],
+    ids=lambda value: value[:10].encode(errors="replace").decode(),
+)
+def test_an_answer_that_is_none_is_told(build: Any, answer: str) -> None:
+    with pytest.raises(RemoteError, match="what spark says of its wheels cannot be read"):
+        build(answer)
+
+
+def test_a_wheel_of_other_bytes_is_refused_and_no_more_is_written_than_was_said(
+    build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for content in (b"whee", b"Wheel"):
+        with pytest.raises(HashMismatchError, match="was altered on the way"):
+            build([built()], content)
+    written: list[int] = []
+    write = workshop._Capping.write
+
+    def record(file: workshop._Capping, block: Any) -> int:
+        written.append(len(block))
+        return write(file, block)
+
+    monkeypatch.setattr(workshop._Capping, "write", record)
+    with pytest.raises(HashMismatchError, match="more bytes than its manifest says"):
+        build([built()], b"x" * 10**7)
+    assert sum(written) < 10**5
+    assert not files.wheelhouse().exists()
+
+
+def test_another_wheel_of_that_name_is_replaced_and_that_is_said(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(console, "say", said.append)
+    for content in (b"old", b"old", b"new"):
+        assert not [line for line in said if "replaced" in line]
+        build([built(content)], content)
+    (told,) = said
+    assert hashlib.sha256(b"old").hexdigest() in told
+    assert hashlib.sha256(b"new").hexdigest() in told
+
+
+def test_an_arch_that_is_none_is_refused_before_the_host_is_asked(build: Any) -> None:
+    with pytest.raises(ArchError, match="'sm_121a' is not a compute capability"):
+        build([], arch="sm_121a")
