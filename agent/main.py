@@ -24,6 +24,7 @@ systemd the apply unit is restarted, also at boot.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -49,7 +50,10 @@ def main(argv: list[str]) -> int:
         if verb in ("apply", "supervise", "watch", "free"):  # started by a unit or detached: the site is a file
             _stay(verb, Site(read(Path(argv[1]))))
         else:
-            request = json.loads(sys.stdin.buffer.readline())
+            line = sys.stdin.buffer.readline()
+            if argv[1:] and hashlib.sha256(line).hexdigest() != argv[1]:  # it came by a pipe that others may write into
+                raise Fault("usage", "the request was replaced on its way", "", "look what else this login runs")
+            request = json.loads(line)
             _answer(verb, Site(request["site"]), request)
     except Fault as fault:
         say({"fault": fault.report})

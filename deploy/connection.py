@@ -21,6 +21,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from core import console, files, shell
@@ -162,7 +163,8 @@ class Agent(ABC):
         )
 
     def _run(self, verb: str, values: dict[str, Any], blocks: Callable[[], Iterable[bytes]] = tuple) -> Iterator[Any]:
-        request = json.dumps({"site": self._target.site, **values}).encode() + b"\n"
+        # Its hash is told on a command line, which everybody reads: a secret in it must not be found by trying.
+        request = json.dumps({"site": self._target.site, "salt": token_hex(), **values}).encode() + b"\n"
         try:
             for line in self._lines(verb, request, blocks, _patience(verb, values)):
                 yield self._parsed(line)
@@ -239,7 +241,8 @@ class Local(Agent):
     def _lines(
         self, verb: str, request: bytes, blocks: Callable[[], Iterable[bytes]], silence: float
     ) -> Iterator[bytes]:
-        argv = [sys.executable, "-I", str(agent_file()), verb]
+        digest = hashlib.sha256(packed_agent()).hexdigest()
+        argv = [sys.executable, "-I", "-S", "-c", _LOADER, str(agent_file()), digest, verb]
         return shell.talk(argv, request, blocks(), first=silence, silence=silence)
 
 
@@ -303,7 +306,7 @@ class Ssh(Agent):
         self, verb: str, request: bytes, blocks: Callable[[], Iterable[bytes]], silence: float
     ) -> Iterator[bytes]:
         """Run the agent there; when the host lacks it, or has something else under its name, send it first."""
-        script = self._script(verb)
+        script = self._script(verb, hashlib.sha256(request).hexdigest())
         given = f"{self._password}\n".encode() + request if self._password else request
         try:
             yield from self._session(script, given, blocks, silence)
@@ -315,12 +318,13 @@ class Ssh(Agent):
         self.put(packed_agent(), f".cache/hearth/{agent_name()}")
         yield from self._session(script, given, blocks, silence)
 
-    def _script(self, verb: str) -> str:
+    def _script(self, verb: str, asked: str) -> str:
         """The script that checks the agent's file and runs it, as root where the host's scope needs that.
 
         Only the login may write into its folder, and the hash is compared each time, by who runs it. sudo gets the
         password alone on its standard input, so that it never takes the request for a second attempt; the agent then
-        reads the request from a named pipe.
+        reads the request from a named pipe. Any process of the login may write into that, so it has the request's hash
+        as well (`asked`).
         """
         digest = hashlib.sha256(packed_agent()).hexdigest()
         check = f"""u=$(id -u); d=$HOME/.cache/hearth; f=$d/{agent_name()};
@@ -338,7 +342,7 @@ class Ssh(Agent):
         if not self._password:
             return f"{start} {sudo} -n {run}"
         return f"""{start} q=$d/in.$$; mkfifo -m 600 "$q" || exit 1; exec 3<&0; cat <&3 >"$q" 2>/dev/null &
-        printf "%s\\n" "$p" | {sudo} -S -p "" {python} "$q" {verb} 3<&-;
+        printf "%s\\n" "$p" | {sudo} -S -p "" {python} "$q" {verb} {asked} 3<&-;
         s=$?; kill $! 2>/dev/null; rm -f "$q"; exit $s"""
 
     def _session(

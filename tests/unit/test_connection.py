@@ -24,6 +24,7 @@ from core.errors import (
     RefusedError,
     RemoteError,
     SudoError,
+    UsageError,
 )
 from deploy import connection, flow
 from deploy.flow import Consent, Outcome
@@ -325,6 +326,28 @@ def test_a_file_that_did_not_arrive_whole_is_an_error(box: Box) -> None:
     (box.place / "blob").write_bytes(b"x" * 100)
     with connection.connect(flow.find_target("box")) as agent, pytest.raises(ConnectError, match="was lost"):
         agent.send(box.place / "blob", "0" * 64, 0, lambda _: None)
+
+
+def test_another_process_of_the_login_has_no_request_of_its_own_done(box: Box) -> None:
+    """Such as one that waits for the pipe from which root's agent reads its request."""
+    box.program("bin/id", "echo 1000")
+    box.program("bin/stat", "echo 1000 drwx------")
+    pipe = "$HOME/.cache/hearth/in.*"
+    forged = f"""printf '{{"site": {{}}, "verb": "nuke"}}\\n' >$(echo {pipe})"""
+    taken = f"/usr/bin/cat $(echo {pipe}) >/dev/null"
+    box.program("bin/sudo", f'/usr/bin/cat >/dev/null; {taken}; {forged} & shift 3; exec "$@"')
+    assert "was replaced on its way" in box.fails(UsageError, name="rooted").what
+
+
+def test_this_machines_agent_is_run_from_the_bytes_that_were_compared(
+    box: Box, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its file lies in a cache, which the login may write into between the check and the start."""
+    forged = tmp_path / "forged"
+    forged.write_text('print("[1]")')
+    monkeypatch.setattr(connection, "agent_file", lambda: forged)
+    with pytest.raises(AgentError):
+        box.call(name="local")
 
 
 def test_sudo_gets_the_password_and_the_agent_the_request(box: Box) -> None:
