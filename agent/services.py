@@ -7,6 +7,7 @@ import os
 import pwd
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -203,11 +204,13 @@ class Systemd:
 
     def go(self) -> None:
         """Start the unit that applies what is pending; it is restarted when killed, and started at boot."""
-        python = str(getattr(sys, "_base_executable", ""))  # a checkout's environment may be moved or deleted
-        python = python if Path(python).is_file() else sys.executable
         limits = _APPLY_LIMITS if self.site.scope == "system" else ""
         text = _APPLY_UNIT.format(
-            service=self.site.service, python=python, state=self.site.state, target=self.target, limits=limits
+            service=self.site.service,
+            python=_python(self.site),
+            state=self.site.state,
+            target=self.target,
+            limits=limits,
         )
         place = self.units / self.apply_unit
         if not place.exists() or place.read_text() != text:
@@ -231,6 +234,35 @@ class Systemd:
             for path in placed:
                 discard(path)
             run([*self.ctl, "daemon-reload"])
+
+
+def _python(site: Site) -> str:
+    """The Python for a unit that is started at each boot; raises Fault where that is root's, and no Python is.
+
+    Who deploys as root here may do so with one of their login's (uv, pyenv), which that login can replace.
+    """
+    python = str(getattr(sys, "_base_executable", ""))  # a checkout's environment may be moved or deleted
+    python = python if Path(python).is_file() else sys.executable
+    if site.scope != "system" or rooted(Path(python)):
+        return python
+    for each in ("/usr/bin/python3", "/usr/local/bin/python3"):
+        with suppress(Fault):
+            if rooted(Path(each)) and run([each, "-ISc", "import sys; print(sys.version_info >= (3, 10))"]) == "True\n":
+                return each
+    what = f"{python} would run as root at each boot, and not root alone may change it"
+    raise Fault("step", what, "", "install the system's python3, 3.10 or newer, then run the same command again")
+
+
+def rooted(path: Path, links: int = 40) -> bool:
+    """Whether root alone may change what lies at a path: the file, the folders above it, and links on the way to it."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    shared = status.st_mode & (0o022 if status.st_gid else 0o002)
+    if status.st_uid or not links or (path != path.parent and not rooted(path.parent, links)):
+        return False
+    return rooted(path.parent / path.readlink(), links - 1) if stat.S_ISLNK(status.st_mode) else not shared
 
 
 # What it must be able to do: write anywhere (the prefix, units, places of mounts, sudoers, settings of the kernel),

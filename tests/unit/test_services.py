@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -282,3 +284,48 @@ def test_the_unit_that_applies_names_no_python_of_a_checkout(tmp_path: Path) -> 
     text = (manager.units / manager.apply_unit).read_text()
     assert sys.prefix != sys.base_prefix
     assert f"ExecStart={sys._base_executable} -I " in text  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make what root owns")
+@pytest.mark.parametrize("fault", ["", "owner", "mode", "group", "folder", "link", "other link", "loop", "gone"])
+def test_a_unit_of_roots_runs_no_python_that_others_may_replace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A local deploy as root with uv's or pyenv's Python: it would run at each boot."""
+    # below /root, as /tmp is everybody's
+    with tempfile.TemporaryDirectory(dir="/root") as folder:
+        home = Path(folder) / "home"
+        (home / "bin").mkdir(parents=True)
+        python = home / "bin/python3"
+        shutil.copy("/usr/bin/python3", home / "real")
+        python.symlink_to("../real")
+        python.parent.chmod(0o755)
+        if fault == "owner":
+            os.chown(home / "real", 1234, 1234)
+        elif fault in ("mode", "group"):
+            (home / "real").chmod(0o757 if fault == "mode" else 0o775)
+            os.chown(home / "real", 0, 1234)
+        elif fault == "folder":
+            os.chown(home, 1234, 1234)
+        elif fault in ("link", "other link"):  # in a folder of somebody else's, on the way to one of root's
+            theirs = Path(folder) / "theirs"
+            theirs.mkdir()
+            (theirs / "python3").symlink_to(home / "real")
+            os.chown(theirs, 1234, 1234)
+            python.unlink()
+            python.symlink_to(theirs / "python3")
+            if fault == "other link":
+                os.chown(python, 1234, 1234, follow_symlinks=False)
+                os.chown(theirs, 0, 0)
+        elif fault in ("loop", "gone"):
+            python.unlink()
+            python.symlink_to(python if fault == "loop" else "nowhere")
+        assert services.rooted(python) is not bool(fault)
+        monkeypatch.setattr(sys, "_base_executable", str(python))
+        monkeypatch.setattr(sys, "executable", str(python))
+        site = Site({**make(tmp_path / "prefix").json, "scope": "system"})
+        assert services._python(site) == ("/usr/bin/python3" if fault else str(python))
+        monkeypatch.setattr(services, "rooted", lambda _: False)
+        with pytest.raises(Fault, match="would run as root at each boot"):
+            services._python(site)
+        assert services._python(make(tmp_path / "other")) == str(python)  # the login's own
