@@ -20,8 +20,12 @@ from agent.site import PROOF
 PATIENCE = 1.5
 """Seconds for an answer of ComfyUI's, less than a scrape has."""
 
-LIMIT = 32_000_000
-"""Bytes of an answer: a workflow may carry pictures, and the exporter is to stay small."""
+LIMIT = 2_500_000
+"""Bytes of an answer, which take up to 50 MB once they are parsed (`agent.api.DENSE`): the unit has 128 MB. A workflow
+has some 100 kB, and may carry pictures."""
+
+COUNTED = 200_000
+"""Bytes of an answer about one job of a list, which comes without its workflow."""
 
 KNOWN = 256
 """So many of the last jobs are remembered, and looked for: more end between two scrapes only while nobody scrapes."""
@@ -36,9 +40,9 @@ class Client:
     def __init__(self, place: Endpoint) -> None:
         self._place = place
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, limit: int = LIMIT) -> Any:
         """An answer's JSON. Raises OSError or ValueError; when it takes longer than `PATIENCE`, too."""
-        return ask(self._place, path, seconds=PATIENCE, limit=LIMIT)
+        return ask(self._place, path, seconds=PATIENCE, limit=min(limit, LIMIT))
 
 
 def _up(value: bool) -> Metric:
@@ -53,7 +57,7 @@ def down() -> Iterable[Metric]:
 def queue(client: Client) -> Iterable[Metric]:
     """That ComfyUI answers, and its jobs. `/queue` would send whole workflows, of each job that waits."""
     running, pending = (
-        int(client.get(f"/api/jobs?status={state}&limit=1")["pagination"]["total"])
+        int(client.get(f"/api/jobs?status={state}&limit=1", COUNTED)["pagination"]["total"])
         for state in ("in_progress", "pending")
     )
     return [
@@ -96,16 +100,24 @@ class Jobs:
     def _fresh(self) -> list[Json]:
         """Jobs that were not seen before, oldest first; they are known from now on.
 
-        The history's end is asked for, twice as long each time until it holds a job that is known: usually one.
+        The history's end is asked for, twice as long each time until it holds a job that is known, usually one, or
+        becomes too long.
         """
-        size = 1 if self._known else 16
+        size, page = 1, dict[str, Json]()
         while True:
-            page: dict[str, Json] = self._client.get(f"/history?max_items={size}")
+            try:
+                page = self._client.get(f"/history?max_items={size}")
+            except ValueError:
+                if not page:
+                    raise
+                break
             if self._known is None or self._known.keys() & page or len(page) < size or size >= KNOWN:
                 break
             size *= 2
         before = self._known
-        unknown = [name for name in page if name not in (before or ())]
+        names = list(page)  # the latest comes last
+        last = max((number for number, name in enumerate(names) if name in (before or ())), default=-1)
+        unknown = names[last + 1 :]
         self._known = dict.fromkeys([*(before or ()), *unknown][-KNOWN:])
         if before is None:
             self._keep()

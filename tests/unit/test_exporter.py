@@ -12,9 +12,10 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from invoke.parser import Parser
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
+from agent import api
 from agent.api import Endpoint
 from agent.site import Site
 from core import files
@@ -179,6 +181,39 @@ def test_an_answer_without_end_is_given_up(stand: Stand, monkeypatch: pytest.Mon
     stand.end("x" * 200_000)
     with pytest.raises(ValueError, match="longer than 100000 bytes"):
         client.get("/history?max_items=1")
+
+
+@pytest.mark.parametrize("answer", [b"{}", b"[0]", b'{"":{"":0}}', b"[" * 90 + b"]" * 90, b'"\\ud83d\\ude00"', b"1.5"])
+def test_no_answer_fills_the_memory_of_the_exporters_unit(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many values as fit its limits: 9 MB of `{},` would be 240 MB once they are parsed."""
+    raw = b""
+    monkeypatch.setattr(api, "_exchange", lambda *_: raw)
+    for length in (comfyui.LIMIT, comfyui.LIMIT // 3):
+        raw = b"[" + b",".join([answer] * (length // (len(answer) + 1))) + b"]"
+        tracemalloc.start()
+        with suppress(ValueError):
+            comfyui.Client(at(1)).get("/history?max_items=1")
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert most < 70_000_000
+
+
+def test_a_job_with_a_picture_in_it_does_not_keep_others_from_being_counted(
+    stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comfyui, "LIMIT", 100_000)
+    found = jobs(stand, tmp_path)
+    stand.end("before")
+    counted(found)
+    stand.end("x" * 200_000)
+    with pytest.raises(ValueError, match="longer"):
+        found.look()
+    for name in ("one", "two"):
+        stand.end(name)
+    assert counted(found)["done"] == 2
+    for name in ("three", "four", "five"):
+        stand.end(name)
+    assert counted(found)["done"] == 5
 
 
 @pytest.mark.parametrize("state", ["closed", "hangs"])
