@@ -267,8 +267,10 @@ def rooted(path: Path, links: int = 40) -> bool:
 
 # What it must be able to do: write anywhere (the prefix, units, places of mounts, sudoers, settings of the kernel),
 # change owners, act as the service's user, create it, reach the index, read what other processes are (adopt). No file
-# system is hidden or made read-only: in a mount namespace it would not see the mounts that it waits for.
+# system is hidden or made read-only: in a mount namespace it would not see the mounts that it waits for. Memory has no
+# limit: what uv and a kernel's packages need grows with them, and a deploy that is killed for it would begin again.
 _APPLY_LIMITS = """\
+TasksMax=4096
 NoNewPrivileges=yes
 CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_FSETID CAP_KILL CAP_SETGID
 CapabilityBoundingSet=CAP_SETUID CAP_SYS_PTRACE CAP_AUDIT_WRITE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent import comfyui
+from agent import comfyui, services
 from agent.develop import Watcher
 from agent.site import Site
+from core import files
 from core.errors import ConfigError, HearthError, UnknownNameError
 from core.stack import stacks
 from deploy import host, nodes, plan
@@ -203,6 +205,20 @@ def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
     command = f"/usr/bin/python3.12 -I -S {place}/agent.pyz watch"
     assert f"ExecStart={command} /opt/comfyui/state/site.json" in reload
     assert reload.endswith("[Install]\nWantedBy=multi-user.target\n")
+
+
+def test_no_unit_takes_the_machine_when_it_goes_wrong() -> None:
+    units = {path.stem: path.read_text() for path in (files.CHECKOUT / "recipes").rglob("*.service")}
+    assert {"system", "user", "exporter", "storage", "free-memory", "reload", "mps", "persistence"} == units.keys()
+    units |= {
+        name: unit.replace("$limits", "MemoryMax=90%") for name, unit in units.items() if name in ("system", "user")
+    }
+    assert "MemoryMax=" in wanted()["files"]["comfyui.service"]
+    for name, unit in units.items():
+        above = unit.partition("# --- Only the system's")[0]  # the login's systemd has these, too
+        assert re.search(r"^TasksMax=\d+$", above, re.MULTILINE), name
+        assert re.search(r"^MemoryMax=\d+[MG%]$", above, re.MULTILINE), name
+    assert "TasksMax=" in services._APPLY_LIMITS
 
 
 def test_without_root_it_is_linked_to_where_it_lies() -> None:
