@@ -14,6 +14,7 @@ import os
 import platform
 import pwd
 import re
+import resource
 import stat
 import struct
 import sys
@@ -360,6 +361,9 @@ def main(spec: Json, argv: list[str]) -> None:
     if "write" not in spec:
         os.execv(argv[0], argv)  # noqa: S606
     _make(spec)
+    # No queues are to be had anyhow; nobody without rights takes that limit off, and so it marks what is confined.
+    resource.setrlimit(resource.RLIMIT_MSGQUEUE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # nothing collects its crashes, in which its secrets are
     version = abi()
     if os.geteuid() == 0:
         _drop()

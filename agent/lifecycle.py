@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from agent.api import endpoint
 from agent.comfyui import drain, first_answer
-from agent.files import Fault, Json, Sweep, discard, flock, read, run, started, write
+from agent.files import Fault, Json, Sweep, discard, flock, read, read_text, run, started, write
 from agent.journal import Journal, now
 from agent.services import UNITS, Manager, Systemd, entries, last_words, manager_of
 from agent.site import Site
@@ -31,16 +32,17 @@ def stop(site: Site, step: Json, note: Callable[[str], None]) -> None:
 
 
 def end_all(site: Site) -> None:
-    """Kill what still runs as the service's user: a fork bomb outlasts systemd's own kill where that finds no end."""
-    if not site.user:
-        return
+    """Kill what still runs as the service's user: a fork bomb outlasts systemd's own kill where that finds no end.
+
+    Where it has no user of its own, its unit or supervisor has ended it; but that one may have been killed itself.
+    """
     end = time.monotonic() + 20
-    while left := _processes(site.owner()[0]):
+    while left := _processes(site.owner()[0]) if site.user else _strays():
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > end:
-            what = f"{len(left)} processes of {site.user} do not end"
+            what = f"{len(left)} processes of {site.user or 'the service'} do not end"
             raise Fault("step", what, f"the first: {left[:5]}", "look at them on the host; a reboot ends them")
         time.sleep(0.1)
 
@@ -53,6 +55,26 @@ def _processes(user: int) -> list[int]:
             if folder.stat().st_uid == user and started(int(folder.name)):
                 found.append(int(folder.name))
     return found
+
+
+def _strays() -> list[int]:
+    """What confined itself (`confine`), and no supervisor or trial of Hearth's is above, nor is it of a unit."""
+    found: list[int] = []
+    for pid in _processes(os.getuid()):
+        if _confined(pid) and not re.search(
+            r"/user@\d+\.service/.+\.service$", read_text(Path(f"/proc/{pid}/cgroup")), re.M
+        ):
+            above = pid
+            while _confined(above):
+                above = int((read_text(Path(f"/proc/{above}/stat")).rpartition(")")[2].split() or "00")[1])
+            if "agent.pyz" not in read_text(Path(f"/proc/{above}/cmdline")):  # what is not confined does not lie
+                found.append(pid)
+    return found
+
+
+def _confined(pid: int) -> bool:
+    """Whether a process has the mark of `confine.main`, which none takes off."""
+    return bool(re.search(r"^Max msgqueue size +\S+ +0 ", read_text(Path(f"/proc/{pid}/limits")), re.MULTILINE))
 
 
 def start(site: Site, step: Json, note: Callable[[str], None]) -> None:

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import IO
 
 from agent.files import (
+    LINE,
+    LOG_BYTES,
     Fault,
     Json,
     discard,
     flock,
     free,
     inherited,
+    last_of,
     link,
     read,
     read_some,
@@ -187,13 +190,14 @@ class Systemd:
         who = ["--user-unit"] if self.site.scope == "user" else ["--unit"]
         shown = run([*self.ctl, "show", self.unit, "--property=InvocationID", "--value"]).strip()
         match = [f"_SYSTEMD_INVOCATION_ID={shown}"] if shown else [*who, self.unit]
-        return run(["journalctl", "--no-pager", "--output=cat", f"--lines={lines}", *match]).splitlines()
+        return last_of(["journalctl", "--no-pager", "--reverse", "--output=cat", f"--lines={lines}", *match], lines)
 
     def timed_log(self, lines: int) -> list[tuple[float | None, str]]:
         """The last lines of a day, also of runs that have ended, each with its time in seconds since 1970."""
         who = "--user-unit" if self.site.scope == "user" else "--unit"
-        words = ["--no-pager", "--quiet", "--output=short-unix", "--since=-1d", f"--lines={lines}", who, self.unit]
-        found = (re.match(r"(\d+\.\d+) \S+ [^\s:]+: ?(.*)", line) for line in run(["journalctl", *words]).splitlines())
+        words = ["journalctl", "--no-pager", "--quiet", "--reverse", "--output=short-unix", "--since=-1d"]
+        shown = last_of([*words, f"--lines={lines}", who, self.unit], lines)
+        found = (re.match(r"(\d+\.\d+) \S+ [^\s:]+: ?(.*)", line) for line in shown)
         return [(float(each[1]), each[2]) for each in found if each]
 
     def settle(self) -> None:
@@ -391,16 +395,17 @@ class Supervised:
 
     def log(self, lines: int) -> list[str]:
         """The last lines of the service's present or last run."""
-        with suppress(OSError), self.output.open(errors="replace") as log:
-            log.seek(read(self.record, lenient=True).get("offset", 0))
-            return log.read().splitlines()[-lines:]
+        with suppress(OSError), self.output.open("rb") as log:
+            begin = int(read(self.record, lenient=True).get("offset", 0))
+            log.seek(max(begin, os.fstat(log.fileno()).st_size - LOG_BYTES))
+            return [line[:LINE] for line in log.read(LOG_BYTES).decode(errors="replace").splitlines()[-lines:]]
         return []
 
     def timed_log(self, lines: int) -> list[tuple[float | None, str]]:
         """The last lines, also of runs that have ended; a file has no times."""
         with suppress(OSError), self.output.open(errors="replace") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - 200 * lines))
-            return [(None, line) for line in log.read().splitlines()[-lines:]]
+            return [(None, line[:LINE]) for line in log.read(200 * lines).splitlines()[-lines:]]
         return []
 
     def settle(self) -> None:
@@ -578,44 +583,40 @@ def take_orphans() -> set[int]:
     import ctypes  # a megabyte that no other verb needs
 
     ctypes.CDLL(None).prctl(36, ctypes.c_ulong(1), 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-    return _descendants()
+    return _children()
 
 
 def end_descendants(spared: Collection[int] = (), *, seconds: float = 20) -> None:
-    """Kill what this process and its children started, but for the `spared`; raises Fault when it does not end.
+    """Kill what was started since `take_orphans` returned the `spared`; raises Fault when it does not end.
 
-    For what `take_orphans` was called for. They are stopped first: what runs goes on to start others.
+    Whoever loses its parent by that becomes a child here, and is next. One that forks and ends without a pause is gone
+    when it is signalled, but leaves a dead child behind each time: it is looked for until there is none for a while.
     """
-    end, held = time.monotonic() + seconds, set[int]()
-    while left := _descendants(spared):
-        fresh = left - held
-        for pid in fresh or left:
+    end, quiet = time.monotonic() + seconds, 0
+    while quiet < 20:
+        left = _children() - set(spared)
+        for pid in left:
             with suppress(OSError):
-                os.kill(pid, signal.SIGSTOP if fresh else signal.SIGKILL)
-        for pid in () if fresh else left:
-            with suppress(ChildProcessError):  # it is another's child
+                os.kill(pid, signal.SIGKILL)
+        for pid in left:
+            with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
-        if time.monotonic() > end:
+        quiet = 0 if left else quiet + 1
+        if left and time.monotonic() > end:
             what = f"{len(left)} processes of ComfyUI's do not end"
             raise Fault(
                 "step", what, f"some of them: {sorted(left)[:5]}", "look at them on the host; a reboot ends them"
             )
-        time.sleep(0 if fresh else 0.01)
-        held = held | fresh if fresh else set()
+        time.sleep(0 if left else 0.001)
 
 
-def _descendants(spared: Collection[int] = ()) -> set[int]:
-    """All processes below this one, but for some children and what is below those; one may be dead but for a thread."""
-    children: dict[int, list[int]] = {}
-    for place in Path("/proc").glob("[0-9]*"):
-        if fields := read_some(place / "stat", 4096).rpartition(b")")[2].split():  # proc(5); its name may hold anything
-            children.setdefault(int(fields[1]), []).append(int(place.name))
-    found, pending = set[int](), [os.getpid()]
-    while pending:
-        inner = set(children.get(pending.pop(), ())) - found - set(spared)
-        found |= inner
-        pending += inner
-    return found
+def _children() -> set[int]:
+    """The children of this process, dead ones too."""
+    if lists := list(Path("/proc/self/task").glob("*/children")):
+        return {int(pid) for each in lists for pid in read_some(each).split()}
+    places = {place.name: read_some(place / "stat", 4096) for place in Path("/proc").glob("[0-9]*")}
+    # proc(5); its name may hold anything
+    return {int(pid) for pid, line in places.items() if line.rpartition(b")")[2].split()[1:2] == [b"%d" % os.getpid()]}
 
 
 def _reap(but: int) -> None:
@@ -625,7 +626,7 @@ def _reap(but: int) -> None:
             os.waitpid(ended.si_pid, 0)
 
 
-def _copying(pipe: IO[bytes], log: IO[bytes]) -> threading.Thread:
+def copied(pipe: IO[bytes], log: IO[bytes]) -> threading.Thread:
     """Put what comes by a pipe at the end of a file: with the file itself, its writer could empty it."""
 
     def copy() -> None:
@@ -692,7 +693,7 @@ def supervise(site: Site) -> None:
                     preexec_fn=dies_with_parent(),
                 )
                 assert child.stdout is not None
-                copying = _copying(child.stdout, log)
+                copying = copied(child.stdout, log)
                 manager.note(child.pid, restarts, begin)
                 if stopping:  # told so between the loop's test and the start
                     child.send_signal(signal.SIGINT)

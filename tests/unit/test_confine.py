@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent import confine, services
-from agent.files import read_text, started, write
+from agent import confine, lifecycle, services
+from agent.files import read, read_text, started, write
 from core import files
 from deploy import plan
 from tests.unit.test_plan import FRESH, made, spark
@@ -427,7 +427,7 @@ def test_what_an_old_landlock_lets_be_emptied_the_filter_keeps(monkeypatch: pyte
 DAEMON = """
 import ctypes, os, signal, sys, threading, time
 for kind in ("fork", "new session", "orphan", "stopped", "without its first thread", "of its own orphans", "deaf"):
-    if os.fork() == 0:
+    if kind not in sys.argv[3:] and os.fork() == 0:
         if kind != "fork":
             os.setsid()
         if kind != "new session" and os.fork():
@@ -445,7 +445,7 @@ for kind in ("fork", "new session", "orphan", "stopped", "without its first thre
             threading.Thread(target=time.sleep, args=(100,)).start()
             ctypes.CDLL(None).pthread_exit(None)
         while True:
-            time.sleep(0.01)
+            time.sleep(0 if kind == "of its own orphans" else 1)
             if kind == "of its own orphans" and os.fork():
                 os._exit(0)  # it is never the same process for long
 time.sleep(1)
@@ -454,11 +454,11 @@ os.ftruncate(1, 0) if sys.argv[2] == "empty" else time.sleep(100)
 """
 
 
-def daemons(place: Path, what: str) -> Any:
+def daemons(place: Path, *what: str) -> Any:
     """A prefix whose ComfyUI leaves processes behind, and says who they are in a folder."""
     site = make(place, port=1)
     (place / "left").mkdir()
-    argv = [sys.executable, "-c", DAEMON, str(place / "left"), what]
+    argv = [sys.executable, "-c", DAEMON, str(place / "left"), *what]
     write(site.releases / "one/release.json", json.dumps({"id": "one", "argv": argv, "environment": {}}))
     return site
 
@@ -504,6 +504,31 @@ def test_nor_does_it_outlive_comfyui_and_its_log_cannot_be_emptied(tmp_path: Pat
         assert not any(started(int(each)) for each in pids)
         assert read_text(services.Supervised(site).output).startswith("up /\n")
     assert not marked(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_force_ends_what_lost_its_supervisor(tmp_path: Path, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was killed with its ComfyUI, and a daemon is left; `kept` is another service's, whose supervisor runs."""
+    site = daemons(tmp_path, "", "of its own orphans")  # that one nothing finds but what its dead children are left to
+    monkeypatch.setattr(lifecycle, "_processes", lambda _: [int(each.split("/")[2]) for each in marked(tmp_path)])
+    release = read(site.releases / "one/release.json")
+    spec = {"read": [str(tmp_path), str(files.CHECKOUT)], "write": [str(tmp_path / "left")], "bind": [], "connect": []}
+    start = "import sys, json; from agent import confine; confine.main(json.loads(sys.argv[1]), sys.argv[2:])"
+    command = [os.path.realpath(sys.executable), *release["argv"][1:]]
+    release["argv"] = ["/usr/bin/env", f"PYTHONPATH={files.CHECKOUT}", sys.executable, "-c", start]
+    release["argv"] += [json.dumps({**spec, "udp": False}), *command]
+    write(site.releases / "one/release.json", json.dumps(release))
+    with supervisor(site) as one:
+        assert services.wait_for(lambda: "up" in read_text(services.Supervised(site).output), 20)
+        with subprocess.Popen(["sleep", "100"], preexec_fn=services.dies_with_parent()) as other:
+            if not kept:
+                one.kill()
+                one.wait()
+            assert alive(tmp_path)
+            lifecycle.end_all(site)
+            assert bool(marked(tmp_path)) is kept
+            assert other.poll() is None
+            other.kill()
 
 
 def test_only_what_was_started_since_is_ended(tmp_path: Path) -> None:
