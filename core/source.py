@@ -17,7 +17,15 @@ from typing import IO, TYPE_CHECKING, cast
 import msgspec
 
 from core import console, files, foreign, tools
-from core.errors import ConfigError, HashMismatchError, HearthError, ProcessError, SourceUnreachableError, TreeError
+from core.errors import (
+    BundleError,
+    ConfigError,
+    HashMismatchError,
+    HearthError,
+    ProcessError,
+    SourceUnreachableError,
+    TreeError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -114,7 +122,7 @@ def fetch(recipe: Pinned) -> Path:
         return there
     place = _place(recipe)
     if files.bundled():
-        raise TreeError(f"the bundle lacks {recipe.name} {recipe.version}", hint="make it again: inv bundle")
+        raise BundleError(f"the bundle lacks {recipe.name} {recipe.version}", hint="make it again: inv bundle")
     failures: list[str] = []
     for source in recipe.source:
         try:

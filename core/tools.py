@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from core import shell
+from core import files, shell
+from core.errors import BundleError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -105,6 +106,8 @@ def index() -> str:
 
 
 def _passed(names: str) -> dict[str, str]:
+    if files.bundled():  # each of these programs would reach for the network, or for what is not the bundle's
+        raise BundleError("the bundle lacks a part of what is needed", hint="make it again: inv bundle")
     return {name: value for name, value in os.environ.items() if any(fnmatchcase(name, each) for each in names.split())}
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from core import console, files, lockfile, manifest, source
+from core import console, files, foreign, lockfile, manifest, source
 from core.arch import local_gpu
 from core.errors import (
     BundleError,
@@ -149,8 +149,8 @@ def shelf(target: Target) -> Shelf:
     """What this client can give to a host of that profile."""
     app = applications.application()
     tree = source.fetch(app)
-    flags = applications.flags((tree / "comfy/cli_args.py").read_text())
-    model_folders = applications.model_folders((tree / "folder_paths.py").read_text())
+    flags = applications.flags(foreign.text(tree / "comfy/cli_args.py"))
+    model_folders = applications.model_folders(foreign.text(tree / "folder_paths.py"))
     stack = target.profile.stack
     (uv,) = (line.split()[0].replace("==", "-") for line in lockfile.requirements("uv"))
     locks = {
@@ -397,7 +397,7 @@ def rollback(name: str, to: str, options: Options) -> list[Outcome]:
 def _propose(agent: Agent, target: Target, facts: Facts, path: str, by: str) -> Proposal:
     raw = agent.call("survey", path=path)
     found = msgspec.convert(raw, adoption.Survey).only(target.name)
-    text = (source.fetch(applications.application()) / "comfy/cli_args.py").read_text()
+    text = foreign.text(source.fetch(applications.application()) / "comfy/cli_args.py")
     return adoption.propose(target, facts, found, nodes.catalogue(), applications.flags(text), by)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from core.config import load
+from core.config import load, table
 from core.errors import ConfigError, SecretError, UnknownNameError, near
 from core.files import CHECKOUT, checkout
 from core.stack import Stack, find_stack
@@ -429,7 +429,6 @@ def names_secret(name: str) -> bool:
 
 def _refuse_secrets(path: Path) -> None:
     """Refuse keys that name a secret and values that look like one, wherever they are; raises SecretError."""
-    import tomllib
 
     def walk(value: object, place: str) -> None:
         if isinstance(value, dict):
@@ -450,10 +449,7 @@ def _refuse_secrets(path: Path) -> None:
             hint="for sudo use --ask-sudo; for ComfyUI: inv secret set NAME, and its name in the host's `secrets`",
         )
 
-    try:
-        walk(tomllib.loads(path.read_text()), "")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
-        return  # load() says it better
+    walk(table(path), "")
 
 
 def _check_settings(place: str, said: Profile | Override) -> None:

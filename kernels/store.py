@@ -29,7 +29,7 @@ def find(build: Build) -> Manifest | None:
     """The manifest of the wheel with this build's key, when the wheel is there, whole and admitted."""
     path = files.wheelhouse() / build.wheel_name
     manifest = manifests.read(path.with_name(path.name + ".json"))
-    if manifest is None or manifest.key != build.key or not path.exists():
+    if manifest is None or manifest.key != build.key or not path.is_file():
         return None
     return manifest if path.stat().st_size == manifest.size else None
 
@@ -43,7 +43,7 @@ def entries() -> list[Entry]:
             continue
         wheel = path.with_name(manifest.file)
         fault = ""
-        if not wheel.exists():
+        if not wheel.is_file():
             fault = "the wheel is missing"
         elif files.sha256(wheel) != manifest.sha256:
             fault = "the wheel is not the one that was inspected"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from core import console, source
+from core import console, foreign, source
 from deploy import application as applications
 from deploy.release import OWN_FLAGS
 from ops import fleet
@@ -56,7 +56,7 @@ def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[F
 
     def one(agent: Agent, target: Target) -> Flags:
         found = agent.call("flags")
-        text = found["text"] or (source.fetch(applications.application()) / "comfy/cli_args.py").read_text()
+        text = found["text"] or foreign.text(source.fetch(applications.application()) / "comfy/cli_args.py")
         return compare(target, found["release"], text)
 
     return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)
