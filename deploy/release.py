@@ -340,7 +340,7 @@ def _confined(choice: Choice, prefix: str, place: str) -> list[str]:
             # its folders: the data's own is closed, so that none of them is replaced by a link to be opened at a start
             "write": [f"{prefix}/data/*", *host.folders.values()],
             # the models may be a link that somebody made, to a larger disk
-            "read": [f"{prefix}/parts", place, *(f"{prefix}/data{end}" for end in ("", "/models")), *more],
+            "read": [f"{prefix}/parts", place, f"{prefix}/data/models", *more],
             "bind": [host.port],
             "connect": [] if offline else [53, *host.connect, host.port],
             "udp": not offline,

@@ -18,6 +18,10 @@ import ctypes, subprocess, sys
 cuda, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
 for done in (cuda.cuInit(0), cuda.cuCtxCreate_v2(ctypes.byref(context), 0, 0)):
     assert done == 0, done  # 304: the driver may not do what it asks the kernel for
+place = ctypes.c_void_p()
+for name, more in {"cuMemAlloc_v2": (), "cuMemHostAlloc": (0,), "cuMemAllocManaged": (1,)}.items():
+    assert getattr(cuda, name)(ctypes.byref(place), ctypes.c_size_t(1 << 20), *more) == 0, name
+assert ctypes.CDLL("libnvidia-ml.so.1").nvmlInit_v2() == 0
 for line in sys.argv[1:]:
     subprocess.run([sys.executable, "-c", line], check=True)
 """
