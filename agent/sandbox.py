@@ -43,7 +43,8 @@ def sandboxed(
     variables = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}  # nothing of whoever deploys
     variables |= {**release["environment"], "PYTHONDONTWRITEBYTECODE": "1"}
     if site.scope == "system":
-        lines = [line for line in unit.partition("[Service]")[2].splitlines() if re.match(r"\w+=", line)]
+        service = unit.partition("[Service]")[2].partition("\n[")[0]
+        lines = [line for line in service.splitlines() if re.match(r"\w+=", line)]
         # An older release's has mounts below what the service writes: systemd would follow its links there, as root.
         written = [f"{each}/" for each in (site.data, *site.elsewhere.values())]
         lines = [line for line in lines if not _ITS_OWN.match(line) and not any(each in line for each in written)]
