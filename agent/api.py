@@ -18,8 +18,21 @@ from agent.site import Site
 
 T = TypeVar("T")
 
-LIMIT = 64_000_000
-"""Bytes of an answer. The largest is `/object_info` (about 5 MB with ten node packs); queues hold whole workflows."""
+LIMIT = 16_000_000
+"""Bytes of an answer: queues and histories hold whole workflows, of some 100 kB each."""
+
+SMALL = 1_000_000
+"""Bytes of one that holds no workflow."""
+
+DENSE = 8
+"""Bytes that a value takes on average, at least: parsed it takes a hundred, and workflows have one in ten."""
+
+MOST = 100
+"""Jobs of a queue that are looked at."""
+
+
+class TooLong(ValueError):
+    """An answer that is larger than any of ComfyUI's should be."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +88,12 @@ def ask(place: Endpoint, path: str, body: Json | None = None, seconds: float = 5
             continue
         except HTTPException as error:  # whoever has the port speaks something else
             raise ValueError(f"no HTTP: {said(repr(error))}") from error
+        if path.startswith("/view"):
+            return raw
+        if sum(map(raw.count, (b",", b"[", b"{"))) > limit // DENSE:
+            raise TooLong(f"the answer to {path} has more values than are looked at")
         try:
-            return raw if path.startswith("/view") else parsed(raw) if raw else None
+            return parsed(raw) if raw else None
         except RecursionError as error:
             raise ValueError(f"the answer to {path} is nested too deeply") from error
     raise unknown or ConnectionRefusedError(f"nothing listens at {' or '.join(place.addresses)}, port {place.port}")
@@ -129,7 +146,7 @@ def _exchange(place: Endpoint, address: str, path: str, body: Json | None, secon
     if late.is_set():
         raise TimeoutError(f"no answer to {path} within {seconds:g} s")
     if len(raw) > limit:
-        raise ValueError(f"the answer to {path} is longer than {limit} bytes")
+        raise TooLong(f"the answer to {path} is longer than {limit} bytes")
     if answer.status != 200:
         raise ValueError(f"{path} is answered with {answer.status}: {said(raw[:500].decode(errors='replace'), 500)}")
     return raw
@@ -153,12 +170,14 @@ def checked(name: str, answer: Any, read: Callable[[Any], T]) -> T:
     """What `read` makes of an answer; raises ValueError when the answer has another shape than ComfyUI's."""
     try:
         return read(answer)
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"the answer to {name} is not ComfyUI's: {said(repr(error))}") from error
 
 
 def said(value: object, limit: int = 200) -> str:
     """A word of ComfyUI's, as text of one line that any program can take: it may be anything, of any length."""
+    if isinstance(value, (list, dict)):  # of any depth and size
+        value = f"({len(value)} values)"
     text = value[: limit + 1] if isinstance(value, str) else repr(value)[: limit + 1] if value is not None else ""
     text = "".join(each if each.isprintable() else " " for each in text)
     return f"{text[:limit]}…" if len(text) > limit else text
@@ -179,24 +198,34 @@ def system_stats(place: Endpoint, seconds: float = 5) -> Json:
         return {
             "version": said(system.get("comfyui_version", "")),
             "torch": said(system.get("pytorch_version", "")),
-            "argv": [said(word, 10_000) for word in system.get("argv", [])],
+            "argv": [said(word, 10_000) for word in system.get("argv", [])[:1000]],
             "devices": [{"name": said(each["name"]), "type": said(each["type"])} for each in answer["devices"][:100]],
         }
 
-    return checked("/system_stats", ask(place, "/system_stats", seconds=seconds), read)
+    return checked("/system_stats", ask(place, "/system_stats", seconds=seconds, limit=SMALL), read)
 
 
-def queue(place: Endpoint, seconds: float = 5) -> tuple[list[Json], list[Json]]:
-    """The jobs that run and those that wait, in their order (`job`). Raises as `ask` does."""
+class Jobs(list[Json]):
+    """The first jobs of a queue (`job`), in their order; `total` is how many it has."""
 
-    def read(answer: Any) -> tuple[list[Json], list[Json]]:
-        listed = [list(answer[name]) for name in ("queue_running", "queue_pending")]
-        for jobs in listed:  # nodes queue jobs, too, and may number them with something else
-            jobs.sort(key=lambda entry: entry[0] if isinstance(entry[0], (int, float)) else float("inf"))
-        running, waiting = ([job(entry) for entry in jobs] for jobs in listed)
-        return running, waiting
+    def __init__(self, listed: list[Any], more: int = 0) -> None:
+        # nodes queue jobs, too, and may number them with something else
+        listed = sorted(listed, key=lambda entry: entry[0] if isinstance(entry[0], (int, float)) else float("inf"))
+        super().__init__(job(entry) for entry in listed[:MOST])
+        self.total = len(listed) + more
 
-    return checked("/queue", ask(place, "/queue", seconds=seconds), read)
+
+def queue(place: Endpoint, seconds: float = 5) -> tuple[Jobs, Jobs]:
+    """The jobs that run and those that wait; of a queue that is too long to be read the total alone. Raises as `ask`
+    does."""
+    try:
+        answer = ask(place, "/queue", seconds=seconds)
+    except TooLong:
+        told = ask(place, "/prompt", seconds=seconds, limit=SMALL)
+        return Jobs([]), checked("/prompt", told, lambda told: Jobs([], int(told["exec_info"]["queue_remaining"])))
+    return checked(
+        "/queue", answer, lambda answer: (Jobs(list(answer["queue_running"])), Jobs(list(answer["queue_pending"])))
+    )
 
 
 def job(entry: Sequence[Any]) -> Json:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from agent.api import Endpoint, ask, checked, endpoint, queue, said, system_stats, unload
-from agent.files import Fault, Json, remove, write
+from agent.files import LINE, LOG_BYTES, Fault, Json, remove, write
 from agent.journal import now
 from agent.parts import as_service
 from agent.site import PROOF, Site
@@ -31,7 +32,7 @@ def free_if_idle(site: Site) -> str:
     place = endpoint(site)
     try:
         running, waiting = queue(place)
-        if running or waiting:
+        if running.total or waiting.total:
             return "ComfyUI has a job: its memory stays as it is"
         unload(place)
     except (OSError, ValueError) as error:
@@ -58,10 +59,10 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Callable[[str], No
         except (OSError, ValueError) as error:
             found = f"its jobs are not known: {error}"
         else:
-            if not running and not waiting:
+            if not running.total and not waiting.total:
                 return
-            ids = ", ".join(each["id"] for each in running)
-            found = f"{len(running)} running ({ids}), {len(waiting)} waiting"
+            ids = ", ".join([*(each["id"] for each in running[:5]), *["..."] * (running.total > 5)])
+            found = f"{running.total} running ({ids}), {waiting.total} waiting"
         if time.monotonic() > end:
             raise Fault(
                 "drain",
@@ -81,8 +82,11 @@ def gate(site: Site, process: Process, release: Json, note: Callable[[str], None
     write(site.releases / release["id"] / "proven", json.dumps(proof))
 
 
-TYPES = 50_000
-"""Node types that are looked at: a hundred node packs have some 10,000."""
+TYPES = 20_000
+"""Node types that are looked at, and kept: a hundred node packs have some 10,000."""
+
+OBJECT_INFO = 48_000_000
+"""Bytes of all node types: some 5 MB with ten node packs."""
 
 
 def clearer(site: Site, note: Callable[[str], None]) -> Callable[[], None]:
@@ -123,16 +127,20 @@ def prove(
     ]
     for what, found, expected in checks:
         if found != expected:
-            raise Fault("gate", f"{what} is not the release's", f"found {found}, wanted {expected}")
+            raise Fault("gate", f"{what} is not the release's", f"found {said(found, 2000)}, wanted {expected}")
     if wanted["cuda"] and "cuda" not in kinds:
-        raise Fault("gate", "ComfyUI sees no CUDA device", f"it runs on {', '.join(kinds)}", "inv facts shows the GPUs")
+        raise Fault(
+            "gate", "ComfyUI sees no CUDA device", f"it runs on {', '.join(kinds[:5])}", "inv facts shows the GPUs"
+        )
     lines = _output(place, process, "Import times for custom nodes:" if release.get("nodes") else "")
     if wanted["attention"]:
         used = next((line.strip() for line in lines if re.search(r"Using .* attention", line)), "nothing it logged")
         if wanted["attention"].lower() not in used.lower():
-            raise Fault("gate", f"the attention in use is not {wanted['attention']}", f"ComfyUI says: {used}")
+            raise Fault("gate", f"the attention in use is not {wanted['attention']}", f"ComfyUI says: {said(used)}")
         note(f"attention: {wanted['attention']}")
-    failed = _failed_nodes(lines)
+    failed = _failed_nodes(
+        lines, {*release.get("nodes", ()), *(Path(each).name for each in release.get("develop", ()))}
+    )
     for name, reason in failed.items():
         if name in wanted.get("required", ()):
             raise Fault("gate", f"node {name} cannot be imported, and is required", reason)
@@ -142,9 +150,10 @@ def prove(
     try:
         types = checked(
             "/object_info",
-            ask(place, "/object_info", seconds=60),
+            ask(place, "/object_info", seconds=60, limit=OBJECT_INFO),
             lambda listed: {
-                said(name): said(each.get("python_module", "")) for name, each in sorted(listed.items())[:TYPES]
+                said(name, 120): said(each.get("python_module", ""), 120)
+                for name, each in sorted(listed.items())[:TYPES]
             },
         )
     except (OSError, ValueError) as error:
@@ -162,28 +171,31 @@ def _output(place: Endpoint, process: Process, until: str) -> list[str]:
     end = time.monotonic() + LOG_SECONDS
     while True:
         with suppress(Fault, OSError):
-            lines = process.log(100_000)
+            lines = process.log(20_000)
         if not lines:  # a journal that is not ours to read: ComfyUI itself keeps its last 300 writes
             with suppress(OSError, ValueError):
-                found = ask(place, "/internal/logs/raw", seconds=LOG_SECONDS)
+                found = ask(place, "/internal/logs/raw", seconds=LOG_SECONDS, limit=LOG_BYTES)
                 lines = checked(
                     "its log", found, lambda log: "".join(str(each["m"]) for each in log["entries"])
                 ).splitlines()
+        lines = [line[:LINE] for line in lines[-20_000:]]
         if any(until in line for line in lines) or time.monotonic() > end:
             break
         time.sleep(0.25)
     return [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
 
 
-def _failed_nodes(lines: list[str]) -> dict[str, str]:
-    """The custom nodes that ComfyUI could not import, each with the last line of its traceback."""
+def _failed_nodes(lines: list[str], known: Collection[str] = ()) -> dict[str, str]:
+    """The nodes of the release that ComfyUI could not import, each with the last line of its traceback."""
+    reasons: dict[str, str] = {}
     failed: dict[str, str] = {}
     for line in lines:
-        if found := re.search(r"\(IMPORT FAILED\): .*/([^/]+)$", line):
-            name = found[1].strip()
-            why = [each.partition(" for custom nodes: ")[2] for each in lines if f"/{name} module for custom" in each]
-            failed[name] = why[-1] if why else "it has no NODE_CLASS_MAPPINGS and no comfy_entrypoint"
-    return failed
+        place, found, why = line.partition(" module for custom nodes: ")
+        if found:
+            reasons[place.rpartition("/")[2]] = said(why, 500)
+        elif "(IMPORT FAILED): " in line:
+            failed[line.rpartition("/")[2].strip()] = "it has no NODE_CLASS_MAPPINGS and no comfy_entrypoint"
+    return {name: reasons.get(name, why) for name, why in failed.items() if name in known}
 
 
 def say_changed_types(old: Json, new: Json, note: Callable[[str], None]) -> None:
@@ -247,7 +259,7 @@ def _picture(
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": f"{PROOF}/proof"}},
     }
     try:
-        prompt = str(answer("/prompt", {"prompt": workflow})["prompt_id"])
+        prompt = said(answer("/prompt", {"prompt": workflow})["prompt_id"])
         while not (done := answer(f"/history/{prompt}").get(prompt)):
             if time.monotonic() - started > WORKFLOW_SECONDS:
                 raise Fault("gate", f"the {turn} workflow without models does not end within {WORKFLOW_SECONDS} s")
@@ -257,7 +269,7 @@ def _picture(
         (image,) = done["outputs"]["2"]["images"]
         raw = answer(f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Fault("gate", f"the {turn} workflow without models makes no picture", repr(error)) from error
+        raise Fault("gate", f"the {turn} workflow without models makes no picture", said(repr(error), 500)) from error
     finally:
         clear()
     if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[16:24] != b"\0\0\0\x40\0\0\0\x40":

@@ -12,6 +12,7 @@ import re
 import signal
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,8 +27,14 @@ class Fault(Exception):
     """An expected failure: its kind picks the client's error, the rest is shown."""
 
     def __init__(self, kind: str, what: str, cause: str = "", hint: str = "") -> None:
+        what, cause, hint = (cut(text) for text in (what, cause, hint))  # others' words may be in them
         super().__init__(what)
         self.report: Json = {"kind": kind, "what": what, "cause": cause, "hint": hint}
+
+
+def cut(text: str, limit: int = 10_000) -> str:
+    """The beginning of a text that may be of any length."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def write(path: Path, content: str | bytes, mode: int = 0o644) -> None:
@@ -272,26 +279,30 @@ def inside(root: Path, name: str = "", *, make: bool = False) -> Iterator[Path]:
         yield place
 
 
-LEVELS = 100
-"""Folders in each other: nobody who means well makes more."""
+LEVELS, WAITING = 100, 30_000_000
+"""Folders in each other, and characters of the paths of those that are still to be looked at."""
 
 
 def branches(root: Path, name: str = "") -> Iterator[tuple[str, Path]]:
     """Every folder of the tree `name` below a folder, itself first: its path from there, with a `/` behind, and a path
     that leads to it alone until the next is asked for. Links as `inside`; what cannot be looked into counts as empty.
 
-    Those that are `LEVELS` deep are the last, and 10,000 the most that wait: who means well makes no such trees.
+    Those that are `LEVELS` deep are the last, and no more wait than their paths fit into `WAITING`: who means well
+    makes no such trees.
     """
-    pending = [f"{name}/" if name else ""]
+    pending, room = [f"{name}/" if name else ""], WAITING
     with opened(root, links=True) as top:
         while pending:
             name = pending.pop()
+            room += len(name)
             with suppress(OSError), _descriptor(below(top, name)) as place:
                 yield name, place
                 if name.count("/") < LEVELS:
                     with os.scandir(place) as entries:
-                        found = (f"{name}{entry.name}/" for entry in entries if entry.is_dir(follow_symlinks=False))
-                        pending += itertools.islice(found, max(0, 10_000 - len(pending)))
+                        for entry in entries:
+                            if room > 0 and entry.is_dir(follow_symlinks=False):
+                                pending.append(f"{name}{entry.name}/")
+                                room -= len(pending[-1])
 
 
 @contextmanager
@@ -608,6 +619,33 @@ def run(
         full = "No space left" in tail
         raise Fault("disk" if full else "step", f"{' '.join(argv[:3])} failed", tail, FULL if full else "")
     return output
+
+
+LOG_BYTES = 4_000_000
+"""Bytes of a log that are looked at, its last: ComfyUI and ten nodes say some 50 kB while they start."""
+
+LINE = 2000
+"""Characters of a line of a log that are shown: whoever writes it may never end one."""
+
+
+def last_of(argv: list[str], lines: int) -> list[str]:
+    """The last lines of what a program shows backwards, in their order, as far as they fit into `LOG_BYTES`."""
+    with tempfile.TemporaryFile() as said:
+        try:
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, env=inherited()
+            )
+        except OSError as error:
+            raise Fault("step", f"{argv[0]} could not be run", str(error)) from error
+        with process:
+            assert process.stdout is not None
+            raw = process.stdout.read(LOG_BYTES)
+            process.kill()  # it may have more to say
+        if not raw:
+            said.seek(0)
+            if why := said.read(LINE).decode(errors="replace").strip():
+                raise Fault("step", f"{' '.join(argv[:3])} failed", why)
+    return [line[:LINE] for line in reversed(raw.decode(errors="replace").splitlines()[:lines])]
 
 
 def read_text(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.api import ask, checked, endpoint, job, queue, said, seconds_of, unanswered
+from agent.api import Endpoint, TooLong, ask, checked, endpoint, job, queue, said, seconds_of, unanswered
 from agent.files import Json
 from agent.site import Site
 
@@ -13,21 +13,33 @@ PATIENCE = 5.0
 def jobs(site: Site, count: int) -> list[Json]:
     """The last jobs that are over, those that run, and those that wait, in this order; raises Fault without an answer.
 
-    Times are in seconds since 1970. ComfyUI forgets what is over when it ends.
+    Times are in seconds since 1970. ComfyUI forgets what is over when it ends. Of many that wait the first are told,
+    and how many more there are, as `+N`; of a history that is too long so many as can be read.
     """
     place = endpoint(site)
     try:
-        path = f"/history?max_items={count}"
-        history = ask(place, path, seconds=PATIENCE)
-        over = checked(path, history, lambda answer: [_over(name, entry) for name, entry in answer.items()][-count:])
+        over = _history(place, count)
         running, waiting = queue(place, PATIENCE)
     except (OSError, ValueError) as error:
         raise unanswered(place, error) from error
+    more = waiting.total - len(waiting)
     return [
         *over,
         *({**each, "status": "running"} for each in running),
         *({**each, "status": "pending"} for each in waiting),
+        *([{"id": f"+{more}", "nodes": 0, "queued": None, "status": "pending"}] if more else []),
     ]
+
+
+def _history(place: Endpoint, count: int) -> list[Json]:
+    path = f"/history?max_items={count}"
+    try:
+        history = ask(place, path, seconds=PATIENCE)
+    except TooLong:
+        if count == 1:
+            raise
+        return _history(place, max(1, count // 8))
+    return checked(path, history, lambda answer: [_over(name, entry) for name, entry in [*answer.items()][-count:]])
 
 
 def _over(name: str, entry: Json) -> Json:

@@ -17,12 +17,15 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from agent.api import ask, checked, endpoint
-from agent.files import Fault, Json
+from agent.files import LOG_BYTES, Fault, Json
 from agent.services import Supervised, Systemd, login, manager_of
 from agent.site import Site
 
 ALIVE = 5.0
 """Seconds after which a quiet stream says that it is there: that whoever asked has gone shows only by writing."""
+
+LONGEST = 100_000
+"""Bytes of a line that are shown as one: whoever writes the log may never end it."""
 
 Match = Callable[[str], bool]
 
@@ -184,7 +187,7 @@ def _fault(why: str) -> Fault:
 def _remembered(site: Site, fault: Fault, match: Match) -> Iterator[Json]:
     """What ComfyUI itself remembers, its last 300 writes, where the journal is not ours to read."""
     try:
-        found = ask(endpoint(site), "/internal/logs/raw")
+        found = ask(endpoint(site), "/internal/logs/raw", limit=LOG_BYTES)
         remembered = checked("its log", found, lambda log: "".join(str(each["m"]) for each in log["entries"]))
     except (OSError, ValueError):
         raise fault from None
@@ -212,14 +215,19 @@ def _file(manager: Supervised, request: Json, match: Match) -> Iterator[Json]:
         elif marks[0] is not None:
             places = [(older, marks[0]), (manager.output, 0)]
         yield {"note": "its lines have no times: this begins up to five seconds early"}
-    found: deque[Json] = deque(maxlen=request["lines"])
     read = 0
-    for path, offset in places:
-        with suppress(FileNotFoundError), path.open("rb") as file:
-            file.seek(offset)
-            found += [{"at": None, "text": text} for text in map(_shown, file) if match(text)]
-            read = file.tell()
-    yield from found
+
+    def written() -> Iterator[Json]:
+        nonlocal read
+        for path, offset in places:
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                file.seek(offset)
+                for raw in iter(lambda file=file: file.readline(LONGEST), b""):  # type: ignore[misc]
+                    if match(text := _shown(raw)):
+                        yield {"at": None, "text": text}
+                read = file.tell()
+
+    yield from written() if request["lines"] is None else deque(written(), maxlen=request["lines"])
     if request["follow"]:
         for text in _grown(manager.output, read):
             if text is None or match(text):
@@ -239,16 +247,19 @@ def _grown(path: Path, read: int) -> Iterator[str | None]:
     """The lines that come after so many bytes, also when a new file takes the log's place; None when none do."""
     rest, heard = b"", time.monotonic()
     while True:
+        chunk = b""
         with suppress(FileNotFoundError), path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < read:
                 read, rest = 0, b""
             file.seek(read)
-            if chunk := file.read():
+            if chunk := file.read(LONGEST):
                 read += len(chunk)
                 *whole, rest = (rest + chunk).split(b"\n")
+                if len(rest) > LONGEST:
+                    whole, rest = [*whole, rest], b""
                 yield from map(_shown, whole)
                 heard = time.monotonic()
         if time.monotonic() - heard > ALIVE:
             yield None
             heard = time.monotonic()
-        time.sleep(0.2)
+        time.sleep(0.0 if chunk else 0.2)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import TextIO, cast
+from typing import IO, cast
 
 from agent.adopt import adopt, retire, unadopt
 from agent.asker import asker
@@ -22,6 +22,7 @@ from agent.files import (
     Json,
     Sweep,
     append,
+    cut,
     flock,
     free,
     os_fault,
@@ -164,9 +165,14 @@ def _carry_out(site: Site, plan: Json, journal: Journal) -> Json:
     """Do the steps that are not done yet; the report of the Fault that ended them, empty when none did."""
     done = {event["step"] for event in journal.events() if event["event"] == "done"}
 
+    left = NOTES
+
     def note(text: str) -> None:
+        nonlocal left
+        left -= 1
         with suppress(OSError):  # what is done does not depend on it, a revert above all
-            journal.add("note", text=text)
+            if left >= 0:
+                journal.add("note", text=cut(text, 2000) if left else "there is more, which is left out")
 
     for number, step in enumerate(plan["steps"]):
         if number in done:
@@ -186,6 +192,10 @@ def _carry_out(site: Site, plan: Json, journal: Journal) -> Json:
         except OSError as error:
             return os_fault(error, f"done, but it could not be recorded: {step['title']}").report
     return {}
+
+
+NOTES = 1000
+"""Notes of a run that are kept: what they tell may be a node's choice."""
 
 
 def _record(site: Site, plan: Json) -> None:
@@ -235,26 +245,23 @@ def _clear(site: Site) -> None:
 def follow(site: Site, run_id: str) -> Iterator[Json]:
     """Yield the events of a run, as they come, up to its end. The journal stays open: a run may end by deleting it."""
     journal = Journal(site, run_id).path
-    seen, quiet, gone, idle = 0, 0.0, False, 0
+    rest, quiet, gone, idle = b"", 0.0, False, 0
     with ExitStack() as stack:
-        held: TextIO | None = None
+        held: IO[bytes] | None = None
         while True:
             with suppress(FileNotFoundError):
-                held = held or stack.enter_context(journal.open(errors="replace"))
+                held = held or stack.enter_context(journal.open("rb"))
             if held is None and not site.state.exists():
                 yield {"event": "end", "result": "done", "fault": {}}  # what is gone was its to delete
                 return
-            so_far: list[Json] = []
-            if held is not None:
-                held.seek(0)
-                so_far = events(held.read())
-            yield from so_far[seen:]
-            if any(event["event"] == "end" for event in so_far):
+            whole, _, rest = (rest + held.read() if held is not None else b"").rpartition(b"\n")
+            fresh = events(whole.decode(errors="replace"))
+            yield from fresh
+            if any(event["event"] == "end" for event in fresh):
                 return
             if gone:
                 raise Fault("step", "the run ended without a record", "the disk may be full", "inv facts shows it")
-            quiet = quiet + 0.1 if len(so_far) == seen else 0.0
-            seen = len(so_far)
+            quiet = 0.0 if fresh else quiet + 0.1
             if quiet > 10:
                 gone = read(site.pending).get("run") != run_id  # its last line may have come this very moment
                 idle = idle + 1 if not gone and free(site.lock) else 0

@@ -61,7 +61,7 @@ def _comfyui(site: Site) -> Json:
         "torch": stats["torch"],
         "devices": stats["devices"],
         "running": [{"id": each["id"], "nodes": each["nodes"], "since": each["queued"]} for each in running],
-        "pending": len(waiting),
+        "pending": waiting.total,
     }
 
 

@@ -9,10 +9,11 @@ import shutil
 import subprocess
 import threading
 import time
+from collections import deque
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any
 
-from core.errors import DiskFullError, ProcessError, ToolMissingError
+from core.errors import AgentError, DiskFullError, ProcessError, ToolMissingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -105,6 +106,10 @@ def lines(
     return process.returncode
 
 
+LINE = 64_000_000
+"""Bytes of a line: the hashes of all files of a release are one, some MB."""
+
+
 def talk(
     argv: Sequence[str | Path],
     request: bytes,
@@ -133,14 +138,15 @@ def talk(
     assert stdout is not None
     assert stderr is not None
     outgoing = (each for each in itertools.chain((request,), blocks) if each)
-    block = output = b""
-    complaints: list[str] = []
+    block = b""
+    output = bytearray()
+    complaints: deque[str] = deque(maxlen=1000)
     limit, moved = first, time.monotonic()
 
     def listen() -> None:
         nonlocal moved
         with stderr:
-            for line in stderr:
+            for line in iter(lambda: stderr.readline(1 << 16), b""):
                 moved = time.monotonic()
                 complaints.append(line.decode(errors="replace").rstrip())
                 said(complaints[-1])
@@ -162,21 +168,26 @@ def talk(
                 else:
                     chunk = os.read(key.fd, 1 << 16)
                     count, limit = len(chunk), silence if chunk else limit
-                    *lines, output = (output + chunk).split(b"\n")
-                    for line in lines:
-                        yield line + b"\n"
+                    output += chunk
+                    if b"\n" in chunk:
+                        *lines, output = output.split(b"\n")
+                        for line in lines:
+                            yield bytes(line) + b"\n"
+                    if len(output) > LINE:
+                        what = f"{words[0]} says a line of more than {LINE} bytes"
+                        raise AgentError(what, hint="look at what runs there: inv logs")
                 if not count:
                     selector.unregister(key.fileobj)
                     (stdin if key.fileobj is stdin else stdout).close()
                 moved = time.monotonic()
         listener.join(1)  # not for ever: the master that an older ssh leaves in the background keeps stderr open
         if process.returncode:
-            cause = "\n    ".join(complaints[-8:])
+            cause = "\n    ".join([*complaints][-8:])
             failure = ProcessError(f"{' '.join(words[-2:])} ended with {process.returncode}", cause=cause)
             failure.status, failure.said = process.returncode, "\n".join(complaints)
             raise failure
         if output:
-            yield output
+            yield bytes(output)
 
 
 def _write(pipe: int, block: bytes) -> int:

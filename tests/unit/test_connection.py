@@ -47,6 +47,16 @@ def test_input_and_output_move_at_once() -> None:
     assert list(shell.talk(["cat"], b"first\n", blocks)) == [b"first\n", *blocks]
 
 
+def test_a_long_line_is_read_in_time_and_one_without_an_end_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import sys; [sys.stdout.write('x' * 1_000_000) for _ in range(40)]"
+    begun = time.monotonic()
+    assert [len(each) for each in shell.talk([sys.executable, "-c", script], b"")] == [40_000_000]
+    assert time.monotonic() - begun < 10
+    monkeypatch.setattr(shell, "LINE", 1_000_000)
+    with pytest.raises(AgentError, match="a line of more than 1000000 bytes"):
+        list(shell.talk(["cat", "/dev/zero"], b""))
+
+
 def test_a_program_that_reads_nothing_is_no_matter() -> None:
     assert list(shell.talk(["echo", "done"], b"x" * 1_000_000)) == [b"done\n"]
 

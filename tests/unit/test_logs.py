@@ -76,6 +76,15 @@ def test_the_last_lines_come_from_both_files_with_progress_bars_as_they_ended(tm
     assert list(read(site, grep="five")) == [{"note": "no line matches"}]
 
 
+def test_a_line_without_an_end_comes_in_pieces(tmp_path: Path) -> None:
+    site = own(tmp_path)
+    with (site.state / "comfyui.log").open("wb") as file:
+        file.write(b"\n" * 1_000_000 + b"x" * 1_000_000)
+    assert [len(each) for each in texts(site, lines=3)] == [agent_logs.LONGEST] * 3
+    grown = agent_logs._grown(site.state / "comfyui.log", 1_000_000)
+    assert len(next(grown) or "") <= 2 * agent_logs.LONGEST
+
+
 def test_nothing_to_read_says_why(tmp_path: Path) -> None:
     assert list(read(own(tmp_path))) == [{"note": "nothing was ever logged: it never ran here"}]
     (tmp_path / "state/comfyui.log").touch()
