@@ -211,13 +211,19 @@ def _prefix(site: Site) -> Json:
         "data": os.path.lexists(site.data) and _deletable(f"{real}/data", points),
         "crossings": [name for name in own if name != "current" and (prefix / name).is_symlink()],
         "mounts": points,
-        "links": {str(path): str(path.readlink()) for path in data if path.is_symlink()},
+        "links": {str(path): target for path in data if (target := _target(path))},
         "service": str(deployed.get("service", "")),
         "scope": str(deployed.get("scope", "")),
         "user": _owner(site, str(deployed.get("user", ""))),
         "elsewhere": _elsewhere(site),
         "ours": bool(deployed or traces),
     }
+
+
+def _target(path: Path) -> str:
+    with suppress(OSError):
+        return str(path.readlink())
+    return ""
 
 
 def _owner(site: Site, user: str) -> str:
@@ -245,8 +251,8 @@ def _deletable(path: str, points: list[str]) -> bool:
         if not any(each == path or each.startswith(f"{path}/") for each in points):
             return True
         if path not in points:
-            with os.scandir(path) as entries:
-                pending += [entry.path for entry in entries]
+            with suppress(OSError), os.scandir(path) as entries:  # the service may put something else there
+                pending += [entry.path for entry in itertools.islice(entries, len(points) + 1)]
     return False
 
 

@@ -70,8 +70,8 @@ def _ask_all(found: Json, control: str, pipes: str, site: Site) -> None:
         return _said(control, command, pipes, site)
 
     found["percent"] = " ".join(ask("get_default_active_thread_percentage"))
-    for server in _numbers(ask("get_server_list")):
-        clients = [process(each) for each in _numbers(ask(f"get_client_list {server}"))]
+    for server in _numbers(ask("get_server_list"))[:SERVERS]:
+        clients = [process(each) for each in _numbers(ask(f"get_client_list {server}"))[:CLIENTS]]
         state = " ".join(ask(f"get_server_status {server}"))
         found["servers"].append({"pid": server, "state": state, "clients": clients})
 
@@ -79,6 +79,9 @@ def _ask_all(found: Json, control: str, pipes: str, site: Site) -> None:
 def _numbers(lines: list[str]) -> list[int]:
     return [int(each) for each in lines if each.isdecimal()]
 
+
+SERVERS, CLIENTS = 8, 100
+"""That are told of: a daemon has a server for each user, and a server takes 60 clients."""
 
 SECONDS, LONGEST = 5, 65_536
 """For an answer, and bytes of one: the daemon runs as the service does, and may have been taken over."""

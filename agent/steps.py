@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import grp
 import itertools
 import json
@@ -26,6 +25,7 @@ from agent.files import (
     INDEX,
     Fault,
     Json,
+    branches,
     copy,
     discard,
     free,
@@ -168,8 +168,8 @@ def _share(data: Path, elsewhere: list[str], group: int, mode: int) -> bool:
         if not (data / name).is_symlink():
             (data / name).mkdir(exist_ok=True)
     sync(data)
-    for root in (str(data), *elsewhere) if mode else ():
-        for place in tree(Path(root)):
+    for root in (data, *map(Path, elsewhere)) if mode else ():
+        for name, place in branches(root):
             if time.monotonic() > end:
                 return False
             try:
@@ -178,13 +178,12 @@ def _share(data: Path, elsewhere: list[str], group: int, mode: int) -> bool:
                     continue
                 if status.st_gid != group:
                     _give_to(place, group)
-                wanted = mode if str(place) == str(data) else status.st_mode | 0o2770
+                wanted = mode if root == data and not name else status.st_mode | 0o2770
                 place.chmod(wanted)
                 with suppress(OSError):  # NFS 4 has lists of another kind
                     os.setxattr(place, SHARING, shared(wanted, os.geteuid()))
-            except OSError as error:  # gone by now, or so deep that no path leads to it
-                if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
-                    raise
+            except FileNotFoundError:  # something in it is gone by now
+                pass
     return True
 
 
