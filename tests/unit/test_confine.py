@@ -426,6 +426,7 @@ def test_what_an_old_landlock_lets_be_emptied_the_filter_keeps(monkeypatch: pyte
 
 DAEMON = """
 import ctypes, os, signal, sys, threading, time
+end = time.time() + 60  # also when nothing ends them
 for kind in ("fork", "new session", "orphan", "stopped", "without its first thread", "of its own orphans", "deaf"):
     if kind not in sys.argv[3:] and os.fork() == 0:
         if kind != "fork":
@@ -442,12 +443,13 @@ for kind in ("fork", "new session", "orphan", "stopped", "without its first thre
         if kind == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         if kind == "without its first thread":
-            threading.Thread(target=time.sleep, args=(100,)).start()
+            threading.Thread(target=time.sleep, args=(60,)).start()
             ctypes.CDLL(None).pthread_exit(None)
-        while True:
+        while time.time() < end:
             time.sleep(0 if kind == "of its own orphans" else 1)
             if kind == "of its own orphans" and os.fork():
                 os._exit(0)  # it is never the same process for long
+        os._exit(0)
 time.sleep(1)
 print("up", os.getcwd(), flush=True)
 os.ftruncate(1, 0) if sys.argv[2] == "empty" else time.sleep(100)
