@@ -27,8 +27,8 @@ from agent.gpu import process
 from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
 from agent.parts import as_service, faults_of, forked
 from agent.secret import secrets
-from agent.services import UNITS, Supervised, Systemd, login, manager_of, user_systemd
-from agent.site import DATA, SHARING, UNUSED, Site, shared
+from agent.services import UNITS, Supervised, Systemd, login, manager_of, rooted, user_systemd
+from agent.site import DATA, SHARED, SHARING, UNUSED, Site, shared
 
 T = TypeVar("T")
 
@@ -312,7 +312,7 @@ def _shares(site: Site) -> bool:
         return True
     others = site.data.stat().st_mode & 0o7
     fits = others == (0o5 if site.public else 0)
-    return fits and _looked(site, lambda: all(_shared(site, site.data / name) for name in ("", *DATA)), lambda _: False)
+    return fits and _looked(site, lambda: all(_shared(site, site.data / name) for name in SHARED), lambda _: False)
 
 
 def _unused(site: Site) -> list[str]:
@@ -441,14 +441,14 @@ def _pythons(site: Site, wanted: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for version in wanted:
         program = shutil.which(f"python{version}", path=places)
-        if program is None:
+        if program is None or (site.scope == "system" and not rooted(Path(program))):  # root will run it
             continue
         if sys.prefix == sys.base_prefix and Path(program).resolve() == Path(sys.executable).resolve():
             found[version] = program  # the one that runs this: no need to start it
             continue
         done = subprocess.run([program, "-ISc", code], capture_output=True, text=True)
         answer = done.stdout.split()
-        if len(answer) == 2 and answer[1] == version:
+        if len(answer) == 2 and answer[1] == version and (site.scope != "system" or rooted(Path(answer[0]))):
             found[version] = answer[0]
     return found
 

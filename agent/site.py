@@ -106,6 +106,10 @@ PROOF = "hearth-gate"
 DATA = ("models", "input", "output", "user", "temp", "cache", "datasets")
 """The folders of the data that ComfyUI writes to."""
 
+SHARED = ("models", "input", "output", "user/default")
+"""What of the data its members may change. The rest holds code: caches of compiled kernels and of torch.hub, what nodes
+keep, extensions of the interface."""
+
 UNUSED = "custom_nodes"
 """A folder of the data that nothing is loaded from: nodes are the release's. It is empty, root's and read-only, so that
 whoever puts one there is told."""

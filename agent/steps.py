@@ -47,7 +47,7 @@ from agent.journal import history
 from agent.parts import as_service, contents, part
 from agent.sandbox import confined_to, sandboxed
 from agent.services import UNITS, manager_of
-from agent.site import DATA, SHARING, UNUSED, Site, shared
+from agent.site import DATA, SHARED, SHARING, UNUSED, Site, shared
 
 
 def account(site: Site, step: Json, note: Callable[[str], None]) -> None:
@@ -159,15 +159,16 @@ SHARE_SECONDS = 300
 
 
 def _share(data: Path, elsewhere: list[str], group: int, mode: int) -> bool:
-    """Make the folders of the data, and let the group change whatever lies in them and elsewhere; whether all is done.
+    """Make the folders of the data, and let the group change what lies in those of people; whether all is done.
 
     `mode` is the data's own, 0 where it stays as it is: without root there are no members.
     """
     end = time.monotonic() + SHARE_SECONDS
-    for name in DATA:
+    for name in (*DATA, *SHARED):
         if not (data / name).is_symlink():
             (data / name).mkdir(exist_ok=True)
     sync(data)
+    above = {"", *(os.path.dirname(each) for each in SHARED)}  # noqa: PTH120  names, not paths
     for root in (data, *map(Path, elsewhere)) if mode else ():
         for name, place in branches(root):
             if time.monotonic() > end:
@@ -176,9 +177,15 @@ def _share(data: Path, elsewhere: list[str], group: int, mode: int) -> bool:
                 status = place.stat()
                 if status.st_uid != os.geteuid():  # another's is another's affair
                     continue
+                if root == data and not any(name.startswith(f"{each}/") for each in SHARED):
+                    os.chown(place, -1, group if name.rstrip("/") in above else os.getegid())
+                    place.chmod(mode if name.rstrip("/") in above else status.st_mode & 0o705)
+                    with suppress(OSError):  # an older Hearth's, by which members could change all that came later
+                        os.removexattr(place, SHARING)
+                    continue
                 if status.st_gid != group:
                     _give_to(place, group)
-                wanted = mode if root == data and not name else status.st_mode | 0o2770
+                wanted = status.st_mode | 0o2770
                 place.chmod(wanted)
                 with suppress(OSError):  # NFS 4 has lists of another kind
                     os.setxattr(place, SHARING, shared(wanted, os.geteuid()))

@@ -380,7 +380,7 @@ def _check(path: Path, name: str, host: Host) -> None:
                 hint='another place (a bind mount will do), or scope = "user"',
             )
     written = [f"{prefix or SYSTEM_PREFIX}/data", *host.folders.values()] if host.scope == "system" else []
-    for each in (*host.mounts, *host.folders.values()):
+    for each in (*host.mounts, *host.folders.values(), *host.develop):
         if inside := next((its for its in written if each.startswith(f"{its}/")), ""):
             raise ConfigError(
                 f"{place}: {each} lies in {inside}",

@@ -160,16 +160,19 @@ def test_a_link_of_the_operators_is_followed(served: Site) -> None:
 
 @pytest.mark.parametrize("name", ["nodes", "nodes/pack", "comfyui"])
 def test_no_link_below_the_data_is_followed_by_what_fills_it_or_is_filled_from_it(served: Site, name: str) -> None:
-    (served.prefix / "home").chmod(0o777)
+    for each in ("home", "home/deeper"):
+        (served.prefix / each).mkdir(exist_ok=True)
+        (served.prefix / each).chmod(0o777)
     place = served.data / name
     place.parent.mkdir(exist_ok=True)
     place.symlink_to(served.prefix / "home")
     parts.as_service(served, trial._fill, served.data, served.prefix / "scratch", [], served.data / "models")
     found = {path.name for path in (served.prefix / "scratch").rglob("*")}
-    assert not found & {"notes", "comfyui.db"}
+    assert not found & {"notes", "comfyui.db", "deeper"}
     with pytest.raises(OSError):  # a link, or no folder
         parts.as_service(served, steps._seed, served.prefix, served.data, f"{name}/deeper/it", True)
-    assert len(list((served.prefix / "home").iterdir())) == 2
+    assert len(list((served.prefix / "home").iterdir())) == 3
+    assert not list((served.prefix / "home/deeper").iterdir())
 
 
 def test_a_database_is_parsed_by_who_can_never_be_root_and_whom_the_service_cannot_end(served: Site) -> None:
@@ -425,3 +428,19 @@ def test_an_mps_daemon_that_says_too_much_or_nothing_is_no_obstacle(
             with pytest.raises(Fault, match="does not answer"):
                 mps._said(str(program), "ask", "", at(tmp_path))
         assert time.monotonic() - began < 5
+
+
+def test_members_may_change_what_is_theirs_and_no_code(tmp_path: Path) -> None:
+    """Caches of compiled code, what nodes keep and the interface's extensions are the service's alone."""
+    data = tmp_path / "data"
+    for name in ("models/a", "user/default/workflows", "user/__manager", "cache/hub", "nodes/x", "comfyui/web"):
+        (data / name).mkdir(parents=True)
+        (data / name / "file").touch(0o664)
+        (data / name).chmod(0o2770)
+    assert steps._share(data, [], 12345, 0o750)
+    theirs = {str(each.relative_to(data)) for each in data.rglob("*") if each.is_dir() and each.stat().st_mode & 0o020}
+    assert theirs == {"models", "models/a", "input", "output", "user/default", "user/default/workflows"}
+    assert all(each.stat().st_gid == 12345 for each in (data, data / "user", data / "user/default/workflows/file"))
+    assert not {"cache/hub", "user/__manager"} & {
+        str(each.relative_to(data)) for each in data.rglob("*") if each.stat().st_gid == 12345
+    }
