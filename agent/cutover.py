@@ -44,6 +44,7 @@ from agent.files import (
     sync,
     write,
 )
+from agent.lifecycle import halt
 from agent.parts import as_service
 from agent.services import last_words, manager_of, wait_for
 from agent.site import Site
@@ -60,6 +61,18 @@ def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
     if record.get("run") != run:
         record = {"run": run, "phase": "planned", "from": site.release(), "to": step["to"], "tried": False}
     Cutover(site, step, record, note).carry_on()
+
+
+def abandon(site: Site, run: str, report: Json, note: Callable[[str], None]) -> Json:
+    """End a run's cut-over, if it has one, that somebody cuts short: what it had switched is brought back, and nothing
+    is started. How it ended; `report` says why."""
+    record = read(site.cut)
+    if record.get("run") != run or record["phase"] not in ("switched", "proving", "reverting"):
+        return report
+    try:
+        Cutover(site, {}, {**record, "was_active": False}, note).revert(report)
+    except Fault as fault:
+        return {**report, "result": "reverted"} if fault.report.get("result") else fault.report
 
 
 class Cutover:
@@ -102,7 +115,7 @@ class Cutover:
                 return
         try:
             if self.record["phase"] == "stopped":
-                self.manager.stop()
+                halt(self.site, self.manager, force=self.step["force"])
                 as_service(self.site, take_snapshot, self.site.database.parent, self.snapshot)
                 sync(self.site.state)
                 self.enter("switched", copied=True)

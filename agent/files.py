@@ -488,7 +488,7 @@ def flock(path: Path, *, wait: float = 1) -> Iterator[IO[bytes]]:
             held = _locked(file, fcntl.LOCK_EX)
             if held and not os.fstat(file.fileno()).st_nlink:  # deleted meanwhile: the next one locks another file
                 continue
-            if _open_to_others(file) and not renewed and (held or not _ours(file)):
+            if _open_to_others(file) and not renewed and (held or not holders(path)):
                 renewed = _renew(path)
             elif held:
                 yield file
@@ -507,7 +507,7 @@ def free(path: Path) -> bool:
     """
     try:
         with path.open("rb") as file:
-            return _locked(file, fcntl.LOCK_SH) or (_open_to_others(file) and not _ours(file))
+            return _locked(file, fcntl.LOCK_SH) or (_open_to_others(file) and not holders(path))
     except FileNotFoundError:
         return True
 
@@ -525,17 +525,22 @@ def _open_to_others(file: IO[bytes]) -> bool:
     return bool(os.fstat(file.fileno()).st_mode & 0o077)
 
 
-def _ours(file: IO[bytes]) -> bool:
-    """Whether it is a process of this user that holds the lock: an older Hearth's apply or supervisor."""
+def holders(path: Path) -> list[int]:
+    """The processes of this user that hold a lock; of others', none that matters can."""
+    found: list[int] = []
     for process in Path("/proc").glob("[0-9]*"):
         # the real user: the effective one is root's, too, of a program such as su that somebody has started
         if f"\nUid:\t{os.getuid()}\t" in read_text(process / "status"):
             with suppress(OSError):  # it has ended
-                for each in (process / "fdinfo").iterdir():
-                    if " FLOCK " in read_text(each):
-                        with suppress(OSError):
-                            if os.path.samestat(os.fstat(file.fileno()), (process / "fd" / each.name).stat()):
-                                return True
+                locked = [each.name for each in (process / "fdinfo").iterdir() if " FLOCK " in read_text(each)]
+                if any(_same(process / "fd" / name, path) for name in locked):
+                    found.append(int(process.name))
+    return found
+
+
+def _same(one: Path, other: Path) -> bool:
+    with suppress(OSError):
+        return one.samefile(other)
     return False
 
 

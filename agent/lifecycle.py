@@ -26,8 +26,13 @@ def stop(site: Site, step: Json, note: Callable[[str], None]) -> None:
     if step["pause"]:
         write(site.paused, json.dumps({"who": read(site.pending)["who"], "at": now()}))
         manager.disable()
+    halt(site, manager, force=step["force"])
+
+
+def halt(site: Site, manager: Manager, *, force: bool) -> None:
+    """Stop the service; with `force` nothing of it is left."""
     manager.stop()
-    if step["force"]:
+    if force:
         end_all(site)
 
 
@@ -93,7 +98,7 @@ def restart(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Stop ComfyUI when its jobs are done, start it again, and wait until it answers."""
     manager = manager_of(site)
     await_jobs(site, manager, step, note)
-    manager.stop()
+    halt(site, manager, force=step["force"])
     await_answer(site, manager, note)
 
 
@@ -121,7 +126,7 @@ def withdraw(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Take the current release out of service. It stays here: a deploy or rollback brings it back."""
     manager = manager_of(site)
     await_jobs(site, manager, step, note)
-    manager.stop()
+    halt(site, manager, force=step["force"])
     manager.uninstall()
     discard(site.paused)
     if site.current.is_symlink():

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import IO, cast
 
 from agent.adopt import adopt, retire, unadopt
 from agent.asker import asker
-from agent.cutover import RESERVE, cut_over
+from agent.cutover import RESERVE, abandon, cut_over
 from agent.files import (
     Fault,
     Json,
@@ -25,6 +26,7 @@ from agent.files import (
     cut,
     flock,
     free,
+    holders,
     os_fault,
     read,
     remove_drafts,
@@ -34,9 +36,21 @@ from agent.files import (
     write,
 )
 from agent.journal import Journal, busy, events, history, now
-from agent.lifecycle import delete, end_linger, erase, forget, forget_mounts, restart, start, stop, vanish, withdraw
+from agent.lifecycle import (
+    delete,
+    end_linger,
+    erase,
+    forget,
+    forget_mounts,
+    halt,
+    restart,
+    start,
+    stop,
+    vanish,
+    withdraw,
+)
 from agent.memory import drop_caches
-from agent.services import manager_of
+from agent.services import Systemd, manager_of, wait_for
 from agent.settings import apply_setting, undo_settings
 from agent.site import Site
 from agent.steps import (
@@ -95,7 +109,11 @@ def submit(site: Site, plan: Json) -> Json:
     for folder in (site.prefix, site.state):
         folder.mkdir(parents=True, exist_ok=True)
     with flock(site.state / "submit.lock", wait=SUBMIT_SECONDS):  # moments: whoever is first leaves its plan
-        if other := busy(site):
+        ends = any(step["kind"] == "stop" and step["force"] for step in plan["steps"])
+        other = busy(site)
+        if other and ends:
+            _abort(site, f"{plan['action']} by {plan['who']}")
+        elif other:
             if not other["alive"]:
                 manager_of(site).go()  # whoever applied it was killed, and nobody started it again
             raise Fault(
@@ -104,7 +122,7 @@ def submit(site: Site, plan: Json) -> Json:
                 "",
                 "watch it with inv attach, then run the same command again",
             )
-        if site.release() != plan["base"] or _missing(site, plan["steps"]):
+        elif site.release() != plan["base"] or _missing(site, plan["steps"]):
             raise Fault("busy", "the host was changed since the plan was made", "", "run the same command again")
         write(site.state / "site.json", json.dumps(site.json))
         write(site.state / "agent.pyz", Path(sys.argv[0]).read_bytes())
@@ -116,6 +134,23 @@ def submit(site: Site, plan: Json) -> Json:
         write(site.pending, json.dumps({**plan, "since": now()}))
         manager_of(site).go()
     return {"run": plan["run"]}
+
+
+def _abort(site: Site, why: str) -> None:
+    """End the run under way, and ComfyUI with it: a hostile one may be what it waits for.
+
+    What it had switched is brought back, and nothing is started again. Whoever is killed here goes on with that.
+    """
+    plan, manager = read(site.pending), manager_of(site)
+    write(site.pending, json.dumps({**plan, "aborted": why}))
+    if isinstance(manager, Systemd):  # else it starts again what is killed
+        subprocess.run([*manager.ctl, "stop", manager.apply_unit], capture_output=True)
+    for pid in holders(site.lock):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    halt(site, manager, force=True)
+    wait_for(lambda: free(site.lock), 10)
+    apply(site)
 
 
 SUBMIT_SECONDS = 30
@@ -152,7 +187,7 @@ def apply(site: Site) -> None:
             return
         journal = Journal(site, plan["run"])
         if "result" not in plan:
-            fault = _carry_out(site, plan, journal)
+            fault = _abandon(site, plan, journal) if "aborted" in plan else _carry_out(site, plan, journal)
             if not fault and plan["steps"][-1]["kind"] == "erase":
                 vanish(site, journal)
                 return
@@ -164,16 +199,7 @@ def apply(site: Site) -> None:
 def _carry_out(site: Site, plan: Json, journal: Journal) -> Json:
     """Do the steps that are not done yet; the report of the Fault that ended them, empty when none did."""
     done = {event["step"] for event in journal.events() if event["event"] == "done"}
-
-    left = NOTES
-
-    def note(text: str) -> None:
-        nonlocal left
-        left -= 1
-        with suppress(OSError):  # what is done does not depend on it, a revert above all
-            if left >= 0:
-                journal.add("note", text=cut(text, 2000) if left else "there is more, which is left out")
-
+    note = _noting(journal)
     for number, step in enumerate(plan["steps"]):
         if number in done:
             continue
@@ -192,6 +218,28 @@ def _carry_out(site: Site, plan: Json, journal: Journal) -> Json:
         except OSError as error:
             return os_fault(error, f"done, but it could not be recorded: {step['title']}").report
     return {}
+
+
+def _abandon(site: Site, plan: Json, journal: Journal) -> Json:
+    """End a run that somebody has cut short to stop ComfyUI; the report of how."""
+    report = Fault("step", f"ended by {plan['aborted']}", "", "run the same command again when that is over").report
+    try:
+        return abandon(site, plan["run"], report, _noting(journal))
+    except (Fault, OSError) as error:
+        return Fault("step", report["what"], f"what it did could not be undone: {error}", "inv facts").report
+
+
+def _noting(journal: Journal) -> Callable[[str], None]:
+    left = NOTES
+
+    def note(text: str) -> None:
+        nonlocal left
+        left -= 1
+        with suppress(OSError):  # what is done does not depend on it, a revert above all
+            if left >= 0:
+                journal.add("note", text=cut(text, 2000) if left else "there is more, which is left out")
+
+    return note
 
 
 NOTES = 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -46,8 +47,9 @@ def stop(target: Target, facts: Facts, options: Options) -> Plan:
     until = "inv start" if facts.manager == "process" else "the next boot or inv start"
     title = f"stop {target.host.service} until {until}"
     needed = facts.service.active or facts.service.waits
+    needed = needed or bool(facts.busy)  # the run under way may start it
     steps = [Step("stop", title, facts.service.state, "inv start", _ending(options, pause=False))] if needed else []
-    return _plan(facts, steps, _changeable(target, facts))
+    return _plan(facts, steps, _changeable(target, facts, force=options.force), _ended(facts, force=options.force))
 
 
 def restart(target: Target, facts: Facts, options: Options) -> Plan:
@@ -62,14 +64,15 @@ def restart(target: Target, facts: Facts, options: Options) -> Plan:
 def pause(target: Target, facts: Facts, options: Options) -> Plan:
     """The plan that takes ComfyUI out of traffic until somebody resumes it, whatever boots or deploys meanwhile."""
     service = facts.service
-    refusals = _changeable(target, facts)
+    refusals = _changeable(target, facts, force=options.force)
     if not facts.current:
         refusals.append(_nothing(target))
     starts = service.enabled and facts.manager != "process"  # nothing starts a supervised one at boot
-    if facts.paused and not (service.active or service.waits or starts):
+    if facts.paused and not (service.active or service.waits or starts or facts.busy):
         return _plan(facts, [], refusals)
     title = f"stop {target.host.service} until inv resume; no boot and no deploy starts it"
-    return _plan(facts, [Step("stop", title, "asked for", "inv resume", _ending(options, pause=True))], refusals)
+    steps = [Step("stop", title, "asked for", "inv resume", _ending(options, pause=True))]
+    return _plan(facts, steps, refusals, _ended(facts, force=options.force))
 
 
 def resume(target: Target, facts: Facts, _: Options) -> Plan:
@@ -88,22 +91,24 @@ def quarantine(target: Target, facts: Facts, options: Options) -> Plan:
     title = f"stop {host.service} without asking it, until inv quarantine --undo and inv resume"
     values = _ending(replace(options, force=True), pause=True)
     steps = [Step("stop", title, "asked for", "inv resume", values)]
-    if facts.paused and not (facts.service.active or facts.service.waits):
+    if facts.paused and not (facts.service.active or facts.service.waits or facts.busy):
         steps = []
     if host.scope == "system" and QUARANTINE not in facts.settings:
         text = "# Written by Hearth: inv quarantine --undo takes it away.\n[Service]\nPrivateNetwork=yes\n"
         place = f"/etc/systemd/system/{host.service}.service.d/zz-hearth-quarantine.conf"
-        steps.append(
+        steps.insert(  # first: a stop that fails must not leave it the network
+            0,
             tuning.setting_step(
                 QUARANTINE,
                 [tuning.file(place, text)],
                 f"deny {host.service} the network, whatever starts it",
                 "asked for",
                 "inv quarantine --undo",
-            )
+            ),
         )
     notes = [] if host.scope == "system" else ["without root nothing denies it the network, should anything start it"]
-    return _plan(facts, steps, [] if facts.service.active else _changeable(target, facts), notes)
+    refusals = [] if facts.service.active else _changeable(target, facts, force=True)
+    return _plan(facts, steps, refusals, [*notes, *_ended(facts, force=bool(steps))])
 
 
 def end_quarantine(target: Target, facts: Facts, options: Options) -> Plan:
@@ -121,16 +126,19 @@ def evidence(target: Target, prefix: str) -> list[str]:
     """What to look at on a host in quarantine: commands for its shell, each with what it shows."""
     service, data = target.host.service, f"{prefix}/data"
     name = f"--host {target.name}"
-    root = "sudo " if target.host.scope == "system" else ""
+    system = target.host.scope == "system"
+    root, unit = ("sudo ", "--unit") if system else ("", "--user-unit")
+    all_data = " ".join([data, *map(shlex.quote, target.host.folders.values())])
+    log = f"{root}journalctl {unit} {service}.service --since '7 days ago' --output json > evidence.json"
     return [
         f"inv logs {name} --since '7 days ago'   # what ComfyUI and its nodes said",
         f"inv history {name}                     # who changed what, and from where",
         f"inv doctor {name}                      # damaged parts, files where none belong",
         f"inv audit {name}                       # nodes and packages that are known to be bad",
-        f"{root}find {data} -newermt '7 days ago' -type f -ls",
-        rf"{root}find {data} \( -perm /6111 -type f -o -type l -o -type p -o -name '*.py' -o -name '*.so' \) -ls",
+        f"{root}find {all_data} -newermt '7 days ago' -type f -ls",
+        rf"{root}find {all_data} \( -perm /6111 -type f -o -type l -o -type p -o -name '*.py' -o -name '*.so' \) -ls",
         f"{root}ls -la {data}/custom_nodes {data}/nodes {data}/cache",
-        f"{root}journalctl --unit {service}.service --since '7 days ago' --output json > evidence.json",
+        log if system else f"{log}; cp {prefix}/state/comfyui.log* .   # the second where no systemd runs it",
     ]
 
 
@@ -205,11 +213,17 @@ def _without_service(target: Target, facts: Facts, options: Options) -> list[Ste
     return steps
 
 
-def _changeable(target: Target, facts: Facts) -> list[Refusal]:
-    """What keeps a host's service from being changed at all."""
+def _ended(facts: Facts, *, force: bool) -> list[str]:
+    """The note that a forced stop ends what is under way: it may wait for what that is to end."""
+    busy = facts.busy
+    return [f"the {busy['action']} by {busy['who']} since {busy['since']} is ended for that"] if busy and force else []
+
+
+def _changeable(target: Target, facts: Facts, *, force: bool = False) -> list[Refusal]:
+    """What keeps a host's service from being changed at all; with `force` it is stopped whatever is under way."""
     found: list[Refusal] = []
     at = f"--host {target.name}"
-    if facts.busy:
+    if facts.busy and not force:
         who = f"{facts.busy['action']} by {facts.busy['who']} since {facts.busy['since']}"
         found.append(Refusal(f"the host is being changed: {who}", f"inv attach {at}"))
     if facts.current_fault:

@@ -14,6 +14,7 @@ import os
 import shutil
 import sqlite3
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ import pytest
 from agent import comfyui, cutover, files, runs, trial
 from agent.files import Fault, Json, link, write
 from agent.journal import history
+from agent.services import wait_for
 from agent.site import DATA, Site
 
 PLAN = {
@@ -48,6 +50,7 @@ class Scenario:
     name: str
     trial: bool = True
     gate: bool = True
+    hangs: bool = False
     migrates: bool = False
     restores: bool = True
 
@@ -130,6 +133,9 @@ class Manager:
         self.disable()
 
     def settle(self) -> None:
+        pass
+
+    def go(self) -> None:
         pass
 
     def log(self, lines: int) -> list[str]:
@@ -267,7 +273,17 @@ class World:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def apply(self, layer: Layer | None = None) -> int:
-        """Apply what is pending, with stand-ins for service, health check and trial; 4: the disk takes no writes."""
+        """Apply what is pending; 4: the disk takes no writes."""
+        with self.standing_in(layer):
+            try:
+                runs.apply(self.site)
+            except OSError:
+                return 4
+        return 0
+
+    @contextmanager
+    def standing_in(self, layer: Layer | None = None) -> Iterator[None]:
+        """Have stand-ins for service, health check and trial."""
         manager = Manager(self.site, self.scenario, layer or Layer(self.site.prefix))
 
         def directly(_: Site, work: Callable[..., Any], *given: Any) -> Any:
@@ -278,6 +294,8 @@ class World:
         def prove(_: object, process: object, *__: object) -> Json:
             if not (self.scenario.trial if isinstance(process, trial.Trial) else self.scenario.gate):
                 raise Fault("gate", "unhealthy", "as the scenario wants it")
+            while self.scenario.hangs and not isinstance(process, trial.Trial):
+                pass
             return {"types": {}, "failed_nodes": {}}
 
         def first_answer(*_: object) -> Json:
@@ -299,11 +317,7 @@ class World:
             patch.setattr(cutover, "lacking", lambda: self.short)
             patch.setattr(files, "RETRIES", [0, 0])
             patch.setattr(files, "DRAFT_SECONDS", 0)
-            try:
-                runs.apply(self.site)
-            except OSError:
-                return 4
-        return 0
+            yield
 
     def boot(self) -> None:
         """The machine comes up after a power cut: what is enabled is started."""
@@ -389,6 +403,56 @@ def test_a_cut_over_survives_every_fault_at_every_operation(
     record_property("cases", cases)
     print(f"\n{scenario.name}: {cases} cases, {len(seen)} operations")
     assert not bad, "\n".join(bad[:40])
+
+
+ABORT: Json = {
+    **PLAN, "run": "r2", "action": "stop",
+    "steps": [{"kind": "stop", "title": "stop", "drain": 0, "force": True, "pause": False}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_forced_stop_ends_a_run_that_hangs(tmp_path: Path, *, again: bool) -> None:
+    """And nothing starts ComfyUI again, whoever goes on: the old release is current, with its own database."""
+    world = World(tmp_path, Scenario("hangs", hangs=True, migrates=True)).make()
+    site, running = world.site, tmp_path / "running"
+    if (child := os.fork()) == 0:
+        world.apply()
+        os._exit(0)
+    assert wait_for(lambda: running.exists() and running.read_text() == "new", 20)
+    with world.standing_in():
+        with pytest.raises(Fault, match="is under way"):
+            runs.submit(site, {**ABORT, "steps": [{**ABORT["steps"][0], "force": False}]})
+        if again:  # whoever aborts it is killed, too, before anything else is done
+            write(site.pending, json.dumps({**PLAN, "aborted": "stop by anna"}))
+        runs.submit(site, dict(ABORT))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+        assert not running.exists()
+        assert (site.release(), schema(site.database)) == ("old", 1)
+        (ended,) = history(site)
+        assert (ended["run"], ended["result"]) == ("r1", "reverted")
+        assert ended["error"].startswith("ended by stop by anna")
+        assert files.read(site.pending)["run"] == "r2"
+    assert world.apply() == 0
+    assert not running.exists()
+    assert [each["result"] for each in history(site)] == ["reverted", "done"]
+
+
+def test_a_run_that_is_cut_short_anywhere_starts_nothing(tmp_path: Path) -> None:
+    place = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=place) as root:
+        seen, _ = count(Path(root, "count"), Scenario("migrates", migrates=True))
+        for at in range(1, len(seen) + 1):
+            world = World(Path(root, str(at)), Scenario("migrates", migrates=True)).make()
+            assert world.faulty("killed", at) == KILLED
+            (world.place / "running").unlink(missing_ok=True)
+            plan = files.read(world.site.pending)
+            if plan:
+                write(world.site.pending, json.dumps({**plan, "aborted": "x"}))
+            assert world.apply() == 0
+            left = [each for each in world.faults() if not each.startswith("nothing runs")]
+            assert (left, (world.place / "running").exists()) == ([], False), seen[at - 1]
+            shutil.rmtree(world.place)
 
 
 def test_the_record_of_another_run_is_ignored(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from agent.site import Site
 from core import console
 from core.errors import RefusedError, UsageError
 from deploy import plan
-from deploy.facts import Facts, MountState, Place
+from deploy.facts import Facts, MountState, Place, Service
 from deploy.host import Mount
 from deploy.plan import Options
 from ops import lifecycle
@@ -45,6 +45,32 @@ def stopped(**values: Any) -> Facts:
 
 def planned(action: str, facts: Facts, **host: Any) -> plan.Plan:
     return lifecycle.PLANS[action](spark(**host), facts, Options(drain=5))
+
+
+BUSY = {"action": "deploy", "who": "a@b", "since": "then"}
+
+
+@pytest.mark.parametrize("service", [RUNNING, STOPPED])
+@pytest.mark.parametrize("action", ["stop", "pause", "quarantine"])
+def test_a_forced_stop_ends_what_is_under_way(action: str, service: Service) -> None:
+    facts = running(busy=BUSY, service=service, paused=PAUSED)
+    asked = lifecycle.PLANS[action](spark(), facts, Options(force=True))
+    assert (asked.refusals, kinds(asked)[-1]) == ((), "stop")
+    assert asked.notes == ("the deploy by a@b since then is ended for that",)
+    if action != "quarantine":
+        assert lifecycle.PLANS[action](spark(), facts, Options()).refusals
+
+
+def test_a_quarantine_takes_the_network_first() -> None:
+    assert kinds(planned("quarantine", running())) == ["set", "stop"]
+
+
+def test_what_to_look_at_is_where_the_host_keeps_it() -> None:
+    system = lifecycle.evidence(spark(folders={"output": "/mnt/art"}), "/opt/comfyui")
+    assert sum("/opt/comfyui/data /mnt/art " in line for line in system) == 2
+    assert "sudo journalctl --unit comfyui.service" in system[-1]
+    assert lifecycle.evidence(spark(scope="user"), "/x")[-1].startswith("journalctl --user-unit comfyui.service")
+    assert "/x/state/comfyui.log" in lifecycle.evidence(spark(scope="user"), "/x")[-1]
 
 
 @pytest.mark.parametrize(
