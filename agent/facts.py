@@ -10,6 +10,7 @@ import os
 import platform
 import pwd
 import re
+import shlex
 import shutil
 import socket
 import stat
@@ -337,7 +338,9 @@ def _mount(site: Site, path: str, wanted: Json) -> Json:
         return found
     if what.startswith("/dev/mapper/") and not Path(what).exists():
         found["fault"] = "this encrypted or logical volume is not open"
-        found["remedy"] = f"on the host: cryptsetup open DEVICE {Path(what).name} (or vgchange -ay); it is mounted then"
+        found["remedy"] = (
+            f"on the host: cryptsetup open DEVICE {shlex.quote(Path(what).name)} (or vgchange -ay); it is mounted then"
+        )
     elif what.startswith("/") and not Path(what).exists():
         found["fault"], found["remedy"] = "the host has no such device", "connect it, or correct `what`"
     elif kind.startswith(("nfs", "cifs")) and not shutil.which(f"mount.{kind}", path="/sbin:/usr/sbin"):
@@ -345,7 +348,7 @@ def _mount(site: Site, path: str, wanted: Json) -> Json:
         found["fault"], found["remedy"] = f"the host has no mount.{kind}", f"on the host: apt-get install {package}"
     elif Path(path).is_dir() and any(os.scandir(path)):
         found["fault"] = "there are files in the folder itself, which the mount would hide"
-        found["remedy"] = f"move them away first: ls {path}"
+        found["remedy"] = f"move them away first: ls {shlex.quote(path)}"
     return found
 
 

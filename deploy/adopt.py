@@ -134,7 +134,8 @@ class Survey(msgspec.Struct, frozen=True):
         if self.found:
             places = [each.path for each in self.found]
             raise NoInstallationError(
-                f"{host} has {len(places)} ComfyUIs: {', '.join(places)}", hint=f"choose one: --path {places[0]}"
+                f"{host} has {len(places)} ComfyUIs: {', '.join(places)}",
+                hint=f"choose one: --path {shlex.quote(places[0])}",
             )
         raise NoInstallationError(
             f"no ComfyUI was found on {host}",

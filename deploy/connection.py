@@ -443,7 +443,7 @@ class Ssh(Agent):
             offered = re.search(r"key sent .* is\s+(SHA256:\S+\w)", said)
             known = re.search("Offending .*", said)
             listed = re.search(r"Host key for (\S+) has changed", said)
-            entry = listed[1] if listed else host
+            entry = (listed[1] if listed else host).replace("'", "'\\''")
             return HostKeyError(
                 f"the host key of {of} has CHANGED",
                 cause=f"offered: {offered[1] if offered else '?'}; known: {known[0] if known else '?'}. "
@@ -476,7 +476,8 @@ class Ssh(Agent):
 
     @property
     def _scan(self) -> str:
-        return f"`ssh-keyscan -p {self._settings['port']} {self._settings['hostname']} | ssh-keygen -lf -`"
+        port, host = (shlex.quote(self._settings[name]) for name in ("port", "hostname"))
+        return f"`ssh-keyscan -p {port} {host} | ssh-keygen -lf -`"
 
 
 def _last(said: str) -> str:

@@ -177,7 +177,7 @@ def _refuse_malware(target: Target, chosen: Mapping[str, Node]) -> None:
         raise RefusedError(
             f"{target.name} would get nodes that are known to be bad; nothing was changed",
             cause="\n         ".join(f"{name}: {each.what} ({each.source})" for name, each in bad.items()),
-            hint=f"take it off the host's `nodes`, then inv nodes.remove {next(iter(bad))}",
+            hint=f"take it off the host's `nodes`, then inv nodes.remove {shlex.quote(next(iter(bad)))}",
         )
 
 
@@ -640,7 +640,7 @@ def _pack(
             wheels += [{"file": path.name, "sha256": blob(path)} for path in sorted(folder.glob("*.whl"))]
             if damaged := [each["file"] for each in wheels[len(kernels) :] if each["sha256"] not in lock.text]:
                 what = f"{folder / damaged[0]} was damaged: its hash is not the locked one"
-                raise HashMismatchError(what, hint=f"rm -r {folder}, then run the same command again")
+                raise HashMismatchError(what, hint=f"rm -r {shlex.quote(str(folder))}, then run the same command again")
         return {"tool": stock.uv, "wheels": wheels, "offline": offline}
     return {}
 

@@ -328,11 +328,14 @@ def deployed_otherwise(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal(what, f'set scope = "{place.scope}", so that its units are found; {first}'))
     if host.scope == "system" and place.user and place.user != host.run_as:
         what = f"{facts.prefix}/data belongs to {place.user}, and the configuration says run_as = {host.run_as}"
-        change = f"inv stop, then there: useradd --system {host.run_as}; chown -R {host.run_as}: {facts.prefix}/data"
+        data = shlex.quote(f"{facts.prefix}/data")
+        change = f"inv stop, then there: useradd --system {host.run_as}; chown -R {host.run_as}: {data}"
         found.append(Refusal(what, f'set run_as = "{place.user}"; to change it, then: {change}'))
     if place.elsewhere:
         what = f"{host.service} is deployed at {place.elsewhere}, and the configuration says {facts.prefix}"
-        move = f'set prefix = "{place.elsewhere}"; to move it: {first}, and mv {place.elsewhere}/data there'
+        move = (
+            f'set prefix = "{place.elsewhere}"; to move it: {first}, and mv {shlex.quote(place.elsewhere)}/data there'
+        )
         found.append(Refusal(what, f"{move}; for a second one set another `service`"))
     return found
 
@@ -352,7 +355,7 @@ def storage(target: Target, facts: Facts) -> list[Refusal]:
             remedy = f"mount {path} there; writing into the empty mount point would hide it later"
             found.append(Refusal(f"{path} is not mounted", remedy))
         elif wanted.what and there.mounted and target.mount_text(path).split("\nWhere")[0] not in there.unit:
-            remedy = f"umount {path} there, or leave out `what` for it"
+            remedy = f"umount {shlex.quote(path)} there, or leave out `what` for it"
             found.append(Refusal(f"{there.source} is mounted at {path}, and not by Hearth's unit for it", remedy))
         elif wanted.what and there.fault:
             found.append(Refusal(f"{wanted.what} cannot be mounted at {path}: {there.fault}", there.remedy))
@@ -360,7 +363,9 @@ def storage(target: Target, facts: Facts) -> list[Refusal]:
     for path, fault in facts.places.items():
         made = fault == MISSING and path in host.folders.values()
         if fault and not made and not f"{path}/".startswith(coming):
-            found.append(Refusal(f"{path} {fault}", f"on the host: ls -ld {path}; ComfyUI runs as {host.run_as}"))
+            found.append(
+                Refusal(f"{path} {fault}", f"on the host: ls -ld {shlex.quote(path)}; ComfyUI runs as {host.run_as}")
+            )
     for path, left in facts.data_free.items():
         if left < RESERVE_DATA:
             what = f"{console.size(left)} free for {path}, {console.size(RESERVE_DATA)} needed"

@@ -8,6 +8,7 @@ set on the device files?"). udev has its say for the render nodes below /dev/dri
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -190,7 +191,7 @@ def lines(name: str, access: Access) -> list[str]:
     found += [f"there is no user {who}" for who, groups in access.users.items() if groups is None]
     if denied := _denied(access):
         groups = {each.group for each in denied} - {"root"}
-        join = f"on the host: usermod -aG {groups.pop()} USER" if len(groups) == 1 else ""
+        join = f"on the host: usermod -aG {shlex.quote(groups.pop())} USER" if len(groups) == 1 else ""
         found.append(f"{name}: not everybody who must may use the GPU; next: "
                      f"{join + '; or ' if join else ''}inv gpu-access --host {name} --apply")  # fmt: skip
     else:

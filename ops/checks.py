@@ -6,6 +6,7 @@ Pure: a check is given what was seen (`Case`) and yields what is wrong. `docs/tr
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -212,7 +213,8 @@ def _packages(case: Case) -> Iterator[Problem]:
 def _nodes(case: Case) -> Iterator[Problem]:
     for name, why in case.facts.failed_nodes.items():
         yield Problem(
-            f"node {name} cannot be imported: {why}", f"inv nodes.update {name}; inv lock; inv deploy {case.at}"
+            f"node {name} cannot be imported: {why}",
+            f"inv nodes.update {shlex.quote(name)}; inv lock; inv deploy {case.at}",
         )
 
 
@@ -493,7 +495,7 @@ def _storage(case: Case) -> Iterator[Problem]:
 def _access(case: Case) -> Iterator[Problem]:
     who = case.target.host.run_as if case.target.host.scope == "system" else case.facts.login
     for path, what in case.probe.access.items():
-        yield Problem(f"{who} may not {what} {path}", f"on the host: chown -R {who}: {path}")
+        yield Problem(f"{who} may not {what} {path}", f"on the host: chown -R {shlex.quote(who)}: {shlex.quote(path)}")
 
 
 LEAST = 0.05
@@ -511,16 +513,16 @@ LEAST = 0.05
 def _disk(case: Case) -> Iterator[Problem]:
     for path, disk in case.live.disks.items():
         if disk.fault:
-            yield Problem(f"{path} cannot be looked at: {disk.fault}", f"on the host: ls -ld {path}")
+            yield Problem(f"{path} cannot be looked at: {disk.fault}", f"on the host: ls -ld {shlex.quote(path)}")
         elif disk.total and (disk.free < disk.total * LEAST or disk.free < plan.RESERVE_DATA):
             yield Problem(
                 f"{console.size(disk.free)} of {console.size(disk.total)} left at {path}",
-                f"on the host: du -xh {path} | sort -h | tail",
+                f"on the host: du -xh {shlex.quote(path)} | sort -h | tail",
             )
         elif disk.files and disk.files_free is not None and disk.files_free < disk.files * LEAST:
             yield Problem(
                 f"{disk.files_free} of {disk.files} inodes left at {path}",
-                f"on the host: du --inodes -x {path} | sort -n | tail",
+                f"on the host: du --inodes -x {shlex.quote(path)} | sort -n | tail",
             )
     if not case.planned.steps:
         for refusal in plan.room(case.target, case.facts, case.stock):

