@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from agent.files import Fault, Json, inherited
+from agent.services import end_descendants, take_orphans
 from agent.site import Site
 
 # What of a unit is about its own command, and when it runs; the rest is what it may touch and do.
@@ -88,7 +89,7 @@ def _output(command: list[str], variables: dict[str, str], seconds: int, most: i
         while block := pipe.read1(65536):  # type: ignore[attr-defined]
             tail[:] = (tail + block)[-4000:]
 
-    said = b""
+    said, spared = b"", take_orphans()  # a daemon could hold its output open, and outlive it
     try:
         with subprocess.Popen(
             command,
@@ -103,6 +104,7 @@ def _output(command: list[str], variables: dict[str, str], seconds: int, most: i
             def end() -> None:
                 late.set()
                 os.killpg(process.pid, signal.SIGKILL)
+                end_descendants(spared)
 
             timer = threading.Timer(seconds, end)
             listener = threading.Thread(target=listen, args=(process.stderr,), daemon=True)
@@ -114,6 +116,7 @@ def _output(command: list[str], variables: dict[str, str], seconds: int, most: i
                 if len(said) > most:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                end_descendants(spared)
                 listener.join(1)
             finally:
                 timer.cancel()

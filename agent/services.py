@@ -395,11 +395,7 @@ class Supervised:
 
     def log(self, lines: int) -> list[str]:
         """The last lines of the service's present or last run."""
-        with suppress(OSError), self.output.open("rb") as log:
-            begin = int(read(self.record, lenient=True).get("offset", 0))
-            log.seek(max(begin, os.fstat(log.fileno()).st_size - LOG_BYTES))
-            return [line[:LINE] for line in log.read(LOG_BYTES).decode(errors="replace").splitlines()[-lines:]]
-        return []
+        return end_of(self.output, lines, int(read(self.record, lenient=True).get("offset", 0)))
 
     def timed_log(self, lines: int) -> list[tuple[float | None, str]]:
         """The last lines, also of runs that have ended; a file has no times."""
@@ -508,6 +504,14 @@ def ours(site: Site, gpus: list[Json]) -> list[Json]:
     for each in (process for gpu in gpus for process in gpu["processes"]):
         each["comfyui"] = each["unit"] in units or (child != 0 and each["pid"] == child)
     return gpus
+
+
+def end_of(path: Path, lines: int, begin: int = 0) -> list[str]:
+    """The last lines of a log, of what was written after `begin`; none where there is no log."""
+    with suppress(OSError), path.open("rb") as log:
+        log.seek(max(begin, os.fstat(log.fileno()).st_size - LOG_BYTES))
+        return [line[:LINE] for line in log.read(LOG_BYTES).decode(errors="replace").splitlines()[-lines:]]
+    return []
 
 
 def login() -> str:

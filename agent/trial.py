@@ -38,7 +38,7 @@ from agent.files import (
 )
 from agent.gpu import gpus
 from agent.parts import as_service, forsake_root
-from agent.services import Manager, Systemd, dies_with_parent
+from agent.services import Manager, Systemd, copied, dies_with_parent, end_descendants, end_of, take_orphans
 from agent.site import DATA, Site
 
 CLEAR_SECONDS = 120
@@ -118,6 +118,7 @@ class Trial:
         elsewhere = {path: name for name, path in site.elsewhere.items() if name != "models"}
         self.places = {str(site.data): self.scratch, **{path: self.room / name for path, name in elsewhere.items()}}
         self.child: subprocess.Popen[bytes] | None = None
+        self.spared: set[int] = set()
 
     def moved(self, text: str) -> str:
         """A command line, unit or environment with the scratch's paths in place of the data's."""
@@ -130,6 +131,9 @@ class Trial:
         words = [self.moved(word) for word in release.get("confined", ())]
         if words and "write" in json.loads(words[-2]):
             spec, port = json.loads(words[-2]), int(self.argv[self.argv.index("--port") + 1])
+            models = self.site.elsewhere.get("models")  # the real ones
+            spec["read"] += [models] if models else []
+            spec["write"] = [path for path in spec["write"] if path != models]
             words[-2] = json.dumps({**spec, "bind": [port], "connect": [*spec["connect"], port]})
         return words
 
@@ -156,26 +160,30 @@ class Trial:
         self.prepare(release, self.site.data / "models")
         self.argv = [self.moved(word) for word in self.argv]
         variables = {name: self.moved(value) for name, value in release["environment"].items()}
-        with (self.site.state / "trial.log").open("wb") as log:
+        self.spared = take_orphans()
+        log = (self.site.state / "trial.log").open("wb", buffering=0)  # written to as long as anything runs
 
-            def spawn(argv: list[str]) -> subprocess.Popen[bytes]:
-                return subprocess.Popen(
-                    argv,
-                    env={**inherited(), **variables},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd="/",
-                    preexec_fn=dies_with_parent(),
-                )
+        def spawn(argv: list[str]) -> subprocess.Popen[bytes]:
+            child = subprocess.Popen(
+                argv,
+                env={**inherited(), **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd="/",
+                preexec_fn=dies_with_parent(),
+            )
+            assert child.stdout is not None
+            copied(child.stdout, log)
+            return child
 
-            if check := imports(release):
-                self.child = spawn([*self.confined(release), *check])
-                with suppress(subprocess.TimeoutExpired):
-                    self.child.wait(IMPORT_SECONDS)
-                if self.child.poll() != 0:
-                    raise Fault("gate", "a kernel of the release cannot be imported", " ".join(check[1:]))
-            self.child = spawn([*self.confined(release), *self.argv])
+        if check := imports(release):
+            self.child = spawn([*self.confined(release), *check])
+            with suppress(subprocess.TimeoutExpired):
+                self.child.wait(IMPORT_SECONDS)
+            if self.child.poll() != 0:
+                raise Fault("gate", "a kernel of the release cannot be imported", " ".join(check[1:]))
+        self.child = spawn([*self.confined(release), *self.argv])
 
     def stop(self) -> None:
         """End it, if it runs."""
@@ -185,6 +193,7 @@ class Trial:
                 self.child.wait(20)
             self.child.kill()
             self.child.wait()
+            end_descendants(self.spared)
 
     def clear(self) -> None:
         """End it, if it runs, and remove what it has written."""
@@ -198,7 +207,7 @@ class Trial:
 
     def log(self, lines: int) -> list[str]:
         """Its last lines."""
-        return (self.site.state / "trial.log").read_text(errors="replace").splitlines()[-lines:]
+        return end_of(self.site.state / "trial.log", lines)
 
 
 class SystemdTrial(Trial):
