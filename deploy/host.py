@@ -324,14 +324,44 @@ PLAIN_PATH = re.compile(r"(/[\w.@+-]+)+", re.ASCII)
 _PLAIN = {
     "address": (r"(?!-)[\w.:%@+-]*", "a name or address as ssh takes it"),
     "user": (r"((?!-)[\w.@\\+-]+\$?)?", "a login"),
-    "service": (r"[a-z][a-z0-9_-]{0,30}", "service and run_as are plain lower-case names"),
+    "service": (
+        r"(?!(systemd-.*|dbus.*|sshd?|cron|user|getty)$)[a-z][a-z0-9_-]{0,30}",
+        "service and run_as are plain lower-case names, and no other service's",
+    ),
     "run_as": (
-        r"(?!root$)[a-z_][a-z0-9_-]{0,22}",
-        "service and run_as are plain lower-case names, and nobody runs as root",
+        rf"(?!(root|daemon|bin|sys|nobody|systemd-.*|{EXPORTER})$)[a-z_][a-z0-9_-]{{0,22}}",
+        "service and run_as are plain lower-case names, and nobody runs as root or another service's user",
     ),
     "free_memory": (r"([1-9][0-9]{0,5}[smhd])?", "such as 30m, 4h or 1d"),
 }
 """What ends up in units and command lines as it is, and is no path: the form of each."""
+
+
+SYSTEM = re.compile(r"/(etc|proc|sys|dev|run|boot|usr|s?bin|lib(32|64|x32)?|var/(run|lock|lib/systemd))(/|$)")
+"""Folders of the system, which nothing of Hearth's lies in."""
+
+_SHARED = ("/home", "/media", "/mnt", "/opt", "/root", "/srv", "/tmp", "/var", "/var/lib", "/var/log", "/var/tmp")  # noqa: S108
+
+
+def _check_places(place: str, host: Host) -> None:
+    """Refuse folders that are the system's, everybody's, or what Hearth keeps in the prefix; raises ConfigError."""
+    prefix = host.prefix or (SYSTEM_PREFIX if host.scope == "system" else "")
+    own = [f"{prefix}/{name}" for name in ("state", "releases", "parts", "current", "secrets")] if prefix else []
+    given = [(each, "folder") for each in host.folders.values()] + [(each, "mount") for each in host.mounts]
+    for each, kind in [(prefix, "prefix"), *given]:
+        temporary = host.scope == "system" and re.match(r"/(var/)?tmp(/|$)", each)
+        shallow = kind == "prefix" and each.startswith("/") and each.count("/") < 2
+        if SYSTEM.match(each) or each in _SHARED or temporary or shallow:
+            why = "the service has a /tmp of its own" if temporary else "it is the system's, or others' too"
+            raise ConfigError(
+                f"{place}: {each} cannot be a {kind}", cause=why, hint="a folder of its own, in /srv or /mnt"
+            )
+        if any(f"{each}/".startswith(f"{its}/") for its in own) or (
+            kind == "folder" and each in (prefix, f"{prefix}/data")
+        ):
+            raise ConfigError(
+                f"{place}: {each} cannot be a {kind}", cause=f"Hearth keeps its own in {prefix}", hint="another"
+            )
 
 
 def _check(path: Path, name: str, host: Host) -> None:
@@ -340,8 +370,13 @@ def _check(path: Path, name: str, host: Host) -> None:
         if not re.fullmatch(form, value := getattr(host, key)):
             raise ConfigError(f"{place}: {key} = {value!r}", hint=hint)
     for each in host.members:
-        if not re.fullmatch(r"(?!-)[\w.@-]+\$?", each):
+        if not re.fullmatch(r"\w[\w.@-]*\$?", each, re.ASCII):
             raise ConfigError(f"{place}: members: {each!r} is no user's name", hint='members = ["anna"]')
+        if each in (host.run_as, EXPORTER):
+            cause = "nodes run as that user, or the exporter does, and members may do more"
+            raise ConfigError(
+                f"{place}: members: {each} is a service's user", cause=cause, hint="people's logins alone"
+            )
     for each in host.listen.split(","):
         try:
             ipaddress.ip_address(each.replace("%", " "))  # no zone, as in fe80::1%eth0: units read % otherwise
@@ -366,7 +401,7 @@ def _check(path: Path, name: str, host: Host) -> None:
         raise ConfigError(f"{place}: metrics_port is 1 to 65535, and another than ComfyUI's {host.port}")
     for each in (*host.mounts, *host.folders.values(), *host.model_roots, *host.develop, *([prefix] if prefix else [])):
         below = each.removeprefix("~") if each is prefix else each  # the agent puts the login's home there
-        if each not in (prefix, *host.develop):
+        if each not in (prefix, *host.develop, *host.folders.values()):
             below = below.replace(":", "_")  # only where systemd binds a path does a colon end it
         if not PLAIN_PATH.fullmatch(below) or {".", ".."} & set(each.split("/")):
             raise ConfigError(
@@ -379,6 +414,7 @@ def _check(path: Path, name: str, host: Host) -> None:
                 f"{path}: host {name}: {each} lies in a home folder, which the unit hides from the service",
                 hint='another place (a bind mount will do), or scope = "user"',
             )
+    _check_places(place, host)
     written = [f"{prefix or SYSTEM_PREFIX}/data", *host.folders.values()] if host.scope == "system" else []
     for each in (*host.mounts, *host.folders.values(), *host.develop):
         if inside := next((its for its in written if each.startswith(f"{its}/")), ""):
@@ -394,6 +430,13 @@ def _check(path: Path, name: str, host: Host) -> None:
                 cause="`what` needs a `type`, and root",
                 hint='type = "nfs4"; without root leave `what` out, and let fstab mount it',
             )
+        for key, _, value in (each.partition("=") for each in mount.options.split(",")):
+            if names_secret(key.strip()) and not value.startswith("/"):  # a file that holds it is named by its path
+                raise SecretError(
+                    f"{place}: mount {each}: the option {key} is a secret",
+                    cause="this file is copied, backed up and shown, and everybody may read a unit",
+                    hint='options = "credentials=/etc/hearth/nas", a file there that root alone may read',
+                )
         told = (
             ("what", mount.what, r"(?![- ])[^\\'\"]*(?<! )"),
             ("type", mount.type, r"[\w.-]*"),
@@ -417,7 +460,7 @@ _SECRET_PARTS = ("passw", "passphrase", "secret", "credential", "apikey", "acces
 # What secrets look like: those that have a mark of their own, and a password in an address.
 _SECRET_VALUE = re.compile(
     r"\b(hf_|gh[opsur]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA)[A-Za-z0-9_-]{12,}|-----BEGIN [A-Z ]*PRIVATE KEY"
-    r"|://[^/\s:@]*:[^/\s@]+@"
+    r"|://[^/\s:@]*:(?!\d+(/|$))[^\s@]+@|://(?=[^/\s:@]*\d)[^/\s:@]{8,}@"
 )
 
 

@@ -108,6 +108,24 @@ ODD = ["a b", "a\\nb", "a%b", 'a\\"b', "a'b", "a$b", "a;b", "a\\\\b", "../b", "-
         *(f'override.env."{each}" = {{ why = "w" }}' for each in ("A B", "A=B", "1A", "")),
         *(f'override.flags."--x" = {{ why = "w", value = "{each}" }}' for each in ("a\\nb", "a'b", 'a\\"b', "a\\\\nb")),
         *(f'override.flags."{each}" = {{ why = "w" }}' for each in ("x", "--x y", "--x\\ny", "-x")),
+        *(f'members = ["{each}"]' for each in ("comfyui", "hearth-exporter", ".", "\uff52oot")),
+        *(f'run_as = "{each}"' for each in ("hearth-exporter", "nobody", "daemon", "systemd-network")),
+        *(f'service = "{each}"' for each in ("ssh", "dbus", "systemd-logind")),
+        *(f'prefix = "{each}"' for each in ("/etc", "/etc/x", "/proc/x", "/usr/local/x", "/x", "/opt", "/tmp/x")),
+        *(f'scope = "user"\nprefix = "{each}"' for each in ("/etc/x", "/run/user/1", "/x")),
+        *(
+            f'folders.output = "{each}"'
+            for each in (
+                "/mnt/a:b",
+                "/etc",
+                "/opt",
+                "/tmp/x",
+                "/opt/comfyui",
+                "/opt/comfyui/data",
+                "/opt/comfyui/state/x",
+            )
+        ),
+        *(f'mounts."{each}" = {{}}' for each in ("/etc", "/usr/x", "/home", "/opt/comfyui/releases", "/var")),
         "ssh_port = 0",
         "ssh_port = 65536",
         'develop = ["/srv/a:b"]\nmodes = ["development"]',
@@ -134,6 +152,9 @@ def test_what_units_and_command_lines_would_take_otherwise_is_refused(written: P
         'listen = "0.0.0.0,::"',
         'listen = "192.168.1.2,127.0.0.1,::1"',
         'mounts."/mnt/a" = { what = "//nas/my share%1", type = "cifs", options = "credentials=/etc/x,uid=1000" }',
+        'scope = "user"\nprefix = "/tmp/x/prefix"',
+        'folders.output = "/srv/art"\nmounts."/models" = {}\nmounts."/opt/comfyui/data" = {}',
+        'override.env.X = { why = "w", value = "http://host:8080/a@b ssh://git@host" }',
         'override.memory_max = "90%"',
         'override.memory_max = "48G"',
         'override.env.X = { why = "w", value = "a \\"b\\" $c %d é" }',
@@ -144,6 +165,21 @@ def test_what_units_and_command_lines_can_hold_is_taken(written: Path, text: str
     address = "" if text.startswith("address") else 'address = "a"\n'
     written.write_text(f'[hosts.a]\n{address}profile = "cpu"\n{text}\n')
     assert "a" in host.hosts().hosts
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'mounts."/mnt/a" = { what = "//nas/x", type = "cifs", options = "username=anna,password=hunter2" }',
+        'mounts."/mnt/a" = { what = "//nas/x", type = "cifs", options = "pass=hunter2" }',
+        'override.env.X = { why = "w", value = "https://anna:p/w@host/simple" }',
+        'override.env.X = { why = "w", value = "https://tok123456789@host/simple" }',
+    ],
+)
+def test_secrets_are_found_wherever_they_are(written: Path, text: str) -> None:
+    written.write_text(f'[hosts.a]\naddress = "a"\nprofile = "cpu"\n{text}\n')
+    with pytest.raises(SecretError):
+        host.hosts()
 
 
 def test_unknown_names(written: Path) -> None:
