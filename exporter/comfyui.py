@@ -13,7 +13,7 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from agent.api import Endpoint, ask
+from agent.api import Endpoint, ask, seconds_of
 from agent.files import Json, read, write
 from agent.site import PROOF
 
@@ -57,7 +57,7 @@ def down() -> Iterable[Metric]:
 def queue(client: Client) -> Iterable[Metric]:
     """That ComfyUI answers, and its jobs. `/queue` would send whole workflows, of each job that waits."""
     running, pending = (
-        int(client.get(f"/api/jobs?status={state}&limit=1", COUNTED)["pagination"]["total"])
+        _number(client.get(f"/api/jobs?status={state}&limit=1", COUNTED)["pagination"]["total"])
         for state in ("in_progress", "pending")
     )
     return [
@@ -65,6 +65,12 @@ def queue(client: Client) -> Iterable[Metric]:
         GaugeMetricFamily("hearth_jobs_running", "Jobs that ComfyUI works on.", value=running),
         GaugeMetricFamily("hearth_jobs_pending", "Jobs that wait in ComfyUI's queue.", value=pending),
     ]
+
+
+def _number(total: object) -> int:
+    if not (isinstance(total, int) and 0 <= total < 1_000_000_000):
+        raise ValueError("ComfyUI's number of jobs is none")
+    return total
 
 
 class Jobs:
@@ -115,7 +121,7 @@ class Jobs:
                 break
             size *= 2
         before = self._known
-        names = list(page)  # the latest comes last
+        names = [name for name in page if len(name) <= 200]  # the latest comes last
         last = max((number for number, name in enumerate(names) if name in (before or ())), default=-1)
         unknown = names[last + 1 :]
         self._known = dict.fromkeys([*(before or ()), *unknown][-KNOWN:])
@@ -126,7 +132,8 @@ class Jobs:
 
     def _count(self, job: Json) -> None:
         status = job["status"] or {}
-        times = {event: values["timestamp"] / 1000 for event, values in status.get("messages", ())}
+        told = dict(status.get("messages", ()))
+        times = {event: seconds for event in told if (seconds := seconds_of(told[event]["timestamp"])) is not None}
         if status.get("status_str") == "success":
             self._results["done"] += 1
             if {"execution_start", "execution_success"} <= times.keys():
@@ -134,7 +141,7 @@ class Jobs:
                 self._counts[bisect_left(BUCKETS, seconds)] += 1
                 self._seconds += seconds
         else:
-            self._results["interrupted" if "execution_interrupted" in times else "failed"] += 1
+            self._results["interrupted" if "execution_interrupted" in told else "failed"] += 1
 
     def _keep(self) -> None:
         kept = {

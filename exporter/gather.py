@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -46,7 +47,11 @@ class Source:
     def _run(self) -> None:
         fault = ""
         try:
-            self._found = list(self._ask())
+            found = list(self._ask())
+            for sample in (sample for metric in found for sample in metric.samples):
+                if not math.isfinite(sample.value):  # raises, too: it would end the metrics of the whole host
+                    raise ValueError(f"{sample.name} is {sample.value}")
+            self._found = found
         except Exception as error:  # whatever it is, the other sources have something to say
             fault = f"{type(error).__name__}: {error}"
         if fault != self._fault:  # not each time: the journal is for changes

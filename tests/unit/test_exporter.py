@@ -216,6 +216,32 @@ def test_a_job_with_a_picture_in_it_does_not_keep_others_from_being_counted(
     assert counted(found)["done"] == 5
 
 
+@pytest.mark.parametrize("total", ["1" + "0" * 400, "1e308", '"7"', "-3", "null", "1.5"])
+def test_a_number_that_is_none_ends_its_own_source_alone(monkeypatch: pytest.MonkeyPatch, total: str) -> None:
+    monkeypatch.setattr(api, "_exchange", lambda *_: b'{"pagination":{"total":%b}}' % total.encode())
+    client = comfyui.Client(at(1))
+    other = GaugeMetricFamily("other", "", value=10**400)
+    found = text(
+        Source("comfyui", lambda: comfyui.queue(client), comfyui.down),
+        Source("large", lambda: [other]),
+        Source("well", lambda: [GaugeMetricFamily("well", "", value=1)]),
+    )
+    for name, success in (("comfyui", 0), ("large", 0), ("well", 1)):
+        assert f'hearth_scrape_collector_success{{collector="{name}"}} {success}.0' in found
+
+
+def test_times_and_ids_without_a_limit_are_not_kept(
+    stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = jobs(stand, tmp_path)
+    counted(found)
+    messages = [["execution_start", {"timestamp": 0}], ["execution_success", {"timestamp": 10**400}]]
+    job = {"prompt": [1, "a", {}], "status": {"status_str": "success", "messages": messages}}
+    monkeypatch.setattr(found._client, "get", lambda _: {"x" * 10_000: job, "a": job})
+    assert counted(found)["done"] == 1
+    assert (found._seconds, (tmp_path / "data/cache/exporter.json").stat().st_size < 2000) == (0, True)
+
+
 @pytest.mark.parametrize("state", ["closed", "hangs"])
 def test_without_comfyui_all_else_is_told_within_two_seconds(stand: Stand, tmp_path: Path, state: str) -> None:
     stand.delay = 4
