@@ -56,11 +56,11 @@ def held(site: Site) -> Json:
 
 
 def _settled(site: Site, before: Json) -> Json:
-    """What is held when it has not become less for a second, or not at all for five: ComfyUI does not tell when it is
+    """What is held when it has not become less for a second, or not at all for three: ComfyUI does not tell when it is
     done, and begins when its worker wakes up."""
     least, since = before, time.monotonic()
     end = since + 15
-    while time.monotonic() < min(end, since + (5 if least is before else 1)):
+    while time.monotonic() < min(end, since + (3 if least is before else 1)):
         time.sleep(0.25)
         found = held(site)
         if _sum(found) < _sum(least) - 1_000_000:
