@@ -17,7 +17,7 @@ import msgspec
 from core import console
 from core.errors import ConfigError, NoInstallationError
 from deploy import application
-from deploy.host import Host, profiles
+from deploy.host import TOKEN, Host, names_secret, profiles
 from deploy.nodes import check_address
 from deploy.plan import Options, Plan, Refusal, Step, account
 
@@ -142,6 +142,38 @@ class Survey(msgspec.Struct, frozen=True):
             cause="\n         ".join(["looked for main.py and comfy/ in:", *self.looked]),
             hint="--path FOLDER says where it is",
         )
+
+
+HIDDEN = "***"
+
+# Who an address is asked as, to the last @ before it ends (a password may hold one, and a slash); of scp's form, too.
+_USER = re.compile(r"(?i)([a-z][a-z0-9+.-]*://)([^\s?#]*)@|(?<![\w/:@])([\w.+-]+:[^\s/]*)@(?=[\w.-]+:)")
+_QUERY = re.compile(r"([?&;#])([\w.-]+)=([^&;#\s]+)")
+
+
+def without_secrets(found: Any, hidden: str = HIDDEN) -> Any:
+    """What an agent saw, and in none of its texts a password or token: of addresses, flags and variables."""
+    if isinstance(found, dict):  # an address is of use without who asks for it
+        return {key: without_secrets(value, "" if key == "url" else hidden) for key, value in found.items()}
+    if isinstance(found, list):
+        flags = [each if isinstance(each, str) else "" for each in found]
+        return [
+            HIDDEN if flag.startswith("-") and "=" not in flag and names_secret(flag) and each else each
+            for flag, each in zip(["", *flags], (without_secrets(each, hidden) for each in found), strict=False)
+        ]
+    if not isinstance(found, str):
+        return found
+    name, equals, _ = found.partition("=")
+    if equals and re.fullmatch(r"[\w-]+", name) and names_secret(name):
+        return f"{name}={HIDDEN}"
+
+    def user(match: re.Match[str]) -> str:
+        if re.fullmatch(r"[A-Za-z_.-]{1,16}", match[2] or match[3]):  # git@, anna@
+            return match[0]
+        return f"{match[1] or ''}{hidden}{'@' if hidden else ''}"
+
+    text = _QUERY.sub(lambda each: f"{each[1]}{each[2]}={HIDDEN}" if names_secret(each[2]) else each[0], found)
+    return TOKEN.sub(HIDDEN, _USER.sub(user, text))
 
 
 @dataclass(frozen=True)
@@ -344,7 +376,9 @@ def _flags(
     for name, value in told.items():
         if name in OWN_FLAGS or own.get(name) == value:
             continue
-        if name.startswith("--enable-manager"):
+        if HIDDEN in value:
+            left.append((f"flag {name}", "it holds a secret, which belongs in no command line: inv secret set"))
+        elif name.startswith("--enable-manager"):
             left.append((f"flag {name}", "off by default, and unable to install: docs/decisions/0010-manager.md"))
         elif wrong := application.wrong({**own, **chosen, name: value}, known):
             left.append((f"flag {f'{name} {value}'.strip()}", wrong[0][0]))

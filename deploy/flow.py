@@ -396,7 +396,7 @@ def rollback(name: str, to: str, options: Options) -> list[Outcome]:
 
 def _propose(agent: Agent, target: Target, facts: Facts, path: str, by: str) -> Proposal:
     raw = agent.call("survey", path=path)
-    found = msgspec.convert(raw, adoption.Survey).only(target.name)
+    found = msgspec.convert(adoption.without_secrets(raw), adoption.Survey).only(target.name)
     text = foreign.text(source.fetch(applications.application()) / "comfy/cli_args.py")
     return adoption.propose(target, facts, found, nodes.catalogue(), applications.flags(text), by)
 

@@ -458,8 +458,9 @@ def _check(path: Path, name: str, host: Host) -> None:
 _SECRET = {"key", "keys", "token", "auth", "bearer", "pass", "pwd", "pat", "cookie", "sas", "dsn", "private"}
 _SECRET_PARTS = ("passw", "passphrase", "secret", "credential", "apikey", "accesskey", "privatekey", "authtoken")
 # What secrets look like: those that have a mark of their own, and a password in an address.
+TOKEN = re.compile(r"\b(hf_|gh[opsur]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA)[A-Za-z0-9_-]{12,}")
 _SECRET_VALUE = re.compile(
-    r"\b(hf_|gh[opsur]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA)[A-Za-z0-9_-]{12,}|-----BEGIN [A-Z ]*PRIVATE KEY"
+    rf"{TOKEN.pattern}|-----BEGIN [A-Z ]*PRIVATE KEY"
     r"|://[^/\s:@]*:(?!\d+(/|$))[^\s@]+@|://(?=[^/\s:@]*\d)[^/\s:@]{8,}@"
 )
 

@@ -488,3 +488,36 @@ def test_a_repository_is_read_as_its_owner(monkeypatch: pytest.MonkeyPatch) -> N
         with (tree / ".git/index").open("wb") as file:
             file.truncate(10**12)
         assert survey._repository(tree)["edited"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://u:hunter2@db/x", "postgresql://***@db/x"),
+        ("https://anna:p@ss@host/x.git", "https://***@host/x.git"),
+        ("https://anna:hunt/er2@host/x", "https://***@host/x"),
+        ("HTTPS://hunter2hunter2@host/x", "HTTPS://***@host/x"),
+        ("at https://host/x?access_token=hunter2&y=1", "at https://host/x?access_token=***&y=1"),
+        ("anna:hunter2@host:x.git", "***@host:x.git"),
+        ("ghp_hunter2hunter2hunter2", "***"),
+        ("HF_TOKEN=hunter2", "HF_TOKEN=***"),
+        ("--api-key=hunter2", "--api-key=***"),
+        ("git@github.com:a/b", "git@github.com:a/b"),
+        ("ssh://git@github.com/a/b", "ssh://git@github.com/a/b"),
+        ("https://host:8080/x", "https://host:8080/x"),
+        ("/mnt/a:b", "/mnt/a:b"),
+    ],
+)
+def test_what_an_installation_keeps_secret_is_not_shown(text: str, shown: str) -> None:
+    found = {"argv": ["main.py", text, "--api-key", "hunter2", "--port", "1"], "nodes": [{"url": text, "n": 1}]}
+    clean = adopt.without_secrets(found)
+    assert clean["argv"] == ["main.py", shown, "--api-key", "***", "--port", "1"]
+    assert "hunter" not in str(clean)
+    left: list[tuple[str, str]] = []
+    if shown != text:
+        assert adopt._flags("cpu", {"--x": shown}, {}, left) == {}
+        assert left == [("flag --x", "it holds a secret, which belongs in no command line: inv secret set")]
+
+
+def test_an_address_is_of_use_without_who_asks() -> None:
+    assert adopt.without_secrets({"url": "https://anna:pw@host/x.git"}) == {"url": "https://host/x.git"}
