@@ -30,10 +30,18 @@ def stop(site: Site, step: Json, note: Callable[[str], None]) -> None:
 
 
 def halt(site: Site, manager: Manager, *, force: bool) -> None:
-    """Stop the service; with `force` nothing of it is left."""
+    """Stop the service; with `force` nothing of it is left. MPS, which runs as its user, begins anew."""
     manager.stop()
-    if force:
-        end_all(site)
+    if not force:
+        return
+    mps = f"{site.service}-mps.service"
+    shared = isinstance(manager, Systemd) and (manager.units / mps).exists()
+    if shared:  # else systemd would start it again while it is ended, and count that as failing
+        run(["systemctl", "stop", mps])
+    end_all(site)
+    if shared:
+        run(["systemctl", "reset-failed", mps])
+        run(["systemctl", "start", "--no-block", mps])
 
 
 def end_all(site: Site) -> None:
