@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,7 +41,7 @@ def halt(site: Site, manager: Manager, *, force: bool) -> None:
         run(["systemctl", "stop", mps])
     end_all(site)
     if shared:
-        run(["systemctl", "reset-failed", mps])
+        subprocess.run(["systemctl", "reset-failed", mps], capture_output=True)
         run(["systemctl", "start", "--no-block", mps])
 
 
