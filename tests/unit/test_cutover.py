@@ -412,8 +412,9 @@ ABORT: Json = {
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_forced_stop_ends_a_run_that_hangs(tmp_path: Path, *, again: bool) -> None:
+def test_a_forced_stop_ends_a_run_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, again: bool) -> None:
     """And nothing starts ComfyUI again, whoever goes on: the old release is current, with its own database."""
+    monkeypatch.setattr(sys, "argv", [__file__])  # what is kept as the agent
     world = World(tmp_path, Scenario("hangs", hangs=True, migrates=True)).make()
     site, running = world.site, tmp_path / "running"
     if (child := os.fork()) == 0:

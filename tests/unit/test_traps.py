@@ -416,7 +416,7 @@ def test_who_holds_a_port_is_looked_for_with_a_limit_and_then_not_known(monkeypa
 def test_an_mps_daemon_that_says_too_much_or_nothing_is_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mps, "SECONDS", 1)
+    monkeypatch.setattr(mps, "SECONDS", 4)
     program = tmp_path / "control"
     for script, answer in (("cat", ["ask"]), ("exec yes", None), ("sleep 60", None), ("exit 3", None)):
         program.write_text(f"#!/bin/sh\n{script}\n")
@@ -427,7 +427,7 @@ def test_an_mps_daemon_that_says_too_much_or_nothing_is_no_obstacle(
         else:
             with pytest.raises(Fault, match="does not answer"):
                 mps._said(str(program), "ask", "", at(tmp_path))
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
 
 
 def test_members_may_change_what_is_theirs_and_no_code(tmp_path: Path) -> None:
