@@ -38,7 +38,7 @@ from agent.files import (
 )
 from agent.gpu import gpus
 from agent.parts import as_service, forsake_root
-from agent.services import Manager, Systemd, copied, dies_with_parent, end_descendants, end_of, take_orphans
+from agent.services import Manager, Systemd, copied, dies_with_parent, end_descendants, end_of, take_orphans, wait_for
 from agent.site import DATA, Site
 
 CLEAR_SECONDS = 120
@@ -268,7 +268,8 @@ class SystemdTrial(Trial):
         return self.unit.status()
 
     def log(self, lines: int) -> list[str]:
-        """Its last lines."""
+        """Its last lines. The journal may be told of them after what wrote them has died."""
+        wait_for(lambda: bool(self.unit.log(1)), 3)
         return self.unit.log(lines)
 
 
