@@ -362,7 +362,7 @@ def test_a_full_disk(deployed: Fleet, lacking: str, said: str) -> None:
     port = machine.free_port()
     text = (deployed.place / "hosts.toml").read_text().replace(str(deployed.machine.port), str(port))
     (deployed.place / "hosts.toml").write_text(
-        f'{text}prefix = "/srv/{lacking}/c"\nservice = "small"\nrun_as = "small"\n'
+        f'{text}prefix = "/srv/{lacking}/c"\nservice = "small"\nrun_as = "small-{lacking}"\n'
     )
     try:
         refused = deployed.deploy()
