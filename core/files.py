@@ -76,7 +76,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tree(root: Path) -> list[tuple[str, Path]]:
+LARGEST = 200_000_000
+"""Bytes of a file in a source tree."""
+
+LARGEST_WHEEL = 4_000_000_000
+"""Bytes of a package, of which the index's own hash is known: torch and cuBLAS have almost a gigabyte each."""
+
+
+def tree(root: Path, largest: int = LARGEST) -> list[tuple[str, Path]]:
     """Every file of a tree by its relative path, sorted. What is read of a tree to hash, pack or bundle it, is this.
 
     A symbolic link to a file of the same tree counts as that file. Raises TreeError for any other link, since it would
@@ -97,8 +104,8 @@ def tree(root: Path) -> list[tuple[str, Path]]:
                 what = f"{root.name}: the name {name!r} is not UTF-8, or has control characters"
                 raise TreeError(what, hint=_REFUSED)
             if inside and path.is_file():
-                if path.stat().st_size > LARGEST:
-                    what = f"{root.name}: {name} is larger than {LARGEST // 1_000_000} MB"
+                if path.stat().st_size > largest:
+                    what = f"{root.name}: {name} is larger than {largest // 1_000_000} MB"
                     raise TreeError(what, cause="trees are code, and models are not sent", hint=_REFUSED)
                 found.append((name, path))
             elif not inside or path.is_symlink() or not path.is_dir():
@@ -109,10 +116,6 @@ def tree(root: Path) -> list[tuple[str, Path]]:
                     hint=_REFUSED,
                 )
     return sorted(found)
-
-
-LARGEST = 200_000_000
-"""Bytes of a file in a tree."""
 
 
 def plain(name: str) -> bool:

@@ -211,7 +211,8 @@ def _listed(
         *([] if own else [tree]),
     ]
     for folder in cached:
-        found |= {f"cache/{folder.relative_to(files.cache())}/{name}": path for name, path in files.tree(folder)}
+        inner = files.tree(folder, largest=files.LARGEST_WHEEL)
+        found |= {f"cache/{folder.relative_to(files.cache())}/{name}": path for name, path in inner}
     for exported in (lockfile.exported("uv"), lockfile.exported(exporter.EXTRA)):
         found[f"cache/{exported.relative_to(files.cache())}"] = exported
     for wheel in wheels:

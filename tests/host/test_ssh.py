@@ -388,11 +388,8 @@ def only_without(box: Lab, program: str) -> None:
 def test_a_python_that_is_too_old_is_told_apart(box: Lab, version: str) -> None:
     """The version is looked at before any module of the agent's is read."""
     numbers = ", ".join(version.split("."))
-    start = (
-        f"import sys, runpy; sys.argv.pop(0); sys.version_info = ({numbers}, 'final', 0); sys.version = '{version} x'"
-    )
-    run = "runpy.run_path(sys.argv[0], run_name='__main__')"
-    fake_python(box, f'shift; exec /usr/bin/python3 -c "{start}; {run}" "$@"')
+    start = f"import sys; sys.version_info = ({numbers}, 'final', 0); sys.version = '{version} x'"
+    fake_python(box, f'shift 3; exec /usr/bin/python3 -c "{start}; exec(sys.argv.pop(1))" "$@"')  # without -I -S -c
     assert f"python3 on box is {version}, and Hearth needs 3.10" in refused(AgentError).what
 
 
