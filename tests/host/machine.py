@@ -126,6 +126,14 @@ def _kill(pid: int) -> list[int]:
     return listed
 
 
+def _runs(pid: int) -> bool:
+    """Whether a process is there, and not only its entry, which stays until its parent takes note."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def share_downloads(there: Path) -> None:
     """Make a cache for uv of what uv here has downloaded, as hard links: same file system, no byte is copied."""
     asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
@@ -279,7 +287,7 @@ class Machine:
         listed = _kill(self.process.pid)
         self.process.wait()
         self.process = None
-        while any(Path(f"/proc/{pid}").exists() for pid in listed):
+        while any(_runs(pid) for pid in listed):
             time.sleep(0.02)
         for root in self._cgroups():
             for place in [*sorted(root.rglob("*/"), reverse=True), root]:
