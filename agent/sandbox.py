@@ -17,7 +17,8 @@ from agent.site import Site
 
 # What of a unit is about its own command, and when it runs; the rest is what it may touch and do.
 _ITS_OWN = re.compile(
-    r"(Exec|Restart|Timeout|RuntimeDirectory|LogsDirectory|Kill|SuccessExit)\w*=|(Type|WorkingDirectory|Environment|LoadCredential|LoadCredentialEncrypted)="
+    r"(Exec|Restart|Timeout|RuntimeDirectory|LogsDirectory|Kill|SuccessExit)\w*="
+    r"|(Type|WorkingDirectory|Environment|LoadCredential|LoadCredentialEncrypted)="
 )
 
 OUTPUT = 300_000_000

@@ -34,6 +34,7 @@ from core.errors import (
     DrainError,
     GateError,
     GpuError,
+    HashMismatchError,
     HearthError,
     HostKeyError,
     HostOfflineError,
@@ -294,11 +295,14 @@ class Ssh(Agent):
             what = f"{path} could not be written on {self._target.name}"
             raise kind(what, cause=error.said, hint=f"make room or rights for it in {folder} there") from error
 
-    def get(self, path: str, place: Path) -> None:
-        """Fetch a file from there."""
+    def get(self, path: str, place: Path, most: int) -> None:
+        """Fetch a file from there, of at most so many bytes; raises RemoteError, or HashMismatchError for more."""
         try:
             with place.open("wb") as file:
-                file.writelines(self._session(f"cat {shlex.quote(path)}", silence=SILENT))
+                for block in self._session(f"cat {shlex.quote(path)}", silence=SILENT):
+                    if file.tell() + len(block) > most:
+                        raise HashMismatchError(f"more than the {most} bytes of {path} were sent")
+                    file.write(block)
         except ProcessError as error:
             raise RemoteError(f"{path} could not be read on {self._target.name}", cause=error.said) from error
 

@@ -9,8 +9,8 @@ import re
 import shlex
 import tarfile
 import tempfile
-from pathlib import Path, PosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -165,36 +165,12 @@ def _names(listed: str | None) -> list[str]:
     return [each.strip() for each in (listed or "").split(",") if each.strip()]
 
 
-class _Capped(PosixPath):
-    """A path at which no more than `most` bytes can be written: a host may send without end."""
-
-    most = 0
-
-    def open(self, *_: Any, **__: Any) -> Any:
-        """The file, to be written."""
-        return io.BufferedWriter(_Capping(self, self.most))
-
-
-class _Capping(io.FileIO):
-    def __init__(self, path: Path, most: int) -> None:
-        super().__init__(path, "w")
-        self._left = most
-
-    def write(self, block: Any) -> int:
-        self._left -= len(block)
-        if self._left < 0:
-            raise HashMismatchError(f"{Path(str(self.name)).name} has more bytes than its manifest says")
-        return super().write(block)
-
-
 def _fetch(agent: Ssh, wheel: Manifest) -> None:
     """Bring one wheel home, into the wheelhouse, and say so when another one of its name was there."""
     there = files.wheelhouse() / wheel.file
     with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
         place = Path(folder) / wheel.file
-        capped = _Capped(place)
-        capped.most = wheel.size
-        agent.get(f"{PLACE}/wheelhouse/{wheel.file}", capped)
+        agent.get(f"{PLACE}/wheelhouse/{wheel.file}", place, wheel.size)
         if files.sha256(place) != wheel.sha256:
             raise HashMismatchError(f"{wheel.file} was altered on the way", hint="run the same command again")
         if there.is_file() and (old := files.sha256(there)) != wheel.sha256:

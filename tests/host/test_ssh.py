@@ -348,7 +348,7 @@ def test_shells_may_print_and_go_elsewhere(box: Lab, path: str, file: str) -> No
         assert said == ["there"]
         content = bytes(range(256)) * 1000 + b"no line end"
         agent.put(content, ".cache/hearth/x/blob")
-        agent.get(".cache/hearth/x/blob", box.place / "blob")
+        agent.get(".cache/hearth/x/blob", box.place / "blob", 10**9)
         assert (box.place / "blob").read_bytes() == content
 
 

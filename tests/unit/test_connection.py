@@ -248,7 +248,7 @@ def test_whatever_is_done_when_the_connection_breaks_is_a_connect_error(box: Box
         acts: dict[str, Callable[[], Any]] = {
             "shell": lambda: agent.shell("true", print),
             "put": lambda: agent.put(b"x", "blob"),
-            "get": lambda: agent.get("blob", box.place / "got"),
+            "get": lambda: agent.get("blob", box.place / "got", 100),
             "call": lambda: agent.call("history"),
             "send": lambda: agent.send(box.place / "blob", "0" * 64, 0, lambda _: None),
         }
@@ -274,7 +274,7 @@ def test_a_command_that_fails_there_is_a_remote_error(box: Box) -> None:
         with pytest.raises(RemoteError, match="ended with 3"):
             agent.shell("exit 3", said.append)
         with pytest.raises(RemoteError, match="could not be read"):
-            agent.get("nothing", box.place / "got")
+            agent.get("nothing", box.place / "got", 100)
     assert said == ["it's"]
 
 
