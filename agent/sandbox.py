@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -104,7 +105,8 @@ def _output(command: list[str], variables: dict[str, str], seconds: int, most: i
 
             def end() -> None:
                 late.set()
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 end_descendants(spared)
 
             timer = threading.Timer(seconds, end)
@@ -121,6 +123,7 @@ def _output(command: list[str], variables: dict[str, str], seconds: int, most: i
                 listener.join(1)
             finally:
                 timer.cancel()
+                timer.join()  # else it would still end descendants, of the next command
     except OSError as error:
         raise Fault("step", f"{command[0]} could not be run", str(error)) from error
     if late.is_set():

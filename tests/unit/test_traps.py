@@ -9,6 +9,7 @@ import sqlite3
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent import asker, comfyui, cutover, facts, mps, parts, steps, survey, trial
+from agent import asker, comfyui, cutover, facts, mps, parts, sandbox, steps, survey, trial
 from agent.files import Fault, Json, remove
+from agent.services import end_descendants
 from agent.site import DATA, PROOF, UNUSED, Site
 from deploy import plan
 from tests.unit.test_agent import at, make
@@ -428,6 +430,21 @@ def test_an_mps_daemon_that_says_too_much_or_nothing_is_no_obstacle(
             with pytest.raises(Fault, match="does not answer"):
                 mps._said(str(program), "ask", "", at(tmp_path))
         assert time.monotonic() - began < 20
+
+
+def test_a_command_that_is_late_takes_no_later_one_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The status of one that failed was lost, and so was its failure, while the last one's descendants were ended."""
+
+    def slowly(spared: set[int]) -> None:
+        time.sleep(0.3 if threading.current_thread() is not threading.main_thread() else 0)
+        end_descendants(spared)
+
+    monkeypatch.setattr(sandbox, "end_descendants", slowly)
+    for _ in range(3):
+        with pytest.raises(Fault, match="did not end"):
+            sandbox._output(["/bin/sleep", "60"], {}, 1, 100)
+        with pytest.raises(Fault, match="ended with 3"):
+            sandbox._output(["/bin/sh", "-c", "sleep 0.4; exit 3"], {}, 9, 100)
 
 
 def test_members_may_change_what_is_theirs_and_no_code(tmp_path: Path) -> None:
