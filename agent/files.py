@@ -96,9 +96,23 @@ def _draft_of(path: Path) -> Path:
 def remove_drafts(folder: Path) -> None:
     """Remove what killed processes left of `write` and `link` in a folder: a draft lives for moments."""
     for draft in folder.glob(".*.*"):
+        number = draft.suffix[1:]
         with suppress(FileNotFoundError):
-            if draft.suffix[1:].isdecimal() and not 0 <= time.time() - draft.lstat().st_mtime < DRAFT_SECONDS:
+            if number.isdecimal() and (
+                _ended(int(number)) or not 0 <= time.time() - draft.lstat().st_mtime < DRAFT_SECONDS
+            ):
                 draft.unlink()
+
+
+def _ended(pid: int) -> bool:
+    """Whether there is no such process any more."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 DRAFT_SECONDS = 5

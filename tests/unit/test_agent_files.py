@@ -385,3 +385,16 @@ def test_locks_are_renewed_by_one_at_a_time(shared_place: Path) -> None:
     processes = [subprocess.Popen(words, cwd=files.CHECKOUT) for _ in range(8)]
     assert [each.wait(60) for each in processes] == [0] * 8
     assert count.read_text() == "8"
+
+
+def test_a_draft_goes_with_its_process_and_else_with_its_time(tmp_path: Path) -> None:
+    """One that a run killed moments ago had left outlived the run that went on from it."""
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    names = {"alive": f".pending.json.{os.getpid()}", "old": f".site.json.{os.getpid()}", "other": ".current.back"}
+    names |= {"ended": f".pending.json.{ended.pid}", "no number of a process": f".pending.json.{10**30}"}
+    for name in names.values():
+        (tmp_path / name).touch()
+    os.utime(tmp_path / names["old"], (0, 0))
+    agent_files.remove_drafts(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {names["alive"], names["other"]}
