@@ -50,7 +50,7 @@ from agent.lifecycle import (
     withdraw,
 )
 from agent.memory import drop_caches
-from agent.services import Systemd, manager_of, wait_for
+from agent.services import Systemd, end_with_programs, manager_of, wait_for
 from agent.settings import apply_setting, undo_settings
 from agent.site import Site
 from agent.steps import (
@@ -146,8 +146,7 @@ def _abort(site: Site, why: str) -> None:
     if isinstance(manager, Systemd):  # else it starts again what is killed
         subprocess.run([*manager.ctl, "stop", manager.apply_unit], capture_output=True)
     for pid in holders(site.lock):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        end_with_programs(pid)
     halt(site, manager, force=True)
     wait_for(lambda: free(site.lock), 10)
     apply(site)

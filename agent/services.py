@@ -614,13 +614,25 @@ def end_descendants(spared: Collection[int] = (), *, seconds: float = 20) -> Non
         time.sleep(0 if left else 0.001)
 
 
-def _children() -> set[int]:
-    """The children of this process, dead ones too."""
-    if lists := list(Path("/proc/self/task").glob("*/children")):
+def end_with_programs(pid: int) -> None:
+    """Kill a process and the programs that it has started, each of which leads a session of its own (`files.run`)."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)  # it starts no more
+    programs = _children(pid)
+    kills = [(pid, os.kill), *((each, kill) for each in programs for kill in (os.killpg, os.kill))]
+    for each, kill in kills:
+        with suppress(ProcessLookupError):
+            kill(each, signal.SIGKILL)
+
+
+def _children(parent: int = 0) -> set[int]:
+    """The children of a process, by default this one's, dead ones too."""
+    parent = parent or os.getpid()
+    if lists := list(Path(f"/proc/{parent}/task").glob("*/children")):
         return {int(pid) for each in lists for pid in read_some(each).split()}
     places = {place.name: read_some(place / "stat", 4096) for place in Path("/proc").glob("[0-9]*")}
     # proc(5); its name may hold anything
-    return {int(pid) for pid, line in places.items() if line.rpartition(b")")[2].split()[1:2] == [b"%d" % os.getpid()]}
+    return {int(pid) for pid, line in places.items() if line.rpartition(b")")[2].split()[1:2] == [b"%d" % parent]}
 
 
 def _reap(but: int) -> None:

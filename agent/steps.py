@@ -46,7 +46,7 @@ from agent.files import (
 from agent.journal import history
 from agent.parts import as_service, contents, part
 from agent.sandbox import confined_to, sandboxed
-from agent.services import UNITS, manager_of
+from agent.services import UNITS, dies_with_parent, manager_of
 from agent.site import DATA, SHARED, SHARING, UNUSED, Site, shared
 
 
@@ -226,7 +226,7 @@ def app(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Make the application's tree, or another one that is only unpacked and compiled."""
     with part(site, step["part"]) as place:
         _unpack(site, step, place)
-        run(_compileall(site, step, place))
+        _run_long(_compileall(site, step, place))
         _corners(site, step, place)
 
 
@@ -251,7 +251,7 @@ def node(site: Site, step: Json, note: Callable[[str], None]) -> None:
         if step["install"]:
             _install(site, step, place, note)
         with suppress(Fault):  # some have files that no Python parses; ComfyUI tells which nodes cannot be imported
-            run(_compileall(site, step, place))
+            _run_long(_compileall(site, step, place))
         _corners(site, step, place)
 
 
@@ -373,6 +373,11 @@ def taken_over(raw: bytes, place: Path, note: Callable[[str], None]) -> None:
         note(f"not regular files, and left out: {', '.join(left[:10])}")
 
 
+def _run_long(argv: list[str], env: dict[str, str] | None = None) -> None:
+    """Run a program that a killed agent takes with it: what goes on from there makes the same part, or deletes all."""
+    run(argv, env, preexec_fn=dies_with_parent())
+
+
 def _compileall(site: Site, step: Json, place: Path) -> list[str]:
     """The command that compiles the Python files in a part that is being made; their tracebacks name its final place.
 
@@ -462,7 +467,7 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
         link(wheels / wheel["file"], receive_blob(site, wheel["sha256"]))
     with part(site, step["part"]) as place:
         venv = ["--no-config", "venv", "--quiet", "--relocatable", "--no-project", "--python", step["python"]]
-        run([uv, *venv, str(place)], environment)
+        _run_long([uv, *venv, str(place)], environment)
         listed = site.state / f"requirements-{os.getpid()}.txt"
         listed.write_text(step["requirements"])
         argv = [
@@ -481,7 +486,7 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
         # A damaged part may have been linked from the cache, which is then damaged too.
         argv += ["--no-cache"] if step["repair"] else []
         try:
-            run([*argv, str(listed)], environment)
+            _run_long([*argv, str(listed)], environment)
         except Fault as fault:
             if not step["offline"] and re.search(_UNTRUSTED, fault.report["cause"], re.IGNORECASE):
                 what = "the host does not trust the certificate of the package index, or of a proxy before it"
@@ -496,7 +501,7 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
         _refuse_overwritten(place)
         # Some packages ship templates and tests that no Python parses; what cannot be compiled is not imported.
         with suppress(Fault):
-            run(_compileall(site, step, place))
+            _run_long(_compileall(site, step, place))
     used.unlink()  # sealing the part has synced everything
     shutil.rmtree(wheels)
 

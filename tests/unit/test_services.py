@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from agent import services
-from agent.files import Fault, flock, free, link, read, read_text, started, write
+from agent.files import Fault, flock, free, holders, link, read, read_text, started, write
 from agent.gpu import process
 from agent.services import Supervised, Systemd, manager_of, wait_for
 from agent.site import Site
@@ -157,6 +157,28 @@ def test_comfyui_dies_with_a_supervisor_that_fails(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)  # it is started again, and there is no release to start
         assert one.wait(20) == 3
     assert not started(pid)
+
+
+@pytest.mark.parametrize("ended", ["by a stop", "killed"])
+def test_no_program_outlives_the_agent_that_runs_it(tmp_path: Path, ended: str) -> None:
+    """One that made an environment wrote on where the next command deleted it."""
+    code = (
+        "import sys; from pathlib import Path; from agent.files import flock, run; from agent.steps import _run_long\n"
+    )
+    code += "with flock(Path(sys.argv[1])): "
+    code += "run(['sh', '-c', 'sleep 100 & wait'])" if ended == "by a stop" else "_run_long(['sleep', '100'])"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], cwd=files.CHECKOUT) as agent:
+        assert wait_for(lambda: bool(services._children(agent.pid)), 20)
+        (program,) = services._children(agent.pid)
+        assert wait_for(lambda: b"sleep" in Path(f"/proc/{program}/cmdline").read_bytes(), 20)
+        assert wait_for(lambda: ended == "killed" or bool(services._children(program)), 20)
+        left = {program, *services._children(program)}
+        if ended == "killed":
+            agent.kill()
+        else:
+            (holder,) = holders(tmp_path / "lock")
+            services.end_with_programs(holder)
+    assert wait_for(lambda: not any(started(each) for each in left), 5)
 
 
 def test_stopping_signals_no_process_that_an_earlier_supervisor_recorded(tmp_path: Path) -> None:
