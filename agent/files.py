@@ -94,7 +94,10 @@ def _draft_of(path: Path) -> Path:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Remove what killed processes left of `write` and `link` in a folder: a draft lives for moments."""
+    """Remove what killed processes left of `write` and `link` in a folder: a draft lives for moments.
+
+    One of another process namespace (containers that share a prefix) looks ended: its write fails, and can be repeated.
+    """
     for draft in folder.glob(".*.*"):
         number = draft.suffix[1:]
         with suppress(FileNotFoundError):

@@ -621,7 +621,7 @@ def end_with_programs(pid: int) -> None:
     programs = _children(pid)
     kills = [(pid, os.kill), *((each, kill) for each in programs for kill in (os.killpg, os.kill))]
     for each, kill in kills:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):  # it has ended, or is another user's
             kill(each, signal.SIGKILL)
 
 

@@ -226,7 +226,7 @@ def app(site: Site, step: Json, note: Callable[[str], None]) -> None:
     """Make the application's tree, or another one that is only unpacked and compiled."""
     with part(site, step["part"]) as place:
         _unpack(site, step, place)
-        _run_long(_compileall(site, step, place))
+        run(_compileall(site, step, place))
         _corners(site, step, place)
 
 
@@ -251,7 +251,7 @@ def node(site: Site, step: Json, note: Callable[[str], None]) -> None:
         if step["install"]:
             _install(site, step, place, note)
         with suppress(Fault):  # some have files that no Python parses; ComfyUI tells which nodes cannot be imported
-            _run_long(_compileall(site, step, place))
+            run(_compileall(site, step, place))
         _corners(site, step, place)
 
 
@@ -374,7 +374,10 @@ def taken_over(raw: bytes, place: Path, note: Callable[[str], None]) -> None:
 
 
 def _run_long(argv: list[str], env: dict[str, str] | None = None) -> None:
-    """Run a program that a killed agent takes with it: what goes on from there makes the same part, or deletes all."""
+    """Run a program that a killed agent takes with it: what goes on from there makes the same part, or deletes all.
+
+    Not for compileall, which ends in seconds: the workers of one that is killed would wait for it for ever.
+    """
     run(argv, env, preexec_fn=dies_with_parent())
 
 
@@ -501,7 +504,7 @@ def env(site: Site, step: Json, note: Callable[[str], None]) -> None:
         _refuse_overwritten(place)
         # Some packages ship templates and tests that no Python parses; what cannot be compiled is not imported.
         with suppress(Fault):
-            _run_long(_compileall(site, step, place))
+            run(_compileall(site, step, place))
     used.unlink()  # sealing the part has synced everything
     shutil.rmtree(wheels)
 
