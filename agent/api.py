@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from agent.files import Fault, Json
-from agent.site import Site
+from agent.layout import Site
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from agent.files import Json, append, free, read
-from agent.site import Site
+from agent.layout import Site
 
 
 def busy(site: Site) -> Json:

@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 
 from agent.files import Fault, Json, confine, os_fault, read
-from agent.site import Site
+from agent.layout import Site
 
 
 def say(value: object) -> None:
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     """Do what the verb says; 0, or 3 after a Fault, which is then the last line."""
     verb = argv[0]
     if verb == "confine":  # its environment is the command's
-        from agent import confine as confinement
+        from agent.serve import confine as confinement
 
         confinement.main(json.loads(argv[1]), argv[3:])
     confine()
@@ -72,42 +72,43 @@ UNWRITABLE = 4
 
 def _stay(verb: str, site: Site) -> None:
     """Verbs that units run. All that they need is imported now: their file may be replaced meanwhile."""
-    from agent import comfyui, develop, runs, services
+    from agent.change import runs
+    from agent.serve import health, services, watch
 
     if verb == "apply":
         runs.apply(site)
     elif verb == "supervise":
         services.supervise(site)
     elif verb == "watch":
-        develop.watch(site)
+        watch.watch(site)
     else:
-        print(comfyui.free_if_idle(site), flush=True)
+        print(health.free_if_idle(site), flush=True)
 
 
 def _answer(verb: str, site: Site, request: Json) -> None:
     """Verbs that are asked, each importing what it needs: nothing is compiled in advance there."""
     if verb == "facts":
-        from agent.facts import PATIENT, answering, facts
-        from agent.gpu import gpus
-        from agent.services import ours
+        from agent.look.facts import PATIENT, answering, facts
+        from agent.look.gpu import gpus
+        from agent.serve.services import ours
 
         answering(site, request, PATIENT)
         say(facts(site, request, ours(site, gpus())))
     elif verb == "status":
-        from agent.status import status
+        from agent.look.status import status
 
         say(status(site, request))
     elif verb == "probe":
-        from agent.probe import probe
+        from agent.look.probe import probe
 
         say(probe(site, request))
     elif verb == "gpu":
-        from agent.samples import samples
+        from agent.look.samples import samples
 
         for sample in samples(site, request["every"], request["seconds"]):
             say(sample)
     elif verb == "free-memory":
-        from agent.memory import free
+        from agent.change.memory import free
 
         say(free(site, request["wait"]))
     elif verb == "contents":
@@ -115,32 +116,32 @@ def _answer(verb: str, site: Site, request: Json) -> None:
 
         say({name: contents(site.parts / name) for name in request["parts"]})
     elif verb == "receive":
-        from agent.runs import receive
+        from agent.change.runs import receive
 
         say(receive(site, request["sha256"], request["size"], request["offset"]))
     elif verb == "submit":
-        from agent.runs import submit
+        from agent.change.runs import submit
 
         say(submit(site, request["plan"]))
     elif verb == "follow":
-        from agent.runs import follow
+        from agent.change.runs import follow
 
         for event in follow(site, request["run"]):
             say(event)
     elif verb == "secret":
-        from agent.secret import keep
+        from agent.serve.secret import keep
 
         say(keep(site, request))
     elif verb == "settings":
-        from agent.settings import look
+        from agent.change.settings import look
 
         say(look(site, request))
     elif verb == "access":
-        from agent.settings import access
+        from agent.change.settings import access
 
         say(access(site, request))
     elif verb == "mps":
-        from agent.mps import mps
+        from agent.look.mps import mps
 
         say(mps(site))
     elif verb == "history":
@@ -153,16 +154,16 @@ def _answer(verb: str, site: Site, request: Json) -> None:
         release = site.release()
         say({"release": site.manifest(release), "text": read_text(site.releases / release / "app/comfy/cli_args.py")})
     elif verb == "logs":
-        from agent.logs import logs
+        from agent.look.logs import logs
 
         for line in logs(site, request):
             say(line)
     elif verb == "jobs":
-        from agent.jobs import jobs
+        from agent.look.jobs import jobs
 
         say(jobs(site, request["count"]))
     elif verb == "survey":
-        from agent.survey import survey
+        from agent.look.survey import survey
 
         say(survey(site, request["path"]))
     else:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.files import Fault, read, remove, sha256, sync, tree, walk, write
-from agent.site import Site
+from agent.layout import Site
 
 
 def stamp(root: Path) -> str:

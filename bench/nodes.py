@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 from bench.kernels import machine as this_machine
 from core import files
 from core.stack import Platform, find_stack
-from deploy import environment, nodes
-from deploy.application import application
+from lock import nodes, requirements
+from lock.application import application
 from tests.host.machine import free_port
 
 if TYPE_CHECKING:
@@ -121,9 +121,9 @@ def cloned(environment: dict[str, str]) -> float:
 def resolved() -> float:
     """Seconds to resolve one list anew, with what uv has cached of the index."""
     app, known = application(), nodes.catalogue()
-    asked = environment.wishes(app, known)
+    asked = requirements.wishes(app, known)
     started = time.monotonic()
-    environment._compile(asked, known, find_stack("cu130"), Platform.parse("linux_x86_64"), "3.12", Path("/nowhere"))
+    requirements._compile(asked, known, find_stack("cu130"), Platform.parse("linux_x86_64"), "3.12", Path("/nowhere"))
     return time.monotonic() - started
 
 

@@ -122,7 +122,7 @@ def _configured() -> dict[str, str]:
 
 
 def index_settings(said: dict[str, Any]) -> dict[str, str]:
-    """What a uv.toml says of indexes and certificates, as variables. `agent/steps.py` has the same for hosts."""
+    """What a uv.toml says of indexes and certificates, as variables. `agent/change/steps.py` has the same for hosts."""
     said = {**said, **said.get("pip", {})}
     names = ("index-url", "extra-index-url", "keyring-provider", "allow-insecure-host", "native-tls", "system-certs")
     variables = {name: f"UV_{name.upper().replace('-', '_').replace('ALLOW_', '')}" for name in names if said.get(name)}

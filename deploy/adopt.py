@@ -1,6 +1,6 @@
 """Taking over a ComfyUI that somebody else installed: what of it Hearth can keep, and the plan that does it.
 
-Pure, as plans are: what `agent/survey.py` saw goes in, a proposal or a plan comes out.
+Pure, as plans are: what `agent/look/survey.py` saw goes in, a proposal or a plan comes out.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import msgspec
 
 from core import console
 from core.errors import ConfigError, NoInstallationError
-from deploy import application
 from deploy.host import TOKEN, Host, names_secret, profiles
-from deploy.nodes import check_address
 from deploy.plan import Options, Plan, Refusal, Step, account
+from lock import application
+from lock.nodes import check_address
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from deploy.application import Flag
     from deploy.facts import Facts
     from deploy.host import Target
-    from deploy.nodes import Catalogue
+    from lock.application import Flag
+    from lock.nodes import Catalogue
 
 
 class FileSystem(msgspec.Struct, frozen=True):

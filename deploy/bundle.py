@@ -27,9 +27,10 @@ from core.errors import BundleError, SignatureError
 from core.manifest import Sha256
 from core.signature import Signed
 from core.stack import Platform
-from deploy import application as applications
-from deploy import connection, environment, exporter, nodes
+from deploy import connection, exporter
 from deploy import release as releases
+from lock import application as applications
+from lock import nodes, requirements
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -199,13 +200,13 @@ def _listed(
         found |= {f"checkout/{path.relative_to(files.checkout())}": path for path in files.checkout().glob(pattern)}
     recipe = [applications.folder() / "app.toml", nodes.catalogue_file()]
     found |= {f"checkout/recipes/comfyui/{path.name}": path for path in recipe if path.exists()}
-    found[f"checkout/recipes/comfyui/locks/{lock.name}.txt"] = environment.folder() / f"{lock.name}.txt"
+    found[f"checkout/recipes/comfyui/locks/{lock.name}.txt"] = requirements.folder() / f"{lock.name}.txt"
     tree = source.fetch(app)
     if own := app.source[0].folder:
         found |= {f"checkout/recipes/comfyui/{own}/{name}": path for name, path in files.tree(tree)}
     cached = [
         *nodes.fetch(stock.nodes).values(),
-        environment.download(lock, asking, Platform.parse(platform)),
+        requirements.download(lock, asking, Platform.parse(platform)),
         lockfile.install("uv", Platform.parse(platform), "3.11"),
         exporter.packages(Platform.parse(platform)),  # a few hundred kB; whether a host wants it is not the bundle's
         *([] if own else [tree]),

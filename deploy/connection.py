@@ -111,8 +111,8 @@ def packed_agent() -> bytes:
     """`agent/` as one file that Python runs. The same code gives the same bytes: its hash is its name on hosts."""
     output = io.BytesIO()
     with zipfile.ZipFile(output, "w") as archive:
-        for path in sorted((files.CHECKOUT / "agent").glob("*.py")):
-            archive.writestr(zipfile.ZipInfo(f"agent/{path.name}"), path.read_bytes())
+        for path in sorted((files.CHECKOUT / "agent").rglob("*.py")):
+            archive.writestr(zipfile.ZipInfo(str(path.relative_to(files.CHECKOUT))), path.read_bytes())
         archive.writestr(zipfile.ZipInfo("__main__.py"), _MAIN)
     return output.getvalue()
 

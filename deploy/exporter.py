@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXTRA = "exporter"
 
-AGENT = ("__init__", "api", "files", "gpu", "journal", "site")
+AGENT = ("__init__", "api", "files", "journal", "layout", "look/__init__", "look/gpu")
 """The agent's modules that the exporter reaches. Not all of it: what changes the tree restarts ComfyUI, too."""
 
 MAIN = "import sys\n\nfrom exporter.__main__ import main\n\nmain(sys.argv[1:])\n"
@@ -59,7 +59,7 @@ def tree(platform: Platform) -> Path:
             )
             for path in _own():
                 copied = part / path.relative_to(files.CHECKOUT)
-                copied.parent.mkdir(exist_ok=True)
+                copied.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copied)
             (part / "__main__.py").write_text(MAIN)
     return place

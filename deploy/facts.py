@@ -85,7 +85,7 @@ class MountState(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """A host as `agent/facts.py` found it (its function `facts` names the sources). Sizes are in bytes.
+    """A host as `agent/look/facts.py` found it (its function `facts` names the sources). Sizes are in bytes.
 
     `places` says of each folder that lies outside the prefix what is wrong with it, `data_free` the bytes left where
     ComfyUI writes; `packages` says which of the Debian packages asked for are installed (of none, where there is no

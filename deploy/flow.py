@@ -40,13 +40,14 @@ from core.errors import (
 )
 from core.stack import Platform
 from deploy import adopt as adoption
-from deploy import advisory, connection, environment, nodes, plan
-from deploy import application as applications
 from deploy import bundle as bundles
+from deploy import connection, plan
 from deploy import exporter as exporters
 from deploy import host as hosts
 from deploy import release as releases
 from deploy.facts import Facts
+from lock import advisory, nodes, requirements
+from lock import application as applications
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -55,8 +56,8 @@ if TYPE_CHECKING:
     from deploy.bundle import Opened
     from deploy.connection import Agent
     from deploy.host import Target
-    from deploy.nodes import Node
     from deploy.plan import Options, Plan, Shelf, Step
+    from lock.nodes import Node
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ def shelf(target: Target) -> Shelf:
     (uv,) = (line.split()[0].replace("==", "-") for line in lockfile.requirements("uv"))
     locks = {
         (lock.platform, lock.python): lock
-        for each, platform, python in environment.combinations()
-        if each.name == stack and (lock := environment.find(stack, platform.value, python))
+        for each, platform, python in requirements.combinations()
+        if each.name == stack and (lock := requirements.find(stack, platform.value, python))
     }
     known = nodes.catalogue()
     chosen = nodes.choose(known, target.profile.nodes)
@@ -636,7 +637,7 @@ def _pack(
         wheels = [{"file": wheel.file, "sha256": wheel.sha256} for wheel in kernels]
         if offline:
             lock = stock.locks[facts.platform, step.values["version"]]
-            folder = environment.download(lock, step.values["asking"], platform)
+            folder = requirements.download(lock, step.values["asking"], platform)
             wheels += [{"file": path.name, "sha256": blob(path)} for path in sorted(folder.glob("*.whl"))]
             if damaged := [each["file"] for each in wheels[len(kernels) :] if each["sha256"] not in lock.text]:
                 what = f"{folder / damaged[0]} was damaged: its hash is not the locked one"

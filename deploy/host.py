@@ -16,7 +16,7 @@ from core.config import load, table
 from core.errors import ConfigError, SecretError, UnknownNameError, near
 from core.files import CHECKOUT, checkout
 from core.stack import Stack, find_stack
-from deploy import application as applications
+from lock import application as applications
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

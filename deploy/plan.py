@@ -14,20 +14,20 @@ from packaging.version import InvalidVersion, Version
 
 from core import console
 from core.errors import UsageError
-from deploy import application as applications
 from deploy import host as hosts
 from deploy import release as releases
 from deploy.exporter import Exporter
+from lock import application as applications
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from core.manifest import Manifest
-    from deploy.application import Application, Flag
-    from deploy.environment import Lock
     from deploy.facts import Facts, Process
     from deploy.host import Target
-    from deploy.nodes import Node
+    from lock.application import Application, Flag
+    from lock.nodes import Node
+    from lock.requirements import Lock
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,19 @@ import msgspec
 
 from core.errors import OldReleaseError
 from core.files import checkout
-from deploy.environment import MANAGER
 from deploy.host import mount_unit
+from lock.requirements import MANAGER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from core.manifest import Manifest
     from core.source import Source
-    from deploy.application import Application
-    from deploy.environment import Lock
     from deploy.exporter import Exporter
     from deploy.host import Profile, Target
-    from deploy.nodes import Node
+    from lock.application import Application
+    from lock.nodes import Node
+    from lock.requirements import Lock
 
 LAYOUT = 4
 """Raised when the agent makes parts or releases another way: what is there is then not what is wanted."""
@@ -327,7 +327,7 @@ def _search_paths(choice: Choice) -> dict[str, dict[str, str]]:
 def _confined(choice: Choice, prefix: str, place: str) -> list[str]:
     """What a command is prefixed with so that it gets its secrets, and confines itself where no system's unit does.
 
-    That is `agent/confine.py`'s work. systemd hands secrets to a service that it decrypts itself.
+    That is `agent/serve/confine.py`'s work. systemd hands secrets to a service that it decrypts itself.
     """
     host = choice.target.host
     offline = choice.target.profile.network == "offline"

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from deploy.adopt import Proposal
-    from deploy.audit import Audit
     from deploy.bundle import Opened
-    from deploy.curate import Change
-    from deploy.difference import Difference
     from deploy.facts import Facts, MountState
     from deploy.flow import Outcome
-    from deploy.nodes import Catalogue
+    from lock.audit import Audit
+    from lock.diff import Difference
+    from lock.node_updates import Change
+    from lock.nodes import Catalogue
 
 
 def _say(text: str) -> None:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, MetricsHandler, ProcessCollecto
 
 from agent.api import Endpoint
 from agent.files import read
-from agent.site import Site
+from agent.layout import Site
 from exporter import comfyui, host
 from exporter.gather import Gatherer, Source
 

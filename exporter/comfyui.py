@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from agent.api import Endpoint, ask, seconds_of
 from agent.files import Json, read, write
-from agent.site import PROOF
+from agent.layout import PROOF
 
 PATIENCE = 1.5
 """Seconds for an answer of ComfyUI's, less than a scrape has."""
@@ -171,6 +171,6 @@ class Jobs:
 
 
 def _is_proof(job: Json) -> bool:
-    """Whether a job is the health gate's picture (`agent/comfyui.py`)."""
+    """Whether a job is the health gate's picture (`agent/serve/health.py`)."""
     nodes = job["prompt"][2].values()
     return any(str(node.get("inputs", {}).get("filename_prefix", "")).startswith(f"{PROOF}/") for node in nodes)

@@ -13,9 +13,9 @@ from prometheus_client import ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from agent.files import Fault, meminfo, read
-from agent.gpu import Nvml
 from agent.journal import DEPLOYS, history, last
-from agent.site import Site
+from agent.layout import Site
+from agent.look.gpu import Nvml
 
 Metrics = Iterable[Metric]
 T = TypeVar("T")

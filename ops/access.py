@@ -58,7 +58,7 @@ class Rule(msgspec.Struct, frozen=True):
 
 
 class Access(msgspec.Struct, frozen=True):
-    """What `agent/settings.py` tells; `driver` are the parameters of the nodes, `users` the groups of each (None: no
+    """What the agent reports; `driver` are the parameters of the nodes, `users` the groups of each (None: no
     such user)."""
 
     nodes: tuple[Node, ...]

@@ -47,7 +47,7 @@ class Containers(msgspec.Struct, frozen=True):
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """What `agent/probe.py` saw, beside facts and status.
+    """What `agent/look/probe.py` saw, beside facts and status.
 
     `log` has lines with their times (seconds since 1970) where the manager keeps them; `access` what the service may
     not do at a place; `torch` what it says of CUDA, asked only when ComfyUI does not answer.

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from core import console, foreign, source
-from deploy import application as applications
 from deploy.release import OWN_FLAGS
+from lock import application as applications
 from ops import fleet
 
 if TYPE_CHECKING:

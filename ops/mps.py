@@ -48,7 +48,7 @@ class Server(msgspec.Struct, frozen=True):
 
 
 class Mps(msgspec.Struct, frozen=True):
-    """What `agent/mps.py` tells."""
+    """What `agent/look/mps.py` tells."""
 
     on: bool = False
     control: str = ""

@@ -11,7 +11,8 @@ import msgspec
 from core import console
 from core.errors import UnknownNameError, near
 from core.stack import stacks
-from deploy import application, host
+from deploy import host
+from lock import application
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -71,7 +71,7 @@ class Disk(msgspec.Struct, frozen=True):
 
 
 class Live(msgspec.Struct, frozen=True):
-    """How a host is this moment (`agent/status.py`). Memory in bytes, by /proc/meminfo's names."""
+    """How a host is this moment (`agent/look/status.py`). Memory in bytes, by /proc/meminfo's names."""
 
     time: float
     uptime: float | None

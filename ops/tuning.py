@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from deploy.plan import Options
 
 Change = dict[str, Any]
-"""One change, as `agent/settings.py` has its kinds."""
+"""One change, as `agent/change/settings.py` has its kinds."""
 
 
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

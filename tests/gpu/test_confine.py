@@ -1,4 +1,4 @@
-"""CUDA starts in a ComfyUI that confines itself (`agent/confine.py`), and in the processes that it starts."""
+"""CUDA starts in a ComfyUI that confines itself (`agent/serve/confine.py`), and in the processes that it starts."""
 
 from __future__ import annotations
 

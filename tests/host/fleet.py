@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from core import source
-from deploy.application import application
+from lock.application import application
 from tests.client import Client
 from tests.host.machine import Machine, place_for
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from core import files, source
-from deploy import environment, nodes
-from deploy.application import application
+from lock import nodes, requirements
+from lock.application import application
 from tests.host.fleet import Fleet
 
 pytestmark = pytest.mark.host
@@ -93,7 +93,7 @@ class Garden:
         """List these nodes; the locks are the recipe's, which hold all that they ask for, marked as theirs."""
         (self.folder / "nodes.toml").write_text("\n".join(tables))
         monkeypatch.setenv("HEARTH_APP", str(self.folder))
-        marked = f"and nodes {environment.nodes_hash(nodes.catalogue())};"
+        marked = f"and nodes {requirements.nodes_hash(nodes.catalogue())};"
         (self.folder / "locks").mkdir(exist_ok=True)
         for path in (files.CHECKOUT / "recipes/comfyui/locks").glob("*.txt"):
             text = re.sub(r"and nodes \w+;", marked, path.read_text(), count=1)

@@ -23,11 +23,11 @@ from typing import Any
 
 import pytest
 
-from agent import cutover, steps
+from agent.change import cutover, steps
 from agent.files import discard, write
+from agent.layout import Site
 from agent.parts import fault_of, part
-from agent.services import Systemd
-from agent.site import Site
+from agent.serve.services import Systemd
 from tests.host import replica
 from tests.host.fleet import PREFIX, Fleet, within
 from tests.host.machine import place_for
@@ -209,7 +209,7 @@ def test_what_is_recorded_as_done_is_not_lost_with_the_power(
         site = Site({"prefix": f"{disk}/prefix", "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
         monkeypatch.setenv("HOME", f"{disk}/home")
         units, kept = Systemd(site).units, site.state / "database"
-        monkeypatch.setattr("agent.services.run", lambda *_: "")
+        monkeypatch.setattr("agent.serve.services.run", lambda *_: "")
         for path in (units / "default.target.wants/s.service", site.paused, site.database, kept / "comfyui.db"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("old")

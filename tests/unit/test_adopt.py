@@ -15,14 +15,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent import adopt as adopting
-from agent import survey
+from agent.change import adopt as adopting
 from agent.files import Fault, opened, read_text, remove
 from agent.journal import Adopted
-from agent.site import Site
+from agent.layout import Site
+from agent.look import survey
 from core.errors import NoInstallationError
-from deploy import adopt, nodes, plan
+from deploy import adopt, plan
 from deploy.facts import Gpu
+from lock import nodes
 from tests.unit.test_agent_files import deep
 from tests.unit.test_plan import FLAGS, FRESH, kinds, spark
 

@@ -21,9 +21,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from agent import comfyui, facts, journal, runs, services, steps
+from agent import journal
+from agent.change import runs, steps
 from agent.files import Fault, Json, append, last_of, run, write
-from agent.site import Site
+from agent.layout import Site
+from agent.look import facts
+from agent.serve import health, services
 
 
 def at(place: Path) -> Site:
@@ -104,7 +107,7 @@ def test_packages_that_share_what_does_no_harm_are_not(tmp_path: Path) -> None:
 def test_node_types_that_are_gone_or_another_nodes_are_told(before: object, said: list[str]) -> None:
     after = {"A": "custom_nodes.two", "B": "comfy_extras.new"}
     notes: list[str] = []
-    comfyui.say_changed_types({"types": before}, {"types": after}, notes.append)
+    health.say_changed_types({"types": before}, {"types": after}, notes.append)
     assert [note.replace("custom_nodes.", "") for note in notes] == said
 
 
@@ -124,9 +127,9 @@ def test_following_a_run_that_nobody_can_go_on_with_ends(tmp_path: Path, monkeyp
     site = at(tmp_path)
     write(site.pending, json.dumps({"run": "r"}))
     started: list[Site] = []
-    monkeypatch.setattr("agent.runs.time.sleep", lambda _: None)
+    monkeypatch.setattr("agent.change.runs.time.sleep", lambda _: None)
     manager = SimpleNamespace(go=lambda: started.append(site), last_go=lambda: ["Traceback"])
-    monkeypatch.setattr("agent.runs.manager_of", lambda _: manager)
+    monkeypatch.setattr("agent.change.runs.manager_of", lambda _: manager)
     following = runs.follow(site, "r")
     assert [next(following) for _ in range(3)] == [{"event": "alive"}] * 3
     with pytest.raises(Fault, match="ends each time it is started") as raised:

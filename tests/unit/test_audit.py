@@ -15,9 +15,10 @@ import pytest
 
 from core import files
 from core.errors import AuditServiceError, ConfigError, OldReleaseError, RefusedError
-from deploy import advisory, audit, flow, nodes, report
-from deploy.advisory import Advisory, Repository
-from deploy.audit import Stock
+from deploy import flow, report
+from lock import advisory, audit, nodes
+from lock.advisory import Advisory, Repository
+from lock.audit import Stock
 from tests.client import Client
 from tests.unit.test_bill import manifest
 from tests.unit.test_plan import spark

@@ -17,7 +17,8 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from core import files
 from core.errors import OldReleaseError
-from deploy import application, bill, environment, nodes, plan, release
+from deploy import plan, release
+from lock import application, nodes, requirements, sbom
 from tests.unit.test_plan import FRESH, shelf, spark, wheel
 
 TOOLCHAIN = {
@@ -30,7 +31,7 @@ INPUTS = {"stack": ["cu130", "2.11.0", "13.0", True], "toolchain": TOOLCHAIN}
 
 def manifest(**more: nodes.Node) -> dict[str, Any]:
     """The manifest of a real list, with the real nodes, and wheels as `kernels` describes them."""
-    lock = environment.find("cu130", "linux_aarch64", "3.12")
+    lock = requirements.find("cu130", "linux_aarch64", "3.12")
     assert lock is not None
     stock = replace(
         shelf(wheel("sageattention", inputs=INPUTS), wheel("flash-attn", sha256="f" * 64, inputs=INPUTS)),
@@ -54,7 +55,7 @@ def known() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def parts(known: dict[str, Any]) -> dict[str, Any]:
     """The bill's components by their reference."""
-    return {each["bom-ref"]: each for each in json.loads(bill.write(known))["components"]}
+    return {each["bom-ref"]: each for each in json.loads(sbom.write(known))["components"]}
 
 
 def properties(component: dict[str, Any]) -> dict[str, str]:
@@ -63,12 +64,12 @@ def properties(component: dict[str, Any]) -> dict[str, str]:
 
 def test_it_is_valid(known: dict[str, Any]) -> None:
     validator = JsonStrictValidator(SchemaVersion.V1_6)
-    assert validator.validate_str(bill.write(known)) is None
-    assert validator.validate_str(bill.write(known).replace('"hashes"', '"hashs"')) is not None
+    assert validator.validate_str(sbom.write(known)) is None
+    assert validator.validate_str(sbom.write(known).replace('"hashes"', '"hashs"')) is not None
 
 
 def test_the_manifest_has_the_packages_that_the_environment_gets(known: dict[str, Any]) -> None:
-    lock = environment.find("cu130", "linux_aarch64", "3.12")
+    lock = requirements.find("cu130", "linux_aarch64", "3.12")
     assert lock is not None
     pinned = [f"{name}=={version}" for name, version in known["packages"].items()]
     assert pinned == [line.split()[0] for line in lock.select(known["nodes"]).splitlines() if "==" in line]
@@ -99,7 +100,7 @@ def test_nodes_are_their_commits(parts: dict[str, Any]) -> None:
 
 def test_a_node_from_elsewhere_has_its_address() -> None:
     node = nodes.Node(url="https://git.example.org/a/b.git", commit="a" * 40, tree="t", why="a test")
-    (found,) = (each for each in json.loads(bill.write(manifest(b=node)))["components"] if each["name"] == "b")
+    (found,) = (each for each in json.loads(sbom.write(manifest(b=node)))["components"] if each["name"] == "b")
     assert "purl" not in found
     assert found["externalReferences"] == [{"type": "vcs", "url": node.url, "comment": f"commit {node.commit}"}]
 
@@ -108,7 +109,7 @@ def test_kernel_wheels_have_hash_arch_and_compilers(known: dict[str, Any], parts
     found = parts["wheel:flash-attn"]
     assert found["hashes"] == [{"alg": "SHA-256", "content": "f" * 64}]
     assert properties(found) == {"hearth:file": "flash-attn.whl", "hearth:arch": "12.1"}
-    needs = {each["ref"]: each.get("dependsOn", []) for each in json.loads(bill.write(known))["dependencies"]}
+    needs = {each["ref"]: each.get("dependsOn", []) for each in json.loads(sbom.write(known))["dependencies"]}
     compilers = [parts[name] for name in needs["wheel:flash-attn"]]
     assert {(each["name"], each["version"], each["scope"]) for each in compilers} == {
         ("nvcc", "13.0", "excluded"),
@@ -127,15 +128,15 @@ def test_the_same_release_gives_the_same_bytes(known: dict[str, Any], tmp_path: 
         env = {**os.environ, "PYTHONHASHSEED": seed}
         return subprocess.run(words, cwd=files.CHECKOUT, env=env, check=True, capture_output=True, text=True).stdout
 
-    assert said("1") == said("2") == bill.write(known)
-    other = json.loads(bill.write({**known, "id": "0" * 16}))
-    assert other["serialNumber"] != json.loads(bill.write(known))["serialNumber"]
+    assert said("1") == said("2") == sbom.write(known)
+    other = json.loads(sbom.write({**known, "id": "0" * 16}))
+    assert other["serialNumber"] != json.loads(sbom.write(known))["serialNumber"]
 
 
 def test_a_release_of_an_older_hearth_is_told() -> None:
     old = {name: value for name, value in manifest().items() if name not in ("packages", "wheels", "sources", "tree")}
     with pytest.raises(OldReleaseError, match=f"release {old['id']} does not say which packages"):
-        bill.write(old)
+        sbom.write(old)
 
 
 def test_a_wheel_that_says_nothing_of_its_compilers_is_billed() -> None:
@@ -143,5 +144,5 @@ def test_a_wheel_that_says_nothing_of_its_compilers_is_billed() -> None:
     choice, _ = plan._choose(spark(), FRESH, stock)
     assert choice is not None
     folder = msgspec.structs.replace(choice.application, version="1.2.3")
-    found = json.loads(bill.write(release.manifest(replace(choice, application=folder), FRESH.prefix)))
+    found = json.loads(sbom.write(release.manifest(replace(choice, application=folder), FRESH.prefix)))
     assert {each["name"] for each in found["components"]} == {"ComfyUI", "sageattention", "flash-attn"}

@@ -21,9 +21,10 @@ from core import files, shell, signature
 from core.errors import BundleError, RefusedError, SignatureError
 from core.signature import Signed
 from core.stack import Platform
-from deploy import bundle, environment, exporter, flow
+from deploy import bundle, exporter, flow
 from deploy.bundle import Bundle, File, Opened
 from deploy.plan import Options
+from lock import requirements
 from tests.unit.test_plan import FRESH
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def test_what_is_deployed_from_a_bundle_comes_from_it_alone(
         assert stock.application.version == "1.2.3"
         assert files.cache().is_relative_to(tmp_path / "empty/bundles")
         lock = stock.locks["linux_x86_64", "3.11"]
-        (wheel,) = environment.download(lock, stock.nodes, Platform.parse("linux_x86_64")).glob("*.whl")
+        (wheel,) = requirements.download(lock, stock.nodes, Platform.parse("linux_x86_64")).glob("*.whl")
         assert wheel.name.startswith("six")
         tree = exporter.tree(Platform.parse("linux_x86_64"))
         assert (tree / "prometheus_client/exposition.py").exists()

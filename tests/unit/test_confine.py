@@ -17,8 +17,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent import confine, lifecycle, services
+from agent.change import lifecycle
 from agent.files import read, read_text, started, write
+from agent.serve import confine, services
 from core import files
 from deploy import plan
 from tests.unit.test_plan import FRESH, made, spark

@@ -18,9 +18,9 @@ from core import console, files
 from core.console import age, clock, printable, size
 from core.errors import HearthError
 from deploy import flow, report
-from deploy.curate import Change
 from deploy.flow import Outcome
 from deploy.plan import Plan, Step
+from lock.node_updates import Change
 from ops import doctor, fleet, jobs, logs, status
 
 

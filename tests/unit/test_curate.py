@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigError, HearthError, SourceUnreachableError, UnknownNameError, UsageError
-from deploy import curate, nodes
+from lock import node_updates, nodes
 
 
 @dataclass
@@ -68,12 +68,12 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upstream:
 def test_a_repair_is_looked_for_in_a_commits_history(upstream: Upstream, tmp_path: Path) -> None:
     first = upstream.git("rev-parse", "HEAD")
     second = upstream.commit("second", later__py="x = 1\n")
-    assert curate.holds(upstream.url, second, first) is True
-    assert curate.holds(upstream.url, first, second) is False
-    assert curate.holds(upstream.url, second, "a" * 40) is None
-    assert curate.holds(upstream.url, f"--upload-pack=touch {tmp_path}/run; git-upload-pack", first) is None
+    assert node_updates.holds(upstream.url, second, first) is True
+    assert node_updates.holds(upstream.url, first, second) is False
+    assert node_updates.holds(upstream.url, second, "a" * 40) is None
+    assert node_updates.holds(upstream.url, f"--upload-pack=touch {tmp_path}/run; git-upload-pack", first) is None
     assert not (tmp_path / "run").exists()
-    assert curate.holds(f"file://{tmp_path}/nothing", second, first) is None
+    assert node_updates.holds(f"file://{tmp_path}/nothing", second, first) is None
 
 
 def test_a_node_that_is_known_to_be_bad_is_warned_of(
@@ -83,9 +83,9 @@ def test_a_node_that_is_known_to_be_bad_is_warned_of(
     monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
     monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.{upstream.url}.insteadOf")
     monkeypatch.setenv("GIT_CONFIG_VALUE_0", address)
-    curate.add(upstream.url, "for a test")
+    node_updates.add(upstream.url, "for a test")
     assert "warning" not in capsys.readouterr().err
-    curate.add(address, "for a test")
+    node_updates.add(address, "for a test")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert "ComfyUI_LLMVISION is known to be bad (affected: all of it): stole browser passwords" in line
 
@@ -93,35 +93,35 @@ def test_a_node_that_is_known_to_be_bad_is_warned_of(
 def test_what_is_left_out_is_not_added(upstream: Upstream) -> None:
     nodes.catalogue_file().write_text('[left-out]\nMy-Node = "it comes with ComfyUI"\n')
     with pytest.raises(ConfigError, match="it comes with ComfyUI"):
-        curate.add(upstream.url, "for a test")
+        node_updates.add(upstream.url, "for a test")
 
 
 def test_add_update_and_remove(upstream: Upstream) -> None:
     first = upstream.git("rev-parse", "HEAD")
-    assert curate.add(f"{upstream.url}@v1", "for a test") == "My-Node"
+    assert node_updates.add(f"{upstream.url}@v1", "for a test") == "My-Node"
     node = nodes.catalogue().nodes["My-Node"]
     assert (node.url, node.commit, node.why) == (upstream.url, first, "for a test")
     assert (nodes.fetch({"My-Node": node})["My-Node"] / "types.py").exists()
     with pytest.raises(ConfigError, match="listed already"):
-        curate.add(upstream.url, "again")
-    assert curate.outdated(nodes.catalogue()) == {}
-    assert curate.update([], dry_run=False) == []
+        node_updates.add(upstream.url, "again")
+    assert node_updates.outdated(nodes.catalogue()) == {}
+    assert node_updates.update([], dry_run=False) == []
 
     upstream.commit("second", types__py="import os\n", later__py="x = 1\n", requirements__txt="numpy\nscipy\n")
     third = upstream.commit("third", README__txt="hello")
-    assert curate.outdated(nodes.catalogue()) == {"My-Node": (first, third)}
-    (change,) = curate.update(["My-Node"], dry_run=True)
+    assert node_updates.outdated(nodes.catalogue()) == {"My-Node": (first, third)}
+    (change,) = node_updates.update(["My-Node"], dry_run=True)
     assert [line.partition(" ")[2][11:] for line in change.commits] == ["third", "second"]
     assert change.requirements == ("+scipy",)
     assert change.imported == ("types.py",)  # later.py changed as well, and nothing imports it
     assert nodes.catalogue().nodes["My-Node"] == node
     assert change.powers == ()
-    curate.update([], dry_run=False)
+    node_updates.update([], dry_run=False)
     assert nodes.catalogue().nodes["My-Node"].commit == third
 
     path = nodes.catalogue_file()
     path.write_text(path.read_text().replace("best = []", 'best = ["My-Node"]'))
-    curate.remove("My-Node")
+    node_updates.remove("My-Node")
     left = nodes.catalogue()
     assert (left.nodes, left.sets) == ({}, {"best": ()})
     assert "# mine" in path.read_text()
@@ -129,7 +129,7 @@ def test_add_update_and_remove(upstream: Upstream) -> None:
 
 
 def test_an_update_tells_what_a_node_could_not_do_before(upstream: Upstream) -> None:
-    curate.add(upstream.url, "for a test")
+    node_updates.add(upstream.url, "for a test")
     (upstream.place / "evil.pth").write_text("import os\n")
     (upstream.place / "lib.so").write_bytes(b"\x7fELF")
     (upstream.place / "link").symlink_to("types.py")
@@ -138,7 +138,7 @@ def test_an_update_tells_what_a_node_could_not_do_before(upstream: Upstream) -> 
         types__py="import subprocess, ctypes\nfrom os import system\neval('1')\nimport socket\n",
         later__py="import importlib\nimportlib.import_module('x')\n",
     )
-    (change,) = curate.update([], dry_run=True)
+    (change,) = node_updates.update([], dry_run=True)
     assert set(change.powers) == {
         "binary: lib.so",
         "native code: types.py (ctypes)",
@@ -157,19 +157,19 @@ def test_a_node_that_cannot_be_updated_keeps_no_other_from_it(
     for each in others:
         shutil.copytree(upstream.place, each.place)
     for each in (*others, upstream):
-        curate.add(each.url, "for a test")
+        node_updates.add(each.url, "for a test")
     before = nodes.catalogue().nodes
     shutil.rmtree(others[0].place)
     (others[1].place / "link").symlink_to("/etc/passwd")
     others[1].commit("a link")
     new = upstream.commit("second", types__py="import socket\n")
-    for look in (lambda: curate.outdated(nodes.catalogue()), lambda: curate.update([], dry_run=True)):
+    for look in (lambda: node_updates.outdated(nodes.catalogue()), lambda: node_updates.update([], dry_run=True)):
         with pytest.raises(HearthError, match=r"Gone"):
             look()
         assert f"My-Node {before['My-Node'].commit[:9]} -> {new[:9]}" in capsys.readouterr().err
         assert nodes.catalogue().nodes == before
     with pytest.raises(HearthError, match=r"Gone, Leads-Out") as raised:
-        curate.update([], dry_run=False)
+        node_updates.update([], dry_run=False)
     assert "Gone does not answer" in str(raised.value)
     assert "/etc/passwd" in str(raised.value)
     assert "network: types.py (socket)" in capsys.readouterr().err
@@ -177,26 +177,26 @@ def test_a_node_that_cannot_be_updated_keeps_no_other_from_it(
     assert after["My-Node"].commit == new
     assert [after[name] for name in ("Gone", "Leads-Out")] == [before[name] for name in ("Gone", "Leads-Out")]
     with pytest.raises(SourceUnreachableError, match="Gone"):  # of one kind: its exit code stays
-        curate.update(["Gone"], dry_run=False)
+        node_updates.update(["Gone"], dry_run=False)
 
 
 def test_all_links_of_a_history_that_was_rewritten_are_told(upstream: Upstream) -> None:
     (upstream.place / "link").symlink_to("types.py")
     upstream.commit("a link")
-    curate.add(upstream.url, "for a test")
+    node_updates.add(upstream.url, "for a test")
     upstream.git("commit", "--amend", "--quiet", "-m", "another")
     upstream.git("reflog", "expire", "--expire=now", "--all")
     upstream.git("gc", "--quiet", "--prune=now")
-    (change,) = curate.update([], dry_run=False)
+    (change,) = node_updates.update([], dry_run=False)
     assert change.commits == ("(its history was rewritten)",)
     assert change.powers == ("symbolic links: link",)
 
 
 def test_requirements_are_compared_in_any_order(upstream: Upstream) -> None:
     upstream.commit("some", requirements__txt="a\nb\nc\n")
-    curate.add(upstream.url, "for a test")
+    node_updates.add(upstream.url, "for a test")
     upstream.commit("others", requirements__txt="d\nb\na\n")
-    (change,) = curate.update([], dry_run=True)
+    (change,) = node_updates.update([], dry_run=True)
     assert change.requirements == ("-c", "+d")
 
 
@@ -211,16 +211,16 @@ def test_requirements_are_compared_in_any_order(upstream: Upstream) -> None:
 def test_what_cannot_be_added(upstream: Upstream, address: str, why: str, error: type[HearthError], said: str) -> None:
     before = nodes.catalogue_file().read_text()
     with pytest.raises(error, match=said):
-        curate.add(address.format(url=upstream.url), why)
+        node_updates.add(address.format(url=upstream.url), why)
     assert nodes.catalogue_file().read_text() == before
 
 
 @pytest.mark.usefixtures("upstream")
 def test_unknown_names() -> None:
     with pytest.raises(UnknownNameError):
-        curate.remove("My-Nod")
+        node_updates.remove("My-Nod")
     with pytest.raises(UnknownNameError):
-        curate.update(["My-Nod"], dry_run=False)
+        node_updates.update(["My-Nod"], dry_run=False)
 
 
 EDITOR = {
@@ -232,23 +232,23 @@ API = {"1": {"class_type": "KSampler"}, "2": {"class_type": "MyType"}, "3": {"cl
 
 @pytest.mark.parametrize("workflow", [EDITOR, API], ids=["saved", "exported"])
 def test_the_nodes_that_a_workflow_needs(upstream: Upstream, tmp_path: Path, workflow: dict[str, object]) -> None:
-    curate.add(upstream.url, "for a test")
+    node_updates.add(upstream.url, "for a test")
     path = tmp_path / "workflow.json"
     path.write_text(json.dumps(workflow))
-    assert curate.search(path) == {"MyType": ["My-Node"], "Nobodys": []}
+    assert node_updates.search(path) == {"MyType": ["My-Node"], "Nobodys": []}
 
 
 def test_a_tree_that_cannot_be_read_is_said_and_read_again(
     upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    curate.add(upstream.url, "for a test")
+    node_updates.add(upstream.url, "for a test")
     path = tmp_path / "workflow.json"
     path.write_text(json.dumps(API))
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", shutil.which("false"))
-        assert curate.search(path)["MyType"] == []
+        assert node_updates.search(path)["MyType"] == []
     assert capsys.readouterr().err.count("cannot be read") == 2
-    assert curate.search(path)["MyType"] == ["My-Node"]
+    assert node_updates.search(path)["MyType"] == ["My-Node"]
 
 
 def test_files_that_run_at_import(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_files_that_run_at_import(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     for name in (*imports, "e", "f", "g"):
         (tmp_path / f"{name}.py").write_text(imports.get(name, ""))
-    assert curate.imported(tmp_path) == {"__init__.py", "a.py", "b/c.py", "d.py", "e.py"}
+    assert node_updates.imported(tmp_path) == {"__init__.py", "a.py", "b/c.py", "d.py", "e.py"}
 
 
 @pytest.mark.parametrize(
@@ -273,18 +273,18 @@ def test_files_that_run_at_import(tmp_path: Path) -> None:
 def test_what_is_no_workflow(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "workflow.json").write_text(text)
     with pytest.raises(ConfigError, match=said):
-        curate.search(tmp_path / "workflow.json")
+        node_updates.search(tmp_path / "workflow.json")
     with pytest.raises(ConfigError, match="Is a directory"):
-        curate.search(tmp_path)
+        node_updates.search(tmp_path)
     with pytest.raises(ConfigError, match="does not exist"):
-        curate.search(tmp_path / "none.json")
+        node_updates.search(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize(("failures", "arrives"), [(2, True), (3, False)])
 def test_a_fetch_that_the_network_cut_is_tried_again(
     upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, arrives: bool
 ) -> None:
-    curate.add(upstream.url, "for a test")
+    node_updates.add(upstream.url, "for a test")
     monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "another"))
     programs = tmp_path / "bin"
     programs.mkdir()

@@ -23,11 +23,13 @@ from typing import Any
 
 import pytest
 
-from agent import comfyui, cutover, files, runs, trial
+from agent import files
+from agent.change import cutover, runs, trial
 from agent.files import Fault, Json, link, write
 from agent.journal import history
-from agent.services import wait_for
-from agent.site import DATA, Site
+from agent.layout import DATA, Site
+from agent.serve import health
+from agent.serve.services import wait_for
 
 PLAN = {
     "run": "r1",
@@ -308,7 +310,7 @@ class World:
                 patch.setattr(module, "manager_of", lambda _: manager)
             for module in (cutover, trial):
                 patch.setattr(module, "as_service", directly)
-            for module in (comfyui, trial):
+            for module in (health, trial):
                 patch.setattr(module, "prove", prove)
             for module in (runs, trial):
                 patch.setattr(module, "trial_of", lambda site, _: StandIn(site))

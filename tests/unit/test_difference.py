@@ -10,7 +10,7 @@ import pytest
 
 from core.errors import UnknownNameError
 from deploy import report
-from deploy.difference import Change, compare
+from lock.diff import Change, compare
 from tests.unit.test_bill import manifest
 from tests.unit.test_plan import FRESH
 

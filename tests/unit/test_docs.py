@@ -15,9 +15,9 @@ from invoke.parser import Parser
 import tasks
 from core import errors, files
 from core.manifest import Manifest
-from tasks import reference
+from docs import generate
 
-REFERENCE = reference.PAGE.read_text()
+REFERENCE = generate.PAGE.read_text()
 PAGES = [*files.CHECKOUT.glob("*.md"), *(files.CHECKOUT / "docs").rglob("*.md")]
 
 
@@ -25,7 +25,7 @@ PAGES = [*files.CHECKOUT.glob("*.md"), *(files.CHECKOUT / "docs").rglob("*.md")]
 def test_every_task_is_in_the_reference_with_its_flags(name: str) -> None:
     section = REFERENCE.partition(f"### {name}\n")[2].partition("\n##")[0]
     assert tasks.ns[name].__doc__.partition("\n")[0] in section
-    for argument in reference.contexts()[name].args.values():
+    for argument in generate.contexts()[name].args.values():
         assert argument.help, f"{argument.name} has no help"
         flag = argument.names[0]
         assert f"`--{flag}" in section or f"`{flag.upper()}`" in section, flag
@@ -34,8 +34,8 @@ def test_every_task_is_in_the_reference_with_its_flags(name: str) -> None:
 
 
 def test_the_reference_is_todays() -> None:
-    """Written anew with: python -m tasks.reference."""
-    assert reference.render() == REFERENCE
+    """Written anew with: python -m docs.generate."""
+    assert generate.render() == REFERENCE
 
 
 @pytest.mark.parametrize("name", sorted(tasks.ns.task_names))
@@ -45,7 +45,7 @@ def test_every_task_has_examples_that_invoke_understands(name: str) -> None:
     examples = [shlex.split(line, comments=True) for line in lines if line.startswith("    inv ")]
     assert examples
     for _, *words in examples:
-        (found,) = Parser(contexts=reference.contexts().values()).parse_argv(words)
+        (found,) = Parser(contexts=generate.contexts().values()).parse_argv(words)
         assert found.name == name
 
 

@@ -28,14 +28,14 @@ from prometheus_client.core import GaugeMetricFamily
 
 from agent import api
 from agent.api import Endpoint
-from agent.site import Site
+from agent.layout import Site
 from core import files
 from core.stack import Platform
 from deploy import exporter as exporters
+from docs import generate
 from exporter import comfyui, host
 from exporter.__main__ import gatherer
 from exporter.gather import Gatherer, Source
-from tasks import reference
 from tests import nvml
 from tests.host.machine import free_port
 
@@ -501,7 +501,7 @@ def test_every_alert_names_a_command_that_can_be_typed() -> None:
         found = re.search(r'^ +next: "inv (.+)"$', each, re.MULTILINE)
         assert found, each
         words = shlex.split(found[1].replace("{{ $labels.host }}", "spark"))
-        (context,) = Parser(contexts=reference.contexts().values()).parse_argv(words)
+        (context,) = Parser(contexts=generate.contexts().values()).parse_argv(words)
         assert context.name == words[0]
 
 

@@ -12,9 +12,10 @@ import pytest
 from core import files
 from core.errors import HashMismatchError, TreeError
 from core.manifest import Manifest
-from deploy import environment, flow
+from deploy import flow
 from deploy.host import Setting
 from deploy.plan import Shelf, Step
+from lock import requirements
 from tests.unit.test_plan import FRESH, shelf, spark, wheel
 
 TLS = {name: Setting(why="w", value="/x") for name in ("--tls-keyfile", "--tls-certfile")}
@@ -89,9 +90,9 @@ def test_a_damaged_package_of_the_cache_is_named_before_it_is_sent(
     package = tmp_path / "six-1-py3-none-any.whl"
     package.write_bytes(b"right")
     text = f"six==1 \\\n    --hash=sha256:{files.sha256(package)}\n    # via -r comfyui.txt\n"
-    lock = environment.Lock("cu130", "linux_aarch64", "3.12", text)
+    lock = requirements.Lock("cu130", "linux_aarch64", "3.12", text)
     stock = replace(shelf(), locks={("linux_aarch64", "3.12"): lock})
-    monkeypatch.setattr(environment, "download", lambda *_: tmp_path)
+    monkeypatch.setattr(requirements, "download", lambda *_: tmp_path)
     values, _ = packed(env(kernels=[]), stock, tmp_path, offline=True)
     assert [each["file"] for each in values["wheels"]] == [package.name]
     package.write_bytes(b"wrong")

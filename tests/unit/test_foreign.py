@@ -10,7 +10,7 @@ import pytest
 
 from core import foreign
 from core.errors import ConfigError, TreeError
-from deploy import curate, nodes
+from lock import node_updates, nodes
 
 DEEP = {
     "signs": "x=" + "-" * 50_000 + "1",
@@ -25,7 +25,7 @@ DEEP = {
 def test_python_that_the_parser_cannot_take_is_as_if_empty(tmp_path: Path, name: str) -> None:
     (tmp_path / "__init__.py").write_text(DEEP[name])
     foreign.python(tmp_path / "__init__.py")
-    assert curate.imported(tmp_path) == {"__init__.py"}
+    assert node_updates.imported(tmp_path) == {"__init__.py"}
 
 
 @pytest.mark.filterwarnings("error")
@@ -61,7 +61,7 @@ def test_what_is_too_large_or_no_file_is_refused_by_name(tmp_path: Path) -> None
         os.truncate(tmp_path / name, foreign.LIMIT + 1)
     with pytest.raises(TreeError, match=r"requirements\.txt is larger than 256 kB"):
         nodes.requirements(tmp_path)
-    assert curate.imported(tmp_path) == {"__init__.py"}
+    assert node_updates.imported(tmp_path) == {"__init__.py"}
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,4 @@ def test_addresses_of_repositories(url: str, good: bool) -> None:
     ],
 )
 def test_an_address_with_a_revision(address: str, parts: tuple[str, str]) -> None:
-    assert curate._revision(address) == parts
+    assert node_updates._revision(address) == parts

@@ -15,10 +15,10 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
-from agent import memory as agent_memory
-from agent import services
+from agent.change import memory as agent_memory
 from agent.files import Fault
-from agent.site import Site
+from agent.layout import Site
+from agent.serve import services
 from core.errors import RecordingError, UsageError
 from deploy.facts import Gpu as GpuFact
 from ops import gpu, memory, plot

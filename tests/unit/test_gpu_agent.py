@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from agent.facts import _nvidia as nvidia
 from agent.files import meminfo
-from agent.gpu import gpus, process
+from agent.look.facts import _nvidia as nvidia
+from agent.look.gpu import gpus, process
 from tests import nvml
 
 KEYS = {
@@ -24,7 +24,7 @@ KEYS = {
 }
 
 
-def asked(tmp_path: Path, recording: str, call: str = "agent.gpu.gpus()") -> Any:
+def asked(tmp_path: Path, recording: str, call: str = "agent.look.gpu.gpus()") -> Any:
     """What the agent answers on a machine with that recording."""
     place = tmp_path / "recording"
     place.write_text(recording)
@@ -157,7 +157,7 @@ def test_a_gpu_without_a_handle_is_listed_beside_one_that_works(tmp_path: Path) 
     assert lost.keys() == KEYS
     assert (lost["index"], lost["name"], lost["faults"]) == (0, None, ["device: GPU is lost"])
     assert (works["index"], works["name"], works["faults"]) == (1, "NVIDIA H200", [])
-    told = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}", "agent.facts._nvidia(agent.gpu.gpus())")
+    told = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}", "agent.look.facts._nvidia(agent.gpu.gpus())")
     assert [each["name"] for each in told["gpus"]] == ["NVIDIA H200"]
 
 
@@ -218,7 +218,7 @@ def test_a_name_cannot_write_to_the_terminal() -> None:
     ],
 )
 def test_facts_are_told_by_nvml(tmp_path: Path, machine: str, wanted: dict[str, Any]) -> None:
-    told = asked(tmp_path, nvml.recording(machine), "agent.facts._nvidia(agent.gpu.gpus())")
+    told = asked(tmp_path, nvml.recording(machine), "agent.look.facts._nvidia(agent.gpu.gpus())")
     (gpu,) = told["gpus"]
     listed = re.findall(r"^(?:compute|graphics) (\d+)", nvml.recording(machine), re.MULTILINE)
     assert [each["pid"] for each in gpu.pop("processes")] == list(map(int, listed))
@@ -249,7 +249,7 @@ def test_the_structures_are_pynvmls() -> None:
     """Sizes and offsets as NVIDIA's own bindings have them."""
     import pynvml
 
-    from agent import gpu
+    from agent.look import gpu
 
     for ours, theirs in (
         (gpu._Memory, pynvml.c_nvmlMemory_t),

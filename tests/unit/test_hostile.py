@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
-from agent import api, comfyui, jobs, logs, memory, samples, status
+from agent import api
+from agent.change import memory
 from agent.files import Fault
+from agent.look import jobs, logs, samples, status
+from agent.serve import health
 from exporter import comfyui as metrics
 from tests.unit.test_api import BUSY, IDLE, STATS, at, listening, site
 
@@ -133,10 +136,10 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api.ask, "__defaults__", (None, SECONDS, 2_000_000))
     for asking in (api.queue, api.system_stats):
         monkeypatch.setattr(asking, "__defaults__", (SECONDS,))
-    monkeypatch.setattr(comfyui, "LOG_SECONDS", SECONDS)
+    monkeypatch.setattr(health, "LOG_SECONDS", SECONDS)
     for module in (status, jobs, metrics):
         monkeypatch.setattr(module, "PATIENCE", SECONDS)
-    monkeypatch.setattr(comfyui, "WORKFLOW_SECONDS", SECONDS)
+    monkeypatch.setattr(health, "WORKFLOW_SECONDS", SECONDS)
 
 
 class Unknown:
@@ -162,17 +165,17 @@ def test_every_question_ends_in_time(way: str, tmp_path: Path) -> None:
         client = metrics.Client(place)
         notes: list[str] = []
         asked: dict[str, Callable[[], object]] = {
-            "drain": lambda: comfyui.drain(place, SECONDS, False, notes.append),
+            "drain": lambda: health.drain(place, SECONDS, False, notes.append),
             "status": lambda: status._comfyui(host),
             "jobs": lambda: jobs.jobs(host, 10),
             "free-memory": lambda: memory.free(host, SECONDS),
-            "the timer": lambda: comfyui.free_if_idle(host),
+            "the timer": lambda: health.free_if_idle(host),
             "gpu": lambda: samples.running_job(host, SECONDS),
             "logs": lambda: list(logs._remembered(host, Fault("log", "x"), lambda _: True)),
             "metrics": lambda: list(metrics.queue(client)),
             "counts": lambda: list(metrics.Jobs(client, tmp_path / "counts").look()),
-            "gate": lambda: comfyui._picture(place, Unknown(), "first", lambda: None, notes.append),
-            "log of the gate": lambda: comfyui._output(place, Unknown(), ""),
+            "gate": lambda: health._picture(place, Unknown(), "first", lambda: None, notes.append),
+            "log of the gate": lambda: health._output(place, Unknown(), ""),
         }
         for name, ask in asked.items():
             begun = time.monotonic()
@@ -202,14 +205,14 @@ def test_with_force_nothing_is_asked(way: str) -> None:
         WAYS[way](connection)
 
     with listening(talk) as port:
-        comfyui.drain(at(port), 60, True, lambda _: None)
+        health.drain(at(port), 60, True, lambda _: None)
     assert asked == []
 
 
 def test_an_honest_one_is_understood() -> None:
     """The other tests would pass if nothing were."""
     with listening(said(**IDLE, **STATS)) as port:
-        comfyui.drain(at(port), 1, False, lambda _: None)
+        health.drain(at(port), 1, False, lambda _: None)
         assert api.system_stats(at(port))["version"] == "0.30.0"
     with listening(said(**BUSY)) as port:
         assert api.queue(at(port))[0][0]["id"] == "a-job"

@@ -9,7 +9,8 @@ import pytest
 
 from core import files
 from core.errors import ConfigError, HearthError, SecretError, UnknownNameError
-from deploy import application, host
+from deploy import host
+from lock import application
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent import lifecycle as steps
-from agent import runs
+from agent.change import lifecycle as steps
+from agent.change import runs
 from agent.files import Fault, Sweep
 from agent.journal import Journal
-from agent.services import entries
-from agent.site import Site
+from agent.layout import Site
+from agent.serve.services import entries
 from core import console
 from core.errors import RefusedError, UsageError
 from deploy import plan

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from agent import jobs as agent_jobs
-from agent import logs as agent_logs
 from agent.files import Fault
-from agent.services import Supervised
-from agent.site import Site
+from agent.layout import Site
+from agent.look import jobs as agent_jobs
+from agent.look import logs as agent_logs
+from agent.serve.services import Supervised
 from core.errors import ConnectError, UsageError
 from ops import fleet, jobs, logs
 
@@ -107,7 +107,7 @@ def test_a_time_is_found_by_what_the_supervisor_noted(tmp_path: Path, monkeypatc
     assert texts(site, since="10 s ago", lines=None) == []
     with pytest.raises(Fault, match="--since then is no time"):
         list(read(site, since="then"))
-    monkeypatch.setattr("agent.services.LONG", 10)
+    monkeypatch.setattr("agent.serve.services.LONG", 10)
     manager.rotate()
     assert sorted(path.name for path in site.state.glob("comfyui.*")) == ["comfyui.log.1", "comfyui.times.1"]
     log.write_text("newest\n")

@@ -16,14 +16,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent import comfyui, services
-from agent.develop import Watcher
-from agent.site import Site
+from agent.layout import Site
+from agent.serve import health, services
+from agent.serve.watch import Watcher
 from core import files
 from core.errors import ConfigError, HearthError, UnknownNameError
 from core.stack import stacks
-from deploy import host, nodes, plan
+from deploy import host, plan
 from deploy.host import Override, Setting, Target
+from lock import nodes
 from ops import flags, fleet, profiles
 from tests.unit.test_plan import FRESH, made, shelf, spark
 
@@ -343,9 +344,9 @@ def answering(queue: dict[str, Any]) -> Iterator[tuple[Site, list[Any]]]:
 )
 def test_memory_is_given_back_when_there_is_no_job(queue: dict[str, Any], said: str, freed: bool) -> None:
     with answering(queue) as (site, asked):
-        assert said in comfyui.free_if_idle(site)
+        assert said in health.free_if_idle(site)
     assert asked == ([("/free", {"unload_models": True, "free_memory": True})] if freed else [])
-    assert "does not answer" in comfyui.free_if_idle(site)
+    assert "does not answer" in health.free_if_idle(site)
 
 
 # --- what is shown -------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigError, HearthError, ToolMissingError, UnknownNameError
-from deploy import environment, nodes
-from deploy.application import application
+from lock import nodes, requirements
+from lock.application import application
 
 NODE = 'url = "https://example.org/{name}"\ncommit = "' + "a" * 40 + '"\ntree = "t"\nwhy = "a test"\n'
 
@@ -73,8 +73,8 @@ def test_the_known_nodes_load_and_each_set_can_be_chosen() -> None:
 
 
 def test_no_list_has_a_package_that_an_override_replaced() -> None:
-    for stack, platform, python in environment.combinations():
-        lock = environment.find(stack.name, platform.value, python)
+    for stack, platform, python in requirements.combinations():
+        lock = requirements.find(stack.name, platform.value, python)
         assert lock
         there = re.findall(r"^([\w.-]+)==", lock.text, re.MULTILINE)
         replaced = [
@@ -118,7 +118,7 @@ torch==5 \\
     ],
 )
 def test_a_host_gets_the_packages_that_its_nodes_reach(chosen: list[str], expected: list[str]) -> None:
-    text = environment.Lock("cu130", "linux_x86_64", "3.12", LISTED).select(chosen)
+    text = requirements.Lock("cu130", "linux_x86_64", "3.12", LISTED).select(chosen)
     assert [line.split()[0] for line in text.splitlines() if "==" in line] == expected
     assert ("sha256:bb" in text) == ("deep-one==2" in expected)
     assert "via" not in text
@@ -126,7 +126,7 @@ def test_a_host_gets_the_packages_that_its_nodes_reach(chosen: list[str], expect
 
 def asked(tmp_path: Path, lines: str, override: dict[str, nodes.Override] | None = None) -> list[str]:
     (tmp_path / "requirements.txt").write_text(lines)
-    return environment._pinnable("a", tmp_path, nodes.Catalogue(override=override or {}))
+    return requirements._pinnable("a", tmp_path, nodes.Catalogue(override=override or {}))
 
 
 def test_a_nodes_torch_is_the_stacks_and_its_namesakes_stay(tmp_path: Path) -> None:
@@ -178,9 +178,9 @@ def test_an_address_with_its_hash_is_kept(tmp_path: Path) -> None:
 def test_a_line_that_means_more_to_uv_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "pyproject.toml").write_text(f"[project]\ndependencies = [{json.dumps(line)}]")
     with pytest.raises(ConfigError, match="no requirement that can be pinned"):
-        environment._pinnable("it", tmp_path, nodes.Catalogue())
+        requirements._pinnable("it", tmp_path, nodes.Catalogue())
     with pytest.raises(ConfigError, match="is no requirement"):
-        environment._plain(line)
+        requirements._plain(line)
 
 
 def test_what_is_no_requirement_is_refused(tmp_path: Path) -> None:
@@ -204,14 +204,16 @@ def test_new_code_that_asks_for_the_same_needs_no_resolution(tmp_path: Path, mon
     )
     monkeypatch.setenv("HEARTH_APP", str(tmp_path))
     known = nodes.catalogue()
-    asked = environment.wishes(application(), known)
-    for stack, platform, python in environment.combinations():
-        path = tmp_path / "locks" / f"{environment.Lock(stack.name, platform.value, python, '').name}.txt"
-        path.write_text(f"# before\n# What they ask for: {environment._asked_hash(asked, known, stack)}\nsix==1.17.0\n")
+    asked = requirements.wishes(application(), known)
+    for stack, platform, python in requirements.combinations():
+        path = tmp_path / "locks" / f"{requirements.Lock(stack.name, platform.value, python, '').name}.txt"
+        path.write_text(
+            f"# before\n# What they ask for: {requirements._asked_hash(asked, known, stack)}\nsix==1.17.0\n"
+        )
     monkeypatch.setenv("PATH", "")  # no uv: nothing can be resolved
-    assert len(environment.compile_all(check=False)) == len(environment.combinations())
+    assert len(requirements.compile_all(check=False)) == len(requirements.combinations())
     assert all(path.read_text().endswith("\nsix==1.17.0\n") for path in (tmp_path / "locks").iterdir())
-    assert environment.compile_all(check=True) == []
+    assert requirements.compile_all(check=True) == []
     (tmp_path / "src/requirements.txt").write_text("six<1\n")
     with pytest.raises(ToolMissingError):
-        environment.compile_all(check=False)
+        requirements.compile_all(check=False)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from agent import parts
-from agent.facts import _parts
 from agent.files import free, write
-from agent.services import wait_for
-from agent.site import Site
+from agent.layout import Site
+from agent.look.facts import _parts
+from agent.serve.services import wait_for
 from core import files
 
 

@@ -17,10 +17,11 @@ import pytest
 
 from core import files
 from core.manifest import Manifest, Proof
-from deploy import application, environment, facts, nodes, plan, release
+from deploy import facts, plan, release
 from deploy.exporter import Exporter
 from deploy.facts import Facts, Gpu, Process, Service
 from deploy.host import Host, Mount, Setting, Target, profiles
+from lock import application, nodes, requirements
 
 APP = msgspec.convert(
     {"name": "comfyui", "version": "1.2.3", "source": [{"folder": "src"}], "tree": "t" * 64, "folder": "/nowhere",
@@ -63,7 +64,7 @@ def wheel(kernel: str, **values: Any) -> Manifest:
 
 def shelf(*wheels: Manifest) -> plan.Shelf:
     locks = {
-        (platform, python): environment.Lock("cu130", platform, python, f"torch # {platform} {python}\n")
+        (platform, python): requirements.Lock("cu130", platform, python, f"torch # {platform} {python}\n")
         for platform in ("linux_aarch64", "linux_x86_64")
         for python in ("3.11", "3.12")
     }
@@ -618,9 +619,9 @@ def test_the_manager_is_refused_where_it_could_change_its_own_security_level() -
 
 
 def test_every_lock_is_there() -> None:
-    for stack, platform, python in environment.combinations():
-        lock = environment.find(stack.name, platform.value, python)
+    for stack, platform, python in requirements.combinations():
+        lock = requirements.find(stack.name, platform.value, python)
         assert lock is not None
         assert f"torch=={stack.torch}" in lock.text
         assert "--hash=sha256:" in lock.text
-    assert len(list((files.CHECKOUT / "recipes/comfyui/locks").iterdir())) == len(environment.combinations())
+    assert len(list((files.CHECKOUT / "recipes/comfyui/locks").iterdir())) == len(requirements.combinations())

@@ -12,8 +12,9 @@ import pytest
 
 from core import foreign
 from core.errors import ConfigError
-from deploy import application, review
-from deploy.advisory import Advisory
+from deploy import review
+from lock import application
+from lock.advisory import Advisory
 
 STARTS, NATIVE, NETWORK, TEXT, HIDES = review.ANYWHERE
 

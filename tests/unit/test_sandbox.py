@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from agent import mps, sandbox, trial
+from agent.change import trial
 from agent.files import Fault, write
-from agent.site import Site
+from agent.layout import Site
+from agent.look import mps
+from agent.serve import sandbox
 
 DATA = "/opt/comfyui/data"
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from agent import services
 from agent.files import Fault, flock, free, holders, link, read, read_text, started, write
-from agent.gpu import process
-from agent.services import Supervised, Systemd, manager_of, wait_for
-from agent.site import Site
+from agent.layout import Site
+from agent.look.gpu import process
+from agent.serve import services
+from agent.serve.services import Supervised, Systemd, manager_of, wait_for
 from core import files
 from deploy import connection
 

@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent import settings as steps
+from agent.change import settings as steps
 from agent.files import Fault
 from agent.journal import Settings
-from agent.site import Site
+from agent.layout import Site
 from core.errors import UnknownNameError, UsageError
 from deploy import plan
 from deploy.facts import Facts, Gpu

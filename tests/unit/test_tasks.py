@@ -15,13 +15,13 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 
 from core import files
+from core.command import command
 from core.errors import AuditServiceError, BusyError
-from deploy import report, workshop
-from deploy.audit import Audit, Finding
-from deploy.curate import Change as Update
+from core.flags import CutOver, Where
+from deploy import remote_build, report
 from deploy.flow import Outcome
-from tasks.command import command
-from tasks.flags import CutOver, Where
+from lock.audit import Audit, Finding
+from lock.node_updates import Change as Update
 from tests.conftest import Hearth
 
 
@@ -82,9 +82,8 @@ def test_what_no_task_can_take_is_refused(hearth: Hearth, words: list[str], says
     assert says in done.stderr
 
 
-@pytest.mark.parametrize("folder", [".", "docs", "tasks"])
+@pytest.mark.parametrize("folder", [".", "docs"])
 def test_inv_finds_the_checkouts_packages_from_every_folder(folder: str) -> None:
-    """And not those of its own folder: `deploy` is both."""
     program = Path(sys.executable).with_name("inv")
     words = [str(program), "facts", "--host", "nowhere"]
     done = subprocess.run(words, cwd=files.CHECKOUT / folder, capture_output=True, text=True, check=False)
@@ -92,7 +91,7 @@ def test_inv_finds_the_checkouts_packages_from_every_folder(folder: str) -> None
 
 
 def test_the_checkout_that_a_host_is_sent_has_all_that_a_build_needs(hearth: Hearth, tmp_path: Path) -> None:
-    with tarfile.open(fileobj=io.BytesIO(workshop._pack())) as tar:
+    with tarfile.open(fileobj=io.BytesIO(remote_build._pack())) as tar:
         tar.extractall(tmp_path, filter="data")
     words = hearth.command("build-kernels", "--arch", "8.9", "--python", "3.11", "--dry-run")
     done = subprocess.run(words, cwd=tmp_path, env=hearth.environment(), capture_output=True, text=True, check=False)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from agent import steps
+from agent.change import steps
 from core import source, tools
 from core.errors import ConfigError, ProcessError, TreeError
-from deploy import curate, nodes
+from lock import node_updates, nodes
 from tests.unit.test_source import repository
 
 HOSTILE = {
@@ -114,17 +114,17 @@ def test_a_submodule_has_the_same_bytes_too(hostile: Path, tmp_path: Path) -> No
 
 def test_updates_are_looked_for_without_the_callers_git(hostile: Path, tmp_path: Path) -> None:
     commit = plain(tmp_path / "repo", {"a.py": ""})
-    assert curate.newest(f"file://{tmp_path}/repo") == commit
-    assert curate.holds(f"file://{tmp_path}/repo", commit, commit) is True
+    assert node_updates.newest(f"file://{tmp_path}/repo") == commit
+    assert node_updates.holds(f"file://{tmp_path}/repo", commit, commit) is True
     assert not hostile.exists()
 
 
 @pytest.mark.parametrize("url", ["ext::sh -c 'touch {ran}'", "--upload-pack=touch {ran}"])
 def test_an_address_runs_nothing(hostile: Path, url: str) -> None:
     address = url.format(ran=hostile)
-    assert curate.holds(address, "a" * 40, "b" * 40) is None
+    assert node_updates.holds(address, "a" * 40, "b" * 40) is None
     with pytest.raises(Exception, match="does not answer"):
-        curate.newest(address)
+        node_updates.newest(address)
     assert not hostile.exists()
 
 
@@ -134,7 +134,7 @@ def test_the_users_own_mirror_and_credentials_are_used(tmp_path: Path, monkeypat
     (tmp_path / "home/.gitconfig").write_text(f'[url "file://{tmp_path}/"]\ninsteadOf = https://example.org/\n')
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-    assert curate.newest("https://example.org/repo") == commit
+    assert node_updates.newest("https://example.org/repo") == commit
     monkeypatch.setenv("GIT_SSH_COMMAND", "ssh -i key")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")
     told = tools.git("-c", "alias.told=!env", "told").stdout.splitlines()

@@ -17,10 +17,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent import asker, comfyui, cutover, facts, mps, parts, sandbox, steps, survey, trial
+from agent import parts, requester
+from agent.change import cutover, steps, trial
 from agent.files import Fault, Json, remove
-from agent.services import end_descendants
-from agent.site import DATA, PROOF, UNUSED, Site
+from agent.layout import DATA, PROOF, UNUSED, Site
+from agent.look import facts, mps, survey
+from agent.serve import health, sandbox
+from agent.serve.services import end_descendants
 from deploy import plan
 from tests.unit.test_agent import at, make
 from tests.unit.test_agent_files import deep, mode
@@ -226,7 +229,7 @@ def test_a_labyrinth_in_the_place_of_the_proof_is_deleted(tmp_path: Path, levels
     site, notes = at(tmp_path), list[str]()
     (tmp_path / "data/output").mkdir(parents=True)
     deep(tmp_path / "data/output" / PROOF, levels)
-    comfyui.clearer(site, notes.append)()
+    health.clearer(site, notes.append)()
     assert list((tmp_path / "data/output").iterdir()) == []
     assert notes == []
 
@@ -237,7 +240,7 @@ def test_a_link_in_the_place_of_the_output_is_not_followed_by_root(tmp_path: Pat
     (tmp_path / "data").mkdir()
     (tmp_path / "data/output").mkdir()
     (tmp_path / "data/output" / PROOF).symlink_to(secret.parent)
-    comfyui.clearer(at(tmp_path), lambda _: None)()
+    health.clearer(at(tmp_path), lambda _: None)()
     assert secret.exists()
     assert not os.path.lexists(tmp_path / "data/output" / PROOF)
 
@@ -358,7 +361,7 @@ def test_who_asks_is_what_the_host_knows(monkeypatch: pytest.MonkeyPatch) -> Non
     """Not what the client's variables say."""
     for name in ("LOGNAME", "USER"):
         monkeypatch.setenv(name, "anna")
-    told: Json = asker.asker("anna@laptop")
+    told: Json = requester.asker("anna@laptop")
     assert not told["who"].startswith("anna")
     code = "import sys; sys.path.insert(0, '.'); from agent.asker import asker; print(asker('anna@laptop')['who'])"
     env = {"PATH": "/usr/bin:/bin", "SSH_CONNECTION": "192.0.2.7 4711 192.0.2.1 22"}

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from agent import runs, steps
+from agent.change import runs, steps
 from agent.files import Fault, flock, remove, write
-from agent.services import wait_for
-from agent.site import Site
+from agent.layout import Site
+from agent.serve.services import wait_for
 from core import files
 
 DATA = os.urandom(3_000_000)

@@ -13,7 +13,7 @@ import pytest
 
 from core import console, files, lockfile, manifest
 from core.errors import ArchError, HashMismatchError, RemoteError
-from deploy import connection, flow, workshop
+from deploy import connection, flow, remote_build
 from tests.unit.test_plan import spark, wheel
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(flow, "find_target", lambda _: spark())
         monkeypatch.setattr(connection, "connect", connect)
         monkeypatch.setattr(lockfile, "install", lambda *_: Path("/nowhere"))
-        monkeypatch.setattr(workshop, "_send", lambda *_: "place")
-        return workshop.build("spark", {**ASKED, **asked}, force=False, dry_run=False)
+        monkeypatch.setattr(remote_build, "_send", lambda *_: "place")
+        return remote_build.build("spark", {**ASKED, **asked}, force=False, dry_run=False)
 
     run.taken = 0  # type: ignore[attr-defined]
     return run

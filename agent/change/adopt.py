@@ -1,0 +1,313 @@
+"""Taking over a ComfyUI that somebody else installed, and putting all of it back.
+
+Its folders belong to whoever ran it, who may have put a link anywhere; so what root changes there is opened name by
+name, and no link is followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from agent.api import Endpoint
+from agent.change.cutover import LARGEST
+from agent.files import DATABASE, LEVELS, Fault, Json, discard, opened, remove, run, sync, tree
+from agent.journal import Adopted, now
+from agent.layout import SHARING, Site
+from agent.look.survey import all_processes
+from agent.serve.health import drain
+from agent.serve.services import UNITS
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename, following no link, and never onto something that is there (renameat2, glibc 2.28); raises OSError."""
+    import ctypes  # a megabyte that no other verb needs
+
+    with opened(source.parent) as here, opened(target.parent) as there:
+        names = os.fsencode(source.name), os.fsencode(target.name)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.renameat2(here, names[0], there, names[1], 1):  # RENAME_NOREPLACE
+            code = ctypes.get_errno()
+            if code != errno.EINVAL or os.path.lexists(target):
+                raise OSError(code, os.strerror(code), str(source), None, str(target))
+            os.rename(*names, src_dir_fd=here, dst_dir_fd=there)  # some file systems (NFS, older ZFS) know no such flag
+        os.fsync(there)
+        os.fsync(here)
+
+
+def retire(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Take what served before out of service: its jobs awaited, its units stopped, disabled and set aside."""
+    drain(Endpoint(("127.0.0.1",), step["port"]), step["drain"], step["force"], note)
+    record = Adopted(site)
+    known = {event["unit"]["name"] for event in record.events() if event["event"] == "unit"}
+    for unit in step["units"]:
+        if unit["name"] not in known:
+            record.add("unit", unit=unit)
+    for unit in step["units"]:
+        if not os.path.lexists(unit["path"]):
+            continue
+        run(["systemctl", "stop", unit["name"]])
+        # Drop-ins, too: they would change Hearth's unit of that name.
+        own = [UNITS / f"{unit['name']}.d", UNITS / unit["name"]]
+        for place in own:
+            _copy(place, site.state / "adopted" / place.name)
+        if unit["enabled"]:
+            run(["systemctl", "disable", unit["name"]])
+        for place in own:
+            _drop(place)
+    run(["systemctl", "daemon-reload"])
+    for each in all_processes():
+        if each["place"] == step["path"]:
+            what = f"the old ComfyUI still runs: pid {each['pid']} of {each['user']}"
+            raise Fault("step", what, "no unit that was stopped is its own", "end it, then run the same command again")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a unit or its drop-ins as they are, links as links; /etc may be another file system than the prefix."""
+    if not os.path.lexists(source):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.fresh")
+    for stale in (fresh, target):
+        _drop(stale)
+    run(["cp", "-a", str(source), str(fresh)])
+    fresh.rename(target)
+    os.sync()
+
+
+def _drop(place: Path) -> None:
+    remove(place) if place.is_dir() and not place.is_symlink() else discard(place)
+
+
+def adopt(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Rename a folder of the old installation into the data, and let the service read and write it."""
+    record = Adopted(site)
+    source, target = Path(step["source"]), site.data.resolve() / step["name"]
+    if step["name"] == "user":
+        _keep_database(site, source, record)
+    left = _bring(source, target, record)
+    for each in left[:20]:
+        note(f"left where it is, the data has one of that name: {each}")
+    if left[20:]:
+        note(f"and {len(left) - 20} more of these")
+    moved = [Path(event["target"]) for event in record.events() if event["event"] == "rename"]
+    owners = {*step["owners"], site.owner()[0]}
+    kept = sum(_own(site, each, owners, record) for each in dict.fromkeys(moved) if target in (each, *each.parents))
+    if kept:
+        note(f"{kept} files have several names or another owner than the installation, and keep their owners and modes")
+
+
+def _bring(source: Path, target: Path, record: Adopted) -> list[str]:
+    """Rename a folder, or what is in it where there is one already; answers what had to stay."""
+    left: list[str] = []
+    pending = [(source, target)]
+    while pending:
+        here, there = pending.pop()
+        if len(here.parts) - len(source.parts) > LEVELS or max(len(bytes(here)), len(bytes(there))) > LONGEST:
+            left.append(str(here))
+            continue
+        if not os.path.lexists(here):
+            continue
+        with suppress(OSError), opened(there.parent) as place:
+            os.rmdir(there.name, dir_fd=place)  # an empty one is as good as none
+        if not os.path.lexists(there):
+            record.add("rename", source=str(here), target=str(there))
+            rename(here, there)
+        elif any(each.is_symlink() or not each.is_dir() for each in (here, there)):
+            left.append(str(here))
+        else:
+            pending += [(each, there / each.name) for each in sorted(here.iterdir(), reverse=True)]
+    return left
+
+
+LONGEST = 3800
+"""Bytes of a path; the kernel takes 4096."""
+
+
+def _own(site: Site, root: Path, owners: set[int], record: Adopted) -> int:
+    """Give a tree to the service and its group, as far as it is the `owners`'; answers how many files were left."""
+    left = 0
+    with opened(root.parent) as parent:
+        left += _own_entries(parent, root.parent, [root.name], site.sharing(), owners, record)
+    for folder in tree(root):
+        try:
+            with opened(folder) as place:
+                names = os.listdir(place)  # noqa: PTH208  of an open folder
+                left += _own_entries(place, folder, names, site.sharing(), owners, record)
+        except OSError as error:  # gone, a link by now, or so deep that no path leads to it
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                raise
+    return left
+
+
+def _own_entries(
+    place: int, folder: Path, names: list[str], owner: tuple[int, int], owners: set[int], record: Adopted
+) -> int:
+    """The same for some entries of an open folder. What they were is recorded before."""
+    changes: list[tuple[list[Any], int]] = []
+    left = 0
+    for name in names:
+        status = os.lstat(name, dir_fd=place)
+        kind, mode = stat.S_IFMT(status.st_mode), _harmless(status.st_mode)
+        if (kind == stat.S_IFREG and status.st_nlink > 1) or status.st_uid not in owners:
+            left += 1  # another name of it may be elsewhere, of somebody else's
+            continue
+        wanted = {stat.S_IFDIR: mode | 0o2770, stat.S_IFREG: mode | 0o660}.get(kind, mode)
+        if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (*owner, wanted):
+            changes.append(([name, status.st_uid, status.st_gid, mode, status.st_ino], wanted))
+    if changes:
+        record.add("own", folder=str(folder), entries=[before for before, _ in changes])
+    for (name, *_, inode), wanted in changes:
+        _give(place, name, *owner, wanted, inode)
+    return left
+
+
+def _harmless(mode: int) -> int:
+    """A mode without what makes a file run as its owner or group: that would be the service, or who gets it back."""
+    return stat.S_IMODE(mode) & (0o3777 if stat.S_ISDIR(mode) else 0o1777)
+
+
+def _give(place: int, name: str, user: int, group: int, mode: int, inode: int) -> None:
+    """Set owner and mode of an entry of an open folder, of a link its own.
+
+    What has several names, or is another file than the one of that number, is left alone.
+    """
+    kind = stat.S_IFMT(os.lstat(name, dir_fd=place).st_mode)
+    if kind == stat.S_IFLNK:
+        os.chown(name, user, group, dir_fd=place, follow_symlinks=False)
+    elif kind in (stat.S_IFREG, stat.S_IFDIR):
+        entry = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place)
+        try:
+            status = os.fstat(entry)
+            if status.st_ino == inode and (kind == stat.S_IFDIR or status.st_nlink == 1):
+                os.fchown(entry, user, group)
+                os.fchmod(entry, _harmless(kind | mode))
+        finally:
+            os.close(entry)
+
+
+def _keep_database(site: Site, folder: Path, record: Adopted) -> None:
+    """Copy the old ComfyUI's database: a newer version migrates it, and the old one would not start any more."""
+    kept = site.state / "adopted/database"
+    if kept.exists() or not folder.is_dir():
+        return
+    fresh = kept.with_name(".database")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True, mode=0o700)
+    for name, status in _database(folder).items():
+        if status.st_size > LARGEST:
+            what = f"{folder / name} is {status.st_size} bytes, and ComfyUI's database never is: at most {LARGEST}"
+            raise Fault("step", what, "", f"look at it, and move it away: mv {folder / name} …")
+        _copy_file(folder, fresh, name)
+    record.add("database", folder=str(folder))
+    os.sync()
+    fresh.rename(kept)
+    sync(kept.parent)
+
+
+def _database(folder: Path) -> dict[str, os.stat_result]:
+    """The files of a ComfyUI's database. It is small, an index of models and pictures."""
+    found: dict[str, os.stat_result] = {}
+    with opened(folder) as place:
+        for name in DATABASE:
+            with suppress(FileNotFoundError):
+                found[name] = os.lstat(name, dir_fd=place)
+    return {name: status for name, status in found.items() if stat.S_ISREG(status.st_mode)}
+
+
+def _copy_file(source: Path, target: Path, name: str) -> None:
+    """Copy a file with owner and mode from one folder to another, as long as it is now; never onto another file."""
+    with (
+        opened(source) as here,
+        opened(target) as there,
+        open(name, "rb", opener=_within(here)) as old,
+        open(name, "xb", opener=_within(there)) as new,
+    ):
+        status = os.fstat(old.fileno())
+        left = min(LARGEST, status.st_size) if stat.S_ISREG(status.st_mode) else 0
+        while block := old.read(min(left, 1 << 20)):
+            left -= new.write(block)
+        os.fchown(new.fileno(), status.st_uid, status.st_gid)
+        os.fchmod(new.fileno(), status.st_mode & 0o777)
+        new.flush()
+        os.fsync(new.fileno())
+
+
+def _unchanged(kept: Path, folder: Path) -> bool:
+    """Whether the database is what was kept: only files of the same size are read."""
+    old, now = _database(kept), _database(folder)
+    if {name: each.st_size for name, each in old.items()} != {name: each.st_size for name, each in now.items()}:
+        return False
+    with opened(kept) as here, opened(folder) as there:
+        for name, status in old.items():
+            with open(name, "rb", opener=_within(here)) as one, open(name, "rb", opener=_within(there)) as other:
+                if any(one.read(1 << 20) != other.read(1 << 20) for _ in range(0, status.st_size, 1 << 20)):
+                    return False
+    return True
+
+
+def _within(place: int) -> Callable[[str, int], int]:
+    """An opener of names in an open folder that follows no link and waits for no pipe."""
+    return lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=place)
+
+
+def _return_database(site: Site, folder: Path) -> None:
+    """Put the old database back where a newer version has changed it; the newer one stays beside it."""
+    kept = (site.state / "adopted/database").resolve()
+    if _unchanged(kept, folder):
+        return
+    for name in DATABASE:
+        if os.path.lexists(folder / name):
+            rename(folder / name, folder / f"{name}.newer-{now()}")
+    for name in _database(kept):
+        _copy_file(kept, folder, name)
+
+
+def unadopt(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Put back all that adopting changed, the last first: owners and modes, folders, database, units."""
+    record = Adopted(site)
+    stuck: list[str] = []
+    for event in reversed(record.events()):
+        try:
+            _undo(site, event)
+        except (Fault, OSError) as error:
+            stuck.append(str(error))
+    if stuck:
+        hint = "look at them, then run the same command again"
+        raise Fault("step", f"{len(stuck)} things could not be put back", "\n".join(stuck[:20]), hint)
+    shutil.rmtree(site.state / "adopted", ignore_errors=True)
+    record.path.rename(record.path.with_name("adopted.undone.jsonl"))
+    sync(site.state)
+
+
+def _undo(site: Site, event: Json) -> None:
+    """Take one line of the record back, as far as it was done."""
+    if event["event"] == "own" and Path(event["folder"]).is_dir():
+        with opened(Path(event["folder"])) as place:
+            for name, user, group, mode, *inode in event["entries"]:
+                with suppress(FileNotFoundError):
+                    # records of older versions have no number
+                    same = inode[0] if inode else os.lstat(name, dir_fd=place).st_ino
+                    _give(place, name, user, group, mode, same)
+                with suppress(OSError):  # what a deploy added since
+                    os.removexattr(f"/proc/self/fd/{place}/{name}", SHARING, follow_symlinks=False)
+    elif event["event"] == "rename" and os.path.lexists(event["target"]):
+        rename(Path(event["target"]), Path(event["source"]))
+    elif event["event"] == "database" and (site.state / "adopted/database").is_dir():
+        _return_database(site, Path(event["folder"]))
+    elif event["event"] == "unit":
+        unit = event["unit"]
+        for own in (UNITS / unit["name"], UNITS / f"{unit['name']}.d"):
+            if not os.path.lexists(own):
+                _copy(site.state / "adopted" / own.name, own)
+        run(["systemctl", "daemon-reload"])
+        if unit["enabled"]:
+            run(["systemctl", "enable", unit["name"]])
+        if unit["active"]:
+            run(["systemctl", "start", unit["name"]])

@@ -1,0 +1,206 @@
+"""Starting, stopping and taking away what a deploy has put here. Each step may be done again after it was cut short."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from agent.api import endpoint
+from agent.files import Fault, Json, Sweep, discard, flock, read, read_text, run, started, write
+from agent.journal import Journal, now
+from agent.layout import Site
+from agent.serve.health import drain, first_answer
+from agent.serve.services import UNITS, Manager, Systemd, entries, last_words, manager_of
+
+
+def stop(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Stop ComfyUI when its jobs are done; with `pause` until it is resumed, at boot too."""
+    manager = manager_of(site)
+    await_jobs(site, manager, step, note)
+    if step["pause"]:
+        write(site.paused, json.dumps({"who": read(site.pending)["who"], "at": now()}))
+        manager.disable()
+    halt(site, manager, force=step["force"])
+
+
+def halt(site: Site, manager: Manager, *, force: bool) -> None:
+    """Stop the service; with `force` nothing of it is left. MPS, which runs as its user, begins anew."""
+    manager.stop()
+    if not force:
+        return
+    mps = f"{site.service}-mps.service"
+    shared = isinstance(manager, Systemd) and (manager.units / mps).exists()
+    if shared:  # else systemd would start it again while it is ended, and count that as failing
+        run(["systemctl", "stop", mps])
+    end_all(site)
+    if shared:
+        subprocess.run(["systemctl", "reset-failed", mps], capture_output=True)
+        run(["systemctl", "start", "--no-block", mps])
+
+
+def end_all(site: Site) -> None:
+    """Kill what still runs as the service's user: a fork bomb outlasts systemd's own kill where that finds no end.
+
+    Where it has no user of its own, its unit or supervisor has ended it; but that one may have been killed itself.
+    """
+    end = time.monotonic() + 20
+    while left := _processes(site.owner()[0]) if site.user else _strays():
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > end:
+            what = f"{len(left)} processes of {site.user or 'the service'} do not end"
+            raise Fault("step", what, f"the first: {left[:5]}", "look at them on the host; a reboot ends them")
+        time.sleep(0.1)
+
+
+def _processes(user: int) -> list[int]:
+    """The processes of a user that have not ended."""
+    found: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if folder.stat().st_uid == user and started(int(folder.name)):
+                found.append(int(folder.name))
+    return found
+
+
+def _strays() -> list[int]:
+    """What confined itself (`confine`), and no supervisor or trial of Hearth's is above, nor is it of a unit."""
+    found: list[int] = []
+    for pid in _processes(os.getuid()):
+        if _confined(pid) and not re.search(
+            r"/user@\d+\.service/.+\.service$", read_text(Path(f"/proc/{pid}/cgroup")), re.M
+        ):
+            above = pid
+            while _confined(above):
+                above = int((read_text(Path(f"/proc/{above}/stat")).rpartition(")")[2].split() or "00")[1])
+            if "agent.pyz" not in read_text(Path(f"/proc/{above}/cmdline")):  # what is not confined does not lie
+                found.append(pid)
+    return found
+
+
+def _confined(pid: int) -> bool:
+    """Whether a process has the mark of `confine.main`, which none takes off."""
+    return bool(re.search(r"^Max msgqueue size +\S+ +0 ", read_text(Path(f"/proc/{pid}/limits")), re.MULTILINE))
+
+
+def start(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Start ComfyUI and wait until it answers; with `resume` from now on at boot, too."""
+    manager = manager_of(site)
+    if missing := site.unmounted():  # systemd would wait for it without an end
+        what = f"{' and '.join(missing)} went away since the plan was made"
+        raise Fault("step", what, "", "mount it there, then run the same command again")
+    if step["resume"]:
+        manager.enable()
+        discard(site.paused)
+    await_answer(site, manager, note)
+
+
+def restart(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Stop ComfyUI when its jobs are done, start it again, and wait until it answers."""
+    manager = manager_of(site)
+    await_jobs(site, manager, step, note)
+    halt(site, manager, force=step["force"])
+    await_answer(site, manager, note)
+
+
+def await_jobs(site: Site, manager: Manager, step: Json, note: Callable[[str], None]) -> None:
+    """Wait until ComfyUI has no job left, as the step says; raises Fault when it does not end in time."""
+    if manager.status()["active"]:  # else it is somebody else's ComfyUI that answers
+        drain(endpoint(site), step["drain"], step["force"], note)
+
+
+def await_answer(site: Site, manager: Manager, note: Callable[[str], None]) -> None:
+    """Start ComfyUI and wait until it answers; raises Fault with its log when it does not."""
+    began = time.monotonic()
+    manager.start()
+    try:
+        stats = first_answer(endpoint(site), manager, site.manifest(site.release())["gate"]["seconds"])
+    except Fault as fault:
+        fault.report |= {"kind": "silent", "hint": "read the log above; inv rollback returns to the release before"}
+        with suppress(Fault, OSError):
+            fault.report["log"] = last_words(manager)
+        raise
+    note(f"answers after {time.monotonic() - began:.1f} s: ComfyUI {stats['version']}")
+
+
+def withdraw(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Take the current release out of service. It stays here: a deploy or rollback brings it back."""
+    manager = manager_of(site)
+    await_jobs(site, manager, step, note)
+    halt(site, manager, force=step["force"])
+    manager.uninstall()
+    discard(site.paused)
+    if site.current.is_symlink():
+        discard(site.current)
+
+
+def end_linger(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Let the login's systemd end with its last session again."""
+    run(["loginctl", "disable-linger"])
+    discard(site.lingered)
+
+
+def forget(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Take away the unit that goes on with what was interrupted; it is the last of Hearth's in systemd's folder."""
+    Systemd(site).forget()
+
+
+def forget_mounts(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Take away Hearth's mount units. What is mounted stays so until the next boot."""
+    for unit in step["units"]:
+        for path in entries(UNITS, unit):
+            discard(path)
+    run(["systemctl", "daemon-reload"])
+
+
+def delete(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Delete what the step names in the prefix."""
+    _sweep([site.prefix / name for name in step["names"]], note)
+
+
+RUN = ("agent.pyz", "lock", "pending.json", "runs", "site.json", "submit.lock")
+"""What a run needs up to its end, and the next one to go on from there."""
+
+
+def erase(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Delete what Hearth noted, but for what this run needs: `vanish` takes that."""
+    _sweep([path for path in site.state.iterdir() if path.name not in RUN], note)
+
+
+def _sweep(paths: list[Path], note: Callable[[str], None]) -> None:
+    sweep = Sweep()
+    for path in paths:
+        sweep.delete(path)
+    os.sync()  # what is recorded as deleted does not come back with the power
+    note(f"{sweep.files} files are deleted")
+    for point in sweep.left:
+        note(f"left, it is a mount point: {point}")
+    if sweep.stuck:
+        more = [f"and {len(sweep.stuck) - 20} more"] if len(sweep.stuck) > 20 else []
+        what = f"{len(sweep.stuck)} things could not be deleted"
+        hint = "look at them (lsattr shows what is immutable), then run the same command again"
+        raise Fault("step", what, "\n".join([*sweep.stuck[:20], *more]), hint)
+
+
+def vanish(site: Site, journal: Journal) -> None:
+    """End a run that leaves nothing: what it needed itself is deleted after it, the journal with its last line at last.
+
+    Whoever follows has the journal open, and reads that line from there.
+    """
+    with flock(site.state / "submit.lock", wait=30):  # nobody leaves a plan in what is being deleted
+        site.pending.unlink()
+        Systemd(site).forget()
+        journal.add("end", result="done", fault={})
+        sweep = Sweep()
+        sweep.delete(site.state)
+        os.sync()
+    with suppress(OSError):  # the data is in it, or something of somebody else's
+        site.prefix.rmdir()

@@ -1,0 +1,90 @@
+"""Memory given back: ComfyUI's own, and the page cache that a GPU's memory competes with."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from agent.api import endpoint, unload
+from agent.files import Fault, Json, meminfo, read_text
+from agent.layout import Site
+from agent.look.gpu import gpus
+from agent.look.samples import running_job
+from agent.serve.services import manager_of, ours
+
+CACHES = Path("/proc/sys/vm/drop_caches")
+
+
+def free(site: Site, wait: float) -> Json:
+    """Have ComfyUI unload its models and forget its results, and wait until it has.
+
+    It does so at once, or when the job that runs has ended (main.py, prompt_worker); `wait` is in seconds. `freed` is
+    false when the job still runs then: it will come. Memory `before` and `after`: see `held`. Raises Fault.
+    """
+    end = time.monotonic() + wait
+    before = held(site)
+    try:
+        unload(endpoint(site))
+        job = running_job(site)
+        while job and running_job(site) == job:
+            if time.monotonic() > end:
+                return {"freed": False, "job": job, "before": before, "after": held(site)}
+            time.sleep(0.25)
+    except (OSError, ValueError) as error:
+        raise Fault(
+            "step", "ComfyUI does not answer, and keeps its memory", str(error), "inv status shows how it is"
+        ) from error
+    return {"freed": True, "job": job, "before": before, "after": _settled(site, before)}
+
+
+def held(site: Site) -> Json:
+    """Who holds how much, in bytes: each GPU's `used` and what ComfyUI has of it, ComfyUI's `resident` memory, and
+    what is `available` on the machine. None is what is not told."""
+    told = [
+        {
+            "index": gpu["index"],
+            "used": gpu["memory_used"],
+            "comfyui": sum(each["bytes"] or 0 for each in gpu["processes"] if each["comfyui"]),
+        }
+        for gpu in ours(site, gpus())
+    ]
+    status = read_text(Path(f"/proc/{manager_of(site).status()['pid']}/status"))
+    resident = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:")), None)
+    return {"gpus": told, "resident": resident, "available": meminfo()["MemAvailable"]}
+
+
+def _settled(site: Site, before: Json) -> Json:
+    """What is held when it has not become less for a second, or not at all for three: ComfyUI does not tell when it is
+    done, and begins when its worker wakes up."""
+    least, since = before, time.monotonic()
+    end = since + 15
+    while time.monotonic() < min(end, since + (3 if least is before else 1)):
+        time.sleep(0.25)
+        found = held(site)
+        if _sum(found) < _sum(least) - 1_000_000:
+            least, since = found, time.monotonic()
+    return least if least is not before else held(site)
+
+
+def _sum(each: Json) -> int:
+    return sum(gpu["used"] or 0 for gpu in each["gpus"]) + (each["resident"] or 0)
+
+
+def drop_caches(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Have the kernel forget what it has read from disks and could read again, once it has written what is new."""
+    before = meminfo()
+    os.sync()  # what is not written yet cannot be dropped
+    try:
+        CACHES.write_text("3\n")  # pages, and the names and inodes of files (proc(5))
+    except OSError as error:
+        hint = "a container has no say in this: do it on the machine itself"
+        raise Fault("step", "the kernel does not let its cache be dropped", str(error), hint) from error
+    after = meminfo()
+    for what, name in (("the page cache", "Cached"), ("available memory", "MemAvailable")):
+        note(f"{what}: {_gb(before[name])} before, {_gb(after[name])} after")
+
+
+def _gb(number: int) -> str:
+    return f"{number / 1e9:.1f} GB"

@@ -1,0 +1,331 @@
+"""What Hearth changes outside its prefix, on request: the old value is recorded before, and put back from there.
+
+A setting is a list of changes, each of one kind at one place:
+
+    file    a file: its text and mode (None: there is none)
+    value   a file of the kernel's, under /proc/sys or /sys; the place may have wildcards
+    group   a group: its members (None: there is none)
+    node    a device: its group and mode; the place may have wildcards
+    unit    a unit of systemd's: enabled, active
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import re
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from agent.change.lifecycle import await_answer, await_jobs
+from agent.files import Fault, Json, discard, run, write
+from agent.journal import Settings
+from agent.layout import Site
+from agent.serve.services import UNITS, manager_of
+
+# --- kinds ---------------------------------------------------------------------------------------------------------
+
+
+def _read_file(place: str) -> list[Any] | None:
+    path = Path(place)
+    if not os.path.lexists(path):
+        return None
+    return [path.read_text(errors="surrogateescape"), stat.S_IMODE(path.stat().st_mode)]
+
+
+def _write_file(place: str, value: list[Any] | None) -> None:
+    path = Path(place)
+    if value is None:
+        discard(path)
+        with suppress(OSError):  # a folder of drop-ins that holds others, or none at all
+            if path.parent.name.endswith(".service.d"):
+                path.parent.rmdir()
+    else:
+        there = path.exists()
+        write(path, value[0].encode(errors="surrogateescape"), value[1])
+        if there and path.parent == UNITS:
+            _reload(path)
+            subprocess.run(["systemctl", "reset-failed", path.name], capture_output=True)  # no start of ours counts
+            run(["systemctl", "try-restart", path.name])
+    _reload(path)
+
+
+def _reload(path: Path) -> None:
+    """Tell who reads such files."""
+    if UNITS in path.parents:
+        run(["systemctl", "daemon-reload"])
+    elif path.parent == Path("/etc/udev/rules.d") and shutil.which("udevadm"):
+        run(["udevadm", "control", "--reload"])
+        run(["udevadm", "trigger", "--action=change", "--subsystem-match=drm"])
+
+
+def _read_value(place: str) -> str:
+    text = Path(place).read_text().strip()
+    chosen = re.search(r"\[(.+?)\]", text)  # /sys/kernel/mm/transparent_hugepage/enabled: always [madvise] never
+    return chosen[1] if chosen else text
+
+
+def _write_value(place: str, value: str) -> None:
+    with Path(place).open("w") as file:  # in place: it is no file
+        file.write(value)
+
+
+def _read_group(place: str) -> list[str] | None:
+    with suppress(KeyError):
+        return sorted(grp.getgrnam(place).gr_mem)
+    return None
+
+
+def _write_group(place: str, value: list[str] | None) -> None:
+    there = _read_group(place) is not None
+    if value is None:
+        if there:
+            run(["groupdel", place])
+        return
+    if not there:
+        run(["groupadd", "--system", place])
+    run(["gpasswd", "--members", ",".join(value), place])
+
+
+def _read_node(place: str) -> list[int]:
+    status = Path(place).stat()
+    return [status.st_gid, stat.S_IMODE(status.st_mode)]
+
+
+def _write_node(place: str, value: list[int]) -> None:
+    os.chown(place, -1, value[0])
+    Path(place).chmod(value[1])
+
+
+def _read_unit(place: str) -> list[bool]:
+    return [subprocess.run(["systemctl", ask, "--quiet", place]).returncode == 0 for ask in ("is-enabled", "is-active")]
+
+
+def _write_unit(place: str, value: list[bool]) -> None:
+    enabled, active = value
+    if _read_unit(place) == value:
+        return
+    run(["systemctl", "daemon-reload"])
+    subprocess.run(["systemctl", "reset-failed", place], capture_output=True)
+    run(["systemctl", "enable" if enabled else "disable", place])
+    run(["systemctl", "start" if active else "stop", place])
+
+
+KINDS: dict[str, tuple[Callable[[str], Any], Callable[[str, Any], None]]] = {
+    "file": (_read_file, _write_file),
+    "value": (_read_value, _write_value),
+    "group": (_read_group, _write_group),
+    "node": (_read_node, _write_node),
+    "unit": (_read_unit, _write_unit),
+}
+
+
+def _glob(pattern: str) -> list[str]:
+    return sorted(map(str, Path("/").glob(pattern.lstrip("/"))))
+
+
+def _places(change: Json) -> list[str]:
+    """Where a change is made."""
+    return _glob(change["place"]) if change["kind"] in ("value", "node") else [change["place"]]
+
+
+def _wanted(change: Json, now: Any) -> Any:
+    """What shall be at a place. The number of a group that is not there yet is told as -1."""
+    kind = change["kind"]
+    gid = -1
+    with suppress(KeyError):
+        gid = grp.getgrnam(change.get("group", "")).gr_gid
+    if kind == "file":
+        return [change["text"].replace("@gid@", str(gid)), 0o644]
+    if kind == "group":
+        return sorted({*(now or []), *change["members"]})
+    return {"value": change.get("value"), "node": [gid, change.get("mode")], "unit": [True, True]}[kind]
+
+
+def seen(changes: list[Json]) -> list[Json]:
+    """How every place of some changes is now, how it shall be, and whether the kernel lets it be written."""
+    found: list[Json] = []
+    for change in changes:
+        for place in _places(change):
+            with suppress(OSError):
+                now = KINDS[change["kind"]][0](place)
+                may = change["kind"] != "value" or os.access(place, os.W_OK)
+                wanted = _wanted(change, now)
+                found.append({"kind": change["kind"], "place": place, "now": now, "wanted": wanted, "writable": may})
+    return found
+
+
+def look(site: Site, request: Json) -> Json:
+    """What is in force, and how the places of some settings (`changes`, by name) are now."""
+    record = Settings(site).in_force()
+    return {"applied": record, "seen": {name: seen(changes) for name, changes in request["changes"].items()}}
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------
+
+
+def apply_setting(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Make the changes of a setting; where ComfyUI must see them from its start, it is stopped before.
+
+    When ComfyUI then does not serve, or a change cannot be made, the whole setting is undone.
+    """
+    if step["serves"]:
+        _stop(site, step, note)
+    try:
+        _apply(site, step["setting"], step["changes"])
+        if step["serves"]:
+            await_answer(site, manager_of(site), note)
+    except (Fault, OSError) as error:
+        stuck = _undo(site, step["setting"], force=True)
+        if step["serves"]:
+            manager_of(site).stop()
+            await_answer(site, manager_of(site), note)
+        what = f"{step['setting']} could not be set, and is undone: {error}"
+        cause = error.report["cause"] if isinstance(error, Fault) else ""
+        raise Fault("step", what, "\n".join([cause, *stuck]).strip(), "mend that, then run the same command") from error
+
+
+def _apply(site: Site, setting: str, changes: list[Json]) -> None:
+    record = Settings(site)
+    known = {(each["kind"], each["place"]): each["new"] for each in record.in_force().get(setting, [])}
+    for change in changes:
+        read, put = KINDS[change["kind"]]
+        for place in _places(change):
+            now = read(place)
+            wanted = _wanted(change, now)
+            if now == wanted:
+                continue
+            if known.get((change["kind"], place), ...) != wanted:
+                record.add("change", setting=setting, kind=change["kind"], place=place, old=now, new=wanted)
+            put(place, wanted)
+
+
+def undo_settings(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    """Put back what settings changed, the last first; what somebody changed since stays, unless told to `overwrite`."""
+    if step["serves"]:
+        _stop(site, step, note)
+    stuck = [each for name in step["settings"] for each in _undo(site, name, force=step["overwrite"])]
+    if step["serves"]:
+        await_answer(site, manager_of(site), note)
+    if stuck:
+        hint = "look at them; --force puts back what was there before Hearth, too"
+        raise Fault(
+            "changed", f"{len(stuck)} things were changed since, and are left as they are", "\n".join(stuck), hint
+        )
+
+
+def _undo(site: Site, setting: str, *, force: bool) -> list[str]:
+    record = Settings(site)
+    stuck: list[str] = []
+    for change in reversed(record.in_force().get(setting, [])):
+        read, put = KINDS[change["kind"]]
+        told = {key: change[key] for key in ("setting", "kind", "place")}
+        try:
+            now = read(change["place"])
+            # whether a unit runs is nobody's change: it may have died
+            if now not in (change["old"], change["new"]) and change["kind"] != "unit" and not force:
+                stuck.append(f"{change['place']}: {_edited(now, change['new'])}")
+                continue
+            if now != change["old"]:
+                put(change["place"], change["old"])
+        except FileNotFoundError:
+            pass  # a processor or device that is not there any more
+        except (Fault, OSError) as error:
+            stuck.append(f"{change['place']}: {error}")
+            continue
+        record.add("undone", **told)
+    return stuck
+
+
+def _edited(now: Any, new: Any) -> str:
+    return "gone" if now is None else f"{now}, Hearth set {new}" if isinstance(new, str) else "edited"
+
+
+def _stop(site: Site, step: Json, note: Callable[[str], None]) -> None:
+    manager = manager_of(site)
+    await_jobs(site, manager, step, note)
+    manager.stop()
+
+
+# --- who may use the GPU -------------------------------------------------------------------------------------------
+
+
+def access(site: Site, request: Json) -> Json:
+    """The GPU's devices with owner, group and mode, who of `users` may use each, and what decides about them.
+
+    `driver` are the driver's parameters for the nodes that it makes (/proc/driver/nvidia/params), `rules` the udev
+    rules that name such devices.
+    """
+    people = {name: _groups(name) for name in request["users"]}
+    nodes = []
+    for place in [*_glob("/dev/nvidia*"), *_glob("/dev/dri/render*")]:
+        status = Path(place).stat()
+        if not stat.S_ISCHR(status.st_mode):
+            continue
+        group = _group(status.st_gid)
+        nodes.append(
+            {
+                "place": place,
+                "mode": stat.S_IMODE(status.st_mode),
+                "owner": _user(status.st_uid),
+                "group": group,
+                "denied": [name for name, groups in people.items() if not _may(status, name, groups)],
+            }
+        )
+    params = {}
+    with suppress(OSError):
+        lines = Path("/proc/driver/nvidia/params").read_text().splitlines()
+        split = (line.partition(": ") for line in lines)
+        params = {
+            name: value for name, _, value in split if name.startswith("DeviceFile") or name == "ModifyDeviceFiles"
+        }
+    rules: list[Json] = []
+    for folder in ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/lib/udev/rules.d", "/lib/udev/rules.d"):
+        if Path(folder).resolve() in {Path(each["file"]).parent for each in rules}:
+            continue  # /lib is /usr/lib
+        for path in sorted(Path(folder).resolve().glob("*.rules")):
+            rules += [
+                {"file": str(path), "rule": line.strip()[:200]}
+                for line in path.read_text(errors="replace").splitlines()
+                if not line.lstrip().startswith("#") and re.search(r"nvidia|renderD|0x10de", line)
+            ]
+    return {"nodes": nodes, "driver": params, "rules": rules, "users": people}
+
+
+def _groups(user: str) -> list[str] | None:
+    """The groups of a user; None when there is no such user."""
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        return None
+    return sorted(_group(each) for each in os.getgrouplist(user, entry.pw_gid))
+
+
+def _may(status: os.stat_result, user: str, groups: list[str] | None) -> bool:
+    """Whether a user may read and write a device: its mode says so (an access list is not looked at)."""
+    if groups is None:
+        return False
+    if _user(status.st_uid) == user:
+        return status.st_mode & 0o600 == 0o600
+    shift = 3 if _group(status.st_gid) in groups else 0
+    return (status.st_mode >> shift) & 0o6 == 0o6
+
+
+def _group(number: int) -> str:
+    try:
+        return grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)

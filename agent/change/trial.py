@@ -1,0 +1,330 @@
+"""The trial of a release: it runs beside the one in service, in the same sandbox and on the same GPU, and is proven.
+
+It has a loopback port of its own and scratch data: folders of its own, a copy of the database, the real models to read.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+
+from agent.api import Endpoint
+from agent.files import (
+    Fault,
+    Json,
+    Sweep,
+    branches,
+    inherited,
+    inside,
+    link,
+    meminfo,
+    read,
+    read_some,
+    regular,
+    run,
+    write,
+)
+from agent.layout import DATA, Site
+from agent.look.gpu import gpus
+from agent.parts import as_service, forsake_root
+from agent.serve.health import prove, say_changed_types
+from agent.serve.services import (
+    Manager,
+    Systemd,
+    copied,
+    dies_with_parent,
+    end_descendants,
+    end_of,
+    take_orphans,
+    wait_for,
+)
+
+CLEAR_SECONDS = 120
+"""For deleting what a trial has written, some megabytes."""
+
+MEMORY, GPU_MEMORY = 2_500_000_000, 1_500_000_000
+"""Bytes that a second, idle ComfyUI needs: its process (0.9 GB measured on a CPU, more with node packs) and on the GPU
+a CUDA context with the libraries of the kernels (estimated, not measured)."""
+
+SMALL = 16_000_000
+"""Bytes up to which a file that nodes keep in data/nodes is copied: settings are small, models of their own are not."""
+
+SMALL_ONES = 500_000_000
+"""Bytes up to which such files are copied: what a node wrote without an end must not fill the disk."""
+
+
+def lacking() -> str:
+    """Which memory is too small for two instances, in words; empty when there is enough."""
+    if (free := meminfo()["MemAvailable"]) < MEMORY:
+        return f"{free / 1e9:.1f} GB of memory are available, {MEMORY / 1e9:.1f} GB needed"
+    for gpu in gpus():
+        if not gpu["unified"] and gpu["memory_total"] and gpu["memory_used"] is not None:
+            free = gpu["memory_total"] - gpu["memory_used"]
+            if free < GPU_MEMORY:
+                return f"GPU {gpu['index']} has {free / 1e9:.1f} GB free, {GPU_MEMORY / 1e9:.1f} GB needed"
+    return ""
+
+
+def trial_of(site: Site, manager: Manager) -> Trial:
+    """The trial of a release, run as its service would be."""
+    return SystemdTrial(site) if isinstance(manager, Systemd) else Trial(site)
+
+
+def run_trial(site: Site, manager: Manager, release: Json, note: Callable[[str], None]) -> None:
+    """Prove a release without touching the one in service. Raises Fault, kind `trial`, with its log."""
+    trial = trial_of(site, manager)
+    current = site.release()
+    try:
+        trial.start(release)
+        proof = prove(
+            Endpoint.of(trial.argv), trial, release, trial.argv, lambda text: note(f"trial: {text}"), lambda: None
+        )
+    except Exception as error:
+        report = error.report if isinstance(error, Fault) else Fault("trial", repr(error)).report
+        still = f"release {current} stays in service: nothing was stopped" if current else "nothing was in service"
+        fault = Fault("trial", f"release {release['id']} failed its trial: {report['what']}")
+        fault.report["cause"] = "\n".join(filter(None, [report["cause"], still]))
+        fault.report["hint"] = report["hint"] or "read the log above; inv deploy tries again"
+        with suppress(Fault, OSError):
+            fault.report["log"] = trial.log(25)
+        raise fault from error
+    finally:
+        trial.clear()
+    say_changed_types(read(site.releases / current / "proven", lenient=True), proof, note)
+
+
+IMPORT_SECONDS = 300
+"""For importing torch and the kernels from a cold disk."""
+
+
+def imports(release: Json) -> list[str]:
+    """The command that imports the release's kernels: ComfyUI itself loads only the one that it computes with."""
+    names = release["gate"].get("imports", ())
+    return [release["argv"][0], "-I", "-B", "-c", f"import torch, {', '.join(names)}"] if names else []
+
+
+class Trial:
+    """One release on scratch data, as a process of the agent's own: it ends with it."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        # Nobody else may write in the room itself: systemd, which mounts from it, would follow a link there.
+        self.room = site.state / "trial"
+        self.scratch = self.room / "data"
+        self.argv: list[str] = []
+        # where the trial has what is written: the data, and folders that lie elsewhere
+        elsewhere = {path: name for name, path in site.elsewhere.items() if name != "models"}
+        self.places = {str(site.data): self.scratch, **{path: self.room / name for path, name in elsewhere.items()}}
+        self.child: subprocess.Popen[bytes] | None = None
+        self.spared: set[int] = set()
+
+    def moved(self, text: str) -> str:
+        """A command line, unit or environment with the scratch's paths in place of the data's."""
+        for path, place in self.places.items():
+            text = re.sub(rf"{re.escape(path)}(?![\w.-])", str(place).replace("\\", r"\\"), text)
+        return text
+
+    def confined(self, release: Json) -> list[str]:
+        """What a command is prefixed with where the release confines itself: for the trial's places and port."""
+        words = [self.moved(word) for word in release.get("confined", ())]
+        if words and "write" in json.loads(words[-2]):
+            spec, port = json.loads(words[-2]), int(self.argv[self.argv.index("--port") + 1])
+            models = self.site.elsewhere.get("models")  # the real ones
+            spec["read"] += [models] if models else []
+            spec["write"] = [path for path in spec["write"] if path != models]
+            words[-2] = json.dumps({**spec, "bind": [port], "connect": [*spec["connect"], port]})
+        return words
+
+    def prepare(self, release: Json, models: Path) -> None:
+        """Choose a port and make the scratch data, as the service's user; `models` is what its models are a link to."""
+        self.clear()
+        if os.path.lexists(self.room):
+            what = f"{self.room} could not be deleted: an earlier trial has made too much of it, or a mount"
+            raise Fault("trial", what, "", f"look at it, and delete it: rm -r --one-file-system {self.room}")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.argv = list(release["argv"])
+        for flag, value in (("--listen", "127.0.0.1"), ("--port", str(port))):
+            self.argv[self.argv.index(flag) + 1] = value
+        for place in self.places.values():
+            place.mkdir(0o750, parents=True)
+            os.chown(place, *self.site.owner())
+        inside = [self.moved(name) for name in release.get("folders", ())]
+        as_service(self.site, _fill, self.site.data, self.scratch, inside, models)
+
+    def start(self, release: Json) -> None:
+        """Start a release."""
+        self.prepare(release, self.site.data / "models")
+        self.argv = [self.moved(word) for word in self.argv]
+        variables = {name: self.moved(value) for name, value in release["environment"].items()}
+        self.spared = take_orphans()
+        log = (self.site.state / "trial.log").open("wb", buffering=0)  # written to as long as anything runs
+
+        def spawn(argv: list[str]) -> subprocess.Popen[bytes]:
+            child = subprocess.Popen(
+                argv,
+                env={**inherited(), **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd="/",
+                preexec_fn=dies_with_parent(),
+            )
+            assert child.stdout is not None
+            copied(child.stdout, log)
+            return child
+
+        if check := imports(release):
+            self.child = spawn([*self.confined(release), *check])
+            with suppress(subprocess.TimeoutExpired):
+                self.child.wait(IMPORT_SECONDS)
+            if self.child.poll() != 0:
+                raise Fault("gate", "a kernel of the release cannot be imported", " ".join(check[1:]))
+        self.child = spawn([*self.confined(release), *self.argv])
+
+    def stop(self) -> None:
+        """End it, if it runs."""
+        if self.child:
+            self.child.send_signal(signal.SIGINT)  # ComfyUI handles SIGINT, not SIGTERM
+            with suppress(subprocess.TimeoutExpired):
+                self.child.wait(20)
+            self.child.kill()
+            self.child.wait()
+            end_descendants(self.spared)
+
+    def clear(self) -> None:
+        """End it, if it runs, and remove what it has written."""
+        self.stop()
+        Sweep(CLEAR_SECONDS).delete(self.room)
+
+    def status(self) -> Json:
+        """Whether it runs."""
+        code = self.child.poll() if self.child else None
+        return {"active": self.child and code is None, "state": f"it ended with {code}", "restarts": 0}
+
+    def log(self, lines: int) -> list[str]:
+        """Its last lines."""
+        return end_of(self.site.state / "trial.log", lines)
+
+
+class SystemdTrial(Trial):
+    """One release on scratch data, as a unit that is gone with the next boot: the service's own with other places.
+
+    The system's systemd mounts the scratch over the data, so that what lies in the release and leads into the data
+    is tried, too; the login's own cannot, and gets other paths.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.unit = Systemd(Site({**site.json, "service": f"{site.service}-trial"}))
+        self.drop_ins = self.unit.units / f"{site.service}.service.d"
+        system = site.scope == "system"
+        self.unit.units = Path("/run/systemd/system" if system else f"/run/user/{os.getuid()}/systemd/user")
+        self.place = self.unit.units / self.unit.unit
+
+    def start(self, release: Json) -> None:
+        """Start a release; settings that somebody made for the service (systemctl edit) hold for it, too."""
+        text = (self.site.releases / release["id"] / f"{self.site.service}.service").read_text()
+        lines = ["[Service]", "Restart=no", f"RuntimeMaxSec={release['gate']['seconds'] + 900}", "ExecStart="]
+        if self.site.scope == "system":
+            # All of the real data, to read its models: systemd would follow a link in their place, as root. The trial
+            # follows it itself, within its sandbox.
+            real = Path(f"/run/{self.site.service}-data")
+            self.prepare(release, real / "models")
+            lines += [f"BindPaths={place}:{path}" for path, place in self.places.items()]
+            lines += [f"BindReadOnlyPaths={self.site.data}:{real}"]
+            if models := self.site.elsewhere.get("models"):  # the operator's
+                lines += [f"BindReadOnlyPaths=-{models}:{models}"]
+        else:
+            self.prepare(release, self.site.data / "models")
+            self.argv, text = [self.moved(word) for word in self.argv], self.moved(text)
+        for key, argv in (("ExecStartPre", imports(release)), ("ExecStart", self.argv)):
+            command = shlex.join([*self.confined(release), *argv]).replace("%", "%%").replace("$", "$$")
+            lines += [f"{key}={command}"] if argv else []
+        lines += [f"TimeoutStartSec={IMPORT_SECONDS}"]
+        storage = f"{self.site.service}-storage.service"  # a release's first one is not known to systemd yet
+        write(self.place, "".join(f"{line}\n" for line in text.splitlines() if not line.endswith(f"={storage}")))
+        ours = self.place.with_name(f"{self.place.name}.d")
+        for each in self.drop_ins.glob("*.conf"):
+            link(ours / each.name, each)
+        write(ours / "~trial.conf", "\n".join(lines) + "\n")  # the last one by name
+        run([*self.unit.ctl, "daemon-reload"])
+        self.unit.start()
+
+    def stop(self) -> None:
+        """End it, if it runs, and forget its unit."""
+        if self.place.exists():
+            self.unit.stop()
+            self.place.unlink()
+            shutil.rmtree(self.place.with_name(f"{self.place.name}.d"), ignore_errors=True)
+            run([*self.unit.ctl, "daemon-reload"])
+            subprocess.run([*self.unit.ctl, "reset-failed", self.unit.unit], capture_output=True)
+
+    def status(self) -> Json:
+        """Whether it runs."""
+        return self.unit.status()
+
+    def log(self, lines: int) -> list[str]:
+        """Its last lines. The journal may be told of them after what wrote them has died."""
+        wait_for(lambda: bool(self.unit.log(1)), 3)
+        return self.unit.log(lines)
+
+
+def _fill(data: Path, scratch: Path, folders: list[str], models: Path | None) -> None:
+    """Give the scratch data its folders, a copy of the database, and of what nodes keep."""
+    left = SMALL_ONES
+    for name, folder in itertools.chain(branches(data, "nodes"), branches(data, "comfyui")):  # releases have links here
+        place = scratch / name
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with os.scandir(folder) as entries:
+                for each in entries:
+                    size = each.stat(follow_symlinks=False).st_size
+                    if each.is_file(follow_symlinks=False) and size <= min(SMALL, left):
+                        (place / each.name).write_bytes(read_some(Path(each), size, follow=os.O_NOFOLLOW))
+                        left -= size + 4096
+        except OSError as error:  # gone by now, or so deep that no path leads to it
+            if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG, errno.EACCES):
+                raise
+        if left < 0:
+            break
+    if models:
+        (scratch / "models").symlink_to(models)
+    for name in (*DATA, *folders):
+        if not (scratch / name).is_symlink():  # it may lead nowhere until the trial begins
+            (scratch / name).mkdir(parents=True, exist_ok=True)
+    _copy_live(data / "user", scratch / "user/comfyui.db")
+
+
+def _copy_live(folder: Path, place: Path) -> None:
+    """Copy a SQLite database that another process may be writing to."""
+    with suppress(FileNotFoundError), inside(folder) as here:
+        source = here / "comfyui.db"
+        if not regular(source):
+            return
+        import sqlite3
+
+        forsake_root()  # this parses what the service wrote
+        known = source.lstat()
+        with (
+            closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True)) as live,
+            closing(sqlite3.connect(place)) as copied,
+        ):
+            live.backup(copied)
+            # SQLite goes by the path to which that descriptor leads, where there may be a link by now
+            own = [each.stat() for each in Path("/proc/self/fd").iterdir() if each.exists()]
+            if not any(os.path.samestat(known, each) for each in own):
+                place.unlink()
+                raise OSError(errno.ELOOP, "it was replaced while it was being copied", str(folder / "comfyui.db"))

@@ -1,0 +1,1 @@
+"""What a host is: facts, GPUs, jobs, logs; nothing here changes it."""

@@ -1,0 +1,265 @@
+"""ComfyUI's log: the journal where systemd runs it, else the supervisor's file; streamed as it grows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from agent.api import ask, checked, endpoint
+from agent.files import LOG_BYTES, Fault, Json
+from agent.layout import Site
+from agent.serve.services import Supervised, Systemd, login, manager_of
+
+ALIVE = 5.0
+"""Seconds after which a quiet stream says that it is there: that whoever asked has gone shows only by writing."""
+
+LONGEST = 100_000
+"""Bytes of a line that are shown as one: whoever writes the log may never end it."""
+
+Match = Callable[[str], bool]
+
+
+def logs(site: Site, request: Json) -> Iterator[Json]:
+    """The log, oldest first: `text` with its time `at` (seconds since 1970) where that is known, and `note`s.
+
+    `lines` limits it to the last ones (None: all), `since` is a time, `grep` a regular expression that a line must
+    match without its colours; with `follow` there is no end. Raises Fault when the log cannot be read.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that journalctl ends with this
+    try:
+        wanted = re.compile(request["grep"])
+    except re.error as error:
+        raise Fault("usage", f"--grep {request['grep']} is no regular expression", str(error)) from None
+    manager = manager_of(site)
+
+    def match(text: str) -> bool:
+        return bool(wanted.search(re.sub(r"\x1b\[[0-9;]*m", "", text)))
+
+    lines = _journal(manager, request, match) if isinstance(manager, Systemd) else _file(manager, request, match)
+    said = False
+    for each in lines:
+        said = said or "text" in each
+        yield each
+    if not said:
+        yield {"note": _silence(manager, request)}
+
+
+def _shown(raw: bytes) -> str:
+    """A line as a terminal would be left with it: a progress bar writes over itself."""
+    return raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
+
+
+def moment(text: str, now: float) -> float:
+    """A time as journalctl takes it, in seconds since 1970; local where it names no zone. Raises ValueError."""
+    units = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
+    units |= {"d": 86400, "day": 86400, "w": 604800, "week": 604800}
+    today = datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0)
+    words = {"now": now, "today": today.timestamp(), "yesterday": (today - timedelta(days=1)).timestamp()}
+    plain = text.strip()
+    if plain in words:
+        return words[plain]
+    if back := re.fullmatch(r"(-?)(\d+) ?([a-z]+?)s?( ago)?", plain):
+        if not (back[1] or back[4]) or (back[3] or "s") not in units:
+            raise ValueError(text)
+        return now - int(back[2]) * units[back[3] or "s"]
+    if re.fullmatch(r"\d\d:\d\d(:\d\d)?", plain):
+        plain = f"{today.date()} {plain}"
+    return datetime.fromisoformat(re.sub(r"Z$", "+00:00", plain)).timestamp()
+
+
+def _silence(manager: Systemd | Supervised, request: Json) -> str:
+    """Why there is nothing to show."""
+    since = f" since {request['since']}" if request["since"] else ""
+    if request["grep"]:
+        return f"no line matches{since}"
+    if isinstance(manager, Supervised):
+        return f"nothing was logged{since}" if manager.output.exists() else "nothing was ever logged: it never ran here"
+    with suppress(StopIteration, Fault):
+        first = next(_entries(["journalctl", "--quiet", "--output=json", "--output-fields=MESSAGE"]))
+        begin = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(_at(first)))
+        return f"the journal has no line of {manager.unit}{since}. It begins at {begin}: what is older was rotated away"
+    return "the journal is empty: journald keeps none, or its disk is full"
+
+
+# --- the journal ---------------------------------------------------------------------------------------------------
+
+
+def _journal(manager: Systemd, request: Json, match: Match) -> Iterator[Json]:
+    who = "--user-unit" if manager.site.scope == "user" else "--unit"
+    words = ["journalctl", "--quiet", "--no-pager", "--output=json", "--all"]  # all: long lines and colours, too
+    words += [f"{who}={unit}" for unit in (manager.unit, manager.storage)]
+    since = _since(request["since"])
+    cursor, last = "", request["lines"]
+    try:
+        if last is None:
+            for entry in _entries([*words, *since]):
+                cursor = entry["__CURSOR"]
+                yield from _line(entry, match)
+        else:
+            found: list[Json] = []
+            for entry in _entries([*words, *since, "--reverse"]):
+                cursor = cursor or entry["__CURSOR"]
+                if len(found) >= last:
+                    break
+                found += _line(entry, match)
+            yield from reversed(found)
+    except Fault as fault:
+        if fault.report["kind"] != "log":
+            raise
+        yield from _remembered(manager.site, fault, match)
+        return
+    if request["follow"]:
+        place = ["--no-tail", f"--after-cursor={cursor}"] if cursor else ["--lines=0"]
+        for each in _entries([*words, "--follow", *place], ALIVE):
+            yield from _line(each, match) if each else [{"alive": True}]
+
+
+def _since(text: str) -> list[str]:
+    """journalctl's own flag. ISO times with a T or Z are newer than some journalctls."""
+    if not text:
+        return []
+    try:
+        return [f"--since=@{int(moment(text, time.time()))}"]
+    except ValueError:
+        return [f"--since={text}"]
+
+
+def _line(entry: Json, match: Match) -> list[Json]:
+    """What an entry of the journal says, when it matches; what is not plain text comes as its bytes."""
+    message = entry.get("MESSAGE") or ""
+    text = _shown(bytes(message) if isinstance(message, list) else message.encode())
+    return [{"at": _at(entry), "text": text}] if match(text) else []
+
+
+def _at(entry: Json) -> float:
+    return int(entry["__REALTIME_TIMESTAMP"]) / 1e6
+
+
+def _entries(words: list[str], alive: float | None = None) -> Iterator[Json]:
+    """The entries that journalctl shows; an empty one after `alive` seconds without any. Raises Fault when it fails."""
+    with tempfile.TemporaryFile() as said:
+        try:
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
+        except OSError as error:
+            raise Fault("log", "journalctl could not be run", str(error)) from error
+        assert process.stdout is not None
+        rest = b""
+        try:
+            while True:
+                if not select.select([process.stdout], [], [], alive)[0]:
+                    yield {}
+                    continue
+                chunk = os.read(process.stdout.fileno(), 1 << 16)
+                *whole, rest = (rest + chunk).split(b"\n")
+                for line in whole:
+                    yield json.loads(line)
+                if not chunk:
+                    break
+        finally:
+            process.stdout.close()
+            if process.poll() is None:
+                process.terminate()
+            process.wait()
+        said.seek(0)
+        why = said.read().decode(errors="replace").strip()
+        if process.returncode:
+            raise _fault(why)
+
+
+def _fault(why: str) -> Fault:
+    if "timestamp" in why:
+        return Fault("usage", "--since is no time that journalctl takes", why, "such as '2026-11-23 14:00' or '1h ago'")
+    hint = f"on the host, as root: usermod --append --groups systemd-journal {login()}; then log in again"
+    return Fault("log", f"{login()} cannot read the journal", why, hint)
+
+
+def _remembered(site: Site, fault: Fault, match: Match) -> Iterator[Json]:
+    """What ComfyUI itself remembers, its last 300 writes, where the journal is not ours to read."""
+    try:
+        found = ask(endpoint(site), "/internal/logs/raw", limit=LOG_BYTES)
+        remembered = checked("its log", found, lambda log: "".join(str(each["m"]) for each in log["entries"]))
+    except (OSError, ValueError):
+        raise fault from None
+    yield {"note": f"{fault.report['what']}: this is what ComfyUI remembers. {fault.report['hint']}"}
+    for line in remembered.splitlines():
+        if match(line):
+            yield {"at": None, "text": line}
+
+
+# --- the supervisor's file -----------------------------------------------------------------------------------------
+
+
+def _file(manager: Supervised, request: Json, match: Match) -> Iterator[Json]:
+    older = manager.output.with_name(f"{manager.output.name}.1")
+    places = [(older, 0), (manager.output, 0)]
+    if request["since"]:
+        try:
+            at = moment(request["since"], time.time())
+        except ValueError:
+            what = f"--since {request['since']} is no time that is known here"
+            raise Fault("usage", what, "", "such as '2026-11-23 14:00', '10 min ago' or yesterday") from None
+        marks = [_mark(manager.times.with_name(f"{manager.times.name}.1"), at), _mark(manager.times, at)]
+        if marks[1] is not None:
+            places = [(manager.output, marks[1])]
+        elif marks[0] is not None:
+            places = [(older, marks[0]), (manager.output, 0)]
+        yield {"note": "its lines have no times: this begins up to five seconds early"}
+    read = 0
+
+    def written() -> Iterator[Json]:
+        nonlocal read
+        for path, offset in places:
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                file.seek(offset)
+                for raw in iter(lambda file=file: file.readline(LONGEST), b""):  # type: ignore[misc]
+                    if match(text := _shown(raw)):
+                        yield {"at": None, "text": text}
+                read = file.tell()
+
+    yield from written() if request["lines"] is None else deque(written(), maxlen=request["lines"])
+    if request["follow"]:
+        for text in _grown(manager.output, read):
+            if text is None or match(text):
+                yield {"alive": True} if text is None else {"at": None, "text": text}
+
+
+def _mark(times: Path, at: float) -> int | None:
+    """How long the log was at a time; None when nobody noted that so long ago."""
+    with suppress(OSError):
+        marks = [line.split() for line in times.read_text().splitlines()]
+        past = [int(size) for when, size in (each for each in marks if len(each) == 2) if float(when) <= at]
+        return past[-1] if past else None
+    return None
+
+
+def _grown(path: Path, read: int) -> Iterator[str | None]:
+    """The lines that come after so many bytes, also when a new file takes the log's place; None when none do."""
+    rest, heard = b"", time.monotonic()
+    while True:
+        chunk = b""
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < read:
+                read, rest = 0, b""
+            file.seek(read)
+            if chunk := file.read(LONGEST):
+                read += len(chunk)
+                *whole, rest = (rest + chunk).split(b"\n")
+                if len(rest) > LONGEST:
+                    whole, rest = [*whole, rest], b""
+                yield from map(_shown, whole)
+                heard = time.monotonic()
+        if time.monotonic() - heard > ALIVE:
+            yield None
+            heard = time.monotonic()
+        time.sleep(0.0 if chunk else 0.2)

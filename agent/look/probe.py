@@ -1,0 +1,180 @@
+"""What the doctor looks at beside facts and status: logs, rights, clock, compilers, containers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from agent.files import Fault, Json, read_text, run
+from agent.layout import DATA, Site
+from agent.look.facts import STALE, answering
+from agent.look.mps import mps
+from agent.look.status import glance
+from agent.parts import as_service, forked
+from agent.serve.sandbox import sandboxed
+from agent.serve.services import Manager, Systemd, manager_of
+
+LINES = 2000
+"""So much of the service's log is looked at: a start with many nodes, and the last failure, are in it."""
+
+
+def probe(site: Site, request: Json) -> Json:
+    """All that the doctor's checks need."""
+    answering(site, request, STALE)
+    manager = manager_of(site)
+    begun = {
+        "access": forked(_access, site, request["roots"]),
+        "kernel": forked(_kernel, site),
+        "log": forked(_log, site),
+        "containers": forked(_containers),
+        "mps": forked(mps, site),
+    }
+    seen = glance(site, request)
+    told: Json = {
+        **seen,
+        "result": _result(manager),
+        "oom_kills": _oom_kills(manager),
+        "synchronized": _synchronized(),
+        "compiler": shutil.which("cc") or shutil.which("gcc") or "",
+        "headers": _headers(site),
+        "installed": _installed(site, ("torch", "torchvision", "torchaudio")),
+        "torch": _torch(site) if site.current.exists() and seen["live"]["comfyui"]["state"] != "answers" else {},
+    }
+    return told | {name: answer() for name, answer in begun.items()}
+
+
+def _access(site: Site, roots: list[str]) -> dict[str, str]:
+    """What the service may not do that it must: write where it keeps things, read its code and models."""
+    wanted = {str(site.folder(name)): os.W_OK | os.X_OK for name in DATA if name != "models"}
+    wanted |= dict.fromkeys([*roots, str(site.folder("models"))], os.R_OK | os.X_OK)
+    if site.current.exists():
+        wanted |= {str(site.current / name): os.R_OK | os.X_OK for name in ("app", "env")}
+
+    def look() -> dict[str, str]:
+        return {
+            path: "read" if mode & os.R_OK else "write"
+            for path, mode in wanted.items()
+            if os.path.lexists(path) and not os.access(path, mode, effective_ids=True)
+        }
+
+    try:
+        return as_service(site, look, seconds=10) if not site.user or _known(site) else {}
+    except Fault as fault:
+        return {str(site.prefix): fault.report["what"]}
+
+
+def _known(site: Site) -> bool:
+    with suppress(Fault, KeyError):
+        site.owner()
+        return True
+    return False
+
+
+def _kernel(site: Site) -> Json:
+    """What the kernel said in a week of processes killed for memory, and of faults of the GPU (Xid)."""
+    pattern = r"Out of memory: Killed|oom-kill|NVRM: Xid|Memory cgroup out of memory"
+    words = ["journalctl", "--dmesg", "--boot=all", "--since=-7d", "--no-pager", "--output=short-iso", "--quiet"]
+    for argv in (words, ["dmesg", "--time-format=iso"]):
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=5)
+            if done.returncode == 0 and done.stdout:
+                lines = [line for line in done.stdout.splitlines() if re.search(pattern, line)]
+                return {"readable": True, "lines": lines[-20:]}
+    return {"readable": False, "lines": []}
+
+
+def _log(site: Site) -> list[list[Any]]:
+    """The service's last lines without colours, with times in seconds since 1970 where the manager keeps them."""
+    with suppress(Fault, OSError):
+        return [[at, re.sub(r"\x1b\[[0-9;]*m", "", line)] for at, line in manager_of(site).timed_log(LINES)]
+    return []
+
+
+def _result(manager: Manager) -> str:
+    """How the service ended last, as systemd names it: success, exit-code, oom-kill, start-limit-hit, …"""
+    if not isinstance(manager, Systemd):
+        return ""
+    with suppress(Fault):
+        return run([*manager.ctl, "show", manager.unit, "--property=Result", "--value"]).strip()
+    return ""
+
+
+def _oom_kills(manager: Manager) -> int:
+    """How many processes of the service the kernel killed for its memory limit since it was started."""
+    if isinstance(manager, Systemd):
+        with suppress(Fault, OSError, StopIteration, ValueError):
+            group = run([*manager.ctl, "show", manager.unit, "--property=ControlGroup", "--value"]).strip()
+            events = Path(f"/sys/fs/cgroup{group}/memory.events").read_text().splitlines() if group else []
+            return int(next(line.split()[1] for line in events if line.startswith("oom_kill ")))
+    return 0
+
+
+def _synchronized() -> bool | None:
+    """Whether the clock is kept by a time service; None where nobody tells."""
+    with suppress(OSError, Fault):
+        said = run(["timedatectl", "show", "--property=NTPSynchronized", "--value"], timeout=3).strip()
+        return {"yes": True, "no": False}.get(said)
+    return None
+
+
+def _headers(site: Site) -> str:
+    """The C headers of the release's Python, which Triton compiles against when ComfyUI runs; empty without."""
+    python = site.current / "env/bin/python"
+    version = re.search(r"^version_info = (\d+\.\d+)", read_text(site.current / "env/pyvenv.cfg"), re.MULTILINE)
+    if not (python.exists() and version):
+        return ""
+    home = python.resolve().parent.parent
+    places = [home / f"include/python{version[1]}/Python.h", Path(f"/usr/include/python{version[1]}/Python.h")]
+    return next((str(path) for path in places if path.exists()), "")
+
+
+def _installed(site: Site, names: tuple[str, ...]) -> dict[str, str]:
+    """The versions of packages in the current environment, as their own records say."""
+    found: dict[str, str] = {}
+    for path in site.current.glob("env/lib/python3*/site-packages/*.dist-info"):
+        name, _, version = path.name.removesuffix(".dist-info").rpartition("-")
+        if name in names:
+            found[name] = version
+    return found
+
+
+def _torch(site: Site) -> Json:
+    """What torch says of CUDA in the current environment, as the service would see it."""
+    script = (
+        "import json, torch; c = torch.cuda; a = c.is_available(); "
+        "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, 'available': a, "
+        "'devices': [c.get_device_name(i) for i in range(c.device_count())] if a else []}))"
+    )
+
+    release = site.manifest(site.release())
+    argv = [str(site.current / "env/bin/python"), "-I", "-B", "-c", script]
+    try:
+        return dict(json.loads(sandboxed(site, release["files"][f"{site.service}.service"], argv, release, seconds=60)))
+    except Fault as fault:
+        return {"fault": fault.report["cause"] or fault.report["what"]}
+    except (ValueError, TypeError, KeyError) as error:
+        return {"fault": str(error)}
+
+
+def _containers() -> Json:
+    """Which container engines are there, NVIDIA's toolkit, and whether the GPU is described for them (CDI)."""
+    toolkit = ""
+    devices: list[str] = []
+    if program := shutil.which("nvidia-ctk"):
+        with suppress(OSError, Fault):
+            toolkit = (re.findall(r"version (\S+)", run([program, "--version"], timeout=5)) or ["?"])[0]
+        with suppress(OSError, Fault):
+            devices = re.findall(r"nvidia\.com/gpu=\S+", run([program, "cdi", "list"], timeout=5))
+    return {
+        "engines": [name for name in ("docker", "podman") if shutil.which(name)],
+        "toolkit": toolkit,
+        "devices": devices,
+        "refresh": Path("/etc/systemd/system/nvidia-cdi-refresh.service").exists()
+        or Path("/usr/lib/systemd/system/nvidia-cdi-refresh.service").exists(),
+    }

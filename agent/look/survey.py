@@ -1,0 +1,376 @@
+"""The ComfyUIs that somebody else installed on the host: read, never run; nothing is changed."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from agent.files import LEVELS, Fault, Json, branches, mounts, read_some, read_text, real, run
+from agent.layout import Site
+from agent.look.facts import port_holder
+from agent.parts import forked
+from agent.serve.services import UNITS, WRITTEN
+
+FOLDERS = ("models", "input", "output", "user")
+
+
+def survey(site: Site, path: str) -> Json:
+    """What ComfyUI installations are here: the one at `path`, or those at the usual places."""
+    units, processes = _units(site), all_processes()
+    looked = [path] if path else _usual_places(site, units, processes)
+    found: dict[str, Json] = {}
+    for each in looked:
+        with suppress(OSError):  # a home that is not for this login, or links without an end
+            place = real(Path(each).expanduser())
+            # Hearth's own have a PART.json.
+            if (place / "main.py").is_file() and (place / "comfy").is_dir() and not (place / "PART.json").exists():
+                found[str(place)] = _installation(site, place, units, processes)
+    return {"looked": looked, "found": list(found.values())}
+
+
+def _usual_places(site: Site, units: list[Json], processes: list[Json]) -> list[str]:
+    """Where units and processes say, and where the guides of ComfyUI and comfy-cli put it."""
+    homes = sorted({entry.pw_dir for entry in pwd.getpwall() if entry.pw_uid == 0 or 1000 <= entry.pw_uid < 65534})
+    fixed = [str(site.prefix / "ComfyUI"), str(site.prefix), "/opt/comfyui/ComfyUI", "/opt/ComfyUI", "/opt/comfyui"]
+    fixed += ["/srv/comfyui/ComfyUI", "/srv/ComfyUI", "/srv/comfyui"]
+    fixed += [f"{home}/{each}" for home in homes for each in ("comfy/ComfyUI", "ComfyUI", "comfyui")]
+    return list(dict.fromkeys([each["place"] for each in (*units, *processes) if each["place"]] + fixed))
+
+
+def _installation(site: Site, place: Path, units: list[Json], processes: list[Json]) -> Json:
+    """All about one installation that can be read."""
+    own = [each for each in processes if each["place"] == str(place)]
+    through = {each["unit"] for each in own} | {f"{site.service}.service"}
+    started = [each for each in units if each["place"] == str(place) or each["name"] in through]
+    # Anybody can run a main.py with any flags. Those count that its owner started, or a unit of root's.
+    owners = {place.stat().st_uid} | {uid for each in started if (uid := _uid(each["user"])) is not None}
+    trusted = [each for each in own if _uid(each["user"]) in owners]
+    argv: list[str] = next((each["argv"] for each in (*trusted, *started) if each["argv"]), [])
+    base = Path(_flag(argv, "--base-directory") or place)
+    folders = {}
+    for name in FOLDERS:
+        folder = base / name
+        if told := _flag(argv, f"--{name}-directory"):
+            folder = place / told
+        folders[name] = _folder(folder, site.data, owners)
+    configs = [base / "extra_model_paths.yaml", place / "extra_model_paths.yaml"]
+    configs += [place / argv[number + 1] for number, word in enumerate(argv[:-1]) if word == _MODEL_PATHS]
+    version = re.search(
+        r'^(?:__version__|version) *= *"([^"]+)"', read_text(place / "comfyui_version.py"), re.MULTILINE
+    )
+    return {
+        "path": str(place),
+        "version": version[1] if version else "",
+        **_repository(place),
+        **_installed(place, [each["program"] for each in (*trusted, *started)]),
+        "owners": sorted(owners),
+        "folders": folders,
+        "paths": "\n".join(read_text(each) for each in dict.fromkeys(configs)),
+        "nodes": _nodes(base / "custom_nodes"),
+        "argv": argv,
+        "units": started,
+        "processes": own,
+        "holds_port": port_holder(site.port).get("pid", -1) in [each["pid"] for each in own],
+    }
+
+
+def _uid(user: str) -> int | None:
+    """The number of a user, who may be named by it; None when there is none of that name."""
+    with suppress(KeyError):
+        return int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+    return None
+
+
+_MODEL_PATHS = "--extra-model-paths-config"
+
+
+def _flag(argv: list[str], name: str) -> str:
+    """The value of a flag; empty when it is not given."""
+    for number, word in enumerate(argv):
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+        if word == name and number + 1 < len(argv):
+            return argv[number + 1]
+    return ""
+
+
+def _units(site: Site) -> list[Json]:
+    """The units that have to do with ComfyUI and are not Hearth's, also those that were set aside."""
+    found: dict[str, Json] = {}
+    known = ("/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib")
+    for folder in [*(Path(each, "systemd/system") for each in known), site.state / "adopted"]:
+        for path in sorted(folder.glob("*.service")):
+            text = read_text(path)
+            named = path.name == f"{site.service}.service" or re.search(r"comfy|main\.py", text, re.IGNORECASE)
+            if path.name in found or WRITTEN in text or not named:
+                continue
+            text += "\n".join(read_text(each) for each in sorted((UNITS / f"{path.name}.d").glob("*.conf")))
+            values = dict(re.findall(r"^(\w+) *= *(.+)$", text.replace("\\\n", " "), re.MULTILINE))
+            user, command = values.get("User", "root"), values.get("ExecStart", "").lstrip("@-:+!")
+            place, argv = _started(command, values.get("WorkingDirectory", "/").lstrip("-"))
+            place = os.path.expanduser(place.replace("~", f"~{user}", 1))  # noqa: PTH111  Path fails on unknown users
+            with suppress(OSError):
+                place = place and str(real(place))
+            shown: dict[str, str] = {}
+            if Path("/run/systemd/system").is_dir():
+                ask = ["systemctl", "show", path.name, "--property=ActiveState,UnitFileState"]
+                lines = subprocess.run(ask, capture_output=True, text=True).stdout.splitlines()
+                shown = dict(line.partition("=")[::2] for line in lines)
+            found[path.name] = {
+                "name": path.name,
+                "path": str(path),
+                "aside": folder == site.state / "adopted",
+                "place": place,
+                "argv": argv,
+                "program": command.split(" ")[0],
+                "user": user,
+                "variables": sorted(set(re.findall(r'^Environment *= *"?(\w+)=', text, re.MULTILINE))),
+                "active": shown.get("ActiveState") in ("active", "activating", "reloading"),
+                "enabled": shown.get("UnitFileState", "").startswith("enabled"),
+            }
+    return list(found.values())
+
+
+def _started(command: str, folder: str, depth: int = 0) -> tuple[str, list[str]]:
+    """The folder and the flags of the ComfyUI that a command starts; a script that it names is read, not run."""
+    for words in _commands(command):
+        if words[0] == "cd" and len(words) > 1:
+            folder = str(Path(folder, words[1]))
+        for number, word in enumerate(words):
+            if word.endswith("main.py"):
+                return str(Path(folder, word).parent), _plain(words[number + 1 :])
+            if word == "launch" and "comfy" in [Path(each).name for each in words[:number]]:  # comfy-cli's
+                workspace = [each.partition("=")[2] for each in words if each.startswith("--workspace=")]
+                after = words.index("--") + 1 if "--" in words else len(words)
+                return (workspace or ["~/comfy/ComfyUI"])[0], _plain(words[after:])
+            inner = word if " " in word else read_text(Path(folder, word)) if "/" in word else ""
+            if depth < 3 and (inner == word or inner.startswith("#!")):
+                place, argv = _started(inner, folder, depth + 1)
+                if place:
+                    return place, argv
+    return "", []
+
+
+def _commands(text: str) -> list[list[str]]:
+    """The commands of a shell's script, as words; a line that no shell would read is left out."""
+    found: list[list[str]] = []
+    for line in text.replace("\\\n", " ").splitlines():
+        with suppress(ValueError):
+            found.append([])
+            for word in shlex.split(line, comments=True):
+                found[-1] += [word.rstrip(";")] if word not in ("&&", "||", ";") else []
+                if word.endswith(("&&", "||", ";")):
+                    found.append([])
+    return [words for words in found if words]
+
+
+def _plain(words: list[str]) -> list[str]:
+    """Flags up to a redirection or pipe, without what only a shell knows."""
+    end = next((number for number, word in enumerate(words) if re.match(r"[0-9]?[<>|&]", word)), len(words))
+    return [word for word in words[:end] if not word.startswith("$")]
+
+
+def all_processes() -> list[Json]:
+    """The processes that run a main.py, with the folder of it and the unit that they belong to."""
+    found: list[Json] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, KeyError):
+            words = read_some(folder / "cmdline", 32_768).decode(errors="replace").split("\0")[:-1]
+            number = next((number for number, word in enumerate(words) if word.endswith("main.py")), 0)
+            if not number:
+                continue
+            unit = re.search(r"/system\.slice/([^/\n]+\.service)", read_text(folder / "cgroup"))
+            place = real((folder / "cwd").readlink() / words[number])
+            found.append(
+                {
+                    "pid": int(folder.name),
+                    "user": pwd.getpwuid(folder.stat().st_uid).pw_name,
+                    "place": str(place.parent),
+                    "program": words[0],
+                    "argv": words[number + 1 :],
+                    "unit": unit[1] if unit else "",
+                }
+            )
+    return found
+
+
+def _installed(place: Path, programs: list[str]) -> Json:
+    """The Python and torch of its environment, by the names of folders."""
+    named = [Path(each).parent.parent for each in programs if each.startswith("/")]
+    for environment in (*named, place / ".venv", place / "venv", place.parent / "venv", place.parent / ".venv"):
+        for packages in environment.glob("lib/python3*/site-packages"):
+            torch = [each.name[6:-10] for each in packages.glob("torch-*.dist-info")]
+            return {"python": packages.parent.name[6:], "torch": (torch or [""])[0], "environment": str(environment)}
+    return {"python": "", "torch": "", "environment": ""}
+
+
+_SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", "/run", "/sbin", "/sys", "/usr")
+_SHARED = ("/", "/home", "/media", "/mnt", "/opt", "/srv", "/tmp", "/var", "/var/lib", "/var/tmp")  # noqa: S108
+
+
+def _foreign(folder: Path, owners: set[int]) -> str:
+    """Why a folder is not ComfyUI's to take, though a flag or a link names it; empty when it may be taken."""
+    homes = {entry.pw_dir for entry in pwd.getpwall()}
+    if str(folder) in (*_SHARED, *_SYSTEM, *homes) or str(folder).startswith(tuple(f"{each}/" for each in _SYSTEM)):
+        return "it is the system's, or somebody's home"
+    owner = folder.stat().st_uid
+    return "" if owner in owners else f"it belongs to user {owner}, who neither owns nor runs this ComfyUI"
+
+
+def _folder(place: Path, data: Path, owners: set[int]) -> Json:
+    """A folder of ComfyUI's: what and where it is, whose, how large, and whether a rename brings it into `data`.
+
+    What is in a link's target or a mount is not counted: it may be a network's. `foreign` says why it is nobody's of
+    `owners`, those who own or run the installation.
+    """
+    folder = real(place)
+    kind = "link" if place.is_symlink() else "folder" if place.is_dir() else "missing"
+    found: Json = {"place": str(place), "real": str(folder), "kind": kind, "mount": {}, "rename": False}
+    found |= {"bytes": 0, "files": 0, "owner": "", "people": [], "links": {}, "mounts": [], "foreign": ""}
+    if not folder.is_dir():
+        return found
+    if why := _foreign(folder, owners):
+        return {**found, "foreign": why}
+    listed = mounts()
+    mount = _mount_of(folder, listed)
+    status = folder.stat()
+    with suppress(KeyError):
+        found["owner"] = pwd.getpwuid(status.st_uid).pw_name
+        found["people"] = [found["owner"]] if status.st_uid >= 1000 else []
+        found["people"] += grp.getgrgid(status.st_gid).gr_mem
+    found["mount"] = mount
+    found["mounts"] = [each for each in listed if each["point"].startswith(f"{folder}/")]
+    if kind == "folder" and mount["point"] != str(folder) and not found["mounts"]:
+        there = next(path for path in (data, *data.parents) if path.exists()).resolve()
+        found["rename"] = mount == _mount_of(there, listed) and status.st_dev == there.stat().st_dev
+        found["foreign"] = _count(folder, found)
+        far = (_mount_of(Path(each), listed) for each in found["links"].values() if each.startswith("/"))
+        found["mounts"] += [each for each in {each["point"]: each for each in far}.values() if each != mount]
+    return found
+
+
+COUNT_SECONDS = 120
+"""For looking at the files of a folder: 60,000 take a second."""
+
+
+def _count(folder: Path, found: Json) -> str:
+    """Add up the files of a tree and note its links; answers why it is no tree of ComfyUI's, if it is none."""
+    end = time.monotonic() + COUNT_SECONDS
+    for name, place in branches(folder):
+        if name.count("/") == LEVELS:
+            return f"it has {LEVELS} folders in each other: {folder}/{name}"[:1000]
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if time.monotonic() > end:
+                    return f"looking at its files takes more than {COUNT_SECONDS} s: {folder}/{name}"[:1000]
+                if not entry.is_dir(follow_symlinks=False):
+                    found["files"] += 1
+                    found["bytes"] += entry.stat(follow_symlinks=False).st_size
+                    if entry.is_symlink() and len(found["links"]) < 100:
+                        found["links"][f"{name}{entry.name}"] = str(Path(entry).readlink())
+    return ""
+
+
+def _mount_of(path: Path, mounts: list[Json]) -> Json:
+    """The mount that a path is on: of those above it the lowest, of one place the latest."""
+    above = {str(each) for each in (path, *path.parents)}
+    return max((each for each in reversed(mounts) if each["point"] in above), key=lambda each: len(each["point"]))
+
+
+def _nodes(folder: Path) -> list[Json]:
+    """The custom nodes: trees with where they come from, and single files."""
+    found: list[Json] = []
+    for place in sorted([*folder.glob("*"), *folder.glob(".disabled/*")]):
+        disabled = place.name.endswith(".disabled") or place.parent != folder
+        name = place.name.removesuffix(".disabled")
+        if place.is_dir() and not name.startswith((".", "__")):
+            found.append({"name": name, "disabled": disabled, "file": False, **_repository(place)})
+        elif name.endswith(".py") and name != "websocket_image_save.py":  # that one is ComfyUI's own
+            found.append({"name": name, "disabled": disabled, "file": True, "url": "", "commit": "", "edited": None})
+    return found
+
+
+def _repository(place: Path) -> Json:
+    """Where a tree comes from, its commit, and which of its files were edited (None: nobody can tell).
+
+    Found out as its owner: what lies in it may lead anywhere, and git is not made for what is hostile.
+    """
+    try:
+        return _as_owner(place, _read_repository, place)
+    except (OSError, Fault):
+        return {"url": "", "commit": "", "edited": None}
+
+
+def _as_owner(place: Path, work: Callable[..., Json], *given: Any) -> Json:
+    """Do work as whom a folder belongs to, where this is root and that one is not; raises as `forked` does."""
+    owner = place.stat().st_uid
+    if os.geteuid() or not owner:
+        return work(*given)
+
+    def lowered() -> Json:
+        group = 65534
+        with suppress(KeyError):
+            group = pwd.getpwuid(owner).pw_gid
+        os.setgroups([])
+        os.setresgid(group, group, group)
+        os.setresuid(owner, owner, owner)
+        return work(*given)
+
+    found: Json = forked(lowered, seconds=GIT_SECONDS + 5)()
+    return found
+
+
+def _read_repository(place: Path) -> Json:
+    folder = place / ".git"
+    if folder.is_file():
+        folder = place / read_text(folder).partition("gitdir:")[2].strip()
+    head = read_text(folder / "HEAD").strip()
+    if head.startswith("ref: "):
+        packed = [line.split() for line in read_text(folder / "packed-refs").splitlines()]
+        head = read_text(folder / head[5:]).strip() or next((line[0] for line in packed if line[1:] == [head[5:]]), "")
+    commit = head if re.fullmatch(r"[0-9a-f]{40}", head) else ""
+    origin = re.search(r'^\[remote "origin"\][^\[]*?^\s*url\s*=\s*(\S+)', read_text(folder / "config"), re.MULTILINE)
+    if not commit:  # from the registry of nodes, which leaves no history
+        origin = re.search(r'^Repository *= *"([^"]+)', read_text(place / "pyproject.toml"), re.MULTILINE)
+    url = re.sub(r"(://)[^/@]*@", r"\1", origin[1]) if origin else ""  # there may be a password in it
+    return {"url": url, "commit": commit, "edited": _edited(place, folder, commit) if commit else None}
+
+
+GIT_SECONDS, INDEX = 60, 50_000_000
+"""For git to compare a tree with its commit, and bytes of an index: a node of 100,000 files has ten million."""
+
+
+def _edited(place: Path, folder: Path, commit: str) -> list[str] | None:
+    """The files of a working tree that are not its commit's; None where git is missing or cannot tell.
+
+    A repository's configuration can name programs, hooks and filters that git then runs: git is given a folder of
+    our own, with that one's objects and a copy of its index, and sees no configuration at all.
+    """
+    index = read_some(folder / "index", INDEX + 1)
+    if not shutil.which("git") or len(index) > INDEX:
+        return None
+    with tempfile.TemporaryDirectory(prefix="hearth-") as own:
+        (Path(own) / "HEAD").write_text(f"{commit}\n")
+        (Path(own) / "refs").mkdir()
+        (Path(own) / "index").write_bytes(index)
+        environment = {"PATH": os.environ.get("PATH", "/usr/bin"), "GIT_DIR": own, "GIT_WORK_TREE": str(place)}
+        environment |= {"GIT_OBJECT_DIRECTORY": str(folder / "objects"), "GIT_OPTIONAL_LOCKS": "0"}
+        environment |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null"}
+        words = ["git", "-c", "core.fsmonitor=false", "status", "--porcelain", "-z", "--untracked-files=no"]
+        words += ["--ignore-submodules=all", "--no-renames"]
+        try:
+            said = run(words, environment, GIT_SECONDS, inherit=False, cwd=place)
+        except Fault:
+            return None
+    return [line[3:] for line in said.split("\0") if line]

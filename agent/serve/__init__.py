@@ -1,0 +1,1 @@
+"""How ComfyUI is kept running: its service, its health, its confinement."""

@@ -1,0 +1,136 @@
+"""Running a program of somebody else's once, in the sandbox that the service has."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from agent.files import Fault, Json, inherited
+from agent.layout import Site
+from agent.serve.services import end_descendants, take_orphans
+
+# What of a unit is about its own command, and when it runs; the rest is what it may touch and do.
+_ITS_OWN = re.compile(
+    r"(Exec|Restart|Timeout|RuntimeDirectory|LogsDirectory|Kill|SuccessExit)\w*="
+    r"|(Type|WorkingDirectory|Environment|LoadCredential|LoadCredentialEncrypted)="
+)
+
+OUTPUT = 300_000_000
+"""Bytes that a program may say: an install.py's tree comes this way."""
+
+
+def sandboxed(
+    site: Site,
+    unit: str,
+    argv: list[str],
+    release: Json,
+    *,
+    seconds: int,
+    most: int = OUTPUT,
+    apart: bool = False,
+    network: bool = False,
+) -> bytes:
+    """What a program says on its standard output, run with the limits of a service's `unit` (its text); raises Fault.
+
+    It ends with everything that it has started, after so many `seconds` or when it has said the `most` bytes. `apart`
+    gives it a user of its own, who owns nothing and may write in its own /tmp alone. `release` says how it is confined
+    where there is no system's unit (`confined`), and its `environment`. Without `network` it reaches nobody.
+    """
+    variables = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}  # nothing of whoever deploys
+    variables |= {**release["environment"], "PYTHONDONTWRITEBYTECODE": "1"}
+    if site.scope == "system":
+        service = unit.partition("[Service]")[2].partition("\n[")[0]
+        lines = [line for line in service.splitlines() if re.match(r"\w+=", line)]
+        # An older release's has mounts below what the service writes: systemd would follow its links there, as root.
+        written = [f"{each}/" for each in (site.data, *site.elsewhere.values())]
+        lines = [line for line in lines if not _ITS_OWN.match(line) and not any(each in line for each in written)]
+        # systemd-run (252) takes link-local and the like only alone
+        lines = [each for line in lines for each in _split(line)]
+        if apart:
+            lines = [line for line in lines if not re.match("(User|Group|ReadWritePaths|UMask)=", line)]
+            lines.append("DynamicUser=yes")
+        lines += [] if network else ["PrivateNetwork=yes"]
+        lines += [f"RuntimeMaxSec={seconds + 5}", "TimeoutStopSec=5", "KillMode=control-group", "WorkingDirectory=/"]
+        words = ["systemd-run", "--quiet", "--wait", "--pipe", "--collect", "--service-type=exec"]
+        words += [f"--property={line}" for line in lines]
+        words += [f"--setenv={name}={value}" for name, value in variables.items()]
+        command = [*words, "--", *argv]
+    else:
+        command = [*release.get("confined", ()), *argv]
+    return _output(command, {**inherited(), **variables} if site.scope == "system" else variables, seconds, most)
+
+
+def _split(line: str) -> list[str]:
+    key, _, words = line.partition("=")
+    return [f"{key}={word}" for word in words.split()] if key.startswith("IPAddress") else [line]
+
+
+def confined_to(folder: Path, site: Site, step: Json) -> list[str]:
+    """The prefix of a command that may write in one folder alone, from a release's that is not there yet."""
+    words = list(step["confined"])
+    if words:
+        spec = json.loads(words[-2])
+        spec |= {"secrets": [], "write": [str(folder)], "bind": [], "udp": bool(step["network"])}
+        spec |= {} if step["network"] else {"connect": []}
+        words[3], words[-2] = str(site.state / "agent.pyz"), json.dumps(spec)
+    return words
+
+
+def _output(command: list[str], variables: dict[str, str], seconds: int, most: int) -> bytes:
+    """The standard output of a command that may say too much, or not end; raises Fault."""
+    tail, late = bytearray(), threading.Event()
+
+    def listen(pipe: IO[bytes]) -> None:
+        while block := pipe.read1(65536):  # type: ignore[attr-defined]
+            tail[:] = (tail + block)[-4000:]
+
+    said, spared = b"", take_orphans()  # a daemon could hold its output open, and outlive it
+    try:
+        with subprocess.Popen(
+            command,
+            env=variables,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        ) as process:
+
+            def end() -> None:
+                late.set()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                end_descendants(spared)
+
+            timer = threading.Timer(seconds, end)
+            listener = threading.Thread(target=listen, args=(process.stderr,), daemon=True)
+            timer.start()
+            listener.start()
+            try:
+                assert process.stdout is not None
+                said = process.stdout.read(most + 1)
+                if len(said) > most:
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                end_descendants(spared)
+                listener.join(1)
+            finally:
+                timer.cancel()
+                timer.join()  # else it would still end descendants, of the next command
+    except OSError as error:
+        raise Fault("step", f"{command[0]} could not be run", str(error)) from error
+    if late.is_set():
+        raise Fault("step", f"it did not end within {seconds} s")
+    if len(said) > most:
+        raise Fault("step", f"it said more than {most} bytes")
+    if process.returncode:
+        lines = (bytes(tail) or said[-4000:]).decode(errors="replace").strip().splitlines()
+        raise Fault("step", f"it ended with {process.returncode}", "\n".join(lines[-8:]))
+    return said

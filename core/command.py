@@ -1,0 +1,77 @@
+"""What makes a task of a function: its flags, and how its errors are shown."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from dataclasses import fields, is_dataclass
+from inspect import Parameter
+from typing import TYPE_CHECKING, Any
+
+from invoke.exceptions import Exit
+from invoke.tasks import Task, task
+
+from core import console
+from core.errors import HearthError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from invoke.context import Context
+
+
+class _Task(Task[Any]):
+    """A task whose flags have the short forms that people know from elsewhere; invoke takes a letter of the name."""
+
+    def arg_opts(self, name: str, default: str, taken_names: set[str]) -> dict[str, Any]:
+        found = super().arg_opts(name, default, taken_names)
+        if short := _SHORT.get(name):
+            found["names"] = [found["names"][0], short]
+        return found
+
+
+_SHORT = {"lines": "n"}  # as tail and journalctl have it
+
+
+def command(*, help: dict[str, str] | None = None, **options: Any) -> Callable[[Callable[..., int | None]], Any]:  # noqa: A002  invoke's name
+    """An invoke task that shows a HearthError without a traceback and exits with its code.
+
+    A parameter annotated with a dataclass of `core/flags.py` stands for the flags that are its fields: invoke sees
+    those, the body gets the dataclass filled. `help` explains the task's own.
+    """
+
+    def wrap(body: Callable[..., int | None]) -> Any:
+        signature = inspect.signature(body, eval_str=True)
+        parameters = signature.parameters.values()
+        shared: dict[str, Any] = {each.name: each.annotation for each in parameters if is_dataclass(each.annotation)}
+
+        @functools.wraps(body)
+        def run(context: Context, **given: Any) -> None:
+            filled = {
+                name: kind(**{each.name: given.pop(each.name) for each in fields(kind)})
+                for name, kind in shared.items()
+            }
+            try:
+                status = body(context, **given, **filled)
+            except HearthError as error:
+                console.say(f"error: {error}")
+                raise Exit(code=error.exit_code) from error
+            except KeyboardInterrupt:
+                console.say("interrupted; the same command goes on from here")
+                raise Exit(code=130) from None
+            except BrokenPipeError:
+                raise Exit(code=0) from None
+            if status:
+                sys.exit(status)
+
+        expanded: list[Parameter] = []
+        meanings = dict(help or {})
+        for each in parameters:
+            flags = fields(shared[each.name]) if each.name in shared else ()
+            expanded += [Parameter(flag.name, each.kind, default=flag.default) for flag in flags] or [each]
+            meanings |= {flag.name: flag.metadata["help"] for flag in flags}
+        run.__signature__ = signature.replace(parameters=expanded)  # type: ignore[attr-defined]  # what invoke reads
+        return task(klass=_Task, **options, help=meanings)(run)
+
+    return wrap

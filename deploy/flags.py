@@ -1,0 +1,42 @@
+"""Flags of the tasks that change hosts: which hosts, and how a change is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from core.flags import Agreed, CutOver, DryRun, Sudo, Tried, Where, flag
+
+if TYPE_CHECKING:
+    from deploy.plan import Options
+
+
+@dataclass(frozen=True)
+class Fleet(Where):
+    """One host, or several."""
+
+    group: str = flag(
+        "",
+        "all hosts of a group, instead of one; a change goes to the first alone, and when it is healthy to the others",
+    )
+
+    def names(self) -> list[str]:
+        """Every host that is meant; raises UnknownNameError."""
+        from deploy.host import select
+
+        return select(self.host, self.group)
+
+
+def options(sudo: Sudo, how: DryRun, *, force: bool = False) -> Options:
+    """How a change is made, as its flags say; raises UsageError. `force` is that of a task which has its own."""
+    from core.errors import UsageError
+    from deploy.plan import Options, seconds
+
+    cut = how if isinstance(how, CutOver) else CutOver()
+    asks = isinstance(how, Agreed) and not how.yes
+    trial = "yes"
+    if isinstance(how, Tried):
+        if how.trial and how.no_trial:
+            raise UsageError("--trial and --no-trial exclude each other", hint="leave one of them out")
+        trial = "only" if how.trial else "no" if how.no_trial else "yes"
+    return Options(seconds(cut.drain), cut.force or force, how.dry_run, sudo.ask_sudo, asks, trial)

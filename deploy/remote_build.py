@@ -1,0 +1,190 @@
+"""Builds kernel wheels natively on a host, as its login and without root, and brings them back."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shlex
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from core import console, files, lockfile, manifest
+from core.arch import known_archs, parse_list
+from core.errors import HashMismatchError, HearthError, RemoteError, UsageError
+from core.stack import Platform, find_stack
+from deploy import connection, flow
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from core.manifest import Manifest
+    from deploy.connection import Ssh
+
+PLACE = ".cache/hearth/workshop"
+"""Where it happens, below the login's home: uv, this checkout, a cache and a wheelhouse."""
+
+CHECKOUT = (
+    "tasks.py",
+    "pyproject.toml",
+    "uv.lock",
+    "README.md",
+    "core",
+    "kernels",
+    "lock",
+    "deploy",
+    "ops",
+    "config",
+    "recipes",
+)
+"""What `inv build-kernels` needs of this checkout."""
+
+
+def build(name: str, asked: Mapping[str, str], *, force: bool, dry_run: bool) -> list[Manifest]:
+    """Run `inv build-kernels` on a host, `asked` its flags with their values; the wheels are in the wheelhouse then.
+
+    Returns their manifests. On a dry run, only what the host says is printed. Raises what connecting raises, and
+    RemoteError, also when the host answers with anything but what it was asked for.
+    """
+    if asked.get("arch"):
+        parse_list(asked["arch"], known_archs())  # the host's own answer to a wrong one comes minutes later
+    target = flow.find_target(name)
+    if not target.host.address:
+        raise UsageError(f"{name} is this machine", hint="leave --host out")
+    with connection.connect(target) as agent:
+        assert isinstance(agent, connection.Ssh)
+        machine = agent.shell("uname -m", console.say).strip()
+        platform = Platform.parse(f"linux_{machine}")
+        uv = lockfile.install("uv", platform, "3.11") / "bin/uv"
+        checkout = _send(agent, uv)
+        command = f"cd {checkout} && exec {_environment()} ../uv run --frozen --no-group dev inv build-kernels"
+        words = [word for flag, value in asked.items() if value for word in (f"--{flag}", value)]
+        words += [*(["--force"] if force else []), "--dry-run" if dry_run else "--json"]
+        said = agent.shell(f"{command} {shlex.join(words)}", console.say)
+        if dry_run:
+            console.data(said.rstrip())
+            return []
+        found = _answer(name, said, asked)
+        for each in found:
+            _fetch(agent, each)
+    return found
+
+
+def _environment() -> str:
+    return "env HEARTH_CACHE=$HOME/.cache/hearth HEARTH_WHEELHOUSE=$PWD/../wheelhouse HEARTH_RECIPES=$PWD/more-recipes"
+
+
+def _send(agent: Ssh, uv: Path) -> str:
+    """Send uv and the checkout, each where its hash says, when it is not there; return the checkout's folder."""
+    archive = _pack()
+    digest = hashlib.sha256(archive).hexdigest()[:16]
+    place = f"{PLACE}/checkout-{digest}"
+    agent.shell(f"mkdir -p {PLACE}", console.say)
+    if agent.shell(f"test -x {PLACE}/uv && sha256sum < {PLACE}/uv || true", console.say)[:64] != files.sha256(uv):
+        agent.put(uv.read_bytes(), f"{PLACE}/uv.part")
+        agent.shell(f"chmod 755 {PLACE}/uv.part && mv {PLACE}/uv.part {PLACE}/uv", console.say)
+    if agent.shell(f"test -d {place} && echo there || true", console.say).strip() != "there":
+        agent.put(archive, f"{place}.tar.gz")
+        unpack = f"rm -rf {place}.part && mkdir {place}.part && tar -C {place}.part -xzf {place}.tar.gz"
+        agent.shell(f"{unpack} && rm {place}.tar.gz && mv {place}.part {place}", console.say)
+    return place
+
+
+def _pack() -> bytes:
+    """The checkout and the folders of $HEARTH_RECIPES as one archive; the user's hosts stay here."""
+    buffer = io.BytesIO()
+    extra = [Path(each) for each in os.environ.get("HEARTH_RECIPES", "").split(os.pathsep) if each]
+    trees = [(files.CHECKOUT / each, each) for each in CHECKOUT]
+    recipes = [file.parent for folder in extra for file in folder.glob("*/recipe.toml")]
+    trees += [(recipe, f"more-recipes/{recipe.name}") for recipe in recipes]
+
+    def wanted(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        if "__pycache__" in info.name or info.name == "config/hosts.toml":
+            return None
+        info.mtime = info.uid = info.gid = 0
+        info.uname = info.gname = ""
+        return info
+
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as tar:
+        for path, name in trees:
+            tar.add(path, name, filter=wanted)
+    return buffer.getvalue()
+
+
+LARGEST = 4_000_000_000
+"""Bytes of a wheel."""
+
+
+def _answer(name: str, said: str, asked: Mapping[str, str]) -> list[Manifest]:
+    """The wheels that a host built; raises RemoteError when one is not what it was asked for: it would replace another.
+
+    The host can lie about what is in them, and about nothing else.
+    """
+    try:
+        found = msgspec.json.decode(said, type=list[manifest.Manifest])
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise RemoteError(f"what {name} says of its wheels cannot be read", cause=str(error)[:500]) from error
+    wrong = [f"{each.file}: {why}" for each in found if (why := _unasked(each, asked))]
+    if len({each.file for each in found}) < len(found):
+        wrong.append("one of them twice")
+    if not asked.get("arch") and len({each.arch for each in found}) > 1:
+        wrong.append("they are for several GPUs, which only --arch asks for")
+    if wrong:
+        hint = f"nothing was taken; see who else has the login on {name}"
+        raise RemoteError(f"{name} answers with wheels that it was not asked for", cause=wrong[0], hint=hint)
+    return found
+
+
+def _unasked(wheel: Manifest, asked: Mapping[str, str]) -> str:
+    """What of a wheel is not as asked, or as is the default for its GPU where nothing was; empty when all is."""
+    known = known_archs()
+    try:
+        (arch,) = parse_list(wheel.arch, known)
+        wanted = parse_list(asked.get("arch") or wheel.arch, known)
+        torch = find_stack(wheel.stack).torch
+    except (HearthError, ValueError):
+        return f"arch {wheel.arch!r}, stack {wheel.stack!r}"
+    usual = known[arch.capability]
+    kernels = _names(asked.get("kernel"))
+    told = {
+        "arch": (wheel.arch, [str(each) for each in wanted]),
+        "kernel": (wheel.kernel, kernels or [wheel.kernel]),
+        "stack": (wheel.stack, [asked.get("stack") or usual.stack]),
+        "torch": (wheel.torch, [torch]),
+        "python": (wheel.python, _names(asked.get("python")) or [usual.python]),
+        "platform": (wheel.platform, [asked.get("platform") or usual.platform]),
+        # of several kernels, those without that profile are built as usual
+        "profile": (wheel.profile, [(asked.get("profile") if len(kernels) == 1 else "") or wheel.profile]),
+    }
+    if wrong := [f"{what} {value!r}" for what, (value, right) in told.items() if value not in right]:
+        return ", ".join(wrong)
+    label = f"{wheel.stack}.torch{torch}.sm{arch.major}{arch.minor}"
+    version = rf"[0-9a-z.]+\+{re.escape(label)}{arch.suffix or '[af]?'}{r'[.]ptx' if arch.ptx else ''}"
+    version += re.escape(f".{wheel.profile}") if wheel.profile else ""
+    tag = f"cp{wheel.python.replace('.', '')}"
+    file = f"{re.sub('[-_.]+', '_', wheel.kernel).lower()}-{wheel.version}-{tag}-{tag}-{wheel.platform}.whl"
+    if not re.fullmatch(version, wheel.version) or wheel.file != file:
+        return f"its name is another wheel's than {file}"
+    return "" if 0 < wheel.size <= LARGEST else f"it has {wheel.size} bytes"
+
+
+def _names(listed: str | None) -> list[str]:
+    return [each.strip() for each in (listed or "").split(",") if each.strip()]
+
+
+def _fetch(agent: Ssh, wheel: Manifest) -> None:
+    """Bring one wheel home, into the wheelhouse, and say so when another one of its name was there."""
+    there = files.wheelhouse() / wheel.file
+    with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
+        place = Path(folder) / wheel.file
+        agent.get(f"{PLACE}/wheelhouse/{wheel.file}", place, wheel.size)
+        if files.sha256(place) != wheel.sha256:
+            raise HashMismatchError(f"{wheel.file} was altered on the way", hint="run the same command again")
+        if there.is_file() and (old := files.sha256(there)) != wheel.sha256:
+            console.say(f"the wheelhouse had another {wheel.file}, which is replaced: sha256 {old}, now {wheel.sha256}")
+        manifest.admit(place, wheel)

@@ -1,0 +1,182 @@
+"""The audit: what is known against the packages, the custom nodes and the ComfyUI that are locked or deployed.
+
+Packages are looked up by `uv audit`, which asks a service that speaks OSV's API. It audits projects only, so it is
+given a lock that holds exactly these packages: nothing is resolved, and no index is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import tomllib
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomlkit
+
+from core import files, foreign, source, tools
+from core.errors import AuditServiceError, TreeError
+from deploy import flow
+from deploy import release as releases
+from lock import advisory, node_updates, nodes, requirements
+from lock import application as applications
+from lock.advisory import Repository
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from lock.advisory import Advisory
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What is looked at: packages as (name, version) with where each is listed, and what comes from repositories."""
+
+    packages: Mapping[tuple[str, str], Sequence[str]]
+    repositories: Sequence[Repository]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is known against something; `certain` is false where Hearth cannot tell whether it applies.
+
+    `at` is a version or a commit, `remedy` says what is affected or where it is repaired, `where` who lists it.
+    """
+
+    name: str
+    at: str
+    ids: tuple[str, ...]
+    what: str
+    remedy: str
+    source: str
+    where: tuple[str, ...] = ()
+    certain: bool = True
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The result: how much was looked at, what was found, and why packages were not looked up, if they were not."""
+
+    packages: int
+    repositories: int
+    advisories: int
+    findings: tuple[Finding, ...]
+    fault: AuditServiceError | None
+
+
+def stock(host: str, *, ask_sudo: bool) -> Stock:
+    """What the current release of a host holds; without a host, all that is locked in this checkout."""
+    return deployed(flow.facts(host, ask_sudo=ask_sudo).named("current")) if host else locked()
+
+
+def locked() -> Stock:
+    """All that is locked in this checkout: the lists for hosts, the tool's own lock, the nodes and ComfyUI."""
+    packages: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for stack, platform, python in requirements.combinations():
+        if lock := requirements.find(stack.name, platform.value, python):
+            for each in lock.versions().items():
+                packages[each].append(lock.name)
+    for package in tomllib.loads((files.CHECKOUT / "uv.lock").read_text())["package"]:
+        if "registry" in package["source"]:
+            packages[package["name"], package["version"]].append("uv.lock")
+    ours = [_node(name, each.url, each.commit, each.tree) for name, each in nodes.catalogue().nodes.items()]
+    return Stock(packages, [_comfyui(applications.application().version), *ours])
+
+
+def deployed(manifest: Mapping[str, Any]) -> Stock:
+    """What a release holds; raises OldReleaseError."""
+    manifest = releases.told(manifest)
+    packages = {each: [f"release {manifest['id']}"] for each in manifest["packages"].items()}
+    theirs = [_node(name, each["url"], each["commit"], each["tree"]) for name, each in manifest["nodes"].items()]
+    return Stock(packages, [_comfyui(manifest["version"]), *theirs])
+
+
+def _comfyui(version: str) -> Repository:
+    """ComfyUI, of which the version tells all: its address is the one that advisories name."""
+    return Repository("ComfyUI", "https://github.com/Comfy-Org/ComfyUI", "", version)
+
+
+def _node(name: str, url: str, commit: str, tree: str) -> Repository:
+    """A node with its own version, where its tree is in the cache and says one. Nothing is fetched for that."""
+    pinned = source.Pinned(name=name, version=commit, source=(source.Source(git=url, commit=commit),), tree=tree)
+    place, version = source.cached(pinned), ""
+    with suppress(TreeError):  # too large to be read
+        version = str(foreign.pyproject(place).get("version", "")) if place else ""
+    return Repository(name, url, commit, version)
+
+
+def check(stock: Stock, service: str = "") -> Audit:
+    """What is known against a stock. `service` is the address of an OSV service (default: uv's, OSV itself).
+
+    The curated list comes first: it is there also when the service does not answer, which is then the result's `fault`.
+    """
+    known = advisory.advisories()
+    found = [*_bad_repositories(stock, known), *_bad_packages(stock, known)]
+    fault = None
+    try:
+        named = {(each.name, each.at, name) for each in found for name in each.ids}
+        asked = _vulnerable(stock, service)
+        found += [each for each in asked if not any((each.name, each.at, name) in named for name in each.ids)]
+    except AuditServiceError as error:
+        fault = error
+    return Audit(len(stock.packages), len(stock.repositories), len(known), tuple(found), fault)
+
+
+def _bad_repositories(stock: Stock, known: Sequence[Advisory]) -> Iterator[Finding]:
+    for there in stock.repositories:
+        for each in advisory.of(there.url, known):
+            affected = advisory.applies(each, there, node_updates.holds)
+            if affected is not False:
+                at, certain = there.commit or there.version, affected is not None
+                yield Finding(there.name, at, each.ids, each.what, each.affected, each.source, certain=certain)
+
+
+def _bad_packages(stock: Stock, known: Sequence[Advisory]) -> Iterator[Finding]:
+    for (name, version), where in stock.packages.items():
+        for each in known:
+            if each.package == name and each.has(version):
+                yield Finding(name, version, each.ids, each.what, each.affected, each.source, tuple(where))
+
+
+def _vulnerable(stock: Stock, service: str) -> Iterator[Finding]:
+    """What `uv audit` finds. Raises AuditServiceError when it cannot tell."""
+    words = ["audit", "--frozen", "--output-format", "json"]
+    words += ["--preview-features", "audit-command,json-output"]  # both are previews still, and uv warns of that
+    words += ["--service-url", service] if service else []
+    with tempfile.TemporaryDirectory(prefix="hearth-") as name:
+        _project(Path(name), sorted(stock.packages))
+        done = tools.uv(*words, cwd=Path(name), check=False)
+    if done.returncode not in (0, 1) or not done.stdout:  # 1: there are vulnerabilities
+        raise AuditServiceError(
+            f"{len(stock.packages)} packages were not looked up: uv audit failed",
+            cause=done.stderr.strip().removeprefix("error: ").replace("\n", "\n       "),
+            hint="check the network, or name a service that speaks OSV's API: inv audit --service URL",
+        )
+    answer = json.loads(done.stdout)
+    if answer["summary"]["audited_packages"] != len(stock.packages):
+        raise AuditServiceError(
+            f"uv audit looked up {answer['summary']['audited_packages']} of {len(stock.packages)} packages",
+            cause="this uv reads a lock in another way than the one that Hearth's own lock names",
+            hint="uv sync, then the same command",
+        )
+    for each in answer["vulnerabilities"]:
+        package = each["dependency"]["name"], each["dependency"]["version"]
+        ids = tuple(dict.fromkeys([each["id"], *each["aliases"]]))
+        fixed = f"fixed in {', '.join(each['fix_versions'])}" if each["fix_versions"] else "no version repairs it yet"
+        what = each["summary"] or (each["description"] or "").strip().partition("\n")[0]
+        yield Finding(*package, ids, what, fixed, each["link"] or "", tuple(stock.packages[package]))
+
+
+def _project(place: Path, packages: Sequence[tuple[str, str]]) -> None:
+    """A project whose lock holds exactly these packages, in the form that uv reads.
+
+    `registry` is a folder, for uv would ask an index of each package whether it is still kept up.
+    """
+    own, python = {"name": "audited", "version": "0"}, {"requires-python": ">=3.11"}
+    listed = [{"name": name, "version": version, "source": {"registry": "."}} for name, version in packages]
+    root = {**own, "source": {"virtual": "."}, "dependencies": listed}
+    (place / "pyproject.toml").write_text(tomlkit.dumps({"project": {**own, **python}}))
+    (place / "uv.lock").write_text(tomlkit.dumps({"version": 1, **python, "package": [root, *listed]}))

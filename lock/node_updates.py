@@ -1,0 +1,363 @@
+"""Changes to the list of custom nodes: what upstream has, what an update would bring, who provides a node type."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import tomlkit
+
+from core import console, files, source, tools
+from core.errors import (
+    ConfigError,
+    HearthError,
+    ProcessError,
+    SourceUnreachableError,
+    UnknownNameError,
+    UsageError,
+    near,
+)
+from deploy import review
+from lock import advisory, nodes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from core.shell import Done
+    from lock.nodes import Catalogue, Node
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an update of a node brings: commits (the latest first), requirements and files of its start that differ.
+
+    `powers` are what it could not do before (`review.gained`), and symbolic links that it had not.
+    """
+
+    name: str
+    old: str
+    new: str
+    commits: tuple[str, ...]
+    requirements: tuple[str, ...]
+    imported: tuple[str, ...]
+    powers: tuple[str, ...] = ()
+
+
+def add(address: str, why: str) -> str:
+    """Pin a node's latest commit, or the one of `URL@REV`, and list it; returns its name.
+
+    What is known to be bad of it is said. Raises UsageError, ConfigError when it is listed already or left out, and
+    what reaching its upstream raises.
+    """
+    if not why:
+        raise UsageError("a node is listed with its reason", hint='--why "what it is for"')
+    url, rev = _revision(address)
+    nodes.check_address("inv nodes.add", url)
+    name = url.rstrip("/").rpartition("/")[2].removesuffix(".git")
+    known = nodes.catalogue()
+    if name in known.nodes:
+        raise ConfigError(f"{name} is listed already", hint="inv nodes.update")
+    if name in known.left_out:
+        raise ConfigError(f"{name} is left out: {known.left_out[name]}", hint="take it out of [left-out] first")
+    for each in advisory.of(url, advisory.advisories()):
+        console.say(f"warning: {name} is known to be bad ({each.affected}): {each.what}; {each.source}")
+    commit = newest(url, rev or "HEAD")
+    node = nodes.Node(url=url, commit=commit, tree="", why=why)
+    nodes.check("inv nodes.add", name, node)
+    pinned = source.pin(node.pinned(name))
+    with _history(url, commit) as git:
+        date = _date(git, commit)
+    document = _document()
+    table = tomlkit.table()
+    table.update({"url": url, "commit": commit, "tree": pinned.tree, "why": why})
+    table["commit"].comment(date)
+    document.setdefault("nodes", tomlkit.table(is_super_table=True))[name] = table
+    _write(document)
+    return name
+
+
+def _revision(address: str) -> tuple[str, str]:
+    """The two parts of `URL@REV`; the URL may name a user, as git@host:path does, and the revision be left out."""
+    user = re.match(r"([a-z]+://)?([^/@]*@)?", address)
+    start = user.end() if user else 0
+    url, _, rev = address[start:].partition("@")
+    return address[:start] + url, rev
+
+
+def remove(name: str) -> None:
+    """Take a node off the list and out of all sets; raises UnknownNameError."""
+    known = nodes.catalogue()
+    if name not in known.nodes:
+        raise UnknownNameError(f"there is no node {name!r}", hint=near(name, known.nodes))
+    document = _document()
+    del document["nodes"][name]
+    for members in document.get("sets", {}).values():
+        if name in members:
+            members.remove(name)
+    _write(document)
+
+
+def outdated(known: Catalogue) -> dict[str, tuple[str, str]]:
+    """The nodes whose upstream has another latest commit: pinned and latest, by name.
+
+    When upstreams do not answer it says what it has found all the same, and raises what is wrong with them.
+    """
+    latest, failures = _latest(known.nodes)
+    found = {name: (node.commit, latest[name]) for name, node in known.nodes.items() if name in latest}
+    found = {name: (old, new) for name, (old, new) in found.items() if old != new}
+    if failures:
+        for name, (old, new) in found.items():
+            console.say(f"{name} {old[:9]} -> {new[:9]}")
+        raise _together(failures)
+    return found
+
+
+def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
+    """Pin the latest commits of these nodes (all, when none is named) and say what that brings.
+
+    A node that cannot be updated keeps no other from it: what is wrong with each is raised at the end.
+    """
+    known = nodes.catalogue()
+    for name in names:
+        if name not in known.nodes:
+            raise UnknownNameError(f"there is no node {name!r}", hint=near(name, known.nodes))
+    chosen = {name: known.nodes[name] for name in names} or known.nodes
+    changes: list[Change] = []
+    document = _document()
+    latest, failures = _latest(chosen)
+    for name, new in latest.items():
+        if new == chosen[name].commit:
+            continue
+        try:
+            change, tree, date = _updated(name, chosen[name], new)
+        except (HearthError, OSError, ValueError) as error:
+            failures[name] = error
+            continue
+        entry = document["nodes"][name]
+        entry["commit"], entry["tree"] = new, tree
+        entry["commit"].comment(date)
+        changes.append(change)
+    if changes and not dry_run:
+        _write(document)
+    if failures:
+        for each in changes:  # the error would keep them from being shown
+            lines = (*each.commits, *each.requirements, *each.imported, *each.powers)
+            console.say("\n    ".join((f"{each.name} {each.old[:9]} -> {each.new[:9]}", *lines)))
+        raise _together(failures)
+    return changes
+
+
+def _latest(chosen: Mapping[str, Node]) -> tuple[dict[str, str], dict[str, Exception]]:
+    """The latest commits of nodes by name, and what is wrong where none was found."""
+    failures: dict[str, Exception] = {}
+
+    def one(name: str) -> str:
+        try:
+            return newest(chosen[name].url)
+        except (HearthError, OSError, ValueError) as error:
+            failures[name] = error
+            return ""
+
+    with ThreadPoolExecutor(max_workers=nodes.PARALLEL) as pool:
+        found = dict(zip(chosen, pool.map(one, chosen), strict=True))
+    return {name: commit for name, commit in found.items() if commit}, failures
+
+
+def _together(failures: Mapping[str, Exception]) -> HearthError:
+    """One error for what is wrong with nodes; of the kind that all of them are."""
+    kinds = {type(error) for error in failures.values()}
+    (kind,) = kinds if len(kinds) == 1 else (HearthError,)
+    told = [f"{name}: {error}".replace("\n", "\n    ") for name, error in failures.items()]
+    return (kind if issubclass(kind, HearthError) else HearthError)(
+        f"{len(failures)} node(s) could not be looked at: {', '.join(failures)}",
+        cause="\n    ".join(told),
+        hint="the others were; when a repository is gone for good, inv nodes.remove",
+    )
+
+
+def _updated(name: str, node: Node, new: str) -> tuple[Change, str, str]:
+    """What a node's update brings, and its tree and date."""
+    before = nodes.fetch({name: node})[name]
+    pinned = source.pin(msgspec.structs.replace(node, commit=new, tree="").pinned(name))
+    links = _links(node.url, new)
+    with suppress(ProcessError):  # its history was rewritten: what was there is not known, and all are told
+        links -= _links(node.url, node.commit)
+    with _history(node.url, new) as git:
+        change = _change(name, git, (node.commit, new), (before, source.fetch(pinned)), links)
+        return change, pinned.tree, _date(git, new)
+
+
+def newest(url: str, rev: str = "HEAD") -> str:
+    """The commit that a branch or tag of a repository is at; raises SourceUnreachableError or UnknownNameError."""
+    if re.fullmatch(r"[0-9a-f]{40}", rev):
+        return rev
+    done = tools.git("ls-remote", "--", url, rev, f"{rev}^{{}}", check=False)
+    if done.returncode:
+        raise SourceUnreachableError(
+            f"{url} does not answer", cause=done.stderr.strip(), hint="check the address and the network"
+        )
+    found = re.findall(r"^([0-9a-f]{40})\t", done.stdout, re.MULTILINE)
+    if not found:
+        raise UnknownNameError(f"{url} has no {rev!r}", hint="a branch, a tag or a whole commit")
+    return str(found[-1])  # of an annotated tag, the commit comes after it
+
+
+@contextmanager
+def _history(url: str, commit: str) -> Iterator[partial[Done]]:
+    """A repository's commits without their files, for as long as the context lasts: git, to ask it."""
+    with tempfile.TemporaryDirectory(prefix="hearth-") as place:
+        git = partial(tools.git, env={"GIT_DIR": place})
+        git("init", "--quiet", "--bare")
+        git("fetch", "--quiet", "--filter=tree:0", "--", url, commit)
+        yield git
+
+
+def holds(url: str, commit: str, wanted: str) -> bool | None:
+    """Whether a commit has another one in its history; None when its repository does not tell."""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):  # a host said it, and git would take --words for options
+        return None
+    try:
+        with _history(url, commit) as git:
+            return {0: True, 1: False}.get(git("merge-base", "--is-ancestor", wanted, commit, check=False).returncode)
+    except ProcessError:
+        return None
+
+
+def _date(git: partial[Done], commit: str) -> str:
+    return git("log", "-1", "--format=%cs", commit).stdout.strip()
+
+
+def _change(
+    name: str, git: partial[Done], commits: tuple[str, str], trees: tuple[Path, Path], links: set[str]
+) -> Change:
+    (old, new), (before, after) = commits, trees
+    log = git("log", "--format=%h %cs %s", "--max-count=30", f"{old}..{new}", check=False)
+    said = log.stdout.splitlines() if log.returncode == 0 else ["(its history was rewritten)"]
+    asked, asks = dict.fromkeys(nodes.requirements(before)), dict.fromkeys(nodes.requirements(after))
+    wanted = [f"-{line}" for line in asked if line not in asks] + [f"+{line}" for line in asks if line not in asked]
+    was, now = review.read(before), review.read(after)
+    changed = [
+        name
+        for name in sorted(was.imported | now.imported)
+        if not ((before / name).exists() and (after / name).exists())
+        or files.sha256(before / name) != files.sha256(after / name)
+    ]
+    powers = (*review.gained(was, now), *([f"symbolic links: {', '.join(sorted(links))}"] if links else []))
+    return Change(name, old, new, tuple(said), tuple(wanted), tuple(changed), powers)
+
+
+def _links(url: str, commit: str) -> set[str]:
+    """The symbolic links of a commit: what is fetched has copies in their places, or was refused."""
+    with tempfile.TemporaryDirectory(prefix="hearth-") as place:
+        git = partial(tools.git, env={"GIT_DIR": place})
+        git("init", "--quiet", "--bare")
+        git("fetch", "--quiet", "--depth=1", "--filter=blob:none", "--", url, commit)
+        listed = git("ls-tree", "-r", "-z", "--full-tree", commit).stdout.split("\0")
+    return {line.partition("\t")[2] for line in listed if line.startswith("120000 ")}
+
+
+def imported(tree: Path) -> set[str]:
+    """The files that run when ComfyUI imports a node, as far as import statements tell."""
+    return review.read(tree).imported
+
+
+def search(workflow: Path) -> dict[str, list[str]]:
+    """The node types of a workflow that ComfyUI does not have itself, each with the known nodes that name it.
+
+    Raises ConfigError for a file that is no workflow.
+    """
+    try:
+        content = json.loads(workflow.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{workflow} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{workflow} is no JSON: {error}", hint="save the workflow again, or export it") from None
+    try:
+        types = _types(content)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{workflow} is no workflow: {error}", hint="save it again, or export it") from None
+    if not types:
+        raise ConfigError(f"{workflow} holds no nodes", hint="a workflow as ComfyUI saves or exports it")
+    from lock.application import application
+
+    own = _named(source.fetch(application()))
+    known = nodes.catalogue()
+    trees = nodes.fetch(known.nodes)
+    names = {name: _named(tree) for name, tree in trees.items()}
+    return {each: [name for name in names if _names(names[name], each)] for each in sorted(types - own)}
+
+
+def _names(strings: set[str], node_type: str) -> bool:
+    """Whether a node's code names a type: as it is, or put together as in `Seed (rgthree)`."""
+    parts = re.fullmatch(r"(.+) \((.+)\)", node_type) if len(node_type) < 200 else None  # strings are shorter
+    return node_type in strings or bool(parts and {parts[1], parts[2]} <= strings)
+
+
+class _Node(msgspec.Struct):
+    type: str | None = None
+
+
+class _Graph(msgspec.Struct):
+    nodes: list[_Node] = []
+    id: str | int | None = None
+
+
+class _Definitions(msgspec.Struct):
+    subgraphs: list[_Graph] = []
+
+
+class _Workflow(_Graph):
+    definitions: _Definitions | None = None
+
+
+class _Step(msgspec.Struct):
+    class_type: str
+
+
+def _types(content: Any) -> set[str]:
+    """Node types of a workflow in either form: as the editor saves it, or as the API takes it.
+
+    Raises ValidationError for what has another shape.
+    """
+    if not isinstance(content, dict):
+        return set()
+    if isinstance(content.get("nodes"), list):
+        whole = msgspec.convert(content, _Workflow)
+        inner = whole.definitions.subgraphs if whole.definitions else []
+        inside = {str(part.id) for part in inner}  # a subgraph's id is a type, too
+        return {str(node.type) for part in (whole, *inner) for node in part.nodes} - inside - _EDITORS
+    steps = [each for each in content.values() if isinstance(each, dict) and "class_type" in each]
+    return {each.class_type for each in msgspec.convert(steps, list[_Step])}
+
+
+_EDITORS = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode", "None"}
+"""Types that only the editor knows."""
+
+
+def _named(tree: Path) -> set[str]:
+    """Every string in a tree's Python files: node types are among them, however they are registered."""
+    kept = files.cache() / "strings" / f"{tree.name}.json"
+    if not kept.exists():
+        found = review.read(tree)
+        if found.failed:
+            console.say(f"{tree.name} cannot be read: which node types it has is not known")
+            return set()
+        files.write(kept, json.dumps(sorted(found.strings)))
+    return set(json.loads(kept.read_text()))
+
+
+def _document() -> tomlkit.TOMLDocument:
+    path = nodes.catalogue_file()
+    return tomlkit.parse(path.read_text()) if path.exists() else tomlkit.document()
+
+
+def _write(document: tomlkit.TOMLDocument) -> None:
+    files.write(nodes.catalogue_file(), tomlkit.dumps(document))

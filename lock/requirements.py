@@ -1,0 +1,322 @@
+"""The locked environments of ComfyUI: one hash-locked list per stack, platform and Python.
+
+A list holds what ComfyUI and all known nodes need, resolved together, so that any choice of nodes fits. Each package
+says who asked for it (`# via`); a host gets those that its own nodes, ComfyUI and the stack reach.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
+from core import console, files, lockfile, source, tools
+from core.errors import ConfigError, LockStaleError, ResolutionError
+from core.stack import Platform, stacks
+from lock import application as applications
+from lock import nodes
+from lock.application import application
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from core.stack import Stack
+    from lock.application import Application
+    from lock.nodes import Catalogue
+
+TRIO = ("torch", "torchvision", "torchaudio")
+APP, OWN = "comfyui.txt", "hearth.txt"
+"""Who asks for a package: ComfyUI, Hearth (the stack's torch, `extra`), else a node, as `NODE.node.txt`."""
+
+MANAGER = "ComfyUI-Manager"
+"""Asks for its package as a node does, though it is none: ComfyUI brings it with `--enable-manager`."""
+
+
+@dataclass(frozen=True)
+class Lock:
+    """One locked list: what it is for, and its text, a requirement with hashes per line (pip's format)."""
+
+    stack: str
+    platform: str
+    python: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        """The list's file name without the ending."""
+        return f"{self.stack}-{self.platform}-cp{self.python.replace('.', '')}"
+
+    def fits(self, known: Catalogue) -> bool:
+        """Whether the list was compiled with these nodes."""
+        return f"and nodes {nodes_hash(known)};" in self.text.partition("\n")[0]
+
+    @cached_property
+    def _packages(self) -> dict[str, tuple[str, set[str]]]:
+        """Each package's requirement with hashes, and who asks for it: packages, or files of requirements."""
+        found: dict[str, tuple[str, set[str]]] = {}
+        for block in re.split(r"\n(?=[\w])", self.text):
+            lines = block.splitlines()
+            name = re.match(r"([\w.-]+)==", lines[0]) if lines else None
+            if name is None:
+                continue
+            told = [line.partition("#")[2].strip() for line in lines if line.lstrip().startswith("#")]
+            asking = {each.removeprefix("via").strip().removeprefix("-r ") for each in told} - {""}
+            pinned = [line for line in lines if not line.lstrip().startswith("#")]
+            found[canonicalize_name(name[1])] = "\n".join(pinned) + "\n", asking
+        return found
+
+    def select(self, asking: Iterable[str]) -> str:
+        """The list without what only other nodes than these (or MANAGER) need."""
+        reached = self._reached(asking)
+        return "".join(text for name, (text, _) in sorted(self._packages.items()) if name in reached)
+
+    def versions(self, asking: Iterable[str] | None = None) -> dict[str, str]:
+        """The packages' versions by name; with `asking` without what only other nodes than these need."""
+        pinned = {name: re.split(r"==|[\s;]", text)[1] for name, (text, _) in sorted(self._packages.items())}
+        reached = pinned.keys() if asking is None else self._reached(asking)
+        return {name: version for name, version in pinned.items() if name in reached}
+
+    def _reached(self, asking: Iterable[str]) -> set[str]:
+        """The packages that ComfyUI, the stack and these nodes need."""
+        reached = {APP, OWN, *(f"{name}.node.txt" for name in asking)}
+        while fresh := {name for name, (_, via) in self._packages.items() if via & reached} - reached:
+            reached |= fresh
+        return reached
+
+
+def folder() -> Path:
+    """Where the lists are kept: beside the app.toml, or for one without a list of its own with the recipe."""
+    own = applications.folder() / "locks"
+    return own if own.is_dir() else files.checkout() / "recipes/comfyui/locks"
+
+
+def combinations() -> list[tuple[Stack, Platform, str]]:
+    """Every stack, platform and Python that a list is made for."""
+    return [
+        (stack, Platform.parse(platform), python)
+        for stack in stacks().values()
+        for platform in stack.platforms
+        for python in stack.pythons
+    ]
+
+
+def find(stack: str, platform: str, python: str) -> Lock | None:
+    """The locked list for a combination; None where there is none."""
+    lock = Lock(stack, platform, python, "")
+    path = folder() / f"{lock.name}.txt"
+    return Lock(stack, platform, python, path.read_text()) if path.exists() else None
+
+
+def trio(stack: Stack) -> list[str]:
+    """The stack's torch, torchvision and torchaudio, exactly as `uv.lock` pins them."""
+    pinned = [line.split()[0] for line in lockfile.requirements(stack.name)]
+    return [each for each in pinned if each.partition("==")[0] in TRIO]
+
+
+def compile_all(*, check: bool) -> list[str]:
+    """Compile every list whose inputs changed and return their names; with `check` raise LockStaleError instead.
+
+    A list's first line names the hash of its inputs, so that checking needs no network. Raises ResolutionError with
+    the nodes that do not fit, and ConfigError for a requirement that cannot be pinned.
+    """
+    app, known = application(), nodes.catalogue()
+    stale: list[tuple[Stack, Platform, str, Path, str]] = []
+    for stack, platform, python in combinations():
+        path = folder() / f"{Lock(stack.name, platform.value, python, '').name}.txt"
+        first = (
+            f"# Compiled by `inv lock` from ComfyUI {_inputs(app, stack)} and nodes {nodes_hash(known)}; do not edit.\n"
+        )
+        if not (path.exists() and path.read_text().startswith(first)):
+            stale.append((stack, platform, python, path, first))
+    names = [path.stem for *_, path, _ in stale]
+    if check and stale:
+        raise LockStaleError(
+            f"the environments of ComfyUI are stale: {', '.join(names)}",
+            cause="ComfyUI's version, a node, the stack's torch or the extra packages changed since they were compiled",
+            hint="inv lock",
+        )
+    if stale:
+        asked = wishes(app, known)
+
+        def resolve(stack: Stack, platform: Platform, python: str, path: Path, first: str) -> str:
+            second = f"# What they ask for: {_asked_hash(asked, known, stack)}\n"
+            _, _, body = path.read_text().partition(second) if path.exists() else ("", "", "")
+            body = body or _compile(asked, known, stack, platform, python, path)  # new code may ask for the same
+            files.write(path, first + second + body)
+            return path.stem
+
+        with (
+            console.Progress("resolving", len(stale), len(stale)) as progress,
+            ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,  # uv resolves on one core
+        ):
+            for done in as_completed([pool.submit(resolve, *each) for each in stale]):
+                progress.step(f"{done.result()}: ComfyUI and {len(known.nodes)} nodes", 1, 0)
+    return names
+
+
+def wishes(app: Application, known: Catalogue) -> dict[str, list[str]]:
+    """What ComfyUI and every node ask for, by the name of the file of requirements that uv is given."""
+    trees = nodes.fetch(known.nodes)
+    asked = {APP: nodes.requirements(source.fetch(app)), OWN: list(app.extra)}
+    asked |= {f"{MANAGER}.node.txt": [app.manager]} if app.manager else {}
+    return asked | {
+        f"{name}.node.txt": [*_pinnable(name, tree, known), *known.nodes[name].extra] for name, tree in trees.items()
+    }
+
+
+# A file at an address: what a repository gives (git+https) has no hash that anybody would check.
+_PINNED = re.compile(r"https://[^#]+#(?:[^#]*&)?sha256=[0-9a-f]{64}(?:&[^#]*)?")
+
+
+def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
+    """A node's requirements without torch's, which the stack decides; raises ConfigError for what has no hash."""
+    found: list[str] = []
+    for line in nodes.requirements(tree):
+        requirement = _parsed(line)
+        if requirement is None:
+            raise ConfigError(
+                f"node {name} asks for {line[:200]!r}, which is no requirement that can be pinned",
+                hint=f"leave the node out: in {nodes.catalogue_file()}, [left-out]",
+            )
+        package = canonicalize_name(requirement.name)
+        if package in TRIO:
+            if requirement.specifier or requirement.url:
+                console.say(f"{name} asks for {line}: the stack's {package} stays")
+        elif package in known.override:
+            found += [each for each in [known.override[package].requirement] if each]
+        elif requirement.url and not _PINNED.fullmatch(requirement.url):
+            raise ConfigError(
+                f"node {name} asks for {line}, which no hash pins",
+                cause="what lies at an address may change; nothing unpinned reaches a host",
+                hint=f"name a package of the index instead: in {nodes.catalogue_file()}, "
+                f'[override.{package}] requirement = "..." why = "..."',
+            )
+        else:
+            found.append(line)
+    return found
+
+
+# What uv reads as more than a requirement: a variable's value, the next line joined, a line of its own.
+_MORE = re.compile(r"[$\\`\x00-\x1f\x7f-\x9f\u2028\u2029]|(^|\s)[-#]")
+
+
+def _plain(line: str) -> str:
+    """A requirement as uv is given it; raises ConfigError for a line that means more to uv than to us."""
+    if _parsed(line) is None:
+        raise ConfigError(
+            f"{line[:200]!r} is no requirement", hint="leave the node out, or name a package of the index"
+        )
+    return line
+
+
+def _parsed(line: str) -> Requirement | None:
+    """A line of requirements; a mere address (`git+https://.../name.git`) is named as its repository is."""
+    if len(line) > 2000 or _MORE.search(line):
+        return None
+    with suppress(InvalidRequirement, RecursionError):
+        return Requirement(line)
+    address = re.fullmatch(r"(?:git\+)?(?:https?|ssh|git)://\S*?/([\w.-]+?)(?:\.git|\.zip|\.whl)?(?:[@#]\S*)?", line)
+    return Requirement(f"{address[1]} @ {line}") if address else None
+
+
+def download(lock: Lock, asking: Iterable[str], platform: Platform) -> Path:
+    """Every wheel that these ask for, in a folder of the cache: for a host that cannot fetch them itself."""
+    text = lock.select(asking)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    place = files.cache() / "wheels" / f"{lock.name}-{digest}"
+    if place.is_dir():
+        return place
+    console.say(f"downloading the packages of {lock.name}")
+    tag = lock.name.rpartition("-")[2]
+    with files.whole(place) as part:
+        listed = part / "requirements.txt"
+        listed.write_text(text)
+        words: list[str | Path] = ["download", "--quiet", "--require-hashes", "--no-deps", "--dest", part]
+        words += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", lock.python]
+        # pip takes tags literally: an older manylinux is not implied by a newer one.
+        tags = [f"manylinux_2_{minor}" for minor in range(28, 4, -1)] + ["manylinux2014", "manylinux2010", "manylinux1"]
+        words += [word for each in [*tags, "linux"] for word in ("--platform", f"{each}_{platform.cpu}")]
+        words += [word for abi in (tag, "abi3", "none") for word in ("--abi", abi)]
+        tools.pip(*words, "--requirement", listed)
+        listed.unlink()
+    return place
+
+
+def _inputs(app: Application, stack: Stack) -> str:
+    """The hash of what decides a list beside the nodes."""
+    return hashlib.sha256(json.dumps([app.tree, app.extra, app.manager, trio(stack)]).encode()).hexdigest()[:16]
+
+
+def nodes_hash(known: Catalogue) -> str:
+    """The hash of what the nodes decide in every list; it is in the list's first line."""
+    listed = [[name, node.tree, node.extra] for name, node in sorted(known.nodes.items())]
+    decided = [[name, each.requirement] for name, each in sorted(known.override.items())]
+    return hashlib.sha256(json.dumps([listed, decided]).encode()).hexdigest()[:16]
+
+
+def _other(name: str, requirement: str) -> bool:
+    """Whether an override takes another package than the one asked for, or none."""
+    return not requirement or canonicalize_name(Requirement(requirement).name) != canonicalize_name(name)
+
+
+def _asked_hash(asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack) -> str:
+    """The hash of all requirements that a list answers; it is in the list's second line."""
+    decided = {name: each.requirement for name, each in known.override.items()}
+    listed = json.dumps([asked, decided, trio(stack)], sort_keys=True)
+    return hashlib.sha256(listed.encode()).hexdigest()[:16]
+
+
+def _compile(
+    asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack, platform: Platform, python: str, old: Path
+) -> str:
+    """Resolve one list; what is pinned already stays where it can. Raises ResolutionError."""
+    with tempfile.TemporaryDirectory(prefix="hearth-") as name:
+        place = Path(name)
+        pinned = trio(stack)
+        for file, lines in asked.items():
+            listed = [*(pinned if file == OWN else []), *map(_plain, lines)]
+            (place / file).write_text("".join(f"{line}\n" for line in listed))
+        decided = [each.requirement for each in known.override.values() if each.requirement]
+        (place / "overrides").write_text("\n".join([*pinned, *decided]) + "\n")
+        # uv puts no package in another's place: what a dependency asks for is left out, a node's own line was replaced.
+        gone = [name for name, each in known.override.items() if _other(name, each.requirement)]
+        (place / "excludes").write_text("\n".join(gone))
+
+        def resolve(chosen: Iterable[str], *more: str) -> Any:
+            words = ["pip", "compile", "--quiet", "--no-header", "--generate-hashes", "--only-binary", ":all:"]
+            words += ["--python-version", python, "--python-platform", platform.uv_name]
+            words += ["--overrides", "overrides", "--excludes", "excludes", *more, *chosen]
+            return tools.uv(*words, "--python", sys.executable, cwd=place, check=False)
+
+        if old.exists():  # uv keeps what an output file pins already, where it can
+            shutil.copy(old, place / "list")
+        done = resolve(asked, "--output-file", "list")
+        if done.returncode == 0:
+            return (place / "list").read_text()
+        alone = [APP, OWN]
+        rest = [file for file in asked if file not in alone]
+        with ThreadPoolExecutor() as pool:
+            single = dict(zip(rest, pool.map(lambda file: resolve([*alone, file]), rest), strict=True))
+            without = dict(zip(rest, pool.map(lambda file: resolve(set(asked) - {file}), rest), strict=True))
+    bad = [file.removesuffix(".node.txt") for file, each in single.items() if each.returncode]
+    helps = [file.removesuffix(".node.txt") for file, each in without.items() if each.returncode == 0]
+    raise ResolutionError(
+        f"no versions suit ComfyUI and all nodes at once ({old.stem})",
+        cause=done.stderr.strip().replace(".node.txt", "").replace("\n", "\n         "),
+        hint=(f"not to be had even alone: {', '.join(bad)}. " if bad else "")
+        + (f"it resolves without {' or without '.join(helps)}: move it to [left-out]" if helps else "leave several out")
+        + f" in {nodes.catalogue_file()}, or decide the package there with [override.PACKAGE] and a reason",
+    )

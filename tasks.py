@@ -1,0 +1,24 @@
+"""The front door: every `inv` task, from the folder that its work is done in."""
+
+from __future__ import annotations
+
+import sys
+
+from invoke.collection import Collection
+from invoke.tasks import Task
+
+# Invoke keeps no bytecode unless it is told to; every start would then compile anew what it imports.
+sys.dont_write_bytecode = bool(sys.flags.dont_write_bytecode)
+
+from core import console  # noqa: E402  after the line above
+from deploy import tasks as deploy  # noqa: E402
+from kernels import tasks as kernels  # noqa: E402
+from lock import tasks as lock  # noqa: E402
+from ops import tasks as ops  # noqa: E402
+
+console.guard()
+ns = Collection(*(each for room in (kernels, deploy, ops) for each in vars(room).values() if isinstance(each, Task)))
+ns.add_task(lock.lock)
+ns.add_collection(
+    Collection("nodes", *(each for each in vars(lock).values() if isinstance(each, Task) and each is not lock.lock))
+)
