@@ -139,7 +139,7 @@ _GPU = (
     ("power", "power_watts", "The power that the GPU draws.", 1),
     ("power_limit", "power_limit_watts", "The power that the GPU may draw.", 1),
 )
-"""What `agent.gpu` tells, how it is called here, its meaning, and how many of its units make a base unit."""
+"""What `agent.look.gpu` tells, how it is called here, its meaning, and how many of its units make a base unit."""
 
 _NAMES = ("uuid", "name", "driver", "cuda", "capability")
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Gpu(msgspec.Struct, frozen=True):
-    """One GPU, as `agent.gpu.gpus` explains it; None is what it does not support, or what `faults` have a line for."""
+    """One GPU, as the agent reads it; None is what it does not support, or what `faults` have a line for."""
 
     index: int
     name: str | None

@@ -15,7 +15,7 @@ from agent.serve.services import ours
 def samples(site: Site, every: float, seconds: float | None) -> Iterator[Json]:
     """A sample now, and one each `every` seconds until `seconds` are over (None: for ever; 0: only one).
 
-    `time` is this machine's, in seconds since 1970, `gpus` as `agent.gpu.gpus` tells them, processes marked
+    `time` is this machine's, in seconds since 1970, `gpus` as `agent.look.gpu.gpus` tells them, processes marked
     by `ours`; `job` the id of the one that ComfyUI runs. Raises Fault without NVML.
     """
     begun = time.monotonic()

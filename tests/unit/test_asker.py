@@ -65,7 +65,7 @@ def test_a_process_that_calls_itself_sshd_is_none() -> None:
 
 
 def test_without_sshds_word_an_address_is_told_as_the_logins_own() -> None:
-    code = "from agent.asker import asker; print(asker('anna@laptop'))"
+    code = "from agent.requester import asker; print(asker('anna@laptop'))"
     env = {"SSH_CONNECTION": "192.0.2.7 4711 192.0.2.1 22", "PYTHONPATH": "."}
     words = [os.path.realpath(sys.executable), "-S", "-c", code]
     said = subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout

@@ -152,7 +152,7 @@ def tell(place: Path, port: int, user: int = 0, code: str = PROBE, abi: int = 0,
         os.chown(path, user, user, follow_symlinks=False)
     told: dict[str, Any] = {"read": [], "write": [f"{data}/*"], "bind": [], "connect": [port], "udp": True}
     told |= {"secrets": ["SECRET"], "folder": str(place / "secrets"), **spec}
-    start = f"import sys, json; sys.path.insert(0, {str(place / 'code')!r}); from agent import confine; "
+    start = f"import sys, json; sys.path.insert(0, {str(place / 'code')!r}); from agent.serve import confine; "
     start += f"confine.abi = lambda: {abi}; " if abi else ""
     start += "confine.main(json.loads(sys.argv[1]), sys.argv[2:])"
     python = "/usr/bin/python3" if user else os.path.realpath(sys.executable)  # root's own may lie in a closed folder
@@ -199,7 +199,7 @@ def test_offline_means_no_datagrams_either(tmp_path: Path, port: int) -> None:
 def test_secrets_alone_confine_nothing(tmp_path: Path) -> None:
     """Where a system's unit confines the command, it only gets its secrets."""
     (tmp_path / "TOKEN").write_text("x")
-    code = "from agent import confine; import sys; confine.main({'secrets': ['TOKEN']}, sys.argv[1:])"
+    code = "from agent.serve import confine; import sys; confine.main({'secrets': ['TOKEN']}, sys.argv[1:])"
     words = [sys.executable, "-c", code, sys.executable, "-c", "import os; print(os.environ['TOKEN'])"]
     env = {"PATH": "/usr/bin:/bin", "CREDENTIALS_DIRECTORY": str(tmp_path), "PYTHONPATH": str(files.CHECKOUT)}
     assert subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout == "x\n"
@@ -516,7 +516,7 @@ def test_force_ends_what_lost_its_supervisor(tmp_path: Path, kept: bool, monkeyp
     monkeypatch.setattr(lifecycle, "_processes", lambda _: [int(each.split("/")[2]) for each in marked(tmp_path)])
     release = read(site.releases / "one/release.json")
     spec = {"read": [str(tmp_path), str(files.CHECKOUT)], "write": [str(tmp_path / "left")], "bind": [], "connect": []}
-    start = "import sys, json; from agent import confine; confine.main(json.loads(sys.argv[1]), sys.argv[2:])"
+    start = "import sys, json; from agent.serve import confine; confine.main(json.loads(sys.argv[1]), sys.argv[2:])"
     command = [os.path.realpath(sys.executable), *release["argv"][1:]]
     release["argv"] = ["/usr/bin/env", f"PYTHONPATH={files.CHECKOUT}", sys.executable, "-c", start]
     release["argv"] += [json.dumps({**spec, "udp": False}), *command]
@@ -535,7 +535,7 @@ def test_force_ends_what_lost_its_supervisor(tmp_path: Path, kept: bool, monkeyp
 
 
 def test_only_what_was_started_since_is_ended(tmp_path: Path) -> None:
-    code = "import os, subprocess, sys, time; from agent.services import end_descendants, take_orphans\n"
+    code = "import os, subprocess, sys, time; from agent.serve.services import end_descendants, take_orphans\n"
     code += "words = [sys.executable, '-c', 'import os, time; os.fork() or os.fork(); time.sleep(100)', sys.argv[1]]\n"
     code += "before = subprocess.Popen(words)\ntime.sleep(0.5)\nspared = take_orphans()\n"
     code += "after = subprocess.Popen(words)\ntime.sleep(0.5)\nend_descendants(spared)\n"

@@ -32,7 +32,7 @@ PROCESS = {"pid": 4242, "name": "python3.12 main.py", "user": "comfyui", "unit":
 @functools.cache
 def asked(machine: str) -> str:
     """What the agent's `gpus` tells of a recorded machine, as JSON."""
-    code = "import json; from agent.gpu import gpus; print(json.dumps(gpus()))"
+    code = "import json; from agent.look.gpu import gpus; print(json.dumps(gpus()))"
     return nvml.python(code, nvml.FIXTURES / f"{machine}.txt")
 
 
@@ -285,7 +285,7 @@ def test_the_agent_samples_at_its_pace_and_names_the_job(tmp_path: Path) -> None
     path.write_text(nvml.recording("h200"))
     with comfyui("one", "one", None) as (place, _):
         code = (
-            "import json, time; from agent.samples import samples; from agent.site import Site\n"
+            "import json, time; from agent.look.samples import samples; from agent.layout import Site\n"
             f"found = list(samples(Site({place.json!r}), 0.5, 1.2))\n"
             "print(json.dumps(found))"
         )
@@ -300,7 +300,7 @@ def test_a_comfyui_that_hangs_does_not_hold_up_the_samples(tmp_path: Path) -> No
     path.write_text(nvml.recording("h200"))
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as hung:  # takes connections, and answers none
         code = (
-            "import json; from agent.samples import samples; from agent.site import Site\n"
+            "import json; from agent.look.samples import samples; from agent.layout import Site\n"
             f"print(json.dumps(list(samples(Site({site(hung.server_port).json!r}), 0.5, 4))))"
         )
         found = msgspec.json.decode(nvml.python(code, path), type=list[Sample])

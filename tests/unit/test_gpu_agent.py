@@ -28,7 +28,7 @@ def asked(tmp_path: Path, recording: str, call: str = "agent.look.gpu.gpus()") -
     """What the agent answers on a machine with that recording."""
     place = tmp_path / "recording"
     place.write_text(recording)
-    return json.loads(nvml.python(f"import json, agent.gpu, agent.facts; print(json.dumps({call}))", place))
+    return json.loads(nvml.python(f"import json, agent.look.gpu, agent.look.facts; print(json.dumps({call}))", place))
 
 
 def one(tmp_path: Path, machine: str, *edits: tuple[str, str]) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def test_a_gpu_without_a_handle_is_listed_beside_one_that_works(tmp_path: Path) 
     assert lost.keys() == KEYS
     assert (lost["index"], lost["name"], lost["faults"]) == (0, None, ["device: GPU is lost"])
     assert (works["index"], works["name"], works["faults"]) == (1, "NVIDIA H200", [])
-    told = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}", "agent.look.facts._nvidia(agent.gpu.gpus())")
+    told = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}", "agent.look.facts._nvidia(agent.look.gpu.gpus())")
     assert [each["name"] for each in told["gpus"]] == ["NVIDIA H200"]
 
 
@@ -168,7 +168,7 @@ def test_a_driver_that_tells_nothing_is_no_gpu(tmp_path: Path, recording: str) -
 
 def test_without_the_library_there_is_no_gpu() -> None:
     assert gpus() == []  # no machine that builds Hearth is known to have one
-    words = "from agent.gpu import Nvml\ntry: Nvml()\nexcept Exception as error: print(error.report)"
+    words = "from agent.look.gpu import Nvml\ntry: Nvml()\nexcept Exception as error: print(error.report)"
     run = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
     assert "libnvidia-ml.so.1" in run.stdout
 
@@ -177,7 +177,7 @@ def test_a_library_that_is_not_nvidias(tmp_path: Path) -> None:
     source, place = tmp_path / "x.c", tmp_path / "libnvidia-ml.so.1"
     source.write_text("int x;\n")
     subprocess.run(["gcc", "-shared", "-o", str(place), str(source)], check=True)
-    words = [sys.executable, "-c", "from agent.gpu import gpus; print(gpus())"]
+    words = [sys.executable, "-c", "from agent.look.gpu import gpus; print(gpus())"]
     run = subprocess.run(words, env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True, text=True)
     assert run.stdout == "[]\n", run.stderr
 
@@ -218,7 +218,7 @@ def test_a_name_cannot_write_to_the_terminal() -> None:
     ],
 )
 def test_facts_are_told_by_nvml(tmp_path: Path, machine: str, wanted: dict[str, Any]) -> None:
-    told = asked(tmp_path, nvml.recording(machine), "agent.look.facts._nvidia(agent.gpu.gpus())")
+    told = asked(tmp_path, nvml.recording(machine), "agent.look.facts._nvidia(agent.look.gpu.gpus())")
     (gpu,) = told["gpus"]
     listed = re.findall(r"^(?:compute|graphics) (\d+)", nvml.recording(machine), re.MULTILINE)
     assert [each["pid"] for each in gpu.pop("processes")] == list(map(int, listed))

@@ -120,12 +120,12 @@ def test_a_supervisor_that_does_not_come_up_is_a_fault_with_what_it_said(tmp_pat
 def test_starting_and_stopping_while_others_ask(tmp_path: Path) -> None:
     """As `status`, `follow` and `facts` do: one that asked at the wrong moment kept the supervisor from starting."""
     site = make(tmp_path)
-    code = "import json, sys; from agent.site import Site; from agent.services import Supervised\n"
+    code = "import json, sys; from agent.layout import Site; from agent.serve.services import Supervised\n"
     code += "one = Supervised(Site(json.loads(sys.argv[1])))\nwhile True: one.status()"
     argv = [sys.executable, "-c", code, json.dumps(site.json)]
     with subprocess.Popen(argv, cwd=files.CHECKOUT) as asker:
         try:
-            code = "import json, sys; from agent.site import Site; from agent.services import Supervised\n"
+            code = "import json, sys; from agent.layout import Site; from agent.serve.services import Supervised\n"
             code += "one = Supervised(Site(json.loads(sys.argv[1])))\nfor _ in range(4): one.start(); one.stop()"
             subprocess.run([sys.executable, "-c", code, json.dumps(site.json)], cwd=files.CHECKOUT, check=True)
         finally:
@@ -162,9 +162,7 @@ def test_comfyui_dies_with_a_supervisor_that_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ended", ["by a stop", "killed"])
 def test_no_program_outlives_the_agent_that_runs_it(tmp_path: Path, ended: str) -> None:
     """One that made an environment wrote on where the next command deleted it."""
-    code = (
-        "import sys; from pathlib import Path; from agent.files import flock, run; from agent.steps import _run_long\n"
-    )
+    code = "import sys; from pathlib import Path; from agent.files import flock, run; from agent.change.steps import _run_long\n"
     code += "with flock(Path(sys.argv[1])): "
     code += "run(['sh', '-c', 'sleep 100 & wait'])" if ended == "by a stop" else "_run_long(['sleep', '100'])"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], cwd=files.CHECKOUT) as agent:

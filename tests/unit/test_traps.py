@@ -363,7 +363,7 @@ def test_who_asks_is_what_the_host_knows(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv(name, "anna")
     told: Json = requester.asker("anna@laptop")
     assert not told["who"].startswith("anna")
-    code = "import sys; sys.path.insert(0, '.'); from agent.asker import asker; print(asker('anna@laptop')['who'])"
+    code = "import sys; sys.path.insert(0, '.'); from agent.requester import asker; print(asker('anna@laptop')['who'])"
     env = {"PATH": "/usr/bin:/bin", "SSH_CONNECTION": "192.0.2.7 4711 192.0.2.1 22"}
     python = os.path.realpath("/proc/self/exe")
     said = subprocess.run([python, "-S", "-c", code], env=env, capture_output=True, text=True, check=True).stdout
