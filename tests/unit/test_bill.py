@@ -121,7 +121,7 @@ def test_kernel_wheels_have_hash_arch_and_compilers(known: dict[str, Any], parts
 
 def test_the_same_release_gives_the_same_bytes(known: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "release.json").write_text(json.dumps(known))
-    program = "import json, sys; from deploy import bill; print(bill.write(json.load(open(sys.argv[1]))), end='')"
+    program = "import json, sys; from lock import sbom; print(sbom.write(json.load(open(sys.argv[1]))), end='')"
     words = [sys.executable, "-W", "error", "-c", program, str(tmp_path / "release.json")]
 
     def said(seed: str) -> str:

@@ -162,7 +162,8 @@ def test_comfyui_dies_with_a_supervisor_that_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ended", ["by a stop", "killed"])
 def test_no_program_outlives_the_agent_that_runs_it(tmp_path: Path, ended: str) -> None:
     """One that made an environment wrote on where the next command deleted it."""
-    code = "import sys; from pathlib import Path; from agent.files import flock, run; from agent.change.steps import _run_long\n"
+    code = "import sys; from pathlib import Path; from agent.files import flock, run\n"
+    code += "from agent.change.steps import _run_long\n"
     code += "with flock(Path(sys.argv[1])): "
     code += "run(['sh', '-c', 'sleep 100 & wait'])" if ended == "by a stop" else "_run_long(['sleep', '100'])"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], cwd=files.CHECKOUT) as agent:
