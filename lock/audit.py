@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-import tomllib
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tomli
 import tomlkit
 
 from core import files, foreign, source, tools
@@ -79,7 +79,7 @@ def locked() -> Stock:
         if lock := requirements.find(stack.name, platform.value, python):
             for each in lock.versions().items():
                 packages[each].append(lock.name)
-    for package in tomllib.loads((files.CHECKOUT / "uv.lock").read_text())["package"]:
+    for package in tomli.loads((files.CHECKOUT / "uv.lock").read_text())["package"]:
         if "registry" in package["source"]:
             packages[package["name"], package["version"]].append("uv.lock")
     ours = [_node(name, each.url, each.commit, each.tree) for name, each in nodes.catalogue().nodes.items()]
