@@ -25,8 +25,7 @@ from core.errors import (
     UsageError,
     near,
 )
-from deploy import review
-from lock import advisory, nodes
+from lock import advisory, nodes, review
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
