@@ -77,8 +77,10 @@ def _make(builds: Sequence[Build], jobs: int | None, lock: int, *, force: bool) 
     `lock` is the descriptor of the build lock, which the caller holds. `force` deletes existing objects.
     """
     from kernels import graph as graphs
-    from kernels import source, toolchain
+    from kernels import source, toolchain, wheel
 
+    for build in builds:
+        wheel.metadata(build)  # an error that would otherwise come after the compile
     root = graphs.root()
     for build in {build.folder: build for build in builds}.values():  # Pythons and profiles share a folder
         place = root / build.folder
