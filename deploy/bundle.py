@@ -21,12 +21,12 @@ from typing import IO, TYPE_CHECKING
 
 import msgspec
 
-from core import console, files, lockfile, signature, source
-from core import manifest as manifests
+from core import console, files, lockfile, signature, source, workspace
 from core.errors import BundleError, SignatureError
 from core.manifest import Sha256
 from core.signature import Signed
 from core.stack import Platform
+from core.workspace import Workspace
 from deploy import connection, exporter
 from deploy import release as releases
 from lock import application as applications
@@ -194,10 +194,10 @@ def _listed(
     stock: Shelf, asking: Sequence[str], platform: str, python: str, wheels: Sequence[Manifest]
 ) -> dict[str, Path]:
     """Every file of a bundle by its name there; what the cache lacks is fetched."""
-    app, lock = stock.application, stock.locks[platform, python]
-    found = {AGENT: connection.agent_file(), "checkout/uv.lock": files.checkout() / "uv.lock"}
+    app, lock, here = stock.application, stock.locks[platform, python], workspace.current()
+    found = {AGENT: connection.agent_file(), "checkout/uv.lock": here.checkout / "uv.lock"}
     for pattern in ("config/stacks.toml", "config/profiles/*.toml", "config/modes/*.toml", "recipes/comfyui/units/*"):
-        found |= {f"checkout/{path.relative_to(files.checkout())}": path for path in files.checkout().glob(pattern)}
+        found |= {f"checkout/{path.relative_to(here.checkout)}": path for path in here.checkout.glob(pattern)}
     recipe = [applications.folder() / "app.toml", nodes.catalogue_file()]
     found |= {f"checkout/recipes/comfyui/{path.name}": path for path in recipe if path.exists()}
     found[f"checkout/recipes/comfyui/locks/{lock.name}.txt"] = requirements.folder() / f"{lock.name}.txt"
@@ -213,12 +213,12 @@ def _listed(
     ]
     for folder in cached:
         inner = files.tree(folder, largest=files.LARGEST_WHEEL)
-        found |= {f"cache/{folder.relative_to(files.cache())}/{name}": path for name, path in inner}
+        found |= {f"cache/{folder.relative_to(here.cache)}/{name}": path for name, path in inner}
     for exported in (lockfile.exported("uv"), lockfile.exported(exporter.EXTRA)):
-        found[f"cache/{exported.relative_to(files.cache())}"] = exported
+        found[f"cache/{exported.relative_to(here.cache)}"] = exported
     for wheel in wheels:
-        found |= {f"wheelhouse/{wheel.file}": manifests.whole(wheel)}
-        found |= {f"wheelhouse/{wheel.file}.json": files.wheelhouse() / f"{wheel.file}.json"}
+        found |= {f"wheelhouse/{wheel.file}": here.wheelhouse.path(wheel)}
+        found |= {f"wheelhouse/{wheel.file}.json": here.wheelhouse.folder / f"{wheel.file}.json"}
     return found
 
 
@@ -236,7 +236,7 @@ def opened(path: Path) -> Iterator[Opened]:
 
     Raises BundleError, and SignatureError where this client lists who may sign (`signers_file`) and nobody of them did.
     """
-    with files.draft(files.cache() / "bundles/open") as place:
+    with files.draft(workspace.current().cache / "bundles/open") as place:
         place.mkdir()
         found = _read(path, place)
         console.say(f"{path.name} is whole, and {found.origin}")
@@ -247,7 +247,7 @@ def opened(path: Path) -> Iterator[Opened]:
                 cause="its agent is not this one's, so what it would do on a host may differ",
                 hint="use the checkout that it was made with, or make it again: inv bundle",
             )
-        with files.inside(place):
+        with workspace.using(Workspace.of_bundle(place)):
             yield found
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from core import console, files, shell
+from core import console, files, shell, workspace
 from core.errors import (
     AgentError,
     BusyError,
@@ -124,7 +124,7 @@ def agent_name() -> str:
 
 def agent_file() -> Path:
     """The packed agent, in the cache; written again when something else is there."""
-    place = files.cache() / "agents" / agent_name()
+    place = workspace.current().cache / "agents" / agent_name()
     if not place.is_file() or place.read_bytes() != packed_agent():
         files.write(place, packed_agent())
     return place
@@ -204,7 +204,7 @@ class Agent(ABC):
     ) -> Iterator[bytes]:
         """Run the agent with the request and the blocks on its standard input; yield its output.
 
-        Raises TimeoutError and ProcessError as `shell.talk` does.
+        Raises TimeoutError and ProcessError as `shell.stream` does.
         """
 
 
@@ -244,7 +244,7 @@ class Local(Agent):
     ) -> Iterator[bytes]:
         digest = hashlib.sha256(packed_agent()).hexdigest()
         argv = [sys.executable, "-I", "-S", "-c", _LOADER, str(agent_file()), digest, verb]
-        return shell.talk(argv, request, blocks(), first=silence, silence=silence)
+        return shell.stream(argv, request, blocks(), first=silence, silence=silence)
 
 
 def _blocks(path: Path, offset: int, progress: Callable[[int], None]) -> Iterator[bytes]:
@@ -373,7 +373,7 @@ class Ssh(Agent):
         # One line: a C shell takes no other in quotes.
         script = " ".join(f'cd; echo; echo "{_MARK}"; echo "{_MARK}" >&2; {script}'.split("\n"))
         command = f"exec /bin/sh -c {shlex.quote(script)}"
-        lines = shell.talk([*self._argv, command], request, blocks(), first=_LOGIN, silence=silence, said=listen)
+        lines = shell.stream([*self._argv, command], request, blocks(), first=_LOGIN, silence=silence, said=listen)
         try:
             for line in lines:
                 noise.append(line)
@@ -434,7 +434,7 @@ class Ssh(Agent):
             alone = ["ssh", "-S", "none", "-o", "ControlPersist=no", *self._argv[1:], "true"]
             with suppress(TimeoutError):
                 try:
-                    list(shell.talk(alone, b"", first=_LOGIN))
+                    list(shell.stream(alone, b"", first=_LOGIN))
                 except ProcessError as error:
                     said = error.said or said
         name, host, port = self._target.name, self._settings["hostname"], self._settings["port"]

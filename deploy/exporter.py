@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from core import files, lockfile
+from core import files, lockfile, workspace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,9 +51,9 @@ def packages(platform: Platform) -> Path:
 
 def tree(platform: Platform) -> Path:
     """The tree, in the cache; Python runs it as it runs a file (`__main__.py`)."""
-    place = files.cache() / "exporters" / exporter().digest
+    place = workspace.current().cache / "exporters" / exporter().digest
     if not place.is_dir():
-        with files.whole(place) as part:
+        with files.atomic_dir(place) as part:
             shutil.copytree(
                 packages(platform), part, ignore=shutil.ignore_patterns("__pycache__", ".*"), dirs_exist_ok=True
             )

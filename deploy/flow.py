@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from core import console, files, foreign, lockfile, manifest, source
+from core import console, files, foreign, lockfile, source, workspace
 from core.arch import local_gpu
 from core.errors import (
     BundleError,
@@ -121,7 +121,7 @@ def _fitting_profile() -> str:
     gpu = local_gpu()
     if gpu is None:
         return "cpu"
-    built = {(wheel.kernel, wheel.arch) for wheel in manifest.found(files.wheelhouse())}
+    built = {(wheel.kernel, wheel.arch) for wheel in workspace.current().wheelhouse.wheels()}
     for name, profile in hosts.profiles().items():
         if profile.arch == str(gpu) and all((kernel, profile.arch) in built for kernel in profile.kernels):
             return name
@@ -167,7 +167,7 @@ def shelf(target: Target) -> Shelf:
             f"nodes were changed, and not resolved yet: {', '.join(stale)}", hint="inv lock, then the same command"
         )
     wanted = exporters.exporter() if target.host.metrics_port else exporters.Exporter()
-    return plan.Shelf(app, flags, locks, manifest.found(files.wheelhouse()), uv, chosen, model_folders, wanted)
+    return plan.Shelf(app, flags, locks, workspace.current().wheelhouse.wheels(), uv, chosen, model_folders, wanted)
 
 
 def _refuse_malware(target: Target, chosen: Mapping[str, Node]) -> None:
@@ -633,7 +633,7 @@ def _pack(
         return _pack_tree(f"custom_nodes/{name}", tree, agent, facts, scratch, blob)
     if step.kind == "env":
         kernels = [wheel for wheel in stock.wheels if wheel.file in step.values["kernels"]]
-        blobs |= {wheel.sha256: manifest.whole(wheel) for wheel in kernels}
+        blobs |= {wheel.sha256: workspace.current().wheelhouse.path(wheel) for wheel in kernels}
         wheels = [{"file": wheel.file, "sha256": wheel.sha256} for wheel in kernels]
         if offline:
             lock = stock.locks[facts.platform, step.values["version"]]

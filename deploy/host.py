@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
+from core import workspace
 from core.config import load, table
 from core.errors import ConfigError, SecretError, UnknownNameError, near
-from core.files import CHECKOUT, checkout
+from core.files import CHECKOUT
 from core.stack import Stack, find_stack
 from lock import application as applications
 
@@ -531,7 +532,7 @@ def _check_settings(place: str, said: Profile | Override) -> None:
 def profiles() -> dict[str, Profile]:
     """The profiles of `config/profiles/`, by name."""
     found: dict[str, Profile] = {}
-    for path in sorted((checkout() / "config/profiles").glob("*.toml")):
+    for path in sorted((workspace.current().checkout / "config/profiles").glob("*.toml")):
         _refuse_secrets(path)
         found[path.stem] = load(path, Profile)
         _check_settings(str(path), found[path.stem])
@@ -541,7 +542,7 @@ def profiles() -> dict[str, Profile]:
 def modes() -> dict[str, Mode]:
     """The modes of `config/modes/`, by name."""
     found: dict[str, Mode] = {}
-    for path in sorted((checkout() / "config/modes").glob("*.toml")):
+    for path in sorted((workspace.current().checkout / "config/modes").glob("*.toml")):
         _refuse_secrets(path)
         found[path.stem] = mode = load(path, Mode)
         _check_settings(str(path), mode)

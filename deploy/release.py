@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from core import workspace
 from core.errors import OldReleaseError
-from core.files import checkout
 from deploy.host import mount_unit
 from lock.requirements import MANAGER
 
@@ -487,7 +487,7 @@ def _command(argv: Sequence[str]) -> str:
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
     name = template if "." in template else f"{template}.service"
-    folder = checkout() / "recipes/comfyui/units"
+    folder = workspace.current().checkout / "recipes/comfyui/units"
     hardening = (folder / "hardening.conf").read_text().strip()
     return Template((folder / name).read_text()).substitute(values, hardening=hardening)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from core import console, files, lockfile, manifest
+from core import console, files, lockfile, manifest, workspace
 from core.arch import known_archs, parse_list
 from core.errors import HashMismatchError, HearthError, RemoteError, UsageError
 from core.stack import Platform, find_stack
@@ -179,7 +179,7 @@ def _names(listed: str | None) -> list[str]:
 
 def _fetch(agent: Ssh, wheel: Manifest) -> None:
     """Bring one wheel home, into the wheelhouse, and say so when another one of its name was there."""
-    there = files.wheelhouse() / wheel.file
+    there = workspace.current().wheelhouse.folder / wheel.file
     with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
         place = Path(folder) / wheel.file
         agent.get(f"{PLACE}/wheelhouse/{wheel.file}", place, wheel.size)
@@ -187,4 +187,4 @@ def _fetch(agent: Ssh, wheel: Manifest) -> None:
             raise HashMismatchError(f"{wheel.file} was altered on the way", hint="run the same command again")
         if there.is_file() and (old := files.sha256(there)) != wheel.sha256:
             console.say(f"the wheelhouse had another {wheel.file}, which is replaced: sha256 {old}, now {wheel.sha256}")
-        manifest.admit(place, wheel)
+        workspace.current().wheelhouse.admit(place, wheel)

@@ -233,9 +233,11 @@ def bom(_: Context, release: str = "current", output: str = "", *, where: Where)
         inv bom --host spark --release previous
     """
     from deploy import flow, report
+    from deploy import release as releases
     from lock import sbom
 
-    report.bill(sbom.write(flow.facts(where.host, ask_sudo=where.ask_sudo).named(release)), output)
+    manifest = releases.told(flow.facts(where.host, ask_sudo=where.ask_sudo).named(release))
+    report.bill(sbom.write(manifest), output)
 
 
 @command(help={"old": "a kept release's id, current or previous", "new": "another one"})
@@ -270,7 +272,12 @@ def audit(_: Context, host: str = "", service: str = "", *, sudo: Sudo, out: Out
         inv audit                # all that is locked here, before it is deployed
         inv audit --host spark   # what runs there
     """
-    from deploy import report
+    from deploy import flow, report
+    from deploy import release as releases
     from lock import audit
 
-    return report.audit(audit.check(audit.stock(host, ask_sudo=sudo.ask_sudo), service), as_json=out.json)
+    if host:
+        stock = audit.deployed(releases.told(flow.facts(host, ask_sudo=sudo.ask_sudo).named("current")))
+    else:
+        stock = audit.locked()
+    return report.audit(audit.check(stock, service), as_json=out.json)

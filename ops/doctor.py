@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from core import console, files, shell
+from core import console, files, shell, workspace
 from core.arch import known_archs
 from core.errors import StorageError
 from core.stack import Platform, find_stack
@@ -96,7 +96,7 @@ def workbench() -> list[Finding]:
 
 
 def _workbench() -> Iterator[tuple[Severity, Problem]]:
-    from kernels import store, toolchain
+    from kernels import toolchain
 
     for program, installer in (("git", "apt-get install git"), ("uv", "pip install uv")):
         if not shell.which(program):
@@ -112,10 +112,11 @@ def _workbench() -> Iterator[tuple[Severity, Problem]]:
         if cpu != platform.machine() and not (shell.which(f"qemu-{cpu}-static") or shell.which(f"qemu-{cpu}")):
             what = f"wheels for {profile.arch} are not imported here after the build: there is no emulator for {cpu}"
             yield "warning", Problem(what, "apt-get install qemu-user-static")
-    for entry in store.entries():
+    for entry in workspace.current().wheelhouse.verify():
         if entry.fault:
             yield "error", Problem(f"{entry.manifest.file}: {entry.fault}", "inv build-kernels builds it again")
-    place = next(path for path in (files.cache(), *files.cache().parents) if path.exists())
+    cache = workspace.current().cache
+    place = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < ROOM:
         what = f"{console.size(free)} free at {place}, and a build takes {console.size(ROOM)}"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from core import files
+from core import files, workspace
 from tests import nvml
 from tests.client import Client
 from tests.host.machine import free_port, place_for, share_downloads
@@ -286,7 +286,7 @@ def test_the_tutorial_does_what_it_says(running: Here, tmp_path: Path) -> None:
     env = running.environment(
         HOME=str(tmp_path),
         HEARTH_APP=str(app),
-        HEARTH_CACHE=str(files.cache()),
+        HEARTH_CACHE=str(workspace.current().cache),
         UV_CACHE_DIR=subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip(),
         GIT_CONFIG_COUNT="1",
         GIT_CONFIG_KEY_0="init.defaultBranch",

@@ -136,7 +136,7 @@ def test_the_same_release_gives_the_same_bytes(known: dict[str, Any], tmp_path: 
 def test_a_release_of_an_older_hearth_is_told() -> None:
     old = {name: value for name, value in manifest().items() if name not in ("packages", "wheels", "sources", "tree")}
     with pytest.raises(OldReleaseError, match=f"release {old['id']} does not say which packages"):
-        sbom.write(old)
+        release.told(old)
 
 
 def test_a_wheel_that_says_nothing_of_its_compilers_is_billed() -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from core import files, shell, signature
+from core import files, shell, signature, workspace
 from core.errors import BundleError, RefusedError, SignatureError
 from core.signature import Signed
 from core.stack import Platform
@@ -105,7 +105,7 @@ def test_what_is_deployed_from_a_bundle_comes_from_it_alone(
         stock = flow.shelf(target)
         assert list(stock.locks) == [("linux_x86_64", "3.11")]
         assert stock.application.version == "1.2.3"
-        assert files.cache().is_relative_to(tmp_path / "empty/bundles")
+        assert workspace.current().cache.is_relative_to(tmp_path / "empty/bundles")
         lock = stock.locks["linux_x86_64", "3.11"]
         (wheel,) = requirements.download(lock, stock.nodes, Platform.parse("linux_x86_64")).glob("*.whl")
         assert wheel.name.startswith("six")
@@ -523,7 +523,7 @@ def test_a_host_refuses_a_bundle_before_anything_in_it_is_read(
 
     monkeypatch.setattr(flow, "look", look)
     with bundle.opened(made[0]) as opened:
-        inside = files.checkout()
+        inside = workspace.current().checkout
         shutil.rmtree(inside)
         inside.mkdir()
         (inside / "config/profiles").mkdir(parents=True)

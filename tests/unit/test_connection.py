@@ -34,7 +34,7 @@ from deploy.plan import Options
 
 
 def test_a_program_that_dies_after_it_answered_has_failed() -> None:
-    answers = shell.talk(["sh", "-c", "echo one; echo unfini; echo why >&2; printf shed; kill -9 $$"], b"")
+    answers = shell.stream(["sh", "-c", "echo one; echo unfini; echo why >&2; printf shed; kill -9 $$"], b"")
     assert [next(answers), next(answers)] == [b"one\n", b"unfini\n"]
     with pytest.raises(ProcessError) as caught:
         next(answers)
@@ -44,25 +44,25 @@ def test_a_program_that_dies_after_it_answered_has_failed() -> None:
 def test_input_and_output_move_at_once() -> None:
     """More than any pipe holds, both ways: neither side waits for the other to read first."""
     blocks = [b"x" * 200_000 + b"\n"] * 30
-    assert list(shell.talk(["cat"], b"first\n", blocks)) == [b"first\n", *blocks]
+    assert list(shell.stream(["cat"], b"first\n", blocks)) == [b"first\n", *blocks]
 
 
 def test_a_long_line_is_read_in_time_and_one_without_an_end_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import sys; [sys.stdout.write('x' * 1_000_000) for _ in range(40)]"
     begun = time.monotonic()
-    assert [len(each) for each in shell.talk([sys.executable, "-c", script], b"")] == [40_000_000]
+    assert [len(each) for each in shell.stream([sys.executable, "-c", script], b"")] == [40_000_000]
     assert time.monotonic() - begun < 10
     monkeypatch.setattr(shell, "LINE", 1_000_000)
     with pytest.raises(AgentError, match="a line of more than 1000000 bytes"):
-        list(shell.talk(["cat", "/dev/zero"], b""))
+        list(shell.stream(["cat", "/dev/zero"], b""))
 
 
 def test_a_program_that_reads_nothing_is_no_matter() -> None:
-    assert list(shell.talk(["echo", "done"], b"x" * 1_000_000)) == [b"done\n"]
+    assert list(shell.stream(["echo", "done"], b"x" * 1_000_000)) == [b"done\n"]
 
 
 def test_the_last_line_needs_no_end() -> None:
-    assert list(shell.talk(["printf", "a\\nb"], b"")) == [b"a\n", b"b"]
+    assert list(shell.stream(["printf", "a\\nb"], b"")) == [b"a\n", b"b"]
 
 
 @pytest.mark.parametrize(
@@ -76,21 +76,21 @@ def test_the_last_line_needs_no_end() -> None:
 def test_silence_is_a_failure(script: str, limits: dict[str, Any]) -> None:
     begun = time.monotonic()
     with pytest.raises(TimeoutError):
-        list(shell.talk(["sh", "-c", script], b"x" * 1_000_000, **limits))
+        list(shell.stream(["sh", "-c", script], b"x" * 1_000_000, **limits))
     assert time.monotonic() - begun < 10
 
 
 def test_words_on_stderr_and_a_slow_reader_are_no_silence() -> None:
     said: list[str] = []
     script = "for each in 1 2 3 4; do sleep 0.2; echo $each >&2; done; echo done"
-    assert list(shell.talk(["sh", "-c", script], b"", first=0.6, said=said.append)) == [b"done\n"]
+    assert list(shell.stream(["sh", "-c", script], b"", first=0.6, said=said.append)) == [b"done\n"]
     assert said == ["1", "2", "3", "4"]
-    for _ in shell.talk(["sh", "-c", "echo a; echo b; sleep 0.1; echo c"], b"", first=0.4, silence=0.4):
+    for _ in shell.stream(["sh", "-c", "echo a; echo b; sleep 0.1; echo c"], b"", first=0.4, silence=0.4):
         time.sleep(0.5)
 
 
 def test_a_program_that_is_given_up_is_ended() -> None:
-    answers = shell.talk(["sh", "-c", "trap '' TERM; echo $$; while :; do sleep 0.1; done"], b"")
+    answers = shell.stream(["sh", "-c", "trap '' TERM; echo $$; while :; do sleep 0.1; done"], b"")
     pid = int(next(answers))
     answers.close()  # type: ignore[attr-defined]  # a generator
     assert not Path(f"/proc/{pid}").exists()

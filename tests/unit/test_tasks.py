@@ -20,6 +20,7 @@ from core.errors import AuditServiceError, BusyError
 from core.flags import CutOver, Where
 from deploy import remote_build, report
 from deploy.flow import Outcome
+from lock import report as node_report
 from lock.audit import Audit, Finding
 from lock.node_updates import Change as Update
 from tests.conftest import Hearth
@@ -116,11 +117,11 @@ def update() -> Update:
         (lambda **how: report.outcomes([outcome(changed=True)], dry_run=False, **how), 0),
         (lambda **how: report.adopted(None, outcome(changed=True), dry_run=True, **how), 2),
         (lambda **how: report.adopted(None, outcome(changed=True), dry_run=False, **how), 0),
-        (lambda **how: report.changes([update()], dry_run=True, **how), 2),
-        (lambda **how: report.changes([update()], dry_run=False, **how), 0),
-        (lambda **how: report.changes([], dry_run=True, **how), 0),
-        (lambda **how: report.providers({"A": ["node"], "B": []}, **how), 1),
-        (lambda **how: report.providers({"A": ["node"]}, **how), 0),
+        (lambda **how: node_report.changes([update()], dry_run=True, **how), 2),
+        (lambda **how: node_report.changes([update()], dry_run=False, **how), 0),
+        (lambda **how: node_report.changes([], dry_run=True, **how), 0),
+        (lambda **how: node_report.providers({"A": ["node"], "B": []}, **how), 1),
+        (lambda **how: node_report.providers({"A": ["node"]}, **how), 0),
         (lambda **how: report.audit(Audit(1, 1, 1, (), None), **how), 0),
         (lambda **how: report.audit(Audit(1, 1, 1, (Finding("x", "1", (), "a hole", "", ""),), None), **how), 1),
     ],
