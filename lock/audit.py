@@ -19,7 +19,7 @@ import tomlkit
 
 from core import files, foreign, source, tools
 from core.errors import AuditServiceError, TreeError
-from deploy import flow
+from deploy import look
 from deploy import release as releases
 from lock import advisory, node_updates, nodes, requirements
 from lock import application as applications
@@ -69,7 +69,7 @@ class Audit:
 
 def stock(host: str, *, ask_sudo: bool) -> Stock:
     """What the current release of a host holds; without a host, all that is locked in this checkout."""
-    return deployed(flow.facts(host, ask_sudo=ask_sudo).named("current")) if host else locked()
+    return deployed(look.facts(host, ask_sudo=ask_sudo).named("current")) if host else locked()
 
 
 def locked() -> Stock:
@@ -88,7 +88,7 @@ def locked() -> Stock:
 
 def deployed(manifest: Mapping[str, Any]) -> Stock:
     """What a release holds; raises OldReleaseError."""
-    manifest = releases.told(manifest)
+    manifest = releases.require_complete(manifest)
     packages = {each: [f"release {manifest['id']}"] for each in manifest["packages"].items()}
     theirs = [_node(name, each["url"], each["commit"], each["tree"]) for name, each in manifest["nodes"].items()]
     return Stock(packages, [_comfyui(manifest["version"]), *theirs])

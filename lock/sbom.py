@@ -28,7 +28,7 @@ def write(manifest: Mapping[str, Any]) -> str:
     `excluded`, which the standard has for what is not there at run time. (`formulation` could say how they were used,
     but the library cannot write it; `metadata.tools` are those that made the bill.)
     """
-    manifest = releases.told(manifest)
+    manifest = releases.require_complete(manifest)
     release = Component(
         type=ComponentType.APPLICATION,
         name="hearth-release",

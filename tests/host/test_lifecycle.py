@@ -102,7 +102,7 @@ def test_a_restart_of_a_group_begins_with_its_canary(served: Fleet) -> None:
     assert (sound.returncode, sick.returncode) == (70, 70)
     assert "spark: ComfyUI runs again" in sound.stderr
     assert "answers after" in sound.stderr
-    assert "spark: not begun, the canary failed" in sick.stderr
+    assert "spark: skipped, the canary failed" in sick.stderr
 
 
 def test_what_waits_for_a_mount_can_be_stopped_and_not_started(served: Fleet) -> None:

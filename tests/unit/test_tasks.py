@@ -19,7 +19,7 @@ from core.command import command
 from core.errors import AuditServiceError, BusyError
 from core.flags import CutOver, Where
 from deploy import remote_build, report
-from deploy.flow import Outcome
+from deploy.change import Outcome
 from lock.audit import Audit, Finding
 from lock.node_updates import Change as Update
 from tests.conftest import Hearth
