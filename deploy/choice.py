@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-from deploy import refusals
+from deploy import release_refusals as refusals
 from deploy.refusals import Refusal
 from deploy.release import asking, digest
 

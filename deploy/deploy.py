@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from core import console
 from core.errors import BundleError, RefusedError, UnknownNameError, UsageError, near
 from deploy import bundle as bundles
-from deploy import connection, plan, refusals
+from deploy import connection, plan
 from deploy import host as hosts
 from deploy.change import Change, carry_out, change_each
 from deploy.choice import find_wheel
@@ -19,6 +19,7 @@ from deploy.inputs import gather
 from deploy.look import find_target, look
 from deploy.refusals import Refusal, refused
 from deploy.release import asking
+from deploy.release_refusals import no_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -158,7 +159,7 @@ def make_bundle(
             (each for each in target.profile.pythons if each in found.pythons and (platform, each) in inputs.locks), ""
         )
     if (platform, python) not in inputs.locks:
-        raise refused("no bundle was written", [refusals.no_lock(platform, python, inputs)])
+        raise refused("no bundle was written", [no_lock(platform, python, inputs)])
     wheels = [find_wheel(inputs, kernel, target, platform, python) for kernel in target.profile.kernels]
     if missing := [wheel for wheel in wheels if isinstance(wheel, Refusal)]:
         raise refused("kernel wheels are missing", missing)

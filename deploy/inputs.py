@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from core import files, foreign, lockfile, manifest, source
 from core.errors import LockStaleError
 from deploy import exporter as exporters
-from deploy import refusals
 from deploy.exporter import Exporter
+from deploy.refusals import refused
+from deploy.release_refusals import known_bad
 from lock import advisory, nodes, requirements
 from lock import application as applications
 
@@ -77,4 +78,4 @@ def _refuse_known_bad(target: Target, chosen: Mapping[str, Node]) -> None:
     bad = {name: each for name, node in chosen.items() for each in advisory.of(node.url, listed) if each.outright}
     if bad:
         what = f"{target.name} would get nodes that are known to be bad; nothing was changed"
-        raise refusals.refused(what, [refusals.known_bad(name, each) for name, each in bad.items()], host=target.name)
+        raise refused(what, [known_bad(name, each) for name, each in bad.items()], host=target.name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import console
 from core.errors import UsageError
-from deploy import refusals
+from deploy import refusals, release_refusals
 from deploy import release as releases
 from deploy.choice import choose
 from deploy.refusals import LANDLOCK_TCP
@@ -95,14 +95,14 @@ def make(target: Target, facts: Facts, inputs: Inputs, options: Options) -> Plan
         return Plan.of(facts, (), found, release="")
     wanted = releases.manifest(choice, facts.prefix)
     if not _holds(facts, choice.env_part):
-        found += refusals.room(target, facts, inputs)
+        found += release_refusals.room(target, facts, inputs)
     steps = _steps(target, facts, choice, wanted, options)
     return Plan.of(facts, steps, found, (*_notes(target, facts), *notes), release=wanted["id"])
 
 
 def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
     """The plan that returns to a kept release."""
-    found = refusals.undeployable(target, facts) + refusals.broken_release(target, facts, to)
+    found = refusals.undeployable(target, facts) + release_refusals.broken_release(target, facts, to)
     wanted, service = facts.release(to), facts.service
     steps = [_release_step(wanted, "its unit or links were changed")] if wanted and to in facts.altered else []
     if steps or facts.current != to or not (service.linked and service.active and service.enabled):
@@ -119,7 +119,7 @@ def _system(facts: Facts, inputs: Inputs) -> tuple[list[Refusal], list[str]]:
             what = f"node {name} needs {', '.join(lacking)}, which the host lacks"
             remedy = f"on the host: apt-get install {' '.join(lacking)}"
             if node.required:
-                found.append(refusals.no_package(what, remedy))
+                found.append(release_refusals.no_package(what, remedy))
             else:
                 notes.append(f"{what}; {remedy}")
     return found, notes

@@ -161,33 +161,11 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
         links |= {f"user/{name}": f"{user}/{name}" for name in kept}
         made = [f"{user}/{name}" for name in kept if not name.endswith(".list")]
         more.append(f"ExecStartPre=-{units.command_line(['/bin/mkdir', '-p', *made])}")
-    # ComfyUI imports whatever lies in custom_nodes of its base directory: so that is the release, and not the data.
-    argv = [f"{place}/env/bin/python", f"{place}/app/main.py", "--base-directory", place]
-    argv += ["--temp-directory", data]  # temp in it
-    argv += [word for name, path in sorted(lies.items()) for word in (f"--{_DIRECTORY[name]}", path)]
-    argv += ["--database-url", f"sqlite:///{data}/user/comfyui.db", "--disable-auto-launch"]
-    if paths := _search_paths(choice):
+    paths = _search_paths(choice)
+    if paths:
         files["paths.yaml"] = json.dumps(paths, indent=1) + "\n"  # JSON is YAML
-        argv += ["--extra-model-paths-config", f"{place}/paths.yaml"]
-    argv += ["--listen", target.host.listen, "--port", str(target.host.port)]
-    argv += [word for flag, value in target.flags.items() for word in (flag, *value.split())]
-    environment = {
-        "HOME": f"{data}/cache",  # libraries put caches and settings there; the service has no other
-        "XDG_CACHE_HOME": f"{data}/cache",
-        "TRITON_CACHE_DIR": f"{data}/cache/triton",
-        "TORCHINDUCTOR_CACHE_DIR": f"{data}/cache/inductor",
-        "PYTHONUNBUFFERED": "1",  # the log shows a line when it is written
-        "PYTHONDONTWRITEBYTECODE": "1",  # the code is read-only
-        "PYTHONNOUSERSITE": "1",  # nothing but the release's own packages
-        # Nothing is installed at start: the lock is all that runs. A system service's unit also hides the programs.
-        "PIP_NO_INDEX": "1",
-        "UV_OFFLINE": "1",
-        "GIT_PYTHON_REFRESH": "quiet",  # GitPython is imported by nodes that need no git, and would stop without one
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DO_NOT_TRACK": "1",
-        **({"TMPDIR": f"{data}/cache/tmp"} if target.host.scope == "user" else {}),  # a unit has a /tmp of its own
-        **target.env,
-    }
+    argv = _argv(target, place, data, lies, search=bool(paths))
+    environment = _environment(target, data)
     running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
     running["empty"] = empty
     confined = units.confinement(choice, prefix, place)
@@ -204,6 +182,39 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     # what a supervisor does itself, and a unit's process has to know
     running |= {"develop": list(developed.values())} if developed else {}
     return running | ({"free_memory": target.host.free_seconds} if target.host.free_memory else {})
+
+
+def _argv(target: Target, place: str, data: str, lies: Mapping[str, str], *, search: bool) -> list[str]:
+    """ComfyUI's command line; `search` says whether the release has further folders of models."""
+    # ComfyUI imports whatever lies in custom_nodes of its base directory: so that is the release, and not the data.
+    argv = [f"{place}/env/bin/python", f"{place}/app/main.py", "--base-directory", place]
+    argv += ["--temp-directory", data]  # temp in it
+    argv += [word for name, path in sorted(lies.items()) for word in (f"--{_DIRECTORY[name]}", path)]
+    argv += ["--database-url", f"sqlite:///{data}/user/comfyui.db", "--disable-auto-launch"]
+    argv += ["--extra-model-paths-config", f"{place}/paths.yaml"] if search else []
+    argv += ["--listen", target.host.listen, "--port", str(target.host.port)]
+    return argv + [word for flag, value in target.flags.items() for word in (flag, *value.split())]
+
+
+def _environment(target: Target, data: str) -> dict[str, str]:
+    """The service's environment variables."""
+    return {
+        "HOME": f"{data}/cache",  # libraries put caches and settings there; the service has no other
+        "XDG_CACHE_HOME": f"{data}/cache",
+        "TRITON_CACHE_DIR": f"{data}/cache/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{data}/cache/inductor",
+        "PYTHONUNBUFFERED": "1",  # the log shows a line when it is written
+        "PYTHONDONTWRITEBYTECODE": "1",  # the code is read-only
+        "PYTHONNOUSERSITE": "1",  # nothing but the release's own packages
+        # Nothing is installed at start: the lock is all that runs. A system service's unit also hides the programs.
+        "PIP_NO_INDEX": "1",
+        "UV_OFFLINE": "1",
+        "GIT_PYTHON_REFRESH": "quiet",  # GitPython is imported by nodes that need no git, and would stop without one
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        **({"TMPDIR": f"{data}/cache/tmp"} if target.host.scope == "user" else {}),  # a unit has a /tmp of its own
+        **target.env,
+    }
 
 
 # ComfyUI's flags for folders of the data.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from core.errors import NoInstallationError
-from deploy.host import TOKEN, names_secret
+from deploy.secrets import TOKEN, names_secret
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,7 +15,7 @@ import msgspec
 from packaging.version import InvalidVersion, Version
 
 from core import console
-from deploy import plan, refusals
+from deploy import plan, refusals, release_refusals
 from deploy.facts import Facts
 from ops.mps import Mps
 from ops.mps import problems as mps_problems
@@ -378,7 +378,7 @@ def _unified(case: Case) -> Iterator[Problem]:
 )
 def _driver(case: Case) -> Iterator[Problem]:
     if case.target.profile.cuda:
-        for refusal in refusals.gpu(case.target, case.facts):
+        for refusal in release_refusals.gpu(case.target, case.facts):
             yield Problem(refusal.what, refusal.remedy)
 
 
@@ -524,7 +524,7 @@ def _disk(case: Case) -> Iterator[Problem]:
                 f"on the host: du --inodes -x {shlex.quote(path)} | sort -n | tail",
             )
     if not case.planned.steps:
-        for refusal in refusals.room(case.target, case.facts, case.inputs):
+        for refusal in release_refusals.room(case.target, case.facts, case.inputs):
             yield Problem(f"a new environment would not find room: {refusal.what}", refusal.remedy)
 
 

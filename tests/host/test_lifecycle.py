@@ -196,7 +196,7 @@ def test_what_is_removed_leaves_systemd_and_comes_back(served: Fleet) -> None:
     ("prefix", "prepare", "said"),
     [
         ("/opt", "true", "/opt cannot be a prefix"),
-        ("/", "true", "'/' is no plain absolute path"),
+        ("/", "true", "'/' is not a plain absolute path"),
         ("/srv/vault", "true", "/srv/vault is a mount point"),
         ("/srv/link", f"ln -s {PREFIX} /srv/link", f"/srv/link is a symbolic link to {PREFIX}"),
         ("/srv/ben", "useradd --create-home --home-dir /srv/ben ben", "/srv/ben is or holds the home of ben"),

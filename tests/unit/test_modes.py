@@ -137,7 +137,7 @@ def test_every_mode_gives_reasons_and_excludes_modes_that_are_there() -> None:
         ('develop = ["/home/a/n"]', ConfigError, 'modes = ["development"]'),
         ('modes = ["production"]\ndevelop = ["/home/a/n"]', ConfigError, "production is not for that"),
         ('modes = ["production", "development"]', ConfigError, "production and development exclude each other"),
-        ('modes = ["development"]\ndevelop = ["n"]', ConfigError, "'n' is no plain absolute path"),
+        ('modes = ["development"]\ndevelop = ["n"]', ConfigError, "'n' is not a plain absolute path"),
         ('modes = ["development"]\ndevelop = ["/a/n.x"]', ConfigError, "n.x: each node needs a name of its own"),
         ('modes = ["development"]\ndevelop = ["/a/n", "/b/n"]', ConfigError, "/a/n, /b/n: each node needs a name"),
         ('free_memory = "often"', ConfigError, "such as 30m, 4h or 1d"),

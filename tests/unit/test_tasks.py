@@ -72,7 +72,7 @@ def test_an_expected_error_is_an_exit_code(
     [
         (["deploy", "--drain", "soon"], "--drain soon is not a number of seconds"),
         (["deploy", "--build", "--bundle", "x.tar"], "--build and --bundle exclude each other"),
-        (["adopt", "--by", "copy"], "say --by rename or --by reference"),
+        (["adopt", "--by", "copy"], "give --by rename or --by reference"),
         (["adopt", "--apply", "--undo"], "one of --apply and --undo"),
     ],
 )
