@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from core.manifest import Manifest
     from deploy.host import Target
-    from deploy.plan import Shelf
+    from deploy.inputs import Inputs
 
 FORMAT = 2
 MANIFEST = "bundle.json"
@@ -134,7 +134,7 @@ def _plain_file(path: Path) -> IO[bytes]:
 
 def write(
     target: Target,
-    stock: Shelf,
+    inputs: Inputs,
     platform: str,
     python: str,
     wheels: Sequence[Manifest],
@@ -147,8 +147,8 @@ def write(
     """
     if output.exists() and not output.is_file():
         raise BundleError(f"{output} is no file, and cannot be replaced by a bundle", hint="name another one")
-    asking = releases.asking(target, stock.nodes)
-    listed = _listed(stock, asking, platform, python, wheels)
+    asking = releases.asking(target, inputs.nodes)
+    listed = _listed(inputs, asking, platform, python, wheels)
     total = sum(path.stat().st_size for path in listed.values())
     console.say(f"bundling {len(listed)} files, {console.size(total)}")
     found = {
@@ -160,7 +160,7 @@ def write(
         profile=target.profile_name,
         platform=platform,
         python=python,
-        version=stock.application.version,
+        version=inputs.application.version,
         asking=tuple(asking),
         kernels={wheel.kernel: wheel.version for wheel in wheels},
         files=found,
@@ -191,10 +191,10 @@ def _member(name: str, file: File) -> tarfile.TarInfo:
 
 
 def _listed(
-    stock: Shelf, asking: Sequence[str], platform: str, python: str, wheels: Sequence[Manifest]
+    inputs: Inputs, asking: Sequence[str], platform: str, python: str, wheels: Sequence[Manifest]
 ) -> dict[str, Path]:
     """Every file of a bundle by its name there; what the cache lacks is fetched."""
-    app, lock, here = stock.application, stock.locks[platform, python], workspace.current()
+    app, lock, here = inputs.application, inputs.locks[platform, python], workspace.current()
     found = {AGENT: connection.agent_file(), "checkout/uv.lock": here.checkout / "uv.lock"}
     for pattern in ("config/stacks.toml", "config/profiles/*.toml", "config/modes/*.toml", "recipes/comfyui/units/*"):
         found |= {f"checkout/{path.relative_to(here.checkout)}": path for path in here.checkout.glob(pattern)}
@@ -205,7 +205,7 @@ def _listed(
     if own := app.source[0].folder:
         found |= {f"checkout/recipes/comfyui/{own}/{name}": path for name, path in files.tree(tree)}
     cached = [
-        *nodes.fetch(stock.nodes).values(),
+        *nodes.fetch(inputs.nodes).values(),
         requirements.download(lock, asking, Platform.parse(platform)),
         lockfile.install("uv", Platform.parse(platform), "3.11"),
         exporter.packages(Platform.parse(platform)),  # a few hundred kB; whether a host wants it is not the bundle's

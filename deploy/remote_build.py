@@ -18,7 +18,8 @@ from core import console, files, lockfile, manifest, workspace
 from core.arch import known_archs, parse_list
 from core.errors import HashMismatchError, HearthError, RemoteError, UsageError
 from core.stack import Platform, find_stack
-from deploy import connection, flow
+from deploy import connection
+from deploy.look import find_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,7 +54,7 @@ def build(name: str, asked: Mapping[str, str], *, force: bool, dry_run: bool) ->
     """
     if asked.get("arch"):
         parse_list(asked["arch"], known_archs())  # the host's own answer to a wrong one comes minutes later
-    target = flow.find_target(name)
+    target = find_target(name)
     if not target.host.address:
         raise UsageError(f"{name} is this machine", hint="leave --host out")
     with connection.connect(target) as agent:

@@ -14,10 +14,10 @@ from deploy import host as hosts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deploy.adopt import Proposal
     from deploy.bundle import Opened
+    from deploy.change import Outcome
     from deploy.facts import Facts, MountState
-    from deploy.flow import Outcome
+    from deploy.proposal import Proposal
     from lock.audit import Audit
     from lock.diff import Difference
 
@@ -183,7 +183,7 @@ def _mounted(path: str, mount: MountState) -> str:
 
 def configuration(names: Sequence[str], *, as_json: bool) -> None:
     """Hosts merged with their profiles, and where each value comes from."""
-    from deploy.flow import find_target
+    from deploy.look import find_target
 
     targets = [find_target(name) for name in names]
     if as_json:

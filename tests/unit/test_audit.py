@@ -15,7 +15,8 @@ import pytest
 
 from core import files
 from core.errors import AuditServiceError, ConfigError, RefusedError
-from deploy import flow, report
+from deploy import report
+from deploy.inputs import gather
 from lock import advisory, audit, nodes
 from lock.advisory import Advisory, Repository
 from lock.audit import Stock
@@ -208,7 +209,7 @@ def test_a_deploy_refuses_malware(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     target = spark()
     with_node = msgspec.structs.replace(target.profile, nodes=("vision",))
     with pytest.raises(RefusedError) as raised:
-        flow.shelf(replace(target, profile=with_node))
+        gather(replace(target, profile=with_node))
     assert "vision: stole browser passwords" in raised.value.cause
     assert "ComfyUI_LLMVISION/issues/6" in raised.value.cause
 

@@ -13,7 +13,8 @@ from core.arch import known_archs
 from core.config import load
 from core.errors import ConfigError
 from core.stack import Platform, find_stack, stacks
-from deploy import flow
+from deploy.inputs import gather
+from deploy.look import find_target
 from kernels.recipe import Recipe, load_recipe, recipes
 
 PYPROJECT = tomllib.loads((files.CHECKOUT / "pyproject.toml").read_text())
@@ -94,7 +95,7 @@ def test_a_command_reads_each_configuration_file_once(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(config, "_parse", counted)
     for _ in range(2):
-        flow.shelf(flow.find_target("local"))
+        gather(find_target("local"))
     assert len(read) == len(set(read)) > 10
 
 

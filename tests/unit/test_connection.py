@@ -26,8 +26,10 @@ from core.errors import (
     SudoError,
     UsageError,
 )
-from deploy import connection, flow
-from deploy.flow import Consent, Outcome
+from deploy import connection
+from deploy.change import Outcome, follow
+from deploy.group import DESTRUCTIVE, Consent, on_each
+from deploy.look import find_target
 from deploy.plan import Options
 
 # --- a program on the other end -----------------------------------------------------------------------------------
@@ -133,7 +135,7 @@ class Box:
         return list((self.place / "home/.cache/hearth").glob("agent-*.pyz"))
 
     def call(self, verb: str = "history", name: str = "box", **values: Any) -> Any:
-        with connection.connect(flow.find_target(name), ask_sudo=True) as agent:
+        with connection.connect(find_target(name), ask_sudo=True) as agent:
             return agent.call(verb, **values)
 
     def fails(self, kind: type[HearthError], verb: str = "history", name: str = "box", **values: Any) -> HearthError:
@@ -177,7 +179,7 @@ def test_this_machines_own_agent_is_compared_too(box: Box) -> None:
 
 
 def test_a_file_that_is_cut_off_on_its_way_is_not_there(box: Box) -> None:
-    with connection.connect(flow.find_target("box")) as agent:
+    with connection.connect(find_target("box")) as agent:
         assert isinstance(agent, connection.Ssh)
         agent.put(b"old", "x/blob")
         box.program("bin/cat", "exec /usr/bin/head -c 5")  # what arrives before the connection drops
@@ -240,7 +242,7 @@ def test_why_a_host_is_not_reached(box: Box, script: str, kind: type[HearthError
 @pytest.mark.parametrize("act", ["shell", "put", "get", "call", "send"])
 def test_whatever_is_done_when_the_connection_breaks_is_a_connect_error(box: Box, act: str) -> None:
     (box.place / "blob").write_bytes(b"x" * 100)
-    with connection.connect(flow.find_target("box")) as agent:
+    with connection.connect(find_target("box")) as agent:
         assert isinstance(agent, connection.Ssh)
         assert agent.call("history") == []
         # After the mark, as a master of the connection that ends.
@@ -268,7 +270,7 @@ def test_a_shell_that_hides_stderr_hides_no_failure(box: Box) -> None:
 
 def test_a_command_that_fails_there_is_a_remote_error(box: Box) -> None:
     said: list[str] = []
-    with connection.connect(flow.find_target("box")) as agent:
+    with connection.connect(find_target("box")) as agent:
         assert isinstance(agent, connection.Ssh)
         assert agent.shell('pwd; echo "it\'s" >&2', said.append) == f"{box.place}/home\n"
         with pytest.raises(RemoteError, match="ended with 3"):
@@ -309,8 +311,8 @@ def test_lost_sight_of_a_change_is_never_its_end(box: Box) -> None:
     error = box.fails(ConnectError, "follow", run="r1")
     assert "inv attach --host box" in error.hint
     box.program("bin/python3", 'echo \'{"event": "step", "title": "x"}\'')
-    with pytest.raises(ConnectError) as caught, connection.connect(flow.find_target("box")) as agent:
-        flow._follow(agent, "r1")
+    with pytest.raises(ConnectError) as caught, connection.connect(find_target("box")) as agent:
+        follow(agent, "r1")
     assert "inv attach" in caught.value.hint
 
 
@@ -334,7 +336,7 @@ def test_an_agent_that_falls_silent_is_lost(box: Box, monkeypatch: pytest.Monkey
 def test_a_file_that_did_not_arrive_whole_is_an_error(box: Box) -> None:
     box.program("bin/python3", "echo '{\"size\": 5}'")
     (box.place / "blob").write_bytes(b"x" * 100)
-    with connection.connect(flow.find_target("box")) as agent, pytest.raises(ConnectError, match="was lost"):
+    with connection.connect(find_target("box")) as agent, pytest.raises(ConnectError, match="was lost"):
         agent.send(box.place / "blob", "0" * 64, 0, lambda _: None)
 
 
@@ -411,7 +413,7 @@ def everywhere(options: Options, action: str = "deploy", skip: str = "") -> list
             changed.append(name)
         return Outcome(name, "r", "", changed=True)
 
-    flow.on_each(names, one, agree, ask_sudo=options.ask_sudo, keep_going=True)
+    on_each(names, one, agree, ask_sudo=options.ask_sudo, keep_going=True)
     return changed
 
 
@@ -446,19 +448,19 @@ def test_passwords_of_a_group_are_asked_for_before_anything(
 
     def one(name: str) -> Outcome:
         order.append(name)
-        connection.sudo_password(name, flow.find_target(name).host)
+        connection.sudo_password(name, find_target(name).host)
         return Outcome(name, "r", "", changed=True)
 
-    flow.on_each(names, one, lambda: None, ask_sudo=True, keep_going=False)
+    on_each(names, one, lambda: None, ask_sudo=True, keep_going=False)
     assert order[:3] == ["sudo password on rooted: ", "sudo password on third: ", "box"]
     assert len(order) == 5
 
 
 @pytest.mark.usefixtures("box")
-@pytest.mark.parametrize("action", ["deploy", "stop", *flow.DESTRUCTIVE])
+@pytest.mark.parametrize("action", ["deploy", "stop", *DESTRUCTIVE])
 @pytest.mark.parametrize("name", ["box", "local"])
 def test_what_is_destructive_needs_a_yes(action: str, name: str, asked: Callable[[str], Terminal]) -> None:
-    destroys = action in flow.DESTRUCTIVE
+    destroys = action in DESTRUCTIVE
     agree = Consent([name], action, Options(ask=True))
     if destroys:  # nobody is at a terminal
         with pytest.raises(RefusedError) as caught:

@@ -19,7 +19,7 @@ from core.command import command
 from core.errors import AuditServiceError, BusyError
 from core.flags import CutOver, Where
 from deploy import remote_build, report
-from deploy.flow import Outcome
+from deploy.change import Outcome
 from lock import report as node_report
 from lock.audit import Audit, Finding
 from lock.node_updates import Change as Update
@@ -73,7 +73,7 @@ def test_an_expected_error_is_an_exit_code(
     [
         (["deploy", "--drain", "soon"], "--drain soon is not a number of seconds"),
         (["deploy", "--build", "--bundle", "x.tar"], "--build and --bundle exclude each other"),
-        (["adopt", "--by", "copy"], "say --by rename or --by reference"),
+        (["adopt", "--by", "copy"], "give --by rename or --by reference"),
         (["adopt", "--apply", "--undo"], "one of --apply and --undo"),
     ],
 )

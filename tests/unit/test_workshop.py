@@ -13,7 +13,7 @@ import pytest
 
 from core import console, lockfile, manifest, workspace
 from core.errors import ArchError, HashMismatchError, RemoteError
-from deploy import connection, flow, remote_build
+from deploy import connection, remote_build
 from tests.unit.test_plan import spark, wheel
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         def connect(*_: Any) -> Iterator[connection.Agent]:
             yield Host()
 
-        monkeypatch.setattr(flow, "find_target", lambda _: spark())
+        monkeypatch.setattr(remote_build, "find_target", lambda _: spark())
         monkeypatch.setattr(connection, "connect", connect)
         monkeypatch.setattr(lockfile, "install", lambda *_: Path("/nowhere"))
         monkeypatch.setattr(remote_build, "_send", lambda *_: "place")
