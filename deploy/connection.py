@@ -20,6 +20,7 @@ import threading
 import zipfile
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -106,13 +107,25 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+_LIBRARIES = ("pynvml",)
+"""Modules that travel with the agent: pure Python, from this checkout's environment, where `uv.lock` pins them."""
+
+
 @functools.cache
 def packed_agent() -> bytes:
-    """`agent/` as one file that Python runs. The same code gives the same bytes: its hash is its name on hosts."""
+    """`agent/` and its libraries as one file that Python runs.
+
+    The same code gives the same bytes: their hash is the file's name on hosts. Not compressed: zlib's versions differ.
+    """
     output = io.BytesIO()
     with zipfile.ZipFile(output, "w") as archive:
         for path in sorted((files.CHECKOUT / "agent").rglob("*.py")):
             archive.writestr(zipfile.ZipInfo(str(path.relative_to(files.CHECKOUT))), path.read_bytes())
+        for name in _LIBRARIES:
+            spec = find_spec(name)
+            assert spec is not None
+            assert spec.origin is not None
+            archive.writestr(zipfile.ZipInfo(f"{name}.py"), Path(spec.origin).read_bytes())
         archive.writestr(zipfile.ZipInfo("__main__.py"), _MAIN)
     return output.getvalue()
 
