@@ -1,9 +1,9 @@
 """Hearth on the host: reads facts, applies plans, and keeps ComfyUI running where there is no systemd.
 
 The client sends this package as one file; it needs nothing but Python 3.10. Every verb reads one JSON object from
-standard input (`site`, and what the verb takes) and answers in JSON lines. What is under way lies in `<prefix>/state`:
+standard input (`site`, and the verb's own values) and answers in JSON lines. Its records lie in `<prefix>/state`:
 
-    agent.pyz          that file, as it submitted the plan under way
+    agents/<hash>/     that package, unpacked (`install`); agent is a link to the one that took the last plan over
     pending.json       the plan under way; gone when it has ended
     cut-over.json      the phase of its cut-over (`cutover`), and database-<run>/ the database as it was before,
                        deleted with the run's end unless a revert could not restore it
@@ -30,6 +30,7 @@ import sys
 from pathlib import Path
 
 from agent.files import Fault, Json, confine, os_fault, read
+from agent.install import keep
 from agent.layout import Site
 
 
@@ -54,7 +55,9 @@ def main(argv: list[str]) -> int:
             if argv[1:] and hashlib.sha256(line).hexdigest() != argv[1]:  # it came by a pipe that others may write into
                 raise Fault("usage", "the request was replaced on its way", "", "look what else this login runs")
             request = json.loads(line)
-            _answer(verb, Site(request["site"]), request)
+            site = Site(request["site"])
+            _answer(verb, site, request)
+            keep(site)
     except Fault as fault:
         say({"fault": fault.report})
         return 3
@@ -71,7 +74,7 @@ UNWRITABLE = 4
 
 
 def _stay(verb: str, site: Site) -> None:
-    """Verbs that units run. All that they need is imported now: their file may be replaced meanwhile."""
+    """Verbs that units run. They import everything now: their agent may be pruned while they run."""
     from agent.change import runs
     from agent.serve import health, services, watch
 
@@ -86,7 +89,7 @@ def _stay(verb: str, site: Site) -> None:
 
 
 def _answer(verb: str, site: Site, request: Json) -> None:
-    """Verbs that are asked, each importing what it needs: nothing is compiled in advance there."""
+    """Verbs of the client. Each imports only what it needs."""
     if verb == "facts":
         from agent.look.facts import PATIENT, answering, facts
         from agent.look.gpu import gpus

@@ -83,6 +83,9 @@ if sys.version_info < (3, 10):
     sys.exit({_OLD_PYTHON})
 if sys.argv[1].startswith("/"):
     os.dup2(os.open(sys.argv.pop(1), os.O_RDONLY), 0)
+if os.path.isdir(sys.path[0]):
+    sys.path[0] = os.path.realpath(sys.path[0])  # its link may point at another agent tomorrow
+sys.dont_write_bytecode = True  # `agent/install.py` has done so
 
 from agent.main import main
 
@@ -90,20 +93,30 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-# Root runs the bytes whose hash it has just compared, and no file that the login could replace in between. Any Python
-# can read this.
+# Called with the archive, its hash, the prefix's state folder, and the agent's own words. Runs the unpacked agent of
+# that hash where root and the current user alone may write, in all folders above it too; another user's entry of a
+# folder with the sticky bit cannot be replaced. Otherwise runs the archive's bytes, whose hash it has just compared,
+# and no file that the login could replace in between. Any Python can read this.
 _LOADER = f"""\
 import hashlib, os, runpy, sys
-raw = open(sys.argv[1], "rb").read()
 if sys.version_info < (3, 10):
     sys.stderr.write(sys.version.split()[0])
     sys.exit({_OLD_PYTHON})
-if hashlib.sha256(raw).hexdigest() != sys.argv[2]:
-    sys.exit({_NO_AGENT})
-place = os.memfd_create("hearth")
-os.write(place, raw)
-sys.argv[:3] = ["/proc/self/fd/%d" % place]
-runpy.run_path(sys.argv[0], run_name="__main__")
+archive, digest, state = sys.argv[1:4]
+place = os.path.realpath(os.path.join(os.path.expanduser(state), "agents", digest[:16]))
+def own(path):
+    found = os.lstat(path)
+    private = not found.st_mode & 0o022 or found.st_mode & 0o1000 and path != place
+    return found.st_uid in (0, os.geteuid()) and private and (path == "/" or own(os.path.dirname(path)))
+if not (os.path.isdir(place) and own(place)):
+    raw = open(archive, "rb").read()
+    if hashlib.sha256(raw).hexdigest() != digest:
+        sys.exit({_NO_AGENT})
+    memory = os.memfd_create("hearth")
+    os.write(memory, raw)
+    place = "/proc/self/fd/%d" % memory
+sys.argv[:4] = [place]
+runpy.run_path(place, run_name="__main__")
 """
 
 
@@ -148,6 +161,11 @@ class Agent(ABC):
 
     def __init__(self, target: Target) -> None:
         self._target = target
+
+    @property
+    def _state(self) -> str:
+        """Where the host keeps the unpacked agent; `~` is its login's home."""
+        return f"{self._target.prefix}/state"
 
     def stream(self, verb: str, **values: Any) -> Iterator[Any]:
         """Answers as they come; raises what the agent's fault stands for, or how the agent ended too early."""
@@ -256,7 +274,7 @@ class Local(Agent):
         self, verb: str, request: bytes, blocks: Callable[[], Iterable[bytes]], silence: float
     ) -> Iterator[bytes]:
         digest = hashlib.sha256(packed_agent()).hexdigest()
-        argv = [sys.executable, "-I", "-S", "-c", _LOADER, str(agent_file()), digest, verb]
+        argv = [sys.executable, "-I", "-S", "-c", _LOADER, str(agent_file()), digest, self._state, verb]
         return shell.talk(argv, request, blocks(), first=silence, silence=silence)
 
 
@@ -349,7 +367,8 @@ class Ssh(Agent):
         [ -f "$f" ] || exit {_NO_AGENT};
         command -v python3 >/dev/null || exit {_NO_PYTHON};"""
         # Not the shell's last command, which some shells run in their own place: a signal would leave no status then.
-        python = f'python3 -I -S -c {shlex.quote(f"exec({_LOADER!r})")} "$f" {digest}'
+        loader = shlex.quote(f"exec({_LOADER!r})")
+        python = f'python3 -I -S -c {loader} "$f" {digest} {shlex.quote(self._state)}'
         run = f"{python} {verb}; exit $?;"
         if self._target.host.scope == "user":
             return f"{check} {run}"

@@ -349,7 +349,7 @@ def _confined(choice: Choice, prefix: str, place: str) -> list[str]:
         return []
     elif host.scope == "user":
         told["folder"] = f"{prefix}/secrets"
-    return [choice.interpreter, "-I", "-S", f"{place}/agent.pyz", "confine", json.dumps(told), "--"]
+    return [choice.interpreter, "-I", "-S", f"{place}/agent", "confine", json.dumps(told), "--"]
 
 
 # What no service may reach: the machine's own neighbours by link-local addresses, and what clouds answer with
@@ -422,7 +422,7 @@ def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[st
     def command(verb: str) -> str:
         # The release's own copy: another client's submit replaces the one in state/. Not by the environment's Python,
         # whose packages would run as root.
-        agent = f"{prefix}/releases/{release}/agent.pyz"
+        agent = f"{prefix}/releases/{release}/agent"
         return _command([choice.interpreter, "-I", "-S", agent, verb, f"{prefix}/state/site.json"])
 
     values = {

@@ -81,7 +81,8 @@ def _strays() -> list[int]:
             above = pid
             while _confined(above):
                 above = int((read_text(Path(f"/proc/{above}/stat")).rpartition(")")[2].split() or "00")[1])
-            if "agent.pyz" not in read_text(Path(f"/proc/{above}/cmdline")):  # what is not confined does not lie
+            words = read_text(Path(f"/proc/{above}/cmdline")).split("\0")  # what is not confined does not lie
+            if not {Path(word).name for word in words} & {"agent", "agent.pyz"}:  # the second: an older Hearth's
                 found.append(pid)
     return found
 
@@ -166,7 +167,7 @@ def delete(site: Site, step: Json, note: Callable[[str], None]) -> None:
     _sweep([site.prefix / name for name in step["names"]], note)
 
 
-RUN = ("agent.pyz", "lock", "pending.json", "runs", "site.json", "submit.lock")
+RUN = ("agent", "agents", "lock", "pending.json", "runs", "site.json", "submit.lock")
 """What a run needs up to its end, and the next one to go on from there."""
 
 

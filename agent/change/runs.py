@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from io import BufferedReader
-from pathlib import Path
 from typing import IO, cast
 
 from agent.change.adopt import adopt, retire, unadopt
@@ -65,6 +64,7 @@ from agent.files import (
     sync,
     write,
 )
+from agent.install import install
 from agent.journal import Journal, busy, events, history, now
 from agent.layout import Site
 from agent.requester import asker
@@ -125,7 +125,7 @@ def submit(site: Site, plan: Json) -> Json:
         elif site.release() != plan["base"] or _missing(site, plan["steps"]):
             raise Fault("busy", "the host was changed since the plan was made", "", "run the same command again")
         write(site.state / "site.json", json.dumps(site.json))
-        write(site.state / "agent.pyz", Path(sys.argv[0]).read_bytes())
+        install(site)
         write(site.state / RESERVE, bytes(RESERVED))
         plan |= asker(plan["who"])
         Journal(site, plan["run"]).add(

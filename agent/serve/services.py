@@ -300,7 +300,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=exec
-ExecStart={python} -I -S {state}/agent.pyz apply {state}/site.json
+ExecStart={python} -I -S {state}/agent apply {state}/site.json
 Restart=on-failure
 # A damaged record, or a disk that takes no writes: trying each second would not help. The next boot or command goes on.
 RestartPreventExitStatus=3 4
@@ -370,7 +370,7 @@ class Supervised:
         if not free(self.lock):
             return
         before = len(read_some(agent_log(self.site)))
-        child = detach([sys.executable, "-I", str(self.site.state / "agent.pyz"), "supervise"], self.site)
+        child = detach([sys.executable, "-I", str(self.site.agent), "supervise"], self.site)
         up = wait_for(lambda: not free(self.lock) or child.poll() is not None, 30)
         if not up or free(self.lock):
             said = read_some(agent_log(self.site))[before:].decode(errors="replace").strip()
@@ -435,7 +435,7 @@ class Supervised:
 
     def go(self) -> None:
         """Apply what is pending, in a process of its own."""
-        detach([sys.executable, "-I", str(self.site.state / "agent.pyz"), "apply"], self.site)
+        detach([sys.executable, "-I", str(self.site.agent), "apply"], self.site)
 
     def last_go(self) -> list[str]:
         """The last lines that such processes wrote."""
