@@ -40,7 +40,9 @@ def keep(site: Site) -> None:
 
 def prune(site: Site) -> None:
     """Delete unpacked agents that neither a unit nor a release runs, nor a command of the last day."""
-    linked = {os.path.realpath(path) for path in (site.agent, *site.releases.glob("*/agent"))} | {str(RUNNING)}
+    linked = {os.path.realpath(path) for path in (site.agent, site.exporter_agent, *site.releases.glob("*/agent"))} | {
+        str(RUNNING)
+    }
     for path in (site.state / "agents").glob("*"):
         with suppress(FileNotFoundError):
             if str(path.resolve()) not in linked and abs(time.time() - path.stat().st_mtime) > RECENT:

@@ -16,6 +16,7 @@ standard input (`site`, and the verb's own values) and answers in JSON lines. It
     manager.json       who runs the service: systemd-system, systemd-user or process (Hearth's own supervisor)
     comfyui.log        what a supervised ComfyUI said, and comfyui.times how long that was when
     settings.jsonl     what was changed outside the prefix on request, each with what was there before
+    exporter           a link to the agent that exports metrics, by what exporter.json says
     lock               held (flock) by the process that applies
 
 A killed process, a closed connection or a power cut leaves these, and the next `apply` goes on from them: under
@@ -46,6 +47,10 @@ def main(argv: list[str]) -> int:
         from agent.serve import confine as confinement
 
         confinement.main(json.loads(argv[1]), argv[3:])
+    if verb == "metrics":  # its unit's folder is in the environment
+        from agent.serve.metrics.server import serve
+
+        serve(Path(argv[1]))
     confine()
     try:
         if verb in ("apply", "supervise", "watch", "free"):  # started by a unit or detached: the site is a file

@@ -27,7 +27,7 @@ from core.errors import BundleError, SignatureError
 from core.manifest import Sha256
 from core.signature import Signed
 from core.stack import Platform
-from deploy import connection, exporter
+from deploy import connection
 from deploy import release as releases
 from lock import application as applications
 from lock import nodes, requirements
@@ -208,14 +208,13 @@ def _listed(
         *nodes.fetch(stock.nodes).values(),
         requirements.download(lock, asking, Platform.parse(platform)),
         lockfile.install("uv", Platform.parse(platform), "3.11"),
-        exporter.packages(Platform.parse(platform)),  # a few hundred kB; whether a host wants it is not the bundle's
         *([] if own else [tree]),
     ]
     for folder in cached:
         inner = files.tree(folder, largest=files.LARGEST_WHEEL)
         found |= {f"cache/{folder.relative_to(files.cache())}/{name}": path for name, path in inner}
-    for exported in (lockfile.exported("uv"), lockfile.exported(exporter.EXTRA)):
-        found[f"cache/{exported.relative_to(files.cache())}"] = exported
+    exported = lockfile.exported("uv")
+    found[f"cache/{exported.relative_to(files.cache())}"] = exported
     for wheel in wheels:
         found |= {f"wheelhouse/{wheel.file}": manifests.whole(wheel)}
         found |= {f"wheelhouse/{wheel.file}.json": files.wheelhouse() / f"{wheel.file}.json"}

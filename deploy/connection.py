@@ -120,8 +120,8 @@ runpy.run_path(place, run_name="__main__")
 """
 
 
-_LIBRARIES = ("pynvml",)
-"""Modules that travel with the agent: pure Python, from this checkout's environment, where `uv.lock` pins them."""
+_LIBRARIES = ("prometheus_client", "pynvml")
+"""What travels with the agent: pure Python from this checkout's environment, pinned by `uv.lock`."""
 
 
 @functools.cache
@@ -138,14 +138,23 @@ def packed_agent() -> bytes:
             spec = find_spec(name)
             assert spec is not None
             assert spec.origin is not None
-            archive.writestr(zipfile.ZipInfo(f"{name}.py"), Path(spec.origin).read_bytes())
+            origin = Path(spec.origin)
+            package = origin.name == "__init__.py"
+            top = origin.parents[1] if package else origin.parent
+            for path in sorted(origin.parent.rglob("*.py")) if package else [origin]:
+                archive.writestr(zipfile.ZipInfo(str(path.relative_to(top))), path.read_bytes())
         archive.writestr(zipfile.ZipInfo("__main__.py"), _MAIN)
     return output.getvalue()
 
 
+def agent_hash() -> str:
+    """The name of the unpacked agent's folder on hosts."""
+    return hashlib.sha256(packed_agent()).hexdigest()[:16]
+
+
 def agent_name() -> str:
     """The name of the packed agent's file, here and on hosts."""
-    return f"agent-{hashlib.sha256(packed_agent()).hexdigest()[:16]}.pyz"
+    return f"agent-{agent_hash()}.pyz"
 
 
 def agent_file() -> Path:

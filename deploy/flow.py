@@ -42,7 +42,6 @@ from core.stack import Platform
 from deploy import adopt as adoption
 from deploy import bundle as bundles
 from deploy import connection, plan
-from deploy import exporter as exporters
 from deploy import host as hosts
 from deploy import release as releases
 from deploy.facts import Facts
@@ -166,8 +165,7 @@ def shelf(target: Target) -> Shelf:
         raise LockStaleError(
             f"nodes were changed, and not resolved yet: {', '.join(stale)}", hint="inv lock, then the same command"
         )
-    wanted = exporters.exporter() if target.host.metrics_port else exporters.Exporter()
-    return plan.Shelf(app, flags, locks, manifest.found(files.wheelhouse()), uv, chosen, model_folders, wanted)
+    return plan.Shelf(app, flags, locks, manifest.found(files.wheelhouse()), uv, chosen, model_folders)
 
 
 def _refuse_malware(target: Target, chosen: Mapping[str, Node]) -> None:
@@ -625,8 +623,6 @@ def _pack(
         return {"name": stock.uv, "blob": blob(lockfile.install("uv", platform, "3.11") / "bin/uv")}
     if step.kind == "app":
         return _pack_tree("app", source.intact(stock.application), agent, facts, scratch, blob)
-    if step.kind == "exporter":
-        return _pack_tree("exporter", exporters.tree(platform), agent, facts, scratch, blob)
     if step.kind == "node":
         name = step.values["node"]
         tree = source.intact(stock.nodes[name].pinned(name))

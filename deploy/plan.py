@@ -14,9 +14,9 @@ from packaging.version import InvalidVersion, Version
 
 from core import console
 from core.errors import UsageError
+from deploy import exporter
 from deploy import host as hosts
 from deploy import release as releases
-from deploy.exporter import Exporter
 from lock import application as applications
 
 if TYPE_CHECKING:
@@ -72,7 +72,6 @@ class Shelf:
     uv: str
     nodes: Mapping[str, Node] = field(default_factory=dict)
     model_folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    exporter: Exporter = field(default_factory=Exporter)
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,6 @@ def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice
         uv=shelf.uv,
         nodes=shelf.nodes,
         model_folders=shelf.model_folders,
-        exporter=shelf.exporter,
         secrets={name: facts.secrets.get(name, "plain") for name in target.host.secrets},
     )
     if releases.manager(target) and target.host.scope == "user":
@@ -456,6 +454,8 @@ def _steps(
         missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
         steps.append(Step("serve", title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
+    if changed := exporter.change(target, facts, choice.interpreter):
+        steps.append(Step("exporter", *changed))
     made = any(step.kind in ("app", "env", "node", "exporter", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
@@ -552,14 +552,6 @@ def _part_steps(facts: Facts, choice: releases.Choice, wanted: Mapping[str, Any]
             values |= {"unit": wanted["files"][f"{choice.target.host.service}.service"]}
         title = f"make {part}: node {name} {node.commit[:9]}"
         steps.append(Step("node", title, why, "pruned when no release names it", values))
-    part = choice.exporter_part
-    if part and not _holds(facts, part):
-        fault = facts.parts.get(part, "")
-        why = f"{part} is damaged: {fault}" if fault else "the host lacks it"
-        values = {"part": part, "python": choice.interpreter, "writable": []}
-        steps.append(
-            Step("exporter", f"make {part}: what exports metrics", why, "pruned when no release names it", values)
-        )
     return steps
 
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from core.manifest import Manifest
     from core.source import Source
-    from deploy.exporter import Exporter
     from deploy.host import Profile, Target
     from lock.application import Application
     from lock.nodes import Node
@@ -87,7 +86,6 @@ class Choice:
     uv: str
     nodes: Mapping[str, Node]
     model_folders: Mapping[str, Sequence[str]]
-    exporter: Exporter
     secrets: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -118,12 +116,6 @@ class Choice:
     def _installs(self, node: Node) -> list[str]:
         """What a node's install.py depends on: the environment that runs it, and whether it has the network."""
         return [self.env_part, str(bool(node.install_network))] if node.install else []
-
-    @property
-    def exporter_part(self) -> str:
-        """The part that exports metrics; empty where they are not wanted."""
-        wanted = self.target.host.metrics_port
-        return f"exporter-{_digest([LAYOUT, self.exporter.digest, self.interpreter])}" if wanted else ""
 
     @property
     def asking(self) -> list[str]:
@@ -158,12 +150,11 @@ def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
         "parts": {
             "app": choice.app_part,
             "env": choice.env_part,
-            **({"exporter": choice.exporter_part} if choice.exporter_part else {}),
             **{f"custom_nodes/{name}": part for name, part in choice.node_parts.items()},
         },
         "sources": [_source(each) for each in choice.application.source],
         "tree": choice.application.tree,
-        "packages": choice.lock.versions(choice.asking) | (choice.exporter.packages if choice.exporter_part else {}),
+        "packages": choice.lock.versions(choice.asking),
         "nodes": {
             name: {"url": node.url, "commit": node.commit, "tree": node.tree} for name, node in choice.pinned.items()
         },
@@ -239,7 +230,7 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
         kept = ("default", *(f"__manager/{name}" for name in ("cache", "snapshots", "batch_history", "channels.list")))
         links |= {f"user/{name}": f"{user}/{name}" for name in kept}
         made = [f"{user}/{name}" for name in kept if not name.endswith(".list")]
-        more.append(f"ExecStartPre=-{_command(['/bin/mkdir', '-p', *made])}")
+        more.append(f"ExecStartPre=-{unit_command(['/bin/mkdir', '-p', *made])}")
     # ComfyUI imports whatever lies in custom_nodes of its base directory: so that is the release, and not the data.
     argv = [f"{place}/env/bin/python", f"{place}/app/main.py", "--base-directory", place]
     argv += ["--temp-directory", data]  # temp in it
@@ -272,10 +263,6 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     confined = _confined(choice, prefix, place)
     running |= {"confined": confined} if confined else {}
     files[f"{target.host.service}.service"] = _unit(choice, [*confined, *argv], environment, data, release, more)
-    if choice.exporter_part:
-        told = {"site": target.site | {"prefix": prefix}, "argv": argv, "port": target.host.metrics_port}
-        told["cuda"] = target.profile.cuda
-        files["exporter.json"] = json.dumps(told, indent=1) + "\n"
     for name, text in _companions(choice, prefix, release, developed).items():
         files[f"{target.host.service}-{name}"] = text
     # what a supervisor does itself, and a unit's process has to know
@@ -404,18 +391,18 @@ def _unit(
         "storage": f"BindsTo={storage}\nAfter={storage}" if host.mounts else "",
         "network": _NETWORK[profile.network],
         "names": "" if profile.network == "offline" else _NAMES,
-        "command": _command(command),
+        "command": unit_command(command),
         "environment": "\n".join(lines),
         "restart": profile.restart,
         "limits": f"MemoryMax={profile.memory_max}" if profile.memory_max else "",
         **devices(profile),
         "more": "\n".join(more),
     }
-    return _filled(host.scope, values)
+    return filled(host.scope, values)
 
 
 def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[str, str]) -> dict[str, str]:
-    """Units beside the service's, by the end of their names: mounts, nodes under development, timer, metrics."""
+    """Units beside the service's, by the end of their names: mounts, nodes under development, timer."""
     target = choice.target
     host = target.host
 
@@ -423,15 +410,15 @@ def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[st
         # The release's own copy: another client's submit replaces the one in state/. Not by the environment's Python,
         # whose packages would run as root.
         agent = f"{prefix}/releases/{release}/agent"
-        return _command([choice.interpreter, "-I", "-S", agent, verb, f"{prefix}/state/site.json"])
+        return unit_command([choice.interpreter, "-I", "-S", agent, verb, f"{prefix}/state/site.json"])
 
     values = {
         "service": host.service,
         "release": release,
         "binds": "\n".join(_binds(target, developed)),
-        "target": "multi-user.target" if host.scope == "system" else "default.target",
+        "target": boot_target(host.scope),
         "interval": host.free_memory,
-        "addresses": " ".join(["localhost", *_own_addresses(host.listen)]),
+        "addresses": addresses(host.listen),
     }
     found: dict[str, str] = {}
     if host.mounts:  # ComfyUI's own unit is bound to it: it lasts as long as everything is mounted
@@ -441,24 +428,20 @@ def _companions(choice: Choice, prefix: str, release: str, developed: Mapping[st
             "units": " ".join(map(mount_unit, host.mounts)),
             "outside": "+" if host.scope == "system" else "",
         }
-        found["storage.service"] = _filled("storage", {**values, **waits})
+        found["storage.service"] = filled("storage", {**values, **waits})
     if developed:
-        found["reload.service"] = _filled("reload", {**values, "command": command("watch")})
+        found["reload.service"] = filled("reload", {**values, "command": command("watch")})
     if host.free_memory:
-        found["free-memory.service"] = _filled("free-memory", {**values, "command": command("free")})
-        found["free-memory.timer"] = _filled("free-memory.timer", values)
-    if choice.exporter_part:
-        place = f"{prefix}/releases/{release}/exporter"
-        # the system's Python, without a look at what else is installed there
-        words = [choice.interpreter, "-I", "-S", place, f"{place}.json"]
-        more = {"port": str(host.metrics_port), "exporter": target.site["exporter"], **devices(target.profile)}
-        found["exporter.service"] = _filled("exporter", {**values, **more, "command": _command(words)})
+        found["free-memory.service"] = filled("free-memory", {**values, "command": command("free")})
+        found["free-memory.timer"] = filled("free-memory.timer", values)
     if host.scope == "user":
-        found = {
-            name: re.sub(r"\n# --- Only the system's.*?(?=\n\[|\Z)", "", text, flags=re.S)
-            for name, text in found.items()
-        }
+        found = {name: without_system(text) for name, text in found.items()}
     return found
+
+
+def without_system(unit: str) -> str:
+    """A unit without the settings that only the system's systemd can apply."""
+    return re.sub(r"\n# --- Only the system's.*?(?=\n\[|\Z)", "", unit, flags=re.S)
 
 
 def devices(profile: Profile) -> dict[str, str]:
@@ -467,9 +450,14 @@ def devices(profile: Profile) -> dict[str, str]:
     return {"device_policy": profile.device_policy, "devices": "\n".join(listed)}
 
 
-def _own_addresses(listen: str) -> list[str]:
-    """The addresses that ComfyUI is reached at, where they are not the loopback's."""
-    found = []
+def boot_target(scope: str) -> str:
+    """What starts units at boot, or with the login's systemd."""
+    return "multi-user.target" if scope == "system" else "default.target"
+
+
+def addresses(listen: str) -> str:
+    """The loopback and the addresses that ComfyUI is reached at, for a unit."""
+    found = ["localhost"]
     for each in listen.split(","):
         try:
             address = ipaddress.ip_address(each)
@@ -477,15 +465,16 @@ def _own_addresses(listen: str) -> list[str]:
             continue
         if not address.is_loopback and not address.is_unspecified:
             found.append(each)
-    return found
+    return " ".join(found)
 
 
-def _command(argv: Sequence[str]) -> str:
+def unit_command(argv: Sequence[str]) -> str:
     """A command for a unit: systemd expands % everywhere and $ in commands."""
     return shlex.join(argv).replace("%", "%%").replace("$", "$$")
 
 
-def _filled(template: str, values: Mapping[str, str]) -> str:
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """A unit of `recipes/comfyui/units` with these values."""
     name = template if "." in template else f"{template}.service"
     folder = checkout() / "recipes/comfyui/units"
     hardening = (folder / "hardening.conf").read_text().strip()

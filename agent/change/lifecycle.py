@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.api import endpoint
+from agent.change.exporter import put as put_exporter
 from agent.files import Fault, Json, Sweep, discard, flock, read, read_text, run, started, write
 from agent.journal import Journal, now
 from agent.layout import Site
@@ -138,6 +139,8 @@ def withdraw(site: Site, step: Json, note: Callable[[str], None]) -> None:
     await_jobs(site, manager, step, note)
     halt(site, manager, force=step["force"])
     manager.uninstall()
+    if isinstance(manager, Systemd):
+        put_exporter(site, {})
     discard(site.paused)
     if site.current.is_symlink():
         discard(site.current)

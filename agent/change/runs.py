@@ -16,6 +16,7 @@ from typing import IO, cast
 
 from agent.change.adopt import adopt, retire, unadopt
 from agent.change.cutover import RESERVE, abandon, cut_over
+from agent.change.exporter import exporter
 from agent.change.lifecycle import (
     delete,
     end_linger,
@@ -81,7 +82,7 @@ STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "app": app,
     "env": env,
     "node": node,
-    "exporter": app,  # a tree as ComfyUI's is
+    "exporter": exporter,
     "release": release,
     "cut-over": cut_over,
     "serve": serve,

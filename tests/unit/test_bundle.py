@@ -21,7 +21,7 @@ from core import files, shell, signature
 from core.errors import BundleError, RefusedError, SignatureError
 from core.signature import Signed
 from core.stack import Platform
-from deploy import bundle, exporter, flow
+from deploy import bundle, flow
 from deploy.bundle import Bundle, File, Opened
 from deploy.plan import Options
 from lock import requirements
@@ -109,9 +109,6 @@ def test_what_is_deployed_from_a_bundle_comes_from_it_alone(
         lock = stock.locks["linux_x86_64", "3.11"]
         (wheel,) = requirements.download(lock, stock.nodes, Platform.parse("linux_x86_64")).glob("*.whl")
         assert wheel.name.startswith("six")
-        tree = exporter.tree(Platform.parse("linux_x86_64"))
-        assert (tree / "prometheus_client/exposition.py").exists()
-        assert tree.name == stock.exporter.digest
     assert not list((tmp_path / "empty/bundles").iterdir())
 
 

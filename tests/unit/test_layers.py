@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import ast
-import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from core import files
-from deploy import connection, exporter
+from deploy import connection
 
 LAYERS = {
     "agent": set(),
-    "exporter": {"agent"},
     "core": set(),
     "kernels": {"core"},
     "lock": {"core"},
     "deploy": {"core", "lock"},
     "ops": {"core", "lock", "deploy", "kernels"},
 }
-ON_HOSTS = ("agent/", "exporter/")
+ON_HOSTS = ("agent/",)
 SOURCES = [path for layer in LAYERS for path in sorted((files.CHECKOUT / layer).rglob("*.py"))]
 
 
@@ -46,11 +44,11 @@ def test_layers(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(files.CHECKOUT)))
 def test_only_the_shell_starts_processes(path: Path) -> None:
     name = str(path.relative_to(files.CHECKOUT))
-    # smoke.py runs in the wheel's own interpreter, agent and exporter on hosts
+    # smoke.py runs in the wheel's own interpreter, the agent on hosts
     assert "subprocess" not in imported(path) or name == "core/shell.py" or name.startswith(ON_HOSTS)
 
 
-FRONT = [*(path for path in SOURCES if path.relative_to(files.CHECKOUT).parts[0] not in ("agent", "exporter"))]
+FRONT = [*(path for path in SOURCES if path.relative_to(files.CHECKOUT).parts[0] != "agent")]
 
 
 @pytest.mark.parametrize("path", FRONT, ids=lambda path: str(path.relative_to(files.CHECKOUT)))
@@ -91,19 +89,6 @@ def test_only_one_module_knows_ssh() -> None:
 def test_the_agent_has_the_standard_library_and_what_travels_with_it() -> None:
     for path in (files.CHECKOUT / "agent").rglob("*.py"):
         assert imported(path) <= {*sys.stdlib_module_names, "agent", *connection._LIBRARIES}
-
-
-def test_the_exporter_has_prometheus_client_too_and_what_it_uses_of_the_agent_is_sent() -> None:
-    pending = list((files.CHECKOUT / "exporter").glob("*.py"))
-    for path in pending:
-        assert imported(path) <= {*sys.stdlib_module_names, "agent", "exporter", "prometheus_client", "pynvml"}
-    used: set[str] = set()
-    while pending:
-        named = set(re.findall(r"from agent\.([\w.]+) import", pending.pop().read_text())) - used
-        named = {name.replace(".", "/") for name in named} - used
-        pending += [files.CHECKOUT / f"agent/{name}.py" for name in named]
-        used |= named
-    assert set(exporter.AGENT) == {*used, "__init__", "look/__init__"}
 
 
 def test_recipes_and_config_hold_no_logic() -> None:
