@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -69,16 +69,18 @@ def put(site: Site, wanted: Json) -> None:
 
 def _await_answer(site: Site, port: int) -> None:
     """Wait until the exporter answers a scrape; raises Fault."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     end, why = time.monotonic() + SECONDS, ""
     while time.monotonic() < end:
+        asked = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         try:
-            with opener.open(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-                if b"hearth_" in answer.read():
-                    return
+            asked.request("GET", "/metrics")
+            if b"hearth_" in asked.getresponse().read():
+                return
             why = "its answer has no metrics of Hearth's"
-        except (OSError, ValueError) as error:
+        except (OSError, http.client.HTTPException) as error:
             why = str(error)
+        finally:
+            asked.close()
         time.sleep(0.2)
     raise Fault("step", f"127.0.0.1:{port} does not answer a scrape within {SECONDS} s: {why}")
 

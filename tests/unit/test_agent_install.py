@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from agent import install
+from agent import install, main
 from agent.files import link
 from agent.layout import Site
 from core.errors import AgentError
@@ -102,7 +103,7 @@ def test_an_altered_archive_is_neither_run_nor_unpacked(site: Site, monkeypatch:
 CODE = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from agent import install
+from agent import install, main
 from agent.layout import Site
 import json
 install.install(Site(json.loads(sys.argv[2])))
@@ -153,3 +154,8 @@ def test_agents_are_kept_that_something_links_to_or_that_may_be_in_use(site: Sit
     link(site.releases / "one/agent", "../../state/agents/release")
     install.prune(site)
     assert {path.name for path in (site.state / "agents").iterdir()} == {"unit", "release", "recent"}
+
+
+def test_every_verb_names_a_function() -> None:
+    for module, name, _ in main.VERBS.values():
+        assert callable(getattr(import_module(module), name))

@@ -171,6 +171,20 @@ def test_an_agent_that_is_not_the_right_one_is_sent_again(box: Box, text: bytes)
     assert path.parent.stat().st_mode & 0o022 == 0
 
 
+def test_the_agent_is_unpacked_where_something_is_deployed(box: Box) -> None:
+    state = box.place / "home/.local/share/hearth/comfyui/state"
+    state.mkdir(parents=True)
+    assert box.call() == []
+    (place,) = (state / "agents").iterdir()
+    assert place.name == connection.agent_hash()
+    for path in (place / "__main__.py", *place.glob("__pycache__/__main__*")):
+        path.unlink()
+    (place / "__main__.py").write_text("import sys\nprint('[%r]' % sys.argv[1])".replace("%r", '\\"%s\\"'))
+    (path,) = box.agents
+    path.write_bytes(b"print('not the agent')")  # nobody reads it
+    assert box.call() == ["history"]
+
+
 def test_this_machines_own_agent_is_compared_too(box: Box) -> None:
     connection.agent_file().write_bytes(b"PK half")
     assert box.call(name="local") == []
