@@ -27,7 +27,7 @@ from core.errors import BundleError, SignatureError
 from core.manifest import Sha256
 from core.signature import Signed
 from core.stack import Platform
-from deploy import connection
+from deploy import archive
 from deploy import release as releases
 from lock import application as applications
 from lock import nodes, requirements
@@ -195,7 +195,7 @@ def _listed(
 ) -> dict[str, Path]:
     """Every file of a bundle by its name there; what the cache lacks is fetched."""
     app, lock = stock.application, stock.locks[platform, python]
-    found = {AGENT: connection.agent_file(), "checkout/uv.lock": files.checkout() / "uv.lock"}
+    found = {AGENT: archive.agent_file(), "checkout/uv.lock": files.checkout() / "uv.lock"}
     for pattern in ("config/stacks.toml", "config/profiles/*.toml", "config/modes/*.toml", "recipes/comfyui/units/*"):
         found |= {f"checkout/{path.relative_to(files.checkout())}": path for path in files.checkout().glob(pattern)}
     recipe = [applications.folder() / "app.toml", nodes.catalogue_file()]
@@ -240,7 +240,7 @@ def opened(path: Path) -> Iterator[Opened]:
         found = _read(path, place)
         console.say(f"{path.name} is whole, and {found.origin}")
         theirs = found.bundle.files.get(AGENT)
-        if theirs is None or theirs.sha256 != hashlib.sha256(connection.packed_agent()).hexdigest():
+        if theirs is None or theirs.sha256 != hashlib.sha256(archive.packed_agent()).hexdigest():
             raise BundleError(
                 f"{path} was made by another version of Hearth",
                 cause="its agent is not this one's, so what it would do on a host may differ",

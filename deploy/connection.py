@@ -6,9 +6,7 @@ what they mean in a terminal. It may not ask anything, and a host's key must be 
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import io
 import json
 import os
 import re
@@ -17,15 +15,13 @@ import signal
 import sys
 import tempfile
 import threading
-import zipfile
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from core import console, files, shell
+from core import console, shell
 from core.errors import (
     AgentError,
     BusyError,
@@ -47,6 +43,7 @@ from core.errors import (
     SudoError,
     UsageError,
 )
+from deploy import archive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -68,101 +65,6 @@ _LOGIN = 90
 """Seconds until a host runs what it was sent: to connect (which ssh itself limits), to log in, to start a shell."""
 
 _MARK = "--- hearth ---"
-_OLD_PYTHON, _NO_SUDO, _NO_PYTHON, _NO_AGENT = 96, 97, 98, 99
-"""Exit statuses of what runs before the agent does, which itself has 0, 1 and 3."""
-
-
-# Any Python 3 can read this, and nothing is imported before the version is known. A path before the verb is a pipe to
-# read in place of standard input, which belonged to sudo.
-_MAIN = f"""\
-import os
-import sys
-
-if sys.version_info < (3, 10):
-    sys.stderr.write(sys.version.split()[0])
-    sys.exit({_OLD_PYTHON})
-if sys.argv[1].startswith("/"):
-    os.dup2(os.open(sys.argv.pop(1), os.O_RDONLY), 0)
-if os.path.isdir(sys.path[0]):
-    sys.path[0] = os.path.realpath(sys.path[0])  # its link may point at another agent tomorrow
-sys.dont_write_bytecode = True  # `agent/install.py` has done so
-
-from agent.main import main
-
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-# Called with the archive, its hash, the prefix's state folder, and the agent's own words. Runs the unpacked agent of
-# that hash where root and the current user alone may write, in all folders above it too; another user's entry of a
-# folder with the sticky bit cannot be replaced. Otherwise runs the archive's bytes, whose hash it has just compared,
-# and no file that the login could replace in between. Any Python can read this.
-_LOADER = f"""\
-import hashlib, os, runpy, sys
-if sys.version_info < (3, 10):
-    sys.stderr.write(sys.version.split()[0])
-    sys.exit({_OLD_PYTHON})
-archive, digest, state = sys.argv[1:4]
-place = os.path.realpath(os.path.join(os.path.expanduser(state), "agents", digest[:16]))
-def own(path):
-    found = os.lstat(path)
-    private = not found.st_mode & 0o022 or found.st_mode & 0o1000 and path != place
-    return found.st_uid in (0, os.geteuid()) and private and (path == "/" or own(os.path.dirname(path)))
-if not (os.path.isdir(place) and own(place)):
-    raw = open(archive, "rb").read()
-    if hashlib.sha256(raw).hexdigest() != digest:
-        sys.exit({_NO_AGENT})
-    memory = os.memfd_create("hearth")
-    os.write(memory, raw)
-    place = "/proc/self/fd/%d" % memory
-sys.argv[:4] = [place]
-runpy.run_path(place, run_name="__main__")
-"""
-
-
-_LIBRARIES = ("prometheus_client", "pynvml")
-"""What travels with the agent: pure Python from this checkout's environment, pinned by `uv.lock`."""
-
-
-@functools.cache
-def packed_agent() -> bytes:
-    """`agent/` and its libraries as one file that Python runs.
-
-    The same code gives the same bytes: their hash is the file's name on hosts. Not compressed: zlib's versions differ.
-    """
-    output = io.BytesIO()
-    with zipfile.ZipFile(output, "w") as archive:
-        for path in sorted((files.CHECKOUT / "agent").rglob("*.py")):
-            archive.writestr(zipfile.ZipInfo(str(path.relative_to(files.CHECKOUT))), path.read_bytes())
-        for name in _LIBRARIES:
-            spec = find_spec(name)
-            assert spec is not None
-            assert spec.origin is not None
-            origin = Path(spec.origin)
-            package = origin.name == "__init__.py"
-            top = origin.parents[1] if package else origin.parent
-            for path in sorted(origin.parent.rglob("*.py")) if package else [origin]:
-                archive.writestr(zipfile.ZipInfo(str(path.relative_to(top))), path.read_bytes())
-        archive.writestr(zipfile.ZipInfo("__main__.py"), _MAIN)
-    return output.getvalue()
-
-
-def agent_hash() -> str:
-    """The name of the unpacked agent's folder on hosts."""
-    return hashlib.sha256(packed_agent()).hexdigest()[:16]
-
-
-def agent_name() -> str:
-    """The name of the packed agent's file, here and on hosts."""
-    return f"agent-{agent_hash()}.pyz"
-
-
-def agent_file() -> Path:
-    """The packed agent, in the cache; written again when something else is there."""
-    place = files.cache() / "agents" / agent_name()
-    if not place.is_file() or place.read_bytes() != packed_agent():
-        files.write(place, packed_agent())
-    return place
 
 
 class Agent(ABC):
@@ -282,8 +184,8 @@ class Local(Agent):
     def _lines(
         self, verb: str, request: bytes, blocks: Callable[[], Iterable[bytes]], silence: float
     ) -> Iterator[bytes]:
-        digest = hashlib.sha256(packed_agent()).hexdigest()
-        argv = [sys.executable, "-I", "-S", "-c", _LOADER, str(agent_file()), digest, self._state, verb]
+        digest = hashlib.sha256(archive.packed_agent()).hexdigest()
+        argv = [sys.executable, "-I", "-S", "-c", archive.LOADER, str(archive.agent_file()), digest, self._state, verb]
         return shell.talk(argv, request, blocks(), first=silence, silence=silence)
 
 
@@ -355,11 +257,11 @@ class Ssh(Agent):
         try:
             yield from self._session(script, given, blocks, silence)
         except ProcessError as error:
-            if error.status != _NO_AGENT:
+            if error.status != archive.NO_AGENT:
                 raise
         else:
             return
-        self.put(packed_agent(), f".cache/hearth/{agent_name()}")
+        self.put(archive.packed_agent(), f".cache/hearth/{archive.agent_name()}")
         yield from self._session(script, given, blocks, silence)
 
     def _script(self, verb: str, asked: str) -> str:
@@ -370,20 +272,20 @@ class Ssh(Agent):
         reads the request from a named pipe. Any process of the login may write into that, so it has the request's hash
         as well (`asked`).
         """
-        digest = hashlib.sha256(packed_agent()).hexdigest()
-        check = f"""u=$(id -u); d=$HOME/.cache/hearth; f=$d/{agent_name()};
-        case $(stat -Lc "%u %A" "$d" 2>/dev/null) in "$u d"????-??-*) ;; *) exit {_NO_AGENT};; esac;
-        [ -f "$f" ] || exit {_NO_AGENT};
-        command -v python3 >/dev/null || exit {_NO_PYTHON};"""
+        digest = hashlib.sha256(archive.packed_agent()).hexdigest()
+        check = f"""u=$(id -u); d=$HOME/.cache/hearth; f=$d/{archive.agent_name()};
+        case $(stat -Lc "%u %A" "$d" 2>/dev/null) in "$u d"????-??-*) ;; *) exit {archive.NO_AGENT};; esac;
+        [ -f "$f" ] || exit {archive.NO_AGENT};
+        command -v python3 >/dev/null || exit {archive.NO_PYTHON};"""
         # Not the shell's last command, which some shells run in their own place: a signal would leave no status then.
-        loader = shlex.quote(f"exec({_LOADER!r})")
+        loader = shlex.quote(f"exec({archive.LOADER!r})")
         python = f'python3 -I -S -c {loader} "$f" {digest} {shlex.quote(self._state)}'
         run = f"{python} {verb}; exit $?;"
         if self._target.host.scope == "user":
             return f"{check} {run}"
         sudo = "env LC_ALL= LC_MESSAGES=C sudo"  # its messages are compared
         take = "IFS= read -r p;" if self._password else ""
-        start = f"{check} {take} if [ $u = 0 ]; then {run} fi; command -v sudo >/dev/null || exit {_NO_SUDO};"
+        start = f"{check} {take} if [ $u = 0 ]; then {run} fi; command -v sudo >/dev/null || exit {archive.NO_SUDO};"
         if not self._password:
             return f"{start} {sudo} -n {run}"
         return f"""{start} q=$d/in.$$; mkfifo -m 600 "$q" || exit 1; exec 3<&0; cat <&3 >"$q" 2>/dev/null &
@@ -440,21 +342,21 @@ class Ssh(Agent):
 
     def _ended(self, verb: str, status: int, said: str) -> HearthError:
         name = self._target.name
-        if status == _NO_PYTHON:
+        if status == archive.NO_PYTHON:
             return AgentError(f"{name} has no python3", hint="install it there, such as by: apt-get install python3")
-        if status == _OLD_PYTHON:
+        if status == archive.OLD_PYTHON:
             what = f"python3 on {name} is {_last(said)}, and Hearth needs 3.10 or newer"
             return AgentError(what, hint="upgrade that system, or put a newer python3 first on the login's PATH")
         if status in (126, 127):
             return AgentError(f"python3 on {name} does not start", cause=said, hint="reinstall python3 there")
-        sudo = status in (1, _NO_SUDO) and self._target.host.scope == "system"
+        sudo = status in (1, archive.NO_SUDO) and self._target.host.scope == "system"
         return (self._no_root(status, said) if sudo else None) or super()._ended(verb, status, said)
 
     def _no_root(self, status: int, said: str) -> SudoError | None:
         """The error for a sudo that refuses; None when it was not sudo that failed."""
         name, user = self._target.name, self._settings["user"]
         otherwise = f'log in as root or as who may use sudo (`user` of hosts.{name}), or set scope = "user"'
-        if status == _NO_SUDO:
+        if status == archive.NO_SUDO:
             return SudoError(f"{name} has no sudo, and {user} is not root", hint=otherwise)
         if not re.search(r"^(sudo: |Sorry, )|sudoers", said, re.MULTILINE):
             return None

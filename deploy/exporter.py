@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deploy import connection, release
+from deploy import archive, release
 
 if TYPE_CHECKING:
     from deploy.facts import Facts
@@ -34,7 +34,7 @@ def wanted(target: Target, prefix: str, interpreter: str) -> dict[str, Any]:
     settings = {"site": target.site | {"prefix": prefix}, "port": host.metrics_port, "cuda": target.profile.cuda}
     unit = release.filled("exporter", values)
     return {
-        "agent": connection.agent_hash(),
+        "agent": archive.agent_hash(),
         "settings": settings,
         "unit": unit if host.scope == "system" else release.without_system(unit),
     }

@@ -17,7 +17,7 @@ from agent import install, main
 from agent.files import link
 from agent.layout import Site
 from core.errors import AgentError
-from deploy import connection, flow
+from deploy import archive, connection, flow
 
 WHERE = "import sys\nprint(f'[\"{sys.argv[0]}\"]')\n"
 
@@ -39,7 +39,7 @@ def call() -> object:
 
 
 def unpacked(site: Site) -> Path:
-    return site.state / "agents" / hashlib.sha256(connection.packed_agent()).hexdigest()[:16]
+    return site.state / "agents" / hashlib.sha256(archive.packed_agent()).hexdigest()[:16]
 
 
 def test_the_second_command_runs_the_unpacked_agent_which_has_its_bytecode(site: Site) -> None:
@@ -92,9 +92,9 @@ def test_a_link_of_another_user_is_not_followed(site: Site) -> None:
 
 def test_an_altered_archive_is_neither_run_nor_unpacked(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     forged = site.prefix / "forged"
-    for content in (connection.packed_agent()[:-1], b"", b"print('[1]')"):
+    for content in (archive.packed_agent()[:-1], b"", b"print('[1]')"):
         forged.write_bytes(content)
-        monkeypatch.setattr(connection, "agent_file", lambda: forged)
+        monkeypatch.setattr(archive, "agent_file", lambda: forged)
         with pytest.raises(AgentError):
             call()
     assert list(site.state.iterdir()) == []
@@ -114,12 +114,12 @@ print("done")
 def installing(site: Site) -> list[str]:
     import json
 
-    return [sys.executable, "-c", CODE, str(connection.agent_file()), json.dumps(site.json)]
+    return [sys.executable, "-c", CODE, str(archive.agent_file()), json.dumps(site.json)]
 
 
 def test_killed_at_any_moment_an_agent_is_whole_or_not_there(site: Site) -> None:
     name = unpacked(site).name
-    whole = len(connection.packed_agent())
+    whole = len(archive.packed_agent())
     for delay in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4):
         process = subprocess.Popen(installing(site), cwd="/")
         time.sleep(delay)

@@ -26,7 +26,7 @@ from core.errors import (
     SudoError,
     UsageError,
 )
-from deploy import connection, flow
+from deploy import archive, connection, flow
 from deploy.flow import Consent, Outcome
 from deploy.plan import Options
 
@@ -165,7 +165,7 @@ def test_an_agent_that_is_not_the_right_one_is_sent_again(box: Box, text: bytes)
     (path,) = box.agents
     path.write_bytes(text)
     assert box.call() == []
-    assert path.read_bytes() == connection.packed_agent()
+    assert path.read_bytes() == archive.packed_agent()
     path.parent.chmod(0o775)
     assert box.call() == []
     assert path.parent.stat().st_mode & 0o022 == 0
@@ -176,7 +176,7 @@ def test_the_agent_is_unpacked_where_something_is_deployed(box: Box) -> None:
     state.mkdir(parents=True)
     assert box.call() == []
     (place,) = (state / "agents").iterdir()
-    assert place.name == connection.agent_hash()
+    assert place.name == archive.agent_hash()
     for path in (place / "__main__.py", *place.glob("__pycache__/__main__*")):
         path.unlink()
     (place / "__main__.py").write_text("import sys\nprint('[%r]' % sys.argv[1])".replace("%r", '\\"%s\\"'))
@@ -186,7 +186,7 @@ def test_the_agent_is_unpacked_where_something_is_deployed(box: Box) -> None:
 
 
 def test_this_machines_own_agent_is_compared_too(box: Box) -> None:
-    connection.agent_file().write_bytes(b"PK half")
+    archive.agent_file().write_bytes(b"PK half")
     assert box.call(name="local") == []
 
 
@@ -369,7 +369,7 @@ def test_this_machines_agent_is_run_from_the_bytes_that_were_compared(
     """Its file lies in a cache, which the login may write into between the check and the start."""
     forged = tmp_path / "forged"
     forged.write_text('print("[1]")')
-    monkeypatch.setattr(connection, "agent_file", lambda: forged)
+    monkeypatch.setattr(archive, "agent_file", lambda: forged)
     with pytest.raises(AgentError):
         box.call(name="local")
 

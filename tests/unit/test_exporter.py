@@ -33,7 +33,7 @@ from agent.serve.metrics import comfyui, host
 from agent.serve.metrics.gather import Gatherer, Source
 from agent.serve.metrics.server import gatherer
 from core import files
-from deploy import connection
+from deploy import archive
 from docs import generate
 from tests import nvml
 from tests.host.machine import free_port
@@ -433,7 +433,7 @@ def running(place: Path, port: int) -> Iterator[str]:
     release(place)
     config = {"site": site(place, port, address="127.0.0.1").json, "port": ours, "cuda": False}
     (place / "exporter.json").write_text(json.dumps(config))
-    words = [sys.executable, "-I", "-S", str(connection.agent_file()), "metrics", str(place / "exporter.json")]
+    words = [sys.executable, "-I", "-S", str(archive.agent_file()), "metrics", str(place / "exporter.json")]
     process = subprocess.Popen(
         words, cwd="/", env={"PATH": os.environ["PATH"], "RUNTIME_DIRECTORY": str(place)}, stderr=-3
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from core import files
-from deploy import connection
+from deploy import archive
 
 LAYERS = {
     "agent": set(),
@@ -88,7 +88,7 @@ def test_only_one_module_knows_ssh() -> None:
 
 def test_the_agent_has_the_standard_library_and_what_travels_with_it() -> None:
     for path in (files.CHECKOUT / "agent").rglob("*.py"):
-        assert imported(path) <= {*sys.stdlib_module_names, "agent", *connection._LIBRARIES}
+        assert imported(path) <= {*sys.stdlib_module_names, "agent", *archive.LIBRARIES}
 
 
 def test_recipes_and_config_hold_no_logic() -> None:

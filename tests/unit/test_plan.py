@@ -17,7 +17,7 @@ import pytest
 
 from core import files
 from core.manifest import Manifest, Proof
-from deploy import connection, facts, plan, release
+from deploy import archive, facts, plan, release
 from deploy.facts import Facts, Gpu, Process, Service
 from deploy.host import Host, Mount, Setting, Target, profiles
 from lock import application, nodes, requirements
@@ -289,7 +289,7 @@ def test_the_exporter_is_a_step_of_its_own_and_no_part_of_the_release() -> None:
         step for step in bare.steps if step.kind == "release"
     ]
     (wanted,) = (step.values["exporter"] for step in first.steps if step.kind == "exporter")
-    assert wanted["agent"] == connection.agent_hash()
+    assert wanted["agent"] == archive.agent_hash()
     told = wanted["settings"]
     assert (told["port"], told["cuda"], told["site"]["prefix"]) == (9188, True, "/opt/comfyui")
     unit, state = wanted["unit"], "/opt/comfyui/state"

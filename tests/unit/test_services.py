@@ -23,7 +23,7 @@ from agent.look.gpu import process
 from agent.serve import services
 from agent.serve.services import Supervised, Systemd, manager_of, wait_for
 from core import files
-from deploy import connection
+from deploy import archive
 
 
 def make(place: Path, **values: Any) -> Site:
@@ -31,7 +31,7 @@ def make(place: Path, **values: Any) -> Site:
     site = Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1, **values})
     argv = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(1000)"]
     write(site.releases / "one/release.json", json.dumps({"id": "one", "argv": argv, "environment": {}}))
-    write(site.agent, connection.packed_agent())
+    write(site.agent, archive.packed_agent())
     write(site.state / "site.json", json.dumps(site.json))
     link(site.current, "releases/one")
     site.data.mkdir()
