@@ -33,7 +33,6 @@ from core.errors import (
     GpuError,
     HashMismatchError,
     HearthError,
-    HostKeyError,
     HostOfflineError,
     LogError,
     NoAnswerError,
@@ -43,7 +42,7 @@ from core.errors import (
     SudoError,
     UsageError,
 )
-from deploy import archive
+from deploy import archive, ssh_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,24 +50,24 @@ if TYPE_CHECKING:
     from deploy.host import Host, Target
 
 ALIVE = 10
-"""Seconds between ssh's questions whether the host is still there; three without an answer are a lost connection.
+"""Seconds between ssh's keepalive messages; three without an answer are a lost connection.
 
-That finds a host that vanished without closing anything, also behind jump hosts and proxies: TCP's timeouts do not."""
+They detect a host that vanished, also behind jump hosts and proxies; TCP's timeouts do not."""
 
 QUIET = 45
-"""Seconds without a word after which a verb that says `alive` every 10 s has lost its agent."""
+"""Seconds of silence after which a verb that sends `alive` every 10 s has lost its agent."""
 
 SILENT = 900
-"""Seconds without a byte in either direction that any other verb may take: gigabytes are read from slow disks."""
+"""Seconds of silence in both directions that any other verb may take: it may read gigabytes from a slow disk."""
 
 _LOGIN = 90
-"""Seconds until a host runs what it was sent: to connect (which ssh itself limits), to log in, to start a shell."""
+"""Seconds to connect (which ssh itself limits), to log in and to start a shell."""
 
 _MARK = "--- hearth ---"
 
 
 class Agent(ABC):
-    """The agent of one host. `site` and the verb's own values go in as JSON, JSON lines come out."""
+    """The agent of one host. It takes `site` and the verb's values as JSON, and answers in JSON lines."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -79,7 +78,7 @@ class Agent(ABC):
         return f"{self._target.prefix}/state"
 
     def stream(self, verb: str, **values: Any) -> Iterator[Any]:
-        """Answers as they come; raises what the agent's fault stands for, or how the agent ended too early."""
+        """The answers, as they arrive; raises the error of the agent's fault, or of an agent that ended early."""
         return self._run(verb, values)
 
     def call(self, verb: str, **values: Any) -> Any:
@@ -106,13 +105,13 @@ class Agent(ABC):
         )
 
     def _run(self, verb: str, values: dict[str, Any], blocks: Callable[[], Iterable[bytes]] = tuple) -> Iterator[Any]:
-        # Its hash is told on a command line, which everybody reads: a secret in it must not be found by trying.
+        # Its hash is on a command line, which every user can read: the salt keeps a secret in it from being guessed.
         request = json.dumps({"site": self._target.site, "salt": token_hex(), **values}).encode() + b"\n"
         try:
             for line in self._lines(verb, request, blocks, _patience(verb, values)):
                 yield self._parsed(line)
         except TimeoutError as error:
-            raise self.lost(f"the agent answers nothing: {error}") from error
+            raise self.lost(f"the agent does not answer: {error}") from error
         except ProcessError as error:
             raise self._ended(verb, error.status, error.said) from error
 
@@ -124,20 +123,20 @@ class Agent(ABC):
             raise AgentError(
                 f"the answer of {self._target.name} is not JSON",
                 cause=line[:500].decode(errors="replace").strip(),
-                hint="another program writes into it: see what the login's shell starts in the background",
+                hint="another program writes to the output: check what the login's shell starts in the background",
             ) from None
         if isinstance(value, dict) and value.keys() == {"fault"}:
             raise error_of(value["fault"])
         return value
 
     def _ended(self, verb: str, status: int, said: str) -> HearthError:
-        """The error for an agent that ended with this status, whatever it answered before."""
+        """The error for an agent that ended with this status."""
         number = -status if status < 0 else status - 128  # a shell's status for a signal
         killed = number in set(signal.Signals)
         how = f"was killed by {signal.Signals(number).name}" if killed else f"ended with {status}"
         if verb == "follow":
             return self.lost(f"the agent that watches the change {how}")
-        hint = f"perhaps no memory was left: inv doctor --host {self._target.name}" if killed else ""
+        hint = f"the host may be out of memory: inv doctor --host {self._target.name}" if killed else ""
         return AgentError(f"the agent on {self._target.name} {how} at {verb}", cause=said[-2000:], hint=hint)
 
     @abstractmethod
@@ -223,7 +222,7 @@ class Ssh(Agent):
     def put(self, content: bytes, path: str) -> None:
         """Write a file there, as the login; `path` is relative to its home.
 
-        What arrived is compared by its hash and renamed: a connection that drops leaves the file as it was.
+        The upload is compared with its hash, then renamed: a dropped connection leaves the file unchanged.
         """
         digest = hashlib.sha256(content).hexdigest()
         quoted, folder = shlex.quote(path), shlex.quote(os.path.dirname(path))  # noqa: PTH120  the other machine's
@@ -235,7 +234,7 @@ class Ssh(Agent):
         except ProcessError as error:
             kind = DiskFullError if "No space left" in error.said else AgentError
             what = f"{path} could not be written on {self._target.name}"
-            raise kind(what, cause=error.said, hint=f"make room or rights for it in {folder} there") from error
+            raise kind(what, cause=error.said, hint=f"free space in {folder} there, or make it writable") from error
 
     def get(self, path: str, place: Path, most: int) -> None:
         """Fetch a file from there, of at most so many bytes; raises RemoteError, or HashMismatchError for more."""
@@ -251,7 +250,7 @@ class Ssh(Agent):
     def _lines(
         self, verb: str, request: bytes, blocks: Callable[[], Iterable[bytes]], silence: float
     ) -> Iterator[bytes]:
-        """Run the agent there; when the host lacks it, or has something else under its name, send it first."""
+        """Run the agent there; send it first if the host lacks it, or has another file under its name."""
         script = self._script(verb, hashlib.sha256(request).hexdigest())
         given = f"{self._password}\n".encode() + request if self._password else request
         try:
@@ -267,17 +266,17 @@ class Ssh(Agent):
     def _script(self, verb: str, asked: str) -> str:
         """The script that checks the agent's file and runs it, as root where the host's scope needs that.
 
-        Only the login may write into its folder, and the hash is compared each time, by who runs it. sudo gets the
-        password alone on its standard input, so that it never takes the request for a second attempt; the agent then
-        reads the request from a named pipe. Any process of the login may write into that, so it has the request's hash
-        as well (`asked`).
+        Only the login can write to its folder, and the user that runs the agent compares the hash. sudo gets only the
+        password on its standard input, so that it never takes the request for a second attempt; the agent reads the
+        request from a named pipe. Any process of the login can write to that, so the agent gets the request's hash, too
+        (`asked`).
         """
         digest = hashlib.sha256(archive.packed_agent()).hexdigest()
         check = f"""u=$(id -u); d=$HOME/.cache/hearth; f=$d/{archive.agent_name()};
         case $(stat -Lc "%u %A" "$d" 2>/dev/null) in "$u d"????-??-*) ;; *) exit {archive.NO_AGENT};; esac;
         [ -f "$f" ] || exit {archive.NO_AGENT};
         command -v python3 >/dev/null || exit {archive.NO_PYTHON};"""
-        # Not the shell's last command, which some shells run in their own place: a signal would leave no status then.
+        # Not the shell's last command: some shells exec that, and a signal would leave no status then.
         loader = shlex.quote(f"exec({archive.LOADER!r})")
         python = f'python3 -I -S -c {loader} "$f" {digest} {shlex.quote(self._state)}'
         run = f"{python} {verb}; exit $?;"
@@ -302,7 +301,7 @@ class Ssh(Agent):
     ) -> Iterator[bytes]:
         """Run a script of /bin/sh in the login's home; yield its output. Raises ProcessError when it fails.
 
-        The login's shell may be any, and may print on its own: the output begins after a mark.
+        The login's shell can be any, and may print by itself: the output begins after a mark.
         """
         begun = heard = False  # the mark was seen in the output; and on stderr, which the shell may have put elsewhere
         noise: list[bytes] = []
@@ -313,7 +312,7 @@ class Ssh(Agent):
                 say(line)
             heard = heard or line == _MARK
 
-        # One line: a C shell takes no other in quotes.
+        # One line: a C shell does not accept several in quotes.
         script = " ".join(f'cd; echo; echo "{_MARK}"; echo "{_MARK}" >&2; {script}'.split("\n"))
         command = f"exec /bin/sh -c {shlex.quote(script)}"
         lines = shell.talk([*self._argv, command], request, blocks(), first=_LOGIN, silence=silence, said=listen)
@@ -343,7 +342,7 @@ class Ssh(Agent):
     def _ended(self, verb: str, status: int, said: str) -> HearthError:
         name = self._target.name
         if status == archive.NO_PYTHON:
-            return AgentError(f"{name} has no python3", hint="install it there, such as by: apt-get install python3")
+            return AgentError(f"{name} has no python3", hint="install it there, for example: apt-get install python3")
         if status == archive.OLD_PYTHON:
             what = f"python3 on {name} is {_last(said)}, and Hearth needs 3.10 or newer"
             return AgentError(what, hint="upgrade that system, or put a newer python3 first on the login's PATH")
@@ -353,7 +352,7 @@ class Ssh(Agent):
         return (self._no_root(status, said) if sudo else None) or super()._ended(verb, status, said)
 
     def _no_root(self, status: int, said: str) -> SudoError | None:
-        """The error for a sudo that refuses; None when it was not sudo that failed."""
+        """The error for a sudo that refuses; None if sudo did not fail."""
         name, user = self._target.name, self._settings["user"]
         otherwise = f'log in as root or as who may use sudo (`user` of hosts.{name}), or set scope = "user"'
         if status == archive.NO_SUDO:
@@ -371,7 +370,7 @@ class Ssh(Agent):
         return SudoError(f"sudo gives {user} no root on {name}", cause=cause, hint=hint)
 
     def _unreachable(self, said: str) -> HearthError:
-        """The error for an ssh that did not get in, by what it said."""
+        """The error for an ssh that did not log in."""
         if self._settings.keys() & {"proxyjump", "proxycommand"}:
             # A connection to be shared silences what leads to it (ssh_proxy_connect in OpenSSH): one more try, alone.
             alone = ["ssh", "-S", "none", "-o", "ControlPersist=no", *self._argv[1:], "true"]
@@ -380,51 +379,11 @@ class Ssh(Agent):
                     list(shell.talk(alone, b"", first=_LOGIN))
                 except ProcessError as error:
                     said = error.said or said
-        name, host, port = self._target.name, self._settings["hostname"], self._settings["port"]
-        words = [line for line in said.splitlines() if line.strip("@ ")]
-        cause = "\n         ".join(words[-6:])
-        # Our own ssh only says that the way was closed: the key refused is that of a host on the way.
-        jump = re.search("exchange_identification|UNKNOWN port", said)
-        of = f"a jump host of {name}" if jump else f"{name} ({host})"
-        if "HOST IDENTIFICATION HAS CHANGED" in said:
-            offered = re.search(r"key sent .* is\s+(SHA256:\S+\w)", said)
-            known = re.search("Offending .*", said)
-            listed = re.search(r"Host key for (\S+) has changed", said)
-            entry = (listed[1] if listed else host).replace("'", "'\\''")
-            return HostKeyError(
-                f"the host key of {of} has CHANGED",
-                cause=f"offered: {offered[1] if offered else '?'}; known: {known[0] if known else '?'}. "
-                "The host was reinstalled, or this is a man-in-the-middle attack",
-                hint=f"compare it with {self._scan}; only when it is right: ssh-keygen -R '{entry}', "
-                f"then connect once by: {self._try}",
-            )
-        if "REVOKED" in said or "revoked" in said:
-            return HostKeyError(f"the host key of {of} is revoked", cause=cause, hint="ask whoever runs that host")
-        if "Certificate invalid" in said:
-            return HostKeyError(f"the host certificate of {of} is not valid", cause=cause, hint=f"try: {self._try}")
-        if "Host key verification failed" in said:
-            return HostKeyError(
-                f"the host key of {of} is not known",
-                cause="no known_hosts file of yours or the system's has it, nor an authority that certified it",
-                hint=f"compare what {self._scan} shows with the host's own key; then connect once by: {self._try}",
-            )
-        if "Permission denied (" in said or "Too many authentication failures" in said:
-            return ConnectError(
-                f"SSH authentication failed for {self._settings['user']} on {name}",
-                cause=cause,
-                hint=f"try: {self._try}; a key with a passphrase must be in your agent (ssh-add)",
-            )
-        what = f"{name} cannot be reached ({self._settings['user']}@{host}:{port})"
-        return ConnectError(what, cause=cause, hint=f"try: {self._try}")
+        return ssh_errors.unreachable(said, self._target.name, self._settings, self._try)
 
     @property
     def _try(self) -> str:
         return shlex.join([*_ssh(self._target), self._target.host.address])
-
-    @property
-    def _scan(self) -> str:
-        port, host = (shlex.quote(self._settings[name]) for name in ("port", "hostname"))
-        return f"`ssh-keyscan -p {port} {host} | ssh-keygen -lf -`"
 
 
 def _last(said: str) -> str:
