@@ -27,7 +27,7 @@ from core.manifest import Sha256
 from core.signature import Signed
 from core.stack import Platform
 from core.workspace import Workspace
-from deploy import connection, exporter
+from deploy import archive
 from deploy import release as releases
 from lock import application as applications
 from lock import nodes, requirements
@@ -195,7 +195,7 @@ def _listed(
 ) -> dict[str, Path]:
     """Every file of a bundle by its name there; what the cache lacks is fetched."""
     app, lock, here = inputs.application, inputs.locks[platform, python], workspace.current()
-    found = {AGENT: connection.agent_file(), "checkout/uv.lock": here.checkout / "uv.lock"}
+    found = {AGENT: archive.agent_file(), "checkout/uv.lock": here.checkout / "uv.lock"}
     for pattern in ("config/stacks.toml", "config/profiles/*.toml", "config/modes/*.toml", "recipes/comfyui/units/*"):
         found |= {f"checkout/{path.relative_to(here.checkout)}": path for path in here.checkout.glob(pattern)}
     recipe = [applications.folder() / "app.toml", nodes.catalogue_file()]
@@ -208,14 +208,13 @@ def _listed(
         *nodes.fetch(inputs.nodes).values(),
         requirements.download(lock, asking, Platform.parse(platform)),
         lockfile.install("uv", Platform.parse(platform), "3.11"),
-        exporter.packages(Platform.parse(platform)),  # a few hundred kB; whether a host wants it is not the bundle's
         *([] if own else [tree]),
     ]
     for folder in cached:
         inner = files.tree(folder, largest=files.LARGEST_WHEEL)
         found |= {f"cache/{folder.relative_to(here.cache)}/{name}": path for name, path in inner}
-    for exported in (lockfile.exported("uv"), lockfile.exported(exporter.EXTRA)):
-        found[f"cache/{exported.relative_to(here.cache)}"] = exported
+    exported = lockfile.exported("uv")
+    found[f"cache/{exported.relative_to(here.cache)}"] = exported
     for wheel in wheels:
         found |= {f"wheelhouse/{wheel.file}": here.wheelhouse.path(wheel)}
         found |= {f"wheelhouse/{wheel.file}.json": here.wheelhouse.folder / f"{wheel.file}.json"}
@@ -241,7 +240,7 @@ def opened(path: Path) -> Iterator[Opened]:
         found = _read(path, place)
         console.say(f"{path.name} is whole, and {found.origin}")
         theirs = found.bundle.files.get(AGENT)
-        if theirs is None or theirs.sha256 != hashlib.sha256(connection.packed_agent()).hexdigest():
+        if theirs is None or theirs.sha256 != hashlib.sha256(archive.packed_agent()).hexdigest():
             raise BundleError(
                 f"{path} was made by another version of Hearth",
                 cause="its agent is not this one's, so what it would do on a host may differ",

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from core.manifest import Manifest
-    from deploy.exporter import Exporter
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.inputs import Inputs
@@ -41,7 +40,6 @@ class Choice:
     uv: str
     nodes: Mapping[str, Node]
     model_folders: Mapping[str, Sequence[str]]
-    exporter: Exporter
     secrets: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -72,12 +70,6 @@ class Choice:
     def _installs(self, node: Node) -> list[str]:
         """What a node's install.py depends on: the environment that runs it, and whether it has the network."""
         return [self.env_part, str(bool(node.install_network))] if node.install else []
-
-    @property
-    def exporter_part(self) -> str:
-        """The part that exports metrics; empty where they are not wanted."""
-        wanted = self.target.host.metrics_port
-        return f"exporter-{digest([LAYOUT, self.exporter.digest, self.interpreter])}" if wanted else ""
 
     @property
     def asking(self) -> list[str]:
@@ -125,7 +117,6 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Choice | None,
         uv=inputs.uv,
         nodes=inputs.nodes,
         model_folders=inputs.model_folders,
-        exporter=inputs.exporter,
         secrets={name: facts.secrets.get(name, "plain") for name in target.host.secrets},
     )
     return choice, found

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 from core import foreign, lockfile, source, workspace
 from core.errors import LockStaleError
-from deploy import exporter as exporters
-from deploy.exporter import Exporter
 from deploy.refusals import refused
 from deploy.release_refusals import known_bad
 from lock import advisory, nodes, requirements
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """ComfyUI with its flags, locked lists by platform and Python, kernel wheels, uv, pinned nodes, the exporter."""
+    """ComfyUI with its flags, locked lists by platform and Python, kernel wheels, uv, pinned nodes."""
 
     application: Application
     flags: Mapping[str, Flag]
@@ -35,7 +33,6 @@ class Inputs:
     uv: str
     nodes: Mapping[str, Node] = field(default_factory=dict)
     model_folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    exporter: Exporter = field(default_factory=Exporter)
 
     @property
     def packages(self) -> list[str]:
@@ -68,7 +65,6 @@ def gather(target: Target) -> Inputs:
         uv=uv,
         nodes=chosen,
         model_folders=applications.model_folders(foreign.text(tree / "folder_paths.py")),
-        exporter=exporters.exporter() if target.host.metrics_port else Exporter(),
     )
 
 

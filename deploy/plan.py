@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import console
 from core.errors import UsageError
-from deploy import refusals, release_refusals
+from deploy import exporter, refusals, release_refusals
 from deploy import release as releases
 from deploy.choice import choose
 from deploy.refusals import LANDLOCK_TCP
@@ -169,6 +169,8 @@ def _steps(target: Target, facts: Facts, choice: Choice, wanted: dict[str, Any],
         missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
         steps.append(Step("serve", title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
+    if changed := exporter.change(target, facts, choice.interpreter):
+        steps.append(Step("exporter", *changed))
     made = any(step.kind in ("app", "env", "node", "exporter", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
@@ -265,14 +267,6 @@ def _part_steps(facts: Facts, choice: Choice, wanted: Mapping[str, Any]) -> list
             values |= {"unit": wanted["files"][f"{choice.target.host.service}.service"]}
         title = f"make {part}: node {name} {node.commit[:9]}"
         steps.append(Step("node", title, why, "pruned when no release names it", values))
-    part = choice.exporter_part
-    if part and not _holds(facts, part):
-        fault = facts.parts.get(part, "")
-        why = f"{part} is damaged: {fault}" if fault else "the host lacks it"
-        values = {"part": part, "python": choice.interpreter, "writable": []}
-        steps.append(
-            Step("exporter", f"make {part}: what exports metrics", why, "pruned when no release names it", values)
-        )
     return steps
 
 

@@ -79,12 +79,11 @@ def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
         "parts": {
             "app": choice.app_part,
             "env": choice.env_part,
-            **({"exporter": choice.exporter_part} if choice.exporter_part else {}),
             **{f"custom_nodes/{name}": part for name, part in choice.node_parts.items()},
         },
         "sources": [_source(each) for each in choice.application.source],
         "tree": choice.application.tree,
-        "packages": choice.lock.versions(choice.asking) | (choice.exporter.packages if choice.exporter_part else {}),
+        "packages": choice.lock.versions(choice.asking),
         "nodes": {
             name: {"url": node.url, "commit": node.commit, "tree": node.tree} for name, node in choice.pinned.items()
         },
@@ -173,10 +172,6 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     files[f"{target.host.service}.service"] = units.service(
         choice, [*confined, *argv], environment, data, release, more
     )
-    if choice.exporter_part:
-        told = {"site": target.site | {"prefix": prefix}, "argv": argv, "port": target.host.metrics_port}
-        told["cuda"] = target.profile.cuda
-        files["exporter.json"] = json.dumps(told, indent=1) + "\n"
     for name, text in units.companions(choice, prefix, release, developed).items():
         files[f"{target.host.service}-{name}"] = text
     # what a supervisor does itself, and a unit's process has to know

@@ -65,7 +65,7 @@ def confinement(choice: Choice, prefix: str, place: str) -> list[str]:
         return []
     elif host.scope == "user":
         told["folder"] = f"{prefix}/secrets"
-    return [choice.interpreter, "-I", "-S", f"{place}/agent.pyz", "confine", json.dumps(told), "--"]
+    return [choice.interpreter, "-I", "-S", f"{place}/agent", "confine", json.dumps(told), "--"]
 
 
 # What no service may reach: the machine's own neighbours by link-local addresses, and what clouds answer with
@@ -127,27 +127,27 @@ def service(
         **devices(profile),
         "more": "\n".join(more),
     }
-    return _filled(host.scope, values)
+    return filled(host.scope, values)
 
 
 def companions(choice: Choice, prefix: str, release: str, developed: Mapping[str, str]) -> dict[str, str]:
-    """Units beside the service's, by the end of their names: mounts, nodes under development, timer, metrics."""
+    """Units beside the service's, by the end of their names: mounts, nodes under development, timer."""
     target = choice.target
     host = target.host
 
     def command(verb: str) -> str:
         # The release's own copy: another client's submit replaces the one in state/. Not by the environment's Python,
         # whose packages would run as root.
-        agent = f"{prefix}/releases/{release}/agent.pyz"
+        agent = f"{prefix}/releases/{release}/agent"
         return command_line([choice.interpreter, "-I", "-S", agent, verb, f"{prefix}/state/site.json"])
 
     values = {
         "service": host.service,
         "release": release,
         "binds": "\n".join(binds(target, developed)),
-        "target": "multi-user.target" if host.scope == "system" else "default.target",
+        "target": boot_target(host.scope),
         "interval": host.free_memory,
-        "addresses": " ".join(["localhost", *_own_addresses(host.listen)]),
+        "addresses": addresses(host.listen),
     }
     found: dict[str, str] = {}
     if host.mounts:  # ComfyUI's own unit is bound to it: it lasts as long as everything is mounted
@@ -157,24 +157,20 @@ def companions(choice: Choice, prefix: str, release: str, developed: Mapping[str
             "units": " ".join(map(mount_unit, host.mounts)),
             "outside": "+" if host.scope == "system" else "",
         }
-        found["storage.service"] = _filled("storage", {**values, **waits})
+        found["storage.service"] = filled("storage", {**values, **waits})
     if developed:
-        found["reload.service"] = _filled("reload", {**values, "command": command("watch")})
+        found["reload.service"] = filled("reload", {**values, "command": command("watch")})
     if host.free_memory:
-        found["free-memory.service"] = _filled("free-memory", {**values, "command": command("free")})
-        found["free-memory.timer"] = _filled("free-memory.timer", values)
-    if choice.exporter_part:
-        place = f"{prefix}/releases/{release}/exporter"
-        # the system's Python, without a look at what else is installed there
-        words = [choice.interpreter, "-I", "-S", place, f"{place}.json"]
-        more = {"port": str(host.metrics_port), "exporter": target.site["exporter"], **devices(target.profile)}
-        found["exporter.service"] = _filled("exporter", {**values, **more, "command": command_line(words)})
+        found["free-memory.service"] = filled("free-memory", {**values, "command": command("free")})
+        found["free-memory.timer"] = filled("free-memory.timer", values)
     if host.scope == "user":
-        found = {
-            name: re.sub(r"\n# --- Only the system's.*?(?=\n\[|\Z)", "", text, flags=re.S)
-            for name, text in found.items()
-        }
+        found = {name: without_system(text) for name, text in found.items()}
     return found
+
+
+def without_system(unit: str) -> str:
+    """A unit without the settings that only the system's systemd can apply."""
+    return re.sub(r"\n# --- Only the system's.*?(?=\n\[|\Z)", "", unit, flags=re.S)
 
 
 def devices(profile: Profile) -> dict[str, str]:
@@ -183,9 +179,14 @@ def devices(profile: Profile) -> dict[str, str]:
     return {"device_policy": profile.device_policy, "devices": "\n".join(listed)}
 
 
-def _own_addresses(listen: str) -> list[str]:
-    """The addresses that ComfyUI is reached at, where they are not the loopback's."""
-    found = []
+def boot_target(scope: str) -> str:
+    """The target that starts units at boot, or with the login's systemd."""
+    return "multi-user.target" if scope == "system" else "default.target"
+
+
+def addresses(listen: str) -> str:
+    """The loopback and the addresses that ComfyUI listens on, as a unit names them."""
+    found = ["localhost"]
     for each in listen.split(","):
         try:
             address = ipaddress.ip_address(each)
@@ -193,7 +194,7 @@ def _own_addresses(listen: str) -> list[str]:
             continue
         if not address.is_loopback and not address.is_unspecified:
             found.append(each)
-    return found
+    return " ".join(found)
 
 
 def command_line(argv: Sequence[str]) -> str:
@@ -201,7 +202,8 @@ def command_line(argv: Sequence[str]) -> str:
     return shlex.join(argv).replace("%", "%%").replace("$", "$$")
 
 
-def _filled(template: str, values: Mapping[str, str]) -> str:
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """A unit of `recipes/comfyui/units` with these values."""
     name = template if "." in template else f"{template}.service"
     folder = workspace.current().checkout / "recipes/comfyui/units"
     hardening = (folder / "hardening.conf").read_text().strip()

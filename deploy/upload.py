@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from core import console, files, lockfile, source, workspace
 from core.errors import HashMismatchError, TreeError
 from core.stack import Platform
-from deploy import exporter
 from lock import nodes, requirements
 
 if TYPE_CHECKING:
@@ -52,8 +51,6 @@ class Upload:
             return {"name": self.inputs.uv, "blob": self._blob(lockfile.install("uv", platform, "3.11") / "bin/uv")}
         if step.kind == "app":
             return self.pack_tree("app", source.intact(self.inputs.application))
-        if step.kind == "exporter":
-            return self.pack_tree("exporter", exporter.tree(platform))
         if step.kind == "node":
             name = step.values["node"]
             return self.pack_tree(f"custom_nodes/{name}", source.intact(self.inputs.nodes[name].pinned(name)))

@@ -282,7 +282,7 @@ def _port(case: Case) -> Iterator[Problem]:
 )
 def _exporter(case: Case) -> Iterator[Problem]:
     yield from (Problem(each.what, each.remedy) for each in refusals.metrics(case.target, case.facts))
-    if "exporter" in case.release.get("parts", {}) and not case.facts.metrics_holder:
+    if case.facts.exporter and not case.facts.metrics_holder:
         unit = case.target.exporter_unit
         yield Problem(
             f"nothing listens at port {case.target.host.metrics_port}: the exporter does not run",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Gpu(msgspec.Struct, frozen=True):
-    """One GPU, as the agent reads it; None is what it does not support, or what `faults` have a line for."""
+    """One GPU, as `agent.look.gpu.gpus` describes it; None: not reported (see `unsupported` and `faults`)."""
 
     index: int
     name: str | None
@@ -55,7 +55,7 @@ class Gpu(msgspec.Struct, frozen=True):
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """The GPUs of a host at a `time` (its own clock, seconds since 1970), and the job that ComfyUI ran."""
+    """The GPUs of a host at a `time` (its own clock, seconds since 1970), and ComfyUI's running job."""
 
     time: float
     gpus: tuple[Gpu, ...]

@@ -527,7 +527,7 @@ def test_a_nuke_that_was_killed_goes_on_and_keeps_the_data_and_whatever_is_mount
 
 def applying_in(prefix: Path) -> list[int]:
     """The processes that apply a plan in a prefix."""
-    words = f"{prefix}/state/agent.pyz\0apply".encode()
+    words = f"{prefix}/state/agent\0apply".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

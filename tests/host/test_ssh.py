@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import AgentError, ConnectError, HearthError, HostKeyError, SudoError
-from deploy import connection
+from deploy import archive, connection
 from deploy.look import find_target
 from tests.host.fleet import within
 from tests.host.lab import Lab, lab
@@ -337,7 +337,7 @@ def test_shells_may_print_and_go_elsewhere(box: Lab, path: str, file: str) -> No
     """The folder that they go to is anybody's: nothing there is looked at."""
     box.use_shell(path)
     box.write(file, NOISE)
-    planted = Path("/tmp/.cache/hearth") / connection.agent_name()
+    planted = Path("/tmp/.cache/hearth") / archive.agent_name()
     planted.parent.mkdir(parents=True)
     planted.write_text("raise SystemExit('planted')")
     assert reach() == []

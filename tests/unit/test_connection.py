@@ -26,7 +26,7 @@ from core.errors import (
     SudoError,
     UsageError,
 )
-from deploy import connection
+from deploy import archive, connection
 from deploy.change import Outcome, follow
 from deploy.group import DESTRUCTIVE, Consent, on_each
 from deploy.look import find_target
@@ -167,14 +167,28 @@ def test_an_agent_that_is_not_the_right_one_is_sent_again(box: Box, text: bytes)
     (path,) = box.agents
     path.write_bytes(text)
     assert box.call() == []
-    assert path.read_bytes() == connection.packed_agent()
+    assert path.read_bytes() == archive.packed_agent()
     path.parent.chmod(0o775)
     assert box.call() == []
     assert path.parent.stat().st_mode & 0o022 == 0
 
 
+def test_the_agent_is_unpacked_where_something_is_deployed(box: Box) -> None:
+    state = box.place / "home/.local/share/hearth/comfyui/state"
+    state.mkdir(parents=True)
+    assert box.call() == []
+    (place,) = (state / "agents").iterdir()
+    assert place.name == archive.agent_hash()
+    for path in (place / "__main__.py", *place.glob("__pycache__/__main__*")):
+        path.unlink()
+    (place / "__main__.py").write_text("import sys\nprint('[%r]' % sys.argv[1])".replace("%r", '\\"%s\\"'))
+    (path,) = box.agents
+    path.write_bytes(b"print('not the agent')")  # nobody reads it
+    assert box.call() == ["history"]
+
+
 def test_this_machines_own_agent_is_compared_too(box: Box) -> None:
-    connection.agent_file().write_bytes(b"PK half")
+    archive.agent_file().write_bytes(b"PK half")
     assert box.call(name="local") == []
 
 
@@ -236,7 +250,7 @@ def test_why_a_host_is_not_reached(box: Box, script: str, kind: type[HearthError
     box.before(script)
     error = box.fails(kind)
     assert says in error.what
-    assert "ssh box" in error.hint or "ask whoever" in error.hint
+    assert "ssh box" in error.hint or "ask the host's administrator" in error.hint
 
 
 @pytest.mark.parametrize("act", ["shell", "put", "get", "call", "send"])
@@ -328,7 +342,7 @@ def test_an_agent_that_falls_silent_is_lost(box: Box, monkeypatch: pytest.Monkey
     monkeypatch.setattr(connection, "SILENT", 0.6)
     box.program("bin/python3", 'echo \'{"event": "alive"}\'; exec sleep 60')
     for verb, values in (("follow", {"run": "r1"}), ("logs", {"follow": True}), ("facts", {})):
-        assert "answers nothing" in box.fails(ConnectError, verb, **values).cause or verb
+        assert "does not answer" in box.fails(ConnectError, verb, **values).cause or verb
     assert connection._patience("free-memory", {"wait": 3600}) > 3600
     assert connection._patience("logs", {"follow": False}) == connection.SILENT
 
@@ -357,7 +371,7 @@ def test_this_machines_agent_is_run_from_the_bytes_that_were_compared(
     """Its file lies in a cache, which the login may write into between the check and the start."""
     forged = tmp_path / "forged"
     forged.write_text('print("[1]")')
-    monkeypatch.setattr(connection, "agent_file", lambda: forged)
+    monkeypatch.setattr(archive, "agent_file", lambda: forged)
     with pytest.raises(AgentError):
         box.call(name="local")
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import re
 import sys
 from pathlib import Path
 
 from core import files
-from deploy import exporter
+from deploy import archive
 
 CLIENT = [
     path for room in ("core", "kernels", "lock", "deploy", "ops") for path in (files.CHECKOUT / room).glob("*.py")
@@ -45,22 +44,9 @@ def test_only_one_module_starts_ssh() -> None:
     assert {path.name for path in CLIENT if '["ssh"' in path.read_text()} == {"connection.py"}
 
 
-def test_the_agent_has_nothing_but_the_standard_library() -> None:
+def test_the_agent_has_the_standard_library_and_what_travels_with_it() -> None:
     for path in (files.CHECKOUT / "agent").rglob("*.py"):
-        assert imported(path) <= {*sys.stdlib_module_names, "agent"}
-
-
-def test_the_exporter_has_prometheus_client_too_and_what_it_uses_of_the_agent_is_sent() -> None:
-    pending = list((files.CHECKOUT / "exporter").glob("*.py"))
-    for path in pending:
-        assert imported(path) <= {*sys.stdlib_module_names, "agent", "exporter", "prometheus_client"}
-    used: set[str] = set()
-    while pending:
-        named = set(re.findall(r"from agent\.([\w.]+) import", pending.pop().read_text())) - used
-        named = {name.replace(".", "/") for name in named} - used
-        pending += [files.CHECKOUT / f"agent/{name}.py" for name in named]
-        used |= named
-    assert set(exporter.AGENT) == {*used, "__init__", "look/__init__"}
+        assert imported(path) <= {*sys.stdlib_module_names, "agent", *archive.LIBRARIES}
 
 
 def test_recipes_and_config_hold_no_logic() -> None:

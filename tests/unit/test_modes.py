@@ -204,7 +204,7 @@ def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
         assert bind in found["files"][name].splitlines(), name
     reload = found["files"]["comfyui-reload.service"]
     # nothing of another release's, and no package's code: it is root
-    command = f"/usr/bin/python3.12 -I -S {place}/agent.pyz watch"
+    command = f"/usr/bin/python3.12 -I -S {place}/agent watch"
     assert f"ExecStart={command} /opt/comfyui/state/site.json" in reload
     assert reload.endswith("[Install]\nWantedBy=multi-user.target\n")
 

@@ -17,9 +17,8 @@ import pytest
 
 from core import files
 from core.manifest import Manifest, Proof
-from deploy import facts, plan, refusals, release
+from deploy import archive, facts, plan, refusals, release
 from deploy.choice import choose, find_wheel
-from deploy.exporter import Exporter
 from deploy.facts import Facts, Gpu, Process, Service
 from deploy.host import Host, Mount, Setting, Target, profiles
 from deploy.inputs import Inputs
@@ -279,45 +278,67 @@ def test_members_may_what_is_said_and_nothing_else() -> None:
     assert "the host has no sudo" in " ".join(made(without, target).notes)
 
 
-METRICS = Inputs(**{**vars(inputs()), "exporter": Exporter("e" * 16, {"prometheus-client": "1.0"})})
+def exporting(facts: Facts, **host: Any) -> list[plan.Step]:
+    """The steps for a host with metrics that is as wanted but for its exporter."""
+    found = made(facts, spark(metrics_port=9188, **host))
+    assert not found.refusals
+    return [step for step in found.steps if step.kind != "prune"]
 
 
-def test_metrics_are_a_part_and_a_unit_of_the_release() -> None:
-    target = spark(metrics_port=9188, listen="192.168.1.5")
-    found = made(target=target, stock=METRICS)
-    assert kinds(found).index("exporter") < kinds(found).index("release")
-    (wanted,) = (step.values["release"] for step in found.steps if step.kind == "release")
-    (part,) = (step.values["part"] for step in found.steps if step.kind == "exporter")
-    assert wanted["parts"]["exporter"] == part
-    assert wanted["packages"]["prometheus-client"] == "1.0"
-    told = json.loads(wanted["files"]["exporter.json"])
+def test_the_exporter_is_a_step_of_its_own_and_no_part_of_the_release() -> None:
+    first = made(target=spark(metrics_port=9188, listen="192.168.1.5"))
+    assert kinds(first)[-3:] == ["cut-over", "exporter", "prune"]
+    bare = made(target=spark(listen="192.168.1.5"))
+    assert [step for step in first.steps if step.kind == "release"] == [
+        step for step in bare.steps if step.kind == "release"
+    ]
+    (wanted,) = (step.values["exporter"] for step in first.steps if step.kind == "exporter")
+    assert wanted["agent"] == archive.agent_hash()
+    told = wanted["settings"]
     assert (told["port"], told["cuda"], told["site"]["prefix"]) == (9188, True, "/opt/comfyui")
-    place = f"/opt/comfyui/releases/{wanted['id']}"
-    unit = wanted["files"]["comfyui-exporter.service"]
-    assert f"\nExecStart=/usr/bin/python3.12 -I -S {place}/exporter {place}/exporter.json\n" in unit
+    unit, state = wanted["unit"], "/opt/comfyui/state"
+    assert f"\nExecStart=/usr/bin/python3.12 -I -S {state}/exporter metrics {state}/exporter.json\n" in unit
     assert "\nIPAddressAllow=localhost 192.168.1.5\n" in unit  # where ComfyUI listens
     assert "\nDeviceAllow=char-nvidia rw\n" in unit
     assert "\nUser=hearth-exporter\n" in unit
     assert "$" not in unit
     without = msgspec.structs.replace(FRESH, user=True, exporter_user=False)
-    (account,) = (step for step in made(without, target, METRICS).steps if step.kind == "account")
+    (account,) = (step for step in made(without, spark(metrics_port=9188)).steps if step.kind == "account")
     assert (account.title, account.undo) == ("create the system user hearth-exporter", "userdel hearth-exporter")
-    own = made(target=spark(metrics_port=9188, scope="user"), stock=METRICS)
-    (release,) = (step.values["release"] for step in own.steps if step.kind == "release")
-    assert "\nWantedBy=default.target\n" in release["files"]["comfyui-exporter.service"]
-    assert "exporter" not in kinds(made(stock=METRICS))
+    own = made(target=spark(metrics_port=9188, scope="user"))
+    (wanted,) = (step.values["exporter"] for step in own.steps if step.kind == "exporter")
+    assert "\nWantedBy=default.target\n" in wanted["unit"]
+    assert "ProtectSystem" not in wanted["unit"]
+
+
+def test_an_exporter_is_changed_alone() -> None:
+    (step,) = exporting(settled())
+    assert (step.kind, step.why) == ("exporter", "nothing exports them")
+    there = step.values["exporter"]
+    as_wanted = msgspec.structs.replace(settled(), exporter={**there, "active": True})
+    assert exporting(as_wanted) == []
+    for change, why in (
+        ({"agent": "f" * 16}, "its agent changed"),
+        ({"unit": "[Unit]\n"}, "its unit changed"),
+        ({"settings": {}, "unit": ""}, "its settings and unit changed"),
+        ({"active": False}, "the exporter does not run"),
+    ):
+        (step,) = exporting(msgspec.structs.replace(settled(), exporter={**there, "active": True, **change}))
+        assert (step.kind, step.why, step.values["exporter"]) == ("exporter", why, there)
+    (step,) = made(as_wanted).steps[:1]
+    assert (step.kind, step.title, step.values) == ("exporter", "remove the exporter of metrics", {"exporter": {}})
 
 
 def test_metrics_that_could_not_be_exported_are_refused() -> None:
     target = spark(metrics_port=9188)
     unit = "comfyui-exporter.service"
     held = {"pid": 9, "command": "postgres_exporter", "unit": "postgres.service"}
-    (refusal,) = made(msgspec.structs.replace(FRESH, metrics_holder=held), target, METRICS).refusals
+    (refusal,) = made(msgspec.structs.replace(FRESH, metrics_holder=held), target).refusals
     assert (refusal.kind, "postgres_exporter (pid 9)" in refusal.what) == ("metrics-port-taken", True)
-    assert not made(msgspec.structs.replace(FRESH, metrics_holder={**held, "unit": unit}), target, METRICS).refusals
+    assert not made(msgspec.structs.replace(FRESH, metrics_holder={**held, "unit": unit}), target).refusals
     supervised = msgspec.structs.replace(FRESH, manager="process")
-    assert reasons(made(supervised, spark(metrics_port=9188, scope="user"), METRICS)) == ["no-exporter"]
-    assert not made(supervised, spark(scope="user"), METRICS).refusals
+    assert reasons(made(supervised, spark(metrics_port=9188, scope="user"))) == ["no-exporter"]
+    assert not made(supervised, spark(scope="user")).refusals
 
 
 def test_all_refusals_at_once() -> None:
