@@ -22,9 +22,10 @@ from lock import application
 from lock.nodes import check_address
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from deploy.facts import Facts
+    from deploy.flow import Outcome
     from deploy.host import Target
     from lock.application import Flag
     from lock.nodes import Catalogue
@@ -500,3 +501,43 @@ def _place(target: Target, facts: Facts) -> list[Refusal]:
         who = f"{facts.busy['action']} by {facts.busy['who']} since {facts.busy['since']}"
         found.append(Refusal(f"the host is being changed: {who}", f"inv attach --host {target.name}"))
     return found
+
+
+def rows(found: Proposal) -> Iterator[str]:
+    """The installation, what moves, its nodes, what is not taken over, and the lines for hosts.toml."""
+    old = found.installation
+    version = f"ComfyUI {old.version or 'of an unknown version'} {old.commit[:9]}".rstrip()
+    yield f"{old.path}: {version}{f', torch {old.torch}, Python {old.python}' if old.torch else ''}"
+    for unit in old.units:
+        state = "put aside" if unit.aside else f"{'active' if unit.active else 'stopped'}, runs as {unit.user}"
+        yield f"  {unit.name}: {state}"
+    for process in old.processes:
+        yield f"  pid {process.pid} of {process.user}{', which listens on the port' if old.holds_port else ''}"
+    for name, (source, size, count) in found.moves.items():
+        yield f"  {name}: {source}, {count} files, {console.size(size)}: moved into the data by a rename"
+    for name, remark in found.nodes.items():
+        yield f"  node {name}: known, {remark}"
+    for what, why in found.left:
+        yield f"  not taken over: {what}: {why}"
+    yield from ("", "for config/hosts.toml:", "", *found.snippet.splitlines())
+    if found.add:
+        yield from ("", "unknown nodes: pin them, run inv lock, then add their names to `nodes`:", "")
+        yield from (f"    {command}" for command in found.add)
+
+
+def adopted_rows(found: Proposal | None, outcome: Outcome, *, dry_run: bool) -> Iterator[str]:
+    """How an adoption ended, or its undo, which has no proposal."""
+    if dry_run or not outcome.changed:
+        yield f"{outcome.host}: {len(outcome.steps) or 'no'} changes"
+    elif found is None:
+        yield f"{outcome.host}: the original installation is restored"
+    else:
+        yield from rows(found)
+        environment = found.installation.environment or "its virtual environment"
+        at = f"--host {outcome.host}"
+        yield from (
+            "",
+            f"{outcome.host}: adopted; add the lines above to config/hosts.toml, then run inv deploy {at}",
+            f"inv adopt {at} --undo restores the original installation; to give that up, delete",
+            f"{found.installation.path} and {environment} on the host",
+        )

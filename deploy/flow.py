@@ -99,7 +99,7 @@ class Consent:
     def __call__(self) -> None:
         """Raises RefusedError without a yes."""
         if self._given is None:
-            answer = console.agreed(self._question)
+            answer = console.confirm(self._question)
             self._given = not self._destroys if answer is None else answer
             if answer is None:
                 self._hint = "add --yes: there is no terminal to ask at; --dry-run shows what it does"

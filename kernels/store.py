@@ -6,11 +6,14 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core import files
+import msgspec
+
+from core import console, files
 from core import manifest as manifests
 from core.errors import HearthError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from core.manifest import Manifest
@@ -102,3 +105,24 @@ def prune() -> list[tuple[Path, str]]:
         files.sweep(path)
         path.with_name(path.name + ".json").unlink(missing_ok=True)
     return gone
+
+
+def summary(found: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The wheelhouse for JSON: each manifest, with what is wrong with its wheel."""
+    return [{"fault": entry.fault, **msgspec.to_builtins(entry.manifest)} for entry in found]
+
+
+def rows(found: Sequence[Entry]) -> list[str]:
+    """A table of the wheelhouse; "verified" is a wheel whose hash is that of its manifest."""
+    cells = [
+        (
+            each.manifest.file,
+            each.manifest.key[:16],
+            each.manifest.imported.result,
+            each.manifest.smoke.result,
+            each.fault or "verified",
+        )
+        for each in found
+    ]
+    empty = ["the wheelhouse is empty; fill it with: inv build-kernels --arch 12.1"]
+    return console.table(("wheel", "key", "import", "GPU", "state"), cells) if found else empty

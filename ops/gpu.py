@@ -123,13 +123,13 @@ def lines(seen: Mapping[str, Sample]) -> list[str]:
     gpus = [(name, gpu) for name, sample in seen.items() for gpu in sample.gpus]
     rows = [(name, str(gpu.index), *cells(gpu, 16 if several else 24), _clocks(gpu)) for name, gpu in gpus]
     headings = ("host", "GPU", "name", "used", "memory", "°C", "power", "SM/memory MHz")
-    text = console.aligned(headings[not several :], [row[not several :] for row in rows])
+    text = console.table(headings[not several :], [row[not several :] for row in rows])
     users = [
         (name, str(gpu.index), *_user(each, 14 if several else 20)) for name, gpu in gpus for each in gpu.processes
     ]
     if users:
         headings = ("host", "GPU", "pid", "process", "user", "kind", "memory", "service")
-        text += ["", *console.aligned(headings[not several :], [row[not several :] for row in users])]
+        text += ["", *console.table(headings[not several :], [row[not several :] for row in users])]
     notes = [f"{name}: job {sample.job} runs" for name, sample in seen.items() if sample.job]
     notes += [f"{name}: the driver lists no GPU" for name, sample in seen.items() if not sample.gpus]
     notes += [f"{name}: GPU {gpu.index} shares the machine's memory" for name, gpu in gpus if gpu.unified]

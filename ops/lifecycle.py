@@ -377,7 +377,7 @@ def _consent(names: Sequence[str], named: str, *, data: bool) -> Callable[[], No
         raise UsageError(what, hint="nothing was changed; name the host whose data shall go")
 
     def ask() -> None:
-        if not named and not console.typed(f"type {names[0]} to delete its data for good:", names[0]):
+        if not named and not console.confirm_name(f"type {names[0]} to delete its data for good:", names[0]):
             raise RefusedError(
                 "nothing was changed: its name was not typed",
                 hint=f"at a terminal, type {names[0]}; elsewhere add --yes-delete-data-of {names[0]}",

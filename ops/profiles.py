@@ -138,7 +138,7 @@ def shown(found: Explained, *, explain: bool, as_json: bool) -> None:
     console.data(f"  with ComfyUI {application.version()} and {versions}:\n")
     headings = ("", "value", "for", "active with")
     rows = [(each.name, each.value, _for(each), ", ".join(each.stacks) or "none") for each in found.lines]
-    heading, *lines = console.aligned(headings, rows)
+    heading, *lines = console.table(headings, rows)
     console.data(f"  {heading}")
     for each, text in zip(found.lines, lines, strict=True):
         console.data(f"  {text}")

@@ -212,8 +212,8 @@ def _plain(answer: fleet.Answer[Status]) -> dict[str, Any]:
 def _lines(answers: Sequence[fleet.Answer[Status]]) -> list[str]:
     """What runs, then on what, as tables 100 columns wide at most; below, what is not well."""
     seen = [each.value for each in answers if each.value is not None]
-    machines = console.aligned(MACHINES, (row for each in seen for row in _machine(each)))
-    return [*console.aligned(SERVICES, map(_service, answers)), "", *([*machines, ""] if seen else ()), *notes(answers)]
+    machines = console.table(MACHINES, (row for each in seen for row in _machine(each)))
+    return [*console.table(SERVICES, map(_service, answers)), "", *([*machines, ""] if seen else ()), *notes(answers)]
 
 
 SERVICES = ("host", "", "release", "ComfyUI", "deployed", "up", "restarts", "jobs", "drift")
