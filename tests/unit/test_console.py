@@ -192,9 +192,10 @@ def test_nobody_forges_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever a host, a repository or a job says stays in its line."""
     one: fleet.Answer[status.Status] = fleet.Answer("box", None, HearthError(FORGED, hint=FORGED))
     job = jobs.Job(FORGED, FORGED, 1, node=FORGED, node_type=FORGED, error=FORGED)
-    status.show([one], as_json=False)
-    jobs.show([fleet.Answer("box", [job])], as_json=False)
-    doctor.show(["box"], [doctor.Finding("box", "nodes", "error", FORGED, FORGED)], as_json=False)
+    console.show([], status.rows([one]), as_json=False)
+    console.show([], jobs.rows({"box": [job]}), as_json=False)
+    findings = [doctor.Finding("box", "nodes", "error", FORGED, FORGED)]
+    console.show(findings, doctor.rows(["box"], findings), as_json=False)
     changes = [Change("n", "a" * 40, "b" * 40, *[(FORGED,)] * 4)]
     console.show(changes, node_updates.rows(changes), as_json=False)
     outcomes = [Outcome("box", "r", "", True, state=FORGED)]

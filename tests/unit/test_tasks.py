@@ -20,6 +20,7 @@ from core.errors import AuditServiceError, BusyError
 from core.flags import CutOver, Where
 from deploy import remote_build
 from deploy.flow import Outcome
+from docs.generate import contexts
 from lock.audit import Audit, Finding
 from lock.node_updates import Change as Update
 from tests.conftest import Hearth
@@ -153,10 +154,9 @@ def run(monkeypatch: pytest.MonkeyPatch, task: str, flags: dict[str, Any], place
     folder = "deploy" if place.startswith("flow") else "lock"
     monkeypatch.setattr(f"{folder}.{place}", lambda *_, **__: result)
     monkeypatch.setattr("lock.audit.stock", lambda *_, **__: None)
-    found = tasks.ns[task]
-    given = {str(each.attr_name or each.name): each.default for each in found.get_arguments()}
+    given = {str(each.attr_name or each.name): each.default for each in contexts()[task].args.values()}
     try:
-        found(Context(), **{**given, **flags})
+        tasks.ns[task](Context(), **{**given, **flags})
     except Exit as error:
         return error.code
     except SystemExit as error:
