@@ -149,8 +149,12 @@ def _whole(value: float | None) -> str:
 # --- repeatedly -----------------------------------------------------------------------------------------------
 
 
-def watch(names: Sequence[str], every: float, *, ask_sudo: bool) -> None:
-    """Show the GPUs every `every` seconds until Ctrl-C. The agent of each host streams samples over one connection."""
+def watch(names: Sequence[str], seconds: str | bool, *, ask_sudo: bool) -> None:
+    """Show the GPUs every `seconds` (True: 1) until Ctrl-C. Each host's agent streams samples over one connection.
+
+    Raises UsageError.
+    """
+    every = number("watch", "1" if seconds is True else str(seconds))
     latest: dict[str, Sample] = {}
     came: dict[str, float] = {}
     failed: dict[str, HearthError] = {}

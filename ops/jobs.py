@@ -52,12 +52,12 @@ def recent(names: Sequence[str], count: str, *, ask_sudo: bool) -> list[fleet.An
     return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)
 
 
-def summary(seen: Mapping[str, Sequence[Job]]) -> list[dict[str, Any]]:
+def summary(seen: Mapping[str, list[Job]]) -> list[dict[str, Any]]:
     """The jobs of hosts, for JSON."""
     return [{"host": name, **msgspec.to_builtins(each)} for name, jobs in seen.items() for each in jobs]
 
 
-def rows(seen: Mapping[str, Sequence[Job]]) -> Iterator[str]:
+def rows(seen: Mapping[str, list[Job]]) -> Iterator[str]:
     """A table of jobs, the oldest of each host first, then the errors of the failed ones."""
     found = [(name, each) for name, jobs in seen.items() for each in jobs]
     if not found:

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
 """The palette of Okabe and Ito, which people with colour blindness can tell apart (jfly.uni-koeln.de/color)."""
 
-STYLE = {"svg.fonttype": "none", "text.parse_math": False}
-"""Text stays text in an SVG; a dollar sign in the name of a GPU or job starts no formula."""
-
 
 class Recorded(Sample, frozen=True):
     """A line of a recording."""
@@ -67,7 +64,8 @@ def plot(recording: str, output: str) -> Path:
         from matplotlib import rc_context
     except ImportError as error:
         raise ToolMissingError("matplotlib is not installed", cause=str(error), hint="uv sync --group plot") from error
-    with rc_context(STYLE):
+    # Text stays text in an SVG, and a dollar sign in a name starts no formula.
+    with rc_context({"svg.fonttype": "none", "text.parse_math": False}):
         try:
             figure(samples).savefig(place, dpi=150)
         except OSError as error:

@@ -87,7 +87,7 @@ def gpu(
         length, pause = gpu.number("seconds", seconds, 1), gpu.number("every", every or "1")
         return gpu.record(names[0], Path(record), length, pause, ask_sudo=where.ask_sudo)
     if watch:
-        gpu.watch(names, gpu.number("watch", "1" if watch is True else watch), ask_sudo=where.ask_sudo)
+        gpu.watch(names, watch, ask_sudo=where.ask_sudo)
     answers = gpu.look(names, ask_sudo=where.ask_sudo)
     seen = fleet.heard(answers)
     console.show(gpu.summary(seen), gpu.rows(seen), as_json=out.json)

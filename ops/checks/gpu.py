@@ -111,8 +111,8 @@ CHECKS = (
         name="gpu-faults",
         question="Did the driver report GPU faults?",
         detected_by="Xid lines in the kernel log of a week",
-        fix="look up the number in NVIDIA's Xid catalogue: 13, 31 and 43 are faults of programs; 48, 63, 64, 79, 94 and "
-        "95 of hardware",
+        fix="look up the number in NVIDIA's Xid catalogue: 13, 31 and 43 are program faults; 48, 63, 64, 79, 94 and 95 "
+        "are hardware faults",
         find=_faults,
     ),
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import msgspec
+import numpy as np
 import pytest
 from invoke.context import Context
 from invoke.exceptions import Exit
@@ -148,9 +148,9 @@ def test_a_recording_is_plotted_with_its_jobs() -> None:
     assert [text.get_text() for text in used.texts] == ["one", "two", "one"]
     assert (used.get_ylim(), power.get_ylim()) == ((0, 100), (0, 700))
     assert [len(each.get_lines()) for each in (used, memory, power)] == [1, 1, 1]
-    values = list(power.get_lines()[0].get_ydata())
-    assert [math.isnan(each) for each in values] == [False, False, True, False, False, False]  # a gap
-    assert list(power.get_lines()[0].get_xdata()) == [0, 1, 2, 3, 4, 5]
+    (line,) = power.get_lines()
+    assert np.isnan(np.asarray(line.get_ydata())).tolist() == [False, False, True, False, False, False]  # a gap
+    assert np.asarray(line.get_xdata()).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_jobs_are_seen_to_begin_and_end() -> None:
