@@ -114,7 +114,7 @@ def figure(samples: Sequence[Recorded]) -> Figure:
             each.axvspan(start - begin, end - begin, facecolor="#eee", edgecolor="#bbb", gid="job")
     for start, _, job in jobs(samples):
         top = axes[0].get_xaxis_transform()
-        axes[0].text(start - begin, 0.98, _clean(job[:8]), transform=top, va="top", size="xx-small", color="#777")
+        axes[0].text(start - begin, 1.01, _clean(job[:8]), transform=top, va="bottom", size="x-small", color="#777")
     axes[-1].set_xlabel("seconds")
     axes[-1].set_xlim(0, max(samples[-1].time - begin, 1))
     if names:
@@ -138,7 +138,7 @@ def jobs(samples: Sequence[Recorded]) -> list[tuple[float, float, str]]:
 def _draw(panel: Panel, axes: Axes, samples: Sequence[Recorded], names: dict[int, str]) -> None:
     gpus = [gpu for sample in samples for gpu in sample.gpus]
     reported = [each for gpu in gpus for each in (panel.value(gpu), panel.most(gpu)) if each is not None]
-    axes.set_title(panel.title if reported else f"{panel.title}: not reported", loc="left", size="medium")
+    axes.set_ylabel(panel.title if reported else f"{panel.title}\nnot reported")
     axes.set_ylim(0, max(reported, default=1) or 1)
     axes.grid(axis="y", color="#ddd")
     times = [sample.time - samples[0].time for sample in samples]

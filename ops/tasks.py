@@ -21,7 +21,6 @@ def status(_: Context, watch: str = "", *, where: Fleet, out: Output) -> int:
 
         inv status --host spark
         inv status --group home --watch     # refresh until Ctrl-C
-        inv status --group home --watch 10
     """
     from ops import status
 
@@ -60,14 +59,7 @@ def doctor(_: Context, *, where: Fleet, out: Output) -> int:
     optional=["watch"],
 )
 def gpu(
-    _: Context,
-    watch: str = "",
-    record: str = "",
-    seconds: str = "",
-    every: str = "",
-    *,
-    where: Fleet,
-    out: Output,
+    _: Context, watch: str = "", record: str = "", seconds: str = "", every: str = "", *, where: Fleet, out: Output
 ) -> int:
     """Show the GPUs of hosts: utilisation, memory, power, clocks, temperature, and processes.
 
@@ -75,7 +67,6 @@ def gpu(
     does not report. Hearth's ComfyUI is marked. A recording has the id of the job that was running at each sample;
     `inv gpu-plot` plots it. How: docs/how-to/watch-the-gpu.md
 
-        inv gpu --host spark
         inv gpu --group home --watch
         inv gpu --host spark --record run.jsonl --seconds 600 --every 0.5
     """
@@ -167,7 +158,6 @@ def profile(_: Context, name: str, explain: bool = False, *, out: Output) -> Non
     `--explain` adds the reason for each setting.
 
         inv profile low-memory --explain
-        inv profile dgx-spark --json
     """
     from ops import profiles
 
@@ -202,8 +192,7 @@ def _change(action: str, where: Fleet, how: Agreed, out: Output, **more: Any) ->
 def start(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
     """Start ComfyUI, and wait until it answers.
 
-    Refused if it is paused, if a file system that it needs is not mounted, or if another process uses its port. With
-    systemd, it also starts at boot.
+    Refused if it is paused, if a file system that it needs is not mounted, or if another process uses its port.
 
         inv start --host spark
     """
@@ -212,12 +201,10 @@ def start(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
 
 @command()
 def stop(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
-    """Wait for running jobs, then stop ComfyUI until the next boot or `inv start`.
+    """Wait for running jobs, then stop ComfyUI until the next boot, deploy or `inv start`.
 
-    If jobs still run after `--drain` seconds, ComfyUI keeps running; `--force` interrupts them. A deploy starts ComfyUI
-    again, and says so in its plan.
+    If jobs still run after `--drain` seconds, ComfyUI keeps running; `--force` interrupts them.
 
-        inv stop --host spark
         inv stop --group home --drain 600
     """
     return _change("stop", where, how, out)
@@ -269,11 +256,9 @@ def quarantine(_: Context, undo: bool = False, *, where: Fleet, how: Agreed, out
     """
     from ops import lifecycle
 
-    names, chosen = where.names(), options(where, how)
-    results = lifecycle.carry_out("end quarantine" if undo else "quarantine", names, chosen)
-    code = lifecycle.show(results, as_json=out.json, dry_run=how.dry_run)
+    code = _change("end quarantine" if undo else "quarantine", where, how, out)
     if not (undo or out.json or how.dry_run):
-        lifecycle.show_evidence(names)
+        lifecycle.show_evidence(where.names())
     return code
 
 
@@ -322,21 +307,13 @@ def nuke(
     }
 )
 def logs(
-    _: Context,
-    follow: bool = False,
-    lines: str = "",
-    since: str = "",
-    grep: str = "",
-    *,
-    where: Fleet,
-    out: Output,
+    _: Context, follow: bool = False, lines: str = "", since: str = "", grep: str = "", *, where: Fleet, out: Output
 ) -> int:
     """Show ComfyUI's log, from systemd's journal or from Hearth's supervisor.
 
     Times are printed in your time zone. `--since` is read in the host's time zone, in journalctl's format. The
     supervisor's log has no times: `--since` is accurate to five seconds there. Colours are kept on a terminal only.
 
-        inv logs --host spark
         inv logs --host spark --follow
         inv logs --host spark --since '10 min ago' --grep 'error|warning'
         inv logs --group home --follow   # each line starts with its host's name
@@ -354,8 +331,7 @@ def jobs(_: Context, number: str = "20", *, where: Fleet, out: Output) -> int:
     ComfyUI forgets its jobs when it restarts. `--json` has full ids and messages.
 
         inv jobs --host spark
-        inv jobs --host spark --number 100 --json
-        inv jobs --group home
+        inv jobs --group home --number 100 --json
     """
     from ops import fleet, jobs
 
@@ -384,8 +360,7 @@ def tune(
 
         inv tune --host spark
         inv tune --host spark --apply swappiness,cpu-governor --dry-run
-        inv tune --host spark --undo                  # all of them
-        inv tune --host spark --undo swappiness
+        inv tune --host spark --undo                  # or only: --undo swappiness
     """
     from ops import tuning
 
@@ -410,7 +385,6 @@ def mps(_: Context, action: str, percent: str = "", memory: str = "", *, where: 
 
         inv mps status --host spark
         inv mps on --host spark --percent 60 --memory 0=8G
-        inv mps limit --host spark --percent 30
         inv mps off --host spark
     """
     from ops import mps
@@ -428,22 +402,14 @@ def mps(_: Context, action: str, percent: str = "", memory: str = "", *, where: 
     },
 )
 def secret(
-    _: Context,
-    action: str,
-    name: str,
-    command: str = "",
-    keyring: bool = False,
-    *,
-    where: Fleet,
-    out: Output,
-) -> int:
+    _: Context, action: str, name: str, command: str = "", keyring: bool = False, *, where: Fleet, out: Output
+) -> None:
     """Set or remove a secret on a host, for ComfyUI only.
 
     The secret is typed at the terminal or piped in, never an argument. The host encrypts it if its systemd can,
     otherwise stores it in a file that only root can read. ComfyUI gets it as an environment variable if the host's
     `secrets` name it; it is in no unit, release, log or history. How: docs/how-to/secrets.md
 
-        inv secret set HF_TOKEN --host spark
         inv secret set HF_TOKEN --host spark --command 'op read op://home/hf/token'
         inv secret remove HF_TOKEN --host spark
     """
@@ -451,11 +417,10 @@ def secret(
 
     found = secret.run(action, name, where.names(), command=command, keyring=keyring, ask_sudo=where.ask_sudo)
     console.show(found, secret.rows(found), as_json=out.json)
-    return 0
 
 
 @command()
-def secrets(_: Context, *, where: Fleet, out: Output) -> int:
+def secrets(_: Context, *, where: Fleet, out: Output) -> None:
     """List the names of the secrets on a host, and how each is stored; never their values.
 
     A deploy is refused if a secret in the host's `secrets` is missing.
@@ -466,7 +431,6 @@ def secrets(_: Context, *, where: Fleet, out: Output) -> int:
 
     found = secret.listed(where.names(), ask_sudo=where.ask_sudo)
     console.show(found, secret.rows(found), as_json=out.json)
-    return 0
 
 
 @command(help={"apply": "restrict the GPU to the group gpu-users", "undo": "restore the previous access"})

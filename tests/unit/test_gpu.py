@@ -160,8 +160,8 @@ def test_jobs_are_seen_to_begin_and_end() -> None:
 
 def test_a_value_that_is_not_reported_has_an_empty_panel() -> None:
     nothing = dict.fromkeys(("utilization", "memory_used", "memory_total", "power", "power_limit", "name"))
-    titles = [each.get_title(loc="left") for each in drawn(None, **nothing).axes]
-    assert titles == ["GPU used, %", "memory used, GB: not reported", "power, W: not reported"]
+    labels = [each.get_ylabel() for each in drawn(None, **nothing).axes]
+    assert labels == ["GPU used, %", "memory used, GB\nnot reported", "power, W\nnot reported"]
 
 
 def test_names_are_neither_markup_nor_formulas(tmp_path: Path) -> None:
