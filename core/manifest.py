@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from core import foreign
+from core import console, foreign
 from core.errors import TreeError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
@@ -86,3 +87,27 @@ def decode(text: bytes) -> Manifest:
 def encode(manifest: Manifest) -> str:
     """Write a manifest as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2).decode() + "\n"
+
+
+def rows(manifests: Sequence[Manifest]) -> list[str]:
+    """A table of wheels: size, machine code, and the results of the import and the smoke test."""
+    cells = [
+        (
+            each.file,
+            console.size(each.size),
+            ",".join(sorted({target for module in each.modules for target in module.sass})),
+            each.glibc,
+            each.imported.result,
+            each.smoke.result,
+        )
+        for each in manifests
+    ]
+    return console.table(("wheel", "size", "SASS", "glibc", "import", "GPU"), cells)
+
+
+def unproven(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A line for each wheel whose import or smoke test was not run, with the reason."""
+    for each in manifests:
+        for title, proof in (("import", each.imported), ("smoke test", each.smoke)):
+            if proof.result != "passed":
+                yield f"{each.identifier}: {title} not run: {proof.detail}"

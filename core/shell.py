@@ -26,7 +26,6 @@ _PACKAGES = {
     "git": "git",
     "uv": "uv (pip install uv)",
     "apt-get": "apt",
-    "rsvg-convert": "librsvg2-bin",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
 }

@@ -21,7 +21,7 @@ from deploy.secrets import refuse_secrets
 from lock import application as applications
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 LOCAL = "local"
 
@@ -416,3 +416,34 @@ def _modes_of(name: str, host: Host) -> dict[str, Mode]:
             hint='modes = ["development"], or leave `develop` out',
         )
     return found
+
+
+def summary(found: Target) -> dict[str, Any]:
+    """A host merged with its profile, for JSON."""
+    return {
+        "name": found.name,
+        "address": found.host.address,
+        "profile": found.profile_name,
+        "modes": found.host.modes,
+        "site": found.site,
+        "flags": found.flags,
+        "env": found.env,
+        "origin": found.origin,
+        "values": msgspec.to_builtins(found.profile),
+    }
+
+
+def rows(found: Target) -> Iterator[str]:
+    """A host, and below it every setting with the file or table that it comes from."""
+    where = found.host.address or "this machine"
+    yield f"{found.name}: {where}, {found.prefix}, {found.host.listen}:{found.host.port}, {found.host.scope}"
+    for key, origin in found.origin.items():
+        kind, _, name = key.partition(".")
+        value = getattr(found.profile, kind)
+        setting = value[name] if name else value
+        if isinstance(setting, Setting):
+            text = f"{name}{f' {setting.value}' if setting.value else ''}{' (off)' if setting.off else ''}"
+            yield f"  {text:44} {origin}: {setting.why}"
+        elif setting not in ("", (), {}):
+            text = ", ".join(setting) if isinstance(setting, tuple) else str(setting)
+            yield f"  {kind + ' = ' + text:44} {origin}"

@@ -256,7 +256,7 @@ def _consent(names: Sequence[str], named: str, *, data: bool) -> Callable[[], No
         raise UsageError(what, hint="nothing was changed; name the host whose data shall go")
 
     def ask() -> None:
-        if not named and not console.typed(f"type {names[0]} to delete its data for good:", names[0]):
+        if not named and not console.confirm_name(f"type {names[0]} to delete its data for good:", names[0]):
             remedy = f"at a terminal, type {names[0]}; elsewhere add --yes-delete-data-of {names[0]}"
             unconfirmed = refusals.unconfirmed("deleting the data: its name was not typed", remedy)
             raise refusals.refused("nothing was changed", [unconfirmed], host=names[0])
