@@ -51,6 +51,7 @@ class Root:
     """A root, without anything booted in it: there is no systemd, as in a container."""
 
     place: Path
+    suite: str
     port: int = field(default_factory=machine.free_port)
 
     @property
@@ -61,10 +62,10 @@ class Root:
     def home(self) -> Path:
         return self.place / "root/home" / USER
 
-    def make(self, suite: str) -> None:
+    def make(self) -> None:
         for name in ("upper", "work", "root"):
             (self.place / name).mkdir(parents=True)
-        options = f"lowerdir={bare(suite)},upperdir={self.upper},workdir={self.place}/work"
+        options = f"lowerdir={bare(self.suite)},upperdir={self.upper},workdir={self.place}/work"
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(self.place / "root")], check=True)
         self._connect()
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -116,35 +117,39 @@ class Root:
         )
 
 
-@pytest.fixture(scope="module", params=["bookworm", "trixie"])
+@pytest.fixture(params=["bookworm", "trixie"])
 def root(request: pytest.FixtureRequest) -> Iterator[Root]:
     if lacking := machine.missing():
         pytest.skip(f"a bare Debian cannot be made without {', '.join(lacking)}")
-    one = Root(machine.place_for(f"readme-{request.param}"))
+    one = Root(machine.place_for(f"readme-{request.param}"), request.param)
     try:
-        one.make(request.param)
+        one.make()
         yield one
     finally:
         machine.clear(one.place)
 
 
-def test_the_first_command_deploys(root: Root, request: pytest.FixtureRequest) -> None:
-    """A whole deploy in Debian 12; what one would change in Debian 13, whose Python has other packages: gigabytes."""
-    (command,) = commands("Run ComfyUI on this machine")
-    if "trixie" in request.node.name:
-        done = root.run(f"{command} --dry-run || test $? = 2")
+def test_the_readmes_commands(root: Root) -> None:
+    """One after another, as a reader types them."""
+    (deploy,) = commands("Run ComfyUI on this machine")
+    if root.suite == "trixie":  # what it would change: its Python has other packages, gigabytes of them
+        done = root.run(f"{deploy} --dry-run || test $? = 2")
         assert "cut over from nothing to " in done.stdout, done.stdout[-3000:]
     else:
-        done = root.run(f"{command} && source .venv/bin/activate && inv status")
+        done = root.run(f"{deploy} && source .venv/bin/activate && inv status")
         assert f"is in service at http://127.0.0.1:{root.port}" in done.stdout, done.stdout[-3000:]
         assert "all is well" in done.stdout, done.stdout[-3000:]
     assert done.returncode == 0, done.stdout[-3000:]
 
-
-def test_the_tests_command_runs_its_sessions(root: Root) -> None:
-    """The command itself, with the quick sessions instead of all: those run in CI."""
-    (command,) = commands("Test")
-    assert command.endswith("nox -s verify")
-    done = root.run(f"{command.removesuffix('verify')}lock lint")
+    install, build, wheels = commands("Build wheels for my GPU")
+    python = {"bookworm": "3.11", "trixie": "3.13"}[root.suite]  # Debian's own: no other can be had everywhere
+    build = build.replace("build-kernels", f"build-kernels --dry-run --python {python}")
+    done = root.run("\n".join(["source .venv/bin/activate", install, build, wheels]))
+    assert re.search(rf"sageattention-.*-cp{python.replace('.', '')}-linux_x86_64 .*to build", done.stdout), done.stdout
     assert done.returncode == 0, done.stdout[-3000:]
+
+    (test,) = commands("Test")
+    assert test.endswith(" nox -s verify")
+    done = root.run(f"{test.removesuffix('verify')}lock lint")  # the quick sessions: the others run in CI anyway
     assert "lint was successful" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
