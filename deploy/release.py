@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deploy.host import Profile, Target
     from lock.application import Application
     from lock.nodes import Node
-    from lock.requirements import Lock
+    from lock.requirements import LockedList
 
 LAYOUT = 4
 """Raised when the agent makes parts or releases another way: what is there is then not what is wanted."""
@@ -80,7 +80,7 @@ class Choice:
 
     target: Target
     application: Application
-    lock: Lock
+    lock: LockedList
     python: str
     interpreter: str
     wheels: tuple[Manifest, ...]
