@@ -121,7 +121,7 @@ def cloned(environment: dict[str, str]) -> float:
 def resolved() -> float:
     """Seconds to resolve one list anew, with what uv has cached of the index."""
     app, known = application(), nodes.catalogue()
-    asked = requirements.wishes(app, known)
+    asked = requirements.requirement_inputs(app, known)
     started = time.monotonic()
     requirements._compile(asked, known, find_stack("cu130"), Platform.parse("linux_x86_64"), "3.12", Path("/nowhere"))
     return time.monotonic() - started

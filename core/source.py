@@ -128,7 +128,7 @@ def fetch(recipe: Pinned) -> Path:
         try:
             with files.atomic_dir(place) as part:
                 console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
-                _insist(_fetch_git if source.git else _fetch_sdist, source, recipe, part)
+                _fetch_with_retries(_fetch_git if source.git else _fetch_sdist, source, recipe, part)
                 _check(recipe, source, part)
             return place
         except (HashMismatchError, TreeError):
@@ -156,17 +156,19 @@ def pin(recipe: Pinned) -> Pinned:
     return pinned
 
 
-_PASSING = ("timed out", "reset by peer", "early eof", "hung up", "http/2 stream", "error: 5", "503", "429")
-"""What git and the index say when trying again may help."""
+TRANSIENT = ("timed out", "reset by peer", "early eof", "hung up", "http/2 stream", "error: 5", "503", "429")
+"""Parts of messages of git and the index after which a retry may succeed."""
 
 
-def _insist(fetch_one: Callable[[Source, Pinned, Path], None], source: Source, recipe: Pinned, place: Path) -> None:
-    """Fetch, and try twice more when the network failed on the way."""
+def _fetch_with_retries(
+    fetch_one: Callable[[Source, Pinned, Path], None], source: Source, recipe: Pinned, place: Path
+) -> None:
+    """Fetch, with two retries after transient network errors."""
     for pause in (1, 4, 0):
         try:
             return fetch_one(source, recipe, place)
         except (ProcessError, SourceUnreachableError) as error:
-            if not pause or not any(sign in f"{error}".lower() for sign in _PASSING):
+            if not pause or not any(sign in f"{error}".lower() for sign in TRANSIENT):
                 raise
             console.say(f"{recipe.name}: the network failed, trying again")
             time.sleep(pause)

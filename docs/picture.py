@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from core import files
+from core import files, workspace
 
 PICTURE = files.CHECKOUT / "docs/run.svg"
 COMMANDS = ("inv deploy", "inv status")
@@ -47,7 +47,7 @@ TEMPLATE = """\
 
 def said(command: str, home: Path) -> str:
     """What a command prints, from a home folder in which nothing is deployed."""
-    env = os.environ | {"HEARTH_CACHE": str(files.cache()), "HEARTH_HOSTS": str(home / "hosts.toml")}
+    env = os.environ | {"HEARTH_CACHE": str(workspace.current().cache), "HEARTH_HOSTS": str(home / "hosts.toml")}
     asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)  # noqa: S607  uv run's
     env |= {"HOME": str(home), "UV_CACHE_DIR": asked.stdout.strip()}
     words = [sys.executable, "-m", "invoke", *command.split()[1:]]
@@ -69,7 +69,7 @@ def draw(runs: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    place = Path(tempfile.mkdtemp(dir=files.cache()))
+    place = Path(tempfile.mkdtemp(dir=workspace.current().cache))
     try:
         PICTURE.write_text(draw({each: said(each, place) for each in COMMANDS}))
         said("inv stop", place)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from core import files
+from core import files, workspace
 from tests.host import machine
 
 pytestmark = pytest.mark.host
@@ -34,10 +34,10 @@ def commands(section: str) -> list[str]:
 
 def bare(suite: str) -> Path:
     """A minimal Debian with sudo and one user; made once, in a minute."""
-    place = files.cache() / "hosts" / f"bare-{suite}"
-    with files.locked(files.cache() / "hosts/base.lock", lambda: None):
+    place = workspace.current().cache / "hosts" / f"bare-{suite}"
+    with files.locked(workspace.current().cache / "hosts/base.lock", lambda: None):
         if not place.is_dir():
-            with files.whole(place) as part:
+            with files.atomic_dir(place) as part:
                 words = ["debootstrap", "--variant=minbase", "--include=sudo", suite, str(part)]
                 subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
                 run = ["chroot", str(part)]
