@@ -104,17 +104,17 @@ def guard() -> None:
     import traceback
     import warnings
 
-    def tell(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    def report(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
         say("".join(traceback.format_exception(kind, error, trace)))
 
-    def tell_thread(told: threading.ExceptHookArgs) -> None:
-        if told.exc_type is not SystemExit:
-            tell(told.exc_type, told.exc_value, told.exc_traceback)
+    def report_thread(event: threading.ExceptHookArgs) -> None:
+        if event.exc_type is not SystemExit:
+            report(event.exc_type, event.exc_value, event.exc_traceback)
 
     if threading.excepthook is threading.__excepthook__:  # otherwise pytest collects them
-        threading.excepthook = tell_thread
-        sys.unraisablehook = lambda told: tell(told.exc_type, told.exc_value, told.exc_traceback)
-    sys.excepthook = tell
+        threading.excepthook = report_thread
+        sys.unraisablehook = lambda event: report(event.exc_type, event.exc_value, event.exc_traceback)
+    sys.excepthook = report
     warnings.showwarning = lambda message, kind, *_: say(f"{kind.__name__}: {message}")
 
 

@@ -60,7 +60,7 @@ def ask_each(
     return [answers.get(name) or Answer(name, None, _late(name, seconds)) for name in names]
 
 
-def heard(answers: Sequence[Answer[T]]) -> dict[str, T]:
+def collect(answers: Sequence[Answer[T]]) -> dict[str, T]:
     """The answers by host; reports the errors of the others. Raises the error if there is only one host."""
     for each in answers:
         if each.error is not None:
@@ -77,8 +77,8 @@ def show(
     *,
     as_json: bool,
 ) -> None:
-    """Print the answers of hosts: the `lines` of each, or its `plain` as JSON; errors as `heard` does."""
-    seen = heard(answers)
+    """Print the answers of hosts: the `lines` of each, or its `plain` as JSON; errors as `collect` does."""
+    seen = collect(answers)
     value = [{"host": name, **plain(name, each)} for name, each in seen.items()]
     console.show(value, (line for name, each in seen.items() for line in lines(name, each)), as_json=as_json)
 

@@ -159,17 +159,17 @@ def watch(names: Sequence[str], seconds: str | bool, *, ask_sudo: bool) -> None:
     latest: dict[str, Sample] = {}
     came: dict[str, float] = {}
     failed: dict[str, HearthError] = {}
-    told = threading.Event()
+    news = threading.Event()
 
     def read(name: str, agent: Agent) -> None:
         try:
             for sample in _samples(agent, every, None):
                 latest[name], came[name] = sample, time.monotonic()
-                told.set()
+                news.set()
             raise ConnectError(f"{name} stopped reporting its GPUs", hint="run the same command again")
         except HearthError as error:
             failed[name] = error
-            told.set()
+            news.set()
 
     def now() -> list[str]:
         if len(failed) == len(names):
@@ -190,7 +190,7 @@ def watch(names: Sequence[str], seconds: str | bool, *, ask_sudo: bool) -> None:
             except HearthError as error:
                 failed[name] = error
         if len(failed) < len(names):
-            told.wait(10)
+            news.wait(10)
         console.refreshed(now, every)
 
 

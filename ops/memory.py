@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from core import console
+from core.errors import HearthError
 from deploy import connection, refusals
 from deploy.change import Change, change_each
 from deploy.look import find_target
 from deploy.plan import Plan, Step
+from ops import fleet
 from ops.gpu import number
 
 if TYPE_CHECKING:
@@ -47,17 +49,21 @@ class Freed(msgspec.Struct, frozen=True):
     after: Held
 
 
-def free(names: Sequence[str], wait: str, *, ask_sudo: bool = False) -> dict[str, Freed]:
-    """Have ComfyUI free its memory on hosts, one after the other.
+def free(names: Sequence[str], wait: str, *, ask_sudo: bool = False) -> list[fleet.Answer[Freed]]:
+    """Have ComfyUI free its memory on hosts, one after the other; an error on one does not stop the others.
 
     Waits up to `wait` seconds for a running job; ComfyUI then frees the memory when the job ends. Raises UsageError.
     """
     patience = number("wait", wait, 0)
-    found: dict[str, Freed] = {}
-    for name in names:
-        with connection.connect(find_target(name), ask_sudo) as agent:
-            found[name] = msgspec.convert(agent.call("free-memory", wait=patience), Freed)
-    return found
+
+    def one(name: str) -> fleet.Answer[Freed]:
+        try:
+            with connection.connect(find_target(name), ask_sudo) as agent:
+                return fleet.Answer(name, msgspec.convert(agent.call("free-memory", wait=patience), Freed))
+        except HearthError as error:
+            return fleet.Answer(name, None, error)
+
+    return [one(name) for name in names]
 
 
 def summary(found: Mapping[str, Freed]) -> list[dict[str, Any]]:
@@ -80,8 +86,8 @@ def lines(name: str, found: Freed) -> list[str]:
         for old, new in zip(found.before.gpus, found.after.gpus, strict=False)
         if old.used is not None and new.used is not None
     ]
-    told = of_gpus or [("ComfyUI's process", found.before.resident or 0, found.after.resident or 0)]
-    return [f"{name}: {what}: {_gained(old, new)}" for what, old, new in told]
+    listed = of_gpus or [("ComfyUI's process", found.before.resident or 0, found.after.resident or 0)]
+    return [f"{name}: {what}: {_gained(old, new)}" for what, old, new in listed]
 
 
 def _gained(old: int, new: int) -> str:

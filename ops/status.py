@@ -194,13 +194,13 @@ def _plain(answer: fleet.Answer[Status]) -> dict[str, Any]:
         return {"host": answer.host, "reached": False, "well": False, "problems": problems}
     facts, live = status.facts, status.live
     release = facts.release(facts.current) or {}
-    told = {name: release.get(name) for name in ("version", "torch", "stack", "profile", "python", "kernels")}
+    about = {name: release.get(name) for name in ("version", "torch", "stack", "profile", "python", "kernels")}
     return {
         "host": status.host,
         "reached": True,
         "well": not status.problems,
         "release": facts.current,
-        **told,
+        **about,
         "service": msgspec.to_builtins(facts.service),
         "last": facts.last,
         "deployed": facts.deployed,

@@ -80,7 +80,7 @@ def gpu(
     if watch:
         gpu.watch(names, watch, ask_sudo=where.ask_sudo)
     answers = gpu.look(names, ask_sudo=where.ask_sudo)
-    seen = fleet.heard(answers)
+    seen = fleet.collect(answers)
     console.show(gpu.summary(seen), gpu.rows(seen), as_json=out.json)
     return fleet.code(answers)
 
@@ -114,11 +114,12 @@ def free_memory(_: Context, wait: str = "60", *, where: Fleet, out: Output) -> i
         inv free-memory --host spark
         inv free-memory --host spark --wait 0   # do not wait for the job
     """
-    from ops import memory
+    from ops import fleet, memory
 
-    found = memory.free(where.names(), wait, ask_sudo=where.ask_sudo)
+    answers = memory.free(where.names(), wait, ask_sudo=where.ask_sudo)
+    found = fleet.collect(answers)
     console.show(memory.summary(found), memory.rows(found), as_json=out.json)
-    return int(not all(each.freed for each in found.values()))
+    return fleet.code(answers) or int(not all(each.freed for each in found.values()))
 
 
 @command(help={"force": "also on hosts without a GPU that shares the machine's memory"})
@@ -176,7 +177,7 @@ def flags(_: Context, *, where: Fleet, out: Output) -> int:
     from ops import flags, fleet
 
     answers = flags.look(where.names(), ask_sudo=where.ask_sudo)
-    seen = list(fleet.heard(answers).values())
+    seen = list(fleet.collect(answers).values())
     console.show(seen, flags.rows(seen), as_json=out.json)
     return fleet.code(answers)
 
@@ -291,7 +292,6 @@ def nuke(
     How: docs/how-to/stop-and-take-away.md
 
         inv nuke --host spark --dry-run
-        inv nuke --host spark
         inv nuke --host spark --data
         inv nuke --host spark --data --yes-delete-data-of spark   # in a script
     """
@@ -336,7 +336,7 @@ def jobs(_: Context, number: str = "20", *, where: Fleet, out: Output) -> int:
     from ops import fleet, jobs
 
     answers = jobs.recent(where.names(), number, ask_sudo=where.ask_sudo)
-    seen = fleet.heard(answers)
+    seen = fleet.collect(answers)
     console.show(jobs.summary(seen), jobs.rows(seen), as_json=out.json)
     return fleet.code(answers)
 

@@ -25,9 +25,10 @@ from agent.change import memory as agent_memory
 from agent.files import Fault
 from agent.layout import Site
 from agent.serve import services
-from core.errors import RecordingError, ToolMissingError, UsageError
+from core.errors import ConnectError, RecordingError, ToolMissingError, UsageError
 from deploy.facts import Gpu as GpuFact
-from ops import gpu, memory, plot, tasks
+from deploy.flags import Fleet
+from ops import fleet, gpu, memory, plot, tasks
 from ops.gpu import Sample
 from tests import nvml
 from tests.unit.test_plan import FRESH, spark
@@ -282,6 +283,23 @@ def test_a_job_that_runs_on_is_not_waited_for_longer_than_asked() -> None:
 def test_a_comfyui_that_does_not_answer_keeps_its_memory() -> None:
     with pytest.raises(Fault, match="does not answer"):
         agent_memory.free(site(1), 1)
+
+
+def test_the_results_of_all_hosts_come_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = memory.Held((), 5, 10)
+    freed = memory.Freed(True, None, held, held)
+    error = ConnectError("off cannot be reached")
+    answers = [fleet.Answer[memory.Freed]("off", None, error), fleet.Answer("spark", freed)]
+    monkeypatch.setattr(memory, "free", lambda *_, **__: answers)
+    monkeypatch.setattr(Fleet, "names", lambda _: ["off", "spark"])
+    with pytest.raises(SystemExit) as raised:
+        tasks.free_memory(Context(), wait="0", host="", group="", ask_sudo=False, json=False)
+    assert raised.value.code == 1
+    assert capsys.readouterr() == (
+        "spark: ComfyUI's process: 5 B before, 5 B after (0 B less)\n", "off: off cannot be reached\n"
+    )  # fmt: skip
 
 
 def test_what_was_gained() -> None:

@@ -175,11 +175,11 @@ def test_jobs_are_shown_in_a_hundred_columns(capsys: pytest.CaptureFixture[str])
     off = fleet.Answer[list[jobs.Job]]("off", None, ConnectError("off cannot be reached"))
     answers = [fleet.Answer("spark", [failed]), off]
     assert fleet.code(answers) == 1
-    (shown,) = jobs.summary(fleet.heard(answers))
+    (shown,) = jobs.summary(fleet.collect(answers))
     assert (shown["host"], shown["error"]) == ("spark", failed.error)
     assert "off: off cannot be reached" in capsys.readouterr().err
     with pytest.raises(ConnectError):
-        fleet.heard([off])
+        fleet.collect([off])
 
 
 def test_a_comfyui_that_hangs_is_told_apart_from_one_that_does_not_run(
