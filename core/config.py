@@ -18,11 +18,15 @@ T = TypeVar("T")
 
 
 def load(path: Path, kind: type[T]) -> T:
-    """Load the TOML file at `path` as a `kind` (a msgspec type).
+    """Load the TOML file at `path` as a `kind` (a msgspec type). Raises ConfigError, as `convert` does."""
+    return convert(path, table(path), kind)
 
-    Raises ConfigError with the file, the place in it and, for an unknown key, what was perhaps meant.
+
+def convert(path: Path, raw: dict[str, Any], kind: type[T]) -> T:
+    """Convert the table `raw`, read from `path`, to a `kind`.
+
+    Raises ConfigError with the file, the place in it and, for an unknown key, the nearest known one.
     """
-    raw = table(path)
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:

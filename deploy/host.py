@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from core.config import load, table
+from core.config import convert, load, table
 from core.errors import ConfigError, SecretError, UnknownNameError, near
 from core.files import CHECKOUT, checkout
 from core.stack import Stack, find_stack
@@ -127,7 +127,7 @@ class Mount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One machine. `scope` "system" needs root and systemd; "user" neither.
+    """One machine. `scope` "system" needs root and systemd; "user" neither, and is the default of the host `local`.
 
     `mounts` (by mount point) must be mounted for ComfyUI to run. `folders` says what of models, input, output and
     user lies elsewhere than in `data/`; `model_roots` are folders with more models, laid out as `models` is.
@@ -291,7 +291,11 @@ def hosts() -> Hosts:
     path = hosts_file()
     if path.exists():
         _refuse_secrets(path)
-        listed = load(path, Hosts)
+        raw = table(path)
+        # As without an entry: the login's own ComfyUI, which needs no root.
+        if isinstance(entries := raw.get("hosts"), dict) and isinstance(entry := entries.get(LOCAL), dict):
+            entry.setdefault("scope", "user")
+        listed = convert(path, raw, Hosts)
     else:
         listed = Hosts()
     for each in (*listed.hosts, *listed.groups):  # printed within commands to copy
