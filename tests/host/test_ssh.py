@@ -18,9 +18,9 @@ import pytest
 from core.errors import AgentError, ConnectError, HearthError, HostKeyError, SudoError
 from deploy import connection, flow
 from tests.host.fleet import within
-from tests.host.lab import Lab, lab
+from tests.host.lab import NEEDS, Lab, lab
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.needs(*NEEDS)]
 
 
 @pytest.fixture(scope="module")

@@ -162,6 +162,7 @@ def test_a_name_is_no_markup(tmp_path: Path) -> None:
     assert "&lt;j&amp;b&gt;" in text
 
 
+@pytest.mark.needs("rsvg-convert")
 def test_a_png_is_one(tmp_path: Path) -> None:
     plot.plot(str(written(tmp_path, recorded("a", "b"))), str(tmp_path / "run.png"))
     assert (tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
