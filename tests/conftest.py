@@ -45,6 +45,13 @@ PACKAGES = {
 """The Debian package of each program that tests need: what `needs` may name, and what .ci/run installs."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--faults", action="store_true", help="every interruption at every step and operation, and many random times"
+    )
+    parser.addoption("--spark", action="store_true", help="a deploy to an emulated arm64 host")
+
+
 def pytest_configure() -> None:
     """Choose the seed of all random faults, anew for every run; HEARTH_SEED repeats one. xdist passes it on."""
     os.environ.setdefault("HEARTH_SEED", str(random.SystemRandom().randrange(1_000_000)))

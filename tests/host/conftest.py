@@ -11,11 +11,6 @@ from tests.host import machine
 from tests.host.fleet import Fleet, fresh
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="every interruption at every step and many random times")
-    parser.addoption("--spark", action="store_true", help="a deploy to an emulated arm64 host")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == Path(__file__).parent and item.path.name not in ("test_local.py", "test_ssh.py"):
