@@ -19,11 +19,15 @@ T = TypeVar("T")
 
 
 def load(path: Path, kind: type[T]) -> T:
-    """Load the TOML file at `path` as a `kind` (a msgspec type).
+    """Load the TOML file at `path` as a `kind` (a msgspec type). Raises ConfigError, as `convert` does."""
+    return convert(path, table(path), kind)
+
+
+def convert(path: Path, raw: dict[str, Any], kind: type[T]) -> T:
+    """Convert the table `raw`, read from `path`, to a `kind`.
 
     Raises ConfigError with the file, the key's path and, for an unknown key, a suggestion.
     """
-    raw = table(path)
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:

@@ -12,7 +12,7 @@ import msgspec
 from packaging.specifiers import SpecifierSet
 
 from core import workspace
-from core.config import load
+from core.config import convert, load, table
 from core.errors import ConfigError, UnknownNameError, near
 from core.files import CHECKOUT
 from core.stack import Stack, find_stack
@@ -317,7 +317,11 @@ def hosts() -> Hosts:
     path = hosts_file()
     if path.exists():
         refuse_secrets(path)
-        listed = load(path, Hosts)
+        raw = table(path)
+        # As without an entry: the login's own ComfyUI, which needs no root.
+        if isinstance(entries := raw.get("hosts"), dict) and isinstance(entry := entries.get(LOCAL), dict):
+            raw = {**raw, "hosts": {**entries, LOCAL: {"scope": "user", **entry}}}
+        listed = convert(path, raw, Hosts)
     else:
         listed = Hosts()
     for each in (*listed.hosts, *listed.groups):  # printed within commands to copy

@@ -17,6 +17,39 @@ from tests.client import Client
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
+PACKAGES = {
+    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
+    "ccache": "ccache",
+    "debootstrap": "debootstrap",
+    "fish": "fish",
+    "g++": "g++",
+    "git": "git",
+    "ip": "iproute2",
+    "mkfs.btrfs": "btrfs-progs",
+    "mkfs.xfs": "xfsprogs",
+    "nft": "nftables",
+    "pgrep": "procps",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+    "qemu-aarch64-static": "qemu-user-static",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "sshd": "openssh-server",
+    "sudo": "sudo",
+    "systemd-nspawn": "systemd-container",
+    "tcsh": "tcsh",
+    "unshare": "util-linux",
+    "zsh": "zsh",
+}
+"""The Debian package of each program that tests need: what `needs` may name, and what .ci/run installs."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--faults", action="store_true", help="every interruption at every step and operation, and many random times"
+    )
+    parser.addoption("--spark", action="store_true", help="a deploy to an emulated arm64 host")
+
 
 def pytest_configure() -> None:
     """Choose the seed of all random faults, anew for every run; HEARTH_SEED repeats one. xdist passes it on."""
@@ -25,6 +58,28 @@ def pytest_configure() -> None:
 
 def pytest_report_header() -> str:
     return f"HEARTH_SEED={os.environ['HEARTH_SEED']}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Turn `needs` into skips that name the packages to install. In CI (`CI` is set), the test fails instead."""
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    for item in items:
+        needed = [str(name) for mark in item.iter_markers("needs") for name in mark.args]
+        packages = {PACKAGES[name] for name in needed if name != "root" and not shutil.which(name, path=path)}
+        reasons = [f"apt-get install {' '.join(sorted(packages))}"] if packages else []
+        reasons += ["run as root"] if "root" in needed and os.geteuid() != 0 else []
+        if reasons and not os.environ.get("CI"):
+            item.add_marker(pytest.mark.skip(reason="; ".join(reasons)))
+        item.stash[LACKS] = "; ".join(reasons)
+
+
+LACKS = pytest.StashKey[str]()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if lacks := item.stash.get(LACKS, ""):
+        pytest.fail(f"CI cannot leave this test out: {lacks}", pytrace=False)
 
 
 @pytest.fixture(autouse=True)

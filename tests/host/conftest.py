@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,12 +11,10 @@ from tests.host import machine
 from tests.host.fleet import Fleet, fresh
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="every interruption at every step and many random times")
-    parser.addoption("--spark", action="store_true", help="a deploy to an emulated arm64 host")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.path.name not in ("test_local.py", "test_ssh.py"):
+            item.add_marker(pytest.mark.needs(*machine.NEEDS))
     left_out = [name for name in ("faults", "spark") if not config.getoption(f"--{name}", default=False)]
     deselected = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
     items[:] = [item for item in items if item not in deselected]
@@ -25,8 +24,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """The machine, booted; nothing is deployed yet."""
-    if lacking := machine.missing():  # .ci/run is root and installs them, so CI never leaves this out
-        pytest.skip(f"a Debian cannot be booted without {', '.join(lacking)}")
     with fresh(tmp_path_factory.mktemp("fleet"), "shared", Fleet) as one:
         one.machine.add_disk("blocks", "300M")
         one.machine.add_disk("inodes", "2G", "-N", "300")

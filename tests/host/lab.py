@@ -16,6 +16,9 @@ from pathlib import Path
 from tests.client import Client
 from tests.host.machine import free_port
 
+NEEDS = ("root", "ssh", "ssh-keygen", "sshd", "sudo", "fish", "tcsh", "zsh")
+"""What the tests with a Lab need, as arguments of the mark `needs`."""
+
 
 @dataclass
 class Lab(Client):

@@ -27,12 +27,8 @@ FIREWALL = ("--system-call-filter=bpf", "--capability=CAP_BPF,CAP_NET_ADMIN,CAP_
 """Flags that let a machine's systemd enforce IPAddressDeny=: it attaches BPF programs."""
 
 
-def missing() -> list[str]:
-    """What keeps machines from being booted here; empty when nothing does."""
-    needed = {"systemd-nspawn": "systemd-container", "debootstrap": "debootstrap", "ssh-keygen": "openssh-client"}
-    needed |= {"mkfs.xfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs", "ip": "iproute2", "nft": "nftables"}
-    packages = [package for program, package in needed.items() if not shutil.which(program)]
-    return [*packages, *([] if os.geteuid() == 0 else ["root"])]
+NEEDS = ("root", "systemd-nspawn", "debootstrap", "ssh", "ssh-keygen", "mkfs.xfs", "mkfs.btrfs", "ip", "nft")
+"""What it takes to boot machines, as arguments of the mark `needs`."""
 
 
 def base(arch: str) -> Path:

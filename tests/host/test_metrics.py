@@ -22,7 +22,7 @@ from tests.host.machine import free_port
 from tests.host.test_doctor import findings, only
 from tests.host.test_gpu import driver
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.needs("prometheus")]
 
 UNIT = "comfyui-exporter"
 ALERTS = files.CHECKOUT / "ops/prometheus/alerts.yml"
@@ -83,8 +83,6 @@ class Prometheus:
 @pytest.fixture
 def metrics(steady: Fleet) -> Iterator[tuple[Fleet, int]]:
     """The machine with an exporter, and its port; `steady` sees to it that it goes again."""
-    if not shutil.which("prometheus"):  # .ci/run installs it, so CI never leaves this out
-        pytest.skip("there is nothing to scrape with: apt-get install prometheus")
     port = free_port()
     steady.configure(f"metrics_port = {port}\n")
     done = steady.deploy()

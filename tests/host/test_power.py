@@ -35,7 +35,7 @@ from tests.host.replica import Replica
 from tests.host.test_deploy import broken
 from tests.host.test_faults import MIGRATES
 
-pytestmark = [pytest.mark.host, pytest.mark.usefixtures("fleet")]  # skipped where that is
+pytestmark = pytest.mark.host
 
 UNHEALTHY = "[hosts.spark.override]\nstart_seconds = 6\n"
 """The gate of a release that never answers lasts this long."""

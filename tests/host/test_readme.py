@@ -119,8 +119,6 @@ class Root:
 
 @pytest.fixture(params=["bookworm", "trixie"])
 def root(request: pytest.FixtureRequest) -> Iterator[Root]:
-    if lacking := machine.missing():
-        pytest.skip(f"a bare Debian cannot be made without {', '.join(lacking)}")
     one = Root(machine.place_for(f"readme-{request.param}"), request.param)
     try:
         one.make()

@@ -19,9 +19,9 @@ from core.errors import AgentError, ConnectError, HearthError, HostKeyError, Sud
 from deploy import archive, connection
 from deploy.look import find_target
 from tests.host.fleet import within
-from tests.host.lab import Lab, lab
+from tests.host.lab import NEEDS, Lab, lab
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.needs(*NEEDS)]
 
 
 @pytest.fixture(scope="module")

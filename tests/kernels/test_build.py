@@ -18,7 +18,7 @@ from kernels import graph
 from kernels.matrix import Request, select
 from tests.conftest import Hearth
 
-pytestmark = pytest.mark.toolchain
+pytestmark = [pytest.mark.toolchain, pytest.mark.needs("g++", "aarch64-linux-gnu-g++", "qemu-aarch64-static")]
 
 BUILD = ("build-kernels", "--kernel", "tiny", "--python", "3.11")
 WHEELS = {

@@ -14,7 +14,7 @@ import pytest
 from core import files
 from tests.conftest import Hearth
 
-pytestmark = pytest.mark.toolchain
+pytestmark = [pytest.mark.toolchain, pytest.mark.needs("g++", "git", "unshare", "pgrep")]
 
 BUILD = ("build-kernels", "--kernel", "tiny", "--python", "3.11", "--arch", "8.9")
 

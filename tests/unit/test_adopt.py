@@ -465,7 +465,7 @@ def test_links_to_links_without_an_end_are_no_installation(tmp_path: Path) -> No
         process.kill()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+@pytest.mark.needs("root")
 def test_a_repository_is_read_as_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", "/tmp")
     with tempfile.TemporaryDirectory(dir="/tmp") as place:

@@ -345,7 +345,7 @@ def held(path: Path, *, by_nobody: bool) -> Iterator[None]:
             process.kill()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs another user")
+@pytest.mark.needs("root")
 def test_nobody_else_can_hold_a_lock(shared_place: Path) -> None:
     path = shared_place / "lock"
     with flock(path):

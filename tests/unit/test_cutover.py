@@ -1,16 +1,21 @@
 """The crash matrix: every durable operation of a cut-over, killed or failing at each one, in each scenario.
 
-The code is the agent's own from `runs.apply` down; service manager and health check are stand-ins. The operations are
-counted by running each scenario once, so the matrix grows with the code. An operation on files that the counter does
-not see fails the test.
+The code is the agent's own from `runs.apply` down; service manager and health check are stand-ins. Each scenario runs
+once to count its operations, so the matrix grows with the code. That run is photographed before each operation: what is
+on the disk then is what a killed process leaves, so a case of a kill resumes from a copy of the photograph. Operations
+that fail do so in this process. An operation on files that the counter does not see fails the test.
+
+All kills run always, of the failures a random quarter (HEARTH_SEED); `--faults` runs all.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import mmap
 import os
+import random
 import shutil
 import sqlite3
 import sys
@@ -152,10 +157,11 @@ class Layer:
     COUNTED = ("open", "write", "fsync", "rename", "replace", "unlink", "remove", "symlink", "link", "mkdir", "rmdir",
                "posix_fallocate")  # fmt: skip
 
-    def __init__(self, prefix: Path, mode: str = "", at: int = 0) -> None:
+    def __init__(self, prefix: Path, mode: str = "", at: int = 0, photographs: Path | None = None) -> None:
         self.prefix = str(prefix)
         self.mode = mode
         self.at = at
+        self.photographs = photographs
         self.number = 0
         self.quiet = 0
         self.unseen: list[str] = []
@@ -175,6 +181,9 @@ class Layer:
             return
         self.number += 1
         self.seen.append(f"{self.number} {name} {what}")
+        if self.photographs:
+            with self.off():
+                shutil.copytree(Path(self.prefix).parent, self.photographs / str(self.number), symlinks=True)
         if self.number == self.at and self.mode in ("killed", "power"):
             os._exit(KILLED)
         if self.number == self.at and self.mode in ("ENOSPC", "EIO"):
@@ -189,6 +198,13 @@ class Layer:
         for name in self.COUNTED:
             setattr(os, name, self.counted(name, getattr(os, name)))
         sys.addaudithook(self.audit)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in self.COUNTED:
+                patch.setattr(os, name, self.counted(name, getattr(os, name)))
+            yield
 
     def counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*words: Any, **more: Any) -> Any:
@@ -258,12 +274,22 @@ class World:
         steps = [{**cut, **values}] + ([prune] if values.get("trial") != "only" else [])  # type: ignore[dict-item]
         write(self.site.pending, json.dumps({**PLAN, "steps": steps}))
 
-    def faulty(self, mode: str, at: int, counted: mmap.mmap | None = None) -> int:
+    def failing(self, mode: str, at: int) -> int:
+        """Apply what is pending here, with an operation that fails; the exit code."""
+        layer = Layer(self.site.prefix, mode, at)
+        try:
+            with layer.installed():
+                return self.apply(layer)
+        except Exception as error:
+            print(repr(error))
+            return 1
+
+    def faulty(self, mode: str, at: int, counted: mmap.mmap | None = None, photographs: Path | None = None) -> int:
         """Apply what is pending in a process of its own, with a fault; its exit code."""
         if (child := os.fork()) == 0:
             code = 1
             try:
-                layer = Layer(self.site.prefix, mode, at)
+                layer = Layer(self.site.prefix, mode, at, photographs)
                 if mode:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 layer.install()
@@ -368,9 +394,9 @@ def count(place: Path, scenario: Scenario) -> tuple[list[str], list[str]]:
     return count_of(World(place, scenario).make())
 
 
-def count_of(world: World) -> tuple[list[str], list[str]]:
+def count_of(world: World, photographs: Path | None = None) -> tuple[list[str], list[str]]:
     shared = mmap.mmap(-1, 1 << 20)
-    assert world.faulty("", 0, shared) == 0
+    assert world.faulty("", 0, shared, photographs) == 0
     seen, unseen = json.loads(shared[:].decode())
     assert world.faults() == []
     return seen, unseen
@@ -378,32 +404,36 @@ def count_of(world: World) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_a_cut_over_survives_every_fault_at_every_operation(
-    scenario: Scenario, tmp_path: Path, record_property: Callable[[str, object], None]
+    scenario: Scenario, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """`current` is the old or the new release, it runs, opens the database, and nothing is left over."""
     root = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path  # memory: a thousand hosts are made
     place = root / f"hearth-{os.getpid()}"
+    template, photographs, case = place / "template", place / "photographs", place / "case"
+    chance = random.Random(f"{os.environ['HEARTH_SEED']} {scenario.name}")
+    share = 1 if request.config.getoption("--faults") else 0.25
     try:
-        place.mkdir()
-        (place / "count").mkdir()
-        seen, unseen = count(place / "count", scenario)
+        case.mkdir(parents=True)
+        World(case, scenario).make()
+        shutil.copytree(case, template, symlinks=True)
+        seen, unseen = count_of(World(case, scenario), photographs)
         assert unseen == []
-        template = place / "template"
-        template.mkdir()
-        World(template, scenario).make()
         bad: list[str] = []
         cases = 0
-        for mode in MODES:
-            for at in range(1, len(seen) + 1):
-                cases += 1
-                case = place / "case"
-                shutil.copytree(template, case, symlinks=True)
-                bad += [f"{mode} at {seen[at - 1]}: {fault}" for fault in outcome(World(case, scenario), mode, at)]
-                shutil.rmtree(case)
+        for mode, at in itertools.product(MODES, range(1, len(seen) + 1)):
+            kills = mode in ("killed", "power")
+            photographed = kills and at % 16 != 0  # the others are killed for real
+            if not kills and chance.random() > share:
+                continue
+            cases += 1
+            shutil.rmtree(case)
+            shutil.copytree(photographs / str(at) if photographed else template, case, symlinks=True)
+            found = outcome(World(case, scenario), mode, at, photographed=photographed)
+            bad += [f"{mode} at {seen[at - 1]}: {fault}" for fault in found]
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    record_property("cases", cases)
     print(f"\n{scenario.name}: {cases} cases, {len(seen)} operations")
+    assert cases >= 2 * len(seen)
     assert not bad, "\n".join(bad[:40])
 
 
@@ -543,10 +573,11 @@ def test_errors_of_the_disk_are_told_as_such(code: int) -> None:
     assert os.strerror(code) in fault.report["cause"]
 
 
-def outcome(world: World, mode: str, at: int) -> list[str]:
-    """What is wrong after a fault and however many resumptions."""
-    code = world.faulty(mode, at)
-    expected = (KILLED,) if mode in ("killed", "power") else (0, 4)
+def outcome(world: World, mode: str, at: int, *, photographed: bool) -> list[str]:
+    """What is wrong after a fault and however many resumptions. A photographed world was killed already."""
+    kills = mode in ("killed", "power")
+    code = KILLED if photographed else (world.faulty if kills else world.failing)(mode, at)
+    expected = (KILLED,) if kills else (0, 4)
     if code not in expected:
         return [f"the agent ended with {code}"]
     if mode == "power":

@@ -451,8 +451,8 @@ def running(place: Path, port: int) -> Iterator[str]:
         process.wait()
 
 
+@pytest.mark.needs("promtool")
 def test_what_hosts_get_runs_by_itself_and_promtool_finds_no_fault(stand: Stand, tmp_path: Path) -> None:
-    needs_prometheus()
     with running(tmp_path, stand.server.server_port) as address, urllib.request.urlopen(address, timeout=5) as answer:
         raw = answer.read()
     assert b"hearth_comfyui_up 1.0" in raw
@@ -461,13 +461,8 @@ def test_what_hosts_get_runs_by_itself_and_promtool_finds_no_fault(stand: Stand,
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-def needs_prometheus() -> None:
-    if not shutil.which("promtool"):  # .ci/run installs it, so CI never leaves this out
-        pytest.skip("metrics and rules cannot be checked without promtool: apt-get install prometheus")
-
-
+@pytest.mark.needs("promtool")
 def test_the_alerts_do_what_they_say() -> None:
-    needs_prometheus()
     for words in (
         ["check", "rules", ALERTS],
         ["test", "rules", Path(__file__).parents[1] / "fixtures/prometheus/alerts.test.yml"],

@@ -40,6 +40,15 @@ def test_local_needs_no_file() -> None:
     assert local.site["user"] == ""
 
 
+@pytest.mark.parametrize(("text", "scope"), [("port = 8189", "user"), ('scope = "system"', "system")])
+def test_an_entry_for_local_has_the_same_defaults_as_none(
+    text: str, scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hosts.toml").write_text(f"[hosts.local]\n{text}\n")
+    monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
+    assert host.hosts().hosts["local"].scope == scope
+
+
 @pytest.mark.parametrize(
     ("text", "error", "said"),
     [

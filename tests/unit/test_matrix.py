@@ -12,6 +12,8 @@ import pytest
 from core.arch import known_archs
 from tests.conftest import Hearth
 
+pytestmark = pytest.mark.needs("g++", "git")
+
 
 def plan(hearth: Hearth, *words: str, **env: str) -> list[dict[str, str]]:
     done = hearth.inv("build-kernels", "--dry-run", "--json", *words, **env)
@@ -21,6 +23,7 @@ def plan(hearth: Hearth, *words: str, **env: str) -> list[dict[str, str]]:
     return found
 
 
+@pytest.mark.needs("aarch64-linux-gnu-g++")
 def test_the_spark_gets_its_own_platform_and_stack(hearth: Hearth) -> None:
     assert known_archs()["12.1"].python == "3.12"  # which not every machine that runs this has
     found = [each["identifier"] for each in plan(hearth, "--arch", "12.1", "--python", "3.11")]

@@ -309,7 +309,7 @@ def test_the_unit_that_applies_names_no_python_of_a_checkout(tmp_path: Path) -> 
     assert f"ExecStart={sys._base_executable} -I " in text  # type: ignore[attr-defined]
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can make what root owns")
+@pytest.mark.needs("root")
 @pytest.mark.parametrize("fault", ["", "owner", "mode", "group", "folder", "link", "other link", "loop", "gone"])
 def test_a_unit_of_roots_runs_no_python_that_others_may_replace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str

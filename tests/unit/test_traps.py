@@ -110,8 +110,6 @@ NOBODY = 65534
 @pytest.fixture
 def served() -> Iterator[Site]:
     """A site of root's, whose service is nobody."""
-    if os.geteuid():
-        pytest.skip("needs root")
     with tempfile.TemporaryDirectory(dir="/tmp") as place:
         site = at(Path(place))
         site.user = "nobody"
@@ -131,6 +129,7 @@ def _give(place: Path, user: int) -> None:
 
 
 @pytest.mark.parametrize("work", [cutover.reserve, cutover.take_snapshot, trial._copy_live])
+@pytest.mark.needs("root")
 def test_a_link_of_the_services_to_anothers_database_is_refused(served: Site, work: Callable[..., None]) -> None:
     user, kept = served.data / "user", served.prefix / "scratch"
     copy = kept / "comfyui.db" if work is trial._copy_live else kept
@@ -156,6 +155,7 @@ def test_a_link_of_the_services_to_anothers_database_is_refused(served: Site, wo
     assert (served.prefix / "home/comfyui.db").read_text() == "private"
 
 
+@pytest.mark.needs("root")
 def test_a_link_of_the_operators_is_followed(served: Site) -> None:
     (served.data / "user").symlink_to("../home")
     parts.as_service(served, cutover.take_snapshot, served.data / "user", served.prefix / "scratch")
@@ -164,6 +164,7 @@ def test_a_link_of_the_operators_is_followed(served: Site) -> None:
 
 
 @pytest.mark.parametrize("name", ["nodes", "nodes/pack", "comfyui"])
+@pytest.mark.needs("root")
 def test_no_link_below_the_data_is_followed_by_what_fills_it_or_is_filled_from_it(served: Site, name: str) -> None:
     for each in ("home", "home/deeper"):
         (served.prefix / each).mkdir(exist_ok=True)
@@ -180,6 +181,7 @@ def test_no_link_below_the_data_is_followed_by_what_fills_it_or_is_filled_from_i
     assert not list((served.prefix / "home/deeper").iterdir())
 
 
+@pytest.mark.needs("root")
 def test_a_database_is_parsed_by_who_can_never_be_root_and_whom_the_service_cannot_end(served: Site) -> None:
     code = "import os; os.kill(int(input()), 9)"
     words = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "/usr/bin/python3", "-ISc", code]
@@ -252,10 +254,9 @@ def test_work_that_does_not_end_is_ended(tmp_path: Path) -> None:
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.needs("root")
 def test_the_service_cannot_stop_what_root_does_as_it() -> None:
     """A process of the same effective user alone may not be signalled, traced or looked into by that user's."""
-    if os.geteuid():
-        pytest.skip("needs root")
     site = Site({"prefix": "/nowhere", "service": "s", "scope": "system", "user": "nobody", "address": "", "port": 1})
 
     def work() -> list[str]:
