@@ -26,7 +26,6 @@ _PACKAGES = {
     "git": "git",
     "uv": "uv (pip install uv)",
     "apt-get": "apt",
-    "rsvg-convert": "librsvg2-bin",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
 }
@@ -110,7 +109,7 @@ LINE = 64_000_000
 """Bytes of a line: the hashes of all files of a release are one, some MB."""
 
 
-def talk(
+def stream(
     argv: Sequence[str | Path],
     request: bytes,
     blocks: Iterable[bytes] = (),

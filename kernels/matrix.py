@@ -10,14 +10,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from core import arch as archs
-from core import files
+from core import console, files
 from core.errors import ArchError, HearthError, RecipeSupportError, StackArchError, UnknownNameError, UsageError, near
-from core.stack import Platform, Stack, find_stack
+from core.stack import Platform, Stack, find_stack, stacks
 from kernels import recipe as recipes_of
 from kernels import toolchain as toolchains
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from core.arch import Arch
     from kernels.recipe import Module, Recipe
@@ -85,7 +85,7 @@ class Build:
         return f"{self.recipe.name}-sm{self.target}{ptx}-{self.toolchain.view.name}"
 
     @property
-    def own_folder(self) -> str:
+    def python_folder(self) -> str:
         """The folder in that one for what no other build shares: bindings and linked modules."""
         return f"{self.folder}/{self.toolchain.abi_tag}{f'-{self.profile}' if self.profile else ''}"
 
@@ -245,3 +245,59 @@ def _stacks_for(arch: Arch) -> Sequence[str]:
     from core.stack import stacks
 
     return [name for name, stack in stacks().items() if arch.capability in stack.archs]
+
+
+def summary(builds: Sequence[Build], skipped: Sequence[Skipped]) -> list[dict[str, str | None]]:
+    """Each build with its key and state, for a dry run; a skipped one has a reason and no key."""
+    from kernels import store
+
+    found: list[dict[str, str | None]] = [
+        {
+            "identifier": each.identifier,
+            "key": each.key,
+            "state": "in the wheelhouse" if store.find(each) else "to build",
+        }
+        for each in builds
+    ]
+    return found + [
+        {"identifier": each.identifier, "key": None, "state": "skipped", "reason": each.error.what} for each in skipped
+    ]
+
+
+def rows(found: Sequence[Mapping[str, str | None]]) -> list[str]:
+    """A table of `summary`."""
+    cells = []
+    for each in found:
+        state = f"skipped: {each['reason']}" if "reason" in each else str(each["state"])
+        cells.append((str(each["identifier"]), (each["key"] or "-")[:16], state))
+    return console.table(("build", "key", "state"), cells)
+
+
+def support() -> list[dict[str, str]]:
+    """Every recipe crossed with every stack: the archs that it supports, and why it does not support the others."""
+    found: list[dict[str, str]] = []
+    for recipe in recipes_of.recipes().values():
+        for stack in stacks().values():
+            refused = {arch: refusal(recipe, archs.Arch.parse(arch), stack) for arch in archs.known_archs()}
+            reasons: dict[str, list[str]] = {}
+            for arch, error in refused.items():
+                if error is not None:
+                    reasons.setdefault(error.cause, []).append(arch)
+            found.append(
+                {
+                    "kernel": recipe.name,
+                    "version": recipe.version,
+                    "stack": stack.name,
+                    "archs": " ".join(arch for arch, error in refused.items() if error is None),
+                    "profiles": " ".join(recipe.profiles) or "-",
+                    "why not": "; ".join(f"{' '.join(archs)}: {cause}" for cause, archs in reasons.items()),
+                }
+            )
+    return found
+
+
+def support_rows(found: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """A table of `support`, then the reasons."""
+    headings = ("kernel", "version", "stack", "archs", "profiles")
+    yield from console.table(headings, ([each[heading] for heading in headings] for each in found))
+    yield from sorted({f"{each['stack']} does not support {each['why not']}" for each in found if each["why not"]})

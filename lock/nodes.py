@@ -18,7 +18,7 @@ from core.errors import ConfigError, UnknownNameError, near
 from lock import application
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
 class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -194,3 +194,13 @@ def requirements(tree: Path) -> list[str]:
         return [line for line in lines if line and not line.startswith("#")]
     named = foreign.pyproject(tree).get("dependencies")
     return [str(each) for each in named] if isinstance(named, list) else []
+
+
+def rows(found: Catalogue) -> Iterator[str]:
+    """A table of the known nodes with their sets, and the rejected ones below."""
+    cells = []
+    for name, node in found.nodes.items():
+        sets = ", ".join(each for each, members in found.sets.items() if name in members)
+        cells.append((name, node.commit[:9], sets or "-", "required" if node.required else "", node.why))
+    yield from console.table(("node", "commit", "sets", "", "why"), cells)
+    yield from (f"left out: {name}: {reason}" for name, reason in found.left_out.items())

@@ -122,7 +122,7 @@ def test_a_change_of_flags_is_a_new_release_of_the_same_parts_and_can_be_taken_b
     assert system["argv"][-2:] == ["--preview-method", "auto"]
     told = steady.inv("diff", "previous", "current", "--host", "spark").stdout
     assert told.startswith("flag --preview-method: none -> auto\n---")
-    assert "the same parts: app, env" in told
+    assert "shared parts: app, env" in told
     back = steady.inv("rollback", "--host", "spark")
     assert back.returncode == 0, back.stderr
     assert steady.current() == first
@@ -384,7 +384,7 @@ def test_a_group_begins_with_its_canary(deployed: Fleet) -> None:
     assert (sound.returncode, sick.returncode, both.returncode) == (70, 70, 70)
     in_service = f"spark: release {deployed.current()} is in service"
     assert in_service in sound.stderr
-    assert "spark: not begun, the canary failed" in sick.stderr
+    assert "spark: skipped, the canary failed" in sick.stderr
     assert in_service in both.stderr
     assert "ghost: error: ghost cannot be reached" in both.stderr
 
