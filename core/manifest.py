@@ -1,4 +1,4 @@
-"""The manifest beside each wheel: what it was built from, and what inspection found in it.
+"""The manifest of a wheel: what it was built from, and what the inspection found in it.
 
 `kernels` writes it, `deploy` reads it; its JSON schema is in docs/reference/manifest.schema.json.
 """
@@ -21,11 +21,11 @@ WheelFile = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*\.
 
 
 class ModuleReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one extension module holds.
+    """The content of one extension module.
 
-    `sass` and `ptx` are the targets found in it (`sm_121a`), `cubins` how many device images, `needed` its shared
-    libraries, `undefined` how many symbols others must provide, of which `from_driver` come with the GPU's driver.
-    `glibc` and `glibcxx` are the highest symbol versions it asks for.
+    `sass` and `ptx` are the targets in it (`sm_121a`), `cubins` the number of device images, `needed` its shared
+    libraries, `undefined` the number of undefined symbols, of which the GPU's driver provides `from_driver`.
+    `glibc` and `glibcxx` are the highest symbol versions it requires.
     """
 
     name: str
@@ -41,14 +41,14 @@ class ModuleReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Whether a check that needs a certain machine ran: `passed` or `not run`, how, or why not."""
+    """The result of a check that needs a certain machine: `passed` or `not run`, with details or the reason."""
 
     result: str
     detail: str
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One wheel: its file and hash, its coordinates, the key and what went into it, and what was found in it."""
+    """One wheel: its file and hash, its coordinates, its key with the inputs, and the findings of the inspection."""
 
     file: WheelFile
     sha256: Sha256
@@ -72,7 +72,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read(path: Path) -> Manifest | None:
-    """The manifest in a file; None when there is none that can be read, as of a folder, a pipe or nested JSON."""
+    """The manifest in a file; None when the file cannot be read or decoded."""
     try:
         return decode(foreign.content(path))
     except (OSError, TreeError, msgspec.DecodeError, RecursionError):
@@ -80,7 +80,7 @@ def read(path: Path) -> Manifest | None:
 
 
 def decode(text: bytes) -> Manifest:
-    """Read a manifest; raises msgspec.ValidationError or msgspec.DecodeError when it is none."""
+    """Read a manifest; raises msgspec.ValidationError or msgspec.DecodeError."""
     return msgspec.json.decode(text, type=Manifest)
 
 

@@ -64,7 +64,7 @@ def test_what_a_recipe_does_not_support_is_skipped_with_its_reason(hearth: Heart
         (["--arch", "8.9", "--python", "3.9"], 13, "3.11, 3.12, 3.13"),
         (["--arch", "8.9", "--stack", "cu124", "--platform", "linux_aarch64"], 13, "no CUDA build"),
         (["--arch", "8.9", "--kernel", "flash-attn", "--profile", "ful"], 14, "'full'"),
-        (["--arch", "8.9", "--kernel", "sageattention", "--profile", "full"], 14, "leave --profile out"),
+        (["--arch", "8.9", "--kernel", "sageattention", "--profile", "full"], 14, "omit --profile"),
         (["--arch", "8.9", "--kernel", "sageatention"], 14, "'sageattention'"),
         (["--arch", "8.9", "--stack", "cu13"], 14, "'cu130'"),
         (["--arch", "8.9", "--platform", "linux_arm64"], 14, "linux_aarch64"),
