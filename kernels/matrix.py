@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from core import arch as archs
-from core import console, files
+from core import console, files, workspace
 from core.errors import ArchError, HearthError, RecipeSupportError, StackArchError, UnknownNameError, UsageError, near
 from core.stack import Platform, Stack, find_stack, stacks
 from kernels import recipe as recipes_of
@@ -249,13 +249,12 @@ def _stacks_for(arch: Arch) -> Sequence[str]:
 
 def summary(builds: Sequence[Build], skipped: Sequence[Skipped]) -> list[dict[str, str | None]]:
     """Each build with its key and state, for a dry run; a skipped one has a reason and no key."""
-    from kernels import store
-
+    wheelhouse = workspace.current().wheelhouse
     found: list[dict[str, str | None]] = [
         {
             "identifier": each.identifier,
             "key": each.key,
-            "state": "in the wheelhouse" if store.find(each) else "to build",
+            "state": "in the wheelhouse" if wheelhouse.find(each.wheel_name, each.key) else "to build",
         }
         for each in builds
     ]
