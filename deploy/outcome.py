@@ -9,7 +9,7 @@ from core import console
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from deploy.flow import Outcome
+    from deploy.change import Outcome
 
 
 def rows(results: Sequence[Outcome], *, dry_run: bool) -> Iterator[str]:

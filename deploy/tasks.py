@@ -42,10 +42,11 @@ def deploy(
         inv deploy --group home --drain 300   # several hosts; wait five minutes for jobs
         inv deploy --host spark --bundle spark.bundle.tar
     """
-    from deploy import flow, outcome
+    from deploy import outcome
+    from deploy.deploy import deploy_each
     from kernels.build import build_missing
 
-    results = flow.deploy_each(
+    results = deploy_each(
         where.names(),
         options(where, how),
         build=build_missing if build else None,
@@ -87,7 +88,7 @@ def bundle(
     """
     from core import signature
     from deploy import bundle as bundles
-    from deploy import flow
+    from deploy.deploy import make_bundle
 
     if verify:
         path = Path(verify)
@@ -97,7 +98,7 @@ def bundle(
         if key is None and not sign:
             console.say("not signed: there is no SSH key in ~/.ssh; name one with --sign")
         place = Path(output) if output else None
-        path, found = flow.make_bundle(where.host, place, platform, python, key, ask_sudo=where.ask_sudo)
+        path, found = make_bundle(where.host, place, platform, python, key, ask_sudo=where.ask_sudo)
     console.show(bundles.summary(path, found), bundles.rows(path, found), as_json=out.json)
 
 
@@ -110,9 +111,9 @@ def rollback(_: Context, to: str = "", *, where: Where, how: Tried, out: Output)
         inv rollback --host spark             # to the previous release
         inv rollback --host spark --dry-run
     """
-    from deploy import flow, outcome
+    from deploy import deploy, outcome
 
-    results = flow.rollback(where.host, to, options(where, how))
+    results = deploy.rollback(where.host, to, options(where, how))
     console.show(results, outcome.rows(results, dry_run=how.dry_run), as_json=out.json)
     return how.code(changes=any(each.changed for each in results))
 
@@ -125,9 +126,9 @@ def releases(_: Context, *, where: Where, out: Output) -> None:
 
         inv releases --host spark
     """
-    from deploy import facts, flow
+    from deploy import facts, look
 
-    found = flow.facts(where.host, ask_sudo=where.ask_sudo)
+    found = look.facts(where.host, ask_sudo=where.ask_sudo)
     console.show(facts.releases(found), facts.release_rows(found), as_json=out.json)
 
 
@@ -139,9 +140,9 @@ def history(_: Context, *, where: Where, out: Output) -> None:
 
         inv history --host spark
     """
-    from deploy import flow, outcome
+    from deploy import look, outcome
 
-    found = flow.history(where.host, ask_sudo=where.ask_sudo)
+    found = look.history(where.host, ask_sudo=where.ask_sudo)
     console.show(found, outcome.history_rows(found), as_json=out.json)
 
 
@@ -154,9 +155,9 @@ def facts(_: Context, *, where: Where, out: Output) -> None:
         inv facts --host spark
         inv facts --json        # this machine, for a script
     """
-    from deploy import facts, flow
+    from deploy import facts, look
 
-    found = flow.facts(where.host, ask_sudo=where.ask_sudo)
+    found = look.facts(where.host, ask_sudo=where.ask_sudo)
     console.show(found, facts.rows(found), as_json=out.json)
 
 
@@ -169,14 +170,14 @@ def hosts(_: Context, check: bool = False, *, sudo: Sudo, out: Output) -> None:
         inv hosts
         inv hosts --check   # also connect to each of them
     """
-    from deploy import flow, host
+    from deploy import host, look
 
     names = list(host.hosts().hosts)
-    targets = [flow.find_target(name) for name in names]
+    targets = [look.find_target(name) for name in names]
     rows = (row for each in targets for row in host.rows(each))
     console.show([host.summary(each) for each in targets], rows, as_json=out.json)
     if check:
-        flow.reach(names, ask_sudo=sudo.ask_sudo)
+        look.reach(names, ask_sudo=sudo.ask_sudo)
 
 
 @command()
@@ -187,9 +188,9 @@ def attach(_: Context, *, where: Where) -> None:
 
         inv attach --host spark
     """
-    from deploy import flow
+    from deploy import change
 
-    flow.attach(where.host, ask_sudo=where.ask_sudo)
+    change.attach(where.host, ask_sudo=where.ask_sudo)
 
 
 @command(
@@ -225,9 +226,8 @@ def adopt(
     import msgspec
 
     from deploy import adopt as adoption
-    from deploy import flow
 
-    proposal, outcome = flow.adopt(where.host, path, by, options(where, how), apply=apply, undo=undo)
+    proposal, outcome = adoption.adopt(where.host, path, by, options(where, how), apply=apply, undo=undo)
     if outcome is None:
         assert proposal is not None  # one of both is given
         console.show(proposal, adoption.rows(proposal), as_json=out.json)
@@ -253,10 +253,11 @@ def bom(_: Context, release: str = "current", output: str = "", *, where: Where)
         inv bom --host spark --release previous
     """
     from core import files
-    from deploy import flow
+    from deploy import look
+    from deploy.release import require_complete
     from lock import sbom
 
-    text = sbom.write(flow.facts(where.host, ask_sudo=where.ask_sudo).named(release))
+    text = sbom.write(require_complete(look.facts(where.host, ask_sudo=where.ask_sudo).named(release)))
     if output:
         files.write(Path(output), text)
     else:
@@ -272,10 +273,10 @@ def diff(_: Context, old: str, new: str, *, where: Where, out: Output) -> None:
 
         inv diff previous current --host spark   # what the last deploy changed
     """
-    from deploy import flow
+    from deploy import look
     from lock import diff
 
-    found = flow.facts(where.host, ask_sudo=where.ask_sudo)
+    found = look.facts(where.host, ask_sudo=where.ask_sudo)
     changes = diff.compare(found.named(old), found.named(new))
     console.show(changes, diff.rows(changes), as_json=out.json)
 
@@ -297,9 +298,15 @@ def audit(_: Context, host: str = "", service: str = "", *, sudo: Sudo, out: Out
         inv audit                # everything locked here, before a deploy
         inv audit --host spark   # the active release there
     """
+    from deploy import look
+    from deploy.release import require_complete
     from lock import audit
 
-    found = audit.check(audit.stock(host, ask_sudo=sudo.ask_sudo), service)
+    if host:
+        stock = audit.deployed(require_complete(look.facts(host, ask_sudo=sudo.ask_sudo).named("current")))
+    else:
+        stock = audit.locked()
+    found = audit.check(stock, service)
     console.show(audit.summary(found), audit.rows(found), as_json=out.json)
     if found.fault:
         raise found.fault

@@ -49,7 +49,7 @@ def build_kernels(
     """
     from dataclasses import asdict
 
-    from core import files, manifest
+    from core import manifest, workspace
     from kernels import build, matrix
 
     request = matrix.Request(
@@ -69,7 +69,7 @@ def build_kernels(
         console.show(found, manifest.rows(found), as_json=out.json)
         for note in manifest.unproven(found):
             console.say(note)
-        house = files.wheelhouse()
+        house = workspace.current().wheelhouse.folder
         console.say(f"in {house}; install with: uv pip install --find-links {house.name} ...")
 
 
@@ -82,6 +82,7 @@ def wheels(_: Context, prune: bool = False, *, out: Output) -> int:
         inv wheels
         inv wheels --prune   # delete outdated wheels first
     """
+    from core import workspace
     from kernels import store
 
     if prune:
@@ -90,7 +91,7 @@ def wheels(_: Context, prune: bool = False, *, out: Output) -> int:
             console.say(f"deleted {path.name}: {reason}")
         if not deleted:
             console.say("nothing to prune")
-    found = store.entries()
+    found = workspace.current().wheelhouse.verify()
     console.show(store.summary(found), store.rows(found), as_json=out.json)
     return int(any(entry.fault for entry in found))
 

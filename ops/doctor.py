@@ -11,9 +11,11 @@ import msgspec
 
 from core import files
 from core.errors import StorageError
-from deploy import flow, plan
 from deploy import host as hosts
+from deploy import plan
 from deploy.facts import Facts
+from deploy.inputs import gather
+from deploy.look import find_target, questions
 from ops import fleet, workstation
 from ops.checks import CHECKS, Case, Probe, Severity
 from ops.status import Live
@@ -48,7 +50,7 @@ def examine(host: str, group: str, *, ask_sudo: bool = False) -> tuple[list[str]
     found: list[Finding] = []
     if not (host or group):
         found = this_machine()
-        if not Path(flow.find_target(hosts.LOCAL).prefix, "current").expanduser().exists():
+        if not Path(find_target(hosts.LOCAL).prefix, "current").expanduser().exists():
             return [workstation.NAME], found
     for answer in fleet.ask_each(names, _one, ask_sudo=ask_sudo, seconds=SECONDS):
         if answer.error is not None:
@@ -59,12 +61,11 @@ def examine(host: str, group: str, *, ask_sudo: bool = False) -> tuple[list[str]
 
 
 def _one(agent: Agent, target: Target) -> list[Finding]:
-    stock = flow.shelf(target)
-    packages = sorted({each for node in stock.nodes.values() for each in node.system})
-    said = agent.call("probe", **flow.questions(target, packages), roots=list(target.host.model_roots))
+    inputs = gather(target)
+    said = agent.call("probe", **questions(target, inputs.packages), roots=list(target.host.model_roots))
     facts, live = msgspec.convert(said.pop("facts"), Facts), msgspec.convert(said.pop("live"), Live)
-    planned = plan.make(target, facts, stock, plan.Options())
-    case = Case(target, facts, live, msgspec.convert(said, Probe), stock, planned, time.time())
+    planned = plan.make(target, facts, inputs, plan.Options())
+    case = Case(target, facts, live, msgspec.convert(said, Probe), inputs, planned, time.time())
     return judge(case)
 
 

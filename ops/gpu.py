@@ -16,8 +16,9 @@ import msgspec
 
 from core import console
 from core.errors import ConnectError, DiskFullError, HearthError, UsageError
-from deploy import connection, flow
+from deploy import connection
 from deploy.facts import Process
+from deploy.look import find_target
 from ops import fleet
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def watch(names: Sequence[str], seconds: str | bool, *, ask_sudo: bool) -> None:
     with ExitStack() as stack:
         for name in names:  # one after the other: the terminal may ask for a password
             try:
-                agent = stack.enter_context(connection.connect(flow.find_target(name), ask_sudo, seconds=5))
+                agent = stack.enter_context(connection.connect(find_target(name), ask_sudo, seconds=5))
                 threading.Thread(target=read, args=(name, agent), daemon=True).start()
             except HearthError as error:
                 failed[name] = error
@@ -200,10 +201,8 @@ def record(name: str, place: Path, seconds: float, every: float, *, ask_sudo: bo
     """
     count = 0
     try:
-        with place.open("x") as file, connection.connect(flow.find_target(name), ask_sudo) as agent:
-            console.say(
-                f"recording {name} for {console.clock(seconds)} to {place}; Ctrl-C stops early and keeps the file"
-            )
+        with place.open("x") as file, connection.connect(find_target(name), ask_sudo) as agent:
+            console.say(f"recording {name} for {console.clock(seconds)} to {place}; Ctrl-C ends it, and keeps it")
             for sample in _samples(agent, every, seconds):
                 file.write(json.dumps({"host": name, **_plain(sample)}) + "\n")
                 file.flush()

@@ -8,16 +8,18 @@ import msgspec
 
 from core import console
 from core.errors import HearthError
-from deploy import connection, flow
-from deploy.plan import Plan, Refusal, Step
+from deploy import connection, refusals
+from deploy.change import Change, change_each
+from deploy.look import find_target
+from deploy.plan import Plan, Step
 from ops import fleet
 from ops.gpu import number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from deploy.change import Outcome
     from deploy.facts import Facts
-    from deploy.flow import Outcome
     from deploy.host import Target
     from deploy.plan import Options
 
@@ -56,7 +58,7 @@ def free(names: Sequence[str], wait: str, *, ask_sudo: bool = False) -> list[fle
 
     def one(name: str) -> fleet.Answer[Freed]:
         try:
-            with connection.connect(flow.find_target(name), ask_sudo) as agent:
+            with connection.connect(find_target(name), ask_sudo) as agent:
                 return fleet.Answer(name, msgspec.convert(agent.call("free-memory", wait=patience), Freed))
         except HearthError as error:
             return fleet.Answer(name, None, error)
@@ -95,7 +97,12 @@ def _gained(old: int, new: int) -> str:
 
 def drop(names: Sequence[str], options: Options) -> list[Outcome]:
     """Drop the page cache of hosts."""
-    return flow.change(names, "drop-caches", lambda _, target, facts: plan(target, facts, force=options.force), options)
+    change = Change(
+        action="drop-caches",
+        plan=lambda _, target, facts: plan(target, facts, force=options.force),
+        unchecked="the cache fills again at once",
+    )
+    return change_each(names, change, options)
 
 
 def dropped_rows(results: Sequence[Outcome]) -> Iterator[str]:
@@ -105,19 +112,8 @@ def dropped_rows(results: Sequence[Outcome]) -> Iterator[str]:
 
 
 def plan(target: Target, facts: Facts, *, force: bool) -> Plan:
-    """The plan that drops a host's page cache; it always has one step."""
-    refusals: list[Refusal] = []
-    if not facts.current:
-        refusals.append(Refusal("nothing is deployed", f"inv deploy --host {target.name}"))
-    if not facts.root:
-        by_hand = "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'"
-        refusals.append(
-            Refusal(f"only root can drop the page cache, and the login is {facts.login}", f"on the host: {by_hand}")
-        )
-    if not force and not any(gpu.unified for gpu in facts.gpus):
-        what = "no GPU there shares the machine's memory, so the page cache takes none of theirs"
-        refusals.append(Refusal(what, "leave it, since cached files need not be read again; or use --force"))
-    why = "it uses memory that the GPU needs" if not force else "requested"
-    undo = "nothing: files are read from the disk again when needed"
-    steps = () if refusals else (Step("drop-caches", "write dirty pages to disk, drop the page cache", why, undo),)
-    return Plan(facts.current, facts.current, steps=steps, refusals=tuple(refusals))
+    """The plan that drops a host's page cache; it always has its one step."""
+    why = "it competes with the GPU for the same memory" if not force else "asked for"
+    undo = "nothing: files are read again from the disk"
+    step = Step("drop-caches", "write unsaved data to disk, drop the page cache", why, undo)
+    return Plan.of(facts, [step], refusals.undroppable(target, facts, force=force))

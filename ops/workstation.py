@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core import console, files, shell
+from core import console, shell, workspace
 from core.arch import known_archs
 from core.stack import Platform, find_stack
 from deploy import host as hosts
@@ -96,15 +96,14 @@ def _emulators(archs: Iterable[str]) -> Iterator[tuple[Severity, Problem]]:
 
 
 def _wheels() -> Iterator[tuple[Severity, Problem]]:
-    from kernels import store
-
-    for entry in store.entries():
+    for entry in workspace.current().wheelhouse.verify():
         if entry.fault:
             yield "error", Problem(f"{entry.manifest.file}: {entry.fault}", "inv build-kernels builds it again")
 
 
 def _disk() -> Iterator[tuple[Severity, Problem]]:
-    place = next(path for path in (files.cache(), *files.cache().parents) if path.exists())
+    cache = workspace.current().cache
+    place = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < BUILD_BYTES:
         what = f"{console.size(free)} free at {place}; a build needs {console.size(BUILD_BYTES)}"

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from deploy.host import Target
-    from deploy.plan import Plan, Shelf
+    from deploy.inputs import Inputs
+    from deploy.plan import Plan
 
 Severity = Literal["error", "warning"]
 
@@ -65,7 +66,7 @@ class Case:
     facts: Facts
     live: Live
     probe: Probe
-    stock: Shelf
+    inputs: Inputs
     planned: Plan
     now: float
 

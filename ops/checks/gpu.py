@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deploy import plan
+from deploy import plan, release_refusals
 from ops.checks.case import Case, Check
 from ops.mps import problems as mps_problems
 from ops.status import Problem
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def _driver(case: Case) -> Iterator[Problem]:
     if case.target.profile.cuda:
-        for refusal in plan.gpu(case.target, case.facts):
+        for refusal in release_refusals.gpu(case.target, case.facts):
             yield Problem(refusal.what, refusal.remedy)
 
 
@@ -58,7 +58,7 @@ def _kernels(case: Case) -> Iterator[Problem]:
                 f"inv build-kernels --kernel {name} --arch '{';'.join(sorted(have))}'; inv deploy {case.at}",
             )
     for refusal in case.planned.refusals:
-        if refusal.build or "glibc" in refusal.what:
+        if refusal.kind in ("no-wheel", "old-glibc"):
             yield Problem(refusal.what, refusal.remedy)
 
 

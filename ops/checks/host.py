@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from packaging.version import InvalidVersion, Version
 
 from core import console
-from deploy import plan
+from deploy import refusals, release_refusals
 from ops.checks.case import Case, Check
 from ops.status import Problem
 
@@ -23,7 +23,7 @@ TOOLKIT = "1.18"
 
 
 def _storage(case: Case) -> Iterator[Problem]:
-    for refusal in plan.storage(case.target, case.facts):
+    for refusal in refusals.storage(case.target, case.facts):
         yield Problem(refusal.what, refusal.remedy)
 
 
@@ -37,7 +37,7 @@ def _disk(case: Case) -> Iterator[Problem]:
     for path, disk in case.live.disks.items():
         if disk.fault:
             yield Problem(f"{path} cannot be read: {disk.fault}", f"on the host: ls -ld {shlex.quote(path)}")
-        elif disk.total and (disk.free < disk.total * LEAST or disk.free < plan.RESERVE_DATA):
+        elif disk.total and (disk.free < disk.total * LEAST or disk.free < refusals.RESERVE_DATA):
             yield Problem(
                 f"{console.size(disk.free)} of {console.size(disk.total)} left at {path}",
                 f"on the host: du -xh {shlex.quote(path)} | sort -h | tail",
@@ -48,7 +48,7 @@ def _disk(case: Case) -> Iterator[Problem]:
                 f"on the host: du --inodes -x {shlex.quote(path)} | sort -n | tail",
             )
     if not case.planned.steps:
-        for refusal in plan.room(case.target, case.facts, case.stock):
+        for refusal in release_refusals.room(case.target, case.facts, case.inputs):
             yield Problem(f"no room for a new environment: {refusal.what}", refusal.remedy)
 
 

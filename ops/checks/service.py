@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from core import console
-from deploy import plan
+from deploy import refusals
 from ops.checks.case import Case, Check
 from ops.status import Problem
 
@@ -22,8 +22,7 @@ nodes."""
 
 def _service(case: Case) -> Iterator[Problem]:
     facts, service, comfyui = case.facts, case.facts.service, case.live.comfyui
-    if facts.paused:
-        yield Problem(plan.paused(case.target, facts), f"inv resume {case.at}")
+    yield from (Problem(each.what, each.remedy) for each in refusals.paused(case.target, facts))
     if not facts.current or facts.paused:
         return
     line = _telling(case.lines)
@@ -56,13 +55,12 @@ def _telling(log: list[str]) -> str:
 
 
 def _port(case: Case) -> Iterator[Problem]:
-    if holder := plan.port(case.target, case.facts):
-        yield Problem(holder, "stop that process, or set another `port` for this host")
+    yield from (Problem(each.what, each.remedy) for each in refusals.port(case.target, case.facts))
 
 
 def _exporter(case: Case) -> Iterator[Problem]:
-    yield from (Problem(each.what, each.remedy) for each in plan.metrics(case.target, case.facts))
-    if "exporter" in case.release.get("parts", {}) and not case.facts.metrics_holder:
+    yield from (Problem(each.what, each.remedy) for each in refusals.metrics(case.target, case.facts))
+    if case.facts.exporter and not case.facts.metrics_holder:
         unit = case.target.exporter_unit
         yield Problem(
             f"the exporter is not running: no process listens on port {case.target.host.metrics_port}",

@@ -18,8 +18,8 @@ import pytest
 from core import console, files
 from core.console import age, clock, printable, size
 from core.errors import HearthError
-from deploy import flow, outcome
-from deploy.flow import Outcome
+from deploy import change, outcome
+from deploy.change import Outcome
 from deploy.plan import Plan, Step
 from lock import node_updates
 from lock.node_updates import Change
@@ -200,7 +200,7 @@ def test_nobody_forges_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     console.show(changes, node_updates.rows(changes), as_json=False)
     outcomes = [Outcome("box", "r", "", True, state=FORGED)]
     console.show(outcomes, outcome.rows(outcomes, dry_run=False), as_json=False)
-    flow.show(Plan("", "r", (Step("stop", FORGED, FORGED, ""),), notes=(FORGED,)))
+    change.show(Plan("", "r", (Step("stop", FORGED, FORGED, ""),), notes=(FORGED,)))
     logs._print([{"at": None, "text": FORGED}, {"note": FORGED}], "box", alone=True, as_json=False)
     said = capsys.readouterr()
     assert "forged" in said.out

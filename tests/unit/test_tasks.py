@@ -19,7 +19,7 @@ from core.command import command
 from core.errors import AuditServiceError, BusyError
 from core.flags import CutOver, Where
 from deploy import remote_build
-from deploy.flow import Outcome
+from deploy.change import Outcome
 from docs.generate import contexts
 from lock.audit import Audit, Finding
 from lock.node_updates import Change as Update
@@ -73,7 +73,7 @@ def test_an_expected_error_is_an_exit_code(
     [
         (["deploy", "--drain", "soon"], "--drain soon is not a number of seconds"),
         (["deploy", "--build", "--bundle", "x.tar"], "--build and --bundle exclude each other"),
-        (["adopt", "--by", "copy"], "say --by rename or --by reference"),
+        (["adopt", "--by", "copy"], "give --by rename or --by reference"),
         (["adopt", "--apply", "--undo"], "one of --apply and --undo"),
     ],
 )
@@ -115,18 +115,18 @@ FINDING = Finding("x", "1", (), "a hole", "", "")
 @pytest.mark.parametrize(
     ("task", "flags", "place", "result", "code"),
     [
-        ("deploy", {"dry_run": True}, "flow.deploy_each", [outcome(changed=True), outcome(changed=False)], 2),
-        ("deploy", {"dry_run": True}, "flow.deploy_each", [outcome(changed=False)], 0),
-        ("deploy", {}, "flow.deploy_each", [outcome(changed=True)], 0),
-        ("adopt", {"undo": True, "dry_run": True}, "flow.adopt", (None, outcome(changed=True)), 2),
-        ("adopt", {"undo": True}, "flow.adopt", (None, outcome(changed=True)), 0),
-        ("nodes.update", {"name": [], "dry_run": True}, "node_updates.update", [update()], 2),
-        ("nodes.update", {"name": []}, "node_updates.update", [update()], 0),
-        ("nodes.update", {"name": [], "dry_run": True}, "node_updates.update", [], 0),
-        ("nodes.search", {"workflow": "w"}, "node_updates.search", {"A": ["node"], "B": []}, 1),
-        ("nodes.search", {"workflow": "w"}, "node_updates.search", {"A": ["node"]}, 0),
-        ("audit", {}, "audit.check", Audit(1, 1, 1, (), None), 0),
-        ("audit", {}, "audit.check", Audit(1, 1, 1, (FINDING,), None), 1),
+        ("deploy", {"dry_run": True}, "deploy.deploy.deploy_each", [outcome(changed=True), outcome(changed=False)], 2),
+        ("deploy", {"dry_run": True}, "deploy.deploy.deploy_each", [outcome(changed=False)], 0),
+        ("deploy", {}, "deploy.deploy.deploy_each", [outcome(changed=True)], 0),
+        ("adopt", {"undo": True, "dry_run": True}, "deploy.adopt.adopt", (None, outcome(changed=True)), 2),
+        ("adopt", {"undo": True}, "deploy.adopt.adopt", (None, outcome(changed=True)), 0),
+        ("nodes.update", {"name": [], "dry_run": True}, "lock.node_updates.update", [update()], 2),
+        ("nodes.update", {"name": []}, "lock.node_updates.update", [update()], 0),
+        ("nodes.update", {"name": [], "dry_run": True}, "lock.node_updates.update", [], 0),
+        ("nodes.search", {"workflow": "w"}, "lock.node_updates.search", {"A": ["node"], "B": []}, 1),
+        ("nodes.search", {"workflow": "w"}, "lock.node_updates.search", {"A": ["node"]}, 0),
+        ("audit", {}, "lock.audit.check", Audit(1, 1, 1, (), None), 0),
+        ("audit", {}, "lock.audit.check", Audit(1, 1, 1, (FINDING,), None), 1),
     ],
 )
 def test_the_result_of_a_task_is_its_exit_code(
@@ -145,15 +145,14 @@ def test_an_audit_without_its_service_is_reported_before_it_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = Audit(1, 0, 1, (FINDING,), AuditServiceError("no answer"))
-    assert run(monkeypatch, "audit", {}, "audit.check", found) == AuditServiceError.exit_code
+    assert run(monkeypatch, "audit", {}, "lock.audit.check", found) == AuditServiceError.exit_code
     assert "x 1: a hole" in capsys.readouterr().out
 
 
 def run(monkeypatch: pytest.MonkeyPatch, task: str, flags: dict[str, Any], place: str, result: object) -> int:
     """Run a task whose work is done by `place`, which gives `result`; returns its exit code."""
-    folder = "deploy" if place.startswith("flow") else "lock"
-    monkeypatch.setattr(f"{folder}.{place}", lambda *_, **__: result)
-    monkeypatch.setattr("lock.audit.stock", lambda *_, **__: None)
+    monkeypatch.setattr(place, lambda *_, **__: result)
+    monkeypatch.setattr("lock.audit.locked", lambda *_, **__: None)
     given = {str(each.attr_name or each.name): each.default for each in contexts()[task].args.values()}
     try:
         tasks.ns[task](Context(), **{**given, **flags})

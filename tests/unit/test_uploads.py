@@ -34,7 +34,8 @@ class Upload:
     """A client that sends `DATA`."""
 
     def __init__(self, site: Site, offset: int = 0, silence: int = 60) -> None:
-        code = f"import sys; from agent import main, runs; runs.SILENCE = {silence}; sys.exit(main.main(['receive']))"
+        code = f"import sys; from agent import main; from agent.change import runs; runs.SILENCE = {silence}"
+        code += "; sys.exit(main.main(['receive']))"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=files.CHECKOUT
         )
