@@ -34,6 +34,9 @@ class Site:
         self.state = self.prefix / "state"
         self.secrets = self.prefix / "secrets"
         self.incoming = self.state / "incoming"
+        self.agent = self.state / "agent"  # the agent that units run
+        self.exporter_agent = self.state / "exporter"  # the agent that the exporter's unit runs
+        self.exporter_settings = self.state / "exporter.json"
         self.pending = self.state / "pending.json"
         self.history = self.state / "history.jsonl"
         self.lock = self.state / "lock"

@@ -1,9 +1,9 @@
-"""Hearth on the host: reads facts, applies plans, and keeps ComfyUI running where there is no systemd.
+"""Hearth on the host: reads facts, applies plans, exports metrics, and runs ComfyUI where there is no systemd.
 
-The client sends this package as one file; it needs nothing but Python 3.10. Every verb reads one JSON object from
-standard input (`site`, and what the verb takes) and answers in JSON lines. What is under way lies in `<prefix>/state`:
+The client sends this package as one file; it needs only Python 3.10. Every verb reads one JSON object from
+standard input (`site`, and the verb's own values) and answers in JSON lines. Its records lie in `<prefix>/state`:
 
-    agent.pyz          that file, as it submitted the plan under way
+    agents/<hash>/     that package, unpacked (`install`); agent is a link to the one that took the last plan over
     pending.json       the plan under way; gone when it has ended
     cut-over.json      the phase of its cut-over (`cutover`), and database-<run>/ the database as it was before,
                        deleted with the run's end unless a revert could not restore it
@@ -13,9 +13,10 @@ standard input (`site`, and what the verb takes) and answers in JSON lines. What
     history.jsonl      how every run ended
     adopted.jsonl      what was taken over from another installation, and its units in adopted/
     paused.json        who paused the service, and when; gone when it is resumed
-    manager.json       who runs the service: systemd-system, systemd-user or process (Hearth's own supervisor)
-    comfyui.log        what a supervised ComfyUI said, and comfyui.times how long that was when
-    settings.jsonl     what was changed outside the prefix on request, each with what was there before
+    manager.json       what runs the service: systemd-system, systemd-user or process (Hearth's own supervisor)
+    comfyui.log        the output of a supervised ComfyUI, and comfyui.times how long it was at which time
+    settings.jsonl     changes outside the prefix made on request, each with the previous value
+    exporter           a link to the agent that exports metrics, by what exporter.json says
     lock               held (flock) by the process that applies
 
 A killed process, a closed connection or a power cut leaves these, and the next `apply` goes on from them: under
@@ -27,34 +28,44 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
-from agent.files import Fault, Json, confine, os_fault, read
+from agent.files import Fault, Json, confine, os_fault, read, read_text
+from agent.install import keep
 from agent.layout import Site
 
 
 def say(value: object) -> None:
-    """One line of JSON to whoever asked."""
+    """Print one line of JSON for the client."""
     print(json.dumps(value), flush=True)
 
 
 def main(argv: list[str]) -> int:
-    """Do what the verb says; 0, or 3 after a Fault, which is then the last line."""
+    """Run a verb; returns 0, or 3 after a Fault, which is then the last line."""
     verb = argv[0]
     if verb == "confine":  # its environment is the command's
         from agent.serve import confine as confinement
 
         confinement.main(json.loads(argv[1]), argv[3:])
+    if verb == "metrics":  # its unit's folder is in the environment
+        from agent.serve.metrics.server import serve
+
+        serve(Path(argv[1]))
     confine()
     try:
         if verb in ("apply", "supervise", "watch", "free"):  # started by a unit or detached: the site is a file
             _stay(verb, Site(read(Path(argv[1]))))
         else:
             line = sys.stdin.buffer.readline()
-            if argv[1:] and hashlib.sha256(line).hexdigest() != argv[1]:  # it came by a pipe that others may write into
-                raise Fault("usage", "the request was replaced on its way", "", "look what else this login runs")
+            # by sudo it comes through a pipe that the login's other processes can write to
+            if argv[1:] and hashlib.sha256(line).hexdigest() != argv[1]:
+                raise Fault("usage", "the request was replaced on its way", "", "check what else this login runs")
             request = json.loads(line)
-            _answer(verb, Site(request["site"]), request)
+            site = Site(request["site"])
+            _answer(verb, site, request)
+            keep(site)
     except Fault as fault:
         say({"fault": fault.report})
         return 3
@@ -71,7 +82,7 @@ UNWRITABLE = 4
 
 
 def _stay(verb: str, site: Site) -> None:
-    """Verbs that units run. All that they need is imported now: their file may be replaced meanwhile."""
+    """Verbs that units run. They import everything now: their agent may be pruned while they run."""
     from agent.change import runs
     from agent.serve import health, services, watch
 
@@ -85,86 +96,60 @@ def _stay(verb: str, site: Site) -> None:
         print(health.free_if_idle(site), flush=True)
 
 
+VERBS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
+    "status": ("agent.look.status", "status", None),
+    "probe": ("agent.look.probe", "probe", None),
+    "gpu": ("agent.look.samples", "samples", ("every", "seconds")),
+    "mps": ("agent.look.mps", "mps", ()),
+    "logs": ("agent.look.logs", "logs", None),
+    "jobs": ("agent.look.jobs", "jobs", ("count",)),
+    "survey": ("agent.look.survey", "survey", ("path",)),
+    "history": ("agent.journal", "history", ()),
+    "receive": ("agent.change.runs", "receive", ("sha256", "size", "offset")),
+    "submit": ("agent.change.runs", "submit", ("plan",)),
+    "follow": ("agent.change.runs", "follow", ("run",)),
+    "free-memory": ("agent.change.memory", "free", ("wait",)),
+    "settings": ("agent.change.settings", "look", None),
+    "access": ("agent.change.settings", "access", None),
+    "secret": ("agent.serve.secret", "keep", None),
+}
+"""Module and function of each verb of the client, and the values of the request that it takes (None: the request).
+Only the verb's own modules are imported, which keeps the others fast."""
+
+
 def _answer(verb: str, site: Site, request: Json) -> None:
-    """Verbs that are asked, each importing what it needs: nothing is compiled in advance there."""
-    if verb == "facts":
-        from agent.look.facts import PATIENT, answering, facts
-        from agent.look.gpu import gpus
-        from agent.serve.services import ours
-
-        answering(site, request, PATIENT)
-        say(facts(site, request, ours(site, gpus())))
-    elif verb == "status":
-        from agent.look.status import status
-
-        say(status(site, request))
-    elif verb == "probe":
-        from agent.look.probe import probe
-
-        say(probe(site, request))
-    elif verb == "gpu":
-        from agent.look.samples import samples
-
-        for sample in samples(site, request["every"], request["seconds"]):
-            say(sample)
-    elif verb == "free-memory":
-        from agent.change.memory import free
-
-        say(free(site, request["wait"]))
-    elif verb == "contents":
-        from agent.parts import contents
-
-        say({name: contents(site.parts / name) for name in request["parts"]})
-    elif verb == "receive":
-        from agent.change.runs import receive
-
-        say(receive(site, request["sha256"], request["size"], request["offset"]))
-    elif verb == "submit":
-        from agent.change.runs import submit
-
-        say(submit(site, request["plan"]))
-    elif verb == "follow":
-        from agent.change.runs import follow
-
-        for event in follow(site, request["run"]):
-            say(event)
-    elif verb == "secret":
-        from agent.serve.secret import keep
-
-        say(keep(site, request))
-    elif verb == "settings":
-        from agent.change.settings import look
-
-        say(look(site, request))
-    elif verb == "access":
-        from agent.change.settings import access
-
-        say(access(site, request))
-    elif verb == "mps":
-        from agent.look.mps import mps
-
-        say(mps(site))
-    elif verb == "history":
-        from agent.journal import history
-
-        say(history(site))
-    elif verb == "flags":
-        from agent.files import read_text
-
-        release = site.release()
-        say({"release": site.manifest(release), "text": read_text(site.releases / release / "app/comfy/cli_args.py")})
-    elif verb == "logs":
-        from agent.look.logs import logs
-
-        for line in logs(site, request):
-            say(line)
-    elif verb == "jobs":
-        from agent.look.jobs import jobs
-
-        say(jobs(site, request["count"]))
-    elif verb == "survey":
-        from agent.look.survey import survey
-
-        say(survey(site, request["path"]))
+    """Answer a verb of the client: one line of JSON, or one for each value of an iterator. Raises Fault."""
+    if verb in OWN:
+        say(OWN[verb](site, request))
+    elif verb in VERBS:
+        module, name, keys = VERBS[verb]
+        given = [request] if keys is None else [request[key] for key in keys]
+        answer = getattr(import_module(module), name)(site, *given)
+        for value in answer if isinstance(answer, Iterator) else [answer]:
+            say(value)
     else:
         raise Fault("step", f"the agent has no verb {verb!r}")
+
+
+def _facts(site: Site, request: Json) -> Json:
+    from agent.look.facts import PATIENT, answering, facts
+    from agent.look.gpu import gpus
+    from agent.serve.services import ours
+
+    answering(site, request, PATIENT)
+    return facts(site, request, ours(site, gpus()))
+
+
+def _contents(site: Site, request: Json) -> Json:
+    from agent.parts import contents
+
+    return {name: contents(site.parts / name) for name in request["parts"]}
+
+
+def _flags(site: Site, request: Json) -> Json:
+    """The release in service and the source of ComfyUI's flags."""
+    release = site.release()
+    return {"release": site.manifest(release), "text": read_text(site.releases / release / "app/comfy/cli_args.py")}
+
+
+OWN: dict[str, Callable[[Site, Json], Json]] = {"facts": _facts, "contents": _contents, "flags": _flags}

@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.kernels import machine as this_machine
-from core import files
+from core import files, workspace
 from tests.host.fleet import PREFIX, Fleet
 from tests.host.machine import Machine, free_port
 from tests.host.test_deploy import broken
@@ -213,7 +213,10 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="another checkout, measured beside this one")
     parser.add_argument("--runs", type=int, default=RUNS, help="turns of the run with nothing to do")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="hearth-bench-", dir=files.cache()) as name, ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="hearth-bench-", dir=workspace.current().cache) as name,
+        ExitStack() as stack,
+    ):
         work = Path(name)
         checkouts = {"before": options.before.resolve()} if options.before else {}
         sides = [side(stack, name, work, path) for name, path in {**checkouts, "now": files.CHECKOUT}.items()]

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.kernels import machine as this_machine
-from core import files
+from core import files, workspace
 from tests.host.fleet import Fleet, fresh
 from tests.host.machine import free_port
 from tests.host.test_gpu import driver
@@ -75,7 +75,7 @@ def section(fleet: Fleet) -> str:
 def main() -> None:
     """Measure, and put the section in the place of the old one."""
     with (
-        tempfile.TemporaryDirectory(prefix="hearth-bench-", dir=files.cache()) as name,
+        tempfile.TemporaryDirectory(prefix="hearth-bench-", dir=workspace.current().cache) as name,
         fresh(Path(name), "bench", Fleet) as fleet,
     ):
         fleet.machine.boot()

@@ -24,7 +24,7 @@ from pathlib import Path
 import ninja
 from elftools.elf.elffile import ELFFile
 
-from core import files, source
+from core import files, source, workspace
 from core.stack import Platform, find_stack
 from kernels import toolchain
 from kernels.inspection import unpack
@@ -112,8 +112,8 @@ def hearth_env(work: Path) -> dict[str, str]:
     cache.mkdir(exist_ok=True)
     for shared in ("installed", "exports", "emulation", "sources"):
         if not (cache / shared).exists():
-            (files.cache() / shared).mkdir(parents=True, exist_ok=True)
-            (cache / shared).symlink_to(files.cache() / shared)
+            (workspace.current().cache / shared).mkdir(parents=True, exist_ok=True)
+            (cache / shared).symlink_to(workspace.current().cache / shared)
     return {"HEARTH_CACHE": str(cache), "HEARTH_WHEELHOUSE": str(work / "wheelhouse"), "HEARTH_RECIPES": ""}
 
 

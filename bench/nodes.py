@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.kernels import machine as this_machine
-from core import files
+from core import files, workspace
 from core.stack import Platform, find_stack
 from lock import nodes, requirements
 from lock.application import application
@@ -48,7 +48,7 @@ def repositories() -> dict[str, str]:
 
 def mirrors(place: Path) -> None:
     """A bare repository of each below `place`, by its name."""
-    kept = files.cache() / "bench-mirrors"
+    kept = workspace.current().cache / "bench-mirrors"
     kept.mkdir(parents=True, exist_ok=True)
     for name, url in repositories().items():
         asked = subprocess.run(["git", "ls-remote", "--get-url", url], capture_output=True, text=True, check=True)

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.kernels import machine as this_machine
-from core import files
+from core import files, workspace
 from tests.host.fleet import PREFIX, Fleet, fresh
 from tests.host.machine import free_port
 
@@ -67,7 +67,7 @@ def multiply(fleet: Fleet) -> None:
 def main() -> None:
     """Run everything and write the page."""
     with (
-        tempfile.TemporaryDirectory(prefix="hearth-bench-", dir=files.cache()) as name,
+        tempfile.TemporaryDirectory(prefix="hearth-bench-", dir=workspace.current().cache) as name,
         fresh(Path(name), "bench", Fleet) as fleet,
     ):
         fleet.machine.boot()

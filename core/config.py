@@ -1,12 +1,13 @@
-"""Loads a TOML file into a frozen noun, strictly: unknown keys are refused with their path and a near match."""
+"""Loads TOML files into frozen structs: an unknown key is an error with its path and a near match."""
 
 from __future__ import annotations
 
 import re
-import tomllib
+import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
+import tomli
 
 from core import foreign
 from core.errors import ConfigError, TreeError, near
@@ -25,7 +26,7 @@ def load(path: Path, kind: type[T]) -> T:
 def convert(path: Path, raw: dict[str, Any], kind: type[T]) -> T:
     """Convert the table `raw`, read from `path`, to a `kind`.
 
-    Raises ConfigError with the file, the place in it and, for an unknown key, the nearest known one.
+    Raises ConfigError with the file, the key's path and, for an unknown key, a suggestion.
     """
     try:
         return msgspec.convert(raw, kind)
@@ -37,26 +38,43 @@ def convert(path: Path, raw: dict[str, Any], kind: type[T]) -> T:
 
 
 DOTS = 200
-"""Dots in a line: the parser takes a minute for a key of 100,000 parts. Only what a bundle brings has many."""
+"""Maximum dots in a line: the parser takes a minute for a key of 100,000 parts, which a bundle could contain."""
+
+_parsed: dict[Path, tuple[tuple[int, ...], dict[str, Any]]] = {}
+"""Each file that this command has read, with what identified its content. Paths of a bundle are its own."""
 
 
 def table(path: Path) -> dict[str, Any]:
-    """What a TOML file says, which may be a bundle's: of any size, nesting and kind. Raises ConfigError."""
+    """The content of a TOML file, which is read again only after it changed. Callers must not modify it.
+
+    The file may come from a bundle, with any size, nesting and type. Raises ConfigError.
+    """
     try:
-        text = foreign.content(path).decode()
-        if max(line.count(".") for line in text.split("\n")) > DOTS:
-            raise ConfigError(f"{path} is not read: a line of it has more than {DOTS} dots")
-        return tomllib.loads(text)
+        about = path.stat()
+        state = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+        if path in _parsed and _parsed[path][0] == state:
+            return _parsed[path][1]
+        content = _parse(path)
+        if time.time_ns() - about.st_mtime_ns > 50_000_000:  # else a next change could leave the same time stamps
+            _parsed[path] = (state, content)
+        return content
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist") from error
     except (OSError, TreeError) as error:
         raise ConfigError(error.what if isinstance(error, TreeError) else f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:  # ValueError: of a number of 5,000 digits, and of what is no UTF-8
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of 5,000 digits, and invalid UTF-8
         raise ConfigError(f"{path} is not TOML: {error}") from error
 
 
+def _parse(path: Path) -> dict[str, Any]:
+    text = foreign.content(path).decode()
+    if max(line.count(".") for line in text.split("\n")) > DOTS:
+        raise ConfigError(f"{path} is not read: a line of it has more than {DOTS} dots")
+    return tomli.loads(text)
+
+
 def _keys(kind: Any, message: str) -> set[str]:
-    """The keys known at the place that a msgspec message names (`... - at `$.modules[0]``)."""
+    """The known keys at the path that a msgspec message names (`... - at `$.modules[0]``)."""
     place = re.search(r"at `\$([^`]*)`", message)
     info = msgspec.inspect.type_info(kind)
     for step in re.findall(r"\.\w+|\[[^\]]*\]", place[1] if place else ""):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,6 +21,9 @@ class HearthError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
+
+    refusals: tuple[Any, ...] = ()
+    """Why a change was refused: each a `deploy.refusals.Refusal`."""
 
     def __init__(self, what: str, *, cause: str = "", hint: str = "") -> None:
         super().__init__(what)
@@ -212,9 +215,6 @@ class RefusedError(HearthError):
     """A change that would not work, or that nobody agreed to: every reason was shown, nothing was changed."""
 
     exit_code = 63
-
-    builds: tuple[tuple[str, ...], ...] = ()
-    """The wheels whose lack is all that is in the way: the words of `inv build-kernels` for each."""
 
 
 class BusyError(HearthError):

@@ -23,46 +23,6 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-_inside: list[Path] = []
-
-
-@contextmanager
-def inside(place: Path) -> Iterator[None]:
-    """Take recipes, configuration, locks, cache and wheelhouse from a folder, a bundle's, and from nowhere else."""
-    _inside.append(place)
-    try:
-        yield
-    finally:
-        _inside.pop()
-
-
-def checkout() -> Path:
-    """Where recipes, profiles and locks lie: the checkout, or the bundle that is open."""
-    return _inside[-1] / "checkout" if _inside else CHECKOUT
-
-
-def cache() -> Path:
-    """The cache directory: $HEARTH_CACHE, else `hearth` in the user's cache directory (XDG)."""
-    if _inside:
-        return _inside[-1] / "cache"
-    if chosen := os.environ.get("HEARTH_CACHE"):
-        return Path(chosen).absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hearth"
-
-
-def wheelhouse() -> Path:
-    """Where finished wheels are kept: $HEARTH_WHEELHOUSE, else `wheelhouse/` in the checkout."""
-    if _inside:
-        return _inside[-1] / "wheelhouse"
-    return Path(os.environ.get("HEARTH_WHEELHOUSE") or CHECKOUT / "wheelhouse").absolute()
-
-
-def bundled() -> bool:
-    """Whether everything comes from an open bundle, and so nothing from a network."""
-    return bool(_inside)
-
-
 def blocks(file: IO[bytes], size: int) -> Iterator[bytes]:
     """The next `size` bytes of a file, in blocks."""
     while block := file.read(min(size, 1 << 16)):
@@ -208,7 +168,7 @@ _making: defaultdict[Path, threading.RLock] = defaultdict(threading.RLock)
 
 
 @contextmanager
-def whole(place: Path) -> Iterator[Path]:
+def atomic_dir(place: Path) -> Iterator[Path]:
     """Make the folder `place` in one rename: yields an empty folder to fill, and drops it when the body fails.
 
     Threads that make the same folder do so in turn; of processes that do, the first one's stays.

@@ -12,6 +12,8 @@ import zlib
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
+import tomli
+
 from core import files
 from core.errors import TreeError
 
@@ -191,10 +193,8 @@ def python(path: Path) -> ast.Module:
 
 def pyproject(tree: Path) -> dict[str, Any]:
     """The `project` table of a tree's pyproject.toml; empty where there is none, or none that can be read."""
-    import tomllib
-
     try:
-        found = tomllib.loads(text(tree / "pyproject.toml", TABLE)).get("project")
+        found = tomli.loads(text(tree / "pyproject.toml", TABLE)).get("project")
     except (FileNotFoundError, ValueError, RecursionError):  # also of a number of 5,000 digits
         return {}
     return found if isinstance(found, dict) else {}

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from core import console, files, tools
+from core import console, files, tools, workspace
 from core.errors import LockStaleError
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def requirements(extra: str) -> list[str]:
 
 def exported(extra: str) -> Path:
     """Where the cache keeps the locked requirements of an extra."""
-    return files.cache() / "exports" / f"{extra}-{files.sha256(files.checkout() / 'uv.lock')[:16]}.txt"
+    here = workspace.current()
+    return here.cache / "exports" / f"{extra}-{files.sha256(here.checkout / 'uv.lock')[:16]}.txt"
 
 
 def install(extra: str, platform: Platform, python: str, finish: Callable[[Path], None] | None = None) -> Path:
@@ -53,11 +54,12 @@ def install(extra: str, platform: Platform, python: str, finish: Callable[[Path]
     """
     pinned = requirements(extra)
     digest = hashlib.sha256(json.dumps(pinned).encode()).hexdigest()
-    place = files.cache() / "installed" / f"{extra}-{platform.cpu}-cp{python.replace('.', '')}-{digest[:12]}"
+    name = f"{extra}-{platform.cpu}-cp{python.replace('.', '')}-{digest[:12]}"
+    place = workspace.current().cache / "installed" / name
     if place.is_dir():
         return place
     console.say(f"installing {extra} for {platform.value}, Python {python}, into the cache")
-    with files.whole(place) as part:
+    with files.atomic_dir(place) as part:
         words = ["pip", "install", "--quiet", "--only-binary", ":all:", "--no-deps", "--require-hashes"]
         words += ["--target", str(part), "--python-version", python, "--python-platform", platform.uv_name]
         words += ["--python", sys.executable]  # uv reads its paths; without one it looks for any in the current folder

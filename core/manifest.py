@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from core import files, foreign
-from core.errors import HashMismatchError, TreeError
+from core import foreign
+from core.errors import TreeError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,37 +76,6 @@ def read(path: Path) -> Manifest | None:
         return decode(foreign.content(path))
     except (OSError, TreeError, msgspec.DecodeError, RecursionError):
         return None
-
-
-def found(house: Path) -> list[Manifest]:
-    """The wheels of a wheelhouse that are there with a manifest of their own and of the size it says."""
-    listed = [(read(path), path.with_suffix("")) for path in sorted(house.glob("*.whl.json"))]
-    here = [(each, wheel) for each, wheel in listed if each and each.file == wheel.name and wheel.is_file()]
-    return [each for each, wheel in here if wheel.stat().st_size == each.size]
-
-
-def whole(wheel: Manifest) -> Path:
-    """The wheel's file in the wheelhouse, compared with its manifest; raises HashMismatchError."""
-    path = files.wheelhouse() / wheel.file
-    if not path.is_file() or files.sha256(path) != wheel.sha256:
-        words = ["--kernel", wheel.kernel, "--arch", wheel.arch, "--stack", wheel.stack, "--python", wheel.python]
-        words += ["--platform", wheel.platform, *(["--profile", wheel.profile] if wheel.profile else [])]
-        raise HashMismatchError(
-            f"{path} is not the wheel that was inspected",
-            cause="it was damaged or replaced since: its manifest has another sha256",
-            hint=f"inv build-kernels --force {shlex.join(words)}",
-        )
-    return path
-
-
-def admit(wheel: Path, manifest: Manifest) -> Path:
-    """Move an inspected wheel into the wheelhouse. The manifest goes last: without one, a wheel counts for nothing."""
-    house = files.wheelhouse()
-    with files.draft(house / manifest.file) as part:
-        shutil.copyfile(wheel, part)  # perhaps from another file system, where a rename is no single step
-        part.replace(house / manifest.file)
-    files.write(house / f"{manifest.file}.json", encode(manifest))
-    return house / manifest.file
 
 
 def decode(text: bytes) -> Manifest:

@@ -110,7 +110,7 @@ LINE = 64_000_000
 """Bytes of a line: the hashes of all files of a release are one, some MB."""
 
 
-def talk(
+def stream(
     argv: Sequence[str | Path],
     request: bytes,
     blocks: Iterable[bytes] = (),

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 import msgspec
 
-from core import console, files, foreign, tools
+from core import console, files, foreign, tools, workspace
 from core.errors import (
     BundleError,
     ConfigError,
@@ -109,7 +109,7 @@ def intact(recipe: Pinned) -> Path:
 
 
 def _place(recipe: Pinned) -> Path:
-    return files.cache() / "sources" / f"{recipe.name}-{recipe.tree[:16]}"
+    return workspace.current().cache / "sources" / f"{recipe.name}-{recipe.tree[:16]}"
 
 
 def fetch(recipe: Pinned) -> Path:
@@ -121,12 +121,12 @@ def fetch(recipe: Pinned) -> Path:
     if there := cached(recipe):
         return there
     place = _place(recipe)
-    if files.bundled():
+    if workspace.current().bundled:
         raise BundleError(f"the bundle lacks {recipe.name} {recipe.version}", hint="make it again: inv bundle")
     failures: list[str] = []
     for source in recipe.source:
         try:
-            with files.whole(place) as part:
+            with files.atomic_dir(place) as part:
                 console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
                 _insist(_fetch_git if source.git else _fetch_sdist, source, recipe, part)
                 _check(recipe, source, part)
@@ -151,7 +151,7 @@ def pin(recipe: Pinned) -> Pinned:
         console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
         _fetch_git(source, recipe, place)
         pinned = msgspec.structs.replace(recipe, tree=files.tree_hash(place))
-        with files.whole(_place(pinned)) as part:
+        with files.atomic_dir(_place(pinned)) as part:
             shutil.copytree(place, part, dirs_exist_ok=True, symlinks=True)
     return pinned
 

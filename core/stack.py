@@ -8,9 +8,9 @@ from typing import Literal
 
 import msgspec
 
+from core import workspace
 from core.config import load
 from core.errors import UnknownNameError, near
-from core.files import checkout
 
 
 class Platform(Enum):
@@ -68,7 +68,7 @@ class Stack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def stacks() -> dict[str, Stack]:
     """The stacks of `config/stacks.toml`, by name."""
-    loaded = load(checkout() / "config/stacks.toml", dict[str, Stack])
+    loaded = load(workspace.current().checkout / "config/stacks.toml", dict[str, Stack])
     return {name: msgspec.structs.replace(stack, name=name) for name, stack in loaded.items()}
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-import tomllib
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from core import files, shell
+import tomli
+
+from core import shell, workspace
 from core.errors import BundleError
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def index() -> str:
 
 
 def _passed(names: str) -> dict[str, str]:
-    if files.bundled():  # each of these programs would reach for the network, or for what is not the bundle's
+    if workspace.current().bundled:  # each of these programs would use the network, or files outside the bundle
         raise BundleError("the bundle lacks a part of what is needed", hint="make it again: inv bundle")
     return {name: value for name, value in os.environ.items() if any(fnmatchcase(name, each) for each in names.split())}
 
@@ -117,7 +118,7 @@ def _configured() -> dict[str, str]:
     user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     for place in (Path("/etc/uv/uv.toml"), user / "uv/uv.toml"):
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # what uv rejects says nothing
-            found |= index_settings(tomllib.loads(place.read_text()))
+            found |= index_settings(tomli.loads(place.read_text()))
     return found
 
 

@@ -21,13 +21,13 @@ from typing import IO, TYPE_CHECKING
 
 import msgspec
 
-from core import console, files, lockfile, signature, source
-from core import manifest as manifests
+from core import console, files, lockfile, signature, source, workspace
 from core.errors import BundleError, SignatureError
 from core.manifest import Sha256
 from core.signature import Signed
 from core.stack import Platform
-from deploy import connection, exporter
+from core.workspace import Workspace
+from deploy import archive
 from deploy import release as releases
 from lock import application as applications
 from lock import nodes, requirements
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from core.manifest import Manifest
     from deploy.host import Target
-    from deploy.plan import Shelf
+    from deploy.inputs import Inputs
 
 FORMAT = 2
 MANIFEST = "bundle.json"
@@ -134,7 +134,7 @@ def _plain_file(path: Path) -> IO[bytes]:
 
 def write(
     target: Target,
-    stock: Shelf,
+    inputs: Inputs,
     platform: str,
     python: str,
     wheels: Sequence[Manifest],
@@ -147,8 +147,8 @@ def write(
     """
     if output.exists() and not output.is_file():
         raise BundleError(f"{output} is no file, and cannot be replaced by a bundle", hint="name another one")
-    asking = releases.asking(target, stock.nodes)
-    listed = _listed(stock, asking, platform, python, wheels)
+    asking = releases.asking(target, inputs.nodes)
+    listed = _listed(inputs, asking, platform, python, wheels)
     total = sum(path.stat().st_size for path in listed.values())
     console.say(f"bundling {len(listed)} files, {console.size(total)}")
     found = {
@@ -160,7 +160,7 @@ def write(
         profile=target.profile_name,
         platform=platform,
         python=python,
-        version=stock.application.version,
+        version=inputs.application.version,
         asking=tuple(asking),
         kernels={wheel.kernel: wheel.version for wheel in wheels},
         files=found,
@@ -191,13 +191,13 @@ def _member(name: str, file: File) -> tarfile.TarInfo:
 
 
 def _listed(
-    stock: Shelf, asking: Sequence[str], platform: str, python: str, wheels: Sequence[Manifest]
+    inputs: Inputs, asking: Sequence[str], platform: str, python: str, wheels: Sequence[Manifest]
 ) -> dict[str, Path]:
     """Every file of a bundle by its name there; what the cache lacks is fetched."""
-    app, lock = stock.application, stock.locks[platform, python]
-    found = {AGENT: connection.agent_file(), "checkout/uv.lock": files.checkout() / "uv.lock"}
+    app, lock, here = inputs.application, inputs.locks[platform, python], workspace.current()
+    found = {AGENT: archive.agent_file(), "checkout/uv.lock": here.checkout / "uv.lock"}
     for pattern in ("config/stacks.toml", "config/profiles/*.toml", "config/modes/*.toml", "recipes/comfyui/units/*"):
-        found |= {f"checkout/{path.relative_to(files.checkout())}": path for path in files.checkout().glob(pattern)}
+        found |= {f"checkout/{path.relative_to(here.checkout)}": path for path in here.checkout.glob(pattern)}
     recipe = [applications.folder() / "app.toml", nodes.catalogue_file()]
     found |= {f"checkout/recipes/comfyui/{path.name}": path for path in recipe if path.exists()}
     found[f"checkout/recipes/comfyui/locks/{lock.name}.txt"] = requirements.folder() / f"{lock.name}.txt"
@@ -205,20 +205,19 @@ def _listed(
     if own := app.source[0].folder:
         found |= {f"checkout/recipes/comfyui/{own}/{name}": path for name, path in files.tree(tree)}
     cached = [
-        *nodes.fetch(stock.nodes).values(),
+        *nodes.fetch(inputs.nodes).values(),
         requirements.download(lock, asking, Platform.parse(platform)),
         lockfile.install("uv", Platform.parse(platform), "3.11"),
-        exporter.packages(Platform.parse(platform)),  # a few hundred kB; whether a host wants it is not the bundle's
         *([] if own else [tree]),
     ]
     for folder in cached:
         inner = files.tree(folder, largest=files.LARGEST_WHEEL)
-        found |= {f"cache/{folder.relative_to(files.cache())}/{name}": path for name, path in inner}
-    for exported in (lockfile.exported("uv"), lockfile.exported(exporter.EXTRA)):
-        found[f"cache/{exported.relative_to(files.cache())}"] = exported
+        found |= {f"cache/{folder.relative_to(here.cache)}/{name}": path for name, path in inner}
+    exported = lockfile.exported("uv")
+    found[f"cache/{exported.relative_to(here.cache)}"] = exported
     for wheel in wheels:
-        found |= {f"wheelhouse/{wheel.file}": manifests.whole(wheel)}
-        found |= {f"wheelhouse/{wheel.file}.json": files.wheelhouse() / f"{wheel.file}.json"}
+        found |= {f"wheelhouse/{wheel.file}": here.wheelhouse.path(wheel)}
+        found |= {f"wheelhouse/{wheel.file}.json": here.wheelhouse.folder / f"{wheel.file}.json"}
     return found
 
 
@@ -236,18 +235,18 @@ def opened(path: Path) -> Iterator[Opened]:
 
     Raises BundleError, and SignatureError where this client lists who may sign (`signers_file`) and nobody of them did.
     """
-    with files.draft(files.cache() / "bundles/open") as place:
+    with files.draft(workspace.current().cache / "bundles/open") as place:
         place.mkdir()
         found = _read(path, place)
         console.say(f"{path.name} is whole, and {found.origin}")
         theirs = found.bundle.files.get(AGENT)
-        if theirs is None or theirs.sha256 != hashlib.sha256(connection.packed_agent()).hexdigest():
+        if theirs is None or theirs.sha256 != hashlib.sha256(archive.packed_agent()).hexdigest():
             raise BundleError(
                 f"{path} was made by another version of Hearth",
                 cause="its agent is not this one's, so what it would do on a host may differ",
                 hint="use the checkout that it was made with, or make it again: inv bundle",
             )
-        with files.inside(place):
+        with workspace.using(Workspace.of_bundle(place)):
             yield found
 
 

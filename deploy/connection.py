@@ -6,9 +6,7 @@ what they mean in a terminal. It may not ask anything, and a host's key must be 
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import io
 import json
 import os
 import re
@@ -17,14 +15,13 @@ import signal
 import sys
 import tempfile
 import threading
-import zipfile
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from core import console, files, shell
+from core import console, shell
 from core.errors import (
     AgentError,
     BusyError,
@@ -36,7 +33,6 @@ from core.errors import (
     GpuError,
     HashMismatchError,
     HearthError,
-    HostKeyError,
     HostOfflineError,
     LogError,
     NoAnswerError,
@@ -46,6 +42,7 @@ from core.errors import (
     SudoError,
     UsageError,
 )
+from deploy import archive, ssh_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,91 +50,35 @@ if TYPE_CHECKING:
     from deploy.host import Host, Target
 
 ALIVE = 10
-"""Seconds between ssh's questions whether the host is still there; three without an answer are a lost connection.
+"""Seconds between ssh's keepalive messages; three without an answer are a lost connection.
 
-That finds a host that vanished without closing anything, also behind jump hosts and proxies: TCP's timeouts do not."""
+They detect a host that vanished, also behind jump hosts and proxies; TCP's timeouts do not."""
 
 QUIET = 45
-"""Seconds without a word after which a verb that says `alive` every 10 s has lost its agent."""
+"""Seconds of silence after which a verb that sends `alive` every 10 s has lost its agent."""
 
 SILENT = 900
-"""Seconds without a byte in either direction that any other verb may take: gigabytes are read from slow disks."""
+"""Seconds of silence in both directions that any other verb may take: it may read gigabytes from a slow disk."""
 
 _LOGIN = 90
-"""Seconds until a host runs what it was sent: to connect (which ssh itself limits), to log in, to start a shell."""
+"""Seconds to connect (which ssh itself limits), to log in and to start a shell."""
 
 _MARK = "--- hearth ---"
-_OLD_PYTHON, _NO_SUDO, _NO_PYTHON, _NO_AGENT = 96, 97, 98, 99
-"""Exit statuses of what runs before the agent does, which itself has 0, 1 and 3."""
-
-
-# Any Python 3 can read this, and nothing is imported before the version is known. A path before the verb is a pipe to
-# read in place of standard input, which belonged to sudo.
-_MAIN = f"""\
-import os
-import sys
-
-if sys.version_info < (3, 10):
-    sys.stderr.write(sys.version.split()[0])
-    sys.exit({_OLD_PYTHON})
-if sys.argv[1].startswith("/"):
-    os.dup2(os.open(sys.argv.pop(1), os.O_RDONLY), 0)
-
-from agent.main import main
-
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-# Root runs the bytes whose hash it has just compared, and no file that the login could replace in between. Any Python
-# can read this.
-_LOADER = f"""\
-import hashlib, os, runpy, sys
-raw = open(sys.argv[1], "rb").read()
-if sys.version_info < (3, 10):
-    sys.stderr.write(sys.version.split()[0])
-    sys.exit({_OLD_PYTHON})
-if hashlib.sha256(raw).hexdigest() != sys.argv[2]:
-    sys.exit({_NO_AGENT})
-place = os.memfd_create("hearth")
-os.write(place, raw)
-sys.argv[:3] = ["/proc/self/fd/%d" % place]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@functools.cache
-def packed_agent() -> bytes:
-    """`agent/` as one file that Python runs. The same code gives the same bytes: its hash is its name on hosts."""
-    output = io.BytesIO()
-    with zipfile.ZipFile(output, "w") as archive:
-        for path in sorted((files.CHECKOUT / "agent").rglob("*.py")):
-            archive.writestr(zipfile.ZipInfo(str(path.relative_to(files.CHECKOUT))), path.read_bytes())
-        archive.writestr(zipfile.ZipInfo("__main__.py"), _MAIN)
-    return output.getvalue()
-
-
-def agent_name() -> str:
-    """The name of the packed agent's file, here and on hosts."""
-    return f"agent-{hashlib.sha256(packed_agent()).hexdigest()[:16]}.pyz"
-
-
-def agent_file() -> Path:
-    """The packed agent, in the cache; written again when something else is there."""
-    place = files.cache() / "agents" / agent_name()
-    if not place.is_file() or place.read_bytes() != packed_agent():
-        files.write(place, packed_agent())
-    return place
 
 
 class Agent(ABC):
-    """The agent of one host. `site` and the verb's own values go in as JSON, JSON lines come out."""
+    """The agent of one host. It takes `site` and the verb's values as JSON, and answers in JSON lines."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
 
+    @property
+    def _state(self) -> str:
+        """Where the host keeps the unpacked agent; `~` is its login's home."""
+        return f"{self._target.prefix}/state"
+
     def stream(self, verb: str, **values: Any) -> Iterator[Any]:
-        """Answers as they come; raises what the agent's fault stands for, or how the agent ended too early."""
+        """The answers, as they arrive; raises the error of the agent's fault, or of an agent that ended early."""
         return self._run(verb, values)
 
     def call(self, verb: str, **values: Any) -> Any:
@@ -164,13 +105,13 @@ class Agent(ABC):
         )
 
     def _run(self, verb: str, values: dict[str, Any], blocks: Callable[[], Iterable[bytes]] = tuple) -> Iterator[Any]:
-        # Its hash is told on a command line, which everybody reads: a secret in it must not be found by trying.
+        # Its hash is on a command line, which every user can read: the salt keeps a secret in it from being guessed.
         request = json.dumps({"site": self._target.site, "salt": token_hex(), **values}).encode() + b"\n"
         try:
             for line in self._lines(verb, request, blocks, _patience(verb, values)):
                 yield self._parsed(line)
         except TimeoutError as error:
-            raise self.lost(f"the agent answers nothing: {error}") from error
+            raise self.lost(f"the agent does not answer: {error}") from error
         except ProcessError as error:
             raise self._ended(verb, error.status, error.said) from error
 
@@ -182,20 +123,20 @@ class Agent(ABC):
             raise AgentError(
                 f"the answer of {self._target.name} is not JSON",
                 cause=line[:500].decode(errors="replace").strip(),
-                hint="another program writes into it: see what the login's shell starts in the background",
+                hint="another program writes to the output: check what the login's shell starts in the background",
             ) from None
         if isinstance(value, dict) and value.keys() == {"fault"}:
             raise error_of(value["fault"])
         return value
 
     def _ended(self, verb: str, status: int, said: str) -> HearthError:
-        """The error for an agent that ended with this status, whatever it answered before."""
+        """The error for an agent that ended with this status."""
         number = -status if status < 0 else status - 128  # a shell's status for a signal
         killed = number in set(signal.Signals)
         how = f"was killed by {signal.Signals(number).name}" if killed else f"ended with {status}"
         if verb == "follow":
             return self.lost(f"the agent that watches the change {how}")
-        hint = f"perhaps no memory was left: inv doctor --host {self._target.name}" if killed else ""
+        hint = f"the host may be out of memory: inv doctor --host {self._target.name}" if killed else ""
         return AgentError(f"the agent on {self._target.name} {how} at {verb}", cause=said[-2000:], hint=hint)
 
     @abstractmethod
@@ -204,7 +145,7 @@ class Agent(ABC):
     ) -> Iterator[bytes]:
         """Run the agent with the request and the blocks on its standard input; yield its output.
 
-        Raises TimeoutError and ProcessError as `shell.talk` does.
+        Raises TimeoutError and ProcessError as `shell.stream` does.
         """
 
 
@@ -242,9 +183,9 @@ class Local(Agent):
     def _lines(
         self, verb: str, request: bytes, blocks: Callable[[], Iterable[bytes]], silence: float
     ) -> Iterator[bytes]:
-        digest = hashlib.sha256(packed_agent()).hexdigest()
-        argv = [sys.executable, "-I", "-S", "-c", _LOADER, str(agent_file()), digest, verb]
-        return shell.talk(argv, request, blocks(), first=silence, silence=silence)
+        digest = hashlib.sha256(archive.packed_agent()).hexdigest()
+        argv = [sys.executable, "-I", "-S", "-c", archive.LOADER, str(archive.agent_file()), digest, self._state, verb]
+        return shell.stream(argv, request, blocks(), first=silence, silence=silence)
 
 
 def _blocks(path: Path, offset: int, progress: Callable[[int], None]) -> Iterator[bytes]:
@@ -281,7 +222,7 @@ class Ssh(Agent):
     def put(self, content: bytes, path: str) -> None:
         """Write a file there, as the login; `path` is relative to its home.
 
-        What arrived is compared by its hash and renamed: a connection that drops leaves the file as it was.
+        The upload is compared with its hash, then renamed: a dropped connection leaves the file unchanged.
         """
         digest = hashlib.sha256(content).hexdigest()
         quoted, folder = shlex.quote(path), shlex.quote(os.path.dirname(path))  # noqa: PTH120  the other machine's
@@ -293,7 +234,7 @@ class Ssh(Agent):
         except ProcessError as error:
             kind = DiskFullError if "No space left" in error.said else AgentError
             what = f"{path} could not be written on {self._target.name}"
-            raise kind(what, cause=error.said, hint=f"make room or rights for it in {folder} there") from error
+            raise kind(what, cause=error.said, hint=f"free space in {folder} there, or make it writable") from error
 
     def get(self, path: str, place: Path, most: int) -> None:
         """Fetch a file from there, of at most so many bytes; raises RemoteError, or HashMismatchError for more."""
@@ -309,40 +250,41 @@ class Ssh(Agent):
     def _lines(
         self, verb: str, request: bytes, blocks: Callable[[], Iterable[bytes]], silence: float
     ) -> Iterator[bytes]:
-        """Run the agent there; when the host lacks it, or has something else under its name, send it first."""
+        """Run the agent there; send it first if the host lacks it, or has another file under its name."""
         script = self._script(verb, hashlib.sha256(request).hexdigest())
         given = f"{self._password}\n".encode() + request if self._password else request
         try:
             yield from self._session(script, given, blocks, silence)
         except ProcessError as error:
-            if error.status != _NO_AGENT:
+            if error.status != archive.NO_AGENT:
                 raise
         else:
             return
-        self.put(packed_agent(), f".cache/hearth/{agent_name()}")
+        self.put(archive.packed_agent(), f".cache/hearth/{archive.agent_name()}")
         yield from self._session(script, given, blocks, silence)
 
     def _script(self, verb: str, asked: str) -> str:
         """The script that checks the agent's file and runs it, as root where the host's scope needs that.
 
-        Only the login may write into its folder, and the hash is compared each time, by who runs it. sudo gets the
-        password alone on its standard input, so that it never takes the request for a second attempt; the agent then
-        reads the request from a named pipe. Any process of the login may write into that, so it has the request's hash
-        as well (`asked`).
+        Only the login can write to its folder, and the user that runs the agent compares the hash. sudo gets only the
+        password on its standard input, so that it never takes the request for a second attempt; the agent reads the
+        request from a named pipe. Any process of the login can write to that, so the agent gets the request's hash, too
+        (`asked`).
         """
-        digest = hashlib.sha256(packed_agent()).hexdigest()
-        check = f"""u=$(id -u); d=$HOME/.cache/hearth; f=$d/{agent_name()};
-        case $(stat -Lc "%u %A" "$d" 2>/dev/null) in "$u d"????-??-*) ;; *) exit {_NO_AGENT};; esac;
-        [ -f "$f" ] || exit {_NO_AGENT};
-        command -v python3 >/dev/null || exit {_NO_PYTHON};"""
-        # Not the shell's last command, which some shells run in their own place: a signal would leave no status then.
-        python = f'python3 -I -S -c {shlex.quote(f"exec({_LOADER!r})")} "$f" {digest}'
+        digest = hashlib.sha256(archive.packed_agent()).hexdigest()
+        check = f"""u=$(id -u); d=$HOME/.cache/hearth; f=$d/{archive.agent_name()};
+        case $(stat -Lc "%u %A" "$d" 2>/dev/null) in "$u d"????-??-*) ;; *) exit {archive.NO_AGENT};; esac;
+        [ -f "$f" ] || exit {archive.NO_AGENT};
+        command -v python3 >/dev/null || exit {archive.NO_PYTHON};"""
+        # Not the shell's last command: some shells exec that, and a signal would leave no status then.
+        loader = shlex.quote(f"exec({archive.LOADER!r})")
+        python = f'python3 -I -S -c {loader} "$f" {digest} {shlex.quote(self._state)}'
         run = f"{python} {verb}; exit $?;"
         if self._target.host.scope == "user":
             return f"{check} {run}"
         sudo = "env LC_ALL= LC_MESSAGES=C sudo"  # its messages are compared
         take = "IFS= read -r p;" if self._password else ""
-        start = f"{check} {take} if [ $u = 0 ]; then {run} fi; command -v sudo >/dev/null || exit {_NO_SUDO};"
+        start = f"{check} {take} if [ $u = 0 ]; then {run} fi; command -v sudo >/dev/null || exit {archive.NO_SUDO};"
         if not self._password:
             return f"{start} {sudo} -n {run}"
         return f"""{start} q=$d/in.$$; mkfifo -m 600 "$q" || exit 1; exec 3<&0; cat <&3 >"$q" 2>/dev/null &
@@ -359,7 +301,7 @@ class Ssh(Agent):
     ) -> Iterator[bytes]:
         """Run a script of /bin/sh in the login's home; yield its output. Raises ProcessError when it fails.
 
-        The login's shell may be any, and may print on its own: the output begins after a mark.
+        The login's shell can be any, and may print by itself: the output begins after a mark.
         """
         begun = heard = False  # the mark was seen in the output; and on stderr, which the shell may have put elsewhere
         noise: list[bytes] = []
@@ -370,10 +312,10 @@ class Ssh(Agent):
                 say(line)
             heard = heard or line == _MARK
 
-        # One line: a C shell takes no other in quotes.
+        # One line: a C shell does not accept several in quotes.
         script = " ".join(f'cd; echo; echo "{_MARK}"; echo "{_MARK}" >&2; {script}'.split("\n"))
         command = f"exec /bin/sh -c {shlex.quote(script)}"
-        lines = shell.talk([*self._argv, command], request, blocks(), first=_LOGIN, silence=silence, said=listen)
+        lines = shell.stream([*self._argv, command], request, blocks(), first=_LOGIN, silence=silence, said=listen)
         try:
             for line in lines:
                 noise.append(line)
@@ -399,21 +341,21 @@ class Ssh(Agent):
 
     def _ended(self, verb: str, status: int, said: str) -> HearthError:
         name = self._target.name
-        if status == _NO_PYTHON:
-            return AgentError(f"{name} has no python3", hint="install it there, such as by: apt-get install python3")
-        if status == _OLD_PYTHON:
+        if status == archive.NO_PYTHON:
+            return AgentError(f"{name} has no python3", hint="install it there, for example: apt-get install python3")
+        if status == archive.OLD_PYTHON:
             what = f"python3 on {name} is {_last(said)}, and Hearth needs 3.10 or newer"
             return AgentError(what, hint="upgrade that system, or put a newer python3 first on the login's PATH")
         if status in (126, 127):
             return AgentError(f"python3 on {name} does not start", cause=said, hint="reinstall python3 there")
-        sudo = status in (1, _NO_SUDO) and self._target.host.scope == "system"
+        sudo = status in (1, archive.NO_SUDO) and self._target.host.scope == "system"
         return (self._no_root(status, said) if sudo else None) or super()._ended(verb, status, said)
 
     def _no_root(self, status: int, said: str) -> SudoError | None:
-        """The error for a sudo that refuses; None when it was not sudo that failed."""
+        """The error for a sudo that refuses; None if sudo did not fail."""
         name, user = self._target.name, self._settings["user"]
         otherwise = f'log in as root or as who may use sudo (`user` of hosts.{name}), or set scope = "user"'
-        if status == _NO_SUDO:
+        if status == archive.NO_SUDO:
             return SudoError(f"{name} has no sudo, and {user} is not root", hint=otherwise)
         if not re.search(r"^(sudo: |Sorry, )|sudoers", said, re.MULTILINE):
             return None
@@ -428,60 +370,20 @@ class Ssh(Agent):
         return SudoError(f"sudo gives {user} no root on {name}", cause=cause, hint=hint)
 
     def _unreachable(self, said: str) -> HearthError:
-        """The error for an ssh that did not get in, by what it said."""
+        """The error for an ssh that did not log in."""
         if self._settings.keys() & {"proxyjump", "proxycommand"}:
             # A connection to be shared silences what leads to it (ssh_proxy_connect in OpenSSH): one more try, alone.
             alone = ["ssh", "-S", "none", "-o", "ControlPersist=no", *self._argv[1:], "true"]
             with suppress(TimeoutError):
                 try:
-                    list(shell.talk(alone, b"", first=_LOGIN))
+                    list(shell.stream(alone, b"", first=_LOGIN))
                 except ProcessError as error:
                     said = error.said or said
-        name, host, port = self._target.name, self._settings["hostname"], self._settings["port"]
-        words = [line for line in said.splitlines() if line.strip("@ ")]
-        cause = "\n         ".join(words[-6:])
-        # Our own ssh only says that the way was closed: the key refused is that of a host on the way.
-        jump = re.search("exchange_identification|UNKNOWN port", said)
-        of = f"a jump host of {name}" if jump else f"{name} ({host})"
-        if "HOST IDENTIFICATION HAS CHANGED" in said:
-            offered = re.search(r"key sent .* is\s+(SHA256:\S+\w)", said)
-            known = re.search("Offending .*", said)
-            listed = re.search(r"Host key for (\S+) has changed", said)
-            entry = (listed[1] if listed else host).replace("'", "'\\''")
-            return HostKeyError(
-                f"the host key of {of} has CHANGED",
-                cause=f"offered: {offered[1] if offered else '?'}; known: {known[0] if known else '?'}. "
-                "The host was reinstalled, or this is a man-in-the-middle attack",
-                hint=f"compare it with {self._scan}; only when it is right: ssh-keygen -R '{entry}', "
-                f"then connect once by: {self._try}",
-            )
-        if "REVOKED" in said or "revoked" in said:
-            return HostKeyError(f"the host key of {of} is revoked", cause=cause, hint="ask whoever runs that host")
-        if "Certificate invalid" in said:
-            return HostKeyError(f"the host certificate of {of} is not valid", cause=cause, hint=f"try: {self._try}")
-        if "Host key verification failed" in said:
-            return HostKeyError(
-                f"the host key of {of} is not known",
-                cause="no known_hosts file of yours or the system's has it, nor an authority that certified it",
-                hint=f"compare what {self._scan} shows with the host's own key; then connect once by: {self._try}",
-            )
-        if "Permission denied (" in said or "Too many authentication failures" in said:
-            return ConnectError(
-                f"SSH authentication failed for {self._settings['user']} on {name}",
-                cause=cause,
-                hint=f"try: {self._try}; a key with a passphrase must be in your agent (ssh-add)",
-            )
-        what = f"{name} cannot be reached ({self._settings['user']}@{host}:{port})"
-        return ConnectError(what, cause=cause, hint=f"try: {self._try}")
+        return ssh_errors.unreachable(said, self._target.name, self._settings, self._try)
 
     @property
     def _try(self) -> str:
         return shlex.join([*_ssh(self._target), self._target.host.address])
-
-    @property
-    def _scan(self) -> str:
-        port, host = (shlex.quote(self._settings[name]) for name in ("port", "hostname"))
-        return f"`ssh-keyscan -p {port} {host} | ssh-keygen -lf -`"
 
 
 def _last(said: str) -> str:

@@ -1,65 +1,56 @@
-"""The exporter of metrics as hosts get it: a tree of its package, what it uses of the agent, and prometheus-client."""
+"""The exporter of metrics on a host: a unit that runs the agent, apart from any release of ComfyUI."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from core import files, lockfile
+from deploy import archive, units
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from core.stack import Platform
-
-EXTRA = "exporter"
-
-AGENT = ("__init__", "api", "files", "journal", "layout", "look/__init__", "look/gpu")
-"""The agent's modules that the exporter reaches. Not all of it: what changes the tree restarts ComfyUI, too."""
-
-MAIN = "import sys\n\nfrom exporter.__main__ import main\n\nmain(sys.argv[1:])\n"
+    from deploy.facts import Facts
+    from deploy.host import Target
 
 
-@dataclass(frozen=True)
-class Exporter:
-    """One version of the exporter: the hash of what decides its tree, and its packages' versions by name."""
+def wanted(target: Target, prefix: str, interpreter: str) -> dict[str, Any]:
+    """The exporter as the host shall have it: the agent's hash, its settings and its unit; empty without metrics.
 
-    digest: str = ""
-    packages: dict[str, str] = field(default_factory=dict)
+    `interpreter` is a Python of the host's system, not an environment's.
+    """
+    host = target.host
+    if not host.metrics_port:
+        return {}
+    state = f"{prefix}/state"
+    values = {
+        "service": host.service,
+        "port": str(host.metrics_port),
+        "command": units.command_line(
+            [interpreter, "-I", "-S", f"{state}/exporter", "metrics", f"{state}/exporter.json"]
+        ),
+        "exporter": target.site["exporter"],
+        "addresses": units.addresses(host.listen),
+        "target": units.boot_target(host.scope),
+        **units.devices(target.profile),
+    }
+    settings = {"site": target.site | {"prefix": prefix}, "port": host.metrics_port, "cuda": target.profile.cuda}
+    unit = units.filled("exporter", values)
+    return {
+        "agent": archive.agent_hash(),
+        "settings": settings,
+        "unit": unit if host.scope == "system" else units.without_system(unit),
+    }
 
 
-def exporter() -> Exporter:
-    """The exporter of this checkout."""
-    pinned = lockfile.requirements(EXTRA)
-    listed = [[str(path.relative_to(files.CHECKOUT)), files.sha256(path)] for path in _own()]
-    digest = hashlib.sha256(json.dumps([listed, MAIN, pinned]).encode()).hexdigest()[:16]
-    return Exporter(digest, dict(line.split()[0].split("==") for line in pinned))
-
-
-def _own() -> list[Path]:
-    folder = files.CHECKOUT / "agent"
-    return [*sorted((files.CHECKOUT / "exporter").glob("*.py")), *(folder / f"{name}.py" for name in AGENT)]
-
-
-def packages(platform: Platform) -> Path:
-    """The packages that it needs, in the cache: pure Python, for any Python that a stack has."""
-    return lockfile.install(EXTRA, platform, "3.11")
-
-
-def tree(platform: Platform) -> Path:
-    """The tree, in the cache; Python runs it as it runs a file (`__main__.py`)."""
-    place = files.cache() / "exporters" / exporter().digest
-    if not place.is_dir():
-        with files.whole(place) as part:
-            shutil.copytree(
-                packages(platform), part, ignore=shutil.ignore_patterns("__pycache__", ".*"), dirs_exist_ok=True
-            )
-            for path in _own():
-                copied = part / path.relative_to(files.CHECKOUT)
-                copied.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copied)
-            (part / "__main__.py").write_text(MAIN)
-    return place
+def change(target: Target, facts: Facts, interpreter: str) -> tuple[str, str, str, dict[str, Any]] | None:
+    """Title, reason, undo and values of the step that makes the exporter as it shall be; None where it is so."""
+    found, right = facts.exporter, wanted(target, facts.prefix, interpreter)
+    differs = [name for name in ("agent", "settings", "unit") if found.get(name) != right.get(name)]
+    if not differs and bool(found.get("active")) == bool(right):
+        return None
+    values = {"exporter": right}
+    if not right:
+        return "remove the exporter of metrics", "metrics_port is not set", "set metrics_port again", values
+    title = f"export metrics at 127.0.0.1:{target.host.metrics_port}"
+    why = "nothing exports them"
+    if found:
+        why = f"its {' and '.join(differs)} changed" if differs else "the exporter does not run"
+    return title, why, "rolls back automatically when it does not answer", values

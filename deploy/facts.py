@@ -98,7 +98,8 @@ class Facts(msgspec.Struct, frozen=True):
     links were changed since, `proven` those that passed the health gate, the latest first, `failed_nodes` the nodes
     that the current one could not import, with the reason; `parts` says of each what is wrong with it (empty: nothing),
     `incoming` what was sent and not used yet, `tools` which uv is there, `busy` who changes the host now. `last` is how
-    the last run of any kind ended, `deployed` the last that was to put a release in service.
+    the last run of any kind ended, `deployed` the last that was to put a release in service. `exporter` is the exporter
+    of metrics as `deploy/exporter.py` describes one, and whether it is `active` (empty: there is none).
     `foreign_unit` is the unit's file where somebody else wrote it; `adopted` says whether `inv adopt --undo` has work;
     `settings` names what was changed outside the prefix on request, and not undone.
     `port_holder` and `metrics_holder` are who listens on ComfyUI's port and on the exporter's.
@@ -157,6 +158,7 @@ class Facts(msgspec.Struct, frozen=True):
     adopted: bool = False
     settings: tuple[str, ...] = ()
     metrics_holder: dict[str, Any] = {}
+    exporter: dict[str, Any] = {}
     paused: dict[str, str] = {}
     placed: tuple[str, ...] = ()
     drop_ins: tuple[str, ...] = ()

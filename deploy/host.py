@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from dataclasses import dataclass, field
@@ -10,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.specifiers import SpecifierSet
 
+from core import workspace
 from core.config import convert, load, table
-from core.errors import ConfigError, SecretError, UnknownNameError, near
-from core.files import CHECKOUT, checkout
+from core.errors import ConfigError, UnknownNameError, near
+from core.files import CHECKOUT
 from core.stack import Stack, find_stack
+from deploy.host_rules import EXPORTER, SYSTEM_PREFIX, check_host, check_settings
+from deploy.secrets import refuse_secrets
 from lock import application as applications
 
 if TYPE_CHECKING:
@@ -290,7 +292,7 @@ def hosts() -> Hosts:
     """All hosts and groups; `local` is always among them. Raises ConfigError, SecretError or UnknownNameError."""
     path = hosts_file()
     if path.exists():
-        _refuse_secrets(path)
+        refuse_secrets(path)
         raw = table(path)
         # As without an entry: the login's own ComfyUI, which needs no root.
         if isinstance(entries := raw.get("hosts"), dict) and isinstance(entry := entries.get(LOCAL), dict):
@@ -308,248 +310,31 @@ def hosts() -> Hosts:
     for name, host in listed.hosts.items():
         if not host.address and name != LOCAL:
             raise ConfigError(f"{path}: host {name} has no address", hint='address = "name-or-ip"')
-        _check(path, name, host)
+        check_host(f"{path}: host {name}", host)
         if not host.profile and name != LOCAL:  # this machine's GPU says nothing about that one's
             raise ConfigError(f"{path}: host {name} has no profile", hint=f"profile = one of {', '.join(profiles())}")
     local = listed.hosts.get(LOCAL) or Host(scope="user")
     return msgspec.structs.replace(listed, hosts={**listed.hosts, LOCAL: local})
 
 
-SYSTEM_PREFIX = "/opt/comfyui"
-"""Where everything lies on a host with root that says nothing else."""
-
-EXPORTER = "hearth-exporter"
-"""Whom the exporters of a machine run as. Not a dynamic user: D-Bus turns away whom NSS does not know (a system without
-libnss-systemd), and groups list who may use the GPU."""
-
-PLAIN_PATH = re.compile(r"(/[\w.@+-]+)+", re.ASCII)
-"""No blanks, quotes, % or colons, which units and command lines read in ways of their own."""
-
-_PLAIN = {
-    "address": (r"(?!-)[\w.:%@+-]*", "a name or address as ssh takes it"),
-    "user": (r"((?!-)[\w.@\\+-]+\$?)?", "a login"),
-    "service": (
-        r"(?!(systemd-.*|dbus.*|sshd?|cron|user|getty)$)[a-z][a-z0-9_-]{0,30}",
-        "service and run_as are plain lower-case names, and no other service's",
-    ),
-    "run_as": (
-        rf"(?!(root|daemon|bin|sys|nobody|systemd-.*|{EXPORTER})$)[a-z_][a-z0-9_-]{{0,22}}",
-        "service and run_as are plain lower-case names, and nobody runs as root or another service's user",
-    ),
-    "free_memory": (r"([1-9][0-9]{0,5}[smhd])?", "such as 30m, 4h or 1d"),
-}
-"""What ends up in units and command lines as it is, and is no path: the form of each."""
-
-
-SYSTEM = re.compile(r"/(etc|proc|sys|dev|run|boot|usr|s?bin|lib(32|64|x32)?|var/(run|lock|lib/systemd))(/|$)")
-"""Folders of the system, which nothing of Hearth's lies in."""
-
-_SHARED = ("/home", "/media", "/mnt", "/opt", "/root", "/srv", "/tmp", "/var", "/var/lib", "/var/log", "/var/tmp")  # noqa: S108
-
-
-def _check_places(place: str, host: Host) -> None:
-    """Refuse folders that are the system's, everybody's, or what Hearth keeps in the prefix; raises ConfigError."""
-    prefix = host.prefix or (SYSTEM_PREFIX if host.scope == "system" else "")
-    own = [f"{prefix}/{name}" for name in ("state", "releases", "parts", "current", "secrets")] if prefix else []
-    given = [(each, "folder") for each in host.folders.values()] + [(each, "mount") for each in host.mounts]
-    for each, kind in [(prefix, "prefix"), *given]:
-        temporary = host.scope == "system" and re.match(r"/(var/)?tmp(/|$)", each)
-        shallow = kind == "prefix" and each.startswith("/") and each.count("/") < 2
-        if SYSTEM.match(each) or each in _SHARED or temporary or shallow:
-            why = "the service has a /tmp of its own" if temporary else "it is the system's, or others' too"
-            raise ConfigError(
-                f"{place}: {each} cannot be a {kind}", cause=why, hint="a folder of its own, in /srv or /mnt"
-            )
-        if any(f"{each}/".startswith(f"{its}/") for its in own) or (
-            kind == "folder" and each in (prefix, f"{prefix}/data")
-        ):
-            raise ConfigError(
-                f"{place}: {each} cannot be a {kind}", cause=f"Hearth keeps its own in {prefix}", hint="another"
-            )
-
-
-def _check(path: Path, name: str, host: Host) -> None:
-    place = f"{path}: host {name}"
-    for key, (form, hint) in _PLAIN.items():
-        if not re.fullmatch(form, value := getattr(host, key)):
-            raise ConfigError(f"{place}: {key} = {value!r}", hint=hint)
-    for each in host.members:
-        if not re.fullmatch(r"\w[\w.@-]*\$?", each, re.ASCII):
-            raise ConfigError(f"{place}: members: {each!r} is no user's name", hint='members = ["anna"]')
-        if each in (host.run_as, EXPORTER):
-            cause = "nodes run as that user, or the exporter does, and members may do more"
-            raise ConfigError(
-                f"{place}: members: {each} is a service's user", cause=cause, hint="people's logins alone"
-            )
-    for each in host.listen.split(","):
-        try:
-            ipaddress.ip_address(each.replace("%", " "))  # no zone, as in fe80::1%eth0: units read % otherwise
-        except ValueError as error:
-            hint = 'one or more, as "127.0.0.1" or "127.0.0.1,::1"; "0.0.0.0,::" is everywhere'
-            raise ConfigError(f"{place}: listen = {host.listen!r}: {each!r} is no IP address", hint=hint) from error
-    prefix = host.prefix
-    if host.scope == "system" and prefix and (not prefix.startswith("/") or re.match(r"/(home|root)\b", prefix)):
-        raise ConfigError(
-            f"{place}: prefix {prefix} cannot be a system service's",
-            cause="it must be absolute, and the unit hides home folders from the service",
-            hint='use /opt/comfyui, or scope = "user"',
-        )
-    if not 0 < host.port < 65536 or host.ssh_port not in (None, *range(1, 65536)) or host.keep < 1:
-        raise ConfigError(f"{place}: port and ssh_port are 1 to 65535, keep at least 1")
-    for each in host.secrets:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", each):
-            raise ConfigError(f"{place}: secrets: {each!r} is no variable's name", hint='secrets = ["HF_TOKEN"]')
-    if not all(0 < each < 65536 for each in host.connect):
-        raise ConfigError(f"{place}: connect = {list(host.connect)}", hint="ports from 1 to 65535")
-    if host.metrics_port is not None and (not 0 < host.metrics_port < 65536 or host.metrics_port == host.port):
-        raise ConfigError(f"{place}: metrics_port is 1 to 65535, and another than ComfyUI's {host.port}")
-    for each in (*host.mounts, *host.folders.values(), *host.model_roots, *host.develop, *([prefix] if prefix else [])):
-        below = each.removeprefix("~") if each is prefix else each  # the agent puts the login's home there
-        if each not in (prefix, *host.develop, *host.folders.values()):
-            below = below.replace(":", "_")  # only where systemd binds a path does a colon end it
-        if not PLAIN_PATH.fullmatch(below) or {".", ".."} & set(each.split("/")):
-            raise ConfigError(
-                f"{place}: {each!r} is no plain absolute path",
-                hint="such as /mnt/models: letters, digits and . _ @ + - between slashes, none at the end",
-            )
-        # nodes under development are bound to where the service sees them
-        if host.scope == "system" and each not in host.develop and re.match(r"/(home|root)\b", each):
-            raise ConfigError(
-                f"{path}: host {name}: {each} lies in a home folder, which the unit hides from the service",
-                hint='another place (a bind mount will do), or scope = "user"',
-            )
-    _check_places(place, host)
-    written = [f"{prefix or SYSTEM_PREFIX}/data", *host.folders.values()] if host.scope == "system" else []
-    for each in (*host.mounts, *host.folders.values(), *host.develop):
-        if inside := next((its for its in written if each.startswith(f"{its}/")), ""):
-            raise ConfigError(
-                f"{place}: {each} lies in {inside}",
-                cause="ComfyUI writes there, and could put a link in its place that leads root elsewhere",
-                hint='a place of its own, such as mounts."/mnt/models" and folders.models = "/mnt/models"',
-            )
-    for each, mount in host.mounts.items():
-        if mount.what and (not mount.type or host.scope != "system"):
-            raise ConfigError(
-                f"{path}: host {name}: mount {each} cannot be made",
-                cause="`what` needs a `type`, and root",
-                hint='type = "nfs4"; without root leave `what` out, and let fstab mount it',
-            )
-        for key, _, value in (each.partition("=") for each in mount.options.split(",")):
-            if names_secret(key.strip()) and not value.startswith("/"):  # a file that holds it is named by its path
-                raise SecretError(
-                    f"{place}: mount {each}: the option {key} is a secret",
-                    cause="this file is copied, backed up and shown, and everybody may read a unit",
-                    hint='options = "credentials=/etc/hearth/nas", a file there that root alone may read',
-                )
-        told = (
-            ("what", mount.what, r"(?![- ])[^\\'\"]*(?<! )"),
-            ("type", mount.type, r"[\w.-]*"),
-            ("options", mount.options, r"[^\s\\'\"]*"),
-        )
-        for key, value, form in told:
-            if not ((value.isprintable() and re.fullmatch(form, value)) or not value):
-                raise ConfigError(f"{place}: mount {each}: {key} = {value!r} cannot be written into a unit")
-    bad = [each for each in host.developed if not re.fullmatch(r"\w[\w-]*", each, flags=re.ASCII)]
-    if bad or len(host.developed) < len(host.develop):
-        raise ConfigError(
-            f"{path}: host {name}: develop: {', '.join(bad or host.develop)}: each node needs a name of its own",
-            hint="its folder's: letters, digits, _ and -",
-        )
-    _check_settings(f"{path}: host {name}", host.override)
-
-
-# Words of a name (split at - and _, and where capitals begin), and parts of one, that stand for secrets.
-_SECRET = {"key", "keys", "token", "auth", "bearer", "pass", "pwd", "pat", "cookie", "sas", "dsn", "private"}
-_SECRET_PARTS = ("passw", "passphrase", "secret", "credential", "apikey", "accesskey", "privatekey", "authtoken")
-# What secrets look like: those that have a mark of their own, and a password in an address.
-TOKEN = re.compile(r"\b(hf_|gh[opsur]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA)[A-Za-z0-9_-]{12,}")
-_SECRET_VALUE = re.compile(
-    rf"{TOKEN.pattern}|-----BEGIN [A-Z ]*PRIVATE KEY"
-    r"|://[^/\s:@]*:(?!\d+(/|$))[^\s@]+@|://(?=[^/\s:@]*\d)[^/\s:@]{8,}@"
-)
-
-
-def names_secret(name: str) -> bool:
-    """Whether a key, variable or flag has the name of a secret; a host's `secrets` are names themselves."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_").split("_")
-    return name != "secrets" and (bool(_SECRET & {*words}) or any(part in "".join(words) for part in _SECRET_PARTS))
-
-
-def _refuse_secrets(path: Path) -> None:
-    """Refuse keys that name a secret and values that look like one, wherever they are; raises SecretError."""
-
-    def walk(value: object, place: str) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                if place not in ("hosts.", "groups.") and names_secret(key):  # there they are machines' names
-                    refuse(f"{place}{key}")
-                walk(inner, f"{place}{key}.")
-        elif isinstance(value, list):
-            for inner in value:
-                walk(inner, place)
-        elif isinstance(value, str) and _SECRET_VALUE.search(value):
-            refuse(place.rstrip("."))
-
-    def refuse(place: str) -> None:
-        raise SecretError(
-            f"{path}: {place} looks like a secret",
-            cause="this file is copied, backed up and shown; secrets do not belong in it",
-            hint="for sudo use --ask-sudo; for ComfyUI: inv secret set NAME, and its name in the host's `secrets`",
-        )
-
-    walk(table(path), "")
-
-
-def _check_settings(place: str, said: Profile | Override) -> None:
-    """Refuse what a unit could not hold, ranges that are none, and allocator settings that contradict each other."""
-    if not re.fullmatch(r"([0-9]+(\.[0-9]+)?%|[0-9]+[KMGT]?|infinity)?", said.memory_max or ""):
-        raise ConfigError(f"{place}: memory_max = {said.memory_max!r}", hint="such as 48G or 90%")
-    for each in said.pythons or ():
-        if not re.fullmatch(r"3\.[0-9]+", each):
-            raise ConfigError(f"{place}: pythons: {each!r}", hint="such as 3.12")
-    forms = ((said.flags, r"--[a-z][a-z0-9-]*", r"[^\\'\"]*"), (said.env, r"[A-Za-z_][A-Za-z0-9_]*", r".*"))
-    for settings, form, values in forms:
-        for name, setting in settings.items():
-            if not re.fullmatch(form, name):
-                raise ConfigError(f"{place}: {name!r} is no {'flag' if settings is said.flags else 'variable'}")
-            if not (setting.value.isprintable() and re.fullmatch(values, setting.value)):
-                what = f"{place}: {name}: {setting.value!r} cannot be written into a unit"
-                raise ConfigError(
-                    what, hint="no line breaks and control characters, in flags no quotes and backslashes"
-                )
-    for name, setting in (said.flags | said.env).items():
-        for what in ("torch", "comfyui"):
-            try:
-                SpecifierSet(getattr(setting, what))
-            except InvalidSpecifier as error:
-                text = getattr(setting, what)
-                raise ConfigError(f"{place}: {name}: {what} = {text!r} is no version range") from error
-        if "expandable_segments:True" in setting.value and "max_split_size_mb" in setting.value:
-            raise ConfigError(
-                f"{place}: {name}: max_split_size_mb means nothing with expandable_segments",
-                cause="a segment that grows is never too large to be split",
-                hint="keep expandable_segments:True alone",
-            )
-
-
 def profiles() -> dict[str, Profile]:
     """The profiles of `config/profiles/`, by name."""
     found: dict[str, Profile] = {}
-    for path in sorted((checkout() / "config/profiles").glob("*.toml")):
-        _refuse_secrets(path)
+    for path in sorted((workspace.current().checkout / "config/profiles").glob("*.toml")):
+        refuse_secrets(path)
         found[path.stem] = load(path, Profile)
-        _check_settings(str(path), found[path.stem])
+        check_settings(str(path), found[path.stem])
     return found
 
 
 def modes() -> dict[str, Mode]:
     """The modes of `config/modes/`, by name."""
     found: dict[str, Mode] = {}
-    for path in sorted((checkout() / "config/modes").glob("*.toml")):
-        _refuse_secrets(path)
+    for path in sorted((workspace.current().checkout / "config/modes").glob("*.toml")):
+        refuse_secrets(path)
         found[path.stem] = mode = load(path, Mode)
-        _check_settings(str(path), mode)
-        _check_settings(f"{path}: on_unified", mode.on(unified=True))
+        check_settings(str(path), mode)
+        check_settings(f"{path}: on_unified", mode.on(unified=True))
         unexplained = plain(mode).keys() - mode.why.keys()
         if unexplained:
             raise ConfigError(f"{path}: no reason for {', '.join(sorted(unexplained))}", hint="say it below [why]")

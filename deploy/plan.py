@@ -5,38 +5,24 @@ Pure: the same facts and wishes give the same plan; no clock, no file, no networ
 
 from __future__ import annotations
 
-import ipaddress
-import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from packaging.version import InvalidVersion, Version
-
 from core import console
 from core.errors import UsageError
-from deploy import host as hosts
+from deploy import exporter, refusals, release_refusals
 from deploy import release as releases
-from deploy.exporter import Exporter
-from lock import application as applications
+from deploy.choice import choose
+from deploy.refusals import LANDLOCK_TCP
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from core.manifest import Manifest
+    from deploy.choice import Choice
     from deploy.facts import Facts, Process
     from deploy.host import Target
-    from lock.application import Application, Flag
-    from lock.nodes import Node
-    from lock.requirements import Lock
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """One reason why a deploy would not work, with its remedy. `build` names the wheel that --build would make."""
-
-    what: str
-    remedy: str
-    build: tuple[str, ...] = ()
+    from deploy.inputs import Inputs
+    from deploy.refusals import Refusal
 
 
 @dataclass(frozen=True)
@@ -52,7 +38,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The way from what a host is (`base`, its current release) to `release`. Empty when it is there already."""
+    """The changes that lead from `base`, a host's current release, to `release`; no steps when nothing is to do."""
 
     base: str
     release: str
@@ -60,19 +46,19 @@ class Plan:
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True)
-class Shelf:
-    """What the client can give: ComfyUI with its flags, nodes, the locked lists by platform and Python, wheels, uv."""
-
-    application: Application
-    flags: Mapping[str, Flag]
-    locks: Mapping[tuple[str, str], Lock]
-    wheels: Sequence[Manifest]
-    uv: str
-    nodes: Mapping[str, Node] = field(default_factory=dict)
-    model_folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    exporter: Exporter = field(default_factory=Exporter)
+    @classmethod
+    def of(
+        cls,
+        facts: Facts,
+        steps: Sequence[Step],
+        refusals: Sequence[Refusal],
+        notes: Sequence[str] = (),
+        *,
+        release: str | None = None,
+    ) -> Plan:
+        """A plan for a host, which stays at its release unless told otherwise. With refusals it has no steps."""
+        after = facts.current if release is None else release
+        return cls(facts.current, after, () if refusals else tuple(steps), tuple(refusals), tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -100,323 +86,50 @@ def seconds(drain: str) -> float:
     return float(drain)
 
 
-RESERVE_BYTES, RESERVE_FILES = 2_000_000_000, 10_000
-"""Left free on a host whatever is deployed: outputs, logs and the database must still find room."""
-
-RESERVE_DATA = 200_000_000
-"""Where ComfyUI writes: its database is copied before a cut-over, and pictures must find room after it."""
-
-MISSING = "is not there"
-"""What the agent says of a folder that it could make."""
-
-NEEDS_ROOM = 1.2
-"""Downloads lie beside what is installed for a while; torch's wheels unpack to about their size, hard-linked."""
-
-
-def make(target: Target, facts: Facts, shelf: Shelf, options: Options) -> Plan:
-    """The plan for a host. With refusals it has no steps."""
-    choice, refusals = _choose(target, facts, shelf)
-    lacking, notes = _system(facts, shelf)
-    refusals += _place(target, facts) + lacking
+def make(target: Target, facts: Facts, inputs: Inputs, options: Options) -> Plan:
+    """The plan for a deploy."""
+    choice, found = choose(target, facts, inputs)
+    lacking, notes = _system(facts, inputs)
+    found += refusals.undeployable(target, facts) + lacking
     if choice is None:
-        return Plan(facts.current, "", refusals=tuple(refusals))
+        return Plan.of(facts, (), found, release="")
     wanted = releases.manifest(choice, facts.prefix)
     if not _holds(facts, choice.env_part):
-        refusals += room(target, facts, shelf)
+        found += release_refusals.room(target, facts, inputs)
     steps = _steps(target, facts, choice, wanted, options)
-    if refusals:
-        return Plan(facts.current, wanted["id"], refusals=tuple(refusals))
-    return Plan(facts.current, wanted["id"], steps=tuple(steps), notes=(*_notes(target, facts), *notes))
+    return Plan.of(facts, steps, found, (*_notes(target, facts), *notes), release=wanted["id"])
 
 
 def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
     """The plan that returns to a kept release."""
-    refusals = _place(target, facts)
-    wanted = facts.release(to)
-    broken = [part for part in (wanted["parts"].values() if wanted else ()) if not _holds(facts, part)]
-    if broken:
-        what = f"release {to} cannot run any more: {', '.join(broken)} is missing or damaged"
-        refusals.append(Refusal(what, "choose another release, or deploy again"))
-    unit = (wanted or {}).get("files", {f"{target.host.service}.service": ""}).get(f"{target.host.service}.service")
-    if unit is None or (target.host.scope == "system" and unit and f"\nUser={target.host.run_as}\n" not in unit):
-        what = f"release {to} was made for another service or user than {target.host.service} and {target.host.run_as}"
-        refusals.append(Refusal(what, "choose another release, or deploy again"))
+    found = refusals.undeployable(target, facts) + release_refusals.broken_release(target, facts, to)
+    wanted, service = facts.release(to), facts.service
     steps = [_release_step(wanted, "its unit or links were changed")] if wanted and to in facts.altered else []
-    steps.append(_cut_over(facts, to, "asked for", options))
-    return Plan(facts.current, to, steps=() if refusals else tuple(steps), refusals=tuple(refusals))
+    if steps or facts.current != to or not (service.linked and service.active and service.enabled):
+        steps.append(_cut_over(facts, to, "asked for", options))
+    return Plan.of(facts, steps, found, release=to)
 
 
-def _choose(target: Target, facts: Facts, shelf: Shelf) -> tuple[releases.Choice | None, list[Refusal]]:
-    """Which Python, list and wheels; None with the reasons when there is no such combination."""
-    stack, profile = target.stack, target.profile
+def _system(facts: Facts, inputs: Inputs) -> tuple[list[Refusal], list[str]]:
+    """Debian packages that nodes need and the host lacks: refusals for required nodes, notes for others."""
     found: list[Refusal] = []
-    if facts.platform not in stack.platforms:
-        remedy = f"stack {stack.name} has {', '.join(stack.platforms)}"
-        return None, [Refusal(f"the machine is {facts.machine}, and torch {stack.torch} has no build for it", remedy)]
-    origin = {name: target.origin.get(f"flags.{name}", "") for name in target.flags}
-    for flag in releases.OWN_FLAGS & target.flags.keys():
-        what = f"{flag} ({origin[flag]}) is Hearth's own: a release says where it lies and listens"
-        found.append(Refusal(what, "leave it out; `folders`, `model_roots`, `listen` and `port` of the host say that"))
-    found += [Refusal(what, remedy) for what, remedy in applications.wrong(target.flags, shelf.flags, origin)]
-    if len(alone := [flag for flag in releases.TLS_FLAGS if flag in target.flags]) == 1:  # ComfyUI would speak http
-        (other,) = set(releases.TLS_FLAGS) - set(alone)
-        found.append(Refusal(f"{alone[0]} needs {other}, too", "set both, or neither"))
-    if profile.cuda:
-        found += gpu(target, facts)
-    listed = [each for each in profile.pythons if (facts.platform, each) in shelf.locks]
-    python = next((each for each in listed if each in facts.pythons), "")
-    if not python:
-        packages = " or ".join(f"apt-get install python{each}" for each in listed[:2])
-        have = ", ".join(facts.pythons) or "none of them"
-        found.append(Refusal(f"no Python {' or '.join(listed)} (there is {have})", f"on the host: {packages}"))
-        return None, found
-    wheels: list[Manifest] = []
-    for kernel in profile.kernels:
-        wheel = find_wheel(shelf, kernel, target, facts.platform, python)
-        if isinstance(wheel, Refusal):
-            found.append(wheel)
-        elif Version(wheel.glibc) > Version(facts.glibc):
-            what = f"{wheel.file} needs glibc {wheel.glibc}, the host has {facts.glibc}"
-            found.append(Refusal(what, "build it on an older system, or there: inv build-kernels --host"))
-        else:
-            wheels.append(wheel)
-    choice = releases.Choice(
-        target=target,
-        application=shelf.application,
-        lock=shelf.locks[facts.platform, python],
-        python=python,
-        interpreter=facts.pythons[python],
-        wheels=tuple(wheels),
-        uv=shelf.uv,
-        nodes=shelf.nodes,
-        model_folders=shelf.model_folders,
-        exporter=shelf.exporter,
-        secrets={name: facts.secrets.get(name, "plain") for name in target.host.secrets},
-    )
-    if releases.manager(target) and target.host.scope == "user":
-        what = "ComfyUI-Manager could change its own security level: only a system service's unit keeps that from it"
-        found.append(Refusal(what, 'set scope = "system" for this host, or leave --enable-manager out'))
-    return choice, found
-
-
-def find_wheel(shelf: Shelf, kernel: str, target: Target, platform: str, python: str) -> Manifest | Refusal:
-    """The wheel that fits; of several the highest version, then the inference profile: ComfyUI trains nothing."""
-    stack, arch = target.stack, target.profile.arch
-    fitting = [
-        wheel
-        for wheel in shelf.wheels
-        if wheel.kernel == kernel
-        and wheel.arch == arch
-        and (wheel.stack, wheel.torch) == (stack.name, stack.torch)
-        and (wheel.python, wheel.platform) == (python, platform)
-    ]
-    if fitting:
-        # without the local label, which names arch and profile and sorts as text
-        return max(
-            fitting, key=lambda each: (Version(Version(each.version).public), each.profile == "inference", each.key)
-        )
-    words: tuple[str, ...] = ("--kernel", kernel, "--arch", arch, "--stack", stack.name)
-    words += ("--python", python, "--platform", platform)
-    what = f"the wheelhouse has no {kernel} for {arch}, {stack.name}, Python {python}, {platform}"
-    return Refusal(what, f"inv build-kernels {shlex.join(words)}   (or run again with --build)", words)
-
-
-def gpu(target: Target, facts: Facts) -> list[Refusal]:
-    """What is wrong with the GPU or its driver for that profile."""
-    stack, profile = target.stack, target.profile
-    found: list[Refusal] = []
-    if not facts.gpus:
-        what = f"profile {target.profile_name} needs an NVIDIA GPU, and nvidia-smi shows none"
-        return [Refusal(what, "install the driver, or choose profile cpu")]
-    if facts.driver and _older(facts.driver, stack.driver):
-        what = f"the driver is {facts.driver}, and CUDA {stack.cuda} needs {stack.driver}"
-        found.append(Refusal(what, 'update the driver, or set stack = "cu124" in the host\'s override'))
-    have = sorted({gpu.capability for gpu in facts.gpus})
-    if profile.kernels and profile.arch not in have:
-        what = f"the GPU is {', '.join(have)}, and profile {target.profile_name} is for {profile.arch}"
-        found.append(Refusal(what, f'set arch = "{have[0]}" in the host\'s override, or choose another profile'))
-    return found
-
-
-def others(processes: Sequence[Process]) -> str:
-    """Who else computes on a GPU, directly or through MPS, in words; empty when nobody does."""
-    found = {each.pid: each for each in processes if each.kind != "graphics" and not each.comfyui}
-    return ", ".join(
-        f"{each.name or 'a process'} (pid {each.pid}{f', {each.user}' * bool(each.user)}"
-        f"{f', {console.size(each.bytes)}' if each.bytes else ''})"
-        for each in found.values()
-    )
-
-
-def _older(version: str, floor: str) -> bool:
-    try:
-        return Version(version) < Version(floor)
-    except InvalidVersion:
-        return False
-
-
-def _place(target: Target, facts: Facts) -> list[Refusal]:
-    """What the host itself lacks."""
-    found: list[Refusal] = []
-    host, listen = target.host, target.host.listen.split(",")
-    if facts.busy:
-        who = f"{facts.busy['action']} by {facts.busy['who']} since {facts.busy['since']}"
-        found.append(Refusal(f"the host is being changed: {who}", f"inv attach --host {target.name}"))
-    if facts.current_fault:
-        found.append(Refusal(facts.current_fault["what"], facts.current_fault["hint"]))
-    if facts.paused:  # by somebody with a reason, who may be somebody else
-        found.append(Refusal(paused(target, facts), f"inv resume --host {target.name}"))
-    if facts.foreign_unit:
-        found.append(Refusal(f"{facts.foreign_unit} is not Hearth's", f"inv adopt --host {target.name} takes it over"))
-    found += [
-        Refusal(f"the host has no secret {name}", f"inv secret set {name} --host {target.name}")
-        for name in host.secrets
-        if name not in facts.secrets
-    ]
-    if facts.user_fault:
-        remedy = 'set `run_as` to a name of its own, such as "comfyui-service"'
-        found.append(Refusal(f"the user {host.run_as} {facts.user_fault}", remedy))
-    if host.scope == "user" and target.profile.network == "lan-deny":
-        what = "without root nothing tells private addresses from others: mode lan-deny has no effect"
-        found.append(Refusal(what, 'set scope = "system" for this host, or mode "offline"'))
-    if host.scope == "user" and target.profile.network == "offline" and not (host.confined and facts.landlock >= _TCP):
-        why = f"Landlock {facts.landlock} knows no TCP (Linux 6.7 does)" if host.confined else "it is not `confined`"
-        what = f"nothing keeps ComfyUI from the network here: mode offline has no effect ({why})"
-        found.append(Refusal(what, 'set scope = "system" for this host, or take a newer kernel and confined = true'))
-    if target.profile.network != "open" and not all(ipaddress.ip_address(each).is_loopback for each in listen):
-        what = f"network = {target.profile.network} shuts out whoever would come to {host.listen}, too"
-        found.append(Refusal(what, 'listen = "127.0.0.1", and come by ssh -L or by a proxy on the host'))
-    if host.scope == "system" and not facts.manager.startswith("systemd"):
-        found.append(Refusal("the host runs no systemd", 'set scope = "user" for this host'))
-    if not hosts.PLAIN_PATH.fullmatch(facts.prefix):
-        what = f"{facts.prefix} holds characters that units and command lines do not take"
-        found.append(Refusal(what, "set a `prefix` of letters, digits and . _ @ + -"))
-    found += deployed_otherwise(target, facts)
-    if not facts.writable:
-        found.append(Refusal(f"{facts.login} may not write to {facts.prefix}", "choose another prefix, or let it"))
-    found += storage(target, facts)
-    if holder := port(target, facts):
-        found.append(Refusal(holder, "end it, or set another `port` for this host"))
-    return found + metrics(target, facts)
-
-
-def metrics(target: Target, facts: Facts) -> list[Refusal]:
-    """Why the host could not export the metrics that are wanted of it."""
-    found: list[Refusal] = []
-    wanted, holder = target.host.metrics_port, facts.metrics_holder
-    if wanted and facts.manager == "process" and facts.lingers:
-        what = "the host has no systemd for this login, and Hearth's own supervisor runs ComfyUI only, no exporter"
-        found.append(Refusal(what, "leave `metrics_port` out for this host"))
-    if holder and holder["unit"] != target.exporter_unit:
-        what = f"port {wanted} is held by {holder['command']} (pid {holder['pid']})"
-        found.append(Refusal(what, "end it, or set another `metrics_port` for this host"))
-    return found
-
-
-def deployed_otherwise(target: Target, facts: Facts) -> list[Refusal]:
-    """What was deployed under settings that the configuration has changed since, and that nothing carries over."""
-    found: list[Refusal] = []
-    place, host = facts.place, target.host
-    first = f"inv remove --host {target.name}, then change it"
-    units = (facts.release(facts.current) or {}).get("files", {})
-    served = min((each for each in units if each.endswith(".service")), key=len, default="")  # companions are longer
-    for old in {served.removesuffix(".service"), place.service if facts.current else ""} - {"", host.service}:
-        what = f"{facts.prefix} was deployed as service {old}, and the configuration says {host.service}"
-        found.append(Refusal(what, f'set service = "{old}", so that its units are found; {first}'))
-    if facts.current and place.scope and place.scope != host.scope:
-        what = f'{facts.prefix} was deployed with scope = "{place.scope}", and the configuration says "{host.scope}"'
-        found.append(Refusal(what, f'set scope = "{place.scope}", so that its units are found; {first}'))
-    if host.scope == "system" and place.user and place.user != host.run_as:
-        what = f"{facts.prefix}/data belongs to {place.user}, and the configuration says run_as = {host.run_as}"
-        data = shlex.quote(f"{facts.prefix}/data")
-        change = f"inv stop, then there: useradd --system {host.run_as}; chown -R {host.run_as}: {data}"
-        found.append(Refusal(what, f'set run_as = "{place.user}"; to change it, then: {change}'))
-    if place.elsewhere:
-        what = f"{host.service} is deployed at {place.elsewhere}, and the configuration says {facts.prefix}"
-        move = (
-            f'set prefix = "{place.elsewhere}"; to move it: {first}, and mv {shlex.quote(place.elsewhere)}/data there'
-        )
-        found.append(Refusal(what, f"{move}; for a second one set another `service`"))
-    return found
-
-
-def paused(target: Target, facts: Facts) -> str:
-    """Who keeps the service from running, and since when."""
-    return f"{target.host.service} was paused by {facts.paused['who']} at {facts.paused['at']}"
-
-
-def storage(target: Target, facts: Facts) -> list[Refusal]:
-    """What is wrong with mounts and folders, and cannot be put right by a step."""
-    found: list[Refusal] = []
-    host = target.host
-    for path, wanted in host.mounts.items():
-        there = facts.mounts[path]
-        if not wanted.what and not there.mounted:
-            remedy = f"mount {path} there; writing into the empty mount point would hide it later"
-            found.append(Refusal(f"{path} is not mounted", remedy))
-        elif wanted.what and there.mounted and target.mount_text(path).split("\nWhere")[0] not in there.unit:
-            remedy = f"umount {shlex.quote(path)} there, or leave out `what` for it"
-            found.append(Refusal(f"{there.source} is mounted at {path}, and not by Hearth's unit for it", remedy))
-        elif wanted.what and there.fault:
-            found.append(Refusal(f"{wanted.what} cannot be mounted at {path}: {there.fault}", there.remedy))
-    coming = tuple(f"{path}/" for path, wanted in host.mounts.items() if wanted.what and not facts.mounts[path].mounted)
-    for path, fault in facts.places.items():
-        made = fault == MISSING and path in host.folders.values()
-        if fault and not made and not f"{path}/".startswith(coming):
-            found.append(
-                Refusal(f"{path} {fault}", f"on the host: ls -ld {shlex.quote(path)}; ComfyUI runs as {host.run_as}")
-            )
-    for path, left in facts.data_free.items():
-        if left < RESERVE_DATA:
-            what = f"{console.size(left)} free for {path}, {console.size(RESERVE_DATA)} needed"
-            found.append(Refusal(what, "free some space there: nothing that ComfyUI writes would find room"))
-    return found
-
-
-def _system(facts: Facts, shelf: Shelf) -> tuple[list[Refusal], list[str]]:
-    """What the host lacks for its nodes: refusals for required ones, notes for others."""
-    refusals: list[Refusal] = []
     notes: list[str] = []
-    for name, node in shelf.nodes.items():
+    for name, node in inputs.nodes.items():
         if lacking := [each for each in node.system if facts.packages.get(each) is False]:
             what = f"node {name} needs {', '.join(lacking)}, which the host lacks"
             remedy = f"on the host: apt-get install {' '.join(lacking)}"
             if node.required:
-                refusals.append(Refusal(what, remedy))
+                found.append(release_refusals.no_package(what, remedy))
             else:
                 notes.append(f"{what}; {remedy}")
-    return refusals, notes
-
-
-def port(target: Target, facts: Facts) -> str:
-    """Who else holds the port; empty when nobody does or it is the service itself."""
-    holder = facts.port_holder
-    if not holder or (facts.service.active and holder["pid"] in (0, facts.service.pid)):
-        return ""
-    return f"port {target.host.port} is held by {holder['command']} (pid {holder['pid']})"
-
-
-def room(target: Target, facts: Facts, shelf: Shelf) -> list[Refusal]:
-    """Whether a new environment finds room. Both figures are measured ones of the recipe."""
-    found: list[Refusal] = []
-    need = int(shelf.application.size[target.profile.stack] * NEEDS_ROOM) + RESERVE_BYTES
-    if facts.disk_free < need:
-        what = f"{console.size(facts.disk_free)} free at {facts.prefix}, {console.size(need)} needed"
-        found.append(Refusal(what, "free some space there, or set another `prefix`"))
-    inodes = shelf.application.files[target.profile.stack] + RESERVE_FILES
-    if facts.inodes_free is not None and facts.inodes_free < inodes:
-        what = f"{facts.inodes_free} inodes free at {facts.prefix}, {inodes} needed"
-        found.append(Refusal(what, "delete small files there, or set another `prefix`"))
-    return found
+    return found, notes
 
 
 def _holds(facts: Facts, part: str) -> bool:
     return facts.parts.get(part) == ""
 
 
-def _steps(
-    target: Target, facts: Facts, choice: releases.Choice, wanted: dict[str, Any], options: Options
-) -> list[Step]:
+def _steps(target: Target, facts: Facts, choice: Choice, wanted: dict[str, Any], options: Options) -> list[Step]:
     """The steps, in order; none when the host is as wanted."""
     host = target.host
     steps: list[Step] = []
@@ -456,6 +169,8 @@ def _steps(
         missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
         steps.append(Step("serve", title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
+    if changed := exporter.change(target, facts, choice.interpreter):
+        steps.append(Step("exporter", *changed))
     made = any(step.kind in ("app", "env", "node", "exporter", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
@@ -517,7 +232,7 @@ def _release_step(wanted: dict[str, Any], why: str) -> Step:
     return Step("release", f"{title}, Python {wanted['python']}", why, "pruned when others serve", {"release": wanted})
 
 
-def _part_steps(facts: Facts, choice: releases.Choice, wanted: Mapping[str, Any]) -> list[Step]:
+def _part_steps(facts: Facts, choice: Choice, wanted: Mapping[str, Any]) -> list[Step]:
     steps: list[Step] = []
     for kind, part in (("app", choice.app_part), ("env", choice.env_part)):
         if _holds(facts, part):
@@ -552,14 +267,6 @@ def _part_steps(facts: Facts, choice: releases.Choice, wanted: Mapping[str, Any]
             values |= {"unit": wanted["files"][f"{choice.target.host.service}.service"]}
         title = f"make {part}: node {name} {node.commit[:9]}"
         steps.append(Step("node", title, why, "pruned when no release names it", values))
-    part = choice.exporter_part
-    if part and not _holds(facts, part):
-        fault = facts.parts.get(part, "")
-        why = f"{part} is damaged: {fault}" if fault else "the host lacks it"
-        values = {"part": part, "python": choice.interpreter, "writable": []}
-        steps.append(
-            Step("exporter", f"make {part}: what exports metrics", why, "pruned when no release names it", values)
-        )
     return steps
 
 
@@ -577,6 +284,16 @@ def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
     return [Step("prune", title, "old releases take room", "deploy it again", {"keep": kept})]
 
 
+def others(processes: Sequence[Process]) -> str:
+    """Who else computes on a GPU, directly or through MPS, in words; empty when nobody does."""
+    found = {each.pid: each for each in processes if each.kind != "graphics" and not each.comfyui}
+    return ", ".join(
+        f"{each.name or 'a process'} (pid {each.pid}{f', {each.user}' * bool(each.user)}"
+        f"{f', {console.size(each.bytes)}' if each.bytes else ''})"
+        for each in found.values()
+    )
+
+
 def allocator_without_effect(target: Target) -> str:
     """A variable for torch's own allocator, where ComfyUI chooses CUDA's; empty when there is none."""
     if not target.profile.cuda or "--disable-cuda-malloc" in target.flags:
@@ -585,12 +302,10 @@ def allocator_without_effect(target: Target) -> str:
     return next(named, "")
 
 
-_TCP = 4
-
 _LACKS = {
     2: "ComfyUI cannot move files from one folder to another (Linux 5.19)",
     3: "only the filter of system calls keeps custom nodes from emptying files that they may not write (Linux 6.2)",
-    _TCP: "custom nodes reach every TCP port, and listen at any (Linux 6.7)",
+    LANDLOCK_TCP: "custom nodes reach every TCP port, and listen at any (Linux 6.7)",
     5: "custom nodes may send any command (ioctl) to a device that is open to them (Linux 6.10)",
     6: "custom nodes can end other processes of {login}, Hearth's too, and reach their abstract sockets (Linux 6.12)",
 }

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from core import console, files, lockfile, manifest
+from core import console, files, lockfile, manifest, workspace
 from core.arch import known_archs, parse_list
 from core.errors import HashMismatchError, HearthError, RemoteError, UsageError
 from core.stack import Platform, find_stack
-from deploy import connection, flow
+from deploy import connection
+from deploy.look import find_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,7 +54,7 @@ def build(name: str, asked: Mapping[str, str], *, force: bool, dry_run: bool) ->
     """
     if asked.get("arch"):
         parse_list(asked["arch"], known_archs())  # the host's own answer to a wrong one comes minutes later
-    target = flow.find_target(name)
+    target = find_target(name)
     if not target.host.address:
         raise UsageError(f"{name} is this machine", hint="leave --host out")
     with connection.connect(target) as agent:
@@ -179,7 +180,7 @@ def _names(listed: str | None) -> list[str]:
 
 def _fetch(agent: Ssh, wheel: Manifest) -> None:
     """Bring one wheel home, into the wheelhouse, and say so when another one of its name was there."""
-    there = files.wheelhouse() / wheel.file
+    there = workspace.current().wheelhouse.folder / wheel.file
     with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
         place = Path(folder) / wheel.file
         agent.get(f"{PLACE}/wheelhouse/{wheel.file}", place, wheel.size)
@@ -187,4 +188,4 @@ def _fetch(agent: Ssh, wheel: Manifest) -> None:
             raise HashMismatchError(f"{wheel.file} was altered on the way", hint="run the same command again")
         if there.is_file() and (old := files.sha256(there)) != wheel.sha256:
             console.say(f"the wheelhouse had another {wheel.file}, which is replaced: sha256 {old}, now {wheel.sha256}")
-        manifest.admit(place, wheel)
+        workspace.current().wheelhouse.admit(place, wheel)

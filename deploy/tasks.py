@@ -41,10 +41,11 @@ def deploy(
         inv deploy --group home --drain 300   # several hosts; give jobs five minutes
         inv deploy --host spark --bundle spark.bundle.tar
     """
-    from deploy import flow, report
+    from deploy import report
+    from deploy.deploy import deploy_each
     from kernels.build import build_missing
 
-    results = flow.deploy_each(
+    results = deploy_each(
         where.names(),
         options(where, how),
         build=build_missing if build else None,
@@ -84,7 +85,8 @@ def bundle(
     """
     from core import console, signature
     from deploy import bundle as bundles
-    from deploy import flow, report
+    from deploy import report
+    from deploy.deploy import make_bundle
 
     if verify:
         report.bundle(Path(verify), bundles.verify(Path(verify)), as_json=out.json)
@@ -93,7 +95,7 @@ def bundle(
     if key is None and not sign:
         console.say("not signed: there is no SSH key in ~/.ssh, and --sign names none")
     place = Path(output) if output else None
-    path, found = flow.make_bundle(where.host, place, platform, python, key, ask_sudo=where.ask_sudo)
+    path, found = make_bundle(where.host, place, platform, python, key, ask_sudo=where.ask_sudo)
     report.bundle(path, found, as_json=out.json)
 
 
@@ -106,9 +108,9 @@ def rollback(_: Context, to: str = "", *, where: Where, how: Tried, out: Output)
         inv rollback --host spark             # to the one that served before
         inv rollback --host spark --dry-run
     """
-    from deploy import flow, report
+    from deploy import deploy, report
 
-    results = flow.rollback(where.host, to, options(where, how))
+    results = deploy.rollback(where.host, to, options(where, how))
     return report.outcomes(results, as_json=out.json, dry_run=how.dry_run)
 
 
@@ -120,9 +122,9 @@ def releases(_: Context, *, where: Where, out: Output) -> None:
 
         inv releases --host spark
     """
-    from deploy import flow, report
+    from deploy import look, report
 
-    report.releases(flow.facts(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
+    report.releases(look.facts(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
 
 
 @command()
@@ -133,9 +135,9 @@ def history(_: Context, *, where: Where, out: Output) -> None:
 
         inv history --host spark
     """
-    from deploy import flow, report
+    from deploy import look, report
 
-    report.history(flow.history(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
+    report.history(look.history(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
 
 
 @command()
@@ -147,9 +149,9 @@ def facts(_: Context, *, where: Where, out: Output) -> None:
         inv facts --host spark
         inv facts --json        # this machine, for a script
     """
-    from deploy import flow, report
+    from deploy import look, report
 
-    report.facts(flow.facts(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
+    report.facts(look.facts(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
 
 
 @command(help={"check": "reach every host and read its facts"})
@@ -161,12 +163,12 @@ def hosts(_: Context, check: bool = False, *, sudo: Sudo, out: Output) -> None:
         inv hosts
         inv hosts --check   # and reach every one of them
     """
-    from deploy import flow, host, report
+    from deploy import host, look, report
 
     names = list(host.hosts().hosts)
     report.configuration(names, as_json=out.json)
     if check:
-        flow.reach(names, ask_sudo=sudo.ask_sudo)
+        look.reach(names, ask_sudo=sudo.ask_sudo)
 
 
 @command()
@@ -177,9 +179,9 @@ def attach(_: Context, *, where: Where) -> None:
 
         inv attach --host spark
     """
-    from deploy import flow
+    from deploy import change
 
-    flow.attach(where.host, ask_sudo=where.ask_sudo)
+    change.attach(where.host, ask_sudo=where.ask_sudo)
 
 
 @command(
@@ -211,9 +213,9 @@ def adopt(
         inv adopt --host box --apply
         inv adopt --host box --undo
     """
-    from deploy import flow, report
+    from deploy import adopt, report
 
-    proposal, outcome = flow.adopt(where.host, path, by, options(where, how), apply=apply, undo=undo)
+    proposal, outcome = adopt.adopt(where.host, path, by, options(where, how), apply=apply, undo=undo)
     return report.adopted(proposal, outcome, as_json=out.json, dry_run=how.dry_run)
 
 
@@ -232,10 +234,12 @@ def bom(_: Context, release: str = "current", output: str = "", *, where: Where)
         inv bom --host spark --output spark.cdx.json
         inv bom --host spark --release previous
     """
-    from deploy import flow, report
+    from deploy import look, report
+    from deploy import release as releases
     from lock import sbom
 
-    report.bill(sbom.write(flow.facts(where.host, ask_sudo=where.ask_sudo).named(release)), output)
+    manifest = releases.require_complete(look.facts(where.host, ask_sudo=where.ask_sudo).named(release))
+    report.bill(sbom.write(manifest), output)
 
 
 @command(help={"old": "a kept release's id, current or previous", "new": "another one"})
@@ -247,10 +251,10 @@ def diff(_: Context, old: str, new: str, *, where: Where, out: Output) -> None:
 
         inv diff previous current --host spark   # what the last deploy changed
     """
-    from deploy import flow, report
+    from deploy import look, report
     from lock.diff import compare
 
-    facts = flow.facts(where.host, ask_sudo=where.ask_sudo)
+    facts = look.facts(where.host, ask_sudo=where.ask_sudo)
     report.difference(compare(facts.named(old), facts.named(new)), as_json=out.json)
 
 
@@ -270,7 +274,12 @@ def audit(_: Context, host: str = "", service: str = "", *, sudo: Sudo, out: Out
         inv audit                # all that is locked here, before it is deployed
         inv audit --host spark   # what runs there
     """
-    from deploy import report
+    from deploy import look, report
+    from deploy import release as releases
     from lock import audit
 
-    return report.audit(audit.check(audit.stock(host, ask_sudo=sudo.ask_sudo), service), as_json=out.json)
+    if host:
+        stock = audit.deployed(releases.require_complete(look.facts(host, ask_sudo=sudo.ask_sudo).named("current")))
+    else:
+        stock = audit.locked()
+    return report.audit(audit.check(stock, service), as_json=out.json)

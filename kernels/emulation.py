@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from core import console, files, shell
+from core import console, files, shell, workspace
 from core.errors import ProcessError, ToolMissingError
 from core.stack import Platform
 
@@ -42,13 +42,13 @@ def runner(platform: Platform, python: str) -> Runner | str:
 
 def _root(platform: Platform, python: str) -> Path:
     """The tree with that Python; raises ProcessError or ToolMissingError where it cannot be made."""
-    place = files.cache() / "emulation" / f"{platform.cpu}-python{python}"
+    place = workspace.current().cache / "emulation" / f"{platform.cpu}-python{python}"
     if place.is_dir():
         return place
     console.say(
         f"fetching a {platform.cpu} Python {python} from the distribution's packages, to import under emulation"
     )
-    with files.whole(place) as part:
+    with files.atomic_dir(place) as part:
         archives = part / "apt/archives"
         for folder in (archives / "partial", part / "apt/lists/partial"):
             folder.mkdir(parents=True)

@@ -1,22 +1,24 @@
-"""One ninja file over all modules of all kernels: longest compile first, no path of this machine in a command."""
+"""One ninja file over all modules of all kernels, and its run: longest compile first, no local path in a command."""
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import ninja
 from ninja.ninja_syntax import Writer
 
-from core import files
-from core.errors import ConfigError
+from core import console, files, shell, workspace
+from core.errors import CompileError, ConfigError, DiskFullError, HearthError, OutOfMemoryError
 from kernels.source import HEADERS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from kernels.matrix import Build
     from kernels.recipe import Module, Recipe
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 def root() -> Path:
     """Where ninja runs: every path in its file is relative to here."""
-    return files.cache() / "build"
+    return workspace.current().cache / "build"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +79,14 @@ def write(builds: Sequence[Build], jobs: int) -> Graph:
     those share them.
     """
     text = StringIO()
-    ninja = Writer(text, width=1_000_000)
-    ninja.comment("Written by Hearth; a run writes it anew.")
-    ninja.pool("compile", jobs)
+    writer = Writer(text, width=1_000_000)
+    writer.comment("Written by Hearth; a run writes it anew.")
+    writer.pool("compile", jobs)
     launcher = os.environ.get("HEARTH_COMPILER_LAUNCHER", "")
     start = f"{launcher} " if launcher else ""
     for name, body in _RULES.items():
         compiles = name != "link"
-        ninja.rule(
+        writer.rule(
             name,
             (start if compiles else "") + body,
             description=f"{name} $out",
@@ -96,7 +98,7 @@ def write(builds: Sequence[Build], jobs: int) -> Graph:
     for build in builds:
         for module in build.modules:
             objects = _compile_edges(build, module)
-            output = f"{build.own_folder}/{module.path}.so"
+            output = f"{build.python_folder}/{module.path}.so"
             link = Edge(
                 rule="link",
                 output=output,
@@ -108,7 +110,7 @@ def write(builds: Sequence[Build], jobs: int) -> Graph:
             modules[build.identifier, module.name] = root() / output
     # Edges of the same weight start in the order of the file, so the longest compile is written first.
     for edge in sorted(edges.values(), key=lambda edge: -edge.seconds):
-        ninja.build([edge.output], edge.rule, edge.inputs, variables=edge.variables)
+        writer.build([edge.output], edge.rule, edge.inputs, variables=edge.variables)
     return Graph(text.getvalue(), edges, modules)
 
 
@@ -165,7 +167,7 @@ def _binding_edge(build: Build, module: Module, source: str) -> Edge:
     defines = [f"-D{each}" for each in profile.defines] if profile else []
     flags = [*build.recipe.flags.cxx, *defines, _abi(build), name, *_own_includes(build), *includes]
     variables = {"cxx": build.toolchain.cxx, "flags": " ".join(flags)}
-    return _compile_edge("cxx", build, source, f"{build.own_folder}/obj/{module.path}/{source}.o", variables)
+    return _compile_edge("cxx", build, source, f"{build.python_folder}/obj/{module.path}/{source}.o", variables)
 
 
 def _compile_edge(rule: str, build: Build, source: str, output: str, variables: dict[str, str]) -> Edge:
@@ -241,3 +243,75 @@ def _link_variables(build: Build, module: Module) -> dict[str, str]:
 
 
 _TORCH_LIBRARIES = ("torch_python", "torch", "torch_cuda", "torch_cpu", "c10_cuda", "c10")
+
+
+# finished / total / running, then the edge's description; parsed back below.
+_STATUS = "@@ %f %t %r "
+
+
+def run(graph: Graph, jobs: int, lock: int) -> None:
+    """Bring every object and module of the graph up to date; what an interrupted run finished is kept.
+
+    `lock` is the descriptor of the held build lock: compilers inherit it, so that it is held until the last of
+    them is gone even when this process is killed.
+    Raises CompileError with the failing file and the log's path, OutOfMemoryError or DiskFullError.
+    """
+    place = root()
+    files.write(place / "build.ninja", graph.text)
+    argv = [str(Path(ninja.BIN_DIR) / "ninja"), "-j", str(jobs)]
+    pending = _pending(argv, place)
+    if not pending:
+        return
+    weight = sum(map(graph.seconds, pending))
+    log = place / "log.txt"
+    with console.Progress("compiling", weight, len(pending)) as progress, log.open("w") as text:
+        output = shell.lines(argv, cwd=place, env={"NINJA_STATUS": _STATUS}, pass_fds=[lock])
+        status = _follow(output, graph, progress, text.write)
+    if status:
+        raise _explain(log.read_text(), graph, log, jobs)
+
+
+def _pending(argv: Sequence[str], place: Path) -> list[str]:
+    """The outputs that ninja would make, by a dry run."""
+    done = shell.run([*argv, "-n"], cwd=place, env={"NINJA_STATUS": _STATUS}, check=False)
+    return [line.split()[5] for line in done.stdout.splitlines() if line.startswith("@@")]
+
+
+def _follow(
+    lines: Generator[str, None, int], graph: Graph, progress: console.Progress, log: Callable[[str], object]
+) -> int:
+    """Turn ninja's output into progress, keep all of it in the log; return ninja's exit status."""
+    while True:
+        try:
+            line = next(lines)
+        except StopIteration as stop:
+            return int(stop.value)
+        log(line + "\n")
+        if line.startswith("@@"):
+            _, finished, total, running, _, output = line.split(maxsplit=5)
+            # ninja counts the step that just ended among the running; another takes its place while there are any
+            left = min(int(running), int(total) - int(finished))
+            progress.step(graph.name(output), graph.seconds(output), left)
+
+
+def _explain(text: str, graph: Graph, log: Path, jobs: int) -> HearthError:
+    """The error for a failed run, from what the compilers said."""
+    failed = re.search(r"^FAILED: (?:\[code=\d+\] )?(\S+)", text, re.MULTILINE)
+    name = graph.name(failed[1]) if failed else "the build"
+    said = text[failed.start() :] if failed else text
+    # The command itself is long and of no use here; the log has it.
+    tail = [line for line in said.splitlines()[2:] if line.strip() and not line.startswith(("@@", "ninja:"))][-12:]
+    if re.search(r"No space left on device", said):
+        return DiskFullError(
+            f"the disk is full: {name} could not be written",
+            cause="No space left on device",
+            hint="free some space (inv wheels --prune; the cache is "
+            f"{workspace.current().cache}), then run the same command: finished files are kept",
+        )
+    if re.search(r"died due to signal 9|Killed signal terminated|signal: Killed|^Killed$", said, re.MULTILINE):
+        return OutOfMemoryError(
+            f"the machine ran out of memory while compiling {name}",
+            cause=f"a compiler was killed (signal 9) with {jobs} jobs at once",
+            hint=f"run again with fewer: --jobs {max(1, jobs // 2)} (finished files are kept)",
+        )
+    return CompileError(f"{name} does not build", cause="\n         ".join(tail), hint=f"the whole log: {log}")

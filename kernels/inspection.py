@@ -20,7 +20,7 @@ from elftools.elf.hash import GNUHashSection
 from packaging.version import Version
 
 from core import arch as archs
-from core import files, shell
+from core import files, shell, workspace
 from core.errors import InspectionError
 from core.manifest import ModuleReport, Proof
 from kernels import emulation
@@ -245,7 +245,7 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
         return Proof("not run", runner)
     names = [module.name for module in build.modules]
     code = f"import torch\nfor name in {names!r}: __import__(name)\nprint('imported with torch', torch.__version__)"
-    compiled = files.cache() / "pycache"
+    compiled = workspace.current().cache / "pycache"
     with tempfile.TemporaryDirectory() as folder:
         unpack(wheel, Path(folder))
         functions = sorted({name for report in reports for name in report.from_driver})

@@ -85,7 +85,7 @@ class Build:
         return f"{self.recipe.name}-sm{self.target}{ptx}-{self.toolchain.view.name}"
 
     @property
-    def own_folder(self) -> str:
+    def python_folder(self) -> str:
         """The folder in that one for what no other build shares: bindings and linked modules."""
         return f"{self.folder}/{self.toolchain.abi_tag}{f'-{self.profile}' if self.profile else ''}"
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from core import console, files
+from core import console, workspace
 from core.arch import Arch, known_archs
 from core.stack import stacks
 from kernels import recipe as recipes_of
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from core.manifest import Manifest
+    from core.wheelhouse import Entry
     from kernels.matrix import Build, Skipped
-    from kernels.store import Entry
 
 
 def plan(builds: Sequence[Build], skipped: Sequence[Skipped], *, as_json: bool) -> None:
@@ -63,7 +63,8 @@ def wheels(manifests: Sequence[Manifest], *, as_json: bool) -> None:
         for title, proof in (("import", manifest.imported), ("smoke test", manifest.smoke)):
             if proof.result != "passed":
                 console.say(f"{manifest.identifier}: {title} not run: {proof.detail}")
-    console.say(f"in {files.wheelhouse()}; use it with: uv pip install --find-links {files.wheelhouse().name} ...")
+    house = workspace.current().wheelhouse.folder
+    console.say(f"in {house}; use it with: uv pip install --find-links {house.name} ...")
 
 
 def wheelhouse(found: Sequence[Entry], *, as_json: bool) -> int:

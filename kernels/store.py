@@ -1,13 +1,11 @@
-"""The wheelhouse: finished wheels, each with its manifest beside it. A folder for `--find-links`."""
+"""Which wheels of the wheelhouse answer to today's recipes."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core import files
-from core import manifest as manifests
+from core import workspace
 from core.errors import HearthError
 
 if TYPE_CHECKING:
@@ -17,61 +15,18 @@ if TYPE_CHECKING:
     from kernels.matrix import Build
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One wheel of the wheelhouse with its manifest; `fault` says what is wrong with it, empty when nothing is."""
-
-    manifest: Manifest
-    fault: str
-
-
 def find(build: Build) -> Manifest | None:
-    """The manifest of the wheel with this build's key, when the wheel is there, whole and admitted."""
-    path = files.wheelhouse() / build.wheel_name
-    manifest = manifests.read(path.with_name(path.name + ".json"))
-    if manifest is None or manifest.key != build.key or not path.is_file():
-        return None
-    return manifest if path.stat().st_size == manifest.size else None
+    """The manifest of the wheel with this build's key; None when it has to be built."""
+    return workspace.current().wheelhouse.find(build.wheel_name, build.key)
 
 
-def entries() -> list[Entry]:
-    """Every wheel of the wheelhouse, its file hashed again."""
-    found: list[Entry] = []
-    for path in sorted(files.wheelhouse().glob("*.whl.json")):
-        manifest = manifests.read(path)
-        if manifest is None:
-            continue
-        wheel = path.with_name(manifest.file)
-        fault = ""
-        if not wheel.is_file():
-            fault = "the wheel is missing"
-        elif files.sha256(wheel) != manifest.sha256:
-            fault = "the wheel is not the one that was inspected"
-        found.append(Entry(manifest, fault))
-    return found
-
-
-def unwanted() -> list[tuple[Path, str]]:
-    """Files of the wheelhouse that no recipe asks for any more, each with the reason."""
-    house = files.wheelhouse()
-    reasons: list[tuple[Path, str]] = []
-    listed = {entry.manifest.file: entry for entry in entries()}
-    for path in sorted(house.glob("*.whl")):
-        entry = listed.get(path.name)
-        if entry is None:
-            reasons.append((path, "it has no manifest"))
-        elif entry.fault:
-            reasons.append((path, entry.fault))
-        elif reason := _outdated(entry.manifest):
-            reasons.append((path, reason))
-    orphans = [path for path in sorted(house.glob("*.whl.json")) if not path.with_suffix("").exists()]
-    reasons += [(path, "its wheel is missing") for path in orphans]
-    reasons += [(path, "left by an interrupted run") for path in sorted(house.glob(".*"))]
-    return reasons
+def prune() -> list[tuple[Path, str]]:
+    """Delete the wheels that no recipe produces any more, and return them with the reasons."""
+    return workspace.current().wheelhouse.prune(_outdated)
 
 
 def _outdated(manifest: Manifest) -> str:
-    """Why no recipe of today gives this wheel; empty when one does."""
+    """Why today's recipes do not produce this wheel; empty when one does."""
     from kernels.matrix import Request, select
 
     try:
@@ -87,18 +42,10 @@ def _outdated(manifest: Manifest) -> str:
         )
     except HearthError as error:
         return error.what
-    return "" if _wanted(builds[0].inputs) == _wanted(manifest.inputs) else "its recipe or source changed since"
+    same = _recipe_inputs(builds[0].inputs) == _recipe_inputs(manifest.inputs)
+    return "" if same else "its recipe or source changed since"
 
 
-def _wanted(inputs: dict[str, Any]) -> str:
-    """What the recipe decides. The toolchain is left out: another machine's compiler built what comes from a host."""
+def _recipe_inputs(inputs: dict[str, Any]) -> str:
+    """The inputs without the toolchain: a wheel built on a host had that machine's compiler."""
     return json.dumps({**inputs, "toolchain": {}}, sort_keys=True)
-
-
-def prune() -> list[tuple[Path, str]]:
-    """Delete what no recipe asks for and return it with the reasons."""
-    gone = unwanted()
-    for path, _ in gone:
-        files.sweep(path)
-        path.with_name(path.name + ".json").unlink(missing_ok=True)
-    return gone

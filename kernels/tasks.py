@@ -73,11 +73,12 @@ def wheels(_: Context, prune: bool = False, *, out: Output) -> int:
         inv wheels
         inv wheels --prune   # and drop what no recipe asks for
     """
+    from core import workspace
     from kernels import report, store
 
     if prune:
         report.pruned(store.prune())
-    return report.wheelhouse(store.entries(), as_json=out.json)
+    return report.wheelhouse(workspace.current().wheelhouse.verify(), as_json=out.json)
 
 
 @command(help={"path": "a wheel file"})

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core import console, files, lockfile, shell, tools
+from core import console, files, lockfile, shell, tools, workspace
 from core.errors import (
     CompilerMissingError,
     CompilerVersionError,
@@ -69,7 +69,8 @@ class Toolchain:
     @property
     def view(self) -> Path:
         """The folder of links that compile commands name, so that they hold no path of this machine."""
-        return files.cache() / "toolchains" / f"{self.stack.name}-{self.platform.cpu}-{self.kernel_fingerprint[:12]}"
+        name = f"{self.stack.name}-{self.platform.cpu}-{self.kernel_fingerprint[:12]}"
+        return workspace.current().cache / "toolchains" / name
 
     @property
     def abi_tag(self) -> str:
@@ -311,11 +312,11 @@ def _system_cuda(toolchain: Toolchain) -> Path:
     A system's nvcc may sit beside headers of another version; the locked packages' headers are the stack's.
     """
     home = Path(toolchain.cuda_home)
-    place = files.cache() / "installed" / f"system-nvcc-{_digest(dict(toolchain.parts)['cuda'])[:12]}"
+    place = workspace.current().cache / "installed" / f"system-nvcc-{_digest(dict(toolchain.parts)['cuda'])[:12]}"
     if place.is_dir():
         return place
     headers = install(f"nvcc-{toolchain.stack.name}", Platform.local(), "3.11")
-    with files.whole(place) as part:
+    with files.atomic_dir(place) as part:
         (part / "bin").mkdir()
         (part / "nvvm/bin").mkdir(parents=True)
         for name in _NVCC_PROGRAMS:

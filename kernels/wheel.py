@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import zipfile
-from email.message import EmailMessage
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
+
+from packaging.metadata import Metadata, RFC822Message
+
+from core.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +40,7 @@ def assemble(build: Build, tree: Path, modules: dict[str, Path], place: Path) ->
     info = f"{recipe.file_name}-{build.version}.dist-info"
     for license_file in recipe.license_files:
         content[f"{info}/licenses/{license_file}"] = (tree / license_file).read_bytes()
-    content[f"{info}/METADATA"] = _metadata(build).encode()
+    content[f"{info}/METADATA"] = metadata(build)
     content[f"{info}/WHEEL"] = (
         f"Wheel-Version: 1.0\nGenerator: hearth\nRoot-Is-Purelib: false\nTag: {build.tag}\n"
     ).encode()
@@ -54,22 +57,33 @@ def assemble(build: Build, tree: Path, modules: dict[str, Path], place: Path) ->
     return wheel
 
 
-def _metadata(build: Build) -> str:
-    """Core metadata 2.4. torch is pinned to the stack's: its C++ ABI changes with every release."""
+def metadata(build: Build) -> bytes:
+    """Core metadata 2.4 of a build's wheel. torch is pinned to the stack's: its C++ ABI changes with every release.
+
+    Raises ConfigError where the recipe has a value that installers reject.
+    """
     recipe = build.recipe
-    message = EmailMessage()
-    message["Metadata-Version"] = "2.4"
-    message["Name"] = recipe.name
-    message["Version"] = build.version
-    message["Summary"] = recipe.summary
-    message["Home-page"] = recipe.homepage
-    message["License-Expression"] = recipe.license
-    for license_file in recipe.license_files:
-        message["License-File"] = license_file
-    message["Requires-Python"] = recipe.python
-    for requirement in (f"torch=={build.toolchain.stack.torch}", *recipe.requires):
-        message["Requires-Dist"] = requirement
-    return message.as_string()
+    message = RFC822Message()
+    fields = [
+        ("Metadata-Version", "2.4"),
+        ("Name", recipe.name),
+        ("Version", build.version),
+        ("Summary", recipe.summary),
+        ("Home-page", recipe.homepage),
+        ("License-Expression", recipe.license),
+        *(("License-File", each) for each in recipe.license_files),
+        ("Requires-Python", recipe.python),
+        *(("Requires-Dist", each) for each in (f"torch=={build.toolchain.stack.torch}", *recipe.requires)),
+    ]
+    for name, value in fields:
+        message[name] = value
+    text = message.as_bytes()
+    try:
+        Metadata.from_email(text, validate=True)
+    except ExceptionGroup as group:
+        faults = "; ".join(str(each) for each in group.exceptions)
+        raise ConfigError(f"{recipe.path / 'recipe.toml'}: its wheel could not be installed: {faults}") from group
+    return text
 
 
 def _hash(body: bytes) -> str:

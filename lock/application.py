@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from core import files, foreign, source
+from core import files, foreign, source, workspace
 from core.config import load
 from core.errors import ConfigError, near
 
@@ -35,8 +35,8 @@ class Application(source.Pinned, frozen=True, forbid_unknown_fields=True, kw_onl
 
 def folder() -> Path:
     """Where the application is described: $HEARTH_APP, else `recipes/comfyui`; in a bundle the latter."""
-    own = os.environ.get("HEARTH_APP") if files.checkout() == files.CHECKOUT else ""
-    return Path(own or files.checkout() / "recipes/comfyui").absolute()
+    own = os.environ.get("HEARTH_APP") if workspace.current().checkout == files.CHECKOUT else ""
+    return Path(own or workspace.current().checkout / "recipes/comfyui").absolute()
 
 
 def application() -> Application:

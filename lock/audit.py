@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-import tomllib
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tomli
 import tomlkit
 
 from core import files, foreign, source, tools
 from core.errors import AuditServiceError, TreeError
-from deploy import flow
-from deploy import release as releases
 from lock import advisory, node_updates, nodes, requirements
 from lock import application as applications
 from lock.advisory import Repository
@@ -67,11 +65,6 @@ class Audit:
     fault: AuditServiceError | None
 
 
-def stock(host: str, *, ask_sudo: bool) -> Stock:
-    """What the current release of a host holds; without a host, all that is locked in this checkout."""
-    return deployed(flow.facts(host, ask_sudo=ask_sudo).named("current")) if host else locked()
-
-
 def locked() -> Stock:
     """All that is locked in this checkout: the lists for hosts, the tool's own lock, the nodes and ComfyUI."""
     packages: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -79,7 +72,7 @@ def locked() -> Stock:
         if lock := requirements.find(stack.name, platform.value, python):
             for each in lock.versions().items():
                 packages[each].append(lock.name)
-    for package in tomllib.loads((files.CHECKOUT / "uv.lock").read_text())["package"]:
+    for package in tomli.loads((files.CHECKOUT / "uv.lock").read_text())["package"]:
         if "registry" in package["source"]:
             packages[package["name"], package["version"]].append("uv.lock")
     ours = [_node(name, each.url, each.commit, each.tree) for name, each in nodes.catalogue().nodes.items()]
@@ -87,8 +80,7 @@ def locked() -> Stock:
 
 
 def deployed(manifest: Mapping[str, Any]) -> Stock:
-    """What a release holds; raises OldReleaseError."""
-    manifest = releases.told(manifest)
+    """What a release holds, by its manifest, which must list packages."""
     packages = {each: [f"release {manifest['id']}"] for each in manifest["packages"].items()}
     theirs = [_node(name, each["url"], each["commit"], each["tree"]) for name, each in manifest["nodes"].items()]
     return Stock(packages, [_comfyui(manifest["version"]), *theirs])

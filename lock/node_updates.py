@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import tomlkit
 
-from core import console, files, source, tools
+from core import console, files, source, tools, workspace
 from core.errors import (
     ConfigError,
     HearthError,
@@ -25,8 +25,7 @@ from core.errors import (
     UsageError,
     near,
 )
-from deploy import review
-from lock import advisory, nodes
+from lock import advisory, nodes, review
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -344,7 +343,7 @@ _EDITORS = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode", "None"}
 
 def _named(tree: Path) -> set[str]:
     """Every string in a tree's Python files: node types are among them, however they are registered."""
-    kept = files.cache() / "strings" / f"{tree.name}.json"
+    kept = workspace.current().cache / "strings" / f"{tree.name}.json"
     if not kept.exists():
         found = review.read(tree)
         if found.failed:

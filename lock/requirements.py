@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from core import console, files, lockfile, source, tools
+from core import console, files, lockfile, source, tools, workspace
 from core.errors import ConfigError, LockStaleError, ResolutionError
 from core.stack import Platform, stacks
 from lock import application as applications
@@ -100,7 +100,7 @@ class Lock:
 def folder() -> Path:
     """Where the lists are kept: beside the app.toml, or for one without a list of its own with the recipe."""
     own = applications.folder() / "locks"
-    return own if own.is_dir() else files.checkout() / "recipes/comfyui/locks"
+    return own if own.is_dir() else workspace.current().checkout / "recipes/comfyui/locks"
 
 
 def combinations() -> list[tuple[Stack, Platform, str]]:
@@ -236,12 +236,12 @@ def download(lock: Lock, asking: Iterable[str], platform: Platform) -> Path:
     """Every wheel that these ask for, in a folder of the cache: for a host that cannot fetch them itself."""
     text = lock.select(asking)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    place = files.cache() / "wheels" / f"{lock.name}-{digest}"
+    place = workspace.current().cache / "wheels" / f"{lock.name}-{digest}"
     if place.is_dir():
         return place
     console.say(f"downloading the packages of {lock.name}")
     tag = lock.name.rpartition("-")[2]
-    with files.whole(place) as part:
+    with files.atomic_dir(place) as part:
         listed = part / "requirements.txt"
         listed.write_text(text)
         words: list[str | Path] = ["download", "--quiet", "--require-hashes", "--no-deps", "--dest", part]

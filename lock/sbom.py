@@ -15,20 +15,17 @@ from cyclonedx.model.component import Component, ComponentScope, ComponentType
 from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 
-from deploy import release as releases
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 
 def write(manifest: Mapping[str, Any]) -> str:
-    """The bill of the release with that manifest, as JSON. Raises OldReleaseError.
+    """The bill of the release with that manifest, as JSON. It must list packages and wheels.
 
     The release depends on all that it runs. A kernel wheel depends on the compilers that made it: components of scope
     `excluded`, which the standard has for what is not there at run time. (`formulation` could say how they were used,
     but the library cannot write it; `metadata.tools` are those that made the bill.)
     """
-    manifest = releases.told(manifest)
     release = Component(
         type=ComponentType.APPLICATION,
         name="hearth-release",

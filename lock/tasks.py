@@ -19,8 +19,7 @@ def list_nodes(_: Context, *, out: Output) -> None:
 
         inv nodes
     """
-    from deploy import report
-    from lock import nodes
+    from lock import nodes, report
 
     report.nodes(nodes.catalogue(), as_json=out.json)
 
@@ -68,8 +67,7 @@ def update(_: Context, name: list[str], *, how: DryRun, out: Output) -> int:
         inv nodes.update --dry-run            # only show
         inv nodes.update --name a --name b
     """
-    from deploy import report
-    from lock import node_updates
+    from lock import node_updates, report
 
     return report.changes(node_updates.update(name, dry_run=how.dry_run), as_json=out.json, dry_run=how.dry_run)
 
@@ -82,8 +80,7 @@ def outdated(_: Context, *, out: Output) -> None:
 
         inv nodes.outdated
     """
-    from deploy import report
-    from lock import node_updates, nodes
+    from lock import node_updates, nodes, report
 
     report.outdated(node_updates.outdated(nodes.catalogue()), as_json=out.json)
 
@@ -99,8 +96,7 @@ def search(_: Context, workflow: str, *, out: Output) -> int:
     """
     from pathlib import Path
 
-    from deploy import report
-    from lock import node_updates
+    from lock import node_updates, report
 
     return report.providers(node_updates.search(Path(workflow)), as_json=out.json)
 

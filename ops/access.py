@@ -15,9 +15,11 @@ import msgspec
 
 from core import console
 from core.errors import UsageError
-from deploy import flow
-from deploy.plan import Refusal
-from ops import fleet, lifecycle, tuning
+from deploy import refusals
+from deploy.change import Change, change_each
+from deploy.look import look as facts_of
+from deploy.plan import Plan
+from ops import fleet, lifecycle, settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,17 +27,17 @@ if TYPE_CHECKING:
     from deploy.connection import Agent
     from deploy.facts import Facts
     from deploy.host import Target
-    from deploy.plan import Options, Plan
-    from ops.tuning import Change, State
+    from deploy.plan import Options
+    from ops.settings import Place, State
 
 NAME, GROUP = "gpu-access", "gpu-users"
 
 _RULE = (
-    "# Written by Hearth: inv gpu-access --undo takes it away.\n"
+    "# Written by Hearth: inv gpu-access --undo removes it.\n"
     f'SUBSYSTEM=="drm", KERNEL=="renderD*", DRIVERS=="nvidia", GROUP="{GROUP}", MODE="0660"\n'
 )
 _DRIVER = (
-    "# Written by Hearth: inv gpu-access --undo takes it away. The driver reads it when it is loaded.\n"
+    "# Written by Hearth: inv gpu-access --undo removes it. The driver reads it when it is loaded.\n"
     "options nvidia NVreg_DeviceFileUID=0 NVreg_DeviceFileGID=@gid@ NVreg_DeviceFileMode=0660\n"
 )
 
@@ -72,12 +74,12 @@ def users(target: Target) -> list[str]:
     return list(filter(None, dict.fromkeys([target.host.run_as, target.site["exporter"], *target.host.members])))
 
 
-def changes(target: Target) -> list[Change]:
-    """What keeps the GPU to a group: the group, what the driver makes from now on, and what is there already."""
+def places(target: Target) -> list[Place]:
+    """What restricts the GPU to a group: the group, options for new device files, and the existing device files."""
     return [
         {"kind": "group", "place": GROUP, "members": users(target)},
-        tuning.file("/etc/modprobe.d/hearth-gpu-access.conf", _DRIVER, group=GROUP),
-        tuning.file("/etc/udev/rules.d/70-hearth-gpu-access.rules", _RULE),
+        settings.file("/etc/modprobe.d/hearth-gpu-access.conf", _DRIVER, group=GROUP),
+        settings.file("/etc/udev/rules.d/70-hearth-gpu-access.rules", _RULE),
         *(
             {"kind": "node", "place": place, "group": GROUP, "mode": 0o660}
             for place in ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/nvidia-uvm*", "/dev/nvidia-modeset")
@@ -89,64 +91,51 @@ def changes(target: Target) -> list[Change]:
 
 
 def keep(target: Target, facts: Facts, state: State, access: Access, options: Options) -> Plan:
-    """The plan that keeps the GPU to the group."""
-    refusals = tuning.able(target, facts)
-    missing = [name for name, groups in access.users.items() if groups is None]
-    if missing:
-        what = f"{target.name} has no user {', '.join(missing)}"
-        refusals.append(Refusal(what, f"inv deploy --host {target.name} first, or take them off `members`"))
-    if all(each.now == each.wanted for each in state.seen[NAME]):
-        return tuning.finished(facts, [], refusals)
-    step = tuning.setting_step(
-        NAME,
-        changes(target),
-        f"keep the GPU to group {GROUP}: {', '.join(users(target))}",
-        "asked for",
-        "inv gpu-access --undo",
-        options if facts.service.active else None,
-    )
+    """The plan that restricts the GPU to the group."""
+    found = refusals.unsettable(target, facts)
+    if missing := [name for name, groups in access.users.items() if groups is None]:
+        found.append(refusals.no_user(target, missing))
+    if state.settled(NAME):
+        return Plan.of(facts, [], found)
+    title = f"restrict the GPU to group {GROUP}: {', '.join(users(target))}"
+    around = settings.stopped(facts, options)
+    step = settings.apply_step(NAME, places(target), title, undo="inv gpu-access --undo", around=around)
     notes = [
-        "nobody else may use the GPU then: no other login, desktop or container",
-        f"who is logged in already gets the group with the next login: {', '.join(users(target)[1:]) or 'nobody'}",
-        "nodes that the driver makes anew follow it from its next load on: reboot (first update-initramfs -u, where "
+        "nobody else can use the GPU then: no other login, desktop or container",
+        f"users who are logged in get the group at their next login: {', '.join(users(target)[1:]) or 'nobody'}",
+        "device files that the driver creates follow it once it is reloaded: reboot (first update-initramfs -u, where "
         "the initramfs has the driver)",
     ]
-    return tuning.finished(facts, [step], refusals, notes)
+    return Plan.of(facts, [step], found, notes)
 
 
-def give_back(target: Target, facts: Facts, state: State, options: Options, *, force: bool) -> Plan:
-    """The plan that puts back who could use the GPU before."""
+def give_back(target: Target, facts: Facts, state: State, options: Options) -> Plan:
+    """The plan that restores who could use the GPU before."""
     if NAME not in state.applied:
-        return tuning.finished(facts, [], [])
-    step = tuning.undo_step(
-        NAME,
-        f"give the GPU back: remove group {GROUP}, the driver's option and the rule",
-        force=force,
-        options=options if facts.service.active else None,
-    )
-    return tuning.finished(facts, [step], tuning.able(target, facts))
+        return Plan.of(facts, [], [])
+    title = f"lift the restriction: remove group {GROUP}, the driver's option and the udev rule"
+    step = settings.undo_step(NAME, title, force=options.force, around=settings.stopped(facts, options))
+    return Plan.of(facts, [step], refusals.unsettable(target, facts))
 
 
 # --- carried out ---------------------------------------------------------------------------------------------------
 
 
 def run(names: Sequence[str], options: Options, *, apply: bool, undo: bool, as_json: bool) -> int:
-    """What `inv gpu-access` does: check, keep to the group (`apply`) or give back (`undo`)."""
+    """Run `inv gpu-access`: check, restrict to the group (`apply`) or lift the restriction (`undo`)."""
     if apply and undo:
         raise UsageError("--apply and --undo exclude each other", hint="one after the other")
     if not (apply or undo):
         return show(look(names, ask_sudo=options.ask_sudo), as_json=as_json)
 
-    def make(agent: Agent, target: Target, facts: Facts) -> Plan:
-        state = msgspec.convert(agent.call("settings", changes={NAME: changes(target)}), tuning.State)
+    def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
+        state = settings.look(agent, {NAME: places(target)})
         if undo:
-            return give_back(target, facts, state, options, force=options.force)
-        access = msgspec.convert(agent.call("access", users=users(target)), Access)
-        return keep(target, facts, state, access, options)
+            return give_back(target, facts, state, options)
+        return keep(target, facts, state, msgspec.convert(agent.call("access", users=users(target)), Access), options)
 
-    action = "undo gpu-access" if undo else NAME
-    state = "who may use the GPU is as before" if undo else f"the GPU is kept to {GROUP}"
-    results = flow.change(names, action, make, options, state=state, converges=True)
+    action, state = ("undo gpu-access", "the GPU is unrestricted") if undo else (NAME, f"only {GROUP} may use the GPU")
+    results = change_each(names, Change(action=action, plan=planner, state=state), options)
     return lifecycle.show(results, as_json=as_json, dry_run=options.dry_run)
 
 
@@ -154,9 +143,7 @@ def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[A
     """Who may use the GPUs of hosts."""
 
     def one(agent: Agent, target: Target) -> Access:
-        who = (
-            users(target) if target.host.scope == "system" else [agent.call("facts", **flow.questions(target))["login"]]
-        )
+        who = users(target) if target.host.scope == "system" else [facts_of(agent, target).login]
         return msgspec.convert(agent.call("access", users=who), Access)
 
     return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)

@@ -15,7 +15,7 @@ import msgspec
 from packaging.version import InvalidVersion, Version
 
 from core import console
-from deploy import plan
+from deploy import plan, refusals, release_refusals
 from deploy.facts import Facts
 from ops.mps import Mps
 from ops.mps import problems as mps_problems
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from deploy.host import Target
-    from deploy.plan import Plan, Shelf
+    from deploy.inputs import Inputs
+    from deploy.plan import Plan
 
 Severity = Literal["error", "warning"]
 
@@ -75,7 +76,7 @@ class Case:
     facts: Facts
     live: Live
     probe: Probe
-    stock: Shelf
+    inputs: Inputs
     planned: Plan
     now: float
 
@@ -234,8 +235,7 @@ _DECISIVE = re.compile(
 )
 def _service(case: Case) -> Iterator[Problem]:
     facts, service = case.facts, case.facts.service
-    if facts.paused:
-        yield Problem(plan.paused(case.target, facts), f"inv resume {case.at}")
+    yield from (Problem(each.what, each.remedy) for each in refusals.paused(case.target, facts))
     if not facts.current or facts.paused:
         return
     said = [line.strip() for line in case.lines if _DECISIVE.search(line)]
@@ -270,8 +270,7 @@ def _service(case: Case) -> Iterator[Problem]:
     cases=(f"{SPARK}: port 8188 already in use", f"{DEBIAN}: port conflicts between development servers and ComfyUI"),
 )
 def _port(case: Case) -> Iterator[Problem]:
-    if holder := plan.port(case.target, case.facts):
-        yield Problem(holder, "end it there, or set another `port` for this host")
+    yield from (Problem(each.what, each.remedy) for each in refusals.port(case.target, case.facts))
 
 
 @check(
@@ -282,8 +281,8 @@ def _port(case: Case) -> Iterator[Problem]:
     severity="warning",
 )
 def _exporter(case: Case) -> Iterator[Problem]:
-    yield from (Problem(each.what, each.remedy) for each in plan.metrics(case.target, case.facts))
-    if "exporter" in case.release.get("parts", {}) and not case.facts.metrics_holder:
+    yield from (Problem(each.what, each.remedy) for each in refusals.metrics(case.target, case.facts))
+    if case.facts.exporter and not case.facts.metrics_holder:
         unit = case.target.exporter_unit
         yield Problem(
             f"nothing listens at port {case.target.host.metrics_port}: the exporter does not run",
@@ -379,7 +378,7 @@ def _unified(case: Case) -> Iterator[Problem]:
 )
 def _driver(case: Case) -> Iterator[Problem]:
     if case.target.profile.cuda:
-        for refusal in plan.gpu(case.target, case.facts):
+        for refusal in release_refusals.gpu(case.target, case.facts):
             yield Problem(refusal.what, refusal.remedy)
 
 
@@ -451,7 +450,7 @@ def _kernels(case: Case) -> Iterator[Problem]:
                 f"inv build-kernels --kernel {name} --arch '{';'.join(sorted(have))}'; inv deploy {case.at}",
             )
     for refusal in case.planned.refusals:
-        if refusal.build or "glibc" in refusal.what:
+        if refusal.kind in ("no-wheel", "old-glibc"):
             yield Problem(refusal.what, refusal.remedy)
 
 
@@ -481,7 +480,7 @@ def _xid(case: Case) -> Iterator[Problem]:
     cases=(f"{SPARK}: NFS symlinks become directories",),
 )
 def _storage(case: Case) -> Iterator[Problem]:
-    for refusal in plan.storage(case.target, case.facts):
+    for refusal in refusals.storage(case.target, case.facts):
         yield Problem(refusal.what, refusal.remedy)
 
 
@@ -514,7 +513,7 @@ def _disk(case: Case) -> Iterator[Problem]:
     for path, disk in case.live.disks.items():
         if disk.fault:
             yield Problem(f"{path} cannot be looked at: {disk.fault}", f"on the host: ls -ld {shlex.quote(path)}")
-        elif disk.total and (disk.free < disk.total * LEAST or disk.free < plan.RESERVE_DATA):
+        elif disk.total and (disk.free < disk.total * LEAST or disk.free < refusals.RESERVE_DATA):
             yield Problem(
                 f"{console.size(disk.free)} of {console.size(disk.total)} left at {path}",
                 f"on the host: du -xh {shlex.quote(path)} | sort -h | tail",
@@ -525,7 +524,7 @@ def _disk(case: Case) -> Iterator[Problem]:
                 f"on the host: du --inodes -x {shlex.quote(path)} | sort -n | tail",
             )
     if not case.planned.steps:
-        for refusal in plan.room(case.target, case.facts, case.stock):
+        for refusal in release_refusals.room(case.target, case.facts, case.inputs):
             yield Problem(f"a new environment would not find room: {refusal.what}", refusal.remedy)
 
 

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from core import console, files, shell
+from core import console, files, shell, workspace
 from core.arch import known_archs
 from core.errors import StorageError
 from core.stack import Platform, find_stack
-from deploy import flow, plan
 from deploy import host as hosts
+from deploy import plan
 from deploy.facts import Facts
+from deploy.inputs import gather
+from deploy.look import find_target, questions
 from ops import fleet
 from ops.checks import CHECKS, Case, Check, Probe, Severity
 from ops.status import Live, Problem
@@ -52,7 +54,7 @@ def examine(host: str, group: str, *, ask_sudo: bool = False) -> tuple[list[str]
     found: list[Finding] = []
     if not (host or group):
         found = workbench()
-        if not Path(flow.find_target(hosts.LOCAL).prefix, "current").expanduser().exists():
+        if not Path(find_target(hosts.LOCAL).prefix, "current").expanduser().exists():
             return [HERE], found
     for answer in fleet.ask_each(names, _one, ask_sudo=ask_sudo, seconds=SECONDS):
         if answer.error is not None:
@@ -63,12 +65,11 @@ def examine(host: str, group: str, *, ask_sudo: bool = False) -> tuple[list[str]
 
 
 def _one(agent: Agent, target: Target) -> list[Finding]:
-    stock = flow.shelf(target)
-    packages = sorted({each for node in stock.nodes.values() for each in node.system})
-    said = agent.call("probe", **flow.questions(target, packages), roots=list(target.host.model_roots))
+    inputs = gather(target)
+    said = agent.call("probe", **questions(target, inputs.packages), roots=list(target.host.model_roots))
     facts, live = msgspec.convert(said.pop("facts"), Facts), msgspec.convert(said.pop("live"), Live)
-    planned = plan.make(target, facts, stock, plan.Options())
-    case = Case(target, facts, live, msgspec.convert(said, Probe), stock, planned, time.time())
+    planned = plan.make(target, facts, inputs, plan.Options())
+    case = Case(target, facts, live, msgspec.convert(said, Probe), inputs, planned, time.time())
     return judge(case)
 
 
@@ -96,7 +97,7 @@ def workbench() -> list[Finding]:
 
 
 def _workbench() -> Iterator[tuple[Severity, Problem]]:
-    from kernels import store, toolchain
+    from kernels import toolchain
 
     for program, installer in (("git", "apt-get install git"), ("uv", "pip install uv")):
         if not shell.which(program):
@@ -112,10 +113,11 @@ def _workbench() -> Iterator[tuple[Severity, Problem]]:
         if cpu != platform.machine() and not (shell.which(f"qemu-{cpu}-static") or shell.which(f"qemu-{cpu}")):
             what = f"wheels for {profile.arch} are not imported here after the build: there is no emulator for {cpu}"
             yield "warning", Problem(what, "apt-get install qemu-user-static")
-    for entry in store.entries():
+    for entry in workspace.current().wheelhouse.verify():
         if entry.fault:
             yield "error", Problem(f"{entry.manifest.file}: {entry.fault}", "inv build-kernels builds it again")
-    place = next(path for path in (files.cache(), *files.cache().parents) if path.exists())
+    cache = workspace.current().cache
+    place = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < ROOM:
         what = f"{console.size(free)} free at {place}, and a build takes {console.size(ROOM)}"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from core import console
 from core.errors import ConnectError, HearthError
-from deploy import connection, flow
+from deploy import connection
+from deploy.look import find_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ def ask_each(
 
     def one(name: str) -> None:
         try:
-            target = flow.find_target(name)
+            target = find_target(name)
             with connection.connect(target, ask_sudo, seconds=max(1, int(seconds))) as agent:
                 answers[name] = Answer(name, ask(agent, target))
         except HearthError as error:

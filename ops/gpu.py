@@ -16,8 +16,9 @@ import msgspec
 
 from core import console
 from core.errors import ConnectError, DiskFullError, HearthError, UsageError
-from deploy import connection, flow
+from deploy import connection
 from deploy.facts import Process
+from deploy.look import find_target
 from ops import fleet
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Gpu(msgspec.Struct, frozen=True):
-    """One GPU, as the agent reads it; None is what it does not support, or what `faults` have a line for."""
+    """One GPU, as `agent.look.gpu.gpus` describes it; None: not reported (see `unsupported` and `faults`)."""
 
     index: int
     name: str | None
@@ -54,7 +55,7 @@ class Gpu(msgspec.Struct, frozen=True):
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """The GPUs of a host at a `time` (its own clock, seconds since 1970), and the job that ComfyUI ran."""
+    """The GPUs of a host at a `time` (its own clock, seconds since 1970), and ComfyUI's running job."""
 
     time: float
     gpus: tuple[Gpu, ...]
@@ -196,7 +197,7 @@ def _watch(names: Sequence[str], every: float, ask_sudo: bool) -> int:
     with ExitStack() as stack:
         for name in names:  # one after the other: a password may be asked for
             try:
-                agent = stack.enter_context(connection.connect(flow.find_target(name), ask_sudo, seconds=5))
+                agent = stack.enter_context(connection.connect(find_target(name), ask_sudo, seconds=5))
                 threading.Thread(target=read, args=(name, agent), daemon=True).start()
             except HearthError as error:
                 failed[name] = error
@@ -210,7 +211,7 @@ def _record(name: str, place: Path, seconds: float, every: float, ask_sudo: bool
     """Write a sample a line to a new file, for `seconds` or until Ctrl-C; what was written stays."""
     count = 0
     try:
-        with place.open("x") as file, connection.connect(flow.find_target(name), ask_sudo) as agent:
+        with place.open("x") as file, connection.connect(find_target(name), ask_sudo) as agent:
             console.say(f"recording {name} for {console.clock(seconds)} to {place}; Ctrl-C ends it, and keeps it")
             for sample in _samples(agent, every, seconds):
                 file.write(json.dumps({"host": name, **_plain(sample)}) + "\n")

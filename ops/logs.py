@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from core import console
 from core.errors import HearthError, UsageError
-from deploy import connection, flow
+from deploy import connection
+from deploy.look import find_target
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -43,7 +44,7 @@ def show(names: Sequence[str], asked: dict[str, Any], *, ask_sudo: bool, as_json
 
     def one(name: str) -> None:
         try:
-            with connection.connect(flow.find_target(name), ask_sudo) as agent:
+            with connection.connect(find_target(name), ask_sudo) as agent:
                 _print(agent.stream("logs", **asked), name, alone=alone, as_json=as_json)
         except HearthError as error:
             if alone:

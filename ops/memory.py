@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from core import console
-from deploy import connection, flow
-from deploy.plan import Plan, Refusal, Step
+from deploy import connection, refusals
+from deploy.change import Change, change_each
+from deploy.look import find_target
+from deploy.plan import Plan, Step
 from ops.gpu import number
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def free(names: Sequence[str], wait: str, *, ask_sudo: bool = False, as_json: bo
     patience = number("wait", wait, 0)
     found: dict[str, Freed] = {}
     for name in names:
-        with connection.connect(flow.find_target(name), ask_sudo) as agent:
+        with connection.connect(find_target(name), ask_sudo) as agent:
             found[name] = msgspec.convert(agent.call("free-memory", wait=patience), Freed)
         if not as_json:
             for line in lines(name, found[name]):
@@ -82,9 +84,12 @@ def _gained(old: int, new: int) -> str:
 
 def drop(names: Sequence[str], options: Options, *, as_json: bool = False) -> int:
     """Drop the page cache of hosts, and print what that gained; returns 2 on a dry run."""
-    results = flow.change(
-        names, "drop-caches", lambda _, target, facts: plan(target, facts, force=options.force), options
+    change = Change(
+        action="drop-caches",
+        plan=lambda _, target, facts: plan(target, facts, force=options.force),
+        unchecked="the cache fills again at once",
     )
+    results = change_each(names, change, options)
     if as_json:
         console.data_json([msgspec.to_builtins(each) for each in results])
     for each in () if as_json else results:
@@ -95,16 +100,7 @@ def drop(names: Sequence[str], options: Options, *, as_json: bool = False) -> in
 
 def plan(target: Target, facts: Facts, *, force: bool) -> Plan:
     """The plan that drops a host's page cache; it always has its one step."""
-    refusals: list[Refusal] = []
-    if not facts.current:
-        refusals.append(Refusal("nothing is deployed", f"inv deploy --host {target.name}"))
-    if not facts.root:
-        by_hand = "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'"
-        refusals.append(Refusal(f"only root may drop the page cache, and this is {facts.login}", f"there: {by_hand}"))
-    if not force and not any(gpu.unified for gpu in facts.gpus):
-        what = "no GPU there shares the machine's memory, so that the page cache takes nothing from one"
-        refusals.append(Refusal(what, "leave it: what is cached need not be read again; or --force"))
     why = "it competes with the GPU for the same memory" if not force else "asked for"
-    undo = "nothing: what is needed is read again, from the disk"
-    steps = () if refusals else (Step("drop-caches", "write what is new to disk, drop the page cache", why, undo),)
-    return Plan(facts.current, facts.current, steps=steps, refusals=tuple(refusals))
+    undo = "nothing: files are read again from the disk"
+    step = Step("drop-caches", "write unsaved data to disk, drop the page cache", why, undo)
+    return Plan.of(facts, [step], refusals.undroppable(target, facts, force=force))

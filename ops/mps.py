@@ -10,10 +10,11 @@ import msgspec
 
 from core import files
 from core.errors import UsageError
-from deploy import flow
-from deploy import release as releases
-from deploy.plan import Plan, Refusal
-from ops import fleet, lifecycle, tuning
+from deploy import refusals
+from deploy.change import Change, change_each
+from deploy.plan import Plan
+from deploy.units import devices
+from ops import fleet, lifecycle, settings
 from ops.status import Problem
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.plan import Options
-    from ops.tuning import Change, State
+    from ops.settings import Place, State
 
 ACTIONS = ("on", "off", "status", "limit")
 
@@ -73,8 +74,8 @@ def limits(percent: str, memory: str) -> dict[str, str]:
     return {name: value for name, value in ((PERCENT, percent), (MEMORY, memory)) if value}
 
 
-def changes(target: Target, control: str, limited: Mapping[str, str]) -> list[Change]:
-    """What turning MPS on changes: the daemon's unit, and where ComfyUI finds it."""
+def places(target: Target, control: str, limited: Mapping[str, str]) -> list[Place]:
+    """What turning MPS on changes: the daemon's unit, and a drop-in by which ComfyUI finds it."""
     service = target.host.service
     text = (files.CHECKOUT / "recipes/system/mps.service").read_text()
     values = {
@@ -82,21 +83,21 @@ def changes(target: Target, control: str, limited: Mapping[str, str]) -> list[Ch
         "user": target.host.run_as,
         "control": control,
         "limits": "\n".join(f"Environment={name}={value}" for name, value in limited.items()),
-        **releases.devices(target.profile),
+        **devices(target.profile),
     }
     unit = f"{service}-mps.service"
     # PrivateUsers: the daemon looks at its clients' processes, which a user namespace of their own would close to it.
     # PartOf: a CUDA context does not outlive its server. When the daemon dies, ComfyUI is started again with it.
     drop_in = (
-        f"# Written by Hearth: inv mps off takes it away.\n"
+        f"# Written by Hearth: inv mps off removes it.\n"
         f"[Unit]\nWants={unit}\nAfter={unit}\nPartOf={unit}\n"
         f"[Service]\nEnvironment=CUDA_MPS_PIPE_DIRECTORY=/run/{service}-mps\nBindPaths=-/run/{service}-mps\n"
         "PrivateUsers=no\n"
     )
     return [
-        tuning.file(f"/etc/systemd/system/{unit}", Template(text).substitute(values)),
+        settings.file(f"/etc/systemd/system/{unit}", Template(text).substitute(values)),
         {"kind": "unit", "place": unit},
-        tuning.file(f"/etc/systemd/system/{service}.service.d/hearth-mps.conf", drop_in),
+        settings.file(f"/etc/systemd/system/{service}.service.d/hearth-mps.conf", drop_in),
     ]
 
 
@@ -104,61 +105,42 @@ def changes(target: Target, control: str, limited: Mapping[str, str]) -> list[Ch
 
 
 def turn_on(target: Target, facts: Facts, mps: Mps, state: State, limited: Mapping[str, str], options: Options) -> Plan:
-    """The plan that has ComfyUI compute through MPS, with these limits."""
-    refusals = unable(target, facts, mps)
-    count = len(facts.gpus)
-    if wrong := [each for each in re.findall(r"(\d+)=", limited.get(MEMORY, "")) if int(each) >= count]:
-        refusals.append(Refusal(f"there is no GPU {wrong[0]}, there are {count}", f"inv gpu --host {target.name}"))
-    if all(each.now == each.wanted for each in state.seen["mps"]):
-        return tuning.finished(facts, [], refusals)
+    """The plan that makes ComfyUI compute through MPS, with these limits."""
+    gpus = [int(each) for each in re.findall(r"(\d+)=", limited.get(MEMORY, ""))]
+    found = refusals.no_mps(target, facts, mps.control, gpus)
+    if state.settled("mps"):
+        return Plan.of(facts, [], found)
     told = ", ".join(f"{name}={value}" for name, value in limited.items()) or "no limits"
-    step = tuning.setting_step(
+    step = settings.apply_step(
         "mps",
-        changes(target, mps.control, limited),
-        f"have {target.host.service} compute through MPS ({told})",
-        "asked for" if not mps.on else f"it is {mps.state or 'off'}, or its limits are others",
-        "inv mps off",
-        options if facts.service.active else None,
+        places(target, mps.control, limited),
+        f"make {target.host.service} compute through MPS ({told})",
+        undo="inv mps off",
+        why="asked for" if not mps.on else f"it is {mps.state or 'off'}, or has other limits",
+        around=settings.stopped(facts, options),
     )
     notes = [
-        f"MPS is not verified on {gpu.name}: inv mps status --host {target.name} says what it does"
+        f"MPS is not verified on {gpu.name}: inv mps status --host {target.name} shows whether it works"
         for gpu in facts.gpus
         if gpu.unified
     ]
-    return tuning.finished(facts, [step], refusals, notes)
+    return Plan.of(facts, [step], found, notes)
 
 
 def limit(target: Target, facts: Facts, mps: Mps, state: State, limited: Mapping[str, str], options: Options) -> Plan:
-    """The plan that limits what a process may take through MPS; raises nothing, refuses where it is off."""
+    """The plan that limits what a process may take through MPS; refused while MPS is off."""
     if not mps.on:
-        refusal = Refusal("MPS is off", f"inv mps on --host {target.name}, with the same limits")
-        return tuning.finished(facts, [], [refusal])
+        return Plan.of(facts, [], [refusals.mps_off(target)])
     return turn_on(target, facts, mps, state, limited, options)
 
 
-def turn_off(target: Target, facts: Facts, mps: Mps, options: Options, *, force: bool) -> Plan:
-    """The plan that takes MPS away again."""
+def turn_off(target: Target, facts: Facts, mps: Mps, options: Options) -> Plan:
+    """The plan that removes MPS."""
     if not mps.on:
-        return tuning.finished(facts, [], [])
-    title = f"stop MPS, remove its unit, and have {target.host.service} compute without it"
-    step = tuning.undo_step("mps", title, force=force, options=options if facts.service.active else None)
-    return tuning.finished(facts, [step], tuning.able(target, facts))
-
-
-def unable(target: Target, facts: Facts, mps: Mps) -> list[Refusal]:
-    """Why MPS cannot be on there."""
-    found = tuning.able(target, facts)
-    at = f"--host {target.name}"
-    if not facts.current:
-        found.append(Refusal("nothing is deployed", f"inv deploy {at}"))
-    if not facts.gpus:
-        found.append(Refusal("the driver shows no NVIDIA GPU", f"inv doctor {at}"))
-    elif not target.profile.cuda:
-        found.append(Refusal(f"profile {target.host.profile} computes on the CPU", "choose a profile with a GPU"))
-    if not mps.control:
-        what = "there is no nvidia-cuda-mps-control"
-        found.append(Refusal(what, "there: apt-get install nvidia-cuda-mps (Ubuntu: nvidia-compute-utils-VERSION)"))
-    return found
+        return Plan.of(facts, [], [])
+    title = f"stop MPS, remove its unit, and make {target.host.service} compute without it"
+    step = settings.undo_step("mps", title, force=options.force, around=settings.stopped(facts, options))
+    return Plan.of(facts, [step], refusals.unsettable(target, facts))
 
 
 def problems(mps: Mps, at: str, *, cuda: bool) -> list[Problem]:
@@ -204,17 +186,16 @@ def run(action: str, names: Sequence[str], percent: str, memory: str, options: O
     if action == "status":
         return show(look(names, ask_sudo=options.ask_sudo), as_json=as_json)
 
-    def make(agent: Agent, target: Target, facts: Facts) -> Plan:
+    def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
         mps = msgspec.convert(agent.call("mps"), Mps)
         if action == "off":
-            return turn_off(target, facts, mps, options, force=options.force)
+            return turn_off(target, facts, mps, options)
         kept = limited if limited or action == "limit" else mps.limits
-        wanted = {"mps": changes(target, mps.control, kept)}
-        state = msgspec.convert(agent.call("settings", changes=wanted), tuning.State)
+        state = settings.look(agent, {"mps": places(target, mps.control, kept)})
         return (limit if action == "limit" else turn_on)(target, facts, mps, state, kept, options)
 
     state = f"MPS is {'off' if action == 'off' else 'on'}"
-    results = flow.change(names, f"mps {action}", make, options, state=state, converges=True)
+    results = change_each(names, Change(action=f"mps {action}", plan=planner, state=state), options)
     return lifecycle.show(results, as_json=as_json, dry_run=options.dry_run)
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from core import console, shell
 from core.errors import HearthError, SecretError, UsageError
-from deploy import connection, flow
+from deploy import connection
+from deploy.look import find_target, look
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ def run(
     value = read(name, command, keyring=keyring) if action == "set" else None
     done: dict[str, dict[str, str]] = {}
     for each in names:
-        target = flow.find_target(each)
+        target = find_target(each)
         with connection.connect(target, ask_sudo) as agent:
             who = f"{getuser()}@{gethostname()}"
             kept = agent.call("secret", name=name, value=value, who=who)["kept"]
@@ -49,9 +50,9 @@ def listed(names: Sequence[str], *, ask_sudo: bool, as_json: bool) -> int:
     """Show which secrets hosts keep."""
     found: dict[str, dict[str, str]] = {}
     for each in names:
-        target = flow.find_target(each)
+        target = find_target(each)
         with connection.connect(target, ask_sudo) as agent:
-            found[each] = flow.look(agent, target).secrets
+            found[each] = look(agent, target).secrets
     return show(found, as_json=as_json)
 
 

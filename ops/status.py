@@ -15,8 +15,10 @@ import msgspec
 
 from core import console
 from core.errors import UsageError
-from deploy import flow, plan
+from deploy import plan
 from deploy.facts import Facts
+from deploy.inputs import gather
+from deploy.look import questions
 from ops import fleet
 from ops.gpu import Gpu
 from ops.gpu import cells as gpu_cells
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from deploy.connection import Agent
     from deploy.host import Target
-    from deploy.plan import Shelf
+    from deploy.inputs import Inputs
 
 SECONDS = 10.0
 """How long hosts have to answer."""
@@ -107,16 +109,15 @@ class Status:
 
 def look(names: Sequence[str], *, ask_sudo: bool = False, seconds: float = SECONDS) -> list[fleet.Answer[Status]]:
     """The status of hosts, all at once."""
-    shelves: dict[str, Shelf] = {}  # what this checkout can give is the same for hosts of one configuration
-    return fleet.ask_each(names, lambda agent, target: _one(agent, target, shelves), ask_sudo=ask_sudo, seconds=seconds)
+    known: dict[str, Inputs] = {}  # what this checkout can give is the same for hosts of one configuration
+    return fleet.ask_each(names, lambda agent, target: _one(agent, target, known), ask_sudo=ask_sudo, seconds=seconds)
 
 
-def _one(agent: Agent, target: Target, shelves: dict[str, Shelf]) -> Status:
+def _one(agent: Agent, target: Target, known: dict[str, Inputs]) -> Status:
     key = repr(target.profile)
-    stock = shelves.get(key) or shelves.setdefault(key, flow.shelf(target))
-    packages = sorted({each for node in stock.nodes.values() for each in node.system})
-    said = msgspec.convert(agent.call("status", **flow.questions(target, packages)), _Said)
-    planned = plan.make(target, said.facts, stock, plan.Options())
+    inputs = known.get(key) or known.setdefault(key, gather(target))
+    said = msgspec.convert(agent.call("status", **questions(target, inputs.packages)), _Said)
+    planned = plan.make(target, said.facts, inputs, plan.Options())
     return judge(target, said.facts, said.live, planned)
 
 

@@ -1,4 +1,4 @@
-"""Settings of a machine outside Hearth's prefix: listed, applied when named, undone from the host's own record."""
+"""Settings of a machine that may help: listed, applied when named, undone from the host's own record."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import msgspec
 
 from core import config, console, files
 from core.errors import ConfigError, UnknownNameError, UsageError, near
-from deploy import flow
-from deploy.plan import Plan, Refusal, Step
-from ops import fleet
+from deploy import refusals
+from deploy.change import Change, change_each
+from deploy.look import look as facts_of
+from deploy.plan import Plan
+from ops import fleet, settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,10 +22,9 @@ if TYPE_CHECKING:
     from deploy.connection import Agent
     from deploy.facts import Facts
     from deploy.host import Target
-    from deploy.plan import Options
-
-Change = dict[str, Any]
-"""One change, as `agent/change/settings.py` has its kinds."""
+    from deploy.plan import Options, Step
+    from deploy.refusals import Refusal
+    from ops.settings import Applied, Place, State
 
 
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -46,32 +47,6 @@ class Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"le
     left_out: dict[str, str]
 
 
-class Seen(msgspec.Struct, frozen=True):
-    """A place that a setting changes: how it is, how it shall be, and whether it can be written there."""
-
-    kind: str
-    place: str
-    now: Any
-    wanted: Any
-    writable: bool
-
-
-class Applied(msgspec.Struct, frozen=True):
-    """A change in force: what was there before, and what was set."""
-
-    kind: str
-    place: str
-    old: Any
-    new: Any
-
-
-class State(msgspec.Struct, frozen=True):
-    """What a host says of its settings, by name."""
-
-    applied: dict[str, tuple[Applied, ...]]
-    seen: dict[str, tuple[Seen, ...]]
-
-
 @functools.cache
 def known() -> Known:
     """The settings that Hearth knows; raises ConfigError."""
@@ -83,31 +58,26 @@ def known() -> Known:
     return found
 
 
-def changes(name: str, setting: Setting) -> list[Change]:
-    """What a setting changes: now, and from every boot on."""
-    told = f"# Written by Hearth: inv tune --undo {name} takes it away.\n"
+def places(name: str, setting: Setting) -> list[Place]:
+    """What a setting changes: now, and at every boot."""
+    told = f"# Written by Hearth: inv tune --undo {name} removes it.\n"
     if setting.unit:
         unit = f"hearth-{name}.service"
         text = (files.CHECKOUT / "recipes/system" / setting.unit).read_text()
-        return [file(f"/etc/systemd/system/{unit}", text), {"kind": "unit", "place": unit}]
+        return [settings.file(f"/etc/systemd/system/{unit}", text), {"kind": "unit", "place": unit}]
     if setting.sysctl:
         lines = "".join(f"{key} = {value}\n" for key, value in setting.sysctl.items())
         values = {f"/proc/sys/{key.replace('.', '/')}": value for key, value in setting.sysctl.items()}
-        first = file(f"/etc/sysctl.d/90-hearth-{name}.conf", told + lines)
+        first = settings.file(f"/etc/sysctl.d/90-hearth-{name}.conf", told + lines)
     else:
         values = setting.value
         lines = "".join(f"w {place} - - - - {value}\n" for place, value in values.items())  # tmpfiles.d(5)
-        first = file(f"/etc/tmpfiles.d/hearth-{name}.conf", told + lines)
+        first = settings.file(f"/etc/tmpfiles.d/hearth-{name}.conf", told + lines)
     return [first, *({"kind": "value", "place": place, "value": value} for place, value in values.items())]
 
 
-def file(place: str, text: str, **more: str) -> Change:
-    """The change that writes a file."""
-    return {"kind": "file", "place": place, "text": text, **more}
-
-
 def unfit(setting: Setting, facts: Facts) -> str:
-    """Why a setting makes no sense on a host; empty when it does."""
+    """Why a setting is of no use on a host; empty if it is."""
     if setting.needs and not facts.gpus:
         return "no NVIDIA GPU there"
     unified = any(gpu.unified for gpu in facts.gpus)
@@ -119,97 +89,63 @@ def unfit(setting: Setting, facts: Facts) -> str:
 # --- plans: pure ---------------------------------------------------------------------------------------------------
 
 
-def able(target: Target, facts: Facts) -> list[Refusal]:
-    """What keeps anything outside the prefix from being changed."""
-    found: list[Refusal] = []
-    if target.host.scope == "user":
-        what = 'scope = "user" changes nothing outside the login\'s own folders'
-        found.append(Refusal(what, f'set scope = "system" for {target.name}, or do it there by hand'))
-    elif not facts.root:
-        found.append(
-            Refusal(f"needs root, and this is {facts.login}", "log in as root, or as who may sudo (--ask-sudo)")
-        )
-    elif not facts.manager.startswith("systemd"):
-        found.append(Refusal("the host runs no systemd, which would keep it over a boot", "do it there by hand"))
-    return found
-
-
 def apply(target: Target, facts: Facts, state: State, names: Sequence[str]) -> Plan:
-    """The plan that applies settings; empty where everything is so already."""
-    refusals = able(target, facts)
+    """The plan that applies settings; empty where all are in force."""
+    found = refusals.unsettable(target, facts)
     steps: list[Step] = []
     for name in names:
-        setting = known().settings[name]
-        seen = state.seen[name]
-        values = [each for each in seen if each.kind == "value"]
-        todo = [each for each in seen if each.now != each.wanted]
-        if why := unfit(setting, facts):
-            refusals.append(Refusal(f"{name} makes no sense on {target.name}: {why}", "leave it out"))
-        elif not setting.unit and not values:
-            places = ", ".join(each["place"] for each in changes(name, setting) if each["kind"] == "value")
-            refusals.append(Refusal(f"{name}: the machine has no {places}", "leave it out"))
-        elif closed := [each.place for each in values if not each.writable and each in todo]:
-            what = f"{name}: {closed[0]} cannot be written there"
-            refusals.append(Refusal(what, "in a container the machine that it runs on decides: set it there"))
-        elif [each for each in todo if each.kind in ("value", "unit")] or (todo and name in state.applied):
+        against = _unfit_here(name, facts, state)
+        found += against
+        todo = [each for each in state.seen[name] if each.now != each.wanted]
+        # a file alone would be written again only where Hearth applied the setting
+        if not against and ([each for each in todo if each.kind != "file"] or (todo and name in state.applied)):
+            setting = known().settings[name]
             title = f"set {name}: {now(name, state)} -> {becomes(setting)}"
-            step = setting_step(name, changes(name, setting), title, setting.expect, f"inv tune --undo {name}")
-            steps.append(step)
-    return finished(facts, steps, refusals)
+            undo = f"inv tune --undo {name}"
+            steps.append(settings.apply_step(name, places(name, setting), title, undo=undo, why=setting.expect))
+    return Plan.of(facts, steps, found)
+
+
+def _unfit_here(name: str, facts: Facts, state: State) -> list[Refusal]:
+    setting = known().settings[name]
+    values = [each for each in state.seen[name] if each.kind == "value"]
+    if why := unfit(setting, facts):
+        return [refusals.unfit_setting(name, f"of no use there: {why}")]
+    if not setting.unit and not values:
+        listed = ", ".join(each["place"] for each in places(name, setting) if each["kind"] == "value")
+        return [refusals.unfit_setting(name, f"the machine has no {listed}")]
+    if closed := [each.place for each in values if not each.writable and each.now != each.wanted]:
+        remedy = "in a container the machine that it runs on decides: set it there"
+        return [refusals.unfit_setting(name, f"{closed[0]} cannot be written there", remedy)]
+    return []
 
 
 def undo(target: Target, facts: Facts, state: State, names: Sequence[str], *, force: bool) -> Plan:
     """The plan that undoes settings (none named: all that `inv tune` applied)."""
     mine = [name for name in names or known().settings if name in state.applied]
-    steps = []
-    for name in mine:
-        title = f"undo {name}: {', '.join(_back(each) for each in state.applied[name])}"
-        steps.append(undo_step(name, title, force=force))
-    return finished(facts, steps, able(target, facts) if mine else [])
+    steps = [
+        settings.undo_step(name, f"undo {name}: {', '.join(_back(each) for each in state.applied[name])}", force=force)
+        for name in mine
+    ]
+    return Plan.of(facts, steps, refusals.unsettable(target, facts) if mine else [])
 
 
 def _back(change: Applied) -> str:
     if change.kind == "value":
         return f"{change.place} back to {change.old}"
-    return f"{'remove' if change.old is None else 'put back'} {change.place}" if change.kind == "file" else change.place
-
-
-def setting_step(
-    name: str, wanted: list[Change], title: str, why: str, undone: str, options: Options | None = None
-) -> Step:
-    """The step that applies a setting; with `options` ComfyUI is stopped before and started after."""
-    values = {"setting": name, "changes": wanted, **_around(options)}
-    return Step("set", title, why, undone, values)
-
-
-def undo_step(name: str, title: str, *, force: bool, options: Options | None = None) -> Step:
-    """The step that undoes a setting."""
-    return Step("unset", title, "asked for", "the same command without --undo",
-                {"settings": [name], "overwrite": force, **_around(options)})  # fmt: skip
-
-
-def _around(options: Options | None) -> dict[str, Any]:
-    return {"serves": True, "drain": options.drain, "force": options.force} if options else {"serves": False}
-
-
-def finished(facts: Facts, steps: list[Step], refusals: list[Refusal], notes: Sequence[str] = ()) -> Plan:
-    """A plan that leaves the release as it is; with refusals it has no steps."""
-    return Plan(
-        facts.current, facts.current, () if refusals else tuple(steps), refusals=tuple(refusals), notes=tuple(notes)
-    )
+    return f"{'remove' if change.old is None else 'restore'} {change.place}" if change.kind == "file" else change.place
 
 
 # --- carried out ---------------------------------------------------------------------------------------------------
 
 
 def seen(agent: Agent, names: Sequence[str]) -> State:
-    """What a host says of settings."""
-    wanted = {name: changes(name, known().settings[name]) for name in names}
-    return msgspec.convert(agent.call("settings", changes=wanted), State)
+    """The state of settings on a host."""
+    return settings.look(agent, {name: places(name, known().settings[name]) for name in names})
 
 
 def named(text: str) -> list[str]:
-    """Names of settings, as the command line has them (commas between); raises UnknownNameError."""
+    """The names in a comma-separated list of settings; raises UnknownNameError."""
     found = [each for each in text.split(",") if each]
     for each in found:
         if each not in known().settings:
@@ -229,7 +165,7 @@ def run(hosts: Sequence[str], applied: str, undone: str | bool, options: Options
         return show(look(hosts, ask_sudo=options.ask_sudo), as_json=as_json)
     names = [] if undone is True else named(applied or str(undone))
 
-    def make(agent: Agent, target: Target, facts: Facts) -> Plan:
+    def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
         state = seen(agent, names or list(known().settings))
         if undone:
             return undo(target, facts, state, names, force=options.force)
@@ -237,7 +173,7 @@ def run(hosts: Sequence[str], applied: str, undone: str | bool, options: Options
 
     action, state = ("undo tune", "as before Hearth") if undone else ("tune", "set")
     what = ", ".join(names) or "all settings"
-    results = flow.change(hosts, action, make, options, state=f"{what} {state}", converges=True)
+    results = change_each(hosts, Change(action=action, plan=planner, state=f"{what} {state}"), options)
     return lifecycle.show(results, as_json=as_json, dry_run=options.dry_run)
 
 
@@ -263,7 +199,7 @@ def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[l
     """Every setting, on every host."""
 
     def one(agent: Agent, target: Target) -> list[Row]:
-        return rows(flow.look(agent, target), seen(agent, list(known().settings)))
+        return rows(facts_of(agent, target), seen(agent, list(known().settings)))
 
     return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)
 

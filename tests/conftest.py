@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from core import files
+from core import workspace
 from tests.client import Client
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -103,7 +103,7 @@ class Hearth(Client):
         self.cache.mkdir(parents=True)
         # Gigabytes that no test changes: installed once a machine, shared between tests.
         for shared in ("installed", "exports", "emulation"):
-            real = files.cache() / shared
+            real = workspace.current().cache / shared
             real.mkdir(parents=True, exist_ok=True)
             (self.cache / shared).symlink_to(real)
         shutil.copytree(FIXTURES / "recipes", self.recipes)

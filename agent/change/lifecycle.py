@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.api import endpoint
+from agent.change.exporter import put as put_exporter
 from agent.files import Fault, Json, Sweep, discard, flock, read, read_text, run, started, write
 from agent.journal import Journal, now
 from agent.layout import Site
@@ -81,7 +82,8 @@ def _strays() -> list[int]:
             above = pid
             while _confined(above):
                 above = int((read_text(Path(f"/proc/{above}/stat")).rpartition(")")[2].split() or "00")[1])
-            if "agent.pyz" not in read_text(Path(f"/proc/{above}/cmdline")):  # what is not confined does not lie
+            words = read_text(Path(f"/proc/{above}/cmdline")).split("\0")  # what is not confined does not lie
+            if not {Path(word).name for word in words} & {"agent", "agent.pyz"}:  # the second: an older Hearth's
                 found.append(pid)
     return found
 
@@ -137,6 +139,8 @@ def withdraw(site: Site, step: Json, note: Callable[[str], None]) -> None:
     await_jobs(site, manager, step, note)
     halt(site, manager, force=step["force"])
     manager.uninstall()
+    if isinstance(manager, Systemd):
+        put_exporter(site, {})
     discard(site.paused)
     if site.current.is_symlink():
         discard(site.current)
@@ -166,7 +170,7 @@ def delete(site: Site, step: Json, note: Callable[[str], None]) -> None:
     _sweep([site.prefix / name for name in step["names"]], note)
 
 
-RUN = ("agent.pyz", "lock", "pending.json", "runs", "site.json", "submit.lock")
+RUN = ("agent", "agents", "lock", "pending.json", "runs", "site.json", "submit.lock")
 """What a run needs up to its end, and the next one to go on from there."""
 
 

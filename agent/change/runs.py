@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from io import BufferedReader
-from pathlib import Path
 from typing import IO, cast
 
 from agent.change.adopt import adopt, retire, unadopt
 from agent.change.cutover import RESERVE, abandon, cut_over
+from agent.change.exporter import exporter
 from agent.change.lifecycle import (
     delete,
     end_linger,
@@ -65,6 +65,7 @@ from agent.files import (
     sync,
     write,
 )
+from agent.install import install
 from agent.journal import Journal, busy, events, history, now
 from agent.layout import Site
 from agent.requester import asker
@@ -81,7 +82,7 @@ STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
     "app": app,
     "env": env,
     "node": node,
-    "exporter": app,  # a tree as ComfyUI's is
+    "exporter": exporter,
     "release": release,
     "cut-over": cut_over,
     "serve": serve,
@@ -125,7 +126,7 @@ def submit(site: Site, plan: Json) -> Json:
         elif site.release() != plan["base"] or _missing(site, plan["steps"]):
             raise Fault("busy", "the host was changed since the plan was made", "", "run the same command again")
         write(site.state / "site.json", json.dumps(site.json))
-        write(site.state / "agent.pyz", Path(sys.argv[0]).read_bytes())
+        install(site)
         write(site.state / RESERVE, bytes(RESERVED))
         plan |= asker(plan["who"])
         Journal(site, plan["run"]).add(

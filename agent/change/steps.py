@@ -41,6 +41,7 @@ from agent.files import (
     tree,
     write,
 )
+from agent.install import prune as prune_agents
 from agent.journal import history
 from agent.layout import DATA, SHARED, SHARING, UNUSED, Site, shared
 from agent.look.facts import sudoers
@@ -523,7 +524,7 @@ def release(site: Site, step: Json, note: Callable[[str], None]) -> None:
     for name, text in manifest["files"].items():
         write(place / name, text)
     if any(manifest.get(each) for each in ("develop", "free_memory", "confined")):  # what the release runs needs it
-        write(place / "agent.pyz", (site.state / "agent.pyz").read_bytes())
+        link(place / "agent", os.path.relpath(site.agent.resolve(), place.resolve()))
     write(place / "release.json", json.dumps(manifest, indent=1))
 
 
@@ -537,7 +538,7 @@ def serve(site: Site, step: Json, note: Callable[[str], None]) -> None:
 
 
 def prune(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Delete releases that are not kept, then what only they needed, blobs that are used up, and old journals."""
+    """Delete releases that are not kept, the parts and agents that only they needed, used blobs, and old journals."""
     current = site.release()
     for path in site.releases.glob("*"):
         if path.name not in (*step["keep"], current):
@@ -555,6 +556,7 @@ def prune(site: Site, step: Json, note: Callable[[str], None]) -> None:
             needless = path.name.partition(".")[0] in used or abs(time.time() - path.stat().st_mtime) > old
             if needless and free(path):
                 path.unlink()
+    prune_agents(site)
     journals = {line["run"] for line in history(site)[-JOURNALS:]} | {plan.get("run")}
     for path in (site.state / "runs").glob("*.jsonl"):
         if path.stem not in journals:

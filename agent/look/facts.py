@@ -25,6 +25,7 @@ from typing import TypeVar
 from agent.files import DATABASE, Fault, Json, inside, mounts, read, read_some, read_text, regular, write
 from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
 from agent.layout import DATA, SHARED, SHARING, UNUSED, Site, shared
+from agent.look.exporter import exporter
 from agent.look.gpu import process
 from agent.parts import as_service, faults_of, forked
 from agent.serve.confine import abi as landlock
@@ -91,6 +92,7 @@ def facts(site: Site, ask: Json, devices: list[Json], verified: float = 0) -> Js
         "place": _prefix(site),
         "user": _user_exists(site.user),
         "exporter_user": _user_exists(site.exporter),
+        "exporter": exporter(site),
         "user_fault": _foreign_account(site),
         "members": _members(site),
         "shared": _shares(site),

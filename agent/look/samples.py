@@ -1,4 +1,4 @@
-"""The GPUs and ComfyUI's job, looked at again and again over one connection."""
+"""The GPUs and ComfyUI's job, sampled repeatedly over one connection."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from agent.serve.services import ours
 
 
 def samples(site: Site, every: float, seconds: float | None) -> Iterator[Json]:
-    """A sample now, and one each `every` seconds until `seconds` are over (None: for ever; 0: only one).
+    """A sample now, then one every `every` seconds for `seconds` (None: without end; 0: one sample).
 
-    `time` is this machine's, in seconds since 1970, `gpus` as `agent.look.gpu.gpus` tells them, processes marked
-    by `ours`; `job` the id of the one that ComfyUI runs. Raises Fault without NVML.
+    `time` is this machine's, in seconds since 1970; `gpus` are those of `agent.look.gpu.gpus`, with processes marked
+    by `ours`; `job` is the id of ComfyUI's running job. Raises Fault without NVML.
     """
     begun = time.monotonic()
     number, asked_again = 0, 0.0
@@ -26,16 +26,16 @@ def samples(site: Site, every: float, seconds: float | None) -> Iterator[Json]:
             if now >= asked_again:
                 try:
                     job = running_job(site, 1)
-                except (OSError, ValueError):  # one that hangs must not hold up each sample
+                except (OSError, ValueError):  # a ComfyUI that hangs must not delay each sample
                     asked_again = time.monotonic() + 10 * (time.monotonic() - now)
             yield {"time": time.time(), "gpus": ours(site, nvml.gpus()), "job": job}
-            number = max(number + 1, int((time.monotonic() - begun) / every))  # one that came late is left out
+            number = max(number + 1, int((time.monotonic() - begun) / every))  # skips what was missed
             if seconds is not None and number * every > seconds:
                 return
             time.sleep(max(0.0, begun + number * every - time.monotonic()))
 
 
 def running_job(site: Site, timeout: float = 5) -> str | None:
-    """The id of the job that ComfyUI runs; None when it runs none. Raises OSError or ValueError."""
+    """The id of ComfyUI's running job, or None. Raises OSError or ValueError."""
     running, _ = queue(endpoint(site), timeout)
     return str(running[0]["id"]) if running else None

@@ -79,7 +79,7 @@ def confined_to(folder: Path, site: Site, step: Json) -> list[str]:
         spec = json.loads(words[-2])
         spec |= {"secrets": [], "write": [str(folder)], "bind": [], "udp": bool(step["network"])}
         spec |= {} if step["network"] else {"connect": []}
-        words[3], words[-2] = str(site.state / "agent.pyz"), json.dumps(spec)
+        words[3], words[-2] = str(site.agent), json.dumps(spec)
     return words
 
 

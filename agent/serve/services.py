@@ -51,7 +51,7 @@ class Systemd:
     """The service as a unit of the system's or the user's systemd.
 
     The unit file is a link to `current/<service>.service`: what switches the release switches the unit with it. So
-    are those of its companions, `<service>-*`: what waits for mounts, exports metrics or runs by a timer. One with an
+    are those of its companions, `<service>-*`: what waits for mounts or runs by a timer. One with an
     [Install] section is started at boot, and with the service.
     """
 
@@ -61,6 +61,7 @@ class Systemd:
         self.unit = f"{site.service}.service"
         self.storage = f"{site.service}-storage.service"  # what waits for mounts, where there are any
         self.apply_unit = f"{site.service}-apply.service"
+        self.exporter_unit = f"{site.service}-exporter.service"
         system = site.scope == "system"
         self.ctl = ["systemctl"] if system else ["systemctl", "--user"]
         if not system:
@@ -104,7 +105,8 @@ class Systemd:
 
     def _companions(self) -> list[str]:
         listed = self.site.current.glob(f"{self.site.service}-*")
-        return sorted(path.name for path in listed if path.suffix in (".service", ".timer", ".path"))
+        found = {path.name for path in listed if path.suffix in (".service", ".timer", ".path")}
+        return sorted(found - {self.exporter_unit})  # an older Hearth's release has that, too
 
     def _linked_companions(self) -> list[str]:
         """The companions that systemd knows, also those of an earlier release."""
@@ -113,7 +115,7 @@ class Systemd:
 
     def placed(self) -> list[Path]:
         """All that Hearth put into systemd's folder for this service, and that is there."""
-        names = [self.unit, self.apply_unit, *self._linked_companions()]
+        names = dict.fromkeys([self.unit, self.apply_unit, self.exporter_unit, *self._linked_companions()])
         return [] if self.foreign() else [path for name in names for path in entries(self.units, name)]
 
     def _stale(self) -> list[str]:
@@ -300,7 +302,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=exec
-ExecStart={python} -I -S {state}/agent.pyz apply {state}/site.json
+ExecStart={python} -I -S {state}/agent apply {state}/site.json
 Restart=on-failure
 # A damaged record, or a disk that takes no writes: trying each second would not help. The next boot or command goes on.
 RestartPreventExitStatus=3 4
@@ -370,7 +372,7 @@ class Supervised:
         if not free(self.lock):
             return
         before = len(read_some(agent_log(self.site)))
-        child = detach([sys.executable, "-I", str(self.site.state / "agent.pyz"), "supervise"], self.site)
+        child = detach([sys.executable, "-I", str(self.site.agent), "supervise"], self.site)
         up = wait_for(lambda: not free(self.lock) or child.poll() is not None, 30)
         if not up or free(self.lock):
             said = read_some(agent_log(self.site))[before:].decode(errors="replace").strip()
@@ -435,7 +437,7 @@ class Supervised:
 
     def go(self) -> None:
         """Apply what is pending, in a process of its own."""
-        detach([sys.executable, "-I", str(self.site.state / "agent.pyz"), "apply"], self.site)
+        detach([sys.executable, "-I", str(self.site.agent), "apply"], self.site)
 
     def last_go(self) -> list[str]:
         """The last lines that such processes wrote."""

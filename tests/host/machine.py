@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core import files
+from core import files, workspace
 
 PACKAGES = "systemd,systemd-sysv,dbus,openssh-server,sudo,python3,iproute2,ca-certificates,procps"
 LOGIN = "deployer"
@@ -33,18 +33,18 @@ NEEDS = ("root", "systemd-nspawn", "debootstrap", "ssh", "ssh-keygen", "mkfs.xfs
 
 def base(arch: str) -> Path:
     """The root that machines of an arch (Debian's name) are overlays of; made once, in a minute."""
-    place = files.cache() / "hosts" / f"bookworm-{arch}"
+    place = workspace.current().cache / "hosts" / f"bookworm-{arch}"
     # One at a time: two debootstraps that share a folder of packages take each other's away.
-    with files.locked(files.cache() / "hosts/base.lock", lambda: None):
+    with files.locked(workspace.current().cache / "hosts/base.lock", lambda: None):
         if not place.is_dir():
             _make_base(arch, place)
     return place
 
 
 def _make_base(arch: str, place: Path) -> None:
-    with files.whole(place) as part:
+    with files.atomic_dir(place) as part:
         words = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", f"--arch={arch}"]
-        words += [f"--cache-dir={_made(files.cache() / 'hosts/debs')}", "bookworm", str(part)]
+        words += [f"--cache-dir={_made(workspace.current().cache / 'hosts/debs')}", "bookworm", str(part)]
         native = subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True).stdout.strip()
         if arch != native:
             _emulate()
@@ -89,7 +89,7 @@ def place_for(name: str) -> Path:
 
     What runs left that were killed is swept away first: gigabytes, mounts, and machines that still run.
     """
-    running = _made(files.cache() / "hosts/running")
+    running = _made(workspace.current().cache / "hosts/running")
     for stale in running.glob("*.*"):
         if not Path(f"/proc/{stale.suffix[1:]}").exists():
             for process in Path("/proc").glob("[0-9]*/cmdline"):

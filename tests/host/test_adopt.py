@@ -236,7 +236,7 @@ def test_what_cannot_be_adopted_is_told_apart(old: Old) -> None:
     loose = old.adopt("--path", "/home/anna/comfy/ComfyUI", "--apply", "--yes")
     machine.run(f"kill {pid}; rm -r /home/anna/comfy")
     assert loose.returncode == 63, loose.stderr
-    assert f"runs without a unit of the system's: pid {pid} of root" in loose.stderr
+    assert f"runs without a system unit: pid {pid} of root" in loose.stderr
 
 
 def test_jobs_of_the_old_one_are_waited_for(old: Old) -> None:

@@ -384,7 +384,7 @@ def test_a_group_begins_with_its_canary(deployed: Fleet) -> None:
     assert (sound.returncode, sick.returncode, both.returncode) == (70, 70, 70)
     in_service = f"spark: release {deployed.current()} is in service"
     assert in_service in sound.stderr
-    assert "spark: not begun, the canary failed" in sick.stderr
+    assert "spark: skipped, the canary failed" in sick.stderr
     assert in_service in both.stderr
     assert "ghost: error: ghost cannot be reached" in both.stderr
 

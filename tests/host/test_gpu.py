@@ -110,7 +110,7 @@ def test_an_interrupt_keeps_what_was_recorded_and_ends_the_agent(steady: Fleet, 
         assert "samples in" in said
         samples = [json.loads(line) for line in place.read_text().splitlines()]
         assert all(each["gpus"][0]["memory_source"] == "meminfo" for each in samples)
-        wait_for(lambda: not steady.machine.run("pgrep -f '[a]gent-.*pyz gpu'", check=False))
+        wait_for(lambda: not steady.machine.run("pgrep -f '[a]gent-.*pyz .* gpu'", check=False))
 
 
 def test_it_can_be_watched_over_one_connection(steady: Fleet) -> None:

@@ -102,7 +102,7 @@ def test_a_restart_of_a_group_begins_with_its_canary(served: Fleet) -> None:
     assert (sound.returncode, sick.returncode) == (70, 70)
     assert "spark: ComfyUI runs again" in sound.stderr
     assert "answers after" in sound.stderr
-    assert "spark: not begun, the canary failed" in sick.stderr
+    assert "spark: skipped, the canary failed" in sick.stderr
 
 
 def test_what_waits_for_a_mount_can_be_stopped_and_not_started(served: Fleet) -> None:
@@ -196,7 +196,7 @@ def test_what_is_removed_leaves_systemd_and_comes_back(served: Fleet) -> None:
     ("prefix", "prepare", "said"),
     [
         ("/opt", "true", "/opt cannot be a prefix"),
-        ("/", "true", "'/' is no plain absolute path"),
+        ("/", "true", "'/' is not a plain absolute path"),
         ("/srv/vault", "true", "/srv/vault is a mount point"),
         ("/srv/link", f"ln -s {PREFIX} /srv/link", f"/srv/link is a symbolic link to {PREFIX}"),
         ("/srv/ben", "useradd --create-home --home-dir /srv/ben ben", "/srv/ben is or holds the home of ben"),

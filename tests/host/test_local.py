@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from core import files
+from core import files, workspace
 from tests import nvml
 from tests.client import Client
 from tests.host.machine import free_port, place_for, share_downloads
@@ -286,7 +286,7 @@ def test_the_tutorial_does_what_it_says(running: Here, tmp_path: Path) -> None:
     env = running.environment(
         HOME=str(tmp_path),
         HEARTH_APP=str(app),
-        HEARTH_CACHE=str(files.cache()),
+        HEARTH_CACHE=str(workspace.current().cache),
         UV_CACHE_DIR=subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip(),
         GIT_CONFIG_COUNT="1",
         GIT_CONFIG_KEY_0="init.defaultBranch",
@@ -527,7 +527,7 @@ def test_a_nuke_that_was_killed_goes_on_and_keeps_the_data_and_whatever_is_mount
 
 def applying_in(prefix: Path) -> list[int]:
     """The processes that apply a plan in a prefix."""
-    words = f"{prefix}/state/agent.pyz\0apply".encode()
+    words = f"{prefix}/state/agent\0apply".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

@@ -91,7 +91,8 @@ def metrics(steady: Fleet) -> Iterator[tuple[Fleet, int]]:
     gone = steady.deploy()
     assert gone.returncode == 0, gone.stderr
     assert steady.machine.run(f"systemctl is-active {UNIT} || true").strip() == "inactive"
-    assert not (steady.machine.root / f"etc/systemd/system/{UNIT}.service").is_symlink()
+    assert list((steady.machine.root / "etc/systemd/system").glob(f"**/{UNIT}*")) == []
+    assert list((steady.prefix / "state").glob("exporter*")) == []
     with pytest.raises(OSError, match="refused"):
         scrape(port)
 
@@ -228,3 +229,42 @@ def test_a_hung_comfyui_is_told_in_time_with_all_else(metrics: tuple[Fleet, int]
     assert refused.returncode == 63, refused.stderr
     assert f"port 18189 is held by python3 -m http.server (pid {held})" in refused.stderr
     assert "`metrics_port`" in refused.stderr
+
+
+def pid(fleet: Fleet, unit: str) -> str:
+    return fleet.machine.run(f"systemctl show {unit} --property=MainPID --value").strip()
+
+
+def test_the_exporter_changes_alone_and_a_broken_one_gives_way_to_the_one_before(metrics: tuple[Fleet, int]) -> None:
+    fleet, port = metrics
+    before = {unit: pid(fleet, unit) for unit in ("comfyui", UNIT)}
+    release = fleet.current()
+    unit = fleet.machine.root / f"etc/systemd/system/{UNIT}.service"
+    unit.write_text(unit.read_text() + "# edited\n")
+    done = fleet.deploy()
+    assert done.returncode == 0, done.stderr
+    assert "its unit changed" in done.stdout + done.stderr
+    assert "edited" not in unit.read_text()
+    assert (fleet.current(), pid(fleet, "comfyui")) == (release, before["comfyui"])
+    assert pid(fleet, UNIT) != before[UNIT]
+    assert "hearth_comfyui_up 1.0" in scrape(port)
+
+    held = free_port()
+    hook = fleet.machine.root / f"etc/systemd/system/{UNIT}.service.d/break.conf"
+    hook.parent.mkdir()
+    # the new port's alone fails: the one before starts again
+    hook.write_text(f"[Service]\nExecStartPre=/bin/sh -c '! grep -q {held} /opt/comfyui/state/exporter.json'\n")
+    try:
+        fleet.configure(f"metrics_port = {held}\n")
+        failed = fleet.deploy()
+        assert failed.returncode != 0
+        assert "the previous one is restored" in failed.stderr, failed.stderr
+        assert "hearth_comfyui_up 1.0" in scrape(port)
+        assert (fleet.current(), pid(fleet, "comfyui")) == (release, before["comfyui"])
+        assert not (fleet.prefix / "state/exporter-before.json").exists()
+    finally:
+        shutil.rmtree(hook.parent)
+        fleet.machine.run("systemctl daemon-reload")
+        fleet.configure(f"metrics_port = {port}\n")
+    again = fleet.deploy("--dry-run")
+    assert (again.returncode, "nothing to do" in again.stdout) == (0, True), again.stderr

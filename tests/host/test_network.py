@@ -140,7 +140,7 @@ def test_a_network_that_goes_silent_ends_the_client_and_not_the_deploy(distant: 
     distant.restore()
     told = distant.inv("attach", "--host", "spark")
     assert told.returncode == 0, told.stderr
-    assert "nothing is under way on spark; its last run:" in told.stderr + told.stdout
+    assert "no run is in progress on spark; its last run:" in told.stderr + told.stdout
     again = distant.deploy(HEARTH_APP=app)
     assert (again.returncode, "nothing to do" in again.stdout) == (0, True), again.stderr
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from core import files
+from core import workspace
 from tests.host.fleet import Fleet, fresh
 
 pytestmark = [pytest.mark.host, pytest.mark.spark]
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.host, pytest.mark.spark]
 def test_a_spark_takes_the_same_deploy(tmp_path: Path) -> None:
     with fresh(tmp_path, "spark", Fleet, arch="arm64") as fleet:
         fleet.patience = 3600
-        fleet.env["HEARTH_WHEELHOUSE"] = str(files.wheelhouse())
+        fleet.env["HEARTH_WHEELHOUSE"] = str(workspace.current().wheelhouse.folder)
         fleet.configure(
             "[hosts.spark.override]\n"
             'pythons = ["3.11"]\n'  # Debian 12's

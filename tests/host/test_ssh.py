@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from core.errors import AgentError, ConnectError, HearthError, HostKeyError, SudoError
-from deploy import connection, flow
+from deploy import archive, connection
+from deploy.look import find_target
 from tests.host.fleet import within
 from tests.host.lab import NEEDS, Lab, lab
 
@@ -47,7 +48,7 @@ def box(served: Lab, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
 
 def reach(name: str = "box") -> object:
     """Any verb that needs nothing on the host."""
-    with connection.connect(flow.find_target(name)) as agent:
+    with connection.connect(find_target(name)) as agent:
         return agent.call("history")
 
 
@@ -204,7 +205,7 @@ def test_hosts_toml_is_above_the_configuration(box: Lab) -> None:
 
 def test_one_session_at_a_time_is_enough(box: Lab) -> None:
     box.serve("MaxSessions 1\n")
-    with connection.connect(flow.find_target("box")) as agent:
+    with connection.connect(find_target("box")) as agent:
         assert [agent.call("history") for _ in range(3)] == [[], [], []]
 
 
@@ -216,7 +217,7 @@ def test_a_missing_ssh_names_its_package(box: Lab) -> None:
 
 @pytest.mark.usefixtures("box")
 def test_nothing_is_left_of_a_connection() -> None:
-    with connection.connect(flow.find_target("box")) as agent:
+    with connection.connect(find_target("box")) as agent:
         agent.call("history")
         assert len(masters(agent)) == 1
     assert within(5, lambda: not masters(agent))
@@ -320,7 +321,7 @@ def test_any_login_shell_will_do(
     box.use_shell(path)
     sudo(box, FREE)
     monkeypatch.setattr(connection, "_passwords", {"rooted": password})
-    with connection.connect(flow.find_target(name), ask_sudo=True) as agent:
+    with connection.connect(find_target(name), ask_sudo=True) as agent:
         assert agent.call("history") == []
         assert isinstance(agent, connection.Ssh)
         assert agent.shell(
@@ -336,12 +337,12 @@ def test_shells_may_print_and_go_elsewhere(box: Lab, path: str, file: str) -> No
     """The folder that they go to is anybody's: nothing there is looked at."""
     box.use_shell(path)
     box.write(file, NOISE)
-    planted = Path("/tmp/.cache/hearth") / connection.agent_name()
+    planted = Path("/tmp/.cache/hearth") / archive.agent_name()
     planted.parent.mkdir(parents=True)
     planted.write_text("raise SystemExit('planted')")
     assert reach() == []
     assert planted.read_text().startswith("raise")
-    with connection.connect(flow.find_target("box")) as agent:
+    with connection.connect(find_target("box")) as agent:
         assert isinstance(agent, connection.Ssh)
         said: list[str] = []
         assert agent.shell("echo here; echo there >&2", said.append) == "here\n"
@@ -425,7 +426,7 @@ def password(box: Lab, monkeypatch: pytest.MonkeyPatch, text: str) -> Iterator[l
 
 
 def rooted() -> object:
-    with connection.connect(flow.find_target("rooted"), ask_sudo=True) as agent:
+    with connection.connect(find_target("rooted"), ask_sudo=True) as agent:
         return agent.call("history")
 
 
@@ -499,7 +500,7 @@ def test_a_file_is_sent_whole_though_the_agent_was_missing(box: Lab) -> None:
     blob = box.place / "blob"
     blob.write_bytes(os.urandom(3_000_000))
     digest = hashlib.sha256(blob.read_bytes()).hexdigest()
-    with connection.connect(flow.find_target("box")) as agent:
+    with connection.connect(find_target("box")) as agent:
         agent.send(blob, digest, 0, lambda _: None)
     (there,) = box.home.glob(f".local/share/hearth/comfyui/state/incoming/{digest}")
     assert there.read_bytes() == blob.read_bytes()
@@ -514,7 +515,7 @@ def test_a_folder_that_others_may_write_into_is_closed_first(box: Lab) -> None:
 
 
 def test_an_upload_that_is_cut_off_leaves_nothing(box: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    with connection.connect(flow.find_target("box")) as agent:
+    with connection.connect(find_target("box")) as agent:
         assert isinstance(agent, connection.Ssh)
         agent.put(b"old", ".cache/hearth/x/blob")
 
@@ -543,7 +544,7 @@ def following(box: Lab, monkeypatch: pytest.MonkeyPatch, act: Callable[[connecti
     box.write(".local/share/hearth/comfyui/state/pending.json", '{"run": "r1"}')
     lock = subprocess.Popen(["flock", str(state / "lock"), "sleep", "100"])  # as whoever applies it holds it
     try:
-        with pytest.raises(HearthError) as caught, connection.connect(flow.find_target("box")) as agent:
+        with pytest.raises(HearthError) as caught, connection.connect(find_target("box")) as agent:
             for event in agent.stream("follow", run="r1"):
                 if event["event"] == "step":
                     act(agent)
@@ -623,14 +624,14 @@ def test_a_host_that_takes_the_connection_and_says_nothing_is_given_up(box: Lab)
     box.stop()
     with socket.create_server(("127.0.0.1", box.port)):
         begun = time.monotonic()
-        with pytest.raises(ConnectError), connection.connect(flow.find_target("box"), seconds=2) as agent:
+        with pytest.raises(ConnectError), connection.connect(find_target("box"), seconds=2) as agent:
             agent.call("history")
         assert time.monotonic() - begun < 10
 
 
 @pytest.mark.usefixtures("box")
 def test_a_connection_that_ended_between_two_verbs_is_made_again() -> None:
-    with connection.connect(flow.find_target("box")) as agent:
+    with connection.connect(find_target("box")) as agent:
         assert agent.call("history") == []
         signal_all(masters(agent), signal.SIGKILL)
         assert within(5, lambda: not masters(agent))

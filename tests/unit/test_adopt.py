@@ -21,11 +21,13 @@ from agent.journal import Adopted
 from agent.layout import Site
 from agent.look import survey
 from core.errors import NoInstallationError
-from deploy import adopt, plan
+from deploy import adopt, plan, proposal
 from deploy.facts import Gpu
+from deploy.proposal import Proposal, propose
+from deploy.survey import Installation, Survey, without_secrets
 from lock import nodes
 from tests.unit.test_agent_files import deep
-from tests.unit.test_plan import FLAGS, FRESH, kinds, spark
+from tests.unit.test_plan import FLAGS, FRESH, kinds, reasons, spark
 
 ROOT = {"point": "/", "what": "/dev/sda1", "type": "ext4"}
 MISSING = {
@@ -45,13 +47,13 @@ def unit(**values: Any) -> dict[str, Any]:
     return {**own, "variables": [], "active": True, "enabled": True, **values}
 
 
-def installation(**values: Any) -> adopt.Installation:
+def installation(**values: Any) -> Installation:
     own: dict[str, Any] = {
         "path": "/opt/comfyui/ComfyUI", "version": "0.3.40", "url": "", "commit": "", "edited": None, "python": "",
         "torch": "", "environment": "", "folders": {}, "paths": "", "nodes": [], "argv": [], "units": [],
         "processes": [], "holds_port": False,
     }  # fmt: skip
-    return msgspec.convert({**own, **values}, adopt.Installation)
+    return msgspec.convert({**own, **values}, Installation)
 
 
 def found_node(name: str, **values: Any) -> dict[str, Any]:
@@ -65,12 +67,12 @@ KNOWN = nodes.Catalogue(
 )
 
 
-def proposed(by: str = "rename", **values: Any) -> adopt.Proposal:
+def proposed(by: str = "rename", **values: Any) -> Proposal:
     facts = msgspec.structs.replace(FRESH, user=True, data=True)
-    return adopt.propose(spark(), facts, installation(**values), KNOWN, FLAGS, by)
+    return propose(spark(), facts, installation(**values), KNOWN, FLAGS, by)
 
 
-def host(proposal: adopt.Proposal) -> dict[str, Any]:
+def host(proposal: Proposal) -> dict[str, Any]:
     (found,) = tomllib.loads(proposal.snippet)["hosts"].values()
     assert isinstance(found, dict)
     return found
@@ -98,7 +100,7 @@ def test_what_lies_elsewhere_already_is_not_moved_into_the_data() -> None:
     facts = msgspec.structs.replace(FRESH, user=True, data=True)
     target = spark(folders={"models": "/srv/models"})
     folders = {"models": folder("models"), "output": folder("output")}
-    found = adopt.propose(target, facts, installation(folders=folders), KNOWN, FLAGS, "rename")
+    found = propose(target, facts, installation(folders=folders), KNOWN, FLAGS, "rename")
     assert found.moves.keys() == {"output"}
     assert host(found)["folders"] == {"models": "/srv/models"}
     place = "models in /opt/comfyui/ComfyUI/models"
@@ -146,7 +148,7 @@ def test_the_profile_is_the_gpus() -> None:
     assert host(proposed())["profile"] == "dgx-spark"
     for gpus, profile in (((), "cpu"), ((Gpu("H100", "9.0", 1, False),), "cuda")):
         facts = msgspec.structs.replace(FRESH, gpus=gpus)
-        assert host(adopt.propose(spark(), facts, installation(), KNOWN, FLAGS, "rename"))["profile"] == profile
+        assert host(propose(spark(), facts, installation(), KNOWN, FLAGS, "rename"))["profile"] == profile
 
 
 def test_more_model_folders_are_those_laid_out_as_comfyuis() -> None:
@@ -194,40 +196,39 @@ def test_nodes_are_known_or_can_be_listed_or_have_a_reason() -> None:
 
 
 def test_one_installation_must_be_meant() -> None:
-    two = adopt.Survey(("/a", "/b"), (installation(path="/a"), installation(path="/b")))
+    two = Survey(("/a", "/b"), (installation(path="/a"), installation(path="/b")))
     with pytest.raises(NoInstallationError, match="2 ComfyUIs: /a, /b"):
         two.only("spark")
     with pytest.raises(NoInstallationError, match="no ComfyUI was found") as none:
-        adopt.Survey(("/opt/x",), ()).only("spark")
+        Survey(("/opt/x",), ()).only("spark")
     assert "/opt/x" in none.value.cause
 
 
 def test_the_plan_stops_what_runs_and_moves_folder_by_folder() -> None:
-    proposal = proposed(folders={"models": folder("models"), "user": folder("user")}, units=[unit()])
+    found = proposed(folders={"models": folder("models"), "user": folder("user")}, units=[unit()])
     options = plan.Options()
-    assert kinds(adopt.make(spark(), FRESH, proposal, options)) == ["retire", "account", "folders", "adopt", "adopt"]
+    assert kinds(adopt.take_over(spark(), FRESH, found, options)) == ["retire", "account", "folders", "adopt", "adopt"]
     aside = proposed(units=[unit(aside=True)])
-    assert kinds(adopt.make(spark(), FRESH, aside, options)) == []
+    assert kinds(adopt.take_over(spark(), FRESH, aside, options)) == []
 
 
 @pytest.mark.parametrize(
-    ("values", "scope", "what"),
+    ("values", "scope", "kind"),
     [
-        ({"processes": [{"pid": 7, "user": "anna", "unit": ""}]}, "system", "without a unit of the system's: pid 7"),
-        ({}, "user", "this host's scope is user"),
+        ({"processes": [{"pid": 7, "user": "anna", "unit": ""}]}, "system", "loose-process"),
+        ({}, "user", "no-root"),
     ],
 )
-def test_what_cannot_be_adopted_is_refused(values: dict[str, Any], scope: str, what: str) -> None:
-    planned = adopt.make(spark(scope=scope), FRESH, proposed(units=[unit()], **values), plan.Options())
+def test_what_cannot_be_adopted_is_refused(values: dict[str, Any], scope: str, kind: str) -> None:
+    planned = adopt.take_over(spark(scope=scope), FRESH, proposed(units=[unit()], **values), plan.Options())
     assert not planned.steps
-    assert [what in each.what for each in planned.refusals] == [True]
+    assert reasons(planned) == [kind]
 
 
 def test_undoing_takes_the_release_out_of_service_first() -> None:
     adopted = msgspec.structs.replace(FRESH, adopted=True, current="r1")
-    assert kinds(adopt.undo(spark(), adopted, plan.Options())) == ["withdraw", "unadopt"]
-    with pytest.raises(NoInstallationError):
-        adopt.undo(spark(), FRESH, plan.Options())
+    assert kinds(adopt.put_back(spark(), adopted, plan.Options())) == ["withdraw", "unadopt"]
+    assert kinds(adopt.put_back(spark(), FRESH, plan.Options())) == []
 
 
 # --- the agent -----------------------------------------------------------------------------------------------------
@@ -511,14 +512,14 @@ def test_a_repository_is_read_as_its_owner(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_what_an_installation_keeps_secret_is_not_shown(text: str, shown: str) -> None:
     found = {"argv": ["main.py", text, "--api-key", "hunter2", "--port", "1"], "nodes": [{"url": text, "n": 1}]}
-    clean = adopt.without_secrets(found)
+    clean = without_secrets(found)
     assert clean["argv"] == ["main.py", shown, "--api-key", "***", "--port", "1"]
     assert "hunter" not in str(clean)
     left: list[tuple[str, str]] = []
     if shown != text:
-        assert adopt._flags("cpu", {"--x": shown}, {}, left) == {}
+        assert proposal._flags("cpu", {"--x": shown}, {}, left) == {}
         assert left == [("flag --x", "it holds a secret, which belongs in no command line: inv secret set")]
 
 
 def test_an_address_is_of_use_without_who_asks() -> None:
-    assert adopt.without_secrets({"url": "https://anna:pw@host/x.git"}) == {"url": "https://host/x.git"}
+    assert without_secrets({"url": "https://anna:pw@host/x.git"}) == {"url": "https://host/x.git"}

@@ -16,7 +16,7 @@ import pytest
 
 from agent import files as agent_files
 from agent.change import steps
-from agent.files import Fault, Sweep, append, flock, free, read, remove
+from agent.files import Fault, Sweep, append, flock, free, link, read, remove
 from agent.layout import DATA, Site
 from agent.look.facts import _deletable, facts
 from agent.serve import services
@@ -275,13 +275,14 @@ def test_a_release_runs_its_own_agent(tmp_path: Path) -> None:
     site.state.mkdir()
     manifest = {"id": "one", "parts": {}, "links": {}, "files": {}, "free_memory": 60}
     for agent in ("first", "second"):
-        (site.state / "agent.pyz").write_text(agent)
+        (site.state / "agents" / agent).mkdir(parents=True)
+        link(site.agent, f"agents/{agent}")
         steps.release(site, {"release": {**manifest, "id": agent}}, lambda _: None)
-    assert [(site.releases / name / "agent.pyz").read_text() for name in ("first", "second")] == ["first", "second"]
+    assert [(site.releases / name / "agent").resolve().name for name in ("first", "second")] == ["first", "second"]
     del manifest["free_memory"]
     steps.release(site, {"release": manifest}, lambda _: None)
     assert json.loads((site.releases / "one/release.json").read_text()) == manifest
-    assert not (site.releases / "one/agent.pyz").exists()
+    assert not os.path.lexists(site.releases / "one/agent")
 
 
 def test_the_agent_forgets_the_environment_of_whoever_started_it(tmp_path: Path) -> None:

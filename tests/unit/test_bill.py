@@ -17,9 +17,10 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from core import files
 from core.errors import OldReleaseError
-from deploy import plan, release
+from deploy import release
+from deploy.choice import choose
 from lock import application, nodes, requirements, sbom
-from tests.unit.test_plan import FRESH, shelf, spark, wheel
+from tests.unit.test_plan import FRESH, inputs, spark, wheel
 
 TOOLCHAIN = {
     "cuda": "nvcc-cu130 c461d9ef",
@@ -34,14 +35,14 @@ def manifest(**more: nodes.Node) -> dict[str, Any]:
     lock = requirements.find("cu130", "linux_aarch64", "3.12")
     assert lock is not None
     stock = replace(
-        shelf(wheel("sageattention", inputs=INPUTS), wheel("flash-attn", sha256="f" * 64, inputs=INPUTS)),
+        inputs(wheel("sageattention", inputs=INPUTS), wheel("flash-attn", sha256="f" * 64, inputs=INPUTS)),
         application=application.application(),
         locks={("linux_aarch64", "3.12"): lock},
         nodes={**nodes.choose(nodes.catalogue(), ["recommended"]), **more},
     )
-    choice, refusals = plan._choose(spark(), FRESH, stock)
+    choice, against = choose(spark(), FRESH, stock)
     assert choice is not None
-    assert not refusals
+    assert not against
     found = release.manifest(choice, FRESH.prefix)
     assert json.loads(json.dumps(found)) == found  # the host keeps it as JSON, and a deploy compares
     return found
@@ -136,12 +137,12 @@ def test_the_same_release_gives_the_same_bytes(known: dict[str, Any], tmp_path: 
 def test_a_release_of_an_older_hearth_is_told() -> None:
     old = {name: value for name, value in manifest().items() if name not in ("packages", "wheels", "sources", "tree")}
     with pytest.raises(OldReleaseError, match=f"release {old['id']} does not say which packages"):
-        sbom.write(old)
+        release.require_complete(old)
 
 
 def test_a_wheel_that_says_nothing_of_its_compilers_is_billed() -> None:
-    stock = shelf()
-    choice, _ = plan._choose(spark(), FRESH, stock)
+    stock = inputs()
+    choice, _ = choose(spark(), FRESH, stock)
     assert choice is not None
     folder = msgspec.structs.replace(choice.application, version="1.2.3")
     found = json.loads(sbom.write(release.manifest(replace(choice, application=folder), FRESH.prefix)))

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from core import files, shell, signature
+from core import files, shell, signature, workspace
 from core.errors import BundleError, RefusedError, SignatureError
 from core.signature import Signed
 from core.stack import Platform
-from deploy import bundle, exporter, flow
+from deploy import bundle, deploy
 from deploy.bundle import Bundle, File, Opened
+from deploy.inputs import gather
+from deploy.look import find_target, questions
 from deploy.plan import Options
 from lock import requirements
 from tests.unit.test_plan import FRESH
@@ -67,9 +69,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Opened]:
         patch.setenv("HEARTH_APP", str(place / "app"))
         patch.setenv("HEARTH_HOSTS", str(place / "hosts.toml"))
         (place / ".far.tar.999999999").write_text("left by a run that was killed")
-        output, found = flow.make_bundle("far", place / "far.tar", "linux_x86_64", "3.11", ask_sudo=False)
-        again, _ = flow.make_bundle("far", place / "again.tar", "linux_x86_64", "3.11", ask_sudo=False)
-        flow.make_bundle("far", place / "arm.tar", "linux_aarch64", "3.11", ask_sudo=False)
+        output, found = deploy.make_bundle("far", place / "far.tar", "linux_x86_64", "3.11", ask_sudo=False)
+        again, _ = deploy.make_bundle("far", place / "again.tar", "linux_x86_64", "3.11", ask_sudo=False)
+        deploy.make_bundle("far", place / "arm.tar", "linux_aarch64", "3.11", ask_sudo=False)
     assert output.read_bytes() == again.read_bytes()
     assert not list(place.glob(".far.tar*"))
     return output, found
@@ -83,7 +85,6 @@ def test_a_bundle_names_every_file_and_is_found_whole(made: tuple[Path, Opened])
     names = set(written.files)
     assert {"agent.pyz", "checkout/uv.lock", "checkout/recipes/comfyui/src/comfy/cli_args.py"} <= names
     assert [name for name in names if name.endswith("six-1.17.0-py2.py3-none-any.whl")]
-    assert [name for name in names if name.endswith("prometheus_client/exposition.py")]
     assert [name for name in names if name.endswith("bin/uv") and written.files[name].executable]
     assert (written.version, written.platform, written.python, written.asking) == ("1.2.3", "linux_x86_64", "3.11", ())
 
@@ -101,17 +102,14 @@ def test_what_is_deployed_from_a_bundle_comes_from_it_alone(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     with bundle.opened(path) as opened:
         assert opened.bundle.version == "1.2.3"
-        target = flow.find_target("far")
-        stock = flow.shelf(target)
-        assert list(stock.locks) == [("linux_x86_64", "3.11")]
-        assert stock.application.version == "1.2.3"
-        assert files.cache().is_relative_to(tmp_path / "empty/bundles")
-        lock = stock.locks["linux_x86_64", "3.11"]
-        (wheel,) = requirements.download(lock, stock.nodes, Platform.parse("linux_x86_64")).glob("*.whl")
+        target = find_target("far")
+        inputs = gather(target)
+        assert list(inputs.locks) == [("linux_x86_64", "3.11")]
+        assert inputs.application.version == "1.2.3"
+        assert workspace.current().cache.is_relative_to(tmp_path / "empty/bundles")
+        lock = inputs.locks["linux_x86_64", "3.11"]
+        (wheel,) = requirements.download(lock, inputs.nodes, Platform.parse("linux_x86_64")).glob("*.whl")
         assert wheel.name.startswith("six")
-        tree = exporter.tree(Platform.parse("linux_x86_64"))
-        assert (tree / "prometheus_client/exposition.py").exists()
-        assert tree.name == stock.exporter.digest
     assert not list((tmp_path / "empty/bundles").iterdir())
 
 
@@ -122,12 +120,12 @@ def test_a_bundle_for_another_platform_is_refused(made: tuple[Path, Opened], mon
         bundle.opened(made[0].with_name(other)) as opened,
         pytest.raises(BundleError, match=f"and local is linux_{platform.machine()}"),
     ):
-        flow.deploy("local", Options(), bundle=opened)
+        deploy.deploy("local", Options(), bundle=opened)
 
 
 def test_a_bundle_needs_a_list_for_its_platform_and_python(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"no list of packages for linux_riscv64, Python 3\.11"):
-        flow.make_bundle("local", tmp_path / "x.tar", "linux_riscv64", "3.11", ask_sudo=False)
+        deploy.make_bundle("local", tmp_path / "x.tar", "linux_riscv64", "3.11", ask_sudo=False)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
@@ -339,7 +337,7 @@ def signed(made: tuple[Path, Opened], keys: Path, tmp_path_factory: pytest.TempP
         patch.setenv("HEARTH_APP", str(made[0].with_name("app")))
         patch.setenv("HEARTH_HOSTS", str(made[0].with_name("hosts.toml")))
         place = tmp_path_factory.mktemp("signed") / "far.tar"
-        _, opened = flow.make_bundle("far", place, "linux_x86_64", "3.11", keys / "anna", ask_sudo=False)
+        _, opened = deploy.make_bundle("far", place, "linux_x86_64", "3.11", keys / "anna", ask_sudo=False)
     assert opened.id == made[1].id
     assert opened.origin.startswith("signed with ED25519 key SHA256:")
     return place
@@ -503,11 +501,11 @@ def test_the_time_of_checking_ends_a_key_and_no_time_that_a_signer_says(
 def test_a_host_that_lists_signers_takes_no_other_bundle(made: tuple[Path, Opened], signed: Path, keys: Path) -> None:
     facts = msgspec.structs.replace(FRESH, machine="x86_64", signers=allowed(keys, "anna"))
     with bundle.opened(signed) as opened:
-        flow._accept(opened, "far", facts)
+        deploy._accept(opened, "far", facts)
         with pytest.raises(SignatureError, match="nobody of /etc/hearth/allowed_signers on far signed it"):
-            flow._accept(opened, "far", msgspec.structs.replace(FRESH, machine="x86_64", signers=""))
+            deploy._accept(opened, "far", msgspec.structs.replace(FRESH, machine="x86_64", signers=""))
     with bundle.opened(made[0]) as opened, pytest.raises(SignatureError, match="it is not signed"):
-        flow._accept(opened, "far", facts)
+        deploy._accept(opened, "far", facts)
 
 
 def test_a_host_refuses_a_bundle_before_anything_in_it_is_read(
@@ -518,12 +516,12 @@ def test_a_host_refuses_a_bundle_before_anything_in_it_is_read(
     asked: list[dict[str, Any]] = []
 
     def look(_: object, target: Target, *__: object) -> Facts:
-        asked.append(flow.questions(target))
+        asked.append(questions(target))
         return msgspec.structs.replace(FRESH, signers="")
 
-    monkeypatch.setattr(flow, "look", look)
+    monkeypatch.setattr(deploy, "look", look)
     with bundle.opened(made[0]) as opened:
-        inside = files.checkout()
+        inside = workspace.current().checkout
         shutil.rmtree(inside)
         inside.mkdir()
         (inside / "config/profiles").mkdir(parents=True)
@@ -531,14 +529,14 @@ def test_a_host_refuses_a_bundle_before_anything_in_it_is_read(
             (inside / place).write_text("this is = no = TOML")
         for name in ("local", "far"):
             with pytest.raises(SignatureError, match="it is not signed"):
-                flow.deploy(name, Options(), bundle=opened)
+                deploy.deploy(name, Options(), bundle=opened)
     assert [each["pythons"] for each in asked] == [[], []]
     assert [each["metrics_port"] for each in asked] == [None, 9188]
 
 
 def test_a_bundle_with_other_nodes_is_refused(made: tuple[Path, Opened]) -> None:
     with pytest.raises(BundleError, match=r"has other nodes \(none\) than far \(six\)"):
-        flow._same_nodes(made[1], "far", ["six"])
+        deploy._same_nodes(made[1], "far", ["six"])
 
 
 def test_a_bundle_takes_no_folders_place(tmp_path: Path) -> None:

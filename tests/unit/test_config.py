@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from core import files
+from core import config, files
 from core.arch import known_archs
 from core.config import load
 from core.errors import ConfigError
 from core.stack import Platform, find_stack, stacks
+from deploy.inputs import gather
+from deploy.look import find_target
 from kernels.recipe import Recipe, load_recipe, recipes
 
 PYPROJECT = tomllib.loads((files.CHECKOUT / "pyproject.toml").read_text())
@@ -79,3 +82,25 @@ def test_a_wrong_recipe_is_refused(tmp_path: Path, old: str, new: str) -> None:
     (tmp_path / "recipe.toml").write_text(text.replace(old, new))
     with pytest.raises(ConfigError):
         load_recipe(tmp_path)
+
+
+def test_a_command_reads_each_configuration_file_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    parse = config._parse
+    monkeypatch.setattr(config, "_parsed", {})
+
+    def counted(path: Path) -> dict[str, Any]:
+        read.append(path)
+        return parse(path)
+
+    monkeypatch.setattr(config, "_parse", counted)
+    for _ in range(2):
+        gather(find_target("local"))
+    assert len(read) == len(set(read)) > 10
+
+
+def test_a_configuration_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    for number in range(50):  # within the resolution of a file system's clock
+        path.write_text(f"x = {number % 10}")
+        assert config.table(path) == {"x": number % 10}

@@ -26,15 +26,17 @@ from core.errors import (
     SudoError,
     UsageError,
 )
-from deploy import connection, flow
-from deploy.flow import Consent, Outcome
+from deploy import archive, connection
+from deploy.change import Outcome, follow
+from deploy.group import DESTRUCTIVE, Consent, on_each
+from deploy.look import find_target
 from deploy.plan import Options
 
 # --- a program on the other end -----------------------------------------------------------------------------------
 
 
 def test_a_program_that_dies_after_it_answered_has_failed() -> None:
-    answers = shell.talk(["sh", "-c", "echo one; echo unfini; echo why >&2; printf shed; kill -9 $$"], b"")
+    answers = shell.stream(["sh", "-c", "echo one; echo unfini; echo why >&2; printf shed; kill -9 $$"], b"")
     assert [next(answers), next(answers)] == [b"one\n", b"unfini\n"]
     with pytest.raises(ProcessError) as caught:
         next(answers)
@@ -44,25 +46,25 @@ def test_a_program_that_dies_after_it_answered_has_failed() -> None:
 def test_input_and_output_move_at_once() -> None:
     """More than any pipe holds, both ways: neither side waits for the other to read first."""
     blocks = [b"x" * 200_000 + b"\n"] * 30
-    assert list(shell.talk(["cat"], b"first\n", blocks)) == [b"first\n", *blocks]
+    assert list(shell.stream(["cat"], b"first\n", blocks)) == [b"first\n", *blocks]
 
 
 def test_a_long_line_is_read_in_time_and_one_without_an_end_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import sys; [sys.stdout.write('x' * 1_000_000) for _ in range(40)]"
     begun = time.monotonic()
-    assert [len(each) for each in shell.talk([sys.executable, "-c", script], b"")] == [40_000_000]
+    assert [len(each) for each in shell.stream([sys.executable, "-c", script], b"")] == [40_000_000]
     assert time.monotonic() - begun < 10
     monkeypatch.setattr(shell, "LINE", 1_000_000)
     with pytest.raises(AgentError, match="a line of more than 1000000 bytes"):
-        list(shell.talk(["cat", "/dev/zero"], b""))
+        list(shell.stream(["cat", "/dev/zero"], b""))
 
 
 def test_a_program_that_reads_nothing_is_no_matter() -> None:
-    assert list(shell.talk(["echo", "done"], b"x" * 1_000_000)) == [b"done\n"]
+    assert list(shell.stream(["echo", "done"], b"x" * 1_000_000)) == [b"done\n"]
 
 
 def test_the_last_line_needs_no_end() -> None:
-    assert list(shell.talk(["printf", "a\\nb"], b"")) == [b"a\n", b"b"]
+    assert list(shell.stream(["printf", "a\\nb"], b"")) == [b"a\n", b"b"]
 
 
 @pytest.mark.parametrize(
@@ -76,21 +78,21 @@ def test_the_last_line_needs_no_end() -> None:
 def test_silence_is_a_failure(script: str, limits: dict[str, Any]) -> None:
     begun = time.monotonic()
     with pytest.raises(TimeoutError):
-        list(shell.talk(["sh", "-c", script], b"x" * 1_000_000, **limits))
+        list(shell.stream(["sh", "-c", script], b"x" * 1_000_000, **limits))
     assert time.monotonic() - begun < 10
 
 
 def test_words_on_stderr_and_a_slow_reader_are_no_silence() -> None:
     said: list[str] = []
     script = "for each in 1 2 3 4; do sleep 0.2; echo $each >&2; done; echo done"
-    assert list(shell.talk(["sh", "-c", script], b"", first=0.6, said=said.append)) == [b"done\n"]
+    assert list(shell.stream(["sh", "-c", script], b"", first=0.6, said=said.append)) == [b"done\n"]
     assert said == ["1", "2", "3", "4"]
-    for _ in shell.talk(["sh", "-c", "echo a; echo b; sleep 0.1; echo c"], b"", first=0.4, silence=0.4):
+    for _ in shell.stream(["sh", "-c", "echo a; echo b; sleep 0.1; echo c"], b"", first=0.4, silence=0.4):
         time.sleep(0.5)
 
 
 def test_a_program_that_is_given_up_is_ended() -> None:
-    answers = shell.talk(["sh", "-c", "trap '' TERM; echo $$; while :; do sleep 0.1; done"], b"")
+    answers = shell.stream(["sh", "-c", "trap '' TERM; echo $$; while :; do sleep 0.1; done"], b"")
     pid = int(next(answers))
     answers.close()  # type: ignore[attr-defined]  # a generator
     assert not Path(f"/proc/{pid}").exists()
@@ -133,7 +135,7 @@ class Box:
         return list((self.place / "home/.cache/hearth").glob("agent-*.pyz"))
 
     def call(self, verb: str = "history", name: str = "box", **values: Any) -> Any:
-        with connection.connect(flow.find_target(name), ask_sudo=True) as agent:
+        with connection.connect(find_target(name), ask_sudo=True) as agent:
             return agent.call(verb, **values)
 
     def fails(self, kind: type[HearthError], verb: str = "history", name: str = "box", **values: Any) -> HearthError:
@@ -165,19 +167,33 @@ def test_an_agent_that_is_not_the_right_one_is_sent_again(box: Box, text: bytes)
     (path,) = box.agents
     path.write_bytes(text)
     assert box.call() == []
-    assert path.read_bytes() == connection.packed_agent()
+    assert path.read_bytes() == archive.packed_agent()
     path.parent.chmod(0o775)
     assert box.call() == []
     assert path.parent.stat().st_mode & 0o022 == 0
 
 
+def test_the_agent_is_unpacked_where_something_is_deployed(box: Box) -> None:
+    state = box.place / "home/.local/share/hearth/comfyui/state"
+    state.mkdir(parents=True)
+    assert box.call() == []
+    (place,) = (state / "agents").iterdir()
+    assert place.name == archive.agent_hash()
+    for path in (place / "__main__.py", *place.glob("__pycache__/__main__*")):
+        path.unlink()
+    (place / "__main__.py").write_text("import sys\nprint('[%r]' % sys.argv[1])".replace("%r", '\\"%s\\"'))
+    (path,) = box.agents
+    path.write_bytes(b"print('not the agent')")  # nobody reads it
+    assert box.call() == ["history"]
+
+
 def test_this_machines_own_agent_is_compared_too(box: Box) -> None:
-    connection.agent_file().write_bytes(b"PK half")
+    archive.agent_file().write_bytes(b"PK half")
     assert box.call(name="local") == []
 
 
 def test_a_file_that_is_cut_off_on_its_way_is_not_there(box: Box) -> None:
-    with connection.connect(flow.find_target("box")) as agent:
+    with connection.connect(find_target("box")) as agent:
         assert isinstance(agent, connection.Ssh)
         agent.put(b"old", "x/blob")
         box.program("bin/cat", "exec /usr/bin/head -c 5")  # what arrives before the connection drops
@@ -234,13 +250,13 @@ def test_why_a_host_is_not_reached(box: Box, script: str, kind: type[HearthError
     box.before(script)
     error = box.fails(kind)
     assert says in error.what
-    assert "ssh box" in error.hint or "ask whoever" in error.hint
+    assert "ssh box" in error.hint or "ask the host's administrator" in error.hint
 
 
 @pytest.mark.parametrize("act", ["shell", "put", "get", "call", "send"])
 def test_whatever_is_done_when_the_connection_breaks_is_a_connect_error(box: Box, act: str) -> None:
     (box.place / "blob").write_bytes(b"x" * 100)
-    with connection.connect(flow.find_target("box")) as agent:
+    with connection.connect(find_target("box")) as agent:
         assert isinstance(agent, connection.Ssh)
         assert agent.call("history") == []
         # After the mark, as a master of the connection that ends.
@@ -268,7 +284,7 @@ def test_a_shell_that_hides_stderr_hides_no_failure(box: Box) -> None:
 
 def test_a_command_that_fails_there_is_a_remote_error(box: Box) -> None:
     said: list[str] = []
-    with connection.connect(flow.find_target("box")) as agent:
+    with connection.connect(find_target("box")) as agent:
         assert isinstance(agent, connection.Ssh)
         assert agent.shell('pwd; echo "it\'s" >&2', said.append) == f"{box.place}/home\n"
         with pytest.raises(RemoteError, match="ended with 3"):
@@ -309,8 +325,8 @@ def test_lost_sight_of_a_change_is_never_its_end(box: Box) -> None:
     error = box.fails(ConnectError, "follow", run="r1")
     assert "inv attach --host box" in error.hint
     box.program("bin/python3", 'echo \'{"event": "step", "title": "x"}\'')
-    with pytest.raises(ConnectError) as caught, connection.connect(flow.find_target("box")) as agent:
-        flow._follow(agent, "r1")
+    with pytest.raises(ConnectError) as caught, connection.connect(find_target("box")) as agent:
+        follow(agent, "r1")
     assert "inv attach" in caught.value.hint
 
 
@@ -326,7 +342,7 @@ def test_an_agent_that_falls_silent_is_lost(box: Box, monkeypatch: pytest.Monkey
     monkeypatch.setattr(connection, "SILENT", 0.6)
     box.program("bin/python3", 'echo \'{"event": "alive"}\'; exec sleep 60')
     for verb, values in (("follow", {"run": "r1"}), ("logs", {"follow": True}), ("facts", {})):
-        assert "answers nothing" in box.fails(ConnectError, verb, **values).cause or verb
+        assert "does not answer" in box.fails(ConnectError, verb, **values).cause or verb
     assert connection._patience("free-memory", {"wait": 3600}) > 3600
     assert connection._patience("logs", {"follow": False}) == connection.SILENT
 
@@ -334,7 +350,7 @@ def test_an_agent_that_falls_silent_is_lost(box: Box, monkeypatch: pytest.Monkey
 def test_a_file_that_did_not_arrive_whole_is_an_error(box: Box) -> None:
     box.program("bin/python3", "echo '{\"size\": 5}'")
     (box.place / "blob").write_bytes(b"x" * 100)
-    with connection.connect(flow.find_target("box")) as agent, pytest.raises(ConnectError, match="was lost"):
+    with connection.connect(find_target("box")) as agent, pytest.raises(ConnectError, match="was lost"):
         agent.send(box.place / "blob", "0" * 64, 0, lambda _: None)
 
 
@@ -355,7 +371,7 @@ def test_this_machines_agent_is_run_from_the_bytes_that_were_compared(
     """Its file lies in a cache, which the login may write into between the check and the start."""
     forged = tmp_path / "forged"
     forged.write_text('print("[1]")')
-    monkeypatch.setattr(connection, "agent_file", lambda: forged)
+    monkeypatch.setattr(archive, "agent_file", lambda: forged)
     with pytest.raises(AgentError):
         box.call(name="local")
 
@@ -411,7 +427,7 @@ def everywhere(options: Options, action: str = "deploy", skip: str = "") -> list
             changed.append(name)
         return Outcome(name, "r", "", changed=True)
 
-    flow.on_each(names, one, agree, ask_sudo=options.ask_sudo, keep_going=True)
+    on_each(names, one, agree, ask_sudo=options.ask_sudo, keep_going=True)
     return changed
 
 
@@ -446,19 +462,19 @@ def test_passwords_of_a_group_are_asked_for_before_anything(
 
     def one(name: str) -> Outcome:
         order.append(name)
-        connection.sudo_password(name, flow.find_target(name).host)
+        connection.sudo_password(name, find_target(name).host)
         return Outcome(name, "r", "", changed=True)
 
-    flow.on_each(names, one, lambda: None, ask_sudo=True, keep_going=False)
+    on_each(names, one, lambda: None, ask_sudo=True, keep_going=False)
     assert order[:3] == ["sudo password on rooted: ", "sudo password on third: ", "box"]
     assert len(order) == 5
 
 
 @pytest.mark.usefixtures("box")
-@pytest.mark.parametrize("action", ["deploy", "stop", *flow.DESTRUCTIVE])
+@pytest.mark.parametrize("action", ["deploy", "stop", *DESTRUCTIVE])
 @pytest.mark.parametrize("name", ["box", "local"])
 def test_what_is_destructive_needs_a_yes(action: str, name: str, asked: Callable[[str], Terminal]) -> None:
-    destroys = action in flow.DESTRUCTIVE
+    destroys = action in DESTRUCTIVE
     agree = Consent([name], action, Options(ask=True))
     if destroys:  # nobody is at a terminal
         with pytest.raises(RefusedError) as caught:

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from core.errors import ConnectError, NoInstallationError
-from deploy.adopt import Installation, Survey
 from deploy.facts import Facts
+from deploy.survey import Installation, Survey
 from ops import doctor, status
 from ops.checks import CHECKS, Case, Probe
 from ops.fleet import Answer
@@ -18,7 +18,7 @@ from ops.gpu import Gpu
 from ops.mps import Mps
 from ops.status import ComfyUI, Disk, Live
 from tests.unit.test_gpu import PROCESS, sample
-from tests.unit.test_plan import made, settled, shelf, spark
+from tests.unit.test_plan import inputs, made, settled, spark
 
 NOW = 1_000_000.0
 SERVES = ComfyUI("answers", version="1.2.3", torch="2.11.0")
@@ -32,7 +32,7 @@ def seen(facts: Facts | None = None, live: Live = WELL, probe: Probe = PROBE) ->
     live = msgspec.structs.replace(
         live, comfyui=msgspec.structs.replace(live.comfyui, devices=(status.Device("GB10", "cuda"),))
     )
-    return Case(spark(), facts, live, probe, shelf(), made(facts), NOW)
+    return Case(spark(), facts, live, probe, inputs(), made(facts), NOW)
 
 
 def found(case: Case) -> dict[str, str]:

@@ -14,7 +14,7 @@ import threading
 import time
 import tracemalloc
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,13 +29,12 @@ from prometheus_client.core import GaugeMetricFamily
 from agent import api
 from agent.api import Endpoint
 from agent.layout import Site
+from agent.serve.metrics import comfyui, host
+from agent.serve.metrics.gather import Gatherer, Source
+from agent.serve.metrics.server import gatherer
 from core import files
-from core.stack import Platform
-from deploy import exporter as exporters
+from deploy import archive
 from docs import generate
-from exporter import comfyui, host
-from exporter.__main__ import gatherer
-from exporter.gather import Gatherer, Source
 from tests import nvml
 from tests.host.machine import free_port
 
@@ -102,8 +101,8 @@ def site(place: Path, port: int, **more: Any) -> Site:
     return Site(plain | more)
 
 
-def at(port: int) -> Endpoint:
-    return Endpoint(("127.0.0.1",), port)
+def at(port: int) -> Callable[[], Endpoint]:
+    return lambda: Endpoint(("127.0.0.1",), port)
 
 
 def jobs(stand: Stand, place: Path) -> comfyui.Jobs:
@@ -268,8 +267,8 @@ def test_the_queue_is_told(stand: Stand) -> None:
 
 
 def test_what_hangs_is_not_asked_again_and_scrapes_share_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exporter.gather.PATIENCE", 0.2)
-    monkeypatch.setattr("exporter.gather.FRESH", 0.4)
+    monkeypatch.setattr("agent.serve.metrics.gather.PATIENCE", 0.2)
+    monkeypatch.setattr("agent.serve.metrics.gather.FRESH", 0.4)
     go_on, asked = threading.Event(), {"stuck": 0, "quick": 0}
 
     def stuck() -> list[Any]:
@@ -374,8 +373,8 @@ GPUS = """
 import sys
 from pathlib import Path
 from prometheus_client import CollectorRegistry, generate_latest
-from exporter import gather
-from exporter.host import Gpus
+from agent.serve.metrics import gather
+from agent.serve.metrics.host import Gpus
 gather.FRESH = 0
 registry = CollectorRegistry()
 registry.register(gather.Gatherer(gather.Source("gpu", Gpus(needed={needed}))))
@@ -429,15 +428,12 @@ def test_without_a_driver_there_is_a_fault_only_where_a_gpu_is_needed(tmp_path: 
 
 @contextmanager
 def running(place: Path, port: int) -> Iterator[str]:
-    """The exporter as a host gets it, compiled and run by itself; its address."""
-    tree, ours = place / "tree", free_port()
-    shutil.copytree(exporters.tree(Platform.parse("linux_x86_64")), tree)
-    subprocess.run([sys.executable, "-m", "compileall", "-q", str(tree)], check=True)
+    """The exporter as a host runs it, out of the agent's archive; its address."""
+    ours = free_port()
     release(place)
-    argv = ["main.py", "--listen", "127.0.0.1", "--port", str(port)]
-    config = {"site": site(place, port).json, "argv": argv, "port": ours, "cuda": False}
+    config = {"site": site(place, port, address="127.0.0.1").json, "port": ours, "cuda": False}
     (place / "exporter.json").write_text(json.dumps(config))
-    words = [sys.executable, "-I", "-S", str(tree), str(place / "exporter.json")]
+    words = [sys.executable, "-I", "-S", str(archive.agent_file()), "metrics", str(place / "exporter.json")]
     process = subprocess.Popen(
         words, cwd="/", env={"PATH": os.environ["PATH"], "RUNTIME_DIRECTORY": str(place)}, stderr=-3
     )
@@ -463,19 +459,6 @@ def test_what_hosts_get_runs_by_itself_and_promtool_finds_no_fault(stand: Stand,
     assert b"process_resident_memory_bytes" in raw
     done = subprocess.run(["promtool", "check", "metrics"], input=raw, capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-
-
-def test_the_tree_changes_its_name_with_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = exporters.exporter()
-    assert before.packages == {"prometheus-client": before.packages["prometheus-client"]}
-    monkeypatch.setattr(exporters, "AGENT", (*exporters.AGENT, "journal"))
-    assert exporters.exporter().digest != before.digest
-
-
-def test_no_environment_has_the_exporters_packages_too() -> None:
-    """A release's manifest names each package once: of two versions it would tell one only."""
-    for path in (files.CHECKOUT / "recipes/comfyui/locks").glob("*.txt"):
-        assert not re.search(r"^prometheus[-_]client==", path.read_text(), re.MULTILINE)
 
 
 @pytest.mark.needs("promtool")

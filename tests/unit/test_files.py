@@ -20,7 +20,7 @@ from core.errors import TreeError
 
 def test_threads_make_the_same_folder_in_turn(tmp_path: Path) -> None:
     def make(number: int) -> None:
-        with files.whole(tmp_path / "made") as part:
+        with files.atomic_dir(tmp_path / "made") as part:
             (part / "by").write_text(str(number))
             time.sleep(0.01)
 
@@ -31,7 +31,7 @@ def test_threads_make_the_same_folder_in_turn(tmp_path: Path) -> None:
 
 
 def test_a_body_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no"), files.whole(tmp_path / "made") as part:
+    with pytest.raises(ValueError, match="no"), files.atomic_dir(tmp_path / "made") as part:
         (part / "half").write_text("")
         raise ValueError("no")
     assert not list(tmp_path.iterdir())
@@ -39,7 +39,7 @@ def test_a_body_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_swept_away(tmp_path: Path) -> None:
     (tmp_path / ".made.999999999").mkdir()
-    with files.whole(tmp_path / "made"):
+    with files.atomic_dir(tmp_path / "made"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
@@ -49,7 +49,7 @@ def test_a_leftover_of_the_same_process_id_does_not_block(tmp_path: Path) -> Non
     for name in ("made", "file"):
         (tmp_path / f".{name}.{os.getpid()}").mkdir()
         (tmp_path / f".{name}.{os.getpid()}/half").touch()
-    with files.whole(tmp_path / "made"):
+    with files.atomic_dir(tmp_path / "made"):
         pass
     files.write(tmp_path / "file", "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "made"]
@@ -59,7 +59,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from core import files
-with files.whole(Path(sys.argv[1])) as part:
+with files.atomic_dir(Path(sys.argv[1])) as part:
     (part / "half").touch()
     print(part, flush=True)
     time.sleep(60)
@@ -72,12 +72,12 @@ def test_what_a_living_process_makes_stays_and_what_it_leaves_when_killed_goes(t
         assert other.stdout
         part = Path(other.stdout.readline().strip())
         (tmp_path / "made").mkdir()  # whoever asks for it now sweeps, and makes nothing
-        with files.whole(tmp_path / "made"):
+        with files.atomic_dir(tmp_path / "made"):
             pass
         assert (part / "half").exists()
         other.send_signal(signal.SIGKILL)
         other.wait()
-    with files.whole(tmp_path / "made"):
+    with files.atomic_dir(tmp_path / "made"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 

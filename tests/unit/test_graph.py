@@ -1,4 +1,4 @@
-"""How many compiles run at once."""
+"""How many compiles run at once, and what a wheel says of itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from core.errors import ConfigError
+from kernels import wheel
 from kernels.graph import plan_jobs
 from kernels.matrix import Build, Request, select
 
@@ -32,3 +34,18 @@ def test_the_largest_compile_of_all_kernels_limits_them(build: Build) -> None:
 
 def test_the_user_knows_better(build: Build) -> None:
     assert plan_jobs([needing(build, 10**9)], 64) == 64
+
+
+def test_metadata_is_what_installers_accept(build: Build) -> None:
+    requires = ("einops>=0.8; python_version < '3.12' and platform_machine == 'aarch64' and sys_platform == 'linux'",)
+    summary = "Attention für GPUs — " + "which is a long summary " * 5
+    recipe = msgspec.structs.replace(build.recipe, summary=summary.strip(), requires=requires)
+    lines = wheel.metadata(replace(build, recipe=recipe)).decode().splitlines()
+    assert f"Summary: {summary.strip()}" in lines
+    assert f"Requires-Dist: {requires[0]}" in lines
+
+
+def test_metadata_that_installers_reject_is_an_error(build: Build) -> None:
+    recipe = msgspec.structs.replace(build.recipe, requires=("einops ;;",), summary="two\nlines")
+    with pytest.raises(ConfigError, match="requires-dist"):
+        wheel.metadata(replace(build, recipe=recipe))

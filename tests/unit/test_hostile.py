@@ -17,7 +17,7 @@ from agent.change import memory
 from agent.files import Fault
 from agent.look import jobs, logs, samples, status
 from agent.serve import health
-from exporter import comfyui as metrics
+from agent.serve.metrics import comfyui as metrics
 from tests.unit.test_api import BUSY, IDLE, STATS, at, listening, site
 
 SECONDS = 0.4
@@ -162,7 +162,7 @@ def test_every_question_ends_in_time(way: str, tmp_path: Path) -> None:
     """Stop, deploy, rollback, pause, remove and nuke wait for jobs (`drain`); the others ask for what they show."""
     with listening(WAYS[way]) as port:
         place, host = at(port), site(tmp_path, port)
-        client = metrics.Client(place)
+        client = metrics.Client(lambda: place)
         notes: list[str] = []
         asked: dict[str, Callable[[], object]] = {
             "drain": lambda: health.drain(place, SECONDS, False, notes.append),

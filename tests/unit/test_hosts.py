@@ -10,6 +10,7 @@ import pytest
 from core import files
 from core.errors import ConfigError, HearthError, SecretError, UnknownNameError
 from deploy import host
+from deploy.secrets import names_secret
 from lock import application
 
 
@@ -60,7 +61,7 @@ def test_an_entry_for_local_has_the_same_defaults_as_none(
         ('[hosts.a]\naddress = "a"\nservice = "a b"', ConfigError, "plain lower-case names"),
         ('[hosts.a]\naddress = "a"\n[groups]\ng = ["b"]', UnknownNameError, "known: a"),
         ('[hosts.a]\naddress = "a"', ConfigError, "has no profile"),
-        ('[hosts.a]\naddress = "a"\nmounts."/mnt/../etc" = {}', ConfigError, "'/mnt/../etc' is no plain absolute path"),
+        ('[hosts.a]\naddress = "a"\nmounts."/mnt/../etc" = {}', ConfigError, "not a plain absolute path"),
         ('[hosts.a]\naddress = "a"\nmounts."/opt/comfyui/data/models" = {}', ConfigError, "lies in /opt/comfyui/data"),
         (
             '[hosts.a]\naddress = "a"\nmounts."/mnt/a/b" = {}\nfolders.input = "/mnt/a"',
@@ -72,7 +73,7 @@ def test_an_entry_for_local_has_the_same_defaults_as_none(
             ConfigError,
             "lies in /opt/comfyui/data",
         ),
-        ('[hosts.a]\naddress = "a"\nmodel_roots = ["/mnt/my models"]', ConfigError, "no plain absolute path"),
+        ('[hosts.a]\naddress = "a"\nmodel_roots = ["/mnt/my models"]', ConfigError, "not a plain absolute path"),
         ('[hosts.a]\naddress = "a"\nfolders.output = "/home/anna/out"', ConfigError, "hides from the service"),
         ('[hosts.a]\naddress = "a"\nfolders.custom_nodes = "/srv/x"', ConfigError, "custom_nodes"),
         ('[hosts.a]\naddress = "a"\nmounts."/mnt/a" = { what = "nas:/a" }', ConfigError, "`what` needs a `type`"),
@@ -267,14 +268,14 @@ def test_a_host_may_override_all_that_a_profile_says() -> None:
     ],
 )
 def test_names_of_secrets(name: str) -> None:
-    assert host.names_secret(name)
+    assert names_secret(name)
 
 
 def test_names_of_flags_folders_and_ordinary_variables_are_none() -> None:
     names = [*host.Host.__struct_fields__, *host.Profile.__struct_fields__, "--tls-keyfile", "--comfy-api-base"]
     names += ["TOKENIZERS_PARALLELISM", "PYTORCH_CUDA_ALLOC_CONF"]
     names += ["MAX_TOKENS", "KEYBOARD_LAYOUT", "COMPASS", "PATH", "AUTHOR", "CUDA_MODULE_LOADING", "HF_HUB_OFFLINE"]
-    assert [name for name in names if host.names_secret(name)] == []
+    assert [name for name in names if names_secret(name)] == []
 
 
 @pytest.mark.parametrize(

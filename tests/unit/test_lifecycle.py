@@ -24,7 +24,7 @@ from deploy.facts import Facts, MountState, Place, Service
 from deploy.host import Mount
 from deploy.plan import Options
 from ops import lifecycle
-from tests.unit.test_plan import FRESH, NO_SERVICE, RUNNING, kinds, made, settled, spark
+from tests.unit.test_plan import FRESH, NO_SERVICE, RUNNING, kinds, made, reasons, settled, spark
 
 OURS = Place(
     real="/opt/comfyui", own=("current", "parts", "releases", "state"), data=True, service="comfyui", ours=True
@@ -44,7 +44,7 @@ def stopped(**values: Any) -> Facts:
 
 
 def planned(action: str, facts: Facts, **host: Any) -> plan.Plan:
-    return lifecycle.PLANS[action](spark(**host), facts, Options(drain=5))
+    return lifecycle.ACTIONS[action][0](spark(**host), facts, Options(drain=5))
 
 
 BUSY = {"action": "deploy", "who": "a@b", "since": "then"}
@@ -54,11 +54,11 @@ BUSY = {"action": "deploy", "who": "a@b", "since": "then"}
 @pytest.mark.parametrize("action", ["stop", "pause", "quarantine"])
 def test_a_forced_stop_ends_what_is_under_way(action: str, service: Service) -> None:
     facts = running(busy=BUSY, service=service, paused=PAUSED)
-    asked = lifecycle.PLANS[action](spark(), facts, Options(force=True))
+    asked = lifecycle.ACTIONS[action][0](spark(), facts, Options(force=True))
     assert (asked.refusals, kinds(asked)[-1]) == ((), "stop")
-    assert asked.notes == ("the deploy by a@b since then is ended for that",)
+    assert asked.notes == ("this ends the deploy by a@b since then",)
     if action != "quarantine":
-        assert lifecycle.PLANS[action](spark(), facts, Options()).refusals
+        assert lifecycle.ACTIONS[action][0](spark(), facts, Options()).refusals
 
 
 def test_a_quarantine_takes_the_network_first() -> None:
@@ -122,38 +122,38 @@ def test_the_wait_for_jobs_reaches_the_step() -> None:
 
 
 def test_what_is_paused_is_left_so_by_a_start_and_a_deploy() -> None:
-    said = "comfyui was paused by anna@desk at 2026-11-23T03:00:00Z"
     for found in (
         planned("start", stopped(paused=PAUSED)),
         planned("restart", stopped(paused=PAUSED)),
         made(stopped(paused=PAUSED)),
         plan.back(spark(), stopped(paused=PAUSED), "x", Options()),
     ):
-        assert said in [each.what for each in found.refusals]
+        (what,) = (each.what for each in found.refusals if each.kind == "paused")
+        assert "anna@desk at 2026-11-23T03:00:00Z" in what
         assert not found.steps
 
 
 @pytest.mark.parametrize(
-    ("facts", "said"),
+    ("facts", "kind"),
     [
-        (FRESH, "nothing is in service on spark"),
-        (stopped(port_holder={"pid": 9, "command": "jupyter"}), "port 8188 is held by jupyter (pid 9)"),
-        (stopped(service=msgspec.structs.replace(STOPPED, linked=False)), "it is missing or was changed"),
-        (stopped(busy={"action": "deploy", "who": "a@b", "since": "then"}), "the host is being changed: deploy by a@b"),
-        (stopped(foreign_unit="/etc/systemd/system/comfyui.service"), "is not Hearth's"),
+        (FRESH, "not-deployed"),
+        (stopped(port_holder={"pid": 9, "command": "jupyter"}), "port-taken"),
+        (stopped(service=msgspec.structs.replace(STOPPED, linked=False)), "unlinked"),
+        (stopped(busy=BUSY), "busy"),
+        (stopped(foreign_unit="/etc/systemd/system/comfyui.service"), "foreign-unit"),
+        (stopped(settings=("quarantine",)), "quarantine"),
     ],
 )
-def test_what_cannot_start_is_refused(facts: Facts, said: str) -> None:
+def test_what_cannot_start_is_refused(facts: Facts, kind: str) -> None:
     for action in ("start", "restart", "resume"):
-        found = planned(action, facts)
-        assert [each.what for each in found.refusals if said in each.what], found.refusals
+        assert reasons(planned(action, facts)) == [kind]
 
 
 @pytest.mark.parametrize("mount", [Mount(), Mount("nas:/models", "nfs4")])
 def test_a_missing_mount_keeps_it_from_starting_and_not_from_stopping(mount: Mount) -> None:
     host = {"mounts": {"/mnt/models": mount}}
     facts = stopped(mounts={"/mnt/models": MountState(False, "", "", "", "")}, service=DIED)
-    assert [each.what for each in planned("start", facts, **host).refusals] == ["/mnt/models is not mounted"]
+    assert reasons(planned("start", facts, **host)) == ["not-mounted"]
     assert kinds(planned("stop", facts, **host)) == ["stop"]
 
 
@@ -176,13 +176,14 @@ def test_a_prefix_that_is_not_for_deleting_is_refused(place: dict[str, Any], sai
     facts = running(data=False)
     found = planned("nuke", msgspec.structs.replace(facts, place=msgspec.structs.replace(OURS, **place)))
     assert not found.steps
-    assert [each.what for each in found.refusals if said in each.what], found.refusals
-    assert all(each.remedy for each in found.refusals)
+    (each,) = (each for each in found.refusals if said in each.what)
+    assert each.kind == ("deployed-otherwise" if "service" in place else "unsafe-prefix")
+    assert each.remedy
 
 
 def test_what_was_adopted_is_given_back_before_a_nuke() -> None:
     (refusal,) = planned("nuke", running(adopted=True)).refusals
-    assert "inv adopt --host spark --undo" in refusal.remedy
+    assert (refusal.kind, "inv adopt --host spark --undo" in refusal.remedy) == ("adopted", True)
 
 
 def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
@@ -236,8 +237,9 @@ def test_the_name_is_typed_or_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "typed", lambda _, word: word == "spark")
     lifecycle._consent(["spark"], "", data=True)()
     lifecycle._consent(["box"], "box", data=True)()
-    with pytest.raises(RefusedError, match="its name was not typed"):
+    with pytest.raises(RefusedError) as caught:
         lifecycle._consent(["box"], "", data=True)()
+    assert [(each.host, each.kind) for each in caught.value.refusals] == [("box", "unconfirmed")]
     with pytest.raises(UsageError, match="names another host than box"):
         lifecycle._consent(["box"], "spark", data=True)
     with pytest.raises(UsageError, match="one host at a time"):

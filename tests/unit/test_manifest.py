@@ -12,6 +12,7 @@ import pytest
 from core import files, manifest
 from core.config import load
 from core.errors import ConfigError, HashMismatchError
+from core.wheelhouse import Wheelhouse
 from tests.unit.test_plan import wheel
 
 
@@ -45,20 +46,19 @@ def test_a_manifest_that_cannot_be_read_is_passed_over(tmp_path: Path, what: str
     put(tmp_path / "bad.whl.json", what)
     (tmp_path / "bad.whl").write_text("bad")
     assert manifest.read(tmp_path / "bad.whl.json") is None
-    assert manifest.found(tmp_path) == [good]
+    assert Wheelhouse(tmp_path).wheels() == [good]
 
 
 @pytest.mark.parametrize("what", ["a folder", "a pipe", "a link to nothing", None])
-def test_a_wheel_that_is_no_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str | None) -> None:
-    monkeypatch.setenv("HEARTH_WHEELHOUSE", str(tmp_path))
+def test_a_wheel_that_is_no_file_is_none(tmp_path: Path, what: str | None) -> None:
     listed = wheel("odd")
     put(tmp_path / listed.file, what)
     size = (tmp_path / listed.file).stat().st_size if what in ("a folder", "a pipe") else 1
     listed = msgspec.structs.replace(listed, size=size)
     (tmp_path / f"{listed.file}.json").write_text(manifest.encode(listed))
-    assert manifest.found(tmp_path) == []
+    assert Wheelhouse(tmp_path).wheels() == []
     with pytest.raises(HashMismatchError, match="is not the wheel that was inspected"):
-        manifest.whole(listed)
+        Wheelhouse(tmp_path).path(listed)
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ from agent.serve.watch import Watcher
 from core import files
 from core.errors import ConfigError, HearthError, UnknownNameError
 from core.stack import stacks
-from deploy import host, plan
+from deploy import host, plan, refusals
 from deploy.host import Override, Setting, Target
 from lock import nodes
 from ops import flags, fleet, profiles
-from tests.unit.test_plan import FRESH, made, shelf, spark
+from tests.unit.test_plan import FRESH, inputs, made, spark
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_every_mode_gives_reasons_and_excludes_modes_that_are_there() -> None:
         ('develop = ["/home/a/n"]', ConfigError, 'modes = ["development"]'),
         ('modes = ["production"]\ndevelop = ["/home/a/n"]', ConfigError, "production is not for that"),
         ('modes = ["production", "development"]', ConfigError, "production and development exclude each other"),
-        ('modes = ["development"]\ndevelop = ["n"]', ConfigError, "'n' is no plain absolute path"),
+        ('modes = ["development"]\ndevelop = ["n"]', ConfigError, "'n' is not a plain absolute path"),
         ('modes = ["development"]\ndevelop = ["/a/n.x"]', ConfigError, "n.x: each node needs a name of its own"),
         ('modes = ["development"]\ndevelop = ["/a/n", "/b/n"]', ConfigError, "/a/n, /b/n: each node needs a name"),
         ('free_memory = "often"', ConfigError, "such as 30m, 4h or 1d"),
@@ -171,6 +171,7 @@ def test_flags_of_one_group_are_refused_with_who_sets_them() -> None:
     origin = {"flags.--use-sage-attention": "profile x", "flags.--use-flash-attention": "mode y"}
     found = made(target=replace(spark(), profile=profile, origin=origin))
     (refusal,) = found.refusals
+    assert refusal.kind == "wrong-flag"
     assert refusal.what == "--use-flash-attention and --use-sage-attention exclude each other"
     assert refusal.remedy.endswith("--use-flash-attention is from mode y, --use-sage-attention is from profile x")
 
@@ -183,7 +184,7 @@ WHY = Setting(why="a test")
 
 def wanted(**values: Any) -> dict[str, Any]:
     node = nodes.Node(url="u", commit="c" * 40, tree="t", why="w", required=True)
-    stock = replace(shelf(), nodes={"mine": node, "other": node})
+    stock = replace(inputs(), nodes={"mine": node, "other": node})
     (step,) = (each for each in made(target=spark(**values), stock=stock).steps if each.kind == "release")
     release: dict[str, Any] = step.values["release"]
     return release
@@ -203,7 +204,7 @@ def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
         assert bind in found["files"][name].splitlines(), name
     reload = found["files"]["comfyui-reload.service"]
     # nothing of another release's, and no package's code: it is root
-    command = f"/usr/bin/python3.12 -I -S {place}/agent.pyz watch"
+    command = f"/usr/bin/python3.12 -I -S {place}/agent watch"
     assert f"ExecStart={command} /opt/comfyui/state/site.json" in reload
     assert reload.endswith("[Install]\nWantedBy=multi-user.target\n")
 
@@ -251,9 +252,9 @@ def test_who_wants_none_of_it_has_the_release_as_it_was() -> None:
 
 
 def test_a_folder_under_development_must_be_there() -> None:
-    missing = msgspec.structs.replace(FRESH, places={"/home/anna/mine": plan.MISSING})
+    missing = msgspec.structs.replace(FRESH, places={"/home/anna/mine": refusals.MISSING})
     (refusal,) = made(missing, spark(develop=("/home/anna/mine",))).refusals
-    assert refusal.what == "/home/anna/mine is not there"
+    assert (refusal.kind, "/home/anna/mine" in refusal.what) == ("unusable-folder", True)
     there = made(msgspec.structs.replace(FRESH, places={"/home/anna/mine": ""}), spark(develop=("/home/anna/mine",)))
     assert there.notes == ("ComfyUI starts anew whenever a Python file in /home/anna/mine changes, jobs or not",)
 

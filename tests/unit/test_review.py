@@ -12,8 +12,7 @@ import pytest
 
 from core import foreign
 from core.errors import ConfigError
-from deploy import review
-from lock import application
+from lock import application, review
 from lock.advisory import Advisory
 
 STARTS, NATIVE, NETWORK, TEXT, HIDES = review.ANYWHERE
@@ -170,7 +169,7 @@ def test_a_tree_that_exhausts_its_reader_ends_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, fails: bool
 ) -> None:
     code = f"import os, resource, runpy, sys; from core import foreign; foreign.parsed = lambda _: ({does}) and None; "
-    code += "runpy.run_module('deploy.review', {}, '__main__')"
+    code += "runpy.run_module('lock.review', {}, '__main__')"
     reader = tmp_path / "python"
     reader.write_text(f'#!/bin/sh\nexec \'{sys.executable}\' -c "{code}" "$6"\n')
     reader.chmod(0o755)

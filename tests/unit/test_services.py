@@ -23,7 +23,7 @@ from agent.look.gpu import process
 from agent.serve import services
 from agent.serve.services import Supervised, Systemd, manager_of, wait_for
 from core import files
-from deploy import connection
+from deploy import archive
 
 
 def make(place: Path, **values: Any) -> Site:
@@ -31,7 +31,7 @@ def make(place: Path, **values: Any) -> Site:
     site = Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1, **values})
     argv = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(1000)"]
     write(site.releases / "one/release.json", json.dumps({"id": "one", "argv": argv, "environment": {}}))
-    write(site.state / "agent.pyz", connection.packed_agent())
+    write(site.agent, archive.packed_agent())
     write(site.state / "site.json", json.dumps(site.json))
     link(site.current, "releases/one")
     site.data.mkdir()
@@ -41,7 +41,7 @@ def make(place: Path, **values: Any) -> Site:
 @contextmanager
 def supervisor(site: Site) -> Iterator[subprocess.Popen[bytes]]:
     """A supervisor of the site's that has begun; it and its ComfyUI end with the block."""
-    argv = [sys.executable, "-I", str(site.state / "agent.pyz"), "supervise", str(site.state / "site.json")]
+    argv = [sys.executable, "-I", str(site.agent), "supervise", str(site.state / "site.json")]
     with (site.state / "agent.log").open("ab") as log, subprocess.Popen(argv, stdout=log, stderr=log) as one:
         try:
             assert wait_for(lambda: not free(Supervised(site).lock), 20)
@@ -111,7 +111,7 @@ def test_a_lock_whose_file_was_deleted_while_one_waited_is_taken_anew(tmp_path: 
 
 def test_a_supervisor_that_does_not_come_up_is_a_fault_with_what_it_said(tmp_path: Path) -> None:
     site = make(tmp_path)
-    write(site.state / "agent.pyz", "import sys; sys.exit('there is no room')")
+    write(site.agent, "import sys; sys.exit('there is no room')")
     with pytest.raises(Fault, match="did not start") as raised:
         Supervised(site).start()
     assert raised.value.report["cause"] == "there is no room"
@@ -162,8 +162,10 @@ def test_comfyui_dies_with_a_supervisor_that_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ended", ["by a stop", "killed"])
 def test_no_program_outlives_the_agent_that_runs_it(tmp_path: Path, ended: str) -> None:
     """One that made an environment wrote on where the next command deleted it."""
-    code = "import sys; from pathlib import Path; from agent.files import flock, run\n"
-    code += "from agent.change.steps import _run_long\n"
+    code = (
+        "import sys; from pathlib import Path; from agent.files import flock, run\n"
+        "from agent.change.steps import _run_long\n"
+    )
     code += "with flock(Path(sys.argv[1])): "
     code += "run(['sh', '-c', 'sleep 100 & wait'])" if ended == "by a stop" else "_run_long(['sleep', '100'])"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], cwd=files.CHECKOUT) as agent:

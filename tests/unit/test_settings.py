@@ -16,12 +16,12 @@ from agent.layout import Site
 from core.errors import UnknownNameError, UsageError
 from deploy import plan
 from deploy.facts import Facts, Gpu
-from ops import access, fleet, mps, tuning
+from ops import access, fleet, mps, settings, tuning
 from ops.access import Access, Node
 from ops.mps import Client, Mps, Server
-from ops.tuning import Applied, Seen, State
-from tests.unit.test_lifecycle import running
-from tests.unit.test_plan import FRESH, kinds, spark
+from ops.settings import Applied, Seen, State
+from tests.unit.test_lifecycle import BUSY, running
+from tests.unit.test_plan import FRESH, kinds, reasons, spark
 
 DESKTOP = msgspec.structs.replace(FRESH, gpus=(Gpu("RTX 4070", "8.9", 12 * 10**9, False),))
 
@@ -50,10 +50,10 @@ def test_twice_keeps_the_first_old_value_and_undo_puts_it_back(site: Site, tmp_p
     old.write_text("before")
     old.chmod(0o600)
     kernel.write_text("60\n")
-    changes = [tuning.file(str(old), "first"), tuning.file(str(fresh), "new"),
+    changes = [settings.file(str(old), "first"), settings.file(str(fresh), "new"),
                {"kind": "value", "place": f"{tmp_path}/kernel[0-9]", "value": "10"}]  # fmt: skip
     steps.apply_setting(site, step(*changes), quiet)
-    steps.apply_setting(site, step(tuning.file(str(old), "second"), *changes[1:]), quiet)
+    steps.apply_setting(site, step(settings.file(str(old), "second"), *changes[1:]), quiet)
     assert (old.read_text(), fresh.read_text(), kernel.read_text()) == ("second", "new", "10")
     assert {each["place"]: each["old"] for each in Settings(site).in_force()["one"]} == {
         str(old): ["before", 0o600], str(fresh): None, str(kernel): "60",
@@ -70,14 +70,14 @@ def test_twice_keeps_the_first_old_value_and_undo_puts_it_back(site: Site, tmp_p
 def test_what_is_so_already_is_not_recorded(site: Site, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("same")
     (tmp_path / "file").chmod(0o644)
-    steps.apply_setting(site, step(tuning.file(f"{tmp_path}/file", "same")), quiet)
+    steps.apply_setting(site, step(settings.file(f"{tmp_path}/file", "same")), quiet)
     assert Settings(site).in_force() == {}
 
 
 def test_what_somebody_changed_since_is_told_and_left(site: Site, tmp_path: Path) -> None:
     mine, other = tmp_path / "mine", tmp_path / "other"
     mine.write_text("before")
-    steps.apply_setting(site, step(tuning.file(str(mine), "set"), tuning.file(str(other), "set")), quiet)
+    steps.apply_setting(site, step(settings.file(str(mine), "set"), settings.file(str(other), "set")), quiet)
     mine.write_text("edited")
     with pytest.raises(Fault) as caught:
         steps.undo_settings(site, undo(), quiet)
@@ -105,10 +105,10 @@ def test_killed_between_record_and_change(
 
     with monkeypatch.context() as patched, pytest.raises(_Killed):
         patched.setitem(steps.KINDS, "file", (steps.KINDS["file"][0], killed))
-        steps.apply_setting(site, step(tuning.file(str(path), "set")), quiet)
+        steps.apply_setting(site, step(settings.file(str(path), "set")), quiet)
     assert (path.read_text(), list(Settings(site).in_force())) == ("before", ["one"])
     if again:
-        steps.apply_setting(site, step(tuning.file(str(path), "set")), quiet)
+        steps.apply_setting(site, step(settings.file(str(path), "set")), quiet)
         assert path.read_text() == "set"
         assert len(Settings(site).events()) == 1
     steps.undo_settings(site, undo(), quiet)
@@ -118,15 +118,17 @@ def test_killed_between_record_and_change(
 def test_what_cannot_be_made_undoes_the_whole_setting(site: Site, tmp_path: Path) -> None:
     (tmp_path / "folder").write_text("a file where a folder is needed")
     with pytest.raises(Fault, match="could not be set, and is undone"):
-        wrong = tuning.file(f"{tmp_path}/folder/file", "x")
-        steps.apply_setting(site, step(tuning.file(f"{tmp_path}/first", "x"), wrong), quiet)
+        wrong = settings.file(f"{tmp_path}/folder/file", "x")
+        steps.apply_setting(site, step(settings.file(f"{tmp_path}/first", "x"), wrong), quiet)
     assert not (tmp_path / "first").exists()
     assert Settings(site).in_force() == {}
 
 
 def test_what_cannot_be_put_back_is_told_and_stays_recorded(site: Site, tmp_path: Path) -> None:
     (tmp_path / "one").write_text("before")
-    steps.apply_setting(site, step(tuning.file(f"{tmp_path}/one", "set"), tuning.file(f"{tmp_path}/two", "set")), quiet)
+    steps.apply_setting(
+        site, step(settings.file(f"{tmp_path}/one", "set"), settings.file(f"{tmp_path}/two", "set")), quiet
+    )
     (tmp_path / "two").unlink()
     (tmp_path / "two").mkdir()
     with pytest.raises(Fault) as caught:
@@ -158,7 +160,7 @@ def state(name: str = "swappiness", now: str = "60", *, writable: bool = True, a
     setting = tuning.known().settings[name]
     seen = [
         Seen(each["kind"], each["place"], [True, True] if each["kind"] == "unit" else now, each.get("value"), writable)
-        for each in tuning.changes(name, setting)
+        for each in tuning.places(name, setting)
     ]
     record: dict[str, tuple[Applied, ...]] = {name: (Applied("value", seen[1].place, "60", "10"),)} if applied else {}
     return State(record, {name: tuple(seen)})
@@ -178,24 +180,26 @@ def test_only_what_is_named_is_planned_and_only_when_it_is_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "host", "writable", "what"),
+    ("facts", "host", "writable", "kind"),
     [
-        (FRESH, {"scope": "user"}, True, 'scope = "user" changes nothing outside'),
-        (msgspec.structs.replace(FRESH, root=False), {}, True, "needs root, and this is d"),
-        (msgspec.structs.replace(FRESH, manager="none"), {}, True, "runs no systemd"),
-        (FRESH, {}, False, "/proc/sys/vm/swappiness cannot be written there"),
+        (FRESH, {"scope": "user"}, True, "no-root"),
+        (msgspec.structs.replace(FRESH, root=False), {}, True, "no-root"),
+        (msgspec.structs.replace(FRESH, manager="none"), {}, True, "no-systemd"),
+        (msgspec.structs.replace(FRESH, busy=BUSY), {}, True, "busy"),
+        (FRESH, {}, False, "unfit-setting"),
     ],
 )
-def test_refused_with_a_reason(facts: Facts, host: dict[str, Any], writable: bool, what: str) -> None:
+def test_refused_with_a_reason(facts: Facts, host: dict[str, Any], writable: bool, kind: str) -> None:
     found = tuning.apply(spark(**host), facts, state(writable=writable), ["swappiness"])
-    assert what in " ".join(each.what for each in found.refusals)
+    assert reasons(found) == [kind]
     assert found.steps == ()
 
 
 def test_what_makes_no_sense_there_is_refused() -> None:
     name = "dirty-pages"
     (refusal,) = tuning.apply(spark(), DESKTOP, state(name), [name]).refusals
-    assert refusal.what == "dirty-pages makes no sense on spark: for a GPU that shares the machine's memory"
+    assert refusal.kind == "unfit-setting"
+    assert refusal.what == "dirty-pages: of no use there: for a GPU that shares the machine's memory"
     assert kinds(tuning.apply(spark(), FRESH, state(name), [name])) == ["set"]
 
 
@@ -231,7 +235,7 @@ ON = Mps(on=True, control=CONTROL, state="active (running)", service_pid=7, serv
 
 
 def mps_state(*, now: str | None) -> State:
-    places = [Seen(each["kind"], each["place"], now, "wanted", True) for each in mps.changes(spark(), CONTROL, {})]
+    places = [Seen(each["kind"], each["place"], now, "wanted", True) for each in mps.places(spark(), CONTROL, {})]
     return State({}, {"mps": tuple(places)})
 
 
@@ -253,27 +257,27 @@ def test_mps_is_turned_on_around_a_service_that_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "host", "seen", "what"),
+    ("facts", "host", "seen", "kind"),
     [
-        (running(gpus=()), {}, OFF, "shows no NVIDIA GPU"),
-        (running(), {}, Mps(), "no nvidia-cuda-mps-control"),
-        (running(), {"scope": "user"}, OFF, 'scope = "user"'),
-        (running(root=False), {}, OFF, "needs root"),
-        (FRESH, {}, OFF, "nothing is deployed"),
-        (running(), {}, OFF, "there is no GPU 3, there are 1"),
+        (running(gpus=()), {}, OFF, "no-gpu"),
+        (running(), {}, Mps(), "no-mps"),
+        (running(), {"scope": "user"}, OFF, "no-root"),
+        (running(root=False), {}, OFF, "no-root"),
+        (running(busy=BUSY), {}, OFF, "busy"),
+        (FRESH, {}, OFF, "not-deployed"),
     ],
 )
-def test_mps_is_refused_with_a_reason(facts: Facts, host: dict[str, Any], seen: Mps, what: str) -> None:
+def test_mps_is_refused_with_a_reason(facts: Facts, host: dict[str, Any], seen: Mps, kind: str) -> None:
     limited = {mps.MEMORY: "3=8G"}
     found = mps.turn_on(spark(**host), facts, seen, mps_state(now=None), limited, plan.Options())
-    assert what in " ".join(each.what for each in found.refusals)
+    assert reasons(found) == sorted([kind, "no-such-gpu"])
     assert found.steps == ()
 
 
 def test_mps_that_is_off() -> None:
-    assert kinds(mps.turn_off(spark(), running(), OFF, plan.Options(), force=False)) == []
+    assert kinds(mps.turn_off(spark(), running(), OFF, plan.Options())) == []
     (refusal,) = mps.limit(spark(), running(), OFF, mps_state(now=None), {}, plan.Options()).refusals
-    assert refusal.what == "MPS is off"
+    assert refusal.kind == "mps-off"
 
 
 @pytest.mark.parametrize(
@@ -314,15 +318,15 @@ def test_limits_that_make_no_sense(percent: str, memory: str) -> None:
 
 def test_the_gpu_is_kept_to_a_group() -> None:
     target = spark(members=("anna",))
-    wanted = access.changes(target)
+    wanted = access.places(target)
     places = tuple(Seen(each["kind"], each["place"], None, "x", True) for each in wanted)
     seen = Access((), {}, (), {"comfyui": ("comfyui",), "anna": ("anna",)})
     found = access.keep(target, running(), State({}, {access.NAME: places}), seen, plan.Options())
-    assert found.steps[0].title == "keep the GPU to group gpu-users: comfyui, anna"
+    assert found.steps[0].title == "restrict the GPU to group gpu-users: comfyui, anna"
     assert any("next login: anna" in note for note in found.notes)
     nobody = msgspec.structs.replace(seen, users={"comfyui": None})
     (refusal,) = access.keep(target, running(), State({}, {access.NAME: places}), nobody, plan.Options()).refusals
-    assert "has no user comfyui" in refusal.what
+    assert (refusal.kind, "no user comfyui" in refusal.what) == ("no-user", True)
 
 
 @pytest.mark.parametrize(

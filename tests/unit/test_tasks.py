@@ -19,7 +19,8 @@ from core.command import command
 from core.errors import AuditServiceError, BusyError
 from core.flags import CutOver, Where
 from deploy import remote_build, report
-from deploy.flow import Outcome
+from deploy.change import Outcome
+from lock import report as node_report
 from lock.audit import Audit, Finding
 from lock.node_updates import Change as Update
 from tests.conftest import Hearth
@@ -72,7 +73,7 @@ def test_an_expected_error_is_an_exit_code(
     [
         (["deploy", "--drain", "soon"], "--drain soon is not a number of seconds"),
         (["deploy", "--build", "--bundle", "x.tar"], "--build and --bundle exclude each other"),
-        (["adopt", "--by", "copy"], "say --by rename or --by reference"),
+        (["adopt", "--by", "copy"], "give --by rename or --by reference"),
         (["adopt", "--apply", "--undo"], "one of --apply and --undo"),
     ],
 )
@@ -116,11 +117,11 @@ def update() -> Update:
         (lambda **how: report.outcomes([outcome(changed=True)], dry_run=False, **how), 0),
         (lambda **how: report.adopted(None, outcome(changed=True), dry_run=True, **how), 2),
         (lambda **how: report.adopted(None, outcome(changed=True), dry_run=False, **how), 0),
-        (lambda **how: report.changes([update()], dry_run=True, **how), 2),
-        (lambda **how: report.changes([update()], dry_run=False, **how), 0),
-        (lambda **how: report.changes([], dry_run=True, **how), 0),
-        (lambda **how: report.providers({"A": ["node"], "B": []}, **how), 1),
-        (lambda **how: report.providers({"A": ["node"]}, **how), 0),
+        (lambda **how: node_report.changes([update()], dry_run=True, **how), 2),
+        (lambda **how: node_report.changes([update()], dry_run=False, **how), 0),
+        (lambda **how: node_report.changes([], dry_run=True, **how), 0),
+        (lambda **how: node_report.providers({"A": ["node"], "B": []}, **how), 1),
+        (lambda **how: node_report.providers({"A": ["node"]}, **how), 0),
         (lambda **how: report.audit(Audit(1, 1, 1, (), None), **how), 0),
         (lambda **how: report.audit(Audit(1, 1, 1, (Finding("x", "1", (), "a hole", "", ""),), None), **how), 1),
     ],

@@ -24,7 +24,7 @@ from agent.layout import DATA, PROOF, UNUSED, Site
 from agent.look import facts, mps, survey
 from agent.serve import health, sandbox
 from agent.serve.services import end_descendants
-from deploy import plan
+from deploy import refusals
 from tests.unit.test_agent import at, make
 from tests.unit.test_agent_files import deep, mode
 from tests.unit.test_plan import FRESH, RUNNING, spark
@@ -416,7 +416,8 @@ def test_who_holds_a_port_is_looked_for_with_a_limit_and_then_not_known(monkeypa
         for each in files:
             os.close(each)
     facts_now = msgspec.structs.replace(FRESH, port_holder=found, service=RUNNING)
-    assert "not found in time" in plan.port(spark(), facts_now)
+    (refusal,) = refusals.port(spark(), facts_now)
+    assert (refusal.kind, "not found in time" in refusal.what) == ("port-taken", True)
 
 
 def test_an_mps_daemon_that_says_too_much_or_nothing_is_no_obstacle(

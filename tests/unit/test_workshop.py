@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from core import console, files, lockfile, manifest
+from core import console, lockfile, manifest, workspace
 from core.errors import ArchError, HashMismatchError, RemoteError
-from deploy import connection, flow, remote_build
+from deploy import connection, remote_build
 from tests.unit.test_plan import spark, wheel
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         def connect(*_: Any) -> Iterator[connection.Agent]:
             yield Host()
 
-        monkeypatch.setattr(flow, "find_target", lambda _: spark())
+        monkeypatch.setattr(remote_build, "find_target", lambda _: spark())
         monkeypatch.setattr(connection, "connect", connect)
         monkeypatch.setattr(lockfile, "install", lambda *_: Path("/nowhere"))
         monkeypatch.setattr(remote_build, "_send", lambda *_: "place")
@@ -81,7 +81,7 @@ def test_what_was_asked_for_comes_into_the_wheelhouse(
     build: Any, wheels: list[manifest.Manifest], asked: dict[str, str]
 ) -> None:
     assert build(wheels, **asked) == wheels
-    assert [each.file for each in manifest.found(files.wheelhouse())] == sorted(each.file for each in wheels)
+    assert [each.file for each in workspace.current().wheelhouse.wheels()] == sorted(each.file for each in wheels)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,12 @@ def test_what_was_asked_for_comes_into_the_wheelhouse(
 def test_anything_else_is_refused_and_nothing_is_taken(
     build: Any, wheels: list[manifest.Manifest], asked: dict[str, str]
 ) -> None:
-    files.wheelhouse().mkdir()
+    workspace.current().wheelhouse.folder.mkdir()
     for each in wheels:
-        (files.wheelhouse() / each.file).write_bytes(b"good")
+        (workspace.current().wheelhouse.folder / each.file).write_bytes(b"good")
     with pytest.raises(RemoteError, match="spark answers with wheels that it was not asked for"):
         build(wheels, **asked)
-    assert {path.read_bytes() for path in files.wheelhouse().iterdir()} == {b"good"}
+    assert {path.read_bytes() for path in workspace.current().wheelhouse.folder.iterdir()} == {b"good"}
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_wheel_of_other_bytes_is_refused_and_no_more_is_taken_than_was_said(bu
     with pytest.raises(HashMismatchError, match=r"more than the 5 bytes of .* were sent"):
         build([built()], b"x" * 10**7)
     assert build.taken - before == 1
-    assert not files.wheelhouse().exists()
+    assert not workspace.current().wheelhouse.folder.exists()
 
 
 def test_another_wheel_of_that_name_is_replaced_and_that_is_said(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ class Reading(msgspec.Struct, frozen=True):
 
 def read(tree: Path) -> Reading:
     """Have a tree read. Of one that cannot be, this is all that is known, and it is like no other tree."""
-    argv: list[str | Path] = [sys.executable, "-Es", "-X", "utf8", "-m", "deploy.review", tree.absolute()]
+    argv: list[str | Path] = [sys.executable, "-Es", "-X", "utf8", "-m", "lock.review", tree.absolute()]
     with tempfile.TemporaryFile() as said, suppress(ProcessError, ValueError, RecursionError, msgspec.ValidationError):
         shell.run(argv, cwd=files.CHECKOUT, env={}, inherit=False, output=said, timeout=5 * LIMITS["RLIMIT_CPU"])
         said.seek(0)
@@ -263,4 +263,4 @@ if __name__ == "__main__":
     for limit, most in LIMITS.items():
         with suppress(AttributeError, ValueError, OSError):  # macOS takes no limit of memory
             resource.setrlimit(getattr(resource, limit), (most, most))
-    sys.stdout.write(json.dumps(msgspec.to_builtins(_read(Path(sys.argv[1])))))
+    print(json.dumps(msgspec.to_builtins(_read(Path(sys.argv[1])))), end="")  # noqa: T201  to the client that started it

@@ -1,9 +1,8 @@
-"""Serve the metrics of the host that the given file describes: `python -I -S <tree> <release>/exporter.json`."""
+"""Serve the metrics of a host over HTTP: `agent metrics <prefix>/state/exporter.json`."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from http.server import ThreadingHTTPServer
@@ -11,23 +10,23 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, MetricsHandler, ProcessCollector
 
-from agent.api import Endpoint
+from agent.api import Endpoint, endpoint
 from agent.files import read
 from agent.layout import Site
-from exporter import comfyui, host
-from exporter.gather import Gatherer, Source
+from agent.serve.metrics import comfyui, host
+from agent.serve.metrics.gather import Gatherer, Source
 
 
 class Handler(MetricsHandler):
-    """Answers any GET with the metrics; whoever connects and says nothing is hung up on after `timeout` seconds."""
+    """Answers any GET with the metrics; a connection without a request is closed after `timeout` seconds."""
 
     timeout = 5
 
 
-def gatherer(site: Site, place: Endpoint, counts: Path, *, cuda: bool) -> Gatherer:
-    """Everything that is told of a host, whose ComfyUI listens at `place`.
+def gatherer(site: Site, place: Callable[[], Endpoint], counts: Path, *, cuda: bool) -> Gatherer:
+    """All metrics of a host, whose ComfyUI listens at `place`.
 
-    `counts` is the file of its jobs; `cuda`: its release needs a GPU.
+    `counts` is the file with the counts of its jobs; `cuda`: its profile needs a GPU.
     """
     client = comfyui.Client(place)
     jobs = comfyui.Jobs(client, counts)
@@ -46,16 +45,13 @@ def gatherer(site: Site, place: Endpoint, counts: Path, *, cuda: bool) -> Gather
     )
 
 
-def main(argv: list[str]) -> None:
-    """Serve until killed."""
-    config = read(Path(argv[0]))
+def serve(settings: Path) -> None:
+    """Serve until killed. The endpoint is that of the release in service at each scrape: a cut-over may change it."""
+    config = read(settings)
+    site = Site(config["site"])
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     counts = Path(os.environ["RUNTIME_DIRECTORY"]) / "jobs.json"  # its unit's
-    registry.register(gatherer(Site(config["site"]), Endpoint.of(config["argv"]), counts, cuda=config["cuda"]))
+    registry.register(gatherer(site, partial(endpoint, site), counts, cuda=config["cuda"]))
     server = ThreadingHTTPServer(("127.0.0.1", config["port"]), Handler.factory(registry))
     server.serve_forever(poll_interval=60)  # it is ended by a signal: nothing to look for twice a second
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

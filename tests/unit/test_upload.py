@@ -12,11 +12,13 @@ import pytest
 from core import files
 from core.errors import HashMismatchError, TreeError
 from core.manifest import Manifest
-from deploy import flow
 from deploy.host import Setting
-from deploy.plan import Shelf, Step
+from deploy.inputs import Inputs
+from deploy.look import web_address
+from deploy.plan import Step
+from deploy.upload import Upload
 from lock import requirements
-from tests.unit.test_plan import FRESH, shelf, spark, wheel
+from tests.unit.test_plan import FRESH, inputs, spark, wheel
 
 TLS = {name: Setting(why="w", value="/x") for name in ("--tls-keyfile", "--tls-certfile")}
 
@@ -45,13 +47,14 @@ def test_the_address_is_one_that_a_browser_can_open(
     target = spark()
     host = msgspec.structs.replace(target.host, **values)
     profile = msgspec.structs.replace(target.profile, flags=flags)
-    assert flow.web_address(replace(target, host=host, profile=profile)) == expected
+    assert web_address(replace(target, host=host, profile=profile)) == expected
 
 
-def packed(step: Step, stock: Shelf, scratch: Path, *, offline: bool = False) -> tuple[dict[str, Any], dict[str, Path]]:
-    blobs: dict[str, Path] = {}
-    values = flow._pack(step, cast("Any", None), FRESH, stock, scratch, blobs, offline=offline)
-    return values, blobs
+def packed(
+    step: Step, stock: Inputs, scratch: Path, *, offline: bool = False
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    upload = Upload(cast("Any", None), FRESH, stock, scratch, offline)
+    return upload.pack_step(step), upload.blobs
 
 
 def kernel(house: Path, content: bytes) -> Manifest:
@@ -70,7 +73,7 @@ def test_a_damaged_wheel_is_named_before_it_is_sent(
 ) -> None:
     monkeypatch.setenv("HEARTH_WHEELHOUSE", str(tmp_path))
     found = kernel(tmp_path, b"right")
-    values, blobs = packed(env(), shelf(found), tmp_path)
+    values, blobs = packed(env(), inputs(found), tmp_path)
     assert values["wheels"] == [{"file": "sageattention.whl", "sha256": found.sha256}]
     assert blobs == {found.sha256: tmp_path / "sageattention.whl"}
     if damage:
@@ -78,7 +81,7 @@ def test_a_damaged_wheel_is_named_before_it_is_sent(
     else:
         (tmp_path / "sageattention.whl").unlink()
     with pytest.raises(HashMismatchError, match=r"sageattention\.whl is not the wheel") as raised:
-        packed(env(), shelf(found), tmp_path)
+        packed(env(), inputs(found), tmp_path)
     assert "inv build-kernels --force --kernel sageattention --arch 12.1 --stack cu130" in raised.value.hint
     assert raised.value.hint.endswith("--profile inference")
 
@@ -91,7 +94,7 @@ def test_a_damaged_package_of_the_cache_is_named_before_it_is_sent(
     package.write_bytes(b"right")
     text = f"six==1 \\\n    --hash=sha256:{files.sha256(package)}\n    # via -r comfyui.txt\n"
     lock = requirements.Lock("cu130", "linux_aarch64", "3.12", text)
-    stock = replace(shelf(), locks={("linux_aarch64", "3.12"): lock})
+    stock = replace(inputs(), locks={("linux_aarch64", "3.12"): lock})
     monkeypatch.setattr(requirements, "download", lambda *_: tmp_path)
     values, _ = packed(env(kernels=[]), stock, tmp_path, offline=True)
     assert [each["file"] for each in values["wheels"]] == [package.name]
@@ -106,5 +109,5 @@ def test_a_tree_with_a_link_out_of_it_is_neither_packed_nor_bundled(tmp_path: Pa
     (tmp_path / "id_ed25519").write_text("PRIVATE KEY")
     (tree / "web.js").symlink_to(tmp_path / "id_ed25519")
     with pytest.raises(TreeError, match=r"web\.js is a link to"):
-        flow._pack_tree("app", tree, cast("Any", None), FRESH, tmp_path, str)
+        Upload(cast("Any", None), FRESH, inputs(), tmp_path).pack_tree("app", tree)
     assert not list(tmp_path.glob("*.tar.gz"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
@@ -37,12 +37,12 @@ BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0, 1800
 class Client:
     """Asks the running ComfyUI over HTTP."""
 
-    def __init__(self, place: Endpoint) -> None:
+    def __init__(self, place: Callable[[], Endpoint]) -> None:
         self._place = place
 
     def get(self, path: str, limit: int = LIMIT) -> Any:
         """An answer's JSON. Raises OSError or ValueError; when it takes longer than `PATIENCE`, too."""
-        return ask(self._place, path, seconds=PATIENCE, limit=min(limit, LIMIT))
+        return ask(self._place(), path, seconds=PATIENCE, limit=min(limit, LIMIT))
 
 
 def _up(value: bool) -> Metric:

@@ -1,0 +1,189 @@
+"""The one way to change hosts: look, plan, refuse, show, confirm, apply, and look again whether it converged."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from getpass import getuser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core import console
+from core.errors import ConnectError, ConvergeError, HostOfflineError
+from deploy import connection
+from deploy.facts import Facts
+from deploy.group import Consent, on_each
+from deploy.host import Target
+from deploy.look import find_target, look, web_address
+from deploy.plan import Plan
+from deploy.refusals import refused
+from deploy.upload import Upload
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deploy.connection import Agent
+    from deploy.inputs import Inputs
+    from deploy.plan import Options
+
+Planner = Callable[["Agent", Target, Facts], Plan]
+"""Makes a plan from what a host is; it may ask the agent for more than the facts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A way to change hosts.
+
+    `action` names it in the host's history, and `plan` plans it. Afterwards the plan of `check` must be empty (by
+    default `plan` again); `unchecked` is the reason where no plan can tell. `state` is what a changed host is, in
+    words, where that is not its release being in service. Steps that need files get them from `inputs`, with
+    `offline` also what the host would fetch itself.
+    """
+
+    action: str
+    plan: Planner
+    check: Planner | None = None
+    unchecked: str = ""
+    state: str = ""
+    inputs: Inputs | None = None
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a change of one host ended. `changed` says whether it did anything, or on a dry run would do.
+
+    `notes` come from the steps; `state` is as in `Change`, empty where the release is in service at `address`.
+    """
+
+    host: str
+    release: str
+    base: str
+    changed: bool
+    steps: tuple[str, ...] = ()
+    address: str = ""
+    notes: tuple[str, ...] = ()
+    state: str = ""
+
+
+def change_each(
+    names: Sequence[str], change: Change, options: Options, *, agree: Callable[[], None] | None = None
+) -> list[Outcome]:
+    """Change hosts, as `on_each` goes through them. `agree` asks in place of the plain question, or raises."""
+    agree = agree or Consent(names, change.action, options)
+
+    def one(name: str) -> Outcome:
+        return carry_out(change, find_target(name), options, agree)
+
+    return on_each(names, one, agree, ask_sudo=options.ask_sudo, keep_going=False)
+
+
+def carry_out(change: Change, target: Target, options: Options, agree: Callable[[], None]) -> Outcome:
+    """Change one host. Raises RefusedError with every reason against it, or ConvergeError."""
+    packages = change.inputs.packages if change.inputs else ()
+    with connection.connect(target, options.ask_sudo) as agent:
+
+        def planned(planner: Planner) -> tuple[Facts, Plan]:
+            facts = look(agent, target, packages)
+            return facts, planner(agent, target, facts)
+
+        facts, plan = planned(change.plan)
+        if plan.refusals:
+            what = f"{change.action} is refused for {target.name}; nothing was changed"
+            raise refused(what, plan.refusals, host=target.name)
+        show(plan)
+        notes: tuple[str, ...] = ()
+        if plan.steps and not options.dry_run:
+            agree()
+            try:
+                notes = apply(agent, facts, plan, change, offline=change.offline)
+            except HostOfflineError:
+                if change.offline or change.inputs is None:
+                    raise
+                console.say(f"{target.name} cannot reach the package index; uploading packages from this machine")
+                notes = apply(agent, *planned(change.plan), change, offline=True)  # what is done stays done
+            if not (change.unchecked or options.trial == "only"):  # a trial changes nothing and can be repeated
+                _converged(target.name, planned(change.check or change.plan)[1])
+    titles, state = tuple(step.title for step in plan.steps), change.state
+    if options.trial == "only" and titles and not options.dry_run:
+        state = f"release {plan.release} passed its trial; {plan.base or 'nothing'} stays in service"
+    address = "" if change.state else web_address(target)
+    return Outcome(target.name, plan.release, plan.base, bool(titles), titles, address, notes, state)
+
+
+def show(plan: Plan) -> None:
+    """Show the steps of a plan, why each is needed, and the plan's notes."""
+    for step in plan.steps:
+        console.say(console.line(f"  + {step.title}  ({step.why})"))
+    for note in plan.notes:
+        console.say(console.line(f"  note: {note}"))
+
+
+def _converged(name: str, left: Plan) -> None:
+    remains = [step.title for step in left.steps] + [each.what for each in left.refusals]
+    if remains:
+        raise ConvergeError(
+            f"{name} was changed but did not converge; remaining:",
+            cause="\n         ".join(remains),
+            hint="run the same command again; if that does not help, this is an error in Hearth",
+        )
+
+
+# --- a run on the host -----------------------------------------------------------------------------------------------
+
+
+def apply(agent: Agent, facts: Facts, plan: Plan, change: Change, *, offline: bool) -> tuple[str, ...]:
+    """Send what the steps need, submit them, follow the run to its end; returns its notes."""
+    steps = [{"kind": step.kind, "title": step.title, **step.values} for step in plan.steps]
+    with tempfile.TemporaryDirectory(prefix="hearth-") as scratch:
+        if change.inputs:
+            upload = Upload(agent, facts, change.inputs, Path(scratch), offline)
+            steps = [step | more for step, more in zip(steps, upload.pack(plan.steps), strict=True)]
+            upload.send()
+        run = secrets.token_hex(6)
+        body = {
+            "run": run,
+            "who": f"{getuser()}@{socket.gethostname()}",
+            "action": change.action,
+            "release": plan.release,
+            "base": plan.base,
+            "steps": steps,
+        }
+        agent.call("submit", plan=body)
+    return follow(agent, run)
+
+
+def follow(agent: Agent, run: str) -> tuple[str, ...]:
+    """Show a run's events until its end, and return its notes; raises the error that it ended with."""
+    notes: list[str] = []
+    for event in agent.stream("follow", run=run):
+        if event["event"] == "step":
+            console.say(console.line(f"-> {event['title']}"))
+        elif event["event"] == "note":
+            notes.append(event["text"])
+            console.say(console.line(f"   {event['text']}"))
+        elif event["event"] == "end":
+            if event["fault"]:
+                raise connection.error_of(event["fault"])
+            return tuple(notes)
+    raise ConnectError(
+        "the result of the change is unknown: the agent stopped reporting before the run's end",
+        hint="it may still be in progress; watch it by: inv attach, with the same --host",
+    )
+
+
+def attach(name: str, *, ask_sudo: bool = False) -> None:
+    """Watch the run in progress on a host, or show its last one; raises the error that it ended with."""
+    target = find_target(name)
+    with connection.connect(target, ask_sudo) as agent:
+        facts = look(agent, target)
+        run = (facts.busy or facts.last).get("run")
+        if not run:
+            console.say(f"nothing was ever changed on {target.name}")
+            return
+        if not facts.busy:
+            console.say(f"no run is in progress on {target.name}; its last run:")
+        follow(agent, run)

@@ -1,0 +1,142 @@
+"""The choice of what runs on a host: Python, locked list, wheels, nodes; and the parts that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from packaging.version import Version
+
+from deploy import release_refusals as refusals
+from deploy.refusals import Refusal
+from deploy.release import asking, digest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from core.manifest import Manifest
+    from deploy.facts import Facts
+    from deploy.host import Target
+    from deploy.inputs import Inputs
+    from lock.application import Application
+    from lock.nodes import Node
+    from lock.requirements import Lock
+
+LAYOUT = 4
+"""Raised when the agent makes parts or releases another way: what is there is then not what is wanted."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is to run on a host: everything that decides a release."""
+
+    target: Target
+    application: Application
+    lock: Lock
+    python: str
+    interpreter: str
+    wheels: tuple[Manifest, ...]
+    uv: str
+    nodes: Mapping[str, Node]
+    model_folders: Mapping[str, Sequence[str]]
+    secrets: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def app_part(self) -> str:
+        """The part that holds ComfyUI's tree."""
+        return f"app-{digest([LAYOUT, self.application.tree, self.application.writable])}"
+
+    @property
+    def env_part(self) -> str:
+        """The part that holds the virtual environment."""
+        wheels = sorted(wheel.sha256 for wheel in self.wheels)
+        return f"env-{digest([LAYOUT, self._locked, self.interpreter, wheels, self.uv])}"
+
+    @property
+    def pinned(self) -> dict[str, Node]:
+        """The nodes that run as they are pinned; one under development takes the place of its namesake."""
+        return {name: node for name, node in self.nodes.items() if name not in self.target.host.developed}
+
+    @property
+    def node_parts(self) -> dict[str, str]:
+        """The parts that hold the nodes' trees, by the node's name."""
+        return {
+            # what an install.py does depends on the environment that runs it
+            name: f"node-{digest([LAYOUT, name, node.tree, node.writable, self._installs(node)])}"
+            for name, node in self.pinned.items()
+        }
+
+    def _installs(self, node: Node) -> list[str]:
+        """What a node's install.py depends on: the environment that runs it, and whether it has the network."""
+        return [self.env_part, str(bool(node.install_network))] if node.install else []
+
+    @property
+    def asking(self) -> list[str]:
+        """Whose packages are needed beside ComfyUI's."""
+        return asking(self.target, self.nodes)
+
+    @cached_property
+    def _locked(self) -> str:
+        return self.lock.select(self.asking)
+
+    @property
+    def requirements(self) -> str:
+        """The locked list, as far as it is needed, with the kernel wheels, each by its hash."""
+        lines = [f"{wheel.kernel}=={wheel.version} --hash=sha256:{wheel.sha256}" for wheel in self.wheels]
+        return self._locked + "".join(f"{line}\n" for line in lines)
+
+
+def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Choice | None, list[Refusal]]:
+    """Python, locked list and wheels for a host; None with the reasons when no combination fits."""
+    profile = target.profile
+    if found := refusals.no_torch(target, facts):
+        return None, found
+    found = refusals.flags(target, inputs.flags)
+    if profile.cuda:
+        found += refusals.gpu(target, facts)
+    listed = [each for each in profile.pythons if (facts.platform, each) in inputs.locks]
+    python = next((each for each in listed if each in facts.pythons), "")
+    if not python:
+        return None, [*found, refusals.no_python(listed, facts)]
+    wheels: list[Manifest] = []
+    for kernel in profile.kernels:
+        wheel = find_wheel(inputs, kernel, target, facts.platform, python)
+        if isinstance(wheel, Refusal):
+            found.append(wheel)
+        else:
+            found += refusals.old_glibc(wheel, facts)
+            wheels.append(wheel)
+    choice = Choice(
+        target=target,
+        application=inputs.application,
+        lock=inputs.locks[facts.platform, python],
+        python=python,
+        interpreter=facts.pythons[python],
+        wheels=tuple(wheels),
+        uv=inputs.uv,
+        nodes=inputs.nodes,
+        model_folders=inputs.model_folders,
+        secrets={name: facts.secrets.get(name, "plain") for name in target.host.secrets},
+    )
+    return choice, found
+
+
+def find_wheel(inputs: Inputs, kernel: str, target: Target, platform: str, python: str) -> Manifest | Refusal:
+    """The wheel that fits; of several the highest version, then the inference profile: ComfyUI trains nothing."""
+    stack, arch = target.stack, target.profile.arch
+    fitting = [
+        wheel
+        for wheel in inputs.wheels
+        if wheel.kernel == kernel
+        and wheel.arch == arch
+        and (wheel.stack, wheel.torch) == (stack.name, stack.torch)
+        and (wheel.python, wheel.platform) == (python, platform)
+    ]
+    if fitting:
+        # without the local label, which names arch and profile and sorts as text
+        return max(
+            fitting, key=lambda each: (Version(Version(each.version).public), each.profile == "inference", each.key)
+        )
+    words = ("--kernel", kernel, "--arch", arch, "--stack", stack.name, "--python", python, "--platform", platform)
+    return refusals.no_wheel(f"{kernel} for {arch}, {stack.name}, Python {python}, {platform}", words)

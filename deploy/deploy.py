@@ -1,0 +1,168 @@
+"""Deploys, rollbacks and bundles: what is special about putting a release in service."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core import console
+from core.errors import BundleError, RefusedError, UnknownNameError, UsageError, near
+from deploy import bundle as bundles
+from deploy import connection, plan
+from deploy import host as hosts
+from deploy.change import Change, carry_out, change_each
+from deploy.choice import find_wheel
+from deploy.group import Consent, on_each
+from deploy.inputs import gather
+from deploy.look import find_target, look
+from deploy.refusals import Refusal, refused
+from deploy.release import asking
+from deploy.release_refusals import no_lock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from deploy.bundle import Opened
+    from deploy.change import Outcome
+    from deploy.connection import Agent
+    from deploy.facts import Facts
+    from deploy.host import Target
+    from deploy.plan import Options, Plan
+
+    Build = Callable[[Sequence[Sequence[str]]], None]
+
+
+def deploy_each(
+    names: Sequence[str], options: Options, *, build: Build | None, bundle: str, keep_going: bool
+) -> list[Outcome]:
+    """Deploy to hosts, as `deploy` and `on_each` say. `bundle` names a file (empty: none)."""
+    if build and bundle:
+        raise UsageError("--build and --bundle exclude each other", hint="a bundle holds the wheels that it needs")
+    with bundles.opened(Path(bundle)) if bundle else nullcontext() as opened:
+        agree = Consent(names, "deploy", options)
+        one = functools.partial(deploy, options=options, build=build, bundle=opened, agree=agree)
+        return on_each(names, one, agree, ask_sudo=options.ask_sudo, keep_going=keep_going)
+
+
+def deploy(
+    name: str,
+    options: Options,
+    *,
+    build: Build | None = None,
+    bundle: Opened | None = None,
+    agree: Callable[[], None] | None = None,
+) -> Outcome:
+    """Make a host what its configuration says; raises what `carry_out` raises.
+
+    When nothing but kernel wheels is missing, `build` gets the arguments that build each, and the deploy is tried
+    again. With an open `bundle` the host is not asked to fetch anything. `agree` is as in `change_each`.
+    """
+    agree = agree or Consent([name], "deploy", options)
+    try:
+        return _deploy(name, options, bundle, agree)
+    except RefusedError as error:
+        wheels = [each.build for each in error.refusals]
+        if build is None or options.dry_run or not (wheels and all(wheels)):
+            raise
+        build(wheels)
+    return _deploy(name, options, bundle, agree)
+
+
+def _deploy(name: str, options: Options, bundle: Opened | None, agree: Callable[[], None]) -> Outcome:
+    if bundle:
+        _accept(bundle, name, _glance(name, options.ask_sudo))
+    target = find_target(name)
+    inputs = gather(target)
+    if bundle:
+        _same_nodes(bundle, name, asking(target, inputs.nodes))
+
+    def make(_: Agent, target: Target, facts: Facts) -> Plan:
+        return plan.make(target, facts, inputs, options)
+
+    change = Change(action="deploy", plan=make, inputs=inputs, offline=bundle is not None)
+    return carry_out(change, target, options, agree)
+
+
+def rollback(name: str, to: str, options: Options) -> list[Outcome]:
+    """Return to a kept release, by default the one that served last: the same cut-over with the same gate."""
+    chosen = ""
+
+    def back(_: Agent, target: Target, facts: Facts) -> Plan:
+        nonlocal chosen  # once: afterwards another release is the previous one
+        chosen = chosen or _kept(target, facts, to)
+        return plan.back(target, facts, chosen, options)
+
+    return change_each(hosts.select(name, ""), Change(action="rollback", plan=back), options)
+
+
+def _kept(target: Target, facts: Facts, to: str) -> str:
+    """The release to return to; raises UnknownNameError."""
+    others = [each for each in facts.proven if each != facts.current]
+    if not others:
+        raise UnknownNameError(f"{target.name} keeps no other release", hint=f"inv releases --host {target.name}")
+    if to and to not in others:
+        raise UnknownNameError(f"{target.name} keeps no release {to!r} to go back to", hint=near(to, others))
+    return to or others[0]
+
+
+# --- bundles ---------------------------------------------------------------------------------------------------------
+
+
+def _glance(name: str, ask_sudo: bool) -> Facts:
+    """A host's facts by its entry in hosts.toml alone: profiles, modes and recipes would be those of the bundle."""
+    (name,) = hosts.select(name, "")
+    unknown = hosts.Profile(summary="", stack="", pythons=(), start_seconds=0)
+    target = hosts.Target(name, hosts.hosts().hosts[name], "", unknown, {}, comfyui="")
+    with connection.connect(target, ask_sudo) as agent:
+        return look(agent, target)
+
+
+def _accept(opened: Opened, name: str, facts: Facts) -> None:
+    """Refuse a bundle whose signer the host does not list, or that is for another machine, before any use of it."""
+    if facts.signers is not None:
+        who = opened.seal.signer(facts.signers, f"/etc/hearth/allowed_signers on {name}")
+        console.say(f"{name} accepts bundles signed by {who}")
+    if opened.bundle.platform != facts.platform:
+        raise BundleError(
+            f"the bundle is for {opened.bundle.platform}, and {name} is {facts.platform}",
+            hint=f"make one for it: inv bundle --host {name}",
+        )
+
+
+def _same_nodes(opened: Opened, name: str, asking: Sequence[str]) -> None:
+    """Refuse a bundle that has other nodes than the host."""
+    if set(opened.bundle.asking) != set(asking):
+        theirs, ours = (", ".join(each) or "none" for each in (opened.bundle.asking, asking))
+        raise BundleError(
+            f"the bundle has other nodes ({theirs}) than {name} ({ours})",
+            hint=f"change `nodes` of {name}, or make a bundle for it: inv bundle --host {name}",
+        )
+
+
+def make_bundle(
+    name: str, output: Path | None, platform: str, python: str, key: Path | None = None, *, ask_sudo: bool
+) -> tuple[Path, Opened]:
+    """Write one file with all that a host needs. Without `platform` or `python` the host is asked for them.
+
+    It is signed with `key` if one is given. Raises RefusedError when a kernel wheel or the locked list for that
+    platform and Python is missing, SignatureError when the key cannot sign.
+    """
+    target = find_target(name)
+    inputs = gather(target)
+    if not (platform and python):
+        with connection.connect(target, ask_sudo) as agent:
+            found = look(agent, target)
+        platform = platform or found.platform
+        python = python or next(
+            (each for each in target.profile.pythons if each in found.pythons and (platform, each) in inputs.locks), ""
+        )
+    if (platform, python) not in inputs.locks:
+        raise refused("no bundle was written", [no_lock(platform, python, inputs)])
+    wheels = [find_wheel(inputs, kernel, target, platform, python) for kernel in target.profile.kernels]
+    if missing := [wheel for wheel in wheels if isinstance(wheel, Refusal)]:
+        raise refused("kernel wheels are missing", missing)
+    place = output or Path(f"{name}-{inputs.application.version}-{platform}-py{python}.bundle.tar")
+    built = [wheel for wheel in wheels if not isinstance(wheel, Refusal)]
+    return place, bundles.write(target, inputs, platform, python, built, place, key)

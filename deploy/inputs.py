@@ -1,0 +1,77 @@
+"""Inputs of a deploy: what this client has for a host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from core import foreign, lockfile, source, workspace
+from core.errors import LockStaleError
+from deploy.refusals import refused
+from deploy.release_refusals import known_bad
+from lock import advisory, nodes, requirements
+from lock import application as applications
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from core.manifest import Manifest
+    from deploy.host import Target
+    from lock.application import Application, Flag
+    from lock.nodes import Node
+    from lock.requirements import Lock
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """ComfyUI with its flags, locked lists by platform and Python, kernel wheels, uv, pinned nodes."""
+
+    application: Application
+    flags: Mapping[str, Flag]
+    locks: Mapping[tuple[str, str], Lock]
+    wheels: Sequence[Manifest]
+    uv: str
+    nodes: Mapping[str, Node] = field(default_factory=dict)
+    model_folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def packages(self) -> list[str]:
+        """The Debian packages that the nodes need."""
+        return sorted({each for node in self.nodes.values() for each in node.system})
+
+
+def gather(target: Target) -> Inputs:
+    """The inputs for hosts of a profile. Raises LockStaleError, or RefusedError for nodes that are known to be bad."""
+    app = applications.application()
+    tree = source.fetch(app)
+    (uv,) = (line.split()[0].replace("==", "-") for line in lockfile.requirements("uv"))
+    locks = {
+        (lock.platform, lock.python): lock
+        for each, platform, python in requirements.combinations()
+        if each.name == target.profile.stack and (lock := requirements.find(each.name, platform.value, python))
+    }
+    known = nodes.catalogue()
+    chosen = nodes.choose(known, target.profile.nodes)
+    _refuse_known_bad(target, chosen)
+    if chosen and (stale := [lock.name for lock in locks.values() if not lock.fits(known)]):
+        raise LockStaleError(
+            f"nodes were changed but not resolved: {', '.join(stale)}", hint="inv lock, then the same command"
+        )
+    return Inputs(
+        application=app,
+        flags=applications.flags(foreign.text(tree / "comfy/cli_args.py")),
+        locks=locks,
+        wheels=workspace.current().wheelhouse.wheels(),
+        uv=uv,
+        nodes=chosen,
+        model_folders=applications.model_folders(foreign.text(tree / "folder_paths.py")),
+    )
+
+
+def _refuse_known_bad(target: Target, chosen: Mapping[str, Node]) -> None:
+    """Refuse nodes of which every version is known to be bad; `inv audit` reports those where it depends on it."""
+    listed = advisory.advisories()
+    bad = {name: each for name, node in chosen.items() for each in advisory.of(node.url, listed) if each.outright}
+    if bad:
+        what = f"{target.name} would get nodes that are known to be bad; nothing was changed"
+        raise refused(what, [known_bad(name, each) for name, each in bad.items()], host=target.name)

@@ -1,0 +1,104 @@
+"""Looking at hosts: the target of a name, its facts, its history, and whether it can be reached."""
+
+from __future__ import annotations
+
+import ipaddress
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from core import console, workspace
+from core.arch import local_gpu
+from core.errors import GroupError, HearthError
+from deploy import connection
+from deploy import host as hosts
+from deploy.facts import Facts
+from deploy.release import TLS_FLAGS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deploy.connection import Agent
+    from deploy.host import Target
+
+
+def find_target(name: str) -> Target:
+    """A host (empty: this machine) merged with its profile; raises UnknownNameError.
+
+    `local` without a profile gets the one of its GPU if the wheels for that are in the wheelhouse.
+    """
+    (name,) = hosts.select(name, "")
+    known = hosts.hosts().hosts[name]
+    return hosts.target(name, known.profile or _fitting_profile())
+
+
+def _fitting_profile() -> str:
+    gpu = local_gpu()
+    if gpu is None:
+        return "cpu"
+    built = {(wheel.kernel, wheel.arch) for wheel in workspace.current().wheelhouse.wheels()}
+    for name, profile in hosts.profiles().items():
+        if profile.arch == str(gpu) and all((kernel, profile.arch) in built for kernel in profile.kernels):
+            return name
+    return "cuda"
+
+
+def look(agent: Agent, target: Target, packages: Sequence[str] = ()) -> Facts:
+    """The facts of a host, and whether it has these Debian packages; one round trip."""
+    return msgspec.convert(agent.call("facts", **questions(target, packages)), Facts)
+
+
+def questions(target: Target, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What the agent must know to collect facts."""
+    host = target.host
+    places = {path: "read" if name == "models" else "write" for name, path in host.folders.items()}
+    return {
+        "pythons": list(target.profile.pythons),
+        "mounts": msgspec.to_builtins(host.mounts),
+        "places": {**dict.fromkeys(host.model_roots, "read"), **places, **dict.fromkeys(host.develop, "bind")},
+        "packages": list(packages),
+        "metrics_port": host.metrics_port,
+    }
+
+
+def web_address(target: Target) -> str:
+    """ComfyUI's address for a browser; where it listens everywhere, the address by which the host is reached."""
+    listed = target.host.listen.split(",")
+    at = next((each for each in listed if not ipaddress.ip_address(each).is_loopback), listed[0])
+    if (only := ipaddress.ip_address(at)).is_unspecified:
+        at = target.host.address.rpartition("@")[2] or ("127.0.0.1" if only.version == 4 else "::1")
+    scheme = "https" if all(flag in target.flags for flag in TLS_FLAGS) else "http"
+    return f"{scheme}://{f'[{at}]' if ':' in at else at}:{target.host.port}"
+
+
+def facts(name: str, *, ask_sudo: bool = False) -> Facts:
+    """The facts of a host."""
+    target = find_target(name)
+    with connection.connect(target, ask_sudo) as agent:
+        return look(agent, target)
+
+
+def history(name: str, *, ask_sudo: bool = False) -> list[dict[str, Any]]:
+    """How every run on a host ended, oldest first."""
+    target = find_target(name)
+    with connection.connect(target, ask_sudo) as agent:
+        return msgspec.convert(agent.call("history"), list[dict[str, Any]])
+
+
+def reach(names: Sequence[str], *, ask_sudo: bool = False) -> None:
+    """Reach all hosts at once and print what each is; raises GroupError when some cannot be reached."""
+
+    def one(name: str) -> HearthError | None:
+        try:
+            found = facts(name, ask_sudo=ask_sudo)
+        except HearthError as error:
+            console.say(f"{name}: {error}")
+            return error
+        console.say(console.line(f"{name}: reached, {found.os}, {found.machine}, release {found.current or 'none'}"))
+        return None
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        failed = [error for error in pool.map(one, names) if error]
+    if failed:
+        raise GroupError(f"{len(failed)} of {len(names)} hosts cannot be reached", hint="each one's reason is above")

@@ -1,0 +1,269 @@
+"""A proposal: what Hearth keeps of an installation that somebody else made, and what it does not.
+
+Pure: a survey and facts go in, lines for hosts.toml and folders to move come out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from core.errors import ConfigError
+from deploy.host import Host, profiles
+from deploy.survey import HIDDEN, settings
+from lock import application
+from lock.nodes import check_address
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from deploy.facts import Facts
+    from deploy.host import Target
+    from deploy.survey import Folder, Installation
+    from lock.application import Flag
+    from lock.nodes import Catalogue
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What becomes of an installation.
+
+    `snippet` is for hosts.toml; `moves` says of each folder whence and how much (bytes, files); `nodes` are those that
+    Hearth knows, with a remark; `add` are commands that pin others; `left` is what is not taken over, with the reason.
+    """
+
+    host: str
+    installation: Installation
+    snippet: str
+    moves: dict[str, tuple[str, int, int]]
+    nodes: dict[str, str]
+    add: tuple[str, ...]
+    left: tuple[tuple[str, str], ...]
+
+
+OWN_FLAGS = {
+    "--listen", "--port", "--base-directory", "--output-directory", "--input-directory", "--user-directory",
+    "--models-directory", "--temp-directory", "--database-url", "--extra-model-paths-config", "--auto-launch",
+    "--disable-auto-launch",
+}  # fmt: skip
+"""Flags that a release sets itself, or that the proposal says in another way."""
+
+WHY = "the installation before was started so"
+
+
+def propose(
+    target: Target, facts: Facts, found: Installation, known: Catalogue, flags: Mapping[str, Flag], by: str
+) -> Proposal:
+    """What of an installation Hearth keeps, and how; `by` is "rename" or "reference"."""
+    left: list[tuple[str, str]] = []
+    moves, places, mounts = _folders(found, by, target.site["folders"], left)
+    roots = _model_roots(found.paths, left)
+    nodes, add = _nodes(found, known, left)
+    profile = _profile(facts)
+    chosen = _flags(profile, settings(found.argv), flags, left)
+    left += _lost(found)
+    lines = [f"[hosts.{target.name}]", f'profile = "{profile}"', *_host(target.host, found)]
+    lines += [f"model_roots = {json.dumps(roots)}"] if roots else []
+    for point, what in sorted(mounts.items()):
+        lines += ["", f"[hosts.{target.name}.mounts.{json.dumps(point)}]    # {what}"]
+    if places:
+        lines += ["", f"[hosts.{target.name}.folders]"]
+        lines += [f"{name} = {json.dumps(place)}" for name, place in places.items()]
+    if nodes or chosen:
+        lines += ["", f"[hosts.{target.name}.override]"]
+        lines += [f"nodes = {json.dumps([*profiles()[profile].nodes, *nodes])}"] if nodes else []
+        for name, value in chosen.items():
+            given = f"value = {json.dumps(value)}, " if value else ""
+            lines.append(f'flags."{name}" = {{ {given}why = "{WHY}" }}')
+    return Proposal(target.name, found, "\n".join(lines) + "\n", moves, nodes, tuple(add), tuple(left))
+
+
+def _host(host: Host, found: Installation) -> list[str]:
+    """The lines of a host's own keys: as they are now, but where the installation listens, and who shares it."""
+    told = settings(found.argv)
+    started = bool(found.units or found.processes)  # else nobody knows with which flags
+    people = {name for folder in found.folders.values() for name in folder.people} - {host.run_as}
+    values = {
+        "address": host.address, "user": host.user, "ssh_port": host.ssh_port, "prefix": host.prefix,
+        "service": host.service, "run_as": host.run_as, "keep": host.keep,
+        "listen": (told["--listen"] or "0.0.0.0") if "--listen" in told else host.listen,  # noqa: S104  ComfyUI's own
+        "port": found.port if started else host.port, "members": tuple(sorted(people | set(host.members))),
+    }  # fmt: skip
+    default = Host()
+    lines = {key: f"{key} = {json.dumps(value)}" for key, value in values.items() if value != getattr(default, key)}
+    if "listen" in lines and values["listen"] != "127.0.0.1":
+        lines["listen"] += "    # WHOEVER REACHES THIS ADDRESS CAN USE IT, without a password"
+    return list(lines.values())
+
+
+def _lost(found: Installation) -> list[tuple[str, str]]:
+    """What is not taken over of the installation as a whole."""
+    names = sorted({name for unit in found.units for name in unit.variables} - {"PATH", "PYTHONUNBUFFERED"})
+    lost = [(f"variable {name}", "set it in the host's override.env if it has a reason") for name in names]
+    if edited := [each for each in found.edited or () if not each.startswith(("models/", "input/", "output/"))]:
+        lost.append((f"edits of ComfyUI: {_some(edited)}", "a release has ComfyUI as it is pinned"))
+    unread = ["ComfyUI"] if found.commit and found.edited is None else []
+    if unread := [*unread, *(each.name for each in found.nodes if each.commit and each.edited is None)]:
+        lost.append((f"edits of {_some(unread)}", "nobody can tell whether there are any: the host has no git"))
+    if database := settings(found.argv).get("--database-url"):
+        lost.append(("its database", f"it is at {database}; Hearth's ComfyUI makes one anew"))
+    return lost
+
+
+def _folders(
+    found: Installation, by: str, elsewhere: Mapping[str, str], left: list[tuple[str, str]]
+) -> tuple[dict[str, tuple[str, int, int]], dict[str, str], dict[str, str]]:
+    """What is moved; what stays and is named in `folders`; the mounts that both need, with what they are now."""
+    moves: dict[str, tuple[str, int, int]] = {}
+    places: dict[str, str] = {}
+    mounts: dict[str, str] = {}
+    for name, folder in found.folders.items():
+        if told := elsewhere.get(name):
+            places[name] = told
+            if folder.files and folder.real != told:
+                left.append((f"{name} in {folder.real}", f"hosts.toml says that it lies in {told}"))
+        elif folder.foreign:
+            left.append((f"{name} in {folder.real}", folder.foreign))
+        elif folder.kind == "missing" or (folder.rename and not folder.files):
+            continue  # nothing in it, or no more
+        elif folder.rename and by == "rename":
+            moves[name] = (folder.real, folder.bytes, folder.files)
+            left += _links(folder, found)
+        elif wrong := _unfit(folder.real):
+            left.append((f"{name} in {folder.real}", wrong))
+        else:
+            places[name] = folder.real
+        needed = [*folder.mounts, *([folder.mount] if places.get(name) else [])]
+        mounts |= {each.point: f"{each.type} {each.what}" for each in needed if each.point != "/"}
+    return moves, places, mounts
+
+
+def _unfit(place: str) -> str:
+    """Why a folder cannot be named in hosts.toml; empty when it can."""
+    if re.match(r"/(home|root)\b", place):
+        return "a system's service sees no home folder: move it elsewhere first"
+    return "" if re.fullmatch(r"(/[\w.@:+-]+)+", place, re.ASCII) else "hosts.toml takes no such name: rename it first"
+
+
+def _links(folder: Folder, found: Installation) -> list[tuple[str, str]]:
+    """Links in a folder that is moved which then lead nowhere, or where the service may not look."""
+    wrong: list[tuple[str, str]] = []
+    for link, target in folder.links.items():
+        here = PurePosixPath(folder.real, link)
+        moved = [each.real for each in found.folders.values() if each.rename]
+        if not target.startswith("/"):
+            depth = len(PurePosixPath(link).parent.parts)
+            if PurePosixPath(target).parts[: depth + 1] == ("..",) * (depth + 1):
+                wrong.append((f"link {here} -> {target}", "it leads out of what is moved: make it absolute first"))
+        elif any(PurePosixPath(target).is_relative_to(each) for each in moved):
+            wrong.append((f"link {here} -> {target}", "it leads into what is moved: make it anew afterwards"))
+        elif target.startswith(("/home/", "/root/")):
+            wrong.append((f"link {here} -> {target}", "a system's service sees no home folder"))
+    return wrong
+
+
+def _model_roots(text: str, left: list[tuple[str, str]]) -> list[str]:
+    """The folders of an extra_model_paths.yaml that are laid out as ComfyUI's models are: in it, a folder a kind.
+
+    Read line by line: sections, `base_path`, and one or (after `|`) several folders for a kind.
+    """
+    roots: dict[str, None] = {}
+    base = kind = ""
+    for line in text.splitlines():
+        bare = line.split(" #")[0].rstrip()
+        if not bare.strip() or bare.lstrip().startswith("#"):
+            continue
+        if not bare[0].isspace():
+            base = kind = ""
+            continue
+        key, colon, value = bare.strip().partition(":")
+        if colon and re.fullmatch(r"\w+", key):
+            kind = key
+        else:
+            value = bare.strip()
+        value = value.strip().strip("\"'")
+        if kind == "base_path":
+            base = value or base
+        elif value not in ("", "|", ">") and kind != "is_default":
+            place = PurePosixPath(base, value)
+            fits = place.name == kind and place.is_absolute() and kind != "custom_nodes"
+            why = _unfit(str(place.parent)) if fits else "model_roots have a folder a kind, named as ComfyUI names it"
+            if not why:
+                roots[str(place.parent)] = None
+            else:
+                left.append((f"{kind} in {place} (extra_model_paths.yaml)", why))
+    return list(roots)
+
+
+def _profile(facts: Facts) -> str:
+    """The profile for the machine's GPU."""
+    have = {gpu.capability for gpu in facts.gpus}
+    fitting = [name for name, profile in profiles().items() if profile.arch and profile.arch in have]
+    return (fitting or ["cuda" if facts.gpus else "cpu"])[0]
+
+
+def _flags(
+    profile: str, told: Mapping[str, str], known: Mapping[str, Flag], left: list[tuple[str, str]]
+) -> dict[str, str]:
+    """The flags that an override must set: those that this ComfyUI takes beside the profile's."""
+    own = {name: setting.value for name, setting in profiles()[profile].flags.items()}
+    chosen: dict[str, str] = {}
+    for name, value in told.items():
+        if name in OWN_FLAGS or own.get(name) == value:
+            continue
+        if HIDDEN in value:
+            left.append((f"flag {name}", "it holds a secret, which belongs in no command line: inv secret set"))
+        elif name.startswith("--enable-manager"):
+            left.append((f"flag {name}", "off by default, and unable to install: docs/decisions/0010-manager.md"))
+        elif wrong := application.wrong({**own, **chosen, name: value}, known):
+            left.append((f"flag {f'{name} {value}'.strip()}", wrong[0][0]))
+        else:
+            chosen[name] = value
+    return chosen
+
+
+def _nodes(found: Installation, known: Catalogue, left: list[tuple[str, str]]) -> tuple[dict[str, str], list[str]]:
+    """The nodes that Hearth knows, with a remark, and commands that list the others."""
+    listed = {address(node.url): name for name, node in known.nodes.items()}
+    nodes: dict[str, str] = {}
+    add: list[str] = []
+    for each in found.nodes:
+        name = listed.get(address(each.url), "")
+        if each.disabled:
+            left.append((f"node {each.name}", "it is disabled"))
+        elif each.file:
+            left.append((f"node {each.name}", "a single file has no repository that could be pinned"))
+        elif each.edited:
+            why = f"it was edited here ({_some(each.edited)}): put that into a repository of yours, and pin it"
+            left.append((f"node {each.name}", why))
+        elif name:
+            pinned = known.nodes[name].commit
+            same = "at the same commit" if pinned == each.commit else f"pinned at {pinned[:9]}, here {each.commit[:9]}"
+            nodes[name] = same if each.commit else f"pinned at {pinned[:9]}, here of an unknown commit"
+        elif each.name in known.left_out:
+            left.append((f"node {each.name}", known.left_out[each.name]))
+        elif not each.url:
+            left.append((f"node {each.name}", "nothing says which repository it is from"))
+        else:
+            try:  # the address is whatever its owner wrote there
+                check_address(f"node {each.name}", each.url)
+            except ConfigError:
+                left.append((f"node {each.name}", f"its repository has no address that git takes here: {each.url!r}"))
+                continue
+            commit = f"@{each.commit}" if each.commit else ""
+            add.append(f'inv nodes.add {shlex.quote(each.url + commit)} --why "it was installed on this host"')
+    return nodes, add
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+
+
+def address(url: str) -> str:
+    """A repository's address as all its spellings have it."""
+    plain = re.sub(r"^(ssh://)?git@([^:/]+)[:/]", r"https://\2/", url.lower())
+    return plain.removesuffix("/").removesuffix(".git")

@@ -1,0 +1,156 @@
+"""Refusals of what a release needs: GPU, driver, Python, flags, wheels, nodes, packages, room, whole parts."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from packaging.version import InvalidVersion, Version
+
+from core import console
+from deploy import release as releases
+from deploy.refusals import Refusal
+from lock import application as applications
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from core.manifest import Manifest
+    from deploy.facts import Facts
+    from deploy.host import Target
+    from deploy.inputs import Inputs
+    from lock.advisory import Advisory
+    from lock.application import Flag
+
+RESERVE_BYTES, RESERVE_FILES = 2_000_000_000, 10_000
+"""Kept free on a host after a deploy, for outputs, logs and the database."""
+
+NEEDS_ROOM = 1.2
+"""A new environment's peak size relative to its final size: downloads lie beside the hard-linked packages."""
+
+
+def gpu(target: Target, facts: Facts) -> list[Refusal]:
+    """The GPU or its driver does not fit the profile."""
+    stack, profile = target.stack, target.profile
+    found: list[Refusal] = []
+    if not facts.gpus:
+        what = f"profile {target.profile_name} needs an NVIDIA GPU, and nvidia-smi shows none"
+        return [Refusal("no-gpu", what, "install the driver, or choose profile cpu")]
+    if facts.driver and _older(facts.driver, stack.driver):
+        what = f"the driver is {facts.driver}, and CUDA {stack.cuda} needs {stack.driver}"
+        found.append(Refusal("old-driver", what, 'update the driver, or set stack = "cu124" in the host\'s override'))
+    have = sorted({gpu.capability for gpu in facts.gpus})
+    if profile.kernels and profile.arch not in have:
+        what = f"the GPU is {', '.join(have)}, and profile {target.profile_name} is for {profile.arch}"
+        remedy = f'set arch = "{have[0]}" in the host\'s override, or choose another profile'
+        found.append(Refusal("other-gpu", what, remedy))
+    return found
+
+
+def _older(version: str, floor: str) -> bool:
+    try:
+        return Version(version) < Version(floor)
+    except InvalidVersion:
+        return False
+
+
+def no_torch(target: Target, facts: Facts) -> list[Refusal]:
+    """There is no torch for the host's machine."""
+    stack = target.stack
+    if facts.platform in stack.platforms:
+        return []
+    what = f"the machine is {facts.machine}, and torch {stack.torch} has no build for it"
+    return [Refusal("other-machine", what, f"stack {stack.name} has {', '.join(stack.platforms)}")]
+
+
+def no_python(listed: Sequence[str], facts: Facts) -> Refusal:
+    """The host has none of the Pythons that the profile and the locks have in common."""
+    packages = " or ".join(f"apt-get install python{each}" for each in listed[:2])
+    what = f"no Python {' or '.join(listed)} (there is {', '.join(facts.pythons) or 'none of them'})"
+    return Refusal("no-python", what, f"on the host: {packages}")
+
+
+def flags(target: Target, known: Mapping[str, Flag]) -> list[Refusal]:
+    """Flags that this ComfyUI does not take, or that a release sets itself."""
+    origin = {name: target.origin.get(f"flags.{name}", "") for name in target.flags}
+    found = [
+        Refusal(
+            "own-flag",
+            f"{flag} ({origin[flag]}) is reserved: a release sets it itself",
+            "leave it out; use `folders`, `model_roots`, `listen` and `port` of the host",
+        )
+        for flag in sorted(releases.OWN_FLAGS & target.flags.keys())
+    ]
+    wrong = applications.wrong(target.flags, known, origin)
+    found += [Refusal("wrong-flag", what, remedy) for what, remedy in wrong]
+    alone = [flag for flag in releases.TLS_FLAGS if flag in target.flags]
+    if len(alone) == 1:  # ComfyUI would speak http
+        (other,) = set(releases.TLS_FLAGS) - set(alone)
+        found.append(Refusal("half-tls", f"{alone[0]} needs {other}, too", "set both, or neither"))
+    if releases.manager(target) and target.host.scope == "user":
+        what = "ComfyUI-Manager could change its own security level: only a system service's unit prevents that"
+        remedy = 'set scope = "system" for this host, or leave --enable-manager out'
+        found.append(Refusal("manager-unprotected", what, remedy))
+    return found
+
+
+def no_wheel(what: str, words: tuple[str, ...]) -> Refusal:
+    """A kernel wheel is missing; `words` are the arguments of `inv build-kernels` that build it."""
+    remedy = f"inv build-kernels {shlex.join(words)}   (or run again with --build)"
+    return Refusal("no-wheel", f"the wheelhouse has no {what}", remedy, words)
+
+
+def no_lock(platform: str, python: str, inputs: Inputs) -> Refusal:
+    """There is no locked list of packages for a bundle's platform and Python."""
+    known = ", ".join(sorted(f"{each} with Python {version}" for each, version in inputs.locks))
+    what = f"there is no list of packages for {platform}, Python {python or '(no suitable one on the host)'}"
+    return Refusal("no-lock", what, f"--platform and --python: {known}")
+
+
+def known_bad(name: str, listed: Advisory) -> Refusal:
+    """A configured node is known to be bad in every version."""
+    remedy = f"remove it from the host's `nodes`, then inv nodes.remove {shlex.quote(name)}"
+    return Refusal("known-bad-node", f"{name}: {listed.what} ({listed.source})", remedy)
+
+
+def old_glibc(wheel: Manifest, facts: Facts) -> list[Refusal]:
+    """The host's C library is too old for a wheel."""
+    if Version(wheel.glibc) <= Version(facts.glibc):
+        return []
+    what = f"{wheel.file} needs glibc {wheel.glibc}, the host has {facts.glibc}"
+    return [Refusal("old-glibc", what, "build it on an older system, or there: inv build-kernels --host")]
+
+
+def no_package(what: str, remedy: str) -> Refusal:
+    """A required node needs a Debian package that the host lacks."""
+    return Refusal("no-package", what, remedy)
+
+
+def room(target: Target, facts: Facts, inputs: Inputs) -> list[Refusal]:
+    """A new environment does not fit on the disk. Both sizes were measured and are in the recipe."""
+    found: list[Refusal] = []
+    need = int(inputs.application.size[target.profile.stack] * NEEDS_ROOM) + RESERVE_BYTES
+    if facts.disk_free < need:
+        what = f"{console.size(facts.disk_free)} free at {facts.prefix}, {console.size(need)} needed"
+        found.append(Refusal("no-room", what, "free some space there, or set another `prefix`"))
+    inodes = inputs.application.files[target.profile.stack] + RESERVE_FILES
+    if facts.inodes_free is not None and facts.inodes_free < inodes:
+        what = f"{facts.inodes_free} inodes free at {facts.prefix}, {inodes} needed"
+        found.append(Refusal("no-inodes", what, "delete small files there, or set another `prefix`"))
+    return found
+
+
+def broken_release(target: Target, facts: Facts, to: str) -> list[Refusal]:
+    """A kept release cannot be put in service again."""
+    found: list[Refusal] = []
+    remedy = "choose another release, or deploy again"
+    host, manifest = target.host, facts.release(to) or {}
+    damaged = [part for part in manifest.get("parts", {}).values() if facts.parts.get(part) != ""]
+    if damaged:
+        what = f"release {to} cannot run any more: {', '.join(damaged)} is missing or damaged"
+        found.append(Refusal("damaged-release", what, remedy))
+    unit = manifest.get("files", {f"{host.service}.service": ""}).get(f"{host.service}.service")
+    if unit is None or (host.scope == "system" and unit and f"\nUser={host.run_as}\n" not in unit):
+        what = f"release {to} was made for another service or user than {host.service} and {host.run_as}"
+        found.append(Refusal("other-release", what, remedy))
+    return found

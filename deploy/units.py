@@ -1,0 +1,218 @@
+"""Units: the text of the systemd units that a release brings, from the templates in `recipes/comfyui/units`."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import shlex
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from core import workspace
+from deploy.host import mount_unit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from deploy.choice import Choice
+    from deploy.host import Profile, Target
+
+
+def credentials(choice: Choice, prefix: str) -> list[str]:
+    """What hands the unit its secrets (systemd.exec(5), Credentials), as each is kept on the host."""
+    if choice.target.host.scope == "user":
+        return []
+    kinds = {"encrypted": ("LoadCredentialEncrypted", ".cred"), "plain": ("LoadCredential", "")}
+    lines = ((name, *kinds[how]) for name, how in choice.secrets.items())
+    return [f"{key}={name}:{prefix}/secrets/{name}{end}" for name, key, end in lines]
+
+
+def developed(target: Target, place: str) -> dict[str, str]:
+    """Where the service sees nodes under development: a system's unit hides home folders, and mounts each here."""
+    mounted = target.host.scope == "system"
+    return {name: f"{place}/custom_nodes/{name}" if mounted else path for name, path in target.host.developed.items()}
+
+
+def binds(target: Target, developed: Mapping[str, str]) -> list[str]:
+    """What mounts nodes under development; one that is not there must not keep ComfyUI from starting."""
+    folders = target.host.developed
+    return [f"BindReadOnlyPaths=-{folders[name]}:{at}" for name, at in developed.items() if at != folders[name]]
+
+
+def confinement(choice: Choice, prefix: str, place: str) -> list[str]:
+    """What a command is prefixed with so that it gets its secrets, and confines itself where no system's unit does.
+
+    That is `agent/serve/confine.py`'s work. systemd hands secrets to a service that it decrypts itself.
+    """
+    host = choice.target.host
+    offline = choice.target.profile.network == "offline"
+    told: dict[str, Any] = {"secrets": list(choice.secrets)}
+    if host.scope == "user" and host.confined:
+        named = [value for value in choice.target.flags.values() if value.startswith("/")]  # such as a certificate
+        more = [*host.model_roots, *host.develop, *named]
+        told |= {
+            "folder": f"{prefix}/secrets",
+            # its folders: the data's own is closed, so that none of them is replaced by a link to be opened at a start
+            "write": [f"{prefix}/data/*", *host.folders.values()],
+            # the models may be a link that somebody made, to a larger disk
+            "read": [f"{prefix}/parts", place, f"{prefix}/data/models", *more],
+            "bind": [host.port],
+            "connect": [] if offline else [53, *host.connect, host.port],
+            "udp": not offline,
+        }
+    elif not choice.secrets:
+        return []
+    elif host.scope == "user":
+        told["folder"] = f"{prefix}/secrets"
+    return [choice.interpreter, "-I", "-S", f"{place}/agent", "confine", json.dumps(told), "--"]
+
+
+# What no service may reach: the machine's own neighbours by link-local addresses, and what clouds answer with
+# credentials at (AWS, Azure, Google and most others use 169.254.169.254; these are the ones that are not link-local).
+# systemd's word link-local is fe80::/64 alone.
+_METADATA = "link-local fe80::/10 multicast 100.100.100.200 168.63.129.16 192.0.0.192 fd00:ec2::254 fd20:ce::254"
+
+# What is nobody's on the Internet, or leads back: IANA's registries of special-purpose addresses (RFC 6890; 2025-10),
+# without the loopback's and those that are global. IPv4 in IPv6 (mapped, NAT64, 6to4, Teredo) would go round the rest.
+_LAN = (
+    "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 "
+    "198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 240.0.0.0/4 "
+    "::/128 ::ffff:0:0/96 64:ff9b::/96 64:ff9b:1::/48 100::/64 100:0:0:1::/64 2001::/23 2001:db8::/32 2002::/16 "
+    "3fff::/20 5f00::/16 fc00::/7 fec0::/10"
+)
+
+_NETWORK = {
+    "open": f"IPAddressDeny={_METADATA}",
+    "lan-deny": f"IPAddressDeny={_METADATA} {_LAN}",
+    # Not "localhost", which is all of 127.0.0.0/8: at 127.0.0.53 systemd-resolved would ask others for it.
+    "offline": "IPAddressDeny=any\nIPAddressAllow=127.0.0.1 ::1",
+}
+"""What a system service may reach, by the profile's `network` (systemd.resource-control(5), IPAddressAllow=)."""
+
+# How names are resolved: files, and sockets of who asks others.
+_NAMES = """\
+BindReadOnlyPaths=-/run/systemd/resolve -/run/resolvconf -/run/NetworkManager/resolv.conf -/run/nscd
+BindReadOnlyPaths=-/run/netconfig -/run/connman/resolv.conf"""
+
+
+def service(
+    choice: Choice,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    data: str,
+    release: str,
+    more: Sequence[str],
+) -> str:
+    """The systemd unit, from the template of the host's scope, with `more` lines for what it may touch."""
+    target = choice.target
+    host, profile = target.host, target.profile
+    lines = [f'Environment="{name}={_quoted(value)}"' for name, value in environment.items()]
+    storage = f"{host.service}-storage.service"
+    values = {
+        "service": host.service,
+        "release": release,
+        "version": choice.application.version,
+        "user": host.run_as,
+        "python": choice.python,
+        "data": data,
+        "folders": " ".join(host.folders.values()),
+        "storage": f"BindsTo={storage}\nAfter={storage}" if host.mounts else "",
+        "network": _NETWORK[profile.network],
+        "names": "" if profile.network == "offline" else _NAMES,
+        "command": command_line(command),
+        "environment": "\n".join(lines),
+        "restart": profile.restart,
+        "limits": f"MemoryMax={profile.memory_max}" if profile.memory_max else "",
+        **devices(profile),
+        "more": "\n".join(more),
+    }
+    return filled(host.scope, values)
+
+
+def companions(choice: Choice, prefix: str, release: str, developed: Mapping[str, str]) -> dict[str, str]:
+    """Units beside the service's, by the end of their names: mounts, nodes under development, timer."""
+    target = choice.target
+    host = target.host
+
+    def command(verb: str) -> str:
+        # The release's own copy: another client's submit replaces the one in state/. Not by the environment's Python,
+        # whose packages would run as root.
+        agent = f"{prefix}/releases/{release}/agent"
+        return command_line([choice.interpreter, "-I", "-S", agent, verb, f"{prefix}/state/site.json"])
+
+    values = {
+        "service": host.service,
+        "release": release,
+        "binds": "\n".join(binds(target, developed)),
+        "target": boot_target(host.scope),
+        "interval": host.free_memory,
+        "addresses": addresses(host.listen),
+    }
+    found: dict[str, str] = {}
+    if host.mounts:  # ComfyUI's own unit is bound to it: it lasts as long as everything is mounted
+        waits = {
+            "mounts": " ".join(host.mounts),
+            "mounted": " && ".join(f"mountpoint --quiet {path}" for path in host.mounts),
+            "units": " ".join(map(mount_unit, host.mounts)),
+            "outside": "+" if host.scope == "system" else "",
+        }
+        found["storage.service"] = filled("storage", {**values, **waits})
+    if developed:
+        found["reload.service"] = filled("reload", {**values, "command": command("watch")})
+    if host.free_memory:
+        found["free-memory.service"] = filled("free-memory", {**values, "command": command("free")})
+        found["free-memory.timer"] = filled("free-memory.timer", values)
+    if host.scope == "user":
+        found = {name: without_system(text) for name, text in found.items()}
+    return found
+
+
+def without_system(unit: str) -> str:
+    """A unit without the settings that only the system's systemd can apply."""
+    return re.sub(r"\n# --- Only the system's.*?(?=\n\[|\Z)", "", unit, flags=re.S)
+
+
+def devices(profile: Profile) -> dict[str, str]:
+    """Which devices a unit may use."""
+    listed = [f"DeviceAllow={name} rw" for name in _DEVICES] if profile.cuda else []
+    return {"device_policy": profile.device_policy, "devices": "\n".join(listed)}
+
+
+def boot_target(scope: str) -> str:
+    """The target that starts units at boot, or with the login's systemd."""
+    return "multi-user.target" if scope == "system" else "default.target"
+
+
+def addresses(listen: str) -> str:
+    """The loopback and the addresses that ComfyUI listens on, as a unit names them."""
+    found = ["localhost"]
+    for each in listen.split(","):
+        try:
+            address = ipaddress.ip_address(each)
+        except ValueError:
+            continue
+        if not address.is_loopback and not address.is_unspecified:
+            found.append(each)
+    return " ".join(found)
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """A command for a unit: systemd expands % everywhere and $ in commands."""
+    return shlex.join(argv).replace("%", "%%").replace("$", "$$")
+
+
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """A unit of `recipes/comfyui/units` with these values."""
+    name = template if "." in template else f"{template}.service"
+    folder = workspace.current().checkout / "recipes/comfyui/units"
+    hardening = (folder / "hardening.conf").read_text().strip()
+    return Template((folder / name).read_text()).substitute(values, hardening=hardening)
+
+
+def _quoted(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+
+
+# nvidia-frontend and nvidia: the same devices from driver 550.40 on and before.
+_DEVICES = ("char-nvidia", "char-nvidia-frontend", "char-nvidia-uvm", "char-nvidia-modeset", "char-nvidia-caps")

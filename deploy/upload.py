@@ -1,0 +1,119 @@
+"""Uploads: what the steps of a plan need on the host beside their values, packed and sent."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import shlex
+import tarfile
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from core import console, files, lockfile, source, workspace
+from core.errors import HashMismatchError, TreeError
+from core.stack import Platform
+from lock import nodes, requirements
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from deploy.connection import Agent
+    from deploy.facts import Facts
+    from deploy.inputs import Inputs
+    from deploy.plan import Step
+
+
+@dataclass
+class Upload:
+    """The files that a host needs for some steps, by their SHA-256 in `blobs`; archives are made in `scratch`.
+
+    `offline`: the host fetches nothing itself, so that the packages of its environment are sent, too.
+    """
+
+    agent: Agent
+    facts: Facts
+    inputs: Inputs
+    scratch: Path
+    offline: bool = False
+    blobs: dict[str, Path] = field(default_factory=dict)
+
+    def pack(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
+        """What the agent needs for each step beside its values."""
+        # all nodes at once, not each when it is packed
+        nodes.fetch({name: self.inputs.nodes[name] for step in steps if (name := step.values.get("node"))})
+        return [self.pack_step(step) for step in steps]
+
+    def pack_step(self, step: Step) -> dict[str, Any]:
+        """What the agent needs for one step."""
+        platform = Platform.parse(self.facts.platform)
+        if step.kind == "tool":
+            return {"name": self.inputs.uv, "blob": self._blob(lockfile.install("uv", platform, "3.11") / "bin/uv")}
+        if step.kind == "app":
+            return self.pack_tree("app", source.intact(self.inputs.application))
+        if step.kind == "node":
+            name = step.values["node"]
+            return self.pack_tree(f"custom_nodes/{name}", source.intact(self.inputs.nodes[name].pinned(name)))
+        if step.kind == "env":
+            return self._pack_environment(step, platform)
+        return {}
+
+    def _pack_environment(self, step: Step, platform: Platform) -> dict[str, Any]:
+        kernels = [wheel for wheel in self.inputs.wheels if wheel.file in step.values["kernels"]]
+        self.blobs |= {wheel.sha256: workspace.current().wheelhouse.path(wheel) for wheel in kernels}
+        wheels = [{"file": wheel.file, "sha256": wheel.sha256} for wheel in kernels]
+        if self.offline:
+            lock = self.inputs.locks[self.facts.platform, step.values["version"]]
+            folder = requirements.download(lock, step.values["asking"], platform)
+            packages = [{"file": each.name, "sha256": self._blob(each)} for each in sorted(folder.glob("*.whl"))]
+            if damaged := [each["file"] for each in packages if each["sha256"] not in lock.text]:
+                what = f"{folder / damaged[0]} was damaged: its hash is not the locked one"
+                raise HashMismatchError(what, hint=f"rm -r {shlex.quote(str(folder))}, then run the same command again")
+            wheels += packages
+        return {"tool": self.inputs.uv, "wheels": wheels, "offline": self.offline}
+
+    def pack_tree(self, kind: str, tree: Path) -> dict[str, Any]:
+        """An archive of a tree's files without those that the host has in a part of the same `kind`."""
+        wanted = {
+            name: files.sha256(path) + ("x" if path.stat().st_mode & 0o100 else "") for name, path in files.tree(tree)
+        }
+        if "PART.json" in wanted:  # the agent's own record of a part
+            raise TreeError(f"{tree.name} has a file PART.json, which a host would take for its own")
+        used = {each["parts"].get(kind) for each in self.facts.releases}
+        there = sorted(name for name, fault in self.facts.parts.items() if name in used and not fault)
+        held: dict[str, str] = {}
+        for part, listed in self.agent.call("contents", parts=there).items() if there else ():
+            held |= {digest: f"{part}/{name}" for name, digest in listed.items()}
+        reuse = {name: held[digest] for name, digest in wanted.items() if digest in held}
+        archive = self.scratch / f"{tree.name}.tar.gz"
+        with (
+            archive.open("wb") as raw,
+            gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w") as tar,
+        ):
+            for name in sorted(wanted.keys() - reuse.keys()):
+                content = (tree / name).read_bytes()
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                info.mode = 0o755 if wanted[name].endswith("x") else 0o644
+                tar.addfile(info, io.BytesIO(content))
+        return {"files": wanted, "reuse": reuse, "blob": self._blob(archive)}
+
+    def _blob(self, path: Path) -> str:
+        digest = files.sha256(path)
+        self.blobs[digest] = path
+        return digest
+
+    def send(self) -> None:
+        """Send the files that the host lacks, each from where an interrupted upload left off."""
+        incoming = self.facts.incoming
+        missing = {digest: path for digest, path in self.blobs.items() if digest not in incoming}
+        offsets = {digest: incoming.get(f"{digest}.part", 0) for digest in missing}
+        total = sum(path.stat().st_size - offsets[digest] for digest, path in missing.items())
+        if not missing:
+            return
+        console.say(f"sending {len(missing)} files, {console.size(total)}")
+        with console.Progress("sending", total, len(missing)) as progress:
+            for digest, path in missing.items():
+                self.agent.send(path, digest, offsets[digest], progress.advance)
+                progress.step(path.name, 0, 0)

@@ -1,0 +1,161 @@
+"""The agent's own code on a host: where it is unpacked, from where it is run, and what is deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from agent import install, main
+from agent.files import link
+from agent.layout import Site
+from core.errors import AgentError
+from deploy import archive, connection, flow
+
+WHERE = "import sys\nprint(f'[\"{sys.argv[0]}\"]')\n"
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """This machine's, whose state folder is there: something was deployed."""
+    place = tmp_path / "prefix"
+    (tmp_path / "hosts.toml").write_text(f'[hosts.local]\nprofile = "cpu"\nscope = "user"\nprefix = "{place}"\n')
+    monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
+    (place / "state").mkdir(parents=True)
+    return Site(flow.find_target("local").site)
+
+
+def call() -> object:
+    with connection.connect(flow.find_target("local")) as agent:
+        return agent.call("history")
+
+
+def unpacked(site: Site) -> Path:
+    return site.state / "agents" / hashlib.sha256(archive.packed_agent()).hexdigest()[:16]
+
+
+def test_the_second_command_runs_the_unpacked_agent_which_has_its_bytecode(site: Site) -> None:
+    assert call() == []
+    place = unpacked(site)
+    sources = list(place.rglob("*.py"))
+    assert len(sources) > 30
+    assert len(list(place.rglob("*.pyc"))) == len(sources)
+    assert {path.stat().st_mode & 0o777 for path in sources} == {0o644}
+    (place / "__main__.py").write_text(WHERE)  # the archive and its hash are as before
+    for path in place.glob("__pycache__/__main__*"):
+        path.unlink()
+    assert call() == [str(place)]
+
+
+def test_nothing_is_unpacked_where_nothing_was_deployed(site: Site) -> None:
+    site.state.rmdir()
+    assert call() == []
+    assert list(site.prefix.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", [".", "state", "state/agents", "state/agents/HASH"])
+def test_an_agent_that_others_could_write_is_not_run(site: Site, folder: str) -> None:
+    assert call() == []
+    (unpacked(site) / "__main__.py").write_text(WHERE)
+    for path in unpacked(site).glob("__pycache__/__main__*"):
+        path.unlink()
+    place = site.prefix / folder.replace("HASH", unpacked(site).name)
+    for mode in (0o775, 0o757):
+        place.chmod(mode)
+        assert call() == []
+    place.chmod(0o755)
+    if os.geteuid() == 0:
+        os.chown(place, 12345, 0)
+        assert call() == []
+        os.chown(place, 0, 0)
+    assert call() == [str(unpacked(site))]
+
+
+def test_a_link_of_another_user_is_not_followed(site: Site) -> None:
+    assert call() == []
+    theirs = site.prefix / "theirs"
+    theirs.mkdir()
+    theirs.chmod(0o777)
+    unpacked(site).rename(theirs / "agent")
+    (theirs / "agent/__main__.py").write_text(WHERE)
+    unpacked(site).symlink_to(theirs / "agent")
+    assert call() == []
+
+
+def test_an_altered_archive_is_neither_run_nor_unpacked(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    forged = site.prefix / "forged"
+    for content in (archive.packed_agent()[:-1], b"", b"print('[1]')"):
+        forged.write_bytes(content)
+        monkeypatch.setattr(archive, "agent_file", lambda: forged)
+        with pytest.raises(AgentError):
+            call()
+    assert list(site.state.iterdir()) == []
+
+
+CODE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from agent import install, main
+from agent.layout import Site
+import json
+install.install(Site(json.loads(sys.argv[2])))
+print("done")
+"""
+
+
+def installing(site: Site) -> list[str]:
+    import json
+
+    return [sys.executable, "-c", CODE, str(archive.agent_file()), json.dumps(site.json)]
+
+
+def test_killed_at_any_moment_an_agent_is_whole_or_not_there(site: Site) -> None:
+    name = unpacked(site).name
+    whole = len(archive.packed_agent())
+    for delay in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4):
+        process = subprocess.Popen(installing(site), cwd="/")
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if unpacked(site).exists():
+            assert len(list(unpacked(site).rglob("*.pyc"))) == len(list(unpacked(site).rglob("*.py"))) > 30
+        if os.path.lexists(site.agent):
+            assert site.agent.readlink() == Path(f"agents/{name}")
+            assert (site.agent / "__main__.py").exists()
+    assert subprocess.run(installing(site), cwd="/", capture_output=True, text=True, check=True).stdout == "done\n"
+    assert sum(path.stat().st_size for path in unpacked(site).rglob("*.py")) < whole
+    assert call() == []
+
+
+def test_a_plan_replaces_an_agent_that_was_not_trusted(site: Site) -> None:
+    planted = unpacked(site) / "__main__.py"
+    planted.parent.mkdir(parents=True)
+    planted.write_text(WHERE)
+    subprocess.run(installing(site), cwd="/", capture_output=True, check=True)
+    assert "from agent.main import main" in planted.read_text()
+    assert [path.name for path in planted.parents[1].iterdir()] == [planted.parent.name]
+
+
+def test_agents_are_kept_that_something_links_to_or_that_may_be_in_use(site: Site) -> None:
+    for name in ("unit", "release", "recent", "old", ".draft.1"):
+        place = site.state / "agents" / name
+        place.mkdir(parents=True)
+        if name != "recent":
+            os.utime(place, (1, 1))
+    link(site.agent, "agents/unit")
+    link(site.releases / "one/agent", "../../state/agents/release")
+    install.prune(site)
+    assert {path.name for path in (site.state / "agents").iterdir()} == {"unit", "release", "recent"}
+
+
+def test_every_verb_names_a_function() -> None:
+    for module, name, _ in main.VERBS.values():
+        assert callable(getattr(import_module(module), name))
