@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+from pathlib import Path
+
 import nox
 
 nox.options.default_venv_backend = "none"
@@ -11,7 +16,7 @@ nox.options.sessions = ["verify"]
 @nox.session
 def verify(session: nox.Session) -> None:
     """All that needs no GPU: lock, lint, types, unit tests, and real kernels built and inspected."""
-    for name in ("lock", "lint", "types", "tests"):
+    for name in ("lock", "lint", "types", "tests", "pythons"):
         session.notify(name)
 
 
@@ -42,10 +47,42 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-m", "not gpu", *two, *session.posargs)
 
 
+UNIT = ("-m", "not toolchain and not gpu and not host", "--numprocesses", "4", "--dist", "worksteal")
+"""The tests that compile and boot nothing. Four at once on two cores: half of their time they wait for deadlines."""
+
+
 @nox.session
 def unit(session: nox.Session) -> None:
-    """Only the tests that compile nothing and boot nothing: seconds."""
-    session.run("pytest", "-m", "not toolchain and not gpu and not host", *session.posargs)
+    """Only the tests that compile nothing and boot nothing. `-- --faults`: every fault of the crash matrix."""
+    session.run("pytest", *UNIT, *session.posargs)
+
+
+@nox.session
+def pythons(session: nox.Session) -> None:
+    """The unit tests on the other Pythons of this machine that Hearth supports; each has its environment in .nox/."""
+    found = {version: _interpreter(version) for version in ("3.11", "3.12", "3.13")}
+    default = ".".join(platform.python_version_tuple()[:2])
+    for version in sorted({*found} - {default}):
+        if not (interpreter := found[version]):
+            continue
+        place = Path(".nox", f"unit-{version}").absolute()
+        env = {"UV_PROJECT_ENVIRONMENT": str(place)}
+        session.run("uv", "sync", "--quiet", "--frozen", "--python", interpreter, env=env)
+        session.run(str(place / "bin/python"), "-m", "pytest", *UNIT, *session.posargs, external=True)
+    ran = [version for version in found if found[version] or version == default]
+    missing = [version for version in found if version not in ran]
+    session.log(
+        f"Unit tests ran on Python {', '.join(ran)} (default: {default}); missing: {', '.join(missing) or 'none'}"
+    )
+
+
+def _interpreter(version: str) -> str:
+    """The path of a Python of this version, uv's, the system's or pyenv's; empty where there is none."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    if own := sorted(pyenv.glob(f"{version}.*/bin/python")):
+        return str(own[-1])
+    words = ["uv", "python", "find", "--no-project", "--system", "--no-python-downloads", version]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
 
 
 @nox.session
