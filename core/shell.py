@@ -132,32 +132,66 @@ def stream(
         process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
     except FileNotFoundError as error:
         raise _missing(words[0]) from error
-    stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
+    errors = _Errors(process, said)
+    errors.start()
+    output = bytearray()
+    with _ended(process, patience=5):
+        for chunk in _exchange(process, itertools.chain((request,), blocks), errors, first, silence):
+            output += chunk
+            if b"\n" in chunk:
+                *lines, output = output.split(b"\n")
+                for line in lines:
+                    yield bytes(line) + b"\n"
+            if len(output) > LINE:
+                what = f"{words[0]} wrote a line of more than {LINE} bytes"
+                raise AgentError(what, hint="look at what runs there: inv logs")
+        errors.join(1)  # at most: the background master of an older ssh keeps stderr open
+        if process.returncode:
+            cause = "\n    ".join([*errors.lines][-8:])
+            failure = ProcessError(f"{' '.join(words[-2:])} ended with {process.returncode}", cause=cause)
+            failure.status, failure.said = process.returncode, "\n".join(errors.lines)
+            raise failure
+        if output:
+            yield bytes(output)
+
+
+class _Errors(threading.Thread):
+    """Reads a program's stderr: its last lines, and the time of the latest."""
+
+    def __init__(self, process: subprocess.Popen[bytes], said: Callable[[str], None]) -> None:
+        super().__init__(daemon=True)
+        assert process.stderr is not None
+        self._stderr, self._said = process.stderr, said
+        self.lines: deque[str] = deque(maxlen=1000)
+        self.moved = time.monotonic()
+
+    def run(self) -> None:
+        with self._stderr:
+            for line in iter(lambda: self._stderr.readline(1 << 16), b""):
+                self.moved = time.monotonic()
+                self.lines.append(line.decode(errors="replace").rstrip())
+                self._said(self.lines[-1])
+
+
+def _exchange(
+    process: subprocess.Popen[bytes],
+    blocks: Iterable[bytes],
+    errors: _Errors,
+    first: float | None,
+    silence: float | None,
+) -> Iterator[bytes]:
+    """Write blocks to a program and yield its output in chunks, until it has ended; raises TimeoutError."""
+    stdin, stdout = process.stdin, process.stdout
     assert stdin is not None
     assert stdout is not None
-    assert stderr is not None
-    outgoing = (each for each in itertools.chain((request,), blocks) if each)
-    block = b""
-    output = bytearray()
-    complaints: deque[str] = deque(maxlen=1000)
+    outgoing, block = (each for each in blocks if each), b""
     limit, moved = first, time.monotonic()
-
-    def listen() -> None:
-        nonlocal moved
-        with stderr:
-            for line in iter(lambda: stderr.readline(1 << 16), b""):
-                moved = time.monotonic()
-                complaints.append(line.decode(errors="replace").rstrip())
-                said(complaints[-1])
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    with _ended(process, patience=5), selectors.DefaultSelector() as selector:
+    with selectors.DefaultSelector() as selector:
         os.set_blocking(stdin.fileno(), False)
         selector.register(stdin, selectors.EVENT_WRITE)
         selector.register(stdout, selectors.EVENT_READ)
         while not stdout.closed or process.poll() is None:
-            if limit is not None and time.monotonic() - moved > limit:
+            if limit is not None and time.monotonic() - max(moved, errors.moved) > limit:
                 raise TimeoutError(f"no byte moved for {limit:.0f} s")
             for key, _ in selector.select(0.1):
                 if key.fileobj is stdin:
@@ -167,26 +201,11 @@ def stream(
                 else:
                     chunk = os.read(key.fd, 1 << 16)
                     count, limit = len(chunk), silence if chunk else limit
-                    output += chunk
-                    if b"\n" in chunk:
-                        *lines, output = output.split(b"\n")
-                        for line in lines:
-                            yield bytes(line) + b"\n"
-                    if len(output) > LINE:
-                        what = f"{words[0]} wrote a line of more than {LINE} bytes"
-                        raise AgentError(what, hint="look at what runs there: inv logs")
+                    yield chunk
                 if not count:
                     selector.unregister(key.fileobj)
                     (stdin if key.fileobj is stdin else stdout).close()
                 moved = time.monotonic()
-        listener.join(1)  # at most: the background master of an older ssh keeps stderr open
-        if process.returncode:
-            cause = "\n    ".join([*complaints][-8:])
-            failure = ProcessError(f"{' '.join(words[-2:])} ended with {process.returncode}", cause=cause)
-            failure.status, failure.said = process.returncode, "\n".join(complaints)
-            raise failure
-        if output:
-            yield bytes(output)
 
 
 def _write(pipe: int, block: bytes) -> int:

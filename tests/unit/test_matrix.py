@@ -55,8 +55,8 @@ def test_what_a_recipe_does_not_support_is_skipped_with_its_reason(hearth: Heart
     [
         (["--arch", "12.10"], 11, "not a compute capability"),
         (["--arch", "abc"], 11, "not a compute capability"),
-        (["--arch", "8.9", "--jobs", "-1"], 15, "--jobs -1"),
-        (["--arch", "8.9", "--jobs", "many"], 15, "--jobs many"),
+        (["--arch", "8.9", "--jobs", "-1"], 15, "--jobs must be a positive integer (got '-1')"),
+        (["--arch", "8.9", "--jobs", "many"], 15, "--jobs must be a positive integer (got 'many')"),
         (["--arch", "7.5"], 11, "8.9"),
         ([], 11, "12.1 (GB10 (DGX Spark))"),
         (["--arch", "12.1", "--stack", "cu124", "--platform", "linux_x86_64"], 12, "CUDA 12.8"),
