@@ -21,14 +21,14 @@ class Fleet(Where):
     )
 
     def names(self) -> list[str]:
-        """Every host that is meant; raises UnknownNameError."""
+        """The names of the selected hosts; raises UnknownNameError."""
         from deploy.host import select
 
         return select(self.host, self.group)
 
 
 def options(sudo: Sudo, how: DryRun, *, force: bool = False) -> Options:
-    """How a change is made, as its flags say; raises UsageError. `force` is that of a task which has its own."""
+    """The options that a task's flags give; raises UsageError. `force` comes from tasks with a flag of their own."""
     from core.errors import UsageError
     from deploy.plan import Options, seconds
 
