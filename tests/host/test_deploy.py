@@ -94,7 +94,7 @@ def test_what_drifted_is_put_right(steady: Fleet) -> None:
     ("edit", "why"),
     [
         ("sed -i --follow-symlinks", "its manifest, unit or links were changed"),
-        ("sed -i", "what runs is not what it says"),
+        ("sed -i", "the running release was modified on disk"),
     ],
     ids=["in the release", "a file in its place"],
 )

@@ -377,7 +377,7 @@ def test_a_gpu_with_an_old_driver_that_others_use(steady: Fleet) -> None:
     what, remedy = only(found, "gpu-shared")
     assert what == f"other processes use GPU 0: sleep (pid {other.strip()}, root, 3.0 GB)"
     assert 'modes = ["shared-gpu"] for spark' in remedy
-    assert f"ComfyUI has that much less of it: sleep (pid {other.strip()}, root, 3.0 GB)" in dry.stderr
+    assert f"their memory is not available to ComfyUI: sleep (pid {other.strip()}, root, 3.0 GB)" in dry.stderr
     assert "°C" in shown
     assert any(what.startswith("GPU 0 does not report everything: temperature") for what, _ in told)
 

@@ -98,7 +98,7 @@ def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet
 
     write("import a_module_that_nobody_has")
     done = steady.becomes(f'modes = ["development"]\ndevelop = ["/{HOME}"]\n')
-    assert f"ComfyUI starts anew whenever a Python file in /{HOME} changes" in done.stderr
+    assert f"ComfyUI restarts whenever a Python file in /{HOME} changes" in done.stderr
     assert "node my-node cannot be imported: No module named 'a_module_that_nobody_has'" in done.stderr
     write(NODE.replace("NAME", "DevelopedOne"))
     assert within(90, lambda: has(steady, "DevelopedOne"))

@@ -256,7 +256,7 @@ def test_a_folder_under_development_must_be_there() -> None:
     (refusal,) = made(missing, spark(develop=("/home/anna/mine",))).refusals
     assert (refusal.kind, "/home/anna/mine" in refusal.what) == ("unusable-folder", True)
     there = made(msgspec.structs.replace(FRESH, places={"/home/anna/mine": ""}), spark(develop=("/home/anna/mine",)))
-    assert there.notes == ("ComfyUI starts anew whenever a Python file in /home/anna/mine changes, jobs or not",)
+    assert there.notes == ("ComfyUI restarts whenever a Python file in /home/anna/mine changes, even during a job",)
 
 
 def test_a_limit_that_nobody_holds_is_told() -> None:

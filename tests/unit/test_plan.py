@@ -154,7 +154,7 @@ def test_who_else_computes_on_the_gpu_is_told_before_a_change() -> None:
     )
     found = made(msgspec.structs.replace(FRESH, gpus=(Gpu("GB10", "12.1", None, True, users),)))
     assert found.steps
-    told = "GPU 0 is used by others, and ComfyUI has that much less of it: train.py (pid 9, anna, 3.0 GB)"
+    told = "other processes use GPU 0; their memory is not available to ComfyUI: train.py (pid 9, anna, 3.0 GB)"
     assert told in found.notes
 
 
