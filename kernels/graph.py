@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from io import StringIO
@@ -65,7 +66,9 @@ def plan_jobs(builds: Sequence[Build], jobs: int | None) -> int:
     """
     if jobs:
         return jobs
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
+    if sys.platform == "linux":  # macOS has no affinity
+        cores = len(os.sched_getaffinity(0))
     need = max((build.recipe.memory_mb for build in builds), default=1) * 1000
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(meminfo["MemAvailable"].split()[0])
