@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from agent.files import Json, append, free, read
 from agent.layout import Site
+from agent.schema.facts import Busy, Ended
 
 
-def busy(site: Site) -> Json:
+def busy(site: Site) -> Busy:
     """Who is changing this host now: the run under way; empty when nobody is."""
     plan = read(site.pending)
     if not plan:
         return {}
-    return {key: plan[key] for key in ("run", "who", "since", "action")} | {"alive": not free(site.lock)}
+    run, who, since, action = (str(plan[key]) for key in ("run", "who", "since", "action"))
+    return {"run": run, "who": who, "since": since, "action": action, "alive": not free(site.lock)}
 
 
 def now() -> str:
@@ -77,10 +79,10 @@ class Settings(Journal):
         return {name: list(places.values()) for name, places in found.items() if places}
 
 
-def history(site: Site) -> list[Json]:
+def history(site: Site) -> list[Ended]:
     """How every run on this host ended, oldest first."""
     try:
-        return events(site.history.read_text(errors="replace"))
+        return cast("list[Ended]", events(site.history.read_text(errors="replace")))
     except OSError:
         return []
 
@@ -89,6 +91,6 @@ DEPLOYS = ("deploy", "rollback")
 """The actions that put a release in service."""
 
 
-def last(runs: list[Json], *actions: str) -> Json:
+def last(runs: list[Ended], *actions: str) -> Ended:
     """How the last of some runs ended, or the last of these `actions`; empty when there was none."""
-    return next((each for each in reversed(runs) if not actions or each["action"] in actions), {})
+    return next((each for each in reversed(runs) if not actions or each["action"] in actions), Ended())

@@ -35,7 +35,7 @@ from agent.layout import Site
 
 def say(value: object) -> None:
     """One line of JSON to whoever asked."""
-    print(json.dumps(value), flush=True)
+    print(json.dumps(value, default=vars), flush=True)  # vars: the fields of a dataclass
 
 
 def main(argv: list[str]) -> int:

@@ -72,7 +72,7 @@ def _stamp_folder(root: Path, folder: str, found: dict[str, str]) -> list[str]:
 
 
 def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) -> Callable[[], Any]:
-    """Begin work in a process of its own; what is returned waits for its answer, JSON.
+    """Begin work in a process of its own; what is returned waits for its answer, which crosses as JSON.
 
     That raises OSError where the work did, and Fault for anything else that ended it, or when it takes longer than
     `seconds` from now.
@@ -91,7 +91,7 @@ def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) 
             except Exception as error:
                 said = {"error": repr(error)}
             with os.fdopen(writer, "w") as pipe:
-                pipe.write(json.dumps(said))
+                pipe.write(json.dumps(said, default=vars))
             status = 0
         os._exit(status)
     os.close(writer)

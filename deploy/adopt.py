@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from agent.schema.survey import Folder, Installation, Survey
 from core import console
 from core.errors import ConfigError, NoInstallationError
 from deploy.host import TOKEN, Host, names_secret, profiles
@@ -30,118 +29,27 @@ if TYPE_CHECKING:
     from lock.nodes import Catalogue
 
 
-class FileSystem(msgspec.Struct, frozen=True):
-    """A mounted file system: its place, what it is and of which type."""
-
-    point: str = "/"
-    what: str = ""
-    type: str = ""
-
-
-class Folder(msgspec.Struct, frozen=True):
-    """One of ComfyUI's folders: a "folder", a "link" or "missing"; `real` is where it leads.
-
-    `rename` says whether one rename brings it into Hearth's data; `bytes`, `files` and `links` (with what they say)
-    are counted only then. `mounts` are in it or links in it lead there; `people` own it or are in its group. `foreign`
-    says why it is not ComfyUI's to take.
-    """
-
-    place: str
-    real: str
-    kind: str
-    mount: FileSystem
-    rename: bool
-    bytes: int
-    files: int
-    owner: str
-    people: tuple[str, ...]
-    links: dict[str, str]
-    mounts: tuple[FileSystem, ...]
-    foreign: str = ""
-
-
-class Found(msgspec.Struct, frozen=True):
-    """A custom node's folder, or a single `file`; `edited` is None where nobody can tell."""
-
-    name: str
-    disabled: bool
-    file: bool
-    url: str
-    commit: str
-    edited: tuple[str, ...] | None
-
-
-class Unit(msgspec.Struct, frozen=True):
-    """A systemd unit that starts it; `aside` when adopting has put it away already."""
-
-    name: str
-    path: str
-    aside: bool
-    user: str
-    variables: tuple[str, ...]
-    active: bool
-    enabled: bool
-
-
-class Process(msgspec.Struct, frozen=True):
-    """A process that runs it; `unit` is empty when no unit of the system's started that."""
-
-    pid: int
-    user: str
-    unit: str
-
-
-class Installation(msgspec.Struct, frozen=True):
-    """An installation of ComfyUI as the agent read it; `paths` is the text of its extra_model_paths.yaml.
-
-    `owners` are the user ids that own or run it.
-    """
-
-    path: str
-    version: str
-    url: str
-    commit: str
-    edited: tuple[str, ...] | None
-    python: str
-    torch: str
-    environment: str
-    folders: dict[str, Folder]
-    paths: str
-    nodes: tuple[Found, ...]
-    argv: tuple[str, ...]
-    units: tuple[Unit, ...]
-    processes: tuple[Process, ...]
-    holds_port: bool
-    owners: tuple[int, ...] = ()
-
-    @property
-    def port(self) -> int:
-        """Where it listens; ComfyUI's own default is 8188."""
-        told = settings(self.argv).get("--port", "")
-        return int(told) if told.isdecimal() else 8188
-
-
-class Survey(msgspec.Struct, frozen=True):
-    """The installations found, and all the places looked at."""
-
-    looked: tuple[str, ...]
-    found: tuple[Installation, ...]
-
-    def only(self, host: str) -> Installation:
-        """The one installation; raises NoInstallationError when there is none, or more than one."""
-        if len(self.found) == 1:
-            return self.found[0]
-        if self.found:
-            places = [each.path for each in self.found]
-            raise NoInstallationError(
-                f"{host} has {len(places)} ComfyUIs: {', '.join(places)}",
-                hint=f"choose one: --path {shlex.quote(places[0])}",
-            )
+def only(survey: Survey, host: str) -> Installation:
+    """The one installation; raises NoInstallationError when there is none, or more than one."""
+    if len(survey.found) == 1:
+        return survey.found[0]
+    if survey.found:
+        places = [each.path for each in survey.found]
         raise NoInstallationError(
-            f"no ComfyUI was found on {host}",
-            cause="\n         ".join(["looked for main.py and comfy/ in:", *self.looked]),
-            hint="--path FOLDER says where it is",
+            f"{host} has {len(places)} installations of ComfyUI: {', '.join(places)}",
+            hint=f"choose one: --path {shlex.quote(places[0])}",
         )
+    raise NoInstallationError(
+        f"no ComfyUI was found on {host}",
+        cause="\n         ".join(["looked for main.py and comfy/ in:", *survey.looked]),
+        hint="--path FOLDER says where it is",
+    )
+
+
+def port(found: Installation) -> int:
+    """The port that an installation listens on; ComfyUI's default is 8188."""
+    told = settings(found.argv).get("--port", "")
+    return int(told) if told.isdecimal() else 8188
 
 
 HIDDEN = "***"
@@ -239,7 +147,7 @@ def _host(host: Host, found: Installation) -> list[str]:
         "address": host.address, "user": host.user, "ssh_port": host.ssh_port, "prefix": host.prefix,
         "service": host.service, "run_as": host.run_as, "keep": host.keep,
         "listen": (told["--listen"] or "0.0.0.0") if "--listen" in told else host.listen,  # noqa: S104  ComfyUI's own
-        "port": found.port if started else host.port, "members": tuple(sorted(people | set(host.members))),
+        "port": port(found) if started else host.port, "members": tuple(sorted(people | set(host.members))),
     }  # fmt: skip
     default = Host()
     lines = {key: f"{key} = {json.dumps(value)}" for key, value in values.items() if value != getattr(default, key)}
@@ -448,7 +356,7 @@ def make(target: Target, facts: Facts, proposal: Proposal, options: Options) -> 
     if units:
         title = f"stop {', '.join(units)} and put it aside"
         values: dict[str, Any] = {"units": [{name: getattr(each, name) for name in _UNIT} for each in units.values()]}
-        values |= {"path": found.path, "port": found.port, "drain": options.drain, "force": options.force}
+        values |= {"path": found.path, "port": port(found), "drain": options.drain, "force": options.force}
         steps.append(Step("retire", title, f"it runs {found.path}, or has the name of Hearth's", _UNDO, values))
     if proposal.moves and not facts.user:
         steps.append(account([target.host.run_as], "what is moved becomes its own"))

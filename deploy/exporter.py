@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 
 EXTRA = "exporter"
 
-AGENT = ("__init__", "api", "files", "journal", "layout", "look/__init__", "look/gpu")
+AGENT = (
+    "__init__",
+    "api",
+    "files",
+    "journal",
+    "layout",
+    "look/__init__",
+    "look/gpu",
+    "schema/__init__",
+    "schema/facts",
+)
 """The agent's modules that the exporter reaches. Not all of it: what changes the tree restarts ComfyUI, too."""
 
 MAIN = "import sys\n\nfrom exporter.__main__ import main\n\nmain(sys.argv[1:])\n"

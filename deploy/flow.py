@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from agent.schema.survey import Survey
 from core import console, files, foreign, lockfile, manifest, source
 from core.arch import local_gpu
 from core.errors import (
@@ -397,7 +398,7 @@ def rollback(name: str, to: str, options: Options) -> list[Outcome]:
 
 def _propose(agent: Agent, target: Target, facts: Facts, path: str, by: str) -> Proposal:
     raw = agent.call("survey", path=path)
-    found = msgspec.convert(adoption.without_secrets(raw), adoption.Survey).only(target.name)
+    found = adoption.only(msgspec.convert(adoption.without_secrets(raw), Survey), target.name)
     text = foreign.text(source.fetch(applications.application()) / "comfy/cli_args.py")
     return adoption.propose(target, facts, found, nodes.catalogue(), applications.flags(text), by)
 

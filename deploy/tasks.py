@@ -233,9 +233,10 @@ def bom(_: Context, release: str = "current", output: str = "", *, where: Where)
         inv bom --host spark --release previous
     """
     from deploy import flow, report
+    from deploy.facts import named
     from lock import sbom
 
-    report.bill(sbom.write(flow.facts(where.host, ask_sudo=where.ask_sudo).named(release)), output)
+    report.bill(sbom.write(named(flow.facts(where.host, ask_sudo=where.ask_sudo), release)), output)
 
 
 @command(help={"old": "a kept release's id, current or previous", "new": "another one"})
@@ -248,10 +249,11 @@ def diff(_: Context, old: str, new: str, *, where: Where, out: Output) -> None:
         inv diff previous current --host spark   # what the last deploy changed
     """
     from deploy import flow, report
+    from deploy.facts import named
     from lock.diff import compare
 
     facts = flow.facts(where.host, ask_sudo=where.ask_sudo)
-    report.difference(compare(facts.named(old), facts.named(new)), as_json=out.json)
+    report.difference(compare(named(facts, old), named(facts, new)), as_json=out.json)
 
 
 @command(

@@ -21,6 +21,7 @@ from core import files, foreign, source, tools
 from core.errors import AuditServiceError, TreeError
 from deploy import flow
 from deploy import release as releases
+from deploy.facts import named
 from lock import advisory, node_updates, nodes, requirements
 from lock import application as applications
 from lock.advisory import Repository
@@ -69,7 +70,7 @@ class Audit:
 
 def stock(host: str, *, ask_sudo: bool) -> Stock:
     """What the current release of a host holds; without a host, all that is locked in this checkout."""
-    return deployed(flow.facts(host, ask_sudo=ask_sudo).named("current")) if host else locked()
+    return deployed(named(flow.facts(host, ask_sudo=ask_sudo), "current")) if host else locked()
 
 
 def locked() -> Stock:

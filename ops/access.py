@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from agent.schema.settings import Access, Node, State
 from core import console
 from core.errors import UsageError
 from deploy import flow
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.plan import Options, Plan
-    from ops.tuning import Change, State
+    from ops.tuning import Change
 
 NAME, GROUP = "gpu-access", "gpu-users"
 
@@ -38,33 +39,6 @@ _DRIVER = (
     "# Written by Hearth: inv gpu-access --undo takes it away. The driver reads it when it is loaded.\n"
     "options nvidia NVreg_DeviceFileUID=0 NVreg_DeviceFileGID=@gid@ NVreg_DeviceFileMode=0660\n"
 )
-
-
-class Node(msgspec.Struct, frozen=True):
-    """A device: who owns it, and who of those that must use it may not."""
-
-    place: str
-    mode: int
-    owner: str
-    group: str
-    denied: tuple[str, ...]
-
-
-class Rule(msgspec.Struct, frozen=True):
-    """A udev rule that names such devices."""
-
-    file: str
-    rule: str
-
-
-class Access(msgspec.Struct, frozen=True):
-    """What the agent reports; `driver` are the parameters of the nodes, `users` the groups of each (None: no
-    such user)."""
-
-    nodes: tuple[Node, ...]
-    driver: dict[str, str]
-    rules: tuple[Rule, ...]
-    users: dict[str, tuple[str, ...] | None]
 
 
 def users(target: Target) -> list[str]:
@@ -138,7 +112,7 @@ def run(names: Sequence[str], options: Options, *, apply: bool, undo: bool, as_j
         return show(look(names, ask_sudo=options.ask_sudo), as_json=as_json)
 
     def make(agent: Agent, target: Target, facts: Facts) -> Plan:
-        state = msgspec.convert(agent.call("settings", changes={NAME: changes(target)}), tuning.State)
+        state = msgspec.convert(agent.call("settings", changes={NAME: changes(target)}), State)
         if undo:
             return give_back(target, facts, state, options, force=options.force)
         access = msgspec.convert(agent.call("access", users=users(target)), Access)

@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
 from packaging.version import InvalidVersion, Version
 
+from agent.schema.facts import Facts
+from agent.schema.live import Live, Probe
 from core import console
 from deploy import plan
-from deploy.facts import Facts
-from ops.mps import Mps
 from ops.mps import problems as mps_problems
-from ops.status import Live, Problem
+from ops.status import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,43 +27,6 @@ if TYPE_CHECKING:
     from deploy.plan import Plan, Shelf
 
 Severity = Literal["error", "warning"]
-
-
-class Kernel(msgspec.Struct, frozen=True):
-    """What the kernel's log says of processes killed for memory and of faults of the GPU."""
-
-    readable: bool
-    lines: tuple[str, ...]
-
-
-class Containers(msgspec.Struct, frozen=True):
-    """Container engines, the version of NVIDIA's toolkit, and the devices that it describes for them (CDI)."""
-
-    engines: tuple[str, ...]
-    toolkit: str
-    devices: tuple[str, ...]
-    refresh: bool
-
-
-class Probe(msgspec.Struct, frozen=True):
-    """What `agent/look/probe.py` saw, beside facts and status.
-
-    `log` has lines with their times (seconds since 1970) where the manager keeps them; `access` what the service may
-    not do at a place; `torch` what it says of CUDA, asked only when ComfyUI does not answer.
-    """
-
-    result: str = ""
-    oom_kills: int = 0
-    synchronized: bool | None = None
-    compiler: str = ""
-    headers: str = ""
-    installed: dict[str, str] = {}
-    torch: dict[str, Any] = {}
-    access: dict[str, str] = {}
-    kernel: Kernel = Kernel(True, ())
-    log: tuple[tuple[float | None, str], ...] = ()
-    containers: Containers = Containers((), "", (), False)
-    mps: Mps = Mps()
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from agent.schema.live import Probed
 from core import console, files, shell
 from core.arch import known_archs
 from core.errors import StorageError
 from core.stack import Platform, find_stack
 from deploy import flow, plan
 from deploy import host as hosts
-from deploy.facts import Facts
 from ops import fleet
-from ops.checks import CHECKS, Case, Check, Probe, Severity
-from ops.status import Live, Problem
+from ops.checks import CHECKS, Case, Check, Severity
+from ops.status import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,9 +66,9 @@ def _one(agent: Agent, target: Target) -> list[Finding]:
     stock = flow.shelf(target)
     packages = sorted({each for node in stock.nodes.values() for each in node.system})
     said = agent.call("probe", **flow.questions(target, packages), roots=list(target.host.model_roots))
-    facts, live = msgspec.convert(said.pop("facts"), Facts), msgspec.convert(said.pop("live"), Live)
-    planned = plan.make(target, facts, stock, plan.Options())
-    case = Case(target, facts, live, msgspec.convert(said, Probe), stock, planned, time.time())
+    seen = msgspec.convert(said, Probed)
+    planned = plan.make(target, seen.facts, stock, plan.Options())
+    case = Case(target, seen.facts, seen.live, seen.probe, stock, planned, time.time())
     return judge(case)
 
 

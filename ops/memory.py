@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from agent.schema.live import Freed
 from core import console
 from deploy import connection, flow
 from deploy.plan import Plan, Refusal, Step
@@ -17,31 +18,6 @@ if TYPE_CHECKING:
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.plan import Options
-
-
-class OfGpu(msgspec.Struct, frozen=True):
-    """What is used of a GPU's memory, and ComfyUI's part of that, in bytes."""
-
-    index: int
-    used: int | None
-    comfyui: int
-
-
-class Held(msgspec.Struct, frozen=True):
-    """Who holds how much, in bytes: the GPUs, ComfyUI's process (`resident`), and what the machine has left."""
-
-    gpus: tuple[OfGpu, ...]
-    resident: int | None
-    available: int
-
-
-class Freed(msgspec.Struct, frozen=True):
-    """What ComfyUI gave back; not `freed` while the `job` still runs that it waits for."""
-
-    freed: bool
-    job: str | None
-    before: Held
-    after: Held
 
 
 def free(names: Sequence[str], wait: str, *, ask_sudo: bool = False, as_json: bool = False) -> int:

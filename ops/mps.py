@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from agent.schema.live import Mps
+from agent.schema.settings import State
 from core import files
 from core.errors import UsageError
 from deploy import flow
@@ -23,43 +25,12 @@ if TYPE_CHECKING:
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.plan import Options
-    from ops.tuning import Change, State
+    from ops.tuning import Change
 
 ACTIONS = ("on", "off", "status", "limit")
 
 PERCENT, MEMORY = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
 """In the daemon's environment: the default of every server that it starts, so also of those after a boot."""
-
-
-class Client(msgspec.Struct, frozen=True):
-    """A process that computes through a server."""
-
-    pid: int
-    name: str | None
-    user: str | None
-
-
-class Server(msgspec.Struct, frozen=True):
-    """An MPS server with its clients."""
-
-    pid: int
-    state: str
-    clients: tuple[Client, ...]
-
-
-class Mps(msgspec.Struct, frozen=True):
-    """What `agent/look/mps.py` tells."""
-
-    on: bool = False
-    control: str = ""
-    state: str = ""
-    restarts: int = 0
-    limits: dict[str, str] = {}
-    percent: str = ""
-    servers: tuple[Server, ...] = ()
-    fault: str = ""
-    service_pid: int = 0
-    service_knows: bool = False
 
 
 def limits(percent: str, memory: str) -> dict[str, str]:
@@ -210,7 +181,7 @@ def run(action: str, names: Sequence[str], percent: str, memory: str, options: O
             return turn_off(target, facts, mps, options, force=options.force)
         kept = limited if limited or action == "limit" else mps.limits
         wanted = {"mps": changes(target, mps.control, kept)}
-        state = msgspec.convert(agent.call("settings", changes=wanted), tuning.State)
+        state = msgspec.convert(agent.call("settings", changes=wanted), State)
         return (limit if action == "limit" else turn_on)(target, facts, mps, state, kept, options)
 
     state = f"MPS is {'off' if action == 'off' else 'on'}"

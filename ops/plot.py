@@ -14,9 +14,9 @@ from xml.sax.saxutils import escape
 
 import msgspec
 
+from agent.schema.live import GpuState, Sample
 from core import console, files, shell
 from core.errors import RecordingError, UsageError
-from ops.gpu import Gpu, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +27,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0
 """Okabe and Ito's, which also those tell apart who see few colours (jfly.uni-koeln.de/color)."""
 
 
-class Recorded(Sample, frozen=True):
+@dataclass(frozen=True, kw_only=True)
+class Recorded(Sample):
     """A line of a recording."""
 
     host: str
@@ -38,8 +39,8 @@ class Panel:
     """A value of every GPU over time, and the most that it can be (None: not told)."""
 
     title: str
-    value: Callable[[Gpu], float | None]
-    most: Callable[[Gpu], float | None]
+    value: Callable[[GpuState], float | None]
+    most: Callable[[GpuState], float | None]
 
 
 PANELS = (

@@ -13,77 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from agent.schema.live import Disk, Glance
 from core import console
 from core.errors import UsageError
 from deploy import flow, plan
-from deploy.facts import Facts
 from ops import fleet
-from ops.gpu import Gpu
 from ops.gpu import cells as gpu_cells
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from agent.schema.facts import Facts
+    from agent.schema.live import Live
     from deploy.connection import Agent
     from deploy.host import Target
     from deploy.plan import Shelf
 
 SECONDS = 10.0
 """How long hosts have to answer."""
-
-
-class Job(msgspec.Struct, frozen=True):
-    """A job that runs: its id, how many nodes it has, and when it was handed in (seconds since 1970)."""
-
-    id: str
-    nodes: int
-    since: float | None
-
-
-class Device(msgspec.Struct, frozen=True):
-    """What ComfyUI computes on: "cuda" or "cpu"."""
-
-    name: str
-    type: str
-
-
-class ComfyUI(msgspec.Struct, frozen=True):
-    """What ComfyUI says of itself: it `answers`, is `silent` (takes connections, says nothing) or `closed`."""
-
-    state: str
-    reason: str = ""
-    seconds: float = 0
-    version: str = ""
-    torch: str = ""
-    devices: tuple[Device, ...] = ()
-    running: tuple[Job, ...] = ()
-    pending: int = 0
-
-
-class Disk(msgspec.Struct, frozen=True):
-    """Room at a place, in bytes and inodes; `fault` says why it cannot be told."""
-
-    free: int = 0
-    total: int = 0
-    files_free: int | None = None
-    files: int | None = None
-    fault: str = ""
-
-
-class Live(msgspec.Struct, frozen=True):
-    """How a host is this moment (`agent/look/status.py`). Memory in bytes, by /proc/meminfo's names."""
-
-    time: float
-    uptime: float | None
-    comfyui: ComfyUI
-    memory: dict[str, int]
-    disks: dict[str, Disk]
-    gpus: tuple[Gpu, ...] = ()
-
-
-class _Said(msgspec.Struct, frozen=True):
-    facts: Facts
-    live: Live
 
 
 @dataclass(frozen=True)
@@ -115,7 +62,7 @@ def _one(agent: Agent, target: Target, shelves: dict[str, Shelf]) -> Status:
     key = repr(target.profile)
     stock = shelves.get(key) or shelves.setdefault(key, flow.shelf(target))
     packages = sorted({each for node in stock.nodes.values() for each in node.system})
-    said = msgspec.convert(agent.call("status", **flow.questions(target, packages)), _Said)
+    said = msgspec.convert(agent.call("status", **flow.questions(target, packages)), Glance)
     planned = plan.make(target, said.facts, stock, plan.Options())
     return judge(target, said.facts, said.live, planned)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from agent.schema.settings import Applied, State
 from core import config, console, files
 from core.errors import ConfigError, UnknownNameError, UsageError, near
 from deploy import flow
@@ -44,32 +45,6 @@ class Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"le
 
     settings: dict[str, Setting]
     left_out: dict[str, str]
-
-
-class Seen(msgspec.Struct, frozen=True):
-    """A place that a setting changes: how it is, how it shall be, and whether it can be written there."""
-
-    kind: str
-    place: str
-    now: Any
-    wanted: Any
-    writable: bool
-
-
-class Applied(msgspec.Struct, frozen=True):
-    """A change in force: what was there before, and what was set."""
-
-    kind: str
-    place: str
-    old: Any
-    new: Any
-
-
-class State(msgspec.Struct, frozen=True):
-    """What a host says of its settings, by name."""
-
-    applied: dict[str, tuple[Applied, ...]]
-    seen: dict[str, tuple[Seen, ...]]
 
 
 @functools.cache

@@ -106,9 +106,7 @@ class Cutover:
                 self.prepare()
                 self.enter("ended" if self.step["trial"] == "only" else "stopped")
             except (Fault, OSError):
-                if (
-                    self.record.get("was_active") and not self.manager.status()["active"]
-                ):  # an earlier attempt stopped it
+                if self.record.get("was_active") and not self.manager.status().active:  # an earlier attempt stopped it
                     retried(self.manager.start)
                 raise
             if self.record["phase"] == "ended":
@@ -141,15 +139,15 @@ class Cutover:
             what = f"{' and '.join(missing)} went away since the plan was made"
             raise Fault("step", what, "", "mount it there, then run the same command again")
         status = self.manager.status()
-        self.record = {"was_active": status["active"], "was_enabled": status["enabled"], **self.record}
+        self.record = {"was_active": status.active, "was_enabled": status.enabled, **self.record}
         if not self.record["tried"] and self.step["trial"] != "no":
             self.enter("trial")
-            self.try_out(status["active"])
+            self.try_out(status.active)
             self.record["tried"] = True
         if self.step["trial"] == "only":
             return
         self.enter("draining")
-        if status["active"]:  # else it is somebody else's ComfyUI that answers
+        if status.active:  # else it is somebody else's ComfyUI that answers
             drain(endpoint(self.site), self.step["drain"], self.step["force"], self.note)
         self.enter("snapshot", copied=False)
         remove(self.snapshot)

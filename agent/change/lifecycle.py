@@ -113,7 +113,7 @@ def restart(site: Site, step: Json, note: Callable[[str], None]) -> None:
 
 def await_jobs(site: Site, manager: Manager, step: Json, note: Callable[[str], None]) -> None:
     """Wait until ComfyUI has no job left, as the step says; raises Fault when it does not end in time."""
-    if manager.status()["active"]:  # else it is somebody else's ComfyUI that answers
+    if manager.status().active:  # else it is somebody else's ComfyUI that answers
         drain(endpoint(site), step["drain"], step["force"], note)
 
 

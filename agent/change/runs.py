@@ -264,7 +264,7 @@ def _end(site: Site, plan: Json, journal: Journal) -> None:
     """Tell how a run ended, once, and delete what it needed; the plan last, so that whoever is killed here goes on."""
     names = ("run", "who", "key", "action", "release", "base")
     asked: Json = {name: plan.get(name, "") for name in names}
-    line = {"at": now(), "result": plan["result"], **asked, "error": plan["fault"].get("what", "")}
+    line: Json = {"at": now(), "result": plan["result"], **asked, "error": plan["fault"].get("what", "")}
     (site.state / RESERVE).unlink(missing_ok=True)
     with suppress(OSError):  # a full disk must not keep the run from ending
         if not any(each.get("run") == plan["run"] for each in history(site)):

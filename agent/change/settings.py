@@ -27,6 +27,7 @@ from agent.change.lifecycle import await_answer, await_jobs
 from agent.files import Fault, Json, discard, run, write
 from agent.journal import Settings
 from agent.layout import Site
+from agent.schema.settings import Access, Applied, Node, Rule, Seen, State
 from agent.serve.services import UNITS, manager_of
 
 # --- kinds ---------------------------------------------------------------------------------------------------------
@@ -148,23 +149,26 @@ def _wanted(change: Json, now: Any) -> Any:
     return {"value": change.get("value"), "node": [gid, change.get("mode")], "unit": [True, True]}[kind]
 
 
-def seen(changes: list[Json]) -> list[Json]:
-    """How every place of some changes is now, how it shall be, and whether the kernel lets it be written."""
-    found: list[Json] = []
+def seen(changes: list[Json]) -> tuple[Seen, ...]:
+    """The state of every place of some changes."""
+    found: list[Seen] = []
     for change in changes:
         for place in _places(change):
             with suppress(OSError):
                 now = KINDS[change["kind"]][0](place)
                 may = change["kind"] != "value" or os.access(place, os.W_OK)
                 wanted = _wanted(change, now)
-                found.append({"kind": change["kind"], "place": place, "now": now, "wanted": wanted, "writable": may})
-    return found
+                found.append(Seen(change["kind"], place, now, wanted, may))
+    return tuple(found)
 
 
-def look(site: Site, request: Json) -> Json:
-    """What is in force, and how the places of some settings (`changes`, by name) are now."""
-    record = Settings(site).in_force()
-    return {"applied": record, "seen": {name: seen(changes) for name, changes in request["changes"].items()}}
+def look(site: Site, request: Json) -> State:
+    """The changes in force, and the state of the places of some settings (`changes`, by name)."""
+    applied = {
+        name: tuple(Applied(each["kind"], each["place"], each["old"], each["new"]) for each in listed)
+        for name, listed in Settings(site).in_force().items()
+    }
+    return State(applied, {name: seen(changes) for name, changes in request["changes"].items()})
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------
@@ -256,28 +260,17 @@ def _stop(site: Site, step: Json, note: Callable[[str], None]) -> None:
 # --- who may use the GPU -------------------------------------------------------------------------------------------
 
 
-def access(site: Site, request: Json) -> Json:
-    """The GPU's devices with owner, group and mode, who of `users` may use each, and what decides about them.
-
-    `driver` are the driver's parameters for the nodes that it makes (/proc/driver/nvidia/params), `rules` the udev
-    rules that name such devices.
-    """
+def access(site: Site, request: Json) -> Access:
+    """The GPU's device files, which of `users` may use each, and the settings that decide about that."""
     people = {name: _groups(name) for name in request["users"]}
-    nodes = []
+    nodes: list[Node] = []
     for place in [*_glob("/dev/nvidia*"), *_glob("/dev/dri/render*")]:
         status = Path(place).stat()
         if not stat.S_ISCHR(status.st_mode):
             continue
         group = _group(status.st_gid)
-        nodes.append(
-            {
-                "place": place,
-                "mode": stat.S_IMODE(status.st_mode),
-                "owner": _user(status.st_uid),
-                "group": group,
-                "denied": [name for name, groups in people.items() if not _may(status, name, groups)],
-            }
-        )
+        denied = tuple(name for name, groups in people.items() if not _may(status, name, groups))
+        nodes.append(Node(place, stat.S_IMODE(status.st_mode), _user(status.st_uid), group, denied))
     params = {}
     with suppress(OSError):
         lines = Path("/proc/driver/nvidia/params").read_text().splitlines()
@@ -285,29 +278,29 @@ def access(site: Site, request: Json) -> Json:
         params = {
             name: value for name, _, value in split if name.startswith("DeviceFile") or name == "ModifyDeviceFiles"
         }
-    rules: list[Json] = []
+    rules: list[Rule] = []
     for folder in ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/lib/udev/rules.d", "/lib/udev/rules.d"):
-        if Path(folder).resolve() in {Path(each["file"]).parent for each in rules}:
+        if Path(folder).resolve() in {Path(each.file).parent for each in rules}:
             continue  # /lib is /usr/lib
         for path in sorted(Path(folder).resolve().glob("*.rules")):
             rules += [
-                {"file": str(path), "rule": line.strip()[:200]}
+                Rule(str(path), line.strip()[:200])
                 for line in path.read_text(errors="replace").splitlines()
                 if not line.lstrip().startswith("#") and re.search(r"nvidia|renderD|0x10de", line)
             ]
-    return {"nodes": nodes, "driver": params, "rules": rules, "users": people}
+    return Access(tuple(nodes), params, tuple(rules), people)
 
 
-def _groups(user: str) -> list[str] | None:
+def _groups(user: str) -> tuple[str, ...] | None:
     """The groups of a user; None when there is no such user."""
     try:
         entry = pwd.getpwnam(user)
     except KeyError:
         return None
-    return sorted(_group(each) for each in os.getgrouplist(user, entry.pw_gid))
+    return tuple(sorted(_group(each) for each in os.getgrouplist(user, entry.pw_gid)))
 
 
-def _may(status: os.stat_result, user: str, groups: list[str] | None) -> bool:
+def _may(status: os.stat_result, user: str, groups: tuple[str, ...] | None) -> bool:
     """Whether a user may read and write a device: its mode says so (an access list is not looked at)."""
     if groups is None:
         return False

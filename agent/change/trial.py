@@ -38,6 +38,7 @@ from agent.files import (
 from agent.layout import DATA, Site
 from agent.look.gpu import gpus
 from agent.parts import as_service, forsake_root
+from agent.schema.facts import Service
 from agent.serve.health import prove, say_changed_types
 from agent.serve.services import (
     Manager,
@@ -209,10 +210,13 @@ class Trial:
         self.stop()
         Sweep(CLEAR_SECONDS).delete(self.room)
 
-    def status(self) -> Json:
-        """Whether it runs."""
+    def status(self) -> Service:
+        """Its state; it is never restarted."""
         code = self.child.poll() if self.child else None
-        return {"active": self.child and code is None, "state": f"it ended with {code}", "restarts": 0}
+        active = self.child is not None and code is None
+        return Service(
+            active=active, state=f"it ended with {code}", enabled=False, linked=True, restarts=0, since="", pid=0
+        )
 
     def log(self, lines: int) -> list[str]:
         """Its last lines."""
@@ -272,8 +276,8 @@ class SystemdTrial(Trial):
             run([*self.unit.ctl, "daemon-reload"])
             subprocess.run([*self.unit.ctl, "reset-failed", self.unit.unit], capture_output=True)
 
-    def status(self) -> Json:
-        """Whether it runs."""
+    def status(self) -> Service:
+        """Its state."""
         return self.unit.status()
 
     def log(self, lines: int) -> list[str]:

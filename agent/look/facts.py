@@ -17,16 +17,18 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from agent.files import DATABASE, Fault, Json, inside, mounts, read, read_some, read_text, regular, write
 from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
 from agent.layout import DATA, SHARED, SHARING, UNUSED, Site, shared
 from agent.look.gpu import process
 from agent.parts import as_service, faults_of, forked
+from agent.schema.facts import Ended, Facts, Gpu, Holder, MountState, Paused, Place, Report, Service
+from agent.schema.live import GpuState
 from agent.serve.confine import abi as landlock
 from agent.serve.secret import secrets
 from agent.serve.services import UNITS, Supervised, Systemd, login, manager_of, rooted, user_systemd
@@ -37,17 +39,18 @@ SIGNERS = Path("/etc/hearth/allowed_signers")
 """Who may sign bundles for this host (ssh-keygen(1), ALLOWED SIGNERS). Without it, a bundle may be unsigned."""
 
 
-def facts(site: Site, ask: Json, devices: list[Json], verified: float = 0) -> Json:
+def facts(site: Site, ask: Json, devices: Sequence[GpuState], verified: float = 0) -> Facts:
     """What this host is now. `ask` names the Python versions, mounts, folders and Debian packages to look for.
 
     `devices` are its GPUs (`ours`). Parts that were found whole within the last `verified` seconds are not looked at
     again. Waits for a folder that does
     not answer: see `answering` first.
     """
+    current, fault = "", Report()
     try:
-        current, fault = site.release(), {}
+        current = site.release()
     except Fault as error:
-        current, fault = "", error.report
+        fault = cast("Report", error.report)
     manifests = [read(path, lenient=True) for path in sorted(site.releases.glob("*/release.json"))]
     parts = _parts(site, verified)
     place = next(path for path in [site.prefix, *site.prefix.parents] if path.exists())
@@ -56,66 +59,68 @@ def facts(site: Site, ask: Json, devices: list[Json], verified: float = 0) -> Js
     here = site.scope == "user" or Path("/run/systemd/system").is_dir()
     manager = manager_of(site)
     runs = history(site)
-    return {
-        "hostname": socket.gethostname(),
-        "os": f"{os_release.get('ID', 'linux')} {os_release.get('VERSION_ID', '')}".strip(),
-        "machine": platform.machine(),
-        "kernel": platform.release(),
-        "glibc": (os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
-        "pythons": _pythons(site, ask["pythons"]),
-        **_nvidia(devices),
-        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "cores": os.cpu_count() or 1,
-        "login": login(),
-        "root": os.geteuid() == 0,
-        "prefix": str(site.prefix),
-        "writable": os.access(place, os.W_OK),
-        "disk_free": disk.f_bavail * disk.f_frsize,
+    gpus, driver = _nvidia(devices)
+    return Facts(
+        hostname=socket.gethostname(),
+        os=f"{os_release.get('ID', 'linux')} {os_release.get('VERSION_ID', '')}".strip(),
+        machine=platform.machine(),
+        kernel=platform.release(),
+        glibc=(os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
+        pythons=_pythons(site, ask["pythons"]),
+        gpus=gpus,
+        driver=driver,
+        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        cores=os.cpu_count() or 1,
+        login=login(),
+        root=os.geteuid() == 0,
+        prefix=str(site.prefix),
+        writable=os.access(place, os.W_OK),
+        disk_free=disk.f_bavail * disk.f_frsize,
         # Some file systems make inodes as they go, and say 0 of 0.
-        "inodes_free": disk.f_favail if disk.f_files else None,
-        "mounts": {path: _mount(site, path, wanted) for path, wanted in ask["mounts"].items()},
-        "places": {path: _place(site, Path(path), use) for path, use in ask["places"].items()} | _traps(site),
-        "data_free": {str(path): _free(path) for path in (site.data, *map(Path, site.elsewhere.values()))},
-        "packages": _packages(ask["packages"]),
-        "port_holder": port_holder(site.port),
-        "metrics_holder": port_holder(ask["metrics_port"]) if ask["metrics_port"] else {},
-        "foreign_unit": manager.foreign() if here and isinstance(manager, Systemd) else "",
-        "adopted": Adopted(site).path.exists(),
-        "settings": sorted(Settings(site).in_force()),
-        "paused": read(site.paused),
-        "placed": list(map(str, Systemd(site).placed())),
-        "drop_ins": list(map(str, sorted(Systemd(site).units.glob(f"{site.service}*.service.d")))),
-        "lingered": site.lingered.exists(),
+        inodes_free=disk.f_favail if disk.f_files else None,
+        mounts={path: _mount(site, path, wanted) for path, wanted in ask["mounts"].items()},
+        places={path: _place(site, Path(path), use) for path, use in ask["places"].items()} | _traps(site),
+        data_free={str(path): _free(path) for path in (site.data, *map(Path, site.elsewhere.values()))},
+        packages=_packages(ask["packages"]),
+        port_holder=port_holder(site.port),
+        metrics_holder=port_holder(ask["metrics_port"]) if ask["metrics_port"] else {},
+        foreign_unit=manager.foreign() if here and isinstance(manager, Systemd) else "",
+        adopted=Adopted(site).path.exists(),
+        settings=tuple(sorted(Settings(site).in_force())),
+        paused=cast("Paused", read(site.paused)),
+        placed=tuple(map(str, Systemd(site).placed())),
+        drop_ins=tuple(map(str, sorted(Systemd(site).units.glob(f"{site.service}*.service.d")))),
+        lingered=site.lingered.exists(),
         # one that cannot be read lists nobody
-        "signers": read_text(SIGNERS) if os.path.lexists(SIGNERS) else None,
-        "place": _prefix(site),
-        "user": _user_exists(site.user),
-        "exporter_user": _user_exists(site.exporter),
-        "user_fault": _foreign_account(site),
-        "members": _members(site),
-        "shared": _shares(site),
-        "unused": _unused(site),
-        "landlock": landlock(),
-        "secrets": secrets(site),
-        "rights": _rights(site),
-        "manager": manager.name if here else "none",
-        "lingers": manager.name != "process" or not user_systemd() or Supervised(site).enabled.exists(),
-        "current": current,
-        "current_fault": fault,
-        "releases": [each for each in manifests if each],
-        "altered": [each["id"] for each in manifests if each and altered(site, each)],
-        "proven": _proven(site, runs),
-        "failed_nodes": read(site.releases / current / "proven", lenient=True).get("failed_nodes", {}),
+        signers=read_text(SIGNERS) if os.path.lexists(SIGNERS) else None,
+        place=_prefix(site),
+        user=_user_exists(site.user),
+        exporter_user=_user_exists(site.exporter),
+        user_fault=_foreign_account(site),
+        members=_members(site),
+        shared=_shares(site),
+        unused=tuple(_unused(site)),
+        landlock=landlock(),
+        secrets=secrets(site),
+        rights=_rights(site),
+        manager=manager.name if here else "none",
+        lingers=manager.name != "process" or not user_systemd() or Supervised(site).enabled.exists(),
+        current=current,
+        current_fault=fault,
+        releases=tuple(each for each in manifests if each),
+        altered=tuple(each["id"] for each in manifests if each and altered(site, each)),
+        proven=tuple(_proven(site, runs)),
+        failed_nodes=read(site.releases / current / "proven", lenient=True).get("failed_nodes", {}),
         # ComfyUI deletes that one when it ends, and makes it when it starts
-        "data": all(os.path.lexists(site.data / name) for name in DATA if name != "temp"),
-        "service": manager.status() if here and site.state.exists() else dict(_NO_SERVICE),
-        "incoming": {path.name: path.stat().st_size for path in site.incoming.glob("*") if path.is_file()},
-        "tools": sorted(path.name for path in (site.state / "tools").glob("[!.]*")),
-        "busy": busy(site),
-        "last": last(runs),
-        "deployed": last(runs, *DEPLOYS),
-        "parts": parts(),
-    }
+        data=all(os.path.lexists(site.data / name) for name in DATA if name != "temp"),
+        service=manager.status() if here and site.state.exists() else _NO_SERVICE,
+        incoming={path.name: path.stat().st_size for path in site.incoming.glob("*") if path.is_file()},
+        tools=tuple(sorted(path.name for path in (site.state / "tools").glob("[!.]*"))),
+        busy=busy(site),
+        last=last(runs),
+        deployed=last(runs, *DEPLOYS),
+        parts=parts(),
+    )
 
 
 STALE, PATIENT = 2.0, 15.0
@@ -161,7 +166,7 @@ def _parts(site: Site, verified: float) -> Callable[[], dict[str, str]]:
     return answer
 
 
-def _proven(site: Site, runs: list[Json]) -> list[str]:
+def _proven(site: Site, runs: list[Ended]) -> list[str]:
     """The releases that passed the health gate, by when they were last put in service, the latest first.
 
     The history is appended to, so its order is right whatever the clock was. What it does not name comes last.
@@ -190,7 +195,7 @@ OWN = ("current", "parts", "releases", "secrets", "state")
 """All that Hearth makes in its prefix, but the data."""
 
 
-def _prefix(site: Site) -> Json:
+def _prefix(site: Site) -> Place:
     """What the prefix is and what lies in it: as much as must be known before anything there is deleted."""
     prefix, real = site.prefix, os.path.realpath(site.prefix)
     names: list[str] = []
@@ -202,23 +207,25 @@ def _prefix(site: Site) -> Json:
     data = (site.data, *(site.data / name for name in DATA))
     deployed = read(site.state / "site.json", lenient=True)
     traces = [*site.state.glob("runs/*.jsonl"), *site.releases.glob("*/release.json")]
-    return {
-        "real": real,
-        "link": prefix.is_symlink(),
-        "mount": os.path.ismount(prefix),
-        "homes": sorted(entry.pw_name for entry in pwd.getpwall() if _holds(Path(real), Path(entry.pw_dir), site.data)),
-        "own": own,
-        "others": [name for name in names if name not in (*own, "data")],
-        "data": os.path.lexists(site.data) and _deletable(f"{real}/data", points),
-        "crossings": [name for name in own if name != "current" and (prefix / name).is_symlink()],
-        "mounts": points,
-        "links": {str(path): target for path in data if (target := _target(path))},
-        "service": str(deployed.get("service", "")),
-        "scope": str(deployed.get("scope", "")),
-        "user": _owner(site, str(deployed.get("user", ""))),
-        "elsewhere": _elsewhere(site),
-        "ours": bool(deployed or traces),
-    }
+    return Place(
+        real=real,
+        link=prefix.is_symlink(),
+        mount=os.path.ismount(prefix),
+        homes=tuple(
+            sorted(entry.pw_name for entry in pwd.getpwall() if _holds(Path(real), Path(entry.pw_dir), site.data))
+        ),
+        own=tuple(own),
+        others=tuple(name for name in names if name not in (*own, "data")),
+        data=os.path.lexists(site.data) and _deletable(f"{real}/data", points),
+        crossings=tuple(name for name in own if name != "current" and (prefix / name).is_symlink()),
+        mounts=tuple(points),
+        links={str(path): target for path in data if (target := _target(path))},
+        service=str(deployed.get("service", "")),
+        scope=str(deployed.get("scope", "")),
+        user=_owner(site, str(deployed.get("user", ""))),
+        elsewhere=_elsewhere(site),
+        ours=bool(deployed or traces),
+    )
 
 
 def _target(path: Path) -> str:
@@ -263,16 +270,7 @@ def _holds(folder: Path, home: Path, data: Path) -> bool:
     return home != data and (same or folder in (home, *home.parents))
 
 
-_NO_SERVICE = {
-    "active": False,
-    "waits": False,
-    "state": "absent",
-    "enabled": False,
-    "linked": False,
-    "restarts": 0,
-    "since": "",
-    "pid": 0,
-}
+_NO_SERVICE = Service(active=False, state="absent", enabled=False, linked=False, restarts=0, since="", pid=0)
 
 
 def _os_release() -> dict[str, str]:
@@ -301,10 +299,10 @@ def _foreign_account(site: Site) -> str:
     return ""
 
 
-def _members(site: Site) -> list[str] | None:
+def _members(site: Site) -> tuple[str, ...] | None:
     """Who is in the members' group; None when that is not there, or people are in the service's own group."""
     groups = {each.gr_name: each.gr_mem for each in grp.getgrall()} if site.user else {"": []}
-    return None if site.group not in groups or groups.get(site.user) else sorted(groups[site.group])
+    return None if site.group not in groups or groups.get(site.user) else tuple(sorted(groups[site.group]))
 
 
 def _shares(site: Site) -> bool:
@@ -327,29 +325,28 @@ def _unused(site: Site) -> list[str]:
     return sorted(_looked(site, look, lambda error: [str(error)]))
 
 
-def _mount(site: Site, path: str, wanted: Json) -> Json:
-    """A mount point: what is mounted there, our own unit for it, and why what is wanted could not be mounted."""
-    found = {"mounted": os.path.ismount(path), "source": "", "unit": "", "fault": "", "remedy": ""}
-    found["source"] = next((each["what"] for each in reversed(mounts()) if each["point"] == path), "")
-    with suppress(OSError):
-        found["unit"] = (UNITS / site.mounts[path]).read_text()
-    what, kind = wanted["what"], wanted["type"]
-    if not what or found["mounted"]:
-        return found
+def _mount(site: Site, path: str, wanted: Json) -> MountState:
+    """The state of a mount point."""
+    mounted = os.path.ismount(path)
+    source = next((each["what"] for each in reversed(mounts()) if each["point"] == path), "")
+    unit = read_text(UNITS / site.mounts[path])
+    fault, remedy = _unmountable(path, wanted["what"], wanted["type"]) if wanted["what"] and not mounted else ("", "")
+    return MountState(mounted, source, unit, fault, remedy)
+
+
+def _unmountable(path: str, what: str, kind: str) -> tuple[str, str]:
+    """Why a file system cannot be mounted at a path, with the remedy; empty when it can."""
     if what.startswith("/dev/mapper/") and not Path(what).exists():
-        found["fault"] = "this encrypted or logical volume is not open"
-        found["remedy"] = (
-            f"on the host: cryptsetup open DEVICE {shlex.quote(Path(what).name)} (or vgchange -ay); it is mounted then"
-        )
-    elif what.startswith("/") and not Path(what).exists():
-        found["fault"], found["remedy"] = "the host has no such device", "connect it, or correct `what`"
-    elif kind.startswith(("nfs", "cifs")) and not shutil.which(f"mount.{kind}", path="/sbin:/usr/sbin"):
+        opening = f"on the host: cryptsetup open DEVICE {shlex.quote(Path(what).name)} (or vgchange -ay)"
+        return "this encrypted or logical volume is not open", f"{opening}; it is mounted then"
+    if what.startswith("/") and not Path(what).exists():
+        return "the host has no such device", "connect it, or correct `what`"
+    if kind.startswith(("nfs", "cifs")) and not shutil.which(f"mount.{kind}", path="/sbin:/usr/sbin"):
         package = "nfs-common" if kind.startswith("nfs") else "cifs-utils"
-        found["fault"], found["remedy"] = f"the host has no mount.{kind}", f"on the host: apt-get install {package}"
-    elif Path(path).is_dir() and any(os.scandir(path)):
-        found["fault"] = "there are files in the folder itself, which the mount would hide"
-        found["remedy"] = f"move them away first: ls {shlex.quote(path)}"
-    return found
+        return f"the host has no mount.{kind}", f"on the host: apt-get install {package}"
+    if Path(path).is_dir() and any(os.scandir(path)):
+        return "the folder contains files, which the mount would hide", f"move them away first: ls {shlex.quote(path)}"
+    return "", ""
 
 
 def _place(site: Site, path: Path, use: str) -> str:
@@ -465,41 +462,40 @@ def _packages(wanted: list[str]) -> dict[str, bool]:
     return {name: f"{name} installed" in shown for name in wanted}
 
 
-def _nvidia(found: list[Json]) -> Json:
-    """What a deploy needs of these NVIDIA GPUs, and their driver's version.
+def _nvidia(found: Sequence[GpuState]) -> tuple[tuple[Gpu, ...], str]:
+    """The GPUs to deploy to, and the driver's version.
 
-    Memory in bytes, None for a GPU that shares the machine's. A GPU that does not tell its capability (it fell
-    off the bus) is none to deploy to.
+    A GPU that does not report its compute capability (it fell off the bus) is left out.
     """
     if not found:
-        return {"gpus": _nvidia_smi(), "driver": _driver()}
-    named = [
-        {
-            "name": gpu["name"] or "NVIDIA GPU",
-            "capability": gpu["capability"],
-            "memory": None if gpu["unified"] else gpu["memory_total"],
-            "unified": gpu["unified"],
-            "processes": gpu["processes"],
-        }
+        return _nvidia_smi(), _driver()
+    named = (
+        Gpu(
+            gpu.name or "NVIDIA GPU",
+            gpu.capability,
+            None if gpu.unified else gpu.memory_total,
+            gpu.unified,
+            gpu.processes,
+        )
         for gpu in found
-        if gpu["capability"]
-    ]
-    return {"gpus": named, "driver": found[0]["driver"] or _driver()}
+        if gpu.capability
+    )
+    return tuple(named), found[0].driver or _driver()
 
 
-def _nvidia_smi() -> list[Json]:
-    """The GPUs where NVML cannot be loaded here, but the driver's own program finds it (Nix, some containers)."""
+def _nvidia_smi() -> tuple[Gpu, ...]:
+    """The GPUs as nvidia-smi lists them: it may find a driver whose library cannot be loaded here (Nix, containers)."""
     if not shutil.which("nvidia-smi"):
-        return []
+        return ()
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True)
-    found: list[Json] = []
+    found: list[Gpu] = []
     for line in done.stdout.splitlines() if done.returncode == 0 else []:
         name, capability, memory = (cell.strip() for cell in line.split(","))
         unified = not memory.isdecimal()  # GB10 answers [N/A]
         total = None if unified else int(memory) << 20
-        found.append({"name": name, "capability": capability, "memory": total, "unified": unified})
-    return found
+        found.append(Gpu(name, capability, total, unified))
+    return tuple(found)
 
 
 def _driver() -> str:
@@ -514,7 +510,7 @@ HOLDER_SECONDS = 3.0
 """For finding who listens on a port: whoever has millions of descriptors must not keep anybody waiting."""
 
 
-def port_holder(port: int) -> Json:
+def port_holder(port: int) -> Holder:
     """Who listens on a port: pid, name and systemd's unit; empty when nobody does.
 
     Pid 0 is one that this user may not see, -1 one that was not found in time.

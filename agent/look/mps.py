@@ -8,72 +8,68 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from agent.files import Fault, Json, read_some, read_text, run
+from agent.files import Fault, read_some, read_text, run
 from agent.journal import Settings
 from agent.layout import Site
 from agent.look.gpu import process
+from agent.schema.live import Mps, MpsClient, MpsServer
 from agent.serve.sandbox import sandboxed
 from agent.serve.services import UNITS, manager_of
 
 CONTROL = "nvidia-cuda-mps-control"
 
 
-def mps(site: Site) -> Json:
-    """Whether Hearth turned MPS on here, how its daemon is, its servers with their clients, and what ComfyUI sees.
-
-    `fault` says why the daemon did not answer. `limits` are the unit's; `percent` is what the daemon says of it.
-    `service_pid` is ComfyUI's (0: it does not run), `service_knows` whether it was started with the daemon's folder.
-    """
+def mps(site: Site) -> Mps:
+    """The state of MPS, its servers and their clients."""
     unit = f"{site.service}-mps.service"
     pipes = f"/run/{site.service}-mps"
-    control = shutil.which(CONTROL) or ""
     here = Path("/run/systemd/system").is_dir() and site.scope == "system"
-    pid = manager_of(site).status()["pid"] if here and site.state.exists() else 0
-    found: Json = {
-        "on": "mps" in Settings(site).in_force(),
-        "control": control,
-        "state": "",
-        "restarts": 0,
-        "limits": dict(
-            re.findall(
-                r"^Environment=(CUDA_MPS_[A-Z_]*(?:PERCENTAGE|LIMIT))=(\S+)$", read_text(UNITS / unit), re.MULTILINE
-            )
-        ),
-        "percent": "",
-        "servers": [],
-        "fault": "",
-        "service_pid": pid,
-        "service_knows": f"CUDA_MPS_PIPE_DIRECTORY={pipes}".encode() in _environment(pid),
-    }
-    if not (here and found["on"]):
+    pid = manager_of(site).status().pid if here and site.state.exists() else 0
+    limits = r"^Environment=(CUDA_MPS_[A-Z_]*(?:PERCENTAGE|LIMIT))=(\S+)$"
+    found = Mps(
+        on="mps" in Settings(site).in_force(),
+        control=shutil.which(CONTROL) or "",
+        limits=dict(re.findall(limits, read_text(UNITS / unit), re.MULTILINE)),
+        service_pid=pid,
+        service_knows=f"CUDA_MPS_PIPE_DIRECTORY={pipes}".encode() in _environment(pid),
+    )
+    if not (here and found.on):
         return found
     shown = run(["systemctl", "show", unit, "--property=ActiveState,SubState,NRestarts"])
     values = dict(line.partition("=")[::2] for line in shown.splitlines())
-    found["state"] = f"{values['ActiveState']} ({values['SubState']})"
-    found["restarts"] = int(values["NRestarts"])
-    if values["ActiveState"] == "active":
-        try:
-            _ask_all(found, control, pipes, site)
-        except Fault as fault:
-            found["fault"] = f"{fault}: {fault.report['cause']}"
-    return found
+    state = f"{values['ActiveState']} ({values['SubState']})"
+    found = replace(found, state=state, restarts=int(values["NRestarts"]))
+    if values["ActiveState"] != "active":
+        return found
+    try:
+        percent, servers = _ask_all(found.control, pipes, site)
+    except Fault as fault:
+        return replace(found, fault=f"{fault}: {fault.report['cause']}")
+    return replace(found, percent=percent, servers=servers)
 
 
 def _environment(pid: int) -> list[bytes]:
     return read_some(Path(f"/proc/{pid}/environ")).split(b"\0") if pid else []
 
 
-def _ask_all(found: Json, control: str, pipes: str, site: Site) -> None:
+def _ask_all(control: str, pipes: str, site: Site) -> tuple[str, tuple[MpsServer, ...]]:
+    """The default thread percentage, and the servers; raises Fault."""
+
     def ask(command: str) -> list[str]:
         return _said(control, command, pipes, site)
 
-    found["percent"] = " ".join(ask("get_default_active_thread_percentage"))
+    percent = " ".join(ask("get_default_active_thread_percentage"))
+    servers: list[MpsServer] = []
     for server in _numbers(ask("get_server_list"))[:SERVERS]:
-        clients = [process(each) for each in _numbers(ask(f"get_client_list {server}"))[:CLIENTS]]
+        found = [process(each) for each in _numbers(ask(f"get_client_list {server}"))[:CLIENTS]]
         state = " ".join(ask(f"get_server_status {server}"))
-        found["servers"].append({"pid": server, "state": state, "clients": clients})
+        servers.append(
+            MpsServer(server, state, tuple(MpsClient(each["pid"], each["name"], each["user"]) for each in found))
+        )
+    return percent, tuple(servers)
 
 
 def _numbers(lines: list[str]) -> list[int]:

@@ -17,6 +17,8 @@ from agent.look.facts import STALE, answering
 from agent.look.mps import mps
 from agent.look.status import glance
 from agent.parts import as_service, forked
+from agent.schema.decode import decode
+from agent.schema.live import Containers, Kernel, Mps, Probe, Probed
 from agent.serve.sandbox import sandboxed
 from agent.serve.services import Manager, Systemd, manager_of
 
@@ -24,29 +26,28 @@ LINES = 2000
 """So much of the service's log is looked at: a start with many nodes, and the last failure, are in it."""
 
 
-def probe(site: Site, request: Json) -> Json:
-    """All that the doctor's checks need."""
+def probe(site: Site, request: Json) -> Probed:
+    """All that the doctor's checks need. What takes long runs in processes of its own meanwhile."""
     answering(site, request, STALE)
     manager = manager_of(site)
-    begun = {
-        "access": forked(_access, site, request["roots"]),
-        "kernel": forked(_kernel, site),
-        "log": forked(_log, site),
-        "containers": forked(_containers),
-        "mps": forked(mps, site),
-    }
+    access, log = forked(_access, site, request["roots"]), forked(_log, site)
+    kernel, containers, of_mps = forked(_kernel, site), forked(_containers), forked(mps, site)
     seen = glance(site, request)
-    told: Json = {
-        **seen,
-        "result": _result(manager),
-        "oom_kills": _oom_kills(manager),
-        "synchronized": _synchronized(),
-        "compiler": shutil.which("cc") or shutil.which("gcc") or "",
-        "headers": _headers(site),
-        "installed": _installed(site, ("torch", "torchvision", "torchaudio")),
-        "torch": _torch(site) if site.current.exists() and seen["live"]["comfyui"]["state"] != "answers" else {},
-    }
-    return told | {name: answer() for name, answer in begun.items()}
+    found = Probe(
+        result=_result(manager),
+        oom_kills=_oom_kills(manager),
+        synchronized=_synchronized(),
+        compiler=shutil.which("cc") or shutil.which("gcc") or "",
+        headers=_headers(site),
+        installed=_installed(site, ("torch", "torchvision", "torchaudio")),
+        torch=_torch(site) if site.current.exists() and seen.live.comfyui.state != "answers" else {},
+        access=access(),
+        log=tuple((at, line) for at, line in log()),
+        kernel=decode(Kernel, kernel()),
+        containers=decode(Containers, containers()),
+        mps=decode(Mps, of_mps()),
+    )
+    return Probed(seen.facts, seen.live, found)
 
 
 def _access(site: Site, roots: list[str]) -> dict[str, str]:
@@ -76,7 +77,7 @@ def _known(site: Site) -> bool:
     return False
 
 
-def _kernel(site: Site) -> Json:
+def _kernel(site: Site) -> Kernel:
     """What the kernel said in a week of processes killed for memory, and of faults of the GPU (Xid)."""
     pattern = r"Out of memory: Killed|oom-kill|NVRM: Xid|Memory cgroup out of memory"
     words = ["journalctl", "--dmesg", "--boot=all", "--since=-7d", "--no-pager", "--output=short-iso", "--quiet"]
@@ -85,8 +86,8 @@ def _kernel(site: Site) -> Json:
             done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=5)
             if done.returncode == 0 and done.stdout:
                 lines = [line for line in done.stdout.splitlines() if re.search(pattern, line)]
-                return {"readable": True, "lines": lines[-20:]}
-    return {"readable": False, "lines": []}
+                return Kernel(True, tuple(lines[-20:]))
+    return Kernel(False, ())
 
 
 def _log(site: Site) -> list[list[Any]]:
@@ -162,7 +163,7 @@ def _torch(site: Site) -> Json:
         return {"fault": str(error)}
 
 
-def _containers() -> Json:
+def _containers() -> Containers:
     """Which container engines are there, NVIDIA's toolkit, and whether the GPU is described for them (CDI)."""
     toolkit = ""
     devices: list[str] = []
@@ -171,10 +172,10 @@ def _containers() -> Json:
             toolkit = (re.findall(r"version (\S+)", run([program, "--version"], timeout=5)) or ["?"])[0]
         with suppress(OSError, Fault):
             devices = re.findall(r"nvidia\.com/gpu=\S+", run([program, "cdi", "list"], timeout=5))
-    return {
-        "engines": [name for name in ("docker", "podman") if shutil.which(name)],
-        "toolkit": toolkit,
-        "devices": devices,
-        "refresh": Path("/etc/systemd/system/nvidia-cdi-refresh.service").exists()
-        or Path("/usr/lib/systemd/system/nvidia-cdi-refresh.service").exists(),
-    }
+    units = (Path(each, "systemd/system/nvidia-cdi-refresh.service") for each in ("/etc", "/usr/lib"))
+    return Containers(
+        engines=tuple(name for name in ("docker", "podman") if shutil.which(name)),
+        toolkit=toolkit,
+        devices=tuple(devices),
+        refresh=any(each.exists() for each in units),
+    )

@@ -15,13 +15,14 @@ from agent.files import LINE, LOG_BYTES, Fault, Json, remove, write
 from agent.journal import now
 from agent.layout import PROOF, Site
 from agent.parts import as_service
+from agent.schema.facts import Service
 
 
 class Process(Protocol):
     """Whatever runs a ComfyUI: a service manager, or the trial of a release."""
 
-    def status(self) -> Json:
-        """`active`, `state` in words, and the number of `restarts`."""
+    def status(self) -> Service:
+        """Its state."""
 
     def log(self, lines: int) -> list[str]:
         """The last lines of its present or last run."""
@@ -221,7 +222,7 @@ def say_changed_types(old: Json, new: Json, note: Callable[[str], None]) -> None
 def first_answer(place: Endpoint, process: Process, seconds: float) -> Json:
     """The first `/system_stats`; raises Fault when the process dies or the time is over."""
     end = time.monotonic() + seconds
-    restarts = process.status()["restarts"]
+    restarts = process.status().restarts
     answer = "nothing yet"
     while True:
         try:
@@ -231,10 +232,10 @@ def first_answer(place: Endpoint, process: Process, seconds: float) -> Json:
         except OSError:
             pass
         status = process.status()
-        if not status["active"] or status["restarts"] > restarts:
-            raise Fault("gate", "ComfyUI died while it started", status["state"])
+        if not status.active or status.restarts > restarts:
+            raise Fault("gate", "ComfyUI died while it started", status.state)
         if time.monotonic() > end:
-            why = f"{status['state']}; the last answer at port {place.port}: {answer}"
+            why = f"{status.state}; the last answer at port {place.port}: {answer}"
             raise Fault("gate", f"ComfyUI does not answer after {seconds:.0f} s", why)
         time.sleep(0.25)
 
@@ -263,8 +264,8 @@ def _picture(
         while not (done := answer(f"/history/{prompt}").get(prompt)):
             if time.monotonic() - started > WORKFLOW_SECONDS:
                 raise Fault("gate", f"the {turn} workflow without models does not end within {WORKFLOW_SECONDS} s")
-            if not process.status()["active"]:
-                raise Fault("gate", f"ComfyUI died during the {turn} workflow", process.status()["state"])
+            if not process.status().active:
+                raise Fault("gate", f"ComfyUI died during the {turn} workflow", process.status().state)
             time.sleep(0.1)
         (image,) = done["outputs"]["2"]["images"]
         raw = answer(f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}")

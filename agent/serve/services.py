@@ -37,6 +37,8 @@ from agent.files import (
 )
 from agent.journal import now
 from agent.layout import Site
+from agent.schema.facts import Process, Service
+from agent.schema.live import GpuState
 
 UNITS = Path("/etc/systemd/system")
 
@@ -71,23 +73,23 @@ class Systemd:
     def _wants(self, unit: str) -> Path:
         return self.units / f"{self.target}.wants" / unit
 
-    def status(self) -> Json:
-        """How the service is: running or about to, enabled, restarts, since when."""
+    def status(self) -> Service:
+        """The state of the service."""
         values = self._shown(self.unit, "ActiveState,SubState,NRestarts,ActiveEnterTimestamp,MainPID")
         died = values.get("SubState") == "auto-restart"  # it is "activating", too
         active = values.get("ActiveState") in ("active", "activating", "reloading") and not died
         stored = os.path.lexists(self.units / self.storage)
         storage = self._shown(self.storage, "ActiveState").get("ActiveState") if stored else ""
-        return {
-            "active": active,
-            "waits": not active and (died or storage in ("active", "activating")),
-            "state": f"{values.get('ActiveState')} ({values.get('SubState')})",
-            "enabled": self._wants(self.unit).is_symlink(),
-            "linked": self._linked(),
-            "restarts": int(values.get("NRestarts") or 0),
-            "since": values.get("ActiveEnterTimestamp", ""),
-            "pid": int(values.get("MainPID") or 0),
-        }
+        return Service(
+            active=active,
+            waits=not active and (died or storage in ("active", "activating")),
+            state=f"{values.get('ActiveState')} ({values.get('SubState')})",
+            enabled=self._wants(self.unit).is_symlink(),
+            linked=self._linked(),
+            restarts=int(values.get("NRestarts") or 0),
+            since=values.get("ActiveEnterTimestamp", ""),
+            pid=int(values.get("MainPID") or 0),
+        )
 
     def _shown(self, unit: str, fields: str) -> dict[str, str]:
         lines = run([*self.ctl, "show", unit, f"--property={fields}"]).splitlines()
@@ -202,7 +204,7 @@ class Systemd:
 
     def settle(self) -> None:
         """Start the enabled service where systemd did not find its unit at boot: the prefix was not mounted yet."""
-        if self._wants(self.unit).is_symlink() and not self.status()["active"]:
+        if self._wants(self.unit).is_symlink() and not self.status().active:
             for words in (["daemon-reload"], ["start", "--no-block", self.unit]):
                 subprocess.run([*self.ctl, *words], capture_output=True)
 
@@ -334,20 +336,20 @@ class Supervised:
         self.enabled = site.state / "enabled"
         self._marked = (0.0, -1)
 
-    def status(self) -> Json:
-        """How the service is: running, enabled, restarts, since when."""
+    def status(self) -> Service:
+        """The state of the service."""
         running = not free(self.lock)
         record = read(self.record) if running else {}
-        return {
-            "active": running,
-            "waits": False,  # what waits for a mount is the supervisor, and it runs
-            "state": "active (supervised)" if running else "inactive (no supervisor)",
-            "enabled": self.enabled.exists(),
-            "linked": True,
-            "restarts": record.get("restarts", 0),
-            "since": record.get("since", ""),
-            "pid": _recorded(record, "child"),
-        }
+        return Service(
+            active=running,
+            waits=False,  # the supervisor waits for mounts, and it is active
+            state="active (supervised)" if running else "inactive (no supervisor)",
+            enabled=self.enabled.exists(),
+            linked=True,
+            restarts=record.get("restarts", 0),
+            since=record.get("since", ""),
+            pid=_recorded(record, "child"),
+        )
 
     def install(self) -> None:
         """Note that the service shall run."""
@@ -497,13 +499,15 @@ def last_words(manager: Manager) -> list[str]:
     return manager.log(25) or [line for _, line in manager.timed_log(25)]
 
 
-def ours(site: Site, gpus: list[Json]) -> list[Json]:
-    """The GPUs, each process marked by `comfyui`: whether it is of the site's service, or of the MPS server it has."""
+def ours(site: Site, gpus: list[Json]) -> tuple[GpuState, ...]:
+    """The GPUs, with `comfyui` set for the processes of the service and of its MPS server."""
     units = (f"{site.service}.service", f"{site.service}-mps.service")
-    child = Supervised(site).status()["pid"]
-    for each in (process for gpu in gpus for process in gpu["processes"]):
-        each["comfyui"] = each["unit"] in units or (child != 0 and each["pid"] == child)
-    return gpus
+    child = Supervised(site).status().pid
+
+    def marked(process: Json) -> Process:
+        return Process(**process, comfyui=process["unit"] in units or process["pid"] == child != 0)
+
+    return tuple(GpuState(**{**gpu, "processes": tuple(map(marked, gpu["processes"]))}) for gpu in gpus)
 
 
 def end_of(path: Path, lines: int, begin: int = 0) -> list[str]:

@@ -60,7 +60,7 @@ def watch(site: Site) -> None:
         time.sleep(1)
         if names := watcher.changed():
             wait_for(lambda: not site.pending.exists(), float("inf"))
-            again = not manager.status()["state"].startswith("inactive")
+            again = not manager.status().state.startswith("inactive")
             print(f"{names[0]} changed: ComfyUI {'starts anew' if again else 'is stopped'}", flush=True)
             if again:
                 manager.restart()

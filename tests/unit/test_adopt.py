@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from agent.files import Fault, opened, read_text, remove
 from agent.journal import Adopted
 from agent.layout import Site
 from agent.look import survey
+from agent.schema.survey import Installation, Survey
 from core.errors import NoInstallationError
 from deploy import adopt, plan
 from deploy.facts import Gpu
@@ -45,13 +47,13 @@ def unit(**values: Any) -> dict[str, Any]:
     return {**own, "variables": [], "active": True, "enabled": True, **values}
 
 
-def installation(**values: Any) -> adopt.Installation:
+def installation(**values: Any) -> Installation:
     own: dict[str, Any] = {
         "path": "/opt/comfyui/ComfyUI", "version": "0.3.40", "url": "", "commit": "", "edited": None, "python": "",
         "torch": "", "environment": "", "folders": {}, "paths": "", "nodes": [], "argv": [], "units": [],
         "processes": [], "holds_port": False,
     }  # fmt: skip
-    return msgspec.convert({**own, **values}, adopt.Installation)
+    return msgspec.convert({**own, **values}, Installation)
 
 
 def found_node(name: str, **values: Any) -> dict[str, Any]:
@@ -66,7 +68,7 @@ KNOWN = nodes.Catalogue(
 
 
 def proposed(by: str = "rename", **values: Any) -> adopt.Proposal:
-    facts = msgspec.structs.replace(FRESH, user=True, data=True)
+    facts = replace(FRESH, user=True, data=True)
     return adopt.propose(spark(), facts, installation(**values), KNOWN, FLAGS, by)
 
 
@@ -95,7 +97,7 @@ def test_what_a_rename_cannot_move_is_named_with_its_mount() -> None:
 
 
 def test_what_lies_elsewhere_already_is_not_moved_into_the_data() -> None:
-    facts = msgspec.structs.replace(FRESH, user=True, data=True)
+    facts = replace(FRESH, user=True, data=True)
     target = spark(folders={"models": "/srv/models"})
     folders = {"models": folder("models"), "output": folder("output")}
     found = adopt.propose(target, facts, installation(folders=folders), KNOWN, FLAGS, "rename")
@@ -133,7 +135,7 @@ def test_links_that_would_lead_nowhere_are_named(link: str, target: str, why: st
 def test_flags_are_taken_as_far_as_this_comfyui_knows_them() -> None:
     words = "--listen --port 8190 --reserve-vram 2.5 --normalvram --use-flash-attention --enable-manager --cpu=1"
     found = proposed(argv=words.split(), units=[unit()])
-    assert (host(found)["listen"], host(found)["port"], found.installation.port) == ("0.0.0.0", 8190, 8190)
+    assert (host(found)["listen"], host(found)["port"], adopt.port(found.installation)) == ("0.0.0.0", 8190, 8190)
     assert {name: each["value"] for name, each in host(found)["override"]["flags"].items()} == {"--reserve-vram": "2.5"}
     left = dict(found.left)
     assert "has no flag" in left["flag --normalvram"]
@@ -145,7 +147,7 @@ def test_flags_are_taken_as_far_as_this_comfyui_knows_them() -> None:
 def test_the_profile_is_the_gpus() -> None:
     assert host(proposed())["profile"] == "dgx-spark"
     for gpus, profile in (((), "cpu"), ((Gpu("H100", "9.0", 1, False),), "cuda")):
-        facts = msgspec.structs.replace(FRESH, gpus=gpus)
+        facts = replace(FRESH, gpus=gpus)
         assert host(adopt.propose(spark(), facts, installation(), KNOWN, FLAGS, "rename"))["profile"] == profile
 
 
@@ -194,11 +196,11 @@ def test_nodes_are_known_or_can_be_listed_or_have_a_reason() -> None:
 
 
 def test_one_installation_must_be_meant() -> None:
-    two = adopt.Survey(("/a", "/b"), (installation(path="/a"), installation(path="/b")))
-    with pytest.raises(NoInstallationError, match="2 ComfyUIs: /a, /b"):
-        two.only("spark")
+    two = Survey(("/a", "/b"), (installation(path="/a"), installation(path="/b")))
+    with pytest.raises(NoInstallationError, match="2 installations of ComfyUI: /a, /b"):
+        adopt.only(two, "spark")
     with pytest.raises(NoInstallationError, match="no ComfyUI was found") as none:
-        adopt.Survey(("/opt/x",), ()).only("spark")
+        adopt.only(Survey(("/opt/x",), ()), "spark")
     assert "/opt/x" in none.value.cause
 
 
@@ -224,7 +226,7 @@ def test_what_cannot_be_adopted_is_refused(values: dict[str, Any], scope: str, w
 
 
 def test_undoing_takes_the_release_out_of_service_first() -> None:
-    adopted = msgspec.structs.replace(FRESH, adopted=True, current="r1")
+    adopted = replace(FRESH, adopted=True, current="r1")
     assert kinds(adopt.undo(spark(), adopted, plan.Options())) == ["withdraw", "unadopt"]
     with pytest.raises(NoInstallationError):
         adopt.undo(spark(), FRESH, plan.Options())
@@ -272,7 +274,11 @@ def test_a_repository_is_read_and_nothing_that_it_names_is_run(tmp_path: Path) -
     (place / "new.py").write_text("made when it ran\n")
     found = survey._repository(place)
     assert not ran.exists()
-    assert found == {"url": "https://example.org/node", "commit": git(place, "rev-parse", "HEAD"), "edited": ["two.py"]}
+    assert found == {
+        "url": "https://example.org/node",
+        "commit": git(place, "rev-parse", "HEAD"),
+        "edited": ("two.py",),
+    }
     assert commit == (place / ".git/HEAD").read_text()
 
 
@@ -438,12 +444,12 @@ def test_a_labyrinth_is_no_folder_of_comfyuis(tmp_path: Path, levels: int) -> No
     deep(tmp_path / "output", levels)
     owners = {os.geteuid()}
     found = survey._folder(tmp_path / "output", tmp_path / "data", owners)
-    assert found["foreign"].startswith(f"it has 100 folders in each other: {tmp_path}/output/dd/dd")
+    assert found.foreign.startswith(f"its folders are nested 100 deep: {tmp_path}/output/dd/dd")
     (tmp_path / "input/a").mkdir(parents=True)
     (tmp_path / "input/a/b").write_text("12345")
     (tmp_path / "input/a/c").symlink_to("b")
     found = survey._folder(tmp_path / "input", tmp_path / "data", owners)
-    assert (found["files"], found["bytes"], found["links"], found["foreign"]) == (2, 6, {"a/c": "b"}, "")
+    assert (found.files, found.bytes, found.links, found.foreign) == (2, 6, {"a/c": "b"}, "")
     remove(tmp_path / "output")
 
 
@@ -460,7 +466,7 @@ def test_links_to_links_without_an_end_are_no_installation(tmp_path: Path) -> No
         assert process.stdout is not None
         process.stdout.readline()
         survey.all_processes()
-        assert survey.survey(site(tmp_path), str(tmp_path / "xmain.py"))["found"] == []
+        assert survey.survey(site(tmp_path), str(tmp_path / "xmain.py")).found == ()
         process.kill()
 
 
@@ -481,7 +487,7 @@ def test_a_repository_is_read_as_its_owner(monkeypatch: pytest.MonkeyPatch) -> N
         program.write_text(f"#!/bin/sh\nid -u > {told}/uid\nid -G > {told}/groups\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
-        assert survey._repository(tree) == {"url": "", "commit": "a" * 40, "edited": []}
+        assert survey._repository(tree) == {"url": "", "commit": "a" * 40, "edited": ()}
         assert [(told / name).read_text().strip() for name in ("uid", "groups")] == ["65534", "65534"]
         monkeypatch.setattr(survey, "GIT_SECONDS", 1)
         program.write_text("#!/bin/sh\nsleep 60\n")

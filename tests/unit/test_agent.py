@@ -349,19 +349,19 @@ def test_what_a_prefix_was_deployed_as_and_where_its_unit_leads_is_told(
     site.data.mkdir(parents=True)
     write(site.state / "site.json", json.dumps({"service": "old", "scope": "system", "user": me}))
     told = facts._prefix(site)
-    assert (told["service"], told["scope"], told["user"], told["elsewhere"]) == ("old", "system", me, "")
+    assert (told.service, told.scope, told.user, told.elsewhere) == ("old", "system", me, "")
     write(site.state / "site.json", json.dumps({"service": "old", "scope": "system", "user": "nobody"}))
-    assert facts._prefix(site)["user"] == ""  # the data was given to another since
+    assert facts._prefix(site).user == ""  # the data was given to another since
     units = tmp_path / "home/.config/systemd/user"
     units.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     other = tmp_path / "other"
     (units / "s.service").symlink_to(other / "current/s.service")
-    assert facts._prefix(site)["elsewhere"] == ""  # it was deleted, or moved here
+    assert facts._prefix(site).elsewhere == ""  # it was deleted, or moved here
     write(other / "state/site.json", "{}")
-    assert facts._prefix(site)["elsewhere"] == str(other)
+    assert facts._prefix(site).elsewhere == str(other)
     (tmp_path / "way").symlink_to(other)
-    assert facts._prefix(Site({**site.json, "prefix": str(tmp_path / "way")}))["elsewhere"] == ""
+    assert facts._prefix(Site({**site.json, "prefix": str(tmp_path / "way")})).elsewhere == ""
 
 
 @pytest.mark.parametrize(("boot", "kept"), [("another boot", False), ("", True)])

@@ -75,7 +75,7 @@ def test_a_damaged_record_of_the_supervisor_is_told(tmp_path: Path) -> None:
     manager = services.Supervised(at(tmp_path))
     manager.lock.parent.mkdir()
     manager.record.write_text("")
-    assert not manager.status()["active"]  # it is nobody's
+    assert not manager.status().active  # it is nobody's
     with flock(manager.lock), pytest.raises(Fault, match="is damaged"):
         manager.stop()
 
@@ -94,9 +94,9 @@ def test_what_a_deploy_writes_again_may_be_damaged(tmp_path: Path) -> None:
     for path in (site.state / "site.json", site.state / "verified.json"):
         path.write_text("")
     found = facts(site, ASK, [])
-    assert (found["releases"], found["current"], found["failed_nodes"]) == ([], "", {})
-    assert found["current_fault"]["kind"] == "foreign"
-    assert found["parts"]["app-1"].startswith("it cannot be read")
+    assert (found.releases, found.current, found.failed_nodes) == ((), "", {})
+    assert found.current_fault["kind"] == "foreign"
+    assert found.parts["app-1"].startswith("it cannot be read")
 
 
 # --- the order of releases -----------------------------------------------------------------------------------------
@@ -112,9 +112,9 @@ def test_the_release_to_return_to_goes_by_the_history_and_not_by_clocks(tmp_path
     runs = [("a", "done"), ("b", "done"), ("c", "done"), ("b", "reverted"), ("x", "done"), ("d", "failed")]
     for release, result in runs:
         append(site.history, {"action": "deploy", "run": "r", "release": release, "result": result})
-    assert facts(site, ASK, [])["proven"] == ["c", "b", "a", "d"]
+    assert facts(site, ASK, []).proven == ("c", "b", "a", "d")
     append(site.history, {"action": "rollback", "run": "r", "release": "a", "result": "done"})
-    assert facts(site, ASK, [])["proven"] == ["a", "c", "b", "d"]
+    assert facts(site, ASK, []).proven == ("a", "c", "b", "d")
 
 
 # --- deleting ------------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_a_folder_that_a_killed_run_was_making_is_hearths_own(tmp_path: Path, mo
         with pytest.raises(KeyboardInterrupt):
             steps.folders(site, {}, lambda _: None)
     (tmp_path / "somebodys").touch()
-    assert facts(site, ASK, [])["place"]["others"] == ["somebodys"]
+    assert facts(site, ASK, []).place.others == ("somebodys",)
 
 
 def test_a_release_runs_its_own_agent(tmp_path: Path) -> None:

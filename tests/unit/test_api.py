@@ -21,6 +21,8 @@ from agent.api import Endpoint
 from agent.files import Fault, link, write
 from agent.layout import Site
 from agent.look import jobs, status
+from agent.schema.facts import Service
+from agent.schema.live import RunningJob
 from agent.serve import health
 
 IDLE: dict[str, Any] = {"queue_running": [], "queue_pending": []}
@@ -227,10 +229,10 @@ def test_of_many_jobs_the_first_are_told_and_their_number(tmp_path: Path) -> Non
     with serving(answers) as port:
         place = site(tmp_path, port)
         told = jobs.jobs(place, 10)
-        assert [each["id"] for each in told[-2:]] == ["x" * 200 + "…", "+4900"]
+        assert [each.id for each in told[-2:]] == ["x" * 200 + "…", "+4900"]
         assert len(told) == 201
         seen = status._comfyui(place)
-        assert (len(seen["running"]), seen["pending"]) == (100, 5000)
+        assert (len(seen.running), seen.pending) == (100, 5000)
         with pytest.raises(Fault) as raised:
             health.drain(at(port), 0.1, False, lambda _: None)
     assert "5000 running (xxx" in raised.value.report["what"]
@@ -318,15 +320,11 @@ def test_jobs_that_nodes_queued_in_their_own_way_are_listed(tmp_path: Path) -> N
     history = {"ended": {"prompt": None, "status": None}}
     with serving({"/queue": queue, "/history": history, "/system_stats": STATS}) as port:
         place = site(tmp_path, port)
-        assert [(each["id"], each["status"]) for each in jobs.jobs(place, 10)] == [
+        assert [(each.id, each.status) for each in jobs.jobs(place, 10)] == [
             ("ended", "unknown"), ("odd", "running"), ("first", "pending"), ("second", "pending"),
         ]  # fmt: skip
         seen = status._comfyui(place)
-    assert (seen["state"], seen["pending"], seen["running"]) == (
-        "answers",
-        2,
-        [{"id": "odd", "nodes": 0, "since": None}],
-    )
+    assert (seen.state, seen.pending, seen.running) == ("answers", 2, (RunningJob("odd", 0, None),))
 
 
 @pytest.mark.parametrize("answer", [{"error": "unauthorized"}, [], 7, {"x": 1}, b"<html>"])
@@ -335,15 +333,18 @@ def test_another_program_at_the_port_is_named_as_such(tmp_path: Path, answer: ob
     with serving(answers) as port:
         with pytest.raises(Fault) as raised:
             jobs.jobs(site(tmp_path, port), 10)
-        assert status._comfyui(site(tmp_path, port))["state"] == "silent"
+        assert status._comfyui(site(tmp_path, port)).state == "silent"
     assert raised.value.report["what"] == f"the program at port {port} does not answer as ComfyUI does"
+
+
+RUNNING = Service(active=True, state="active", enabled=True, linked=True, restarts=0, since="", pid=1)
 
 
 class Runs:
     """A process that runs."""
 
-    def status(self) -> dict[str, Any]:
-        return {"active": True, "state": "active", "restarts": 0}
+    def status(self) -> Service:
+        return RUNNING
 
     def log(self, _: int) -> list[str]:
         return []

@@ -560,7 +560,7 @@ def test_only_what_was_started_since_is_ended(tmp_path: Path) -> None:
     ],
 )
 def test_the_plan_says_what_this_kernel_does_not_keep_from(version: int, confined: bool, says: list[str]) -> None:
-    facts, target = msgspec.structs.replace(FRESH, landlock=version), spark(scope="user", confined=confined)
+    facts, target = replace(FRESH, landlock=version), spark(scope="user", confined=confined)
     notes = [each for each in made(facts, target).notes if "Landlock" in each or "confined" in each]
     assert len(notes) == len(says)
     assert all(part in note for part, note in zip(says, notes, strict=True))
@@ -573,7 +573,7 @@ def test_the_plan_says_what_this_kernel_does_not_keep_from(version: int, confine
 
 def test_a_rule_is_for_none_of_the_datas_own_folder() -> None:
     """Whoever may write there puts a link in the place of the models."""
-    facts = msgspec.structs.replace(FRESH, prefix="/home/d/comfyui")
+    facts = replace(FRESH, prefix="/home/d/comfyui")
     target = spark(scope="user", model_roots=("/srv/models",), folders={"output": "/srv/output"})
     step = next(each for each in made(facts, target).steps if each.kind == "release")
     spec = json.loads(step.values["release"]["confined"][-2])

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
+from agent.schema.live import Job
 from core import console, files
 from core.console import age, clock, printable, size
 from core.errors import HearthError
@@ -178,7 +179,7 @@ FORGED = "x\n  error: forged\x1b]\nnext: inv nuke"
 def test_nobody_forges_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever a host, a repository or a job says stays in its line."""
     one: fleet.Answer[status.Status] = fleet.Answer("box", None, HearthError(FORGED, hint=FORGED))
-    job = jobs.Job(FORGED, FORGED, 1, node=FORGED, node_type=FORGED, error=FORGED)
+    job = Job(FORGED, FORGED, 1, node=FORGED, node_type=FORGED, error=FORGED)
     status.show([one], as_json=False)
     jobs.show([fleet.Answer("box", [job])], as_json=False)
     doctor.show(["box"], [doctor.Finding("box", "nodes", "error", FORGED, FORGED)], as_json=False)

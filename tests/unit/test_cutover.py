@@ -28,6 +28,7 @@ from agent.change import cutover, runs, trial
 from agent.files import Fault, Json, link, write
 from agent.journal import history
 from agent.layout import DATA, Site
+from agent.schema.facts import Service
 from agent.serve import health
 from agent.serve.services import wait_for
 
@@ -100,8 +101,9 @@ class Manager:
         self.running = site.prefix.parent / "running"
         self.enabled = site.prefix.parent / "enabled"
 
-    def status(self) -> Json:
-        return {"active": self.running.exists(), "enabled": self.enabled.exists(), "restarts": 0, "state": "a stand-in"}
+    def status(self) -> Service:
+        active, enabled = self.running.exists(), self.enabled.exists()
+        return Service(active, "a stand-in", enabled, linked=True, restarts=0, since="", pid=0)
 
     def stop(self) -> None:
         self.layer.count("stop", "service")
@@ -301,7 +303,7 @@ class World:
             return {"types": {}, "failed_nodes": {}}
 
         def first_answer(*_: object) -> Json:
-            if not manager.status()["active"]:
+            if not manager.status().active:
                 raise Fault("gate", "ComfyUI died while it started")
             return {}
 

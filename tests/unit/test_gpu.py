@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ import pytest
 from agent.change import memory as agent_memory
 from agent.files import Fault
 from agent.layout import Site
+from agent.schema.live import Freed, GpuMemory, Held, Sample
 from agent.serve import services
 from core.errors import RecordingError, UsageError
 from deploy.facts import Gpu as GpuFact
 from ops import gpu, memory, plot
-from ops.gpu import Sample
 from tests import nvml
 from tests.unit.test_plan import FRESH, spark
 
@@ -239,7 +240,7 @@ def site(port: int) -> Site:
 
 def test_memory_is_freed_at_once_when_no_job_runs() -> None:
     with comfyui(None) as (place, asked):
-        found = msgspec.convert(agent_memory.free(place, 0), memory.Freed)
+        found = msgspec.convert(agent_memory.free(place, 0), Freed)
     assert (found.freed, found.job) == (True, None)
     assert [json.loads(each) for each in asked] == [{"unload_models": True, "free_memory": True}]
     assert found.before.available > 0
@@ -248,12 +249,12 @@ def test_memory_is_freed_at_once_when_no_job_runs() -> None:
 def test_memory_is_freed_when_the_job_that_runs_has_ended() -> None:
     with comfyui("one", "one", "one", "two") as (place, _):
         found = agent_memory.free(place, 30)
-    assert (found["freed"], found["job"]) == (True, "one")
+    assert (found.freed, found.job) == (True, "one")
 
 
 def test_a_job_that_runs_on_is_not_waited_for_longer_than_asked() -> None:
     with comfyui("one") as (place, asked):
-        found = msgspec.convert(agent_memory.free(place, 0.1), memory.Freed)
+        found = msgspec.convert(agent_memory.free(place, 0.1), Freed)
     assert not found.freed
     assert len(asked) == 1
     said = "spark: job one runs; ComfyUI gives its memory back when that has ended"
@@ -266,13 +267,13 @@ def test_a_comfyui_that_does_not_answer_keeps_its_memory() -> None:
 
 
 def test_what_was_gained() -> None:
-    def held(used: int | None, resident: int | None) -> memory.Held:
-        of = () if used is None else (memory.OfGpu(0, used, 0),)
-        return memory.Held(of, resident, 10**10)
+    def held(used: int | None, resident: int | None) -> Held:
+        of = () if used is None else (GpuMemory(0, used, 0),)
+        return Held(of, resident, 10**10)
 
-    freed = memory.Freed(True, None, held(9_000_000_000, 5), held(1_000_000_000, 5))
+    freed = Freed(True, None, held(9_000_000_000, 5), held(1_000_000_000, 5))
     assert memory.lines("a", freed) == ["a: GPU 0: 9.0 GB before, 1.0 GB after (8.0 GB less)"]
-    of_process = memory.Freed(True, None, held(None, 2_000_000_000), held(None, 2_100_000_000))
+    of_process = Freed(True, None, held(None, 2_000_000_000), held(None, 2_100_000_000))
     assert memory.lines("a", of_process) == ["a: ComfyUI's process: 2.0 GB before, 2.1 GB after (100.0 MB more)"]
 
 
@@ -287,7 +288,7 @@ def test_the_agent_samples_at_its_pace_and_names_the_job(tmp_path: Path) -> None
         code = (
             "import json, time; from agent.look.samples import samples; from agent.layout import Site\n"
             f"found = list(samples(Site({place.json!r}), 0.5, 1.2))\n"
-            "print(json.dumps(found))"
+            "print(json.dumps(found, default=vars))"
         )
         found = msgspec.json.decode(nvml.python(code, path), type=list[Sample])
     assert [each.job for each in found] == ["one", "one", None]
@@ -301,7 +302,7 @@ def test_a_comfyui_that_hangs_does_not_hold_up_the_samples(tmp_path: Path) -> No
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as hung:  # takes connections, and answers none
         code = (
             "import json; from agent.look.samples import samples; from agent.layout import Site\n"
-            f"print(json.dumps(list(samples(Site({site(hung.server_port).json!r}), 0.5, 4))))"
+            f"print(json.dumps(list(samples(Site({site(hung.server_port).json!r}), 0.5, 4)), default=vars))"
         )
         found = msgspec.json.decode(nvml.python(code, path), type=list[Sample])
     assert len(found) >= 6  # one second is lost, once
@@ -310,18 +311,18 @@ def test_a_comfyui_that_hangs_does_not_hold_up_the_samples(tmp_path: Path) -> No
 
 def test_processes_of_the_service_are_marked() -> None:
     def process(unit: str | None) -> dict[str, Any]:
-        return {"pid": 9, "unit": unit}
+        return {"pid": 9, "name": None, "user": None, "unit": unit, "bytes": None, "kind": "compute"}
 
     units = ("comfyui.service", "comfyui-mps.service", "other.service", None)
-    (found,) = services.ours(site(1), [{"processes": list(map(process, units))}])
-    assert [each["comfyui"] for each in found["processes"]] == [True, True, False, False]
+    (found,) = services.ours(site(1), [{**sample("h200")["gpus"][0], "processes": list(map(process, units))}])
+    assert [each.comfyui for each in found.processes] == [True, True, False, False]
 
 
 # --- the page cache --------------------------------------------------------------------------------------------------
 
 
 def test_dropping_the_page_cache_is_planned_where_memory_is_shared() -> None:
-    there = msgspec.structs.replace(FRESH, current="r1", gpus=(GpuFact("GB10", "12.1", None, True),))
+    there = replace(FRESH, current="r1", gpus=(GpuFact("GB10", "12.1", None, True),))
     planned = memory.plan(spark(), there, force=False)
     assert [step.kind for step in planned.steps] == ["drop-caches"]
     assert (planned.base, planned.release) == ("r1", "r1")
@@ -337,7 +338,7 @@ def test_dropping_the_page_cache_is_planned_where_memory_is_shared() -> None:
     ],
 )
 def test_dropping_the_page_cache_is_refused(changes: dict[str, Any], force: bool, said: str) -> None:
-    there = msgspec.structs.replace(FRESH, **{"current": "r1", **changes})
+    there = replace(FRESH, **{"current": "r1", **changes})
     planned = memory.plan(spark(), there, force=force)
     assert not planned.steps
     assert [each.what for each in planned.refusals if said in each.what]
@@ -345,7 +346,7 @@ def test_dropping_the_page_cache_is_refused(changes: dict[str, Any], force: bool
 
 
 def test_force_drops_the_page_cache_elsewhere() -> None:
-    there = msgspec.structs.replace(FRESH, current="r1", gpus=())
+    there = replace(FRESH, current="r1", gpus=())
     assert memory.plan(spark(), there, force=True).steps
 
 

@@ -16,9 +16,10 @@ from agent import api
 from agent.change import memory
 from agent.files import Fault
 from agent.look import jobs, logs, samples, status
+from agent.schema.facts import Service
 from agent.serve import health
 from exporter import comfyui as metrics
-from tests.unit.test_api import BUSY, IDLE, STATS, at, listening, site
+from tests.unit.test_api import BUSY, IDLE, RUNNING, STATS, at, listening, site
 
 SECONDS = 0.4
 """What each question may take here, in place of the 2 to 60 s of the real ones."""
@@ -145,8 +146,8 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 class Unknown:
     """A process whose log nobody can read."""
 
-    def status(self) -> dict[str, Any]:
-        return {"active": True, "state": "active", "restarts": 0}
+    def status(self) -> Service:
+        return RUNNING
 
     def log(self, lines: int) -> list[str]:  # noqa: ARG002
         return []

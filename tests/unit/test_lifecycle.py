@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from agent.change import lifecycle as steps
@@ -16,6 +16,7 @@ from agent.change import runs
 from agent.files import Fault, Sweep
 from agent.journal import Journal
 from agent.layout import Site
+from agent.schema.facts import Paused
 from agent.serve.services import entries
 from core import console
 from core.errors import RefusedError, UsageError
@@ -30,13 +31,13 @@ OURS = Place(
     real="/opt/comfyui", own=("current", "parts", "releases", "state"), data=True, service="comfyui", ours=True
 )
 UNITS = tuple(f"/etc/systemd/system/{name}" for name in ("comfyui.service", "comfyui-apply.service"))
-PAUSED = {"who": "anna@desk", "at": "2026-11-23T03:00:00Z"}
-DIED = msgspec.structs.replace(NO_SERVICE, state="activating (auto-restart)", linked=True, enabled=True, waits=True)
-STOPPED = msgspec.structs.replace(NO_SERVICE, state="inactive (dead)", linked=True, enabled=True)
+PAUSED = Paused(who="anna@desk", at="2026-11-23T03:00:00Z")
+DIED = replace(NO_SERVICE, state="activating (auto-restart)", linked=True, enabled=True, waits=True)
+STOPPED = replace(NO_SERVICE, state="inactive (dead)", linked=True, enabled=True)
 
 
 def running(**values: Any) -> Facts:
-    return msgspec.structs.replace(settled(), **{"placed": UNITS, "place": OURS, **values})
+    return replace(settled(), **{"placed": UNITS, "place": OURS, **values})
 
 
 def stopped(**values: Any) -> Facts:
@@ -87,18 +88,18 @@ def test_what_to_look_at_is_where_the_host_keeps_it() -> None:
         ("restart", stopped(), ["restart"]),
         ("pause", running(), ["stop"]),
         ("pause", stopped(), ["stop"]),
-        ("pause", stopped(paused=PAUSED, service=msgspec.structs.replace(STOPPED, enabled=False)), []),
+        ("pause", stopped(paused=PAUSED, service=replace(STOPPED, enabled=False)), []),
         ("resume", running(), []),
-        ("resume", running(service=msgspec.structs.replace(RUNNING, enabled=False)), ["start"]),
+        ("resume", running(service=replace(RUNNING, enabled=False)), ["start"]),
         ("resume", stopped(paused=PAUSED), ["start"]),
         ("remove", running(), ["withdraw", "forget"]),
         ("remove", running(rights="some", lingered=True), ["withdraw", "rights", "end-linger", "forget"]),
         ("remove", stopped(current="", placed=UNITS[1:]), ["forget"]),
         ("remove", FRESH, []),
         ("nuke", running(), ["withdraw", "delete", "erase"]),
-        ("nuke", stopped(current="", placed=(), place=msgspec.structs.replace(OURS, own=("state",))), ["erase"]),
-        ("nuke", stopped(current="", placed=(), place=msgspec.structs.replace(OURS, own=())), []),
-        ("nuke", msgspec.structs.replace(FRESH, place=Place(real="/opt/comfyui")), []),
+        ("nuke", stopped(current="", placed=(), place=replace(OURS, own=("state",))), ["erase"]),
+        ("nuke", stopped(current="", placed=(), place=replace(OURS, own=())), []),
+        ("nuke", replace(FRESH, place=Place(real="/opt/comfyui")), []),
     ],
 )  # fmt: skip
 def test_the_steps_of_each(action: str, facts: Facts, expected: list[str]) -> None:
@@ -108,7 +109,7 @@ def test_the_steps_of_each(action: str, facts: Facts, expected: list[str]) -> No
 def test_without_systemd_a_pause_disables_nothing_and_a_removal_forgets_no_unit() -> None:
     host = {"scope": "user"}
     facts = stopped(manager="process", placed=())
-    assert kinds(planned("pause", msgspec.structs.replace(facts, paused=PAUSED), **host)) == []
+    assert kinds(planned("pause", replace(facts, paused=PAUSED), **host)) == []
     assert kinds(planned("remove", facts, **host)) == ["withdraw"]
     (step,) = planned("stop", running(manager="process"), **host).steps
     assert step.title == "stop comfyui until inv start"
@@ -138,7 +139,7 @@ def test_what_is_paused_is_left_so_by_a_start_and_a_deploy() -> None:
     [
         (FRESH, "nothing is in service on spark"),
         (stopped(port_holder={"pid": 9, "command": "jupyter"}), "port 8188 is held by jupyter (pid 9)"),
-        (stopped(service=msgspec.structs.replace(STOPPED, linked=False)), "it is missing or was changed"),
+        (stopped(service=replace(STOPPED, linked=False)), "it is missing or was changed"),
         (stopped(busy={"action": "deploy", "who": "a@b", "since": "then"}), "the host is being changed: deploy by a@b"),
         (stopped(foreign_unit="/etc/systemd/system/comfyui.service"), "is not Hearth's"),
     ],
@@ -174,7 +175,7 @@ def test_a_missing_mount_keeps_it_from_starting_and_not_from_stopping(mount: Mou
 )
 def test_a_prefix_that_is_not_for_deleting_is_refused(place: dict[str, Any], said: str) -> None:
     facts = running(data=False)
-    found = planned("nuke", msgspec.structs.replace(facts, place=msgspec.structs.replace(OURS, **place)))
+    found = planned("nuke", replace(facts, place=replace(OURS, **place)))
     assert not found.steps
     assert [each.what for each in found.refusals if said in each.what], found.refusals
     assert all(each.remedy for each in found.refusals)
@@ -186,7 +187,7 @@ def test_what_was_adopted_is_given_back_before_a_nuke() -> None:
 
 
 def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
-    place = msgspec.structs.replace(
+    place = replace(
         OURS, mounts=("/opt/comfyui/data/models/nas",), links={"/opt/comfyui/data/input": "/srv/in"}, others=("notes",)
     )
     own = "/etc/systemd/system/comfyui.service.d"
@@ -218,7 +219,7 @@ def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
     "place", [{"mounts": ("/opt/comfyui/data",)}, {"links": {"/opt/comfyui/data": "/srv/data"}}], ids=["mount", "link"]
 )
 def test_data_that_is_a_mount_or_a_link_is_left(place: dict[str, Any]) -> None:
-    facts = running(place=msgspec.structs.replace(OURS, **place))
+    facts = running(place=replace(OURS, **place))
     found = lifecycle.nuke(spark(), facts, Options(), data=True)
     assert not [step for step in found.steps if step.values.get("names") == ["data"]]
 

@@ -15,6 +15,7 @@ from agent.files import Fault
 from agent.layout import Site
 from agent.look import jobs as agent_jobs
 from agent.look import logs as agent_logs
+from agent.schema.live import Job
 from agent.serve.services import Supervised
 from core.errors import ConnectError, UsageError
 from ops import fleet, jobs, logs
@@ -148,33 +149,30 @@ def over(status: str, *messages: tuple[str, dict[str, Any]]) -> dict[str, Any]:
 def test_how_jobs_ended() -> None:
     cached = ("execution_cached", {"nodes": ["1"], "timestamp": 1795404760001})
     done = agent_jobs._over("an id", over("success", cached, ("execution_success", {"timestamp": 1795404762500})))
-    assert done == {
-        "id": "0f5c", "nodes": 2, "queued": 1795404759.013, "status": "success", "started": 1795404760.0,
-        "seconds": 2.5, "cached": 1,
-    }  # fmt: skip
+    assert done == Job("0f5c", "success", 2, queued=1795404759.013, started=1795404760.0, seconds=2.5, cached=1)
     error = {"node_id": "2", "node_type": "KSampler", "exception_type": "RuntimeError", "timestamp": 1795404761000}
     failed = agent_jobs._over(
         "an id", over("error", ("execution_error", {**error, "exception_message": "no\x1b[2J room\n"}))
     )
-    assert (failed["status"], failed["node"], failed["node_type"]) == ("error", "2", "KSampler")
-    assert failed["error"] == "RuntimeError: no [2J room"
+    assert (failed.status, failed.node, failed.node_type) == ("error", "2", "KSampler")
+    assert failed.error == "RuntimeError: no [2J room"
     stopped = {"node_id": "1", "node_type": "Wait", "timestamp": 1795404761000}
-    assert agent_jobs._over("an id", over("error", ("execution_interrupted", stopped)))["status"] == "interrupted"
-    assert agent_jobs._over("an id", {"prompt": PROMPT, "outputs": {}, "status": None})["status"] == "unknown"
+    assert agent_jobs._over("an id", over("error", ("execution_interrupted", stopped))).status == "interrupted"
+    assert agent_jobs._over("an id", {"prompt": PROMPT, "outputs": {}, "status": None}).status == "unknown"
 
 
 def test_jobs_are_shown_in_a_hundred_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    failed = jobs.Job(
+    failed = Job(
         "0f5c1234-5678", "error", 12, 1.0, 2.0, 3700.0, 3, "2", "KSampler", "OutOfMemoryError: \x1b[2Jno\n room " * 20
     )
-    told = [failed, jobs.Job("77", "running", 2, 5.0), jobs.Job("78", "pending", 2)]
+    told = [failed, Job("77", "running", 2, 5.0), Job("78", "pending", 2)]
     assert jobs.show([fleet.Answer("spark", told)], as_json=False) == 0
     said = capsys.readouterr().out
     assert all(len(line) <= 100 for line in said.splitlines())
     assert "\x1b" not in said
     assert "0f5c1234: node 2 (KSampler): OutOfMemoryError: [2Jno room" in said
     assert "1 h 01 min" in said
-    off = fleet.Answer[list[jobs.Job]]("off", None, ConnectError("off cannot be reached"))
+    off = fleet.Answer[list[Job]]("off", None, ConnectError("off cannot be reached"))
     assert jobs.show([fleet.Answer("spark", [failed]), off], as_json=True) == 1
     captured = capsys.readouterr()
     (shown,) = json.loads(captured.out)

@@ -251,19 +251,19 @@ def test_who_wants_none_of_it_has_the_release_as_it_was() -> None:
 
 
 def test_a_folder_under_development_must_be_there() -> None:
-    missing = msgspec.structs.replace(FRESH, places={"/home/anna/mine": plan.MISSING})
+    missing = replace(FRESH, places={"/home/anna/mine": plan.MISSING})
     (refusal,) = made(missing, spark(develop=("/home/anna/mine",))).refusals
     assert refusal.what == "/home/anna/mine is not there"
-    there = made(msgspec.structs.replace(FRESH, places={"/home/anna/mine": ""}), spark(develop=("/home/anna/mine",)))
+    there = made(replace(FRESH, places={"/home/anna/mine": ""}), spark(develop=("/home/anna/mine",)))
     assert there.notes == ("ComfyUI starts anew whenever a Python file in /home/anna/mine changes, jobs or not",)
 
 
 def test_a_limit_that_nobody_holds_is_told() -> None:
     profile = msgspec.structs.replace(spark().profile, memory_max="90%")
     target = replace(spark(scope="user"), profile=profile)
-    without = msgspec.structs.replace(FRESH, manager="process")
+    without = replace(FRESH, manager="process")
     assert "nothing limits ComfyUI's memory here: `memory_max` needs systemd" in made(without, target).notes
-    assert not any("memory_max" in each for each in made(msgspec.structs.replace(FRESH, manager="x"), target).notes)
+    assert not any("memory_max" in each for each in made(replace(FRESH, manager="x"), target).notes)
 
 
 # --- what the agent does -------------------------------------------------------------------------------------------

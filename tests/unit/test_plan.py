@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent.schema.facts import Holder
 from core import files
 from core.manifest import Manifest, Proof
 from deploy import facts, plan, release
@@ -86,7 +87,7 @@ def settled() -> Facts:
     assert choice is not None
     assert not refusals
     manifest = release.manifest(choice, FRESH.prefix)
-    return msgspec.structs.replace(
+    return replace(
         FRESH,
         user=True,
         data=True,
@@ -122,9 +123,9 @@ def test_the_same_wishes_give_the_same_release() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"service": msgspec.structs.replace(NO_SERVICE, linked=True), "port_holder": {}}, ["serve"]),
-        ({"service": msgspec.structs.replace(RUNNING, enabled=False)}, ["serve"]),
-        ({"service": msgspec.structs.replace(RUNNING, linked=False)}, ["cut-over", "prune"]),
+        ({"service": replace(NO_SERVICE, linked=True), "port_holder": {}}, ["serve"]),
+        ({"service": replace(RUNNING, enabled=False)}, ["serve"]),
+        ({"service": replace(RUNNING, linked=False)}, ["cut-over", "prune"]),
         ({"current": ""}, ["cut-over", "prune"]),
         ({"members": ("eve",)}, ["members"]),
         ({"lingers": False}, ["linger"]),
@@ -135,7 +136,7 @@ def test_the_same_wishes_give_the_same_release() -> None:
     ],
 )  # fmt: skip
 def test_what_is_missing_is_done_and_no_more(change: dict[str, Any], expected: list[str]) -> None:
-    assert kinds(made(msgspec.structs.replace(settled(), **change))) == expected
+    assert kinds(made(replace(settled(), **change))) == expected
 
 
 def test_who_else_computes_on_the_gpu_is_told_before_a_change() -> None:
@@ -145,7 +146,7 @@ def test_who_else_computes_on_the_gpu_is_told_before_a_change() -> None:
         Process(9, "train.py", "anna", None, 3 * 10**9, "compute"),
         Process(9, "train.py", "anna", None, 3 * 10**9, "mps"),
     )
-    found = made(msgspec.structs.replace(FRESH, gpus=(Gpu("GB10", "12.1", None, True, users),)))
+    found = made(replace(FRESH, gpus=(Gpu("GB10", "12.1", None, True, users),)))
     assert found.steps
     told = "GPU 0 is used by others, and ComfyUI has that much less of it: train.py (pid 9, anna, 3.0 GB)"
     assert told in found.notes
@@ -185,7 +186,7 @@ def test_flags_are_a_new_release_of_the_same_parts() -> None:
     ],
 )
 def test_refusals(change: dict[str, Any], what: str, remedy: str) -> None:
-    found = made(msgspec.structs.replace(FRESH, **change))
+    found = made(replace(FRESH, **change))
     assert not found.steps
     assert any(what in each.what and remedy in each.remedy for each in found.refusals), found.refusals
 
@@ -195,7 +196,7 @@ NAS = {"/mnt/models": Mount("nas:/models", "nfs4", "nosuid")}
 
 def mounted(**values: Any) -> Facts:
     there = facts.MountState(mounted=False, source="", unit="", fault="", remedy="")
-    return msgspec.structs.replace(FRESH, mounts={"/mnt/models": msgspec.structs.replace(there, **values)})
+    return replace(FRESH, mounts={"/mnt/models": replace(there, **values)})
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_what_cannot_be_mounted_is_refused(mount: Mount, there: dict[str, Any], 
 
 def test_what_hearth_mounts_gets_a_unit_before_anything_is_put_there() -> None:
     target = spark(mounts=NAS, folders={"models": "/mnt/models/comfyui"})
-    now = msgspec.structs.replace(mounted(), places={"/mnt/models/comfyui": plan.MISSING})
+    now = replace(mounted(), places={"/mnt/models/comfyui": plan.MISSING})
     steps = made(now, target).steps
     assert [step.kind for step in steps][:3] == ["account", "mount", "folders"]
     assert "\nWhat=nas:/models\nWhere=/mnt/models\nType=nfs4\nOptions=nosuid\n" in steps[1].values["text"]
@@ -232,7 +233,7 @@ def test_folders_elsewhere_are_comfyuis_own_flags_and_never_links_in_the_data() 
     target = spark(mounts=NAS, folders={"models": "/mnt/models", "output": "/srv/out"}, model_roots=("/srv/more",))
     stock = replace(shelf(), model_folders={"text_encoders": ("text_encoders", "clip")})
     there = mounted(mounted=True, unit=target.mount_text("/mnt/models"))
-    now = msgspec.structs.replace(there, places={"/srv/more": ""})
+    now = replace(there, places={"/srv/more": ""})
     (step,) = (each for each in made(now, target, stock).steps if each.kind == "release")
     wanted = step.values["release"]
     words = " ".join(wanted["argv"])
@@ -250,10 +251,10 @@ def test_folders_elsewhere_are_comfyuis_own_flags_and_never_links_in_the_data() 
 
 def test_a_folder_that_cannot_be_used_is_refused_and_one_that_is_missing_is_made() -> None:
     target = spark(folders={"output": "/srv/out"}, model_roots=("/srv/more",))
-    missing = msgspec.structs.replace(FRESH, places={"/srv/out": plan.MISSING, "/srv/more": plan.MISSING})
+    missing = replace(FRESH, places={"/srv/out": plan.MISSING, "/srv/more": plan.MISSING})
     (refusal,) = made(missing, target).refusals
     assert refusal.what == "/srv/more is not there"
-    unusable = msgspec.structs.replace(FRESH, places={"/srv/out": "cannot be written by the service", "/srv/more": ""})
+    unusable = replace(FRESH, places={"/srv/out": "cannot be written by the service", "/srv/more": ""})
     (refusal,) = made(unusable, target).refusals
     assert refusal.what == "/srv/out cannot be written by the service"
 
@@ -268,10 +269,10 @@ def test_members_may_what_is_said_and_nothing_else() -> None:
     text = steps[1].values["text"]
     assert "/usr/bin/systemctl restart comfyui.service\n" in text
     assert "*" not in text
-    there = msgspec.structs.replace(settled(), members=("anna",), rights=text)
+    there = replace(settled(), members=("anna",), rights=text)
     assert kinds(made(there, target)) == []
     assert kinds(made(there, spark())) == ["members", "rights"]
-    without = msgspec.structs.replace(FRESH, rights=None)
+    without = replace(FRESH, rights=None)
     assert "the host has no sudo" in " ".join(made(without, target).notes)
 
 
@@ -295,7 +296,7 @@ def test_metrics_are_a_part_and_a_unit_of_the_release() -> None:
     assert "\nDeviceAllow=char-nvidia rw\n" in unit
     assert "\nUser=hearth-exporter\n" in unit
     assert "$" not in unit
-    without = msgspec.structs.replace(FRESH, user=True, exporter_user=False)
+    without = replace(FRESH, user=True, exporter_user=False)
     (account,) = (step for step in made(without, target, METRICS).steps if step.kind == "account")
     assert (account.title, account.undo) == ("create the system user hearth-exporter", "userdel hearth-exporter")
     own = made(target=spark(metrics_port=9188, scope="user"), stock=METRICS)
@@ -307,21 +308,23 @@ def test_metrics_are_a_part_and_a_unit_of_the_release() -> None:
 def test_metrics_that_could_not_be_exported_are_refused() -> None:
     target = spark(metrics_port=9188)
     unit = "comfyui-exporter.service"
-    held = {"pid": 9, "command": "postgres_exporter", "unit": "postgres.service"}
-    (refusal,) = made(msgspec.structs.replace(FRESH, metrics_holder=held), target, METRICS).refusals
+    held = Holder(pid=9, command="postgres_exporter", unit="postgres.service")
+    (refusal,) = made(replace(FRESH, metrics_holder=held), target, METRICS).refusals
     assert refusal.what == "port 9188 is held by postgres_exporter (pid 9)"
-    assert not made(msgspec.structs.replace(FRESH, metrics_holder={**held, "unit": unit}), target, METRICS).refusals
-    supervised = msgspec.structs.replace(FRESH, manager="process")
+    assert not made(
+        replace(FRESH, metrics_holder=Holder(pid=9, command="postgres_exporter", unit=unit)), target, METRICS
+    ).refusals
+    supervised = replace(FRESH, manager="process")
     (refusal,) = made(supervised, spark(metrics_port=9188, scope="user"), METRICS).refusals
     assert "no exporter" in refusal.what
     assert not made(supervised, spark(scope="user"), METRICS).refusals
 
 
 def test_all_refusals_at_once() -> None:
-    holder = {"pid": 9, "command": "nginx"}
-    bad = msgspec.structs.replace(FRESH, driver="1.0", disk_free=1, data_free={"/a": 1, "/b": 1})
+    holder = Holder(pid=9, command="nginx")
+    bad = replace(FRESH, driver="1.0", disk_free=1, data_free={"/a": 1, "/b": 1})
     assert len(made(bad).refusals) == 4
-    assert len(made(msgspec.structs.replace(bad, port_holder=holder)).refusals) == 5
+    assert len(made(replace(bad, port_holder=holder)).refusals) == 5
 
 
 def test_a_missing_wheel_says_how_to_build_it() -> None:
@@ -380,7 +383,7 @@ def test_of_a_versions_profiles_inference_is_taken_whatever_its_size(other: str)
 def test_what_was_deployed_under_other_settings_is_refused(
     place: dict[str, str], values: dict[str, str], what: str, remedy: str
 ) -> None:
-    changed = msgspec.structs.replace(settled(), place=facts.Place(ours=True, **place))  # type: ignore[arg-type]
+    changed = replace(settled(), place=facts.Place(ours=True, **place))  # type: ignore[arg-type]
     for found in (made(changed, spark(**values)), plan.back(spark(**values), changed, changed.current, plan.Options())):
         assert not found.steps
         assert any(what in each.what and remedy in each.remedy for each in found.refusals), found.refusals
@@ -389,7 +392,7 @@ def test_what_was_deployed_under_other_settings_is_refused(
 @pytest.mark.parametrize("values", [{"service": "new"}, {"run_as": "art"}])
 def test_a_release_of_another_service_or_user_is_not_gone_back_to(values: dict[str, str]) -> None:
     old, before = settled(), settled().current
-    now = msgspec.structs.replace(old, current="", service=NO_SERVICE, port_holder={})
+    now = replace(old, current="", service=NO_SERVICE, port_holder={})
     found = plan.back(spark(**values), now, before, plan.Options())
     assert ["was made for another service or user" in each.what for each in found.refusals] == [True]
     assert not plan.back(spark(), now, before, plan.Options()).refusals
@@ -397,13 +400,13 @@ def test_a_release_of_another_service_or_user_is_not_gone_back_to(values: dict[s
 
 def test_what_was_taken_away_may_be_deployed_under_another_name() -> None:
     place = facts.Place(ours=True, service="comfyui-old", scope="user")
-    assert kinds(made(msgspec.structs.replace(FRESH, place=place)))
+    assert kinds(made(replace(FRESH, place=place)))
     same = facts.Place(ours=True, service="comfyui", scope="system", user="comfyui")
-    assert kinds(made(msgspec.structs.replace(settled(), place=same))) == []
+    assert kinds(made(replace(settled(), place=same))) == []
 
 
 def test_a_home_that_units_cannot_name_is_refused() -> None:
-    found = made(msgspec.structs.replace(FRESH, prefix="/home/my user/.local/share/hearth/comfyui"))
+    found = made(replace(FRESH, prefix="/home/my user/.local/share/hearth/comfyui"))
     assert any("characters that units and command lines do not take" in each.what for each in found.refusals)
 
 
@@ -430,14 +433,14 @@ def test_one_of_the_two_flags_for_tls_is_refused(one: str, other: str) -> None:
 
 
 def test_going_back_writes_an_altered_release_anew() -> None:
-    facts = msgspec.structs.replace(settled(), altered=(settled().current,))
+    facts = replace(settled(), altered=(settled().current,))
     assert kinds(plan.back(spark(), facts, facts.current, plan.Options())) == ["release", "cut-over"]
 
 
 def test_going_back_needs_whole_parts() -> None:
     facts = settled()
     assert kinds(plan.back(spark(), facts, facts.current, plan.Options())) == ["cut-over"]
-    broken = msgspec.structs.replace(facts, parts={})
+    broken = replace(facts, parts={})
     assert plan.back(spark(), broken, facts.current, plan.Options()).refusals
 
 
@@ -464,7 +467,7 @@ def test_what_nodes_need_of_the_system_is_told_and_refused_when_required(
     packages: dict[str, bool], required: bool, noted: bool, refused: bool
 ) -> None:
     node = nodes.Node(url="u", commit="c" * 40, tree="t", why="w", required=required, system=("ffmpeg", "libgl1"))
-    found = made(msgspec.structs.replace(FRESH, packages=packages), stock=replace(shelf(), nodes={"mine": node}))
+    found = made(replace(FRESH, packages=packages), stock=replace(shelf(), nodes={"mine": node}))
     said = "node mine needs ffmpeg, which the host lacks; on the host: apt-get install ffmpeg"
     assert (said in found.notes) is noted
     assert any(f"{each.what}; {each.remedy}" == said for each in found.refusals) is refused
@@ -500,7 +503,7 @@ def test_the_managers_settings_lie_where_the_service_cannot_change_them() -> Non
     """Without a mount: systemd follows links of the service's on the way to where it mounts, as root."""
     target = managed()
     moved = replace(target, host=msgspec.structs.replace(target.host, folders={"user": "/srv/mine"}))
-    there = msgspec.structs.replace(FRESH, places={"/srv/mine": ""})
+    there = replace(FRESH, places={"/srv/mine": ""})
     for each, user in ((target, "/opt/comfyui/data/user"), (moved, "/srv/mine")):
         (written,) = (step.values["release"] for step in made(there, each).steps if step.kind == "release")
         place = f"/opt/comfyui/releases/{written['id']}"
@@ -515,7 +518,7 @@ def test_the_managers_settings_lie_where_the_service_cannot_change_them() -> Non
 @pytest.mark.parametrize("each", [spark(), managed(), spark(folders={"user": "/srv/mine"}), spark(develop=("/srv/n",))])
 def test_nothing_is_mounted_from_or_below_what_the_service_writes(each: Target) -> None:
     places = dict.fromkeys(each.host.folders.values(), "")
-    unit = unit_of(made(msgspec.structs.replace(FRESH, places=places), each))
+    unit = unit_of(made(replace(FRESH, places=places), each))
     written = ["/opt/comfyui/data", *places]
     mounts = re.findall(r"^(?:\w+Paths|TemporaryFileSystem)=(.*)$", unit, re.MULTILINE)
     assert [line for line in mounts for path in written if f"{path}/" in line] == []
@@ -536,7 +539,7 @@ if __name__ == "__main__":
 def test_nothing_that_the_service_writes_is_code_of_the_next_start(tmp_path: Path, scope: str) -> None:
     """In the working directory, which Python puts first for -c and -m, or where Python looks in a home folder."""
     target = spark(scope=scope)
-    found = made(msgspec.structs.replace(FRESH, prefix=str(tmp_path)), target)
+    found = made(replace(FRESH, prefix=str(tmp_path)), target)
     unit = unit_of(found)
     (folder,) = re.findall("^WorkingDirectory=(.*)$", unit, re.MULTILINE)
     variables = dict(re.findall('^Environment="(.*?)=(.*)"$', unit, re.MULTILINE))
@@ -565,7 +568,7 @@ def test_flags_that_say_where_a_release_lies_are_its_own() -> None:
 
 
 def test_an_account_of_somebody_elses_is_not_taken() -> None:
-    (refusal,) = made(msgspec.structs.replace(FRESH, user=True, user_fault="is root")).refusals
+    (refusal,) = made(replace(FRESH, user=True, user_fault="is root")).refusals
     assert "comfyui is root" in refusal.what
 
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 from agent.files import Fault, flock, free, holders, link, read, read_text, started, write
 from agent.layout import Site
 from agent.look.gpu import process
+from agent.schema.live import GpuState
 from agent.serve import services
 from agent.serve.services import Supervised, Systemd, manager_of, wait_for
 from core import files
@@ -55,8 +57,8 @@ def supervisor(site: Site) -> Iterator[subprocess.Popen[bytes]]:
 
 def child(site: Site) -> int:
     """The pid of the ComfyUI that is supervised, once there is one."""
-    assert wait_for(lambda: bool(Supervised(site).status()["pid"]), 20)
-    return int(Supervised(site).status()["pid"])
+    assert wait_for(lambda: bool(Supervised(site).status().pid), 20)
+    return int(Supervised(site).status().pid)
 
 
 @pytest.fixture
@@ -141,12 +143,12 @@ def test_comfyui_dies_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
         one.kill()
         one.wait()
         assert wait_for(lambda: not started(pid), 5)
-        assert (manager.status()["active"], manager.status()["pid"]) == (False, 0)
+        assert (manager.status().active, manager.status().pid) == (False, 0)
         manager.stop()
     with supervisor(site):
         assert child(site) != pid
         manager.stop()
-        assert not manager.status()["active"]
+        assert not manager.status().active
 
 
 def test_comfyui_dies_with_a_supervisor_that_fails(tmp_path: Path) -> None:
@@ -190,13 +192,13 @@ def test_stopping_signals_no_process_that_an_earlier_supervisor_recorded(tmp_pat
             for record in (stale, newer):
                 write(manager.record, json.dumps(record))
                 with supervisor(site) as one:
-                    assert manager.status()["active"]
-                    assert manager.status()["pid"] == 0
+                    assert manager.status().active
+                    assert manager.status().pid == 0
                     manager.stop()
                     assert one.wait(5) == 0
             write(manager.record, json.dumps(newer))
             with flock(manager.lock):  # by a supervisor that could not write its record
-                assert manager.status()["pid"] == 0
+                assert manager.status().pid == 0
                 with pytest.raises(Fault, match="the supervisor does not end") as raised:
                     manager.stop()
                 assert "does not name it" in raised.value.report["cause"]
@@ -213,7 +215,7 @@ def test_a_supervisor_of_an_older_hearth_can_be_stopped(tmp_path: Path) -> None:
         pid = child(site)
         old = {name: value for name, value in read(manager.record).items() if not name.endswith("_started")}
         write(manager.record, json.dumps(old))
-        assert manager.status()["pid"] == pid
+        assert manager.status().pid == pid
         manager.stop()
         assert one.wait(5) == 0
 
@@ -222,11 +224,12 @@ def test_a_process_with_the_number_of_comfyui_is_not_taken_for_it(tmp_path: Path
     site = make(tmp_path)
     with supervisor(site):
         pid = child(site)
-        gpu = {"processes": [process(pid)]}
-        assert services.ours(site, [gpu])[0]["processes"][0]["comfyui"] is True
+        processes = [{**process(pid), "bytes": None, "kind": "compute"}]
+        gpu = {**dict.fromkeys(each.name for each in fields(GpuState)), "processes": processes}
+        assert services.ours(site, [gpu])[0].processes[0].comfyui is True
         record = read(Supervised(site).record)
         write(Supervised(site).record, json.dumps({**record, "child_started": "1 of another boot"}))
-        assert services.ours(site, [gpu])[0]["processes"][0]["comfyui"] is False
+        assert services.ours(site, [gpu])[0].processes[0].comfyui is False
 
 
 def test_a_supervisor_goes_on_without_room_for_its_record(tmp_path: Path) -> None:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from agent.change import settings as steps
 from agent.files import Fault
 from agent.journal import Settings
 from agent.layout import Site
+from agent.schema.live import Mps, MpsClient, MpsServer
+from agent.schema.settings import Access, Applied, Node, Seen, State
 from core.errors import UnknownNameError, UsageError
 from deploy import plan
 from deploy.facts import Facts, Gpu
 from ops import access, fleet, mps, tuning
-from ops.access import Access, Node
-from ops.mps import Client, Mps, Server
-from ops.tuning import Applied, Seen, State
 from tests.unit.test_lifecycle import running
 from tests.unit.test_plan import FRESH, kinds, spark
 
-DESKTOP = msgspec.structs.replace(FRESH, gpus=(Gpu("RTX 4070", "8.9", 12 * 10**9, False),))
+DESKTOP = replace(FRESH, gpus=(Gpu("RTX 4070", "8.9", 12 * 10**9, False),))
 
 
 @pytest.fixture
@@ -140,15 +139,15 @@ def test_a_choice_of_the_kernels_is_read_by_its_brackets(tmp_path: Path) -> None
     path = tmp_path / "enabled"
     path.write_text("always [madvise] never\n")
     (found,) = steps.seen([{"kind": "value", "place": str(path), "value": "always"}])
-    assert (found["now"], found["wanted"]) == ("madvise", "always")
+    assert (found.now, found.wanted) == ("madvise", "always")
 
 
 def test_who_may_use_a_device() -> None:
-    def may(mode: int, groups: list[str]) -> bool:
+    def may(mode: int, groups: tuple[str, ...]) -> bool:
         status = os.stat_result((0o020000 | mode, 0, 0, 1, 0, 0, 0, 0, 0, 0))  # root:root
         return steps._may(status, "somebody", groups)
 
-    assert (may(0o666, []), may(0o660, []), may(0o660, ["root"]), may(0o606, ["root"])) == (True, False, True, False)
+    assert (may(0o666, ()), may(0o660, ()), may(0o660, ("root",)), may(0o606, ("root",))) == (True, False, True, False)
 
 
 # --- plans ---------------------------------------------------------------------------------------------------------
@@ -181,8 +180,8 @@ def test_only_what_is_named_is_planned_and_only_when_it_is_otherwise() -> None:
     ("facts", "host", "writable", "what"),
     [
         (FRESH, {"scope": "user"}, True, 'scope = "user" changes nothing outside'),
-        (msgspec.structs.replace(FRESH, root=False), {}, True, "needs root, and this is d"),
-        (msgspec.structs.replace(FRESH, manager="none"), {}, True, "runs no systemd"),
+        (replace(FRESH, root=False), {}, True, "needs root, and this is d"),
+        (replace(FRESH, manager="none"), {}, True, "runs no systemd"),
         (FRESH, {}, False, "/proc/sys/vm/swappiness cannot be written there"),
     ],
 )
@@ -227,7 +226,7 @@ def test_a_mistyped_name() -> None:
 CONTROL = "/usr/bin/nvidia-cuda-mps-control"
 OFF = Mps(control=CONTROL)
 ON = Mps(on=True, control=CONTROL, state="active (running)", service_pid=7, service_knows=True,
-         servers=(Server(9, "ACTIVE", (Client(7, "python main.py", "comfyui"),)),))  # fmt: skip
+         servers=(MpsServer(9, "ACTIVE", (MpsClient(7, "python main.py", "comfyui"),)),))  # fmt: skip
 
 
 def mps_state(*, now: str | None) -> State:
@@ -280,12 +279,12 @@ def test_mps_that_is_off() -> None:
     ("seen", "what"),
     [
         (Mps(service_knows=True), "ComfyUI looks for an MPS that is off"),
-        (msgspec.structs.replace(ON, state="failed (failed)"), "its daemon does not run: failed (failed)"),
-        (msgspec.structs.replace(ON, fault="it does not answer"), "MPS is on, and it does not answer"),
-        (msgspec.structs.replace(ON, service_knows=False), "was started before MPS"),
-        (msgspec.structs.replace(ON, servers=()), "is no client of its MPS"),
-        (msgspec.structs.replace(ON, restarts=2), "started again 2 times"),
-        (msgspec.structs.replace(ON, servers=(Server(9, "FAULT", ON.servers[0].clients),)), "is in state FAULT"),
+        (replace(ON, state="failed (failed)"), "its daemon does not run: failed (failed)"),
+        (replace(ON, fault="it does not answer"), "MPS is on, and it does not answer"),
+        (replace(ON, service_knows=False), "was started before MPS"),
+        (replace(ON, servers=()), "is no client of its MPS"),
+        (replace(ON, restarts=2), "started again 2 times"),
+        (replace(ON, servers=(MpsServer(9, "FAULT", ON.servers[0].clients),)), "is in state FAULT"),
     ],
 )
 def test_what_is_not_well_with_mps(seen: Mps, what: str) -> None:
@@ -320,7 +319,7 @@ def test_the_gpu_is_kept_to_a_group() -> None:
     found = access.keep(target, running(), State({}, {access.NAME: places}), seen, plan.Options())
     assert found.steps[0].title == "keep the GPU to group gpu-users: comfyui, anna"
     assert any("next login: anna" in note for note in found.notes)
-    nobody = msgspec.structs.replace(seen, users={"comfyui": None})
+    nobody = replace(seen, users={"comfyui": None})
     (refusal,) = access.keep(target, running(), State({}, {access.NAME: places}), nobody, plan.Options()).refusals
     assert "has no user comfyui" in refusal.what
 

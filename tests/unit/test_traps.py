@@ -12,9 +12,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from agent import parts, requester
@@ -414,7 +414,7 @@ def test_who_holds_a_port_is_looked_for_with_a_limit_and_then_not_known(monkeypa
         assert found["command"].startswith("a process of ")
         for each in files:
             os.close(each)
-    facts_now = msgspec.structs.replace(FRESH, port_holder=found, service=RUNNING)
+    facts_now = replace(FRESH, port_holder=found, service=RUNNING)
     assert "not found in time" in plan.port(spark(), facts_now)
 
 
