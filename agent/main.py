@@ -29,8 +29,9 @@ import json
 import sys
 from pathlib import Path
 
-from agent.files import Fault, Json, confine, os_fault, read
-from agent.layout import Site
+from agent.files import Fault, Json, os_fault, read
+from agent.layout import Layout
+from agent.processes import confine
 
 
 def say(value: object) -> None:
@@ -47,14 +48,14 @@ def main(argv: list[str]) -> int:
         confinement.main(json.loads(argv[1]), argv[3:])
     confine()
     try:
-        if verb in ("apply", "supervise", "watch", "free"):  # started by a unit or detached: the site is a file
-            _stay(verb, Site(read(Path(argv[1]))))
+        if verb in ("apply", "supervise", "watch", "free"):  # started by a unit or detached: the layout is a file
+            _stay(verb, Layout(read(Path(argv[1]))))
         else:
             line = sys.stdin.buffer.readline()
             if argv[1:] and hashlib.sha256(line).hexdigest() != argv[1]:  # it came by a pipe that others may write into
                 raise Fault("usage", "the request was replaced on its way", "", "look what else this login runs")
             request = json.loads(line)
-            _answer(verb, Site(request["site"]), request)
+            _answer(verb, Layout(request["site"]), request)
     except Fault as fault:
         say({"fault": fault.report})
         return 3
@@ -67,104 +68,109 @@ def main(argv: list[str]) -> int:
 
 
 UNWRITABLE = 4
-"""The apply unit is not started again at once after this exit code (RestartPreventExitStatus= in `services`)."""
+"""The apply unit is not started again at once after this exit code (RestartPreventExitStatus= in `systemd`)."""
 
 
-def _stay(verb: str, site: Site) -> None:
+def _stay(verb: str, layout: Layout) -> None:
     """Verbs that units run. All that they need is imported now: their file may be replaced meanwhile."""
     from agent.change import runs
-    from agent.serve import health, services, watch
+    from agent.serve import health, supervisor, watch
 
     if verb == "apply":
-        runs.apply(site)
+        runs.apply(layout)
     elif verb == "supervise":
-        services.supervise(site)
+        supervisor.supervise(layout)
     elif verb == "watch":
-        watch.watch(site)
+        watch.watch(layout)
     else:
-        print(health.free_if_idle(site), flush=True)
+        print(health.free_if_idle(layout), flush=True)
 
 
-def _answer(verb: str, site: Site, request: Json) -> None:
+def _answer(verb: str, layout: Layout, request: Json) -> None:
     """Verbs that are asked, each importing what it needs: nothing is compiled in advance there."""
     if verb == "facts":
         from agent.look.facts import PATIENT, answering, facts
         from agent.look.gpu import gpus
-        from agent.serve.services import ours
+        from agent.serve.managers import ours
 
-        answering(site, request, PATIENT)
-        say(facts(site, request, ours(site, gpus())))
+        answering(layout, request, PATIENT)
+        say(facts(layout, request, ours(layout, gpus())))
     elif verb == "status":
         from agent.look.status import status
 
-        say(status(site, request))
+        say(status(layout, request))
     elif verb == "probe":
         from agent.look.probe import probe
 
-        say(probe(site, request))
+        say(probe(layout, request))
     elif verb == "gpu":
         from agent.look.samples import samples
 
-        for sample in samples(site, request["every"], request["seconds"]):
+        for sample in samples(layout, request["every"], request["seconds"]):
             say(sample)
     elif verb == "free-memory":
         from agent.change.memory import free
 
-        say(free(site, request["wait"]))
+        say(free(layout, request["wait"]))
     elif verb == "contents":
         from agent.parts import contents
 
-        say({name: contents(site.parts / name) for name in request["parts"]})
+        say({name: contents(layout.parts / name) for name in request["parts"]})
     elif verb == "receive":
         from agent.change.runs import receive
 
-        say(receive(site, request["sha256"], request["size"], request["offset"]))
+        say(receive(layout, request["sha256"], request["size"], request["offset"]))
     elif verb == "submit":
         from agent.change.runs import submit
 
-        say(submit(site, request["plan"]))
+        say(submit(layout, request["plan"]))
     elif verb == "follow":
         from agent.change.runs import follow
 
-        for event in follow(site, request["run"]):
+        for event in follow(layout, request["run"]):
             say(event)
     elif verb == "secret":
         from agent.serve.secret import keep
 
-        say(keep(site, request))
+        say(keep(layout, request))
     elif verb == "settings":
         from agent.change.settings import look
 
-        say(look(site, request))
+        say(look(layout, request))
     elif verb == "access":
         from agent.change.settings import access
 
-        say(access(site, request))
+        say(access(layout, request))
     elif verb == "mps":
         from agent.look.mps import mps
 
-        say(mps(site))
+        say(mps(layout))
     elif verb == "history":
         from agent.journal import history
 
-        say(history(site))
+        say(history(layout))
     elif verb == "flags":
         from agent.files import read_text
 
-        release = site.release()
-        say({"release": site.manifest(release), "text": read_text(site.releases / release / "app/comfy/cli_args.py")})
+        release = layout.release()
+        say(
+            {
+                "release": layout.manifest(release),
+                "text": read_text(layout.releases / release / "app/comfy/cli_args.py"),
+            }
+        )
     elif verb == "logs":
         from agent.look.logs import logs
 
-        for line in logs(site, request):
+        for line in logs(layout, request):
             say(line)
     elif verb == "jobs":
         from agent.look.jobs import jobs
 
-        say(jobs(site, request["count"]))
+        say(jobs(layout, request["count"]))
     elif verb == "survey":
         from agent.look.survey import survey
 
-        say(survey(site, request["path"]))
+        say(survey(layout, request["path"]))
     else:
         raise Fault("step", f"the agent has no verb {verb!r}")

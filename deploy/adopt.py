@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from agent.schema import change
 from agent.schema.survey import Folder, Installation, Survey
 from core import console
 from core.errors import ConfigError, NoInstallationError
 from deploy.host import TOKEN, Host, names_secret, profiles
-from deploy.plan import Options, Plan, Refusal, Step, account
+from deploy.plan import Options, Plan, Refusal, account
 from lock import application
 from lock.nodes import check_address
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from agent.schema.change import Step
     from deploy.facts import Facts
     from deploy.host import Target
     from lock.application import Flag
@@ -355,30 +357,21 @@ def make(target: Target, facts: Facts, proposal: Proposal, options: Options) -> 
     steps: list[Step] = []
     if units:
         title = f"stop {', '.join(units)} and put it aside"
-        values: dict[str, Any] = {"units": [{name: getattr(each, name) for name in _UNIT} for each in units.values()]}
-        values |= {"path": found.path, "port": port(found), "drain": options.drain, "force": options.force}
-        steps.append(Step("retire", title, f"it runs {found.path}, or has the name of Hearth's", _UNDO, values))
+        old = tuple(change.OldUnit(each.name, each.path, each.active, each.enabled) for each in units.values())
+        why = f"it runs {found.path}, or has the name of Hearth's"
+        steps.append(change.Retire(title, why, _UNDO, options.drain, options.force, old, found.path, port(found)))
     if proposal.moves and not facts.user:
         steps.append(account([target.host.run_as], "what is moved becomes its own"))
     if proposal.moves and not facts.data:
         steps.append(
-            Step("folders", f"lay out {facts.prefix}", "its folders are not all there", f"rm -r {facts.prefix}")
+            change.Folders(f"lay out {facts.prefix}", "its folders are not all there", f"rm -r {facts.prefix}")
         )
     for name, (source, size, count) in proposal.moves.items():
         title = f"move {source} to {data}/{name} ({count} files, {console.size(size)})"
-        steps.append(
-            Step(
-                "adopt",
-                title,
-                "one rename, nothing is copied",
-                _UNDO,
-                {"name": name, "source": source, "owners": list(found.owners)},
-            )
-        )
+        steps.append(change.Adopt(title, "one rename, nothing is copied", _UNDO, name, source, tuple(found.owners)))
     return Plan(facts.current, facts.current, steps=() if refusals else tuple(steps), refusals=tuple(refusals))
 
 
-_UNIT = ("name", "path", "active", "enabled")
 _UNDO = "inv adopt --undo"
 
 
@@ -389,10 +382,10 @@ def undo(target: Target, facts: Facts, options: Options) -> Plan:
     refusals = _place(target, facts)
     steps: list[Step] = []
     if facts.current:
-        values = {"drain": options.drain, "force": options.force}
         why = "the old ComfyUI gets its folders and its port back"
-        steps.append(Step("withdraw", f"take release {facts.current} out of service", why, "inv deploy", values))
-    steps.append(Step("unadopt", "put the old ComfyUI back as it was", "asked for", "inv adopt --apply"))
+        title = f"take release {facts.current} out of service"
+        steps.append(change.Withdraw(title, why, "inv deploy", options.drain, options.force))
+    steps.append(change.Unadopt("put the old ComfyUI back as it was", "asked for", "inv adopt --apply"))
     return Plan(facts.current, "", steps=() if refusals else tuple(steps), refusals=tuple(refusals))
 
 

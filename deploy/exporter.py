@@ -23,6 +23,7 @@ AGENT = (
     "files",
     "journal",
     "layout",
+    "locks",
     "look/__init__",
     "look/gpu",
     "schema/__init__",

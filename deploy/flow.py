@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from agent.schema import change as schema
 from agent.schema.survey import Survey
 from core import console, files, foreign, lockfile, manifest, source
 from core.arch import local_gpu
@@ -53,11 +54,12 @@ from lock import application as applications
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from agent.schema.change import Step, Tree
     from deploy.adopt import Proposal
     from deploy.bundle import Opened
     from deploy.connection import Agent
     from deploy.host import Target
-    from deploy.plan import Options, Plan, Shelf, Step
+    from deploy.plan import Options, Plan, Shelf
     from lock.nodes import Node
 
 
@@ -588,15 +590,14 @@ def _apply(
     """Send what the steps need, submit them, follow them to their end; what they said."""
     with tempfile.TemporaryDirectory(prefix="hearth-") as scratch:
         blobs: dict[str, Path] = {}
-        packed: list[dict[str, Any]] = []
+        steps: list[dict[str, Any]] = []
         if stock is not None:  # all at once, not each when it is packed
-            lacking = [step.values["node"] for step in planned.steps if step.kind == "node"]
+            lacking = [step.node for step in planned.steps if isinstance(step, schema.Node)]
             nodes.fetch({name: stock.nodes[name] for name in lacking})
         for step in planned.steps:
-            values = dict(step.values)
             if stock is not None:
-                values |= _pack(step, agent, facts, stock, Path(scratch), blobs, offline=offline)
-            packed.append({"kind": step.kind, "title": step.title, **values})
+                step = _pack(step, agent, facts, stock, Path(scratch), blobs, offline=offline)
+            steps.append(schema.packed(step))
         _send(agent, facts, blobs)
         run = secrets.token_hex(6)
         body = {
@@ -605,7 +606,7 @@ def _apply(
             "action": action,
             "release": planned.release,
             "base": planned.base,
-            "steps": packed,
+            "steps": steps,
         }
         agent.call("submit", plan=body)
     return _follow(agent, run)
@@ -613,8 +614,8 @@ def _apply(
 
 def _pack(
     step: Step, agent: Agent, facts: Facts, stock: Shelf, scratch: Path, blobs: dict[str, Path], *, offline: bool
-) -> dict[str, Any]:
-    """What the agent needs for a step beside what the plan says; files to send go into `blobs` by their SHA-256."""
+) -> Step:
+    """A step with all that the agent needs for it; files to send go into `blobs` by their SHA-256."""
 
     def blob(path: Path) -> str:
         digest = files.sha256(path)
@@ -622,35 +623,34 @@ def _pack(
         return digest
 
     platform = Platform.parse(facts.platform)
-    if step.kind == "tool":
-        return {"name": stock.uv, "blob": blob(lockfile.install("uv", platform, "3.11") / "bin/uv")}
-    if step.kind == "app":
-        return _pack_tree("app", source.intact(stock.application), agent, facts, scratch, blob)
-    if step.kind == "exporter":
-        return _pack_tree("exporter", exporters.tree(platform), agent, facts, scratch, blob)
-    if step.kind == "node":
-        name = step.values["node"]
-        tree = source.intact(stock.nodes[name].pinned(name))
-        return _pack_tree(f"custom_nodes/{name}", tree, agent, facts, scratch, blob)
-    if step.kind == "env":
-        kernels = [wheel for wheel in stock.wheels if wheel.file in step.values["kernels"]]
+    if isinstance(step, schema.Tool):
+        return replace(step, name=stock.uv, blob=blob(lockfile.install("uv", platform, "3.11") / "bin/uv"))
+    if isinstance(step, schema.App):
+        return _pack_tree(step, "app", source.intact(stock.application), agent, facts, scratch, blob)
+    if isinstance(step, schema.Exporter):
+        return _pack_tree(step, "exporter", exporters.tree(platform), agent, facts, scratch, blob)
+    if isinstance(step, schema.Node):
+        tree = source.intact(stock.nodes[step.node].pinned(step.node))
+        return _pack_tree(step, f"custom_nodes/{step.node}", tree, agent, facts, scratch, blob)
+    if isinstance(step, schema.Env):
+        kernels = [wheel for wheel in stock.wheels if wheel.file in step.kernels]
         blobs |= {wheel.sha256: manifest.whole(wheel) for wheel in kernels}
-        wheels = [{"file": wheel.file, "sha256": wheel.sha256} for wheel in kernels]
+        wheels = [schema.WheelFile(wheel.file, wheel.sha256) for wheel in kernels]
         if offline:
-            lock = stock.locks[facts.platform, step.values["version"]]
-            folder = requirements.download(lock, step.values["asking"], platform)
-            wheels += [{"file": path.name, "sha256": blob(path)} for path in sorted(folder.glob("*.whl"))]
-            if damaged := [each["file"] for each in wheels[len(kernels) :] if each["sha256"] not in lock.text]:
+            lock = stock.locks[facts.platform, step.version]
+            folder = requirements.download(lock, step.asking, platform)
+            wheels += [schema.WheelFile(path.name, blob(path)) for path in sorted(folder.glob("*.whl"))]
+            if damaged := [each.file for each in wheels[len(kernels) :] if each.sha256 not in lock.text]:
                 what = f"{folder / damaged[0]} was damaged: its hash is not the locked one"
                 raise HashMismatchError(what, hint=f"rm -r {shlex.quote(str(folder))}, then run the same command again")
-        return {"tool": stock.uv, "wheels": wheels, "offline": offline}
-    return {}
+        return replace(step, tool=stock.uv, wheels=tuple(wheels), offline=offline)
+    return step
 
 
 def _pack_tree(
-    kind: str, tree: Path, agent: Agent, facts: Facts, scratch: Path, blob: Callable[[Path], str]
-) -> dict[str, Any]:
-    """A tree: an archive of the files that no release there has for the same `kind`, and where the others lie."""
+    step: Tree, kind: str, tree: Path, agent: Agent, facts: Facts, scratch: Path, blob: Callable[[Path], str]
+) -> Step:
+    """The step with an archive of the files that no release there has for the same `kind`, and where the others lie."""
     wanted = {
         name: files.sha256(path) + ("x" if path.stat().st_mode & 0o100 else "") for name, path in files.tree(tree)
     }
@@ -665,8 +665,8 @@ def _pack_tree(
     archive = scratch / f"{tree.name}.tar.gz"
     with (
         archive.open("wb") as raw,
-        gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,
-        tarfile.open(fileobj=packed, mode="w") as tar,
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as tar,
     ):
         for name in sorted(wanted.keys() - reuse.keys()):
             content = (tree / name).read_bytes()
@@ -674,7 +674,7 @@ def _pack_tree(
             info.size = len(content)
             info.mode = 0o755 if wanted[name].endswith("x") else 0o644
             tar.addfile(info, io.BytesIO(content))
-    return {"files": wanted, "reuse": reuse, "blob": blob(archive)}
+    return replace(step, files=wanted, reuse=reuse, blob=blob(archive))
 
 
 def _send(agent: Agent, facts: Facts, blobs: dict[str, Path]) -> None:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, MetricsHandler, ProcessCollecto
 
 from agent.api import Endpoint
 from agent.files import read
-from agent.layout import Site
+from agent.layout import Layout
 from exporter import comfyui, host
 from exporter.gather import Gatherer, Source
 
@@ -24,7 +24,7 @@ class Handler(MetricsHandler):
     timeout = 5
 
 
-def gatherer(site: Site, place: Endpoint, counts: Path, *, cuda: bool) -> Gatherer:
+def gatherer(site: Layout, place: Endpoint, counts: Path, *, cuda: bool) -> Gatherer:
     """Everything that is told of a host, whose ComfyUI listens at `place`.
 
     `counts` is the file of its jobs; `cuda`: its release needs a GPU.
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     counts = Path(os.environ["RUNTIME_DIRECTORY"]) / "jobs.json"  # its unit's
-    registry.register(gatherer(Site(config["site"]), Endpoint.of(config["argv"]), counts, cuda=config["cuda"]))
+    registry.register(gatherer(Layout(config["site"]), Endpoint.of(config["argv"]), counts, cuda=config["cuda"]))
     server = ThreadingHTTPServer(("127.0.0.1", config["port"]), Handler.factory(registry))
     server.serve_forever(poll_interval=60)  # it is ended by a signal: nothing to look for twice a second
 

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 
 from agent.files import Fault, meminfo, read
 from agent.journal import DEPLOYS, history, last
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look.gpu import Nvml
 
 Metrics = Iterable[Metric]
@@ -40,7 +40,7 @@ class Kept:
 class Release:
     """The current release, how it passed its health gate, and how the last deploy ended."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Layout) -> None:
         self._site = site
         self._kept = Kept()
 
@@ -73,7 +73,7 @@ def _info(path: Path) -> Metric:
     return InfoMetricFamily("hearth_release", "The release in service.", {"release": manifest["id"], **told})
 
 
-def _deploy(site: Site) -> list[Metric]:
+def _deploy(site: Layout) -> list[Metric]:
     """How the last run ended that was to change the release."""
     ended = last(history(site), *DEPLOYS)
     if not ended:
@@ -91,7 +91,7 @@ def _seconds(at: str) -> float:
     return datetime.fromisoformat(at.replace("Z", "+00:00")).timestamp()
 
 
-def service(site: Site) -> Metrics:
+def service(site: Layout) -> Metrics:
     """ComfyUI's unit as systemd knows it, and its main process. Raises OSError or SubprocessError."""
     words = ["systemctl", *(["--user"] if site.scope == "user" else []), "show", f"{site.service}.service"]
     done = subprocess.run(
@@ -117,7 +117,7 @@ def memory() -> Metrics:
     yield GaugeMetricFamily("hearth_memory_available_bytes", what, value=machine["MemAvailable"])
 
 
-def disk(site: Site, place: Path) -> Metrics:
+def disk(site: Layout, place: Path) -> Metrics:
     """Room at a place; the data's only where that is not the prefix's. Raises OSError."""
     if place != site.prefix and place.stat().st_dev == site.prefix.stat().st_dev:
         return

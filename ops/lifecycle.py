@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 import shlex
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from agent.schema import change
 from core import console
 from core.errors import RefusedError, UsageError
 from deploy import flow, plan
-from deploy.plan import Plan, Refusal, Step
+from deploy.plan import Plan, Refusal
 from ops import tuning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from agent.schema.change import Step
     from deploy.facts import Facts
     from deploy.flow import Outcome
     from deploy.host import Target
@@ -36,10 +37,8 @@ def start(target: Target, facts: Facts, _: Options) -> Plan:
         refusals.append(Refusal(plan.paused(target, facts), f"inv resume --host {target.name}"))
     if facts.service.active:
         return _plan(facts, [], refusals)
-    values = {"resume": False}
-    return _plan(
-        facts, [Step("start", f"start {target.host.service}", facts.service.state, "inv stop", values)], refusals
-    )
+    step = change.Start(f"start {target.host.service}", facts.service.state, "inv stop", resume=False)
+    return _plan(facts, [step], refusals)
 
 
 def stop(target: Target, facts: Facts, options: Options) -> Plan:
@@ -48,7 +47,8 @@ def stop(target: Target, facts: Facts, options: Options) -> Plan:
     title = f"stop {target.host.service} until {until}"
     needed = facts.service.active or facts.service.waits
     needed = needed or bool(facts.busy)  # the run under way may start it
-    steps = [Step("stop", title, facts.service.state, "inv start", _ending(options, pause=False))] if needed else []
+    step = change.Stop(title, facts.service.state, "inv start", options.drain, options.force, pause=False)
+    steps = [step] if needed else []
     return _plan(facts, steps, _changeable(target, facts, force=options.force), _ended(facts, force=options.force))
 
 
@@ -57,7 +57,8 @@ def restart(target: Target, facts: Facts, options: Options) -> Plan:
     refusals = _able(target, facts)
     if facts.paused:
         refusals.append(Refusal(plan.paused(target, facts), f"inv resume --host {target.name}"))
-    step = Step("restart", f"restart {target.host.service}", "asked for", "nothing", _ending(options))
+    title = f"restart {target.host.service}"
+    step = change.Restart(title, "asked for", "nothing", options.drain, options.force)
     return _plan(facts, [step], refusals)
 
 
@@ -71,7 +72,7 @@ def pause(target: Target, facts: Facts, options: Options) -> Plan:
     if facts.paused and not (service.active or service.waits or starts or facts.busy):
         return _plan(facts, [], refusals)
     title = f"stop {target.host.service} until inv resume; no boot and no deploy starts it"
-    steps = [Step("stop", title, "asked for", "inv resume", _ending(options, pause=True))]
+    steps = [change.Stop(title, "asked for", "inv resume", options.drain, options.force, pause=True)]
     return _plan(facts, steps, refusals, _ended(facts, force=options.force))
 
 
@@ -82,15 +83,14 @@ def resume(target: Target, facts: Facts, _: Options) -> Plan:
         return _plan(facts, [], _able(target, facts))
     why = plan.paused(target, facts) if facts.paused else "it does not run, or is not started at boot"
     title = f"start {target.host.service}{', also at boot' * (facts.manager != 'process')}"
-    return _plan(facts, [Step("start", title, why, "inv pause", {"resume": True})], _able(target, facts))
+    return _plan(facts, [change.Start(title, why, "inv pause", resume=True)], _able(target, facts))
 
 
 def quarantine(target: Target, facts: Facts, options: Options) -> Plan:
     """The plan that stops ComfyUI without asking it, and keeps it from the network should anything start it."""
     host = target.host
     title = f"stop {host.service} without asking it, until inv quarantine --undo and inv resume"
-    values = _ending(replace(options, force=True), pause=True)
-    steps = [Step("stop", title, "asked for", "inv resume", values)]
+    steps: list[Step] = [change.Stop(title, "asked for", "inv resume", options.drain, force=True, pause=True)]
     if facts.paused and not (facts.service.active or facts.service.waits or facts.busy):
         steps = []
     if host.scope == "system" and QUARANTINE not in facts.settings:
@@ -147,7 +147,7 @@ def remove(target: Target, facts: Facts, options: Options) -> Plan:
     steps = _without_service(target, facts, options)
     if any(path.endswith("-apply.service") for path in facts.placed) or (steps and facts.manager != "process"):
         title, why = "forget the unit that goes on with interrupted changes", "there is nothing left to go on with"
-        steps.append(Step("forget", title, why, "inv deploy"))
+        steps.append(change.Forget(title, why, "inv deploy"))
     kept = [f"kept: releases and data in {facts.prefix}; inv deploy --host {target.name} brings the service back"]
     if facts.settings:
         kept.append(f"kept: {', '.join(facts.settings)}, set outside it; {_undone_by(target, facts)}")
@@ -161,19 +161,19 @@ def nuke(target: Target, facts: Facts, options: Options, *, data: bool = False) 
     units = [unit for path, unit in target.site["mounts"].items() if facts.mounts[path].unit.startswith(_WRITTEN)]
     if units:
         title = f"forget the units {', '.join(units)}; what is mounted stays so until the next boot"
-        steps.append(Step("forget-mounts", title, "Hearth wrote them", "inv deploy", {"units": units}))
+        steps.append(change.ForgetMounts(title, "Hearth wrote them", "inv deploy", tuple(units)))
     rest = [name for name in place.own if name != "state"]
     if rest:
         title = f"delete {', '.join(rest)} in {facts.prefix}"
-        steps.append(Step("delete", title, "all releases with their parts", "inv deploy", {"names": rest}))
+        steps.append(change.Delete(title, "all releases with their parts", "inv deploy", tuple(rest)))
     top = f"{place.real}/data"
     whole = top not in place.mounts and f"{facts.prefix}/data" not in place.links
     if data and whole and place.data:
         title = f"DELETE {facts.prefix}/data: models, inputs, outputs, workflows, settings"
-        steps.append(Step("delete", title, "asked for by --data", "nothing brings it back", {"names": ["data"]}))
+        steps.append(change.Delete(title, "asked for by --data", "nothing brings it back", ("data",)))
     if steps or "state" in place.own or facts.placed:
         title = f"delete {facts.prefix}/state, with the history of this host"
-        steps.append(Step("erase", title, "the last of it", "nothing brings it back"))
+        steps.append(change.Erase(title, "the last of it", "nothing brings it back"))
     return _plan(facts, steps, _erasable(target, facts), _left(target, facts, data=data and whole), release="")
 
 
@@ -192,10 +192,6 @@ def _plan(
     return Plan(facts.current, after, () if refusals else tuple(steps), tuple(refusals), tuple(notes))
 
 
-def _ending(options: Options, **more: bool) -> dict[str, object]:
-    return {"drain": options.drain, "force": options.force, **more}
-
-
 def _without_service(target: Target, facts: Facts, options: Options) -> list[Step]:
     """The steps that take the service out of systemd, and people's rights to it."""
     steps: list[Step] = []
@@ -203,13 +199,13 @@ def _without_service(target: Target, facts: Facts, options: Options) -> list[Ste
     units = [path for path in facts.placed if not path.endswith(f"{service}-apply.service")]
     if facts.current or units or facts.service.active or facts.service.waits:
         title = f"take release {facts.current} out of service" if facts.current else f"take away {service}"
-        steps.append(Step("withdraw", title, "asked for", "inv deploy", _ending(options)))
+        steps.append(change.Withdraw(title, "asked for", "inv deploy", options.drain, options.force))
     if facts.rights:
         title, why = "take back what members may do by sudo", "there is no service for them any more"
-        steps.append(Step("rights", title, why, "inv deploy", {"text": ""}))
+        steps.append(change.Rights(title, why, "inv deploy", ""))
     if facts.lingered:
         title = f"let {facts.login}'s systemd end with its last session again (loginctl disable-linger)"
-        steps.append(Step("end-linger", title, "a deploy of Hearth's enabled it", "loginctl enable-linger"))
+        steps.append(change.EndLinger(title, "a deploy of Hearth's enabled it", "loginctl enable-linger"))
     return steps
 
 

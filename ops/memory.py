@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from agent.schema import change
 from agent.schema.live import Freed
 from core import console
 from deploy import connection, flow
-from deploy.plan import Plan, Refusal, Step
+from deploy.plan import Plan, Refusal
 from ops.gpu import number
 
 if TYPE_CHECKING:
@@ -82,5 +83,5 @@ def plan(target: Target, facts: Facts, *, force: bool) -> Plan:
         refusals.append(Refusal(what, "leave it: what is cached need not be read again; or --force"))
     why = "it competes with the GPU for the same memory" if not force else "asked for"
     undo = "nothing: what is needed is read again, from the disk"
-    steps = () if refusals else (Step("drop-caches", "write what is new to disk, drop the page cache", why, undo),)
+    steps = () if refusals else (change.DropCaches("write what is new to disk, drop the page cache", why, undo),)
     return Plan(facts.current, facts.current, steps=steps, refusals=tuple(refusals))

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from agent.schema import change
 from agent.schema.settings import Applied, State
 from core import config, console, files
 from core.errors import ConfigError, UnknownNameError, UsageError, near
 from deploy import flow
-from deploy.plan import Plan, Refusal, Step
+from deploy.plan import Plan, Refusal
 from ops import fleet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from agent.schema.change import Step
     from deploy.connection import Agent
     from deploy.facts import Facts
     from deploy.host import Target
@@ -153,18 +155,14 @@ def setting_step(
     name: str, wanted: list[Change], title: str, why: str, undone: str, options: Options | None = None
 ) -> Step:
     """The step that applies a setting; with `options` ComfyUI is stopped before and started after."""
-    values = {"setting": name, "changes": wanted, **_around(options)}
-    return Step("set", title, why, undone, values)
+    step = change.Set(title, why, undone, name, tuple(wanted))
+    return replace(step, serves=True, drain=options.drain, force=options.force) if options else step
 
 
 def undo_step(name: str, title: str, *, force: bool, options: Options | None = None) -> Step:
     """The step that undoes a setting."""
-    return Step("unset", title, "asked for", "the same command without --undo",
-                {"settings": [name], "overwrite": force, **_around(options)})  # fmt: skip
-
-
-def _around(options: Options | None) -> dict[str, Any]:
-    return {"serves": True, "drain": options.drain, "force": options.force} if options else {"serves": False}
+    step = change.Unset(title, "asked for", "the same command without --undo", (name,), force)
+    return replace(step, serves=True, drain=options.drain, force=options.force) if options else step
 
 
 def finished(facts: Facts, steps: list[Step], refusals: list[Refusal], notes: Sequence[str] = ()) -> Plan:

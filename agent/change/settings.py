@@ -18,17 +18,20 @@ import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from agent.change.lifecycle import await_answer, await_jobs
-from agent.files import Fault, Json, discard, run, write
+from agent.files import Fault, Json, Note, discard, write
 from agent.journal import Settings
-from agent.layout import Site
+from agent.layout import Layout
+from agent.processes import run
+from agent.schema.change import Set, Unset
 from agent.schema.settings import Access, Applied, Node, Rule, Seen, State
-from agent.serve.services import UNITS, manager_of
+from agent.serve.managers import manager_of
+from agent.serve.systemd import UNITS
 
 # --- kinds ---------------------------------------------------------------------------------------------------------
 
@@ -149,7 +152,7 @@ def _wanted(change: Json, now: Any) -> Any:
     return {"value": change.get("value"), "node": [gid, change.get("mode")], "unit": [True, True]}[kind]
 
 
-def seen(changes: list[Json]) -> tuple[Seen, ...]:
+def seen(changes: Sequence[Json]) -> tuple[Seen, ...]:
     """The state of every place of some changes."""
     found: list[Seen] = []
     for change in changes:
@@ -162,11 +165,11 @@ def seen(changes: list[Json]) -> tuple[Seen, ...]:
     return tuple(found)
 
 
-def look(site: Site, request: Json) -> State:
+def look(layout: Layout, request: Json) -> State:
     """The changes in force, and the state of the places of some settings (`changes`, by name)."""
     applied = {
         name: tuple(Applied(each["kind"], each["place"], each["old"], each["new"]) for each in listed)
-        for name, listed in Settings(site).in_force().items()
+        for name, listed in Settings(layout).in_force().items()
     }
     return State(applied, {name: seen(changes) for name, changes in request["changes"].items()})
 
@@ -174,29 +177,29 @@ def look(site: Site, request: Json) -> State:
 # --- steps ---------------------------------------------------------------------------------------------------------
 
 
-def apply_setting(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def apply_setting(layout: Layout, step: Set, note: Note) -> None:
     """Make the changes of a setting; where ComfyUI must see them from its start, it is stopped before.
 
     When ComfyUI then does not serve, or a change cannot be made, the whole setting is undone.
     """
-    if step["serves"]:
-        _stop(site, step, note)
+    if step.serves:
+        _stop(layout, step, note)
     try:
-        _apply(site, step["setting"], step["changes"])
-        if step["serves"]:
-            await_answer(site, manager_of(site), note)
+        _apply(layout, step.setting, step.changes)
+        if step.serves:
+            await_answer(layout, manager_of(layout), note)
     except (Fault, OSError) as error:
-        stuck = _undo(site, step["setting"], force=True)
-        if step["serves"]:
-            manager_of(site).stop()
-            await_answer(site, manager_of(site), note)
-        what = f"{step['setting']} could not be set, and is undone: {error}"
+        stuck = _undo(layout, step.setting, force=True)
+        if step.serves:
+            manager_of(layout).stop()
+            await_answer(layout, manager_of(layout), note)
+        what = f"{step.setting} could not be set, and is undone: {error}"
         cause = error.report["cause"] if isinstance(error, Fault) else ""
         raise Fault("step", what, "\n".join([cause, *stuck]).strip(), "mend that, then run the same command") from error
 
 
-def _apply(site: Site, setting: str, changes: list[Json]) -> None:
-    record = Settings(site)
+def _apply(layout: Layout, setting: str, changes: Sequence[Json]) -> None:
+    record = Settings(layout)
     known = {(each["kind"], each["place"]): each["new"] for each in record.in_force().get(setting, [])}
     for change in changes:
         read, put = KINDS[change["kind"]]
@@ -210,13 +213,13 @@ def _apply(site: Site, setting: str, changes: list[Json]) -> None:
             put(place, wanted)
 
 
-def undo_settings(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def undo_settings(layout: Layout, step: Unset, note: Note) -> None:
     """Put back what settings changed, the last first; what somebody changed since stays, unless told to `overwrite`."""
-    if step["serves"]:
-        _stop(site, step, note)
-    stuck = [each for name in step["settings"] for each in _undo(site, name, force=step["overwrite"])]
-    if step["serves"]:
-        await_answer(site, manager_of(site), note)
+    if step.serves:
+        _stop(layout, step, note)
+    stuck = [each for name in step.settings for each in _undo(layout, name, force=step.overwrite)]
+    if step.serves:
+        await_answer(layout, manager_of(layout), note)
     if stuck:
         hint = "look at them; --force puts back what was there before Hearth, too"
         raise Fault(
@@ -224,8 +227,8 @@ def undo_settings(site: Site, step: Json, note: Callable[[str], None]) -> None:
         )
 
 
-def _undo(site: Site, setting: str, *, force: bool) -> list[str]:
-    record = Settings(site)
+def _undo(layout: Layout, setting: str, *, force: bool) -> list[str]:
+    record = Settings(layout)
     stuck: list[str] = []
     for change in reversed(record.in_force().get(setting, [])):
         read, put = KINDS[change["kind"]]
@@ -251,16 +254,16 @@ def _edited(now: Any, new: Any) -> str:
     return "gone" if now is None else f"{now}, Hearth set {new}" if isinstance(new, str) else "edited"
 
 
-def _stop(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    manager = manager_of(site)
-    await_jobs(site, manager, step, note)
+def _stop(layout: Layout, step: Set | Unset, note: Note) -> None:
+    manager = manager_of(layout)
+    await_jobs(layout, manager, step, note)
     manager.stop()
 
 
 # --- who may use the GPU -------------------------------------------------------------------------------------------
 
 
-def access(site: Site, request: Json) -> Access:
+def access(layout: Layout, request: Json) -> Access:
     """The GPU's device files, which of `users` may use each, and the settings that decide about that."""
     people = {name: _groups(name) for name in request["users"]}
     nodes: list[Node] = []

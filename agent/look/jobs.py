@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from agent.api import Endpoint, TooLong, ask, checked, endpoint, job, queue, said, seconds_of, unanswered
 from agent.files import Json
-from agent.layout import Site
+from agent.layout import Layout
 from agent.schema.live import Job
 
 PATIENCE = 5.0
 """Seconds for each answer."""
 
 
-def jobs(site: Site, count: int) -> list[Job]:
+def jobs(layout: Layout, count: int) -> list[Job]:
     """The last jobs that are over, those that run, and those that wait, in this order; raises Fault without an answer.
 
     Times are in seconds since 1970. ComfyUI forgets what is over when it ends. Of many that wait the first are told,
     and how many more there are, as `+N`; of a history that is too long so many as can be read.
     """
-    place = endpoint(site)
+    place = endpoint(layout)
     try:
         over = _history(place, count)
         running, waiting = queue(place, PATIENCE)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from agent.api import endpoint, queue, system_stats, takes_connections
 from agent.files import Fault, Json, meminfo
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look.facts import STALE, answering, facts
 from agent.look.gpu import gpus
 from agent.schema.live import ComfyUI, Device, Disk, Glance, Live, RunningJob
-from agent.serve.services import ours
+from agent.serve.managers import ours
 
 PATIENCE = 2.0
 """Seconds for each answer of ComfyUI's: it gives these between two steps of a job, from memory."""
@@ -22,29 +22,29 @@ VERIFIED = 300
 """Seconds for which parts that were found whole count as whole: looking at 66,000 files takes a core's half second."""
 
 
-def status(site: Site, request: Json) -> Glance:
+def status(layout: Layout, request: Json) -> Glance:
     """Facts and current state; recently verified parts are not verified again."""
-    answering(site, request, STALE)
-    return glance(site, request)
+    answering(layout, request, STALE)
+    return glance(layout, request)
 
 
-def glance(site: Site, request: Json) -> Glance:
+def glance(layout: Layout, request: Json) -> Glance:
     """Facts and current state from one query of the driver: opening its library wakes a sleeping GPU."""
-    devices = ours(site, gpus())
-    found = facts(site, request, devices, VERIFIED)
+    devices = ours(layout, gpus())
+    found = facts(layout, request, devices, VERIFIED)
     live = Live(
         time=time.time(),
         uptime=_age(found.service.pid),
-        comfyui=_comfyui(site),
+        comfyui=_comfyui(layout),
         memory=meminfo(),
         gpus=devices,
-        disks={str(path): _disk(path) for path in _places(site)},
+        disks={str(path): _disk(path) for path in _places(layout)},
     )
     return Glance(found, live)
 
 
-def _comfyui(site: Site) -> ComfyUI:
-    started, place = time.monotonic(), endpoint(site)
+def _comfyui(layout: Layout) -> ComfyUI:
+    started, place = time.monotonic(), endpoint(layout)
     try:
         stats = system_stats(place, PATIENCE)
         running, waiting = queue(place, PATIENCE)
@@ -61,8 +61,8 @@ def _comfyui(site: Site) -> ComfyUI:
     )
 
 
-def _places(site: Site) -> list[Path]:
-    return [site.prefix, site.data, *map(Path, site.elsewhere.values())]
+def _places(layout: Layout) -> list[Path]:
+    return [layout.prefix, layout.data, *map(Path, layout.elsewhere.values())]
 
 
 def _disk(path: Path) -> Disk:

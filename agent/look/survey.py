@@ -17,43 +17,45 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from agent.files import LEVELS, Fault, Json, branches, mounts, read_some, read_text, real, run
-from agent.layout import Site
-from agent.look.facts import port_holder
+from agent.files import Fault, Json, read_some, read_text
+from agent.folders import LEVELS, branches, mounts, real
+from agent.layout import Layout
+from agent.look.ports import port_holder
 from agent.parts import forked
+from agent.processes import run
 from agent.schema.survey import FileSystem, Folder, FoundNode, Installation, OldProcess, Survey, Unit
-from agent.serve.services import UNITS, WRITTEN
+from agent.serve.systemd import UNITS, WRITTEN
 
 FOLDERS = ("models", "input", "output", "user")
 
 
-def survey(site: Site, path: str) -> Survey:
+def survey(layout: Layout, path: str) -> Survey:
     """The installations of ComfyUI: the one at `path`, or those at the usual places."""
-    units, processes = _units(site), all_processes()
-    looked = [path] if path else _usual_places(site, units, processes)
+    units, processes = _units(layout), all_processes()
+    looked = [path] if path else _usual_places(layout, units, processes)
     found: dict[str, Installation] = {}
     for each in looked:
         with suppress(OSError):  # a home that is not for this login, or links without an end
             place = real(Path(each).expanduser())
             # Hearth's own have a PART.json.
             if (place / "main.py").is_file() and (place / "comfy").is_dir() and not (place / "PART.json").exists():
-                found[str(place)] = _installation(site, place, units, processes)
+                found[str(place)] = _installation(layout, place, units, processes)
     return Survey(tuple(looked), tuple(found.values()))
 
 
-def _usual_places(site: Site, units: list[Json], processes: list[Json]) -> list[str]:
+def _usual_places(layout: Layout, units: list[Json], processes: list[Json]) -> list[str]:
     """Where units and processes say, and where the guides of ComfyUI and comfy-cli put it."""
     homes = sorted({entry.pw_dir for entry in pwd.getpwall() if entry.pw_uid == 0 or 1000 <= entry.pw_uid < 65534})
-    fixed = [str(site.prefix / "ComfyUI"), str(site.prefix), "/opt/comfyui/ComfyUI", "/opt/ComfyUI", "/opt/comfyui"]
+    fixed = [str(layout.prefix / "ComfyUI"), str(layout.prefix), "/opt/comfyui/ComfyUI", "/opt/ComfyUI", "/opt/comfyui"]
     fixed += ["/srv/comfyui/ComfyUI", "/srv/ComfyUI", "/srv/comfyui"]
     fixed += [f"{home}/{each}" for home in homes for each in ("comfy/ComfyUI", "ComfyUI", "comfyui")]
     return list(dict.fromkeys([each["place"] for each in (*units, *processes) if each["place"]] + fixed))
 
 
-def _installation(site: Site, place: Path, units: list[Json], processes: list[Json]) -> Installation:
+def _installation(layout: Layout, place: Path, units: list[Json], processes: list[Json]) -> Installation:
     """All about one installation that can be read."""
     own = [each for each in processes if each["place"] == str(place)]
-    through = {each["unit"] for each in own} | {f"{site.service}.service"}
+    through = {each["unit"] for each in own} | {f"{layout.service}.service"}
     started = [each for each in units if each["place"] == str(place) or each["name"] in through]
     # Anybody can run a main.py with any flags. Those count that its owner started, or a unit of root's.
     owners = {place.stat().st_uid} | {uid for each in started if (uid := _uid(each["user"])) is not None}
@@ -65,7 +67,7 @@ def _installation(site: Site, place: Path, units: list[Json], processes: list[Js
         folder = base / name
         if told := _flag(argv, f"--{name}-directory"):
             folder = place / told
-        folders[name] = _folder(folder, site.data, owners)
+        folders[name] = _folder(folder, layout.data, owners)
     configs = [base / "extra_model_paths.yaml", place / "extra_model_paths.yaml"]
     configs += [place / argv[number + 1] for number, word in enumerate(argv[:-1]) if word == _MODEL_PATHS]
     version = re.search(
@@ -83,7 +85,7 @@ def _installation(site: Site, place: Path, units: list[Json], processes: list[Js
         argv=tuple(argv),
         units=tuple(Unit(**{each.name: unit[each.name] for each in fields(Unit)}) for unit in started),
         processes=tuple(OldProcess(each["pid"], each["user"], each["unit"]) for each in own),
-        holds_port=port_holder(site.port).get("pid", -1) in [each["pid"] for each in own],
+        holds_port=port_holder(layout.port).get("pid", -1) in [each["pid"] for each in own],
     )
 
 
@@ -107,14 +109,14 @@ def _flag(argv: list[str], name: str) -> str:
     return ""
 
 
-def _units(site: Site) -> list[Json]:
+def _units(layout: Layout) -> list[Json]:
     """The units that have to do with ComfyUI and are not Hearth's, also those that were set aside."""
     found: dict[str, Json] = {}
     known = ("/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib")
-    for folder in [*(Path(each, "systemd/system") for each in known), site.state / "adopted"]:
+    for folder in [*(Path(each, "systemd/system") for each in known), layout.state / "adopted"]:
         for path in sorted(folder.glob("*.service")):
             text = read_text(path)
-            named = path.name == f"{site.service}.service" or re.search(r"comfy|main\.py", text, re.IGNORECASE)
+            named = path.name == f"{layout.service}.service" or re.search(r"comfy|main\.py", text, re.IGNORECASE)
             if path.name in found or WRITTEN in text or not named:
                 continue
             text += "\n".join(read_text(each) for each in sorted((UNITS / f"{path.name}.d").glob("*.conf")))
@@ -132,7 +134,7 @@ def _units(site: Site) -> list[Json]:
             found[path.name] = {
                 "name": path.name,
                 "path": str(path),
-                "aside": folder == site.state / "adopted",
+                "aside": folder == layout.state / "adopted",
                 "place": place,
                 "argv": argv,
                 "program": command.split(" ")[0],

@@ -27,7 +27,7 @@ def _decoded(kind: Any, value: Any, where: str) -> Any:
         return _object(kind, value, where)
     if origin in (Union, types.UnionType):  # only `X | None`
         return None if value is None else _decoded(args[0], value, where)
-    if origin in (tuple, list) and isinstance(value, list):
+    if origin in (tuple, list) and isinstance(value, (list, tuple)):
         inner = args[0] if args[1:] in ((), (...,)) else None
         if inner is None and len(value) != len(args):
             raise ValueError(f"{where} has {len(value)} values instead of {len(args)}")

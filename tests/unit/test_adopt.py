@@ -17,10 +17,13 @@ import msgspec
 import pytest
 
 from agent.change import adopt as adopting
-from agent.files import Fault, opened, read_text, remove
+from agent.deletion import remove
+from agent.files import Fault, read_text
+from agent.folders import opened
 from agent.journal import Adopted
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look import survey
+from agent.schema.change import Adopt, Unadopt
 from agent.schema.survey import Installation, Survey
 from core.errors import NoInstallationError
 from deploy import adopt, plan
@@ -282,9 +285,9 @@ def test_a_repository_is_read_and_nothing_that_it_names_is_run(tmp_path: Path) -
     assert commit == (place / ".git/HEAD").read_text()
 
 
-def site(tmp_path: Path) -> Site:
+def site(tmp_path: Path) -> Layout:
     values = {"prefix": str(tmp_path / "prefix"), "service": "c", "scope": "user", "user": "", "address": "", "port": 1}
-    one = Site(values)
+    one = Layout(values)
     for path in (one.data, one.state):
         path.mkdir(parents=True)
     return one
@@ -309,7 +312,7 @@ def test_folders_in_both_places_are_brought_together_and_apart_again(tmp_path: P
     (old / "dangling").symlink_to("/nowhere")
     before, data = tree(old), tree(place.data)
     said: list[str] = []
-    step = {"name": "models", "source": str(old), "owners": [os.geteuid()]}
+    step = Adopt("t", "w", "u", "models", str(old), (os.geteuid(),))
     adopting.adopt(place, step, said.append)
     adopting.adopt(place, step, said.append)  # as after a kill
     assert (place.data / "models/loras/b").read_text() == "new b"
@@ -318,7 +321,7 @@ def test_folders_in_both_places_are_brought_together_and_apart_again(tmp_path: P
     assert (place.data / "models/dangling").is_symlink()
     assert {path.relative_to(old) for path in old.rglob("*") if path.is_file()} == {Path("loras/b"), Path("same")}
     assert [each.rpartition("/")[2] for each in said] == ["b", "same"] * 2
-    adopting.unadopt(place, {}, said.append)
+    adopting.unadopt(place, Unadopt("t", "w", "u"), said.append)
     assert tree(old) == before
     assert tree(place.data) == {name: each for name, each in data.items() if name != "models/checkpoints"}
     assert not Adopted(place).path.exists()
@@ -331,13 +334,13 @@ def test_what_runs_as_its_owner_does_so_neither_afterwards_nor_when_it_is_put_ba
         (old / name).write_text(name)
         (old / name).chmod(0o6755)
     old.chmod(0o2755)
-    adopting.adopt(place, {"name": "output", "source": str(old), "owners": [os.geteuid()]}, print)
+    adopting.adopt(place, Adopt("t", "w", "u", "output", str(old), (os.geteuid(),)), print)
     data = place.data / "output"
     assert [(data / name).stat().st_mode & 0o7777 for name in ("a.png", "b.png", ".")] == [0o775, 0o775, 0o2775]
     (data / "new").write_text("put there by the service")
     (data / "new").chmod(0o4700)
     (data / "new").rename(data / "b.png")
-    adopting.unadopt(place, {}, print)
+    adopting.unadopt(place, Unadopt("t", "w", "u"), print)
     assert [(old / name).stat().st_mode & 0o7777 for name in ("a.png", "b.png", ".")] == [0o755, 0o4700, 0o2755]
 
 
@@ -346,7 +349,7 @@ def test_files_of_others_are_left_to_them(tmp_path: Path) -> None:
     (tmp_path / "theirs").chmod(0o600)
     with opened(tmp_path) as here:
         nobody: set[int] = set()
-        left = adopting._own_entries(here, tmp_path, ["theirs"], (0, 0), nobody, Adopted(site(tmp_path)))
+        left = adopting._take_entries(here, tmp_path, ["theirs"], (0, 0), nobody, Adopted(site(tmp_path)))
     assert left == 1
     assert (tmp_path / "theirs").stat().st_mode & 0o777 == 0o600
 
@@ -402,7 +405,7 @@ def test_a_database_of_any_size_does_not_keep_undoing_from_its_end(tmp_path: Pat
     old.mkdir(parents=True)
     (old / "comfyui.db").write_text("old")
     (old / "comfyui.db").chmod(0o4755)
-    adopting.adopt(place, {"name": "user", "source": str(old), "owners": [os.geteuid()]}, print)
+    adopting.adopt(place, Adopt("t", "w", "u", "user", str(old), (os.geteuid(),)), print)
     kept = place.state / "adopted/database/comfyui.db"
     assert (kept.read_text(), kept.stat().st_mode & 0o7777) == ("old", 0o755)
     data = place.data / "user"
@@ -410,7 +413,7 @@ def test_a_database_of_any_size_does_not_keep_undoing_from_its_end(tmp_path: Pat
         (data / name).write_text("new")
         os.truncate(data / name, size)
     os.mkfifo(data / "comfyui.db-wal")
-    adopting.unadopt(place, {}, print)
+    adopting.unadopt(place, Unadopt("t", "w", "u"), print)
     assert (old / "comfyui.db").read_text() == "old"
     assert (old / "comfyui.db-x").stat().st_size == size
     (newer,) = old.glob("comfyui.db.newer-*")
@@ -423,7 +426,7 @@ def test_a_database_beyond_all_is_not_adopted(tmp_path: Path) -> None:
     (old / "comfyui.db").touch()
     os.truncate(old / "comfyui.db", 10**13)
     with pytest.raises(Fault, match="ComfyUI's database never is"):
-        adopting.adopt(place, {"name": "user", "source": str(old), "owners": [os.geteuid()]}, print)
+        adopting.adopt(place, Adopt("t", "w", "u", "user", str(old), (os.geteuid(),)), print)
 
 
 @pytest.mark.parametrize("levels", [1100, 2500])
@@ -433,7 +436,7 @@ def test_labyrinths_in_both_places_are_left_where_they_are(tmp_path: Path, level
     for root in (old, place.data / "output"):
         deep(root, levels)
     said: list[str] = []
-    adopting.adopt(place, {"name": "output", "source": str(old), "owners": [os.geteuid()]}, said.append)
+    adopting.adopt(place, Adopt("t", "w", "u", "output", str(old), (os.geteuid(),)), said.append)
     assert said[0].startswith(f"left where it is, the data has one of that name: {old}/dd/dd")
     for root in (old, place.data):
         remove(root)

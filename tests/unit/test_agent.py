@@ -15,22 +15,26 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from agent import journal
-from agent.change import runs, steps
-from agent.files import Fault, Json, append, last_of, run, write
-from agent.layout import Site
-from agent.look import facts
-from agent.serve import health, services
+from agent import journal, processes
+from agent.change import env, runs, trees
+from agent.files import Fault, Json, append, write
+from agent.layout import Layout
+from agent.look import prefix
+from agent.processes import last_of, run
+from agent.schema.change import Env, Node, Serve, WheelFile, packed
+from agent.serve import health, managers, supervised
 
 
-def at(place: Path) -> Site:
-    return Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+def at(place: Path) -> Layout:
+    return Layout({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
 
 
 def wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
@@ -53,26 +57,26 @@ def wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
 
 def make(tmp_path: Path, one: dict[str, str], two: dict[str, str]) -> Path:
     """An environment of the wheels `one` and `two`, made as on a host without a network; the part."""
-    site = Site({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+    site = Layout({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
     uv = shutil.which("uv")
     assert uv
     (site.state / "tools").mkdir(parents=True, exist_ok=True)
     (site.state / "tools/uv").symlink_to(uv)
     site.incoming.mkdir()
-    wheels, lines = [], []
+    wheels, lines = list[WheelFile](), list[str]()
     for name, files in (("one", one), ("two", two)):
         path = wheel(tmp_path, name, files)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         path.rename(site.incoming / digest)
-        wheels.append({"file": path.name, "sha256": digest})
+        wheels.append(WheelFile(path.name, digest))
         lines.append(f"{name}==1 --hash=sha256:{digest}\n")
-    return environment(site, "".join(lines), wheels=wheels)
+    return environment(site, "".join(lines), wheels=tuple(wheels))
 
 
-def environment(site: Site, requirements: str, **values: object) -> Path:
+def environment(site: Layout, requirements: str, **values: Any) -> Path:
     """The environment of these requirements, made without a network unless `offline` says otherwise."""
-    step = {"part": "env-test", "python": sys.executable, "tool": "uv", "wheels": [], "offline": True, "repair": False}
-    steps.env(site, {**step, "requirements": requirements, **values}, lambda _: None)
+    step = Env("t", "w", "u", "env-test", sys.executable, False, requirements, (), "3.11", (), tool="uv", offline=True)
+    env.env(site, replace(step, **values), lambda _: None)
     return site.parts / "env-test"
 
 
@@ -126,9 +130,9 @@ def test_a_line_of_the_history_that_a_power_cut_tore_is_left_out(tmp_path: Path)
 def test_following_a_run_that_nobody_can_go_on_with_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = at(tmp_path)
     write(site.pending, json.dumps({"run": "r"}))
-    started: list[Site] = []
+    started: list[Layout] = []
     monkeypatch.setattr("agent.change.runs.time.sleep", lambda _: None)
-    manager = SimpleNamespace(go=lambda: started.append(site), last_go=lambda: ["Traceback"])
+    manager = SimpleNamespace(start_apply=lambda: started.append(site), apply_log=lambda: ["Traceback"])
     monkeypatch.setattr("agent.change.runs.manager_of", lambda _: manager)
     following = runs.follow(site, "r")
     assert [next(following) for _ in range(3)] == [{"event": "alive"}] * 3
@@ -156,14 +160,14 @@ def test_a_journal_is_followed_without_being_read_again(tmp_path: Path) -> None:
 def test_notes_and_faults_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = at(tmp_path)
 
-    def chatty(_: Site, __: Json, note: Callable[[str], None]) -> None:
+    def chatty(_: Layout, __: Json, note: Callable[[str], None]) -> None:
         for _number in range(3 * runs.NOTES):
             note("x" * 1_000_000)
         raise Fault("step", "y" * 1_000_000, "z" * 1_000_000)
 
-    monkeypatch.setitem(runs.STEPS, "chatty", chatty)
+    monkeypatch.setitem(runs.STEPS, "serve", chatty)
     log = journal.Journal(site, "r")
-    fault = runs._carry_out(site, {"steps": [{"kind": "chatty", "title": "t"}]}, log)
+    fault = runs._carry_out(site, {"steps": [packed(Serve("t", "w", "u"))]}, log)
     assert len(json.dumps(fault)) < 30_000
     assert log.path.stat().st_size < 3_000_000
     assert log.events()[-1]["text"] == "there is more, which is left out"
@@ -171,7 +175,7 @@ def test_notes_and_faults_are_limited(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_log_without_an_end_is_read_in_part(tmp_path: Path) -> None:
     site = at(tmp_path)
-    manager = services.Supervised(site)
+    manager = supervised.Supervised(site)
     write(manager.output, "")
     os.truncate(manager.output, 4_000_000_000)
     with manager.output.open("a") as file:
@@ -185,14 +189,14 @@ def test_a_log_without_an_end_is_read_in_part(tmp_path: Path) -> None:
 
 
 def test_the_last_words_are_those_of_the_run_before_when_the_next_has_said_nothing_yet(tmp_path: Path) -> None:
-    manager = services.Supervised(at(tmp_path))
+    manager = supervised.Supervised(at(tmp_path))
     write(manager.output, "starting\nI am broken\n")
     write(manager.record, json.dumps({"offset": manager.output.stat().st_size}))
     assert manager.log(25) == []
-    assert services.last_words(manager) == ["starting", "I am broken"]
+    assert managers.last_words(manager) == ["starting", "I am broken"]
     with manager.output.open("a") as log:
         log.write("once more\n")
-    assert services.last_words(manager) == ["once more"]
+    assert managers.last_words(manager) == ["once more"]
 
 
 MISLEADING = {
@@ -290,7 +294,7 @@ def test_a_program_that_does_not_end_is_a_failure_with_a_message(tmp_path: Path)
         run(["sh", "-c", script], timeout=1)
     assert time.monotonic() - began < 10  # though its child holds the pipe
     pid = (tmp_path / "pid").read_text().strip()
-    assert services.wait_for(lambda: gone(Path(f"/proc/{pid}/status")), 5)
+    assert processes.wait_for(lambda: gone(Path(f"/proc/{pid}/status")), 5)
 
 
 def gone(status: Path) -> bool:
@@ -305,14 +309,13 @@ def installed(tmp_path: Path, script: str) -> Path:
     (place / "install.py").write_text(script)
     (site.parts / "env/bin").mkdir(parents=True)
     (site.parts / "env/bin/python").symlink_to(sys.executable)
-    step: Json = {"install": "env", "title": "make node it", "python": sys.executable, "unit": "", "network": False}
-    step |= {"environment": {"HOME": "/nowhere"}, "confined": []}
-    steps._install(site, step, place, lambda _: None)
+    step = Node("make node it", "w", "u", "it-1", sys.executable, install="env", environment={"HOME": "/nowhere"})
+    trees._install(site, step, place, lambda _: None)
     return place
 
 
 def test_an_install_script_that_hangs_is_a_failed_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "INSTALL_SECONDS", 1)
+    monkeypatch.setattr(trees, "INSTALL_SECONDS", 1)
     with pytest.raises(Fault) as raised:
         installed(tmp_path, "import time; time.sleep(60)")
     assert raised.value.report["what"] == "the install.py failed: make node it"
@@ -348,20 +351,20 @@ def test_what_a_prefix_was_deployed_as_and_where_its_unit_leads_is_told(
     me = pwd.getpwuid(os.getuid()).pw_name
     site.data.mkdir(parents=True)
     write(site.state / "site.json", json.dumps({"service": "old", "scope": "system", "user": me}))
-    told = facts._prefix(site)
+    told = prefix.prefix_state(site)
     assert (told.service, told.scope, told.user, told.elsewhere) == ("old", "system", me, "")
     write(site.state / "site.json", json.dumps({"service": "old", "scope": "system", "user": "nobody"}))
-    assert facts._prefix(site).user == ""  # the data was given to another since
+    assert prefix.prefix_state(site).user == ""  # the data was given to another since
     units = tmp_path / "home/.config/systemd/user"
     units.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     other = tmp_path / "other"
     (units / "s.service").symlink_to(other / "current/s.service")
-    assert facts._prefix(site).elsewhere == ""  # it was deleted, or moved here
+    assert prefix.prefix_state(site).elsewhere == ""  # it was deleted, or moved here
     write(other / "state/site.json", "{}")
-    assert facts._prefix(site).elsewhere == str(other)
+    assert prefix.prefix_state(site).elsewhere == str(other)
     (tmp_path / "way").symlink_to(other)
-    assert facts._prefix(Site({**site.json, "prefix": str(tmp_path / "way")})).elsewhere == ""
+    assert prefix.prefix_state(Layout({**site.json, "prefix": str(tmp_path / "way")})).elsewhere == ""
 
 
 @pytest.mark.parametrize(("boot", "kept"), [("another boot", False), ("", True)])

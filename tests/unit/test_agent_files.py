@@ -15,16 +15,22 @@ from pathlib import Path
 import pytest
 
 from agent import files as agent_files
-from agent.change import steps
-from agent.files import Fault, Sweep, append, flock, free, read, remove
-from agent.layout import DATA, Site
-from agent.look.facts import _deletable, facts
-from agent.serve import services
+from agent.change import folders, releases, trees
+from agent.deletion import SafeDeleter, remove
+from agent.files import Fault, append, read
+from agent.layout import DATA, Layout
+from agent.locks import flock, free
+from agent.look.facts import facts
+from agent.look.prefix import _deletable
+from agent.schema.change import Folders, Release
+from agent.serve import supervised
 from core import files
 
 
-def at(place: Path, **values: object) -> Site:
-    return Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1, **values})
+def at(place: Path, **values: object) -> Layout:
+    return Layout(
+        {"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1, **values}
+    )
 
 
 def deep(root: Path, levels: int) -> None:
@@ -72,7 +78,7 @@ def test_a_damaged_record_of_a_run_or_a_pause_stops_whoever_needs_it(tmp_path: P
 
 
 def test_a_damaged_record_of_the_supervisor_is_told(tmp_path: Path) -> None:
-    manager = services.Supervised(at(tmp_path))
+    manager = supervised.Supervised(at(tmp_path))
     manager.lock.parent.mkdir()
     manager.record.write_text("")
     assert not manager.status().active  # it is nobody's
@@ -122,8 +128,10 @@ def test_the_release_to_return_to_goes_by_the_history_and_not_by_clocks(tmp_path
 
 def test_a_tree_of_any_depth_is_deleted_with_few_descriptors(tmp_path: Path) -> None:
     deep(tmp_path / "deep", 2500)
-    code = "import resource, sys; from pathlib import Path; from agent.files import Sweep\n"
-    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))\nsweep = Sweep(); sweep.delete(Path(sys.argv[1]))\n"
+    code = "import resource, sys; from pathlib import Path; from agent.deletion import SafeDeleter\n"
+    code += (
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))\nsweep = SafeDeleter(); sweep.delete(Path(sys.argv[1]))\n"
+    )
     code += "assert (sweep.files, sweep.left, sweep.stuck) == (1, [], []), sweep.stuck"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "deep")], cwd=files.CHECKOUT, check=True)
     assert not (tmp_path / "deep").exists()
@@ -166,7 +174,7 @@ def test_a_folder_that_is_moved_while_it_is_deleted_takes_nothing_else_with_it(
         real(name, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "unlink", moving)
-    sweep = Sweep()
+    sweep = SafeDeleter()
     sweep.delete(tmp_path / "tree")
     assert [each.rpartition(": ")[2] for each in sweep.stuck] == ["it was moved while it was being deleted"]
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["inner", "other", "tree"]
@@ -215,7 +223,7 @@ def test_a_tree_deeper_than_python_recurses_is_shared(tmp_path: Path) -> None:
         site.prefix.mkdir()
         site.data.mkdir()
         deep(site.data / "output", levels)
-        steps.folders(site, {}, lambda _: None)
+        folders.folders(site, Folders("t", "w", "u"), lambda _: None)
         assert all((site.data / name).is_dir() for name in DATA)
         assert mode(site.data / f"output{'/dd' * 1100}") == 0o755
         remove(site.data)
@@ -235,16 +243,16 @@ def test_a_folder_that_somebody_put_in_the_place_of_a_new_one_is_not_given_away(
         return str(place)
 
     with monkeypatch.context() as patch:
-        patch.setattr("agent.change.steps.tempfile.mkdtemp", swapped)
+        patch.setattr("agent.change.folders.tempfile.mkdtemp", swapped)
         with pytest.raises(OSError):
-            steps.folders(site, {}, lambda _: None)
-        patch.setattr("agent.change.steps.tempfile.mkdtemp", lambda **_: str(victim))
+            folders.folders(site, Folders("t", "w", "u"), lambda _: None)
+        patch.setattr("agent.change.folders.tempfile.mkdtemp", lambda **_: str(victim))
         with pytest.raises(Fault, match="was replaced while it was being made"):
-            steps.folders(site, {}, lambda _: None)
+            folders.folders(site, Folders("t", "w", "u"), lambda _: None)
     assert mode(victim) == 0o700
     for path in tmp_path.glob("p*/.*"):
         path.unlink()
-    steps.folders(site, {}, lambda _: None)
+    folders.folders(site, Folders("t", "w", "u"), lambda _: None)
     assert (tmp_path / "pool/out").is_dir()
     assert mode(tmp_path / "pool/out") == 0o755
 
@@ -255,7 +263,7 @@ def test_what_a_killed_run_of_this_pid_left_is_no_obstacle(tmp_path: Path) -> No
     (tmp_path / "source/new").touch()
     (tmp_path / f".place.{os.getpid()}").mkdir()
     (tmp_path / f".place.{os.getpid()}/half").touch()
-    steps._seed(tmp_path / "source", tmp_path, "place", True)
+    trees.copy_defaults(tmp_path / "source", tmp_path, "place", True)
     assert [path.name for path in (tmp_path / "place").iterdir()] == ["new"]
 
 
@@ -264,7 +272,7 @@ def test_a_folder_that_a_killed_run_was_making_is_hearths_own(tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            steps.folders(site, {}, lambda _: None)
+            folders.folders(site, Folders("t", "w", "u"), lambda _: None)
     (tmp_path / "somebodys").touch()
     assert facts(site, ASK, []).place.others == ("somebodys",)
 
@@ -276,10 +284,10 @@ def test_a_release_runs_its_own_agent(tmp_path: Path) -> None:
     manifest = {"id": "one", "parts": {}, "links": {}, "files": {}, "free_memory": 60}
     for agent in ("first", "second"):
         (site.state / "agent.pyz").write_text(agent)
-        steps.release(site, {"release": {**manifest, "id": agent}}, lambda _: None)
+        releases.release(site, Release("t", "w", "u", {**manifest, "id": agent}), lambda _: None)
     assert [(site.releases / name / "agent.pyz").read_text() for name in ("first", "second")] == ["first", "second"]
     del manifest["free_memory"]
-    steps.release(site, {"release": manifest}, lambda _: None)
+    releases.release(site, Release("t", "w", "u", manifest), lambda _: None)
     assert json.loads((site.releases / "one/release.json").read_text()) == manifest
     assert not (site.releases / "one/agent.pyz").exists()
 
@@ -299,13 +307,13 @@ def test_the_agent_forgets_the_environment_of_whoever_started_it(tmp_path: Path)
 
 
 def test_more_than_can_be_held_or_deleted_in_time_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_files, "AT_ONCE", 10)
+    monkeypatch.setattr("agent.deletion.AT_ONCE", 10)
     for number in range(105):
         (tmp_path / f"wide/{number}").mkdir(parents=True)
-    late = Sweep(seconds=0)
+    late = SafeDeleter(seconds=0)
     late.delete(tmp_path / "wide")
     assert "there is more than 0 s suffice for" in late.stuck[0]
-    sweep = Sweep()
+    sweep = SafeDeleter()
     sweep.delete(tmp_path / "wide")
     assert sweep.stuck == []
     assert not (tmp_path / "wide").exists()
@@ -377,7 +385,7 @@ def test_locks_are_renewed_by_one_at_a_time(shared_place: Path) -> None:
     path.touch(0o644)
     count.write_text("0")
     code = (
-        "import sys; from pathlib import Path; from agent.files import flock\nwith flock(Path(sys.argv[1]), wait=60):\n"
+        "import sys; from pathlib import Path; from agent.locks import flock\nwith flock(Path(sys.argv[1]), wait=60):\n"
     )
     code += (
         "    count = Path(sys.argv[2]); n = int(count.read_text()); count.write_text(''); count.write_text(str(n + 1))"

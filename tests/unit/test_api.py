@@ -19,7 +19,7 @@ import pytest
 from agent import api
 from agent.api import Endpoint
 from agent.files import Fault, link, write
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look import jobs, status
 from agent.schema.facts import Service
 from agent.schema.live import RunningJob
@@ -110,9 +110,9 @@ def at(port: int, *addresses: str) -> Endpoint:
     return Endpoint(addresses or ("127.0.0.1",), port)
 
 
-def site(place: Path, port: int, argv: list[str] | None = None) -> Site:
+def site(place: Path, port: int, argv: list[str] | None = None) -> Layout:
     """A host whose configuration says `port`, with a release in service that has this command line."""
-    found = Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
+    found = Layout({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
     if argv is not None:
         write(found.releases / "old/release.json", json.dumps({"id": "old", "argv": argv}))
         link(found.current, "releases/old")

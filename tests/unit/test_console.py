@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 import pytest
 
+from agent.schema.change import Erase
 from agent.schema.live import Job
 from core import console, files
 from core.console import age, clock, printable, size
 from core.errors import HearthError
 from deploy import flow, report
 from deploy.flow import Outcome
-from deploy.plan import Plan, Step
+from deploy.plan import Plan
 from lock.node_updates import Change
 from ops import doctor, fleet, jobs, logs, status
 
@@ -185,7 +186,7 @@ def test_nobody_forges_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     doctor.show(["box"], [doctor.Finding("box", "nodes", "error", FORGED, FORGED)], as_json=False)
     report.changes([Change("n", "a" * 40, "b" * 40, *[(FORGED,)] * 4)], as_json=False, dry_run=True)
     report.outcomes([Outcome("box", "r", "", True, state=FORGED)], as_json=False, dry_run=False)
-    flow.show(Plan("", "r", (Step("stop", FORGED, FORGED, ""),), notes=(FORGED,)))
+    flow.show(Plan("", "r", (Erase(FORGED, FORGED, ""),), notes=(FORGED,)))
     logs._print([{"at": None, "text": FORGED}, {"note": FORGED}], "box", alone=True, as_json=False)
     said = capsys.readouterr()
     assert "forged" in said.out

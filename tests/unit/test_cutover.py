@@ -27,10 +27,11 @@ from agent import files
 from agent.change import cutover, runs, trial
 from agent.files import Fault, Json, link, write
 from agent.journal import history
-from agent.layout import DATA, Site
+from agent.layout import DATA, Layout
+from agent.processes import wait_for
+from agent.schema.change import CutOver, Prune, Stop, packed
 from agent.schema.facts import Service
 from agent.serve import health
-from agent.serve.services import wait_for
 
 PLAN = {
     "run": "r1",
@@ -40,8 +41,8 @@ PLAN = {
     "release": "new",
     "base": "old",
     "steps": [
-        {"kind": "cut-over", "title": "cut over", "to": "new", "drain": 0, "force": False, "trial": "yes"},
-        {"kind": "prune", "title": "prune", "keep": ["new", "old"]},
+        packed(CutOver("cut over", "w", "u", 0, False, "new", "yes")),
+        packed(Prune("prune", "w", "u", ("new", "old"))),
     ],
 }
 
@@ -94,7 +95,7 @@ def set_schema(database: Path, version: int) -> None:
 class Manager:
     """A service manager: what runs and is enabled lies beside the prefix."""
 
-    def __init__(self, site: Site, scenario: Scenario, layer: Layer) -> None:
+    def __init__(self, site: Layout, scenario: Scenario, layer: Layer) -> None:
         self.site = site
         self.scenario = scenario
         self.layer = layer
@@ -136,10 +137,10 @@ class Manager:
     def uninstall(self) -> None:
         self.disable()
 
-    def settle(self) -> None:
+    def start_missed(self) -> None:
         pass
 
-    def go(self) -> None:
+    def start_apply(self) -> None:
         pass
 
     def log(self, lines: int) -> list[str]:
@@ -218,7 +219,7 @@ class StandIn(trial.Trial):
     """A trial whose ComfyUI is none: its scratch data is real."""
 
     def start(self, release: Json) -> None:
-        self.prepare(release, self.site.data / "models")
+        self.prepare(release, self.layout.data / "models")
 
 
 @dataclass
@@ -229,11 +230,13 @@ class World:
     scenario: Scenario
     short: str = ""
     """Which memory there is too little of for a trial."""
-    site: Site = field(init=False)
+    site: Layout = field(init=False)
 
     def __post_init__(self) -> None:
         prefix = self.place / "prefix"
-        self.site = Site({"prefix": str(prefix), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+        self.site = Layout(
+            {"prefix": str(prefix), "service": "s", "scope": "user", "user": "", "address": "", "port": 1}
+        )
 
     def make(self) -> World:
         site = self.site
@@ -290,7 +293,7 @@ class World:
         """Have stand-ins for service, health check and trial."""
         manager = Manager(self.site, self.scenario, layer or Layer(self.site.prefix))
 
-        def directly(_: Site, work: Callable[..., Any], *given: Any) -> Any:
+        def directly(_: Layout, work: Callable[..., Any], *given: Any) -> Any:
             if work is cutover.restore and not self.scenario.restores:
                 raise OSError(errno.EIO, "cannot be restored")
             return work(*given)
@@ -411,7 +414,7 @@ def test_a_cut_over_survives_every_fault_at_every_operation(
 
 ABORT: Json = {
     **PLAN, "run": "r2", "action": "stop",
-    "steps": [{"kind": "stop", "title": "stop", "drain": 0, "force": True, "pause": False}],
+    "steps": [packed(Stop("stop", "w", "u", 0, True, pause=False))],
 }  # fmt: skip
 
 
@@ -490,7 +493,7 @@ def test_a_cut_over_that_a_boot_interrupted_does_not_wait_for_mounts_without_end
     world.place.mkdir()
     assert world.make().faulty("power", at) == KILLED
     monkeypatch.setattr(cutover, "MOUNTS_SECONDS", 0)
-    monkeypatch.setattr(Site, "unmounted", lambda _: ["/mnt/late"])
+    monkeypatch.setattr(Layout, "unmounted", lambda _: ["/mnt/late"])
     waits: list[bool] = []
 
     def start(self: Manager, *, wait: bool = True) -> None:

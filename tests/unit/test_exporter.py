@@ -28,7 +28,7 @@ from prometheus_client.core import GaugeMetricFamily
 
 from agent import api
 from agent.api import Endpoint
-from agent.layout import Site
+from agent.layout import Layout
 from core import files
 from core.stack import Platform
 from deploy import exporter as exporters
@@ -96,10 +96,10 @@ def stand() -> Iterator[Stand]:
     found.server.server_close()
 
 
-def site(place: Path, port: int, **more: Any) -> Site:
+def site(place: Path, port: int, **more: Any) -> Layout:
     (place / "data/cache").mkdir(parents=True, exist_ok=True)
     plain = {"prefix": str(place), "service": "comfyui", "scope": "system", "user": "", "address": "", "port": port}
-    return Site(plain | more)
+    return Layout(plain | more)
 
 
 def at(port: int) -> Endpoint:
@@ -326,7 +326,7 @@ def test_a_family_of_two_sources_is_one() -> None:
     assert 'room{path="/a"} 1.0\nroom{path="/b"} 1.0' in found
 
 
-def release(place: Path) -> Site:
+def release(place: Path) -> Layout:
     """A prefix with a current release and a history."""
     found = site(place, 1)
     folder = found.releases / "abc"

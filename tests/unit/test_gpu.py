@@ -18,9 +18,10 @@ import pytest
 
 from agent.change import memory as agent_memory
 from agent.files import Fault
-from agent.layout import Site
+from agent.layout import Layout
+from agent.schema.change import DropCaches
 from agent.schema.live import Freed, GpuMemory, Held, Sample
-from agent.serve import services
+from agent.serve import managers
 from core.errors import RecordingError, UsageError
 from deploy.facts import Gpu as GpuFact
 from ops import gpu, memory, plot
@@ -198,7 +199,7 @@ def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
 
 
 @contextmanager
-def comfyui(*running: str | None) -> Iterator[tuple[Site, list[str]]]:
+def comfyui(*running: str | None) -> Iterator[tuple[Layout, list[str]]]:
     """A ComfyUI that says of its queue, one after the other, that these jobs run; and what it was asked."""
     asked: list[str] = []
     left = list(running)
@@ -233,9 +234,9 @@ def comfyui(*running: str | None) -> Iterator[tuple[Site, list[str]]]:
             thread.join()
 
 
-def site(port: int) -> Site:
+def site(port: int) -> Layout:
     where = {"prefix": "/nowhere/hearth", "service": "comfyui", "scope": "user", "user": ""}
-    return Site({**where, "address": "127.0.0.1", "port": port})
+    return Layout({**where, "address": "127.0.0.1", "port": port})
 
 
 def test_memory_is_freed_at_once_when_no_job_runs() -> None:
@@ -286,8 +287,8 @@ def test_the_agent_samples_at_its_pace_and_names_the_job(tmp_path: Path) -> None
     path.write_text(nvml.recording("h200"))
     with comfyui("one", "one", None) as (place, _):
         code = (
-            "import json, time; from agent.look.samples import samples; from agent.layout import Site\n"
-            f"found = list(samples(Site({place.json!r}), 0.5, 1.2))\n"
+            "import json, time; from agent.look.samples import samples; from agent.layout import Layout\n"
+            f"found = list(samples(Layout({place.json!r}), 0.5, 1.2))\n"
             "print(json.dumps(found, default=vars))"
         )
         found = msgspec.json.decode(nvml.python(code, path), type=list[Sample])
@@ -301,8 +302,8 @@ def test_a_comfyui_that_hangs_does_not_hold_up_the_samples(tmp_path: Path) -> No
     path.write_text(nvml.recording("h200"))
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as hung:  # takes connections, and answers none
         code = (
-            "import json; from agent.look.samples import samples; from agent.layout import Site\n"
-            f"print(json.dumps(list(samples(Site({site(hung.server_port).json!r}), 0.5, 4)), default=vars))"
+            "import json; from agent.look.samples import samples; from agent.layout import Layout\n"
+            f"print(json.dumps(list(samples(Layout({site(hung.server_port).json!r}), 0.5, 4)), default=vars))"
         )
         found = msgspec.json.decode(nvml.python(code, path), type=list[Sample])
     assert len(found) >= 6  # one second is lost, once
@@ -314,7 +315,7 @@ def test_processes_of_the_service_are_marked() -> None:
         return {"pid": 9, "name": None, "user": None, "unit": unit, "bytes": None, "kind": "compute"}
 
     units = ("comfyui.service", "comfyui-mps.service", "other.service", None)
-    (found,) = services.ours(site(1), [{**sample("h200")["gpus"][0], "processes": list(map(process, units))}])
+    (found,) = managers.ours(site(1), [{**sample("h200")["gpus"][0], "processes": list(map(process, units))}])
     assert [each.comfyui for each in found.processes] == [True, True, False, False]
 
 
@@ -356,9 +357,9 @@ def test_the_step_says_what_it_gained(tmp_path: Path, monkeypatch: pytest.Monkey
     place.write_text("")
     monkeypatch.setattr(agent_memory, "CACHES", place)
     notes: list[str] = []
-    agent_memory.drop_caches(site(1), {}, notes.append)
+    agent_memory.drop_caches(site(1), DropCaches("t", "w", "u"), notes.append)
     assert place.read_text() == "3\n"
     assert [note.partition(":")[0] for note in notes] == ["the page cache", "available memory"]
     monkeypatch.setattr(agent_memory, "CACHES", tmp_path / "no/such")
     with pytest.raises(Fault, match="does not let its cache be dropped"):
-        agent_memory.drop_caches(site(1), {}, notes.append)
+        agent_memory.drop_caches(site(1), DropCaches("t", "w", "u"), notes.append)

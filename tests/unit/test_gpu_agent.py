@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from agent.files import meminfo
-from agent.look.facts import _nvidia as nvidia
 from agent.look.gpu import gpus, process
+from agent.look.machine import nvidia as nvidia
 from agent.schema.facts import Gpu
 from tests import nvml
 
@@ -26,7 +26,7 @@ KEYS = {
 
 
 SITE = {"prefix": "/nowhere", "service": "s", "scope": "user", "user": "", "address": "", "port": 1}
-OF_FACTS = f"agent.look.facts._nvidia(agent.serve.services.ours(agent.layout.Site({SITE}), agent.look.gpu.gpus()))"
+OF_FACTS = f"agent.look.machine.nvidia(agent.serve.managers.ours(agent.layout.Layout({SITE}), agent.look.gpu.gpus()))"
 
 
 def asked(tmp_path: Path, recording: str, call: str = "agent.look.gpu.gpus()") -> Any:

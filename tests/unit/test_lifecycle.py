@@ -13,11 +13,13 @@ import pytest
 
 from agent.change import lifecycle as steps
 from agent.change import runs
-from agent.files import Fault, Sweep
+from agent.deletion import SafeDeleter
+from agent.files import Fault
 from agent.journal import Journal
-from agent.layout import Site
+from agent.layout import Layout
+from agent.schema.change import Delete, Erase, packed
 from agent.schema.facts import Paused
-from agent.serve.services import entries
+from agent.serve.systemd import entries
 from core import console
 from core.errors import RefusedError, UsageError
 from deploy import plan
@@ -25,7 +27,7 @@ from deploy.facts import Facts, MountState, Place, Service
 from deploy.host import Mount
 from deploy.plan import Options
 from ops import lifecycle
-from tests.unit.test_plan import FRESH, NO_SERVICE, RUNNING, kinds, made, settled, spark
+from tests.unit.test_plan import FRESH, NO_SERVICE, RUNNING, kinds, made, settled, spark, values
 
 OURS = Place(
     real="/opt/comfyui", own=("current", "parts", "releases", "state"), data=True, service="comfyui", ours=True
@@ -117,9 +119,9 @@ def test_without_systemd_a_pause_disables_nothing_and_a_removal_forgets_no_unit(
 
 def test_the_wait_for_jobs_reaches_the_step() -> None:
     (step,) = planned("stop", running()).steps
-    assert step.values == {"drain": 5, "force": False, "pause": False}
+    assert (values(step)["drain"], values(step)["force"], values(step)["pause"]) == (5, False, False)
     (step,) = planned("pause", running()).steps
-    assert step.values["pause"]
+    assert values(step)["pause"]
 
 
 def test_what_is_paused_is_left_so_by_a_start_and_a_deploy() -> None:
@@ -196,9 +198,9 @@ def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
         spark(folders={"output": "/srv/out"}, model_roots=("/srv/more",)),
     )
     without, with_data = (lifecycle.nuke(target, facts, Options(), data=each) for each in (False, True))
-    assert not [step for step in without.steps if step.values.get("names") == ["data"]]
-    assert [step.values.get("names") for step in with_data.steps] == [
-        None, ["current", "parts", "releases"], ["data"], None,
+    assert not [step for step in without.steps if values(step).get("names") == ("data",)]
+    assert [values(step).get("names") for step in with_data.steps] == [
+        None, ("current", "parts", "releases"), ("data",), None,
     ]  # fmt: skip
     left = "\n".join(with_data.notes)
     for each in (
@@ -221,7 +223,7 @@ def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
 def test_data_that_is_a_mount_or_a_link_is_left(place: dict[str, Any]) -> None:
     facts = running(place=replace(OURS, **place))
     found = lifecycle.nuke(spark(), facts, Options(), data=True)
-    assert not [step for step in found.steps if step.values.get("names") == ["data"]]
+    assert not [step for step in found.steps if values(step).get("names") == ("data",)]
 
 
 def test_only_mount_units_of_hearths_are_forgotten() -> None:
@@ -230,7 +232,7 @@ def test_only_mount_units_of_hearths_are_forgotten() -> None:
     theirs = MountState(True, "/dev/sdb", "[Mount]\n", "", "")
     found = planned("nuke", running(mounts={"/mnt/a": ours, "/mnt/b": theirs}), **host)
     (step,) = (step for step in found.steps if step.kind == "forget-mounts")
-    assert step.values == {"units": ["mnt-a.mount"]}
+    assert values(step)["units"] == ("mnt-a.mount",)
 
 
 def test_the_name_is_typed_or_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,8 +252,8 @@ def test_the_name_is_typed_or_given(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the agent -----------------------------------------------------------------------------------------------------
 
 
-def site(place: Path) -> Site:
-    return Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+def site(place: Path) -> Layout:
+    return Layout({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
 
 
 def test_deleting_follows_no_link(tmp_path: Path) -> None:
@@ -265,7 +267,7 @@ def test_deleting_follows_no_link(tmp_path: Path) -> None:
     os.mkfifo(inside / "deep/er/pipe")
     (inside / "deep/er").chmod(0o500)
     mode = stat.S_IMODE((outside / "folder").stat().st_mode)
-    sweep = Sweep()
+    sweep = SafeDeleter()
     sweep.delete(inside)
     assert (sweep.files, sweep.left, sweep.stuck) == (4, [], [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outside"]
@@ -287,7 +289,7 @@ def test_what_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "unlink", refuse)
     with pytest.raises(Fault, match="1 things could not be deleted") as caught:
-        steps.delete(site(tmp_path), {"names": ["parts"]}, lambda _: None)
+        steps.delete(site(tmp_path), Delete("t", "w", "u", ("parts",)), lambda _: None)
     assert caught.value.report["cause"] == f"{tmp_path}/parts/one/fixed: Operation not permitted"
     assert not (tmp_path / "parts/other").exists()
 
@@ -302,14 +304,14 @@ def test_a_units_links_are_found_also_when_they_lead_nowhere(tmp_path: Path) -> 
     assert entries(tmp_path, "other.timer") == []
 
 
-def pending(own: Site) -> Journal:
+def pending(own: Layout) -> Journal:
     """A nuke that was submitted and not begun."""
     (own.parts / "app-1").mkdir(parents=True)
     (own.parts / "app-1/file").touch()
     own.data.mkdir()
     (own.state / "cache").mkdir(parents=True)
     plan = {"run": "r", "who": "a@b", "action": "nuke", "release": "", "base": ""}
-    kinds = [{"kind": "delete", "title": "parts", "names": ["parts"]}, {"kind": "erase", "title": "state"}]
+    kinds = [packed(Delete("parts", "w", "u", ("parts",))), packed(Erase("state", "w", "u"))]
     own.pending.write_text(json.dumps({**plan, "since": "then", "steps": kinds}))
     journal = Journal(own, "r")
     journal.add("begin")
@@ -364,10 +366,10 @@ def test_a_nuke_that_fails_keeps_its_record(tmp_path: Path, monkeypatch: pytest.
     own = site(tmp_path / "prefix")
     pending(own)
 
-    def full(self: Sweep, path: Path) -> None:
+    def full(self: SafeDeleter, path: Path) -> None:
         self.stuck.append(f"{path}: Operation not permitted")
 
-    monkeypatch.setattr(Sweep, "delete", full)
+    monkeypatch.setattr(SafeDeleter, "delete", full)
     runs.apply(own)
     events = list(runs.follow(own, "r"))
     assert events[-1]["fault"]["what"] == "1 things could not be deleted"

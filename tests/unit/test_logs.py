@@ -12,28 +12,28 @@ from typing import Any
 import pytest
 
 from agent.files import Fault
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look import jobs as agent_jobs
 from agent.look import logs as agent_logs
 from agent.schema.live import Job
-from agent.serve.services import Supervised
+from agent.serve.supervised import Supervised
 from core.errors import ConnectError, UsageError
 from ops import fleet, jobs, logs
 
 NOW = time.mktime((2026, 11, 23, 14, 30, 0, 0, 0, -1))
 
 
-def own(place: Path, port: int = 1) -> Site:
+def own(place: Path, port: int = 1) -> Layout:
     (place / "state").mkdir(exist_ok=True)
     (place / "state/enabled").touch()  # so that it is the supervisor's wherever the tests run
-    return Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
+    return Layout({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
 
 
-def read(site: Site, **asked: Any) -> Iterator[dict[str, Any]]:
+def read(site: Layout, **asked: Any) -> Iterator[dict[str, Any]]:
     return agent_logs.logs(site, {"lines": 100, "since": "", "grep": "", "follow": False, **asked})
 
 
-def texts(site: Site, **asked: Any) -> list[str]:
+def texts(site: Layout, **asked: Any) -> list[str]:
     return [each["text"] for each in read(site, **asked) if "text" in each]
 
 
@@ -100,7 +100,7 @@ def test_a_time_is_found_by_what_the_supervisor_noted(tmp_path: Path, monkeypatc
         with log.open("a") as file:
             file.write(line)
         monkeypatch.setattr(time, "time", lambda at=at: float(at))
-        manager.mark()
+        manager.note_log_offset()
     assert (site.state / "comfyui.times").read_text() == f"1000 4\n2000 {log.stat().st_size}\n"
     monkeypatch.setattr(time, "time", lambda: 3000.0)
     assert texts(site, since="2500 s ago", lines=None) == ["old", "too soon to be noted", "new"]
@@ -108,7 +108,7 @@ def test_a_time_is_found_by_what_the_supervisor_noted(tmp_path: Path, monkeypatc
     assert texts(site, since="10 s ago", lines=None) == []
     with pytest.raises(Fault, match="--since then is no time"):
         list(read(site, since="then"))
-    monkeypatch.setattr("agent.serve.services.LONG", 10)
+    monkeypatch.setattr("agent.serve.supervised.LONG", 10)
     manager.rotate()
     assert sorted(path.name for path in site.state.glob("comfyui.*")) == ["comfyui.log.1", "comfyui.times.1"]
     log.write_text("newest\n")

@@ -16,8 +16,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.layout import Site
-from agent.serve import health, services
+from agent.layout import Layout
+from agent.schema.change import Release
+from agent.serve import health, systemd
 from agent.serve.watch import Watcher
 from core import files
 from core.errors import ConfigError, HearthError, UnknownNameError
@@ -184,9 +185,8 @@ WHY = Setting(why="a test")
 def wanted(**values: Any) -> dict[str, Any]:
     node = nodes.Node(url="u", commit="c" * 40, tree="t", why="w", required=True)
     stock = replace(shelf(), nodes={"mine": node, "other": node})
-    (step,) = (each for each in made(target=spark(**values), stock=stock).steps if each.kind == "release")
-    release: dict[str, Any] = step.values["release"]
-    return release
+    (step,) = (each for each in made(target=spark(**values), stock=stock).steps if isinstance(each, Release))
+    return step.release
 
 
 def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
@@ -219,7 +219,7 @@ def test_no_unit_takes_the_machine_when_it_goes_wrong() -> None:
         above = unit.partition("# --- Only the system's")[0]  # the login's systemd has these, too
         assert re.search(r"^TasksMax=\d+$", above, re.MULTILINE), name
         assert re.search(r"^MemoryMax=\d+[MG%]$", above, re.MULTILINE), name
-    assert "TasksMax=" in services._APPLY_LIMITS
+    assert "TasksMax=" in systemd._APPLY_LIMITS
 
 
 def test_without_root_it_is_linked_to_where_it_lies() -> None:
@@ -307,7 +307,7 @@ def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
 
 
 @contextmanager
-def answering(queue: dict[str, Any]) -> Iterator[tuple[Site, list[Any]]]:
+def answering(queue: dict[str, Any]) -> Iterator[tuple[Layout, list[Any]]]:
     """Something that answers as ComfyUI does when it is asked for its queue, and to free its memory."""
     asked: list[Any] = []
 
@@ -330,7 +330,7 @@ def answering(queue: dict[str, Any]) -> Iterator[tuple[Site, list[Any]]]:
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         values = {"prefix": "/nowhere", "service": "s", "scope": "user", "user": "", "address": "127.0.0.1"}
-        yield Site({**values, "port": server.server_address[1]}), asked
+        yield Layout({**values, "port": server.server_address[1]}), asked
         server.shutdown()
 
 

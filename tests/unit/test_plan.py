@@ -8,13 +8,14 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from agent.schema.change import Step
 from agent.schema.facts import Holder
 from core import files
 from core.manifest import Manifest, Proof
@@ -99,6 +100,11 @@ def settled() -> Facts:
         tools=("uv-1",),
         port_holder={"pid": 7, "command": "python main.py"},
     )
+
+
+def values(step: Step) -> dict[str, Any]:
+    """What a step says beside its words."""
+    return asdict(step)
 
 
 def kinds(found: plan.Plan) -> list[str]:
@@ -222,7 +228,7 @@ def test_what_hearth_mounts_gets_a_unit_before_anything_is_put_there() -> None:
     now = replace(mounted(), places={"/mnt/models/comfyui": plan.MISSING})
     steps = made(now, target).steps
     assert [step.kind for step in steps][:3] == ["account", "mount", "folders"]
-    assert "\nWhat=nas:/models\nWhere=/mnt/models\nType=nfs4\nOptions=nosuid\n" in steps[1].values["text"]
+    assert "\nWhat=nas:/models\nWhere=/mnt/models\nType=nfs4\nOptions=nosuid\n" in values(steps[1])["text"]
     there = mounted(mounted=True, unit=target.mount_text("/mnt/models"))
     assert "mount" not in kinds(made(there, target))
     changed = mounted(mounted=True, unit=target.mount_text("/mnt/models").replace("nosuid", "nodev"))
@@ -235,7 +241,7 @@ def test_folders_elsewhere_are_comfyuis_own_flags_and_never_links_in_the_data() 
     there = mounted(mounted=True, unit=target.mount_text("/mnt/models"))
     now = replace(there, places={"/srv/more": ""})
     (step,) = (each for each in made(now, target, stock).steps if each.kind == "release")
-    wanted = step.values["release"]
+    wanted = values(step)["release"]
     words = " ".join(wanted["argv"])
     data = "/opt/comfyui/data"
     folders = f"--input-directory {data}/input --models-directory /mnt/models --output-directory /srv/out"
@@ -266,7 +272,7 @@ def test_members_may_what_is_said_and_nothing_else() -> None:
         "members of group comfyui-members: anna",
         "let members of comfyui-members read its log and restart it (sudo)",
     ]
-    text = steps[1].values["text"]
+    text = values(steps[1])["text"]
     assert "/usr/bin/systemctl restart comfyui.service\n" in text
     assert "*" not in text
     there = replace(settled(), members=("anna",), rights=text)
@@ -283,8 +289,8 @@ def test_metrics_are_a_part_and_a_unit_of_the_release() -> None:
     target = spark(metrics_port=9188, listen="192.168.1.5")
     found = made(target=target, stock=METRICS)
     assert kinds(found).index("exporter") < kinds(found).index("release")
-    (wanted,) = (step.values["release"] for step in found.steps if step.kind == "release")
-    (part,) = (step.values["part"] for step in found.steps if step.kind == "exporter")
+    (wanted,) = (values(step)["release"] for step in found.steps if step.kind == "release")
+    (part,) = (values(step)["part"] for step in found.steps if step.kind == "exporter")
     assert wanted["parts"]["exporter"] == part
     assert wanted["packages"]["prometheus-client"] == "1.0"
     told = json.loads(wanted["files"]["exporter.json"])
@@ -300,7 +306,7 @@ def test_metrics_are_a_part_and_a_unit_of_the_release() -> None:
     (account,) = (step for step in made(without, target, METRICS).steps if step.kind == "account")
     assert (account.title, account.undo) == ("create the system user hearth-exporter", "userdel hearth-exporter")
     own = made(target=spark(metrics_port=9188, scope="user"), stock=METRICS)
-    (release,) = (step.values["release"] for step in own.steps if step.kind == "release")
+    (release,) = (values(step)["release"] for step in own.steps if step.kind == "release")
     assert "\nWantedBy=default.target\n" in release["files"]["comfyui-exporter.service"]
     assert "exporter" not in kinds(made(stock=METRICS))
 
@@ -336,9 +342,9 @@ def test_a_missing_wheel_says_how_to_build_it() -> None:
 
 def test_the_wheels_hash_reaches_the_list_and_the_environment() -> None:
     (env,) = (step for step in made().steps if step.kind == "env")
-    assert "sageattention==1+cu130.torch2.11.0.sm121a --hash=sha256:" + "a" * 64 in env.values["requirements"]
+    assert "sageattention==1+cu130.torch2.11.0.sm121a --hash=sha256:" + "a" * 64 in values(env)["requirements"]
     changed = made(stock=shelf(wheel("sageattention", sha256="c" * 64), wheel("flash-attn")))
-    assert env.values["part"] not in [step.values.get("part") for step in changed.steps]
+    assert values(env)["part"] not in [values(step).get("part") for step in changed.steps]
 
 
 @pytest.mark.parametrize(
@@ -485,10 +491,10 @@ def test_the_manager_is_not_there_unless_it_is_chosen() -> None:
     without, chosen = (made(target=each, stock=replace(shelf(), locks=locks)) for each in (spark(), managed()))
     for found, expected in ((without, False), (chosen, True)):
         (env,) = (step for step in found.steps if step.kind == "env")
-        (written,) = (step.values["release"] for step in found.steps if step.kind == "release")
-        assert ("comfyui-manager==1" in env.values["requirements"]) is expected
+        (written,) = (values(step)["release"] for step in found.steps if step.kind == "release")
+        assert ("comfyui-manager==1" in values(env)["requirements"]) is expected
         assert ("user/__manager/config.ini" in written["files"]) is expected
-        assert "torch==1" in env.values["requirements"]
+        assert "torch==1" in values(env)["requirements"]
 
 
 LOCKED = """\
@@ -505,7 +511,7 @@ def test_the_managers_settings_lie_where_the_service_cannot_change_them() -> Non
     moved = replace(target, host=msgspec.structs.replace(target.host, folders={"user": "/srv/mine"}))
     there = replace(FRESH, places={"/srv/mine": ""})
     for each, user in ((target, "/opt/comfyui/data/user"), (moved, "/srv/mine")):
-        (written,) = (step.values["release"] for step in made(there, each).steps if step.kind == "release")
+        (written,) = (values(step)["release"] for step in made(there, each).steps if step.kind == "release")
         place = f"/opt/comfyui/releases/{written['id']}"
         assert written["argv"][written["argv"].index("--user-directory") + 1] == f"{place}/user"
         assert "security_level = strong" in written["files"]["user/__manager/config.ini"]
@@ -574,7 +580,7 @@ def test_an_account_of_somebody_elses_is_not_taken() -> None:
 
 def unit_of(found: plan.Plan) -> str:
     (step,) = (each for each in found.steps if each.kind == "release")
-    return str(step.values["release"]["files"]["comfyui.service"])
+    return str(values(step)["release"]["files"]["comfyui.service"])
 
 
 @pytest.mark.parametrize(("network", "reached", "denied"), [

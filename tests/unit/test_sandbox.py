@@ -9,16 +9,16 @@ import pytest
 
 from agent.change import trial
 from agent.files import Fault, write
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look import mps
 from agent.serve import sandbox
 
 DATA = "/opt/comfyui/data"
 
 
-def site(**values: object) -> Site:
+def site(**values: object) -> Layout:
     base = {"prefix": "/opt/comfyui", "service": "comfyui", "scope": "system", "user": "comfyui"}
-    return Site({**base, "address": "", "port": 1, **values})
+    return Layout({**base, "address": "", "port": 1, **values})
 
 
 @pytest.fixture

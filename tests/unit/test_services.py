@@ -18,19 +18,26 @@ from typing import Any
 
 import pytest
 
-from agent.files import Fault, flock, free, holders, link, read, read_text, started, write
-from agent.layout import Site
+from agent import processes
+from agent.files import Fault, link, read, read_text, write
+from agent.layout import Layout
+from agent.locks import flock, free, holders
 from agent.look.gpu import process
+from agent.processes import started, wait_for
 from agent.schema.live import GpuState
-from agent.serve import services
-from agent.serve.services import Supervised, Systemd, manager_of, wait_for
+from agent.serve import managers, systemd
+from agent.serve.managers import manager_of
+from agent.serve.supervised import Supervised
+from agent.serve.systemd import Systemd
 from core import files
 from deploy import connection
 
 
-def make(place: Path, **values: Any) -> Site:
+def make(place: Path, **values: Any) -> Layout:
     """A prefix with a release whose ComfyUI sleeps."""
-    site = Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1, **values})
+    site = Layout(
+        {"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1, **values}
+    )
     argv = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(1000)"]
     write(site.releases / "one/release.json", json.dumps({"id": "one", "argv": argv, "environment": {}}))
     write(site.state / "agent.pyz", connection.packed_agent())
@@ -41,7 +48,7 @@ def make(place: Path, **values: Any) -> Site:
 
 
 @contextmanager
-def supervisor(site: Site) -> Iterator[subprocess.Popen[bytes]]:
+def supervisor(site: Layout) -> Iterator[subprocess.Popen[bytes]]:
     """A supervisor of the site's that has begun; it and its ComfyUI end with the block."""
     argv = [sys.executable, "-I", str(site.state / "agent.pyz"), "supervise", str(site.state / "site.json")]
     with (site.state / "agent.log").open("ab") as log, subprocess.Popen(argv, stdout=log, stderr=log) as one:
@@ -55,7 +62,7 @@ def supervisor(site: Site) -> Iterator[subprocess.Popen[bytes]]:
             one.kill()
 
 
-def child(site: Site) -> int:
+def child(site: Layout) -> int:
     """The pid of the ComfyUI that is supervised, once there is one."""
     assert wait_for(lambda: bool(Supervised(site).status().pid), 20)
     return int(Supervised(site).status().pid)
@@ -97,7 +104,7 @@ def test_asking_for_a_lock_makes_no_file(tmp_path: Path) -> None:
 
 def test_a_lock_whose_file_was_deleted_while_one_waited_is_taken_anew(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
-    code = "import sys; from pathlib import Path; from agent.files import flock\n"
+    code = "import sys; from pathlib import Path; from agent.locks import flock\n"
     code += "with flock(Path(sys.argv[1]), wait=True): print('mine', flush=True); sys.stdin.read()"
     argv = [sys.executable, "-c", code, str(lock)]
     with ExitStack() as stack:
@@ -122,13 +129,13 @@ def test_a_supervisor_that_does_not_come_up_is_a_fault_with_what_it_said(tmp_pat
 def test_starting_and_stopping_while_others_ask(tmp_path: Path) -> None:
     """As `status`, `follow` and `facts` do: one that asked at the wrong moment kept the supervisor from starting."""
     site = make(tmp_path)
-    code = "import json, sys; from agent.layout import Site; from agent.serve.services import Supervised\n"
-    code += "one = Supervised(Site(json.loads(sys.argv[1])))\nwhile True: one.status()"
+    code = "import json, sys; from agent.layout import Layout; from agent.serve.supervised import Supervised\n"
+    code += "one = Supervised(Layout(json.loads(sys.argv[1])))\nwhile True: one.status()"
     argv = [sys.executable, "-c", code, json.dumps(site.json)]
     with subprocess.Popen(argv, cwd=files.CHECKOUT) as asker:
         try:
-            code = "import json, sys; from agent.layout import Site; from agent.serve.services import Supervised\n"
-            code += "one = Supervised(Site(json.loads(sys.argv[1])))\nfor _ in range(4): one.start(); one.stop()"
+            code = "import json, sys; from agent.layout import Layout; from agent.serve.supervised import Supervised\n"
+            code += "one = Supervised(Layout(json.loads(sys.argv[1])))\nfor _ in range(4): one.start(); one.stop()"
             subprocess.run([sys.executable, "-c", code, json.dumps(site.json)], cwd=files.CHECKOUT, check=True)
         finally:
             asker.kill()
@@ -164,21 +171,21 @@ def test_comfyui_dies_with_a_supervisor_that_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ended", ["by a stop", "killed"])
 def test_no_program_outlives_the_agent_that_runs_it(tmp_path: Path, ended: str) -> None:
     """One that made an environment wrote on where the next command deleted it."""
-    code = "import sys; from pathlib import Path; from agent.files import flock, run\n"
-    code += "from agent.change.steps import _run_long\n"
+    code = "import sys; from pathlib import Path; from agent.locks import flock; from agent.processes import run\n"
+    code += "from agent.change.env import _run_long\n"
     code += "with flock(Path(sys.argv[1])): "
     code += "run(['sh', '-c', 'sleep 100 & wait'])" if ended == "by a stop" else "_run_long(['sleep', '100'])"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], cwd=files.CHECKOUT) as agent:
-        assert wait_for(lambda: bool(services._children(agent.pid)), 20)
-        (program,) = services._children(agent.pid)
+        assert wait_for(lambda: bool(processes.children(agent.pid)), 20)
+        (program,) = processes.children(agent.pid)
         assert wait_for(lambda: b"sleep" in Path(f"/proc/{program}/cmdline").read_bytes(), 20)
-        assert wait_for(lambda: ended == "killed" or bool(services._children(program)), 20)
-        left = {program, *services._children(program)}
+        assert wait_for(lambda: ended == "killed" or bool(processes.children(program)), 20)
+        left = {program, *processes.children(program)}
         if ended == "killed":
             agent.kill()
         else:
             (holder,) = holders(tmp_path / "lock")
-            services.end_with_programs(holder)
+            processes.end_with_programs(holder)
     assert wait_for(lambda: not any(started(each) for each in left), 5)
 
 
@@ -226,10 +233,10 @@ def test_a_process_with_the_number_of_comfyui_is_not_taken_for_it(tmp_path: Path
         pid = child(site)
         processes = [{**process(pid), "bytes": None, "kind": "compute"}]
         gpu = {**dict.fromkeys(each.name for each in fields(GpuState)), "processes": processes}
-        assert services.ours(site, [gpu])[0].processes[0].comfyui is True
+        assert managers.ours(site, [gpu])[0].processes[0].comfyui is True
         record = read(Supervised(site).record)
         write(Supervised(site).record, json.dumps({**record, "child_started": "1 of another boot"}))
-        assert services.ours(site, [gpu])[0].processes[0].comfyui is False
+        assert managers.ours(site, [gpu])[0].processes[0].comfyui is False
 
 
 def test_a_supervisor_goes_on_without_room_for_its_record(tmp_path: Path) -> None:
@@ -251,8 +258,8 @@ def asked_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
     (tmp_path / "bin/systemctl").write_text("#!/bin/sh\n")
     (tmp_path / "bin/systemctl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr(services, "login", lambda: str(tmp_path))  # there is a file of that name for who lingers
-    yield lambda reached: monkeypatch.setattr(services, "user_systemd", lambda: reached)
+    monkeypatch.setattr(managers, "login", lambda: str(tmp_path))  # there is a file of that name for who lingers
+    yield lambda reached: monkeypatch.setattr(managers, "user_systemd", lambda: reached)
 
 
 def test_what_was_supervised_once_stays_so(tmp_path: Path, asked_from: Any) -> None:
@@ -271,7 +278,7 @@ def test_what_the_users_systemd_runs_is_never_supervised_too(tmp_path: Path, ask
     asked_from(True)
     manager_of(site).install()
     if older:  # an older Hearth noted nothing: the unit says it
-        services.choice(site).unlink()
+        site.choice.unlink()
     asked_from(False)  # from cron, or when it does not linger any more
     with pytest.raises(Fault, match="does not answer") as raised:
         manager_of(site)
@@ -285,7 +292,7 @@ def test_what_the_users_systemd_runs_is_never_supervised_too(tmp_path: Path, ask
 
 def test_a_full_disk_keeps_no_manager_from_being_installed(tmp_path: Path, asked_from: Any) -> None:
     site = make(tmp_path / "prefix")
-    services.choice(site).mkdir()  # it cannot be written
+    site.choice.mkdir()  # it cannot be written
     asked_from(False)
     Supervised(site).install()
     assert Supervised(site).enabled.exists()
@@ -304,7 +311,7 @@ def test_the_logins_systemd_is_found_without_its_variable(monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("asked_from")
 def test_the_unit_that_applies_names_no_python_of_a_checkout(tmp_path: Path) -> None:
     manager = Systemd(make(tmp_path / "prefix"))
-    manager.go()
+    manager.start_apply()
     text = (manager.units / manager.apply_unit).read_text()
     assert sys.prefix != sys.base_prefix
     assert f"ExecStart={sys._base_executable} -I " in text  # type: ignore[attr-defined]
@@ -344,12 +351,12 @@ def test_a_unit_of_roots_runs_no_python_that_others_may_replace(
         elif fault in ("loop", "gone"):
             python.unlink()
             python.symlink_to(python if fault == "loop" else "nowhere")
-        assert services.rooted(python) is not bool(fault)
+        assert systemd.rooted(python) is not bool(fault)
         monkeypatch.setattr(sys, "_base_executable", str(python))
         monkeypatch.setattr(sys, "executable", str(python))
-        site = Site({**make(tmp_path / "prefix").json, "scope": "system"})
-        assert services._python(site) == ("/usr/bin/python3" if fault else str(python))
-        monkeypatch.setattr(services, "rooted", lambda _: False)
+        site = Layout({**make(tmp_path / "prefix").json, "scope": "system"})
+        assert systemd._python(site) == ("/usr/bin/python3" if fault else str(python))
+        monkeypatch.setattr(systemd, "rooted", lambda _: False)
         with pytest.raises(Fault, match="would run as root at each boot"):
-            services._python(site)
-        assert services._python(make(tmp_path / "other")) == str(python)  # the login's own
+            systemd._python(site)
+        assert systemd._python(make(tmp_path / "other")) == str(python)  # the login's own

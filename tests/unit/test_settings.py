@@ -12,7 +12,8 @@ import pytest
 from agent.change import settings as steps
 from agent.files import Fault
 from agent.journal import Settings
-from agent.layout import Site
+from agent.layout import Layout
+from agent.schema.change import Set, Unset
 from agent.schema.live import Mps, MpsClient, MpsServer
 from agent.schema.settings import Access, Applied, Node, Seen, State
 from core.errors import UnknownNameError, UsageError
@@ -20,31 +21,31 @@ from deploy import plan
 from deploy.facts import Facts, Gpu
 from ops import access, fleet, mps, tuning
 from tests.unit.test_lifecycle import running
-from tests.unit.test_plan import FRESH, kinds, spark
+from tests.unit.test_plan import FRESH, kinds, spark, values
 
 DESKTOP = replace(FRESH, gpus=(Gpu("RTX 4070", "8.9", 12 * 10**9, False),))
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
+def site(tmp_path: Path) -> Layout:
     (tmp_path / "state").mkdir()
     values = {"prefix": str(tmp_path), "service": "comfyui", "scope": "system", "user": ""}
-    return Site({**values, "address": "127.0.0.1", "port": 1})
+    return Layout({**values, "address": "127.0.0.1", "port": 1})
 
 
-def step(*changes: dict[str, Any], **values: Any) -> dict[str, Any]:
-    return {"setting": "one", "changes": changes, "serves": False, **values}
+def step(*changes: dict[str, Any]) -> Set:
+    return Set("t", "w", "u", "one", changes)
 
 
-def undo(*, overwrite: bool = False) -> dict[str, Any]:
-    return {"settings": ["one"], "overwrite": overwrite, "serves": False}
+def undo(*, overwrite: bool = False) -> Unset:
+    return Unset("t", "w", "u", ("one",), overwrite)
 
 
 def quiet(_: str) -> None:
     pass
 
 
-def test_twice_keeps_the_first_old_value_and_undo_puts_it_back(site: Site, tmp_path: Path) -> None:
+def test_twice_keeps_the_first_old_value_and_undo_puts_it_back(site: Layout, tmp_path: Path) -> None:
     old, fresh, kernel = (tmp_path / name for name in ("old", "fresh", "kernel0"))
     old.write_text("before")
     old.chmod(0o600)
@@ -66,14 +67,14 @@ def test_twice_keeps_the_first_old_value_and_undo_puts_it_back(site: Site, tmp_p
     assert Settings(site).path.read_text() == kept
 
 
-def test_what_is_so_already_is_not_recorded(site: Site, tmp_path: Path) -> None:
+def test_what_is_so_already_is_not_recorded(site: Layout, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("same")
     (tmp_path / "file").chmod(0o644)
     steps.apply_setting(site, step(tuning.file(f"{tmp_path}/file", "same")), quiet)
     assert Settings(site).in_force() == {}
 
 
-def test_what_somebody_changed_since_is_told_and_left(site: Site, tmp_path: Path) -> None:
+def test_what_somebody_changed_since_is_told_and_left(site: Layout, tmp_path: Path) -> None:
     mine, other = tmp_path / "mine", tmp_path / "other"
     mine.write_text("before")
     steps.apply_setting(site, step(tuning.file(str(mine), "set"), tuning.file(str(other), "set")), quiet)
@@ -94,7 +95,7 @@ class _Killed(BaseException):
 
 @pytest.mark.parametrize("again", [True, False])
 def test_killed_between_record_and_change(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+    site: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     path = tmp_path / "file"
     path.write_text("before")
@@ -114,7 +115,7 @@ def test_killed_between_record_and_change(
     assert (path.read_text(), Settings(site).in_force()) == ("before", {})
 
 
-def test_what_cannot_be_made_undoes_the_whole_setting(site: Site, tmp_path: Path) -> None:
+def test_what_cannot_be_made_undoes_the_whole_setting(site: Layout, tmp_path: Path) -> None:
     (tmp_path / "folder").write_text("a file where a folder is needed")
     with pytest.raises(Fault, match="could not be set, and is undone"):
         wrong = tuning.file(f"{tmp_path}/folder/file", "x")
@@ -123,7 +124,7 @@ def test_what_cannot_be_made_undoes_the_whole_setting(site: Site, tmp_path: Path
     assert Settings(site).in_force() == {}
 
 
-def test_what_cannot_be_put_back_is_told_and_stays_recorded(site: Site, tmp_path: Path) -> None:
+def test_what_cannot_be_put_back_is_told_and_stays_recorded(site: Layout, tmp_path: Path) -> None:
     (tmp_path / "one").write_text("before")
     steps.apply_setting(site, step(tuning.file(f"{tmp_path}/one", "set"), tuning.file(f"{tmp_path}/two", "set")), quiet)
     (tmp_path / "two").unlink()
@@ -167,7 +168,7 @@ def test_only_what_is_named_is_planned_and_only_when_it_is_otherwise() -> None:
     found = tuning.apply(spark(), FRESH, state(), ["swappiness"])
     assert kinds(found) == ["set"]
     assert found.steps[0].title == "set swappiness: 60 -> 10"
-    changes = found.steps[0].values["changes"]
+    changes = values(found.steps[0])["changes"]
     assert [(each["kind"], each["place"]) for each in changes] == [
         ("file", "/etc/sysctl.d/90-hearth-swappiness.conf"), ("value", "/proc/sys/vm/swappiness"),
     ]  # fmt: skip
@@ -238,8 +239,8 @@ def test_mps_is_turned_on_around_a_service_that_runs() -> None:
     facts = running()
     found = mps.turn_on(spark(), facts, OFF, mps_state(now=None), {mps.PERCENT: "40"}, plan.Options(drain=5))
     (step,) = found.steps
-    assert (step.kind, step.values["serves"], step.values["drain"]) == ("set", True, 5)
-    unit, _, drop_in = step.values["changes"]
+    assert (step.kind, values(step)["serves"], values(step)["drain"]) == ("set", True, 5)
+    unit, _, drop_in = values(step)["changes"]
     assert "\nEnvironment=CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=40\n" in unit["text"]
     assert f"\nExecStart={CONTROL} -f\n" in unit["text"]
     assert "\nUser=comfyui\n" in unit["text"]

@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
-from agent.change import runs, steps
-from agent.files import Fault, flock, remove, write
-from agent.layout import Site
-from agent.serve.services import wait_for
+from agent.change import releases, runs, trees
+from agent.deletion import remove
+from agent.files import Fault, write
+from agent.layout import Layout
+from agent.locks import flock
+from agent.processes import wait_for
+from agent.schema.change import App, CutOver, Prune, Release, Tool, packed
 from core import files
 
 DATA = os.urandom(3_000_000)
@@ -26,15 +29,16 @@ HALF = len(DATA) // 2
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+def site(tmp_path: Path) -> Layout:
+    return Layout({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
 
 
 class Upload:
     """A client that sends `DATA`."""
 
-    def __init__(self, site: Site, offset: int = 0, silence: int = 60) -> None:
-        code = f"import sys; from agent import main, runs; runs.SILENCE = {silence}; sys.exit(main.main(['receive']))"
+    def __init__(self, site: Layout, offset: int = 0, silence: int = 60) -> None:
+        code = f"import sys; from agent import main; from agent.change import runs; runs.SILENCE = {silence}; "
+        code += "sys.exit(main.main(['receive']))"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=files.CHECKOUT
         )
@@ -54,7 +58,7 @@ class Upload:
         return json.loads(output)
 
 
-def half(site: Site, **values: Any) -> Upload:
+def half(site: Layout, **values: Any) -> Upload:
     """An upload that has come half the way."""
     one = Upload(site, **values)
     one.send(DATA[:HALF])
@@ -63,11 +67,11 @@ def half(site: Site, **values: Any) -> Upload:
     return one
 
 
-def there(site: Site) -> list[str]:
+def there(site: Layout) -> list[str]:
     return sorted(path.name for path in site.incoming.iterdir())
 
 
-def test_an_upload_that_was_cut_short_is_resumed(site: Site) -> None:
+def test_an_upload_that_was_cut_short_is_resumed(site: Layout) -> None:
     assert half(site).end() == {"size": HALF}
     assert Upload(site, HALF).end(DATA[HALF:]) == {"size": len(DATA)}
     assert there(site) == [DIGEST]
@@ -77,7 +81,7 @@ def test_an_upload_that_was_cut_short_is_resumed(site: Site) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, HALF - 5])
-def test_an_upload_that_is_silent_holds_nobody_up(site: Site, offset: int) -> None:
+def test_an_upload_that_is_silent_holds_nobody_up(site: Layout, offset: int) -> None:
     silent = half(site)
     other = Upload(site, offset)
     assert other.end(DATA[offset:]) == {"size": len(DATA)}
@@ -88,14 +92,14 @@ def test_an_upload_that_is_silent_holds_nobody_up(site: Site, offset: int) -> No
     assert there(site) == [DIGEST]
 
 
-def test_a_copy_that_is_cut_short_is_not_kept(site: Site) -> None:
+def test_a_copy_that_is_cut_short_is_not_kept(site: Layout) -> None:
     silent = half(site)
     assert Upload(site, HALF).end(DATA[HALF:-1]) == {"size": len(DATA) - 1}
     assert there(site) == [f"{DIGEST}.part"]
     silent.end()
 
 
-def test_an_upload_from_which_nothing_comes_ends_and_can_be_resumed(site: Site) -> None:
+def test_an_upload_from_which_nothing_comes_ends_and_can_be_resumed(site: Layout) -> None:
     silent = half(site, silence=1)
     assert silent.process.wait(10) == 3
     assert time.monotonic() - silent.begun < 8
@@ -103,7 +107,7 @@ def test_an_upload_from_which_nothing_comes_ends_and_can_be_resumed(site: Site) 
     assert Upload(site, HALF).end(DATA[HALF:]) == {"size": len(DATA)}
 
 
-def test_a_slow_upload_is_not_taken_for_a_silent_one(site: Site) -> None:
+def test_a_slow_upload_is_not_taken_for_a_silent_one(site: Layout) -> None:
     slow = Upload(site, silence=1)
     for number in range(6):
         time.sleep(0.4)
@@ -111,7 +115,7 @@ def test_a_slow_upload_is_not_taken_for_a_silent_one(site: Site) -> None:
     assert slow.end(DATA[6000:]) == {"size": len(DATA)}
 
 
-def test_whoever_sends_what_another_run_deletes_is_told(site: Site) -> None:
+def test_whoever_sends_what_another_run_deletes_is_told(site: Layout) -> None:
     one = half(site)
     for path in site.incoming.iterdir():
         path.unlink()
@@ -122,12 +126,12 @@ def test_whoever_sends_what_another_run_deletes_is_told(site: Site) -> None:
     assert Upload(site).end(DATA) == {"size": len(DATA)}
 
 
-def test_what_was_sent_damaged_is_deleted(site: Site) -> None:
+def test_what_was_sent_damaged_is_deleted(site: Layout) -> None:
     assert Upload(site).end(DATA[1:] + DATA[:1])["fault"]["what"] == "what was sent is damaged"
     assert there(site) == []
 
 
-def test_pruning_deletes_what_is_used_up_or_old_and_nothing_of_another_client(site: Site) -> None:
+def test_pruning_deletes_what_is_used_up_or_old_and_nothing_of_another_client(site: Layout) -> None:
     site.incoming.mkdir(parents=True)
     used, young, old, ahead, busy = ("a" * 64, "b" * 64, "c" * 64, "d" * 64, f"{'e' * 64}.part")
     for name in (used, f"{used}.part", young, f"{young}.part", old, f"{old}.part", ahead, busy):
@@ -138,25 +142,25 @@ def test_pruning_deletes_what_is_used_up_or_old_and_nothing_of_another_client(si
     plan = {"run": "r", "steps": [{"kind": "env", "wheels": [{"file": "x.whl", "sha256": used}]}, {"kind": "prune"}]}
     write(site.pending, json.dumps(plan))
     with flock(site.incoming / busy):
-        steps.prune(site, {"keep": []}, lambda _: None)
+        releases.prune(site, Prune("t", "w", "u", ()), lambda _: None)
     assert there(site) == [young, f"{young}.part", busy]
 
 
-def test_pruning_while_a_client_sends(site: Site) -> None:
+def test_pruning_while_a_client_sends(site: Layout) -> None:
     one = half(site)
     write(site.pending, json.dumps({"run": "r", "steps": []}))
-    steps.prune(site, {"keep": []}, lambda _: None)
+    releases.prune(site, Prune("t", "w", "u", ()), lambda _: None)
     assert one.end(DATA[HALF:]) == {"size": len(DATA)}
 
 
-REUSES = {"kind": "app", "part": "app-2", "reuse": {"a.py": "app-1/a.py"}}
-WRITES = {"kind": "release", "release": {"id": "two", "parts": {"app": "app-2", "env": "env-1"}}}
-CUTS = {"kind": "cut-over", "to": "two"}
+REUSES = packed(App("t", "w", "u", "app-2", "python3", reuse={"a.py": "app-1/a.py"}))
+WRITES = packed(Release("t", "w", "u", {"id": "two", "parts": {"app": "app-2", "env": "env-1"}}))
+CUTS = packed(CutOver("t", "w", "u", 0, False, "two", "yes"))
 
 
 @pytest.mark.parametrize("gone", ["", "parts/app-1", "parts/env-1", "releases/two"])
 def test_a_plan_that_rests_on_what_another_run_pruned_is_refused(
-    site: Site, gone: str, monkeypatch: pytest.MonkeyPatch
+    site: Layout, gone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one deployed, pruned and went back: what is current is as the plan expects it."""
     for name in ("parts/app-1", "parts/env-1"):
@@ -166,7 +170,7 @@ def test_a_plan_that_rests_on_what_another_run_pruned_is_refused(
         remove(site.prefix / gone)
     begun: list[str] = []
     monkeypatch.setattr(sys, "argv", [__file__])  # what is kept as the agent
-    monkeypatch.setattr(runs, "manager_of", lambda _: SimpleNamespace(go=lambda: begun.append("")))
+    monkeypatch.setattr(runs, "manager_of", lambda _: SimpleNamespace(start_apply=lambda: begun.append("")))
     steps = [CUTS] if gone.startswith("releases") else [REUSES, WRITES, CUTS]
     plan = {"run": "r", "who": "a@b", "action": "deploy", "release": "two", "base": "", "steps": steps}
     if not gone:
@@ -178,13 +182,13 @@ def test_a_plan_that_rests_on_what_another_run_pruned_is_refused(
     assert not begun and not site.pending.exists()
 
 
-def test_a_tool_is_on_the_disk_before_it_has_its_name(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_is_on_the_disk_before_it_has_its_name(site: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """A power cut in a first deploy left uv's file empty, and the host trusted its name ever after."""
     synced: list[Path] = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink()))
     write(site.incoming / DIGEST, DATA)
     synced.clear()
-    steps.tool(site, {"name": "uv-1", "blob": DIGEST}, print)
+    trees.tool(site, Tool("t", "w", "u", "uv-1", DIGEST), print)
     tool = site.state / "tools/uv-1"
     assert [each.parent for each in synced] == [tool.parent, tool.parent.parent]
     assert tool.read_bytes() == DATA
