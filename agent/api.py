@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from agent.files import Fault, Json
-from agent.layout import Site
+from agent.layout import Layout
 
 T = TypeVar("T")
 
@@ -57,12 +57,12 @@ class Endpoint:
         return cls(tuple(addresses), int(values["--port"]), bool(values["--tls-keyfile"] and values["--tls-certfile"]))
 
 
-def endpoint(site: Site) -> Endpoint:
+def endpoint(layout: Layout) -> Endpoint:
     """Where the release in service listens, by its own manifest; where nothing is deployed, as configured."""
     with suppress(Fault):  # `current` is foreign: facts report it
-        if argv := site.manifest(site.release()).get("argv"):
+        if argv := layout.manifest(layout.release()).get("argv"):
             return Endpoint.of(argv)
-    return Endpoint.of(["--listen", site.address, "--port", str(site.port)])
+    return Endpoint.of(["--listen", layout.address, "--port", str(layout.port)])
 
 
 NOBODY = (errno.ECONNREFUSED, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)

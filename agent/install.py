@@ -13,8 +13,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import link, remove, sync
-from agent.layout import Site
+from agent.deletion import remove
+from agent.files import link, sync
+from agent.layout import Layout
 
 RUNNING = Path(__file__).parents[1]
 """What runs now: an archive, or a folder."""
@@ -23,37 +24,37 @@ RECENT = 24 * 3600
 """Seconds for which an unpacked agent is kept that nothing links to: another client's commands may run from it."""
 
 
-def install(site: Site) -> None:
+def install(layout: Layout) -> None:
     """Make the running agent the one that units run. Raises OSError."""
-    place = _unpack(site) if RUNNING.is_file() else RUNNING
-    inside = place.parent == site.state / "agents"
-    link(site.agent, f"agents/{place.name}" if inside else place)
+    place = _unpack(layout) if RUNNING.is_file() else RUNNING
+    inside = place.parent == layout.state / "agents"
+    link(layout.agent, f"agents/{place.name}" if inside else place)
 
 
-def keep(site: Site) -> None:
+def keep(layout: Layout) -> None:
     """Unpack the running agent for the next commands, where Hearth has a folder and room for it."""
-    if RUNNING.is_file() and site.state.is_dir():
+    if RUNNING.is_file() and layout.state.is_dir():
         with suppress(OSError):
-            if not _place(site).exists():  # else the loader does not trust that place
-                _unpack(site)
+            if not _place(layout).exists():  # else the loader does not trust that place
+                _unpack(layout)
 
 
-def prune(site: Site) -> None:
+def prune(layout: Layout) -> None:
     """Delete unpacked agents that neither a unit nor a release runs, nor a command of the last day."""
-    linked = {os.path.realpath(path) for path in (site.agent, site.exporter_agent, *site.releases.glob("*/agent"))} | {
-        str(RUNNING)
-    }
-    for path in (site.state / "agents").glob("*"):
+    linked = {
+        os.path.realpath(path) for path in (layout.agent, layout.exporter_agent, *layout.releases.glob("*/agent"))
+    } | {str(RUNNING)}
+    for path in (layout.state / "agents").glob("*"):
         with suppress(FileNotFoundError):
             if str(path.resolve()) not in linked and abs(time.time() - path.stat().st_mtime) > RECENT:
                 remove(path)
 
 
-def _place(site: Site) -> Path:
-    return site.state / "agents" / hashlib.sha256(RUNNING.read_bytes()).hexdigest()[:16]
+def _place(layout: Layout) -> Path:
+    return layout.state / "agents" / hashlib.sha256(RUNNING.read_bytes()).hexdigest()[:16]
 
 
-def _unpack(site: Site) -> Path:
+def _unpack(layout: Layout) -> Path:
     """Unpack and compile the running archive beside its place and rename it there. Raises OSError.
 
     Everything is on the disk before the rename. Bytecode is not compared with its source on import (PEP 552), and
@@ -63,7 +64,7 @@ def _unpack(site: Site) -> Path:
     import py_compile
     import zipfile
 
-    place = _place(site)
+    place = _place(layout)
     draft = place.with_name(f".{place.name}.{os.getpid()}")
     remove(draft)
     try:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
-from agent.files import Json, append, free, read
-from agent.layout import Site
+from agent.files import Json, append, read
+from agent.layout import Layout
+from agent.locks import free
+from agent.schema.facts import Busy, Ended
 
 
-def busy(site: Site) -> Json:
+def busy(layout: Layout) -> Busy:
     """Who is changing this host now: the run under way; empty when nobody is."""
-    plan = read(site.pending)
+    plan = read(layout.pending)
     if not plan:
         return {}
-    return {key: plan[key] for key in ("run", "who", "since", "action")} | {"alive": not free(site.lock)}
+    run, who, since, action = (str(plan[key]) for key in ("run", "who", "since", "action"))
+    return {"run": run, "who": who, "since": since, "action": action, "alive": not free(layout.lock)}
 
 
 def now() -> str:
@@ -36,8 +39,8 @@ def events(text: str) -> list[Json]:
 class Journal:
     """What happened in a run, on disk line by line before the next thing is done."""
 
-    def __init__(self, site: Site, run_id: str) -> None:
-        self.path = site.state / "runs" / f"{run_id}.jsonl"
+    def __init__(self, layout: Layout, run_id: str) -> None:
+        self.path = layout.state / "runs" / f"{run_id}.jsonl"
 
     def events(self) -> list[Json]:
         """All lines so far; one that a power cut tore is left out."""
@@ -54,15 +57,15 @@ class Journal:
 class Adopted(Journal):
     """What adopting changes, each line on disk before that is done: undoing reads it backwards."""
 
-    def __init__(self, site: Site) -> None:
-        self.path = site.state / "adopted.jsonl"
+    def __init__(self, layout: Layout) -> None:
+        self.path = layout.state / "adopted.jsonl"
 
 
 class Settings(Journal):
     """What is changed outside the prefix on request, each line on disk before that is done."""
 
-    def __init__(self, site: Site) -> None:
-        self.path = site.state / "settings.jsonl"
+    def __init__(self, layout: Layout) -> None:
+        self.path = layout.state / "settings.jsonl"
 
     def in_force(self) -> dict[str, list[Json]]:
         """The changes that were not undone, by setting, each with its first `old` value and its latest `new` one."""
@@ -77,10 +80,10 @@ class Settings(Journal):
         return {name: list(places.values()) for name, places in found.items() if places}
 
 
-def history(site: Site) -> list[Json]:
+def history(layout: Layout) -> list[Ended]:
     """How every run on this host ended, oldest first."""
     try:
-        return events(site.history.read_text(errors="replace"))
+        return cast("list[Ended]", events(layout.history.read_text(errors="replace")))
     except OSError:
         return []
 
@@ -89,6 +92,6 @@ DEPLOYS = ("deploy", "rollback")
 """The actions that put a release in service."""
 
 
-def last(runs: list[Json], *actions: str) -> Json:
+def last(runs: list[Ended], *actions: str) -> Ended:
     """How the last of some runs ended, or the last of these `actions`; empty when there was none."""
-    return next((each for each in reversed(runs) if not actions or each["action"] in actions), {})
+    return next((each for each in reversed(runs) if not actions or each["action"] in actions), Ended())

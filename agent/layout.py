@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import grp
+import json
 import os
 import pwd
 import struct
+from contextlib import suppress
 from pathlib import Path
 
-from agent.files import Fault, Json, read
+from agent.files import Fault, Json, read, write
 
 
-class Site:
+class Layout:
     """Where on this host: the folders of a prefix, and who owns them."""
 
-    def __init__(self, site: Json) -> None:
-        self.json = site
-        self.prefix = Path(site["prefix"]).expanduser()
-        self.service = str(site["service"])
-        self.scope = str(site["scope"])  # "system" (root, systemd) or "user"
-        self.user = str(site["user"])  # whom the service runs as; empty: whoever runs this
+    def __init__(self, layout: Json) -> None:
+        self.json = layout
+        self.prefix = Path(layout["prefix"]).expanduser()
+        self.service = str(layout["service"])
+        self.scope = str(layout["scope"])  # "system" (root, systemd) or "user"
+        self.user = str(layout["user"])  # whom the service runs as; empty: whoever runs this
         self.group = f"{self.user}-members" if self.user else ""  # the people's, which the service is not in
-        self.exporter = str(site.get("exporter", ""))  # whom its exporter runs as
-        self.public = bool(site.get("public"))  # whether everybody on the machine may read the data
-        self.address = str(site["address"])
-        self.port = int(site["port"])
-        self.mounts: dict[str, str] = site.get("mounts", {})  # systemd's unit for each mount point
-        self.elsewhere: dict[str, str] = site.get("folders", {})  # where folders lie that are not in the data
+        self.exporter = str(layout.get("exporter", ""))  # whom its exporter runs as
+        self.public = bool(layout.get("public"))  # whether everybody on the machine may read the data
+        self.address = str(layout["address"])
+        self.port = int(layout["port"])
+        self.mounts: dict[str, str] = layout.get("mounts", {})  # systemd's unit for each mount point
+        self.elsewhere: dict[str, str] = layout.get("folders", {})  # where folders lie that are not in the data
         self.parts = self.prefix / "parts"
         self.releases = self.prefix / "releases"
         self.current = self.prefix / "current"
@@ -44,6 +46,7 @@ class Site:
         self.paused = self.state / "paused.json"
         self.lingered = self.state / "lingered"  # the login's systemd outlives it since Hearth asked for that
         self.database = self.data / "user/comfyui.db"
+        self.choice = self.state / "manager.json"  # which manager runs the service
 
     def release(self) -> str:
         """The current release's id; empty when there is none. Raises Fault when `current` is not Hearth's."""
@@ -65,6 +68,11 @@ class Site:
                 f"remove the link (rm {self.current}), then deploy again; data/ is not touched by that",
             )
         return target.name
+
+    def note_manager(self, name: str) -> None:
+        """Record which manager runs the service."""
+        with suppress(OSError):  # a full disk must not stop a revert; the unit or `enabled` shows it, too
+            write(self.choice, json.dumps({"manager": name}))
 
     def folder(self, name: str) -> Path:
         """Where ComfyUI has its models, input, output or user files."""
@@ -116,3 +124,6 @@ keep, extensions of the interface."""
 UNUSED = "custom_nodes"
 """A folder of the data that nothing is loaded from: nodes are the release's. It is empty, root's and read-only, so that
 whoever puts one there is told."""
+
+DATABASE = ("comfyui.db", "comfyui.db-wal", "comfyui.db-shm", "comfyui.db-journal")
+"""The files of ComfyUI's database, SQLite's (sqlite.org/tempfiles.html); what else is named alike is the user's."""

@@ -32,14 +32,15 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
-from agent.files import Fault, Json, confine, os_fault, read, read_text
+from agent.files import Fault, Json, os_fault, read, read_text
 from agent.install import keep
-from agent.layout import Site
+from agent.layout import Layout
+from agent.processes import confine
 
 
 def say(value: object) -> None:
     """Print one line of JSON for the client."""
-    print(json.dumps(value), flush=True)
+    print(json.dumps(value, default=vars), flush=True)  # vars: the fields of a dataclass
 
 
 def main(argv: list[str]) -> int:
@@ -55,17 +56,17 @@ def main(argv: list[str]) -> int:
         serve(Path(argv[1]))
     confine()
     try:
-        if verb in ("apply", "supervise", "watch", "free"):  # started by a unit or detached: the site is a file
-            _stay(verb, Site(read(Path(argv[1]))))
+        if verb in ("apply", "supervise", "watch", "free"):  # started by a unit or detached: the layout is a file
+            _stay(verb, Layout(read(Path(argv[1]))))
         else:
             line = sys.stdin.buffer.readline()
             # by sudo it comes through a pipe that the login's other processes can write to
             if argv[1:] and hashlib.sha256(line).hexdigest() != argv[1]:
                 raise Fault("usage", "the request was replaced on its way", "", "check what else this login runs")
             request = json.loads(line)
-            site = Site(request["site"])
-            _answer(verb, site, request)
-            keep(site)
+            layout = Layout(request["site"])
+            _answer(verb, layout, request)
+            keep(layout)
     except Fault as fault:
         say({"fault": fault.report})
         return 3
@@ -78,22 +79,22 @@ def main(argv: list[str]) -> int:
 
 
 UNWRITABLE = 4
-"""The apply unit is not started again at once after this exit code (RestartPreventExitStatus= in `services`)."""
+"""The apply unit is not started again at once after this exit code (RestartPreventExitStatus= in `systemd`)."""
 
 
-def _stay(verb: str, site: Site) -> None:
+def _stay(verb: str, layout: Layout) -> None:
     """Verbs that units run. They import everything now: their agent may be pruned while they run."""
     from agent.change import runs
-    from agent.serve import health, services, watch
+    from agent.serve import health, supervisor, watch
 
     if verb == "apply":
-        runs.apply(site)
+        runs.apply(layout)
     elif verb == "supervise":
-        services.supervise(site)
+        supervisor.supervise(layout)
     elif verb == "watch":
-        watch.watch(site)
+        watch.watch(layout)
     else:
-        print(health.free_if_idle(site), flush=True)
+        print(health.free_if_idle(layout), flush=True)
 
 
 VERBS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
@@ -117,39 +118,39 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
 Only the verb's own modules are imported, which keeps the others fast."""
 
 
-def _answer(verb: str, site: Site, request: Json) -> None:
+def _answer(verb: str, layout: Layout, request: Json) -> None:
     """Answer a verb of the client: one line of JSON, or one for each value of an iterator. Raises Fault."""
     if verb in OWN:
-        say(OWN[verb](site, request))
+        say(OWN[verb](layout, request))
     elif verb in VERBS:
         module, name, keys = VERBS[verb]
         given = [request] if keys is None else [request[key] for key in keys]
-        answer = getattr(import_module(module), name)(site, *given)
+        answer = getattr(import_module(module), name)(layout, *given)
         for value in answer if isinstance(answer, Iterator) else [answer]:
             say(value)
     else:
         raise Fault("step", f"the agent has no verb {verb!r}")
 
 
-def _facts(site: Site, request: Json) -> Json:
+def _facts(layout: Layout, request: Json) -> object:
     from agent.look.facts import PATIENT, answering, facts
     from agent.look.gpu import gpus
-    from agent.serve.services import ours
+    from agent.serve.managers import ours
 
-    answering(site, request, PATIENT)
-    return facts(site, request, ours(site, gpus()))
+    answering(layout, request, PATIENT)
+    return facts(layout, request, ours(layout, gpus()))
 
 
-def _contents(site: Site, request: Json) -> Json:
+def _contents(layout: Layout, request: Json) -> Json:
     from agent.parts import contents
 
-    return {name: contents(site.parts / name) for name in request["parts"]}
+    return {name: contents(layout.parts / name) for name in request["parts"]}
 
 
-def _flags(site: Site, request: Json) -> Json:
+def _flags(layout: Layout, request: Json) -> Json:
     """The release in service and the source of ComfyUI's flags."""
-    release = site.release()
-    return {"release": site.manifest(release), "text": read_text(site.releases / release / "app/comfy/cli_args.py")}
+    release = layout.release()
+    return {"release": layout.manifest(release), "text": read_text(layout.releases / release / "app/comfy/cli_args.py")}
 
 
-OWN: dict[str, Callable[[Site, Json], Json]] = {"facts": _facts, "contents": _contents, "flags": _flags}
+OWN: dict[str, Callable[[Layout, Json], object]] = {"facts": _facts, "contents": _contents, "flags": _flags}

@@ -1,4 +1,4 @@
-"""Parts: folders that are made once, proven by their stamp, and never change again."""
+"""Parts: immutable folders, verified by a stamp."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from agent.files import Fault, read, remove, sha256, sync, tree, walk, write
-from agent.layout import Site
+from agent.deletion import remove
+from agent.files import Fault, read, sha256, sync, write
+from agent.folders import tree, walk
+from agent.layout import Layout
 
 
 def stamp(root: Path) -> str:
@@ -72,7 +74,7 @@ def _stamp_folder(root: Path, folder: str, found: dict[str, str]) -> list[str]:
 
 
 def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) -> Callable[[], Any]:
-    """Begin work in a process of its own; what is returned waits for its answer, JSON.
+    """Begin work in a process of its own; what is returned waits for its answer, which crosses as JSON.
 
     That raises OSError where the work did, and Fault for anything else that ended it, or when it takes longer than
     `seconds` from now.
@@ -91,7 +93,7 @@ def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) 
             except Exception as error:
                 said = {"error": repr(error)}
             with os.fdopen(writer, "w") as pipe:
-                pipe.write(json.dumps(said))
+                pipe.write(json.dumps(said, default=vars))
             status = 0
         os._exit(status)
     os.close(writer)
@@ -118,17 +120,19 @@ def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) 
     return answer
 
 
-def as_service(site: Site, work: Callable[..., Any], *given: Any, sharing: bool = False, seconds: float = 600) -> Any:
-    """Do work in the data as whom the service runs as: root would follow whatever link that one left there.
+def as_service(
+    layout: Layout, work: Callable[..., Any], *given: Any, sharing: bool = False, seconds: float = 600
+) -> Any:
+    """Run `work` in a child process as the service user, so that links are followed with its rights, not root's.
 
-    With `sharing` it may give files to the members' group. The service may have made a labyrinth of the data, so the
-    work ends after some `seconds`. Raises as `forked` does.
+    With `sharing` it may give files to the members' group. Ends after `seconds`, as the service may have made a tree
+    without end. Raises as `forked` does.
     """
-    user, group = site.owner()
-    groups = [site.sharing()[1]] if sharing and site.user else []
+    user, group = layout.owner()
+    groups = [layout.sharing()[1]] if sharing and layout.user else []
 
     def lowered() -> Any:
-        if site.user:
+        if layout.user:
             # The effective user alone: the real one decides who may send signals, and the service could stop this.
             os.setgroups(groups)
             os.setresgid(-1, group, -1)
@@ -143,9 +147,9 @@ def as_service(site: Site, work: Callable[..., Any], *given: Any, sharing: bool 
 
 
 def forsake_root() -> None:
-    """Keep a process of `as_service` from ever being root again: it is to parse what the service wrote.
+    """Give up root for good in a process of `as_service` that parses what the service wrote.
 
-    Its real user becomes a number that is nobody's. Were it the service's, that one's processes could end or enter it.
+    Its real user becomes an unused id: processes of the service could otherwise signal or trace it.
     """
     user, group = os.geteuid(), os.getegid()
     if user != os.getuid():
@@ -166,21 +170,21 @@ def contents(root: Path) -> dict[str, str]:
 
 
 @contextmanager
-def part(site: Site, name: str) -> Iterator[Path]:
-    """Make a part in one rename: yields an empty folder to fill, then seals it. One that is there is replaced.
+def part(layout: Layout, name: str) -> Iterator[Path]:
+    """Make a part: yields an empty folder to fill, then seals it and renames it into place, replacing an existing one.
 
-    A sealed part is read-only and says in PART.json what it holds.
+    A sealed part is read-only; PART.json holds its stamp.
     """
-    place = site.parts / name
-    site.parts.mkdir(parents=True, exist_ok=True)
-    for stale in site.parts.glob(f".{name}.*"):
+    place = layout.parts / name
+    layout.parts.mkdir(parents=True, exist_ok=True)
+    for stale in layout.parts.glob(f".{name}.*"):
         remove(stale)
-    fresh = site.parts / f".{name}.{os.getpid()}"
+    fresh = layout.parts / f".{name}.{os.getpid()}"
     fresh.mkdir()
     try:
         yield fresh
     except BaseException:
-        remove(fresh)  # above all when the disk is full: what comes next must be able to write
+        remove(fresh)  # the disk may be full, and what follows must be able to write
         raise
     size = 0
     for path, status in walk(fresh):
@@ -193,15 +197,15 @@ def part(site: Site, name: str) -> Iterator[Path]:
         _seal(folder, 0o555)
     fresh.chmod(0o755)  # a folder must be writable to be renamed by who is not root
     if place.exists():  # a damaged one: aside first, so that what runs from it keeps its open files
-        place.rename(site.parts / f".{name}.damaged")
+        place.rename(layout.parts / f".{name}.damaged")
     fresh.rename(place)
-    sync(site.parts)  # before anything that is synced relies on it
+    sync(layout.parts)  # before anything that is synced relies on it
     place.chmod(0o555)
-    remove(site.parts / f".{name}.damaged")
+    remove(layout.parts / f".{name}.damaged")
 
 
 def _seal(path: Path, mode: int) -> None:
-    """Set the mode of a file or folder, and never of what a link leads to."""
+    """Set the mode of a file or folder, but not of the target of a link."""
     place = os.open(path, os.O_PATH | os.O_NOFOLLOW)
     try:
         if not stat.S_ISLNK(os.fstat(place).st_mode):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from agent.schema import change as schema
+from agent.schema.survey import Survey
 from core import console, foreign, source
 from core.errors import NoInstallationError, UsageError
 from deploy import connection, refusals
@@ -14,14 +16,15 @@ from deploy import host as hosts
 from deploy.change import Change, carry_out, change_each
 from deploy.group import Consent
 from deploy.look import find_target, look
-from deploy.plan import Plan, Step, account
+from deploy.plan import Plan, account
 from deploy.proposal import propose
-from deploy.survey import Survey, without_secrets
+from deploy.survey import only, port, without_secrets
 from lock import application, nodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from agent.schema.change import Step
     from deploy.change import Outcome
     from deploy.connection import Agent
     from deploy.facts import Facts
@@ -67,7 +70,7 @@ def adopt(
 
 
 def _propose(agent: Agent, target: Target, facts: Facts, path: str, by: str) -> Proposal:
-    found = msgspec.convert(without_secrets(agent.call("survey", path=path)), Survey).only(target.name)
+    found = only(msgspec.convert(without_secrets(agent.call("survey", path=path)), Survey), target.name)
     text = foreign.text(source.fetch(application.application()) / "comfy/cli_args.py")
     return propose(target, facts, found, nodes.catalogue(), application.flags(text), by)
 
@@ -88,19 +91,18 @@ def take_over(target: Target, facts: Facts, proposal: Proposal, options: Options
     against += [refusals.loose_process(each.pid, each.user) for each in found.processes if each.unit not in units]
     steps: list[Step] = []
     if units:
-        title = f"stop {', '.join(units)} and set it aside"
-        values: dict[str, Any] = {"units": [{name: getattr(each, name) for name in _UNIT} for each in units.values()]}
-        values |= {"path": found.path, "port": found.port, "drain": options.drain, "force": options.force}
-        steps.append(Step("retire", title, f"it runs {found.path}, or has the name of Hearth's", _UNDO, values))
+        title, why = f"stop {', '.join(units)} and set it aside", f"it runs {found.path}, or has the name of Hearth's"
+        old = tuple(schema.OldUnit(each.name, each.path, each.active, each.enabled) for each in units.values())
+        retire = schema.Retire(title, why, _UNDO, options.drain, options.force, old, found.path, port(found))
+        steps.append(retire)
     if proposal.moves and not facts.user:
         steps.append(account([target.host.run_as], "it will own the moved files"))
     if proposal.moves and not facts.data:
         title, undo = f"create {facts.prefix}", f"rm -r {facts.prefix}"
-        steps.append(Step("folders", title, "some of its folders are missing", undo))
+        steps.append(schema.Folders(title, "some of its folders are missing", undo))
     for name, (place, size, count) in proposal.moves.items():
         title = f"move {place} to {data}/{name} ({count} files, {console.size(size)})"
-        values = {"name": name, "source": place, "owners": list(found.owners)}
-        steps.append(Step("adopt", title, "one rename, nothing is copied", _UNDO, values))
+        steps.append(schema.Adopt(title, "one rename, nothing is copied", _UNDO, name, place, tuple(found.owners)))
     return Plan.of(facts, steps, against)
 
 
@@ -110,10 +112,10 @@ def put_back(target: Target, facts: Facts, options: Options) -> Plan:
         return Plan.of(facts, [], [])
     steps: list[Step] = []
     if facts.current:
-        values = {"drain": options.drain, "force": options.force}
+        title = f"take release {facts.current} out of service"
         why = "the old ComfyUI gets its folders and its port back"
-        steps.append(Step("withdraw", f"take release {facts.current} out of service", why, "inv deploy", values))
-    steps.append(Step("unadopt", "restore the old ComfyUI", "asked for", "inv adopt --apply"))
+        steps.append(schema.Withdraw(title, why, "inv deploy", options.drain, options.force))
+    steps.append(schema.Unadopt("restore the old ComfyUI", "asked for", "inv adopt --apply"))
     return Plan.of(facts, steps, refusals.unadoptable(target, facts), release="")
 
 

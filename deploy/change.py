@@ -11,6 +11,7 @@ from getpass import getuser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agent.schema.change import packed
 from core import console
 from core.errors import ConnectError, ConvergeError, HostOfflineError
 from deploy import connection
@@ -137,11 +138,11 @@ def _converged(name: str, left: Plan) -> None:
 
 def apply(agent: Agent, facts: Facts, plan: Plan, change: Change, *, offline: bool) -> tuple[str, ...]:
     """Send what the steps need, submit them, follow the run to its end; returns its notes."""
-    steps = [{"kind": step.kind, "title": step.title, **step.values} for step in plan.steps]
+    steps = list(plan.steps)
     with tempfile.TemporaryDirectory(prefix="hearth-") as scratch:
         if change.inputs:
             upload = Upload(agent, facts, change.inputs, Path(scratch), offline)
-            steps = [step | more for step, more in zip(steps, upload.pack(plan.steps), strict=True)]
+            steps = upload.pack(steps)
             upload.send()
         run = secrets.token_hex(6)
         body = {
@@ -150,7 +151,7 @@ def apply(agent: Agent, facts: Facts, plan: Plan, change: Change, *, offline: bo
             "action": change.action,
             "release": plan.release,
             "base": plan.base,
-            "steps": steps,
+            "steps": [packed(step) for step in steps],
         }
         agent.call("submit", plan=body)
     return follow(agent, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from agent.schema.change import Exporter
 from deploy import archive, units
 
 if TYPE_CHECKING:
@@ -40,17 +41,16 @@ def wanted(target: Target, prefix: str, interpreter: str) -> dict[str, Any]:
     }
 
 
-def change(target: Target, facts: Facts, interpreter: str) -> tuple[str, str, str, dict[str, Any]] | None:
-    """Title, reason, undo and values of the step that makes the exporter as it shall be; None where it is so."""
+def change(target: Target, facts: Facts, interpreter: str) -> Exporter | None:
+    """The step that makes the exporter as wanted; None if it already is."""
     found, right = facts.exporter, wanted(target, facts.prefix, interpreter)
     differs = [name for name in ("agent", "settings", "unit") if found.get(name) != right.get(name)]
     if not differs and bool(found.get("active")) == bool(right):
         return None
-    values = {"exporter": right}
     if not right:
-        return "remove the exporter of metrics", "metrics_port is not set", "set metrics_port again", values
+        return Exporter("remove the exporter of metrics", "metrics_port is not set", "set metrics_port again", right)
     title = f"export metrics at 127.0.0.1:{target.host.metrics_port}"
     why = "nothing exports them"
     if found:
         why = f"its {' and '.join(differs)} changed" if differs else "the exporter does not run"
-    return title, why, "rolls back automatically when it does not answer", values
+    return Exporter(title, why, "rolls back automatically when it does not answer", right)

@@ -5,9 +5,10 @@ Pure: the same facts and inputs give the same plan; no clock, no file, no networ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from agent.schema import change as schema
 from core import console
 from core.errors import UsageError
 from deploy import exporter, refusals, release_refusals
@@ -18,22 +19,12 @@ from deploy.refusals import LANDLOCK_TCP
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from agent.schema.change import Step
     from deploy.choice import Choice
     from deploy.facts import Facts, Process
     from deploy.host import Target
     from deploy.inputs import Inputs
     from deploy.refusals import Refusal
-
-
-@dataclass(frozen=True)
-class Step:
-    """One change: what (the agent's kind of step and its values), why, and what takes it back."""
-
-    kind: str
-    title: str
-    why: str
-    undo: str
-    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,10 +67,6 @@ class Options:
     ask_sudo: bool = False
     ask: bool = False
     trial: str = "yes"
-
-    def cut_over(self, to: str) -> dict[str, Any]:
-        """The values of a cut-over's step."""
-        return {"to": to, "drain": self.drain, "force": self.force, "trial": self.trial}
 
 
 def seconds(drain: str) -> float:
@@ -143,18 +130,18 @@ def _steps(target: Target, facts: Facts, choice: Choice, wanted: dict[str, Any],
     if not facts.lingers:
         title = f"let {facts.login}'s systemd run without a login (loginctl enable-linger)"
         why, undo = "ComfyUI would end with your session, and not start at boot", "loginctl disable-linger"
-        steps.append(Step("linger", title, why, undo))
+        steps.append(schema.Linger(title, why, undo))
     steps += _people(target, facts)
     steps += _mounts(target, facts)
     missing = [path for path, fault in facts.places.items() if fault]
     if not facts.data:
         title = f"lay out {facts.prefix}"
-        steps.append(Step("folders", title, "some of its folders are missing", f"rm -r {facts.prefix}"))
+        steps.append(schema.Folders(title, "some of its folders are missing", f"rm -r {facts.prefix}"))
     elif missing or not facts.shared:
         people = "everybody read" if host.public else "members share, and nobody else see,"
         title = f"make {', '.join(missing)}" if missing else f"let {people} what is in {facts.prefix}/data"
         why = "it is not there" if missing else "its modes or group differ"
-        steps.append(Step("folders", title, why, "nothing: no file is touched"))
+        steps.append(schema.Folders(title, why, "nothing: no file is touched"))
     steps += _part_steps(facts, choice, wanted)
     if facts.release(wanted["id"]) is None:
         steps.append(_release_step(wanted, "to allow a rollback"))
@@ -175,9 +162,9 @@ def _steps(target: Target, facts: Facts, choice: Choice, wanted: dict[str, Any],
     elif not (facts.service.active and facts.service.enabled):
         missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
-        steps.append(Step("serve", title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
+        steps.append(schema.Serve(title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
     if changed := exporter.change(target, facts, choice.interpreter):
-        steps.append(Step("exporter", *changed))
+        steps.append(changed)
     made = any(step.kind in ("app", "env", "node", "exporter", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
@@ -186,7 +173,7 @@ def _steps(target: Target, facts: Facts, choice: Choice, wanted: dict[str, Any],
 def account(users: Sequence[str], why: str) -> Step:
     """The step that creates system users."""
     title = f"create the system user{'s' * (len(users) > 1)} {' and '.join(users)}"
-    return Step("account", title, why, "; ".join(f"userdel {user}" for user in users))
+    return schema.Account(title, why, "; ".join(f"userdel {user}" for user in users))
 
 
 def _cut_over(facts: Facts, to: str, why: str, options: Options) -> Step:
@@ -196,7 +183,7 @@ def _cut_over(facts: Facts, to: str, why: str, options: Options) -> Step:
         title, undo = f"try {to} beside {before}, which stays in service", "nothing: it leaves nothing behind"
     else:
         title, undo = f"cut over from {before} to {to}", f"back to {before}, also by itself when unhealthy"
-    return Step("cut-over", title, why, undo, options.cut_over(to))
+    return schema.CutOver(title, why, undo, options.drain, options.force, to, options.trial)
 
 
 def _people(target: Target, facts: Facts) -> list[Step]:
@@ -210,12 +197,12 @@ def _people(target: Target, facts: Facts) -> list[Step]:
     if there is None or sorted(host.members) != sorted(there):
         title = f"members of group {group}: {', '.join(host.members) or 'nobody'}"
         why, undo = "they may write the data", f"gpasswd --members '{','.join(there or ())}' {group}"
-        steps.append(Step("members", title, why, undo, {"members": list(host.members)}))
+        steps.append(schema.Members(title, why, undo, host.members))
     rights = target.rights
     if facts.rights is not None and facts.rights != rights:
         may = " and ".join(["read its log", *(f"{each} it" for each in host.members_may)])
         title = f"let members of {group} {may} (sudo)" if rights else "revoke what members may do by sudo"
-        steps.append(Step("rights", title, "as configured", "rm the file in /etc/sudoers.d", {"text": rights}))
+        steps.append(schema.Rights(title, "as configured", "rm the file in /etc/sudoers.d", rights))
     return steps
 
 
@@ -230,51 +217,79 @@ def _mounts(target: Target, facts: Facts) -> list[Step]:
                 "it is not mounted" if not there.mounted else "its unit is another" if there.unit else "it has no unit"
             )
             undo = f"systemctl disable --now '{target.site['mounts'][path]}'"
-            steps.append(Step("mount", title, why, undo, {"path": path, "what": wanted.what, "text": text}))
+            steps.append(schema.Mount(title, why, undo, path, wanted.what, text))
     return steps
 
 
 def _release_step(wanted: dict[str, Any], why: str) -> Step:
     title = f"write release {wanted['id']}: ComfyUI {wanted['version']}, torch {wanted['torch']}"
-    return Step("release", f"{title}, Python {wanted['python']}", why, "pruned when others serve", {"release": wanted})
+    return schema.Release(f"{title}, Python {wanted['python']}", why, "pruned when others serve", wanted)
+
+
+PRUNED = "pruned when no release names it"
 
 
 def _part_steps(facts: Facts, choice: Choice, wanted: Mapping[str, Any]) -> list[Step]:
     steps: list[Step] = []
-    for kind, part in (("app", choice.app_part), ("env", choice.env_part)):
-        if _holds(facts, part):
-            continue
+
+    def why(part: str) -> str:
         fault = facts.parts.get(part, "")
-        why = f"{part} is damaged: {fault}" if fault else "the host lacks it"
-        label = f"ComfyUI {choice.application.version}"
-        if kind == "env":
-            kernels = ", ".join(f"{wheel.kernel} {wheel.version}" for wheel in choice.wheels)
-            label = f"the environment {choice.lock.name}{f' with {kernels}' if kernels else ''}"
-            if choice.uv not in facts.tools:
-                steps.append(Step("tool", f"send uv ({choice.uv[:12]})", "it makes the environment", "pruned later"))
-        values: dict[str, Any] = {"part": part, "python": choice.interpreter, "repair": bool(fault)}
-        if kind == "env":
-            files = [wheel.file for wheel in choice.wheels]
-            values |= {"requirements": choice.requirements, "kernels": files}
-            values |= {"version": choice.python, "asking": choice.asking}
-        else:
-            values |= {"writable": list(choice.application.writable), "keeps": "comfyui"}
-        steps.append(Step(kind, f"make {part}: {label}", why, "pruned when no release names it", values))
-    for name, part in choice.node_parts.items():
-        if _holds(facts, part):
-            continue
-        fault, node = facts.parts.get(part, ""), choice.nodes[name]
-        why = f"{part} is damaged: {fault}" if fault else "the host lacks it"
-        values = {"part": part, "python": choice.interpreter, "node": name}
-        values |= {"writable": list(node.writable), "keeps": f"nodes/{name}"}
-        values |= {"install": choice.env_part if node.install else ""}
-        if node.install:  # it runs as the service would
-            values |= {"network": bool(node.install_network), "confined": wanted.get("confined", [])}
-            values |= {"environment": wanted["environment"]}
-            values |= {"unit": wanted["files"][f"{choice.target.host.service}.service"]}
-        title = f"make {part}: node {name} {node.commit[:9]}"
-        steps.append(Step("node", title, why, "pruned when no release names it", values))
+        return f"{part} is damaged: {fault}" if fault else "the host lacks it"
+
+    if not _holds(facts, part := choice.app_part):
+        title, writable = f"make {part}: ComfyUI {choice.application.version}", tuple(choice.application.writable)
+        steps.append(schema.App(title, why(part), PRUNED, part, choice.interpreter, writable, "comfyui"))
+    if not _holds(facts, part := choice.env_part):
+        if choice.uv not in facts.tools:
+            steps.append(schema.Tool(f"send uv ({choice.uv[:12]})", "it makes the environment", "pruned later"))
+        steps.append(_env_step(choice, why(part), repair=bool(facts.parts.get(part))))
+    steps += [
+        _node_step(choice, name, part, why(part), wanted)
+        for name, part in choice.node_parts.items()
+        if not _holds(facts, part)
+    ]
     return steps
+
+
+def _env_step(choice: Choice, why: str, *, repair: bool) -> Step:
+    kernels = ", ".join(f"{wheel.kernel} {wheel.version}" for wheel in choice.wheels)
+    label = f"the environment {choice.lock.name}{f' with {kernels}' if kernels else ''}"
+    return schema.Env(
+        title=f"make {choice.env_part}: {label}",
+        why=why,
+        undo=PRUNED,
+        part=choice.env_part,
+        python=choice.interpreter,
+        repair=repair,
+        requirements=choice.requirements,
+        kernels=tuple(wheel.file for wheel in choice.wheels),
+        version=choice.python,
+        asking=tuple(choice.asking),
+    )
+
+
+def _node_step(choice: Choice, name: str, part: str, why: str, wanted: Mapping[str, Any]) -> Step:
+    node = choice.nodes[name]
+    step = schema.Node(
+        title=f"make {part}: node {name} {node.commit[:9]}",
+        why=why,
+        undo=PRUNED,
+        part=part,
+        python=choice.interpreter,
+        writable=tuple(node.writable),
+        keeps=f"nodes/{name}",
+        node=name,
+    )
+    if not node.install:
+        return step
+    return replace(  # it runs as the service would
+        step,
+        install=choice.env_part,
+        network=bool(node.install_network),
+        confined=tuple(wanted.get("confined", ())),
+        environment=wanted["environment"],
+        unit=wanted["files"][f"{choice.target.host.service}.service"],
+    )
 
 
 def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
@@ -288,7 +303,7 @@ def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
     if not (changes or gone or unnamed):
         return []
     title = f"prune: keep {', '.join(kept)}"
-    return [Step("prune", title, "old releases take room", "deploy it again", {"keep": kept})]
+    return [schema.Prune(title, "old releases take room", "deploy it again", tuple(kept))]
 
 
 def others(processes: Sequence[Process]) -> str:

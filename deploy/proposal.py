@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 
 from core.errors import ConfigError
 from deploy.host import Host, profiles
-from deploy.survey import HIDDEN, settings
+from deploy.survey import HIDDEN, port, settings
 from lock import application
 from lock.nodes import check_address
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from agent.schema.survey import Folder, Installation
     from deploy.facts import Facts
     from deploy.host import Target
-    from deploy.survey import Folder, Installation
     from lock.application import Flag
     from lock.nodes import Catalogue
 
@@ -91,7 +91,7 @@ def _host(host: Host, found: Installation) -> list[str]:
         "address": host.address, "user": host.user, "ssh_port": host.ssh_port, "prefix": host.prefix,
         "service": host.service, "run_as": host.run_as, "keep": host.keep,
         "listen": (told["--listen"] or "0.0.0.0") if "--listen" in told else host.listen,  # noqa: S104  ComfyUI's own
-        "port": found.port if started else host.port, "members": tuple(sorted(people | set(host.members))),
+        "port": port(found) if started else host.port, "members": tuple(sorted(people | set(host.members))),
     }  # fmt: skip
     default = Host()
     lines = {key: f"{key} = {json.dumps(value)}" for key, value in values.items() if value != getattr(default, key)}

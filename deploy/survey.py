@@ -6,127 +6,36 @@ import re
 import shlex
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from core.errors import NoInstallationError
 from deploy.secrets import TOKEN, names_secret
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-
-class FileSystem(msgspec.Struct, frozen=True):
-    """A mounted file system: its place, what it is and of which type."""
-
-    point: str = "/"
-    what: str = ""
-    type: str = ""
+    from agent.schema.survey import Installation, Survey
 
 
-class Folder(msgspec.Struct, frozen=True):
-    """One of ComfyUI's folders: a "folder", a "link" or "missing"; `real` is where it leads.
-
-    `rename` says whether one rename brings it into Hearth's data; `bytes`, `files` and `links` (with what they say)
-    are counted only then. `mounts` are in it or links in it lead there; `people` own it or are in its group. `foreign`
-    says why it is not ComfyUI's to take.
-    """
-
-    place: str
-    real: str
-    kind: str
-    mount: FileSystem
-    rename: bool
-    bytes: int
-    files: int
-    owner: str
-    people: tuple[str, ...]
-    links: dict[str, str]
-    mounts: tuple[FileSystem, ...]
-    foreign: str = ""
-
-
-class Found(msgspec.Struct, frozen=True):
-    """A custom node's folder, or a single `file`; `edited` is None where nobody can tell."""
-
-    name: str
-    disabled: bool
-    file: bool
-    url: str
-    commit: str
-    edited: tuple[str, ...] | None
-
-
-class Unit(msgspec.Struct, frozen=True):
-    """A systemd unit that starts it; `aside` when adopting has put it away already."""
-
-    name: str
-    path: str
-    aside: bool
-    user: str
-    variables: tuple[str, ...]
-    active: bool
-    enabled: bool
-
-
-class Process(msgspec.Struct, frozen=True):
-    """A process that runs it; `unit` is empty when no unit of the system's started that."""
-
-    pid: int
-    user: str
-    unit: str
-
-
-class Installation(msgspec.Struct, frozen=True):
-    """An installation of ComfyUI as the agent read it; `paths` is the text of its extra_model_paths.yaml.
-
-    `owners` are the user ids that own or run it.
-    """
-
-    path: str
-    version: str
-    url: str
-    commit: str
-    edited: tuple[str, ...] | None
-    python: str
-    torch: str
-    environment: str
-    folders: dict[str, Folder]
-    paths: str
-    nodes: tuple[Found, ...]
-    argv: tuple[str, ...]
-    units: tuple[Unit, ...]
-    processes: tuple[Process, ...]
-    holds_port: bool
-    owners: tuple[int, ...] = ()
-
-    @property
-    def port(self) -> int:
-        """Where it listens; ComfyUI's own default is 8188."""
-        told = settings(self.argv).get("--port", "")
-        return int(told) if told.isdecimal() else 8188
-
-
-class Survey(msgspec.Struct, frozen=True):
-    """The installations found, and all the places looked at."""
-
-    looked: tuple[str, ...]
-    found: tuple[Installation, ...]
-
-    def only(self, host: str) -> Installation:
-        """The one installation; raises NoInstallationError when there is none, or more than one."""
-        if len(self.found) == 1:
-            return self.found[0]
-        if self.found:
-            places = [each.path for each in self.found]
-            raise NoInstallationError(
-                f"{host} has {len(places)} ComfyUIs: {', '.join(places)}",
-                hint=f"choose one: --path {shlex.quote(places[0])}",
-            )
+def only(survey: Survey, host: str) -> Installation:
+    """The one installation; raises NoInstallationError when there is none, or more than one."""
+    if len(survey.found) == 1:
+        return survey.found[0]
+    if survey.found:
+        places = [each.path for each in survey.found]
         raise NoInstallationError(
-            f"no ComfyUI was found on {host}",
-            cause="\n         ".join(["looked for main.py and comfy/ in:", *self.looked]),
-            hint="--path FOLDER says where it is",
+            f"{host} has {len(places)} installations of ComfyUI: {', '.join(places)}",
+            hint=f"choose one: --path {shlex.quote(places[0])}",
         )
+    raise NoInstallationError(
+        f"no ComfyUI was found on {host}",
+        cause="\n         ".join(["looked for main.py and comfy/ in:", *survey.looked]),
+        hint="--path FOLDER says where it is",
+    )
+
+
+def port(found: Installation) -> int:
+    """The port that an installation listens on; ComfyUI's default is 8188."""
+    told = settings(found.argv).get("--port", "")
+    return int(told) if told.isdecimal() else 8188
 
 
 HIDDEN = "***"

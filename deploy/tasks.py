@@ -254,10 +254,11 @@ def bom(_: Context, release: str = "current", output: str = "", *, where: Where)
     """
     from core import files
     from deploy import look
+    from deploy.facts import named
     from deploy.release import require_complete
     from lock import sbom
 
-    text = sbom.write(require_complete(look.facts(where.host, ask_sudo=where.ask_sudo).named(release)))
+    text = sbom.write(require_complete(named(look.facts(where.host, ask_sudo=where.ask_sudo), release)))
     if output:
         files.write(Path(output), text)
     else:
@@ -274,10 +275,11 @@ def diff(_: Context, old: str, new: str, *, where: Where, out: Output) -> None:
         inv diff previous current --host spark   # what the last deploy changed
     """
     from deploy import look
+    from deploy.facts import named
     from lock import diff
 
     found = look.facts(where.host, ask_sudo=where.ask_sudo)
-    changes = diff.compare(found.named(old), found.named(new))
+    changes = diff.compare(named(found, old), named(found, new))
     console.show(changes, diff.rows(changes), as_json=out.json)
 
 
@@ -299,11 +301,12 @@ def audit(_: Context, host: str = "", service: str = "", *, sudo: Sudo, out: Out
         inv audit --host spark   # the active release there
     """
     from deploy import look
+    from deploy.facts import named
     from deploy.release import require_complete
     from lock import audit
 
     if host:
-        stock = audit.deployed(require_complete(look.facts(host, ask_sudo=sudo.ask_sudo).named("current")))
+        stock = audit.deployed(require_complete(named(look.facts(host, ask_sudo=sudo.ask_sudo), "current")))
     else:
         stock = audit.locked()
     found = audit.check(stock, service)

@@ -6,9 +6,10 @@ import gzip
 import io
 import shlex
 import tarfile
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+from agent.schema import change as schema
 from core import console, files, lockfile, source, workspace
 from core.errors import HashMismatchError, TreeError
 from core.stack import Platform
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from agent.schema.change import Step
     from deploy.connection import Agent
     from deploy.facts import Facts
     from deploy.inputs import Inputs
-    from deploy.plan import Step
 
 
 @dataclass
@@ -38,42 +39,43 @@ class Upload:
     offline: bool = False
     blobs: dict[str, Path] = field(default_factory=dict)
 
-    def pack(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
-        """What the agent needs for each step beside its values."""
+    def pack(self, steps: Sequence[Step]) -> list[Step]:
+        """The steps with all that the agent needs for them."""
         # all nodes at once, not each when it is packed
-        nodes.fetch({name: self.inputs.nodes[name] for step in steps if (name := step.values.get("node"))})
+        nodes.fetch({step.node: self.inputs.nodes[step.node] for step in steps if isinstance(step, schema.Node)})
         return [self.pack_step(step) for step in steps]
 
-    def pack_step(self, step: Step) -> dict[str, Any]:
-        """What the agent needs for one step."""
+    def pack_step(self, step: Step) -> Step:
+        """The step with all that the agent needs for it."""
         platform = Platform.parse(self.facts.platform)
-        if step.kind == "tool":
-            return {"name": self.inputs.uv, "blob": self._blob(lockfile.install("uv", platform, "3.11") / "bin/uv")}
-        if step.kind == "app":
-            return self.pack_tree("app", source.intact(self.inputs.application))
-        if step.kind == "node":
-            name = step.values["node"]
-            return self.pack_tree(f"custom_nodes/{name}", source.intact(self.inputs.nodes[name].pinned(name)))
-        if step.kind == "env":
+        if isinstance(step, schema.Tool):
+            blob = self._blob(lockfile.install("uv", platform, "3.11") / "bin/uv")
+            return replace(step, name=self.inputs.uv, blob=blob)
+        if isinstance(step, schema.App):
+            return self.pack_tree(step, "app", source.intact(self.inputs.application))
+        if isinstance(step, schema.Node):
+            tree = source.intact(self.inputs.nodes[step.node].pinned(step.node))
+            return self.pack_tree(step, f"custom_nodes/{step.node}", tree)
+        if isinstance(step, schema.Env):
             return self._pack_environment(step, platform)
-        return {}
+        return step
 
-    def _pack_environment(self, step: Step, platform: Platform) -> dict[str, Any]:
-        kernels = [wheel for wheel in self.inputs.wheels if wheel.file in step.values["kernels"]]
+    def _pack_environment(self, step: schema.Env, platform: Platform) -> Step:
+        kernels = [wheel for wheel in self.inputs.wheels if wheel.file in step.kernels]
         self.blobs |= {wheel.sha256: workspace.current().wheelhouse.path(wheel) for wheel in kernels}
-        wheels = [{"file": wheel.file, "sha256": wheel.sha256} for wheel in kernels]
+        wheels = [schema.WheelFile(wheel.file, wheel.sha256) for wheel in kernels]
         if self.offline:
-            lock = self.inputs.locks[self.facts.platform, step.values["version"]]
-            folder = requirements.download(lock, step.values["asking"], platform)
-            packages = [{"file": each.name, "sha256": self._blob(each)} for each in sorted(folder.glob("*.whl"))]
-            if damaged := [each["file"] for each in packages if each["sha256"] not in lock.text]:
+            lock = self.inputs.locks[self.facts.platform, step.version]
+            folder = requirements.download(lock, step.asking, platform)
+            packages = [schema.WheelFile(each.name, self._blob(each)) for each in sorted(folder.glob("*.whl"))]
+            if damaged := [each.file for each in packages if each.sha256 not in lock.text]:
                 what = f"{folder / damaged[0]} was damaged: its hash is not the locked one"
                 raise HashMismatchError(what, hint=f"rm -r {shlex.quote(str(folder))}, then run the same command again")
             wheels += packages
-        return {"tool": self.inputs.uv, "wheels": wheels, "offline": self.offline}
+        return replace(step, tool=self.inputs.uv, wheels=tuple(wheels), offline=self.offline)
 
-    def pack_tree(self, kind: str, tree: Path) -> dict[str, Any]:
-        """An archive of a tree's files without those that the host has in a part of the same `kind`."""
+    def pack_tree(self, step: schema.Tree, kind: str, tree: Path) -> Step:
+        """The step with an archive of the tree's files that the host has in no part of the same `kind`."""
         wanted = {
             name: files.sha256(path) + ("x" if path.stat().st_mode & 0o100 else "") for name, path in files.tree(tree)
         }
@@ -97,7 +99,7 @@ class Upload:
                 info.size = len(content)
                 info.mode = 0o755 if wanted[name].endswith("x") else 0o644
                 tar.addfile(info, io.BytesIO(content))
-        return {"files": wanted, "reuse": reuse, "blob": self._blob(archive)}
+        return replace(step, files=wanted, reuse=reuse, blob=self._blob(archive))
 
     def _blob(self, path: Path) -> str:
         digest = files.sha256(path)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from agent.schema.settings import Access, Node
 from core import console
 from core.errors import UsageError
 from deploy import refusals
@@ -24,11 +25,12 @@ from ops import fleet, lifecycle, settings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from agent.schema.settings import State
     from deploy.connection import Agent
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.plan import Options
-    from ops.settings import Place, State
+    from ops.settings import Place
 
 NAME, GROUP = "gpu-access", "gpu-users"
 
@@ -40,33 +42,6 @@ _DRIVER = (
     "# Written by Hearth: inv gpu-access --undo removes it. The driver reads it when it is loaded.\n"
     "options nvidia NVreg_DeviceFileUID=0 NVreg_DeviceFileGID=@gid@ NVreg_DeviceFileMode=0660\n"
 )
-
-
-class Node(msgspec.Struct, frozen=True):
-    """A device: who owns it, and who of those that must use it may not."""
-
-    place: str
-    mode: int
-    owner: str
-    group: str
-    denied: tuple[str, ...]
-
-
-class Rule(msgspec.Struct, frozen=True):
-    """A udev rule that names such devices."""
-
-    file: str
-    rule: str
-
-
-class Access(msgspec.Struct, frozen=True):
-    """What the agent reports; `driver` are the parameters of the nodes, `users` the groups of each (None: no
-    such user)."""
-
-    nodes: tuple[Node, ...]
-    driver: dict[str, str]
-    rules: tuple[Rule, ...]
-    users: dict[str, tuple[str, ...] | None]
 
 
 def users(target: Target) -> list[str]:
@@ -95,7 +70,7 @@ def keep(target: Target, facts: Facts, state: State, access: Access, options: Op
     found = refusals.unsettable(target, facts)
     if missing := [name for name, groups in access.users.items() if groups is None]:
         found.append(refusals.no_user(target, missing))
-    if state.settled(NAME):
+    if settings.settled(state, NAME):
         return Plan.of(facts, [], found)
     title = f"restrict the GPU to group {GROUP}: {', '.join(users(target))}"
     around = settings.stopped(facts, options)

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from agent.schema.live import Probed
 from core import files
 from core.errors import StorageError
 from deploy import host as hosts
 from deploy import plan
-from deploy.facts import Facts
 from deploy.inputs import gather
 from deploy.look import find_target, questions
 from ops import fleet, workstation
-from ops.checks import CHECKS, Case, Probe, Severity
-from ops.status import Live
+from ops.checks import CHECKS, Case, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -63,9 +62,9 @@ def examine(host: str, group: str, *, ask_sudo: bool = False) -> tuple[list[str]
 def _one(agent: Agent, target: Target) -> list[Finding]:
     inputs = gather(target)
     said = agent.call("probe", **questions(target, inputs.packages), roots=list(target.host.model_roots))
-    facts, live = msgspec.convert(said.pop("facts"), Facts), msgspec.convert(said.pop("live"), Live)
-    planned = plan.make(target, facts, inputs, plan.Options())
-    case = Case(target, facts, live, msgspec.convert(said, Probe), inputs, planned, time.time())
+    seen = msgspec.convert(said, Probed)
+    planned = plan.make(target, seen.facts, inputs, plan.Options())
+    case = Case(target, seen.facts, seen.live, seen.probe, inputs, planned, time.time())
     return judge(case)
 
 

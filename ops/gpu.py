@@ -14,52 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from agent.schema.live import GpuState, Sample
 from core import console
 from core.errors import ConnectError, DiskFullError, HearthError, UsageError
 from deploy import connection
-from deploy.facts import Process
 from deploy.look import find_target
 from ops import fleet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from agent.schema.facts import Process
     from deploy.connection import Agent
-
-
-class Gpu(msgspec.Struct, frozen=True):
-    """One GPU, as reported by the agent; None is not supported, or explained in `faults`."""
-
-    index: int
-    name: str | None
-    uuid: str | None
-    capability: str | None
-    driver: str | None
-    cuda: str | None
-    memory_total: int | None
-    memory_used: int | None
-    unified: bool
-    memory_source: str | None
-    utilization: int | None
-    memory_utilization: int | None
-    temperature: int | None
-    power: float | None
-    power_limit: float | None
-    clock_sm: int | None
-    clock_memory: int | None
-    persistence: bool | None
-    compute_mode: str | None
-    processes: tuple[Process, ...]
-    unsupported: tuple[str, ...]
-    faults: tuple[str, ...]
-
-
-class Sample(msgspec.Struct, frozen=True):
-    """The GPUs of a host at a `time` (by its clock, seconds since 1970), and the job that ComfyUI was running."""
-
-    time: float
-    gpus: tuple[Gpu, ...]
-    job: str | None
 
 
 def check(names: Sequence[str], *, watch: str | bool, record: str, seconds: str, every: str, as_json: bool) -> None:
@@ -122,7 +88,7 @@ def rows(seen: Mapping[str, Sample]) -> list[str]:
     return text + [""] * bool(notes) + notes
 
 
-def cells(gpu: Gpu, wide: int) -> tuple[str, ...]:
+def cells(gpu: GpuState, wide: int) -> tuple[str, ...]:
     """The cells of a GPU: its name, cut to `wide`, utilisation, memory, temperature and power."""
     name = (gpu.name or "-").removeprefix("NVIDIA ").removeprefix("GeForce ")
     memory = f"{_size(gpu.memory_used)} of {_size(gpu.memory_total)}"
@@ -130,7 +96,7 @@ def cells(gpu: Gpu, wide: int) -> tuple[str, ...]:
     return name[:wide], f"{_whole(gpu.utilization)} %", memory, _whole(gpu.temperature), power
 
 
-def _clocks(gpu: Gpu) -> str:
+def _clocks(gpu: GpuState) -> str:
     return f"{_whole(gpu.clock_sm)} / {_whole(gpu.clock_memory)}"
 
 

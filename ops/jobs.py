@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from agent.schema.live import Job
 from core import console
 from core.errors import UsageError
 from ops import fleet
@@ -19,26 +20,6 @@ if TYPE_CHECKING:
     from deploy.host import Target
 
 WIDTH = 100
-
-
-class Job(msgspec.Struct, frozen=True):
-    """A job; its `status` is success, error, interrupted, running or pending.
-
-    `nodes` is the number of nodes in its workflow, `cached` of them were cache hits. `queued` and `started` are in
-    seconds since 1970, `seconds` is the duration; None if not known yet. `node`, `node_type` and `error` say where and
-    why it failed.
-    """
-
-    id: str
-    status: str
-    nodes: int
-    queued: float | None = None
-    started: float | None = None
-    seconds: float | None = None
-    cached: int = 0
-    node: str = ""
-    node_type: str = ""
-    error: str = ""
 
 
 def recent(names: Sequence[str], count: str, *, ask_sudo: bool) -> list[fleet.Answer[list[Job]]]:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import functools
 import shlex
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from agent.schema import change as schema
 from core import console
 from core.errors import UsageError
 from deploy import refusals
 from deploy.change import Change, change_each
 from deploy.look import find_target
-from deploy.plan import Plan, Step
+from deploy.plan import Plan
 from deploy.refusals import QUARANTINE
 from ops import settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from agent.schema.change import Step
     from deploy.change import Outcome, Planner
     from deploy.facts import Facts
     from deploy.host import Target
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 def start(target: Target, facts: Facts, _: Options) -> Plan:
     """The plan that starts ComfyUI."""
     found = refusals.unstartable(target, facts) + refusals.paused(target, facts)
-    step = Step("start", f"start {target.host.service}", facts.service.state, "inv stop", {"resume": False})
+    step = schema.Start(f"start {target.host.service}", facts.service.state, "inv stop", resume=False)
     return Plan.of(facts, [] if facts.service.active else [step], found)
 
 
@@ -43,7 +44,8 @@ def stop(target: Target, facts: Facts, options: Options) -> Plan:
     title = f"stop {target.host.service} until {until}"
     needed = facts.service.active or facts.service.waits
     needed = needed or bool(facts.busy)  # the run under way may start it
-    steps = [Step("stop", title, facts.service.state, "inv start", _ending(options, pause=False))] if needed else []
+    step = schema.Stop(title, facts.service.state, "inv start", options.drain, options.force, pause=False)
+    steps = [step] if needed else []
     found = refusals.unchangeable(target, facts, force=options.force)
     return Plan.of(facts, steps, found, _ended(facts, force=options.force))
 
@@ -51,7 +53,8 @@ def stop(target: Target, facts: Facts, options: Options) -> Plan:
 def restart(target: Target, facts: Facts, options: Options) -> Plan:
     """The plan that stops ComfyUI and starts it again; it always has its step."""
     found = refusals.unstartable(target, facts) + refusals.paused(target, facts)
-    step = Step("restart", f"restart {target.host.service}", "asked for", "nothing", _ending(options))
+    title = f"restart {target.host.service}"
+    step = schema.Restart(title, "asked for", "nothing", options.drain, options.force)
     return Plan.of(facts, [step], found)
 
 
@@ -63,7 +66,7 @@ def pause(target: Target, facts: Facts, options: Options) -> Plan:
     if facts.paused and not (service.active or service.waits or starts or facts.busy):
         return Plan.of(facts, [], found)
     title = f"stop {target.host.service} until inv resume; no boot and no deploy starts it"
-    steps = [Step("stop", title, "asked for", "inv resume", _ending(options, pause=True))]
+    steps = [schema.Stop(title, "asked for", "inv resume", options.drain, options.force, pause=True)]
     return Plan.of(facts, steps, found, _ended(facts, force=options.force))
 
 
@@ -74,12 +77,13 @@ def resume(target: Target, facts: Facts, _: Options) -> Plan:
         return Plan.of(facts, [], found)
     why = next((each.what for each in refusals.paused(target, facts)), "it does not run, or is not started at boot")
     title = f"start {target.host.service}{', also at boot' * (facts.manager != 'process')}"
-    return Plan.of(facts, [Step("start", title, why, "inv pause", {"resume": True})], found)
+    return Plan.of(facts, [schema.Start(title, why, "inv pause", resume=True)], found)
 
 
 def quarantine(target: Target, facts: Facts, options: Options) -> Plan:
     """The plan that stops ComfyUI at once, and takes its network away whatever starts it."""
-    host, steps = target.host, []
+    host = target.host
+    steps: list[Step] = []
     if host.scope == "system" and QUARANTINE not in facts.settings:  # first: a stop may fail
         text = "# Written by Hearth: inv quarantine --undo removes it.\n[Service]\nPrivateNetwork=yes\n"
         place = f"/etc/systemd/system/{host.service}.service.d/zz-hearth-quarantine.conf"
@@ -87,7 +91,7 @@ def quarantine(target: Target, facts: Facts, options: Options) -> Plan:
         steps.append(settings.apply_step(QUARANTINE, [settings.file(place, text)], title, undo="inv quarantine --undo"))
     if facts.service.active or facts.service.waits or facts.busy or not facts.paused:
         title = f"stop {host.service} at once, until inv quarantine --undo and inv resume"
-        steps.append(Step("stop", title, "asked for", "inv resume", _ending(replace(options, force=True), pause=True)))
+        steps.append(schema.Stop(title, "asked for", "inv resume", options.drain, force=True, pause=True))
     notes = [] if host.scope == "system" else ["without root nothing denies it the network, should anything start it"]
     found = [] if facts.service.active else refusals.unchangeable(target, facts, force=True)
     return Plan.of(facts, steps, found, [*notes, *_ended(facts, force=bool(steps))])
@@ -125,7 +129,7 @@ def remove(target: Target, facts: Facts, options: Options) -> Plan:
     steps = _without_service(target, facts, options)
     if any(path.endswith("-apply.service") for path in facts.placed) or (steps and facts.manager != "process"):
         title = "remove the apply unit, which resumes interrupted runs"
-        steps.append(Step("forget", title, "no longer needed", "inv deploy"))
+        steps.append(schema.Forget(title, "no longer needed", "inv deploy"))
     kept = [f"kept: releases and data in {facts.prefix}; inv deploy --host {target.name} brings the service back"]
     if facts.settings:
         kept.append(f"kept: {', '.join(facts.settings)}, set outside it; {refusals.settings_undo(target, facts)}")
@@ -139,28 +143,24 @@ def nuke(target: Target, facts: Facts, options: Options, *, data: bool = False) 
     units = [unit for path, unit in target.site["mounts"].items() if facts.mounts[path].unit.startswith(_WRITTEN)]
     if units:
         title = f"remove the units {', '.join(units)}; the file systems stay mounted until the next boot"
-        steps.append(Step("forget-mounts", title, "Hearth wrote them", "inv deploy", {"units": units}))
+        steps.append(schema.ForgetMounts(title, "Hearth wrote them", "inv deploy", tuple(units)))
     rest = [name for name in place.own if name != "state"]
     if rest:
         title = f"delete {', '.join(rest)} in {facts.prefix}"
-        steps.append(Step("delete", title, "all releases with their parts", "inv deploy", {"names": rest}))
+        steps.append(schema.Delete(title, "all releases with their parts", "inv deploy", tuple(rest)))
     top = f"{place.real}/data"
     whole = top not in place.mounts and f"{facts.prefix}/data" not in place.links
     if data and whole and place.data:
         title = f"DELETE {facts.prefix}/data: models, inputs, outputs, workflows, settings"
-        steps.append(Step("delete", title, "asked for by --data", "impossible", {"names": ["data"]}))
+        steps.append(schema.Delete(title, "asked for by --data", "impossible", ("data",)))
     if steps or "state" in place.own or facts.placed:
         title = f"delete {facts.prefix}/state, with the history of this host"
-        steps.append(Step("erase", title, "nothing else is left", "impossible"))
+        steps.append(schema.Erase(title, "nothing else is left", "impossible"))
     notes = _left(target, facts, data=data and whole)
     return Plan.of(facts, steps, refusals.undeletable(target, facts), notes, release="")
 
 
 _WRITTEN = "# Written by Hearth"
-
-
-def _ending(options: Options, **more: bool) -> dict[str, object]:
-    return {"drain": options.drain, "force": options.force, **more}
 
 
 def _without_service(target: Target, facts: Facts, options: Options) -> list[Step]:
@@ -170,13 +170,13 @@ def _without_service(target: Target, facts: Facts, options: Options) -> list[Ste
     units = [path for path in facts.placed if not path.endswith(f"{service}-apply.service")]
     if facts.current or units or facts.service.active or facts.service.waits:
         title = f"take release {facts.current} out of service" if facts.current else f"remove {service}"
-        steps.append(Step("withdraw", title, "asked for", "inv deploy", _ending(options)))
+        steps.append(schema.Withdraw(title, "asked for", "inv deploy", options.drain, options.force))
     if facts.rights:
         title = "revoke what members may do by sudo"
-        steps.append(Step("rights", title, "the service is gone", "inv deploy", {"text": ""}))
+        steps.append(schema.Rights(title, "the service is gone", "inv deploy", ""))
     if facts.lingered:
         title = f"let {facts.login}'s systemd end with the last session (loginctl disable-linger)"
-        steps.append(Step("end-linger", title, "a deploy enabled it", "loginctl enable-linger"))
+        steps.append(schema.EndLinger(title, "a deploy enabled it", "loginctl enable-linger"))
     return steps
 
 

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from agent.schema.change import DropCaches
+from agent.schema.live import Freed
 from core import console
 from core.errors import HearthError
 from deploy import connection, refusals
 from deploy.change import Change, change_each
 from deploy.look import find_target
-from deploy.plan import Plan, Step
+from deploy.plan import Plan
 from ops import fleet
 from ops.gpu import number
 
@@ -22,31 +24,6 @@ if TYPE_CHECKING:
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.plan import Options
-
-
-class OfGpu(msgspec.Struct, frozen=True):
-    """The used memory of a GPU, and ComfyUI's part of it, in bytes."""
-
-    index: int
-    used: int | None
-    comfyui: int
-
-
-class Held(msgspec.Struct, frozen=True):
-    """Memory in bytes: of the GPUs, of ComfyUI's process (`resident`), and `available` on the machine."""
-
-    gpus: tuple[OfGpu, ...]
-    resident: int | None
-    available: int
-
-
-class Freed(msgspec.Struct, frozen=True):
-    """The memory before and after; not `freed` while ComfyUI waits for the running `job`."""
-
-    freed: bool
-    job: str | None
-    before: Held
-    after: Held
 
 
 def free(names: Sequence[str], wait: str, *, ask_sudo: bool = False) -> list[fleet.Answer[Freed]]:
@@ -115,5 +92,5 @@ def plan(target: Target, facts: Facts, *, force: bool) -> Plan:
     """The plan that drops a host's page cache; it always has its one step."""
     why = "it competes with the GPU for the same memory" if not force else "asked for"
     undo = "nothing: files are read again from the disk"
-    step = Step("drop-caches", "write unsaved data to disk, drop the page cache", why, undo)
+    step = DropCaches("write unsaved data to disk, drop the page cache", why, undo)
     return Plan.of(facts, [step], refusals.undroppable(target, facts, force=force))

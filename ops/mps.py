@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from agent.schema.live import Mps
 from core import files
 from core.errors import UsageError
 from deploy import refusals
@@ -20,47 +21,17 @@ from ops.status import Problem
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from agent.schema.settings import State
     from deploy.connection import Agent
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.plan import Options
-    from ops.settings import Place, State
+    from ops.settings import Place
 
 ACTIONS = ("on", "off", "status", "limit")
 
 PERCENT, MEMORY = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
 """In the daemon's environment: the default of every server that it starts, so also of those after a boot."""
-
-
-class Client(msgspec.Struct, frozen=True):
-    """A process that computes through a server."""
-
-    pid: int
-    name: str | None
-    user: str | None
-
-
-class Server(msgspec.Struct, frozen=True):
-    """An MPS server with its clients."""
-
-    pid: int
-    state: str
-    clients: tuple[Client, ...]
-
-
-class Mps(msgspec.Struct, frozen=True):
-    """What `agent/look/mps.py` tells."""
-
-    on: bool = False
-    control: str = ""
-    state: str = ""
-    restarts: int = 0
-    limits: dict[str, str] = {}
-    percent: str = ""
-    servers: tuple[Server, ...] = ()
-    fault: str = ""
-    service_pid: int = 0
-    service_knows: bool = False
 
 
 def limits(percent: str, memory: str) -> dict[str, str]:
@@ -108,7 +79,7 @@ def turn_on(target: Target, facts: Facts, mps: Mps, state: State, limited: Mappi
     """The plan that makes ComfyUI compute through MPS, with these limits."""
     gpus = [int(each) for each in re.findall(r"(\d+)=", limited.get(MEMORY, ""))]
     found = refusals.no_mps(target, facts, mps.control, gpus)
-    if state.settled("mps"):
+    if settings.settled(state, "mps"):
         return Plan.of(facts, [], found)
     told = ", ".join(f"{name}={value}" for name, value in limited.items()) or "no limits"
     step = settings.apply_step(

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from agent.schema.live import GpuState, Sample
 from core import console
 from core.errors import RecordingError, ToolMissingError, UsageError
-from ops.gpu import Gpu, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +25,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0
 """The palette of Okabe and Ito, which people with colour blindness can tell apart (jfly.uni-koeln.de/color)."""
 
 
-class Recorded(Sample, frozen=True):
+@dataclass(frozen=True, kw_only=True)
+class Recorded(Sample):
     """A line of a recording."""
 
     host: str
@@ -36,8 +37,8 @@ class Panel:
     """A value of every GPU over time, and its maximum (None: not reported)."""
 
     title: str
-    value: Callable[[Gpu], float | None]
-    most: Callable[[Gpu], float | None]
+    value: Callable[[GpuState], float | None]
+    most: Callable[[GpuState], float | None]
 
 
 PANELS = (

@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from deploy.plan import Step
+from agent.schema.change import Set, Unset
+from agent.schema.settings import State
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from agent.schema.change import Step
     from deploy.connection import Agent
     from deploy.facts import Facts
     from deploy.plan import Options
+
+
+@dataclass(frozen=True)
+class Around:
+    """Whether ComfyUI is stopped before a step and started after it, and how."""
+
+    serves: bool = False
+    drain: float = 0
+    force: bool = False
+
+
+NOTHING = Around()
 
 Place = dict[str, Any]
 """One place that a setting changes, as `agent/change/settings.py` lists the kinds."""
 
 
-class Seen(msgspec.Struct, frozen=True):
-    """A place as it is, as the setting wants it, and whether the kernel lets it be written."""
-
-    kind: str
-    place: str
-    now: Any
-    wanted: Any
-    writable: bool
-
-
-class Applied(msgspec.Struct, frozen=True):
-    """A change in force: the value before, and the value that was set."""
-
-    kind: str
-    place: str
-    old: Any
-    new: Any
-
-
-class State(msgspec.Struct, frozen=True):
-    """A host's settings, by name: those applied, and the places of those asked for."""
-
-    applied: dict[str, tuple[Applied, ...]]
-    seen: dict[str, tuple[Seen, ...]]
-
-    def settled(self, name: str) -> bool:
-        """Whether every place of a setting is as wanted."""
-        return all(each.now == each.wanted for each in self.seen[name])
+def settled(state: State, name: str) -> bool:
+    """Whether every place of a setting is as wanted."""
+    return all(each.now == each.wanted for each in state.seen[name])
 
 
 def look(agent: Agent, wanted: Mapping[str, Sequence[Place]]) -> State:
@@ -60,18 +50,18 @@ def file(place: str, text: str, **more: str) -> Place:
 
 
 def apply_step(
-    name: str, places: Sequence[Place], title: str, *, undo: str, why: str = "asked for", around: Mapping[str, Any] = {}
+    name: str, places: Sequence[Place], title: str, *, undo: str, why: str = "asked for", around: Around = NOTHING
 ) -> Step:
     """The step that applies a setting."""
-    return Step("set", title, why, undo, {"setting": name, "changes": list(places), "serves": False, **around})
+    return Set(title, why, undo, name, tuple(places), around.serves, around.drain, around.force)
 
 
-def undo_step(name: str, title: str, *, force: bool, around: Mapping[str, Any] = {}) -> Step:
+def undo_step(name: str, title: str, *, force: bool, around: Around = NOTHING) -> Step:
     """The step that undoes a setting; with `force` also what somebody changed since."""
-    values = {"settings": [name], "overwrite": force, "serves": False, **around}
-    return Step("unset", title, "asked for", "the same command without --undo", values)
+    undo = "the same command without --undo"
+    return Unset(title, "asked for", undo, (name,), force, around.serves, around.drain, around.force)
 
 
-def stopped(facts: Facts, options: Options) -> dict[str, Any]:
-    """Values of a step around which ComfyUI, if it runs, is stopped and started: it must see the setting at start."""
-    return {"serves": True, "drain": options.drain, "force": options.force} if facts.service.active else {}
+def stopped(facts: Facts, options: Options) -> Around:
+    """Stops ComfyUI, if it runs, around a step, and starts it afterwards: it must see the setting at start."""
+    return Around(True, options.drain, options.force) if facts.service.active else NOTHING

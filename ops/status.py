@@ -13,79 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from agent.schema.live import Disk, Glance
 from core import console
 from core.errors import UsageError
 from deploy import plan
-from deploy.facts import Facts
 from deploy.inputs import gather
 from deploy.look import questions
 from ops import fleet
-from ops.gpu import Gpu
 from ops.gpu import cells as gpu_cells
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from agent.schema.facts import Facts
+    from agent.schema.live import Live
     from deploy.connection import Agent
     from deploy.host import Target
     from deploy.inputs import Inputs
 
 SECONDS = 10.0
 """The time-out for hosts."""
-
-
-class Job(msgspec.Struct, frozen=True):
-    """A running job: its id, its number of nodes, and when it was submitted (seconds since 1970)."""
-
-    id: str
-    nodes: int
-    since: float | None
-
-
-class Device(msgspec.Struct, frozen=True):
-    """A device that ComfyUI computes on; its `type` is "cuda" or "cpu"."""
-
-    name: str
-    type: str
-
-
-class ComfyUI(msgspec.Struct, frozen=True):
-    """ComfyUI's answer. Its `state` is "answers", "silent" (accepts connections only) or "closed"."""
-
-    state: str
-    reason: str = ""
-    seconds: float = 0
-    version: str = ""
-    torch: str = ""
-    devices: tuple[Device, ...] = ()
-    running: tuple[Job, ...] = ()
-    pending: int = 0
-
-
-class Disk(msgspec.Struct, frozen=True):
-    """Free and total space of a folder's disk, in bytes and inodes; `fault` says why they are not reported."""
-
-    free: int = 0
-    total: int = 0
-    files_free: int | None = None
-    files: int | None = None
-    fault: str = ""
-
-
-class Live(msgspec.Struct, frozen=True):
-    """The current state of a host (`agent/look/status.py`). `memory` is in bytes, by the names of /proc/meminfo."""
-
-    time: float
-    uptime: float | None
-    comfyui: ComfyUI
-    memory: dict[str, int]
-    disks: dict[str, Disk]
-    gpus: tuple[Gpu, ...] = ()
-
-
-class _Said(msgspec.Struct, frozen=True):
-    facts: Facts
-    live: Live
 
 
 @dataclass(frozen=True)
@@ -116,7 +63,7 @@ def look(names: Sequence[str], *, ask_sudo: bool = False, seconds: float = SECON
 def _one(agent: Agent, target: Target, known: dict[str, Inputs]) -> Status:
     key = repr(target.profile)
     inputs = known.get(key) or known.setdefault(key, gather(target))
-    said = msgspec.convert(agent.call("status", **questions(target, inputs.packages)), _Said)
+    said = msgspec.convert(agent.call("status", **questions(target, inputs.packages)), Glance)
     planned = plan.make(target, said.facts, inputs, plan.Options())
     return judge(target, said.facts, said.live, planned)
 

@@ -19,12 +19,14 @@ from ops import fleet, settings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from agent.schema.change import Step
+    from agent.schema.settings import Applied, State
     from deploy.connection import Agent
     from deploy.facts import Facts
     from deploy.host import Target
-    from deploy.plan import Options, Step
+    from deploy.plan import Options
     from deploy.refusals import Refusal
-    from ops.settings import Applied, Place, State
+    from ops.settings import Place
 
 
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

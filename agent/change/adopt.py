@@ -1,7 +1,6 @@
-"""Taking over a ComfyUI that somebody else installed, and putting all of it back.
+"""Taking over an existing installation of ComfyUI, and putting it back.
 
-Its folders belong to whoever ran it, who may have put a link anywhere; so what root changes there is opened name by
-name, and no link is followed.
+The tree is owned by another user. Root opens it component by component and follows no links.
 """
 
 from __future__ import annotations
@@ -12,22 +11,27 @@ import shutil
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from agent.api import Endpoint
 from agent.change.cutover import LARGEST
-from agent.files import DATABASE, LEVELS, Fault, Json, discard, opened, remove, run, sync, tree
+from agent.deletion import remove
+from agent.files import Fault, Json, Note, discard, sync
+from agent.folders import LEVELS, opened, tree
 from agent.journal import Adopted, now
-from agent.layout import SHARING, Site
+from agent.layout import DATABASE, SHARING, Layout
 from agent.look.survey import all_processes
+from agent.processes import run
+from agent.schema.change import Adopt, Retire, Unadopt
 from agent.serve.health import drain
-from agent.serve.services import UNITS
+from agent.serve.systemd import UNITS
 
 
 def rename(source: Path, target: Path) -> None:
     """Rename, following no link, and never onto something that is there (renameat2, glibc 2.28); raises OSError."""
-    import ctypes  # a megabyte that no other verb needs
+    import ctypes  # only needed here
 
     with opened(source.parent) as here, opened(target.parent) as there:
         names = os.fsencode(source.name), os.fsencode(target.name)
@@ -41,29 +45,29 @@ def rename(source: Path, target: Path) -> None:
         os.fsync(here)
 
 
-def retire(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Take what served before out of service: its jobs awaited, its units stopped, disabled and set aside."""
-    drain(Endpoint(("127.0.0.1",), step["port"]), step["drain"], step["force"], note)
-    record = Adopted(site)
+def retire(layout: Layout, step: Retire, note: Note) -> None:
+    """Wait for the old installation's jobs, then stop and disable its units and put them away."""
+    drain(Endpoint(("127.0.0.1",), step.port), step.drain, step.force, note)
+    record = Adopted(layout)
     known = {event["unit"]["name"] for event in record.events() if event["event"] == "unit"}
-    for unit in step["units"]:
-        if unit["name"] not in known:
-            record.add("unit", unit=unit)
-    for unit in step["units"]:
-        if not os.path.lexists(unit["path"]):
+    for unit in step.units:
+        if unit.name not in known:
+            record.add("unit", unit=asdict(unit))
+    for unit in step.units:
+        if not os.path.lexists(unit.path):
             continue
-        run(["systemctl", "stop", unit["name"]])
+        run(["systemctl", "stop", unit.name])
         # Drop-ins, too: they would change Hearth's unit of that name.
-        own = [UNITS / f"{unit['name']}.d", UNITS / unit["name"]]
+        own = [UNITS / f"{unit.name}.d", UNITS / unit.name]
         for place in own:
-            _copy(place, site.state / "adopted" / place.name)
-        if unit["enabled"]:
-            run(["systemctl", "disable", unit["name"]])
+            _copy(place, layout.state / "adopted" / place.name)
+        if unit.enabled:
+            run(["systemctl", "disable", unit.name])
         for place in own:
             _drop(place)
     run(["systemctl", "daemon-reload"])
     for each in all_processes():
-        if each["place"] == step["path"]:
+        if each["place"] == step.path:
             what = f"the old ComfyUI still runs: pid {each['pid']} of {each['user']}"
             raise Fault("step", what, "no unit that was stopped is its own", "end it, then run the same command again")
 
@@ -85,26 +89,28 @@ def _drop(place: Path) -> None:
     remove(place) if place.is_dir() and not place.is_symlink() else discard(place)
 
 
-def adopt(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Rename a folder of the old installation into the data, and let the service read and write it."""
-    record = Adopted(site)
-    source, target = Path(step["source"]), site.data.resolve() / step["name"]
-    if step["name"] == "user":
-        _keep_database(site, source, record)
-    left = _bring(source, target, record)
+def adopt(layout: Layout, step: Adopt, note: Note) -> None:
+    """Move a folder of the old installation into the data, and give it to the service."""
+    record = Adopted(layout)
+    source, target = Path(step.source), layout.data.resolve() / step.name
+    if step.name == "user":
+        _keep_database(layout, source, record)
+    left = _move_tree(source, target, record)
     for each in left[:20]:
         note(f"left where it is, the data has one of that name: {each}")
     if left[20:]:
         note(f"and {len(left) - 20} more of these")
     moved = [Path(event["target"]) for event in record.events() if event["event"] == "rename"]
-    owners = {*step["owners"], site.owner()[0]}
-    kept = sum(_own(site, each, owners, record) for each in dict.fromkeys(moved) if target in (each, *each.parents))
+    owners = {*step.owners, layout.owner()[0]}
+    kept = sum(
+        _take_tree(layout, each, owners, record) for each in dict.fromkeys(moved) if target in (each, *each.parents)
+    )
     if kept:
         note(f"{kept} files have several names or another owner than the installation, and keep their owners and modes")
 
 
-def _bring(source: Path, target: Path, record: Adopted) -> list[str]:
-    """Rename a folder, or what is in it where there is one already; answers what had to stay."""
+def _move_tree(source: Path, target: Path, record: Adopted) -> list[str]:
+    """Rename a folder, or merge it into an existing one; returns what could not be moved."""
     left: list[str] = []
     pending = [(source, target)]
     while pending:
@@ -130,26 +136,26 @@ LONGEST = 3800
 """Bytes of a path; the kernel takes 4096."""
 
 
-def _own(site: Site, root: Path, owners: set[int], record: Adopted) -> int:
-    """Give a tree to the service and its group, as far as it is the `owners`'; answers how many files were left."""
+def _take_tree(layout: Layout, root: Path, owners: set[int], record: Adopted) -> int:
+    """Give a tree to the service and its group, except files of others than `owners`; returns how many were left."""
     left = 0
     with opened(root.parent) as parent:
-        left += _own_entries(parent, root.parent, [root.name], site.sharing(), owners, record)
+        left += _take_entries(parent, root.parent, [root.name], layout.sharing(), owners, record)
     for folder in tree(root):
         try:
             with opened(folder) as place:
                 names = os.listdir(place)  # noqa: PTH208  of an open folder
-                left += _own_entries(place, folder, names, site.sharing(), owners, record)
+                left += _take_entries(place, folder, names, layout.sharing(), owners, record)
         except OSError as error:  # gone, a link by now, or so deep that no path leads to it
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
                 raise
     return left
 
 
-def _own_entries(
+def _take_entries(
     place: int, folder: Path, names: list[str], owner: tuple[int, int], owners: set[int], record: Adopted
 ) -> int:
-    """The same for some entries of an open folder. What they were is recorded before."""
+    """The same for some entries of an open folder. Their owners and modes are recorded first."""
     changes: list[tuple[list[Any], int]] = []
     left = 0
     for name in names:
@@ -164,7 +170,7 @@ def _own_entries(
     if changes:
         record.add("own", folder=str(folder), entries=[before for before, _ in changes])
     for (name, *_, inode), wanted in changes:
-        _give(place, name, *owner, wanted, inode)
+        _set_owner(place, name, *owner, wanted, inode)
     return left
 
 
@@ -173,7 +179,7 @@ def _harmless(mode: int) -> int:
     return stat.S_IMODE(mode) & (0o3777 if stat.S_ISDIR(mode) else 0o1777)
 
 
-def _give(place: int, name: str, user: int, group: int, mode: int, inode: int) -> None:
+def _set_owner(place: int, name: str, user: int, group: int, mode: int, inode: int) -> None:
     """Set owner and mode of an entry of an open folder, of a link its own.
 
     What has several names, or is another file than the one of that number, is left alone.
@@ -192,9 +198,9 @@ def _give(place: int, name: str, user: int, group: int, mode: int, inode: int) -
             os.close(entry)
 
 
-def _keep_database(site: Site, folder: Path, record: Adopted) -> None:
+def _keep_database(layout: Layout, folder: Path, record: Adopted) -> None:
     """Copy the old ComfyUI's database: a newer version migrates it, and the old one would not start any more."""
-    kept = site.state / "adopted/database"
+    kept = layout.state / "adopted/database"
     if kept.exists() or not folder.is_dir():
         return
     fresh = kept.with_name(".database")
@@ -257,9 +263,9 @@ def _within(place: int) -> Callable[[str, int], int]:
     return lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=place)
 
 
-def _return_database(site: Site, folder: Path) -> None:
+def _return_database(layout: Layout, folder: Path) -> None:
     """Put the old database back where a newer version has changed it; the newer one stays beside it."""
-    kept = (site.state / "adopted/database").resolve()
+    kept = (layout.state / "adopted/database").resolve()
     if _unchanged(kept, folder):
         return
     for name in DATABASE:
@@ -269,43 +275,43 @@ def _return_database(site: Site, folder: Path) -> None:
         _copy_file(kept, folder, name)
 
 
-def unadopt(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    """Put back all that adopting changed, the last first: owners and modes, folders, database, units."""
-    record = Adopted(site)
+def unadopt(layout: Layout, step: Unadopt, note: Note) -> None:
+    """Undo what adopting changed, last change first: owners and modes, folders, database, units."""
+    record = Adopted(layout)
     stuck: list[str] = []
     for event in reversed(record.events()):
         try:
-            _undo(site, event)
+            _undo(layout, event)
         except (Fault, OSError) as error:
             stuck.append(str(error))
     if stuck:
         hint = "look at them, then run the same command again"
         raise Fault("step", f"{len(stuck)} things could not be put back", "\n".join(stuck[:20]), hint)
-    shutil.rmtree(site.state / "adopted", ignore_errors=True)
+    shutil.rmtree(layout.state / "adopted", ignore_errors=True)
     record.path.rename(record.path.with_name("adopted.undone.jsonl"))
-    sync(site.state)
+    sync(layout.state)
 
 
-def _undo(site: Site, event: Json) -> None:
-    """Take one line of the record back, as far as it was done."""
+def _undo(layout: Layout, event: Json) -> None:
+    """Undo one recorded change, if it was carried out."""
     if event["event"] == "own" and Path(event["folder"]).is_dir():
         with opened(Path(event["folder"])) as place:
             for name, user, group, mode, *inode in event["entries"]:
                 with suppress(FileNotFoundError):
                     # records of older versions have no number
                     same = inode[0] if inode else os.lstat(name, dir_fd=place).st_ino
-                    _give(place, name, user, group, mode, same)
+                    _set_owner(place, name, user, group, mode, same)
                 with suppress(OSError):  # what a deploy added since
                     os.removexattr(f"/proc/self/fd/{place}/{name}", SHARING, follow_symlinks=False)
     elif event["event"] == "rename" and os.path.lexists(event["target"]):
         rename(Path(event["target"]), Path(event["source"]))
-    elif event["event"] == "database" and (site.state / "adopted/database").is_dir():
-        _return_database(site, Path(event["folder"]))
+    elif event["event"] == "database" and (layout.state / "adopted/database").is_dir():
+        _return_database(layout, Path(event["folder"]))
     elif event["event"] == "unit":
         unit = event["unit"]
         for own in (UNITS / unit["name"], UNITS / f"{unit['name']}.d"):
             if not os.path.lexists(own):
-                _copy(site.state / "adopted" / own.name, own)
+                _copy(layout.state / "adopted" / own.name, own)
         run(["systemctl", "daemon-reload"])
         if unit["enabled"]:
             run(["systemctl", "enable", unit["name"]])

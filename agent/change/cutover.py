@@ -28,49 +28,38 @@ from typing import NoReturn
 from agent.api import Endpoint, endpoint
 from agent.change.lifecycle import halt
 from agent.change.trial import lacking, run_trial
-from agent.files import (
-    DATABASE,
-    Fault,
-    Json,
-    copy,
-    discard,
-    inside,
-    link,
-    os_fault,
-    read,
-    regular,
-    remove,
-    retried,
-    sha256,
-    sync,
-    write,
-)
-from agent.layout import Site
+from agent.deletion import remove
+from agent.files import Fault, Json, Note, copy, discard, link, os_fault, read, regular, retried, sha256, sync, write
+from agent.folders import inside
+from agent.layout import DATABASE, Layout
 from agent.parts import as_service
+from agent.processes import wait_for
+from agent.schema.change import CutOver
 from agent.serve.health import drain, first_answer, gate, say_changed_types
-from agent.serve.services import last_words, manager_of, wait_for
+from agent.serve.managers import last_words, manager_of
 
 MOUNTS_SECONDS = 120
 """How long a cut-over that a boot has interrupted waits for mounts: a server that boots at the same time, too."""
 
 
-def cut_over(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def cut_over(layout: Layout, step: CutOver, note: Note) -> None:
     """Take the old release out of service and the new one in, or go back. Raises Fault when the new one is not in."""
-    run = str(read(site.pending)["run"])
-    record = read(site.cut)
+    run = str(read(layout.pending)["run"])
+    record = read(layout.cut)
     if record.get("run") != run:
-        record = {"run": run, "phase": "planned", "from": site.release(), "to": step["to"], "tried": False}
-    Cutover(site, step, record, note).carry_on()
+        record = {"run": run, "phase": "planned", "from": layout.release(), "to": step.to, "tried": False}
+    Cutover(layout, step, record, note).carry_on()
 
 
-def abandon(site: Site, run: str, report: Json, note: Callable[[str], None]) -> Json:
+def abandon(layout: Layout, run: str, report: Json, note: Note) -> Json:
     """End a run's cut-over, if it has one, that somebody cuts short: what it had switched is brought back, and nothing
     is started. How it ended; `report` says why."""
-    record = read(site.cut)
+    record = read(layout.cut)
     if record.get("run") != run or record["phase"] not in ("switched", "proving", "reverting"):
         return report
+    step = CutOver("", "", "", drain=0, force=True, to=record["to"], trial="no")
     try:
-        Cutover(site, {}, {**record, "was_active": False}, note).revert(report)
+        Cutover(layout, step, {**record, "was_active": False}, note).revert(report)
     except Fault as fault:
         return {**report, "result": "reverted"} if fault.report.get("result") else fault.report
 
@@ -78,23 +67,23 @@ def abandon(site: Site, run: str, report: Json, note: Callable[[str], None]) -> 
 class Cutover:
     """One cut-over; `record` is what lies on disk of it."""
 
-    def __init__(self, site: Site, step: Json, record: Json, note: Callable[[str], None]) -> None:
-        self.site = site
+    def __init__(self, layout: Layout, step: CutOver, record: Json, note: Note) -> None:
+        self.layout = layout
         self.step = step
         self.record = record
         self.note = note
-        self.manager = manager_of(site)
-        self.snapshot = site.state / f"database-{record['run']}"
-        self.way_back = site.prefix / ".current.back"
+        self.manager = manager_of(layout)
+        self.snapshot = layout.state / f"database-{record['run']}"
+        self.way_back = layout.prefix / ".current.back"
 
     def enter(self, phase: str, **more: object) -> None:
         """Record a phase, before what it describes is done."""
         self.record |= {"phase": phase, **more}
-        write(self.site.cut, json.dumps(self.record))
+        write(self.layout.cut, json.dumps(self.record))
 
     def carry_on(self) -> None:
         """Do what is left of it."""
-        phase, switched = self.record["phase"], self.site.release() == self.record["to"]
+        phase, switched = self.record["phase"], self.layout.release() == self.record["to"]
         if phase == "ended":
             if self.record.get("fault"):
                 raise _raised(self.record["fault"])
@@ -104,78 +93,76 @@ class Cutover:
         if phase not in ("switched", "proving") or not switched:
             try:
                 self.prepare()
-                self.enter("ended" if self.step["trial"] == "only" else "stopped")
+                self.enter("ended" if self.step.trial == "only" else "stopped")
             except (Fault, OSError):
-                if (
-                    self.record.get("was_active") and not self.manager.status()["active"]
-                ):  # an earlier attempt stopped it
+                if self.record.get("was_active") and not self.manager.status().active:  # an earlier attempt stopped it
                     retried(self.manager.start)
                 raise
             if self.record["phase"] == "ended":
                 return
         try:
             if self.record["phase"] == "stopped":
-                halt(self.site, self.manager, force=self.step["force"])
-                as_service(self.site, take_snapshot, self.site.database.parent, self.snapshot)
-                sync(self.site.state)
+                halt(self.layout, self.manager, force=self.step.force)
+                as_service(self.layout, take_snapshot, self.layout.database.parent, self.snapshot)
+                sync(self.layout.state)
                 self.enter("switched", copied=True)
             if self.record["phase"] == "switched":
-                link(self.site.current, f"releases/{self.record['to']}")
+                link(self.layout.current, f"releases/{self.record['to']}")
                 self.enter("proving")
             self.await_mounts()
             self.manager.install()
             self.manager.start()
-            gate(self.site, self.manager, self.site.manifest(self.record["to"]), self.note)
+            gate(self.layout, self.manager, self.layout.manifest(self.record["to"]), self.note)
             self.enter("ended")
         except Exception as error:  # whatever it is, what ran before must run again
             report = error.report if isinstance(error, Fault) else _unexpected(error).report
             self.revert(report)
         if not self.record["tried"]:
-            places = (self.site.releases / self.record[name] / "proven" for name in ("from", "to"))
+            places = (self.layout.releases / self.record[name] / "proven" for name in ("from", "to"))
             old, new = (read(place, lenient=True) for place in places)
             say_changed_types(old, new, self.note)
 
     def prepare(self) -> None:
         """All that is done while the old release serves. What fails here has stopped nothing."""
-        if missing := self.site.unmounted():
+        if missing := self.layout.unmounted():
             what = f"{' and '.join(missing)} went away since the plan was made"
             raise Fault("step", what, "", "mount it there, then run the same command again")
         status = self.manager.status()
-        self.record = {"was_active": status["active"], "was_enabled": status["enabled"], **self.record}
-        if not self.record["tried"] and self.step["trial"] != "no":
+        self.record = {"was_active": status.active, "was_enabled": status.enabled, **self.record}
+        if not self.record["tried"] and self.step.trial != "no":
             self.enter("trial")
-            self.try_out(status["active"])
+            self.try_out(status.active)
             self.record["tried"] = True
-        if self.step["trial"] == "only":
+        if self.step.trial == "only":
             return
         self.enter("draining")
-        if status["active"]:  # else it is somebody else's ComfyUI that answers
-            drain(endpoint(self.site), self.step["drain"], self.step["force"], self.note)
+        if status.active:  # else it is somebody else's ComfyUI that answers
+            drain(endpoint(self.layout), self.step.drain, self.step.force, self.note)
         self.enter("snapshot", copied=False)
         remove(self.snapshot)
         self.snapshot.mkdir()
-        os.chown(self.snapshot, *self.site.owner())
-        as_service(self.site, reserve, self.site.database.parent, self.snapshot)
+        os.chown(self.snapshot, *self.layout.owner())
+        as_service(self.layout, reserve, self.layout.database.parent, self.snapshot)
         if self.record["from"]:
             link(self.way_back, f"releases/{self.record['from']}")
 
     def try_out(self, active: bool) -> None:
         """The trial, where it is of use and there is memory for it."""
-        if not active and self.step["trial"] != "only":
+        if not active and self.step.trial != "only":
             self.note("no trial: nothing is in service that an unhealthy release could interrupt")
         elif short := lacking():
-            if self.step["trial"] == "only":
+            if self.step.trial == "only":
                 raise Fault("trial", f"there is not enough memory for a trial: {short}", "", "stop ComfyUI's jobs")
             self.note(f"no trial, the cut-over alone proves the release: {short}")
         else:
-            run_trial(self.site, self.manager, self.site.manifest(self.record["to"]), self.note)
+            run_trial(self.layout, self.manager, self.layout.manifest(self.record["to"]), self.note)
 
     def await_mounts(self) -> None:
         """Wait for mounts that are late, after a boot; systemd would wait for them without end. Raises Fault."""
-        if self.site.unmounted():
-            self.note(f"waiting for {' and '.join(self.site.unmounted())} to be mounted")
-        if not wait_for(lambda: not self.site.unmounted(), MOUNTS_SECONDS):
-            what = f"{' and '.join(self.site.unmounted())} is not mounted"
+        if self.layout.unmounted():
+            self.note(f"waiting for {' and '.join(self.layout.unmounted())} to be mounted")
+        if not wait_for(lambda: not self.layout.unmounted(), MOUNTS_SECONDS):
+            what = f"{' and '.join(self.layout.unmounted())} is not mounted"
             raise Fault(
                 "step", what, f"waited for {MOUNTS_SECONDS} s", "mount it there, then run the same command again"
             )
@@ -189,7 +176,7 @@ class Cutover:
         if self.record["phase"] != "reverting":
             with suppress(Fault, OSError):
                 report = {**report, "log": last_words(self.manager)}
-            (self.site.state / RESERVE).unlink(missing_ok=True)
+            (self.layout.state / RESERVE).unlink(missing_ok=True)
             with suppress(OSError):  # without a record it is noticed that `current` was switched back
                 retried(lambda: self.enter("reverting", fault=report))
         self.note(f"not healthy, going back to {previous or 'no release'}")
@@ -206,7 +193,7 @@ class Cutover:
             attempt(self.switch_back)
         if self.record.get("copied"):
             try:
-                as_service(self.site, restore, self.snapshot, self.site.database.parent)
+                as_service(self.layout, restore, self.snapshot, self.layout.database.parent)
             except (Fault, OSError) as error:
                 kept = f"{self.snapshot} holds it as it was before the cut-over"
                 troubles.append(f"the database could not be restored: {error}; {kept}")
@@ -216,28 +203,28 @@ class Cutover:
             if not self.record["was_enabled"]:
                 attempt(self.manager.disable)
             if self.record["was_active"]:
-                attempt(lambda: self.manager.start(wait=not self.site.unmounted()))
+                attempt(lambda: self.manager.start(wait=not self.layout.unmounted()))
             back = f"release {previous} is back"
-            if self.record["was_active"] and not troubles and not self.site.unmounted():
+            if self.record["was_active"] and not troubles and not self.layout.unmounted():
                 try:
-                    old = self.site.manifest(previous)
+                    old = self.layout.manifest(previous)
                     first_answer(Endpoint.of(old["argv"]), self.manager, old["gate"]["seconds"])
                     back += " and answers"
                 except Fault as error:
                     troubles.append(f"release {previous} is back, and does not serve: {error}")
         else:
             attempt(self.manager.uninstall)
-            attempt(lambda: discard(self.site.current))
+            attempt(lambda: discard(self.layout.current))
             back = "there was no release before, so none runs now"
         raise self.reverted(report, back, troubles)
 
     def switch_back(self) -> None:
         """`current` leads to the old release again: by a rename of what was made before, which needs no room."""
         if os.path.lexists(self.way_back):
-            self.way_back.replace(self.site.current)
-            sync(self.site.prefix)
-        elif self.site.release() != self.record["from"]:
-            link(self.site.current, f"releases/{self.record['from']}")
+            self.way_back.replace(self.layout.current)
+            sync(self.layout.prefix)
+        elif self.layout.release() != self.record["from"]:
+            link(self.layout.current, f"releases/{self.record['from']}")
 
     def reverted(self, report: Json, back: str, troubles: list[str]) -> Fault:
         """The Fault that a revert ends with, recorded."""

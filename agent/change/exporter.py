@@ -6,33 +6,34 @@ import http.client
 import json
 import subprocess
 import time
-from collections.abc import Callable
 from contextlib import suppress
 
-from agent.files import Fault, Json, discard, link, read, run, write
-from agent.layout import Site
+from agent.files import Fault, Json, Note, discard, link, read, write
+from agent.layout import Layout
 from agent.look.exporter import installed, unit_file
-from agent.serve.services import Systemd, entries
+from agent.processes import run
+from agent.schema.change import Exporter
+from agent.serve.systemd import Systemd, entries
 
 SECONDS = 20
 """For the first answer: Python starts, and the driver's library may take a second to open."""
 
 
-def exporter(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def exporter(layout: Layout, step: Exporter, note: Note) -> None:
     """Run the exporter that the step describes, or none; raises Fault, with the previous one restored.
 
     The previous one is recorded first: a killed run, done again, restores that and not its own.
     """
-    record = site.state / "exporter-before.json"
-    before = read(record).get("exporter") if record.exists() else installed(site)
+    record = layout.state / "exporter-before.json"
+    before = read(record).get("exporter") if record.exists() else installed(layout)
     write(record, json.dumps({"exporter": before}))
     try:
-        put(site, step["exporter"])
-        if step["exporter"]:
-            _await_answer(step["exporter"]["settings"]["port"])
+        put(layout, step.exporter)
+        if step.exporter:
+            _await_answer(step.exporter["settings"]["port"])
     except (Fault, OSError) as error:
-        log = _log(site)
-        what = f"the new exporter of metrics does not run{_restore(site, before or {})}"
+        log = _log(layout)
+        what = f"the new exporter of metrics does not run{_restore(layout, before or {})}"
         discard(record)
         cause = error.report["what"] if isinstance(error, Fault) else str(error)
         fault = Fault(
@@ -43,9 +44,9 @@ def exporter(site: Site, step: Json, note: Callable[[str], None]) -> None:
     discard(record)
 
 
-def _restore(site: Site, before: Json) -> str:
+def _restore(layout: Layout, before: Json) -> str:
     """Put the previous exporter back, if there was one; the words that say so. Raises Fault or OSError."""
-    put(site, before)
+    put(layout, before)
     if not before:
         return ""
     try:
@@ -55,9 +56,9 @@ def _restore(site: Site, before: Json) -> str:
     return "; the previous one is restored"
 
 
-def put(site: Site, wanted: Json) -> None:
+def put(layout: Layout, wanted: Json) -> None:
     """Install and restart the exporter as `installed` describes one, or remove it. Raises Fault or OSError."""
-    systemd, unit = Systemd(site), unit_file(site)
+    systemd, unit = Systemd(layout), unit_file(layout)
     name = systemd.exporter_unit
     if not wanted:
         if placed := entries(systemd.units, name):
@@ -65,11 +66,11 @@ def put(site: Site, wanted: Json) -> None:
             for path in placed:
                 discard(path)
             run([*systemd.ctl, "daemon-reload"])
-        for path in (site.exporter_settings, site.exporter_agent):
+        for path in (layout.exporter_settings, layout.exporter_agent):
             discard(path)
         return
-    link(site.exporter_agent, f"agents/{wanted['agent']}")
-    write(site.exporter_settings, json.dumps(wanted["settings"]))
+    link(layout.exporter_agent, f"agents/{wanted['agent']}")
+    write(layout.exporter_settings, json.dumps(wanted["settings"]))
     discard(unit)  # an older Hearth's is a link into its release, which must not be written through
     write(unit, wanted["unit"])
     link(systemd.units / f"{systemd.target}.wants" / name, f"../{name}")
@@ -96,9 +97,9 @@ def _await_answer(port: int) -> None:
     raise Fault("step", f"127.0.0.1:{port} does not answer a scrape within {SECONDS} s: {why}")
 
 
-def _log(site: Site) -> list[str]:
-    who = "--user-unit" if site.scope == "user" else "--unit"
-    words = ["journalctl", "--no-pager", "--quiet", "--output=cat", "--lines=12", who, Systemd(site).exporter_unit]
+def _log(layout: Layout) -> list[str]:
+    who = "--user-unit" if layout.scope == "user" else "--unit"
+    words = ["journalctl", "--no-pager", "--quiet", "--output=cat", "--lines=12", who, Systemd(layout).exporter_unit]
     with suppress(Fault):
         return run(words).splitlines()
     return []

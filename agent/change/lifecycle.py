@@ -8,56 +8,73 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from agent.api import endpoint
 from agent.change.exporter import put as put_exporter
-from agent.files import Fault, Json, Sweep, discard, flock, read, read_text, run, started, write
+from agent.deletion import SafeDeleter
+from agent.files import Fault, Note, discard, read, read_text, write
 from agent.journal import Journal, now
-from agent.layout import Site
+from agent.layout import Layout
+from agent.locks import flock
+from agent.processes import run, started
+from agent.schema.change import (
+    Delete,
+    Ending,
+    EndLinger,
+    Erase,
+    Forget,
+    ForgetMounts,
+    Restart,
+    Set,
+    Start,
+    Stop,
+    Unset,
+    Withdraw,
+)
 from agent.serve.health import drain, first_answer
-from agent.serve.services import UNITS, Manager, Systemd, entries, last_words, manager_of
+from agent.serve.managers import Manager, last_words, manager_of
+from agent.serve.systemd import UNITS, Systemd, entries
 
 
-def stop(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def stop(layout: Layout, step: Stop, note: Note) -> None:
     """Stop ComfyUI when its jobs are done; with `pause` until it is resumed, at boot too."""
-    manager = manager_of(site)
-    await_jobs(site, manager, step, note)
-    if step["pause"]:
-        write(site.paused, json.dumps({"who": read(site.pending)["who"], "at": now()}))
+    manager = manager_of(layout)
+    await_jobs(layout, manager, step, note)
+    if step.pause:
+        write(layout.paused, json.dumps({"who": read(layout.pending)["who"], "at": now()}))
         manager.disable()
-    halt(site, manager, force=step["force"])
+    halt(layout, manager, force=step.force)
 
 
-def halt(site: Site, manager: Manager, *, force: bool) -> None:
+def halt(layout: Layout, manager: Manager, *, force: bool) -> None:
     """Stop the service; with `force` nothing of it is left. MPS, which runs as its user, begins anew."""
     manager.stop()
     if not force:
         return
-    mps = f"{site.service}-mps.service"
+    mps = f"{layout.service}-mps.service"
     shared = isinstance(manager, Systemd) and (manager.units / mps).exists()
     if shared:  # else systemd would start it again while it is ended, and count that as failing
         run(["systemctl", "stop", mps])
-    end_all(site)
+    end_all(layout)
     if shared:
         subprocess.run(["systemctl", "reset-failed", mps], capture_output=True)
         run(["systemctl", "start", "--no-block", mps])
 
 
-def end_all(site: Site) -> None:
+def end_all(layout: Layout) -> None:
     """Kill what still runs as the service's user: a fork bomb outlasts systemd's own kill where that finds no end.
 
     Where it has no user of its own, its unit or supervisor has ended it; but that one may have been killed itself.
     """
     end = time.monotonic() + 20
-    while left := _processes(site.owner()[0]) if site.user else _strays():
+    while left := _processes(layout.owner()[0]) if layout.user else _strays():
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > end:
-            what = f"{len(left)} processes of {site.user or 'the service'} do not end"
+            what = f"{len(left)} processes of {layout.user or 'the service'} do not end"
             raise Fault("step", what, f"the first: {left[:5]}", "look at them on the host; a reboot ends them")
         time.sleep(0.1)
 
@@ -93,38 +110,38 @@ def _confined(pid: int) -> bool:
     return bool(re.search(r"^Max msgqueue size +\S+ +0 ", read_text(Path(f"/proc/{pid}/limits")), re.MULTILINE))
 
 
-def start(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def start(layout: Layout, step: Start, note: Note) -> None:
     """Start ComfyUI and wait until it answers; with `resume` from now on at boot, too."""
-    manager = manager_of(site)
-    if missing := site.unmounted():  # systemd would wait for it without an end
+    manager = manager_of(layout)
+    if missing := layout.unmounted():  # systemd would wait for it without an end
         what = f"{' and '.join(missing)} went away since the plan was made"
         raise Fault("step", what, "", "mount it there, then run the same command again")
-    if step["resume"]:
+    if step.resume:
         manager.enable()
-        discard(site.paused)
-    await_answer(site, manager, note)
+        discard(layout.paused)
+    await_answer(layout, manager, note)
 
 
-def restart(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def restart(layout: Layout, step: Restart, note: Note) -> None:
     """Stop ComfyUI when its jobs are done, start it again, and wait until it answers."""
-    manager = manager_of(site)
-    await_jobs(site, manager, step, note)
-    halt(site, manager, force=step["force"])
-    await_answer(site, manager, note)
+    manager = manager_of(layout)
+    await_jobs(layout, manager, step, note)
+    halt(layout, manager, force=step.force)
+    await_answer(layout, manager, note)
 
 
-def await_jobs(site: Site, manager: Manager, step: Json, note: Callable[[str], None]) -> None:
+def await_jobs(layout: Layout, manager: Manager, step: Ending | Set | Unset, note: Note) -> None:
     """Wait until ComfyUI has no job left, as the step says; raises Fault when it does not end in time."""
-    if manager.status()["active"]:  # else it is somebody else's ComfyUI that answers
-        drain(endpoint(site), step["drain"], step["force"], note)
+    if manager.status().active:  # else it is somebody else's ComfyUI that answers
+        drain(endpoint(layout), step.drain, step.force, note)
 
 
-def await_answer(site: Site, manager: Manager, note: Callable[[str], None]) -> None:
+def await_answer(layout: Layout, manager: Manager, note: Note) -> None:
     """Start ComfyUI and wait until it answers; raises Fault with its log when it does not."""
     began = time.monotonic()
     manager.start()
     try:
-        stats = first_answer(endpoint(site), manager, site.manifest(site.release())["gate"]["seconds"])
+        stats = first_answer(endpoint(layout), manager, layout.manifest(layout.release())["gate"]["seconds"])
     except Fault as fault:
         fault.report |= {"kind": "silent", "hint": "read the log above; inv rollback returns to the release before"}
         with suppress(Fault, OSError):
@@ -133,54 +150,54 @@ def await_answer(site: Site, manager: Manager, note: Callable[[str], None]) -> N
     note(f"answers after {time.monotonic() - began:.1f} s: ComfyUI {stats['version']}")
 
 
-def withdraw(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def withdraw(layout: Layout, step: Withdraw, note: Note) -> None:
     """Take the current release out of service. It stays here: a deploy or rollback brings it back."""
-    manager = manager_of(site)
-    await_jobs(site, manager, step, note)
-    halt(site, manager, force=step["force"])
+    manager = manager_of(layout)
+    await_jobs(layout, manager, step, note)
+    halt(layout, manager, force=step.force)
     manager.uninstall()
     if isinstance(manager, Systemd):
-        put_exporter(site, {})
-    discard(site.paused)
-    if site.current.is_symlink():
-        discard(site.current)
+        put_exporter(layout, {})
+    discard(layout.paused)
+    if layout.current.is_symlink():
+        discard(layout.current)
 
 
-def end_linger(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def end_linger(layout: Layout, step: EndLinger, note: Note) -> None:
     """Let the login's systemd end with its last session again."""
     run(["loginctl", "disable-linger"])
-    discard(site.lingered)
+    discard(layout.lingered)
 
 
-def forget(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def forget(layout: Layout, step: Forget, note: Note) -> None:
     """Take away the unit that goes on with what was interrupted; it is the last of Hearth's in systemd's folder."""
-    Systemd(site).forget()
+    Systemd(layout).remove_apply_unit()
 
 
-def forget_mounts(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def forget_mounts(layout: Layout, step: ForgetMounts, note: Note) -> None:
     """Take away Hearth's mount units. What is mounted stays so until the next boot."""
-    for unit in step["units"]:
+    for unit in step.units:
         for path in entries(UNITS, unit):
             discard(path)
     run(["systemctl", "daemon-reload"])
 
 
-def delete(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def delete(layout: Layout, step: Delete, note: Note) -> None:
     """Delete what the step names in the prefix."""
-    _sweep([site.prefix / name for name in step["names"]], note)
+    _sweep([layout.prefix / name for name in step.names], note)
 
 
 RUN = ("agent", "agents", "lock", "pending.json", "runs", "site.json", "submit.lock")
 """What a run needs up to its end, and the next one to go on from there."""
 
 
-def erase(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def erase(layout: Layout, step: Erase, note: Note) -> None:
     """Delete what Hearth noted, but for what this run needs: `vanish` takes that."""
-    _sweep([path for path in site.state.iterdir() if path.name not in RUN], note)
+    _sweep([path for path in layout.state.iterdir() if path.name not in RUN], note)
 
 
-def _sweep(paths: list[Path], note: Callable[[str], None]) -> None:
-    sweep = Sweep()
+def _sweep(paths: list[Path], note: Note) -> None:
+    sweep = SafeDeleter()
     for path in paths:
         sweep.delete(path)
     os.sync()  # what is recorded as deleted does not come back with the power
@@ -194,17 +211,17 @@ def _sweep(paths: list[Path], note: Callable[[str], None]) -> None:
         raise Fault("step", what, "\n".join([*sweep.stuck[:20], *more]), hint)
 
 
-def vanish(site: Site, journal: Journal) -> None:
+def vanish(layout: Layout, journal: Journal) -> None:
     """End a run that leaves nothing: what it needed itself is deleted after it, the journal with its last line at last.
 
     Whoever follows has the journal open, and reads that line from there.
     """
-    with flock(site.state / "submit.lock", wait=30):  # nobody leaves a plan in what is being deleted
-        site.pending.unlink()
-        Systemd(site).forget()
+    with flock(layout.state / "submit.lock", wait=30):  # nobody leaves a plan in what is being deleted
+        layout.pending.unlink()
+        Systemd(layout).remove_apply_unit()
         journal.add("end", result="done", fault={})
-        sweep = Sweep()
-        sweep.delete(site.state)
+        sweep = SafeDeleter()
+        sweep.delete(layout.state)
         os.sync()
     with suppress(OSError):  # the data is in it, or something of somebody else's
-        site.prefix.rmdir()
+        layout.prefix.rmdir()

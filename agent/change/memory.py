@@ -4,75 +4,73 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from agent.api import endpoint, unload
-from agent.files import Fault, Json, meminfo, read_text
-from agent.layout import Site
+from agent.files import Fault, Note, meminfo, read_text
+from agent.layout import Layout
 from agent.look.gpu import gpus
 from agent.look.samples import running_job
-from agent.serve.services import manager_of, ours
+from agent.schema.change import DropCaches
+from agent.schema.live import Freed, GpuMemory, Held
+from agent.serve.managers import manager_of, ours
 
 CACHES = Path("/proc/sys/vm/drop_caches")
 
 
-def free(site: Site, wait: float) -> Json:
+def free(layout: Layout, wait: float) -> Freed:
     """Have ComfyUI unload its models and forget its results, and wait until it has.
 
     It does so at once, or when the job that runs has ended (main.py, prompt_worker); `wait` is in seconds. `freed` is
-    false when the job still runs then: it will come. Memory `before` and `after`: see `held`. Raises Fault.
+    false when the job still runs then. Raises Fault.
     """
     end = time.monotonic() + wait
-    before = held(site)
+    before = held(layout)
     try:
-        unload(endpoint(site))
-        job = running_job(site)
-        while job and running_job(site) == job:
+        unload(endpoint(layout))
+        job = running_job(layout)
+        while job and running_job(layout) == job:
             if time.monotonic() > end:
-                return {"freed": False, "job": job, "before": before, "after": held(site)}
+                return Freed(False, job, before, held(layout))
             time.sleep(0.25)
     except (OSError, ValueError) as error:
         raise Fault(
             "step", "ComfyUI does not answer, and keeps its memory", str(error), "inv status shows how it is"
         ) from error
-    return {"freed": True, "job": job, "before": before, "after": _settled(site, before)}
+    return Freed(True, job, before, _settled(layout, before))
 
 
-def held(site: Site) -> Json:
-    """Who holds how much, in bytes: each GPU's `used` and what ComfyUI has of it, ComfyUI's `resident` memory, and
-    what is `available` on the machine. None is what is not told."""
-    told = [
-        {
-            "index": gpu["index"],
-            "used": gpu["memory_used"],
-            "comfyui": sum(each["bytes"] or 0 for each in gpu["processes"] if each["comfyui"]),
-        }
-        for gpu in ours(site, gpus())
-    ]
-    status = read_text(Path(f"/proc/{manager_of(site).status()['pid']}/status"))
+def held(layout: Layout) -> Held:
+    """Memory in use now."""
+    told = (
+        GpuMemory(gpu.index, gpu.memory_used, sum(each.bytes or 0 for each in gpu.processes if each.comfyui))
+        for gpu in ours(layout, gpus())
+    )
+    status = read_text(Path(f"/proc/{manager_of(layout).status().pid}/status"))
     resident = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:")), None)
-    return {"gpus": told, "resident": resident, "available": meminfo()["MemAvailable"]}
+    return Held(tuple(told), resident, meminfo()["MemAvailable"])
 
 
-def _settled(site: Site, before: Json) -> Json:
-    """What is held when it has not become less for a second, or not at all for three: ComfyUI does not tell when it is
-    done, and begins when its worker wakes up."""
+def _settled(layout: Layout, before: Held) -> Held:
+    """Memory in use once it has not fallen for a second, or not at all for three.
+
+    ComfyUI does not report when it is done, and begins when its worker wakes up.
+    """
     least, since = before, time.monotonic()
     end = since + 15
     while time.monotonic() < min(end, since + (3 if least is before else 1)):
         time.sleep(0.25)
-        found = held(site)
+        found = held(layout)
         if _sum(found) < _sum(least) - 1_000_000:
             least, since = found, time.monotonic()
-    return least if least is not before else held(site)
+    return least if least is not before else held(layout)
 
 
-def _sum(each: Json) -> int:
-    return sum(gpu["used"] or 0 for gpu in each["gpus"]) + (each["resident"] or 0)
+def _sum(each: Held) -> int:
+    return sum(gpu.used or 0 for gpu in each.gpus) + (each.resident or 0)
 
 
-def drop_caches(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def drop_caches(layout: Layout, step: DropCaches, note: Note) -> None:
     """Have the kernel forget what it has read from disks and could read again, once it has written what is new."""
     before = meminfo()
     os.sync()  # what is not written yet cannot be dropped

@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from io import BufferedReader
-from typing import IO, cast
+from typing import IO, Any, cast
 
+from agent.change.accounts import account, linger, members, rights
 from agent.change.adopt import adopt, retire, unadopt
 from agent.change.cutover import RESERVE, abandon, cut_over
+from agent.change.env import env
 from agent.change.exporter import exporter
+from agent.change.folders import folders, mount
 from agent.change.lifecycle import (
     delete,
     end_linger,
@@ -31,47 +34,23 @@ from agent.change.lifecycle import (
     withdraw,
 )
 from agent.change.memory import drop_caches
+from agent.change.releases import prune, release, serve
 from agent.change.settings import apply_setting, undo_settings
-from agent.change.steps import (
-    account,
-    app,
-    env,
-    folders,
-    linger,
-    members,
-    mount,
-    node,
-    prune,
-    release,
-    rights,
-    serve,
-    tool,
-)
+from agent.change.trees import app, node, tool
 from agent.change.trial import trial_of
-from agent.files import (
-    Fault,
-    Json,
-    Sweep,
-    append,
-    cut,
-    flock,
-    free,
-    holders,
-    os_fault,
-    read,
-    remove_drafts,
-    retried,
-    sha256,
-    sync,
-    write,
-)
+from agent.deletion import SafeDeleter
+from agent.files import Fault, Json, Note, append, cut, os_fault, read, remove_drafts, retried, sha256, sync, write
 from agent.install import install
 from agent.journal import Journal, busy, events, history, now
-from agent.layout import Site
+from agent.layout import Layout
+from agent.locks import flock, free, holders
+from agent.processes import end_with_programs, wait_for
 from agent.requester import asker
-from agent.serve.services import Systemd, end_with_programs, manager_of, wait_for
+from agent.schema.change import CutOver, Env, Release, Step, Stop, Tree, unpacked
+from agent.serve.managers import manager_of
+from agent.serve.systemd import Systemd
 
-STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
+STEPS: dict[str, Callable[[Layout, Any, Note], None]] = {
     "account": account,
     "linger": linger,
     "members": members,
@@ -105,98 +84,103 @@ STEPS: dict[str, Callable[[Site, Json, Callable[[str], None]], None]] = {
 }
 
 
-def submit(site: Site, plan: Json) -> Json:
+def submit(layout: Layout, plan: Json) -> Json:
     """Take a plan over and start applying it; raises Fault when another is under way or the host has changed."""
-    for folder in (site.prefix, site.state):
+    for folder in (layout.prefix, layout.state):
         folder.mkdir(parents=True, exist_ok=True)
-    with flock(site.state / "submit.lock", wait=SUBMIT_SECONDS):  # moments: whoever is first leaves its plan
-        ends = any(step["kind"] == "stop" and step["force"] for step in plan["steps"])
-        other = busy(site)
+    try:
+        steps = [unpacked(each) for each in plan["steps"]]
+    except ValueError as error:
+        raise Fault("usage", "the plan has a step that this agent does not know", str(error)) from error
+    with flock(layout.state / "submit.lock", wait=SUBMIT_SECONDS):  # moments: whoever is first leaves its plan
+        ends = any(isinstance(step, Stop) and step.force for step in steps)
+        other = busy(layout)
         if other and ends:
-            _abort(site, f"{plan['action']} by {plan['who']}")
+            _abort(layout, f"{plan['action']} by {plan['who']}")
         elif other:
             if not other["alive"]:
-                manager_of(site).go()  # whoever applied it was killed, and nobody started it again
+                manager_of(layout).start_apply()  # whoever applied it was killed, and nobody started it again
             raise Fault(
                 "busy",
                 f"a {other['action']} is under way on this host: {other['who']}, since {other['since']}",
                 "",
                 "watch it with inv attach, then run the same command again",
             )
-        elif site.release() != plan["base"] or _missing(site, plan["steps"]):
+        elif layout.release() != plan["base"] or _missing(layout, steps):
             raise Fault("busy", "the host was changed since the plan was made", "", "run the same command again")
-        write(site.state / "site.json", json.dumps(site.json))
-        install(site)
-        write(site.state / RESERVE, bytes(RESERVED))
+        write(layout.state / "site.json", json.dumps(layout.json))
+        install(layout)
+        write(layout.state / RESERVE, bytes(RESERVED))
         plan |= asker(plan["who"])
-        Journal(site, plan["run"]).add(
+        Journal(layout, plan["run"]).add(
             "begin", who=plan["who"], key=plan["key"], action=plan["action"], release=plan["release"]
         )
-        write(site.pending, json.dumps({**plan, "since": now()}))
-        manager_of(site).go()
+        write(layout.pending, json.dumps({**plan, "since": now()}))
+        manager_of(layout).start_apply()
     return {"run": plan["run"]}
 
 
-def _abort(site: Site, why: str) -> None:
+def _abort(layout: Layout, why: str) -> None:
     """End the run under way, and ComfyUI with it: a hostile one may be what it waits for.
 
     What it had switched is brought back, and nothing is started again. Whoever is killed here goes on with that.
     """
-    plan, manager = read(site.pending), manager_of(site)
-    write(site.pending, json.dumps({**plan, "aborted": why}))
+    plan, manager = read(layout.pending), manager_of(layout)
+    write(layout.pending, json.dumps({**plan, "aborted": why}))
     if isinstance(manager, Systemd):  # else it starts again what is killed
         subprocess.run([*manager.ctl, "stop", manager.apply_unit], capture_output=True)
-    for pid in holders(site.lock):
+    for pid in holders(layout.lock):
         end_with_programs(pid)
-    halt(site, manager, force=True)
-    wait_for(lambda: free(site.lock), 10)
-    apply(site)
+    halt(layout, manager, force=True)
+    wait_for(lambda: free(layout.lock), 10)
+    apply(layout)
 
 
 SUBMIT_SECONDS = 30
 """For another client to leave its plan, and for systemd to start what applies it."""
 
 
-def _missing(site: Site, steps: list[Json]) -> set[str]:
-    """The parts and releases that these steps rest on and do not make: another run may have pruned them since."""
-    parts = {source.partition("/")[0] for step in steps for source in step.get("reuse", {}).values()}
-    releases = {step["to"] for step in steps if step["kind"] == "cut-over"}
+def _missing(layout: Layout, steps: list[Step]) -> set[str]:
+    """The parts and releases that these steps need and do not make: another run may have pruned them since."""
+    trees = [step for step in steps if isinstance(step, Tree)]
+    parts = {source.partition("/")[0] for step in trees for source in step.reuse.values()}
+    releases = {step.to for step in steps if isinstance(step, CutOver)}
     for step in steps:
-        if step["kind"] == "release":
-            parts |= set(step["release"]["parts"].values())
-            releases.discard(step["release"]["id"])
-    parts -= {step["part"] for step in steps if "part" in step}
-    lack = {name for name in parts if not (site.parts / name).is_dir()}
-    return lack | {name for name in releases if not site.manifest(name)}
+        if isinstance(step, Release):
+            parts |= set(step.release["parts"].values())
+            releases.discard(step.release["id"])
+    parts -= {step.part for step in steps if isinstance(step, (Tree, Env))}
+    lack = {name for name in parts if not (layout.parts / name).is_dir()}
+    return lack | {name for name in releases if not layout.manifest(name)}
 
 
 RESERVED = 65536
 """Bytes kept for the records that end a run whose disk is full: the result with a log's last lines, the journal's."""
 
 
-def apply(site: Site) -> None:
+def apply(layout: Layout) -> None:
     """Apply the pending plan from where it stands; without one, clear up what an interrupted run left.
 
     Raises OSError when the disk takes no writes at all: the plan stays pending then.
     """
-    with flock(site.lock):
-        plan = read(site.pending)
+    with flock(layout.lock):
+        plan = read(layout.pending)
         if not plan:
-            _clear(site)
-            manager_of(site).settle()
+            _clear(layout)
+            manager_of(layout).start_missed()
             return
-        journal = Journal(site, plan["run"])
+        journal = Journal(layout, plan["run"])
         if "result" not in plan:
-            fault = _abandon(site, plan, journal) if "aborted" in plan else _carry_out(site, plan, journal)
+            fault = _abandon(layout, plan, journal) if "aborted" in plan else _carry_out(layout, plan, journal)
             if not fault and plan["steps"][-1]["kind"] == "erase":
-                vanish(site, journal)
+                vanish(layout, journal)
                 return
             plan |= {"result": fault.get("result", "failed") if fault else "done", "fault": fault}
-            _record(site, plan)
-        _end(site, plan, journal)
+            _record(layout, plan)
+        _end(layout, plan, journal)
 
 
-def _carry_out(site: Site, plan: Json, journal: Journal) -> Json:
+def _carry_out(layout: Layout, plan: Json, journal: Journal) -> Json:
     """Do the steps that are not done yet; the report of the Fault that ended them, empty when none did."""
     done = {event["step"] for event in journal.events() if event["event"] == "done"}
     note = _noting(journal)
@@ -205,7 +189,7 @@ def _carry_out(site: Site, plan: Json, journal: Journal) -> Json:
             continue
         try:
             journal.add("step", step=number, title=step["title"])
-            STEPS[step["kind"]](site, step, note)
+            STEPS[step["kind"]](layout, unpacked(step), note)
         except Fault as error:
             return error.report
         except OSError as error:
@@ -220,16 +204,16 @@ def _carry_out(site: Site, plan: Json, journal: Journal) -> Json:
     return {}
 
 
-def _abandon(site: Site, plan: Json, journal: Journal) -> Json:
+def _abandon(layout: Layout, plan: Json, journal: Journal) -> Json:
     """End a run that somebody has cut short to stop ComfyUI; the report of how."""
     report = Fault("step", f"ended by {plan['aborted']}", "", "run the same command again when that is over").report
     try:
-        return abandon(site, plan["run"], report, _noting(journal))
+        return abandon(layout, plan["run"], report, _noting(journal))
     except (Fault, OSError) as error:
         return Fault("step", report["what"], f"what it did could not be undone: {error}", "inv facts").report
 
 
-def _noting(journal: Journal) -> Callable[[str], None]:
+def _noting(journal: Journal) -> Note:
     left = NOTES
 
     def note(text: str) -> None:
@@ -246,60 +230,60 @@ NOTES = 1000
 """Notes of a run that are kept: what they tell may be a node's choice."""
 
 
-def _record(site: Site, plan: Json) -> None:
+def _record(layout: Layout, plan: Json) -> None:
     """Write the result into the plan, before anything is deleted that it rests on.
 
     On a disk without room even for that, the plan is deleted instead, which ends the run as well.
     """
     try:
-        retried(lambda: write(site.pending, json.dumps({**plan, "steps": []})))
+        retried(lambda: write(layout.pending, json.dumps({**plan, "steps": []})))
     except OSError:
-        (site.state / RESERVE).unlink(missing_ok=True)
+        (layout.state / RESERVE).unlink(missing_ok=True)
         try:
-            write(site.pending, json.dumps({**plan, "steps": []}))
+            write(layout.pending, json.dumps({**plan, "steps": []}))
         except OSError:
-            retried(lambda: site.pending.unlink(missing_ok=True))
+            retried(lambda: layout.pending.unlink(missing_ok=True))
 
 
-def _end(site: Site, plan: Json, journal: Journal) -> None:
+def _end(layout: Layout, plan: Json, journal: Journal) -> None:
     """Tell how a run ended, once, and delete what it needed; the plan last, so that whoever is killed here goes on."""
     names = ("run", "who", "key", "action", "release", "base")
     asked: Json = {name: plan.get(name, "") for name in names}
-    line = {"at": now(), "result": plan["result"], **asked, "error": plan["fault"].get("what", "")}
-    (site.state / RESERVE).unlink(missing_ok=True)
+    line: Json = {"at": now(), "result": plan["result"], **asked, "error": plan["fault"].get("what", "")}
+    (layout.state / RESERVE).unlink(missing_ok=True)
     with suppress(OSError):  # a full disk must not keep the run from ending
-        if not any(each.get("run") == plan["run"] for each in history(site)):
-            append(site.history, line)
+        if not any(each.get("run") == plan["run"] for each in history(layout)):
+            append(layout.history, line)
     with suppress(OSError):
         if not any(event["event"] == "end" for event in journal.events()):
             journal.add("end", result=plan["result"], fault=plan["fault"])
     if not plan["fault"].get("kept"):
         for _ in range(2):  # a disk may refuse once; after that it is no more than litter
-            Sweep().delete(site.state / f"database-{plan['run']}")
-    _clear(site)
-    retried(lambda: site.pending.unlink(missing_ok=True))
+            SafeDeleter().delete(layout.state / f"database-{plan['run']}")
+    _clear(layout)
+    retried(lambda: layout.pending.unlink(missing_ok=True))
 
 
-def _clear(site: Site) -> None:
+def _clear(layout: Layout) -> None:
     """Delete what runs that have ended needed."""
-    for path in (site.cut, site.state / RESERVE, site.prefix / ".current.back"):
+    for path in (layout.cut, layout.state / RESERVE, layout.prefix / ".current.back"):
         retried(lambda path=path: path.unlink(missing_ok=True))  # type: ignore[misc]
-    for folder in (site.state, site.prefix):
+    for folder in (layout.state, layout.prefix):
         remove_drafts(folder)
-    if (site.state / "trial").exists():
-        trial_of(site, manager_of(site)).clear()
+    if (layout.state / "trial").exists():
+        trial_of(layout, manager_of(layout)).clear()
 
 
-def follow(site: Site, run_id: str) -> Iterator[Json]:
+def follow(layout: Layout, run_id: str) -> Iterator[Json]:
     """Yield the events of a run, as they come, up to its end. The journal stays open: a run may end by deleting it."""
-    journal = Journal(site, run_id).path
+    journal = Journal(layout, run_id).path
     rest, quiet, gone, idle = b"", 0.0, False, 0
     with ExitStack() as stack:
         held: IO[bytes] | None = None
         while True:
             with suppress(FileNotFoundError):
                 held = held or stack.enter_context(journal.open("rb"))
-            if held is None and not site.state.exists():
+            if held is None and not layout.state.exists():
                 yield {"event": "end", "result": "done", "fault": {}}  # what is gone was its to delete
                 return
             whole, _, rest = (rest + held.read() if held is not None else b"").rpartition(b"\n")
@@ -311,16 +295,16 @@ def follow(site: Site, run_id: str) -> Iterator[Json]:
                 raise Fault("step", "the run ended without a record", "the disk may be full", "inv facts shows it")
             quiet = 0.0 if fresh else quiet + 0.1
             if quiet > 10:
-                gone = read(site.pending).get("run") != run_id  # its last line may have come this very moment
-                idle = idle + 1 if not gone and free(site.lock) else 0
+                gone = read(layout.pending).get("run") != run_id  # its last line may have come this very moment
+                idle = idle + 1 if not gone and free(layout.lock) else 0
                 if idle > 3:
                     hint = "mend what the log shows, then inv attach: it is started again, and goes on"
                     fault = Fault("step", "what applies the plan ends each time it is started", "", hint)
                     with suppress(Fault):  # a journal that is not this login's to read
-                        fault.report["log"] = manager_of(site).last_go()
+                        fault.report["log"] = manager_of(layout).apply_log()
                     raise fault
                 if idle:
-                    manager_of(site).go()
+                    manager_of(layout).start_apply()
                 yield {"event": "alive"}  # shows that the connection still is
                 quiet = 0.0
             time.sleep(0.1)
@@ -330,21 +314,21 @@ SILENCE = 60
 """Seconds without a byte after which an upload ends: its client sleeps, or is gone. The next one resumes it."""
 
 
-def receive(site: Site, digest: str, size: int, offset: int) -> Json:
+def receive(layout: Layout, digest: str, size: int, offset: int) -> Json:
     """Write standard input to a blob from `offset` on, until it is whole; answers how much is there.
 
     What is there stays in a file that the next upload resumes. While another client sends the same blob, or is silent,
     this one writes to a copy. Raises Fault when nothing comes, or when another run deleted the file.
     """
     signal.signal(signal.SIGALRM, _silent)
-    path = site.incoming / digest
-    part = site.incoming / f"{digest}.part"
+    path = layout.incoming / digest
+    part = layout.incoming / f"{digest}.part"
     try:
         with ExitStack() as stack:
             try:
                 file = stack.enter_context(flock(part))
             except Fault:
-                other, part = part, site.incoming / f"{digest}.{os.getpid()}.part"
+                other, part = part, layout.incoming / f"{digest}.{os.getpid()}.part"
                 file = stack.enter_context(flock(part))
                 stack.callback(part.unlink, missing_ok=True)
                 shutil.copyfile(other, part)
@@ -364,7 +348,7 @@ def receive(site: Site, digest: str, size: int, offset: int) -> Json:
                     part.unlink()
                     raise Fault("step", "what was sent is damaged", "", "run the same command again")
                 part.replace(path)
-                sync(site.incoming)
+                sync(layout.incoming)
     except FileNotFoundError:
         what, hint = "what was sent so far was deleted", "run the same command again"
         raise Fault("step", what, "another run cleaned up meanwhile", hint) from None

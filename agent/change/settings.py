@@ -18,16 +18,20 @@ import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from agent.change.lifecycle import await_answer, await_jobs
-from agent.files import Fault, Json, discard, run, write
+from agent.files import Fault, Json, Note, discard, write
 from agent.journal import Settings
-from agent.layout import Site
-from agent.serve.services import UNITS, manager_of
+from agent.layout import Layout
+from agent.processes import run
+from agent.schema.change import Set, Unset
+from agent.schema.settings import Access, Applied, Node, Rule, Seen, State
+from agent.serve.managers import manager_of
+from agent.serve.systemd import UNITS
 
 # --- kinds ---------------------------------------------------------------------------------------------------------
 
@@ -148,51 +152,54 @@ def _wanted(change: Json, now: Any) -> Any:
     return {"value": change.get("value"), "node": [gid, change.get("mode")], "unit": [True, True]}[kind]
 
 
-def seen(changes: list[Json]) -> list[Json]:
-    """How every place of some changes is now, how it shall be, and whether the kernel lets it be written."""
-    found: list[Json] = []
+def seen(changes: Sequence[Json]) -> tuple[Seen, ...]:
+    """The state of every place of some changes."""
+    found: list[Seen] = []
     for change in changes:
         for place in _places(change):
             with suppress(OSError):
                 now = KINDS[change["kind"]][0](place)
                 may = change["kind"] != "value" or os.access(place, os.W_OK)
                 wanted = _wanted(change, now)
-                found.append({"kind": change["kind"], "place": place, "now": now, "wanted": wanted, "writable": may})
-    return found
+                found.append(Seen(change["kind"], place, now, wanted, may))
+    return tuple(found)
 
 
-def look(site: Site, request: Json) -> Json:
-    """What is in force, and how the places of some settings (`changes`, by name) are now."""
-    record = Settings(site).in_force()
-    return {"applied": record, "seen": {name: seen(changes) for name, changes in request["changes"].items()}}
+def look(layout: Layout, request: Json) -> State:
+    """The changes in force, and the state of the places of some settings (`changes`, by name)."""
+    applied = {
+        name: tuple(Applied(each["kind"], each["place"], each["old"], each["new"]) for each in listed)
+        for name, listed in Settings(layout).in_force().items()
+    }
+    return State(applied, {name: seen(changes) for name, changes in request["changes"].items()})
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------
 
 
-def apply_setting(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def apply_setting(layout: Layout, step: Set, note: Note) -> None:
     """Make the changes of a setting; where ComfyUI must see them from its start, it is stopped before.
 
     When ComfyUI then does not serve, or a change cannot be made, the whole setting is undone.
     """
-    if step["serves"]:
-        _stop(site, step, note)
+    if step.serves:
+        _stop(layout, step, note)
     try:
-        _apply(site, step["setting"], step["changes"])
-        if step["serves"]:
-            await_answer(site, manager_of(site), note)
+        _apply(layout, step.setting, step.changes)
+        if step.serves:
+            await_answer(layout, manager_of(layout), note)
     except (Fault, OSError) as error:
-        stuck = _undo(site, step["setting"], force=True)
-        if step["serves"]:
-            manager_of(site).stop()
-            await_answer(site, manager_of(site), note)
-        what = f"{step['setting']} could not be set, and is undone: {error}"
+        stuck = _undo(layout, step.setting, force=True)
+        if step.serves:
+            manager_of(layout).stop()
+            await_answer(layout, manager_of(layout), note)
+        what = f"{step.setting} could not be set, and is undone: {error}"
         cause = error.report["cause"] if isinstance(error, Fault) else ""
         raise Fault("step", what, "\n".join([cause, *stuck]).strip(), "mend that, then run the same command") from error
 
 
-def _apply(site: Site, setting: str, changes: list[Json]) -> None:
-    record = Settings(site)
+def _apply(layout: Layout, setting: str, changes: Sequence[Json]) -> None:
+    record = Settings(layout)
     known = {(each["kind"], each["place"]): each["new"] for each in record.in_force().get(setting, [])}
     for change in changes:
         read, put = KINDS[change["kind"]]
@@ -206,13 +213,13 @@ def _apply(site: Site, setting: str, changes: list[Json]) -> None:
             put(place, wanted)
 
 
-def undo_settings(site: Site, step: Json, note: Callable[[str], None]) -> None:
+def undo_settings(layout: Layout, step: Unset, note: Note) -> None:
     """Put back what settings changed, the last first; what somebody changed since stays, unless told to `overwrite`."""
-    if step["serves"]:
-        _stop(site, step, note)
-    stuck = [each for name in step["settings"] for each in _undo(site, name, force=step["overwrite"])]
-    if step["serves"]:
-        await_answer(site, manager_of(site), note)
+    if step.serves:
+        _stop(layout, step, note)
+    stuck = [each for name in step.settings for each in _undo(layout, name, force=step.overwrite)]
+    if step.serves:
+        await_answer(layout, manager_of(layout), note)
     if stuck:
         hint = "look at them; --force puts back what was there before Hearth, too"
         raise Fault(
@@ -220,8 +227,8 @@ def undo_settings(site: Site, step: Json, note: Callable[[str], None]) -> None:
         )
 
 
-def _undo(site: Site, setting: str, *, force: bool) -> list[str]:
-    record = Settings(site)
+def _undo(layout: Layout, setting: str, *, force: bool) -> list[str]:
+    record = Settings(layout)
     stuck: list[str] = []
     for change in reversed(record.in_force().get(setting, [])):
         read, put = KINDS[change["kind"]]
@@ -247,37 +254,26 @@ def _edited(now: Any, new: Any) -> str:
     return "gone" if now is None else f"{now}, Hearth set {new}" if isinstance(new, str) else "edited"
 
 
-def _stop(site: Site, step: Json, note: Callable[[str], None]) -> None:
-    manager = manager_of(site)
-    await_jobs(site, manager, step, note)
+def _stop(layout: Layout, step: Set | Unset, note: Note) -> None:
+    manager = manager_of(layout)
+    await_jobs(layout, manager, step, note)
     manager.stop()
 
 
 # --- who may use the GPU -------------------------------------------------------------------------------------------
 
 
-def access(site: Site, request: Json) -> Json:
-    """The GPU's devices with owner, group and mode, who of `users` may use each, and what decides about them.
-
-    `driver` are the driver's parameters for the nodes that it makes (/proc/driver/nvidia/params), `rules` the udev
-    rules that name such devices.
-    """
+def access(layout: Layout, request: Json) -> Access:
+    """The GPU's device files, which of `users` may use each, and the settings that decide about that."""
     people = {name: _groups(name) for name in request["users"]}
-    nodes = []
+    nodes: list[Node] = []
     for place in [*_glob("/dev/nvidia*"), *_glob("/dev/dri/render*")]:
         status = Path(place).stat()
         if not stat.S_ISCHR(status.st_mode):
             continue
         group = _group(status.st_gid)
-        nodes.append(
-            {
-                "place": place,
-                "mode": stat.S_IMODE(status.st_mode),
-                "owner": _user(status.st_uid),
-                "group": group,
-                "denied": [name for name, groups in people.items() if not _may(status, name, groups)],
-            }
-        )
+        denied = tuple(name for name, groups in people.items() if not _may(status, name, groups))
+        nodes.append(Node(place, stat.S_IMODE(status.st_mode), _user(status.st_uid), group, denied))
     params = {}
     with suppress(OSError):
         lines = Path("/proc/driver/nvidia/params").read_text().splitlines()
@@ -285,29 +281,29 @@ def access(site: Site, request: Json) -> Json:
         params = {
             name: value for name, _, value in split if name.startswith("DeviceFile") or name == "ModifyDeviceFiles"
         }
-    rules: list[Json] = []
+    rules: list[Rule] = []
     for folder in ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/lib/udev/rules.d", "/lib/udev/rules.d"):
-        if Path(folder).resolve() in {Path(each["file"]).parent for each in rules}:
+        if Path(folder).resolve() in {Path(each.file).parent for each in rules}:
             continue  # /lib is /usr/lib
         for path in sorted(Path(folder).resolve().glob("*.rules")):
             rules += [
-                {"file": str(path), "rule": line.strip()[:200]}
+                Rule(str(path), line.strip()[:200])
                 for line in path.read_text(errors="replace").splitlines()
                 if not line.lstrip().startswith("#") and re.search(r"nvidia|renderD|0x10de", line)
             ]
-    return {"nodes": nodes, "driver": params, "rules": rules, "users": people}
+    return Access(tuple(nodes), params, tuple(rules), people)
 
 
-def _groups(user: str) -> list[str] | None:
+def _groups(user: str) -> tuple[str, ...] | None:
     """The groups of a user; None when there is no such user."""
     try:
         entry = pwd.getpwnam(user)
     except KeyError:
         return None
-    return sorted(_group(each) for each in os.getgrouplist(user, entry.pw_gid))
+    return tuple(sorted(_group(each) for each in os.getgrouplist(user, entry.pw_gid)))
 
 
-def _may(status: os.stat_result, user: str, groups: list[str] | None) -> bool:
+def _may(status: os.stat_result, user: str, groups: tuple[str, ...] | None) -> bool:
     """Whether a user may read and write a device: its mode says so (an access list is not looked at)."""
     if groups is None:
         return False

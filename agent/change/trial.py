@@ -15,40 +15,22 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
 from agent.api import Endpoint
-from agent.files import (
-    Fault,
-    Json,
-    Sweep,
-    branches,
-    inherited,
-    inside,
-    link,
-    meminfo,
-    read,
-    read_some,
-    regular,
-    run,
-    write,
-)
-from agent.layout import DATA, Site
+from agent.deletion import SafeDeleter
+from agent.files import Fault, Json, Note, link, meminfo, read, read_some, regular, write
+from agent.folders import branches, inside
+from agent.layout import DATA, Layout
 from agent.look.gpu import gpus
 from agent.parts import as_service, forsake_root
+from agent.processes import copied, dies_with_parent, end_descendants, inherited, run, take_orphans, wait_for
+from agent.schema.facts import Service
 from agent.serve.health import prove, say_changed_types
-from agent.serve.services import (
-    Manager,
-    Systemd,
-    copied,
-    dies_with_parent,
-    end_descendants,
-    end_of,
-    take_orphans,
-    wait_for,
-)
+from agent.serve.managers import Manager
+from agent.serve.supervised import end_of
+from agent.serve.systemd import Systemd
 
 CLEAR_SECONDS = 120
 """For deleting what a trial has written, some megabytes."""
@@ -76,15 +58,15 @@ def lacking() -> str:
     return ""
 
 
-def trial_of(site: Site, manager: Manager) -> Trial:
+def trial_of(layout: Layout, manager: Manager) -> Trial:
     """The trial of a release, run as its service would be."""
-    return SystemdTrial(site) if isinstance(manager, Systemd) else Trial(site)
+    return SystemdTrial(layout) if isinstance(manager, Systemd) else Trial(layout)
 
 
-def run_trial(site: Site, manager: Manager, release: Json, note: Callable[[str], None]) -> None:
+def run_trial(layout: Layout, manager: Manager, release: Json, note: Note) -> None:
     """Prove a release without touching the one in service. Raises Fault, kind `trial`, with its log."""
-    trial = trial_of(site, manager)
-    current = site.release()
+    trial = trial_of(layout, manager)
+    current = layout.release()
     try:
         trial.start(release)
         proof = prove(
@@ -101,7 +83,7 @@ def run_trial(site: Site, manager: Manager, release: Json, note: Callable[[str],
         raise fault from error
     finally:
         trial.clear()
-    say_changed_types(read(site.releases / current / "proven", lenient=True), proof, note)
+    say_changed_types(read(layout.releases / current / "proven", lenient=True), proof, note)
 
 
 IMPORT_SECONDS = 300
@@ -117,15 +99,15 @@ def imports(release: Json) -> list[str]:
 class Trial:
     """One release on scratch data, as a process of the agent's own: it ends with it."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         # Nobody else may write in the room itself: systemd, which mounts from it, would follow a link there.
-        self.room = site.state / "trial"
+        self.room = layout.state / "trial"
         self.scratch = self.room / "data"
         self.argv: list[str] = []
         # where the trial has what is written: the data, and folders that lie elsewhere
-        elsewhere = {path: name for name, path in site.elsewhere.items() if name != "models"}
-        self.places = {str(site.data): self.scratch, **{path: self.room / name for path, name in elsewhere.items()}}
+        elsewhere = {path: name for name, path in layout.elsewhere.items() if name != "models"}
+        self.places = {str(layout.data): self.scratch, **{path: self.room / name for path, name in elsewhere.items()}}
         self.child: subprocess.Popen[bytes] | None = None
         self.spared: set[int] = set()
 
@@ -140,7 +122,7 @@ class Trial:
         words = [self.moved(word) for word in release.get("confined", ())]
         if words and "write" in json.loads(words[-2]):
             spec, port = json.loads(words[-2]), int(self.argv[self.argv.index("--port") + 1])
-            models = self.site.elsewhere.get("models")  # the real ones
+            models = self.layout.elsewhere.get("models")  # the real ones
             spec["read"] += [models] if models else []
             spec["write"] = [path for path in spec["write"] if path != models]
             words[-2] = json.dumps({**spec, "bind": [port], "connect": [*spec["connect"], port]})
@@ -160,17 +142,17 @@ class Trial:
             self.argv[self.argv.index(flag) + 1] = value
         for place in self.places.values():
             place.mkdir(0o750, parents=True)
-            os.chown(place, *self.site.owner())
+            os.chown(place, *self.layout.owner())
         inside = [self.moved(name) for name in release.get("folders", ())]
-        as_service(self.site, _fill, self.site.data, self.scratch, inside, models)
+        as_service(self.layout, _fill, self.layout.data, self.scratch, inside, models)
 
     def start(self, release: Json) -> None:
         """Start a release."""
-        self.prepare(release, self.site.data / "models")
+        self.prepare(release, self.layout.data / "models")
         self.argv = [self.moved(word) for word in self.argv]
         variables = {name: self.moved(value) for name, value in release["environment"].items()}
         self.spared = take_orphans()
-        log = (self.site.state / "trial.log").open("wb", buffering=0)  # written to as long as anything runs
+        log = (self.layout.state / "trial.log").open("wb", buffering=0)  # written to as long as anything runs
 
         def spawn(argv: list[str]) -> subprocess.Popen[bytes]:
             child = subprocess.Popen(
@@ -207,16 +189,19 @@ class Trial:
     def clear(self) -> None:
         """End it, if it runs, and remove what it has written."""
         self.stop()
-        Sweep(CLEAR_SECONDS).delete(self.room)
+        SafeDeleter(CLEAR_SECONDS).delete(self.room)
 
-    def status(self) -> Json:
-        """Whether it runs."""
+    def status(self) -> Service:
+        """Its state; it is never restarted."""
         code = self.child.poll() if self.child else None
-        return {"active": self.child and code is None, "state": f"it ended with {code}", "restarts": 0}
+        active = self.child is not None and code is None
+        return Service(
+            active=active, state=f"it ended with {code}", enabled=False, linked=True, restarts=0, since="", pid=0
+        )
 
     def log(self, lines: int) -> list[str]:
         """Its last lines."""
-        return end_of(self.site.state / "trial.log", lines)
+        return end_of(self.layout.state / "trial.log", lines)
 
 
 class SystemdTrial(Trial):
@@ -226,35 +211,35 @@ class SystemdTrial(Trial):
     is tried, too; the login's own cannot, and gets other paths.
     """
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        self.unit = Systemd(Site({**site.json, "service": f"{site.service}-trial"}))
-        self.drop_ins = self.unit.units / f"{site.service}.service.d"
-        system = site.scope == "system"
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        self.unit = Systemd(Layout({**layout.json, "service": f"{layout.service}-trial"}))
+        self.drop_ins = self.unit.units / f"{layout.service}.service.d"
+        system = layout.scope == "system"
         self.unit.units = Path("/run/systemd/system" if system else f"/run/user/{os.getuid()}/systemd/user")
         self.place = self.unit.units / self.unit.unit
 
     def start(self, release: Json) -> None:
         """Start a release; settings that somebody made for the service (systemctl edit) hold for it, too."""
-        text = (self.site.releases / release["id"] / f"{self.site.service}.service").read_text()
+        text = (self.layout.releases / release["id"] / f"{self.layout.service}.service").read_text()
         lines = ["[Service]", "Restart=no", f"RuntimeMaxSec={release['gate']['seconds'] + 900}", "ExecStart="]
-        if self.site.scope == "system":
+        if self.layout.scope == "system":
             # All of the real data, to read its models: systemd would follow a link in their place, as root. The trial
             # follows it itself, within its sandbox.
-            real = Path(f"/run/{self.site.service}-data")
+            real = Path(f"/run/{self.layout.service}-data")
             self.prepare(release, real / "models")
             lines += [f"BindPaths={place}:{path}" for path, place in self.places.items()]
-            lines += [f"BindReadOnlyPaths={self.site.data}:{real}"]
-            if models := self.site.elsewhere.get("models"):  # the operator's
+            lines += [f"BindReadOnlyPaths={self.layout.data}:{real}"]
+            if models := self.layout.elsewhere.get("models"):  # the operator's
                 lines += [f"BindReadOnlyPaths=-{models}:{models}"]
         else:
-            self.prepare(release, self.site.data / "models")
+            self.prepare(release, self.layout.data / "models")
             self.argv, text = [self.moved(word) for word in self.argv], self.moved(text)
         for key, argv in (("ExecStartPre", imports(release)), ("ExecStart", self.argv)):
             command = shlex.join([*self.confined(release), *argv]).replace("%", "%%").replace("$", "$$")
             lines += [f"{key}={command}"] if argv else []
         lines += [f"TimeoutStartSec={IMPORT_SECONDS}"]
-        storage = f"{self.site.service}-storage.service"  # a release's first one is not known to systemd yet
+        storage = f"{self.layout.service}-storage.service"  # a release's first one is not known to systemd yet
         write(self.place, "".join(f"{line}\n" for line in text.splitlines() if not line.endswith(f"={storage}")))
         ours = self.place.with_name(f"{self.place.name}.d")
         for each in self.drop_ins.glob("*.conf"):
@@ -272,8 +257,8 @@ class SystemdTrial(Trial):
             run([*self.unit.ctl, "daemon-reload"])
             subprocess.run([*self.unit.ctl, "reset-failed", self.unit.unit], capture_output=True)
 
-    def status(self) -> Json:
-        """Whether it runs."""
+    def status(self) -> Service:
+        """Its state."""
         return self.unit.status()
 
     def log(self, lines: int) -> list[str]:

@@ -7,30 +7,30 @@ import subprocess
 from pathlib import Path
 
 from agent.files import Json, read, read_text
-from agent.layout import Site
-from agent.serve.services import Systemd
+from agent.layout import Layout
+from agent.serve.systemd import Systemd
 
 
-def installed(site: Site) -> Json:
+def installed(layout: Layout) -> Json:
     """The `agent` (its hash) that the exporter's unit runs, its `settings` and the `unit`; empty without one."""
-    unit = unit_file(site)
+    unit = unit_file(layout)
     if unit.is_symlink() or not unit.exists():  # a link: an older Hearth's, a part of its release
         return {}
-    agent = os.path.basename(os.path.realpath(site.exporter_agent))  # noqa: PTH119  a link that may lead nowhere
-    return {"agent": agent, "settings": read(site.exporter_settings, lenient=True), "unit": read_text(unit)}
+    agent = os.path.basename(os.path.realpath(layout.exporter_agent))  # noqa: PTH119  a link that may lead nowhere
+    return {"agent": agent, "settings": read(layout.exporter_settings, lenient=True), "unit": read_text(unit)}
 
 
-def exporter(site: Site) -> Json:
+def exporter(layout: Layout) -> Json:
     """As `installed`, and whether its unit is `active`."""
-    found = installed(site)
+    found = installed(layout)
     if found:
-        systemd = Systemd(site)
+        systemd = Systemd(layout)
         words = [*systemd.ctl, "is-active", "--quiet", systemd.exporter_unit]
         found["active"] = subprocess.run(words, capture_output=True).returncode == 0
     return found
 
 
-def unit_file(site: Site) -> Path:
+def unit_file(layout: Layout) -> Path:
     """Where the exporter's unit lies."""
-    systemd = Systemd(site)
+    systemd = Systemd(layout)
     return systemd.units / systemd.exporter_unit

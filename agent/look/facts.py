@@ -1,123 +1,123 @@
-"""What the host is now."""
+"""The state of the host, as `agent.schema.facts` declares it."""
 
 from __future__ import annotations
 
-import errno
-import grp
-import itertools
 import json
 import os
 import platform
-import pwd
-import re
-import shlex
-import shutil
 import socket
-import stat
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import cast
 
-from agent.files import DATABASE, Fault, Json, inside, mounts, read, read_some, read_text, regular, write
+from agent.files import Fault, Json, read, read_text, write
+from agent.folders import mounts
 from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
-from agent.layout import DATA, SHARED, SHARING, UNUSED, Site, shared
+from agent.layout import DATA, Layout
+from agent.look.accounts import account_problem, group_members, member_rights, user_exists
 from agent.look.exporter import exporter
-from agent.look.gpu import process
-from agent.parts import as_service, faults_of, forked
+from agent.look.machine import nvidia, os_release, packages, pythons
+from agent.look.ports import port_holder
+from agent.look.prefix import prefix_state
+from agent.look.storage import folder_problem, free_bytes, mount_state, shares, traps, unused
+from agent.parts import faults_of, forked
+from agent.schema.facts import Ended, Facts, Paused, Report, Service
+from agent.schema.live import GpuState
 from agent.serve.confine import abi as landlock
+from agent.serve.managers import manager_of
 from agent.serve.secret import secrets
-from agent.serve.services import UNITS, Supervised, Systemd, login, manager_of, rooted, user_systemd
-
-T = TypeVar("T")
+from agent.serve.supervised import Supervised
+from agent.serve.systemd import Systemd, login, user_systemd
 
 SIGNERS = Path("/etc/hearth/allowed_signers")
 """Who may sign bundles for this host (ssh-keygen(1), ALLOWED SIGNERS). Without it, a bundle may be unsigned."""
 
 
-def facts(site: Site, ask: Json, devices: list[Json], verified: float = 0) -> Json:
-    """What this host is now. `ask` names the Python versions, mounts, folders and Debian packages to look for.
+def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: float = 0) -> Facts:
+    """The state of this host. `ask` names the Python versions, mounts, folders and Debian packages to look for.
 
-    `devices` are its GPUs (`ours`). Parts that were found whole within the last `verified` seconds are not looked at
-    again. Waits for a folder that does
-    not answer: see `answering` first.
+    `devices` are its GPUs (`ours`). Parts that were verified within the last `verified` seconds are not verified again.
+    Blocks on a mount whose server is down: call `answering` first.
     """
+    current, fault = "", Report()
     try:
-        current, fault = site.release(), {}
+        current = layout.release()
     except Fault as error:
-        current, fault = "", error.report
-    manifests = [read(path, lenient=True) for path in sorted(site.releases.glob("*/release.json"))]
-    parts = _parts(site, verified)
-    place = next(path for path in [site.prefix, *site.prefix.parents] if path.exists())
+        fault = cast("Report", error.report)
+    manifests = [read(path, lenient=True) for path in sorted(layout.releases.glob("*/release.json"))]
+    parts = _parts(layout, verified)
+    place = next(path for path in [layout.prefix, *layout.prefix.parents] if path.exists())
     disk = os.statvfs(place)
-    os_release = _os_release()
-    here = site.scope == "user" or Path("/run/systemd/system").is_dir()
-    manager = manager_of(site)
-    runs = history(site)
-    return {
-        "hostname": socket.gethostname(),
-        "os": f"{os_release.get('ID', 'linux')} {os_release.get('VERSION_ID', '')}".strip(),
-        "machine": platform.machine(),
-        "kernel": platform.release(),
-        "glibc": (os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
-        "pythons": _pythons(site, ask["pythons"]),
-        **_nvidia(devices),
-        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "cores": os.cpu_count() or 1,
-        "login": login(),
-        "root": os.geteuid() == 0,
-        "prefix": str(site.prefix),
-        "writable": os.access(place, os.W_OK),
-        "disk_free": disk.f_bavail * disk.f_frsize,
+    system = os_release()
+    here = layout.scope == "user" or Path("/run/systemd/system").is_dir()
+    manager = manager_of(layout)
+    runs = history(layout)
+    gpus, driver = nvidia(devices)
+    return Facts(
+        hostname=socket.gethostname(),
+        os=f"{system.get('ID', 'linux')} {system.get('VERSION_ID', '')}".strip(),
+        machine=platform.machine(),
+        kernel=platform.release(),
+        glibc=(os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
+        pythons=pythons(layout, ask["pythons"]),
+        gpus=gpus,
+        driver=driver,
+        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        cores=os.cpu_count() or 1,
+        login=login(),
+        root=os.geteuid() == 0,
+        prefix=str(layout.prefix),
+        writable=os.access(place, os.W_OK),
+        disk_free=disk.f_bavail * disk.f_frsize,
         # Some file systems make inodes as they go, and say 0 of 0.
-        "inodes_free": disk.f_favail if disk.f_files else None,
-        "mounts": {path: _mount(site, path, wanted) for path, wanted in ask["mounts"].items()},
-        "places": {path: _place(site, Path(path), use) for path, use in ask["places"].items()} | _traps(site),
-        "data_free": {str(path): _free(path) for path in (site.data, *map(Path, site.elsewhere.values()))},
-        "packages": _packages(ask["packages"]),
-        "port_holder": port_holder(site.port),
-        "metrics_holder": port_holder(ask["metrics_port"]) if ask["metrics_port"] else {},
-        "foreign_unit": manager.foreign() if here and isinstance(manager, Systemd) else "",
-        "adopted": Adopted(site).path.exists(),
-        "settings": sorted(Settings(site).in_force()),
-        "paused": read(site.paused),
-        "placed": list(map(str, Systemd(site).placed())),
-        "drop_ins": list(map(str, sorted(Systemd(site).units.glob(f"{site.service}*.service.d")))),
-        "lingered": site.lingered.exists(),
+        inodes_free=disk.f_favail if disk.f_files else None,
+        mounts={path: mount_state(layout, path, wanted) for path, wanted in ask["mounts"].items()},
+        places={path: folder_problem(layout, Path(path), use) for path, use in ask["places"].items()} | traps(layout),
+        data_free={str(path): free_bytes(path) for path in (layout.data, *map(Path, layout.elsewhere.values()))},
+        packages=packages(ask["packages"]),
+        port_holder=port_holder(layout.port),
+        metrics_holder=port_holder(ask["metrics_port"]) if ask["metrics_port"] else {},
+        foreign_unit=manager.foreign() if here and isinstance(manager, Systemd) else "",
+        adopted=Adopted(layout).path.exists(),
+        settings=tuple(sorted(Settings(layout).in_force())),
+        paused=cast("Paused", read(layout.paused)),
+        placed=tuple(map(str, Systemd(layout).placed())),
+        drop_ins=tuple(map(str, sorted(Systemd(layout).units.glob(f"{layout.service}*.service.d")))),
+        lingered=layout.lingered.exists(),
         # one that cannot be read lists nobody
-        "signers": read_text(SIGNERS) if os.path.lexists(SIGNERS) else None,
-        "place": _prefix(site),
-        "user": _user_exists(site.user),
-        "exporter_user": _user_exists(site.exporter),
-        "exporter": exporter(site),
-        "user_fault": _foreign_account(site),
-        "members": _members(site),
-        "shared": _shares(site),
-        "unused": _unused(site),
-        "landlock": landlock(),
-        "secrets": secrets(site),
-        "rights": _rights(site),
-        "manager": manager.name if here else "none",
-        "lingers": manager.name != "process" or not user_systemd() or Supervised(site).enabled.exists(),
-        "current": current,
-        "current_fault": fault,
-        "releases": [each for each in manifests if each],
-        "altered": [each["id"] for each in manifests if each and altered(site, each)],
-        "proven": _proven(site, runs),
-        "failed_nodes": read(site.releases / current / "proven", lenient=True).get("failed_nodes", {}),
+        signers=read_text(SIGNERS) if os.path.lexists(SIGNERS) else None,
+        place=prefix_state(layout),
+        user=user_exists(layout.user),
+        exporter_user=user_exists(layout.exporter),
+        exporter=exporter(layout),
+        user_fault=account_problem(layout),
+        members=group_members(layout),
+        shared=shares(layout),
+        unused=tuple(unused(layout)),
+        landlock=landlock(),
+        secrets=secrets(layout),
+        rights=member_rights(layout),
+        manager=manager.name if here else "none",
+        lingers=manager.name != "process" or not user_systemd() or Supervised(layout).enabled.exists(),
+        current=current,
+        current_fault=fault,
+        releases=tuple(each for each in manifests if each),
+        altered=tuple(each["id"] for each in manifests if each and altered(layout, each)),
+        proven=tuple(_proven(layout, runs)),
+        failed_nodes=read(layout.releases / current / "proven", lenient=True).get("failed_nodes", {}),
         # ComfyUI deletes that one when it ends, and makes it when it starts
-        "data": all(os.path.lexists(site.data / name) for name in DATA if name != "temp"),
-        "service": manager.status() if here and site.state.exists() else dict(_NO_SERVICE),
-        "incoming": {path.name: path.stat().st_size for path in site.incoming.glob("*") if path.is_file()},
-        "tools": sorted(path.name for path in (site.state / "tools").glob("[!.]*")),
-        "busy": busy(site),
-        "last": last(runs),
-        "deployed": last(runs, *DEPLOYS),
-        "parts": parts(),
-    }
+        data=all(os.path.lexists(layout.data / name) for name in DATA if name != "temp"),
+        service=manager.status() if here and layout.state.exists() else _NO_SERVICE,
+        incoming={path.name: path.stat().st_size for path in layout.incoming.glob("*") if path.is_file()},
+        tools=tuple(sorted(path.name for path in (layout.state / "tools").glob("[!.]*"))),
+        busy=busy(layout),
+        last=last(runs),
+        deployed=last(runs, *DEPLOYS),
+        parts=parts(),
+    )
 
 
 STALE, PATIENT = 2.0, 15.0
@@ -125,9 +125,9 @@ STALE, PATIENT = 2.0, 15.0
 takes milliseconds; one that spins up, or is mounted when it is looked at, up to ten seconds."""
 
 
-def answering(site: Site, ask: Json, seconds: float) -> None:
+def answering(layout: Layout, ask: Json, seconds: float) -> None:
     """Raise Fault when a folder does not answer in time: a mount without its server makes who looks wait for ever."""
-    inside = (each["point"] for each in mounts() if each["point"].startswith(f"{site.prefix}/"))
+    inside = (each["point"] for each in mounts() if each["point"].startswith(f"{layout.prefix}/"))
     places = sorted({*ask["mounts"], *ask["places"], *inside})
     children = {place: subprocess.Popen(["stat", "-f", place], stdout=-3, stderr=-3) for place in places}
     end = time.monotonic() + seconds
@@ -143,18 +143,18 @@ def answering(site: Site, ask: Json, seconds: float) -> None:
         raise Fault("storage", f"{', '.join(dead)} does not answer", "its server or its disk is gone, or slow", remedy)
 
 
-def _parts(site: Site, verified: float) -> Callable[[], dict[str, str]]:
+def _parts(layout: Layout, verified: float) -> Callable[[], dict[str, str]]:
     """Begin to verify the parts; what is returned waits for what is wrong with each, and notes which are whole."""
-    note = site.state / "verified.json"
+    note = layout.state / "verified.json"
     known = {name: at for name, at in read(note, lenient=True).items() if 0 <= time.time() - at < verified}
     begun = time.time()
-    names = [path.name for path in sorted(site.parts.glob("[!.]*"))]
-    asked = [site.parts / name for name in names if name not in known]
+    names = [path.name for path in sorted(layout.parts.glob("[!.]*"))]
+    asked = [layout.parts / name for name in names if name not in known]
     faults = forked(faults_of, asked) if asked else dict
 
     def answer() -> dict[str, str]:
         found: dict[str, str] = dict.fromkeys(names, "") | faults()
-        if asked and site.state.is_dir():
+        if asked and layout.state.is_dir():
             with suppress(OSError):  # it only saves time
                 whole = {name: known.get(name, begun) for name, fault in found.items() if not fault}
                 write(note, json.dumps(whole))
@@ -163,19 +163,19 @@ def _parts(site: Site, verified: float) -> Callable[[], dict[str, str]]:
     return answer
 
 
-def _proven(site: Site, runs: list[Json]) -> list[str]:
+def _proven(layout: Layout, runs: list[Ended]) -> list[str]:
     """The releases that passed the health gate, by when they were last put in service, the latest first.
 
     The history is appended to, so its order is right whatever the clock was. What it does not name comes last.
     """
     served = {run["release"]: number for number, run in enumerate(runs) if run["result"] == "done"}
-    names = sorted(path.parent.name for path in site.releases.glob("*/proven"))
+    names = sorted(path.parent.name for path in layout.releases.glob("*/proven"))
     return sorted(names, key=lambda name: -served.get(name, -1))
 
 
-def altered(site: Site, manifest: Json) -> bool:
+def altered(layout: Layout, manifest: Json) -> bool:
     """Whether a release's files or links are not those of its manifest any more; an older Hearth's may name none."""
-    place = site.releases / manifest["id"]
+    place = layout.releases / manifest["id"]
     try:
         links = {kind: (place / kind).readlink().name for kind in manifest["parts"]}
         links |= {name: str((place / name).readlink()) for name in manifest.get("links", {})}
@@ -188,375 +188,4 @@ def altered(site: Site, manifest: Json) -> bool:
     return (links, files) != (manifest["parts"] | manifest.get("links", {}), manifest.get("files", {}))
 
 
-OWN = ("current", "parts", "releases", "secrets", "state")
-"""All that Hearth makes in its prefix, but the data."""
-
-
-def _prefix(site: Site) -> Json:
-    """What the prefix is and what lies in it: as much as must be known before anything there is deleted."""
-    prefix, real = site.prefix, os.path.realpath(site.prefix)
-    names: list[str] = []
-    with suppress(OSError):
-        names = sorted(path.name for path in site.prefix.iterdir())
-    # Of a killed run: what `link` and `folders` make before they rename it.
-    own = [name for name in names if name in OWN or re.fullmatch(r"\.(current|data)\.\w+", name)]
-    points = sorted({each["point"] for each in mounts() if each["point"].startswith(f"{real}/")})
-    data = (site.data, *(site.data / name for name in DATA))
-    deployed = read(site.state / "site.json", lenient=True)
-    traces = [*site.state.glob("runs/*.jsonl"), *site.releases.glob("*/release.json")]
-    return {
-        "real": real,
-        "link": prefix.is_symlink(),
-        "mount": os.path.ismount(prefix),
-        "homes": sorted(entry.pw_name for entry in pwd.getpwall() if _holds(Path(real), Path(entry.pw_dir), site.data)),
-        "own": own,
-        "others": [name for name in names if name not in (*own, "data")],
-        "data": os.path.lexists(site.data) and _deletable(f"{real}/data", points),
-        "crossings": [name for name in own if name != "current" and (prefix / name).is_symlink()],
-        "mounts": points,
-        "links": {str(path): target for path in data if (target := _target(path))},
-        "service": str(deployed.get("service", "")),
-        "scope": str(deployed.get("scope", "")),
-        "user": _owner(site, str(deployed.get("user", ""))),
-        "elsewhere": _elsewhere(site),
-        "ours": bool(deployed or traces),
-    }
-
-
-def _target(path: Path) -> str:
-    with suppress(OSError):
-        return str(path.readlink())
-    return ""
-
-
-def _owner(site: Site, user: str) -> str:
-    """The user, when the data is that one's."""
-    with suppress(OSError, KeyError):
-        return user if user and site.data.stat().st_uid == pwd.getpwnam(user).pw_uid else ""
-    return ""
-
-
-def _elsewhere(site: Site) -> str:
-    """Another prefix that is there, and that the service's unit leads to; empty when there is none."""
-    unit = Systemd(site).units / f"{site.service}.service"
-    with suppress(OSError):
-        prefix = unit.readlink().parent.parent  # PREFIX/current/SERVICE.service
-        if (prefix / "state/site.json").exists() and os.path.realpath(prefix) != os.path.realpath(site.prefix):
-            return str(prefix)
-    return ""
-
-
-def _deletable(path: str, points: list[str]) -> bool:
-    """Whether more is at a path than mount points and the way to them."""
-    pending = [path]
-    while pending:
-        path = pending.pop()
-        if not any(each == path or each.startswith(f"{path}/") for each in points):
-            return True
-        if path not in points:
-            with suppress(OSError), os.scandir(path) as entries:  # the service may put something else there
-                pending += [entry.path for entry in itertools.islice(entries, len(points) + 1)]
-    return False
-
-
-def _holds(folder: Path, home: Path, data: Path) -> bool:
-    """Whether a folder is somebody's home, or has it in it; the service's own is the data."""
-    same = home.name == folder.name and os.path.realpath(home) == str(folder)  # not asked of each: some are a server's
-    return home != data and (same or folder in (home, *home.parents))
-
-
-_NO_SERVICE = {
-    "active": False,
-    "waits": False,
-    "state": "absent",
-    "enabled": False,
-    "linked": False,
-    "restarts": 0,
-    "since": "",
-    "pid": 0,
-}
-
-
-def _os_release() -> dict[str, str]:
-    with suppress(OSError):
-        return platform.freedesktop_os_release()
-    return {}
-
-
-def _user_exists(name: str) -> bool:
-    with suppress(KeyError):
-        return not name or bool(pwd.getpwnam(name))
-    return False
-
-
-def _foreign_account(site: Site) -> str:
-    """Why the service must not run as a user that is there; empty when it may.
-
-    Whatever else runs as that user is a way out of the unit's sandbox, by /proc/PID/root.
-    """
-    with suppress(KeyError):
-        entry = pwd.getpwnam(site.user) if site.user else None
-        if entry and entry.pw_uid == 0:
-            return "is root"
-        if entry and entry.pw_dir != str(site.data) and Path(entry.pw_dir).exists():
-            return f"has its home in {entry.pw_dir}: what else runs as it would be a way out of the sandbox"
-    return ""
-
-
-def _members(site: Site) -> list[str] | None:
-    """Who is in the members' group; None when that is not there, or people are in the service's own group."""
-    groups = {each.gr_name: each.gr_mem for each in grp.getgrall()} if site.user else {"": []}
-    return None if site.group not in groups or groups.get(site.user) else sorted(groups[site.group])
-
-
-def _shares(site: Site) -> bool:
-    """Whether the data is the members' to change, and nobody else's to see unless it is public."""
-    if not site.user or not _user_exists(site.user) or not site.data.exists():
-        return True
-    others = site.data.stat().st_mode & 0o7
-    fits = others == (0o5 if site.public else 0)
-    return fits and _looked(site, lambda: all(_shared(site, site.data / name) for name in SHARED), lambda _: False)
-
-
-def _unused(site: Site) -> list[str]:
-    """What lies where nodes are no longer loaded from, as far as a glance shows."""
-
-    def look() -> list[str]:
-        with suppress(FileNotFoundError), os.scandir(site.data / UNUSED) as entries:
-            return [entry.name for entry in itertools.islice(entries, 20)]
-        return []
-
-    return sorted(_looked(site, look, lambda error: [str(error)]))
-
-
-def _mount(site: Site, path: str, wanted: Json) -> Json:
-    """A mount point: what is mounted there, our own unit for it, and why what is wanted could not be mounted."""
-    found = {"mounted": os.path.ismount(path), "source": "", "unit": "", "fault": "", "remedy": ""}
-    found["source"] = next((each["what"] for each in reversed(mounts()) if each["point"] == path), "")
-    with suppress(OSError):
-        found["unit"] = (UNITS / site.mounts[path]).read_text()
-    what, kind = wanted["what"], wanted["type"]
-    if not what or found["mounted"]:
-        return found
-    if what.startswith("/dev/mapper/") and not Path(what).exists():
-        found["fault"] = "this encrypted or logical volume is not open"
-        found["remedy"] = (
-            f"on the host: cryptsetup open DEVICE {shlex.quote(Path(what).name)} (or vgchange -ay); it is mounted then"
-        )
-    elif what.startswith("/") and not Path(what).exists():
-        found["fault"], found["remedy"] = "the host has no such device", "connect it, or correct `what`"
-    elif kind.startswith(("nfs", "cifs")) and not shutil.which(f"mount.{kind}", path="/sbin:/usr/sbin"):
-        package = "nfs-common" if kind.startswith("nfs") else "cifs-utils"
-        found["fault"], found["remedy"] = f"the host has no mount.{kind}", f"on the host: apt-get install {package}"
-    elif Path(path).is_dir() and any(os.scandir(path)):
-        found["fault"] = "there are files in the folder itself, which the mount would hide"
-        found["remedy"] = f"move them away first: ls {shlex.quote(path)}"
-    return found
-
-
-def _place(site: Site, path: Path, use: str) -> str:
-    """What is wrong with a folder that is to be read, or written by the service; empty when nothing is."""
-    if not path.exists():
-        return "is not there"
-    if not path.is_dir():
-        return "is no folder"
-    need = os.R_OK | os.X_OK | (os.W_OK if use == "write" else 0)
-    inside = None
-    if use == "bind":  # the unit mounts it where the service sees it, whatever the folders above it allow
-        path, inside = Path(), os.open(path, os.O_PATH)
-    try:
-        may = not _user_exists(site.user) or as_service(site, _access, str(path), need, inside, seconds=10)
-    except Fault as fault:
-        return f"cannot be looked at as the service: {fault.report['what']}"
-    return "" if may else f"cannot be {'written' if use == 'write' else 'read'} by the service"
-
-
-def _traps(site: Site) -> dict[str, str]:
-    """What lies in the place of ComfyUI's database and is no file: it would wait for a pipe's other end.
-
-    Or in the place of its folder: a link of the service's own leads to what its unit hides from it.
-    """
-    folder = site.database.parent
-
-    def look() -> dict[str, str]:
-        try:
-            with inside(folder) as here:
-                names = [name for name in DATABASE if os.path.lexists(here / name) and not regular(here / name)]
-                return {str(folder / name): "is no regular file" for name in names}
-        except OSError as error:
-            return {str(folder): f"is refused: {error.strerror}"} if error.errno == errno.ELOOP else {}
-
-    return _looked(site, look, lambda fault: {str(folder): str(fault)})
-
-
-def _looked(site: Site, look: Callable[[], T], otherwise: Callable[[Exception], T]) -> T:
-    """What a look below the data shows, taken as the service and in time: links may lead anywhere, mounts be dead."""
-    try:
-        found: T = as_service(site, look, seconds=5) if _user_exists(site.user) else look()
-        return found
-    except KeyError:  # no such group yet
-        return look()
-    except (OSError, Fault) as error:
-        return otherwise(error)
-
-
-def _access(path: str, need: int, inside: int | None) -> bool:
-    return os.access(path, need, dir_fd=inside, effective_ids=True)
-
-
-def _free(path: Path) -> int:
-    """The bytes that are left for files in a folder."""
-    disk = os.statvfs(next(each for each in (path, *path.parents) if each.exists()))
-    return disk.f_bavail * disk.f_frsize
-
-
-def _shared(site: Site, folder: Path) -> bool:
-    """Whether what one member of the group puts into a folder of the service's, every other may change."""
-    try:
-        status = folder.stat()
-        owner, group = site.sharing()
-        if status.st_uid != owner:
-            return True  # another's is another's affair
-        fits = status.st_gid == group and status.st_mode & stat.S_ISGID
-        return bool(fits) and os.getxattr(folder, SHARING) == shared(status.st_mode, owner)
-    except KeyError:  # no such group yet
-        return False
-    except OSError as error:  # a file system without such lists does without, a folder that is not there is no fault
-        return error.errno in (errno.ENOTSUP, errno.ENOENT)
-
-
-def _rights(site: Site) -> str | None:
-    """What members may do by sudo, as our file says; None where there is no sudo."""
-    if not site.user or not shutil.which("visudo", path="/usr/sbin:/sbin"):
-        return None
-    with suppress(OSError):
-        return sudoers(site).read_text()
-    return ""
-
-
-def sudoers(site: Site) -> Path:
-    """What members may do as root."""
-    return Path(f"/etc/sudoers.d/hearth-{site.service}")
-
-
-def _pythons(site: Site, wanted: list[str]) -> dict[str, str]:
-    """Interpreters by minor version. A system service sees no home folder, so only the system's count for it."""
-    places = "/usr/bin:/usr/local/bin" if site.scope == "system" else os.environ.get("PATH", "/usr/bin")
-    code = "import sys; print(sys._base_executable, '%d.%d' % sys.version_info[:2])"
-    found: dict[str, str] = {}
-    for version in wanted:
-        program = shutil.which(f"python{version}", path=places)
-        if program is None or (site.scope == "system" and not rooted(Path(program))):  # root will run it
-            continue
-        if sys.prefix == sys.base_prefix and Path(program).resolve() == Path(sys.executable).resolve():
-            found[version] = program  # the one that runs this: no need to start it
-            continue
-        done = subprocess.run([program, "-ISc", code], capture_output=True, text=True)
-        answer = done.stdout.split()
-        if len(answer) == 2 and answer[1] == version and (site.scope != "system" or rooted(Path(answer[0]))):
-            found[version] = answer[0]
-    return found
-
-
-def _packages(wanted: list[str]) -> dict[str, bool]:
-    """Which of these Debian packages are installed; empty where there is no dpkg to tell."""
-    if not wanted or not shutil.which("dpkg-query"):
-        return {}
-    query = ["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n", *wanted]
-    shown = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()  # fails when it lacks one
-    return {name: f"{name} installed" in shown for name in wanted}
-
-
-def _nvidia(found: list[Json]) -> Json:
-    """What a deploy needs of these NVIDIA GPUs, and their driver's version.
-
-    Memory in bytes, None for a GPU that shares the machine's. A GPU that does not tell its capability (it fell
-    off the bus) is none to deploy to.
-    """
-    if not found:
-        return {"gpus": _nvidia_smi(), "driver": _driver()}
-    named = [
-        {
-            "name": gpu["name"] or "NVIDIA GPU",
-            "capability": gpu["capability"],
-            "memory": None if gpu["unified"] else gpu["memory_total"],
-            "unified": gpu["unified"],
-            "processes": gpu["processes"],
-        }
-        for gpu in found
-        if gpu["capability"]
-    ]
-    return {"gpus": named, "driver": found[0]["driver"] or _driver()}
-
-
-def _nvidia_smi() -> list[Json]:
-    """The GPUs where NVML cannot be loaded here, but the driver's own program finds it (Nix, some containers)."""
-    if not shutil.which("nvidia-smi"):
-        return []
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True)
-    found: list[Json] = []
-    for line in done.stdout.splitlines() if done.returncode == 0 else []:
-        name, capability, memory = (cell.strip() for cell in line.split(","))
-        unified = not memory.isdecimal()  # GB10 answers [N/A]
-        total = None if unified else int(memory) << 20
-        found.append({"name": name, "capability": capability, "memory": total, "unified": unified})
-    return found
-
-
-def _driver() -> str:
-    """The NVIDIA driver's version, as its kernel module tells it; empty without one."""
-    with suppress(OSError):
-        found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", Path("/proc/driver/nvidia/version").read_text())
-        return found[1] if found else ""
-    return ""
-
-
-HOLDER_SECONDS = 3.0
-"""For finding who listens on a port: whoever has millions of descriptors must not keep anybody waiting."""
-
-
-def port_holder(port: int) -> Json:
-    """Who listens on a port: pid, name and systemd's unit; empty when nobody does.
-
-    Pid 0 is one that this user may not see, -1 one that was not found in time.
-    """
-    end = time.monotonic() + HOLDER_SECONDS
-    sockets: dict[str, int] = {}
-    late = False
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with suppress(OSError), Path(table).open() as lines:
-            for line in itertools.islice(lines, 1, None):
-                cells = line.split()
-                late = time.monotonic() > end
-                if cells[3] != "0A" or late:  # those that listen come first
-                    break
-                if int(cells[1].rpartition(":")[2], 16) == port:
-                    sockets[f"socket:[{cells[9]}]"] = int(cells[7])
-    if not sockets and not late:
-        return {}
-    places = {place: _uid(place) for place in Path("/proc").glob("[0-9]*")}
-    # Those of the socket's own user first: the kernel tells it, and others cannot hide among theirs.
-    for place in sorted(places, key=lambda place: places[place] not in sockets.values()):
-        with suppress(OSError), os.scandir(place / "fd") as entries:
-            for entry in entries:
-                if late := time.monotonic() > end:
-                    return {"pid": -1, "command": f"{_whose(sockets)}, not found in time", "unit": None}
-                if os.readlink(entry.path) in sockets:  # noqa: PTH115  a Path for each takes longer
-                    words = read_some(place / "cmdline", 4096).decode(errors="replace").split("\0")
-                    command = " ".join(words[:3]).strip()[:200]
-                    return {"pid": int(place.name), "command": command, "unit": process(int(place.name))["unit"]}
-    return {"pid": -1 if late else 0, "command": _whose(sockets), "unit": None}
-
-
-def _uid(process: Path) -> int:
-    with suppress(OSError):
-        return process.stat().st_uid
-    return -1
-
-
-def _whose(sockets: dict[str, int]) -> str:
-    uid = min(sockets.values(), default=-1)
-    with suppress(KeyError):
-        return f"a process of {pwd.getpwuid(uid).pw_name}" if sockets else "a process of somebody's"
-    return f"a process of user {uid}"
+_NO_SERVICE = Service(active=False, state="absent", enabled=False, linked=False, restarts=0, since="", pid=0)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from agent.api import Endpoint, TooLong, ask, checked, endpoint, job, queue, said, seconds_of, unanswered
 from agent.files import Json
-from agent.layout import Site
+from agent.layout import Layout
+from agent.schema.live import Job
 
 PATIENCE = 5.0
 """Seconds for each answer."""
 
 
-def jobs(site: Site, count: int) -> list[Json]:
+def jobs(layout: Layout, count: int) -> list[Job]:
     """The last jobs that are over, those that run, and those that wait, in this order; raises Fault without an answer.
 
     Times are in seconds since 1970. ComfyUI forgets what is over when it ends. Of many that wait the first are told,
     and how many more there are, as `+N`; of a history that is too long so many as can be read.
     """
-    place = endpoint(site)
+    place = endpoint(layout)
     try:
         over = _history(place, count)
         running, waiting = queue(place, PATIENCE)
@@ -25,13 +26,13 @@ def jobs(site: Site, count: int) -> list[Json]:
     more = waiting.total - len(waiting)
     return [
         *over,
-        *({**each, "status": "running"} for each in running),
-        *({**each, "status": "pending"} for each in waiting),
-        *([{"id": f"+{more}", "nodes": 0, "queued": None, "status": "pending"}] if more else []),
+        *(Job(**each, status="running") for each in running),
+        *(Job(**each, status="pending") for each in waiting),
+        *([Job(f"+{more}", "pending", 0)] if more else []),
     ]
 
 
-def _history(place: Endpoint, count: int) -> list[Json]:
+def _history(place: Endpoint, count: int) -> list[Job]:
     path = f"/history?max_items={count}"
     try:
         history = ask(place, path, seconds=PATIENCE)
@@ -42,8 +43,8 @@ def _history(place: Endpoint, count: int) -> list[Json]:
     return checked(path, history, lambda answer: [_over(name, entry) for name, entry in [*answer.items()][-count:]])
 
 
-def _over(name: str, entry: Json) -> Json:
-    """One of the history: what was asked for, when it ran, and how it ended."""
+def _over(name: str, entry: Json) -> Job:
+    """A job of the history."""
     status = entry.get("status") or {}
     asked = job(entry["prompt"]) if entry.get("prompt") else {"id": said(name), "nodes": 0, "queued": None}
     told = dict(status.get("messages", ()))
@@ -51,16 +52,15 @@ def _over(name: str, entry: Json) -> Json:
     names = ("execution_success", "execution_error", "execution_interrupted")
     ending = next((name for name in names if name in told), "")
     ended = seconds_of(told.get(ending, {}).get("timestamp"))
-    found = {
+    error = told[ending] if ending in names[1:] else {}
+    words = (error[name] for name in ("exception_type", "exception_message") if error.get(name))
+    return Job(
         **asked,
-        "status": ending.removeprefix("execution_") or said(status.get("status_str", "unknown")),
-        "started": begun,
-        "seconds": ended - begun if begun and ended else None,
-        "cached": len(told.get("execution_cached", {}).get("nodes", ())),
-    }
-    if ending in names[1:]:
-        error = told[ending]
-        found["node"], found["node_type"] = said(error.get("node_id", "")), said(error.get("node_type", ""))
-        words = (error[name] for name in ("exception_type", "exception_message") if error.get(name))
-        found["error"] = ": ".join(said(word, 20_000).strip() for word in words)
-    return found
+        status=ending.removeprefix("execution_") or said(status.get("status_str", "unknown")),
+        started=begun,
+        seconds=ended - begun if begun and ended else None,
+        cached=len(told.get("execution_cached", {}).get("nodes", ())),
+        node=said(error.get("node_id", "")),
+        node_type=said(error.get("node_type", "")),
+        error=": ".join(said(word, 20_000).strip() for word in words),
+    )

@@ -17,9 +17,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from agent.api import ask, checked, endpoint
-from agent.files import LOG_BYTES, Fault, Json
-from agent.layout import Site
-from agent.serve.services import Supervised, Systemd, login, manager_of
+from agent.files import Fault, Json
+from agent.layout import Layout
+from agent.processes import LOG_BYTES
+from agent.serve.managers import manager_of
+from agent.serve.supervised import Supervised
+from agent.serve.systemd import Systemd, login
 
 ALIVE = 5.0
 """Seconds after which a quiet stream says that it is there: that whoever asked has gone shows only by writing."""
@@ -30,7 +33,7 @@ LONGEST = 100_000
 Match = Callable[[str], bool]
 
 
-def logs(site: Site, request: Json) -> Iterator[Json]:
+def logs(layout: Layout, request: Json) -> Iterator[Json]:
     """The log, oldest first: `text` with its time `at` (seconds since 1970) where that is known, and `note`s.
 
     `lines` limits it to the last ones (None: all), `since` is a time, `grep` a regular expression that a line must
@@ -41,7 +44,7 @@ def logs(site: Site, request: Json) -> Iterator[Json]:
         wanted = re.compile(request["grep"])
     except re.error as error:
         raise Fault("usage", f"--grep {request['grep']} is no regular expression", str(error)) from None
-    manager = manager_of(site)
+    manager = manager_of(layout)
 
     def match(text: str) -> bool:
         return bool(wanted.search(re.sub(r"\x1b\[[0-9;]*m", "", text)))
@@ -96,7 +99,7 @@ def _silence(manager: Systemd | Supervised, request: Json) -> str:
 
 
 def _journal(manager: Systemd, request: Json, match: Match) -> Iterator[Json]:
-    who = "--user-unit" if manager.site.scope == "user" else "--unit"
+    who = "--user-unit" if manager.layout.scope == "user" else "--unit"
     words = ["journalctl", "--quiet", "--no-pager", "--output=json", "--all"]  # all: long lines and colours, too
     words += [f"{who}={unit}" for unit in (manager.unit, manager.storage)]
     since = _since(request["since"])
@@ -117,7 +120,7 @@ def _journal(manager: Systemd, request: Json, match: Match) -> Iterator[Json]:
     except Fault as fault:
         if fault.report["kind"] != "log":
             raise
-        yield from _remembered(manager.site, fault, match)
+        yield from _remembered(manager.layout, fault, match)
         return
     if request["follow"]:
         place = ["--no-tail", f"--after-cursor={cursor}"] if cursor else ["--lines=0"]
@@ -184,10 +187,10 @@ def _fault(why: str) -> Fault:
     return Fault("log", f"{login()} cannot read the journal", why, hint)
 
 
-def _remembered(site: Site, fault: Fault, match: Match) -> Iterator[Json]:
+def _remembered(layout: Layout, fault: Fault, match: Match) -> Iterator[Json]:
     """What ComfyUI itself remembers, its last 300 writes, where the journal is not ours to read."""
     try:
-        found = ask(endpoint(site), "/internal/logs/raw", limit=LOG_BYTES)
+        found = ask(endpoint(layout), "/internal/logs/raw", limit=LOG_BYTES)
         remembered = checked("its log", found, lambda log: "".join(str(each["m"]) for each in log["entries"]))
     except (OSError, ValueError):
         raise fault from None

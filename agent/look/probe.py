@@ -11,50 +11,53 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agent.files import Fault, Json, read_text, run
-from agent.layout import DATA, Site
+from agent.files import Fault, Json, read_text
+from agent.layout import DATA, Layout
 from agent.look.facts import STALE, answering
 from agent.look.mps import mps
 from agent.look.status import glance
 from agent.parts import as_service, forked
+from agent.processes import run
+from agent.schema.decode import decode
+from agent.schema.live import Containers, Kernel, Mps, Probe, Probed
+from agent.serve.managers import Manager, manager_of
 from agent.serve.sandbox import sandboxed
-from agent.serve.services import Manager, Systemd, manager_of
+from agent.serve.systemd import Systemd
 
 LINES = 2000
 """So much of the service's log is looked at: a start with many nodes, and the last failure, are in it."""
 
 
-def probe(site: Site, request: Json) -> Json:
-    """All that the doctor's checks need."""
-    answering(site, request, STALE)
-    manager = manager_of(site)
-    begun = {
-        "access": forked(_access, site, request["roots"]),
-        "kernel": forked(_kernel, site),
-        "log": forked(_log, site),
-        "containers": forked(_containers),
-        "mps": forked(mps, site),
-    }
-    seen = glance(site, request)
-    told: Json = {
-        **seen,
-        "result": _result(manager),
-        "oom_kills": _oom_kills(manager),
-        "synchronized": _synchronized(),
-        "compiler": shutil.which("cc") or shutil.which("gcc") or "",
-        "headers": _headers(site),
-        "installed": _installed(site, ("torch", "torchvision", "torchaudio")),
-        "torch": _torch(site) if site.current.exists() and seen["live"]["comfyui"]["state"] != "answers" else {},
-    }
-    return told | {name: answer() for name, answer in begun.items()}
+def probe(layout: Layout, request: Json) -> Probed:
+    """All that the doctor's checks need. What takes long runs in processes of its own meanwhile."""
+    answering(layout, request, STALE)
+    manager = manager_of(layout)
+    access, log = forked(_access, layout, request["roots"]), forked(_log, layout)
+    kernel, containers, of_mps = forked(_kernel, layout), forked(_containers), forked(mps, layout)
+    seen = glance(layout, request)
+    found = Probe(
+        result=_result(manager),
+        oom_kills=_oom_kills(manager),
+        synchronized=_synchronized(),
+        compiler=shutil.which("cc") or shutil.which("gcc") or "",
+        headers=_headers(layout),
+        installed=_installed(layout, ("torch", "torchvision", "torchaudio")),
+        torch=_torch(layout) if layout.current.exists() and seen.live.comfyui.state != "answers" else {},
+        access=access(),
+        log=tuple((at, line) for at, line in log()),
+        kernel=decode(Kernel, kernel()),
+        containers=decode(Containers, containers()),
+        mps=decode(Mps, of_mps()),
+    )
+    return Probed(seen.facts, seen.live, found)
 
 
-def _access(site: Site, roots: list[str]) -> dict[str, str]:
+def _access(layout: Layout, roots: list[str]) -> dict[str, str]:
     """What the service may not do that it must: write where it keeps things, read its code and models."""
-    wanted = {str(site.folder(name)): os.W_OK | os.X_OK for name in DATA if name != "models"}
-    wanted |= dict.fromkeys([*roots, str(site.folder("models"))], os.R_OK | os.X_OK)
-    if site.current.exists():
-        wanted |= {str(site.current / name): os.R_OK | os.X_OK for name in ("app", "env")}
+    wanted = {str(layout.folder(name)): os.W_OK | os.X_OK for name in DATA if name != "models"}
+    wanted |= dict.fromkeys([*roots, str(layout.folder("models"))], os.R_OK | os.X_OK)
+    if layout.current.exists():
+        wanted |= {str(layout.current / name): os.R_OK | os.X_OK for name in ("app", "env")}
 
     def look() -> dict[str, str]:
         return {
@@ -64,19 +67,19 @@ def _access(site: Site, roots: list[str]) -> dict[str, str]:
         }
 
     try:
-        return as_service(site, look, seconds=10) if not site.user or _known(site) else {}
+        return as_service(layout, look, seconds=10) if not layout.user or _known(layout) else {}
     except Fault as fault:
-        return {str(site.prefix): fault.report["what"]}
+        return {str(layout.prefix): fault.report["what"]}
 
 
-def _known(site: Site) -> bool:
+def _known(layout: Layout) -> bool:
     with suppress(Fault, KeyError):
-        site.owner()
+        layout.owner()
         return True
     return False
 
 
-def _kernel(site: Site) -> Json:
+def _kernel(layout: Layout) -> Kernel:
     """What the kernel said in a week of processes killed for memory, and of faults of the GPU (Xid)."""
     pattern = r"Out of memory: Killed|oom-kill|NVRM: Xid|Memory cgroup out of memory"
     words = ["journalctl", "--dmesg", "--boot=all", "--since=-7d", "--no-pager", "--output=short-iso", "--quiet"]
@@ -85,14 +88,14 @@ def _kernel(site: Site) -> Json:
             done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=5)
             if done.returncode == 0 and done.stdout:
                 lines = [line for line in done.stdout.splitlines() if re.search(pattern, line)]
-                return {"readable": True, "lines": lines[-20:]}
-    return {"readable": False, "lines": []}
+                return Kernel(True, tuple(lines[-20:]))
+    return Kernel(False, ())
 
 
-def _log(site: Site) -> list[list[Any]]:
+def _log(layout: Layout) -> list[list[Any]]:
     """The service's last lines without colours, with times in seconds since 1970 where the manager keeps them."""
     with suppress(Fault, OSError):
-        return [[at, re.sub(r"\x1b\[[0-9;]*m", "", line)] for at, line in manager_of(site).timed_log(LINES)]
+        return [[at, re.sub(r"\x1b\[[0-9;]*m", "", line)] for at, line in manager_of(layout).timed_log(LINES)]
     return []
 
 
@@ -123,10 +126,10 @@ def _synchronized() -> bool | None:
     return None
 
 
-def _headers(site: Site) -> str:
+def _headers(layout: Layout) -> str:
     """The C headers of the release's Python, which Triton compiles against when ComfyUI runs; empty without."""
-    python = site.current / "env/bin/python"
-    version = re.search(r"^version_info = (\d+\.\d+)", read_text(site.current / "env/pyvenv.cfg"), re.MULTILINE)
+    python = layout.current / "env/bin/python"
+    version = re.search(r"^version_info = (\d+\.\d+)", read_text(layout.current / "env/pyvenv.cfg"), re.MULTILINE)
     if not (python.exists() and version):
         return ""
     home = python.resolve().parent.parent
@@ -134,17 +137,17 @@ def _headers(site: Site) -> str:
     return next((str(path) for path in places if path.exists()), "")
 
 
-def _installed(site: Site, names: tuple[str, ...]) -> dict[str, str]:
+def _installed(layout: Layout, names: tuple[str, ...]) -> dict[str, str]:
     """The versions of packages in the current environment, as their own records say."""
     found: dict[str, str] = {}
-    for path in site.current.glob("env/lib/python3*/site-packages/*.dist-info"):
+    for path in layout.current.glob("env/lib/python3*/site-packages/*.dist-info"):
         name, _, version = path.name.removesuffix(".dist-info").rpartition("-")
         if name in names:
             found[name] = version
     return found
 
 
-def _torch(site: Site) -> Json:
+def _torch(layout: Layout) -> Json:
     """What torch says of CUDA in the current environment, as the service would see it."""
     script = (
         "import json, torch; c = torch.cuda; a = c.is_available(); "
@@ -152,17 +155,19 @@ def _torch(site: Site) -> Json:
         "'devices': [c.get_device_name(i) for i in range(c.device_count())] if a else []}))"
     )
 
-    release = site.manifest(site.release())
-    argv = [str(site.current / "env/bin/python"), "-I", "-B", "-c", script]
+    release = layout.manifest(layout.release())
+    argv = [str(layout.current / "env/bin/python"), "-I", "-B", "-c", script]
     try:
-        return dict(json.loads(sandboxed(site, release["files"][f"{site.service}.service"], argv, release, seconds=60)))
+        return dict(
+            json.loads(sandboxed(layout, release["files"][f"{layout.service}.service"], argv, release, seconds=60))
+        )
     except Fault as fault:
         return {"fault": fault.report["cause"] or fault.report["what"]}
     except (ValueError, TypeError, KeyError) as error:
         return {"fault": str(error)}
 
 
-def _containers() -> Json:
+def _containers() -> Containers:
     """Which container engines are there, NVIDIA's toolkit, and whether the GPU is described for them (CDI)."""
     toolkit = ""
     devices: list[str] = []
@@ -171,10 +176,10 @@ def _containers() -> Json:
             toolkit = (re.findall(r"version (\S+)", run([program, "--version"], timeout=5)) or ["?"])[0]
         with suppress(OSError, Fault):
             devices = re.findall(r"nvidia\.com/gpu=\S+", run([program, "cdi", "list"], timeout=5))
-    return {
-        "engines": [name for name in ("docker", "podman") if shutil.which(name)],
-        "toolkit": toolkit,
-        "devices": devices,
-        "refresh": Path("/etc/systemd/system/nvidia-cdi-refresh.service").exists()
-        or Path("/usr/lib/systemd/system/nvidia-cdi-refresh.service").exists(),
-    }
+    units = (Path(each, "systemd/system/nvidia-cdi-refresh.service") for each in ("/etc", "/usr/lib"))
+    return Containers(
+        engines=tuple(name for name in ("docker", "podman") if shutil.which(name)),
+        toolkit=toolkit,
+        devices=tuple(devices),
+        refresh=any(each.exists() for each in units),
+    )

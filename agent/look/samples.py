@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from agent.api import endpoint, queue
 from agent.files import Json
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look.gpu import Nvml
-from agent.serve.services import ours
+from agent.serve.managers import ours
 
 
-def samples(site: Site, every: float, seconds: float | None) -> Iterator[Json]:
+def samples(layout: Layout, every: float, seconds: float | None) -> Iterator[Json]:
     """A sample now, then one every `every` seconds for `seconds` (None: without end; 0: one sample).
 
     `time` is this machine's, in seconds since 1970; `gpus` are those of `agent.look.gpu.gpus`, with processes marked
@@ -25,17 +25,17 @@ def samples(site: Site, every: float, seconds: float | None) -> Iterator[Json]:
             now, job = time.monotonic(), None
             if now >= asked_again:
                 try:
-                    job = running_job(site, 1)
+                    job = running_job(layout, 1)
                 except (OSError, ValueError):  # a ComfyUI that hangs must not delay each sample
                     asked_again = time.monotonic() + 10 * (time.monotonic() - now)
-            yield {"time": time.time(), "gpus": ours(site, nvml.gpus()), "job": job}
+            yield {"time": time.time(), "gpus": ours(layout, nvml.gpus()), "job": job}
             number = max(number + 1, int((time.monotonic() - begun) / every))  # skips what was missed
             if seconds is not None and number * every > seconds:
                 return
             time.sleep(max(0.0, begun + number * every - time.monotonic()))
 
 
-def running_job(site: Site, timeout: float = 5) -> str | None:
+def running_job(layout: Layout, timeout: float = 5) -> str | None:
     """The id of ComfyUI's running job, or None. Raises OSError or ValueError."""
-    running, _ = queue(endpoint(site), timeout)
+    running, _ = queue(endpoint(layout), timeout)
     return str(running[0]["id"]) if running else None

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from agent.api import endpoint, queue, system_stats, takes_connections
 from agent.files import Fault, Json, meminfo
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look.facts import STALE, answering, facts
 from agent.look.gpu import gpus
-from agent.serve.services import ours
+from agent.schema.live import ComfyUI, Device, Disk, Glance, Live, RunningJob
+from agent.serve.managers import ours
 
 PATIENCE = 2.0
 """Seconds for each answer of ComfyUI's: it gives these between two steps of a job, from memory."""
@@ -21,62 +22,56 @@ VERIFIED = 300
 """Seconds for which parts that were found whole count as whole: looking at 66,000 files takes a core's half second."""
 
 
-def status(site: Site, request: Json) -> Json:
-    """The host's facts, with parts that were verified lately taken as they are, and how everything is now."""
-    answering(site, request, STALE)
-    return glance(site, request)
+def status(layout: Layout, request: Json) -> Glance:
+    """Facts and current state; recently verified parts are not verified again."""
+    answering(layout, request, STALE)
+    return glance(layout, request)
 
 
-def glance(site: Site, request: Json) -> Json:
-    """Facts and what is live, of one question to the driver: opening its library wakes a GPU that sleeps."""
-    devices = ours(site, gpus())
-    found = facts(site, request, devices, VERIFIED)
-    return {"facts": found, "live": _live(site, found["service"]["pid"], devices)}
+def glance(layout: Layout, request: Json) -> Glance:
+    """Facts and current state from one query of the driver: opening its library wakes a sleeping GPU."""
+    devices = ours(layout, gpus())
+    found = facts(layout, request, devices, VERIFIED)
+    live = Live(
+        time=time.time(),
+        uptime=_age(found.service.pid),
+        comfyui=_comfyui(layout),
+        memory=meminfo(),
+        gpus=devices,
+        disks={str(path): _disk(path) for path in _places(layout)},
+    )
+    return Glance(found, live)
 
 
-def _live(site: Site, pid: int, devices: list[Json]) -> Json:
-    """ComfyUI's own answers, memory, disks and the service's time. `time` is this machine's clock."""
-    return {
-        "time": time.time(),
-        "uptime": _age(pid),
-        "comfyui": _comfyui(site),
-        "memory": meminfo(),
-        "gpus": devices,
-        "disks": {str(path): _disk(path) for path in _places(site)},
-    }
-
-
-def _comfyui(site: Site) -> Json:
-    """What ComfyUI says of itself: `state` is answers, silent (it takes connections, and says nothing), or closed."""
-    started, place = time.monotonic(), endpoint(site)
+def _comfyui(layout: Layout) -> ComfyUI:
+    started, place = time.monotonic(), endpoint(layout)
     try:
         stats = system_stats(place, PATIENCE)
         running, waiting = queue(place, PATIENCE)
     except (OSError, ValueError) as error:
-        return {"state": "silent" if takes_connections(place) else "closed", "reason": str(error)}
-    return {
-        "state": "answers",
-        "seconds": time.monotonic() - started,
-        "version": stats["version"],
-        "torch": stats["torch"],
-        "devices": stats["devices"],
-        "running": [{"id": each["id"], "nodes": each["nodes"], "since": each["queued"]} for each in running],
-        "pending": waiting.total,
-    }
+        return ComfyUI("silent" if takes_connections(place) else "closed", str(error))
+    return ComfyUI(
+        state="answers",
+        seconds=time.monotonic() - started,
+        version=stats["version"],
+        torch=stats["torch"],
+        devices=tuple(Device(**each) for each in stats["devices"]),
+        running=tuple(RunningJob(each["id"], each["nodes"], each["queued"]) for each in running),
+        pending=waiting.total,
+    )
 
 
-def _places(site: Site) -> list[Path]:
-    return [site.prefix, site.data, *map(Path, site.elsewhere.values())]
+def _places(layout: Layout) -> list[Path]:
+    return [layout.prefix, layout.data, *map(Path, layout.elsewhere.values())]
 
 
-def _disk(path: Path) -> Json:
-    """Room at a place, in bytes and inodes (`files`; None where a file system makes them as it goes)."""
+def _disk(path: Path) -> Disk:
     try:
         disk = os.statvfs(path)
     except OSError as error:
-        return {"fault": error.strerror or str(error)}
-    files = {"files_free": disk.f_favail, "files": disk.f_files} if disk.f_files else {}
-    return {"free": disk.f_bavail * disk.f_frsize, "total": disk.f_blocks * disk.f_frsize, **files}
+        return Disk(fault=error.strerror or str(error))
+    files = (disk.f_favail, disk.f_files) if disk.f_files else (None, None)
+    return Disk(disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize, *files)
 
 
 def _age(pid: int) -> float | None:

@@ -13,45 +13,49 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from agent.files import LEVELS, Fault, Json, branches, mounts, read_some, read_text, real, run
-from agent.layout import Site
-from agent.look.facts import port_holder
+from agent.files import Fault, Json, read_some, read_text
+from agent.folders import LEVELS, branches, mounts, real
+from agent.layout import Layout
+from agent.look.ports import port_holder
 from agent.parts import forked
-from agent.serve.services import UNITS, WRITTEN
+from agent.processes import run
+from agent.schema.survey import FileSystem, Folder, FoundNode, Installation, OldProcess, Survey, Unit
+from agent.serve.systemd import UNITS, WRITTEN
 
 FOLDERS = ("models", "input", "output", "user")
 
 
-def survey(site: Site, path: str) -> Json:
-    """What ComfyUI installations are here: the one at `path`, or those at the usual places."""
-    units, processes = _units(site), all_processes()
-    looked = [path] if path else _usual_places(site, units, processes)
-    found: dict[str, Json] = {}
+def survey(layout: Layout, path: str) -> Survey:
+    """The installations of ComfyUI: the one at `path`, or those at the usual places."""
+    units, processes = _units(layout), all_processes()
+    looked = [path] if path else _usual_places(layout, units, processes)
+    found: dict[str, Installation] = {}
     for each in looked:
         with suppress(OSError):  # a home that is not for this login, or links without an end
             place = real(Path(each).expanduser())
             # Hearth's own have a PART.json.
             if (place / "main.py").is_file() and (place / "comfy").is_dir() and not (place / "PART.json").exists():
-                found[str(place)] = _installation(site, place, units, processes)
-    return {"looked": looked, "found": list(found.values())}
+                found[str(place)] = _installation(layout, place, units, processes)
+    return Survey(tuple(looked), tuple(found.values()))
 
 
-def _usual_places(site: Site, units: list[Json], processes: list[Json]) -> list[str]:
+def _usual_places(layout: Layout, units: list[Json], processes: list[Json]) -> list[str]:
     """Where units and processes say, and where the guides of ComfyUI and comfy-cli put it."""
     homes = sorted({entry.pw_dir for entry in pwd.getpwall() if entry.pw_uid == 0 or 1000 <= entry.pw_uid < 65534})
-    fixed = [str(site.prefix / "ComfyUI"), str(site.prefix), "/opt/comfyui/ComfyUI", "/opt/ComfyUI", "/opt/comfyui"]
+    fixed = [str(layout.prefix / "ComfyUI"), str(layout.prefix), "/opt/comfyui/ComfyUI", "/opt/ComfyUI", "/opt/comfyui"]
     fixed += ["/srv/comfyui/ComfyUI", "/srv/ComfyUI", "/srv/comfyui"]
     fixed += [f"{home}/{each}" for home in homes for each in ("comfy/ComfyUI", "ComfyUI", "comfyui")]
     return list(dict.fromkeys([each["place"] for each in (*units, *processes) if each["place"]] + fixed))
 
 
-def _installation(site: Site, place: Path, units: list[Json], processes: list[Json]) -> Json:
+def _installation(layout: Layout, place: Path, units: list[Json], processes: list[Json]) -> Installation:
     """All about one installation that can be read."""
     own = [each for each in processes if each["place"] == str(place)]
-    through = {each["unit"] for each in own} | {f"{site.service}.service"}
+    through = {each["unit"] for each in own} | {f"{layout.service}.service"}
     started = [each for each in units if each["place"] == str(place) or each["name"] in through]
     # Anybody can run a main.py with any flags. Those count that its owner started, or a unit of root's.
     owners = {place.stat().st_uid} | {uid for each in started if (uid := _uid(each["user"])) is not None}
@@ -63,26 +67,26 @@ def _installation(site: Site, place: Path, units: list[Json], processes: list[Js
         folder = base / name
         if told := _flag(argv, f"--{name}-directory"):
             folder = place / told
-        folders[name] = _folder(folder, site.data, owners)
+        folders[name] = _folder(folder, layout.data, owners)
     configs = [base / "extra_model_paths.yaml", place / "extra_model_paths.yaml"]
     configs += [place / argv[number + 1] for number, word in enumerate(argv[:-1]) if word == _MODEL_PATHS]
     version = re.search(
         r'^(?:__version__|version) *= *"([^"]+)"', read_text(place / "comfyui_version.py"), re.MULTILINE
     )
-    return {
-        "path": str(place),
-        "version": version[1] if version else "",
+    return Installation(
+        path=str(place),
+        version=version[1] if version else "",
         **_repository(place),
         **_installed(place, [each["program"] for each in (*trusted, *started)]),
-        "owners": sorted(owners),
-        "folders": folders,
-        "paths": "\n".join(read_text(each) for each in dict.fromkeys(configs)),
-        "nodes": _nodes(base / "custom_nodes"),
-        "argv": argv,
-        "units": started,
-        "processes": own,
-        "holds_port": port_holder(site.port).get("pid", -1) in [each["pid"] for each in own],
-    }
+        owners=tuple(sorted(owners)),
+        folders=folders,
+        paths="\n".join(read_text(each) for each in dict.fromkeys(configs)),
+        nodes=tuple(_nodes(base / "custom_nodes")),
+        argv=tuple(argv),
+        units=tuple(Unit(**{each.name: unit[each.name] for each in fields(Unit)}) for unit in started),
+        processes=tuple(OldProcess(each["pid"], each["user"], each["unit"]) for each in own),
+        holds_port=port_holder(layout.port).get("pid", -1) in [each["pid"] for each in own],
+    )
 
 
 def _uid(user: str) -> int | None:
@@ -105,14 +109,14 @@ def _flag(argv: list[str], name: str) -> str:
     return ""
 
 
-def _units(site: Site) -> list[Json]:
+def _units(layout: Layout) -> list[Json]:
     """The units that have to do with ComfyUI and are not Hearth's, also those that were set aside."""
     found: dict[str, Json] = {}
     known = ("/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib")
-    for folder in [*(Path(each, "systemd/system") for each in known), site.state / "adopted"]:
+    for folder in [*(Path(each, "systemd/system") for each in known), layout.state / "adopted"]:
         for path in sorted(folder.glob("*.service")):
             text = read_text(path)
-            named = path.name == f"{site.service}.service" or re.search(r"comfy|main\.py", text, re.IGNORECASE)
+            named = path.name == f"{layout.service}.service" or re.search(r"comfy|main\.py", text, re.IGNORECASE)
             if path.name in found or WRITTEN in text or not named:
                 continue
             text += "\n".join(read_text(each) for each in sorted((UNITS / f"{path.name}.d").glob("*.conf")))
@@ -130,7 +134,7 @@ def _units(site: Site) -> list[Json]:
             found[path.name] = {
                 "name": path.name,
                 "path": str(path),
-                "aside": folder == site.state / "adopted",
+                "aside": folder == layout.state / "adopted",
                 "place": place,
                 "argv": argv,
                 "program": command.split(" ")[0],
@@ -228,76 +232,76 @@ def _foreign(folder: Path, owners: set[int]) -> str:
     return "" if owner in owners else f"it belongs to user {owner}, who neither owns nor runs this ComfyUI"
 
 
-def _folder(place: Path, data: Path, owners: set[int]) -> Json:
-    """A folder of ComfyUI's: what and where it is, whose, how large, and whether a rename brings it into `data`.
-
-    What is in a link's target or a mount is not counted: it may be a network's. `foreign` says why it is nobody's of
-    `owners`, those who own or run the installation.
-    """
+def _folder(place: Path, data: Path, owners: set[int]) -> Folder:
+    """A folder of ComfyUI. The target of a link and mounted file systems are not counted: they may be a network's."""
     folder = real(place)
     kind = "link" if place.is_symlink() else "folder" if place.is_dir() else "missing"
-    found: Json = {"place": str(place), "real": str(folder), "kind": kind, "mount": {}, "rename": False}
-    found |= {"bytes": 0, "files": 0, "owner": "", "people": [], "links": {}, "mounts": [], "foreign": ""}
+    found = Folder(str(place), str(folder), kind)
     if not folder.is_dir():
         return found
     if why := _foreign(folder, owners):
-        return {**found, "foreign": why}
-    listed = mounts()
+        return replace(found, foreign=why)
+    listed = [FileSystem(**each) for each in mounts()]
     mount = _mount_of(folder, listed)
     status = folder.stat()
+    owner, people = "", list[str]()
     with suppress(KeyError):
-        found["owner"] = pwd.getpwuid(status.st_uid).pw_name
-        found["people"] = [found["owner"]] if status.st_uid >= 1000 else []
-        found["people"] += grp.getgrgid(status.st_gid).gr_mem
-    found["mount"] = mount
-    found["mounts"] = [each for each in listed if each["point"].startswith(f"{folder}/")]
-    if kind == "folder" and mount["point"] != str(folder) and not found["mounts"]:
-        there = next(path for path in (data, *data.parents) if path.exists()).resolve()
-        found["rename"] = mount == _mount_of(there, listed) and status.st_dev == there.stat().st_dev
-        found["foreign"] = _count(folder, found)
-        far = (_mount_of(Path(each), listed) for each in found["links"].values() if each.startswith("/"))
-        found["mounts"] += [each for each in {each["point"]: each for each in far}.values() if each != mount]
-    return found
+        owner = pwd.getpwuid(status.st_uid).pw_name
+        people = [owner] if status.st_uid >= 1000 else []
+        people += grp.getgrgid(status.st_gid).gr_mem
+    inner = tuple(each for each in listed if each.point.startswith(f"{folder}/"))
+    found = replace(found, owner=owner, people=tuple(people), mount=mount, mounts=inner)
+    if kind != "folder" or mount.point == str(folder) or inner:
+        return found
+    there = next(path for path in (data, *data.parents) if path.exists()).resolve()
+    found = replace(_counted(found), rename=mount == _mount_of(there, listed) and status.st_dev == there.stat().st_dev)
+    far = (_mount_of(Path(each), listed) for each in found.links.values() if each.startswith("/"))
+    return replace(found, mounts=tuple(each for each in {each.point: each for each in far}.values() if each != mount))
 
 
 COUNT_SECONDS = 120
 """For looking at the files of a folder: 60,000 take a second."""
 
 
-def _count(folder: Path, found: Json) -> str:
-    """Add up the files of a tree and note its links; answers why it is no tree of ComfyUI's, if it is none."""
-    end = time.monotonic() + COUNT_SECONDS
-    for name, place in branches(folder):
+def _counted(found: Folder) -> Folder:
+    """The folder with its files counted and its links listed; `foreign` says why it is no tree of ComfyUI's."""
+    end, folder, links = time.monotonic() + COUNT_SECONDS, found.real, dict[str, str]()
+    files = size = 0
+
+    def counted(foreign: str = "") -> Folder:
+        return replace(found, files=files, bytes=size, links=links, foreign=foreign)
+
+    for name, place in branches(Path(folder)):
         if name.count("/") == LEVELS:
-            return f"it has {LEVELS} folders in each other: {folder}/{name}"[:1000]
+            return counted(f"its folders are nested {LEVELS} deep: {folder}/{name}"[:1000])
         with os.scandir(place) as entries:
             for entry in entries:
                 if time.monotonic() > end:
-                    return f"looking at its files takes more than {COUNT_SECONDS} s: {folder}/{name}"[:1000]
+                    return counted(f"counting its files takes more than {COUNT_SECONDS} s: {folder}/{name}"[:1000])
                 if not entry.is_dir(follow_symlinks=False):
-                    found["files"] += 1
-                    found["bytes"] += entry.stat(follow_symlinks=False).st_size
-                    if entry.is_symlink() and len(found["links"]) < 100:
-                        found["links"][f"{name}{entry.name}"] = str(Path(entry).readlink())
-    return ""
+                    files += 1
+                    size += entry.stat(follow_symlinks=False).st_size
+                    if entry.is_symlink() and len(links) < 100:
+                        links[f"{name}{entry.name}"] = str(Path(entry).readlink())
+    return counted()
 
 
-def _mount_of(path: Path, mounts: list[Json]) -> Json:
+def _mount_of(path: Path, mounts: list[FileSystem]) -> FileSystem:
     """The mount that a path is on: of those above it the lowest, of one place the latest."""
     above = {str(each) for each in (path, *path.parents)}
-    return max((each for each in reversed(mounts) if each["point"] in above), key=lambda each: len(each["point"]))
+    return max((each for each in reversed(mounts) if each.point in above), key=lambda each: len(each.point))
 
 
-def _nodes(folder: Path) -> list[Json]:
+def _nodes(folder: Path) -> list[FoundNode]:
     """The custom nodes: trees with where they come from, and single files."""
-    found: list[Json] = []
+    found: list[FoundNode] = []
     for place in sorted([*folder.glob("*"), *folder.glob(".disabled/*")]):
         disabled = place.name.endswith(".disabled") or place.parent != folder
         name = place.name.removesuffix(".disabled")
         if place.is_dir() and not name.startswith((".", "__")):
-            found.append({"name": name, "disabled": disabled, "file": False, **_repository(place)})
+            found.append(FoundNode(name, disabled, file=False, **_repository(place)))
         elif name.endswith(".py") and name != "websocket_image_save.py":  # that one is ComfyUI's own
-            found.append({"name": name, "disabled": disabled, "file": True, "url": "", "commit": "", "edited": None})
+            found.append(FoundNode(name, disabled, file=True, url="", commit="", edited=None))
     return found
 
 
@@ -307,7 +311,8 @@ def _repository(place: Path) -> Json:
     Found out as its owner: what lies in it may lead anywhere, and git is not made for what is hostile.
     """
     try:
-        return _as_owner(place, _read_repository, place)
+        found = _as_owner(place, _read_repository, place)
+        return {**found, "edited": None if found["edited"] is None else tuple(found["edited"])}
     except (OSError, Fault):
         return {"url": "", "commit": "", "edited": None}
 

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 
 from agent.files import Fault, meminfo, read
 from agent.journal import DEPLOYS, history, last
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look.gpu import Nvml
 
 Metrics = Iterable[Metric]
@@ -40,18 +40,18 @@ class Kept:
 class Release:
     """The current release, how it passed its health gate, and how the last deploy ended."""
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
         self._kept = Kept()
 
     def __call__(self) -> Metrics:
         """Raises Fault when `current` is not Hearth's link."""
-        if release := self._site.release():
-            place = self._site.releases / release
+        if release := self._layout.release():
+            place = self._layout.releases / release
             yield self._kept.get(place / "release.json", _info)
             yield from self._gate(place / "proven")
-        if self._site.history.exists():
-            yield from self._kept.get(self._site.history, lambda _: _deploy(self._site))
+        if self._layout.history.exists():
+            yield from self._kept.get(self._layout.history, lambda _: _deploy(self._layout))
 
     def _gate(self, proven: Path) -> Metrics:
         passed = proven.exists()
@@ -73,9 +73,9 @@ def _info(path: Path) -> Metric:
     return InfoMetricFamily("hearth_release", "The release in service.", {"release": manifest["id"], **told})
 
 
-def _deploy(site: Site) -> list[Metric]:
+def _deploy(layout: Layout) -> list[Metric]:
     """How the last deploy or rollback ended."""
-    ended = last(history(site), *DEPLOYS)
+    ended = last(history(layout), *DEPLOYS)
     if not ended:
         return []
     what = "Whether the last deploy or rollback was done."
@@ -91,9 +91,9 @@ def _seconds(at: str) -> float:
     return datetime.fromisoformat(at.replace("Z", "+00:00")).timestamp()
 
 
-def service(site: Site) -> Metrics:
+def service(layout: Layout) -> Metrics:
     """ComfyUI's unit as systemd knows it, and its main process. Raises OSError or SubprocessError."""
-    words = ["systemctl", *(["--user"] if site.scope == "user" else []), "show", f"{site.service}.service"]
+    words = ["systemctl", *(["--user"] if layout.scope == "user" else []), "show", f"{layout.service}.service"]
     done = subprocess.run(
         [*words, "--property=ActiveState,NRestarts,MainPID"], capture_output=True, text=True, timeout=1.5, check=True
     )
@@ -117,9 +117,9 @@ def memory() -> Metrics:
     yield GaugeMetricFamily("hearth_memory_available_bytes", what, value=machine["MemAvailable"])
 
 
-def disk(site: Site, place: Path) -> Metrics:
+def disk(layout: Layout, place: Path) -> Metrics:
     """Space at a path; for the data only if its file system is not the prefix's. Raises OSError."""
-    if place != site.prefix and place.stat().st_dev == site.prefix.stat().st_dev:
+    if place != layout.prefix and place.stat().st_dev == layout.prefix.stat().st_dev:
         return
     room = os.statvfs(place)
     for name, what, blocks in (

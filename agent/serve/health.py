@@ -11,25 +11,28 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from agent.api import Endpoint, ask, checked, endpoint, queue, said, system_stats, unload
-from agent.files import LINE, LOG_BYTES, Fault, Json, remove, write
+from agent.deletion import remove
+from agent.files import Fault, Json, Note, write
 from agent.journal import now
-from agent.layout import PROOF, Site
+from agent.layout import PROOF, Layout
 from agent.parts import as_service
+from agent.processes import LINE, LOG_BYTES
+from agent.schema.facts import Service
 
 
 class Process(Protocol):
     """Whatever runs a ComfyUI: a service manager, or the trial of a release."""
 
-    def status(self) -> Json:
-        """`active`, `state` in words, and the number of `restarts`."""
+    def status(self) -> Service:
+        """Its state."""
 
     def log(self, lines: int) -> list[str]:
         """The last lines of its present or last run."""
 
 
-def free_if_idle(site: Site) -> str:
+def free_if_idle(layout: Layout) -> str:
     """Have ComfyUI unload its models and forget its results when it has no job; says what came of it."""
-    place = endpoint(site)
+    place = endpoint(layout)
     try:
         running, waiting = queue(place)
         if running.total or waiting.total:
@@ -40,7 +43,7 @@ def free_if_idle(site: Site) -> str:
     return "ComfyUI has no job, and gives its memory back"
 
 
-def drain(place: Endpoint, seconds: float, force: bool, note: Callable[[str], None]) -> None:
+def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
     """Wait until ComfyUI has no job left; with `force` ask it nothing, its jobs are interrupted.
 
     Only a refused connection means that no ComfyUI runs. One that answers late, or with nonsense, may be at work: it
@@ -76,10 +79,10 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Callable[[str], No
         time.sleep(0.5)
 
 
-def gate(site: Site, process: Process, release: Json, note: Callable[[str], None]) -> None:
+def gate(layout: Layout, process: Process, release: Json, note: Note) -> None:
     """Prove that the release in service is healthy, and keep with it what was found, in `proven`. Raises Fault."""
-    proof = prove(Endpoint.of(release["argv"]), process, release, release["argv"], note, clearer(site, note))
-    write(site.releases / release["id"] / "proven", json.dumps(proof))
+    proof = prove(Endpoint.of(release["argv"]), process, release, release["argv"], note, clearer(layout, note))
+    write(layout.releases / release["id"] / "proven", json.dumps(proof))
 
 
 TYPES = 20_000
@@ -89,12 +92,12 @@ OBJECT_INFO = 48_000_000
 """Bytes of all node types: some 5 MB with ten node packs."""
 
 
-def clearer(site: Site, note: Callable[[str], None]) -> Callable[[], None]:
+def clearer(layout: Layout, note: Note) -> Callable[[], None]:
     """What deletes the pictures of a proof: as the service, which may have put a link or a labyrinth there."""
 
     def clear() -> None:
         try:
-            as_service(site, remove, site.folder("output") / PROOF, seconds=20)
+            as_service(layout, remove, layout.folder("output") / PROOF, seconds=20)
         except (Fault, OSError) as error:
             note(f"the proof's folder stays: {error}")
 
@@ -106,7 +109,7 @@ def prove(
     process: Process,
     release: Json,
     command: list[str],
-    note: Callable[[str], None],
+    note: Note,
     clear: Callable[[], None],
 ) -> Json:
     """Prove that a ComfyUI serves: it answers, is the release asked for, and makes pictures. Raises Fault.
@@ -198,7 +201,7 @@ def _failed_nodes(lines: list[str], known: Collection[str] = ()) -> dict[str, st
     return {name: reasons.get(name, why) for name, why in failed.items() if name in known}
 
 
-def say_changed_types(old: Json, new: Json, note: Callable[[str], None]) -> None:
+def say_changed_types(old: Json, new: Json, note: Note) -> None:
     """Say which node types are gone since the release before, and which another node provides: workflows use them.
 
     Both are what `prove` found (empty: it is not known). Of two nodes with the same type ComfyUI takes the one that it
@@ -221,7 +224,7 @@ def say_changed_types(old: Json, new: Json, note: Callable[[str], None]) -> None
 def first_answer(place: Endpoint, process: Process, seconds: float) -> Json:
     """The first `/system_stats`; raises Fault when the process dies or the time is over."""
     end = time.monotonic() + seconds
-    restarts = process.status()["restarts"]
+    restarts = process.status().restarts
     answer = "nothing yet"
     while True:
         try:
@@ -231,10 +234,10 @@ def first_answer(place: Endpoint, process: Process, seconds: float) -> Json:
         except OSError:
             pass
         status = process.status()
-        if not status["active"] or status["restarts"] > restarts:
-            raise Fault("gate", "ComfyUI died while it started", status["state"])
+        if not status.active or status.restarts > restarts:
+            raise Fault("gate", "ComfyUI died while it started", status.state)
         if time.monotonic() > end:
-            why = f"{status['state']}; the last answer at port {place.port}: {answer}"
+            why = f"{status.state}; the last answer at port {place.port}: {answer}"
             raise Fault("gate", f"ComfyUI does not answer after {seconds:.0f} s", why)
         time.sleep(0.25)
 
@@ -243,9 +246,7 @@ WORKFLOW_SECONDS = 120
 """For a workflow of 64 x 64 pixels without a model: it takes under a second, and a busy disk or GPU may hold it up."""
 
 
-def _picture(
-    place: Endpoint, process: Process, turn: str, clear: Callable[[], None], note: Callable[[str], None]
-) -> None:
+def _picture(place: Endpoint, process: Process, turn: str, clear: Callable[[], None], note: Note) -> None:
     """Run a workflow that needs no model, fetch its picture, and leave nothing behind."""
     started = time.monotonic()
     color = time.time_ns() % (1 << 24)  # ComfyUI would answer the same workflow from its cache, without the file
@@ -263,8 +264,8 @@ def _picture(
         while not (done := answer(f"/history/{prompt}").get(prompt)):
             if time.monotonic() - started > WORKFLOW_SECONDS:
                 raise Fault("gate", f"the {turn} workflow without models does not end within {WORKFLOW_SECONDS} s")
-            if not process.status()["active"]:
-                raise Fault("gate", f"ComfyUI died during the {turn} workflow", process.status()["state"])
+            if not process.status().active:
+                raise Fault("gate", f"ComfyUI died during the {turn} workflow", process.status().state)
             time.sleep(0.1)
         (image,) = done["outputs"]["2"]["images"]
         raw = answer(f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}")

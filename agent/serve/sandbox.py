@@ -12,9 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from agent.files import Fault, Json, inherited
-from agent.layout import Site
-from agent.serve.services import end_descendants, take_orphans
+from agent.files import Fault, Json
+from agent.layout import Layout
+from agent.processes import end_descendants, inherited, take_orphans
+from agent.schema.change import Node
 
 # What of a unit is about its own command, and when it runs; the rest is what it may touch and do.
 _ITS_OWN = re.compile(
@@ -27,7 +28,7 @@ OUTPUT = 300_000_000
 
 
 def sandboxed(
-    site: Site,
+    layout: Layout,
     unit: str,
     argv: list[str],
     release: Json,
@@ -45,11 +46,11 @@ def sandboxed(
     """
     variables = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}  # nothing of whoever deploys
     variables |= {**release["environment"], "PYTHONDONTWRITEBYTECODE": "1"}
-    if site.scope == "system":
+    if layout.scope == "system":
         service = unit.partition("[Service]")[2].partition("\n[")[0]
         lines = [line for line in service.splitlines() if re.match(r"\w+=", line)]
         # An older release's has mounts below what the service writes: systemd would follow its links there, as root.
-        written = [f"{each}/" for each in (site.data, *site.elsewhere.values())]
+        written = [f"{each}/" for each in (layout.data, *layout.elsewhere.values())]
         lines = [line for line in lines if not _ITS_OWN.match(line) and not any(each in line for each in written)]
         # systemd-run (252) takes link-local and the like only alone
         lines = [each for line in lines for each in _split(line)]
@@ -64,7 +65,7 @@ def sandboxed(
         command = [*words, "--", *argv]
     else:
         command = [*release.get("confined", ()), *argv]
-    return _output(command, {**inherited(), **variables} if site.scope == "system" else variables, seconds, most)
+    return _output(command, {**inherited(), **variables} if layout.scope == "system" else variables, seconds, most)
 
 
 def _split(line: str) -> list[str]:
@@ -72,14 +73,14 @@ def _split(line: str) -> list[str]:
     return [f"{key}={word}" for word in words.split()] if key.startswith("IPAddress") else [line]
 
 
-def confined_to(folder: Path, site: Site, step: Json) -> list[str]:
+def confined_to(folder: Path, layout: Layout, step: Node) -> list[str]:
     """The prefix of a command that may write in one folder alone, from a release's that is not there yet."""
-    words = list(step["confined"])
+    words = list(step.confined)
     if words:
         spec = json.loads(words[-2])
-        spec |= {"secrets": [], "write": [str(folder)], "bind": [], "udp": bool(step["network"])}
-        spec |= {} if step["network"] else {"connect": []}
-        words[3], words[-2] = str(site.agent), json.dumps(spec)
+        spec |= {"secrets": [], "write": [str(folder)], "bind": [], "udp": step.network}
+        spec |= {} if step.network else {"connect": []}
+        words[3], words[-2] = str(layout.agent), json.dumps(spec)
     return words
 
 

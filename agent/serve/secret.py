@@ -10,35 +10,35 @@ from contextlib import suppress
 
 from agent.files import Fault, Json, append, write
 from agent.journal import now
-from agent.layout import Site
+from agent.layout import Layout
 from agent.requester import asker
 
 ENCRYPTED = ".cred"
 """The end of an encrypted one's name."""
 
 
-def secrets(site: Site) -> dict[str, str]:
+def secrets(layout: Layout) -> dict[str, str]:
     """The names of the secrets that are kept here, each with how: "encrypted" or "plain"."""
     found: dict[str, str] = {}
     with suppress(OSError):
-        for path in sorted(site.secrets.iterdir()):
+        for path in sorted(layout.secrets.iterdir()):
             if not path.name.startswith("."):
                 found[path.name.removesuffix(ENCRYPTED)] = "encrypted" if path.suffix == ENCRYPTED else "plain"
     return found
 
 
-def keep(site: Site, request: Json) -> Json:
+def keep(layout: Layout, request: Json) -> Json:
     """Keep a secret (`name`, `value`), or forget it where the value is None; answers how it is kept. Raises Fault."""
     name, value = str(request["name"]), request["value"]
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise Fault("usage", f"{name!r} is no variable's name", "", "such as HF_TOKEN")
-    site.secrets.mkdir(parents=True, exist_ok=True)
-    site.secrets.chmod(0o700)
-    plain, encrypted = site.secrets / name, site.secrets / f"{name}{ENCRYPTED}"
+    layout.secrets.mkdir(parents=True, exist_ok=True)
+    layout.secrets.chmod(0o700)
+    plain, encrypted = layout.secrets / name, layout.secrets / f"{name}{ENCRYPTED}"
     how = ""
     if value is not None:
         how = "plain"
-        if sealed := _encrypted(site, name, value.encode()):
+        if sealed := _encrypted(layout, name, value.encode()):
             write(encrypted, sealed, 0o600)
             how = "encrypted"
         else:
@@ -49,14 +49,14 @@ def keep(site: Site, request: Json) -> Json:
     action = f"{'forget' if value is None else 'set'} secret {name}"
     line = {"at": now(), "result": "done", "run": "", "action": action, "release": "", "base": "", "error": ""}
     with suppress(OSError):
-        site.state.mkdir(exist_ok=True)
-        append(site.history, {**line, **asker(request["who"])})
+        layout.state.mkdir(exist_ok=True)
+        append(layout.history, {**line, **asker(request["who"])})
     return {"kept": how}
 
 
-def _encrypted(site: Site, name: str, value: bytes) -> bytes:
+def _encrypted(layout: Layout, name: str, value: bytes) -> bytes:
     """The secret as this machine's systemd alone can read it (TPM, or a key of the host's); empty where it cannot."""
-    if site.scope != "system" or not shutil.which("systemd-creds"):
+    if layout.scope != "system" or not shutil.which("systemd-creds"):
         return b""
     words = ["systemd-creds", "encrypt", f"--name={name}", "-", "-"]
     environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin")}

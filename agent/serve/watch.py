@@ -1,4 +1,4 @@
-"""Nodes under development: ComfyUI starts anew when their Python files change."""
+"""Nodes under development: ComfyUI is restarted when their Python files change."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import os
 import time
 from contextlib import suppress
 
-from agent.layout import Site
-from agent.serve.services import Systemd, wait_for
+from agent.layout import Layout
+from agent.processes import wait_for
+from agent.serve.systemd import Systemd
 
 
 class Watcher:
-    """Says which Python files in these folders changed, once they have been let alone.
+    """Reports changed Python files in these folders, once they are unchanged between two polls.
 
-    It compares sizes and times: 3 ms for 600 files in 120 folders, and right on network drives, too.
+    It compares sizes and times (3 ms for 600 files in 120 folders), which also works on network drives.
     """
 
     def __init__(self, folders: list[str]) -> None:
@@ -21,7 +22,7 @@ class Watcher:
         self.known = self.last = _files(folders)
 
     def changed(self) -> list[str]:
-        """The files that changed since this last named any; none while they differ from one call to the next."""
+        """The files that changed since the last report; none while they still change between calls."""
         before, self.last = self.last, _files(self.folders)
         if self.last in (self.known, before):
             found, self.known = _different(self.known, self.last), self.last
@@ -39,7 +40,7 @@ def _files(folders: list[str]) -> dict[str, tuple[int, int]]:
                 if entry.is_dir(follow_symlinks=False):
                     pending += [] if entry.name.startswith((".", "__pycache__")) else [entry.path]
                 elif entry.name.endswith(".py"):
-                    with suppress(OSError):  # gone between the two questions
+                    with suppress(OSError):  # deleted meanwhile
                         status = entry.stat()
                         found[entry.path] = (status.st_size, status.st_mtime_ns)
     return found
@@ -49,18 +50,18 @@ def _different(one: dict[str, tuple[int, int]], other: dict[str, tuple[int, int]
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
-def watch(site: Site) -> None:
+def watch(layout: Layout) -> None:
     """Restart the service, for as long as this runs, whenever a node under development changes.
 
-    A service that somebody stopped stays so; one that a node broke comes back. During a deploy it waits.
+    A stopped service stays stopped; one that a node broke is started again. Waits during a deploy.
     """
-    manager = Systemd(site)
-    watcher = Watcher(site.manifest(site.release())["develop"])
+    manager = Systemd(layout)
+    watcher = Watcher(layout.manifest(layout.release())["develop"])
     while True:
         time.sleep(1)
         if names := watcher.changed():
-            wait_for(lambda: not site.pending.exists(), float("inf"))
-            again = not manager.status()["state"].startswith("inactive")
-            print(f"{names[0]} changed: ComfyUI {'starts anew' if again else 'is stopped'}", flush=True)
+            wait_for(lambda: not layout.pending.exists(), float("inf"))
+            again = not manager.status().state.startswith("inactive")
+            print(f"{names[0]} changed: {'restarting ComfyUI' if again else 'ComfyUI is stopped'}", flush=True)
             if again:
                 manager.restart()

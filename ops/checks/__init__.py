@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ops.checks import gpu, host, memory, release, service
-from ops.checks.case import Case, Check, Containers, Kernel, Probe, Severity
+from ops.checks.case import Case, Check, Severity
 
-__all__ = ["CHECKS", "Case", "Check", "Containers", "Kernel", "Probe", "Severity"]
+__all__ = ["CHECKS", "Case", "Check", "Severity"]
 
 CHECKS = (*release.CHECKS, *service.CHECKS, *memory.CHECKS, *gpu.CHECKS, *host.CHECKS)

@@ -266,7 +266,7 @@ def test_without_systemd_too_nodes_under_development_are_looked_at_and_memory_is
 
     assert said("ComfyUI has no job, and gives its memory back", 20)
     (node / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\nprint('the second one')\n")
-    assert said(f"{node}/__init__.py changed: ComfyUI starts anew", 20)
+    assert said(f"{node}/__init__.py changed: restarting ComfyUI", 20)
     assert said("the second one", 60)
     assert running.answers(60)
     now = running.supervisor()

@@ -109,7 +109,7 @@ def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet
     assert steady.deploy("--dry-run").returncode == 0
     log = machine.run("journalctl --no-pager --output=cat --unit=comfyui-reload")
     place = f"{PREFIX}/releases/{steady.current()}/custom_nodes/my-node"
-    assert f"{place}/__init__.py changed: ComfyUI starts anew" in log
+    assert f"{place}/__init__.py changed: restarting ComfyUI" in log
     assert exposure(steady, "comfyui-reload") <= 2.0
     tried = machine.run(
         f"nsenter --target $(systemctl show comfyui -p MainPID --value) --mount "

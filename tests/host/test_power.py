@@ -23,11 +23,12 @@ from typing import Any
 
 import pytest
 
-from agent.change import cutover, steps
+from agent.change import cutover, folders
 from agent.files import discard, write
-from agent.layout import Site
+from agent.layout import Layout
 from agent.parts import fault_of, part
-from agent.serve.services import Systemd
+from agent.schema.change import Folders
+from agent.serve.systemd import Systemd
 from tests.host import replica
 from tests.host.fleet import PREFIX, Fleet, within
 from tests.host.machine import place_for
@@ -206,27 +207,29 @@ def test_what_is_recorded_as_done_is_not_lost_with_the_power(
     """A record that is synced says that something before it was done. btrfs syncs what it is asked to, and no more."""
     with disks(images) as (image, copy, disk, other):
         replica.mount_image(replica.make_image(image, kind, "1G"), disk)
-        site = Site({"prefix": f"{disk}/prefix", "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+        layout = Layout(
+            {"prefix": f"{disk}/prefix", "service": "s", "scope": "user", "user": "", "address": "", "port": 1}
+        )
         monkeypatch.setenv("HOME", f"{disk}/home")
-        units, kept = Systemd(site).units, site.state / "database"
-        monkeypatch.setattr("agent.serve.services.run", lambda *_: "")
-        for path in (units / "default.target.wants/s.service", site.paused, site.database, kept / "comfyui.db"):
+        units, kept = Systemd(layout).units, layout.state / "database"
+        monkeypatch.setattr("agent.serve.systemd.run", lambda *_: "")
+        for path in (units / "default.target.wants/s.service", layout.paused, layout.database, kept / "comfyui.db"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("old")
-        site.database.with_name("comfyui.db-wal").write_text("new")
+        layout.database.with_name("comfyui.db-wal").write_text("new")
         os.sync()  # all this is long ago
 
-        steps.folders(site, {}, lambda _: None)
-        with part(site, "env-1") as place:
+        folders.folders(layout, Folders("t", "w", "u"), lambda _: None)
+        with part(layout, "env-1") as place:
             (place / "python").write_text("python")
-        Systemd(site).disable()
-        discard(site.paused)
-        cutover.restore(kept, site.database.parent)
-        write(site.state / "record", "all that was done")
+        Systemd(layout).disable()
+        discard(layout.paused)
+        cutover.restore(kept, layout.database.parent)
+        write(layout.state / "record", "all that was done")
         replica.clone(image, copy)
 
         replica.mount_image(copy, other)
-        found = Site({**site.json, "prefix": f"{other}/prefix"})
+        found = Layout({**layout.json, "prefix": f"{other}/prefix"})
         assert (found.state / "record").exists()
         assert (found.parts / "env-1/python").read_text() == "python"
         assert fault_of(found.parts / "env-1") == ""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ import msgspec
 import pytest
 
 from agent.change import adopt as adopting
-from agent.files import Fault, opened, read_text, remove
+from agent.deletion import remove
+from agent.files import Fault, read_text
+from agent.folders import opened
 from agent.journal import Adopted
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look import survey
+from agent.schema.change import Adopt, Unadopt
+from agent.schema.survey import Installation, Survey
 from core.errors import NoInstallationError
 from deploy import adopt, plan, proposal
 from deploy.facts import Gpu
 from deploy.proposal import Proposal, propose
-from deploy.survey import Installation, Survey, without_secrets
+from deploy.survey import only, port, without_secrets
 from lock import nodes
 from tests.unit.test_agent_files import deep
 from tests.unit.test_plan import FLAGS, FRESH, kinds, reasons, spark
@@ -68,7 +73,7 @@ KNOWN = nodes.Catalogue(
 
 
 def proposed(by: str = "rename", **values: Any) -> Proposal:
-    facts = msgspec.structs.replace(FRESH, user=True, data=True)
+    facts = replace(FRESH, user=True, data=True)
     return propose(spark(), facts, installation(**values), KNOWN, FLAGS, by)
 
 
@@ -97,7 +102,7 @@ def test_what_a_rename_cannot_move_is_named_with_its_mount() -> None:
 
 
 def test_what_lies_elsewhere_already_is_not_moved_into_the_data() -> None:
-    facts = msgspec.structs.replace(FRESH, user=True, data=True)
+    facts = replace(FRESH, user=True, data=True)
     target = spark(folders={"models": "/srv/models"})
     folders = {"models": folder("models"), "output": folder("output")}
     found = propose(target, facts, installation(folders=folders), KNOWN, FLAGS, "rename")
@@ -135,7 +140,7 @@ def test_links_that_would_lead_nowhere_are_named(link: str, target: str, why: st
 def test_flags_are_taken_as_far_as_this_comfyui_knows_them() -> None:
     words = "--listen --port 8190 --reserve-vram 2.5 --normalvram --use-flash-attention --enable-manager --cpu=1"
     found = proposed(argv=words.split(), units=[unit()])
-    assert (host(found)["listen"], host(found)["port"], found.installation.port) == ("0.0.0.0", 8190, 8190)
+    assert (host(found)["listen"], host(found)["port"], port(found.installation)) == ("0.0.0.0", 8190, 8190)
     assert {name: each["value"] for name, each in host(found)["override"]["flags"].items()} == {"--reserve-vram": "2.5"}
     left = dict(found.left)
     assert "has no flag" in left["flag --normalvram"]
@@ -147,7 +152,7 @@ def test_flags_are_taken_as_far_as_this_comfyui_knows_them() -> None:
 def test_the_profile_is_the_gpus() -> None:
     assert host(proposed())["profile"] == "dgx-spark"
     for gpus, profile in (((), "cpu"), ((Gpu("H100", "9.0", 1, False),), "cuda")):
-        facts = msgspec.structs.replace(FRESH, gpus=gpus)
+        facts = replace(FRESH, gpus=gpus)
         assert host(propose(spark(), facts, installation(), KNOWN, FLAGS, "rename"))["profile"] == profile
 
 
@@ -197,10 +202,10 @@ def test_nodes_are_known_or_can_be_listed_or_have_a_reason() -> None:
 
 def test_one_installation_must_be_meant() -> None:
     two = Survey(("/a", "/b"), (installation(path="/a"), installation(path="/b")))
-    with pytest.raises(NoInstallationError, match="2 ComfyUIs: /a, /b"):
-        two.only("spark")
+    with pytest.raises(NoInstallationError, match="2 installations of ComfyUI: /a, /b"):
+        only(two, "spark")
     with pytest.raises(NoInstallationError, match="no ComfyUI was found") as none:
-        Survey(("/opt/x",), ()).only("spark")
+        only(Survey(("/opt/x",), ()), "spark")
     assert "/opt/x" in none.value.cause
 
 
@@ -226,7 +231,7 @@ def test_what_cannot_be_adopted_is_refused(values: dict[str, Any], scope: str, k
 
 
 def test_undoing_takes_the_release_out_of_service_first() -> None:
-    adopted = msgspec.structs.replace(FRESH, adopted=True, current="r1")
+    adopted = replace(FRESH, adopted=True, current="r1")
     assert kinds(adopt.put_back(spark(), adopted, plan.Options())) == ["withdraw", "unadopt"]
     assert kinds(adopt.put_back(spark(), FRESH, plan.Options())) == []
 
@@ -273,13 +278,17 @@ def test_a_repository_is_read_and_nothing_that_it_names_is_run(tmp_path: Path) -
     (place / "new.py").write_text("made when it ran\n")
     found = survey._repository(place)
     assert not ran.exists()
-    assert found == {"url": "https://example.org/node", "commit": git(place, "rev-parse", "HEAD"), "edited": ["two.py"]}
+    assert found == {
+        "url": "https://example.org/node",
+        "commit": git(place, "rev-parse", "HEAD"),
+        "edited": ("two.py",),
+    }
     assert commit == (place / ".git/HEAD").read_text()
 
 
-def site(tmp_path: Path) -> Site:
+def layout(tmp_path: Path) -> Layout:
     values = {"prefix": str(tmp_path / "prefix"), "service": "c", "scope": "user", "user": "", "address": "", "port": 1}
-    one = Site(values)
+    one = Layout(values)
     for path in (one.data, one.state):
         path.mkdir(parents=True)
     return one
@@ -293,7 +302,7 @@ def tree(root: Path) -> dict[str, tuple[int, str]]:
 
 
 def test_folders_in_both_places_are_brought_together_and_apart_again(tmp_path: Path) -> None:
-    place, old = site(tmp_path), tmp_path / "old/models"
+    place, old = layout(tmp_path), tmp_path / "old/models"
     files = {"loras/a": "old a", "loras/b": "old b", "checkpoints/c": "c", "same": "old"}
     for root, contents in ((old, files), (place.data / "models", {"loras/b": "new b", "same": "new", "vae/v": "v"})):
         for name, text in contents.items():
@@ -304,7 +313,7 @@ def test_folders_in_both_places_are_brought_together_and_apart_again(tmp_path: P
     (old / "dangling").symlink_to("/nowhere")
     before, data = tree(old), tree(place.data)
     said: list[str] = []
-    step = {"name": "models", "source": str(old), "owners": [os.geteuid()]}
+    step = Adopt("t", "w", "u", "models", str(old), (os.geteuid(),))
     adopting.adopt(place, step, said.append)
     adopting.adopt(place, step, said.append)  # as after a kill
     assert (place.data / "models/loras/b").read_text() == "new b"
@@ -313,26 +322,26 @@ def test_folders_in_both_places_are_brought_together_and_apart_again(tmp_path: P
     assert (place.data / "models/dangling").is_symlink()
     assert {path.relative_to(old) for path in old.rglob("*") if path.is_file()} == {Path("loras/b"), Path("same")}
     assert [each.rpartition("/")[2] for each in said] == ["b", "same"] * 2
-    adopting.unadopt(place, {}, said.append)
+    adopting.unadopt(place, Unadopt("t", "w", "u"), said.append)
     assert tree(old) == before
     assert tree(place.data) == {name: each for name, each in data.items() if name != "models/checkpoints"}
     assert not Adopted(place).path.exists()
 
 
 def test_what_runs_as_its_owner_does_so_neither_afterwards_nor_when_it_is_put_back(tmp_path: Path) -> None:
-    place, old = site(tmp_path), tmp_path / "old/output"
+    place, old = layout(tmp_path), tmp_path / "old/output"
     old.mkdir(parents=True)
     for name in ("a.png", "b.png"):
         (old / name).write_text(name)
         (old / name).chmod(0o6755)
     old.chmod(0o2755)
-    adopting.adopt(place, {"name": "output", "source": str(old), "owners": [os.geteuid()]}, print)
+    adopting.adopt(place, Adopt("t", "w", "u", "output", str(old), (os.geteuid(),)), print)
     data = place.data / "output"
     assert [(data / name).stat().st_mode & 0o7777 for name in ("a.png", "b.png", ".")] == [0o775, 0o775, 0o2775]
     (data / "new").write_text("put there by the service")
     (data / "new").chmod(0o4700)
     (data / "new").rename(data / "b.png")
-    adopting.unadopt(place, {}, print)
+    adopting.unadopt(place, Unadopt("t", "w", "u"), print)
     assert [(old / name).stat().st_mode & 0o7777 for name in ("a.png", "b.png", ".")] == [0o755, 0o4700, 0o2755]
 
 
@@ -341,7 +350,7 @@ def test_files_of_others_are_left_to_them(tmp_path: Path) -> None:
     (tmp_path / "theirs").chmod(0o600)
     with opened(tmp_path) as here:
         nobody: set[int] = set()
-        left = adopting._own_entries(here, tmp_path, ["theirs"], (0, 0), nobody, Adopted(site(tmp_path)))
+        left = adopting._take_entries(here, tmp_path, ["theirs"], (0, 0), nobody, Adopted(layout(tmp_path)))
     assert left == 1
     assert (tmp_path / "theirs").stat().st_mode & 0o777 == 0o600
 
@@ -393,11 +402,11 @@ def test_a_pipe_instead_of_a_file_holds_nobody_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [10**13, 3])
 def test_a_database_of_any_size_does_not_keep_undoing_from_its_end(tmp_path: Path, size: int) -> None:
-    place, old = site(tmp_path), tmp_path / "old/user"
+    place, old = layout(tmp_path), tmp_path / "old/user"
     old.mkdir(parents=True)
     (old / "comfyui.db").write_text("old")
     (old / "comfyui.db").chmod(0o4755)
-    adopting.adopt(place, {"name": "user", "source": str(old), "owners": [os.geteuid()]}, print)
+    adopting.adopt(place, Adopt("t", "w", "u", "user", str(old), (os.geteuid(),)), print)
     kept = place.state / "adopted/database/comfyui.db"
     assert (kept.read_text(), kept.stat().st_mode & 0o7777) == ("old", 0o755)
     data = place.data / "user"
@@ -405,7 +414,7 @@ def test_a_database_of_any_size_does_not_keep_undoing_from_its_end(tmp_path: Pat
         (data / name).write_text("new")
         os.truncate(data / name, size)
     os.mkfifo(data / "comfyui.db-wal")
-    adopting.unadopt(place, {}, print)
+    adopting.unadopt(place, Unadopt("t", "w", "u"), print)
     assert (old / "comfyui.db").read_text() == "old"
     assert (old / "comfyui.db-x").stat().st_size == size
     (newer,) = old.glob("comfyui.db.newer-*")
@@ -413,22 +422,22 @@ def test_a_database_of_any_size_does_not_keep_undoing_from_its_end(tmp_path: Pat
 
 
 def test_a_database_beyond_all_is_not_adopted(tmp_path: Path) -> None:
-    place, old = site(tmp_path), tmp_path / "old/user"
+    place, old = layout(tmp_path), tmp_path / "old/user"
     old.mkdir(parents=True)
     (old / "comfyui.db").touch()
     os.truncate(old / "comfyui.db", 10**13)
     with pytest.raises(Fault, match="ComfyUI's database never is"):
-        adopting.adopt(place, {"name": "user", "source": str(old), "owners": [os.geteuid()]}, print)
+        adopting.adopt(place, Adopt("t", "w", "u", "user", str(old), (os.geteuid(),)), print)
 
 
 @pytest.mark.parametrize("levels", [1100, 2500])
 def test_labyrinths_in_both_places_are_left_where_they_are(tmp_path: Path, levels: int) -> None:
-    place, old = site(tmp_path), tmp_path / "old/output"
+    place, old = layout(tmp_path), tmp_path / "old/output"
     old.parent.mkdir()
     for root in (old, place.data / "output"):
         deep(root, levels)
     said: list[str] = []
-    adopting.adopt(place, {"name": "output", "source": str(old), "owners": [os.geteuid()]}, said.append)
+    adopting.adopt(place, Adopt("t", "w", "u", "output", str(old), (os.geteuid(),)), said.append)
     assert said[0].startswith(f"left where it is, the data has one of that name: {old}/dd/dd")
     for root in (old, place.data):
         remove(root)
@@ -439,12 +448,12 @@ def test_a_labyrinth_is_no_folder_of_comfyuis(tmp_path: Path, levels: int) -> No
     deep(tmp_path / "output", levels)
     owners = {os.geteuid()}
     found = survey._folder(tmp_path / "output", tmp_path / "data", owners)
-    assert found["foreign"].startswith(f"it has 100 folders in each other: {tmp_path}/output/dd/dd")
+    assert found.foreign.startswith(f"its folders are nested 100 deep: {tmp_path}/output/dd/dd")
     (tmp_path / "input/a").mkdir(parents=True)
     (tmp_path / "input/a/b").write_text("12345")
     (tmp_path / "input/a/c").symlink_to("b")
     found = survey._folder(tmp_path / "input", tmp_path / "data", owners)
-    assert (found["files"], found["bytes"], found["links"], found["foreign"]) == (2, 6, {"a/c": "b"}, "")
+    assert (found.files, found.bytes, found.links, found.foreign) == (2, 6, {"a/c": "b"}, "")
     remove(tmp_path / "output")
 
 
@@ -461,7 +470,7 @@ def test_links_to_links_without_an_end_are_no_installation(tmp_path: Path) -> No
         assert process.stdout is not None
         process.stdout.readline()
         survey.all_processes()
-        assert survey.survey(site(tmp_path), str(tmp_path / "xmain.py"))["found"] == []
+        assert survey.survey(layout(tmp_path), str(tmp_path / "xmain.py")).found == ()
         process.kill()
 
 
@@ -482,7 +491,7 @@ def test_a_repository_is_read_as_its_owner(monkeypatch: pytest.MonkeyPatch) -> N
         program.write_text(f"#!/bin/sh\nid -u > {told}/uid\nid -G > {told}/groups\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
-        assert survey._repository(tree) == {"url": "", "commit": "a" * 40, "edited": []}
+        assert survey._repository(tree) == {"url": "", "commit": "a" * 40, "edited": ()}
         assert [(told / name).read_text().strip() for name in ("uid", "groups")] == ["65534", "65534"]
         monkeypatch.setattr(survey, "GIT_SECONDS", 1)
         program.write_text("#!/bin/sh\nsleep 60\n")

@@ -15,22 +15,26 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from agent import journal
-from agent.change import runs, steps
-from agent.files import Fault, Json, append, last_of, run, write
-from agent.layout import Site
-from agent.look import facts
-from agent.serve import health, services
+from agent import journal, processes
+from agent.change import env, runs, trees
+from agent.files import Fault, Json, append, write
+from agent.layout import Layout
+from agent.look import prefix
+from agent.processes import last_of, run
+from agent.schema.change import Env, Node, Serve, WheelFile, packed
+from agent.serve import health, managers, supervised
 
 
-def at(place: Path) -> Site:
-    return Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+def at(place: Path) -> Layout:
+    return Layout({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
 
 
 def wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
@@ -53,27 +57,27 @@ def wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
 
 def make(tmp_path: Path, one: dict[str, str], two: dict[str, str]) -> Path:
     """An environment of the wheels `one` and `two`, made as on a host without a network; the part."""
-    site = Site({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+    layout = Layout({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
     uv = shutil.which("uv")
     assert uv
-    (site.state / "tools").mkdir(parents=True, exist_ok=True)
-    (site.state / "tools/uv").symlink_to(uv)
-    site.incoming.mkdir()
-    wheels, lines = [], []
+    (layout.state / "tools").mkdir(parents=True, exist_ok=True)
+    (layout.state / "tools/uv").symlink_to(uv)
+    layout.incoming.mkdir()
+    wheels, lines = list[WheelFile](), list[str]()
     for name, files in (("one", one), ("two", two)):
         path = wheel(tmp_path, name, files)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        path.rename(site.incoming / digest)
-        wheels.append({"file": path.name, "sha256": digest})
+        path.rename(layout.incoming / digest)
+        wheels.append(WheelFile(path.name, digest))
         lines.append(f"{name}==1 --hash=sha256:{digest}\n")
-    return environment(site, "".join(lines), wheels=wheels)
+    return environment(layout, "".join(lines), wheels=tuple(wheels))
 
 
-def environment(site: Site, requirements: str, **values: object) -> Path:
+def environment(layout: Layout, requirements: str, **values: Any) -> Path:
     """The environment of these requirements, made without a network unless `offline` says otherwise."""
-    step = {"part": "env-test", "python": sys.executable, "tool": "uv", "wheels": [], "offline": True, "repair": False}
-    steps.env(site, {**step, "requirements": requirements, **values}, lambda _: None)
-    return site.parts / "env-test"
+    step = Env("t", "w", "u", "env-test", sys.executable, False, requirements, (), "3.11", (), tool="uv", offline=True)
+    env.env(layout, replace(step, **values), lambda _: None)
+    return layout.parts / "env-test"
 
 
 def test_packages_that_overwrite_each_others_modules_are_refused_by_name(tmp_path: Path) -> None:
@@ -112,25 +116,25 @@ def test_node_types_that_are_gone_or_another_nodes_are_told(before: object, said
 
 
 def test_a_line_of_the_history_that_a_power_cut_tore_is_left_out(tmp_path: Path) -> None:
-    site = at(tmp_path)
-    assert journal.last(journal.history(site)) == {}
-    append(site.history, {"action": "deploy", "run": "1"})
-    with site.history.open("a") as file:
+    layout = at(tmp_path)
+    assert journal.last(journal.history(layout)) == {}
+    append(layout.history, {"action": "deploy", "run": "1"})
+    with layout.history.open("a") as file:
         file.write('{"action": "depl')
-    assert journal.last(journal.history(site))["run"] == "1"
-    append(site.history, {"action": "restart", "run": "3"})
-    assert [each["run"] for each in journal.history(site)] == ["1", "3"]
-    assert journal.last(journal.history(site), *journal.DEPLOYS)["run"] == "1"
+    assert journal.last(journal.history(layout))["run"] == "1"
+    append(layout.history, {"action": "restart", "run": "3"})
+    assert [each["run"] for each in journal.history(layout)] == ["1", "3"]
+    assert journal.last(journal.history(layout), *journal.DEPLOYS)["run"] == "1"
 
 
 def test_following_a_run_that_nobody_can_go_on_with_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = at(tmp_path)
-    write(site.pending, json.dumps({"run": "r"}))
-    started: list[Site] = []
+    layout = at(tmp_path)
+    write(layout.pending, json.dumps({"run": "r"}))
+    started: list[Layout] = []
     monkeypatch.setattr("agent.change.runs.time.sleep", lambda _: None)
-    manager = SimpleNamespace(go=lambda: started.append(site), last_go=lambda: ["Traceback"])
+    manager = SimpleNamespace(start_apply=lambda: started.append(layout), apply_log=lambda: ["Traceback"])
     monkeypatch.setattr("agent.change.runs.manager_of", lambda _: manager)
-    following = runs.follow(site, "r")
+    following = runs.follow(layout, "r")
     assert [next(following) for _ in range(3)] == [{"event": "alive"}] * 3
     with pytest.raises(Fault, match="ends each time it is started") as raised:
         next(following)
@@ -139,11 +143,11 @@ def test_following_a_run_that_nobody_can_go_on_with_ends(tmp_path: Path, monkeyp
 
 
 def test_a_journal_is_followed_without_being_read_again(tmp_path: Path) -> None:
-    site = at(tmp_path)
-    log = journal.Journal(site, "r")
+    layout = at(tmp_path)
+    log = journal.Journal(layout, "r")
     for number in range(3):
         log.add("note", text=str(number))
-    following = runs.follow(site, "r")
+    following = runs.follow(layout, "r")
     assert [next(following)["text"] for _ in range(3)] == ["0", "1", "2"]
     log.path.write_bytes(b" " * log.path.stat().st_size)  # what was told is not looked at any more
     with log.path.open("ab") as file:
@@ -154,24 +158,24 @@ def test_a_journal_is_followed_without_being_read_again(tmp_path: Path) -> None:
 
 
 def test_notes_and_faults_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = at(tmp_path)
+    layout = at(tmp_path)
 
-    def chatty(_: Site, __: Json, note: Callable[[str], None]) -> None:
+    def chatty(_: Layout, __: Json, note: Callable[[str], None]) -> None:
         for _number in range(3 * runs.NOTES):
             note("x" * 1_000_000)
         raise Fault("step", "y" * 1_000_000, "z" * 1_000_000)
 
-    monkeypatch.setitem(runs.STEPS, "chatty", chatty)
-    log = journal.Journal(site, "r")
-    fault = runs._carry_out(site, {"steps": [{"kind": "chatty", "title": "t"}]}, log)
+    monkeypatch.setitem(runs.STEPS, "serve", chatty)
+    log = journal.Journal(layout, "r")
+    fault = runs._carry_out(layout, {"steps": [packed(Serve("t", "w", "u"))]}, log)
     assert len(json.dumps(fault)) < 30_000
     assert log.path.stat().st_size < 3_000_000
     assert log.events()[-1]["text"] == "there is more, which is left out"
 
 
 def test_a_log_without_an_end_is_read_in_part(tmp_path: Path) -> None:
-    site = at(tmp_path)
-    manager = services.Supervised(site)
+    layout = at(tmp_path)
+    manager = supervised.Supervised(layout)
     write(manager.output, "")
     os.truncate(manager.output, 4_000_000_000)
     with manager.output.open("a") as file:
@@ -185,14 +189,14 @@ def test_a_log_without_an_end_is_read_in_part(tmp_path: Path) -> None:
 
 
 def test_the_last_words_are_those_of_the_run_before_when_the_next_has_said_nothing_yet(tmp_path: Path) -> None:
-    manager = services.Supervised(at(tmp_path))
+    manager = supervised.Supervised(at(tmp_path))
     write(manager.output, "starting\nI am broken\n")
     write(manager.record, json.dumps({"offset": manager.output.stat().st_size}))
     assert manager.log(25) == []
-    assert services.last_words(manager) == ["starting", "I am broken"]
+    assert managers.last_words(manager) == ["starting", "I am broken"]
     with manager.output.open("a") as log:
         log.write("once more\n")
-    assert services.last_words(manager) == ["once more"]
+    assert managers.last_words(manager) == ["once more"]
 
 
 MISLEADING = {
@@ -246,9 +250,9 @@ def test_an_index_whose_certificate_is_not_trusted_is_told_as_that(
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    site = at(tmp_path)
-    (site.state / "tools").mkdir(parents=True, exist_ok=True)
-    (site.state / "tools/uv").symlink_to(str(shutil.which("uv")))
+    layout = at(tmp_path)
+    (layout.state / "tools").mkdir(parents=True, exist_ok=True)
+    (layout.state / "tools/uv").symlink_to(str(shutil.which("uv")))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
     server = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
@@ -258,7 +262,7 @@ def test_an_index_whose_certificate_is_not_trusted_is_told_as_that(
     serving.start()
     try:
         with pytest.raises(Fault) as raised:
-            environment(site, f"one==1 --hash=sha256:{'a' * 64}\n", offline=False)
+            environment(layout, f"one==1 --hash=sha256:{'a' * 64}\n", offline=False)
     finally:
         server.shutdown()
         server.server_close()
@@ -269,7 +273,7 @@ def test_an_index_whose_certificate_is_not_trusted_is_told_as_that(
     assert "update-ca-certificates" in raised.value.report["hint"]
     monkeypatch.setenv("UV_DEFAULT_INDEX", "http://127.0.0.1:1/simple")
     with pytest.raises(Fault) as raised:
-        environment(site, f"one==1 --hash=sha256:{'a' * 64}\n", offline=False)
+        environment(layout, f"one==1 --hash=sha256:{'a' * 64}\n", offline=False)
     assert raised.value.report["kind"] == "offline"
 
 
@@ -290,7 +294,7 @@ def test_a_program_that_does_not_end_is_a_failure_with_a_message(tmp_path: Path)
         run(["sh", "-c", script], timeout=1)
     assert time.monotonic() - began < 10  # though its child holds the pipe
     pid = (tmp_path / "pid").read_text().strip()
-    assert services.wait_for(lambda: gone(Path(f"/proc/{pid}/status")), 5)
+    assert processes.wait_for(lambda: gone(Path(f"/proc/{pid}/status")), 5)
 
 
 def gone(status: Path) -> bool:
@@ -300,19 +304,18 @@ def gone(status: Path) -> bool:
 
 def installed(tmp_path: Path, script: str) -> Path:
     """Run an install.py in a node's tree; the tree."""
-    site, place = at(tmp_path), tmp_path / "tree"
+    layout, place = at(tmp_path), tmp_path / "tree"
     place.mkdir()
     (place / "install.py").write_text(script)
-    (site.parts / "env/bin").mkdir(parents=True)
-    (site.parts / "env/bin/python").symlink_to(sys.executable)
-    step: Json = {"install": "env", "title": "make node it", "python": sys.executable, "unit": "", "network": False}
-    step |= {"environment": {"HOME": "/nowhere"}, "confined": []}
-    steps._install(site, step, place, lambda _: None)
+    (layout.parts / "env/bin").mkdir(parents=True)
+    (layout.parts / "env/bin/python").symlink_to(sys.executable)
+    step = Node("make node it", "w", "u", "it-1", sys.executable, install="env", environment={"HOME": "/nowhere"})
+    trees._install(layout, step, place, lambda _: None)
     return place
 
 
 def test_an_install_script_that_hangs_is_a_failed_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "INSTALL_SECONDS", 1)
+    monkeypatch.setattr(trees, "INSTALL_SECONDS", 1)
     with pytest.raises(Fault) as raised:
         installed(tmp_path, "import time; time.sleep(60)")
     assert raised.value.report["what"] == "the install.py failed: make node it"
@@ -344,24 +347,24 @@ def test_an_install_script_sees_nothing_of_the_caller(tmp_path: Path, monkeypatc
 def test_what_a_prefix_was_deployed_as_and_where_its_unit_leads_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site = at(tmp_path / "new")
+    layout = at(tmp_path / "new")
     me = pwd.getpwuid(os.getuid()).pw_name
-    site.data.mkdir(parents=True)
-    write(site.state / "site.json", json.dumps({"service": "old", "scope": "system", "user": me}))
-    told = facts._prefix(site)
-    assert (told["service"], told["scope"], told["user"], told["elsewhere"]) == ("old", "system", me, "")
-    write(site.state / "site.json", json.dumps({"service": "old", "scope": "system", "user": "nobody"}))
-    assert facts._prefix(site)["user"] == ""  # the data was given to another since
+    layout.data.mkdir(parents=True)
+    write(layout.state / "site.json", json.dumps({"service": "old", "scope": "system", "user": me}))
+    told = prefix.prefix_state(layout)
+    assert (told.service, told.scope, told.user, told.elsewhere) == ("old", "system", me, "")
+    write(layout.state / "site.json", json.dumps({"service": "old", "scope": "system", "user": "nobody"}))
+    assert prefix.prefix_state(layout).user == ""  # the data was given to another since
     units = tmp_path / "home/.config/systemd/user"
     units.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     other = tmp_path / "other"
     (units / "s.service").symlink_to(other / "current/s.service")
-    assert facts._prefix(site)["elsewhere"] == ""  # it was deleted, or moved here
+    assert prefix.prefix_state(layout).elsewhere == ""  # it was deleted, or moved here
     write(other / "state/site.json", "{}")
-    assert facts._prefix(site)["elsewhere"] == str(other)
+    assert prefix.prefix_state(layout).elsewhere == str(other)
     (tmp_path / "way").symlink_to(other)
-    assert facts._prefix(Site({**site.json, "prefix": str(tmp_path / "way")}))["elsewhere"] == ""
+    assert prefix.prefix_state(Layout({**layout.json, "prefix": str(tmp_path / "way")})).elsewhere == ""
 
 
 @pytest.mark.parametrize(("boot", "kept"), [("another boot", False), ("", True)])

@@ -12,9 +12,10 @@ import pytest
 
 from agent.change import exporter
 from agent.files import Fault, Json
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look.exporter import installed, unit_file
-from agent.serve import services
+from agent.schema.change import Exporter
+from agent.serve import systemd
 
 SYSTEMCTL = """#!/bin/sh
 echo "$*" >>{log}
@@ -33,11 +34,11 @@ class Metrics(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    found = Site({"prefix": str(tmp_path), "service": "s", "scope": "system", "user": "", "address": "", "port": 1})
+def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    found = Layout({"prefix": str(tmp_path), "service": "s", "scope": "system", "user": "", "address": "", "port": 1})
     found.state.mkdir()
     (tmp_path / "units").mkdir()
-    monkeypatch.setattr(services, "UNITS", tmp_path / "units")
+    monkeypatch.setattr(systemd, "UNITS", tmp_path / "units")
     for name in ("systemctl", "journalctl"):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -64,86 +65,86 @@ def wanted(port: int, unit: str = "[Unit]\n", agent: str = "a" * 16) -> Json:
     return {"agent": agent, "settings": {"port": port}, "unit": unit}
 
 
-def change(site: Site, to: Json) -> None:
-    exporter.exporter(site, {"exporter": to}, lambda _: None)
+def change(layout: Layout, to: Json) -> None:
+    exporter.exporter(layout, Exporter("t", "w", "u", to), lambda _: None)
 
 
-def units(site: Site) -> list[str]:
-    return sorted(str(path.relative_to(site.prefix / "units")) for path in (site.prefix / "units").rglob("s-*"))
+def units(layout: Layout) -> list[str]:
+    return sorted(str(path.relative_to(layout.prefix / "units")) for path in (layout.prefix / "units").rglob("s-*"))
 
 
-def test_it_is_installed_changed_and_removed(site: Site, server: HTTPServer) -> None:
-    assert installed(site) == {}
+def test_it_is_installed_changed_and_removed(layout: Layout, server: HTTPServer) -> None:
+    assert installed(layout) == {}
     first = wanted(server.server_port)
-    change(site, first)
-    assert installed(site) == first
-    assert units(site) == ["multi-user.target.wants/s-exporter.service", "s-exporter.service"]
-    assert site.exporter_agent.readlink() == Path(f"agents/{'a' * 16}")
+    change(layout, first)
+    assert installed(layout) == first
+    assert units(layout) == ["multi-user.target.wants/s-exporter.service", "s-exporter.service"]
+    assert layout.exporter_agent.readlink() == Path(f"agents/{'a' * 16}")
     second = wanted(server.server_port, "[Unit]\n# other\n", "b" * 16)
-    change(site, second)
-    change(site, second)  # a killed run is done again
-    assert installed(site) == second
-    change(site, {})
-    assert (installed(site), units(site), list(site.state.iterdir())) == ({}, [], [])
-    assert "stop s-exporter.service" in (site.prefix / "log").read_text()
+    change(layout, second)
+    change(layout, second)  # a killed run is done again
+    assert installed(layout) == second
+    change(layout, {})
+    assert (installed(layout), units(layout), list(layout.state.iterdir())) == ({}, [], [])
+    assert "stop s-exporter.service" in (layout.prefix / "log").read_text()
 
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("broken", ["does not start", "says nothing", "is not there"])
 def test_one_that_does_not_answer_gives_way_to_the_one_before(
-    site: Site, server: HTTPServer, before: bool, broken: str
+    layout: Layout, server: HTTPServer, before: bool, broken: str
 ) -> None:
     first = wanted(server.server_port) if before else {}
-    change(site, first)
+    change(layout, first)
     with HTTPServer(("127.0.0.1", 0), Metrics) as other:
         other.text = b"up 1\n"  # type: ignore[attr-defined]
         threading.Thread(target=other.serve_forever, args=(0.05,), daemon=True).start()
         bad = wanted(other.server_port, "# broken\n" if broken == "does not start" else "# new\n", "b" * 16)
         if broken == "is not there":
             bad["settings"]["port"] = 1
-        refused = refuses(site, bad)
+        refused = refuses(layout, bad)
         other.shutdown()
     assert refused.endswith("; the previous one is restored" if before else "does not run")
-    assert installed(site) == first
-    assert not list(site.state.glob("exporter-before*"))
+    assert installed(layout) == first
+    assert not list(layout.state.glob("exporter-before*"))
 
 
-def refuses(site: Site, bad: Json) -> str:
+def refuses(layout: Layout, bad: Json) -> str:
     with pytest.raises(Fault, match="does not run") as raised:
-        change(site, bad)
+        change(layout, bad)
     return str(raised.value.report["what"])
 
 
-def test_a_previous_one_that_does_not_answer_either_is_restored_and_said(site: Site, server: HTTPServer) -> None:
+def test_a_previous_one_that_does_not_answer_either_is_restored_and_said(layout: Layout, server: HTTPServer) -> None:
     first = wanted(server.server_port)
-    change(site, first)
+    change(layout, first)
     server.text = b""  # type: ignore[attr-defined]
-    assert refuses(site, wanted(1)).endswith("restored, and does not answer either")
-    assert installed(site) == first
+    assert refuses(layout, wanted(1)).endswith("restored, and does not answer either")
+    assert installed(layout) == first
 
 
 def test_a_killed_change_that_is_done_again_restores_what_was_there_first(
-    site: Site, server: HTTPServer, monkeypatch: pytest.MonkeyPatch
+    layout: Layout, server: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = wanted(server.server_port)
-    change(site, first)
+    change(layout, first)
     bad = wanted(1, "# new\n", "b" * 16)
     with monkeypatch.context() as patch:
         patch.setattr(exporter, "_await_answer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            change(site, bad)
-    assert installed(site) == bad
+            change(layout, bad)
+    assert installed(layout) == bad
     with pytest.raises(Fault, match="previous one is restored"):
-        change(site, bad)
-    assert installed(site) == first
+        change(layout, bad)
+    assert installed(layout) == first
 
 
 def test_an_older_hearths_link_into_its_release_is_replaced_and_not_written_through(
-    site: Site, server: HTTPServer
+    layout: Layout, server: HTTPServer
 ) -> None:
-    old = site.prefix / "old.service"
+    old = layout.prefix / "old.service"
     old.write_text("old")
-    unit_file(site).symlink_to(old)
-    assert installed(site) == {}
-    change(site, wanted(server.server_port))
-    assert (old.read_text(), unit_file(site).is_symlink()) == ("old", False)
+    unit_file(layout).symlink_to(old)
+    assert installed(layout) == {}
+    change(layout, wanted(server.server_port))
+    assert (old.read_text(), unit_file(layout).is_symlink()) == ("old", False)

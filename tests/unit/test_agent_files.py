@@ -15,16 +15,22 @@ from pathlib import Path
 import pytest
 
 from agent import files as agent_files
-from agent.change import steps
-from agent.files import Fault, Sweep, append, flock, free, link, read, remove
-from agent.layout import DATA, Site
-from agent.look.facts import _deletable, facts
-from agent.serve import services
+from agent.change import folders, releases, trees
+from agent.deletion import SafeDeleter, remove
+from agent.files import Fault, append, link, read
+from agent.layout import DATA, Layout
+from agent.locks import flock, free
+from agent.look.facts import facts
+from agent.look.prefix import _deletable
+from agent.schema.change import Folders, Release
+from agent.serve import supervised
 from core import files
 
 
-def at(place: Path, **values: object) -> Site:
-    return Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1, **values})
+def at(place: Path, **values: object) -> Layout:
+    return Layout(
+        {"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1, **values}
+    )
 
 
 def deep(root: Path, levels: int) -> None:
@@ -64,18 +70,18 @@ def test_a_record_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["pending.json", "paused.json"])
 def test_a_damaged_record_of_a_run_or_a_pause_stops_whoever_needs_it(tmp_path: Path, name: str) -> None:
-    site = at(tmp_path)
-    site.state.mkdir()
-    (site.state / name).write_text('{"run": ')
+    layout = at(tmp_path)
+    layout.state.mkdir()
+    (layout.state / name).write_text('{"run": ')
     with pytest.raises(Fault, match=f"{name} is damaged"):
-        facts(site, ASK, [])
+        facts(layout, ASK, [])
 
 
 def test_a_damaged_record_of_the_supervisor_is_told(tmp_path: Path) -> None:
-    manager = services.Supervised(at(tmp_path))
+    manager = supervised.Supervised(at(tmp_path))
     manager.lock.parent.mkdir()
     manager.record.write_text("")
-    assert not manager.status()["active"]  # it is nobody's
+    assert not manager.status().active  # it is nobody's
     with flock(manager.lock), pytest.raises(Fault, match="is damaged"):
         manager.stop()
 
@@ -84,37 +90,41 @@ ASK = {"pythons": [], "mounts": {}, "places": {}, "packages": [], "metrics_port"
 
 
 def test_what_a_deploy_writes_again_may_be_damaged(tmp_path: Path) -> None:
-    site = at(tmp_path)
-    (site.releases / "one").mkdir(parents=True)
-    site.state.mkdir()
-    (site.parts / "app-1").mkdir(parents=True)
-    site.current.symlink_to("releases/one")
-    for path in (site.releases / "one/release.json", site.releases / "one/proven", site.parts / "app-1/PART.json"):
+    layout = at(tmp_path)
+    (layout.releases / "one").mkdir(parents=True)
+    layout.state.mkdir()
+    (layout.parts / "app-1").mkdir(parents=True)
+    layout.current.symlink_to("releases/one")
+    for path in (
+        layout.releases / "one/release.json",
+        layout.releases / "one/proven",
+        layout.parts / "app-1/PART.json",
+    ):
         path.write_text('{"id": ')
-    for path in (site.state / "site.json", site.state / "verified.json"):
+    for path in (layout.state / "site.json", layout.state / "verified.json"):
         path.write_text("")
-    found = facts(site, ASK, [])
-    assert (found["releases"], found["current"], found["failed_nodes"]) == ([], "", {})
-    assert found["current_fault"]["kind"] == "foreign"
-    assert found["parts"]["app-1"].startswith("it cannot be read")
+    found = facts(layout, ASK, [])
+    assert (found.releases, found.current, found.failed_nodes) == ((), "", {})
+    assert found.current_fault["kind"] == "foreign"
+    assert found.parts["app-1"].startswith("it cannot be read")
 
 
 # --- the order of releases -----------------------------------------------------------------------------------------
 
 
 def test_the_release_to_return_to_goes_by_the_history_and_not_by_clocks(tmp_path: Path) -> None:
-    site = at(tmp_path)
+    layout = at(tmp_path)
     at_once = {"a": 1000, "b": 2000, "c": 500, "d": 9000}  # the clock was set back before c was served
     for name, when in at_once.items():
-        (site.releases / name).mkdir(parents=True)
-        (site.releases / name / "proven").write_text("{}")
-        os.utime(site.releases / name / "proven", (when, when))
+        (layout.releases / name).mkdir(parents=True)
+        (layout.releases / name / "proven").write_text("{}")
+        os.utime(layout.releases / name / "proven", (when, when))
     runs = [("a", "done"), ("b", "done"), ("c", "done"), ("b", "reverted"), ("x", "done"), ("d", "failed")]
     for release, result in runs:
-        append(site.history, {"action": "deploy", "run": "r", "release": release, "result": result})
-    assert facts(site, ASK, [])["proven"] == ["c", "b", "a", "d"]
-    append(site.history, {"action": "rollback", "run": "r", "release": "a", "result": "done"})
-    assert facts(site, ASK, [])["proven"] == ["a", "c", "b", "d"]
+        append(layout.history, {"action": "deploy", "run": "r", "release": release, "result": result})
+    assert facts(layout, ASK, []).proven == ("c", "b", "a", "d")
+    append(layout.history, {"action": "rollback", "run": "r", "release": "a", "result": "done"})
+    assert facts(layout, ASK, []).proven == ("a", "c", "b", "d")
 
 
 # --- deleting ------------------------------------------------------------------------------------------------------
@@ -122,8 +132,10 @@ def test_the_release_to_return_to_goes_by_the_history_and_not_by_clocks(tmp_path
 
 def test_a_tree_of_any_depth_is_deleted_with_few_descriptors(tmp_path: Path) -> None:
     deep(tmp_path / "deep", 2500)
-    code = "import resource, sys; from pathlib import Path; from agent.files import Sweep\n"
-    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))\nsweep = Sweep(); sweep.delete(Path(sys.argv[1]))\n"
+    code = "import resource, sys; from pathlib import Path; from agent.deletion import SafeDeleter\n"
+    code += (
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))\nsweep = SafeDeleter(); sweep.delete(Path(sys.argv[1]))\n"
+    )
     code += "assert (sweep.files, sweep.left, sweep.stuck) == (1, [], []), sweep.stuck"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "deep")], cwd=files.CHECKOUT, check=True)
     assert not (tmp_path / "deep").exists()
@@ -166,7 +178,7 @@ def test_a_folder_that_is_moved_while_it_is_deleted_takes_nothing_else_with_it(
         real(name, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "unlink", moving)
-    sweep = Sweep()
+    sweep = SafeDeleter()
     sweep.delete(tmp_path / "tree")
     assert [each.rpartition(": ")[2] for each in sweep.stuck] == ["it was moved while it was being deleted"]
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["inner", "other", "tree"]
@@ -211,14 +223,14 @@ def test_the_way_to_mount_points_is_not_more_than_them(tmp_path: Path) -> None:
 def test_a_tree_deeper_than_python_recurses_is_shared(tmp_path: Path) -> None:
     """os.walk recurses on Python 3.10 and 3.11."""
     for levels in (1200, 1500):  # of the latter, what a path can name
-        site = at(tmp_path / str(levels))
-        site.prefix.mkdir()
-        site.data.mkdir()
-        deep(site.data / "output", levels)
-        steps.folders(site, {}, lambda _: None)
-        assert all((site.data / name).is_dir() for name in DATA)
-        assert mode(site.data / f"output{'/dd' * 1100}") == 0o755
-        remove(site.data)
+        layout = at(tmp_path / str(levels))
+        layout.prefix.mkdir()
+        layout.data.mkdir()
+        deep(layout.data / "output", levels)
+        folders.folders(layout, Folders("t", "w", "u"), lambda _: None)
+        assert all((layout.data / name).is_dir() for name in DATA)
+        assert mode(layout.data / f"output{'/dd' * 1100}") == 0o755
+        remove(layout.data)
 
 
 def test_a_folder_that_somebody_put_in_the_place_of_a_new_one_is_not_given_away(
@@ -227,7 +239,7 @@ def test_a_folder_that_somebody_put_in_the_place_of_a_new_one_is_not_given_away(
     victim = tmp_path / "victim"
     victim.mkdir(mode=0o700)
     (victim / "secret").touch()
-    site = at(tmp_path / "prefix", folders={"output": str(tmp_path / "pool/out")})
+    layout = at(tmp_path / "prefix", folders={"output": str(tmp_path / "pool/out")})
 
     def swapped(prefix: str, dir: Path) -> str:  # noqa: A002  tempfile.mkdtemp's own name
         place = dir / f"{prefix}x"
@@ -235,16 +247,16 @@ def test_a_folder_that_somebody_put_in_the_place_of_a_new_one_is_not_given_away(
         return str(place)
 
     with monkeypatch.context() as patch:
-        patch.setattr("agent.change.steps.tempfile.mkdtemp", swapped)
+        patch.setattr("agent.change.folders.tempfile.mkdtemp", swapped)
         with pytest.raises(OSError):
-            steps.folders(site, {}, lambda _: None)
-        patch.setattr("agent.change.steps.tempfile.mkdtemp", lambda **_: str(victim))
+            folders.folders(layout, Folders("t", "w", "u"), lambda _: None)
+        patch.setattr("agent.change.folders.tempfile.mkdtemp", lambda **_: str(victim))
         with pytest.raises(Fault, match="was replaced while it was being made"):
-            steps.folders(site, {}, lambda _: None)
+            folders.folders(layout, Folders("t", "w", "u"), lambda _: None)
     assert mode(victim) == 0o700
     for path in tmp_path.glob("p*/.*"):
         path.unlink()
-    steps.folders(site, {}, lambda _: None)
+    folders.folders(layout, Folders("t", "w", "u"), lambda _: None)
     assert (tmp_path / "pool/out").is_dir()
     assert mode(tmp_path / "pool/out") == 0o755
 
@@ -255,34 +267,34 @@ def test_what_a_killed_run_of_this_pid_left_is_no_obstacle(tmp_path: Path) -> No
     (tmp_path / "source/new").touch()
     (tmp_path / f".place.{os.getpid()}").mkdir()
     (tmp_path / f".place.{os.getpid()}/half").touch()
-    steps._seed(tmp_path / "source", tmp_path, "place", True)
+    trees.copy_defaults(tmp_path / "source", tmp_path, "place", True)
     assert [path.name for path in (tmp_path / "place").iterdir()] == ["new"]
 
 
 def test_a_folder_that_a_killed_run_was_making_is_hearths_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = at(tmp_path)
+    layout = at(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            steps.folders(site, {}, lambda _: None)
+            folders.folders(layout, Folders("t", "w", "u"), lambda _: None)
     (tmp_path / "somebodys").touch()
-    assert facts(site, ASK, [])["place"]["others"] == ["somebodys"]
+    assert facts(layout, ASK, []).place.others == ("somebodys",)
 
 
 def test_a_release_runs_its_own_agent(tmp_path: Path) -> None:
     """Another client's submit replaces the one in state/."""
-    site = at(tmp_path)
-    site.state.mkdir()
+    layout = at(tmp_path)
+    layout.state.mkdir()
     manifest = {"id": "one", "parts": {}, "links": {}, "files": {}, "free_memory": 60}
     for agent in ("first", "second"):
-        (site.state / "agents" / agent).mkdir(parents=True)
-        link(site.agent, f"agents/{agent}")
-        steps.release(site, {"release": {**manifest, "id": agent}}, lambda _: None)
-    assert [(site.releases / name / "agent").resolve().name for name in ("first", "second")] == ["first", "second"]
+        (layout.state / "agents" / agent).mkdir(parents=True)
+        link(layout.agent, f"agents/{agent}")
+        releases.release(layout, Release("t", "w", "u", {**manifest, "id": agent}), lambda _: None)
+    assert [(layout.releases / name / "agent").resolve().name for name in ("first", "second")] == ["first", "second"]
     del manifest["free_memory"]
-    steps.release(site, {"release": manifest}, lambda _: None)
-    assert json.loads((site.releases / "one/release.json").read_text()) == manifest
-    assert not os.path.lexists(site.releases / "one/agent")
+    releases.release(layout, Release("t", "w", "u", manifest), lambda _: None)
+    assert json.loads((layout.releases / "one/release.json").read_text()) == manifest
+    assert not os.path.lexists(layout.releases / "one/agent")
 
 
 def test_the_agent_forgets_the_environment_of_whoever_started_it(tmp_path: Path) -> None:
@@ -300,13 +312,13 @@ def test_the_agent_forgets_the_environment_of_whoever_started_it(tmp_path: Path)
 
 
 def test_more_than_can_be_held_or_deleted_in_time_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_files, "AT_ONCE", 10)
+    monkeypatch.setattr("agent.deletion.AT_ONCE", 10)
     for number in range(105):
         (tmp_path / f"wide/{number}").mkdir(parents=True)
-    late = Sweep(seconds=0)
+    late = SafeDeleter(seconds=0)
     late.delete(tmp_path / "wide")
     assert "there is more than 0 s suffice for" in late.stuck[0]
-    sweep = Sweep()
+    sweep = SafeDeleter()
     sweep.delete(tmp_path / "wide")
     assert sweep.stuck == []
     assert not (tmp_path / "wide").exists()
@@ -378,7 +390,7 @@ def test_locks_are_renewed_by_one_at_a_time(shared_place: Path) -> None:
     path.touch(0o644)
     count.write_text("0")
     code = (
-        "import sys; from pathlib import Path; from agent.files import flock\nwith flock(Path(sys.argv[1]), wait=60):\n"
+        "import sys; from pathlib import Path; from agent.locks import flock\nwith flock(Path(sys.argv[1]), wait=60):\n"
     )
     code += (
         "    count = Path(sys.argv[2]); n = int(count.read_text()); count.write_text(''); count.write_text(str(n + 1))"

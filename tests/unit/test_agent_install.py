@@ -15,7 +15,7 @@ import pytest
 
 from agent import install, main
 from agent.files import link
-from agent.layout import Site
+from agent.layout import Layout
 from core.errors import AgentError
 from deploy import archive, connection
 from deploy.look import find_target
@@ -24,14 +24,14 @@ WHERE = "import sys\nprint(f'[\"{sys.argv[0]}\"]')\n"
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     """This machine's, whose state folder is there: something was deployed."""
     place = tmp_path / "prefix"
     (tmp_path / "hosts.toml").write_text(f'[hosts.local]\nprofile = "cpu"\nscope = "user"\nprefix = "{place}"\n')
     monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
     monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
     (place / "state").mkdir(parents=True)
-    return Site(find_target("local").site)
+    return Layout(find_target("local").site)
 
 
 def call() -> object:
@@ -39,13 +39,13 @@ def call() -> object:
         return agent.call("history")
 
 
-def unpacked(site: Site) -> Path:
-    return site.state / "agents" / hashlib.sha256(archive.packed_agent()).hexdigest()[:16]
+def unpacked(layout: Layout) -> Path:
+    return layout.state / "agents" / hashlib.sha256(archive.packed_agent()).hexdigest()[:16]
 
 
-def test_the_second_command_runs_the_unpacked_agent_which_has_its_bytecode(site: Site) -> None:
+def test_the_second_command_runs_the_unpacked_agent_which_has_its_bytecode(layout: Layout) -> None:
     assert call() == []
-    place = unpacked(site)
+    place = unpacked(layout)
     sources = list(place.rglob("*.py"))
     assert len(sources) > 30
     assert len(list(place.rglob("*.pyc"))) == len(sources)
@@ -56,19 +56,19 @@ def test_the_second_command_runs_the_unpacked_agent_which_has_its_bytecode(site:
     assert call() == [str(place)]
 
 
-def test_nothing_is_unpacked_where_nothing_was_deployed(site: Site) -> None:
-    site.state.rmdir()
+def test_nothing_is_unpacked_where_nothing_was_deployed(layout: Layout) -> None:
+    layout.state.rmdir()
     assert call() == []
-    assert list(site.prefix.iterdir()) == []
+    assert list(layout.prefix.iterdir()) == []
 
 
 @pytest.mark.parametrize("folder", [".", "state", "state/agents", "state/agents/HASH"])
-def test_an_agent_that_others_could_write_is_not_run(site: Site, folder: str) -> None:
+def test_an_agent_that_others_could_write_is_not_run(layout: Layout, folder: str) -> None:
     assert call() == []
-    (unpacked(site) / "__main__.py").write_text(WHERE)
-    for path in unpacked(site).glob("__pycache__/__main__*"):
+    (unpacked(layout) / "__main__.py").write_text(WHERE)
+    for path in unpacked(layout).glob("__pycache__/__main__*"):
         path.unlink()
-    place = site.prefix / folder.replace("HASH", unpacked(site).name)
+    place = layout.prefix / folder.replace("HASH", unpacked(layout).name)
     for mode in (0o775, 0o757):
         place.chmod(mode)
         assert call() == []
@@ -77,28 +77,28 @@ def test_an_agent_that_others_could_write_is_not_run(site: Site, folder: str) ->
         os.chown(place, 12345, 0)
         assert call() == []
         os.chown(place, 0, 0)
-    assert call() == [str(unpacked(site))]
+    assert call() == [str(unpacked(layout))]
 
 
-def test_a_link_of_another_user_is_not_followed(site: Site) -> None:
+def test_a_link_of_another_user_is_not_followed(layout: Layout) -> None:
     assert call() == []
-    theirs = site.prefix / "theirs"
+    theirs = layout.prefix / "theirs"
     theirs.mkdir()
     theirs.chmod(0o777)
-    unpacked(site).rename(theirs / "agent")
+    unpacked(layout).rename(theirs / "agent")
     (theirs / "agent/__main__.py").write_text(WHERE)
-    unpacked(site).symlink_to(theirs / "agent")
+    unpacked(layout).symlink_to(theirs / "agent")
     assert call() == []
 
 
-def test_an_altered_archive_is_neither_run_nor_unpacked(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    forged = site.prefix / "forged"
+def test_an_altered_archive_is_neither_run_nor_unpacked(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    forged = layout.prefix / "forged"
     for content in (archive.packed_agent()[:-1], b"", b"print('[1]')"):
         forged.write_bytes(content)
         monkeypatch.setattr(archive, "agent_file", lambda: forged)
         with pytest.raises(AgentError):
             call()
-    assert list(site.state.iterdir()) == []
+    assert list(layout.state.iterdir()) == []
 
 
 CODE = """
@@ -112,49 +112,49 @@ print("done")
 """
 
 
-def installing(site: Site) -> list[str]:
+def installing(layout: Layout) -> list[str]:
     import json
 
-    return [sys.executable, "-c", CODE, str(archive.agent_file()), json.dumps(site.json)]
+    return [sys.executable, "-c", CODE, str(archive.agent_file()), json.dumps(layout.json)]
 
 
-def test_killed_at_any_moment_an_agent_is_whole_or_not_there(site: Site) -> None:
-    name = unpacked(site).name
+def test_killed_at_any_moment_an_agent_is_whole_or_not_there(layout: Layout) -> None:
+    name = unpacked(layout).name
     whole = len(archive.packed_agent())
     for delay in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4):
-        process = subprocess.Popen(installing(site), cwd="/")
+        process = subprocess.Popen(installing(layout), cwd="/")
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if unpacked(site).exists():
-            assert len(list(unpacked(site).rglob("*.pyc"))) == len(list(unpacked(site).rglob("*.py"))) > 30
-        if os.path.lexists(site.agent):
-            assert site.agent.readlink() == Path(f"agents/{name}")
-            assert (site.agent / "__main__.py").exists()
-    assert subprocess.run(installing(site), cwd="/", capture_output=True, text=True, check=True).stdout == "done\n"
-    assert sum(path.stat().st_size for path in unpacked(site).rglob("*.py")) < whole
+        if unpacked(layout).exists():
+            assert len(list(unpacked(layout).rglob("*.pyc"))) == len(list(unpacked(layout).rglob("*.py"))) > 30
+        if os.path.lexists(layout.agent):
+            assert layout.agent.readlink() == Path(f"agents/{name}")
+            assert (layout.agent / "__main__.py").exists()
+    assert subprocess.run(installing(layout), cwd="/", capture_output=True, text=True, check=True).stdout == "done\n"
+    assert sum(path.stat().st_size for path in unpacked(layout).rglob("*.py")) < whole
     assert call() == []
 
 
-def test_a_plan_replaces_an_agent_that_was_not_trusted(site: Site) -> None:
-    planted = unpacked(site) / "__main__.py"
+def test_a_plan_replaces_an_agent_that_was_not_trusted(layout: Layout) -> None:
+    planted = unpacked(layout) / "__main__.py"
     planted.parent.mkdir(parents=True)
     planted.write_text(WHERE)
-    subprocess.run(installing(site), cwd="/", capture_output=True, check=True)
+    subprocess.run(installing(layout), cwd="/", capture_output=True, check=True)
     assert "from agent.main import main" in planted.read_text()
     assert [path.name for path in planted.parents[1].iterdir()] == [planted.parent.name]
 
 
-def test_agents_are_kept_that_something_links_to_or_that_may_be_in_use(site: Site) -> None:
+def test_agents_are_kept_that_something_links_to_or_that_may_be_in_use(layout: Layout) -> None:
     for name in ("unit", "release", "recent", "old", ".draft.1"):
-        place = site.state / "agents" / name
+        place = layout.state / "agents" / name
         place.mkdir(parents=True)
         if name != "recent":
             os.utime(place, (1, 1))
-    link(site.agent, "agents/unit")
-    link(site.releases / "one/agent", "../../state/agents/release")
-    install.prune(site)
-    assert {path.name for path in (site.state / "agents").iterdir()} == {"unit", "release", "recent"}
+    link(layout.agent, "agents/unit")
+    link(layout.releases / "one/agent", "../../state/agents/release")
+    install.prune(layout)
+    assert {path.name for path in (layout.state / "agents").iterdir()} == {"unit", "release", "recent"}
 
 
 def test_every_verb_names_a_function() -> None:

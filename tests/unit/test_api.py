@@ -19,8 +19,10 @@ import pytest
 from agent import api
 from agent.api import Endpoint
 from agent.files import Fault, link, write
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look import jobs, status
+from agent.schema.facts import Service
+from agent.schema.live import RunningJob
 from agent.serve import health
 
 IDLE: dict[str, Any] = {"queue_running": [], "queue_pending": []}
@@ -108,9 +110,9 @@ def at(port: int, *addresses: str) -> Endpoint:
     return Endpoint(addresses or ("127.0.0.1",), port)
 
 
-def site(place: Path, port: int, argv: list[str] | None = None) -> Site:
+def layout(place: Path, port: int, argv: list[str] | None = None) -> Layout:
     """A host whose configuration says `port`, with a release in service that has this command line."""
-    found = Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
+    found = Layout({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
     if argv is not None:
         write(found.releases / "old/release.json", json.dumps({"id": "old", "argv": argv}))
         link(found.current, "releases/old")
@@ -138,9 +140,9 @@ def test_the_endpoint_of_a_command_line(argv: list[str], addresses: tuple[str, .
 def test_a_release_is_asked_where_it_listens_whatever_the_configuration_says(tmp_path: Path) -> None:
     """hosts.toml may name another port by now: a rollback, a drain, a revert."""
     with serving({"/queue": IDLE}) as port:
-        released = site(tmp_path, 1, ["python", "main.py", "--listen", "127.0.0.1", "--port", str(port)])
+        released = layout(tmp_path, 1, ["python", "main.py", "--listen", "127.0.0.1", "--port", str(port)])
         assert api.queue(api.endpoint(released)) == ([], [])
-    assert api.endpoint(site(tmp_path / "empty", 7)) == at(7, "127.0.0.1", "::1")
+    assert api.endpoint(layout(tmp_path / "empty", 7)) == at(7, "127.0.0.1", "::1")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
@@ -225,12 +227,12 @@ def test_of_many_jobs_the_first_are_told_and_their_number(tmp_path: Path) -> Non
     many = [[number, "x" * 500, {}, {}] for number in range(5000, 0, -1)]
     answers = {"/queue": {"queue_running": many, "queue_pending": many}, "/history": {}, "/system_stats": STATS}
     with serving(answers) as port:
-        place = site(tmp_path, port)
+        place = layout(tmp_path, port)
         told = jobs.jobs(place, 10)
-        assert [each["id"] for each in told[-2:]] == ["x" * 200 + "…", "+4900"]
+        assert [each.id for each in told[-2:]] == ["x" * 200 + "…", "+4900"]
         assert len(told) == 201
         seen = status._comfyui(place)
-        assert (len(seen["running"]), seen["pending"]) == (100, 5000)
+        assert (len(seen.running), seen.pending) == (100, 5000)
         with pytest.raises(Fault) as raised:
             health.drain(at(port), 0.1, False, lambda _: None)
     assert "5000 running (xxx" in raised.value.report["what"]
@@ -251,7 +253,7 @@ def test_of_a_history_that_is_too_long_less_is_asked(tmp_path: Path) -> None:
         connection.close()
 
     with listening(talk) as port:
-        assert len(jobs.jobs(site(tmp_path, port), 100)) == 5
+        assert len(jobs.jobs(layout(tmp_path, port), 100)) == 5
     assert asked == ["/history?max_items=100", "/history?max_items=12", "/queue"]
 
 
@@ -266,7 +268,7 @@ def test_what_is_nested_as_deeply_as_json_may_be_is_no_answer(tmp_path: Path, de
         + b'},"devices":[]}'
     )
     with serving(dict.fromkeys(("/queue", "/history", "/system_stats"), answer)) as port:
-        status._comfyui(site(tmp_path, port))
+        status._comfyui(layout(tmp_path, port))
         with pytest.raises(Fault):
             health.drain(at(port), 0.01, False, lambda _: None)
 
@@ -317,16 +319,12 @@ def test_jobs_that_nodes_queued_in_their_own_way_are_listed(tmp_path: Path) -> N
     }
     history = {"ended": {"prompt": None, "status": None}}
     with serving({"/queue": queue, "/history": history, "/system_stats": STATS}) as port:
-        place = site(tmp_path, port)
-        assert [(each["id"], each["status"]) for each in jobs.jobs(place, 10)] == [
+        place = layout(tmp_path, port)
+        assert [(each.id, each.status) for each in jobs.jobs(place, 10)] == [
             ("ended", "unknown"), ("odd", "running"), ("first", "pending"), ("second", "pending"),
         ]  # fmt: skip
         seen = status._comfyui(place)
-    assert (seen["state"], seen["pending"], seen["running"]) == (
-        "answers",
-        2,
-        [{"id": "odd", "nodes": 0, "since": None}],
-    )
+    assert (seen.state, seen.pending, seen.running) == ("answers", 2, (RunningJob("odd", 0, None),))
 
 
 @pytest.mark.parametrize("answer", [{"error": "unauthorized"}, [], 7, {"x": 1}, b"<html>"])
@@ -334,16 +332,19 @@ def test_another_program_at_the_port_is_named_as_such(tmp_path: Path, answer: ob
     answers = dict.fromkeys(("/queue", "/history", "/system_stats"), answer)
     with serving(answers) as port:
         with pytest.raises(Fault) as raised:
-            jobs.jobs(site(tmp_path, port), 10)
-        assert status._comfyui(site(tmp_path, port))["state"] == "silent"
+            jobs.jobs(layout(tmp_path, port), 10)
+        assert status._comfyui(layout(tmp_path, port)).state == "silent"
     assert raised.value.report["what"] == f"the program at port {port} does not answer as ComfyUI does"
+
+
+RUNNING = Service(active=True, state="active", enabled=True, linked=True, restarts=0, since="", pid=1)
 
 
 class Runs:
     """A process that runs."""
 
-    def status(self) -> dict[str, Any]:
-        return {"active": True, "state": "active", "restarts": 0}
+    def status(self) -> Service:
+        return RUNNING
 
     def log(self, _: int) -> list[str]:
         return []

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tarfile
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -499,11 +500,11 @@ def test_the_time_of_checking_ends_a_key_and_no_time_that_a_signer_says(
 
 
 def test_a_host_that_lists_signers_takes_no_other_bundle(made: tuple[Path, Opened], signed: Path, keys: Path) -> None:
-    facts = msgspec.structs.replace(FRESH, machine="x86_64", signers=allowed(keys, "anna"))
+    facts = replace(FRESH, machine="x86_64", signers=allowed(keys, "anna"))
     with bundle.opened(signed) as opened:
         deploy._accept(opened, "far", facts)
         with pytest.raises(SignatureError, match="nobody of /etc/hearth/allowed_signers on far signed it"):
-            deploy._accept(opened, "far", msgspec.structs.replace(FRESH, machine="x86_64", signers=""))
+            deploy._accept(opened, "far", replace(FRESH, machine="x86_64", signers=""))
     with bundle.opened(made[0]) as opened, pytest.raises(SignatureError, match="it is not signed"):
         deploy._accept(opened, "far", facts)
 
@@ -517,7 +518,7 @@ def test_a_host_refuses_a_bundle_before_anything_in_it_is_read(
 
     def look(_: object, target: Target, *__: object) -> Facts:
         asked.append(questions(target))
-        return msgspec.structs.replace(FRESH, signers="")
+        return replace(FRESH, signers="")
 
     monkeypatch.setattr(deploy, "look", look)
     with bundle.opened(made[0]) as opened:

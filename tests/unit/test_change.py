@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ import pytest
 from invoke.context import Context
 from invoke.exceptions import Exit
 
+from agent.schema.change import Serve, Step
 from core.command import command
 from core.errors import ConvergeError, GroupError, HostOfflineError, NoInstallationError, RefusedError
 from core.flags import Output
@@ -19,12 +21,12 @@ from deploy import adopt, change, connection, deploy, host
 from deploy.change import Change
 from deploy.facts import Facts
 from deploy.host import Host, Hosts, Target
-from deploy.plan import Options, Plan, Step
+from deploy.plan import Options, Plan
 from deploy.refusals import Refusal, refused
 from tests.unit.test_adopt import folder, proposed, unit
 from tests.unit.test_plan import FRESH, RUNNING, inputs, settled, spark
 
-STEP = Step("serve", "start comfyui", "it is not active", "stop comfyui")
+STEP = Serve("start comfyui", "it is not active", "stop comfyui")
 DONE = {"event": "end", "fault": {}}
 OFFLINE = {"event": "end", "fault": {"kind": "offline", "what": "no index", "cause": "", "hint": ""}}
 
@@ -169,13 +171,13 @@ def test_a_refused_change_prints_its_refusals_as_json(capsys: pytest.CaptureFixt
 def test_a_rollback_converges_on_the_release_that_it_chose(at: Any) -> None:
     """Afterwards the one that it came from is the previous one."""
     old = settled()
-    new = msgspec.structs.replace(old, current="newer", proven=("newer", old.current))
-    back = msgspec.structs.replace(old, proven=(old.current, "newer"))
+    new = replace(old, current="newer", proven=("newer", old.current))
+    back = replace(old, proven=(old.current, "newer"))
     machine = at(Machine(new, back))
     (found,) = deploy.rollback("spark", "", Options())
     assert (found.base, found.release, found.changed) == ("newer", old.current, True)
     assert machine.submitted[0]["steps"][0]["to"] == old.current
-    failed = msgspec.structs.replace(back, service=msgspec.structs.replace(RUNNING, enabled=False))
+    failed = replace(back, service=replace(RUNNING, enabled=False))
     at(Machine(new, failed))
     with pytest.raises(ConvergeError):
         deploy.rollback("spark", "", Options())
@@ -212,11 +214,11 @@ def test_an_adoption_converges_when_its_units_are_set_aside(at: Any, monkeypatch
 
 
 def test_undoing_an_adoption_converges_and_needs_one(at: Any) -> None:
-    at(Machine(msgspec.structs.replace(FRESH, adopted=True), FRESH))
+    at(Machine(replace(FRESH, adopted=True), FRESH))
     _, found = adopt.adopt("spark", "", "rename", Options(), apply=False, undo=True)
     assert found is not None
     assert found.changed
-    at(Machine(msgspec.structs.replace(FRESH, adopted=True)))
+    at(Machine(replace(FRESH, adopted=True)))
     with pytest.raises(ConvergeError):
         adopt.adopt("spark", "", "rename", Options(), apply=False, undo=True)
     at(Machine(FRESH))

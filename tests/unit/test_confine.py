@@ -17,12 +17,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent import processes
 from agent.change import lifecycle
-from agent.files import read, read_text, started, write
-from agent.serve import confine, services
+from agent.files import read, read_text, write
+from agent.processes import started
+from agent.serve import confine, supervised
 from core import files
 from deploy import plan
-from tests.unit.test_plan import FRESH, made, reasons, spark
+from tests.unit.test_plan import FRESH, made, reasons, spark, values
 from tests.unit.test_services import child, make, supervisor
 
 pytestmark = pytest.mark.skipif(confine.abi() < 4, reason="this kernel has no Landlock with rules for TCP (Linux 6.7)")
@@ -486,9 +488,9 @@ def test_nothing_outlives_the_supervisor_that_is_stopped(tmp_path: Path) -> None
     site = daemons(tmp_path, "")
     with supervisor(site) as one:
         pid = child(site)
-        assert services.wait_for(lambda: "up" in read_text(services.Supervised(site).output), 20)
+        assert processes.wait_for(lambda: "up" in read_text(supervised.Supervised(site).output), 20)
         assert len(alive(tmp_path)) >= 6
-        services.Supervised(site).stop()
+        supervised.Supervised(site).stop()
         assert one.wait(20) == 0
     assert not started(pid)
     assert not alive(tmp_path)
@@ -499,13 +501,13 @@ def test_nor_does_it_outlive_comfyui_and_its_log_cannot_be_emptied(tmp_path: Pat
     site = daemons(tmp_path, "empty")
     with supervisor(site):
         pid = child(site)
-        assert services.wait_for(lambda: not started(pid), 20)
+        assert processes.wait_for(lambda: not started(pid), 20)
         first = set((tmp_path / "left").iterdir())
-        assert services.wait_for(lambda: "up" in read_text(services.Supervised(site).output), 20)
-        assert services.wait_for(lambda: set((tmp_path / "left").iterdir()) > first, 20)  # the next one has begun
+        assert processes.wait_for(lambda: "up" in read_text(supervised.Supervised(site).output), 20)
+        assert processes.wait_for(lambda: set((tmp_path / "left").iterdir()) > first, 20)  # the next one has begun
         pids = [each.name.rpartition("-")[2] for each in first]
         assert not any(started(int(each)) for each in pids)
-        assert services.wait_for(lambda: read_text(services.Supervised(site).output).count("up /\n") > 1, 20)
+        assert processes.wait_for(lambda: read_text(supervised.Supervised(site).output).count("up /\n") > 1, 20)
     assert not marked(tmp_path)
 
 
@@ -522,8 +524,8 @@ def test_force_ends_what_lost_its_supervisor(tmp_path: Path, kept: bool, monkeyp
     release["argv"] += [json.dumps({**spec, "udp": False}), *command]
     write(site.releases / "one/release.json", json.dumps(release))
     with supervisor(site) as one:
-        assert services.wait_for(lambda: "up" in read_text(services.Supervised(site).output), 20)
-        with subprocess.Popen(["sleep", "100"], preexec_fn=services.dies_with_parent()) as other:
+        assert processes.wait_for(lambda: "up" in read_text(supervised.Supervised(site).output), 20)
+        with subprocess.Popen(["sleep", "100"], preexec_fn=processes.dies_with_parent()) as other:
             if not kept:
                 one.kill()
                 one.wait()
@@ -535,7 +537,7 @@ def test_force_ends_what_lost_its_supervisor(tmp_path: Path, kept: bool, monkeyp
 
 
 def test_only_what_was_started_since_is_ended(tmp_path: Path) -> None:
-    code = "import os, subprocess, sys, time; from agent.serve.services import end_descendants, take_orphans\n"
+    code = "import os, subprocess, sys, time; from agent.processes import end_descendants, take_orphans\n"
     code += "words = [sys.executable, '-c', 'import os, time; os.fork() or os.fork(); time.sleep(100)', sys.argv[1]]\n"
     code += "before = subprocess.Popen(words)\ntime.sleep(0.5)\nspared = take_orphans()\n"
     code += "after = subprocess.Popen(words)\ntime.sleep(0.5)\nend_descendants(spared)\n"
@@ -560,7 +562,7 @@ def test_only_what_was_started_since_is_ended(tmp_path: Path) -> None:
     ],
 )
 def test_the_plan_says_what_this_kernel_does_not_keep_from(version: int, confined: bool, says: list[str]) -> None:
-    facts, target = msgspec.structs.replace(FRESH, landlock=version), spark(scope="user", confined=confined)
+    facts, target = replace(FRESH, landlock=version), spark(scope="user", confined=confined)
     notes = [each for each in made(facts, target).notes if "Landlock" in each or "confined" in each]
     assert len(notes) == len(says)
     assert all(part in note for part, note in zip(says, notes, strict=True))
@@ -571,10 +573,10 @@ def test_the_plan_says_what_this_kernel_does_not_keep_from(version: int, confine
 
 def test_a_rule_is_for_none_of_the_datas_own_folder() -> None:
     """Whoever may write there puts a link in the place of the models."""
-    facts = msgspec.structs.replace(FRESH, prefix="/home/d/comfyui")
+    facts = replace(FRESH, prefix="/home/d/comfyui")
     target = spark(scope="user", model_roots=("/srv/models",), folders={"output": "/srv/output"})
     step = next(each for each in made(facts, target).steps if each.kind == "release")
-    spec = json.loads(step.values["release"]["confined"][-2])
+    spec = json.loads(values(step)["release"]["confined"][-2])
     assert spec["write"] == ["/home/d/comfyui/data/*", "/srv/output"]
     assert "/home/d/comfyui/data" not in spec["read"]  # an install.py has these, too
     assert {"/home/d/comfyui/data/models", "/srv/models"} <= set(spec["read"])

@@ -15,12 +15,14 @@ from collections.abc import Callable
 
 import pytest
 
+from agent.schema.change import Erase
+from agent.schema.live import Job
 from core import console, files
 from core.console import age, clock, printable, size
 from core.errors import HearthError
 from deploy import change, outcome
 from deploy.change import Outcome
-from deploy.plan import Plan, Step
+from deploy.plan import Plan
 from lock import node_updates
 from lock.node_updates import Change
 from ops import doctor, fleet, jobs, logs, status
@@ -191,7 +193,7 @@ FORGED = "x\n  error: forged\x1b]\nnext: inv nuke"
 def test_nobody_forges_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever a host, a repository or a job says stays in its line."""
     one: fleet.Answer[status.Status] = fleet.Answer("box", None, HearthError(FORGED, hint=FORGED))
-    job = jobs.Job(FORGED, FORGED, 1, node=FORGED, node_type=FORGED, error=FORGED)
+    job = Job(FORGED, FORGED, 1, node=FORGED, node_type=FORGED, error=FORGED)
     console.show([], status.rows([one]), as_json=False)
     console.show([], jobs.rows({"box": [job]}), as_json=False)
     findings = [doctor.Finding("box", "nodes", "error", FORGED, FORGED)]
@@ -200,7 +202,7 @@ def test_nobody_forges_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     console.show(changes, node_updates.rows(changes), as_json=False)
     outcomes = [Outcome("box", "r", "", True, state=FORGED)]
     console.show(outcomes, outcome.rows(outcomes, dry_run=False), as_json=False)
-    change.show(Plan("", "r", (Step("stop", FORGED, FORGED, ""),), notes=(FORGED,)))
+    change.show(Plan("", "r", (Erase(FORGED, FORGED, ""),), notes=(FORGED,)))
     logs._print([{"at": None, "text": FORGED}, {"note": FORGED}], "box", alone=True, as_json=False)
     said = capsys.readouterr()
     assert "forged" in said.out

@@ -32,9 +32,11 @@ from agent import files
 from agent.change import cutover, runs, trial
 from agent.files import Fault, Json, link, write
 from agent.journal import history
-from agent.layout import DATA, Site
+from agent.layout import DATA, Layout
+from agent.processes import wait_for
+from agent.schema.change import CutOver, Prune, Stop, packed
+from agent.schema.facts import Service
 from agent.serve import health
-from agent.serve.services import wait_for
 
 PLAN = {
     "run": "r1",
@@ -44,8 +46,8 @@ PLAN = {
     "release": "new",
     "base": "old",
     "steps": [
-        {"kind": "cut-over", "title": "cut over", "to": "new", "drain": 0, "force": False, "trial": "yes"},
-        {"kind": "prune", "title": "prune", "keep": ["new", "old"]},
+        packed(CutOver("cut over", "w", "u", 0, False, "new", "yes")),
+        packed(Prune("prune", "w", "u", ("new", "old"))),
     ],
 }
 
@@ -98,15 +100,16 @@ def set_schema(database: Path, version: int) -> None:
 class Manager:
     """A service manager: what runs and is enabled lies beside the prefix."""
 
-    def __init__(self, site: Site, scenario: Scenario, layer: Layer) -> None:
-        self.site = site
+    def __init__(self, layout: Layout, scenario: Scenario, layer: Layer) -> None:
+        self.site = layout
         self.scenario = scenario
         self.layer = layer
-        self.running = site.prefix.parent / "running"
-        self.enabled = site.prefix.parent / "enabled"
+        self.running = layout.prefix.parent / "running"
+        self.enabled = layout.prefix.parent / "enabled"
 
-    def status(self) -> Json:
-        return {"active": self.running.exists(), "enabled": self.enabled.exists(), "restarts": 0, "state": "a stand-in"}
+    def status(self) -> Service:
+        active, enabled = self.running.exists(), self.enabled.exists()
+        return Service(active, "a stand-in", enabled, linked=True, restarts=0, since="", pid=0)
 
     def stop(self) -> None:
         self.layer.count("stop", "service")
@@ -139,10 +142,10 @@ class Manager:
     def uninstall(self) -> None:
         self.disable()
 
-    def settle(self) -> None:
+    def start_missed(self) -> None:
         pass
 
-    def go(self) -> None:
+    def start_apply(self) -> None:
         pass
 
     def log(self, lines: int) -> list[str]:
@@ -232,7 +235,7 @@ class StandIn(trial.Trial):
     """A trial whose ComfyUI is none: its scratch data is real."""
 
     def start(self, release: Json) -> None:
-        self.prepare(release, self.site.data / "models")
+        self.prepare(release, self.layout.data / "models")
 
 
 @dataclass
@@ -243,29 +246,31 @@ class World:
     scenario: Scenario
     short: str = ""
     """Which memory there is too little of for a trial."""
-    site: Site = field(init=False)
+    layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
         prefix = self.place / "prefix"
-        self.site = Site({"prefix": str(prefix), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+        self.site = Layout(
+            {"prefix": str(prefix), "service": "s", "scope": "user", "user": "", "address": "", "port": 1}
+        )
 
     def make(self) -> World:
-        site = self.site
-        for folder in (site.state, site.releases, *(site.data / name for name in DATA)):
+        layout = self.site
+        for folder in (layout.state, layout.releases, *(layout.data / name for name in DATA)):
             folder.mkdir(parents=True)
         argv = ["python", "main.py", "--listen", "127.0.0.1", "--port", "8188"]
         for name in ("old", "new"):
             release = {"id": name, "argv": argv, "environment": {}, "parts": {}, "gate": {"seconds": 1}}
-            write(site.releases / name / "release.json", json.dumps(release))
-        link(site.current, "releases/old")
-        set_schema(site.database, 1)
-        (site.data / "output/art.png").write_text("art")
-        (site.data / "user/comfyui.db.mine").write_text("a user's own copy")
-        manager = Manager(site, self.scenario, Layer(site.prefix))
+            write(layout.releases / name / "release.json", json.dumps(release))
+        link(layout.current, "releases/old")
+        set_schema(layout.database, 1)
+        (layout.data / "output/art.png").write_text("art")
+        (layout.data / "user/comfyui.db.mine").write_text("a user's own copy")
+        manager = Manager(layout, self.scenario, Layer(layout.prefix))
         manager.install()
         manager.boot()
-        write(site.state / cutover.RESERVE, bytes(runs.RESERVED))
-        write(site.pending, json.dumps(PLAN))
+        write(layout.state / cutover.RESERVE, bytes(runs.RESERVED))
+        write(layout.pending, json.dumps(PLAN))
         return self
 
     def plan(self, **values: object) -> None:
@@ -314,7 +319,7 @@ class World:
         """Have stand-ins for service, health check and trial."""
         manager = Manager(self.site, self.scenario, layer or Layer(self.site.prefix))
 
-        def directly(_: Site, work: Callable[..., Any], *given: Any) -> Any:
+        def directly(_: Layout, work: Callable[..., Any], *given: Any) -> Any:
             if work is cutover.restore and not self.scenario.restores:
                 raise OSError(errno.EIO, "cannot be restored")
             return work(*given)
@@ -327,7 +332,7 @@ class World:
             return {"types": {}, "failed_nodes": {}}
 
         def first_answer(*_: object) -> Json:
-            if not manager.status()["active"]:
+            if not manager.status().active:
                 raise Fault("gate", "ComfyUI died while it started")
             return {}
 
@@ -339,7 +344,7 @@ class World:
             for module in (health, trial):
                 patch.setattr(module, "prove", prove)
             for module in (runs, trial):
-                patch.setattr(module, "trial_of", lambda site, _: StandIn(site))
+                patch.setattr(module, "trial_of", lambda layout, _: StandIn(layout))
             patch.setattr(cutover, "drain", lambda *_: None)
             patch.setattr(cutover, "first_answer", first_answer)
             patch.setattr(cutover, "lacking", lambda: self.short)
@@ -359,30 +364,30 @@ class World:
 
     def faults(self) -> list[str]:
         """What must not be, when no run is pending any more."""
-        site, found = self.site, []
+        layout, found = self.site, []
         running = (self.place / "running").read_text() if (self.place / "running").exists() else "nothing"
-        current = site.release()
+        current = layout.release()
         if current not in ("old", "new"):
             found.append(f"current is {current!r}")
-        kept = list(site.state.glob("database-r1/comfyui.db"))
+        kept = list(layout.state.glob("database-r1/comfyui.db"))
         if kept:
             if schema(kept[0]) != 1 or self.scenario.restores:
                 found.append(f"the database was not restored, and what is kept has schema {schema(kept[0])}")
         else:
             if running != current:
                 found.append(f"{running} runs, and {current} is current")
-            if schema(site.database) > (2 if current == "new" else 1):
-                found.append(f"{current} cannot open a database of schema {schema(site.database)}")
-        if (site.data / "output/art.png").read_text() != "art" or not (site.data / "user/comfyui.db.mine").exists():
+            if schema(layout.database) > (2 if current == "new" else 1):
+                found.append(f"{current} cannot open a database of schema {schema(layout.database)}")
+        if (layout.data / "output/art.png").read_text() != "art" or not (layout.data / "user/comfyui.db.mine").exists():
             found.append("the user's files changed")
         expected = {"comfyui.db", "comfyui.db.mine"}
-        if {path.name for path in (site.data / "user").iterdir()} != expected:
-            found.append(f"data/user holds {sorted(path.name for path in (site.data / 'user').iterdir())}")
-        names = {"history.jsonl", "runs", "lock", "incoming", *(path.name for path in site.state.glob("database-*"))}
-        left = [path.name for path in site.state.iterdir() if path.name not in names]
+        if {path.name for path in (layout.data / "user").iterdir()} != expected:
+            found.append(f"data/user holds {sorted(path.name for path in (layout.data / 'user').iterdir())}")
+        names = {"history.jsonl", "runs", "lock", "incoming", *(path.name for path in layout.state.glob("database-*"))}
+        left = [path.name for path in layout.state.iterdir() if path.name not in names]
         if left:
             found.append(f"left in state/: {left}")
-        if extra := {path.name for path in site.prefix.iterdir()} - {
+        if extra := {path.name for path in layout.prefix.iterdir()} - {
             "current", "data", "parts", "releases", "state",
         }:  # fmt: skip
             found.append(f"left in the prefix: {extra}")
@@ -439,7 +444,7 @@ def test_a_cut_over_survives_every_fault_at_every_operation(
 
 ABORT: Json = {
     **PLAN, "run": "r2", "action": "stop",
-    "steps": [{"kind": "stop", "title": "stop", "drain": 0, "force": True, "pause": False}],
+    "steps": [packed(Stop("stop", "w", "u", 0, True, pause=False))],
 }  # fmt: skip
 
 
@@ -448,27 +453,27 @@ def test_a_forced_stop_ends_a_run_that_hangs(tmp_path: Path, monkeypatch: pytest
     """And nothing starts ComfyUI again, whoever goes on: the old release is current, with its own database."""
     monkeypatch.setattr(sys, "argv", [__file__])  # what is kept as the agent
     world = World(tmp_path, Scenario("hangs", hangs=True, migrates=True)).make()
-    site, running = world.site, tmp_path / "running"
+    layout, running = world.site, tmp_path / "running"
     if (child := os.fork()) == 0:
         world.apply()
         os._exit(0)
     assert wait_for(lambda: running.exists() and running.read_text() == "new", 20)
     with world.standing_in():
         with pytest.raises(Fault, match="is under way"):
-            runs.submit(site, {**ABORT, "steps": [{**ABORT["steps"][0], "force": False}]})
+            runs.submit(layout, {**ABORT, "steps": [{**ABORT["steps"][0], "force": False}]})
         if again:  # whoever aborts it is killed, too, before anything else is done
-            write(site.pending, json.dumps({**PLAN, "aborted": "stop by anna"}))
-        runs.submit(site, dict(ABORT))
+            write(layout.pending, json.dumps({**PLAN, "aborted": "stop by anna"}))
+        runs.submit(layout, dict(ABORT))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
         assert not running.exists()
-        assert (site.release(), schema(site.database)) == ("old", 1)
-        (ended,) = history(site)
+        assert (layout.release(), schema(layout.database)) == ("old", 1)
+        (ended,) = history(layout)
         assert (ended["run"], ended["result"]) == ("r1", "reverted")
         assert ended["error"].startswith("ended by stop by anna")
-        assert files.read(site.pending)["run"] == "r2"
+        assert files.read(layout.pending)["run"] == "r2"
     assert world.apply() == 0
     assert not running.exists()
-    assert [each["result"] for each in history(site)] == ["reverted", "done"]
+    assert [each["result"] for each in history(layout)] == ["reverted", "done"]
 
 
 def test_a_run_that_is_cut_short_anywhere_starts_nothing(tmp_path: Path) -> None:
@@ -518,7 +523,7 @@ def test_a_cut_over_that_a_boot_interrupted_does_not_wait_for_mounts_without_end
     world.place.mkdir()
     assert world.make().faulty("power", at) == KILLED
     monkeypatch.setattr(cutover, "MOUNTS_SECONDS", 0)
-    monkeypatch.setattr(Site, "unmounted", lambda _: ["/mnt/late"])
+    monkeypatch.setattr(Layout, "unmounted", lambda _: ["/mnt/late"])
     waits: list[bool] = []
 
     def start(self: Manager, *, wait: bool = True) -> None:

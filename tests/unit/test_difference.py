@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 
 from core.errors import UnknownNameError
+from deploy.facts import named
 from lock.diff import Change, compare, rows
 from tests.unit.test_bill import manifest
 from tests.unit.test_plan import FRESH
@@ -114,11 +116,11 @@ def test_what_an_older_hearth_did_not_note_is_told(old: dict[str, Any]) -> None:
 
 def test_releases_are_named_by_words_and_ids(old: dict[str, Any]) -> None:
     a, b, c = (renamed(old, letter * 16) for letter in "abc")
-    facts = msgspec.structs.replace(FRESH, releases=(a, b, c), current="b" * 16, proven=("b" * 16, "c" * 16, "a" * 16))
-    assert [facts.named(word)["id"][0] for word in ("current", "previous", "a" * 16)] == ["b", "c", "a"]
+    facts = replace(FRESH, releases=(a, b, c), current="b" * 16, proven=("b" * 16, "c" * 16, "a" * 16))
+    assert [named(facts, word)["id"][0] for word in ("current", "previous", "a" * 16)] == ["b", "c", "a"]
     with pytest.raises(UnknownNameError, match="perhaps you meant 'current'"):
-        facts.named("curent")
+        named(facts, "curent")
     with pytest.raises(UnknownNameError, match=r"no release 'previous'(.|\n)*known: aaa"):
-        msgspec.structs.replace(facts, proven=("b" * 16,)).named("previous")
+        named(replace(facts, proven=("b" * 16,)), "previous")
     with pytest.raises(UnknownNameError, match="inv deploy"):
-        FRESH.named("current")
+        named(FRESH, "current")

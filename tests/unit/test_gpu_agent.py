@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from agent.files import meminfo
-from agent.look.facts import _nvidia as nvidia
 from agent.look.gpu import gpus, process
+from agent.look.machine import nvidia as nvidia
+from agent.schema.facts import Gpu
 from tests import nvml
 
 KEYS = {
@@ -24,11 +25,20 @@ KEYS = {
 }
 
 
+SITE = {"prefix": "/nowhere", "service": "s", "scope": "user", "user": "", "address": "", "port": 1}
+OF_FACTS = f"agent.look.machine.nvidia(agent.serve.managers.ours(agent.layout.Layout({SITE}), agent.look.gpu.gpus()))"
+
+
 def asked(tmp_path: Path, recording: str, call: str = "agent.look.gpu.gpus()") -> Any:
     """What the agent answers on a machine with that recording."""
     place = tmp_path / "recording"
     place.write_text(recording, errors="surrogateescape")
-    return json.loads(nvml.python(f"import json, agent.look.gpu, agent.look.facts; print(json.dumps({call}))", place))
+    return json.loads(
+        nvml.python(
+            f"import json, agent.layout, agent.look.gpu, agent.look.facts; print(json.dumps({call}, default=vars))",
+            place,
+        )
+    )
 
 
 def one(tmp_path: Path, machine: str, *edits: tuple[str, str]) -> dict[str, Any]:
@@ -158,8 +168,8 @@ def test_a_gpu_without_a_handle_is_listed_beside_one_that_works(tmp_path: Path) 
     assert lost.keys() == KEYS
     assert (lost["index"], lost["name"], lost["faults"]) == (0, None, ["device: GPU is lost"])
     assert (works["index"], works["name"], works["faults"]) == (1, "NVIDIA H200", [])
-    told = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}", "agent.look.facts._nvidia(agent.look.gpu.gpus())")
-    assert [each["name"] for each in told["gpus"]] == ["NVIDIA H200"]
+    listed, _ = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}", OF_FACTS)
+    assert [each["name"] for each in listed] == ["NVIDIA H200"]
 
 
 @pytest.mark.parametrize("recording", ["", "driver 1\n", "gpus !9\n", "gpus 4294967295\n"])
@@ -219,12 +229,11 @@ def test_a_name_cannot_write_to_the_terminal() -> None:
     ],
 )
 def test_facts_are_told_by_nvml(tmp_path: Path, machine: str, wanted: dict[str, Any]) -> None:
-    told = asked(tmp_path, nvml.recording(machine), "agent.look.facts._nvidia(agent.look.gpu.gpus())")
-    (gpu,) = told["gpus"]
+    (gpu,), driver = asked(tmp_path, nvml.recording(machine), OF_FACTS)
     listed = re.findall(r"^(?:compute|graphics) (\d+)", nvml.recording(machine), re.MULTILINE)
     assert [each["pid"] for each in gpu.pop("processes")] == list(map(int, listed))
     assert gpu == wanted
-    assert told["driver"].startswith("5")
+    assert driver.startswith("5")
 
 
 def test_facts_are_told_by_nvidia_smi_where_nvml_cannot_be_loaded(
@@ -234,9 +243,8 @@ def test_facts_are_told_by_nvidia_smi_where_nvml_cannot_be_loaded(
     smi.write_text("#!/bin/sh\necho NVIDIA H200, 9.0, 143771\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert nvidia(gpus())["gpus"] == [
-        {"name": "NVIDIA H200", "capability": "9.0", "memory": 143771 << 20, "unified": False},
-    ]
+    found, _ = nvidia(())
+    assert found == (Gpu("NVIDIA H200", "9.0", 143771 << 20, unified=False),)
 
 
 @pytest.mark.parametrize(("machine", "arch"), [("rtx-4070", "8.9"), ("h200", "9.0"), ("gb10", "12.1")])

@@ -17,8 +17,9 @@ from agent.change import memory
 from agent.files import Fault
 from agent.look import jobs, logs, samples, status
 from agent.metrics import comfyui as metrics
+from agent.schema.facts import Service
 from agent.serve import health
-from tests.unit.test_api import BUSY, IDLE, STATS, at, listening, site
+from tests.unit.test_api import BUSY, IDLE, RUNNING, STATS, at, layout, listening
 
 SECONDS = 0.4
 """What each question may take here, in place of the 2 to 60 s of the real ones."""
@@ -145,8 +146,8 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 class Unknown:
     """A process whose log nobody can read."""
 
-    def status(self) -> dict[str, Any]:
-        return {"active": True, "state": "active", "restarts": 0}
+    def status(self) -> Service:
+        return RUNNING
 
     def log(self, lines: int) -> list[str]:  # noqa: ARG002
         return []
@@ -161,7 +162,7 @@ def test_there_are_ways_enough() -> None:
 def test_every_question_ends_in_time(way: str, tmp_path: Path) -> None:
     """Stop, deploy, rollback, pause, remove and nuke wait for jobs (`drain`); the others ask for what they show."""
     with listening(WAYS[way]) as port:
-        place, host = at(port), site(tmp_path, port)
+        place, host = at(port), layout(tmp_path, port)
         client = metrics.Client(lambda: place)
         notes: list[str] = []
         asked: dict[str, Callable[[], object]] = {

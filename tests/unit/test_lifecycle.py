@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from agent.change import lifecycle as steps
 from agent.change import runs
-from agent.files import Fault, Sweep
+from agent.deletion import SafeDeleter
+from agent.files import Fault
 from agent.journal import Journal
-from agent.layout import Site
-from agent.serve.services import entries
+from agent.layout import Layout
+from agent.schema.change import Delete, Erase, packed
+from agent.schema.facts import Busy, Paused
+from agent.serve.systemd import entries
 from core import console
 from core.errors import RefusedError, UsageError
 from deploy import plan
@@ -24,19 +27,19 @@ from deploy.facts import Facts, MountState, Place, Service
 from deploy.host import Mount
 from deploy.plan import Options
 from ops import lifecycle
-from tests.unit.test_plan import FRESH, NO_SERVICE, RUNNING, kinds, made, reasons, settled, spark
+from tests.unit.test_plan import FRESH, NO_SERVICE, RUNNING, kinds, made, reasons, settled, spark, values
 
 OURS = Place(
     real="/opt/comfyui", own=("current", "parts", "releases", "state"), data=True, service="comfyui", ours=True
 )
 UNITS = tuple(f"/etc/systemd/system/{name}" for name in ("comfyui.service", "comfyui-apply.service"))
-PAUSED = {"who": "anna@desk", "at": "2026-11-23T03:00:00Z"}
-DIED = msgspec.structs.replace(NO_SERVICE, state="activating (auto-restart)", linked=True, enabled=True, waits=True)
-STOPPED = msgspec.structs.replace(NO_SERVICE, state="inactive (dead)", linked=True, enabled=True)
+PAUSED = Paused(who="anna@desk", at="2026-11-23T03:00:00Z")
+DIED = replace(NO_SERVICE, state="activating (auto-restart)", linked=True, enabled=True, waits=True)
+STOPPED = replace(NO_SERVICE, state="inactive (dead)", linked=True, enabled=True)
 
 
 def running(**values: Any) -> Facts:
-    return msgspec.structs.replace(settled(), **{"placed": UNITS, "place": OURS, **values})
+    return replace(settled(), **{"placed": UNITS, "place": OURS, **values})
 
 
 def stopped(**values: Any) -> Facts:
@@ -47,7 +50,7 @@ def planned(action: str, facts: Facts, **host: Any) -> plan.Plan:
     return lifecycle.ACTIONS[action][0](spark(**host), facts, Options(drain=5))
 
 
-BUSY = {"action": "deploy", "who": "a@b", "since": "then"}
+BUSY = Busy(action="deploy", who="a@b", since="then")
 
 
 @pytest.mark.parametrize("service", [RUNNING, STOPPED])
@@ -87,18 +90,18 @@ def test_what_to_look_at_is_where_the_host_keeps_it() -> None:
         ("restart", stopped(), ["restart"]),
         ("pause", running(), ["stop"]),
         ("pause", stopped(), ["stop"]),
-        ("pause", stopped(paused=PAUSED, service=msgspec.structs.replace(STOPPED, enabled=False)), []),
+        ("pause", stopped(paused=PAUSED, service=replace(STOPPED, enabled=False)), []),
         ("resume", running(), []),
-        ("resume", running(service=msgspec.structs.replace(RUNNING, enabled=False)), ["start"]),
+        ("resume", running(service=replace(RUNNING, enabled=False)), ["start"]),
         ("resume", stopped(paused=PAUSED), ["start"]),
         ("remove", running(), ["withdraw", "forget"]),
         ("remove", running(rights="some", lingered=True), ["withdraw", "rights", "end-linger", "forget"]),
         ("remove", stopped(current="", placed=UNITS[1:]), ["forget"]),
         ("remove", FRESH, []),
         ("nuke", running(), ["withdraw", "delete", "erase"]),
-        ("nuke", stopped(current="", placed=(), place=msgspec.structs.replace(OURS, own=("state",))), ["erase"]),
-        ("nuke", stopped(current="", placed=(), place=msgspec.structs.replace(OURS, own=())), []),
-        ("nuke", msgspec.structs.replace(FRESH, place=Place(real="/opt/comfyui")), []),
+        ("nuke", stopped(current="", placed=(), place=replace(OURS, own=("state",))), ["erase"]),
+        ("nuke", stopped(current="", placed=(), place=replace(OURS, own=())), []),
+        ("nuke", replace(FRESH, place=Place(real="/opt/comfyui")), []),
     ],
 )  # fmt: skip
 def test_the_steps_of_each(action: str, facts: Facts, expected: list[str]) -> None:
@@ -108,7 +111,7 @@ def test_the_steps_of_each(action: str, facts: Facts, expected: list[str]) -> No
 def test_without_systemd_a_pause_disables_nothing_and_a_removal_forgets_no_unit() -> None:
     host = {"scope": "user"}
     facts = stopped(manager="process", placed=())
-    assert kinds(planned("pause", msgspec.structs.replace(facts, paused=PAUSED), **host)) == []
+    assert kinds(planned("pause", replace(facts, paused=PAUSED), **host)) == []
     assert kinds(planned("remove", facts, **host)) == ["withdraw"]
     (step,) = planned("stop", running(manager="process"), **host).steps
     assert step.title == "stop comfyui until inv start"
@@ -116,9 +119,9 @@ def test_without_systemd_a_pause_disables_nothing_and_a_removal_forgets_no_unit(
 
 def test_the_wait_for_jobs_reaches_the_step() -> None:
     (step,) = planned("stop", running()).steps
-    assert step.values == {"drain": 5, "force": False, "pause": False}
+    assert (values(step)["drain"], values(step)["force"], values(step)["pause"]) == (5, False, False)
     (step,) = planned("pause", running()).steps
-    assert step.values["pause"]
+    assert values(step)["pause"]
 
 
 def test_what_is_paused_is_left_so_by_a_start_and_a_deploy() -> None:
@@ -138,7 +141,7 @@ def test_what_is_paused_is_left_so_by_a_start_and_a_deploy() -> None:
     [
         (FRESH, "not-deployed"),
         (stopped(port_holder={"pid": 9, "command": "jupyter"}), "port-taken"),
-        (stopped(service=msgspec.structs.replace(STOPPED, linked=False)), "unlinked"),
+        (stopped(service=replace(STOPPED, linked=False)), "unlinked"),
         (stopped(busy=BUSY), "busy"),
         (stopped(foreign_unit="/etc/systemd/system/comfyui.service"), "foreign-unit"),
         (stopped(settings=("quarantine",)), "quarantine"),
@@ -174,7 +177,7 @@ def test_a_missing_mount_keeps_it_from_starting_and_not_from_stopping(mount: Mou
 )
 def test_a_prefix_that_is_not_for_deleting_is_refused(place: dict[str, Any], said: str) -> None:
     facts = running(data=False)
-    found = planned("nuke", msgspec.structs.replace(facts, place=msgspec.structs.replace(OURS, **place)))
+    found = planned("nuke", replace(facts, place=replace(OURS, **place)))
     assert not found.steps
     (each,) = (each for each in found.refusals if said in each.what)
     assert each.kind == ("deployed-otherwise" if "service" in place else "unsafe-prefix")
@@ -187,7 +190,7 @@ def test_what_was_adopted_is_given_back_before_a_nuke() -> None:
 
 
 def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
-    place = msgspec.structs.replace(
+    place = replace(
         OURS, mounts=("/opt/comfyui/data/models/nas",), links={"/opt/comfyui/data/input": "/srv/in"}, others=("notes",)
     )
     own = "/etc/systemd/system/comfyui.service.d"
@@ -196,9 +199,9 @@ def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
         spark(folders={"output": "/srv/out"}, model_roots=("/srv/more",)),
     )
     without, with_data = (lifecycle.nuke(target, facts, Options(), data=each) for each in (False, True))
-    assert not [step for step in without.steps if step.values.get("names") == ["data"]]
-    assert [step.values.get("names") for step in with_data.steps] == [
-        None, ["current", "parts", "releases"], ["data"], None,
+    assert not [step for step in without.steps if values(step).get("names") == ("data",)]
+    assert [values(step).get("names") for step in with_data.steps] == [
+        None, ("current", "parts", "releases"), ("data",), None,
     ]  # fmt: skip
     left = "\n".join(with_data.notes)
     for each in (
@@ -219,9 +222,9 @@ def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
     "place", [{"mounts": ("/opt/comfyui/data",)}, {"links": {"/opt/comfyui/data": "/srv/data"}}], ids=["mount", "link"]
 )
 def test_data_that_is_a_mount_or_a_link_is_left(place: dict[str, Any]) -> None:
-    facts = running(place=msgspec.structs.replace(OURS, **place))
+    facts = running(place=replace(OURS, **place))
     found = lifecycle.nuke(spark(), facts, Options(), data=True)
-    assert not [step for step in found.steps if step.values.get("names") == ["data"]]
+    assert not [step for step in found.steps if values(step).get("names") == ("data",)]
 
 
 def test_only_mount_units_of_hearths_are_forgotten() -> None:
@@ -230,7 +233,7 @@ def test_only_mount_units_of_hearths_are_forgotten() -> None:
     theirs = MountState(True, "/dev/sdb", "[Mount]\n", "", "")
     found = planned("nuke", running(mounts={"/mnt/a": ours, "/mnt/b": theirs}), **host)
     (step,) = (step for step in found.steps if step.kind == "forget-mounts")
-    assert step.values == {"units": ["mnt-a.mount"]}
+    assert values(step)["units"] == ("mnt-a.mount",)
 
 
 def test_the_name_is_typed_or_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,8 +254,8 @@ def test_the_name_is_typed_or_given(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the agent -----------------------------------------------------------------------------------------------------
 
 
-def site(place: Path) -> Site:
-    return Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+def layout(place: Path) -> Layout:
+    return Layout({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
 
 
 def test_deleting_follows_no_link(tmp_path: Path) -> None:
@@ -266,7 +269,7 @@ def test_deleting_follows_no_link(tmp_path: Path) -> None:
     os.mkfifo(inside / "deep/er/pipe")
     (inside / "deep/er").chmod(0o500)
     mode = stat.S_IMODE((outside / "folder").stat().st_mode)
-    sweep = Sweep()
+    sweep = SafeDeleter()
     sweep.delete(inside)
     assert (sweep.files, sweep.left, sweep.stuck) == (4, [], [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outside"]
@@ -288,7 +291,7 @@ def test_what_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "unlink", refuse)
     with pytest.raises(Fault, match="1 things could not be deleted") as caught:
-        steps.delete(site(tmp_path), {"names": ["parts"]}, lambda _: None)
+        steps.delete(layout(tmp_path), Delete("t", "w", "u", ("parts",)), lambda _: None)
     assert caught.value.report["cause"] == f"{tmp_path}/parts/one/fixed: Operation not permitted"
     assert not (tmp_path / "parts/other").exists()
 
@@ -303,14 +306,14 @@ def test_a_units_links_are_found_also_when_they_lead_nowhere(tmp_path: Path) -> 
     assert entries(tmp_path, "other.timer") == []
 
 
-def pending(own: Site) -> Journal:
+def pending(own: Layout) -> Journal:
     """A nuke that was submitted and not begun."""
     (own.parts / "app-1").mkdir(parents=True)
     (own.parts / "app-1/file").touch()
     own.data.mkdir()
     (own.state / "cache").mkdir(parents=True)
     plan = {"run": "r", "who": "a@b", "action": "nuke", "release": "", "base": ""}
-    kinds = [{"kind": "delete", "title": "parts", "names": ["parts"]}, {"kind": "erase", "title": "state"}]
+    kinds = [packed(Delete("parts", "w", "u", ("parts",))), packed(Erase("state", "w", "u"))]
     own.pending.write_text(json.dumps({**plan, "since": "then", "steps": kinds}))
     journal = Journal(own, "r")
     journal.add("begin")
@@ -318,7 +321,7 @@ def pending(own: Site) -> Journal:
 
 
 def test_a_nuke_can_be_followed_to_its_end_though_it_deletes_its_own_journal(tmp_path: Path) -> None:
-    own = site(tmp_path / "prefix")
+    own = layout(tmp_path / "prefix")
     pending(own)
     following = runs.follow(own, "r")
     assert next(following)["event"] == "begin"
@@ -336,7 +339,7 @@ def test_a_nuke_that_was_killed_anywhere_goes_on(tmp_path: Path, monkeypatch: py
     """Cut short at each deletion in turn: what is there then is enough for the next run."""
     real = os.unlink
     for count in range(20):
-        own = site(tmp_path / f"prefix-{count}")
+        own = layout(tmp_path / f"prefix-{count}")
         pending(own)
         done = 0
 
@@ -362,13 +365,13 @@ def test_a_nuke_that_was_killed_anywhere_goes_on(tmp_path: Path, monkeypatch: py
 
 
 def test_a_nuke_that_fails_keeps_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = site(tmp_path / "prefix")
+    own = layout(tmp_path / "prefix")
     pending(own)
 
-    def full(self: Sweep, path: Path) -> None:
+    def full(self: SafeDeleter, path: Path) -> None:
         self.stuck.append(f"{path}: Operation not permitted")
 
-    monkeypatch.setattr(Sweep, "delete", full)
+    monkeypatch.setattr(SafeDeleter, "delete", full)
     runs.apply(own)
     events = list(runs.follow(own, "r"))
     assert events[-1]["fault"]["what"] == "1 things could not be deleted"

@@ -11,28 +11,29 @@ from typing import Any
 import pytest
 
 from agent.files import Fault
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look import jobs as agent_jobs
 from agent.look import logs as agent_logs
-from agent.serve.services import Supervised
+from agent.schema.live import Job
+from agent.serve.supervised import Supervised
 from core.errors import ConnectError, UsageError
 from ops import fleet, jobs, logs
 
 NOW = time.mktime((2026, 11, 23, 14, 30, 0, 0, 0, -1))
 
 
-def own(place: Path, port: int = 1) -> Site:
+def own(place: Path, port: int = 1) -> Layout:
     (place / "state").mkdir(exist_ok=True)
     (place / "state/enabled").touch()  # so that it is the supervisor's wherever the tests run
-    return Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
+    return Layout({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
 
 
-def read(site: Site, **asked: Any) -> Iterator[dict[str, Any]]:
-    return agent_logs.logs(site, {"lines": 100, "since": "", "grep": "", "follow": False, **asked})
+def read(layout: Layout, **asked: Any) -> Iterator[dict[str, Any]]:
+    return agent_logs.logs(layout, {"lines": 100, "since": "", "grep": "", "follow": False, **asked})
 
 
-def texts(site: Site, **asked: Any) -> list[str]:
-    return [each["text"] for each in read(site, **asked) if "text" in each]
+def texts(layout: Layout, **asked: Any) -> list[str]:
+    return [each["text"] for each in read(layout, **asked) if "text" in each]
 
 
 def test_what_is_asked() -> None:
@@ -65,22 +66,22 @@ def test_what_is_no_time(text: str) -> None:
 
 
 def test_the_last_lines_come_from_both_files_with_progress_bars_as_they_ended(tmp_path: Path) -> None:
-    site = own(tmp_path)
-    (site.state / "comfyui.log.1").write_text("one\n\x1b[31mtwo\x1b[0m\n")
-    (site.state / "comfyui.log").write_bytes(b"  0%|  |\r 50%|# |\r100%|##|\nthree \xff\nfour")
-    assert texts(site) == ["one", "\x1b[31mtwo\x1b[0m", "100%|##|", "three \ufffd", "four"]
-    assert texts(site, lines=2) == ["three \ufffd", "four"]
-    assert texts(site, grep="^t", lines=1) == ["three \ufffd"]
-    assert texts(site, grep="^two$") == ["\x1b[31mtwo\x1b[0m"]  # as it is read, not as it is coloured
-    assert list(read(site, grep="five")) == [{"note": "no line matches"}]
+    layout = own(tmp_path)
+    (layout.state / "comfyui.log.1").write_text("one\n\x1b[31mtwo\x1b[0m\n")
+    (layout.state / "comfyui.log").write_bytes(b"  0%|  |\r 50%|# |\r100%|##|\nthree \xff\nfour")
+    assert texts(layout) == ["one", "\x1b[31mtwo\x1b[0m", "100%|##|", "three \ufffd", "four"]
+    assert texts(layout, lines=2) == ["three \ufffd", "four"]
+    assert texts(layout, grep="^t", lines=1) == ["three \ufffd"]
+    assert texts(layout, grep="^two$") == ["\x1b[31mtwo\x1b[0m"]  # as it is read, not as it is coloured
+    assert list(read(layout, grep="five")) == [{"note": "no line matches"}]
 
 
 def test_a_line_without_an_end_comes_in_pieces(tmp_path: Path) -> None:
-    site = own(tmp_path)
-    with (site.state / "comfyui.log").open("wb") as file:
+    layout = own(tmp_path)
+    with (layout.state / "comfyui.log").open("wb") as file:
         file.write(b"\n" * 1_000_000 + b"x" * 1_000_000)
-    assert [len(each) for each in texts(site, lines=3)] == [agent_logs.LONGEST] * 3
-    grown = agent_logs._grown(site.state / "comfyui.log", 1_000_000)
+    assert [len(each) for each in texts(layout, lines=3)] == [agent_logs.LONGEST] * 3
+    grown = agent_logs._grown(layout.state / "comfyui.log", 1_000_000)
     assert len(next(grown) or "") <= 2 * agent_logs.LONGEST
 
 
@@ -91,34 +92,34 @@ def test_nothing_to_read_says_why(tmp_path: Path) -> None:
 
 
 def test_a_time_is_found_by_what_the_supervisor_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = own(tmp_path)
-    manager = Supervised(site)
-    log = site.state / "comfyui.log"
+    layout = own(tmp_path)
+    manager = Supervised(layout)
+    log = layout.state / "comfyui.log"
     for at, line in ((1000, "old\n"), (1003, "too soon to be noted\n"), (2000, "new\n"), (2100, "")):
         with log.open("a") as file:
             file.write(line)
         monkeypatch.setattr(time, "time", lambda at=at: float(at))
-        manager.mark()
-    assert (site.state / "comfyui.times").read_text() == f"1000 4\n2000 {log.stat().st_size}\n"
+        manager.note_log_offset()
+    assert (layout.state / "comfyui.times").read_text() == f"1000 4\n2000 {log.stat().st_size}\n"
     monkeypatch.setattr(time, "time", lambda: 3000.0)
-    assert texts(site, since="2500 s ago", lines=None) == ["old", "too soon to be noted", "new"]
-    assert texts(site, since="1500 s ago", lines=None) == ["too soon to be noted", "new"]
-    assert texts(site, since="10 s ago", lines=None) == []
+    assert texts(layout, since="2500 s ago", lines=None) == ["old", "too soon to be noted", "new"]
+    assert texts(layout, since="1500 s ago", lines=None) == ["too soon to be noted", "new"]
+    assert texts(layout, since="10 s ago", lines=None) == []
     with pytest.raises(Fault, match="--since then is no time"):
-        list(read(site, since="then"))
-    monkeypatch.setattr("agent.serve.services.LONG", 10)
+        list(read(layout, since="then"))
+    monkeypatch.setattr("agent.serve.supervised.LONG", 10)
     manager.rotate()
-    assert sorted(path.name for path in site.state.glob("comfyui.*")) == ["comfyui.log.1", "comfyui.times.1"]
+    assert sorted(path.name for path in layout.state.glob("comfyui.*")) == ["comfyui.log.1", "comfyui.times.1"]
     log.write_text("newest\n")
-    assert texts(site, since="1500 s ago", lines=None) == ["too soon to be noted", "new", "newest"]
+    assert texts(layout, since="1500 s ago", lines=None) == ["too soon to be noted", "new", "newest"]
 
 
 def test_following_goes_on_in_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = own(tmp_path)
-    log = site.state / "comfyui.log"
+    layout = own(tmp_path)
+    log = layout.state / "comfyui.log"
     log.write_text("before\nlast\n")
     monkeypatch.setattr(agent_logs, "ALIVE", 0.3)
-    lines = read(site, follow=True, lines=1, grep="^[^x]")
+    lines = read(layout, follow=True, lines=1, grep="^[^x]")
     assert next(lines)["text"] == "last"
     with log.open("a") as file:
         file.write("grown\nxx\nhal")
@@ -147,32 +148,29 @@ def over(status: str, *messages: tuple[str, dict[str, Any]]) -> dict[str, Any]:
 def test_how_jobs_ended() -> None:
     cached = ("execution_cached", {"nodes": ["1"], "timestamp": 1795404760001})
     done = agent_jobs._over("an id", over("success", cached, ("execution_success", {"timestamp": 1795404762500})))
-    assert done == {
-        "id": "0f5c", "nodes": 2, "queued": 1795404759.013, "status": "success", "started": 1795404760.0,
-        "seconds": 2.5, "cached": 1,
-    }  # fmt: skip
+    assert done == Job("0f5c", "success", 2, queued=1795404759.013, started=1795404760.0, seconds=2.5, cached=1)
     error = {"node_id": "2", "node_type": "KSampler", "exception_type": "RuntimeError", "timestamp": 1795404761000}
     failed = agent_jobs._over(
         "an id", over("error", ("execution_error", {**error, "exception_message": "no\x1b[2J room\n"}))
     )
-    assert (failed["status"], failed["node"], failed["node_type"]) == ("error", "2", "KSampler")
-    assert failed["error"] == "RuntimeError: no [2J room"
+    assert (failed.status, failed.node, failed.node_type) == ("error", "2", "KSampler")
+    assert failed.error == "RuntimeError: no [2J room"
     stopped = {"node_id": "1", "node_type": "Wait", "timestamp": 1795404761000}
-    assert agent_jobs._over("an id", over("error", ("execution_interrupted", stopped)))["status"] == "interrupted"
-    assert agent_jobs._over("an id", {"prompt": PROMPT, "outputs": {}, "status": None})["status"] == "unknown"
+    assert agent_jobs._over("an id", over("error", ("execution_interrupted", stopped))).status == "interrupted"
+    assert agent_jobs._over("an id", {"prompt": PROMPT, "outputs": {}, "status": None}).status == "unknown"
 
 
 def test_jobs_are_shown_in_a_hundred_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    failed = jobs.Job(
+    failed = Job(
         "0f5c1234-5678", "error", 12, 1.0, 2.0, 3700.0, 3, "2", "KSampler", "OutOfMemoryError: \x1b[2Jno\n room " * 20
     )
-    told = [failed, jobs.Job("77", "running", 2, 5.0), jobs.Job("78", "pending", 2)]
+    told = [failed, Job("77", "running", 2, 5.0), Job("78", "pending", 2)]
     said = "\n".join(jobs.rows({"spark": told}))
     assert all(len(line) <= 100 for line in said.splitlines())
     assert "\x1b" not in said
     assert "0f5c1234: node 2 (KSampler): OutOfMemoryError: [2Jno room" in said
     assert "1 h 01 min" in said
-    off = fleet.Answer[list[jobs.Job]]("off", None, ConnectError("off cannot be reached"))
+    off = fleet.Answer[list[Job]]("off", None, ConnectError("off cannot be reached"))
     answers = [fleet.Answer("spark", [failed]), off]
     assert fleet.code(answers) == 1
     (shown,) = jobs.summary(fleet.collect(answers))
@@ -189,13 +187,13 @@ def test_a_comfyui_that_hangs_is_told_apart_from_one_that_does_not_run(
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        site = own(tmp_path, listening.getsockname()[1])
+        layout = own(tmp_path, listening.getsockname()[1])
         started = time.monotonic()
         with pytest.raises(Fault, match="takes connections and does not answer"):
-            agent_jobs.jobs(site, 20)
+            agent_jobs.jobs(layout, 20)
         assert time.monotonic() - started < 3
     with pytest.raises(Fault, match="ComfyUI does not run"):
-        agent_jobs.jobs(site, 20)
+        agent_jobs.jobs(layout, 20)
 
 
 def test_how_many_jobs_makes_sense() -> None:

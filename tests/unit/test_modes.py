@@ -16,8 +16,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.layout import Site
-from agent.serve import health, services
+from agent.layout import Layout
+from agent.schema.change import Release
+from agent.serve import health, systemd
 from agent.serve.watch import Watcher
 from core import files
 from core.errors import ConfigError, HearthError, UnknownNameError
@@ -185,9 +186,8 @@ WHY = Setting(why="a test")
 def wanted(**values: Any) -> dict[str, Any]:
     node = nodes.Node(url="u", commit="c" * 40, tree="t", why="w", required=True)
     stock = replace(inputs(), nodes={"mine": node, "other": node})
-    (step,) = (each for each in made(target=spark(**values), stock=stock).steps if each.kind == "release")
-    release: dict[str, Any] = step.values["release"]
-    return release
+    (step,) = (each for each in made(target=spark(**values), stock=stock).steps if isinstance(each, Release))
+    return step.release
 
 
 def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
@@ -220,7 +220,7 @@ def test_no_unit_takes_the_machine_when_it_goes_wrong() -> None:
         above = unit.partition("# --- Only the system's")[0]  # the login's systemd has these, too
         assert re.search(r"^TasksMax=\d+$", above, re.MULTILINE), name
         assert re.search(r"^MemoryMax=\d+[MG%]$", above, re.MULTILINE), name
-    assert "TasksMax=" in services._APPLY_LIMITS
+    assert "TasksMax=" in systemd._APPLY_LIMITS
 
 
 def test_without_root_it_is_linked_to_where_it_lies() -> None:
@@ -252,19 +252,19 @@ def test_who_wants_none_of_it_has_the_release_as_it_was() -> None:
 
 
 def test_a_folder_under_development_must_be_there() -> None:
-    missing = msgspec.structs.replace(FRESH, places={"/home/anna/mine": refusals.MISSING})
+    missing = replace(FRESH, places={"/home/anna/mine": refusals.MISSING})
     (refusal,) = made(missing, spark(develop=("/home/anna/mine",))).refusals
     assert (refusal.kind, "/home/anna/mine" in refusal.what) == ("unusable-folder", True)
-    there = made(msgspec.structs.replace(FRESH, places={"/home/anna/mine": ""}), spark(develop=("/home/anna/mine",)))
+    there = made(replace(FRESH, places={"/home/anna/mine": ""}), spark(develop=("/home/anna/mine",)))
     assert there.notes == ("ComfyUI restarts whenever a Python file in /home/anna/mine changes, even during a job",)
 
 
 def test_a_limit_that_nobody_holds_is_told() -> None:
     profile = msgspec.structs.replace(spark().profile, memory_max="90%")
     target = replace(spark(scope="user"), profile=profile)
-    without = msgspec.structs.replace(FRESH, manager="process")
+    without = replace(FRESH, manager="process")
     assert "nothing limits ComfyUI's memory here: `memory_max` needs systemd" in made(without, target).notes
-    assert not any("memory_max" in each for each in made(msgspec.structs.replace(FRESH, manager="x"), target).notes)
+    assert not any("memory_max" in each for each in made(replace(FRESH, manager="x"), target).notes)
 
 
 # --- what the agent does -------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
 
 
 @contextmanager
-def answering(queue: dict[str, Any]) -> Iterator[tuple[Site, list[Any]]]:
+def answering(queue: dict[str, Any]) -> Iterator[tuple[Layout, list[Any]]]:
     """Something that answers as ComfyUI does when it is asked for its queue, and to free its memory."""
     asked: list[Any] = []
 
@@ -331,7 +331,7 @@ def answering(queue: dict[str, Any]) -> Iterator[tuple[Site, list[Any]]]:
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         values = {"prefix": "/nowhere", "service": "s", "scope": "user", "user": "", "address": "127.0.0.1"}
-        yield Site({**values, "port": server.server_address[1]}), asked
+        yield Layout({**values, "port": server.server_address[1]}), asked
         server.shutdown()
 
 
@@ -344,10 +344,10 @@ def answering(queue: dict[str, Any]) -> Iterator[tuple[Site, list[Any]]]:
     ],
 )
 def test_memory_is_given_back_when_there_is_no_job(queue: dict[str, Any], said: str, freed: bool) -> None:
-    with answering(queue) as (site, asked):
-        assert said in health.free_if_idle(site)
+    with answering(queue) as (layout, asked):
+        assert said in health.free_if_idle(layout)
     assert asked == ([("/free", {"unload_models": True, "free_memory": True})] if freed else [])
-    assert "does not answer" in health.free_if_idle(site)
+    assert "does not answer" in health.free_if_idle(layout)
 
 
 # --- what is shown -------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from agent import parts
-from agent.files import free, write
-from agent.layout import Site
+from agent.files import write
+from agent.layout import Layout
+from agent.locks import free
 from agent.look.facts import _parts
-from agent.serve.services import wait_for
+from agent.processes import wait_for
 from core import files
 
 
@@ -60,14 +61,14 @@ def test_a_small_part_needs_no_process_of_its_own(tmp_path: Path, forks: list[in
 
 
 def test_many_parts_are_verified_by_one_process(tmp_path: Path, forks: list[int]) -> None:
-    site = Site({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+    layout = Layout({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
     for number in range(30):
-        with parts.part(site, f"node-{number}") as place:
+        with parts.part(layout, f"node-{number}") as place:
             (place / "file").write_text("as it was made")
-    (site.parts / "node-7/file").chmod(0o644)
-    site.state.mkdir()
-    write(site.state / "verified.json", '{"node-3": 1e12}')  # by a clock that was set back since
-    found = _parts(site, 300)()
+    (layout.parts / "node-7/file").chmod(0o644)
+    layout.state.mkdir()
+    write(layout.state / "verified.json", '{"node-3": 1e12}')  # by a clock that was set back since
+    found = _parts(layout, 300)()
     assert {name for name, fault in found.items() if fault} == {"node-7"}
     assert len(found) == 30
     assert len(forks) == 1
@@ -76,7 +77,7 @@ def test_many_parts_are_verified_by_one_process(tmp_path: Path, forks: list[int]
 def test_what_a_killed_process_forked_does_not_hold_its_lock_for_ever(tmp_path: Path) -> None:
     """Its answer is longer than a pipe holds, and nobody reads it."""
     lock = tmp_path / "lock"
-    code = "import sys, time; from pathlib import Path; from agent.files import flock; from agent.parts import forked\n"
+    code = "import sys, time; from pathlib import Path; from agent.locks import flock; from agent.parts import forked\n"
     code += "with flock(Path(sys.argv[1])):\n"
     code += "    both = [forked(lambda: 'x' * 1_000_000) for _ in range(2)]\n    print('begun', flush=True)\n"
     code += "    time.sleep(1000)"

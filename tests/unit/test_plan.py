@@ -8,13 +8,15 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from agent.schema.change import Step
+from agent.schema.facts import Holder
 from core import files
 from core.manifest import Manifest, Proof
 from deploy import archive, facts, plan, refusals, release
@@ -87,7 +89,7 @@ def settled() -> Facts:
     assert choice is not None
     assert not against
     manifest = release.manifest(choice, FRESH.prefix)
-    return msgspec.structs.replace(
+    return replace(
         FRESH,
         user=True,
         data=True,
@@ -105,6 +107,11 @@ def reasons(found: plan.Plan) -> list[str]:
     """Why it is refused."""
     assert all(each.what and each.remedy for each in found.refusals)
     return sorted(each.kind for each in found.refusals)
+
+
+def values(step: Step) -> dict[str, Any]:
+    """What a step says beside its words."""
+    return asdict(step)
 
 
 def kinds(found: plan.Plan) -> list[str]:
@@ -129,9 +136,9 @@ def test_the_same_wishes_give_the_same_release() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"service": msgspec.structs.replace(NO_SERVICE, linked=True), "port_holder": {}}, ["serve"]),
-        ({"service": msgspec.structs.replace(RUNNING, enabled=False)}, ["serve"]),
-        ({"service": msgspec.structs.replace(RUNNING, linked=False)}, ["cut-over", "prune"]),
+        ({"service": replace(NO_SERVICE, linked=True), "port_holder": {}}, ["serve"]),
+        ({"service": replace(RUNNING, enabled=False)}, ["serve"]),
+        ({"service": replace(RUNNING, linked=False)}, ["cut-over", "prune"]),
         ({"current": ""}, ["cut-over", "prune"]),
         ({"members": ("eve",)}, ["members"]),
         ({"lingers": False}, ["linger"]),
@@ -142,7 +149,7 @@ def test_the_same_wishes_give_the_same_release() -> None:
     ],
 )  # fmt: skip
 def test_what_is_missing_is_done_and_no_more(change: dict[str, Any], expected: list[str]) -> None:
-    assert kinds(made(msgspec.structs.replace(settled(), **change))) == expected
+    assert kinds(made(replace(settled(), **change))) == expected
 
 
 def test_who_else_computes_on_the_gpu_is_told_before_a_change() -> None:
@@ -152,7 +159,7 @@ def test_who_else_computes_on_the_gpu_is_told_before_a_change() -> None:
         Process(9, "train.py", "anna", None, 3 * 10**9, "compute"),
         Process(9, "train.py", "anna", None, 3 * 10**9, "mps"),
     )
-    found = made(msgspec.structs.replace(FRESH, gpus=(Gpu("GB10", "12.1", None, True, users),)))
+    found = made(replace(FRESH, gpus=(Gpu("GB10", "12.1", None, True, users),)))
     assert found.steps
     told = "other processes use GPU 0; their memory is not available to ComfyUI: train.py (pid 9, anna, 3.0 GB)"
     assert told in found.notes
@@ -187,14 +194,14 @@ def test_flags_are_a_new_release_of_the_same_parts() -> None:
     ],
 )
 def test_refusals(change: dict[str, Any], kind: str, named: str) -> None:
-    found = made(msgspec.structs.replace(FRESH, **change))
+    found = made(replace(FRESH, **change))
     assert not found.steps
     assert reasons(found) == [kind]
     assert named in found.refusals[0].what
 
 
 def test_an_old_c_library_is_refused_for_each_wheel() -> None:
-    assert reasons(made(msgspec.structs.replace(FRESH, glibc="2.10"))) == ["old-glibc", "old-glibc"]
+    assert reasons(made(replace(FRESH, glibc="2.10"))) == ["old-glibc", "old-glibc"]
 
 
 NAS = {"/mnt/models": Mount("nas:/models", "nfs4", "nosuid")}
@@ -202,7 +209,7 @@ NAS = {"/mnt/models": Mount("nas:/models", "nfs4", "nosuid")}
 
 def mounted(**values: Any) -> Facts:
     there = facts.MountState(mounted=False, source="", unit="", fault="", remedy="")
-    return msgspec.structs.replace(FRESH, mounts={"/mnt/models": msgspec.structs.replace(there, **values)})
+    return replace(FRESH, mounts={"/mnt/models": replace(there, **values)})
 
 
 @pytest.mark.parametrize(
@@ -221,10 +228,10 @@ def test_what_cannot_be_mounted_is_refused(mount: Mount, there: dict[str, Any], 
 
 def test_what_hearth_mounts_gets_a_unit_before_anything_is_put_there() -> None:
     target = spark(mounts=NAS, folders={"models": "/mnt/models/comfyui"})
-    now = msgspec.structs.replace(mounted(), places={"/mnt/models/comfyui": refusals.MISSING})
+    now = replace(mounted(), places={"/mnt/models/comfyui": refusals.MISSING})
     steps = made(now, target).steps
     assert [step.kind for step in steps][:3] == ["account", "mount", "folders"]
-    assert "\nWhat=nas:/models\nWhere=/mnt/models\nType=nfs4\nOptions=nosuid\n" in steps[1].values["text"]
+    assert "\nWhat=nas:/models\nWhere=/mnt/models\nType=nfs4\nOptions=nosuid\n" in values(steps[1])["text"]
     there = mounted(mounted=True, unit=target.mount_text("/mnt/models"))
     assert "mount" not in kinds(made(there, target))
     changed = mounted(mounted=True, unit=target.mount_text("/mnt/models").replace("nosuid", "nodev"))
@@ -235,9 +242,9 @@ def test_folders_elsewhere_are_comfyuis_own_flags_and_never_links_in_the_data() 
     target = spark(mounts=NAS, folders={"models": "/mnt/models", "output": "/srv/out"}, model_roots=("/srv/more",))
     stock = replace(inputs(), model_folders={"text_encoders": ("text_encoders", "clip")})
     there = mounted(mounted=True, unit=target.mount_text("/mnt/models"))
-    now = msgspec.structs.replace(there, places={"/srv/more": ""})
+    now = replace(there, places={"/srv/more": ""})
     (step,) = (each for each in made(now, target, stock).steps if each.kind == "release")
-    wanted = step.values["release"]
+    wanted = values(step)["release"]
     words = " ".join(wanted["argv"])
     data = "/opt/comfyui/data"
     folders = f"--input-directory {data}/input --models-directory /mnt/models --output-directory /srv/out"
@@ -253,10 +260,10 @@ def test_folders_elsewhere_are_comfyuis_own_flags_and_never_links_in_the_data() 
 
 def test_a_folder_that_cannot_be_used_is_refused_and_one_that_is_missing_is_made() -> None:
     target = spark(folders={"output": "/srv/out"}, model_roots=("/srv/more",))
-    missing = msgspec.structs.replace(FRESH, places={"/srv/out": refusals.MISSING, "/srv/more": refusals.MISSING})
+    missing = replace(FRESH, places={"/srv/out": refusals.MISSING, "/srv/more": refusals.MISSING})
     (refusal,) = made(missing, target).refusals
     assert (refusal.kind, refusal.what) == ("unusable-folder", "/srv/more is not there")
-    unusable = msgspec.structs.replace(FRESH, places={"/srv/out": "cannot be written by the service", "/srv/more": ""})
+    unusable = replace(FRESH, places={"/srv/out": "cannot be written by the service", "/srv/more": ""})
     (refusal,) = made(unusable, target).refusals
     assert refusal.what == "/srv/out cannot be written by the service"
 
@@ -268,17 +275,17 @@ def test_members_may_what_is_said_and_nothing_else() -> None:
         "members of group comfyui-members: anna",
         "let members of comfyui-members read its log and restart it (sudo)",
     ]
-    text = steps[1].values["text"]
+    text = values(steps[1])["text"]
     assert "/usr/bin/systemctl restart comfyui.service\n" in text
     assert "*" not in text
-    there = msgspec.structs.replace(settled(), members=("anna",), rights=text)
+    there = replace(settled(), members=("anna",), rights=text)
     assert kinds(made(there, target)) == []
     assert kinds(made(there, spark())) == ["members", "rights"]
-    without = msgspec.structs.replace(FRESH, rights=None)
+    without = replace(FRESH, rights=None)
     assert "the host has no sudo" in " ".join(made(without, target).notes)
 
 
-def exporting(facts: Facts, **host: Any) -> list[plan.Step]:
+def exporting(facts: Facts, **host: Any) -> list[Step]:
     """The steps for a host with metrics that is as wanted but for its exporter."""
     found = made(facts, spark(metrics_port=9188, **host))
     assert not found.refusals
@@ -292,7 +299,7 @@ def test_the_exporter_is_a_step_of_its_own_and_no_part_of_the_release() -> None:
     assert [step for step in first.steps if step.kind == "release"] == [
         step for step in bare.steps if step.kind == "release"
     ]
-    (wanted,) = (step.values["exporter"] for step in first.steps if step.kind == "exporter")
+    (wanted,) = (values(step)["exporter"] for step in first.steps if step.kind == "exporter")
     assert wanted["agent"] == archive.agent_hash()
     told = wanted["settings"]
     assert (told["port"], told["cuda"], told["site"]["prefix"]) == (9188, True, "/opt/comfyui")
@@ -302,11 +309,11 @@ def test_the_exporter_is_a_step_of_its_own_and_no_part_of_the_release() -> None:
     assert "\nDeviceAllow=char-nvidia rw\n" in unit
     assert "\nUser=hearth-exporter\n" in unit
     assert "$" not in unit
-    without = msgspec.structs.replace(FRESH, user=True, exporter_user=False)
+    without = replace(FRESH, user=True, exporter_user=False)
     (account,) = (step for step in made(without, spark(metrics_port=9188)).steps if step.kind == "account")
     assert (account.title, account.undo) == ("create the system user hearth-exporter", "userdel hearth-exporter")
     own = made(target=spark(metrics_port=9188, scope="user"))
-    (wanted,) = (step.values["exporter"] for step in own.steps if step.kind == "exporter")
+    (wanted,) = (values(step)["exporter"] for step in own.steps if step.kind == "exporter")
     assert "\nWantedBy=default.target\n" in wanted["unit"]
     assert "ProtectSystem" not in wanted["unit"]
 
@@ -314,8 +321,8 @@ def test_the_exporter_is_a_step_of_its_own_and_no_part_of_the_release() -> None:
 def test_an_exporter_is_changed_alone() -> None:
     (step,) = exporting(settled())
     assert (step.kind, step.why) == ("exporter", "nothing exports them")
-    there = step.values["exporter"]
-    as_wanted = msgspec.structs.replace(settled(), exporter={**there, "active": True})
+    there = values(step)["exporter"]
+    as_wanted = replace(settled(), exporter={**there, "active": True})
     assert exporting(as_wanted) == []
     for change, why in (
         ({"agent": "f" * 16}, "its agent changed"),
@@ -323,30 +330,32 @@ def test_an_exporter_is_changed_alone() -> None:
         ({"settings": {}, "unit": ""}, "its settings and unit changed"),
         ({"active": False}, "the exporter does not run"),
     ):
-        (step,) = exporting(msgspec.structs.replace(settled(), exporter={**there, "active": True, **change}))
-        assert (step.kind, step.why, step.values["exporter"]) == ("exporter", why, there)
+        (step,) = exporting(replace(settled(), exporter={**there, "active": True, **change}))
+        assert (step.kind, step.why, values(step)["exporter"]) == ("exporter", why, there)
     (step,) = made(as_wanted).steps[:1]
-    assert (step.kind, step.title, step.values) == ("exporter", "remove the exporter of metrics", {"exporter": {}})
+    assert (step.kind, step.title, values(step)["exporter"]) == ("exporter", "remove the exporter of metrics", {})
 
 
 def test_metrics_that_could_not_be_exported_are_refused() -> None:
     target = spark(metrics_port=9188)
     unit = "comfyui-exporter.service"
-    held = {"pid": 9, "command": "postgres_exporter", "unit": "postgres.service"}
-    (refusal,) = made(msgspec.structs.replace(FRESH, metrics_holder=held), target).refusals
+    held = Holder(pid=9, command="postgres_exporter", unit="postgres.service")
+    (refusal,) = made(replace(FRESH, metrics_holder=held), target).refusals
     assert (refusal.kind, "postgres_exporter (pid 9)" in refusal.what) == ("metrics-port-taken", True)
-    assert not made(msgspec.structs.replace(FRESH, metrics_holder={**held, "unit": unit}), target).refusals
-    supervised = msgspec.structs.replace(FRESH, manager="process")
+    assert not made(
+        replace(FRESH, metrics_holder=Holder(pid=9, command="postgres_exporter", unit=unit)), target
+    ).refusals
+    supervised = replace(FRESH, manager="process")
     assert reasons(made(supervised, spark(metrics_port=9188, scope="user"))) == ["no-exporter"]
     assert not made(supervised, spark(scope="user")).refusals
 
 
 def test_all_refusals_at_once() -> None:
-    holder = {"pid": 9, "command": "nginx"}
-    bad = msgspec.structs.replace(FRESH, driver="1.0", disk_free=1, data_free={"/a": 1, "/b": 1})
+    holder = Holder(pid=9, command="nginx")
+    bad = replace(FRESH, driver="1.0", disk_free=1, data_free={"/a": 1, "/b": 1})
     expected = ["data-full", "data-full", "no-room", "old-driver"]
     assert reasons(made(bad)) == expected
-    assert reasons(made(msgspec.structs.replace(bad, port_holder=holder))) == [*expected, "port-taken"]
+    assert reasons(made(replace(bad, port_holder=holder))) == [*expected, "port-taken"]
 
 
 def test_a_missing_wheel_says_how_to_build_it() -> None:
@@ -358,9 +367,9 @@ def test_a_missing_wheel_says_how_to_build_it() -> None:
 
 def test_the_wheels_hash_reaches_the_list_and_the_environment() -> None:
     (env,) = (step for step in made().steps if step.kind == "env")
-    assert "sageattention==1+cu130.torch2.11.0.sm121a --hash=sha256:" + "a" * 64 in env.values["requirements"]
+    assert "sageattention==1+cu130.torch2.11.0.sm121a --hash=sha256:" + "a" * 64 in values(env)["requirements"]
     changed = made(stock=inputs(wheel("sageattention", sha256="c" * 64), wheel("flash-attn")))
-    assert env.values["part"] not in [step.values.get("part") for step in changed.steps]
+    assert values(env)["part"] not in [values(step).get("part") for step in changed.steps]
 
 
 @pytest.mark.parametrize(
@@ -405,7 +414,7 @@ def test_of_a_versions_profiles_inference_is_taken_whatever_its_size(other: str)
 def test_what_was_deployed_under_other_settings_is_refused(
     place: dict[str, str], values: dict[str, str], what: str, remedy: str
 ) -> None:
-    changed = msgspec.structs.replace(settled(), place=facts.Place(ours=True, **place))  # type: ignore[arg-type]
+    changed = replace(settled(), place=facts.Place(ours=True, **place))  # type: ignore[arg-type]
     for found in (made(changed, spark(**values)), plan.back(spark(**values), changed, changed.current, plan.Options())):
         assert not found.steps
         (refusal,) = (each for each in found.refusals if each.kind == "deployed-otherwise" and what in each.what)
@@ -415,7 +424,7 @@ def test_what_was_deployed_under_other_settings_is_refused(
 @pytest.mark.parametrize("values", [{"service": "new"}, {"run_as": "art"}])
 def test_a_release_of_another_service_or_user_is_not_gone_back_to(values: dict[str, str]) -> None:
     old, before = settled(), settled().current
-    now = msgspec.structs.replace(old, current="", service=NO_SERVICE, port_holder={})
+    now = replace(old, current="", service=NO_SERVICE, port_holder={})
     found = plan.back(spark(**values), now, before, plan.Options())
     assert reasons(found) == ["other-release"]
     assert not plan.back(spark(), now, before, plan.Options()).refusals
@@ -423,13 +432,13 @@ def test_a_release_of_another_service_or_user_is_not_gone_back_to(values: dict[s
 
 def test_what_was_taken_away_may_be_deployed_under_another_name() -> None:
     place = facts.Place(ours=True, service="comfyui-old", scope="user")
-    assert kinds(made(msgspec.structs.replace(FRESH, place=place)))
+    assert kinds(made(replace(FRESH, place=place)))
     same = facts.Place(ours=True, service="comfyui", scope="system", user="comfyui")
-    assert kinds(made(msgspec.structs.replace(settled(), place=same))) == []
+    assert kinds(made(replace(settled(), place=same))) == []
 
 
 def test_a_home_that_units_cannot_name_is_refused() -> None:
-    found = made(msgspec.structs.replace(FRESH, prefix="/home/my user/.local/share/hearth/comfyui"))
+    found = made(replace(FRESH, prefix="/home/my user/.local/share/hearth/comfyui"))
     assert reasons(found) == ["unusable-prefix"]
 
 
@@ -456,23 +465,23 @@ def test_one_of_the_two_flags_for_tls_is_refused(one: str, other: str) -> None:
 
 
 def test_going_back_writes_an_altered_release_anew() -> None:
-    facts = msgspec.structs.replace(settled(), altered=(settled().current,))
+    facts = replace(settled(), altered=(settled().current,))
     assert kinds(plan.back(spark(), facts, facts.current, plan.Options())) == ["release", "cut-over"]
 
 
 def test_going_back_needs_whole_parts() -> None:
-    facts = msgspec.structs.replace(settled(), current="")
+    facts = replace(settled(), current="")
     (name,) = facts.proven
     assert kinds(plan.back(spark(), facts, name, plan.Options())) == ["cut-over"]
-    broken = msgspec.structs.replace(facts, parts={})
+    broken = replace(facts, parts={})
     assert reasons(plan.back(spark(), broken, name, plan.Options())) == ["damaged-release"]
 
 
 @pytest.mark.parametrize("off", [{"active": False}, {"enabled": False}, {"linked": False}])
-def test_going_back_converges_when_the_release_serves(off: dict[str, bool]) -> None:
+def test_going_back_converges_when_the_release_serves(off: Any) -> None:
     facts = settled()
     assert kinds(plan.back(spark(), facts, facts.current, plan.Options())) == []
-    not_yet = msgspec.structs.replace(facts, service=msgspec.structs.replace(RUNNING, **off), port_holder={})
+    not_yet = replace(facts, service=replace(RUNNING, **off), port_holder={})
     assert kinds(plan.back(spark(), not_yet, facts.current, plan.Options())) == ["cut-over"]
 
 
@@ -499,7 +508,7 @@ def test_what_nodes_need_of_the_system_is_told_and_refused_when_required(
     packages: dict[str, bool], required: bool, noted: bool, refused: bool
 ) -> None:
     node = nodes.Node(url="u", commit="c" * 40, tree="t", why="w", required=required, system=("ffmpeg", "libgl1"))
-    found = made(msgspec.structs.replace(FRESH, packages=packages), stock=replace(inputs(), nodes={"mine": node}))
+    found = made(replace(FRESH, packages=packages), stock=replace(inputs(), nodes={"mine": node}))
     said = "node mine needs ffmpeg, which the host lacks; on the host: apt-get install ffmpeg"
     assert (said in found.notes) is noted
     assert reasons(found) == ["no-package"] * refused
@@ -517,10 +526,10 @@ def test_the_manager_is_not_there_unless_it_is_chosen() -> None:
     without, chosen = (made(target=each, stock=replace(inputs(), locks=locks)) for each in (spark(), managed()))
     for found, expected in ((without, False), (chosen, True)):
         (env,) = (step for step in found.steps if step.kind == "env")
-        (written,) = (step.values["release"] for step in found.steps if step.kind == "release")
-        assert ("comfyui-manager==1" in env.values["requirements"]) is expected
+        (written,) = (values(step)["release"] for step in found.steps if step.kind == "release")
+        assert ("comfyui-manager==1" in values(env)["requirements"]) is expected
         assert ("user/__manager/config.ini" in written["files"]) is expected
-        assert "torch==1" in env.values["requirements"]
+        assert "torch==1" in values(env)["requirements"]
 
 
 LOCKED = """\
@@ -535,9 +544,9 @@ def test_the_managers_settings_lie_where_the_service_cannot_change_them() -> Non
     """Without a mount: systemd follows links of the service's on the way to where it mounts, as root."""
     target = managed()
     moved = replace(target, host=msgspec.structs.replace(target.host, folders={"user": "/srv/mine"}))
-    there = msgspec.structs.replace(FRESH, places={"/srv/mine": ""})
+    there = replace(FRESH, places={"/srv/mine": ""})
     for each, user in ((target, "/opt/comfyui/data/user"), (moved, "/srv/mine")):
-        (written,) = (step.values["release"] for step in made(there, each).steps if step.kind == "release")
+        (written,) = (values(step)["release"] for step in made(there, each).steps if step.kind == "release")
         place = f"/opt/comfyui/releases/{written['id']}"
         assert written["argv"][written["argv"].index("--user-directory") + 1] == f"{place}/user"
         assert "security_level = strong" in written["files"]["user/__manager/config.ini"]
@@ -550,7 +559,7 @@ def test_the_managers_settings_lie_where_the_service_cannot_change_them() -> Non
 @pytest.mark.parametrize("each", [spark(), managed(), spark(folders={"user": "/srv/mine"}), spark(develop=("/srv/n",))])
 def test_nothing_is_mounted_from_or_below_what_the_service_writes(each: Target) -> None:
     places = dict.fromkeys(each.host.folders.values(), "")
-    unit = unit_of(made(msgspec.structs.replace(FRESH, places=places), each))
+    unit = unit_of(made(replace(FRESH, places=places), each))
     written = ["/opt/comfyui/data", *places]
     mounts = re.findall(r"^(?:\w+Paths|TemporaryFileSystem)=(.*)$", unit, re.MULTILINE)
     assert [line for line in mounts for path in written if f"{path}/" in line] == []
@@ -571,7 +580,7 @@ if __name__ == "__main__":
 def test_nothing_that_the_service_writes_is_code_of_the_next_start(tmp_path: Path, scope: str) -> None:
     """In the working directory, which Python puts first for -c and -m, or where Python looks in a home folder."""
     target = spark(scope=scope)
-    found = made(msgspec.structs.replace(FRESH, prefix=str(tmp_path)), target)
+    found = made(replace(FRESH, prefix=str(tmp_path)), target)
     unit = unit_of(found)
     (folder,) = re.findall("^WorkingDirectory=(.*)$", unit, re.MULTILINE)
     variables = dict(re.findall('^Environment="(.*?)=(.*)"$', unit, re.MULTILINE))
@@ -600,12 +609,12 @@ def test_flags_that_say_where_a_release_lies_are_its_own() -> None:
 
 
 def test_an_account_of_somebody_elses_is_not_taken() -> None:
-    assert reasons(made(msgspec.structs.replace(FRESH, user=True, user_fault="is root"))) == ["foreign-user"]
+    assert reasons(made(replace(FRESH, user=True, user_fault="is root"))) == ["foreign-user"]
 
 
 def unit_of(found: plan.Plan) -> str:
     (step,) = (each for each in found.steps if each.kind == "release")
-    return str(step.values["release"]["files"]["comfyui.service"])
+    return str(values(step)["release"]["files"]["comfyui.service"])
 
 
 @pytest.mark.parametrize(("network", "reached", "denied"), [

@@ -9,16 +9,16 @@ import pytest
 
 from agent.change import trial
 from agent.files import Fault, write
-from agent.layout import Site
+from agent.layout import Layout
 from agent.look import mps
 from agent.serve import sandbox
 
 DATA = "/opt/comfyui/data"
 
 
-def site(**values: object) -> Site:
+def layout(**values: object) -> Layout:
     base = {"prefix": "/opt/comfyui", "service": "comfyui", "scope": "system", "user": "comfyui"}
-    return Site({**base, "address": "", "port": 1, **values})
+    return Layout({**base, "address": "", "port": 1, **values})
 
 
 @pytest.fixture
@@ -45,7 +45,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_nothing_is_mounted_from_or_below_what_the_service_writes(ran: list[str], line: str, *, apart: bool) -> None:
     """systemd-run asserts nothing, and systemd follows links as root."""
     unit = f"[Unit]\nAssertPathIsSymbolicLink=!{DATA}/user\n[Service]\nReadWritePaths={DATA} /srv/mine\n{line}\n"
-    sandbox.sandboxed(site(folders={"user": "/srv/mine"}), unit, ["true"], {"environment": {}}, seconds=5, apart=apart)
+    sandbox.sandboxed(
+        layout(folders={"user": "/srv/mine"}), unit, ["true"], {"environment": {}}, seconds=5, apart=apart
+    )
     assert [word for word in ran if f"{DATA}/" in word or "/srv/mine/" in word] == []
     assert (f"--property=ReadWritePaths={DATA} /srv/mine" in ran) is not apart
     assert "--property=WorkingDirectory=/" in ran
@@ -59,7 +61,7 @@ def test_the_mps_daemon_is_asked_in_its_own_sandbox(
     text = (Path(__file__).parents[2] / "recipes/system/mps.service").read_text().replace("$service", "comfyui")
     (tmp_path / "comfyui-mps.service").write_text(text.replace("$user", "comfyui"))
     monkeypatch.setattr("subprocess.run", None)
-    assert mps._said("/usr/bin/control", "get_server_list", "/run/comfyui-mps", site()) == ["100.0"]
+    assert mps._said("/usr/bin/control", "get_server_list", "/run/comfyui-mps", layout()) == ["100.0"]
     assert ran[0] == "systemd-run"
     for line in ("User=comfyui", "ProtectHome=yes", "BindPaths=/run/comfyui-mps", "PrivateNetwork=yes"):
         assert f"--property={line}" in ran
@@ -75,7 +77,7 @@ def test_the_mps_daemon_is_asked_in_its_own_sandbox(
 
     monkeypatch.setattr(sandbox, "_output", fails)
     with pytest.raises(Fault, match="does not answer") as caught:
-        mps._said("/usr/bin/control", "get_server_list", "/run/comfyui-mps", site())
+        mps._said("/usr/bin/control", "get_server_list", "/run/comfyui-mps", layout())
     assert "Cannot find" in caught.value.report["cause"]
 
 
@@ -85,7 +87,7 @@ def test_a_trial_is_given_nothing_from_a_place_that_the_service_or_the_trial_may
     """Such as a link `data/models`, or one that the import of a kernel leaves for the start that comes after it."""
     folders = {"models": "/mnt/models", "output": "/srv/output"}
     for given in ({}, folders):
-        place = site(prefix=str(tmp_path), user="", folders=given)
+        place = layout(prefix=str(tmp_path), user="", folders=given)
         for each in (place.data / "user", place.state):
             each.mkdir(parents=True, exist_ok=True)
         release = {"id": "r", "argv": ["python", "--listen", "x", "--port", "1"], "gate": {"seconds": 1}}

@@ -12,39 +12,48 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent.files import Fault, flock, free, holders, link, read, read_text, started, write
-from agent.layout import Site
+from agent import processes
+from agent.files import Fault, link, read, read_text, write
+from agent.layout import Layout
+from agent.locks import flock, free, holders
 from agent.look.gpu import process
-from agent.serve import services
-from agent.serve.services import Supervised, Systemd, manager_of, wait_for
+from agent.processes import started, wait_for
+from agent.schema.live import GpuState
+from agent.serve import managers, systemd
+from agent.serve.managers import manager_of
+from agent.serve.supervised import Supervised
+from agent.serve.systemd import Systemd
 from core import files
 from deploy import archive
 
 
-def make(place: Path, **values: Any) -> Site:
+def make(place: Path, **values: Any) -> Layout:
     """A prefix with a release whose ComfyUI sleeps."""
-    site = Site({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1, **values})
+    layout = Layout(
+        {"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1, **values}
+    )
     argv = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(1000)"]
-    write(site.releases / "one/release.json", json.dumps({"id": "one", "argv": argv, "environment": {}}))
-    write(site.agent, archive.packed_agent())
-    write(site.state / "site.json", json.dumps(site.json))
-    link(site.current, "releases/one")
-    site.data.mkdir()
-    return site
+    write(layout.releases / "one/release.json", json.dumps({"id": "one", "argv": argv, "environment": {}}))
+    write(layout.agent, archive.packed_agent())
+    write(layout.state / "site.json", json.dumps(layout.json))
+    link(layout.current, "releases/one")
+    layout.data.mkdir()
+    return layout
 
 
 @contextmanager
-def supervisor(site: Site) -> Iterator[subprocess.Popen[bytes]]:
+def supervisor(layout: Layout) -> Iterator[subprocess.Popen[bytes]]:
     """A supervisor of the site's that has begun; it and its ComfyUI end with the block."""
-    argv = [sys.executable, "-I", str(site.agent), "supervise", str(site.state / "site.json")]
-    with (site.state / "agent.log").open("ab") as log, subprocess.Popen(argv, stdout=log, stderr=log) as one:
+    argv = [sys.executable, "-I", str(layout.agent), "supervise", str(layout.state / "site.json")]
+    with (layout.state / "agent.log").open("ab") as log, subprocess.Popen(argv, stdout=log, stderr=log) as one:
         try:
-            assert wait_for(lambda: not free(Supervised(site).lock), 20)
+            assert wait_for(lambda: not free(Supervised(layout).lock), 20)
             yield one
         finally:
             one.terminate()
@@ -53,10 +62,10 @@ def supervisor(site: Site) -> Iterator[subprocess.Popen[bytes]]:
             one.kill()
 
 
-def child(site: Site) -> int:
+def child(layout: Layout) -> int:
     """The pid of the ComfyUI that is supervised, once there is one."""
-    assert wait_for(lambda: bool(Supervised(site).status()["pid"]), 20)
-    return int(Supervised(site).status()["pid"])
+    assert wait_for(lambda: bool(Supervised(layout).status().pid), 20)
+    return int(Supervised(layout).status().pid)
 
 
 @pytest.fixture
@@ -95,7 +104,7 @@ def test_asking_for_a_lock_makes_no_file(tmp_path: Path) -> None:
 
 def test_a_lock_whose_file_was_deleted_while_one_waited_is_taken_anew(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
-    code = "import sys; from pathlib import Path; from agent.files import flock\n"
+    code = "import sys; from pathlib import Path; from agent.locks import flock\n"
     code += "with flock(Path(sys.argv[1]), wait=True): print('mine', flush=True); sys.stdin.read()"
     argv = [sys.executable, "-c", code, str(lock)]
     with ExitStack() as stack:
@@ -110,50 +119,50 @@ def test_a_lock_whose_file_was_deleted_while_one_waited_is_taken_anew(tmp_path: 
 
 
 def test_a_supervisor_that_does_not_come_up_is_a_fault_with_what_it_said(tmp_path: Path) -> None:
-    site = make(tmp_path)
-    write(site.agent, "import sys; sys.exit('there is no room')")
+    layout = make(tmp_path)
+    write(layout.agent, "import sys; sys.exit('there is no room')")
     with pytest.raises(Fault, match="did not start") as raised:
-        Supervised(site).start()
+        Supervised(layout).start()
     assert raised.value.report["cause"] == "there is no room"
 
 
 def test_starting_and_stopping_while_others_ask(tmp_path: Path) -> None:
     """As `status`, `follow` and `facts` do: one that asked at the wrong moment kept the supervisor from starting."""
-    site = make(tmp_path)
-    code = "import json, sys; from agent.layout import Site; from agent.serve.services import Supervised\n"
-    code += "one = Supervised(Site(json.loads(sys.argv[1])))\nwhile True: one.status()"
-    argv = [sys.executable, "-c", code, json.dumps(site.json)]
+    layout = make(tmp_path)
+    code = "import json, sys; from agent.layout import Layout; from agent.serve.supervised import Supervised\n"
+    code += "one = Supervised(Layout(json.loads(sys.argv[1])))\nwhile True: one.status()"
+    argv = [sys.executable, "-c", code, json.dumps(layout.json)]
     with subprocess.Popen(argv, cwd=files.CHECKOUT) as asker:
         try:
-            code = "import json, sys; from agent.layout import Site; from agent.serve.services import Supervised\n"
-            code += "one = Supervised(Site(json.loads(sys.argv[1])))\nfor _ in range(4): one.start(); one.stop()"
-            subprocess.run([sys.executable, "-c", code, json.dumps(site.json)], cwd=files.CHECKOUT, check=True)
+            code = "import json, sys; from agent.layout import Layout; from agent.serve.supervised import Supervised\n"
+            code += "one = Supervised(Layout(json.loads(sys.argv[1])))\nfor _ in range(4): one.start(); one.stop()"
+            subprocess.run([sys.executable, "-c", code, json.dumps(layout.json)], cwd=files.CHECKOUT, check=True)
         finally:
             asker.kill()
-    assert "held by another process" not in (site.state / "agent.log").read_text()
+    assert "held by another process" not in (layout.state / "agent.log").read_text()
 
 
 def test_comfyui_dies_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
-    site = make(tmp_path)
-    manager = Supervised(site)
-    with supervisor(site) as one:
-        pid = child(site)
+    layout = make(tmp_path)
+    manager = Supervised(layout)
+    with supervisor(layout) as one:
+        pid = child(layout)
         one.kill()
         one.wait()
         assert wait_for(lambda: not started(pid), 5)
-        assert (manager.status()["active"], manager.status()["pid"]) == (False, 0)
+        assert (manager.status().active, manager.status().pid) == (False, 0)
         manager.stop()
-    with supervisor(site):
-        assert child(site) != pid
+    with supervisor(layout):
+        assert child(layout) != pid
         manager.stop()
-        assert not manager.status()["active"]
+        assert not manager.status().active
 
 
 def test_comfyui_dies_with_a_supervisor_that_fails(tmp_path: Path) -> None:
-    site = make(tmp_path)
-    with supervisor(site) as one:
-        pid = child(site)
-        link(site.current, "nowhere")
+    layout = make(tmp_path)
+    with supervisor(layout) as one:
+        pid = child(layout)
+        link(layout.current, "nowhere")
         os.kill(pid, signal.SIGKILL)  # it is started again, and there is no release to start
         assert one.wait(20) == 3
     assert not started(pid)
@@ -162,43 +171,41 @@ def test_comfyui_dies_with_a_supervisor_that_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ended", ["by a stop", "killed"])
 def test_no_program_outlives_the_agent_that_runs_it(tmp_path: Path, ended: str) -> None:
     """One that made an environment wrote on where the next command deleted it."""
-    code = (
-        "import sys; from pathlib import Path; from agent.files import flock, run\n"
-        "from agent.change.steps import _run_long\n"
-    )
+    code = "import sys; from pathlib import Path; from agent.locks import flock; from agent.processes import run\n"
+    code += "from agent.change.env import _run_long\n"
     code += "with flock(Path(sys.argv[1])): "
     code += "run(['sh', '-c', 'sleep 100 & wait'])" if ended == "by a stop" else "_run_long(['sleep', '100'])"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], cwd=files.CHECKOUT) as agent:
-        assert wait_for(lambda: bool(services._children(agent.pid)), 20)
-        (program,) = services._children(agent.pid)
+        assert wait_for(lambda: bool(processes.children(agent.pid)), 20)
+        (program,) = processes.children(agent.pid)
         assert wait_for(lambda: b"sleep" in Path(f"/proc/{program}/cmdline").read_bytes(), 20)
-        assert wait_for(lambda: ended == "killed" or bool(services._children(program)), 20)
-        left = {program, *services._children(program)}
+        assert wait_for(lambda: ended == "killed" or bool(processes.children(program)), 20)
+        left = {program, *processes.children(program)}
         if ended == "killed":
             agent.kill()
         else:
             (holder,) = holders(tmp_path / "lock")
-            services.end_with_programs(holder)
+            processes.end_with_programs(holder)
     assert wait_for(lambda: not any(started(each) for each in left), 5)
 
 
 def test_stopping_signals_no_process_that_an_earlier_supervisor_recorded(tmp_path: Path) -> None:
-    site = make(tmp_path, mounts={str(tmp_path / "pool"): "pool.mount"})  # the supervisor waits for it
-    manager = Supervised(site)
+    layout = make(tmp_path, mounts={str(tmp_path / "pool"): "pool.mount"})  # the supervisor waits for it
+    manager = Supervised(layout)
     with subprocess.Popen(["sleep", "100"]) as other:
         stale = {"pid": other.pid, "child": other.pid, "restarts": 0, "since": ""}
         newer = {**stale, "pid_started": "1 of another boot", "child_started": "1 of another boot"}
         try:
             for record in (stale, newer):
                 write(manager.record, json.dumps(record))
-                with supervisor(site) as one:
-                    assert manager.status()["active"]
-                    assert manager.status()["pid"] == 0
+                with supervisor(layout) as one:
+                    assert manager.status().active
+                    assert manager.status().pid == 0
                     manager.stop()
                     assert one.wait(5) == 0
             write(manager.record, json.dumps(newer))
             with flock(manager.lock):  # by a supervisor that could not write its record
-                assert manager.status()["pid"] == 0
+                assert manager.status().pid == 0
                 with pytest.raises(Fault, match="the supervisor does not end") as raised:
                     manager.stop()
                 assert "does not name it" in raised.value.report["cause"]
@@ -209,33 +216,34 @@ def test_stopping_signals_no_process_that_an_earlier_supervisor_recorded(tmp_pat
 
 def test_a_supervisor_of_an_older_hearth_can_be_stopped(tmp_path: Path) -> None:
     """It runs on after an update; its record has no times."""
-    site = make(tmp_path)
-    manager = Supervised(site)
-    with supervisor(site) as one:
-        pid = child(site)
+    layout = make(tmp_path)
+    manager = Supervised(layout)
+    with supervisor(layout) as one:
+        pid = child(layout)
         old = {name: value for name, value in read(manager.record).items() if not name.endswith("_started")}
         write(manager.record, json.dumps(old))
-        assert manager.status()["pid"] == pid
+        assert manager.status().pid == pid
         manager.stop()
         assert one.wait(5) == 0
 
 
 def test_a_process_with_the_number_of_comfyui_is_not_taken_for_it(tmp_path: Path) -> None:
-    site = make(tmp_path)
-    with supervisor(site):
-        pid = child(site)
-        gpu = {"processes": [process(pid)]}
-        assert services.ours(site, [gpu])[0]["processes"][0]["comfyui"] is True
-        record = read(Supervised(site).record)
-        write(Supervised(site).record, json.dumps({**record, "child_started": "1 of another boot"}))
-        assert services.ours(site, [gpu])[0]["processes"][0]["comfyui"] is False
+    layout = make(tmp_path)
+    with supervisor(layout):
+        pid = child(layout)
+        processes = [{**process(pid), "bytes": None, "kind": "compute"}]
+        gpu = {**dict.fromkeys(each.name for each in fields(GpuState)), "processes": processes}
+        assert managers.ours(layout, [gpu])[0].processes[0].comfyui is True
+        record = read(Supervised(layout).record)
+        write(Supervised(layout).record, json.dumps({**record, "child_started": "1 of another boot"}))
+        assert managers.ours(layout, [gpu])[0].processes[0].comfyui is False
 
 
 def test_a_supervisor_goes_on_without_room_for_its_record(tmp_path: Path) -> None:
-    site = make(tmp_path)
-    (Supervised(site).record / "in the way").mkdir(parents=True)  # the rename fails
-    with supervisor(site) as one:
-        assert wait_for(lambda: "up" in read_text(Supervised(site).output), 20)
+    layout = make(tmp_path)
+    (Supervised(layout).record / "in the way").mkdir(parents=True)  # the rename fails
+    with supervisor(layout) as one:
+        assert wait_for(lambda: "up" in read_text(Supervised(layout).output), 20)
         assert one.poll() is None
 
 
@@ -250,44 +258,44 @@ def asked_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
     (tmp_path / "bin/systemctl").write_text("#!/bin/sh\n")
     (tmp_path / "bin/systemctl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr(services, "login", lambda: str(tmp_path))  # there is a file of that name for who lingers
-    yield lambda reached: monkeypatch.setattr(services, "user_systemd", lambda: reached)
+    monkeypatch.setattr(managers, "login", lambda: str(tmp_path))  # there is a file of that name for who lingers
+    yield lambda reached: monkeypatch.setattr(managers, "user_systemd", lambda: reached)
 
 
 def test_what_was_supervised_once_stays_so(tmp_path: Path, asked_from: Any) -> None:
-    site = make(tmp_path / "prefix")
+    layout = make(tmp_path / "prefix")
     asked_from(False)
-    manager_of(site).install()
+    manager_of(layout).install()
     asked_from(True)
-    assert manager_of(site).name == "process"
-    manager_of(site).uninstall()
-    assert manager_of(site).name == "systemd-user"
+    assert manager_of(layout).name == "process"
+    manager_of(layout).uninstall()
+    assert manager_of(layout).name == "systemd-user"
 
 
 @pytest.mark.parametrize("older", [False, True])
 def test_what_the_users_systemd_runs_is_never_supervised_too(tmp_path: Path, asked_from: Any, older: bool) -> None:
-    site = make(tmp_path / "prefix")
+    layout = make(tmp_path / "prefix")
     asked_from(True)
-    manager_of(site).install()
+    manager_of(layout).install()
     if older:  # an older Hearth noted nothing: the unit says it
-        services.choice(site).unlink()
+        layout.choice.unlink()
     asked_from(False)  # from cron, or when it does not linger any more
     with pytest.raises(Fault, match="does not answer") as raised:
-        manager_of(site)
+        manager_of(layout)
     assert "loginctl enable-linger" in raised.value.report["hint"]
     asked_from(True)
-    assert manager_of(site).name == "systemd-user"
-    manager_of(site).uninstall()
+    assert manager_of(layout).name == "systemd-user"
+    manager_of(layout).uninstall()
     asked_from(False)
-    assert manager_of(site).name == "process"
+    assert manager_of(layout).name == "process"
 
 
 def test_a_full_disk_keeps_no_manager_from_being_installed(tmp_path: Path, asked_from: Any) -> None:
-    site = make(tmp_path / "prefix")
-    services.choice(site).mkdir()  # it cannot be written
+    layout = make(tmp_path / "prefix")
+    layout.choice.mkdir()  # it cannot be written
     asked_from(False)
-    Supervised(site).install()
-    assert Supervised(site).enabled.exists()
+    Supervised(layout).install()
+    assert Supervised(layout).enabled.exists()
 
 
 def test_the_logins_systemd_is_found_without_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -303,7 +311,7 @@ def test_the_logins_systemd_is_found_without_its_variable(monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("asked_from")
 def test_the_unit_that_applies_names_no_python_of_a_checkout(tmp_path: Path) -> None:
     manager = Systemd(make(tmp_path / "prefix"))
-    manager.go()
+    manager.start_apply()
     text = (manager.units / manager.apply_unit).read_text()
     assert sys.prefix != sys.base_prefix
     assert f"ExecStart={sys._base_executable} -I " in text  # type: ignore[attr-defined]
@@ -343,12 +351,12 @@ def test_a_unit_of_roots_runs_no_python_that_others_may_replace(
         elif fault in ("loop", "gone"):
             python.unlink()
             python.symlink_to(python if fault == "loop" else "nowhere")
-        assert services.rooted(python) is not bool(fault)
+        assert systemd.rooted(python) is not bool(fault)
         monkeypatch.setattr(sys, "_base_executable", str(python))
         monkeypatch.setattr(sys, "executable", str(python))
-        site = Site({**make(tmp_path / "prefix").json, "scope": "system"})
-        assert services._python(site) == ("/usr/bin/python3" if fault else str(python))
-        monkeypatch.setattr(services, "rooted", lambda _: False)
+        layout = Layout({**make(tmp_path / "prefix").json, "scope": "system"})
+        assert systemd._python(layout) == ("/usr/bin/python3" if fault else str(python))
+        monkeypatch.setattr(systemd, "rooted", lambda _: False)
         with pytest.raises(Fault, match="would run as root at each boot"):
-            services._python(site)
-        assert services._python(make(tmp_path / "other")) == str(python)  # the login's own
+            systemd._python(layout)
+        assert systemd._python(make(tmp_path / "other")) == str(python)  # the login's own

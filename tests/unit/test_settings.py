@@ -3,90 +3,90 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from agent.change import settings as steps
 from agent.files import Fault
 from agent.journal import Settings
-from agent.layout import Site
+from agent.layout import Layout
+from agent.schema.change import Set, Unset
+from agent.schema.live import Mps, MpsClient, MpsServer
+from agent.schema.settings import Access, Applied, Node, Seen, State
 from core.errors import UnknownNameError, UsageError
 from deploy import plan
 from deploy.facts import Facts, Gpu
 from ops import access, fleet, mps, settings, tuning
-from ops.access import Access, Node
-from ops.mps import Client, Mps, Server
-from ops.settings import Applied, Seen, State
 from tests.unit.test_lifecycle import BUSY, running
-from tests.unit.test_plan import FRESH, kinds, reasons, spark
+from tests.unit.test_plan import FRESH, kinds, reasons, spark, values
 
-DESKTOP = msgspec.structs.replace(FRESH, gpus=(Gpu("RTX 4070", "8.9", 12 * 10**9, False),))
+DESKTOP = replace(FRESH, gpus=(Gpu("RTX 4070", "8.9", 12 * 10**9, False),))
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
+def layout(tmp_path: Path) -> Layout:
     (tmp_path / "state").mkdir()
     values = {"prefix": str(tmp_path), "service": "comfyui", "scope": "system", "user": ""}
-    return Site({**values, "address": "127.0.0.1", "port": 1})
+    return Layout({**values, "address": "127.0.0.1", "port": 1})
 
 
-def step(*changes: dict[str, Any], **values: Any) -> dict[str, Any]:
-    return {"setting": "one", "changes": changes, "serves": False, **values}
+def step(*changes: dict[str, Any]) -> Set:
+    return Set("t", "w", "u", "one", changes)
 
 
-def undo(*, overwrite: bool = False) -> dict[str, Any]:
-    return {"settings": ["one"], "overwrite": overwrite, "serves": False}
+def undo(*, overwrite: bool = False) -> Unset:
+    return Unset("t", "w", "u", ("one",), overwrite)
 
 
 def quiet(_: str) -> None:
     pass
 
 
-def test_twice_keeps_the_first_old_value_and_undo_puts_it_back(site: Site, tmp_path: Path) -> None:
+def test_twice_keeps_the_first_old_value_and_undo_puts_it_back(layout: Layout, tmp_path: Path) -> None:
     old, fresh, kernel = (tmp_path / name for name in ("old", "fresh", "kernel0"))
     old.write_text("before")
     old.chmod(0o600)
     kernel.write_text("60\n")
     changes = [settings.file(str(old), "first"), settings.file(str(fresh), "new"),
                {"kind": "value", "place": f"{tmp_path}/kernel[0-9]", "value": "10"}]  # fmt: skip
-    steps.apply_setting(site, step(*changes), quiet)
-    steps.apply_setting(site, step(settings.file(str(old), "second"), *changes[1:]), quiet)
+    steps.apply_setting(layout, step(*changes), quiet)
+    steps.apply_setting(layout, step(settings.file(str(old), "second"), *changes[1:]), quiet)
     assert (old.read_text(), fresh.read_text(), kernel.read_text()) == ("second", "new", "10")
-    assert {each["place"]: each["old"] for each in Settings(site).in_force()["one"]} == {
+    assert {each["place"]: each["old"] for each in Settings(layout).in_force()["one"]} == {
         str(old): ["before", 0o600], str(fresh): None, str(kernel): "60",
     }  # fmt: skip
-    steps.undo_settings(site, undo(), quiet)
+    steps.undo_settings(layout, undo(), quiet)
     assert (old.read_text(), old.stat().st_mode & 0o777, fresh.exists()) == ("before", 0o600, False)
     assert kernel.read_text() == "60"
-    assert Settings(site).in_force() == {}
-    kept = Settings(site).path.read_text()
-    steps.undo_settings(site, undo(), quiet)
-    assert Settings(site).path.read_text() == kept
+    assert Settings(layout).in_force() == {}
+    kept = Settings(layout).path.read_text()
+    steps.undo_settings(layout, undo(), quiet)
+    assert Settings(layout).path.read_text() == kept
 
 
-def test_what_is_so_already_is_not_recorded(site: Site, tmp_path: Path) -> None:
+def test_what_is_so_already_is_not_recorded(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("same")
     (tmp_path / "file").chmod(0o644)
-    steps.apply_setting(site, step(settings.file(f"{tmp_path}/file", "same")), quiet)
-    assert Settings(site).in_force() == {}
+    steps.apply_setting(layout, step(settings.file(f"{tmp_path}/file", "same")), quiet)
+    assert Settings(layout).in_force() == {}
 
 
-def test_what_somebody_changed_since_is_told_and_left(site: Site, tmp_path: Path) -> None:
+def test_what_somebody_changed_since_is_told_and_left(layout: Layout, tmp_path: Path) -> None:
     mine, other = tmp_path / "mine", tmp_path / "other"
     mine.write_text("before")
-    steps.apply_setting(site, step(settings.file(str(mine), "set"), settings.file(str(other), "set")), quiet)
+    steps.apply_setting(layout, step(settings.file(str(mine), "set"), settings.file(str(other), "set")), quiet)
     mine.write_text("edited")
     with pytest.raises(Fault) as caught:
-        steps.undo_settings(site, undo(), quiet)
+        steps.undo_settings(layout, undo(), quiet)
     assert caught.value.report["kind"] == "changed"
     assert caught.value.report["cause"] == f"{mine}: edited"
     assert (mine.read_text(), other.exists()) == ("edited", False)
-    assert [each["place"] for each in Settings(site).in_force()["one"]] == [str(mine)]
-    steps.undo_settings(site, undo(overwrite=True), quiet)
-    assert (mine.read_text(), Settings(site).in_force()) == ("before", {})
+    assert [each["place"] for each in Settings(layout).in_force()["one"]] == [str(mine)]
+    steps.undo_settings(layout, undo(overwrite=True), quiet)
+    assert (mine.read_text(), Settings(layout).in_force()) == ("before", {})
 
 
 class _Killed(BaseException):
@@ -95,7 +95,7 @@ class _Killed(BaseException):
 
 @pytest.mark.parametrize("again", [True, False])
 def test_killed_between_record_and_change(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     path = tmp_path / "file"
     path.write_text("before")
@@ -105,52 +105,52 @@ def test_killed_between_record_and_change(
 
     with monkeypatch.context() as patched, pytest.raises(_Killed):
         patched.setitem(steps.KINDS, "file", (steps.KINDS["file"][0], killed))
-        steps.apply_setting(site, step(settings.file(str(path), "set")), quiet)
-    assert (path.read_text(), list(Settings(site).in_force())) == ("before", ["one"])
+        steps.apply_setting(layout, step(settings.file(str(path), "set")), quiet)
+    assert (path.read_text(), list(Settings(layout).in_force())) == ("before", ["one"])
     if again:
-        steps.apply_setting(site, step(settings.file(str(path), "set")), quiet)
+        steps.apply_setting(layout, step(settings.file(str(path), "set")), quiet)
         assert path.read_text() == "set"
-        assert len(Settings(site).events()) == 1
-    steps.undo_settings(site, undo(), quiet)
-    assert (path.read_text(), Settings(site).in_force()) == ("before", {})
+        assert len(Settings(layout).events()) == 1
+    steps.undo_settings(layout, undo(), quiet)
+    assert (path.read_text(), Settings(layout).in_force()) == ("before", {})
 
 
-def test_what_cannot_be_made_undoes_the_whole_setting(site: Site, tmp_path: Path) -> None:
+def test_what_cannot_be_made_undoes_the_whole_setting(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "folder").write_text("a file where a folder is needed")
     with pytest.raises(Fault, match="could not be set, and is undone"):
         wrong = settings.file(f"{tmp_path}/folder/file", "x")
-        steps.apply_setting(site, step(settings.file(f"{tmp_path}/first", "x"), wrong), quiet)
+        steps.apply_setting(layout, step(settings.file(f"{tmp_path}/first", "x"), wrong), quiet)
     assert not (tmp_path / "first").exists()
-    assert Settings(site).in_force() == {}
+    assert Settings(layout).in_force() == {}
 
 
-def test_what_cannot_be_put_back_is_told_and_stays_recorded(site: Site, tmp_path: Path) -> None:
+def test_what_cannot_be_put_back_is_told_and_stays_recorded(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "one").write_text("before")
     steps.apply_setting(
-        site, step(settings.file(f"{tmp_path}/one", "set"), settings.file(f"{tmp_path}/two", "set")), quiet
+        layout, step(settings.file(f"{tmp_path}/one", "set"), settings.file(f"{tmp_path}/two", "set")), quiet
     )
     (tmp_path / "two").unlink()
     (tmp_path / "two").mkdir()
     with pytest.raises(Fault) as caught:
-        steps.undo_settings(site, undo(), quiet)
+        steps.undo_settings(layout, undo(), quiet)
     assert "Is a directory" in caught.value.report["cause"]
     assert (tmp_path / "one").read_text() == "before"
-    assert [each["place"] for each in Settings(site).in_force()["one"]] == [f"{tmp_path}/two"]
+    assert [each["place"] for each in Settings(layout).in_force()["one"]] == [f"{tmp_path}/two"]
 
 
 def test_a_choice_of_the_kernels_is_read_by_its_brackets(tmp_path: Path) -> None:
     path = tmp_path / "enabled"
     path.write_text("always [madvise] never\n")
     (found,) = steps.seen([{"kind": "value", "place": str(path), "value": "always"}])
-    assert (found["now"], found["wanted"]) == ("madvise", "always")
+    assert (found.now, found.wanted) == ("madvise", "always")
 
 
 def test_who_may_use_a_device() -> None:
-    def may(mode: int, groups: list[str]) -> bool:
+    def may(mode: int, groups: tuple[str, ...]) -> bool:
         status = os.stat_result((0o020000 | mode, 0, 0, 1, 0, 0, 0, 0, 0, 0))  # root:root
         return steps._may(status, "somebody", groups)
 
-    assert (may(0o666, []), may(0o660, []), may(0o660, ["root"]), may(0o606, ["root"])) == (True, False, True, False)
+    assert (may(0o666, ()), may(0o660, ()), may(0o660, ("root",)), may(0o606, ("root",))) == (True, False, True, False)
 
 
 # --- plans ---------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_only_what_is_named_is_planned_and_only_when_it_is_otherwise() -> None:
     found = tuning.apply(spark(), FRESH, state(), ["swappiness"])
     assert kinds(found) == ["set"]
     assert found.steps[0].title == "set swappiness: 60 -> 10"
-    changes = found.steps[0].values["changes"]
+    changes = values(found.steps[0])["changes"]
     assert [(each["kind"], each["place"]) for each in changes] == [
         ("file", "/etc/sysctl.d/90-hearth-swappiness.conf"), ("value", "/proc/sys/vm/swappiness"),
     ]  # fmt: skip
@@ -183,9 +183,9 @@ def test_only_what_is_named_is_planned_and_only_when_it_is_otherwise() -> None:
     ("facts", "host", "writable", "kind"),
     [
         (FRESH, {"scope": "user"}, True, "no-root"),
-        (msgspec.structs.replace(FRESH, root=False), {}, True, "no-root"),
-        (msgspec.structs.replace(FRESH, manager="none"), {}, True, "no-systemd"),
-        (msgspec.structs.replace(FRESH, busy=BUSY), {}, True, "busy"),
+        (replace(FRESH, root=False), {}, True, "no-root"),
+        (replace(FRESH, manager="none"), {}, True, "no-systemd"),
+        (replace(FRESH, busy=BUSY), {}, True, "busy"),
         (FRESH, {}, False, "unfit-setting"),
     ],
 )
@@ -231,7 +231,7 @@ def test_a_mistyped_name() -> None:
 CONTROL = "/usr/bin/nvidia-cuda-mps-control"
 OFF = Mps(control=CONTROL)
 ON = Mps(on=True, control=CONTROL, state="active (running)", service_pid=7, service_knows=True,
-         servers=(Server(9, "ACTIVE", (Client(7, "python main.py", "comfyui"),)),))  # fmt: skip
+         servers=(MpsServer(9, "ACTIVE", (MpsClient(7, "python main.py", "comfyui"),)),))  # fmt: skip
 
 
 def mps_state(*, now: str | None) -> State:
@@ -243,8 +243,8 @@ def test_mps_is_turned_on_around_a_service_that_runs() -> None:
     facts = running()
     found = mps.turn_on(spark(), facts, OFF, mps_state(now=None), {mps.PERCENT: "40"}, plan.Options(drain=5))
     (step,) = found.steps
-    assert (step.kind, step.values["serves"], step.values["drain"]) == ("set", True, 5)
-    unit, _, drop_in = step.values["changes"]
+    assert (step.kind, values(step)["serves"], values(step)["drain"]) == ("set", True, 5)
+    unit, _, drop_in = values(step)["changes"]
     assert "\nEnvironment=CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=40\n" in unit["text"]
     assert f"\nExecStart={CONTROL} -f\n" in unit["text"]
     assert "\nUser=comfyui\n" in unit["text"]
@@ -284,12 +284,12 @@ def test_mps_that_is_off() -> None:
     ("seen", "what"),
     [
         (Mps(service_knows=True), "ComfyUI looks for an MPS that is off"),
-        (msgspec.structs.replace(ON, state="failed (failed)"), "its daemon does not run: failed (failed)"),
-        (msgspec.structs.replace(ON, fault="it does not answer"), "MPS is on, and it does not answer"),
-        (msgspec.structs.replace(ON, service_knows=False), "was started before MPS"),
-        (msgspec.structs.replace(ON, servers=()), "is no client of its MPS"),
-        (msgspec.structs.replace(ON, restarts=2), "started again 2 times"),
-        (msgspec.structs.replace(ON, servers=(Server(9, "FAULT", ON.servers[0].clients),)), "is in state FAULT"),
+        (replace(ON, state="failed (failed)"), "its daemon does not run: failed (failed)"),
+        (replace(ON, fault="it does not answer"), "MPS is on, and it does not answer"),
+        (replace(ON, service_knows=False), "was started before MPS"),
+        (replace(ON, servers=()), "is no client of its MPS"),
+        (replace(ON, restarts=2), "started again 2 times"),
+        (replace(ON, servers=(MpsServer(9, "FAULT", ON.servers[0].clients),)), "is in state FAULT"),
     ],
 )
 def test_what_is_not_well_with_mps(seen: Mps, what: str) -> None:
@@ -324,7 +324,7 @@ def test_the_gpu_is_kept_to_a_group() -> None:
     found = access.keep(target, running(), State({}, {access.NAME: places}), seen, plan.Options())
     assert found.steps[0].title == "restrict the GPU to group gpu-users: comfyui, anna"
     assert any("next login: anna" in note for note in found.notes)
-    nobody = msgspec.structs.replace(seen, users={"comfyui": None})
+    nobody = replace(seen, users={"comfyui": None})
     (refusal,) = access.keep(target, running(), State({}, {access.NAME: places}), nobody, plan.Options()).refusals
     assert (refusal.kind, "no user comfyui" in refusal.what) == ("no-user", True)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.change import steps
+from agent.change.env import index_settings
 from core import source, tools
 from core.errors import ConfigError, ProcessError, TreeError
 from lock import node_updates, nodes
@@ -308,4 +308,4 @@ def test_settings_of_indexes_become_variables() -> None:
         "UV_INSECURE_HOST": "e f",
         "UV_EXTRA_INDEX_URL": "https://g https://h",
     }
-    assert tools.index_settings(said) == steps.index_settings(said) == expected
+    assert tools.index_settings(said) == index_settings(said) == expected

@@ -12,18 +12,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from agent import parts, requester
-from agent.change import cutover, steps, trial
-from agent.files import Fault, Json, remove
-from agent.layout import DATA, PROOF, UNUSED, Site
-from agent.look import facts, mps, survey
+from agent.change import cutover, folders, trees, trial
+from agent.deletion import remove
+from agent.files import Fault, Json
+from agent.layout import DATA, PROOF, UNUSED, Layout
+from agent.look import mps, ports, storage, survey
+from agent.processes import end_descendants
+from agent.schema.change import Folders
 from agent.serve import health, sandbox
-from agent.serve.services import end_descendants
 from deploy import refusals
 from tests.unit.test_agent import at, make
 from tests.unit.test_agent_files import deep, mode
@@ -108,20 +110,20 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def served() -> Iterator[Site]:
+def served() -> Iterator[Layout]:
     """A site of root's, whose service is nobody."""
     with tempfile.TemporaryDirectory(dir="/tmp") as place:
-        site = at(Path(place))
-        site.user = "nobody"
+        layout = at(Path(place))
+        layout.user = "nobody"
         for each in ("", "home", "data", "data/output", "scratch"):
-            (site.prefix / each).mkdir(exist_ok=True)
-            (site.prefix / each).chmod(0o755)
+            (layout.prefix / each).mkdir(exist_ok=True)
+            (layout.prefix / each).chmod(0o755)
         for each in ("data", "data/output", "scratch"):
-            os.chown(site.prefix / each, NOBODY, NOBODY)
+            os.chown(layout.prefix / each, NOBODY, NOBODY)
         for name in ("comfyui.db", "notes"):
-            (site.prefix / "home" / name).write_text("private")
-        yield site
-        remove(site.prefix / "data")
+            (layout.prefix / "home" / name).write_text("private")
+        yield layout
+        remove(layout.prefix / "data")
 
 
 def _give(place: Path, user: int) -> None:
@@ -130,7 +132,7 @@ def _give(place: Path, user: int) -> None:
 
 @pytest.mark.parametrize("work", [cutover.reserve, cutover.take_snapshot, trial._copy_live])
 @pytest.mark.needs("root")
-def test_a_link_of_the_services_to_anothers_database_is_refused(served: Site, work: Callable[..., None]) -> None:
+def test_a_link_of_the_services_to_anothers_database_is_refused(served: Layout, work: Callable[..., None]) -> None:
     user, kept = served.data / "user", served.prefix / "scratch"
     copy = kept / "comfyui.db" if work is trial._copy_live else kept
     for name in ("user", "user/comfyui.db"):  # the folder, and the file
@@ -140,7 +142,7 @@ def test_a_link_of_the_services_to_anothers_database_is_refused(served: Site, wo
         if name == "user":
             with pytest.raises(OSError, match="user on the way is a link of the service's"):
                 parts.as_service(served, work, user, copy)
-            assert list(facts._traps(served).values()) == ["is refused: user on the way is a link of the service's"]
+            assert list(storage.traps(served).values()) == ["is refused: user on the way is a link of the service's"]
             place.unlink()
             user.mkdir()
             _give(user, NOBODY)
@@ -156,16 +158,16 @@ def test_a_link_of_the_services_to_anothers_database_is_refused(served: Site, wo
 
 
 @pytest.mark.needs("root")
-def test_a_link_of_the_operators_is_followed(served: Site) -> None:
+def test_a_link_of_the_operators_is_followed(served: Layout) -> None:
     (served.data / "user").symlink_to("../home")
     parts.as_service(served, cutover.take_snapshot, served.data / "user", served.prefix / "scratch")
     assert (served.prefix / "scratch/comfyui.db").read_text() == "private"
-    assert facts._traps(served) == {}
+    assert storage.traps(served) == {}
 
 
 @pytest.mark.parametrize("name", ["nodes", "nodes/pack", "comfyui"])
 @pytest.mark.needs("root")
-def test_no_link_below_the_data_is_followed_by_what_fills_it_or_is_filled_from_it(served: Site, name: str) -> None:
+def test_no_link_below_the_data_is_followed_by_what_fills_it_or_is_filled_from_it(served: Layout, name: str) -> None:
     for each in ("home", "home/deeper"):
         (served.prefix / each).mkdir(exist_ok=True)
         (served.prefix / each).chmod(0o777)
@@ -176,13 +178,13 @@ def test_no_link_below_the_data_is_followed_by_what_fills_it_or_is_filled_from_i
     found = {path.name for path in (served.prefix / "scratch").rglob("*")}
     assert not found & {"notes", "comfyui.db", "deeper"}
     with pytest.raises(OSError):  # a link, or no folder
-        parts.as_service(served, steps._seed, served.prefix, served.data, f"{name}/deeper/it", True)
+        parts.as_service(served, trees.copy_defaults, served.prefix, served.data, f"{name}/deeper/it", True)
     assert len(list((served.prefix / "home").iterdir())) == 3
     assert not list((served.prefix / "home/deeper").iterdir())
 
 
 @pytest.mark.needs("root")
-def test_a_database_is_parsed_by_who_can_never_be_root_and_whom_the_service_cannot_end(served: Site) -> None:
+def test_a_database_is_parsed_by_who_can_never_be_root_and_whom_the_service_cannot_end(served: Layout) -> None:
     code = "import os; os.kill(int(input()), 9)"
     words = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "/usr/bin/python3", "-ISc", code]
     service = subprocess.Popen(words, stdin=-1, stderr=-1)
@@ -228,10 +230,10 @@ def test_a_trial_is_not_given_more_than_fits(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("levels", [3000])
 def test_a_labyrinth_in_the_place_of_the_proof_is_deleted(tmp_path: Path, levels: int) -> None:
-    site, notes = at(tmp_path), list[str]()
+    layout, notes = at(tmp_path), list[str]()
     (tmp_path / "data/output").mkdir(parents=True)
     deep(tmp_path / "data/output" / PROOF, levels)
-    health.clearer(site, notes.append)()
+    health.clearer(layout, notes.append)()
     assert list((tmp_path / "data/output").iterdir()) == []
     assert notes == []
 
@@ -257,10 +259,12 @@ def test_work_that_does_not_end_is_ended(tmp_path: Path) -> None:
 @pytest.mark.needs("root")
 def test_the_service_cannot_stop_what_root_does_as_it() -> None:
     """A process of the same effective user alone may not be signalled, traced or looked into by that user's."""
-    site = Site({"prefix": "/nowhere", "service": "s", "scope": "system", "user": "nobody", "address": "", "port": 1})
+    layout = Layout(
+        {"prefix": "/nowhere", "service": "s", "scope": "system", "user": "nobody", "address": "", "port": 1}
+    )
 
     def work() -> list[str]:
-        assert os.geteuid() == site.owner()[0]
+        assert os.geteuid() == layout.owner()[0]
         code = f"""
 import os
 told = []
@@ -278,24 +282,24 @@ print(" ".join(told))
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         return done.stdout.split()
 
-    assert parts.as_service(site, work) == []
+    assert parts.as_service(layout, work) == []
 
 
 def test_what_lies_where_nothing_is_loaded_from_is_told(tmp_path: Path) -> None:
-    site = at(tmp_path)
-    site.prefix.mkdir(exist_ok=True)
-    steps.folders(site, {}, lambda _: None)
-    assert all((site.data / name).is_dir() for name in DATA)
-    assert mode(site.data / UNUSED) == 0o555
-    assert facts._unused(site) == []
-    (site.data / UNUSED).rmdir()
-    (site.data / UNUSED).mkdir()
-    (site.data / UNUSED / "evil.py").touch()
-    assert facts._unused(site) == ["evil.py"]
-    (site.data / UNUSED / "evil.py").unlink()
-    (site.data / UNUSED).rmdir()
-    os.mkfifo(site.data / UNUSED)
-    assert facts._unused(site)
+    layout = at(tmp_path)
+    layout.prefix.mkdir(exist_ok=True)
+    folders.folders(layout, Folders("t", "w", "u"), lambda _: None)
+    assert all((layout.data / name).is_dir() for name in DATA)
+    assert mode(layout.data / UNUSED) == 0o555
+    assert storage.unused(layout) == []
+    (layout.data / UNUSED).rmdir()
+    (layout.data / UNUSED).mkdir()
+    (layout.data / UNUSED / "evil.py").touch()
+    assert storage.unused(layout) == ["evil.py"]
+    (layout.data / UNUSED / "evil.py").unlink()
+    (layout.data / UNUSED).rmdir()
+    os.mkfifo(layout.data / UNUSED)
+    assert storage.unused(layout)
 
 
 def left(*entries: tuple[str, bytes, int]) -> bytes:
@@ -330,10 +334,10 @@ def compressed() -> bytes:
 def test_what_an_install_script_leaves_is_taken_over_or_refused(
     tmp_path: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "TAKEN", 100)
+    monkeypatch.setattr(trees, "TAKEN", 100)
     (tmp_path / "place").mkdir()
     with pytest.raises(Fault, match="what it left"):
-        steps.taken_over(raw, tmp_path / "place", print)
+        trees.taken_over(raw, tmp_path / "place", print)
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
     assert sum(path.stat().st_size for path in (tmp_path / "place").rglob("*") if path.is_file()) < 10
 
@@ -341,7 +345,7 @@ def test_what_an_install_script_leaves_is_taken_over_or_refused(
 def test_what_an_install_script_leaves_is_written_as_plain_files(tmp_path: Path) -> None:
     said: list[str] = []
     entries = (("a/b", b"1", 1), ("tool", b"", 2), ("link", b"", 0), ("__pycache__/x", b"", 1), ("a/\u00fc", b"2", 7))
-    steps.taken_over(left(*entries), tmp_path, said.append)
+    trees.taken_over(left(*entries), tmp_path, said.append)
     found = {str(path.relative_to(tmp_path)): mode(path) for path in tmp_path.rglob("*") if path.is_file()}
     assert found == {"a/b": 0o644, "tool": 0o755, "a/\u00fc": 0o644}
     assert said == ["not regular files, and left out: link"]
@@ -397,7 +401,7 @@ def test_a_process_whose_words_have_no_end_is_read_with_a_limit() -> None:
             assert process.stdout is not None
             done, port = process.stdout.readline().split()
             assert done == "0"
-            assert facts.port_holder(int(port))["pid"] == process.pid
+            assert ports.port_holder(int(port))["pid"] == process.pid
             assert len(mps._environment(process.pid)) < 300_000
             assert process.pid not in [each["pid"] for each in survey.all_processes()]
         finally:
@@ -408,14 +412,14 @@ def test_who_holds_a_port_is_looked_for_with_a_limit_and_then_not_known(monkeypa
     with socket.create_server(("127.0.0.1", 0)) as place:
         port = place.getsockname()[1]
         files = [os.open("/dev/null", os.O_RDONLY) for _ in range(100)]
-        assert facts.port_holder(port)["pid"] == os.getpid()
-        monkeypatch.setattr(facts, "HOLDER_SECONDS", 0)
-        found = facts.port_holder(port)
+        assert ports.port_holder(port)["pid"] == os.getpid()
+        monkeypatch.setattr(ports, "HOLDER_SECONDS", 0)
+        found = ports.port_holder(port)
         assert found["pid"] == -1
         assert found["command"].startswith("a process of ")
         for each in files:
             os.close(each)
-    facts_now = msgspec.structs.replace(FRESH, port_holder=found, service=RUNNING)
+    facts_now = replace(FRESH, port_holder=found, service=RUNNING)
     (refusal,) = refusals.port(spark(), facts_now)
     assert (refusal.kind, "not found in time" in refusal.what) == ("port-taken", True)
 
@@ -459,7 +463,7 @@ def test_members_may_change_what_is_theirs_and_no_code(tmp_path: Path) -> None:
         (data / name).mkdir(parents=True)
         (data / name / "file").touch(0o664)
         (data / name).chmod(0o2770)
-    assert steps._share(data, [], 12345, 0o750)
+    assert folders.share_folders(data, [], 12345, 0o750)
     theirs = {str(each.relative_to(data)) for each in data.rglob("*") if each.is_dir() and each.stat().st_mode & 0o020}
     assert theirs == {"models", "models/a", "input", "output", "user/default", "user/default/workflows"}
     assert all(each.stat().st_gid == 12345 for each in (data, data / "user", data / "user/default/workflows/file"))

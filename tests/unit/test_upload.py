@@ -9,13 +9,13 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from agent.schema.change import App, Env, WheelFile
 from core import files
 from core.errors import HashMismatchError, TreeError
 from core.manifest import Manifest
 from deploy.host import Setting
 from deploy.inputs import Inputs
 from deploy.look import web_address
-from deploy.plan import Step
 from deploy.upload import Upload
 from lock import requirements
 from tests.unit.test_plan import FRESH, inputs, spark, wheel
@@ -50,11 +50,11 @@ def test_the_address_is_one_that_a_browser_can_open(
     assert web_address(replace(target, host=host, profile=profile)) == expected
 
 
-def packed(
-    step: Step, stock: Inputs, scratch: Path, *, offline: bool = False
-) -> tuple[dict[str, Any], dict[str, Path]]:
+def packed(step: Env, stock: Inputs, scratch: Path, *, offline: bool = False) -> tuple[Env, dict[str, Path]]:
     upload = Upload(cast("Any", None), FRESH, stock, scratch, offline)
-    return upload.pack_step(step), upload.blobs
+    found = upload.pack_step(step)
+    assert isinstance(found, Env)
+    return found, upload.blobs
 
 
 def kernel(house: Path, content: bytes) -> Manifest:
@@ -63,8 +63,9 @@ def kernel(house: Path, content: bytes) -> Manifest:
     return wheel("sageattention", sha256=digest, size=len(content), profile="inference")
 
 
-def env(**values: Any) -> Step:
-    return Step("env", "t", "w", "u", {"kernels": ["sageattention.whl"], "version": "3.12", "asking": [], **values})
+def env(**values: Any) -> Env:
+    step = Env("t", "w", "u", "env-1", "python3", False, "", ("sageattention.whl",), "3.12", ())
+    return replace(step, **values)
 
 
 @pytest.mark.parametrize("damage", [b"wrong", b"short", None])
@@ -73,8 +74,8 @@ def test_a_damaged_wheel_is_named_before_it_is_sent(
 ) -> None:
     monkeypatch.setenv("HEARTH_WHEELHOUSE", str(tmp_path))
     found = kernel(tmp_path, b"right")
-    values, blobs = packed(env(), inputs(found), tmp_path)
-    assert values["wheels"] == [{"file": "sageattention.whl", "sha256": found.sha256}]
+    step, blobs = packed(env(), inputs(found), tmp_path)
+    assert step.wheels == (WheelFile("sageattention.whl", found.sha256),)
     assert blobs == {found.sha256: tmp_path / "sageattention.whl"}
     if damage:
         (tmp_path / "sageattention.whl").write_bytes(damage)
@@ -96,8 +97,8 @@ def test_a_damaged_package_of_the_cache_is_named_before_it_is_sent(
     lock = requirements.LockedList("cu130", "linux_aarch64", "3.12", text)
     stock = replace(inputs(), locks={("linux_aarch64", "3.12"): lock})
     monkeypatch.setattr(requirements, "download", lambda *_: tmp_path)
-    values, _ = packed(env(kernels=[]), stock, tmp_path, offline=True)
-    assert [each["file"] for each in values["wheels"]] == [package.name]
+    step, _ = packed(env(kernels=[]), stock, tmp_path, offline=True)
+    assert [each.file for each in step.wheels] == [package.name]
     package.write_bytes(b"wrong")
     with pytest.raises(HashMismatchError, match=r"six-1-py3-none-any\.whl was damaged"):
         packed(env(kernels=[]), stock, tmp_path, offline=True)
@@ -109,5 +110,7 @@ def test_a_tree_with_a_link_out_of_it_is_neither_packed_nor_bundled(tmp_path: Pa
     (tmp_path / "id_ed25519").write_text("PRIVATE KEY")
     (tree / "web.js").symlink_to(tmp_path / "id_ed25519")
     with pytest.raises(TreeError, match=r"web\.js is a link to"):
-        Upload(cast("Any", None), FRESH, inputs(), tmp_path).pack_tree("app", tree)
+        Upload(cast("Any", None), FRESH, inputs(), tmp_path).pack_tree(
+            App("t", "w", "u", "app-1", "python3"), "app", tree
+        )
     assert not list(tmp_path.glob("*.tar.gz"))

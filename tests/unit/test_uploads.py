@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
-from agent.change import runs, steps
-from agent.files import Fault, flock, remove, write
-from agent.layout import Site
-from agent.serve.services import wait_for
+from agent.change import releases, runs, trees
+from agent.deletion import remove
+from agent.files import Fault, write
+from agent.layout import Layout
+from agent.locks import flock
+from agent.processes import wait_for
+from agent.schema.change import App, CutOver, Prune, Release, Tool, packed
 from core import files
 
 DATA = os.urandom(3_000_000)
@@ -26,21 +29,21 @@ HALF = len(DATA) // 2
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+def layout(tmp_path: Path) -> Layout:
+    return Layout({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
 
 
 class Upload:
     """A client that sends `DATA`."""
 
-    def __init__(self, site: Site, offset: int = 0, silence: int = 60) -> None:
-        code = f"import sys; from agent import main; from agent.change import runs; runs.SILENCE = {silence}"
-        code += "; sys.exit(main.main(['receive']))"
+    def __init__(self, layout: Layout, offset: int = 0, silence: int = 60) -> None:
+        code = f"import sys; from agent import main; from agent.change import runs; runs.SILENCE = {silence}; "
+        code += "sys.exit(main.main(['receive']))"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=files.CHECKOUT
         )
         self.begun = time.monotonic()
-        values = {"site": site.json, "sha256": DIGEST, "size": len(DATA), "offset": offset}
+        values = {"site": layout.json, "sha256": DIGEST, "size": len(DATA), "offset": offset}
         self.send(json.dumps(values).encode() + b"\n")
 
     def send(self, data: bytes) -> None:
@@ -55,138 +58,138 @@ class Upload:
         return json.loads(output)
 
 
-def half(site: Site, **values: Any) -> Upload:
+def half(layout: Layout, **values: Any) -> Upload:
     """An upload that has come half the way."""
-    one = Upload(site, **values)
+    one = Upload(layout, **values)
     one.send(DATA[:HALF])
-    part = site.incoming / f"{DIGEST}.part"
+    part = layout.incoming / f"{DIGEST}.part"
     assert wait_for(lambda: part.exists() and part.stat().st_size == HALF, 10)
     return one
 
 
-def there(site: Site) -> list[str]:
-    return sorted(path.name for path in site.incoming.iterdir())
+def there(layout: Layout) -> list[str]:
+    return sorted(path.name for path in layout.incoming.iterdir())
 
 
-def test_an_upload_that_was_cut_short_is_resumed(site: Site) -> None:
-    assert half(site).end() == {"size": HALF}
-    assert Upload(site, HALF).end(DATA[HALF:]) == {"size": len(DATA)}
-    assert there(site) == [DIGEST]
-    assert (site.incoming / DIGEST).read_bytes() == DATA
-    assert Upload(site).end() == {"size": len(DATA)}  # there is nothing to do
-    assert there(site) == [DIGEST]
+def test_an_upload_that_was_cut_short_is_resumed(layout: Layout) -> None:
+    assert half(layout).end() == {"size": HALF}
+    assert Upload(layout, HALF).end(DATA[HALF:]) == {"size": len(DATA)}
+    assert there(layout) == [DIGEST]
+    assert (layout.incoming / DIGEST).read_bytes() == DATA
+    assert Upload(layout).end() == {"size": len(DATA)}  # there is nothing to do
+    assert there(layout) == [DIGEST]
 
 
 @pytest.mark.parametrize("offset", [0, HALF - 5])
-def test_an_upload_that_is_silent_holds_nobody_up(site: Site, offset: int) -> None:
-    silent = half(site)
-    other = Upload(site, offset)
+def test_an_upload_that_is_silent_holds_nobody_up(layout: Layout, offset: int) -> None:
+    silent = half(layout)
+    other = Upload(layout, offset)
     assert other.end(DATA[offset:]) == {"size": len(DATA)}
     assert time.monotonic() - other.begun < 10
-    assert (site.incoming / DIGEST).read_bytes() == DATA
-    assert there(site) == [DIGEST, f"{DIGEST}.part"]
+    assert (layout.incoming / DIGEST).read_bytes() == DATA
+    assert there(layout) == [DIGEST, f"{DIGEST}.part"]
     assert silent.end(DATA[HALF:]) == {"size": len(DATA)}  # it was only slow
-    assert there(site) == [DIGEST]
+    assert there(layout) == [DIGEST]
 
 
-def test_a_copy_that_is_cut_short_is_not_kept(site: Site) -> None:
-    silent = half(site)
-    assert Upload(site, HALF).end(DATA[HALF:-1]) == {"size": len(DATA) - 1}
-    assert there(site) == [f"{DIGEST}.part"]
+def test_a_copy_that_is_cut_short_is_not_kept(layout: Layout) -> None:
+    silent = half(layout)
+    assert Upload(layout, HALF).end(DATA[HALF:-1]) == {"size": len(DATA) - 1}
+    assert there(layout) == [f"{DIGEST}.part"]
     silent.end()
 
 
-def test_an_upload_from_which_nothing_comes_ends_and_can_be_resumed(site: Site) -> None:
-    silent = half(site, silence=1)
+def test_an_upload_from_which_nothing_comes_ends_and_can_be_resumed(layout: Layout) -> None:
+    silent = half(layout, silence=1)
     assert silent.process.wait(10) == 3
     assert time.monotonic() - silent.begun < 8
     assert "nothing came for 1 seconds" in silent.end()["fault"]["what"]
-    assert Upload(site, HALF).end(DATA[HALF:]) == {"size": len(DATA)}
+    assert Upload(layout, HALF).end(DATA[HALF:]) == {"size": len(DATA)}
 
 
-def test_a_slow_upload_is_not_taken_for_a_silent_one(site: Site) -> None:
-    slow = Upload(site, silence=1)
+def test_a_slow_upload_is_not_taken_for_a_silent_one(layout: Layout) -> None:
+    slow = Upload(layout, silence=1)
     for number in range(6):
         time.sleep(0.4)
         slow.send(DATA[number * 1000 : number * 1000 + 1000])
     assert slow.end(DATA[6000:]) == {"size": len(DATA)}
 
 
-def test_whoever_sends_what_another_run_deletes_is_told(site: Site) -> None:
-    one = half(site)
-    for path in site.incoming.iterdir():
+def test_whoever_sends_what_another_run_deletes_is_told(layout: Layout) -> None:
+    one = half(layout)
+    for path in layout.incoming.iterdir():
         path.unlink()
     fault = one.end(DATA[HALF:])["fault"]
     assert (fault["what"], fault["hint"]) == ("what was sent so far was deleted", "run the same command again")
-    fault = Upload(site, HALF).end(DATA[HALF:])["fault"]  # and not only when all is sent
+    fault = Upload(layout, HALF).end(DATA[HALF:])["fault"]  # and not only when all is sent
     assert fault["what"] == "what was sent so far was deleted"
-    assert Upload(site).end(DATA) == {"size": len(DATA)}
+    assert Upload(layout).end(DATA) == {"size": len(DATA)}
 
 
-def test_what_was_sent_damaged_is_deleted(site: Site) -> None:
-    assert Upload(site).end(DATA[1:] + DATA[:1])["fault"]["what"] == "what was sent is damaged"
-    assert there(site) == []
+def test_what_was_sent_damaged_is_deleted(layout: Layout) -> None:
+    assert Upload(layout).end(DATA[1:] + DATA[:1])["fault"]["what"] == "what was sent is damaged"
+    assert there(layout) == []
 
 
-def test_pruning_deletes_what_is_used_up_or_old_and_nothing_of_another_client(site: Site) -> None:
-    site.incoming.mkdir(parents=True)
+def test_pruning_deletes_what_is_used_up_or_old_and_nothing_of_another_client(layout: Layout) -> None:
+    layout.incoming.mkdir(parents=True)
     used, young, old, ahead, busy = ("a" * 64, "b" * 64, "c" * 64, "d" * 64, f"{'e' * 64}.part")
     for name in (used, f"{used}.part", young, f"{young}.part", old, f"{old}.part", ahead, busy):
-        (site.incoming / name).touch()
+        (layout.incoming / name).touch()
     day = time.time() - 25 * 3600
     for name, at in ((old, day), (f"{old}.part", day), (busy, day), (ahead, time.time() + 25 * 3600)):
-        os.utime(site.incoming / name, (at, at))  # `ahead`: the clock has been set back since
+        os.utime(layout.incoming / name, (at, at))  # `ahead`: the clock has been set back since
     plan = {"run": "r", "steps": [{"kind": "env", "wheels": [{"file": "x.whl", "sha256": used}]}, {"kind": "prune"}]}
-    write(site.pending, json.dumps(plan))
-    with flock(site.incoming / busy):
-        steps.prune(site, {"keep": []}, lambda _: None)
-    assert there(site) == [young, f"{young}.part", busy]
+    write(layout.pending, json.dumps(plan))
+    with flock(layout.incoming / busy):
+        releases.prune(layout, Prune("t", "w", "u", ()), lambda _: None)
+    assert there(layout) == [young, f"{young}.part", busy]
 
 
-def test_pruning_while_a_client_sends(site: Site) -> None:
-    one = half(site)
-    write(site.pending, json.dumps({"run": "r", "steps": []}))
-    steps.prune(site, {"keep": []}, lambda _: None)
+def test_pruning_while_a_client_sends(layout: Layout) -> None:
+    one = half(layout)
+    write(layout.pending, json.dumps({"run": "r", "steps": []}))
+    releases.prune(layout, Prune("t", "w", "u", ()), lambda _: None)
     assert one.end(DATA[HALF:]) == {"size": len(DATA)}
 
 
-REUSES = {"kind": "app", "part": "app-2", "reuse": {"a.py": "app-1/a.py"}}
-WRITES = {"kind": "release", "release": {"id": "two", "parts": {"app": "app-2", "env": "env-1"}}}
-CUTS = {"kind": "cut-over", "to": "two"}
+REUSES = packed(App("t", "w", "u", "app-2", "python3", reuse={"a.py": "app-1/a.py"}))
+WRITES = packed(Release("t", "w", "u", {"id": "two", "parts": {"app": "app-2", "env": "env-1"}}))
+CUTS = packed(CutOver("t", "w", "u", 0, False, "two", "yes"))
 
 
 @pytest.mark.parametrize("gone", ["", "parts/app-1", "parts/env-1", "releases/two"])
 def test_a_plan_that_rests_on_what_another_run_pruned_is_refused(
-    site: Site, gone: str, monkeypatch: pytest.MonkeyPatch
+    layout: Layout, gone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one deployed, pruned and went back: what is current is as the plan expects it."""
     for name in ("parts/app-1", "parts/env-1"):
-        (site.prefix / name).mkdir(parents=True)
-    write(site.releases / "two/release.json", json.dumps(WRITES["release"]))
+        (layout.prefix / name).mkdir(parents=True)
+    write(layout.releases / "two/release.json", json.dumps(WRITES["release"]))
     if gone:
-        remove(site.prefix / gone)
+        remove(layout.prefix / gone)
     begun: list[str] = []
     monkeypatch.setattr(sys, "argv", [__file__])  # what is kept as the agent
-    monkeypatch.setattr(runs, "manager_of", lambda _: SimpleNamespace(go=lambda: begun.append("")))
+    monkeypatch.setattr(runs, "manager_of", lambda _: SimpleNamespace(start_apply=lambda: begun.append("")))
     steps = [CUTS] if gone.startswith("releases") else [REUSES, WRITES, CUTS]
     plan = {"run": "r", "who": "a@b", "action": "deploy", "release": "two", "base": "", "steps": steps}
     if not gone:
-        assert runs.submit(site, plan) == {"run": "r"}
+        assert runs.submit(layout, plan) == {"run": "r"}
         return
     with pytest.raises(Fault) as caught:
-        runs.submit(site, plan)
+        runs.submit(layout, plan)
     assert caught.value.report["kind"] == "busy"
-    assert not begun and not site.pending.exists()
+    assert not begun and not layout.pending.exists()
 
 
-def test_a_tool_is_on_the_disk_before_it_has_its_name(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_is_on_the_disk_before_it_has_its_name(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """A power cut in a first deploy left uv's file empty, and the host trusted its name ever after."""
     synced: list[Path] = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink()))
-    write(site.incoming / DIGEST, DATA)
+    write(layout.incoming / DIGEST, DATA)
     synced.clear()
-    steps.tool(site, {"name": "uv-1", "blob": DIGEST}, print)
-    tool = site.state / "tools/uv-1"
+    trees.tool(layout, Tool("t", "w", "u", "uv-1", DIGEST), print)
+    tool = layout.state / "tools/uv-1"
     assert [each.parent for each in synced] == [tool.parent, tool.parent.parent]
     assert tool.read_bytes() == DATA
     assert os.access(tool, os.X_OK)

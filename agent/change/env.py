@@ -1,0 +1,150 @@
+"""The step that makes the virtual environment."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from agent.change.trees import compile_command, receive_blob
+from agent.deletion import remove
+from agent.files import Fault, Json, Note, link, read_text, write
+from agent.layout import Layout
+from agent.parts import part
+from agent.processes import INDEX, dies_with_parent, inherited, run
+from agent.schema.change import Env
+
+
+def _run_long(argv: list[str], env: dict[str, str] | None = None) -> None:
+    """Run a program that ends with the agent if that is killed: the resumed run makes the same part, or deletes it.
+
+    Not for compileall, which ends in seconds: if it were killed, its workers would wait for it without end.
+    """
+    run(argv, env, preexec_fn=dies_with_parent())
+
+
+_NEVER_IMPORTED = ("tests", "test", "docs", "examples", "benchmarks")
+"""Folders that packages install at the top level by mistake; many packages install the same ones."""
+
+
+def _refuse_overwritten(environment: Path) -> None:
+    """Raise Fault when two packages install the same module with different contents: the last one overwrote it."""
+    owners: dict[str, tuple[str, str]] = {}
+    for record in sorted(environment.glob("lib/python*/site-packages/*.dist-info/RECORD")):
+        package = record.parent.name.partition("-")[0].replace("_", "-")
+        with record.open(newline="") as file:
+            for path, digest, _ in csv.reader(file):
+                if path.partition("/")[0] in _NEVER_IMPORTED or not path.endswith((".py", ".so")):
+                    continue
+                other, held = owners.setdefault(path, (package, digest))
+                if held != digest:
+                    raise Fault(
+                        "step",
+                        f"{other} and {package} both bring {path}, and one has overwritten the other's",
+                        "which one a node gets is chance",
+                        f"decide which stays: [override.{package}] in nodes.toml, then inv lock",
+                    )
+
+
+_NO_NETWORK = "failed to fetch|error sending request|dns error|connection refused|network is unreachable|timed out"
+
+
+_NO_NETWORK += "|network connectivity is disabled"
+
+
+_UNTRUSTED = "invalid peer certificate|certificate verify failed"
+
+
+def _configured(python: str) -> dict[str, str]:
+    """The indexes and certificates of the system's and the login's uv.toml, as uv's variables for them.
+
+    A system service cannot be configured in another way. `python` reads the files: the agent's may lack tomllib.
+    """
+    code = "import json, sys, tomllib; print(json.dumps(tomllib.load(open(sys.argv[1], 'rb')), default=str))"
+    user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    found: dict[str, str] = {}
+    for path in (Path("/etc/uv/uv.toml"), user / "uv/uv.toml"):
+        with suppress(Fault, ValueError, LookupError, TypeError, AttributeError):  # a file that uv rejects says nothing
+            found |= index_settings(json.loads(run([python, "-ISc", code, str(path)]))) if path.exists() else {}
+    return found
+
+
+def index_settings(said: Json) -> dict[str, str]:
+    """The indexes and certificates of a uv.toml as environment variables. The client's copy is in `core/tools.py`."""
+    said = {**said, **said.get("pip", {})}
+    names = ("index-url", "extra-index-url", "keyring-provider", "allow-insecure-host", "native-tls", "system-certs")
+    variables = {name: f"UV_{name.upper().replace('-', '_').replace('ALLOW_', '')}" for name in names if said.get(name)}
+    found = {
+        variable: " ".join(said[name]) if isinstance(said[name], list) else str(said[name]).replace("True", "true")
+        for name, variable in variables.items()
+    }
+    for each in said.get("index", []):
+        if each.get("default"):
+            found["UV_DEFAULT_INDEX"] = each["url"]
+        elif not each.get("explicit"):
+            named = f"{each['name']}={each['url']}" if "name" in each else each["url"]
+            found["UV_INDEX"] = f"{found.get('UV_INDEX', '')} {named}".strip()
+    return found
+
+
+def env(layout: Layout, step: Env, note: Note) -> None:
+    """Make the virtual environment from the locked list and the kernel wheels, every file by its hash."""
+    uv = str(layout.state / "tools" / step.tool)
+    # uv hard-links installed files to its cache. In a shared cache, other users could change a part's files.
+    own_cache = str(layout.state / "cache/uv")
+    environment = {**_configured(step.python), **inherited(*INDEX)}
+    environment |= {"UV_CACHE_DIR": own_cache, "UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1"}
+    # uv does not sync: a power cut may leave empty files in its cache. A kill within the same boot does not.
+    boot, used = read_text(Path("/proc/sys/kernel/random/boot_id")), layout.state / "cache-in-use"
+    if used.exists() and read_text(used) != boot:
+        remove(layout.state / "cache")
+    write(used, boot)
+    wheels = layout.state / "wheels"
+    wheels.mkdir(exist_ok=True)
+    for wheel in step.wheels:
+        if "/" in wheel.file:
+            raise Fault("step", f"{wheel.file} is no wheel's name", "its manifest was altered", "do not deploy it")
+        link(wheels / wheel.file, receive_blob(layout, wheel.sha256))
+    with part(layout, step.part) as place:
+        venv = ["--no-config", "venv", "--quiet", "--relocatable", "--no-project", "--python", step.python]
+        _run_long([uv, *venv, str(place)], environment)
+        listed = layout.state / f"requirements-{os.getpid()}.txt"
+        listed.write_text(step.requirements)
+        argv = [
+            uv,
+            "--no-config",
+            "pip",
+            "sync",
+            "--quiet",
+            "--python",
+            f"{place}/bin/python",
+            "--require-hashes",
+            "--strict",
+        ]
+        argv += ["--only-binary", ":all:", "--find-links", str(wheels)]
+        argv += ["--no-index"] if step.offline else []
+        # A damaged part may be hard-linked to the cache, which is then damaged, too.
+        argv += ["--no-cache"] if step.repair else []
+        try:
+            _run_long([*argv, str(listed)], environment)
+        except Fault as fault:
+            if not step.offline and re.search(_UNTRUSTED, fault.report["cause"], re.IGNORECASE):
+                what = "the host does not trust the certificate of the package index, or of a proxy before it"
+                hint = "on the host: add the CA to the system's (update-ca-certificates), and system-certs = true to "
+                hint += "/etc/uv/uv.toml; or deploy from a bundle, which needs no index (inv bundle)"
+                raise Fault("step", what, fault.report["cause"], hint) from None
+            if not step.offline and re.search(_NO_NETWORK, fault.report["cause"], re.IGNORECASE):
+                raise Fault("offline", "the host cannot reach the package index", fault.report["cause"]) from None
+            raise
+        finally:
+            listed.unlink()
+        _refuse_overwritten(place)
+        # Some packages ship templates and tests that Python cannot parse; those are never imported.
+        with suppress(Fault):
+            run(compile_command(layout, step, place))
+    used.unlink()  # sealing the part has synced everything
+    shutil.rmtree(wheels)

@@ -1,0 +1,76 @@
+"""Steps that write a release, serve it, and delete old ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from contextlib import suppress
+
+from agent.deletion import remove
+from agent.files import Note, link, read, write
+from agent.install import prune as prune_agents
+from agent.journal import history
+from agent.layout import Layout
+from agent.locks import free
+from agent.schema.change import Prune, Release, Serve
+from agent.serve.health import gate
+from agent.serve.managers import manager_of
+
+
+def release(layout: Layout, step: Release, note: Note) -> None:
+    """Write the release: its manifest, its files (the unit above all), and links to its parts."""
+    manifest = step.release
+    place = layout.releases / manifest["id"]
+    place.mkdir(parents=True, exist_ok=True)
+    for kind, name in manifest["parts"].items():
+        link(place / kind, f"../../{'../' * kind.count('/')}parts/{name}")
+    for name, target in manifest["links"].items():
+        link(place / name, target)
+    for name in manifest.get("empty", ()):
+        (place / name).mkdir(parents=True, exist_ok=True)
+    for name, text in manifest["files"].items():
+        write(place / name, text)
+    if any(manifest.get(each) for each in ("develop", "free_memory", "confined")):  # what the release runs needs it
+        link(place / "agent", os.path.relpath(layout.agent.resolve(), place.resolve()))
+    write(place / "release.json", json.dumps(manifest, indent=1))
+
+
+def serve(layout: Layout, step: Serve, note: Note) -> None:
+    """Install the current release's unit, enable and start it, and check its health."""
+    manager = manager_of(layout)
+    manager.install()
+    manager.start()
+    current = layout.release()
+    gate(layout, manager, layout.manifest(current), note)
+
+
+def prune(layout: Layout, step: Prune, note: Note) -> None:
+    """Delete releases that are not kept, the parts and agents that only they needed, used blobs, and old journals."""
+    current = layout.release()
+    for path in layout.releases.glob("*"):
+        if path.name not in (*step.keep, current):
+            remove(path)
+    named = {part for path in layout.releases.glob("*/release.json") for part in read(path)["parts"].values()}
+    for path in layout.parts.glob("*"):
+        if path.name not in named:
+            remove(path)
+            if path.name.startswith("env-"):  # its packages lie in uv's cache too, several GB that nothing else needs
+                shutil.rmtree(layout.state / "cache", ignore_errors=True)
+    plan = read(layout.pending)
+    used, old = json.dumps(plan), 24 * 3600  # in seconds; what is younger may be another client's for its next plan
+    for path in layout.incoming.glob("*"):
+        with suppress(FileNotFoundError):
+            needless = path.name.partition(".")[0] in used or abs(time.time() - path.stat().st_mtime) > old
+            if needless and free(path):
+                path.unlink()
+    prune_agents(layout)
+    journals = {line["run"] for line in history(layout)[-JOURNALS:]} | {plan.get("run")}
+    for path in (layout.state / "runs").glob("*.jsonl"):
+        if path.stem not in journals:
+            path.unlink()
+
+
+JOURNALS = 50
+"""Number of runs whose journal is kept; the history keeps a line for every run."""

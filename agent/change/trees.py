@@ -1,0 +1,200 @@
+"""Steps that make the trees of ComfyUI and of nodes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import struct
+import tarfile
+from contextlib import suppress
+from pathlib import Path
+
+from agent.deletion import remove
+from agent.files import Fault, Note, copy, os_fault, sha256
+from agent.folders import inside, tree
+from agent.layout import Layout
+from agent.parts import as_service, contents, part
+from agent.processes import run
+from agent.schema.change import Env, Node, Tool, Tree
+from agent.serve.sandbox import confined_to, sandboxed
+
+
+def receive_blob(layout: Layout, digest: str) -> Path:
+    """The path of an uploaded blob; raises Fault when it is missing or damaged."""
+    path = layout.incoming / digest
+    if not path.exists() or sha256(path) != digest:
+        path.unlink(missing_ok=True)
+        raise Fault("step", f"what was sent is damaged: {digest[:12]}", "", "run the same command again")
+    return path
+
+
+def tool(layout: Layout, step: Tool, note: Note) -> None:
+    """Install the pinned uv for the steps that follow."""
+    place = layout.state / "tools" / step.name
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        blob = receive_blob(layout, step.blob)
+        blob.chmod(0o755)  # the copy has its mode
+        copy(blob, place)
+
+
+def app(layout: Layout, step: Tree, note: Note) -> None:
+    """Make the application's tree, or another one that is only unpacked and compiled."""
+    with part(layout, step.part) as place:
+        _unpack(layout, step, place)
+        run(compile_command(layout, step, place))
+        link_writable(layout, step, place)
+
+
+def _unpack(layout: Layout, step: Tree, place: Path) -> None:
+    """Fill a part with a tree: uploaded files, and identical files of other parts."""
+    with tarfile.open(receive_blob(layout, step.blob)) as archive:
+        archive.extractall(place)  # the client's own archive, checked by hash; 3.10 may lack the filters
+    for name, source in step.reuse.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(layout.parts / source, place / name)
+        (place / name).chmod(0o755 if (layout.parts / source).stat().st_mode & 0o100 else 0o644)
+    for path in tree(place):
+        path.chmod(0o755)
+    if contents(place) != step.files:
+        raise Fault("step", f"the tree of {step.part} is not the one that was planned", "a part was changed")
+
+
+def node(layout: Layout, step: Node, note: Note) -> None:
+    """Make a custom node's tree."""
+    with part(layout, step.part) as place:
+        _unpack(layout, step, place)
+        if step.install:
+            _install(layout, step, place, note)
+        with suppress(
+            Fault
+        ):  # some contain files that Python cannot parse; ComfyUI reports the nodes that cannot be imported
+            run(compile_command(layout, step, place))
+        link_writable(layout, step, place)
+
+
+def link_writable(layout: Layout, step: Tree, place: Path) -> None:
+    """Replace the tree's writable paths by symlinks into data/, copying the shipped defaults on first use."""
+    for name in step.writable:
+        own, kept = place / name.rstrip("/"), f"{step.keeps}/{name.rstrip('/')}"
+        as_service(layout, copy_defaults, own, layout.data, kept, name.endswith("/"))
+        remove(own)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.symlink_to(layout.data / kept)
+
+
+def copy_defaults(source: Path, data: Path, name: str, folder: bool) -> None:
+    """Copy the shipped defaults into the data, or make an empty folder; a file without defaults is left to the node.
+
+    No link below the data is followed: this runs outside of the sandbox that keeps the service from its target.
+    """
+    parent, _, last = name.rpartition("/")
+    with inside(data, parent, make=True) as here:
+        place, fresh = here / last, here / f".{last}.{os.getpid()}"
+        if os.path.lexists(place):
+            return
+        remove(fresh)  # a killed run may have had this number, too
+        if source.is_dir():
+            shutil.copytree(source, fresh, copy_function=shutil.copyfile)
+        elif folder:
+            fresh.mkdir()
+        elif source.exists():
+            shutil.copyfile(source, fresh)
+        else:
+            return
+        os.sync()  # once it is there it is trusted, also after a power cut
+        fresh.rename(place)
+
+
+INSTALL_SECONDS = 1800
+"""For an install.py, which may download models."""
+
+
+# Runs in the sandbox: a copy of the tree, its install.py, and what there is then, on standard output (`taken_over`).
+_INSTALLER = """
+import os, shutil, stat, struct, subprocess, sys
+source, place, python = sys.argv[1:]
+shutil.copytree(source, place)
+done = subprocess.run([python, "install.py"], cwd=place, stdin=subprocess.DEVNULL, stdout=2)
+if done.returncode:
+    sys.exit(done.returncode % 256)
+for folder, _, names in os.walk(os.fsencode(place)):
+    for path in [os.path.join(folder, name) for name in names]:
+        status = os.lstat(path)
+        regular = stat.S_ISREG(status.st_mode)
+        content = open(path, "rb").read() if regular else b""
+        name = os.path.relpath(path, os.fsencode(place))
+        kind = (2 if status.st_mode & 0o100 else 1) if regular else 0
+        sys.stdout.buffer.write(struct.pack(">HIB", len(name), len(content), kind) + name + content)
+sys.stdout.buffer.write(bytes(7))
+"""
+
+
+def _install(layout: Layout, step: Node, place: Path, note: Note) -> None:
+    """Run a node's install.py on a copy of its tree, in a sandbox, and take over the regular files that it leaves."""
+    scratch = layout.state / "install"
+    room = "/tmp" if layout.scope == "system" else str(scratch)  # noqa: S108  its unit's own
+    remove(scratch)
+    scratch.mkdir(parents=True)
+    environment = {**step.environment, **dict.fromkeys(("HOME", "XDG_CACHE_HOME", "TMPDIR"), room)}
+    release = {"environment": environment, "confined": confined_to(scratch, layout, step)}
+    python = str(layout.parts / step.install / "bin/python")
+    argv = [step.python, "-I", "-S", "-c", _INSTALLER, str(place), f"{room}/node", python]
+    try:
+        raw = sandboxed(layout, step.unit, argv, release, seconds=INSTALL_SECONDS, apart=True, network=step.network)
+        for inner in list(place.iterdir()):
+            remove(inner)
+        taken_over(raw, place, note)
+    except Fault as fault:
+        cause = fault.report["cause"] or fault.report["what"]
+        fault.report |= {"what": f"the install.py failed: {step.title}", "cause": cause}
+        raise
+    finally:
+        remove(scratch)
+
+
+TAKEN, DEEP = 100_000, 50
+"""Files that an install.py may leave, and folders in each other."""
+
+
+def taken_over(raw: bytes, place: Path, note: Note) -> None:
+    """Write the regular files of an untrusted tree into an empty folder; `note` those that are left out.
+
+    Each is a length of its name, one of its content, and a kind (0: no regular file, 2: an executable one), then name
+    and content; a name without a length ends it. No archive's format: those are for parsers to get wrong. Raises Fault.
+    """
+    left: list[str] = []
+    view, at = memoryview(raw), 0
+    try:
+        for number in itertools.count():
+            length, size, kind = struct.unpack_from(">HIB", view, at)
+            content = at + 7 + length
+            name, at = os.fsdecode(bytes(view[at + 7 : content])), content + size
+            if not name:
+                break
+            words = name.split("/")
+            if at > len(raw) or number >= TAKEN or len(words) > DEEP or not {"", ".", ".."}.isdisjoint(words):
+                raise ValueError(f"entry {number}, {name[:200]!r}")
+            if not kind:
+                left.append(name)
+            elif "__pycache__" not in words:
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                with (place / name).open("xb") as file:
+                    file.write(view[content:at])
+                (place / name).chmod(0o755 if kind == 2 else 0o644)
+    except (struct.error, ValueError) as error:
+        raise Fault("step", "what it left is no tree that can be taken over", str(error)) from error
+    except OSError as error:
+        raise os_fault(error, "what it left cannot be taken over") from error
+    if left:
+        note(f"not regular files, and left out: {', '.join(left[:10])}")
+
+
+def compile_command(layout: Layout, step: Tree | Env, place: Path) -> list[str]:
+    """The command that compiles the Python files in a part that is being made; their tracebacks name its final place.
+
+    It runs none of them: the environment's own Python would run each .pth file of its packages, as root.
+    """
+    words = ["-I", "-S", "-m", "compileall", "-q", "-j", "0", "-s", str(place), "-p", str(layout.parts / step.part)]
+    return [step.python, *words, str(place)]

@@ -1,0 +1,94 @@
+"""The prefix and its content: what must be known before anything in it is deleted."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pwd
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from agent.files import read
+from agent.folders import mounts
+from agent.layout import DATA, Layout
+from agent.schema.facts import Place
+from agent.serve.systemd import Systemd
+
+OWN = ("current", "parts", "releases", "secrets", "state")
+"""All that Hearth makes in its prefix, but the data."""
+
+
+def prefix_state(layout: Layout) -> Place:
+    """What the prefix is and what lies in it: as much as must be known before anything there is deleted."""
+    prefix, real = layout.prefix, os.path.realpath(layout.prefix)
+    names: list[str] = []
+    with suppress(OSError):
+        names = sorted(path.name for path in layout.prefix.iterdir())
+    # Of a killed run: what `link` and `folders` make before they rename it.
+    own = [name for name in names if name in OWN or re.fullmatch(r"\.(current|data)\.\w+", name)]
+    points = sorted({each["point"] for each in mounts() if each["point"].startswith(f"{real}/")})
+    data = (layout.data, *(layout.data / name for name in DATA))
+    deployed = read(layout.state / "site.json", lenient=True)
+    traces = [*layout.state.glob("runs/*.jsonl"), *layout.releases.glob("*/release.json")]
+    return Place(
+        real=real,
+        link=prefix.is_symlink(),
+        mount=os.path.ismount(prefix),
+        homes=tuple(
+            sorted(entry.pw_name for entry in pwd.getpwall() if _holds(Path(real), Path(entry.pw_dir), layout.data))
+        ),
+        own=tuple(own),
+        others=tuple(name for name in names if name not in (*own, "data")),
+        data=os.path.lexists(layout.data) and _deletable(f"{real}/data", points),
+        crossings=tuple(name for name in own if name != "current" and (prefix / name).is_symlink()),
+        mounts=tuple(points),
+        links={str(path): target for path in data if (target := _target(path))},
+        service=str(deployed.get("service", "")),
+        scope=str(deployed.get("scope", "")),
+        user=_owner(layout, str(deployed.get("user", ""))),
+        elsewhere=_elsewhere(layout),
+        ours=bool(deployed or traces),
+    )
+
+
+def _target(path: Path) -> str:
+    with suppress(OSError):
+        return str(path.readlink())
+    return ""
+
+
+def _owner(layout: Layout, user: str) -> str:
+    """The user, when the data is that one's."""
+    with suppress(OSError, KeyError):
+        return user if user and layout.data.stat().st_uid == pwd.getpwnam(user).pw_uid else ""
+    return ""
+
+
+def _elsewhere(layout: Layout) -> str:
+    """Another prefix that is there, and that the service's unit leads to; empty when there is none."""
+    unit = Systemd(layout).units / f"{layout.service}.service"
+    with suppress(OSError):
+        prefix = unit.readlink().parent.parent  # PREFIX/current/SERVICE.service
+        if (prefix / "state/site.json").exists() and os.path.realpath(prefix) != os.path.realpath(layout.prefix):
+            return str(prefix)
+    return ""
+
+
+def _deletable(path: str, points: list[str]) -> bool:
+    """Whether more is at a path than mount points and the way to them."""
+    pending = [path]
+    while pending:
+        path = pending.pop()
+        if not any(each == path or each.startswith(f"{path}/") for each in points):
+            return True
+        if path not in points:
+            with suppress(OSError), os.scandir(path) as entries:  # the service may put something else there
+                pending += [entry.path for entry in itertools.islice(entries, len(points) + 1)]
+    return False
+
+
+def _holds(folder: Path, home: Path, data: Path) -> bool:
+    """Whether a folder is somebody's home, or has it in it; the service's own is the data."""
+    same = home.name == folder.name and os.path.realpath(home) == str(folder)  # not asked of each: some are a server's
+    return home != data and (same or folder in (home, *home.parents))

@@ -1,0 +1,139 @@
+"""Mounts and folders, and whether the service and its members can use them."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import shlex
+import shutil
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from agent.files import Fault, Json, read_text, regular
+from agent.folders import inside, mounts
+from agent.layout import DATABASE, SHARED, SHARING, UNUSED, Layout, shared
+from agent.look.accounts import user_exists
+from agent.parts import as_service
+from agent.schema.facts import MountState
+from agent.serve.systemd import UNITS
+
+T = TypeVar("T")
+
+
+def shares(layout: Layout) -> bool:
+    """Whether the data is the members' to change, and nobody else's to see unless it is public."""
+    if not layout.user or not user_exists(layout.user) or not layout.data.exists():
+        return True
+    others = layout.data.stat().st_mode & 0o7
+    fits = others == (0o5 if layout.public else 0)
+    return fits and looked(layout, lambda: all(_shared(layout, layout.data / name) for name in SHARED), lambda _: False)
+
+
+def unused(layout: Layout) -> list[str]:
+    """What lies where nodes are no longer loaded from, as far as a glance shows."""
+
+    def look() -> list[str]:
+        with suppress(FileNotFoundError), os.scandir(layout.data / UNUSED) as entries:
+            return [entry.name for entry in itertools.islice(entries, 20)]
+        return []
+
+    return sorted(looked(layout, look, lambda error: [str(error)]))
+
+
+def mount_state(layout: Layout, path: str, wanted: Json) -> MountState:
+    """The state of a mount point."""
+    mounted = os.path.ismount(path)
+    source = next((each["what"] for each in reversed(mounts()) if each["point"] == path), "")
+    unit = read_text(UNITS / layout.mounts[path])
+    fault, remedy = _unmountable(path, wanted["what"], wanted["type"]) if wanted["what"] and not mounted else ("", "")
+    return MountState(mounted, source, unit, fault, remedy)
+
+
+def _unmountable(path: str, what: str, kind: str) -> tuple[str, str]:
+    """Why a file system cannot be mounted at a path, with the remedy; empty when it can."""
+    if what.startswith("/dev/mapper/") and not Path(what).exists():
+        opening = f"on the host: cryptsetup open DEVICE {shlex.quote(Path(what).name)} (or vgchange -ay)"
+        return "this encrypted or logical volume is not open", f"{opening}; it is mounted then"
+    if what.startswith("/") and not Path(what).exists():
+        return "the host has no such device", "connect it, or correct `what`"
+    if kind.startswith(("nfs", "cifs")) and not shutil.which(f"mount.{kind}", path="/sbin:/usr/sbin"):
+        package = "nfs-common" if kind.startswith("nfs") else "cifs-utils"
+        return f"the host has no mount.{kind}", f"on the host: apt-get install {package}"
+    if Path(path).is_dir() and any(os.scandir(path)):
+        return "the folder contains files, which the mount would hide", f"move them away first: ls {shlex.quote(path)}"
+    return "", ""
+
+
+def folder_problem(layout: Layout, path: Path, use: str) -> str:
+    """What is wrong with a folder that is to be read, or written by the service; empty when nothing is."""
+    if not path.exists():
+        return "is not there"
+    if not path.is_dir():
+        return "is no folder"
+    need = os.R_OK | os.X_OK | (os.W_OK if use == "write" else 0)
+    inside = None
+    if use == "bind":  # the unit mounts it where the service sees it, whatever the folders above it allow
+        path, inside = Path(), os.open(path, os.O_PATH)
+    try:
+        may = not user_exists(layout.user) or as_service(layout, _access, str(path), need, inside, seconds=10)
+    except Fault as fault:
+        return f"cannot be looked at as the service: {fault.report['what']}"
+    return "" if may else f"cannot be {'written' if use == 'write' else 'read'} by the service"
+
+
+def traps(layout: Layout) -> dict[str, str]:
+    """What lies in the place of ComfyUI's database and is no file: it would wait for a pipe's other end.
+
+    Or in the place of its folder: a link of the service's own leads to what its unit hides from it.
+    """
+    folder = layout.database.parent
+
+    def look() -> dict[str, str]:
+        try:
+            with inside(folder) as here:
+                names = [name for name in DATABASE if os.path.lexists(here / name) and not regular(here / name)]
+                return {str(folder / name): "is no regular file" for name in names}
+        except OSError as error:
+            return {str(folder): f"is refused: {error.strerror}"} if error.errno == errno.ELOOP else {}
+
+    return looked(layout, look, lambda fault: {str(folder): str(fault)})
+
+
+def looked(layout: Layout, look: Callable[[], T], otherwise: Callable[[Exception], T]) -> T:
+    """What a look below the data shows, taken as the service and in time: links may lead anywhere, mounts be dead."""
+    try:
+        found: T = as_service(layout, look, seconds=5) if user_exists(layout.user) else look()
+        return found
+    except KeyError:  # no such group yet
+        return look()
+    except (OSError, Fault) as error:
+        return otherwise(error)
+
+
+def _access(path: str, need: int, inside: int | None) -> bool:
+    return os.access(path, need, dir_fd=inside, effective_ids=True)
+
+
+def free_bytes(path: Path) -> int:
+    """The bytes that are left for files in a folder."""
+    disk = os.statvfs(next(each for each in (path, *path.parents) if each.exists()))
+    return disk.f_bavail * disk.f_frsize
+
+
+def _shared(layout: Layout, folder: Path) -> bool:
+    """Whether what one member of the group puts into a folder of the service's, every other may change."""
+    try:
+        status = folder.stat()
+        owner, group = layout.sharing()
+        if status.st_uid != owner:
+            return True  # another's is another's affair
+        fits = status.st_gid == group and status.st_mode & stat.S_ISGID
+        return bool(fits) and os.getxattr(folder, SHARING) == shared(status.st_mode, owner)
+    except KeyError:  # no such group yet
+        return False
+    except OSError as error:  # a file system without such lists does without, a folder that is not there is no fault
+        return error.errno in (errno.ENOTSUP, errno.ENOENT)

@@ -1,0 +1,339 @@
+"""The steps of a plan: the client builds them, the agent carries them out (`agent.change.runs.STEPS`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from agent.schema.decode import decode
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change of a host. An interrupted step is carried out again from its beginning."""
+
+    kind: ClassVar[str] = ""
+    title: str  # what it does, in words
+    why: str  # why the plan has it
+    undo: str  # what takes it back
+
+
+@dataclass(frozen=True)
+class Account(Step):
+    """Create the system users that units run as, and the members' group."""
+
+    kind = "account"
+
+
+@dataclass(frozen=True)
+class Linger(Step):
+    """Let the login's systemd run without a session."""
+
+    kind = "linger"
+
+
+@dataclass(frozen=True)
+class Members(Step):
+    """Make these users, and no others, members of the members' group."""
+
+    kind = "members"
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rights(Step):
+    """Write the sudoers file for members."""
+
+    kind = "rights"
+    text: str  # empty: delete it
+
+
+@dataclass(frozen=True)
+class Mount(Step):
+    """Mount a file system by a unit of Hearth's."""
+
+    kind = "mount"
+    path: str
+    what: str  # device or remote path
+    text: str  # of the unit
+
+
+@dataclass(frozen=True)
+class Folders(Step):
+    """Create the folders of the prefix and of the data, with owners and modes."""
+
+    kind = "folders"
+
+
+@dataclass(frozen=True)
+class Tool(Step):
+    """Install the pinned uv for the agent's use."""
+
+    kind = "tool"
+    name: str = ""  # its version; this and what follows is known once it is packed
+    blob: str = ""  # SHA-256 of the program
+
+
+@dataclass(frozen=True)
+class Tree(Step):
+    """Make a part from a tree of files."""
+
+    part: str
+    python: str  # path of the interpreter that compiles it
+    writable: tuple[str, ...] = ()  # paths in it that become links into the data; folders end with /
+    keeps: str = ""  # the folder of the data into which those lead
+    blob: str = ""  # SHA-256 of an archive of the files that the host lacks; this and what follows is known once packed
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of every file; an executable one's ends with x
+    reuse: dict[str, str] = field(default_factory=dict)  # files that the host has, and where below parts/
+
+
+@dataclass(frozen=True)
+class App(Tree):
+    """Make ComfyUI's part."""
+
+    kind = "app"
+
+
+@dataclass(frozen=True)
+class Exporter(Step):
+    """Install the metrics exporter, replace it, or remove it."""
+
+    kind = "exporter"
+    exporter: dict[str, Any]  # its agent's hash, settings and unit; empty: remove it
+
+
+@dataclass(frozen=True)
+class Node(Tree):
+    """Make the part of a custom node."""
+
+    kind = "node"
+    node: str = ""  # its name
+    install: str = ""  # the environment's part that its install.py runs in; empty: it has none
+    network: bool = False  # install.py may use the network
+    confined: tuple[str, ...] = ()  # the command prefix that confines install.py
+    environment: dict[str, str] = field(default_factory=dict)  # variables for install.py
+    unit: str = ""  # the service's unit, whose sandbox install.py gets
+
+
+@dataclass(frozen=True)
+class WheelFile:
+    """A wheel that was sent."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Env(Step):
+    """Make the part with the virtual environment."""
+
+    kind = "env"
+    part: str
+    python: str  # path of the interpreter that it is made with
+    repair: bool  # it was there and damaged, so uv's cache may be, too
+    requirements: str  # the locked list, with hashes
+    kernels: tuple[str, ...]  # file names of kernel wheels
+    version: str  # Python's minor version
+    asking: tuple[str, ...]  # requesters of packages
+    tool: str = ""  # version of uv; this and what follows is known once it is packed
+    wheels: tuple[WheelFile, ...] = ()
+    offline: bool = False  # all packages are among the wheels
+
+
+@dataclass(frozen=True)
+class Release(Step):
+    """Write a release."""
+
+    kind = "release"
+    release: dict[str, Any]  # its manifest
+
+
+@dataclass(frozen=True)
+class Ending(Step):
+    """A step that stops ComfyUI."""
+
+    drain: float  # seconds to wait for its jobs
+    force: bool  # do not wait for jobs, interrupt them
+
+
+@dataclass(frozen=True)
+class CutOver(Ending):
+    """Put a release in service, or go back to the one before."""
+
+    kind = "cut-over"
+    to: str  # id of the release
+    trial: str  # "yes", "no", or "only": nothing is cut over
+
+
+@dataclass(frozen=True)
+class Serve(Step):
+    """Start the current release, now and at boot."""
+
+    kind = "serve"
+
+
+@dataclass(frozen=True)
+class Prune(Step):
+    """Delete old releases, parts and journals."""
+
+    kind = "prune"
+    keep: tuple[str, ...]  # ids of releases
+
+
+@dataclass(frozen=True)
+class OldUnit:
+    """A unit of an installation that is taken over."""
+
+    name: str
+    path: str
+    active: bool
+    enabled: bool
+
+
+@dataclass(frozen=True)
+class Retire(Ending):
+    """Stop another installation and put its units away."""
+
+    kind = "retire"
+    units: tuple[OldUnit, ...]
+    path: str  # of the installation
+    port: int
+
+
+@dataclass(frozen=True)
+class Adopt(Step):
+    """Move a folder of another installation into the data."""
+
+    kind = "adopt"
+    name: str  # of the folder in the data
+    source: str
+    owners: tuple[int, ...]  # ids of users whose files are given to the service
+
+
+@dataclass(frozen=True)
+class Withdraw(Ending):
+    """Take the current release out of service."""
+
+    kind = "withdraw"
+
+
+@dataclass(frozen=True)
+class Unadopt(Step):
+    """Put another installation back as it was."""
+
+    kind = "unadopt"
+
+
+@dataclass(frozen=True)
+class Set(Step):
+    """Change a setting outside the prefix."""
+
+    kind = "set"
+    setting: str
+    changes: tuple[dict[str, Any], ...]  # see agent.change.settings
+    serves: bool = False  # ComfyUI is stopped before and started afterwards
+    drain: float = 0
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Unset(Step):
+    """Undo settings outside the prefix."""
+
+    kind = "unset"
+    settings: tuple[str, ...]
+    overwrite: bool  # also what somebody changed since
+    serves: bool = False  # ComfyUI is stopped before and started afterwards
+    drain: float = 0
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class DropCaches(Step):
+    """Drop the kernel's page cache."""
+
+    kind = "drop-caches"
+
+
+@dataclass(frozen=True)
+class Stop(Ending):
+    """Stop ComfyUI."""
+
+    kind = "stop"
+    pause: bool  # it does not start at boot either, until it is resumed
+
+
+@dataclass(frozen=True)
+class Start(Step):
+    """Start ComfyUI."""
+
+    kind = "start"
+    resume: bool  # at boot, too, from now on
+
+
+@dataclass(frozen=True)
+class Restart(Ending):
+    """Restart ComfyUI."""
+
+    kind = "restart"
+
+
+@dataclass(frozen=True)
+class EndLinger(Step):
+    """Let the login's systemd end with its last session again."""
+
+    kind = "end-linger"
+
+
+@dataclass(frozen=True)
+class Forget(Step):
+    """Remove the unit that resumes interrupted runs."""
+
+    kind = "forget"
+
+
+@dataclass(frozen=True)
+class ForgetMounts(Step):
+    """Remove mount units of Hearth's."""
+
+    kind = "forget-mounts"
+    units: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Delete(Step):
+    """Delete entries of the prefix."""
+
+    kind = "delete"
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Erase(Step):
+    """Delete Hearth's records on the host; the last step of a plan."""
+
+    kind = "erase"
+
+
+KINDS: dict[str, type[Step]] = {
+    each.kind: each
+    for each in (
+        *(Account, Linger, Members, Rights, Mount, Folders, Tool, App, Exporter, Node, Env, Release, CutOver, Serve),
+        *(Prune, Retire, Adopt, Withdraw, Unadopt, Set, Unset, DropCaches, Stop, Start, Restart, EndLinger, Forget),
+        *(ForgetMounts, Delete, Erase),
+    )
+}
+
+
+def packed(step: Step) -> dict[str, Any]:
+    """A step as JSON."""
+    return {"kind": step.kind, **asdict(step)}
+
+
+def unpacked(value: dict[str, Any]) -> Step:
+    """The step that `packed` wrote; raises ValueError."""
+    fields = {**value}
+    kind = fields.pop("kind", "")
+    if kind not in KINDS:
+        raise ValueError(f"there is no step of kind {kind!r}")
+    return decode(KINDS[kind], fields, kind)

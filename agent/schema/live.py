@@ -1,0 +1,230 @@
+"""What changes from second to second on a host: GPUs, ComfyUI, memory, jobs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.schema.facts import Facts, Process
+
+
+@dataclass(frozen=True)
+class GpuState:
+    """A GPU as it is now. None: named in `unsupported`, or the reason is in `faults`."""
+
+    index: int
+    name: str | None
+    uuid: str | None
+    capability: str | None  # compute capability, such as "8.9"
+    driver: str | None
+    cuda: str | None  # the newest CUDA version that the driver runs, such as "13.0"
+    memory_total: int | None
+    memory_used: int | None
+    unified: bool  # it shares the machine's memory
+    memory_source: str | None  # "nvml", or "meminfo" where it shares the machine's memory
+    utilization: int | None  # percent
+    memory_utilization: int | None  # percent
+    temperature: int | None  # degrees Celsius
+    power: float | None  # watts
+    power_limit: float | None  # watts
+    clock_sm: int | None  # MHz
+    clock_memory: int | None  # MHz
+    persistence: bool | None
+    compute_mode: str | None  # "default", "prohibited" or "exclusive process"
+    processes: tuple[Process, ...]
+    unsupported: tuple[str, ...]  # values that this GPU does not have
+    faults: tuple[str, ...]  # a line for each value that could not be read or made no sense
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The GPUs of a host at one moment."""
+
+    time: float
+    gpus: tuple[GpuState, ...]
+    job: str | None  # id of the job that ComfyUI runs
+
+
+@dataclass(frozen=True)
+class RunningJob:
+    """A job that runs now."""
+
+    id: str
+    nodes: int  # of its workflow
+    since: float | None  # when it was queued
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that ComfyUI computes on."""
+
+    name: str
+    type: str  # "cuda" or "cpu"
+
+
+@dataclass(frozen=True)
+class ComfyUI:
+    """ComfyUI's own answers."""
+
+    state: str  # "answers", "silent" (accepts connections but does not answer) or "closed"
+    reason: str = ""  # why it does not answer
+    seconds: float = 0  # how long the answers took
+    version: str = ""
+    torch: str = ""
+    devices: tuple[Device, ...] = ()
+    running: tuple[RunningJob, ...] = ()
+    pending: int = 0
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Free space of a file system."""
+
+    free: int = 0
+    total: int = 0
+    files_free: int | None = None  # inodes; None: no fixed number
+    files: int | None = None  # inodes; None: no fixed number
+    fault: str = ""  # why nothing is known of it
+
+
+@dataclass(frozen=True)
+class Live:
+    """The current state of ComfyUI and its machine."""
+
+    time: float  # the host's clock
+    uptime: float | None  # seconds since ComfyUI was started; None: not running
+    comfyui: ComfyUI
+    memory: dict[str, int]  # bytes, by the names in /proc/meminfo
+    disks: dict[str, Disk]  # by path: the prefix, the data, and folders elsewhere
+    gpus: tuple[GpuState, ...] = ()
+
+
+@dataclass(frozen=True)
+class Glance:
+    """Facts and current state, from one query of the driver."""
+
+    facts: Facts
+    live: Live
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job in ComfyUI's history or queue. None: not known yet."""
+
+    id: str
+    status: str  # "success", "error", "interrupted", "running" or "pending"
+    nodes: int  # of its workflow
+    queued: float | None = None
+    started: float | None = None
+    seconds: float | None = None  # how long it ran
+    cached: int = 0  # nodes whose result came from the cache
+    node: str = ""  # the node that failed
+    node_type: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Memory in use on a GPU."""
+
+    index: int
+    used: int | None
+    comfyui: int  # ComfyUI's part of that
+
+
+@dataclass(frozen=True)
+class Held:
+    """Memory in use on a host."""
+
+    gpus: tuple[GpuMemory, ...]
+    resident: int | None  # resident memory of ComfyUI's process
+    available: int  # MemAvailable of the machine
+
+
+@dataclass(frozen=True)
+class Freed:
+    """The result of asking ComfyUI to free its memory."""
+
+    freed: bool  # false: a job still runs; ComfyUI frees its memory when it ends
+    job: str | None
+    before: Held
+    after: Held
+
+
+@dataclass(frozen=True)
+class MpsClient:
+    """A process that computes through an MPS server."""
+
+    pid: int
+    name: str | None
+    user: str | None
+
+
+@dataclass(frozen=True)
+class MpsServer:
+    """An MPS server."""
+
+    pid: int
+    state: str  # in the daemon's words
+    clients: tuple[MpsClient, ...]
+
+
+@dataclass(frozen=True)
+class Mps:
+    """NVIDIA's Multi-Process Service for ComfyUI."""
+
+    on: bool = False  # Hearth turned it on
+    control: str = ""  # path of nvidia-cuda-mps-control; empty: not installed
+    state: str = ""  # of the daemon's unit
+    restarts: int = 0  # of the daemon's unit
+    limits: dict[str, str] = field(default_factory=dict)  # variables in the daemon's unit
+    percent: str = ""  # default thread percentage, as the daemon reports it
+    servers: tuple[MpsServer, ...] = ()
+    fault: str = ""  # why the daemon did not answer
+    service_pid: int = 0  # ComfyUI's; 0: not running
+    service_knows: bool = False  # ComfyUI was started with the daemon's pipe directory
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the kernel logged in a week about processes killed for memory and GPU errors (Xid)."""
+
+    readable: bool
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Containers:
+    """Container engines, NVIDIA's toolkit, and the devices that CDI describes."""
+
+    engines: tuple[str, ...]
+    toolkit: str  # version; empty: not installed
+    devices: tuple[str, ...]
+    refresh: bool  # the unit that updates the CDI description exists
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the doctor's checks need beside facts and current state."""
+
+    result: str = ""  # how the service ended last, in systemd's words
+    oom_kills: int = 0  # of the service's processes since it started
+    synchronized: bool | None = None  # the clock is synchronised; None: not reported
+    compiler: str = ""  # path of a C compiler; empty: none
+    headers: str = ""  # path of Python.h for the release's Python; empty: none
+    installed: dict[str, str] = field(default_factory=dict)  # versions of torch's packages in the environment
+    torch: dict[str, Any] = field(default_factory=dict)  # torch's view of CUDA, or its `fault`; empty: ComfyUI answers
+    access: dict[str, str] = field(default_factory=dict)  # paths that the service must, but cannot "read" or "write"
+    kernel: Kernel = Kernel(True, ())
+    log: tuple[tuple[float | None, str], ...] = ()  # the service's last lines with their times, without colours
+    containers: Containers = Containers((), "", (), False)
+    mps: Mps = field(default_factory=Mps)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Facts, current state and what only the doctor asks for."""
+
+    facts: Facts
+    live: Live
+    probe: Probe

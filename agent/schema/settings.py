@@ -1,0 +1,64 @@
+"""Settings outside the prefix, and access to the GPU's device files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A place that a setting changes. The values' type depends on the kind, see `agent.change.settings`."""
+
+    kind: str  # "file", "value", "group", "node" or "unit"
+    place: str
+    now: Any
+    wanted: Any
+    writable: bool
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A change in force."""
+
+    kind: str
+    place: str
+    old: Any
+    new: Any
+
+
+@dataclass(frozen=True)
+class State:
+    """Settings by name: the changes in force, and the state of the places asked for."""
+
+    applied: dict[str, tuple[Applied, ...]]
+    seen: dict[str, tuple[Seen, ...]]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A device file."""
+
+    place: str
+    mode: int
+    owner: str
+    group: str
+    denied: tuple[str, ...]  # of the users asked for, those that may not read and write it
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A udev rule that names such devices."""
+
+    file: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use the GPU."""
+
+    nodes: tuple[Node, ...]
+    driver: dict[str, str]  # the driver's parameters for device files
+    rules: tuple[Rule, ...]
+    users: dict[str, tuple[str, ...] | None]  # groups of each user asked for; None: no such user

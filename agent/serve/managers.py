@@ -1,0 +1,57 @@
+"""Which manager runs the service: systemd, or Hearth's own supervisor."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from agent.files import Fault, Json, read
+from agent.layout import Layout
+from agent.schema.facts import Process
+from agent.schema.live import GpuState
+from agent.serve.supervised import Supervised
+from agent.serve.systemd import Systemd, login, user_systemd
+
+Manager = Systemd | Supervised
+
+
+def manager_of(layout: Layout) -> Manager:
+    """The manager of services here: the system's systemd, the user's if it outlives the login, or Hearth's supervisor.
+
+    The manager that installed the service stays in charge: two managers would start it twice. Raises Fault when that is
+    the user's systemd and it does not answer.
+    """
+    systemd, supervised = Systemd(layout), Supervised(layout)
+    if layout.scope == "system":
+        return systemd
+    name = read(layout.choice).get("manager")
+    if not name:  # nothing is installed, or by a Hearth that did not note it
+        lingers = Path("/var/lib/systemd/linger", login()).exists()
+        placed = (systemd.units / systemd.unit).is_symlink()
+        by_systemd = not supervised.enabled.exists() and (placed or (lingers and user_systemd()))
+        name = systemd.name if by_systemd else supervised.name
+    if name == supervised.name:
+        return supervised
+    if not user_systemd():
+        what = f"{login()}'s systemd, which runs {layout.service} here, does not answer"
+        cause = f"it ends with {login()}'s last session unless it lingers; its socket is in /run/user/{os.getuid()}"
+        raise Fault(
+            "step", what, cause, f"on the host: loginctl enable-linger {login()}, then run the same command again"
+        )
+    return systemd
+
+
+def last_words(manager: Manager) -> list[str]:
+    """The last log lines of the service; the previous run's if the current one has logged nothing yet."""
+    return manager.log(25) or [line for _, line in manager.timed_log(25)]
+
+
+def ours(layout: Layout, gpus: list[Json]) -> tuple[GpuState, ...]:
+    """The GPUs, with `comfyui` set for the processes of the service and of its MPS server."""
+    units = (f"{layout.service}.service", f"{layout.service}-mps.service")
+    child = Supervised(layout).status().pid
+
+    def marked(process: Json) -> Process:
+        return Process(**process, comfyui=process["unit"] in units or process["pid"] == child != 0)
+
+    return tuple(GpuState(**{**gpu, "processes": tuple(map(marked, gpu["processes"]))}) for gpu in gpus)

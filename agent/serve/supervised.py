@@ -1,0 +1,181 @@
+"""The service under Hearth's own supervisor, where there is no systemd for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from agent.files import Fault, Json, discard, read, read_some, write
+from agent.journal import now
+from agent.layout import Layout
+from agent.locks import free
+from agent.processes import LINE, LOG_BYTES, started, wait_for
+from agent.schema.facts import Service
+
+LONG = 10_000_000
+"""Bytes from which on a log is long; at the next start a new one is begun."""
+
+
+class Supervised:
+    """The service under a supervisor of our own: no systemd, no root. Survives the shell that started it."""
+
+    name = "process"
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.lock = layout.state / "supervisor.lock"
+        self.record = layout.state / "supervisor.json"
+        self.output = layout.state / "comfyui.log"
+        self.times = layout.state / "comfyui.times"
+        self.enabled = layout.state / "enabled"
+        self._marked = (0.0, -1)
+
+    def status(self) -> Service:
+        """The state of the service."""
+        running = not free(self.lock)
+        record = read(self.record) if running else {}
+        return Service(
+            active=running,
+            waits=False,  # the supervisor waits for mounts, and it is active
+            state="active (supervised)" if running else "inactive (no supervisor)",
+            enabled=self.enabled.exists(),
+            linked=True,
+            restarts=record.get("restarts", 0),
+            since=record.get("since", ""),
+            pid=_recorded(record, "child"),
+        )
+
+    def install(self) -> None:
+        """Note that the service shall run."""
+        self.layout.note_manager(self.name)
+        write(self.enabled, "")
+
+    def uninstall(self) -> None:
+        """Note that it shall not run."""
+        discard(self.enabled)
+        discard(self.layout.choice)
+
+    def enable(self) -> None:
+        """Nothing starts it at boot."""
+
+    def disable(self) -> None:
+        """Nothing starts it at boot."""
+
+    def start(self, *, wait: bool = True) -> None:
+        """Start the service; raises Fault when its supervisor does not come up. That one waits for mounts itself."""
+        if not free(self.lock):
+            return
+        before = len(read_some(agent_log(self.layout)))
+        child = detach([sys.executable, "-I", str(self.layout.agent), "supervise"], self.layout)
+        up = wait_for(lambda: not free(self.lock) or child.poll() is not None, 30)
+        if not up or free(self.lock):
+            said = read_some(agent_log(self.layout))[before:].decode(errors="replace").strip()
+            what = "the supervisor, which runs ComfyUI where there is no systemd, did not start"
+            raise Fault("step", what, said[-2000:], f"read {agent_log(self.layout)}, then run the same command again")
+
+    def stop(self) -> None:
+        """Stop the service and wait until it has; raises Fault when it does not."""
+        if free(self.lock):
+            return
+        # One that has just been started takes a moment to write its record.
+        wait_for(lambda: free(self.lock) or _recorded(read(self.record), "pid") != 0, 5)
+        pid = _recorded(read(self.record), "pid")
+        if pid:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        if not (pid or free(self.lock)) or not wait_for(lambda: free(self.lock), 40):
+            cause = f"process {pid} holds {self.lock}" if pid else f"{self.record} does not name it: was the disk full?"
+            raise Fault(
+                "step", "the supervisor does not end", cause, f"on the host: fuser -v {self.lock}, then kill it"
+            )
+
+    def log(self, lines: int) -> list[str]:
+        """The last lines of the service's present or last run."""
+        return end_of(self.output, lines, int(read(self.record, lenient=True).get("offset", 0)))
+
+    def timed_log(self, lines: int) -> list[tuple[float | None, str]]:
+        """The last lines, also of runs that have ended; a file has no times."""
+        with suppress(OSError), self.output.open(errors="replace") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - 200 * lines))
+            return [(None, line[:LINE]) for line in log.read(200 * lines).splitlines()[-lines:]]
+        return []
+
+    def start_missed(self) -> None:
+        """Nothing starts it at boot."""
+
+    def rotate(self) -> None:
+        """Begin a new log when this one has grown long; one older log is kept."""
+        if self.output.exists() and self.output.stat().st_size > LONG:
+            for path in (self.times, self.output):
+                with suppress(FileNotFoundError):
+                    path.replace(path.with_name(f"{path.name}.1"))
+
+    def note(self, child: int = 0, restarts: int = 0, offset: int | None = None) -> None:
+        """Record which processes the supervisor, this one, and its ComfyUI are, and where in the log that begins."""
+        if offset is None:
+            offset = self.output.stat().st_size if self.output.exists() else 0
+        pid = os.getpid()
+        record = {"pid": pid, "pid_started": started(pid), "child": child, "child_started": started(child)}
+        record |= {"restarts": restarts, "since": now(), "offset": offset}
+        with suppress(OSError):  # a full disk must not end the supervisor
+            write(self.record, json.dumps(record))
+
+    def note_log_offset(self) -> None:
+        """Record time and size of the log, every five seconds while it grows: ComfyUI's lines have no times."""
+        with suppress(OSError):  # a full disk must not end the supervisor
+            at, size = time.time(), self.output.stat().st_size
+            if size != self._marked[1] and at - self._marked[0] >= 5:
+                self._marked = at, size
+                with self.times.open("a") as file:
+                    file.write(f"{at:.0f} {size}\n")
+
+    def start_apply(self) -> None:
+        """Apply what is pending, in a process of its own."""
+        detach([sys.executable, "-I", str(self.layout.agent), "apply"], self.layout)
+
+    def apply_log(self) -> list[str]:
+        """The last lines that such processes wrote."""
+        return read_some(agent_log(self.layout)).decode(errors="replace").splitlines()[-12:]
+
+
+def _recorded(record: Json, name: str) -> int:
+    """A process of the supervisor's record while it runs, else 0. Its start time is compared: pids are reused."""
+    pid = int(record.get(name, 0))
+    since = started(pid)
+    if f"{name}_started" in record:
+        return pid if since and since == record[f"{name}_started"] else 0
+    # An older Hearth's supervisor, which noted no times, runs on after an update.
+    ours = b"supervise" in read_some(Path(f"/proc/{record.get('pid', 0)}/cmdline"))
+    return pid if since and ours else 0
+
+
+def end_of(path: Path, lines: int, begin: int = 0) -> list[str]:
+    """The last lines of a log, of what was written after `begin`; none where there is no log."""
+    with suppress(OSError), path.open("rb") as log:
+        log.seek(max(begin, os.fstat(log.fileno()).st_size - LOG_BYTES))
+        return [line[:LINE] for line in log.read(LOG_BYTES).decode(errors="replace").splitlines()[-lines:]]
+    return []
+
+
+def agent_log(layout: Layout) -> Path:
+    """The log of detached processes."""
+    return layout.state / "agent.log"
+
+
+def detach(argv: list[str], layout: Layout) -> subprocess.Popen[bytes]:
+    """Start a process that no shell, connection or Ctrl-C of ours ends."""
+    with agent_log(layout).open("ab") as log:
+        return subprocess.Popen(
+            [*argv, str(layout.state / "site.json")],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd="/",
+        )

@@ -1,0 +1,148 @@
+"""Hearth's supervisor: runs ComfyUI where there is no systemd for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import ExitStack, suppress
+
+from agent.files import Json
+from agent.journal import now
+from agent.layout import Layout
+from agent.locks import flock
+from agent.processes import copied, dies_with_parent, end_descendants, inherited, take_orphans, wait_for
+from agent.serve.health import free_if_idle
+from agent.serve.supervised import Supervised
+from agent.serve.watch import Watcher
+
+GRACE = 30.0
+"""Seconds in which ComfyUI has to end when it is told to, before it is killed."""
+
+MOST, WITHIN = 5, 300
+"""It is not started again after it has ended so often within so many seconds."""
+
+
+def supervise(layout: Layout) -> None:
+    """Run the current release until SIGTERM, and start it again when it ends. All that it has started ends with it."""
+    Supervisor(layout).run()
+
+
+class Supervisor:
+    """Runs ComfyUI, and does what units of their own do under systemd: restarts it when a node under development
+    changes, and has it free its memory from time to time.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.manager = Supervised(layout)
+        self.stopping = False
+        self.child: subprocess.Popen[bytes] | None = None
+        self.restarts = 0
+        self.ends: list[float] = []
+
+    def run(self) -> None:
+        """Run ComfyUI until told to stop."""
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN: ComfyUI would inherit that, and never stop
+        take_orphans()
+        with flock(self.manager.lock), ExitStack() as stack:
+            stack.callback(end_descendants, seconds=float("inf"))
+            self.manager.note()
+            while not self.stopping:
+                if missing := self.layout.unmounted():
+                    self.say(f"waiting for {' and '.join(missing)} to be mounted")
+                    wait_for(lambda: self.stopping or not self.layout.unmounted(), 60)
+                    continue
+                release = self.layout.manifest(self.layout.release())
+                watcher = Watcher(release.get("develop", []))
+                if not self.run_once(release, watcher) and not self.may_restart(watcher):
+                    break
+
+    def stop(self, *_: object) -> None:
+        """Have ComfyUI end, and not be started again."""
+        self.stopping = True
+        if self.child is not None and self.child.poll() is None:
+            self.child.send_signal(signal.SIGINT)  # ComfyUI handles SIGINT, not SIGTERM
+
+    def say(self, text: str) -> None:
+        """Write a line into ComfyUI's log."""
+        with suppress(OSError), self.manager.output.open("a") as output:  # a full disk must not end the supervisor
+            output.write(f"{now()} {text}\n")
+
+    def run_once(self, release: Json, watcher: Watcher) -> bool:
+        """Run ComfyUI to its end; returns whether the supervisor ended it, to start it again at once."""
+        self.manager.rotate()
+        with self.manager.output.open("ab", buffering=0) as log:
+            begin = log.tell()
+            child = self.child = subprocess.Popen(
+                [*release.get("confined", ()), *release["argv"]],
+                env={**inherited(), **release["environment"]},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd="/",
+                preexec_fn=dies_with_parent(),
+            )
+            assert child.stdout is not None
+            copying = copied(child.stdout, log)
+            self.manager.note(child.pid, self.restarts, begin)
+            if self.stopping:  # SIGTERM came between the loop's test and the start
+                child.send_signal(signal.SIGINT)
+            again = self.attend(child, release, watcher)
+            end_descendants(seconds=float("inf"))
+            copying.join(5)
+            child.stdout.close()
+        return again
+
+    def attend(self, child: subprocess.Popen[bytes], release: Json, watcher: Watcher) -> bool:
+        """Wait for ComfyUI to end; returns whether it was told to, to start again at once."""
+        patience, gone, anew = GRACE, False, False
+        changed: list[str] = []
+        period = release.get("free_memory") or float("inf")
+        due = time.monotonic() + period
+        while child.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(0.5)
+            _reap(child.pid)
+            self.manager.note_log_offset()
+            if not gone and self.layout.unmounted():  # it must not write into the empty mount point
+                gone = True
+                child.send_signal(signal.SIGINT)
+            changed += watcher.changed()
+            if changed and not anew and not self.layout.pending.exists():  # a deploy that proves it comes first
+                anew = True
+                self.say(f"{changed[0]} changed: restarting ComfyUI")
+                child.send_signal(signal.SIGINT)
+            if time.monotonic() > due:
+                due += period
+                self.say(free_if_idle(self.layout))
+            patience -= 0.5 if self.stopping or gone or anew else 0
+            if patience < 0:
+                child.kill()
+        return gone or anew
+
+    def may_restart(self, watcher: Watcher) -> bool:
+        """Whether ComfyUI, which has ended, is to be started again; waits before that.
+
+        When it ends too often, a change of a node under development is waited for, which may have broken it.
+        """
+        self.ends = [each for each in self.ends if each > time.monotonic() - WITHIN] + [time.monotonic()]
+        if len(self.ends) >= MOST:
+            if not watcher.folders:
+                return False
+            while not (self.stopping or watcher.changed()):
+                time.sleep(1)
+            self.ends = []
+        self.restarts += 1
+        if not self.stopping:
+            time.sleep(2)
+        return True
+
+
+def _reap(but: int) -> None:
+    """Reap orphans that have ended, up to the child that is waited for elsewhere."""
+    with suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != but:
+            os.waitpid(ended.si_pid, 0)

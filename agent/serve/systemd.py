@@ -1,0 +1,326 @@
+"""The service as a unit of systemd, the system's or the login's."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import stat
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from agent.files import Fault, discard, link, read_text, write
+from agent.layout import Layout
+from agent.processes import last_of, run
+from agent.schema.facts import Service
+
+UNITS = Path("/etc/systemd/system")
+
+
+def entries(folder: Path, unit: str) -> list[Path]:
+    """A unit's file and its links in a folder of systemd's, also those that lead nowhere, which a glob leaves out."""
+    places = [folder / unit, *(wants / unit for wants in folder.glob("*.wants"))]
+    return [path for path in places if os.path.lexists(path)]
+
+
+class Systemd:
+    """The service as a unit of the system's or the user's systemd.
+
+    The unit file is a link to `current/<service>.service`: what switches the release switches the unit with it. So
+    are those of its companions, `<service>-*`: what waits for mounts or runs by a timer. One with an
+    [Install] section is started at boot, and with the service.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.name = f"systemd-{layout.scope}"
+        self.unit = f"{layout.service}.service"
+        self.storage = f"{layout.service}-storage.service"  # what waits for mounts, where there are any
+        self.apply_unit = f"{layout.service}-apply.service"
+        self.exporter_unit = f"{layout.service}-exporter.service"
+        system = layout.scope == "system"
+        self.ctl = ["systemctl"] if system else ["systemctl", "--user"]
+        if not system:
+            find_runtime()
+        self.units = UNITS if system else Path.home() / ".config/systemd/user"
+        self.target = "multi-user.target" if system else "default.target"
+
+    def _wants(self, unit: str) -> Path:
+        return self.units / f"{self.target}.wants" / unit
+
+    def status(self) -> Service:
+        """The state of the service."""
+        values = self._shown(self.unit, "ActiveState,SubState,NRestarts,ActiveEnterTimestamp,MainPID")
+        died = values.get("SubState") == "auto-restart"  # it is "activating", too
+        active = values.get("ActiveState") in ("active", "activating", "reloading") and not died
+        stored = os.path.lexists(self.units / self.storage)
+        storage = self._shown(self.storage, "ActiveState").get("ActiveState") if stored else ""
+        return Service(
+            active=active,
+            waits=not active and (died or storage in ("active", "activating")),
+            state=f"{values.get('ActiveState')} ({values.get('SubState')})",
+            enabled=self._wants(self.unit).is_symlink(),
+            linked=self._linked(),
+            restarts=int(values.get("NRestarts") or 0),
+            since=values.get("ActiveEnterTimestamp", ""),
+            pid=int(values.get("MainPID") or 0),
+        )
+
+    def _shown(self, unit: str, fields: str) -> dict[str, str]:
+        lines = run([*self.ctl, "show", unit, f"--property={fields}"]).splitlines()
+        return dict(line.partition("=")[::2] for line in lines)
+
+    def _links(self) -> dict[Path, str]:
+        """The links in systemd's folder that the current release asks for."""
+        found = {self.units / self.unit: str(self.layout.current / self.unit)}
+        for name in self._companions():
+            found[self.units / name] = str(self.layout.current / name)
+            for target in re.findall(r"^WantedBy=(.+)$", read_text(self.layout.current / name), re.MULTILINE):
+                found[self.units / f"{target}.wants" / name] = f"../{name}"
+        return found
+
+    def _companions(self) -> list[str]:
+        listed = self.layout.current.glob(f"{self.layout.service}-*")
+        found = {path.name for path in listed if path.suffix in (".service", ".timer", ".path")}
+        return sorted(found - {self.exporter_unit})  # an older Hearth's release has that, too
+
+    def _linked_companions(self) -> list[str]:
+        """The companions that systemd knows, also those of an earlier release."""
+        listed = (path for path in self.units.glob(f"{self.layout.service}-*") if path.is_symlink())
+        return [path.name for path in listed if path.readlink().parent == self.layout.current]
+
+    def placed(self) -> list[Path]:
+        """Hearth's files in systemd's folder for this service."""
+        names = dict.fromkeys([self.unit, self.apply_unit, self.exporter_unit, *self._linked_companions()])
+        return [] if self.foreign() else [path for name in names for path in entries(self.units, name)]
+
+    def _stale(self) -> list[str]:
+        """Companions of an earlier release that the current one does not have."""
+        return [name for name in self._linked_companions() if not (self.layout.current / name).exists()]
+
+    def _linked(self) -> bool:
+        links = self._links().items()
+        return not self._stale() and all(place.is_symlink() and str(place.readlink()) == to for place, to in links)
+
+    def foreign(self) -> str:
+        """The path of the unit's file if Hearth did not write it, else empty. An edited or missing unit is drift."""
+        place = self.units / self.unit
+        text = "" if self._linked() else read_text(place)
+        return str(place) if text and WRITTEN not in text else ""
+
+    def install(self) -> None:
+        """Make systemd see the current release's unit, and start it at boot."""
+        self.layout.note_manager(self.name)
+        link(self._wants(self.unit), f"../{self.unit}")
+        for place, to in self._links().items():
+            link(place, to)
+        if stale := self._stale():
+            run([*self.ctl, "stop", *stale])
+        for path in [path for name in stale for path in entries(self.units, name)]:
+            discard(path)
+        run([*self.ctl, "daemon-reload"])
+
+    def uninstall(self) -> None:
+        """Stop the companions, and remove the unit and them."""
+        if companions := self._linked_companions():
+            self._stop(companions)
+        for name in (self.unit, *companions):
+            for place in entries(self.units, name):
+                discard(place)
+        run([*self.ctl, "daemon-reload"])
+        subprocess.run([*self.ctl, "reset-failed", self.unit, *companions], capture_output=True)
+        discard(self.layout.choice)
+
+    def enable(self) -> None:
+        """Start the service at boot."""
+        link(self._wants(self.unit), f"../{self.unit}")
+        run([*self.ctl, "daemon-reload"])
+
+    def disable(self) -> None:
+        """Do not start it at boot."""
+        discard(self._wants(self.unit))
+        run([*self.ctl, "daemon-reload"])
+
+    def start(self, *, wait: bool = True) -> None:
+        """Start the service, and its companions as the current release has them; `wait` until they have started."""
+        subprocess.run([*self.ctl, "reset-failed", self.unit], capture_output=True)
+        how = [] if wait else ["--no-block"]
+        run([*self.ctl, "start", *how, self.unit])
+        if wanted := sorted({place.name for place in self._links() if place.parent.name.endswith(".wants")}):
+            run([*self.ctl, "restart", *how, *wanted])
+
+    def restart(self) -> None:
+        """Restart the service alone, however often it was started before."""
+        subprocess.run([*self.ctl, "reset-failed", self.unit], capture_output=True)
+        run([*self.ctl, "restart", self.unit])
+
+    def stop(self) -> None:
+        """Stop the service and wait until it has."""
+        self._stop([name for name in (self.storage, self.unit) if os.path.lexists(self.units / name)])
+
+    def _stop(self, units: list[str]) -> None:
+        done = subprocess.run([*self.ctl, "stop", *units], capture_output=True, text=True) if units else None
+        if done and done.returncode not in (0, 5):  # 5: none of that name is loaded, so none runs (systemctl(1))
+            raise Fault("step", f"systemctl stop {' '.join(units)} failed", done.stderr.strip())
+
+    def log(self, lines: int) -> list[str]:
+        """The last lines of the service's present or last run."""
+        who = ["--user-unit"] if self.layout.scope == "user" else ["--unit"]
+        shown = run([*self.ctl, "show", self.unit, "--property=InvocationID", "--value"]).strip()
+        match = [f"_SYSTEMD_INVOCATION_ID={shown}"] if shown else [*who, self.unit]
+        return last_of(["journalctl", "--no-pager", "--reverse", "--output=cat", f"--lines={lines}", *match], lines)
+
+    def timed_log(self, lines: int) -> list[tuple[float | None, str]]:
+        """The last lines of a day, also of runs that have ended, each with its time in seconds since 1970."""
+        who = "--user-unit" if self.layout.scope == "user" else "--unit"
+        words = ["journalctl", "--no-pager", "--quiet", "--reverse", "--output=short-unix", "--since=-1d"]
+        shown = last_of([*words, f"--lines={lines}", who, self.unit], lines)
+        found = (re.match(r"(\d+\.\d+) \S+ [^\s:]+: ?(.*)", line) for line in shown)
+        return [(float(each[1]), each[2]) for each in found if each]
+
+    def start_missed(self) -> None:
+        """At boot, start the enabled service if systemd could not load its unit because the prefix was not mounted."""
+        if self._wants(self.unit).is_symlink() and not self.status().active:
+            for words in (["daemon-reload"], ["start", "--no-block", self.unit]):
+                subprocess.run([*self.ctl, *words], capture_output=True)
+
+    def start_apply(self) -> None:
+        """Start the apply unit. systemd restarts it when it is killed, and starts it at boot."""
+        limits = _APPLY_LIMITS if self.layout.scope == "system" else ""
+        text = _APPLY_UNIT.format(
+            service=self.layout.service,
+            python=_python(self.layout),
+            state=self.layout.state,
+            target=self.target,
+            limits=limits,
+        )
+        place = self.units / self.apply_unit
+        if not place.exists() or place.read_text() != text:
+            write(place, text)
+            link(self._wants(self.apply_unit), f"../{self.apply_unit}")
+            run([*self.ctl, "daemon-reload"])
+        subprocess.run([*self.ctl, "reset-failed", self.apply_unit], capture_output=True)
+        run([*self.ctl, "start", "--no-block", self.apply_unit])
+
+    def apply_log(self) -> list[str]:
+        """The state of the apply unit, and its last log lines."""
+        fields = "ActiveState,SubState,Result,ExecMainCode,ExecMainStatus,NRestarts,Job"
+        shown = run([*self.ctl, "show", self.apply_unit, f"--property={fields}"]).split()
+        who = "--user-unit" if self.layout.scope == "user" else "--unit"
+        words = ["--no-pager", "--quiet", "--output=cat", "--lines=12", who, self.apply_unit]
+        return [" ".join(shown), *run(["journalctl", *words]).splitlines()]
+
+    def remove_apply_unit(self) -> None:
+        """Remove the apply unit. A run in progress continues to its end, but is not restarted if it is killed."""
+        if placed := entries(self.units, self.apply_unit):
+            for path in placed:
+                discard(path)
+            run([*self.ctl, "daemon-reload"])
+
+
+def _python(layout: Layout) -> str:
+    """The Python for a unit that is started at each boot; raises Fault where that is root's, and no Python is.
+
+    Who deploys as root here may do so with one of their login's (uv, pyenv), which that login can replace.
+    """
+    python = str(getattr(sys, "_base_executable", ""))  # a checkout's environment may be moved or deleted
+    python = python if Path(python).is_file() else sys.executable
+    if layout.scope != "system" or rooted(Path(python)):
+        return python
+    for each in ("/usr/bin/python3", "/usr/local/bin/python3"):
+        with suppress(Fault):
+            if rooted(Path(each)) and run([each, "-ISc", "import sys; print(sys.version_info >= (3, 10))"]) == "True\n":
+                return each
+    what = f"{python} would run as root at each boot, and not root alone may change it"
+    raise Fault("step", what, "", "install the system's python3, 3.10 or newer, then run the same command again")
+
+
+def rooted(path: Path, links: int = 40) -> bool:
+    """Whether root alone may change what lies at a path: the file, the folders above it, and links on the way to it."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    shared = status.st_mode & (0o022 if status.st_gid else 0o002)
+    if status.st_uid or not links or (path != path.parent and not rooted(path.parent, links)):
+        return False
+    return rooted(path.parent / path.readlink(), links - 1) if stat.S_ISLNK(status.st_mode) else not shared
+
+
+# What it must be able to do: write anywhere (the prefix, units, places of mounts, sudoers, settings of the kernel),
+# change owners, act as the service's user, create it, reach the index, read what other processes are (adopt). No file
+# system is hidden or made read-only: in a mount namespace it would not see the mounts that it waits for. Memory has no
+# limit: what uv and a kernel's packages need grows with them, and a deploy that is killed for it would begin again.
+_APPLY_LIMITS = """\
+TasksMax=4096
+NoNewPrivileges=yes
+CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_FSETID CAP_KILL CAP_SETGID
+CapabilityBoundingSet=CAP_SETUID CAP_SYS_PTRACE CAP_AUDIT_WRITE
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+LockPersonality=yes
+KeyringMode=private
+UMask=0022
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+"""
+
+
+# Not ordered against the service, which it stops and starts itself. OOMPolicy: a compiler or uv that is killed for
+# memory must not take the apply with it.
+_APPLY_UNIT = """\
+[Unit]
+Description=Hearth: goes on with a change of {service} that is under way, else sees that it was started
+RequiresMountsFor={state}
+StartLimitIntervalSec=0
+
+[Service]
+Type=exec
+ExecStart={python} -I -S {state}/agent apply {state}/site.json
+Restart=on-failure
+# A damaged record, or a disk that takes no writes: trying each second would not help. The next boot or command goes on.
+RestartPreventExitStatus=3 4
+RestartSec=1
+OOMPolicy=continue
+KillMode=control-group
+# Now and then systemd (252, in a container under load) misses that a killed process was the last of its group, and
+# starts the next one only after this time. Nothing here needs long to end.
+TimeoutStopSec=5
+{limits}
+[Install]
+WantedBy={target}
+"""
+
+
+def login() -> str:
+    """Who runs this; the number where it has no name, as in some containers."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def find_runtime() -> None:
+    """Name the folder of the login's systemd, as cron does not, and su names another's."""
+    runtime = f"/run/user/{os.getuid()}"  # where the user's systemd has it, always (pam_systemd(8))
+    if Path(runtime).is_dir():
+        os.environ["XDG_RUNTIME_DIR"] = runtime
+
+
+def user_systemd() -> bool:
+    """Whether the login has a systemd of its own that answers."""
+    find_runtime()
+    if not (Path("/run/systemd/system").is_dir() and os.environ.get("XDG_RUNTIME_DIR")):
+        return False
+    with suppress(OSError):
+        done = subprocess.run(["systemctl", "--user", "show", "--property=Version"], capture_output=True)
+        return done.returncode == 0
+    return False
+
+
+WRITTEN = "written by Hearth for release"
+"""In the first line of every unit of Hearth's (recipes/comfyui/units/)."""
