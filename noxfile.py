@@ -100,6 +100,19 @@ def gpu(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation as a website in site/; warnings, and links that lead nowhere, are errors."""
+    uv = ("uv", "run", "--isolated", "--only-group", "docs")  # so that the tool's own environment stays as it is
+    session.run(*uv, "zensical", "build", "--strict", "--clean", *session.posargs)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build every kernel wheel for the archs given: `-- --arch 8.9`. The release workflow attaches them."""
+    session.run("inv", "build-kernels", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Side by side against upstream's own build (two hours) and other deploy tools. Writes docs/benchmarks*.md."""
     session.run("python", "-m", "bench.kernels", *session.posargs)

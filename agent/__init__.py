@@ -1,1 +1,1 @@
-"""What runs on hosts: one file there, of nothing but the standard library. `main` tells how it is called."""
+"""What runs on hosts, sent as one file with its libraries. `main` describes how it is called."""

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
         confinement.main(json.loads(argv[1]), argv[3:])
     if verb == "metrics":  # its unit's folder is in the environment
-        from agent.serve.metrics.server import serve
+        from agent.metrics.server import serve
 
         serve(Path(argv[1]))
     confine()

@@ -253,15 +253,15 @@ def page(sides: list[Side], seconds: dict[str, float], runs: int) -> str:
 
     downtime = [
         row("ComfyUI restarted (`systemctl restart`), s", median(lambda one: one.restarts)),
-        row("update to a release that is healthy, s", median(lambda one: one.outages)),
-        row(f"update to one that ends at once, s ({GATE} s to start)", lambda one: one.broken["exits"]),
-        row(f"update to one that never answers, s ({GATE} s to start)", lambda one: one.broken["hangs"]),
+        row("update to a healthy release, s", median(lambda one: one.outages)),
+        row(f"update to a release that exits immediately, s ({GATE} s to start)", lambda one: one.broken["exits"]),
+        row(f"update to a release that never answers, s ({GATE} s to start)", lambda one: one.broken["hangs"]),
     ]
     duration = [
-        row("first deploy, nothing downloaded before, s", lambda one: one.cold),
-        row("first deploy, uv's downloads there, s", lambda one: one.warm),
+        row("first deploy, empty cache, s", lambda one: one.cold),
+        row("first deploy, uv's cache filled, s", lambda one: one.warm),
         row("a new revision (one file), the same environment, s", median(lambda one: one.updates)),
-        ("sent for it", [one.sent for one in sides]),
+        ("sent for that update", [one.sent for one in sides]),
     ]
     head = [one.name if len(sides) > 1 else "" for one in sides]
     return PAGE.format(
@@ -269,7 +269,7 @@ def page(sides: list[Side], seconds: dict[str, float], runs: int) -> str:
         machine=this_machine(),
         runs=runs,
         updates=UPDATES,
-        peers=table(["s", "Hearth / it"], peers),
+        peers=table(["s", "Hearth / tool"], peers),
         downtime=table(head, downtime),
         duration=table(head, duration),
     )
@@ -279,22 +279,22 @@ PAGE = """\
 # Benchmarks of deploys
 
 Written by `uv run python -m bench.deploy`, in one run, on {date}, on {machine}.
-The host is a Debian 12 booted by systemd-nspawn on the same machine, reached over SSH at 127.0.0.1. Ratios hold on
-other machines; seconds do not. "Before" is an older commit's `inv` (`--before CHECKOUT`), in the same run on a host of
-the same kind.
+The host is a Debian 12 booted by systemd-nspawn on the same machine, reached over SSH at 127.0.0.1. Ratios are
+comparable on other machines; seconds are not. "Before" is the `inv` of an older commit (`--before CHECKOUT`), in the
+same run on a host of the same kind.
 
-## A run with nothing to do (median of {runs}, in turns)
+## A deploy without changes (median of {runs}, alternating)
 
-The peers keep a service of the same shape (packages, user, folders, source, environment, unit, answer), with three
-small packages in its environment: `bench/peers/`. Hearth looks through every file of what it deployed.
+The other tools manage a service of the same shape (packages, user, folders, source, environment, unit, answer), with
+three small packages in its environment: `bench/peers/`. Hearth checks every file that it deployed.
 
 {peers}
 
 ## Downtime (ComfyUI 0.30.0 on a CPU)
 
-The longest time between two answers while a client asks a hundred times a second. Restart and healthy update take
-turns, and the median of {updates} is shown. While a release is on trial two ComfyUIs start and compute on the same
-cores: tenths of a second are an answer that came late, from a service that was not stopped.
+The longest time between two answers while a client asks a hundred times a second. Restart and healthy update alternate,
+and the median of {updates} is shown. During a trial, two ComfyUIs share the cores: tenths of a second are late answers
+of a service that was not stopped.
 
 {downtime}
 

@@ -65,7 +65,7 @@ def section(fleet: Fleet) -> str:
         busy = series(fleet, port, jobs=True)
     rows = [
         f"| {name} | {peak:.1f} | {cpu * 1000:.1f} | {cpu / INTERVAL:.2%} | {wall * 1000:.0f} |"
-        for name, (cpu, peak, wall) in (("nothing to do", idle), ("a job ends before each scrape", busy))
+        for name, (cpu, peak, wall) in (("idle", idle), ("a job ends before each scrape", busy))
     ]
     return SECTION.format(
         date=datetime.now(UTC).date(), machine=this_machine(), rows="\n".join(rows), scrapes=SCRAPES, apart=APART
@@ -91,11 +91,11 @@ SECTION = (
     HEADING
     + """
 Measured by `uv run python -m bench.exporter` on {date}, on {machine}, on that host. {scrapes} scrapes,
-{apart} s apart; their CPU time, with that of the `systemctl` that each starts, divided by 15 s is the share of a core
-when Prometheus scrapes every 15 s. Memory is the peak of the process's resident set. Asked were at most 30 MB and
-0.5 %. The driver's library is the tests' own, which is small: NVIDIA's takes more memory, which is not measured yet.
+{apart} s apart. The CPU time of a scrape, including the `systemctl` that it starts, divided by 15 s, is the share of a
+core when Prometheus scrapes every 15 s. Memory is the peak resident set of the process. The targets were 30 MB and
+0.5 %. The driver's library is a small one of the tests; NVIDIA's needs more memory, which was not measured.
 
-| ComfyUI has | MB | ms of CPU, one scrape | of a core, every 15 s | ms until it is answered |
+| ComfyUI | Memory, MB | CPU per scrape, ms | Share of a core | Response time, ms |
 | --- | ---: | ---: | ---: | ---: |
 {rows}
 """

@@ -259,7 +259,7 @@ def main() -> None:
 
 
 SIDE_BY_SIDE = """\
-## SageAttention 2.2.0 for 12.1 (x86_64, cu130, Python 3.11), from nothing
+## SageAttention 2.2.0 for 12.1 (x86_64, cu130, Python 3.11), clean build
 
 Upstream: `setup.py bdist_wheel` with MAX_JOBS and EXT_PARALLEL at the number of cores. Hearth: `inv build-kernels`,
 which also inspects and imports the wheel. The same nvcc, torch and g++.
@@ -275,7 +275,7 @@ identical byte by byte.
 """
 
 AFTERWARDS = """\
-## The same command again, and after an edit
+## Build again, without changes and after an edit
 
 | | s |
 | --- | ---: |
@@ -287,7 +287,7 @@ AFTERWARDS = """\
 """
 
 PROFILES = """\
-## flash-attention 2.8.3.post2 for 12.1 (aarch64, cu130, Python 3.11), from nothing
+## flash-attention 2.8.3.post2 for 12.1 (aarch64, cu130, Python 3.11), clean build
 
 Profile `full` was built after `inference`, whose kernel objects it shares; its column is the sum of both runs.
 

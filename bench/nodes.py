@@ -121,7 +121,7 @@ def cloned(environment: dict[str, str]) -> float:
 def resolved() -> float:
     """Seconds to resolve one list anew, with what uv has cached of the index."""
     app, known = application(), nodes.catalogue()
-    asked = requirements.wishes(app, known)
+    asked = requirements.requirement_inputs(app, known)
     started = time.monotonic()
     requirements._compile(asked, known, find_stack("cu130"), Platform.parse("linux_x86_64"), "3.12", Path("/nowhere"))
     return time.monotonic() - started
@@ -169,16 +169,16 @@ PAGE = """\
 
 Written by `uv run python -m bench.nodes`, in one run, on {date}, on {machine}.
 {count} repositories, served from the same machine over a link of 100 Mbit/s with a delay in each direction
-(`bench/link.py`); so the server takes its part of the same cores. The least of three, of `git clone` one.
+(`bench/link.py`), so the server uses the same cores. The fastest of three runs; one run of `git clone`.
 
-| delay | {parallel} at a time, one commit each | the same, one after another | `git clone`, one after another |
+| delay | {parallel} at a time, one commit each | one commit each, sequentially | `git clone`, sequentially |
 | ---: | ---: | ---: | ---: |
 {rows}
 
 | | s |
 | --- | ---: |
-| ComfyUI and {count} nodes resolved, one list, what the index says cached | {resolve:.1f} |
-| `inv lock --check`, nothing changed | {check:.2f} |
+| ComfyUI and {count} nodes resolved, one list, index metadata cached | {resolve:.1f} |
+| `inv lock --check`, no changes | {check:.2f} |
 """
 
 if __name__ == "__main__":

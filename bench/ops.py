@@ -93,9 +93,9 @@ PAGE = """\
 
 Written by `uv run python -m bench.ops`, in one run, on {date}, on {machine}.
 The host is a Debian 12 booted by systemd-nspawn on the same machine, reached over SSH at 127.0.0.1, with the real
-ComfyUI 0.30.0 on a CPU. Medians of {runs} runs, started as people start them.
+ComfyUI 0.30.0 on a CPU. Medians of {runs} runs of the whole command.
 
-| | asked | s |
+| | target, s | s |
 | --- | ---: | ---: |
 | `inv status`, one host | 1.0 | {one:.2f} |
 | `inv status`, {hosts} hosts ({hosts} sshd and prefixes on that one machine) | 3.0 | {many:.2f} |

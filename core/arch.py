@@ -32,8 +32,8 @@ class Arch:
         if not match:
             raise ArchError(
                 f"{text!r} is not a compute capability",
-                cause="expected major.minor with one digit after the point, then perhaps a, f or +PTX",
-                hint="write for example 8.9, 9.0a or '8.9+PTX', several as '8.9;12.0'",
+                cause="expected major.minor with one digit after the point, optionally followed by a, f or +PTX",
+                hint="for example 8.9, 9.0a or '8.9+PTX'; several: '8.9;12.0'",
             )
         return cls(int(match[1]), int(match[2]), match[3].lower(), bool(match[4]))
 
@@ -47,7 +47,7 @@ class Arch:
 
 
 class ArchInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `config/archs.toml` says of a capability: the GPUs, and the build that its owners usually want."""
+    """An entry of `config/archs.toml`: the GPUs of a capability, and the defaults of its builds."""
 
     gpus: str
     platform: str
@@ -72,13 +72,13 @@ def parse_list(text: str, known: Mapping[str, ArchInfo]) -> list[Arch]:
     for arch in archs:
         if arch.capability not in known:
             raise ArchError(
-                f"compute capability {arch.capability} is not known to Hearth",
-                cause="no such GPU, or one older than the kernels support (they need 8.0 or newer)",
+                f"unknown compute capability {arch.capability}",
+                cause="no GPU has it, or the GPU is too old for the kernels, which need 8.0 or newer",
                 hint=near(arch.capability, known),
             )
         if arch.suffix and arch.suffix not in known[arch.capability].suffixes:
             raise ArchError(
-                f"{arch} does not exist: {arch.capability} has no {arch.suffix!r} variant of its own",
+                f"{arch} is not supported: {arch.capability} has no {arch.suffix!r} variant in config/archs.toml",
                 hint=f"use {arch.capability}",
             )
     return archs

@@ -1,4 +1,4 @@
-"""The only module that writes to the terminal: data to stdout, everything else to stderr."""
+"""The only module that writes to the terminal: results to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _speaker: ContextVar[str] = ContextVar("speaker", default="")
 
 @contextmanager
 def speaking(name: str) -> Iterator[None]:
-    """Put `name: ` ahead of every line said in this context: of several hosts at once, whose line it is."""
+    """Prefix every line of `say` in this context with `name: `, to tell the lines of several hosts apart."""
     token = _speaker.set(f"{name}: ")
     try:
         yield
@@ -32,12 +32,12 @@ def speaking(name: str) -> Iterator[None]:
 
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# What a terminal takes as a string, to its end in the same line: OSC, DCS, SOS, PM, APC (ECMA-48, 8.3).
+# Control strings up to their terminator on the same line: OSC, DCS, SOS, PM, APC (ECMA-48, 8.3).
 _STRINGS = re.compile(
     r"(?:\x1b\]|\x9d)[^\x00-\x1f\x7f-\x9f]*(?:\x07|\x1b\\|\x9c)"
     r"|(?:\x1b[PX^_]|[\x90\x98\x9e\x9f])[^\x00-\x1f\x7f-\x9f]*(?:\x1b\\|\x9c)"
 )
-# C0 and C1, the marks that turn the direction of text (Unicode TR 9), and what is not seen.
+# C0 and C1 controls, marks of text direction (Unicode TR 9), and invisible characters.
 _STEERING = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     r"\U000e0000-\U000e007f]"
@@ -45,11 +45,11 @@ _STEERING = re.compile(
 
 
 def printable(text: str, *, colours: bool = False) -> str:
-    """Text without what would steer a terminal: hosts, repositories, jobs and file names choose parts of it.
+    """Return text without terminal control sequences: hosts, repositories, jobs and file names supply parts of it.
 
-    Tabs and line feeds stay, with `colours` also colours, which end with the text; half of a surrogate pair, which a
-    file name that is not UTF-8 has, becomes an escape. What else can be read stays: of a sequence that somebody leaves
-    open the end would be ours.
+    Tabs and line feeds are kept, and with `colours` also colours, which are reset at the end. A lone surrogate, as in a
+    file name that is not UTF-8, becomes an escape. The printable part of an unterminated sequence is kept: dropping it
+    would swallow our own text after it.
     """
     pieces = _COLOUR.split(text)
     kept = _COLOUR.findall(text) if colours else [""] * (len(pieces) - 1)
@@ -59,95 +59,104 @@ def printable(text: str, *, colours: bool = False) -> str:
 
 
 def line(text: str) -> str:
-    """Text of one line, whatever others have put into it: it cannot begin one that looks like ours."""
+    """Return printable text on one line, so that untrusted text cannot start a line that looks like ours."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _write(text: str, file: TextIO, end: str = "\n") -> None:
-    """Write text that is printable already; characters that the terminal's encoding lacks become escapes."""
+    """Write printable text; characters missing from the terminal's encoding become escapes."""
     encoding = file.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=file, flush=True)
 
 
 def say(text: str) -> None:
-    """Tell the person at the terminal something (stderr)."""
+    """Write a message (stderr)."""
     prefix = _speaker.get()
     _write("\n".join(f"{prefix}{line}" for line in printable(text).splitlines()), sys.stderr)
 
 
-def agreed(question: str) -> bool | None:
-    """Ask the person at the terminal; None where there is none."""
+def confirm(question: str) -> bool | None:
+    """Ask a yes-or-no question; None without a terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
     _write(printable(f"{question} [y/N] "), sys.stderr, end="")
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def typed(question: str, word: str) -> bool:
-    """Whether the person at the terminal types this very word; where there is no terminal, nobody does."""
+def confirm_name(question: str, name: str) -> bool:
+    """Ask the user to type `name`; False without a terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     _write(printable(f"{question} "), sys.stderr, end="")
-    return sys.stdin.readline().strip() == word
+    return sys.stdin.readline().strip() == name
 
 
 def hidden(question: str) -> str:
-    """What the person at the terminal types, without showing it; raises EOFError."""
+    """Read a line from the terminal without echoing it; raises EOFError."""
     from getpass import getpass
 
     return getpass(printable(question))
 
 
 def guard() -> None:
-    """Have what Python itself writes go the same way: warnings, and errors that nobody catches."""
+    """Route Python's own output through `say`: warnings and uncaught errors."""
     import threading
     import traceback
     import warnings
 
-    def tell(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    def report(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
         say("".join(traceback.format_exception(kind, error, trace)))
 
-    def tell_thread(told: threading.ExceptHookArgs) -> None:
-        if told.exc_type is not SystemExit:
-            tell(told.exc_type, told.exc_value, told.exc_traceback)
+    def report_thread(event: threading.ExceptHookArgs) -> None:
+        if event.exc_type is not SystemExit:
+            report(event.exc_type, event.exc_value, event.exc_traceback)
 
-    if threading.excepthook is threading.__excepthook__:  # else a test collects them
-        threading.excepthook = tell_thread
-        sys.unraisablehook = lambda told: tell(told.exc_type, told.exc_value, told.exc_traceback)
-    sys.excepthook = tell
+    if threading.excepthook is threading.__excepthook__:  # otherwise pytest collects them
+        threading.excepthook = report_thread
+        sys.unraisablehook = lambda event: report(event.exc_type, event.exc_value, event.exc_traceback)
+    sys.excepthook = report
     warnings.showwarning = lambda message, kind, *_: say(f"{kind.__name__}: {message}")
 
 
 def coloured() -> bool:
-    """Whether results may have colours: on a terminal, unless NO_COLOR says otherwise (no-color.org)."""
+    """Whether stdout is a terminal and NO_COLOR is not set (no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def unread() -> bool:
-    """Whether whoever read the results has gone, as `| head` does: nothing is written to see that."""
+    """Whether the reader of stdout has closed it, as `| head` does; checked without writing."""
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
 def data(text: str, *, colours: bool = False) -> None:
-    """Write a result (stdout); with `colours` its own colours stay, on a terminal."""
+    """Write a line of a stream, or a whole document (stdout); with `colours`, a terminal shows its colours."""
     _write(printable(text, colours=colours and coloured()), sys.stdout)
+
+
+def show(value: Any, rows: Iterable[str], *, as_json: bool) -> None:
+    """Write a result (stdout): with `as_json` the value as JSON, otherwise its rows, one line each.
+
+    `value` is a msgspec struct, a dataclass, or a container of them. `rows` are lines; `table` makes aligned ones. No
+    row can span two lines or control the terminal.
+    """
+    if as_json:
+        data_json(value)
+    else:
+        for row in rows:
+            data(line(row))
 
 
 def data_json(value: Any) -> None:
     """Write a result as JSON (stdout)."""
-    data(json.dumps(value, indent=2, sort_keys=True))
+    import msgspec  # slow to import
+
+    data(json.dumps(msgspec.to_builtins(value), indent=2, sort_keys=True))
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write rows as aligned columns (stdout), the last column as wide as it likes."""
-    for line in aligned(headings, rows):
-        data(line)
-
-
-def aligned(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table. No cell breaks its line."""
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table. All columns but the last are padded; a line break in a cell becomes a space."""
     lines = [[" ".join(printable(cell).split("\n")) for cell in row] for row in (headings, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     return [
@@ -157,7 +166,7 @@ def aligned(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]
 
 
 def refreshed(lines: Callable[[], Iterable[str]], seconds: float) -> None:
-    """Write lines again and again (stdout) until Ctrl-C: in place on a terminal, else one after another."""
+    """Write lines every `seconds` (stdout) until Ctrl-C: in place on a terminal, otherwise one after another."""
     if not sys.stdout.isatty():
         while True:
             for line in lines():
@@ -177,9 +186,9 @@ def refreshed(lines: Callable[[], Iterable[str]], seconds: float) -> None:
 
 
 class Progress:
-    """Progress over steps of unequal length: a bar on a terminal, a line per step elsewhere.
+    """Progress over steps of unequal length: a bar on a terminal, otherwise a line per step.
 
-    `total` and every step's weight are in the same unit, expected seconds of work for compile steps.
+    `total` and the weight of a step share a unit: expected seconds of work for compile steps.
     """
 
     def __init__(self, title: str, total: float, count: int) -> None:
@@ -213,13 +222,13 @@ class Progress:
             self._bar.stop()
 
     def advance(self, weight: float) -> None:
-        """Part of a step is done: moves the bar, says nothing elsewhere."""
+        """Record a part of a step: moves the bar, and writes nothing without a terminal."""
         self._done += weight
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)
 
     def step(self, name: str, weight: float, running: int) -> None:
-        """One step more is done; `running` others are under way."""
+        """Record a finished step; `running` other steps are under way."""
         self._steps += 1
         self._done += weight
         spent = time.monotonic() - self._started
@@ -232,7 +241,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as people read them: `8 s`, `2 min`, `1 h 05 min`."""
+    """Format a duration in seconds: `8 s`, `2 min 00 s`, `1 h 05 min`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -243,7 +252,7 @@ def clock(seconds: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """Seconds in their largest whole unit: `40 s`, `12 min`, `5 h`, `9 d`."""
+    """Format a duration in seconds, in its largest whole unit: `40 s`, `12 min`, `5 h`, `9 d`."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{int(seconds // length)} {unit}"
@@ -251,7 +260,7 @@ def age(seconds: float) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes as people read them."""
+    """Format a number of bytes: `999 B`, `6.3 MB`."""
     for unit in ("B", "kB", "MB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"

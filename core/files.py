@@ -1,4 +1,4 @@
-"""Where Hearth's files lie, and the few things done with files everywhere: hash, lock, write in one rename."""
+"""Files: hash, list, lock, and write in one rename."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def blocks(file: IO[bytes], size: int) -> Iterator[bytes]:
-    """The next `size` bytes of a file, in blocks."""
+    """Yield the next `size` bytes of a file, in blocks."""
     while block := file.read(min(size, 1 << 16)):
         size -= len(block)
         yield block
@@ -37,17 +37,17 @@ def sha256(path: Path) -> str:
 
 
 LARGEST = 200_000_000
-"""Bytes of a file in a source tree."""
+"""Maximum bytes of a file in a source tree."""
 
 LARGEST_WHEEL = 4_000_000_000
-"""Bytes of a package, of which the index's own hash is known: torch and cuBLAS have almost a gigabyte each."""
+"""Maximum bytes of a package whose hash the index states: torch and cuBLAS have almost a gigabyte each."""
 
 
 def tree(root: Path, largest: int = LARGEST) -> list[tuple[str, Path]]:
-    """Every file of a tree by its relative path, sorted. What is read of a tree to hash, pack or bundle it, is this.
+    """List every file of a tree by its relative path, sorted, to hash, pack or bundle the tree.
 
-    A symbolic link to a file of the same tree counts as that file. Raises TreeError for any other link, since it would
-    send what lies elsewhere on this machine, and for devices, pipes, sockets, huge files and names that are not plain.
+    A symbolic link to a file of the same tree counts as that file. Raises TreeError for other links, which would send
+    other files of this machine, and for devices, pipes, sockets, huge files and names with control characters.
     """
     real, found = Path(os.path.realpath(root)), []
     pending = [root]
@@ -79,26 +79,26 @@ def tree(root: Path, largest: int = LARGEST) -> list[tuple[str, Path]]:
 
 
 def plain(name: str) -> bool:
-    """Whether a file's name has nothing that would steer a terminal or begin a new line, and is UTF-8."""
+    """Whether a file name is UTF-8 without control characters, tabs and newlines."""
     return console.printable(name) == name and not {"\n", "\t"} & set(name)
 
 
 def _real(link: Path) -> Path:
-    """Where a link leads; nowhere, when the kernel would not follow it so far (a path may be longer than it takes)."""
+    """The target of a link; `/` when it does not exist or the kernel cannot follow it."""
     try:
         return Path(os.path.realpath(link, strict=True))
     except OSError:
         return Path("/")
 
 
-_REFUSED = "delete it where the folder is your own; leave it out of a node or recipe with `without`"
+_REFUSED = "delete it from your own folder; exclude it from a node or recipe with `without`"
 
 
 def tree_hash(root: Path, names: Iterable[str] | None = None) -> str:
     """The SHA-256 of a tree: sorted relative paths, the executable bit and every file's content.
 
-    `names` (relative paths) limits it, to files whose links were checked by the caller or lead where they may; times,
-    owners and empty directories do not count.
+    `names` (relative paths) limits it to files whose links the caller has checked. Times, owners and empty folders do
+    not count.
     """
     digest = hashlib.sha256()
     for name, path in tree(root) if names is None else ((name, root / name) for name in sorted(names)):
@@ -109,10 +109,11 @@ def tree_hash(root: Path, names: Iterable[str] | None = None) -> str:
 
 @contextmanager
 def draft(place: Path) -> Iterator[Path]:
-    """A path to make a file or folder at, to be renamed to `place`: in a locked folder beside it, deleted at the end.
+    """Yield a path for a file or folder that the caller then renames to `place`.
 
-    Folders of killed runs are deleted first. They are told by their lock, which the kernel drops with its process, also
-    on a shared home: process ids repeat in containers and mean nothing on another machine.
+    It is in a locked folder beside `place`, which is deleted at the end. Folders of killed runs are deleted first: the
+    kernel has released their locks, also on a shared home. Process ids would not identify them: they repeat in
+    containers and mean nothing on another machine.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     for stale in place.parent.glob(f".{glob.escape(place.name)}.*"):
@@ -129,7 +130,7 @@ def draft(place: Path) -> Iterator[Path]:
 
 
 def sweep(stale: Path) -> None:
-    """Delete what a killed run left; what a living one has locked, or another user owns, stays."""
+    """Delete the folder of a killed run; keep one that is locked or belongs to another user."""
     with suppress(PermissionError):
         if not stale.is_dir():  # older versions left plain files, too
             stale.unlink(missing_ok=True)
@@ -139,7 +140,7 @@ def sweep(stale: Path) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a draft's folder; None when another process holds it or has deleted it."""
+    """Lock a draft's folder; None when another process has locked or deleted it."""
     try:
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)  # NFS locks only what is open for writing
     except FileNotFoundError:
@@ -155,7 +156,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file in one rename: whoever reads it sees the old content or the new one, after a power cut, too."""
+    """Write a file in one rename: readers see the old or the new content, also after a power cut."""
     with draft(path) as part:
         with part.open("wb") as file:
             file.write(content if isinstance(content, bytes) else content.encode())
@@ -169,14 +170,14 @@ _making: defaultdict[Path, threading.RLock] = defaultdict(threading.RLock)
 
 @contextmanager
 def atomic_dir(place: Path) -> Iterator[Path]:
-    """Make the folder `place` in one rename: yields an empty folder to fill, and drops it when the body fails.
+    """Create the folder `place` in one rename: yield an empty folder to fill, and delete it when the body fails.
 
-    Threads that make the same folder do so in turn; of processes that do, the first one's stays.
+    Threads that create the same folder take turns. Of several processes, the first one's folder stays.
     """
     with _making[place], draft(place) as part:
         part.mkdir()
         yield part
-        os.sync()  # a folder that is there counts as whole, also after a power cut
+        os.sync()  # an existing folder counts as complete, also after a power cut
         try:
             part.rename(place)
         except OSError:
@@ -186,10 +187,10 @@ def atomic_dir(place: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[int]:
-    """Hold the lock file at `path`; call `on_wait` first when someone else holds it.
+    """Hold the lock file at `path`; call `on_wait` first when another process holds it.
 
     Yields the descriptor. A `flock` belongs to the open file, so a child that inherits the descriptor keeps
-    the lock when this process is killed: the next run then waits for that child instead of racing it.
+    the lock when this process is killed, and the next run waits for that child.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,4 +1,4 @@
-"""Flags that several tasks have, each declared once. A task takes the dataclasses whose flags it wants."""
+"""Flags that several tasks share, each declared once. A task takes the dataclasses whose flags it needs."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 
 def flag(default: str | bool, meaning: str) -> Any:
-    """A field that is a flag, with its default and what `inv --help` says of it."""
+    """A field that is a flag, with its default and its text in `inv --help`."""
     return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True)
 class Output:
-    """How a result is printed."""
+    """Output format."""
 
     json: bool = flag(False, "print JSON")
 
 
 @dataclass(frozen=True)
 class Sudo:
-    """How root is had."""
+    """Privilege escalation."""
 
     ask_sudo: bool = flag(
-        False, "the sudo password, from the keyring (keyring set hearth-sudo HOST) or asked for once; never stored"
+        False, "take the sudo password from the keyring (keyring set hearth-sudo HOST), or ask for it; never stored"
     )
 
 
@@ -31,46 +31,50 @@ class Sudo:
 class Where(Sudo):
     """One host."""
 
-    host: str = flag("", "a host of config/hosts.toml (default: local, this machine)")
+    host: str = flag("", "a host in config/hosts.toml (default: local, this machine)")
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """Whether anything is changed at all."""
+    """Whether to change anything."""
 
-    dry_run: bool = flag(False, "only show what would be changed; exit code 0: nothing, 2: there would be changes")
+    dry_run: bool = flag(False, "show the changes and make none; exit code 0: no changes, 2: there would be changes")
+
+    def code(self, *, changes: bool) -> int:
+        """The exit code of a task that made these `changes`, or on a dry run would make them."""
+        return 2 if self.dry_run and changes else 0
 
 
 @dataclass(frozen=True)
 class Agreed(DryRun):
-    """A change that asks for confirmation."""
+    """Changes that ask for confirmation."""
 
-    yes: bool = flag(False, "change it without asking; remove, nuke and adopt need it where there is no terminal")
+    yes: bool = flag(False, "do not ask for confirmation; remove, nuke and adopt require it without a terminal")
 
 
 @dataclass(frozen=True)
 class CutOver(DryRun):
-    """How the service is stopped, as to go from one release to another."""
+    """Options for stopping the service."""
 
     drain: str = flag(
-        "60", "seconds to wait for ComfyUI's jobs; when they still run then, nothing is changed (default: 60)"
+        "60", "seconds to wait for ComfyUI's jobs; if any still run after that, nothing is changed (default: 60)"
     )
-    force: bool = flag(False, "stop ComfyUI without asking for its jobs: they are interrupted")
+    force: bool = flag(False, "stop ComfyUI at once and interrupt its jobs")
 
 
 @dataclass(frozen=True)
 class Tried(CutOver):
-    """Whether a release is tried beside the one in service before it replaces it."""
+    """Whether to try a release beside the active one before it takes over."""
 
-    trial: bool = flag(False, "stop after the trial: the release in service stays untouched")
-    no_trial: bool = flag(False, "cut over without a trial: an unhealthy release costs its start and the way back")
+    trial: bool = flag(False, "stop after the trial; the active release is not touched")
+    no_trial: bool = flag(False, "cut over without a trial; an unhealthy release then interrupts the service")
 
 
 @dataclass(frozen=True)
 class Change(CutOver, Agreed):
-    """A cut-over that somebody at a terminal agrees to."""
+    """A cut-over that asks for confirmation."""
 
 
 @dataclass(frozen=True)
 class TriedChange(Tried, Agreed):
-    """A cut-over after a trial, that somebody at a terminal agrees to."""
+    """A cut-over after a trial, which asks for confirmation."""

@@ -1,4 +1,4 @@
-"""Reads what strangers wrote: archives, Python, TOML and text of any size, nesting and shape."""
+"""Reads untrusted archives, Python, TOML and text of any size and nesting."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LIMIT = 1_000_000
-"""Bytes of a Python file that is parsed, which takes a thousand times that in memory. ComfyUI's largest has 0.2 MB."""
+"""Maximum bytes of a parsed Python file; parsing takes 1,000 times as much memory. ComfyUI's largest has 0.2 MB."""
 
 TEXT, TABLE = 256_000, 32_000
-"""Bytes of a list of requirements, and of a pyproject.toml, whose parser takes seconds for more of the wrong kind."""
+"""Maximum bytes of a requirements.txt, and of a pyproject.toml, which may take seconds to parse."""
 
 FILES, DEPTH, TOTAL = 100_000, 64, 2_000_000_000
-"""Of a tree: files and links, folders in one another, bytes. flash-attention has 12,000 files and 0.1 GB."""
+"""Limits of a tree: files and links, nested folders, bytes. flash-attention has 12,000 files and 0.1 GB."""
 
-LEAVE_OUT = "leave it out of the node or recipe with `without`"
+LEAVE_OUT = "exclude it from the node or recipe with `without`"
 
 
 class Tree:
-    """A folder that is filled with what a commit or archive holds; raises TreeError for what no source tree needs."""
+    """A folder filled from a commit or archive; raises TreeError for content that no source tree needs."""
 
     def __init__(self, place: Path, label: str) -> None:
         self.place, self.label = place, label
@@ -61,7 +61,7 @@ class Tree:
         self._links[name] = os.fsdecode(target)
 
     def finish(self) -> None:
-        """Put copies of files in the places of links to them. It comes last, so that nothing is written through one."""
+        """Replace links by copies of their targets. Call it last, so that nothing is written through a link."""
         for name, target in self._links.items():
             try:
                 (self.place / name).symlink_to(target)
@@ -101,7 +101,7 @@ class Tree:
 
 @contextmanager
 def _told(label: str, where: str) -> Iterator[None]:
-    """Tell whatever an archive makes tarfile and zlib raise as a TreeError."""
+    """Convert the exceptions of tarfile and zlib to TreeError."""
     try:
         yield
     except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError, RecursionError, OSError) as error:
@@ -112,7 +112,7 @@ def _told(label: str, where: str) -> Iterator[None]:
 
 
 class _Rationed:
-    """Bytes of a tar archive, as many as `left` says: its headers may be of any length, and are read whole."""
+    """A tar archive of which at most `left` bytes are read: tarfile reads headers of any length into memory."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self.left = raw, HEADERS
@@ -125,14 +125,14 @@ class _Rationed:
 
 
 HEADERS = 1 << 20
-"""Bytes of headers before a member: a name, and what else pax keeps."""
+"""Maximum bytes of headers before a member: its name and other pax records."""
 
 
 def members(raw: IO[bytes], label: str) -> Iterator[tuple[tarfile.TarInfo, Iterator[bytes]]]:
-    """The members of an uncompressed tar archive, each with its content in blocks, to be read before the next one.
+    """Yield the members of an uncompressed tar archive, each with its content in blocks to read before the next one.
 
-    Raises TreeError, naming the member, for anything but files, folders and symbolic links: no hard links, devices or
-    sparse files, which are small here and huge when unpacked. Of the archive no more than a block is held in memory.
+    Raises TreeError with the member's name for anything but files, folders and symbolic links: hard links, devices, and
+    sparse files, which are huge when unpacked. At most one block is in memory.
     """
     ration, last, count, total = _Rationed(raw), "its beginning", 0, 0
 
@@ -153,12 +153,12 @@ def members(raw: IO[bytes], label: str) -> Iterator[tuple[tarfile.TarInfo, Itera
                 raise TreeError(f"{label} is too large, at {last!r}", hint=LEAVE_OUT)
             ration.left = member.size + HEADERS
             yield member, content(archive.extractfile(member) if member.isreg() else None)
-            archive.members = []  # it would remember them all
+            archive.members = []  # tarfile would keep all of them
 
 
 def content(path: Path, limit: int = LIMIT) -> bytes:
-    """A file's bytes; raises TreeError when it is too large to be parsed, or no plain file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for whoever would write into a pipe
+    """A file's bytes; raises TreeError for more than `limit` bytes and for anything but a regular file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not block on a pipe
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise TreeError(f"{path} is no plain file, and is not read", hint=LEAVE_OUT)
@@ -177,9 +177,9 @@ def text(path: Path, limit: int = TEXT) -> str:
 
 
 def parsed(path: Path) -> ast.Module | None:
-    """The syntax tree of a Python file, which is not run; None for what is too large or deep, or no Python of ours."""
+    """The syntax tree of a Python file, which is not executed; None if it is too large or cannot be parsed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its escapes and comparisons, which are its author's affair
+        warnings.simplefilter("ignore")  # about escapes and comparisons of its author
         try:
             return ast.parse(content(path))
         except (TreeError, SyntaxError, ValueError, RecursionError, MemoryError):
@@ -187,14 +187,14 @@ def parsed(path: Path) -> ast.Module | None:
 
 
 def python(path: Path) -> ast.Module:
-    """The same, with an empty tree where there is none."""
+    """As `parsed`, with an empty tree instead of None."""
     return parsed(path) or ast.Module([], [])
 
 
 def pyproject(tree: Path) -> dict[str, Any]:
-    """The `project` table of a tree's pyproject.toml; empty where there is none, or none that can be read."""
+    """The `project` table of a tree's pyproject.toml; empty if it is missing or cannot be parsed."""
     try:
         found = tomli.loads(text(tree / "pyproject.toml", TABLE)).get("project")
-    except (FileNotFoundError, ValueError, RecursionError):  # also of a number of 5,000 digits
+    except (FileNotFoundError, ValueError, RecursionError):  # also an integer of 5,000 digits
         return {}
     return found if isinstance(found, dict) else {}

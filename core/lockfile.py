@@ -1,4 +1,4 @@
-"""What `uv.lock` pins: the requirements of an extra, and that extra installed into the cache."""
+"""uv.lock: the pinned requirements of an extra, and its installation in the cache."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def renew(*, check: bool) -> None:
-    """Resolve `uv.lock` anew; with `check` change nothing. Raises LockStaleError."""
+    """Resolve uv.lock again; `check` changes nothing. Raises LockStaleError."""
     done = tools.uv("lock", *(["--check"] if check else []), cwd=files.CHECKOUT, check=False)
     if done.returncode:
         raise LockStaleError(
-            "uv.lock is stale" if check else "uv.lock could not be renewed",
+            "uv.lock is stale" if check else "uv.lock could not be resolved",
             cause=done.stderr.strip().splitlines()[-1],
             hint="inv lock" if check else "read uv's message above",
         )
@@ -31,7 +31,7 @@ def renew(*, check: bool) -> None:
 def requirements(extra: str) -> list[str]:
     """The locked requirements of an extra, one string each with its hashes, as `uv export` writes them.
 
-    Kept in the cache under the lock's own hash, for uv takes 0.1 s to tell.
+    They are cached by the hash of uv.lock, because uv takes 0.1 s to export them.
     """
     kept = exported(extra)
     if not kept.exists():
@@ -42,13 +42,13 @@ def requirements(extra: str) -> list[str]:
 
 
 def exported(extra: str) -> Path:
-    """Where the cache keeps the locked requirements of an extra."""
+    """The cached file with the locked requirements of an extra."""
     here = workspace.current()
     return here.cache / "exports" / f"{extra}-{files.sha256(here.checkout / 'uv.lock')[:16]}.txt"
 
 
 def install(extra: str, platform: Platform, python: str, finish: Callable[[Path], None] | None = None) -> Path:
-    """Install a locked extra for a platform and Python into a cache folder of its own, in one rename.
+    """Install a locked extra for a platform and Python into its own cache folder, in one rename.
 
     `finish` completes the folder before the rename.
     """

@@ -1,4 +1,4 @@
-"""The manifest beside each wheel: what it was built from, and what inspection found in it.
+"""The manifest of a wheel: what it was built from, and what the inspection found in it.
 
 `kernels` writes it, `deploy` reads it; its JSON schema is in docs/reference/manifest.schema.json.
 """
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from core import foreign
+from core import console, foreign
 from core.errors import TreeError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
@@ -20,11 +21,11 @@ WheelFile = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*\.
 
 
 class ModuleReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one extension module holds.
+    """The content of one extension module.
 
-    `sass` and `ptx` are the targets found in it (`sm_121a`), `cubins` how many device images, `needed` its shared
-    libraries, `undefined` how many symbols others must provide, of which `from_driver` come with the GPU's driver.
-    `glibc` and `glibcxx` are the highest symbol versions it asks for.
+    `sass` and `ptx` are the targets in it (`sm_121a`), `cubins` the number of device images, `needed` its shared
+    libraries, `undefined` the number of undefined symbols, of which the GPU's driver provides `from_driver`.
+    `glibc` and `glibcxx` are the highest symbol versions it requires.
     """
 
     name: str
@@ -40,14 +41,14 @@ class ModuleReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Whether a check that needs a certain machine ran: `passed` or `not run`, how, or why not."""
+    """The result of a check that needs a certain machine: `passed` or `not run`, with details or the reason."""
 
     result: str
     detail: str
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One wheel: its file and hash, its coordinates, the key and what went into it, and what was found in it."""
+    """One wheel: its file and hash, its coordinates, its key with the inputs, and the findings of the inspection."""
 
     file: WheelFile
     sha256: Sha256
@@ -71,7 +72,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read(path: Path) -> Manifest | None:
-    """The manifest in a file; None when there is none that can be read, as of a folder, a pipe or nested JSON."""
+    """The manifest in a file; None when the file cannot be read or decoded."""
     try:
         return decode(foreign.content(path))
     except (OSError, TreeError, msgspec.DecodeError, RecursionError):
@@ -79,10 +80,34 @@ def read(path: Path) -> Manifest | None:
 
 
 def decode(text: bytes) -> Manifest:
-    """Read a manifest; raises msgspec.ValidationError or msgspec.DecodeError when it is none."""
+    """Read a manifest; raises msgspec.ValidationError or msgspec.DecodeError."""
     return msgspec.json.decode(text, type=Manifest)
 
 
 def encode(manifest: Manifest) -> str:
     """Write a manifest as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2).decode() + "\n"
+
+
+def rows(manifests: Sequence[Manifest]) -> list[str]:
+    """A table of wheels: size, machine code, and the results of the import and the smoke test."""
+    cells = [
+        (
+            each.file,
+            console.size(each.size),
+            ",".join(sorted({target for module in each.modules for target in module.sass})),
+            each.glibc,
+            each.imported.result,
+            each.smoke.result,
+        )
+        for each in manifests
+    ]
+    return console.table(("wheel", "size", "SASS", "glibc", "import", "GPU"), cells)
+
+
+def unproven(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A line for each wheel whose import or smoke test was not run, with the reason."""
+    for each in manifests:
+        for title, proof in (("import", each.imported), ("smoke test", each.smoke)):
+            if proof.result != "passed":
+                yield f"{each.identifier}: {title} not run: {proof.detail}"

@@ -21,12 +21,11 @@ if TYPE_CHECKING:
 
 Done = subprocess.CompletedProcess[str]
 
-# Where Debian keeps what users call: the package that holds a program, for the message when it is missing.
+# The Debian package of a program, for the message when it is missing.
 _PACKAGES = {
     "git": "git",
     "uv": "uv (pip install uv)",
     "apt-get": "apt",
-    "rsvg-convert": "librsvg2-bin",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
 }
@@ -45,8 +44,8 @@ def run(
 ) -> Done:
     """Run a program to its end and return its output as text.
 
-    `env` is added to this process's environment, or without `inherit` is all of it. What it says on standard output
-    goes to the file `output` as it is, where there is one. `timeout` is in seconds.
+    `env` is added to this process's environment, or replaces it without `inherit`. `output` is a file for standard
+    output, in bytes. `timeout` is in seconds.
     Raises ToolMissingError when it is not installed and, with `check`, ProcessError when it fails.
     """
     words = [str(word) for word in argv]
@@ -84,10 +83,10 @@ def _missing(program: str) -> ToolMissingError:
 def lines(
     argv: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str], pass_fds: Sequence[int] = ()
 ) -> Generator[str, None, int]:
-    """Run a program and yield its output, stderr with it, line by line; return its exit status.
+    """Run a program and yield its output, with stderr, line by line; return its exit status.
 
     The status is the generator's return value: the `value` of its StopIteration. `pass_fds` stay open in
-    the program and in whatever it starts, so that a file lock held on one outlives this process.
+    the program and its children, so that a file lock on one outlives this process.
     """
     process = subprocess.Popen(
         [str(word) for word in argv],
@@ -107,7 +106,7 @@ def lines(
 
 
 LINE = 64_000_000
-"""Bytes of a line: the hashes of all files of a release are one, some MB."""
+"""Maximum bytes of a line: the hashes of all files of a release are one line of some MB."""
 
 
 def stream(
@@ -119,11 +118,11 @@ def stream(
     silence: float | None = None,
     said: Callable[[str], None] = lambda _: None,
 ) -> Iterator[bytes]:
-    """Give a program its standard input and yield its output, line by line with the line ends.
+    """Write a program's standard input and yield its output, line by line with the line ends.
 
-    Input and output move at once, so that no full pipe makes both sides wait for each other; `said` gets the lines of
-    stderr as they come. The program has a session of its own: it cannot ask at our terminal, and Ctrl-C ends it
-    through us. Raises TimeoutError when no byte moves for `silence` seconds (`first`: before any output), and
+    Input and output are transferred at the same time, so that full pipes cannot block both sides; `said` gets each line
+    of stderr. The program has its own session: it cannot prompt at the terminal, and Ctrl-C reaches it through this
+    process. Raises TimeoutError when no byte moves for `silence` seconds (`first`: before any output), and
     ProcessError with the status and stderr whenever the status is not 0, also after output. The unfinished last line
     of a program that fails is dropped.
     """
@@ -133,32 +132,66 @@ def stream(
         process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
     except FileNotFoundError as error:
         raise _missing(words[0]) from error
-    stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
+    errors = _Errors(process, said)
+    errors.start()
+    output = bytearray()
+    with _ended(process, patience=5):
+        for chunk in _exchange(process, itertools.chain((request,), blocks), errors, first, silence):
+            output += chunk
+            if b"\n" in chunk:
+                *lines, output = output.split(b"\n")
+                for line in lines:
+                    yield bytes(line) + b"\n"
+            if len(output) > LINE:
+                what = f"{words[0]} wrote a line of more than {LINE} bytes"
+                raise AgentError(what, hint="look at what runs there: inv logs")
+        errors.join(1)  # at most: the background master of an older ssh keeps stderr open
+        if process.returncode:
+            cause = "\n    ".join([*errors.lines][-8:])
+            failure = ProcessError(f"{' '.join(words[-2:])} ended with {process.returncode}", cause=cause)
+            failure.status, failure.said = process.returncode, "\n".join(errors.lines)
+            raise failure
+        if output:
+            yield bytes(output)
+
+
+class _Errors(threading.Thread):
+    """Reads a program's stderr: its last lines, and the time of the latest."""
+
+    def __init__(self, process: subprocess.Popen[bytes], said: Callable[[str], None]) -> None:
+        super().__init__(daemon=True)
+        assert process.stderr is not None
+        self._stderr, self._said = process.stderr, said
+        self.lines: deque[str] = deque(maxlen=1000)
+        self.moved = time.monotonic()
+
+    def run(self) -> None:
+        with self._stderr:
+            for line in iter(lambda: self._stderr.readline(1 << 16), b""):
+                self.moved = time.monotonic()
+                self.lines.append(line.decode(errors="replace").rstrip())
+                self._said(self.lines[-1])
+
+
+def _exchange(
+    process: subprocess.Popen[bytes],
+    blocks: Iterable[bytes],
+    errors: _Errors,
+    first: float | None,
+    silence: float | None,
+) -> Iterator[bytes]:
+    """Write blocks to a program and yield its output in chunks, until it has ended; raises TimeoutError."""
+    stdin, stdout = process.stdin, process.stdout
     assert stdin is not None
     assert stdout is not None
-    assert stderr is not None
-    outgoing = (each for each in itertools.chain((request,), blocks) if each)
-    block = b""
-    output = bytearray()
-    complaints: deque[str] = deque(maxlen=1000)
+    outgoing, block = (each for each in blocks if each), b""
     limit, moved = first, time.monotonic()
-
-    def listen() -> None:
-        nonlocal moved
-        with stderr:
-            for line in iter(lambda: stderr.readline(1 << 16), b""):
-                moved = time.monotonic()
-                complaints.append(line.decode(errors="replace").rstrip())
-                said(complaints[-1])
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    with _ended(process, patience=5), selectors.DefaultSelector() as selector:
+    with selectors.DefaultSelector() as selector:
         os.set_blocking(stdin.fileno(), False)
         selector.register(stdin, selectors.EVENT_WRITE)
         selector.register(stdout, selectors.EVENT_READ)
         while not stdout.closed or process.poll() is None:
-            if limit is not None and time.monotonic() - moved > limit:
+            if limit is not None and time.monotonic() - max(moved, errors.moved) > limit:
                 raise TimeoutError(f"no byte moved for {limit:.0f} s")
             for key, _ in selector.select(0.1):
                 if key.fileobj is stdin:
@@ -168,30 +201,15 @@ def stream(
                 else:
                     chunk = os.read(key.fd, 1 << 16)
                     count, limit = len(chunk), silence if chunk else limit
-                    output += chunk
-                    if b"\n" in chunk:
-                        *lines, output = output.split(b"\n")
-                        for line in lines:
-                            yield bytes(line) + b"\n"
-                    if len(output) > LINE:
-                        what = f"{words[0]} says a line of more than {LINE} bytes"
-                        raise AgentError(what, hint="look at what runs there: inv logs")
+                    yield chunk
                 if not count:
                     selector.unregister(key.fileobj)
                     (stdin if key.fileobj is stdin else stdout).close()
                 moved = time.monotonic()
-        listener.join(1)  # not for ever: the master that an older ssh leaves in the background keeps stderr open
-        if process.returncode:
-            cause = "\n    ".join([*complaints][-8:])
-            failure = ProcessError(f"{' '.join(words[-2:])} ended with {process.returncode}", cause=cause)
-            failure.status, failure.said = process.returncode, "\n".join(complaints)
-            raise failure
-        if output:
-            yield bytes(output)
 
 
 def _write(pipe: int, block: bytes) -> int:
-    """Write to a pipe; 0 when there is nothing to write, or nobody who reads."""
+    """Write to a pipe; 0 when there is nothing to write or no reader."""
     with suppress(BrokenPipeError):
         return os.write(pipe, block) if block else 0
     return 0
@@ -199,7 +217,7 @@ def _write(pipe: int, block: bytes) -> int:
 
 @contextmanager
 def _ended(process: subprocess.Popen[Any], patience: float | None = None) -> Iterator[None]:
-    """See that a process has ended when the context is left; an error ends it early, after `patience` s by SIGKILL."""
+    """End a process with the context: wait for it, or on an error terminate it, after `patience` s by SIGKILL."""
     try:
         yield
     except BaseException:

@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from core.shell import Done
 
 NAMESPACE = "hearth-bundle"
-"""What a signature is for: one that the same key made for git or a file counts for nothing here."""
+"""The namespace of signatures: signatures of the same key for git or files are not accepted."""
 
 LIMIT = 1_000_000
-"""Bytes of a list of who may sign."""
+"""Maximum bytes of an allowed_signers file."""
 
 _KEYS = ("id_ed25519", "id_ed25519_sk", "id_ecdsa", "id_ecdsa_sk", "id_rsa")
 
 
 def own_key() -> Path | None:
-    """The key that the operator signs with: $HEARTH_SIGNING_KEY, else the first of ssh's usual ones; None without."""
+    """The operator's signing key: $HEARTH_SIGNING_KEY, else the first of ssh's default keys, else None."""
     if chosen := os.environ.get("HEARTH_SIGNING_KEY"):
         return Path(chosen)
     return next((path for name in _KEYS if (path := Path.home() / ".ssh" / name).exists()), None)
@@ -46,11 +46,13 @@ def _keygen(action: str, *words: str | Path, said: str | None = None) -> Done:
 
 
 def sign(text: str, key: Path) -> Signed:
-    """Sign a text. `key` is a private one, or a public one whose private one ssh-agent has.
+    """Sign a text with a private key, or with a public key whose private key is in ssh-agent.
 
     Raises SignatureError.
     """
-    done = _keygen("sign", "-n", NAMESPACE, "-f", key, said=text) if key.is_file() else None  # it would wait for a pipe
+    done = (
+        _keygen("sign", "-n", NAMESPACE, "-f", key, said=text) if key.is_file() else None
+    )  # ssh-keygen would block on a pipe
     if done is None or done.returncode:
         cause = done.stderr.strip() if done else "there is no such file"
         hint = "--sign KEY names another one, --sign none signs nothing; ssh-add unlocks one that has a passphrase"
@@ -60,13 +62,13 @@ def sign(text: str, key: Path) -> Signed:
 
 @dataclass(frozen=True)
 class Signed:
-    """A text and its signature, which is empty where nobody signed it."""
+    """A text and its signature, which is empty for an unsigned text."""
 
     text: str
     signature: str
 
     def key(self) -> str:
-        """The kind and fingerprint of the key that signed it; raises SignatureError when none did."""
+        """The type and fingerprint of the signing key; raises SignatureError for an invalid signature."""
         with _files(signature=self.signature) as (place,):
             done = _keygen("check-novalidate", "-n", NAMESPACE, "-s", place, said=self.text)
         if done.returncode:
@@ -75,9 +77,9 @@ class Signed:
         return done.stdout.strip().partition(" with ")[2]
 
     def signer(self, allowed: str, where: str) -> str:
-        """Who signed it, of those that the text of an allowed_signers file lists; `where` names the file in messages.
+        """The signer, according to the text of an allowed_signers file; `where` names the file in messages.
 
-        Raises SignatureError when nobody of them did.
+        Raises SignatureError when no listed signer signed it.
         """
         hint = f"have one of {where} sign it; or add who did, with the key that they name to you themselves"
         if not self.signature:
@@ -100,9 +102,9 @@ _PUBLIC = re.compile(r"(?<!\S)((?:sk-)?(?:ssh|ecdsa)-[\w@.-]+)[ \t]+([A-Za-z0-9+
 
 
 def _without_revoked(allowed: str, where: str) -> tuple[str, set[str]]:
-    """The lines of an allowed_signers file without those of revoked keys, and these keys' fingerprints.
+    """The lines of an allowed_signers file without those of revoked keys, and the fingerprints of these keys.
 
-    Raises SignatureError for a mark that is not understood, and for one that has no key: it would revoke nothing.
+    Raises SignatureError for an unknown marker, and for a marker without a key, which would revoke nothing.
     """
     lines = [line.strip("\ufeff \t\r") for line in allowed.split("\n")]
     keys = {line: {_fingerprint(*found) for found in _PUBLIC.findall(line)} for line in lines}
@@ -116,7 +118,7 @@ def _without_revoked(allowed: str, where: str) -> tuple[str, set[str]]:
 
 
 def _fingerprint(kind: str, encoded: str) -> str:
-    """A public key's fingerprint, as ssh-keygen writes it; empty for what is no key, and for a certificate."""
+    """A public key's fingerprint, as ssh-keygen writes it; empty for invalid keys and for certificates."""
     try:
         blob = base64.b64decode(encoded, validate=True)
     except ValueError:
@@ -128,7 +130,7 @@ def _fingerprint(kind: str, encoded: str) -> str:
 
 @contextmanager
 def _files(**texts: str) -> Iterator[list[Path]]:
-    """Files with these texts, which ssh-keygen takes in no other way."""
+    """Temporary files with these texts, because ssh-keygen reads only files."""
     with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
         places = [Path(folder, name) for name in texts]
         for place in places:

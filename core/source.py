@@ -1,4 +1,4 @@
-"""Fetches the source that a recipe pins and checks it against the recipe's hash. Nothing of it is executed."""
+"""Fetches the pinned source of a recipe and checks its hash. No code of the source is executed."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One place to get a source from: git at a commit, an sdist by hash, or a folder of the recipe.
+    """One origin of a source: git at a commit, an sdist by hash, or a folder of the recipe.
 
-    `subfolder` is where in an sdist the tree lies.
+    `subfolder` is the folder of the tree in an sdist.
     """
 
     git: str = ""
@@ -47,18 +47,18 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def label(self) -> str:
-        """The source as messages and manifests name it."""
+        """The source's name in messages and manifests."""
         if self.git:
             return f"{self.git}@{self.commit}"
         return f"sdist {self.sdist}=={self.version}" if self.sdist else f"folder {self.folder}"
 
 
 class Pinned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a recipe says of its source. Several sources are tried in order, each must give the same tree.
+    """The pinned source of a recipe. Several sources are tried in order; each must yield the same tree.
 
-    `tree` is that tree's hash; `paths` and `without` limit it to what is needed, and of a git source only that is
-    downloaded; `submodules` are those of a git source that belong to it. `folder` is the recipe's own folder, set
-    when it is loaded.
+    `tree` is the hash of that tree; `paths` and `without` limit it to the needed files, and only these are downloaded
+    from git; `submodules` are the included submodules of a git source. `folder` is the recipe's own folder, set when
+    it is loaded.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Pinned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def check(recipe: Pinned) -> None:
-    """Refuse sources that name no place or no pin; raises ConfigError."""
+    """Raise ConfigError for a source without an origin or a pin."""
     for source in recipe.source:
         kinds = [kind for kind in (source.git, source.sdist, source.folder) if kind]
         if len(kinds) != 1:
@@ -93,7 +93,7 @@ def check(recipe: Pinned) -> None:
 
 
 def cached(recipe: Pinned) -> Path | None:
-    """Where the recipe's tree lies already; None when it must be fetched."""
+    """The recipe's tree in the cache; None when it must be fetched."""
     if own := recipe.source[0].folder:
         return recipe.path / own
     place = _place(recipe)
@@ -101,7 +101,7 @@ def cached(recipe: Pinned) -> Path | None:
 
 
 def intact(recipe: Pinned) -> Path:
-    """The tree as `fetch` gives it, hashed again: what is sent is what was pinned, whoever edited the cache."""
+    """The tree of `fetch`, hashed again, in case somebody edited the cache."""
     tree = fetch(recipe)
     if not recipe.source[0].folder:
         _check(recipe, recipe.source[0], tree)
@@ -115,8 +115,8 @@ def _place(recipe: Pinned) -> Path:
 def fetch(recipe: Pinned) -> Path:
     """The recipe's pristine source tree in the cache, fetched from the first source that answers.
 
-    Raises HashMismatchError when what arrives is not what `tree` pins, SourceUnreachableError when no source
-    answers. A folder of the recipe itself is used as it is: it is the user's to edit.
+    Raises HashMismatchError when its hash is not `tree`, SourceUnreachableError when no source answers. A folder of
+    the recipe itself is not checked, because the user may edit it.
     """
     if there := cached(recipe):
         return there
@@ -128,7 +128,7 @@ def fetch(recipe: Pinned) -> Path:
         try:
             with files.atomic_dir(place) as part:
                 console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
-                _insist(_fetch_git if source.git else _fetch_sdist, source, recipe, part)
+                _fetch_with_retries(_fetch_git if source.git else _fetch_sdist, source, recipe, part)
                 _check(recipe, source, part)
             return place
         except (HashMismatchError, TreeError):
@@ -143,7 +143,7 @@ def fetch(recipe: Pinned) -> Path:
 
 
 def pin(recipe: Pinned) -> Pinned:
-    """The recipe with the hash of what its source holds now; the tree is in the cache then. For new pins only."""
+    """Fetch the source and return the recipe with its hash. For new pins only: nothing is compared."""
     (source,) = recipe.source
     with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
         place = Path(folder) / recipe.name
@@ -156,17 +156,19 @@ def pin(recipe: Pinned) -> Pinned:
     return pinned
 
 
-_PASSING = ("timed out", "reset by peer", "early eof", "hung up", "http/2 stream", "error: 5", "503", "429")
-"""What git and the index say when trying again may help."""
+TRANSIENT = ("timed out", "reset by peer", "early eof", "hung up", "http/2 stream", "error: 5", "503", "429")
+"""Parts of messages of git and the index after which a retry may succeed."""
 
 
-def _insist(fetch_one: Callable[[Source, Pinned, Path], None], source: Source, recipe: Pinned, place: Path) -> None:
-    """Fetch, and try twice more when the network failed on the way."""
+def _fetch_with_retries(
+    fetch_one: Callable[[Source, Pinned, Path], None], source: Source, recipe: Pinned, place: Path
+) -> None:
+    """Fetch, with two retries after transient network errors."""
     for pause in (1, 4, 0):
         try:
             return fetch_one(source, recipe, place)
         except (ProcessError, SourceUnreachableError) as error:
-            if not pause or not any(sign in f"{error}".lower() for sign in _PASSING):
+            if not pause or not any(sign in f"{error}".lower() for sign in TRANSIENT):
                 raise
             console.say(f"{recipe.name}: the network failed, trying again")
             time.sleep(pause)
@@ -195,11 +197,11 @@ def _fetch_git(source: Source, recipe: Pinned, place: Path) -> None:
 
 
 def _write_commit(source: Source, recipe: Pinned, tree: foreign.Tree, below: str) -> None:
-    """Add a commit's files to a tree, below a folder of it. Blobs of other paths than the wanted never travel.
+    """Add a commit's files to a tree, below a folder of it. Only the blobs of wanted paths are downloaded.
 
-    Where all is wanted it comes in one answer: each further one would wait for the server again. Nothing is checked
-    out: blobs are written as they are, so that no attribute, filter, hook or setting changes a byte. The repository is
-    written and not made by git, a program fewer for each of its lines.
+    All files come in one response if all are wanted, which saves round trips. Nothing is checked out: blobs are written
+    as they are, so that no attribute, filter, hook or setting changes a byte. The repository is written without git,
+    which saves processes.
     """
     repository = tree.place / ".git"
     own = {"GIT_DIR": str(repository)}
@@ -213,7 +215,7 @@ def _write_commit(source: Source, recipe: Pinned, tree: foreign.Tree, below: str
         (repository / name).mkdir(parents=True)
     for name, text in {"HEAD": "ref: refs/heads/main\n", "config": config}.items():
         (repository / name).write_text(text)
-    # Without tags the server is not asked what it has: the commit is known.
+    # Without tags, git does not ask the server for its references: the commit is known.
     fetch = ["fetch", "--quiet", "--no-tags", "--no-auto-maintenance", "--no-write-fetch-head", *few]
     tools.git(*fetch, "--depth=1", "--", "origin", source.commit, env=own)
     with (repository / "names").open("w+b") as raw:
@@ -225,7 +227,7 @@ def _write_commit(source: Source, recipe: Pinned, tree: foreign.Tree, below: str
         if kind == "blob" and (not recipe.paths or _below(name, recipe.paths)) and not _below(name, recipe.without)
     }
     blobs = "".join(f"{blob}\n" for _, blob in wanted.values())
-    if few and blobs:  # cat-file would ask for each one by itself
+    if few and blobs:  # else cat-file would request each blob separately
         tools.git("-c", "fetch.negotiationAlgorithm=noop", *fetch, "--stdin", "origin", input_text=blobs, env=own)
     with (repository / "blobs").open("w+b") as raw:
         tools.git("cat-file", "--batch", input_text=blobs, output=raw, env=own)
@@ -245,7 +247,7 @@ def _write_commit(source: Source, recipe: Pinned, tree: foreign.Tree, below: str
 
 
 def _entries(raw: IO[bytes], source: Source) -> dict[str, list[str]]:
-    """What `git ls-tree -r -z` wrote to a file: mode, kind and object of each path; raises TreeError for too many."""
+    """Parse the output of `git ls-tree -r -z`: mode, type and object of each path. Raises TreeError for too many."""
     if (size := raw.seek(0, os.SEEK_END)) > LISTED:
         raise TreeError(f"{source.label} has too many files", cause=f"{size} bytes of names", hint=foreign.LEAVE_OUT)
     raw.seek(0)
@@ -257,11 +259,11 @@ def _entries(raw: IO[bytes], source: Source) -> dict[str, list[str]]:
 
 
 LISTED = 20_000_000
-"""Bytes of all names of a commit: 100,000 files. A few trees, each many times in the next, make any number."""
+"""Maximum bytes of all names of a commit, about 100,000 files. A few nested trees can describe any number."""
 
 
 def _submodule(name: str, source: Source, entries: Mapping[str, Sequence[str]], own: Mapping[str, str]) -> Source:
-    """Where a submodule is to be had; raises ConfigError when the commit has none of that path."""
+    """The source of a submodule; raises ConfigError when the commit has no submodule of that path."""
     told = ""
     if ".gitmodules" in entries:
         words = ["config", "--blob", entries[".gitmodules"][2], "-z", "--get-regexp", r"^submodule\..*\.(path|url)$"]
@@ -291,7 +293,7 @@ def _submodule(name: str, source: Source, entries: Mapping[str, Sequence[str]], 
 
 
 ADDRESS = re.compile(r"(https://(?![^/]*:[^/]*@)|ssh://|file:///|[\w.-]+@[\w.-]+:)(?!-)[\w.~/@:+%-]+", flags=re.ASCII)
-"""Of a repository that git asks by https or ssh, or that is a folder: what is not the operator's own has no other."""
+"""Allowed addresses of repositories that the operator did not write: https, ssh, or a folder."""
 
 
 def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:

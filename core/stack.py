@@ -14,7 +14,7 @@ from core.errors import UnknownNameError, near
 
 
 class Platform(Enum):
-    """A machine that wheels are made for, named as wheel tags name it."""
+    """The platform of a wheel, named as in wheel tags."""
 
     LINUX_X86_64 = "linux_x86_64"
     LINUX_AARCH64 = "linux_aarch64"
@@ -46,7 +46,7 @@ class Platform(Enum):
 
 
 class Stack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a lock cannot say about one torch and its CUDA (`config/stacks.toml`)."""
+    """One torch and its CUDA: the properties that uv.lock cannot state (`config/stacks.toml`)."""
 
     torch: str
     cuda: str
@@ -73,7 +73,7 @@ def stacks() -> dict[str, Stack]:
 
 
 def find_stack(name: str) -> Stack:
-    """The stack of that name; raises UnknownNameError with the nearest one."""
+    """Return the stack `name`; raises UnknownNameError with the nearest name."""
     known = stacks()
     if name not in known:
         raise UnknownNameError(f"there is no stack {name!r}", hint=near(name, known))

@@ -1,4 +1,4 @@
-"""uv, pip and git, run so that neither the caller's environment nor its settings change what they do."""
+"""Runs uv, pip and git with an allow-list of environment variables, so that user settings do not change results."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ if TYPE_CHECKING:
 
     from core.shell import Done
 
-# What every program needs: where it is, whose files it uses, and how it reaches the network.
+# Paths, the user and the network: every program needs them.
 _COMMON = """
 PATH HOME USER LOGNAME TZ TMPDIR XDG_* NETRC SSL_* CURL_CA_BUNDLE NIX_SSL_CERT_FILE
 HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy
 """
 
-# Indexes and their credentials, certificates, the network, the cache, and which Pythons there are. Nothing that
-# chooses packages or says where they are installed.
+# Indexes, credentials, certificates, the network, the cache and Pythons. Nothing that selects packages or the place
+# of an installation.
 _UV = """
 UV_INDEX* UV_DEFAULT_INDEX UV_EXTRA_INDEX_URL UV_KEYRING_PROVIDER UV_CREDENTIALS_DIR UV_NATIVE_TLS UV_SYSTEM_CERTS
 UV_INSECURE_HOST UV_HTTP_* UV_REQUEST_TIMEOUT UV_OFFLINE UV_CONCURRENT_* UV_CACHE_DIR
 UV_PYTHON UV_PYTHON_DOWNLOADS UV_PYTHON_INSTALL_* LANG LC_*
 """
 
-# The same of pip's. Its configuration file counts, too: it has no other way to leave all but an index out.
+# The same for pip, with its configuration file, which may name the index.
 _PIP = """
 PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX PIP_TRUSTED_HOST PIP_*CERT PIP_PROXY PIP_*TIMEOUT
 PIP_RETRIES PIP_KEYRING_PROVIDER PIP_CACHE_DIR PIP_CONFIG_FILE REQUESTS_CA_BUNDLE LANG LC_*
 """
 
-# Who one is, how the server is reached, and where one's own settings lie: they name mirrors, proxies and credentials.
-# Settings that would change a file's bytes change none, for `core.source` checks nothing out.
+# Identity, access to servers, and the user's configuration, which names mirrors, proxies and credentials. Settings
+# that change a file's bytes have no effect, because `core.source` checks nothing out.
 _GIT = """
 GIT_SSH* GIT_SSL_* GIT_PROXY_* GIT_ASKPASS SSH_* KRB5* GNUPGHOME DISPLAY WAYLAND_DISPLAY DBUS_SESSION_BUS_ADDRESS
 GIT_CONFIG_GLOBAL GIT_CONFIG_SYSTEM GIT_CONFIG_NOSYSTEM GIT_CONFIG_COUNT GIT_CONFIG_KEY_* GIT_CONFIG_VALUE_*
 """
 
-# It starts no program but for the network, changes no byte of a patch, and stores one pack as it came and not a file
-# for each object, which is a third of the work. Large files are streamed, not held in memory.
+# Git starts no programs except transports, changes no byte of a patch, and stores one pack instead of a file for each
+# object, which is a third of the work. Large files are streamed.
 _SETTINGS = """
 core.hooksPath=/dev/null init.templateDir= core.fsmonitor=false core.symlinks=false core.autocrlf=false
 core.attributesFile=/dev/null apply.ignoreWhitespace=no fetch.recurseSubmodules=false log.showSignature=false
@@ -63,9 +63,9 @@ def git(
     output: IO[bytes] | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Done:
-    """Run git as `shell.run` does, with `env` beside what it gets of the caller's environment.
+    """Run git as `shell.run` does, with `env` in addition to the allowed variables.
 
-    It asks nobody anything, and speaks its own transports only. Operands that others chose belong behind `--`.
+    Git never prompts, and uses only file, https and ssh. Put untrusted operands behind `--`.
     """
     passed = _passed(_COMMON + _GIT)
     before = int(passed.get("GIT_CONFIG_COUNT") or 0)  # what comes later wins
@@ -85,17 +85,17 @@ def git(
 
 
 LARGEST_FILE = 4_000_000_000
-"""Bytes of a file that git writes: a server may send any number of them, and a small pack hold huge files."""
+"""Maximum bytes of a file that git writes: a server may send any number, and a small pack may hold huge files."""
 
 
 def uv(*words: str | Path, cwd: Path | None = None, check: bool = True, input_text: str | None = None) -> Done:
-    """Run uv as `shell.run` does, without its configuration files but for the indexes and certificates they name."""
+    """Run uv as `shell.run` does, without configuration files except for their indexes and certificates."""
     env = {**_configured(), **_passed(_COMMON + _UV)}
     return shell.run(["uv", "--no-config", *words], cwd=cwd, env=env, inherit=False, check=check, input_text=input_text)
 
 
 def pip(*words: str | Path) -> Done:
-    """Run this environment's pip with the user's own index: uv's, else the one that pip's configuration names."""
+    """Run this environment's pip with the user's index: uv's, else the one in pip's configuration."""
     chosen = ["--index-url", index()] if index() else []
     return shell.run([sys.executable, "-I", "-m", "pip", *words, *chosen], env=_passed(_COMMON + _PIP), inherit=False)
 
@@ -108,7 +108,7 @@ def index() -> str:
 
 def _passed(names: str) -> dict[str, str]:
     if workspace.current().bundled:  # each of these programs would use the network, or files outside the bundle
-        raise BundleError("the bundle lacks a part of what is needed", hint="make it again: inv bundle")
+        raise BundleError("the bundle is incomplete", hint="create it again: inv bundle")
     return {name: value for name, value in os.environ.items() if any(fnmatchcase(name, each) for each in names.split())}
 
 
@@ -117,13 +117,13 @@ def _configured() -> dict[str, str]:
     found: dict[str, str] = {}
     user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     for place in (Path("/etc/uv/uv.toml"), user / "uv/uv.toml"):
-        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # what uv rejects says nothing
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # uv reports errors in it
             found |= index_settings(tomli.loads(place.read_text()))
     return found
 
 
 def index_settings(said: dict[str, Any]) -> dict[str, str]:
-    """What a uv.toml says of indexes and certificates, as variables. `agent/change/steps.py` has the same for hosts."""
+    """The indexes and certificates of a uv.toml, as variables. `agent/change/steps.py` does the same on hosts."""
     said = {**said, **said.get("pip", {})}
     names = ("index-url", "extra-index-url", "keyring-provider", "allow-insecure-host", "native-tls", "system-certs")
     variables = {name: f"UV_{name.upper().replace('-', '_').replace('ALLOW_', '')}" for name in names if said.get(name)}

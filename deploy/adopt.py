@@ -20,6 +20,8 @@ from deploy.survey import Survey, without_secrets
 from lock import application, nodes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from deploy.change import Outcome
     from deploy.connection import Agent
     from deploy.facts import Facts
@@ -113,3 +115,43 @@ def put_back(target: Target, facts: Facts, options: Options) -> Plan:
         steps.append(Step("withdraw", f"take release {facts.current} out of service", why, "inv deploy", values))
     steps.append(Step("unadopt", "restore the old ComfyUI", "asked for", "inv adopt --apply"))
     return Plan.of(facts, steps, refusals.unadoptable(target, facts), release="")
+
+
+def rows(found: Proposal) -> Iterator[str]:
+    """The installation, what moves, its nodes, what is not taken over, and the lines for hosts.toml."""
+    old = found.installation
+    version = f"ComfyUI {old.version or 'of an unknown version'} {old.commit[:9]}".rstrip()
+    yield f"{old.path}: {version}{f', torch {old.torch}, Python {old.python}' if old.torch else ''}"
+    for unit in old.units:
+        state = "put aside" if unit.aside else f"{'active' if unit.active else 'stopped'}, runs as {unit.user}"
+        yield f"  {unit.name}: {state}"
+    for process in old.processes:
+        yield f"  pid {process.pid} of {process.user}{', which listens on the port' if old.holds_port else ''}"
+    for name, (origin, size, count) in found.moves.items():
+        yield f"  {name}: {origin}, {count} files, {console.size(size)}: moved into the data by a rename"
+    for name, remark in found.nodes.items():
+        yield f"  node {name}: known, {remark}"
+    for what, why in found.left:
+        yield f"  not taken over: {what}: {why}"
+    yield from ("", "for config/hosts.toml:", "", *found.snippet.splitlines())
+    if found.add:
+        yield from ("", "unknown nodes: pin them, run inv lock, then add their names to `nodes`:", "")
+        yield from (f"    {command}" for command in found.add)
+
+
+def adopted_rows(found: Proposal | None, outcome: Outcome, *, dry_run: bool) -> Iterator[str]:
+    """How an adoption ended, or its undo, which has no proposal."""
+    if dry_run or not outcome.changed:
+        yield f"{outcome.host}: {len(outcome.steps) or 'no'} changes"
+    elif found is None:
+        yield f"{outcome.host}: the original installation is restored"
+    else:
+        yield from rows(found)
+        environment = found.installation.environment or "its virtual environment"
+        at = f"--host {outcome.host}"
+        yield from (
+            "",
+            f"{outcome.host}: adopted; add the lines above to config/hosts.toml, then run inv deploy {at}",
+            f"inv adopt {at} --undo restores the original installation; to give that up, delete",
+            f"{found.installation.path} and {environment} on the host",
+        )

@@ -17,7 +17,7 @@ import tarfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
@@ -383,3 +383,26 @@ def _passes(file: IO[bytes], member: tarfile.TarInfo, wanted: File, place: Path 
 def _new(place: Path) -> IO[bytes]:
     place.parent.mkdir(parents=True, exist_ok=True)
     return place.open("xb")
+
+
+def summary(path: Path, found: Opened) -> dict[str, Any]:
+    """A bundle without its list of files, for JSON."""
+    about = {key: value for key, value in msgspec.to_builtins(found.bundle).items() if key != "files"}
+    about |= {"file": str(path), "id": found.id, "origin": found.origin}
+    return {**about, "bytes": found.bundle.size, "files": len(found.bundle.files)}
+
+
+def rows(path: Path, found: Opened) -> list[str]:
+    """The contents and the signer of a bundle, as a table of two columns."""
+    bundle = found.bundle
+    kernels = [f"{name} {version}" for name, version in bundle.kernels.items()]
+    cells = [
+        ("bundle", f"{path}, intact: {len(bundle.files)} files, {console.size(bundle.size)}"),
+        ("id", found.id),
+        ("origin", found.origin),
+        ("for", f"profile {bundle.profile}, {bundle.platform}, Python {bundle.python}"),
+        ("ComfyUI", bundle.version),
+        ("kernels", ", ".join(kernels) or "none"),
+        ("nodes", ", ".join(bundle.asking) or "none"),
+    ]
+    return console.table(("", ""), cells)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deploy.inputs import Inputs
     from lock.application import Application
     from lock.nodes import Node
-    from lock.requirements import Lock
+    from lock.requirements import LockedList
 
 LAYOUT = 4
 """Raised when the agent makes parts or releases another way: what is there is then not what is wanted."""
@@ -33,7 +33,7 @@ class Choice:
 
     target: Target
     application: Application
-    lock: Lock
+    lock: LockedList
     python: str
     interpreter: str
     wheels: tuple[Manifest, ...]

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from core import console
 from core.errors import UnknownNameError, near
 
 
@@ -188,3 +189,52 @@ class Facts(msgspec.Struct, frozen=True):
             hint = near(name, known) if known else "nothing is deployed there yet: inv deploy"
             raise UnknownNameError(f"{self.hostname} keeps no release {name!r}", hint=hint)
         return found
+
+
+def rows(found: Facts) -> list[str]:
+    """A host's facts, as a table of two columns."""
+    gpus = [f"{gpu.name} ({gpu.capability})" for gpu in found.gpus]
+    damaged = [f"{name}: {fault}" for name, fault in found.parts.items() if fault]
+    shared = ", shared with the GPU" if any(gpu.unified for gpu in found.gpus) else ""
+    cells = [
+        ("host", found.hostname),
+        ("system", f"{found.os}, {found.machine}, kernel {found.kernel}, glibc {found.glibc}"),
+        ("Python", ", ".join(f"{version} ({path})" for version, path in found.pythons.items()) or "no supported one"),
+        ("GPU", ", ".join(gpus) or "none"),
+        ("driver", found.driver or "none"),
+        ("memory", f"{console.size(found.memory)}{shared}"),
+        (f"free at {found.prefix}", f"{console.size(found.disk_free)}, {found.inodes_free or 'unlimited'} inodes"),
+        ("mounts", "; ".join(_mounted(path, each) for path, each in found.mounts.items()) or "none configured"),
+        ("service manager", found.manager),
+        ("release", found.current or "none"),
+        ("service", found.service.state + (f" since {found.service.since}" if found.service.since else "")),
+        ("parts", "; ".join([f"{len(found.parts) - len(damaged)} intact", *damaged])),
+        ("failed nodes", "; ".join(f"{name}: {why}" for name, why in found.failed_nodes.items()) or "none"),
+        ("in progress", f"{found.busy['action']} by {found.busy['who']}" if found.busy else "nothing"),
+    ]
+    return console.table(("", ""), cells)
+
+
+def _mounted(path: str, mount: MountState) -> str:
+    return f"{path}: {mount.source}" if mount.mounted else f"{path}: not mounted; ComfyUI waits for it"
+
+
+def releases(found: Facts) -> list[dict[str, Any]]:
+    """The manifests of the kept releases, with the one in service marked `current`."""
+    return [{**each, "current": each["id"] == found.current} for each in found.releases]
+
+
+def release_rows(found: Facts) -> list[str]:
+    """A table of the kept releases: the current one, earlier ones from the latest on, then those never healthy."""
+    cells = []
+    order = [found.current, *found.proven]
+    for each in sorted(found.releases, key=lambda each: order.index(each["id"]) if each["id"] in order else len(order)):
+        damage = {part: found.parts.get(part, "missing") for part in each["parts"].values()}
+        faults = [f"{part}: {fault}" for part, fault in damage.items() if fault]
+        faults += ["its unit or links were changed"] if each["id"] in found.altered else []
+        kernels = ", ".join(f"{name} {version}" for name, version in each["kernels"].items()) or "-"
+        proven = "served before" if each["id"] in found.proven else "never healthy"
+        mark = "current" if each["id"] == found.current else proven
+        stack = f"{each['stack']}, torch {each['torch']}"
+        cells.append((each["id"], each["version"], stack, each["python"], kernels, mark, "; ".join(faults) or "intact"))
+    return console.table(("release", "ComfyUI", "stack", "Python", "kernels", "", "parts"), cells)

@@ -1,4 +1,4 @@
-"""Flags of the tasks that change hosts: which hosts, and how a change is made."""
+"""Flags of the tasks that change hosts: which hosts, and how."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fleet(Where):
-    """One host, or several."""
+    """One host, or a group."""
 
     group: str = flag(
         "",
-        "all hosts of a group, instead of one; a change goes to the first alone, and when it is healthy to the others",
+        "all hosts of a group; a change rolls out to the first host, then to the others once that one is healthy",
     )
 
     def names(self) -> list[str]:
-        """Every host that is meant; raises UnknownNameError."""
+        """The names of the chosen hosts; raises UnknownNameError."""
         from deploy.host import select
 
         return select(self.host, self.group)
 
 
 def options(sudo: Sudo, how: DryRun, *, force: bool = False) -> Options:
-    """How a change is made, as its flags say; raises UsageError. `force` is that of a task which has its own."""
+    """The options of a change, from its flags; raises UsageError. `force` belongs to tasks with their own flag."""
     from core.errors import UsageError
     from deploy.plan import Options, seconds
 
@@ -37,6 +37,6 @@ def options(sudo: Sudo, how: DryRun, *, force: bool = False) -> Options:
     trial = "yes"
     if isinstance(how, Tried):
         if how.trial and how.no_trial:
-            raise UsageError("--trial and --no-trial exclude each other", hint="leave one of them out")
+            raise UsageError("--trial and --no-trial exclude each other", hint="give one of them")
         trial = "only" if how.trial else "no" if how.no_trial else "yes"
     return Options(seconds(cut.drain), cut.force or force, how.dry_run, sudo.ask_sudo, asks, trial)

@@ -39,7 +39,7 @@ class Consent:
     def __call__(self) -> None:
         """Raises RefusedError unless the change is confirmed."""
         if self._given is None:
-            answer = console.agreed(self._question)
+            answer = console.confirm(self._question)
             self._given = not self._destroys if answer is None else answer
             if answer is None:
                 self._remedy = "add --yes: there is no terminal to ask at; --dry-run shows what it does"

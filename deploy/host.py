@@ -21,22 +21,24 @@ from deploy.secrets import refuse_secrets
 from lock import application as applications
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 LOCAL = "local"
 
 
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A flag's or variable's value with the reason for it.
-
-    `torch` and `comfyui` limit it to versions of those (PEP 440); `off` takes away what a profile or mode sets.
-    """
+    """The value of a flag or environment variable, and the reason for it."""
 
     why: str
+    """The reason."""
     value: str = ""
+    """The value; empty for a flag without one."""
     torch: str = ""
+    """The torch versions that it applies to, such as `>=2.8` (PEP 440); empty: all."""
     comfyui: str = ""
+    """The ComfyUI versions that it applies to; empty: all."""
     off: bool = False
+    """Remove what the profile or a mode sets."""
 
     def active(self, torch: str, comfyui: str) -> bool:
         """Whether it is for these versions, and not off."""
@@ -53,34 +55,43 @@ Network = Literal["open", "lan-deny", "offline"]
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Flags, environment and limits for a kind of machine.
-
-    `arch` is the compute capability that `kernels` are built for; `cuda` makes the health gate ask for a CUDA
-    device; `unified` says that CPU and GPU share their memory; `start_seconds` is how long the gate waits for it.
-    `nodes` are sets and names of `nodes.toml`; `restart` is when systemd starts ComfyUI again, as its Restart= says it.
-    `network` says whom ComfyUI may reach: anybody but link-local and metadata addresses, no private network either
-    ("lan-deny"), or nobody but its own machine ("offline").
-    """
+    """Flags, environment and limits for a kind of machine."""
 
     summary: str
+    """One line for `inv profiles`."""
     stack: str
+    """A stack of `config/stacks.toml`."""
     pythons: tuple[str, ...]
+    """Python versions, in order of preference."""
     start_seconds: int
+    """How long the health gate waits for ComfyUI to start."""
     arch: str = ""
+    """The compute capability that the kernels are built for."""
     cuda: bool = False
+    """The health gate requires a CUDA device."""
     unified: bool = False
+    """CPU and GPU share their memory."""
     kernels: tuple[str, ...] = ()
+    """Kernel wheels to install, by the names of their recipes."""
     nodes: tuple[str, ...] = ()
+    """Sets and names of custom nodes in `recipes/comfyui/nodes.toml`."""
     flags: dict[str, Setting] = {}
+    """ComfyUI's flags."""
     env: dict[str, Setting] = {}
+    """ComfyUI's environment variables."""
     device_policy: Literal["closed", "auto"] = "closed"
+    """The unit's `DevicePolicy=`."""
     memory_max: str = "90%"
+    """The unit's `MemoryMax=`."""
     network: Network = "open"
+    """Whom ComfyUI can reach: everyone except link-local and metadata addresses ("open"), no private network either
+    ("lan-deny"), or only its own machine ("offline")."""
     restart: Literal["on-failure", "always"] = "on-failure"
+    """The unit's `Restart=`."""
 
 
 class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a mode or one host has otherwise than the profile."""
+    """Values that differ from the profile. Keys that are left out keep the profile's value."""
 
     stack: str | None = None
     pythons: tuple[str, ...] | None = None
@@ -99,18 +110,18 @@ class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Mode(Override, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a machine is used for, whatever machine it is. Put over the profile, in the order that the host names them.
-
-    `excludes` are modes that a host cannot have as well; `develop` lets it name nodes under development.
-    `on_unified` is what is said instead where CPU and GPU share their memory; `why` has the reason for each value that
-    is neither flag nor variable.
-    """
+    """What a machine is used for. A mode changes values of the profile; later modes take precedence."""
 
     summary: str
+    """One line for `inv profiles`."""
     excludes: tuple[str, ...] = ()
+    """Modes that cannot be combined with this one."""
     develop: bool = False
+    """A host with this mode may list nodes under `develop`."""
     on_unified: Override | None = None
+    """Values to use instead where CPU and GPU share their memory."""
     why: dict[str, str] = {}
+    """The reason for each value that is neither a flag nor a variable."""
 
     def on(self, *, unified: bool) -> Override:
         """What it says for such a machine."""
@@ -118,56 +129,69 @@ class Mode(Override, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Mount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file system that a host needs at a place. Without `what`, others mount it (fstab), and Hearth waits for it.
-
-    `what` is a device or an NFS export (`nas:/models`), `type` and `options` are mount's.
-    """
+    """A file system that must be mounted at this path. Without `what`, Hearth waits until others (fstab) mount it."""
 
     what: str = ""
+    """A device or an NFS export (`nas:/models`), for Hearth to mount."""
     type: str = ""
+    """The type of file system, as for mount(8)."""
     options: str = ""
+    """Options, as for mount(8)."""
 
 
 class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One machine. `scope` "system" needs root and systemd; "user" neither, and is the default of the host `local`.
-
-    `mounts` (by mount point) must be mounted for ComfyUI to run. `folders` says what of models, input, output and
-    user lies elsewhere than in `data/`; `model_roots` are folders with more models, laid out as `models` is.
-    Everybody on the machine may read the data if it is `public`. `secrets` are names of variables that ComfyUI gets,
-    and nobody else: `inv secret set` keeps their values on the host.
-    `members` may write the data and read the log, and do what `members_may` says; `listen` and `port` are ComfyUI's.
-    At `metrics_port` of its loopback the host tells Prometheus how it is.
-    In scope "user" ComfyUI is `confined` by Landlock and seccomp, and may `connect` to these ports: the kernel limits
-    ports alone there.
-    `modes` are of `config/modes`; `develop` are folders there, each a custom node under development; `free_memory` is
-    how often ComfyUI gives its memory back when it has no job (`4h`).
-    """
+    """One machine."""
 
     address: str = ""
+    """Name or address, as ssh takes it."""
     user: str = ""
+    """The login; empty: ssh's own configuration decides."""
     ssh_port: int | None = None
+    """The port of sshd; left out: ssh's own configuration decides."""
     profile: str = ""
+    """A profile of `config/profiles/`."""
     scope: Literal["system", "user"] = "system"
+    """Scope "system" needs root and systemd, "user" needs neither."""
     prefix: str = ""
+    """Where everything is installed; empty: `/opt/comfyui`, or `~/.local/share/hearth/comfyui` with scope "user"."""
     service: str = "comfyui"
+    """The name of the unit."""
     run_as: str = "comfyui"
+    """The service's user, with scope "system"."""
     listen: str = "127.0.0.1"
+    """The addresses that ComfyUI listens on, separated by commas."""
     port: int = 8188
+    """ComfyUI's port."""
     metrics_port: int | None = None
+    """The port on the loopback address that serves metrics; left out: no metrics."""
     mounts: dict[str, Mount] = {}
+    """File systems without which ComfyUI does not run, by mount point."""
     folders: dict[Literal["models", "input", "output", "user"], str] = {}
+    """Folders that are not in `data/`."""
     model_roots: tuple[str, ...] = ()
+    """Additional folders with models, with the layout of `models`."""
     members: tuple[str, ...] = ()
+    """Logins on the host that may write the data and read the log."""
     members_may: tuple[Literal["restart"], ...] = ()
+    """What else members may do."""
     modes: tuple[str, ...] = ()
+    """Modes of `config/modes/`; later ones take precedence."""
     develop: tuple[str, ...] = ()
+    """Folders on the host, each a custom node under development."""
     free_memory: str = ""
+    """How often ComfyUI frees its memory while it has no job, such as `4h`; empty: never."""
     public: bool = False
+    """Every login on the host may read the data."""
     secrets: tuple[str, ...] = ()
+    """Names of variables that only ComfyUI gets; `inv secret set` stores their values on the host."""
     confined: bool = True
+    """With scope "user", limit ComfyUI with Landlock and seccomp."""
     connect: tuple[int, ...] = (80, 443)
+    """TCP ports that a confined ComfyUI may connect to; the kernel can filter only by port."""
     keep: int = 3
+    """How many releases are kept."""
     override: Override = Override()
+    """Values that differ from the profile and modes."""
 
     @property
     def developed(self) -> dict[str, str]:
@@ -296,7 +320,7 @@ def hosts() -> Hosts:
         raw = table(path)
         # As without an entry: the login's own ComfyUI, which needs no root.
         if isinstance(entries := raw.get("hosts"), dict) and isinstance(entry := entries.get(LOCAL), dict):
-            entry.setdefault("scope", "user")
+            raw = {**raw, "hosts": {**entries, LOCAL: {"scope": "user", **entry}}}
         listed = convert(path, raw, Hosts)
     else:
         listed = Hosts()
@@ -420,3 +444,34 @@ def _modes_of(name: str, host: Host) -> dict[str, Mode]:
             hint='modes = ["development"], or leave `develop` out',
         )
     return found
+
+
+def summary(found: Target) -> dict[str, Any]:
+    """A host merged with its profile, for JSON."""
+    return {
+        "name": found.name,
+        "address": found.host.address,
+        "profile": found.profile_name,
+        "modes": found.host.modes,
+        "site": found.site,
+        "flags": found.flags,
+        "env": found.env,
+        "origin": found.origin,
+        "values": msgspec.to_builtins(found.profile),
+    }
+
+
+def rows(found: Target) -> Iterator[str]:
+    """A host, and below it every setting with the file or table that it comes from."""
+    where = found.host.address or "this machine"
+    yield f"{found.name}: {where}, {found.prefix}, {found.host.listen}:{found.host.port}, {found.host.scope}"
+    for key, origin in found.origin.items():
+        kind, _, name = key.partition(".")
+        value = getattr(found.profile, kind)
+        setting = value[name] if name else value
+        if isinstance(setting, Setting):
+            text = f"{name}{f' {setting.value}' if setting.value else ''}{' (off)' if setting.off else ''}"
+            yield f"  {text:44} {origin}: {setting.why}"
+        elif setting not in ("", (), {}):
+            text = ", ".join(setting) if isinstance(setting, tuple) else str(setting)
+            yield f"  {kind + ' = ' + text:44} {origin}"

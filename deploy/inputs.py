@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from deploy.host import Target
     from lock.application import Application, Flag
     from lock.nodes import Node
-    from lock.requirements import Lock
+    from lock.requirements import LockedList
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Inputs:
 
     application: Application
     flags: Mapping[str, Flag]
-    locks: Mapping[tuple[str, str], Lock]
+    locks: Mapping[tuple[str, str], LockedList]
     wheels: Sequence[Manifest]
     uv: str
     nodes: Mapping[str, Node] = field(default_factory=dict)

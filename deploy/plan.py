@@ -1,6 +1,6 @@
-"""Plans: the ordered changes that make a host what is wanted, or every reason why that would not work.
+"""Plans: the ordered steps that bring a host to its configured state, or the refusals that say why they would fail.
 
-Pure: the same facts and wishes give the same plan; no clock, no file, no network.
+Pure: the same facts and inputs give the same plan; no clock, no file, no network.
 """
 
 from __future__ import annotations
@@ -63,9 +63,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Options:
-    """How a change is made: `drain` seconds to wait for jobs, and with `force` cut them short then; not at all on a
-    `dry_run`; whether to `ask` for the sudo password, and whether a remote host shall be changed. `trial` says whether
-    a release is tried beside the one in service before the cut-over: "yes", "no", or "only": nothing is cut over."""
+    """How a change is made.
+
+    `drain` is the number of seconds to wait for jobs; with `force` they are then interrupted. A `dry_run` changes
+    nothing. `ask_sudo` asks for the sudo password, `ask` for confirmation where a remote host is changed. `trial`
+    says whether a release is tried beside the one in service before the cut-over: "yes", "no", or "only".
+    """
 
     drain: float = 60
     force: bool = False
@@ -75,12 +78,12 @@ class Options:
     trial: str = "yes"
 
     def cut_over(self, to: str) -> dict[str, Any]:
-        """What the agent must know for a cut-over."""
+        """The values of a cut-over's step."""
         return {"to": to, "drain": self.drain, "force": self.force, "trial": self.trial}
 
 
 def seconds(drain: str) -> float:
-    """What --drain says; raises UsageError."""
+    """The seconds of --drain; raises UsageError."""
     if not drain.isdecimal():
         raise UsageError(f"--drain {drain} is not a number of seconds", hint="such as: --drain 300")
     return float(drain)
@@ -146,20 +149,24 @@ def _steps(target: Target, facts: Facts, choice: Choice, wanted: dict[str, Any],
     missing = [path for path, fault in facts.places.items() if fault]
     if not facts.data:
         title = f"lay out {facts.prefix}"
-        steps.append(Step("folders", title, "its folders are not all there", f"rm -r {facts.prefix}"))
+        steps.append(Step("folders", title, "some of its folders are missing", f"rm -r {facts.prefix}"))
     elif missing or not facts.shared:
         people = "everybody read" if host.public else "members share, and nobody else see,"
         title = f"make {', '.join(missing)}" if missing else f"let {people} what is in {facts.prefix}/data"
-        why = "it is not there" if missing else "its modes or group are others"
+        why = "it is not there" if missing else "its modes or group differ"
         steps.append(Step("folders", title, why, "nothing: no file is touched"))
     steps += _part_steps(facts, choice, wanted)
     if facts.release(wanted["id"]) is None:
-        steps.append(_release_step(wanted, "so that it can be returned to"))
+        steps.append(_release_step(wanted, "to allow a rollback"))
     elif facts.release(wanted["id"]) != wanted or wanted["id"] in facts.altered:
         steps.append(_release_step(wanted, "its manifest, unit or links were changed"))
     replaced = any(step.kind in ("app", "env", "node", "release") for step in steps) or not facts.service.linked
     if facts.current != wanted["id"] or replaced:
-        why = "what runs is not what it says" if facts.current == wanted["id"] else "it is not the one wanted"
+        why = (
+            "the running release was modified on disk"
+            if facts.current == wanted["id"]
+            else "it is not the configured release"
+        )
         steps.append(_cut_over(facts, wanted["id"], why, options))
         if options.trial == "only":
             return steps
@@ -193,7 +200,7 @@ def _cut_over(facts: Facts, to: str, why: str, options: Options) -> Step:
 
 
 def _people(target: Target, facts: Facts) -> list[Step]:
-    """Who belongs to the service's group, and what its members may do."""
+    """The steps for the service's group: its members, and their rights by sudo."""
     host = target.host
     steps: list[Step] = []
     if host.scope != "system":
@@ -207,13 +214,13 @@ def _people(target: Target, facts: Facts) -> list[Step]:
     rights = target.rights
     if facts.rights is not None and facts.rights != rights:
         may = " and ".join(["read its log", *(f"{each} it" for each in host.members_may)])
-        title = f"let members of {group} {may} (sudo)" if rights else "take back what members may do by sudo"
+        title = f"let members of {group} {may} (sudo)" if rights else "revoke what members may do by sudo"
         steps.append(Step("rights", title, "as configured", "rm the file in /etc/sudoers.d", {"text": rights}))
     return steps
 
 
 def _mounts(target: Target, facts: Facts) -> list[Step]:
-    """What Hearth itself mounts: a unit for each, started now and at boot."""
+    """The steps for file systems that Hearth mounts: a unit each, started now and at boot."""
     steps: list[Step] = []
     for path, wanted in target.host.mounts.items():
         there, text = facts.mounts[path], target.mount_text(path)
@@ -271,7 +278,7 @@ def _part_steps(facts: Facts, choice: Choice, wanted: Mapping[str, Any]) -> list
 
 
 def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
-    """Which releases stay: the wanted one, the one before, and those that served last, up to `keep`."""
+    """The step that keeps the wanted release, the one before, and those that served last, up to `keep`."""
     others = [name for name in facts.proven if name not in (wanted, facts.current)]
     kept = [wanted, *([facts.current] if facts.current != wanted and facts.current else [])]
     kept += others[: max(0, keep - len(kept))]
@@ -285,7 +292,7 @@ def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
 
 
 def others(processes: Sequence[Process]) -> str:
-    """Who else computes on a GPU, directly or through MPS, in words; empty when nobody does."""
+    """The other processes that compute on a GPU, directly or through MPS, in words; empty if there are none."""
     found = {each.pid: each for each in processes if each.kind != "graphics" and not each.comfyui}
     return ", ".join(
         f"{each.name or 'a process'} (pid {each.pid}{f', {each.user}' * bool(each.user)}"
@@ -295,7 +302,7 @@ def others(processes: Sequence[Process]) -> str:
 
 
 def allocator_without_effect(target: Target) -> str:
-    """A variable for torch's own allocator, where ComfyUI chooses CUDA's; empty when there is none."""
+    """A variable for torch's own allocator that is set although ComfyUI selects CUDA's; empty if there is none."""
     if not target.profile.cuda or "--disable-cuda-malloc" in target.flags:
         return ""
     named = (name for name, value in target.env.items() if name.endswith("ALLOC_CONF") and "backend:" not in value)
@@ -309,11 +316,11 @@ _LACKS = {
     5: "custom nodes may send any command (ioctl) to a device that is open to them (Linux 6.10)",
     6: "custom nodes can end other processes of {login}, Hearth's too, and reach their abstract sockets (Linux 6.12)",
 }
-"""What a Landlock lacks that is older than this version of it, and the kernel that has it (landlock(7))."""
+"""What Landlock does not restrict before this version of it, and the first kernel that has it (landlock(7))."""
 
 
 def unconfined(target: Target, facts: Facts) -> list[str]:
-    """What nothing keeps custom nodes from on a host without root, a sentence each."""
+    """What custom nodes can still do on a host without root, a sentence each."""
     if target.host.scope != "user":
         return []
     if not (facts.landlock and target.host.confined):
@@ -325,15 +332,17 @@ def unconfined(target: Target, facts: Facts) -> list[str]:
 
 def _notes(target: Target, facts: Facts) -> list[str]:
     found = [
-        f"ComfyUI starts anew whenever a Python file in {each} changes, jobs or not" for each in target.host.develop
+        f"ComfyUI restarts whenever a Python file in {each} changes, even during a job" for each in target.host.develop
     ]
     for number, gpu in enumerate(facts.gpus if target.profile.cuda else ()):
         if who := others(gpu.processes):
-            found.append(f"GPU {number} is used by others, and ComfyUI has that much less of it: {who}")
+            found.append(f"other processes use GPU {number}; their memory is not available to ComfyUI: {who}")
     if idle := allocator_without_effect(target):
-        found.append(f"{idle} means nothing: ComfyUI chooses CUDA's allocator; mode native-allocator chooses torch's")
+        found.append(
+            f"{idle} has no effect: ComfyUI selects cudaMallocAsync; mode native-allocator selects torch's allocator"
+        )
     if facts.manager == "process" and facts.lingers:
-        found.append("this machine has no systemd for you: ComfyUI is supervised by Hearth, and not started at boot")
+        found.append("this login has no systemd: Hearth supervises ComfyUI, and does not start it at boot")
     if facts.manager == "process" and target.profile.memory_max:
         found.append("nothing limits ComfyUI's memory here: `memory_max` needs systemd")
     if facts.unused:

@@ -1,4 +1,4 @@
-"""Hosts: what is put on them, what they keep and what they are."""
+"""Hosts: deploying, releases, and the state of a host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from invoke.context import Context  # `command` evaluates annotations
 
+from core import console
 from core.command import command
 from core.flags import Change, Output, Sudo, Tried, TriedChange, Where
 from deploy.flags import Fleet, options
@@ -13,9 +14,9 @@ from deploy.flags import Fleet, options
 
 @command(
     help={
-        "build": "build kernel wheels when they are all that is missing",
+        "build": "build missing kernel wheels first, if nothing else prevents the deploy",
         "bundle": "take everything from this file of `inv bundle`, and nothing from a network; not with --build",
-        "keep-going": "go on with a group's other hosts when one fails",
+        "keep-going": "continue with the other hosts of a group if one fails",
     }
 )
 def deploy(
@@ -28,20 +29,20 @@ def deploy(
     how: TriedChange,
     out: Output,
 ) -> int:
-    """Put ComfyUI on a host (default: this machine), health-checked before it takes traffic.
+    """Deploy ComfyUI to a host (default: this machine), with a health check before it takes traffic.
 
-    Makes a host what `config/hosts.toml` says: reads its facts, shows the changes, sends what it lacks, and builds
-    everything beside the release in service. The new release is tried there, on a port and data of its own; only then
-    ComfyUI is stopped, and the new release takes over. If that one is not healthy, the old one runs again. On this
-    machine it needs no root: everything is below `~/.local/share/hearth/comfyui`, on port 8188.
+    Brings a host to the state in `config/hosts.toml`: reads its facts, shows the changes, uploads what is missing, and
+    builds the new release beside the active one. Tries the new release on a separate port with separate data; only then
+    stops ComfyUI and starts the new release. If that one is unhealthy, the deploy rolls back automatically. On this
+    machine it needs no root and installs to `~/.local/share/hearth/comfyui`, on port 8188.
     How: docs/how-to/deploy-to-a-spark.md
 
-        inv deploy --host spark --dry-run     # what would be changed
-        inv deploy --host spark --trial       # try it there; the release in service is not touched
-        inv deploy --group home --drain 300   # several hosts; give jobs five minutes
+        inv deploy --host spark --dry-run     # show the changes
+        inv deploy --host spark --trial       # try the release; the active one is not touched
+        inv deploy --group home --drain 300   # several hosts; wait five minutes for jobs
         inv deploy --host spark --bundle spark.bundle.tar
     """
-    from deploy import report
+    from deploy import outcome
     from deploy.deploy import deploy_each
     from kernels.build import build_missing
 
@@ -52,16 +53,18 @@ def deploy(
         bundle=bundle,
         keep_going=keep_going,
     )
-    return report.outcomes(results, as_json=out.json, dry_run=how.dry_run)
+    console.show(results, outcome.rows(results, dry_run=how.dry_run), as_json=out.json)
+    return how.code(changes=any(each.changed for each in results))
 
 
 @command(
     help={
         "output": "the file to write (default: NAME-VERSION-PLATFORM-pyX.Y.bundle.tar)",
-        "platform": "linux_x86_64 or linux_aarch64; with --python too, no host is asked (default: the host's)",
-        "python": "such as 3.12 (default: the first of the profile's that the host has)",
-        "sign": "the SSH key that signs it, or `none` (default: $HEARTH_SIGNING_KEY, else yours in ~/.ssh)",
-        "verify": "check this bundle instead: its signature, and the whole file with every hash",
+        "platform": "linux_x86_64 or linux_aarch64; together with --python, the host is not contacted "
+        "(default: the host's)",
+        "python": "such as 3.12 (default: the first Python of the profile that the host has)",
+        "sign": "the SSH key to sign with, or `none` (default: $HEARTH_SIGNING_KEY, or your key in ~/.ssh)",
+        "verify": "verify this bundle instead: its signature and the hash of every file",
     }
 )
 def bundle(
@@ -75,107 +78,113 @@ def bundle(
     where: Where,
     out: Output,
 ) -> None:
-    """Write one file with all that a host needs, for `inv deploy --bundle` where no network is.
+    """Write a bundle: one file with everything that `inv deploy --bundle` needs on a host without a network.
 
-    The `id` that it shows is one hash over all of it, which your SSH key signs. How: docs/how-to/deploy-offline.md
+    The `id` that it prints is a hash of all contents, and your SSH key signs it. How: docs/how-to/deploy-offline.md
 
         inv bundle --host spark
-        inv bundle --host spark --platform linux_aarch64 --python 3.12   # without a way to the host
-        inv bundle --verify spark.bundle.tar                             # did it arrive whole?
+        inv bundle --host spark --platform linux_aarch64 --python 3.12   # without contacting the host
+        inv bundle --verify spark.bundle.tar                             # after a transfer
     """
-    from core import console, signature
+    from core import signature
     from deploy import bundle as bundles
-    from deploy import report
     from deploy.deploy import make_bundle
 
     if verify:
-        report.bundle(Path(verify), bundles.verify(Path(verify)), as_json=out.json)
-        return
-    key = None if sign == "none" else Path(sign) if sign else signature.own_key()
-    if key is None and not sign:
-        console.say("not signed: there is no SSH key in ~/.ssh, and --sign names none")
-    place = Path(output) if output else None
-    path, found = make_bundle(where.host, place, platform, python, key, ask_sudo=where.ask_sudo)
-    report.bundle(path, found, as_json=out.json)
+        path = Path(verify)
+        found = bundles.verify(path)
+    else:
+        key = None if sign == "none" else Path(sign) if sign else signature.own_key()
+        if key is None and not sign:
+            console.say("not signed: there is no SSH key in ~/.ssh; name one with --sign")
+        place = Path(output) if output else None
+        path, found = make_bundle(where.host, place, platform, python, key, ask_sudo=where.ask_sudo)
+    console.show(bundles.summary(path, found), bundles.rows(path, found), as_json=out.json)
 
 
-@command(help={"to": "the release to return to (default: the one that served last)"})
+@command(help={"to": "the release to return to (default: the previous one)"})
 def rollback(_: Context, to: str = "", *, where: Where, how: Tried, out: Output) -> int:
-    """Return to a kept release: the same trial, cut-over and health check.
+    """Return to a kept release, with the same trial, cut-over and health check as a deploy.
 
-    Nothing is sent or built: its parts are still there.
+    Nothing is uploaded or built: the host still has all parts of the release.
 
-        inv rollback --host spark             # to the one that served before
+        inv rollback --host spark             # to the previous release
         inv rollback --host spark --dry-run
     """
-    from deploy import deploy, report
+    from deploy import deploy, outcome
 
     results = deploy.rollback(where.host, to, options(where, how))
-    return report.outcomes(results, as_json=out.json, dry_run=how.dry_run)
+    console.show(results, outcome.rows(results, dry_run=how.dry_run), as_json=out.json)
+    return how.code(changes=any(each.changed for each in results))
 
 
 @command()
 def releases(_: Context, *, where: Where, out: Output) -> None:
-    """List the releases that a host keeps.
+    """List the releases that a host keeps, and whether their parts are intact.
 
-    And whether their parts are whole.
+    The active release comes first, then earlier ones.
 
         inv releases --host spark
     """
-    from deploy import look, report
+    from deploy import facts, look
 
-    report.releases(look.facts(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
+    found = look.facts(where.host, ask_sudo=where.ask_sudo)
+    console.show(facts.releases(found), facts.release_rows(found), as_json=out.json)
 
 
 @command()
 def history(_: Context, *, where: Where, out: Output) -> None:
-    """Show every change on a host: who, when, what, and how it ended.
+    """Show every change of a host: who made it, when, what it was, and how it ended.
 
-    Who: the login and the machine that it came from.
+    "Who" is the login and the machine that the change came from.
 
         inv history --host spark
     """
-    from deploy import look, report
+    from deploy import look, outcome
 
-    report.history(look.history(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
+    found = look.history(where.host, ask_sudo=where.ask_sudo)
+    console.show(found, outcome.history_rows(found), as_json=out.json)
 
 
 @command()
 def facts(_: Context, *, where: Where, out: Output) -> None:
-    """Show what a host is now.
+    """Show the facts of a host that a deploy is planned from.
 
-    As a deploy sees it.
+    Among them: system, Python versions, GPUs, disk space, mounts, release and service.
 
         inv facts --host spark
         inv facts --json        # this machine, for a script
     """
-    from deploy import look, report
+    from deploy import facts, look
 
-    report.facts(look.facts(where.host, ask_sudo=where.ask_sudo), as_json=out.json)
+    found = look.facts(where.host, ask_sudo=where.ask_sudo)
+    console.show(found, facts.rows(found), as_json=out.json)
 
 
-@command(help={"check": "reach every host and read its facts"})
+@command(help={"check": "connect to every host and read its facts"})
 def hosts(_: Context, check: bool = False, *, sudo: Sudo, out: Output) -> None:
-    """Show the hosts, merged with their profiles, and where each value comes from.
+    """Show the configured hosts, merged with their profiles, and the origin of each value.
 
-    They are in `config/hosts.toml`; `local`, this machine, is always there.
+    They are in `config/hosts.toml`; `local`, this machine, always exists.
 
         inv hosts
-        inv hosts --check   # and reach every one of them
+        inv hosts --check   # also connect to each of them
     """
-    from deploy import host, look, report
+    from deploy import host, look
 
     names = list(host.hosts().hosts)
-    report.configuration(names, as_json=out.json)
+    targets = [look.find_target(name) for name in names]
+    rows = (row for each in targets for row in host.rows(each))
+    console.show([host.summary(each) for each in targets], rows, as_json=out.json)
     if check:
         look.reach(names, ask_sudo=sudo.ask_sudo)
 
 
 @command()
 def attach(_: Context, *, where: Where) -> None:
-    """Watch what is under way on a host, or see how its last change ended.
+    """Follow the running change of a host, or show how the last one ended.
 
-    For a change that goes on after the connection was lost. The exit code is the change's own.
+    For a change that continues after a lost connection. Exits with the exit code of the change.
 
         inv attach --host spark
     """
@@ -186,10 +195,11 @@ def attach(_: Context, *, where: Where) -> None:
 
 @command(
     help={
-        "path": "the folder of its main.py (default: the usual places, and what units and processes run)",
-        "by": "rename: its folders become Hearth's data; reference: they stay, hosts.toml names them (default: rename)",
+        "path": "the folder of its main.py (default: search the usual places, units and processes)",
+        "by": "rename: move its folders into Hearth's data; reference: keep them, named in hosts.toml "
+        "(default: rename)",
         "apply": "stop its units and put them aside; move models, input, output and user into the data, by rename",
-        "undo": "put everything back, with owners and modes, and start what ran before; not with --apply",
+        "undo": "move everything back, with owners and modes, and start what ran before; not with --apply",
     }
 )
 def adopt(
@@ -203,83 +213,101 @@ def adopt(
     how: Change,
     out: Output,
 ) -> int:
-    """Take over a ComfyUI that is on a host already: its models, pictures, workflows and settings.
+    """Take over an existing ComfyUI installation on a host: its models, pictures, workflows and settings.
 
     Without `--apply` and `--undo` it only reads, runs nothing of the installation, and proposes lines for
-    `config/hosts.toml`; `--dry-run` goes with either of them. How: docs/how-to/adopt-an-installation.md
+    `config/hosts.toml`. `--dry-run` works with either of them. How: docs/how-to/adopt-an-installation.md
 
-        inv adopt --host box                     # look and propose
-        inv adopt --host box --apply --dry-run   # the steps
+        inv adopt --host box                     # inspect and propose
+        inv adopt --host box --apply --dry-run   # show the steps
         inv adopt --host box --apply
         inv adopt --host box --undo
     """
-    from deploy import adopt, report
+    import msgspec
 
-    proposal, outcome = adopt.adopt(where.host, path, by, options(where, how), apply=apply, undo=undo)
-    return report.adopted(proposal, outcome, as_json=out.json, dry_run=how.dry_run)
+    from deploy import adopt as adoption
+
+    proposal, outcome = adoption.adopt(where.host, path, by, options(where, how), apply=apply, undo=undo)
+    if outcome is None:
+        assert proposal is not None  # one of both is given
+        console.show(proposal, adoption.rows(proposal), as_json=out.json)
+        return 0
+    rows = adoption.adopted_rows(proposal, outcome, dry_run=how.dry_run)
+    console.show({**msgspec.to_builtins(outcome), "proposal": proposal}, rows, as_json=out.json)
+    return how.code(changes=outcome.changed)
 
 
 @command(
     help={
-        "release": "a kept release's id, current or previous (default: current)",
+        "release": "the id of a kept release, current or previous (default: current)",
         "output": "the file to write (default: stdout)",
     }
 )
 def bom(_: Context, release: str = "current", output: str = "", *, where: Where) -> None:
-    """Write the bill of materials of a release on a host: CycloneDX 1.6.
+    """Write the bill of materials (SBOM) of a release on a host, as CycloneDX 1.6 JSON.
 
-    Made from the release's manifest alone, as JSON: packages, ComfyUI, custom nodes, kernel wheels with their SHA-256
-    and arch, and the compilers that made them (scope `excluded`). The same release gives the same bytes.
+    It lists packages, ComfyUI, custom nodes, kernel wheels with SHA-256 and arch, and their compilers (scope
+    `excluded`). It is made from the manifest of the release alone: the same release gives the same bytes.
 
         inv bom --host spark --output spark.cdx.json
         inv bom --host spark --release previous
     """
-    from deploy import look, report
-    from deploy import release as releases
+    from core import files
+    from deploy import look
+    from deploy.release import require_complete
     from lock import sbom
 
-    manifest = releases.require_complete(look.facts(where.host, ask_sudo=where.ask_sudo).named(release))
-    report.bill(sbom.write(manifest), output)
+    text = sbom.write(require_complete(look.facts(where.host, ask_sudo=where.ask_sudo).named(release)))
+    if output:
+        files.write(Path(output), text)
+    else:
+        console.data(text.rstrip())
 
 
-@command(help={"old": "a kept release's id, current or previous", "new": "another one"})
+@command(help={"old": "the id of a kept release, current or previous", "new": "another one"})
 def diff(_: Context, old: str, new: str, *, where: Where, out: Output) -> None:
-    """Show what differs between two releases that a host keeps.
+    """Show the differences between two releases that a host keeps.
 
-    Versions, packages, nodes, kernels, flags, variables, the gate, the parts, and the unit's text (with `@` for each
-    release's own id).
+    Compares versions, packages, nodes, kernels, flags, variables, the health gate, the parts, and the text of the unit
+    (with `@` for the id of each release).
 
         inv diff previous current --host spark   # what the last deploy changed
     """
-    from deploy import look, report
-    from lock.diff import compare
+    from deploy import look
+    from lock import diff
 
-    facts = look.facts(where.host, ask_sudo=where.ask_sudo)
-    report.difference(compare(facts.named(old), facts.named(new)), as_json=out.json)
+    found = look.facts(where.host, ask_sudo=where.ask_sudo)
+    changes = diff.compare(found.named(old), found.named(new))
+    console.show(changes, diff.rows(changes), as_json=out.json)
 
 
 @command(
     help={
-        "host": "what this host's current release holds (default: all that is locked in this checkout)",
-        "service": "the address of another service that speaks OSV's API (default: OSV itself)",
+        "host": "audit the active release of this host (default: everything locked in this checkout)",
+        "service": "the address of another service with OSV's API (default: OSV)",
     }
 )
 def audit(_: Context, host: str = "", service: str = "", *, sudo: Sudo, out: Output) -> int:
-    """Look up what is known against packages, custom nodes and ComfyUI; exit code 1 when there is anything.
+    """Look up known vulnerabilities of packages, custom nodes and ComfyUI. Exit code 1 if there are any.
 
-    Packages are looked up by `uv audit`, which asks OSV; packages, custom nodes and ComfyUI also in
-    `recipes/comfyui/known-bad.toml`. "perhaps" marks what Hearth cannot tell: compare the commits. When the service
-    does not answer, what is known without it is shown, and the exit code is 74. How: docs/how-to/audit-and-compare.md
+    `uv audit` looks up packages in OSV. Packages, custom nodes and ComfyUI are also compared with
+    `recipes/comfyui/known-bad.toml`. "possibly" marks findings that Hearth cannot decide: compare the commits. If the
+    service does not respond, the other findings are still shown and the exit code is 74.
+    How: docs/how-to/audit-and-compare.md
 
-        inv audit                # all that is locked here, before it is deployed
-        inv audit --host spark   # what runs there
+        inv audit                # everything locked here, before a deploy
+        inv audit --host spark   # the active release there
     """
-    from deploy import look, report
-    from deploy import release as releases
+    from deploy import look
+    from deploy.release import require_complete
     from lock import audit
 
     if host:
-        stock = audit.deployed(releases.require_complete(look.facts(host, ask_sudo=sudo.ask_sudo).named("current")))
+        stock = audit.deployed(require_complete(look.facts(host, ask_sudo=sudo.ask_sudo).named("current")))
     else:
         stock = audit.locked()
-    return report.audit(audit.check(stock, service), as_json=out.json)
+    found = audit.check(stock, service)
+    console.show(audit.summary(found), audit.rows(found), as_json=out.json)
+    if found.fault:
+        raise found.fault
+    return int(bool(found.findings))

@@ -20,7 +20,7 @@ from elftools.elf.hash import GNUHashSection
 from packaging.version import Version
 
 from core import arch as archs
-from core import files, shell, workspace
+from core import console, files, shell, workspace
 from core.errors import InspectionError
 from core.manifest import ModuleReport, Proof
 from kernels import emulation
@@ -305,3 +305,23 @@ def prove_smoke(wheel: Path, build: Build) -> Proof:
 def highest(versions: Sequence[str]) -> str:
     """The highest of some versions; empty when there is none."""
     return max((version for version in versions if version), key=Version, default="")
+
+
+def rows(modules: Sequence[ModuleReport]) -> Iterator[str]:
+    """A table of a wheel's compiled modules, then the libraries that each needs."""
+    headings = ("module", "SASS", "PTX", "cubins", "undefined", "glibc", "GLIBCXX", "size")
+    cells = [
+        (
+            each.name,
+            ",".join(each.sass) or "-",
+            ",".join(each.ptx) or "-",
+            str(each.cubins),
+            str(each.undefined),
+            each.glibc or "-",
+            each.glibcxx or "-",
+            console.size(each.size),
+        )
+        for each in modules
+    ]
+    yield from console.table(headings, cells)
+    yield from (f"{each.name} needs {', '.join(each.needed)}" for each in modules)

@@ -1,4 +1,4 @@
-"""What is to be built: recipes, archs, stack, Python and platform crossed, each with its key or why it is skipped."""
+"""The builds of a request: recipes x archs x stack x Pythons x platform, each with its key or the reason to skip it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from core import arch as archs
-from core import files
+from core import console, files, workspace
 from core.errors import ArchError, HearthError, RecipeSupportError, StackArchError, UnknownNameError, UsageError, near
-from core.stack import Platform, Stack, find_stack
+from core.stack import Platform, Stack, find_stack, stacks
 from kernels import recipe as recipes_of
 from kernels import toolchain as toolchains
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from core.arch import Arch
     from kernels.recipe import Module, Recipe
     from kernels.toolchain import Toolchain
 
 BUILDER = 1
-"""Raised when Hearth itself changes a byte of what it builds: link line, metadata, wheel layout."""
+"""Increase it when a change of Hearth changes wheels: link line, metadata, wheel layout."""
 
 
 @dataclass(frozen=True)
 class Build:
-    """One wheel to be: Recipe x Arch x Stack x Python x Platform, with a profile."""
+    """A wheel to build: Recipe x Arch x Stack x Python x Platform, with a profile."""
 
     recipe: Recipe
     arch: Arch
@@ -38,14 +38,14 @@ class Build:
 
     @property
     def target(self) -> str:
-        """nvcc's name of the target: `121a`. The user's own suffix wins over the recipe's."""
+        """nvcc's name of the target: `121a`. The user's suffix has precedence over the recipe's."""
         if self.arch.suffix:
             return f"{self.arch.major}{self.arch.minor}{self.arch.suffix}"
         return self.recipe.archs[self.arch.capability]
 
     @property
     def sass(self) -> str:
-        """The SASS that every kernel module must hold, and no other: `sm_121a`."""
+        """The only SASS target of every kernel module: `sm_121a`."""
         return f"sm_{self.target}"
 
     @property
@@ -55,7 +55,7 @@ class Build:
 
     @property
     def version(self) -> str:
-        """The wheel's version, its local label naming stack, torch, arch and profile."""
+        """The wheel's version, with stack, torch, arch and profile in its local label."""
         label = f"{self.toolchain.stack.label}.sm{self.target}{'.ptx' if self.arch.ptx else ''}"
         return f"{self.recipe.version}+{label}{f'.{self.profile}' if self.profile else ''}"
 
@@ -72,7 +72,7 @@ class Build:
 
     @property
     def identifier(self) -> str:
-        """How lists and messages name this build."""
+        """The name of this build in lists and messages."""
         chain = self.toolchain
         tail = f"{chain.abi_tag}-{chain.platform.value}{f'-{self.profile}' if self.profile else ''}"
         name = f"{self.recipe.name}-{self.recipe.version}-{chain.stack.name}-sm{self.target}"
@@ -80,13 +80,13 @@ class Build:
 
     @property
     def folder(self) -> str:
-        """The folder its kernel objects are compiled in: the same for every Python version and profile."""
+        """The folder of kernel objects, shared by all Python versions and profiles."""
         ptx = "ptx" if self.arch.ptx else ""
         return f"{self.recipe.name}-sm{self.target}{ptx}-{self.toolchain.view.name}"
 
     @property
     def python_folder(self) -> str:
-        """The folder in that one for what no other build shares: bindings and linked modules."""
+        """Its subfolder for one Python version and profile: bindings and linked modules."""
         return f"{self.folder}/{self.toolchain.abi_tag}{f'-{self.profile}' if self.profile else ''}"
 
     @cached_property
@@ -124,13 +124,13 @@ class Build:
 
     @cached_property
     def key(self) -> str:
-        """The hash of the inputs: two builds with the same key give the same bytes."""
+        """The hash of the inputs: builds with the same key produce the same bytes."""
         return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A combination that is not built, and why."""
+    """A combination that is not built, with the reason."""
 
     identifier: str
     error: HearthError
@@ -138,9 +138,9 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asked for, as text; an empty field means the default: the arch's, the recipe's or the machine's.
+    """A request in the user's words; an empty field means the default of the arch, the recipe or the machine.
 
-    Raises UsageError for `jobs` that are no number.
+    Raises UsageError unless `jobs` is a positive integer.
     """
 
     arch: str = ""
@@ -153,12 +153,12 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.jobs and not (self.jobs.isdecimal() and int(self.jobs)):
-            hint = "give the number of compiles at once, or leave it out"
-            raise UsageError(f"--jobs {self.jobs} makes no sense", hint=hint)
+            hint = "give the number of parallel compile jobs, or omit it"
+            raise UsageError(f"--jobs must be a positive integer (got {self.jobs!r})", hint=hint)
 
 
 def wanted_archs(text: str) -> list[Arch]:
-    """The archs asked for: `text`, else $TORCH_CUDA_ARCH_LIST, else the local GPU's; raises ArchError."""
+    """The requested archs: `text`, else $TORCH_CUDA_ARCH_LIST, else the local GPU's; raises ArchError."""
     known = archs.known_archs()
     text = text or os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if text:
@@ -167,28 +167,28 @@ def wanted_archs(text: str) -> list[Arch]:
     if local is None:
         table = ", ".join(f"{name} ({info.gpus})" for name, info in known.items())
         raise ArchError(
-            "no compute capability given, and this machine has no NVIDIA GPU to ask",
+            "no compute capability given, and this machine has no NVIDIA GPU",
             cause="neither --arch nor TORCH_CUDA_ARCH_LIST is set",
-            hint=f"name one with --arch: {table}",
+            hint=f"choose one with --arch: {table}",
         )
     return archs.parse_list(str(local), known)
 
 
 def select(request: Request) -> tuple[list[Build], list[Skipped]]:
-    """Cross recipes and archs; what a recipe or stack cannot do is skipped with its reason.
+    """Combine recipes and archs; unsupported combinations are skipped with the reason.
 
-    Raises the reason itself when the user named that very kernel, or when nothing is left to build.
+    Raises the reason if the user named the kernel, or if no build remains.
     """
     wanted = wanted_archs(request.arch)
     known = archs.known_archs()
-    # Every comma-separated name is looked up, so that a mistyped one is refused.
+    # Every comma-separated name is looked up, so that a mistyped one is an error.
     names = [name.strip() for name in request.kernel.split(",") if name.strip()]
     chosen = [recipes_of.find_recipe(name) for name in names] or list(recipes_of.recipes().values())
     profiles = {name for recipe in chosen for name in recipe.profiles}
     if request.profile and request.profile not in profiles:
         raise UnknownNameError(
             f"there is no profile {request.profile!r} of {', '.join(recipe.name for recipe in chosen)}",
-            hint=near(request.profile, profiles) if profiles else "leave --profile out",
+            hint=near(request.profile, profiles) if profiles else "omit --profile",
         )
     builds: list[Build] = []
     skipped: list[Skipped] = []
@@ -210,7 +210,7 @@ def select(request: Request) -> tuple[list[Build], list[Skipped]]:
 
 
 def _build(recipe: Recipe, arch: Arch, stack: Stack, platform: Platform, python: str, profile: str) -> Build:
-    """One build; a recipe without the profile is built as it is by default."""
+    """One build; a recipe without the profile uses its default."""
     if (reason := refusal(recipe, arch, stack)) is not None:
         raise reason
     chosen = profile if profile in recipe.profiles else recipe.default_profile
@@ -218,7 +218,7 @@ def _build(recipe: Recipe, arch: Arch, stack: Stack, platform: Platform, python:
 
 
 def refusal(recipe: Recipe, arch: Arch, stack: Stack) -> StackArchError | RecipeSupportError | None:
-    """Why this recipe cannot be built for this arch and stack, or None."""
+    """The reason why this recipe cannot be built for this arch and stack, or None."""
     if arch.capability not in stack.archs:
         return StackArchError(
             f"stack {stack.name} cannot target {arch.capability}",
@@ -229,13 +229,13 @@ def refusal(recipe: Recipe, arch: Arch, stack: Stack) -> StackArchError | Recipe
     if stack.name not in recipe.stacks:
         return RecipeSupportError(
             f"{recipe.name} {recipe.version} does not support stack {stack.name}",
-            cause=recipe.unsupported.get(stack.name, "the recipe does not list it"),
+            cause=recipe.unsupported.get(stack.name, "not listed in `stacks` of recipe.toml"),
             hint=f"stacks of {recipe.name}: {', '.join(recipe.stacks)}",
         )
     if arch.capability not in recipe.archs:
         return RecipeSupportError(
             f"{recipe.name} {recipe.version} does not support {arch.capability}",
-            cause=recipe.unsupported.get(arch.capability, "its source has no kernels for it"),
+            cause=recipe.unsupported.get(arch.capability, "not listed in [archs] of recipe.toml"),
             hint=f"archs of {recipe.name}: {', '.join(recipe.archs)}",
         )
     return None
@@ -245,3 +245,58 @@ def _stacks_for(arch: Arch) -> Sequence[str]:
     from core.stack import stacks
 
     return [name for name, stack in stacks().items() if arch.capability in stack.archs]
+
+
+def summary(builds: Sequence[Build], skipped: Sequence[Skipped]) -> list[dict[str, str | None]]:
+    """Each build with its key and state, for a dry run; a skipped one has a reason and no key."""
+    wheelhouse = workspace.current().wheelhouse
+    found: list[dict[str, str | None]] = [
+        {
+            "identifier": each.identifier,
+            "key": each.key,
+            "state": "in the wheelhouse" if wheelhouse.find(each.wheel_name, each.key) else "to build",
+        }
+        for each in builds
+    ]
+    return found + [
+        {"identifier": each.identifier, "key": None, "state": "skipped", "reason": each.error.what} for each in skipped
+    ]
+
+
+def rows(found: Sequence[Mapping[str, str | None]]) -> list[str]:
+    """A table of `summary`."""
+    cells = []
+    for each in found:
+        state = f"skipped: {each['reason']}" if "reason" in each else str(each["state"])
+        cells.append((str(each["identifier"]), (each["key"] or "-")[:16], state))
+    return console.table(("build", "key", "state"), cells)
+
+
+def support() -> list[dict[str, str]]:
+    """Every recipe crossed with every stack: the archs that it supports, and why it does not support the others."""
+    found: list[dict[str, str]] = []
+    for recipe in recipes_of.recipes().values():
+        for stack in stacks().values():
+            refused = {arch: refusal(recipe, archs.Arch.parse(arch), stack) for arch in archs.known_archs()}
+            reasons: dict[str, list[str]] = {}
+            for arch, error in refused.items():
+                if error is not None:
+                    reasons.setdefault(error.cause, []).append(arch)
+            found.append(
+                {
+                    "kernel": recipe.name,
+                    "version": recipe.version,
+                    "stack": stack.name,
+                    "archs": " ".join(arch for arch, error in refused.items() if error is None),
+                    "profiles": " ".join(recipe.profiles) or "-",
+                    "why not": "; ".join(f"{' '.join(archs)}: {cause}" for cause, archs in reasons.items()),
+                }
+            )
+    return found
+
+
+def support_rows(found: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """A table of `support`, then the reasons."""
+    headings = ("kernel", "version", "stack", "archs", "profiles")
+    yield from console.table(headings, ([each[heading] for heading in headings] for each in found))
+    yield from sorted({f"{each['stack']} does not support {each['why not']}" for each in found if each["why not"]})

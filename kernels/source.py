@@ -1,4 +1,4 @@
-"""Lays a recipe's source out for the compilers: patched, the recipe's own headers beside it."""
+"""Lays out a recipe's source for the compilers: patched, with the recipe's own headers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def lay_out(recipe: Recipe, patches: Sequence[Patch], place: Path) -> None:
-    """Lay the patched source at `place`, touching only files whose content differs.
+    """Write the patched source to `place`, changing only files whose content differs.
 
-    Ninja goes by modification times: a file left alone is a file not compiled again.
+    Ninja compares modification times: an unchanged file is not compiled again.
     """
     pristine = fetch(recipe)
     fresh = place.with_name(f".{place.name}.fresh")
@@ -35,24 +35,24 @@ def lay_out(recipe: Recipe, patches: Sequence[Patch], place: Path) -> None:
 
 
 HEADERS = ".hearth-include"
-"""Where the recipe's own headers lie in the laid-out tree."""
+"""The folder of the recipe's own headers in the laid-out tree."""
 
 
 def _apply(recipe: Recipe, patch: Patch, tree: Path) -> None:
     file = recipe.path / "patches" / patch.file
-    # Without the ceiling, git would find a repository around the cache and skip every path outside it.
+    # Without the ceiling, git could find a repository that contains the cache, and skip all paths outside it.
     ceiling = {"GIT_CEILING_DIRECTORIES": str(tree.parent)}
     done = tools.git("apply", "--whitespace=nowarn", "--", file, cwd=tree, env=ceiling, check=False)
     if done.returncode:
         raise PatchError(
             f"{patch.file} does not apply to {recipe.name} {recipe.version}",
             cause=done.stderr.strip(),
-            hint="the source changed under the patch: make it anew, or drop it if upstream took it",
+            hint="the source has changed: update the patch, or delete it if upstream has applied it",
         )
 
 
 def _mirror(fresh: Path, place: Path) -> None:
-    """Make `place` hold exactly what `fresh` holds, replacing only what differs."""
+    """Make the files of `place` equal to those of `fresh`, replacing only files that differ."""
     wanted = {path.relative_to(fresh) for path in fresh.rglob("*") if not path.is_dir()}
     for path in [path for path in place.rglob("*") if not path.is_dir()]:
         if path.relative_to(place) not in wanted:

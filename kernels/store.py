@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from core import workspace
+import msgspec
+
+from core import console, workspace
 from core.errors import HearthError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from core.manifest import Manifest
+    from core.wheelhouse import Entry
     from kernels.matrix import Build
 
 
@@ -49,3 +53,24 @@ def _outdated(manifest: Manifest) -> str:
 def _recipe_inputs(inputs: dict[str, Any]) -> str:
     """The inputs without the toolchain: a wheel built on a host had that machine's compiler."""
     return json.dumps({**inputs, "toolchain": {}}, sort_keys=True)
+
+
+def summary(found: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The wheelhouse for JSON: each manifest, with what is wrong with its wheel."""
+    return [{"fault": entry.fault, **msgspec.to_builtins(entry.manifest)} for entry in found]
+
+
+def rows(found: Sequence[Entry]) -> list[str]:
+    """A table of the wheelhouse; "verified" is a wheel whose hash is that of its manifest."""
+    cells = [
+        (
+            each.manifest.file,
+            each.manifest.key[:16],
+            each.manifest.imported.result,
+            each.manifest.smoke.result,
+            each.fault or "verified",
+        )
+        for each in found
+    ]
+    empty = ["the wheelhouse is empty; fill it with: inv build-kernels --arch 12.1"]
+    return console.table(("wheel", "key", "import", "GPU", "state"), cells) if found else empty

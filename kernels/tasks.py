@@ -1,23 +1,24 @@
-"""Kernels and locks: what is built, kept and pinned."""
+"""Kernels: building, listing and inspecting wheels."""
 
 from __future__ import annotations
 
 from invoke.context import Context  # `command` evaluates annotations
 
+from core import console
 from core.command import command
 from core.flags import Output
 
 _BUILD_HELP = {
-    "arch": "compute capabilities: 12.1, '8.9;12.0', 9.0a, '8.9+PTX' (default: TORCH_CUDA_ARCH_LIST, else this GPU's)",
+    "arch": "compute capabilities: 12.1, '8.9;12.0', 9.0a, '8.9+PTX' (default: TORCH_CUDA_ARCH_LIST, or the local GPU)",
     "kernel": "only these recipes, comma-separated (default: all)",
-    "stack": "cu124 or cu130 (default: as config/archs.toml says)",
-    "python": "Python versions, comma-separated: 3.12,3.11 builds both (default: as config/archs.toml says)",
-    "platform": "linux_x86_64 or linux_aarch64 (default: as config/archs.toml says)",
-    "profile": "such as inference or full; a recipe without that profile is built as usual (default: the recipe's)",
-    "jobs": "compiles at once (default: as many as there are cores, or fewer where free memory is short)",
-    "force": "compile everything again, also what the wheelhouse has",
-    "host": "build there, natively and without root, and bring the wheels back; it needs what a build needs here",
-    "dry-run": "only list what would be built, one line each: identifier, key, state",
+    "stack": "cu124 or cu130 (default: from config/archs.toml)",
+    "python": "Python versions, comma-separated, such as 3.12,3.11 (default: from config/archs.toml)",
+    "platform": "linux_x86_64 or linux_aarch64 (default: from config/archs.toml)",
+    "profile": "a build profile, such as inference or full; recipes without it use their default",
+    "jobs": "parallel compile jobs (default: CPU count, limited by free memory)",
+    "force": "rebuild even if the wheel already exists",
+    "host": "build natively on this host, without root, and fetch the wheels; the host needs the build tools",
+    "dry-run": "list the builds only, one per line: identifier, key, state",
 }
 
 
@@ -39,71 +40,87 @@ def build_kernels(
 ) -> None:
     """Build kernel wheels for a GPU into wheelhouse/.
 
-    Cross-built where the GPU is another machine's. What the wheelhouse has already is not built again.
+    Cross-compiles when the target platform differs from this machine. Existing wheels are not rebuilt.
 
         inv build-kernels --arch 12.1                   # all kernels for a DGX Spark
-        inv build-kernels --arch '8.9;12.0' --dry-run   # what would be built for two GPUs, and what is there already
+        inv build-kernels --arch '8.9;12.0' --dry-run   # list the builds for two GPUs, and the existing wheels
         inv build-kernels --arch 8.9 --stack cu124      # for drivers older than 580; needs a CUDA 12.4 compiler
         inv build-kernels --arch 12.1 --host spark      # on the Spark itself
     """
     from dataclasses import asdict
 
-    from kernels import build, report
-    from kernels.matrix import Request, select
+    from core import manifest, workspace
+    from kernels import build, matrix
 
-    asked = Request(arch=arch, kernel=kernel, stack=stack, python=python, platform=platform, profile=profile, jobs=jobs)
+    request = matrix.Request(
+        arch=arch, kernel=kernel, stack=stack, python=python, platform=platform, profile=profile, jobs=jobs
+    )
+    if dry_run and not host:
+        plan = matrix.summary(*matrix.select(request))
+        console.show(plan, matrix.rows(plan), as_json=out.json)
+        return
     if host:
-        from deploy import remote_build  # slow to import, and seldom needed
+        from deploy import remote_build  # slow to import, and rarely needed
 
-        found = remote_build.build(host, asdict(asked), force=force, dry_run=dry_run)
-    elif dry_run:
-        report.plan(*select(asked), as_json=out.json)
+        found = remote_build.build(host, asdict(request), force=force, dry_run=dry_run)
     else:
-        found = build.build_asked(asked, force=force)
+        found = build.build_asked(request, force=force)
     if not dry_run:
-        report.wheels(found, as_json=out.json)
+        console.show(found, manifest.rows(found), as_json=out.json)
+        for note in manifest.unproven(found):
+            console.say(note)
+        house = workspace.current().wheelhouse.folder
+        console.say(f"in {house}; install with: uv pip install --find-links {house.name} ...")
 
 
-@command(help={"prune": "delete wheels that no recipe asks for any more, and say why"})
+@command(help={"prune": "delete wheels that no recipe produces any more, and give the reason for each"})
 def wheels(_: Context, prune: bool = False, *, out: Output) -> int:
-    """List the wheelhouse, each wheel verified against its manifest.
+    """List the wheels in the wheelhouse, and verify each against its manifest.
 
-    Every wheel is hashed again; exit code 1 when one is not what was inspected.
+    Exit code 1 if the hash of a wheel differs from its manifest.
 
         inv wheels
-        inv wheels --prune   # and drop what no recipe asks for
+        inv wheels --prune   # delete outdated wheels first
     """
     from core import workspace
-    from kernels import report, store
+    from kernels import store
 
     if prune:
-        report.pruned(store.prune())
-    return report.wheelhouse(workspace.current().wheelhouse.verify(), as_json=out.json)
+        deleted = store.prune()
+        for path, reason in deleted:
+            console.say(f"deleted {path.name}: {reason}")
+        if not deleted:
+            console.say("nothing to prune")
+    found = workspace.current().wheelhouse.verify()
+    console.show(store.summary(found), store.rows(found), as_json=out.json)
+    return int(any(entry.fault for entry in found))
 
 
 @command(help={"path": "a wheel file"})
 def inspect_wheel(_: Context, path: str, *, out: Output) -> None:
-    """Show what a kernel wheel holds: machine code, symbols, C library.
+    """Show the compiled modules of a wheel: machine code, symbols, libraries, C library version.
 
-    Also the needed libraries, and versions of the C library. Of any wheel, also one that Hearth did not build.
+    Works for any wheel, including those that Hearth did not build.
 
         inv inspect-wheel dist/flash_attn.whl
     """
     from pathlib import Path
 
-    from kernels import report
+    from kernels import inspection
 
-    report.one_wheel(Path(path), as_json=out.json)
+    found = inspection.describe_wheel(Path(path))
+    console.show(found, inspection.rows(found), as_json=out.json)
 
 
 @command()
 def kernels(_: Context, *, out: Output) -> None:
-    """List the kernel recipes: versions, archs and stacks, and why not the others.
+    """List the kernel recipes: versions, build profiles, and supported archs for each stack.
 
-    A line for each stack, with the profiles that a recipe has.
+    Gives the reason for each arch that a recipe does not support.
 
         inv kernels
     """
-    from kernels import report
+    from kernels import matrix
 
-    report.recipes(as_json=out.json)
+    found = matrix.support()
+    console.show(found, matrix.support_rows(found), as_json=out.json)

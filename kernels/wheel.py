@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from kernels.matrix import Build
 
-# The earliest time a zip archive can hold; wheels carry no time of their build.
+# The earliest time of a zip archive: wheels contain no build time.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 

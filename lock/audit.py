@@ -10,10 +10,11 @@ import json
 import tempfile
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import tomli
 import tomlkit
 
@@ -172,3 +173,22 @@ def _project(place: Path, packages: Sequence[tuple[str, str]]) -> None:
     root = {**own, "source": {"virtual": "."}, "dependencies": listed}
     (place / "pyproject.toml").write_text(tomlkit.dumps({"project": {**own, **python}}))
     (place / "uv.lock").write_text(tomlkit.dumps({"version": 1, **python, "package": [root, *listed]}))
+
+
+def summary(found: Audit) -> dict[str, Any]:
+    """An audit for JSON; `fault` says why packages were not looked up."""
+    return {**msgspec.to_builtins(replace(found, fault=None)), "fault": found.fault.what if found.fault else ""}
+
+
+def rows(found: Audit) -> Iterator[str]:
+    """The findings, then what was checked."""
+    for each in found.findings:
+        yield f"{each.name} {each.at}: {'' if each.certain else 'possibly: '}{each.what}"
+        yield f"    {'; '.join(text for text in (', '.join(each.ids), each.remedy, each.source) if text)}"
+        if each.where:
+            yield f"    in {', '.join(each.where)}"
+    by = "not looked up" if found.fault else "by the vulnerability service"
+    yield (
+        f"{len(found.findings)} findings: {found.packages} packages ({by}); packages and {found.repositories} "
+        f"repositories by the {found.advisories} entries of known-bad.toml"
+    )

@@ -101,3 +101,16 @@ def _files(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     for name in sorted(before.keys() | after.keys()):
         left, right = before.get(name, "").splitlines(), after.get(name, "").splitlines()
         yield from difflib.unified_diff(left, right, f"{old['id']}/{name}", f"{new['id']}/{name}", lineterm="", n=1)
+
+
+def rows(found: Difference) -> Iterator[str]:
+    """A line per change, then the diff of the files."""
+    if not (found.changes or found.files):
+        yield f"{found.old} and {found.new} do not differ"
+    for each in found.changes:
+        name = each.name if each.kind == "release" else f"{each.kind} {each.name}"
+        yield f"{name}: {each.old or 'none'} -> {each.new or 'none'}"
+    yield from found.files
+    yield f"shared parts: {', '.join(found.shared) or 'none'}"
+    if found.unknown:
+        yield f"not compared, since an older Hearth did not record it: {', '.join(found.unknown)}"

@@ -360,3 +360,35 @@ def _document() -> tomlkit.TOMLDocument:
 
 def _write(document: tomlkit.TOMLDocument) -> None:
     files.write(nodes.catalogue_file(), tomlkit.dumps(document))
+
+
+LATEST = "every node is at its latest commit"
+
+
+def rows(found: Sequence[Change]) -> Iterator[str]:
+    """The updates of nodes, and what each brings."""
+    for each in found:
+        yield f"{each.name} {each.old[:9]} -> {each.new[:9]}"
+        yield from (f"    {line}" for line in each.commits)
+        for title, lines in (
+            ("requirements", each.requirements),
+            ("changed files that run at import", each.imported),
+            ("new capabilities", each.powers),
+        ):
+            if lines:
+                yield f"  {title}:"
+                yield from (f"    {line}" for line in lines)
+    if not found:
+        yield LATEST
+
+
+def outdated_rows(found: Mapping[str, tuple[str, str]]) -> list[str]:
+    """A table of the nodes whose upstream has a newer commit."""
+    cells = [(name, old[:9], new[:9]) for name, (old, new) in found.items()]
+    return console.table(("node", "pinned", "latest"), cells) if found else [LATEST]
+
+
+def search_rows(found: Mapping[str, Sequence[str]]) -> list[str]:
+    """A table of a workflow's node types, and the known nodes that may provide each."""
+    cells = [(each, ", ".join(names) or "no known node") for each, names in found.items()]
+    return console.table(("node type", "in"), cells) if found else ["ComfyUI itself has every node of the workflow"]

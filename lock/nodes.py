@@ -18,7 +18,7 @@ from core.errors import ConfigError, UnknownNameError, near
 from lock import application
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
 class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -190,7 +190,23 @@ def requirements(tree: Path) -> list[str]:
     """What a node asks for: its requirements.txt, else its pyproject.toml's dependencies, a line each."""
     listed = tree / "requirements.txt"
     if listed.exists():
-        lines = [line.partition(" #")[0].strip() for line in foreign.text(listed).splitlines()]
-        return [line for line in lines if line and not line.startswith("#")]
+        joined = _CONTINUED.sub(r"\1", foreign.text(listed).removeprefix("\ufeff"))
+        lines = [_COMMENT.split(line, maxsplit=1)[0].strip() for line in joined.splitlines()]
+        return [line for line in lines if line]
     named = foreign.pyproject(tree).get("dependencies")
     return [str(each) for each in named] if isinstance(named, list) else []
+
+
+def rows(found: Catalogue) -> Iterator[str]:
+    """A table of the known nodes with their sets, and the rejected ones below."""
+    cells = []
+    for name, node in found.nodes.items():
+        sets = ", ".join(each for each, members in found.sets.items() if name in members)
+        cells.append((name, node.commit[:9], sets or "-", "required" if node.required else "", node.why))
+    yield from console.table(("node", "commit", "sets", "", "why"), cells)
+    yield from (f"left out: {name}: {reason}" for name, reason in found.left_out.items())
+
+
+# pip's rules for lines; its own comment pattern takes minutes for a line of 256 kB of spaces.
+_CONTINUED = re.compile(r"^([^#\n]*)\\\r?\n", re.MULTILINE)
+_COMMENT = re.compile(r"(?:^|\s)#")

@@ -46,7 +46,7 @@ MANAGER = "ComfyUI-Manager"
 
 
 @dataclass(frozen=True)
-class Lock:
+class LockedList:
     """One locked list: what it is for, and its text, a requirement with hashes per line (pip's format)."""
 
     stack: str
@@ -113,11 +113,11 @@ def combinations() -> list[tuple[Stack, Platform, str]]:
     ]
 
 
-def find(stack: str, platform: str, python: str) -> Lock | None:
+def find(stack: str, platform: str, python: str) -> LockedList | None:
     """The locked list for a combination; None where there is none."""
-    lock = Lock(stack, platform, python, "")
+    lock = LockedList(stack, platform, python, "")
     path = folder() / f"{lock.name}.txt"
-    return Lock(stack, platform, python, path.read_text()) if path.exists() else None
+    return LockedList(stack, platform, python, path.read_text()) if path.exists() else None
 
 
 def trio(stack: Stack) -> list[str]:
@@ -135,7 +135,7 @@ def compile_all(*, check: bool) -> list[str]:
     app, known = application(), nodes.catalogue()
     stale: list[tuple[Stack, Platform, str, Path, str]] = []
     for stack, platform, python in combinations():
-        path = folder() / f"{Lock(stack.name, platform.value, python, '').name}.txt"
+        path = folder() / f"{LockedList(stack.name, platform.value, python, '').name}.txt"
         first = (
             f"# Compiled by `inv lock` from ComfyUI {_inputs(app, stack)} and nodes {nodes_hash(known)}; do not edit.\n"
         )
@@ -149,7 +149,7 @@ def compile_all(*, check: bool) -> list[str]:
             hint="inv lock",
         )
     if stale:
-        asked = wishes(app, known)
+        asked = requirement_inputs(app, known)
 
         def resolve(stack: Stack, platform: Platform, python: str, path: Path, first: str) -> str:
             second = f"# What they ask for: {_asked_hash(asked, known, stack)}\n"
@@ -167,7 +167,7 @@ def compile_all(*, check: bool) -> list[str]:
     return names
 
 
-def wishes(app: Application, known: Catalogue) -> dict[str, list[str]]:
+def requirement_inputs(app: Application, known: Catalogue) -> dict[str, list[str]]:
     """What ComfyUI and every node ask for, by the name of the file of requirements that uv is given."""
     trees = nodes.fetch(known.nodes)
     asked = {APP: nodes.requirements(source.fetch(app)), OWN: list(app.extra)}
@@ -232,7 +232,7 @@ def _parsed(line: str) -> Requirement | None:
     return Requirement(f"{address[1]} @ {line}") if address else None
 
 
-def download(lock: Lock, asking: Iterable[str], platform: Platform) -> Path:
+def download(lock: LockedList, asking: Iterable[str], platform: Platform) -> Path:
     """Every wheel that these ask for, in a folder of the cache: for a host that cannot fetch them itself."""
     text = lock.select(asking)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]

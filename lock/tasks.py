@@ -1,4 +1,4 @@
-"""Custom nodes: which are known, pinned and chosen."""
+"""Custom nodes and locks: which nodes are known, and what is pinned."""
 
 from __future__ import annotations
 
@@ -11,103 +11,108 @@ from core.flags import DryRun, Output
 
 @command(name="list", default=True)
 def list_nodes(_: Context, *, out: Output) -> None:
-    """List the custom nodes that Hearth knows, and those left out with the reason.
+    """List the known custom nodes with their sets, and the rejected ones with the reason.
 
-    With their sets, of `recipes/comfyui/nodes.toml`. A profile or a host's override chooses sets and names with
-    `nodes = ["recommended"]`; a deploy then puts them on the host, and `inv lock` has resolved what they need.
+    They are in `recipes/comfyui/nodes.toml`. A profile, mode or host chooses sets and names with
+    `nodes = ["recommended"]`; a deploy then installs them. `inv lock` resolves their requirements beforehand.
     How: docs/how-to/add-a-node.md
 
         inv nodes
     """
-    from lock import nodes, report
+    from lock import nodes
 
-    report.nodes(nodes.catalogue(), as_json=out.json)
+    found = nodes.catalogue()
+    console.show(found, nodes.rows(found), as_json=out.json)
 
 
 @command(
     help={
-        "address": "a repository, or URL@REV: a branch, tag or commit of it (without: its latest commit)",
-        "why": "what the node is for; must be given",
+        "address": "a repository, or URL@REV with a branch, tag or commit (default: its latest commit)",
+        "why": "the purpose of the node; required",
     }
 )
 def add(_: Context, address: str, why: str = "") -> None:
-    """Pin a custom node and list it.
+    """Pin a custom node by commit and file hash, and add it to the list.
 
-    With the hash of its files. A repository of which anything bad is known is warned of. `inv lock` then resolves what
-    it needs.
+    Warns if there are known problems with the repository. Run `inv lock` afterwards to resolve its requirements.
 
         inv nodes.add https://github.com/somebody/my-node --why "depth maps"
         inv nodes.add https://github.com/somebody/my-node@v1.2 --why "depth maps"   # a tag
     """
     from lock import node_updates
 
-    console.say(f"{node_updates.add(address, why)} is listed; inv lock resolves what it needs")
+    console.say(f"added {node_updates.add(address, why)}; run inv lock to resolve its requirements")
 
 
-@command(help={"name": "the node to take off"})
+@command(help={"name": "the node to remove"})
 def remove(_: Context, name: str) -> None:
-    """Take a custom node off the list.
+    """Remove a custom node from the list and from all sets.
 
-    Out of all sets, too. `inv lock` then renews the lists of packages.
+    Run `inv lock` afterwards to update the locked packages.
 
         inv nodes.remove my-node
     """
     from lock import node_updates
 
     node_updates.remove(name)
-    console.say(f"{name} is not listed any more; inv lock renews the locks")
+    console.say(f"removed {name}; run inv lock to update the locked packages")
 
 
-@command(iterable=["name"], help={"name": "only this node; may be given several times (default: all)"})
+@command(iterable=["name"], help={"name": "only this node; repeatable (default: all)"})
 def update(_: Context, name: list[str], *, how: DryRun, out: Output) -> int:
-    """Pin the latest commits, and show what they bring: commits, requirements, files that run at import.
+    """Pin the latest commits of custom nodes, and show what changes.
 
-    `inv lock` then resolves what they need.
+    Shows commits, requirements, files that run at import, and new capabilities. Run `inv lock` afterwards.
 
-        inv nodes.update --dry-run            # only show
+        inv nodes.update --dry-run            # show only
         inv nodes.update --name a --name b
     """
-    from lock import node_updates, report
+    from lock import node_updates
 
-    return report.changes(node_updates.update(name, dry_run=how.dry_run), as_json=out.json, dry_run=how.dry_run)
+    found = node_updates.update(name, dry_run=how.dry_run)
+    console.show(found, node_updates.rows(found), as_json=out.json)
+    return how.code(changes=bool(found))
 
 
 @command()
 def outdated(_: Context, *, out: Output) -> None:
-    """List the custom nodes whose upstream has another latest commit.
+    """List the custom nodes whose upstream has a newer commit.
 
-    It only looks: `inv nodes.update` pins.
+    Changes nothing; `inv nodes.update` pins the newer commits.
 
         inv nodes.outdated
     """
-    from lock import node_updates, nodes, report
+    from lock import node_updates, nodes
 
-    report.outdated(node_updates.outdated(nodes.catalogue()), as_json=out.json)
+    found = node_updates.outdated(nodes.catalogue())
+    plain = {name: {"pinned": old, "latest": new} for name, (old, new) in found.items()}
+    console.show(plain, node_updates.outdated_rows(found), as_json=out.json)
 
 
-@command(help={"workflow": "a workflow's file, as saved or exported"})
+@command(help={"workflow": "a workflow file, saved by the editor or exported for the API"})
 def search(_: Context, workflow: str, *, out: Output) -> int:
-    """Say which of the known custom nodes a workflow needs; exit code 1 when some type has none.
+    """Find the custom nodes that a workflow needs. Exit code 1 if a node type is unknown.
 
-    The workflow was saved by the editor or exported for the API. A type counts as a node's when it is named anywhere in
-    the node's code.
+    A known node is listed for a type if its code contains the name of the type.
 
         inv nodes.search workflow.json
     """
     from pathlib import Path
 
-    from lock import node_updates, report
+    from lock import node_updates
 
-    return report.providers(node_updates.search(Path(workflow)), as_json=out.json)
+    found = node_updates.search(Path(workflow))
+    console.show(found, node_updates.search_rows(found), as_json=out.json)
+    return int(any(not names for names in found.values()))
 
 
-@command(help={"check": "fail when a lock is stale, change nothing"})
+@command(help={"check": "change nothing; fail if a lock is out of date"})
 def lock(_: Context, check: bool = False) -> None:
-    """Renew what is locked: uv.lock (tool, stacks, CUDA compiler) and ComfyUI's environments.
+    """Update the locks: uv.lock (tool, stacks, CUDA compiler) and recipes/comfyui/locks/ (ComfyUI's environments).
 
-    The environments are `recipes/comfyui/locks/`.
+    Run it after changing pyproject.toml, app.toml or nodes.toml.
 
-        inv lock           # after a change of pyproject.toml, app.toml or nodes.toml
+        inv lock
         inv lock --check   # in CI
     """
     from core import lockfile
@@ -115,5 +120,5 @@ def lock(_: Context, check: bool = False) -> None:
 
     lockfile.renew(check=check)
     for name in requirements.compile_all(check=check):
-        console.say(f"{name} is compiled anew")
-    console.say("the locks are current" if check else "the locks are renewed")
+        console.say(f"updated {name}")
+    console.say("the locks are up to date")

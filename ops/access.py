@@ -172,7 +172,7 @@ def lines(name: str, access: Access) -> list[str]:
         (each.place, f"{each.mode:04o}", f"{each.owner}:{each.group}", ", ".join(each.denied) or "-")
         for each in access.nodes
     ]
-    found = [f"{name}:", *console.aligned(("device", "mode", "owner", "may not use it"), rows)]
+    found = [f"{name}:", *console.table(("device", "mode", "owner", "may not use it"), rows)]
     found += [f"driver: {', '.join(f'{key}={value}' for key, value in access.driver.items())}"] if access.driver else []
     found += [f"rule: {each.file}: {each.rule}"[:100] for each in access.rules]
     found += [f"there is no user {who}" for who, groups in access.users.items() if groups is None]

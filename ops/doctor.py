@@ -1,67 +1,63 @@
-"""The doctor: looks at hosts and at this machine, says what is wrong, and which command mends it."""
+"""The doctor: runs its checks on hosts and on this machine, and names the fix of every problem."""
 
 from __future__ import annotations
 
-import platform
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from core import console, files, shell, workspace
-from core.arch import known_archs
+from core import files
 from core.errors import StorageError
-from core.stack import Platform, find_stack
 from deploy import host as hosts
 from deploy import plan
 from deploy.facts import Facts
 from deploy.inputs import gather
 from deploy.look import find_target, questions
-from ops import fleet
-from ops.checks import CHECKS, Case, Check, Probe, Severity
-from ops.status import Live, Problem
+from ops import fleet, workstation
+from ops.checks import CHECKS, Case, Probe, Severity
+from ops.status import Live
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from deploy.connection import Agent
-    from deploy.host import Profile, Target
+    from deploy.host import Target
 
 SECONDS = 60.0
-"""How long hosts have: torch is asked where ComfyUI does not answer, and an emulated or busy machine takes its time."""
+"""The time-out for hosts: asking torch, where ComfyUI does not answer, is slow on an emulated or busy machine."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found on a host."""
+    """A problem that a check found on a host, or with severity "info" a fact about this machine."""
 
     host: str
     check: str
-    severity: Severity
+    severity: Severity | Literal["info"]
     what: str
     remedy: str
 
 
 def examine(host: str, group: str, *, ask_sudo: bool = False) -> tuple[list[str], list[Finding]]:
-    """Who was looked at, and what is wrong there. A host that cannot be reached is a finding, too.
+    """Check hosts, and return their names and the findings. An unreachable host is a finding, too.
 
-    Without a host and a group: where kernels are built, and the ComfyUI of this machine where there is one.
+    Without a host and a group, checks this machine, and its ComfyUI if one is deployed.
     """
     names = hosts.select(host, group)
     found: list[Finding] = []
     if not (host or group):
-        found = workbench()
+        found = this_machine()
         if not Path(find_target(hosts.LOCAL).prefix, "current").expanduser().exists():
-            return [HERE], found
+            return [workstation.NAME], found
     for answer in fleet.ask_each(names, _one, ask_sudo=ask_sudo, seconds=SECONDS):
         if answer.error is not None:
             check = "storage" if isinstance(answer.error, StorageError) else "reach"
             found.append(Finding(answer.host, check, "error", answer.error.what, answer.error.hint))
         found += answer.value or []
-    return [*([] if host or group else [HERE]), *names], found
+    return [*([] if host or group else [workstation.NAME]), *names], found
 
 
 def _one(agent: Agent, target: Target) -> list[Finding]:
@@ -74,111 +70,71 @@ def _one(agent: Agent, target: Target) -> list[Finding]:
 
 
 def judge(case: Case) -> list[Finding]:
-    """What all checks find; errors first, in the order of the checks."""
-    found = [_finding(case.target.name, check, problem) for check in CHECKS for problem in check.find(case)]
+    """Run all checks; errors come first, in the order of the checks."""
+    name = case.target.name
+    found = [
+        Finding(name, check.name, check.severity, problem.what, problem.remedy)
+        for check in CHECKS
+        for problem in check.find(case)
+    ]
     return sorted(found, key=lambda each: each.severity != "error")
 
 
-def _finding(host: str, check: Check, problem: Problem) -> Finding:
-    return Finding(host, check.name, check.severity, problem.what, problem.remedy)
-
-
-# --- this machine, where kernels are built -------------------------------------------------------------------------
-
-HERE = "this machine"
-ROOM = 15_000_000_000
-"""Bytes that a stack, its compiler and a build take in the cache, measured: 10 GB for cu130, and objects."""
-
-
-def workbench() -> list[Finding]:
-    """What keeps kernels from being built here for the hosts that are configured."""
-    found = [Finding(HERE, "build", severity, each.what, each.remedy) for severity, each in _workbench()]
-    return sorted(set(found), key=lambda each: (each.severity != "error", each.what))
-
-
-def _workbench() -> Iterator[tuple[Severity, Problem]]:
-    from kernels import toolchain
-
-    for program, installer in (("git", "apt-get install git"), ("uv", "pip install uv")):
-        if not shell.which(program):
-            yield "error", Problem(f"{program} is not installed", installer)
-    asked = _profiles()
-    severity: Severity = "error" if asked else "warning"  # without hosts nobody may want to build here
-    for profile in asked or [each for each in hosts.profiles().values() if each.kernels]:
-        arch = known_archs()[profile.arch]
-        target = Platform.parse(arch.platform)
-        for error in toolchain.faults(find_stack(profile.stack), target, arch.python):
-            yield severity, Problem(f"kernels for {profile.arch} cannot be built here: {error.what}", error.hint)
-        cpu = target.cpu
-        if cpu != platform.machine() and not (shell.which(f"qemu-{cpu}-static") or shell.which(f"qemu-{cpu}")):
-            what = f"wheels for {profile.arch} are not imported here after the build: there is no emulator for {cpu}"
-            yield "warning", Problem(what, "apt-get install qemu-user-static")
-    for entry in workspace.current().wheelhouse.verify():
-        if entry.fault:
-            yield "error", Problem(f"{entry.manifest.file}: {entry.fault}", "inv build-kernels builds it again")
-    cache = workspace.current().cache
-    place = next(path for path in (cache, *cache.parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if free < ROOM:
-        what = f"{console.size(free)} free at {place}, and a build takes {console.size(ROOM)}"
-        yield "warning", Problem(what, "inv wheels --prune, or HEARTH_CACHE on a larger disk")
-
-
-def _profiles() -> list[Profile]:
-    """The profiles of configured hosts that ask for kernels."""
-    wanted = [hosts.target(name).profile for name in hosts.hosts().hosts if name != hosts.LOCAL]
-    return [each for each in wanted if each.kernels]
+def this_machine() -> list[Finding]:
+    """What this machine can do, and its problems."""
+    seen = workstation.look()
+    able = [Finding(workstation.NAME, "abilities", "info", each, "") for each in seen.abilities]
+    return able + [
+        Finding(workstation.NAME, "build", severity, each.what, each.remedy) for severity, each in seen.problems
+    ]
 
 
 # --- shown ---------------------------------------------------------------------------------------------------------
 
 
-def show(names: Sequence[str], findings: Sequence[Finding], *, as_json: bool) -> int:
-    """Print what was found; 0 when nothing was, 1 when there are only warnings, 2 when there are errors."""
-    if as_json:
-        console.data_json([_plain(each) for each in findings])
-    else:
-        for host in names:
-            listed = [each for each in findings if each.host == host]
-            console.data(f"{host}: {_counted(listed)}")
-            for each in listed:
-                console.data(console.line(f"  {each.severity}: {each.what}  [{each.check}]"))
-                console.data(console.line(f"    next: {each.remedy}"))
-    return 2 if any(each.severity == "error" for each in findings) else int(bool(findings))
+def summary(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """The findings for JSON; `how` is how the check detected each."""
+    how = {check.name: check.detected_by for check in CHECKS}
+    return [{**vars(each), "how": how.get(each.check, "")} for each in findings]
 
 
-def _plain(finding: Finding) -> dict[str, Any]:
-    how = next((check.how for check in CHECKS if check.name == finding.check), "")
-    return {**vars(finding), "how": how}
+def rows(names: Sequence[str], findings: Sequence[Finding]) -> Iterator[str]:
+    """The findings of each host, and below each problem how to fix it."""
+    for host in names:
+        listed = [each for each in findings if each.host == host]
+        yield f"{host}: {_counted([each for each in listed if each.severity != 'info'])}"
+        for each in listed:
+            if each.severity == "info":
+                yield f"  {each.what}"
+            else:
+                yield f"  {each.severity}: {each.what}  [{each.check}]"
+                yield f"    fix: {each.remedy}"
 
 
-def _counted(findings: Sequence[Finding]) -> str:
-    errors = sum(each.severity == "error" for each in findings)
-    if not findings:
-        return f"all is well ({len(CHECKS)} checks)"
-    return f"{errors} errors, {len(findings) - errors} warnings"
+def _counted(problems: Sequence[Finding]) -> str:
+    errors = sum(each.severity == "error" for each in problems)
+    return f"{errors} errors, {len(problems) - errors} warnings" if problems else "no problems found"
+
+
+def code(findings: Sequence[Finding]) -> int:
+    """The exit code: 0 without problems, 1 with warnings only, 2 with errors."""
+    severities = {each.severity for each in findings}
+    return 2 if "error" in severities else int("warning" in severities)
 
 
 def page() -> str:
-    """`docs/troubleshooting.md`: every check, what it finds and what mends it, and the guides' own chapters."""
+    """`docs/troubleshooting.md`: every check, how it detects a problem, and how to fix it."""
     lines = [
         "# Troubleshooting",
         "",
-        "`inv doctor --host NAME` looks for all of this, and names what it found with the next command. Without a",
-        "host it looks at this machine. This page is made of its checks (`ops/checks.py`).",
+        "`inv doctor --host NAME` runs these checks on a host and prints how to fix each problem. Without a host it",
+        "checks this machine. This page is generated from the checks (`ops/checks/`).",
         "",
     ]
     for check in CHECKS:
-        lines += [f"## {check.name}", "", f"{check.question} ({check.severity})", "", f"- Found by: {check.how}."]
-        lines += [f"- Mended by: {check.mend}.", ""]
-    lines += ["## From the guides", "", "What their chapters on troubleshooting list, and the check that finds it.", ""]
-    lines += ["| case | check |", "| --- | --- |"]
-    cases = sorted({(case, check.name) for check in CHECKS for case in check.cases})
-    by_case: dict[str, list[str]] = {}
-    for case, name in cases:
-        by_case.setdefault(case, []).append(f"[{name}](#{name})")
-    lines += [f"| {case} | {', '.join(names)} |" for case, names in by_case.items()]
-    return "\n".join(lines) + "\n"
+        lines += [f"## {check.name}", "", f"{check.question} ({check.severity})", ""]
+        lines += [f"- Detected by: {check.detected_by}.", f"- Fix: {check.fix}.", ""]
+    return "\n".join(lines)
 
 
 PAGE = files.CHECKOUT / "docs/troubleshooting.md"

@@ -1,4 +1,4 @@
-"""The flags of the ComfyUI that a host runs: which exclude each other, which are set, and by what."""
+"""The flags of the ComfyUI on a host: which are set and by what, and which exclude each other."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from core import console, foreign, source
 from deploy.release import OWN_FLAGS
 from lock import application as applications
 from ops import fleet
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from deploy.connection import Agent
     from deploy.host import Target
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Line:
-    """One flag: what it takes, which others it excludes, what it is set to there (None: it is not), and by what."""
+    """One flag: its arguments, the flags it excludes, its value (None: not set), and the origin of the value."""
 
     name: str
     takes: str
@@ -33,7 +31,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Difference:
-    """A flag that the configuration sets otherwise than the release; None where it is not set."""
+    """A flag with another value in the configuration than in the release; None is not set."""
 
     name: str
     deployed: str | None
@@ -42,7 +40,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Flags:
-    """All flags of a ComfyUI. Without a `release` it is the one that would be deployed, as the host is configured."""
+    """All flags of a ComfyUI. Without a `release`, those that a deploy would set."""
 
     host: str
     version: str
@@ -52,7 +50,7 @@ class Flags:
 
 
 def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[Flags]]:
-    """The flags of the releases in service on hosts."""
+    """Read the flags of the active release on each host."""
 
     def one(agent: Agent, target: Target) -> Flags:
         found = agent.call("flags")
@@ -63,7 +61,7 @@ def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[F
 
 
 def compare(target: Target, release: Mapping[str, Any], text: str) -> Flags:
-    """What a host's configuration sets of the flags in a `comfy/cli_args.py`, against its release (empty: none)."""
+    """Compare a host's configuration with its release (empty: none), for the flags in a `comfy/cli_args.py`."""
     known = applications.flags(text)
     groups: dict[str, list[str]] = {}
     for name, flag in known.items():
@@ -93,7 +91,7 @@ def compare(target: Target, release: Mapping[str, Any], text: str) -> Flags:
 
 
 def given(argv: Sequence[str]) -> dict[str, str]:
-    """The flags of a command line with their values; of one that is there twice the last, as ComfyUI takes it."""
+    """The flags of a command line with their values; the last one wins, as in ComfyUI."""
     found: dict[str, str] = {}
     name = ""
     for word in argv:
@@ -121,34 +119,24 @@ def _origin(target: Target, name: str, value: str | None) -> str:
     return target.origin.get(f"flags.{name}", "") if same else "an earlier configuration"
 
 
-def show(answers: Sequence[fleet.Answer[Flags]], *, as_json: bool) -> int:
-    """Print the flags of hosts; 1 when one of several did not tell them. Raises the error of one that is alone."""
-    seen = fleet.heard(answers)
-    if as_json:
-        console.data_json([msgspec.to_builtins(each) for each in seen.values()])
-    else:
-        for each in seen.values():
-            _print(each)
-    return int(len(seen) < len(answers))
-
-
-def _print(found: Flags) -> None:
-    """Flags that are set first, then the others, then what would change with the next deploy."""
-    what = f"release {found.release}" if found.release else "nothing is deployed; as configured"
-    console.data(console.line(f"{found.host}: ComfyUI {found.version}, {what}"))
-    unset = [each for each in found.lines if each.value is None]
-    chosen = [each for each in found.lines if each.value is not None]
-    rows = [(each.name, each.value or "yes", each.origin) for each in chosen]
-    console.table(("set", "to", "by"), rows)
-    console.data("")
-    console.table(("not set", "takes"), [(each.name, each.takes) for each in unset])
-    console.data("\nof each of these lines only one:")
-    for group in dict.fromkeys(tuple(sorted((each.name, *each.excludes))) for each in found.lines if each.excludes):
-        line = console.line(" ".join(group))
-        console.data(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False))
-    for each in found.differences:
-        there, here = ("not set" if value is None else value or "set" for value in (each.deployed, each.configured))
-        console.data("")
-        console.data(console.line(f"the configuration differs: {each.name} is {there} there, and {here} in it"))
-    if found.differences:
-        console.data(f"inv deploy --host {found.host} makes it so")
+def rows(seen: Iterable[Flags]) -> Iterator[str]:
+    """The set flags of each host, the others, the exclusive groups, and what the next deploy would change."""
+    for found in seen:
+        what = f"release {found.release}" if found.release else "nothing is deployed; as configured"
+        yield f"{found.host}: ComfyUI {found.version}, {what}"
+        chosen = [(each.name, each.value or "yes", each.origin) for each in found.lines if each.value is not None]
+        yield from console.table(("set", "to", "by"), chosen)
+        unset = [(each.name, each.takes) for each in found.lines if each.value is None]
+        yield from ("", *console.table(("not set", "takes"), unset))
+        yield from ("", "mutually exclusive, by line:")
+        for group in dict.fromkeys(tuple(sorted((each.name, *each.excludes))) for each in found.lines if each.excludes):
+            text = console.line(" ".join(group))
+            yield from textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
+        for each in found.differences:
+            there, here = ("not set" if it is None else it or "set" for it in (each.deployed, each.configured))
+            yield from (
+                "",
+                f"configuration differs: {each.name} is {there} in the release, {here} in the configuration",
+            )
+        if found.differences:
+            yield f"apply it with inv deploy --host {found.host}"

@@ -1,4 +1,4 @@
-"""Asking hosts, all at once: whoever does not answer in time holds nobody up."""
+"""Asks several hosts at the same time; a host that times out does not delay the others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """What one host said, or why it said nothing."""
+    """The answer of one host, or its error."""
 
     host: str
     value: T | None
@@ -33,9 +33,9 @@ class Answer(Generic[T]):
 def ask_each(
     names: Sequence[str], ask: Callable[[Agent, Target], T], *, ask_sudo: bool = False, seconds: float = 10
 ) -> list[Answer[T]]:
-    """Ask every host at once, and give their answers in the order of `names`, after `seconds` at the latest.
+    """Ask all hosts at the same time, and return their answers in the order of `names`, after `seconds` at the latest.
 
-    With `ask_sudo` one after the other, each as long as it takes: its password is asked for at the terminal.
+    With `ask_sudo`, asks them one after the other without a time-out: the terminal asks for a password.
     """
     answers: dict[str, Answer[T]] = {}
 
@@ -50,7 +50,7 @@ def ask_each(
     if ask_sudo or len(names) == 1:
         for name in names:
             one(name)
-    else:  # daemons: what still waits for a host must not keep the program from ending
+    else:  # daemons: a thread that still waits for a host must not keep the program from ending
         threads = [threading.Thread(target=one, args=(name,), daemon=True) for name in names]
         end = time.monotonic() + seconds
         for thread in threads:
@@ -60,8 +60,8 @@ def ask_each(
     return [answers.get(name) or Answer(name, None, _late(name, seconds)) for name in names]
 
 
-def heard(answers: Sequence[Answer[T]]) -> dict[str, T]:
-    """What hosts said, by name; says why some said nothing. Raises the error of a host that is the only one."""
+def collect(answers: Sequence[Answer[T]]) -> dict[str, T]:
+    """The answers by host; reports the errors of the others. Raises the error if there is only one host."""
     for each in answers:
         if each.error is not None:
             if len(answers) == 1:
@@ -77,19 +77,20 @@ def show(
     *,
     as_json: bool,
 ) -> None:
-    """Print what hosts said, a host's `lines` or as JSON its `plain`; errors as `heard` does."""
-    seen = heard(answers)
-    if as_json:
-        console.data_json([{"host": name, **plain(name, value)} for name, value in seen.items()])
-        return
-    for name, value in seen.items():
-        for line in lines(name, value):
-            console.data(console.line(line))
+    """Print the answers of hosts: the `lines` of each, or its `plain` as JSON; errors as `collect` does."""
+    seen = collect(answers)
+    value = [{"host": name, **plain(name, each)} for name, each in seen.items()]
+    console.show(value, (line for name, each in seen.items() for line in lines(name, each)), as_json=as_json)
+
+
+def code(answers: Sequence[Answer[T]]) -> int:
+    """The exit code: 1 if a host did not answer."""
+    return int(any(each.value is None for each in answers))
 
 
 def _late(name: str, seconds: float) -> ConnectError:
     return ConnectError(
-        f"{name} does not answer within {seconds:.0f} s",
-        cause="it is busy or hangs, or the way there is slow",
+        f"{name} did not answer within {seconds:.0f} s",
+        cause="it is busy or hangs, or the connection is slow",
         hint=f"inv facts --host {name} waits longer",
     )

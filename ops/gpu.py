@@ -1,4 +1,4 @@
-"""GPUs of hosts: seen once, watched, and recorded."""
+"""The GPUs of hosts: shown once, watched, and recorded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Gpu(msgspec.Struct, frozen=True):
-    """One GPU, as `agent.look.gpu.gpus` describes it; None: not reported (see `unsupported` and `faults`)."""
+    """One GPU, as reported by the agent; None is not supported, or explained in `faults`."""
 
     index: int
     name: str | None
@@ -55,47 +55,37 @@ class Gpu(msgspec.Struct, frozen=True):
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """The GPUs of a host at a `time` (its own clock, seconds since 1970), and ComfyUI's running job."""
+    """The GPUs of a host at a `time` (by its clock, seconds since 1970), and the job that ComfyUI was running."""
 
     time: float
     gpus: tuple[Gpu, ...]
     job: str | None
 
 
-def run(
-    names: Sequence[str],
-    *,
-    watch: str | bool,
-    record: str,
-    seconds: str,
-    every: str,
-    ask_sudo: bool,
-    as_json: bool,
-) -> int:
-    """What `inv gpu` does; returns its exit code."""
+def check(names: Sequence[str], *, watch: str | bool, record: str, seconds: str, every: str, as_json: bool) -> None:
+    """Check the flags of `inv gpu` against each other; raises UsageError."""
     if bool(record) != bool(seconds) or (every and not record) or (record and watch):
         raise UsageError(
-            "--record FILE and --seconds N go together, --every S with both, and none of them with --watch",
+            "--record FILE requires --seconds N, --every S requires both, and none of them goes with --watch",
             hint="inv gpu --record FILE --seconds 60",
         )
     if watch and as_json:
-        raise UsageError("--watch shows tables", hint="JSON, a sample a line: inv gpu --record FILE --seconds 60")
+        raise UsageError("--watch has no JSON output", hint="inv gpu --record FILE --seconds 60 writes JSON lines")
     if record and len(names) > 1:
         raise UsageError(
             "--record records one host", hint=f"inv gpu --host {names[0]} --record {shlex.quote(record)} ..."
         )
-    if record:
-        return _record(names[0], Path(record), number("seconds", seconds, 1), number("every", every or "1"), ask_sudo)
-    if watch:
-        return _watch(names, number("watch", "1" if watch is True else str(watch)), ask_sudo)
-    answers = fleet.ask_each(names, lambda agent, _: next(_samples(agent, 1, 0)), ask_sudo=ask_sudo)
-    return _show(answers, as_json=as_json)
+
+
+def look(names: Sequence[str], *, ask_sudo: bool) -> list[fleet.Answer[Sample]]:
+    """One sample of each host."""
+    return fleet.ask_each(names, lambda agent, _: next(_samples(agent, 1, 0)), ask_sudo=ask_sudo)
 
 
 def number(flag: str, text: str, least: float = 0.1) -> float:
-    """The seconds that a flag gives; raises UsageError."""
+    """Parse a flag in seconds; raises UsageError."""
     if not re.fullmatch(r"\d+(\.\d+)?", text) or float(text) < least:
-        raise UsageError(f"--{flag} {text} makes no sense", hint=f"give seconds, at least {least:g}")
+        raise UsageError(f"--{flag} must be at least {least:g} seconds (got {text!r})", hint=f"such as --{flag} 10")
     return float(text)
 
 
@@ -107,31 +97,25 @@ def _samples(agent: Agent, every: float, seconds: float | None) -> Iterator[Samp
 # --- once -------------------------------------------------------------------------------------------------------------
 
 
-def _show(answers: Sequence[fleet.Answer[Sample]], *, as_json: bool) -> int:
-    """Print the GPUs of hosts; 1 when some host did not tell them. Raises the error of a host that is the only one."""
-    seen = fleet.heard(answers)
-    if as_json:
-        console.data_json([{"host": name, **msgspec.to_builtins(sample)} for name, sample in seen.items()])
-    else:
-        for line in lines(seen):
-            console.data(console.line(line))
-    return int(len(seen) < len(answers))
+def summary(seen: Mapping[str, Sample]) -> list[dict[str, Any]]:
+    """The samples of hosts, for JSON."""
+    return [{"host": name, **msgspec.to_builtins(sample)} for name, sample in seen.items()]
 
 
-def lines(seen: Mapping[str, Sample]) -> list[str]:
-    """The GPUs of hosts as tables, 100 columns wide at most; the host is a column when there are several."""
+def rows(seen: Mapping[str, Sample]) -> list[str]:
+    """Tables of GPUs and their processes, 100 columns wide at most, with a column for the host if there are several."""
     several = len(seen) > 1
     gpus = [(name, gpu) for name, sample in seen.items() for gpu in sample.gpus]
-    rows = [(name, str(gpu.index), *cells(gpu, 16 if several else 24), _clocks(gpu)) for name, gpu in gpus]
+    listed = [(name, str(gpu.index), *cells(gpu, 16 if several else 24), _clocks(gpu)) for name, gpu in gpus]
     headings = ("host", "GPU", "name", "used", "memory", "°C", "power", "SM/memory MHz")
-    text = console.aligned(headings[not several :], [row[not several :] for row in rows])
+    text = console.table(headings[not several :], [row[not several :] for row in listed])
     users = [
         (name, str(gpu.index), *_user(each, 14 if several else 20)) for name, gpu in gpus for each in gpu.processes
     ]
     if users:
         headings = ("host", "GPU", "pid", "process", "user", "kind", "memory", "service")
-        text += ["", *console.aligned(headings[not several :], [row[not several :] for row in users])]
-    notes = [f"{name}: job {sample.job} runs" for name, sample in seen.items() if sample.job]
+        text += ["", *console.table(headings[not several :], [row[not several :] for row in users])]
+    notes = [f"{name}: job {sample.job} is running" for name, sample in seen.items() if sample.job]
     notes += [f"{name}: the driver lists no GPU" for name, sample in seen.items() if not sample.gpus]
     notes += [f"{name}: GPU {gpu.index} shares the machine's memory" for name, gpu in gpus if gpu.unified]
     notes += [f"{name}: GPU {gpu.index}: {fault}" for name, gpu in gpus for fault in gpu.faults]
@@ -139,7 +123,7 @@ def lines(seen: Mapping[str, Sample]) -> list[str]:
 
 
 def cells(gpu: Gpu, wide: int) -> tuple[str, ...]:
-    """A GPU in a table: its name, cut to `wide`, utilisation, memory, temperature and power."""
+    """The cells of a GPU: its name, cut to `wide`, utilisation, memory, temperature and power."""
     name = (gpu.name or "-").removeprefix("NVIDIA ").removeprefix("GeForce ")
     memory = f"{_size(gpu.memory_used)} of {_size(gpu.memory_total)}"
     power = f"{_whole(gpu.power)} of {_whole(gpu.power_limit)} W" if gpu.power_limit else f"{_whole(gpu.power)} W"
@@ -163,25 +147,29 @@ def _whole(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
 
-# --- again and again --------------------------------------------------------------------------------------------------
+# --- repeatedly -----------------------------------------------------------------------------------------------
 
 
-def _watch(names: Sequence[str], every: float, ask_sudo: bool) -> int:
-    """Show the GPUs as they are, until Ctrl-C. Each host has one connection, on which its agent tells them."""
+def watch(names: Sequence[str], seconds: str | bool, *, ask_sudo: bool) -> None:
+    """Show the GPUs every `seconds` (True: 1) until Ctrl-C. Each host's agent streams samples over one connection.
+
+    Raises UsageError.
+    """
+    every = number("watch", "1" if seconds is True else str(seconds))
     latest: dict[str, Sample] = {}
     came: dict[str, float] = {}
     failed: dict[str, HearthError] = {}
-    told = threading.Event()
+    news = threading.Event()
 
     def read(name: str, agent: Agent) -> None:
         try:
             for sample in _samples(agent, every, None):
                 latest[name], came[name] = sample, time.monotonic()
-                told.set()
-            raise ConnectError(f"{name} does not tell its GPUs any more", hint="run the same command again")
+                news.set()
+            raise ConnectError(f"{name} stopped reporting its GPUs", hint="run the same command again")
         except HearthError as error:
             failed[name] = error
-            told.set()
+            news.set()
 
     def now() -> list[str]:
         if len(failed) == len(names):
@@ -189,26 +177,28 @@ def _watch(names: Sequence[str], every: float, ask_sudo: bool) -> int:
         seen = {name: latest[name] for name in names if name in latest and name not in failed}
         late = {name: time.monotonic() - came[name] for name in seen}
         return [
-            *lines(seen),
-            *(f"{name}: the last of this came {age:.0f} s ago" for name, age in late.items() if age > every + 5),
-            *(f"{name}: {failed[name].what}; next: {failed[name].hint}" for name in names if name in failed),
+            *rows(seen),
+            *(f"{name}: last reported {age:.0f} s ago" for name, age in late.items() if age > every + 5),
+            *(f"{name}: {failed[name].what}; fix: {failed[name].hint}" for name in names if name in failed),
         ]
 
     with ExitStack() as stack:
-        for name in names:  # one after the other: a password may be asked for
+        for name in names:  # one after the other: the terminal may ask for a password
             try:
                 agent = stack.enter_context(connection.connect(find_target(name), ask_sudo, seconds=5))
                 threading.Thread(target=read, args=(name, agent), daemon=True).start()
             except HearthError as error:
                 failed[name] = error
         if len(failed) < len(names):
-            told.wait(10)
+            news.wait(10)
         console.refreshed(now, every)
-    return 0
 
 
-def _record(name: str, place: Path, seconds: float, every: float, ask_sudo: bool) -> int:
-    """Write a sample a line to a new file, for `seconds` or until Ctrl-C; what was written stays."""
+def record(name: str, place: Path, seconds: float, every: float, *, ask_sudo: bool) -> int:
+    """Write samples to a new file, one JSON line each, for `seconds` or until Ctrl-C; returns 130 at Ctrl-C.
+
+    Keeps the samples written before an error. Raises UsageError or DiskFullError if the file cannot be written.
+    """
     count = 0
     try:
         with place.open("x") as file, connection.connect(find_target(name), ask_sudo) as agent:
@@ -218,10 +208,10 @@ def _record(name: str, place: Path, seconds: float, every: float, ask_sudo: bool
                 file.flush()
                 count += 1
     except FileExistsError:
-        raise UsageError(f"{place} exists", hint="record to another file; this one would be lost") from None
+        raise UsageError(f"{place} exists already", hint="record to another file") from None
     except OSError as error:
         kind = DiskFullError if error.errno == errno.ENOSPC else UsageError
-        raise kind(f"{place} cannot be written", cause=str(error), hint="record to another place") from error
+        raise kind(f"{place} cannot be written", cause=str(error), hint="record to another folder") from error
     except KeyboardInterrupt:
         return _recorded(place, count, 130)
     except HearthError:
@@ -240,5 +230,5 @@ def _recorded(place: Path, count: int, code: int) -> int:
     if not count:
         place.unlink(missing_ok=True)
     else:
-        console.say(f"{count} samples in {place}; inv gpu-plot {shlex.quote(str(place))} draws them")
+        console.say(f"{count} samples in {place}; plot them with inv gpu-plot {shlex.quote(str(place))}")
     return code

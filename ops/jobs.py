@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -13,7 +13,7 @@ from core.errors import UsageError
 from ops import fleet
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from deploy.connection import Agent
     from deploy.host import Target
@@ -22,10 +22,11 @@ WIDTH = 100
 
 
 class Job(msgspec.Struct, frozen=True):
-    """A job: `status` is success, error, interrupted, running or pending; `nodes` of its workflow, `cached` of them.
+    """A job; its `status` is success, error, interrupted, running or pending.
 
-    `queued` and `started` are in seconds since 1970, `seconds` is how long it took; None where that is not known yet.
-    `node`, `node_type` and `error` say where and why it failed.
+    `nodes` is the number of nodes in its workflow, `cached` of them were cache hits. `queued` and `started` are in
+    seconds since 1970, `seconds` is the duration; None if not known yet. `node`, `node_type` and `error` say where and
+    why it failed.
     """
 
     id: str
@@ -41,9 +42,9 @@ class Job(msgspec.Struct, frozen=True):
 
 
 def recent(names: Sequence[str], count: str, *, ask_sudo: bool) -> list[fleet.Answer[list[Job]]]:
-    """The last `count` jobs of hosts that are over, and all that run and wait; raises UsageError."""
+    """The last `count` finished jobs of each host, and all running and waiting ones; raises UsageError."""
     if not (count.isdecimal() and int(count)):
-        raise UsageError(f"--number {count} makes no sense", hint="give how many, such as --number 50")
+        raise UsageError(f"--number must be a positive integer (got {count!r})", hint="such as --number 50")
 
     def one(agent: Agent, _: Target) -> list[Job]:
         return msgspec.convert(agent.call("jobs", count=int(count)), list[Job])
@@ -51,27 +52,25 @@ def recent(names: Sequence[str], count: str, *, ask_sudo: bool) -> list[fleet.An
     return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)
 
 
-def show(answers: Sequence[fleet.Answer[list[Job]]], *, as_json: bool) -> int:
-    """Print jobs, a host's oldest first; below the table, why some failed. 1 when a host of several told none.
+def summary(seen: Mapping[str, list[Job]]) -> list[dict[str, Any]]:
+    """The jobs of hosts, for JSON."""
+    return [{"host": name, **msgspec.to_builtins(each)} for name, jobs in seen.items() for each in jobs]
 
-    Raises NoAnswerError, or another error of a host that is the only one.
-    """
-    seen = fleet.heard(answers)
-    found = [(name, each) for name, told in seen.items() for each in told]
-    if as_json:
-        console.data_json([{"host": name, **msgspec.to_builtins(each)} for name, each in found])
-    elif not found and seen:
-        console.data("no jobs: ComfyUI remembers none since it started")
-    elif found:
-        alone = len(answers) == 1  # then the host is no column
-        headings = ("host", "job", "when", "took", "nodes", "status")
-        console.table(headings[alone:], [(name, *_row(each))[alone:] for name, each in found])
-        for _, each in found:
-            if each.node:
-                reason = " ".join(console.printable(each.error).split())
-                text = console.line(f"{each.id[:8]}: node {each.node} ({each.node_type}){f': {reason}' * bool(reason)}")
-                console.data(textwrap.fill(text, WIDTH, subsequent_indent=" " * 10, max_lines=4, placeholder=" ..."))
-    return int(len(seen) < len(answers))
+
+def rows(seen: Mapping[str, list[Job]]) -> Iterator[str]:
+    """A table of jobs, the oldest of each host first, then the errors of the failed ones."""
+    found = [(name, each) for name, jobs in seen.items() for each in jobs]
+    if not found:
+        yield from ["no jobs since ComfyUI started"] if seen else []
+        return
+    alone = len(seen) == 1  # without a column for the host
+    headings = ("host", "job", "when", "took", "nodes", "status")
+    yield from console.table(headings[alone:], [(name, *_row(each))[alone:] for name, each in found])
+    for _, each in found:
+        if each.node:
+            reason = " ".join(console.printable(each.error).split())
+            text = console.line(f"{each.id[:8]}: node {each.node} ({each.node_type}){f': {reason}' * bool(reason)}")
+            yield from textwrap.wrap(text, WIDTH, subsequent_indent=" " * 10, max_lines=4, placeholder=" ...")
 
 
 def _row(job: Job) -> tuple[str, ...]:

@@ -7,8 +7,6 @@ import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from core import console
 from core.errors import UsageError
 from deploy import refusals
@@ -256,7 +254,7 @@ def _consent(names: Sequence[str], named: str, *, data: bool) -> Callable[[], No
         raise UsageError(what, hint="nothing was changed; name the host whose data shall go")
 
     def ask() -> None:
-        if not named and not console.typed(f"type {names[0]} to delete its data for good:", names[0]):
+        if not named and not console.confirm_name(f"type {names[0]} to delete its data for good:", names[0]):
             remedy = f"at a terminal, type {names[0]}; elsewhere add --yes-delete-data-of {names[0]}"
             unconfirmed = refusals.unconfirmed("deleting the data: its name was not typed", remedy)
             raise refusals.refused("nothing was changed", [unconfirmed], host=names[0])
@@ -265,24 +263,21 @@ def _consent(names: Sequence[str], named: str, *, data: bool) -> Callable[[], No
 
 
 def show_evidence(names: Sequence[str]) -> None:
-    """Print what to look at on hosts in quarantine."""
-    for name in names:
-        target = find_target(name)
-        console.data(f"{name}: what to look at")
-        for line in evidence(target, target.prefix):
-            console.data(console.line(f"  {line}"))
+    """Print what to inspect on hosts in quarantine."""
+    found = {target.name: evidence(target, target.prefix) for target in map(find_target, names)}
+    rows = [
+        line for name, lines in found.items() for line in (f"{name}: what to inspect", *(f"  {each}" for each in lines))
+    ]
+    console.show(found, rows, as_json=False)
 
 
 def show(results: Sequence[Outcome], *, as_json: bool, dry_run: bool) -> int:
-    """Print how it ended, host by host; returns 2 when a dry run would change anything."""
-    if as_json:
-        console.data_json([msgspec.to_builtins(each) for each in results])
-    else:
-        for each in results:
-            if dry_run and each.changed:
-                console.data(f"{each.host}: {len(each.steps)} changes")
-            else:
-                console.data(
-                    f"{each.host}: {each.state}" if each.changed else f"{each.host}: nothing to do, {each.state}"
-                )
+    """Print the results of hosts; returns 2 if a dry run would change anything."""
+    console.show(results, (_row(each, dry_run=dry_run) for each in results), as_json=as_json)
     return 2 if dry_run and any(each.changed for each in results) else 0
+
+
+def _row(result: Outcome, *, dry_run: bool) -> str:
+    if dry_run and result.changed:
+        return f"{result.host}: {len(result.steps)} changes"
+    return f"{result.host}: {result.state}" if result.changed else f"{result.host}: nothing to do, {result.state}"

@@ -1,4 +1,4 @@
-"""ComfyUI's log, from wherever the host keeps it."""
+"""ComfyUI's log, from systemd's journal or from the supervisor."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 LINES = 100
-"""So many are shown when neither their number nor a time is asked for."""
+"""The number of lines without --lines and --since."""
 
 
 def question(lines: str, since: str, grep: str, *, follow: bool) -> dict[str, Any]:
-    """What the agent is asked; `lines` None are all. Raises UsageError."""
+    """The request to the agent; `lines` is None for all. Raises UsageError."""
     if lines and not lines.isdecimal():
-        raise UsageError(f"--lines {lines} makes no sense", hint="give a number, such as --lines 500")
+        raise UsageError(f"--lines must be a number (got {lines!r})", hint="such as --lines 500")
     try:
         re.compile(grep)
     except re.error as error:
-        hint = "a regular expression of Python's; a backslash before ( [ . * + ? takes them as they are"
-        raise UsageError(f"--grep {grep} is no regular expression", cause=str(error), hint=hint) from None
+        hint = "use Python's syntax; put a backslash before ( [ . * + ? to match them literally"
+        raise UsageError(f"--grep {grep} is not a regular expression", cause=str(error), hint=hint) from None
     count = int(lines) if lines else None if since else LINES
     return {"lines": count, "since": since, "grep": grep, "follow": follow}
 
 
 def show(names: Sequence[str], asked: dict[str, Any], *, ask_sudo: bool, as_json: bool) -> int:
-    """Print the logs of hosts, one after the other, or all as they come when they are followed; 130 at Ctrl-C.
+    """Print the logs of hosts, one after the other, or interleaved if followed; returns 130 at Ctrl-C.
 
-    Of several hosts each line has its host's name, and 1 is returned when one could not be read. Raises LogError, or
-    UsageError for an unknown time, of one that is alone.
+    With several hosts, each line starts with its host's name, and 1 is returned if a log cannot be read. With one host,
+    raises LogError, or UsageError for an unknown time.
     """
     alone = len(names) == 1
     failed: list[str] = []
@@ -56,7 +56,7 @@ def show(names: Sequence[str], asked: dict[str, Any], *, ask_sudo: bool, as_json
         if alone or not asked["follow"]:
             for name in names:
                 one(name)
-        else:  # daemons: Ctrl-C waits for none
+        else:  # daemons: Ctrl-C does not wait for them
             threads = [threading.Thread(target=one, args=(name,), daemon=True) for name in names]
             for thread in threads:
                 thread.start()
@@ -68,7 +68,7 @@ def show(names: Sequence[str], asked: dict[str, Any], *, ask_sudo: bool, as_json
 
 
 def _print(answers: Iterable[dict[str, Any]], host: str, *, alone: bool, as_json: bool) -> None:
-    """Print lines as they come; with their host's name where there are others, and always in JSON."""
+    """Print lines as they arrive, with the host's name unless it is `alone`; JSON always has it."""
     for each in answers:
         if "alive" in each and console.unread():
             return

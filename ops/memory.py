@@ -1,28 +1,31 @@
-"""Memory of hosts, given back when somebody asks for it: ComfyUI's own, and the page cache."""
+"""Frees memory on hosts: ComfyUI's models and results, and the page cache."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from core import console
+from core.errors import HearthError
 from deploy import connection, refusals
 from deploy.change import Change, change_each
 from deploy.look import find_target
 from deploy.plan import Plan, Step
+from ops import fleet
 from ops.gpu import number
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from deploy.change import Outcome
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.plan import Options
 
 
 class OfGpu(msgspec.Struct, frozen=True):
-    """What is used of a GPU's memory, and ComfyUI's part of that, in bytes."""
+    """The used memory of a GPU, and ComfyUI's part of it, in bytes."""
 
     index: int
     used: int | None
@@ -30,7 +33,7 @@ class OfGpu(msgspec.Struct, frozen=True):
 
 
 class Held(msgspec.Struct, frozen=True):
-    """Who holds how much, in bytes: the GPUs, ComfyUI's process (`resident`), and what the machine has left."""
+    """Memory in bytes: of the GPUs, of ComfyUI's process (`resident`), and `available` on the machine."""
 
     gpus: tuple[OfGpu, ...]
     resident: int | None
@@ -38,7 +41,7 @@ class Held(msgspec.Struct, frozen=True):
 
 
 class Freed(msgspec.Struct, frozen=True):
-    """What ComfyUI gave back; not `freed` while the `job` still runs that it waits for."""
+    """The memory before and after; not `freed` while ComfyUI waits for the running `job`."""
 
     freed: bool
     job: str | None
@@ -46,35 +49,45 @@ class Freed(msgspec.Struct, frozen=True):
     after: Held
 
 
-def free(names: Sequence[str], wait: str, *, ask_sudo: bool = False, as_json: bool = False) -> int:
-    """Have ComfyUI give its memory back on hosts, one after the other, and print what that gained.
+def free(names: Sequence[str], wait: str, *, ask_sudo: bool = False) -> list[fleet.Answer[Freed]]:
+    """Have ComfyUI free its memory on hosts, one after the other; an error on one does not stop the others.
 
-    Returns 1 when a job still runs somewhere after `wait` seconds: it comes when that has ended.
+    Waits up to `wait` seconds for a running job; ComfyUI then frees the memory when the job ends. Raises UsageError.
     """
     patience = number("wait", wait, 0)
-    found: dict[str, Freed] = {}
-    for name in names:
-        with connection.connect(find_target(name), ask_sudo) as agent:
-            found[name] = msgspec.convert(agent.call("free-memory", wait=patience), Freed)
-        if not as_json:
-            for line in lines(name, found[name]):
-                console.data(console.line(line))
-    if as_json:
-        console.data_json([{"host": name, **msgspec.to_builtins(each)} for name, each in found.items()])
-    return int(not all(each.freed for each in found.values()))
+
+    def one(name: str) -> fleet.Answer[Freed]:
+        try:
+            with connection.connect(find_target(name), ask_sudo) as agent:
+                return fleet.Answer(name, msgspec.convert(agent.call("free-memory", wait=patience), Freed))
+        except HearthError as error:
+            return fleet.Answer(name, None, error)
+
+    return [one(name) for name in names]
+
+
+def summary(found: Mapping[str, Freed]) -> list[dict[str, Any]]:
+    """The freed memory by host, for JSON."""
+    return [{"host": name, **msgspec.to_builtins(each)} for name, each in found.items()]
+
+
+def rows(found: Mapping[str, Freed]) -> Iterator[str]:
+    """The freed memory of each host, as reported by its GPUs, otherwise of ComfyUI's process."""
+    for name, each in found.items():
+        yield from lines(name, each)
 
 
 def lines(name: str, found: Freed) -> list[str]:
-    """What ComfyUI gave back on a host; its process's memory where no GPU tells any."""
+    """The freed memory of a host's GPUs; of ComfyUI's process if no GPU reports memory."""
     if not found.freed:
-        return [f"{name}: job {found.job} runs; ComfyUI gives its memory back when that has ended"]
+        return [f"{name}: job {found.job} is running; ComfyUI frees its memory when the job ends"]
     of_gpus = [
         (f"GPU {old.index}", old.used, new.used)
         for old, new in zip(found.before.gpus, found.after.gpus, strict=False)
         if old.used is not None and new.used is not None
     ]
-    told = of_gpus or [("ComfyUI's process", found.before.resident or 0, found.after.resident or 0)]
-    return [f"{name}: {what}: {_gained(old, new)}" for what, old, new in told]
+    listed = of_gpus or [("ComfyUI's process", found.before.resident or 0, found.after.resident or 0)]
+    return [f"{name}: {what}: {_gained(old, new)}" for what, old, new in listed]
 
 
 def _gained(old: int, new: int) -> str:
@@ -82,20 +95,20 @@ def _gained(old: int, new: int) -> str:
     return f"{console.size(old)} before, {console.size(new)} after ({change})"
 
 
-def drop(names: Sequence[str], options: Options, *, as_json: bool = False) -> int:
-    """Drop the page cache of hosts, and print what that gained; returns 2 on a dry run."""
+def drop(names: Sequence[str], options: Options) -> list[Outcome]:
+    """Drop the page cache of hosts."""
     change = Change(
         action="drop-caches",
         plan=lambda _, target, facts: plan(target, facts, force=options.force),
         unchecked="the cache fills again at once",
     )
-    results = change_each(names, change, options)
-    if as_json:
-        console.data_json([msgspec.to_builtins(each) for each in results])
-    for each in () if as_json else results:
-        text = "; ".join(each.notes) or "the page cache would be dropped"
-        console.data(console.line(f"{each.host}: {text}"))
-    return 2 if options.dry_run else 0
+    return change_each(names, change, options)
+
+
+def dropped_rows(results: Sequence[Outcome]) -> Iterator[str]:
+    """The memory that each host gained by dropping its page cache."""
+    for each in results:
+        yield f"{each.host}: {'; '.join(each.notes) or 'the page cache would be dropped'}"
 
 
 def plan(target: Target, facts: Facts, *, force: bool) -> Plan:

@@ -1,30 +1,28 @@
-"""Recordings of GPUs, drawn: utilisation, memory and power over time, with the jobs that ran.
-
-The SVG is written here: three lines of numbers need no library. A PNG is made of it by rsvg-convert.
-"""
+"""Plots of GPU recordings: utilisation, memory and power over time, with the jobs."""
 
 from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
 from itertools import pairwise
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING
-from xml.sax.saxutils import escape
 
 import msgspec
 
-from core import console, files, shell
-from core.errors import RecordingError, UsageError
+from core import console
+from core.errors import RecordingError, ToolMissingError, UsageError
 from ops.gpu import Gpu, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-WIDTH, LEFT, RIGHT, TOP = 960, 70, 20, 50
-PANEL, GAP = 150, 40
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
-"""Okabe and Ito's, which also those tell apart who see few colours (jfly.uni-koeln.de/color)."""
+"""The palette of Okabe and Ito, which people with colour blindness can tell apart (jfly.uni-koeln.de/color)."""
 
 
 class Recorded(Sample, frozen=True):
@@ -35,7 +33,7 @@ class Recorded(Sample, frozen=True):
 
 @dataclass(frozen=True)
 class Panel:
-    """A value of every GPU over time, and the most that it can be (None: not told)."""
+    """A value of every GPU over time, and its maximum (None: not reported)."""
 
     title: str
     value: Callable[[Gpu], float | None]
@@ -53,78 +51,79 @@ PANELS = (
 )
 
 
-def plot(recording: str, output: str) -> None:
-    """Draw a recording to a file, by default its own name with `.svg`; raises RecordingError and UsageError."""
+def plot(recording: str, output: str) -> Path:
+    """Plot a recording to an .svg or .png file (default: the recording's name with .svg), and return its path.
+
+    Raises RecordingError, UsageError, and ToolMissingError without matplotlib.
+    """
     place = Path(output) if output else Path(recording).with_suffix(".svg")
     if place.suffix not in (".svg", ".png"):
-        raise UsageError(f"{place} is neither .svg nor .png", hint="--output FILE.svg, which every browser shows")
-    picture = svg(read(Path(recording)))
-    if place.suffix == ".png":
-        words = ["rsvg-convert", "--output", str(place)]
-        shell.run(words, input_text=picture)
-    else:
-        files.write(place, picture)
-    console.data(str(place))
+        raise UsageError(f"{place} is neither .svg nor .png", hint="--output FILE.svg")
+    samples = read(Path(recording))
+    try:
+        from matplotlib import rc_context
+    except ImportError as error:
+        raise ToolMissingError("matplotlib is not installed", cause=str(error), hint="uv sync --group plot") from error
+    # Text stays text in an SVG, and a dollar sign in a name starts no formula.
+    with rc_context({"svg.fonttype": "none", "text.parse_math": False}):
+        try:
+            figure(samples).savefig(place, dpi=150)
+        except OSError as error:
+            raise UsageError(f"{place} cannot be written", cause=str(error), hint="choose another --output") from error
+    return place
 
 
 def read(path: Path) -> list[Recorded]:
-    """The samples of a recording; raises RecordingError that names the line."""
+    """Read the samples of a recording; raises RecordingError, which names the line."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise RecordingError(f"{path} cannot be read", cause=str(error), hint="name a file of --record") from error
+        raise RecordingError(
+            f"{path} cannot be read", cause=str(error), hint="give a file of inv gpu --record"
+        ) from error
     whole, rest = lines[:-1], lines[-1]
     if rest or not whole:
         what = f"line {len(lines)} of {path} is cut short" if rest else f"{path} is empty"
         hint = (
-            f"leave it out: sed -i '$d' {shlex.quote(str(path))}"
+            f"delete that line: sed -i '$d' {shlex.quote(str(path))}"
             if whole
-            else "record anew: inv gpu --record FILE --seconds N"
+            else "record again: inv gpu --record FILE --seconds N"
         )
-        raise RecordingError(what, cause="whoever recorded was killed, or the disk was full", hint=hint)
+        raise RecordingError(what, cause="the recording was killed, or the disk was full", hint=hint)
     found: list[Recorded] = []
     for number, line in enumerate(whole, 1):
         try:
             found.append(msgspec.json.decode(line, type=Recorded))
-        except msgspec.DecodeError as error:  # of which a wrong type is one
-            hint = "name a file of inv gpu --record, or take the line out"
-            raise RecordingError(f"line {number} of {path} is no sample", cause=str(error), hint=hint) from error
+        except msgspec.DecodeError as error:  # includes a wrong type
+            hint = "give a file of inv gpu --record, or delete the line"
+            raise RecordingError(f"line {number} of {path} is not a sample", cause=str(error), hint=hint) from error
     return found
 
 
-def svg(samples: Sequence[Recorded]) -> str:
-    """The picture: a panel for each value, a colour for each GPU, a grey field for each job."""
+def figure(samples: Sequence[Recorded]) -> Figure:
+    """A panel for each value, with a line for each GPU and a grey field for each job."""
+    from matplotlib.figure import Figure
+
     begin = samples[0].time
-    length = max(samples[-1].time - begin, 1.0)
-    bottom = TOP + len(PANELS) * (PANEL + GAP) - GAP
-
-    def x(time: float) -> float:
-        return LEFT + (time - begin) / length * (WIDTH - LEFT - RIGHT)
-
     names = {gpu.index: gpu.name or "GPU" for sample in samples for gpu in sample.gpus}
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{bottom + 50}" '
-        'font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>',
-    ]
-    for start, end, job in jobs(samples):
-        place = f'x="{x(start):.1f}" y="{TOP}" width="{x(end) - x(start):.1f}" height="{bottom - TOP}"'
-        out.append(f'<rect class="job" {place} fill="#eee" stroke="#bbb"><title>{escape(job)}</title></rect>')
-        place = f'x="{x(start) + 3:.1f}" y="{TOP + PANEL + 12}"'  # where no line is drawn
-        out.append(f'<text {place} fill="#777" font-size="9">{escape(job[:8])}</text>')
-    for number, (index, name) in enumerate(names.items()):
-        place = f'x="{LEFT + number % 4 * 220}" y="{14 + number // 4 * 14}"'
-        out.append(f'<text {place} fill="{_color(index)}">GPU {index}: {escape(name)}</text>')
-    for row, panel in enumerate(PANELS):
-        out += _panel(panel, samples, TOP + row * (PANEL + GAP), x)
-    step = _nice(length / 8)
-    for tick in range(int(length / step) + 1):
-        out.append(_text(x(begin + tick * step), bottom + 18, f"{tick * step:g} s", "middle"))
-    return "\n".join([*out, "</svg>\n"])
+    picture = Figure(figsize=(9.6, 6.4), layout="constrained")
+    axes = picture.subplots(len(PANELS), sharex=True)
+    for panel, each in zip(PANELS, axes, strict=True):
+        _draw(panel, each, samples, names)
+        for start, end, _ in jobs(samples):
+            each.axvspan(start - begin, end - begin, facecolor="#eee", edgecolor="#bbb", gid="job")
+    for start, _, job in jobs(samples):
+        top = axes[0].get_xaxis_transform()
+        axes[0].text(start - begin, 1.01, _clean(job[:8]), transform=top, va="bottom", size="x-small", color="#777")
+    axes[-1].set_xlabel("seconds")
+    axes[-1].set_xlim(0, max(samples[-1].time - begin, 1))
+    if names:
+        picture.legend(handles=axes[0].get_lines(), loc="outside upper left", ncols=2, frameon=False)
+    return picture
 
 
 def jobs(samples: Sequence[Recorded]) -> list[tuple[float, float, str]]:
-    """When each job was seen to begin and to end, and its id."""
+    """The times of each job's first and last sample, and its id."""
     found: list[tuple[float, float, str]] = []
     for sample, after in pairwise([*samples, samples[-1]]):
         if sample.job is None:
@@ -136,40 +135,21 @@ def jobs(samples: Sequence[Recorded]) -> list[tuple[float, float, str]]:
     return found
 
 
-def _panel(panel: Panel, samples: Sequence[Recorded], top: float, x: Callable[[float], float]) -> list[str]:
+def _draw(panel: Panel, axes: Axes, samples: Sequence[Recorded], names: dict[int, str]) -> None:
     gpus = [gpu for sample in samples for gpu in sample.gpus]
-    told = [each for gpu in gpus for each in (panel.value(gpu), panel.most(gpu)) if each is not None]
-    most = max(told, default=1.0) or 1.0
-
-    def y(value: float) -> float:
-        return top + PANEL * (1 - value / most)
-
-    out = [_text(LEFT, top - 6, panel.title if told else f"{panel.title}: not told", "start")]
-    step = _nice(most / 4)
-    for tick in range(int(most / step) + 1):
-        height = y(tick * step)
-        out.append(f'<path d="M{LEFT} {height:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
-        out.append(_text(LEFT - 6, height + 4, f"{tick * step:g}", "end"))
-    for index in sorted({gpu.index for gpu in gpus}):
-        path, pen = "", "M"
-        for sample in samples:
-            value = next((panel.value(gpu) for gpu in sample.gpus if gpu.index == index), None)
-            path += "" if value is None else f"{pen}{x(sample.time):.1f} {y(value):.1f}"
-            pen = "M" if value is None else "L"  # what was not told leaves a gap
-        if path:
-            out.append(f'<path class="gpu{index}" d="{path}" fill="none" stroke="{_color(index)}" stroke-width="1.5"/>')
-    return out
+    reported = [each for gpu in gpus for each in (panel.value(gpu), panel.most(gpu)) if each is not None]
+    axes.set_ylabel(panel.title if reported else f"{panel.title}\nnot reported")
+    axes.set_ylim(0, max(reported, default=1) or 1)
+    axes.grid(axis="y", color="#ddd")
+    times = [sample.time - samples[0].time for sample in samples]
+    for index, name in sorted(names.items()):
+        values = (next((panel.value(gpu) for gpu in sample.gpus if gpu.index == index), None) for sample in samples)
+        line = [nan if value is None else value for value in values]  # a gap
+        axes.plot(
+            times, line, color=COLORS[index % len(COLORS)], label=_clean(f"GPU {index}: {name}"), gid=f"gpu{index}"
+        )
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _color(index: int) -> str:
-    return COLORS[index % len(COLORS)]
-
-
-def _nice(step: float) -> float:
-    """The next 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** (len(str(int(step))) - 1) if step >= 1 else 0.1
-    return next((each * power for each in (1, 2, 5, 10) if each * power >= step), step)
+def _clean(text: str) -> str:
+    """Text of a host, without control characters, which an SVG must not contain."""
+    return console.line(text)

@@ -1,12 +1,10 @@
-"""Profiles and modes, explained: what each sets, why, for which versions, and with which stacks it has effect."""
+"""Explains profiles and modes: their settings, the reasons, the versions, and the stacks that each applies to."""
 
 from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from core import console
 from core.errors import UnknownNameError, near
@@ -22,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Line:
-    """One flag, variable or other value. `stacks` are those with which it has effect, with the ComfyUI that is pinned.
+    """One flag, variable or other value. `stacks` are those it applies to, with the pinned ComfyUI.
 
-    `machines` says of a mode's which machines it is for.
+    `machines` is the kind of machine that a mode's setting is for.
     """
 
     name: str
@@ -46,7 +44,7 @@ class Explained:
     lines: tuple[Line, ...]
 
 
-SEPARATE, UNIFIED = "memory of its own", "shared memory"
+SEPARATE, UNIFIED = "separate GPU memory", "shared memory"
 
 
 def every() -> list[Explained]:
@@ -58,7 +56,7 @@ def every() -> list[Explained]:
 
 
 def one(name: str) -> Explained:
-    """The profile or mode of that name; raises UnknownNameError."""
+    """Find a profile or mode by name; raises UnknownNameError."""
     known = {each.name: each for each in every()}
     if name not in known:
         raise UnknownNameError(f"there is no profile or mode {name!r}", hint=near(name, known))
@@ -115,41 +113,28 @@ def _plain(mode: Mode) -> Iterator[Line]:
         )
 
 
-def listed(found: list[Explained], *, as_json: bool) -> None:
-    """Names and summaries."""
-    if as_json:
-        console.data_json([_json(each) for each in found])
-        return
-    console.table(("", "name", ""), [(each.kind, each.name, each.summary) for each in found])
+def list_rows(found: list[Explained]) -> list[str]:
+    """A table of names and summaries."""
+    return console.table(("", "name", ""), [(each.kind, each.name, each.summary) for each in found])
 
 
-def shown(found: Explained, *, explain: bool, as_json: bool) -> None:
-    """One profile or mode; with `explain` the reasons, too."""
-    if as_json:
-        console.data_json(_json(found))
-        return
-    console.data(f"{found.kind} {found.name}: {found.summary}")
-    for name, text in found.about.items():
-        console.data(f"  {name}: {text}")
+def rows(found: Explained, *, explain: bool) -> Iterator[str]:
+    """One profile or mode, with the reason for each setting if `explain`."""
+    yield f"{found.kind} {found.name}: {found.summary}"
+    yield from (f"  {name}: {text}" for name, text in found.about.items())
     if not found.lines:
-        console.data("  no flag and no variable")
+        yield "  sets no flags and no variables"
         return
     versions = ", ".join(f"{each.name} (torch {each.torch})" for each in stacks().values())
-    console.data(f"  with ComfyUI {application.version()} and {versions}:\n")
-    headings = ("", "value", "for", "active with")
-    rows = [(each.name, each.value, _for(each), ", ".join(each.stacks) or "none") for each in found.lines]
-    heading, *lines = console.aligned(headings, rows)
-    console.data(f"  {heading}")
+    yield from (f"  with ComfyUI {application.version()} and {versions}:", "")
+    cells = [(each.name, each.value, _for(each), ", ".join(each.stacks) or "none") for each in found.lines]
+    heading, *lines = console.table(("", "value", "for", "active with"), cells)
+    yield f"  {heading}"
     for each, text in zip(found.lines, lines, strict=True):
-        console.data(f"  {text}")
+        yield f"  {text}"
         if explain:
-            console.data(textwrap.fill(each.why, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+            yield from textwrap.wrap(each.why, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def _for(line: Line) -> str:
     return "; ".join(each for each in (line.machines, line.versions) if each)
-
-
-def _json(found: Explained) -> dict[str, Any]:
-    plain: dict[str, Any] = msgspec.to_builtins(found)
-    return plain

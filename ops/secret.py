@@ -1,4 +1,4 @@
-"""Secrets of hosts: asked for here, kept there, and given to ComfyUI alone."""
+"""Secrets: read on this machine, stored on hosts, and passed to ComfyUI only."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 LARGEST = 64_000
-"""Characters of a secret: as much as a variable may hold many times over."""
+"""The maximum length of a secret, in characters; far below what a variable may hold."""
 
 
 def run(
-    action: str, name: str, names: Sequence[str], *, command: str, keyring: bool, ask_sudo: bool, as_json: bool
-) -> int:
-    """Set or remove a secret of hosts; raises UsageError, SecretError."""
+    action: str, name: str, names: Sequence[str], *, command: str, keyring: bool, ask_sudo: bool
+) -> dict[str, dict[str, str]]:
+    """Set or remove a secret on hosts, and return how each stores it; raises UsageError, SecretError."""
     if action not in ("set", "remove"):
-        raise UsageError(f"there is no inv secret {action}", hint="set or remove; inv secrets lists them")
+        raise UsageError(
+            f"unknown action {action!r}", hint="inv secret set or inv secret remove; inv secrets lists them"
+        )
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise UsageError(f"{name!r} is no variable's name", hint="such as HF_TOKEN")
+        raise UsageError(f"{name!r} is not a variable name", hint="such as HF_TOKEN")
     value = read(name, command, keyring=keyring) if action == "set" else None
     done: dict[str, dict[str, str]] = {}
     for each in names:
@@ -38,50 +40,46 @@ def run(
             kept = agent.call("secret", name=name, value=value, who=who)["kept"]
         done[each] = {name: kept or "removed"}
         if kept == "plain" and target.host.scope == "system":
-            console.say(f"{each}: systemd there cannot encrypt it: it lies in a file that root alone may read")
+            console.say(f"{each}: systemd there cannot encrypt it; it is stored in a file that only root can read")
         if action == "set" and name not in target.host.secrets:
-            console.say(f'{each}: ComfyUI gets it once hosts.toml says so: secrets = ["{name}"]; then inv deploy')
+            console.say(f'{each}: to pass it to ComfyUI, add secrets = ["{name}"] to hosts.toml, then inv deploy')
         elif action == "set":
-            console.say(f"{each}: ComfyUI gets it with its next start: inv restart --host {each}")
-    return show(done, as_json=as_json)
+            console.say(f"{each}: ComfyUI gets it at its next start: inv restart --host {each}")
+    return done
 
 
-def listed(names: Sequence[str], *, ask_sudo: bool, as_json: bool) -> int:
-    """Show which secrets hosts keep."""
+def listed(names: Sequence[str], *, ask_sudo: bool) -> dict[str, dict[str, str]]:
+    """The names of the secrets on each host, and how each is stored."""
     found: dict[str, dict[str, str]] = {}
     for each in names:
         target = find_target(each)
         with connection.connect(target, ask_sudo) as agent:
             found[each] = look(agent, target).secrets
-    return show(found, as_json=as_json)
+    return found
 
 
-def show(found: Mapping[str, Mapping[str, str]], *, as_json: bool) -> int:
-    """Print names, and how each is kept."""
-    if as_json:
-        console.data_json(found)
-    else:
-        console.table(("host", "secret", ""), [(each, *pair) for each in found for pair in found[each].items()])
-    return 0
+def rows(found: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A table of secrets by host, and how each is stored."""
+    return console.table(("host", "secret", ""), [(each, *pair) for each in found for pair in found[each].items()])
 
 
 def read(name: str, command: str, *, keyring: bool) -> str:
-    """The secret: a command's output, the keyring's, or what is typed or piped in. Raises SecretError."""
+    """Read a secret from a command's output, the keyring, the terminal or stdin; raises SecretError."""
     if command:
         try:
             done = shell.run(shlex.split(command), timeout=300)
         except (HearthError, ValueError) as error:
-            raise SecretError(f"--command gave no secret: {command}", cause=str(error)) from error
+            raise SecretError(f"--command failed: {command}", cause=str(error)) from error
         value = done.stdout
     elif keyring:
         value = connection.from_keyring("hearth-secret", name)
         if not value:
             raise SecretError(f"the keyring has no {name}", hint=f"keyring set hearth-secret {name}")
     elif sys.stdin.isatty():
-        value = console.hidden(f"{name} (it is not shown): ")
+        value = console.hidden(f"{name} (not shown): ")
     else:
         value = sys.stdin.read(LARGEST + 1)
     value = value.rstrip("\r\n")
     if not value or "\0" in value or len(value) > LARGEST:
-        raise SecretError(f"{name} is empty, too long, or binary", hint="nothing was sent")
+        raise SecretError(f"{name} is empty, too long, or binary", hint="nothing was sent to a host")
     return value

@@ -1,7 +1,7 @@
-"""Status: one glance at hosts, and whether all is well.
+"""The status of hosts at a glance.
 
-What drifted is what a deploy would change: the same plan, from the same facts. So a damaged part, an edited unit, and a
-lock or a configuration that the host does not have yet all show.
+Drift is what a deploy would change, from the same plan and facts: damaged parts, edited units, and locks or settings
+that are not deployed yet.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from deploy.inputs import Inputs
 
 SECONDS = 10.0
-"""How long hosts have to answer."""
+"""The time-out for hosts."""
 
 
 class Job(msgspec.Struct, frozen=True):
-    """A job that runs: its id, how many nodes it has, and when it was handed in (seconds since 1970)."""
+    """A running job: its id, its number of nodes, and when it was submitted (seconds since 1970)."""
 
     id: str
     nodes: int
@@ -43,14 +43,14 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Device(msgspec.Struct, frozen=True):
-    """What ComfyUI computes on: "cuda" or "cpu"."""
+    """A device that ComfyUI computes on; its `type` is "cuda" or "cpu"."""
 
     name: str
     type: str
 
 
 class ComfyUI(msgspec.Struct, frozen=True):
-    """What ComfyUI says of itself: it `answers`, is `silent` (takes connections, says nothing) or `closed`."""
+    """ComfyUI's answer. Its `state` is "answers", "silent" (accepts connections only) or "closed"."""
 
     state: str
     reason: str = ""
@@ -63,7 +63,7 @@ class ComfyUI(msgspec.Struct, frozen=True):
 
 
 class Disk(msgspec.Struct, frozen=True):
-    """Room at a place, in bytes and inodes; `fault` says why it cannot be told."""
+    """Free and total space of a folder's disk, in bytes and inodes; `fault` says why they are not reported."""
 
     free: int = 0
     total: int = 0
@@ -73,7 +73,7 @@ class Disk(msgspec.Struct, frozen=True):
 
 
 class Live(msgspec.Struct, frozen=True):
-    """How a host is this moment (`agent/look/status.py`). Memory in bytes, by /proc/meminfo's names."""
+    """The current state of a host (`agent/look/status.py`). `memory` is in bytes, by the names of /proc/meminfo."""
 
     time: float
     uptime: float | None
@@ -90,7 +90,7 @@ class _Said(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not well, and the command to go on with."""
+    """Something that is wrong, and how to fix it."""
 
     what: str
     remedy: str
@@ -98,7 +98,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Status:
-    """One host: `drift` is what a deploy would change. All is well when there are no problems."""
+    """One host; `drift` is what a deploy would change."""
 
     host: str
     facts: Facts
@@ -122,11 +122,11 @@ def _one(agent: Agent, target: Target, known: dict[str, Inputs]) -> Status:
 
 
 def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Status:
-    """What is not well on a host; pure."""
+    """Find the problems of a host; pure."""
     name = target.name
     at = f"--host {name}"
     drift = tuple(step.title for step in planned.steps) if facts.current else ()
-    strays = f"data/custom_nodes holds {', '.join(facts.unused)}, which is never loaded" if facts.unused else ""
+    strays = f"data/custom_nodes contains {', '.join(facts.unused)}, which is never loaded" if facts.unused else ""
     found: list[Problem] = []
 
     def problem(what: str, remedy: str) -> None:
@@ -135,14 +135,15 @@ def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Statu
     if not facts.current:
         problem("nothing is deployed", f"inv deploy {at}")
     elif facts.paused:
-        pass  # why, and by whom, is among the plan's refusals, as is who changes the host just now
+        pass  # the plan's refusals say why and by whom, and name a change in progress
     elif not facts.service.active:
-        problem(f"the service does not run: {facts.service.state}", f"inv doctor {at}, then inv start {at}")
+        problem(f"the service is not running: {facts.service.state}", f"inv doctor {at}, then inv start {at}")
     elif live.comfyui.state == "silent":
-        problem(f"ComfyUI takes connections and does not answer: {live.comfyui.reason}", f"inv logs {at}")
+        problem(f"ComfyUI accepts connections but does not answer: {live.comfyui.reason}", f"inv logs {at}")
     elif live.comfyui.state == "closed":
         starting = live.uptime is not None and live.uptime < target.profile.start_seconds
-        what = f"ComfyUI is starting, since {console.clock(live.uptime or 0)}" if starting else "ComfyUI is not reached"
+        since = console.clock(live.uptime or 0)
+        what = f"ComfyUI has been starting for {since}" if starting else "ComfyUI accepts no connections"
         problem(what, f"inv logs {at}")
     if facts.current and not facts.service.enabled and not facts.paused:
         problem("the service is not started at boot", f"inv resume {at}")
@@ -167,25 +168,25 @@ def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Statu
 
 
 def watch(names: Sequence[str], every: str | bool, *, ask_sudo: bool = False) -> None:
-    """Show the status again and again, until Ctrl-C; raises UsageError."""
+    """Show the status repeatedly until Ctrl-C; raises UsageError."""
     seconds = "2" if every is True else str(every)
     if not re.fullmatch(r"\d+(\.\d+)?", seconds) or float(seconds) < 0.5:
-        raise UsageError(f"--watch {every} makes no sense", hint="give seconds, at least 0.5, or nothing for 2")
-    console.refreshed(lambda: _lines(look(names, ask_sudo=ask_sudo)), float(seconds))
+        raise UsageError(f"--watch must be at least 0.5 seconds (got {every!r})", hint="--watch alone means 2 seconds")
+    console.refreshed(lambda: rows(look(names, ask_sudo=ask_sudo)), float(seconds))
 
 
-def show(answers: Sequence[fleet.Answer[Status]], *, as_json: bool) -> int:
-    """Print the status of hosts; 0 when all is well, else 1."""
-    if as_json:
-        console.data_json([_plain(each) for each in answers])
-    else:
-        for line in _lines(answers):
-            console.data(line)
+def code(answers: Sequence[fleet.Answer[Status]]) -> int:
+    """The exit code: 0 if all hosts were reached and have no problems, otherwise 1."""
     return int(any(each.value is None or each.value.problems for each in answers))
 
 
+def summary(answers: Sequence[fleet.Answer[Status]]) -> list[dict[str, Any]]:
+    """The status of hosts, for JSON."""
+    return [_plain(each) for each in answers]
+
+
 def _plain(answer: fleet.Answer[Status]) -> dict[str, Any]:
-    """A host's status in JSON's types."""
+    """The status of a host, for JSON."""
     status, error = answer.value, answer.error
     if status is None:
         assert error is not None
@@ -193,13 +194,13 @@ def _plain(answer: fleet.Answer[Status]) -> dict[str, Any]:
         return {"host": answer.host, "reached": False, "well": False, "problems": problems}
     facts, live = status.facts, status.live
     release = facts.release(facts.current) or {}
-    told = {name: release.get(name) for name in ("version", "torch", "stack", "profile", "python", "kernels")}
+    about = {name: release.get(name) for name in ("version", "torch", "stack", "profile", "python", "kernels")}
     return {
         "host": status.host,
         "reached": True,
         "well": not status.problems,
         "release": facts.current,
-        **told,
+        **about,
         "service": msgspec.to_builtins(facts.service),
         "last": facts.last,
         "deployed": facts.deployed,
@@ -210,21 +211,21 @@ def _plain(answer: fleet.Answer[Status]) -> dict[str, Any]:
     }
 
 
-def _lines(answers: Sequence[fleet.Answer[Status]]) -> list[str]:
-    """What runs, then on what, as tables 100 columns wide at most; below, what is not well."""
+def rows(answers: Sequence[fleet.Answer[Status]]) -> list[str]:
+    """Tables of services and machines, 100 columns wide at most, then the problems."""
     seen = [each.value for each in answers if each.value is not None]
-    machines = console.aligned(MACHINES, (row for each in seen for row in _machine(each)))
-    return [*console.aligned(SERVICES, map(_service, answers)), "", *([*machines, ""] if seen else ()), *notes(answers)]
+    machines = console.table(MACHINES, (row for each in seen for row in _machine(each)))
+    return [*console.table(SERVICES, map(_service, answers)), "", *([*machines, ""] if seen else ()), *notes(answers)]
 
 
 SERVICES = ("host", "", "release", "ComfyUI", "deployed", "up", "restarts", "jobs", "drift")
 MACHINES = ("host", "GPU", "used", "memory", "°C", "power", "free RAM", "free disk")
 HOST = 16
-"""So much of a host's name fits."""
+"""The width of a host's name, in columns."""
 
 
 def _service(answer: fleet.Answer[Status]) -> tuple[str, ...]:
-    """What is in service on a host. Jobs are those that run and those that wait."""
+    """A host's service; its jobs are running + waiting."""
     host, status = answer.host[:HOST], answer.value
     if status is None:
         return (host, "not reached", *["-"] * (len(SERVICES) - 2))
@@ -249,7 +250,7 @@ def _service(answer: fleet.Answer[Status]) -> tuple[str, ...]:
 
 
 def _deployed(facts: Facts, live: Live) -> str:
-    """How long ago the last deploy or rollback ended, by the host's own clock, and how unless it was done."""
+    """The age of the last deploy or rollback by the host's clock, and its result unless it succeeded."""
     if not facts.deployed:
         return "-"
     ago = live.time - datetime.fromisoformat(facts.deployed["at"]).timestamp()
@@ -258,7 +259,7 @@ def _deployed(facts: Facts, live: Live) -> str:
 
 
 def _machine(status: Status) -> list[tuple[str, ...]]:
-    """A host's GPUs, a row each, with what is free of the machine's memory and of the prefix's disk."""
+    """A row per GPU of a host, with the free memory of the machine and the free space at the prefix."""
     live = status.live
     place = live.disks.get(status.facts.prefix) or Disk()
     room = (console.size(live.memory.get("MemAvailable", 0)), console.size(place.free) if place.total else "-")
@@ -267,12 +268,12 @@ def _machine(status: Status) -> list[tuple[str, ...]]:
 
 
 def notes(answers: Sequence[fleet.Answer[Status]]) -> list[str]:
-    """What is not well, host by host, each with what to do next."""
+    """The problems of each host, with their fixes."""
     lines: list[str] = []
     for each in answers:
         if each.error is not None:
-            lines.append(f"{each.host}: {each.error.what}; next: {each.error.hint}")
+            lines.append(f"{each.host}: {each.error.what}; fix: {each.error.hint}")
         else:
             assert each.value is not None
-            lines += [f"{each.host}: {found.what}; next: {found.remedy}" for found in each.value.problems]
+            lines += [f"{each.host}: {found.what}; fix: {found.remedy}" for found in each.value.problems]
     return [console.line(each) for each in lines] or ["all is well"]

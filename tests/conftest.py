@@ -32,7 +32,6 @@ PACKAGES = {
     "prometheus": "prometheus",
     "promtool": "prometheus",
     "qemu-aarch64-static": "qemu-user-static",
-    "rsvg-convert": "librsvg2-bin",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
     "sshd": "openssh-server",

@@ -29,12 +29,11 @@ def exporter(site: Site, step: Json, note: Callable[[str], None]) -> None:
     try:
         put(site, step["exporter"])
         if step["exporter"]:
-            _await_answer(site, step["exporter"]["settings"]["port"])
+            _await_answer(step["exporter"]["settings"]["port"])
     except (Fault, OSError) as error:
         log = _log(site)
-        put(site, before or {})
+        what = f"the new exporter of metrics does not run{_restore(site, before or {})}"
         discard(record)
-        what = "the new exporter of metrics does not run" + "; the previous one is restored" * bool(before)
         cause = error.report["what"] if isinstance(error, Fault) else str(error)
         fault = Fault(
             "step", what, cause, "ComfyUI is not affected; read the log above, then run the same command again"
@@ -42,6 +41,18 @@ def exporter(site: Site, step: Json, note: Callable[[str], None]) -> None:
         fault.report["log"] = log
         raise fault from None
     discard(record)
+
+
+def _restore(site: Site, before: Json) -> str:
+    """Put the previous exporter back, if there was one; the words that say so. Raises Fault or OSError."""
+    put(site, before)
+    if not before:
+        return ""
+    try:
+        _await_answer(before["settings"]["port"])
+    except Fault:
+        return "; the previous one is restored, and does not answer either"
+    return "; the previous one is restored"
 
 
 def put(site: Site, wanted: Json) -> None:
@@ -67,7 +78,7 @@ def put(site: Site, wanted: Json) -> None:
     run([*systemd.ctl, "restart", name])
 
 
-def _await_answer(site: Site, port: int) -> None:
+def _await_answer(port: int) -> None:
     """Wait until the exporter answers a scrape; raises Fault."""
     end, why = time.monotonic() + SECONDS, ""
     while time.monotonic() < end:

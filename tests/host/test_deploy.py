@@ -94,7 +94,7 @@ def test_what_drifted_is_put_right(steady: Fleet) -> None:
     ("edit", "why"),
     [
         ("sed -i --follow-symlinks", "its manifest, unit or links were changed"),
-        ("sed -i", "what runs is not what it says"),
+        ("sed -i", "the running release was modified on disk"),
     ],
     ids=["in the release", "a file in its place"],
 )
@@ -122,7 +122,7 @@ def test_a_change_of_flags_is_a_new_release_of_the_same_parts_and_can_be_taken_b
     assert system["argv"][-2:] == ["--preview-method", "auto"]
     told = steady.inv("diff", "previous", "current", "--host", "spark").stdout
     assert told.startswith("flag --preview-method: none -> auto\n---")
-    assert "the same parts: app, env" in told
+    assert "shared parts: app, env" in told
     back = steady.inv("rollback", "--host", "spark")
     assert back.returncode == 0, back.stderr
     assert steady.current() == first

@@ -150,7 +150,7 @@ def test_damage_and_another_torch(steady: Fleet) -> None:
     steady.machine.run(f"mv {place}/torch-2.11.0.dist-info {place}/torch-2.9.1.dist-info")
     found = findings(steady, code=2)
     steady.machine.run(f"mv {place}/torch-2.9.1.dist-info {place}/torch-2.11.0.dist-info")
-    assert only(found, "packages") == ("torch is 2.9.1, the release names 2.11.0", "inv deploy --host spark")
+    assert only(found, "packages") == ("torch is 2.9.1, the release requires 2.11.0", "inv deploy --host spark")
     assert any("was changed after it was made" in what for what, _ in found["drift"])
     assert any(what.startswith("a deploy would make env-") for what, _ in found["drift"])
 
@@ -161,7 +161,7 @@ def test_a_crash_loop_shows_the_line_that_tells(steady: Fleet) -> None:
         steady.machine.run("until systemctl is-failed comfyui; do sleep 0.1; done")
         what, remedy = only(findings(steady, code=2), "service")
         status = steady.inv("status", "--host", "spark")
-    assert what == "the service gave up (exit-code); its log: ModuleNotFoundError: No module named kornia"
+    assert what == "the service failed (exit-code); its log: ModuleNotFoundError: No module named kornia"
     assert remedy == "inv logs --host spark; inv start --host spark"
     assert (status.returncode, "stopped" in status.stdout) == (1, True)
 
@@ -172,13 +172,13 @@ def test_a_comfyui_that_crashes_again_and_again_and_one_that_never_serves(steady
     with drop_in(steady, "ExecStart=", f"ExecStart=/bin/sh -c '{script}'", "RestartSec=100ms"):
         steady.machine.run(f"until [ $(wc -l < {count}) -gt 3 ]; do sleep 0.1; done; rm {count}")
         what, remedy = only(findings(steady, code=2), "service")
-    assert what == "the service crashes again and again (3 restarts); its log: RuntimeError: boom"
+    assert what == "the service keeps crashing (3 restarts); its log: RuntimeError: boom"
     assert remedy == "inv logs --host spark; inv rollback --host spark"
     with drop_in(steady, "ExecStart=", "ExecStart=/bin/sleep 600"):
         steady.configure("override.start_seconds = 1\n")
         time.sleep(1.5)
         what, remedy = only(findings(steady, code=2), "service")
-    assert what.endswith("and serves nothing")
+    assert what.endswith("but accepts no connections")
     assert remedy == "inv logs --host spark"
 
 
@@ -197,7 +197,7 @@ def test_a_deploy_that_failed_and_one_that_was_cut_short(steady: Fleet) -> None:
     steady.machine.run("systemctl start comfyui-apply")  # as a boot would
     client.communicate(timeout=180)
     (what, remedy), *_ = found["deployed"]
-    assert re.fullmatch("a deploy by .+ was cut short", what)
+    assert re.fullmatch("a deploy by .+ was interrupted", what)
     assert remedy == "inv attach --host spark"
 
 
@@ -209,7 +209,7 @@ def test_a_comfyui_that_hangs(steady: Fleet) -> None:
     steady.machine.run(f"kill -CONT {pid}")
     assert (status.returncode, "silent" in status.stdout) == (1, True)
     what, remedy = only(found, "service")
-    assert what.startswith("ComfyUI takes connections and does not answer")
+    assert what.startswith("ComfyUI accepts connections but does not answer")
     assert "inv restart --host spark --force" in remedy
 
 
@@ -221,7 +221,7 @@ def test_a_port_that_is_held(steady: Fleet) -> None:
     machine.run("systemctl stop other; systemctl start comfyui")
     assert steady.answers()
     assert only(found, "port")[0].startswith(f"port {machine.port} is held by /usr/bin/python3")
-    assert only(found, "service") == ("the service does not run (inactive (dead))", "inv start --host spark")
+    assert only(found, "service") == ("the service is not running (inactive (dead))", "inv start --host spark")
 
 
 def test_a_slow_start_names_what_it_waited_for(steady: Fleet) -> None:
@@ -324,7 +324,7 @@ def test_a_gpu_that_is_missing_and_kernels_for_another(steady: Fleet) -> None:
     steady.configure("override.cuda = true\n")
     found = findings(steady, code=2)
     assert "shows none" in only(found, "driver")[0]
-    assert only(found, "cuda")[0] == "ComfyUI sees no CUDA device, it computes on cpu"
+    assert only(found, "cuda")[0] == "ComfyUI finds no CUDA device and computes on cpu"
     steady.machine.run("systemctl stop comfyui")
     found = findings(steady, code=2)
     steady.machine.run("systemctl start comfyui")
@@ -375,11 +375,11 @@ def test_a_gpu_with_an_old_driver_that_others_use(steady: Fleet) -> None:
     steady.machine.run("systemctl stop trainer")
     assert only(found, "driver")[0] == "the driver is 550.54.14, and CUDA 13.0 needs 580.65.06"
     what, remedy = only(found, "gpu-shared")
-    assert what == f"GPU 0 is used by others: sleep (pid {other.strip()}, root, 3.0 GB)"
+    assert what == f"other processes use GPU 0: sleep (pid {other.strip()}, root, 3.0 GB)"
     assert 'modes = ["shared-gpu"] for spark' in remedy
-    assert f"ComfyUI has that much less of it: sleep (pid {other.strip()}, root, 3.0 GB)" in dry.stderr
+    assert f"their memory is not available to ComfyUI: sleep (pid {other.strip()}, root, 3.0 GB)" in dry.stderr
     assert "°C" in shown
-    assert any(what.startswith("GPU 0 does not tell everything: temperature") for what, _ in told)
+    assert any(what.startswith("GPU 0 does not report everything: temperature") for what, _ in told)
 
 
 def test_kernels_for_another_gpu_without_a_compiler_and_a_container_without_one(steady: Fleet) -> None:
@@ -395,11 +395,11 @@ def test_kernels_for_another_gpu_without_a_compiler_and_a_container_without_one(
             old = findings(steady, code=2)
     machine.run(f"cp /root/release.json {release}")
     what, remedy = only(found, "kernels")
-    assert what == "sageattention was built for 12.1, and the GPU is 8.9"
+    assert what == "sageattention was built for 12.1, but the GPU is 8.9"
     assert remedy.startswith("inv build-kernels --kernel sageattention --arch '8.9'")
     assert [what.partition(",")[0] for what, _ in found["compilers"]] == [
         "there is no C compiler",
-        "Python 3.11 has no headers",
+        "there are no headers of Python 3.11",
     ]
     what, remedy = only(found, "containers")
     assert "there is no NVIDIA container toolkit" in what
@@ -419,7 +419,7 @@ def test_unified_memory_that_the_page_cache_holds(steady: Fleet) -> None:
         found = findings(steady, code=1)
     steady.machine.run("umount /proc/meminfo; rm /root/meminfo")
     (cache, drop), (swap, tune) = found["unified-memory"]
-    assert cache == "the page cache holds 71.7 GB of 122.9 GB, and 5.1 GB is free"
+    assert cache == "the page cache holds 71.7 GB of 122.9 GB; 5.1 GB is free"
     assert drop == "inv drop-caches --host spark"
-    assert swap == "12.3 GB is swapped out, which the GPU waits for"
+    assert swap == "12.3 GB is swapped out, which slows the GPU down"
     assert tune == "inv tune --host spark"

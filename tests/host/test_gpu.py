@@ -133,7 +133,7 @@ def test_comfyui_gives_its_memory_back_when_its_job_has_ended(steady: Fleet) -> 
     job = queue(steady, 8)
     at_once = steady.inv("free-memory", "--host", "spark", "--wait", "0")
     assert at_once.returncode == 1, at_once.stdout + at_once.stderr
-    assert f"job {job} runs" in at_once.stdout
+    assert f"job {job} is running" in at_once.stdout
     done = steady.inv("free-memory", "--host", "spark", "--json")
     assert done.returncode == 0, done.stderr
     queue(steady, 4)

@@ -95,7 +95,7 @@ def test_what_is_asked_ends_in_time(attacked: Garden, verb: str) -> None:
 
 
 def test_what_it_planted_is_told(attacked: Garden) -> None:
-    assert "data/custom_nodes holds evil.py, which is never loaded" in timed(attacked.fleet, "status")
+    assert "data/custom_nodes contains evil.py, which is never loaded" in timed(attacked.fleet, "status")
 
 
 def test_it_is_stopped_updated_and_cleaned_away(attacked: Garden) -> None:

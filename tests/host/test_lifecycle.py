@@ -179,7 +179,7 @@ def test_what_is_removed_leaves_systemd_and_comes_back(served: Fleet) -> None:
     assert "comfyui-apply.service" in machine.run("ls /etc/systemd/system")
     release = served.current()
     said = inv(served, "remove", "--yes")
-    assert "take back what members may do by sudo" in said
+    assert "revoke what members may do by sudo" in said
     assert "comfyui" not in machine.run("ls -R /etc/systemd/system /etc/sudoers.d")
     for listing in ("list-units --all --state=loaded", "list-units --failed", "list-unit-files"):
         assert "comfyui" not in machine.run(f"systemctl {listing} --no-legend")

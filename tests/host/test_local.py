@@ -373,8 +373,8 @@ def test_the_supervisors_log(running: Here) -> None:
     )  # fmt: skip
     for words, said in (
         (("--since", "whenever"), "--since whenever is no time"),
-        (("--grep", "("), "--grep ( is no regular expression"),
-        (("--lines", "many"), "--lines many makes no sense"),
+        (("--grep", "("), "--grep ( is not a regular expression"),
+        (("--lines", "many"), "--lines must be a number"),
     ):
         wrong = running.inv("logs", *words)
         assert (wrong.returncode, said in wrong.stderr) == (15, True), wrong.stderr

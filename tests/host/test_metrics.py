@@ -168,7 +168,7 @@ def test_prometheus_finds_all_that_the_dashboard_and_the_alerts_name(metrics: tu
         assert "exporter" not in findings(fleet, code=1)
         machine.run(f"systemctl stop {UNIT}")
         what, remedy = only(findings(fleet, code=1), "exporter")
-        assert what == f"nothing listens at port {port}: the exporter does not run"
+        assert what == f"the exporter is not running: no process listens on port {port}"
         machine.run(remedy.partition("then ")[2])
         prometheus.value("up", 1)
 

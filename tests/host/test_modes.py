@@ -51,7 +51,7 @@ def test_a_modes_flags_arrive_and_are_explained(steady: Fleet) -> None:
     assert re.search(r"--cpu +yes +profile cpu\n", told.stdout)
     assert re.search(r"--cache-ram +4 +an earlier configuration\n", told.stdout)
     assert re.search(r"--port +\d+ +Hearth\n", told.stdout)
-    assert "the configuration differs: --reserve-vram is not set there, and 2 in it" in told.stdout
+    assert "configuration differs: --reserve-vram is not set in the release, 2 in the configuration" in told.stdout
     assert "  --cpu --gpu-only --highvram --lowvram --novram\n" in told.stdout
 
 
@@ -98,7 +98,7 @@ def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet
 
     write("import a_module_that_nobody_has")
     done = steady.becomes(f'modes = ["development"]\ndevelop = ["/{HOME}"]\n')
-    assert f"ComfyUI starts anew whenever a Python file in /{HOME} changes" in done.stderr
+    assert f"ComfyUI restarts whenever a Python file in /{HOME} changes" in done.stderr
     assert "node my-node cannot be imported: No module named 'a_module_that_nobody_has'" in done.stderr
     write(NODE.replace("NAME", "DevelopedOne"))
     assert within(90, lambda: has(steady, "DevelopedOne"))

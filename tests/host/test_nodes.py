@@ -131,7 +131,7 @@ def test_nodes_are_read_only_parts_with_writable_corners(garden: Garden, monkeyp
     told = json.loads(fleet.inv("doctor", "--host", "spark", "--json").stdout)
     (node,) = [each for each in told if each["check"] == "nodes"]
     assert node["what"] == "node bad cannot be imported: No module named 'nothing_like_this'"
-    assert node["remedy"].startswith("inv nodes.update bad")
+    assert node["remedy"].startswith("inv nodes.update --name bad")
 
     (kept / "presets/shipped.txt").write_text("edited by its user")
     second = garden.commit("good", GOOD.replace("WHICH", '("HearthOne", "HearthThree")'))

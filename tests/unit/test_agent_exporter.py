@@ -95,15 +95,31 @@ def test_one_that_does_not_answer_gives_way_to_the_one_before(
 ) -> None:
     first = wanted(server.server_port) if before else {}
     change(site, first)
-    server.text = b"up 1\n"  # type: ignore[attr-defined]
-    bad = wanted(server.server_port, "# broken\n" if broken == "does not start" else "# new\n", "b" * 16)
-    if broken == "is not there":
-        bad["settings"]["port"] = 1
-    with pytest.raises(Fault, match="does not run") as raised:
-        change(site, bad)
-    assert ("previous one is restored" in raised.value.report["what"]) == before
+    with HTTPServer(("127.0.0.1", 0), Metrics) as other:
+        other.text = b"up 1\n"  # type: ignore[attr-defined]
+        threading.Thread(target=other.serve_forever, args=(0.05,), daemon=True).start()
+        bad = wanted(other.server_port, "# broken\n" if broken == "does not start" else "# new\n", "b" * 16)
+        if broken == "is not there":
+            bad["settings"]["port"] = 1
+        refused = refuses(site, bad)
+        other.shutdown()
+    assert refused.endswith("; the previous one is restored" if before else "does not run")
     assert installed(site) == first
     assert not list(site.state.glob("exporter-before*"))
+
+
+def refuses(site: Site, bad: Json) -> str:
+    with pytest.raises(Fault, match="does not run") as raised:
+        change(site, bad)
+    return str(raised.value.report["what"])
+
+
+def test_a_previous_one_that_does_not_answer_either_is_restored_and_said(site: Site, server: HTTPServer) -> None:
+    first = wanted(server.server_port)
+    change(site, first)
+    server.text = b""  # type: ignore[attr-defined]
+    assert refuses(site, wanted(1)).endswith("restored, and does not answer either")
+    assert installed(site) == first
 
 
 def test_a_killed_change_that_is_done_again_restores_what_was_there_first(

@@ -17,7 +17,8 @@ from agent import install, main
 from agent.files import link
 from agent.layout import Site
 from core.errors import AgentError
-from deploy import archive, connection, flow
+from deploy import archive, connection
+from deploy.look import find_target
 
 WHERE = "import sys\nprint(f'[\"{sys.argv[0]}\"]')\n"
 
@@ -30,11 +31,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
     monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
     (place / "state").mkdir(parents=True)
-    return Site(flow.find_target("local").site)
+    return Site(find_target("local").site)
 
 
 def call() -> object:
-    with connection.connect(flow.find_target("local")) as agent:
+    with connection.connect(find_target("local")) as agent:
         return agent.call("history")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import re
@@ -17,10 +18,10 @@ import pytest
 from core import console, files
 from core.console import age, clock, printable, size
 from core.errors import HearthError
-from deploy import change, report
+from deploy import change, outcome
 from deploy.change import Outcome
 from deploy.plan import Plan, Step
-from lock import report as node_report
+from lock import node_updates
 from lock.node_updates import Change
 from ops import doctor, fleet, jobs, logs, status
 
@@ -93,9 +94,11 @@ def writers() -> list[Callable[[str], object]]:
         console.say,
         console.data,
         lambda text: console.data(text, colours=True),
-        lambda text: console.table([text, "b"], [[text, text]]),
-        lambda text: console.agreed(text),
-        lambda text: console.typed(text, "word"),
+        lambda text: console.show([], [text], as_json=False),
+        lambda text: console.show({text: text}, [], as_json=True),
+        lambda text: console.show([], console.table([text, "b"], [[text, text]]), as_json=False),
+        lambda text: console.confirm(text),
+        lambda text: console.confirm_name(text, "word"),
         lambda text: console.Progress(text, 1, 1).step(text, 1, 1),
     ]
 
@@ -168,9 +171,18 @@ def test_nothing_that_is_written_steers_the_terminal(monkeypatch: pytest.MonkeyP
             assert not bad, (seed, text, shown)
 
 
-def test_a_cell_does_not_break_its_line(capsys: pytest.CaptureFixture[str]) -> None:
-    console.table(["id", "state"], [["one\nforged  well", "failed"]])
-    assert capsys.readouterr().out == "id                state\none forged  well  failed\n"
+def test_a_cell_does_not_break_its_line() -> None:
+    rows = console.table(["id", "state"], [["one\nforged  well", "failed"]])
+    assert rows == ["id                state", "one forged  well  failed"]
+
+
+def test_a_result_is_json_or_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [Change("node", "a", "b", ("one",), (), ())]
+    console.show(found, ["a\nrow"], as_json=False)
+    assert capsys.readouterr() == ("a\\nrow\n", "")
+    console.show(found, ["a row"], as_json=True)
+    out, err = capsys.readouterr()
+    assert (json.loads(out)[0]["commits"], err) == (["one"], "")
 
 
 FORGED = "x\n  error: forged\x1b]\nnext: inv nuke"
@@ -180,11 +192,14 @@ def test_nobody_forges_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever a host, a repository or a job says stays in its line."""
     one: fleet.Answer[status.Status] = fleet.Answer("box", None, HearthError(FORGED, hint=FORGED))
     job = jobs.Job(FORGED, FORGED, 1, node=FORGED, node_type=FORGED, error=FORGED)
-    status.show([one], as_json=False)
-    jobs.show([fleet.Answer("box", [job])], as_json=False)
-    doctor.show(["box"], [doctor.Finding("box", "nodes", "error", FORGED, FORGED)], as_json=False)
-    node_report.changes([Change("n", "a" * 40, "b" * 40, *[(FORGED,)] * 4)], as_json=False, dry_run=True)
-    report.outcomes([Outcome("box", "r", "", True, state=FORGED)], as_json=False, dry_run=False)
+    console.show([], status.rows([one]), as_json=False)
+    console.show([], jobs.rows({"box": [job]}), as_json=False)
+    findings = [doctor.Finding("box", "nodes", "error", FORGED, FORGED)]
+    console.show(findings, doctor.rows(["box"], findings), as_json=False)
+    changes = [Change("n", "a" * 40, "b" * 40, *[(FORGED,)] * 4)]
+    console.show(changes, node_updates.rows(changes), as_json=False)
+    outcomes = [Outcome("box", "r", "", True, state=FORGED)]
+    console.show(outcomes, outcome.rows(outcomes, dry_run=False), as_json=False)
     change.show(Plan("", "r", (Step("stop", FORGED, FORGED, ""),), notes=(FORGED,)))
     logs._print([{"at": None, "text": FORGED}, {"note": FORGED}], "box", alone=True, as_json=False)
     said = capsys.readouterr()

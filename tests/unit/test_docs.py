@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -19,6 +21,7 @@ from docs import generate
 
 REFERENCE = generate.PAGE.read_text()
 PAGES = [*files.CHECKOUT.glob("*.md"), *(files.CHECKOUT / "docs").rglob("*.md")]
+README = (files.CHECKOUT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", sorted(tasks.ns.task_names))
@@ -36,6 +39,18 @@ def test_every_task_is_in_the_reference_with_its_flags(name: str) -> None:
 def test_the_reference_is_todays() -> None:
     """Written anew with: python -m docs.generate."""
     assert generate.render() == REFERENCE
+    assert generate.configuration() == generate.CONFIGURATION.read_text()
+
+
+def test_every_variable_is_in_the_reference() -> None:
+    page = (files.CHECKOUT / "docs/reference/environment.md").read_text()
+    sources = (path.read_text() for folder in ("core", "kernels", "lock", "deploy", "ops") for path in _python(folder))
+    used = {name for text in sources for name in re.findall(r"environ(?:\.get\(|\[)\"(HEARTH_\w+)\"", text)}
+    assert used == set(re.findall(r"`(HEARTH_\w+)`", page))
+
+
+def _python(folder: str) -> Iterator[Path]:
+    yield from (files.CHECKOUT / folder).rglob("*.py")
 
 
 @pytest.mark.parametrize("name", sorted(tasks.ns.task_names))
@@ -66,14 +81,58 @@ def schema() -> str:
     return json.dumps(msgspec.json.schema(Manifest), indent=2) + "\n"
 
 
+def commands(text: str) -> Iterator[list[str]]:
+    """Every `inv` command in the code blocks of a page, as words."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```|^((?: {4}[^\n]*\n)+)", text, re.DOTALL | re.MULTILINE)
+    lines = "".join(fenced or indented for fenced, indented in blocks).splitlines()
+    for part in itertools.chain.from_iterable(re.split(r"; |&& |\|\|? ", line) for line in lines):
+        if found := re.fullmatch(r"\s*(?:.*\buv run )?inv (.*)", part):
+            yield shlex.split(found[1], comments=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_on_a_page_can_be_typed(page: Path) -> None:
+    for words in commands(page.read_text()):
+        if words[:1] in (["--list"], ["--print-completion-script"]):  # invoke's own
+            continue
+        (found,) = Parser(contexts=generate.contexts().values()).parse_argv(words)
+        assert found.name in generate.contexts()
+
+
+def test_commands_of_pages_are_found() -> None:
+    assert ["deploy", "--host", "spark", "--dry-run"] in [*commands(README)]
+    assert ["secret", "set", "HF_TOKEN", "--host", "spark", "--keyring"] in [
+        *commands((files.CHECKOUT / "docs/how-to/secrets.md").read_text())
+    ]
+
+
+def test_the_readme_is_short_and_ci_runs_its_test_command() -> None:
+    """tests/host/test_readme.py runs the commands themselves."""
+    assert len(README.split()) <= 700
+    found = re.search(r"^## Test\n\n```bash\n(.+)\n```", README, re.MULTILINE)
+    assert found
+    assert (files.CHECKOUT / ".ci/run").read_text().endswith(f"\n{found[1]}\n")
+
+
+def test_every_page_is_on_the_site() -> None:
+    """`nox -s docs` checks the links between them."""
+    listed = re.findall(r"[\w/.-]+\.md$", (files.CHECKOUT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(
+        str(page.relative_to(files.CHECKOUT / "docs")) for page in PAGES if page.is_relative_to(files.CHECKOUT / "docs")
+    )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), target
-    for name in re.findall(r"`((?:core|kernels|docs|bench|tests|config|recipes)/[\w./-]+\.\w+)`", text):
-        assert name == "config/hosts.toml" or (files.CHECKOUT / name).exists(), name  # that one is the user's
+    for name in re.findall(
+        r"`((?:agent|bench|config|core|deploy|docs|kernels|lock|ops|recipes|tests)/[\w./-]+\.\w+)`", text
+    ):
+        mine = name == "config/hosts.toml" or "NAME" in name  # the user's own
+        assert mine or (files.CHECKOUT / name).exists(), name
 
 
 def test_decisions_are_short() -> None:

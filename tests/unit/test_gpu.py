@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,15 +14,21 @@ from typing import Any
 from xml.etree import ElementTree
 
 import msgspec
+import numpy as np
 import pytest
+from invoke.context import Context
+from invoke.exceptions import Exit
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from agent.change import memory as agent_memory
 from agent.files import Fault
 from agent.layout import Site
 from agent.serve import services
-from core.errors import RecordingError, UsageError
+from core.errors import ConnectError, RecordingError, ToolMissingError, UsageError
 from deploy.facts import Gpu as GpuFact
-from ops import gpu, memory, plot
+from deploy.flags import Fleet
+from ops import fleet, gpu, memory, plot, tasks
 from ops.gpu import Sample
 from tests import nvml
 from tests.unit.test_plan import FRESH, spark
@@ -43,7 +50,7 @@ def sample(machine: str, **changes: Any) -> dict[str, Any]:
 
 
 def shown(**of: dict[str, Any]) -> str:
-    return "\n".join(gpu.lines({name: msgspec.convert(each, Sample) for name, each in of.items()}))
+    return "\n".join(gpu.rows({name: msgspec.convert(each, Sample) for name, each in of.items()}))
 
 
 # --- shown -----------------------------------------------------------------------------------------------------------
@@ -59,7 +66,7 @@ def test_a_gpu_and_its_processes() -> None:
         "GPU  pid   process             user     kind     memory   service\n"
         "0    4242  python3.12 main.py  comfyui  compute  30.0 GB  comfyui.service (ComfyUI)\n"
         "\n"
-        "spark: job 3f2a runs"
+        "spark: job 3f2a is running"
     )
 
 
@@ -105,8 +112,9 @@ def test_tables_fit_100_columns() -> None:
 def test_flags_that_make_no_sense(words: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     given = {"watch": "", "record": "", "seconds": "", "every": "", **words}
-    with pytest.raises(UsageError):
-        gpu.run([""], ask_sudo=False, as_json=False, **given)
+    with pytest.raises(Exit) as raised:
+        tasks.gpu(Context(), host="", group="", ask_sudo=False, json=False, **given)
+    assert raised.value.code == UsageError.exit_code
     assert not list(tmp_path.iterdir())
 
 
@@ -127,18 +135,23 @@ def written(tmp_path: Path, samples: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_a_recording_is_drawn_with_its_jobs(tmp_path: Path) -> None:
-    samples = recorded(None, "one", "one", "two", None, "one")
-    samples[2]["gpus"][0]["power"] = None
-    plot.plot(str(written(tmp_path, samples)), "")
-    picture = ElementTree.parse(tmp_path / "run.svg")
-    jobs = [each for each in picture.iter("{http://www.w3.org/2000/svg}rect") if each.get("class") == "job"]
-    assert [each[0].text for each in jobs] == ["one", "two", "one"]
-    widths = [float(each.attrib["width"]) for each in jobs]
-    assert widths[0] == pytest.approx(2 * widths[1], abs=0.2)
-    paths = [str(each.get("d")) for each in picture.iter("{http://www.w3.org/2000/svg}path") if each.get("class")]
-    assert [path.count("M") for path in paths] == [1, 1, 2]  # what was not told leaves a gap
-    assert [path.count("L") for path in paths] == [5, 5, 3]
+def drawn(*jobs: str | None, **changes: Any) -> Figure:
+    return plot.figure([msgspec.convert(each, plot.Recorded) for each in recorded(*jobs, **changes)])
+
+
+def test_a_recording_is_plotted_with_its_jobs() -> None:
+    samples = [msgspec.convert(each, plot.Recorded) for each in recorded(None, "one", "one", "two", None, "one")]
+    unknown = msgspec.structs.replace(samples[2].gpus[0], power=None)
+    samples[2] = msgspec.structs.replace(samples[2], gpus=(unknown,))
+    used, memory, power = plot.figure(samples).axes
+    spans = [(patch.get_x(), patch.get_width()) for patch in used.patches if isinstance(patch, Rectangle)]
+    assert spans == [(1, 2), (3, 1), (5, 0)]
+    assert [text.get_text() for text in used.texts] == ["one", "two", "one"]
+    assert (used.get_ylim(), power.get_ylim()) == ((0, 100), (0, 700))
+    assert [len(each.get_lines()) for each in (used, memory, power)] == [1, 1, 1]
+    (line,) = power.get_lines()
+    assert np.isnan(np.asarray(line.get_ydata())).tolist() == [False, False, True, False, False, False]  # a gap
+    assert np.asarray(line.get_xdata()).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_jobs_are_seen_to_begin_and_end() -> None:
@@ -146,36 +159,40 @@ def test_jobs_are_seen_to_begin_and_end() -> None:
     assert plot.jobs(seen) == [(1000, 1002, "a"), (1003, 1003, "b")]
 
 
-def test_a_gpu_that_tells_nothing_is_drawn_empty(tmp_path: Path) -> None:
+def test_a_value_that_is_not_reported_has_an_empty_panel() -> None:
     nothing = dict.fromkeys(("utilization", "memory_used", "memory_total", "power", "power_limit", "name"))
-    path = written(tmp_path, recorded(None, **nothing))
-    plot.plot(str(path), str(tmp_path / "out.svg"))
-    text = (tmp_path / "out.svg").read_text()
-    assert "power, W: not told" in text
-    ElementTree.fromstring(text)
+    labels = [each.get_ylabel() for each in drawn(None, **nothing).axes]
+    assert labels == ["GPU used, %", "memory used, GB\nnot reported", "power, W\nnot reported"]
 
 
-def test_a_name_is_no_markup(tmp_path: Path) -> None:
-    plot.plot(str(written(tmp_path, recorded("<j&b>", name="<script>"))), "")
-    text = (tmp_path / "run.svg").read_text()
+def test_names_are_neither_markup_nor_formulas(tmp_path: Path) -> None:
+    place = plot.plot(str(written(tmp_path, recorded("<j&b>", name="<script>$x_{$\x1b[1m"))), "")
+    assert place == tmp_path / "run.svg"
+    text = place.read_text()
     assert "<script>" not in text
-    assert "&lt;j&amp;b&gt;" in text
+    assert {"<j&b>", "GPU 0: <script>$x_{$"} <= {each.text for each in ElementTree.fromstring(text).iter()}
 
 
-@pytest.mark.needs("rsvg-convert")
 def test_a_png_is_one(tmp_path: Path) -> None:
     plot.plot(str(written(tmp_path, recorded("a", "b"))), str(tmp_path / "run.png"))
     assert (tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_without_matplotlib_the_error_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ToolMissingError) as raised:
+        plot.plot(str(written(tmp_path, recorded("a"))), "")
+    assert raised.value.hint == "uv sync --group plot"
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (lambda raw: raw[:-30], "line 3 of .*run.jsonl is cut short"),
-        (lambda raw: raw.replace(b"{", b"[", 1), "line 1 of .* is no sample"),
-        (lambda raw: raw.replace(b'"time": 1001.0', b'"time": "noon"'), "line 2 of .* is no sample"),
-        (lambda raw: raw.replace(b'"gpus"', b'"cpus"'), "line 1 of .* is no sample"),
-        (lambda raw: b"hello\n" + raw, "line 1 of .* is no sample"),
+        (lambda raw: raw.replace(b"{", b"[", 1), "line 1 of .* is not a sample"),
+        (lambda raw: raw.replace(b'"time": 1001.0', b'"time": "noon"'), "line 2 of .* is not a sample"),
+        (lambda raw: raw.replace(b'"gpus"', b'"cpus"'), "line 1 of .* is not a sample"),
+        (lambda raw: b"hello\n" + raw, "line 1 of .* is not a sample"),
         (lambda _: b"", "is empty"),
     ],
 )
@@ -192,6 +209,8 @@ def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
         plot.plot(str(tmp_path / "none"), "")
     with pytest.raises(UsageError, match="neither"):
         plot.plot(str(written(tmp_path, recorded("a"))), str(tmp_path / "run.pdf"))
+    with pytest.raises(UsageError, match="cannot be written"):
+        plot.plot(str(tmp_path / "run.jsonl"), str(tmp_path / "none/run.png"))
 
 
 # --- ComfyUI's memory ------------------------------------------------------------------------------------------------
@@ -257,13 +276,30 @@ def test_a_job_that_runs_on_is_not_waited_for_longer_than_asked() -> None:
         found = msgspec.convert(agent_memory.free(place, 0.1), memory.Freed)
     assert not found.freed
     assert len(asked) == 1
-    said = "spark: job one runs; ComfyUI gives its memory back when that has ended"
+    said = "spark: job one is running; ComfyUI frees its memory when the job ends"
     assert memory.lines("spark", found) == [said]
 
 
 def test_a_comfyui_that_does_not_answer_keeps_its_memory() -> None:
     with pytest.raises(Fault, match="does not answer"):
         agent_memory.free(site(1), 1)
+
+
+def test_the_results_of_all_hosts_come_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = memory.Held((), 5, 10)
+    freed = memory.Freed(True, None, held, held)
+    error = ConnectError("off cannot be reached")
+    answers = [fleet.Answer[memory.Freed]("off", None, error), fleet.Answer("spark", freed)]
+    monkeypatch.setattr(memory, "free", lambda *_, **__: answers)
+    monkeypatch.setattr(Fleet, "names", lambda _: ["off", "spark"])
+    with pytest.raises(SystemExit) as raised:
+        tasks.free_memory(Context(), wait="0", host="", group="", ask_sudo=False, json=False)
+    assert raised.value.code == 1
+    assert capsys.readouterr() == (
+        "spark: ComfyUI's process: 5 B before, 5 B after (0 B less)\n", "off: off cannot be reached\n"
+    )  # fmt: skip
 
 
 def test_what_was_gained() -> None:

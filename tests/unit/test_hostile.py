@@ -16,8 +16,8 @@ from agent import api
 from agent.change import memory
 from agent.files import Fault
 from agent.look import jobs, logs, samples, status
+from agent.metrics import comfyui as metrics
 from agent.serve import health
-from agent.serve.metrics import comfyui as metrics
 from tests.unit.test_api import BUSY, IDLE, STATS, at, listening, site
 
 SECONDS = 0.4

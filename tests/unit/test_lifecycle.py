@@ -234,7 +234,7 @@ def test_only_mount_units_of_hearths_are_forgotten() -> None:
 
 
 def test_the_name_is_typed_or_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "typed", lambda _, word: word == "spark")
+    monkeypatch.setattr(console, "confirm_name", lambda _, word: word == "spark")
     lifecycle._consent(["spark"], "", data=True)()
     lifecycle._consent(["box"], "box", data=True)()
     with pytest.raises(RefusedError) as caught:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections.abc import Iterator
@@ -40,9 +39,9 @@ def test_what_is_asked() -> None:
     assert logs.question("", "", "", follow=True) == {"lines": 100, "since": "", "grep": "", "follow": True}
     assert logs.question("", "yesterday", "", follow=False)["lines"] is None
     assert logs.question("7", "yesterday", "", follow=False)["lines"] == 7
-    with pytest.raises(UsageError, match="--lines -1 makes no sense"):
+    with pytest.raises(UsageError, match="--lines must be a number"):
         logs.question("-1", "", "", follow=False)
-    with pytest.raises(UsageError, match=r"--grep \( is no regular expression"):
+    with pytest.raises(UsageError, match=r"--grep \( is not a regular expression"):
         logs.question("", "", "(", follow=False)
 
 
@@ -168,20 +167,19 @@ def test_jobs_are_shown_in_a_hundred_columns(capsys: pytest.CaptureFixture[str])
         "0f5c1234-5678", "error", 12, 1.0, 2.0, 3700.0, 3, "2", "KSampler", "OutOfMemoryError: \x1b[2Jno\n room " * 20
     )
     told = [failed, jobs.Job("77", "running", 2, 5.0), jobs.Job("78", "pending", 2)]
-    assert jobs.show([fleet.Answer("spark", told)], as_json=False) == 0
-    said = capsys.readouterr().out
+    said = "\n".join(jobs.rows({"spark": told}))
     assert all(len(line) <= 100 for line in said.splitlines())
     assert "\x1b" not in said
     assert "0f5c1234: node 2 (KSampler): OutOfMemoryError: [2Jno room" in said
     assert "1 h 01 min" in said
     off = fleet.Answer[list[jobs.Job]]("off", None, ConnectError("off cannot be reached"))
-    assert jobs.show([fleet.Answer("spark", [failed]), off], as_json=True) == 1
-    captured = capsys.readouterr()
-    (shown,) = json.loads(captured.out)
+    answers = [fleet.Answer("spark", [failed]), off]
+    assert fleet.code(answers) == 1
+    (shown,) = jobs.summary(fleet.collect(answers))
     assert (shown["host"], shown["error"]) == ("spark", failed.error)
-    assert "off: off cannot be reached" in captured.err
+    assert "off: off cannot be reached" in capsys.readouterr().err
     with pytest.raises(ConnectError):
-        jobs.show([off], as_json=True)
+        fleet.collect([off])
 
 
 def test_a_comfyui_that_hangs_is_told_apart_from_one_that_does_not_run(
@@ -202,5 +200,5 @@ def test_a_comfyui_that_hangs_is_told_apart_from_one_that_does_not_run(
 
 def test_how_many_jobs_makes_sense() -> None:
     for count in ("0", "x", "-3"):
-        with pytest.raises(UsageError, match="makes no sense"):
+        with pytest.raises(UsageError, match="--number must be a positive integer"):
             jobs.recent(["local"], count, ask_sudo=False)

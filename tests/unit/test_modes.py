@@ -25,7 +25,7 @@ from core.stack import stacks
 from deploy import host, plan, refusals
 from deploy.host import Override, Setting, Target
 from lock import nodes
-from ops import flags, fleet, profiles
+from ops import flags, profiles
 from tests.unit.test_plan import FRESH, inputs, made, spark
 
 
@@ -256,7 +256,7 @@ def test_a_folder_under_development_must_be_there() -> None:
     (refusal,) = made(missing, spark(develop=("/home/anna/mine",))).refusals
     assert (refusal.kind, "/home/anna/mine" in refusal.what) == ("unusable-folder", True)
     there = made(msgspec.structs.replace(FRESH, places={"/home/anna/mine": ""}), spark(develop=("/home/anna/mine",)))
-    assert there.notes == ("ComfyUI starts anew whenever a Python file in /home/anna/mine changes, jobs or not",)
+    assert there.notes == ("ComfyUI restarts whenever a Python file in /home/anna/mine changes, even during a job",)
 
 
 def test_a_limit_that_nobody_holds_is_told() -> None:
@@ -372,7 +372,7 @@ def test_a_command_line_is_read_as_comfyui_reads_it() -> None:
     assert read == {"--cpu": "", "--cache-ram": "10 32", "--size": "4"}
 
 
-def test_flags_say_what_is_set_by_what_and_what_differs(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_say_what_is_set_by_what_and_what_differs(written: Path) -> None:
     wish = target(written, '[hosts.a.override]\nflags."--size" = { value = "4", why = "w" }\n', "cpu")
     found = flags.compare(wish, release_of("--listen", "127.0.0.1", "--cpu", "--size", "3", "--hash", "md5"), CLI)
     shown = {each.name: each for each in found.lines}
@@ -391,14 +391,10 @@ def test_flags_say_what_is_set_by_what_and_what_differs(written: Path, capsys: p
         ("--hash", "md5", None),
         ("--size", "3", "4"),
     ]
-    flags.show([fleet.Answer("box", found)], as_json=False)
-    said = capsys.readouterr().out
-    assert "the configuration differs: --hash is md5 there, and not set in it" in said
+    said = "\n".join(flags.rows([found]))
+    assert "configuration differs: --hash is md5 in the release, not set in the configuration" in said
     assert "\n  --cpu --lowvram\n" in said
     assert max(map(len, said.splitlines())) <= 100
-    flags.show([fleet.Answer("box", found)], as_json=True)
-    (shown_json,) = json.loads(capsys.readouterr().out)
-    assert shown_json["differences"][0]["name"] == "--hash"
 
 
 def test_flags_of_a_host_without_a_release_are_those_that_are_configured(written: Path) -> None:
@@ -408,20 +404,15 @@ def test_flags_of_a_host_without_a_release_are_those_that_are_configured(written
 
 
 @pytest.mark.parametrize("name", [each.name for each in profiles.every()])
-def test_every_profile_and_mode_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_profile_and_mode_is_explained(name: str) -> None:
     found = profiles.one(name)
-    profiles.shown(found, explain=True, as_json=False)
-    explained = capsys.readouterr().out
+    explained = "\n".join(profiles.rows(found, explain=True))
     assert all(each.why in " ".join(explained.split()) for each in found.lines)
     assert max(map(len, explained.splitlines())) <= 100
-    profiles.shown(found, explain=False, as_json=False)
-    plain = capsys.readouterr().out
+    plain = "\n".join(profiles.rows(found, explain=False))
     assert not any(each.why in plain for each in found.lines)
     assert max(map(len, plain.splitlines())) <= 100
-    profiles.shown(found, explain=False, as_json=True)
-    told = json.loads(capsys.readouterr().out)
-    assert len(told["lines"]) == len(found.lines)
-    assert all(set(each["stacks"]) <= set(stacks()) for each in told["lines"])
+    assert all(set(each.stacks) <= set(stacks()) for each in found.lines)
 
 
 def test_an_explanation_says_with_which_stacks_a_setting_has_effect() -> None:
@@ -435,11 +426,9 @@ def test_an_explanation_says_with_which_stacks_a_setting_has_effect() -> None:
         profiles.one("low-memroy")
 
 
-def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    profiles.listed(profiles.every(), as_json=False)
-    said = capsys.readouterr().out
+def test_all_are_listed() -> None:
+    said = "\n".join(profiles.list_rows(profiles.every()))
     assert max(map(len, said.splitlines())) <= 100
     assert "\nmode     low-memory " in said
     assert "\nprofile  rtx-4070 " in said
-    profiles.listed(profiles.every(), as_json=True)
-    assert {each["name"] for each in json.loads(capsys.readouterr().out)} >= {"cpu", "standard"}
+    assert {each.name for each in profiles.every()} >= {"cpu", "standard"}

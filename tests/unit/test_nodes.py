@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,7 @@ torch==5 \\
     ],
 )
 def test_a_host_gets_the_packages_that_its_nodes_reach(chosen: list[str], expected: list[str]) -> None:
-    text = requirements.Lock("cu130", "linux_x86_64", "3.12", LISTED).select(chosen)
+    text = requirements.LockedList("cu130", "linux_x86_64", "3.12", LISTED).select(chosen)
     assert [line.split()[0] for line in text.splitlines() if "==" in line] == expected
     assert ("sha256:bb" in text) == ("deep-one==2" in expected)
     assert "via" not in text
@@ -183,6 +184,18 @@ def test_a_line_that_means_more_to_uv_is_refused(tmp_path: Path, line: str) -> N
         requirements._plain(line)
 
 
+def test_lines_of_requirements_are_read_as_pip_reads_them(tmp_path: Path) -> None:
+    text = "\ufeffnumpy>=1, \\\n  <2\n# a comment \\\nsix\t# tab\n\npillow#not-a-comment\r\n  #x\n"
+    text += "einops \\\r\n==1\n-r x.txt"
+    (tmp_path / "requirements.txt").write_bytes(text.encode())
+    found = nodes.requirements(tmp_path)
+    assert found == ["numpy>=1,   <2", "six", "pillow#not-a-comment", "einops ==1", "-r x.txt"]
+    (tmp_path / "requirements.txt").write_text("a" + " " * 250_000 + "b\\")
+    started = time.monotonic()
+    assert len(nodes.requirements(tmp_path)) == 1
+    assert time.monotonic() - started < 5
+
+
 def test_what_is_no_requirement_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no requirement"):
         asked(tmp_path, "--extra-index-url https://example.org")
@@ -204,9 +217,9 @@ def test_new_code_that_asks_for_the_same_needs_no_resolution(tmp_path: Path, mon
     )
     monkeypatch.setenv("HEARTH_APP", str(tmp_path))
     known = nodes.catalogue()
-    asked = requirements.wishes(application(), known)
+    asked = requirements.requirement_inputs(application(), known)
     for stack, platform, python in requirements.combinations():
-        path = tmp_path / "locks" / f"{requirements.Lock(stack.name, platform.value, python, '').name}.txt"
+        path = tmp_path / "locks" / f"{requirements.LockedList(stack.name, platform.value, python, '').name}.txt"
         path.write_text(
             f"# before\n# What they ask for: {requirements._asked_hash(asked, known, stack)}\nsix==1.17.0\n"
         )

@@ -65,7 +65,7 @@ def wheel(kernel: str, **values: Any) -> Manifest:
 
 def inputs(*wheels: Manifest) -> Inputs:
     locks = {
-        (platform, python): requirements.Lock("cu130", platform, python, f"torch # {platform} {python}\n")
+        (platform, python): requirements.LockedList("cu130", platform, python, f"torch # {platform} {python}\n")
         for platform in ("linux_aarch64", "linux_x86_64")
         for python in ("3.11", "3.12")
     }
@@ -154,7 +154,7 @@ def test_who_else_computes_on_the_gpu_is_told_before_a_change() -> None:
     )
     found = made(msgspec.structs.replace(FRESH, gpus=(Gpu("GB10", "12.1", None, True, users),)))
     assert found.steps
-    told = "GPU 0 is used by others, and ComfyUI has that much less of it: train.py (pid 9, anna, 3.0 GB)"
+    told = "other processes use GPU 0; their memory is not available to ComfyUI: train.py (pid 9, anna, 3.0 GB)"
     assert told in found.notes
 
 

@@ -6,7 +6,6 @@ import io
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ import pytest
 from invoke.context import Context
 from invoke.exceptions import Exit
 
+import tasks
 from core import files
 from core.command import command
 from core.errors import AuditServiceError, BusyError
 from core.flags import CutOver, Where
-from deploy import remote_build, report
+from deploy import remote_build
 from deploy.change import Outcome
-from lock import report as node_report
+from docs.generate import contexts
 from lock.audit import Audit, Finding
 from lock.node_updates import Change as Update
 from tests.conftest import Hearth
@@ -108,30 +108,56 @@ def update() -> Update:
     return Update("node", "a", "b", (), (), ())
 
 
+FINDING = Finding("x", "1", (), "a hole", "", "")
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 @pytest.mark.parametrize(
-    ("shown", "code"),
+    ("task", "flags", "place", "result", "code"),
     [
-        (lambda **how: report.outcomes([outcome(changed=True), outcome(changed=False)], dry_run=True, **how), 2),
-        (lambda **how: report.outcomes([outcome(changed=False)], dry_run=True, **how), 0),
-        (lambda **how: report.outcomes([outcome(changed=True)], dry_run=False, **how), 0),
-        (lambda **how: report.adopted(None, outcome(changed=True), dry_run=True, **how), 2),
-        (lambda **how: report.adopted(None, outcome(changed=True), dry_run=False, **how), 0),
-        (lambda **how: node_report.changes([update()], dry_run=True, **how), 2),
-        (lambda **how: node_report.changes([update()], dry_run=False, **how), 0),
-        (lambda **how: node_report.changes([], dry_run=True, **how), 0),
-        (lambda **how: node_report.providers({"A": ["node"], "B": []}, **how), 1),
-        (lambda **how: node_report.providers({"A": ["node"]}, **how), 0),
-        (lambda **how: report.audit(Audit(1, 1, 1, (), None), **how), 0),
-        (lambda **how: report.audit(Audit(1, 1, 1, (Finding("x", "1", (), "a hole", "", ""),), None), **how), 1),
+        ("deploy", {"dry_run": True}, "deploy.deploy.deploy_each", [outcome(changed=True), outcome(changed=False)], 2),
+        ("deploy", {"dry_run": True}, "deploy.deploy.deploy_each", [outcome(changed=False)], 0),
+        ("deploy", {}, "deploy.deploy.deploy_each", [outcome(changed=True)], 0),
+        ("adopt", {"undo": True, "dry_run": True}, "deploy.adopt.adopt", (None, outcome(changed=True)), 2),
+        ("adopt", {"undo": True}, "deploy.adopt.adopt", (None, outcome(changed=True)), 0),
+        ("nodes.update", {"name": [], "dry_run": True}, "lock.node_updates.update", [update()], 2),
+        ("nodes.update", {"name": []}, "lock.node_updates.update", [update()], 0),
+        ("nodes.update", {"name": [], "dry_run": True}, "lock.node_updates.update", [], 0),
+        ("nodes.search", {"workflow": "w"}, "lock.node_updates.search", {"A": ["node"], "B": []}, 1),
+        ("nodes.search", {"workflow": "w"}, "lock.node_updates.search", {"A": ["node"]}, 0),
+        ("audit", {}, "lock.audit.check", Audit(1, 1, 1, (), None), 0),
+        ("audit", {}, "lock.audit.check", Audit(1, 1, 1, (FINDING,), None), 1),
     ],
 )
-def test_a_report_says_with_which_code_to_exit(shown: Callable[..., int], code: int, as_json: bool) -> None:
-    assert shown(as_json=as_json) == code
+def test_the_result_of_a_task_is_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
+    flags: dict[str, Any],
+    place: str,
+    result: object,
+    code: int,
+    as_json: bool,
+) -> None:
+    assert run(monkeypatch, task, {**flags, "json": as_json}, place, result) == code
 
 
-def test_an_audit_without_its_service_is_reported_before_it_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    found = Audit(1, 0, 1, (Finding("x", "1", (), "a hole", "", ""),), AuditServiceError("no answer"))
-    with pytest.raises(AuditServiceError):
-        report.audit(found, as_json=False)
+def test_an_audit_without_its_service_is_reported_before_it_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Audit(1, 0, 1, (FINDING,), AuditServiceError("no answer"))
+    assert run(monkeypatch, "audit", {}, "lock.audit.check", found) == AuditServiceError.exit_code
     assert "x 1: a hole" in capsys.readouterr().out
+
+
+def run(monkeypatch: pytest.MonkeyPatch, task: str, flags: dict[str, Any], place: str, result: object) -> int:
+    """Run a task whose work is done by `place`, which gives `result`; returns its exit code."""
+    monkeypatch.setattr(place, lambda *_, **__: result)
+    monkeypatch.setattr("lock.audit.locked", lambda *_, **__: None)
+    given = {str(each.attr_name or each.name): each.default for each in contexts()[task].args.values()}
+    try:
+        tasks.ns[task](Context(), **{**given, **flags})
+    except Exit as error:
+        return error.code
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0

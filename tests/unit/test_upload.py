@@ -93,7 +93,7 @@ def test_a_damaged_package_of_the_cache_is_named_before_it_is_sent(
     package = tmp_path / "six-1-py3-none-any.whl"
     package.write_bytes(b"right")
     text = f"six==1 \\\n    --hash=sha256:{files.sha256(package)}\n    # via -r comfyui.txt\n"
-    lock = requirements.Lock("cu130", "linux_aarch64", "3.12", text)
+    lock = requirements.LockedList("cu130", "linux_aarch64", "3.12", text)
     stock = replace(inputs(), locks={("linux_aarch64", "3.12"): lock})
     monkeypatch.setattr(requirements, "download", lambda *_: tmp_path)
     values, _ = packed(env(kernels=[]), stock, tmp_path, offline=True)

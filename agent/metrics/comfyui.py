@@ -1,4 +1,4 @@
-"""What ComfyUI says: whether it answers, its queue, and the jobs that ended."""
+"""Metrics of ComfyUI: whether it answers, its queue, and the jobs that ended."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from agent.files import Json, read, write
 from agent.layout import PROOF
 
 PATIENCE = 1.5
-"""Seconds for an answer of ComfyUI's, less than a scrape has."""
+"""Seconds for an answer of ComfyUI, less than a scrape has."""
 
 LIMIT = 2_500_000
 """Bytes of an answer, which take up to 50 MB once they are parsed (`agent.api.DENSE`): the unit has 128 MB. A workflow
 has some 100 kB, and may carry pictures."""
 
 COUNTED = 200_000
-"""Bytes of an answer about one job of a list, which comes without its workflow."""
+"""Bytes of an answer about one job of a list, which does not include its workflow."""
 
 KNOWN = 256
-"""So many of the last jobs are remembered, and looked for: more end between two scrapes only while nobody scrapes."""
+"""Number of the last jobs that are remembered. More end between two scrapes only while nobody scrapes."""
 
 BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
-"""Seconds: pictures take some, videos many minutes."""
+"""Seconds: pictures take a few, videos many minutes."""
 
 
 class Client:
@@ -50,12 +50,12 @@ def _up(value: bool) -> Metric:
 
 
 def down() -> Iterable[Metric]:
-    """What a ComfyUI that does not answer stands for."""
+    """The metrics of a ComfyUI that does not answer."""
     return [_up(False)]
 
 
 def queue(client: Client) -> Iterable[Metric]:
-    """That ComfyUI answers, and its jobs. `/queue` would send whole workflows, of each job that waits."""
+    """That ComfyUI answers, and its jobs. `/queue` would send the whole workflow of each waiting job."""
     running, pending = (
         _number(client.get(f"/api/jobs?status={state}&limit=1", COUNTED)["pagination"]["total"])
         for state in ("in_progress", "pending")

@@ -1,4 +1,4 @@
-"""Asking many sources within a time limit: one that hangs holds up neither the others nor the next scrape."""
+"""Queries many sources within a time limit: one that hangs delays neither the others nor the next scrape."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 PATIENCE = 1.8
-"""Seconds that all sources have, together; Prometheus gives up after 10 by default."""
+"""Seconds for all sources together; Prometheus gives up after 10 by default."""
 
 FRESH = 1.0
-"""Seconds for which an answer serves further scrapes, so that two Prometheus servers ask no more than one does."""
+"""Seconds for which an answer is reused, so that two Prometheus servers cause no more load than one."""
 
 
 def nothing() -> Iterable[Metric]:
-    """What a source says that has nothing to say while it fails."""
+    """The metrics of a failed source that has none for that case."""
     return ()
 
 
 class Source:
-    """Something to ask, in a thread of its own. `otherwise` says what it stands for when it fails or is late."""
+    """A source of metrics, queried in a thread of its own. `otherwise` gives its metrics when it fails or is late."""
 
     def __init__(
         self, name: str, ask: Callable[[], Iterable[Metric]], otherwise: Callable[[], Iterable[Metric]] = nothing
@@ -38,7 +38,7 @@ class Source:
         self._began = self._ended = 0.0
 
     def begin(self) -> None:
-        """Ask, unless the last question is still without an answer."""
+        """Start a query, unless the last one is still unanswered."""
         if not self._thread.is_alive():
             self._found, self._began = None, time.monotonic()
             self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
@@ -49,18 +49,18 @@ class Source:
         try:
             found = list(self._ask())
             for sample in (sample for metric in found for sample in metric.samples):
-                if not math.isfinite(sample.value):  # raises, too: it would end the metrics of the whole host
+                if not math.isfinite(sample.value):  # raises, too: it would end all metrics of the host
                     raise ValueError(f"{sample.name} is {sample.value}")
             self._found = found
-        except Exception as error:  # whatever it is, the other sources have something to say
+        except Exception as error:  # whatever it is, the other sources go on
             fault = f"{type(error).__name__}: {error}"
-        if fault != self._fault:  # not each time: the journal is for changes
+        if fault != self._fault:  # only changes go to the journal
             print(f"{self.name}: {fault or 'well again'}", file=sys.stderr, flush=True)
             self._fault = fault
         self._ended = time.monotonic()
 
     def answer(self, deadline: float) -> tuple[Iterable[Metric], bool, float]:
-        """Metrics, whether they are an answer, and the seconds that it took; `deadline` is on the monotonic clock."""
+        """The metrics, whether the source answered, and its seconds; `deadline` is on the monotonic clock."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
         late = self._thread.is_alive()
         seconds = (time.monotonic() if late else self._ended) - self._began
@@ -69,7 +69,7 @@ class Source:
 
 
 class Gatherer(Collector):
-    """What all sources say, and how asking them went: of each family of metrics one, as the format wants it."""
+    """The metrics of all sources, and how their queries went; one family for each name, as the format requires."""
 
     def __init__(self, *sources: Source) -> None:
         self._sources = sources
@@ -78,7 +78,7 @@ class Gatherer(Collector):
         self._at = float("-inf")
 
     def collect(self) -> Iterator[Metric]:
-        """Everything, at most `FRESH` seconds old; within `PATIENCE` seconds, or twice that behind another scrape."""
+        """All metrics, at most `FRESH` seconds old; within `PATIENCE` seconds, or twice that after another scrape."""
         with self._lock:
             if time.monotonic() - self._at > FRESH:
                 self._last = self._gather()

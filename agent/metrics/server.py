@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, MetricsHandler, ProcessCollecto
 from agent.api import Endpoint, endpoint
 from agent.files import read
 from agent.layout import Site
-from agent.serve.metrics import comfyui, host
-from agent.serve.metrics.gather import Gatherer, Source
+from agent.metrics import comfyui, host
+from agent.metrics.gather import Gatherer, Source
 
 
 class Handler(MetricsHandler):

@@ -1,4 +1,4 @@
-"""What the host says: its release and history, its service, memory, disks and GPUs."""
+"""Metrics of the host: its release and history, its service, memory, disks and GPUs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 
 class Kept:
-    """What was read from files, kept until they change: some are long, and most stay as they are for weeks."""
+    """The content of files, cached until they change: some are long, and most stay unchanged for weeks."""
 
     def __init__(self) -> None:
         self._kept: dict[Path, tuple[tuple[int, int], Any]] = {}
 
     def get(self, path: Path, load: Callable[[Path], T]) -> T:
-        """What `load` makes of the file; raises OSError when there is none."""
+        """The result of `load` for the file; raises OSError without a file."""
         status = path.stat()
         mark = (status.st_mtime_ns, status.st_size)
         if self._kept.get(path, (None,))[0] != mark:
@@ -45,7 +45,7 @@ class Release:
         self._kept = Kept()
 
     def __call__(self) -> Metrics:
-        """Raises Fault when `current` is no link of Hearth's."""
+        """Raises Fault when `current` is not Hearth's link."""
         if release := self._site.release():
             place = self._site.releases / release
             yield self._kept.get(place / "release.json", _info)
@@ -68,13 +68,13 @@ def _info(path: Path) -> Metric:
     manifest = read(path)
     told = {name: str(manifest[name]) for name in ("version", "torch", "stack", "profile", "python")}
     told["kernels"] = ", ".join(f"{name} {version}" for name, version in sorted(manifest["kernels"].items()))
-    # What ComfyUI computes attention with, where the gate has asked it; else ComfyUI chooses.
+    # The attention that the gate verified; empty where ComfyUI chooses.
     told["attention"] = manifest["gate"]["attention"]
     return InfoMetricFamily("hearth_release", "The release in service.", {"release": manifest["id"], **told})
 
 
 def _deploy(site: Site) -> list[Metric]:
-    """How the last run ended that was to change the release."""
+    """How the last deploy or rollback ended."""
     ended = last(history(site), *DEPLOYS)
     if not ended:
         return []
@@ -87,7 +87,7 @@ def _deploy(site: Site) -> list[Metric]:
 
 
 def _seconds(at: str) -> float:
-    """A time of the journal's, in seconds since 1970."""
+    """A time of the journal, in seconds since 1970."""
     return datetime.fromisoformat(at.replace("Z", "+00:00")).timestamp()
 
 
@@ -110,7 +110,7 @@ def service(site: Site) -> Metrics:
 
 
 def memory() -> Metrics:
-    """The machine's memory; of one with unified memory it is the GPU's, too."""
+    """The machine's memory; with unified memory it is the GPU's, too."""
     machine = meminfo()
     yield GaugeMetricFamily("hearth_memory_size_bytes", "The machine's memory.", value=machine["MemTotal"])
     what = "Memory that can be had without swapping."
@@ -118,7 +118,7 @@ def memory() -> Metrics:
 
 
 def disk(site: Site, place: Path) -> Metrics:
-    """Room at a place; the data's only where that is not the prefix's. Raises OSError."""
+    """Space at a path; for the data only if its file system is not the prefix's. Raises OSError."""
     if place != site.prefix and place.stat().st_dev == site.prefix.stat().st_dev:
         return
     room = os.statvfs(place)
@@ -139,20 +139,20 @@ _GPU = (
     ("power", "power_watts", "The power that the GPU draws.", 1),
     ("power_limit", "power_limit_watts", "The power that the GPU may draw.", 1),
 )
-"""What `agent.look.gpu` tells, how it is called here, its meaning, and how many of its units make a base unit."""
+"""Key in `agent.look.gpu`, name of the metric, its help, and the divisor that gives the base unit."""
 
 _NAMES = ("uuid", "name", "driver", "cuda", "capability")
 
 
 class Gpus:
-    """The NVIDIA GPUs. The driver's library stays open: opening it can take a second, and wakes GPUs that sleep."""
+    """The NVIDIA GPUs. NVML stays initialised: initialising can take a second, and wakes GPUs that sleep."""
 
     def __init__(self, *, needed: bool) -> None:
         self._needed = needed
         self._nvml: Nvml | None = None
 
     def __call__(self) -> Metrics:
-        """Raises Fault when the driver does not answer and a GPU is needed; without that need there may be none."""
+        """Raises Fault when the driver does not answer and a GPU is needed."""
         try:
             self._nvml = self._nvml or Nvml()
             found = self._nvml.gpus()
@@ -161,7 +161,7 @@ class Gpus:
             if self._needed:
                 raise
             return []
-        if not all(gpu["name"] for gpu in found):  # one is lost, or the driver was replaced: look anew next time
+        if not all(gpu["name"] for gpu in found):  # one is lost, or the driver was replaced: initialise again next time
             self._close()
         up = GaugeMetricFamily("hearth_gpu_up", "Whether the driver reaches the GPU.", labels=["gpu"])
         info = InfoMetricFamily("hearth_gpu", "The GPUs.", labels=["gpu"])

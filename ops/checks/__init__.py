@@ -1,0 +1,10 @@
+"""The doctor's checks of a host, by subject; `docs/troubleshooting.md` is written from them."""
+
+from __future__ import annotations
+
+from ops.checks import gpu, host, memory, release, service
+from ops.checks.case import Case, Check, Containers, Kernel, Probe, Severity
+
+__all__ = ["CHECKS", "Case", "Check", "Containers", "Kernel", "Probe", "Severity"]
+
+CHECKS = (*release.CHECKS, *service.CHECKS, *memory.CHECKS, *gpu.CHECKS, *host.CHECKS)

@@ -1,0 +1,154 @@
+"""Checks of the machine: storage, permissions, disks, clock, containers and compilers."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from packaging.version import InvalidVersion, Version
+
+from core import console
+from deploy import refusals, release_refusals
+from ops.checks.case import Case, Check
+from ops.status import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LEAST = 0.05
+"""A disk is nearly full if less than this share is free."""
+
+TOOLKIT = "1.18"
+"""CVE-2025-23266 is in NVIDIA's container toolkit below 1.17.8; 1.18 adds the unit that describes the GPU at boot."""
+
+
+def _storage(case: Case) -> Iterator[Problem]:
+    for refusal in refusals.storage(case.target, case.facts):
+        yield Problem(refusal.what, refusal.remedy)
+
+
+def _access(case: Case) -> Iterator[Problem]:
+    who = case.target.host.run_as if case.target.host.scope == "system" else case.facts.login
+    for path, what in case.probe.access.items():
+        yield Problem(f"{who} may not {what} {path}", f"on the host: chown -R {shlex.quote(who)}: {shlex.quote(path)}")
+
+
+def _disk(case: Case) -> Iterator[Problem]:
+    for path, disk in case.live.disks.items():
+        if disk.fault:
+            yield Problem(f"{path} cannot be read: {disk.fault}", f"on the host: ls -ld {shlex.quote(path)}")
+        elif disk.total and (disk.free < disk.total * LEAST or disk.free < refusals.RESERVE_DATA):
+            yield Problem(
+                f"{console.size(disk.free)} of {console.size(disk.total)} left at {path}",
+                f"on the host: du -xh {shlex.quote(path)} | sort -h | tail",
+            )
+        elif disk.files and disk.files_free is not None and disk.files_free < disk.files * LEAST:
+            yield Problem(
+                f"{disk.files_free} of {disk.files} inodes left at {path}",
+                f"on the host: du --inodes -x {shlex.quote(path)} | sort -n | tail",
+            )
+    if not case.planned.steps:
+        for refusal in release_refusals.room(case.target, case.facts, case.inputs):
+            yield Problem(f"no room for a new environment: {refusal.what}", refusal.remedy)
+
+
+def _clock(case: Case) -> Iterator[Problem]:
+    off = case.live.time - case.now
+    if abs(off) > 60:  # certificates and journals are wrong by then; an answer takes seconds at most
+        ahead = "ahead of" if off > 0 else "behind"
+        yield Problem(
+            f"its clock is {console.clock(abs(off))} {ahead} this machine's", "on the host: timedatectl set-ntp true"
+        )
+    elif case.probe.synchronized is False:
+        yield Problem("no time service synchronises its clock", "on the host: timedatectl set-ntp true")
+
+
+def _containers(case: Case) -> Iterator[Problem]:
+    found = case.probe.containers
+    if not (found.engines and case.facts.gpus):
+        return
+    if not found.toolkit:
+        yield Problem(
+            f"containers of {' and '.join(found.engines)} cannot use the GPU: there is no NVIDIA container toolkit",
+            "on the host: apt-get install nvidia-container-toolkit",
+        )
+        return
+    if _older(found.toolkit, TOOLKIT):
+        yield Problem(
+            f"NVIDIA's container toolkit is {found.toolkit}, older than {TOOLKIT} (CVE-2025-23266)",
+            "on the host: apt-get install --only-upgrade nvidia-container-toolkit",
+        )
+    if not found.devices:
+        unit = "systemctl enable --now nvidia-cdi-refresh.service"
+        make = "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
+        yield Problem("no GPU is described for containers (CDI)", f"on the host: {unit if found.refresh else make}")
+
+
+def _older(version: str, floor: str) -> bool:
+    try:
+        return Version(version) < Version(floor)
+    except InvalidVersion:
+        return False
+
+
+def _compilers(case: Case) -> Iterator[Problem]:
+    if not case.release.get("wheels"):
+        return
+    version = case.release.get("python", "3")
+    if not case.probe.compiler:
+        yield Problem("there is no C compiler, which Triton needs at run time", "on the host: apt-get install gcc")
+    if not case.probe.headers:
+        yield Problem(
+            f"there are no headers of Python {version}, which Triton needs at run time",
+            f"on the host: apt-get install python{version}-dev",
+        )
+
+
+CHECKS = (
+    Check(
+        name="storage",
+        question="Are all file systems mounted, and do the service's folders exist?",
+        detected_by="the configured mount points and folders, each read with a time-out",
+        fix="mount the file system; ComfyUI waits for it, then starts automatically",
+        find=_storage,
+    ),
+    Check(
+        name="access",
+        question="Can the service read its code and models, and write its data?",
+        detected_by="access(2), as the service's user",
+        fix="inv deploy sets the permissions in data/; elsewhere use chown or an access control list",
+        find=_access,
+    ),
+    Check(
+        name="disk",
+        question="Is there free disk space, in bytes and inodes?",
+        detected_by="statvfs(3) of the prefix, the data and the folders elsewhere",
+        fix="delete outputs or models, or keep fewer releases (`keep`)",
+        severity="warning",
+        find=_disk,
+    ),
+    Check(
+        name="clock",
+        question="Is the clock right?",
+        detected_by="timedatectl, and the host's time compared with this machine's",
+        fix="on the host: timedatectl set-ntp true",
+        severity="warning",
+        find=_clock,
+    ),
+    Check(
+        name="containers",
+        question="If there is a container engine, can its containers use the GPU?",
+        detected_by="nvidia-ctk, and the devices that it lists (CDI), which some machines lack after a reboot",
+        fix="install nvidia-container-toolkit; nvidia-ctk cdi generate",
+        severity="warning",
+        find=_containers,
+    ),
+    Check(
+        name="compilers",
+        question="Are a C compiler and Python's headers installed, which Triton needs at run time?",
+        detected_by="cc on the PATH, and Python.h of the release's Python",
+        fix="on the host: apt-get install gcc, and the -dev package of that Python",
+        severity="warning",
+        find=_compilers,
+    ),
+)

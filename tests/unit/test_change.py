@@ -1,0 +1,224 @@
+"""The one flow for changing hosts: refused, shown, confirmed, applied, and looked at again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from invoke.context import Context
+from invoke.exceptions import Exit
+
+from core.command import command
+from core.errors import ConvergeError, GroupError, HostOfflineError, NoInstallationError, RefusedError
+from core.flags import Output
+from deploy import adopt, change, connection, deploy, host
+from deploy.change import Change
+from deploy.facts import Facts
+from deploy.host import Host, Hosts, Target
+from deploy.plan import Options, Plan, Step
+from deploy.refusals import Refusal, refused
+from tests.unit.test_adopt import folder, proposed, unit
+from tests.unit.test_plan import FRESH, RUNNING, inputs, settled, spark
+
+STEP = Step("serve", "start comfyui", "it is not active", "stop comfyui")
+DONE = {"event": "end", "fault": {}}
+OFFLINE = {"event": "end", "fault": {"kind": "offline", "what": "no index", "cause": "", "hint": ""}}
+
+
+class Machine:
+    """A host whose agent reports these facts, one after the other (the last again and again), and ends runs so."""
+
+    def __init__(self, *facts: Facts, ends: tuple[dict[str, Any], ...] = (DONE,)) -> None:
+        self.facts, self.ends = list(facts), list(ends)
+        self.submitted: list[dict[str, Any]] = []
+
+    def call(self, verb: str, **values: Any) -> Any:
+        if verb == "submit":
+            return self.submitted.append(values["plan"])
+        assert verb == "facts"
+        return msgspec.to_builtins(self.facts.pop(0) if len(self.facts) > 1 else self.facts[0])
+
+    def stream(self, verb: str, **values: Any) -> Iterator[dict[str, Any]]:
+        assert (verb, values) == ("follow", {"run": self.submitted[-1]["run"]})
+        yield {"event": "note", "text": "noted"}
+        yield self.ends.pop(0)
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts a machine in place of every host."""
+
+    def put(machine: Machine) -> Machine:
+        @contextmanager
+        def connect(*_: Any) -> Iterator[Machine]:
+            yield machine
+
+        def named(name: str) -> Target:
+            return spark() if name in ("", "spark") else Target(name, spark().host, "dgx-spark", spark().profile, {})
+
+        monkeypatch.setattr(connection, "connect", connect)
+        for module in (change, adopt):
+            monkeypatch.setattr(module, "find_target", named)
+        listed = Hosts(hosts={name: Host(address=name) for name in ("spark", "box")})
+        monkeypatch.setattr(host, "hosts", lambda: listed)
+        return machine
+
+    return put
+
+
+def planner(*plans: Plan) -> Any:
+    left = list(plans)
+    return lambda *_: left.pop(0)
+
+
+def some(*steps: Step, refusals: tuple[Refusal, ...] = ()) -> Plan:
+    return Plan.of(settled(), steps, refusals)
+
+
+def test_a_change_is_applied_and_converges(at: Any) -> None:
+    machine = at(Machine(settled()))
+    (found,) = change.change_each(["spark"], Change(action="start", plan=planner(some(STEP), some())), Options())
+    assert (found.changed, found.steps, found.notes) == (True, ("start comfyui",), ("noted",))
+    (body,) = machine.submitted
+    assert (body["action"], body["steps"]) == ("start", [{"kind": "serve", "title": "start comfyui"}])
+
+
+@pytest.mark.parametrize("left", [some(STEP), some(refusals=(Refusal("busy", "start comfyui", "wait"),))])
+def test_what_did_not_converge_is_named(at: Any, left: Plan) -> None:
+    at(Machine(settled()))
+    with pytest.raises(ConvergeError) as caught:
+        change.change_each(["spark"], Change(action="start", plan=planner(some(STEP), left)), Options())
+    assert caught.value.cause == "start comfyui"
+
+
+def test_another_plan_may_check_it_or_none(at: Any) -> None:
+    at(Machine(settled(), ends=(DONE, DONE)))
+    checked = Change(action="restart", plan=planner(some(STEP)), check=planner(some()))
+    unchecked = Change(action="drop-caches", plan=planner(some(STEP)), unchecked="the cache fills again")
+    for each in (checked, unchecked):
+        (found,) = change.change_each(["spark"], each, Options())
+        assert found.changed
+
+
+def test_nothing_is_applied_on_a_dry_run_without_steps_or_without_consent(at: Any) -> None:
+    machine = at(Machine(settled()))
+
+    def no() -> None:
+        raise refused("nothing was changed", [Refusal("unconfirmed", "nobody agreed", "say yes")])
+
+    for plan, options in ((some(STEP), Options(dry_run=True)), (some(), Options())):
+        (found,) = change.change_each(["spark"], Change(action="stop", plan=planner(plan)), options, agree=no)
+        assert found.changed is bool(plan.steps)
+    with pytest.raises(RefusedError):
+        change.change_each(["spark"], Change(action="stop", plan=planner(some(STEP))), Options(), agree=no)
+    assert not machine.submitted
+
+
+def test_a_host_without_a_way_to_the_index_gets_the_packages(at: Any) -> None:
+    at(Machine(settled(), ends=(OFFLINE, DONE)))
+    plans = [some(STEP), some(STEP), some()]
+    (found,) = change.change_each(["spark"], Change(action="deploy", plan=planner(*plans), inputs=inputs()), Options())
+    assert found.changed
+    at(Machine(settled(), ends=(OFFLINE,)))
+    with pytest.raises(HostOfflineError):
+        change.change_each(["spark"], Change(action="stop", plan=planner(some(STEP))), Options())
+
+
+BUSY, TAKEN = Refusal("busy", "b", "wait"), Refusal("port-taken", "p", "stop it")
+
+
+def test_refusals_are_data_of_the_error_also_of_a_groups(at: Any) -> None:
+    machine = at(Machine(settled()))
+    with pytest.raises(RefusedError) as one:
+        change.change_each(
+            ["spark"], Change(action="stop", plan=planner(some(STEP, refusals=(BUSY, TAKEN)))), Options()
+        )
+    assert [(each.host, each.kind) for each in one.value.refusals] == [("spark", "busy"), ("spark", "port-taken")]
+    with pytest.raises(GroupError) as several:
+        plan = planner(some(refusals=(BUSY,)))
+        change.change_each(["box", "spark"], Change(action="stop", plan=plan), Options())
+    assert [(each.host, each.kind) for each in several.value.refusals] == [("box", "busy")]
+    assert not machine.submitted
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_refused_change_prints_its_refusals_as_json(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
+    @command()
+    def example(_: Context, *, out: Output) -> None:
+        assert out.json is as_json
+        raise refused("nothing was changed", [TAKEN], host="spark")
+
+    with pytest.raises(Exit) as ended:
+        example(Context(), json=as_json)
+    assert ended.value.code == RefusedError.exit_code
+    told = capsys.readouterr()
+    assert "error: nothing was changed\n  cause: p\n  next:  stop it\n" in told.err
+    if as_json:
+        assert json.loads(told.out) == {
+            "error": "nothing was changed",
+            "refusals": [{"host": "spark", "kind": "port-taken", "what": "p", "remedy": "stop it", "build": []}],
+        }
+    else:
+        assert told.out == ""
+
+
+def test_a_rollback_converges_on_the_release_that_it_chose(at: Any) -> None:
+    """Afterwards the one that it came from is the previous one."""
+    old = settled()
+    new = msgspec.structs.replace(old, current="newer", proven=("newer", old.current))
+    back = msgspec.structs.replace(old, proven=(old.current, "newer"))
+    machine = at(Machine(new, back))
+    (found,) = deploy.rollback("spark", "", Options())
+    assert (found.base, found.release, found.changed) == ("newer", old.current, True)
+    assert machine.submitted[0]["steps"][0]["to"] == old.current
+    failed = msgspec.structs.replace(back, service=msgspec.structs.replace(RUNNING, enabled=False))
+    at(Machine(new, failed))
+    with pytest.raises(ConvergeError):
+        deploy.rollback("spark", "", Options())
+    at(Machine(new))
+    (tried,) = deploy.rollback("spark", "", Options(trial="only"))
+    assert tried.state == f"release {old.current} passed its trial; newer stays in service"
+
+
+def test_an_adoption_converges_when_its_units_are_set_aside(at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of a name that the data has already stay, and are no reason to move again."""
+    before = proposed(units=[unit()], folders={"models": folder("models")})
+    left = proposed(units=[unit(aside=True)], folders={"models": folder("models")})
+    asked: list[str] = []
+
+    def surveyed(*proposals: Any) -> None:
+        pending = list(proposals)
+
+        def propose(*words: Any) -> Any:
+            asked.append(words[3])
+            return pending.pop(0)
+
+        monkeypatch.setattr(adopt, "_propose", propose)
+
+    surveyed(before, left)
+    machine = at(Machine(settled()))
+    _, found = adopt.adopt("spark", "", "rename", Options(), apply=True, undo=False)
+    assert found is not None
+    assert [step["kind"] for step in machine.submitted[0]["steps"]] == ["retire", "adopt"]
+    assert asked == ["", "/opt/comfyui/ComfyUI"]
+    surveyed(before, before)
+    at(Machine(settled()))
+    with pytest.raises(ConvergeError):
+        adopt.adopt("spark", "", "rename", Options(), apply=True, undo=False)
+
+
+def test_undoing_an_adoption_converges_and_needs_one(at: Any) -> None:
+    at(Machine(msgspec.structs.replace(FRESH, adopted=True), FRESH))
+    _, found = adopt.adopt("spark", "", "rename", Options(), apply=False, undo=True)
+    assert found is not None
+    assert found.changed
+    at(Machine(msgspec.structs.replace(FRESH, adopted=True)))
+    with pytest.raises(ConvergeError):
+        adopt.adopt("spark", "", "rename", Options(), apply=False, undo=True)
+    at(Machine(FRESH))
+    with pytest.raises(NoInstallationError):
+        adopt.adopt("spark", "", "rename", Options(), apply=False, undo=True)
