@@ -19,7 +19,7 @@ import pytest
 from agent.layout import Site
 from agent.serve import health, services
 from agent.serve.watch import Watcher
-from core import files
+from core import files, workspace
 from core.errors import ConfigError, HearthError, UnknownNameError
 from core.stack import stacks
 from deploy import host, plan, refusals
@@ -158,11 +158,11 @@ def test_what_is_wrong_is_refused(written: Path, text: str, error: type[HearthEr
     assert said in str(raised.value)
 
 
-def test_a_mode_without_a_reason_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mode_without_a_reason_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config/modes").mkdir(parents=True)
     (tmp_path / "config/modes/mine.toml").write_text('summary = "s"\nmemory_max = "1G"\n')
-    monkeypatch.setattr(host, "checkout", lambda: tmp_path)
-    with pytest.raises(ConfigError, match="no reason for memory_max"):
+    here = replace(workspace.current(), checkout=tmp_path)
+    with workspace.using(here), pytest.raises(ConfigError, match="no reason for memory_max"):
         host.modes()
 
 
