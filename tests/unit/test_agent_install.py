@@ -105,9 +105,9 @@ CODE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from agent import install, main
-from agent.layout import Site
+from agent.layout import Layout
 import json
-install.install(Site(json.loads(sys.argv[2])))
+install.install(Layout(json.loads(sys.argv[2])))
 print("done")
 """
 

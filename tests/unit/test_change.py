@@ -13,7 +13,7 @@ import pytest
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from agent.schema.change import Serve, Step
+from agent.schema.change import Serve, Step, packed
 from core.command import command
 from core.errors import ConvergeError, GroupError, HostOfflineError, NoInstallationError, RefusedError
 from core.flags import Output
@@ -86,7 +86,7 @@ def test_a_change_is_applied_and_converges(at: Any) -> None:
     (found,) = change.change_each(["spark"], Change(action="start", plan=planner(some(STEP), some())), Options())
     assert (found.changed, found.steps, found.notes) == (True, ("start comfyui",), ("noted",))
     (body,) = machine.submitted
-    assert (body["action"], body["steps"]) == ("start", [{"kind": "serve", "title": "start comfyui"}])
+    assert (body["action"], body["steps"]) == ("start", [packed(STEP)])
 
 
 @pytest.mark.parametrize("left", [some(STEP), some(refusals=(Refusal("busy", "start comfyui", "wait"),))])
