@@ -180,8 +180,8 @@ def test_all_that_is_locked_here_is_audited(osv: Osv, tmp_path: Path) -> None:
     clean = own.inv("audit", "--service", osv.url)
     assert clean.returncode == 0, clean.stderr
     size = len(advisory.advisories())
-    looked = f"0 findings: {len(osv.packages)} packages (by the vulnerability service); packages and 1 repositories by the"
-    assert clean.stdout == f"{looked} {size} entries of known-bad.toml\n"
+    looked = f"0 findings: {len(osv.packages)} packages (by the vulnerability service); packages and 1 repositories"
+    assert clean.stdout == f"{looked} by the {size} entries of known-bad.toml\n"
     own.list_nodes(STEALER)
     bad = own.inv("audit", "--service", osv.url, "--json")
     assert bad.returncode == 1, bad.stderr
