@@ -15,8 +15,8 @@ nox.options.sessions = ["verify"]
 
 @nox.session
 def verify(session: nox.Session) -> None:
-    """All that needs no GPU: lock, lint, types, unit tests, and real kernels built and inspected."""
-    for name in ("lock", "lint", "types", "tests", "pythons"):
+    """Everything that needs no GPU: checks, docs, unit tests, real kernels built and inspected, real hosts."""
+    for name in ("lock", "lint", "types", "docs", "tests", "pythons"):
         session.notify(name)
 
 
