@@ -64,9 +64,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def abi() -> int:
     """Return the kernel's Landlock ABI version; 0 if unsupported or disabled."""
-    return max(
-        0, int(_libc.syscall(CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1)))
-    )  # 1: LANDLOCK_CREATE_RULESET_VERSION
+    return max(0, int(_libc.syscall(CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))))  # 1: query the version
 
 
 def _call(number: int, *words: object) -> int:
@@ -365,7 +363,7 @@ def main(spec: Json, argv: list[str]) -> None:
     _make(spec)
     # Marks confined processes: message queues are denied anyway, and raising this limit requires privileges.
     resource.setrlimit(resource.RLIMIT_MSGQUEUE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # no core dumps: they would contain its secrets
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # no core dumps, nor to a pipe: they contain secrets
     version = abi()
     if os.geteuid() == 0:
         _drop()

@@ -94,8 +94,7 @@ OBJECT_INFO = 48_000_000
 
 
 def clearer(layout: Layout, note: Note) -> Callable[[], None]:
-    """Return a function that deletes the proof's pictures, as the service user: the folder may contain symlinks or
-    deep trees."""
+    """Return a function that deletes the proof's pictures as the service user, who may have put symlinks there."""
 
     def clear() -> None:
         try:

@@ -44,10 +44,7 @@ def sandboxed(
     transient user who can write only to a private /tmp. `release` provides its `environment` and, without a system
     unit, its `confined` prefix. Without `network` it has no network access.
     """
-    variables = {
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "LANG": "C.UTF-8",
-    }  # nothing from the deploying user's environment
+    variables = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}  # not the deploying user's environment
     variables |= {**release["environment"], "PYTHONDONTWRITEBYTECODE": "1"}
     if layout.scope == "system":
         service = unit.partition("[Service]")[2].partition("\n[")[0]
