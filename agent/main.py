@@ -1,26 +1,26 @@
 """Hearth on the host: reads facts, applies plans, exports metrics, and runs ComfyUI where there is no systemd.
 
 The client sends this package as one file; it needs only Python 3.10. Every verb reads one JSON object from
-standard input (`site`, and the verb's own values) and answers in JSON lines. Its records lie in `<prefix>/state`:
+standard input (`site` and the verb's own values) and prints JSON lines. State is stored in `<prefix>/state`:
 
-    agents/<hash>/     that package, unpacked (`install`); agent is a link to the one that took the last plan over
-    pending.json       the plan under way; gone when it has ended
-    cut-over.json      the phase of its cut-over (`cutover`), and database-<run>/ the database as it was before,
-                       deleted with the run's end unless a revert could not restore it
-    reserve            room for the records that end a run, given up when the disk is full
-    trial/             scratch data of a release on trial
-    runs/<run>.jsonl   what happened, line by line; `follow` reads it
-    history.jsonl      how every run ended
-    adopted.jsonl      what was taken over from another installation, and its units in adopted/
-    paused.json        who paused the service, and when; gone when it is resumed
-    manager.json       what runs the service: systemd-system, systemd-user or process (Hearth's own supervisor)
-    comfyui.log        the output of a supervised ComfyUI, and comfyui.times how long it was at which time
-    settings.jsonl     changes outside the prefix made on request, each with the previous value
-    exporter           a link to the agent that exports metrics, by what exporter.json says
-    lock               held (flock) by the process that applies
+    agents/<hash>/     this package, unpacked (`install`); `agent` links to the one that accepted the last plan
+    pending.json       the plan in progress; deleted at its end
+    cut-over.json      the phase of its cut-over (`cutover`); database-<run>/ is the previous database, deleted at the
+                       run's end unless a revert failed to restore it
+    reserve            reserved disk space for a run's final records, freed when the disk is full
+    trial/             scratch data of a release's trial
+    runs/<run>.jsonl   events of a run, one per line; read by `follow`
+    history.jsonl      results of all runs
+    adopted.jsonl      changes of an adoption; its units are in adopted/
+    paused.json        who paused the service, and when; deleted on resume
+    manager.json       the service's manager: systemd-system, systemd-user or process (Hearth's supervisor)
+    comfyui.log        output of a supervised ComfyUI; comfyui.times records its size over time
+    settings.jsonl     requested changes outside the prefix, each with the previous value
+    exporter           link to the agent that exports metrics; exporter.json contains its settings
+    lock               held (flock) by the applying process
 
-A killed process, a closed connection or a power cut leaves these, and the next `apply` goes on from them: under
-systemd the apply unit is restarted, also at boot.
+These files survive a kill, a lost connection or a power loss, and the next `apply` resumes from them. Under systemd
+the apply unit is restarted, also at boot.
 """
 
 from __future__ import annotations
