@@ -10,12 +10,12 @@ from agent.schema.decode import decode
 
 @dataclass(frozen=True)
 class Step:
-    """One change of a host. An interrupted step is carried out again from its beginning."""
+    """One change of a host. An interrupted step is repeated from its beginning."""
 
     kind: ClassVar[str] = ""
     title: str  # what it does, in words
     why: str  # why the plan has it
-    undo: str  # what takes it back
+    undo: str  # how to undo it
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Account(Step):
 
 @dataclass(frozen=True)
 class Linger(Step):
-    """Let the login's systemd run without a session."""
+    """Enable lingering: the user's systemd runs without a session."""
 
     kind = "linger"
 
 
 @dataclass(frozen=True)
 class Members(Step):
-    """Make these users, and no others, members of the members' group."""
+    """Set the members' group to exactly these users."""
 
     kind = "members"
     members: tuple[str, ...]
@@ -117,7 +117,7 @@ class Node(Tree):
 
 @dataclass(frozen=True)
 class WheelFile:
-    """A wheel that was sent."""
+    """An uploaded wheel."""
 
     file: str
     sha256: str
@@ -219,7 +219,7 @@ class Withdraw(Ending):
 
 @dataclass(frozen=True)
 class Unadopt(Step):
-    """Put another installation back as it was."""
+    """Undo an adoption."""
 
     kind = "unadopt"
 
@@ -280,7 +280,7 @@ class Restart(Ending):
 
 @dataclass(frozen=True)
 class EndLinger(Step):
-    """Let the login's systemd end with its last session again."""
+    """Disable lingering: the user's systemd again ends with the last session."""
 
     kind = "end-linger"
 
@@ -294,7 +294,7 @@ class Forget(Step):
 
 @dataclass(frozen=True)
 class ForgetMounts(Step):
-    """Remove mount units of Hearth's."""
+    """Remove Hearth's mount units."""
 
     kind = "forget-mounts"
     units: tuple[str, ...]
@@ -326,12 +326,12 @@ KINDS: dict[str, type[Step]] = {
 
 
 def packed(step: Step) -> dict[str, Any]:
-    """A step as JSON."""
+    """Return a step as JSON."""
     return {"kind": step.kind, **asdict(step)}
 
 
 def unpacked(value: dict[str, Any]) -> Step:
-    """The step that `packed` wrote; raises ValueError."""
+    """Return the step from `packed` JSON. Raises ValueError."""
     fields = {**value}
     kind = fields.pop("kind", "")
     if kind not in KINDS:
