@@ -260,7 +260,7 @@ def _stop(layout: Layout, step: Set | Unset, note: Note) -> None:
     manager.stop()
 
 
-# --- who may use the GPU -------------------------------------------------------------------------------------------
+# --- access to the GPU ---------------------------------------------------------------------------------------------
 
 
 def access(layout: Layout, request: Json) -> Access:

@@ -33,7 +33,7 @@ from agent.serve.supervised import Supervised
 from agent.serve.systemd import Systemd, login, user_systemd
 
 SIGNERS = Path("/etc/hearth/allowed_signers")
-"""Who may sign bundles for this host (ssh-keygen(1), ALLOWED SIGNERS). Without it, a bundle may be unsigned."""
+"""Allowed signers of bundles for this host (ssh-keygen(1), ALLOWED SIGNERS). Without it, bundles may be unsigned."""
 
 
 def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: float = 0) -> Facts:
