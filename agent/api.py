@@ -59,7 +59,7 @@ class Endpoint:
 
 def endpoint(layout: Layout) -> Endpoint:
     """Return the endpoint from the current release's manifest, or the configured one if nothing is deployed."""
-    with suppress(Fault):  # `current` is foreign: facts report it
+    with suppress(Fault):  # `current` is not Hearth's; facts report it
         if argv := layout.manifest(layout.release()).get("argv"):
             return Endpoint.of(argv)
     return Endpoint.of(["--listen", layout.address, "--port", str(layout.port)])
@@ -163,7 +163,7 @@ def parsed(raw: bytes) -> Any:
     return json.loads(raw, parse_float=number, parse_constant=number)
 
 
-# --- answers, checked ----------------------------------------------------------------------------------------------
+# --- checked responses ---------------------------------------------------------------------------------------------
 
 
 def checked(name: str, answer: Any, read: Callable[[Any], T]) -> T:

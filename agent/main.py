@@ -1,4 +1,4 @@
-"""Hearth on the host: reads facts, applies plans, exports metrics, and runs ComfyUI where there is no systemd.
+"""Hearth's agent: reads facts, applies plans, exports metrics, and supervises ComfyUI on hosts without systemd.
 
 The client sends this package as one file; it needs only Python 3.10. Every verb reads one JSON object from
 standard input (`site` and the verb's own values) and prints JSON lines. State is stored in `<prefix>/state`:

@@ -15,7 +15,7 @@ from agent.schema.change import Account, Linger, Members, Rights
 
 
 def account(layout: Layout, step: Account, note: Note) -> None:
-    """Create the system users that units run as, each with its group, and the members' group."""
+    """Create the system users of the units, each with its group, and the members' group. Raises Fault."""
     run(["groupadd", "--force", "--system", layout.group])
     for user in filter(None, (layout.user, layout.exporter)):
         with suppress(KeyError):

@@ -1,6 +1,6 @@
 """Adopt an existing installation of ComfyUI, and undo the adoption.
 
-The tree is owned by another user. Root opens it component by component and follows no links.
+The tree belongs to another user, so root opens it component by component and follows no links.
 """
 
 from __future__ import annotations

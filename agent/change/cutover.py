@@ -95,7 +95,7 @@ class Cutover:
                 self.prepare()
                 self.enter("ended" if self.step.trial == "only" else "stopped")
             except (Fault, OSError):
-                if self.record.get("was_active") and not self.manager.status().active:  # an earlier attempt stopped it
+                if self.record.get("was_active") and not self.manager.status().active:  # stopped by an earlier attempt
                     retried(self.manager.start)
                 raise
             if self.record["phase"] == "ended":
@@ -305,7 +305,7 @@ def restore(snapshot: Path, place: Path) -> None:
     """
     with inside(place) as here:
         for name in reversed(DATABASE):
-            for draft in here.glob(f".{name}.*"):  # of a restore that was killed
+            for draft in here.glob(f".{name}.*"):  # left by a killed restore
                 with suppress(OSError):
                     draft.unlink()
             kept, now = snapshot / name, here / name

@@ -19,7 +19,7 @@ from agent.serve.systemd import UNITS
 
 
 def mount(layout: Layout, step: Mount, note: Note) -> None:
-    """Mount a file system with a mount unit, now, at boot, and whenever its device appears. Raises Fault."""
+    """Mount a file system with a mount unit: now, at boot, and whenever its device appears. Raises Fault."""
     path, unit = Path(step.path), layout.mounts[step.path]
     mounted = os.path.ismount(path)
     path.mkdir(parents=True, exist_ok=True)

@@ -284,7 +284,7 @@ def access(layout: Layout, request: Json) -> Access:
     rules: list[Rule] = []
     for folder in ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/lib/udev/rules.d", "/lib/udev/rules.d"):
         if Path(folder).resolve() in {Path(each.file).parent for each in rules}:
-            continue  # /lib is /usr/lib
+            continue  # /lib links to /usr/lib
         for path in sorted(Path(folder).resolve().glob("*.rules")):
             rules += [
                 Rule(str(path), line.strip()[:200])

@@ -67,9 +67,7 @@ def node(layout: Layout, step: Node, note: Note) -> None:
         _unpack(layout, step, place)
         if step.install:
             _install(layout, step, place, note)
-        with suppress(
-            Fault
-        ):  # some contain files that Python cannot parse; ComfyUI reports the nodes that cannot be imported
+        with suppress(Fault):  # some files are not valid Python; ComfyUI reports nodes that fail to import
             run(compile_command(layout, step, place))
         link_writable(layout, step, place)
 

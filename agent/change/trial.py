@@ -122,7 +122,7 @@ class Trial:
         words = [self.moved(word) for word in release.get("confined", ())]
         if words and "write" in json.loads(words[-2]):
             spec, port = json.loads(words[-2]), int(self.argv[self.argv.index("--port") + 1])
-            models = self.layout.elsewhere.get("models")  # the real ones
+            models = self.layout.elsewhere.get("models")  # the real models
             spec["read"] += [models] if models else []
             spec["write"] = [path for path in spec["write"] if path != models]
             words[-2] = json.dumps({**spec, "bind": [port], "connect": [*spec["connect"], port]})
@@ -247,7 +247,7 @@ class SystemdTrial(Trial):
         ours = self.place.with_name(f"{self.place.name}.d")
         for each in self.drop_ins.glob("*.conf"):
             link(ours / each.name, each)
-        write(ours / "~trial.conf", "\n".join(lines) + "\n")  # the last one by name
+        write(ours / "~trial.conf", "\n".join(lines) + "\n")  # sorts last, so it takes precedence
         run([*self.unit.ctl, "daemon-reload"])
         self.unit.start()
 

@@ -180,7 +180,7 @@ def process(pid: int) -> Json:
     if name.startswith("python"):  # show the script's name, too
         script = next((word for word in words[1:] if word and not word.startswith("-")), "")
         name = f"{name} {Path(script).name}".strip()
-    name = "".join(each if each.isprintable() else "?" for each in name)[:60]  # its owner chose it
+    name = "".join(each if each.isprintable() else "?" for each in name)[:60]  # chosen by the process's owner
     user: str | None = None
     with suppress(OSError):
         number = place.stat().st_uid

@@ -31,7 +31,7 @@ KNOWN = 256
 """Number of recent job ids to remember. More jobs end between two scrapes only if scraping has paused."""
 
 BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
-"""Seconds: pictures take a few, videos many minutes."""
+"""Bounds in seconds: pictures take a few seconds, videos many minutes."""
 
 
 class Client:
