@@ -226,7 +226,7 @@ def _listed(
 
 
 def verify(path: Path) -> Opened:
-    """Read a whole bundle and compare every file with its hash; raises BundleError, or BundleError as for `opened`.
+    """Read a whole bundle and compare every file with its hash; raises BundleError as `opened` does.
 
     Nothing is unpacked.
     """
@@ -237,7 +237,7 @@ def verify(path: Path) -> Opened:
 def opened(path: Path) -> Iterator[Opened]:
     """Unpack a bundle, checked, and take everything from there for as long as the context lasts.
 
-    Raises BundleError, and BundleError where this client lists who may sign (`signers_file`) and nobody of them did.
+    Raises BundleError, also if this client lists who may sign (`signers_file`) and none of them signed it.
     """
     with files.draft(workspace.current().cache / "bundles/open") as place:
         place.mkdir()

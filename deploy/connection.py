@@ -411,7 +411,7 @@ def _ssh(target: Target) -> list[str]:
 def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterator[Agent]:
     """The agent of a host, for as long as the context lasts; the host must take the connection within `seconds`.
 
-    The connection is made by the first verb, which raises ConnectError, ConnectError or ConnectError.
+    The connection is made by the first verb, which raises ConnectError.
     """
     if not target.host.address:
         yield Local(target)

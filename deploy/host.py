@@ -313,7 +313,7 @@ def hosts_file() -> Path:
 
 
 def hosts() -> Hosts:
-    """All hosts and groups; `local` is always among them. Raises ConfigError, ConfigError or UsageError."""
+    """All hosts and groups; `local` is always among them. Raises ConfigError or UsageError."""
     path = hosts_file()
     if path.exists():
         refuse_secrets(path)

@@ -71,7 +71,7 @@ def _check_places(place: str, host: Host) -> None:
 
 
 def check_host(place: str, host: Host) -> None:
-    """Raises ConfigError or ConfigError; `place` is where the host is declared."""
+    """Raises ConfigError; `place` is where the host is declared."""
     _check_words(place, host)
     _check_numbers(place, host)
     _check_paths(place, host)

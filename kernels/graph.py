@@ -258,7 +258,7 @@ def run(graph: Graph, jobs: int, lock: int) -> None:
 
     `lock` is the descriptor of the held build lock: compilers inherit it, so that it is held until the last of
     them is gone even when this process is killed.
-    Raises BuildError with the failing file and the log's path, BuildError or BuildError.
+    Raises BuildError with the failing file and the log's path.
     """
     place = root()
     files.write(place / "build.ninja", graph.text)

@@ -78,8 +78,7 @@ class Toolchain:
 def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
     """Find every part without installing anything.
 
-    Raises ToolError, ToolError, ToolError, ToolError or
-    ToolError, each with the package to install.
+    Raises ToolError with the package to install.
     """
     if platform.value not in stack.platforms:
         raise SupportError(

@@ -55,7 +55,7 @@ PANELS = (
 def plot(recording: str, output: str) -> Path:
     """Plot a recording to an .svg or .png file (default: the recording's name with .svg), and return its path.
 
-    Raises UsageError, UsageError, and ToolError without matplotlib.
+    Raises UsageError, and ToolError without matplotlib.
     """
     place = Path(output) if output else Path(recording).with_suffix(".svg")
     if place.suffix not in (".svg", ".png"):

@@ -139,7 +139,7 @@ def _plain(answer: fleet.Answer[Status]) -> dict[str, Any]:
     status, error = answer.value, answer.error
     if status is None:
         assert error is not None
-        problems = [{"what": error.what, "remedy": error.hint}]
+        problems = [{"what": error.what, "remedy": error.hint, "kind": error.kind}]
         return {"host": answer.host, "reached": False, "well": False, "problems": problems}
     facts, live = status.facts, status.live
     release = facts.release(facts.current) or {}
