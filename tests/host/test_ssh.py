@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import ConnectError, HearthError
+from core.errors import HearthError
 from deploy import archive, connection
 from deploy.look import find_target
 from tests.errors import raises
@@ -583,7 +583,7 @@ def test_whoever_loses_sight_of_a_change_is_sent_to_attach(
         "connection": masters,
     }
     error = following(box, monkeypatch, lambda agent: signal_all(kills[what](agent), signal.SIGKILL))
-    assert isinstance(error, ConnectError) and error.kind == "unreachable"
+    assert error.kind == "unreachable"
     assert "inv attach --host box" in error.hint
 
 
@@ -605,7 +605,7 @@ def test_a_host_that_falls_silent_is_noticed(box: Lab, what: str, jump: bool, mo
         error = following(box, monkeypatch, stop)
     finally:
         signal_all(stopped, signal.SIGKILL)
-    assert isinstance(error, ConnectError) and error.kind == "unreachable"
+    assert error.kind == "unreachable"
     assert "inv attach --host box" in error.hint
     assert time.monotonic() - begun < 15
 

@@ -163,6 +163,7 @@ def test_a_refused_change_prints_its_refusals_as_json(capsys: pytest.CaptureFixt
     if as_json:
         assert json.loads(told.out) == {
             "error": "nothing was changed",
+            "kind": "refused",
             "refusals": [{"host": "spark", "kind": "port-taken", "what": "p", "remedy": "stop it", "build": []}],
         }
     else:
