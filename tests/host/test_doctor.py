@@ -108,7 +108,7 @@ def test_a_healthy_host_has_no_errors(steady: Fleet) -> None:
     assert all(len(line) <= 100 for line in shown.stdout.splitlines())
     found = findings(steady, code=1)  # nobody keeps a container's clock
     assert list(found) == ["clock"]
-    assert only(found, "clock") == ("no time service keeps its clock", "on the host: timedatectl set-ntp true")
+    assert only(found, "clock") == ("no time service synchronises its clock", "on the host: timedatectl set-ntp true")
 
 
 def test_nothing_deployed(steady: Fleet) -> None:
