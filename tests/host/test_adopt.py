@@ -230,7 +230,7 @@ def test_what_cannot_be_adopted_is_told_apart(old: Old) -> None:
     machine.run(f"mkdir -p /home/anna/comfy && cp -r {OLD} /home/anna/comfy && rm -r /home/anna/comfy/ComfyUI/output")
     two = old.adopt()
     assert (two.returncode, kind_of(two.stderr)) == (69, "no-installation")
-    assert f"spark has 2 ComfyUIs: {OLD}, /home/anna/comfy/ComfyUI" in two.stderr
+    assert f"spark has 2 installations of ComfyUI: {OLD}, /home/anna/comfy/ComfyUI" in two.stderr
     start = f"cd /home/anna/comfy/ComfyUI; setsid python3 main.py --port {free_port()} >/tmp/loose 2>&1 & echo $!"
     pid = machine.run(start).strip()
     time.sleep(1)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.host
 @contextmanager
 def driver(fleet: Fleet, machine: str) -> Iterator[int]:
     """NVIDIA's library where Debian has it, and a recording in which ComfyUI computes; its process id."""
+    assert fleet.answers()  # else the process may still be one that becomes ComfyUI
     pid = int(fleet.machine.run("systemctl show comfyui --property=MainPID --value"))
     library = fleet.machine.root / "usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1"
     recording = fleet.machine.root / "etc/nvml-recording"

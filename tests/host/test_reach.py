@@ -101,7 +101,7 @@ def test_a_host_without_a_network_gets_its_packages_from_here(tmp_path: Path) ->
         alone.machine.boot()
         done = alone.deploy()
         assert done.returncode == 0, done.stderr
-        assert "spark has no way to the package index: sending the packages from here" in done.stderr
+        assert "spark cannot reach the package index; uploading packages from this machine" in done.stderr
         assert "the second picture came back" in done.stderr
         facts = alone.facts()
         assert set(facts["parts"].values()) == {""}
