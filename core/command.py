@@ -56,8 +56,10 @@ def command(*, help: dict[str, str] | None = None, **options: Any) -> Callable[[
                 status = body(context, **given, **filled)
             except HearthError as error:
                 if error.refusals and any(getattr(each, "json", False) for each in filled.values()):
-                    console.data_json({"error": error.what, "refusals": [vars(each) for each in error.refusals]})
-                console.say(f"error: {error}")
+                    console.data_json(
+                        {"error": error.what, "kind": error.kind, "refusals": [vars(each) for each in error.refusals]}
+                    )
+                console.say(f"error[{error.kind}]: {error}")
                 raise Exit(code=error.exit_code) from error
             except KeyboardInterrupt:
                 console.say("interrupted; the same command goes on from here")

@@ -10,7 +10,7 @@ import msgspec
 import tomli
 
 from core import foreign
-from core.errors import ConfigError, TreeError, near
+from core.errors import ConfigError, SourceError, suggest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,8 +33,8 @@ def convert(path: Path, raw: dict[str, Any], kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         text = str(error)
         unknown = re.search(r"unknown field `([^`]+)`", text)
-        hint = near(unknown[1], _keys(kind, text)) if unknown else ""
-        raise ConfigError(f"{path}: {text}", hint=hint) from error
+        hint = suggest(unknown[1], _keys(kind, text)) if unknown else ""
+        raise ConfigError("config", f"{path}: {text}", hint=hint) from error
 
 
 DOTS = 200
@@ -59,17 +59,20 @@ def table(path: Path) -> dict[str, Any]:
             _parsed[path] = (state, content)
         return content
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist") from error
-    except (OSError, TreeError) as error:
-        raise ConfigError(error.what if isinstance(error, TreeError) else f"{path} cannot be read: {error}") from error
+        raise ConfigError("config", f"{path} does not exist") from error
+    except (OSError, SourceError) as error:
+        raise ConfigError(
+            "config",
+            error.what if isinstance(error, SourceError) else f"{path} cannot be read: {error}",
+        ) from error
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of 5,000 digits, and invalid UTF-8
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+        raise ConfigError("config", f"{path} is not TOML: {error}") from error
 
 
 def _parse(path: Path) -> dict[str, Any]:
     text = foreign.content(path).decode()
     if max(line.count(".") for line in text.split("\n")) > DOTS:
-        raise ConfigError(f"{path} is not read: a line of it has more than {DOTS} dots")
+        raise ConfigError("config", f"{path} is not read: a line of it has more than {DOTS} dots")
     return tomli.loads(text)
 
 

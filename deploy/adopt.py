@@ -10,7 +10,7 @@ import msgspec
 from agent.schema import change as schema
 from agent.schema.survey import Survey
 from core import console, foreign, source
-from core.errors import NoInstallationError, UsageError
+from core.errors import HostError, UsageError
 from deploy import connection, refusals
 from deploy import host as hosts
 from deploy.change import Change, carry_out, change_each
@@ -39,17 +39,17 @@ def adopt(
     """Propose how Hearth takes over the ComfyUI on a host; nothing is changed, and there is no outcome.
 
     `apply` takes it over: it is out of service then, and a deploy finds its folders in place. `undo` restores all that
-    this changed, and starts what ran before; there is no proposal then, and NoInstallationError when nothing was
+    this changed, and starts what ran before; there is no proposal then, and HostError when nothing was
     adopted.
     """
     if by not in ("rename", "reference") or (apply and undo):
-        raise UsageError("give --by rename or --by reference, and only one of --apply and --undo")
+        raise UsageError("usage", "give --by rename or --by reference, and only one of --apply and --undo")
     if undo:
         change = Change(action="undo adopt", plan=lambda _, target, facts: put_back(target, facts, options))
         (outcome,) = change_each(hosts.select(name, ""), change, options)
         if not outcome.changed:
             hint = f"inv history --host {outcome.host}"
-            raise NoInstallationError(f"nothing was adopted on {outcome.host}", hint=hint)
+            raise HostError("no-installation", f"nothing was adopted on {outcome.host}", hint=hint)
         return None, outcome
     target = find_target(name)
     with connection.connect(target, options.ask_sudo) as agent:

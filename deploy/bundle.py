@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 from core import console, files, lockfile, signature, source, workspace
-from core.errors import BundleError, SignatureError
+from core.errors import BundleError
 from core.manifest import Sha256
 from core.signature import Signed
 from core.stack import Platform
@@ -95,7 +95,7 @@ def signers_file() -> Path:
 
 
 def _origin(seal: Signed) -> str:
-    """Who signed a bundle, in words; raises SignatureError for nobody whom this client's list has, if it has one."""
+    """Who signed a bundle, in words; raises BundleError for nobody whom this client's list has, if it has one."""
     place = signers_file()
     if (listed := _signers(place)) is not None:
         return f"signed by {seal.signer(listed, str(place))}"
@@ -105,7 +105,7 @@ def _origin(seal: Signed) -> str:
 def _signers(place: Path) -> str | None:
     """This client's list of who may sign, None where there is none: where a variable names none, and no file is there.
 
-    Raises SignatureError for any other that cannot be read: a check that could not run has failed.
+    Raises BundleError for any other that cannot be read: a check that could not run has failed.
     """
     try:
         if not os.environ.get("HEARTH_ALLOWED_SIGNERS"):
@@ -117,9 +117,13 @@ def _signers(place: Path) -> str | None:
             content = file.read(signature.LIMIT + 1)
     except OSError as error:
         hint = "put the list there, or mend its rights; HEARTH_ALLOWED_SIGNERS names another one"
-        raise SignatureError(f"{place} lists who may sign, and cannot be read", cause=str(error), hint=hint) from error
+        raise BundleError(
+            "signature", f"{place} lists who may sign, and cannot be read", cause=str(error), hint=hint
+        ) from error
     if len(content) > signature.LIMIT:
-        raise SignatureError(f"{place} lists who may sign, and is larger than {signature.LIMIT // 1_000_000} MB")
+        raise BundleError(
+            "signature", f"{place} lists who may sign, and is larger than {signature.LIMIT // 1_000_000} MB"
+        )
     return content.decode(errors="replace")
 
 
@@ -146,7 +150,7 @@ def write(
     The same content gives the same bytes, but for the signature, where the kind of key has none that is the same.
     """
     if output.exists() and not output.is_file():
-        raise BundleError(f"{output} is no file, and cannot be replaced by a bundle", hint="name another one")
+        raise BundleError("bundle", f"{output} is no file, and cannot be replaced by a bundle", hint="name another one")
     asking = releases.asking(target, inputs.nodes)
     listed = _listed(inputs, asking, platform, python, wheels)
     total = sum(path.stat().st_size for path in listed.values())
@@ -222,7 +226,7 @@ def _listed(
 
 
 def verify(path: Path) -> Opened:
-    """Read a whole bundle and compare every file with its hash; raises BundleError, or SignatureError as for `opened`.
+    """Read a whole bundle and compare every file with its hash; raises BundleError as `opened` does.
 
     Nothing is unpacked.
     """
@@ -233,7 +237,7 @@ def verify(path: Path) -> Opened:
 def opened(path: Path) -> Iterator[Opened]:
     """Unpack a bundle, checked, and take everything from there for as long as the context lasts.
 
-    Raises BundleError, and SignatureError where this client lists who may sign (`signers_file`) and nobody of them did.
+    Raises BundleError, also if this client lists who may sign (`signers_file`) and none of them signed it.
     """
     with files.draft(workspace.current().cache / "bundles/open") as place:
         place.mkdir()
@@ -242,6 +246,7 @@ def opened(path: Path) -> Iterator[Opened]:
         theirs = found.bundle.files.get(AGENT)
         if theirs is None or theirs.sha256 != hashlib.sha256(archive.packed_agent()).hexdigest():
             raise BundleError(
+                "bundle",
                 f"{path} was made by another version of Hearth",
                 cause="its agent is not this one's, so what it would do on a host may differ",
                 hint="use the checkout that it was made with, or make it again: inv bundle",
@@ -271,7 +276,7 @@ def _read(path: Path, place: Path | None) -> Opened:
                     raise _altered(path, member.name)
                 member = next(members, None)
     except OSError as error:
-        raise BundleError(f"{path} cannot be {'unpacked' if place else 'read'}", cause=str(error)) from error
+        raise BundleError("bundle", f"{path} cannot be {'unpacked' if place else 'read'}", cause=str(error)) from error
     except (tarfile.TarError, UnicodeDecodeError) as error:
         raise _cut_short(path, str(error)) from error
     if missing:
@@ -284,11 +289,11 @@ _ALTERED = "do not use it; ask for it again where it was made"
 
 def _cut_short(path: Path, why: str) -> BundleError:
     again = "copy it again, or make it again: inv bundle"
-    return BundleError(f"{path} is no whole bundle", cause=f"cut short, or something else: {why}", hint=again)
+    return BundleError("bundle", f"{path} is no whole bundle", cause=f"cut short, or something else: {why}", hint=again)
 
 
 def _altered(path: Path, name: str) -> BundleError:
-    return BundleError(f"{path} was altered: {name}", hint=_ALTERED)
+    return BundleError("bundle", f"{path} was altered: {name}", hint=_ALTERED)
 
 
 def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
@@ -337,9 +342,9 @@ def _head(path: Path, file: IO[bytes], member: tarfile.TarInfo | None, name: str
     if member.name != name:
         hint = "an older Hearth's has its manifest at its end: use that one, or make the bundle again"
         cause = f"it begins with {member.name!r}, not with {name}"
-        raise BundleError(f"{path} is no bundle of this Hearth's", cause=cause, hint=hint)
+        raise BundleError("bundle", f"{path} is no bundle of this Hearth's", cause=cause, hint=hint)
     if member.size > most:
-        raise BundleError(f"{path} was altered: its {name} has {console.size(member.size)}", hint=_ALTERED)
+        raise BundleError("bundle", f"{path} was altered: its {name} has {console.size(member.size)}", hint=_ALTERED)
     return _whole(file, member.size)
 
 
@@ -348,14 +353,14 @@ def _manifest(path: Path, text: bytes) -> Bundle:
     try:
         if (told := msgspec.json.decode(text, type=_Format).format) != FORMAT:
             hint = "use the Hearth that it was made with"
-            raise BundleError(f"{path} has format {told}, this Hearth reads {FORMAT}", hint=hint)
+            raise BundleError("bundle", f"{path} has format {told}, this Hearth reads {FORMAT}", hint=hint)
         bundle = msgspec.json.decode(text, type=Bundle)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise BundleError(f"{path} has a manifest that is none", cause=str(error), hint=_ALTERED) from error
+        raise BundleError("bundle", f"{path} has a manifest that is none", cause=str(error), hint=_ALTERED) from error
     for name in bundle.files:
         parts = name.split("/")
         if {"", ".", ".."} & set(parts) or len(parts) > DEPTH or not name.isprintable():
-            raise BundleError(f"{path} names a file {name!r}", hint=_ALTERED)
+            raise BundleError("bundle", f"{path} names a file {name!r}", hint=_ALTERED)
     return bundle
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from agent.schema.change import packed
 from core import console
-from core.errors import ConnectError, ConvergeError, HostOfflineError
+from core.errors import ConnectError, GateError, HostError
 from deploy import connection
 from deploy.facts import Facts
 from deploy.group import Consent, on_each
@@ -83,7 +83,7 @@ def change_each(
 
 
 def carry_out(change: Change, target: Target, options: Options, agree: Callable[[], None]) -> Outcome:
-    """Change one host. Raises RefusedError with every reason against it, or ConvergeError."""
+    """Change one host. Raises RefusedError with every reason against it, or GateError."""
     packages = change.inputs.packages if change.inputs else ()
     with connection.connect(target, options.ask_sudo) as agent:
 
@@ -101,8 +101,8 @@ def carry_out(change: Change, target: Target, options: Options, agree: Callable[
             agree()
             try:
                 notes = apply(agent, facts, plan, change, offline=change.offline)
-            except HostOfflineError:
-                if change.offline or change.inputs is None:
+            except HostError as error:
+                if error.kind != "offline" or change.offline or change.inputs is None:
                     raise
                 console.say(f"{target.name} cannot reach the package index; uploading packages from this machine")
                 notes = apply(agent, *planned(change.plan), change, offline=True)  # what is done stays done
@@ -126,7 +126,8 @@ def show(plan: Plan) -> None:
 def _converged(name: str, left: Plan) -> None:
     remains = [step.title for step in left.steps] + [each.what for each in left.refusals]
     if remains:
-        raise ConvergeError(
+        raise GateError(
+            "not-converged",
             f"{name} was changed but did not converge; remaining:",
             cause="\n         ".join(remains),
             hint="run the same command again; if that does not help, this is an error in Hearth",
@@ -171,6 +172,7 @@ def follow(agent: Agent, run: str) -> tuple[str, ...]:
                 raise connection.error_of(event["fault"])
             return tuple(notes)
     raise ConnectError(
+        "unreachable",
         "the result of the change is unknown: the agent stopped reporting before the run's end",
         hint="it may still be in progress; watch it by: inv attach, with the same --host",
     )

@@ -23,23 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from core import console, shell
 from core.errors import (
-    AgentError,
     BusyError,
-    ChangedSinceError,
     ConnectError,
-    DiskFullError,
-    DrainError,
     GateError,
-    GpuError,
-    HashMismatchError,
     HearthError,
-    HostOfflineError,
-    LogError,
-    NoAnswerError,
+    HostError,
     ProcessError,
-    RemoteError,
-    StorageError,
-    SudoError,
+    SourceError,
     UsageError,
 )
 from deploy import archive, ssh_errors
@@ -85,7 +75,9 @@ class Agent(ABC):
         """One answer; raises as `stream` does."""
         answers = list(self.stream(verb, **values))
         if not answers:
-            raise AgentError(f"the agent ended without an answer to {verb}", hint="run the same command again")
+            raise HostError(
+                "step-failed", f"the agent ended without an answer to {verb}", hint="run the same command again"
+            )
         return answers[-1]
 
     def send(self, path: Path, digest: str, offset: int, progress: Callable[[int], None]) -> None:
@@ -99,6 +91,7 @@ class Agent(ABC):
     def lost(self, cause: str) -> ConnectError:
         """The error for a connection that ended before the answer."""
         return ConnectError(
+            "unreachable",
             f"the connection to {self._target.name} was lost",
             cause=cause,
             hint=f"a change that was begun continues there: inv attach --host {self._target.name}",
@@ -120,7 +113,8 @@ class Agent(ABC):
         try:
             value = json.loads(line)
         except ValueError:
-            raise AgentError(
+            raise HostError(
+                "step-failed",
                 f"the answer of {self._target.name} is not JSON",
                 cause=line[:500].decode(errors="replace").strip(),
                 hint="another program writes to the output: check what the login's shell starts in the background",
@@ -137,7 +131,9 @@ class Agent(ABC):
         if verb == "follow":
             return self.lost(f"the agent that watches the change {how}")
         hint = f"the host may be out of memory: inv doctor --host {self._target.name}" if killed else ""
-        return AgentError(f"the agent on {self._target.name} {how} at {verb}", cause=said[-2000:], hint=hint)
+        return HostError(
+            "step-failed", f"the agent on {self._target.name} {how} at {verb}", cause=said[-2000:], hint=hint
+        )
 
     @abstractmethod
     def _lines(
@@ -156,25 +152,28 @@ def _patience(verb: str, values: Mapping[str, Any]) -> float:
     return SILENT + float(values.get("wait") or 0) + float(values.get("every") or 0)
 
 
+_FAULTS: dict[str, tuple[type[HearthError], str]] = {
+    "busy": (BusyError, "busy"),
+    "drain": (BusyError, "drain"),
+    "gate": (GateError, "unhealthy"),
+    "trial": (GateError, "unhealthy"),
+    "changed": (HostError, "changed"),
+    "disk": (HostError, "disk-full"),
+    "offline": (HostError, "offline"),
+    "storage": (HostError, "storage"),
+    "gpu": (HostError, "gpu"),
+    "silent": (HostError, "no-answer"),
+    "log": (HostError, "log"),
+    "usage": (UsageError, "usage"),
+}
+"""The error and its kind for each kind of the agent's faults. All others are steps that failed."""
+
+
 def error_of(fault: dict[str, Any]) -> HearthError:
     """The error that a fault of the agent stands for."""
-    kinds: dict[str, type[HearthError]] = {
-        "busy": BusyError,
-        "drain": DrainError,
-        "gate": GateError,
-        "trial": GateError,
-        "changed": ChangedSinceError,
-        "disk": DiskFullError,
-        "offline": HostOfflineError,
-        "storage": StorageError,
-        "gpu": GpuError,
-        "silent": NoAnswerError,
-        "log": LogError,
-        "usage": UsageError,
-    }
-    kind = kinds.get(fault["kind"], AgentError)
+    error, kind = _FAULTS.get(fault["kind"], (HostError, "step-failed"))
     cause = "\n         ".join([*fault["cause"].splitlines(), *(f"| {line}" for line in fault.get("log", []))])
-    return kind(fault["what"], cause=cause, hint=fault["hint"])
+    return error(kind, fault["what"], cause=cause, hint=fault["hint"])
 
 
 class Local(Agent):
@@ -208,12 +207,13 @@ class Ssh(Agent):
     def shell(self, command: str, say: Callable[[str], None]) -> str:
         """Run a shell command as the login, in its home, and return its output; `say` gets its stderr line by line.
 
-        Raises RemoteError when it fails.
+        Raises HostError when it fails.
         """
         try:
             return b"".join(self._session(command, say=say)).decode(errors="replace")
         except ProcessError as error:
-            raise RemoteError(
+            raise HostError(
+                "remote-command",
                 f"a command on {self._target.name} ended with {error.status}",
                 cause=_last(error.said),
                 hint="its output is above; running the same command again continues from there",
@@ -232,20 +232,23 @@ class Ssh(Agent):
         try:
             list(self._session(script, content, silence=SILENT))
         except ProcessError as error:
-            kind = DiskFullError if "No space left" in error.said else AgentError
+            kind = "disk-full" if "No space left" in error.said else "step-failed"
             what = f"{path} could not be written on {self._target.name}"
-            raise kind(what, cause=error.said, hint=f"free space in {folder} there, or make it writable") from error
+            hint = f"free space in {folder} there, or make it writable"
+            raise HostError(kind, what, cause=error.said, hint=hint) from error
 
     def get(self, path: str, place: Path, most: int) -> None:
-        """Fetch a file from there, of at most so many bytes; raises RemoteError, or HashMismatchError for more."""
+        """Fetch a file from there, of at most so many bytes; raises HostError, or SourceError for more."""
         try:
             with place.open("wb") as file:
                 for block in self._session(f"cat {shlex.quote(path)}", silence=SILENT):
                     if file.tell() + len(block) > most:
-                        raise HashMismatchError(f"more than the {most} bytes of {path} were sent")
+                        raise SourceError("hash-mismatch", f"more than the {most} bytes of {path} were sent")
                     file.write(block)
         except ProcessError as error:
-            raise RemoteError(f"{path} could not be read on {self._target.name}", cause=error.said) from error
+            raise HostError(
+                "remote-command", f"{path} could not be read on {self._target.name}", cause=error.said
+            ) from error
 
     def _lines(
         self, verb: str, request: bytes, blocks: Callable[[], Iterable[bytes]], silence: float
@@ -333,7 +336,8 @@ class Ssh(Agent):
             noise.append(error.said.encode())
         except TimeoutError as error:
             raise (self.lost if begun else self._unreachable)(str(error)) from error
-        raise AgentError(
+        raise HostError(
+            "step-failed",
             f"the login shell on {self._target.name} does not run commands",
             cause=b"".join(noise).decode(errors="replace").strip()[-500:],
             hint=f"try: {self._try} 'exec /bin/sh -c true'",
@@ -342,32 +346,38 @@ class Ssh(Agent):
     def _ended(self, verb: str, status: int, said: str) -> HearthError:
         name = self._target.name
         if status == archive.NO_PYTHON:
-            return AgentError(f"{name} has no python3", hint="install it there, for example: apt-get install python3")
+            return HostError(
+                "step-failed", f"{name} has no python3", hint="install it there, for example: apt-get install python3"
+            )
         if status == archive.OLD_PYTHON:
             what = f"python3 on {name} is {_last(said)}, and Hearth needs 3.10 or newer"
-            return AgentError(what, hint="upgrade that system, or put a newer python3 first on the login's PATH")
+            return HostError(
+                "step-failed", what, hint="upgrade that system, or put a newer python3 first on the login's PATH"
+            )
         if status in (126, 127):
-            return AgentError(f"python3 on {name} does not start", cause=said, hint="reinstall python3 there")
+            return HostError(
+                "step-failed", f"python3 on {name} does not start", cause=said, hint="reinstall python3 there"
+            )
         sudo = status in (1, archive.NO_SUDO) and self._target.host.scope == "system"
         return (self._no_root(status, said) if sudo else None) or super()._ended(verb, status, said)
 
-    def _no_root(self, status: int, said: str) -> SudoError | None:
+    def _no_root(self, status: int, said: str) -> ConnectError | None:
         """The error for a sudo that refuses; None if sudo did not fail."""
         name, user = self._target.name, self._settings["user"]
         otherwise = f'log in as root or as who may use sudo (`user` of hosts.{name}), or set scope = "user"'
         if status == archive.NO_SUDO:
-            return SudoError(f"{name} has no sudo, and {user} is not root", hint=otherwise)
+            return ConnectError("sudo", f"{name} has no sudo, and {user} is not root", hint=otherwise)
         if not re.search(r"^(sudo: |Sorry, )|sudoers", said, re.MULTILINE):
             return None
         cause = _last(said)
         if re.search(r"sudoers|not allowed|may not run", said):
-            return SudoError(f"{user} may not use sudo on {name}", cause=cause, hint=otherwise)
+            return ConnectError("sudo", f"{user} may not use sudo on {name}", cause=cause, hint=otherwise)
         if self._password and re.search("incorrect password|no password was provided", said):
             _passwords.pop(name, None)  # a second try asks again: some systems lock the login after three
             hint = f"type it again; when the keyring has it: keyring set hearth-sudo {name}"
-            return SudoError(f"sudo on {name} does not accept the password", cause=cause, hint=hint)
+            return ConnectError("sudo", f"sudo on {name} does not accept the password", cause=cause, hint=hint)
         hint = "run again with --ask-sudo, or allow sudo without a password there"
-        return SudoError(f"sudo gives {user} no root on {name}", cause=cause, hint=hint)
+        return ConnectError("sudo", f"sudo gives {user} no root on {name}", cause=cause, hint=hint)
 
     def _unreachable(self, said: str) -> HearthError:
         """The error for an ssh that did not log in."""
@@ -401,7 +411,7 @@ def _ssh(target: Target) -> list[str]:
 def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterator[Agent]:
     """The agent of a host, for as long as the context lasts; the host must take the connection within `seconds`.
 
-    The connection is made by the first verb, which raises HostKeyError, ConnectError or SudoError.
+    The connection is made by the first verb, which raises ConnectError.
     """
     if not target.host.address:
         yield Local(target)
@@ -425,7 +435,7 @@ def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterat
         read = shell.run([*argv, "-G", "--", target.host.address], check=False, input_text="", timeout=60)
         if read.returncode:
             what = f"ssh cannot read its configuration for {target.name}"
-            raise ConnectError(what, cause=read.stderr.strip(), hint="correct the file that it names")
+            raise ConnectError("unreachable", what, cause=read.stderr.strip(), hint="correct the file that it names")
         settings = dict(line.partition(" ")[::2] for line in read.stdout.splitlines())
         if settings.get("stricthostkeychecking") in ("false", "no", "off"):
             argv += ["-o", "StrictHostKeyChecking=accept-new"]  # what runs as root goes to no host whose key changed
@@ -439,7 +449,7 @@ def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterat
 
 
 def sudo_password(name: str, host: Host) -> str:
-    """The sudo password of a host, asked for once; empty where root is not needed. Raises SudoError."""
+    """The sudo password of a host, asked for once; empty where root is not needed. Raises ConnectError."""
     if not host.address or host.scope != "system":
         return ""
     with _asking:  # of several hosts at once: one question after the other
@@ -468,6 +478,6 @@ def _ask_password(name: str) -> str:
     if sys.stdin.isatty():
         with suppress(EOFError):
             return console.hidden(f"sudo password on {name}: ")
-    raise SudoError(
-        f"no terminal to ask for the sudo password of {name} at", hint=f"run: keyring set hearth-sudo {name}"
+    raise ConnectError(
+        "sudo", f"no terminal to ask for the sudo password of {name} at", hint=f"run: keyring set hearth-sudo {name}"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import console
-from core.errors import BundleError, RefusedError, UnknownNameError, UsageError, near
+from core.errors import BundleError, RefusedError, UsageError, suggest
 from deploy import bundle as bundles
 from deploy import connection, plan
 from deploy import host as hosts
@@ -39,7 +39,9 @@ def deploy_each(
 ) -> list[Outcome]:
     """Deploy to hosts, as `deploy` and `on_each` say. `bundle` names a file (empty: none)."""
     if build and bundle:
-        raise UsageError("--build and --bundle exclude each other", hint="a bundle holds the wheels that it needs")
+        raise UsageError(
+            "usage", "--build and --bundle exclude each other", hint="a bundle holds the wheels that it needs"
+        )
     with bundles.opened(Path(bundle)) if bundle else nullcontext() as opened:
         agree = Consent(names, "deploy", options)
         one = functools.partial(deploy, options=options, build=build, bundle=opened, agree=agree)
@@ -98,12 +100,16 @@ def rollback(name: str, to: str, options: Options) -> list[Outcome]:
 
 
 def _kept(target: Target, facts: Facts, to: str) -> str:
-    """The release to return to; raises UnknownNameError."""
+    """The release to return to; raises UsageError."""
     others = [each for each in facts.proven if each != facts.current]
     if not others:
-        raise UnknownNameError(f"{target.name} keeps no other release", hint=f"inv releases --host {target.name}")
+        raise UsageError(
+            "unknown-name", f"{target.name} keeps no other release", hint=f"inv releases --host {target.name}"
+        )
     if to and to not in others:
-        raise UnknownNameError(f"{target.name} keeps no release {to!r} to go back to", hint=near(to, others))
+        raise UsageError(
+            "unknown-name", f"{target.name} keeps no release {to!r} to go back to", hint=suggest(to, others)
+        )
     return to or others[0]
 
 
@@ -126,6 +132,7 @@ def _accept(opened: Opened, name: str, facts: Facts) -> None:
         console.say(f"{name} accepts bundles signed by {who}")
     if opened.bundle.platform != facts.platform:
         raise BundleError(
+            "bundle",
             f"the bundle is for {opened.bundle.platform}, and {name} is {facts.platform}",
             hint=f"make one for it: inv bundle --host {name}",
         )
@@ -136,6 +143,7 @@ def _same_nodes(opened: Opened, name: str, asking: Sequence[str]) -> None:
     if set(opened.bundle.asking) != set(asking):
         theirs, ours = (", ".join(each) or "none" for each in (opened.bundle.asking, asking))
         raise BundleError(
+            "bundle",
             f"the bundle has other nodes ({theirs}) than {name} ({ours})",
             hint=f"change `nodes` of {name}, or make a bundle for it: inv bundle --host {name}",
         )
@@ -147,7 +155,7 @@ def make_bundle(
     """Write one file with all that a host needs. Without `platform` or `python` the host is asked for them.
 
     It is signed with `key` if one is given. Raises RefusedError when a kernel wheel or the locked list for that
-    platform and Python is missing, SignatureError when the key cannot sign.
+    platform and Python is missing, BundleError when the key cannot sign.
     """
     target = find_target(name)
     inputs = gather(target)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from core import console
-from core.errors import GroupError, HearthError, SudoError
+from core.errors import ConnectError, GroupError, HearthError
 from deploy import connection
 from deploy import host as hosts
 from deploy.refusals import refused, unconfirmed
@@ -65,8 +64,11 @@ def on_each(
         return [one(names[0])]
     known = hosts.hosts().hosts
     for name in names if ask_sudo else ():
-        with suppress(SudoError):  # its own host reports it
+        try:
             connection.sudo_password(name, known[name])
+        except ConnectError as error:  # its own host reports the lack of sudo
+            if error.kind != "sudo":
+                raise
     results: list[Outcome] = []
     failed: dict[str, HearthError] = {}
 
@@ -76,7 +78,7 @@ def on_each(
                 results.append(one(name))
             except HearthError as error:
                 failed[name] = error
-                console.say(f"error: {error}")
+                console.say(f"error[{error.kind}]: {error}")
 
     attempt(names[0])
     rest = list(names[1:]) if keep_going or not failed else []
@@ -94,6 +96,7 @@ def _failures(
 ) -> GroupError:
     """The error that sums up a group."""
     error = GroupError(
+        "group",
         f"{len(failed)} of {len(names)} hosts failed",
         cause="\n         ".join(
             [f"{each.host}: {each.state or f'release {each.release} is in service'}" for each in results]

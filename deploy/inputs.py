@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from core import foreign, lockfile, source, workspace
-from core.errors import LockStaleError
+from core.errors import LockError
 from deploy.refusals import refused
 from deploy.release_refusals import known_bad
 from lock import advisory, nodes, requirements
@@ -41,7 +41,7 @@ class Inputs:
 
 
 def gather(target: Target) -> Inputs:
-    """The inputs for hosts of a profile. Raises LockStaleError, or RefusedError for nodes that are known to be bad."""
+    """The inputs for hosts of a profile. Raises LockError, or RefusedError for nodes that are known to be bad."""
     app = applications.application()
     tree = source.fetch(app)
     (uv,) = (line.split()[0].replace("==", "-") for line in lockfile.requirements("uv"))
@@ -54,8 +54,10 @@ def gather(target: Target) -> Inputs:
     chosen = nodes.choose(known, target.profile.nodes)
     _refuse_known_bad(target, chosen)
     if chosen and (stale := [lock.name for lock in locks.values() if not lock.fits(known)]):
-        raise LockStaleError(
-            f"nodes were changed but not resolved: {', '.join(stale)}", hint="inv lock, then the same command"
+        raise LockError(
+            "lock-stale",
+            f"nodes were changed but not resolved: {', '.join(stale)}",
+            hint="inv lock, then the same command",
         )
     return Inputs(
         application=app,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def find_target(name: str) -> Target:
-    """A host (empty: this machine) merged with its profile; raises UnknownNameError.
+    """A host (empty: this machine) merged with its profile; raises UsageError.
 
     `local` without a profile gets the one of its GPU if the wheels for that are in the wheelhouse.
     """
@@ -101,4 +101,6 @@ def reach(names: Sequence[str], *, ask_sudo: bool = False) -> None:
     with ThreadPoolExecutor(max_workers=8) as pool:
         failed = [error for error in pool.map(one, names) if error]
     if failed:
-        raise GroupError(f"{len(failed)} of {len(names)} hosts cannot be reached", hint="each one's reason is above")
+        raise GroupError(
+            "group", f"{len(failed)} of {len(names)} hosts cannot be reached", hint="each one's reason is above"
+        )

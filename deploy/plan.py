@@ -72,7 +72,7 @@ class Options:
 def seconds(drain: str) -> float:
     """The seconds of --drain; raises UsageError."""
     if not drain.isdecimal():
-        raise UsageError(f"--drain {drain} is not a number of seconds", hint="such as: --drain 300")
+        raise UsageError("usage", f"--drain {drain} is not a number of seconds", hint="such as: --drain 300")
     return float(drain)
 
 

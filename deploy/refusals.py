@@ -51,6 +51,7 @@ class Refusal:
 def refused(what: str, refusals: Sequence[Refusal], host: str = "") -> RefusedError:
     """The error that shows refusals and carries them as data."""
     error = RefusedError(
+        "refused",
         what,
         cause="\n         ".join(each.what for each in refusals),
         hint="\n         ".join(dict.fromkeys(each.remedy for each in refusals)),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from core.errors import OldReleaseError
+from core.errors import HostError
 from deploy import units
 from lock.requirements import MANAGER
 
@@ -122,9 +122,10 @@ def _wheel(wheel: Manifest) -> dict[str, Any]:
 
 
 def require_complete(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the manifest; raises OldReleaseError if it has no list of packages."""
+    """Return the manifest; raises HostError if it has no list of packages."""
     if "packages" not in manifest:
-        raise OldReleaseError(
+        raise HostError(
+            "old-release",
             f"release {manifest['id']} does not say which packages and wheels it holds",
             cause="an older Hearth made it",
             hint="inv deploy writes a new release of the same parts, which does",

@@ -16,7 +16,7 @@ import msgspec
 
 from core import console, files, lockfile, manifest, workspace
 from core.arch import known_archs, parse_list
-from core.errors import HashMismatchError, HearthError, RemoteError, UsageError
+from core.errors import HearthError, HostError, SourceError, UsageError
 from core.stack import Platform, find_stack
 from deploy import connection
 from deploy.look import find_target
@@ -50,13 +50,13 @@ def build(name: str, asked: Mapping[str, str], *, force: bool, dry_run: bool) ->
     """Run `inv build-kernels` on a host, `asked` its flags with their values; the wheels are in the wheelhouse then.
 
     Returns their manifests. On a dry run, only what the host says is printed. Raises what connecting raises, and
-    RemoteError, also when the host answers with anything but what it was asked for.
+    HostError, also when the host answers with anything but what it was asked for.
     """
     if asked.get("arch"):
         parse_list(asked["arch"], known_archs())  # the host's own answer to a wrong one comes minutes later
     target = find_target(name)
     if not target.host.address:
-        raise UsageError(f"{name} is this machine", hint="leave --host out")
+        raise UsageError("usage", f"{name} is this machine", hint="leave --host out")
     with connection.connect(target) as agent:
         assert isinstance(agent, connection.Ssh)
         machine = agent.shell("uname -m", console.say).strip()
@@ -122,14 +122,16 @@ LARGEST = 4_000_000_000
 
 
 def _answer(name: str, said: str, asked: Mapping[str, str]) -> list[Manifest]:
-    """The wheels that a host built; raises RemoteError when one is not what it was asked for: it would replace another.
+    """The wheels that a host built; raises HostError when one is not what it was asked for: it would replace another.
 
     The host can lie about what is in them, and about nothing else.
     """
     try:
         found = msgspec.json.decode(said, type=list[manifest.Manifest])
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise RemoteError(f"what {name} says of its wheels cannot be read", cause=str(error)[:500]) from error
+        raise HostError(
+            "remote-command", f"what {name} says of its wheels cannot be read", cause=str(error)[:500]
+        ) from error
     wrong = [f"{each.file}: {why}" for each in found if (why := _unasked(each, asked))]
     if len({each.file for each in found}) < len(found):
         wrong.append("one of them twice")
@@ -137,7 +139,9 @@ def _answer(name: str, said: str, asked: Mapping[str, str]) -> list[Manifest]:
         wrong.append("they are for several GPUs, which only --arch asks for")
     if wrong:
         hint = f"nothing was taken; see who else has the login on {name}"
-        raise RemoteError(f"{name} answers with wheels that it was not asked for", cause=wrong[0], hint=hint)
+        raise HostError(
+            "remote-command", f"{name} answers with wheels that it was not asked for", cause=wrong[0], hint=hint
+        )
     return found
 
 
@@ -185,7 +189,9 @@ def _fetch(agent: Ssh, wheel: Manifest) -> None:
         place = Path(folder) / wheel.file
         agent.get(f"{PLACE}/wheelhouse/{wheel.file}", place, wheel.size)
         if files.sha256(place) != wheel.sha256:
-            raise HashMismatchError(f"{wheel.file} was altered on the way", hint="run the same command again")
+            raise SourceError(
+                "hash-mismatch", f"{wheel.file} was altered on the way", hint="run the same command again"
+            )
         if there.is_file() and (old := files.sha256(there)) != wheel.sha256:
             console.say(f"the wheelhouse had another {wheel.file}, which is replaced: sha256 {old}, now {wheel.sha256}")
         workspace.current().wheelhouse.admit(place, wheel)

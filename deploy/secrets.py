@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from core.config import table
-from core.errors import SecretError
+from core.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +29,7 @@ def names_secret(name: str) -> bool:
 
 
 def refuse_secrets(path: Path) -> None:
-    """Refuse keys that name a secret and values that look like one, wherever they are; raises SecretError."""
+    """Refuse keys that name a secret and values that look like one, wherever they are; raises ConfigError."""
 
     def walk(value: object, place: str) -> None:
         if isinstance(value, dict):
@@ -44,7 +44,8 @@ def refuse_secrets(path: Path) -> None:
             refuse(place.rstrip("."))
 
     def refuse(place: str) -> None:
-        raise SecretError(
+        raise ConfigError(
+            "secret",
             f"{path}: {place} looks like a secret",
             cause="this file is copied, backed up and shown; secrets do not belong in it",
             hint="for sudo use --ask-sudo; for ComfyUI: inv secret set NAME, and its name in the host's `secrets`",

@@ -6,7 +6,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING
 
-from core.errors import ConnectError, HearthError, HostKeyError
+from core.errors import ConnectError, HearthError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,14 +26,17 @@ def unreachable(said: str, name: str, settings: Mapping[str, str], retry: str) -
         return found
     if "Permission denied (" in said or "Too many authentication failures" in said:
         return ConnectError(
+            "unreachable",
             f"SSH authentication failed for {user} on {name}",
             cause=cause,
             hint=f"try: {retry}; a key with a passphrase must be in your agent (ssh-add)",
         )
-    return ConnectError(f"{name} cannot be reached ({user}@{host}:{port})", cause=cause, hint=f"try: {retry}")
+    return ConnectError(
+        "unreachable", f"{name} cannot be reached ({user}@{host}:{port})", cause=cause, hint=f"try: {retry}"
+    )
 
 
-def _host_key(said: str, cause: str, of: str, settings: Mapping[str, str], retry: str) -> HostKeyError | None:
+def _host_key(said: str, cause: str, of: str, settings: Mapping[str, str], retry: str) -> ConnectError | None:
     """The error for a host key that ssh does not accept; None when that was not the reason."""
     port, host = (shlex.quote(settings[key]) for key in ("port", "hostname"))
     scan = f"`ssh-keyscan -p {port} {host} | ssh-keygen -lf -`"
@@ -42,18 +45,22 @@ def _host_key(said: str, cause: str, of: str, settings: Mapping[str, str], retry
         known = re.search("Offending .*", said)
         listed = re.search(r"Host key for (\S+) has changed", said)
         entry = (listed[1] if listed else settings["hostname"]).replace("'", "'\\''")
-        return HostKeyError(
+        return ConnectError(
+            "host-key",
             f"the host key of {of} has CHANGED",
             cause=f"offered: {offered[1] if offered else '?'}; known: {known[0] if known else '?'}. "
             "The host was reinstalled, or this is a man-in-the-middle attack",
             hint=f"compare it with {scan}; only if it is right: ssh-keygen -R '{entry}', then connect once by: {retry}",
         )
     if "REVOKED" in said or "revoked" in said:
-        return HostKeyError(f"the host key of {of} is revoked", cause=cause, hint="ask the host's administrator")
+        return ConnectError(
+            "host-key", f"the host key of {of} is revoked", cause=cause, hint="ask the host's administrator"
+        )
     if "Certificate invalid" in said:
-        return HostKeyError(f"the host certificate of {of} is not valid", cause=cause, hint=f"try: {retry}")
+        return ConnectError("host-key", f"the host certificate of {of} is not valid", cause=cause, hint=f"try: {retry}")
     if "Host key verification failed" in said:
-        return HostKeyError(
+        return ConnectError(
+            "host-key",
             f"the host key of {of} is not known",
             cause="no known_hosts file of yours or of the system lists it, nor an authority that certified it",
             hint=f"compare the output of {scan} with the host's own key; then connect once by: {retry}",

@@ -6,7 +6,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from core.errors import NoInstallationError
+from core.errors import HostError
 from deploy.secrets import TOKEN, names_secret
 
 if TYPE_CHECKING:
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 
 
 def only(survey: Survey, host: str) -> Installation:
-    """The one installation; raises NoInstallationError when there is none, or more than one."""
+    """The one installation; raises HostError when there is none, or more than one."""
     if len(survey.found) == 1:
         return survey.found[0]
     if survey.found:
         places = [each.path for each in survey.found]
-        raise NoInstallationError(
+        raise HostError(
+            "no-installation",
             f"{host} has {len(places)} installations of ComfyUI: {', '.join(places)}",
             hint=f"choose one: --path {shlex.quote(places[0])}",
         )
-    raise NoInstallationError(
+    raise HostError(
+        "no-installation",
         f"no ComfyUI was found on {host}",
         cause="\n         ".join(["looked for main.py and comfy/ in:", *survey.looked]),
         hint="--path FOLDER says where it is",

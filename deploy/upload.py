@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from agent.schema import change as schema
 from core import console, files, lockfile, source, workspace
-from core.errors import HashMismatchError, TreeError
+from core.errors import SourceError
 from core.stack import Platform
 from lock import nodes, requirements
 
@@ -70,7 +70,9 @@ class Upload:
             packages = [schema.WheelFile(each.name, self._blob(each)) for each in sorted(folder.glob("*.whl"))]
             if damaged := [each.file for each in packages if each.sha256 not in lock.text]:
                 what = f"{folder / damaged[0]} was damaged: its hash is not the locked one"
-                raise HashMismatchError(what, hint=f"rm -r {shlex.quote(str(folder))}, then run the same command again")
+                raise SourceError(
+                    "hash-mismatch", what, hint=f"rm -r {shlex.quote(str(folder))}, then run the same command again"
+                )
             wheels += packages
         return replace(step, tool=self.inputs.uv, wheels=tuple(wheels), offline=self.offline)
 
@@ -80,7 +82,7 @@ class Upload:
             name: files.sha256(path) + ("x" if path.stat().st_mode & 0o100 else "") for name, path in files.tree(tree)
         }
         if "PART.json" in wanted:  # the agent's own record of a part
-            raise TreeError(f"{tree.name} has a file PART.json, which a host would take for its own")
+            raise SourceError("unsafe-tree", f"{tree.name} has a file PART.json, which a host would take for its own")
         used = {each["parts"].get(kind) for each in self.facts.releases}
         there = sorted(name for name, fault in self.facts.parts.items() if name in used and not fault)
         held: dict[str, str] = {}

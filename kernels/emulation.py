@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core import console, files, shell, workspace
-from core.errors import ProcessError, ToolMissingError
+from core.errors import ProcessError, ToolError
 from core.stack import Platform
 
 _DEBIAN = {Platform.LINUX_AARCH64: "arm64", Platform.LINUX_X86_64: "amd64"}
@@ -33,7 +33,9 @@ def runner(platform: Platform, python: str) -> Runner | str:
         return f"no emulator for {platform.cpu} here (apt-get install qemu-user-static)"
     try:
         root = _root(platform, python)
-    except (ProcessError, ToolMissingError) as error:
+    except (ProcessError, ToolError) as error:
+        if error.kind not in ("process", "program-missing"):
+            raise
         return f"no {platform.cpu} Python {python} to emulate: {error.what}"
     # -L makes the guest find its own loader, libraries and standard library first.
     argv = (qemu, "-L", str(root), str(root / f"usr/bin/python{python}"))
@@ -41,7 +43,7 @@ def runner(platform: Platform, python: str) -> Runner | str:
 
 
 def _root(platform: Platform, python: str) -> Path:
-    """The tree with that Python; raises ProcessError or ToolMissingError where it cannot be made."""
+    """The tree with that Python; raises ProcessError or ToolError where it cannot be made."""
     place = workspace.current().cache / "emulation" / f"{platform.cpu}-python{python}"
     if place.is_dir():
         return place
@@ -66,7 +68,7 @@ def _root(platform: Platform, python: str) -> Path:
         shell.run([*apt, *install], check=False)
         packages = sorted(archives.glob("*.deb"))
         if not packages:
-            raise ProcessError(f"the distribution has no {architecture} package python{python}")
+            raise ProcessError("process", f"the distribution has no {architecture} package python{python}")
         for package in packages:
             shell.run(["dpkg-deb", "-x", package, part])
         shutil.rmtree(part / "apt")

@@ -15,7 +15,7 @@ import ninja
 from ninja.ninja_syntax import Writer
 
 from core import console, files, shell, workspace
-from core.errors import CompileError, ConfigError, DiskFullError, HearthError, OutOfMemoryError
+from core.errors import BuildError, ConfigError, HearthError
 from kernels.source import HEADERS
 
 if TYPE_CHECKING:
@@ -202,6 +202,7 @@ def _matches(tree: Path, pattern: str, exclude: Sequence[str], recipe: Recipe) -
     kept = [name for name in found if not any(fnmatch(name, each) for each in exclude)]
     if not kept:
         raise ConfigError(
+            "config",
             f"{recipe.path / 'recipe.toml'}: no file of the source matches {pattern!r}",
             cause=f"looked in {tree}",
         )
@@ -257,7 +258,7 @@ def run(graph: Graph, jobs: int, lock: int) -> None:
 
     `lock` is the descriptor of the held build lock: compilers inherit it, so that it is held until the last of
     them is gone even when this process is killed.
-    Raises CompileError with the failing file and the log's path, OutOfMemoryError or DiskFullError.
+    Raises BuildError with the failing file and the log's path.
     """
     place = root()
     files.write(place / "build.ninja", graph.text)
@@ -305,16 +306,18 @@ def _explain(text: str, graph: Graph, log: Path, jobs: int) -> HearthError:
     # The command itself is long and of no use here; the log has it.
     tail = [line for line in said.splitlines()[2:] if line.strip() and not line.startswith(("@@", "ninja:"))][-12:]
     if re.search(r"No space left on device", said):
-        return DiskFullError(
+        return BuildError(
+            "disk-full",
             f"the disk is full: {name} could not be written",
             cause="No space left on device",
             hint="free some space (inv wheels --prune; the cache is "
             f"{workspace.current().cache}), then run the same command: finished files are kept",
         )
     if re.search(r"died due to signal 9|Killed signal terminated|signal: Killed|^Killed$", said, re.MULTILINE):
-        return OutOfMemoryError(
+        return BuildError(
+            "out-of-memory",
             f"the machine ran out of memory while compiling {name}",
             cause=f"a compiler was killed (signal 9) with {jobs} jobs at once",
             hint=f"run again with fewer: --jobs {max(1, jobs // 2)} (finished files are kept)",
         )
-    return CompileError(f"{name} does not build", cause="\n         ".join(tail), hint=f"the whole log: {log}")
+    return BuildError("compile", f"{name} does not build", cause="\n         ".join(tail), hint=f"the whole log: {log}")

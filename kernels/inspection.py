@@ -21,7 +21,7 @@ from packaging.version import Version
 
 from core import arch as archs
 from core import console, files, shell, workspace
-from core.errors import InspectionError
+from core.errors import BuildError
 from core.manifest import ModuleReport, Proof
 from kernels import emulation
 from kernels import toolchain as toolchains
@@ -103,7 +103,7 @@ class Elf:
 
 
 def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tuple[ModuleReport, ...]:
-    """Check every extension module of a wheel; raises InspectionError with all that is wrong.
+    """Check every extension module of a wheel; raises BuildError with all that is wrong.
 
     Each module with device code must hold SASS for `sass` and no other, PTX only where `ptx` was asked for;
     its undefined symbols must be found in torch, the CUDA runtime, the C and C++ libraries or CPython; it must be
@@ -123,7 +123,8 @@ def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tupl
         found = list(pool.map(inspect, unpack(wheel, Path(folder))))
     reports = tuple(report for report, _ in found)
     if wrong := [fault for _, faults in found for fault in faults]:
-        raise InspectionError(
+        raise BuildError(
+            "inspection",
             f"{wheel.name} is not what was asked for",
             cause="\n         ".join(wrong),
             hint="it was not admitted to the wheelhouse; check the recipe's flags, sources and libraries",
@@ -132,11 +133,13 @@ def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tupl
 
 
 def describe_wheel(wheel: Path) -> tuple[ModuleReport, ...]:
-    """What the extension modules of any wheel hold; raises InspectionError when it is no wheel or holds none."""
+    """What the extension modules of any wheel hold; raises BuildError when it is no wheel or holds none."""
     with tempfile.TemporaryDirectory() as folder:
         found = tuple(read_module(Elf(path), path.relative_to(folder)) for path in unpack(wheel, Path(folder)))
     if not found:
-        raise InspectionError(f"{wheel} holds no extension module", cause="it is a wheel of Python files alone")
+        raise BuildError(
+            "inspection", f"{wheel} holds no extension module", cause="it is a wheel of Python files alone"
+        )
     return found
 
 
@@ -146,7 +149,7 @@ def unpack(wheel: Path, folder: Path) -> list[Path]:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
     except (zipfile.BadZipFile, OSError) as error:
-        raise InspectionError(f"{wheel} is not a wheel that can be read", cause=str(error)) from error
+        raise BuildError("inspection", f"{wheel} is not a wheel that can be read", cause=str(error)) from error
     return sorted(folder.rglob("*.so"))
 
 
@@ -237,7 +240,7 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
     """Import every module of the wheel with the stack's torch, here or under emulation.
 
     Functions of the GPU's driver are stubs: Python binds every symbol at once, and a build machine has no driver.
-    Raises InspectionError when an import fails; returns "not run" with the reason where none can be tried.
+    Raises BuildError when an import fails; returns "not run" with the reason where none can be tried.
     """
     chain = build.toolchain
     runner = native(chain) if chain.native else emulation.runner(chain.platform, chain.python)
@@ -262,7 +265,8 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
         done = shell.run([*runner.argv, "-c", code], env=env, check=False)
         shutil.rmtree(f"{compiled}{folder}", ignore_errors=True)
     if done.returncode:
-        raise InspectionError(
+        raise BuildError(
+            "inspection",
             f"{wheel.name} cannot be imported",
             cause="\n         ".join(done.stderr.strip().splitlines()[-6:]),
             hint="it was not admitted to the wheelhouse",
@@ -278,7 +282,7 @@ def native(chain: Toolchain) -> emulation.Runner:
 def prove_smoke(wheel: Path, build: Build) -> Proof:
     """Run the recipe's smoke test when a GPU of exactly this capability is here.
 
-    Raises InspectionError when it fails; returns "not run" with the reason otherwise.
+    Raises BuildError when it fails; returns "not run" with the reason otherwise.
     """
     smoke = build.recipe.path / "smoke.py"
     if not smoke.exists():
@@ -294,7 +298,8 @@ def prove_smoke(wheel: Path, build: Build) -> Proof:
         env = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
         done = shell.run([build.toolchain.interpreter, smoke], env=env, check=False, timeout=600)
     if done.returncode:
-        raise InspectionError(
+        raise BuildError(
+            "inspection",
             f"{wheel.name} fails its smoke test on the GPU here",
             cause="\n         ".join((done.stdout + done.stderr).strip().splitlines()[-12:]),
             hint="it was not admitted to the wheelhouse",

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from core.config import load
-from core.errors import ConfigError, UnknownNameError, near
+from core.errors import ConfigError, UsageError, suggest
 from core.files import CHECKOUT
 from core.source import Pinned, check
 
@@ -131,11 +131,11 @@ def load_recipe(path: Path) -> Recipe:
     check(recipe)
     for name in (*(f"patches/{patch.file}" for patch in recipe.patches), recipe.headers):
         if not (path / name).exists():
-            raise ConfigError(f"{file}: {name} does not exist in the recipe's folder")
+            raise ConfigError("config", f"{file}: {name} does not exist in the recipe's folder")
     for module in recipe.modules:
         for arch in module.archs:
             if arch not in recipe.archs:
-                raise ConfigError(f"{file}: module {module.name} names arch {arch}, the recipe does not")
+                raise ConfigError("config", f"{file}: module {module.name} names arch {arch}, the recipe does not")
     return recipe
 
 
@@ -150,8 +150,8 @@ def recipes() -> dict[str, Recipe]:
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name; raises UnknownNameError with the nearest one."""
+    """The recipe of that name; raises UsageError with the nearest one."""
     known = recipes()
     if name not in known:
-        raise UnknownNameError(f"there is no kernel {name!r}", hint=near(name, known))
+        raise UsageError("unknown-name", f"there is no kernel {name!r}", hint=suggest(name, known))
     return known[name]

@@ -16,15 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import console, files, lockfile, shell, tools, workspace
-from core.errors import (
-    CompilerMissingError,
-    CompilerVersionError,
-    CrossCompilerMissingError,
-    CudaMissingError,
-    HearthError,
-    PythonMissingError,
-    RecipeSupportError,
-)
+from core.errors import HearthError, SupportError, ToolError
 from core.stack import Platform, Stack
 
 if TYPE_CHECKING:
@@ -86,17 +78,18 @@ class Toolchain:
 def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
     """Find every part without installing anything.
 
-    Raises CompilerMissingError, CrossCompilerMissingError, CompilerVersionError, CudaMissingError or
-    PythonMissingError, each with the package to install.
+    Raises ToolError with the package to install.
     """
     if platform.value not in stack.platforms:
-        raise RecipeSupportError(
+        raise SupportError(
+            "recipe-support",
             f"stack {stack.name} has no {platform.value}",
             cause=f"torch {stack.torch} has no CUDA build for it",
             hint=f"platforms of {stack.name}: {', '.join(stack.platforms)}",
         )
     if python not in stack.pythons:
-        raise RecipeSupportError(
+        raise SupportError(
+            "recipe-support",
             f"stack {stack.name} has no Python {python}",
             hint=f"Pythons of {stack.name}: {', '.join(stack.pythons)}",
         )
@@ -126,7 +119,7 @@ def faults(stack: Stack, platform: Platform, python: str) -> list[HearthError]:
     found: list[HearthError] = []
     if _known_python(python) is None:
         hint = f"apt-get install python{python}-dev, or uv python install {python}"
-        found.append(PythonMissingError(f"there is no Python {python}", hint=hint))
+        found.append(ToolError("python-missing", f"there is no Python {python}", hint=hint))
     looks: list[Callable[[], object]] = [lambda: _host_compiler(stack, platform), lambda: _cuda(stack)]
     looks += [] if found else [lambda: _python(python)]
     for look in looks:
@@ -143,11 +136,12 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
     if platform is Platform.local():
         name = os.environ.get("CXX", "g++")
         if not shell.which(name):
-            raise CompilerMissingError(f"there is no C++ compiler ({name})", hint="apt-get install g++")
+            raise ToolError("compiler-missing", f"there is no C++ compiler ({name})", hint="apt-get install g++")
     else:
         name = f"{platform.cpu}-linux-gnu-g++"
         if not shell.which(name):
-            raise CrossCompilerMissingError(
+            raise ToolError(
+                "cross-compiler-missing",
                 f"there is no C++ compiler for {platform.value} ({name})",
                 hint=f"apt-get install g++-{platform.cpu.replace('_', '-')}-linux-gnu",
             )
@@ -155,7 +149,8 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
     asked = shell.run([name, "-E", "-P", "-x", "c++", "-"], input_text=program)
     major, *glibc = asked.stdout.split()[-3:]
     if int(major) > stack.gcc:
-        raise CompilerVersionError(
+        raise ToolError(
+            "compiler-version",
             f"{name} is GCC {major}, which CUDA {stack.cuda} does not accept",
             cause=f"crt/host_config.h of CUDA {stack.cuda} stops at GCC {stack.gcc}",
             hint=f"apt-get install g++-{stack.gcc}, then run again with CXX=g++-{stack.gcc}",
@@ -185,7 +180,8 @@ def _cuda(stack: Stack) -> tuple[str, str]:
             return str(home), f"nvcc {_digest(hashes)}, headers {locked}"
         release = next((line for line in text.splitlines() if "release" in line), "no version")
         tried.append(f"{home}: {release.strip()}")
-    raise CudaMissingError(
+    raise ToolError(
+        "cuda-missing",
         f"stack {stack.name} needs the CUDA {stack.cuda} compiler, and there is none",
         cause="; ".join(tried),
         hint=f"install CUDA {stack.cuda} (Debian 13: apt-get install nvidia-cuda-toolkit, from non-free) "
@@ -202,7 +198,7 @@ def _program(home: Path, name: str) -> Path:
     for place in (home / "bin", home / "nvvm/bin", home.parent.parent / "bin"):
         if (place / name).exists():
             return (place / name).resolve()
-    raise CudaMissingError(f"the CUDA compiler in {home} has no {name}", hint="install the CUDA toolkit again")
+    raise ToolError("cuda-missing", f"the CUDA compiler in {home} has no {name}", hint="install the CUDA toolkit again")
 
 
 @cache
@@ -218,14 +214,16 @@ def _python(version: str) -> tuple[str, str, str]:
         installed = tools.uv("python", "install", "--quiet", version, check=False)
         asked = _ask_python(_uv_python(version), version)
     if asked is None:
-        raise PythonMissingError(
+        raise ToolError(
+            "python-missing",
             f"there is no Python {version}, and uv could not install it",
             cause=(installed.stderr.strip().splitlines() or [""])[-1].strip(),
             hint=f"apt-get install python{version}-dev, or uv python install {version} where GitHub can be reached",
         )
     interpreter, full, include = asked[0], asked[1], Path(asked[2])
     if not (include / "Python.h").exists():
-        raise PythonMissingError(
+        raise ToolError(
+            "python-missing",
             f"Python {version} has no headers: {include / 'Python.h'} does not exist",
             hint=f"apt-get install libpython{version}-dev, or: uv python install {version}",
         )

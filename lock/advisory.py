@@ -79,12 +79,12 @@ def advisories() -> tuple[Advisory, ...]:
     found = load(path, _File).advisory
     for each in found:
         if bool(each.package) == bool(each.urls):
-            raise ConfigError(f"{path}: {each.what!r}: of what?", hint="either `package` or `urls`")
+            raise ConfigError("config", f"{path}: {each.what!r}: of what?", hint="either `package` or `urls`")
         try:
             SpecifierSet(",".join(each.versions))
         except InvalidSpecifier as error:
             raise ConfigError(
-                f"{path}: {each.what!r}: {error}", hint="versions such as '<3.38' or '>=4,<4.0.5'"
+                "config", f"{path}: {each.what!r}: {error}", hint="versions such as '<3.38' or '>=4,<4.0.5'"
             ) from None
     return found
 

@@ -12,7 +12,7 @@ import msgspec
 
 from core import files, foreign, source, workspace
 from core.config import load
-from core.errors import ConfigError, near
+from core.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -130,13 +130,15 @@ def model_folders(text: str) -> dict[str, tuple[str, ...]]:
 def _parsed(text: str, name: str) -> ast.Module:
     """The syntax tree of a file of ComfyUI's, which may come from a host; raises ConfigError where there is none."""
     if len(text) > foreign.TEXT:
-        raise ConfigError(f"ComfyUI's {name} is larger than {foreign.TEXT // 1000} kB, and is not read")
+        raise ConfigError("config", f"ComfyUI's {name} is larger than {foreign.TEXT // 1000} kB, and is not read")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its escapes and comparisons, which are its author's affair
         try:
             return ast.parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise ConfigError(f"ComfyUI's {name} cannot be parsed", cause=f"{type(error).__name__}: {error}") from None
+            raise ConfigError(
+                "config", f"ComfyUI's {name} cannot be parsed", cause=f"{type(error).__name__}: {error}"
+            ) from None
 
 
 def _called(node: ast.AST | None) -> str:
@@ -167,7 +169,7 @@ def wrong(
     for name, value in chosen.items():
         flag = known.get(name)
         if flag is None:
-            found.append((f"this ComfyUI has no flag {name}", near(name, known)))
+            found.append((f"this ComfyUI has no flag {name}", suggest(name, known)))
             continue
         if flag.group:
             groups.setdefault(flag.group, []).append(name)

@@ -19,7 +19,7 @@ import tomli
 import tomlkit
 
 from core import files, foreign, source, tools
-from core.errors import AuditServiceError, TreeError
+from core.errors import AuditError, SourceError
 from lock import advisory, node_updates, nodes, requirements
 from lock import application as applications
 from lock.advisory import Repository
@@ -63,7 +63,7 @@ class Audit:
     repositories: int
     advisories: int
     findings: tuple[Finding, ...]
-    fault: AuditServiceError | None
+    fault: AuditError | None
 
 
 def locked() -> Stock:
@@ -96,7 +96,7 @@ def _node(name: str, url: str, commit: str, tree: str) -> Repository:
     """A node with its own version, where its tree is in the cache and says one. Nothing is fetched for that."""
     pinned = source.Pinned(name=name, version=commit, source=(source.Source(git=url, commit=commit),), tree=tree)
     place, version = source.cached(pinned), ""
-    with suppress(TreeError):  # too large to be read
+    with suppress(SourceError):  # too large to be read
         version = str(foreign.pyproject(place).get("version", "")) if place else ""
     return Repository(name, url, commit, version)
 
@@ -113,7 +113,7 @@ def check(stock: Stock, service: str = "") -> Audit:
         named = {(each.name, each.at, name) for each in found for name in each.ids}
         asked = _vulnerable(stock, service)
         found += [each for each in asked if not any((each.name, each.at, name) in named for name in each.ids)]
-    except AuditServiceError as error:
+    except AuditError as error:
         fault = error
     return Audit(len(stock.packages), len(stock.repositories), len(known), tuple(found), fault)
 
@@ -135,7 +135,7 @@ def _bad_packages(stock: Stock, known: Sequence[Advisory]) -> Iterator[Finding]:
 
 
 def _vulnerable(stock: Stock, service: str) -> Iterator[Finding]:
-    """What `uv audit` finds. Raises AuditServiceError when it cannot tell."""
+    """What `uv audit` finds. Raises AuditError when it cannot tell."""
     words = ["audit", "--frozen", "--output-format", "json"]
     words += ["--preview-features", "audit-command,json-output"]  # both are previews still, and uv warns of that
     words += ["--service-url", service] if service else []
@@ -143,14 +143,16 @@ def _vulnerable(stock: Stock, service: str) -> Iterator[Finding]:
         _project(Path(name), sorted(stock.packages))
         done = tools.uv(*words, cwd=Path(name), check=False)
     if done.returncode not in (0, 1) or not done.stdout:  # 1: there are vulnerabilities
-        raise AuditServiceError(
+        raise AuditError(
+            "audit-service",
             f"{len(stock.packages)} packages were not looked up: uv audit failed",
             cause=done.stderr.strip().removeprefix("error: ").replace("\n", "\n       "),
             hint="check the network, or name a service that speaks OSV's API: inv audit --service URL",
         )
     answer = json.loads(done.stdout)
     if answer["summary"]["audited_packages"] != len(stock.packages):
-        raise AuditServiceError(
+        raise AuditError(
+            "audit-service",
             f"uv audit looked up {answer['summary']['audited_packages']} of {len(stock.packages)} packages",
             cause="this uv reads a lock in another way than the one that Hearth's own lock names",
             hint="uv sync, then the same command",

@@ -16,15 +16,7 @@ import msgspec
 import tomlkit
 
 from core import console, files, source, tools, workspace
-from core.errors import (
-    ConfigError,
-    HearthError,
-    ProcessError,
-    SourceUnreachableError,
-    UnknownNameError,
-    UsageError,
-    near,
-)
+from core.errors import ConfigError, HearthError, ProcessError, SourceError, UsageError, suggest
 from lock import advisory, nodes, review
 
 if TYPE_CHECKING:
@@ -57,15 +49,17 @@ def add(address: str, why: str) -> str:
     what reaching its upstream raises.
     """
     if not why:
-        raise UsageError("a node is listed with its reason", hint='--why "what it is for"')
+        raise UsageError("usage", "a node is listed with its reason", hint='--why "what it is for"')
     url, rev = _revision(address)
     nodes.check_address("inv nodes.add", url)
     name = url.rstrip("/").rpartition("/")[2].removesuffix(".git")
     known = nodes.catalogue()
     if name in known.nodes:
-        raise ConfigError(f"{name} is listed already", hint="inv nodes.update")
+        raise ConfigError("config", f"{name} is listed already", hint="inv nodes.update")
     if name in known.left_out:
-        raise ConfigError(f"{name} is left out: {known.left_out[name]}", hint="take it out of [left-out] first")
+        raise ConfigError(
+            "config", f"{name} is left out: {known.left_out[name]}", hint="take it out of [left-out] first"
+        )
     for each in advisory.of(url, advisory.advisories()):
         console.say(f"warning: {name} is known to be bad ({each.affected}): {each.what}; {each.source}")
     commit = newest(url, rev or "HEAD")
@@ -92,10 +86,10 @@ def _revision(address: str) -> tuple[str, str]:
 
 
 def remove(name: str) -> None:
-    """Take a node off the list and out of all sets; raises UnknownNameError."""
+    """Take a node off the list and out of all sets; raises UsageError."""
     known = nodes.catalogue()
     if name not in known.nodes:
-        raise UnknownNameError(f"there is no node {name!r}", hint=near(name, known.nodes))
+        raise UsageError("unknown-name", f"there is no node {name!r}", hint=suggest(name, known.nodes))
     document = _document()
     del document["nodes"][name]
     for members in document.get("sets", {}).values():
@@ -127,7 +121,7 @@ def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
     known = nodes.catalogue()
     for name in names:
         if name not in known.nodes:
-            raise UnknownNameError(f"there is no node {name!r}", hint=near(name, known.nodes))
+            raise UsageError("unknown-name", f"there is no node {name!r}", hint=suggest(name, known.nodes))
     chosen = {name: known.nodes[name] for name in names} or known.nodes
     changes: list[Change] = []
     document = _document()
@@ -172,10 +166,12 @@ def _latest(chosen: Mapping[str, Node]) -> tuple[dict[str, str], dict[str, Excep
 
 def _together(failures: Mapping[str, Exception]) -> HearthError:
     """One error for what is wrong with nodes; of the kind that all of them are."""
-    kinds = {type(error) for error in failures.values()}
-    (kind,) = kinds if len(kinds) == 1 else (HearthError,)
+    kinds = {(type(error), error.kind) for error in failures.values() if isinstance(error, HearthError)}
+    same = len(kinds) == 1 and all(isinstance(error, HearthError) for error in failures.values())
+    found, kind = kinds.pop() if same else (SourceError, "nodes")
     told = [f"{name}: {error}".replace("\n", "\n    ") for name, error in failures.items()]
-    return (kind if issubclass(kind, HearthError) else HearthError)(
+    return found(
+        kind,
         f"{len(failures)} node(s) could not be looked at: {', '.join(failures)}",
         cause="\n    ".join(told),
         hint="the others were; when a repository is gone for good, inv nodes.remove",
@@ -195,17 +191,20 @@ def _updated(name: str, node: Node, new: str) -> tuple[Change, str, str]:
 
 
 def newest(url: str, rev: str = "HEAD") -> str:
-    """The commit that a branch or tag of a repository is at; raises SourceUnreachableError or UnknownNameError."""
+    """The commit that a branch or tag of a repository is at; raises SourceError or UsageError."""
     if re.fullmatch(r"[0-9a-f]{40}", rev):
         return rev
     done = tools.git("ls-remote", "--", url, rev, f"{rev}^{{}}", check=False)
     if done.returncode:
-        raise SourceUnreachableError(
-            f"{url} does not answer", cause=done.stderr.strip(), hint="check the address and the network"
+        raise SourceError(
+            "source-unreachable",
+            f"{url} does not answer",
+            cause=done.stderr.strip(),
+            hint="check the address and the network",
         )
     found = re.findall(r"^([0-9a-f]{40})\t", done.stdout, re.MULTILINE)
     if not found:
-        raise UnknownNameError(f"{url} has no {rev!r}", hint="a branch, a tag or a whole commit")
+        raise UsageError("unknown-name", f"{url} has no {rev!r}", hint="a branch, a tag or a whole commit")
     return str(found[-1])  # of an annotated tag, the commit comes after it
 
 
@@ -276,15 +275,17 @@ def search(workflow: Path) -> dict[str, list[str]]:
     try:
         content = json.loads(workflow.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{workflow} does not exist") from None
+        raise ConfigError("config", f"{workflow} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{workflow} is no JSON: {error}", hint="save the workflow again, or export it") from None
+        raise ConfigError(
+            "config", f"{workflow} is no JSON: {error}", hint="save the workflow again, or export it"
+        ) from None
     try:
         types = _types(content)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{workflow} is no workflow: {error}", hint="save it again, or export it") from None
+        raise ConfigError("config", f"{workflow} is no workflow: {error}", hint="save it again, or export it") from None
     if not types:
-        raise ConfigError(f"{workflow} holds no nodes", hint="a workflow as ComfyUI saves or exports it")
+        raise ConfigError("config", f"{workflow} holds no nodes", hint="a workflow as ComfyUI saves or exports it")
     from lock.application import application
 
     own = _named(source.fetch(application()))

@@ -14,7 +14,7 @@ import msgspec
 
 from core import console, foreign, source
 from core.config import load
-from core.errors import ConfigError, UnknownNameError, near
+from core.errors import ConfigError, UsageError, suggest
 from lock import application
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Catalogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=
 
 
 def catalogue() -> Catalogue:
-    """The known nodes, checked. Raises ConfigError or UnknownNameError with the place."""
+    """The known nodes, checked. Raises ConfigError or UsageError with the place."""
     path = catalogue_file()
     if not path.exists():
         return Catalogue()
@@ -86,12 +86,12 @@ def catalogue() -> Catalogue:
         check(str(path), name, node)
         url = node.url.lower().removesuffix("/").removesuffix(".git")
         if other := urls.get(url) or next((each for each in urls.values() if each.lower() == name.lower()), ""):
-            raise ConfigError(f"{path}: {name} and {other} are the same node", hint="keep one of them")
+            raise ConfigError("config", f"{path}: {name} and {other} are the same node", hint="keep one of them")
         urls[url] = name
     for name, members in found.sets.items():
         for each in members:
             if each not in found.nodes:
-                raise UnknownNameError(f"{path}: set {name} names {each!r}", hint=near(each, found.nodes))
+                raise UsageError("unknown-name", f"{path}: set {name} names {each!r}", hint=suggest(each, found.nodes))
     for name in found.nodes:
         _closure(found, [name])
     return found
@@ -108,23 +108,30 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 def check(path: str, name: str, node: Node) -> None:
     """Refuse what could reach beyond a node's own folder, or is no pin; raises ConfigError. `path` says where it is."""
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{path}: {name!r} cannot be a node's name", hint="letters, digits, dots, dashes")
+        raise ConfigError("config", f"{path}: {name!r} cannot be a node's name", hint="letters, digits, dots, dashes")
     if not re.fullmatch(r"[0-9a-f]{40}", node.commit):
-        raise ConfigError(f"{path}: {name}: commit {node.commit!r} is not a whole commit", hint="40 hexadecimal digits")
+        raise ConfigError(
+            "config", f"{path}: {name}: commit {node.commit!r} is not a whole commit", hint="40 hexadecimal digits"
+        )
     check_address(f"{path}: {name}", node.url)
     for each in node.system:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]+", each):  # deb-control(5)
-            raise ConfigError(f"{path}: {name}: {each!r} cannot be a Debian package", hint='system = ["ffmpeg"]')
+            raise ConfigError(
+                "config", f"{path}: {name}: {each!r} cannot be a Debian package", hint='system = ["ffmpeg"]'
+            )
     for each in node.writable:
         parts = Path(each).parts
         if not parts or each.startswith("/") or ".." in parts:
-            raise ConfigError(f"{path}: {name}: writable {each!r} is not below the node", hint="config.json, or cache/")
+            raise ConfigError(
+                "config", f"{path}: {name}: writable {each!r} is not below the node", hint="config.json, or cache/"
+            )
 
 
 def check_address(place: str, url: str) -> None:
     """Refuse what is no address of a repository that git asks by https, ssh or as a folder; raises ConfigError."""
     if not source.ADDRESS.fullmatch(url):
         raise ConfigError(
+            "config",
             f"{place}: {url!r} is no address of a repository",
             hint="https://..., ssh://..., file:///... or git@...; passwords belong to git's credential helper",
         )
@@ -133,7 +140,7 @@ def check_address(place: str, url: str) -> None:
 def choose(found: Catalogue, wanted: Iterable[str]) -> dict[str, Node]:
     """The nodes meant by names of sets and nodes, with those they require, by name.
 
-    Raises UnknownNameError, or ConfigError for one that is left out.
+    Raises UsageError, or ConfigError for one that is left out.
     """
     names: list[str] = []
     for each in wanted:
@@ -142,9 +149,11 @@ def choose(found: Catalogue, wanted: Iterable[str]) -> dict[str, Node]:
         elif each in found.nodes:
             names.append(each)
         elif each in found.left_out:
-            raise ConfigError(f"node {each} is left out: {found.left_out[each]}")
+            raise ConfigError("config", f"node {each} is left out: {found.left_out[each]}")
         else:
-            raise UnknownNameError(f"there is no node or set {each!r}", hint=near(each, [*found.sets, *found.nodes]))
+            raise UsageError(
+                "unknown-name", f"there is no node or set {each!r}", hint=suggest(each, [*found.sets, *found.nodes])
+            )
     return {name: found.nodes[name] for name in sorted(_closure(found, names))}
 
 
@@ -154,9 +163,9 @@ def _closure(found: Catalogue, names: Sequence[str]) -> set[str]:
 
     def visit(name: str, way: tuple[str, ...]) -> None:
         if name in way:
-            raise ConfigError(f"nodes require each other: {' -> '.join((*way, name))}")
+            raise ConfigError("config", f"nodes require each other: {' -> '.join((*way, name))}")
         if name not in found.nodes:
-            raise UnknownNameError(f"node {way[-1]} requires {name!r}", hint=near(name, found.nodes))
+            raise UsageError("unknown-name", f"node {way[-1]} requires {name!r}", hint=suggest(name, found.nodes))
         closed.add(name)
         for each in found.nodes[name].requires:
             visit(each, (*way, name))

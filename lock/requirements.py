@@ -24,7 +24,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from core import console, files, lockfile, source, tools, workspace
-from core.errors import ConfigError, LockStaleError, ResolutionError
+from core.errors import ConfigError, LockError
 from core.stack import Platform, stacks
 from lock import application as applications
 from lock import nodes
@@ -127,9 +127,9 @@ def trio(stack: Stack) -> list[str]:
 
 
 def compile_all(*, check: bool) -> list[str]:
-    """Compile every list whose inputs changed and return their names; with `check` raise LockStaleError instead.
+    """Compile every list whose inputs changed and return their names; with `check` raise LockError instead.
 
-    A list's first line names the hash of its inputs, so that checking needs no network. Raises ResolutionError with
+    A list's first line names the hash of its inputs, so that checking needs no network. Raises LockError with
     the nodes that do not fit, and ConfigError for a requirement that cannot be pinned.
     """
     app, known = application(), nodes.catalogue()
@@ -143,7 +143,8 @@ def compile_all(*, check: bool) -> list[str]:
             stale.append((stack, platform, python, path, first))
     names = [path.stem for *_, path, _ in stale]
     if check and stale:
-        raise LockStaleError(
+        raise LockError(
+            "lock-stale",
             f"the environments of ComfyUI are stale: {', '.join(names)}",
             cause="ComfyUI's version, a node, the stack's torch or the extra packages changed since they were compiled",
             hint="inv lock",
@@ -188,6 +189,7 @@ def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
         requirement = _parsed(line)
         if requirement is None:
             raise ConfigError(
+                "config",
                 f"node {name} asks for {line[:200]!r}, which is no requirement that can be pinned",
                 hint=f"leave the node out: in {nodes.catalogue_file()}, [left-out]",
             )
@@ -199,6 +201,7 @@ def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
             found += [each for each in [known.override[package].requirement] if each]
         elif requirement.url and not _PINNED.fullmatch(requirement.url):
             raise ConfigError(
+                "config",
                 f"node {name} asks for {line}, which no hash pins",
                 cause="what lies at an address may change; nothing unpinned reaches a host",
                 hint=f"name a package of the index instead: in {nodes.catalogue_file()}, "
@@ -217,7 +220,7 @@ def _plain(line: str) -> str:
     """A requirement as uv is given it; raises ConfigError for a line that means more to uv than to us."""
     if _parsed(line) is None:
         raise ConfigError(
-            f"{line[:200]!r} is no requirement", hint="leave the node out, or name a package of the index"
+            "config", f"{line[:200]!r} is no requirement", hint="leave the node out, or name a package of the index"
         )
     return line
 
@@ -282,7 +285,7 @@ def _asked_hash(asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Sta
 def _compile(
     asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack, platform: Platform, python: str, old: Path
 ) -> str:
-    """Resolve one list; what is pinned already stays where it can. Raises ResolutionError."""
+    """Resolve one list; what is pinned already stays where it can. Raises LockError."""
     with tempfile.TemporaryDirectory(prefix="hearth-") as name:
         place = Path(name)
         pinned = trio(stack)
@@ -313,7 +316,8 @@ def _compile(
             without = dict(zip(rest, pool.map(lambda file: resolve(set(asked) - {file}), rest), strict=True))
     bad = [file.removesuffix(".node.txt") for file, each in single.items() if each.returncode]
     helps = [file.removesuffix(".node.txt") for file, each in without.items() if each.returncode == 0]
-    raise ResolutionError(
+    raise LockError(
+        "resolution",
         f"no versions suit ComfyUI and all nodes at once ({old.stem})",
         cause=done.stderr.strip().replace(".node.txt", "").replace("\n", "\n         "),
         hint=(f"not to be had even alone: {', '.join(bad)}. " if bad else "")

@@ -99,7 +99,7 @@ def give_back(target: Target, facts: Facts, state: State, options: Options) -> P
 def run(names: Sequence[str], options: Options, *, apply: bool, undo: bool, as_json: bool) -> int:
     """Run `inv gpu-access`: check, restrict to the group (`apply`) or lift the restriction (`undo`)."""
     if apply and undo:
-        raise UsageError("--apply and --undo exclude each other", hint="one after the other")
+        raise UsageError("usage", "--apply and --undo exclude each other", hint="one after the other")
     if not (apply or undo):
         return show(look(names, ask_sudo=options.ask_sudo), as_json=as_json)
 

@@ -90,6 +90,7 @@ def code(answers: Sequence[Answer[T]]) -> int:
 
 def _late(name: str, seconds: float) -> ConnectError:
     return ConnectError(
+        "unreachable",
         f"{name} did not answer within {seconds:.0f} s",
         cause="it is busy or hangs, or the connection is slow",
         hint=f"inv facts --host {name} waits longer",

@@ -245,13 +245,15 @@ def _consent(names: Sequence[str], named: str, *, data: bool) -> Callable[[], No
     """Ask at the terminal for the host's name, unless --yes-delete-data-of gives it."""
     if not data:
         raise UsageError(
-            "--yes-delete-data-of goes with --data", hint="inv nuke --host NAME --data --dry-run shows what goes"
+            "usage",
+            "--yes-delete-data-of goes with --data",
+            hint="inv nuke --host NAME --data --dry-run shows what goes",
         )
     if len(names) > 1:
-        raise UsageError("--data is for one host at a time", hint="inv nuke --host NAME --data")
+        raise UsageError("usage", "--data is for one host at a time", hint="inv nuke --host NAME --data")
     if named and named != names[0]:
         what = f"--yes-delete-data-of {named} names another host than {names[0]}"
-        raise UsageError(what, hint="nothing was changed; name the host whose data shall go")
+        raise UsageError("usage", what, hint="nothing was changed; name the host whose data shall go")
 
     def ask() -> None:
         if not named and not console.confirm_name(f"type {names[0]} to delete its data for good:", names[0]):

@@ -38,10 +38,12 @@ def limits(percent: str, memory: str) -> dict[str, str]:
     """The limits as --percent and --memory say them; raises UsageError."""
     if percent and not (percent.isdecimal() and 1 <= int(percent) <= 100):
         raise UsageError(
-            f"--percent {percent} makes no sense", hint="1 to 100 percent of a GPU's threads for a process"
+            "usage", f"--percent {percent} makes no sense", hint="1 to 100 percent of a GPU's threads for a process"
         )
     if memory and not re.fullmatch(r"\d+=\d+[MG](,\d+=\d+[MG])*", memory):
-        raise UsageError(f"--memory {memory} makes no sense", hint="GPU=SIZE, such as --memory 0=8G or 0=8G,1=500M")
+        raise UsageError(
+            "usage", f"--memory {memory} makes no sense", hint="GPU=SIZE, such as --memory 0=8G or 0=8G,1=500M"
+        )
     return {name: value for name, value in ((PERCENT, percent), (MEMORY, memory)) if value}
 
 
@@ -148,12 +150,14 @@ def problems(mps: Mps, at: str, *, cuda: bool) -> list[Problem]:
 def run(action: str, names: Sequence[str], percent: str, memory: str, options: Options, *, as_json: bool) -> int:
     """What `inv mps` does; raises UsageError."""
     if action not in ACTIONS:
-        raise UsageError(f"inv mps {action} makes no sense", hint=f"one of {', '.join(ACTIONS)}")
+        raise UsageError("usage", f"inv mps {action} makes no sense", hint=f"one of {', '.join(ACTIONS)}")
     limited = limits(percent, memory)
     if limited and action not in ("on", "limit"):
-        raise UsageError("--percent and --memory go with on and limit", hint="inv mps limit --percent 50")
+        raise UsageError("usage", "--percent and --memory go with on and limit", hint="inv mps limit --percent 50")
     if not limited and action == "limit":
-        raise UsageError("limit to what?", hint="--percent 50, --memory 0=8G, or both; --percent 100 lifts all")
+        raise UsageError(
+            "usage", "limit to what?", hint="--percent 50, --memory 0=8G, or both; --percent 100 lifts all"
+        )
     if action == "status":
         return show(look(names, ask_sudo=options.ask_sudo), as_json=as_json)
 

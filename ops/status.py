@@ -118,7 +118,9 @@ def watch(names: Sequence[str], every: str | bool, *, ask_sudo: bool = False) ->
     """Show the status repeatedly until Ctrl-C; raises UsageError."""
     seconds = "2" if every is True else str(every)
     if not re.fullmatch(r"\d+(\.\d+)?", seconds) or float(seconds) < 0.5:
-        raise UsageError(f"--watch must be at least 0.5 seconds (got {every!r})", hint="--watch alone means 2 seconds")
+        raise UsageError(
+            "usage", f"--watch must be at least 0.5 seconds (got {every!r})", hint="--watch alone means 2 seconds"
+        )
     console.refreshed(lambda: rows(look(names, ask_sudo=ask_sudo)), float(seconds))
 
 
@@ -137,7 +139,7 @@ def _plain(answer: fleet.Answer[Status]) -> dict[str, Any]:
     status, error = answer.value, answer.error
     if status is None:
         assert error is not None
-        problems = [{"what": error.what, "remedy": error.hint}]
+        problems = [{"what": error.what, "remedy": error.hint, "kind": error.kind}]
         return {"host": answer.host, "reached": False, "well": False, "problems": problems}
     facts, live = status.facts, status.live
     release = facts.release(facts.current) or {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from core import config, console, files
-from core.errors import ConfigError, UnknownNameError, UsageError, near
+from core.errors import ConfigError, UsageError, suggest
 from deploy import refusals
 from deploy.change import Change, change_each
 from deploy.look import look as facts_of
@@ -56,7 +56,7 @@ def known() -> Known:
     found = config.load(path, Known)
     for name, each in found.settings.items():
         if sum(map(bool, (each.sysctl, each.value, each.unit))) != 1:
-            raise ConfigError(f"{path}: {name} must have one of sysctl, value and unit")
+            raise ConfigError("config", f"{path}: {name} must have one of sysctl, value and unit")
     return found
 
 
@@ -147,13 +147,13 @@ def seen(agent: Agent, names: Sequence[str]) -> State:
 
 
 def named(text: str) -> list[str]:
-    """The names in a comma-separated list of settings; raises UnknownNameError."""
+    """The names in a comma-separated list of settings; raises UsageError."""
     found = [each for each in text.split(",") if each]
     for each in found:
         if each not in known().settings:
             if each in ("mps", "gpu-access"):
-                raise UnknownNameError(f"{each} is a task of its own", hint=f"inv {each}; inv --help {each}")
-            raise UnknownNameError(f"there is no setting {each!r}", hint=near(each, known().settings))
+                raise UsageError("unknown-name", f"{each} is a task of its own", hint=f"inv {each}; inv --help {each}")
+            raise UsageError("unknown-name", f"there is no setting {each!r}", hint=suggest(each, known().settings))
     return found
 
 
@@ -162,7 +162,7 @@ def run(hosts: Sequence[str], applied: str, undone: str | bool, options: Options
     from ops import lifecycle
 
     if applied and undone:
-        raise UsageError("--apply and --undo exclude each other", hint="one after the other")
+        raise UsageError("usage", "--apply and --undo exclude each other", hint="one after the other")
     if not (applied or undone):
         return show(look(hosts, ask_sudo=options.ask_sudo), as_json=as_json)
     names = [] if undone is True else named(applied or str(undone))

@@ -61,7 +61,7 @@ def active(fleet: Fleet) -> str:
 
 def test_a_stop_waits_for_jobs_is_alone_and_lasts_until_the_next_boot(served: Fleet) -> None:
     prompt = submit(served, 65)
-    assert prompt in inv(served, "stop", "--drain", "1", code=65)
+    assert prompt in inv(served, "stop", "--drain", "1", code=64)
     assert active(served) == "active"
     stopping = served.start("stop", "--host", "spark", "--drain", "60")
     while not (served.prefix / "state/pending.json").exists() and stopping.poll() is None:
@@ -86,7 +86,7 @@ def test_a_pause_outlasts_a_boot_and_is_not_undone_by_a_deploy(served: Fleet) ->
     served.machine.boot()
     assert served.facts()["paused"]["who"]
     for task in ("deploy", "start", "restart", "rollback"):
-        said = inv(served, task, code=14 if task == "rollback" else 63)  # there is no other release to go back to
+        said = inv(served, task, code=15 if task == "rollback" else 63)  # there is no other release to go back to
         assert "comfyui was paused by " in said or task == "rollback"
     assert active(served) == "inactive"
     assert "nothing to do" in inv(served, "pause")

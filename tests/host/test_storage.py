@@ -78,7 +78,7 @@ def test_comfyui_stops_when_a_mount_goes_waits_for_it_and_starts_when_it_comes(s
     machine.boot()
     assert stopped(steady)
     facts = steady.inv("facts", "--host", "spark")
-    assert "/srv/pool: not mounted, ComfyUI waits for it" in " ".join(facts.stdout.split()), facts.stdout
+    assert "/srv/pool: not mounted; ComfyUI waits for it" in " ".join(facts.stdout.split()), facts.stdout
     machine.run("mount --bind /srv/inodes /srv/pool")
     assert steady.answers()
     assert machine.run("ls /srv/pool/out").split() == ["kept_00001_.png"]
@@ -95,7 +95,7 @@ def test_hearth_mounts_what_it_is_told_to_and_at_boot_and_never_over_files(stead
     steady.configure(folders + mount.format("/srv/inodes", "none", "bind"))
     over = steady.deploy()
     assert over.returncode == 63, over.stderr
-    assert "there are files in the folder itself, which the mount would hide" in over.stderr
+    assert "the folder contains files, which the mount would hide" in over.stderr
     machine.run("rm /srv/vault/hidden")
     for what, kind, remedy in (
         ("/dev/mapper/vault", "ext4", "cryptsetup open DEVICE vault"),

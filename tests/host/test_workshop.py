@@ -8,6 +8,7 @@ import pytest
 
 from core import files
 from tests.conftest import FIXTURES
+from tests.errors import kind_of
 from tests.host.fleet import Fleet
 
 pytestmark = pytest.mark.host
@@ -33,5 +34,5 @@ def test_a_host_builds_and_the_wheel_comes_back(fleet: Fleet) -> None:
 
 def test_a_build_that_fails_there_is_told_apart(fleet: Fleet) -> None:
     done = fleet.inv("build-kernels", "--host", "spark", "--kernel", "nothing", "--arch", "8.9")
-    assert done.returncode == 72, done.stderr
+    assert (done.returncode, kind_of(done.stderr)) == (69, "remote-command"), done.stderr
     assert "there is no kernel 'nothing'" in done.stderr

@@ -16,9 +16,9 @@ import pytest
 from agent import install, main
 from agent.files import link
 from agent.layout import Layout
-from core.errors import AgentError
 from deploy import archive, connection
 from deploy.look import find_target
+from tests.errors import raises
 
 WHERE = "import sys\nprint(f'[\"{sys.argv[0]}\"]')\n"
 
@@ -96,7 +96,7 @@ def test_an_altered_archive_is_neither_run_nor_unpacked(layout: Layout, monkeypa
     for content in (archive.packed_agent()[:-1], b"", b"print('[1]')"):
         forged.write_bytes(content)
         monkeypatch.setattr(archive, "agent_file", lambda: forged)
-        with pytest.raises(AgentError):
+        with raises("step-failed"):
             call()
     assert list(layout.state.iterdir()) == []
 

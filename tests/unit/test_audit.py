@@ -14,12 +14,13 @@ import msgspec
 import pytest
 
 from core import files
-from core.errors import AuditServiceError, ConfigError, RefusedError
+from core.errors import AuditError
 from deploy.inputs import gather
 from lock import advisory, audit, nodes
 from lock.advisory import Advisory, Repository
 from lock.audit import Stock
 from tests.client import Client
+from tests.errors import raises
 from tests.unit.test_bill import manifest
 from tests.unit.test_plan import spark
 
@@ -125,7 +126,7 @@ def test_what_the_curated_list_has_is_not_told_twice(osv: Osv) -> None:
 
 def test_a_service_that_refuses_is_no_all_clear(osv: Osv) -> None:
     found = audit.check(stock(("idna", "3.4")), osv.url)
-    assert isinstance(found.fault, AuditServiceError)
+    assert isinstance(found.fault, AuditError)
     assert "400" in found.fault.cause
     assert osv.refused
     osv.refused.clear()
@@ -206,7 +207,7 @@ def test_a_deploy_refuses_malware(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HEARTH_APP", str(tmp_path))
     target = spark()
     with_node = msgspec.structs.replace(target.profile, nodes=("vision",))
-    with pytest.raises(RefusedError) as raised:
+    with raises("refused") as raised:
         gather(replace(target, profile=with_node))
     assert "vision: stole browser passwords" in raised.value.cause
     assert "ComfyUI_LLMVISION/issues/6" in raised.value.cause
@@ -298,5 +299,5 @@ def test_an_entry_that_says_too_little_is_refused(
     (tmp_path / "recipes/comfyui").mkdir(parents=True)
     (tmp_path / "recipes/comfyui/known-bad.toml").write_text(f"[[advisory]]\n{text}\n")
     monkeypatch.setattr(files, "CHECKOUT", tmp_path)
-    with pytest.raises(ConfigError, match=said):
+    with raises("config", match=said):
         advisory.advisories()

@@ -16,10 +16,10 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from core import files
-from core.errors import OldReleaseError
 from deploy import release
 from deploy.choice import choose
 from lock import application, nodes, requirements, sbom
+from tests.errors import raises
 from tests.unit.test_plan import FRESH, inputs, spark, wheel
 
 TOOLCHAIN = {
@@ -136,7 +136,7 @@ def test_the_same_release_gives_the_same_bytes(known: dict[str, Any], tmp_path: 
 
 def test_a_release_of_an_older_hearth_is_told() -> None:
     old = {name: value for name, value in manifest().items() if name not in ("packages", "wheels", "sources", "tree")}
-    with pytest.raises(OldReleaseError, match=f"release {old['id']} does not say which packages"):
+    with raises("old-release", match=f"release {old['id']} does not say which packages"):
         release.require_complete(old)
 
 

@@ -19,7 +19,7 @@ from agent.schema.change import Erase
 from agent.schema.live import Job
 from core import console, files
 from core.console import age, clock, printable, size
-from core.errors import HearthError
+from core.errors import ConnectError
 from deploy import change, outcome
 from deploy.change import Outcome
 from deploy.plan import Plan
@@ -192,7 +192,7 @@ FORGED = "x\n  error: forged\x1b]\nnext: inv nuke"
 
 def test_nobody_forges_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever a host, a repository or a job says stays in its line."""
-    one: fleet.Answer[status.Status] = fleet.Answer("box", None, HearthError(FORGED, hint=FORGED))
+    one: fleet.Answer[status.Status] = fleet.Answer("box", None, ConnectError("unreachable", FORGED, hint=FORGED))
     job = Job(FORGED, FORGED, 1, node=FORGED, node_type=FORGED, error=FORGED)
     console.show([], status.rows([one]), as_json=False)
     console.show([], jobs.rows({"box": [job]}), as_json=False)

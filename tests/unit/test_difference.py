@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from core.errors import UnknownNameError
 from deploy.facts import named
 from lock.diff import Change, compare, rows
+from tests.errors import raises
 from tests.unit.test_bill import manifest
 from tests.unit.test_plan import FRESH
 
@@ -118,9 +118,9 @@ def test_releases_are_named_by_words_and_ids(old: dict[str, Any]) -> None:
     a, b, c = (renamed(old, letter * 16) for letter in "abc")
     facts = replace(FRESH, releases=(a, b, c), current="b" * 16, proven=("b" * 16, "c" * 16, "a" * 16))
     assert [named(facts, word)["id"][0] for word in ("current", "previous", "a" * 16)] == ["b", "c", "a"]
-    with pytest.raises(UnknownNameError, match="perhaps you meant 'current'"):
+    with raises("unknown-name", match="perhaps you meant 'current'"):
         named(facts, "curent")
-    with pytest.raises(UnknownNameError, match=r"no release 'previous'(.|\n)*known: aaa"):
+    with raises("unknown-name", match=r"no release 'previous'(.|\n)*known: aaa"):
         named(replace(facts, proven=("b" * 16,)), "previous")
-    with pytest.raises(UnknownNameError, match="inv deploy"):
+    with raises("unknown-name", match="inv deploy"):
         named(FRESH, "current")

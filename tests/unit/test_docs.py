@@ -70,6 +70,9 @@ def test_every_error_has_its_own_exit_code_and_is_in_the_reference() -> None:
     assert len(codes) == len(set(codes))
     for code in codes:
         assert re.search(rf"^\| {code} \|", REFERENCE, re.MULTILINE), code
+    for each in classes:
+        for kind in each.kinds:
+            assert f"| {each.exit_code} | `{kind}` |" in REFERENCE
 
 
 def test_the_manifest_schema_is_todays() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from core import files
-from core.errors import TreeError
+from tests.errors import raises
 
 
 def test_threads_make_the_same_folder_in_turn(tmp_path: Path) -> None:
@@ -117,9 +117,9 @@ def test_what_is_no_file_of_the_tree_is_refused_by_name(tmp_path: Path) -> None:
         for maker in makers:
             maker()
             for read in (files.tree, files.tree_hash):
-                with pytest.raises(TreeError, match=r"sub/odd is a (link to|device, pipe or socket)"):
+                with raises("unsafe-tree", match=r"sub/odd is a (link to|device, pipe or socket)"):
                     read(root)
             odd.unlink()
     (root / os.fsdecode(b"caf\xe9")).touch()
-    with pytest.raises(TreeError, match=r"caf.*xe9' is not UTF-8"):
+    with raises("unsafe-tree", match=r"caf.*xe9' is not UTF-8"):
         files.tree_hash(root)

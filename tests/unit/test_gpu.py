@@ -28,11 +28,12 @@ from agent.layout import Layout
 from agent.schema.change import DropCaches
 from agent.schema.live import Freed, GpuMemory, Held, Sample
 from agent.serve import managers
-from core.errors import ConnectError, RecordingError, ToolMissingError, UsageError
+from core.errors import ConnectError, UsageError
 from deploy.facts import Gpu as GpuFact
 from deploy.flags import Fleet
 from ops import fleet, gpu, memory, plot, tasks
 from tests import nvml
+from tests.errors import raises
 from tests.unit.test_plan import FRESH, spark
 
 PROCESS = {"pid": 4242, "name": "python3.12 main.py", "user": "comfyui", "unit": "comfyui.service"}
@@ -182,7 +183,7 @@ def test_a_png_is_one(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_error_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ToolMissingError) as raised:
+    with raises("program-missing") as raised:
         plot.plot(str(written(tmp_path, recorded("a"))), "")
     assert raised.value.hint == "uv sync --group plot"
 
@@ -201,17 +202,17 @@ def test_without_matplotlib_the_error_names_the_command(tmp_path: Path, monkeypa
 def test_a_damaged_recording_is_told_by_its_line(tmp_path: Path, damage: Any, said: str) -> None:
     path = written(tmp_path, recorded(None, "a", "b"))
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(RecordingError, match=said):
+    with raises("recording", match=said):
         plot.read(path)
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(RecordingError, match="cannot be read"):
+    with raises("recording", match="cannot be read"):
         plot.plot(str(tmp_path / "none"), "")
-    with pytest.raises(UsageError, match="neither"):
+    with raises("usage", match="neither"):
         plot.plot(str(written(tmp_path, recorded("a"))), str(tmp_path / "run.pdf"))
-    with pytest.raises(UsageError, match="cannot be written"):
+    with raises("usage", match="cannot be written"):
         plot.plot(str(tmp_path / "run.jsonl"), str(tmp_path / "none/run.png"))
 
 
@@ -292,7 +293,7 @@ def test_the_results_of_all_hosts_come_at_the_end(
 ) -> None:
     held = Held((), 5, 10)
     freed = Freed(True, None, held, held)
-    error = ConnectError("off cannot be reached")
+    error = ConnectError("unreachable", "off cannot be reached")
     answers = [fleet.Answer[Freed]("off", None, error), fleet.Answer("spark", freed)]
     monkeypatch.setattr(memory, "free", lambda *_, **__: answers)
     monkeypatch.setattr(Fleet, "names", lambda _: ["off", "spark"])

@@ -21,12 +21,12 @@ from agent.schema.change import Delete, Erase, packed
 from agent.schema.facts import Busy, Paused
 from agent.serve.systemd import entries
 from core import console
-from core.errors import RefusedError, UsageError
 from deploy import plan
 from deploy.facts import Facts, MountState, Place, Service
 from deploy.host import Mount
 from deploy.plan import Options
 from ops import lifecycle
+from tests.errors import raises
 from tests.unit.test_plan import FRESH, NO_SERVICE, RUNNING, kinds, made, reasons, settled, spark, values
 
 OURS = Place(
@@ -240,14 +240,14 @@ def test_the_name_is_typed_or_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "confirm_name", lambda _, word: word == "spark")
     lifecycle._consent(["spark"], "", data=True)()
     lifecycle._consent(["box"], "box", data=True)()
-    with pytest.raises(RefusedError) as caught:
+    with raises("refused") as caught:
         lifecycle._consent(["box"], "", data=True)()
     assert [(each.host, each.kind) for each in caught.value.refusals] == [("box", "unconfirmed")]
-    with pytest.raises(UsageError, match="names another host than box"):
+    with raises("usage", match="names another host than box"):
         lifecycle._consent(["box"], "spark", data=True)
-    with pytest.raises(UsageError, match="one host at a time"):
+    with raises("usage", match="one host at a time"):
         lifecycle._consent(["box", "spark"], "", data=True)
-    with pytest.raises(UsageError, match="goes with --data"):
+    with raises("usage", match="goes with --data"):
         lifecycle._consent(["box"], "box", data=False)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from core import foreign
-from core.errors import ConfigError
 from lock import application, review
 from lock.advisory import Advisory
+from tests.errors import raises
 
 STARTS, NATIVE, NETWORK, TEXT, HIDES = review.ANYWHERE
 
@@ -216,9 +216,9 @@ def test_folders_that_are_not_understood_are_left_out(text: str, found: dict[str
     "text", ["(", "x = \0", "-" * 50_000 + "1", "a" + ".b" * 100_000, "\udcff", "9" * 5_000, "#" * 300_000]
 )
 def test_comfyui_that_cannot_be_parsed_is_said_by_file(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"comfy/cli_args\.py"):
+    with raises("config", match=r"comfy/cli_args\.py"):
         application.flags(text)
-    with pytest.raises(ConfigError, match=r"folder_paths\.py"):
+    with raises("config", match=r"folder_paths\.py"):
         application.model_folders(text)
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from agent.change.env import index_settings
 from core import source, tools
-from core.errors import ConfigError, ProcessError, TreeError
 from lock import node_updates, nodes
+from tests.errors import raises
 from tests.unit.test_source import repository
 
 HOSTILE = {
@@ -108,7 +108,7 @@ def test_a_submodule_has_the_same_bytes_too(hostile: Path, tmp_path: Path) -> No
     assert {path.name: path.read_bytes().decode() for path in (tree / "part").iterdir()} == HOSTILE
     assert not hostile.exists()
     other = nodes.Node(url=node.url, commit=commit, tree="", why="w", submodules=("one.py",))
-    with pytest.raises(ConfigError, match=r"has no submodule 'one\.py'"):
+    with raises("config", match=r"has no submodule 'one\.py'"):
         source.pin(other.pinned("it"))
 
 
@@ -165,10 +165,10 @@ def test_a_repository_with_a_link_is_refused_by_name(
     links = {"first.js": str(secret)} if target == "first.js" else {}
     commit = linked(tmp_path / "repo", {**links, name: target.format(secret=secret, folder=secret.parent)})
     node = nodes.Node(url=f"file://{tmp_path}/repo", commit=commit, tree="", why="w", **limits)  # type: ignore[arg-type]
-    with pytest.raises(TreeError, match=r"(web|first|second|more)\S* is a link to"):
+    with raises("unsafe-tree", match=r"(web|first|second|more)\S* is a link to"):
         source.pin(node.pinned("it"))
     pinned = nodes.Node(url=node.url, commit=commit, tree="a" * 64, why="w", **limits)  # type: ignore[arg-type]
-    with pytest.raises(TreeError, match="is a link to"):
+    with raises("unsafe-tree", match="is a link to"):
         nodes.fetch({"it": pinned})
     assert "PRIVATE KEY" not in "".join(
         path.read_text(errors="replace") for path in (tmp_path / "cache").rglob("*") if path.is_file()
@@ -274,7 +274,7 @@ def test_the_users_index_is_used_from_the_environment_and_from_uvs_file(
 
     def asked() -> str:
         words = ("pip", "install", "--no-deps", "--python", sys.executable, "--target", tmp_path / "here", "alone")
-        with pytest.raises(ProcessError) as raised:
+        with raises("process") as raised:
             tools.uv(*words)
         return raised.value.cause
 
