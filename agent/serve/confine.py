@@ -143,7 +143,7 @@ def _identities(paths: Iterable[str]) -> set[tuple[int, int]]:
 
 
 def _make(spec: Json) -> None:
-    """Create the data folders, whose parent becomes read-only, and the folder for temporary files."""
+    """Create the data folders, whose parent will not be writable, and the folder for temporary files."""
     for folder in (each[:-2] for each in spec["write"] if each.endswith("/*")):
         for name in DATA:
             with suppress(FileExistsError, FileNotFoundError):
@@ -243,7 +243,7 @@ def restrict(spec: Json, version: int) -> None:
 # all of them match, a rule if one of its lists matches; an empty list always matches.
 _Tests = tuple[tuple[int, int, int], ...]
 _Rules = tuple[tuple[int, int, tuple[_Tests, ...]], ...]
-_WHOLE, _FAST_OPEN, _NAMESPACES = 0xFFFFFFFF, 0x20000000, 0x7E020000  # MSG_FASTOPEN; all eight CLONE_NEW* flags
+_WHOLE, _FAST_OPEN, _NAMESPACES = 0xFFFFFFFF, 0x20000000, 0x7E020000  # MSG_FASTOPEN; the CLONE_NEW* flags of clone(2)
 _SELF: tuple[_Tests, ...] = (((0, _WHOLE, 0),),)
 _SELF_ALONE: tuple[_Tests, ...] = (((0, _WHOLE, 0), (1, _WHOLE, 0)),)
 _PERM, _NO_CALL = 1, 38  # EPERM, ENOSYS
