@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from core import files
+from tests.errors import kind_of
 from tests.host.fleet import PREFIX, Fleet
 from tests.host.test_doctor import findings, gpu, only
 from tests.host.test_modes import exposure
@@ -59,7 +60,9 @@ def test_a_setting_is_applied_recorded_and_undone(steady: Fleet) -> None:
 
         machine.run(f"echo 42 > {SWAPPINESS}")
         undo = steady.inv("tune", "--host", "spark", "--undo")
-        assert (undo.returncode, f"{SWAPPINESS}: 42, Hearth set 10" in undo.stderr) == (84, True), undo.stderr
+        assert (kind_of(undo.stderr), f"{SWAPPINESS}: 42, Hearth set 10" in undo.stderr) == ("changed", True), (
+            undo.stderr
+        )
         assert machine.run(f"cat {SWAPPINESS}").strip() == "42"
         forced = steady.inv("tune", "--host", "spark", "--undo", "swappiness", "--force")
         assert forced.returncode == 0, forced.stderr
