@@ -32,7 +32,7 @@ def root() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Edge:
-    """One step of the graph: a compile or a link. Paths are relative to `root()`; `seconds` is the expected duration."""
+    """One compile or link step of the graph. Paths are relative to `root()`; `seconds` is the expected duration."""
 
     rule: str
     output: str

@@ -71,10 +71,9 @@ class Flag(msgspec.Struct, frozen=True):
 
 
 def flags(text: str) -> dict[str, Flag]:
-    """Return the flags that a `comfy/cli_args.py` defines, without running it; skips code that it does not
-    understand.
+    """Return the flags that a `comfy/cli_args.py` defines, without running it.
 
-    Raises ConfigError if the file cannot be parsed.
+    Skips code that it does not understand. Raises ConfigError if the file cannot be parsed.
     """
     found: dict[str, Flag] = {}
     groups: set[str] = set()

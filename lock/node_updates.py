@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """The effects of a node's update: commits (latest first), changed requirements and changed files that run at
-    import.
+    """The effects of a node's update.
 
-    `powers` are new capabilities (`review.gained`), and new symbolic links.
+    `commits` are the latest first; requirements and files that run at import are the changed ones. `powers` are new
+    capabilities (`review.gained`), and new symbolic links.
     """
 
     name: str
@@ -297,7 +297,7 @@ def search(workflow: Path) -> dict[str, list[str]]:
 
 def _names(strings: set[str], node_type: str) -> bool:
     """Whether a node's code names a type: literally, or composed as in `Seed (rgthree)`."""
-    parts = re.fullmatch(r"(.+) \((.+)\)", node_type) if len(node_type) < 200 else None  # strings are shorter
+    parts = re.fullmatch(r"(.+) \((.+)\)", node_type) if len(node_type) < 200 else None  # `strings` are shorter
     return node_type in strings or bool(parts and {parts[1], parts[2]} <= strings)
 
 
