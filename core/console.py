@@ -124,7 +124,7 @@ def coloured() -> bool:
 
 
 def unread() -> bool:
-    """Whether the reader of stdout has closed it, as `| head` does; checked without writing."""
+    """Whether the reader of stdout has closed it, as `| head` does; checks without writing."""
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))

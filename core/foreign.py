@@ -158,7 +158,7 @@ def members(raw: IO[bytes], label: str) -> Iterator[tuple[tarfile.TarInfo, Itera
 
 def content(path: Path, limit: int = LIMIT) -> bytes:
     """A file's bytes; raises TreeError for more than `limit` bytes and for anything but a regular file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not block on a pipe
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # do not block on a pipe
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise TreeError(f"{path} is no plain file, and is not read", hint=LEAVE_OUT)

@@ -101,7 +101,7 @@ def cached(recipe: Pinned) -> Path | None:
 
 
 def intact(recipe: Pinned) -> Path:
-    """The tree of `fetch`, hashed again, in case somebody edited the cache."""
+    """The tree of `fetch`, hashed again to detect edits of the cache."""
     tree = fetch(recipe)
     if not recipe.source[0].folder:
         _check(recipe, recipe.source[0], tree)
@@ -341,7 +341,9 @@ def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
 
 
 def unpack(archive: Path, tree: foreign.Tree, wanted: Callable[[str], str]) -> None:
-    """Fill a tree from an sdist, whose one folder is NAME-VERSION; `wanted` names a file there, or says no (empty)."""
+    """Fill a tree from an sdist, whose only folder is NAME-VERSION; `wanted` maps a file to its name, or "" to skip
+    it.
+    """
     with gzip.open(archive) as raw:
         for member, blocks in foreign.members(cast("IO[bytes]", raw), tree.label):
             name = wanted(member.name.partition("/")[2])

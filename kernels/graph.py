@@ -32,7 +32,7 @@ def root() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Edge:
-    """One compile or link step of the graph. Paths are relative to `root()`; `seconds` is the expected duration."""
+    """One compile or link step. Paths are relative to `root()`; `seconds` is the expected duration."""
 
     rule: str
     output: str

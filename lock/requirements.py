@@ -155,7 +155,7 @@ def compile_all(*, check: bool) -> list[str]:
         def resolve(stack: Stack, platform: Platform, python: str, path: Path, first: str) -> str:
             second = f"# What they ask for: {_asked_hash(asked, known, stack)}\n"
             _, _, body = path.read_text().partition(second) if path.exists() else ("", "", "")
-            body = body or _compile(asked, known, stack, platform, python, path)  # new code may ask for the same
+            body = body or _compile(asked, known, stack, platform, python, path)  # new code, same needs
             files.write(path, first + second + body)
             return path.stem
 
