@@ -85,7 +85,7 @@ class Opened:
 
     @property
     def id(self) -> str:
-        """The SHA-256 of its manifest, which covers the whole content: compare it with the id that the maker reports."""
+        """The SHA-256 of its manifest, which covers the whole content. Compare it with its maker's id."""
         return self.seal.text
 
 

@@ -1,5 +1,4 @@
-"""Plans: the ordered steps that bring a host to its configured state, or the refusals that explain why they would
-fail.
+"""Plans: ordered steps that bring a host to its configured state, or refusals that say why they would fail.
 
 Pure: the same facts and inputs give the same plan; no clock, no file, no network.
 """
