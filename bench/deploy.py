@@ -40,9 +40,7 @@ GATE = 30
 
 @dataclass
 class Watch:
-    """A client that polls ComfyUI a hundred times a second; `gap` is the longest time between two answers, in
-    seconds.
-    """
+    """A client that polls ComfyUI a hundred times a second; `gap` is the longest outage in seconds."""
 
     gap: float = 0.0
 

@@ -24,7 +24,7 @@ from tests.host.test_gpu import driver
 from tests.host.test_metrics import UNIT, scrape, submit
 
 SCRAPES, APART, INTERVAL = 40, 1.1, 15.0
-"""Scrapes of a series, the seconds between them (within one an answer serves again), and Prometheus's interval."""
+"""Scrapes per series, the seconds between them (answers are cached for one second), Prometheus's interval."""
 
 
 def spent(fleet: Fleet) -> tuple[float, float]:

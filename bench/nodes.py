@@ -62,7 +62,7 @@ def mirrors(place: Path) -> None:
 
 @contextmanager
 def served(place: Path, delay: float) -> Iterator[dict[str, str]]:
-    """Serve the repositories over a link, `delay` seconds each way; yields the environment where git finds them."""
+    """Serve the repositories over a link, `delay` seconds each way; yields the environment that points git to it."""
     daemon, link = free_port(), free_port()
     allowed = {"uploadpack.allowAnySHA1InWant": "true", "uploadpack.allowFilter": "true", "safe.directory": "*"}
     server = ["git", "daemon", "--reuseaddr", "--listen=127.0.0.1", f"--port={daemon}", "--export-all"]

@@ -341,9 +341,7 @@ def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
 
 
 def unpack(archive: Path, tree: foreign.Tree, wanted: Callable[[str], str]) -> None:
-    """Fill a tree from an sdist, whose only folder is NAME-VERSION; `wanted` maps a file to its name, or "" to skip
-    it.
-    """
+    """Fill a tree from an sdist, whose only folder is NAME-VERSION; `wanted` maps a file to its path, "" skips it."""
     with gzip.open(archive) as raw:
         for member, blocks in foreign.members(cast("IO[bytes]", raw), tree.label):
             name = wanted(member.name.partition("/")[2])

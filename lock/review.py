@@ -107,9 +107,7 @@ def read(tree: Path) -> Reading:
 
 
 def gained(before: Reading, after: Reading) -> tuple[str, ...]:
-    """The new capabilities of a node, in words: a capability, and the files that now have it, with the names they
-    use.
-    """
+    """The new capabilities of a node, in words: a capability, and the files that now have it, with their names."""
     found: defaultdict[str, list[str]] = defaultdict(list)
     for file, uses in sorted(after.uses.items()):
         fresh: defaultdict[str, set[str]] = defaultdict(set)
@@ -247,9 +245,7 @@ def _chain(node: ast.expr, seen: set[int]) -> tuple[ast.expr, list[str]]:
 
 
 def _targets(node: ast.AST, folder: Path) -> list[str]:
-    """The files that an import statement in a folder may refer to. Nodes import their folder as a package or
-    directly.
-    """
+    """The files that an import statement in a folder may mean. Nodes import their folder as a package or directly."""
     if isinstance(node, ast.Import):
         modules = [alias.name for alias in node.names]
         bases = [folder, Path()]

@@ -85,9 +85,7 @@ class Fleet(Client):
         return False
 
     def comfyui(self, name: str, edits: dict[str, tuple[str, str]]) -> Path:
-        """Create a modified ComfyUI: the pinned tree with patterns replaced in some files; returns the app.toml's
-        folder.
-        """
+        """Create a modified ComfyUI: the pinned tree with patterns replaced; returns the app.toml's folder."""
         folder = self.place / "apps" / name
         shutil.copytree(source.fetch(application()), folder / "src")
         text = (self.checkout / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]

@@ -109,9 +109,7 @@ class Old:
         self.unit = fleet.machine.root / UNIT.lstrip("/")
 
     def build(self) -> None:
-        """Create the installation: code and nodes as clones, data with links, several owners, and many small
-        pictures.
-        """
+        """Create the installation: code and nodes as clones, data with links, several owners, many small pictures."""
         place, upstream = self.place, self.garden.folder / "upstream"
         for name, text in (("main.py", MAIN), ("comfyui_version.py", '__version__ = "0.3.40"\n'), ("comfy/a.py", "")):
             (place / name).parent.mkdir(parents=True, exist_ok=True)

@@ -165,9 +165,7 @@ def test_two_deploys_at_once(steady: Fleet, other: Path) -> None:
 
 
 def test_an_upload_outlives_what_other_clients_do_meanwhile(steady: Fleet) -> None:
-    """Another client deploys, prunes and rolls back: the facts match the first client's again, and its upload
-    remains.
-    """
+    """Another client deploys, prunes and rolls back: the facts match the first client's again; its upload remains."""
     client, app = half_uploaded(steady)
     flag = '[hosts.spark.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n'
     release = steady.current()
