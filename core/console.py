@@ -23,7 +23,7 @@ _speaker: ContextVar[str] = ContextVar("speaker", default="")
 
 @contextmanager
 def speaking(name: str) -> Iterator[None]:
-    """Prefix every line of `say` in this context with `name: `, to tell the lines of several hosts apart."""
+    """Prefix every line of `say` in this context with `name: `, to distinguish the lines of several hosts."""
     token = _speaker.set(f"{name}: ")
     try:
         yield

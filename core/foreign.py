@@ -179,7 +179,7 @@ def text(path: Path, limit: int = TEXT) -> str:
 def parsed(path: Path) -> ast.Module | None:
     """The syntax tree of a Python file, which is not executed; None if it is too large or cannot be parsed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about escapes and comparisons of its author
+        warnings.simplefilter("ignore")  # about escapes and comparisons, which concern only its author
         try:
             return ast.parse(content(path))
         except (TreeError, SyntaxError, ValueError, RecursionError, MemoryError):

@@ -174,7 +174,7 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     )
     for name, text in units.companions(choice, prefix, release, developed).items():
         files[f"{target.host.service}-{name}"] = text
-    # a supervisor does this itself; a unit's process needs the values
+    # read by the supervisor, which does this itself, and by the units' processes
     running |= {"develop": list(developed.values())} if developed else {}
     return running | ({"free_memory": target.host.free_seconds} if target.host.free_memory else {})
 

@@ -152,7 +152,7 @@ def companions(choice: Choice, prefix: str, release: str, developed: Mapping[str
         "addresses": addresses(host.listen),
     }
     found: dict[str, str] = {}
-    if host.mounts:  # bound to ComfyUI's unit: active while all are mounted
+    if host.mounts:  # ComfyUI's unit binds to it; active while all are mounted
         waits = {
             "mounts": " ".join(host.mounts),
             "mounted": " && ".join(f"mountpoint --quiet {path}" for path in host.mounts),

@@ -48,7 +48,7 @@ def _service(case: Case) -> Iterator[Problem]:
 
 
 def _telling(log: list[str]) -> str:
-    """The last line of a log that reports an error; without one, the last line."""
+    """The last line of a log that reports an error, or the last line if none does."""
     lines = [line.strip() for line in log if line.strip()]
     errors = [line for line in lines if _ERROR.search(line)]
     return [*lines, *errors][-1] if lines else "empty"

@@ -369,9 +369,7 @@ def test_what_a_prefix_was_deployed_as_and_where_its_unit_leads_is_told(
 
 @pytest.mark.parametrize(("boot", "kept"), [("another boot", False), ("", True)])
 def test_a_cache_that_was_in_use_when_the_power_was_cut_is_deleted(tmp_path: Path, boot: str, kept: bool) -> None:
-    """uv does not sync its cache and would install files without content. After a kill in the same boot they are
-    intact.
-    """
+    """uv does not sync its cache and would install empty files. After a kill in the same boot, they are intact."""
     old = tmp_path / "state/cache/uv/old"
     write(old, "perhaps without content")
     write(tmp_path / "state/cache-in-use", boot or Path("/proc/sys/kernel/random/boot_id").read_text())
