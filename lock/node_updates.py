@@ -188,7 +188,7 @@ def _updated(name: str, node: Node, new: str) -> tuple[Change, str, str]:
     before = nodes.fetch({name: node})[name]
     pinned = source.pin(msgspec.structs.replace(node, commit=new, tree="").pinned(name))
     links = _links(node.url, new)
-    with suppress(ProcessError):  # its history was rewritten: the old commits are unknown, so list all
+    with suppress(ProcessError):  # history rewritten: the old commit is unknown, so all links count as new
         links -= _links(node.url, node.commit)
     with _history(node.url, new) as git:
         change = _change(name, git, (node.commit, new), (before, source.fetch(pinned)), links)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.host
 
 def findings(fleet: Fleet, *, code: int, host: str = "spark") -> dict[str, list[tuple[str, str]]]:
     """The doctor's findings, by check: (what, remedy)."""
-    fleet.machine.run(f"rm -f {PREFIX}/state/verified.json")  # facts may have changed since
+    fleet.machine.run(f"rm -f {PREFIX}/state/verified.json")  # files verified before may be damaged now
     done = fleet.inv("doctor", "--host", host, "--json")
     assert done.returncode == code, done.stdout + done.stderr
     found: dict[str, list[tuple[str, str]]] = {}

@@ -448,7 +448,7 @@ def test_a_service_that_does_not_come_up_is_told_with_its_log(running: Here) -> 
     assert "| I am broken" in broken.stderr
     assert json.loads(running.inv("history", "--json").stdout)[-1]["result"] == "failed"
     main.chmod(mode)
-    mended = running.inv("deploy")  # the file changes at least its time
+    mended = running.inv("deploy")  # the file differs at least in its time
     assert mended.returncode == 0, mended.stderr
 
 

@@ -98,7 +98,7 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
 
 
 def cuts(fleet: Tower, client: Popen[str], rest: float, random_: random.Random) -> list[Cut]:
-    """Copy the disk at random times until `rest` seconds after the client's end, more often during writes."""
+    """Copy the disk at random times until `rest` seconds after the client's end, more often after a journal entry."""
     found: list[Cut] = []
     runs, image = fleet.prefix / "state/runs", fleet.machine.image
     assert image

@@ -245,7 +245,7 @@ class World:
     place: Path
     scenario: Scenario
     short: str = ""
-    """The memory that is too small for a trial."""
+    """The memory that a trial lacks; empty if there is enough."""
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
