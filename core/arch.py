@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from core.config import load
-from core.errors import ArchError, near
+from core.errors import SupportError, suggest
 from core.files import CHECKOUT
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, order=True)
 class Arch:
-    """One compute capability: `8.9`, `9.0a` (architecture-specific instructions), `8.9+PTX` (also keeps PTX)."""
+    """One compute capability: `8.9`, `9.0a` (this exact GPU's instructions), `8.9+PTX` (PTX kept beside it)."""
 
     major: int
     minor: int
@@ -27,10 +27,11 @@ class Arch:
 
     @classmethod
     def parse(cls, text: str) -> Arch:
-        """Read `major.minor[a|f][+PTX]`; raises ArchError. The minor number has one digit, as NVIDIA's have."""
+        """Read `major.minor[a|f][+PTX]`; raises SupportError. The minor number has one digit, as NVIDIA's have."""
         match = re.fullmatch(r"(\d{1,2})\.(\d)([af]?)(\+PTX)?", text.strip(), re.IGNORECASE)
         if not match:
-            raise ArchError(
+            raise SupportError(
+                "arch",
                 f"{text!r} is not a compute capability",
                 cause="expected major.minor with one digit after the point, optionally followed by a, f or +PTX",
                 hint="for example 8.9, 9.0a or '8.9+PTX'; several: '8.9;12.0'",
@@ -64,20 +65,22 @@ def known_archs() -> dict[str, ArchInfo]:
 def parse_list(text: str, known: Mapping[str, ArchInfo]) -> list[Arch]:
     """Read a list in `TORCH_CUDA_ARCH_LIST` syntax (separated by `;`, `,` or spaces), sorted, without repeats.
 
-    Raises ArchError for a malformed or unknown capability and for an empty list.
+    Raises SupportError for a malformed or unknown capability and for an empty list.
     """
     archs = sorted({Arch.parse(word) for word in re.split(r"[;,\s]+", text.strip()) if word})
     if not archs:
-        raise ArchError("no compute capability given", hint=near("", known))
+        raise SupportError("arch", "no compute capability given", hint=suggest("", known))
     for arch in archs:
         if arch.capability not in known:
-            raise ArchError(
+            raise SupportError(
+                "arch",
                 f"unknown compute capability {arch.capability}",
                 cause="no GPU has it, or the GPU is too old for the kernels, which need 8.0 or newer",
-                hint=near(arch.capability, known),
+                hint=suggest(arch.capability, known),
             )
         if arch.suffix and arch.suffix not in known[arch.capability].suffixes:
-            raise ArchError(
+            raise SupportError(
+                "arch",
                 f"{arch} is not supported: {arch.capability} has no {arch.suffix!r} variant in config/archs.toml",
                 hint=f"use {arch.capability}",
             )
@@ -90,7 +93,7 @@ def local_gpu() -> Arch | None:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # no driver library, device or permission: all mean "no usable GPU"
+    except Exception:  # no driver library, no device, no permission: all of them mean "no GPU to ask"
         return None
     try:
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(0))

@@ -1,4 +1,4 @@
-"""Turns a function into a task: defines its flags and displays its errors."""
+"""What makes a task of a function: its flags, and how its errors are shown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Task(Task[Any]):
-    """A task whose flags have the usual short forms; invoke would take any letter of the name."""
+    """A task whose flags have the short forms that people know from elsewhere; invoke takes a letter of the name."""
 
     def arg_opts(self, name: str, default: str, taken_names: set[str]) -> dict[str, Any]:
         found = super().arg_opts(name, default, taken_names)
@@ -31,14 +31,14 @@ class _Task(Task[Any]):
         return found
 
 
-_SHORT = {"lines": "n"}  # as in tail and journalctl
+_SHORT = {"lines": "n"}  # as tail and journalctl have it
 
 
 def command(*, help: dict[str, str] | None = None, **options: Any) -> Callable[[Callable[..., int | None]], Any]:  # noqa: A002  invoke's name
     """An invoke task that shows a HearthError without a traceback and exits with its code.
 
-    A parameter annotated with a dataclass of `core/flags.py` is replaced by flags, one for each field; the body
-    receives the filled dataclass. `help` describes the task's own flags.
+    A parameter annotated with a dataclass of `core/flags.py` stands for the flags that are its fields: invoke sees
+    those, the body gets the dataclass filled. `help` explains the task's own.
     """
 
     def wrap(body: Callable[..., int | None]) -> Any:
@@ -56,8 +56,10 @@ def command(*, help: dict[str, str] | None = None, **options: Any) -> Callable[[
                 status = body(context, **given, **filled)
             except HearthError as error:
                 if error.refusals and any(getattr(each, "json", False) for each in filled.values()):
-                    console.data_json({"error": error.what, "refusals": [vars(each) for each in error.refusals]})
-                console.say(f"error: {error}")
+                    console.data_json(
+                        {"error": error.what, "kind": error.kind, "refusals": [vars(each) for each in error.refusals]}
+                    )
+                console.say(f"error[{error.kind}]: {error}")
                 raise Exit(code=error.exit_code) from error
             except KeyboardInterrupt:
                 console.say("interrupted; the same command goes on from here")

@@ -1,4 +1,4 @@
-"""Loads TOML files into frozen structs. An unknown key is an error with its path and the nearest known key."""
+"""Loads TOML files into frozen structs: an unknown key is an error with its path and a near match."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 import tomli
 
 from core import foreign
-from core.errors import ConfigError, TreeError, near
+from core.errors import ConfigError, SourceError, suggest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,19 +33,19 @@ def convert(path: Path, raw: dict[str, Any], kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         text = str(error)
         unknown = re.search(r"unknown field `([^`]+)`", text)
-        hint = near(unknown[1], _keys(kind, text)) if unknown else ""
-        raise ConfigError(f"{path}: {text}", hint=hint) from error
+        hint = suggest(unknown[1], _keys(kind, text)) if unknown else ""
+        raise ConfigError("config", f"{path}: {text}", hint=hint) from error
 
 
 DOTS = 200
 """Maximum dots in a line: the parser takes a minute for a key of 100,000 parts, which a bundle could contain."""
 
 _parsed: dict[Path, tuple[tuple[int, ...], dict[str, Any]]] = {}
-"""Each file that this command has read, with the identity of its content. A bundle's files have their own paths."""
+"""Each file that this command has read, with what identified its content. Paths of a bundle are its own."""
 
 
 def table(path: Path) -> dict[str, Any]:
-    """The content of a TOML file; reads the file again only if it changed. Callers must not modify the result.
+    """The content of a TOML file, which is read again only after it changed. Callers must not modify it.
 
     The file may come from a bundle, with any size, nesting and type. Raises ConfigError.
     """
@@ -55,21 +55,24 @@ def table(path: Path) -> dict[str, Any]:
         if path in _parsed and _parsed[path][0] == state:
             return _parsed[path][1]
         content = _parse(path)
-        if time.time_ns() - about.st_mtime_ns > 50_000_000:  # otherwise the next change could get the same time stamp
+        if time.time_ns() - about.st_mtime_ns > 50_000_000:  # else a next change could leave the same time stamps
             _parsed[path] = (state, content)
         return content
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist") from error
-    except (OSError, TreeError) as error:
-        raise ConfigError(error.what if isinstance(error, TreeError) else f"{path} cannot be read: {error}") from error
+        raise ConfigError("config", f"{path} does not exist") from error
+    except (OSError, SourceError) as error:
+        raise ConfigError(
+            "config",
+            error.what if isinstance(error, SourceError) else f"{path} cannot be read: {error}",
+        ) from error
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of 5,000 digits, and invalid UTF-8
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+        raise ConfigError("config", f"{path} is not TOML: {error}") from error
 
 
 def _parse(path: Path) -> dict[str, Any]:
     text = foreign.content(path).decode()
     if max(line.count(".") for line in text.split("\n")) > DOTS:
-        raise ConfigError(f"{path} is not read: a line of it has more than {DOTS} dots")
+        raise ConfigError("config", f"{path} is not read: a line of it has more than {DOTS} dots")
     return tomli.loads(text)
 
 

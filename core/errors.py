@@ -1,7 +1,7 @@
-"""Every error Hearth raises on purpose: what happened, the likely cause, the next command, an exit code.
+"""Every expected failure: what happened, the likely cause, the next command, a kind and an exit code.
 
 Exit codes 0 to 2 are Python's and invoke's own (2 also says "there would be changes" on a dry run);
-130 is an interrupt. The codes below are a promise to scripts: a new error takes a new number.
+130 is an interrupt. Scripts may rely on the codes below and on the kinds, which stderr shows as `error[KIND]`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,26 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 
 class HearthError(Exception):
     """An expected failure, shown without a traceback.
 
-    `what` says what happened, `cause` why that is likely, `hint` what to do next.
+    `kind` is one of the class's `kinds`. `what` says what happened, `cause` the likely reason, `hint` the next step.
     """
 
     exit_code: ClassVar[int] = 1
 
+    kinds: ClassVar[Mapping[str, str]] = {}
+    """What each kind means."""
+
     refusals: tuple[Any, ...] = ()
     """Why a change was refused: each a `deploy.refusals.Refusal`."""
 
-    def __init__(self, what: str, *, cause: str = "", hint: str = "") -> None:
-        super().__init__(what)
+    def __init__(self, kind: str, what: str, *, cause: str = "", hint: str = "") -> None:
+        super().__init__(kind, what)
+        self.kind = kind
         self.what = what
         self.cause = cause
         self.hint = hint
@@ -37,154 +41,104 @@ class HearthError(Exception):
         return "\n".join(name + re.sub(r"\n *", "\n         ", text) for name, text in told if text or not name)
 
 
-class UsageError(HearthError):
-    """A value on the command line that no task can take."""
-
-    exit_code = 15
-
-
 class ConfigError(HearthError):
-    """A TOML file of `config/` or `recipes/` that does not say what it must."""
+    """A configuration or recipe file that is not valid."""
 
     exit_code = 10
+    kinds: ClassVar[Mapping[str, str]] = {
+        "config": "A file of `config/` or `recipes/` is not valid.",
+        "secret": "A configuration file contains a secret.",
+    }
 
 
-class ArchError(HearthError):
-    """A compute capability that is malformed or unknown, or none given."""
-
-    exit_code = 11
-
-
-class StackArchError(HearthError):
-    """A compute capability that the stack's compiler cannot target."""
-
-    exit_code = 12
-
-
-class RecipeSupportError(HearthError):
-    """An arch, stack, Python or platform that the recipe or stack does not support."""
+class SupportError(HearthError):
+    """A combination of arch, stack, Python and platform that is not supported."""
 
     exit_code = 13
+    kinds: ClassVar[Mapping[str, str]] = {
+        "arch": "The compute capability is malformed, unknown or missing.",
+        "stack-arch": "The stack's compiler cannot target the compute capability.",
+        "recipe-support": "The recipe or stack does not support the arch, stack, Python or platform.",
+    }
 
 
-class UnknownNameError(HearthError):
-    """A kernel, stack, platform or profile that does not exist."""
+class UsageError(HearthError):
+    """A value on the command line that is not valid."""
 
-    exit_code = 14
-
-
-class CompilerMissingError(HearthError):
-    """No C++ compiler for the machine we are on."""
-
-    exit_code = 20
-
-
-class CrossCompilerMissingError(HearthError):
-    """No C++ compiler for the platform asked for."""
-
-    exit_code = 21
+    exit_code = 15
+    kinds: ClassVar[Mapping[str, str]] = {
+        "usage": "A value is not valid for this task.",
+        "unknown-name": "No kernel, stack, platform, profile or host has this name.",
+        "recording": "The recording of GPUs is truncated or not a recording.",
+    }
 
 
-class CudaMissingError(HearthError):
-    """No CUDA compiler of the version that the stack needs."""
-
-    exit_code = 22
-
-
-class CompilerVersionError(HearthError):
-    """A host compiler that this CUDA does not accept."""
-
-    exit_code = 23
-
-
-class PythonMissingError(HearthError):
-    """No interpreter or headers of the Python version asked for."""
-
-    exit_code = 24
-
-
-class ToolMissingError(HearthError):
-    """A program that Hearth calls is not installed."""
+class ToolError(HearthError):
+    """A program that Hearth needs is missing or has the wrong version."""
 
     exit_code = 25
+    kinds: ClassVar[Mapping[str, str]] = {
+        "compiler-missing": "There is no C++ compiler for this machine.",
+        "cross-compiler-missing": "There is no C++ compiler for the requested platform.",
+        "cuda-missing": "There is no CUDA compiler of the version that the stack needs.",
+        "compiler-version": "CUDA does not accept the version of the host compiler.",
+        "python-missing": "The interpreter or headers of the requested Python version are missing.",
+        "program-missing": "A program that Hearth calls is not installed.",
+    }
 
 
-class LockStaleError(HearthError):
-    """A lock that does not answer any more to what it was made from: `inv lock` renews it."""
+class LockError(HearthError):
+    """A lock that is out of date or cannot be resolved."""
 
     exit_code = 26
+    kinds: ClassVar[Mapping[str, str]] = {
+        "lock-stale": "The lock is older than its inputs; `inv lock` renews it.",
+        "resolution": "No set of versions meets all requirements of ComfyUI and its nodes.",
+    }
 
 
-class ResolutionError(HearthError):
-    """No versions suit all that ComfyUI and its nodes ask for."""
-
-    exit_code = 27
-
-
-class HashMismatchError(HearthError):
-    """A source arrived, and is not what the recipe pins."""
-
-    exit_code = 30
-
-
-class SourceUnreachableError(HearthError):
-    """No source of a recipe could be fetched."""
+class SourceError(HearthError):
+    """A source that cannot be fetched, verified, unpacked or patched."""
 
     exit_code = 31
-
-
-class PatchError(HearthError):
-    """A patch of a recipe does not apply to its source."""
-
-    exit_code = 32
+    kinds: ClassVar[Mapping[str, str]] = {
+        "source-unreachable": "No source could be fetched.",
+        "hash-mismatch": "A file does not have its pinned hash.",
+        "patch": "A patch does not apply to its source.",
+        "nodes": "Several nodes could not be examined, for different reasons.",
+        "unsafe-tree": "A source tree contains a link that leads out of it, or a special file.",
+    }
 
 
 class BundleError(HearthError):
-    """A bundle that is cut short, altered, or not for this host or Hearth."""
+    """A bundle that is damaged, unsuitable or not signed by a trusted key."""
 
     exit_code = 33
+    kinds: ClassVar[Mapping[str, str]] = {
+        "bundle": "The bundle is truncated, altered, or not for this host or version of Hearth.",
+        "signature": "No trusted key signed the bundle, or a key cannot sign.",
+    }
 
 
-class TreeError(HearthError):
-    """A source tree with a link that leads out of it, or with what is neither file nor folder."""
-
-    exit_code = 34
-
-
-class SignatureError(HearthError):
-    """A bundle that nobody signed who may, or a key that cannot sign."""
-
-    exit_code = 35
-
-
-class CompileError(HearthError):
-    """The compiler or the linker refused a file."""
+class BuildError(HearthError):
+    """A kernel that does not compile, or a wheel that fails inspection."""
 
     exit_code = 40
-
-
-class OutOfMemoryError(HearthError):
-    """A compiler was killed: out of memory."""
-
-    exit_code = 41
-
-
-class DiskFullError(HearthError):
-    """No space left on the device."""
-
-    exit_code = 42
-
-
-class InspectionError(HearthError):
-    """A wheel that is not what was asked for, or a file that is no wheel."""
-
-    exit_code = 43
+    kinds: ClassVar[Mapping[str, str]] = {
+        "compile": "The compiler or the linker rejected a file.",
+        "out-of-memory": "A compiler was killed for lack of memory.",
+        "disk-full": "The disk is full.",
+        "inspection": "A wheel is not what was requested, or is not a wheel.",
+    }
 
 
 class ProcessError(HearthError):
-    """A program that Hearth called failed in a way that Hearth has no better name for."""
+    """A program that Hearth called failed."""
 
     exit_code = 50
+    kinds: ClassVar[Mapping[str, str]] = {
+        "process": "A program failed, and no other kind describes the failure.",
+    }
 
     status: int = 0
     """Its exit status, negative for the signal that killed it."""
@@ -194,138 +148,83 @@ class ProcessError(HearthError):
 
 
 class ConnectError(HearthError):
-    """A host that cannot be reached, or whose connection was lost."""
+    """A host that cannot be reached, or grants no access."""
 
     exit_code = 60
-
-
-class HostKeyError(HearthError):
-    """A host whose key is unknown, or not the known one."""
-
-    exit_code = 61
-
-
-class SudoError(HearthError):
-    """No root on a host that needs it."""
-
-    exit_code = 62
+    kinds: ClassVar[Mapping[str, str]] = {
+        "unreachable": "The host cannot be reached, or the connection was lost.",
+        "host-key": "The host's key is unknown, or has changed.",
+        "sudo": "Root is needed on the host and not granted.",
+    }
 
 
 class RefusedError(HearthError):
-    """A change that would not work, or that nobody agreed to: every reason was shown, nothing was changed."""
+    """A change that was refused or not confirmed. Nothing was changed."""
 
     exit_code = 63
+    kinds: ClassVar[Mapping[str, str]] = {
+        "refused": "The change would not work, or was not confirmed.",
+    }
 
 
 class BusyError(HearthError):
-    """Someone else is changing the host."""
+    """A host that is in use. Try again later."""
 
     exit_code = 64
-
-
-class DrainError(HearthError):
-    """ComfyUI still has jobs, and nothing was cut short."""
-
-    exit_code = 65
+    kinds: ClassVar[Mapping[str, str]] = {
+        "busy": "Another operator is changing the host.",
+        "drain": "ComfyUI still has jobs; none was interrupted.",
+    }
 
 
 class GateError(HearthError):
-    """A release that is not healthy; what ran before runs again."""
+    """A change that did not reach the wanted state."""
 
     exit_code = 66
+    kinds: ClassVar[Mapping[str, str]] = {
+        "unhealthy": "The new release is not healthy; the previous one runs again.",
+        "not-converged": "After the deploy, something still differs from the wanted state.",
+    }
 
 
-class ConvergeError(HearthError):
-    """A deploy after which something is still not as wanted."""
-
-    exit_code = 67
-
-
-class SecretError(HearthError):
-    """A secret in a configuration file."""
-
-    exit_code = 68
-
-
-class AgentError(HearthError):
-    """A step on the host failed; the release in service was not touched."""
+class HostError(HearthError):
+    """A step or a resource failed on a host or on this machine."""
 
     exit_code = 69
-
-
-class HostOfflineError(HearthError):
-    """A host that cannot reach the package index, and was not sent the packages."""
-
-    exit_code = 71
-
-
-class RemoteError(HearthError):
-    """A command on a host failed; what it said was shown."""
-
-    exit_code = 72
-
-
-class OldReleaseError(HearthError):
-    """A kept release whose manifest, an older Hearth's, does not say what is asked."""
-
-    exit_code = 73
-
-
-class AuditServiceError(HearthError):
-    """The service that knows vulnerabilities did not answer: packages were not looked up."""
-
-    exit_code = 74
-
-
-class NoInstallationError(HearthError):
-    """No ComfyUI to adopt, more than one, or nothing adopted that could be put back."""
-
-    exit_code = 75
-
-
-class StorageError(HearthError):
-    """A folder of a host that does not answer: its server or its disk is gone."""
-
-    exit_code = 76
-
-
-class GpuError(HearthError):
-    """A host without an NVIDIA driver that answers."""
-
-    exit_code = 80
-
-
-class RecordingError(HearthError):
-    """A recording of GPUs that is cut short, or is none."""
-
-    exit_code = 81
-
-
-class NoAnswerError(HearthError):
-    """ComfyUI does not answer: it does not run, it hangs, or it died while it started."""
-
-    exit_code = 82
-
-
-class LogError(HearthError):
-    """A log that cannot be read on the host."""
-
-    exit_code = 83
-
-
-class ChangedSinceError(HearthError):
-    """Something outside the prefix that Hearth set was changed since: undoing leaves it as it is."""
-
-    exit_code = 84
+    kinds: ClassVar[Mapping[str, str]] = {
+        "step-failed": "A step on the host failed; the active release was not touched.",
+        "disk-full": "The disk is full.",
+        "offline": "The host cannot reach the package index, and was not sent the packages.",
+        "remote-command": "A command on the host failed; its output was shown.",
+        "old-release": "An older Hearth made the release, and its manifest lacks what is needed.",
+        "no-installation": "There is no ComfyUI to adopt, more than one, or no adopted one to restore.",
+        "storage": "A folder of the host does not answer: its server or disk is gone.",
+        "gpu": "No NVIDIA driver answers on the host.",
+        "no-answer": "ComfyUI does not answer: it is stopped, hangs, or died while it started.",
+        "log": "A log cannot be read on the host.",
+        "changed": "Something that Hearth set outside its prefix was changed since; undoing leaves it.",
+    }
 
 
 class GroupError(HearthError):
-    """Not every host of a group came through."""
+    """Not every host of a group succeeded."""
 
     exit_code = 70
+    kinds: ClassVar[Mapping[str, str]] = {
+        "group": "At least one host failed or was skipped.",
+    }
 
 
-def near(name: str, known: Iterable[str]) -> str:
+class AuditError(HearthError):
+    """The vulnerability service did not answer."""
+
+    exit_code = 74
+    kinds: ClassVar[Mapping[str, str]] = {
+        "audit-service": "The service did not answer; packages were not looked up.",
+    }
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
     """A sentence that helps whoever mistyped `name`: the nearest known name, then all of them if they are few."""
     names = sorted(known)
     close = get_close_matches(name, names, n=1)

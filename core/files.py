@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from core import console
-from core.errors import TreeError
+from core.errors import SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -46,14 +46,14 @@ LARGEST_WHEEL = 4_000_000_000
 def tree(root: Path, largest: int = LARGEST) -> list[tuple[str, Path]]:
     """List every file of a tree by its relative path, sorted, to hash, pack or bundle the tree.
 
-    A symbolic link to a file of the same tree counts as that file. Raises TreeError for other links, which would send
+    A symbolic link to a file of the same tree counts as that file. Raises SourceError for other links, which would send
     other files of this machine, and for devices, pipes, sockets, huge files and names with control characters.
     """
     real, found = Path(os.path.realpath(root)), []
     pending = [root]
     while pending:
         if len(pending[-1].parts) - len(root.parts) > 100:
-            raise TreeError(f"{root.name}: {pending[-1].relative_to(root)} is too deep", hint=_REFUSED)
+            raise SourceError("unsafe-tree", f"{root.name}: {pending[-1].relative_to(root)} is too deep", hint=_REFUSED)
         with os.scandir(pending.pop()) as entries:
             listed = list(entries)
         pending += [Path(entry.path) for entry in listed if entry.is_dir(follow_symlinks=False)]
@@ -62,15 +62,18 @@ def tree(root: Path, largest: int = LARGEST) -> list[tuple[str, Path]]:
             inside = not path.is_symlink() or _real(path).is_relative_to(real)
             if not plain(name) or name != str(path.relative_to(root)):
                 what = f"{root.name}: the name {name!r} is not UTF-8, or has control characters"
-                raise TreeError(what, hint=_REFUSED)
+                raise SourceError("unsafe-tree", what, hint=_REFUSED)
             if inside and path.is_file():
                 if path.stat().st_size > largest:
                     what = f"{root.name}: {name} is larger than {largest // 1_000_000} MB"
-                    raise TreeError(what, cause="trees are code, and models are not sent", hint=_REFUSED)
+                    raise SourceError(
+                        "unsafe-tree", what, cause="trees are code, and models are not sent", hint=_REFUSED
+                    )
                 found.append((name, path))
             elif not inside or path.is_symlink() or not path.is_dir():
                 kind = f"a link to {path.readlink()}" if path.is_symlink() else "a device, pipe or socket"
-                raise TreeError(
+                raise SourceError(
+                    "unsafe-tree",
                     f"{root.name}: {name} is {kind}",
                     cause="only files, and links to files of the same tree, are hashed, packed or sent",
                     hint=_REFUSED,
@@ -111,8 +114,8 @@ def tree_hash(root: Path, names: Iterable[str] | None = None) -> str:
 def draft(place: Path) -> Iterator[Path]:
     """Yield a path for a file or folder that the caller then renames to `place`.
 
-    It is in a locked folder next to `place`, which is deleted at the end. Folders of killed runs are deleted first:
-    the kernel has released their locks, also on a shared home. Process ids would not identify them: they repeat in
+    It is in a locked folder beside `place`, which is deleted at the end. Folders of killed runs are deleted first: the
+    kernel has released their locks, also on a shared home. Process ids would not identify them: they repeat in
     containers and mean nothing on another machine.
     """
     place.parent.mkdir(parents=True, exist_ok=True)

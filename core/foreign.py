@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import tomli
 
 from core import files
-from core.errors import TreeError
+from core.errors import SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -34,7 +34,7 @@ LEAVE_OUT = "exclude it from the node or recipe with `without`"
 
 
 class Tree:
-    """A folder filled from a commit or archive; raises TreeError for content that no source tree needs."""
+    """A folder filled from a commit or archive; raises SourceError for content that no source tree needs."""
 
     def __init__(self, place: Path, label: str) -> None:
         self.place, self.label = place, label
@@ -55,7 +55,7 @@ class Tree:
         """Remember a symbolic link."""
         self._new(name, 0)
         if not 0 < len(target) < 4096 or b"\0" in target:
-            raise TreeError(f"{self.label}: {name!r} is a link to nothing", hint=LEAVE_OUT)
+            raise SourceError("unsafe-tree", f"{self.label}: {name!r} is a link to nothing", hint=LEAVE_OUT)
         if name in self._links:
             raise self._twice(name)
         self._links[name] = os.fsdecode(target)
@@ -76,9 +76,11 @@ class Tree:
     def _new(self, name: str, size: int) -> Path:
         parts = name.split("/")
         if {"", ".", "..", ".git"} & {part.lower() for part in parts} or not files.plain(name):
-            raise TreeError(f"{self.label}: a file cannot be named {name!r}", hint=LEAVE_OUT)
+            raise SourceError("unsafe-tree", f"{self.label}: a file cannot be named {name!r}", hint=LEAVE_OUT)
         if len(parts) > DEPTH or max(len(os.fsencode(part)) for part in parts) > 250 or len(os.fsencode(name)) > 2000:
-            raise TreeError(f"{self.label}: {name[:100]!r}... is too long a name, or too deep", hint=LEAVE_OUT)
+            raise SourceError(
+                "unsafe-tree", f"{self.label}: {name[:100]!r}... is too long a name, or too deep", hint=LEAVE_OUT
+            )
         self._count(name, size)
         path = self.place.joinpath(*parts)
         try:
@@ -93,22 +95,24 @@ class Tree:
             most = (
                 f"a tree has at most {FILES} files of {files.LARGEST // 1_000_000} MB, and {TOTAL // 1_000_000_000} GB"
             )
-            raise TreeError(f"{self.label} is too large, at {name!r}", cause=most, hint=LEAVE_OUT)
+            raise SourceError("unsafe-tree", f"{self.label} is too large, at {name!r}", cause=most, hint=LEAVE_OUT)
 
-    def _twice(self, name: str) -> TreeError:
-        return TreeError(f"{self.label} has {name!r} twice, or both as a file and as a folder", hint=LEAVE_OUT)
+    def _twice(self, name: str) -> SourceError:
+        return SourceError(
+            "unsafe-tree", f"{self.label} has {name!r} twice, or both as a file and as a folder", hint=LEAVE_OUT
+        )
 
 
 @contextmanager
 def _told(label: str, where: str) -> Iterator[None]:
-    """Convert the exceptions of tarfile and zlib to TreeError."""
+    """Convert the exceptions of tarfile and zlib to SourceError."""
     try:
         yield
     except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError, RecursionError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # of the disk
             raise
         cause = f"damaged, cut short or made to be misread, at {where!r}: {error!r}"
-        raise TreeError(f"{label} is no archive that can be unpacked", cause=cause[:500]) from error
+        raise SourceError("unsafe-tree", f"{label} is no archive that can be unpacked", cause=cause[:500]) from error
 
 
 class _Rationed:
@@ -131,8 +135,8 @@ HEADERS = 1 << 20
 def members(raw: IO[bytes], label: str) -> Iterator[tuple[tarfile.TarInfo, Iterator[bytes]]]:
     """Yield the members of an uncompressed tar archive, each with its content in blocks to read before the next one.
 
-    Raises TreeError with the member's name for anything but files, folders and symbolic links: hard links, devices, and
-    sparse files, which are huge when unpacked. At most one block is in memory.
+    Raises SourceError with the member's name for anything but files, folders and symbolic links: hard links, devices,
+    and sparse files, which are huge when unpacked. At most one block is in memory.
     """
     ration, last, count, total = _Rationed(raw), "its beginning", 0, 0
 
@@ -148,41 +152,43 @@ def members(raw: IO[bytes], label: str) -> Iterator[tuple[tarfile.TarInfo, Itera
         while member := archive.next():
             last, count, total = member.name, count + 1, total + member.size
             if not (member.isreg() or member.isdir() or member.issym()) or member.issparse() or member.size < 0:
-                raise TreeError(f"{label}: {last} is no plain file, folder or link to one", hint=LEAVE_OUT)
+                raise SourceError(
+                    "unsafe-tree", f"{label}: {last} is no plain file, folder or link to one", hint=LEAVE_OUT
+                )
             if count > FILES or total > TOTAL:
-                raise TreeError(f"{label} is too large, at {last!r}", hint=LEAVE_OUT)
+                raise SourceError("unsafe-tree", f"{label} is too large, at {last!r}", hint=LEAVE_OUT)
             ration.left = member.size + HEADERS
             yield member, content(archive.extractfile(member) if member.isreg() else None)
             archive.members = []  # tarfile would keep all of them
 
 
 def content(path: Path, limit: int = LIMIT) -> bytes:
-    """A file's bytes; raises TreeError for more than `limit` bytes and for anything but a regular file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # do not block on a pipe
+    """A file's bytes; raises SourceError for more than `limit` bytes and for anything but a regular file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not block on a pipe
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise TreeError(f"{path} is no plain file, and is not read", hint=LEAVE_OUT)
+            raise SourceError("unsafe-tree", f"{path} is no plain file, and is not read", hint=LEAVE_OUT)
         with os.fdopen(os.dup(descriptor), "rb") as file:
             read = file.read(limit + 1)
     finally:
         os.close(descriptor)
     if len(read) > limit:
-        raise TreeError(f"{path} is larger than {limit // 1000} kB, and is not read", hint=LEAVE_OUT)
+        raise SourceError("unsafe-tree", f"{path} is larger than {limit // 1000} kB, and is not read", hint=LEAVE_OUT)
     return read
 
 
 def text(path: Path, limit: int = TEXT) -> str:
-    """A file's text, with U+FFFD for bytes that are not UTF-8; raises TreeError as `content` does."""
+    """A file's text, with U+FFFD for bytes that are not UTF-8; raises SourceError as `content` does."""
     return content(path, limit).decode(errors="replace")
 
 
 def parsed(path: Path) -> ast.Module | None:
     """The syntax tree of a Python file, which is not executed; None if it is too large or cannot be parsed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about escapes and comparisons, which concern only its author
+        warnings.simplefilter("ignore")  # about escapes and comparisons of its author
         try:
             return ast.parse(content(path))
-        except (TreeError, SyntaxError, ValueError, RecursionError, MemoryError):
+        except (SourceError, SyntaxError, ValueError, RecursionError, MemoryError):
             return None
 
 

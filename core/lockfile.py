@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from core import console, files, tools, workspace
-from core.errors import LockStaleError
+from core.errors import LockError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 def renew(*, check: bool) -> None:
-    """Resolve uv.lock again; `check` changes nothing. Raises LockStaleError."""
+    """Resolve uv.lock again; `check` changes nothing. Raises LockError."""
     done = tools.uv("lock", *(["--check"] if check else []), cwd=files.CHECKOUT, check=False)
     if done.returncode:
-        raise LockStaleError(
+        raise LockError(
+            "lock-stale",
             "uv.lock is stale" if check else "uv.lock could not be resolved",
             cause=done.stderr.strip().splitlines()[-1],
             hint="inv lock" if check else "read uv's message above",

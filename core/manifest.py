@@ -1,4 +1,4 @@
-"""The manifest of a wheel: its inputs, and the findings of the inspection.
+"""The manifest of a wheel: what it was built from, and what the inspection found in it.
 
 `kernels` writes it, `deploy` reads it; its JSON schema is in docs/reference/manifest.schema.json.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from core import console, foreign
-from core.errors import TreeError
+from core.errors import SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -75,7 +75,7 @@ def read(path: Path) -> Manifest | None:
     """The manifest in a file; None when the file cannot be read or decoded."""
     try:
         return decode(foreign.content(path))
-    except (OSError, TreeError, msgspec.DecodeError, RecursionError):
+    except (OSError, SourceError, msgspec.DecodeError, RecursionError):
         return None
 
 

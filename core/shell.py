@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any
 
-from core.errors import AgentError, DiskFullError, ProcessError, ToolMissingError
+from core.errors import HostError, ProcessError, ToolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -46,7 +46,7 @@ def run(
 
     `env` is added to this process's environment, or replaces it without `inherit`. `output` is a file for standard
     output, in bytes. `timeout` is in seconds.
-    Raises ToolMissingError when it is not installed and, with `check`, ProcessError when it fails.
+    Raises ToolError when it is not installed and, with `check`, ProcessError when it fails.
     """
     words = [str(word) for word in argv]
     try:
@@ -67,17 +67,23 @@ def run(
             raise
         raise _missing(words[0]) from error
     except subprocess.TimeoutExpired as error:
-        raise ProcessError(f"{words[0]} did not end within {timeout:.0f} s") from error
+        raise ProcessError("process", f"{words[0]} did not end within {timeout:.0f} s") from error
     if done.returncode and "No space left on device" in done.stderr:
-        raise DiskFullError(f"the disk is full: {words[0]} could not write", hint="free some space, then run again")
+        raise HostError(
+            "disk-full", f"the disk is full: {words[0]} could not write", hint="free some space, then run again"
+        )
     if check and done.returncode:
         last = (done.stderr or done.stdout or "").strip().splitlines()[-8:]
-        raise ProcessError(f"{' '.join(words[:3])} ... exited with {done.returncode}", cause="\n    ".join(last))
+        raise ProcessError(
+            "process", f"{' '.join(words[:3])} ... exited with {done.returncode}", cause="\n    ".join(last)
+        )
     return done
 
 
-def _missing(program: str) -> ToolMissingError:
-    return ToolMissingError(f"{program} is not installed", hint=f"install {_PACKAGES.get(program, program)}")
+def _missing(program: str) -> ToolError:
+    return ToolError(
+        "program-missing", f"{program} is not installed", hint=f"install {_PACKAGES.get(program, program)}"
+    )
 
 
 def lines(
@@ -144,11 +150,11 @@ def stream(
                     yield bytes(line) + b"\n"
             if len(output) > LINE:
                 what = f"{words[0]} wrote a line of more than {LINE} bytes"
-                raise AgentError(what, hint="look at what runs there: inv logs")
+                raise HostError("step-failed", what, hint="look at what runs there: inv logs")
         errors.join(1)  # at most: the background master of an older ssh keeps stderr open
         if process.returncode:
             cause = "\n    ".join([*errors.lines][-8:])
-            failure = ProcessError(f"{' '.join(words[-2:])} ended with {process.returncode}", cause=cause)
+            failure = ProcessError("process", f"{' '.join(words[-2:])} ended with {process.returncode}", cause=cause)
             failure.status, failure.said = process.returncode, "\n".join(errors.lines)
             raise failure
         if output:
@@ -234,7 +240,7 @@ def _ended(process: subprocess.Popen[Any], patience: float | None = None) -> Ite
 
 
 def find(program: str) -> str:
-    """The path of a program; raises ToolMissingError."""
+    """The path of a program; raises ToolError."""
     if found := which(program):
         return found
     raise _missing(program)

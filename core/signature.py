@@ -1,8 +1,8 @@
-"""SSH signatures, made and checked by ssh-keygen (-Y, OpenSSH 8.2): every operator has an SSH key.
+"""Signatures by SSH keys, which every operator has: made and checked by ssh-keygen (its -Y, OpenSSH 8.2).
 
-An `allowed_signers` file (ssh-keygen(1)) lists the permitted signers, one key per line. `valid-before` ends a line's
-validity by the checking machine's clock, since a signature's own time could be forged by its maker. A line that starts
-with `@revoked `, as in a known_hosts file, revokes its key, even if another line lists or certifies it.
+Who may sign is listed in an `allowed_signers` file (ssh-keygen(1)), a line a key. A line's `valid-before` ends what
+the line says, by the clock of the machine that checks: a signature tells no time, which its maker could choose.
+`@revoked ` before a line, as in a known_hosts file, ends its key, whatever else lists or certifies that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import shell
-from core.errors import SignatureError
+from core.errors import BundleError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +48,7 @@ def _keygen(action: str, *words: str | Path, said: str | None = None) -> Done:
 def sign(text: str, key: Path) -> Signed:
     """Sign a text with a private key, or with a public key whose private key is in ssh-agent.
 
-    Raises SignatureError.
+    Raises BundleError.
     """
     done = (
         _keygen("sign", "-n", NAMESPACE, "-f", key, said=text) if key.is_file() else None
@@ -56,7 +56,7 @@ def sign(text: str, key: Path) -> Signed:
     if done is None or done.returncode:
         cause = done.stderr.strip() if done else "there is no such file"
         hint = "--sign KEY names another one, --sign none signs nothing; ssh-add unlocks one that has a passphrase"
-        raise SignatureError(f"ssh-keygen cannot sign with {key}", cause=cause, hint=hint)
+        raise BundleError("signature", f"ssh-keygen cannot sign with {key}", cause=cause, hint=hint)
     return Signed(text, done.stdout)
 
 
@@ -68,26 +68,26 @@ class Signed:
     signature: str
 
     def key(self) -> str:
-        """The type and fingerprint of the signing key; raises SignatureError for an invalid signature."""
+        """The type and fingerprint of the signing key; raises BundleError for an invalid signature."""
         with _files(signature=self.signature) as (place,):
             done = _keygen("check-novalidate", "-n", NAMESPACE, "-s", place, said=self.text)
         if done.returncode:
             cause = (done.stderr.strip() or done.stdout.strip()).replace(str(place), "it")
-            raise SignatureError("the signature is not one of this content", cause=cause)
+            raise BundleError("signature", "the signature is not one of this content", cause=cause)
         return done.stdout.strip().partition(" with ")[2]
 
     def signer(self, allowed: str, where: str) -> str:
         """The signer, according to the text of an allowed_signers file; `where` names the file in messages.
 
-        Raises SignatureError when no listed signer signed it.
+        Raises BundleError when no listed signer signed it.
         """
         hint = f"have one of {where} sign it; or add who did, with the key that they name to you themselves"
         if not self.signature:
-            raise SignatureError("it is not signed", cause=f"{where} lists who may sign", hint=hint)
+            raise BundleError("signature", "it is not signed", cause=f"{where} lists who may sign", hint=hint)
         key = self.key()
         valid, revoked = _without_revoked(allowed, where)
         if key.rpartition(" ")[2] in revoked:
-            raise SignatureError(f"{where} says that the key which signed it is revoked: {key}", hint=hint)
+            raise BundleError("signature", f"{where} says that the key which signed it is revoked: {key}", hint=hint)
         with _files(signature=self.signature, allowed_signers=valid) as (place, listed):
             done = _keygen("find-principals", "-s", place, "-f", listed)
             for name in done.stdout.splitlines() if not done.returncode else ():
@@ -95,7 +95,7 @@ class Signed:
                 if not done.returncode:
                     return name
         cause = (done.stderr.strip() or done.stdout.strip()).replace(str(listed), where)
-        raise SignatureError(f"nobody of {where} signed it: its key is {key}", cause=cause, hint=hint)
+        raise BundleError("signature", f"nobody of {where} signed it: its key is {key}", cause=cause, hint=hint)
 
 
 _PUBLIC = re.compile(r"(?<!\S)((?:sk-)?(?:ssh|ecdsa)-[\w@.-]+)[ \t]+([A-Za-z0-9+/]+={0,2})(?!\S)", re.ASCII)
@@ -104,7 +104,7 @@ _PUBLIC = re.compile(r"(?<!\S)((?:sk-)?(?:ssh|ecdsa)-[\w@.-]+)[ \t]+([A-Za-z0-9+
 def _without_revoked(allowed: str, where: str) -> tuple[str, set[str]]:
     """The lines of an allowed_signers file without those of revoked keys, and the fingerprints of these keys.
 
-    Raises SignatureError for an unknown marker, and for a marker without a key, which would revoke nothing.
+    Raises BundleError for an unknown marker, and for a marker without a key, which would revoke nothing.
     """
     lines = [line.strip("\ufeff \t\r") for line in allowed.split("\n")]
     keys = {line: {_fingerprint(*found) for found in _PUBLIC.findall(line)} for line in lines}
@@ -112,7 +112,7 @@ def _without_revoked(allowed: str, where: str) -> tuple[str, set[str]]:
     for line in marked:
         if line.split()[0] != "@revoked" or not keys[line] or "" in keys[line]:
             hint = "@revoked anna@example.org ssh-ed25519 AAAA...: the line as it was, with the mark before it"
-            raise SignatureError(f"{where} has a line that cannot be read: {line[:80]!r}", hint=hint)
+            raise BundleError("signature", f"{where} has a line that cannot be read: {line[:80]!r}", hint=hint)
     revoked = {key for line in marked for key in keys[line]}
     return "".join(f"{line}\n" for line in lines if line not in marked and not keys[line] & revoked), revoked
 

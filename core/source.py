@@ -17,15 +17,7 @@ from typing import IO, TYPE_CHECKING, cast
 import msgspec
 
 from core import console, files, foreign, tools, workspace
-from core.errors import (
-    BundleError,
-    ConfigError,
-    HashMismatchError,
-    HearthError,
-    ProcessError,
-    SourceUnreachableError,
-    TreeError,
-)
+from core.errors import BundleError, ConfigError, HearthError, ProcessError, SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -81,14 +73,14 @@ def check(recipe: Pinned) -> None:
     for source in recipe.source:
         kinds = [kind for kind in (source.git, source.sdist, source.folder) if kind]
         if len(kinds) != 1:
-            raise ConfigError(f"{recipe.path}: a source is one of git, sdist, folder")
+            raise ConfigError("config", f"{recipe.path}: a source is one of git, sdist, folder")
         if source.folder and (Path(source.folder).is_absolute() or ".." in Path(source.folder).parts):
-            raise ConfigError(f"{recipe.path}: folder {source.folder!r} is not below the recipe")
+            raise ConfigError("config", f"{recipe.path}: folder {source.folder!r} is not below the recipe")
         if (source.git and not source.commit) or (source.sdist and not (source.version and source.sha256)):
-            raise ConfigError(f"{recipe.path}: a git source needs commit; an sdist needs version and sha256")
+            raise ConfigError("config", f"{recipe.path}: a git source needs commit; an sdist needs version and sha256")
         if source.git and not re.fullmatch("[0-9a-f]{40,64}", source.commit):
             raise ConfigError(
-                f"{recipe.path}: commit {source.commit!r} is not a whole commit", hint="40 hexadecimal digits"
+                "config", f"{recipe.path}: commit {source.commit!r} is not a whole commit", hint="40 hexadecimal digits"
             )
 
 
@@ -101,7 +93,7 @@ def cached(recipe: Pinned) -> Path | None:
 
 
 def intact(recipe: Pinned) -> Path:
-    """The tree of `fetch`, hashed again to detect edits of the cache."""
+    """The tree of `fetch`, hashed again, in case somebody edited the cache."""
     tree = fetch(recipe)
     if not recipe.source[0].folder:
         _check(recipe, recipe.source[0], tree)
@@ -115,14 +107,16 @@ def _place(recipe: Pinned) -> Path:
 def fetch(recipe: Pinned) -> Path:
     """The recipe's pristine source tree in the cache, fetched from the first source that answers.
 
-    Raises HashMismatchError when its hash is not `tree`, SourceUnreachableError when no source answers. A folder of
+    Raises SourceError when its hash is not `tree`, SourceError when no source answers. A folder of
     the recipe itself is not checked, because the user may edit it.
     """
     if there := cached(recipe):
         return there
     place = _place(recipe)
     if workspace.current().bundled:
-        raise BundleError(f"the bundle lacks {recipe.name} {recipe.version}", hint="make it again: inv bundle")
+        raise BundleError(
+            "bundle", f"the bundle lacks {recipe.name} {recipe.version}", hint="make it again: inv bundle"
+        )
     failures: list[str] = []
     for source in recipe.source:
         try:
@@ -131,11 +125,12 @@ def fetch(recipe: Pinned) -> Path:
                 _fetch_with_retries(_fetch_git if source.git else _fetch_sdist, source, recipe, part)
                 _check(recipe, source, part)
             return place
-        except (HashMismatchError, TreeError):
-            raise
         except HearthError as error:
+            if error.kind in ("hash-mismatch", "unsafe-tree"):
+                raise
             failures.append(f"{source.label}: {error.cause or error.what}")
-    raise SourceUnreachableError(
+    raise SourceError(
+        "source-unreachable",
         f"no source of {recipe.name} {recipe.version} could be fetched",
         cause="\n         ".join(failures),
         hint="check the network (and git's url.<mirror>.insteadOf, if you use one), then run the same command",
@@ -167,8 +162,9 @@ def _fetch_with_retries(
     for pause in (1, 4, 0):
         try:
             return fetch_one(source, recipe, place)
-        except (ProcessError, SourceUnreachableError) as error:
-            if not pause or not any(sign in f"{error}".lower() for sign in TRANSIENT):
+        except (ProcessError, SourceError) as error:
+            transient = error.kind in ("process", "source-unreachable")
+            if not pause or not transient or not any(sign in f"{error}".lower() for sign in TRANSIENT):
                 raise
             console.say(f"{recipe.name}: the network failed, trying again")
             time.sleep(pause)
@@ -180,7 +176,8 @@ def _fetch_with_retries(
 def _check(recipe: Pinned, source: Source, tree: Path) -> None:
     found = files.tree_hash(tree)
     if found != recipe.tree:
-        raise HashMismatchError(
+        raise SourceError(
+            "hash-mismatch",
             f"the source of {recipe.name} from {source.label} is not what the recipe pins",
             cause=f"tree {found}, pinned {recipe.tree or '(nothing)'}: altered on the way, or the pin is wrong",
             hint=f"rm -r {shlex.quote(str(tree))} has it fetched again"
@@ -247,9 +244,11 @@ def _write_commit(source: Source, recipe: Pinned, tree: foreign.Tree, below: str
 
 
 def _entries(raw: IO[bytes], source: Source) -> dict[str, list[str]]:
-    """Parse the output of `git ls-tree -r -z`: mode, type and object of each path. Raises TreeError for too many."""
+    """Parse the output of `git ls-tree -r -z`: mode, type and object of each path. Raises SourceError for too many."""
     if (size := raw.seek(0, os.SEEK_END)) > LISTED:
-        raise TreeError(f"{source.label} has too many files", cause=f"{size} bytes of names", hint=foreign.LEAVE_OUT)
+        raise SourceError(
+            "unsafe-tree", f"{source.label} has too many files", cause=f"{size} bytes of names", hint=foreign.LEAVE_OUT
+        )
     raw.seek(0)
     found: dict[str, list[str]] = {}
     for line in raw.read().split(b"\0")[:-1]:
@@ -274,7 +273,7 @@ def _submodule(name: str, source: Source, entries: Mapping[str, Sequence[str]], 
     )
     if not url or entries.get(name, ("",))[0] != "160000":
         raise ConfigError(
-            f"{source.label} has no submodule {name!r}", hint="`submodules` has its path in the repository"
+            "config", f"{source.label} has no submodule {name!r}", hint="`submodules` has its path in the repository"
         )
     if url.startswith(("./", "../")):  # relative to the repository's own address
         base = source.git.rstrip("/")
@@ -284,7 +283,8 @@ def _submodule(name: str, source: Source, entries: Mapping[str, Sequence[str]], 
         url = f"{base}/{url}"
     kind = url.partition("://")[0]
     if not (ADDRESS.fullmatch(url) and (kind != "file" or source.git.startswith(("file:", "/")))):
-        raise TreeError(
+        raise SourceError(
+            "unsafe-tree",
             f"{source.label}: submodule {name!r} comes from {url!r}",
             cause="a repository elsewhere cannot name a folder of this machine, nor another way than https and ssh",
             hint="leave it out of `submodules`",
@@ -313,21 +313,22 @@ def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
             ]
             pinned = [package for package in matching if package.digests.get("sha256") == source.sha256]
             if matching and not pinned:
-                raise HashMismatchError(
+                raise SourceError(
+                    "hash-mismatch",
                     f"no sdist {source.sdist}=={source.version} on the index has the pinned hash",
                     cause=f"pinned sha256 {source.sha256}, offered "
                     + ", ".join(package.digests.get("sha256", "none") for package in matching),
                     hint="compare it with the release; only then change the recipe",
                 )
             if not pinned:
-                raise SourceUnreachableError(f"the index has no sdist {source.sdist}=={source.version}")
+                raise SourceError("source-unreachable", f"the index has no sdist {source.sdist}=={source.version}")
             client.download_package(pinned[0], archive)
     except DigestMismatchError as error:
-        raise HashMismatchError(
-            f"the sdist {source.sdist}=={source.version} was altered on the way", cause=str(error)
+        raise SourceError(
+            "hash-mismatch", f"the sdist {source.sdist}=={source.version} was altered on the way", cause=str(error)
         ) from error
     except (RequestException, ValueError) as error:
-        raise SourceUnreachableError(f"the package index did not answer: {error}") from error
+        raise SourceError("source-unreachable", f"the package index did not answer: {error}") from error
 
     def wanted(name: str) -> str:
         if source.subfolder:
@@ -341,7 +342,7 @@ def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
 
 
 def unpack(archive: Path, tree: foreign.Tree, wanted: Callable[[str], str]) -> None:
-    """Fill a tree from an sdist, whose only folder is NAME-VERSION; `wanted` maps a file to its path, "" skips it."""
+    """Fill a tree from an sdist, whose one folder is NAME-VERSION; `wanted` names a file there, or says no (empty)."""
     with gzip.open(archive) as raw:
         for member, blocks in foreign.members(cast("IO[bytes]", raw), tree.label):
             name = wanted(member.name.partition("/")[2])

@@ -10,7 +10,7 @@ import msgspec
 
 from core import workspace
 from core.config import load
-from core.errors import UnknownNameError, near
+from core.errors import UsageError, suggest
 
 
 class Platform(Enum):
@@ -21,17 +21,17 @@ class Platform(Enum):
 
     @classmethod
     def parse(cls, text: str) -> Platform:
-        """Read a platform's name; raises UnknownNameError."""
+        """Read a platform's name; raises UsageError."""
         try:
             return cls(text)
         except ValueError:
-            raise UnknownNameError(
-                f"there is no platform {text!r}", hint=near(text, [each.value for each in cls])
+            raise UsageError(
+                "unknown-name", f"there is no platform {text!r}", hint=suggest(text, [each.value for each in cls])
             ) from None
 
     @classmethod
     def local(cls) -> Platform:
-        """The platform of this machine; raises UnknownNameError where Hearth does not run."""
+        """The platform of this machine; raises UsageError where Hearth does not run."""
         return cls.parse(f"linux_{machine.machine()}")
 
     @property
@@ -73,8 +73,8 @@ def stacks() -> dict[str, Stack]:
 
 
 def find_stack(name: str) -> Stack:
-    """Return the stack `name`; raises UnknownNameError with the nearest name."""
+    """Return the stack `name`; raises UsageError with the nearest name."""
     known = stacks()
     if name not in known:
-        raise UnknownNameError(f"there is no stack {name!r}", hint=near(name, known))
+        raise UsageError("unknown-name", f"there is no stack {name!r}", hint=suggest(name, known))
     return known[name]

@@ -108,7 +108,7 @@ def index() -> str:
 
 def _passed(names: str) -> dict[str, str]:
     if workspace.current().bundled:  # each of these programs would use the network, or files outside the bundle
-        raise BundleError("the bundle is incomplete", hint="create it again: inv bundle")
+        raise BundleError("bundle", "the bundle is incomplete", hint="create it again: inv bundle")
     return {name: value for name, value in os.environ.items() if any(fnmatchcase(name, each) for each in names.split())}
 
 

@@ -1,4 +1,4 @@
-"""The wheelhouse: a folder of finished wheels, each with its manifest next to it (`NAME.whl.json`)."""
+"""The wheelhouse: a folder of finished wheels, each with its manifest beside it (`NAME.whl.json`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from core import files
 from core import manifest as manifests
-from core.errors import HashMismatchError
+from core.errors import SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A manifest of the wheelhouse; `fault` describes the problem of its wheel, and is empty for a verified one."""
+    """A manifest of the wheelhouse; `fault` says what is wrong with its wheel, and is empty for a verified one."""
 
     manifest: Manifest
     fault: str
@@ -58,12 +58,13 @@ class Wheelhouse:
         return "" if files.sha256(wheel) == manifest.sha256 else "the wheel is not the one that was inspected"
 
     def path(self, manifest: Manifest) -> Path:
-        """The path of a wheel whose hash matches its manifest; raises HashMismatchError."""
+        """The path of a wheel whose hash matches its manifest; raises SourceError."""
         if self._fault(manifest):
             words = ["--kernel", manifest.kernel, "--arch", manifest.arch, "--stack", manifest.stack]
             words += ["--python", manifest.python, "--platform", manifest.platform]
             words += ["--profile", manifest.profile] if manifest.profile else []
-            raise HashMismatchError(
+            raise SourceError(
+                "hash-mismatch",
                 f"{self.folder / manifest.file} is not the wheel that was inspected",
                 cause="its SHA-256 differs from its manifest's: it was damaged or replaced",
                 hint=f"inv build-kernels --force {shlex.join(words)}",

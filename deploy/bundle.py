@@ -1,8 +1,8 @@
-"""Bundles: one file with everything that a host needs, for places without network access.
+"""Bundles: one file with all that a host needs, for places that no network reaches.
 
-A bundle is a tar of a reduced checkout, a cache and a wheelhouse. Its first member, `bundle.json`, lists every other
-file with size and SHA-256. The second is an SSH signature of the first, if the bundle is signed. Every byte is checked
-before use, and a deploy from a bundle uses only its contents.
+A bundle is a tar of a small checkout's data, a cache and a wheelhouse. Its first member, `bundle.json`, names every
+other file with its size and SHA-256; the second is a signature of the first by an SSH key, where it is signed. No byte
+is used before it was checked, and what is deployed from a bundle is taken from there and from nowhere else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 from core import console, files, lockfile, signature, source, workspace
-from core.errors import BundleError, SignatureError
+from core.errors import BundleError
 from core.manifest import Sha256
 from core.signature import Signed
 from core.stack import Platform
@@ -43,9 +43,9 @@ FORMAT = 2
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"
 LIMIT, SHORT = 64_000_000, 64_000
-"""Size limits in bytes: of a manifest (300,000 files), and of its signature (about 300) or of a header."""
+"""Bytes of a manifest: 300,000 files; and of its signature, which has about 300, or of a header."""
 DEPTH = 100
-"""Maximum depth of nested folders."""
+"""Folders in one another."""
 AGENT = "agent.pyz"
 
 
@@ -58,7 +58,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The target of a bundle and all its files. `asking` are its nodes, and ComfyUI-Manager if selected."""
+    """What a bundle is for, and every file that it holds. `asking` are its nodes, and ComfyUI-Manager where chosen."""
 
     format: int
     profile: str
@@ -71,13 +71,13 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def size(self) -> int:
-        """The total size of its files, in bytes."""
+        """The bytes of its files."""
         return sum(each.size for each in self.files.values())
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A bundle that was read: `seal` is its manifest's SHA-256, signed or not; `origin` names the signer."""
+    """A bundle that was read: `seal` is its manifest's SHA-256, signed or not, and `origin` says by whom."""
 
     bundle: Bundle
     seal: Signed
@@ -85,17 +85,17 @@ class Opened:
 
     @property
     def id(self) -> str:
-        """The SHA-256 of its manifest, which covers the whole content. Compare it with its maker's id."""
+        """The SHA-256 of its manifest, and so of all that is in it: to compare with what the maker says."""
         return self.seal.text
 
 
 def signers_file() -> Path:
-    """The list of permitted bundle signers: $HEARTH_ALLOWED_SIGNERS, else `config/allowed_signers`."""
+    """Who may sign bundles that this client uses: $HEARTH_ALLOWED_SIGNERS, else `config/allowed_signers`."""
     return Path(os.environ.get("HEARTH_ALLOWED_SIGNERS") or files.CHECKOUT / "config/allowed_signers")
 
 
 def _origin(seal: Signed) -> str:
-    """The signer of a bundle, in words; raises SignatureError if this client has a list and the signer is not in it."""
+    """Who signed a bundle, in words; raises BundleError for nobody whom this client's list has, if it has one."""
     place = signers_file()
     if (listed := _signers(place)) is not None:
         return f"signed by {seal.signer(listed, str(place))}"
@@ -103,28 +103,32 @@ def _origin(seal: Signed) -> str:
 
 
 def _signers(place: Path) -> str | None:
-    """This client's list of permitted signers; None if no variable names one and the default file does not exist.
+    """This client's list of who may sign, None where there is none: where a variable names none, and no file is there.
 
-    Raises SignatureError if the list exists but cannot be read: a check that could not run has failed.
+    Raises BundleError for any other that cannot be read: a check that could not run has failed.
     """
     try:
         if not os.environ.get("HEARTH_ALLOWED_SIGNERS"):
             try:
-                place.lstat()  # a dangling link is a list that cannot be read
+                place.lstat()  # a link to nothing is a list that cannot be read
             except FileNotFoundError:
                 return None
         with _plain_file(place) as file:
             content = file.read(signature.LIMIT + 1)
     except OSError as error:
         hint = "put the list there, or mend its rights; HEARTH_ALLOWED_SIGNERS names another one"
-        raise SignatureError(f"{place} lists who may sign, and cannot be read", cause=str(error), hint=hint) from error
+        raise BundleError(
+            "signature", f"{place} lists who may sign, and cannot be read", cause=str(error), hint=hint
+        ) from error
     if len(content) > signature.LIMIT:
-        raise SignatureError(f"{place} lists who may sign, and is larger than {signature.LIMIT // 1_000_000} MB")
+        raise BundleError(
+            "signature", f"{place} lists who may sign, and is larger than {signature.LIMIT // 1_000_000} MB"
+        )
     return content.decode(errors="replace")
 
 
 def _plain_file(path: Path) -> IO[bytes]:
-    """Open a file for reading; raises OSError for a folder, pipe or device, without blocking."""
+    """Open a file to read; raises OSError for a folder, and for a pipe or device, which it does not wait for."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -141,12 +145,12 @@ def write(
     output: Path,
     key: Path | None = None,
 ) -> Opened:
-    """Write a bundle for a platform and Python, atomically by rename; `key` signs it.
+    """Write a bundle for machines of a platform and Python, in one rename, signed with `key` where one is given.
 
-    The same content gives the same bytes, except for signatures of key types that are not deterministic.
+    The same content gives the same bytes, but for the signature, where the kind of key has none that is the same.
     """
     if output.exists() and not output.is_file():
-        raise BundleError(f"{output} is no file, and cannot be replaced by a bundle", hint="name another one")
+        raise BundleError("bundle", f"{output} is no file, and cannot be replaced by a bundle", hint="name another one")
     asking = releases.asking(target, inputs.nodes)
     listed = _listed(inputs, asking, platform, python, wheels)
     total = sum(path.stat().st_size for path in listed.values())
@@ -193,7 +197,7 @@ def _member(name: str, file: File) -> tarfile.TarInfo:
 def _listed(
     inputs: Inputs, asking: Sequence[str], platform: str, python: str, wheels: Sequence[Manifest]
 ) -> dict[str, Path]:
-    """Every file of a bundle by its name in it; fetches what the cache lacks."""
+    """Every file of a bundle by its name there; what the cache lacks is fetched."""
     app, lock, here = inputs.application, inputs.locks[platform, python], workspace.current()
     found = {AGENT: archive.agent_file(), "checkout/uv.lock": here.checkout / "uv.lock"}
     for pattern in ("config/stacks.toml", "config/profiles/*.toml", "config/modes/*.toml", "recipes/comfyui/units/*"):
@@ -222,19 +226,18 @@ def _listed(
 
 
 def verify(path: Path) -> Opened:
-    """Read a whole bundle and compare every file with its hash; unpacks nothing.
+    """Read a whole bundle and compare every file with its hash; raises BundleError as `opened` does.
 
-    Raises BundleError, or SignatureError as `opened` does.
+    Nothing is unpacked.
     """
     return _read(path, None)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Opened]:
-    """Unpack and check a bundle, and use only its contents while the context lasts.
+    """Unpack a bundle, checked, and take everything from there for as long as the context lasts.
 
-    Raises BundleError, and SignatureError if this client has a list of signers (`signers_file`) and none of them
-    signed it.
+    Raises BundleError, also if this client lists who may sign (`signers_file`) and none of them signed it.
     """
     with files.draft(workspace.current().cache / "bundles/open") as place:
         place.mkdir()
@@ -243,6 +246,7 @@ def opened(path: Path) -> Iterator[Opened]:
         theirs = found.bundle.files.get(AGENT)
         if theirs is None or theirs.sha256 != hashlib.sha256(archive.packed_agent()).hexdigest():
             raise BundleError(
+                "bundle",
                 f"{path} was made by another version of Hearth",
                 cause="its agent is not this one's, so what it would do on a host may differ",
                 hint="use the checkout that it was made with, or make it again: inv bundle",
@@ -252,7 +256,7 @@ def opened(path: Path) -> Iterator[Opened]:
 
 
 def _read(path: Path, place: Path | None) -> Opened:
-    """Check a bundle: signature, then manifest, then every file; unpack it into `place` if given."""
+    """Check a bundle: its signature first, then its manifest, then every file; unpack it where a place is given."""
     try:
         with _plain_file(path) as file:
             if place:
@@ -272,7 +276,7 @@ def _read(path: Path, place: Path | None) -> Opened:
                     raise _altered(path, member.name)
                 member = next(members, None)
     except OSError as error:
-        raise BundleError(f"{path} cannot be {'unpacked' if place else 'read'}", cause=str(error)) from error
+        raise BundleError("bundle", f"{path} cannot be {'unpacked' if place else 'read'}", cause=str(error)) from error
     except (tarfile.TarError, UnicodeDecodeError) as error:
         raise _cut_short(path, str(error)) from error
     if missing:
@@ -285,19 +289,18 @@ _ALTERED = "do not use it; ask for it again where it was made"
 
 def _cut_short(path: Path, why: str) -> BundleError:
     again = "copy it again, or make it again: inv bundle"
-    return BundleError(f"{path} is no whole bundle", cause=f"cut short, or something else: {why}", hint=again)
+    return BundleError("bundle", f"{path} is no whole bundle", cause=f"cut short, or something else: {why}", hint=again)
 
 
 def _altered(path: Path, name: str) -> BundleError:
-    return BundleError(f"{path} was altered: {name}", hint=_ALTERED)
+    return BundleError("bundle", f"{path} was altered: {name}", hint=_ALTERED)
 
 
 def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """The members of a bundle. The caller reads each one from the file before it requests the next.
+    """The members of a bundle, each to be read from the file before the next one.
 
-    Accepts only the output of `write`: plain files, with an extended header if a name is long. tarfile is unsafe here:
-    it reads headers of any size into memory, follows them without limit, and accepts sparse files that expand to a
-    huge size.
+    Only what `write` makes is read: plain files, with a header in front where a name is long. tarfile itself reads into
+    memory what a header says, follows one to the next without end, and knows sparse files, small here and huge.
     """
     told: dict[str, str] = {}
     while (head := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
@@ -314,7 +317,7 @@ def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
 
 
 def _told(path: Path, records: bytes) -> dict[str, str]:
-    """Parse the pax records for the next member's name and size; raises BundleError for any other record."""
+    """What pax records say of the next member's name and size; raises BundleError for others, which no bundle has."""
     told: dict[str, str] = {}
     while records:
         found = re.match(rb"(\d{1,5}) (?:(path)=([^\n]+)|(size)=(\d{1,15}))\n", records)
@@ -326,38 +329,38 @@ def _told(path: Path, records: bytes) -> dict[str, str]:
 
 
 def _whole(file: IO[bytes], size: int) -> bytes:
-    """The next `size` bytes of a file; raises TarError if there are fewer."""
+    """The next bytes of a file; raises TarError when there are fewer."""
     if len(content := file.read(size)) < size:
         raise tarfile.ReadError("unexpected end of data")
     return content
 
 
 def _head(path: Path, file: IO[bytes], member: tarfile.TarInfo | None, name: str, most: int) -> bytes:
-    """The content of a bundle's manifest or signature member."""
+    """The bytes of a bundle's manifest or of its signature."""
     if member is None:
         raise _cut_short(path, "it is empty")
     if member.name != name:
         hint = "an older Hearth's has its manifest at its end: use that one, or make the bundle again"
         cause = f"it begins with {member.name!r}, not with {name}"
-        raise BundleError(f"{path} is no bundle of this Hearth's", cause=cause, hint=hint)
+        raise BundleError("bundle", f"{path} is no bundle of this Hearth's", cause=cause, hint=hint)
     if member.size > most:
-        raise BundleError(f"{path} was altered: its {name} has {console.size(member.size)}", hint=_ALTERED)
+        raise BundleError("bundle", f"{path} was altered: its {name} has {console.size(member.size)}", hint=_ALTERED)
     return _whole(file, member.size)
 
 
 def _manifest(path: Path, text: bytes) -> Bundle:
-    """Decode a manifest; raises BundleError for another format, or for names that would escape the folder."""
+    """A manifest, decoded; raises BundleError for another format, and for names that would lead out of a folder."""
     try:
         if (told := msgspec.json.decode(text, type=_Format).format) != FORMAT:
             hint = "use the Hearth that it was made with"
-            raise BundleError(f"{path} has format {told}, this Hearth reads {FORMAT}", hint=hint)
+            raise BundleError("bundle", f"{path} has format {told}, this Hearth reads {FORMAT}", hint=hint)
         bundle = msgspec.json.decode(text, type=Bundle)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise BundleError(f"{path} has a manifest that is none", cause=str(error), hint=_ALTERED) from error
+        raise BundleError("bundle", f"{path} has a manifest that is none", cause=str(error), hint=_ALTERED) from error
     for name in bundle.files:
         parts = name.split("/")
         if {"", ".", ".."} & set(parts) or len(parts) > DEPTH or not name.isprintable():
-            raise BundleError(f"{path} names a file {name!r}", hint=_ALTERED)
+            raise BundleError("bundle", f"{path} names a file {name!r}", hint=_ALTERED)
     return bundle
 
 
@@ -366,7 +369,7 @@ class _Format(msgspec.Struct):
 
 
 def _passes(file: IO[bytes], member: tarfile.TarInfo, wanted: File, place: Path | None) -> bool:
-    """Whether a member matches its manifest entry; writes it to `place`, if given."""
+    """Whether a member is the file that the manifest names; it is written to a place on the way, if one is given."""
     if member.size != wanted.size or bool(member.mode & 0o100) != wanted.executable:
         return False
     digest, left = hashlib.sha256(), member.size
@@ -388,7 +391,7 @@ def _new(place: Path) -> IO[bytes]:
 
 
 def summary(path: Path, found: Opened) -> dict[str, Any]:
-    """A bundle for JSON, without its list of files."""
+    """A bundle without its list of files, for JSON."""
     about = {key: value for key, value in msgspec.to_builtins(found.bundle).items() if key != "files"}
     about |= {"file": str(path), "id": found.id, "origin": found.origin}
     return {**about, "bytes": found.bundle.size, "files": len(found.bundle.files)}

@@ -1,7 +1,7 @@
-"""The two ways to reach a host's agent: a local subprocess, or the `ssh` program. The only module that uses SSH.
+"""The two ways to reach a host's agent: a subprocess here, or the `ssh` program. The only module that knows SSH.
 
-OpenSSH itself connects, so keys, agents, certificates, jump hosts, known_hosts and all other options work as in a
-terminal. It never prompts, and a host's key must be known.
+OpenSSH itself connects, so that keys, agents, certificates, jump hosts, known_hosts and every other option mean here
+what they mean in a terminal. It may not ask anything, and a host's key must be known.
 """
 
 from __future__ import annotations
@@ -23,23 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from core import console, shell
 from core.errors import (
-    AgentError,
     BusyError,
-    ChangedSinceError,
     ConnectError,
-    DiskFullError,
-    DrainError,
     GateError,
-    GpuError,
-    HashMismatchError,
     HearthError,
-    HostOfflineError,
-    LogError,
-    NoAnswerError,
+    HostError,
     ProcessError,
-    RemoteError,
-    StorageError,
-    SudoError,
+    SourceError,
     UsageError,
 )
 from deploy import archive, ssh_errors
@@ -50,10 +40,9 @@ if TYPE_CHECKING:
     from deploy.host import Host, Target
 
 ALIVE = 10
-"""Seconds between ssh's keepalive messages; after three without a reply the connection is lost.
+"""Seconds between ssh's keepalive messages; three without an answer are a lost connection.
 
-They detect a host that vanished, also behind jump hosts and proxies; TCP's time-outs do not.
-"""
+They detect a host that vanished, also behind jump hosts and proxies; TCP's timeouts do not."""
 
 QUIET = 45
 """Seconds of silence after which a verb that sends `alive` every 10 s has lost its agent."""
@@ -68,29 +57,31 @@ _MARK = "--- hearth ---"
 
 
 class Agent(ABC):
-    """The agent of one host. It reads `site` and the verb's values as JSON, and writes JSON lines."""
+    """The agent of one host. It takes `site` and the verb's values as JSON, and answers in JSON lines."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
 
     @property
     def _state(self) -> str:
-        """The host's folder for the unpacked agent; `~` is the login's home."""
+        """Where the host keeps the unpacked agent; `~` is its login's home."""
         return f"{self._target.prefix}/state"
 
     def stream(self, verb: str, **values: Any) -> Iterator[Any]:
-        """Yield the answers as they arrive; raises the error of the agent's fault, or of an early end."""
+        """The answers, as they arrive; raises the error of the agent's fault, or of an agent that ended early."""
         return self._run(verb, values)
 
     def call(self, verb: str, **values: Any) -> Any:
         """One answer; raises as `stream` does."""
         answers = list(self.stream(verb, **values))
         if not answers:
-            raise AgentError(f"the agent ended without an answer to {verb}", hint="run the same command again")
+            raise HostError(
+                "step-failed", f"the agent ended without an answer to {verb}", hint="run the same command again"
+            )
         return answers[-1]
 
     def send(self, path: Path, digest: str, offset: int, progress: Callable[[int], None]) -> None:
-        """Send a file from `offset` on; `progress` is called with the size of each block."""
+        """Send a file from `offset` on; `progress` is told the bytes of each block."""
         size = path.stat().st_size
         values = {"sha256": digest, "size": size, "offset": offset}
         answers = list(self._run("receive", values, lambda: _blocks(path, offset, progress)))
@@ -100,13 +91,14 @@ class Agent(ABC):
     def lost(self, cause: str) -> ConnectError:
         """The error for a connection that ended before the answer."""
         return ConnectError(
+            "unreachable",
             f"the connection to {self._target.name} was lost",
             cause=cause,
             hint=f"a change that was begun continues there: inv attach --host {self._target.name}",
         )
 
     def _run(self, verb: str, values: dict[str, Any], blocks: Callable[[], Iterable[bytes]] = tuple) -> Iterator[Any]:
-        # Its hash is on a command line, which every user can read: the salt prevents guessing a secret from it.
+        # Its hash is on a command line, which every user can read: the salt keeps a secret in it from being guessed.
         request = json.dumps({"site": self._target.site, "salt": token_hex(), **values}).encode() + b"\n"
         try:
             for line in self._lines(verb, request, blocks, _patience(verb, values)):
@@ -117,11 +109,12 @@ class Agent(ABC):
             raise self._ended(verb, error.status, error.said) from error
 
     def _parsed(self, line: bytes) -> Any:
-        """Parse one line of the agent; raises the error of a fault."""
+        """One line of the agent's; raises the error that a fault stands for."""
         try:
             value = json.loads(line)
         except ValueError:
-            raise AgentError(
+            raise HostError(
+                "step-failed",
                 f"the answer of {self._target.name} is not JSON",
                 cause=line[:500].decode(errors="replace").strip(),
                 hint="another program writes to the output: check what the login's shell starts in the background",
@@ -138,7 +131,9 @@ class Agent(ABC):
         if verb == "follow":
             return self.lost(f"the agent that watches the change {how}")
         hint = f"the host may be out of memory: inv doctor --host {self._target.name}" if killed else ""
-        return AgentError(f"the agent on {self._target.name} {how} at {verb}", cause=said[-2000:], hint=hint)
+        return HostError(
+            "step-failed", f"the agent on {self._target.name} {how} at {verb}", cause=said[-2000:], hint=hint
+        )
 
     @abstractmethod
     def _lines(
@@ -157,25 +152,28 @@ def _patience(verb: str, values: Mapping[str, Any]) -> float:
     return SILENT + float(values.get("wait") or 0) + float(values.get("every") or 0)
 
 
+_FAULTS: dict[str, tuple[type[HearthError], str]] = {
+    "busy": (BusyError, "busy"),
+    "drain": (BusyError, "drain"),
+    "gate": (GateError, "unhealthy"),
+    "trial": (GateError, "unhealthy"),
+    "changed": (HostError, "changed"),
+    "disk": (HostError, "disk-full"),
+    "offline": (HostError, "offline"),
+    "storage": (HostError, "storage"),
+    "gpu": (HostError, "gpu"),
+    "silent": (HostError, "no-answer"),
+    "log": (HostError, "log"),
+    "usage": (UsageError, "usage"),
+}
+"""The error and its kind for each kind of the agent's faults. All others are steps that failed."""
+
+
 def error_of(fault: dict[str, Any]) -> HearthError:
-    """The error for a fault of the agent."""
-    kinds: dict[str, type[HearthError]] = {
-        "busy": BusyError,
-        "drain": DrainError,
-        "gate": GateError,
-        "trial": GateError,
-        "changed": ChangedSinceError,
-        "disk": DiskFullError,
-        "offline": HostOfflineError,
-        "storage": StorageError,
-        "gpu": GpuError,
-        "silent": NoAnswerError,
-        "log": LogError,
-        "usage": UsageError,
-    }
-    kind = kinds.get(fault["kind"], AgentError)
+    """The error that a fault of the agent stands for."""
+    error, kind = _FAULTS.get(fault["kind"], (HostError, "step-failed"))
     cause = "\n         ".join([*fault["cause"].splitlines(), *(f"| {line}" for line in fault.get("log", []))])
-    return kind(fault["what"], cause=cause, hint=fault["hint"])
+    return error(kind, fault["what"], cause=cause, hint=fault["hint"])
 
 
 class Local(Agent):
@@ -198,7 +196,7 @@ def _blocks(path: Path, offset: int, progress: Callable[[int], None]) -> Iterato
 
 
 class Ssh(Agent):
-    """A remote host's agent. Each verb has its own session over one shared connection."""
+    """A remote host's agent, each verb in a session of its own over one shared connection."""
 
     def __init__(self, target: Target, argv: Sequence[str], settings: Mapping[str, str], password: str) -> None:
         super().__init__(target)
@@ -209,12 +207,13 @@ class Ssh(Agent):
     def shell(self, command: str, say: Callable[[str], None]) -> str:
         """Run a shell command as the login, in its home, and return its output; `say` gets its stderr line by line.
 
-        Raises RemoteError when it fails.
+        Raises HostError when it fails.
         """
         try:
             return b"".join(self._session(command, say=say)).decode(errors="replace")
         except ProcessError as error:
-            raise RemoteError(
+            raise HostError(
+                "remote-command",
                 f"a command on {self._target.name} ended with {error.status}",
                 cause=_last(error.said),
                 hint="its output is above; running the same command again continues from there",
@@ -233,20 +232,23 @@ class Ssh(Agent):
         try:
             list(self._session(script, content, silence=SILENT))
         except ProcessError as error:
-            kind = DiskFullError if "No space left" in error.said else AgentError
+            kind = "disk-full" if "No space left" in error.said else "step-failed"
             what = f"{path} could not be written on {self._target.name}"
-            raise kind(what, cause=error.said, hint=f"free space in {folder} there, or make it writable") from error
+            hint = f"free space in {folder} there, or make it writable"
+            raise HostError(kind, what, cause=error.said, hint=hint) from error
 
     def get(self, path: str, place: Path, most: int) -> None:
-        """Fetch a file from there, of at most so many bytes; raises RemoteError, or HashMismatchError for more."""
+        """Fetch a file from there, of at most so many bytes; raises HostError, or SourceError for more."""
         try:
             with place.open("wb") as file:
                 for block in self._session(f"cat {shlex.quote(path)}", silence=SILENT):
                     if file.tell() + len(block) > most:
-                        raise HashMismatchError(f"more than the {most} bytes of {path} were sent")
+                        raise SourceError("hash-mismatch", f"more than the {most} bytes of {path} were sent")
                     file.write(block)
         except ProcessError as error:
-            raise RemoteError(f"{path} could not be read on {self._target.name}", cause=error.said) from error
+            raise HostError(
+                "remote-command", f"{path} could not be read on {self._target.name}", cause=error.said
+            ) from error
 
     def _lines(
         self, verb: str, request: bytes, blocks: Callable[[], Iterable[bytes]], silence: float
@@ -265,19 +267,19 @@ class Ssh(Agent):
         yield from self._session(script, given, blocks, silence)
 
     def _script(self, verb: str, asked: str) -> str:
-        """The script that checks the agent's file and runs it, as root if the host's scope needs that.
+        """The script that checks the agent's file and runs it, as root where the host's scope needs that.
 
-        Only the login can write to the file's folder, and the user that runs the agent compares the hash. sudo's
-        standard input contains only the password, so sudo never reads the request as a second attempt; the agent reads
-        the request from a named pipe. Any process of the login can write to that pipe, so the agent also gets the
-        request's hash (`asked`).
+        Only the login can write to its folder, and the user that runs the agent compares the hash. sudo gets only the
+        password on its standard input, so that it never takes the request for a second attempt; the agent reads the
+        request from a named pipe. Any process of the login can write to that, so the agent gets the request's hash, too
+        (`asked`).
         """
         digest = hashlib.sha256(archive.packed_agent()).hexdigest()
         check = f"""u=$(id -u); d=$HOME/.cache/hearth; f=$d/{archive.agent_name()};
         case $(stat -Lc "%u %A" "$d" 2>/dev/null) in "$u d"????-??-*) ;; *) exit {archive.NO_AGENT};; esac;
         [ -f "$f" ] || exit {archive.NO_AGENT};
         command -v python3 >/dev/null || exit {archive.NO_PYTHON};"""
-        # Not the shell's last command: some shells exec that, and after a signal would report no status.
+        # Not the shell's last command: some shells exec that, and a signal would leave no status then.
         loader = shlex.quote(f"exec({archive.LOADER!r})")
         python = f'python3 -I -S -c {loader} "$f" {digest} {shlex.quote(self._state)}'
         run = f"{python} {verb}; exit $?;"
@@ -300,11 +302,11 @@ class Ssh(Agent):
         silence: float | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> Iterator[bytes]:
-        """Run a /bin/sh script in the login's home and yield its output. Raises ProcessError if it fails.
+        """Run a script of /bin/sh in the login's home; yield its output. Raises ProcessError when it fails.
 
-        The login's shell can be of any kind and may print text itself: the output begins after a mark.
+        The login's shell can be any, and may print by itself: the output begins after a mark.
         """
-        begun = heard = False  # mark seen in the output; and on stderr, which the shell may redirect
+        begun = heard = False  # the mark was seen in the output; and on stderr, which the shell may have put elsewhere
         noise: list[bytes] = []
 
         def listen(line: str) -> None:
@@ -334,7 +336,8 @@ class Ssh(Agent):
             noise.append(error.said.encode())
         except TimeoutError as error:
             raise (self.lost if begun else self._unreachable)(str(error)) from error
-        raise AgentError(
+        raise HostError(
+            "step-failed",
             f"the login shell on {self._target.name} does not run commands",
             cause=b"".join(noise).decode(errors="replace").strip()[-500:],
             hint=f"try: {self._try} 'exec /bin/sh -c true'",
@@ -343,38 +346,43 @@ class Ssh(Agent):
     def _ended(self, verb: str, status: int, said: str) -> HearthError:
         name = self._target.name
         if status == archive.NO_PYTHON:
-            return AgentError(f"{name} has no python3", hint="install it there, for example: apt-get install python3")
+            return HostError(
+                "step-failed", f"{name} has no python3", hint="install it there, for example: apt-get install python3"
+            )
         if status == archive.OLD_PYTHON:
             what = f"python3 on {name} is {_last(said)}, and Hearth needs 3.10 or newer"
-            return AgentError(what, hint="upgrade that system, or put a newer python3 first on the login's PATH")
+            return HostError(
+                "step-failed", what, hint="upgrade that system, or put a newer python3 first on the login's PATH"
+            )
         if status in (126, 127):
-            return AgentError(f"python3 on {name} does not start", cause=said, hint="reinstall python3 there")
+            return HostError(
+                "step-failed", f"python3 on {name} does not start", cause=said, hint="reinstall python3 there"
+            )
         sudo = status in (1, archive.NO_SUDO) and self._target.host.scope == "system"
         return (self._no_root(status, said) if sudo else None) or super()._ended(verb, status, said)
 
-    def _no_root(self, status: int, said: str) -> SudoError | None:
-        """The error for a refusal by sudo; None if sudo did not fail."""
+    def _no_root(self, status: int, said: str) -> ConnectError | None:
+        """The error for a sudo that refuses; None if sudo did not fail."""
         name, user = self._target.name, self._settings["user"]
         otherwise = f'log in as root or as who may use sudo (`user` of hosts.{name}), or set scope = "user"'
         if status == archive.NO_SUDO:
-            return SudoError(f"{name} has no sudo, and {user} is not root", hint=otherwise)
+            return ConnectError("sudo", f"{name} has no sudo, and {user} is not root", hint=otherwise)
         if not re.search(r"^(sudo: |Sorry, )|sudoers", said, re.MULTILINE):
             return None
         cause = _last(said)
         if re.search(r"sudoers|not allowed|may not run", said):
-            return SudoError(f"{user} may not use sudo on {name}", cause=cause, hint=otherwise)
+            return ConnectError("sudo", f"{user} may not use sudo on {name}", cause=cause, hint=otherwise)
         if self._password and re.search("incorrect password|no password was provided", said):
-            _passwords.pop(name, None)  # prompt again on a retry: some systems lock the login after three failures
+            _passwords.pop(name, None)  # a second try asks again: some systems lock the login after three
             hint = f"type it again; when the keyring has it: keyring set hearth-sudo {name}"
-            return SudoError(f"sudo on {name} does not accept the password", cause=cause, hint=hint)
+            return ConnectError("sudo", f"sudo on {name} does not accept the password", cause=cause, hint=hint)
         hint = "run again with --ask-sudo, or allow sudo without a password there"
-        return SudoError(f"sudo gives {user} no root on {name}", cause=cause, hint=hint)
+        return ConnectError("sudo", f"sudo gives {user} no root on {name}", cause=cause, hint=hint)
 
     def _unreachable(self, said: str) -> HearthError:
         """The error for an ssh that did not log in."""
         if self._settings.keys() & {"proxyjump", "proxycommand"}:
-            # Connection sharing hides errors of the proxy command (ssh_proxy_connect in OpenSSH): retry once without
-            # it.
+            # A connection to be shared silences what leads to it (ssh_proxy_connect in OpenSSH): one more try, alone.
             alone = ["ssh", "-S", "none", "-o", "ControlPersist=no", *self._argv[1:], "true"]
             with suppress(TimeoutError):
                 try:
@@ -393,7 +401,7 @@ def _last(said: str) -> str:
 
 
 def _ssh(target: Target) -> list[str]:
-    """The ssh command for a host, with the settings of hosts.toml."""
+    """The ssh command for a host, with what hosts.toml says of it."""
     config, host = os.environ.get("HEARTH_SSH_CONFIG"), target.host
     words = ["ssh", *(["-F", config] if config else []), *(["-l", host.user] if host.user else [])]
     return [*words, *(["-p", str(host.ssh_port)] if host.ssh_port else [])]
@@ -401,25 +409,25 @@ def _ssh(target: Target) -> list[str]:
 
 @contextmanager
 def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterator[Agent]:
-    """Connect to the agent of a host while the context lasts; the host must accept within `seconds`.
+    """The agent of a host, for as long as the context lasts; the host must take the connection within `seconds`.
 
-    The first verb makes the connection; it raises HostKeyError, ConnectError or SudoError.
+    The connection is made by the first verb, which raises ConnectError.
     """
     if not target.host.address:
         yield Local(target)
         return
     password = sudo_password(target.name, target.host) if ask_sudo else ""
-    # Not in $TMPDIR, which may be too long for a socket's path.
+    # Not in $TMPDIR, which may be too long for the name of a socket.
     with tempfile.TemporaryDirectory(prefix="hearth-", dir="/tmp") as folder:
         socket = f"{folder}/ssh"
         options = {
-            # Sessions share one connection. It ends soon after this process or the last session.
+            # Sessions share one connection, which outlives neither us by long nor the last session.
             "ControlMaster": "auto", "ControlPath": socket, "ControlPersist": "60",
-            # Never prompt: with several hosts, the user could not tell which one asks. ssh's messages are matched.
+            # Never a question: of several hosts at once nobody could tell whose it is. ssh's messages are compared.
             "BatchMode": "yes", "LogLevel": "ERROR", "ConnectTimeout": str(seconds),
             "ServerAliveInterval": str(ALIVE), "ServerAliveCountMax": "3",
-            # Disable options for interactive logins: another session may hold a forwarded port, a RemoteCommand would
-            # replace ours, and root on the host must not get our agent and display.
+            # What a configuration asks of a login at a terminal: a forwarded port is taken by another session already,
+            # a command of its own excludes ours, and root there has no business with our keys and our display.
             "ClearAllForwardings": "yes", "RemoteCommand": "none", "RequestTTY": "no", "PermitLocalCommand": "no",
             "ForwardAgent": "no", "ForwardX11": "no",
         }  # fmt: skip
@@ -427,11 +435,11 @@ def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterat
         read = shell.run([*argv, "-G", "--", target.host.address], check=False, input_text="", timeout=60)
         if read.returncode:
             what = f"ssh cannot read its configuration for {target.name}"
-            raise ConnectError(what, cause=read.stderr.strip(), hint="correct the file that it names")
+            raise ConnectError("unreachable", what, cause=read.stderr.strip(), hint="correct the file that it names")
         settings = dict(line.partition(" ")[::2] for line in read.stdout.splitlines())
         if settings.get("stricthostkeychecking") in ("false", "no", "off"):
-            argv += ["-o", "StrictHostKeyChecking=accept-new"]  # never run as root on a host whose key changed
-        # Options that older ssh lacks: set them if this one has them, because they would block a command's input.
+            argv += ["-o", "StrictHostKeyChecking=accept-new"]  # what runs as root goes to no host whose key changed
+        # Options that older ssh do not know: those that this one has, and that would keep a command from its input.
         for name, value in (("stdinnull", "no"), ("forkafterauthentication", "no"), ("sessiontype", "default")):
             argv += ["-o", f"{name}={value}"] if settings.get(name, value) != value else []
         try:
@@ -441,10 +449,10 @@ def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterat
 
 
 def sudo_password(name: str, host: Host) -> str:
-    """The sudo password of a host, asked for once; empty if root is not needed. Raises SudoError."""
+    """The sudo password of a host, asked for once; empty where root is not needed. Raises ConnectError."""
     if not host.address or host.scope != "system":
         return ""
-    with _asking:  # with several hosts, one prompt at a time
+    with _asking:  # of several hosts at once: one question after the other
         if name not in _passwords:
             _passwords[name] = _ask_password(name)
         return _passwords[name]
@@ -455,7 +463,7 @@ _passwords: dict[str, str] = {}
 
 
 def from_keyring(service: str, name: str) -> str:
-    """A secret from the system's keyring; empty if it has none, or if there is no keyring."""
+    """A secret of the system's keyring; empty where it has none, or there is no keyring."""
     import keyring
 
     with suppress(keyring.errors.KeyringError):
@@ -464,12 +472,12 @@ def from_keyring(service: str, name: str) -> str:
 
 
 def _ask_password(name: str) -> str:
-    """From the system's keyring, else typed. Kept only in memory."""
+    """From the system's keyring when it holds one, else typed. Kept in memory only."""
     if found := from_keyring("hearth-sudo", name):
         return found
     if sys.stdin.isatty():
         with suppress(EOFError):
             return console.hidden(f"sudo password on {name}: ")
-    raise SudoError(
-        f"no terminal to ask for the sudo password of {name} at", hint=f"run: keyring set hearth-sudo {name}"
+    raise ConnectError(
+        "sudo", f"no terminal to ask for the sudo password of {name} at", hint=f"run: keyring set hearth-sudo {name}"
     )

@@ -1,4 +1,4 @@
-"""Deploys, rollbacks and bundles."""
+"""Deploys, rollbacks and bundles: what is special about putting a release in service."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import console
-from core.errors import BundleError, RefusedError, UnknownNameError, UsageError, near
+from core.errors import BundleError, RefusedError, UsageError, suggest
 from deploy import bundle as bundles
 from deploy import connection, plan
 from deploy import host as hosts
@@ -37,9 +37,11 @@ if TYPE_CHECKING:
 def deploy_each(
     names: Sequence[str], options: Options, *, build: Build | None, bundle: str, keep_going: bool
 ) -> list[Outcome]:
-    """Deploy to hosts with `deploy` and `on_each`. `bundle` is a file (empty: none)."""
+    """Deploy to hosts, as `deploy` and `on_each` say. `bundle` names a file (empty: none)."""
     if build and bundle:
-        raise UsageError("--build and --bundle exclude each other", hint="a bundle holds the wheels that it needs")
+        raise UsageError(
+            "usage", "--build and --bundle exclude each other", hint="a bundle holds the wheels that it needs"
+        )
     with bundles.opened(Path(bundle)) if bundle else nullcontext() as opened:
         agree = Consent(names, "deploy", options)
         one = functools.partial(deploy, options=options, build=build, bundle=opened, agree=agree)
@@ -54,10 +56,10 @@ def deploy(
     bundle: Opened | None = None,
     agree: Callable[[], None] | None = None,
 ) -> Outcome:
-    """Bring a host to its configured state; raises the errors of `carry_out`.
+    """Make a host what its configuration says; raises what `carry_out` raises.
 
-    If only kernel wheels are missing, `build` is called with the arguments for each, and the deploy is retried. With
-    an open `bundle`, the host fetches nothing itself. `agree` is as in `change_each`.
+    When nothing but kernel wheels is missing, `build` gets the arguments that build each, and the deploy is tried
+    again. With an open `bundle` the host is not asked to fetch anything. `agree` is as in `change_each`.
     """
     agree = agree or Consent([name], "deploy", options)
     try:
@@ -86,11 +88,11 @@ def _deploy(name: str, options: Options, bundle: Opened | None, agree: Callable[
 
 
 def rollback(name: str, to: str, options: Options) -> list[Outcome]:
-    """Return to a kept release, by default the previous one, with the same cut-over and health gate."""
+    """Return to a kept release, by default the one that served last: the same cut-over with the same gate."""
     chosen = ""
 
     def back(_: Agent, target: Target, facts: Facts) -> Plan:
-        nonlocal chosen  # only once: afterwards the previous release is another one
+        nonlocal chosen  # once: afterwards another release is the previous one
         chosen = chosen or _kept(target, facts, to)
         return plan.back(target, facts, chosen, options)
 
@@ -98,12 +100,16 @@ def rollback(name: str, to: str, options: Options) -> list[Outcome]:
 
 
 def _kept(target: Target, facts: Facts, to: str) -> str:
-    """The release to return to; raises UnknownNameError."""
+    """The release to return to; raises UsageError."""
     others = [each for each in facts.proven if each != facts.current]
     if not others:
-        raise UnknownNameError(f"{target.name} keeps no other release", hint=f"inv releases --host {target.name}")
+        raise UsageError(
+            "unknown-name", f"{target.name} keeps no other release", hint=f"inv releases --host {target.name}"
+        )
     if to and to not in others:
-        raise UnknownNameError(f"{target.name} keeps no release {to!r} to go back to", hint=near(to, others))
+        raise UsageError(
+            "unknown-name", f"{target.name} keeps no release {to!r} to go back to", hint=suggest(to, others)
+        )
     return to or others[0]
 
 
@@ -111,7 +117,7 @@ def _kept(target: Target, facts: Facts, to: str) -> str:
 
 
 def _glance(name: str, ask_sudo: bool) -> Facts:
-    """A host's facts from its entry in hosts.toml only, since profiles, modes and recipes come from the bundle."""
+    """A host's facts by its entry in hosts.toml alone: profiles, modes and recipes would be those of the bundle."""
     (name,) = hosts.select(name, "")
     unknown = hosts.Profile(summary="", stack="", pythons=(), start_seconds=0)
     target = hosts.Target(name, hosts.hosts().hosts[name], "", unknown, {}, comfyui="")
@@ -120,22 +126,24 @@ def _glance(name: str, ask_sudo: bool) -> Facts:
 
 
 def _accept(opened: Opened, name: str, facts: Facts) -> None:
-    """Refuse a bundle before any use if the host does not list its signer, or if it is for another machine."""
+    """Refuse a bundle whose signer the host does not list, or that is for another machine, before any use of it."""
     if facts.signers is not None:
         who = opened.seal.signer(facts.signers, f"/etc/hearth/allowed_signers on {name}")
         console.say(f"{name} accepts bundles signed by {who}")
     if opened.bundle.platform != facts.platform:
         raise BundleError(
+            "bundle",
             f"the bundle is for {opened.bundle.platform}, and {name} is {facts.platform}",
             hint=f"make one for it: inv bundle --host {name}",
         )
 
 
 def _same_nodes(opened: Opened, name: str, asking: Sequence[str]) -> None:
-    """Refuse a bundle whose nodes differ from the host's."""
+    """Refuse a bundle that has other nodes than the host."""
     if set(opened.bundle.asking) != set(asking):
         theirs, ours = (", ".join(each) or "none" for each in (opened.bundle.asking, asking))
         raise BundleError(
+            "bundle",
             f"the bundle has other nodes ({theirs}) than {name} ({ours})",
             hint=f"change `nodes` of {name}, or make a bundle for it: inv bundle --host {name}",
         )
@@ -144,10 +152,10 @@ def _same_nodes(opened: Opened, name: str, asking: Sequence[str]) -> None:
 def make_bundle(
     name: str, output: Path | None, platform: str, python: str, key: Path | None = None, *, ask_sudo: bool
 ) -> tuple[Path, Opened]:
-    """Write one file with everything that a host needs. Asks the host for a missing `platform` or `python`.
+    """Write one file with all that a host needs. Without `platform` or `python` the host is asked for them.
 
-    `key` signs it. Raises RefusedError if a kernel wheel or the locked list for that platform and Python is missing,
-    and SignatureError if the key cannot sign.
+    It is signed with `key` if one is given. Raises RefusedError when a kernel wheel or the locked list for that
+    platform and Python is missing, BundleError when the key cannot sign.
     """
     target = find_target(name)
     inputs = gather(target)

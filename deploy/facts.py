@@ -6,7 +6,7 @@ from typing import Any
 
 from agent.schema.facts import Facts, Gpu, MountState, Place, Process, Service
 from core import console
-from core.errors import UnknownNameError, near
+from core.errors import UsageError, suggest
 
 __all__ = ["Facts", "Gpu", "MountState", "Place", "Process", "Service", "named"]
 
@@ -14,15 +14,15 @@ __all__ = ["Facts", "Gpu", "MountState", "Place", "Process", "Service", "named"]
 def named(facts: Facts, name: str) -> dict[str, Any]:
     """The manifest of a release that a host keeps, by its id, `current` or `previous` (the target of a rollback).
 
-    Raises UnknownNameError.
+    Raises UsageError.
     """
     before = next((each for each in facts.proven if each != facts.current), "")
     words = {word: meant for word, meant in (("current", facts.current), ("previous", before)) if meant}
     found = facts.release(words.get(name, name))
     if found is None:
         known = [*words, *(each["id"] for each in facts.releases)]
-        hint = near(name, known) if known else "nothing is deployed there yet: inv deploy"
-        raise UnknownNameError(f"{facts.hostname} keeps no release {name!r}", hint=hint)
+        hint = suggest(name, known) if known else "nothing is deployed there yet: inv deploy"
+        raise UsageError("unknown-name", f"{facts.hostname} keeps no release {name!r}", hint=hint)
     return found
 
 
@@ -55,12 +55,12 @@ def _mounted(path: str, mount: MountState) -> str:
 
 
 def releases(found: Facts) -> list[dict[str, Any]]:
-    """The manifests of the kept releases; the active one is marked `current`."""
+    """The manifests of the kept releases, with the one in service marked `current`."""
     return [{**each, "current": each["id"] == found.current} for each in found.releases]
 
 
 def release_rows(found: Facts) -> list[str]:
-    """A table of the kept releases: the current one, earlier ones (latest first), then the never healthy ones."""
+    """A table of the kept releases: the current one, earlier ones from the latest on, then those never healthy."""
     cells = []
     order = [found.current, *found.proven]
     for each in sorted(found.releases, key=lambda each: order.index(each["id"]) if each["id"] in order else len(order)):

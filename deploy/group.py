@@ -1,13 +1,12 @@
-"""Changes of several hosts: one confirmation, the first host as a canary, then the others in parallel."""
+"""Changes of several hosts: confirmed once, the first host alone as a canary, then the others at once."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from core import console
-from core.errors import GroupError, HearthError, SudoError
+from core.errors import ConnectError, GroupError, HearthError
 from deploy import connection
 from deploy import host as hosts
 from deploy.refusals import refused, unconfirmed
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from deploy.plan import Options
 
 DESTRUCTIVE = ("remove", "nuke", "adopt", "undo adopt")
-"""Actions that remove a service or files. They always need confirmation, also locally and without a terminal."""
+"""Actions that take away a service or files: they always need a yes, on this machine and without a terminal, too."""
 
 
 class Consent:
@@ -55,18 +54,21 @@ def on_each(
     ask_sudo: bool,
     keep_going: bool,
 ) -> list[Outcome]:
-    """Run `one` for every host: the first one alone (the canary), then the others in parallel.
+    """Do `one` for every host: the first alone (the canary), then the others at once.
 
-    All prompts come before the others begin: first each host's sudo password, then `agree`, which `one` calls after it
-    has shown the canary's plan. The error of a single host is raised unchanged. With several hosts, all results are
-    reported before GroupError is raised; without `keep_going`, a failure of the canary stops the command.
+    All questions come before the others begin: first each host's sudo password, then `agree`, which `one` calls after
+    it has shown the canary's plan. The error of a single host is raised as it is. Of several hosts, all results are
+    reported before GroupError is raised; without `keep_going` no other host is begun after a failure of the canary.
     """
     if len(names) == 1:
         return [one(names[0])]
     known = hosts.hosts().hosts
     for name in names if ask_sudo else ():
-        with suppress(SudoError):  # reported with its host
+        try:
             connection.sudo_password(name, known[name])
+        except ConnectError as error:  # its own host reports the lack of sudo
+            if error.kind != "sudo":
+                raise
     results: list[Outcome] = []
     failed: dict[str, HearthError] = {}
 
@@ -76,7 +78,7 @@ def on_each(
                 results.append(one(name))
             except HearthError as error:
                 failed[name] = error
-                console.say(f"error: {error}")
+                console.say(f"error[{error.kind}]: {error}")
 
     attempt(names[0])
     rest = list(names[1:]) if keep_going or not failed else []
@@ -92,8 +94,9 @@ def on_each(
 def _failures(
     names: Sequence[str], results: Sequence[Outcome], failed: dict[str, HearthError], skipped: Sequence[str]
 ) -> GroupError:
-    """The error for a group with failures."""
+    """The error that sums up a group."""
     error = GroupError(
+        "group",
         f"{len(failed)} of {len(names)} hosts failed",
         cause="\n         ".join(
             [f"{each.host}: {each.state or f'release {each.release} is in service'}" for each in results]

@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 from core import workspace
 from core.config import convert, load, table
-from core.errors import ConfigError, UnknownNameError, near
+from core.errors import ConfigError, UsageError, suggest
 from core.files import CHECKOUT
 from core.stack import Stack, find_stack
 from deploy.host_rules import EXPORTER, SYSTEM_PREFIX, check_host, check_settings
@@ -313,7 +313,7 @@ def hosts_file() -> Path:
 
 
 def hosts() -> Hosts:
-    """All hosts and groups; `local` is always among them. Raises ConfigError, SecretError or UnknownNameError."""
+    """All hosts and groups; `local` is always among them. Raises ConfigError or UsageError."""
     path = hosts_file()
     if path.exists():
         refuse_secrets(path)
@@ -326,17 +326,23 @@ def hosts() -> Hosts:
         listed = Hosts()
     for each in (*listed.hosts, *listed.groups):  # printed within commands to copy
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", each):
-            raise ConfigError(f"{path}: {each!r} is no name for a host or group", hint="letters, digits and . _ -")
+            raise ConfigError(
+                "config", f"{path}: {each!r} is no name for a host or group", hint="letters, digits and . _ -"
+            )
     for group, names in listed.groups.items():
         for name in names:
             if name not in listed.hosts:
-                raise UnknownNameError(f"{path}: group {group} names {name!r}", hint=near(name, listed.hosts))
+                raise UsageError(
+                    "unknown-name", f"{path}: group {group} names {name!r}", hint=suggest(name, listed.hosts)
+                )
     for name, host in listed.hosts.items():
         if not host.address and name != LOCAL:
-            raise ConfigError(f"{path}: host {name} has no address", hint='address = "name-or-ip"')
+            raise ConfigError("config", f"{path}: host {name} has no address", hint='address = "name-or-ip"')
         check_host(f"{path}: host {name}", host)
         if not host.profile and name != LOCAL:  # this machine's GPU says nothing about that one's
-            raise ConfigError(f"{path}: host {name} has no profile", hint=f"profile = one of {', '.join(profiles())}")
+            raise ConfigError(
+                "config", f"{path}: host {name} has no profile", hint=f"profile = one of {', '.join(profiles())}"
+            )
     local = listed.hosts.get(LOCAL) or Host(scope="user")
     return msgspec.structs.replace(listed, hosts={**listed.hosts, LOCAL: local})
 
@@ -361,7 +367,9 @@ def modes() -> dict[str, Mode]:
         check_settings(f"{path}: on_unified", mode.on(unified=True))
         unexplained = plain(mode).keys() - mode.why.keys()
         if unexplained:
-            raise ConfigError(f"{path}: no reason for {', '.join(sorted(unexplained))}", hint="say it below [why]")
+            raise ConfigError(
+                "config", f"{path}: no reason for {', '.join(sorted(unexplained))}", hint="say it below [why]"
+            )
     return found
 
 
@@ -372,19 +380,20 @@ def plain(said: Override) -> dict[str, Any]:
 
 
 def select(host: str, group: str) -> list[str]:
-    """The names of the hosts meant by --host or --group; raises UnknownNameError."""
+    """The names of the hosts meant by --host or --group; raises UsageError."""
     known = hosts()
     if group:
         if group not in known.groups:
             none = f"there are none: [groups] in {hosts_file()}, as config/hosts.example.toml has it"
-            hint = near(group, known.groups) if known.groups else none
-            raise UnknownNameError(f"there is no group {group!r}", hint=hint)
+            hint = suggest(group, known.groups) if known.groups else none
+            raise UsageError("unknown-name", f"there is no group {group!r}", hint=hint)
         return list(known.groups[group])
     name = host or LOCAL
     if name not in known.hosts:
-        raise UnknownNameError(
+        raise UsageError(
+            "unknown-name",
             f"there is no host {name!r} in {hosts_file()}",
-            hint=near(name, known.hosts) + "; config/hosts.example.toml shows how to add one",
+            hint=suggest(name, known.hosts) + "; config/hosts.example.toml shows how to add one",
         )
     return [name]
 
@@ -392,13 +401,13 @@ def select(host: str, group: str) -> list[str]:
 def target(name: str, fallback: str = "cpu") -> Target:
     """The host merged with its profile and modes; `fallback` is the profile of a host that names none (`local`).
 
-    Raises UnknownNameError, or ConfigError for modes that exclude each other.
+    Raises UsageError, or ConfigError for modes that exclude each other.
     """
     host = hosts().hosts[name]
     known = profiles()
     chosen = host.profile or fallback
     if chosen not in known:
-        raise UnknownNameError(f"host {name}: there is no profile {chosen!r}", hint=near(chosen, known))
+        raise UsageError("unknown-name", f"host {name}: there is no profile {chosen!r}", hint=suggest(chosen, known))
     base = known[chosen]
     unified = base.unified if host.override.unified is None else host.override.unified
     layers = [(f"mode {each}", mode.on(unified=unified)) for each, mode in _modes_of(name, host).items()]
@@ -427,18 +436,21 @@ def merged(base_origin: str, base: Profile, layers: Sequence[tuple[str, Override
 
 
 def _modes_of(name: str, host: Host) -> dict[str, Mode]:
-    """A host's modes, in its order; raises UnknownNameError, or ConfigError where they cannot be had together."""
+    """A host's modes, in its order; raises UsageError, or ConfigError where they cannot be had together."""
     known = modes()
     for each in host.modes:
         if each not in known:
-            raise UnknownNameError(f"host {name}: there is no mode {each!r}", hint=near(each, known))
+            raise UsageError("unknown-name", f"host {name}: there is no mode {each!r}", hint=suggest(each, known))
     found = {each: known[each] for each in host.modes}
     for one, mode in found.items():
         if other := next((each for each in mode.excludes if each in found), ""):
-            raise ConfigError(f"host {name}: modes {one} and {other} exclude each other", hint="keep one of them")
+            raise ConfigError(
+                "config", f"host {name}: modes {one} and {other} exclude each other", hint="keep one of them"
+            )
     if host.develop and not any(mode.develop for mode in found.values()):
         unfit = f", and {', '.join(found)} is not for that" if found else ""
         raise ConfigError(
+            "config",
             f"host {name}: `develop` names nodes under development{unfit}",
             cause="ComfyUI starts anew whenever they change, in the middle of a job",
             hint='modes = ["development"], or leave `develop` out',

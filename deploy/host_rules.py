@@ -1,4 +1,4 @@
-"""Rules for hosts, profiles and modes that types cannot express: values in units, paths and command lines."""
+"""Rules for hosts, profiles and modes that a type cannot express: what ends up in units, paths and command lines."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from typing import TYPE_CHECKING
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from core.errors import ConfigError, SecretError
+from core.errors import ConfigError
 from deploy.secrets import names_secret
 
 if TYPE_CHECKING:
     from deploy.host import Host, Override, Profile
 
 SYSTEM_PREFIX = "/opt/comfyui"
-"""The default prefix on a host with root."""
+"""Where everything lies on a host with root that says nothing else."""
 
 EXPORTER = "hearth-exporter"
-"""The user of a machine's exporters. Not a dynamic user: D-Bus rejects users unknown to NSS (systems without
-libnss-systemd), and GPU access is granted by group membership.
-"""
+"""Whom the exporters of a machine run as. Not a dynamic user: D-Bus turns away whom NSS does not know (a system without
+libnss-systemd), and groups list who may use the GPU."""
 
 PLAIN_PATH = re.compile(r"(/[\w.@+-]+)+", re.ASCII)
-"""No blanks, quotes, % or colons, which have special meanings in units and command lines."""
+"""No blanks, quotes, % or colons, which units and command lines read in ways of their own."""
 
 _PLAIN = {
     "address": (r"(?!-)[\w.:%@+-]*", "a name or address as ssh takes it"),
@@ -38,17 +37,17 @@ _PLAIN = {
     ),
     "free_memory": (r"([1-9][0-9]{0,5}[smhd])?", "such as 30m, 4h or 1d"),
 }
-"""The allowed form of values that are written unquoted to units and command lines, except paths."""
+"""What ends up in units and command lines as it is, and is no path: the form of each."""
 
 
 SYSTEM = re.compile(r"/(etc|proc|sys|dev|run|boot|usr|s?bin|lib(32|64|x32)?|var/(run|lock|lib/systemd))(/|$)")
-"""System folders, which never contain files of Hearth."""
+"""Folders of the system, which nothing of Hearth's lies in."""
 
 _SHARED = ("/home", "/media", "/mnt", "/opt", "/root", "/srv", "/tmp", "/var", "/var/lib", "/var/log", "/var/tmp")  # noqa: S108
 
 
 def _check_places(place: str, host: Host) -> None:
-    """Refuse system folders, world-writable folders and Hearth's own folders; raises ConfigError."""
+    """Refuse folders that are the system's, everybody's, or what Hearth keeps in the prefix; raises ConfigError."""
     prefix = host.prefix or (SYSTEM_PREFIX if host.scope == "system" else "")
     own = [f"{prefix}/{name}" for name in ("state", "releases", "parts", "current", "secrets")] if prefix else []
     given = [(each, "folder") for each in host.folders.values()] + [(each, "mount") for each in host.mounts]
@@ -58,18 +57,21 @@ def _check_places(place: str, host: Host) -> None:
         if SYSTEM.match(each) or each in _SHARED or temporary or shallow:
             why = "the service has a /tmp of its own" if temporary else "it is the system's, or others' too"
             raise ConfigError(
-                f"{place}: {each} cannot be a {kind}", cause=why, hint="a folder of its own, in /srv or /mnt"
+                "config", f"{place}: {each} cannot be a {kind}", cause=why, hint="a folder of its own, in /srv or /mnt"
             )
         if any(f"{each}/".startswith(f"{its}/") for its in own) or (
             kind == "folder" and each in (prefix, f"{prefix}/data")
         ):
             raise ConfigError(
-                f"{place}: {each} cannot be a {kind}", cause=f"Hearth keeps its own in {prefix}", hint="another"
+                "config",
+                f"{place}: {each} cannot be a {kind}",
+                cause=f"Hearth keeps its own in {prefix}",
+                hint="another",
             )
 
 
 def check_host(place: str, host: Host) -> None:
-    """Check a host's values; raises ConfigError or SecretError. `place` is the location of its declaration."""
+    """Raises ConfigError; `place` is where the host is declared."""
     _check_words(place, host)
     _check_numbers(place, host)
     _check_paths(place, host)
@@ -83,77 +85,87 @@ def _check_words(place: str, host: Host) -> None:
     """Names and addresses."""
     for key, (form, hint) in _PLAIN.items():
         if not re.fullmatch(form, value := getattr(host, key)):
-            raise ConfigError(f"{place}: {key} = {value!r}", hint=hint)
+            raise ConfigError("config", f"{place}: {key} = {value!r}", hint=hint)
     for each in host.members:
         if not re.fullmatch(r"\w[\w.@-]*\$?", each, re.ASCII):
-            raise ConfigError(f"{place}: members: {each!r} is not a user name", hint='members = ["anna"]')
+            raise ConfigError("config", f"{place}: members: {each!r} is not a user name", hint='members = ["anna"]')
         if each in (host.run_as, EXPORTER):
             raise ConfigError(
+                "config",
                 f"{place}: members: {each} is a service's user",
                 cause="nodes or the exporter run as that user, and members have more rights",
                 hint="list only people's logins",
             )
     for each in host.listen.split(","):
         try:
-            ipaddress.ip_address(each.replace("%", " "))  # no zone as in fe80::1%eth0, because units expand %
+            ipaddress.ip_address(each.replace("%", " "))  # no zone, as in fe80::1%eth0: units read % otherwise
         except ValueError as error:
             hint = 'one or more, as "127.0.0.1" or "127.0.0.1,::1"; "0.0.0.0,::" is everywhere'
-            raise ConfigError(f"{place}: listen = {host.listen!r}: {each!r} is not an IP address", hint=hint) from error
+            raise ConfigError(
+                "config", f"{place}: listen = {host.listen!r}: {each!r} is not an IP address", hint=hint
+            ) from error
     for each in host.secrets:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", each):
-            raise ConfigError(f"{place}: secrets: {each!r} is not a variable name", hint='secrets = ["HF_TOKEN"]')
+            raise ConfigError(
+                "config", f"{place}: secrets: {each!r} is not a variable name", hint='secrets = ["HF_TOKEN"]'
+            )
     bad = [each for each in host.developed if not re.fullmatch(r"\w[\w-]*", each, flags=re.ASCII)]
     if bad or len(host.developed) < len(host.develop):
         raise ConfigError(
+            "config",
             f"{place}: develop: {', '.join(bad or host.develop)}: each node needs a name of its own",
             hint="its folder's: letters, digits, _ and -",
         )
 
 
 def _check_numbers(place: str, host: Host) -> None:
-    """Ports, and the number of kept releases."""
+    """Ports, and how many releases are kept."""
     ports = range(1, 65536)
     if host.port not in ports or host.ssh_port not in (None, *ports) or host.keep < 1:
-        raise ConfigError(f"{place}: port and ssh_port are 1 to 65535, keep at least 1")
+        raise ConfigError("config", f"{place}: port and ssh_port are 1 to 65535, keep at least 1")
     if not all(each in ports for each in host.connect):
-        raise ConfigError(f"{place}: connect = {list(host.connect)}", hint="ports from 1 to 65535")
+        raise ConfigError("config", f"{place}: connect = {list(host.connect)}", hint="ports from 1 to 65535")
     if host.metrics_port is not None and (host.metrics_port not in ports or host.metrics_port == host.port):
-        raise ConfigError(f"{place}: metrics_port is 1 to 65535, and another than ComfyUI's {host.port}")
+        raise ConfigError("config", f"{place}: metrics_port is 1 to 65535, and another than ComfyUI's {host.port}")
 
 
 def _check_paths(place: str, host: Host) -> None:
-    """The form of every path, and its visibility to the service."""
+    """The form of every path, and that the service may see it."""
     prefix, home = host.prefix, re.compile(r"/(home|root)\b")
     if host.scope == "system" and prefix and (not prefix.startswith("/") or home.match(prefix)):
         raise ConfigError(
+            "config",
             f'{place}: prefix {prefix} is not allowed with scope = "system"',
             cause="it must be absolute, and the unit hides home folders from the service",
             hint='use /opt/comfyui, or scope = "user"',
         )
     for each in (*host.mounts, *host.folders.values(), *host.model_roots, *host.develop, *([prefix] if prefix else [])):
-        below = each.removeprefix("~") if each is prefix else each  # the agent replaces it by the login's home
+        below = each.removeprefix("~") if each is prefix else each  # the agent puts the login's home there
         if each not in (prefix, *host.develop, *host.folders.values()):
-            below = below.replace(":", "_")  # colons matter only where systemd binds a path
+            below = below.replace(":", "_")  # only where systemd binds a path does a colon end it
         if not PLAIN_PATH.fullmatch(below) or {".", ".."} & set(each.split("/")):
             raise ConfigError(
+                "config",
                 f"{place}: {each!r} is not a plain absolute path",
                 hint="such as /mnt/models: letters, digits and . _ @ + - between slashes, none at the end",
             )
-        # nodes under development are bound to the service's own path
+        # nodes under development are bound to where the service sees them
         if host.scope == "system" and each not in host.develop and home.match(each):
             raise ConfigError(
+                "config",
                 f"{place}: {each} lies in a home folder, which the unit hides from the service",
                 hint='another place (a bind mount will do), or scope = "user"',
             )
 
 
 def _check_overlaps(place: str, host: Host) -> None:
-    """No path is inside a folder that ComfyUI writes."""
+    """Nothing lies where ComfyUI writes."""
     prefix = host.prefix or SYSTEM_PREFIX
     written = [f"{prefix}/data", *host.folders.values()] if host.scope == "system" else []
     for each in (*host.mounts, *host.folders.values(), *host.develop):
         if inside := next((its for its in written if each.startswith(f"{its}/")), ""):
             raise ConfigError(
+                "config",
                 f"{place}: {each} lies in {inside}",
                 cause="ComfyUI writes there, and could replace it by a link that leads root elsewhere",
                 hint='a place of its own, such as mounts."/mnt/models" and folders.models = "/mnt/models"',
@@ -161,17 +173,19 @@ def _check_overlaps(place: str, host: Host) -> None:
 
 
 def _check_mounts(place: str, host: Host) -> None:
-    """The file systems that Hearth mounts."""
+    """File systems that Hearth mounts."""
     for each, mount in host.mounts.items():
         if mount.what and (not mount.type or host.scope != "system"):
             raise ConfigError(
+                "config",
                 f"{place}: mount {each} cannot be made",
                 cause="`what` needs a `type`, and root",
                 hint='type = "nfs4"; without root leave `what` out, and let fstab mount it',
             )
         for key, _, value in (each.partition("=") for each in mount.options.split(",")):
-            if names_secret(key.strip()) and not value.startswith("/"):  # a file with a secret is named by its path
-                raise SecretError(
+            if names_secret(key.strip()) and not value.startswith("/"):  # a file that holds it is named by its path
+                raise ConfigError(
+                    "secret",
                     f"{place}: mount {each}: the option {key} is a secret",
                     cause="this file is copied, backed up and shown, and everybody may read a unit",
                     hint='options = "credentials=/etc/hearth/nas", a file there that only root may read',
@@ -183,25 +197,27 @@ def _check_mounts(place: str, host: Host) -> None:
         )
         for key, value, form in told:
             if not ((value.isprintable() and re.fullmatch(form, value)) or not value):
-                raise ConfigError(f"{place}: mount {each}: {key} = {value!r} cannot be written into a unit")
+                raise ConfigError("config", f"{place}: mount {each}: {key} = {value!r} cannot be written into a unit")
 
 
 def check_settings(place: str, said: Profile | Override) -> None:
-    """Refuse values that a unit cannot contain, invalid ranges, and contradictory allocator settings."""
+    """Refuse what a unit could not hold, ranges that are none, and allocator settings that contradict each other."""
     if not re.fullmatch(r"([0-9]+(\.[0-9]+)?%|[0-9]+[KMGT]?|infinity)?", said.memory_max or ""):
-        raise ConfigError(f"{place}: memory_max = {said.memory_max!r}", hint="such as 48G or 90%")
+        raise ConfigError("config", f"{place}: memory_max = {said.memory_max!r}", hint="such as 48G or 90%")
     for each in said.pythons or ():
         if not re.fullmatch(r"3\.[0-9]+", each):
-            raise ConfigError(f"{place}: pythons: {each!r}", hint="such as 3.12")
+            raise ConfigError("config", f"{place}: pythons: {each!r}", hint="such as 3.12")
     forms = ((said.flags, r"--[a-z][a-z0-9-]*", r"[^\\'\"]*"), (said.env, r"[A-Za-z_][A-Za-z0-9_]*", r".*"))
     for settings, form, values in forms:
         for name, setting in settings.items():
             if not re.fullmatch(form, name):
-                raise ConfigError(f"{place}: {name!r} is no {'flag' if settings is said.flags else 'variable'}")
+                raise ConfigError(
+                    "config", f"{place}: {name!r} is no {'flag' if settings is said.flags else 'variable'}"
+                )
             if not (setting.value.isprintable() and re.fullmatch(values, setting.value)):
                 what = f"{place}: {name}: {setting.value!r} cannot be written into a unit"
                 raise ConfigError(
-                    what, hint="no line breaks and control characters, in flags no quotes and backslashes"
+                    "config", what, hint="no line breaks and control characters, in flags no quotes and backslashes"
                 )
     for name, setting in (said.flags | said.env).items():
         for what in ("torch", "comfyui"):
@@ -209,9 +225,10 @@ def check_settings(place: str, said: Profile | Override) -> None:
                 SpecifierSet(getattr(setting, what))
             except InvalidSpecifier as error:
                 text = getattr(setting, what)
-                raise ConfigError(f"{place}: {name}: {what} = {text!r} is no version range") from error
+                raise ConfigError("config", f"{place}: {name}: {what} = {text!r} is no version range") from error
         if "expandable_segments:True" in setting.value and "max_split_size_mb" in setting.value:
             raise ConfigError(
+                "config",
                 f"{place}: {name}: max_split_size_mb means nothing with expandable_segments",
                 cause="a segment that grows is never too large to be split",
                 hint="keep expandable_segments:True alone",

@@ -1,4 +1,4 @@
-"""Inputs of a deploy: the files and data available on this client."""
+"""Inputs of a deploy: what this client has for a host."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from core import foreign, lockfile, source, workspace
-from core.errors import LockStaleError
+from core.errors import LockError
 from deploy.refusals import refused
 from deploy.release_refusals import known_bad
 from lock import advisory, nodes, requirements
@@ -41,7 +41,7 @@ class Inputs:
 
 
 def gather(target: Target) -> Inputs:
-    """Collect the inputs for hosts of a profile. Raises LockStaleError, or RefusedError for known-bad nodes."""
+    """The inputs for hosts of a profile. Raises LockError, or RefusedError for nodes that are known to be bad."""
     app = applications.application()
     tree = source.fetch(app)
     (uv,) = (line.split()[0].replace("==", "-") for line in lockfile.requirements("uv"))
@@ -54,8 +54,10 @@ def gather(target: Target) -> Inputs:
     chosen = nodes.choose(known, target.profile.nodes)
     _refuse_known_bad(target, chosen)
     if chosen and (stale := [lock.name for lock in locks.values() if not lock.fits(known)]):
-        raise LockStaleError(
-            f"nodes were changed but not resolved: {', '.join(stale)}", hint="inv lock, then the same command"
+        raise LockError(
+            "lock-stale",
+            f"nodes were changed but not resolved: {', '.join(stale)}",
+            hint="inv lock, then the same command",
         )
     return Inputs(
         application=app,
@@ -69,7 +71,7 @@ def gather(target: Target) -> Inputs:
 
 
 def _refuse_known_bad(target: Target, chosen: Mapping[str, Node]) -> None:
-    """Refuse nodes with no good version; `inv audit` reports the others, depending on their version."""
+    """Refuse nodes of which every version is known to be bad; `inv audit` reports those where it depends on it."""
     listed = advisory.advisories()
     bad = {name: each for name, node in chosen.items() for each in advisory.of(node.url, listed) if each.outright}
     if bad:

@@ -1,4 +1,4 @@
-"""The results of changing hosts, as the tasks print them."""
+"""How changes of hosts ended, as the tasks print it."""
 
 from __future__ import annotations
 

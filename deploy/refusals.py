@@ -1,4 +1,4 @@
-"""Refusals: every reason why a change would not work on a host, with its fix.
+"""Refusals: every reason why a change would not work on a host, with its remedy.
 
 The only place that builds them. Pure: facts and a target in, refusals out. `kind` is data for scripts and tests; the
 sentences may change.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from deploy.host import Target
 
 RESERVE_DATA = 200_000_000
-"""Free space to keep where ComfyUI writes: a cut-over first copies its database, and outputs need space."""
+"""Kept free where ComfyUI writes: a cut-over first copies its database, and outputs need room afterwards."""
 
 MISSING = "is not there"
 """The agent's word for a folder that a step can create."""
@@ -31,14 +31,14 @@ LANDLOCK_TCP = 4
 """The first version of Landlock that restricts TCP (Linux 6.7)."""
 
 QUARANTINE = "quarantine"
-"""The setting that removes the service's network access."""
+"""The setting that takes the network away from the service."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """One reason why a change of `host` would not work, and its fix.
+    """One reason why a change of `host` would not work, and its remedy.
 
-    `build` has the arguments of `inv build-kernels` if the fix is to build a wheel.
+    `build` has the arguments of `inv build-kernels` where building a wheel is the remedy.
     """
 
     kind: str
@@ -51,6 +51,7 @@ class Refusal:
 def refused(what: str, refusals: Sequence[Refusal], host: str = "") -> RefusedError:
     """The error that shows refusals and carries them as data."""
     error = RefusedError(
+        "refused",
         what,
         cause="\n         ".join(each.what for each in refusals),
         hint="\n         ".join(dict.fromkeys(each.remedy for each in refusals)),
@@ -60,7 +61,7 @@ def refused(what: str, refusals: Sequence[Refusal], host: str = "") -> RefusedEr
 
 
 def unconfirmed(change: str, remedy: str) -> Refusal:
-    """The change was not confirmed."""
+    """Nobody said yes to a change."""
     return Refusal("unconfirmed", f"nobody agreed to {change}", remedy)
 
 
@@ -81,7 +82,7 @@ def no_systemd(facts: Facts, remedy: str) -> list[Refusal]:
 
 
 def not_deployed(target: Target, facts: Facts) -> list[Refusal]:
-    """No release is in service."""
+    """There is no release in service."""
     what = f"nothing is in service on {target.name}"
     return [] if facts.current else [Refusal("not-deployed", what, f"inv deploy --host {target.name}")]
 
@@ -100,7 +101,7 @@ def unchangeable(target: Target, facts: Facts, *, force: bool = False) -> list[R
 
 
 def deployed_otherwise(target: Target, facts: Facts) -> list[Refusal]:
-    """The configuration has changed since the last deploy in a way that no step supports."""
+    """The configuration has changed since the last deploy in a way that no step carries over."""
     found: list[Refusal] = []
     place, host = facts.place, target.host
     first = f"inv remove --host {target.name}, then change it"
@@ -132,7 +133,7 @@ def deployed_otherwise(target: Target, facts: Facts) -> list[Refusal]:
 
 
 def undeployable(target: Target, facts: Facts) -> list[Refusal]:
-    """Properties of the host that prevent a release from being put in service."""
+    """Reasons that lie in the host itself against putting a release in service."""
     host = target.host
     found = unchangeable(target, facts) + paused(target, facts)
     found += [
@@ -153,7 +154,7 @@ def undeployable(target: Target, facts: Facts) -> list[Refusal]:
 
 
 def paused(target: Target, facts: Facts) -> list[Refusal]:
-    """A user paused the service, possibly for a reason that others do not know."""
+    """Somebody paused the service, for a reason that others may not know."""
     if not facts.paused:
         return []
     what = f"{target.host.service} was paused by {facts.paused['who']} at {facts.paused['at']}"
@@ -182,7 +183,7 @@ def network(target: Target, facts: Facts) -> list[Refusal]:
 
 
 def storage(target: Target, facts: Facts) -> list[Refusal]:
-    """Problems of mounts and folders that no step can fix."""
+    """Mounts and folders that no step can put right."""
     found: list[Refusal] = []
     host = target.host
     for path, wanted in host.mounts.items():
@@ -215,7 +216,7 @@ def not_mounted(path: str, remedy: str) -> Refusal:
 
 
 def port(target: Target, facts: Facts) -> list[Refusal]:
-    """Another program uses ComfyUI's port."""
+    """Another program holds ComfyUI's port."""
     holder = facts.port_holder
     if not holder or (facts.service.active and holder["pid"] in (0, facts.service.pid)):
         return []
@@ -224,7 +225,7 @@ def port(target: Target, facts: Facts) -> list[Refusal]:
 
 
 def metrics(target: Target, facts: Facts) -> list[Refusal]:
-    """The host cannot export the configured metrics."""
+    """The host cannot export the metrics that are configured."""
     found: list[Refusal] = []
     wanted, holder = target.host.metrics_port, facts.metrics_holder
     if wanted and facts.manager == "process" and facts.lingers:
@@ -241,7 +242,7 @@ def metrics(target: Target, facts: Facts) -> list[Refusal]:
 
 
 def unstartable(target: Target, facts: Facts) -> list[Refusal]:
-    """Reasons why the existing service would not start."""
+    """Reasons why the service in place would not start."""
     found = unchangeable(target, facts)
     at = f"--host {target.name}"
     if not facts.current:
@@ -325,18 +326,18 @@ def unsettable(target: Target, facts: Facts) -> list[Refusal]:
 
 
 def loose_process(pid: int, user: str) -> Refusal:
-    """The ComfyUI to adopt runs without a unit that could be stopped."""
+    """A ComfyUI to be adopted runs without a unit that could be stopped."""
     what = f"the old ComfyUI runs without a system unit: pid {pid} of {user}"
     return Refusal("loose-process", what, "stop it: nothing is moved while it is in use")
 
 
 def unfit_setting(name: str, why: str, remedy: str = "leave it out") -> Refusal:
-    """A setting does not apply to the host, or has no use there."""
+    """A setting has no place or no use on the host."""
     return Refusal("unfit-setting", f"{name}: {why}", remedy)
 
 
 def no_mps(target: Target, facts: Facts, control: str, gpus: Sequence[int]) -> list[Refusal]:
-    """Reasons why MPS cannot be enabled; `gpus` are the GPUs that limits name."""
+    """Reasons why MPS cannot be on; `gpus` are those that limits name."""
     found = unsettable(target, facts) + not_deployed(target, facts)
     at = f"--host {target.name}"
     if not facts.gpus:
@@ -359,7 +360,7 @@ def mps_off(target: Target) -> Refusal:
 
 
 def no_user(target: Target, names: Sequence[str]) -> Refusal:
-    """The host lacks users who need access to the GPU."""
+    """The host lacks users that must get access to the GPU."""
     remedy = f"inv deploy --host {target.name} first, or remove them from `members`"
     return Refusal("no-user", f"{target.name} has no user {', '.join(names)}", remedy)
 

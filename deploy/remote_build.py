@@ -1,4 +1,4 @@
-"""Builds kernel wheels natively on a host, as the login user without root, and downloads them."""
+"""Builds kernel wheels natively on a host, as its login and without root, and brings them back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import msgspec
 
 from core import console, files, lockfile, manifest, workspace
 from core.arch import known_archs, parse_list
-from core.errors import HashMismatchError, HearthError, RemoteError, UsageError
+from core.errors import HearthError, HostError, SourceError, UsageError
 from core.stack import Platform, find_stack
 from deploy import connection
 from deploy.look import find_target
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deploy.connection import Ssh
 
 PLACE = ".cache/hearth/workshop"
-"""The build folder below the user's home: uv, this checkout, a cache and a wheelhouse."""
+"""Where it happens, below the login's home: uv, this checkout, a cache and a wheelhouse."""
 
 CHECKOUT = (
     "tasks.py",
@@ -43,20 +43,20 @@ CHECKOUT = (
     "config",
     "recipes",
 )
-"""The parts of this checkout that `inv build-kernels` needs."""
+"""What `inv build-kernels` needs of this checkout."""
 
 
 def build(name: str, asked: Mapping[str, str], *, force: bool, dry_run: bool) -> list[Manifest]:
-    """Run `inv build-kernels` on a host and download the wheels into the wheelhouse; returns their manifests.
+    """Run `inv build-kernels` on a host, `asked` its flags with their values; the wheels are in the wheelhouse then.
 
-    `asked` are its flags with their values. A dry run only prints the host's output. Raises connection errors, and
-    RemoteError, also for a wheel that was not requested.
+    Returns their manifests. On a dry run, only what the host says is printed. Raises what connecting raises, and
+    HostError, also when the host answers with anything but what it was asked for.
     """
     if asked.get("arch"):
-        parse_list(asked["arch"], known_archs())  # the host would reject a wrong one only minutes later
+        parse_list(asked["arch"], known_archs())  # the host's own answer to a wrong one comes minutes later
     target = find_target(name)
     if not target.host.address:
-        raise UsageError(f"{name} is this machine", hint="leave --host out")
+        raise UsageError("usage", f"{name} is this machine", hint="leave --host out")
     with connection.connect(target) as agent:
         assert isinstance(agent, connection.Ssh)
         machine = agent.shell("uname -m", console.say).strip()
@@ -81,7 +81,7 @@ def _environment() -> str:
 
 
 def _send(agent: Ssh, uv: Path) -> str:
-    """Upload uv and the checkout into folders named by hash, unless they exist; return the checkout's folder."""
+    """Send uv and the checkout, each where its hash says, when it is not there; return the checkout's folder."""
     archive = _pack()
     digest = hashlib.sha256(archive).hexdigest()[:16]
     place = f"{PLACE}/checkout-{digest}"
@@ -97,7 +97,7 @@ def _send(agent: Ssh, uv: Path) -> str:
 
 
 def _pack() -> bytes:
-    """Pack the checkout and the folders of $HEARTH_RECIPES into an archive, without the user's hosts."""
+    """The checkout and the folders of $HEARTH_RECIPES as one archive; the user's hosts stay here."""
     buffer = io.BytesIO()
     extra = [Path(each) for each in os.environ.get("HEARTH_RECIPES", "").split(os.pathsep) if each]
     trees = [(files.CHECKOUT / each, each) for each in CHECKOUT]
@@ -118,18 +118,20 @@ def _pack() -> bytes:
 
 
 LARGEST = 4_000_000_000
-"""Maximum size of a wheel, in bytes."""
+"""Bytes of a wheel."""
 
 
 def _answer(name: str, said: str, asked: Mapping[str, str]) -> list[Manifest]:
-    """The wheels that a host built; raises RemoteError for one that was not requested: it would replace another one.
+    """The wheels that a host built; raises HostError when one is not what it was asked for: it would replace another.
 
-    A malicious host can thus falsify only the contents of these wheels.
+    The host can lie about what is in them, and about nothing else.
     """
     try:
         found = msgspec.json.decode(said, type=list[manifest.Manifest])
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise RemoteError(f"what {name} says of its wheels cannot be read", cause=str(error)[:500]) from error
+        raise HostError(
+            "remote-command", f"what {name} says of its wheels cannot be read", cause=str(error)[:500]
+        ) from error
     wrong = [f"{each.file}: {why}" for each in found if (why := _unasked(each, asked))]
     if len({each.file for each in found}) < len(found):
         wrong.append("one of them twice")
@@ -137,12 +139,14 @@ def _answer(name: str, said: str, asked: Mapping[str, str]) -> list[Manifest]:
         wrong.append("they are for several GPUs, which only --arch asks for")
     if wrong:
         hint = f"nothing was taken; see who else has the login on {name}"
-        raise RemoteError(f"{name} answers with wheels that it was not asked for", cause=wrong[0], hint=hint)
+        raise HostError(
+            "remote-command", f"{name} answers with wheels that it was not asked for", cause=wrong[0], hint=hint
+        )
     return found
 
 
 def _unasked(wheel: Manifest, asked: Mapping[str, str]) -> str:
-    """The properties of a wheel that differ from the request, or from its defaults; empty if none do."""
+    """What of a wheel is not as asked, or as is the default for its GPU where nothing was; empty when all is."""
     known = known_archs()
     try:
         (arch,) = parse_list(wheel.arch, known)
@@ -159,7 +163,7 @@ def _unasked(wheel: Manifest, asked: Mapping[str, str]) -> str:
         "torch": (wheel.torch, [torch]),
         "python": (wheel.python, _names(asked.get("python")) or [usual.python]),
         "platform": (wheel.platform, [asked.get("platform") or usual.platform]),
-        # kernels without that profile are built with their default
+        # of several kernels, those without that profile are built as usual
         "profile": (wheel.profile, [(asked.get("profile") if len(kernels) == 1 else "") or wheel.profile]),
     }
     if wrong := [f"{what} {value!r}" for what, (value, right) in told.items() if value not in right]:
@@ -179,13 +183,15 @@ def _names(listed: str | None) -> list[str]:
 
 
 def _fetch(agent: Ssh, wheel: Manifest) -> None:
-    """Download one wheel into the wheelhouse; reports if it replaces another wheel of the same name."""
+    """Bring one wheel home, into the wheelhouse, and say so when another one of its name was there."""
     there = workspace.current().wheelhouse.folder / wheel.file
     with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
         place = Path(folder) / wheel.file
         agent.get(f"{PLACE}/wheelhouse/{wheel.file}", place, wheel.size)
         if files.sha256(place) != wheel.sha256:
-            raise HashMismatchError(f"{wheel.file} was altered on the way", hint="run the same command again")
+            raise SourceError(
+                "hash-mismatch", f"{wheel.file} was altered on the way", hint="run the same command again"
+            )
         if there.is_file() and (old := files.sha256(there)) != wheel.sha256:
             console.say(f"the wheelhouse had another {wheel.file}, which is replaced: sha256 {old}, now {wheel.sha256}")
         workspace.current().wheelhouse.admit(place, wheel)

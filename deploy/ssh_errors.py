@@ -1,4 +1,4 @@
-"""Interprets ssh's messages when it cannot reach a host: the error, its cause and the next command."""
+"""What ssh's messages mean when it does not reach a host: the error, its cause and the next command."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING
 
-from core.errors import ConnectError, HearthError, HostKeyError
+from core.errors import ConnectError, HearthError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,22 +19,25 @@ def unreachable(said: str, name: str, settings: Mapping[str, str], retry: str) -
     """
     user, host, port = (settings[key] for key in ("user", "hostname", "port"))
     cause = "\n         ".join([line for line in said.splitlines() if line.strip("@ ")][-6:])
-    # Our ssh reports only a closed connection: the rejected key is that of a jump host.
+    # Our own ssh reports only that the connection was closed: the refused key is that of a host on the way.
     jump = re.search("exchange_identification|UNKNOWN port", said)
     of = f"a jump host of {name}" if jump else f"{name} ({host})"
     if found := _host_key(said, cause, of, settings, retry):
         return found
     if "Permission denied (" in said or "Too many authentication failures" in said:
         return ConnectError(
+            "unreachable",
             f"SSH authentication failed for {user} on {name}",
             cause=cause,
             hint=f"try: {retry}; a key with a passphrase must be in your agent (ssh-add)",
         )
-    return ConnectError(f"{name} cannot be reached ({user}@{host}:{port})", cause=cause, hint=f"try: {retry}")
+    return ConnectError(
+        "unreachable", f"{name} cannot be reached ({user}@{host}:{port})", cause=cause, hint=f"try: {retry}"
+    )
 
 
-def _host_key(said: str, cause: str, of: str, settings: Mapping[str, str], retry: str) -> HostKeyError | None:
-    """The error for a host key that ssh rejects; None if that was not the reason."""
+def _host_key(said: str, cause: str, of: str, settings: Mapping[str, str], retry: str) -> ConnectError | None:
+    """The error for a host key that ssh does not accept; None when that was not the reason."""
     port, host = (shlex.quote(settings[key]) for key in ("port", "hostname"))
     scan = f"`ssh-keyscan -p {port} {host} | ssh-keygen -lf -`"
     if "HOST IDENTIFICATION HAS CHANGED" in said:
@@ -42,18 +45,22 @@ def _host_key(said: str, cause: str, of: str, settings: Mapping[str, str], retry
         known = re.search("Offending .*", said)
         listed = re.search(r"Host key for (\S+) has changed", said)
         entry = (listed[1] if listed else settings["hostname"]).replace("'", "'\\''")
-        return HostKeyError(
+        return ConnectError(
+            "host-key",
             f"the host key of {of} has CHANGED",
             cause=f"offered: {offered[1] if offered else '?'}; known: {known[0] if known else '?'}. "
             "The host was reinstalled, or this is a man-in-the-middle attack",
             hint=f"compare it with {scan}; only if it is right: ssh-keygen -R '{entry}', then connect once by: {retry}",
         )
     if "REVOKED" in said or "revoked" in said:
-        return HostKeyError(f"the host key of {of} is revoked", cause=cause, hint="ask the host's administrator")
+        return ConnectError(
+            "host-key", f"the host key of {of} is revoked", cause=cause, hint="ask the host's administrator"
+        )
     if "Certificate invalid" in said:
-        return HostKeyError(f"the host certificate of {of} is not valid", cause=cause, hint=f"try: {retry}")
+        return ConnectError("host-key", f"the host certificate of {of} is not valid", cause=cause, hint=f"try: {retry}")
     if "Host key verification failed" in said:
-        return HostKeyError(
+        return ConnectError(
+            "host-key",
             f"the host key of {of} is not known",
             cause="no known_hosts file of yours or of the system lists it, nor an authority that certified it",
             hint=f"compare the output of {scan} with the host's own key; then connect once by: {retry}",

@@ -1,4 +1,4 @@
-"""A survey: the existing ComfyUI installations that the agent found (`agent/look/survey.py`)."""
+"""A survey: what the agent (`agent/look/survey.py`) saw of ComfyUI installations that are not Hearth's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from core.errors import NoInstallationError
+from core.errors import HostError
 from deploy.secrets import TOKEN, names_secret
 
 if TYPE_CHECKING:
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 
 
 def only(survey: Survey, host: str) -> Installation:
-    """Return the only installation; raises NoInstallationError if there are none or several."""
+    """The one installation; raises HostError when there is none, or more than one."""
     if len(survey.found) == 1:
         return survey.found[0]
     if survey.found:
         places = [each.path for each in survey.found]
-        raise NoInstallationError(
+        raise HostError(
+            "no-installation",
             f"{host} has {len(places)} installations of ComfyUI: {', '.join(places)}",
             hint=f"choose one: --path {shlex.quote(places[0])}",
         )
-    raise NoInstallationError(
+    raise HostError(
+        "no-installation",
         f"no ComfyUI was found on {host}",
         cause="\n         ".join(["looked for main.py and comfy/ in:", *survey.looked]),
         hint="--path FOLDER says where it is",
@@ -40,14 +42,14 @@ def port(found: Installation) -> int:
 
 HIDDEN = "***"
 
-# The user part of an address, up to the last @ (a password may contain @ and /); also in scp form.
+# Who an address is asked as, to the last @ before it ends (a password may hold one, and a slash); of scp's form, too.
 _USER = re.compile(r"(?i)([a-z][a-z0-9+.-]*://)([^\s?#]*)@|(?<![\w/:@])([\w.+-]+:[^\s/]*)@(?=[\w.-]+:)")
 _QUERY = re.compile(r"([?&;#])([\w.-]+)=([^&;#\s]+)")
 
 
 def without_secrets(found: Any, hidden: str = HIDDEN) -> Any:
-    """Remove passwords and tokens from an agent's answer: in addresses, flags and variables."""
-    if isinstance(found, dict):  # an address is useful without its user
+    """What an agent saw, and in none of its texts a password or token: of addresses, flags and variables."""
+    if isinstance(found, dict):  # an address is of use without who asks for it
         return {key: without_secrets(value, "" if key == "url" else hidden) for key, value in found.items()}
     if isinstance(found, list):
         flags = [each if isinstance(each, str) else "" for each in found]
@@ -71,7 +73,7 @@ def without_secrets(found: Any, hidden: str = HIDDEN) -> Any:
 
 
 def settings(argv: Sequence[str]) -> dict[str, str]:
-    """The flags of a command line with their values."""
+    """Flags with their values, as far as the words of a command line tell."""
     found: dict[str, str] = {}
     name = ""
     for word in argv:

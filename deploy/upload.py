@@ -1,4 +1,4 @@
-"""Uploads: packs and sends the files that a plan's steps need on the host."""
+"""Uploads: what the steps of a plan need on the host beside their values, packed and sent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from agent.schema import change as schema
 from core import console, files, lockfile, source, workspace
-from core.errors import HashMismatchError, TreeError
+from core.errors import SourceError
 from core.stack import Platform
 from lock import nodes, requirements
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Upload:
-    """The files that a host needs for some steps, by SHA-256 in `blobs`; archives are created in `scratch`.
+    """The files that a host needs for some steps, by their SHA-256 in `blobs`; archives are made in `scratch`.
 
-    `offline`: the host fetches nothing itself, so the packages of its environment are sent, too.
+    `offline`: the host fetches nothing itself, so that the packages of its environment are sent, too.
     """
 
     agent: Agent
@@ -40,13 +40,13 @@ class Upload:
     blobs: dict[str, Path] = field(default_factory=dict)
 
     def pack(self, steps: Sequence[Step]) -> list[Step]:
-        """The steps, with everything that the agent needs for them."""
-        # fetch all nodes in parallel, not one by one
+        """The steps with all that the agent needs for them."""
+        # all nodes at once, not each when it is packed
         nodes.fetch({step.node: self.inputs.nodes[step.node] for step in steps if isinstance(step, schema.Node)})
         return [self.pack_step(step) for step in steps]
 
     def pack_step(self, step: Step) -> Step:
-        """The step, with everything that the agent needs for it."""
+        """The step with all that the agent needs for it."""
         platform = Platform.parse(self.facts.platform)
         if isinstance(step, schema.Tool):
             blob = self._blob(lockfile.install("uv", platform, "3.11") / "bin/uv")
@@ -70,17 +70,19 @@ class Upload:
             packages = [schema.WheelFile(each.name, self._blob(each)) for each in sorted(folder.glob("*.whl"))]
             if damaged := [each.file for each in packages if each.sha256 not in lock.text]:
                 what = f"{folder / damaged[0]} was damaged: its hash is not the locked one"
-                raise HashMismatchError(what, hint=f"rm -r {shlex.quote(str(folder))}, then run the same command again")
+                raise SourceError(
+                    "hash-mismatch", what, hint=f"rm -r {shlex.quote(str(folder))}, then run the same command again"
+                )
             wheels += packages
         return replace(step, tool=self.inputs.uv, wheels=tuple(wheels), offline=self.offline)
 
     def pack_tree(self, step: schema.Tree, kind: str, tree: Path) -> Step:
-        """The step, with an archive of the files that none of the host's parts of the same `kind` contain."""
+        """The step with an archive of the tree's files that the host has in no part of the same `kind`."""
         wanted = {
             name: files.sha256(path) + ("x" if path.stat().st_mode & 0o100 else "") for name, path in files.tree(tree)
         }
-        if "PART.json" in wanted:  # the agent's record of a part
-            raise TreeError(f"{tree.name} has a file PART.json, which a host would take for its own")
+        if "PART.json" in wanted:  # the agent's own record of a part
+            raise SourceError("unsafe-tree", f"{tree.name} has a file PART.json, which a host would take for its own")
         used = {each["parts"].get(kind) for each in self.facts.releases}
         there = sorted(name for name, fault in self.facts.parts.items() if name in used and not fault)
         held: dict[str, str] = {}
@@ -107,7 +109,7 @@ class Upload:
         return digest
 
     def send(self) -> None:
-        """Send the files that the host lacks; an interrupted upload resumes where it ended."""
+        """Send the files that the host lacks, each from where an interrupted upload left off."""
         incoming = self.facts.incoming
         missing = {digest: path for digest, path in self.blobs.items() if digest not in incoming}
         offsets = {digest: incoming.get(f"{digest}.part", 0) for digest in missing}

@@ -20,6 +20,8 @@ from deploy import host
 from tasks import ns
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from invoke.parser.argument import Argument
     from invoke.parser.context import ParserContext
 
@@ -54,6 +56,8 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
     "`config/modes/NAME.toml`": host.Mode,
 }
 
+KINDS = "An error is shown as `error[KIND]: what happened`. The kind tells errors with the same exit code apart."
+
 OTHER_CODES = {
     0: "Done; on a dry run, nothing to do.",
     1: "A wheel in the wheelhouse differs from its manifest; a workflow needs a node type that no known node has; an "
@@ -84,7 +88,10 @@ def render() -> str:
     classes = [each for each in vars(errors).values() if inspect.isclass(each) and issubclass(each, errors.HearthError)]
     codes = {each.exit_code: str(inspect.getdoc(each)).partition("\n")[0] for each in classes} | OTHER_CODES
     rows = [(str(code), meaning) for code, meaning in sorted(codes.items())]
-    return "\n\n".join([*parts, "## Exit codes", _table(("Code", "Meaning"), rows)]) + "\n"
+    kinds = [(str(each.exit_code), f"`{kind}`", text) for each in classes for kind, text in each.kinds.items()]
+    parts += ["## Exit codes", _table(("Code", "Meaning"), rows)]
+    parts += ["## Kinds of errors", KINDS, _table(("Code", "Kind", "Meaning"), kinds)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _row(argument: Argument, *, required: bool) -> tuple[str, ...]:
@@ -148,7 +155,7 @@ def _type(kind: Any) -> str:
     return {str: "string", int: "integer", bool: "boolean"}[kind]
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [heads, tuple("---" for _ in heads), *rows]
     return "\n".join(re.sub(" +", " ", f"| {' | '.join(cells)} |") for cells in lines)
 

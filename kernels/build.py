@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from core import console, files, workspace
-from core.errors import DiskFullError
+from core.errors import BuildError
 from core.manifest import Manifest
 from kernels import store
 
@@ -54,7 +54,8 @@ def build_kernels(builds: Sequence[Build], *, jobs: int | None = None, force: bo
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
-                raise DiskFullError(
+                raise BuildError(
+                    "disk-full",
                     "the disk is full",
                     cause=str(error),
                     hint=f"free some space (the cache is {workspace.current().cache}), then run the same command",
@@ -80,7 +81,7 @@ def _make(builds: Sequence[Build], jobs: int | None, lock: int, *, force: bool) 
     from kernels import source, toolchain, wheel
 
     for build in builds:
-        wheel.metadata(build)  # otherwise this error would come after the compile
+        wheel.metadata(build)  # an error that would otherwise come after the compile
     root = graphs.root()
     for build in {build.folder: build for build in builds}.values():  # Pythons and profiles share a folder
         place = root / build.folder

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import arch as archs
 from core import console, files, workspace
-from core.errors import ArchError, HearthError, RecipeSupportError, StackArchError, UnknownNameError, UsageError, near
+from core.errors import HearthError, SupportError, UsageError, suggest
 from core.stack import Platform, Stack, find_stack, stacks
 from kernels import recipe as recipes_of
 from kernels import toolchain as toolchains
@@ -154,11 +154,11 @@ class Request:
     def __post_init__(self) -> None:
         if self.jobs and not (self.jobs.isdecimal() and int(self.jobs)):
             hint = "give the number of parallel compile jobs, or omit it"
-            raise UsageError(f"--jobs must be a positive integer (got {self.jobs!r})", hint=hint)
+            raise UsageError("usage", f"--jobs must be a positive integer (got {self.jobs!r})", hint=hint)
 
 
 def wanted_archs(text: str) -> list[Arch]:
-    """The requested archs: `text`, else $TORCH_CUDA_ARCH_LIST, else the local GPU's; raises ArchError."""
+    """The requested archs: `text`, else $TORCH_CUDA_ARCH_LIST, else the local GPU's; raises SupportError."""
     known = archs.known_archs()
     text = text or os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if text:
@@ -166,7 +166,8 @@ def wanted_archs(text: str) -> list[Arch]:
     local = archs.local_gpu()
     if local is None:
         table = ", ".join(f"{name} ({info.gpus})" for name, info in known.items())
-        raise ArchError(
+        raise SupportError(
+            "arch",
             "no compute capability given, and this machine has no NVIDIA GPU",
             cause="neither --arch nor TORCH_CUDA_ARCH_LIST is set",
             hint=f"choose one with --arch: {table}",
@@ -186,9 +187,10 @@ def select(request: Request) -> tuple[list[Build], list[Skipped]]:
     chosen = [recipes_of.find_recipe(name) for name in names] or list(recipes_of.recipes().values())
     profiles = {name for recipe in chosen for name in recipe.profiles}
     if request.profile and request.profile not in profiles:
-        raise UnknownNameError(
+        raise UsageError(
+            "unknown-name",
             f"there is no profile {request.profile!r} of {', '.join(recipe.name for recipe in chosen)}",
-            hint=near(request.profile, profiles) if profiles else "omit --profile",
+            hint=suggest(request.profile, profiles) if profiles else "omit --profile",
         )
     builds: list[Build] = []
     skipped: list[Skipped] = []
@@ -200,8 +202,8 @@ def select(request: Request) -> tuple[list[Build], list[Skipped]]:
             for recipe in chosen:
                 try:
                     builds.append(_build(recipe, arch, stack, platform, python, request.profile))
-                except (StackArchError, RecipeSupportError) as error:
-                    if names:
+                except SupportError as error:
+                    if names or error.kind == "arch":
                         raise
                     skipped.append(Skipped(f"{recipe.name} {arch} {stack.name} {python} {platform.value}", error))
     if not builds and skipped:
@@ -217,23 +219,26 @@ def _build(recipe: Recipe, arch: Arch, stack: Stack, platform: Platform, python:
     return Build(recipe, arch, chosen, toolchains.describe(stack, platform, python))
 
 
-def refusal(recipe: Recipe, arch: Arch, stack: Stack) -> StackArchError | RecipeSupportError | None:
+def refusal(recipe: Recipe, arch: Arch, stack: Stack) -> SupportError | SupportError | None:
     """The reason why this recipe cannot be built for this arch and stack, or None."""
     if arch.capability not in stack.archs:
-        return StackArchError(
+        return SupportError(
+            "stack-arch",
             f"stack {stack.name} cannot target {arch.capability}",
             cause=stack.archs_reason,
             hint=f"use a stack that can: {', '.join(_stacks_for(arch)) or 'none'}; "
             f"{stack.name} targets {', '.join(stack.archs)}",
         )
     if stack.name not in recipe.stacks:
-        return RecipeSupportError(
+        return SupportError(
+            "recipe-support",
             f"{recipe.name} {recipe.version} does not support stack {stack.name}",
             cause=recipe.unsupported.get(stack.name, "not listed in `stacks` of recipe.toml"),
             hint=f"stacks of {recipe.name}: {', '.join(recipe.stacks)}",
         )
     if arch.capability not in recipe.archs:
-        return RecipeSupportError(
+        return SupportError(
+            "recipe-support",
             f"{recipe.name} {recipe.version} does not support {arch.capability}",
             cause=recipe.unsupported.get(arch.capability, "not listed in [archs] of recipe.toml"),
             hint=f"archs of {recipe.name}: {', '.join(recipe.archs)}",

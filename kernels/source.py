@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from core import tools
-from core.errors import PatchError
+from core.errors import SourceError
 from core.source import fetch
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def _apply(recipe: Recipe, patch: Patch, tree: Path) -> None:
     ceiling = {"GIT_CEILING_DIRECTORIES": str(tree.parent)}
     done = tools.git("apply", "--whitespace=nowarn", "--", file, cwd=tree, env=ceiling, check=False)
     if done.returncode:
-        raise PatchError(
+        raise SourceError(
+            "patch",
             f"{patch.file} does not apply to {recipe.name} {recipe.version}",
             cause=done.stderr.strip(),
             hint="the source has changed: update the patch, or delete it if upstream has applied it",

@@ -1,7 +1,7 @@
 """Compilers, headers and libraries for one (stack, target platform, Python), with a fingerprint.
 
-`describe` is cheap: it queries the compiler, the interpreter and the lock, so a wheel's key takes a fraction of a
-second. `assemble` installs missing parts into the cache.
+`describe` is cheap: it asks the compiler, the interpreter and the lock, so that the key of a wheel can be told
+in a fraction of a second. `assemble` installs what is missing into the cache.
 """
 
 from __future__ import annotations
@@ -16,29 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import console, files, lockfile, shell, tools, workspace
-from core.errors import (
-    CompilerMissingError,
-    CompilerVersionError,
-    CrossCompilerMissingError,
-    CudaMissingError,
-    HearthError,
-    PythonMissingError,
-    RecipeSupportError,
-)
+from core.errors import HearthError, SupportError, ToolError
 from core.stack import Platform, Stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-# Compile-time packages. The stack's other packages (sympy, filelock ...) do not affect kernels.
+# Compile-time packages: what else a stack installs (sympy, filelock ...) changes no byte of a kernel.
 _COMPILE_TIME = ("torch==", "nvidia-")
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """The identity of every input that can change the output, and its place in the cache.
+    """The identity of every part that can change a byte, and where the cache keeps them.
 
-    `kernel_fingerprint` covers the inputs of kernel objects; `fingerprint` adds Python, for the bindings.
+    `kernel_fingerprint` covers what reaches a kernel object; `fingerprint` adds Python, for the bindings.
     """
 
     stack: Stack
@@ -58,7 +50,7 @@ class Toolchain:
 
     @property
     def kernel_fingerprint(self) -> str:
-        """Hash of all parts except Python."""
+        """Hash of all parts but Python."""
         return _digest([part for part in self.parts if part[0] != "python"])
 
     @property
@@ -68,7 +60,7 @@ class Toolchain:
 
     @property
     def view(self) -> Path:
-        """The folder of symlinks that compile commands use, so that commands contain no path of this machine."""
+        """The folder of links that compile commands name, so that they hold no path of this machine."""
         name = f"{self.stack.name}-{self.platform.cpu}-{self.kernel_fingerprint[:12]}"
         return workspace.current().cache / "toolchains" / name
 
@@ -79,25 +71,25 @@ class Toolchain:
 
     @property
     def site(self) -> Path:
-        """The stack installed for the target: torch's headers and libraries, and torch's import dependencies."""
+        """The stack installed for the target: torch's headers and libraries, and all that its import needs."""
         return self.view / self.abi_tag / "site"
 
 
 def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
     """Find every part without installing anything.
 
-    Raises CompilerMissingError, CrossCompilerMissingError, CompilerVersionError, CudaMissingError or
-    PythonMissingError, each with the package to install. RecipeSupportError: the stack lacks the platform or the
-    Python.
+    Raises ToolError with the package to install.
     """
     if platform.value not in stack.platforms:
-        raise RecipeSupportError(
+        raise SupportError(
+            "recipe-support",
             f"stack {stack.name} has no {platform.value}",
             cause=f"torch {stack.torch} has no CUDA build for it",
             hint=f"platforms of {stack.name}: {', '.join(stack.platforms)}",
         )
     if python not in stack.pythons:
-        raise RecipeSupportError(
+        raise SupportError(
+            "recipe-support",
             f"stack {stack.name} has no Python {python}",
             hint=f"Pythons of {stack.name}: {', '.join(stack.pythons)}",
         )
@@ -123,11 +115,11 @@ def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
 
 
 def faults(stack: Stack, platform: Platform, python: str) -> list[HearthError]:
-    """Return all errors that `describe` would raise, without calling uv to find a Python."""
+    """All that `describe` would raise, without its asking uv for a Python."""
     found: list[HearthError] = []
     if _known_python(python) is None:
         hint = f"apt-get install python{python}-dev, or uv python install {python}"
-        found.append(PythonMissingError(f"there is no Python {python}", hint=hint))
+        found.append(ToolError("python-missing", f"there is no Python {python}", hint=hint))
     looks: list[Callable[[], object]] = [lambda: _host_compiler(stack, platform), lambda: _cuda(stack)]
     looks += [] if found else [lambda: _python(python)]
     for look in looks:
@@ -140,15 +132,16 @@ def faults(stack: Stack, platform: Platform, python: str) -> list[HearthError]:
 
 @cache
 def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
-    """Return the C++ compiler for `platform` and its identity: compiler, binutils and C library versions."""
+    """The C++ compiler for `platform` and what identifies it: its version, binutils' and the C library's."""
     if platform is Platform.local():
         name = os.environ.get("CXX", "g++")
         if not shell.which(name):
-            raise CompilerMissingError(f"there is no C++ compiler ({name})", hint="apt-get install g++")
+            raise ToolError("compiler-missing", f"there is no C++ compiler ({name})", hint="apt-get install g++")
     else:
         name = f"{platform.cpu}-linux-gnu-g++"
         if not shell.which(name):
-            raise CrossCompilerMissingError(
+            raise ToolError(
+                "cross-compiler-missing",
                 f"there is no C++ compiler for {platform.value} ({name})",
                 hint=f"apt-get install g++-{platform.cpu.replace('_', '-')}-linux-gnu",
             )
@@ -156,7 +149,8 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
     asked = shell.run([name, "-E", "-P", "-x", "c++", "-"], input_text=program)
     major, *glibc = asked.stdout.split()[-3:]
     if int(major) > stack.gcc:
-        raise CompilerVersionError(
+        raise ToolError(
+            "compiler-version",
             f"{name} is GCC {major}, which CUDA {stack.cuda} does not accept",
             cause=f"crt/host_config.h of CUDA {stack.cuda} stops at GCC {stack.gcc}",
             hint=f"apt-get install g++-{stack.gcc}, then run again with CXX=g++-{stack.gcc}",
@@ -168,7 +162,7 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
 
 @cache
 def _cuda(stack: Stack) -> tuple[str, str]:
-    """Return the CUDA compiler's home (empty unless it is the system's) and its identity."""
+    """The CUDA compiler: its home when it is the system's (else ""), and what identifies it."""
     locked = _digest(_requirements(f"nvcc-{stack.name}"))
     if stack.compiler == "locked":
         return "", f"nvcc-{stack.name} {locked}"
@@ -179,14 +173,15 @@ def _cuda(stack: Stack) -> tuple[str, str]:
         if not nvcc.exists():
             tried.append(f"{home}: no bin/nvcc")
             continue
-        # Debian's nvcc has no nvcc.profile next to it, but still prints its version.
+        # Debian's nvcc has no nvcc.profile beside it and still prints its version.
         text = shell.run([nvcc, "--version"], check=False).stdout
         if f"release {stack.cuda}," in text:
             hashes = [files.sha256(_program(home, name)) for name in _NVCC_PROGRAMS]
             return str(home), f"nvcc {_digest(hashes)}, headers {locked}"
         release = next((line for line in text.splitlines() if "release" in line), "no version")
         tried.append(f"{home}: {release.strip()}")
-    raise CudaMissingError(
+    raise ToolError(
+        "cuda-missing",
         f"stack {stack.name} needs the CUDA {stack.cuda} compiler, and there is none",
         cause="; ".join(tried),
         hint=f"install CUDA {stack.cuda} (Debian 13: apt-get install nvidia-cuda-toolkit, from non-free) "
@@ -194,24 +189,24 @@ def _cuda(stack: Stack) -> tuple[str, str]:
     )
 
 
-# nvcc, and the programs that it calls to compile a file.
+# nvcc, and what it calls to compile a file.
 _NVCC_PROGRAMS = ("nvcc", "cicc", "cudafe++", "ptxas", "fatbinary")
 
 
 def _program(home: Path, name: str) -> Path:
-    """Return a CUDA program's path: in NVIDIA's two folders, or in /usr/bin, where Debian installs some of them."""
+    """Where a CUDA program lies: NVIDIA's two folders, or Debian's, which keeps some in /usr/bin."""
     for place in (home / "bin", home / "nvvm/bin", home.parent.parent / "bin"):
         if (place / name).exists():
             return (place / name).resolve()
-    raise CudaMissingError(f"the CUDA compiler in {home} has no {name}", hint="install the CUDA toolkit again")
+    raise ToolError("cuda-missing", f"the CUDA compiler in {home} has no {name}", hint="install the CUDA toolkit again")
 
 
 @cache
 def _python(version: str) -> tuple[str, str, str]:
-    """Return an interpreter of this minor version, its headers and their identity.
+    """An interpreter of this minor version, its headers, and their identity.
 
-    The build machine's own headers serve both platforms: between 64-bit little-endian Linux machines, CPython's
-    headers differ only in macros that no public header reads (docs/decisions/0003).
+    The headers of the build machine's own interpreter serve both platforms: CPython's differ between 64-bit
+    little-endian Linux machines only in macros that no public header reads (docs/decisions/0003).
     """
     asked = _known_python(version)
     if asked is None:
@@ -219,18 +214,20 @@ def _python(version: str) -> tuple[str, str, str]:
         installed = tools.uv("python", "install", "--quiet", version, check=False)
         asked = _ask_python(_uv_python(version), version)
     if asked is None:
-        raise PythonMissingError(
+        raise ToolError(
+            "python-missing",
             f"there is no Python {version}, and uv could not install it",
             cause=(installed.stderr.strip().splitlines() or [""])[-1].strip(),
             hint=f"apt-get install python{version}-dev, or uv python install {version} where GitHub can be reached",
         )
     interpreter, full, include = asked[0], asked[1], Path(asked[2])
     if not (include / "Python.h").exists():
-        raise PythonMissingError(
+        raise ToolError(
+            "python-missing",
             f"Python {version} has no headers: {include / 'Python.h'} does not exist",
             hint=f"apt-get install libpython{version}-dev, or: uv python install {version}",
         )
-    # Listed individually: distributions link other packages' headers (numpy's) into this folder.
+    # Named one by one: distributions link other packages' headers (numpy's) into the folder.
     headers = [str(path.relative_to(include)) for path in include.rglob("*") if path.is_file()]
     return interpreter, str(include), f"{full} headers {files.tree_hash(include, headers)}"
 
@@ -240,14 +237,14 @@ def _known_python(version: str) -> list[str] | None:
 
 
 def _uv_python(version: str) -> str:
-    """Return uv's interpreter of this minor version; empty if uv has none."""
+    """The interpreter of this minor version that uv knows of; empty when there is none."""
     return tools.uv("python", "find", "--no-project", "--system", version, check=False).stdout.strip()
 
 
 def _ask_python(program: str, version: str) -> list[str] | None:
-    """Return an interpreter's own path (outside any virtual environment), full version and header folder.
+    """An interpreter's own path (outside any virtual environment), full version and headers.
 
-    None if it cannot be run or has another minor version.
+    None when it cannot be run or is of another minor version.
     """
     if not program or not shell.which(program):
         return None
@@ -257,7 +254,7 @@ def _ask_python(program: str, version: str) -> list[str] | None:
 
 
 def _requirements(extra: str, *, compile_time: bool = False) -> list[str]:
-    """The locked requirements of an extra; `compile_time` keeps only the packages that affect a kernel."""
+    """The locked requirements of an extra; `compile_time` drops what changes no byte of a kernel."""
     lines = lockfile.requirements(extra)
     return [line for line in lines if not compile_time or line.startswith(_COMPILE_TIME)]
 
@@ -267,13 +264,13 @@ def _digest(value: object) -> str:
 
 
 def assemble(toolchain: Toolchain) -> None:
-    """Install missing parts of the toolchain into the cache, and create the symlinks that compile commands use."""
+    """Install what the toolchain lacks in the cache, and lay the links that compile commands use."""
     stack, platform = toolchain.stack, toolchain.platform
     site = install(stack.name, platform, toolchain.python)
     cuda = _system_cuda(toolchain) if toolchain.cuda_home else _locked_cuda(stack)
     view = toolchain.view
     _link(view / "nvcc", cuda)
-    # Any Python version's install works here: torch's headers and CUDA's files are the same for all.
+    # Any Python's install will do here: torch's headers and CUDA's files are the same for each.
     if not (view / "torch").exists():
         _link(view / "torch", site / "torch")
         _link(view / "nvidia", site / "nvidia")
@@ -286,17 +283,17 @@ def assemble(toolchain: Toolchain) -> None:
 
 
 def cuobjdump() -> Path:
-    """Return the locked cuobjdump; install it if the cache lacks it."""
+    """The locked cuobjdump, installed when it is not in the cache yet."""
     return install("cuobjdump", Platform.local(), "3.11") / "nvidia/cu13/bin/cuobjdump"
 
 
 def install(extra: str, platform: Platform, python: str) -> Path:
-    """Install a locked extra for a platform and Python into its own cache folder, and repair its links."""
+    """Install a locked extra for a platform and Python into a cache folder of its own, its links repaired."""
     return lockfile.install(extra, platform, python, finish=_repair)
 
 
 def _repair(site: Path) -> None:
-    """Create two symlinks that a CUDA installation has and the wheels lack; linkers and torch look for them."""
+    """The two links that the wheels leave out and a CUDA installation has; linkers and torch look for them."""
     for runtime in site.glob("nvidia/*/lib/libcudart.so.*"):
         _link(runtime.with_name("libcudart.so"), Path(runtime.name))
         _link(runtime.parent.with_name("lib64"), Path("lib"))
@@ -308,9 +305,9 @@ def _locked_cuda(stack: Stack) -> Path:
 
 
 def _system_cuda(toolchain: Toolchain) -> Path:
-    """Link the system's compiler programs into a separate tree, with a profile that finds no system headers.
+    """The system's compiler programs in a tree of their own, with a profile that finds no system headers.
 
-    The system's nvcc may come with headers of another version; the build uses the stack's locked headers.
+    A system's nvcc may sit beside headers of another version; the locked packages' headers are the stack's.
     """
     home = Path(toolchain.cuda_home)
     place = workspace.current().cache / "installed" / f"system-nvcc-{_digest(dict(toolchain.parts)['cuda'])[:12]}"
@@ -329,7 +326,7 @@ def _system_cuda(toolchain: Toolchain) -> Path:
     return place
 
 
-# NVIDIA's nvcc.profile, reduced to this tree.
+# What NVIDIA's own nvcc.profile says, reduced to this tree.
 _PROFILE = """\
 TOP = $(_HERE_)/..
 CICC_PATH = $(TOP)/nvvm/bin
@@ -340,9 +337,9 @@ INCLUDES += "-I$(TOP)/include" $(_SPACE_)
 
 
 def driver_stub(toolchain: Toolchain, folder: Path, functions: Sequence[str] = ()) -> None:
-    """Build a stub libcuda.so.1 in `folder`. The real one comes with the GPU driver, which build machines lack.
+    """Make a libcuda.so.1 in `folder`. The real one comes with the GPU's driver, which a build machine lacks.
 
-    Linking needs no `functions`, since a module may leave symbols undefined. Importing does.
+    To link against, it needs no functions: a module may leave symbols open. To import with, it needs those.
     """
     stub = folder / "libcuda.so.1"
     body = "".join(f'extern "C" void {name}() {{}}\n' for name in functions)
@@ -352,7 +349,7 @@ def driver_stub(toolchain: Toolchain, folder: Path, functions: Sequence[str] = (
 
 
 def _link(link: Path, target: Path) -> None:
-    """Point `link` at `target` atomically, by rename."""
+    """Make `link` point at `target`, in one rename."""
     if link.is_symlink() and link.readlink() == target:
         return
     link.parent.mkdir(parents=True, exist_ok=True)

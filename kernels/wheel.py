@@ -82,7 +82,9 @@ def metadata(build: Build) -> bytes:
         Metadata.from_email(text, validate=True)
     except ExceptionGroup as group:
         faults = "; ".join(str(each) for each in group.exceptions)
-        raise ConfigError(f"{recipe.path / 'recipe.toml'}: its wheel could not be installed: {faults}") from group
+        raise ConfigError(
+            "config", f"{recipe.path / 'recipe.toml'}: its wheel could not be installed: {faults}"
+        ) from group
     return text
 
 

@@ -1,6 +1,6 @@
-"""Known-bad custom nodes and packages, curated in `recipes/comfyui/known-bad.toml`.
+"""What is known to be bad: custom nodes and packages, curated in `recipes/comfyui/known-bad.toml`.
 
-For packages, an online service knows more (`lock/audit.py`); for custom nodes, no such service exists.
+Of packages a service knows more (`lock/audit.py`); of custom nodes none knows anything.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ if TYPE_CHECKING:
 
 
 class Advisory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One known problem of an index `package`, or of the code in a repository (a node, or ComfyUI itself).
+    """One thing that is bad: a `package` of the index, or what lies in a repository (a node, or ComfyUI itself).
 
-    `urls` are the repository's addresses, including old ones. `versions` are the affected ranges; a node's version is
-    that of its pyproject.toml. `fixed` is the commit with the fix. Without `versions` and `fixed`, all versions are
-    affected and no deploy accepts them. `what` describes the effect, `source` is the reporter, `ids` are public
-    identifiers.
+    `urls` are the repository's addresses, old ones too. `versions` are ranges, each of them bad; a node's version is
+    that of its pyproject.toml. `fixed` is the commit that repaired it. Where neither is said all of it is bad, and no
+    deploy takes it. `what` it does, `source` who says so, `ids` what the world calls it.
     """
 
     what: str
@@ -39,30 +38,30 @@ class Advisory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @property
     def outright(self) -> bool:
-        """Whether all versions are affected."""
+        """Whether every version is bad."""
         return not (self.versions or self.fixed)
 
     @property
     def affected(self) -> str:
-        """The affected versions, in words."""
+        """What is affected, in words."""
         told = [f"versions {' or '.join(self.versions)}"] if self.versions else []
         told += [f"all before commit {self.fixed}"] if self.fixed else []
         return f"affected: {', '.join(told) or 'all of it'}"
 
     def has(self, version: str) -> bool | None:
-        """Whether a version is affected; None if its version string does not allow a decision."""
+        """Whether a version is affected; None when that cannot be told from it."""
         if self.outright:
             return True
         try:
             known = Version(version)
             return any(SpecifierSet(each).contains(known, prereleases=True) for each in self.versions)
-        except ValueError:  # not a version, or one with more digits than Python converts to a number
+        except ValueError:  # no version, or one of more digits than Python takes for a number
             return None
 
 
 @dataclass(frozen=True)
 class Repository:
-    """The code of a repository at a commit: ComfyUI or a node. `version` is empty if unknown."""
+    """What comes from a repository at a commit: ComfyUI, or a node. `version` is empty where nobody knows it."""
 
     name: str
     url: str
@@ -75,23 +74,23 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def advisories() -> tuple[Advisory, ...]:
-    """Return the curated list; raises ConfigError for an entry without a subject or with an invalid range."""
+    """The curated list; raises ConfigError for an entry that names nothing, or a range that is none."""
     path = files.CHECKOUT / "recipes/comfyui/known-bad.toml"
     found = load(path, _File).advisory
     for each in found:
         if bool(each.package) == bool(each.urls):
-            raise ConfigError(f"{path}: {each.what!r}: of what?", hint="either `package` or `urls`")
+            raise ConfigError("config", f"{path}: {each.what!r}: of what?", hint="either `package` or `urls`")
         try:
             SpecifierSet(",".join(each.versions))
         except InvalidSpecifier as error:
             raise ConfigError(
-                f"{path}: {each.what!r}: {error}", hint="versions such as '<3.38' or '>=4,<4.0.5'"
+                "config", f"{path}: {each.what!r}: {error}", hint="versions such as '<3.38' or '>=4,<4.0.5'"
             ) from None
     return found
 
 
 def of(url: str, known: Sequence[Advisory]) -> list[Advisory]:
-    """Return the advisories of a repository, regardless of the spelling of its address."""
+    """What is known of a repository, however its address is written."""
     return [each for each in known if _same(url) in map(_same, each.urls)]
 
 
@@ -100,10 +99,10 @@ def _same(url: str) -> str:
 
 
 def applies(advisory: Advisory, there: Repository, holds: Callable[[str, str, str], bool | None]) -> bool | None:
-    """Whether the code of a repository is affected; None if unknown.
+    """Whether what lies in a repository is affected; None when that cannot be told.
 
-    The version decides if the advisory has ranges and the version is known. Otherwise the code is safe if the history
-    of its commit contains the fix: `holds` (url, commit, wanted commit) returns that, or None if unknown.
+    Its version decides where the entry has ranges and the version is known. Otherwise it is safe when the repair is in
+    the history of its commit, which `holds` (url, commit, the commit to look for) tells, or None.
     """
     if advisory.outright or (advisory.versions and there.version):
         told = advisory.has(there.version)

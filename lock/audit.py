@@ -1,7 +1,7 @@
-"""The audit: known vulnerabilities of the locked or deployed packages, custom nodes and ComfyUI.
+"""The audit: what is known against the packages, the custom nodes and the ComfyUI that are locked or deployed.
 
-Packages are looked up by `uv audit`, which queries a service with OSV's API. It audits projects only, so it gets a
-lock that contains exactly these packages: nothing is resolved, and no index is queried.
+Packages are looked up by `uv audit`, which asks a service that speaks OSV's API. It audits projects only, so it is
+given a lock that holds exactly these packages: nothing is resolved, and no index is asked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tomli
 import tomlkit
 
 from core import files, foreign, source, tools
-from core.errors import AuditServiceError, TreeError
+from core.errors import AuditError, SourceError
 from lock import advisory, node_updates, nodes, requirements
 from lock import application as applications
 from lock.advisory import Repository
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stock:
-    """What to audit: packages as (name, version) with the places that list them, and repositories."""
+    """What is looked at: packages as (name, version) with where each is listed, and what comes from repositories."""
 
     packages: Mapping[tuple[str, str], Sequence[str]]
     repositories: Sequence[Repository]
@@ -40,9 +40,9 @@ class Stock:
 
 @dataclass(frozen=True)
 class Finding:
-    """One known problem; `certain` is false if Hearth cannot tell whether it applies.
+    """One thing that is known against something; `certain` is false where Hearth cannot tell whether it applies.
 
-    `at` is a version or a commit; `remedy` gives the affected versions or the fix; `where` lists the sources.
+    `at` is a version or a commit, `remedy` says what is affected or where it is repaired, `where` who lists it.
     """
 
     name: str
@@ -57,17 +57,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """The result: the numbers checked, the findings, and the reason if packages could not be looked up."""
+    """The result: how much was looked at, what was found, and why packages were not looked up, if they were not."""
 
     packages: int
     repositories: int
     advisories: int
     findings: tuple[Finding, ...]
-    fault: AuditServiceError | None
+    fault: AuditError | None
 
 
 def locked() -> Stock:
-    """Everything that this checkout locks: the lists for hosts, the tool's own lock, the nodes and ComfyUI."""
+    """All that is locked in this checkout: the lists for hosts, the tool's own lock, the nodes and ComfyUI."""
     packages: dict[tuple[str, str], list[str]] = defaultdict(list)
     for stack, platform, python in requirements.combinations():
         if lock := requirements.find(stack.name, platform.value, python):
@@ -81,31 +81,30 @@ def locked() -> Stock:
 
 
 def deployed(manifest: Mapping[str, Any]) -> Stock:
-    """The contents of a release, from its manifest, which must list packages."""
+    """What a release holds, by its manifest, which must list packages."""
     packages = {each: [f"release {manifest['id']}"] for each in manifest["packages"].items()}
     theirs = [_node(name, each["url"], each["commit"], each["tree"]) for name, each in manifest["nodes"].items()]
     return Stock(packages, [_comfyui(manifest["version"]), *theirs])
 
 
 def _comfyui(version: str) -> Repository:
-    """ComfyUI. The version is sufficient; the address is the one that advisories use."""
+    """ComfyUI, of which the version tells all: its address is the one that advisories name."""
     return Repository("ComfyUI", "https://github.com/Comfy-Org/ComfyUI", "", version)
 
 
 def _node(name: str, url: str, commit: str, tree: str) -> Repository:
-    """A node, with its own version if its tree is in the cache and declares one. Fetches nothing."""
+    """A node with its own version, where its tree is in the cache and says one. Nothing is fetched for that."""
     pinned = source.Pinned(name=name, version=commit, source=(source.Source(git=url, commit=commit),), tree=tree)
     place, version = source.cached(pinned), ""
-    with suppress(TreeError):  # too large to read
+    with suppress(SourceError):  # too large to be read
         version = str(foreign.pyproject(place).get("version", "")) if place else ""
     return Repository(name, url, commit, version)
 
 
 def check(stock: Stock, service: str = "") -> Audit:
-    """Audit a stock. `service` is the address of an OSV service (default: uv's default, OSV itself).
+    """What is known against a stock. `service` is the address of an OSV service (default: uv's, OSV itself).
 
-    The curated list is checked first, so its findings remain if the service does not answer; `fault` then has the
-    error.
+    The curated list comes first: it is there also when the service does not answer, which is then the result's `fault`.
     """
     known = advisory.advisories()
     found = [*_bad_repositories(stock, known), *_bad_packages(stock, known)]
@@ -114,7 +113,7 @@ def check(stock: Stock, service: str = "") -> Audit:
         named = {(each.name, each.at, name) for each in found for name in each.ids}
         asked = _vulnerable(stock, service)
         found += [each for each in asked if not any((each.name, each.at, name) in named for name in each.ids)]
-    except AuditServiceError as error:
+    except AuditError as error:
         fault = error
     return Audit(len(stock.packages), len(stock.repositories), len(known), tuple(found), fault)
 
@@ -136,22 +135,24 @@ def _bad_packages(stock: Stock, known: Sequence[Advisory]) -> Iterator[Finding]:
 
 
 def _vulnerable(stock: Stock, service: str) -> Iterator[Finding]:
-    """The findings of `uv audit`. Raises AuditServiceError if the audit fails."""
+    """What `uv audit` finds. Raises AuditError when it cannot tell."""
     words = ["audit", "--frozen", "--output-format", "json"]
-    words += ["--preview-features", "audit-command,json-output"]  # both are still previews, and uv warns about that
+    words += ["--preview-features", "audit-command,json-output"]  # both are previews still, and uv warns of that
     words += ["--service-url", service] if service else []
     with tempfile.TemporaryDirectory(prefix="hearth-") as name:
         _project(Path(name), sorted(stock.packages))
         done = tools.uv(*words, cwd=Path(name), check=False)
-    if done.returncode not in (0, 1) or not done.stdout:  # 1: vulnerabilities found
-        raise AuditServiceError(
+    if done.returncode not in (0, 1) or not done.stdout:  # 1: there are vulnerabilities
+        raise AuditError(
+            "audit-service",
             f"{len(stock.packages)} packages were not looked up: uv audit failed",
             cause=done.stderr.strip().removeprefix("error: ").replace("\n", "\n       "),
             hint="check the network, or name a service that speaks OSV's API: inv audit --service URL",
         )
     answer = json.loads(done.stdout)
     if answer["summary"]["audited_packages"] != len(stock.packages):
-        raise AuditServiceError(
+        raise AuditError(
+            "audit-service",
             f"uv audit looked up {answer['summary']['audited_packages']} of {len(stock.packages)} packages",
             cause="this uv reads a lock in another way than the one that Hearth's own lock names",
             hint="uv sync, then the same command",
@@ -165,9 +166,9 @@ def _vulnerable(stock: Stock, service: str) -> Iterator[Finding]:
 
 
 def _project(place: Path, packages: Sequence[tuple[str, str]]) -> None:
-    """Write a project whose lock contains exactly these packages, in uv's format.
+    """A project whose lock holds exactly these packages, in the form that uv reads.
 
-    `registry` is a folder: with an index, uv would query the status of each package.
+    `registry` is a folder, for uv would ask an index of each package whether it is still kept up.
     """
     own, python = {"name": "audited", "version": "0"}, {"requires-python": ">=3.11"}
     listed = [{"name": name, "version": version, "source": {"registry": "."}} for name, version in packages]
@@ -177,12 +178,12 @@ def _project(place: Path, packages: Sequence[tuple[str, str]]) -> None:
 
 
 def summary(found: Audit) -> dict[str, Any]:
-    """An audit for JSON; `fault` is the reason why packages were not looked up."""
+    """An audit for JSON; `fault` says why packages were not looked up."""
     return {**msgspec.to_builtins(replace(found, fault=None)), "fault": found.fault.what if found.fault else ""}
 
 
 def rows(found: Audit) -> Iterator[str]:
-    """The findings, then the totals."""
+    """The findings, then what was checked."""
     for each in found.findings:
         yield f"{each.name} {each.at}: {'' if each.certain else 'possibly: '}{each.what}"
         yield f"    {'; '.join(text for text in (', '.join(each.ids), each.remedy, each.source) if text)}"

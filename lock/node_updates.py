@@ -1,4 +1,4 @@
-"""Changes to the list of custom nodes: upstream updates with their effects, and the nodes that provide a node type."""
+"""Changes to the list of custom nodes: what upstream has, what an update would bring, who provides a node type."""
 
 from __future__ import annotations
 
@@ -16,15 +16,7 @@ import msgspec
 import tomlkit
 
 from core import console, files, source, tools, workspace
-from core.errors import (
-    ConfigError,
-    HearthError,
-    ProcessError,
-    SourceUnreachableError,
-    UnknownNameError,
-    UsageError,
-    near,
-)
+from core.errors import ConfigError, HearthError, ProcessError, SourceError, UsageError, suggest
 from lock import advisory, nodes, review
 
 if TYPE_CHECKING:
@@ -36,10 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """The effects of a node's update.
+    """What an update of a node brings: commits (the latest first), requirements and files of its start that differ.
 
-    `commits` are the latest first; requirements and files that run at import are the changed ones. `powers` are new
-    capabilities (`review.gained`), and new symbolic links.
+    `powers` are what it could not do before (`review.gained`), and symbolic links that it had not.
     """
 
     name: str
@@ -54,19 +45,21 @@ class Change:
 def add(address: str, why: str) -> str:
     """Pin a node's latest commit, or the one of `URL@REV`, and list it; returns its name.
 
-    Reports known problems of the repository. Raises UsageError; ConfigError if the node is already listed or left out;
-    and upstream errors.
+    What is known to be bad of it is said. Raises UsageError, ConfigError when it is listed already or left out, and
+    what reaching its upstream raises.
     """
     if not why:
-        raise UsageError("a node is listed with its reason", hint='--why "what it is for"')
+        raise UsageError("usage", "a node is listed with its reason", hint='--why "what it is for"')
     url, rev = _revision(address)
     nodes.check_address("inv nodes.add", url)
     name = url.rstrip("/").rpartition("/")[2].removesuffix(".git")
     known = nodes.catalogue()
     if name in known.nodes:
-        raise ConfigError(f"{name} is listed already", hint="inv nodes.update")
+        raise ConfigError("config", f"{name} is listed already", hint="inv nodes.update")
     if name in known.left_out:
-        raise ConfigError(f"{name} is left out: {known.left_out[name]}", hint="take it out of [left-out] first")
+        raise ConfigError(
+            "config", f"{name} is left out: {known.left_out[name]}", hint="take it out of [left-out] first"
+        )
     for each in advisory.of(url, advisory.advisories()):
         console.say(f"warning: {name} is known to be bad ({each.affected}): {each.what}; {each.source}")
     commit = newest(url, rev or "HEAD")
@@ -85,7 +78,7 @@ def add(address: str, why: str) -> str:
 
 
 def _revision(address: str) -> tuple[str, str]:
-    """Split `URL@REV`. The URL may contain a user (git@host:path), and the revision is optional."""
+    """The two parts of `URL@REV`; the URL may name a user, as git@host:path does, and the revision be left out."""
     user = re.match(r"([a-z]+://)?([^/@]*@)?", address)
     start = user.end() if user else 0
     url, _, rev = address[start:].partition("@")
@@ -93,10 +86,10 @@ def _revision(address: str) -> tuple[str, str]:
 
 
 def remove(name: str) -> None:
-    """Remove a node from the list and from all sets; raises UnknownNameError."""
+    """Take a node off the list and out of all sets; raises UsageError."""
     known = nodes.catalogue()
     if name not in known.nodes:
-        raise UnknownNameError(f"there is no node {name!r}", hint=near(name, known.nodes))
+        raise UsageError("unknown-name", f"there is no node {name!r}", hint=suggest(name, known.nodes))
     document = _document()
     del document["nodes"][name]
     for members in document.get("sets", {}).values():
@@ -106,9 +99,9 @@ def remove(name: str) -> None:
 
 
 def outdated(known: Catalogue) -> dict[str, tuple[str, str]]:
-    """The nodes whose upstream has a newer commit: pinned and latest, by name.
+    """The nodes whose upstream has another latest commit: pinned and latest, by name.
 
-    Reports what it found even if some upstreams do not answer, then raises their errors.
+    When upstreams do not answer it says what it has found all the same, and raises what is wrong with them.
     """
     latest, failures = _latest(known.nodes)
     found = {name: (node.commit, latest[name]) for name, node in known.nodes.items() if name in latest}
@@ -121,14 +114,14 @@ def outdated(known: Catalogue) -> dict[str, tuple[str, str]]:
 
 
 def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
-    """Pin the latest commits of these nodes (default: all) and report the effects.
+    """Pin the latest commits of these nodes (all, when none is named) and say what that brings.
 
-    A failed update does not stop the others: all errors are raised at the end.
+    A node that cannot be updated keeps no other from it: what is wrong with each is raised at the end.
     """
     known = nodes.catalogue()
     for name in names:
         if name not in known.nodes:
-            raise UnknownNameError(f"there is no node {name!r}", hint=near(name, known.nodes))
+            raise UsageError("unknown-name", f"there is no node {name!r}", hint=suggest(name, known.nodes))
     chosen = {name: known.nodes[name] for name in names} or known.nodes
     changes: list[Change] = []
     document = _document()
@@ -148,7 +141,7 @@ def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
     if changes and not dry_run:
         _write(document)
     if failures:
-        for each in changes:  # otherwise the error would suppress them
+        for each in changes:  # the error would keep them from being shown
             lines = (*each.commits, *each.requirements, *each.imported, *each.powers)
             console.say("\n    ".join((f"{each.name} {each.old[:9]} -> {each.new[:9]}", *lines)))
         raise _together(failures)
@@ -156,7 +149,7 @@ def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
 
 
 def _latest(chosen: Mapping[str, Node]) -> tuple[dict[str, str], dict[str, Exception]]:
-    """The latest commits of nodes by name, and the errors of the others."""
+    """The latest commits of nodes by name, and what is wrong where none was found."""
     failures: dict[str, Exception] = {}
 
     def one(name: str) -> str:
@@ -172,11 +165,13 @@ def _latest(chosen: Mapping[str, Node]) -> tuple[dict[str, str], dict[str, Excep
 
 
 def _together(failures: Mapping[str, Exception]) -> HearthError:
-    """Combine the errors of several nodes into one; it has their class if they all share one."""
-    kinds = {type(error) for error in failures.values()}
-    (kind,) = kinds if len(kinds) == 1 else (HearthError,)
+    """One error for what is wrong with nodes; of the kind that all of them are."""
+    kinds = {(type(error), error.kind) for error in failures.values() if isinstance(error, HearthError)}
+    same = len(kinds) == 1 and all(isinstance(error, HearthError) for error in failures.values())
+    found, kind = kinds.pop() if same else (SourceError, "nodes")
     told = [f"{name}: {error}".replace("\n", "\n    ") for name, error in failures.items()]
-    return (kind if issubclass(kind, HearthError) else HearthError)(
+    return found(
+        kind,
         f"{len(failures)} node(s) could not be looked at: {', '.join(failures)}",
         cause="\n    ".join(told),
         hint="the others were; when a repository is gone for good, inv nodes.remove",
@@ -184,11 +179,11 @@ def _together(failures: Mapping[str, Exception]) -> HearthError:
 
 
 def _updated(name: str, node: Node, new: str) -> tuple[Change, str, str]:
-    """The effects of a node's update, its tree and its date."""
+    """What a node's update brings, and its tree and date."""
     before = nodes.fetch({name: node})[name]
     pinned = source.pin(msgspec.structs.replace(node, commit=new, tree="").pinned(name))
     links = _links(node.url, new)
-    with suppress(ProcessError):  # history rewritten: the old commit is unknown, so all links count as new
+    with suppress(ProcessError):  # its history was rewritten: what was there is not known, and all are told
         links -= _links(node.url, node.commit)
     with _history(node.url, new) as git:
         change = _change(name, git, (node.commit, new), (before, source.fetch(pinned)), links)
@@ -196,23 +191,26 @@ def _updated(name: str, node: Node, new: str) -> tuple[Change, str, str]:
 
 
 def newest(url: str, rev: str = "HEAD") -> str:
-    """Return the commit of a repository's branch or tag; raises SourceUnreachableError or UnknownNameError."""
+    """The commit that a branch or tag of a repository is at; raises SourceError or UsageError."""
     if re.fullmatch(r"[0-9a-f]{40}", rev):
         return rev
     done = tools.git("ls-remote", "--", url, rev, f"{rev}^{{}}", check=False)
     if done.returncode:
-        raise SourceUnreachableError(
-            f"{url} does not answer", cause=done.stderr.strip(), hint="check the address and the network"
+        raise SourceError(
+            "source-unreachable",
+            f"{url} does not answer",
+            cause=done.stderr.strip(),
+            hint="check the address and the network",
         )
     found = re.findall(r"^([0-9a-f]{40})\t", done.stdout, re.MULTILINE)
     if not found:
-        raise UnknownNameError(f"{url} has no {rev!r}", hint="a branch, a tag or a whole commit")
-    return str(found[-1])  # for an annotated tag, the commit follows
+        raise UsageError("unknown-name", f"{url} has no {rev!r}", hint="a branch, a tag or a whole commit")
+    return str(found[-1])  # of an annotated tag, the commit comes after it
 
 
 @contextmanager
 def _history(url: str, commit: str) -> Iterator[partial[Done]]:
-    """Clone a repository's commits without files, while the context lasts; returns a function that runs git there."""
+    """A repository's commits without their files, for as long as the context lasts: git, to ask it."""
     with tempfile.TemporaryDirectory(prefix="hearth-") as place:
         git = partial(tools.git, env={"GIT_DIR": place})
         git("init", "--quiet", "--bare")
@@ -221,8 +219,8 @@ def _history(url: str, commit: str) -> Iterator[partial[Done]]:
 
 
 def holds(url: str, commit: str, wanted: str) -> bool | None:
-    """Whether a commit's history contains another commit; None if the repository cannot be queried."""
-    if not re.fullmatch(r"[0-9a-f]{40}", commit):  # untrusted input from a host: git would parse --words as options
+    """Whether a commit has another one in its history; None when its repository does not tell."""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):  # a host said it, and git would take --words for options
         return None
     try:
         with _history(url, commit) as git:
@@ -255,7 +253,7 @@ def _change(
 
 
 def _links(url: str, commit: str) -> set[str]:
-    """The symbolic links of a commit. The fetched tree has copies instead, or the fetch was refused."""
+    """The symbolic links of a commit: what is fetched has copies in their places, or was refused."""
     with tempfile.TemporaryDirectory(prefix="hearth-") as place:
         git = partial(tools.git, env={"GIT_DIR": place})
         git("init", "--quiet", "--bare")
@@ -265,27 +263,29 @@ def _links(url: str, commit: str) -> set[str]:
 
 
 def imported(tree: Path) -> set[str]:
-    """The files that run when ComfyUI imports a node, according to the import statements."""
+    """The files that run when ComfyUI imports a node, as far as import statements tell."""
     return review.read(tree).imported
 
 
 def search(workflow: Path) -> dict[str, list[str]]:
-    """The node types of a workflow that ComfyUI lacks, each with the known nodes whose code contains the name.
+    """The node types of a workflow that ComfyUI does not have itself, each with the known nodes that name it.
 
-    Raises ConfigError for a file that is not a workflow.
+    Raises ConfigError for a file that is no workflow.
     """
     try:
         content = json.loads(workflow.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{workflow} does not exist") from None
+        raise ConfigError("config", f"{workflow} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{workflow} is no JSON: {error}", hint="save the workflow again, or export it") from None
+        raise ConfigError(
+            "config", f"{workflow} is no JSON: {error}", hint="save the workflow again, or export it"
+        ) from None
     try:
         types = _types(content)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{workflow} is no workflow: {error}", hint="save it again, or export it") from None
+        raise ConfigError("config", f"{workflow} is no workflow: {error}", hint="save it again, or export it") from None
     if not types:
-        raise ConfigError(f"{workflow} holds no nodes", hint="a workflow as ComfyUI saves or exports it")
+        raise ConfigError("config", f"{workflow} holds no nodes", hint="a workflow as ComfyUI saves or exports it")
     from lock.application import application
 
     own = _named(source.fetch(application()))
@@ -296,8 +296,8 @@ def search(workflow: Path) -> dict[str, list[str]]:
 
 
 def _names(strings: set[str], node_type: str) -> bool:
-    """Whether a node's code names a type: literally, or composed as in `Seed (rgthree)`."""
-    parts = re.fullmatch(r"(.+) \((.+)\)", node_type) if len(node_type) < 200 else None  # `strings` are shorter
+    """Whether a node's code names a type: as it is, or put together as in `Seed (rgthree)`."""
+    parts = re.fullmatch(r"(.+) \((.+)\)", node_type) if len(node_type) < 200 else None  # strings are shorter
     return node_type in strings or bool(parts and {parts[1], parts[2]} <= strings)
 
 
@@ -323,27 +323,27 @@ class _Step(msgspec.Struct):
 
 
 def _types(content: Any) -> set[str]:
-    """The node types of a workflow, in the editor's format or the API's.
+    """Node types of a workflow in either form: as the editor saves it, or as the API takes it.
 
-    Raises ValidationError for any other format.
+    Raises ValidationError for what has another shape.
     """
     if not isinstance(content, dict):
         return set()
     if isinstance(content.get("nodes"), list):
         whole = msgspec.convert(content, _Workflow)
         inner = whole.definitions.subgraphs if whole.definitions else []
-        inside = {str(part.id) for part in inner}  # a subgraph's id is also a type
+        inside = {str(part.id) for part in inner}  # a subgraph's id is a type, too
         return {str(node.type) for part in (whole, *inner) for node in part.nodes} - inside - _EDITORS
     steps = [each for each in content.values() if isinstance(each, dict) and "class_type" in each]
     return {each.class_type for each in msgspec.convert(steps, list[_Step])}
 
 
 _EDITORS = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode", "None"}
-"""Types that exist only in the editor."""
+"""Types that only the editor knows."""
 
 
 def _named(tree: Path) -> set[str]:
-    """All strings in a tree's Python files. They include the node types, regardless of how nodes register them."""
+    """Every string in a tree's Python files: node types are among them, however they are registered."""
     kept = workspace.current().cache / "strings" / f"{tree.name}.json"
     if not kept.exists():
         found = review.read(tree)
@@ -367,7 +367,7 @@ LATEST = "every node is at its latest commit"
 
 
 def rows(found: Sequence[Change]) -> Iterator[str]:
-    """The updates of nodes, with their effects."""
+    """The updates of nodes, and what each brings."""
     for each in found:
         yield f"{each.name} {each.old[:9]} -> {each.new[:9]}"
         yield from (f"    {line}" for line in each.commits)
@@ -390,6 +390,6 @@ def outdated_rows(found: Mapping[str, tuple[str, str]]) -> list[str]:
 
 
 def search_rows(found: Mapping[str, Sequence[str]]) -> list[str]:
-    """A table of a workflow's node types and the known nodes that may provide them."""
+    """A table of a workflow's node types, and the known nodes that may provide each."""
     cells = [(each, ", ".join(names) or "no known node") for each, names in found.items()]
     return console.table(("node type", "in"), cells) if found else ["ComfyUI itself has every node of the workflow"]

@@ -1,8 +1,7 @@
-"""ComfyUI's locked environments: one hash-locked list per stack, platform and Python.
+"""The locked environments of ComfyUI: one hash-locked list per stack, platform and Python.
 
-A list contains the requirements of ComfyUI and all known nodes, resolved together, so that any selection of nodes is
-compatible. Each package records its requesters (`# via`); a host gets the packages that its nodes, ComfyUI and the
-stack need.
+A list holds what ComfyUI and all known nodes need, resolved together, so that any choice of nodes fits. Each package
+says who asked for it (`# via`); a host gets those that its own nodes, ComfyUI and the stack reach.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from core import console, files, lockfile, source, tools, workspace
-from core.errors import ConfigError, LockStaleError, ResolutionError
+from core.errors import ConfigError, LockError
 from core.stack import Platform, stacks
 from lock import application as applications
 from lock import nodes
@@ -40,15 +39,15 @@ if TYPE_CHECKING:
 
 TRIO = ("torch", "torchvision", "torchaudio")
 APP, OWN = "comfyui.txt", "hearth.txt"
-"""The requesters of packages: ComfyUI, Hearth (the stack's torch, `extra`), and nodes, as `NODE.node.txt`."""
+"""Who asks for a package: ComfyUI, Hearth (the stack's torch, `extra`), else a node, as `NODE.node.txt`."""
 
 MANAGER = "ComfyUI-Manager"
-"""Handled like a node, although it is not one: ComfyUI uses it with `--enable-manager`."""
+"""Asks for its package as a node does, though it is none: ComfyUI brings it with `--enable-manager`."""
 
 
 @dataclass(frozen=True)
 class LockedList:
-    """One locked list: its combination and its text, one requirement with hashes per line (pip's format)."""
+    """One locked list: what it is for, and its text, a requirement with hashes per line (pip's format)."""
 
     stack: str
     platform: str
@@ -57,7 +56,7 @@ class LockedList:
 
     @property
     def name(self) -> str:
-        """The list's file name without the suffix."""
+        """The list's file name without the ending."""
         return f"{self.stack}-{self.platform}-cp{self.python.replace('.', '')}"
 
     def fits(self, known: Catalogue) -> bool:
@@ -66,7 +65,7 @@ class LockedList:
 
     @cached_property
     def _packages(self) -> dict[str, tuple[str, set[str]]]:
-        """Each package's requirement with hashes, and its requesters: packages, or requirements files."""
+        """Each package's requirement with hashes, and who asks for it: packages, or files of requirements."""
         found: dict[str, tuple[str, set[str]]] = {}
         for block in re.split(r"\n(?=[\w])", self.text):
             lines = block.splitlines()
@@ -80,12 +79,12 @@ class LockedList:
         return found
 
     def select(self, asking: Iterable[str]) -> str:
-        """The list without packages that only other nodes than these (or MANAGER) need."""
+        """The list without what only other nodes than these (or MANAGER) need."""
         reached = self._reached(asking)
         return "".join(text for name, (text, _) in sorted(self._packages.items()) if name in reached)
 
     def versions(self, asking: Iterable[str] | None = None) -> dict[str, str]:
-        """The packages' versions by name; with `asking`, without packages that only other nodes need."""
+        """The packages' versions by name; with `asking` without what only other nodes than these need."""
         pinned = {name: re.split(r"==|[\s;]", text)[1] for name, (text, _) in sorted(self._packages.items())}
         reached = pinned.keys() if asking is None else self._reached(asking)
         return {name: version for name, version in pinned.items() if name in reached}
@@ -99,13 +98,13 @@ class LockedList:
 
 
 def folder() -> Path:
-    """The folder of the lists: next to the app.toml, or in the recipe if that one has no list of its own."""
+    """Where the lists are kept: beside the app.toml, or for one without a list of its own with the recipe."""
     own = applications.folder() / "locks"
     return own if own.is_dir() else workspace.current().checkout / "recipes/comfyui/locks"
 
 
 def combinations() -> list[tuple[Stack, Platform, str]]:
-    """Every stack, platform and Python that has a list."""
+    """Every stack, platform and Python that a list is made for."""
     return [
         (stack, Platform.parse(platform), python)
         for stack in stacks().values()
@@ -115,7 +114,7 @@ def combinations() -> list[tuple[Stack, Platform, str]]:
 
 
 def find(stack: str, platform: str, python: str) -> LockedList | None:
-    """The locked list for a combination; None if there is none."""
+    """The locked list for a combination; None where there is none."""
     lock = LockedList(stack, platform, python, "")
     path = folder() / f"{lock.name}.txt"
     return LockedList(stack, platform, python, path.read_text()) if path.exists() else None
@@ -128,10 +127,10 @@ def trio(stack: Stack) -> list[str]:
 
 
 def compile_all(*, check: bool) -> list[str]:
-    """Compile every list whose inputs changed and return their names; with `check` raise LockStaleError instead.
+    """Compile every list whose inputs changed and return their names; with `check` raise LockError instead.
 
-    A list's first line contains the hash of its inputs, so checking needs no network. Raises ResolutionError with the
-    conflicting nodes, and ConfigError for a requirement that cannot be pinned.
+    A list's first line names the hash of its inputs, so that checking needs no network. Raises LockError with
+    the nodes that do not fit, and ConfigError for a requirement that cannot be pinned.
     """
     app, known = application(), nodes.catalogue()
     stale: list[tuple[Stack, Platform, str, Path, str]] = []
@@ -144,7 +143,8 @@ def compile_all(*, check: bool) -> list[str]:
             stale.append((stack, platform, python, path, first))
     names = [path.stem for *_, path, _ in stale]
     if check and stale:
-        raise LockStaleError(
+        raise LockError(
+            "lock-stale",
             f"the environments of ComfyUI are stale: {', '.join(names)}",
             cause="ComfyUI's version, a node, the stack's torch or the extra packages changed since they were compiled",
             hint="inv lock",
@@ -155,13 +155,13 @@ def compile_all(*, check: bool) -> list[str]:
         def resolve(stack: Stack, platform: Platform, python: str, path: Path, first: str) -> str:
             second = f"# What they ask for: {_asked_hash(asked, known, stack)}\n"
             _, _, body = path.read_text().partition(second) if path.exists() else ("", "", "")
-            body = body or _compile(asked, known, stack, platform, python, path)  # new code, same needs
+            body = body or _compile(asked, known, stack, platform, python, path)  # new code may ask for the same
             files.write(path, first + second + body)
             return path.stem
 
         with (
             console.Progress("resolving", len(stale), len(stale)) as progress,
-            ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,  # uv uses one core to resolve
+            ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,  # uv resolves on one core
         ):
             for done in as_completed([pool.submit(resolve, *each) for each in stale]):
                 progress.step(f"{done.result()}: ComfyUI and {len(known.nodes)} nodes", 1, 0)
@@ -169,7 +169,7 @@ def compile_all(*, check: bool) -> list[str]:
 
 
 def requirement_inputs(app: Application, known: Catalogue) -> dict[str, list[str]]:
-    """The requirements of ComfyUI and every node, by the name of the requirements file that uv gets."""
+    """What ComfyUI and every node ask for, by the name of the file of requirements that uv is given."""
     trees = nodes.fetch(known.nodes)
     asked = {APP: nodes.requirements(source.fetch(app)), OWN: list(app.extra)}
     asked |= {f"{MANAGER}.node.txt": [app.manager]} if app.manager else {}
@@ -178,17 +178,18 @@ def requirement_inputs(app: Application, known: Catalogue) -> dict[str, list[str
     }
 
 
-# A file with a hash. Code from a repository (git+https) has no hash that uv checks.
+# A file at an address: what a repository gives (git+https) has no hash that anybody would check.
 _PINNED = re.compile(r"https://[^#]+#(?:[^#]*&)?sha256=[0-9a-f]{64}(?:&[^#]*)?")
 
 
 def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
-    """A node's requirements without torch, which the stack pins; raises ConfigError for one without a hash."""
+    """A node's requirements without torch's, which the stack decides; raises ConfigError for what has no hash."""
     found: list[str] = []
     for line in nodes.requirements(tree):
         requirement = _parsed(line)
         if requirement is None:
             raise ConfigError(
+                "config",
                 f"node {name} asks for {line[:200]!r}, which is no requirement that can be pinned",
                 hint=f"leave the node out: in {nodes.catalogue_file()}, [left-out]",
             )
@@ -200,6 +201,7 @@ def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
             found += [each for each in [known.override[package].requirement] if each]
         elif requirement.url and not _PINNED.fullmatch(requirement.url):
             raise ConfigError(
+                "config",
                 f"node {name} asks for {line}, which no hash pins",
                 cause="what lies at an address may change; nothing unpinned reaches a host",
                 hint=f"name a package of the index instead: in {nodes.catalogue_file()}, "
@@ -210,21 +212,21 @@ def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
     return found
 
 
-# Characters that give uv more than a requirement: a variable, a line continuation, an option.
+# What uv reads as more than a requirement: a variable's value, the next line joined, a line of its own.
 _MORE = re.compile(r"[$\\`\x00-\x1f\x7f-\x9f\u2028\u2029]|(^|\s)[-#]")
 
 
 def _plain(line: str) -> str:
-    """Return a requirement unchanged; raises ConfigError for a line that uv would interpret differently."""
+    """A requirement as uv is given it; raises ConfigError for a line that means more to uv than to us."""
     if _parsed(line) is None:
         raise ConfigError(
-            f"{line[:200]!r} is no requirement", hint="leave the node out, or name a package of the index"
+            "config", f"{line[:200]!r} is no requirement", hint="leave the node out, or name a package of the index"
         )
     return line
 
 
 def _parsed(line: str) -> Requirement | None:
-    """Parse a line of requirements; a plain address (`git+https://.../name.git`) is named after its repository."""
+    """A line of requirements; a mere address (`git+https://.../name.git`) is named as its repository is."""
     if len(line) > 2000 or _MORE.search(line):
         return None
     with suppress(InvalidRequirement, RecursionError):
@@ -234,7 +236,7 @@ def _parsed(line: str) -> Requirement | None:
 
 
 def download(lock: LockedList, asking: Iterable[str], platform: Platform) -> Path:
-    """Download all wheels of these nodes into a cache folder, for a host without access to the index."""
+    """Every wheel that these ask for, in a folder of the cache: for a host that cannot fetch them itself."""
     text = lock.select(asking)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = workspace.current().cache / "wheels" / f"{lock.name}-{digest}"
@@ -247,7 +249,7 @@ def download(lock: LockedList, asking: Iterable[str], platform: Platform) -> Pat
         listed.write_text(text)
         words: list[str | Path] = ["download", "--quiet", "--require-hashes", "--no-deps", "--dest", part]
         words += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", lock.python]
-        # pip compares tags literally: a newer manylinux does not imply an older one.
+        # pip takes tags literally: an older manylinux is not implied by a newer one.
         tags = [f"manylinux_2_{minor}" for minor in range(28, 4, -1)] + ["manylinux2014", "manylinux2010", "manylinux1"]
         words += [word for each in [*tags, "linux"] for word in ("--platform", f"{each}_{platform.cpu}")]
         words += [word for abi in (tag, "abi3", "none") for word in ("--abi", abi)]
@@ -257,24 +259,24 @@ def download(lock: LockedList, asking: Iterable[str], platform: Platform) -> Pat
 
 
 def _inputs(app: Application, stack: Stack) -> str:
-    """The hash of a list's inputs except the nodes."""
+    """The hash of what decides a list beside the nodes."""
     return hashlib.sha256(json.dumps([app.tree, app.extra, app.manager, trio(stack)]).encode()).hexdigest()[:16]
 
 
 def nodes_hash(known: Catalogue) -> str:
-    """The hash of the nodes' part of every list's inputs; it is in the list's first line."""
+    """The hash of what the nodes decide in every list; it is in the list's first line."""
     listed = [[name, node.tree, node.extra] for name, node in sorted(known.nodes.items())]
     decided = [[name, each.requirement] for name, each in sorted(known.override.items())]
     return hashlib.sha256(json.dumps([listed, decided]).encode()).hexdigest()[:16]
 
 
 def _other(name: str, requirement: str) -> bool:
-    """Whether an override replaces the package by another one, or by none."""
+    """Whether an override takes another package than the one asked for, or none."""
     return not requirement or canonicalize_name(Requirement(requirement).name) != canonicalize_name(name)
 
 
 def _asked_hash(asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack) -> str:
-    """The hash of all requirements that a list resolves; it is in the list's second line."""
+    """The hash of all requirements that a list answers; it is in the list's second line."""
     decided = {name: each.requirement for name, each in known.override.items()}
     listed = json.dumps([asked, decided, trio(stack)], sort_keys=True)
     return hashlib.sha256(listed.encode()).hexdigest()[:16]
@@ -283,7 +285,7 @@ def _asked_hash(asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Sta
 def _compile(
     asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack, platform: Platform, python: str, old: Path
 ) -> str:
-    """Resolve one list, keeping existing pins where possible. Raises ResolutionError."""
+    """Resolve one list; what is pinned already stays where it can. Raises LockError."""
     with tempfile.TemporaryDirectory(prefix="hearth-") as name:
         place = Path(name)
         pinned = trio(stack)
@@ -292,8 +294,7 @@ def _compile(
             (place / file).write_text("".join(f"{line}\n" for line in listed))
         decided = [each.requirement for each in known.override.values() if each.requirement]
         (place / "overrides").write_text("\n".join([*pinned, *decided]) + "\n")
-        # uv cannot replace one package by another: exclude it for dependencies; the nodes' own lines are already
-        # replaced.
+        # uv puts no package in another's place: what a dependency asks for is left out, a node's own line was replaced.
         gone = [name for name, each in known.override.items() if _other(name, each.requirement)]
         (place / "excludes").write_text("\n".join(gone))
 
@@ -303,7 +304,7 @@ def _compile(
             words += ["--overrides", "overrides", "--excludes", "excludes", *more, *chosen]
             return tools.uv(*words, "--python", sys.executable, cwd=place, check=False)
 
-        if old.exists():  # uv keeps the pins of an existing output file where possible
+        if old.exists():  # uv keeps what an output file pins already, where it can
             shutil.copy(old, place / "list")
         done = resolve(asked, "--output-file", "list")
         if done.returncode == 0:
@@ -315,7 +316,8 @@ def _compile(
             without = dict(zip(rest, pool.map(lambda file: resolve(set(asked) - {file}), rest), strict=True))
     bad = [file.removesuffix(".node.txt") for file, each in single.items() if each.returncode]
     helps = [file.removesuffix(".node.txt") for file, each in without.items() if each.returncode == 0]
-    raise ResolutionError(
+    raise LockError(
+        "resolution",
         f"no versions suit ComfyUI and all nodes at once ({old.stem})",
         cause=done.stderr.strip().replace(".node.txt", "").replace("\n", "\n         "),
         hint=(f"not to be had even alone: {', '.join(bad)}. " if bad else "")

@@ -11,7 +11,7 @@ import msgspec
 
 from agent.schema.live import Probed
 from core import files
-from core.errors import StorageError
+from core.errors import HostError
 from deploy import host as hosts
 from deploy import plan
 from deploy.inputs import gather
@@ -53,7 +53,7 @@ def examine(host: str, group: str, *, ask_sudo: bool = False) -> tuple[list[str]
             return [workstation.NAME], found
     for answer in fleet.ask_each(names, _one, ask_sudo=ask_sudo, seconds=SECONDS):
         if answer.error is not None:
-            check = "storage" if isinstance(answer.error, StorageError) else "reach"
+            check = "storage" if isinstance(answer.error, HostError) and answer.error.kind == "storage" else "reach"
             found.append(Finding(answer.host, check, "error", answer.error.what, answer.error.hint))
         found += answer.value or []
     return [*([] if host or group else [workstation.NAME]), *names], found
@@ -80,7 +80,7 @@ def judge(case: Case) -> list[Finding]:
 
 
 def this_machine() -> list[Finding]:
-    """This machine's capabilities and problems."""
+    """What this machine can do, and its problems."""
     seen = workstation.look()
     able = [Finding(workstation.NAME, "abilities", "info", each, "") for each in seen.abilities]
     return able + [

@@ -16,7 +16,7 @@ import msgspec
 
 from agent.schema.live import GpuState, Sample
 from core import console
-from core.errors import ConnectError, DiskFullError, HearthError, UsageError
+from core.errors import ConnectError, HearthError, HostError, UsageError
 from deploy import connection
 from deploy.look import find_target
 from ops import fleet
@@ -32,14 +32,17 @@ def check(names: Sequence[str], *, watch: str | bool, record: str, seconds: str,
     """Check the flags of `inv gpu` against each other; raises UsageError."""
     if bool(record) != bool(seconds) or (every and not record) or (record and watch):
         raise UsageError(
+            "usage",
             "--record FILE requires --seconds N, --every S requires both, and none of them goes with --watch",
             hint="inv gpu --record FILE --seconds 60",
         )
     if watch and as_json:
-        raise UsageError("--watch has no JSON output", hint="inv gpu --record FILE --seconds 60 writes JSON lines")
+        raise UsageError(
+            "usage", "--watch has no JSON output", hint="inv gpu --record FILE --seconds 60 writes JSON lines"
+        )
     if record and len(names) > 1:
         raise UsageError(
-            "--record records one host", hint=f"inv gpu --host {names[0]} --record {shlex.quote(record)} ..."
+            "usage", "--record records one host", hint=f"inv gpu --host {names[0]} --record {shlex.quote(record)} ..."
         )
 
 
@@ -51,7 +54,9 @@ def look(names: Sequence[str], *, ask_sudo: bool) -> list[fleet.Answer[Sample]]:
 def number(flag: str, text: str, least: float = 0.1) -> float:
     """Parse a flag in seconds; raises UsageError."""
     if not re.fullmatch(r"\d+(\.\d+)?", text) or float(text) < least:
-        raise UsageError(f"--{flag} must be at least {least:g} seconds (got {text!r})", hint=f"such as --{flag} 10")
+        raise UsageError(
+            "usage", f"--{flag} must be at least {least:g} seconds (got {text!r})", hint=f"such as --{flag} 10"
+        )
     return float(text)
 
 
@@ -132,7 +137,7 @@ def watch(names: Sequence[str], seconds: str | bool, *, ask_sudo: bool) -> None:
             for sample in _samples(agent, every, None):
                 latest[name], came[name] = sample, time.monotonic()
                 news.set()
-            raise ConnectError(f"{name} stopped reporting its GPUs", hint="run the same command again")
+            raise ConnectError("unreachable", f"{name} stopped reporting its GPUs", hint="run the same command again")
         except HearthError as error:
             failed[name] = error
             news.set()
@@ -163,7 +168,7 @@ def watch(names: Sequence[str], seconds: str | bool, *, ask_sudo: bool) -> None:
 def record(name: str, place: Path, seconds: float, every: float, *, ask_sudo: bool) -> int:
     """Write samples to a new file, one JSON line each, for `seconds` or until Ctrl-C; returns 130 at Ctrl-C.
 
-    Keeps the samples written before an error. Raises UsageError or DiskFullError if the file cannot be written.
+    Keeps the samples written before an error. Raises UsageError or HostError if the file cannot be written.
     """
     count = 0
     try:
@@ -174,10 +179,12 @@ def record(name: str, place: Path, seconds: float, every: float, *, ask_sudo: bo
                 file.flush()
                 count += 1
     except FileExistsError:
-        raise UsageError(f"{place} exists already", hint="record to another file") from None
+        raise UsageError("usage", f"{place} exists already", hint="record to another file") from None
     except OSError as error:
-        kind = DiskFullError if error.errno == errno.ENOSPC else UsageError
-        raise kind(f"{place} cannot be written", cause=str(error), hint="record to another folder") from error
+        what, why, hint = f"{place} cannot be written", str(error), "record to another folder"
+        if error.errno == errno.ENOSPC:
+            raise HostError("disk-full", what, cause=why, hint=hint) from error
+        raise UsageError("usage", what, cause=why, hint=hint) from error
     except KeyboardInterrupt:
         return _recorded(place, count, 130)
     except HearthError:

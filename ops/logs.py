@@ -23,12 +23,12 @@ LINES = 100
 def question(lines: str, since: str, grep: str, *, follow: bool) -> dict[str, Any]:
     """The request to the agent; `lines` is None for all. Raises UsageError."""
     if lines and not lines.isdecimal():
-        raise UsageError(f"--lines must be a number (got {lines!r})", hint="such as --lines 500")
+        raise UsageError("usage", f"--lines must be a number (got {lines!r})", hint="such as --lines 500")
     try:
         re.compile(grep)
     except re.error as error:
         hint = "use Python's syntax; put a backslash before ( [ . * + ? to match them literally"
-        raise UsageError(f"--grep {grep} is not a regular expression", cause=str(error), hint=hint) from None
+        raise UsageError("usage", f"--grep {grep} is not a regular expression", cause=str(error), hint=hint) from None
     count = int(lines) if lines else None if since else LINES
     return {"lines": count, "since": since, "grep": grep, "follow": follow}
 
@@ -37,7 +37,7 @@ def show(names: Sequence[str], asked: dict[str, Any], *, ask_sudo: bool, as_json
     """Print the logs of hosts, one after the other, or interleaved if followed; returns 130 at Ctrl-C.
 
     With several hosts, each line starts with its host's name, and 1 is returned if a log cannot be read. With one host,
-    raises LogError, or UsageError for an unknown time.
+    raises HostError, or UsageError for an unknown time.
     """
     alone = len(names) == 1
     failed: list[str] = []

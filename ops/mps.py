@@ -1,4 +1,4 @@
-"""NVIDIA's Multi-Process Service (MPS) for ComfyUI: on, off, limits and status."""
+"""NVIDIA's Multi-Process Service (MPS) for ComfyUI: on, off, limited, and what it does now."""
 
 from __future__ import annotations
 
@@ -31,22 +31,24 @@ if TYPE_CHECKING:
 ACTIONS = ("on", "off", "status", "limit")
 
 PERCENT, MEMORY = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
-"""Set in the daemon's environment: the default of every server that it starts, also after a boot."""
+"""In the daemon's environment: the default of every server that it starts, so also of those after a boot."""
 
 
 def limits(percent: str, memory: str) -> dict[str, str]:
-    """The limits of --percent and --memory; raises UsageError."""
+    """The limits as --percent and --memory say them; raises UsageError."""
     if percent and not (percent.isdecimal() and 1 <= int(percent) <= 100):
         raise UsageError(
-            f"--percent {percent} makes no sense", hint="1 to 100 percent of a GPU's threads for a process"
+            "usage", f"--percent {percent} makes no sense", hint="1 to 100 percent of a GPU's threads for a process"
         )
     if memory and not re.fullmatch(r"\d+=\d+[MG](,\d+=\d+[MG])*", memory):
-        raise UsageError(f"--memory {memory} makes no sense", hint="GPU=SIZE, such as --memory 0=8G or 0=8G,1=500M")
+        raise UsageError(
+            "usage", f"--memory {memory} makes no sense", hint="GPU=SIZE, such as --memory 0=8G or 0=8G,1=500M"
+        )
     return {name: value for name, value in ((PERCENT, percent), (MEMORY, memory)) if value}
 
 
 def places(target: Target, control: str, limited: Mapping[str, str]) -> list[Place]:
-    """The files and units of MPS: the daemon's unit, and a drop-in that points ComfyUI to it."""
+    """What turning MPS on changes: the daemon's unit, and a drop-in by which ComfyUI finds it."""
     service = target.host.service
     text = (files.CHECKOUT / "recipes/system/mps.service").read_text()
     values = {
@@ -57,8 +59,8 @@ def places(target: Target, control: str, limited: Mapping[str, str]) -> list[Pla
         **devices(target.profile),
     }
     unit = f"{service}-mps.service"
-    # PrivateUsers: the daemon inspects its clients' processes, and a separate user namespace would prevent that.
-    # PartOf: a CUDA context ends with its server. If the daemon dies, ComfyUI restarts with it.
+    # PrivateUsers: the daemon looks at its clients' processes, which a user namespace of their own would close to it.
+    # PartOf: a CUDA context does not outlive its server. When the daemon dies, ComfyUI is started again with it.
     drop_in = (
         f"# Written by Hearth: inv mps off removes it.\n"
         f"[Unit]\nWants={unit}\nAfter={unit}\nPartOf={unit}\n"
@@ -76,7 +78,7 @@ def places(target: Target, control: str, limited: Mapping[str, str]) -> list[Pla
 
 
 def turn_on(target: Target, facts: Facts, mps: Mps, state: State, limited: Mapping[str, str], options: Options) -> Plan:
-    """The plan that runs ComfyUI's GPU work through MPS with these limits."""
+    """The plan that makes ComfyUI compute through MPS, with these limits."""
     gpus = [int(each) for each in re.findall(r"(\d+)=", limited.get(MEMORY, ""))]
     found = refusals.no_mps(target, facts, mps.control, gpus)
     if settings.settled(state, "mps"):
@@ -99,7 +101,7 @@ def turn_on(target: Target, facts: Facts, mps: Mps, state: State, limited: Mappi
 
 
 def limit(target: Target, facts: Facts, mps: Mps, state: State, limited: Mapping[str, str], options: Options) -> Plan:
-    """The plan that limits a process's GPU use through MPS; refused while MPS is off."""
+    """The plan that limits what a process may take through MPS; refused while MPS is off."""
     if not mps.on:
         return Plan.of(facts, [], [refusals.mps_off(target)])
     return turn_on(target, facts, mps, state, limited, options)
@@ -115,7 +117,7 @@ def turn_off(target: Target, facts: Facts, mps: Mps, options: Options) -> Plan:
 
 
 def problems(mps: Mps, at: str, *, cuda: bool) -> list[Problem]:
-    """The problems of MPS; `cuda` is true if ComfyUI uses a GPU now."""
+    """What is not well; `cuda` says whether ComfyUI computes on a GPU now."""
     if not mps.on:
         if mps.service_knows:
             return [Problem("ComfyUI looks for an MPS that is off", f"inv restart {at}")]
@@ -146,14 +148,16 @@ def problems(mps: Mps, at: str, *, cuda: bool) -> list[Problem]:
 
 
 def run(action: str, names: Sequence[str], percent: str, memory: str, options: Options, *, as_json: bool) -> int:
-    """Run `inv mps`; raises UsageError."""
+    """What `inv mps` does; raises UsageError."""
     if action not in ACTIONS:
-        raise UsageError(f"inv mps {action} makes no sense", hint=f"one of {', '.join(ACTIONS)}")
+        raise UsageError("usage", f"inv mps {action} makes no sense", hint=f"one of {', '.join(ACTIONS)}")
     limited = limits(percent, memory)
     if limited and action not in ("on", "limit"):
-        raise UsageError("--percent and --memory go with on and limit", hint="inv mps limit --percent 50")
+        raise UsageError("usage", "--percent and --memory go with on and limit", hint="inv mps limit --percent 50")
     if not limited and action == "limit":
-        raise UsageError("limit to what?", hint="--percent 50, --memory 0=8G, or both; --percent 100 lifts all")
+        raise UsageError(
+            "usage", "limit to what?", hint="--percent 50, --memory 0=8G, or both; --percent 100 lifts all"
+        )
     if action == "status":
         return show(look(names, ask_sudo=options.ask_sudo), as_json=as_json)
 
@@ -174,14 +178,14 @@ def run(action: str, names: Sequence[str], percent: str, memory: str, options: O
 
 
 def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[Mps]]:
-    """The MPS status of hosts."""
+    """How MPS is on hosts."""
     return fleet.ask_each(
         names, lambda agent, _: msgspec.convert(agent.call("mps"), Mps), ask_sudo=ask_sudo, seconds=30
     )
 
 
 def show(answers: Sequence[fleet.Answer[Mps]], *, as_json: bool) -> int:
-    """Print the MPS status of hosts; returns 1 for a problem, or if a host did not answer."""
+    """Print how MPS is on hosts; 1 when it is on somewhere and not well, or a host did not answer."""
 
     def plain(name: str, mps: Mps) -> dict[str, Any]:
         return {**msgspec.to_builtins(mps), "problems": msgspec.to_builtins(_problems(name, mps))}
@@ -195,7 +199,7 @@ def _problems(name: str, mps: Mps) -> list[Problem]:
 
 
 def lines(name: str, mps: Mps) -> list[str]:
-    """A host's MPS status in words."""
+    """A host's MPS in words."""
     trouble = [f"{name}: {each.what}; next: {each.remedy}" for each in _problems(name, mps)]
     if not mps.on:
         why = "" if mps.control else ", and there is no nvidia-cuda-mps-control"

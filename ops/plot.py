@@ -13,7 +13,7 @@ import msgspec
 
 from agent.schema.live import GpuState, Sample
 from core import console
-from core.errors import RecordingError, ToolMissingError, UsageError
+from core.errors import ToolError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,32 +55,36 @@ PANELS = (
 def plot(recording: str, output: str) -> Path:
     """Plot a recording to an .svg or .png file (default: the recording's name with .svg), and return its path.
 
-    Raises RecordingError, UsageError, and ToolMissingError without matplotlib.
+    Raises UsageError, and ToolError without matplotlib.
     """
     place = Path(output) if output else Path(recording).with_suffix(".svg")
     if place.suffix not in (".svg", ".png"):
-        raise UsageError(f"{place} is neither .svg nor .png", hint="--output FILE.svg")
+        raise UsageError("usage", f"{place} is neither .svg nor .png", hint="--output FILE.svg")
     samples = read(Path(recording))
     try:
         from matplotlib import rc_context
     except ImportError as error:
-        raise ToolMissingError("matplotlib is not installed", cause=str(error), hint="uv sync --group plot") from error
+        raise ToolError(
+            "program-missing", "matplotlib is not installed", cause=str(error), hint="uv sync --group plot"
+        ) from error
     # Text stays text in an SVG, and a dollar sign in a name starts no formula.
     with rc_context({"svg.fonttype": "none", "text.parse_math": False}):
         try:
             figure(samples).savefig(place, dpi=150)
         except OSError as error:
-            raise UsageError(f"{place} cannot be written", cause=str(error), hint="choose another --output") from error
+            raise UsageError(
+                "usage", f"{place} cannot be written", cause=str(error), hint="choose another --output"
+            ) from error
     return place
 
 
 def read(path: Path) -> list[Recorded]:
-    """Read the samples of a recording; raises RecordingError, which names the line."""
+    """Read the samples of a recording; raises UsageError, which names the line."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise RecordingError(
-            f"{path} cannot be read", cause=str(error), hint="give a file of inv gpu --record"
+        raise UsageError(
+            "recording", f"{path} cannot be read", cause=str(error), hint="give a file of inv gpu --record"
         ) from error
     whole, rest = lines[:-1], lines[-1]
     if rest or not whole:
@@ -90,14 +94,16 @@ def read(path: Path) -> list[Recorded]:
             if whole
             else "record again: inv gpu --record FILE --seconds N"
         )
-        raise RecordingError(what, cause="the recording was killed, or the disk was full", hint=hint)
+        raise UsageError("recording", what, cause="the recording was killed, or the disk was full", hint=hint)
     found: list[Recorded] = []
     for number, line in enumerate(whole, 1):
         try:
             found.append(msgspec.json.decode(line, type=Recorded))
         except msgspec.DecodeError as error:  # includes a wrong type
             hint = "give a file of inv gpu --record, or delete the line"
-            raise RecordingError(f"line {number} of {path} is not a sample", cause=str(error), hint=hint) from error
+            raise UsageError(
+                "recording", f"line {number} of {path} is not a sample", cause=str(error), hint=hint
+            ) from error
     return found
 
 

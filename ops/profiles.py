@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from core import console
-from core.errors import UnknownNameError, near
+from core.errors import UsageError, suggest
 from core.stack import stacks
 from deploy import host
 from lock import application
@@ -56,10 +56,10 @@ def every() -> list[Explained]:
 
 
 def one(name: str) -> Explained:
-    """Find a profile or mode by name; raises UnknownNameError."""
+    """Find a profile or mode by name; raises UsageError."""
     known = {each.name: each for each in every()}
     if name not in known:
-        raise UnknownNameError(f"there is no profile or mode {name!r}", hint=near(name, known))
+        raise UsageError("unknown-name", f"there is no profile or mode {name!r}", hint=suggest(name, known))
     return known[name]
 
 

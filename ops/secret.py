@@ -10,7 +10,7 @@ from socket import gethostname
 from typing import TYPE_CHECKING
 
 from core import console, shell
-from core.errors import HearthError, SecretError, UsageError
+from core.errors import ConfigError, HearthError, UsageError
 from deploy import connection
 from deploy.look import find_target, look
 
@@ -24,13 +24,13 @@ LARGEST = 64_000
 def run(
     action: str, name: str, names: Sequence[str], *, command: str, keyring: bool, ask_sudo: bool
 ) -> dict[str, dict[str, str]]:
-    """Set or remove a secret on hosts, and return how each stores it; raises UsageError, SecretError."""
+    """Set or remove a secret on hosts, and return how each stores it; raises UsageError, ConfigError."""
     if action not in ("set", "remove"):
         raise UsageError(
-            f"unknown action {action!r}", hint="inv secret set or inv secret remove; inv secrets lists them"
+            "usage", f"unknown action {action!r}", hint="inv secret set or inv secret remove; inv secrets lists them"
         )
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise UsageError(f"{name!r} is not a variable name", hint="such as HF_TOKEN")
+        raise UsageError("usage", f"{name!r} is not a variable name", hint="such as HF_TOKEN")
     value = read(name, command, keyring=keyring) if action == "set" else None
     done: dict[str, dict[str, str]] = {}
     for each in names:
@@ -64,22 +64,22 @@ def rows(found: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def read(name: str, command: str, *, keyring: bool) -> str:
-    """Read a secret from a command's output, the keyring, the terminal or stdin; raises SecretError."""
+    """Read a secret from a command's output, the keyring, the terminal or stdin; raises ConfigError."""
     if command:
         try:
             done = shell.run(shlex.split(command), timeout=300)
         except (HearthError, ValueError) as error:
-            raise SecretError(f"--command failed: {command}", cause=str(error)) from error
+            raise ConfigError("secret", f"--command failed: {command}", cause=str(error)) from error
         value = done.stdout
     elif keyring:
         value = connection.from_keyring("hearth-secret", name)
         if not value:
-            raise SecretError(f"the keyring has no {name}", hint=f"keyring set hearth-secret {name}")
+            raise ConfigError("secret", f"the keyring has no {name}", hint=f"keyring set hearth-secret {name}")
     elif sys.stdin.isatty():
         value = console.hidden(f"{name} (not shown): ")
     else:
         value = sys.stdin.read(LARGEST + 1)
     value = value.rstrip("\r\n")
     if not value or "\0" in value or len(value) > LARGEST:
-        raise SecretError(f"{name} is empty, too long, or binary", hint="nothing was sent to a host")
+        raise ConfigError("secret", f"{name} is empty, too long, or binary", hint="nothing was sent to a host")
     return value

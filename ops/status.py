@@ -55,8 +55,8 @@ class Status:
 
 
 def look(names: Sequence[str], *, ask_sudo: bool = False, seconds: float = SECONDS) -> list[fleet.Answer[Status]]:
-    """The status of hosts, in parallel."""
-    known: dict[str, Inputs] = {}  # hosts of one configuration have the same inputs
+    """The status of hosts, all at once."""
+    known: dict[str, Inputs] = {}  # what this checkout can give is the same for hosts of one configuration
     return fleet.ask_each(names, lambda agent, target: _one(agent, target, known), ask_sudo=ask_sudo, seconds=seconds)
 
 
@@ -82,7 +82,7 @@ def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Statu
     if not facts.current:
         problem("nothing is deployed", f"inv deploy {at}")
     elif facts.paused:
-        pass  # the plan's refusals give the reason and the user, and name a run in progress
+        pass  # the plan's refusals say why and by whom, and name a change in progress
     elif not facts.service.active:
         problem(f"the service is not running: {facts.service.state}", f"inv doctor {at}, then inv start {at}")
     elif live.comfyui.state == "silent":
@@ -118,7 +118,9 @@ def watch(names: Sequence[str], every: str | bool, *, ask_sudo: bool = False) ->
     """Show the status repeatedly until Ctrl-C; raises UsageError."""
     seconds = "2" if every is True else str(every)
     if not re.fullmatch(r"\d+(\.\d+)?", seconds) or float(seconds) < 0.5:
-        raise UsageError(f"--watch must be at least 0.5 seconds (got {every!r})", hint="--watch alone means 2 seconds")
+        raise UsageError(
+            "usage", f"--watch must be at least 0.5 seconds (got {every!r})", hint="--watch alone means 2 seconds"
+        )
     console.refreshed(lambda: rows(look(names, ask_sudo=ask_sudo)), float(seconds))
 
 
@@ -137,7 +139,7 @@ def _plain(answer: fleet.Answer[Status]) -> dict[str, Any]:
     status, error = answer.value, answer.error
     if status is None:
         assert error is not None
-        problems = [{"what": error.what, "remedy": error.hint}]
+        problems = [{"what": error.what, "remedy": error.hint, "kind": error.kind}]
         return {"host": answer.host, "reached": False, "well": False, "problems": problems}
     facts, live = status.facts, status.live
     release = facts.release(facts.current) or {}

@@ -1,4 +1,4 @@
-"""Optional system settings: listed, applied by name, and undone from the host's own record."""
+"""Settings of a machine that may help: listed, applied when named, undone from the host's own record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from core import config, console, files
-from core.errors import ConfigError, UnknownNameError, UsageError, near
+from core.errors import ConfigError, UsageError, suggest
 from deploy import refusals
 from deploy.change import Change, change_each
 from deploy.look import look as facts_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A setting of `recipes/system/tuning.toml`: one of `sysctl`, `value` (kernel files) or `unit`."""
+    """A setting of `recipes/system/tuning.toml`; either `sysctl`, `value` (files of the kernel's) or `unit`."""
 
     what: str
     expect: str
@@ -43,7 +43,7 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"left_out": "left-out"}):
-    """The whole file; `left_out` gives the reasons against settings that others recommend."""
+    """The whole file; `left_out` says of what others recommend why it is not here."""
 
     settings: dict[str, Setting]
     left_out: dict[str, str]
@@ -51,17 +51,17 @@ class Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"le
 
 @functools.cache
 def known() -> Known:
-    """Return the settings that Hearth knows; raises ConfigError."""
+    """The settings that Hearth knows; raises ConfigError."""
     path = files.CHECKOUT / "recipes/system/tuning.toml"
     found = config.load(path, Known)
     for name, each in found.settings.items():
         if sum(map(bool, (each.sysctl, each.value, each.unit))) != 1:
-            raise ConfigError(f"{path}: {name} must have one of sysctl, value and unit")
+            raise ConfigError("config", f"{path}: {name} must have one of sysctl, value and unit")
     return found
 
 
 def places(name: str, setting: Setting) -> list[Place]:
-    """The places that a setting changes, now and at every boot."""
+    """What a setting changes: now, and at every boot."""
     told = f"# Written by Hearth: inv tune --undo {name} removes it.\n"
     if setting.unit:
         unit = f"hearth-{name}.service"
@@ -79,7 +79,7 @@ def places(name: str, setting: Setting) -> list[Place]:
 
 
 def unfit(setting: Setting, facts: Facts) -> str:
-    """The reason why a setting does not apply to a host; empty if it applies."""
+    """Why a setting is of no use on a host; empty if it is."""
     if setting.needs and not facts.gpus:
         return "no NVIDIA GPU there"
     unified = any(gpu.unified for gpu in facts.gpus)
@@ -92,14 +92,14 @@ def unfit(setting: Setting, facts: Facts) -> str:
 
 
 def apply(target: Target, facts: Facts, state: State, names: Sequence[str]) -> Plan:
-    """The plan that applies settings; empty if all are in force."""
+    """The plan that applies settings; empty where all are in force."""
     found = refusals.unsettable(target, facts)
     steps: list[Step] = []
     for name in names:
         against = _unfit_here(name, facts, state)
         found += against
         todo = [each for each in state.seen[name] if each.now != each.wanted]
-        # a file is rewritten only if Hearth applied the setting
+        # a file alone would be written again only where Hearth applied the setting
         if not against and ([each for each in todo if each.kind != "file"] or (todo and name in state.applied)):
             setting = known().settings[name]
             title = f"set {name}: {now(name, state)} -> {becomes(setting)}"
@@ -123,7 +123,7 @@ def _unfit_here(name: str, facts: Facts, state: State) -> list[Refusal]:
 
 
 def undo(target: Target, facts: Facts, state: State, names: Sequence[str], *, force: bool) -> Plan:
-    """The plan that undoes settings (default: all that `inv tune` applied)."""
+    """The plan that undoes settings (none named: all that `inv tune` applied)."""
     mine = [name for name in names or known().settings if name in state.applied]
     steps = [
         settings.undo_step(name, f"undo {name}: {', '.join(_back(each) for each in state.applied[name])}", force=force)
@@ -147,22 +147,22 @@ def seen(agent: Agent, names: Sequence[str]) -> State:
 
 
 def named(text: str) -> list[str]:
-    """The names in a comma-separated list of settings; raises UnknownNameError."""
+    """The names in a comma-separated list of settings; raises UsageError."""
     found = [each for each in text.split(",") if each]
     for each in found:
         if each not in known().settings:
             if each in ("mps", "gpu-access"):
-                raise UnknownNameError(f"{each} is a task of its own", hint=f"inv {each}; inv --help {each}")
-            raise UnknownNameError(f"there is no setting {each!r}", hint=near(each, known().settings))
+                raise UsageError("unknown-name", f"{each} is a task of its own", hint=f"inv {each}; inv --help {each}")
+            raise UsageError("unknown-name", f"there is no setting {each!r}", hint=suggest(each, known().settings))
     return found
 
 
 def run(hosts: Sequence[str], applied: str, undone: str | bool, options: Options, *, as_json: bool) -> int:
-    """Run `inv tune`: list settings, apply the named ones, or undo the named ones (True: all)."""
+    """What `inv tune` does: list settings, apply those named, or undo those named (True: all)."""
     from ops import lifecycle
 
     if applied and undone:
-        raise UsageError("--apply and --undo exclude each other", hint="one after the other")
+        raise UsageError("usage", "--apply and --undo exclude each other", hint="one after the other")
     if not (applied or undone):
         return show(look(hosts, ask_sudo=options.ask_sudo), as_json=as_json)
     names = [] if undone is True else named(applied or str(undone))
@@ -184,7 +184,7 @@ def run(hosts: Sequence[str], applied: str, undone: str | bool, options: Options
 
 @dataclass(frozen=True)
 class Row:
-    """A setting's state on a host. `on`: Hearth applied it. `unfit`: the reason why it does not apply there."""
+    """A setting as it is on a host. `on`: Hearth applied it. `unfit` says why it makes no sense there."""
 
     name: str
     on: bool
@@ -207,7 +207,7 @@ def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[l
 
 
 def rows(facts: Facts, state: State) -> list[Row]:
-    """The display of each setting; pure."""
+    """What is told of each setting; pure."""
     return [
         Row(
             name, name in state.applied, now(name, state), becomes(each), unfit(each, facts) or _absent(name, state),
@@ -218,7 +218,7 @@ def rows(facts: Facts, state: State) -> list[Row]:
 
 
 def now(name: str, state: State) -> str:
-    """A setting's current value, in words."""
+    """How a setting is now, in words."""
     found = state.seen[name]
     if units := [each for each in found if each.kind == "unit"]:
         return "on" if units[0].now == [True, True] else "off"
@@ -234,12 +234,12 @@ def _absent(name: str, state: State) -> str:
 
 
 def becomes(setting: Setting) -> str:
-    """A setting's value after applying it, in words."""
+    """How a setting would be, in words."""
     return "on" if setting.unit else ", ".join([*setting.sysctl.values(), *setting.value.values()])
 
 
 def show(answers: Sequence[fleet.Answer[list[Row]]], *, as_json: bool) -> int:
-    """Print the settings of hosts; returns 1 if a host did not answer."""
+    """Print the settings of hosts; 1 when one could not be asked."""
 
     def plain(_: str, rows: list[Row]) -> dict[str, Any]:
         return {"settings": msgspec.to_builtins(rows), "left_out": known().left_out}
@@ -249,7 +249,7 @@ def show(answers: Sequence[fleet.Answer[list[Row]]], *, as_json: bool) -> int:
 
 
 def lines(name: str, rows: list[Row]) -> list[str]:
-    """A host's settings: a table, then the purpose of each."""
+    """A host's settings: a table, then what each is for."""
     table = [(each.name, "Hearth" if each.on else "-", each.now, each.becomes, each.unfit or "yes") for each in rows]
     found = [f"{name}:", *console.table(("setting", "set by", "now", "would be", "makes sense"), table), ""]
     for each in rows:

@@ -1,4 +1,4 @@
-"""A check, and its input: one host, as seen by the agent."""
+"""What a check is, and what it is given: one host, as seen by the agent."""
 
 from __future__ import annotations
 

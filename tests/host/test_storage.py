@@ -1,4 +1,4 @@
-"""Places for models and outputs: mounts that come and go, full disks, folders elsewhere, shared access."""
+"""Where models and outputs lie: mounts that go and come, full disks, folders elsewhere, people who share them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ model_roots = ["/srv/more"]
 
 
 def picture(fleet: Fleet, name: str) -> dict[str, object]:
-    """Have ComfyUI save a picture under a name; returns its history entry."""
+    """Have ComfyUI save a picture under a name; what its history then says of it."""
     inputs = {"width": 64, "height": 64, "batch_size": 1, "color": time.time_ns() % (1 << 24)}
     workflow = {
         "1": {"class_type": "EmptyImage", "inputs": inputs},
@@ -71,20 +71,20 @@ def test_comfyui_stops_when_a_mount_goes_waits_for_it_and_starts_when_it_comes(s
     assert machine.run("ls -A /srv/pool") == ""
     gone = steady.deploy()
     assert (gone.returncode, "/srv/pool is not mounted" in gone.stderr) == (63, True), gone.stderr
-    machine.run("mount --bind /srv/inodes /srv/pool")  # ComfyUI is not started
+    machine.run("mount --bind /srv/inodes /srv/pool")  # nobody starts ComfyUI
     assert steady.answers()
 
     machine.power_off()
     machine.boot()
     assert stopped(steady)
     facts = steady.inv("facts", "--host", "spark")
-    assert "/srv/pool: not mounted, ComfyUI waits for it" in " ".join(facts.stdout.split()), facts.stdout
+    assert "/srv/pool: not mounted; ComfyUI waits for it" in " ".join(facts.stdout.split()), facts.stdout
     machine.run("mount --bind /srv/inodes /srv/pool")
     assert steady.answers()
     assert machine.run("ls /srv/pool/out").split() == ["kept_00001_.png"]
     steady.becomes()
     machine.run("umount /srv/pool; rm -r /srv/inodes/out /srv/more")
-    assert steady.answers(5)  # a mount that it no longer needs does not stop it
+    assert steady.answers(5)  # what it does not need any more does not stop it
 
 
 def test_hearth_mounts_what_it_is_told_to_and_at_boot_and_never_over_files(steady: Fleet) -> None:
@@ -95,7 +95,7 @@ def test_hearth_mounts_what_it_is_told_to_and_at_boot_and_never_over_files(stead
     steady.configure(folders + mount.format("/srv/inodes", "none", "bind"))
     over = steady.deploy()
     assert over.returncode == 63, over.stderr
-    assert "there are files in the folder itself, which the mount would hide" in over.stderr
+    assert "the folder contains files, which the mount would hide" in over.stderr
     machine.run("rm /srv/vault/hidden")
     for what, kind, remedy in (
         ("/dev/mapper/vault", "ext4", "cryptsetup open DEVICE vault"),

@@ -1,4 +1,4 @@
-"""A deploy without root to a host whose login has its own systemd."""
+"""A deploy without root to a host whose login has a systemd of its own."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def own(tmp_path: Path) -> Iterator[Own]:
         machine.share_downloads(f"{HOME}/.local/share/hearth/comfyui/state/cache/uv")
         fleet.configure('scope = "user"\n')
         machine.boot()
-        # Standard on every full Debian and Ubuntu; polkit allows a login to enable lingering for itself.
+        # What every full Debian and Ubuntu has; polkit allows a login to let its own services linger.
         packages = "libpam-systemd dbus-user-session polkitd"
         machine.run(f"apt-get update -qq && apt-get install -qq -y --no-install-recommends {packages}")
-        # Files linked to this machine's stay owned by root: uv copies files that it cannot link.
+        # What is linked to this machine's files stays root's: uv copies what it may not link.
         machine.run(f"find {HOME}/.local '(' -type d -o -links 1 ')' -exec chown {LOGIN}: {{}} +")
         yield fleet
 

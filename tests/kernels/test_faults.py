@@ -13,6 +13,7 @@ import pytest
 
 from core import files
 from tests.conftest import Hearth
+from tests.errors import kind_of
 
 pytestmark = [pytest.mark.toolchain, pytest.mark.needs("g++", "git", "unshare", "pgrep")]
 
@@ -74,7 +75,7 @@ def test_an_unreachable_source_lists_what_was_tried(hearth: Hearth, upstream: Pa
 def test_a_source_that_is_not_the_pinned_one_is_refused(hearth: Hearth) -> None:
     hearth.edit("recipe.toml", 'paths = ["csrc", "tiny", "LICENSE"]', 'paths = ["csrc", "tiny"]')
     done = hearth.inv(*BUILD)
-    assert done.returncode == 30
+    assert (done.returncode, kind_of(done.stderr)) == (31, "hash-mismatch")
     assert "not what the recipe pins" in done.stderr
     assert not hearth.wheels()
 
@@ -82,7 +83,7 @@ def test_a_source_that_is_not_the_pinned_one_is_refused(hearth: Hearth) -> None:
 def test_an_sdist_with_another_hash_is_refused(hearth: Hearth) -> None:
     hearth.edit("recipe.toml", 'folder = "src"', f'sdist = "iniconfig"\nversion = "2.1.0"\nsha256 = "{"0" * 64}"')
     done = hearth.inv(*BUILD)
-    assert done.returncode == 30, done.stderr
+    assert (done.returncode, kind_of(done.stderr)) == (31, "hash-mismatch"), done.stderr
     assert "pinned sha256 0000" in done.stderr
 
 
@@ -90,7 +91,7 @@ def test_a_patch_that_does_not_apply(hearth: Hearth) -> None:
     hearth.edit("recipe.toml", 'cuda_below = "13.0"', 'cuda_below = "99.0"')
     hearth.edit("src/tiny/__init__.py", "CUDA =", "Cuda =")
     done = hearth.inv(*BUILD)
-    assert done.returncode == 32
+    assert (done.returncode, kind_of(done.stderr)) == (31, "patch")
     assert "0001-say-which-cuda.patch does not apply" in done.stderr
 
 
@@ -127,7 +128,7 @@ def test_a_killed_compiler_is_told_as_out_of_memory(hearth: Hearth) -> None:
         "done\nwait $nvcc\n",
     )
     done = hearth.inv(*BUILD, "--jobs", "2", HEARTH_COMPILER_LAUNCHER=killer)
-    assert done.returncode == 41, done.stderr
+    assert (done.returncode, kind_of(done.stderr)) == (40, "out-of-memory"), done.stderr
     assert "--jobs 1" in done.stderr
     assert not hearth.wheels()
 
@@ -141,7 +142,7 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on(hearth: Hearth) -> None:
     done = subprocess.run(
         argv, cwd=files.CHECKOUT, env=hearth.environment(), capture_output=True, text=True, check=False
     )
-    assert done.returncode == 42, done.stderr
+    assert (done.returncode, kind_of(done.stderr)) == (40, "disk-full"), done.stderr
     assert "the disk is full" in done.stderr
     assert not hearth.wheels()
     assert hearth.inv(*BUILD).returncode == 0
@@ -203,7 +204,7 @@ def test_of_two_builds_at_once_the_second_waits_and_finds_the_wheel(hearth: Hear
 def test_a_wheel_that_is_not_what_was_asked_is_not_admitted(hearth: Hearth, old: str, new: str, says: str) -> None:
     hearth.edit("recipe.toml", old, new)
     done = hearth.inv(*BUILD)
-    assert done.returncode == 43, done.stderr
+    assert (done.returncode, kind_of(done.stderr)) == (40, "inspection"), done.stderr
     assert says in done.stderr
     assert not hearth.wheels()
 
@@ -211,7 +212,7 @@ def test_a_wheel_that_is_not_what_was_asked_is_not_admitted(hearth: Hearth, old:
 def test_a_module_that_cannot_be_imported_is_not_admitted(hearth: Hearth) -> None:
     hearth.edit("src/csrc/sum.cpp", "m.def", 'throw std::runtime_error("no use"); m.def')
     done = hearth.inv(*BUILD)
-    assert done.returncode == 43
+    assert (done.returncode, kind_of(done.stderr)) == (40, "inspection")
     assert "cannot be imported" in done.stderr
     assert "no use" in done.stderr
     assert not hearth.wheels()
@@ -221,7 +222,7 @@ def test_what_is_no_wheel_is_told_so(hearth: Hearth) -> None:
     broken = hearth.place / "broken.whl"
     broken.write_bytes(b"PK no")
     for path in (broken, hearth.place / "missing.whl", hearth.place):
-        assert hearth.inv("inspect-wheel", str(path)).returncode == 43
+        assert hearth.inv("inspect-wheel", str(path)).returncode == 40
 
 
 def test_a_third_kernel_is_a_folder(hearth: Hearth) -> None:

@@ -1,4 +1,4 @@
-"""Adopting: the survey of an installation, the proposal, and moving folders there and back."""
+"""Adopting: what is read of an installation, what becomes of it, and how it is moved and put back."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from agent.layout import Layout
 from agent.look import survey
 from agent.schema.change import Adopt, Unadopt
 from agent.schema.survey import Installation, Survey
-from core.errors import NoInstallationError
 from deploy import adopt, plan, proposal
 from deploy.facts import Gpu
 from deploy.proposal import Proposal, propose
 from deploy.survey import only, port, without_secrets
 from lock import nodes
+from tests.errors import raises
 from tests.unit.test_agent_files import deep
 from tests.unit.test_plan import FLAGS, FRESH, kinds, reasons, spark
 
@@ -202,9 +202,9 @@ def test_nodes_are_known_or_can_be_listed_or_have_a_reason() -> None:
 
 def test_one_installation_must_be_meant() -> None:
     two = Survey(("/a", "/b"), (installation(path="/a"), installation(path="/b")))
-    with pytest.raises(NoInstallationError, match="2 installations of ComfyUI: /a, /b"):
+    with raises("no-installation", match="2 installations of ComfyUI: /a, /b"):
         only(two, "spark")
-    with pytest.raises(NoInstallationError, match="no ComfyUI was found") as none:
+    with raises("no-installation", match="no ComfyUI was found") as none:
         only(Survey(("/opt/x",), ()), "spark")
     assert "/opt/x" in none.value.cause
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from core.arch import Arch, known_archs, parse_list
-from core.errors import ArchError
+from tests.errors import raises
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def test_parses_what_torch_writes(text: str, arch: Arch) -> None:
 
 @pytest.mark.parametrize("text", ["12.10", "abc", "12", "sm_89", "8,9", "-8.9", "8.9b", ""])
 def test_refuses_what_is_no_capability(text: str) -> None:
-    with pytest.raises(ArchError):
+    with raises("arch"):
         Arch.parse(text)
 
 
@@ -33,7 +33,7 @@ def test_a_list_takes_every_separator_of_torch_and_drops_repeats(text: str) -> N
 
 @pytest.mark.parametrize("text", ["7.5", "12.5", ";", "8.9a"])
 def test_a_list_refuses_what_archs_toml_does_not_know(text: str) -> None:
-    with pytest.raises(ArchError):
+    with raises("arch"):
         parse_list(text, known_archs())
 
 

@@ -1,4 +1,4 @@
-"""The audit: the real `uv audit` against a local OSV service, and the curated list."""
+"""The audit: the real `uv audit` against a service of OSV's form here, and the curated list."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ import msgspec
 import pytest
 
 from core import files
-from core.errors import AuditServiceError, ConfigError, RefusedError
+from core.errors import AuditError
 from deploy.inputs import gather
 from lock import advisory, audit, nodes
 from lock.advisory import Advisory, Repository
 from lock.audit import Stock
 from tests.client import Client
+from tests.errors import raises
 from tests.unit.test_bill import manifest
 from tests.unit.test_plan import spark
 
 
 @dataclass
 class Osv:
-    """OSV's API with expectations: the packages of each request, and their known vulnerabilities."""
+    """OSV's API, as far as it was told what to expect: which packages are asked about, and what is known of each."""
 
     packages: set[tuple[str, str]] = field(default_factory=set)
     known: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -38,7 +39,7 @@ class Osv:
         return f"http://127.0.0.1:{self.port}"
 
     def answer(self, path: str, body: bytes) -> dict[str, Any] | None:
-        """The answer to a request; None to an unexpected one."""
+        """The answer to a request, None to one that was not expected."""
         if path == "/v1/querybatch" and body:
             queries = json.loads(body)["queries"]
             asked = [(each["package"]["name"], each["version"]) for each in queries]
@@ -63,8 +64,8 @@ class Osv:
 
 @pytest.fixture(autouse=True)
 def plain_uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))  # uv caches answers, and a port may be reused
-    monkeypatch.setenv("UV_HTTP_RETRIES", "0")  # otherwise it waits between them
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))  # uv keeps answers, and a port may be used again
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")  # it would wait between them
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_what_the_curated_list_has_is_not_told_twice(osv: Osv) -> None:
 
 def test_a_service_that_refuses_is_no_all_clear(osv: Osv) -> None:
     found = audit.check(stock(("idna", "3.4")), osv.url)
-    assert isinstance(found.fault, AuditServiceError)
+    assert isinstance(found.fault, AuditError)
     assert "400" in found.fault.cause
     assert osv.refused
     osv.refused.clear()
@@ -150,7 +151,7 @@ def test_what_cannot_be_told_is_marked(certain: bool, said: str) -> None:
 
 @dataclass
 class Own(Client):
-    """`inv` with the test's own nodes, and the real lists."""
+    """`inv` with nodes of one's own, and the real lists."""
 
     place: Path
 
@@ -159,7 +160,7 @@ class Own(Client):
 
     def list_nodes(self, text: str) -> None:
         (self.place / "src/comfy").mkdir(parents=True, exist_ok=True)
-        for name in ("comfy/cli_args.py", "folder_paths.py"):  # read, but nothing in them is needed
+        for name in ("comfy/cli_args.py", "folder_paths.py"):  # read, and nothing in them is needed
             (self.place / "src" / name).write_text("")
         app = (files.CHECKOUT / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
         (self.place / "app.toml").write_text(f'{app}[[source]]\nfolder = "src"\n')
@@ -206,7 +207,7 @@ def test_a_deploy_refuses_malware(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HEARTH_APP", str(tmp_path))
     target = spark()
     with_node = msgspec.structs.replace(target.profile, nodes=("vision",))
-    with pytest.raises(RefusedError) as raised:
+    with raises("refused") as raised:
         gather(replace(target, profile=with_node))
     assert "vision: stole browser passwords" in raised.value.cause
     assert "ComfyUI_LLMVISION/issues/6" in raised.value.cause
@@ -298,5 +299,5 @@ def test_an_entry_that_says_too_little_is_refused(
     (tmp_path / "recipes/comfyui").mkdir(parents=True)
     (tmp_path / "recipes/comfyui/known-bad.toml").write_text(f"[[advisory]]\n{text}\n")
     monkeypatch.setattr(files, "CHECKOUT", tmp_path)
-    with pytest.raises(ConfigError, match=said):
+    with raises("config", match=said):
         advisory.advisories()

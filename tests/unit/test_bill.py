@@ -1,4 +1,4 @@
-"""The SBOM: complete, valid against the standard's schema, and the same bytes for the same release."""
+"""The bill of materials: complete, valid by the standard's schema, and the same bytes for the same release."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from core import files
-from core.errors import OldReleaseError
 from deploy import release
 from deploy.choice import choose
 from lock import application, nodes, requirements, sbom
+from tests.errors import raises
 from tests.unit.test_plan import FRESH, inputs, spark, wheel
 
 TOOLCHAIN = {
@@ -44,7 +44,7 @@ def manifest(**more: nodes.Node) -> dict[str, Any]:
     assert choice is not None
     assert not against
     found = release.manifest(choice, FRESH.prefix)
-    assert json.loads(json.dumps(found)) == found  # the host stores it as JSON, and a deploy compares it
+    assert json.loads(json.dumps(found)) == found  # the host keeps it as JSON, and a deploy compares
     return found
 
 
@@ -55,7 +55,7 @@ def known() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def parts(known: dict[str, Any]) -> dict[str, Any]:
-    """The SBOM's components by their reference."""
+    """The bill's components by their reference."""
     return {each["bom-ref"]: each for each in json.loads(sbom.write(known))["components"]}
 
 
@@ -136,7 +136,7 @@ def test_the_same_release_gives_the_same_bytes(known: dict[str, Any], tmp_path: 
 
 def test_a_release_of_an_older_hearth_is_told() -> None:
     old = {name: value for name, value in manifest().items() if name not in ("packages", "wheels", "sources", "tree")}
-    with pytest.raises(OldReleaseError, match=f"release {old['id']} does not say which packages"):
+    with raises("old-release", match=f"release {old['id']} does not say which packages"):
         release.require_complete(old)
 
 

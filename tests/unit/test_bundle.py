@@ -1,4 +1,4 @@
-"""Bundles: their contents and integrity; an open bundle is the only source of files."""
+"""Bundles: what is in one, whether it is whole, and that nothing else is used once it is open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ import msgspec
 import pytest
 
 from core import files, shell, signature, workspace
-from core.errors import BundleError, RefusedError, SignatureError
 from core.signature import Signed
 from core.stack import Platform
 from deploy import bundle, deploy
@@ -28,6 +27,7 @@ from deploy.inputs import gather
 from deploy.look import find_target, questions
 from deploy.plan import Options
 from lock import requirements
+from tests.errors import raises
 from tests.unit.test_plan import FRESH
 
 if TYPE_CHECKING:
@@ -119,13 +119,13 @@ def test_a_bundle_for_another_platform_is_refused(made: tuple[Path, Opened], mon
     other = "arm.tar" if platform.machine() == "x86_64" else "far.tar"
     with (
         bundle.opened(made[0].with_name(other)) as opened,
-        pytest.raises(BundleError, match=f"and local is linux_{platform.machine()}"),
+        raises("bundle", match=f"and local is linux_{platform.machine()}"),
     ):
         deploy.deploy("local", Options(), bundle=opened)
 
 
 def test_a_bundle_needs_a_list_for_its_platform_and_python(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match=r"no list of packages for linux_riscv64, Python 3\.11"):
+    with raises("refused", match=r"no list of packages for linux_riscv64, Python 3\.11"):
         deploy.make_bundle("local", tmp_path / "x.tar", "linux_riscv64", "3.11", ask_sudo=False)
 
 
@@ -135,7 +135,7 @@ def test_a_bundle_that_was_cut_short_is_refused(made: tuple[Path, Opened], tmp_p
     content = path.read_bytes()
     short = tmp_path / "short.tar"
     short.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(BundleError, match="is no whole bundle"):
+    with raises("bundle", match="is no whole bundle"):
         bundle.verify(short)
 
 
@@ -148,9 +148,9 @@ def test_a_bundle_that_was_altered_is_refused_and_nothing_of_it_stays(
     altered = tmp_path / "altered.tar"
     altered.write_bytes(content[:place] + b"X" + content[place + 1 :])
     monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(BundleError, match=r"was altered: checkout/recipes/comfyui/src/comfy/cli_args\.py"):
+    with raises("bundle", match=r"was altered: checkout/recipes/comfyui/src/comfy/cli_args\.py"):
         bundle.verify(altered)
-    with pytest.raises(BundleError, match="was altered"), bundle.opened(altered):
+    with raises("bundle", match="was altered"), bundle.opened(altered):
         pass
     assert not list((tmp_path / "empty/bundles").iterdir())
 
@@ -160,25 +160,25 @@ def test_what_is_no_bundle_or_another_hearths_is_refused(made: tuple[Path, Opene
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("missing.tar", "folder", "pipe"):
-        with pytest.raises(BundleError, match="cannot be read"):
+        with raises("bundle", match="cannot be read"):
             bundle.verify(tmp_path / name)
-        with pytest.raises(BundleError, match="cannot be unpacked"), bundle.opened(tmp_path / name):
+        with raises("bundle", match="cannot be unpacked"), bundle.opened(tmp_path / name):
             pass
     (tmp_path / "text.tar").write_text("no tar")
-    with pytest.raises(BundleError, match="no whole bundle"):
+    with raises("bundle", match="no whole bundle"):
         bundle.verify(tmp_path / "text.tar")
     with tarfile.open(tmp_path / "older.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("agent.pyz"))
-    with pytest.raises(BundleError) as raised:
+    with raises("bundle") as raised:
         bundle.verify(tmp_path / "older.tar")
     assert raised.value.cause == "it begins with 'agent.pyz', not with bundle.json"
     later = msgspec.structs.replace(opened.bundle, format=99, files={})
-    with pytest.raises(BundleError, match="has format 99"):
+    with raises("bundle", match="has format 99"):
         bundle.verify(built(tmp_path, later))
 
 
 def built(place: Path, manifest: Bundle, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
-    """A bundle with any manifest, followed by any members."""
+    """A bundle with any manifest and any members after it."""
     text = msgspec.json.encode(manifest)
     head = tarfile.TarInfo("bundle.json")
     head.size = len(text)
@@ -216,14 +216,14 @@ def test_members_that_are_not_what_the_manifest_names_are_refused(made: tuple[Pa
         member("a", b"3\n0\n3\n", pax_headers={"GNU.sparse.major": "1", "GNU.sparse.realsize": "3"}),
     ]
     for each in wrong:
-        with pytest.raises(BundleError, match="was altered"):
+        with raises("bundle", match="was altered"):
             bundle.verify(built(tmp_path, named("a"), each))
-    with pytest.raises(BundleError, match=r"altered: a"):
+    with raises("bundle", match=r"altered: a"):
         bundle.verify(built(tmp_path, named("a"), member("a", b"abc"), member("a", b"abc")))
-    with pytest.raises(BundleError, match="no whole bundle"):
+    with raises("bundle", match="no whole bundle"):
         bundle.verify(built(tmp_path, named("a")))
     for name in ("../a", "/a", "a/../b", "a//b", "./a", "a\nb", "a\x1b[2J", ""):
-        with pytest.raises(BundleError, match="names a file"):
+        with raises("bundle", match="names a file"):
             bundle.verify(built(tmp_path, named(name), member(name, b"abc")))
     (place := tmp_path / "sparse").mkdir()
     with (place / "a").open("wb") as file:
@@ -236,7 +236,7 @@ def test_members_that_are_not_what_the_manifest_names_are_refused(made: tuple[Pa
     (tmp_path / "joined.tar").write_bytes(text.rstrip(b"\0") + bytes(-len(text.rstrip(b"\0")) % 512))
     with (tmp_path / "joined.tar").open("ab") as file:
         file.write((place / "sparse.tar").read_bytes())
-    with pytest.raises(BundleError, match="was altered: a"):
+    with raises("bundle", match="was altered: a"):
         bundle.verify(tmp_path / "joined.tar")
 
 
@@ -295,7 +295,7 @@ def test_what_an_archive_may_say_is_refused_in_little_memory(
             file.write(WRONG[what])
         file.truncate(path.stat().st_size + 7 * 10**8)
     tracemalloc.start()
-    with pytest.raises(BundleError, match=r"bundle|altered|manifest"):
+    with raises("bundle", match=r"bundle|altered|manifest"):
         bundle.verify(path)
     assert tracemalloc.get_traced_memory()[1] < 3e7
     tracemalloc.stop()
@@ -308,11 +308,11 @@ def test_names_of_any_length_are_read_and_others_refused(made: tuple[Path, Opene
 
     for name in ("n" * 200 + "/" + "m" * 200, "\u00e4" * 80):
         assert bundle.verify(named(name, name)).bundle.files
-    with pytest.raises(BundleError, match="names a file"):
+    with raises("bundle", match="names a file"):
         bundle.verify(named("a/" * 1000 + "a"))
-    with pytest.raises(BundleError, match="another version of Hearth"), bundle.opened(named("a")):  # has no agent
+    with raises("bundle", match="another version of Hearth"), bundle.opened(named("a")):  # it has no agent
         pass
-    with pytest.raises(BundleError, match="cannot be unpacked"), bundle.opened(named("n" * 300, "n" * 300)):
+    with raises("bundle", match="cannot be unpacked"), bundle.opened(named("n" * 300, "n" * 300)):
         pass
 
 
@@ -355,7 +355,7 @@ def test_a_bundle_is_signed_by_somebody_or_refused(
     assert bundle.verify(signed).origin == "signed by anna@example.org"
     with bundle.opened(signed) as opened:
         assert opened.origin == "signed by anna@example.org"
-    with pytest.raises(SignatureError, match="it is not signed"):
+    with raises("signature", match="it is not signed"):
         bundle.verify(made[0])
     for lines in (
         "",
@@ -366,7 +366,7 @@ def test_a_bundle_is_signed_by_somebody_or_refused(
         "nonsense\n",
     ):
         listed.write_text(lines)
-        with pytest.raises(SignatureError, match="signed it: its key is ED25519 key SHA256:"):
+        with raises("signature", match="signed it: its key is ED25519 key SHA256:"):
             bundle.verify(signed)
 
 
@@ -377,17 +377,17 @@ def test_a_signature_of_something_else_is_refused_before_anything_is_read(
     place = content.index(b'"version":"1.2.3"')
     altered = tmp_path / "altered.tar"
     altered.write_bytes(content[:place] + content[place:].replace(b"1.2.3", b"1.2.4", 1))
-    with pytest.raises(SignatureError, match="is not one of this content"):
+    with raises("signature", match="is not one of this content"):
         bundle.verify(altered)
     monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(SignatureError), bundle.opened(altered):
+    with raises("signature"), bundle.opened(altered):
         pass
     assert not list((tmp_path / "cache/bundles").iterdir())
     other = signature.sign("another text", keys / "anna").signature
-    with pytest.raises(SignatureError, match="is not one of this content"):
+    with raises("signature", match="is not one of this content"):
         Signed(made[1].id, other).key()
     for text in ("", "nonsense", other[:200], "-----BEGIN SSH SIGNATURE-----\n" * 2):
-        with pytest.raises(SignatureError):
+        with raises("signature"):
             Signed(made[1].id, text).signer(allowed(keys, "anna"), "the list")
 
 
@@ -397,7 +397,7 @@ def test_a_key_that_cannot_sign_says_why(tmp_path: Path, keys: Path, monkeypatch
     shutil.copy(keys / "eve.pub", alone)
     os.mkfifo(tmp_path / "pipe")
     for key in (tmp_path / "none", alone, Path("/dev/null"), tmp_path / "pipe", tmp_path):
-        with pytest.raises(SignatureError, match=rf"ssh-keygen cannot sign with {key}"):
+        with raises("signature", match=rf"ssh-keygen cannot sign with {key}"):
             signature.sign("text", key)
 
 
@@ -428,7 +428,7 @@ def test_a_list_that_cannot_be_read_lists_nobody(
         assert bundle.verify(made[0]).origin == "not signed"
         return
     for path in (made[0], signed):
-        with pytest.raises(SignatureError, match=r"allowed_signers lists who may sign, and (cannot be read|is larger)"):
+        with raises("signature", match=r"allowed_signers lists who may sign, and (cannot be read|is larger)"):
             bundle.verify(path)
 
 
@@ -457,7 +457,7 @@ def test_a_revoked_key_signs_nothing_whatever_else_lists_or_certifies_it(keys: P
     by_certificate = signature.sign("text", tmp_path / "anna-cert.pub")
     authority = f"carol cert-authority {eve}\n"
     assert by_key.signer(f"# \xe4\n  anna,bob {anna}\r\n@revoked eve {eve} eve@host\n", "the list") == "anna"
-    assert by_key.signer(f'x valid-before="20200101" {anna}\nbob {anna}\n', "the list") == "bob"  # alone ends a line
+    assert by_key.signer(f'x valid-before="20200101" {anna}\nbob {anna}\n', "the list") == "bob"  # ends a line alone
     assert by_certificate.signer(authority, "the list") == "carol"
     for seal, lines in (
         (by_key, f"bob {anna}\n@revoked anna {anna}\nanna {anna}\n"),
@@ -466,7 +466,7 @@ def test_a_revoked_key_signs_nothing_whatever_else_lists_or_certifies_it(keys: P
         (by_certificate, f"{authority}@revoked anna {anna}\n"),
         (by_certificate, f"{authority}@revoked eve cert-authority {eve}\n"),
     ):
-        with pytest.raises(SignatureError, match=r"is revoked: ED25519|nobody of the list"):
+        with raises("signature", match=r"is revoked: ED25519|nobody of the list"):
             seal.signer(lines, "the list")
     for mark in (
         "@revoked",
@@ -476,14 +476,14 @@ def test_a_revoked_key_signs_nothing_whatever_else_lists_or_certifies_it(keys: P
         f"@revoked {anna[:-9]}!",
         f"@{anna}",
     ):
-        with pytest.raises(SignatureError, match="the list has a line that cannot be read: '@"):
+        with raises("signature", match="the list has a line that cannot be read: '@"):
             by_key.signer(f"anna {anna}\n{mark}\n", "the list")
 
 
 def test_the_time_of_checking_ends_a_key_and_no_time_that_a_signer_says(
     keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its earlier signatures do not count either, since their times cannot be verified."""
+    """What it signed before does not count either: nobody can tell when that was."""
     words: list[str] = []
     run = shell.run
 
@@ -493,7 +493,7 @@ def test_the_time_of_checking_ends_a_key_and_no_time_that_a_signer_says(
 
     monkeypatch.setattr(shell, "run", record)
     seal = signature.sign("text", keys / "anna")
-    with pytest.raises(SignatureError, match="nobody of the list signed it"):
+    with raises("signature", match="nobody of the list signed it"):
         seal.signer(allowed(keys, "anna", 'valid-before="19700102Z"'), "the list")
     assert "verify" in words or "find-principals" in words
     assert not [word for word in words if "verify-time" in word]
@@ -503,16 +503,16 @@ def test_a_host_that_lists_signers_takes_no_other_bundle(made: tuple[Path, Opene
     facts = replace(FRESH, machine="x86_64", signers=allowed(keys, "anna"))
     with bundle.opened(signed) as opened:
         deploy._accept(opened, "far", facts)
-        with pytest.raises(SignatureError, match="nobody of /etc/hearth/allowed_signers on far signed it"):
+        with raises("signature", match="nobody of /etc/hearth/allowed_signers on far signed it"):
             deploy._accept(opened, "far", replace(FRESH, machine="x86_64", signers=""))
-    with bundle.opened(made[0]) as opened, pytest.raises(SignatureError, match="it is not signed"):
+    with bundle.opened(made[0]) as opened, raises("signature", match="it is not signed"):
         deploy._accept(opened, "far", facts)
 
 
 def test_a_host_refuses_a_bundle_before_anything_in_it_is_read(
     made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even its profiles: the requests to the host and the connection depend only on the operator's hosts.toml."""
+    """Not even its profiles: what is asked of the host, and how it is reached, is the operator's hosts.toml."""
     monkeypatch.setenv("HEARTH_HOSTS", str(made[0].with_name("hosts.toml")))
     asked: list[dict[str, Any]] = []
 
@@ -529,18 +529,18 @@ def test_a_host_refuses_a_bundle_before_anything_in_it_is_read(
         for place in ("config/hosts.toml", "config/profiles/cpu.toml", "config/stacks.toml"):
             (inside / place).write_text("this is = no = TOML")
         for name in ("local", "far"):
-            with pytest.raises(SignatureError, match="it is not signed"):
+            with raises("signature", match="it is not signed"):
                 deploy.deploy(name, Options(), bundle=opened)
     assert [each["pythons"] for each in asked] == [[], []]
     assert [each["metrics_port"] for each in asked] == [None, 9188]
 
 
 def test_a_bundle_with_other_nodes_is_refused(made: tuple[Path, Opened]) -> None:
-    with pytest.raises(BundleError, match=r"has other nodes \(none\) than far \(six\)"):
+    with raises("bundle", match=r"has other nodes \(none\) than far \(six\)"):
         deploy._same_nodes(made[1], "far", ["six"])
 
 
 def test_a_bundle_takes_no_folders_place(tmp_path: Path) -> None:
     wanted: Any = None
-    with pytest.raises(BundleError, match="is no file"):
+    with raises("bundle", match="is no file"):
         bundle.write(wanted, wanted, "", "", [], tmp_path)

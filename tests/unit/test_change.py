@@ -1,4 +1,4 @@
-"""The common flow for changing hosts: refused, shown, confirmed, applied, and checked afterwards."""
+"""The one flow for changing hosts: refused, shown, confirmed, applied, and looked at again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from invoke.exceptions import Exit
 
 from agent.schema.change import Serve, Step, packed
 from core.command import command
-from core.errors import ConvergeError, GroupError, HostOfflineError, NoInstallationError, RefusedError
+from core.errors import RefusedError
 from core.flags import Output
 from deploy import adopt, change, connection, deploy, host
 from deploy.change import Change
@@ -23,6 +23,7 @@ from deploy.facts import Facts
 from deploy.host import Host, Hosts, Target
 from deploy.plan import Options, Plan
 from deploy.refusals import Refusal, refused
+from tests.errors import raises
 from tests.unit.test_adopt import folder, proposed, unit
 from tests.unit.test_plan import FRESH, RUNNING, inputs, settled, spark
 
@@ -32,7 +33,7 @@ OFFLINE = {"event": "end", "fault": {"kind": "offline", "what": "no index", "cau
 
 
 class Machine:
-    """A host whose agent returns these facts in turn (the last one repeatedly) and ends runs as given."""
+    """A host whose agent reports these facts, one after the other (the last again and again), and ends runs so."""
 
     def __init__(self, *facts: Facts, ends: tuple[dict[str, Any], ...] = (DONE,)) -> None:
         self.facts, self.ends = list(facts), list(ends)
@@ -52,7 +53,7 @@ class Machine:
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Replaces every host by a Machine."""
+    """Puts a machine in place of every host."""
 
     def put(machine: Machine) -> Machine:
         @contextmanager
@@ -92,7 +93,7 @@ def test_a_change_is_applied_and_converges(at: Any) -> None:
 @pytest.mark.parametrize("left", [some(STEP), some(refusals=(Refusal("busy", "start comfyui", "wait"),))])
 def test_what_did_not_converge_is_named(at: Any, left: Plan) -> None:
     at(Machine(settled()))
-    with pytest.raises(ConvergeError) as caught:
+    with raises("not-converged") as caught:
         change.change_each(["spark"], Change(action="start", plan=planner(some(STEP), left)), Options())
     assert caught.value.cause == "start comfyui"
 
@@ -115,7 +116,7 @@ def test_nothing_is_applied_on_a_dry_run_without_steps_or_without_consent(at: An
     for plan, options in ((some(STEP), Options(dry_run=True)), (some(), Options())):
         (found,) = change.change_each(["spark"], Change(action="stop", plan=planner(plan)), options, agree=no)
         assert found.changed is bool(plan.steps)
-    with pytest.raises(RefusedError):
+    with raises("refused"):
         change.change_each(["spark"], Change(action="stop", plan=planner(some(STEP))), Options(), agree=no)
     assert not machine.submitted
 
@@ -126,7 +127,7 @@ def test_a_host_without_a_way_to_the_index_gets_the_packages(at: Any) -> None:
     (found,) = change.change_each(["spark"], Change(action="deploy", plan=planner(*plans), inputs=inputs()), Options())
     assert found.changed
     at(Machine(settled(), ends=(OFFLINE,)))
-    with pytest.raises(HostOfflineError):
+    with raises("offline"):
         change.change_each(["spark"], Change(action="stop", plan=planner(some(STEP))), Options())
 
 
@@ -135,12 +136,12 @@ BUSY, TAKEN = Refusal("busy", "b", "wait"), Refusal("port-taken", "p", "stop it"
 
 def test_refusals_are_data_of_the_error_also_of_a_groups(at: Any) -> None:
     machine = at(Machine(settled()))
-    with pytest.raises(RefusedError) as one:
+    with raises("refused") as one:
         change.change_each(
             ["spark"], Change(action="stop", plan=planner(some(STEP, refusals=(BUSY, TAKEN)))), Options()
         )
     assert [(each.host, each.kind) for each in one.value.refusals] == [("spark", "busy"), ("spark", "port-taken")]
-    with pytest.raises(GroupError) as several:
+    with raises("group") as several:
         plan = planner(some(refusals=(BUSY,)))
         change.change_each(["box", "spark"], Change(action="stop", plan=plan), Options())
     assert [(each.host, each.kind) for each in several.value.refusals] == [("box", "busy")]
@@ -158,10 +159,11 @@ def test_a_refused_change_prints_its_refusals_as_json(capsys: pytest.CaptureFixt
         example(Context(), json=as_json)
     assert ended.value.code == RefusedError.exit_code
     told = capsys.readouterr()
-    assert "error: nothing was changed\n  cause: p\n  next:  stop it\n" in told.err
+    assert "error[refused]: nothing was changed\n  cause: p\n  next:  stop it\n" in told.err
     if as_json:
         assert json.loads(told.out) == {
             "error": "nothing was changed",
+            "kind": "refused",
             "refusals": [{"host": "spark", "kind": "port-taken", "what": "p", "remedy": "stop it", "build": []}],
         }
     else:
@@ -169,7 +171,7 @@ def test_a_refused_change_prints_its_refusals_as_json(capsys: pytest.CaptureFixt
 
 
 def test_a_rollback_converges_on_the_release_that_it_chose(at: Any) -> None:
-    """Afterwards, the release that it left is the previous one."""
+    """Afterwards the one that it came from is the previous one."""
     old = settled()
     new = replace(old, current="newer", proven=("newer", old.current))
     back = replace(old, proven=(old.current, "newer"))
@@ -179,7 +181,7 @@ def test_a_rollback_converges_on_the_release_that_it_chose(at: Any) -> None:
     assert machine.submitted[0]["steps"][0]["to"] == old.current
     failed = replace(back, service=replace(RUNNING, enabled=False))
     at(Machine(new, failed))
-    with pytest.raises(ConvergeError):
+    with raises("not-converged"):
         deploy.rollback("spark", "", Options())
     at(Machine(new))
     (tried,) = deploy.rollback("spark", "", Options(trial="only"))
@@ -187,7 +189,7 @@ def test_a_rollback_converges_on_the_release_that_it_chose(at: Any) -> None:
 
 
 def test_an_adoption_converges_when_its_units_are_set_aside(at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that already exist in the data stay in place and do not require another move."""
+    """Files of a name that the data has already stay, and are no reason to move again."""
     before = proposed(units=[unit()], folders={"models": folder("models")})
     left = proposed(units=[unit(aside=True)], folders={"models": folder("models")})
     asked: list[str] = []
@@ -209,7 +211,7 @@ def test_an_adoption_converges_when_its_units_are_set_aside(at: Any, monkeypatch
     assert asked == ["", "/opt/comfyui/ComfyUI"]
     surveyed(before, before)
     at(Machine(settled()))
-    with pytest.raises(ConvergeError):
+    with raises("not-converged"):
         adopt.adopt("spark", "", "rename", Options(), apply=True, undo=False)
 
 
@@ -219,8 +221,8 @@ def test_undoing_an_adoption_converges_and_needs_one(at: Any) -> None:
     assert found is not None
     assert found.changed
     at(Machine(replace(FRESH, adopted=True)))
-    with pytest.raises(ConvergeError):
+    with raises("not-converged"):
         adopt.adopt("spark", "", "rename", Options(), apply=False, undo=True)
     at(Machine(FRESH))
-    with pytest.raises(NoInstallationError):
+    with raises("no-installation"):
         adopt.adopt("spark", "", "rename", Options(), apply=False, undo=True)

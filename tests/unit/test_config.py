@@ -1,4 +1,4 @@
-"""The checked-in configuration loads and agrees with the lock; an invalid one is refused with a near match."""
+"""The checked-in configuration loads, agrees with the lock, and a wrong one is refused with a near match."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from core import config, files
 from core.arch import known_archs
 from core.config import load
-from core.errors import ConfigError
 from core.stack import Platform, find_stack, stacks
 from deploy.inputs import gather
 from deploy.look import find_target
 from kernels.recipe import Recipe, load_recipe, recipes
+from tests.errors import raises
 
 PYPROJECT = tomllib.loads((files.CHECKOUT / "pyproject.toml").read_text())
 
@@ -56,7 +56,7 @@ def test_an_unknown_key_is_refused_with_its_place_and_a_near_match(
 ) -> None:
     text = (files.CHECKOUT / "recipes/sageattention/recipe.toml").read_text()
     (tmp_path / "recipe.toml").write_text(text.replace(old, new, 1))
-    with pytest.raises(ConfigError) as caught:
+    with raises("config") as caught:
         load(tmp_path / "recipe.toml", Recipe)
     assert place in caught.value.what
     assert f"perhaps you meant {near!r}" in caught.value.hint
@@ -80,7 +80,7 @@ def test_a_wrong_recipe_is_refused(tmp_path: Path, old: str, new: str) -> None:
     text = (folder / "recipe.toml").read_text()
     assert old in text
     (tmp_path / "recipe.toml").write_text(text.replace(old, new))
-    with pytest.raises(ConfigError):
+    with raises("config"):
         load_recipe(tmp_path)
 
 
@@ -101,6 +101,6 @@ def test_a_command_reads_each_configuration_file_once(monkeypatch: pytest.Monkey
 
 def test_a_configuration_file_that_changed_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
-    for number in range(50):  # within a file system's time resolution
+    for number in range(50):  # within the resolution of a file system's clock
         path.write_text(f"x = {number % 10}")
         assert config.table(path) == {"x": number % 10}

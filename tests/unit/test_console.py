@@ -1,4 +1,4 @@
-"""Terminal output: escaping, and numbers in readable form."""
+"""What reaches the terminal, and numbers as people read them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from agent.schema.change import Erase
 from agent.schema.live import Job
 from core import console, files
 from core.console import age, clock, printable, size
-from core.errors import HearthError
+from core.errors import ConnectError
 from deploy import change, outcome
 from deploy.change import Outcome
 from deploy.plan import Plan
@@ -151,7 +151,7 @@ raise ValueError("\\x1b]0;x\\x07 seen")
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_nothing_that_is_written_steers_the_terminal(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> None:
-    """For any text from a host, a repository or a file name, and every way to write text."""
+    """Whatever a host, a repository or a file name holds, by every way that text is written."""
     written = io.BytesIO()
     chance = random.Random(seed := random.randrange(10**6))
     for name, encoding in (("stdout", "utf-8"), ("stderr", "ascii")):
@@ -191,8 +191,8 @@ FORGED = "x\n  error: forged\x1b]\nnext: inv nuke"
 
 
 def test_nobody_forges_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Text from a host, a repository or a job stays on its own line."""
-    one: fleet.Answer[status.Status] = fleet.Answer("box", None, HearthError(FORGED, hint=FORGED))
+    """Whatever a host, a repository or a job says stays in its line."""
+    one: fleet.Answer[status.Status] = fleet.Answer("box", None, ConnectError("unreachable", FORGED, hint=FORGED))
     job = Job(FORGED, FORGED, 1, node=FORGED, node_type=FORGED, error=FORGED)
     console.show([], status.rows([one]), as_json=False)
     console.show([], jobs.rows({"box": [job]}), as_json=False)

@@ -1,4 +1,4 @@
-"""Changes to the list of nodes, from real repositories; they keep people's own edits of the file."""
+"""The list of nodes is changed from real repositories, and keeps what people wrote into it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import ConfigError, HearthError, SourceUnreachableError, UnknownNameError, UsageError
+from core.errors import HearthError
 from lock import node_updates, nodes
+from tests.errors import raises
 
 
 @dataclass
@@ -52,7 +53,7 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upstream:
     one = Upstream(tmp_path / "My-Node")
     one.place.mkdir()
     one.git("init", "--quiet", "--initial-branch=main")
-    one.git("config", "uploadpack.allowAnySHA1InWant", "true")  # as GitHub allows
+    one.git("config", "uploadpack.allowAnySHA1InWant", "true")  # as GitHub does
     one.git("config", "uploadpack.allowFilter", "true")
     one.commit(
         "first",
@@ -92,7 +93,7 @@ def test_a_node_that_is_known_to_be_bad_is_warned_of(
 
 def test_what_is_left_out_is_not_added(upstream: Upstream) -> None:
     nodes.catalogue_file().write_text('[left-out]\nMy-Node = "it comes with ComfyUI"\n')
-    with pytest.raises(ConfigError, match="it comes with ComfyUI"):
+    with raises("config", match="it comes with ComfyUI"):
         node_updates.add(upstream.url, "for a test")
 
 
@@ -102,7 +103,7 @@ def test_add_update_and_remove(upstream: Upstream) -> None:
     node = nodes.catalogue().nodes["My-Node"]
     assert (node.url, node.commit, node.why) == (upstream.url, first, "for a test")
     assert (nodes.fetch({"My-Node": node})["My-Node"] / "types.py").exists()
-    with pytest.raises(ConfigError, match="listed already"):
+    with raises("config", match="listed already"):
         node_updates.add(upstream.url, "again")
     assert node_updates.outdated(nodes.catalogue()) == {}
     assert node_updates.update([], dry_run=False) == []
@@ -113,7 +114,7 @@ def test_add_update_and_remove(upstream: Upstream) -> None:
     (change,) = node_updates.update(["My-Node"], dry_run=True)
     assert [line.partition(" ")[2][11:] for line in change.commits] == ["third", "second"]
     assert change.requirements == ("+scipy",)
-    assert change.imported == ("types.py",)  # later.py also changed, but no file imports it
+    assert change.imported == ("types.py",)  # later.py changed as well, and nothing imports it
     assert nodes.catalogue().nodes["My-Node"] == node
     assert change.powers == ()
     node_updates.update([], dry_run=False)
@@ -176,7 +177,7 @@ def test_a_node_that_cannot_be_updated_keeps_no_other_from_it(
     after = nodes.catalogue().nodes
     assert after["My-Node"].commit == new
     assert [after[name] for name in ("Gone", "Leads-Out")] == [before[name] for name in ("Gone", "Leads-Out")]
-    with pytest.raises(SourceUnreachableError, match="Gone"):  # one error class: its exit code stays
+    with raises("source-unreachable", match="Gone"):  # of one kind: its exit code stays
         node_updates.update(["Gone"], dry_run=False)
 
 
@@ -203,23 +204,23 @@ def test_requirements_are_compared_in_any_order(upstream: Upstream) -> None:
 @pytest.mark.parametrize(
     ("address", "why", "error", "said"),
     [
-        ("{url}", "", UsageError, "reason"),
-        ("{url}@nothing", "x", UnknownNameError, "has no 'nothing'"),
-        ("{url}-gone", "x", SourceUnreachableError, "does not answer"),
+        ("{url}", "", "usage", "reason"),
+        ("{url}@nothing", "x", "unknown-name", "has no 'nothing'"),
+        ("{url}-gone", "x", "source-unreachable", "does not answer"),
     ],
 )
-def test_what_cannot_be_added(upstream: Upstream, address: str, why: str, error: type[HearthError], said: str) -> None:
+def test_what_cannot_be_added(upstream: Upstream, address: str, why: str, error: str, said: str) -> None:
     before = nodes.catalogue_file().read_text()
-    with pytest.raises(error, match=said):
+    with raises(error, match=said):
         node_updates.add(address.format(url=upstream.url), why)
     assert nodes.catalogue_file().read_text() == before
 
 
 @pytest.mark.usefixtures("upstream")
 def test_unknown_names() -> None:
-    with pytest.raises(UnknownNameError):
+    with raises("unknown-name"):
         node_updates.remove("My-Nod")
-    with pytest.raises(UnknownNameError):
+    with raises("unknown-name"):
         node_updates.update(["My-Nod"], dry_run=False)
 
 
@@ -272,11 +273,11 @@ def test_files_that_run_at_import(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("upstream")
 def test_what_is_no_workflow(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "workflow.json").write_text(text)
-    with pytest.raises(ConfigError, match=said):
+    with raises("config", match=said):
         node_updates.search(tmp_path / "workflow.json")
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with raises("config", match="Is a directory"):
         node_updates.search(tmp_path)
-    with pytest.raises(ConfigError, match="does not exist"):
+    with raises("config", match="does not exist"):
         node_updates.search(tmp_path / "none.json")
 
 
@@ -302,5 +303,5 @@ def test_a_fetch_that_the_network_cut_is_tried_again(
     if arrives:
         assert nodes.fetch(known)["My-Node"].is_dir()
     else:
-        with pytest.raises(SourceUnreachableError, match="early EOF"):
+        with raises("source-unreachable", match="early EOF"):
             nodes.fetch(known)

@@ -1,4 +1,4 @@
-"""Two manifests, and the reported differences."""
+"""Two manifests, and what is said of them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from core.errors import UnknownNameError
 from deploy.facts import named
 from lock.diff import Change, compare, rows
+from tests.errors import raises
 from tests.unit.test_bill import manifest
 from tests.unit.test_plan import FRESH
 
@@ -25,7 +25,7 @@ _OLD = manifest()
 
 
 def renamed(found: dict[str, Any], name: str) -> dict[str, Any]:
-    """The same release with another id, which also appears in its command, unit and variables."""
+    """The same release under another id, which stands in its command, unit and variables, too."""
     text = msgspec.json.encode(found).replace(found["id"].encode(), name.encode())
     renamed = msgspec.json.decode(text)
     assert isinstance(renamed, dict)
@@ -118,9 +118,9 @@ def test_releases_are_named_by_words_and_ids(old: dict[str, Any]) -> None:
     a, b, c = (renamed(old, letter * 16) for letter in "abc")
     facts = replace(FRESH, releases=(a, b, c), current="b" * 16, proven=("b" * 16, "c" * 16, "a" * 16))
     assert [named(facts, word)["id"][0] for word in ("current", "previous", "a" * 16)] == ["b", "c", "a"]
-    with pytest.raises(UnknownNameError, match="perhaps you meant 'current'"):
+    with raises("unknown-name", match="perhaps you meant 'current'"):
         named(facts, "curent")
-    with pytest.raises(UnknownNameError, match=r"no release 'previous'(.|\n)*known: aaa"):
+    with raises("unknown-name", match=r"no release 'previous'(.|\n)*known: aaa"):
         named(replace(facts, proven=("b" * 16,)), "previous")
-    with pytest.raises(UnknownNameError, match="inv deploy"):
+    with raises("unknown-name", match="inv deploy"):
         named(FRESH, "current")

@@ -1,4 +1,4 @@
-"""The findings of status and doctor from given facts; tests/host creates the real faults on a booted host."""
+"""What status and doctor make of what was seen; on a booted host each fault is made for real (tests/host)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import pytest
 from agent.schema.facts import Busy, Ended
 from agent.schema.live import ComfyUI, Device, Disk, GpuState, Live, Mps, Probe
 from agent.schema.survey import Installation, Survey
-from core.errors import ConnectError, HearthError, NoInstallationError
+from core.errors import ConnectError, ToolError
 from deploy.facts import Facts
 from deploy.survey import only
 from ops import doctor, status, workstation
 from ops.checks import CHECKS, Case
 from ops.doctor import Finding
 from ops.fleet import Answer
+from tests.errors import raises
 from tests.unit.test_gpu import PROCESS, sample
 from tests.unit.test_plan import inputs, made, settled, spark
 
@@ -122,7 +123,7 @@ def test_the_tables_of_status_are_100_columns_wide_at_most() -> None:
         gpus=(gpu, gpu),
     )
     well = status.Status(widest, facts, live, tuple(widest), ())
-    answers = [Answer(widest, well), Answer(widest, None, ConnectError(f"{widest} cannot be reached"))]
+    answers = [Answer(widest, well), Answer(widest, None, ConnectError("unreachable", f"{widest} cannot be reached"))]
     services, machines, _ = "\n".join(status.rows(answers)).split("\n\n")
     assert all(len(line) <= 100 for line in f"{services}\n{machines}".splitlines())
     assert "serves  " in services
@@ -133,7 +134,7 @@ def test_the_tables_of_status_are_100_columns_wide_at_most() -> None:
 
 
 def test_the_page_is_todays() -> None:
-    """To update it: python -m ops.doctor."""
+    """Written anew with: python -m ops.doctor."""
     assert doctor.PAGE.read_text() == doctor.page()
     assert len({check.name for check in CHECKS}) == len(CHECKS)
 
@@ -168,7 +169,7 @@ def test_a_mac_deploys_to_hosts_and_builds_on_them(monkeypatch: pytest.MonkeyPat
 
 
 def test_builds_that_lack_a_compiler_for_some_archs() -> None:
-    error = HearthError("there is no arm64 compiler")
+    error = ToolError("cross-compiler-missing", "there is no arm64 compiler")
     assert workstation._builds({"8.9": [], "12.1": []}, []) == "yes, for 8.9, 12.1"
     assert workstation._builds({"8.9": [], "12.1": [error]}, []) == (
         "yes, for 8.9; not for the others: there is no arm64 compiler; use inv build-kernels --host NAME"
@@ -201,6 +202,6 @@ def test_what_others_name_is_quoted_in_commands() -> None:
     found = [
         Installation(path, "", "", "", None, "", "", "", {}, "", (), (), (), (), False) for path in ("/a; b", "/c")
     ]
-    with pytest.raises(NoInstallationError) as raised:
+    with raises("no-installation") as raised:
         only(Survey((), tuple(found)), "spark")
     assert raised.value.hint == "choose one: --path '/a; b'"

@@ -1,4 +1,4 @@
-"""Atomic creation of files and folders, also by threads of one process; and the files of a tree."""
+"""Files and folders that are made in one rename, also by threads of one process; and what counts as a tree's files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from core import files
-from core.errors import TreeError
+from tests.errors import raises
 
 
 def test_threads_make_the_same_folder_in_turn(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_what_a_killed_run_left_is_swept_away(tmp_path: Path) -> None:
 
 
 def test_a_leftover_of_the_same_process_id_does_not_block(tmp_path: Path) -> None:
-    """In a container, every run has the same process id."""
+    """In a container every run has the same one."""
     for name in ("made", "file"):
         (tmp_path / f".{name}.{os.getpid()}").mkdir()
         (tmp_path / f".{name}.{os.getpid()}/half").touch()
@@ -71,7 +71,7 @@ def test_what_a_living_process_makes_stays_and_what_it_leaves_when_killed_goes(t
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=files.CHECKOUT) as other:
         assert other.stdout
         part = Path(other.stdout.readline().strip())
-        (tmp_path / "made").mkdir()  # a request for it now sweeps, and creates nothing
+        (tmp_path / "made").mkdir()  # whoever asks for it now sweeps, and makes nothing
         with files.atomic_dir(tmp_path / "made"):
             pass
         assert (part / "half").exists()
@@ -117,9 +117,9 @@ def test_what_is_no_file_of_the_tree_is_refused_by_name(tmp_path: Path) -> None:
         for maker in makers:
             maker()
             for read in (files.tree, files.tree_hash):
-                with pytest.raises(TreeError, match=r"sub/odd is a (link to|device, pipe or socket)"):
+                with raises("unsafe-tree", match=r"sub/odd is a (link to|device, pipe or socket)"):
                     read(root)
             odd.unlink()
     (root / os.fsdecode(b"caf\xe9")).touch()
-    with pytest.raises(TreeError, match=r"caf.*xe9' is not UTF-8"):
+    with raises("unsafe-tree", match=r"caf.*xe9' is not UTF-8"):
         files.tree_hash(root)

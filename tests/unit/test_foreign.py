@@ -1,4 +1,4 @@
-"""Untrusted files are read with limits: no size, nesting or structure crashes the command."""
+"""Files of strangers are read with limits: no size, nesting or shape of them ends the command."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from core import foreign
-from core.errors import ConfigError, TreeError
 from lock import node_updates, nodes
+from tests.errors import raises
 
 DEEP = {
     "signs": "x=" + "-" * 50_000 + "1",
@@ -53,13 +53,13 @@ def test_a_pyproject_of_any_shape(tmp_path: Path, text: str, wanted: list[str]) 
 
 def test_what_is_too_large_or_no_file_is_refused_by_name(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "requirements.txt")
-    with pytest.raises(TreeError, match=r"requirements\.txt is no plain file"):
+    with raises("unsafe-tree", match=r"requirements\.txt is no plain file"):
         nodes.requirements(tmp_path)
     (tmp_path / "requirements.txt").unlink()
     for name in ("requirements.txt", "__init__.py"):
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, foreign.LIMIT + 1)
-    with pytest.raises(TreeError, match=r"requirements\.txt is larger than 256 kB"):
+    with raises("unsafe-tree", match=r"requirements\.txt is larger than 256 kB"):
         nodes.requirements(tmp_path)
     assert node_updates.imported(tmp_path) == {"__init__.py"}
 
@@ -87,7 +87,7 @@ def test_addresses_of_repositories(url: str, good: bool) -> None:
     if good:
         nodes.check_address("here", url)
     else:
-        with pytest.raises(ConfigError, match=r"here: .* is no address of a repository"):
+        with raises("config", match=r"here: .* is no address of a repository"):
             nodes.check_address("here", url)
 
 

@@ -1,4 +1,4 @@
-"""`inv gpu`, `gpu-plot`, `free-memory`, `drop-caches`: their output, plots and refusals."""
+"""`inv gpu`, `gpu-plot`, `free-memory`, `drop-caches`: what they show, draw and refuse."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from agent.layout import Layout
 from agent.schema.change import DropCaches
 from agent.schema.live import Freed, GpuMemory, Held, Sample
 from agent.serve import managers
-from core.errors import ConnectError, RecordingError, ToolMissingError, UsageError
+from core.errors import ConnectError, UsageError
 from deploy.facts import Gpu as GpuFact
 from deploy.flags import Fleet
 from ops import fleet, gpu, memory, plot, tasks
 from tests import nvml
+from tests.errors import raises
 from tests.unit.test_plan import FRESH, spark
 
 PROCESS = {"pid": 4242, "name": "python3.12 main.py", "user": "comfyui", "unit": "comfyui.service"}
@@ -40,13 +41,13 @@ PROCESS = {"pid": 4242, "name": "python3.12 main.py", "user": "comfyui", "unit":
 
 @functools.cache
 def asked(machine: str) -> str:
-    """The JSON of the agent's `gpus` on a recorded machine."""
+    """What the agent's `gpus` tells of a recorded machine, as JSON."""
     code = "import json; from agent.look.gpu import gpus; print(json.dumps(gpus()))"
     return nvml.python(code, nvml.FIXTURES / f"{machine}.txt")
 
 
 def sample(machine: str, **changes: Any) -> dict[str, Any]:
-    """A sample as the agent returns it, without processes unless they are given."""
+    """A sample as the agent gives one, without processes unless they are named."""
     (one,) = json.loads(asked(machine))
     return {"time": 1000.0, "gpus": [{**one, "processes": [], **changes}], "job": None}
 
@@ -124,7 +125,7 @@ def test_flags_that_make_no_sense(words: dict[str, Any], tmp_path: Path, monkeyp
 
 
 def recorded(*jobs: str | None, **changes: Any) -> list[dict[str, Any]]:
-    """One sample per second, with the running job."""
+    """A sample each second, with the job that ran."""
     return [
         {**sample("h200", **changes), "time": 1000.0 + second, "job": job, "host": "spark"}
         for second, job in enumerate(jobs)
@@ -182,7 +183,7 @@ def test_a_png_is_one(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_error_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ToolMissingError) as raised:
+    with raises("program-missing") as raised:
         plot.plot(str(written(tmp_path, recorded("a"))), "")
     assert raised.value.hint == "uv sync --group plot"
 
@@ -201,17 +202,17 @@ def test_without_matplotlib_the_error_names_the_command(tmp_path: Path, monkeypa
 def test_a_damaged_recording_is_told_by_its_line(tmp_path: Path, damage: Any, said: str) -> None:
     path = written(tmp_path, recorded(None, "a", "b"))
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(RecordingError, match=said):
+    with raises("recording", match=said):
         plot.read(path)
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(RecordingError, match="cannot be read"):
+    with raises("recording", match="cannot be read"):
         plot.plot(str(tmp_path / "none"), "")
-    with pytest.raises(UsageError, match="neither"):
+    with raises("usage", match="neither"):
         plot.plot(str(written(tmp_path, recorded("a"))), str(tmp_path / "run.pdf"))
-    with pytest.raises(UsageError, match="cannot be written"):
+    with raises("usage", match="cannot be written"):
         plot.plot(str(tmp_path / "run.jsonl"), str(tmp_path / "none/run.png"))
 
 
@@ -220,7 +221,7 @@ def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
 
 @contextmanager
 def comfyui(*running: str | None) -> Iterator[tuple[Layout, list[str]]]:
-    """A ComfyUI whose queue has these jobs, one answer after the other; and the requests that it received."""
+    """A ComfyUI that says of its queue, one after the other, that these jobs run; and what it was asked."""
     asked: list[str] = []
     left = list(running)
 
@@ -233,7 +234,7 @@ def comfyui(*running: str | None) -> Iterator[tuple[Layout, list[str]]]:
         def do_POST(self) -> None:
             assert self.path == "/free"
             asked.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            self.answer(b"")  # as the real one: status 200 without content
+            self.answer(b"")  # as the real one: 200, and nothing
 
         def answer(self, body: bytes) -> None:
             self.send_response(200)
@@ -292,7 +293,7 @@ def test_the_results_of_all_hosts_come_at_the_end(
 ) -> None:
     held = Held((), 5, 10)
     freed = Freed(True, None, held, held)
-    error = ConnectError("off cannot be reached")
+    error = ConnectError("unreachable", "off cannot be reached")
     answers = [fleet.Answer[Freed]("off", None, error), fleet.Answer("spark", freed)]
     monkeypatch.setattr(memory, "free", lambda *_, **__: answers)
     monkeypatch.setattr(Fleet, "names", lambda _: ["off", "spark"])
@@ -319,7 +320,7 @@ def test_what_was_gained() -> None:
 
 
 def test_the_agent_samples_at_its_pace_and_names_the_job(tmp_path: Path) -> None:
-    """Over one open library; ComfyUI's process is identified by its unit."""
+    """Over one library that stays open; ComfyUI's process is marked by its unit."""
     path = tmp_path / "recording"
     path.write_text(nvml.recording("h200"))
     with comfyui("one", "one", None) as (place, _):
@@ -337,7 +338,7 @@ def test_the_agent_samples_at_its_pace_and_names_the_job(tmp_path: Path) -> None
 def test_a_comfyui_that_hangs_does_not_hold_up_the_samples(tmp_path: Path) -> None:
     path = tmp_path / "recording"
     path.write_text(nvml.recording("h200"))
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as hung:  # accepts connections, and answers none
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as hung:  # takes connections, and answers none
         code = (
             "import json; from agent.look.samples import samples; from agent.layout import Layout\n"
             f"print(json.dumps(list(samples(Layout({layout(hung.server_port).json!r}), 0.5, 4)), default=vars))"
@@ -389,7 +390,7 @@ def test_force_drops_the_page_cache_elsewhere() -> None:
 
 
 def test_the_step_says_what_it_gained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not on this machine, where the cache is useful to others."""
+    """Not on this machine: its cache is of use to others."""
     place = tmp_path / "drop_caches"
     place.write_text("")
     monkeypatch.setattr(agent_memory, "CACHES", place)

@@ -1,4 +1,4 @@
-"""The number of parallel compiles, and a wheel's metadata."""
+"""How many compiles run at once, and what a wheel says of itself."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from core.errors import ConfigError
 from kernels import wheel
 from kernels.graph import plan_jobs
 from kernels.matrix import Build, Request, select
+from tests.errors import raises
 
 
 @pytest.fixture(scope="module")
@@ -47,5 +47,5 @@ def test_metadata_is_what_installers_accept(build: Build) -> None:
 
 def test_metadata_that_installers_reject_is_an_error(build: Build) -> None:
     recipe = msgspec.structs.replace(build.recipe, requires=("einops ;;",), summary="two\nlines")
-    with pytest.raises(ConfigError, match="requires-dist"):
+    with raises("config", match="requires-dist"):
         wheel.metadata(replace(build, recipe=recipe))

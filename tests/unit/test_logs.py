@@ -1,4 +1,4 @@
-"""The log and the jobs: the requests, the permitted terminal output, and the supervisor's log file."""
+"""The log and the jobs: what is asked, what a terminal may be shown, and how the supervisor's file is read."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from agent.look import jobs as agent_jobs
 from agent.look import logs as agent_logs
 from agent.schema.live import Job
 from agent.serve.supervised import Supervised
-from core.errors import ConnectError, UsageError
+from core.errors import ConnectError
 from ops import fleet, jobs, logs
+from tests.errors import raises
 
 NOW = time.mktime((2026, 11, 23, 14, 30, 0, 0, 0, -1))
 
 
 def own(place: Path, port: int = 1) -> Layout:
     (place / "state").mkdir(exist_ok=True)
-    (place / "state/enabled").touch()  # so that it is the supervisor's on every test machine
+    (place / "state/enabled").touch()  # so that it is the supervisor's wherever the tests run
     return Layout({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
 
 
@@ -40,9 +41,9 @@ def test_what_is_asked() -> None:
     assert logs.question("", "", "", follow=True) == {"lines": 100, "since": "", "grep": "", "follow": True}
     assert logs.question("", "yesterday", "", follow=False)["lines"] is None
     assert logs.question("7", "yesterday", "", follow=False)["lines"] == 7
-    with pytest.raises(UsageError, match="--lines must be a number"):
+    with raises("usage", match="--lines must be a number"):
         logs.question("-1", "", "", follow=False)
-    with pytest.raises(UsageError, match=r"--grep \( is not a regular expression"):
+    with raises("usage", match=r"--grep \( is not a regular expression"):
         logs.question("", "", "(", follow=False)
 
 
@@ -72,7 +73,7 @@ def test_the_last_lines_come_from_both_files_with_progress_bars_as_they_ended(tm
     assert texts(layout) == ["one", "\x1b[31mtwo\x1b[0m", "100%|##|", "three \ufffd", "four"]
     assert texts(layout, lines=2) == ["three \ufffd", "four"]
     assert texts(layout, grep="^t", lines=1) == ["three \ufffd"]
-    assert texts(layout, grep="^two$") == ["\x1b[31mtwo\x1b[0m"]  # the visible text, not the coloured one
+    assert texts(layout, grep="^two$") == ["\x1b[31mtwo\x1b[0m"]  # as it is read, not as it is coloured
     assert list(read(layout, grep="five")) == [{"note": "no line matches"}]
 
 
@@ -140,7 +141,7 @@ PROMPT = [3, "0f5c", {"1": {}, "2": {}}, {"create_time": 1795404759013}, ["2"]]
 
 
 def over(status: str, *messages: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-    """An entry of /history as ComfyUI 0.30.0 returns it."""
+    """An entry of /history as ComfyUI 0.30.0 gives it."""
     said = [["execution_start", {"prompt_id": "0f5c", "timestamp": 1795404760000}], *map(list, messages)]
     return {"prompt": PROMPT, "outputs": {}, "status": {"status_str": status, "completed": True, "messages": said}}
 
@@ -170,13 +171,13 @@ def test_jobs_are_shown_in_a_hundred_columns(capsys: pytest.CaptureFixture[str])
     assert "\x1b" not in said
     assert "0f5c1234: node 2 (KSampler): OutOfMemoryError: [2Jno room" in said
     assert "1 h 01 min" in said
-    off = fleet.Answer[list[Job]]("off", None, ConnectError("off cannot be reached"))
+    off = fleet.Answer[list[Job]]("off", None, ConnectError("unreachable", "off cannot be reached"))
     answers = [fleet.Answer("spark", [failed]), off]
     assert fleet.code(answers) == 1
     (shown,) = jobs.summary(fleet.collect(answers))
     assert (shown["host"], shown["error"]) == ("spark", failed.error)
     assert "off: off cannot be reached" in capsys.readouterr().err
-    with pytest.raises(ConnectError):
+    with raises("unreachable"):
         fleet.collect([off])
 
 
@@ -198,5 +199,5 @@ def test_a_comfyui_that_hangs_is_told_apart_from_one_that_does_not_run(
 
 def test_how_many_jobs_makes_sense() -> None:
     for count in ("0", "x", "-3"):
-        with pytest.raises(UsageError, match="--number must be a positive integer"):
+        with raises("usage", match="--number must be a positive integer"):
             jobs.recent(["local"], count, ask_sudo=False)

@@ -1,4 +1,4 @@
-"""Untrusted manifests of wheels and TOML files, of any type, size and nesting."""
+"""Manifests of wheels and TOML files that strangers made: of any kind, size and nesting."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 
 from core import files, manifest
 from core.config import load
-from core.errors import ConfigError, HashMismatchError
 from core.wheelhouse import Wheelhouse
+from tests.errors import raises
 from tests.unit.test_plan import wheel
 
 
 def put(path: Path, what: str | None) -> None:
-    """Create a file with this text, or something else: a folder, a pipe, a dangling link."""
+    """A file with this text, or what is none: a folder, a pipe, a link to nothing."""
     match what:
         case "a folder":
             path.mkdir()
@@ -57,7 +57,7 @@ def test_a_wheel_that_is_no_file_is_none(tmp_path: Path, what: str | None) -> No
     listed = msgspec.structs.replace(listed, size=size)
     (tmp_path / f"{listed.file}.json").write_text(manifest.encode(listed))
     assert Wheelhouse(tmp_path).wheels() == []
-    with pytest.raises(HashMismatchError, match="is not the wheel that was inspected"):
+    with raises("hash-mismatch", match="is not the wheel that was inspected"):
         Wheelhouse(tmp_path).path(listed)
 
 
@@ -79,14 +79,14 @@ def test_a_wheel_that_is_no_file_is_none(tmp_path: Path, what: str | None) -> No
 )
 def test_a_toml_file_of_any_shape_is_an_error_of_one_kind(tmp_path: Path, what: str | None, says: str) -> None:
     put(tmp_path / "x.toml", what)
-    with pytest.raises(ConfigError, match=says):
+    with raises("config", match=says):
         load(tmp_path / "x.toml", dict[str, Any])
 
 
 def test_a_toml_file_that_is_no_text_or_below_a_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_bytes(b"x = '\\xff'".replace(b"\\xff", b"\xff"))
-    with pytest.raises(ConfigError, match="is not TOML"):
+    with raises("config", match="is not TOML"):
         load(tmp_path / "x.toml", dict[str, Any])
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with raises("config", match="cannot be read"):
         load(tmp_path / "x.toml/y.toml", dict[str, Any])
     assert max(path.stat().st_size for path in (files.CHECKOUT / "recipes").rglob("*.toml")) < 100_000

@@ -1,4 +1,4 @@
-"""Requests become builds with keys; unsupported ones are refused with their own exit code."""
+"""What is asked for becomes builds with keys; what cannot be is refused with its own exit code."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from core.arch import known_archs
 from tests.conftest import Hearth
+from tests.errors import kind_of
 
 pytestmark = pytest.mark.needs("g++", "git")
 
@@ -25,7 +26,7 @@ def plan(hearth: Hearth, *words: str, **env: str) -> list[dict[str, str]]:
 
 @pytest.mark.needs("aarch64-linux-gnu-g++")
 def test_the_spark_gets_its_own_platform_and_stack(hearth: Hearth) -> None:
-    assert known_archs()["12.1"].python == "3.12"  # not installed on every machine that runs this
+    assert known_archs()["12.1"].python == "3.12"  # which not every machine that runs this has
     found = [each["identifier"] for each in plan(hearth, "--arch", "12.1", "--python", "3.11")]
     assert found == [
         "flash-attn-2.8.3.post2-cu130-sm121-cp311-linux_aarch64-inference",
@@ -51,28 +52,28 @@ def test_what_a_recipe_does_not_support_is_skipped_with_its_reason(hearth: Heart
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "says"),
+    ("words", "kind", "says"),
     [
-        (["--arch", "12.10"], 11, "not a compute capability"),
-        (["--arch", "abc"], 11, "not a compute capability"),
-        (["--arch", "8.9", "--jobs", "-1"], 15, "--jobs must be a positive integer (got '-1')"),
-        (["--arch", "8.9", "--jobs", "many"], 15, "--jobs must be a positive integer (got 'many')"),
-        (["--arch", "7.5"], 11, "8.9"),
-        ([], 11, "12.1 (GB10 (DGX Spark))"),
-        (["--arch", "12.1", "--stack", "cu124", "--platform", "linux_x86_64"], 12, "CUDA 12.8"),
-        (["--arch", "8.0", "--kernel", "tiny"], 13, "tiny was never tried on it"),
-        (["--arch", "8.9", "--python", "3.9"], 13, "3.11, 3.12, 3.13"),
-        (["--arch", "8.9", "--stack", "cu124", "--platform", "linux_aarch64"], 13, "no CUDA build"),
-        (["--arch", "8.9", "--kernel", "flash-attn", "--profile", "ful"], 14, "'full'"),
-        (["--arch", "8.9", "--kernel", "sageattention", "--profile", "full"], 14, "omit --profile"),
-        (["--arch", "8.9", "--kernel", "sageatention"], 14, "'sageattention'"),
-        (["--arch", "8.9", "--stack", "cu13"], 14, "'cu130'"),
-        (["--arch", "8.9", "--platform", "linux_arm64"], 14, "linux_aarch64"),
+        (["--arch", "12.10"], "arch", "not a compute capability"),
+        (["--arch", "abc"], "arch", "not a compute capability"),
+        (["--arch", "8.9", "--jobs", "-1"], "usage", "--jobs must be a positive integer (got '-1')"),
+        (["--arch", "8.9", "--jobs", "many"], "usage", "--jobs must be a positive integer (got 'many')"),
+        (["--arch", "7.5"], "arch", "8.9"),
+        ([], "arch", "12.1 (GB10 (DGX Spark))"),
+        (["--arch", "12.1", "--stack", "cu124", "--platform", "linux_x86_64"], "stack-arch", "CUDA 12.8"),
+        (["--arch", "8.0", "--kernel", "tiny"], "recipe-support", "tiny was never tried on it"),
+        (["--arch", "8.9", "--python", "3.9"], "recipe-support", "3.11, 3.12, 3.13"),
+        (["--arch", "8.9", "--stack", "cu124", "--platform", "linux_aarch64"], "recipe-support", "no CUDA build"),
+        (["--arch", "8.9", "--kernel", "flash-attn", "--profile", "ful"], "unknown-name", "'full'"),
+        (["--arch", "8.9", "--kernel", "sageattention", "--profile", "full"], "unknown-name", "omit --profile"),
+        (["--arch", "8.9", "--kernel", "sageatention"], "unknown-name", "'sageattention'"),
+        (["--arch", "8.9", "--stack", "cu13"], "unknown-name", "'cu130'"),
+        (["--arch", "8.9", "--platform", "linux_arm64"], "unknown-name", "linux_aarch64"),
     ],
 )
-def test_what_cannot_be_is_refused(hearth: Hearth, words: list[str], code: int, says: str) -> None:
+def test_what_cannot_be_is_refused(hearth: Hearth, words: list[str], kind: str, says: str) -> None:
     done = hearth.inv("build-kernels", "--dry-run", *words)
-    assert done.returncode == code, done.stderr
+    assert kind_of(done.stderr) == kind, done.stderr
     assert says in done.stderr
     assert not done.stdout
 
@@ -102,7 +103,7 @@ def test_the_key_changes_with_all_that_can_change_a_byte_and_nothing_else(hearth
 
 
 def programs(folder: Path, names: list[str]) -> str:
-    """A PATH with only these of the real programs."""
+    """A PATH that holds only these programs of the real one."""
     folder.mkdir()
     for name in names:
         for place in os.environ["PATH"].split(os.pathsep):
@@ -115,10 +116,10 @@ def programs(folder: Path, names: list[str]) -> str:
 def test_a_missing_compiler_is_named_with_its_package(hearth: Hearth) -> None:
     path = programs(hearth.place / "bin", ["uv", "git"])
     done = hearth.inv("build-kernels", "--arch", "8.9", "--dry-run", PATH=path)
-    assert done.returncode == 20
+    assert (done.returncode, kind_of(done.stderr)) == (25, "compiler-missing")
     assert "apt-get install g++" in done.stderr
     done = hearth.inv("build-kernels", "--arch", "12.1", "--dry-run", PATH=path)
-    assert done.returncode == 21
+    assert (done.returncode, kind_of(done.stderr)) == (25, "cross-compiler-missing")
     assert "apt-get install g++-aarch64-linux-gnu" in done.stderr
 
 
@@ -127,7 +128,7 @@ def test_a_compiler_too_new_for_cuda_is_refused(hearth: Hearth) -> None:
     newer.write_text('#!/bin/sh\nexec g++ -U__GNUC__ -D__GNUC__=99 "$@"\n')
     newer.chmod(newer.stat().st_mode | stat.S_IXUSR)
     done = hearth.inv("build-kernels", "--arch", "8.9", "--dry-run", CXX=str(newer))
-    assert done.returncode == 23
+    assert (done.returncode, kind_of(done.stderr)) == (25, "compiler-version")
     assert "apt-get install g++-15" in done.stderr
 
 
@@ -135,7 +136,7 @@ def test_cu124_without_its_compiler_says_where_it_looked(hearth: Hearth) -> None
     done = hearth.inv(
         "build-kernels", "--arch", "8.9", "--stack", "cu124", "--python", "3.11", "--dry-run", CUDA_HOME="/nowhere"
     )
-    assert done.returncode == 22
+    assert (done.returncode, kind_of(done.stderr)) == (25, "cuda-missing")
     assert "/nowhere: no bin/nvcc" in done.stderr
     assert "nvidia-cuda-toolkit" in done.stderr
 
@@ -144,6 +145,6 @@ def test_a_missing_python_is_named(hearth: Hearth) -> None:
     path = programs(hearth.place / "bin", ["uv", "git", "g++", "as", "ld"])
     empty = {"UV_PYTHON_INSTALL_DIR": str(hearth.place / "none"), "UV_PYTHON_DOWNLOADS": "never"}
     done = hearth.inv("build-kernels", "--arch", "8.9", "--python", "3.13", "--dry-run", PATH=path, **empty)
-    assert done.returncode == 24
+    assert (done.returncode, kind_of(done.stderr)) == (25, "python-missing")
     assert "uv python install 3.13" in done.stderr
     assert "apt-get install python3.13-dev" in done.stderr

@@ -1,4 +1,4 @@
-"""Modes: merged over profiles, by version and type of memory; nodes under development; freed memory."""
+"""Modes: merged over profiles, by version and kind of memory; nodes under development; memory that is given back."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from agent.schema.change import Release
 from agent.serve import health, systemd
 from agent.serve.watch import Watcher
 from core import files, workspace
-from core.errors import ConfigError, HearthError, UnknownNameError
 from core.stack import stacks
 from deploy import host, plan, refusals
 from deploy.host import Override, Setting, Target
 from lock import nodes
 from ops import flags, profiles
+from tests.errors import raises
 from tests.unit.test_plan import FRESH, inputs, made, spark
 
 
@@ -132,29 +132,29 @@ def test_every_mode_gives_reasons_and_excludes_modes_that_are_there() -> None:
 @pytest.mark.parametrize(
     ("text", "error", "said"),
     [
-        ('modes = ["low-memory", "high-memory"]', ConfigError, "low-memory and high-memory exclude each other"),
-        ('modes = ["shared-gpu", "high-memory"]', ConfigError, "shared-gpu and high-memory exclude each other"),
-        ('modes = ["low-memroy"]', UnknownNameError, "low-memory"),
-        ('develop = ["/home/a/n"]', ConfigError, 'modes = ["development"]'),
-        ('modes = ["production"]\ndevelop = ["/home/a/n"]', ConfigError, "production is not for that"),
-        ('modes = ["production", "development"]', ConfigError, "production and development exclude each other"),
-        ('modes = ["development"]\ndevelop = ["n"]', ConfigError, "'n' is not a plain absolute path"),
-        ('modes = ["development"]\ndevelop = ["/a/n.x"]', ConfigError, "n.x: each node needs a name of its own"),
-        ('modes = ["development"]\ndevelop = ["/a/n", "/b/n"]', ConfigError, "/a/n, /b/n: each node needs a name"),
-        ('free_memory = "often"', ConfigError, "such as 30m, 4h or 1d"),
-        ('free_memory = "0h"', ConfigError, "such as 30m, 4h or 1d"),
-        ('override.flags."--x" = { why = "w", comfyui = "new" }', ConfigError, "comfyui = 'new' is no version range"),
-        ('override.flags."--x" = { why = "w", torch = "2.9" }', ConfigError, "torch = '2.9' is no version range"),
+        ('modes = ["low-memory", "high-memory"]', "config", "low-memory and high-memory exclude each other"),
+        ('modes = ["shared-gpu", "high-memory"]', "config", "shared-gpu and high-memory exclude each other"),
+        ('modes = ["low-memroy"]', "unknown-name", "low-memory"),
+        ('develop = ["/home/a/n"]', "config", 'modes = ["development"]'),
+        ('modes = ["production"]\ndevelop = ["/home/a/n"]', "config", "production is not for that"),
+        ('modes = ["production", "development"]', "config", "production and development exclude each other"),
+        ('modes = ["development"]\ndevelop = ["n"]', "config", "'n' is not a plain absolute path"),
+        ('modes = ["development"]\ndevelop = ["/a/n.x"]', "config", "n.x: each node needs a name of its own"),
+        ('modes = ["development"]\ndevelop = ["/a/n", "/b/n"]', "config", "/a/n, /b/n: each node needs a name"),
+        ('free_memory = "often"', "config", "such as 30m, 4h or 1d"),
+        ('free_memory = "0h"', "config", "such as 30m, 4h or 1d"),
+        ('override.flags."--x" = { why = "w", comfyui = "new" }', "config", "comfyui = 'new' is no version range"),
+        ('override.flags."--x" = { why = "w", torch = "2.9" }', "config", "torch = '2.9' is no version range"),
         (
             'override.env.PYTORCH_ALLOC_CONF = { why = "w", value = "expandable_segments:True,max_split_size_mb:64" }',
-            ConfigError,
+            "config",
             "max_split_size_mb means nothing with expandable_segments",
         ),
-        ("override.summary = 'x'", ConfigError, "summary"),
+        ("override.summary = 'x'", "config", "summary"),
     ],
 )
-def test_what_is_wrong_is_refused(written: Path, text: str, error: type[HearthError], said: str) -> None:
-    with pytest.raises(error) as raised:
+def test_what_is_wrong_is_refused(written: Path, text: str, error: str, said: str) -> None:
+    with raises(error) as raised:
         target(written, text)
     assert said in str(raised.value)
 
@@ -163,7 +163,7 @@ def test_a_mode_without_a_reason_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config/modes").mkdir(parents=True)
     (tmp_path / "config/modes/mine.toml").write_text('summary = "s"\nmemory_max = "1G"\n')
     here = replace(workspace.current(), checkout=tmp_path)
-    with workspace.using(here), pytest.raises(ConfigError, match="no reason for memory_max"):
+    with workspace.using(here), raises("config", match="no reason for memory_max"):
         host.modes()
 
 
@@ -193,7 +193,7 @@ def wanted(**values: Any) -> dict[str, Any]:
 def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
     found = wanted(develop=("/home/anna/mine",))
     place = f"/opt/comfyui/releases/{found['id']}"
-    assert "custom_nodes/mine" not in found["links"]  # mounted there: the service cannot write it
+    assert "custom_nodes/mine" not in found["links"]  # it is mounted there: nothing that the service may write is
     assert set(found["nodes"]) == {"other"} == set(wanted()["nodes"]) - {"mine"}
     assert "custom_nodes/mine" not in found["parts"]
     assert found["gate"]["required"] == ["other"]
@@ -203,7 +203,7 @@ def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
     for name in ("comfyui.service", "comfyui-reload.service"):
         assert bind in found["files"][name].splitlines(), name
     reload = found["files"]["comfyui-reload.service"]
-    # not another release's, and no package's code: it runs as root
+    # nothing of another release's, and no package's code: it is root
     command = f"/usr/bin/python3.12 -I -S {place}/agent watch"
     assert f"ExecStart={command} /opt/comfyui/state/site.json" in reload
     assert reload.endswith("[Install]\nWantedBy=multi-user.target\n")
@@ -217,7 +217,7 @@ def test_no_unit_takes_the_machine_when_it_goes_wrong() -> None:
     }
     assert "MemoryMax=" in wanted()["files"]["comfyui.service"]
     for name, unit in units.items():
-        above = unit.partition("# --- Only the system's")[0]  # the user's systemd has these, too
+        above = unit.partition("# --- Only the system's")[0]  # the login's systemd has these, too
         assert re.search(r"^TasksMax=\d+$", above, re.MULTILINE), name
         assert re.search(r"^MemoryMax=\d+[MG%]$", above, re.MULTILINE), name
     assert "TasksMax=" in systemd._APPLY_LIMITS
@@ -309,7 +309,7 @@ def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
 
 @contextmanager
 def answering(queue: dict[str, Any]) -> Iterator[tuple[Layout, list[Any]]]:
-    """A server that answers as ComfyUI does to queries of its queue, and to requests to free memory."""
+    """Something that answers as ComfyUI does when it is asked for its queue, and to free its memory."""
     asked: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -422,7 +422,7 @@ def test_an_explanation_says_with_which_stacks_a_setting_has_effect() -> None:
     assert shown["--cache-ram", profiles.SEPARATE].stacks == ("cu124", "cu130")
     assert shown["--reserve-vram", profiles.UNIFIED].value == "16"
     assert [(each.name, each.value) for each in profiles.one("production").lines] == [("restart", "always")]
-    with pytest.raises(UnknownNameError, match="perhaps you meant 'low-memory'"):
+    with raises("unknown-name", match="perhaps you meant 'low-memory'"):
         profiles.one("low-memroy")
 
 

@@ -1,4 +1,4 @@
-"""Operators' machines other than Linux: every command starts."""
+"""Operators' machines other than Linux: every command starts there."""
 
 from __future__ import annotations
 

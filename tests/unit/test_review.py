@@ -1,4 +1,4 @@
-"""Untrusted code is read with limits, and its capabilities are found by name in any spelling."""
+"""What strangers wrote is read with limits, and what it could do is told by name, however it is written."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from core import foreign
-from core.errors import ConfigError
 from lock import application, review
 from lock.advisory import Advisory
+from tests.errors import raises
 
 STARTS, NATIVE, NETWORK, TEXT, HIDES = review.ANYWHERE
 
@@ -179,7 +179,7 @@ def test_a_tree_that_exhausts_its_reader_ends_it_alone(
     assert one.failed is other.failed is fails
     told = "cannot be read: all of it" if fails else "cannot be read: __init__.py, a.py"
     assert review.gained(review.Reading({}, set(), set()), one) == (told,)
-    assert review.gained(one, other) == ((told,) if fails else ())  # parts that neither shows may differ
+    assert review.gained(one, other) == ((told,) if fails else ())  # what neither shows may differ
 
 
 @pytest.mark.parametrize(
@@ -216,9 +216,9 @@ def test_folders_that_are_not_understood_are_left_out(text: str, found: dict[str
     "text", ["(", "x = \0", "-" * 50_000 + "1", "a" + ".b" * 100_000, "\udcff", "9" * 5_000, "#" * 300_000]
 )
 def test_comfyui_that_cannot_be_parsed_is_said_by_file(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"comfy/cli_args\.py"):
+    with raises("config", match=r"comfy/cli_args\.py"):
         application.flags(text)
-    with pytest.raises(ConfigError, match=r"folder_paths\.py"):
+    with raises("config", match=r"folder_paths\.py"):
         application.model_folders(text)
 
 

@@ -1,4 +1,4 @@
-"""Settings outside the prefix: recorded before they change, restored from the record, planned only by name."""
+"""Settings outside the prefix: recorded before they are made, put back from the record, planned only when named."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from agent.layout import Layout
 from agent.schema.change import Set, Unset
 from agent.schema.live import Mps, MpsClient, MpsServer
 from agent.schema.settings import Access, Applied, Node, Seen, State
-from core.errors import UnknownNameError, UsageError
 from deploy import plan
 from deploy.facts import Facts, Gpu
 from ops import access, fleet, mps, settings, tuning
+from tests.errors import raises
 from tests.unit.test_lifecycle import BUSY, running
 from tests.unit.test_plan import FRESH, kinds, reasons, spark, values
 
@@ -90,7 +90,7 @@ def test_what_somebody_changed_since_is_told_and_left(layout: Layout, tmp_path: 
 
 
 class _Killed(BaseException):
-    """A power cut."""
+    """The power goes."""
 
 
 @pytest.mark.parametrize("again", [True, False])
@@ -219,9 +219,9 @@ def test_every_setting_is_explained_and_fits_the_terminal() -> None:
 
 
 def test_a_mistyped_name() -> None:
-    with pytest.raises(UnknownNameError, match="swapiness"):
+    with raises("unknown-name", match="swapiness"):
         tuning.named("cpu-governor,swapiness")
-    with pytest.raises(UnknownNameError) as caught:
+    with raises("unknown-name") as caught:
         tuning.named("mps")
     assert caught.value.hint.startswith("inv mps")
 
@@ -308,7 +308,7 @@ def test_mps_that_is_well() -> None:
     ("percent", "memory"), [("0", ""), ("101", ""), ("half", ""), ("", "8G"), ("", "0=8"), ("", "0:8G")]
 )
 def test_limits_that_make_no_sense(percent: str, memory: str) -> None:
-    with pytest.raises(UsageError):
+    with raises("usage"):
         mps.limits(percent, memory)
     assert mps.limits("50", "0=8G,1=500M") == {mps.PERCENT: "50", mps.MEMORY: "0=8G,1=500M"}
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from core import files, foreign, source
-from core.errors import HashMismatchError, TreeError
+from tests.errors import raises
 
 
 def repository(place: Path, files: dict[str, str], *more: tuple[str, ...]) -> str:
-    """Create a repository with one commit of these files; returns the commit."""
+    """A repository with one commit that holds these files; returns the commit."""
     for name, text in files.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(text)
@@ -73,7 +73,7 @@ def test_a_repository_elsewhere_names_no_folder_of_this_machine(upstream: str, t
     commit = repository(tmp_path / "mirror/whole", {"two.py": "2"}, add)
     where = source.Source(git="https://example.org/whole", commit=commit)
     recipe = source.Pinned(name="it", version="1", source=(where,), tree="", submodules=("part",))
-    with pytest.raises(TreeError, match="submodule 'part' comes from"):
+    with raises("unsafe-tree", match="submodule 'part' comes from"):
         source.pin(recipe)
 
 
@@ -127,7 +127,7 @@ def test_a_commit_of_any_shape_is_refused_before_it_costs_anything(
     monkeypatch.setattr(source, "LISTED", 1_000_000)
     commit = objects(tmp_path / "repo", levels)
     where = source.Source(git=f"file://{tmp_path}/repo", commit=commit)
-    with pytest.raises(TreeError, match=said):
+    with raises("unsafe-tree", match=said):
         source.pin(source.Pinned(name="it", version="1", source=(where,), tree=""))
 
 
@@ -136,7 +136,7 @@ def test_a_cached_tree_that_was_edited_is_not_sent(upstream: str) -> None:
     pinned = source.pin(source.Pinned(name="it", version="1", source=(where,), tree=""))
     (source.intact(pinned) / "one.py").write_text("other")
     assert source.fetch(pinned)
-    with pytest.raises(HashMismatchError, match=r"rm -r .* has it fetched again"):
+    with raises("hash-mismatch", match=r"rm -r .* has it fetched again"):
         source.intact(pinned)
 
 
@@ -156,7 +156,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfil
 
 
 def chained(kind: bytes, count: int, size: int) -> bytes:
-    """Nested headers of long names."""
+    """Headers of long names in one another."""
     found = b""
     for _ in range(count):
         head = tarfile.TarInfo("././@LongLink")
@@ -166,7 +166,7 @@ def chained(kind: bytes, count: int, size: int) -> bytes:
 
 
 def deep() -> bytes:
-    """Links whose real path exceeds the path limit, and a file through them (CVE-2025-4517)."""
+    """Links whose real path is longer than a path may be, and a file through them (CVE-2025-4517)."""
     step, rows, way = "d" * 247, [], ""
     for letter in "abcdefghijklmnop":
         rows += [(member(f"{way}{step}", tarfile.DIRTYPE), b""), (member(f"{way}{letter}", tarfile.SYMTYPE, step), b"")]
@@ -209,7 +209,7 @@ def test_an_archive_of_any_shape_is_refused(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "it.tar.gz").write_bytes(gzip.compress(raw))
     (tmp_path / "tree").mkdir()
     tracemalloc.start()
-    with pytest.raises(TreeError):
+    with raises("unsafe-tree"):
         source.unpack(tmp_path / "it.tar.gz", foreign.Tree(tmp_path / "tree", "it"), lambda name: name)
     assert tracemalloc.get_traced_memory()[1] < 20_000_000
     tracemalloc.stop()

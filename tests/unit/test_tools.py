@@ -1,4 +1,4 @@
-"""uv and git behave the same with any environment and settings of the caller."""
+"""uv and git do the same whatever the caller's environment and settings are."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 from agent.change.env import index_settings
 from core import source, tools
-from core.errors import ConfigError, ProcessError, TreeError
 from lock import node_updates, nodes
+from tests.errors import raises
 from tests.unit.test_source import repository
 
 HOSTILE = {
@@ -31,7 +31,7 @@ HOSTILE = {
 
 @pytest.fixture
 def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home whose git configuration changes bytes and runs programs, with a misleading caller's environment."""
+    """A home whose git configuration changes bytes and runs programs, and a caller's environment that misleads git."""
     home, ran = tmp_path / "home", tmp_path / "ran"
     (home / "hooks").mkdir(parents=True)
     (home / "template/hooks").mkdir(parents=True)
@@ -70,7 +70,7 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plain(place: Path, contents: dict[str, str], *more: tuple[str, ...]) -> str:
-    """A repository created by a git that ignores this machine's settings."""
+    """A repository made by a git that heeds nothing of this machine's."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_TEMPLATE_DIR"):
             patch.delenv(name, raising=False)
@@ -108,7 +108,7 @@ def test_a_submodule_has_the_same_bytes_too(hostile: Path, tmp_path: Path) -> No
     assert {path.name: path.read_bytes().decode() for path in (tree / "part").iterdir()} == HOSTILE
     assert not hostile.exists()
     other = nodes.Node(url=node.url, commit=commit, tree="", why="w", submodules=("one.py",))
-    with pytest.raises(ConfigError, match=r"has no submodule 'one\.py'"):
+    with raises("config", match=r"has no submodule 'one\.py'"):
         source.pin(other.pinned("it"))
 
 
@@ -165,10 +165,10 @@ def test_a_repository_with_a_link_is_refused_by_name(
     links = {"first.js": str(secret)} if target == "first.js" else {}
     commit = linked(tmp_path / "repo", {**links, name: target.format(secret=secret, folder=secret.parent)})
     node = nodes.Node(url=f"file://{tmp_path}/repo", commit=commit, tree="", why="w", **limits)  # type: ignore[arg-type]
-    with pytest.raises(TreeError, match=r"(web|first|second|more)\S* is a link to"):
+    with raises("unsafe-tree", match=r"(web|first|second|more)\S* is a link to"):
         source.pin(node.pinned("it"))
     pinned = nodes.Node(url=node.url, commit=commit, tree="a" * 64, why="w", **limits)  # type: ignore[arg-type]
-    with pytest.raises(TreeError, match="is a link to"):
+    with raises("unsafe-tree", match="is a link to"):
         nodes.fetch({"it": pinned})
     assert "PRIVATE KEY" not in "".join(
         path.read_text(errors="replace") for path in (tmp_path / "cache").rglob("*") if path.is_file()
@@ -193,7 +193,7 @@ def test_a_link_to_a_file_of_the_tree_is_that_file_and_a_pin_stays_valid(
     tree = source.fetch(pinned)
     assert not [path for path in tree.rglob("*") if path.is_symlink()]
     assert (tree / "sub/again.py").read_text() == (tree / "same.py").read_text() == "y = 2\n"
-    # as computed when links were followed
+    # as it was computed when links were followed
     digest = hashlib.sha256()
     for name in sorted(("__init__.py", "same.py", "sub/again.py", "sub/inner.py")):
         content = hashlib.sha256((tmp_path / "repo" / name).read_bytes()).hexdigest()
@@ -274,7 +274,7 @@ def test_the_users_index_is_used_from_the_environment_and_from_uvs_file(
 
     def asked() -> str:
         words = ("pip", "install", "--no-deps", "--python", sys.executable, "--target", tmp_path / "here", "alone")
-        with pytest.raises(ProcessError) as raised:
+        with raises("process") as raised:
             tools.uv(*words)
         return raised.value.cause
 

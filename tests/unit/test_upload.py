@@ -1,4 +1,4 @@
-"""The uploads of a deploy, and the address that it reports."""
+"""What a deploy sends, and the address that it names."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 
 from agent.schema.change import App, Env, WheelFile
 from core import files
-from core.errors import HashMismatchError, TreeError
 from core.manifest import Manifest
 from deploy.host import Setting
 from deploy.inputs import Inputs
 from deploy.look import web_address
 from deploy.upload import Upload
 from lock import requirements
+from tests.errors import raises
 from tests.unit.test_plan import FRESH, inputs, spark, wheel
 
 TLS = {name: Setting(why="w", value="/x") for name in ("--tls-keyfile", "--tls-certfile")}
@@ -81,7 +81,7 @@ def test_a_damaged_wheel_is_named_before_it_is_sent(
         (tmp_path / "sageattention.whl").write_bytes(damage)
     else:
         (tmp_path / "sageattention.whl").unlink()
-    with pytest.raises(HashMismatchError, match=r"sageattention\.whl is not the wheel") as raised:
+    with raises("hash-mismatch", match=r"sageattention\.whl is not the wheel") as raised:
         packed(env(), inputs(found), tmp_path)
     assert "inv build-kernels --force --kernel sageattention --arch 12.1 --stack cu130" in raised.value.hint
     assert raised.value.hint.endswith("--profile inference")
@@ -100,7 +100,7 @@ def test_a_damaged_package_of_the_cache_is_named_before_it_is_sent(
     step, _ = packed(env(kernels=[]), stock, tmp_path, offline=True)
     assert [each.file for each in step.wheels] == [package.name]
     package.write_bytes(b"wrong")
-    with pytest.raises(HashMismatchError, match=r"six-1-py3-none-any\.whl was damaged"):
+    with raises("hash-mismatch", match=r"six-1-py3-none-any\.whl was damaged"):
         packed(env(kernels=[]), stock, tmp_path, offline=True)
 
 
@@ -109,7 +109,7 @@ def test_a_tree_with_a_link_out_of_it_is_neither_packed_nor_bundled(tmp_path: Pa
     tree.mkdir()
     (tmp_path / "id_ed25519").write_text("PRIVATE KEY")
     (tree / "web.js").symlink_to(tmp_path / "id_ed25519")
-    with pytest.raises(TreeError, match=r"web\.js is a link to"):
+    with raises("unsafe-tree", match=r"web\.js is a link to"):
         Upload(cast("Any", None), FRESH, inputs(), tmp_path).pack_tree(
             App("t", "w", "u", "app-1", "python3"), "app", tree
         )

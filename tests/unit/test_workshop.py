@@ -1,4 +1,4 @@
-"""Answers of a build host: it may be shared with others, and the wheelhouse serves all hosts."""
+"""What a build host answers: it is a machine that others may have, and the wheelhouse is for all of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from core import console, lockfile, manifest, workspace
-from core.errors import ArchError, HashMismatchError, RemoteError
 from deploy import connection, remote_build
+from tests.errors import raises
 from tests.unit.test_plan import spark, wheel
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ VERSION = "2.8.3.post2+cu130.torch2.11.0.sm121.inference"
 
 
 def built(content: bytes = b"wheel", **values: Any) -> manifest.Manifest:
-    """A wheel as requested, except for these values."""
+    """A wheel that is just what was asked for, but for these values."""
     kernel = values.get("kernel", "flash-attn")
     found = wheel(kernel, profile="inference", version=VERSION, sha256=hashlib.sha256(content).hexdigest())
     found = msgspec.structs.replace(found, size=len(content), **values)
@@ -35,7 +35,7 @@ def built(content: bytes = b"wheel", **values: Any) -> manifest.Manifest:
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Run `inv build-kernels` on a host with this answer and content, for another request."""
+    """`inv build-kernels` on a host that answers as told, sends that content, and was asked for other things."""
     monkeypatch.setenv("HEARTH_WHEELHOUSE", str(tmp_path / "house"))
 
     def run(answer: Any, content: bytes = b"wheel", **asked: str) -> list[manifest.Manifest]:
@@ -117,7 +117,7 @@ def test_anything_else_is_refused_and_nothing_is_taken(
     workspace.current().wheelhouse.folder.mkdir()
     for each in wheels:
         (workspace.current().wheelhouse.folder / each.file).write_bytes(b"good")
-    with pytest.raises(RemoteError, match="spark answers with wheels that it was not asked for"):
+    with raises("remote-command", match="spark answers with wheels that it was not asked for"):
         build(wheels, **asked)
     assert {path.read_bytes() for path in workspace.current().wheelhouse.folder.iterdir()} == {b"good"}
 
@@ -136,16 +136,16 @@ def test_anything_else_is_refused_and_nothing_is_taken(
     ids=lambda value: value[:10].encode(errors="replace").decode(),
 )
 def test_an_answer_that_is_none_is_told(build: Any, answer: str) -> None:
-    with pytest.raises(RemoteError, match="what spark says of its wheels cannot be read"):
+    with raises("remote-command", match="what spark says of its wheels cannot be read"):
         build(answer)
 
 
 def test_a_wheel_of_other_bytes_is_refused_and_no_more_is_taken_than_was_said(build: Any) -> None:
     for content in (b"whee", b"Wheel"):
-        with pytest.raises(HashMismatchError, match="was altered on the way"):
+        with raises("hash-mismatch", match="was altered on the way"):
             build([built()], content)
     before = build.taken
-    with pytest.raises(HashMismatchError, match=r"more than the 5 bytes of .* were sent"):
+    with raises("hash-mismatch", match=r"more than the 5 bytes of .* were sent"):
         build([built()], b"x" * 10**7)
     assert build.taken - before == 1
     assert not workspace.current().wheelhouse.folder.exists()
@@ -163,5 +163,5 @@ def test_another_wheel_of_that_name_is_replaced_and_that_is_said(build: Any, mon
 
 
 def test_an_arch_that_is_none_is_refused_before_the_host_is_asked(build: Any) -> None:
-    with pytest.raises(ArchError, match="'sm_121a' is not a compute capability"):
+    with raises("arch", match="'sm_121a' is not a compute capability"):
         build([], arch="sm_121a")

@@ -1,0 +1,58 @@
+"""Errors: each has a kind of its class."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+
+import pytest
+
+from core import errors, files
+
+CLASSES = {
+    name: each
+    for name, each in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(each, errors.HearthError) and each is not errors.HearthError
+}
+KINDS = {kind for each in CLASSES.values() for kind in each.kinds}
+PACKAGES = ("core", "kernels", "lock", "deploy", "ops", "bench", "tests")
+
+
+def raised(package: str) -> list[tuple[str, str, ast.expr]]:
+    """Where errors are made, their class and the argument that is the kind."""
+    found = []
+    for path in sorted((files.CHECKOUT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and (name := ast.unparse(node.func).removeprefix("errors.")) in CLASSES:
+                where = f"{path.relative_to(files.CHECKOUT)}:{node.lineno}"
+                assert len(node.args) == 2, f"{where}: an error takes a kind and what happened"
+                found.append((where, name, node.args[0]))
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_errors_are_made_with_a_kind_of_their_class(package: str) -> None:
+    found = raised(package)
+    assert [
+        (where, name, kind.value)
+        for where, name, kind in found
+        if isinstance(kind, ast.Constant) and kind.value not in CLASSES[name].kinds
+    ] == []
+
+
+def test_every_kind_is_used() -> None:
+    source = [each for package in PACKAGES[:-1] for each in (files.CHECKOUT / package).rglob("*.py")]
+    literals = {
+        node.value
+        for path in source
+        if path != files.CHECKOUT / "core/errors.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert KINDS - literals == set()
+
+
+def test_every_kind_is_explained() -> None:
+    for each in CLASSES.values():
+        assert each.kinds
+        assert all(meaning.endswith(".") for meaning in each.kinds.values())
