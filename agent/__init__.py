@@ -1,1 +1,1 @@
-"""What runs on hosts, sent as one file with its libraries. `main` describes how it is called."""
+"""The agent: runs on hosts, sent as one file with its libraries. `main` documents its interface."""

@@ -1,4 +1,4 @@
-"""ComfyUI's HTTP API, asked from its own machine. Whatever listens there may be slow, hostile or no ComfyUI at all."""
+"""Client for ComfyUI's HTTP API on the local machine. The server may be slow, hostile or another program."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from agent.layout import Layout
 T = TypeVar("T")
 
 LIMIT = 16_000_000
-"""Bytes of an answer: queues and histories hold whole workflows, of some 100 kB each."""
+"""Maximum response size in bytes: queues and histories contain whole workflows of some 100 kB each."""
 
 SMALL = 1_000_000
-"""Bytes of one that holds no workflow."""
+"""Maximum size in bytes of a response without workflows."""
 
 DENSE = 8
-"""Bytes that a value takes on average, at least: parsed it takes a hundred, and workflows have one in ten."""
+"""Minimum average bytes per JSON value. A parsed value takes about 100 bytes; workflows average 10 bytes per value."""
 
 MOST = 100
-"""Jobs of a queue that are looked at."""
+"""Maximum number of jobs read from a queue."""
 
 
 class TooLong(ValueError):
-    """An answer that is larger than any of ComfyUI's should be."""
+    """The response exceeds the size limit."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a ComfyUI listens: its addresses as reached from its own machine, its port, and whether by TLS."""
+    """A ComfyUI's listening addresses as seen from the local machine, its port, and whether it uses TLS."""
 
     addresses: tuple[str, ...]
     port: int
@@ -45,38 +45,38 @@ class Endpoint:
 
     @classmethod
     def of(cls, argv: Sequence[str]) -> Endpoint:
-        """The endpoint that a ComfyUI with this command line has (comfy/cli_args.py: --listen, --port, --tls-*)."""
+        """Derive the endpoint from ComfyUI's command line (comfy/cli_args.py: --listen, --port, --tls-*)."""
         values = {"--listen": "127.0.0.1", "--port": "8188", "--tls-keyfile": "", "--tls-certfile": ""}
         words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
         for flag, value in zip(words, [*words[1:], ""]):  # noqa: B905  3.10 and the same length
             if flag in values:
                 values[flag] = "" if value.startswith("--") else value
         any_address = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
-        listed = (values["--listen"] or "0.0.0.0,::").split(",")  # what a --listen without a value stands for
+        listed = (values["--listen"] or "0.0.0.0,::").split(",")  # the default of --listen without a value
         addresses = dict.fromkeys(any_address.get(each.strip(), each.strip()) for each in listed)
         return cls(tuple(addresses), int(values["--port"]), bool(values["--tls-keyfile"] and values["--tls-certfile"]))
 
 
 def endpoint(layout: Layout) -> Endpoint:
-    """Where the release in service listens, by its own manifest; where nothing is deployed, as configured."""
-    with suppress(Fault):  # `current` is foreign: facts report it
+    """Return the endpoint from the current release's manifest, or the configured one if nothing is deployed."""
+    with suppress(Fault):  # `current` is not Hearth's; facts report it
         if argv := layout.manifest(layout.release()).get("argv"):
             return Endpoint.of(argv)
     return Endpoint.of(["--listen", layout.address, "--port", str(layout.port)])
 
 
 NOBODY = (errno.ECONNREFUSED, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-"""Errors that say that nothing listens at an address: it is refused, or this machine has no such address at all."""
+"""Errors that mean nothing listens at an address: connection refused, or no such address on this machine."""
 
 
 def ask(place: Endpoint, path: str, body: Json | None = None, seconds: float = 5, limit: int = LIMIT) -> Any:
-    """Ask ComfyUI; the bytes of a picture (`/view`), else parsed JSON (None: an empty answer).
+    """Send a request; return the raw bytes for `/view`, else the parsed JSON (None: empty response).
 
-    `seconds` is for all of it, connecting included. No redirect is followed. Raises ConnectionRefusedError when no
-    address of the endpoint takes connections, another OSError when there is no answer in time, ValueError when the
-    answer is not ComfyUI's.
+    `seconds` limits the whole exchange, including connecting; `limit` is in bytes. Follows no redirects. Raises
+    ConnectionRefusedError if no address accepts connections, another OSError if no response arrives in time, and
+    ValueError if the response is not ComfyUI's.
     """
-    from http.client import HTTPException  # half of this file's start, and most verbs ask nothing
+    from http.client import HTTPException  # half of this module's import time; most verbs send no request
 
     end = time.monotonic() + seconds
     unknown: OSError | None = None
@@ -86,7 +86,7 @@ def ask(place: Endpoint, path: str, body: Json | None = None, seconds: float = 5
         except OSError as error:
             unknown = unknown or (None if error.errno in NOBODY else error)
             continue
-        except HTTPException as error:  # whoever has the port speaks something else
+        except HTTPException as error:  # another protocol at this port
             raise ValueError(f"no HTTP: {said(repr(error))}") from error
         if path.startswith("/view"):
             return raw
@@ -105,7 +105,7 @@ def _exchange(place: Endpoint, address: str, path: str, body: Json | None, secon
     if place.tls:
         import ssl
 
-        # ComfyUI's own certificate names the host that people open, not this loopback address.
+        # ComfyUI's certificate is for the public host name, not for the loopback address.
         connection: HTTPConnection = HTTPSConnection(
             address,
             place.port,
@@ -123,14 +123,14 @@ def _exchange(place: Endpoint, address: str, path: str, body: Json | None, secon
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 
-    # A socket's own time-out starts anew with every byte: this one ends an answer that trickles.
+    # A socket timeout restarts with every byte; this timer also limits a response that trickles in.
     timer = threading.Timer(seconds, hang_up)
     timer.daemon = True
     with closing(connection):
         timer.start()
         try:
             connection.connect()
-            sockets.append(connection.sock)  # a connection forgets it once the headers of a last answer are read
+            sockets.append(connection.sock)  # HTTPConnection drops it after the headers of a final response
             headers = {"Content-Type": "application/json"}
             connection.request(
                 "GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers
@@ -153,7 +153,7 @@ def _exchange(place: Endpoint, address: str, path: str, body: Json | None, secon
 
 
 def parsed(raw: bytes) -> Any:
-    """JSON as the format has it, without Python's NaN and infinities; raises ValueError, RecursionError."""
+    """Parse strict JSON, without NaN and infinities. Raises ValueError and RecursionError."""
 
     def number(text: str) -> float:
         if not math.isfinite(found := float(text)):
@@ -163,11 +163,11 @@ def parsed(raw: bytes) -> Any:
     return json.loads(raw, parse_float=number, parse_constant=number)
 
 
-# --- answers, checked ----------------------------------------------------------------------------------------------
+# --- checked responses ---------------------------------------------------------------------------------------------
 
 
 def checked(name: str, answer: Any, read: Callable[[Any], T]) -> T:
-    """What `read` makes of an answer; raises ValueError when the answer has another shape than ComfyUI's."""
+    """Apply `read` to a response. Raises ValueError if the response has an unexpected shape."""
     try:
         return read(answer)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
@@ -175,7 +175,7 @@ def checked(name: str, answer: Any, read: Callable[[Any], T]) -> T:
 
 
 def said(value: object, limit: int = 200) -> str:
-    """A word of ComfyUI's, as text of one line that any program can take: it may be anything, of any length."""
+    """Convert an untrusted value to one line of printable text of at most `limit` characters."""
     if isinstance(value, (list, dict)):  # of any depth and size
         value = f"({len(value)} values)"
     text = value[: limit + 1] if isinstance(value, str) else repr(value)[: limit + 1] if value is not None else ""
@@ -184,14 +184,14 @@ def said(value: object, limit: int = 200) -> str:
 
 
 def seconds_of(milliseconds: object) -> float | None:
-    """A time of ComfyUI's in seconds since 1970; None for what is none."""
+    """Convert a ComfyUI timestamp to seconds since 1970; None if it is not a valid time."""
     if isinstance(milliseconds, (int, float)) and 0 <= milliseconds < 1e14:
         return milliseconds / 1000
     return None
 
 
 def system_stats(place: Endpoint, seconds: float = 5) -> Json:
-    """`/system_stats`: `version`, `torch`, `argv`, and `devices` with name and type. Raises as `ask` does."""
+    """Return `version`, `torch`, `argv` and `devices` (name, type) from `/system_stats`. Raises like `ask`."""
 
     def read(answer: Any) -> Json:
         system = answer["system"]
@@ -206,18 +206,17 @@ def system_stats(place: Endpoint, seconds: float = 5) -> Json:
 
 
 class Jobs(list[Json]):
-    """The first jobs of a queue (`job`), in their order; `total` is how many it has."""
+    """The first MOST jobs of a queue (see `job`) in queue order; `total` counts all jobs."""
 
     def __init__(self, listed: list[Any], more: int = 0) -> None:
-        # nodes queue jobs, too, and may number them with something else
+        # Custom nodes also queue jobs and may use priorities that are not numbers.
         listed = sorted(listed, key=lambda entry: entry[0] if isinstance(entry[0], (int, float)) else float("inf"))
         super().__init__(job(entry) for entry in listed[:MOST])
         self.total = len(listed) + more
 
 
 def queue(place: Endpoint, seconds: float = 5) -> tuple[Jobs, Jobs]:
-    """The jobs that run and those that wait; of a queue that is too long to be read the total alone. Raises as `ask`
-    does."""
+    """Return the running and pending jobs; only the total if the queue exceeds the size limit. Raises like `ask`."""
     try:
         answer = ask(place, "/queue", seconds=seconds)
     except TooLong:
@@ -229,16 +228,16 @@ def queue(place: Endpoint, seconds: float = 5) -> tuple[Jobs, Jobs]:
 
 
 def job(entry: Sequence[Any]) -> Json:
-    """A job as ComfyUI queues it (execution.py, PromptQueue): number, id, workflow, and what came with it.
+    """Decode a queue entry (execution.py, PromptQueue): number, id, workflow, extra data.
 
-    `queued` is in seconds since 1970, None where the job does not say.
+    `queued` is in seconds since 1970; None if not reported.
     """
     workflow, extra = (each if isinstance(each, dict) else {} for each in [*entry[2:4], None, None][:2])
     return {"id": said(entry[1]), "nodes": len(workflow), "queued": seconds_of(extra.get("create_time"))}
 
 
 def takes_connections(place: Endpoint) -> bool:
-    """Whether anything listens at an address of the endpoint."""
+    """Return whether any address of the endpoint accepts connections."""
     for address in place.addresses:
         with suppress(OSError), socket.create_connection((address, place.port), timeout=1):
             return True
@@ -246,7 +245,7 @@ def takes_connections(place: Endpoint) -> bool:
 
 
 def unanswered(place: Endpoint, error: Exception) -> Fault:
-    """The Fault that stands for a ComfyUI that gave no answer, or for another program at its port."""
+    """Return the Fault for a failed request: ComfyUI does not respond, or another program holds its port."""
     if isinstance(error, ValueError):
         what = f"the program at port {place.port} does not answer as ComfyUI does"
         return Fault("silent", what, str(error), "inv status shows which program holds the port")
@@ -258,5 +257,5 @@ def unanswered(place: Endpoint, error: Exception) -> Fault:
 
 
 def unload(place: Endpoint) -> None:
-    """Ask ComfyUI to unload its models and forget its results, once no job runs. Raises as `ask` does."""
+    """Ask ComfyUI to unload its models and clear cached results when no job is running. Raises like `ask`."""
     ask(place, "/free", {"unload_models": True, "free_memory": True})

@@ -1,4 +1,4 @@
-"""Deleting trees without following links and without leaving their file system."""
+"""Delete trees without following symlinks or crossing mounts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from agent.folders import FOLDER, mounts, opened
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a tree, read-only folders too. Follows no link; raises Fault when something is left."""
+    """Delete a file, link or tree, even read-only folders. Follows no symlinks. Raises Fault if anything remains."""
     sweep = SafeDeleter()
     if os.path.lexists(path):
         sweep.delete(path)
@@ -25,21 +25,21 @@ def remove(path: Path) -> None:
 
 
 class _Level(NamedTuple):
-    """A folder that is being emptied: its path, its identity, entries to go, and how many were kept before it."""
+    """A folder being emptied: its path, identity (device, inode), remaining names, and prior count of kept entries."""
 
     path: str
     identity: tuple[int, int]
     names: list[str]
     kept: int
-    more: bool = False  # than were read at once
+    more: bool = False  # the folder may have more entries than were read
 
 
 class SafeDeleter:
-    """Deleting where others may have put links and mounts: no link is followed, and no mount is entered.
+    """Deletes trees in which others may have placed links and mounts; follows no symlink and enters no mount.
 
-    `files` counts what is gone, `left` are the mount points that stay, `stuck` says what could not be deleted. A tree
-    may have any depth: only one of its folders is open at a time, and no path to it is used, whose length is limited.
-    A folder may have any number of entries, and what cannot be deleted in `seconds` is left.
+    `files` counts deleted files, `left` lists mount points, `stuck` lists failures. Trees may have any depth: only one
+    folder is open at a time, and it is not opened by its path, whose length is limited. Folders may have any number of
+    entries. Stops after `seconds`.
     """
 
     def __init__(self, seconds: float = 1800) -> None:
@@ -47,11 +47,11 @@ class SafeDeleter:
         self.files = 0
         self.left: list[str] = []
         self.stuck: list[str] = []
-        self._mounts = {each["point"] for each in mounts()}  # known before they are opened: a dead server's would hang
-        self._longest = max([1000, *map(len, self._mounts)])  # of paths: whole ones would fill the memory
+        self._mounts = {each["point"] for each in mounts()}  # listed up front: opening a dead server's mount hangs
+        self._longest = max([1000, *map(len, self._mounts)])  # kept part of a path: whole paths could fill the memory
 
     def delete(self, path: Path) -> None:
-        """Delete a file, a link, or a folder with all that is in it, as far as that is possible."""
+        """Delete a file, a link or a tree as far as possible."""
         parent = Path(os.path.realpath(path.parent))
         with opened(parent) as top:
             here, mount = os.dup(top), _mount_id(top)
@@ -66,7 +66,7 @@ class SafeDeleter:
                 os.close(here)
 
     def _enter(self, here: int, way: list[_Level], mount: str) -> int:
-        """Delete the next entry of the open folder, or go into it; returns the folder that is open then."""
+        """Delete the next entry of the open folder, or descend into it; return the folder that is then open."""
         name = way[-1].names.pop()
         path = f"{way[-1].path}/{name}"[-self._longest :]
         other = None
@@ -78,12 +78,12 @@ class SafeDeleter:
                 self.files += 1
             else:
                 other = os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=here)
-                if _mount_id(other) != mount:  # whoever may write here could have renamed a folder above it
+                if _mount_id(other) != mount:  # a parent may have been renamed, hiding the mount point
                     self.left.append(path)
                     return here
                 inside = Path(f"/proc/self/fd/{other}")
                 with suppress(PermissionError):
-                    inside.chmod(0o700)  # a part's are read-only
+                    inside.chmod(0o700)  # a part's folders are read-only
                 os.close(os.open("..", FOLDER, dir_fd=other))  # fails where `_leave` would
                 with os.scandir(inside) as entries:
                     names = [each.name for each in itertools.islice(entries, AT_ONCE)]
@@ -100,7 +100,7 @@ class SafeDeleter:
         return here
 
     def _leave(self, here: int, way: list[_Level]) -> int:
-        """Delete the open folder, if nothing in it was kept; returns the one above it, which is open then."""
+        """Delete the open folder if nothing in it was kept; return its parent, which is then open."""
         level = way.pop()
         above = os.open("..", FOLDER, dir_fd=here)
         os.close(here)
@@ -120,7 +120,7 @@ class SafeDeleter:
 
 
 AT_ONCE = 10_000
-"""Entries of a folder whose names are held: millions of them would fill the memory."""
+"""Maximum number of names read from a folder at once: millions would fill the memory."""
 
 
 def _identity(folder: int) -> tuple[int, int]:
@@ -129,6 +129,6 @@ def _identity(folder: int) -> tuple[int, int]:
 
 
 def _mount_id(folder: int) -> str:
-    """Which mount an open folder is on: of two that show the same files, too, each has its own (proc(5))."""
+    """Return the mount id of an open folder; bind mounts of the same files have different ids (proc(5))."""
     lines = Path(f"/proc/self/fdinfo/{folder}").read_text().splitlines()
     return next(line for line in lines if line.startswith("mnt_id:"))

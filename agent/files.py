@@ -1,4 +1,4 @@
-"""Files of the host: read, written in one rename, synced."""
+"""Read and write the host's files: atomic, and durable across a power loss."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from typing import Any
 
 Json = dict[str, Any]
 Note = Callable[[str], None]
-"""Reports something that happened, to whoever follows the run."""
+"""Reports an event to the clients that follow the run."""
 
 
 class Fault(Exception):
-    """An expected failure: its kind picks the client's error, the rest is shown."""
+    """An expected failure: `kind` selects the client's error class; the other fields are displayed."""
 
     def __init__(self, kind: str, what: str, cause: str = "", hint: str = "") -> None:
-        what, cause, hint = (cut(text) for text in (what, cause, hint))  # others' words may be in them
+        what, cause, hint = (cut(text) for text in (what, cause, hint))  # may contain untrusted text
         super().__init__(what)
         self.report: Json = {"kind": kind, "what": what, "cause": cause, "hint": hint}
 
 
 def cut(text: str, limit: int = 10_000) -> str:
-    """The beginning of a text that may be of any length."""
+    """Truncate a text to `limit` characters."""
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def write(path: Path, content: str | bytes, mode: int = 0o644) -> None:
-    """Write a file in one rename that a power cut does not undo."""
+    """Write a file atomically and durably. Raises OSError."""
     data = content if isinstance(content, bytes) else content.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with _draft(path, mode) as descriptor:
@@ -41,9 +41,9 @@ def write(path: Path, content: str | bytes, mode: int = 0o644) -> None:
 
 
 def copy(source: Path, place: Path) -> None:
-    """Copy a regular file with its mode, in one rename that a power cut does not undo; raises OSError for another.
+    """Copy a regular file with its mode, atomically and durably. Raises OSError for other file types.
 
-    A copy belongs to whoever makes it, so it is nothing that runs as its owner: the original may be somebody else's.
+    Clears setuid and setgid: the copy belongs to this process's user, the original may belong to another.
     """
     with os.fdopen(os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         mode = os.fstat(file.fileno()).st_mode
@@ -55,7 +55,7 @@ def copy(source: Path, place: Path) -> None:
 
 
 def regular(path: Path) -> bool:
-    """Whether a file is there, and no link, pipe or device."""
+    """Return whether a path is a regular file, without following symlinks."""
     with suppress(OSError):
         return stat.S_ISREG(path.lstat().st_mode)
     return False
@@ -63,7 +63,7 @@ def regular(path: Path) -> bool:
 
 @contextmanager
 def _draft(path: Path, mode: int) -> Iterator[int]:
-    """A new file's descriptor; synced and renamed to `path` at the end, removed when that or the body fails."""
+    """Yield a new file's descriptor; sync it and rename it to `path` at the end, or delete it on an error."""
     draft = _draft_of(path)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
@@ -82,16 +82,16 @@ def _draft(path: Path, mode: int) -> Iterator[int]:
 
 
 def _draft_of(path: Path) -> Path:
-    """Where a file or link is made before it is renamed to `path`."""
+    """Return the temporary path of a file or link that is then renamed to `path`."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)  # of a killed process that had the same number
+    draft.unlink(missing_ok=True)  # of a killed process with the same pid
     return draft
 
 
 def remove_drafts(folder: Path) -> None:
-    """Remove what killed processes left of `write` and `link` in a folder: a draft lives for moments.
+    """Delete drafts that killed processes left in a folder (`write`, `link`): a draft exists for moments only.
 
-    One of another process namespace (containers that share a prefix) looks ended: its write fails, and can be repeated.
+    A process in another PID namespace (containers that share a prefix) looks ended; its write fails and can be retried.
     """
     for draft in folder.glob(".*.*"):
         number = draft.suffix[1:]
@@ -103,7 +103,7 @@ def remove_drafts(folder: Path) -> None:
 
 
 def _ended(pid: int) -> bool:
-    """Whether there is no such process any more."""
+    """Return whether a process no longer exists."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -122,7 +122,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def append(path: Path, line: Json) -> None:
-    """Add a line of JSON: on the disk when this returns, and none of it in a line that a power cut tore."""
+    """Append a line of JSON durably, on a new line even if a power loss has truncated the last one. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     try:
@@ -137,9 +137,9 @@ def append(path: Path, line: Json) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Bring a folder's entries to the disk: without it a rename or deletion may be lost with the power.
+    """Sync a folder's entries: otherwise a power loss may undo a rename or deletion.
 
-    Also one that came before something else was synced: btrfs writes what is asked for, and nothing that is older.
+    Syncing something else later is not enough: btrfs writes only what was synced, not older changes.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -149,14 +149,14 @@ def sync(folder: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a file or link, if it is there; a power cut does not bring it back."""
+    """Delete a file or link durably, if it exists."""
     with suppress(FileNotFoundError):
         path.unlink()
         sync(path.parent)
 
 
 def link(place: Path, target: Path | str) -> None:
-    """Point the symbolic link `place` at `target`, in one rename."""
+    """Point the symbolic link `place` at `target`, atomically and durably."""
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft_of(place)
     draft.symlink_to(target)
@@ -165,7 +165,7 @@ def link(place: Path, target: Path | str) -> None:
 
 
 def retried(act: Callable[[], object]) -> None:
-    """Do what must not fail, such as a step of a revert: three times, a moment apart, before its error is raised."""
+    """Run an action that must not fail, such as a step of a revert, up to three times. Raises its last error."""
     for pause in RETRIES:
         try:
             act()
@@ -176,11 +176,11 @@ def retried(act: Callable[[], object]) -> None:
 
 
 RETRIES = [0.1, 1.0]
-"""Seconds between the attempts of `retried`: a disk that is full for a moment, a systemd that reloads."""
+"""Seconds between the attempts of `retried`, for a briefly full disk or a reloading systemd."""
 
 
 def os_fault(error: OSError, what: str) -> Fault:
-    """The Fault that stands for an error of the operating system's; `what` could not be done."""
+    """Convert an OSError to a Fault; `what` says what failed."""
     remedies = {
         errno.ENOSPC: FULL,
         errno.EDQUOT: FULL,
@@ -192,9 +192,9 @@ def os_fault(error: OSError, what: str) -> Fault:
 
 
 def read(path: Path, *, lenient: bool = False) -> Json:
-    """Read a JSON object; empty when there is no such file. One that cannot be read is not the same: raises OSError.
+    """Read a JSON object; empty if the file does not exist. Raises OSError if it cannot be read.
 
-    Raises Fault when it is damaged; `lenient` takes it for a missing one, right for what the next deploy writes again.
+    Raises Fault if it is damaged; with `lenient`, return an empty object, for files that the next deploy rewrites.
     """
     try:
         found = json.loads(path.read_text())
@@ -211,7 +211,7 @@ def read(path: Path, *, lenient: bool = False) -> Json:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -220,14 +220,15 @@ def sha256(path: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The start of a text file; empty when there is none."""
+    """Return the beginning of a text file; empty if it cannot be read (see `read_some`)."""
     return read_some(path).decode(errors="replace")
 
 
 def read_some(path: Path, limit: int = 200_000, *, follow: int = 0) -> bytes:
-    """What is in a file, up to `limit` bytes; nothing when it is a pipe or a device that somebody put there.
+    """Return up to `limit` bytes of a file; empty if it cannot be read or is not a regular file.
 
-    It may have any length, as what a process says of itself in /proc. With O_NOFOLLOW for `follow` a link is none.
+    The limit guards against endless files, such as those in /proc that a process controls. `follow=O_NOFOLLOW` rejects
+    symlinks.
     """
     with suppress(OSError), os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | follow), "rb") as file:
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -236,7 +237,7 @@ def read_some(path: Path, limit: int = 200_000, *, follow: int = 0) -> bytes:
 
 
 def meminfo() -> dict[str, int]:
-    """The machine's memory in bytes, as /proc/meminfo names it."""
+    """Return /proc/meminfo in bytes, by its field names."""
     lines = (line.split() for line in read_text(Path("/proc/meminfo")).splitlines())
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3}
 

@@ -1,4 +1,4 @@
-"""Folders that somebody else may change meanwhile: opened name by name, no link followed."""
+"""Safe access to folders that other users may change meanwhile: opened component by component, without links."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 
 from agent.files import Json
 
-FOLDER = os.O_PATH | os.O_DIRECTORY  # O_PATH asks for no permission to read: one may only be passed through
+FOLDER = os.O_PATH | os.O_DIRECTORY  # O_PATH: a folder may be searchable but not readable
 
 
 def distrusted() -> int:
-    """The user whose links are not followed: the service's, in a process of root that acts as it; else -1."""
+    """Return the uid whose links are not followed: the service's in a root process that acts as it, else -1."""
     return os.geteuid() if os.geteuid() != os.getuid() else -1
 
 
 @contextmanager
 def opened(folder: Path, *, links: bool = False) -> Iterator[int]:
-    """Open a folder component by component and yield its descriptor; raises OSError if a component is a link.
+    """Open a folder component by component and yield its descriptor. Raises OSError if a component is a link.
 
-    With `links` they are followed, as an operator may have made them, except those of the service (`distrusted`).
+    With `links`, follow links, such as an operator's, except those of the service (`distrusted`).
     """
     place, names, left = os.open("/", FOLDER), [".", *reversed(folder.parts[1:])], 40  # links, as the kernel follows
     try:
@@ -49,7 +49,7 @@ def opened(folder: Path, *, links: bool = False) -> Iterator[int]:
 
 
 def below(place: int, name: str, *, make: bool = False) -> int:
-    """Open a folder below an open one, and make it first if need be; raises OSError for a link on the way to it."""
+    """Open a folder below an open one and return its descriptor; `make` creates it. Raises OSError for a link."""
     here = os.dup(place)
     try:
         for each in filter(None, name.split("/")):
@@ -67,24 +67,23 @@ def below(place: int, name: str, *, make: bool = False) -> int:
 
 @contextmanager
 def inside(root: Path, name: str = "", *, make: bool = False) -> Iterator[Path]:
-    """A folder below another, as a path that leads to it alone, whatever is put in its place. Raises OSError.
+    """Yield a /proc path pinned to the folder `name` below `root`, even if it is replaced meanwhile. Raises OSError.
 
-    On the way to `root` links are followed that are not the service's, below it none is.
+    Follows links on the way to `root` except the service's; follows none below it.
     """
     with opened(root, links=True) as top, _descriptor(below(top, name, make=make)) as place:
         yield place
 
 
 LEVELS, WAITING = 100, 30_000_000
-"""Folders in each other, and characters of the paths of those that are still to be looked at."""
+"""Maximum nesting depth, and maximum total length of the paths of pending folders in characters."""
 
 
 def branches(root: Path, name: str = "") -> Iterator[tuple[str, Path]]:
-    """Every folder of the tree `name` below a folder, itself first: its path from there, with a `/` behind, and a path
-    that leads to it alone until the next is asked for. Links as `inside`; what cannot be looked into counts as empty.
+    """Yield every folder of the tree `name` below `root`, itself first: its relative path with a trailing `/`, and a
+    pinned path, valid until the next iteration. Follows links like `inside`; skips unreadable folders.
 
-    Those that are `LEVELS` deep are the last, and no more wait than their paths fit into `WAITING`: who means well
-    makes no such trees.
+    Stops descending at `LEVELS`, and skips folders when pending paths exceed `WAITING`: only hostile trees get there.
     """
     pending, room = [f"{name}/" if name else ""], WAITING
     with opened(root, links=True) as top:
@@ -103,7 +102,7 @@ def branches(root: Path, name: str = "") -> Iterator[tuple[str, Path]]:
 
 @contextmanager
 def _descriptor(folder: int) -> Iterator[Path]:
-    """The path of an open folder, which is closed afterwards."""
+    """Yield the /proc path of an open folder, then close it."""
     try:
         yield Path(f"/proc/self/fd/{folder}")
     finally:
@@ -111,7 +110,7 @@ def _descriptor(folder: int) -> Iterator[Path]:
 
 
 def real(path: Path | str) -> Path:
-    """Where a path leads, links followed; raises OSError for a chain of them without an end."""
+    """Resolve a path's links. Raises OSError for a link loop."""
     try:
         return Path(os.path.realpath(path))
     except RecursionError:  # 3.12 and older
@@ -119,7 +118,7 @@ def real(path: Path | str) -> Path:
 
 
 def mounts() -> list[Json]:
-    """What is mounted: where, what and of which type (/proc/self/mountinfo, proc(5)); of one place the last is seen."""
+    """Return all mounts: point, source and type (/proc/self/mountinfo, proc(5)); the last one at a point is visible."""
     found: list[Json] = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
@@ -129,7 +128,7 @@ def mounts() -> list[Json]:
 
 
 def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Every file and link of a tree with its own status, in no order; paths are relative."""
+    """Yield every file and link of a tree with its own status, unordered; paths are relative."""
     pending = [""]
     while pending:
         folder = pending.pop()
@@ -143,7 +142,7 @@ def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def tree(root: Path) -> Iterator[Path]:
-    """Every folder of a tree, each before those in it, no link followed. One that cannot be listed counts as empty."""
+    """Yield every folder of a tree, parents first, without following links. Unreadable folders count as empty."""
     pending = [str(root)]
     while pending:
         folder = pending.pop()

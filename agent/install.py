@@ -1,8 +1,8 @@
-"""The agent's own code on this host: unpacked into `state/agents/<hash>`, so that Python keeps its bytecode.
+"""The agent's code on this host: unpacked into `state/agents/<hash>`, so that Python caches its bytecode.
 
-The client's loader runs the archive from memory after comparing its hash, and an unpacked agent only where nobody but
-root and the current user can write (`deploy/connection.py`). Units run `state/agent`, a link to the agent that took
-their plan over; a release that runs the agent has a link of its own.
+The client's loader runs the archive from memory after checking its hash, and an unpacked agent only if no user except
+root and the current user can write to it (`deploy/connection.py`). Units run `state/agent`, a link to the agent that
+accepted their plan; a release that runs the agent has a separate link.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from agent.files import link, sync
 from agent.layout import Layout
 
 RUNNING = Path(__file__).parents[1]
-"""What runs now: an archive, or a folder."""
+"""The running agent: an archive or a folder."""
 
 RECENT = 24 * 3600
-"""Seconds for which an unpacked agent is kept that nothing links to: another client's commands may run from it."""
+"""Seconds to keep an unpacked agent without links: another client's commands may be running from it."""
 
 
 def install(layout: Layout) -> None:
-    """Make the running agent the one that units run. Raises OSError."""
+    """Make units use the running agent. Raises OSError."""
     place = _unpack(layout) if RUNNING.is_file() else RUNNING
     inside = place.parent == layout.state / "agents"
     link(layout.agent, f"agents/{place.name}" if inside else place)
 
 
 def keep(layout: Layout) -> None:
-    """Unpack the running agent for the next commands, where Hearth has a folder and room for it."""
+    """Unpack the running agent for later commands, if the state folder exists and has space."""
     if RUNNING.is_file() and layout.state.is_dir():
         with suppress(OSError):
-            if not _place(layout).exists():  # else the loader does not trust that place
+            if not _place(layout).exists():  # exists: the loader does not trust it
                 _unpack(layout)
 
 
 def prune(layout: Layout) -> None:
-    """Delete unpacked agents that neither a unit nor a release runs, nor a command of the last day."""
+    """Delete unpacked agents older than RECENT that no unit or release links to. Raises Fault."""
     linked = {
         os.path.realpath(path) for path in (layout.agent, layout.exporter_agent, *layout.releases.glob("*/agent"))
     } | {str(RUNNING)}
@@ -55,10 +55,10 @@ def _place(layout: Layout) -> Path:
 
 
 def _unpack(layout: Layout) -> Path:
-    """Unpack and compile the running archive beside its place and rename it there. Raises OSError.
+    """Unpack and compile the running archive to a temporary folder and rename it into place. Raises OSError.
 
-    Everything is on the disk before the rename. Bytecode is not compared with its source on import (PEP 552), and
-    Python writes none later (`__main__.py`): after a power cut it could be cut short.
+    Everything is synced before the rename. Bytecode is not checked against its source on import (PEP 552), and Python
+    writes none later (`__main__.py`), since a power loss could truncate it.
     """
     import io
     import py_compile
@@ -75,10 +75,10 @@ def _unpack(layout: Layout) -> Path:
                 mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
                 py_compile.compile(str(path), doraise=True, invalidation_mode=mode)
         for path in (*draft.rglob("*"), draft):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # whatever the umask: some units are not root's
+            path.chmod(0o755 if path.is_dir() else 0o644)  # independent of the umask: some units do not run as root
             sync(path)
         place.parent.chmod(0o755)
-        if place.exists():  # not one that the loader accepts: aside first, for what runs from it
+        if place.exists():  # not accepted by the loader: move it aside, it may be running
             place.rename(draft.with_suffix(".old"))
         draft.rename(place)
         sync(place.parent)

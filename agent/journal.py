@@ -1,4 +1,4 @@
-"""What was done on the host, and what is under way."""
+"""Journals of finished and current runs on the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agent.schema.facts import Busy, Ended
 
 
 def busy(layout: Layout) -> Busy:
-    """Who is changing this host now: the run under way; empty when nobody is."""
+    """Return the run in progress; empty if there is none."""
     plan = read(layout.pending)
     if not plan:
         return {}
@@ -23,12 +23,12 @@ def busy(layout: Layout) -> Busy:
 
 
 def now() -> str:
-    """The time, UTC, as ISO 8601."""
+    """Return the current time in UTC as ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def events(text: str) -> list[Json]:
-    """The lines of a journal; one that a power cut tore is left out."""
+    """Parse the lines of a journal; skip a line truncated by a power loss."""
     found: list[Json] = []
     for line in text.splitlines():
         with suppress(ValueError):
@@ -37,38 +37,38 @@ def events(text: str) -> list[Json]:
 
 
 class Journal:
-    """What happened in a run, on disk line by line before the next thing is done."""
+    """Events of a run; each line is on disk before the next action."""
 
     def __init__(self, layout: Layout, run_id: str) -> None:
         self.path = layout.state / "runs" / f"{run_id}.jsonl"
 
     def events(self) -> list[Json]:
-        """All lines so far; one that a power cut tore is left out."""
+        """Return all events so far; skip a line truncated by a power loss."""
         try:
             return events(self.path.read_text(errors="replace"))
         except FileNotFoundError:
             return []
 
     def add(self, event: str, **values: Any) -> None:
-        """Append one line."""
+        """Append one event durably. Raises OSError."""
         append(self.path, {"at": now(), "event": event, **values})
 
 
 class Adopted(Journal):
-    """What adopting changes, each line on disk before that is done: undoing reads it backwards."""
+    """Changes of an adoption; each is on disk before it is made. Undo reads them backwards."""
 
     def __init__(self, layout: Layout) -> None:
         self.path = layout.state / "adopted.jsonl"
 
 
 class Settings(Journal):
-    """What is changed outside the prefix on request, each line on disk before that is done."""
+    """Requested changes outside the prefix; each is on disk before it is made."""
 
     def __init__(self, layout: Layout) -> None:
         self.path = layout.state / "settings.jsonl"
 
     def in_force(self) -> dict[str, list[Json]]:
-        """The changes that were not undone, by setting, each with its first `old` value and its latest `new` one."""
+        """Return the changes not undone, by setting, each with its first `old` and latest `new` value."""
         found: dict[str, dict[tuple[str, str], Json]] = {}
         for event in self.events():
             places = found.setdefault(event["setting"], {})
@@ -81,7 +81,7 @@ class Settings(Journal):
 
 
 def history(layout: Layout) -> list[Ended]:
-    """How every run on this host ended, oldest first."""
+    """Return the results of all runs on this host, oldest first."""
     try:
         return cast("list[Ended]", events(layout.history.read_text(errors="replace")))
     except OSError:
@@ -89,9 +89,9 @@ def history(layout: Layout) -> list[Ended]:
 
 
 DEPLOYS = ("deploy", "rollback")
-"""The actions that put a release in service."""
+"""Actions that put a release in service."""
 
 
 def last(runs: list[Ended], *actions: str) -> Ended:
-    """How the last of some runs ended, or the last of these `actions`; empty when there was none."""
+    """Return the last run, or the last with one of `actions`; empty if there is none."""
     return next((each for each in reversed(runs) if not actions or each["action"] in actions), Ended())

@@ -1,4 +1,4 @@
-"""Where everything of one host lies, and who may do what there."""
+"""Paths, users and permissions of one host."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from agent.files import Fault, Json, read, write
 
 
 class Layout:
-    """Where on this host: the folders of a prefix, and who owns them."""
+    """The folders of a prefix and their owners."""
 
     def __init__(self, layout: Json) -> None:
         self.json = layout
         self.prefix = Path(layout["prefix"]).expanduser()
         self.service = str(layout["service"])
         self.scope = str(layout["scope"])  # "system" (root, systemd) or "user"
-        self.user = str(layout["user"])  # whom the service runs as; empty: whoever runs this
-        self.group = f"{self.user}-members" if self.user else ""  # the people's, which the service is not in
-        self.exporter = str(layout.get("exporter", ""))  # whom its exporter runs as
-        self.public = bool(layout.get("public"))  # whether everybody on the machine may read the data
+        self.user = str(layout["user"])  # the service's user; empty: the user who runs this
+        self.group = f"{self.user}-members" if self.user else ""  # the members' group, without the service
+        self.exporter = str(layout.get("exporter", ""))  # the exporter's user
+        self.public = bool(layout.get("public"))  # whether all local users may read the data
         self.address = str(layout["address"])
         self.port = int(layout["port"])
-        self.mounts: dict[str, str] = layout.get("mounts", {})  # systemd's unit for each mount point
-        self.elsewhere: dict[str, str] = layout.get("folders", {})  # where folders lie that are not in the data
+        self.mounts: dict[str, str] = layout.get("mounts", {})  # mount point -> systemd unit
+        self.elsewhere: dict[str, str] = layout.get("folders", {})  # name -> path of folders outside the data
         self.parts = self.prefix / "parts"
         self.releases = self.prefix / "releases"
         self.current = self.prefix / "current"
@@ -36,20 +36,20 @@ class Layout:
         self.state = self.prefix / "state"
         self.secrets = self.prefix / "secrets"
         self.incoming = self.state / "incoming"
-        self.agent = self.state / "agent"  # the agent that units run
-        self.exporter_agent = self.state / "exporter"  # the agent that the exporter's unit runs
+        self.agent = self.state / "agent"  # the agent used by units
+        self.exporter_agent = self.state / "exporter"  # the agent used by the exporter's unit
         self.exporter_settings = self.state / "exporter.json"
         self.pending = self.state / "pending.json"
         self.history = self.state / "history.jsonl"
         self.lock = self.state / "lock"
         self.cut = self.state / "cut-over.json"
         self.paused = self.state / "paused.json"
-        self.lingered = self.state / "lingered"  # the login's systemd outlives it since Hearth asked for that
+        self.lingered = self.state / "lingered"  # exists if Hearth has enabled lingering
         self.database = self.data / "user/comfyui.db"
         self.choice = self.state / "manager.json"  # which manager runs the service
 
     def release(self) -> str:
-        """The current release's id; empty when there is none. Raises Fault when `current` is not Hearth's."""
+        """Return the current release's id; empty if there is none. Raises Fault if `current` is not Hearth's."""
         if not self.current.is_symlink():
             if self.current.exists():
                 raise Fault(
@@ -70,31 +70,31 @@ class Layout:
         return target.name
 
     def note_manager(self, name: str) -> None:
-        """Record which manager runs the service."""
-        with suppress(OSError):  # a full disk must not stop a revert; the unit or `enabled` shows it, too
+        """Record the service's manager."""
+        with suppress(OSError):  # a full disk must not stop a revert; the unit and `enabled` also show it
             write(self.choice, json.dumps({"manager": name}))
 
     def folder(self, name: str) -> Path:
-        """Where ComfyUI has its models, input, output or user files."""
+        """Return ComfyUI's models, input, output or user folder."""
         return Path(self.elsewhere.get(name) or self.data / name)
 
     def unmounted(self) -> list[str]:
-        """The mount points where nothing is mounted."""
+        """Return the mount points where nothing is mounted."""
         return [path for path in self.mounts if not os.path.ismount(path)]
 
     def manifest(self, release: str) -> Json:
-        """What a release is; empty when it is not there."""
+        """Return a release's manifest; empty if it does not exist. Raises Fault if it is damaged."""
         return read(self.releases / release / "release.json")
 
     def owner(self) -> tuple[int, int]:
-        """User and group of the service, or -1 (unchanged) when it runs as whoever runs this."""
+        """Return the service's uid and gid; -1 (unchanged) if it has no user. Raises KeyError for an unknown user."""
         if not self.user:
             return -1, -1
         entry = pwd.getpwnam(self.user)
         return entry.pw_uid, entry.pw_gid
 
     def sharing(self) -> tuple[int, int]:
-        """User and group that the data belongs to: the service's user, and the members' group."""
+        """Return the data's uid and gid: the service's user and the members' group. Raises KeyError."""
         return (self.owner()[0], grp.getgrnam(self.group).gr_gid) if self.user else self.owner()
 
 
@@ -102,9 +102,9 @@ SHARING = "system.posix_acl_default"
 
 
 def shared(mode: int, user: int) -> bytes:
-    """What is made in a folder of this mode gets, whatever its maker's umask: owner, service and members may do all.
+    """Return a folder's default ACL: owner, `user` and group get full access to new entries, whatever the umask.
 
-    An access control list as the kernel keeps it (acl(5), include/uapi/linux/posix_acl_xattr.h).
+    Others get the folder's `mode` without write access. Encoding: acl(5), include/uapi/linux/posix_acl_xattr.h.
     """
     nobody = 0xFFFFFFFF
     entries = ((0x01, 7, nobody), (0x02, 7, user), (0x04, 7, nobody), (0x10, 7, nobody), (0x20, mode & 5, nobody))
@@ -112,18 +112,18 @@ def shared(mode: int, user: int) -> bytes:
 
 
 PROOF = "hearth-gate"
-"""The folder in the output where the health gate has its picture written, for a moment."""
+"""The folder in the output for the health gate's temporary pictures."""
 
 DATA = ("models", "input", "output", "user", "temp", "cache", "datasets")
-"""The folders of the data that ComfyUI writes to."""
+"""The data folders that ComfyUI writes to."""
 
 SHARED = ("models", "input", "output", "user/default")
-"""What of the data its members may change. The rest holds code: caches of compiled kernels and of torch.hub, what nodes
-keep, extensions of the interface."""
+"""The data folders that members may change. The others contain code: compiled kernels, torch.hub, the nodes' files,
+frontend extensions."""
 
 UNUSED = "custom_nodes"
-"""A folder of the data that nothing is loaded from: nodes are the release's. It is empty, root's and read-only, so that
-whoever puts one there is told."""
+"""A data folder from which nothing is loaded: nodes belong to the release. It is empty, owned by root and read-only, so
+that installing a node there fails with an error."""
 
 DATABASE = ("comfyui.db", "comfyui.db-wal", "comfyui.db-shm", "comfyui.db-journal")
-"""The files of ComfyUI's database, SQLite's (sqlite.org/tempfiles.html); what else is named alike is the user's."""
+"""The files of ComfyUI's SQLite database (sqlite.org/tempfiles.html); other files with similar names are the user's."""

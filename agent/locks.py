@@ -1,4 +1,4 @@
-"""Locks that the kernel drops with the process that holds them."""
+"""File locks, which the kernel releases when their process ends."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LOCK = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @contextmanager
 def flock(path: Path, *, wait: float = 1) -> Iterator[IO[bytes]]:
-    """Hold a lock that the kernel drops with the process; yields its file, opened to append to.
+    """Hold a lock file; yield the file, opened for appending. The kernel releases the lock when the process ends.
 
-    Raises Fault when another holds it for all of `wait` seconds: `free` holds it for a moment. Whoever may open a file
-    may lock it, so it is its owner's alone; one that others may open gives way to a new one.
+    Waits up to `wait` seconds, as `free` holds the lock briefly, then raises Fault. Anyone who can open a file can lock
+    it, so only its owner may; a lock file that others can open is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + wait
@@ -28,7 +28,7 @@ def flock(path: Path, *, wait: float = 1) -> Iterator[IO[bytes]]:
     while True:
         with os.fdopen(os.open(path, _LOCK, 0o600), "ab") as file:
             held = _locked(file, fcntl.LOCK_EX)
-            if held and not os.fstat(file.fileno()).st_nlink:  # deleted meanwhile: the next one locks another file
+            if held and not os.fstat(file.fileno()).st_nlink:  # deleted meanwhile: lock the new file
                 continue
             if _open_to_others(file) and not renewed and (held or not holders(path)):
                 renewed = _renew(path)
@@ -42,10 +42,10 @@ def flock(path: Path, *, wait: float = 1) -> Iterator[IO[bytes]]:
 
 
 def free(path: Path) -> bool:
-    """Whether nobody holds the lock file.
+    """Return whether no process holds the lock file.
 
-    Asked by a shared lock, so that those who ask do not take each other for a holder. Other ways fail: /proc/locks
-    shows no lock of another process namespace, and F_OFD_GETLK no flock, which supervisors that run now hold.
+    Tries a shared lock, so that concurrent callers do not block each other. /proc/locks misses locks of other PID
+    namespaces, and F_OFD_GETLK does not see flock, which running supervisors hold.
     """
     try:
         with path.open("rb") as file:
@@ -63,15 +63,15 @@ def _locked(file: IO[bytes], how: int) -> bool:
 
 
 def _open_to_others(file: IO[bytes]) -> bool:
-    """Whether others may open, and so lock it, as they may what an older Hearth has made."""
+    """Return whether other users can open and so lock the file, like lock files of older versions."""
     return bool(os.fstat(file.fileno()).st_mode & 0o077)
 
 
 def holders(path: Path) -> list[int]:
-    """The processes of this user that hold a lock; of others', none that matters can."""
+    """Return this user's processes that hold a lock; other users' cannot hold one that matters."""
     found: list[int] = []
     for process in Path("/proc").glob("[0-9]*"):
-        # the real user: the effective one is root's, too, of a program such as su that somebody has started
+        # Compare the real uid: a setuid program such as su, started by another user, also has root's effective uid.
         if f"\nUid:\t{os.getuid()}\t" in read_text(process / "status"):
             with suppress(OSError):  # it has ended
                 locked = [each.name for each in (process / "fdinfo").iterdir() if " FLOCK " in read_text(each)]
@@ -87,7 +87,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _renew(path: Path) -> bool:
-    """Put a new file, its owner's alone, in the place of a lock file that others may open; one process at a time."""
+    """Replace a lock file that others can open by a private one, one process at a time; return whether replaced."""
     fresh = path.with_name(f"{path.name}.new")
     with os.fdopen(os.open(fresh, _LOCK, 0o600), "ab") as file, suppress(FileNotFoundError):
         alone = _locked(file, fcntl.LOCK_EX) and os.path.samestat(os.fstat(file.fileno()), fresh.stat())

@@ -1,26 +1,26 @@
-"""Hearth on the host: reads facts, applies plans, exports metrics, and runs ComfyUI where there is no systemd.
+"""Hearth's agent: reads facts, applies plans, exports metrics, and supervises ComfyUI on hosts without systemd.
 
 The client sends this package as one file; it needs only Python 3.10. Every verb reads one JSON object from
-standard input (`site`, and the verb's own values) and answers in JSON lines. Its records lie in `<prefix>/state`:
+standard input (`site` and the verb's own values) and prints JSON lines. State is stored in `<prefix>/state`:
 
-    agents/<hash>/     that package, unpacked (`install`); agent is a link to the one that took the last plan over
-    pending.json       the plan under way; gone when it has ended
-    cut-over.json      the phase of its cut-over (`cutover`), and database-<run>/ the database as it was before,
-                       deleted with the run's end unless a revert could not restore it
-    reserve            room for the records that end a run, given up when the disk is full
-    trial/             scratch data of a release on trial
-    runs/<run>.jsonl   what happened, line by line; `follow` reads it
-    history.jsonl      how every run ended
-    adopted.jsonl      what was taken over from another installation, and its units in adopted/
-    paused.json        who paused the service, and when; gone when it is resumed
-    manager.json       what runs the service: systemd-system, systemd-user or process (Hearth's own supervisor)
-    comfyui.log        the output of a supervised ComfyUI, and comfyui.times how long it was at which time
-    settings.jsonl     changes outside the prefix made on request, each with the previous value
-    exporter           a link to the agent that exports metrics, by what exporter.json says
-    lock               held (flock) by the process that applies
+    agents/<hash>/     this package, unpacked (`install`); `agent` links to the one that accepted the last plan
+    pending.json       the plan in progress; deleted at its end
+    cut-over.json      the phase of its cut-over (`cutover`); database-<run>/ is the previous database, deleted at the
+                       run's end unless a revert failed to restore it
+    reserve            reserved disk space for a run's final records, freed when the disk is full
+    trial/             scratch data of a release's trial
+    runs/<run>.jsonl   events of a run, one per line; read by `follow`
+    history.jsonl      results of all runs
+    adopted.jsonl      changes of an adoption; its units are in adopted/
+    paused.json        who paused the service, and when; deleted on resume
+    manager.json       the service's manager: systemd-system, systemd-user or process (Hearth's supervisor)
+    comfyui.log        output of a supervised ComfyUI; comfyui.times records its size over time
+    settings.jsonl     requested changes outside the prefix, each with the previous value
+    exporter           link to the agent that exports metrics; exporter.json contains its settings
+    lock               held (flock) by the applying process
 
-A killed process, a closed connection or a power cut leaves these, and the next `apply` goes on from them: under
-systemd the apply unit is restarted, also at boot.
+These files survive a kill, a lost connection or a power loss, and the next `apply` resumes from them. Under systemd
+the apply unit is restarted, also at boot.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from agent.processes import confine
 
 
 def say(value: object) -> None:
-    """Print one line of JSON for the client."""
+    """Print a value as one line of JSON for the client."""
     print(json.dumps(value, default=vars), flush=True)  # vars: the fields of a dataclass
 
 
 def main(argv: list[str]) -> int:
-    """Run a verb; returns 0, or 3 after a Fault, which is then the last line."""
+    """Run a verb. Return 0; 3 after a Fault, printed as the last line; UNWRITABLE after an OSError."""
     verb = argv[0]
-    if verb == "confine":  # its environment is the command's
+    if verb == "confine":  # keeps its environment, which is the command's
         from agent.serve import confine as confinement
 
         confinement.main(json.loads(argv[1]), argv[3:])
-    if verb == "metrics":  # its unit's folder is in the environment
+    if verb == "metrics":  # needs its unit's RUNTIME_DIRECTORY
         from agent.metrics.server import serve
 
         serve(Path(argv[1]))
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
             _stay(verb, Layout(read(Path(argv[1]))))
         else:
             line = sys.stdin.buffer.readline()
-            # by sudo it comes through a pipe that the login's other processes can write to
+            # With sudo, the request passes a pipe that the login's other processes can write to.
             if argv[1:] and hashlib.sha256(line).hexdigest() != argv[1]:
                 raise Fault("usage", "the request was replaced on its way", "", "check what else this login runs")
             request = json.loads(line)
@@ -72,18 +72,18 @@ def main(argv: list[str]) -> int:
         return 3
     except BrokenPipeError:
         return 3
-    except OSError as error:  # a disk that is full, read-only or broken
+    except OSError as error:  # the disk is full, read-only or broken
         say({"fault": os_fault(error, f"the agent could not {verb}").report})
         return UNWRITABLE
     return 0
 
 
 UNWRITABLE = 4
-"""The apply unit is not started again at once after this exit code (RestartPreventExitStatus= in `systemd`)."""
+"""Exit code after which systemd does not restart the apply unit (RestartPreventExitStatus= in `systemd`)."""
 
 
 def _stay(verb: str, layout: Layout) -> None:
-    """Verbs that units run. They import everything now: their agent may be pruned while they run."""
+    """Run a verb of a unit. Import everything first: the agent may be pruned while it runs."""
     from agent.change import runs
     from agent.serve import health, supervisor, watch
 
@@ -114,12 +114,12 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "access": ("agent.change.settings", "access", None),
     "secret": ("agent.serve.secret", "keep", None),
 }
-"""Module and function of each verb of the client, and the values of the request that it takes (None: the request).
-Only the verb's own modules are imported, which keeps the others fast."""
+"""Module, function and request keys (None: the whole request) of each client verb. A verb imports only its own modules,
+which keeps the others fast."""
 
 
 def _answer(verb: str, layout: Layout, request: Json) -> None:
-    """Answer a verb of the client: one line of JSON, or one for each value of an iterator. Raises Fault."""
+    """Run a client verb; print its result as one line of JSON, or one per value of an iterator. Raises Fault."""
     if verb in OWN:
         say(OWN[verb](layout, request))
     elif verb in VERBS:
@@ -148,7 +148,7 @@ def _contents(layout: Layout, request: Json) -> Json:
 
 
 def _flags(layout: Layout, request: Json) -> Json:
-    """The release in service and the source of ComfyUI's flags."""
+    """Return the current release's manifest and the source of ComfyUI's flags."""
     release = layout.release()
     return {"release": layout.manifest(release), "text": read_text(layout.releases / release / "app/comfy/cli_args.py")}
 

@@ -22,20 +22,20 @@ from agent.layout import Layout
 
 
 def stamp(root: Path) -> str:
-    """A hash over path, size, time, mode and link target of all files: cheap, and any edit changes it.
+    """Return a hash over path, size, mtime, mode and link target of all files: cheap, and changed by any edit.
 
-    The kernel's answers take most of it, so processes share the folders of a large tree.
+    System calls dominate, so several processes share the folders of a large tree. Raises OSError or Fault.
     """
     found: dict[str, str] = {}
     pending = [""]
     while pending and len(pending) < 500:
         pending += _stamp_folder(root, pending.pop(0), found)
     if pending:
-        queue, feed = os.pipe()  # whoever is free takes the next folder's number: they differ by a factor of a thousand
+        queue, feed = os.pipe()  # idle workers take the next folder number: sizes differ a thousandfold
         number = min(os.cpu_count() or 1, 8)
         workers = [forked(_stamp_queued, root, pending, queue, feed) for _ in range(number)]
         os.close(queue)
-        with os.fdopen(feed, "wb") as pipe:  # a pipe holds 64 KiB: more can be written only while somebody reads
+        with os.fdopen(feed, "wb") as pipe:  # written while workers read: a pipe holds 64 KiB
             pipe.write(b"".join(number.to_bytes(4, "big") for number in range(len(pending))))
         for worker in workers:
             found |= worker()
@@ -43,8 +43,8 @@ def stamp(root: Path) -> str:
 
 
 def _stamp_queued(root: Path, folders: list[str], queue: int, feed: int) -> dict[str, str]:
-    """The stamps of all folders in and below those whose numbers come from the queue."""
-    os.close(feed)  # else the queue had no end
+    """Return the stamps of the folders whose numbers are read from the queue, and of their subfolders."""
+    os.close(feed)  # else the queue never ends
     found: dict[str, str] = {}
     while number := os.read(queue, 4):
         pending = [folders[int.from_bytes(number, "big")]]
@@ -57,7 +57,7 @@ def _stamp_folder(root: Path, folder: str, found: dict[str, str]) -> list[str]:
     """Add the stamp of a folder's own files to `found`; return the folders in it."""
     lines: list[str] = []
     folders: list[str] = []
-    place = os.open(f"{root}/{folder}", os.O_RDONLY)  # names within an open folder: a third faster than whole paths
+    place = os.open(f"{root}/{folder}", os.O_RDONLY)  # names relative to an open folder are a third faster
     try:
         with os.scandir(place) as entries:
             for entry in entries:
@@ -74,16 +74,15 @@ def _stamp_folder(root: Path, folder: str, found: dict[str, str]) -> list[str]:
 
 
 def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) -> Callable[[], Any]:
-    """Begin work in a process of its own; what is returned waits for its answer, which crosses as JSON.
+    """Start `work` in a child process; return a function that waits for its result, which is passed as JSON.
 
-    That raises OSError where the work did, and Fault for anything else that ended it, or when it takes longer than
-    `seconds` from now.
+    The function raises OSError if the work did, and Fault for other failures or after `seconds` from now.
     """
     end = time.monotonic() + seconds if seconds else None
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(reader)  # else writing would not fail, but wait for ever, once the parent is gone
+        os.close(reader)  # else a write blocks forever instead of failing after the parent's death
         status = 1
         with suppress(BaseException):
             try:
@@ -125,15 +124,15 @@ def as_service(
 ) -> Any:
     """Run `work` in a child process as the service user, so that links are followed with its rights, not root's.
 
-    With `sharing` it may give files to the members' group. Ends after `seconds`, as the service may have made a tree
-    without end. Raises as `forked` does.
+    With `sharing`, it can change files to the members' group. Stops after `seconds`: the service may have created an
+    endless tree. Raises like `forked`.
     """
     user, group = layout.owner()
     groups = [layout.sharing()[1]] if sharing and layout.user else []
 
     def lowered() -> Any:
         if layout.user:
-            # The effective user alone: the real one decides who may send signals, and the service could stop this.
+            # Set only the effective uid: with its real uid, the service could send signals to this process.
             os.setgroups(groups)
             os.setresgid(-1, group, -1)
             os.setresuid(-1, user, -1)
@@ -142,14 +141,14 @@ def as_service(
             os.umask(0o022)
         return work(*given)
 
-    lowered.__name__ = work.__name__  # for messages
+    lowered.__name__ = work.__name__  # for error messages
     return forked(lowered, seconds=seconds)()
 
 
 def forsake_root() -> None:
-    """Give up root for good in a process of `as_service` that parses what the service wrote.
+    """Drop root permanently in a process of `as_service` that parses untrusted data.
 
-    Its real user becomes an unused id: processes of the service could otherwise signal or trace it.
+    The real uid becomes an unused one, so that the service's processes cannot signal or trace it.
     """
     user, group = os.geteuid(), os.getegid()
     if user != os.getuid():
@@ -161,7 +160,7 @@ def forsake_root() -> None:
 
 
 def contents(root: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a tree, with an `x` behind it for an executable one."""
+    """Return the SHA-256 of every file of a tree, with a trailing `x` for executables."""
     found: dict[str, str] = {}
     for name, status in walk(root):
         if name != "PART.json" and stat.S_ISREG(status.st_mode):
@@ -171,9 +170,9 @@ def contents(root: Path) -> dict[str, str]:
 
 @contextmanager
 def part(layout: Layout, name: str) -> Iterator[Path]:
-    """Make a part: yields an empty folder to fill, then seals it and renames it into place, replacing an existing one.
+    """Create a part: yield an empty folder to fill, then seal it and rename it into place, replacing an existing one.
 
-    A sealed part is read-only; PART.json holds its stamp.
+    A sealed part is read-only; PART.json contains its stamp. Raises Fault or OSError.
     """
     place = layout.parts / name
     layout.parts.mkdir(parents=True, exist_ok=True)
@@ -184,7 +183,7 @@ def part(layout: Layout, name: str) -> Iterator[Path]:
     try:
         yield fresh
     except BaseException:
-        remove(fresh)  # the disk may be full, and what follows must be able to write
+        remove(fresh)  # free the space: the disk may be full
         raise
     size = 0
     for path, status in walk(fresh):
@@ -195,17 +194,17 @@ def part(layout: Layout, name: str) -> Iterator[Path]:
     os.sync()
     for folder in tree(fresh):
         _seal(folder, 0o555)
-    fresh.chmod(0o755)  # a folder must be writable to be renamed by who is not root
-    if place.exists():  # a damaged one: aside first, so that what runs from it keeps its open files
+    fresh.chmod(0o755)  # without root, only a writable folder can be renamed
+    if place.exists():  # damaged: move it aside, so that running processes keep their open files
         place.rename(layout.parts / f".{name}.damaged")
     fresh.rename(place)
-    sync(layout.parts)  # before anything that is synced relies on it
+    sync(layout.parts)  # before other synced data refers to it
     place.chmod(0o555)
     remove(layout.parts / f".{name}.damaged")
 
 
 def _seal(path: Path, mode: int) -> None:
-    """Set the mode of a file or folder, but not of the target of a link."""
+    """Set the mode of a file or folder; do nothing for a link."""
     place = os.open(path, os.O_PATH | os.O_NOFOLLOW)
     try:
         if not stat.S_ISLNK(os.fstat(place).st_mode):
@@ -215,7 +214,7 @@ def _seal(path: Path, mode: int) -> None:
 
 
 def fault_of(place: Path) -> str:
-    """What is wrong with a part; empty when nothing is."""
+    """Return a part's damage; empty if it is intact."""
     try:
         record = read(place / "PART.json")
         if not record:
@@ -227,5 +226,5 @@ def fault_of(place: Path) -> str:
 
 
 def faults_of(places: list[Path]) -> dict[str, str]:
-    """What is wrong with each of some parts, by name."""
+    """Return the damage of each part, by name."""
     return {place.name: fault_of(place) for place in places}

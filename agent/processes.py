@@ -1,4 +1,4 @@
-"""Programs that are run to their end, and processes that outlive their parents."""
+"""Run programs to completion, and handle processes that outlive their parents."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from agent.files import FULL, Fault, read_some, read_text
 
 
 def started(pid: int) -> str:
-    """When a process was started and in which boot: with its number that names one process; empty when it has ended."""
-    fields = read_text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()  # proc(5); its name may hold anything
+    """Return a process's start time and boot id, which with its pid identify it; empty if it has ended."""
+    fields = read_text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()  # proc(5); the name may contain anything
     if not fields or fields[0] in "ZX":
         return ""
     return f"{fields[19]} {read_text(Path('/proc/sys/kernel/random/boot_id')).strip()}"
@@ -28,14 +28,14 @@ def started(pid: int) -> str:
 INHERITED = (
     *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR"),
     *("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"),  # for systemctl --user
-    "XDG_CONFIG_HOME",  # where uv.toml lies
+    "XDG_CONFIG_HOME",  # for uv.toml
 )
-"""What programs get of the agent's environment. The rest is that of whoever started the agent, and PYTHON*, LD_*, PIP_*
-and the like would change what they do."""
+"""Variables that programs inherit from the agent. The others come from the user who started it; PYTHON*, LD_*, PIP_*
+and the like would change the programs' behaviour."""
 
 
-# Indexes, their credentials and certificates, and how the network is reached. Nothing else of uv's: what is installed,
-# and where, is decided by the plan.
+# Package indexes, their credentials and certificates, and proxies. No other variables of uv: the plan decides what is
+# installed, and where.
 INDEX = (
     *("UV_INDEX*", "UV_DEFAULT_INDEX", "UV_EXTRA_INDEX_URL", "UV_KEYRING_PROVIDER", "UV_CREDENTIALS_DIR", "NETRC"),
     *("UV_NATIVE_TLS", "UV_SYSTEM_CERTS", "UV_INSECURE_HOST", "UV_HTTP_*", "UV_REQUEST_TIMEOUT", "UV_OFFLINE", "SSL_*"),
@@ -44,15 +44,15 @@ INDEX = (
 
 
 def inherited(*more: str) -> dict[str, str]:
-    """The agent's environment as far as programs get it; `more` are further names, with `*` for any part of one."""
+    """Return the variables that programs inherit; `more` are additional names, `*` is a wildcard."""
     names = (*INHERITED, *more)
     return {name: value for name, value in os.environ.items() if any(fnmatchcase(name, each) for each in names)}
 
 
 def confine() -> None:
-    """Remove all other variables from this process, so that programs lack them however they are started.
+    """Remove all other variables from this process, so that no program inherits them however it is started.
 
-    Programs also speak English then, which the agent reads, and take file names in UTF-8.
+    Sets LC_ALL, so that programs print English, which the agent parses, and use UTF-8 file names.
     """
     kept = inherited(*INDEX) | {"LC_ALL": "C.UTF-8"}
     os.environ.clear()
@@ -62,10 +62,10 @@ def confine() -> None:
 def run(
     argv: list[str], env: dict[str, str] | None = None, timeout: float = 3600, *, inherit: bool = True, **more: Any
 ) -> str:
-    """Run a program to its end and return its output; raises Fault with its last lines when it fails.
+    """Run a program and return its output. Raises Fault with its last lines if it fails.
 
-    `env` is added to `inherited`, or without `inherit` is all that it gets; `more` is for subprocess.Popen. After
-    `timeout` seconds it is killed, with what it has started.
+    `env` is added to `inherited()`, or replaces it if `inherit` is False; `more` is passed to subprocess.Popen. After
+    `timeout` seconds the program and its process group are killed.
     """
     more |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     more |= {"env": {**(inherited() if inherit else {}), **(env or {})}, "start_new_session": True}
@@ -90,15 +90,15 @@ def run(
 
 
 LOG_BYTES = 4_000_000
-"""Bytes of a log that are looked at, its last: ComfyUI and ten nodes say some 50 kB while they start."""
+"""Maximum number of bytes read from a log's end: ComfyUI with ten nodes logs some 50 kB at its start."""
 
 
 LINE = 2000
-"""Characters of a line of a log that are shown: whoever writes it may never end one."""
+"""Maximum length of a log line in characters: the writer may never end it."""
 
 
 def last_of(argv: list[str], lines: int) -> list[str]:
-    """The last lines of what a program shows backwards, in their order, as far as they fit into `LOG_BYTES`."""
+    """Run a program that prints its newest line first; return the last lines, oldest first. Raises Fault."""
     with tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(
@@ -109,7 +109,7 @@ def last_of(argv: list[str], lines: int) -> list[str]:
         with process:
             assert process.stdout is not None
             raw = process.stdout.read(LOG_BYTES)
-            process.kill()  # it may have more to say
+            process.kill()  # it may have more output
         if not raw:
             said.seek(0)
             if why := said.read(LINE).decode(errors="replace").strip():
@@ -118,7 +118,7 @@ def last_of(argv: list[str], lines: int) -> list[str]:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait until the condition holds; returns whether it did in time."""
+    """Wait up to `seconds` for the condition; return whether it became true."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -128,21 +128,21 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def dies_with_parent() -> Callable[[], None]:
-    """For `preexec_fn`: the kernel kills the new process when this thread ends, however it ends (prctl(2))."""
+    """Return a `preexec_fn` that makes the kernel kill the new process when this thread ends (prctl(2))."""
     import ctypes  # only needed here
 
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def child() -> None:
         prctl(1, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before the kernel knew
+        if os.getppid() != parent:  # the parent ended before the prctl
             os._exit(1)
 
     return child
 
 
 def take_orphans() -> set[int]:
-    """Become the parent of all that outlives its own here (prctl(2)); returns the children that there are already."""
+    """Become the reaper of orphaned descendants (prctl(2)); return the existing children."""
     import ctypes  # only needed here
 
     ctypes.CDLL(None).prctl(36, ctypes.c_ulong(1), 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
@@ -150,10 +150,10 @@ def take_orphans() -> set[int]:
 
 
 def end_descendants(spared: Collection[int] = (), *, seconds: float = 20) -> None:
-    """Kill what was started since `take_orphans` returned the `spared`; raises Fault when it does not end.
+    """Kill all descendants except `spared` (from `take_orphans`). Raises Fault if some do not end within `seconds`.
 
-    Whoever loses its parent by that becomes a child here, and is next. One that forks and ends without a pause is gone
-    when it is signalled, but leaves a dead child behind each time: it is looked for until there is none for a while.
+    Orphans of killed processes become children here and are killed next. A process that forks and exits in a loop is
+    gone before its signal but leaves a zombie each time, so repeat until no child has appeared for a while.
     """
     end, quiet = time.monotonic() + seconds, 0
     while quiet < 20:
@@ -174,32 +174,32 @@ def end_descendants(spared: Collection[int] = (), *, seconds: float = 20) -> Non
 
 
 def end_with_programs(pid: int) -> None:
-    """Kill a process and the programs that it has started, each of which leads a session of its own (`files.run`)."""
+    """Kill a process and the programs it has started, each a session leader (see `run`)."""
     with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGSTOP)  # it starts no more
+        os.kill(pid, signal.SIGSTOP)  # prevents new programs
     programs = children(pid)
     kills = [(pid, os.kill), *((each, kill) for each in programs for kill in (os.killpg, os.kill))]
     for each, kill in kills:
-        with suppress(ProcessLookupError, PermissionError):  # it has ended, or is another user's
+        with suppress(ProcessLookupError, PermissionError):  # it has ended or belongs to another user
             kill(each, signal.SIGKILL)
 
 
 def children(parent: int = 0) -> set[int]:
-    """The children of a process, by default this one's, dead ones too."""
+    """Return the children of a process (default: this one), including zombies."""
     parent = parent or os.getpid()
     if lists := list(Path(f"/proc/{parent}/task").glob("*/children")):
         return {int(pid) for each in lists for pid in read_some(each).split()}
     places = {place.name: read_some(place / "stat", 4096) for place in Path("/proc").glob("[0-9]*")}
-    # proc(5); its name may hold anything
+    # proc(5); the name may contain anything
     return {int(pid) for pid, line in places.items() if line.rpartition(b")")[2].split()[1:2] == [b"%d" % parent]}
 
 
 def copied(pipe: IO[bytes], log: IO[bytes]) -> threading.Thread:
-    """Append a pipe's output to a file. A program that had the file itself could truncate it."""
+    """Append a pipe's output to a file in a thread. A program with direct access could truncate the file."""
 
     def copy() -> None:
         while block := os.read(pipe.fileno(), 1 << 16):
-            with suppress(OSError, ValueError):  # a full disk must not hold it up
+            with suppress(OSError, ValueError):  # a full disk must not block the program
                 log.write(block)
 
     thread = threading.Thread(target=copy, daemon=True)

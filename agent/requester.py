@@ -1,4 +1,4 @@
-"""Who asks: as the host itself knows it. What a client says of itself is no more than a hint."""
+"""The requester's identity as the host knows it. A client's own claim is only a hint."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pathlib import Path
 from agent.files import Json, read_text
 
 UNSET = "4294967295"
-"""The login of a process that no login started (proc(5), loginuid)."""
+"""The loginuid of a process outside any login session (proc(5))."""
 
 
 SSHD = ("sshd", "sshd-session")
-"""The programs that let logins in and note it; which of them does depends on OpenSSH's version."""
+"""Programs that accept and log logins, depending on OpenSSH's version."""
 
 
 def asker(claim: str) -> Json:
-    """`who` in words, and the fingerprint of the SSH `key` that let them in (empty: unknown). `claim` is the client's.
+    """Return `who` as text and the fingerprint of the SSH `key` used (empty: unknown). `claim` is the client's name.
 
-    The login is the one that PAM noted, which only the kernel can change, else sudo's word, else this process's user.
-    Where it came from is what the sshd above this process noted in the journal, else what its own variables say.
+    The login is the loginuid, which the kernel protects, else SUDO_UID, else this process's user. The address comes
+    from the journal entry of the sshd above this process, else from the environment (SSH_CONNECTION).
     """
     login = _name(read_text(Path("/proc/self/loginuid")).strip())
     login = login or _name(_environment("self").get("SUDO_UID", "")) or _name(str(os.getuid())) or str(os.getuid())
@@ -33,14 +33,14 @@ def asker(claim: str) -> Json:
         if found := _let_in(pid, login):
             address, key = found
             return {"who": f"{login} from {address} (says {claim})", "key": key}
-    for pid in above:  # sudo does not hand it on: the shell before it has it
+    for pid in above:  # sudo drops it; the shell above has it
         if said := re.match(r"[0-9A-Fa-f:.%]+", _environment(pid).get("SSH_CONNECTION", "")):
             return {"who": f"{login}, by its own account from {said[0]} (says {claim})", "key": ""}
     return {"who": f"{login}@{os.uname().nodename}", "key": ""}
 
 
 def _above() -> list[int]:
-    """This process and those that it comes from; not the system's first."""
+    """Return the pids of this process and its ancestors, except pid 1."""
     found, pid = list[int](), os.getpid()
     while pid > 1:
         found.append(pid)
@@ -55,7 +55,7 @@ def _name(number: str) -> str:
 
 
 def _environment(pid: int | str) -> dict[str, str]:
-    """The variables that a process was started with, as far as this one may see them."""
+    """Return a process's initial environment; empty if it is not readable."""
     words = read_text(Path(f"/proc/{pid}/environ")).split("\0")
     return dict(word.partition("=")[::2] for word in words)
 
@@ -66,10 +66,10 @@ def _parent(pid: int) -> int:
 
 
 def _let_in(pid: int, login: str) -> tuple[str, str] | None:
-    """The address, and the key if it was one, that a process let the login in by: None where that was not sshd's.
+    """Return the address and SSH key with which a process accepted the login; None if it is not sshd.
 
-    Any process can write to the journal, call itself sshd and name itself so. Fields that begin with _ are journald's
-    own: that the writer was root, and which program it ran. Of that process, the newest word counts.
+    Any process can write to the journal under the name sshd. Fields that begin with _ are set by journald and prove
+    that the writer was root and which program it ran. Its latest entry counts.
     """
     words = ["journalctl", "--quiet", "--boot", "--reverse", "--lines=50", "--output=json", "_UID=0", f"_PID={pid}"]
     pattern = r"Accepted \S+ for (\S+) from (\S+) port \d+ ssh2(?:: \S+ (SHA256:\S+))?"
@@ -85,7 +85,7 @@ def _let_in(pid: int, login: str) -> tuple[str, str] | None:
 
 
 def _name_of_program(pid: int) -> str:
-    """What a process of root's runs; empty for another's. Without root nobody may look, and its own word is taken."""
+    """Return the program of a root process; empty for other users'. Without root, return its self-reported name."""
     if not re.search(r"^Uid:\t0\t0\t0\t0$", read_text(Path(f"/proc/{pid}/status")), re.MULTILINE):
         return ""
     try:

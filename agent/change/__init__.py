@@ -1,1 +1,1 @@
-"""How a host is changed: plans, their steps, the trial and the cut-over."""
+"""Changes of a host: plans and their steps, the trial and the cut-over."""

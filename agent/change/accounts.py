@@ -1,4 +1,4 @@
-"""Steps that change users, groups and their rights."""
+"""Steps that change users, groups and their permissions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agent.schema.change import Account, Linger, Members, Rights
 
 
 def account(layout: Layout, step: Account, note: Note) -> None:
-    """Create the system users that units run as, each with its group, and the members' group."""
+    """Create the system users of the units, each with its group, and the members' group. Raises Fault."""
     run(["groupadd", "--force", "--system", layout.group])
     for user in filter(None, (layout.user, layout.exporter)):
         with suppress(KeyError):
@@ -27,7 +27,7 @@ def account(layout: Layout, step: Account, note: Note) -> None:
 
 
 def members(layout: Layout, step: Members, note: Note) -> None:
-    """Make the named users, and no others, members of the members' group; the service's own group has none."""
+    """Set the members' group to exactly the step's users; remove all members from the service's own group."""
     run(["groupadd", "--force", "--system", layout.group])
     run(["gpasswd", "--members", ",".join(step.members), layout.group])
     with suppress(KeyError):
@@ -36,7 +36,7 @@ def members(layout: Layout, step: Members, note: Note) -> None:
 
 
 def rights(layout: Layout, step: Rights, note: Note) -> None:
-    """Write the sudoers file for members. It is checked first: a broken one would disable sudo for everybody."""
+    """Write the sudoers file for members. Check it first: an invalid file would disable sudo. Raises Fault."""
     place = sudoers(layout)
     if not step.text:
         discard(place)
@@ -49,7 +49,7 @@ def rights(layout: Layout, step: Rights, note: Note) -> None:
 
 
 def linger(layout: Layout, step: Linger, note: Note) -> None:
-    """Let the login's systemd run without a session, from boot on. If that is refused, Hearth's supervisor is used."""
+    """Enable lingering, so that the user's systemd runs from boot on. If refused, Hearth's supervisor is used."""
     write(layout.lingered, "")
     done = subprocess.run(["loginctl", "enable-linger"], capture_output=True, text=True)
     if done.returncode:

@@ -1,6 +1,6 @@
-"""Taking over an existing installation of ComfyUI, and putting it back.
+"""Adopt an existing installation of ComfyUI, and undo the adoption.
 
-The tree is owned by another user. Root opens it component by component and follows no links.
+The tree belongs to another user, so root opens it component by component and follows no links.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from agent.serve.systemd import UNITS
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename, following no link, and never onto something that is there (renameat2, glibc 2.28); raises OSError."""
+    """Rename without following symlinks or replacing an existing target (renameat2, glibc 2.28). Raises OSError."""
     import ctypes  # only needed here
 
     with opened(source.parent) as here, opened(target.parent) as there:
@@ -40,13 +40,13 @@ def rename(source: Path, target: Path) -> None:
             code = ctypes.get_errno()
             if code != errno.EINVAL or os.path.lexists(target):
                 raise OSError(code, os.strerror(code), str(source), None, str(target))
-            os.rename(*names, src_dir_fd=here, dst_dir_fd=there)  # some file systems (NFS, older ZFS) know no such flag
+            os.rename(*names, src_dir_fd=here, dst_dir_fd=there)  # NFS and older ZFS do not support the flag
         os.fsync(there)
         os.fsync(here)
 
 
 def retire(layout: Layout, step: Retire, note: Note) -> None:
-    """Wait for the old installation's jobs, then stop and disable its units and put them away."""
+    """Wait for the old installation's jobs, then stop, disable and set aside its units. Raises Fault."""
     drain(Endpoint(("127.0.0.1",), step.port), step.drain, step.force, note)
     record = Adopted(layout)
     known = {event["unit"]["name"] for event in record.events() if event["event"] == "unit"}
@@ -57,7 +57,7 @@ def retire(layout: Layout, step: Retire, note: Note) -> None:
         if not os.path.lexists(unit.path):
             continue
         run(["systemctl", "stop", unit.name])
-        # Drop-ins, too: they would change Hearth's unit of that name.
+        # Drop-ins, too: they would apply to Hearth's unit of the same name.
         own = [UNITS / f"{unit.name}.d", UNITS / unit.name]
         for place in own:
             _copy(place, layout.state / "adopted" / place.name)
@@ -73,7 +73,7 @@ def retire(layout: Layout, step: Retire, note: Note) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a unit or its drop-ins as they are, links as links; /etc may be another file system than the prefix."""
+    """Copy a unit or its drop-ins with `cp -a`; /etc and the prefix may be on different file systems."""
     if not os.path.lexists(source):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def _drop(place: Path) -> None:
 
 
 def adopt(layout: Layout, step: Adopt, note: Note) -> None:
-    """Move a folder of the old installation into the data, and give it to the service."""
+    """Move a folder of the old installation into the data and change its owner to the service."""
     record = Adopted(layout)
     source, target = Path(step.source), layout.data.resolve() / step.name
     if step.name == "user":
@@ -110,7 +110,7 @@ def adopt(layout: Layout, step: Adopt, note: Note) -> None:
 
 
 def _move_tree(source: Path, target: Path, record: Adopted) -> list[str]:
-    """Rename a folder, or merge it into an existing one; returns what could not be moved."""
+    """Rename a folder, or merge it into an existing one; return the paths that could not be moved."""
     left: list[str] = []
     pending = [(source, target)]
     while pending:
@@ -121,7 +121,7 @@ def _move_tree(source: Path, target: Path, record: Adopted) -> list[str]:
         if not os.path.lexists(here):
             continue
         with suppress(OSError), opened(there.parent) as place:
-            os.rmdir(there.name, dir_fd=place)  # an empty one is as good as none
+            os.rmdir(there.name, dir_fd=place)  # replace an empty folder
         if not os.path.lexists(there):
             record.add("rename", source=str(here), target=str(there))
             rename(here, there)
@@ -133,11 +133,11 @@ def _move_tree(source: Path, target: Path, record: Adopted) -> list[str]:
 
 
 LONGEST = 3800
-"""Bytes of a path; the kernel takes 4096."""
+"""Maximum length of a path in bytes; the kernel accepts 4096."""
 
 
 def _take_tree(layout: Layout, root: Path, owners: set[int], record: Adopted) -> int:
-    """Give a tree to the service and its group, except files of others than `owners`; returns how many were left."""
+    """Set a tree's owner and group to the service's, except files not owned by `owners`; return the number kept."""
     left = 0
     with opened(root.parent) as parent:
         left += _take_entries(parent, root.parent, [root.name], layout.sharing(), owners, record)
@@ -146,7 +146,7 @@ def _take_tree(layout: Layout, root: Path, owners: set[int], record: Adopted) ->
             with opened(folder) as place:
                 names = os.listdir(place)  # noqa: PTH208  of an open folder
                 left += _take_entries(place, folder, names, layout.sharing(), owners, record)
-        except OSError as error:  # gone, a link by now, or so deep that no path leads to it
+        except OSError as error:  # deleted, replaced by a link, or its path is too long
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
                 raise
     return left
@@ -155,14 +155,14 @@ def _take_tree(layout: Layout, root: Path, owners: set[int], record: Adopted) ->
 def _take_entries(
     place: int, folder: Path, names: list[str], owner: tuple[int, int], owners: set[int], record: Adopted
 ) -> int:
-    """The same for some entries of an open folder. Their owners and modes are recorded first."""
+    """Do the same for entries of the open folder `place`. Records their owners and modes first."""
     changes: list[tuple[list[Any], int]] = []
     left = 0
     for name in names:
         status = os.lstat(name, dir_fd=place)
         kind, mode = stat.S_IFMT(status.st_mode), _harmless(status.st_mode)
         if (kind == stat.S_IFREG and status.st_nlink > 1) or status.st_uid not in owners:
-            left += 1  # another name of it may be elsewhere, of somebody else's
+            left += 1  # another hard link may be another user's
             continue
         wanted = {stat.S_IFDIR: mode | 0o2770, stat.S_IFREG: mode | 0o660}.get(kind, mode)
         if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (*owner, wanted):
@@ -175,14 +175,14 @@ def _take_entries(
 
 
 def _harmless(mode: int) -> int:
-    """A mode without what makes a file run as its owner or group: that would be the service, or who gets it back."""
+    """Clear the setuid and setgid bits of a file: it would run as the service or as the restored owner."""
     return stat.S_IMODE(mode) & (0o3777 if stat.S_ISDIR(mode) else 0o1777)
 
 
 def _set_owner(place: int, name: str, user: int, group: int, mode: int, inode: int) -> None:
-    """Set owner and mode of an entry of an open folder, of a link its own.
+    """Set the owner and mode of an entry of an open folder; follow no symlink.
 
-    What has several names, or is another file than the one of that number, is left alone.
+    Skips files with several hard links and files with another inode number.
     """
     kind = stat.S_IFMT(os.lstat(name, dir_fd=place).st_mode)
     if kind == stat.S_IFLNK:
@@ -199,7 +199,7 @@ def _set_owner(place: int, name: str, user: int, group: int, mode: int, inode: i
 
 
 def _keep_database(layout: Layout, folder: Path, record: Adopted) -> None:
-    """Copy the old ComfyUI's database: a newer version migrates it, and the old one would not start any more."""
+    """Copy the old ComfyUI's database: a newer version migrates it, and the old one then fails. Raises Fault."""
     kept = layout.state / "adopted/database"
     if kept.exists() or not folder.is_dir():
         return
@@ -218,7 +218,7 @@ def _keep_database(layout: Layout, folder: Path, record: Adopted) -> None:
 
 
 def _database(folder: Path) -> dict[str, os.stat_result]:
-    """The files of a ComfyUI's database. It is small, an index of models and pictures."""
+    """Return the regular files of a ComfyUI's database."""
     found: dict[str, os.stat_result] = {}
     with opened(folder) as place:
         for name in DATABASE:
@@ -228,7 +228,7 @@ def _database(folder: Path) -> dict[str, os.stat_result]:
 
 
 def _copy_file(source: Path, target: Path, name: str) -> None:
-    """Copy a file with owner and mode from one folder to another, as long as it is now; never onto another file."""
+    """Copy a file with its owner and mode, up to its present size; never replace an existing file. Raises OSError."""
     with (
         opened(source) as here,
         opened(target) as there,
@@ -246,7 +246,7 @@ def _copy_file(source: Path, target: Path, name: str) -> None:
 
 
 def _unchanged(kept: Path, folder: Path) -> bool:
-    """Whether the database is what was kept: only files of the same size are read."""
+    """Return whether the database equals the kept copy; reads only if all sizes match."""
     old, now = _database(kept), _database(folder)
     if {name: each.st_size for name, each in old.items()} != {name: each.st_size for name, each in now.items()}:
         return False
@@ -259,12 +259,12 @@ def _unchanged(kept: Path, folder: Path) -> bool:
 
 
 def _within(place: int) -> Callable[[str, int], int]:
-    """An opener of names in an open folder that follows no link and waits for no pipe."""
+    """Return an opener for names in an open folder; it follows no symlink and does not block on pipes."""
     return lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=place)
 
 
 def _return_database(layout: Layout, folder: Path) -> None:
-    """Put the old database back where a newer version has changed it; the newer one stays beside it."""
+    """Restore the old database if a newer version has changed it; keep the newer one beside it."""
     kept = (layout.state / "adopted/database").resolve()
     if _unchanged(kept, folder):
         return
@@ -276,7 +276,7 @@ def _return_database(layout: Layout, folder: Path) -> None:
 
 
 def unadopt(layout: Layout, step: Unadopt, note: Note) -> None:
-    """Undo what adopting changed, last change first: owners and modes, folders, database, units."""
+    """Undo an adoption, last change first: owners and modes, folders, database, units. Raises Fault."""
     record = Adopted(layout)
     stuck: list[str] = []
     for event in reversed(record.events()):
@@ -298,10 +298,10 @@ def _undo(layout: Layout, event: Json) -> None:
         with opened(Path(event["folder"])) as place:
             for name, user, group, mode, *inode in event["entries"]:
                 with suppress(FileNotFoundError):
-                    # records of older versions have no number
+                    # Records of older versions have no inode number.
                     same = inode[0] if inode else os.lstat(name, dir_fd=place).st_ino
                     _set_owner(place, name, user, group, mode, same)
-                with suppress(OSError):  # what a deploy added since
+                with suppress(OSError):  # added by a later deploy
                     os.removexattr(f"/proc/self/fd/{place}/{name}", SHARING, follow_symlinks=False)
     elif event["event"] == "rename" and os.path.lexists(event["target"]):
         rename(Path(event["target"]), Path(event["source"]))

@@ -1,19 +1,19 @@
-"""The cut-over from one release to another, and the way back: a state machine whose every phase is on disk.
+"""Cut-over from one release to another, with rollback: a state machine that records every phase on disk.
 
-`state/cut-over.json` names the run and its phase. A phase is recorded before what it describes is done:
+`state/cut-over.json` contains the run and its phase. Each phase is recorded before its actions:
 
-    planned     nothing is done
-    trial       the new release runs beside the one in service
-    draining    ComfyUI's jobs are waited for
-    snapshot    room for a copy of ComfyUI's database is reserved, and the link for the way back made
-    stopped     the service is stopped, and its database copied
-    switched    `current` becomes the new release
-    proving     the new release starts, and is proven
-    reverting   `current`, the database and the service become again what they were
-    ended       the result stands
+    planned     nothing done yet
+    trial       run the new release beside the current one
+    draining    wait for ComfyUI's jobs
+    snapshot    reserve space for a copy of ComfyUI's database; create the link for the rollback
+    stopped     stop the service and copy its database
+    switched    point `current` at the new release
+    proving     start and prove the new release
+    reverting   restore `current`, the database and the service
+    ended       the result is final
 
-A run that was interrupted goes on from its record. Before the switch that means from draining: the old release may
-have served meanwhile, after a boot. Once a revert has begun it is finished.
+An interrupted run resumes from its record. Before the switch it resumes from draining, because the old release may
+have served again after a boot. A revert that has begun is always completed.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from agent.serve.health import drain, first_answer, gate, say_changed_types
 from agent.serve.managers import last_words, manager_of
 
 MOUNTS_SECONDS = 120
-"""How long a cut-over that a boot has interrupted waits for mounts: a server that boots at the same time, too."""
+"""Time limit for late mounts after a boot: the file server may be booting, too."""
 
 
 def cut_over(layout: Layout, step: CutOver, note: Note) -> None:
-    """Take the old release out of service and the new one in, or go back. Raises Fault when the new one is not in."""
+    """Replace the current release by the new one, or roll back. Raises Fault if the new release is not in service."""
     run = str(read(layout.pending)["run"])
     record = read(layout.cut)
     if record.get("run") != run:
@@ -52,8 +52,8 @@ def cut_over(layout: Layout, step: CutOver, note: Note) -> None:
 
 
 def abandon(layout: Layout, run: str, report: Json, note: Note) -> Json:
-    """End a run's cut-over, if it has one, that somebody cuts short: what it had switched is brought back, and nothing
-    is started. How it ended; `report` says why."""
+    """Abort a run's cut-over, if any: revert the switch and start nothing. Return the final report; `report` is the
+    reason for the abort."""
     record = read(layout.cut)
     if record.get("run") != run or record["phase"] not in ("switched", "proving", "reverting"):
         return report
@@ -65,7 +65,7 @@ def abandon(layout: Layout, run: str, report: Json, note: Note) -> Json:
 
 
 class Cutover:
-    """One cut-over; `record` is what lies on disk of it."""
+    """One cut-over; `record` is its record on disk."""
 
     def __init__(self, layout: Layout, step: CutOver, record: Json, note: Note) -> None:
         self.layout = layout
@@ -77,12 +77,12 @@ class Cutover:
         self.way_back = layout.prefix / ".current.back"
 
     def enter(self, phase: str, **more: object) -> None:
-        """Record a phase, before what it describes is done."""
+        """Record a phase before its actions."""
         self.record |= {"phase": phase, **more}
         write(self.layout.cut, json.dumps(self.record))
 
     def carry_on(self) -> None:
-        """Do what is left of it."""
+        """Resume from the recorded phase. Raises Fault if the new release is not in service."""
         phase, switched = self.record["phase"], self.layout.release() == self.record["to"]
         if phase == "ended":
             if self.record.get("fault"):
@@ -95,7 +95,7 @@ class Cutover:
                 self.prepare()
                 self.enter("ended" if self.step.trial == "only" else "stopped")
             except (Fault, OSError):
-                if self.record.get("was_active") and not self.manager.status().active:  # an earlier attempt stopped it
+                if self.record.get("was_active") and not self.manager.status().active:  # stopped by an earlier attempt
                     retried(self.manager.start)
                 raise
             if self.record["phase"] == "ended":
@@ -114,7 +114,7 @@ class Cutover:
             self.manager.start()
             gate(self.layout, self.manager, self.layout.manifest(self.record["to"]), self.note)
             self.enter("ended")
-        except Exception as error:  # whatever it is, what ran before must run again
+        except Exception as error:  # any error must restore the previous release
             report = error.report if isinstance(error, Fault) else _unexpected(error).report
             self.revert(report)
         if not self.record["tried"]:
@@ -123,7 +123,7 @@ class Cutover:
             say_changed_types(old, new, self.note)
 
     def prepare(self) -> None:
-        """All that is done while the old release serves. What fails here has stopped nothing."""
+        """Do everything that is possible while the old release serves. A failure here has stopped nothing."""
         if missing := self.layout.unmounted():
             what = f"{' and '.join(missing)} went away since the plan was made"
             raise Fault("step", what, "", "mount it there, then run the same command again")
@@ -136,7 +136,7 @@ class Cutover:
         if self.step.trial == "only":
             return
         self.enter("draining")
-        if status.active:  # else it is somebody else's ComfyUI that answers
+        if status.active:  # else another ComfyUI holds the port
             drain(endpoint(self.layout), self.step.drain, self.step.force, self.note)
         self.enter("snapshot", copied=False)
         remove(self.snapshot)
@@ -147,7 +147,7 @@ class Cutover:
             link(self.way_back, f"releases/{self.record['from']}")
 
     def try_out(self, active: bool) -> None:
-        """The trial, where it is of use and there is memory for it."""
+        """Run the trial if it is useful and memory suffices. Raises Fault."""
         if not active and self.step.trial != "only":
             self.note("no trial: nothing is in service that an unhealthy release could interrupt")
         elif short := lacking():
@@ -158,7 +158,7 @@ class Cutover:
             run_trial(self.layout, self.manager, self.layout.manifest(self.record["to"]), self.note)
 
     def await_mounts(self) -> None:
-        """Wait for mounts that are late, after a boot; systemd would wait for them without end. Raises Fault."""
+        """Wait for late mounts after a boot; systemd would wait without a limit. Raises Fault."""
         if self.layout.unmounted():
             self.note(f"waiting for {' and '.join(self.layout.unmounted())} to be mounted")
         if not wait_for(lambda: not self.layout.unmounted(), MOUNTS_SECONDS):
@@ -168,16 +168,16 @@ class Cutover:
             )
 
     def revert(self, report: Json) -> NoReturn:
-        """Bring back what ran before; always raises the Fault that made it necessary.
+        """Restore the previous release; always raise the Fault that caused the revert.
 
-        Each act is tried more than once. What needs no room on the disk comes first.
+        Each action is retried. Actions that need no disk space come first.
         """
         previous = self.record["from"]
         if self.record["phase"] != "reverting":
             with suppress(Fault, OSError):
                 report = {**report, "log": last_words(self.manager)}
             (self.layout.state / RESERVE).unlink(missing_ok=True)
-            with suppress(OSError):  # without a record it is noticed that `current` was switched back
+            with suppress(OSError):  # without a record, carry_on() detects that `current` was reverted
                 retried(lambda: self.enter("reverting", fault=report))
         self.note(f"not healthy, going back to {previous or 'no release'}")
         troubles: list[str] = []
@@ -219,7 +219,7 @@ class Cutover:
         raise self.reverted(report, back, troubles)
 
     def switch_back(self) -> None:
-        """`current` leads to the old release again: by a rename of what was made before, which needs no room."""
+        """Point `current` at the old release by renaming a link made before, which needs no disk space."""
         if os.path.lexists(self.way_back):
             self.way_back.replace(self.layout.current)
             sync(self.layout.prefix)
@@ -227,7 +227,7 @@ class Cutover:
             link(self.layout.current, f"releases/{self.record['from']}")
 
     def reverted(self, report: Json, back: str, troubles: list[str]) -> Fault:
-        """The Fault that a revert ends with, recorded."""
+        """Record and return the Fault of a revert."""
         what = f"release {self.record['to']} is not healthy"
         if troubles:
             cause = "\n".join([f"{report['what']} ({report['cause']})", *troubles])
@@ -244,7 +244,7 @@ class Cutover:
 
 
 RESERVE = "reserve"
-"""A file whose room is given up when the disk is full, so that a run can still record how it ended."""
+"""A file to delete when the disk is full, to free space for the record of a run's result."""
 
 
 def _raised(report: Json) -> Fault:
@@ -263,13 +263,13 @@ def _unexpected(error: Exception) -> Fault:
 
 
 LARGEST = 20_000_000_000
-"""Bytes of a database: an index of models and pictures, some MB."""
+"""Maximum size of the database in bytes. It is an index of models and pictures, normally some MB."""
 
 
 def reserve(source: Path, place: Path) -> None:
-    """Take the room that a copy of the database needs, so that a full disk is noticed before anything is stopped.
+    """Reserve disk space for a copy of the database, so that a full disk is detected before anything is stopped.
 
-    Raises Fault for a database that is larger than any: a custom node may have made it so.
+    Raises Fault if the database exceeds LARGEST: a custom node may have inflated it.
     """
     with inside(source) as here:
         for name in filter(lambda name: regular(here / name), DATABASE):
@@ -289,28 +289,28 @@ def reserve(source: Path, place: Path) -> None:
 
 
 def take_snapshot(source: Path, place: Path) -> None:
-    """Copy the database, while nobody writes to it: a newer ComfyUI migrates it, and an older one then refuses it."""
+    """Copy the database while nothing writes to it: a newer ComfyUI migrates it, and an older one then refuses it."""
     with inside(source) as here:
         for name in DATABASE:
-            if regular(here / name):  # not where a link leads: this reads what the service's unit hides from it
+            if regular(here / name):  # not through a link: this process can read files that the unit hides
                 copy(here / name, place / name)
             else:
                 discard(place / name)
 
 
 def restore(snapshot: Path, place: Path) -> None:
-    """Make the database what it was, file by file; raises OSError when one cannot be restored, and keeps the snapshot.
+    """Restore the database file by file. Raises OSError and keeps the snapshot if a file cannot be restored.
 
-    The log and journal go first: SQLite would apply a newer one's to the older database.
+    The WAL and journal come first: SQLite would apply newer ones to the older database.
     """
     with inside(place) as here:
         for name in reversed(DATABASE):
-            for draft in here.glob(f".{name}.*"):  # of a restore that was killed
+            for draft in here.glob(f".{name}.*"):  # left by a killed restore
                 with suppress(OSError):
                     draft.unlink()
             kept, now = snapshot / name, here / name
             if not kept.exists() or not regular(now):
-                retried(lambda now=now: remove(now))  # type: ignore[misc]  # it may be a folder by now
+                retried(lambda now=now: remove(now))  # type: ignore[misc]  # it may be a folder now
             if kept.exists() and (not regular(now) or sha256(kept) != sha256(now)):
                 try:
                     retried(lambda kept=kept, now=now: copy(kept, now))  # type: ignore[misc]

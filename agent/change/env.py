@@ -1,4 +1,4 @@
-"""The step that makes the virtual environment."""
+"""The step that creates the virtual environment."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from agent.schema.change import Env
 
 
 def _run_long(argv: list[str], env: dict[str, str] | None = None) -> None:
-    """Run a program that ends with the agent if that is killed: the resumed run makes the same part, or deletes it.
+    """Run a program that is killed with the agent, since the resumed run rebuilds or deletes the same part.
 
-    Not for compileall, which ends in seconds: if it were killed, its workers would wait for it without end.
+    Not for compileall, which ends in seconds: its workers would wait forever for a killed parent.
     """
     run(argv, env, preexec_fn=dies_with_parent())
 
@@ -32,7 +32,7 @@ _NEVER_IMPORTED = ("tests", "test", "docs", "examples", "benchmarks")
 
 
 def _refuse_overwritten(environment: Path) -> None:
-    """Raise Fault when two packages install the same module with different contents: the last one overwrote it."""
+    """Raise Fault if two packages install the same module with different contents: the last one overwrites it."""
     owners: dict[str, tuple[str, str]] = {}
     for record in sorted(environment.glob("lib/python*/site-packages/*.dist-info/RECORD")):
         package = record.parent.name.partition("-")[0].replace("_", "-")
@@ -60,21 +60,21 @@ _UNTRUSTED = "invalid peer certificate|certificate verify failed"
 
 
 def _configured(python: str) -> dict[str, str]:
-    """The indexes and certificates of the system's and the login's uv.toml, as uv's variables for them.
+    """Return the index and certificate settings of the system's and the user's uv.toml as uv's variables.
 
-    A system service cannot be configured in another way. `python` reads the files: the agent's may lack tomllib.
+    This is the only way to configure a system service. `python` parses the files: the agent's may lack tomllib.
     """
     code = "import json, sys, tomllib; print(json.dumps(tomllib.load(open(sys.argv[1], 'rb')), default=str))"
     user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     found: dict[str, str] = {}
     for path in (Path("/etc/uv/uv.toml"), user / "uv/uv.toml"):
-        with suppress(Fault, ValueError, LookupError, TypeError, AttributeError):  # a file that uv rejects says nothing
+        with suppress(Fault, ValueError, LookupError, TypeError, AttributeError):  # skip a file that uv rejects
             found |= index_settings(json.loads(run([python, "-ISc", code, str(path)]))) if path.exists() else {}
     return found
 
 
 def index_settings(said: Json) -> dict[str, str]:
-    """The indexes and certificates of a uv.toml as environment variables. The client's copy is in `core/tools.py`."""
+    """Convert a uv.toml's indexes and certificates to environment variables. Same as in the client's core/tools.py."""
     said = {**said, **said.get("pip", {})}
     names = ("index-url", "extra-index-url", "keyring-provider", "allow-insecure-host", "native-tls", "system-certs")
     variables = {name: f"UV_{name.upper().replace('-', '_').replace('ALLOW_', '')}" for name in names if said.get(name)}
@@ -92,13 +92,13 @@ def index_settings(said: Json) -> dict[str, str]:
 
 
 def env(layout: Layout, step: Env, note: Note) -> None:
-    """Make the virtual environment from the locked list and the kernel wheels, every file by its hash."""
+    """Create the virtual environment from the locked list and the kernel wheels, with hashes checked. Raises Fault."""
     uv = str(layout.state / "tools" / step.tool)
     # uv hard-links installed files to its cache. In a shared cache, other users could change a part's files.
     own_cache = str(layout.state / "cache/uv")
     environment = {**_configured(step.python), **inherited(*INDEX)}
     environment |= {"UV_CACHE_DIR": own_cache, "UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1"}
-    # uv does not sync: a power cut may leave empty files in its cache. A kill within the same boot does not.
+    # uv does not sync: a power loss may leave empty files in its cache; a kill within the same boot does not.
     boot, used = read_text(Path("/proc/sys/kernel/random/boot_id")), layout.state / "cache-in-use"
     if used.exists() and read_text(used) != boot:
         remove(layout.state / "cache")

@@ -1,4 +1,4 @@
-"""Changing the exporter of metrics: replaced as a whole, and restored as a whole when the new one does not answer."""
+"""Replace the metrics exporter; restore the previous one if the new one does not respond."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from agent.schema.change import Exporter
 from agent.serve.systemd import Systemd, entries
 
 SECONDS = 20
-"""For the first answer: Python starts, and the driver's library may take a second to open."""
+"""Time limit for the first response: Python must start, and NVML may take a second to open."""
 
 
 def exporter(layout: Layout, step: Exporter, note: Note) -> None:
-    """Run the exporter that the step describes, or none; raises Fault, with the previous one restored.
+    """Install the step's exporter, or remove it. On a failure, restore the previous one and raise Fault.
 
-    The previous one is recorded first: a killed run, done again, restores that and not its own.
+    Records the previous exporter first, so that a resumed run restores that one and not the new one.
     """
     record = layout.state / "exporter-before.json"
     before = read(record).get("exporter") if record.exists() else installed(layout)
@@ -45,7 +45,7 @@ def exporter(layout: Layout, step: Exporter, note: Note) -> None:
 
 
 def _restore(layout: Layout, before: Json) -> str:
-    """Put the previous exporter back, if there was one; the words that say so. Raises Fault or OSError."""
+    """Restore the previous exporter, if any; return a phrase for the message. Raises Fault or OSError."""
     put(layout, before)
     if not before:
         return ""
@@ -57,7 +57,7 @@ def _restore(layout: Layout, before: Json) -> str:
 
 
 def put(layout: Layout, wanted: Json) -> None:
-    """Install and restart the exporter as `installed` describes one, or remove it. Raises Fault or OSError."""
+    """Install and restart an exporter in the form of `installed`; remove it if empty. Raises Fault or OSError."""
     systemd, unit = Systemd(layout), unit_file(layout)
     name = systemd.exporter_unit
     if not wanted:
@@ -71,7 +71,7 @@ def put(layout: Layout, wanted: Json) -> None:
         return
     link(layout.exporter_agent, f"agents/{wanted['agent']}")
     write(layout.exporter_settings, json.dumps(wanted["settings"]))
-    discard(unit)  # an older Hearth's is a link into its release, which must not be written through
+    discard(unit)  # older versions: a link into a release; do not write through it
     write(unit, wanted["unit"])
     link(systemd.units / f"{systemd.target}.wants" / name, f"../{name}")
     run([*systemd.ctl, "daemon-reload"])
@@ -80,7 +80,7 @@ def put(layout: Layout, wanted: Json) -> None:
 
 
 def _await_answer(port: int) -> None:
-    """Wait until the exporter answers a scrape; raises Fault."""
+    """Wait until the exporter responds to a scrape. Raises Fault."""
     end, why = time.monotonic() + SECONDS, ""
     while time.monotonic() < end:
         asked = http.client.HTTPConnection("127.0.0.1", port, timeout=5)

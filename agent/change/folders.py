@@ -1,4 +1,4 @@
-"""Steps that mount file systems and make folders."""
+"""Steps that mount file systems and create folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from agent.serve.systemd import UNITS
 
 
 def mount(layout: Layout, step: Mount, note: Note) -> None:
-    """Mount a file system by a unit of its own, now and at boot; an encrypted volume's, whenever it is opened."""
+    """Mount a file system with a mount unit: now, at boot, and whenever its device appears. Raises Fault."""
     path, unit = Path(step.path), layout.mounts[step.path]
     mounted = os.path.ismount(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def mount(layout: Layout, step: Mount, note: Note) -> None:
 
 
 def folders(layout: Layout, step: Folders, note: Note) -> None:
-    """Create the folders of the prefix. Existing folders, mounts and links are kept with their content."""
+    """Create the folders of the prefix. Existing folders, mounts and links are kept. Raises Fault."""
     for folder in (layout.parts, layout.releases, layout.state, layout.incoming):
         folder.mkdir(parents=True, exist_ok=True)
     for folder in (layout.data, *map(Path, layout.elsewhere.values())):
@@ -48,7 +48,7 @@ def folders(layout: Layout, step: Folders, note: Note) -> None:
             continue
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        # Other users may write to the parent, and may have replaced the new folder by a link or another folder.
+        # Other users with write access to the parent may have replaced the new folder.
         place = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             if os.fstat(place).st_uid != os.geteuid() or os.listdir(place):  # noqa: PTH208
@@ -68,25 +68,25 @@ def folders(layout: Layout, step: Folders, note: Note) -> None:
 
 
 def _make_unused(layout: Layout) -> None:
-    """Create data/custom_nodes, owned by root and read-only. One that is not empty is kept; facts report it."""
+    """Create data/custom_nodes, read-only and owned by root. If it is not empty, keep it; facts report it."""
     with suppress(OSError), opened(Path(os.path.realpath(layout.data))) as data:
         with suppress(OSError):
             os.rmdir(UNUSED, dir_fd=data)
         os.mkdir(UNUSED, 0o555, dir_fd=data)
-        # through a descriptor: by now the service may have put a link there
+        # Use a descriptor: the service may have replaced it by a link.
         place = os.open(UNUSED, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=data)
         os.fchmod(place, 0o555)
         os.close(place)
 
 
 SHARE_SECONDS = 300
-"""Time limit for giving folders to the members: the service may have made a tree without end."""
+"""Time limit for sharing folders with members: the service may have created an endless tree."""
 
 
 def share_folders(data: Path, elsewhere: list[str], group: int, mode: int) -> bool:
-    """Create the folders of the data, and let the members change the shared ones. False if the time was too short.
+    """Create the data folders and make the shared ones writable for members. Return False on a timeout.
 
-    `mode` is that of the data itself; 0 keeps it as it is: without root there are no members.
+    `mode` is the data folder's mode; 0: change no permissions (without root there are no members).
     """
     end = time.monotonic() + SHARE_SECONDS
     for name in (*DATA, *SHARED):
@@ -100,27 +100,27 @@ def share_folders(data: Path, elsewhere: list[str], group: int, mode: int) -> bo
                 return False
             try:
                 status = place.stat()
-                if status.st_uid != os.geteuid():  # owned by somebody else
+                if status.st_uid != os.geteuid():  # another owner's
                     continue
                 if root == data and not any(name.startswith(f"{each}/") for each in SHARED):
                     os.chown(place, -1, group if name.rstrip("/") in above else os.getegid())
                     place.chmod(mode if name.rstrip("/") in above else status.st_mode & 0o705)
-                    with suppress(OSError):  # set by an older Hearth; members could change every new file
+                    with suppress(OSError):  # set by older versions: let members change every new file
                         os.removexattr(place, SHARING)
                     continue
                 if status.st_gid != group:
                     _give_to_group(place, group)
                 wanted = status.st_mode | 0o2770
                 place.chmod(wanted)
-                with suppress(OSError):  # NFS 4 has lists of another kind
+                with suppress(OSError):  # NFS 4 has a different kind of ACL
                     os.setxattr(place, SHARING, shared(wanted, os.geteuid()))
-            except FileNotFoundError:  # something in it is gone by now
+            except FileNotFoundError:  # deleted meanwhile
                 pass
     return True
 
 
 def _give_to_group(folder: Path, group: int) -> None:
-    """Give a folder and its files to a group, except those of other owners."""
+    """Change the group of a folder and its files, except files of other owners."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_uid == os.geteuid():

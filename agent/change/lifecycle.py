@@ -1,4 +1,4 @@
-"""Starting, stopping and taking away what a deploy has put here. Each step may be done again after it was cut short."""
+"""Start, stop and remove what a deploy has installed. Every step can be repeated after an interruption."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from agent.serve.systemd import UNITS, Systemd, entries
 
 
 def stop(layout: Layout, step: Stop, note: Note) -> None:
-    """Stop ComfyUI when its jobs are done; with `pause` until it is resumed, at boot too."""
+    """Stop ComfyUI when its jobs are done; with `pause` it also stays stopped at boot until resumed. Raises Fault."""
     manager = manager_of(layout)
     await_jobs(layout, manager, step, note)
     if step.pause:
@@ -49,13 +49,13 @@ def stop(layout: Layout, step: Stop, note: Note) -> None:
 
 
 def halt(layout: Layout, manager: Manager, *, force: bool) -> None:
-    """Stop the service; with `force` nothing of it is left. MPS, which runs as its user, begins anew."""
+    """Stop the service; with `force`, kill all its processes and restart MPS, which runs as the same user."""
     manager.stop()
     if not force:
         return
     mps = f"{layout.service}-mps.service"
     shared = isinstance(manager, Systemd) and (manager.units / mps).exists()
-    if shared:  # else systemd would start it again while it is ended, and count that as failing
+    if shared:  # else systemd restarts it during the kill and counts failures
         run(["systemctl", "stop", mps])
     end_all(layout)
     if shared:
@@ -64,9 +64,9 @@ def halt(layout: Layout, manager: Manager, *, force: bool) -> None:
 
 
 def end_all(layout: Layout) -> None:
-    """Kill what still runs as the service's user: a fork bomb outlasts systemd's own kill where that finds no end.
+    """Kill all processes of the service user, even a fork bomb that survives systemd's kill. Raises Fault.
 
-    Where it has no user of its own, its unit or supervisor has ended it; but that one may have been killed itself.
+    Without a service user, kill confined processes whose unit or supervisor was killed before it could stop them.
     """
     end = time.monotonic() + 20
     while left := _processes(layout.owner()[0]) if layout.user else _strays():
@@ -80,7 +80,7 @@ def end_all(layout: Layout) -> None:
 
 
 def _processes(user: int) -> list[int]:
-    """The processes of a user that have not ended."""
+    """Return the running processes of a user."""
     found: list[int] = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -90,7 +90,7 @@ def _processes(user: int) -> list[int]:
 
 
 def _strays() -> list[int]:
-    """What confined itself (`confine`), and no supervisor or trial of Hearth's is above, nor is it of a unit."""
+    """Return confined processes (`confine`) without a supervisor or trial of Hearth as ancestor, and in no unit."""
     found: list[int] = []
     for pid in _processes(os.getuid()):
         if _confined(pid) and not re.search(
@@ -99,21 +99,21 @@ def _strays() -> list[int]:
             above = pid
             while _confined(above):
                 above = int((read_text(Path(f"/proc/{above}/stat")).rpartition(")")[2].split() or "00")[1])
-            words = read_text(Path(f"/proc/{above}/cmdline")).split("\0")  # what is not confined does not lie
-            if not {Path(word).name for word in words} & {"agent", "agent.pyz"}:  # the second: an older Hearth's
+            words = read_text(Path(f"/proc/{above}/cmdline")).split("\0")  # unconfined, so its command line is trusted
+            if not {Path(word).name for word in words} & {"agent", "agent.pyz"}:  # agent.pyz: older versions
                 found.append(pid)
     return found
 
 
 def _confined(pid: int) -> bool:
-    """Whether a process has the mark of `confine.main`, which none takes off."""
+    """Return whether a process has the mark that `confine.main` sets and that it cannot remove."""
     return bool(re.search(r"^Max msgqueue size +\S+ +0 ", read_text(Path(f"/proc/{pid}/limits")), re.MULTILINE))
 
 
 def start(layout: Layout, step: Start, note: Note) -> None:
-    """Start ComfyUI and wait until it answers; with `resume` from now on at boot, too."""
+    """Start ComfyUI and wait until it responds; with `resume`, also enable it at boot. Raises Fault."""
     manager = manager_of(layout)
-    if missing := layout.unmounted():  # systemd would wait for it without an end
+    if missing := layout.unmounted():  # systemd would wait for it without a limit
         what = f"{' and '.join(missing)} went away since the plan was made"
         raise Fault("step", what, "", "mount it there, then run the same command again")
     if step.resume:
@@ -123,7 +123,7 @@ def start(layout: Layout, step: Start, note: Note) -> None:
 
 
 def restart(layout: Layout, step: Restart, note: Note) -> None:
-    """Stop ComfyUI when its jobs are done, start it again, and wait until it answers."""
+    """Stop ComfyUI when its jobs are done, start it, and wait until it responds. Raises Fault."""
     manager = manager_of(layout)
     await_jobs(layout, manager, step, note)
     halt(layout, manager, force=step.force)
@@ -131,13 +131,13 @@ def restart(layout: Layout, step: Restart, note: Note) -> None:
 
 
 def await_jobs(layout: Layout, manager: Manager, step: Ending | Set | Unset, note: Note) -> None:
-    """Wait until ComfyUI has no job left, as the step says; raises Fault when it does not end in time."""
-    if manager.status().active:  # else it is somebody else's ComfyUI that answers
+    """Wait until ComfyUI has no jobs, with the step's `drain` seconds and `force`. Raises Fault on a timeout."""
+    if manager.status().active:  # else another ComfyUI holds the port
         drain(endpoint(layout), step.drain, step.force, note)
 
 
 def await_answer(layout: Layout, manager: Manager, note: Note) -> None:
-    """Start ComfyUI and wait until it answers; raises Fault with its log when it does not."""
+    """Start ComfyUI and wait until it responds. Raises Fault with its log if it does not."""
     began = time.monotonic()
     manager.start()
     try:
@@ -151,7 +151,7 @@ def await_answer(layout: Layout, manager: Manager, note: Note) -> None:
 
 
 def withdraw(layout: Layout, step: Withdraw, note: Note) -> None:
-    """Take the current release out of service. It stays here: a deploy or rollback brings it back."""
+    """Take the current release out of service. It stays on disk for a later deploy or rollback. Raises Fault."""
     manager = manager_of(layout)
     await_jobs(layout, manager, step, note)
     halt(layout, manager, force=step.force)
@@ -164,18 +164,18 @@ def withdraw(layout: Layout, step: Withdraw, note: Note) -> None:
 
 
 def end_linger(layout: Layout, step: EndLinger, note: Note) -> None:
-    """Let the login's systemd end with its last session again."""
+    """Disable lingering: the user's systemd again ends with the last session."""
     run(["loginctl", "disable-linger"])
     discard(layout.lingered)
 
 
 def forget(layout: Layout, step: Forget, note: Note) -> None:
-    """Take away the unit that goes on with what was interrupted; it is the last of Hearth's in systemd's folder."""
+    """Remove the apply unit, which resumes interrupted runs; it is Hearth's last unit."""
     Systemd(layout).remove_apply_unit()
 
 
 def forget_mounts(layout: Layout, step: ForgetMounts, note: Note) -> None:
-    """Take away Hearth's mount units. What is mounted stays so until the next boot."""
+    """Remove Hearth's mount units. Existing mounts stay until the next boot."""
     for unit in step.units:
         for path in entries(UNITS, unit):
             discard(path)
@@ -183,16 +183,16 @@ def forget_mounts(layout: Layout, step: ForgetMounts, note: Note) -> None:
 
 
 def delete(layout: Layout, step: Delete, note: Note) -> None:
-    """Delete what the step names in the prefix."""
+    """Delete the step's names from the prefix. Raises Fault if something cannot be deleted."""
     _sweep([layout.prefix / name for name in step.names], note)
 
 
 RUN = ("agent", "agents", "lock", "pending.json", "runs", "site.json", "submit.lock")
-"""What a run needs up to its end, and the next one to go on from there."""
+"""Files in `state/` that a run needs up to its end, and that the next run needs to resume it."""
 
 
 def erase(layout: Layout, step: Erase, note: Note) -> None:
-    """Delete what Hearth noted, but for what this run needs: `vanish` takes that."""
+    """Delete Hearth's state except this run's files, which `vanish` deletes. Raises Fault."""
     _sweep([path for path in layout.state.iterdir() if path.name not in RUN], note)
 
 
@@ -200,7 +200,7 @@ def _sweep(paths: list[Path], note: Note) -> None:
     sweep = SafeDeleter()
     for path in paths:
         sweep.delete(path)
-    os.sync()  # what is recorded as deleted does not come back with the power
+    os.sync()  # deleted files must not reappear after a power loss
     note(f"{sweep.files} files are deleted")
     for point in sweep.left:
         note(f"left, it is a mount point: {point}")
@@ -212,16 +212,16 @@ def _sweep(paths: list[Path], note: Note) -> None:
 
 
 def vanish(layout: Layout, journal: Journal) -> None:
-    """End a run that leaves nothing: what it needed itself is deleted after it, the journal with its last line at last.
+    """End an erase run: record its end, then delete all remaining state including the journal.
 
-    Whoever follows has the journal open, and reads that line from there.
+    Clients that follow the run read the last line from the open journal.
     """
-    with flock(layout.state / "submit.lock", wait=30):  # nobody leaves a plan in what is being deleted
+    with flock(layout.state / "submit.lock", wait=30):  # no client may submit a plan meanwhile
         layout.pending.unlink()
         Systemd(layout).remove_apply_unit()
         journal.add("end", result="done", fault={})
         sweep = SafeDeleter()
         sweep.delete(layout.state)
         os.sync()
-    with suppress(OSError):  # the data is in it, or something of somebody else's
+    with suppress(OSError):  # it still contains the data or foreign files
         layout.prefix.rmdir()

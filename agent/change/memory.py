@@ -1,4 +1,4 @@
-"""Memory given back: ComfyUI's own, and the page cache that a GPU's memory competes with."""
+"""Free memory: ComfyUI's, and the page cache, which competes with unified GPU memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 def free(layout: Layout, wait: float) -> Freed:
-    """Have ComfyUI unload its models and forget its results, and wait until it has.
+    """Ask ComfyUI to unload its models and clear cached results, and wait up to `wait` seconds. Raises Fault.
 
-    It does so at once, or when the job that runs has ended (main.py, prompt_worker); `wait` is in seconds. `freed` is
-    false when the job still runs then. Raises Fault.
+    It does so at once or after the running job (main.py, prompt_worker). `freed` is false if that job is still running.
     """
     end = time.monotonic() + wait
     before = held(layout)
@@ -41,7 +40,7 @@ def free(layout: Layout, wait: float) -> Freed:
 
 
 def held(layout: Layout) -> Held:
-    """Memory in use now."""
+    """Return the memory in use."""
     told = (
         GpuMemory(gpu.index, gpu.memory_used, sum(each.bytes or 0 for each in gpu.processes if each.comfyui))
         for gpu in ours(layout, gpus())
@@ -52,9 +51,9 @@ def held(layout: Layout) -> Held:
 
 
 def _settled(layout: Layout, before: Held) -> Held:
-    """Memory in use once it has not fallen for a second, or not at all for three.
+    """Return the memory in use once it has stopped falling for a second, or has not fallen for three seconds.
 
-    ComfyUI does not report when it is done, and begins when its worker wakes up.
+    ComfyUI does not report completion, and starts only when its worker wakes up.
     """
     least, since = before, time.monotonic()
     end = since + 15
@@ -71,11 +70,11 @@ def _sum(each: Held) -> int:
 
 
 def drop_caches(layout: Layout, step: DropCaches, note: Note) -> None:
-    """Have the kernel forget what it has read from disks and could read again, once it has written what is new."""
+    """Write dirty pages to disk, then drop the kernel's caches. Raises Fault."""
     before = meminfo()
-    os.sync()  # what is not written yet cannot be dropped
+    os.sync()  # dirty pages cannot be dropped
     try:
-        CACHES.write_text("3\n")  # pages, and the names and inodes of files (proc(5))
+        CACHES.write_text("3\n")  # page cache, dentries and inodes (proc(5))
     except OSError as error:
         hint = "a container has no say in this: do it on the machine itself"
         raise Fault("step", "the kernel does not let its cache be dropped", str(error), hint) from error

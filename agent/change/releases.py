@@ -20,7 +20,7 @@ from agent.serve.managers import manager_of
 
 
 def release(layout: Layout, step: Release, note: Note) -> None:
-    """Write the release: its manifest, its files (the unit above all), and links to its parts."""
+    """Write a release: its manifest, its files such as the unit, and links to its parts."""
     manifest = step.release
     place = layout.releases / manifest["id"]
     place.mkdir(parents=True, exist_ok=True)
@@ -32,13 +32,13 @@ def release(layout: Layout, step: Release, note: Note) -> None:
         (place / name).mkdir(parents=True, exist_ok=True)
     for name, text in manifest["files"].items():
         write(place / name, text)
-    if any(manifest.get(each) for each in ("develop", "free_memory", "confined")):  # what the release runs needs it
+    if any(manifest.get(each) for each in ("develop", "free_memory", "confined")):  # these features run the agent
         link(place / "agent", os.path.relpath(layout.agent.resolve(), place.resolve()))
     write(place / "release.json", json.dumps(manifest, indent=1))
 
 
 def serve(layout: Layout, step: Serve, note: Note) -> None:
-    """Install the current release's unit, enable and start it, and check its health."""
+    """Install, enable and start the current release's unit, and check its health. Raises Fault."""
     manager = manager_of(layout)
     manager.install()
     manager.start()
@@ -47,7 +47,7 @@ def serve(layout: Layout, step: Serve, note: Note) -> None:
 
 
 def prune(layout: Layout, step: Prune, note: Note) -> None:
-    """Delete releases that are not kept, the parts and agents that only they needed, used blobs, and old journals."""
+    """Delete old releases, unused parts and agents, used blobs and old journals. Raises Fault."""
     current = layout.release()
     for path in layout.releases.glob("*"):
         if path.name not in (*step.keep, current):
@@ -56,10 +56,10 @@ def prune(layout: Layout, step: Prune, note: Note) -> None:
     for path in layout.parts.glob("*"):
         if path.name not in named:
             remove(path)
-            if path.name.startswith("env-"):  # its packages lie in uv's cache too, several GB that nothing else needs
+            if path.name.startswith("env-"):  # uv's cache holds the same packages, several unneeded GB
                 shutil.rmtree(layout.state / "cache", ignore_errors=True)
     plan = read(layout.pending)
-    used, old = json.dumps(plan), 24 * 3600  # in seconds; what is younger may be another client's for its next plan
+    used, old = json.dumps(plan), 24 * 3600  # seconds; newer blobs may belong to another client's next plan
     for path in layout.incoming.glob("*"):
         with suppress(FileNotFoundError):
             needless = path.name.partition(".")[0] in used or abs(time.time() - path.stat().st_mtime) > old
@@ -73,4 +73,4 @@ def prune(layout: Layout, step: Prune, note: Note) -> None:
 
 
 JOURNALS = 50
-"""Number of runs whose journal is kept; the history keeps a line for every run."""
+"""Number of journals to keep; the history keeps a line for every run."""

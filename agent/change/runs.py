@@ -1,4 +1,4 @@
-"""Plans: taken over, applied step by step, followed; and what they need received."""
+"""Runs: submit a plan, apply its steps, follow its events, and receive the uploads that it needs."""
 
 from __future__ import annotations
 
@@ -85,21 +85,24 @@ STEPS: dict[str, Callable[[Layout, Any, Note], None]] = {
 
 
 def submit(layout: Layout, plan: Json) -> Json:
-    """Take a plan over and start applying it; raises Fault when another is under way or the host has changed."""
+    """Accept a plan and start applying it. Raises Fault if another run is in progress or the host has changed.
+
+    A plan with a forced stop aborts the run in progress instead.
+    """
     for folder in (layout.prefix, layout.state):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         steps = [unpacked(each) for each in plan["steps"]]
     except ValueError as error:
         raise Fault("usage", "the plan has a step that this agent does not know", str(error)) from error
-    with flock(layout.state / "submit.lock", wait=SUBMIT_SECONDS):  # moments: whoever is first leaves its plan
+    with flock(layout.state / "submit.lock", wait=SUBMIT_SECONDS):  # held briefly: the first client submits its plan
         ends = any(isinstance(step, Stop) and step.force for step in steps)
         other = busy(layout)
         if other and ends:
             _abort(layout, f"{plan['action']} by {plan['who']}")
         elif other:
             if not other["alive"]:
-                manager_of(layout).start_apply()  # whoever applied it was killed, and nobody started it again
+                manager_of(layout).start_apply()  # the applying process was killed and not restarted
             raise Fault(
                 "busy",
                 f"a {other['action']} is under way on this host: {other['who']}, since {other['since']}",
@@ -121,13 +124,13 @@ def submit(layout: Layout, plan: Json) -> Json:
 
 
 def _abort(layout: Layout, why: str) -> None:
-    """End the run under way, and ComfyUI with it: a hostile one may be what it waits for.
+    """Abort the run in progress and stop ComfyUI: the run may be waiting for a hostile one.
 
-    What it had switched is brought back, and nothing is started again. Whoever is killed here goes on with that.
+    Reverts its switch and starts nothing. If this process is killed, the next apply() resumes the abort.
     """
     plan, manager = read(layout.pending), manager_of(layout)
     write(layout.pending, json.dumps({**plan, "aborted": why}))
-    if isinstance(manager, Systemd):  # else it starts again what is killed
+    if isinstance(manager, Systemd):  # else systemd restarts the killed process
         subprocess.run([*manager.ctl, "stop", manager.apply_unit], capture_output=True)
     for pid in holders(layout.lock):
         end_with_programs(pid)
@@ -137,11 +140,11 @@ def _abort(layout: Layout, why: str) -> None:
 
 
 SUBMIT_SECONDS = 30
-"""For another client to leave its plan, and for systemd to start what applies it."""
+"""Time limit for another client to submit its plan and for systemd to start the apply unit."""
 
 
 def _missing(layout: Layout, steps: list[Step]) -> set[str]:
-    """The parts and releases that these steps need and do not make: another run may have pruned them since."""
+    """Return missing parts and releases that these steps need and do not create: another run may have pruned them."""
     trees = [step for step in steps if isinstance(step, Tree)]
     parts = {source.partition("/")[0] for step in trees for source in step.reuse.values()}
     releases = {step.to for step in steps if isinstance(step, CutOver)}
@@ -155,13 +158,13 @@ def _missing(layout: Layout, steps: list[Step]) -> set[str]:
 
 
 RESERVED = 65536
-"""Bytes kept for the records that end a run whose disk is full: the result with a log's last lines, the journal's."""
+"""Bytes reserved to record a run's result on a full disk: the pending plan with a log's last lines, and the journal."""
 
 
 def apply(layout: Layout) -> None:
-    """Apply the pending plan from where it stands; without one, clear up what an interrupted run left.
+    """Apply or resume the pending plan; without one, clean up after an interrupted run.
 
-    Raises OSError when the disk takes no writes at all: the plan stays pending then.
+    Raises OSError if the disk accepts no writes; the plan then stays pending.
     """
     with flock(layout.lock):
         plan = read(layout.pending)
@@ -181,7 +184,7 @@ def apply(layout: Layout) -> None:
 
 
 def _carry_out(layout: Layout, plan: Json, journal: Journal) -> Json:
-    """Do the steps that are not done yet; the report of the Fault that ended them, empty when none did."""
+    """Run the remaining steps; return the report of the Fault that ended them, or an empty one."""
     done = {event["step"] for event in journal.events() if event["event"] == "done"}
     note = _noting(journal)
     for number, step in enumerate(plan["steps"]):
@@ -194,7 +197,7 @@ def _carry_out(layout: Layout, plan: Json, journal: Journal) -> Json:
             return error.report
         except OSError as error:
             return os_fault(error, f"could not {step['title']}").report
-        except Exception as error:  # doing it again would not help
+        except Exception as error:  # a bug: a retry would not help
             what = f"could not {step['title']}: internal error in Hearth"
             return Fault("step", what, repr(error), f"report it, with {journal.path}").report
         try:
@@ -205,7 +208,7 @@ def _carry_out(layout: Layout, plan: Json, journal: Journal) -> Json:
 
 
 def _abandon(layout: Layout, plan: Json, journal: Journal) -> Json:
-    """End a run that somebody has cut short to stop ComfyUI; the report of how."""
+    """End a run that a forced stop has aborted; return its report."""
     report = Fault("step", f"ended by {plan['aborted']}", "", "run the same command again when that is over").report
     try:
         return abandon(layout, plan["run"], report, _noting(journal))
@@ -219,7 +222,7 @@ def _noting(journal: Journal) -> Note:
     def note(text: str) -> None:
         nonlocal left
         left -= 1
-        with suppress(OSError):  # what is done does not depend on it, a revert above all
+        with suppress(OSError):  # a failed note must not stop a step, least of all a revert
             if left >= 0:
                 journal.add("note", text=cut(text, 2000) if left else "there is more, which is left out")
 
@@ -227,13 +230,13 @@ def _noting(journal: Journal) -> Note:
 
 
 NOTES = 1000
-"""Notes of a run that are kept: what they tell may be a node's choice."""
+"""Maximum number of notes per run: a custom node may control their content."""
 
 
 def _record(layout: Layout, plan: Json) -> None:
-    """Write the result into the plan, before anything is deleted that it rests on.
+    """Record the result in the plan before deleting anything that the run needs.
 
-    On a disk without room even for that, the plan is deleted instead, which ends the run as well.
+    If the disk lacks even that space, delete the plan, which also ends the run.
     """
     try:
         retried(lambda: write(layout.pending, json.dumps({**plan, "steps": []})))
@@ -246,7 +249,7 @@ def _record(layout: Layout, plan: Json) -> None:
 
 
 def _end(layout: Layout, plan: Json, journal: Journal) -> None:
-    """Tell how a run ended, once, and delete what it needed; the plan last, so that whoever is killed here goes on."""
+    """Record the result of a run once and delete its files; the plan last, so that the next apply() can resume."""
     names = ("run", "who", "key", "action", "release", "base")
     asked: Json = {name: plan.get(name, "") for name in names}
     line: Json = {"at": now(), "result": plan["result"], **asked, "error": plan["fault"].get("what", "")}
@@ -258,14 +261,14 @@ def _end(layout: Layout, plan: Json, journal: Journal) -> None:
         if not any(event["event"] == "end" for event in journal.events()):
             journal.add("end", result=plan["result"], fault=plan["fault"])
     if not plan["fault"].get("kept"):
-        for _ in range(2):  # a disk may refuse once; after that it is no more than litter
+        for _ in range(2):  # one retry; leftovers waste only space
             SafeDeleter().delete(layout.state / f"database-{plan['run']}")
     _clear(layout)
     retried(lambda: layout.pending.unlink(missing_ok=True))
 
 
 def _clear(layout: Layout) -> None:
-    """Delete what runs that have ended needed."""
+    """Delete the temporary files of ended runs."""
     for path in (layout.cut, layout.state / RESERVE, layout.prefix / ".current.back"):
         retried(lambda path=path: path.unlink(missing_ok=True))  # type: ignore[misc]
     for folder in (layout.state, layout.prefix):
@@ -275,7 +278,7 @@ def _clear(layout: Layout) -> None:
 
 
 def follow(layout: Layout, run_id: str) -> Iterator[Json]:
-    """Yield the events of a run, as they come, up to its end. The journal stays open: a run may end by deleting it."""
+    """Yield the events of a run up to its end. The journal stays open: a run may end by deleting it. Raises Fault."""
     journal = Journal(layout, run_id).path
     rest, quiet, gone, idle = b"", 0.0, False, 0
     with ExitStack() as stack:
@@ -284,7 +287,7 @@ def follow(layout: Layout, run_id: str) -> Iterator[Json]:
             with suppress(FileNotFoundError):
                 held = held or stack.enter_context(journal.open("rb"))
             if held is None and not layout.state.exists():
-                yield {"event": "end", "result": "done", "fault": {}}  # what is gone was its to delete
+                yield {"event": "end", "result": "done", "fault": {}}  # the run has deleted the state itself
                 return
             whole, _, rest = (rest + held.read() if held is not None else b"").rpartition(b"\n")
             fresh = events(whole.decode(errors="replace"))
@@ -295,30 +298,30 @@ def follow(layout: Layout, run_id: str) -> Iterator[Json]:
                 raise Fault("step", "the run ended without a record", "the disk may be full", "inv facts shows it")
             quiet = 0.0 if fresh else quiet + 0.1
             if quiet > 10:
-                gone = read(layout.pending).get("run") != run_id  # its last line may have come this very moment
+                gone = read(layout.pending).get("run") != run_id  # read once more: its last line may be new
                 idle = idle + 1 if not gone and free(layout.lock) else 0
                 if idle > 3:
                     hint = "mend what the log shows, then inv attach: it is started again, and goes on"
                     fault = Fault("step", "what applies the plan ends each time it is started", "", hint)
-                    with suppress(Fault):  # a journal that is not this login's to read
+                    with suppress(Fault):  # the systemd journal may not be readable
                         fault.report["log"] = manager_of(layout).apply_log()
                     raise fault
                 if idle:
                     manager_of(layout).start_apply()
-                yield {"event": "alive"}  # shows that the connection still is
+                yield {"event": "alive"}  # keeps the connection alive
                 quiet = 0.0
             time.sleep(0.1)
 
 
 SILENCE = 60
-"""Seconds without a byte after which an upload ends: its client sleeps, or is gone. The next one resumes it."""
+"""Seconds without data after which an upload ends: its client is suspended or gone. The next upload resumes it."""
 
 
 def receive(layout: Layout, digest: str, size: int, offset: int) -> Json:
-    """Write standard input to a blob from `offset` on, until it is whole; answers how much is there.
+    """Write standard input to a blob of `size` bytes, starting at `offset`; return the bytes received so far (`size`).
 
-    What is there stays in a file that the next upload resumes. While another client sends the same blob, or is silent,
-    this one writes to a copy. Raises Fault when nothing comes, or when another run deleted the file.
+    A partial blob stays for the next upload to resume. While another client uploads the same blob, write to a copy.
+    Raises Fault if no data arrives, the blob is damaged, or another run has deleted the file.
     """
     signal.signal(signal.SIGALRM, _silent)
     path = layout.incoming / digest
@@ -337,7 +340,7 @@ def receive(layout: Layout, digest: str, size: int, offset: int) -> Json:
                 return {"size": size}
             if os.fstat(file.fileno()).st_size < offset:
                 raise FileNotFoundError(part)
-            file.truncate(offset)  # what another client wrote meanwhile comes again
+            file.truncate(offset)  # data that another client has appended is sent again
             while block := _block():
                 file.write(block)
             file.flush()
@@ -356,7 +359,7 @@ def receive(layout: Layout, digest: str, size: int, offset: int) -> Json:
 
 
 def _block() -> bytes:
-    """What comes next on standard input, which may hold some already: `select` would not see that."""
+    """Read the next block from standard input. Uses an alarm, as `select` does not see buffered data. Raises Fault."""
     signal.alarm(SILENCE)
     try:
         return cast("BufferedReader", sys.stdin.buffer).read1(1 << 20)

@@ -1,12 +1,12 @@
-"""What Hearth changes outside its prefix, on request: the old value is recorded before, and put back from there.
+"""Settings outside the prefix, changed on request. Old values are recorded first and restored on undo.
 
-A setting is a list of changes, each of one kind at one place:
+A setting is a list of changes, each with a kind and a place:
 
-    file    a file: its text and mode (None: there is none)
-    value   a file of the kernel's, under /proc/sys or /sys; the place may have wildcards
-    group   a group: its members (None: there is none)
-    node    a device: its group and mode; the place may have wildcards
-    unit    a unit of systemd's: enabled, active
+    file    a file: its text and mode (None: absent)
+    value   a kernel file under /proc/sys or /sys; the place may contain wildcards
+    group   a group: its members (None: absent)
+    node    a device file: its group and mode; the place may contain wildcards
+    unit    a systemd unit: enabled, active
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _write_file(place: str, value: list[Any] | None) -> None:
     path = Path(place)
     if value is None:
         discard(path)
-        with suppress(OSError):  # a folder of drop-ins that holds others, or none at all
+        with suppress(OSError):  # the drop-in folder has other files or is missing
             if path.parent.name.endswith(".service.d"):
                 path.parent.rmdir()
     else:
@@ -55,13 +55,13 @@ def _write_file(place: str, value: list[Any] | None) -> None:
         write(path, value[0].encode(errors="surrogateescape"), value[1])
         if there and path.parent == UNITS:
             _reload(path)
-            subprocess.run(["systemctl", "reset-failed", path.name], capture_output=True)  # no start of ours counts
+            subprocess.run(["systemctl", "reset-failed", path.name], capture_output=True)  # our starts must not count
             run(["systemctl", "try-restart", path.name])
     _reload(path)
 
 
 def _reload(path: Path) -> None:
-    """Tell who reads such files."""
+    """Reload the daemon that reads this file."""
     if UNITS in path.parents:
         run(["systemctl", "daemon-reload"])
     elif path.parent == Path("/etc/udev/rules.d") and shutil.which("udevadm"):
@@ -76,7 +76,7 @@ def _read_value(place: str) -> str:
 
 
 def _write_value(place: str, value: str) -> None:
-    with Path(place).open("w") as file:  # in place: it is no file
+    with Path(place).open("w") as file:  # in place: not a regular file
         file.write(value)
 
 
@@ -135,12 +135,12 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _places(change: Json) -> list[str]:
-    """Where a change is made."""
+    """Return the places of a change."""
     return _glob(change["place"]) if change["kind"] in ("value", "node") else [change["place"]]
 
 
 def _wanted(change: Json, now: Any) -> Any:
-    """What shall be at a place. The number of a group that is not there yet is told as -1."""
+    """Return the wanted value of a place. The gid of a group that does not exist yet is -1."""
     kind = change["kind"]
     gid = -1
     with suppress(KeyError):
@@ -153,7 +153,7 @@ def _wanted(change: Json, now: Any) -> Any:
 
 
 def seen(changes: Sequence[Json]) -> tuple[Seen, ...]:
-    """The state of every place of some changes."""
+    """Return the state of every place of these changes."""
     found: list[Seen] = []
     for change in changes:
         for place in _places(change):
@@ -166,7 +166,7 @@ def seen(changes: Sequence[Json]) -> tuple[Seen, ...]:
 
 
 def look(layout: Layout, request: Json) -> State:
-    """The changes in force, and the state of the places of some settings (`changes`, by name)."""
+    """Return the changes in force and the state of the places of the requested settings (`changes`, by name)."""
     applied = {
         name: tuple(Applied(each["kind"], each["place"], each["old"], each["new"]) for each in listed)
         for name, listed in Settings(layout).in_force().items()
@@ -178,9 +178,9 @@ def look(layout: Layout, request: Json) -> State:
 
 
 def apply_setting(layout: Layout, step: Set, note: Note) -> None:
-    """Make the changes of a setting; where ComfyUI must see them from its start, it is stopped before.
+    """Apply the changes of a setting; with `serves`, stop ComfyUI first and start it afterwards.
 
-    When ComfyUI then does not serve, or a change cannot be made, the whole setting is undone.
+    Undoes the whole setting and raises Fault if a change fails or ComfyUI does not respond.
     """
     if step.serves:
         _stop(layout, step, note)
@@ -214,7 +214,7 @@ def _apply(layout: Layout, setting: str, changes: Sequence[Json]) -> None:
 
 
 def undo_settings(layout: Layout, step: Unset, note: Note) -> None:
-    """Put back what settings changed, the last first; what somebody changed since stays, unless told to `overwrite`."""
+    """Undo settings, last change first. Places edited since are kept and raise Fault, unless `overwrite` is set."""
     if step.serves:
         _stop(layout, step, note)
     stuck = [each for name in step.settings for each in _undo(layout, name, force=step.overwrite)]
@@ -235,14 +235,14 @@ def _undo(layout: Layout, setting: str, *, force: bool) -> list[str]:
         told = {key: change[key] for key in ("setting", "kind", "place")}
         try:
             now = read(change["place"])
-            # whether a unit runs is nobody's change: it may have died
+            # A unit's state is not an edit: it may have crashed.
             if now not in (change["old"], change["new"]) and change["kind"] != "unit" and not force:
                 stuck.append(f"{change['place']}: {_edited(now, change['new'])}")
                 continue
             if now != change["old"]:
                 put(change["place"], change["old"])
         except FileNotFoundError:
-            pass  # a processor or device that is not there any more
+            pass  # a CPU or device that no longer exists
         except (Fault, OSError) as error:
             stuck.append(f"{change['place']}: {error}")
             continue
@@ -260,11 +260,11 @@ def _stop(layout: Layout, step: Set | Unset, note: Note) -> None:
     manager.stop()
 
 
-# --- who may use the GPU -------------------------------------------------------------------------------------------
+# --- access to the GPU ---------------------------------------------------------------------------------------------
 
 
 def access(layout: Layout, request: Json) -> Access:
-    """The GPU's device files, which of `users` may use each, and the settings that decide about that."""
+    """Return the GPU's device files, which `users` may not use each, and the settings that control access."""
     people = {name: _groups(name) for name in request["users"]}
     nodes: list[Node] = []
     for place in [*_glob("/dev/nvidia*"), *_glob("/dev/dri/render*")]:
@@ -284,7 +284,7 @@ def access(layout: Layout, request: Json) -> Access:
     rules: list[Rule] = []
     for folder in ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/lib/udev/rules.d", "/lib/udev/rules.d"):
         if Path(folder).resolve() in {Path(each.file).parent for each in rules}:
-            continue  # /lib is /usr/lib
+            continue  # /lib links to /usr/lib
         for path in sorted(Path(folder).resolve().glob("*.rules")):
             rules += [
                 Rule(str(path), line.strip()[:200])
@@ -295,7 +295,7 @@ def access(layout: Layout, request: Json) -> Access:
 
 
 def _groups(user: str) -> tuple[str, ...] | None:
-    """The groups of a user; None when there is no such user."""
+    """Return a user's groups; None if the user does not exist."""
     try:
         entry = pwd.getpwnam(user)
     except KeyError:
@@ -304,7 +304,7 @@ def _groups(user: str) -> tuple[str, ...] | None:
 
 
 def _may(status: os.stat_result, user: str, groups: tuple[str, ...] | None) -> bool:
-    """Whether a user may read and write a device: its mode says so (an access list is not looked at)."""
+    """Return whether a user may read and write a device by its mode (ACLs are ignored)."""
     if groups is None:
         return False
     if _user(status.st_uid) == user:

@@ -1,4 +1,4 @@
-"""Steps that make the trees of ComfyUI and of nodes."""
+"""Steps that create the trees of ComfyUI and of custom nodes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from agent.serve.sandbox import confined_to, sandboxed
 
 
 def receive_blob(layout: Layout, digest: str) -> Path:
-    """The path of an uploaded blob; raises Fault when it is missing or damaged."""
+    """Return the path of an uploaded blob. Raises Fault if it is missing or damaged."""
     path = layout.incoming / digest
     if not path.exists() or sha256(path) != digest:
         path.unlink(missing_ok=True)
@@ -30,17 +30,17 @@ def receive_blob(layout: Layout, digest: str) -> Path:
 
 
 def tool(layout: Layout, step: Tool, note: Note) -> None:
-    """Install the pinned uv for the steps that follow."""
+    """Install the pinned uv for the following steps. Raises Fault."""
     place = layout.state / "tools" / step.name
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         blob = receive_blob(layout, step.blob)
-        blob.chmod(0o755)  # the copy has its mode
+        blob.chmod(0o755)  # copy() keeps the mode
         copy(blob, place)
 
 
 def app(layout: Layout, step: Tree, note: Note) -> None:
-    """Make the application's tree, or another one that is only unpacked and compiled."""
+    """Create the application's tree, or another tree without install.py. Raises Fault."""
     with part(layout, step.part) as place:
         _unpack(layout, step, place)
         run(compile_command(layout, step, place))
@@ -48,9 +48,9 @@ def app(layout: Layout, step: Tree, note: Note) -> None:
 
 
 def _unpack(layout: Layout, step: Tree, place: Path) -> None:
-    """Fill a part with a tree: uploaded files, and identical files of other parts."""
+    """Fill a part with uploaded files and identical files of other parts. Raises Fault if the result differs."""
     with tarfile.open(receive_blob(layout, step.blob)) as archive:
-        archive.extractall(place)  # the client's own archive, checked by hash; 3.10 may lack the filters
+        archive.extractall(place)  # trusted archive, checked by hash; 3.10 may lack filters
     for name, source in step.reuse.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(layout.parts / source, place / name)
@@ -62,14 +62,12 @@ def _unpack(layout: Layout, step: Tree, place: Path) -> None:
 
 
 def node(layout: Layout, step: Node, note: Note) -> None:
-    """Make a custom node's tree."""
+    """Create a custom node's tree. Raises Fault."""
     with part(layout, step.part) as place:
         _unpack(layout, step, place)
         if step.install:
             _install(layout, step, place, note)
-        with suppress(
-            Fault
-        ):  # some contain files that Python cannot parse; ComfyUI reports the nodes that cannot be imported
+        with suppress(Fault):  # some files are not valid Python; ComfyUI reports nodes that fail to import
             run(compile_command(layout, step, place))
         link_writable(layout, step, place)
 
@@ -85,16 +83,16 @@ def link_writable(layout: Layout, step: Tree, place: Path) -> None:
 
 
 def copy_defaults(source: Path, data: Path, name: str, folder: bool) -> None:
-    """Copy the shipped defaults into the data, or make an empty folder; a file without defaults is left to the node.
+    """Copy the shipped defaults into the data, or create an empty folder; the node creates files without defaults.
 
-    No link below the data is followed: this runs outside of the sandbox that keeps the service from its target.
+    Follows no links below the data: this process runs outside the service's sandbox.
     """
     parent, _, last = name.rpartition("/")
     with inside(data, parent, make=True) as here:
         place, fresh = here / last, here / f".{last}.{os.getpid()}"
         if os.path.lexists(place):
             return
-        remove(fresh)  # a killed run may have had this number, too
+        remove(fresh)  # a killed run may have had the same pid
         if source.is_dir():
             shutil.copytree(source, fresh, copy_function=shutil.copyfile)
         elif folder:
@@ -103,15 +101,15 @@ def copy_defaults(source: Path, data: Path, name: str, folder: bool) -> None:
             shutil.copyfile(source, fresh)
         else:
             return
-        os.sync()  # once it is there it is trusted, also after a power cut
+        os.sync()  # it must be complete before the rename, even after a power loss
         fresh.rename(place)
 
 
 INSTALL_SECONDS = 1800
-"""For an install.py, which may download models."""
+"""Time limit for an install.py, which may download models."""
 
 
-# Runs in the sandbox: a copy of the tree, its install.py, and what there is then, on standard output (`taken_over`).
+# Runs in the sandbox: copies the tree, runs its install.py, writes the files to standard output (see `taken_over`).
 _INSTALLER = """
 import os, shutil, stat, struct, subprocess, sys
 source, place, python = sys.argv[1:]
@@ -132,9 +130,9 @@ sys.stdout.buffer.write(bytes(7))
 
 
 def _install(layout: Layout, step: Node, place: Path, note: Note) -> None:
-    """Run a node's install.py on a copy of its tree, in a sandbox, and take over the regular files that it leaves."""
+    """Run a node's install.py on a copy of its tree in a sandbox; keep the regular files. Raises Fault."""
     scratch = layout.state / "install"
-    room = "/tmp" if layout.scope == "system" else str(scratch)  # noqa: S108  its unit's own
+    room = "/tmp" if layout.scope == "system" else str(scratch)  # noqa: S108  private to the unit
     remove(scratch)
     scratch.mkdir(parents=True)
     environment = {**step.environment, **dict.fromkeys(("HOME", "XDG_CACHE_HOME", "TMPDIR"), room)}
@@ -155,14 +153,14 @@ def _install(layout: Layout, step: Node, place: Path, note: Note) -> None:
 
 
 TAKEN, DEEP = 100_000, 50
-"""Files that an install.py may leave, and folders in each other."""
+"""Maximum number of files after an install.py, and maximum depth of their folders."""
 
 
 def taken_over(raw: bytes, place: Path, note: Note) -> None:
-    """Write the regular files of an untrusted tree into an empty folder; `note` those that are left out.
+    """Write the regular files of an untrusted tree into an empty folder; `note` the skipped ones. Raises Fault.
 
-    Each is a length of its name, one of its content, and a kind (0: no regular file, 2: an executable one), then name
-    and content; a name without a length ends it. No archive's format: those are for parsers to get wrong. Raises Fault.
+    Each entry: name length, content length, kind (0: not a regular file, 1: file, 2: executable), name, content. An
+    empty name ends the stream. A custom format avoids the complexity of archive parsers.
     """
     left: list[str] = []
     view, at = memoryview(raw), 0
@@ -192,9 +190,9 @@ def taken_over(raw: bytes, place: Path, note: Note) -> None:
 
 
 def compile_command(layout: Layout, step: Tree | Env, place: Path) -> list[str]:
-    """The command that compiles the Python files in a part that is being made; their tracebacks name its final place.
+    """Return the command that compiles an unfinished part's Python files, with its final path in tracebacks.
 
-    It runs none of them: the environment's own Python would run each .pth file of its packages, as root.
+    Uses the base interpreter, which runs none of them: the environment's would run its packages' .pth files as root.
     """
     words = ["-I", "-S", "-m", "compileall", "-q", "-j", "0", "-s", str(place), "-p", str(layout.parts / step.part)]
     return [step.python, *words, str(place)]

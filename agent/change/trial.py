@@ -1,6 +1,6 @@
-"""The trial of a release: it runs beside the one in service, in the same sandbox and on the same GPU, and is proven.
+"""Trial of a release: run and prove it beside the current release, in the same sandbox and on the same GPU.
 
-It has a loopback port of its own and scratch data: folders of its own, a copy of the database, the real models to read.
+It uses a separate loopback port and scratch data: separate folders, a copy of the database, the real models read-only.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from agent.serve.supervised import end_of
 from agent.serve.systemd import Systemd
 
 CLEAR_SECONDS = 120
-"""For deleting what a trial has written, some megabytes."""
+"""Time limit for deleting a trial's files, some megabytes."""
 
 MEMORY, GPU_MEMORY = 2_500_000_000, 1_500_000_000
-"""Bytes that a second, idle ComfyUI needs: its process (0.9 GB measured on a CPU, more with node packs) and on the GPU
-a CUDA context with the libraries of the kernels (estimated, not measured)."""
+"""Bytes that a second, idle ComfyUI needs: for its process (0.9 GB measured on a CPU, more with node packs), and on the
+GPU for a CUDA context with the kernels' libraries (estimated, not measured)."""
 
 SMALL = 16_000_000
-"""Bytes up to which a file that nodes keep in data/nodes is copied: settings are small, models of their own are not."""
+"""Maximum size in bytes of a copied file of nodes (data/nodes): copies settings, not the nodes' models."""
 
 SMALL_ONES = 500_000_000
-"""Bytes up to which such files are copied: what a node wrote without an end must not fill the disk."""
+"""Maximum total size of these copies in bytes, so that a node's runaway files do not fill the disk."""
 
 
 def lacking() -> str:
-    """Which memory is too small for two instances, in words; empty when there is enough."""
+    """Return a sentence about the memory that is too small for two instances; empty if memory suffices."""
     if (free := meminfo()["MemAvailable"]) < MEMORY:
         return f"{free / 1e9:.1f} GB of memory are available, {MEMORY / 1e9:.1f} GB needed"
     for gpu in gpus():
@@ -59,12 +59,12 @@ def lacking() -> str:
 
 
 def trial_of(layout: Layout, manager: Manager) -> Trial:
-    """The trial of a release, run as its service would be."""
+    """Return a trial for the manager that runs the service."""
     return SystemdTrial(layout) if isinstance(manager, Systemd) else Trial(layout)
 
 
 def run_trial(layout: Layout, manager: Manager, release: Json, note: Note) -> None:
-    """Prove a release without touching the one in service. Raises Fault, kind `trial`, with its log."""
+    """Prove a release without touching the current one. Raises Fault of kind `trial` with the trial's log."""
     trial = trial_of(layout, manager)
     current = layout.release()
     try:
@@ -87,49 +87,52 @@ def run_trial(layout: Layout, manager: Manager, release: Json, note: Note) -> No
 
 
 IMPORT_SECONDS = 300
-"""For importing torch and the kernels from a cold disk."""
+"""Time limit for importing torch and the kernels from a cold disk."""
 
 
 def imports(release: Json) -> list[str]:
-    """The command that imports the release's kernels: ComfyUI itself loads only the one that it computes with."""
+    """Return the command that imports all kernels of the release: ComfyUI loads only the one it uses."""
     names = release["gate"].get("imports", ())
     return [release["argv"][0], "-I", "-B", "-c", f"import torch, {', '.join(names)}"] if names else []
 
 
 class Trial:
-    """One release on scratch data, as a process of the agent's own: it ends with it."""
+    """A release on scratch data, as a child process that ends with the agent."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        # Nobody else may write in the room itself: systemd, which mounts from it, would follow a link there.
+        # No other user may write to this folder: systemd mounts from it and would follow symlinks.
         self.room = layout.state / "trial"
         self.scratch = self.room / "data"
         self.argv: list[str] = []
-        # where the trial has what is written: the data, and folders that lie elsewhere
+        # The scratch folder for each writable path: the data, and data folders outside of it.
         elsewhere = {path: name for name, path in layout.elsewhere.items() if name != "models"}
         self.places = {str(layout.data): self.scratch, **{path: self.room / name for path, name in elsewhere.items()}}
         self.child: subprocess.Popen[bytes] | None = None
         self.spared: set[int] = set()
 
     def moved(self, text: str) -> str:
-        """A command line, unit or environment with the scratch's paths in place of the data's."""
+        """Replace the data's paths by scratch paths in a command line, unit or environment value."""
         for path, place in self.places.items():
             text = re.sub(rf"{re.escape(path)}(?![\w.-])", str(place).replace("\\", r"\\"), text)
         return text
 
     def confined(self, release: Json) -> list[str]:
-        """What a command is prefixed with where the release confines itself: for the trial's places and port."""
+        """Return the release's confining command prefix, adapted to the trial's paths and port."""
         words = [self.moved(word) for word in release.get("confined", ())]
         if words and "write" in json.loads(words[-2]):
             spec, port = json.loads(words[-2]), int(self.argv[self.argv.index("--port") + 1])
-            models = self.layout.elsewhere.get("models")  # the real ones
+            models = self.layout.elsewhere.get("models")  # the real models
             spec["read"] += [models] if models else []
             spec["write"] = [path for path in spec["write"] if path != models]
             words[-2] = json.dumps({**spec, "bind": [port], "connect": [*spec["connect"], port]})
         return words
 
     def prepare(self, release: Json, models: Path) -> None:
-        """Choose a port and make the scratch data, as the service's user; `models` is what its models are a link to."""
+        """Choose a port and create the scratch data as the service user; `models` is the target of its models link.
+
+        Raises Fault if an earlier trial's files cannot be deleted.
+        """
         self.clear()
         if os.path.lexists(self.room):
             what = f"{self.room} could not be deleted: an earlier trial has made too much of it, or a mount"
@@ -147,12 +150,12 @@ class Trial:
         as_service(self.layout, _fill, self.layout.data, self.scratch, inside, models)
 
     def start(self, release: Json) -> None:
-        """Start a release."""
+        """Start a release. Raises Fault if a kernel cannot be imported."""
         self.prepare(release, self.layout.data / "models")
         self.argv = [self.moved(word) for word in self.argv]
         variables = {name: self.moved(value) for name, value in release["environment"].items()}
         self.spared = take_orphans()
-        log = (self.layout.state / "trial.log").open("wb", buffering=0)  # written to as long as anything runs
+        log = (self.layout.state / "trial.log").open("wb", buffering=0)  # stays open while any process runs
 
         def spawn(argv: list[str]) -> subprocess.Popen[bytes]:
             child = subprocess.Popen(
@@ -177,7 +180,7 @@ class Trial:
         self.child = spawn([*self.confined(release), *self.argv])
 
     def stop(self) -> None:
-        """End it, if it runs."""
+        """Stop it if it runs."""
         if self.child:
             self.child.send_signal(signal.SIGINT)  # ComfyUI handles SIGINT, not SIGTERM
             with suppress(subprocess.TimeoutExpired):
@@ -187,12 +190,12 @@ class Trial:
             end_descendants(self.spared)
 
     def clear(self) -> None:
-        """End it, if it runs, and remove what it has written."""
+        """Stop it if it runs, and delete its files."""
         self.stop()
         SafeDeleter(CLEAR_SECONDS).delete(self.room)
 
     def status(self) -> Service:
-        """Its state; it is never restarted."""
+        """Return its state; it is never restarted."""
         code = self.child.poll() if self.child else None
         active = self.child is not None and code is None
         return Service(
@@ -200,15 +203,15 @@ class Trial:
         )
 
     def log(self, lines: int) -> list[str]:
-        """Its last lines."""
+        """Return its last lines."""
         return end_of(self.layout.state / "trial.log", lines)
 
 
 class SystemdTrial(Trial):
-    """One release on scratch data, as a unit that is gone with the next boot: the service's own with other places.
+    """A release on scratch data, as a runtime unit: the service's unit with other paths.
 
-    The system's systemd mounts the scratch over the data, so that what lies in the release and leads into the data
-    is tried, too; the login's own cannot, and gets other paths.
+    The system manager mounts the scratch data over the real data, which also covers the release's symlinks into the
+    data. The user manager cannot; there the paths are replaced.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -220,17 +223,17 @@ class SystemdTrial(Trial):
         self.place = self.unit.units / self.unit.unit
 
     def start(self, release: Json) -> None:
-        """Start a release; settings that somebody made for the service (systemctl edit) hold for it, too."""
+        """Start a release. The service's drop-ins (systemctl edit) apply to the trial, too."""
         text = (self.layout.releases / release["id"] / f"{self.layout.service}.service").read_text()
         lines = ["[Service]", "Restart=no", f"RuntimeMaxSec={release['gate']['seconds'] + 900}", "ExecStart="]
         if self.layout.scope == "system":
-            # All of the real data, to read its models: systemd would follow a link in their place, as root. The trial
-            # follows it itself, within its sandbox.
+            # Mount all of the real data read-only for its models: if `models` were a symlink, systemd would follow it
+            # as root. The trial follows it inside its sandbox.
             real = Path(f"/run/{self.layout.service}-data")
             self.prepare(release, real / "models")
             lines += [f"BindPaths={place}:{path}" for path, place in self.places.items()]
             lines += [f"BindReadOnlyPaths={self.layout.data}:{real}"]
-            if models := self.layout.elsewhere.get("models"):  # the operator's
+            if models := self.layout.elsewhere.get("models"):  # set by the operator
                 lines += [f"BindReadOnlyPaths=-{models}:{models}"]
         else:
             self.prepare(release, self.layout.data / "models")
@@ -239,17 +242,17 @@ class SystemdTrial(Trial):
             command = shlex.join([*self.confined(release), *argv]).replace("%", "%%").replace("$", "$$")
             lines += [f"{key}={command}"] if argv else []
         lines += [f"TimeoutStartSec={IMPORT_SECONDS}"]
-        storage = f"{self.layout.service}-storage.service"  # a release's first one is not known to systemd yet
+        storage = f"{self.layout.service}-storage.service"  # systemd does not know a first release's storage unit yet
         write(self.place, "".join(f"{line}\n" for line in text.splitlines() if not line.endswith(f"={storage}")))
         ours = self.place.with_name(f"{self.place.name}.d")
         for each in self.drop_ins.glob("*.conf"):
             link(ours / each.name, each)
-        write(ours / "~trial.conf", "\n".join(lines) + "\n")  # the last one by name
+        write(ours / "~trial.conf", "\n".join(lines) + "\n")  # sorts last, so it takes precedence
         run([*self.unit.ctl, "daemon-reload"])
         self.unit.start()
 
     def stop(self) -> None:
-        """End it, if it runs, and forget its unit."""
+        """Stop it if it runs, and remove its unit."""
         if self.place.exists():
             self.unit.stop()
             self.place.unlink()
@@ -258,19 +261,19 @@ class SystemdTrial(Trial):
             subprocess.run([*self.unit.ctl, "reset-failed", self.unit.unit], capture_output=True)
 
     def status(self) -> Service:
-        """Its state."""
+        """Return its state."""
         return self.unit.status()
 
     def log(self, lines: int) -> list[str]:
-        """Its last lines. The journal may be told of them after what wrote them has died."""
+        """Return its last lines. Wait up to 3 s: the journal may receive them after the process has died."""
         wait_for(lambda: bool(self.unit.log(1)), 3)
         return self.unit.log(lines)
 
 
 def _fill(data: Path, scratch: Path, folders: list[str], models: Path | None) -> None:
-    """Give the scratch data its folders, a copy of the database, and of what nodes keep."""
+    """Create the scratch data: folders, a copy of the database, and copies of the nodes' small files."""
     left = SMALL_ONES
-    for name, folder in itertools.chain(branches(data, "nodes"), branches(data, "comfyui")):  # releases have links here
+    for name, folder in itertools.chain(branches(data, "nodes"), branches(data, "comfyui")):  # releases link to these
         place = scratch / name
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -280,7 +283,7 @@ def _fill(data: Path, scratch: Path, folders: list[str], models: Path | None) ->
                     if each.is_file(follow_symlinks=False) and size <= min(SMALL, left):
                         (place / each.name).write_bytes(read_some(Path(each), size, follow=os.O_NOFOLLOW))
                         left -= size + 4096
-        except OSError as error:  # gone by now, or so deep that no path leads to it
+        except OSError as error:  # deleted meanwhile, or its path is too long
             if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG, errno.EACCES):
                 raise
         if left < 0:
@@ -288,27 +291,27 @@ def _fill(data: Path, scratch: Path, folders: list[str], models: Path | None) ->
     if models:
         (scratch / "models").symlink_to(models)
     for name in (*DATA, *folders):
-        if not (scratch / name).is_symlink():  # it may lead nowhere until the trial begins
+        if not (scratch / name).is_symlink():  # it may dangle until the trial begins
             (scratch / name).mkdir(parents=True, exist_ok=True)
     _copy_live(data / "user", scratch / "user/comfyui.db")
 
 
 def _copy_live(folder: Path, place: Path) -> None:
-    """Copy a SQLite database that another process may be writing to."""
+    """Copy a SQLite database that another process may be writing. Raises OSError if it was replaced meanwhile."""
     with suppress(FileNotFoundError), inside(folder) as here:
         source = here / "comfyui.db"
         if not regular(source):
             return
         import sqlite3
 
-        forsake_root()  # this parses what the service wrote
+        forsake_root()  # parses a file that the service wrote
         known = source.lstat()
         with (
             closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True)) as live,
             closing(sqlite3.connect(place)) as copied,
         ):
             live.backup(copied)
-            # SQLite goes by the path to which that descriptor leads, where there may be a link by now
+            # SQLite reopens the path behind the descriptor, which may be a symlink by now.
             own = [each.stat() for each in Path("/proc/self/fd").iterdir() if each.exists()]
             if not any(os.path.samestat(known, each) for each in own):
                 place.unlink()

@@ -1,1 +1,1 @@
-"""What a host is: facts, GPUs, jobs, logs; nothing here changes it."""
+"""Read-only queries of a host: facts, GPUs, jobs, logs."""

@@ -1,4 +1,4 @@
-"""Users, groups and their rights."""
+"""Users, groups and their permissions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from agent.layout import Layout
 
 
 def user_exists(name: str) -> bool:
-    """Whether a user exists; true for no name."""
+    """Return whether a user exists; true for an empty name."""
     with suppress(KeyError):
         return not name or bool(pwd.getpwnam(name))
     return False
 
 
 def account_problem(layout: Layout) -> str:
-    """Why the service must not run as a user that is there; empty when it may.
+    """Return why the service must not run as its existing user; empty if it may.
 
-    Whatever else runs as that user is a way out of the unit's sandbox, by /proc/PID/root.
+    Any other process of that user allows escaping the unit's sandbox through /proc/PID/root.
     """
     with suppress(KeyError):
         entry = pwd.getpwnam(layout.user) if layout.user else None
@@ -33,13 +33,13 @@ def account_problem(layout: Layout) -> str:
 
 
 def group_members(layout: Layout) -> tuple[str, ...] | None:
-    """Who is in the members' group; None when that is not there, or people are in the service's own group."""
+    """Return the members' group; None if it does not exist or the service's own group has members."""
     groups = {each.gr_name: each.gr_mem for each in grp.getgrall()} if layout.user else {"": []}
     return None if layout.group not in groups or groups.get(layout.user) else tuple(sorted(groups[layout.group]))
 
 
 def member_rights(layout: Layout) -> str | None:
-    """What members may do by sudo, as our file says; None where there is no sudo."""
+    """Return Hearth's sudoers file for members; empty if missing, None without sudo or a service user."""
     if not layout.user or not shutil.which("visudo", path="/usr/sbin:/sbin"):
         return None
     with suppress(OSError):
@@ -48,5 +48,5 @@ def member_rights(layout: Layout) -> str | None:
 
 
 def sudoers(layout: Layout) -> Path:
-    """What members may do as root."""
+    """Return the path of Hearth's sudoers file for members."""
     return Path(f"/etc/sudoers.d/hearth-{layout.service}")

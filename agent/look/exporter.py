@@ -1,4 +1,4 @@
-"""The exporter of metrics as it is installed: apart from any release, so that a rollback of ComfyUI leaves it alone."""
+"""The installed metrics exporter: independent of releases, so that a rollback of ComfyUI does not affect it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from agent.serve.systemd import Systemd
 
 
 def installed(layout: Layout) -> Json:
-    """The `agent` (its hash) that the exporter's unit runs, its `settings` and the `unit`; empty without one."""
+    """Return the exporter's `agent` (hash), `settings` and `unit` (text); empty if not installed."""
     unit = unit_file(layout)
-    if unit.is_symlink() or not unit.exists():  # a link: an older Hearth's, a part of its release
+    if unit.is_symlink() or not unit.exists():  # a link: part of an older version's release
         return {}
-    agent = os.path.basename(os.path.realpath(layout.exporter_agent))  # noqa: PTH119  a link that may lead nowhere
+    agent = os.path.basename(os.path.realpath(layout.exporter_agent))  # noqa: PTH119  the link may dangle
     return {"agent": agent, "settings": read(layout.exporter_settings, lenient=True), "unit": read_text(unit)}
 
 
 def exporter(layout: Layout) -> Json:
-    """As `installed`, and whether its unit is `active`."""
+    """Return `installed` and whether the unit is `active`."""
     found = installed(layout)
     if found:
         systemd = Systemd(layout)
@@ -31,6 +31,6 @@ def exporter(layout: Layout) -> Json:
 
 
 def unit_file(layout: Layout) -> Path:
-    """Where the exporter's unit lies."""
+    """Return the path of the exporter's unit."""
     systemd = Systemd(layout)
     return systemd.units / systemd.exporter_unit

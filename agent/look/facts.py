@@ -1,4 +1,4 @@
-"""The state of the host, as `agent.schema.facts` declares it."""
+"""Collect the state of the host as declared in `agent.schema.facts`."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from agent.serve.supervised import Supervised
 from agent.serve.systemd import Systemd, login, user_systemd
 
 SIGNERS = Path("/etc/hearth/allowed_signers")
-"""Who may sign bundles for this host (ssh-keygen(1), ALLOWED SIGNERS). Without it, a bundle may be unsigned."""
+"""Allowed signers of bundles for this host (ssh-keygen(1), ALLOWED SIGNERS). Without it, bundles may be unsigned."""
 
 
 def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: float = 0) -> Facts:
-    """The state of this host. `ask` names the Python versions, mounts, folders and Debian packages to look for.
+    """Return the state of this host. `ask` lists the Python versions, mounts, folders and Debian packages to check.
 
-    `devices` are its GPUs (`ours`). Parts that were verified within the last `verified` seconds are not verified again.
-    Blocks on a mount whose server is down: call `answering` first.
+    `devices` are its GPUs (`ours`). Parts verified within the last `verified` seconds are not verified again. Blocks on
+    a mount whose server is down: call `answering` first. Raises Fault.
     """
     current, fault = "", Report()
     try:
@@ -72,7 +72,7 @@ def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: floa
         prefix=str(layout.prefix),
         writable=os.access(place, os.W_OK),
         disk_free=disk.f_bavail * disk.f_frsize,
-        # Some file systems make inodes as they go, and say 0 of 0.
+        # File systems without a fixed number of inodes report 0 of 0.
         inodes_free=disk.f_favail if disk.f_files else None,
         mounts={path: mount_state(layout, path, wanted) for path, wanted in ask["mounts"].items()},
         places={path: folder_problem(layout, Path(path), use) for path, use in ask["places"].items()} | traps(layout),
@@ -87,7 +87,7 @@ def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: floa
         placed=tuple(map(str, Systemd(layout).placed())),
         drop_ins=tuple(map(str, sorted(Systemd(layout).units.glob(f"{layout.service}*.service.d")))),
         lingered=layout.lingered.exists(),
-        # one that cannot be read lists nobody
+        # An unreadable file counts as empty: no signers.
         signers=read_text(SIGNERS) if os.path.lexists(SIGNERS) else None,
         place=prefix_state(layout),
         user=user_exists(layout.user),
@@ -108,7 +108,7 @@ def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: floa
         altered=tuple(each["id"] for each in manifests if each and altered(layout, each)),
         proven=tuple(_proven(layout, runs)),
         failed_nodes=read(layout.releases / current / "proven", lenient=True).get("failed_nodes", {}),
-        # ComfyUI deletes that one when it ends, and makes it when it starts
+        # ComfyUI creates `temp` when it starts and deletes it when it ends.
         data=all(os.path.lexists(layout.data / name) for name in DATA if name != "temp"),
         service=manager.status() if here and layout.state.exists() else _NO_SERVICE,
         incoming={path.name: path.stat().st_size for path in layout.incoming.glob("*") if path.is_file()},
@@ -121,12 +121,12 @@ def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: floa
 
 
 STALE, PATIENT = 2.0, 15.0
-"""Seconds after which a folder that does not answer counts as dead: for a glance, and before a change. A local disk
-takes milliseconds; one that spins up, or is mounted when it is looked at, up to ten seconds."""
+"""Seconds after which an unresponsive folder counts as dead: for status queries, and before a change. A local disk
+takes milliseconds; a disk that spins up or an automount takes up to ten seconds."""
 
 
 def answering(layout: Layout, ask: Json, seconds: float) -> None:
-    """Raise Fault when a folder does not answer in time: a mount without its server makes who looks wait for ever."""
+    """Raise Fault if a folder does not respond in time: stat() on a mount whose server is down blocks indefinitely."""
     inside = (each["point"] for each in mounts() if each["point"].startswith(f"{layout.prefix}/"))
     places = sorted({*ask["mounts"], *ask["places"], *inside})
     children = {place: subprocess.Popen(["stat", "-f", place], stdout=-3, stderr=-3) for place in places}
@@ -136,7 +136,7 @@ def answering(layout: Layout, ask: Json, seconds: float) -> None:
         try:
             child.wait(max(0.01, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            child.kill()  # it may not die while it waits for the server; nobody waits for it
+            child.kill()  # it may be unkillable while it waits for the server, so do not wait for it
             dead.append(place)
     if dead:
         remedy = "on the host: umount --lazy it, or wait for its server"
@@ -144,7 +144,7 @@ def answering(layout: Layout, ask: Json, seconds: float) -> None:
 
 
 def _parts(layout: Layout, verified: float) -> Callable[[], dict[str, str]]:
-    """Begin to verify the parts; what is returned waits for what is wrong with each, and notes which are whole."""
+    """Start verifying the parts; the returned function waits, returns each part's damage, and caches intact parts."""
     note = layout.state / "verified.json"
     known = {name: at for name, at in read(note, lenient=True).items() if 0 <= time.time() - at < verified}
     begun = time.time()
@@ -155,7 +155,7 @@ def _parts(layout: Layout, verified: float) -> Callable[[], dict[str, str]]:
     def answer() -> dict[str, str]:
         found: dict[str, str] = dict.fromkeys(names, "") | faults()
         if asked and layout.state.is_dir():
-            with suppress(OSError):  # it only saves time
+            with suppress(OSError):  # only a cache
                 whole = {name: known.get(name, begun) for name, fault in found.items() if not fault}
                 write(note, json.dumps(whole))
         return found
@@ -164,9 +164,9 @@ def _parts(layout: Layout, verified: float) -> Callable[[], dict[str, str]]:
 
 
 def _proven(layout: Layout, runs: list[Ended]) -> list[str]:
-    """The releases that passed the health gate, by when they were last put in service, the latest first.
+    """Return the releases that passed the health gate, most recently deployed first; unknown ones come last.
 
-    The history is appended to, so its order is right whatever the clock was. What it does not name comes last.
+    Uses the order of the append-only history, which does not depend on the clock.
     """
     served = {run["release"]: number for number, run in enumerate(runs) if run["result"] == "done"}
     names = sorted(path.parent.name for path in layout.releases.glob("*/proven"))
@@ -174,14 +174,14 @@ def _proven(layout: Layout, runs: list[Ended]) -> list[str]:
 
 
 def altered(layout: Layout, manifest: Json) -> bool:
-    """Whether a release's files or links are not those of its manifest any more; an older Hearth's may name none."""
+    """Return whether a release's files or links differ from its manifest; older manifests may list none."""
     place = layout.releases / manifest["id"]
     try:
         links = {kind: (place / kind).readlink().name for kind in manifest["parts"]}
         links |= {name: str((place / name).readlink()) for name in manifest.get("links", {})}
         nodes = {name.partition("/")[2] for name in (*links, *manifest.get("empty", ())) if name.startswith("custom_")}
         if "empty" in manifest and {*os.listdir(place / "custom_nodes")} != nodes - {""}:  # noqa: PTH208
-            return True  # ComfyUI imports all that is there
+            return True  # ComfyUI imports every entry
         files = {name: (place / name).read_text() for name in manifest.get("files", {})}
     except OSError:
         return True

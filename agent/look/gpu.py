@@ -1,8 +1,8 @@
-"""The NVIDIA GPUs as the driver's library (NVML) reports them, through nvidia-ml-py (`import pynvml`).
+"""Query NVIDIA GPUs through the driver's library (NVML) with nvidia-ml-py (`import pynvml`).
 
-A call may be unsupported by this GPU, fail midway, or return an impossible value. The value is None then, and the
-GPU's `unsupported` names it or its `faults` give the reason. pynvml is imported only where the driver's library
-exists, since the import takes about 20 ms.
+A query may be unsupported, fail, or return an impossible value. The value is then None, and is listed in the GPU's
+`unsupported` or explained in its `faults`. pynvml is imported only if the driver's library exists, since the import
+takes about 20 ms.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from agent.files import Fault, Json, meminfo, read_some, read_text
 
 UNIFIED = ("12.1",)
-"""Capabilities whose GPUs share the machine's memory (GB10). NVML does not report their memory, or reports all of the
+"""Compute capabilities of GPUs with unified memory (GB10). NVML does not report their memory, or reports all of the
 machine's (nvitop#208, nvtop#463)."""
 
 _MODES = {0: "default", 2: "prohibited", 3: "exclusive process"}  # NVML_COMPUTEMODE_*; 1 is no longer supported
@@ -25,7 +25,7 @@ _PIDS = 1 << 22  # the kernel's PID_MAX_LIMIT
 
 
 class Nvml:
-    """NVML, initialised until the block ends. Raises Fault without the library or without a driver behind it."""
+    """NVML, initialised until the end of the `with` block. Raises Fault without the library or a driver."""
 
     def __init__(self) -> None:
         try:
@@ -34,7 +34,7 @@ class Nvml:
 
             self._nvml: Any = pynvml
             pynvml.nvmlInit()
-        except Exception as error:  # OSError, or pynvml's own, which has no name before the import
+        except Exception as error:  # OSError or NVMLError, which is unknown before the import
             hint = "on the host: nvidia-smi must list the GPU; install or load the NVIDIA driver"
             raise Fault("gpu", "the NVIDIA driver's library (NVML) does not answer", str(error), hint) from error
 
@@ -46,7 +46,7 @@ class Nvml:
             self._nvml.nvmlShutdown()
 
     def gpus(self) -> list[Json]:
-        """All GPUs in their present state; raises Fault when the driver does not report their number."""
+        """Return the current state of all GPUs. Raises Fault if the driver does not report their number."""
         try:
             count = _within(self._nvml.nvmlDeviceGetCount(), 1000)
         except (self._nvml.NVMLError, ValueError) as error:
@@ -55,7 +55,7 @@ class Nvml:
 
 
 class _Device:
-    """One GPU; `faults` and `unsupported` grow with each query that returns nothing."""
+    """One GPU; each failed query is added to `faults` or `unsupported`."""
 
     def __init__(self, nvml: Any, index: int) -> None:
         self.nvml = nvml
@@ -66,7 +66,7 @@ class _Device:
         self.handle = self._get("device", lambda: nvml.nvmlDeviceGetHandleByIndex(index))
 
     def _get(self, what: str, query: Callable[[], Any]) -> Any:
-        """The result of a query, or None with the reason noted."""
+        """Return a query's result, or record the reason and return None."""
         try:
             return query()
         except self.nvml.NVMLError_NotSupported:
@@ -76,7 +76,7 @@ class _Device:
         return None
 
     def report(self) -> Json:
-        """The GPU as `gpus` describes it. Without a handle there is nothing to ask, and one fault says so."""
+        """Return the GPU's state (see `gpus`). Without a handle, all values are None and `faults` has one entry."""
         nvml, handle = self.nvml, self.handle
         queries: dict[str, Callable[[], Any]] = {
             "name": lambda: _text(nvml.nvmlDeviceGetName(handle)),
@@ -118,9 +118,9 @@ class _Device:
         }
 
     def _memory(self, capability: str | None) -> tuple[int, int, str]:
-        """Total and used bytes, and their source: /proc/meminfo where the GPU shares the machine's memory.
+        """Return total and used bytes and their source: /proc/meminfo for unified memory. Raises ValueError.
 
-        The first version of the structure, which every driver has: `used` includes what the driver reserves.
+        Uses version 1 of the structure, which every driver supports: `used` includes the driver's reserved memory.
         """
         if capability in UNIFIED:
             return _shared_memory()
@@ -137,7 +137,7 @@ class _Device:
         return _within(rates.gpu, 100), _within(rates.memory, 100)
 
     def _processes(self, kind: str, listed: list[Any], total: int | None) -> list[Json]:
-        """The processes that NVML listed, except impossible ones."""
+        """Return NVML's processes, without impossible ones."""
         found: list[Json] = []
         for each in listed:
             if not 0 < each.pid <= _PIDS:
@@ -152,7 +152,7 @@ class _Device:
 
 
 def gpus() -> list[Json]:
-    """The NVIDIA GPUs in their present state, one object each; none without a driver.
+    """Return the current state of the NVIDIA GPUs, one object each; empty without a driver.
 
     `index`, `name`, `uuid`, `capability` ("8.9"), `driver`, `cuda` (the newest that the driver supports: "13.0"),
     `memory_total` and `memory_used` in bytes, from `memory_source`: "nvml", or "meminfo" where the GPU shares the
@@ -170,17 +170,17 @@ def gpus() -> list[Json]:
 
 
 def process(pid: int) -> Json:
-    """A process: `pid`, `name`, `user` and its systemd `unit`; None for what /proc does not show.
+    """Return a process's `pid`, `name`, `user` and systemd `unit`; None for values that /proc does not show.
 
-    The driver may list processes of another namespace or a container, which /proc does not have.
+    The driver may list processes of another PID namespace or container, which are not in /proc.
     """
     place = Path(f"/proc/{pid}")
     words = read_some(place / "cmdline", 4096).decode(errors="replace").split("\0")
     name = Path(words[0]).name or read_text(place / "comm").strip()
-    if name.startswith("python"):  # not informative: the script is
+    if name.startswith("python"):  # show the script's name, too
         script = next((word for word in words[1:] if word and not word.startswith("-")), "")
         name = f"{name} {Path(script).name}".strip()
-    name = "".join(each if each.isprintable() else "?" for each in name)[:60]  # its owner chose it
+    name = "".join(each if each.isprintable() else "?" for each in name)[:60]  # chosen by the process's owner
     user: str | None = None
     with suppress(OSError):
         number = place.stat().st_uid
@@ -188,7 +188,7 @@ def process(pid: int) -> Json:
             user = pwd.getpwuid(number).pw_name
         except KeyError:
             user = str(number)
-    # cgroups(7): the unified hierarchy's line, or that of systemd's own beside the old ones
+    # cgroups(7): the line of the unified hierarchy, or of systemd's named v1 hierarchy.
     lines = read_text(place / "cgroup").splitlines()
     path = next((line for line in lines if line.startswith("0::") or ":name=systemd:" in line), "")
     units = [each for each in path.split("/") if each.endswith((".service", ".scope"))]
@@ -201,7 +201,7 @@ def _shared_memory() -> tuple[int, int, str]:
 
 
 def _within(value: int, most: int) -> int:
-    """The value; raises ValueError for an impossible one."""
+    """Return the value. Raises ValueError if it is out of range."""
     if not 0 <= value <= most:
         raise ValueError(f"answers {value}")
     return value

@@ -1,4 +1,4 @@
-"""ComfyUI's jobs: what runs, what waits, and what it remembers of those that are over."""
+"""ComfyUI's jobs: running, pending, and finished ones in its history."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from agent.layout import Layout
 from agent.schema.live import Job
 
 PATIENCE = 5.0
-"""Seconds for each answer."""
+"""Time limit for each response in seconds."""
 
 
 def jobs(layout: Layout, count: int) -> list[Job]:
-    """The last jobs that are over, those that run, and those that wait, in this order; raises Fault without an answer.
+    """Return up to `count` finished jobs, then the running and the pending jobs. Raises Fault without a response.
 
-    Times are in seconds since 1970. ComfyUI forgets what is over when it ends. Of many that wait the first are told,
-    and how many more there are, as `+N`; of a history that is too long so many as can be read.
+    Times are in seconds since 1970. ComfyUI's history is lost when it ends. A long queue is truncated; its last entry
+    `+N` counts the rest. A history over the size limit is shortened.
     """
     place = endpoint(layout)
     try:
@@ -44,7 +44,7 @@ def _history(place: Endpoint, count: int) -> list[Job]:
 
 
 def _over(name: str, entry: Json) -> Job:
-    """A job of the history."""
+    """Decode a job of the history."""
     status = entry.get("status") or {}
     asked = job(entry["prompt"]) if entry.get("prompt") else {"id": said(name), "nodes": 0, "queued": None}
     told = dict(status.get("messages", ()))

@@ -1,4 +1,4 @@
-"""ComfyUI's log: the journal where systemd runs it, else the supervisor's file; streamed as it grows."""
+"""ComfyUI's log, streamed: the journal if systemd runs it, else the supervisor's file."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from agent.serve.supervised import Supervised
 from agent.serve.systemd import Systemd, login
 
 ALIVE = 5.0
-"""Seconds after which a quiet stream says that it is there: that whoever asked has gone shows only by writing."""
+"""Seconds between keep-alives of a quiet stream: only a write detects that the client is gone."""
 
 LONGEST = 100_000
-"""Bytes of a line that are shown as one: whoever writes the log may never end it."""
+"""Maximum length of a line in bytes: the writer may never end it."""
 
 Match = Callable[[str], bool]
 
 
 def logs(layout: Layout, request: Json) -> Iterator[Json]:
-    """The log, oldest first: `text` with its time `at` (seconds since 1970) where that is known, and `note`s.
+    """Yield the log, oldest first: `text` with its time `at` (seconds since 1970; None: unknown), and `note`s.
 
-    `lines` limits it to the last ones (None: all), `since` is a time, `grep` a regular expression that a line must
-    match without its colours; with `follow` there is no end. Raises Fault when the log cannot be read.
+    `lines` is the number of last lines (None: all), `since` a time, `grep` a regular expression that is matched
+    without colours; `follow` streams without end. Raises Fault if the log cannot be read.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that journalctl ends with this
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that journalctl is ended, too
     try:
         wanted = re.compile(request["grep"])
     except re.error as error:
@@ -59,12 +59,12 @@ def logs(layout: Layout, request: Json) -> Iterator[Json]:
 
 
 def _shown(raw: bytes) -> str:
-    """A line as a terminal would be left with it: a progress bar writes over itself."""
+    """Return a line as a terminal shows it: progress bars overwrite themselves."""
     return raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
 
 
 def moment(text: str, now: float) -> float:
-    """A time as journalctl takes it, in seconds since 1970; local where it names no zone. Raises ValueError."""
+    """Parse a time in journalctl's syntax to seconds since 1970; local time by default. Raises ValueError."""
     units = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
     units |= {"d": 86400, "day": 86400, "w": 604800, "week": 604800}
     today = datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -82,7 +82,7 @@ def moment(text: str, now: float) -> float:
 
 
 def _silence(manager: Systemd | Supervised, request: Json) -> str:
-    """Why there is nothing to show."""
+    """Explain why there is no output."""
     since = f" since {request['since']}" if request["since"] else ""
     if request["grep"]:
         return f"no line matches{since}"
@@ -129,7 +129,7 @@ def _journal(manager: Systemd, request: Json, match: Match) -> Iterator[Json]:
 
 
 def _since(text: str) -> list[str]:
-    """journalctl's own flag. ISO times with a T or Z are newer than some journalctls."""
+    """Return journalctl's --since flag. Older versions of journalctl do not accept ISO times with a T or Z."""
     if not text:
         return []
     try:
@@ -139,7 +139,7 @@ def _since(text: str) -> list[str]:
 
 
 def _line(entry: Json, match: Match) -> list[Json]:
-    """What an entry of the journal says, when it matches; what is not plain text comes as its bytes."""
+    """Return a journal entry as a line if it matches; journalctl encodes text that is not printable as bytes."""
     message = entry.get("MESSAGE") or ""
     text = _shown(bytes(message) if isinstance(message, list) else message.encode())
     return [{"at": _at(entry), "text": text}] if match(text) else []
@@ -150,7 +150,7 @@ def _at(entry: Json) -> float:
 
 
 def _entries(words: list[str], alive: float | None = None) -> Iterator[Json]:
-    """The entries that journalctl shows; an empty one after `alive` seconds without any. Raises Fault when it fails."""
+    """Yield journalctl's entries, and an empty one after `alive` seconds without any. Raises Fault if it fails."""
     with tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
@@ -188,7 +188,7 @@ def _fault(why: str) -> Fault:
 
 
 def _remembered(layout: Layout, fault: Fault, match: Match) -> Iterator[Json]:
-    """What ComfyUI itself remembers, its last 300 writes, where the journal is not ours to read."""
+    """Yield the last 300 writes from ComfyUI's memory if the journal is not readable. Raises `fault` on failure."""
     try:
         found = ask(endpoint(layout), "/internal/logs/raw", limit=LOG_BYTES)
         remembered = checked("its log", found, lambda log: "".join(str(each["m"]) for each in log["entries"]))
@@ -238,7 +238,7 @@ def _file(manager: Supervised, request: Json, match: Match) -> Iterator[Json]:
 
 
 def _mark(times: Path, at: float) -> int | None:
-    """How long the log was at a time; None when nobody noted that so long ago."""
+    """Return the log's size in bytes at a time; None if no mark is that old."""
     with suppress(OSError):
         marks = [line.split() for line in times.read_text().splitlines()]
         past = [int(size) for when, size in (each for each in marks if len(each) == 2) if float(when) <= at]
@@ -247,7 +247,7 @@ def _mark(times: Path, at: float) -> int | None:
 
 
 def _grown(path: Path, read: int) -> Iterator[str | None]:
-    """The lines that come after so many bytes, also when a new file takes the log's place; None when none do."""
+    """Follow a log from byte `read` on, across rotation; yield its lines, and None as keep-alive."""
     rest, heard = b"", time.monotonic()
     while True:
         chunk = b""

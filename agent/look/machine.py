@@ -19,14 +19,14 @@ from agent.serve.systemd import rooted
 
 
 def os_release() -> dict[str, str]:
-    """The fields of /etc/os-release; empty without one."""
+    """Return the fields of /etc/os-release; empty if it is missing."""
     with suppress(OSError):
         return platform.freedesktop_os_release()
     return {}
 
 
 def pythons(layout: Layout, wanted: list[str]) -> dict[str, str]:
-    """Interpreters by minor version. A system service sees no home folder, so only the system's count for it."""
+    """Return interpreters by minor version. A system service sees no home folders, so it gets only the system's."""
     places = "/usr/bin:/usr/local/bin" if layout.scope == "system" else os.environ.get("PATH", "/usr/bin")
     code = "import sys; print(sys._base_executable, '%d.%d' % sys.version_info[:2])"
     found: dict[str, str] = {}
@@ -35,7 +35,7 @@ def pythons(layout: Layout, wanted: list[str]) -> dict[str, str]:
         if program is None or (layout.scope == "system" and not rooted(Path(program))):  # root will run it
             continue
         if sys.prefix == sys.base_prefix and Path(program).resolve() == Path(sys.executable).resolve():
-            found[version] = program  # the one that runs this: no need to start it
+            found[version] = program  # this interpreter: no need to start it
             continue
         done = subprocess.run([program, "-ISc", code], capture_output=True, text=True)
         answer = done.stdout.split()
@@ -45,18 +45,18 @@ def pythons(layout: Layout, wanted: list[str]) -> dict[str, str]:
 
 
 def packages(wanted: list[str]) -> dict[str, bool]:
-    """Which of these Debian packages are installed; empty where there is no dpkg to tell."""
+    """Return whether each of these Debian packages is installed; empty without dpkg."""
     if not wanted or not shutil.which("dpkg-query"):
         return {}
     query = ["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n", *wanted]
-    shown = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()  # fails when it lacks one
+    shown = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()  # fails if one is missing
     return {name: f"{name} installed" in shown for name in wanted}
 
 
 def nvidia(found: Sequence[GpuState]) -> tuple[tuple[Gpu, ...], str]:
-    """The GPUs to deploy to, and the driver's version.
+    """Return the usable GPUs and the driver's version.
 
-    A GPU that does not report its compute capability (it fell off the bus) is left out.
+    Omits GPUs that do not report a compute capability (fallen off the bus).
     """
     if not found:
         return _nvidia_smi(), driver_version()
@@ -75,7 +75,7 @@ def nvidia(found: Sequence[GpuState]) -> tuple[tuple[Gpu, ...], str]:
 
 
 def _nvidia_smi() -> tuple[Gpu, ...]:
-    """The GPUs as nvidia-smi lists them: it may find a driver whose library cannot be loaded here (Nix, containers)."""
+    """Return the GPUs from nvidia-smi, which may find a driver whose library cannot be loaded (Nix, containers)."""
     if not shutil.which("nvidia-smi"):
         return ()
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
@@ -90,7 +90,7 @@ def _nvidia_smi() -> tuple[Gpu, ...]:
 
 
 def driver_version() -> str:
-    """The NVIDIA driver's version, as its kernel module tells it; empty without one."""
+    """Return the NVIDIA driver's version from its kernel module; empty if not loaded."""
     with suppress(OSError):
         found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", Path("/proc/driver/nvidia/version").read_text())
         return found[1] if found else ""

@@ -1,7 +1,7 @@
-"""NVIDIA's Multi-Process Service for ComfyUI: what its control daemon says, by the commands that it documents.
+"""State of ComfyUI's NVIDIA Multi-Process Service (MPS), queried from its control daemon.
 
-They go to the standard input of `nvidia-cuda-mps-control` (docs.nvidia.com/deploy/mps, "nvidia-cuda-mps-control");
-lists come back as one process id a line.
+Commands are written to the standard input of `nvidia-cuda-mps-control` (docs.nvidia.com/deploy/mps,
+"nvidia-cuda-mps-control"); lists are returned as one process id per line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONTROL = "nvidia-cuda-mps-control"
 
 
 def mps(layout: Layout) -> Mps:
-    """The state of MPS, its servers and their clients."""
+    """Return the state of MPS, its servers and their clients. Raises Fault if systemctl fails."""
     unit = f"{layout.service}-mps.service"
     pipes = f"/run/{layout.service}-mps"
     here = Path("/run/systemd/system").is_dir() and layout.scope == "system"
@@ -58,7 +58,7 @@ def _environment(pid: int) -> list[bytes]:
 
 
 def _ask_all(control: str, pipes: str, layout: Layout) -> tuple[str, tuple[MpsServer, ...]]:
-    """The default thread percentage, and the servers; raises Fault."""
+    """Return the default active thread percentage and the servers. Raises Fault."""
 
     def ask(command: str) -> list[str]:
         return _said(control, command, pipes, layout)
@@ -79,16 +79,16 @@ def _numbers(lines: list[str]) -> list[int]:
 
 
 SERVERS, CLIENTS = 8, 100
-"""That are told of: a daemon has a server for each user, and a server takes 60 clients."""
+"""Maximum numbers reported: a daemon runs one server per user, and a server accepts 60 clients."""
 
 SECONDS, LONGEST = 5, 65_536
-"""For an answer, and bytes of one: the daemon runs as the service does, and may have been taken over."""
+"""Limits for a reply, in seconds and bytes: the daemon runs as the service user and may be compromised."""
 
 
 def _said(control: str, command: str, pipes: str, layout: Layout) -> list[str]:
-    """What the daemon answers, asked by its own user in its own unit's sandbox; raises Fault.
+    """Send a command as the daemon's user in its unit's sandbox; return the lines of the reply. Raises Fault.
 
-    A process of that user outside of it would be a way out for ComfyUI's (/proc/PID/root).
+    Outside the sandbox, a process of that user would let ComfyUI escape (/proc/PID/root).
     """
     unit = read_text(UNITS / f"{layout.service}-mps.service")
     release = {"environment": {"CUDA_MPS_PIPE_DIRECTORY": pipes, "PATH": "/usr/bin:/bin"}}

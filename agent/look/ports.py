@@ -1,4 +1,4 @@
-"""Who listens on a port."""
+"""Find the process that listens on a port."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from agent.look.gpu import process
 from agent.schema.facts import Holder
 
 HOLDER_SECONDS = 3.0
-"""For finding who listens on a port: whoever has millions of descriptors must not keep anybody waiting."""
+"""Time limit for finding the process: another user may have millions of descriptors."""
 
 
 def port_holder(port: int) -> Holder:
-    """Who listens on a port: pid, name and systemd's unit; empty when nobody does.
+    """Return the process that listens on a port: pid, command and systemd unit; empty if none does.
 
-    Pid 0 is one that this user may not see, -1 one that was not found in time.
+    Pid 0: not visible to this user; -1: not found in time.
     """
     end = time.monotonic() + HOLDER_SECONDS
     sockets: dict[str, int] = {}
@@ -30,14 +30,14 @@ def port_holder(port: int) -> Holder:
             for line in itertools.islice(lines, 1, None):
                 cells = line.split()
                 late = time.monotonic() > end
-                if cells[3] != "0A" or late:  # those that listen come first
+                if cells[3] != "0A" or late:  # listening sockets come first
                     break
                 if int(cells[1].rpartition(":")[2], 16) == port:
                     sockets[f"socket:[{cells[9]}]"] = int(cells[7])
     if not sockets and not late:
         return {}
     places = {place: _uid(place) for place in Path("/proc").glob("[0-9]*")}
-    # Those of the socket's own user first: the kernel tells it, and others cannot hide among theirs.
+    # Processes of the socket's owner come first: the kernel reports the owner, so other users cannot cause delay.
     for place in sorted(places, key=lambda place: places[place] not in sockets.values()):
         with suppress(OSError), os.scandir(place / "fd") as entries:
             for entry in entries:

@@ -1,4 +1,4 @@
-"""The prefix and its content: what must be known before anything in it is deleted."""
+"""The prefix and its contents, as needed before a deletion."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from agent.schema.facts import Place
 from agent.serve.systemd import Systemd
 
 OWN = ("current", "parts", "releases", "secrets", "state")
-"""All that Hearth makes in its prefix, but the data."""
+"""Hearth's entries in the prefix, except the data."""
 
 
 def prefix_state(layout: Layout) -> Place:
-    """What the prefix is and what lies in it: as much as must be known before anything there is deleted."""
+    """Return the properties and contents of the prefix that a deletion must consider."""
     prefix, real = layout.prefix, os.path.realpath(layout.prefix)
     names: list[str] = []
     with suppress(OSError):
         names = sorted(path.name for path in layout.prefix.iterdir())
-    # Of a killed run: what `link` and `folders` make before they rename it.
+    # The pattern matches temporary names of `link` and `folders` after a killed run.
     own = [name for name in names if name in OWN or re.fullmatch(r"\.(current|data)\.\w+", name)]
     points = sorted({each["point"] for each in mounts() if each["point"].startswith(f"{real}/")})
     data = (layout.data, *(layout.data / name for name in DATA))
@@ -59,14 +59,14 @@ def _target(path: Path) -> str:
 
 
 def _owner(layout: Layout, user: str) -> str:
-    """The user, when the data is that one's."""
+    """Return the user if it owns the data, else empty."""
     with suppress(OSError, KeyError):
         return user if user and layout.data.stat().st_uid == pwd.getpwnam(user).pw_uid else ""
     return ""
 
 
 def _elsewhere(layout: Layout) -> str:
-    """Another prefix that is there, and that the service's unit leads to; empty when there is none."""
+    """Return another existing prefix that the service's unit links to; empty if none."""
     unit = Systemd(layout).units / f"{layout.service}.service"
     with suppress(OSError):
         prefix = unit.readlink().parent.parent  # PREFIX/current/SERVICE.service
@@ -76,19 +76,19 @@ def _elsewhere(layout: Layout) -> str:
 
 
 def _deletable(path: str, points: list[str]) -> bool:
-    """Whether more is at a path than mount points and the way to them."""
+    """Return whether a path contains more than mount points and their parent folders."""
     pending = [path]
     while pending:
         path = pending.pop()
         if not any(each == path or each.startswith(f"{path}/") for each in points):
             return True
         if path not in points:
-            with suppress(OSError), os.scandir(path) as entries:  # the service may put something else there
+            with suppress(OSError), os.scandir(path) as entries:  # the service may replace it meanwhile
                 pending += [entry.path for entry in itertools.islice(entries, len(points) + 1)]
     return False
 
 
 def _holds(folder: Path, home: Path, data: Path) -> bool:
-    """Whether a folder is somebody's home, or has it in it; the service's own is the data."""
-    same = home.name == folder.name and os.path.realpath(home) == str(folder)  # not asked of each: some are a server's
+    """Return whether a folder is or contains a user's home; the service's home, the data, does not count."""
+    same = home.name == folder.name and os.path.realpath(home) == str(folder)  # realpath last: homes may be remote
     return home != data and (same or folder in (home, *home.parents))

@@ -1,4 +1,4 @@
-"""What the doctor looks at beside facts and status: logs, rights, clock, compilers, containers."""
+"""Data for the doctor beyond facts and status: logs, permissions, clock, compilers, containers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from agent.serve.sandbox import sandboxed
 from agent.serve.systemd import Systemd
 
 LINES = 2000
-"""So much of the service's log is looked at: a start with many nodes, and the last failure, are in it."""
+"""Number of log lines to read: enough for a start with many nodes and for the last failure."""
 
 
 def probe(layout: Layout, request: Json) -> Probed:
-    """All that the doctor's checks need. What takes long runs in processes of its own meanwhile."""
+    """Collect the data for the doctor's checks. Slow parts run in parallel child processes. Raises Fault."""
     answering(layout, request, STALE)
     manager = manager_of(layout)
     access, log = forked(_access, layout, request["roots"]), forked(_log, layout)
@@ -53,7 +53,7 @@ def probe(layout: Layout, request: Json) -> Probed:
 
 
 def _access(layout: Layout, roots: list[str]) -> dict[str, str]:
-    """What the service may not do that it must: write where it keeps things, read its code and models."""
+    """Return the paths that the service cannot read or write but must: data, code and models."""
     wanted = {str(layout.folder(name)): os.W_OK | os.X_OK for name in DATA if name != "models"}
     wanted |= dict.fromkeys([*roots, str(layout.folder("models"))], os.R_OK | os.X_OK)
     if layout.current.exists():
@@ -80,7 +80,7 @@ def _known(layout: Layout) -> bool:
 
 
 def _kernel(layout: Layout) -> Kernel:
-    """What the kernel said in a week of processes killed for memory, and of faults of the GPU (Xid)."""
+    """Return the kernel's last 20 OOM-kill and GPU error (Xid) messages of the past 7 days."""
     pattern = r"Out of memory: Killed|oom-kill|NVRM: Xid|Memory cgroup out of memory"
     words = ["journalctl", "--dmesg", "--boot=all", "--since=-7d", "--no-pager", "--output=short-iso", "--quiet"]
     for argv in (words, ["dmesg", "--time-format=iso"]):
@@ -93,14 +93,14 @@ def _kernel(layout: Layout) -> Kernel:
 
 
 def _log(layout: Layout) -> list[list[Any]]:
-    """The service's last lines without colours, with times in seconds since 1970 where the manager keeps them."""
+    """Return the service's last log lines without colours, with times in seconds since 1970 if known."""
     with suppress(Fault, OSError):
         return [[at, re.sub(r"\x1b\[[0-9;]*m", "", line)] for at, line in manager_of(layout).timed_log(LINES)]
     return []
 
 
 def _result(manager: Manager) -> str:
-    """How the service ended last, as systemd names it: success, exit-code, oom-kill, start-limit-hit, …"""
+    """Return systemd's result of the last run: success, exit-code, oom-kill, start-limit-hit, …"""
     if not isinstance(manager, Systemd):
         return ""
     with suppress(Fault):
@@ -109,7 +109,7 @@ def _result(manager: Manager) -> str:
 
 
 def _oom_kills(manager: Manager) -> int:
-    """How many processes of the service the kernel killed for its memory limit since it was started."""
+    """Return the number of processes killed at the service's memory limit since it was started."""
     if isinstance(manager, Systemd):
         with suppress(Fault, OSError, StopIteration, ValueError):
             group = run([*manager.ctl, "show", manager.unit, "--property=ControlGroup", "--value"]).strip()
@@ -119,7 +119,7 @@ def _oom_kills(manager: Manager) -> int:
 
 
 def _synchronized() -> bool | None:
-    """Whether the clock is kept by a time service; None where nobody tells."""
+    """Return whether the clock is synchronised; None if not reported."""
     with suppress(OSError, Fault):
         said = run(["timedatectl", "show", "--property=NTPSynchronized", "--value"], timeout=3).strip()
         return {"yes": True, "no": False}.get(said)
@@ -127,7 +127,7 @@ def _synchronized() -> bool | None:
 
 
 def _headers(layout: Layout) -> str:
-    """The C headers of the release's Python, which Triton compiles against when ComfyUI runs; empty without."""
+    """Return the path of Python.h for the release's Python, which Triton needs at run time; empty if missing."""
     python = layout.current / "env/bin/python"
     version = re.search(r"^version_info = (\d+\.\d+)", read_text(layout.current / "env/pyvenv.cfg"), re.MULTILINE)
     if not (python.exists() and version):
@@ -138,7 +138,7 @@ def _headers(layout: Layout) -> str:
 
 
 def _installed(layout: Layout, names: tuple[str, ...]) -> dict[str, str]:
-    """The versions of packages in the current environment, as their own records say."""
+    """Return the versions of these packages in the current environment, from their dist-info."""
     found: dict[str, str] = {}
     for path in layout.current.glob("env/lib/python3*/site-packages/*.dist-info"):
         name, _, version = path.name.removesuffix(".dist-info").rpartition("-")
@@ -148,7 +148,7 @@ def _installed(layout: Layout, names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _torch(layout: Layout) -> Json:
-    """What torch says of CUDA in the current environment, as the service would see it."""
+    """Return what torch reports about CUDA in the current environment, run in the service's sandbox."""
     script = (
         "import json, torch; c = torch.cuda; a = c.is_available(); "
         "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, 'available': a, "
@@ -168,7 +168,7 @@ def _torch(layout: Layout) -> Json:
 
 
 def _containers() -> Containers:
-    """Which container engines are there, NVIDIA's toolkit, and whether the GPU is described for them (CDI)."""
+    """Return the installed container engines, NVIDIA's toolkit, and the GPU's CDI devices."""
     toolkit = ""
     devices: list[str] = []
     if program := shutil.which("nvidia-ctk"):

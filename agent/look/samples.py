@@ -1,4 +1,4 @@
-"""The GPUs and ComfyUI's job, sampled repeatedly over one connection."""
+"""Repeated samples of the GPUs and ComfyUI's running job."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from agent.serve.managers import ours
 
 
 def samples(layout: Layout, every: float, seconds: float | None) -> Iterator[Json]:
-    """A sample now, then one every `every` seconds for `seconds` (None: without end; 0: one sample).
+    """Yield a sample now and then one every `every` seconds for `seconds` (None: no end; 0: one sample).
 
-    `time` is this machine's, in seconds since 1970; `gpus` are those of `agent.look.gpu.gpus`, with processes marked
-    by `ours`; `job` is the id of ComfyUI's running job. Raises Fault without NVML.
+    `time` is this host's in seconds since 1970; `gpus` are those of `agent.look.gpu.gpus` with processes marked by
+    `ours`; `job` is the id of ComfyUI's running job. Raises Fault without NVML.
     """
     begun = time.monotonic()
     number, asked_again = 0, 0.0
@@ -26,16 +26,16 @@ def samples(layout: Layout, every: float, seconds: float | None) -> Iterator[Jso
             if now >= asked_again:
                 try:
                     job = running_job(layout, 1)
-                except (OSError, ValueError):  # a ComfyUI that hangs must not delay each sample
+                except (OSError, ValueError):  # a hanging ComfyUI must not delay every sample
                     asked_again = time.monotonic() + 10 * (time.monotonic() - now)
             yield {"time": time.time(), "gpus": ours(layout, nvml.gpus()), "job": job}
-            number = max(number + 1, int((time.monotonic() - begun) / every))  # skips what was missed
+            number = max(number + 1, int((time.monotonic() - begun) / every))  # skips missed samples
             if seconds is not None and number * every > seconds:
                 return
             time.sleep(max(0.0, begun + number * every - time.monotonic()))
 
 
 def running_job(layout: Layout, timeout: float = 5) -> str | None:
-    """The id of ComfyUI's running job, or None. Raises OSError or ValueError."""
+    """Return the id of ComfyUI's running job, or None. Raises OSError or ValueError."""
     running, _ = queue(endpoint(layout), timeout)
     return str(running[0]["id"]) if running else None

@@ -1,4 +1,4 @@
-"""How ComfyUI and its machine are right now: what `facts` does not tell, since it changes by the second."""
+"""Current state of ComfyUI and its host: values that change by the second and are not in `facts`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from agent.schema.live import ComfyUI, Device, Disk, Glance, Live, RunningJob
 from agent.serve.managers import ours
 
 PATIENCE = 2.0
-"""Seconds for each answer of ComfyUI's: it gives these between two steps of a job, from memory."""
+"""Time limit for each ComfyUI response in seconds: it responds from memory between two steps of a job."""
 
 VERIFIED = 300
-"""Seconds for which parts that were found whole count as whole: looking at 66,000 files takes a core's half second."""
+"""Seconds for which an intact part is not verified again: checking 66,000 files takes half a second of CPU time."""
 
 
 def status(layout: Layout, request: Json) -> Glance:
-    """Facts and current state; recently verified parts are not verified again."""
+    """Return facts and current state; recently verified parts are not verified again. Raises Fault."""
     answering(layout, request, STALE)
     return glance(layout, request)
 
 
 def glance(layout: Layout, request: Json) -> Glance:
-    """Facts and current state from one query of the driver: opening its library wakes a sleeping GPU."""
+    """Return facts and current state from a single NVML query: opening NVML wakes a sleeping GPU."""
     devices = ours(layout, gpus())
     found = facts(layout, request, devices, VERIFIED)
     live = Live(
@@ -75,7 +75,7 @@ def _disk(path: Path) -> Disk:
 
 
 def _age(pid: int) -> float | None:
-    """Seconds since a process was started (proc(5), stat: starttime, the 20th after the name)."""
+    """Return the seconds since a process was started (proc(5), stat: starttime, the 20th field after the name)."""
     with suppress(OSError, ValueError, IndexError, Fault):
         ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
         up = float(Path("/proc/uptime").read_text().split()[0])

@@ -1,4 +1,4 @@
-"""Mounts and folders, and whether the service and its members can use them."""
+"""State of mounts and folders, and whether the service and its members can use them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def shares(layout: Layout) -> bool:
-    """Whether the data is the members' to change, and nobody else's to see unless it is public."""
+    """Return whether members can change the shared data, and others can read the data only if it is public."""
     if not layout.user or not user_exists(layout.user) or not layout.data.exists():
         return True
     others = layout.data.stat().st_mode & 0o7
@@ -34,7 +34,7 @@ def shares(layout: Layout) -> bool:
 
 
 def unused(layout: Layout) -> list[str]:
-    """What lies where nodes are no longer loaded from, as far as a glance shows."""
+    """Return up to 20 entries of data/custom_nodes, from which nothing is loaded."""
 
     def look() -> list[str]:
         with suppress(FileNotFoundError), os.scandir(layout.data / UNUSED) as entries:
@@ -45,7 +45,7 @@ def unused(layout: Layout) -> list[str]:
 
 
 def mount_state(layout: Layout, path: str, wanted: Json) -> MountState:
-    """The state of a mount point."""
+    """Return the state of a mount point."""
     mounted = os.path.ismount(path)
     source = next((each["what"] for each in reversed(mounts()) if each["point"] == path), "")
     unit = read_text(UNITS / layout.mounts[path])
@@ -54,7 +54,7 @@ def mount_state(layout: Layout, path: str, wanted: Json) -> MountState:
 
 
 def _unmountable(path: str, what: str, kind: str) -> tuple[str, str]:
-    """Why a file system cannot be mounted at a path, with the remedy; empty when it can."""
+    """Return why a file system cannot be mounted at a path, and the remedy; empty if it can."""
     if what.startswith("/dev/mapper/") and not Path(what).exists():
         opening = f"on the host: cryptsetup open DEVICE {shlex.quote(Path(what).name)} (or vgchange -ay)"
         return "this encrypted or logical volume is not open", f"{opening}; it is mounted then"
@@ -69,14 +69,14 @@ def _unmountable(path: str, what: str, kind: str) -> tuple[str, str]:
 
 
 def folder_problem(layout: Layout, path: Path, use: str) -> str:
-    """What is wrong with a folder that is to be read, or written by the service; empty when nothing is."""
+    """Return why the service cannot use a folder (`use`: "read", "write" or "bind"); empty if it can."""
     if not path.exists():
         return "is not there"
     if not path.is_dir():
         return "is no folder"
     need = os.R_OK | os.X_OK | (os.W_OK if use == "write" else 0)
     inside = None
-    if use == "bind":  # the unit mounts it where the service sees it, whatever the folders above it allow
+    if use == "bind":  # the unit bind-mounts it, so parent permissions do not matter
         path, inside = Path(), os.open(path, os.O_PATH)
     try:
         may = not user_exists(layout.user) or as_service(layout, _access, str(path), need, inside, seconds=10)
@@ -86,9 +86,9 @@ def folder_problem(layout: Layout, path: Path, use: str) -> str:
 
 
 def traps(layout: Layout) -> dict[str, str]:
-    """What lies in the place of ComfyUI's database and is no file: it would wait for a pipe's other end.
+    """Return database paths that are not regular files, with the problem: ComfyUI would block on a pipe.
 
-    Or in the place of its folder: a link of the service's own leads to what its unit hides from it.
+    Also reports a link made by the service in place of the folder: it could lead to files that the unit hides.
     """
     folder = layout.database.parent
 
@@ -104,7 +104,7 @@ def traps(layout: Layout) -> dict[str, str]:
 
 
 def looked(layout: Layout, look: Callable[[], T], otherwise: Callable[[Exception], T]) -> T:
-    """What a look below the data shows, taken as the service and in time: links may lead anywhere, mounts be dead."""
+    """Run `look` as the service user with a time limit (links and dead mounts are possible); on failure `otherwise`."""
     try:
         found: T = as_service(layout, look, seconds=5) if user_exists(layout.user) else look()
         return found
@@ -119,21 +119,21 @@ def _access(path: str, need: int, inside: int | None) -> bool:
 
 
 def free_bytes(path: Path) -> int:
-    """The bytes that are left for files in a folder."""
+    """Return the free bytes at a folder or its nearest existing parent."""
     disk = os.statvfs(next(each for each in (path, *path.parents) if each.exists()))
     return disk.f_bavail * disk.f_frsize
 
 
 def _shared(layout: Layout, folder: Path) -> bool:
-    """Whether what one member of the group puts into a folder of the service's, every other may change."""
+    """Return whether members can change each other's new files in a folder of the service."""
     try:
         status = folder.stat()
         owner, group = layout.sharing()
         if status.st_uid != owner:
-            return True  # another's is another's affair
+            return True  # another owner's folder is not managed
         fits = status.st_gid == group and status.st_mode & stat.S_ISGID
         return bool(fits) and os.getxattr(folder, SHARING) == shared(status.st_mode, owner)
     except KeyError:  # no such group yet
         return False
-    except OSError as error:  # a file system without such lists does without, a folder that is not there is no fault
+    except OSError as error:  # ACLs not supported, or no such folder: fine
         return error.errno in (errno.ENOTSUP, errno.ENOENT)

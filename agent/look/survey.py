@@ -1,4 +1,4 @@
-"""The ComfyUIs that somebody else installed on the host: read, never run; nothing is changed."""
+"""Survey of ComfyUI installations that Hearth did not make. Reads files only; runs and changes nothing of theirs."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ FOLDERS = ("models", "input", "output", "user")
 
 
 def survey(layout: Layout, path: str) -> Survey:
-    """The installations of ComfyUI: the one at `path`, or those at the usual places."""
+    """Return the installation at `path`, or all at the usual places if `path` is empty."""
     units, processes = _units(layout), all_processes()
     looked = [path] if path else _usual_places(layout, units, processes)
     found: dict[str, Installation] = {}
     for each in looked:
-        with suppress(OSError):  # a home that is not for this login, or links without an end
+        with suppress(OSError):  # an unreadable home, or a symlink loop
             place = real(Path(each).expanduser())
-            # Hearth's own have a PART.json.
+            # Hearth's own trees contain a PART.json.
             if (place / "main.py").is_file() and (place / "comfy").is_dir() and not (place / "PART.json").exists():
                 found[str(place)] = _installation(layout, place, units, processes)
     return Survey(tuple(looked), tuple(found.values()))
 
 
 def _usual_places(layout: Layout, units: list[Json], processes: list[Json]) -> list[str]:
-    """Where units and processes say, and where the guides of ComfyUI and comfy-cli put it."""
+    """Return the folders of units and processes, and those in the guides of ComfyUI and comfy-cli."""
     homes = sorted({entry.pw_dir for entry in pwd.getpwall() if entry.pw_uid == 0 or 1000 <= entry.pw_uid < 65534})
     fixed = [str(layout.prefix / "ComfyUI"), str(layout.prefix), "/opt/comfyui/ComfyUI", "/opt/ComfyUI", "/opt/comfyui"]
     fixed += ["/srv/comfyui/ComfyUI", "/srv/ComfyUI", "/srv/comfyui"]
@@ -53,11 +53,11 @@ def _usual_places(layout: Layout, units: list[Json], processes: list[Json]) -> l
 
 
 def _installation(layout: Layout, place: Path, units: list[Json], processes: list[Json]) -> Installation:
-    """All about one installation that can be read."""
+    """Describe one installation."""
     own = [each for each in processes if each["place"] == str(place)]
     through = {each["unit"] for each in own} | {f"{layout.service}.service"}
     started = [each for each in units if each["place"] == str(place) or each["name"] in through]
-    # Anybody can run a main.py with any flags. Those count that its owner started, or a unit of root's.
+    # Any user can run a main.py with any flags. Trust only processes of its owner or of a unit's user.
     owners = {place.stat().st_uid} | {uid for each in started if (uid := _uid(each["user"])) is not None}
     trusted = [each for each in own if _uid(each["user"]) in owners]
     argv: list[str] = next((each["argv"] for each in (*trusted, *started) if each["argv"]), [])
@@ -90,7 +90,7 @@ def _installation(layout: Layout, place: Path, units: list[Json], processes: lis
 
 
 def _uid(user: str) -> int | None:
-    """The number of a user, who may be named by it; None when there is none of that name."""
+    """Return the uid of a user name or decimal uid; None if the user does not exist."""
     with suppress(KeyError):
         return int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
     return None
@@ -100,7 +100,7 @@ _MODEL_PATHS = "--extra-model-paths-config"
 
 
 def _flag(argv: list[str], name: str) -> str:
-    """The value of a flag; empty when it is not given."""
+    """Return the value of a flag; empty if absent."""
     for number, word in enumerate(argv):
         if word.startswith(f"{name}="):
             return word.partition("=")[2]
@@ -110,7 +110,7 @@ def _flag(argv: list[str], name: str) -> str:
 
 
 def _units(layout: Layout) -> list[Json]:
-    """The units that have to do with ComfyUI and are not Hearth's, also those that were set aside."""
+    """Return units that mention ComfyUI and are not Hearth's, including units set aside by an adoption."""
     found: dict[str, Json] = {}
     known = ("/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib")
     for folder in [*(Path(each, "systemd/system") for each in known), layout.state / "adopted"]:
@@ -147,7 +147,7 @@ def _units(layout: Layout) -> list[Json]:
 
 
 def _started(command: str, folder: str, depth: int = 0) -> tuple[str, list[str]]:
-    """The folder and the flags of the ComfyUI that a command starts; a script that it names is read, not run."""
+    """Return the folder and flags of the ComfyUI that a command starts; read referenced scripts, up to 3 levels."""
     for words in _commands(command):
         if words[0] == "cd" and len(words) > 1:
             folder = str(Path(folder, words[1]))
@@ -167,7 +167,7 @@ def _started(command: str, folder: str, depth: int = 0) -> tuple[str, list[str]]
 
 
 def _commands(text: str) -> list[list[str]]:
-    """The commands of a shell's script, as words; a line that no shell would read is left out."""
+    """Split a shell script into commands as word lists; skip lines with invalid quoting."""
     found: list[list[str]] = []
     for line in text.replace("\\\n", " ").splitlines():
         with suppress(ValueError):
@@ -180,13 +180,13 @@ def _commands(text: str) -> list[list[str]]:
 
 
 def _plain(words: list[str]) -> list[str]:
-    """Flags up to a redirection or pipe, without what only a shell knows."""
+    """Return the words up to a redirection or pipe, without shell variables."""
     end = next((number for number, word in enumerate(words) if re.match(r"[0-9]?[<>|&]", word)), len(words))
     return [word for word in words[:end] if not word.startswith("$")]
 
 
 def all_processes() -> list[Json]:
-    """The processes that run a main.py, with the folder of it and the unit that they belong to."""
+    """Return the processes that run a main.py, each with its folder and system unit."""
     found: list[Json] = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, KeyError):
@@ -210,7 +210,7 @@ def all_processes() -> list[Json]:
 
 
 def _installed(place: Path, programs: list[str]) -> Json:
-    """The Python and torch of its environment, by the names of folders."""
+    """Return the versions of Python and torch in its environment, taken from folder names."""
     named = [Path(each).parent.parent for each in programs if each.startswith("/")]
     for environment in (*named, place / ".venv", place / "venv", place.parent / "venv", place.parent / ".venv"):
         for packages in environment.glob("lib/python3*/site-packages"):
@@ -224,7 +224,7 @@ _SHARED = ("/", "/home", "/media", "/mnt", "/opt", "/srv", "/tmp", "/var", "/var
 
 
 def _foreign(folder: Path, owners: set[int]) -> str:
-    """Why a folder is not ComfyUI's to take, though a flag or a link names it; empty when it may be taken."""
+    """Return the reason why a folder must not be adopted; empty if it may be."""
     homes = {entry.pw_dir for entry in pwd.getpwall()}
     if str(folder) in (*_SHARED, *_SYSTEM, *homes) or str(folder).startswith(tuple(f"{each}/" for each in _SYSTEM)):
         return "it is the system's, or somebody's home"
@@ -233,7 +233,7 @@ def _foreign(folder: Path, owners: set[int]) -> str:
 
 
 def _folder(place: Path, data: Path, owners: set[int]) -> Folder:
-    """A folder of ComfyUI. The target of a link and mounted file systems are not counted: they may be a network's."""
+    """Describe a folder of ComfyUI. Skip counting link targets and mounts: they may be network file systems."""
     folder = real(place)
     kind = "link" if place.is_symlink() else "folder" if place.is_dir() else "missing"
     found = Folder(str(place), str(folder), kind)
@@ -260,11 +260,11 @@ def _folder(place: Path, data: Path, owners: set[int]) -> Folder:
 
 
 COUNT_SECONDS = 120
-"""For looking at the files of a folder: 60,000 take a second."""
+"""Time limit for counting a folder's files: about 60,000 per second."""
 
 
 def _counted(found: Folder) -> Folder:
-    """The folder with its files counted and its links listed; `foreign` says why it is no tree of ComfyUI's."""
+    """Count the folder's files and list its links; `foreign` is set if it is too deep or counting takes too long."""
     end, folder, links = time.monotonic() + COUNT_SECONDS, found.real, dict[str, str]()
     files = size = 0
 
@@ -287,28 +287,28 @@ def _counted(found: Folder) -> Folder:
 
 
 def _mount_of(path: Path, mounts: list[FileSystem]) -> FileSystem:
-    """The mount that a path is on: of those above it the lowest, of one place the latest."""
+    """Return the mount that contains a path: the deepest mount point, and of several at one place the latest."""
     above = {str(each) for each in (path, *path.parents)}
     return max((each for each in reversed(mounts) if each.point in above), key=lambda each: len(each.point))
 
 
 def _nodes(folder: Path) -> list[FoundNode]:
-    """The custom nodes: trees with where they come from, and single files."""
+    """Return the custom nodes: trees with their origin, and single files."""
     found: list[FoundNode] = []
     for place in sorted([*folder.glob("*"), *folder.glob(".disabled/*")]):
         disabled = place.name.endswith(".disabled") or place.parent != folder
         name = place.name.removesuffix(".disabled")
         if place.is_dir() and not name.startswith((".", "__")):
             found.append(FoundNode(name, disabled, file=False, **_repository(place)))
-        elif name.endswith(".py") and name != "websocket_image_save.py":  # that one is ComfyUI's own
+        elif name.endswith(".py") and name != "websocket_image_save.py":  # shipped with ComfyUI
             found.append(FoundNode(name, disabled, file=True, url="", commit="", edited=None))
     return found
 
 
 def _repository(place: Path) -> Json:
-    """Where a tree comes from, its commit, and which of its files were edited (None: nobody can tell).
+    """Return a tree's origin URL, commit, and edited files (None: unknown).
 
-    Found out as its owner: what lies in it may lead anywhere, and git is not made for what is hostile.
+    Runs as the tree's owner: it may contain symlinks, and git does not guard against hostile repositories.
     """
     try:
         found = _as_owner(place, _read_repository, place)
@@ -318,7 +318,7 @@ def _repository(place: Path) -> Json:
 
 
 def _as_owner(place: Path, work: Callable[..., Json], *given: Any) -> Json:
-    """Do work as whom a folder belongs to, where this is root and that one is not; raises as `forked` does."""
+    """As root, run `work` in a child process as the folder's owner; otherwise run it here. Raises like `forked`."""
     owner = place.stat().st_uid
     if os.geteuid() or not owner:
         return work(*given)
@@ -346,21 +346,21 @@ def _read_repository(place: Path) -> Json:
         head = read_text(folder / head[5:]).strip() or next((line[0] for line in packed if line[1:] == [head[5:]]), "")
     commit = head if re.fullmatch(r"[0-9a-f]{40}", head) else ""
     origin = re.search(r'^\[remote "origin"\][^\[]*?^\s*url\s*=\s*(\S+)', read_text(folder / "config"), re.MULTILINE)
-    if not commit:  # from the registry of nodes, which leaves no history
+    if not commit:  # installed from the node registry, without history
         origin = re.search(r'^Repository *= *"([^"]+)', read_text(place / "pyproject.toml"), re.MULTILINE)
-    url = re.sub(r"(://)[^/@]*@", r"\1", origin[1]) if origin else ""  # there may be a password in it
+    url = re.sub(r"(://)[^/@]*@", r"\1", origin[1]) if origin else ""  # remove credentials
     return {"url": url, "commit": commit, "edited": _edited(place, folder, commit) if commit else None}
 
 
 GIT_SECONDS, INDEX = 60, 50_000_000
-"""For git to compare a tree with its commit, and bytes of an index: a node of 100,000 files has ten million."""
+"""Time limit for `git status`, and maximum size of an index in bytes: 100,000 files take ten million."""
 
 
 def _edited(place: Path, folder: Path, commit: str) -> list[str] | None:
-    """The files of a working tree that are not its commit's; None where git is missing or cannot tell.
+    """Return the files of a working tree that differ from its commit; None if git is missing or fails.
 
-    A repository's configuration can name programs, hooks and filters that git then runs: git is given a folder of
-    our own, with that one's objects and a copy of its index, and sees no configuration at all.
+    A repository's configuration can make git run programs, hooks and filters. So git gets a temporary folder with a
+    copy of the index and the repository's object path, and reads no configuration.
     """
     index = read_some(folder / "index", INDEX + 1)
     if not shutil.which("git") or len(index) > INDEX:

@@ -1,4 +1,4 @@
-"""Metrics of a host for Prometheus, over HTTP on loopback: the agent's command `metrics`, a unit beside ComfyUI's.
+"""Prometheus metrics of a host, over HTTP on loopback: the agent's verb `metrics`, run by a separate unit.
 
-It reads and asks; it changes nothing but its own count of jobs. prometheus-client travels with the agent.
+Read-only except for its own job counts. prometheus-client is shipped with the agent.
 """

@@ -1,4 +1,4 @@
-"""Metrics of ComfyUI: whether it answers, its queue, and the jobs that ended."""
+"""Metrics of ComfyUI: availability, queue, and finished jobs."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from agent.files import Json, read, write
 from agent.layout import PROOF
 
 PATIENCE = 1.5
-"""Seconds for an answer of ComfyUI, less than a scrape has."""
+"""Time limit for a response of ComfyUI in seconds, less than a scrape's."""
 
 LIMIT = 2_500_000
-"""Bytes of an answer, which take up to 50 MB once they are parsed (`agent.api.DENSE`): the unit has 128 MB. A workflow
-has some 100 kB, and may carry pictures."""
+"""Maximum response size in bytes. Parsed, it takes up to 50 MB (`agent.api.DENSE`); the unit has 128 MB. A workflow has
+some 100 kB and may contain pictures."""
 
 COUNTED = 200_000
-"""Bytes of an answer about one job of a list, which does not include its workflow."""
+"""Maximum size in bytes of a response with one job and without workflows."""
 
 KNOWN = 256
-"""Number of the last jobs that are remembered. More end between two scrapes only while nobody scrapes."""
+"""Number of recent job ids to remember. More jobs end between two scrapes only if scraping has paused."""
 
 BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
-"""Seconds: pictures take a few, videos many minutes."""
+"""Bounds in seconds: pictures take a few seconds, videos many minutes."""
 
 
 class Client:
-    """Asks the running ComfyUI over HTTP."""
+    """HTTP client for the running ComfyUI."""
 
     def __init__(self, place: Callable[[], Endpoint]) -> None:
         self._place = place
 
     def get(self, path: str, limit: int = LIMIT) -> Any:
-        """An answer's JSON. Raises OSError or ValueError; when it takes longer than `PATIENCE`, too."""
+        """Return a response's JSON. Raises ValueError, or OSError, also after `PATIENCE` seconds."""
         return ask(self._place(), path, seconds=PATIENCE, limit=min(limit, LIMIT))
 
 
@@ -50,12 +50,12 @@ def _up(value: bool) -> Metric:
 
 
 def down() -> Iterable[Metric]:
-    """The metrics of a ComfyUI that does not answer."""
+    """Return the metrics of a ComfyUI that does not respond."""
     return [_up(False)]
 
 
 def queue(client: Client) -> Iterable[Metric]:
-    """That ComfyUI answers, and its jobs. `/queue` would send the whole workflow of each waiting job."""
+    """Return availability and queue metrics. Avoids `/queue`, which sends the workflow of every pending job."""
     running, pending = (
         _number(client.get(f"/api/jobs?status={state}&limit=1", COUNTED)["pagination"]["total"])
         for state in ("in_progress", "pending")
@@ -74,11 +74,11 @@ def _number(total: object) -> int:
 
 
 class Jobs:
-    """Counts jobs as they turn up in ComfyUI's history.
+    """Counts jobs as they appear in ComfyUI's history.
 
-    ComfyUI forgets its history when it ends, and keeps the last 10,000 jobs; so each is counted when it is first seen,
-    and the counts lie in a file, for the exporter ends, too. Lost are jobs that ended between the last scrape and an
-    end of ComfyUI, and those before the last `KNOWN` where nobody scraped. What the health gate makes is no job.
+    ComfyUI keeps the last 10,000 jobs, in memory only. So each job is counted when first seen, and the counts are
+    stored in a file. Jobs are missed if ComfyUI ends before the next scrape, or if more than `KNOWN` end between two
+    scrapes. The health gate's workflows are not counted.
     """
 
     def __init__(self, client: Client, file: Path) -> None:
@@ -88,14 +88,14 @@ class Jobs:
         kept = read(file, lenient=True)
         if kept.get("bounds") != list(BUCKETS):
             kept = {}
-        # by id, oldest first; None: there is no file, and what ComfyUI did before is nobody's to count
+        # Job ids, oldest first. None: no file yet, so do not count earlier jobs.
         self._known: dict[str, None] | None = dict.fromkeys(kept["known"]) if kept else None
         self._results: dict[str, int] = {"done": 0, "failed": 0, "interrupted": 0, **kept.get("results", {})}
         self._counts: list[int] = kept.get("counts") or [0] * (len(BUCKETS) + 1)
         self._seconds = float(kept.get("seconds", 0))
 
     def look(self) -> Iterable[Metric]:
-        """Count what ended since the last look; raises what `Client.get` does."""
+        """Count the jobs that ended since the last call and return the counts. Raises like `Client.get`."""
         if fresh := self._fresh():
             with self._lock:
                 for job in fresh:
@@ -104,10 +104,9 @@ class Jobs:
         return self.told()
 
     def _fresh(self) -> list[Json]:
-        """Jobs that were not seen before, oldest first; they are known from now on.
+        """Return the jobs not seen before, oldest first, and remember them.
 
-        The history's end is asked for, twice as long each time until it holds a job that is known, usually one, or
-        becomes too long.
+        Requests the end of the history, doubling the length until it contains a known job or exceeds a limit.
         """
         size, page = 1, dict[str, Json]()
         while True:
@@ -121,7 +120,7 @@ class Jobs:
                 break
             size *= 2
         before = self._known
-        names = [name for name in page if len(name) <= 200]  # the latest comes last
+        names = [name for name in page if len(name) <= 200]  # latest last
         last = max((number for number, name in enumerate(names) if name in (before or ())), default=-1)
         unknown = names[last + 1 :]
         self._known = dict.fromkeys([*(before or ()), *unknown][-KNOWN:])
@@ -153,11 +152,11 @@ class Jobs:
         }
         try:
             write(self._file, json.dumps(kept))
-        except OSError as error:  # a full disk: the counts are right for as long as this process lasts
+        except OSError as error:  # full disk: the counts stay correct in this process
             print(f"jobs: the counts cannot be kept: {error}", file=sys.stderr, flush=True)
 
     def told(self) -> Iterable[Metric]:
-        """The counts, which are told whether ComfyUI answers or not."""
+        """Return the counts; they do not need a response from ComfyUI."""
         jobs = CounterMetricFamily("hearth_jobs", "Jobs that ended.", labels=["result"])
         with self._lock:
             for result, count in self._results.items():
@@ -171,6 +170,6 @@ class Jobs:
 
 
 def _is_proof(job: Json) -> bool:
-    """Whether a job is the health gate's picture (`agent/serve/health.py`)."""
+    """Return whether a job is the health gate's workflow (`agent/serve/health.py`)."""
     nodes = job["prompt"][2].values()
     return any(str(node.get("inputs", {}).get("filename_prefix", "")).startswith(f"{PROOF}/") for node in nodes)

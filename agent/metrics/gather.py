@@ -1,4 +1,4 @@
-"""Queries many sources within a time limit: one that hangs delays neither the others nor the next scrape."""
+"""Query all sources of metrics within a time limit: a hanging source delays neither the others nor the next scrape."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 PATIENCE = 1.8
-"""Seconds for all sources together; Prometheus gives up after 10 by default."""
+"""Time limit for all sources together in seconds; Prometheus's default time-out is 10."""
 
 FRESH = 1.0
-"""Seconds for which an answer is reused, so that two Prometheus servers cause no more load than one."""
+"""Seconds for which a result is reused, so that two Prometheus servers cause no more load than one."""
 
 
 def nothing() -> Iterable[Metric]:
-    """The metrics of a failed source that has none for that case."""
+    """Return no metrics; the default for a failed source."""
     return ()
 
 
 class Source:
-    """A source of metrics, queried in a thread of its own. `otherwise` gives its metrics when it fails or is late."""
+    """A source of metrics, queried in a separate thread. `otherwise` returns its metrics if it fails or is late."""
 
     def __init__(
         self, name: str, ask: Callable[[], Iterable[Metric]], otherwise: Callable[[], Iterable[Metric]] = nothing
@@ -38,7 +38,7 @@ class Source:
         self._began = self._ended = 0.0
 
     def begin(self) -> None:
-        """Start a query, unless the last one is still unanswered."""
+        """Start a query unless the last one is still running."""
         if not self._thread.is_alive():
             self._found, self._began = None, time.monotonic()
             self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
@@ -49,18 +49,18 @@ class Source:
         try:
             found = list(self._ask())
             for sample in (sample for metric in found for sample in metric.samples):
-                if not math.isfinite(sample.value):  # raises, too: it would end all metrics of the host
+                if not math.isfinite(sample.value):  # may raise, too; would break all metrics of the host
                     raise ValueError(f"{sample.name} is {sample.value}")
             self._found = found
-        except Exception as error:  # whatever it is, the other sources go on
+        except Exception as error:  # any error: the other sources must continue
             fault = f"{type(error).__name__}: {error}"
-        if fault != self._fault:  # only changes go to the journal
+        if fault != self._fault:  # log changes only
             print(f"{self.name}: {fault or 'well again'}", file=sys.stderr, flush=True)
             self._fault = fault
         self._ended = time.monotonic()
 
     def answer(self, deadline: float) -> tuple[Iterable[Metric], bool, float]:
-        """The metrics, whether the source answered, and its seconds; `deadline` is on the monotonic clock."""
+        """Return the metrics, success, and the duration in seconds; `deadline` is on the monotonic clock."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
         late = self._thread.is_alive()
         seconds = (time.monotonic() if late else self._ended) - self._began
@@ -69,7 +69,7 @@ class Source:
 
 
 class Gatherer(Collector):
-    """The metrics of all sources, and how their queries went; one family for each name, as the format requires."""
+    """Collects the metrics of all sources and of their queries; one family per name, as the format requires."""
 
     def __init__(self, *sources: Source) -> None:
         self._sources = sources
@@ -78,7 +78,7 @@ class Gatherer(Collector):
         self._at = float("-inf")
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics, at most `FRESH` seconds old; within `PATIENCE` seconds, or twice that after another scrape."""
+        """Yield all metrics, at most `FRESH` s old; takes up to `PATIENCE` s, twice that during another scrape."""
         with self._lock:
             if time.monotonic() - self._at > FRESH:
                 self._last = self._gather()

@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 
 class Kept:
-    """The content of files, cached until they change: some are long, and most stay unchanged for weeks."""
+    """A cache of loaded files, refreshed when they change: some are long, most stay unchanged for weeks."""
 
     def __init__(self) -> None:
         self._kept: dict[Path, tuple[tuple[int, int], Any]] = {}
 
     def get(self, path: Path, load: Callable[[Path], T]) -> T:
-        """The result of `load` for the file; raises OSError without a file."""
+        """Return the result of `load` for the file. Raises OSError if it does not exist."""
         status = path.stat()
         mark = (status.st_mtime_ns, status.st_size)
         if self._kept.get(path, (None,))[0] != mark:
@@ -38,14 +38,14 @@ class Kept:
 
 
 class Release:
-    """The current release, how it passed its health gate, and how the last deploy ended."""
+    """Metrics of the current release, its health gate, and the last deploy."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._kept = Kept()
 
     def __call__(self) -> Metrics:
-        """Raises Fault when `current` is not Hearth's link."""
+        """Yield the metrics. Raises Fault if `current` is not Hearth's link."""
         if release := self._layout.release():
             place = self._layout.releases / release
             yield self._kept.get(place / "release.json", _info)
@@ -68,13 +68,13 @@ def _info(path: Path) -> Metric:
     manifest = read(path)
     told = {name: str(manifest[name]) for name in ("version", "torch", "stack", "profile", "python")}
     told["kernels"] = ", ".join(f"{name} {version}" for name, version in sorted(manifest["kernels"].items()))
-    # The attention that the gate verified; empty where ComfyUI chooses.
+    # The attention verified by the gate; empty if ComfyUI selects it.
     told["attention"] = manifest["gate"]["attention"]
     return InfoMetricFamily("hearth_release", "The release in service.", {"release": manifest["id"], **told})
 
 
 def _deploy(layout: Layout) -> list[Metric]:
-    """How the last deploy or rollback ended."""
+    """Return the result and time of the last deploy or rollback."""
     ended = last(history(layout), *DEPLOYS)
     if not ended:
         return []
@@ -87,12 +87,12 @@ def _deploy(layout: Layout) -> list[Metric]:
 
 
 def _seconds(at: str) -> float:
-    """A time of the journal, in seconds since 1970."""
+    """Convert a journal time to seconds since 1970."""
     return datetime.fromisoformat(at.replace("Z", "+00:00")).timestamp()
 
 
 def service(layout: Layout) -> Metrics:
-    """ComfyUI's unit as systemd knows it, and its main process. Raises OSError or SubprocessError."""
+    """Yield the state of ComfyUI's unit and main process. Raises OSError or SubprocessError."""
     words = ["systemctl", *(["--user"] if layout.scope == "user" else []), "show", f"{layout.service}.service"]
     done = subprocess.run(
         [*words, "--property=ActiveState,NRestarts,MainPID"], capture_output=True, text=True, timeout=1.5, check=True
@@ -110,7 +110,7 @@ def service(layout: Layout) -> Metrics:
 
 
 def memory() -> Metrics:
-    """The machine's memory; with unified memory it is the GPU's, too."""
+    """Yield the machine's memory; with unified memory, it is also the GPU's."""
     machine = meminfo()
     yield GaugeMetricFamily("hearth_memory_size_bytes", "The machine's memory.", value=machine["MemTotal"])
     what = "Memory that can be had without swapping."
@@ -118,7 +118,7 @@ def memory() -> Metrics:
 
 
 def disk(layout: Layout, place: Path) -> Metrics:
-    """Space at a path; for the data only if its file system is not the prefix's. Raises OSError."""
+    """Yield the disk space at a path, unless it is on the prefix's file system. Raises OSError."""
     if place != layout.prefix and place.stat().st_dev == layout.prefix.stat().st_dev:
         return
     room = os.statvfs(place)
@@ -139,20 +139,20 @@ _GPU = (
     ("power", "power_watts", "The power that the GPU draws.", 1),
     ("power_limit", "power_limit_watts", "The power that the GPU may draw.", 1),
 )
-"""Key in `agent.look.gpu`, name of the metric, its help, and the divisor that gives the base unit."""
+"""Key in `agent.look.gpu`, metric name, help, and divisor to the base unit."""
 
 _NAMES = ("uuid", "name", "driver", "cuda", "capability")
 
 
 class Gpus:
-    """The NVIDIA GPUs. NVML stays initialised: initialising can take a second, and wakes GPUs that sleep."""
+    """Metrics of the GPUs. NVML stays initialised: initialisation can take a second and wakes sleeping GPUs."""
 
     def __init__(self, *, needed: bool) -> None:
         self._needed = needed
         self._nvml: Nvml | None = None
 
     def __call__(self) -> Metrics:
-        """Raises Fault when the driver does not answer and a GPU is needed."""
+        """Return the metrics. Raises Fault if the driver does not respond and a GPU is needed."""
         try:
             self._nvml = self._nvml or Nvml()
             found = self._nvml.gpus()
@@ -161,7 +161,7 @@ class Gpus:
             if self._needed:
                 raise
             return []
-        if not all(gpu["name"] for gpu in found):  # one is lost, or the driver was replaced: initialise again next time
+        if not all(gpu["name"] for gpu in found):  # GPU lost or driver replaced: reinitialise next time
             self._close()
         up = GaugeMetricFamily("hearth_gpu_up", "Whether the driver reaches the GPU.", labels=["gpu"])
         info = InfoMetricFamily("hearth_gpu", "The GPUs.", labels=["gpu"])

@@ -18,15 +18,15 @@ from agent.metrics.gather import Gatherer, Source
 
 
 class Handler(MetricsHandler):
-    """Answers any GET with the metrics; a connection without a request is closed after `timeout` seconds."""
+    """Responds to any GET with the metrics; closes idle connections after `timeout` seconds."""
 
     timeout = 5
 
 
 def gatherer(layout: Layout, place: Callable[[], Endpoint], counts: Path, *, cuda: bool) -> Gatherer:
-    """All metrics of a host, whose ComfyUI listens at `place`.
+    """Return a gatherer of all metrics of a host whose ComfyUI listens at `place`.
 
-    `counts` is the file with the counts of its jobs; `cuda`: its profile needs a GPU.
+    `counts` is the file with the job counts; `cuda`: the profile needs a GPU.
     """
     client = comfyui.Client(place)
     jobs = comfyui.Jobs(client, counts)
@@ -46,12 +46,12 @@ def gatherer(layout: Layout, place: Callable[[], Endpoint], counts: Path, *, cud
 
 
 def serve(settings: Path) -> None:
-    """Serve until killed. The endpoint is that of the release in service at each scrape: a cut-over may change it."""
+    """Serve until killed. The endpoint is read at each scrape, since a cut-over may change it."""
     config = read(settings)
     layout = Layout(config["site"])
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    counts = Path(os.environ["RUNTIME_DIRECTORY"]) / "jobs.json"  # its unit's
+    counts = Path(os.environ["RUNTIME_DIRECTORY"]) / "jobs.json"  # set by its unit
     registry.register(gatherer(layout, partial(endpoint, layout), counts, cuda=config["cuda"]))
     server = ThreadingHTTPServer(("127.0.0.1", config["port"]), Handler.factory(registry))
-    server.serve_forever(poll_interval=60)  # it is ended by a signal: nothing to look for twice a second
+    server.serve_forever(poll_interval=60)  # ended by a signal: no need to poll

@@ -1,4 +1,4 @@
-"""The steps of a plan: the client builds them, the agent carries them out (`agent.change.runs.STEPS`)."""
+"""The steps of a plan, built by the client and run by the agent (`agent.change.runs.STEPS`)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from agent.schema.decode import decode
 
 @dataclass(frozen=True)
 class Step:
-    """One change of a host. An interrupted step is carried out again from its beginning."""
+    """One change of a host. An interrupted step is repeated from its beginning."""
 
     kind: ClassVar[str] = ""
-    title: str  # what it does, in words
-    why: str  # why the plan has it
-    undo: str  # what takes it back
+    title: str  # its action, as shown to users
+    why: str  # why the plan contains it
+    undo: str  # how to undo it
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Account(Step):
 
 @dataclass(frozen=True)
 class Linger(Step):
-    """Let the login's systemd run without a session."""
+    """Enable lingering: the user's systemd runs without a session."""
 
     kind = "linger"
 
 
 @dataclass(frozen=True)
 class Members(Step):
-    """Make these users, and no others, members of the members' group."""
+    """Set the members' group to exactly these users."""
 
     kind = "members"
     members: tuple[str, ...]
@@ -50,12 +50,12 @@ class Rights(Step):
 
 @dataclass(frozen=True)
 class Mount(Step):
-    """Mount a file system by a unit of Hearth's."""
+    """Mount a file system with a mount unit."""
 
     kind = "mount"
     path: str
     what: str  # device or remote path
-    text: str  # of the unit
+    text: str  # text of the unit
 
 
 @dataclass(frozen=True)
@@ -70,26 +70,26 @@ class Tool(Step):
     """Install the pinned uv for the agent's use."""
 
     kind = "tool"
-    name: str = ""  # its version; this and what follows is known once it is packed
+    name: str = ""  # its version; set, like the following fields, when packed
     blob: str = ""  # SHA-256 of the program
 
 
 @dataclass(frozen=True)
 class Tree(Step):
-    """Make a part from a tree of files."""
+    """Create a part from a tree of files."""
 
     part: str
     python: str  # path of the interpreter that compiles it
-    writable: tuple[str, ...] = ()  # paths in it that become links into the data; folders end with /
-    keeps: str = ""  # the folder of the data into which those lead
-    blob: str = ""  # SHA-256 of an archive of the files that the host lacks; this and what follows is known once packed
-    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of every file; an executable one's ends with x
-    reuse: dict[str, str] = field(default_factory=dict)  # files that the host has, and where below parts/
+    writable: tuple[str, ...] = ()  # paths replaced by links into the data; folders end with /
+    keeps: str = ""  # the data folder with the targets of these links
+    blob: str = ""  # SHA-256 of an archive of missing files; set, like the following fields, when packed
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of every file, with a trailing x for executables
+    reuse: dict[str, str] = field(default_factory=dict)  # files on the host: name -> path below parts/
 
 
 @dataclass(frozen=True)
 class App(Tree):
-    """Make ComfyUI's part."""
+    """Create ComfyUI's part."""
 
     kind = "app"
 
@@ -104,11 +104,11 @@ class Exporter(Step):
 
 @dataclass(frozen=True)
 class Node(Tree):
-    """Make the part of a custom node."""
+    """Create the part of a custom node."""
 
     kind = "node"
     node: str = ""  # its name
-    install: str = ""  # the environment's part that its install.py runs in; empty: it has none
+    install: str = ""  # the environment part for its install.py; empty: no install.py
     network: bool = False  # install.py may use the network
     confined: tuple[str, ...] = ()  # the command prefix that confines install.py
     environment: dict[str, str] = field(default_factory=dict)  # variables for install.py
@@ -117,7 +117,7 @@ class Node(Tree):
 
 @dataclass(frozen=True)
 class WheelFile:
-    """A wheel that was sent."""
+    """An uploaded wheel."""
 
     file: str
     sha256: str
@@ -125,17 +125,17 @@ class WheelFile:
 
 @dataclass(frozen=True)
 class Env(Step):
-    """Make the part with the virtual environment."""
+    """Create the virtual environment's part."""
 
     kind = "env"
     part: str
-    python: str  # path of the interpreter that it is made with
-    repair: bool  # it was there and damaged, so uv's cache may be, too
+    python: str  # path of its base interpreter
+    repair: bool  # replaces a damaged part, so uv's cache may be damaged, too
     requirements: str  # the locked list, with hashes
     kernels: tuple[str, ...]  # file names of kernel wheels
     version: str  # Python's minor version
     asking: tuple[str, ...]  # requesters of packages
-    tool: str = ""  # version of uv; this and what follows is known once it is packed
+    tool: str = ""  # version of uv; set, like the following fields, when packed
     wheels: tuple[WheelFile, ...] = ()
     offline: bool = False  # all packages are among the wheels
 
@@ -158,11 +158,11 @@ class Ending(Step):
 
 @dataclass(frozen=True)
 class CutOver(Ending):
-    """Put a release in service, or go back to the one before."""
+    """Put a release in service, or roll back."""
 
     kind = "cut-over"
     to: str  # id of the release
-    trial: str  # "yes", "no", or "only": nothing is cut over
+    trial: str  # "yes", "no", or "only" (no cut-over)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Prune(Step):
 
 @dataclass(frozen=True)
 class OldUnit:
-    """A unit of an installation that is taken over."""
+    """A unit of an adopted installation."""
 
     name: str
     path: str
@@ -192,7 +192,7 @@ class OldUnit:
 
 @dataclass(frozen=True)
 class Retire(Ending):
-    """Stop another installation and put its units away."""
+    """Stop another installation and set its units aside."""
 
     kind = "retire"
     units: tuple[OldUnit, ...]
@@ -207,7 +207,7 @@ class Adopt(Step):
     kind = "adopt"
     name: str  # of the folder in the data
     source: str
-    owners: tuple[int, ...]  # ids of users whose files are given to the service
+    owners: tuple[int, ...]  # uids whose files change to the service's ownership
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class Withdraw(Ending):
 
 @dataclass(frozen=True)
 class Unadopt(Step):
-    """Put another installation back as it was."""
+    """Undo an adoption."""
 
     kind = "unadopt"
 
@@ -242,7 +242,7 @@ class Unset(Step):
 
     kind = "unset"
     settings: tuple[str, ...]
-    overwrite: bool  # also what somebody changed since
+    overwrite: bool  # also undo places edited since
     serves: bool = False  # ComfyUI is stopped before and started afterwards
     drain: float = 0
     force: bool = False
@@ -260,7 +260,7 @@ class Stop(Ending):
     """Stop ComfyUI."""
 
     kind = "stop"
-    pause: bool  # it does not start at boot either, until it is resumed
+    pause: bool  # also at boot, until resumed
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class Start(Step):
     """Start ComfyUI."""
 
     kind = "start"
-    resume: bool  # at boot, too, from now on
+    resume: bool  # also enable it at boot
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class Restart(Ending):
 
 @dataclass(frozen=True)
 class EndLinger(Step):
-    """Let the login's systemd end with its last session again."""
+    """Disable lingering: the user's systemd again ends with the last session."""
 
     kind = "end-linger"
 
@@ -294,7 +294,7 @@ class Forget(Step):
 
 @dataclass(frozen=True)
 class ForgetMounts(Step):
-    """Remove mount units of Hearth's."""
+    """Remove Hearth's mount units."""
 
     kind = "forget-mounts"
     units: tuple[str, ...]
@@ -326,12 +326,12 @@ KINDS: dict[str, type[Step]] = {
 
 
 def packed(step: Step) -> dict[str, Any]:
-    """A step as JSON."""
+    """Return a step as JSON."""
     return {"kind": step.kind, **asdict(step)}
 
 
 def unpacked(value: dict[str, Any]) -> Step:
-    """The step that `packed` wrote; raises ValueError."""
+    """Return the step from `packed` JSON. Raises ValueError."""
     fields = {**value}
     kind = fields.pop("kind", "")
     if kind not in KINDS:

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def decode(kind: type[T], value: Any, where: str = "") -> T:
-    """`value` as an instance of the dataclass `kind`; raises ValueError that names the first wrong field."""
+    """Return `value` as an instance of the dataclass `kind`. Raises ValueError with the first wrong field."""
     found: T = _decoded(kind, value, where or kind.__name__)
     return found
 

@@ -13,23 +13,23 @@ class Report(TypedDict, total=False):
     what: str
     cause: str
     hint: str
-    log: list[str]  # the last log lines of the service, where it died
-    result: str  # "reverted" where the previous release runs again
+    log: list[str]  # the service's last log lines, if it died
+    result: str  # "reverted": the previous release is restored
     kept: bool  # whether the snapshot of the database was kept because it could not be restored
 
 
 class Busy(TypedDict, total=False):
-    """The run under way on a host."""
+    """The run in progress on a host."""
 
     run: str  # its id
     who: str  # see agent/requester.py
     since: str  # ISO 8601, UTC
     action: str  # such as "deploy"
-    alive: bool  # whether a process applies it; false after a kill or power cut, until it is started again
+    alive: bool  # a process is applying it; false after a kill or power loss until it is restarted
 
 
 class Ended(TypedDict, total=False):
-    """How a run ended: a line of the host's history."""
+    """The result of a run: a line of the host's history."""
 
     at: str  # ISO 8601, UTC
     result: str  # "done", "failed" or "reverted"
@@ -72,7 +72,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a deploy needs to know of an NVIDIA GPU."""
+    """The properties of an NVIDIA GPU that a deploy needs."""
 
     name: str
     capability: str  # compute capability, such as "12.1"
@@ -97,7 +97,7 @@ class Service:
 
 @dataclass(frozen=True)
 class Place:
-    """The prefix and its content: what must be known before anything in it is deleted."""
+    """The prefix and its contents, as needed before a deletion."""
 
     real: str = ""  # the path with symbolic links resolved
     link: bool = False  # the prefix is a symbolic link
@@ -112,7 +112,7 @@ class Place:
     service: str = ""  # the service that was deployed here last
     scope: str = ""  # its scope
     user: str = ""  # its user, if that user still owns the data
-    elsewhere: str = ""  # another existing prefix, to which the service's unit leads
+    elsewhere: str = ""  # another existing prefix that the service's unit links to
     ours: bool = False  # Hearth has been deployed here
 
 
@@ -121,7 +121,7 @@ class MountState:
     """A mount point."""
 
     mounted: bool
-    source: str  # what is mounted there
+    source: str  # the mounted device or remote path
     unit: str  # the text of Hearth's own mount unit; empty: none
     fault: str  # why the wanted file system cannot be mounted; empty: it can
     remedy: str
@@ -148,10 +148,10 @@ class Facts:
     disk_free: int  # bytes free at the prefix
     inodes_free: int | None  # None: the file system has no fixed number
     mounts: dict[str, MountState]  # by path, of those asked for
-    places: dict[str, str]  # what is wrong with each directory outside the prefix; empty: nothing
+    places: dict[str, str]  # the problem of each directory outside the prefix; empty: none
     data_free: dict[str, int]  # bytes free where ComfyUI writes, by path
     packages: dict[str, bool]  # whether the Debian packages asked for are installed; empty without dpkg
-    port_holder: Holder  # who listens on ComfyUI's port; empty: nobody
+    port_holder: Holder  # the process that listens on ComfyUI's port; empty: none
     user: bool  # the service's user exists
     exporter_user: bool  # the exporter's user exists
     members: tuple[str, ...] | None  # of the members' group; None: the group must be created or corrected
@@ -165,12 +165,12 @@ class Facts:
     altered: tuple[str, ...]  # ids of releases whose unit or links were changed on disk
     proven: tuple[str, ...]  # ids of releases that passed the health check, latest first
     failed_nodes: dict[str, str]  # nodes that the current release could not import, with the error
-    parts: dict[str, str]  # what is wrong with each part; empty: nothing
+    parts: dict[str, str]  # the damage of each part; empty: intact
     data: bool  # the directories in data/ exist
     service: Service
     incoming: dict[str, int]  # uploaded blobs that were not used yet, with their size
-    tools: tuple[str, ...]  # versions of uv kept there
-    busy: Busy  # empty: no run is under way
+    tools: tuple[str, ...]  # installed versions of uv
+    busy: Busy  # empty: no run in progress
     last: Ended  # the last run of any kind; empty: none
     user_fault: str = ""  # why the service must not run as its existing user
     unused: tuple[str, ...] = ()  # entries of data/custom_nodes, from which nothing is loaded
@@ -181,12 +181,12 @@ class Facts:
     adopted: bool = False  # `inv adopt --undo` has something to undo
     settings: tuple[str, ...] = ()  # settings outside the prefix that are in force
     exporter: dict[str, Any] = field(default_factory=dict)  # the installed exporter, see `agent.look.exporter`
-    metrics_holder: Holder = field(default_factory=Holder)  # who listens on the exporter's port; empty: nobody
+    metrics_holder: Holder = field(default_factory=Holder)  # like port_holder, for the exporter's port
     paused: Paused = field(default_factory=Paused)  # empty: not paused
     placed: tuple[str, ...] = ()  # Hearth's files in systemd's directory
     drop_ins: tuple[str, ...] = ()  # directories of drop-ins for Hearth's units
     lingered: bool = False  # Hearth enabled lingering for the login
-    signers: str | None = None  # /etc/hearth/allowed_signers: who may sign bundles for this host; None: no such file
+    signers: str | None = None  # /etc/hearth/allowed_signers, the allowed signers of bundles; None: no such file
     place: Place = field(default_factory=Place)
 
     @property
@@ -195,5 +195,5 @@ class Facts:
         return f"linux_{self.machine}"
 
     def release(self, name: str) -> dict[str, Any] | None:
-        """The manifest of a release that is kept; None if there is none of that id."""
+        """Return a kept release's manifest; None if there is none with this id."""
         return next((each for each in self.releases if each["id"] == name), None)

@@ -1,4 +1,4 @@
-"""What changes from second to second on a host: GPUs, ComfyUI, memory, jobs."""
+"""The current state of a host: GPUs, ComfyUI, memory, jobs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agent.schema.facts import Facts, Process
 
 @dataclass(frozen=True)
 class GpuState:
-    """A GPU as it is now. None: named in `unsupported`, or the reason is in `faults`."""
+    """The current state of a GPU. None: listed in `unsupported` or explained in `faults`."""
 
     index: int
     name: str | None
@@ -32,8 +32,8 @@ class GpuState:
     persistence: bool | None
     compute_mode: str | None  # "default", "prohibited" or "exclusive process"
     processes: tuple[Process, ...]
-    unsupported: tuple[str, ...]  # values that this GPU does not have
-    faults: tuple[str, ...]  # a line for each value that could not be read or made no sense
+    unsupported: tuple[str, ...]  # values that this GPU does not support
+    faults: tuple[str, ...]  # a line for each failed query or impossible value
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunningJob:
-    """A job that runs now."""
+    """A running job."""
 
     id: str
     nodes: int  # of its workflow
@@ -56,7 +56,7 @@ class RunningJob:
 
 @dataclass(frozen=True)
 class Device:
-    """A device that ComfyUI computes on."""
+    """A device used by ComfyUI."""
 
     name: str
     type: str  # "cuda" or "cpu"
@@ -64,7 +64,7 @@ class Device:
 
 @dataclass(frozen=True)
 class ComfyUI:
-    """ComfyUI's own answers."""
+    """The state that ComfyUI reports."""
 
     state: str  # "answers", "silent" (accepts connections but does not answer) or "closed"
     reason: str = ""  # why it does not answer
@@ -84,7 +84,7 @@ class Disk:
     total: int = 0
     files_free: int | None = None  # inodes; None: no fixed number
     files: int | None = None  # inodes; None: no fixed number
-    fault: str = ""  # why nothing is known of it
+    fault: str = ""  # why it cannot be queried
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Mps:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the kernel logged in a week about processes killed for memory and GPU errors (Xid)."""
+    """The kernel's messages of the past week about OOM kills and GPU errors (Xid)."""
 
     readable: bool
     lines: tuple[str, ...]
@@ -205,7 +205,7 @@ class Containers:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the doctor's checks need beside facts and current state."""
+    """Data for the doctor's checks beyond facts and current state."""
 
     result: str = ""  # how the service ended last, in systemd's words
     oom_kills: int = 0  # of the service's processes since it started
@@ -223,7 +223,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Probed:
-    """Facts, current state and what only the doctor asks for."""
+    """Facts, current state and the doctor's data."""
 
     facts: Facts
     live: Live

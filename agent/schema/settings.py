@@ -56,7 +56,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use the GPU."""
+    """Access to the GPU."""
 
     nodes: tuple[Node, ...]
     driver: dict[str, str]  # the driver's parameters for device files

@@ -16,20 +16,20 @@ class FileSystem:
 
 @dataclass(frozen=True)
 class Folder:
-    """One of ComfyUI's folders. Only of one that a rename can bring into the data are the files counted."""
+    """One of ComfyUI's folders. Files are counted only if a rename can move it into the data."""
 
     place: str
     real: str  # the path with symbolic links resolved
     kind: str  # "folder", "link" or "missing"
-    mount: FileSystem = field(default_factory=FileSystem)  # the file system that it is on
-    rename: bool = False  # one rename brings it into Hearth's data
+    mount: FileSystem = field(default_factory=FileSystem)  # its file system
+    rename: bool = False  # a single rename can move it into Hearth's data
     bytes: int = 0
     files: int = 0
     owner: str = ""
     people: tuple[str, ...] = ()  # its owner and the members of its group
     links: dict[str, str] = field(default_factory=dict)  # symbolic links in it and their targets, 100 at most
-    mounts: tuple[FileSystem, ...] = ()  # mounted in it, or where its links lead
-    foreign: str = ""  # why it must not be taken over; empty: it may
+    mounts: tuple[FileSystem, ...] = ()  # mounts inside it or at its links' targets
+    foreign: str = ""  # why it must not be adopted; empty: it may be
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Unit:
 
     name: str
     path: str
-    aside: bool  # `inv adopt` has put it away already
+    aside: bool  # already set aside by `inv adopt`
     user: str
     variables: tuple[str, ...]  # names set by Environment=
     active: bool

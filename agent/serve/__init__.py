@@ -1,1 +1,1 @@
-"""How ComfyUI is kept running: its service, its health, its confinement."""
+"""The running ComfyUI: its service, health and confinement."""

@@ -1,9 +1,8 @@
-"""Confining a command where no system's unit does: by Landlock and seccomp, which need neither root nor a package.
+"""Confine a command with Landlock and seccomp where no system unit does; needs neither root nor packages.
 
-What is allowed: to read the system and the release, to write the data, to bind and connect to some TCP ports. Nothing
-else in the home folder, no socket of the login's D-Bus, ssh-agent or containers, no signal or ptrace outwards. The
-kernel enforces as much as it knows (landlock(7): files from 5.13, TCP from 6.7, signals and abstract sockets from
-6.12).
+Allowed: reading the system and the release, writing the data, binding and connecting to listed TCP ports. Denied: the
+rest of the home folder, the login's D-Bus, ssh-agent and container sockets, signals and ptrace to outside processes.
+Enforcement depends on the kernel (landlock(7): files from 5.13, TCP from 6.7, signals and abstract sockets from 6.12).
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ from agent.files import Json
 from agent.layout import DATA, UNUSED
 
 CREATE, ADD_RULE, RESTRICT = 444, 445, 446
-"""System calls, by their numbers on every architecture."""
+"""Landlock system call numbers, the same on every architecture."""
 
 PATH_BENEATH, NET_PORT = 1, 2
 
-# Rights by the ABI that brought them (include/uapi/linux/landlock.h).
+# Access rights, grouped by the ABI version that introduced them (include/uapi/linux/landlock.h).
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 REFER, TRUNCATE, IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
-FIRST = (1 << 13) - 1  # those above, and making and removing entries
+FIRST = (1 << 13) - 1  # the rights above, and creating and removing entries
 BIND, CONNECT = 1 << 0, 1 << 1
 ABSTRACT_SOCKETS, SIGNALS = 1 << 0, 1 << 1
 
 READ = EXECUTE | READ_FILE | READ_DIR
 USE = READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV
-SHARE = READ_FILE | WRITE_FILE | TRUNCATE | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8  # removing and making files and folders
+SHARE = READ_FILE | WRITE_FILE | TRUNCATE | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8  # create and remove files and folders
 OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
-"""Rights that a rule for a file may name; the others are a folder's."""
+"""Rights that a rule for a file may grant; the others apply to folders only."""
 
 SYSTEM = (
     *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/nix/store", "/gnu/store", "/proc", "/sys"),
-    *("/opt/nvidia", "/opt/cuda", "/opt/rocm"),  # not /opt: people install there, too
+    *("/opt/nvidia", "/opt/cuda", "/opt/rocm"),  # not /opt: users install software there
     *(
         "/run/systemd/resolve",
         "/run/resolvconf",
@@ -55,17 +54,17 @@ SYSTEM = (
         "/var/cache/fontconfig",
     ),
 )
-"""What every program needs to read: itself, its libraries, how names are resolved, what the kernel tells."""
+"""Paths that every program needs to read: programs, libraries, name resolution, kernel information."""
 
 DEVICES = ("null", "zero", "full", "random", "urandom", "nvidia*", "dri/renderD*", "dxg")
-"""The devices that it may use, the GPU's above all: others are terminals, disks, cameras and microphones."""
+"""Allowed devices, mainly the GPU's. Terminals, disks, cameras and microphones stay inaccessible."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def abi() -> int:
-    """The kernel's version of Landlock; 0 when it has none, or it is off."""
-    return max(0, int(_libc.syscall(CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))))  # 1: tell the version
+    """Return the kernel's Landlock ABI version; 0 if unsupported or disabled."""
+    return max(0, int(_libc.syscall(CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))))  # 1: query the version
 
 
 def _call(number: int, *words: object) -> int:
@@ -76,7 +75,7 @@ def _call(number: int, *words: object) -> int:
 
 
 class Closed(OSError):
-    """A path that no rule may open."""
+    """No rule may grant access to this path."""
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
@@ -84,10 +83,10 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def opened(path: str, writable: Collection[tuple[int, int]], *, make: bool = False) -> int:
-    """A descriptor of a path's, the folders of which `make` makes; raises OSError.
+    """Open a path component by component and return its descriptor; `make` creates missing folders. Raises OSError.
 
-    Links are followed, such as one to a larger disk, but for those below the `writable` folders: what was confined
-    before may have put them there, to be let to where they lead now.
+    Follows symlinks, such as one to a larger disk, except below the `writable` folders: an earlier confined process
+    may have created those to gain access to their targets.
     """
     way = [(os.open("/", os.O_PATH), False)]
     names, links = path.split("/")[::-1], 0
@@ -124,7 +123,7 @@ def opened(path: str, writable: Collection[tuple[int, int]], *, make: bool = Fal
 
 
 def _written(paths: Iterable[str]) -> list[str]:
-    """The paths that may be written; of a folder with `*`, those of the data's folders in it that are no links."""
+    """Return the writable paths; expand `folder/*` to the data folders in it that are not symlinks."""
     found: list[str] = []
     for path in paths:
         if not path.endswith("/*"):
@@ -144,7 +143,7 @@ def _identities(paths: Iterable[str]) -> set[tuple[int, int]]:
 
 
 def _make(spec: Json) -> None:
-    """Make the folders that must be there: of the data, whose own folder will be closed, and for what is temporary."""
+    """Create the data folders, whose parent will not be writable, and the folder for temporary files."""
     for folder in (each[:-2] for each in spec["write"] if each.endswith("/*")):
         for name in DATA:
             with suppress(FileExistsError, FileNotFoundError):
@@ -157,7 +156,7 @@ def _make(spec: Json) -> None:
 
 
 def _around(path: str, closed: Collection[Path]) -> Iterator[str]:
-    """A folder, or of one that holds what is closed all else that is in it."""
+    """Yield the path, or its entries outside `closed` if the folder contains a closed path."""
     real = Path(os.path.realpath(path))
     if not any(each.is_relative_to(real) for each in closed):
         yield path
@@ -168,17 +167,17 @@ def _around(path: str, closed: Collection[Path]) -> Iterator[str]:
 
 
 def _closed(spec: Json) -> set[Path]:
-    """What no rule may open, nor what holds it: the home folder, and Hearth's own state and secrets."""
+    """Return the paths that no rule may grant, nor their parents: the home folder, Hearth's state and secrets."""
     found = {Path(spec["folder"]), Path(spec["folder"]).parent / "state"} if "folder" in spec else set()
-    with suppress(KeyError):  # in some containers the login has no name
+    with suppress(KeyError):  # in some containers the login has no passwd entry
         home = Path(os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir))
-        # accounts of the system's have a folder of everybody's, such as /usr/sbin
+        # System accounts use a shared folder such as /usr/sbin as their home.
         found |= set() if any(Path(os.path.realpath(each)).is_relative_to(home) for each in SYSTEM) else {home}
     return {Path(os.path.realpath(each)) for each in found}
 
 
 def _python(program: str) -> list[str]:
-    """What a Python of the login's needs of where it lies, as pyenv, uv and conda have one; ~/.local may be that."""
+    """Return the paths that a user-installed Python (pyenv, uv, conda) reads; its prefix may be ~/.local."""
     real = Path(os.path.realpath(program))
     home, found = real.parent.parent, re.match(r"python\d\.\d+", real.name)
     if home == Path("/usr"):
@@ -189,10 +188,11 @@ def _python(program: str) -> list[str]:
 
 
 def restrict(spec: Json, version: int) -> None:
-    """Let this process, and what it starts, do what `spec` says and no more; raises OSError.
+    """Apply a Landlock ruleset to this process and its children. Raises OSError.
 
-    `write` and `read` are paths, `bind` and `connect` TCP ports. What is not there, or is closed to this user, is left
-    out. `*` stands for a folder's folders: they cannot be replaced then, by links above all. `version` is Landlock's.
+    `spec` lists paths (`write`, `read`) and TCP ports (`bind`, `connect`). Missing and inaccessible paths are skipped.
+    `folder/*` grants the folders inside, which then cannot be replaced, for example by symlinks. `version` is the
+    Landlock ABI.
     """
     handled = FIRST | (REFER if version >= 2 else 0) | (TRUNCATE if version >= 3 else 0)
     handled |= IOCTL_DEV if version >= 5 else 0
@@ -223,12 +223,12 @@ def restrict(spec: Json, version: int) -> None:
     allow((each for path in SYSTEM for each in _around(path, closed)), READ)
     allow([*spec["read"], *_python(spec["program"])], READ)
     allow(written, handled)
-    allow(["/dev/shm"], SHARE)  # noqa: S108  of torch's workers, and everybody else's, whose names it cannot list
+    allow(["/dev/shm"], SHARE)  # noqa: S108  for torch's workers; other users' names cannot be listed
     allow(["/dev/dri"], READ_DIR)
     allow((path for name in DEVICES for path in glob.glob(f"/dev/{name}")), USE | READ_DIR)  # noqa: PTH207
-    # The driver names its threads there, in processes to come as well, or CUDA does not start (error 304). Nothing of
-    # other processes is opened by that but their priority when memory ends: the rest asks for ptrace(2). Root could set
-    # the kernel there; where it is not mounted read-only, as containers have it, no other process gets CUDA.
+    # CUDA's driver writes thread names in /proc, also for child processes; otherwise CUDA fails with error 304. Of
+    # other processes this exposes only oom_score_adj: the rest requires ptrace(2). Root could change kernel settings
+    # in /proc; unless those are read-only, as in containers, only /proc/self is granted and child processes lack CUDA.
     kernel = any(os.access(f"/proc/{each}", os.W_OK) for each in ("sys/kernel/core_pattern", "sysrq-trigger"))
     allow(["/proc/self" if kernel else "/proc"], WRITE_FILE | TRUNCATE)
     for right, ports in ((BIND, spec["bind"]), (CONNECT, spec["connect"])) if version >= 4 else ():
@@ -239,43 +239,43 @@ def restrict(spec: Json, version: int) -> None:
     os.close(rules)
 
 
-# Tests of a call's arguments: which one, of it these bits (_WHOLE: all), the value that they must have. A list of tests
-# holds when all of them do, a rule when one of its lists does; an empty list always does.
+# A test of a call's argument: its index, a bit mask (_WHOLE: all bits), the required value. A list of tests matches if
+# all of them match, a rule if one of its lists matches; an empty list always matches.
 _Tests = tuple[tuple[int, int, int], ...]
 _Rules = tuple[tuple[int, int, tuple[_Tests, ...]], ...]
-_WHOLE, _FAST_OPEN, _NAMESPACES = 0xFFFFFFFF, 0x20000000, 0x7E020000  # MSG_FASTOPEN; CLONE_NEWNS and the other seven
+_WHOLE, _FAST_OPEN, _NAMESPACES = 0xFFFFFFFF, 0x20000000, 0x7E020000  # MSG_FASTOPEN; the CLONE_NEW* flags of clone(2)
 _SELF: tuple[_Tests, ...] = (((0, _WHOLE, 0),),)
 _SELF_ALONE: tuple[_Tests, ...] = (((0, _WHOLE, 0), (1, _WHOLE, 0)),)
 _PERM, _NO_CALL = 1, 38  # EPERM, ENOSYS
 
-# Numbers on x86_64 and aarch64, -1 where there is no such call. First those of which nothing is allowed: what systemd's
-# filter of a system's unit denies as well (recipes/comfyui/units/hardening.conf), new namespaces, processes by pidfd,
-# and System V's and POSIX' shared memory, queues and semaphores by key or name, which Landlock does not know.
+# Call numbers on x86_64 and aarch64 (-1: no such call). Always denied: the calls that the system unit's filter denies
+# (recipes/comfyui/units/hardening.conf), new namespaces, pidfd access to processes, and System V and POSIX IPC by key
+# or name, which Landlock does not cover.
 _DENIED = (
     *((323, 282), (310, 270), (311, 271), (312, 272)),  # userfaultfd process_vm_readv process_vm_writev kcmp
     *((250, 219), (248, 217), (249, 218), (101, 117)),  # keyctl add_key request_key ptrace
     *((321, 280), (298, 241), (272, 97), (308, 268)),  # bpf perf_event_open unshare setns
-    *((each, each) for each in (425, 426, 427)),  # io_uring_setup, _enter and _register, which open sockets themselves
+    *((each, each) for each in (425, 426, 427)),  # io_uring_setup, _enter, _register: they bypass the socket rules
     *((each, each) for each in (424, 434, 438, 440, 448)),  # pidfd_send_signal _open _getfd process_madvise _mrelease
     *((29, 194), (30, 196), (31, 195), (64, 190), (65, 193), (66, 191)),  # shmget shmat shmctl semget semop semctl
     *((220, 192), (68, 186), (69, 189), (70, 188), (71, 187)),  # semtimedop msgget msgsnd msgrcv msgctl
     *((240, 180), (241, 181)),  # mq_open mq_unlink
 )
 _ALLOWED_IF: _Rules = (
-    (53, 199, tuple(((0, _WHOLE, 1), (1, 0xF, kind)) for kind in (1, 5))),  # socketpair: streams; packets in order
-    (44, 206, (((3, _FAST_OPEN, 0),),)),  # sendto, which would connect
+    (53, 199, tuple(((0, _WHOLE, 1), (1, 0xF, kind)) for kind in (1, 5))),  # socketpair: SOCK_STREAM, SOCK_SEQPACKET
+    (44, 206, (((3, _FAST_OPEN, 0),),)),  # sendto: MSG_FASTOPEN connects
     (46, 211, (((2, _FAST_OPEN, 0),),)),  # sendmsg
     (307, 269, (((3, _FAST_OPEN, 0),),)),  # sendmmsg
     (56, 220, (((0, _NAMESPACES, 0),),)),  # clone
     *((302, 261, _SELF), (142, 118, _SELF), (144, 119, _SELF)),  # prlimit64 sched_setparam sched_setscheduler
     *((203, 122, _SELF), (314, 274, _SELF)),  # sched_setaffinity sched_setattr
     *((256, 238, _SELF), (279, 239, _SELF)),  # migrate_pages move_pages
-    (141, 140, _SELF_ALONE),  # setpriority, of a process
-    (251, 30, (((0, _WHOLE, 1), (1, _WHOLE, 0)),)),  # ioprio_set, of a process
+    (141, 140, _SELF_ALONE),  # setpriority of this process
+    (251, 30, (((0, _WHOLE, 1), (1, _WHOLE, 0)),)),  # ioprio_set of this process
 )
 _DENIED_IF: _Rules = (
-    (62, 129, (((0, _WHOLE, _WHOLE),),)),  # kill: -1 is every process of the login
-    # setsockopt of TCP: TCP_FASTOPEN, TCP_FASTOPEN_CONNECT, and TCP_ULP, which makes another protocol's socket of one
+    (62, 129, (((0, _WHOLE, _WHOLE),),)),  # kill: -1 signals every process of the login
+    # setsockopt for TCP: TCP_FASTOPEN, TCP_FASTOPEN_CONNECT, and TCP_ULP, which switches the socket's protocol
     (54, 208, tuple(((1, _WHOLE, 6), (2, _WHOLE, option)) for option in (23, 30, 31))),
 )
 _EMPTYING: _Rules = (
@@ -285,7 +285,7 @@ _EMPTYING: _Rules = (
         for at, numbers in ((1, (2, -1)), (2, (257, 56)))
     ),
 )
-"""Emptying a file that may not be written: truncate(2), and open(2) and openat(2) with O_TRUNC alone."""
+"""Calls that truncate a file without write access: truncate(2); open(2) and openat(2) with O_TRUNC alone."""
 
 _ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # include/uapi/linux/audit.h
 
@@ -295,11 +295,11 @@ _Line = tuple[int, int, int, int]
 
 
 def _sockets(*, udp: bool) -> tuple[_Tests, ...]:
-    """The sockets that may be made: of the Internet TCP, and UDP; routes of netlink, which tell the own addresses.
+    """Return the allowed sockets: TCP, UDP if `udp`, NETLINK_ROUTE for the own addresses, and AF_UNIX SOCK_SEQPACKET.
 
-    An AF_UNIX socket would reach the login's systemd, which starts anything, its ssh-agent and its containers; Landlock
-    keeps nobody from connecting to those. They are streams and datagrams; CUDA's own is of the third type, which stays.
-    Landlock knows TCP alone, not MPTCP (262), SCTP (132) and SMC (256), which are streams, too.
+    Other AF_UNIX sockets would reach the login's systemd, ssh-agent and containers, and Landlock does not restrict
+    connecting to them. Those use streams and datagrams; CUDA uses SOCK_SEQPACKET. Landlock restricts only TCP, so other
+    stream protocols are denied: MPTCP (262), SCTP (132) and SMC (256).
     """
     kinds = [(1, 0), (1, 6), *([(2, 0), (2, 17)] if udp else [])]
     internet = (((0, _WHOLE, each), (1, 0xF, kind), (2, _WHOLE, of)) for each in (2, 10) for kind, of in kinds)
@@ -307,7 +307,7 @@ def _sockets(*, udp: bool) -> tuple[_Tests, ...]:
 
 
 def _rule(number: int, lists: tuple[_Tests, ...], held: int, other: int) -> list[_Line]:
-    """What is answered to a call when one of the lists of tests holds, and when none does."""
+    """Compile one call's rule: return `held` if one of the lists matches, else `other`."""
     lines: list[_Line] = []
     for tests in lists:
         for left, (argument, bits, value) in zip(range(len(tests) - 1, -1, -1), tests, strict=True):
@@ -318,16 +318,16 @@ def _rule(number: int, lists: tuple[_Tests, ...], held: int, other: int) -> list
 
 
 def filtered(*, udp: bool, version: int) -> bytes:
-    """The seccomp filter: what the tables above say, and sockets; `version` is Landlock's."""
+    """Build the seccomp filter from the tables above and the socket rules; `version` is the Landlock ABI."""
     machine, deny, missing = platform.machine(), _ERRNO | _PERM, _ERRNO | _NO_CALL
     old = 0 < version < 3
     allowed, denied = (*_ALLOWED_IF, (41, 198, _sockets(udp=udp))), (*_DENIED_IF, *(_EMPTYING if old else ()))
     rules: list[tuple[int, int, tuple[_Tests, ...], int, int]] = [(*each, (), deny, deny) for each in _DENIED]
     rules += [(*each, _ALLOW, deny) for each in allowed] + [(*each, deny, _ALLOW) for each in denied]
-    # clone3 and openat2, whose flags no filter sees: the C library takes clone then, and never the other
+    # A filter cannot read the flags of clone3 and openat2. The C library falls back to clone and never uses openat2.
     rules += [(each, each, (), missing, missing) for each in ((435, 437) if old else (435,))]
     lines: list[_Line] = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _ARCH[machine]), (_RETURN, 0, 0, deny), (_LOAD, 0, 0, 0)]
-    lines += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, deny)]  # x32, which has other numbers
+    lines += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, deny)]  # x32 numbers its calls differently
     for x86, arm, lists, held, other in rules:
         number = x86 if machine == "x86_64" else arm
         lines += _rule(number, lists, held, other) if number >= 0 else []
@@ -336,9 +336,9 @@ def filtered(*, udp: bool, version: int) -> bytes:
 
 
 def _drop() -> None:
-    """Give up root's capabilities but the one to pass over owners of files: its data may be another's volume."""
+    """Drop root's capabilities except CAP_DAC_OVERRIDE: the data may be on a volume with another owner."""
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
-    for each in set(range(last + 1)) - {1}:  # CAP_DAC_OVERRIDE; what the bounding set lacks, exec does not give
+    for each in set(range(last + 1)) - {1}:  # 1: CAP_DAC_OVERRIDE; exec grants nothing outside the bounding set
         _libc.prctl(*map(ctypes.c_ulong, (24, each, 0, 0, 0)))  # PR_CAPBSET_DROP
 
 
@@ -351,9 +351,9 @@ def _filter(program: bytes) -> None:
 
 
 def main(spec: Json, argv: list[str]) -> None:
-    """Become the command, confined, and with its secrets as variables. `write` is missing where a unit confines it.
+    """Exec the command, confined, with its secrets as environment variables. `write` is absent if a unit confines it.
 
-    On a kernel that cannot, say so and run it all the same, as the plan has said.
+    On a kernel without Landlock, print a warning and run the command anyway, as the plan announced.
     """
     folder = Path(spec.get("folder") or os.environ.get("CREDENTIALS_DIRECTORY", "/nowhere"))
     for name in spec.get("secrets", ()):
@@ -361,9 +361,9 @@ def main(spec: Json, argv: list[str]) -> None:
     if "write" not in spec:
         os.execv(argv[0], argv)  # noqa: S606
     _make(spec)
-    # No queues are to be had anyhow; nobody without rights takes that limit off, and so it marks what is confined.
+    # Marks confined processes: message queues are denied anyway, and raising this limit requires privileges.
     resource.setrlimit(resource.RLIMIT_MSGQUEUE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # nothing collects its crashes, in which its secrets are
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # no core dumps, nor to a pipe: they contain secrets
     version = abi()
     if os.geteuid() == 0:
         _drop()

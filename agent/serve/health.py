@@ -1,4 +1,4 @@
-"""ComfyUI as a service: drained before it is stopped, and proven healthy (`prove`) before it takes traffic."""
+"""Health of ComfyUI: drain its jobs before a stop, and prove a release (`prove`) before it takes traffic."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from agent.schema.facts import Service
 
 
 class Process(Protocol):
-    """Whatever runs a ComfyUI: a service manager, or the trial of a release."""
+    """The runner of a ComfyUI: a service manager, or a release's trial."""
 
     def status(self) -> Service:
-        """Its state."""
+        """Return its state."""
 
     def log(self, lines: int) -> list[str]:
-        """The last lines of its present or last run."""
+        """Return the last lines of the current or most recent run."""
 
 
 def free_if_idle(layout: Layout) -> str:
-    """Have ComfyUI unload its models and forget its results when it has no job; says what came of it."""
+    """Ask an idle ComfyUI to unload its models and clear cached results; return the outcome as a sentence."""
     place = endpoint(layout)
     try:
         running, waiting = queue(place)
@@ -44,10 +44,11 @@ def free_if_idle(layout: Layout) -> str:
 
 
 def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
-    """Wait until ComfyUI has no job left; with `force` ask it nothing, its jobs are interrupted.
+    """Wait up to `seconds` until ComfyUI has no jobs. With `force`, return at once; the stop interrupts its jobs.
 
-    Only a refused connection means that no ComfyUI runs. One that answers late, or with nonsense, may be at work: it
-    shares Python's lock with its jobs. Raises Fault naming the jobs, or the reason why they are not known.
+    Only a refused connection means that ComfyUI is not running. A late or invalid response may come from a busy
+    ComfyUI, whose server shares the GIL with its jobs. Raises Fault with the remaining jobs, or the reason why they are
+    unknown.
     """
     if force:
         note("not waiting for jobs (--force): what runs is interrupted")
@@ -80,20 +81,20 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
 
 
 def gate(layout: Layout, process: Process, release: Json, note: Note) -> None:
-    """Prove that the release in service is healthy, and keep with it what was found, in `proven`. Raises Fault."""
+    """Prove that the current release is healthy and store the result in its `proven` file. Raises Fault."""
     proof = prove(Endpoint.of(release["argv"]), process, release, release["argv"], note, clearer(layout, note))
     write(layout.releases / release["id"] / "proven", json.dumps(proof))
 
 
 TYPES = 20_000
-"""Node types that are looked at, and kept: a hundred node packs have some 10,000."""
+"""Maximum number of node types to check and store: a hundred node packs have some 10,000."""
 
 OBJECT_INFO = 48_000_000
-"""Bytes of all node types: some 5 MB with ten node packs."""
+"""Maximum size of `/object_info` in bytes: some 5 MB with ten node packs."""
 
 
 def clearer(layout: Layout, note: Note) -> Callable[[], None]:
-    """What deletes the pictures of a proof: as the service, which may have put a link or a labyrinth there."""
+    """Return a function that deletes the proof's pictures as the service user, who may have put symlinks there."""
 
     def clear() -> None:
         try:
@@ -112,10 +113,10 @@ def prove(
     note: Note,
     clear: Callable[[], None],
 ) -> Json:
-    """Prove that a ComfyUI serves: it answers, is the release asked for, and makes pictures. Raises Fault.
+    """Prove that ComfyUI responds, is the expected release, and generates pictures. Raises Fault.
 
-    `command` is the one that it was started with, `clear` deletes the pictures. Returns when this was, the node types
-    with the module that each is from, and the nodes that could not be imported with the reason.
+    `command` is the command that started it; `clear` deletes the pictures. Returns the time (`at`), the node types
+    with their modules (`types`), and the nodes that failed to import with their reasons (`failed_nodes`).
     """
     wanted = release["gate"]
     started = time.monotonic()
@@ -148,7 +149,7 @@ def prove(
         if name in wanted.get("required", ()):
             raise Fault("gate", f"node {name} cannot be imported, and is required", reason)
         note(f"node {name} cannot be imported: {reason}")
-    for turn in ("first", "second"):  # an upstream regression passes the first and hangs in the second (ComfyUI#15269)
+    for turn in ("first", "second"):  # an upstream regression hangs in the second workflow only (ComfyUI#15269)
         _picture(place, process, turn, clear, note)
     try:
         types = checked(
@@ -165,17 +166,17 @@ def prove(
 
 
 LOG_SECONDS = 5.0
-"""For the log to hold what is looked for: a journal is some moments behind."""
+"""Seconds to wait for an expected log line: the journal lags behind."""
 
 
 def _output(place: Endpoint, process: Process, until: str) -> list[str]:
-    """What ComfyUI has written since it started, without colours; waits a little for a line with `until`."""
+    """Return ComfyUI's log of this run without colours; wait up to LOG_SECONDS for a line that contains `until`."""
     lines: list[str] = []
     end = time.monotonic() + LOG_SECONDS
     while True:
         with suppress(Fault, OSError):
             lines = process.log(20_000)
-        if not lines:  # a journal that is not ours to read: ComfyUI itself keeps its last 300 writes
+        if not lines:  # journal not readable: ComfyUI keeps its last 300 writes
             with suppress(OSError, ValueError):
                 found = ask(place, "/internal/logs/raw", seconds=LOG_SECONDS, limit=LOG_BYTES)
                 lines = checked(
@@ -189,7 +190,7 @@ def _output(place: Endpoint, process: Process, until: str) -> list[str]:
 
 
 def _failed_nodes(lines: list[str], known: Collection[str] = ()) -> dict[str, str]:
-    """The nodes of the release that ComfyUI could not import, each with the last line of its traceback."""
+    """Return the `known` nodes that ComfyUI failed to import, each with the last line of its traceback."""
     reasons: dict[str, str] = {}
     failed: dict[str, str] = {}
     for line in lines:
@@ -202,17 +203,17 @@ def _failed_nodes(lines: list[str], known: Collection[str] = ()) -> dict[str, st
 
 
 def say_changed_types(old: Json, new: Json, note: Note) -> None:
-    """Say which node types are gone since the release before, and which another node provides: workflows use them.
+    """Report node types that disappeared since the previous release or now come from another node: workflows use them.
 
-    Both are what `prove` found (empty: it is not known). Of two nodes with the same type ComfyUI takes the one that it
-    loads last, without a word.
+    `old` and `new` are results of `prove` (empty: unknown). If two nodes define the same type, ComfyUI silently uses
+    the one loaded last.
     """
     old, new = old.get("types", {}), new.get("types", {})
     gone = sorted(set(old) - set(new))
     moved = [
         f"{name} ({new[name]}, before {old[name]})"
         for name in sorted(set(old) & set(new))
-        # an older Hearth kept names only; a newer ComfyUI may move its own
+        # Older versions of Hearth stored names only; a newer ComfyUI may move its own types.
         if isinstance(old, dict) and old[name] != new[name] and new[name].startswith("custom_nodes.")
     ]
     for what, names in (("are gone", gone), ("another node provides now", moved)):
@@ -222,7 +223,7 @@ def say_changed_types(old: Json, new: Json, note: Note) -> None:
 
 
 def first_answer(place: Endpoint, process: Process, seconds: float) -> Json:
-    """The first `/system_stats`; raises Fault when the process dies or the time is over."""
+    """Poll `/system_stats` until ComfyUI responds. Raises Fault if the process dies or `seconds` pass."""
     end = time.monotonic() + seconds
     restarts = process.status().restarts
     answer = "nothing yet"
@@ -243,16 +244,16 @@ def first_answer(place: Endpoint, process: Process, seconds: float) -> Json:
 
 
 WORKFLOW_SECONDS = 120
-"""For a workflow of 64 x 64 pixels without a model: it takes under a second, and a busy disk or GPU may hold it up."""
+"""Time limit for a 64 x 64 workflow without models: normally under a second; a busy disk or GPU may delay it."""
 
 
 def _picture(place: Endpoint, process: Process, turn: str, clear: Callable[[], None], note: Note) -> None:
-    """Run a workflow that needs no model, fetch its picture, and leave nothing behind."""
+    """Run a workflow without models, fetch its picture, check it and delete it. Raises Fault."""
     started = time.monotonic()
-    color = time.time_ns() % (1 << 24)  # ComfyUI would answer the same workflow from its cache, without the file
+    color = time.time_ns() % (1 << 24)  # unique: the same workflow would be a cache hit, without a file
     inputs = {"width": 64, "height": 64, "batch_size": 1, "color": color}
 
-    def answer(path: str, body: Json | None = None) -> Any:  # a busy ComfyUI is late, which is no fault of the release
+    def answer(path: str, body: Json | None = None) -> Any:  # a slow response does not fail the release
         return ask(place, path, body, seconds=max(1, started + WORKFLOW_SECONDS - time.monotonic()))
 
     workflow = {

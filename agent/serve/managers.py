@@ -1,4 +1,4 @@
-"""Which manager runs the service: systemd, or Hearth's own supervisor."""
+"""Selection of the service's manager: systemd or Hearth's supervisor."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Manager = Systemd | Supervised
 
 
 def manager_of(layout: Layout) -> Manager:
-    """The manager of services here: the system's systemd, the user's if it outlives the login, or Hearth's supervisor.
+    """Return the manager: the system's systemd, the user's if lingering is enabled, or Hearth's supervisor.
 
-    The manager that installed the service stays in charge: two managers would start it twice. Raises Fault when that is
-    the user's systemd and it does not answer.
+    The manager that installed the service stays in charge: two managers would start it twice. Raises Fault if that is
+    the user's systemd and it does not respond.
     """
     systemd, supervised = Systemd(layout), Supervised(layout)
     if layout.scope == "system":
         return systemd
     name = read(layout.choice).get("manager")
-    if not name:  # nothing is installed, or by a Hearth that did not note it
+    if not name:  # not installed, or by an older version without this record
         lingers = Path("/var/lib/systemd/linger", login()).exists()
         placed = (systemd.units / systemd.unit).is_symlink()
         by_systemd = not supervised.enabled.exists() and (placed or (lingers and user_systemd()))
@@ -42,12 +42,12 @@ def manager_of(layout: Layout) -> Manager:
 
 
 def last_words(manager: Manager) -> list[str]:
-    """The last log lines of the service; the previous run's if the current one has logged nothing yet."""
+    """Return the service's last log lines; the previous run's if the current one has logged nothing yet."""
     return manager.log(25) or [line for _, line in manager.timed_log(25)]
 
 
 def ours(layout: Layout, gpus: list[Json]) -> tuple[GpuState, ...]:
-    """The GPUs, with `comfyui` set for the processes of the service and of its MPS server."""
+    """Return the GPUs with `comfyui` set for processes of the service and of its MPS server."""
     units = (f"{layout.service}.service", f"{layout.service}-mps.service")
     child = Supervised(layout).status().pid
 

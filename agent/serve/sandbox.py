@@ -1,4 +1,4 @@
-"""Running a program of somebody else's once, in the sandbox that the service has."""
+"""Run an untrusted program once, in the service's sandbox."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from agent.layout import Layout
 from agent.processes import end_descendants, inherited, take_orphans
 from agent.schema.change import Node
 
-# What of a unit is about its own command, and when it runs; the rest is what it may touch and do.
+# Unit settings for the command and its lifetime; the other settings are the sandbox.
 _ITS_OWN = re.compile(
     r"(Exec|Restart|Timeout|RuntimeDirectory|LogsDirectory|Kill|SuccessExit)\w*="
     r"|(Type|WorkingDirectory|Environment|LoadCredential|LoadCredentialEncrypted)="
 )
 
 OUTPUT = 300_000_000
-"""Bytes that a program may say: an install.py's tree comes this way."""
+"""Maximum output in bytes: an install.py's tree arrives on standard output."""
 
 
 def sandboxed(
@@ -38,21 +38,21 @@ def sandboxed(
     apart: bool = False,
     network: bool = False,
 ) -> bytes:
-    """What a program says on its standard output, run with the limits of a service's `unit` (its text); raises Fault.
+    """Run a program with the sandbox settings of `unit` (a unit's text) and return its standard output. Raises Fault.
 
-    It ends with everything that it has started, after so many `seconds` or when it has said the `most` bytes. `apart`
-    gives it a user of its own, who owns nothing and may write in its own /tmp alone. `release` says how it is confined
-    where there is no system's unit (`confined`), and its `environment`. Without `network` it reaches nobody.
+    The program and its descendants are killed after `seconds` or after `most` bytes of output. `apart` runs it as a
+    transient user who can write only to a private /tmp. `release` provides its `environment` and, without a system
+    unit, its `confined` prefix. Without `network` it has no network access.
     """
-    variables = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}  # nothing of whoever deploys
+    variables = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}  # not the deploying user's environment
     variables |= {**release["environment"], "PYTHONDONTWRITEBYTECODE": "1"}
     if layout.scope == "system":
         service = unit.partition("[Service]")[2].partition("\n[")[0]
         lines = [line for line in service.splitlines() if re.match(r"\w+=", line)]
-        # An older release's has mounts below what the service writes: systemd would follow its links there, as root.
+        # Units of older releases mount below writable folders, where systemd would follow the service's links as root.
         written = [f"{each}/" for each in (layout.data, *layout.elsewhere.values())]
         lines = [line for line in lines if not _ITS_OWN.match(line) and not any(each in line for each in written)]
-        # systemd-run (252) takes link-local and the like only alone
+        # systemd-run (252) accepts names such as link-local only as a single value.
         lines = [each for line in lines for each in _split(line)]
         if apart:
             lines = [line for line in lines if not re.match("(User|Group|ReadWritePaths|UMask)=", line)]
@@ -74,7 +74,7 @@ def _split(line: str) -> list[str]:
 
 
 def confined_to(folder: Path, layout: Layout, step: Node) -> list[str]:
-    """The prefix of a command that may write in one folder alone, from a release's that is not there yet."""
+    """Return the confining command prefix that allows writes to `folder` only, derived from the step's prefix."""
     words = list(step.confined)
     if words:
         spec = json.loads(words[-2])
@@ -85,14 +85,14 @@ def confined_to(folder: Path, layout: Layout, step: Node) -> list[str]:
 
 
 def _output(command: list[str], variables: dict[str, str], seconds: int, most: int) -> bytes:
-    """The standard output of a command that may say too much, or not end; raises Fault."""
+    """Run a command with limits on time and output; return its standard output. Raises Fault."""
     tail, late = bytearray(), threading.Event()
 
     def listen(pipe: IO[bytes]) -> None:
         while block := pipe.read1(65536):  # type: ignore[attr-defined]
             tail[:] = (tail + block)[-4000:]
 
-    said, spared = b"", take_orphans()  # a daemon could hold its output open, and outlive it
+    said, spared = b"", take_orphans()  # a daemon could hold the pipe open and outlive it
     try:
         with subprocess.Popen(
             command,
@@ -124,7 +124,7 @@ def _output(command: list[str], variables: dict[str, str], seconds: int, most: i
                 listener.join(1)
             finally:
                 timer.cancel()
-                timer.join()  # else it would still end descendants, of the next command
+                timer.join()  # else it could kill the next command's descendants
     except OSError as error:
         raise Fault("step", f"{command[0]} could not be run", str(error)) from error
     if late.is_set():

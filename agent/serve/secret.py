@@ -1,4 +1,4 @@
-"""Secrets of the service: encrypted for this machine where systemd can, else a file that root alone may read."""
+"""Secrets of the service: encrypted for this machine if systemd can, else files that only their owner can read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from agent.layout import Layout
 from agent.requester import asker
 
 ENCRYPTED = ".cred"
-"""The end of an encrypted one's name."""
+"""File suffix of encrypted secrets."""
 
 
 def secrets(layout: Layout) -> dict[str, str]:
-    """The names of the secrets that are kept here, each with how: "encrypted" or "plain"."""
+    """Return the names of the stored secrets and their storage: "encrypted" or "plain"."""
     found: dict[str, str] = {}
     with suppress(OSError):
         for path in sorted(layout.secrets.iterdir()):
@@ -28,7 +28,7 @@ def secrets(layout: Layout) -> dict[str, str]:
 
 
 def keep(layout: Layout, request: Json) -> Json:
-    """Keep a secret (`name`, `value`), or forget it where the value is None; answers how it is kept. Raises Fault."""
+    """Store a secret (`name`, `value`), or delete it if the value is None; return its storage. Raises Fault."""
     name, value = str(request["name"]), request["value"]
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise Fault("usage", f"{name!r} is no variable's name", "", "such as HF_TOKEN")
@@ -55,7 +55,7 @@ def keep(layout: Layout, request: Json) -> Json:
 
 
 def _encrypted(layout: Layout, name: str, value: bytes) -> bytes:
-    """The secret as this machine's systemd alone can read it (TPM, or a key of the host's); empty where it cannot."""
+    """Return the secret encrypted by systemd for this machine (TPM or host key); empty if not supported."""
     if layout.scope != "system" or not shutil.which("systemd-creds"):
         return b""
     words = ["systemd-creds", "encrypt", f"--name={name}", "-", "-"]

@@ -1,4 +1,4 @@
-"""The service under Hearth's own supervisor, where there is no systemd for it."""
+"""The service under Hearth's supervisor, for hosts without a usable systemd."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from agent.processes import LINE, LOG_BYTES, started, wait_for
 from agent.schema.facts import Service
 
 LONG = 10_000_000
-"""Bytes from which on a log is long; at the next start a new one is begun."""
+"""Log size in bytes above which the next start rotates the log."""
 
 
 class Supervised:
-    """The service under a supervisor of our own: no systemd, no root. Survives the shell that started it."""
+    """The service under Hearth's supervisor, without systemd or root. Survives the shell that started it."""
 
     name = "process"
 
@@ -37,7 +37,7 @@ class Supervised:
         self._marked = (0.0, -1)
 
     def status(self) -> Service:
-        """The state of the service."""
+        """Return the state of the service. Raises Fault."""
         running = not free(self.lock)
         record = read(self.record) if running else {}
         return Service(
@@ -52,12 +52,12 @@ class Supervised:
         )
 
     def install(self) -> None:
-        """Note that the service shall run."""
+        """Record the service as installed and enabled."""
         self.layout.note_manager(self.name)
         write(self.enabled, "")
 
     def uninstall(self) -> None:
-        """Note that it shall not run."""
+        """Remove the records of the service."""
         discard(self.enabled)
         discard(self.layout.choice)
 
@@ -68,7 +68,7 @@ class Supervised:
         """Nothing starts it at boot."""
 
     def start(self, *, wait: bool = True) -> None:
-        """Start the service; raises Fault when its supervisor does not come up. That one waits for mounts itself."""
+        """Start the supervisor, which waits for mounts itself. Raises Fault if it does not start."""
         if not free(self.lock):
             return
         before = len(read_some(agent_log(self.layout)))
@@ -80,10 +80,10 @@ class Supervised:
             raise Fault("step", what, said[-2000:], f"read {agent_log(self.layout)}, then run the same command again")
 
     def stop(self) -> None:
-        """Stop the service and wait until it has; raises Fault when it does not."""
+        """Stop the service and wait until it has stopped. Raises Fault if it does not."""
         if free(self.lock):
             return
-        # One that has just been started takes a moment to write its record.
+        # A supervisor that has just started needs a moment to write its record.
         wait_for(lambda: free(self.lock) or _recorded(read(self.record), "pid") != 0, 5)
         pid = _recorded(read(self.record), "pid")
         if pid:
@@ -96,11 +96,11 @@ class Supervised:
             )
 
     def log(self, lines: int) -> list[str]:
-        """The last lines of the service's present or last run."""
+        """Return the last lines of the service's current or most recent run."""
         return end_of(self.output, lines, int(read(self.record, lenient=True).get("offset", 0)))
 
     def timed_log(self, lines: int) -> list[tuple[float | None, str]]:
-        """The last lines, also of runs that have ended; a file has no times."""
+        """Return the last lines, across runs; the log file has no times."""
         with suppress(OSError), self.output.open(errors="replace") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - 200 * lines))
             return [(None, line[:LINE]) for line in log.read(200 * lines).splitlines()[-lines:]]
@@ -110,14 +110,14 @@ class Supervised:
         """Nothing starts it at boot."""
 
     def rotate(self) -> None:
-        """Begin a new log when this one has grown long; one older log is kept."""
+        """Rotate the log if it exceeds LONG; keep one older log."""
         if self.output.exists() and self.output.stat().st_size > LONG:
             for path in (self.times, self.output):
                 with suppress(FileNotFoundError):
                     path.replace(path.with_name(f"{path.name}.1"))
 
     def note(self, child: int = 0, restarts: int = 0, offset: int | None = None) -> None:
-        """Record which processes the supervisor, this one, and its ComfyUI are, and where in the log that begins."""
+        """Record this supervisor's process, its ComfyUI process, and the log offset in bytes where that begins."""
         if offset is None:
             offset = self.output.stat().st_size if self.output.exists() else 0
         pid = os.getpid()
@@ -127,7 +127,7 @@ class Supervised:
             write(self.record, json.dumps(record))
 
     def note_log_offset(self) -> None:
-        """Record time and size of the log, every five seconds while it grows: ComfyUI's lines have no times."""
+        """Record the log's size and the time every five seconds while it grows: ComfyUI's lines have no times."""
         with suppress(OSError):  # a full disk must not end the supervisor
             at, size = time.time(), self.output.stat().st_size
             if size != self._marked[1] and at - self._marked[0] >= 5:
@@ -136,27 +136,27 @@ class Supervised:
                     file.write(f"{at:.0f} {size}\n")
 
     def start_apply(self) -> None:
-        """Apply what is pending, in a process of its own."""
+        """Apply the pending plan in a detached process."""
         detach([sys.executable, "-I", str(self.layout.agent), "apply"], self.layout)
 
     def apply_log(self) -> list[str]:
-        """The last lines that such processes wrote."""
+        """Return the last log lines of detached processes."""
         return read_some(agent_log(self.layout)).decode(errors="replace").splitlines()[-12:]
 
 
 def _recorded(record: Json, name: str) -> int:
-    """A process of the supervisor's record while it runs, else 0. Its start time is compared: pids are reused."""
+    """Return the pid of a recorded process if it is running, else 0. Compares start times, since pids are reused."""
     pid = int(record.get(name, 0))
     since = started(pid)
     if f"{name}_started" in record:
         return pid if since and since == record[f"{name}_started"] else 0
-    # An older Hearth's supervisor, which noted no times, runs on after an update.
+    # Supervisors of older versions, which keep running after an update, recorded no start times.
     ours = b"supervise" in read_some(Path(f"/proc/{record.get('pid', 0)}/cmdline"))
     return pid if since and ours else 0
 
 
 def end_of(path: Path, lines: int, begin: int = 0) -> list[str]:
-    """The last lines of a log, of what was written after `begin`; none where there is no log."""
+    """Return the last lines of a log after byte `begin`; empty without a log."""
     with suppress(OSError), path.open("rb") as log:
         log.seek(max(begin, os.fstat(log.fileno()).st_size - LOG_BYTES))
         return [line[:LINE] for line in log.read(LOG_BYTES).decode(errors="replace").splitlines()[-lines:]]
@@ -164,12 +164,12 @@ def end_of(path: Path, lines: int, begin: int = 0) -> list[str]:
 
 
 def agent_log(layout: Layout) -> Path:
-    """The log of detached processes."""
+    """Return the path of the log of detached processes."""
     return layout.state / "agent.log"
 
 
 def detach(argv: list[str], layout: Layout) -> subprocess.Popen[bytes]:
-    """Start a process that no shell, connection or Ctrl-C of ours ends."""
+    """Start a process that survives this shell, connection and Ctrl-C."""
     with agent_log(layout).open("ab") as log:
         return subprocess.Popen(
             [*argv, str(layout.state / "site.json")],

@@ -1,4 +1,4 @@
-"""Hearth's supervisor: runs ComfyUI where there is no systemd for it."""
+"""Hearth's supervisor: runs ComfyUI on hosts without a usable systemd."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from agent.serve.supervised import Supervised
 from agent.serve.watch import Watcher
 
 GRACE = 30.0
-"""Seconds in which ComfyUI has to end when it is told to, before it is killed."""
+"""Seconds between SIGINT and SIGKILL when ComfyUI is stopped."""
 
 MOST, WITHIN = 5, 300
-"""It is not started again after it has ended so often within so many seconds."""
+"""ComfyUI is not restarted after MOST exits within WITHIN seconds."""
 
 
 def supervise(layout: Layout) -> None:
-    """Run the current release until SIGTERM, and start it again when it ends. All that it has started ends with it."""
+    """Run the current release until SIGTERM, and restart it when it ends. Its descendants are killed with it."""
     Supervisor(layout).run()
 
 
 class Supervisor:
-    """Runs ComfyUI, and does what units of their own do under systemd: restarts it when a node under development
-    changes, and has it free its memory from time to time.
+    """Runs ComfyUI. Also does what separate units do under systemd: restarts it when a node under development changes,
+    and periodically frees its memory.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -43,9 +43,9 @@ class Supervisor:
         self.ends: list[float] = []
 
     def run(self) -> None:
-        """Run ComfyUI until told to stop."""
+        """Run ComfyUI until SIGTERM or too many exits. Raises Fault if another supervisor holds the lock."""
         signal.signal(signal.SIGTERM, self.stop)
-        signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN: ComfyUI would inherit that, and never stop
+        signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which ComfyUI would inherit and never stop
         take_orphans()
         with flock(self.manager.lock), ExitStack() as stack:
             stack.callback(end_descendants, seconds=float("inf"))
@@ -61,18 +61,18 @@ class Supervisor:
                     break
 
     def stop(self, *_: object) -> None:
-        """Have ComfyUI end, and not be started again."""
+        """Stop ComfyUI and do not restart it (signal handler)."""
         self.stopping = True
         if self.child is not None and self.child.poll() is None:
             self.child.send_signal(signal.SIGINT)  # ComfyUI handles SIGINT, not SIGTERM
 
     def say(self, text: str) -> None:
-        """Write a line into ComfyUI's log."""
+        """Write a line to ComfyUI's log."""
         with suppress(OSError), self.manager.output.open("a") as output:  # a full disk must not end the supervisor
             output.write(f"{now()} {text}\n")
 
     def run_once(self, release: Json, watcher: Watcher) -> bool:
-        """Run ComfyUI to its end; returns whether the supervisor ended it, to start it again at once."""
+        """Run ComfyUI to its end; return whether the supervisor stopped it for an immediate restart."""
         self.manager.rotate()
         with self.manager.output.open("ab", buffering=0) as log:
             begin = log.tell()
@@ -88,7 +88,7 @@ class Supervisor:
             assert child.stdout is not None
             copying = copied(child.stdout, log)
             self.manager.note(child.pid, self.restarts, begin)
-            if self.stopping:  # SIGTERM came between the loop's test and the start
+            if self.stopping:  # SIGTERM arrived between the loop's test and the start
                 child.send_signal(signal.SIGINT)
             again = self.attend(child, release, watcher)
             end_descendants(seconds=float("inf"))
@@ -97,7 +97,7 @@ class Supervisor:
         return again
 
     def attend(self, child: subprocess.Popen[bytes], release: Json, watcher: Watcher) -> bool:
-        """Wait for ComfyUI to end; returns whether it was told to, to start again at once."""
+        """Wait for ComfyUI to end; return whether it was stopped for an immediate restart."""
         patience, gone, anew = GRACE, False, False
         changed: list[str] = []
         period = release.get("free_memory") or float("inf")
@@ -111,7 +111,7 @@ class Supervisor:
                 gone = True
                 child.send_signal(signal.SIGINT)
             changed += watcher.changed()
-            if changed and not anew and not self.layout.pending.exists():  # a deploy that proves it comes first
+            if changed and not anew and not self.layout.pending.exists():  # not during a run, which may be proving it
                 anew = True
                 self.say(f"{changed[0]} changed: restarting ComfyUI")
                 child.send_signal(signal.SIGINT)
@@ -124,9 +124,9 @@ class Supervisor:
         return gone or anew
 
     def may_restart(self, watcher: Watcher) -> bool:
-        """Whether ComfyUI, which has ended, is to be started again; waits before that.
+        """Wait, then return whether to restart ComfyUI after it has ended.
 
-        When it ends too often, a change of a node under development is waited for, which may have broken it.
+        After too many exits, waits for a change of a node under development, which may have caused them.
         """
         self.ends = [each for each in self.ends if each > time.monotonic() - WITHIN] + [time.monotonic()]
         if len(self.ends) >= MOST:
@@ -142,7 +142,7 @@ class Supervisor:
 
 
 def _reap(but: int) -> None:
-    """Reap orphans that have ended, up to the child that is waited for elsewhere."""
+    """Reap ended orphans, except the child `but`, for which another caller waits."""
     with suppress(ChildProcessError):
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != but:
             os.waitpid(ended.si_pid, 0)

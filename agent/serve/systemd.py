@@ -1,4 +1,4 @@
-"""The service as a unit of systemd, the system's or the login's."""
+"""The service as a systemd unit of the system or user manager."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ UNITS = Path("/etc/systemd/system")
 
 
 def entries(folder: Path, unit: str) -> list[Path]:
-    """A unit's file and its links in a folder of systemd's, also those that lead nowhere, which a glob leaves out."""
+    """Return a unit's file and links in a systemd folder, including dangling links, which a glob omits."""
     places = [folder / unit, *(wants / unit for wants in folder.glob("*.wants"))]
     return [path for path in places if os.path.lexists(path)]
 
 
 class Systemd:
-    """The service as a unit of the system's or the user's systemd.
+    """The service as a unit of the system or user manager.
 
-    The unit file is a link to `current/<service>.service`: what switches the release switches the unit with it. So
-    are those of its companions, `<service>-*`: what waits for mounts or runs by a timer. One with an
-    [Install] section is started at boot, and with the service.
+    The unit file is a link to `current/<service>.service`, so that switching the release switches the unit. So are the
+    files of its companions `<service>-*`, which wait for mounts or run on a timer. Companions with an [Install] section
+    are started at boot and with the service.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.name = f"systemd-{layout.scope}"
         self.unit = f"{layout.service}.service"
-        self.storage = f"{layout.service}-storage.service"  # what waits for mounts, where there are any
+        self.storage = f"{layout.service}-storage.service"  # waits for mounts, if any
         self.apply_unit = f"{layout.service}-apply.service"
         self.exporter_unit = f"{layout.service}-exporter.service"
         system = layout.scope == "system"
@@ -51,9 +51,9 @@ class Systemd:
         return self.units / f"{self.target}.wants" / unit
 
     def status(self) -> Service:
-        """The state of the service."""
+        """Return the state of the service. Raises Fault."""
         values = self._shown(self.unit, "ActiveState,SubState,NRestarts,ActiveEnterTimestamp,MainPID")
-        died = values.get("SubState") == "auto-restart"  # it is "activating", too
+        died = values.get("SubState") == "auto-restart"  # its ActiveState is "activating"
         active = values.get("ActiveState") in ("active", "activating", "reloading") and not died
         stored = os.path.lexists(self.units / self.storage)
         storage = self._shown(self.storage, "ActiveState").get("ActiveState") if stored else ""
@@ -73,7 +73,7 @@ class Systemd:
         return dict(line.partition("=")[::2] for line in lines)
 
     def _links(self) -> dict[Path, str]:
-        """The links in systemd's folder that the current release asks for."""
+        """Return the current release's links in systemd's folder: path -> target."""
         found = {self.units / self.unit: str(self.layout.current / self.unit)}
         for name in self._companions():
             found[self.units / name] = str(self.layout.current / name)
@@ -84,20 +84,20 @@ class Systemd:
     def _companions(self) -> list[str]:
         listed = self.layout.current.glob(f"{self.layout.service}-*")
         found = {path.name for path in listed if path.suffix in (".service", ".timer", ".path")}
-        return sorted(found - {self.exporter_unit})  # an older Hearth's release has that, too
+        return sorted(found - {self.exporter_unit})  # older releases contain it, too
 
     def _linked_companions(self) -> list[str]:
-        """The companions that systemd knows, also those of an earlier release."""
+        """Return the linked companions, including those of an earlier release."""
         listed = (path for path in self.units.glob(f"{self.layout.service}-*") if path.is_symlink())
         return [path.name for path in listed if path.readlink().parent == self.layout.current]
 
     def placed(self) -> list[Path]:
-        """Hearth's files in systemd's folder for this service."""
+        """Return Hearth's files in systemd's folder for this service."""
         names = dict.fromkeys([self.unit, self.apply_unit, self.exporter_unit, *self._linked_companions()])
         return [] if self.foreign() else [path for name in names for path in entries(self.units, name)]
 
     def _stale(self) -> list[str]:
-        """Companions of an earlier release that the current one does not have."""
+        """Return companions of an earlier release that the current one lacks."""
         return [name for name in self._linked_companions() if not (self.layout.current / name).exists()]
 
     def _linked(self) -> bool:
@@ -105,13 +105,13 @@ class Systemd:
         return not self._stale() and all(place.is_symlink() and str(place.readlink()) == to for place, to in links)
 
     def foreign(self) -> str:
-        """The path of the unit's file if Hearth did not write it, else empty. An edited or missing unit is drift."""
+        """Return the unit file's path if Hearth did not write it, else empty. An edited or missing unit is drift."""
         place = self.units / self.unit
         text = "" if self._linked() else read_text(place)
         return str(place) if text and WRITTEN not in text else ""
 
     def install(self) -> None:
-        """Make systemd see the current release's unit, and start it at boot."""
+        """Install and enable the current release's unit and companions; remove stale ones. Raises Fault."""
         self.layout.note_manager(self.name)
         link(self._wants(self.unit), f"../{self.unit}")
         for place, to in self._links().items():
@@ -123,7 +123,7 @@ class Systemd:
         run([*self.ctl, "daemon-reload"])
 
     def uninstall(self) -> None:
-        """Stop the companions, and remove the unit and them."""
+        """Stop the companions; remove the unit and the companions. Raises Fault."""
         if companions := self._linked_companions():
             self._stop(companions)
         for name in (self.unit, *companions):
@@ -134,17 +134,17 @@ class Systemd:
         discard(self.layout.choice)
 
     def enable(self) -> None:
-        """Start the service at boot."""
+        """Enable the service at boot."""
         link(self._wants(self.unit), f"../{self.unit}")
         run([*self.ctl, "daemon-reload"])
 
     def disable(self) -> None:
-        """Do not start it at boot."""
+        """Disable the service at boot."""
         discard(self._wants(self.unit))
         run([*self.ctl, "daemon-reload"])
 
     def start(self, *, wait: bool = True) -> None:
-        """Start the service, and its companions as the current release has them; `wait` until they have started."""
+        """Start the service and restart its companions; `wait` until they have started. Raises Fault."""
         subprocess.run([*self.ctl, "reset-failed", self.unit], capture_output=True)
         how = [] if wait else ["--no-block"]
         run([*self.ctl, "start", *how, self.unit])
@@ -152,28 +152,28 @@ class Systemd:
             run([*self.ctl, "restart", *how, *wanted])
 
     def restart(self) -> None:
-        """Restart the service alone, however often it was started before."""
+        """Restart the service without its companions; resets the start limit first. Raises Fault."""
         subprocess.run([*self.ctl, "reset-failed", self.unit], capture_output=True)
         run([*self.ctl, "restart", self.unit])
 
     def stop(self) -> None:
-        """Stop the service and wait until it has."""
+        """Stop the service and wait until it has stopped. Raises Fault."""
         self._stop([name for name in (self.storage, self.unit) if os.path.lexists(self.units / name)])
 
     def _stop(self, units: list[str]) -> None:
         done = subprocess.run([*self.ctl, "stop", *units], capture_output=True, text=True) if units else None
-        if done and done.returncode not in (0, 5):  # 5: none of that name is loaded, so none runs (systemctl(1))
+        if done and done.returncode not in (0, 5):  # 5: not loaded, so not running (systemctl(1))
             raise Fault("step", f"systemctl stop {' '.join(units)} failed", done.stderr.strip())
 
     def log(self, lines: int) -> list[str]:
-        """The last lines of the service's present or last run."""
+        """Return the last lines of the service's current or most recent run. Raises Fault."""
         who = ["--user-unit"] if self.layout.scope == "user" else ["--unit"]
         shown = run([*self.ctl, "show", self.unit, "--property=InvocationID", "--value"]).strip()
         match = [f"_SYSTEMD_INVOCATION_ID={shown}"] if shown else [*who, self.unit]
         return last_of(["journalctl", "--no-pager", "--reverse", "--output=cat", f"--lines={lines}", *match], lines)
 
     def timed_log(self, lines: int) -> list[tuple[float | None, str]]:
-        """The last lines of a day, also of runs that have ended, each with its time in seconds since 1970."""
+        """Return the last lines of the past day, across runs, with times in seconds since 1970. Raises Fault."""
         who = "--user-unit" if self.layout.scope == "user" else "--unit"
         words = ["journalctl", "--no-pager", "--quiet", "--reverse", "--output=short-unix", "--since=-1d"]
         shown = last_of([*words, f"--lines={lines}", who, self.unit], lines)
@@ -187,7 +187,7 @@ class Systemd:
                 subprocess.run([*self.ctl, *words], capture_output=True)
 
     def start_apply(self) -> None:
-        """Start the apply unit. systemd restarts it when it is killed, and starts it at boot."""
+        """Write, enable and start the apply unit. systemd restarts it if it is killed. Raises Fault."""
         limits = _APPLY_LIMITS if self.layout.scope == "system" else ""
         text = _APPLY_UNIT.format(
             service=self.layout.service,
@@ -205,7 +205,7 @@ class Systemd:
         run([*self.ctl, "start", "--no-block", self.apply_unit])
 
     def apply_log(self) -> list[str]:
-        """The state of the apply unit, and its last log lines."""
+        """Return the state of the apply unit and its last log lines. Raises Fault."""
         fields = "ActiveState,SubState,Result,ExecMainCode,ExecMainStatus,NRestarts,Job"
         shown = run([*self.ctl, "show", self.apply_unit, f"--property={fields}"]).split()
         who = "--user-unit" if self.layout.scope == "user" else "--unit"
@@ -213,7 +213,7 @@ class Systemd:
         return [" ".join(shown), *run(["journalctl", *words]).splitlines()]
 
     def remove_apply_unit(self) -> None:
-        """Remove the apply unit. A run in progress continues to its end, but is not restarted if it is killed."""
+        """Remove the apply unit. A run in progress continues, but is not restarted if it is killed."""
         if placed := entries(self.units, self.apply_unit):
             for path in placed:
                 discard(path)
@@ -221,11 +221,11 @@ class Systemd:
 
 
 def _python(layout: Layout) -> str:
-    """The Python for a unit that is started at each boot; raises Fault where that is root's, and no Python is.
+    """Return the Python for a unit started at boot. Raises Fault if it runs as root and no Python is root-only.
 
-    Who deploys as root here may do so with one of their login's (uv, pyenv), which that login can replace.
+    A user who deploys as root may run a Python of their own (uv, pyenv), which their login can replace.
     """
-    python = str(getattr(sys, "_base_executable", ""))  # a checkout's environment may be moved or deleted
+    python = str(getattr(sys, "_base_executable", ""))  # a virtual environment may be moved or deleted
     python = python if Path(python).is_file() else sys.executable
     if layout.scope != "system" or rooted(Path(python)):
         return python
@@ -238,7 +238,7 @@ def _python(layout: Layout) -> str:
 
 
 def rooted(path: Path, links: int = 40) -> bool:
-    """Whether root alone may change what lies at a path: the file, the folders above it, and links on the way to it."""
+    """Return whether only root can change a path: the file, its parent folders, and links on the way."""
     try:
         status = path.lstat()
     except OSError:
@@ -249,10 +249,10 @@ def rooted(path: Path, links: int = 40) -> bool:
     return rooted(path.parent / path.readlink(), links - 1) if stat.S_ISLNK(status.st_mode) else not shared
 
 
-# What it must be able to do: write anywhere (the prefix, units, places of mounts, sudoers, settings of the kernel),
-# change owners, act as the service's user, create it, reach the index, read what other processes are (adopt). No file
-# system is hidden or made read-only: in a mount namespace it would not see the mounts that it waits for. Memory has no
-# limit: what uv and a kernel's packages need grows with them, and a deploy that is killed for it would begin again.
+# The apply unit must write anywhere (prefix, units, mount points, sudoers, kernel settings), change owners, act as and
+# create the service user, reach the package index, and inspect other processes (adopt). No file system is hidden or
+# read-only: in a mount namespace, it would not see the mounts it waits for. Memory is unlimited: uv's needs grow with
+# the packages, and a deploy killed for memory would start over.
 _APPLY_LIMITS = """\
 TasksMax=4096
 NoNewPrivileges=yes
@@ -270,8 +270,8 @@ SystemCallErrorNumber=EPERM
 """
 
 
-# Not ordered against the service, which it stops and starts itself. OOMPolicy: a compiler or uv that is killed for
-# memory must not take the apply with it.
+# Not ordered relative to the service, which it stops and starts itself. OOMPolicy: an OOM kill of a compiler or of uv
+# must not end the apply.
 _APPLY_UNIT = """\
 [Unit]
 Description=Hearth: goes on with a change of {service} that is under way, else sees that it was started
@@ -297,7 +297,7 @@ WantedBy={target}
 
 
 def login() -> str:
-    """Who runs this; the number where it has no name, as in some containers."""
+    """Return the current user's name, or its uid if it has no name, as in some containers."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
@@ -305,14 +305,14 @@ def login() -> str:
 
 
 def find_runtime() -> None:
-    """Name the folder of the login's systemd, as cron does not, and su names another's."""
-    runtime = f"/run/user/{os.getuid()}"  # where the user's systemd has it, always (pam_systemd(8))
+    """Set XDG_RUNTIME_DIR to this user's: cron does not set it, and su keeps another user's."""
+    runtime = f"/run/user/{os.getuid()}"  # fixed by pam_systemd(8)
     if Path(runtime).is_dir():
         os.environ["XDG_RUNTIME_DIR"] = runtime
 
 
 def user_systemd() -> bool:
-    """Whether the login has a systemd of its own that answers."""
+    """Return whether the user's systemd responds."""
     find_runtime()
     if not (Path("/run/systemd/system").is_dir() and os.environ.get("XDG_RUNTIME_DIR")):
         return False
@@ -323,4 +323,4 @@ def user_systemd() -> bool:
 
 
 WRITTEN = "written by Hearth for release"
-"""In the first line of every unit of Hearth's (recipes/comfyui/units/)."""
+"""Marker in the first line of Hearth's units (recipes/comfyui/units/)."""

@@ -1,4 +1,4 @@
-"""Nodes under development: ComfyUI is restarted when their Python files change."""
+"""Restart ComfyUI when Python files of nodes under development change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agent.serve.systemd import Systemd
 class Watcher:
     """Reports changed Python files in these folders, once they are unchanged between two polls.
 
-    It compares sizes and times (3 ms for 600 files in 120 folders), which also works on network drives.
+    Compares sizes and mtimes (3 ms for 600 files in 120 folders), which also works on network drives.
     """
 
     def __init__(self, folders: list[str]) -> None:
@@ -22,7 +22,7 @@ class Watcher:
         self.known = self.last = _files(folders)
 
     def changed(self) -> list[str]:
-        """The files that changed since the last report; none while they still change between calls."""
+        """Return the files changed since the last report; none while they still change between calls."""
         before, self.last = self.last, _files(self.folders)
         if self.last in (self.known, before):
             found, self.known = _different(self.known, self.last), self.last
@@ -31,7 +31,7 @@ class Watcher:
 
 
 def _files(folders: list[str]) -> dict[str, tuple[int, int]]:
-    """Every Python file with its size and time; hidden folders hold none that ComfyUI imports."""
+    """Return every Python file's size and mtime; skip hidden folders, which ComfyUI does not import."""
     found: dict[str, tuple[int, int]] = {}
     pending = list(folders)
     while pending:
@@ -51,9 +51,9 @@ def _different(one: dict[str, tuple[int, int]], other: dict[str, tuple[int, int]
 
 
 def watch(layout: Layout) -> None:
-    """Restart the service, for as long as this runs, whenever a node under development changes.
+    """Restart the service whenever a node under development changes; never returns.
 
-    A stopped service stays stopped; one that a node broke is started again. Waits during a deploy.
+    A stopped service stays stopped; a failed one is started again. Waits during a run.
     """
     manager = Systemd(layout)
     watcher = Watcher(layout.manifest(layout.release())["develop"])
