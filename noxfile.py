@@ -1,4 +1,4 @@
-"""Checks, as CI runs them: `uv run nox -s verify`. Every session uses the environment that uv has made."""
+"""Checks, as CI runs them: `uv run nox -s verify`. Every session uses the environment that uv created."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def verify(session: nox.Session) -> None:
 
 @nox.session
 def lock(session: nox.Session) -> None:
-    """`uv.lock` answers to `pyproject.toml`."""
+    """Check that `uv.lock` matches `pyproject.toml`."""
     session.run("inv", "lock", "--check")
 
 
@@ -36,7 +36,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Strict mypy; what runs on an operator's machine also as on macOS."""
+    """Strict mypy; the client's code also for macOS."""
     session.run("mypy")
     client = ("core", "kernels", "lock", "deploy", "ops", "tasks.py")
     session.run("mypy", "--platform", "darwin", "--follow-imports", "silent", *client)
@@ -44,24 +44,24 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Every test that needs no GPU, two files at once: hosts boot, start and wait. The long ones come first."""
+    """Every test that needs no GPU, two files in parallel: hosts boot, start and wait. The long ones run first."""
     two = ("--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder")
     session.run("pytest", "-m", "not gpu", *two, *session.posargs)
 
 
 UNIT = ("-m", "not toolchain and not gpu and not host", "--numprocesses", "4", "--dist", "worksteal")
-"""The tests that compile and boot nothing. Four at once on two cores: half of their time they wait for deadlines."""
+"""The tests that neither compile nor boot. Four in parallel on two cores: they spend half of their time waiting."""
 
 
 @nox.session
 def unit(session: nox.Session) -> None:
-    """Only the tests that compile nothing and boot nothing. `-- --faults`: every fault of the crash matrix."""
+    """The tests that neither compile nor boot. `-- --faults`: every fault of the crash matrix."""
     session.run("pytest", *UNIT, *session.posargs)
 
 
 @nox.session
 def pythons(session: nox.Session) -> None:
-    """The unit tests on the other Pythons of this machine that Hearth supports; each has its environment in .nox/."""
+    """The unit tests on this machine's other supported Pythons; each has its environment in .nox/."""
     found = {version: _interpreter(version) for version in ("3.11", "3.12", "3.13")}
     default = ".".join(platform.python_version_tuple()[:2])
     for version in sorted({*found} - {default}):
@@ -79,7 +79,7 @@ def pythons(session: nox.Session) -> None:
 
 
 def _interpreter(version: str) -> str:
-    """The path of a Python of this version, uv's, the system's or pyenv's; empty where there is none."""
+    """The path of a Python of this version: uv's, the system's or pyenv's; empty if there is none."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     if own := sorted(pyenv.glob(f"{version}.*/bin/python")):
         return str(own[-1])
@@ -101,20 +101,20 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation as a website in site/; warnings, and links that lead nowhere, are errors."""
-    uv = ("uv", "run", "--isolated", "--only-group", "docs")  # so that the tool's own environment stays as it is
+    """Build the documentation as a website in site/; warnings and dead links are errors."""
+    uv = ("uv", "run", "--isolated", "--only-group", "docs")  # so that the tool's environment stays unchanged
     session.run(*uv, "zensical", "build", "--strict", "--clean", *session.posargs)
 
 
 @nox.session
 def wheels(session: nox.Session) -> None:
-    """Build every kernel wheel for the archs given: `-- --arch 8.9`. The release workflow attaches them."""
+    """Build every kernel wheel for the given archs: `-- --arch 8.9`. The release workflow attaches them."""
     session.run("inv", "build-kernels", *session.posargs)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Side by side against upstream's own build (two hours) and other deploy tools. Writes docs/benchmarks*.md."""
+    """Compare with upstream's own build (two hours) and other deploy tools. Writes docs/benchmarks*.md."""
     session.run("python", "-m", "bench.kernels", *session.posargs)
     session.run("python", "-m", "bench.deploy")
     session.run("python", "-m", "bench.nodes")

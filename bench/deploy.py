@@ -1,11 +1,11 @@
-"""Deploys against peers, side by side on one host in one run: writes docs/benchmarks-deploy.md.
+"""Deploys against other tools, side by side on one host in one run: writes docs/benchmarks-deploy.md.
 
-    uv run python -m bench.deploy [--before CHECKOUT] [--runs N]
+uv run python -m bench.deploy [--before CHECKOUT] [--runs N]
 
-As root, with debootstrap and systemd-container: the host is a Debian booted by systemd-nspawn, reached over SSH at
-127.0.0.1. ansible-core and pyinfra are installed from the index into an environment of their own. With `--before`,
-the same is measured with the `inv` of another checkout, such as a worktree of an older commit that `uv sync` was run
-in, on a host of its own, and stands beside it on the page.
+As root, with debootstrap and systemd-container. The host is a Debian booted by systemd-nspawn, reached over SSH at
+127.0.0.1. ansible-core and pyinfra are installed from the index into a separate environment. `--before` also measures
+the `inv` of another checkout (such as a worktree of an older commit after `uv sync`) on a separate host, and adds it
+to the page.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ PEERS = Path(__file__).with_name("peers")
 RUNS = 7
 UPDATES = 3
 GATE = 30
-"""Seconds until a release that does not answer is given up: a profile's own would only make the run longer."""
+"""Seconds until a release that does not answer fails the health gate. A profile's value would only take longer."""
 
 
 @dataclass
 class Watch:
-    """Somebody who asks ComfyUI a hundred times a second; `gap` is the longest time between two answers, in seconds."""
+    """A client that polls ComfyUI a hundred times a second; `gap` is the longest outage in seconds."""
 
     gap: float = 0.0
 
 
 @dataclass
 class Side:
-    """One checkout's `inv`, a host that it deployed to, and what was measured, in seconds."""
+    """One checkout's `inv`, a host that it deployed to, and the measured seconds."""
 
     name: str
     fleet: Fleet
@@ -63,7 +63,7 @@ class Side:
 
 @contextmanager
 def watched(fleet: Fleet) -> Iterator[Watch]:
-    """Ask from before until after what is done here; it must answer at both ends."""
+    """Poll ComfyUI while the context lasts; it must answer at the start and at the end."""
     watch, stop = Watch(), threading.Event()
 
     def asked() -> bool:
@@ -93,9 +93,9 @@ def watched(fleet: Fleet) -> Iterator[Watch]:
 
 
 def timed(argv: list[str], cwd: Path, env: dict[str, str]) -> float:
-    """Wall seconds of a command; fails loudly when it fails.
+    """Wall seconds of a command; raises if it fails.
 
-    Python may cache what it compiles, whatever this shell says: that is how people run all three.
+    Python may cache bytecode, regardless of this shell's settings, since people run all three tools that way.
     """
     env = {name: value for name, value in env.items() if name != "PYTHONDONTWRITEBYTECODE"}
     started = time.monotonic()
@@ -106,7 +106,7 @@ def timed(argv: list[str], cwd: Path, env: dict[str, str]) -> float:
 
 
 def host(place: Path, checkout: Path, downloads: Path | None) -> Fleet:
-    """A machine for a checkout's `inv`, not booted; uv's cache in `downloads` is shared with it."""
+    """A machine, not booted, for a checkout's `inv`; shares uv's cache in `downloads`."""
     place.mkdir()
     if downloads:
         os.environ["UV_CACHE_DIR"] = str(downloads)
@@ -122,13 +122,13 @@ def host(place: Path, checkout: Path, downloads: Path | None) -> Fleet:
 
 
 def first_deploy(fleet: Fleet) -> float:
-    """Seconds of it."""
+    """The seconds of a first deploy."""
     fleet.machine.boot()
     return timed(fleet.command("deploy", "--host", "spark"), fleet.checkout, fleet.environment())
 
 
 def side(stack: ExitStack, name: str, work: Path, checkout: Path) -> Side:
-    """Two first deploys, the second one with what the first one downloaded; its host stays."""
+    """Two first deploys, the second with the downloads of the first; its host remains."""
     fresh = host(work / f"{name}-cold", checkout, None)
     stack.callback(fresh.machine.discard)
     cold = first_deploy(fresh)
@@ -139,7 +139,7 @@ def side(stack: ExitStack, name: str, work: Path, checkout: Path) -> Side:
 
 
 def idle(sides: list[Side], work: Path, runs: int) -> dict[str, float]:
-    """Median seconds of a run that changes nothing, in turns: Ansible, pyinfra, and `inv` of each side."""
+    """Median seconds of a run without changes, in turns: Ansible, pyinfra, and each side's `inv`."""
     fleet = sides[-1].fleet
     tools = work / "peers"
     subprocess.run(["uv", "venv", "-q", "-p", "3.11", tools], check=True)
@@ -157,7 +157,7 @@ def idle(sides: list[Side], work: Path, runs: int) -> dict[str, float]:
     data = {"ssh_config_file": str(config), "service_port": port}
     (work / "inventory.py").write_text(f"hosts = [('spark', {data!r})]\n")
     extra = ["-e", f"service_port={port}", "-e", f"source={source}"]
-    # Ansible first: its first run makes what pyinfra finds
+    # Ansible first: its first run creates the files that pyinfra then finds
     playbook = [str(tools / "bin/ansible-playbook"), "-i", str(inventory), *extra, str(PEERS / "playbook.yml")]
     pyinfra = [str(tools / "bin/pyinfra"), "-y", str(work / "inventory.py"), str(PEERS / "pyinfra_deploy.py")]
     commands = {"ansible": (playbook, work, fleet), "pyinfra": (pyinfra, work, fleet)}
@@ -174,7 +174,7 @@ def idle(sides: list[Side], work: Path, runs: int) -> dict[str, float]:
 
 
 def update(one: Side) -> None:
-    """In turns: restart ComfyUI, and deploy one with a changed file; each time how long nobody was answered."""
+    """In turns, restart ComfyUI and deploy one with a changed file; measures the downtime of each."""
     for number in range(UPDATES):
         with watched(one.fleet) as watch:
             one.fleet.machine.run("systemctl restart comfyui")
@@ -192,7 +192,7 @@ def update(one: Side) -> None:
 
 
 def breaks(one: Side) -> None:
-    """Deploy what does not start: how long nobody was answered, until the release before was back."""
+    """Deploy a release that does not start; measures the downtime until the previous release is back."""
     one.fleet.configure(f"[hosts.spark.override]\nstart_seconds = {GATE}\n")
     for name, line in BROKEN.items():
         app = one.fleet.comfyui(name, broken(line))
@@ -204,7 +204,7 @@ def breaks(one: Side) -> None:
 
 
 BROKEN = {"exits": "import sys; sys.exit(5)", "hangs": "import time; time.sleep(1000)"}
-"""Lines for the start of ComfyUI's main.py."""
+"""Lines at the start of ComfyUI's main.py."""
 
 
 def main() -> None:
@@ -230,7 +230,7 @@ def main() -> None:
 
 
 def table(head: list[str], rows: list[tuple[str, list[str]]]) -> str:
-    """A Markdown table: a label and a number in each column of a row."""
+    """A Markdown table: each row has a label and a number per column."""
     lines = [["", *head], ["---", *["---:"] * len(head)], *([label, *values] for label, values in rows)]
     return "\n".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|" for line in lines)
 

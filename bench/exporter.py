@@ -1,6 +1,6 @@
-"""The exporter of metrics: its memory and its share of a core. Writes its section of docs/benchmarks-ops.md.
+"""The metrics exporter's memory and CPU use. Writes its section of docs/benchmarks-ops.md.
 
-    uv run python -m bench.exporter
+uv run python -m bench.exporter
 
 As root, with debootstrap and systemd-container.
 """
@@ -24,11 +24,11 @@ from tests.host.test_gpu import driver
 from tests.host.test_metrics import UNIT, scrape, submit
 
 SCRAPES, APART, INTERVAL = 40, 1.1, 15.0
-"""Scrapes of a series, the seconds between them (within one an answer serves again), and Prometheus's interval."""
+"""Scrapes per series, the seconds between them (answers are cached for one second), Prometheus's interval."""
 
 
 def spent(fleet: Fleet) -> tuple[float, float]:
-    """Seconds of CPU that the exporter has taken, with the programs that it started, and its peak memory in MB."""
+    """CPU seconds of the exporter and its child processes, and its peak memory in MB."""
     place = f"/proc/$(systemctl show {UNIT} --property=MainPID --value)"
     stat, status = fleet.machine.run(f"cat {place}/stat; echo ---; cat {place}/status").split("---")
     ticks = sum(map(int, stat.rpartition(")")[2].split()[11:15]))  # utime, stime, cutime, cstime: proc(5)
@@ -38,7 +38,7 @@ def spent(fleet: Fleet) -> tuple[float, float]:
 
 
 def series(fleet: Fleet, port: int, *, jobs: bool) -> tuple[float, float, float]:
-    """Seconds of CPU of one scrape, the peak memory in MB, and the median seconds that a scrape takes."""
+    """CPU seconds per scrape, peak memory in MB, and median seconds per scrape."""
     before, _ = spent(fleet)
     taken: list[float] = []
     for _ in range(SCRAPES):
@@ -60,7 +60,7 @@ def section(fleet: Fleet) -> str:
     if done.returncode:
         raise SystemExit(done.stderr)
     with driver(fleet, "rtx-4070"):
-        scrape(port)  # the first opens the driver's library
+        scrape(port)  # the first scrape opens the driver's library
         idle = series(fleet, port, jobs=False)
         busy = series(fleet, port, jobs=True)
     rows = [
@@ -73,7 +73,7 @@ def section(fleet: Fleet) -> str:
 
 
 def main() -> None:
-    """Measure, and put the section in the place of the old one."""
+    """Measure, and replace the section."""
     with (
         tempfile.TemporaryDirectory(prefix="hearth-bench-", dir=workspace.current().cache) as name,
         fresh(Path(name), "bench", Fleet) as fleet,

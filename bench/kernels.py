@@ -1,9 +1,9 @@
 """Hearth's kernel builds against upstream's own, side by side: writes the sections of docs/benchmarks.md.
 
-    uv run python -m bench.kernels [--only SECTION]
+uv run python -m bench.kernels [--only SECTION]
 
-Everything is built from nothing in a temporary cache; the toolchain and torch are installed beforehand and are
-the same for both sides. Upstream's setup.py runs with as many jobs as there are cores.
+Everything is built from scratch in a temporary cache. The toolchain and torch are installed beforehand, and are the
+same for both sides. Upstream's setup.py runs one job per core.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CORES = len(os.sched_getaffinity(0))
 
 @dataclass(frozen=True)
 class Cost:
-    """Wall and CPU seconds of a command with all it started, and the peak memory of its largest process in MB."""
+    """Wall and CPU seconds of a command and its child processes, and the peak memory of the largest process in MB."""
 
     wall: float
     cpu: float
@@ -44,7 +44,7 @@ class Cost:
 
 
 def measure(argv: list[str], *, cwd: Path, env: dict[str, str], log: Path) -> Cost:
-    """Run a command to its end; its output goes to `log`. Fails loudly when it fails."""
+    """Run a command to its end; its output goes to `log`. Raises if it fails."""
     started = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(argv, cwd=cwd, env={**os.environ, **env}, stdout=output, stderr=output)
@@ -56,12 +56,12 @@ def measure(argv: list[str], *, cwd: Path, env: dict[str, str], log: Path) -> Co
 
 
 def inv(*words: str) -> list[str]:
-    """The command line of an inv task, in this environment."""
+    """The command line of an inv task in this environment."""
     return [sys.executable, "-m", "invoke", *words]
 
 
 def cuda_home(place: Path) -> Path:
-    """One CUDA installation as upstream's setup.py wants it: the locked compiler and the stack's headers together."""
+    """A CUDA installation in the layout of upstream's setup.py: the locked compiler with the stack's headers."""
     stack = find_stack("cu130")
     compiler = toolchain.install("nvcc-cu130", Platform.local(), "3.11") / "nvidia/cu13"
     site = toolchain.install(stack.name, Platform.local(), PYTHON) / "nvidia/cu13"
@@ -71,7 +71,7 @@ def cuda_home(place: Path) -> Path:
 
 
 def upstream(work: Path) -> tuple[Cost, Path]:
-    """SageAttention by its own setup.py bdist_wheel."""
+    """Build SageAttention by its own setup.py bdist_wheel."""
     tree = work / "upstream"
     recipe = find_recipe("sageattention")
     first = recipe.source[0]
@@ -90,7 +90,7 @@ def upstream(work: Path) -> tuple[Cost, Path]:
     chain = toolchain.describe(find_stack("cu130"), Platform.local(), PYTHON)
     venv = work / "venv"
     subprocess.run(["uv", "venv", "-q", "-p", chain.interpreter, venv], check=True)
-    # setuptools and wheel as upstream's pyproject.toml bounds them; ninja as torch's extension builder wants it
+    # setuptools and wheel within the bounds of upstream's pyproject.toml; torch's extension builder needs ninja
     tools = ["setuptools>=62,<75", "wheel>=0.38,<0.44", "packaging>=21,<24", "ninja"]
     subprocess.run(["uv", "pip", "install", "-q", "-p", venv / "bin/python", *tools], check=True)
     env = {
@@ -107,7 +107,7 @@ def upstream(work: Path) -> tuple[Cost, Path]:
 
 
 def hearth_env(work: Path) -> dict[str, str]:
-    """A cache and wheelhouse of their own, with the toolchains that the user's cache already holds."""
+    """A separate cache and wheelhouse, with the toolchains of the user's cache."""
     cache = work / "cache"
     cache.mkdir(exist_ok=True)
     for shared in ("installed", "exports", "emulation", "sources"):
@@ -127,7 +127,7 @@ def hearth(work: Path) -> tuple[Cost, Path]:
 
 
 def kernel_functions(wheel: Path) -> dict[str, bytes]:
-    """The machine code of every kernel function of a wheel, by module and mangled name."""
+    """The machine code of all kernel functions of a wheel, by module and mangled name."""
     found: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -144,7 +144,7 @@ def kernel_functions(wheel: Path) -> dict[str, bytes]:
 
 
 def already_built(work: Path) -> tuple[float, float]:
-    """Median wall seconds of the whole command when the wheel is there, and of `inv --list`."""
+    """Median wall seconds of the whole command for an existing wheel, and of `inv --list`."""
     runs: dict[str, list[float]] = {"build": [], "list": []}
     for _ in range(7):
         for name, words in (("build", SAGE), ("list", ("--list",))):
@@ -154,7 +154,7 @@ def already_built(work: Path) -> tuple[float, float]:
 
 
 def one_edit(work: Path) -> tuple[float, float]:
-    """Wall seconds of the command after one source was edited, and of that file's compile alone."""
+    """Wall seconds of the command after an edit of one source, and of that file's compile alone."""
     recipe = find_recipe("sageattention")
     folder = work / "recipes/sageattention"
     shutil.copytree(recipe.path, folder)
@@ -180,9 +180,9 @@ FLASH = ("build-kernels", "--kernel", "flash-attn", "--arch", ARCH, "--python", 
 
 
 def profile_costs(work: Path) -> tuple[tuple[int, float], tuple[int, float]]:
-    """Files compiled and CPU seconds of flash-attention for a Spark from nothing: profile inference, and full.
+    """Files compiled and CPU seconds of flash-attention for a Spark, cold: profile inference, and full.
 
-    Full is built after inference, whose kernel objects it shares, so its cost is the sum of both runs.
+    Full is built after inference and reuses its kernel objects, so its cost is the sum of both runs.
     """
     costs: list[tuple[int, float]] = []
     for profile in ("inference", "full"):
@@ -194,7 +194,7 @@ def profile_costs(work: Path) -> tuple[tuple[int, float], tuple[int, float]]:
 
 
 def machine() -> str:
-    """The machine that the figures are of."""
+    """The measured machine."""
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 1e6
     gcc = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
@@ -235,7 +235,7 @@ def profiles(work: Path) -> str:
 
 
 SECTIONS = {"side-by-side": side_by_side, "afterwards": afterwards, "profiles": profiles}
-"""What can be measured: each in one run of its own, each a section of the page with its date and machine."""
+"""The available measurements: each is a separate run, and a section of the page with its date and machine."""
 
 
 def main() -> None:

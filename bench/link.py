@@ -1,8 +1,8 @@
-"""A TCP relay that behaves like a slow link: a delay in each direction and one rate for all connections together.
+"""A TCP relay that simulates a slow link: a delay per direction, and one rate for all connections together.
 
-    python -m bench.link LISTEN_PORT TARGET_PORT DELAY_SECONDS BYTES_PER_SECOND
+python -m bench.link LISTEN_PORT TARGET_PORT DELAY_SECONDS BYTES_PER_SECOND
 
-`tc netem` would do the same where the kernel has it.
+`tc netem` would do the same, but not every kernel has it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from contextlib import suppress
 
 
 class Link:
-    """One direction: bytes leave no faster than the rate, and arrive a delay later."""
+    """One direction: limits the rate of bytes and delays them."""
 
     def __init__(self, delay: float, rate: float) -> None:
         self._delay, self._rate, self._free = delay, rate, 0.0
 
     async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Carry everything from one end to the other."""
+        """Relay all bytes from one end to the other."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(64)
 
@@ -45,7 +45,7 @@ class Link:
 
 
 async def main(listen: int, target: int, delay: float, rate: float) -> None:
-    """Serve until ended."""
+    """Serve until terminated."""
     up, down = Link(delay, rate), Link(delay, rate)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,8 +1,8 @@
 """Fetching and resolving all known custom nodes: writes docs/benchmarks-nodes.md.
 
-    uv run python -m bench.nodes
+uv run python -m bench.nodes
 
-The repositories are served by git daemon on this machine, behind a relay of 100 Mbit/s with 20 and with 40 ms each way
+git daemon serves the repositories on this machine, behind a relay with 100 Mbit/s and 20 or 40 ms each way
 (`bench/link.py`; not every kernel has netem). Their histories are fetched from upstream once, into Hearth's cache.
 """
 
@@ -38,21 +38,21 @@ print(time.monotonic() - started)
 """
 
 SUBMODULES = {"ultimate-upscale": "https://github.com/Coyote-A/ultimate-upscale-for-automatic1111"}
-"""What some of them hold as submodules and fetch as well."""
+"""The submodules of some nodes, which are fetched, too."""
 
 
 def repositories() -> dict[str, str]:
-    """The addresses of all repositories, by a name."""
+    """The addresses of all repositories, by name."""
     return {name: node.url for name, node in nodes.catalogue().nodes.items()} | SUBMODULES
 
 
 def mirrors(place: Path) -> None:
-    """A bare repository of each below `place`, by its name."""
+    """A bare mirror of each repository below `place`, by name."""
     kept = workspace.current().cache / "bench-mirrors"
     kept.mkdir(parents=True, exist_ok=True)
     for name, url in repositories().items():
         asked = subprocess.run(["git", "ls-remote", "--get-url", url], capture_output=True, text=True, check=True)
-        here = Path(asked.stdout.strip().removeprefix("file://"))  # your own mirror, by url.<mirror>.insteadOf
+        here = Path(asked.stdout.strip().removeprefix("file://"))  # the user's mirror, by url.<mirror>.insteadOf
         if not here.is_dir():
             here = kept / f"{name}.git"
             if not here.exists():
@@ -62,7 +62,7 @@ def mirrors(place: Path) -> None:
 
 @contextmanager
 def served(place: Path, delay: float) -> Iterator[dict[str, str]]:
-    """Serve the repositories over a link, `delay` seconds each way; yields the environment where git finds them."""
+    """Serve the repositories over a link, `delay` seconds each way; yields the environment that points git to it."""
     daemon, link = free_port(), free_port()
     allowed = {"uploadpack.allowAnySHA1InWant": "true", "uploadpack.allowFilter": "true", "safe.directory": "*"}
     server = ["git", "daemon", "--reuseaddr", "--listen=127.0.0.1", f"--port={daemon}", "--export-all"]
@@ -83,7 +83,7 @@ def served(place: Path, delay: float) -> Iterator[dict[str, str]]:
 
 
 def _git(settings: dict[str, str]) -> dict[str, str]:
-    """Settings of git's as an environment."""
+    """Git settings as environment variables."""
     found = {"GIT_CONFIG_COUNT": str(len(settings))}
     for number, (key, value) in enumerate(settings.items()):
         found |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
@@ -91,7 +91,7 @@ def _git(settings: dict[str, str]) -> dict[str, str]:
 
 
 def fetched(environment: dict[str, str], parallel: int) -> float:
-    """Seconds to fetch all nodes into an empty cache, so many at once."""
+    """Seconds to fetch all nodes into an empty cache, with that many in parallel."""
     with tempfile.TemporaryDirectory(prefix="hearth-bench-") as cache:
         done = subprocess.run(
             [sys.executable, "-c", FETCH, str(parallel)],
@@ -105,7 +105,7 @@ def fetched(environment: dict[str, str], parallel: int) -> float:
 
 
 def cloned(environment: dict[str, str]) -> float:
-    """Seconds to clone all nodes, one after another, with their histories: what people do by hand."""
+    """Seconds to clone all nodes with their histories one after another, as people do by hand."""
     with tempfile.TemporaryDirectory(prefix="hearth-bench-") as place:
         started = time.monotonic()
         for name, node in nodes.catalogue().nodes.items():
@@ -119,7 +119,7 @@ def cloned(environment: dict[str, str]) -> float:
 
 
 def resolved() -> float:
-    """Seconds to resolve one list anew, with what uv has cached of the index."""
+    """Seconds to resolve one list from scratch, with uv's cache of the index."""
     app, known = application(), nodes.catalogue()
     asked = requirements.requirement_inputs(app, known)
     started = time.monotonic()
@@ -128,7 +128,7 @@ def resolved() -> float:
 
 
 def checked() -> float:
-    """Seconds of `inv lock --check` when nothing changed."""
+    """Seconds of `inv lock --check` without changes."""
     started = time.monotonic()
     subprocess.run(
         [sys.executable, "-m", "invoke", "lock", "--check"], cwd=files.CHECKOUT, check=True, stderr=subprocess.DEVNULL
@@ -137,7 +137,7 @@ def checked() -> float:
 
 
 def row(place: Path, delay: float) -> str:
-    """One line of the table: a link's delay, and the three ways over it."""
+    """One line of the table: a link's delay, and the three methods over it."""
     with served(place, delay) as link:
         together, single = (min(fetched(link, count) for _ in range(3)) for count in (nodes.PARALLEL, 1))
         by_hand = cloned(link)

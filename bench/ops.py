@@ -1,9 +1,9 @@
 """Operating hosts: status of one and of twenty, and the doctor. Writes docs/benchmarks-ops.md.
 
-    uv run python -m bench.ops
+uv run python -m bench.ops
 
-As root, with debootstrap and systemd-container. The twenty hosts are twenty sshd, each with a port and a prefix of its
-own, on one Debian booted by systemd-nspawn: its two cores do the work of twenty machines.
+As root, with debootstrap and systemd-container. The twenty hosts are twenty sshd on one Debian booted by
+systemd-nspawn, each with its own port and prefix: its two cores do the work of twenty machines.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HOSTS, RUNS = 20, 7
 
 
 def timed(fleet: Fleet, *words: str, codes: tuple[int, ...] = (0,)) -> float:
-    """Median wall seconds of a command, as people start it."""
+    """Median wall seconds of a command, including Python's start."""
     env = {name: value for name, value in fleet.environment().items() if name != "PYTHONDONTWRITEBYTECODE"}
     spent: list[float] = []
     for _ in range(RUNS + 1):
@@ -39,7 +39,7 @@ def timed(fleet: Fleet, *words: str, codes: tuple[int, ...] = (0,)) -> float:
 
 
 def multiply(fleet: Fleet) -> None:
-    """Give the machine twenty sshd, and each a prefix with the same release, its parts shared by hard links."""
+    """Start twenty sshd on the machine, each with a prefix of the same release, its parts shared by hard links."""
     machine = fleet.machine
     ports = [free_port() for _ in range(HOSTS)]
     for number, port in enumerate(ports):
@@ -77,13 +77,14 @@ def main() -> None:
         one = timed(fleet, "status", "--host", "spark")
         doctor = timed(fleet, "doctor", "--host", "spark", codes=(0, 1))
         multiply(fleet)
-        # of twenty prefixes one has the service: what the others lack is drift, and looked at like anything else
+        # only one of the twenty prefixes has the service: its absence is drift on the others, and reported like any
+        # other
         many = timed(fleet, "status", "--group", "all", codes=(0, 1))
     page = PAGE.format(
         date=datetime.now(UTC).date(), machine=this_machine(), one=one, doctor=doctor, many=many, hosts=HOSTS, runs=RUNS
     )
     place = files.CHECKOUT / "docs/benchmarks-ops.md"
-    _, heading, others = place.read_text().partition("\n## ")  # what other benchmarks write there
+    _, heading, others = place.read_text().partition("\n## ")  # other benchmarks' sections
     place.write_text(page + heading + others)
     sys.stdout.write(page)
 

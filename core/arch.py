@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, order=True)
 class Arch:
-    """One compute capability: `8.9`, `9.0a` (this exact GPU's instructions), `8.9+PTX` (PTX kept beside it)."""
+    """One compute capability: `8.9`, `9.0a` (architecture-specific instructions), `8.9+PTX` (also keeps PTX)."""
 
     major: int
     minor: int
@@ -93,7 +93,7 @@ def local_gpu() -> Arch | None:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # no driver library, no device, no permission: all of them mean "no GPU to ask"
+    except Exception:  # no driver library, device or permission: all mean "no usable GPU"
         return None
     try:
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(0))

@@ -1,4 +1,4 @@
-"""What makes a task of a function: its flags, and how its errors are shown."""
+"""Turns a function into a task: defines its flags and displays its errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Task(Task[Any]):
-    """A task whose flags have the short forms that people know from elsewhere; invoke takes a letter of the name."""
+    """A task whose flags have the usual short forms; invoke would take any letter of the name."""
 
     def arg_opts(self, name: str, default: str, taken_names: set[str]) -> dict[str, Any]:
         found = super().arg_opts(name, default, taken_names)
@@ -31,14 +31,14 @@ class _Task(Task[Any]):
         return found
 
 
-_SHORT = {"lines": "n"}  # as tail and journalctl have it
+_SHORT = {"lines": "n"}  # as in tail and journalctl
 
 
 def command(*, help: dict[str, str] | None = None, **options: Any) -> Callable[[Callable[..., int | None]], Any]:  # noqa: A002  invoke's name
     """An invoke task that shows a HearthError without a traceback and exits with its code.
 
-    A parameter annotated with a dataclass of `core/flags.py` stands for the flags that are its fields: invoke sees
-    those, the body gets the dataclass filled. `help` explains the task's own.
+    A parameter annotated with a dataclass of `core/flags.py` is replaced by flags, one for each field; the body
+    receives the filled dataclass. `help` describes the task's own flags.
     """
 
     def wrap(body: Callable[..., int | None]) -> Any:

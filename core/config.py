@@ -1,4 +1,4 @@
-"""Loads TOML files into frozen structs: an unknown key is an error with its path and a near match."""
+"""Loads TOML files into frozen structs. An unknown key is an error with its path and the nearest known key."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ DOTS = 200
 """Maximum dots in a line: the parser takes a minute for a key of 100,000 parts, which a bundle could contain."""
 
 _parsed: dict[Path, tuple[tuple[int, ...], dict[str, Any]]] = {}
-"""Each file that this command has read, with what identified its content. Paths of a bundle are its own."""
+"""Each file that this command has read, with the identity of its content. A bundle's files have their own paths."""
 
 
 def table(path: Path) -> dict[str, Any]:
-    """The content of a TOML file, which is read again only after it changed. Callers must not modify it.
+    """The content of a TOML file; reads the file again only if it changed. Callers must not modify the result.
 
     The file may come from a bundle, with any size, nesting and type. Raises ConfigError.
     """
@@ -55,7 +55,7 @@ def table(path: Path) -> dict[str, Any]:
         if path in _parsed and _parsed[path][0] == state:
             return _parsed[path][1]
         content = _parse(path)
-        if time.time_ns() - about.st_mtime_ns > 50_000_000:  # else a next change could leave the same time stamps
+        if time.time_ns() - about.st_mtime_ns > 50_000_000:  # otherwise the next change could get the same time stamp
             _parsed[path] = (state, content)
         return content
     except FileNotFoundError as error:

@@ -23,7 +23,7 @@ _speaker: ContextVar[str] = ContextVar("speaker", default="")
 
 @contextmanager
 def speaking(name: str) -> Iterator[None]:
-    """Prefix every line of `say` in this context with `name: `, to tell the lines of several hosts apart."""
+    """Prefix every line of `say` in this context with `name: `, to distinguish the lines of several hosts."""
     token = _speaker.set(f"{name}: ")
     try:
         yield
@@ -124,7 +124,7 @@ def coloured() -> bool:
 
 
 def unread() -> bool:
-    """Whether the reader of stdout has closed it, as `| head` does; checked without writing."""
+    """Whether the reader of stdout has closed it, as `| head` does; checks without writing."""
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))

@@ -114,8 +114,8 @@ def tree_hash(root: Path, names: Iterable[str] | None = None) -> str:
 def draft(place: Path) -> Iterator[Path]:
     """Yield a path for a file or folder that the caller then renames to `place`.
 
-    It is in a locked folder beside `place`, which is deleted at the end. Folders of killed runs are deleted first: the
-    kernel has released their locks, also on a shared home. Process ids would not identify them: they repeat in
+    It is in a locked folder next to `place`, which is deleted at the end. Folders of killed runs are deleted first:
+    the kernel has released their locks, also on a shared home. Process ids would not identify them: they repeat in
     containers and mean nothing on another machine.
     """
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def flag(default: str | bool, meaning: str) -> Any:
-    """A field that is a flag, with its default and its text in `inv --help`."""
+    """A dataclass field for a flag, with its default and its text in `inv --help`."""
     return field(default=default, metadata={"help": meaning})
 
 
@@ -64,7 +64,7 @@ class CutOver(DryRun):
 
 @dataclass(frozen=True)
 class Tried(CutOver):
-    """Whether to try a release beside the active one before it takes over."""
+    """Whether to try a release next to the active one before the cut-over."""
 
     trial: bool = flag(False, "stop after the trial; the active release is not touched")
     no_trial: bool = flag(False, "cut over without a trial; an unhealthy release then interrupts the service")

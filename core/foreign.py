@@ -164,7 +164,7 @@ def members(raw: IO[bytes], label: str) -> Iterator[tuple[tarfile.TarInfo, Itera
 
 def content(path: Path, limit: int = LIMIT) -> bytes:
     """A file's bytes; raises SourceError for more than `limit` bytes and for anything but a regular file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not block on a pipe
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # do not block on a pipe
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise SourceError("unsafe-tree", f"{path} is no plain file, and is not read", hint=LEAVE_OUT)
@@ -185,7 +185,7 @@ def text(path: Path, limit: int = TEXT) -> str:
 def parsed(path: Path) -> ast.Module | None:
     """The syntax tree of a Python file, which is not executed; None if it is too large or cannot be parsed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about escapes and comparisons of its author
+        warnings.simplefilter("ignore")  # about escapes and comparisons, which concern only its author
         try:
             return ast.parse(content(path))
         except (SourceError, SyntaxError, ValueError, RecursionError, MemoryError):

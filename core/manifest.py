@@ -1,4 +1,4 @@
-"""The manifest of a wheel: what it was built from, and what the inspection found in it.
+"""The manifest of a wheel: its inputs, and the findings of the inspection.
 
 `kernels` writes it, `deploy` reads it; its JSON schema is in docs/reference/manifest.schema.json.
 """

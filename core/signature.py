@@ -1,8 +1,8 @@
-"""Signatures by SSH keys, which every operator has: made and checked by ssh-keygen (its -Y, OpenSSH 8.2).
+"""SSH signatures, made and checked by ssh-keygen (-Y, OpenSSH 8.2): every operator has an SSH key.
 
-Who may sign is listed in an `allowed_signers` file (ssh-keygen(1)), a line a key. A line's `valid-before` ends what
-the line says, by the clock of the machine that checks: a signature tells no time, which its maker could choose.
-`@revoked ` before a line, as in a known_hosts file, ends its key, whatever else lists or certifies that.
+An `allowed_signers` file (ssh-keygen(1)) lists the permitted signers, one key per line. `valid-before` ends a line's
+validity by the checking machine's clock, since a signature's own time could be forged by its maker. A line that starts
+with `@revoked `, as in a known_hosts file, revokes its key, even if another line lists or certifies it.
 """
 
 from __future__ import annotations

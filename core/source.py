@@ -93,7 +93,7 @@ def cached(recipe: Pinned) -> Path | None:
 
 
 def intact(recipe: Pinned) -> Path:
-    """The tree of `fetch`, hashed again, in case somebody edited the cache."""
+    """The tree of `fetch`, hashed again to detect edits of the cache."""
     tree = fetch(recipe)
     if not recipe.source[0].folder:
         _check(recipe, recipe.source[0], tree)
@@ -107,8 +107,8 @@ def _place(recipe: Pinned) -> Path:
 def fetch(recipe: Pinned) -> Path:
     """The recipe's pristine source tree in the cache, fetched from the first source that answers.
 
-    Raises SourceError when its hash is not `tree`, SourceError when no source answers. A folder of
-    the recipe itself is not checked, because the user may edit it.
+    Raises SourceError if no source answers, or if the tree's hash is not `tree`. A folder of the recipe itself is not
+    checked, because the user may edit it.
     """
     if there := cached(recipe):
         return there
@@ -342,7 +342,7 @@ def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
 
 
 def unpack(archive: Path, tree: foreign.Tree, wanted: Callable[[str], str]) -> None:
-    """Fill a tree from an sdist, whose one folder is NAME-VERSION; `wanted` names a file there, or says no (empty)."""
+    """Fill a tree from an sdist, whose only folder is NAME-VERSION; `wanted` maps a file to its path, "" skips it."""
     with gzip.open(archive) as raw:
         for member, blocks in foreign.members(cast("IO[bytes]", raw), tree.label):
             name = wanted(member.name.partition("/")[2])

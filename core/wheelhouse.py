@@ -1,4 +1,4 @@
-"""The wheelhouse: a folder of finished wheels, each with its manifest beside it (`NAME.whl.json`)."""
+"""The wheelhouse: a folder of finished wheels, each with its manifest next to it (`NAME.whl.json`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A manifest of the wheelhouse; `fault` says what is wrong with its wheel, and is empty for a verified one."""
+    """A manifest of the wheelhouse; `fault` describes the problem of its wheel, and is empty for a verified one."""
 
     manifest: Manifest
     fault: str

@@ -1,4 +1,4 @@
-"""Adopting an installation of ComfyUI that somebody else made, and undoing that."""
+"""Adopts an existing installation of ComfyUI, and undoes that."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 def adopt(
     name: str, path: str, by: str, options: Options, *, apply: bool, undo: bool
 ) -> tuple[Proposal | None, Outcome | None]:
-    """Propose how Hearth takes over the ComfyUI on a host; nothing is changed, and there is no outcome.
+    """Propose how Hearth adopts the ComfyUI on a host; changes nothing, and returns no outcome.
 
-    `apply` takes it over: it is out of service then, and a deploy finds its folders in place. `undo` restores all that
-    this changed, and starts what ran before; there is no proposal then, and HostError when nothing was
+    `apply` adopts it: it is then out of service, and a deploy finds its folders in place. `undo` restores everything
+    that this changed and starts the previous services; it returns no proposal and raises HostError if nothing was
     adopted.
     """
     if by not in ("rename", "reference") or (apply and undo):
@@ -62,7 +62,7 @@ def adopt(
 
     def check(agent: Agent, target: Target, facts: Facts) -> Plan:
         left = _propose(agent, target, facts, proposal.installation.path, by)
-        # files of a name that the data has already stay where they are; the run's notes list them
+        # existing files in the data are kept; the run's notes list them
         return take_over(target, facts, replace(left, moves={}), options)
 
     agree = Consent([target.name], "adopt", options)
@@ -82,10 +82,10 @@ _UNDO = "inv adopt --undo"
 
 
 def take_over(target: Target, facts: Facts, proposal: Proposal, options: Options) -> Plan:
-    """The plan that takes an installation over: stop its units and set them aside, then move folder by folder."""
+    """The plan that adopts an installation: stop its units and disable them, then move folder by folder."""
     found, data = proposal.installation, f"{facts.prefix}/data"
     there = [unit for unit in found.units if not unit.aside]
-    # A unit that came with a package stays where it is, stopped and disabled.
+    # A packaged unit stays in place, stopped and disabled.
     units = {unit.name: unit for unit in there if unit.active or unit.enabled or unit.path.startswith("/etc/")}
     against = refusals.unadoptable(target, facts)
     against += [refusals.loose_process(each.pid, each.user) for each in found.processes if each.unit not in units]
@@ -107,7 +107,7 @@ def take_over(target: Target, facts: Facts, proposal: Proposal, options: Options
 
 
 def put_back(target: Target, facts: Facts, options: Options) -> Plan:
-    """The plan that undoes an adoption; empty when nothing was adopted."""
+    """The plan that undoes an adoption; empty if nothing was adopted."""
     if not facts.adopted:
         return Plan.of(facts, [], [])
     steps: list[Step] = []
@@ -120,7 +120,7 @@ def put_back(target: Target, facts: Facts, options: Options) -> Plan:
 
 
 def rows(found: Proposal) -> Iterator[str]:
-    """The installation, what moves, its nodes, what is not taken over, and the lines for hosts.toml."""
+    """The installation, the folders to move, its nodes, the items not adopted, and the lines for hosts.toml."""
     old = found.installation
     version = f"ComfyUI {old.version or 'of an unknown version'} {old.commit[:9]}".rstrip()
     yield f"{old.path}: {version}{f', torch {old.torch}, Python {old.python}' if old.torch else ''}"
@@ -142,7 +142,7 @@ def rows(found: Proposal) -> Iterator[str]:
 
 
 def adopted_rows(found: Proposal | None, outcome: Outcome, *, dry_run: bool) -> Iterator[str]:
-    """How an adoption ended, or its undo, which has no proposal."""
+    """The result of an adoption, or of its undo, which has no proposal."""
     if dry_run or not outcome.changed:
         yield f"{outcome.host}: {len(outcome.steps) or 'no'} changes"
     elif found is None:

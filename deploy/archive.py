@@ -1,4 +1,4 @@
-"""The agent as one file: what is in it, how a host checks it, and how it is started there."""
+"""The agent as one file: its contents, and how a host checks and starts it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ OLD_PYTHON, NO_SUDO, NO_PYTHON, NO_AGENT = 96, 97, 98, 99
 """Exit statuses of the code that runs before the agent, which itself ends with 0, 1, 3 or 4."""
 
 
-# Any Python 3 can read this, and nothing is imported before the version is known. A path before the verb is a pipe to
-# read instead of standard input, which sudo used.
+# Any Python 3 can parse this, and nothing is imported before the version check. A path before the verb is a pipe that
+# replaces standard input, which sudo used.
 _MAIN = f"""\
 import os
 import sys
@@ -36,10 +36,10 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-# Arguments: the archive, its hash, the prefix's state folder, and the agent's own. Runs the unpacked agent of that hash
-# where only root and the current user can write, in all folders above it, too (in one with the sticky bit, others
-# cannot replace our entries). Otherwise it runs the archive's bytes, whose hash it has just compared, and no file that
-# the login could replace in between. Any Python can read this.
+# Arguments: the archive, its hash, the prefix's state folder, and the agent's own arguments.
+# Runs the unpacked agent of that hash if only root and the current user can write to it and to all parent folders (a
+# sticky parent is accepted, since others cannot replace our entries there). Otherwise runs the bytes of the archive
+# after comparing their hash, so that the login cannot replace a file in between. Any Python can parse this.
 LOADER = f"""\
 import hashlib, os, runpy, sys
 if sys.version_info < (3, 10):
@@ -64,14 +64,15 @@ runpy.run_path(place, run_name="__main__")
 
 
 LIBRARIES = ("prometheus_client", "pynvml")
-"""What travels with the agent: pure Python from this checkout's environment, pinned by `uv.lock`."""
+"""The libraries in the agent's file: pure Python from this checkout's environment, pinned by `uv.lock`."""
 
 
 @functools.cache
 def packed_agent() -> bytes:
     """`agent/` and its libraries as one file that Python runs.
 
-    The same code gives the same bytes: their hash is the file's name on hosts. Not compressed: zlib's versions differ.
+    The same code gives the same bytes; their hash is the file's name on hosts. Not compressed, because zlib's versions
+    differ.
     """
     output = io.BytesIO()
     with zipfile.ZipFile(output, "w") as archive:
@@ -101,7 +102,7 @@ def agent_name() -> str:
 
 
 def agent_file() -> Path:
-    """The packed agent, in the cache; written again when something else is there."""
+    """The packed agent in the cache; rewritten if the file differs."""
     place = workspace.current().cache / "agents" / agent_name()
     if not place.is_file() or place.read_bytes() != packed_agent():
         files.write(place, packed_agent())

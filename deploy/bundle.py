@@ -1,8 +1,8 @@
-"""Bundles: one file with all that a host needs, for places that no network reaches.
+"""Bundles: one file with everything that a host needs, for places without network access.
 
-A bundle is a tar of a small checkout's data, a cache and a wheelhouse. Its first member, `bundle.json`, names every
-other file with its size and SHA-256; the second is a signature of the first by an SSH key, where it is signed. No byte
-is used before it was checked, and what is deployed from a bundle is taken from there and from nowhere else.
+A bundle is a tar of a reduced checkout, a cache and a wheelhouse. Its first member, `bundle.json`, lists every other
+file with size and SHA-256. The second is an SSH signature of the first, if the bundle is signed. Every byte is checked
+before use, and a deploy from a bundle uses only its contents.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ FORMAT = 2
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"
 LIMIT, SHORT = 64_000_000, 64_000
-"""Bytes of a manifest: 300,000 files; and of its signature, which has about 300, or of a header."""
+"""Size limits in bytes: of a manifest (300,000 files), and of its signature (about 300) or of a header."""
 DEPTH = 100
-"""Folders in one another."""
+"""Maximum depth of nested folders."""
 AGENT = "agent.pyz"
 
 
@@ -58,7 +58,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a bundle is for, and every file that it holds. `asking` are its nodes, and ComfyUI-Manager where chosen."""
+    """The target of a bundle and all its files. `asking` are its nodes, and ComfyUI-Manager if selected."""
 
     format: int
     profile: str
@@ -71,13 +71,13 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def size(self) -> int:
-        """The bytes of its files."""
+        """The total size of its files, in bytes."""
         return sum(each.size for each in self.files.values())
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A bundle that was read: `seal` is its manifest's SHA-256, signed or not, and `origin` says by whom."""
+    """A bundle that was read: `seal` is its manifest's SHA-256, signed or not; `origin` names the signer."""
 
     bundle: Bundle
     seal: Signed
@@ -85,17 +85,17 @@ class Opened:
 
     @property
     def id(self) -> str:
-        """The SHA-256 of its manifest, and so of all that is in it: to compare with what the maker says."""
+        """The SHA-256 of its manifest, which covers the whole content. Compare it with its maker's id."""
         return self.seal.text
 
 
 def signers_file() -> Path:
-    """Who may sign bundles that this client uses: $HEARTH_ALLOWED_SIGNERS, else `config/allowed_signers`."""
+    """The list of permitted bundle signers: $HEARTH_ALLOWED_SIGNERS, else `config/allowed_signers`."""
     return Path(os.environ.get("HEARTH_ALLOWED_SIGNERS") or files.CHECKOUT / "config/allowed_signers")
 
 
 def _origin(seal: Signed) -> str:
-    """Who signed a bundle, in words; raises BundleError for nobody whom this client's list has, if it has one."""
+    """The signer of a bundle, in words; raises BundleError if this client has a list and the signer is not in it."""
     place = signers_file()
     if (listed := _signers(place)) is not None:
         return f"signed by {seal.signer(listed, str(place))}"
@@ -103,14 +103,14 @@ def _origin(seal: Signed) -> str:
 
 
 def _signers(place: Path) -> str | None:
-    """This client's list of who may sign, None where there is none: where a variable names none, and no file is there.
+    """This client's list of permitted signers; None if no variable names one and the default file does not exist.
 
-    Raises BundleError for any other that cannot be read: a check that could not run has failed.
+    Raises BundleError if the list exists but cannot be read: a check that could not run has failed.
     """
     try:
         if not os.environ.get("HEARTH_ALLOWED_SIGNERS"):
             try:
-                place.lstat()  # a link to nothing is a list that cannot be read
+                place.lstat()  # a dangling link is a list that cannot be read
             except FileNotFoundError:
                 return None
         with _plain_file(place) as file:
@@ -128,7 +128,7 @@ def _signers(place: Path) -> str | None:
 
 
 def _plain_file(path: Path) -> IO[bytes]:
-    """Open a file to read; raises OSError for a folder, and for a pipe or device, which it does not wait for."""
+    """Open a file for reading; raises OSError for a folder, pipe or device, without blocking."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -145,9 +145,9 @@ def write(
     output: Path,
     key: Path | None = None,
 ) -> Opened:
-    """Write a bundle for machines of a platform and Python, in one rename, signed with `key` where one is given.
+    """Write a bundle for a platform and Python, atomically by rename; `key` signs it.
 
-    The same content gives the same bytes, but for the signature, where the kind of key has none that is the same.
+    The same content gives the same bytes, except for signatures of key types that are not deterministic.
     """
     if output.exists() and not output.is_file():
         raise BundleError("bundle", f"{output} is no file, and cannot be replaced by a bundle", hint="name another one")
@@ -197,7 +197,7 @@ def _member(name: str, file: File) -> tarfile.TarInfo:
 def _listed(
     inputs: Inputs, asking: Sequence[str], platform: str, python: str, wheels: Sequence[Manifest]
 ) -> dict[str, Path]:
-    """Every file of a bundle by its name there; what the cache lacks is fetched."""
+    """Every file of a bundle by its name in it; fetches what the cache lacks."""
     app, lock, here = inputs.application, inputs.locks[platform, python], workspace.current()
     found = {AGENT: archive.agent_file(), "checkout/uv.lock": here.checkout / "uv.lock"}
     for pattern in ("config/stacks.toml", "config/profiles/*.toml", "config/modes/*.toml", "recipes/comfyui/units/*"):
@@ -226,18 +226,18 @@ def _listed(
 
 
 def verify(path: Path) -> Opened:
-    """Read a whole bundle and compare every file with its hash; raises BundleError as `opened` does.
+    """Read a whole bundle and compare every file with its hash; unpacks nothing.
 
-    Nothing is unpacked.
+    Raises BundleError as `opened` does.
     """
     return _read(path, None)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Opened]:
-    """Unpack a bundle, checked, and take everything from there for as long as the context lasts.
+    """Unpack and check a bundle, and use only its contents while the context lasts.
 
-    Raises BundleError, also if this client lists who may sign (`signers_file`) and none of them signed it.
+    Raises BundleError, also if this client has a list of signers (`signers_file`) and none of them signed it.
     """
     with files.draft(workspace.current().cache / "bundles/open") as place:
         place.mkdir()
@@ -256,7 +256,7 @@ def opened(path: Path) -> Iterator[Opened]:
 
 
 def _read(path: Path, place: Path | None) -> Opened:
-    """Check a bundle: its signature first, then its manifest, then every file; unpack it where a place is given."""
+    """Check a bundle: signature, then manifest, then every file; unpack it into `place` if given."""
     try:
         with _plain_file(path) as file:
             if place:
@@ -297,10 +297,11 @@ def _altered(path: Path, name: str) -> BundleError:
 
 
 def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """The members of a bundle, each to be read from the file before the next one.
+    """The members of a bundle. The caller reads each one from the file before it requests the next.
 
-    Only what `write` makes is read: plain files, with a header in front where a name is long. tarfile itself reads into
-    memory what a header says, follows one to the next without end, and knows sparse files, small here and huge.
+    Accepts only the output of `write`: plain files, with an extended header if a name is long. tarfile is unsafe here:
+    it reads headers of any size into memory, follows them without limit, and accepts sparse files that expand to a
+    huge size.
     """
     told: dict[str, str] = {}
     while (head := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
@@ -317,7 +318,7 @@ def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
 
 
 def _told(path: Path, records: bytes) -> dict[str, str]:
-    """What pax records say of the next member's name and size; raises BundleError for others, which no bundle has."""
+    """Parse the pax records for the next member's name and size; raises BundleError for any other record."""
     told: dict[str, str] = {}
     while records:
         found = re.match(rb"(\d{1,5}) (?:(path)=([^\n]+)|(size)=(\d{1,15}))\n", records)
@@ -329,14 +330,14 @@ def _told(path: Path, records: bytes) -> dict[str, str]:
 
 
 def _whole(file: IO[bytes], size: int) -> bytes:
-    """The next bytes of a file; raises TarError when there are fewer."""
+    """The next `size` bytes of a file; raises TarError if there are fewer."""
     if len(content := file.read(size)) < size:
         raise tarfile.ReadError("unexpected end of data")
     return content
 
 
 def _head(path: Path, file: IO[bytes], member: tarfile.TarInfo | None, name: str, most: int) -> bytes:
-    """The bytes of a bundle's manifest or of its signature."""
+    """The content of a bundle's manifest or signature member."""
     if member is None:
         raise _cut_short(path, "it is empty")
     if member.name != name:
@@ -349,7 +350,7 @@ def _head(path: Path, file: IO[bytes], member: tarfile.TarInfo | None, name: str
 
 
 def _manifest(path: Path, text: bytes) -> Bundle:
-    """A manifest, decoded; raises BundleError for another format, and for names that would lead out of a folder."""
+    """Decode a manifest; raises BundleError for another format, or for names that would escape the folder."""
     try:
         if (told := msgspec.json.decode(text, type=_Format).format) != FORMAT:
             hint = "use the Hearth that it was made with"
@@ -369,7 +370,7 @@ class _Format(msgspec.Struct):
 
 
 def _passes(file: IO[bytes], member: tarfile.TarInfo, wanted: File, place: Path | None) -> bool:
-    """Whether a member is the file that the manifest names; it is written to a place on the way, if one is given."""
+    """Whether a member matches its manifest entry; writes it to `place`, if given."""
     if member.size != wanted.size or bool(member.mode & 0o100) != wanted.executable:
         return False
     digest, left = hashlib.sha256(), member.size
@@ -391,7 +392,7 @@ def _new(place: Path) -> IO[bytes]:
 
 
 def summary(path: Path, found: Opened) -> dict[str, Any]:
-    """A bundle without its list of files, for JSON."""
+    """A bundle for JSON, without its list of files."""
     about = {key: value for key, value in msgspec.to_builtins(found.bundle).items() if key != "files"}
     about |= {"file": str(path), "id": found.id, "origin": found.origin}
     return {**about, "bytes": found.bundle.size, "files": len(found.bundle.files)}

@@ -1,4 +1,4 @@
-"""The one way to change hosts: look, plan, refuse, show, confirm, apply, and look again whether it converged."""
+"""The only way to change hosts: look, plan, refuse, show, confirm, apply, and check that the host converged."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from deploy.plan import Options
 
 Planner = Callable[["Agent", Target, Facts], Plan]
-"""Makes a plan from what a host is; it may ask the agent for more than the facts."""
+"""Plans from a host's facts; it may ask the agent for more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """A way to change hosts.
 
-    `action` names it in the host's history, and `plan` plans it. Afterwards the plan of `check` must be empty (by
-    default `plan` again); `unchecked` is the reason where no plan can tell. `state` is what a changed host is, in
-    words, where that is not its release being in service. Steps that need files get them from `inputs`, with
-    `offline` also what the host would fetch itself.
+    `action` is its name in the host's history, `plan` plans it. Afterwards the plan of `check` (default: `plan`) must
+    be empty; `unchecked` is the reason if no plan can check it. `state` describes a changed host, unless that is
+    "release in service". `inputs` provides the files for steps, with `offline` also those that the host would fetch
+    itself.
     """
 
     action: str
@@ -55,9 +55,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a change of one host ended. `changed` says whether it did anything, or on a dry run would do.
+    """The result of changing one host. `changed`: whether it did anything, or on a dry run would do so.
 
-    `notes` come from the steps; `state` is as in `Change`, empty where the release is in service at `address`.
+    `notes` come from the steps; `state` is as in `Change`, empty if the release is in service at `address`.
     """
 
     host: str
@@ -73,7 +73,7 @@ class Outcome:
 def change_each(
     names: Sequence[str], change: Change, options: Options, *, agree: Callable[[], None] | None = None
 ) -> list[Outcome]:
-    """Change hosts, as `on_each` goes through them. `agree` asks in place of the plain question, or raises."""
+    """Change hosts in the order of `on_each`. `agree` replaces the plain question, or raises."""
     agree = agree or Consent(names, change.action, options)
 
     def one(name: str) -> Outcome:
@@ -105,7 +105,7 @@ def carry_out(change: Change, target: Target, options: Options, agree: Callable[
                 if error.kind != "offline" or change.offline or change.inputs is None:
                     raise
                 console.say(f"{target.name} cannot reach the package index; uploading packages from this machine")
-                notes = apply(agent, *planned(change.plan), change, offline=True)  # what is done stays done
+                notes = apply(agent, *planned(change.plan), change, offline=True)  # completed actions are not undone
             if not (change.unchecked or options.trial == "only"):  # a trial changes nothing and can be repeated
                 _converged(target.name, planned(change.check or change.plan)[1])
     titles, state = tuple(step.title for step in plan.steps), change.state
@@ -138,7 +138,7 @@ def _converged(name: str, left: Plan) -> None:
 
 
 def apply(agent: Agent, facts: Facts, plan: Plan, change: Change, *, offline: bool) -> tuple[str, ...]:
-    """Send what the steps need, submit them, follow the run to its end; returns its notes."""
+    """Send the files of the steps, submit them and follow the run to its end; returns its notes."""
     steps = list(plan.steps)
     with tempfile.TemporaryDirectory(prefix="hearth-") as scratch:
         if change.inputs:
@@ -159,7 +159,7 @@ def apply(agent: Agent, facts: Facts, plan: Plan, change: Change, *, offline: bo
 
 
 def follow(agent: Agent, run: str) -> tuple[str, ...]:
-    """Show a run's events until its end, and return its notes; raises the error that it ended with."""
+    """Show a run's events until its end and return its notes; raises the run's error."""
     notes: list[str] = []
     for event in agent.stream("follow", run=run):
         if event["event"] == "step":
@@ -179,7 +179,7 @@ def follow(agent: Agent, run: str) -> tuple[str, ...]:
 
 
 def attach(name: str, *, ask_sudo: bool = False) -> None:
-    """Watch the run in progress on a host, or show its last one; raises the error that it ended with."""
+    """Watch the current run on a host, or show its last one; raises the run's error."""
     target = find_target(name)
     with connection.connect(target, ask_sudo) as agent:
         facts = look(agent, target)

@@ -1,4 +1,4 @@
-"""The choice of what runs on a host: Python, locked list, wheels, nodes; and the parts that follow from it."""
+"""The choice of what runs on a host: Python, locked list, wheels, nodes; and the resulting parts."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from lock.requirements import LockedList
 
 LAYOUT = 4
-"""Raised when the agent makes parts or releases another way: what is there is then not what is wanted."""
+"""Increase it when the agent creates parts or releases differently, so that existing ones are replaced."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is to run on a host: everything that decides a release."""
+    """Everything that determines a host's release."""
 
     target: Target
     application: Application
@@ -55,25 +55,25 @@ class Choice:
 
     @property
     def pinned(self) -> dict[str, Node]:
-        """The nodes that run as they are pinned; one under development takes the place of its namesake."""
+        """The nodes that run at their pinned commit. A node under development replaces its namesake."""
         return {name: node for name, node in self.nodes.items() if name not in self.target.host.developed}
 
     @property
     def node_parts(self) -> dict[str, str]:
         """The parts that hold the nodes' trees, by the node's name."""
         return {
-            # what an install.py does depends on the environment that runs it
+            # the result of an install.py depends on its environment
             name: f"node-{digest([LAYOUT, name, node.tree, node.writable, self._installs(node)])}"
             for name, node in self.pinned.items()
         }
 
     def _installs(self, node: Node) -> list[str]:
-        """What a node's install.py depends on: the environment that runs it, and whether it has the network."""
+        """The inputs of a node's install.py: the environment that runs it, and whether it has network access."""
         return [self.env_part, str(bool(node.install_network))] if node.install else []
 
     @property
     def asking(self) -> list[str]:
-        """Whose packages are needed beside ComfyUI's."""
+        """The requesters of packages in addition to ComfyUI."""
         return asking(self.target, self.nodes)
 
     @cached_property
@@ -82,13 +82,13 @@ class Choice:
 
     @property
     def requirements(self) -> str:
-        """The locked list, as far as it is needed, with the kernel wheels, each by its hash."""
+        """The needed part of the locked list, and the kernel wheels, each with its hash."""
         lines = [f"{wheel.kernel}=={wheel.version} --hash=sha256:{wheel.sha256}" for wheel in self.wheels]
         return self._locked + "".join(f"{line}\n" for line in lines)
 
 
 def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Choice | None, list[Refusal]]:
-    """Python, locked list and wheels for a host; None with the reasons when no combination fits."""
+    """Choose Python, locked list and wheels for a host; returns None with the reasons if no combination fits."""
     profile = target.profile
     if found := refusals.no_torch(target, facts):
         return None, found
@@ -123,7 +123,7 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Choice | None,
 
 
 def find_wheel(inputs: Inputs, kernel: str, target: Target, platform: str, python: str) -> Manifest | Refusal:
-    """The wheel that fits; of several the highest version, then the inference profile: ComfyUI trains nothing."""
+    """The matching wheel: the highest version, then the inference profile, since ComfyUI does not train."""
     stack, arch = target.stack, target.profile.arch
     fitting = [
         wheel
@@ -134,7 +134,7 @@ def find_wheel(inputs: Inputs, kernel: str, target: Target, platform: str, pytho
         and (wheel.python, wheel.platform) == (python, platform)
     ]
     if fitting:
-        # without the local label, which names arch and profile and sorts as text
+        # ignore the local label: it names arch and profile, and sorts as text
         return max(
             fitting, key=lambda each: (Version(Version(each.version).public), each.profile == "inference", each.key)
         )

@@ -1,7 +1,7 @@
-"""The two ways to reach a host's agent: a subprocess here, or the `ssh` program. The only module that knows SSH.
+"""The two ways to reach a host's agent: a local subprocess, or the `ssh` program. The only module that uses SSH.
 
-OpenSSH itself connects, so that keys, agents, certificates, jump hosts, known_hosts and every other option mean here
-what they mean in a terminal. It may not ask anything, and a host's key must be known.
+OpenSSH itself connects, so keys, agents, certificates, jump hosts, known_hosts and all other options work as in a
+terminal. It never prompts, and a host's key must be known.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ if TYPE_CHECKING:
     from deploy.host import Host, Target
 
 ALIVE = 10
-"""Seconds between ssh's keepalive messages; three without an answer are a lost connection.
+"""Seconds between ssh's keepalive messages; after three without a reply the connection is lost.
 
-They detect a host that vanished, also behind jump hosts and proxies; TCP's timeouts do not."""
+They detect a host that vanished, also behind jump hosts and proxies; TCP's time-outs do not.
+"""
 
 QUIET = 45
 """Seconds of silence after which a verb that sends `alive` every 10 s has lost its agent."""
@@ -57,18 +58,18 @@ _MARK = "--- hearth ---"
 
 
 class Agent(ABC):
-    """The agent of one host. It takes `site` and the verb's values as JSON, and answers in JSON lines."""
+    """The agent of one host. It reads `site` and the verb's values as JSON, and writes JSON lines."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
 
     @property
     def _state(self) -> str:
-        """Where the host keeps the unpacked agent; `~` is its login's home."""
+        """The host's folder for the unpacked agent; `~` is the login's home."""
         return f"{self._target.prefix}/state"
 
     def stream(self, verb: str, **values: Any) -> Iterator[Any]:
-        """The answers, as they arrive; raises the error of the agent's fault, or of an agent that ended early."""
+        """Yield the answers as they arrive; raises the error of the agent's fault, or of an early end."""
         return self._run(verb, values)
 
     def call(self, verb: str, **values: Any) -> Any:
@@ -81,7 +82,7 @@ class Agent(ABC):
         return answers[-1]
 
     def send(self, path: Path, digest: str, offset: int, progress: Callable[[int], None]) -> None:
-        """Send a file from `offset` on; `progress` is told the bytes of each block."""
+        """Send a file from `offset` on; `progress` is called with the size of each block."""
         size = path.stat().st_size
         values = {"sha256": digest, "size": size, "offset": offset}
         answers = list(self._run("receive", values, lambda: _blocks(path, offset, progress)))
@@ -98,7 +99,7 @@ class Agent(ABC):
         )
 
     def _run(self, verb: str, values: dict[str, Any], blocks: Callable[[], Iterable[bytes]] = tuple) -> Iterator[Any]:
-        # Its hash is on a command line, which every user can read: the salt keeps a secret in it from being guessed.
+        # Its hash is on a command line, which every user can read: the salt prevents guessing a secret from it.
         request = json.dumps({"site": self._target.site, "salt": token_hex(), **values}).encode() + b"\n"
         try:
             for line in self._lines(verb, request, blocks, _patience(verb, values)):
@@ -109,7 +110,7 @@ class Agent(ABC):
             raise self._ended(verb, error.status, error.said) from error
 
     def _parsed(self, line: bytes) -> Any:
-        """One line of the agent's; raises the error that a fault stands for."""
+        """Parse one line of the agent; raises the error of a fault."""
         try:
             value = json.loads(line)
         except ValueError:
@@ -170,7 +171,7 @@ _FAULTS: dict[str, tuple[type[HearthError], str]] = {
 
 
 def error_of(fault: dict[str, Any]) -> HearthError:
-    """The error that a fault of the agent stands for."""
+    """The error for a fault of the agent."""
     error, kind = _FAULTS.get(fault["kind"], (HostError, "step-failed"))
     cause = "\n         ".join([*fault["cause"].splitlines(), *(f"| {line}" for line in fault.get("log", []))])
     return error(kind, fault["what"], cause=cause, hint=fault["hint"])
@@ -196,7 +197,7 @@ def _blocks(path: Path, offset: int, progress: Callable[[int], None]) -> Iterato
 
 
 class Ssh(Agent):
-    """A remote host's agent, each verb in a session of its own over one shared connection."""
+    """A remote host's agent. Each verb has its own session over one shared connection."""
 
     def __init__(self, target: Target, argv: Sequence[str], settings: Mapping[str, str], password: str) -> None:
         super().__init__(target)
@@ -267,19 +268,19 @@ class Ssh(Agent):
         yield from self._session(script, given, blocks, silence)
 
     def _script(self, verb: str, asked: str) -> str:
-        """The script that checks the agent's file and runs it, as root where the host's scope needs that.
+        """The script that checks the agent's file and runs it, as root if the host's scope needs that.
 
-        Only the login can write to its folder, and the user that runs the agent compares the hash. sudo gets only the
-        password on its standard input, so that it never takes the request for a second attempt; the agent reads the
-        request from a named pipe. Any process of the login can write to that, so the agent gets the request's hash, too
-        (`asked`).
+        Only the login can write to the file's folder, and the user that runs the agent compares the hash. sudo's
+        standard input contains only the password, so sudo never reads the request as a second attempt; the agent reads
+        the request from a named pipe. Any process of the login can write to that pipe, so the agent also gets the
+        request's hash (`asked`).
         """
         digest = hashlib.sha256(archive.packed_agent()).hexdigest()
         check = f"""u=$(id -u); d=$HOME/.cache/hearth; f=$d/{archive.agent_name()};
         case $(stat -Lc "%u %A" "$d" 2>/dev/null) in "$u d"????-??-*) ;; *) exit {archive.NO_AGENT};; esac;
         [ -f "$f" ] || exit {archive.NO_AGENT};
         command -v python3 >/dev/null || exit {archive.NO_PYTHON};"""
-        # Not the shell's last command: some shells exec that, and a signal would leave no status then.
+        # Not the shell's last command: some shells exec that, and after a signal would report no status.
         loader = shlex.quote(f"exec({archive.LOADER!r})")
         python = f'python3 -I -S -c {loader} "$f" {digest} {shlex.quote(self._state)}'
         run = f"{python} {verb}; exit $?;"
@@ -302,11 +303,11 @@ class Ssh(Agent):
         silence: float | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> Iterator[bytes]:
-        """Run a script of /bin/sh in the login's home; yield its output. Raises ProcessError when it fails.
+        """Run a /bin/sh script in the login's home and yield its output. Raises ProcessError if it fails.
 
-        The login's shell can be any, and may print by itself: the output begins after a mark.
+        The login's shell can be of any kind and may print text itself: the output begins after a mark.
         """
-        begun = heard = False  # the mark was seen in the output; and on stderr, which the shell may have put elsewhere
+        begun = heard = False  # mark seen in the output; and on stderr, which the shell may redirect
         noise: list[bytes] = []
 
         def listen(line: str) -> None:
@@ -362,7 +363,7 @@ class Ssh(Agent):
         return (self._no_root(status, said) if sudo else None) or super()._ended(verb, status, said)
 
     def _no_root(self, status: int, said: str) -> ConnectError | None:
-        """The error for a sudo that refuses; None if sudo did not fail."""
+        """The error for a refusal by sudo; None if sudo did not fail."""
         name, user = self._target.name, self._settings["user"]
         otherwise = f'log in as root or as who may use sudo (`user` of hosts.{name}), or set scope = "user"'
         if status == archive.NO_SUDO:
@@ -373,7 +374,7 @@ class Ssh(Agent):
         if re.search(r"sudoers|not allowed|may not run", said):
             return ConnectError("sudo", f"{user} may not use sudo on {name}", cause=cause, hint=otherwise)
         if self._password and re.search("incorrect password|no password was provided", said):
-            _passwords.pop(name, None)  # a second try asks again: some systems lock the login after three
+            _passwords.pop(name, None)  # prompt again on a retry: some systems lock the login after three failures
             hint = f"type it again; when the keyring has it: keyring set hearth-sudo {name}"
             return ConnectError("sudo", f"sudo on {name} does not accept the password", cause=cause, hint=hint)
         hint = "run again with --ask-sudo, or allow sudo without a password there"
@@ -382,7 +383,8 @@ class Ssh(Agent):
     def _unreachable(self, said: str) -> HearthError:
         """The error for an ssh that did not log in."""
         if self._settings.keys() & {"proxyjump", "proxycommand"}:
-            # A connection to be shared silences what leads to it (ssh_proxy_connect in OpenSSH): one more try, alone.
+            # Connection sharing hides errors of the proxy command (ssh_proxy_connect in OpenSSH): retry once without
+            # it.
             alone = ["ssh", "-S", "none", "-o", "ControlPersist=no", *self._argv[1:], "true"]
             with suppress(TimeoutError):
                 try:
@@ -401,7 +403,7 @@ def _last(said: str) -> str:
 
 
 def _ssh(target: Target) -> list[str]:
-    """The ssh command for a host, with what hosts.toml says of it."""
+    """The ssh command for a host, with the settings of hosts.toml."""
     config, host = os.environ.get("HEARTH_SSH_CONFIG"), target.host
     words = ["ssh", *(["-F", config] if config else []), *(["-l", host.user] if host.user else [])]
     return [*words, *(["-p", str(host.ssh_port)] if host.ssh_port else [])]
@@ -409,25 +411,25 @@ def _ssh(target: Target) -> list[str]:
 
 @contextmanager
 def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterator[Agent]:
-    """The agent of a host, for as long as the context lasts; the host must take the connection within `seconds`.
+    """Connect to the agent of a host while the context lasts; the host must accept within `seconds`.
 
-    The connection is made by the first verb, which raises ConnectError.
+    The first verb makes the connection; it raises ConnectError.
     """
     if not target.host.address:
         yield Local(target)
         return
     password = sudo_password(target.name, target.host) if ask_sudo else ""
-    # Not in $TMPDIR, which may be too long for the name of a socket.
+    # Not in $TMPDIR, which may be too long for a socket's path.
     with tempfile.TemporaryDirectory(prefix="hearth-", dir="/tmp") as folder:
         socket = f"{folder}/ssh"
         options = {
-            # Sessions share one connection, which outlives neither us by long nor the last session.
+            # Sessions share one connection. It ends soon after this process or the last session.
             "ControlMaster": "auto", "ControlPath": socket, "ControlPersist": "60",
-            # Never a question: of several hosts at once nobody could tell whose it is. ssh's messages are compared.
+            # Never prompt: with several hosts, the user could not tell which one asks. ssh's messages are matched.
             "BatchMode": "yes", "LogLevel": "ERROR", "ConnectTimeout": str(seconds),
             "ServerAliveInterval": str(ALIVE), "ServerAliveCountMax": "3",
-            # What a configuration asks of a login at a terminal: a forwarded port is taken by another session already,
-            # a command of its own excludes ours, and root there has no business with our keys and our display.
+            # Disable options for interactive logins: another session may hold a forwarded port, a RemoteCommand would
+            # replace ours, and root on the host must not get our agent and display.
             "ClearAllForwardings": "yes", "RemoteCommand": "none", "RequestTTY": "no", "PermitLocalCommand": "no",
             "ForwardAgent": "no", "ForwardX11": "no",
         }  # fmt: skip
@@ -438,8 +440,8 @@ def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterat
             raise ConnectError("unreachable", what, cause=read.stderr.strip(), hint="correct the file that it names")
         settings = dict(line.partition(" ")[::2] for line in read.stdout.splitlines())
         if settings.get("stricthostkeychecking") in ("false", "no", "off"):
-            argv += ["-o", "StrictHostKeyChecking=accept-new"]  # what runs as root goes to no host whose key changed
-        # Options that older ssh do not know: those that this one has, and that would keep a command from its input.
+            argv += ["-o", "StrictHostKeyChecking=accept-new"]  # never run as root on a host whose key changed
+        # Options that older ssh lacks: set them if this one has them, because they would block a command's input.
         for name, value in (("stdinnull", "no"), ("forkafterauthentication", "no"), ("sessiontype", "default")):
             argv += ["-o", f"{name}={value}"] if settings.get(name, value) != value else []
         try:
@@ -449,10 +451,10 @@ def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterat
 
 
 def sudo_password(name: str, host: Host) -> str:
-    """The sudo password of a host, asked for once; empty where root is not needed. Raises ConnectError."""
+    """The sudo password of a host, asked for once; empty if root is not needed. Raises ConnectError."""
     if not host.address or host.scope != "system":
         return ""
-    with _asking:  # of several hosts at once: one question after the other
+    with _asking:  # with several hosts, one prompt at a time
         if name not in _passwords:
             _passwords[name] = _ask_password(name)
         return _passwords[name]
@@ -463,7 +465,7 @@ _passwords: dict[str, str] = {}
 
 
 def from_keyring(service: str, name: str) -> str:
-    """A secret of the system's keyring; empty where it has none, or there is no keyring."""
+    """A secret from the system's keyring; empty if it has none, or if there is no keyring."""
     import keyring
 
     with suppress(keyring.errors.KeyringError):
@@ -472,7 +474,7 @@ def from_keyring(service: str, name: str) -> str:
 
 
 def _ask_password(name: str) -> str:
-    """From the system's keyring when it holds one, else typed. Kept in memory only."""
+    """From the system's keyring, else typed. Kept only in memory."""
     if found := from_keyring("hearth-sudo", name):
         return found
     if sys.stdin.isatty():

@@ -1,4 +1,4 @@
-"""Deploys, rollbacks and bundles: what is special about putting a release in service."""
+"""Deploys, rollbacks and bundles."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def deploy_each(
     names: Sequence[str], options: Options, *, build: Build | None, bundle: str, keep_going: bool
 ) -> list[Outcome]:
-    """Deploy to hosts, as `deploy` and `on_each` say. `bundle` names a file (empty: none)."""
+    """Deploy to hosts with `deploy` and `on_each`. `bundle` is a file (empty: none)."""
     if build and bundle:
         raise UsageError(
             "usage", "--build and --bundle exclude each other", hint="a bundle holds the wheels that it needs"
@@ -56,10 +56,10 @@ def deploy(
     bundle: Opened | None = None,
     agree: Callable[[], None] | None = None,
 ) -> Outcome:
-    """Make a host what its configuration says; raises what `carry_out` raises.
+    """Bring a host to its configured state; raises the errors of `carry_out`.
 
-    When nothing but kernel wheels is missing, `build` gets the arguments that build each, and the deploy is tried
-    again. With an open `bundle` the host is not asked to fetch anything. `agree` is as in `change_each`.
+    If only kernel wheels are missing, `build` is called with the arguments for each, and the deploy is retried. With
+    an open `bundle`, the host fetches nothing itself. `agree` is as in `change_each`.
     """
     agree = agree or Consent([name], "deploy", options)
     try:
@@ -88,11 +88,11 @@ def _deploy(name: str, options: Options, bundle: Opened | None, agree: Callable[
 
 
 def rollback(name: str, to: str, options: Options) -> list[Outcome]:
-    """Return to a kept release, by default the one that served last: the same cut-over with the same gate."""
+    """Return to a kept release, by default the previous one, with the same cut-over and health gate."""
     chosen = ""
 
     def back(_: Agent, target: Target, facts: Facts) -> Plan:
-        nonlocal chosen  # once: afterwards another release is the previous one
+        nonlocal chosen  # only once: afterwards the previous release is another one
         chosen = chosen or _kept(target, facts, to)
         return plan.back(target, facts, chosen, options)
 
@@ -117,7 +117,7 @@ def _kept(target: Target, facts: Facts, to: str) -> str:
 
 
 def _glance(name: str, ask_sudo: bool) -> Facts:
-    """A host's facts by its entry in hosts.toml alone: profiles, modes and recipes would be those of the bundle."""
+    """A host's facts from its entry in hosts.toml only, since profiles, modes and recipes come from the bundle."""
     (name,) = hosts.select(name, "")
     unknown = hosts.Profile(summary="", stack="", pythons=(), start_seconds=0)
     target = hosts.Target(name, hosts.hosts().hosts[name], "", unknown, {}, comfyui="")
@@ -126,7 +126,7 @@ def _glance(name: str, ask_sudo: bool) -> Facts:
 
 
 def _accept(opened: Opened, name: str, facts: Facts) -> None:
-    """Refuse a bundle whose signer the host does not list, or that is for another machine, before any use of it."""
+    """Refuse a bundle before any use if the host does not list its signer, or if it is for another machine."""
     if facts.signers is not None:
         who = opened.seal.signer(facts.signers, f"/etc/hearth/allowed_signers on {name}")
         console.say(f"{name} accepts bundles signed by {who}")
@@ -139,7 +139,7 @@ def _accept(opened: Opened, name: str, facts: Facts) -> None:
 
 
 def _same_nodes(opened: Opened, name: str, asking: Sequence[str]) -> None:
-    """Refuse a bundle that has other nodes than the host."""
+    """Refuse a bundle whose nodes differ from the host's."""
     if set(opened.bundle.asking) != set(asking):
         theirs, ours = (", ".join(each) or "none" for each in (opened.bundle.asking, asking))
         raise BundleError(
@@ -152,10 +152,10 @@ def _same_nodes(opened: Opened, name: str, asking: Sequence[str]) -> None:
 def make_bundle(
     name: str, output: Path | None, platform: str, python: str, key: Path | None = None, *, ask_sudo: bool
 ) -> tuple[Path, Opened]:
-    """Write one file with all that a host needs. Without `platform` or `python` the host is asked for them.
+    """Write one file with everything that a host needs. Asks the host for a missing `platform` or `python`.
 
-    It is signed with `key` if one is given. Raises RefusedError when a kernel wheel or the locked list for that
-    platform and Python is missing, BundleError when the key cannot sign.
+    `key` signs it. Raises RefusedError if a kernel wheel or the locked list for that platform and Python is missing,
+    and BundleError if the key cannot sign.
     """
     target = find_target(name)
     inputs = gather(target)

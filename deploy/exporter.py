@@ -1,4 +1,4 @@
-"""The exporter of metrics on a host: a unit that runs the agent, apart from any release of ComfyUI."""
+"""The metrics exporter on a host: a unit that runs the agent, independent of ComfyUI's releases."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def wanted(target: Target, prefix: str, interpreter: str) -> dict[str, Any]:
-    """The exporter as the host shall have it: the agent's hash, its settings and its unit; empty without metrics.
+    """The exporter's wanted state: the agent's hash, its settings and its unit; empty without metrics.
 
-    `interpreter` is a Python of the host's system, not an environment's.
+    `interpreter` is a system Python of the host, not an environment's.
     """
     host = target.host
     if not host.metrics_port:
@@ -42,7 +42,7 @@ def wanted(target: Target, prefix: str, interpreter: str) -> dict[str, Any]:
 
 
 def change(target: Target, facts: Facts, interpreter: str) -> Exporter | None:
-    """The step that makes the exporter as wanted; None if it already is."""
+    """The step that brings the exporter to its wanted state; None if there is nothing to do."""
     found, right = facts.exporter, wanted(target, facts.prefix, interpreter)
     differs = [name for name in ("agent", "settings", "unit") if found.get(name) != right.get(name)]
     if not differs and bool(found.get("active")) == bool(right):

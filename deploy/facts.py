@@ -55,12 +55,12 @@ def _mounted(path: str, mount: MountState) -> str:
 
 
 def releases(found: Facts) -> list[dict[str, Any]]:
-    """The manifests of the kept releases, with the one in service marked `current`."""
+    """The manifests of the kept releases; the active one is marked `current`."""
     return [{**each, "current": each["id"] == found.current} for each in found.releases]
 
 
 def release_rows(found: Facts) -> list[str]:
-    """A table of the kept releases: the current one, earlier ones from the latest on, then those never healthy."""
+    """A table of the kept releases: the current one, earlier ones (latest first), then the never healthy ones."""
     cells = []
     order = [found.current, *found.proven]
     for each in sorted(found.releases, key=lambda each: order.index(each["id"]) if each["id"] in order else len(order)):

@@ -1,4 +1,4 @@
-"""Changes of several hosts: confirmed once, the first host alone as a canary, then the others at once."""
+"""Changes of several hosts: one confirmation, the first host as a canary, then the others in parallel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from deploy.plan import Options
 
 DESTRUCTIVE = ("remove", "nuke", "adopt", "undo adopt")
-"""Actions that take away a service or files: they always need a yes, on this machine and without a terminal, too."""
+"""Actions that remove a service or files. They always need confirmation, also locally and without a terminal."""
 
 
 class Consent:
@@ -54,11 +54,11 @@ def on_each(
     ask_sudo: bool,
     keep_going: bool,
 ) -> list[Outcome]:
-    """Do `one` for every host: the first alone (the canary), then the others at once.
+    """Run `one` for every host: the first one alone (the canary), then the others in parallel.
 
-    All questions come before the others begin: first each host's sudo password, then `agree`, which `one` calls after
-    it has shown the canary's plan. The error of a single host is raised as it is. Of several hosts, all results are
-    reported before GroupError is raised; without `keep_going` no other host is begun after a failure of the canary.
+    All prompts come before the others begin: first each host's sudo password, then `agree`, which `one` calls after it
+    has shown the canary's plan. The error of a single host is raised unchanged. With several hosts, all results are
+    reported before GroupError is raised; without `keep_going`, a failure of the canary stops the command.
     """
     if len(names) == 1:
         return [one(names[0])]
@@ -66,7 +66,7 @@ def on_each(
     for name in names if ask_sudo else ():
         try:
             connection.sudo_password(name, known[name])
-        except ConnectError as error:  # its own host reports the lack of sudo
+        except ConnectError as error:  # reported with its host
             if error.kind != "sudo":
                 raise
     results: list[Outcome] = []
@@ -94,7 +94,7 @@ def on_each(
 def _failures(
     names: Sequence[str], results: Sequence[Outcome], failed: dict[str, HearthError], skipped: Sequence[str]
 ) -> GroupError:
-    """The error that sums up a group."""
+    """The error for a group with failures."""
     error = GroupError(
         "group",
         f"{len(failed)} of {len(names)} hosts failed",

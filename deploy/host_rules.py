@@ -1,4 +1,4 @@
-"""Rules for hosts, profiles and modes that a type cannot express: what ends up in units, paths and command lines."""
+"""Rules for hosts, profiles and modes that types cannot express: values in units, paths and command lines."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from deploy.host import Host, Override, Profile
 
 SYSTEM_PREFIX = "/opt/comfyui"
-"""Where everything lies on a host with root that says nothing else."""
+"""The default prefix on a host with root."""
 
 EXPORTER = "hearth-exporter"
-"""Whom the exporters of a machine run as. Not a dynamic user: D-Bus turns away whom NSS does not know (a system without
-libnss-systemd), and groups list who may use the GPU."""
+"""The user of a machine's exporters. Not a dynamic user: D-Bus rejects users unknown to NSS (systems without
+libnss-systemd), and GPU access is granted by group membership.
+"""
 
 PLAIN_PATH = re.compile(r"(/[\w.@+-]+)+", re.ASCII)
-"""No blanks, quotes, % or colons, which units and command lines read in ways of their own."""
+"""No blanks, quotes, % or colons, which have special meanings in units and command lines."""
 
 _PLAIN = {
     "address": (r"(?!-)[\w.:%@+-]*", "a name or address as ssh takes it"),
@@ -37,17 +38,17 @@ _PLAIN = {
     ),
     "free_memory": (r"([1-9][0-9]{0,5}[smhd])?", "such as 30m, 4h or 1d"),
 }
-"""What ends up in units and command lines as it is, and is no path: the form of each."""
+"""The allowed form of values that are written unquoted to units and command lines, except paths."""
 
 
 SYSTEM = re.compile(r"/(etc|proc|sys|dev|run|boot|usr|s?bin|lib(32|64|x32)?|var/(run|lock|lib/systemd))(/|$)")
-"""Folders of the system, which nothing of Hearth's lies in."""
+"""System folders, which never contain files of Hearth."""
 
 _SHARED = ("/home", "/media", "/mnt", "/opt", "/root", "/srv", "/tmp", "/var", "/var/lib", "/var/log", "/var/tmp")  # noqa: S108
 
 
 def _check_places(place: str, host: Host) -> None:
-    """Refuse folders that are the system's, everybody's, or what Hearth keeps in the prefix; raises ConfigError."""
+    """Refuse system folders, world-writable folders and Hearth's own folders; raises ConfigError."""
     prefix = host.prefix or (SYSTEM_PREFIX if host.scope == "system" else "")
     own = [f"{prefix}/{name}" for name in ("state", "releases", "parts", "current", "secrets")] if prefix else []
     given = [(each, "folder") for each in host.folders.values()] + [(each, "mount") for each in host.mounts]
@@ -71,7 +72,7 @@ def _check_places(place: str, host: Host) -> None:
 
 
 def check_host(place: str, host: Host) -> None:
-    """Raises ConfigError; `place` is where the host is declared."""
+    """Check a host's values; raises ConfigError. `place` is the location of its declaration."""
     _check_words(place, host)
     _check_numbers(place, host)
     _check_paths(place, host)
@@ -98,7 +99,7 @@ def _check_words(place: str, host: Host) -> None:
             )
     for each in host.listen.split(","):
         try:
-            ipaddress.ip_address(each.replace("%", " "))  # no zone, as in fe80::1%eth0: units read % otherwise
+            ipaddress.ip_address(each.replace("%", " "))  # no zone as in fe80::1%eth0, because units expand %
         except ValueError as error:
             hint = 'one or more, as "127.0.0.1" or "127.0.0.1,::1"; "0.0.0.0,::" is everywhere'
             raise ConfigError(
@@ -119,7 +120,7 @@ def _check_words(place: str, host: Host) -> None:
 
 
 def _check_numbers(place: str, host: Host) -> None:
-    """Ports, and how many releases are kept."""
+    """Ports, and the number of kept releases."""
     ports = range(1, 65536)
     if host.port not in ports or host.ssh_port not in (None, *ports) or host.keep < 1:
         raise ConfigError("config", f"{place}: port and ssh_port are 1 to 65535, keep at least 1")
@@ -130,7 +131,7 @@ def _check_numbers(place: str, host: Host) -> None:
 
 
 def _check_paths(place: str, host: Host) -> None:
-    """The form of every path, and that the service may see it."""
+    """The form of every path, and its visibility to the service."""
     prefix, home = host.prefix, re.compile(r"/(home|root)\b")
     if host.scope == "system" and prefix and (not prefix.startswith("/") or home.match(prefix)):
         raise ConfigError(
@@ -140,16 +141,16 @@ def _check_paths(place: str, host: Host) -> None:
             hint='use /opt/comfyui, or scope = "user"',
         )
     for each in (*host.mounts, *host.folders.values(), *host.model_roots, *host.develop, *([prefix] if prefix else [])):
-        below = each.removeprefix("~") if each is prefix else each  # the agent puts the login's home there
+        below = each.removeprefix("~") if each is prefix else each  # the agent replaces it by the login's home
         if each not in (prefix, *host.develop, *host.folders.values()):
-            below = below.replace(":", "_")  # only where systemd binds a path does a colon end it
+            below = below.replace(":", "_")  # colons matter only where systemd binds a path
         if not PLAIN_PATH.fullmatch(below) or {".", ".."} & set(each.split("/")):
             raise ConfigError(
                 "config",
                 f"{place}: {each!r} is not a plain absolute path",
                 hint="such as /mnt/models: letters, digits and . _ @ + - between slashes, none at the end",
             )
-        # nodes under development are bound to where the service sees them
+        # nodes under development are bound to the service's own path
         if host.scope == "system" and each not in host.develop and home.match(each):
             raise ConfigError(
                 "config",
@@ -159,7 +160,7 @@ def _check_paths(place: str, host: Host) -> None:
 
 
 def _check_overlaps(place: str, host: Host) -> None:
-    """Nothing lies where ComfyUI writes."""
+    """No path is inside a folder that ComfyUI writes."""
     prefix = host.prefix or SYSTEM_PREFIX
     written = [f"{prefix}/data", *host.folders.values()] if host.scope == "system" else []
     for each in (*host.mounts, *host.folders.values(), *host.develop):
@@ -173,7 +174,7 @@ def _check_overlaps(place: str, host: Host) -> None:
 
 
 def _check_mounts(place: str, host: Host) -> None:
-    """File systems that Hearth mounts."""
+    """The file systems that Hearth mounts."""
     for each, mount in host.mounts.items():
         if mount.what and (not mount.type or host.scope != "system"):
             raise ConfigError(
@@ -183,7 +184,7 @@ def _check_mounts(place: str, host: Host) -> None:
                 hint='type = "nfs4"; without root leave `what` out, and let fstab mount it',
             )
         for key, _, value in (each.partition("=") for each in mount.options.split(",")):
-            if names_secret(key.strip()) and not value.startswith("/"):  # a file that holds it is named by its path
+            if names_secret(key.strip()) and not value.startswith("/"):  # a file with a secret is named by its path
                 raise ConfigError(
                     "secret",
                     f"{place}: mount {each}: the option {key} is a secret",
@@ -201,7 +202,7 @@ def _check_mounts(place: str, host: Host) -> None:
 
 
 def check_settings(place: str, said: Profile | Override) -> None:
-    """Refuse what a unit could not hold, ranges that are none, and allocator settings that contradict each other."""
+    """Refuse values that a unit cannot contain, invalid ranges, and contradictory allocator settings."""
     if not re.fullmatch(r"([0-9]+(\.[0-9]+)?%|[0-9]+[KMGT]?|infinity)?", said.memory_max or ""):
         raise ConfigError("config", f"{place}: memory_max = {said.memory_max!r}", hint="such as 48G or 90%")
     for each in said.pythons or ():

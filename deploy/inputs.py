@@ -1,4 +1,4 @@
-"""Inputs of a deploy: what this client has for a host."""
+"""Inputs of a deploy: the files and data available on this client."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Inputs:
 
 
 def gather(target: Target) -> Inputs:
-    """The inputs for hosts of a profile. Raises LockError, or RefusedError for nodes that are known to be bad."""
+    """Collect the inputs for hosts of a profile. Raises LockError, or RefusedError for known-bad nodes."""
     app = applications.application()
     tree = source.fetch(app)
     (uv,) = (line.split()[0].replace("==", "-") for line in lockfile.requirements("uv"))
@@ -71,7 +71,7 @@ def gather(target: Target) -> Inputs:
 
 
 def _refuse_known_bad(target: Target, chosen: Mapping[str, Node]) -> None:
-    """Refuse nodes of which every version is known to be bad; `inv audit` reports those where it depends on it."""
+    """Refuse nodes with no good version; `inv audit` reports the others, depending on their version."""
     listed = advisory.advisories()
     bad = {name: each for name, node in chosen.items() for each in advisory.of(node.url, listed) if each.outright}
     if bad:

@@ -1,4 +1,4 @@
-"""Looking at hosts: the target of a name, its facts, its history, and whether it can be reached."""
+"""Read access to hosts: targets by name, facts, history and reachability."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def find_target(name: str) -> Target:
-    """A host (empty: this machine) merged with its profile; raises UsageError.
+    """Return a host (empty: this machine) merged with its profile; raises UsageError.
 
-    `local` without a profile gets the one of its GPU if the wheels for that are in the wheelhouse.
+    `local` without a profile gets its GPU's profile if the wheelhouse has the wheels for it.
     """
     (name,) = hosts.select(name, "")
     known = hosts.hosts().hosts[name]
@@ -45,12 +45,12 @@ def _fitting_profile() -> str:
 
 
 def look(agent: Agent, target: Target, packages: Sequence[str] = ()) -> Facts:
-    """The facts of a host, and whether it has these Debian packages; one round trip."""
+    """The facts of a host, including these Debian packages; one round trip."""
     return msgspec.convert(agent.call("facts", **questions(target, packages)), Facts)
 
 
 def questions(target: Target, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """What the agent must know to collect facts."""
+    """The values that the agent needs to collect facts."""
     host = target.host
     places = {path: "read" if name == "models" else "write" for name, path in host.folders.items()}
     return {
@@ -63,7 +63,7 @@ def questions(target: Target, packages: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def web_address(target: Target) -> str:
-    """ComfyUI's address for a browser; where it listens everywhere, the address by which the host is reached."""
+    """ComfyUI's address for a browser; if it listens on all addresses, the host's own address."""
     listed = target.host.listen.split(",")
     at = next((each for each in listed if not ipaddress.ip_address(each).is_loopback), listed[0])
     if (only := ipaddress.ip_address(at)).is_unspecified:
@@ -80,14 +80,14 @@ def facts(name: str, *, ask_sudo: bool = False) -> Facts:
 
 
 def history(name: str, *, ask_sudo: bool = False) -> list[dict[str, Any]]:
-    """How every run on a host ended, oldest first."""
+    """The results of all runs on a host, oldest first."""
     target = find_target(name)
     with connection.connect(target, ask_sudo) as agent:
         return msgspec.convert(agent.call("history"), list[dict[str, Any]])
 
 
 def reach(names: Sequence[str], *, ask_sudo: bool = False) -> None:
-    """Reach all hosts at once and print what each is; raises GroupError when some cannot be reached."""
+    """Contact all hosts in parallel and print a description of each; raises GroupError if any fail."""
 
     def one(name: str) -> HearthError | None:
         try:

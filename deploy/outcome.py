@@ -1,4 +1,4 @@
-"""How changes of hosts ended, as the tasks print it."""
+"""The results of changing hosts, as the tasks print them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans: the ordered steps that bring a host to its configured state, or the refusals that say why they would fail.
+"""Plans: ordered steps that bring a host to its configured state, or refusals that say why they would fail.
 
 Pure: the same facts and inputs give the same plan; no clock, no file, no network.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The changes that lead from `base`, a host's current release, to `release`; no steps when nothing is to do."""
+    """The changes from `base`, a host's current release, to `release`; no steps if there is nothing to do."""
 
     base: str
     release: str
@@ -47,18 +47,18 @@ class Plan:
         *,
         release: str | None = None,
     ) -> Plan:
-        """A plan for a host, which stays at its release unless told otherwise. With refusals it has no steps."""
+        """A plan for a host that by default keeps its release. With refusals it has no steps."""
         after = facts.current if release is None else release
         return cls(facts.current, after, () if refusals else tuple(steps), tuple(refusals), tuple(notes))
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a change is made.
+    """How to make a change.
 
     `drain` is the number of seconds to wait for jobs; with `force` they are then interrupted. A `dry_run` changes
-    nothing. `ask_sudo` asks for the sudo password, `ask` for confirmation where a remote host is changed. `trial`
-    says whether a release is tried beside the one in service before the cut-over: "yes", "no", or "only".
+    nothing. `ask_sudo` asks for the sudo password, `ask` for confirmation before changing a remote host. `trial` is
+    whether to try a release next to the active one before the cut-over: "yes", "no", or "only".
     """
 
     drain: float = 60
@@ -70,7 +70,7 @@ class Options:
 
 
 def seconds(drain: str) -> float:
-    """The seconds of --drain; raises UsageError."""
+    """Parse the seconds of --drain; raises UsageError."""
     if not drain.isdecimal():
         raise UsageError("usage", f"--drain {drain} is not a number of seconds", hint="such as: --drain 300")
     return float(drain)
@@ -120,7 +120,7 @@ def _holds(facts: Facts, part: str) -> bool:
 
 
 def _steps(target: Target, facts: Facts, choice: Choice, wanted: dict[str, Any], options: Options) -> list[Step]:
-    """The steps, in order; none when the host is as wanted."""
+    """The steps, in order; none if the host is as wanted."""
     host = target.host
     steps: list[Step] = []
     users = [] if facts.user else [host.run_as]
@@ -187,13 +187,13 @@ def _cut_over(facts: Facts, to: str, why: str, options: Options) -> Step:
 
 
 def _people(target: Target, facts: Facts) -> list[Step]:
-    """The steps for the service's group: its members, and their rights by sudo."""
+    """The steps for the service's group: its members, and their sudo rights."""
     host = target.host
     steps: list[Step] = []
     if host.scope != "system":
         return steps
     group = f"{host.run_as}-members"
-    there = facts.members if facts.user else ()  # the account's step makes the group
+    there = facts.members if facts.user else ()  # created by the account's step
     if there is None or sorted(host.members) != sorted(there):
         title = f"members of group {group}: {', '.join(host.members) or 'nobody'}"
         why, undo = "they may write the data", f"gpasswd --members '{','.join(there or ())}' {group}"
@@ -207,7 +207,7 @@ def _people(target: Target, facts: Facts) -> list[Step]:
 
 
 def _mounts(target: Target, facts: Facts) -> list[Step]:
-    """The steps for file systems that Hearth mounts: a unit each, started now and at boot."""
+    """The steps for file systems that Hearth mounts: one unit each, started now and at boot."""
     steps: list[Step] = []
     for path, wanted in target.host.mounts.items():
         there, text = facts.mounts[path], target.mount_text(path)
@@ -282,7 +282,7 @@ def _node_step(choice: Choice, name: str, part: str, why: str, wanted: Mapping[s
     )
     if not node.install:
         return step
-    return replace(  # it runs as the service would
+    return replace(  # runs with the service's rights
         step,
         install=choice.env_part,
         network=bool(node.install_network),
@@ -293,7 +293,7 @@ def _node_step(choice: Choice, name: str, part: str, why: str, wanted: Mapping[s
 
 
 def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
-    """The step that keeps the wanted release, the one before, and those that served last, up to `keep`."""
+    """The step that keeps the wanted release, the previous one, and the most recently active ones, up to `keep`."""
     others = [name for name in facts.proven if name not in (wanted, facts.current)]
     kept = [wanted, *([facts.current] if facts.current != wanted and facts.current else [])]
     kept += others[: max(0, keep - len(kept))]
@@ -307,7 +307,7 @@ def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
 
 
 def others(processes: Sequence[Process]) -> str:
-    """The other processes that compute on a GPU, directly or through MPS, in words; empty if there are none."""
+    """Other processes that compute on a GPU, directly or through MPS, in words; empty if there are none."""
     found = {each.pid: each for each in processes if each.kind != "graphics" and not each.comfyui}
     return ", ".join(
         f"{each.name or 'a process'} (pid {each.pid}{f', {each.user}' * bool(each.user)}"
@@ -317,7 +317,7 @@ def others(processes: Sequence[Process]) -> str:
 
 
 def allocator_without_effect(target: Target) -> str:
-    """A variable for torch's own allocator that is set although ComfyUI selects CUDA's; empty if there is none."""
+    """A variable for torch's own allocator that is set although ComfyUI uses CUDA's; empty if there is none."""
     if not target.profile.cuda or "--disable-cuda-malloc" in target.flags:
         return ""
     named = (name for name, value in target.env.items() if name.endswith("ALLOC_CONF") and "backend:" not in value)
@@ -331,11 +331,11 @@ _LACKS = {
     5: "custom nodes may send any command (ioctl) to a device that is open to them (Linux 6.10)",
     6: "custom nodes can end other processes of {login}, Hearth's too, and reach their abstract sockets (Linux 6.12)",
 }
-"""What Landlock does not restrict before this version of it, and the first kernel that has it (landlock(7))."""
+"""Operations that Landlock restricts only from this version on, and the first kernel with it (landlock(7))."""
 
 
 def unconfined(target: Target, facts: Facts) -> list[str]:
-    """What custom nodes can still do on a host without root, a sentence each."""
+    """The remaining capabilities of custom nodes on a host without root, one sentence each."""
     if target.host.scope != "user":
         return []
     if not (facts.landlock and target.host.confined):

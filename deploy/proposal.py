@@ -1,6 +1,6 @@
-"""A proposal: what Hearth keeps of an installation that somebody else made, and what it does not.
+"""A proposal: the parts of an existing installation that Hearth adopts, and the parts that it does not.
 
-Pure: a survey and facts go in, lines for hosts.toml and folders to move come out.
+Pure: the input is a survey and facts, the output is lines for hosts.toml and folders to move.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What becomes of an installation.
+    """The proposal for one installation.
 
-    `snippet` is for hosts.toml; `moves` says of each folder whence and how much (bytes, files); `nodes` are those that
-    Hearth knows, with a remark; `add` are commands that pin others; `left` is what is not taken over, with the reason.
+    `snippet` is for hosts.toml. `moves` gives the origin and size (bytes, files) of each folder to move. `nodes` are
+    the nodes that Hearth knows, with a remark; `add` are commands that pin others; `left` are the items not adopted,
+    with the reason.
     """
 
     host: str
@@ -50,7 +51,7 @@ OWN_FLAGS = {
     "--models-directory", "--temp-directory", "--database-url", "--extra-model-paths-config", "--auto-launch",
     "--disable-auto-launch",
 }  # fmt: skip
-"""Flags that a release sets itself, or that the proposal says in another way."""
+"""Flags that a release sets itself, or that the proposal expresses as host keys."""
 
 WHY = "the installation before was started so"
 
@@ -58,7 +59,7 @@ WHY = "the installation before was started so"
 def propose(
     target: Target, facts: Facts, found: Installation, known: Catalogue, flags: Mapping[str, Flag], by: str
 ) -> Proposal:
-    """What of an installation Hearth keeps, and how; `by` is "rename" or "reference"."""
+    """Propose which parts of an installation Hearth adopts; `by` is "rename" or "reference"."""
     left: list[tuple[str, str]] = []
     moves, places, mounts = _folders(found, by, target.site["folders"], left)
     roots = _model_roots(found.paths, left)
@@ -83,9 +84,9 @@ def propose(
 
 
 def _host(host: Host, found: Installation) -> list[str]:
-    """The lines of a host's own keys: as they are now, but where the installation listens, and who shares it."""
+    """The lines of a host's own keys: current values, with the installation's address, port and members."""
     told = settings(found.argv)
-    started = bool(found.units or found.processes)  # else nobody knows with which flags
+    started = bool(found.units or found.processes)  # otherwise its flags are unknown
     people = {name for folder in found.folders.values() for name in folder.people} - {host.run_as}
     values = {
         "address": host.address, "user": host.user, "ssh_port": host.ssh_port, "prefix": host.prefix,
@@ -101,7 +102,7 @@ def _host(host: Host, found: Installation) -> list[str]:
 
 
 def _lost(found: Installation) -> list[tuple[str, str]]:
-    """What is not taken over of the installation as a whole."""
+    """The items that are not adopted and belong to the installation as a whole."""
     names = sorted({name for unit in found.units for name in unit.variables} - {"PATH", "PYTHONUNBUFFERED"})
     lost = [(f"variable {name}", "set it in the host's override.env if it has a reason") for name in names]
     if edited := [each for each in found.edited or () if not each.startswith(("models/", "input/", "output/"))]:
@@ -117,7 +118,7 @@ def _lost(found: Installation) -> list[tuple[str, str]]:
 def _folders(
     found: Installation, by: str, elsewhere: Mapping[str, str], left: list[tuple[str, str]]
 ) -> tuple[dict[str, tuple[str, int, int]], dict[str, str], dict[str, str]]:
-    """What is moved; what stays and is named in `folders`; the mounts that both need, with what they are now."""
+    """Folders to move; folders that stay, for `folders`; the mounts that both need, with their current source."""
     moves: dict[str, tuple[str, int, int]] = {}
     places: dict[str, str] = {}
     mounts: dict[str, str] = {}
@@ -129,7 +130,7 @@ def _folders(
         elif folder.foreign:
             left.append((f"{name} in {folder.real}", folder.foreign))
         elif folder.kind == "missing" or (folder.rename and not folder.files):
-            continue  # nothing in it, or no more
+            continue  # empty, or already moved
         elif folder.rename and by == "rename":
             moves[name] = (folder.real, folder.bytes, folder.files)
             left += _links(folder, found)
@@ -143,14 +144,14 @@ def _folders(
 
 
 def _unfit(place: str) -> str:
-    """Why a folder cannot be named in hosts.toml; empty when it can."""
+    """The reason why hosts.toml cannot name a folder; empty if it can."""
     if re.match(r"/(home|root)\b", place):
         return "a system's service sees no home folder: move it elsewhere first"
     return "" if re.fullmatch(r"(/[\w.@:+-]+)+", place, re.ASCII) else "hosts.toml takes no such name: rename it first"
 
 
 def _links(folder: Folder, found: Installation) -> list[tuple[str, str]]:
-    """Links in a folder that is moved which then lead nowhere, or where the service may not look."""
+    """Links in a moved folder that would then be dangling, or point outside the service's view."""
     wrong: list[tuple[str, str]] = []
     for link, target in folder.links.items():
         here = PurePosixPath(folder.real, link)
@@ -167,9 +168,9 @@ def _links(folder: Folder, found: Installation) -> list[tuple[str, str]]:
 
 
 def _model_roots(text: str, left: list[tuple[str, str]]) -> list[str]:
-    """The folders of an extra_model_paths.yaml that are laid out as ComfyUI's models are: in it, a folder a kind.
+    """The folders of an extra_model_paths.yaml with ComfyUI's model layout: one subfolder per model type.
 
-    Read line by line: sections, `base_path`, and one or (after `|`) several folders for a kind.
+    Parsed line by line: sections, `base_path`, and one or (after `|`) several folders per type.
     """
     roots: dict[str, None] = {}
     base = kind = ""
@@ -209,7 +210,7 @@ def _profile(facts: Facts) -> str:
 def _flags(
     profile: str, told: Mapping[str, str], known: Mapping[str, Flag], left: list[tuple[str, str]]
 ) -> dict[str, str]:
-    """The flags that an override must set: those that this ComfyUI takes beside the profile's."""
+    """The flags for an override: those that this ComfyUI accepts and the profile does not set."""
     own = {name: setting.value for name, setting in profiles()[profile].flags.items()}
     chosen: dict[str, str] = {}
     for name, value in told.items():
@@ -227,7 +228,7 @@ def _flags(
 
 
 def _nodes(found: Installation, known: Catalogue, left: list[tuple[str, str]]) -> tuple[dict[str, str], list[str]]:
-    """The nodes that Hearth knows, with a remark, and commands that list the others."""
+    """The nodes that Hearth knows, with a remark, and commands that add the others."""
     listed = {address(node.url): name for name, node in known.nodes.items()}
     nodes: dict[str, str] = {}
     add: list[str] = []
@@ -249,7 +250,7 @@ def _nodes(found: Installation, known: Catalogue, left: list[tuple[str, str]]) -
         elif not each.url:
             left.append((f"node {each.name}", "nothing says which repository it is from"))
         else:
-            try:  # the address is whatever its owner wrote there
+            try:  # the address is untrusted input
                 check_address(f"node {each.name}", each.url)
             except ConfigError:
                 left.append((f"node {each.name}", f"its repository has no address that git takes here: {each.url!r}"))
@@ -264,6 +265,6 @@ def _some(names: Sequence[str]) -> str:
 
 
 def address(url: str) -> str:
-    """A repository's address as all its spellings have it."""
+    """A repository's address in a normal form, equal for all spellings."""
     plain = re.sub(r"^(ssh://)?git@([^:/]+)[:/]", r"https://\2/", url.lower())
     return plain.removesuffix("/").removesuffix(".git")

@@ -1,4 +1,4 @@
-"""Refusals: every reason why a change would not work on a host, with its remedy.
+"""Refusals: every reason why a change would not work on a host, with its fix.
 
 The only place that builds them. Pure: facts and a target in, refusals out. `kind` is data for scripts and tests; the
 sentences may change.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from deploy.host import Target
 
 RESERVE_DATA = 200_000_000
-"""Kept free where ComfyUI writes: a cut-over first copies its database, and outputs need room afterwards."""
+"""Free space to keep where ComfyUI writes: a cut-over first copies its database, and outputs need space."""
 
 MISSING = "is not there"
 """The agent's word for a folder that a step can create."""
@@ -31,14 +31,14 @@ LANDLOCK_TCP = 4
 """The first version of Landlock that restricts TCP (Linux 6.7)."""
 
 QUARANTINE = "quarantine"
-"""The setting that takes the network away from the service."""
+"""The setting that removes the service's network access."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """One reason why a change of `host` would not work, and its remedy.
+    """One reason why a change of `host` would not work, and its fix.
 
-    `build` has the arguments of `inv build-kernels` where building a wheel is the remedy.
+    `build` has the arguments of `inv build-kernels` if the fix is to build a wheel.
     """
 
     kind: str
@@ -61,7 +61,7 @@ def refused(what: str, refusals: Sequence[Refusal], host: str = "") -> RefusedEr
 
 
 def unconfirmed(change: str, remedy: str) -> Refusal:
-    """Nobody said yes to a change."""
+    """The change was not confirmed."""
     return Refusal("unconfirmed", f"nobody agreed to {change}", remedy)
 
 
@@ -82,7 +82,7 @@ def no_systemd(facts: Facts, remedy: str) -> list[Refusal]:
 
 
 def not_deployed(target: Target, facts: Facts) -> list[Refusal]:
-    """There is no release in service."""
+    """No release is in service."""
     what = f"nothing is in service on {target.name}"
     return [] if facts.current else [Refusal("not-deployed", what, f"inv deploy --host {target.name}")]
 
@@ -101,7 +101,7 @@ def unchangeable(target: Target, facts: Facts, *, force: bool = False) -> list[R
 
 
 def deployed_otherwise(target: Target, facts: Facts) -> list[Refusal]:
-    """The configuration has changed since the last deploy in a way that no step carries over."""
+    """The configuration has changed since the last deploy in a way that no step supports."""
     found: list[Refusal] = []
     place, host = facts.place, target.host
     first = f"inv remove --host {target.name}, then change it"
@@ -133,7 +133,7 @@ def deployed_otherwise(target: Target, facts: Facts) -> list[Refusal]:
 
 
 def undeployable(target: Target, facts: Facts) -> list[Refusal]:
-    """Reasons that lie in the host itself against putting a release in service."""
+    """Properties of the host that prevent a release from being put in service."""
     host = target.host
     found = unchangeable(target, facts) + paused(target, facts)
     found += [
@@ -154,7 +154,7 @@ def undeployable(target: Target, facts: Facts) -> list[Refusal]:
 
 
 def paused(target: Target, facts: Facts) -> list[Refusal]:
-    """Somebody paused the service, for a reason that others may not know."""
+    """A user paused the service, possibly for a reason that others do not know."""
     if not facts.paused:
         return []
     what = f"{target.host.service} was paused by {facts.paused['who']} at {facts.paused['at']}"
@@ -183,7 +183,7 @@ def network(target: Target, facts: Facts) -> list[Refusal]:
 
 
 def storage(target: Target, facts: Facts) -> list[Refusal]:
-    """Mounts and folders that no step can put right."""
+    """Problems of mounts and folders that no step can fix."""
     found: list[Refusal] = []
     host = target.host
     for path, wanted in host.mounts.items():
@@ -216,7 +216,7 @@ def not_mounted(path: str, remedy: str) -> Refusal:
 
 
 def port(target: Target, facts: Facts) -> list[Refusal]:
-    """Another program holds ComfyUI's port."""
+    """Another program uses ComfyUI's port."""
     holder = facts.port_holder
     if not holder or (facts.service.active and holder["pid"] in (0, facts.service.pid)):
         return []
@@ -225,7 +225,7 @@ def port(target: Target, facts: Facts) -> list[Refusal]:
 
 
 def metrics(target: Target, facts: Facts) -> list[Refusal]:
-    """The host cannot export the metrics that are configured."""
+    """The host cannot export the configured metrics."""
     found: list[Refusal] = []
     wanted, holder = target.host.metrics_port, facts.metrics_holder
     if wanted and facts.manager == "process" and facts.lingers:
@@ -242,7 +242,7 @@ def metrics(target: Target, facts: Facts) -> list[Refusal]:
 
 
 def unstartable(target: Target, facts: Facts) -> list[Refusal]:
-    """Reasons why the service in place would not start."""
+    """Reasons why the existing service would not start."""
     found = unchangeable(target, facts)
     at = f"--host {target.name}"
     if not facts.current:
@@ -326,18 +326,18 @@ def unsettable(target: Target, facts: Facts) -> list[Refusal]:
 
 
 def loose_process(pid: int, user: str) -> Refusal:
-    """A ComfyUI to be adopted runs without a unit that could be stopped."""
+    """The ComfyUI to adopt runs without a unit that could be stopped."""
     what = f"the old ComfyUI runs without a system unit: pid {pid} of {user}"
     return Refusal("loose-process", what, "stop it: nothing is moved while it is in use")
 
 
 def unfit_setting(name: str, why: str, remedy: str = "leave it out") -> Refusal:
-    """A setting has no place or no use on the host."""
+    """A setting does not apply to the host, or has no use there."""
     return Refusal("unfit-setting", f"{name}: {why}", remedy)
 
 
 def no_mps(target: Target, facts: Facts, control: str, gpus: Sequence[int]) -> list[Refusal]:
-    """Reasons why MPS cannot be on; `gpus` are those that limits name."""
+    """Reasons why MPS cannot be enabled; `gpus` are the GPUs that limits name."""
     found = unsettable(target, facts) + not_deployed(target, facts)
     at = f"--host {target.name}"
     if not facts.gpus:
@@ -360,7 +360,7 @@ def mps_off(target: Target) -> Refusal:
 
 
 def no_user(target: Target, names: Sequence[str]) -> Refusal:
-    """The host lacks users that must get access to the GPU."""
+    """The host lacks users who need access to the GPU."""
     remedy = f"inv deploy --host {target.name} first, or remove them from `members`"
     return Refusal("no-user", f"{target.name} has no user {', '.join(names)}", remedy)
 

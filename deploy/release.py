@@ -1,4 +1,4 @@
-"""Releases: the manifest of all that runs, with its unit's text. A release's id is the hash of its manifest."""
+"""Releases: the manifest of everything that runs, with the unit's text. A release's id is the hash of its manifest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deploy.choice import Choice
     from deploy.host import Target
 
-# The flag that chooses an attention, and what ComfyUI logs when it is used (comfy/ldm/modules/attention.py).
+# The flags that select an attention, and ComfyUI's log line when it is used (comfy/ldm/modules/attention.py).
 ATTENTION = {
     "--use-sage-attention": "sage attention",
     "--use-flash-attention": "Flash Attention",
@@ -28,13 +28,13 @@ ATTENTION = {
 }
 
 TLS_FLAGS = ("--tls-keyfile", "--tls-certfile")
-"""With both, ComfyUI speaks https; with one of them it stays with http, and says nothing."""
+"""With both, ComfyUI serves https. With only one, it silently serves http."""
 
-# What importing a kernel package proves: its extension modules load in that environment.
+# Importing these modules proves that a kernel package's extension modules load in the environment.
 IMPORTS = {"sageattention": ("sageattention",), "flash-attn": ("flash_attn", "flash_attn_2_cuda")}
 
 
-# Settings of ComfyUI-Manager that the service cannot change: they lie in the release.
+# Settings of ComfyUI-Manager. They are part of the release, so the service cannot change them.
 MANAGER_INI = """\
 # Written by Hearth; a deploy replaces it.
 [default]
@@ -52,22 +52,22 @@ allow_pip_install = False
 
 
 def manager(target: Target) -> bool:
-    """Whether ComfyUI-Manager is on: a flag of ComfyUI's own says so."""
+    """Whether ComfyUI-Manager is enabled by ComfyUI's own flag."""
     return any(flag.startswith("--enable-manager") for flag in target.flags)
 
 
 def asking(target: Target, nodes: Iterable[str]) -> list[str]:
-    """Whose packages are needed beside ComfyUI's: the nodes' and ComfyUI-Manager's."""
+    """The requesters of packages in addition to ComfyUI: the nodes and ComfyUI-Manager."""
     return [*nodes, *([MANAGER] if manager(target) else [])]
 
 
 def digest(value: object) -> str:
-    """A short hash of a value in JSON's types."""
+    """A short hash of a JSON value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
-    """The release's manifest, in JSON's types. The same choice gives the same id on every host and day."""
+    """The release's manifest, as JSON values. The same choice gives the same id on any host and date."""
     target, profile = choice.target, choice.target.profile
     content: dict[str, Any] = {
         "version": choice.application.version,
@@ -105,12 +105,12 @@ def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
 
 
 def _source(source: Source) -> dict[str, str]:
-    """Where a tree can be had: what is said of the source, without what is not."""
+    """A source's non-empty fields."""
     return {name: value for name, value in msgspec.to_builtins(source).items() if value}
 
 
 def _wheel(wheel: Manifest) -> dict[str, Any]:
-    """A kernel wheel: its file, and what compiled it as far as its own manifest says (`kernels.toolchain`)."""
+    """A kernel wheel's file, with its compilers if its own manifest names them (`kernels.toolchain`)."""
     stack, toolchain = wheel.inputs.get("stack", ()), wheel.inputs.get("toolchain", {})
     return {
         "file": wheel.file,
@@ -134,15 +134,15 @@ def require_complete(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
-    """Command line, environment and unit, with the release's own folder in them.
+    """The command line, environment and unit, with paths of the release's folder.
 
-    They name the release and not `current`, so that nothing of one release ever runs with something of another.
+    They use the release's path, not `current`, so that files of two releases are never mixed.
     """
     target = choice.target
     place, data = f"{prefix}/releases/{release}", f"{prefix}/data"
     lies = {name: f"{data}/{name}" for name in ("input", "output", "user")} | target.host.folders
     files: dict[str, str] = {}
-    # The base directory's other folders; some nodes look for them two levels above themselves.
+    # The other folders of the base directory; some nodes look for them two levels up.
     links = {name: f"{data}/{name}" for name in ("models", "temp", "datasets")} | lies
     links["web"] = f"{data}/comfyui/web"
     developed = units.developed(target, place)
@@ -151,8 +151,8 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     links |= {f"custom_nodes/{name}": path for name, path in developed.items() if not binds}
     more = [*binds, *units.credentials(choice, prefix)]
     if manager(target):
-        # Its settings, and scripts that it runs before ComfyUI, lie in the user folder: so that is the release's, and
-        # leads to the data's for what is written.
+        # Its settings, and scripts that it runs before ComfyUI, are in the user folder. So the release has its own
+        # user folder, with links into the data for writable files.
         user = links.pop("user")
         lies["user"] = f"{place}/user"
         files["user/__manager/config.ini"] = MANAGER_INI
@@ -175,16 +175,16 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     )
     for name, text in units.companions(choice, prefix, release, developed).items():
         files[f"{target.host.service}-{name}"] = text
-    # what a supervisor does itself, and a unit's process has to know
+    # read by the supervisor, which does this itself, and by the units' processes
     running |= {"develop": list(developed.values())} if developed else {}
     return running | ({"free_memory": target.host.free_seconds} if target.host.free_memory else {})
 
 
 def _argv(target: Target, place: str, data: str, lies: Mapping[str, str], *, search: bool) -> list[str]:
-    """ComfyUI's command line; `search` says whether the release has further folders of models."""
-    # ComfyUI imports whatever lies in custom_nodes of its base directory: so that is the release, and not the data.
+    """ComfyUI's command line; `search` is true if the release has additional model folders."""
+    # ComfyUI imports everything in custom_nodes of its base directory, so that is the release, not the data.
     argv = [f"{place}/env/bin/python", f"{place}/app/main.py", "--base-directory", place]
-    argv += ["--temp-directory", data]  # temp in it
+    argv += ["--temp-directory", data]  # ComfyUI adds /temp
     argv += [word for name, path in sorted(lies.items()) for word in (f"--{_DIRECTORY[name]}", path)]
     argv += ["--database-url", f"sqlite:///{data}/user/comfyui.db", "--disable-auto-launch"]
     argv += ["--extra-model-paths-config", f"{place}/paths.yaml"] if search else []
@@ -195,25 +195,25 @@ def _argv(target: Target, place: str, data: str, lies: Mapping[str, str], *, sea
 def _environment(target: Target, data: str) -> dict[str, str]:
     """The service's environment variables."""
     return {
-        "HOME": f"{data}/cache",  # libraries put caches and settings there; the service has no other
+        "HOME": f"{data}/cache",  # for libraries' caches and settings; the service has no other home
         "XDG_CACHE_HOME": f"{data}/cache",
         "TRITON_CACHE_DIR": f"{data}/cache/triton",
         "TORCHINDUCTOR_CACHE_DIR": f"{data}/cache/inductor",
-        "PYTHONUNBUFFERED": "1",  # the log shows a line when it is written
+        "PYTHONUNBUFFERED": "1",  # log lines appear immediately
         "PYTHONDONTWRITEBYTECODE": "1",  # the code is read-only
-        "PYTHONNOUSERSITE": "1",  # nothing but the release's own packages
-        # Nothing is installed at start: the lock is all that runs. A system service's unit also hides the programs.
+        "PYTHONNOUSERSITE": "1",  # only the release's packages
+        # No installation at start: only locked packages run. A system unit also hides the programs.
         "PIP_NO_INDEX": "1",
         "UV_OFFLINE": "1",
-        "GIT_PYTHON_REFRESH": "quiet",  # GitPython is imported by nodes that need no git, and would stop without one
+        "GIT_PYTHON_REFRESH": "quiet",  # nodes without use for git import GitPython, which fails without one
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
-        **({"TMPDIR": f"{data}/cache/tmp"} if target.host.scope == "user" else {}),  # a unit has a /tmp of its own
+        **({"TMPDIR": f"{data}/cache/tmp"} if target.host.scope == "user" else {}),  # a system unit has its own /tmp
         **target.env,
     }
 
 
-# ComfyUI's flags for folders of the data.
+# ComfyUI's flags for data folders.
 _DIRECTORY = {name: f"{name}-directory" for name in ("models", "input", "output", "user")}
 
 OWN_FLAGS = (
@@ -224,10 +224,10 @@ OWN_FLAGS = (
     | {"--extra-model-paths-config"}
     | {f"--{name}" for name in _DIRECTORY.values()}
 )
-"""Flags that a release has beside those of its profile, modes and host."""
+"""Flags that a release sets in addition to those of its profile, modes and host."""
 
 
 def _search_paths(choice: Choice) -> dict[str, dict[str, str]]:
-    """ComfyUI's extra search paths: the host's further folders of models."""
+    """ComfyUI's extra search paths: the host's additional model folders."""
     kinds = {kind: "\n".join(names) for kind, names in choice.model_folders.items()}
     return {root: {"base_path": root} | kinds for root in choice.target.host.model_roots}

@@ -1,4 +1,4 @@
-"""Refusals of what a release needs: GPU, driver, Python, flags, wheels, nodes, packages, room, whole parts."""
+"""Refusals for a release's requirements: GPU, driver, Python, flags, wheels, nodes, packages, space, intact parts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from lock.application import Flag
 
 RESERVE_BYTES, RESERVE_FILES = 2_000_000_000, 10_000
-"""Kept free on a host after a deploy, for outputs, logs and the database."""
+"""Free space to keep on a host after a deploy, for outputs, logs and the database."""
 
 NEEDS_ROOM = 1.2
-"""A new environment's peak size relative to its final size: downloads lie beside the hard-linked packages."""
+"""A new environment's peak size relative to its final size: downloads exist next to the hard-linked packages."""
 
 
 def gpu(target: Target, facts: Facts) -> list[Refusal]:
@@ -55,7 +55,7 @@ def _older(version: str, floor: str) -> bool:
 
 
 def no_torch(target: Target, facts: Facts) -> list[Refusal]:
-    """There is no torch for the host's machine."""
+    """No torch exists for the host's platform."""
     stack = target.stack
     if facts.platform in stack.platforms:
         return []
@@ -64,14 +64,14 @@ def no_torch(target: Target, facts: Facts) -> list[Refusal]:
 
 
 def no_python(listed: Sequence[str], facts: Facts) -> Refusal:
-    """The host has none of the Pythons that the profile and the locks have in common."""
+    """The host has no Python that both the profile and the locks support."""
     packages = " or ".join(f"apt-get install python{each}" for each in listed[:2])
     what = f"no Python {' or '.join(listed)} (there is {', '.join(facts.pythons) or 'none of them'})"
     return Refusal("no-python", what, f"on the host: {packages}")
 
 
 def flags(target: Target, known: Mapping[str, Flag]) -> list[Refusal]:
-    """Flags that this ComfyUI does not take, or that a release sets itself."""
+    """Flags that this ComfyUI does not accept, or that a release sets itself."""
     origin = {name: target.origin.get(f"flags.{name}", "") for name in target.flags}
     found = [
         Refusal(
@@ -84,7 +84,7 @@ def flags(target: Target, known: Mapping[str, Flag]) -> list[Refusal]:
     wrong = applications.wrong(target.flags, known, origin)
     found += [Refusal("wrong-flag", what, remedy) for what, remedy in wrong]
     alone = [flag for flag in releases.TLS_FLAGS if flag in target.flags]
-    if len(alone) == 1:  # ComfyUI would speak http
+    if len(alone) == 1:  # ComfyUI would serve http
         (other,) = set(releases.TLS_FLAGS) - set(alone)
         found.append(Refusal("half-tls", f"{alone[0]} needs {other}, too", "set both, or neither"))
     if releases.manager(target) and target.host.scope == "user":
@@ -101,7 +101,7 @@ def no_wheel(what: str, words: tuple[str, ...]) -> Refusal:
 
 
 def no_lock(platform: str, python: str, inputs: Inputs) -> Refusal:
-    """There is no locked list of packages for a bundle's platform and Python."""
+    """No locked list of packages exists for a bundle's platform and Python."""
     known = ", ".join(sorted(f"{each} with Python {version}" for each, version in inputs.locks))
     what = f"there is no list of packages for {platform}, Python {python or '(no suitable one on the host)'}"
     return Refusal("no-lock", what, f"--platform and --python: {known}")

@@ -1,4 +1,4 @@
-"""Builds kernel wheels natively on a host, as its login and without root, and brings them back."""
+"""Builds kernel wheels natively on a host, as the login user without root, and downloads them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deploy.connection import Ssh
 
 PLACE = ".cache/hearth/workshop"
-"""Where it happens, below the login's home: uv, this checkout, a cache and a wheelhouse."""
+"""The build folder below the user's home: uv, this checkout, a cache and a wheelhouse."""
 
 CHECKOUT = (
     "tasks.py",
@@ -43,17 +43,17 @@ CHECKOUT = (
     "config",
     "recipes",
 )
-"""What `inv build-kernels` needs of this checkout."""
+"""The parts of this checkout that `inv build-kernels` needs."""
 
 
 def build(name: str, asked: Mapping[str, str], *, force: bool, dry_run: bool) -> list[Manifest]:
-    """Run `inv build-kernels` on a host, `asked` its flags with their values; the wheels are in the wheelhouse then.
+    """Run `inv build-kernels` on a host and download the wheels into the wheelhouse; returns their manifests.
 
-    Returns their manifests. On a dry run, only what the host says is printed. Raises what connecting raises, and
-    HostError, also when the host answers with anything but what it was asked for.
+    `asked` are its flags with their values. A dry run only prints the host's output. Raises connection errors, and
+    HostError, also for a wheel that was not requested.
     """
     if asked.get("arch"):
-        parse_list(asked["arch"], known_archs())  # the host's own answer to a wrong one comes minutes later
+        parse_list(asked["arch"], known_archs())  # the host would reject a wrong one only minutes later
     target = find_target(name)
     if not target.host.address:
         raise UsageError("usage", f"{name} is this machine", hint="leave --host out")
@@ -81,7 +81,7 @@ def _environment() -> str:
 
 
 def _send(agent: Ssh, uv: Path) -> str:
-    """Send uv and the checkout, each where its hash says, when it is not there; return the checkout's folder."""
+    """Upload uv and the checkout into folders named by hash, unless they exist; return the checkout's folder."""
     archive = _pack()
     digest = hashlib.sha256(archive).hexdigest()[:16]
     place = f"{PLACE}/checkout-{digest}"
@@ -97,7 +97,7 @@ def _send(agent: Ssh, uv: Path) -> str:
 
 
 def _pack() -> bytes:
-    """The checkout and the folders of $HEARTH_RECIPES as one archive; the user's hosts stay here."""
+    """Pack the checkout and the folders of $HEARTH_RECIPES into an archive, without the user's hosts."""
     buffer = io.BytesIO()
     extra = [Path(each) for each in os.environ.get("HEARTH_RECIPES", "").split(os.pathsep) if each]
     trees = [(files.CHECKOUT / each, each) for each in CHECKOUT]
@@ -118,13 +118,13 @@ def _pack() -> bytes:
 
 
 LARGEST = 4_000_000_000
-"""Bytes of a wheel."""
+"""Maximum size of a wheel, in bytes."""
 
 
 def _answer(name: str, said: str, asked: Mapping[str, str]) -> list[Manifest]:
-    """The wheels that a host built; raises HostError when one is not what it was asked for: it would replace another.
+    """The wheels that a host built; raises HostError for one that was not requested: it would replace another one.
 
-    The host can lie about what is in them, and about nothing else.
+    A malicious host can thus falsify only the contents of these wheels.
     """
     try:
         found = msgspec.json.decode(said, type=list[manifest.Manifest])
@@ -146,7 +146,7 @@ def _answer(name: str, said: str, asked: Mapping[str, str]) -> list[Manifest]:
 
 
 def _unasked(wheel: Manifest, asked: Mapping[str, str]) -> str:
-    """What of a wheel is not as asked, or as is the default for its GPU where nothing was; empty when all is."""
+    """The properties of a wheel that differ from the request, or from its defaults; empty if none do."""
     known = known_archs()
     try:
         (arch,) = parse_list(wheel.arch, known)
@@ -163,7 +163,7 @@ def _unasked(wheel: Manifest, asked: Mapping[str, str]) -> str:
         "torch": (wheel.torch, [torch]),
         "python": (wheel.python, _names(asked.get("python")) or [usual.python]),
         "platform": (wheel.platform, [asked.get("platform") or usual.platform]),
-        # of several kernels, those without that profile are built as usual
+        # kernels without that profile are built with their default
         "profile": (wheel.profile, [(asked.get("profile") if len(kernels) == 1 else "") or wheel.profile]),
     }
     if wrong := [f"{what} {value!r}" for what, (value, right) in told.items() if value not in right]:
@@ -183,7 +183,7 @@ def _names(listed: str | None) -> list[str]:
 
 
 def _fetch(agent: Ssh, wheel: Manifest) -> None:
-    """Bring one wheel home, into the wheelhouse, and say so when another one of its name was there."""
+    """Download one wheel into the wheelhouse; reports if it replaces another wheel of the same name."""
     there = workspace.current().wheelhouse.folder / wheel.file
     with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
         place = Path(folder) / wheel.file

@@ -1,4 +1,4 @@
-"""Secrets in configuration: recognised by their names and their looks, and refused."""
+"""Secrets in configuration: recognised by name or format, and refused."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from core.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Words of a name (split at - and _, and where capitals begin), and parts of one, that stand for secrets.
+# Words (split at -, _ and capitals) and substrings that mark the name of a secret.
 _SECRET = {"key", "keys", "token", "auth", "bearer", "pass", "pwd", "pat", "cookie", "sas", "dsn", "private"}
 _SECRET_PARTS = ("passw", "passphrase", "secret", "credential", "apikey", "accesskey", "privatekey", "authtoken")
-# What secrets look like: those that have a mark of their own, and a password in an address.
+# Formats of secrets: tokens with a distinctive prefix, and passwords in addresses.
 TOKEN = re.compile(r"\b(hf_|gh[opsur]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA)[A-Za-z0-9_-]{12,}")
 _SECRET_VALUE = re.compile(
     rf"{TOKEN.pattern}|-----BEGIN [A-Z ]*PRIVATE KEY"
@@ -23,18 +23,18 @@ _SECRET_VALUE = re.compile(
 
 
 def names_secret(name: str) -> bool:
-    """Whether a key, variable or flag has the name of a secret; a host's `secrets` are names themselves."""
+    """Whether the name of a key, variable or flag is a secret's; a host's `secrets` contain only names."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_").split("_")
     return name != "secrets" and (bool(_SECRET & {*words}) or any(part in "".join(words) for part in _SECRET_PARTS))
 
 
 def refuse_secrets(path: Path) -> None:
-    """Refuse keys that name a secret and values that look like one, wherever they are; raises ConfigError."""
+    """Refuse keys with a secret's name and values in a secret's format, at any depth; raises ConfigError."""
 
     def walk(value: object, place: str) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
-                if place not in ("hosts.", "groups.") and names_secret(key):  # there they are machines' names
+                if place not in ("hosts.", "groups.") and names_secret(key):  # these keys are machines' names
                     refuse(f"{place}{key}")
                 walk(inner, f"{place}{key}.")
         elif isinstance(value, list):

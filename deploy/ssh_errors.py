@@ -1,4 +1,4 @@
-"""What ssh's messages mean when it does not reach a host: the error, its cause and the next command."""
+"""Interprets ssh's messages when it cannot reach a host: the error, its cause and the next command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def unreachable(said: str, name: str, settings: Mapping[str, str], retry: str) -
     """
     user, host, port = (settings[key] for key in ("user", "hostname", "port"))
     cause = "\n         ".join([line for line in said.splitlines() if line.strip("@ ")][-6:])
-    # Our own ssh reports only that the connection was closed: the refused key is that of a host on the way.
+    # Our ssh reports only a closed connection: the rejected key is that of a jump host.
     jump = re.search("exchange_identification|UNKNOWN port", said)
     of = f"a jump host of {name}" if jump else f"{name} ({host})"
     if found := _host_key(said, cause, of, settings, retry):
@@ -37,7 +37,7 @@ def unreachable(said: str, name: str, settings: Mapping[str, str], retry: str) -
 
 
 def _host_key(said: str, cause: str, of: str, settings: Mapping[str, str], retry: str) -> ConnectError | None:
-    """The error for a host key that ssh does not accept; None when that was not the reason."""
+    """The error for a host key that ssh rejects; None if that was not the reason."""
     port, host = (shlex.quote(settings[key]) for key in ("port", "hostname"))
     scan = f"`ssh-keyscan -p {port} {host} | ssh-keygen -lf -`"
     if "HOST IDENTIFICATION HAS CHANGED" in said:

@@ -1,4 +1,4 @@
-"""A survey: what the agent (`agent/look/survey.py`) saw of ComfyUI installations that are not Hearth's."""
+"""A survey: the existing ComfyUI installations that the agent found (`agent/look/survey.py`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def only(survey: Survey, host: str) -> Installation:
-    """The one installation; raises HostError when there is none, or more than one."""
+    """Return the only installation; raises HostError if there are none or several."""
     if len(survey.found) == 1:
         return survey.found[0]
     if survey.found:
@@ -42,14 +42,14 @@ def port(found: Installation) -> int:
 
 HIDDEN = "***"
 
-# Who an address is asked as, to the last @ before it ends (a password may hold one, and a slash); of scp's form, too.
+# The user part of an address, up to the last @ (a password may contain @ and /); also in scp form.
 _USER = re.compile(r"(?i)([a-z][a-z0-9+.-]*://)([^\s?#]*)@|(?<![\w/:@])([\w.+-]+:[^\s/]*)@(?=[\w.-]+:)")
 _QUERY = re.compile(r"([?&;#])([\w.-]+)=([^&;#\s]+)")
 
 
 def without_secrets(found: Any, hidden: str = HIDDEN) -> Any:
-    """What an agent saw, and in none of its texts a password or token: of addresses, flags and variables."""
-    if isinstance(found, dict):  # an address is of use without who asks for it
+    """Remove passwords and tokens from an agent's answer: in addresses, flags and variables."""
+    if isinstance(found, dict):  # an address is useful without its user
         return {key: without_secrets(value, "" if key == "url" else hidden) for key, value in found.items()}
     if isinstance(found, list):
         flags = [each if isinstance(each, str) else "" for each in found]
@@ -73,7 +73,7 @@ def without_secrets(found: Any, hidden: str = HIDDEN) -> Any:
 
 
 def settings(argv: Sequence[str]) -> dict[str, str]:
-    """Flags with their values, as far as the words of a command line tell."""
+    """The flags of a command line with their values."""
     found: dict[str, str] = {}
     name = ""
     for word in argv:

@@ -1,4 +1,4 @@
-"""Units: the text of the systemd units that a release brings, from the templates in `recipes/comfyui/units`."""
+"""Units: the text of a release's systemd units, from the templates in `recipes/comfyui/units`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def credentials(choice: Choice, prefix: str) -> list[str]:
-    """What hands the unit its secrets (systemd.exec(5), Credentials), as each is kept on the host."""
+    """The unit lines that pass secrets to the service (systemd.exec(5), Credentials), by storage type on the host."""
     if choice.target.host.scope == "user":
         return []
     kinds = {"encrypted": ("LoadCredentialEncrypted", ".cred"), "plain": ("LoadCredential", "")}
@@ -29,33 +29,35 @@ def credentials(choice: Choice, prefix: str) -> list[str]:
 
 
 def developed(target: Target, place: str) -> dict[str, str]:
-    """Where the service sees nodes under development: a system's unit hides home folders, and mounts each here."""
+    """The paths of nodes under development as the service sees them: a system unit mounts each into the release."""
     mounted = target.host.scope == "system"
     return {name: f"{place}/custom_nodes/{name}" if mounted else path for name, path in target.host.developed.items()}
 
 
 def binds(target: Target, developed: Mapping[str, str]) -> list[str]:
-    """What mounts nodes under development; one that is not there must not keep ComfyUI from starting."""
+    """The unit lines that mount nodes under development. A missing one must not keep ComfyUI from starting."""
     folders = target.host.developed
     return [f"BindReadOnlyPaths=-{folders[name]}:{at}" for name, at in developed.items() if at != folders[name]]
 
 
 def confinement(choice: Choice, prefix: str, place: str) -> list[str]:
-    """What a command is prefixed with so that it gets its secrets, and confines itself where no system's unit does.
+    """The command prefix that passes secrets to the command, and confines it unless a system unit does.
 
-    That is `agent/serve/confine.py`'s work. systemd hands secrets to a service that it decrypts itself.
+    It runs `agent/serve/confine.py`. Empty without secrets and confinement. For system services, systemd decrypts the
+    secrets.
     """
     host = choice.target.host
     offline = choice.target.profile.network == "offline"
     told: dict[str, Any] = {"secrets": list(choice.secrets)}
     if host.scope == "user" and host.confined:
-        named = [value for value in choice.target.flags.values() if value.startswith("/")]  # such as a certificate
+        named = [value for value in choice.target.flags.values() if value.startswith("/")]  # e.g. a certificate
         more = [*host.model_roots, *host.develop, *named]
         told |= {
             "folder": f"{prefix}/secrets",
-            # its folders: the data's own is closed, so that none of them is replaced by a link to be opened at a start
+            # The folders in data, not data itself: otherwise the service could replace one by a link that is opened at
+            # the next start.
             "write": [f"{prefix}/data/*", *host.folders.values()],
-            # the models may be a link that somebody made, to a larger disk
+            # models may be a user's link to a larger disk
             "read": [f"{prefix}/parts", place, f"{prefix}/data/models", *more],
             "bind": [host.port],
             "connect": [] if offline else [53, *host.connect, host.port],
@@ -68,13 +70,13 @@ def confinement(choice: Choice, prefix: str, place: str) -> list[str]:
     return [choice.interpreter, "-I", "-S", f"{place}/agent", "confine", json.dumps(told), "--"]
 
 
-# What no service may reach: the machine's own neighbours by link-local addresses, and what clouds answer with
-# credentials at (AWS, Azure, Google and most others use 169.254.169.254; these are the ones that are not link-local).
-# systemd's word link-local is fe80::/64 alone.
+# Never reachable for a service: link-local neighbours, and the metadata addresses of clouds, which return credentials
+# (AWS, Azure, Google and most others use 169.254.169.254; these are the others). systemd's link-local covers only
+# fe80::/64 of IPv6.
 _METADATA = "link-local fe80::/10 multicast 100.100.100.200 168.63.129.16 192.0.0.192 fd00:ec2::254 fd20:ce::254"
 
-# What is nobody's on the Internet, or leads back: IANA's registries of special-purpose addresses (RFC 6890; 2025-10),
-# without the loopback's and those that are global. IPv4 in IPv6 (mapped, NAT64, 6to4, Teredo) would go round the rest.
+# Addresses that are not on the public Internet: IANA's registries of special-purpose addresses (RFC 6890; 2025-10),
+# without loopback and the global ones. IPv4 in IPv6 (mapped, NAT64, 6to4, Teredo) would bypass the rest.
 _LAN = (
     "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 "
     "198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 240.0.0.0/4 "
@@ -85,12 +87,12 @@ _LAN = (
 _NETWORK = {
     "open": f"IPAddressDeny={_METADATA}",
     "lan-deny": f"IPAddressDeny={_METADATA} {_LAN}",
-    # Not "localhost", which is all of 127.0.0.0/8: at 127.0.0.53 systemd-resolved would ask others for it.
+    # Not "localhost", which is all of 127.0.0.0/8: systemd-resolved at 127.0.0.53 would forward queries.
     "offline": "IPAddressDeny=any\nIPAddressAllow=127.0.0.1 ::1",
 }
-"""What a system service may reach, by the profile's `network` (systemd.resource-control(5), IPAddressAllow=)."""
+"""The networks that a system service can reach, by the profile's `network` (systemd.resource-control(5))."""
 
-# How names are resolved: files, and sockets of who asks others.
+# Name resolution: files, and sockets of resolvers.
 _NAMES = """\
 BindReadOnlyPaths=-/run/systemd/resolve -/run/resolvconf -/run/NetworkManager/resolv.conf -/run/nscd
 BindReadOnlyPaths=-/run/netconfig -/run/connman/resolv.conf"""
@@ -104,7 +106,7 @@ def service(
     release: str,
     more: Sequence[str],
 ) -> str:
-    """The systemd unit, from the template of the host's scope, with `more` lines for what it may touch."""
+    """The systemd unit, from the template of the host's scope; `more` are additional lines."""
     target = choice.target
     host, profile = target.host, target.profile
     lines = [f'Environment="{name}={_quoted(value)}"' for name, value in environment.items()]
@@ -131,13 +133,13 @@ def service(
 
 
 def companions(choice: Choice, prefix: str, release: str, developed: Mapping[str, str]) -> dict[str, str]:
-    """Units beside the service's, by the end of their names: mounts, nodes under development, timer."""
+    """The service's further units, by name suffix: mounts, nodes under development, timer."""
     target = choice.target
     host = target.host
 
     def command(verb: str) -> str:
-        # The release's own copy: another client's submit replaces the one in state/. Not by the environment's Python,
-        # whose packages would run as root.
+        # Use the release's own agent: another client's submit replaces the one in state/. Do not use the environment's
+        # Python: its packages would run as root.
         agent = f"{prefix}/releases/{release}/agent"
         return command_line([choice.interpreter, "-I", "-S", agent, verb, f"{prefix}/state/site.json"])
 
@@ -150,7 +152,7 @@ def companions(choice: Choice, prefix: str, release: str, developed: Mapping[str
         "addresses": addresses(host.listen),
     }
     found: dict[str, str] = {}
-    if host.mounts:  # ComfyUI's own unit is bound to it: it lasts as long as everything is mounted
+    if host.mounts:  # ComfyUI's unit binds to it; active while all are mounted
         waits = {
             "mounts": " ".join(host.mounts),
             "mounted": " && ".join(f"mountpoint --quiet {path}" for path in host.mounts),
@@ -174,18 +176,18 @@ def without_system(unit: str) -> str:
 
 
 def devices(profile: Profile) -> dict[str, str]:
-    """Which devices a unit may use."""
+    """The unit settings for device access."""
     listed = [f"DeviceAllow={name} rw" for name in _DEVICES] if profile.cuda else []
     return {"device_policy": profile.device_policy, "devices": "\n".join(listed)}
 
 
 def boot_target(scope: str) -> str:
-    """The target that starts units at boot, or with the login's systemd."""
+    """The target that starts units at boot, or at login for user units."""
     return "multi-user.target" if scope == "system" else "default.target"
 
 
 def addresses(listen: str) -> str:
-    """The loopback and the addresses that ComfyUI listens on, as a unit names them."""
+    """The loopback and ComfyUI's listen addresses, in unit syntax."""
     found = ["localhost"]
     for each in listen.split(","):
         try:
@@ -198,12 +200,12 @@ def addresses(listen: str) -> str:
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """A command for a unit: systemd expands % everywhere and $ in commands."""
+    """Quote a command for a unit: systemd expands % everywhere and $ in commands."""
     return shlex.join(argv).replace("%", "%%").replace("$", "$$")
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
-    """A unit of `recipes/comfyui/units` with these values."""
+    """Fill a template of `recipes/comfyui/units` with these values."""
     name = template if "." in template else f"{template}.service"
     folder = workspace.current().checkout / "recipes/comfyui/units"
     hardening = (folder / "hardening.conf").read_text().strip()
@@ -214,5 +216,5 @@ def _quoted(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
 
 
-# nvidia-frontend and nvidia: the same devices from driver 550.40 on and before.
+# The same devices are named nvidia from driver 550.40 on, and nvidia-frontend before.
 _DEVICES = ("char-nvidia", "char-nvidia-frontend", "char-nvidia-uvm", "char-nvidia-modeset", "char-nvidia-caps")

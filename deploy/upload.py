@@ -1,4 +1,4 @@
-"""Uploads: what the steps of a plan need on the host beside their values, packed and sent."""
+"""Uploads: packs and sends the files that a plan's steps need on the host."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Upload:
-    """The files that a host needs for some steps, by their SHA-256 in `blobs`; archives are made in `scratch`.
+    """The files that a host needs for some steps, by SHA-256 in `blobs`; archives are created in `scratch`.
 
-    `offline`: the host fetches nothing itself, so that the packages of its environment are sent, too.
+    `offline`: the host fetches nothing itself, so the packages of its environment are sent, too.
     """
 
     agent: Agent
@@ -40,13 +40,13 @@ class Upload:
     blobs: dict[str, Path] = field(default_factory=dict)
 
     def pack(self, steps: Sequence[Step]) -> list[Step]:
-        """The steps with all that the agent needs for them."""
-        # all nodes at once, not each when it is packed
+        """The steps, with everything that the agent needs for them."""
+        # fetch all nodes in parallel, not one by one
         nodes.fetch({step.node: self.inputs.nodes[step.node] for step in steps if isinstance(step, schema.Node)})
         return [self.pack_step(step) for step in steps]
 
     def pack_step(self, step: Step) -> Step:
-        """The step with all that the agent needs for it."""
+        """The step, with everything that the agent needs for it."""
         platform = Platform.parse(self.facts.platform)
         if isinstance(step, schema.Tool):
             blob = self._blob(lockfile.install("uv", platform, "3.11") / "bin/uv")
@@ -77,11 +77,11 @@ class Upload:
         return replace(step, tool=self.inputs.uv, wheels=tuple(wheels), offline=self.offline)
 
     def pack_tree(self, step: schema.Tree, kind: str, tree: Path) -> Step:
-        """The step with an archive of the tree's files that the host has in no part of the same `kind`."""
+        """The step, with an archive of the files that none of the host's parts of the same `kind` contain."""
         wanted = {
             name: files.sha256(path) + ("x" if path.stat().st_mode & 0o100 else "") for name, path in files.tree(tree)
         }
-        if "PART.json" in wanted:  # the agent's own record of a part
+        if "PART.json" in wanted:  # the agent's record of a part
             raise SourceError("unsafe-tree", f"{tree.name} has a file PART.json, which a host would take for its own")
         used = {each["parts"].get(kind) for each in self.facts.releases}
         there = sorted(name for name, fault in self.facts.parts.items() if name in used and not fault)
@@ -109,7 +109,7 @@ class Upload:
         return digest
 
     def send(self) -> None:
-        """Send the files that the host lacks, each from where an interrupted upload left off."""
+        """Send the files that the host lacks; an interrupted upload resumes where it ended."""
         incoming = self.facts.incoming
         missing = {digest: path for digest, path in self.blobs.items() if digest not in incoming}
         offsets = {digest: incoming.get(f"{digest}.part", 0) for digest in missing}

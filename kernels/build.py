@@ -81,7 +81,7 @@ def _make(builds: Sequence[Build], jobs: int | None, lock: int, *, force: bool) 
     from kernels import source, toolchain, wheel
 
     for build in builds:
-        wheel.metadata(build)  # an error that would otherwise come after the compile
+        wheel.metadata(build)  # otherwise this error would come after the compile
     root = graphs.root()
     for build in {build.folder: build for build in builds}.values():  # Pythons and profiles share a folder
         place = root / build.folder

@@ -1,4 +1,4 @@
-"""One ninja file over all modules of all kernels, and its run: longest compile first, no local path in a command."""
+"""Writes and runs one ninja file for all modules of all kernels: longest compile first, no local paths in commands."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 def root() -> Path:
-    """Where ninja runs: every path in its file is relative to here."""
+    """The folder where ninja runs. All paths in the ninja file are relative to it."""
     return workspace.current().cache / "build"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edge:
-    """One step of the graph: a compile or a link. Paths are relative to `root()`, `seconds` are expected."""
+    """One compile or link step. Paths are relative to `root()`; `seconds` is the expected duration."""
 
     rule: str
     output: str
@@ -50,7 +50,7 @@ class Graph:
     modules: dict[tuple[str, str], Path]
 
     def name(self, output: str) -> str:
-        """What people call the step that makes `output`: the source it compiles, or the module."""
+        """The display name of the step that makes `output`: its source file, or the module for a link."""
         edge = self.edges.get(output)
         return edge.inputs[0] if edge and edge.rule != "link" else output
 
@@ -60,9 +60,9 @@ class Graph:
 
 
 def plan_jobs(builds: Sequence[Build], jobs: int | None) -> int:
-    """How many compiles run at once: one a core, as far as the free memory holds the largest of them.
+    """Return the number of parallel compiles: one per core, limited by free memory and the largest compile.
 
-    `jobs` overrides. Memory is MemAvailable of /proc/meminfo, in kB there.
+    `jobs` overrides it. Free memory is MemAvailable of /proc/meminfo, in kB.
     """
     if jobs:
         return jobs
@@ -76,10 +76,10 @@ def plan_jobs(builds: Sequence[Build], jobs: int | None) -> int:
 
 
 def write(builds: Sequence[Build], jobs: int) -> Graph:
-    """Write the graph of `builds`, whose sources are laid out already.
+    """Write the graph of `builds`. Their sources must be in place.
 
-    Kernel objects lie in a folder that knows no Python version and no profile, so builds that differ only in
-    those share them.
+    The folder of kernel objects is not keyed by Python version or profile, so builds that differ only in those share
+    the objects.
     """
     text = StringIO()
     writer = Writer(text, width=1_000_000)
@@ -111,16 +111,16 @@ def write(builds: Sequence[Build], jobs: int) -> Graph:
             )
             edges |= {edge.output: edge for edge in [*objects, link]}
             modules[build.identifier, module.name] = root() / output
-    # Edges of the same weight start in the order of the file, so the longest compile is written first.
+    # ninja starts edges of equal weight in file order, so write the longest compile first.
     for edge in sorted(edges.values(), key=lambda edge: -edge.seconds):
         writer.build([edge.output], edge.rule, edge.inputs, variables=edge.variables)
     return Graph(text.getvalue(), edges, modules)
 
 
-# --objdir-as-tempdir and --orig_src_path_name: nvcc otherwise mangles internal names with a hash of its temporary
-# file's and the source's absolute path, and the same source gives other bytes in another folder. $name is no path of
-# a file here: ccache would take it for a second source and not cache.
-# -fno-canonical-system-headers: g++ otherwise writes the resolved path of a header into messages (__FILE__).
+# --objdir-as-tempdir and --orig_src_path_name: otherwise nvcc mangles internal names with a hash of its temporary file
+# name and the source's absolute path, and the same source gives different output in another folder. $name is not the
+# path of an existing file: ccache would treat it as a second source and not cache.
+# -fno-canonical-system-headers: otherwise g++ writes resolved header paths into messages (__FILE__).
 _RULES = {
     "nvcc": "$nvcc -c $in -o $out -MMD -MF $out.d -MT $out --objdir-as-tempdir "
     "-Xcudafe --orig_src_path_name -Xcudafe $name -ccbin $cxx -std=c++17 "
@@ -144,7 +144,7 @@ def _compile_edges(build: Build, module: Module) -> list[Edge]:
 
 
 def _kernel_edge(build: Build, source: str) -> Edge:
-    """A .cu file. Nothing in its command depends on Python or the profile."""
+    """Compile a .cu file. The command does not depend on Python or the profile."""
     view = _view(build)
     includes = _isystem(build, f"{view}/torch/include", f"{view}/nvidia")
     flags = [*build.recipe.flags.nvcc, _abi(build), *_gencode(build), *_own_includes(build), *includes]
@@ -158,11 +158,11 @@ def _kernel_edge(build: Build, source: str) -> Edge:
 
 
 def _binding_edge(build: Build, module: Module, source: str) -> Edge:
-    """A .cpp file. It carries its module's name, so modules that share one compile it each."""
+    """Compile a .cpp file. The object contains the module's name, so each module compiles its own."""
     view, tag = _view(build), build.toolchain.abi_tag
     includes = [
         *_isystem(build, f"{view}/{tag}/site/torch/include", f"{view}/{tag}/site/nvidia"),
-        f"-isystem {view}/nvcc/include",  # CUDA's headers include crt/, which comes with the compiler
+        f"-isystem {view}/nvcc/include",  # CUDA's headers include crt/, which ships with the compiler
         f"-isystem {view}/{tag}/include",
     ]
     name = f"-DTORCH_EXTENSION_NAME={module.init}"
@@ -192,7 +192,7 @@ def _abi(build: Build) -> str:
 
 
 def _own_includes(build: Build) -> list[str]:
-    """The recipe's header folder, ahead of everything, then the source's."""
+    """The recipe's header folder, which comes first, then the source's include folders."""
     recipe = build.recipe
     return [f"-I{build.folder}/src/{place}" for place in (*([HEADERS] if recipe.headers else []), *recipe.include)]
 
@@ -210,7 +210,7 @@ def _matches(tree: Path, pattern: str, exclude: Sequence[str], recipe: Recipe) -
 
 
 def _isystem(build: Build, torch: str, nvidia: str) -> list[str]:
-    """Torch's headers, then CUDA's: cu13 wheels share one include folder, cu12 wheels have one each."""
+    """Torch's headers, then CUDA's. cu13 wheels share one include folder; cu12 wheels have one each."""
     cuda = sorted(path.parent.name for path in (build.toolchain.view / "nvidia").glob("*/include"))
     places = [torch, f"{torch}/torch/csrc/api/include", *(f"{nvidia}/{each}/include" for each in cuda)]
     return [f"-isystem {place}" for place in places]
@@ -225,7 +225,7 @@ def _gencode(build: Build) -> list[str]:
 
 
 def _seconds(recipe: Recipe, source: str) -> float:
-    """The measured seconds of a file; of one nobody measured, a guess by its kind."""
+    """The measured compile seconds of a file, or a default for its type."""
     for pattern, seconds in recipe.seconds.items():
         if fnmatch(source, pattern):
             return seconds
@@ -240,7 +240,7 @@ def _link_variables(build: Build, module: Module) -> dict[str, str]:
     libraries = [
         *(f"-L{site}/torch/lib", f"-L{site}/{runtime}", f"-L{view}/stubs"),
         *(f"-l{each}" for each in (*_TORCH_LIBRARIES, "cudart")),
-        # What the recipe names is needed, whether or not a symbol shows it: the driver's stub defines none.
+        # Keep the recipe's libraries even if no symbol needs them: the driver stub defines none.
         *(f"-Wl,--no-as-needed -l{each}" for each in module.libraries),
     ]
     return {"cxx": chain.cxx, "libs": " ".join(libraries)}
@@ -249,15 +249,16 @@ def _link_variables(build: Build, module: Module) -> dict[str, str]:
 _TORCH_LIBRARIES = ("torch_python", "torch", "torch_cuda", "torch_cpu", "c10_cuda", "c10")
 
 
-# finished / total / running, then the edge's description; parsed back below.
+# finished / total / running, then the edge's description. `_follow` parses this.
 _STATUS = "@@ %f %t %r "
 
 
 def run(graph: Graph, jobs: int, lock: int) -> None:
-    """Bring every object and module of the graph up to date; what an interrupted run finished is kept.
+    """Bring every object and module of the graph up to date. Results of an interrupted run are kept.
 
-    `lock` is the descriptor of the held build lock: compilers inherit it, so that it is held until the last of
-    them is gone even when this process is killed.
+    `lock` is the file descriptor of the held build lock. Compilers inherit it, so the lock is held until the last one
+    has exited, even if this process is killed.
+
     Raises BuildError with the failing file and the log's path.
     """
     place = root()
@@ -276,7 +277,7 @@ def run(graph: Graph, jobs: int, lock: int) -> None:
 
 
 def _pending(argv: Sequence[str], place: Path) -> list[str]:
-    """The outputs that ninja would make, by a dry run."""
+    """The outputs that ninja would make, from a dry run."""
     done = shell.run([*argv, "-n"], cwd=place, env={"NINJA_STATUS": _STATUS}, check=False)
     return [line.split()[5] for line in done.stdout.splitlines() if line.startswith("@@")]
 
@@ -284,7 +285,7 @@ def _pending(argv: Sequence[str], place: Path) -> list[str]:
 def _follow(
     lines: Generator[str, None, int], graph: Graph, progress: console.Progress, log: Callable[[str], object]
 ) -> int:
-    """Turn ninja's output into progress, keep all of it in the log; return ninja's exit status."""
+    """Convert ninja's output to progress and write all of it to the log; return ninja's exit status."""
     while True:
         try:
             line = next(lines)
@@ -293,17 +294,17 @@ def _follow(
         log(line + "\n")
         if line.startswith("@@"):
             _, finished, total, running, _, output = line.split(maxsplit=5)
-            # ninja counts the step that just ended among the running; another takes its place while there are any
+            # ninja still counts the finished step as running; another one takes its place while any are left
             left = min(int(running), int(total) - int(finished))
             progress.step(graph.name(output), graph.seconds(output), left)
 
 
 def _explain(text: str, graph: Graph, log: Path, jobs: int) -> HearthError:
-    """The error for a failed run, from what the compilers said."""
+    """Return the error for a failed run, derived from the compilers' output."""
     failed = re.search(r"^FAILED: (?:\[code=\d+\] )?(\S+)", text, re.MULTILINE)
     name = graph.name(failed[1]) if failed else "the build"
     said = text[failed.start() :] if failed else text
-    # The command itself is long and of no use here; the log has it.
+    # The command line is long and not useful here; it is in the log.
     tail = [line for line in said.splitlines()[2:] if line.strip() and not line.startswith(("@@", "ninja:"))][-12:]
     if re.search(r"No space left on device", said):
         return BuildError(

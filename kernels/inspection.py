@@ -1,4 +1,4 @@
-"""Looks into a built wheel before it is admitted: machine code, symbols, C library, import, smoke test."""
+"""Inspection of a built wheel before it is admitted: machine code, symbols, C library, import, smoke test."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Elf:
-    """What a shared library asks for and offers, read once."""
+    """The requirements and exports of a shared library, parsed once."""
 
     path: Path
 
     @cached_property
     def machine(self) -> str:
-        """The CPU it is for, as uname names it."""
+        """The target CPU, as uname names it."""
         with self._open() as elf:
             name = str(elf.get_machine_arch())
         return {"x64": "x86_64", "AArch64": "aarch64"}.get(name, name)
@@ -61,7 +61,7 @@ class Elf:
 
     @cached_property
     def undefined(self) -> list[str]:
-        """The symbols it needs from elsewhere; weak ones may stay without a definition and do not count."""
+        """The undefined symbols. Weak ones are excluded, since they may stay undefined."""
         with self._open() as elf:
             table = elf.get_section_by_name(".dynsym")
             return [
@@ -72,7 +72,7 @@ class Elf:
 
     @cached_property
     def versions(self) -> dict[str, str]:
-        """The highest version it needs of each versioned symbol family: GLIBC, GLIBCXX ..."""
+        """The highest required version of each versioned symbol family: GLIBC, GLIBCXX ..."""
         highest: dict[str, str] = {}
         with self._open() as elf:
             for section in elf.iter_sections():
@@ -85,7 +85,7 @@ class Elf:
         return highest
 
     def defines(self, names: Sequence[str]) -> set[str]:
-        """Which of `names` it defines, by its hash table: torch has a hundred thousand symbols."""
+        """The subset of `names` that it defines. Uses the hash table, because torch has a hundred thousand symbols."""
         with self._open() as elf:
             for section in elf.iter_sections():
                 if isinstance(section, GNUHashSection):
@@ -103,14 +103,14 @@ class Elf:
 
 
 def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tuple[ModuleReport, ...]:
-    """Check every extension module of a wheel; raises BuildError with all that is wrong.
+    """Check every extension module of a wheel; raises BuildError with all problems.
 
-    Each module with device code must hold SASS for `sass` and no other, PTX only where `ptx` was asked for;
-    its undefined symbols must be found in torch, the CUDA runtime, the C and C++ libraries or CPython; it must be
-    for the target's CPU and carry no RPATH.
+    Each module with device code must contain SASS for `sass` and no other, and PTX only if `ptx` was requested. Its
+    undefined symbols must be defined by torch, the CUDA runtime, the C and C++ libraries or CPython. It must be built
+    for the target's CPU and have no RPATH.
     """
     providers = list(_providers(chain))
-    toolchains.cuobjdump()  # installed before the threads ask for it
+    toolchains.cuobjdump()  # installed before the threads need it
 
     def inspect(path: Path) -> tuple[ModuleReport, list[str]]:
         elf = Elf(path)
@@ -118,7 +118,7 @@ def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tupl
         faults = [*_code_faults(report, sass, ptx), *_link_faults(elf, report, chain, providers)]
         return report, [f"{report.name}: {fault}" for fault in faults]
 
-    # Threads: most of the time goes to cuobjdump.
+    # Threads, because cuobjdump takes most of the time.
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         found = list(pool.map(inspect, unpack(wheel, Path(folder))))
     reports = tuple(report for report, _ in found)
@@ -133,7 +133,7 @@ def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tupl
 
 
 def describe_wheel(wheel: Path) -> tuple[ModuleReport, ...]:
-    """What the extension modules of any wheel hold; raises BuildError when it is no wheel or holds none."""
+    """Describe the extension modules of any wheel; raises BuildError if it is no wheel or contains none."""
     with tempfile.TemporaryDirectory() as folder:
         found = tuple(read_module(Elf(path), path.relative_to(folder)) for path in unpack(wheel, Path(folder)))
     if not found:
@@ -154,10 +154,10 @@ def unpack(wheel: Path, folder: Path) -> list[Path]:
 
 
 def read_module(elf: Elf, name: Path) -> ModuleReport:
-    """What one extension module holds; `name` is its path in the wheel."""
+    """Describe one extension module; `name` is its path in the wheel."""
     cubins, ptx = device_code(elf.path)
     needed = tuple(sorted(elf.dynamic["DT_NEEDED"]))
-    # The driver's functions are named cu and a capital letter; its library comes with the GPU, not with a package.
+    # Driver functions start with "cu" and a capital letter. Their library comes with the GPU, not with a package.
     driver = sorted(each for each in elf.undefined if re.match(r"cu[A-Z]", each))
     return ModuleReport(
         name=str(name).split(".", 1)[0].replace("/", "."),
@@ -174,7 +174,7 @@ def read_module(elf: Elf, name: Path) -> ModuleReport:
 
 
 def _code_faults(report: ModuleReport, sass: str, ptx: bool) -> Iterator[str]:
-    """What is wrong with a module's device code; a module of host code alone has none to be wrong."""
+    """Yield the problems of a module's device code; none for a module with host code only."""
     if not report.sass and not report.ptx:
         return
     if report.sass != (sass,):
@@ -186,7 +186,7 @@ def _code_faults(report: ModuleReport, sass: str, ptx: bool) -> Iterator[str]:
 
 
 def _link_faults(elf: Elf, report: ModuleReport, chain: Toolchain, providers: Sequence[Elf]) -> Iterator[str]:
-    """What would keep a module from loading beside its stack."""
+    """Yield the problems that would keep a module from loading with its stack."""
     if elf.machine != chain.platform.cpu:
         yield f"is for {elf.machine}, not {chain.platform.cpu}"
         return
@@ -201,9 +201,9 @@ def _link_faults(elf: Elf, report: ModuleReport, chain: Toolchain, providers: Se
 
 
 def device_code(path: Path) -> tuple[list[str], tuple[str, ...]]:
-    """The SASS target of each cubin in a module, and its PTX targets, as cuobjdump lists them."""
+    """Return the SASS target of each cubin in a module, and the PTX targets, as cuobjdump lists them."""
     tool = toolchains.cuobjdump()
-    # Without device code cuobjdump says so on stderr and fails: that is an answer, not an error.
+    # Without device code, cuobjdump reports that on stderr and fails. This is a valid result, not an error.
     cubins = shell.run([tool, "--list-elf", path], check=False).stdout
     ptx = shell.run([tool, "--list-ptx", path], check=False).stdout
     pattern = re.compile(r"\.(sm_\d+[af]?)\.(?:cubin|ptx)")
@@ -211,7 +211,7 @@ def device_code(path: Path) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _providers(chain: Toolchain) -> Iterator[Elf]:
-    """The libraries that may define a kernel's symbols, the likely ones first."""
+    """The libraries that may define a kernel's symbols, most likely first."""
     torch = chain.site / "torch/lib"
     for name in ("libtorch_python", "libc10", "libc10_cuda", "libtorch_cpu", "libtorch_cuda", "libtorch"):
         yield Elf(torch / f"{name}.so")
@@ -226,9 +226,9 @@ def _providers(chain: Toolchain) -> Iterator[Elf]:
 
 
 def _python_libraries(chain: Toolchain) -> list[Path]:
-    """Where the build machine's CPython of that version keeps its symbols: the program or libpython.
+    """The files of the build machine's CPython of that version that define its symbols: program or libpython.
 
-    The names are the same on every platform, so it answers for the target's too.
+    The symbol names are the same on every platform, so they are valid for the target, too.
     """
     code = "import sys, sysconfig as s; print(sys.executable); print(s.get_config_var('LIBDIR'))"
     executable, folder = shell.run([chain.interpreter, "-Ic", code]).stdout.splitlines()
@@ -237,10 +237,10 @@ def _python_libraries(chain: Toolchain) -> list[Path]:
 
 
 def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> Proof:
-    """Import every module of the wheel with the stack's torch, here or under emulation.
+    """Import every module of the wheel with the stack's torch, natively or under emulation.
 
-    Functions of the GPU's driver are stubs: Python binds every symbol at once, and a build machine has no driver.
-    Raises BuildError when an import fails; returns "not run" with the reason where none can be tried.
+    GPU driver functions are stubs: Python binds all symbols at load time, and a build machine has no driver. Raises
+    BuildError if an import fails; returns "not run" with the reason if no interpreter is available.
     """
     chain = build.toolchain
     runner = native(chain) if chain.native else emulation.runner(chain.platform, chain.python)
@@ -258,7 +258,7 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
             **runner.env,
             "PYTHONPATH": f"{folder}:{chain.site}",
             "LD_LIBRARY_PATH": folder,
-            # Compiling torch's Python files is most of its import, and the installed stack comes without bytecode.
+            # Most of torch's import time is bytecode compilation: the installed stack has no bytecode.
             "PYTHONPYCACHEPREFIX": str(compiled),
             "PYTHONDONTWRITEBYTECODE": "",
         }
@@ -280,9 +280,9 @@ def native(chain: Toolchain) -> emulation.Runner:
 
 
 def prove_smoke(wheel: Path, build: Build) -> Proof:
-    """Run the recipe's smoke test when a GPU of exactly this capability is here.
+    """Run the recipe's smoke test if this machine has a GPU of exactly this compute capability.
 
-    Raises BuildError when it fails; returns "not run" with the reason otherwise.
+    Raises BuildError if it fails; otherwise returns "not run" with the reason.
     """
     smoke = build.recipe.path / "smoke.py"
     if not smoke.exists():
@@ -294,7 +294,7 @@ def prove_smoke(wheel: Path, build: Build) -> Proof:
         return Proof("not run", f"the GPU here has capability {local.capability}, not {build.arch.capability}")
     with tempfile.TemporaryDirectory() as folder:
         unpack(wheel, Path(folder))
-        path = f"{folder}:{build.toolchain.site}:{files.CHECKOUT}"  # the checkout for kernels/smoke.py
+        path = f"{folder}:{build.toolchain.site}:{files.CHECKOUT}"  # for kernels/smoke.py
         env = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
         done = shell.run([build.toolchain.interpreter, smoke], env=env, check=False, timeout=600)
     if done.returncode:
@@ -308,12 +308,12 @@ def prove_smoke(wheel: Path, build: Build) -> Proof:
 
 
 def highest(versions: Sequence[str]) -> str:
-    """The highest of some versions; empty when there is none."""
+    """The highest of some versions; empty if there are none."""
     return max((version for version in versions if version), key=Version, default="")
 
 
 def rows(modules: Sequence[ModuleReport]) -> Iterator[str]:
-    """A table of a wheel's compiled modules, then the libraries that each needs."""
+    """A table of a wheel's compiled modules, followed by the libraries that each needs."""
     headings = ("module", "SASS", "PTX", "cubins", "undefined", "glibc", "GLIBCXX", "size")
     cells = [
         (

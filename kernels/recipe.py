@@ -1,4 +1,4 @@
-"""Recipes: how one kernel package is obtained and built, as data (`recipes/<name>/recipe.toml`)."""
+"""Recipes: the data that describes how to obtain and build a kernel package (`recipes/<name>/recipe.toml`)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from core.source import Pinned, check
 class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One extension module. Paths are relative to the source tree and may be glob patterns.
 
-    `kernels` (.cu) see no Python header, so that one compile serves every Python version; `bindings` (.cpp)
-    are compiled for each. `libraries` are linked beside torch's and the CUDA runtime.
+    `kernels` (.cu) include no Python header, so one compile serves every Python version; `bindings` (.cpp) are
+    compiled for each version. `libraries` are linked in addition to torch's and the CUDA runtime.
     """
 
     name: str
@@ -34,19 +34,19 @@ class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def init(self) -> str:
-        """The name that its init function carries."""
+        """The module name in its init function."""
         return self.name.rpartition(".")[2]
 
 
 class Flags(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Compiler flags that change the machine code or let the source compile."""
+    """Compiler flags that affect the machine code or are required to compile the source."""
 
     cxx: tuple[str, ...] = ()
     nvcc: tuple[str, ...] = ()
 
 
 class Patch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A change to the source, with its reason; `cuda_below` limits it to older CUDA."""
+    """A change to the source, with its reason; `cuda_below` limits it to older CUDA versions."""
 
     file: str
     reason: str
@@ -56,8 +56,8 @@ class Patch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class KernelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A named subset of the source, such as inference without backward kernels.
 
-    `exclude` drops files by pattern; `defines` tell the bindings so. Kernel files do not see them, and profiles
-    share their objects.
+    `exclude` drops files by pattern; `defines` are passed to the bindings. Kernel files do not see them, so that
+    profiles share kernel objects.
     """
 
     summary: str
@@ -67,12 +67,13 @@ class KernelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Recipe(Pinned, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How one kernel package is obtained and built.
+    """How to obtain and build one kernel package.
 
-    `archs` maps a plain capability to nvcc's target for it (`"12.1" = "121a"`); what is not there is not
-    supported, and `unsupported` may say why.
-    `seconds` are measured compile times by file pattern: they order the graph and scale the progress bar.
-    `memory_mb` is the measured peak of one compile.
+    `archs` maps a plain compute capability to nvcc's target for it (`"12.1" = "121a"`). Other capabilities are not
+    supported; `unsupported` may give the reason.
+
+    `seconds` are measured compile times by file pattern: they order the graph and scale the progress bar. `memory_mb`
+    is the measured peak memory of one compile.
     """
 
     summary: str
@@ -97,16 +98,16 @@ class Recipe(Pinned, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def file_name(self) -> str:
-        """The name as wheel file names carry it (PyPA name normalisation, with underscores)."""
+        """The name in wheel file names (PyPA name normalisation, with underscores)."""
         return re.sub(r"[-_.]+", "_", self.name).lower()
 
     @property
     def default_profile(self) -> str:
-        """The profile built when none is named; empty for a recipe without profiles."""
+        """The profile to build if none is given; empty for a recipe without profiles."""
         return next((name for name, profile in self.profiles.items() if profile.default), "")
 
     def modules_for(self, capability: str) -> list[Module]:
-        """The modules that this capability needs."""
+        """The modules needed for this compute capability."""
         return [module for module in self.modules if not module.archs or capability in module.archs]
 
     def patches_for(self, cuda: str) -> list[Patch]:
@@ -119,7 +120,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def folders() -> list[Path]:
-    """Where recipes are looked for: the checkout's, then every folder of $HEARTH_RECIPES (`:` between)."""
+    """The recipe search path: the checkout's folder, then every folder of $HEARTH_RECIPES (`:`-separated)."""
     extra = [Path(each) for each in os.environ.get("HEARTH_RECIPES", "").split(os.pathsep) if each]
     return [CHECKOUT / "recipes", *extra]
 
@@ -140,7 +141,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def recipes() -> dict[str, Recipe]:
-    """Every kernel recipe, by name."""
+    """All kernel recipes, by name."""
     found: dict[str, Recipe] = {}
     for folder in folders():
         for file in sorted(folder.glob("*/recipe.toml")):
@@ -150,7 +151,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name; raises UsageError with the nearest one."""
+    """Return the recipe of that name; raises UsageError with the nearest match."""
     known = recipes()
     if name not in known:
         raise UsageError("unknown-name", f"there is no kernel {name!r}", hint=suggest(name, known))

@@ -1,4 +1,4 @@
-"""Which wheels of the wheelhouse answer to today's recipes."""
+"""The wheels of the wheelhouse that match the current recipes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def find(build: Build) -> Manifest | None:
 
 
 def prune() -> list[tuple[Path, str]]:
-    """Delete the wheels that no recipe produces any more, and return them with the reasons."""
+    """Delete the wheels that no recipe produces any more; returns them with the reasons."""
     return workspace.current().wheelhouse.prune(_outdated)
 
 
 def _outdated(manifest: Manifest) -> str:
-    """Why today's recipes do not produce this wheel; empty when one does."""
+    """The reason why no current recipe produces this wheel; empty if one does."""
     from kernels.matrix import Request, select
 
     try:
@@ -56,12 +56,12 @@ def _recipe_inputs(inputs: dict[str, Any]) -> str:
 
 
 def summary(found: Sequence[Entry]) -> list[dict[str, Any]]:
-    """The wheelhouse for JSON: each manifest, with what is wrong with its wheel."""
+    """The wheelhouse for JSON: each manifest, with its wheel's problem."""
     return [{"fault": entry.fault, **msgspec.to_builtins(entry.manifest)} for entry in found]
 
 
 def rows(found: Sequence[Entry]) -> list[str]:
-    """A table of the wheelhouse; "verified" is a wheel whose hash is that of its manifest."""
+    """A table of the wheelhouse; the hash of a "verified" wheel matches its manifest."""
     cells = [
         (
             each.manifest.file,

@@ -1,7 +1,7 @@
 """Compilers, headers and libraries for one (stack, target platform, Python), with a fingerprint.
 
-`describe` is cheap: it asks the compiler, the interpreter and the lock, so that the key of a wheel can be told
-in a fraction of a second. `assemble` installs what is missing into the cache.
+`describe` is cheap: it queries the compiler, the interpreter and the lock, so a wheel's key takes a fraction of a
+second. `assemble` installs missing parts into the cache.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from core.stack import Platform, Stack
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-# Compile-time packages: what else a stack installs (sympy, filelock ...) changes no byte of a kernel.
+# Compile-time packages. The stack's other packages (sympy, filelock ...) do not affect kernels.
 _COMPILE_TIME = ("torch==", "nvidia-")
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """The identity of every part that can change a byte, and where the cache keeps them.
+    """The identity of every input that can change the output, and its place in the cache.
 
-    `kernel_fingerprint` covers what reaches a kernel object; `fingerprint` adds Python, for the bindings.
+    `kernel_fingerprint` covers the inputs of kernel objects; `fingerprint` adds Python, for the bindings.
     """
 
     stack: Stack
@@ -50,7 +50,7 @@ class Toolchain:
 
     @property
     def kernel_fingerprint(self) -> str:
-        """Hash of all parts but Python."""
+        """Hash of all parts except Python."""
         return _digest([part for part in self.parts if part[0] != "python"])
 
     @property
@@ -60,7 +60,7 @@ class Toolchain:
 
     @property
     def view(self) -> Path:
-        """The folder of links that compile commands name, so that they hold no path of this machine."""
+        """The folder of symlinks that compile commands use, so that commands contain no path of this machine."""
         name = f"{self.stack.name}-{self.platform.cpu}-{self.kernel_fingerprint[:12]}"
         return workspace.current().cache / "toolchains" / name
 
@@ -71,14 +71,14 @@ class Toolchain:
 
     @property
     def site(self) -> Path:
-        """The stack installed for the target: torch's headers and libraries, and all that its import needs."""
+        """The stack installed for the target: torch's headers and libraries, and torch's import dependencies."""
         return self.view / self.abi_tag / "site"
 
 
 def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
     """Find every part without installing anything.
 
-    Raises ToolError with the package to install.
+    Raises ToolError with the package to install, or SupportError if the stack lacks the platform or the Python.
     """
     if platform.value not in stack.platforms:
         raise SupportError(
@@ -115,7 +115,7 @@ def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
 
 
 def faults(stack: Stack, platform: Platform, python: str) -> list[HearthError]:
-    """All that `describe` would raise, without its asking uv for a Python."""
+    """Return all errors that `describe` would raise, without calling uv to find a Python."""
     found: list[HearthError] = []
     if _known_python(python) is None:
         hint = f"apt-get install python{python}-dev, or uv python install {python}"
@@ -132,7 +132,7 @@ def faults(stack: Stack, platform: Platform, python: str) -> list[HearthError]:
 
 @cache
 def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
-    """The C++ compiler for `platform` and what identifies it: its version, binutils' and the C library's."""
+    """Return the C++ compiler for `platform` and its identity: compiler, binutils and C library versions."""
     if platform is Platform.local():
         name = os.environ.get("CXX", "g++")
         if not shell.which(name):
@@ -162,7 +162,7 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
 
 @cache
 def _cuda(stack: Stack) -> tuple[str, str]:
-    """The CUDA compiler: its home when it is the system's (else ""), and what identifies it."""
+    """Return the CUDA compiler's home (empty unless it is the system's) and its identity."""
     locked = _digest(_requirements(f"nvcc-{stack.name}"))
     if stack.compiler == "locked":
         return "", f"nvcc-{stack.name} {locked}"
@@ -173,7 +173,7 @@ def _cuda(stack: Stack) -> tuple[str, str]:
         if not nvcc.exists():
             tried.append(f"{home}: no bin/nvcc")
             continue
-        # Debian's nvcc has no nvcc.profile beside it and still prints its version.
+        # Debian's nvcc has no nvcc.profile next to it, but still prints its version.
         text = shell.run([nvcc, "--version"], check=False).stdout
         if f"release {stack.cuda}," in text:
             hashes = [files.sha256(_program(home, name)) for name in _NVCC_PROGRAMS]
@@ -189,12 +189,12 @@ def _cuda(stack: Stack) -> tuple[str, str]:
     )
 
 
-# nvcc, and what it calls to compile a file.
+# nvcc, and the programs that it calls to compile a file.
 _NVCC_PROGRAMS = ("nvcc", "cicc", "cudafe++", "ptxas", "fatbinary")
 
 
 def _program(home: Path, name: str) -> Path:
-    """Where a CUDA program lies: NVIDIA's two folders, or Debian's, which keeps some in /usr/bin."""
+    """Return a CUDA program's path: in NVIDIA's two folders, or in /usr/bin, where Debian installs some of them."""
     for place in (home / "bin", home / "nvvm/bin", home.parent.parent / "bin"):
         if (place / name).exists():
             return (place / name).resolve()
@@ -203,10 +203,10 @@ def _program(home: Path, name: str) -> Path:
 
 @cache
 def _python(version: str) -> tuple[str, str, str]:
-    """An interpreter of this minor version, its headers, and their identity.
+    """Return an interpreter of this minor version, its headers and their identity.
 
-    The headers of the build machine's own interpreter serve both platforms: CPython's differ between 64-bit
-    little-endian Linux machines only in macros that no public header reads (docs/decisions/0003).
+    The build machine's own headers serve both platforms: between 64-bit little-endian Linux machines, CPython's
+    headers differ only in macros that no public header reads (docs/decisions/0003).
     """
     asked = _known_python(version)
     if asked is None:
@@ -227,7 +227,7 @@ def _python(version: str) -> tuple[str, str, str]:
             f"Python {version} has no headers: {include / 'Python.h'} does not exist",
             hint=f"apt-get install libpython{version}-dev, or: uv python install {version}",
         )
-    # Named one by one: distributions link other packages' headers (numpy's) into the folder.
+    # Listed individually: distributions link other packages' headers (numpy's) into this folder.
     headers = [str(path.relative_to(include)) for path in include.rglob("*") if path.is_file()]
     return interpreter, str(include), f"{full} headers {files.tree_hash(include, headers)}"
 
@@ -237,14 +237,14 @@ def _known_python(version: str) -> list[str] | None:
 
 
 def _uv_python(version: str) -> str:
-    """The interpreter of this minor version that uv knows of; empty when there is none."""
+    """Return uv's interpreter of this minor version; empty if uv has none."""
     return tools.uv("python", "find", "--no-project", "--system", version, check=False).stdout.strip()
 
 
 def _ask_python(program: str, version: str) -> list[str] | None:
-    """An interpreter's own path (outside any virtual environment), full version and headers.
+    """Return an interpreter's own path (outside any virtual environment), full version and header folder.
 
-    None when it cannot be run or is of another minor version.
+    None if it cannot be run or has another minor version.
     """
     if not program or not shell.which(program):
         return None
@@ -254,7 +254,7 @@ def _ask_python(program: str, version: str) -> list[str] | None:
 
 
 def _requirements(extra: str, *, compile_time: bool = False) -> list[str]:
-    """The locked requirements of an extra; `compile_time` drops what changes no byte of a kernel."""
+    """The locked requirements of an extra; `compile_time` keeps only the packages that affect a kernel."""
     lines = lockfile.requirements(extra)
     return [line for line in lines if not compile_time or line.startswith(_COMPILE_TIME)]
 
@@ -264,13 +264,13 @@ def _digest(value: object) -> str:
 
 
 def assemble(toolchain: Toolchain) -> None:
-    """Install what the toolchain lacks in the cache, and lay the links that compile commands use."""
+    """Install missing parts of the toolchain into the cache, and create the symlinks that compile commands use."""
     stack, platform = toolchain.stack, toolchain.platform
     site = install(stack.name, platform, toolchain.python)
     cuda = _system_cuda(toolchain) if toolchain.cuda_home else _locked_cuda(stack)
     view = toolchain.view
     _link(view / "nvcc", cuda)
-    # Any Python's install will do here: torch's headers and CUDA's files are the same for each.
+    # Any Python version's install works here: torch's headers and CUDA's files are the same for all.
     if not (view / "torch").exists():
         _link(view / "torch", site / "torch")
         _link(view / "nvidia", site / "nvidia")
@@ -283,17 +283,17 @@ def assemble(toolchain: Toolchain) -> None:
 
 
 def cuobjdump() -> Path:
-    """The locked cuobjdump, installed when it is not in the cache yet."""
+    """Return the locked cuobjdump; install it if the cache lacks it."""
     return install("cuobjdump", Platform.local(), "3.11") / "nvidia/cu13/bin/cuobjdump"
 
 
 def install(extra: str, platform: Platform, python: str) -> Path:
-    """Install a locked extra for a platform and Python into a cache folder of its own, its links repaired."""
+    """Install a locked extra for a platform and Python into its own cache folder, and repair its links."""
     return lockfile.install(extra, platform, python, finish=_repair)
 
 
 def _repair(site: Path) -> None:
-    """The two links that the wheels leave out and a CUDA installation has; linkers and torch look for them."""
+    """Create two symlinks that a CUDA installation has and the wheels lack; linkers and torch look for them."""
     for runtime in site.glob("nvidia/*/lib/libcudart.so.*"):
         _link(runtime.with_name("libcudart.so"), Path(runtime.name))
         _link(runtime.parent.with_name("lib64"), Path("lib"))
@@ -305,9 +305,9 @@ def _locked_cuda(stack: Stack) -> Path:
 
 
 def _system_cuda(toolchain: Toolchain) -> Path:
-    """The system's compiler programs in a tree of their own, with a profile that finds no system headers.
+    """Link the system's compiler programs into a separate tree, with a profile that finds no system headers.
 
-    A system's nvcc may sit beside headers of another version; the locked packages' headers are the stack's.
+    The system's nvcc may come with headers of another version; the build uses the stack's locked headers.
     """
     home = Path(toolchain.cuda_home)
     place = workspace.current().cache / "installed" / f"system-nvcc-{_digest(dict(toolchain.parts)['cuda'])[:12]}"
@@ -326,7 +326,7 @@ def _system_cuda(toolchain: Toolchain) -> Path:
     return place
 
 
-# What NVIDIA's own nvcc.profile says, reduced to this tree.
+# NVIDIA's nvcc.profile, reduced to this tree.
 _PROFILE = """\
 TOP = $(_HERE_)/..
 CICC_PATH = $(TOP)/nvvm/bin
@@ -337,9 +337,9 @@ INCLUDES += "-I$(TOP)/include" $(_SPACE_)
 
 
 def driver_stub(toolchain: Toolchain, folder: Path, functions: Sequence[str] = ()) -> None:
-    """Make a libcuda.so.1 in `folder`. The real one comes with the GPU's driver, which a build machine lacks.
+    """Build a stub libcuda.so.1 in `folder`. The real one comes with the GPU driver, which build machines lack.
 
-    To link against, it needs no functions: a module may leave symbols open. To import with, it needs those.
+    Linking needs no `functions`, since a module may leave symbols undefined. Importing does.
     """
     stub = folder / "libcuda.so.1"
     body = "".join(f'extern "C" void {name}() {{}}\n' for name in functions)
@@ -349,7 +349,7 @@ def driver_stub(toolchain: Toolchain, folder: Path, functions: Sequence[str] = (
 
 
 def _link(link: Path, target: Path) -> None:
-    """Make `link` point at `target`, in one rename."""
+    """Point `link` at `target` atomically, by rename."""
     if link.is_symlink() and link.readlink() == target:
         return
     link.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""What runs, pinned: ComfyUI, custom nodes and requirements; their updates, audit and bill of materials."""
+"""What runs, pinned: ComfyUI, custom nodes and requirements, with updates, audit and SBOM."""

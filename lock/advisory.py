@@ -1,6 +1,6 @@
-"""What is known to be bad: custom nodes and packages, curated in `recipes/comfyui/known-bad.toml`.
+"""Known-bad custom nodes and packages, curated in `recipes/comfyui/known-bad.toml`.
 
-Of packages a service knows more (`lock/audit.py`); of custom nodes none knows anything.
+For packages, an online service knows more (`lock/audit.py`); for custom nodes, no such service exists.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 
 class Advisory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One thing that is bad: a `package` of the index, or what lies in a repository (a node, or ComfyUI itself).
+    """One known problem of an index `package`, or of the code in a repository (a node, or ComfyUI itself).
 
-    `urls` are the repository's addresses, old ones too. `versions` are ranges, each of them bad; a node's version is
-    that of its pyproject.toml. `fixed` is the commit that repaired it. Where neither is said all of it is bad, and no
-    deploy takes it. `what` it does, `source` who says so, `ids` what the world calls it.
+    `urls` are the repository's addresses, including old ones. `versions` are the affected ranges; a node's version is
+    that of its pyproject.toml. `fixed` is the commit with the fix. Without `versions` and `fixed`, all versions are
+    affected and no deploy accepts them. `what` describes the effect, `source` is the reporter, `ids` are public
+    identifiers.
     """
 
     what: str
@@ -38,30 +39,30 @@ class Advisory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @property
     def outright(self) -> bool:
-        """Whether every version is bad."""
+        """Whether all versions are affected."""
         return not (self.versions or self.fixed)
 
     @property
     def affected(self) -> str:
-        """What is affected, in words."""
+        """The affected versions, in words."""
         told = [f"versions {' or '.join(self.versions)}"] if self.versions else []
         told += [f"all before commit {self.fixed}"] if self.fixed else []
         return f"affected: {', '.join(told) or 'all of it'}"
 
     def has(self, version: str) -> bool | None:
-        """Whether a version is affected; None when that cannot be told from it."""
+        """Whether a version is affected; None if its version string does not allow a decision."""
         if self.outright:
             return True
         try:
             known = Version(version)
             return any(SpecifierSet(each).contains(known, prereleases=True) for each in self.versions)
-        except ValueError:  # no version, or one of more digits than Python takes for a number
+        except ValueError:  # not a version, or one with more digits than Python converts to a number
             return None
 
 
 @dataclass(frozen=True)
 class Repository:
-    """What comes from a repository at a commit: ComfyUI, or a node. `version` is empty where nobody knows it."""
+    """The code of a repository at a commit: ComfyUI or a node. `version` is empty if unknown."""
 
     name: str
     url: str
@@ -74,7 +75,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def advisories() -> tuple[Advisory, ...]:
-    """The curated list; raises ConfigError for an entry that names nothing, or a range that is none."""
+    """Return the curated list; raises ConfigError for an entry without a subject or with an invalid range."""
     path = files.CHECKOUT / "recipes/comfyui/known-bad.toml"
     found = load(path, _File).advisory
     for each in found:
@@ -90,7 +91,7 @@ def advisories() -> tuple[Advisory, ...]:
 
 
 def of(url: str, known: Sequence[Advisory]) -> list[Advisory]:
-    """What is known of a repository, however its address is written."""
+    """Return the advisories of a repository, regardless of the spelling of its address."""
     return [each for each in known if _same(url) in map(_same, each.urls)]
 
 
@@ -99,10 +100,10 @@ def _same(url: str) -> str:
 
 
 def applies(advisory: Advisory, there: Repository, holds: Callable[[str, str, str], bool | None]) -> bool | None:
-    """Whether what lies in a repository is affected; None when that cannot be told.
+    """Whether the code of a repository is affected; None if unknown.
 
-    Its version decides where the entry has ranges and the version is known. Otherwise it is safe when the repair is in
-    the history of its commit, which `holds` (url, commit, the commit to look for) tells, or None.
+    The version decides if the advisory has ranges and the version is known. Otherwise the code is safe if the history
+    of its commit contains the fix: `holds` (url, commit, wanted commit) returns that, or None if unknown.
     """
     if advisory.outright or (advisory.versions and there.version):
         told = advisory.has(there.version)

@@ -1,4 +1,4 @@
-"""The application that hosts run: its pinned source, and the flags that its own parser knows."""
+"""The deployed application: its pinned source, and the flags that its parser accepts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Application(source.Pinned, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """ComfyUI (`recipes/comfyui/app.toml`).
 
-    `extra` are packages beside its own requirements, `manager` the one that `--enable-manager` needs; `writable` are
-    files and folders (with a `/` behind) of it that nodes write, which lie in the data. `size` and `files` are what an
-    installed release takes, in bytes and inodes, by stack; measured.
+    `extra` are packages in addition to its requirements; `manager` is the package that `--enable-manager` needs.
+    `writable` are its files and folders (ending in `/`) that nodes write; they live in the data. `size` and `files`
+    are the measured size of an installed release, in bytes and inodes, by stack.
     """
 
     extra: tuple[str, ...]
@@ -34,15 +34,15 @@ class Application(source.Pinned, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 def folder() -> Path:
-    """Where the application is described: $HEARTH_APP, else `recipes/comfyui`; in a bundle the latter."""
+    """The folder that describes the application: $HEARTH_APP, else `recipes/comfyui`; in a bundle, the latter."""
     own = os.environ.get("HEARTH_APP") if workspace.current().checkout == files.CHECKOUT else ""
     return Path(own or workspace.current().checkout / "recipes/comfyui").absolute()
 
 
 def application() -> Application:
-    """The pinned ComfyUI, or the one of $HEARTH_APP, a folder with an app.toml; raises ConfigError.
+    """Return the pinned ComfyUI, or the one of $HEARTH_APP, a folder with an app.toml; raises ConfigError.
 
-    A source that is a folder beside the app.toml is taken as it is: for a ComfyUI of one's own.
+    A source folder next to the app.toml is used as it is, for a ComfyUI of one's own.
     """
     place = folder()
     loaded = msgspec.structs.replace(load(place / "app.toml", Application), folder=str(place))
@@ -53,12 +53,12 @@ def application() -> Application:
 
 
 def version() -> str:
-    """The version that is pinned, without looking at its source."""
+    """Return the pinned version without reading the source."""
     return load(folder() / "app.toml", Application).version
 
 
 class Flag(msgspec.Struct, frozen=True):
-    """One flag of ComfyUI's command line: how many values it takes, of what type, which choices, in which group.
+    """One flag of ComfyUI's command line: number of values, type, choices and group.
 
     `values` is argparse's `nargs` ("0" for a switch, "1" for one value); flags of the same `group` exclude each other.
     """
@@ -71,9 +71,9 @@ class Flag(msgspec.Struct, frozen=True):
 
 
 def flags(text: str) -> dict[str, Flag]:
-    """The flags that a `comfy/cli_args.py` defines, read without running it; what is not understood is left out.
+    """Return the flags that a `comfy/cli_args.py` defines, without running it.
 
-    Raises ConfigError for what cannot be parsed.
+    Skips code that it does not understand. Raises ConfigError if the file cannot be parsed.
     """
     found: dict[str, Flag] = {}
     groups: set[str] = set()
@@ -107,11 +107,11 @@ def flags(text: str) -> dict[str, Flag]:
 
 
 _COUNTS = {"?", "*", "+", *map(str, range(100))}
-"""What argparse's `nargs` may be; of another any number of values is taken."""
+"""The values of argparse's `nargs` that are understood; for any other, any number of values is accepted."""
 
 
 def model_folders(text: str) -> dict[str, tuple[str, ...]]:
-    """The kinds of models that a `folder_paths.py` defines, each with its folders' names, read as `flags` does."""
+    """Return the model types that a `folder_paths.py` defines with their folder names, without running it."""
     found: dict[str, tuple[str, ...]] = {}
     for node in _parsed(text, "folder_paths.py").body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
@@ -128,11 +128,11 @@ def model_folders(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def _parsed(text: str, name: str) -> ast.Module:
-    """The syntax tree of a file of ComfyUI's, which may come from a host; raises ConfigError where there is none."""
+    """The syntax tree of a ComfyUI file, which may come from a host; raises ConfigError if it cannot be parsed."""
     if len(text) > foreign.TEXT:
         raise ConfigError("config", f"ComfyUI's {name} is larger than {foreign.TEXT // 1000} kB, and is not read")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its escapes and comparisons, which are its author's affair
+        warnings.simplefilter("ignore")  # about escapes and comparisons, which concern only its author
         try:
             return ast.parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -146,7 +146,7 @@ def _called(node: ast.AST | None) -> str:
 
 
 def _constant(node: ast.AST | None) -> str:
-    """A text or a number of few digits: Python refuses to write one of very many."""
+    """A string, or a number with few digits: Python refuses to format a very long one."""
     value = node.value if isinstance(node, ast.Constant) else None
     return str(value) if isinstance(value, (str, float)) or (isinstance(value, int) and value < 1 << 64) else ""
 
@@ -159,9 +159,9 @@ def _strings(node: ast.AST | None) -> tuple[str, ...]:
 def wrong(
     chosen: Mapping[str, str], known: Mapping[str, Flag], origin: Mapping[str, str] | None = None
 ) -> list[tuple[str, str]]:
-    """What is wrong with flags and their values, each with its remedy; empty when nothing is.
+    """Return the problems of flags and their values, each with a fix; empty if there are none.
 
-    `origin` says who sets a flag.
+    `origin` names the setting that contains the flag.
     """
     by = origin or {}
     found: list[tuple[str, str]] = []

@@ -1,7 +1,7 @@
-"""The audit: what is known against the packages, the custom nodes and the ComfyUI that are locked or deployed.
+"""The audit: known vulnerabilities of the locked or deployed packages, custom nodes and ComfyUI.
 
-Packages are looked up by `uv audit`, which asks a service that speaks OSV's API. It audits projects only, so it is
-given a lock that holds exactly these packages: nothing is resolved, and no index is asked.
+Packages are looked up by `uv audit`, which queries a service with OSV's API. It audits projects only, so it gets a
+lock that contains exactly these packages: nothing is resolved, and no index is queried.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stock:
-    """What is looked at: packages as (name, version) with where each is listed, and what comes from repositories."""
+    """What to audit: packages as (name, version) with the places that list them, and repositories."""
 
     packages: Mapping[tuple[str, str], Sequence[str]]
     repositories: Sequence[Repository]
@@ -40,9 +40,9 @@ class Stock:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is known against something; `certain` is false where Hearth cannot tell whether it applies.
+    """One known problem; `certain` is false if Hearth cannot tell whether it applies.
 
-    `at` is a version or a commit, `remedy` says what is affected or where it is repaired, `where` who lists it.
+    `at` is a version or a commit; `remedy` gives the affected versions or the fix; `where` lists the sources.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """The result: how much was looked at, what was found, and why packages were not looked up, if they were not."""
+    """The result: the numbers checked, the findings, and the reason if packages could not be looked up."""
 
     packages: int
     repositories: int
@@ -67,7 +67,7 @@ class Audit:
 
 
 def locked() -> Stock:
-    """All that is locked in this checkout: the lists for hosts, the tool's own lock, the nodes and ComfyUI."""
+    """Everything that this checkout locks: the lists for hosts, the tool's own lock, the nodes and ComfyUI."""
     packages: dict[tuple[str, str], list[str]] = defaultdict(list)
     for stack, platform, python in requirements.combinations():
         if lock := requirements.find(stack.name, platform.value, python):
@@ -81,30 +81,31 @@ def locked() -> Stock:
 
 
 def deployed(manifest: Mapping[str, Any]) -> Stock:
-    """What a release holds, by its manifest, which must list packages."""
+    """The contents of a release, from its manifest, which must list packages."""
     packages = {each: [f"release {manifest['id']}"] for each in manifest["packages"].items()}
     theirs = [_node(name, each["url"], each["commit"], each["tree"]) for name, each in manifest["nodes"].items()]
     return Stock(packages, [_comfyui(manifest["version"]), *theirs])
 
 
 def _comfyui(version: str) -> Repository:
-    """ComfyUI, of which the version tells all: its address is the one that advisories name."""
+    """ComfyUI. The version is sufficient; the address is the one that advisories use."""
     return Repository("ComfyUI", "https://github.com/Comfy-Org/ComfyUI", "", version)
 
 
 def _node(name: str, url: str, commit: str, tree: str) -> Repository:
-    """A node with its own version, where its tree is in the cache and says one. Nothing is fetched for that."""
+    """A node, with its own version if its tree is in the cache and declares one. Fetches nothing."""
     pinned = source.Pinned(name=name, version=commit, source=(source.Source(git=url, commit=commit),), tree=tree)
     place, version = source.cached(pinned), ""
-    with suppress(SourceError):  # too large to be read
+    with suppress(SourceError):  # too large to read
         version = str(foreign.pyproject(place).get("version", "")) if place else ""
     return Repository(name, url, commit, version)
 
 
 def check(stock: Stock, service: str = "") -> Audit:
-    """What is known against a stock. `service` is the address of an OSV service (default: uv's, OSV itself).
+    """Audit a stock. `service` is the address of an OSV service (default: uv's default, OSV itself).
 
-    The curated list comes first: it is there also when the service does not answer, which is then the result's `fault`.
+    The curated list is checked first, so its findings remain if the service does not answer; `fault` then has the
+    error.
     """
     known = advisory.advisories()
     found = [*_bad_repositories(stock, known), *_bad_packages(stock, known)]
@@ -135,14 +136,14 @@ def _bad_packages(stock: Stock, known: Sequence[Advisory]) -> Iterator[Finding]:
 
 
 def _vulnerable(stock: Stock, service: str) -> Iterator[Finding]:
-    """What `uv audit` finds. Raises AuditError when it cannot tell."""
+    """The findings of `uv audit`. Raises AuditError if the audit fails."""
     words = ["audit", "--frozen", "--output-format", "json"]
-    words += ["--preview-features", "audit-command,json-output"]  # both are previews still, and uv warns of that
+    words += ["--preview-features", "audit-command,json-output"]  # both are still previews, and uv warns about that
     words += ["--service-url", service] if service else []
     with tempfile.TemporaryDirectory(prefix="hearth-") as name:
         _project(Path(name), sorted(stock.packages))
         done = tools.uv(*words, cwd=Path(name), check=False)
-    if done.returncode not in (0, 1) or not done.stdout:  # 1: there are vulnerabilities
+    if done.returncode not in (0, 1) or not done.stdout:  # 1: vulnerabilities found
         raise AuditError(
             "audit-service",
             f"{len(stock.packages)} packages were not looked up: uv audit failed",
@@ -166,9 +167,9 @@ def _vulnerable(stock: Stock, service: str) -> Iterator[Finding]:
 
 
 def _project(place: Path, packages: Sequence[tuple[str, str]]) -> None:
-    """A project whose lock holds exactly these packages, in the form that uv reads.
+    """Write a project whose lock contains exactly these packages, in uv's format.
 
-    `registry` is a folder, for uv would ask an index of each package whether it is still kept up.
+    `registry` is a folder: with an index, uv would query the status of each package.
     """
     own, python = {"name": "audited", "version": "0"}, {"requires-python": ">=3.11"}
     listed = [{"name": name, "version": version, "source": {"registry": "."}} for name, version in packages]
@@ -178,12 +179,12 @@ def _project(place: Path, packages: Sequence[tuple[str, str]]) -> None:
 
 
 def summary(found: Audit) -> dict[str, Any]:
-    """An audit for JSON; `fault` says why packages were not looked up."""
+    """An audit for JSON; `fault` is the reason why packages were not looked up."""
     return {**msgspec.to_builtins(replace(found, fault=None)), "fault": found.fault.what if found.fault else ""}
 
 
 def rows(found: Audit) -> Iterator[str]:
-    """The findings, then what was checked."""
+    """The findings, then the totals."""
     for each in found.findings:
         yield f"{each.name} {each.at}: {'' if each.certain else 'possibly: '}{each.what}"
         yield f"    {'; '.join(text for text in (', '.join(each.ids), each.remedy, each.source) if text)}"

@@ -1,4 +1,4 @@
-"""What differs between two releases: a pure function over their manifests."""
+"""The differences between two releases: a pure function over their manifests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that differs: its kind and name, and both values; empty where there is none."""
+    """One difference: kind, name and both values; a missing value is empty."""
 
     kind: str
     name: str
@@ -23,10 +23,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs between the releases `old` and `new`, and which parts they share.
+    """The differences between the releases `old` and `new`, and the parts that they share.
 
-    `files` is a unified diff of the unit and what else lies in a release, each release's own id written as `@`.
-    `unknown` are kinds that cannot be compared, for one release was made by an older Hearth that did not note them.
+    `files` is a unified diff of the unit and a release's other files, with each release's own id replaced by `@`.
+    `unknown` are kinds that cannot be compared, because an older Hearth made one release and did not record them.
     """
 
     old: str
@@ -48,7 +48,7 @@ _PLAIN = {
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Difference:
-    """What changes from one release's manifest to the other's."""
+    """Compare two releases' manifests."""
     before, after = _kinds(_nameless(old)), _kinds(_nameless(new))
     unknown = tuple(kind for kind in before if before[kind] is None or after[kind] is None)
     changes: list[Change] = []
@@ -62,19 +62,19 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Difference:
 
 
 def _nameless(manifest: Mapping[str, Any]) -> Any:
-    """A manifest with `@` for its own id, which stands in every path of a release."""
+    """A manifest with its own id, which every path of a release contains, replaced by `@`."""
     return json.loads(json.dumps(manifest).replace(manifest["id"], "@"))
 
 
 def _kinds(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, str] | None]:
-    """All that is compared, by kind and name; None for what the manifest does not tell."""
+    """All compared values, by kind and name; None for kinds that the manifest does not record."""
     wheels = manifest.get("wheels")
     return {
         "release": {word: manifest[key] for key, word in _PLAIN.items()},
         "package": manifest.get("packages"),
         "node": {name: f"{node['url']} {node['commit']}" for name, node in manifest.get("nodes", {}).items()},
         "kernel": manifest["kernels"],
-        # one that was built anew is another, though of the same version
+        # a rebuilt wheel is different, even with the same version
         "wheel": None
         if wheels is None
         else {name: f"{each['file']} sha256:{each['sha256']}" for name, each in wheels.items()},
@@ -86,7 +86,7 @@ def _kinds(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, str] | None]:
 
 
 def _flags(argv: Sequence[str]) -> dict[str, str]:
-    """The flags of a command line with their values; its first two words are the interpreter and main.py."""
+    """The flags of a command line with their values; the first two words are the interpreter and main.py."""
     found: dict[str, list[str]] = {}
     for word in argv[2:]:
         if word.startswith("--"):
@@ -104,7 +104,7 @@ def _files(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
 
 
 def rows(found: Difference) -> Iterator[str]:
-    """A line per change, then the diff of the files."""
+    """One line per difference, then the diff of the files."""
     if not (found.changes or found.files):
         yield f"{found.old} and {found.new} do not differ"
     for each in found.changes:

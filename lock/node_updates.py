@@ -1,4 +1,4 @@
-"""Changes to the list of custom nodes: what upstream has, what an update would bring, who provides a node type."""
+"""Changes to the list of custom nodes: upstream updates with their effects, and the nodes that provide a node type."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """What an update of a node brings: commits (the latest first), requirements and files of its start that differ.
+    """The effects of a node's update.
 
-    `powers` are what it could not do before (`review.gained`), and symbolic links that it had not.
+    `commits` are the latest first; requirements and files that run at import are the changed ones. `powers` are new
+    capabilities (`review.gained`), and new symbolic links.
     """
 
     name: str
@@ -45,8 +46,8 @@ class Change:
 def add(address: str, why: str) -> str:
     """Pin a node's latest commit, or the one of `URL@REV`, and list it; returns its name.
 
-    What is known to be bad of it is said. Raises UsageError, ConfigError when it is listed already or left out, and
-    what reaching its upstream raises.
+    Reports known problems of the repository. Raises UsageError; ConfigError if the node is already listed or left out;
+    and upstream errors.
     """
     if not why:
         raise UsageError("usage", "a node is listed with its reason", hint='--why "what it is for"')
@@ -78,7 +79,7 @@ def add(address: str, why: str) -> str:
 
 
 def _revision(address: str) -> tuple[str, str]:
-    """The two parts of `URL@REV`; the URL may name a user, as git@host:path does, and the revision be left out."""
+    """Split `URL@REV`. The URL may contain a user (git@host:path), and the revision is optional."""
     user = re.match(r"([a-z]+://)?([^/@]*@)?", address)
     start = user.end() if user else 0
     url, _, rev = address[start:].partition("@")
@@ -86,7 +87,7 @@ def _revision(address: str) -> tuple[str, str]:
 
 
 def remove(name: str) -> None:
-    """Take a node off the list and out of all sets; raises UsageError."""
+    """Remove a node from the list and from all sets; raises UsageError."""
     known = nodes.catalogue()
     if name not in known.nodes:
         raise UsageError("unknown-name", f"there is no node {name!r}", hint=suggest(name, known.nodes))
@@ -99,9 +100,9 @@ def remove(name: str) -> None:
 
 
 def outdated(known: Catalogue) -> dict[str, tuple[str, str]]:
-    """The nodes whose upstream has another latest commit: pinned and latest, by name.
+    """The nodes whose upstream has a newer commit: pinned and latest, by name.
 
-    When upstreams do not answer it says what it has found all the same, and raises what is wrong with them.
+    Reports what it found even if some upstreams do not answer, then raises their errors.
     """
     latest, failures = _latest(known.nodes)
     found = {name: (node.commit, latest[name]) for name, node in known.nodes.items() if name in latest}
@@ -114,9 +115,9 @@ def outdated(known: Catalogue) -> dict[str, tuple[str, str]]:
 
 
 def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
-    """Pin the latest commits of these nodes (all, when none is named) and say what that brings.
+    """Pin the latest commits of these nodes (default: all) and report the effects.
 
-    A node that cannot be updated keeps no other from it: what is wrong with each is raised at the end.
+    A failed update does not stop the others: all errors are raised at the end.
     """
     known = nodes.catalogue()
     for name in names:
@@ -141,7 +142,7 @@ def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
     if changes and not dry_run:
         _write(document)
     if failures:
-        for each in changes:  # the error would keep them from being shown
+        for each in changes:  # otherwise the error would suppress them
             lines = (*each.commits, *each.requirements, *each.imported, *each.powers)
             console.say("\n    ".join((f"{each.name} {each.old[:9]} -> {each.new[:9]}", *lines)))
         raise _together(failures)
@@ -149,7 +150,7 @@ def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
 
 
 def _latest(chosen: Mapping[str, Node]) -> tuple[dict[str, str], dict[str, Exception]]:
-    """The latest commits of nodes by name, and what is wrong where none was found."""
+    """The latest commits of nodes by name, and the errors of the others."""
     failures: dict[str, Exception] = {}
 
     def one(name: str) -> str:
@@ -165,7 +166,7 @@ def _latest(chosen: Mapping[str, Node]) -> tuple[dict[str, str], dict[str, Excep
 
 
 def _together(failures: Mapping[str, Exception]) -> HearthError:
-    """One error for what is wrong with nodes; of the kind that all of them are."""
+    """Combine the errors of several nodes into one; it has their class if they all share one."""
     kinds = {(type(error), error.kind) for error in failures.values() if isinstance(error, HearthError)}
     same = len(kinds) == 1 and all(isinstance(error, HearthError) for error in failures.values())
     found, kind = kinds.pop() if same else (SourceError, "nodes")
@@ -179,11 +180,11 @@ def _together(failures: Mapping[str, Exception]) -> HearthError:
 
 
 def _updated(name: str, node: Node, new: str) -> tuple[Change, str, str]:
-    """What a node's update brings, and its tree and date."""
+    """The effects of a node's update, its tree and its date."""
     before = nodes.fetch({name: node})[name]
     pinned = source.pin(msgspec.structs.replace(node, commit=new, tree="").pinned(name))
     links = _links(node.url, new)
-    with suppress(ProcessError):  # its history was rewritten: what was there is not known, and all are told
+    with suppress(ProcessError):  # history rewritten: the old commit is unknown, so all links count as new
         links -= _links(node.url, node.commit)
     with _history(node.url, new) as git:
         change = _change(name, git, (node.commit, new), (before, source.fetch(pinned)), links)
@@ -191,7 +192,7 @@ def _updated(name: str, node: Node, new: str) -> tuple[Change, str, str]:
 
 
 def newest(url: str, rev: str = "HEAD") -> str:
-    """The commit that a branch or tag of a repository is at; raises SourceError or UsageError."""
+    """Return the commit of a repository's branch or tag; raises SourceError or UsageError."""
     if re.fullmatch(r"[0-9a-f]{40}", rev):
         return rev
     done = tools.git("ls-remote", "--", url, rev, f"{rev}^{{}}", check=False)
@@ -205,12 +206,12 @@ def newest(url: str, rev: str = "HEAD") -> str:
     found = re.findall(r"^([0-9a-f]{40})\t", done.stdout, re.MULTILINE)
     if not found:
         raise UsageError("unknown-name", f"{url} has no {rev!r}", hint="a branch, a tag or a whole commit")
-    return str(found[-1])  # of an annotated tag, the commit comes after it
+    return str(found[-1])  # for an annotated tag, the commit follows
 
 
 @contextmanager
 def _history(url: str, commit: str) -> Iterator[partial[Done]]:
-    """A repository's commits without their files, for as long as the context lasts: git, to ask it."""
+    """Clone a repository's commits without files, while the context lasts; returns a function that runs git there."""
     with tempfile.TemporaryDirectory(prefix="hearth-") as place:
         git = partial(tools.git, env={"GIT_DIR": place})
         git("init", "--quiet", "--bare")
@@ -219,8 +220,8 @@ def _history(url: str, commit: str) -> Iterator[partial[Done]]:
 
 
 def holds(url: str, commit: str, wanted: str) -> bool | None:
-    """Whether a commit has another one in its history; None when its repository does not tell."""
-    if not re.fullmatch(r"[0-9a-f]{40}", commit):  # a host said it, and git would take --words for options
+    """Whether a commit's history contains another commit; None if the repository cannot be queried."""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):  # untrusted input from a host: git would parse --words as options
         return None
     try:
         with _history(url, commit) as git:
@@ -253,7 +254,7 @@ def _change(
 
 
 def _links(url: str, commit: str) -> set[str]:
-    """The symbolic links of a commit: what is fetched has copies in their places, or was refused."""
+    """The symbolic links of a commit. The fetched tree has copies instead, or the fetch was refused."""
     with tempfile.TemporaryDirectory(prefix="hearth-") as place:
         git = partial(tools.git, env={"GIT_DIR": place})
         git("init", "--quiet", "--bare")
@@ -263,14 +264,14 @@ def _links(url: str, commit: str) -> set[str]:
 
 
 def imported(tree: Path) -> set[str]:
-    """The files that run when ComfyUI imports a node, as far as import statements tell."""
+    """The files that run when ComfyUI imports a node, according to the import statements."""
     return review.read(tree).imported
 
 
 def search(workflow: Path) -> dict[str, list[str]]:
-    """The node types of a workflow that ComfyUI does not have itself, each with the known nodes that name it.
+    """The node types of a workflow that ComfyUI lacks, each with the known nodes whose code contains the name.
 
-    Raises ConfigError for a file that is no workflow.
+    Raises ConfigError for a file that is not a workflow.
     """
     try:
         content = json.loads(workflow.read_text())
@@ -296,8 +297,8 @@ def search(workflow: Path) -> dict[str, list[str]]:
 
 
 def _names(strings: set[str], node_type: str) -> bool:
-    """Whether a node's code names a type: as it is, or put together as in `Seed (rgthree)`."""
-    parts = re.fullmatch(r"(.+) \((.+)\)", node_type) if len(node_type) < 200 else None  # strings are shorter
+    """Whether a node's code names a type: literally, or composed as in `Seed (rgthree)`."""
+    parts = re.fullmatch(r"(.+) \((.+)\)", node_type) if len(node_type) < 200 else None  # `strings` are shorter
     return node_type in strings or bool(parts and {parts[1], parts[2]} <= strings)
 
 
@@ -323,27 +324,27 @@ class _Step(msgspec.Struct):
 
 
 def _types(content: Any) -> set[str]:
-    """Node types of a workflow in either form: as the editor saves it, or as the API takes it.
+    """The node types of a workflow, in the editor's format or the API's.
 
-    Raises ValidationError for what has another shape.
+    Raises ValidationError for any other format.
     """
     if not isinstance(content, dict):
         return set()
     if isinstance(content.get("nodes"), list):
         whole = msgspec.convert(content, _Workflow)
         inner = whole.definitions.subgraphs if whole.definitions else []
-        inside = {str(part.id) for part in inner}  # a subgraph's id is a type, too
+        inside = {str(part.id) for part in inner}  # a subgraph's id is also a type
         return {str(node.type) for part in (whole, *inner) for node in part.nodes} - inside - _EDITORS
     steps = [each for each in content.values() if isinstance(each, dict) and "class_type" in each]
     return {each.class_type for each in msgspec.convert(steps, list[_Step])}
 
 
 _EDITORS = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode", "None"}
-"""Types that only the editor knows."""
+"""Types that exist only in the editor."""
 
 
 def _named(tree: Path) -> set[str]:
-    """Every string in a tree's Python files: node types are among them, however they are registered."""
+    """All strings in a tree's Python files. They include the node types, regardless of how nodes register them."""
     kept = workspace.current().cache / "strings" / f"{tree.name}.json"
     if not kept.exists():
         found = review.read(tree)
@@ -367,7 +368,7 @@ LATEST = "every node is at its latest commit"
 
 
 def rows(found: Sequence[Change]) -> Iterator[str]:
-    """The updates of nodes, and what each brings."""
+    """The updates of nodes, with their effects."""
     for each in found:
         yield f"{each.name} {each.old[:9]} -> {each.new[:9]}"
         yield from (f"    {line}" for line in each.commits)
@@ -390,6 +391,6 @@ def outdated_rows(found: Mapping[str, tuple[str, str]]) -> list[str]:
 
 
 def search_rows(found: Mapping[str, Sequence[str]]) -> list[str]:
-    """A table of a workflow's node types, and the known nodes that may provide each."""
+    """A table of a workflow's node types and the known nodes that may provide them."""
     cells = [(each, ", ".join(names) or "no known node") for each, names in found.items()]
     return console.table(("node type", "in"), cells) if found else ["ComfyUI itself has every node of the workflow"]

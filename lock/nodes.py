@@ -1,6 +1,6 @@
-"""Custom nodes as data: which there are, where they come from, and which of them a host gets.
+"""Custom nodes as data: the known nodes, their sources, and the selection for a host.
 
-`recipes/comfyui/nodes.toml` names every node with its upstream, commit and tree. Nothing of a node runs here.
+`recipes/comfyui/nodes.toml` lists every node with its upstream, commit and tree. No code of a node runs here.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One custom node package.
 
-    `tree` is the hash of its files at `commit`. A failed import of a `required` one makes a release unhealthy.
-    `without` are files and folders of it that are not fetched, `submodules` those that are; `extra` is what it needs
-    and does not ask for. `writable` are files and folders (with a `/` behind) below it that it writes; they live in
-    `data/nodes/`. `system` are Debian packages that it needs on the host, `requires` other nodes that it cannot do
-    without; `install` is the reason why its own `install.py` may run when it is put on a host (by default it never
-    does), `install_network` the reason why that may use the network.
+    `tree` is the hash of its files at `commit`. If a `required` node fails to import, the release is unhealthy.
+    `without` are files and folders that are not fetched; `submodules` are the ones that are. `extra` are undeclared
+    dependencies. `writable` are files and folders (ending in `/`) that it writes; they live in `data/nodes/`. `system`
+    are Debian packages that the host must have; `requires` are other nodes that it depends on. `install` is the reason
+    to run its `install.py` when it is installed on a host (default: never); `install_network` is the reason to allow
+    that script network access.
     """
 
     url: str
@@ -47,7 +47,7 @@ class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     install_network: str = ""
 
     def pinned(self, name: str) -> source.Pinned:
-        """Its source, as `core.source` fetches it."""
+        """Its source, in the form that `core.source` fetches."""
         where = (source.Source(git=self.url, commit=self.commit),)
         return source.Pinned(
             name=name,
@@ -60,14 +60,14 @@ class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is taken instead of whatever ComfyUI and the nodes ask for; empty: the package is left out."""
+    """A replacement for a package that ComfyUI or the nodes require; empty: the package is left out."""
 
     why: str
     requirement: str = ""
 
 
 class Catalogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
-    """`nodes.toml`: all known nodes, sets of them, packages decided otherwise, and nodes left out with the reason."""
+    """`nodes.toml`: all known nodes, sets of nodes, package overrides, and left-out nodes with the reason."""
 
     nodes: dict[str, Node] = {}
     sets: dict[str, tuple[str, ...]] = {}
@@ -76,7 +76,7 @@ class Catalogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=
 
 
 def catalogue() -> Catalogue:
-    """The known nodes, checked. Raises ConfigError or UsageError with the place."""
+    """Return the known nodes, checked. Raises ConfigError or UsageError with the location."""
     path = catalogue_file()
     if not path.exists():
         return Catalogue()
@@ -98,7 +98,7 @@ def catalogue() -> Catalogue:
 
 
 def catalogue_file() -> Path:
-    """Where nodes are listed: beside the app.toml."""
+    """The file that lists nodes, next to the app.toml."""
     return application.folder() / "nodes.toml"
 
 
@@ -106,7 +106,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def check(path: str, name: str, node: Node) -> None:
-    """Refuse what could reach beyond a node's own folder, or is no pin; raises ConfigError. `path` says where it is."""
+    """Raise ConfigError if a path leaves the node's folder or a pin is invalid. `path` is the file to name."""
     if not _NAME.fullmatch(name):
         raise ConfigError("config", f"{path}: {name!r} cannot be a node's name", hint="letters, digits, dots, dashes")
     if not re.fullmatch(r"[0-9a-f]{40}", node.commit):
@@ -128,7 +128,7 @@ def check(path: str, name: str, node: Node) -> None:
 
 
 def check_address(place: str, url: str) -> None:
-    """Refuse what is no address of a repository that git asks by https, ssh or as a folder; raises ConfigError."""
+    """Raise ConfigError unless it is the address of a git repository: https, ssh or a folder."""
     if not source.ADDRESS.fullmatch(url):
         raise ConfigError(
             "config",
@@ -138,9 +138,9 @@ def check_address(place: str, url: str) -> None:
 
 
 def choose(found: Catalogue, wanted: Iterable[str]) -> dict[str, Node]:
-    """The nodes meant by names of sets and nodes, with those they require, by name.
+    """Return the selected sets' and names' nodes with the nodes that they require, by name.
 
-    Raises UsageError, or ConfigError for one that is left out.
+    Raises UsageError, or ConfigError for a node that is left out.
     """
     names: list[str] = []
     for each in wanted:
@@ -158,7 +158,7 @@ def choose(found: Catalogue, wanted: Iterable[str]) -> dict[str, Node]:
 
 
 def _closure(found: Catalogue, names: Sequence[str]) -> set[str]:
-    """The nodes with all that they require; raises ConfigError when nodes require each other."""
+    """The nodes with all required nodes; raises ConfigError for a cycle."""
     closed: set[str] = set()
 
     def visit(name: str, way: tuple[str, ...]) -> None:
@@ -176,13 +176,13 @@ def _closure(found: Catalogue, names: Sequence[str]) -> set[str]:
 
 
 PARALLEL = 16
-"""Repositories fetched at once: each waits for its server most of the time."""
+"""Parallel fetches; a fetch mostly waits for its server."""
 
 
 def fetch(chosen: Mapping[str, Node], parallel: int = PARALLEL) -> dict[str, Path]:
-    """The pristine trees of nodes, fetched at the same time where the cache lacks them.
+    """Fetch the unmodified trees of nodes in parallel, if the cache lacks them.
 
-    Raises what fetching raises; what arrived before stays in the cache.
+    Raises the errors of fetching; completed trees stay in the cache.
     """
     missing = {name: node.pinned(name) for name, node in chosen.items() if not source.cached(node.pinned(name))}
     if missing:
@@ -196,7 +196,7 @@ def fetch(chosen: Mapping[str, Node], parallel: int = PARALLEL) -> dict[str, Pat
 
 
 def requirements(tree: Path) -> list[str]:
-    """What a node asks for: its requirements.txt, else its pyproject.toml's dependencies, a line each."""
+    """A node's requirements, one per line: from its requirements.txt, else from pyproject.toml."""
     listed = tree / "requirements.txt"
     if listed.exists():
         joined = _CONTINUED.sub(r"\1", foreign.text(listed).removeprefix("\ufeff"))
@@ -207,7 +207,7 @@ def requirements(tree: Path) -> list[str]:
 
 
 def rows(found: Catalogue) -> Iterator[str]:
-    """A table of the known nodes with their sets, and the rejected ones below."""
+    """A table of the known nodes with their sets, followed by the rejected ones."""
     cells = []
     for name, node in found.nodes.items():
         sets = ", ".join(each for each, members in found.sets.items() if name in members)
@@ -216,6 +216,6 @@ def rows(found: Catalogue) -> Iterator[str]:
     yield from (f"left out: {name}: {reason}" for name, reason in found.left_out.items())
 
 
-# pip's rules for lines; its own comment pattern takes minutes for a line of 256 kB of spaces.
+# pip's rules for lines. pip's own comment pattern takes minutes on a line of 256 kB of spaces.
 _CONTINUED = re.compile(r"^([^#\n]*)\\\r?\n", re.MULTILINE)
 _COMMENT = re.compile(r"(?:^|\s)#")

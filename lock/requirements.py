@@ -1,7 +1,8 @@
-"""The locked environments of ComfyUI: one hash-locked list per stack, platform and Python.
+"""ComfyUI's locked environments: one hash-locked list per stack, platform and Python.
 
-A list holds what ComfyUI and all known nodes need, resolved together, so that any choice of nodes fits. Each package
-says who asked for it (`# via`); a host gets those that its own nodes, ComfyUI and the stack reach.
+A list contains the requirements of ComfyUI and all known nodes, resolved together, so that any selection of nodes is
+compatible. Each package records its requesters (`# via`); a host gets the packages that its nodes, ComfyUI and the
+stack need.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ if TYPE_CHECKING:
 
 TRIO = ("torch", "torchvision", "torchaudio")
 APP, OWN = "comfyui.txt", "hearth.txt"
-"""Who asks for a package: ComfyUI, Hearth (the stack's torch, `extra`), else a node, as `NODE.node.txt`."""
+"""The requesters of packages: ComfyUI, Hearth (the stack's torch, `extra`), and nodes, as `NODE.node.txt`."""
 
 MANAGER = "ComfyUI-Manager"
-"""Asks for its package as a node does, though it is none: ComfyUI brings it with `--enable-manager`."""
+"""Handled like a node, although it is not one: ComfyUI uses it with `--enable-manager`."""
 
 
 @dataclass(frozen=True)
 class LockedList:
-    """One locked list: what it is for, and its text, a requirement with hashes per line (pip's format)."""
+    """One locked list: its combination and its text, one requirement with hashes per line (pip's format)."""
 
     stack: str
     platform: str
@@ -56,7 +57,7 @@ class LockedList:
 
     @property
     def name(self) -> str:
-        """The list's file name without the ending."""
+        """The list's file name without the suffix."""
         return f"{self.stack}-{self.platform}-cp{self.python.replace('.', '')}"
 
     def fits(self, known: Catalogue) -> bool:
@@ -65,7 +66,7 @@ class LockedList:
 
     @cached_property
     def _packages(self) -> dict[str, tuple[str, set[str]]]:
-        """Each package's requirement with hashes, and who asks for it: packages, or files of requirements."""
+        """Each package's requirement with hashes, and its requesters: packages, or requirements files."""
         found: dict[str, tuple[str, set[str]]] = {}
         for block in re.split(r"\n(?=[\w])", self.text):
             lines = block.splitlines()
@@ -79,12 +80,12 @@ class LockedList:
         return found
 
     def select(self, asking: Iterable[str]) -> str:
-        """The list without what only other nodes than these (or MANAGER) need."""
+        """The list without packages that only other nodes than these (or MANAGER) need."""
         reached = self._reached(asking)
         return "".join(text for name, (text, _) in sorted(self._packages.items()) if name in reached)
 
     def versions(self, asking: Iterable[str] | None = None) -> dict[str, str]:
-        """The packages' versions by name; with `asking` without what only other nodes than these need."""
+        """The packages' versions by name; with `asking`, without packages that only other nodes need."""
         pinned = {name: re.split(r"==|[\s;]", text)[1] for name, (text, _) in sorted(self._packages.items())}
         reached = pinned.keys() if asking is None else self._reached(asking)
         return {name: version for name, version in pinned.items() if name in reached}
@@ -98,13 +99,13 @@ class LockedList:
 
 
 def folder() -> Path:
-    """Where the lists are kept: beside the app.toml, or for one without a list of its own with the recipe."""
+    """The folder of the lists: next to the app.toml, or in the recipe if that one has no list of its own."""
     own = applications.folder() / "locks"
     return own if own.is_dir() else workspace.current().checkout / "recipes/comfyui/locks"
 
 
 def combinations() -> list[tuple[Stack, Platform, str]]:
-    """Every stack, platform and Python that a list is made for."""
+    """Every stack, platform and Python that has a list."""
     return [
         (stack, Platform.parse(platform), python)
         for stack in stacks().values()
@@ -114,7 +115,7 @@ def combinations() -> list[tuple[Stack, Platform, str]]:
 
 
 def find(stack: str, platform: str, python: str) -> LockedList | None:
-    """The locked list for a combination; None where there is none."""
+    """The locked list for a combination; None if there is none."""
     lock = LockedList(stack, platform, python, "")
     path = folder() / f"{lock.name}.txt"
     return LockedList(stack, platform, python, path.read_text()) if path.exists() else None
@@ -129,8 +130,8 @@ def trio(stack: Stack) -> list[str]:
 def compile_all(*, check: bool) -> list[str]:
     """Compile every list whose inputs changed and return their names; with `check` raise LockError instead.
 
-    A list's first line names the hash of its inputs, so that checking needs no network. Raises LockError with
-    the nodes that do not fit, and ConfigError for a requirement that cannot be pinned.
+    A list's first line contains the hash of its inputs, so checking needs no network. Raises LockError with the
+    conflicting nodes, and ConfigError for a requirement that cannot be pinned.
     """
     app, known = application(), nodes.catalogue()
     stale: list[tuple[Stack, Platform, str, Path, str]] = []
@@ -155,13 +156,13 @@ def compile_all(*, check: bool) -> list[str]:
         def resolve(stack: Stack, platform: Platform, python: str, path: Path, first: str) -> str:
             second = f"# What they ask for: {_asked_hash(asked, known, stack)}\n"
             _, _, body = path.read_text().partition(second) if path.exists() else ("", "", "")
-            body = body or _compile(asked, known, stack, platform, python, path)  # new code may ask for the same
+            body = body or _compile(asked, known, stack, platform, python, path)  # new code, same needs
             files.write(path, first + second + body)
             return path.stem
 
         with (
             console.Progress("resolving", len(stale), len(stale)) as progress,
-            ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,  # uv resolves on one core
+            ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,  # uv uses one core to resolve
         ):
             for done in as_completed([pool.submit(resolve, *each) for each in stale]):
                 progress.step(f"{done.result()}: ComfyUI and {len(known.nodes)} nodes", 1, 0)
@@ -169,7 +170,7 @@ def compile_all(*, check: bool) -> list[str]:
 
 
 def requirement_inputs(app: Application, known: Catalogue) -> dict[str, list[str]]:
-    """What ComfyUI and every node ask for, by the name of the file of requirements that uv is given."""
+    """The requirements of ComfyUI and every node, by the name of the requirements file that uv gets."""
     trees = nodes.fetch(known.nodes)
     asked = {APP: nodes.requirements(source.fetch(app)), OWN: list(app.extra)}
     asked |= {f"{MANAGER}.node.txt": [app.manager]} if app.manager else {}
@@ -178,12 +179,12 @@ def requirement_inputs(app: Application, known: Catalogue) -> dict[str, list[str
     }
 
 
-# A file at an address: what a repository gives (git+https) has no hash that anybody would check.
+# A file with a hash. Code from a repository (git+https) has no hash that uv checks.
 _PINNED = re.compile(r"https://[^#]+#(?:[^#]*&)?sha256=[0-9a-f]{64}(?:&[^#]*)?")
 
 
 def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
-    """A node's requirements without torch's, which the stack decides; raises ConfigError for what has no hash."""
+    """A node's requirements without torch, which the stack pins; raises ConfigError for one without a hash."""
     found: list[str] = []
     for line in nodes.requirements(tree):
         requirement = _parsed(line)
@@ -212,12 +213,12 @@ def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
     return found
 
 
-# What uv reads as more than a requirement: a variable's value, the next line joined, a line of its own.
+# Characters that give uv more than a requirement: a variable, a line continuation, an option.
 _MORE = re.compile(r"[$\\`\x00-\x1f\x7f-\x9f\u2028\u2029]|(^|\s)[-#]")
 
 
 def _plain(line: str) -> str:
-    """A requirement as uv is given it; raises ConfigError for a line that means more to uv than to us."""
+    """Return a requirement unchanged; raises ConfigError for a line that uv would interpret differently."""
     if _parsed(line) is None:
         raise ConfigError(
             "config", f"{line[:200]!r} is no requirement", hint="leave the node out, or name a package of the index"
@@ -226,7 +227,7 @@ def _plain(line: str) -> str:
 
 
 def _parsed(line: str) -> Requirement | None:
-    """A line of requirements; a mere address (`git+https://.../name.git`) is named as its repository is."""
+    """Parse a line of requirements; a plain address (`git+https://.../name.git`) is named after its repository."""
     if len(line) > 2000 or _MORE.search(line):
         return None
     with suppress(InvalidRequirement, RecursionError):
@@ -236,7 +237,7 @@ def _parsed(line: str) -> Requirement | None:
 
 
 def download(lock: LockedList, asking: Iterable[str], platform: Platform) -> Path:
-    """Every wheel that these ask for, in a folder of the cache: for a host that cannot fetch them itself."""
+    """Download all wheels of these nodes into a cache folder, for a host without access to the index."""
     text = lock.select(asking)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = workspace.current().cache / "wheels" / f"{lock.name}-{digest}"
@@ -249,7 +250,7 @@ def download(lock: LockedList, asking: Iterable[str], platform: Platform) -> Pat
         listed.write_text(text)
         words: list[str | Path] = ["download", "--quiet", "--require-hashes", "--no-deps", "--dest", part]
         words += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", lock.python]
-        # pip takes tags literally: an older manylinux is not implied by a newer one.
+        # pip compares tags literally: a newer manylinux does not imply an older one.
         tags = [f"manylinux_2_{minor}" for minor in range(28, 4, -1)] + ["manylinux2014", "manylinux2010", "manylinux1"]
         words += [word for each in [*tags, "linux"] for word in ("--platform", f"{each}_{platform.cpu}")]
         words += [word for abi in (tag, "abi3", "none") for word in ("--abi", abi)]
@@ -259,24 +260,24 @@ def download(lock: LockedList, asking: Iterable[str], platform: Platform) -> Pat
 
 
 def _inputs(app: Application, stack: Stack) -> str:
-    """The hash of what decides a list beside the nodes."""
+    """The hash of a list's inputs except the nodes."""
     return hashlib.sha256(json.dumps([app.tree, app.extra, app.manager, trio(stack)]).encode()).hexdigest()[:16]
 
 
 def nodes_hash(known: Catalogue) -> str:
-    """The hash of what the nodes decide in every list; it is in the list's first line."""
+    """The hash of the nodes' part of every list's inputs; it is in the list's first line."""
     listed = [[name, node.tree, node.extra] for name, node in sorted(known.nodes.items())]
     decided = [[name, each.requirement] for name, each in sorted(known.override.items())]
     return hashlib.sha256(json.dumps([listed, decided]).encode()).hexdigest()[:16]
 
 
 def _other(name: str, requirement: str) -> bool:
-    """Whether an override takes another package than the one asked for, or none."""
+    """Whether an override replaces the package by another one, or by none."""
     return not requirement or canonicalize_name(Requirement(requirement).name) != canonicalize_name(name)
 
 
 def _asked_hash(asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack) -> str:
-    """The hash of all requirements that a list answers; it is in the list's second line."""
+    """The hash of all requirements that a list resolves; it is in the list's second line."""
     decided = {name: each.requirement for name, each in known.override.items()}
     listed = json.dumps([asked, decided, trio(stack)], sort_keys=True)
     return hashlib.sha256(listed.encode()).hexdigest()[:16]
@@ -285,7 +286,7 @@ def _asked_hash(asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Sta
 def _compile(
     asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack, platform: Platform, python: str, old: Path
 ) -> str:
-    """Resolve one list; what is pinned already stays where it can. Raises LockError."""
+    """Resolve one list, keeping existing pins where possible. Raises LockError."""
     with tempfile.TemporaryDirectory(prefix="hearth-") as name:
         place = Path(name)
         pinned = trio(stack)
@@ -294,7 +295,8 @@ def _compile(
             (place / file).write_text("".join(f"{line}\n" for line in listed))
         decided = [each.requirement for each in known.override.values() if each.requirement]
         (place / "overrides").write_text("\n".join([*pinned, *decided]) + "\n")
-        # uv puts no package in another's place: what a dependency asks for is left out, a node's own line was replaced.
+        # uv cannot replace one package by another: exclude it for dependencies; the nodes' own lines are already
+        # replaced.
         gone = [name for name, each in known.override.items() if _other(name, each.requirement)]
         (place / "excludes").write_text("\n".join(gone))
 
@@ -304,7 +306,7 @@ def _compile(
             words += ["--overrides", "overrides", "--excludes", "excludes", *more, *chosen]
             return tools.uv(*words, "--python", sys.executable, cwd=place, check=False)
 
-        if old.exists():  # uv keeps what an output file pins already, where it can
+        if old.exists():  # uv keeps the pins of an existing output file where possible
             shutil.copy(old, place / "list")
         done = resolve(asked, "--output-file", "list")
         if done.returncode == 0:

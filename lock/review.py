@@ -1,7 +1,7 @@
-"""What the code of a node could do, as far as it can be read without running it: for who decides about an update.
+"""Static analysis of a node's code: its possible capabilities, for the person who decides about an update.
 
-A process of its own reads each tree, within limits: a file that keeps the parser busy, takes all memory or ends the
-interpreter ends that process alone.
+A separate process reads each tree within limits: a file that blocks the parser, exhausts memory or crashes the
+interpreter ends only that process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ IMPORTED = {
     r"venv ensurepip logging\.config \w*interpreters",
     "hides what it uses": "__dict__",
 }
-"""What gives a power wherever it stands in the name of something imported: `_ctypes`, `shutil.os.system`."""
+"""Names that give a capability anywhere in the name of an import: `_ctypes`, `shutil.os.system`."""
 
 ANYWHERE = {
     "starts programs": r"(os|posix|nt)\.(system|popen|exec\w+|spawn\w+|posix_spawn\w*|fork\w*|startfile) "
@@ -54,7 +54,7 @@ ANYWHERE = {
     r"sys\.path_hooks gc\.get_\w+ getmodule __(subclasses|globals|builtins|bases|base|mro|code|closure|self)__ "
     r"__(loader|spec|getattribute)__ (f|gi|cr|ag|tb)_(globals|locals|builtins|back|frame)",
 }
-"""What gives one in any name, `self.os.system` too; what is there without an import is below `builtins`."""
+"""Names that give a capability anywhere, such as `self.os.system`. Built-in names are listed under `builtins`."""
 
 KINDS = {
     "runs at every start of Python (.pth)": ("pth", rb"(?!)"),
@@ -69,24 +69,25 @@ KINDS = {
     "pickle": ("pkl|pickle|pt|ckpt|joblib|dill", rb"\x80[\1-\5]"),
     "script": ("sh|bash|zsh|csh|ksh|fish|command|bat|cmd|psm?1|vbs|wsf|hta", rb"#!"),
 }
-"""Files that are not read, and named whenever they change: their suffixes, and how they begin."""
+"""Files that are not analysed, only reported when they change: their suffixes and their first bytes."""
 
 _MEDIA = (
     rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|BM.{4}\0{4}|RIFF.{4}(WEBP|WAVE|AVI )|II\*\0|MM\0\*|8BPS|v/1\1|\0\0\1\0|\0{3}\x0cJ"
     rb"|.{4}ftyp|\x1aE\xdf\xa3|\0\0\1[\xb3\xba]|FLV\1|OggS|fLaC|ID3|\xff[\xf2\xf3\xfb]|MThd|FORM.{4}AIF"
     rb"|\0\1\0\0|OTTO|true|ttcf|wOF[F2]"
 )
-"""How images, videos, sounds and fonts begin."""
+"""First bytes of images, videos, sounds and fonts."""
 
 LIMITS = {"RLIMIT_AS": 2 << 30, "RLIMIT_CPU": 60, "RLIMIT_FSIZE": 32 << 20, "RLIMIT_CORE": 0}
-"""What reading a tree may take: bytes of memory, seconds, bytes of what is found."""
+"""Limits for analysing a tree: bytes of memory, seconds of CPU, bytes of output."""
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """What a tree's files show.
+    """The result of analysing a tree.
 
-    `uses` are each file's powers, with the name that gives it or the hash of what is not read. `imported` are the files
-    that run when ComfyUI imports the node, as far as import statements tell, `strings` the short ones of its code.
+    `uses` are each file's capabilities, with the name that gives it or the hash of a file that is not analysed.
+    `imported` are the files that run when ComfyUI imports the node, according to import statements; `strings` are the
+    short strings of its code.
     """
 
     uses: dict[str, list[tuple[str, str, str]]]
@@ -96,7 +97,7 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 def read(tree: Path) -> Reading:
-    """Have a tree read. Of one that cannot be, this is all that is known, and it is like no other tree."""
+    """Analyse a tree in a separate process. A failed analysis gives a result that differs from every other tree's."""
     argv: list[str | Path] = [sys.executable, "-Es", "-X", "utf8", "-m", "lock.review", tree.absolute()]
     with tempfile.TemporaryFile() as said, suppress(ProcessError, ValueError, RecursionError, msgspec.ValidationError):
         shell.run(argv, cwd=files.CHECKOUT, env={}, inherit=False, output=said, timeout=5 * LIMITS["RLIMIT_CPU"])
@@ -106,7 +107,7 @@ def read(tree: Path) -> Reading:
 
 
 def gained(before: Reading, after: Reading) -> tuple[str, ...]:
-    """What a node could not do before, in words: a power, and the files that have it now, with the names they use."""
+    """The new capabilities of a node, in words: a capability, and the files that now have it, with their names."""
     found: defaultdict[str, list[str]] = defaultdict(list)
     for file, uses in sorted(after.uses.items()):
         fresh: defaultdict[str, set[str]] = defaultdict(set)
@@ -169,15 +170,15 @@ def _kinds(name: str, path: Path) -> set[str]:
 
 
 def _is_old_pickle(head: bytes) -> bool:
-    """Whether this is a pickle that looks like text, and names what it calls."""
+    """Whether this is a pickle in text form that names a callable."""
     with suppress(ValueError):
         return bool({"GLOBAL", "INST"} & {code.name for code, _, _ in pickletools.genops(head)})
     return False
 
 
 def _uses(nodes: Sequence[ast.AST]) -> Iterator[tuple[str, str]]:
-    """The powers that code names and by which names, however it imports, hands on or calls them."""
-    bound: defaultdict[str, set[str]] = defaultdict(set)  # what a name may mean that is imported
+    """The capabilities that code uses and the names that give them, whether imported, passed on or called."""
+    bound: defaultdict[str, set[str]] = defaultdict(set)  # the possible meanings of an imported name
     modules: set[str] = set()
     imported: set[str] = set()
     for node in nodes:
@@ -214,7 +215,7 @@ def _uses(nodes: Sequence[ast.AST]) -> Iterator[tuple[str, str]]:
         names.add(".".join([f"builtins.{root}" if hasattr(builtins, root) else root, *parts]))
         meant = bound[root] if root in bound else {root} if bound["*"] else ()
         imported |= {".".join([full, *parts]) for full in meant}
-        if root in modules and not parts:  # from here on it may have any name
+        if root in modules and not parts:  # it may be renamed from here on
             hidden.add(f"{root} as a value")
     yield from (("hides what it uses", each[:80]) for each in hidden)
     for table, chains, more in ((IMPORTED, imported, r"(\.\w+)?"), (ANYWHERE, names | imported, "")):
@@ -226,7 +227,7 @@ def _uses(nodes: Sequence[ast.AST]) -> Iterator[tuple[str, str]]:
 
 
 def _chain(node: ast.expr, seen: set[int]) -> tuple[ast.expr, list[str]]:
-    """What `a.b["c"]` and `getattr(a.b, "c")` begin with, and the names behind it; `seen` gets all on the way."""
+    """The root of `a.b["c"]` or `getattr(a.b, "c")` and the names that follow; `seen` collects all nodes visited."""
     parts: list[str] = []
     while True:
         seen.add(id(node))
@@ -244,7 +245,7 @@ def _chain(node: ast.expr, seen: set[int]) -> tuple[ast.expr, list[str]]:
 
 
 def _targets(node: ast.AST, folder: Path) -> list[str]:
-    """The files that an import statement in a folder may mean; nodes import their own folder as a package or not."""
+    """The files that an import statement in a folder may mean. Nodes import their folder as a package or directly."""
     if isinstance(node, ast.Import):
         modules = [alias.name for alias in node.names]
         bases = [folder, Path()]
@@ -261,6 +262,6 @@ def _targets(node: ast.AST, folder: Path) -> list[str]:
 
 if __name__ == "__main__":
     for limit, most in LIMITS.items():
-        with suppress(AttributeError, ValueError, OSError):  # macOS takes no limit of memory
+        with suppress(AttributeError, ValueError, OSError):  # macOS does not support a memory limit
             resource.setrlimit(getattr(resource, limit), (most, most))
     print(json.dumps(msgspec.to_builtins(_read(Path(sys.argv[1])))), end="")  # noqa: T201  to the client that started it

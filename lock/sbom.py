@@ -1,6 +1,6 @@
-"""The bill of materials of a release: CycloneDX 1.6, made from the release's manifest alone.
+"""The SBOM of a release: CycloneDX 1.6, made from the release's manifest alone.
 
-The same release gives the same bytes: no clock, and a serial number that its id decides.
+The same release gives the same bytes: no timestamp, and a serial number derived from its id.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def write(manifest: Mapping[str, Any]) -> str:
-    """The bill of the release with that manifest, as JSON. It must list packages and wheels.
+    """The SBOM of the release with that manifest, as JSON. The manifest must list packages and wheels.
 
-    The release depends on all that it runs. A kernel wheel depends on the compilers that made it: components of scope
-    `excluded`, which the standard has for what is not there at run time. (`formulation` could say how they were used,
-    but the library cannot write it; `metadata.tools` are those that made the bill.)
+    The release depends on everything that it runs. A kernel wheel depends on the compilers that built it: components
+    with scope `excluded`, the standard's term for components absent at run time. (`formulation` could describe their
+    use, but the library cannot write it; `metadata.tools` are the tools that made the SBOM.)
     """
     release = Component(
         type=ComponentType.APPLICATION,
@@ -48,7 +48,7 @@ def write(manifest: Mapping[str, Any]) -> str:
 
 
 def _comfyui(manifest: Mapping[str, Any]) -> Component:
-    """ComfyUI at its pinned commit, with the other places where the same tree can be had."""
+    """ComfyUI at its pinned commit, with the other sources of the same tree."""
     found = Component(
         type=ComponentType.APPLICATION,
         name="ComfyUI",
@@ -91,7 +91,7 @@ def _packages(manifest: Mapping[str, Any]) -> Iterable[Component]:
 
 
 def _wheel(name: str, manifest: Mapping[str, Any]) -> Component:
-    """A kernel wheel. It is Hearth's own build: no index has it, so its package URL is no pkg:pypi."""
+    """A kernel wheel. Hearth built it and no index has it, so its package URL is not pkg:pypi."""
     wheel, version = manifest["wheels"][name], manifest["kernels"][name]
     return Component(
         type=ComponentType.LIBRARY,
@@ -105,9 +105,9 @@ def _wheel(name: str, manifest: Mapping[str, Any]) -> Component:
 
 
 def _compilers(wheel: Mapping[str, Any]) -> Iterable[Component]:
-    """What compiled a wheel; `kernels.toolchain` writes what identifies each."""
+    """The compilers of a wheel; `kernels.toolchain` writes their identities."""
     for kind, identity in wheel["compilers"].items():
-        # g++ --version: `g++ (Debian 12.2.0-14) 12.2.0`, with more behind it elsewhere
+        # g++ --version prints `g++ (Debian 12.2.0-14) 12.2.0`; other distributions append more.
         version = re.search(r"(?:\)|version) (\d[\d.]*)", identity)
         yield Component(
             type=ComponentType.APPLICATION,
@@ -120,7 +120,7 @@ def _compilers(wheel: Mapping[str, Any]) -> Iterable[Component]:
 
 
 def _repository(url: str, commit: str) -> PackageURL | None:
-    """The package URL of a commit on GitHub; elsewhere there is none, and the reference alone says where it is."""
+    """The package URL of a commit on GitHub. Elsewhere there is none; only the reference gives the address."""
     found = re.fullmatch(r"https://github\.com/([^/]+)/([^/]+?)(?:\.git)?/?", url)
     return PackageURL("github", found[1], found[2], commit) if found else None
 
@@ -130,5 +130,5 @@ def _commit(url: str, commit: str) -> ExternalReference:
 
 
 def _properties(values: Mapping[str, str], *names: str) -> list[Property]:
-    """Some of the values as properties; the standard wants them in a namespace."""
+    """Some of the values as properties; the standard recommends a namespace."""
     return [Property(name=f"hearth:{name}", value=values[name]) for name in names]

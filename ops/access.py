@@ -1,9 +1,9 @@
-"""Who may use the GPU: the devices' modes and groups, checked; on request kept to a group, and given back.
+"""GPU access: checks the devices' modes and groups; on request restricts them to a group, or restores them.
 
-NVIDIA's nodes are no udev devices: the driver's own tools (nvidia-modprobe, libcuda) make them, and set owner and mode
-by the driver's parameters whenever they are used (`ModifyDeviceFiles`). So the rule that guides have for them
-(`SUBSYSTEM=="nvidia"`) matches nothing; the parameters decide (NVIDIA's driver README, "How and why are permissions
-set on the device files?"). udev has its say for the render nodes below /dev/dri alone.
+NVIDIA's nodes are not udev devices: the driver's tools (nvidia-modprobe, libcuda) create them, and set owner and mode
+from the driver's parameters on every use (`ModifyDeviceFiles`). So the udev rule of many guides
+(`SUBSYSTEM=="nvidia"`) matches nothing; only the parameters count (NVIDIA's driver README, "How and why are
+permissions set on the device files?"). udev manages only the render nodes below /dev/dri.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _DRIVER = (
 
 
 def users(target: Target) -> list[str]:
-    """Who must use the GPU: the service's user, the exporter's, and the members."""
+    """The users who need the GPU: the service's, the exporter's, and the members."""
     return list(filter(None, dict.fromkeys([target.host.run_as, target.site["exporter"], *target.host.members])))
 
 
@@ -85,7 +85,7 @@ def keep(target: Target, facts: Facts, state: State, access: Access, options: Op
 
 
 def give_back(target: Target, facts: Facts, state: State, options: Options) -> Plan:
-    """The plan that restores who could use the GPU before."""
+    """The plan that restores the previous access."""
     if NAME not in state.applied:
         return Plan.of(facts, [], [])
     title = f"lift the restriction: remove group {GROUP}, the driver's option and the udev rule"
@@ -115,7 +115,7 @@ def run(names: Sequence[str], options: Options, *, apply: bool, undo: bool, as_j
 
 
 def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[Access]]:
-    """Who may use the GPUs of hosts."""
+    """The GPU access of hosts."""
 
     def one(agent: Agent, target: Target) -> Access:
         who = users(target) if target.host.scope == "system" else [facts_of(agent, target).login]
@@ -128,19 +128,19 @@ def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[A
 
 
 def show(answers: Sequence[fleet.Answer[Access]], *, as_json: bool) -> int:
-    """Print who may use the GPU; 1 when somebody who must may not, or a host did not answer."""
+    """Print the GPU access; returns 1 if a user who needs the GPU lacks access, or a host did not answer."""
     fleet.show(answers, lines, lambda _, access: msgspec.to_builtins(access), as_json=as_json)
     return int(any(each.value is None or _denied(each.value) for each in answers))
 
 
 def _denied(access: Access) -> list[Node]:
-    """Devices that CUDA needs, and that somebody who must use them may not; render nodes it does without."""
+    """Device files that CUDA needs and a user cannot open. CUDA does not need render nodes."""
     optional = ("/dev/dri/", "/dev/nvidia-modeset", "/dev/nvidia-caps")
     return [each for each in access.nodes if each.denied and not each.place.startswith(optional)]
 
 
 def lines(name: str, access: Access) -> list[str]:
-    """Who may use the GPU of a host, in words."""
+    """A host's GPU access in words."""
     if not access.nodes:
         return [f"{name}: there are no /dev/nvidia* and /dev/dri/render*; next: inv doctor --host {name}"]
     rows = [

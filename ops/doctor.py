@@ -80,7 +80,7 @@ def judge(case: Case) -> list[Finding]:
 
 
 def this_machine() -> list[Finding]:
-    """What this machine can do, and its problems."""
+    """This machine's capabilities and problems."""
     seen = workstation.look()
     able = [Finding(workstation.NAME, "abilities", "info", each, "") for each in seen.abilities]
     return able + [

@@ -33,9 +33,9 @@ class Answer(Generic[T]):
 def ask_each(
     names: Sequence[str], ask: Callable[[Agent, Target], T], *, ask_sudo: bool = False, seconds: float = 10
 ) -> list[Answer[T]]:
-    """Ask all hosts at the same time, and return their answers in the order of `names`, after `seconds` at the latest.
+    """Ask all hosts in parallel and return their answers in the order of `names`, after at most `seconds`.
 
-    With `ask_sudo`, asks them one after the other without a time-out: the terminal asks for a password.
+    With `ask_sudo`, asks them one by one without a time-out, because the terminal prompts for a password.
     """
     answers: dict[str, Answer[T]] = {}
 
@@ -50,7 +50,7 @@ def ask_each(
     if ask_sudo or len(names) == 1:
         for name in names:
             one(name)
-    else:  # daemons: a thread that still waits for a host must not keep the program from ending
+    else:  # daemon threads: one that still waits for a host must not delay the exit
         threads = [threading.Thread(target=one, args=(name,), daemon=True) for name in names]
         end = time.monotonic() + seconds
         for thread in threads:

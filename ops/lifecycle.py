@@ -1,4 +1,4 @@
-"""Starting, stopping and removing a deployed service: a plan each, which is empty where it is so already."""
+"""Start, stop and remove a deployed service. Each action is a plan, which is empty if nothing is to do."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def start(target: Target, facts: Facts, _: Options) -> Plan:
 
 
 def stop(target: Target, facts: Facts, options: Options) -> Plan:
-    """The plan that stops ComfyUI until the next boot, if the host starts it then."""
+    """The plan that stops ComfyUI until the next boot, if it starts at boot."""
     until = "inv start" if facts.manager == "process" else "the next boot or inv start"
     title = f"stop {target.host.service} until {until}"
     needed = facts.service.active or facts.service.waits
-    needed = needed or bool(facts.busy)  # the run under way may start it
+    needed = needed or bool(facts.busy)  # the current run may start it
     step = schema.Stop(title, facts.service.state, "inv start", options.drain, options.force, pause=False)
     steps = [step] if needed else []
     found = refusals.unchangeable(target, facts, force=options.force)
@@ -51,7 +51,7 @@ def stop(target: Target, facts: Facts, options: Options) -> Plan:
 
 
 def restart(target: Target, facts: Facts, options: Options) -> Plan:
-    """The plan that stops ComfyUI and starts it again; it always has its step."""
+    """The plan that restarts ComfyUI. It always has a step."""
     found = refusals.unstartable(target, facts) + refusals.paused(target, facts)
     title = f"restart {target.host.service}"
     step = schema.Restart(title, "asked for", "nothing", options.drain, options.force)
@@ -59,10 +59,10 @@ def restart(target: Target, facts: Facts, options: Options) -> Plan:
 
 
 def pause(target: Target, facts: Facts, options: Options) -> Plan:
-    """The plan that stops ComfyUI until somebody resumes it; no boot and no deploy starts it."""
+    """The plan that stops ComfyUI until `resume`; neither a boot nor a deploy starts it."""
     service = facts.service
     found = refusals.unchangeable(target, facts, force=options.force) + refusals.not_deployed(target, facts)
-    starts = service.enabled and facts.manager != "process"  # nothing starts a supervised one at boot
+    starts = service.enabled and facts.manager != "process"  # a supervised one is not started at boot
     if facts.paused and not (service.active or service.waits or starts or facts.busy):
         return Plan.of(facts, [], found)
     title = f"stop {target.host.service} until inv resume; no boot and no deploy starts it"
@@ -81,10 +81,10 @@ def resume(target: Target, facts: Facts, _: Options) -> Plan:
 
 
 def quarantine(target: Target, facts: Facts, options: Options) -> Plan:
-    """The plan that stops ComfyUI at once, and takes its network away whatever starts it."""
+    """The plan that stops ComfyUI at once and removes its network access, however it is started."""
     host = target.host
     steps: list[Step] = []
-    if host.scope == "system" and QUARANTINE not in facts.settings:  # first: a stop may fail
+    if host.scope == "system" and QUARANTINE not in facts.settings:  # first, since a stop may fail
         text = "# Written by Hearth: inv quarantine --undo removes it.\n[Service]\nPrivateNetwork=yes\n"
         place = f"/etc/systemd/system/{host.service}.service.d/zz-hearth-quarantine.conf"
         title = f"deny {host.service} the network, whatever starts it"
@@ -98,14 +98,14 @@ def quarantine(target: Target, facts: Facts, options: Options) -> Plan:
 
 
 def end_quarantine(target: Target, facts: Facts, options: Options) -> Plan:
-    """The plan that gives the service its network back; it stays paused."""
+    """The plan that restores the service's network access; it stays paused."""
     title = f"give {target.host.service} its network back; it stays paused until inv resume"
     steps = [settings.undo_step(QUARANTINE, title, force=options.force)] if QUARANTINE in facts.settings else []
     return Plan.of(facts, steps, refusals.unchangeable(target, facts))
 
 
 def evidence(target: Target, prefix: str) -> list[str]:
-    """What to look at on a host in quarantine: commands for its shell, each with what it shows."""
+    """Commands for inspecting a host in quarantine, each with a description of its output."""
     service, data = target.host.service, f"{prefix}/data"
     name = f"--host {target.name}"
     system = target.host.scope == "system"
@@ -125,7 +125,7 @@ def evidence(target: Target, prefix: str) -> list[str]:
 
 
 def remove(target: Target, facts: Facts, options: Options) -> Plan:
-    """The plan that removes the service, and keeps releases and data."""
+    """The plan that removes the service but keeps releases and data."""
     steps = _without_service(target, facts, options)
     if any(path.endswith("-apply.service") for path in facts.placed) or (steps and facts.manager != "process"):
         title = "remove the apply unit, which resumes interrupted runs"
@@ -137,7 +137,7 @@ def remove(target: Target, facts: Facts, options: Options) -> Plan:
 
 
 def nuke(target: Target, facts: Facts, options: Options, *, data: bool = False) -> Plan:
-    """The plan that deletes everything of Hearth's on a host but the data; with `data` also that."""
+    """The plan that deletes everything of Hearth on a host; the data only with `data`."""
     place = facts.place
     steps = _without_service(target, facts, options)
     units = [unit for path, unit in target.site["mounts"].items() if facts.mounts[path].unit.startswith(_WRITTEN)]
@@ -164,7 +164,7 @@ _WRITTEN = "# Written by Hearth"
 
 
 def _without_service(target: Target, facts: Facts, options: Options) -> list[Step]:
-    """The steps that remove the service from systemd, and members' rights to it."""
+    """The steps that remove the service from systemd, and the members' rights to it."""
     steps: list[Step] = []
     service = target.host.service
     units = [path for path in facts.placed if not path.endswith(f"{service}-apply.service")]
@@ -181,13 +181,13 @@ def _without_service(target: Target, facts: Facts, options: Options) -> list[Ste
 
 
 def _ended(facts: Facts, *, force: bool) -> list[str]:
-    """The note that a forced stop ends the run in progress, which may wait for the very service."""
+    """The note that a forced stop ends the current run, which may wait for this service."""
     busy = facts.busy
     return [f"this ends the {busy['action']} by {busy['who']} since {busy['since']}"] if busy and force else []
 
 
 def _left(target: Target, facts: Facts, *, data: bool) -> list[str]:
-    """What a nuke leaves, and where it lies."""
+    """The data that a nuke leaves, with its path."""
     place, host = facts.place, target.host
     found = [] if data else [f"left: {facts.prefix}/data"] * place.data
     found += [f"left, it is mounted: {path}" for path in place.mounts]
@@ -218,15 +218,15 @@ ACTIONS: Mapping[str, tuple[Make, str]] = {
     "remove": (remove, "the service is removed, releases and data are kept"),
     "nuke": (nuke, "nothing of Hearth's is left but what was named"),
 }
-"""What may be done, each with its plan and how the host is afterwards."""
+"""The actions, each with its plan and the host's state afterwards."""
 
 
 def carry_out(
     action: str, names: Sequence[str], options: Options, *, data: bool = False, yes_delete_data_of: str = ""
 ) -> list[Outcome]:
-    """Do one of `ACTIONS` on hosts; `data` is for nuke.
+    """Run one of `ACTIONS` on hosts; `data` is for nuke.
 
-    Raises RefusedError without confirmation, UsageError when the data of several hosts would be deleted.
+    Raises RefusedError without confirmation, and UsageError for deleting the data of several hosts.
     """
     agree = _consent(names, yes_delete_data_of, data=data) if data or yes_delete_data_of else None
     make, state = ACTIONS[action]
@@ -235,7 +235,7 @@ def carry_out(
     def planner(make: Make) -> Planner:
         return lambda _, target, facts: make(target, facts, options)
 
-    # a restart always has its step: afterwards there must be nothing to start
+    # a restart always has a step: afterwards, `start` must have none
     check = planner(start) if action == "restart" else None
     change = Change(action=action, plan=planner(make), check=check, state=state)
     return change_each(names, change, options, agree=agree)

@@ -1,4 +1,4 @@
-"""NVIDIA's Multi-Process Service (MPS) for ComfyUI: on, off, limited, and what it does now."""
+"""NVIDIA's Multi-Process Service (MPS) for ComfyUI: on, off, limits and status."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 ACTIONS = ("on", "off", "status", "limit")
 
 PERCENT, MEMORY = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
-"""In the daemon's environment: the default of every server that it starts, so also of those after a boot."""
+"""Set in the daemon's environment: the default of every server that it starts, also after a boot."""
 
 
 def limits(percent: str, memory: str) -> dict[str, str]:
-    """The limits as --percent and --memory say them; raises UsageError."""
+    """The limits of --percent and --memory; raises UsageError."""
     if percent and not (percent.isdecimal() and 1 <= int(percent) <= 100):
         raise UsageError(
             "usage", f"--percent {percent} makes no sense", hint="1 to 100 percent of a GPU's threads for a process"
@@ -48,7 +48,7 @@ def limits(percent: str, memory: str) -> dict[str, str]:
 
 
 def places(target: Target, control: str, limited: Mapping[str, str]) -> list[Place]:
-    """What turning MPS on changes: the daemon's unit, and a drop-in by which ComfyUI finds it."""
+    """The files and units of MPS: the daemon's unit, and a drop-in that points ComfyUI to it."""
     service = target.host.service
     text = (files.CHECKOUT / "recipes/system/mps.service").read_text()
     values = {
@@ -59,8 +59,8 @@ def places(target: Target, control: str, limited: Mapping[str, str]) -> list[Pla
         **devices(target.profile),
     }
     unit = f"{service}-mps.service"
-    # PrivateUsers: the daemon looks at its clients' processes, which a user namespace of their own would close to it.
-    # PartOf: a CUDA context does not outlive its server. When the daemon dies, ComfyUI is started again with it.
+    # PrivateUsers: the daemon inspects its clients' processes, and a separate user namespace would prevent that.
+    # PartOf: a CUDA context ends with its server. If the daemon dies, ComfyUI restarts with it.
     drop_in = (
         f"# Written by Hearth: inv mps off removes it.\n"
         f"[Unit]\nWants={unit}\nAfter={unit}\nPartOf={unit}\n"
@@ -78,7 +78,7 @@ def places(target: Target, control: str, limited: Mapping[str, str]) -> list[Pla
 
 
 def turn_on(target: Target, facts: Facts, mps: Mps, state: State, limited: Mapping[str, str], options: Options) -> Plan:
-    """The plan that makes ComfyUI compute through MPS, with these limits."""
+    """The plan that runs ComfyUI's GPU work through MPS with these limits."""
     gpus = [int(each) for each in re.findall(r"(\d+)=", limited.get(MEMORY, ""))]
     found = refusals.no_mps(target, facts, mps.control, gpus)
     if settings.settled(state, "mps"):
@@ -101,7 +101,7 @@ def turn_on(target: Target, facts: Facts, mps: Mps, state: State, limited: Mappi
 
 
 def limit(target: Target, facts: Facts, mps: Mps, state: State, limited: Mapping[str, str], options: Options) -> Plan:
-    """The plan that limits what a process may take through MPS; refused while MPS is off."""
+    """The plan that limits a process's GPU use through MPS; refused while MPS is off."""
     if not mps.on:
         return Plan.of(facts, [], [refusals.mps_off(target)])
     return turn_on(target, facts, mps, state, limited, options)
@@ -117,7 +117,7 @@ def turn_off(target: Target, facts: Facts, mps: Mps, options: Options) -> Plan:
 
 
 def problems(mps: Mps, at: str, *, cuda: bool) -> list[Problem]:
-    """What is not well; `cuda` says whether ComfyUI computes on a GPU now."""
+    """The problems of MPS; `cuda` is true if ComfyUI uses a GPU now."""
     if not mps.on:
         if mps.service_knows:
             return [Problem("ComfyUI looks for an MPS that is off", f"inv restart {at}")]
@@ -148,7 +148,7 @@ def problems(mps: Mps, at: str, *, cuda: bool) -> list[Problem]:
 
 
 def run(action: str, names: Sequence[str], percent: str, memory: str, options: Options, *, as_json: bool) -> int:
-    """What `inv mps` does; raises UsageError."""
+    """Run `inv mps`; raises UsageError."""
     if action not in ACTIONS:
         raise UsageError("usage", f"inv mps {action} makes no sense", hint=f"one of {', '.join(ACTIONS)}")
     limited = limits(percent, memory)
@@ -178,14 +178,14 @@ def run(action: str, names: Sequence[str], percent: str, memory: str, options: O
 
 
 def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[Mps]]:
-    """How MPS is on hosts."""
+    """The MPS status of hosts."""
     return fleet.ask_each(
         names, lambda agent, _: msgspec.convert(agent.call("mps"), Mps), ask_sudo=ask_sudo, seconds=30
     )
 
 
 def show(answers: Sequence[fleet.Answer[Mps]], *, as_json: bool) -> int:
-    """Print how MPS is on hosts; 1 when it is on somewhere and not well, or a host did not answer."""
+    """Print the MPS status of hosts; returns 1 for a problem, or if a host did not answer."""
 
     def plain(name: str, mps: Mps) -> dict[str, Any]:
         return {**msgspec.to_builtins(mps), "problems": msgspec.to_builtins(_problems(name, mps))}
@@ -199,7 +199,7 @@ def _problems(name: str, mps: Mps) -> list[Problem]:
 
 
 def lines(name: str, mps: Mps) -> list[str]:
-    """A host's MPS in words."""
+    """A host's MPS status in words."""
     trouble = [f"{name}: {each.what}; next: {each.remedy}" for each in _problems(name, mps)]
     if not mps.on:
         why = "" if mps.control else ", and there is no nvidia-cuda-mps-control"

@@ -31,11 +31,11 @@ class Around:
 NOTHING = Around()
 
 Place = dict[str, Any]
-"""One place that a setting changes, as `agent/change/settings.py` lists the kinds."""
+"""One place that a setting changes; `agent/change/settings.py` lists the kinds."""
 
 
 def settled(state: State, name: str) -> bool:
-    """Whether every place of a setting is as wanted."""
+    """Whether every place of a setting has its wanted value."""
     return all(each.now == each.wanted for each in state.seen[name])
 
 
@@ -45,7 +45,7 @@ def look(agent: Agent, wanted: Mapping[str, Sequence[Place]]) -> State:
 
 
 def file(place: str, text: str, **more: str) -> Place:
-    """A file that a setting writes, and that undoing it removes."""
+    """A file that a setting writes, and that its undo removes."""
     return {"kind": "file", "place": place, "text": text, **more}
 
 
@@ -57,11 +57,11 @@ def apply_step(
 
 
 def undo_step(name: str, title: str, *, force: bool, around: Around = NOTHING) -> Step:
-    """The step that undoes a setting; with `force` also what somebody changed since."""
+    """The step that undoes a setting; with `force` it also overwrites later changes by others."""
     undo = "the same command without --undo"
     return Unset(title, "asked for", undo, (name,), force, around.serves, around.drain, around.force)
 
 
 def stopped(facts: Facts, options: Options) -> Around:
-    """Stops ComfyUI, if it runs, around a step, and starts it afterwards: it must see the setting at start."""
+    """Stop ComfyUI before a step and start it afterwards, if it runs: it reads the setting at start."""
     return Around(True, options.drain, options.force) if facts.service.active else NOTHING

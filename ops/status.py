@@ -55,8 +55,8 @@ class Status:
 
 
 def look(names: Sequence[str], *, ask_sudo: bool = False, seconds: float = SECONDS) -> list[fleet.Answer[Status]]:
-    """The status of hosts, all at once."""
-    known: dict[str, Inputs] = {}  # what this checkout can give is the same for hosts of one configuration
+    """The status of hosts, in parallel."""
+    known: dict[str, Inputs] = {}  # hosts of one configuration have the same inputs
     return fleet.ask_each(names, lambda agent, target: _one(agent, target, known), ask_sudo=ask_sudo, seconds=seconds)
 
 
@@ -82,7 +82,7 @@ def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Statu
     if not facts.current:
         problem("nothing is deployed", f"inv deploy {at}")
     elif facts.paused:
-        pass  # the plan's refusals say why and by whom, and name a change in progress
+        pass  # the plan's refusals give the reason and the user, and name a run in progress
     elif not facts.service.active:
         problem(f"the service is not running: {facts.service.state}", f"inv doctor {at}, then inv start {at}")
     elif live.comfyui.state == "silent":

@@ -1,4 +1,4 @@
-"""Settings of a machine that may help: listed, applied when named, undone from the host's own record."""
+"""Optional system settings: listed, applied by name, and undone from the host's own record."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A setting of `recipes/system/tuning.toml`; either `sysctl`, `value` (files of the kernel's) or `unit`."""
+    """A setting of `recipes/system/tuning.toml`: one of `sysctl`, `value` (kernel files) or `unit`."""
 
     what: str
     expect: str
@@ -43,7 +43,7 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"left_out": "left-out"}):
-    """The whole file; `left_out` says of what others recommend why it is not here."""
+    """The whole file; `left_out` gives the reasons against settings that others recommend."""
 
     settings: dict[str, Setting]
     left_out: dict[str, str]
@@ -51,7 +51,7 @@ class Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"le
 
 @functools.cache
 def known() -> Known:
-    """The settings that Hearth knows; raises ConfigError."""
+    """Return the settings that Hearth knows; raises ConfigError."""
     path = files.CHECKOUT / "recipes/system/tuning.toml"
     found = config.load(path, Known)
     for name, each in found.settings.items():
@@ -61,7 +61,7 @@ def known() -> Known:
 
 
 def places(name: str, setting: Setting) -> list[Place]:
-    """What a setting changes: now, and at every boot."""
+    """The places that a setting changes, now and at every boot."""
     told = f"# Written by Hearth: inv tune --undo {name} removes it.\n"
     if setting.unit:
         unit = f"hearth-{name}.service"
@@ -79,7 +79,7 @@ def places(name: str, setting: Setting) -> list[Place]:
 
 
 def unfit(setting: Setting, facts: Facts) -> str:
-    """Why a setting is of no use on a host; empty if it is."""
+    """The reason why a setting does not apply to a host; empty if it applies."""
     if setting.needs and not facts.gpus:
         return "no NVIDIA GPU there"
     unified = any(gpu.unified for gpu in facts.gpus)
@@ -92,14 +92,14 @@ def unfit(setting: Setting, facts: Facts) -> str:
 
 
 def apply(target: Target, facts: Facts, state: State, names: Sequence[str]) -> Plan:
-    """The plan that applies settings; empty where all are in force."""
+    """The plan that applies settings; empty if all are in force."""
     found = refusals.unsettable(target, facts)
     steps: list[Step] = []
     for name in names:
         against = _unfit_here(name, facts, state)
         found += against
         todo = [each for each in state.seen[name] if each.now != each.wanted]
-        # a file alone would be written again only where Hearth applied the setting
+        # a file is rewritten only if Hearth applied the setting
         if not against and ([each for each in todo if each.kind != "file"] or (todo and name in state.applied)):
             setting = known().settings[name]
             title = f"set {name}: {now(name, state)} -> {becomes(setting)}"
@@ -123,7 +123,7 @@ def _unfit_here(name: str, facts: Facts, state: State) -> list[Refusal]:
 
 
 def undo(target: Target, facts: Facts, state: State, names: Sequence[str], *, force: bool) -> Plan:
-    """The plan that undoes settings (none named: all that `inv tune` applied)."""
+    """The plan that undoes settings (default: all that `inv tune` applied)."""
     mine = [name for name in names or known().settings if name in state.applied]
     steps = [
         settings.undo_step(name, f"undo {name}: {', '.join(_back(each) for each in state.applied[name])}", force=force)
@@ -158,7 +158,7 @@ def named(text: str) -> list[str]:
 
 
 def run(hosts: Sequence[str], applied: str, undone: str | bool, options: Options, *, as_json: bool) -> int:
-    """What `inv tune` does: list settings, apply those named, or undo those named (True: all)."""
+    """Run `inv tune`: list settings, apply the named ones, or undo the named ones (True: all)."""
     from ops import lifecycle
 
     if applied and undone:
@@ -184,7 +184,7 @@ def run(hosts: Sequence[str], applied: str, undone: str | bool, options: Options
 
 @dataclass(frozen=True)
 class Row:
-    """A setting as it is on a host. `on`: Hearth applied it. `unfit` says why it makes no sense there."""
+    """A setting's state on a host. `on`: Hearth applied it. `unfit`: the reason why it does not apply there."""
 
     name: str
     on: bool
@@ -207,7 +207,7 @@ def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[l
 
 
 def rows(facts: Facts, state: State) -> list[Row]:
-    """What is told of each setting; pure."""
+    """The display of each setting; pure."""
     return [
         Row(
             name, name in state.applied, now(name, state), becomes(each), unfit(each, facts) or _absent(name, state),
@@ -218,7 +218,7 @@ def rows(facts: Facts, state: State) -> list[Row]:
 
 
 def now(name: str, state: State) -> str:
-    """How a setting is now, in words."""
+    """A setting's current value, in words."""
     found = state.seen[name]
     if units := [each for each in found if each.kind == "unit"]:
         return "on" if units[0].now == [True, True] else "off"
@@ -234,12 +234,12 @@ def _absent(name: str, state: State) -> str:
 
 
 def becomes(setting: Setting) -> str:
-    """How a setting would be, in words."""
+    """A setting's value after applying it, in words."""
     return "on" if setting.unit else ", ".join([*setting.sysctl.values(), *setting.value.values()])
 
 
 def show(answers: Sequence[fleet.Answer[list[Row]]], *, as_json: bool) -> int:
-    """Print the settings of hosts; 1 when one could not be asked."""
+    """Print the settings of hosts; returns 1 if a host did not answer."""
 
     def plain(_: str, rows: list[Row]) -> dict[str, Any]:
         return {"settings": msgspec.to_builtins(rows), "left_out": known().left_out}
@@ -249,7 +249,7 @@ def show(answers: Sequence[fleet.Answer[list[Row]]], *, as_json: bool) -> int:
 
 
 def lines(name: str, rows: list[Row]) -> list[str]:
-    """A host's settings: a table, then what each is for."""
+    """A host's settings: a table, then the purpose of each."""
     table = [(each.name, "Hearth" if each.on else "-", each.now, each.becomes, each.unfit or "yes") for each in rows]
     found = [f"{name}:", *console.table(("setting", "set by", "now", "would be", "makes sense"), table), ""]
     for each in rows:

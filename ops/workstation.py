@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NAME = "this machine"
 ELSEWHERE = "use inv build-kernels --host NAME"
 BUILD_BYTES = 15_000_000_000
-"""What a stack, its compiler and a build take in the cache, measured: 10 GB for cu130, and the objects."""
+"""Measured cache size of a stack, its compiler and a build: 10 GB for cu130, and the objects."""
 
 PROGRAMS = {
     "git": {"linux": "apt-get install git", "darwin": "xcode-select --install"},
@@ -36,7 +36,7 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class Seen:
-    """What this machine can do, a line each, and its problems."""
+    """This machine's capabilities, one line each, and its problems."""
 
     abilities: tuple[str, ...]
     problems: tuple[tuple[Severity, Problem], ...]
@@ -56,7 +56,7 @@ def look() -> Seen:
     if linux:
         asked = [hosts.target(name).profile for name in hosts.hosts().hosts if name != hosts.LOCAL]
         asked = [each for each in asked if each.kernels]
-        severity: Severity = "error" if asked else "warning"  # without hosts, perhaps nobody wants to build here
+        severity: Severity = "error" if asked else "warning"  # without hosts, a build may not be wanted
         profiles = asked or [each for each in hosts.profiles().values() if each.kernels]
         faults = {each.arch: _build_faults(each) for each in profiles}
         builds = _builds(faults, [each for each in missing if each != "ssh"])
@@ -69,7 +69,7 @@ def look() -> Seen:
 
 
 def _build_faults(profile: Profile) -> list[HearthError]:
-    """What prevents a build of a profile's kernels here."""
+    """The problems that prevent a build of a profile's kernels here."""
     from kernels import toolchain
 
     arch = known_archs()[profile.arch]

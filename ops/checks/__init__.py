@@ -1,4 +1,4 @@
-"""The doctor's checks of a host, by subject; `docs/troubleshooting.md` is written from them."""
+"""The doctor's checks of a host, by subject; `docs/troubleshooting.md` is generated from them."""
 
 from __future__ import annotations
 

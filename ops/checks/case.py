@@ -1,4 +1,4 @@
-"""What a check is, and what it is given: one host, as seen by the agent."""
+"""A check, and its input: one host, as seen by the agent."""
 
 from __future__ import annotations
 

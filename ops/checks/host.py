@@ -54,7 +54,7 @@ def _disk(case: Case) -> Iterator[Problem]:
 
 def _clock(case: Case) -> Iterator[Problem]:
     off = case.live.time - case.now
-    if abs(off) > 60:  # certificates and journals are wrong by then; an answer takes seconds at most
+    if abs(off) > 60:  # certificates and journals would be affected; an answer takes only seconds
         ahead = "ahead of" if off > 0 else "behind"
         yield Problem(
             f"its clock is {console.clock(abs(off))} {ahead} this machine's", "on the host: timedatectl set-ntp true"

@@ -1,4 +1,4 @@
-"""Checks of memory: what was killed or refused, and what a GPU that shares it has left."""
+"""Checks of memory: killed processes, failed allocations, and the free memory of a GPU with shared memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One booted Debian with ComfyUI deployed to it, for all host tests."""
+"""One booted Debian with a deployed ComfyUI, shared by all host tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """The machine, booted; nothing is deployed yet."""
+    """The booted machine; nothing is deployed yet."""
     with fresh(tmp_path_factory.mktemp("fleet"), "shared", Fleet) as one:
         one.machine.add_disk("blocks", "300M")
         one.machine.add_disk("inodes", "2G", "-N", "300")
@@ -33,7 +33,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 @pytest.fixture(scope="session")
 def deployed(fleet: Fleet) -> Fleet:
-    """ComfyUI on it, with some files of users in data/."""
+    """The machine with ComfyUI and some user files in data/."""
     done = fleet.deploy("--json")
     assert done.returncode == 0, done.stderr
     for name, text in (("models/checkpoints/one.safetensors", "weights"), ("output/picture.png", "art")):
@@ -45,10 +45,10 @@ def deployed(fleet: Fleet) -> Fleet:
 
 @pytest.fixture
 def steady(deployed: Fleet) -> Iterator[Fleet]:
-    """The deployed machine; afterwards it must be as before, and a deploy must find nothing to do."""
+    """The deployed machine. After the test it must be unchanged, and a deploy must find nothing to do."""
     release, data = deployed.current(), deployed.data()
     yield deployed
-    deployed.becomes("", "--no-trial")  # that release is known to be well
+    deployed.becomes("", "--no-trial")  # that release is known to be healthy
     assert deployed.current() == release
     assert deployed.data() == data
     again = deployed.deploy("--dry-run")

@@ -1,4 +1,4 @@
-"""A booted machine with a client's configuration for it, and ways to look at it and break it."""
+"""A booted machine with a client's configuration for it, and methods to inspect and break it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PREFIX = "/opt/comfyui"
 
 @dataclass
 class Fleet(Client):
-    """A machine, a client's configuration for it, and ComfyUIs of one's own to deploy."""
+    """A machine, a client's configuration for it, and modified ComfyUIs to deploy."""
 
     machine: Machine
     place: Path
     env: dict[str, str] = field(default_factory=dict)
 
     def configure(self, text: str = "", profile: str = "cpu") -> None:
-        """Write hosts.toml: the host `spark`, and `text` after it."""
+        """Write hosts.toml: the host `spark`, followed by `text`."""
         (self.place / "hosts.toml").write_text(
             f'[hosts.spark]\naddress = "spark"\nprofile = "{profile}"\nport = {self.machine.port}\n{text}'
         )
@@ -55,7 +55,7 @@ class Fleet(Client):
         return self.inv("deploy", "--host", "spark", *words, **env)
 
     def becomes(self, text: str = "", *words: str) -> subprocess.CompletedProcess[str]:
-        """Configure and deploy, which must succeed."""
+        """Configure and deploy; the deploy must succeed."""
         self.configure(text)
         done = self.deploy(*words)
         assert done.returncode == 0, done.stderr
@@ -63,7 +63,7 @@ class Fleet(Client):
 
     @property
     def prefix(self) -> Path:
-        """The prefix, as seen from outside the machine."""
+        """The prefix, as a path outside the machine."""
         return self.machine.root / PREFIX.lstrip("/")
 
     def current(self) -> str:
@@ -85,7 +85,7 @@ class Fleet(Client):
         return False
 
     def comfyui(self, name: str, edits: dict[str, tuple[str, str]]) -> Path:
-        """A ComfyUI of one's own: the pinned tree with, in some files, a pattern replaced; its app.toml's folder."""
+        """Create a modified ComfyUI: the pinned tree with patterns replaced; returns the app.toml's folder."""
         folder = self.place / "apps" / name
         shutil.copytree(source.fetch(application()), folder / "src")
         text = (self.checkout / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
@@ -99,7 +99,7 @@ class Fleet(Client):
         return folder
 
     def records(self) -> set[str]:
-        """What is left in state/ of runs that have ended, and must not be: what was under way, and how to go back."""
+        """Files in state/ that a finished run must not leave: the current run, and data for a revert."""
         kept = {"pending.json", "cut-over.json", "reserve", "trial"} & {
             path.name for path in (self.prefix / "state").iterdir()
         }
@@ -111,14 +111,14 @@ class Fleet(Client):
         return kept | {path.name for path in places}
 
     def database(self) -> set[str]:
-        """The tables of ComfyUI's database, and the revision that it was migrated to; it must be whole."""
+        """The tables of ComfyUI's database and its migration revision; the database must be intact."""
         with closing(sqlite3.connect(f"file:{self.prefix}/data/user/comfyui.db?mode=ro", uri=True)) as database:
             assert [*database.execute("pragma integrity_check")] == [("ok",)]
             tables = {name for (name,) in database.execute("select name from sqlite_master")}
             return tables | {revision for (revision,) in database.execute("select version_num from alembic_version")}
 
     def data(self) -> dict[str, str]:
-        """The SHA-256 of what users keep in data/: all but ComfyUI's own database, log, temporary files and caches."""
+        """The SHA-256 of the user files in data/: without ComfyUI's database, log, temporary files and caches."""
         root = self.prefix / "data"
         own = re.compile(r"(temp|cache)/|user/comfyui")
         return {
@@ -129,7 +129,7 @@ class Fleet(Client):
 
 
 def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    """Wait until the condition holds; say whether it did in time."""
+    """Wait for the condition; returns whether it held in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -143,7 +143,7 @@ F = TypeVar("F", bound=Fleet)
 
 @contextmanager
 def fresh(folder: Path, name: str, kind: type[F], prefix: str = PREFIX, **machine: Any) -> Iterator[F]:
-    """A fleet whose machine is its own, not booted yet and discarded in the end."""
+    """A fleet with its own machine, not booted yet and discarded at the end."""
     fleet = kind(Machine(place_for(name), prefix=prefix, **machine), folder)
     fleet.configure()
     try:

@@ -1,4 +1,4 @@
-"""An sshd of one's own on loopback with a login of its own, for every way that SSH can be configured."""
+"""A separate sshd on loopback with its own login, to test every SSH configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.client import Client
 from tests.host.machine import free_port
 
 NEEDS = ("root", "ssh", "ssh-keygen", "sshd", "sudo", "fish", "tcsh", "zsh")
-"""What the tests with a Lab need, as arguments of the mark `needs`."""
+"""The requirements of tests with a Lab, as arguments of the mark `needs`."""
 
 
 @dataclass
@@ -38,14 +38,15 @@ class Lab(Client):
         return {"HEARTH_HOSTS": str(self.place / "hosts.toml"), "HEARTH_SSH_CONFIG": str(self.place / "config")}
 
     def prepare(self) -> None:
-        """The login, the keys, the configuration of sshd and client."""
+        """Create the login, the keys, and the configuration of sshd and client."""
         self.place.chmod(0o755)
-        # A number that no login of a booted host has, whose processes are seen from here, too: `processes` finds ours.
+        # A user id that no login of a booted host has: their processes are visible here, and `processes` must find
+        # only ours.
         number = ["--key", "UID_MIN=30000", "--key", "UID_MAX=39999"]
         subprocess.run(["useradd", *number, "--create-home", "--shell", "/bin/bash", self.login], check=True)
-        for each in self.home.iterdir():  # the skeleton's files, which tests write themselves
+        for each in self.home.iterdir():  # the skeleton's files; tests write these themselves
             each.unlink()
-        line = f"{self.login}:{self.password}"  # sshd refuses a login whose password is locked
+        line = f"{self.login}:{self.password}"  # sshd refuses logins with a locked password
         subprocess.run(["chpasswd"], input=line, text=True, check=True)
         for key in ("client", "host", "other", "ca"):
             self.make_key(key)
@@ -69,11 +70,11 @@ class Lab(Client):
         return " ".join((self.place / f"{name}.pub").read_text().split()[:2])
 
     def know(self, key: str, more: str = "", name: str = "") -> None:
-        """Write known_hosts: this key of the host, and more lines."""
+        """Write known_hosts: this key of the host, followed by more lines."""
         (self.place / "known_hosts").write_text(f"{name or f'[127.0.0.1]:{self.port}'} {key}\n{more}")
 
     def configure(self, text: str = "", *, own: str = "", first: str = "", key: str = "client") -> None:
-        """Write the client's configuration: `first`, the host `lab` with its `own` options, `text` after it."""
+        """Write the client's configuration: `first`, the host `lab` with its `own` options, then `text`."""
         identity = f"  IdentityFile {self.place}/{key}\n  IdentitiesOnly yes\n" if key else ""
         (self.place / "config").write_text(
             f"{first}Host lab\n{own}  HostName 127.0.0.1\n  Port {self.port}\n  User {self.login}\n{identity}"
@@ -106,7 +107,7 @@ class Lab(Client):
             self.server = None
 
     def write(self, name: str, text: str, mode: int = 0o644) -> Path:
-        """A file in the login's home, its own."""
+        """Write a file in the login's home, owned by it."""
         path = self.home / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -118,7 +119,7 @@ class Lab(Client):
         subprocess.run(["usermod", "--shell", path, self.login], check=True)
 
     def processes(self, word: str) -> list[int]:
-        """The processes whose command line names this word and that run as the login."""
+        """The processes of the login whose command line contains this word."""
         found, number = [], pwd.getpwnam(self.login).pw_uid
         for each in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -128,7 +129,7 @@ class Lab(Client):
 
     def discard(self) -> None:
         self.stop()
-        with suppress(KeyError):  # the login was not even made
+        with suppress(KeyError):  # the login does not exist
             for each in self.processes(""):
                 with suppress(ProcessLookupError):
                     os.kill(each, signal.SIGKILL)
@@ -139,7 +140,7 @@ class Lab(Client):
 
 @contextmanager
 def lab(place: Path) -> Iterator[Lab]:
-    """An sshd that listens; login and all are gone afterwards."""
+    """A running sshd; the login and all its files are removed afterwards."""
     one = Lab(place)
     try:
         one.prepare()

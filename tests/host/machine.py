@@ -1,7 +1,7 @@
-"""Real hosts to deploy to: a Debian with systemd and sshd in a folder, booted by systemd-nspawn.
+"""Real hosts for deploys: a Debian with systemd and sshd in a folder, booted by systemd-nspawn.
 
-A machine is an overlay over a root from debootstrap, which the user's cache keeps. It shares this machine's network
-and is reached at a port of 127.0.0.1 only. Needs root, debootstrap, systemd-container and openssh-client.
+A machine is an overlay over a root from debootstrap, which is kept in the user's cache. It shares this machine's
+network and is reachable only at a port of 127.0.0.1. Needs root, debootstrap, systemd-container and openssh-client.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ PACKAGES = "systemd,systemd-sysv,dbus,openssh-server,sudo,python3,iproute2,ca-ce
 LOGIN = "deployer"
 
 FIREWALL = ("--system-call-filter=bpf", "--capability=CAP_BPF,CAP_NET_ADMIN,CAP_PERFMON,CAP_SYS_RESOURCE")
-"""Flags that let a machine's systemd enforce IPAddressDeny=: it attaches BPF programs."""
+"""Flags that let a machine's systemd enforce IPAddressDeny=, for which it attaches BPF programs."""
 
 
 NEEDS = ("root", "systemd-nspawn", "debootstrap", "ssh", "ssh-keygen", "mkfs.xfs", "mkfs.btrfs", "ip", "nft")
-"""What it takes to boot machines, as arguments of the mark `needs`."""
+"""The requirements for booting machines, as arguments of the mark `needs`."""
 
 
 def base(arch: str) -> Path:
-    """The root that machines of an arch (Debian's name) are overlays of; made once, in a minute."""
+    """The root below the machines' overlays, for an arch (Debian's name); created once, in a minute."""
     place = workspace.current().cache / "hosts" / f"bookworm-{arch}"
-    # One at a time: two debootstraps that share a folder of packages take each other's away.
+    # One at a time: two debootstraps with a common package folder delete each other's packages.
     with files.locked(workspace.current().cache / "hosts/base.lock", lambda: None):
         if not place.is_dir():
             _make_base(arch, place)
@@ -57,7 +57,7 @@ def _make_base(arch: str, place: Path) -> None:
         subprocess.run([*run, "useradd", "--create-home", "--shell", "/bin/bash", LOGIN], check=True)
         (part / "etc/sudoers.d/deployer").write_text(f"{LOGIN} ALL=(ALL) NOPASSWD: ALL\n")
         (part / "etc/ssh/sshd_config.d/here.conf").write_text("ListenAddress 127.0.0.1\nUseDNS no\n")
-        # Packages come through this machine's way to the index, whatever that is.
+        # Packages come from this machine's index settings.
         shutil.copy("/etc/ssl/certs/ca-certificates.crt", part / "etc/ssl/certs/ca-certificates.crt")
         (part / "etc/uv").mkdir()
         (part / "etc/uv/uv.toml").write_text("system-certs = true\n")
@@ -65,7 +65,7 @@ def _make_base(arch: str, place: Path) -> None:
 
 
 def _emulate() -> None:
-    """Let this kernel run arm64 programs through qemu, in every root: binfmt-support registers it so."""
+    """Register qemu for arm64 programs with this kernel, for every root; binfmt-support keeps it so."""
     register = Path("/proc/sys/fs/binfmt_misc")
     if not (register / "status").exists():
         subprocess.run(["mount", "-t", "binfmt_misc", "binfmt_misc", str(register)], check=True)
@@ -85,9 +85,9 @@ def free_port() -> int:
 
 
 def place_for(name: str) -> Path:
-    """Where a test's host may lie: on the file system of uv's cache, to share it by hard links; named by our process.
+    """A folder for a test's host, on uv's cache file system for hard links; its name contains our process id.
 
-    What runs left that were killed is swept away first: gigabytes, mounts, and machines that still run.
+    First deletes the remains of killed runs: gigabytes, mounts, and running machines.
     """
     running = _made(workspace.current().cache / "hosts/running")
     for stale in running.glob("*.*"):
@@ -101,20 +101,20 @@ def place_for(name: str) -> Path:
 
 
 def mounted_below(place: Path) -> list[Path]:
-    """The mount points below a folder, in the order in which they can be unmounted."""
+    """The mount points below a folder, in the order for unmounting."""
     points = (Path(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines())
     return [point for point in reversed([*points]) if point.is_relative_to(place)]
 
 
 def clear(place: Path) -> None:
-    """Unmount all below a folder, and delete it."""
+    """Unmount everything below a folder, and delete it."""
     for point in mounted_below(place):
         subprocess.run(["umount", "--lazy", "--quiet", str(point)], check=False)
     subprocess.run(["rm", "-rf", str(place)], check=False)  # of any depth
 
 
 def _kill(pid: int) -> list[int]:
-    """Kill systemd-nspawn and its machine's first process, which takes the others with it; which were killed."""
+    """Kill systemd-nspawn and its machine's first process, which ends the others; returns the killed ones."""
     listed = [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()), pid]
     for each in listed:
         with contextlib.suppress(ProcessLookupError):
@@ -123,7 +123,7 @@ def _kill(pid: int) -> list[int]:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process is there, and not only its entry, which stays until its parent takes note."""
+    """Whether a process runs. A zombie's entry remains until its parent reaps it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -131,21 +131,21 @@ def _runs(pid: int) -> bool:
 
 
 def share_downloads(there: Path) -> None:
-    """Make a cache for uv of what uv here has downloaded, as hard links: same file system, no byte is copied."""
+    """Create a uv cache from this machine's downloads by hard links: same file system, no bytes copied."""
     asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
     cache = Path(asked.stdout.strip())
     there.mkdir(parents=True)
-    for each in cache.glob("*"):  # uv writes into all but what it has unpacked
+    for each in cache.glob("*"):  # uv modifies everything except unpacked packages
         words = ["cp", "-al" if each.name.startswith("archive") else "-a", str(each), str(there)]
-        subprocess.run(words, check=False)  # another test's uv may write there: what cp misses is downloaded again
+        subprocess.run(words, check=False)  # another test's uv may write there; uv downloads what cp misses
 
 
 @dataclass
 class Machine:
-    """One host: `boot` and `power_off` as often as wanted; its disk stays.
+    """One host: `boot` and `power_off` as often as needed; its disk remains.
 
-    Without `network` it has a loopback of its own and nothing else; ssh gets in through its namespace. `more` are
-    further flags of systemd-nspawn.
+    Without `network` it has only its own loopback; ssh connects through its namespace. `more` are further flags of
+    systemd-nspawn.
     """
 
     place: Path
@@ -167,7 +167,7 @@ class Machine:
         for key in ("client", "host"):
             words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", str(self.place / key)]
             subprocess.run(words, check=True)
-        # Emulated programs do not become setuid, so sudo does not work there.
+        # setuid does not work for emulated programs, so sudo does not work there.
         login, home = (LOGIN, f"home/{LOGIN}") if self.arch == "amd64" else ("root", "root")
         ssh = self.root / home / ".ssh"
         ssh.mkdir(mode=0o700, exist_ok=True)
@@ -186,7 +186,7 @@ class Machine:
 
     @property
     def disk(self) -> Path:
-        """The folder with all that the machine itself has written: the overlay's `upper`."""
+        """The folder with the machine's own writes: the overlay's `upper`."""
         return self.place
 
     def mount(self) -> None:
@@ -197,7 +197,7 @@ class Machine:
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(self.root)], check=True)
 
     def configure_ssh(self, text: str = "") -> None:
-        """Write the client's ssh_config: the host `spark`, with `text`, more options or hosts, after it."""
+        """Write the client's ssh_config: the host `spark`, followed by `text` with more options or hosts."""
         (self.place / "ssh_config").write_text(
             f"Host spark inner\n  HostName 127.0.0.1\n  Port {self.ssh_port}\n  User {self.login}\n"
             f"  IdentityFile {self.place}/client\n  IdentitiesOnly yes\n"
@@ -210,11 +210,11 @@ class Machine:
         shutil.copy(key, self.root / "etc/ssh/ssh_host_ed25519_key")
 
     def share_downloads(self, path: str) -> None:
-        """Give uv there what uv here has downloaded; only before the machine boots: it is put below the overlay."""
+        """Give the machine's uv our downloads; only before it boots, because they go below the overlay."""
         share_downloads(self.place / "upper" / path.lstrip("/"))
 
     def add_disk(self, name: str, size: str, *options: str) -> None:
-        """A file system of its own, from the next boot on at /srv/<name>; `options` are mkfs.ext4's."""
+        """Add a file system, mounted at /srv/<name> from the next boot on; `options` are mkfs.ext4's."""
         image, mounted = self.place / f"{name}.img", self.place / "disks" / name
         mounted.mkdir(parents=True)
         subprocess.run(["truncate", "-s", size, str(image)], check=True)
@@ -242,19 +242,19 @@ class Machine:
         raise RuntimeError(f"{self.place} does not boot:\n{(self.place / 'console.log').read_text()[-2000:]}")
 
     def _cgroups(self) -> list[Path]:
-        """The machine's own control groups: in the hierarchies that its systemd uses, version 1's and version 2's."""
+        """The machine's own control groups, in the hierarchies that its systemd uses: version 1's and version 2's."""
         roots = (Path("/sys/fs/cgroup", name) for name in ("systemd", "unified", ""))
         return [root / f"hearth-{self.ssh_port}" for root in roots if (root / "cgroup.procs").exists()]
 
     def _alone(self) -> None:
-        """Enter them: two machines in one would remove each other's, and then a service of theirs does not start."""
+        """Enter them. Two machines in one group would remove each other's groups, and services would fail to start."""
         for place in self._cgroups():
-            with contextlib.suppress(OSError):  # not ours to make: then it shares them
+            with contextlib.suppress(OSError):  # no permission: then machines share them
                 place.mkdir(exist_ok=True)
                 (place / "cgroup.procs").write_text(str(os.getpid()))
 
     def _answers(self) -> bool:
-        """Whether sshd does."""
+        """Whether sshd answers."""
         if self.network:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.ssh_port), 1) as there:
                 return there.recv(4) == b"SSH-"
@@ -266,18 +266,18 @@ class Machine:
         return subprocess.run(words, stdin=subprocess.DEVNULL, check=False).returncode == 0
 
     def _children(self) -> list[int]:
-        """The processes that nspawn started: the machine's first one."""
+        """The child processes of nspawn: the machine's first process."""
         assert self.process is not None
         pid = self.process.pid
         return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
     @property
     def first(self) -> int:
-        """The machine's first process, as its number is here."""
+        """The machine's first process, by its id on this machine."""
         return self._children()[0]
 
     def power_off(self) -> None:
-        """Pull the plug: every process of the machine is killed at once."""
+        """Simulate a power cut: kill every process of the machine at once."""
         if self.process is None:
             return
         listed = _kill(self.process.pid)
@@ -300,6 +300,6 @@ class Machine:
         return done.stdout
 
     def discard(self) -> None:
-        """Power off and leave nothing."""
+        """Power off and delete everything."""
         self.power_off()
         clear(self.place)

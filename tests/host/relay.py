@@ -1,4 +1,4 @@
-"""Standard input and output to a port of 127.0.0.1: ssh's ProxyCommand into a machine without a network."""
+"""Connects standard input and output to a port of 127.0.0.1: ssh's ProxyCommand into a machine without a network."""
 
 import os
 import shutil

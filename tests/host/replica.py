@@ -1,9 +1,9 @@
-"""Replicas of a machine that ComfyUI is deployed to, made in seconds; also ones whose disk is an image file.
+"""Fast replicas of a machine with a deployed ComfyUI, optionally with an image file as disk.
 
-An image lies on btrfs, so that a copy of it is one ioctl: it has what the disk had in that instant, as after a power
-cut, and nothing that was only in the memory of the file system inside. A loop device writes what it gets to its file
-before it says that it has, so the copy lacks no write that was acknowledged. (Disks that lose their own cache, which
-they may until they are told to flush, need device-mapper's dm-log-writes, which is not in every kernel.)
+An image is on btrfs, so that a copy takes one ioctl: it contains the disk at that instant, as after a power cut,
+without data that was only in the page cache of the inner file system. A loop device writes data to its file before it
+acknowledges it, so the copy has every acknowledged write. (To simulate disks that lose their own cache before a flush,
+device-mapper's dm-log-writes would be needed, which not every kernel has.)
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from pathlib import Path
 from tests.host.machine import Machine, clear, mounted_below, place_for
 
 FICLONE = 0x40049409
-"""The ioctl that makes a file a copy of another one on the same file system, sharing its blocks (linux/fs.h)."""
+"""The ioctl that makes a file a copy of another one on the same file system, with shared blocks (linux/fs.h)."""
 
 MKFS = {"ext4": ["mkfs.ext4", "-q"], "xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}
 
 
 def clone(image: Path, copy: Path) -> None:
-    """Copy a file in one atomic step, also one that is being written to."""
+    """Copy a file atomically, even while it is written."""
     with image.open("rb") as source, copy.open("wb") as target:
         fcntl.ioctl(target, FICLONE, source.fileno())
 
 
 @contextmanager
 def store() -> Iterator[Path]:
-    """A folder on a btrfs of its own, for images. It takes only the space that is in use."""
+    """A folder on a separate btrfs, for images. It takes only the used space."""
     place = place_for("store")
     folder = place / "images"
     folder.mkdir(parents=True)
@@ -46,17 +46,17 @@ def store() -> Iterator[Path]:
 
 
 def make_image(place: Path, kind: str, size: str) -> Path:
-    """An image file with an empty file system of a kind, sparse."""
+    """A sparse image file with an empty file system of this type."""
     subprocess.run(["truncate", "-s", size, str(place)], check=True)
     subprocess.run([*MKFS[kind], str(place)], check=True)
     return place
 
 
 def mount_image(image: Path, place: Path) -> None:
-    """Mount an image, also where another one with the same UUID still is mounted.
+    """Mount an image, even if another one with the same UUID is still mounted.
 
-    It may be for long: a mount namespace that some other program made meanwhile has the mount of the disk before, too.
-    XFS has to be told, btrfs knows since Linux 6.7.
+    That can last: a mount namespace that another program created meanwhile also has the old disk's mount. XFS needs an
+    option for it, btrfs supports it since Linux 6.7.
     """
     with image.open("rb") as file:
         options = "loop,nouuid" if file.read(4) == b"XFSB" else "loop"
@@ -64,7 +64,7 @@ def mount_image(image: Path, place: Path) -> None:
 
 
 def unmount(place: Path) -> None:
-    """Unmount all below a folder, as soon as nothing uses it any more."""
+    """Unmount everything below a folder, as soon as it is unused."""
     end = time.monotonic() + 20
     while points := mounted_below(place):
         if subprocess.run(["umount", "--quiet", str(points[0])], check=False).returncode:
@@ -74,10 +74,10 @@ def unmount(place: Path) -> None:
 
 @dataclass(kw_only=True)
 class Replica(Machine):
-    """A machine with what another one has on its disk, `of`; its prefix is a file system's own folder, not overlayfs.
+    """A machine with the disk contents of another one, `of`; its prefix is on a plain file system, not overlayfs.
 
-    With an `image`, all that the machine writes is in that file. The environment, gigabytes that an update of ComfyUI
-    does not touch, is not copied but bound from the other machine, and uv's cache is left out.
+    With an `image`, all of the machine's writes are in that file. The environment, gigabytes that an update of ComfyUI
+    does not change, is bind-mounted from the other machine instead of copied; uv's cache is left out.
     """
 
     of: Machine | None = None
@@ -107,7 +107,7 @@ class Replica(Machine):
             subprocess.run(["mount", "--bind", str(source), str(target)], check=True)
 
     def _fill(self, upper: Path) -> None:
-        """Copy what the other machine has written, with nanoseconds, owners, lists of access and overlayfs's notes."""
+        """Copy the other machine's writes, with nanoseconds, owners, ACLs and overlayfs attributes."""
         assert self.of
         kept = ["--format=posix", "--xattrs", "--xattrs-include=*", "--acls", "--numeric-owner"]
         prefix = f".{self.prefix}"
@@ -115,14 +115,14 @@ class Replica(Machine):
         pack = ["tar", "-C", str(self.of.disk / "upper"), *kept, *left_out, "-cf", "-", "."]
         with subprocess.Popen(pack, stdout=subprocess.PIPE) as packing:
             subprocess.run(["tar", "-C", str(upper), *kept, "-xpf", "-"], stdin=packing.stdout, check=True)
-        assert packing.returncode in (0, 1)  # 1: a log grew meanwhile
+        assert packing.returncode in (0, 1)  # 1: a log grew during the copy
 
     def sync(self) -> None:
-        """Bring to the disk what was written so far: it is long ago, as far as the test is concerned."""
+        """Flush all writes to disk: for the test, they happened long ago."""
         subprocess.run(["sync", "--file-system", str(self.disk)], check=True)
 
     def exchange_disk(self, image: Path) -> None:
-        """Pull the plug and put another disk in; `boot` boots from it."""
+        """Cut the power and replace the disk; `boot` then boots from the new one."""
         self.power_off()
         unmount(self.place)
         self.image = image

@@ -1,4 +1,4 @@
-"""Taking over a ComfyUI that was set up by hand, as guides have it, and giving it back."""
+"""Adopting a manually installed ComfyUI, and undoing that."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Old(http.server.BaseHTTPRequestHandler):
 
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Old).serve_forever()
 """
-"""Stands for the ComfyUI of before: a real one would only need minutes to install."""
+"""A stand-in for the old ComfyUI: installing a real one would only take minutes longer."""
 
 SERVICE = """\
 [Unit]
@@ -85,7 +85,7 @@ def git(place: Path, *words: str) -> str:
 
 
 def state(root: Path) -> dict[str, tuple[int, int, int, str]]:
-    """Owner, group, mode and content (of folders: access lists) of everything in a tree, or of a file."""
+    """Owner, group, mode and content (for folders: ACLs) of every file in a tree, or of one file."""
     found: dict[str, tuple[int, int, int, str]] = {}
     for path in (root, *root.rglob("*")):
         status = path.lstat()
@@ -101,7 +101,7 @@ def state(root: Path) -> dict[str, tuple[int, int, int, str]]:
 
 
 class Old:
-    """A machine with a ComfyUI that was set up by hand, and the nodes that the client knows."""
+    """A machine with a manually installed ComfyUI, and the client's known nodes."""
 
     def __init__(self, fleet: Fleet, garden: Garden) -> None:
         self.fleet = fleet
@@ -110,7 +110,7 @@ class Old:
         self.unit = fleet.machine.root / UNIT.lstrip("/")
 
     def build(self) -> None:
-        """The installation: code and nodes as clones, data with links, several owners, and many small pictures."""
+        """Create the installation: code and nodes as clones, data with links, several owners, many small pictures."""
         place, upstream = self.place, self.garden.folder / "upstream"
         for name, text in (("main.py", MAIN), ("comfyui_version.py", '__version__ = "0.3.40"\n'), ("comfy/a.py", "")):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ class Old:
         for name in ("good", "edited", "unknown"):
             git(place, "clone", "--quiet", f"file://{upstream / name}", f"custom_nodes/{name}")
         (place / "custom_nodes/edited/__init__.py").write_text("edited = True\n")
-        # Whoever may read a repository must not be made to run what its configuration names.
+        # A reader of a repository must not run the programs that its configuration names.
         git(place / "custom_nodes/unknown", "config", "core.fsmonitor", "touch /tmp/hearth-ran-this; false")
         (place / "custom_nodes/single.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
         (place / "extra_model_paths.yaml").write_text(
@@ -272,8 +272,8 @@ def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> N
             assert data[name][3] == content, name
             assert name not in moved
     uid = int(fleet.machine.run("id -u comfyui"))
-    alien = {name for name, (owner, *_) in data.items() if owner != uid} - {"custom_nodes"}  # root's, and empty
-    # two names of one file, and who knows where a third is; and what is neither the owner's nor the service's
+    alien = {name for name, (owner, *_) in data.items() if owner != uid} - {"custom_nodes"}  # owned by root, and empty
+    # two hard links of one file, one with a third link elsewhere, and a file of another owner
     assert alien == {"input/photo.png", "input/the-same.png", "output/berts", "output/berts/roots.png"}
     for name in alien:
         assert data[name] == before[name]
@@ -299,7 +299,7 @@ def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> N
 def test_an_adopted_installation_is_deployed_and_nothing_is_lost(old: Old) -> None:
     before = old.state()
     fleet = old.fleet
-    # Somebody tried Hearth before: what the data has already stays.
+    # An earlier trial of Hearth: existing files in the data stay.
     taken = fleet.prefix / "data/models/configs"
     fleet.machine.run(f"mkdir -p {PREFIX}/data/models/configs; echo mine > '{PREFIX}/data/models/configs/ü b.yaml'")
     adopted = old.adopt("--apply", "--yes")

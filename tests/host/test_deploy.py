@@ -1,4 +1,4 @@
-"""The main path on a real host: deployed, hardened, converged, refused, taken back."""
+"""The main path on a real host: deploy, hardening, convergence, refusals, rollback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.host
 
 
 def broken(line: str) -> dict[str, tuple[str, str]]:
-    """An edit that puts a line at the start of ComfyUI's main.py."""
+    """An edit that adds a line at the start of ComfyUI's main.py."""
     return {"main.py": (r"\A", f"{line}\n")}
 
 
@@ -100,7 +100,7 @@ def test_what_drifted_is_put_right(steady: Fleet) -> None:
     ids=["in the release", "a file in its place"],
 )
 def test_an_edited_unit_is_put_right(steady: Fleet, edit: str, why: str) -> None:
-    """Some editors write to where a link leads, some replace it. A drop-in of an administrator's stays."""
+    """Some editors write through a link, others replace it. An administrator's drop-in stays."""
     unit = "/etc/systemd/system/comfyui.service"
     steady.machine.run(f"mkdir -p {unit}.d; printf '[Service]\\nEnvironment=OWN=1\\n' > {unit}.d/own.conf")
     steady.machine.run(f"{edit} 's/^NoNewPrivileges=yes/NoNewPrivileges=no/' {unit}")
@@ -141,7 +141,7 @@ def test_a_change_of_flags_is_a_new_release_of_the_same_parts_and_can_be_taken_b
 def test_an_unhealthy_release_fails_its_trial_or_is_taken_back(
     steady: Fleet, name: str, edits: dict[str, tuple[str, str]], said: str
 ) -> None:
-    """Tried first, it stops nothing; without a trial the release before comes back."""
+    """A failed trial stops nothing; without a trial, the previous release is restored."""
     release, data, since = steady.current(), steady.data(), machine_since(steady)
     steady.configure("[hosts.spark.override]\nstart_seconds = 6\n" if name == "never-answers" else "")
     app = str(steady.comfyui(name, edits))
@@ -162,7 +162,7 @@ def test_an_unhealthy_release_fails_its_trial_or_is_taken_back(
 
 
 def test_a_gpu_or_kernel_that_is_not_used_is_unhealthy(steady: Fleet) -> None:
-    """nvidia-smi alone is made up, so that the plan lets a GPU's profile pass; ComfyUI is the real one on its CPU."""
+    """Only nvidia-smi is faked, so that the plan accepts a GPU profile; ComfyUI is real and runs on the CPU."""
     release = steady.current()
     smi = steady.machine.root / "usr/local/bin/nvidia-smi"
     smi.write_text("#!/bin/sh\necho NVIDIA GB10, 12.1, [N/A]\n")
@@ -186,13 +186,13 @@ def test_a_gpu_or_kernel_that_is_not_used_is_unhealthy(steady: Fleet) -> None:
 
 
 def test_a_newer_database_is_taken_back_with_its_release(steady: Fleet) -> None:
-    """A version that migrated the database and is not healthy: the older one would refuse to start on it."""
+    """An unhealthy version that migrated the database: the old one would refuse to start on it."""
     before = (steady.prefix / "data/user/comfyui.db").read_bytes()
     line = 'import sqlite3,sys; d=sqlite3.connect(sys.argv[sys.argv.index("--database-url")+1][10:]);'
     line += ' d.execute("create table newer (x)"); d.commit(); sys.exit(1)'
     app = str(steady.comfyui("migrates", broken(line)))
     assert steady.deploy(HEARTH_APP=app).returncode == 66
-    assert (steady.prefix / "data/user/comfyui.db").read_bytes() == before  # the trial had a copy
+    assert (steady.prefix / "data/user/comfyui.db").read_bytes() == before  # the trial used a copy
     done = steady.deploy("--no-trial", HEARTH_APP=app)
     assert done.returncode == 66, done.stderr
     assert b"newer" not in (steady.prefix / "data/user/comfyui.db").read_bytes()
@@ -315,7 +315,7 @@ def test_a_tampered_part_is_made_anew(steady: Fleet) -> None:
 
 
 def test_jobs_are_waited_for_and_named(steady: Fleet) -> None:
-    """A job that takes a while: ComfyUI itself sleeps in a node of the test's own."""
+    """A slow job: a node of the test makes ComfyUI sleep."""
     wait = "import time; time.sleep(25 if width == 65 else 0)"
     slow = {"nodes.py": (r"(def generate\(self, width, height, batch_size=1, color=0\):\n)", rf"\1        {wait}\n")}
     folder = steady.comfyui("slow", slow)
@@ -393,7 +393,7 @@ def test_a_group_begins_with_its_canary(deployed: Fleet) -> None:
 def test_the_sudo_password_is_asked_for_once_and_never_shown(deployed: Fleet) -> None:
     rule = deployed.machine.root / "etc/sudoers.d/deployer"
     text = rule.read_text()
-    # Not by a command over ssh: sudo's own log would then have the password.
+    # Not by a command over ssh: sudo's log would then contain the password.
     subprocess.run(["chroot", deployed.machine.root, "chpasswd"], input="deployer:open-sesame", text=True, check=True)
     rule.write_text(text.replace("NOPASSWD: ", ""))
     try:
@@ -406,14 +406,14 @@ def test_the_sudo_password_is_asked_for_once_and_never_shown(deployed: Fleet) ->
     assert "open-sesame" not in said
     assert "debian 12" in said
     assert refused == 62
-    # Where sudo does not ask, the password goes nowhere.
+    # If sudo does not ask, the password is not sent.
     status, said = at_a_terminal(deployed, ("facts", "--host", "spark", "--ask-sudo"), "open-sesame\n")
     assert status == 0, said
     assert "open-sesame" not in deployed.machine.run("journalctl --no-pager")
 
 
 def at_a_terminal(fleet: Fleet, words: tuple[str, ...], typed: str) -> tuple[int, str]:
-    """Run inv with a terminal of its own; type the text when it asks for a password."""
+    """Run inv in its own terminal; type the text when it asks for a password."""
     ours, theirs = pty.openpty()
     environment = fleet.environment(COLUMNS="200")
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Each fault that the doctor knows is made on the real machine, found, and its remedy named."""
+"""Creates every fault that the doctor knows on the real machine; the doctor must find it and name the fix."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.host
 
 
 def findings(fleet: Fleet, *, code: int, host: str = "spark") -> dict[str, list[tuple[str, str]]]:
-    """What the doctor finds, by check: (what, remedy)."""
-    fleet.machine.run(f"rm -f {PREFIX}/state/verified.json")  # what was whole a minute ago may not be now
+    """The doctor's findings, by check: (what, remedy)."""
+    fleet.machine.run(f"rm -f {PREFIX}/state/verified.json")  # files verified before may be damaged now
     done = fleet.inv("doctor", "--host", host, "--json")
     assert done.returncode == code, done.stdout + done.stderr
     found: dict[str, list[tuple[str, str]]] = {}
@@ -36,14 +36,14 @@ def findings(fleet: Fleet, *, code: int, host: str = "spark") -> dict[str, list[
 
 
 def only(found: dict[str, list[tuple[str, str]]], check: str) -> tuple[str, str]:
-    """The one finding of a check."""
+    """The only finding of a check."""
     (one,) = found[check]
     return one
 
 
 @contextmanager
 def drop_in(fleet: Fleet, *lines: str) -> Iterator[None]:
-    """The service with more lines in its unit, restarted; afterwards as before, and serving."""
+    """Add lines to the service's unit and restart it; restored and serving afterwards."""
     folder = "/etc/systemd/system/comfyui.service.d"
     text = "\\n".join(("[Service]", *lines))
     fleet.machine.run(f"mkdir -p {folder}; printf {shlex.quote(text + chr(92) + 'n')} > {folder}/test.conf")
@@ -58,7 +58,7 @@ def drop_in(fleet: Fleet, *lines: str) -> Iterator[None]:
 
 @contextmanager
 def program(fleet: Fleet, name: str, script: str) -> Iterator[None]:
-    """A program on the machine that says what a real one would."""
+    """A fake program on the machine with a real one's output."""
     path = f"/usr/local/bin/{name}"
     fleet.machine.run(f"printf '%s\\n' {shlex.quote('#!/bin/sh')} {shlex.quote(script)} > {path}; chmod +x {path}")
     try:
@@ -77,12 +77,12 @@ options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0,allow_other".encode()
 assert libc.mount(b"nowhere", place, b"fuse", 0, options) == 0
 print("mounted", flush=True)
 time.sleep(600)
-"""  # mount(2), and nobody reads from the kernel what is asked of it (fuse(4))
+"""  # mount(2); nobody answers the kernel's requests (fuse(4))
 
 
 @contextmanager
 def dead(fleet: Fleet, path: str) -> Iterator[None]:
-    """A mount on the machine whose server is gone: whoever looks at it waits."""
+    """A mount on the machine whose server is down: every access blocks."""
     fleet.machine.run(f"mkdir -p {path}")
     words = [sys.executable, "-c", DEAD, str(fleet.machine.first), path]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
@@ -92,7 +92,7 @@ def dead(fleet: Fleet, path: str) -> Iterator[None]:
             yield
         finally:
             fleet.machine.run(f"umount --lazy {path}")
-            server.kill()  # whoever waits is told that it is over
+            server.kill()  # blocked processes then get an error
 
 
 def test_a_healthy_host_has_no_errors(steady: Fleet) -> None:
@@ -106,7 +106,7 @@ def test_a_healthy_host_has_no_errors(steady: Fleet) -> None:
     shown = steady.inv("status", "--host", "spark")
     assert "all is well" in shown.stdout
     assert all(len(line) <= 100 for line in shown.stdout.splitlines())
-    found = findings(steady, code=1)  # nobody keeps a container's clock
+    found = findings(steady, code=1)  # a container's clock is not synchronised
     assert list(found) == ["clock"]
     assert only(found, "clock") == ("no time service synchronises its clock", "on the host: timedatectl set-ntp true")
 
@@ -244,12 +244,12 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
     if (clock == CLOCK_REALTIME) now->tv_sec += 7200;
     return result;
 }
-"""  # a container has the clock of the machine that it runs on: two hours ahead for each program that starts there
+"""  # a container uses its host's clock: shift it two hours for each program that starts there
 
 KERNEL = """\
 2026-11-20T08:12:01,000000+00:00 Memory cgroup out of memory: Killed process 4242 (python) total-vm:24112640kB, UID:999
 2026-11-20T09:00:00,000000+00:00 NVRM: Xid (PCI:0000:01:00): 79, pid=4242, GPU has fallen off the bus.
-"""  # the kernel's (mm/oom_kill.c) and the driver's own wording; a container may not read the real log
+"""  # the wording of the kernel (mm/oom_kill.c) and the driver; a container cannot read the real log
 
 
 def test_out_of_memory_in_the_kernel_and_on_the_gpu(steady: Fleet) -> None:
@@ -348,7 +348,7 @@ def test_a_gpu_that_is_missing_and_kernels_for_another(steady: Fleet) -> None:
 
 @contextmanager
 def gpu(fleet: Fleet, machine: str, *edits: tuple[str, str]) -> Iterator[None]:
-    """NVIDIA's library on the machine, answering as another machine's did."""
+    """A fake NVML on the machine that replays a recording of another one."""
     root = fleet.machine.root
     place, recording = root / "usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1", root / "etc/nvml-recording"
     shutil.copy(nvml.library(), place)

@@ -1,6 +1,6 @@
-"""Interruptions on a real host: whatever is cut and whenever, what is in service is the old release or the new.
+"""Interruptions on a real host: after any of them, the old or the new release is in service.
 
-The idea is ostree's (tests/inst/src/destructive.rs). `--faults` runs every kind at every step and at random times.
+Based on ostree's tests/inst/src/destructive.rs. `--faults` runs every kind at every step and at random times.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from tests.host.test_deploy import broken
 pytestmark = pytest.mark.host
 
 STEPS = ["make app", "write release", "cut over", "prune"]
-"""The start of the title of each step of a deploy that changes ComfyUI's tree."""
+"""The beginnings of the step titles of a deploy that changes ComfyUI's tree."""
 
 SEED = os.environ["HEARTH_SEED"]
-"""What the random times come from: another one in each run, told at its start (tests/conftest.py)."""
+"""The seed of the random times: different in each run, printed at its start (tests/conftest.py)."""
 
 FIRST = ["create the system user", "lay out", "make app", "send uv", "make env", "write release"]
 """The same for a first deploy, up to the cut-over."""
 
 
 def kill_client(_: Fleet, client: int) -> None:
-    """kill -9 for the command that the user started."""
+    """kill -9 the user's command."""
     os.kill(client, signal.SIGKILL)
 
 
 def kill_agent(fleet: Fleet, _: int) -> None:
-    """kill -9 for whatever applies the plan on the host."""
+    """kill -9 the process that applies the plan on the host."""
     fleet.machine.run("systemctl kill --signal=KILL --kill-whom=all comfyui-apply", check=False)
 
 
 def cut_connection(fleet: Fleet, _: int) -> None:
-    """The network goes: sshd's process for the session is gone, at once."""
+    """Simulate a lost network: kill sshd's session process."""
     fleet.machine.run("pkill -9 -f 'sshd: deployer'", check=False)
 
 
 def cut_power(fleet: Fleet, _: int) -> None:
-    """Everything on the host is gone at once; then it boots."""
+    """Kill everything on the host at once, then boot it."""
     fleet.machine.power_off()
     fleet.machine.boot()
 
@@ -63,7 +63,7 @@ MIGRATES = (
     'import sqlite3,sys,time; d=sqlite3.connect(sys.argv[sys.argv.index("--database-url")+1][10:]); '
     'd.execute("create table if not exists newer (x)"); d.commit(); time.sleep(1000)'
 )
-"""A line for ComfyUI's main.py: it changes the database as a newer version would, and never answers."""
+"""A line for ComfyUI's main.py: migrates the database as a newer version would, and never answers."""
 
 KINDS: dict[str, Callable[[Fleet, int], None]] = {
     "client": kill_client,
@@ -74,7 +74,7 @@ KINDS: dict[str, Callable[[Fleet, int], None]] = {
 
 
 def cases() -> Iterator[object]:
-    """(kind, step or seconds): every kind at every step, and 24 random times; a handful of them always runs."""
+    """(kind, step or seconds): every kind at every step, and 24 random times; a few of them always run."""
     always = {("agent", "cut over"), ("power", "cut over"), ("client", "make app"), ("connection", "write release")}
     for kind in KINDS:
         for step in STEPS:
@@ -88,17 +88,17 @@ def cases() -> Iterator[object]:
 
 @pytest.fixture
 def other(deployed: Fleet, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """Another ComfyUI to deploy, as healthy and of a tree that the host has not seen: every step has work to do."""
+    """Another healthy ComfyUI with a tree that is new to the host, so that every step has work to do."""
     name = re.sub(r"\W", "-", request.node.name)
     yield deployed.comfyui(name, {"README.md": (r"\A", f"{name}\n")})
     shutil.rmtree(deployed.place / "apps" / name)
 
 
 def journal(fleet: Fleet, since: float) -> list[dict[str, object]]:
-    """The events of the run that began after `since`."""
+    """The events of the run that started after `since`."""
     events: list[dict[str, object]] = []
     for path in (fleet.prefix / "state/runs").glob("*.jsonl"):
-        with suppress(FileNotFoundError):  # pruned this moment
+        with suppress(FileNotFoundError):  # pruned just now
             if path.stat().st_mtime >= since:
                 events += lines(path.read_text())
     return events
@@ -114,13 +114,13 @@ def wait_for_step(fleet: Fleet, title: str, since: float) -> None:
 
 
 def converge(fleet: Fleet, **env: str) -> None:
-    """Deploy until nothing is left to do: a run that goes on by itself is waited for."""
+    """Deploy until nothing is left to do; waits for a run that resumes by itself."""
     end = time.monotonic() + 240
     while time.monotonic() < end:
         done = fleet.deploy(**env)
         if done.returncode == 0:
             break
-        assert done.returncode in (63, 64), done.stderr  # a change is under way
+        assert done.returncode in (63, 64), done.stderr  # a run is in progress
         fleet.inv("attach", "--host", "spark")
     again = fleet.deploy("--dry-run", **env)
     assert again.returncode == 0, again.stderr
@@ -156,7 +156,7 @@ def test_an_interrupted_deploy_leaves_the_old_release_or_the_new(
 
 
 def test_two_deploys_at_once(steady: Fleet, other: Path) -> None:
-    """One wins; the other says who is at it, and since when."""
+    """One wins; the other names the user and start time of the winner."""
     clients = [steady.start("deploy", "--host", "spark", HEARTH_APP=str(other)) for _ in range(2)]
     said = [client.communicate(timeout=180)[0] for client in clients]
     codes = sorted(client.returncode for client in clients)
@@ -166,18 +166,18 @@ def test_two_deploys_at_once(steady: Fleet, other: Path) -> None:
 
 
 def test_an_upload_outlives_what_other_clients_do_meanwhile(steady: Fleet) -> None:
-    """Another client deploys, prunes, and goes back: the host is as the first one saw it, and has what it sent."""
+    """Another client deploys, prunes and rolls back: the facts match the first client's again; its upload remains."""
     client, app = half_uploaded(steady)
     flag = '[hosts.spark.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n'
     release = steady.current()
-    steady.becomes(flag, "--no-trial")  # an upload is given up after 60 s of silence
+    steady.becomes(flag, "--no-trial")  # an upload is abandoned after 60 s of silence
     other = steady.current()
     back = steady.inv("rollback", "--host", "spark", "--no-trial")
     assert back.returncode == 0, back.stderr
     os.kill(client.pid, signal.SIGCONT)
     said, _ = client.communicate(timeout=180)
     code = client.returncode
-    if code in (69, 64):  # on a slow machine that took more than a minute; or what it would have copied was pruned
+    if code in (69, 64):  # it took over a minute on a slow machine, or its files were pruned
         assert "it resumes" in said or "run the same command again" in said
         again = steady.deploy(HEARTH_APP=str(app))
         code, said = again.returncode, again.stderr
@@ -197,7 +197,7 @@ def test_an_upload_for_a_host_that_another_client_has_changed_is_refused(steady:
 
 
 def half_uploaded(fleet: Fleet) -> tuple[Popen[str], Path]:
-    """A client that deploys a ComfyUI with a large file, stopped (SIGSTOP) while it sends that; and that ComfyUI."""
+    """A client, stopped by SIGSTOP while it uploads a ComfyUI with a large file; and that ComfyUI."""
     folder = fleet.comfyui(f"large-{time.monotonic_ns()}", {})
     (folder / "src/large.bin").write_bytes(os.urandom(60_000_000))  # new to the host
     incoming, end = fleet.prefix / "state/incoming", time.monotonic() + 60
@@ -212,9 +212,9 @@ def half_uploaded(fleet: Fleet) -> tuple[Popen[str], Path]:
 
 @pytest.mark.parametrize("damage", ["truncate -s 1000", "truncate -s 0", "sed -i s/agent/tnega/"])
 def test_a_damaged_agent_is_sent_again(deployed: Fleet, damage: str) -> None:
-    """As an upload that was cut off, or a disk that was full, leaves it: the next command heals that."""
+    """As after a broken upload or a full disk: the next command repairs it."""
     agents = f"/home/{machine.LOGIN}/.cache/hearth/agent-*"
-    deployed.facts()  # sends it, where it is not there
+    deployed.facts()  # sends it if it is missing
     deployed.machine.run(f"{damage} {agents}")
     try:
         done = deployed.inv("facts", "--host", "spark")
@@ -224,7 +224,7 @@ def test_a_damaged_agent_is_sent_again(deployed: Fleet, damage: str) -> None:
 
 
 def test_a_clock_that_was_set_back_does_not_change_where_rollback_goes(steady: Fleet) -> None:
-    """The release that served before this one is meant, not the one whose files are the newest."""
+    """The target is the previously active release, not the one with the newest files."""
     first = steady.current()
     with clock_set_back(steady, 2 * 86_400):
         steady.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "600", why = "a test" }\n')
@@ -239,7 +239,7 @@ def test_a_clock_that_was_set_back_does_not_change_where_rollback_goes(steady: F
 
 @contextmanager
 def clock_set_back(fleet: Fleet, seconds: int) -> Iterator[None]:
-    """Let Python there, which the agent runs in, see an earlier time: the clock itself is this machine's, too."""
+    """Give Python on the host, and so the agent, an earlier time: the clock is shared with this machine."""
     place = fleet.machine.root / "etc/python3.11/sitecustomize.py"
     was = place.read_text()
     place.write_text(
@@ -256,14 +256,14 @@ def clock_set_back(fleet: Fleet, seconds: int) -> Iterator[None]:
 
 
 def backdate(fleet: Fleet, release: str, seconds: int) -> None:
-    """Give a release's files the times that they would have had."""
+    """Set a release's file times to the shifted clock."""
     for path in (fleet.prefix / "releases" / release).iterdir():
         then = path.lstat().st_mtime - seconds
         os.utime(path, (then, then), follow_symlinks=False)
 
 
 def revert_cases() -> Iterator[object]:
-    """When to kill the agent: at the n-th change since the switch, or at a random time since then; two always run."""
+    """When to kill the agent: at the n-th change since the switch, or at a random time after it; two always run."""
     chance = random.Random(f"revert {SEED}")
     for number in range(12):
         yield pytest.param(number, id=f"change-{number}", marks=[] if number == 4 else [pytest.mark.faults])
@@ -273,7 +273,7 @@ def revert_cases() -> Iterator[object]:
 
 
 def progress(fleet: Fleet) -> tuple[object, ...]:
-    """What a cut-over leaves on the disk; differs whenever one more thing was done."""
+    """The state of a cut-over on the disk; it changes with each operation."""
     state, database = fleet.prefix / "state", fleet.prefix / "data/user/comfyui.db"
     records = {
         path: read(path) for path in (*state.glob("runs/*.jsonl"), *state.glob("*.json"), state / "history.jsonl")
@@ -290,7 +290,7 @@ def read(path: Path) -> bytes:
 
 
 def ended(fleet: Fleet) -> list[str]:
-    """The history: a line for every run that has ended."""
+    """The history: one line per finished run."""
     return (fleet.prefix / "state/history.jsonl").read_text().splitlines()
 
 
@@ -302,7 +302,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def kill_applying(fleet: Fleet) -> None:
-    """kill -9, in the same moment, for the process that applies the plan: ssh and systemctl would take too long."""
+    """kill -9 the process that applies the plan, directly: ssh and systemctl would take too long."""
     namespace = f"/proc/{fleet.machine.first}/ns/pid"
     for place in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -315,7 +315,7 @@ def kill_applying(fleet: Fleet) -> None:
 def test_the_agent_is_killed_while_it_takes_back_a_release_that_migrated_the_database(
     steady: Fleet, when: float
 ) -> None:
-    """Its gate lasts 3 s, so the times reach from the gate to the end of the revert."""
+    """The health gate takes 3 s, so the times reach from the gate to the end of the revert."""
     old, tables, before = steady.current(), steady.database(), len(ended(steady))
     steady.configure("[hosts.spark.override]\nstart_seconds = 3\n")
     app = steady.comfyui(f"migrates-{when}", broken(MIGRATES))
@@ -343,7 +343,7 @@ def test_the_agent_is_killed_while_it_takes_back_a_release_that_migrated_the_dat
 
 @pytest.mark.faults
 def test_a_first_deploy_interrupted_at_every_step(tmp_path: Path) -> None:
-    """The agent is killed at each step in turn; each time systemd starts it again, and it gets further."""
+    """The agent is killed at each step in turn; systemd restarts it each time, and it gets further."""
     with fresh(tmp_path, "first", Fleet) as first:
         first.machine.boot()
         since = time.time()
@@ -359,7 +359,7 @@ def test_a_first_deploy_interrupted_at_every_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("lacking", "said"), [("blocks", "free at /srv/blocks/c"), ("inodes", "inodes free at")])
 def test_a_full_disk(deployed: Fleet, lacking: str, said: str) -> None:
-    """A prefix on a small file system: refused when that is known, told apart when it fills up on the way."""
+    """A prefix on a small file system: refused in advance, or reported if it fills up during the run."""
     port = machine.free_port()
     text = (deployed.place / "hosts.toml").read_text().replace(str(deployed.machine.port), str(port))
     (deployed.place / "hosts.toml").write_text(

@@ -1,4 +1,4 @@
-"""GPUs of the real machine, whose NVML alone is made up; and the memory that the real ComfyUI gives back."""
+"""The real machine with a fake NVML, and memory freed by the real ComfyUI."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.host
 
 @contextmanager
 def driver(fleet: Fleet, machine: str) -> Iterator[int]:
-    """NVIDIA's library where Debian has it, and a recording in which ComfyUI computes; its process id."""
+    """A fake NVIDIA library at Debian's path, with a recording in which ComfyUI computes; its process id."""
     assert fleet.answers()  # else the process may still be one that becomes ComfyUI
     pid = int(fleet.machine.run("systemctl show comfyui --property=MainPID --value"))
     library = fleet.machine.root / "usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1"
@@ -39,8 +39,8 @@ def driver(fleet: Fleet, machine: str) -> Iterator[int]:
 
 
 def queue(fleet: Fleet, seconds: int) -> str:
-    """Hand in a job without models that computes for some seconds and keeps its pictures; its id."""
-    color = time.time_ns() % (1 << 24)  # ComfyUI would answer the same workflow from its cache
+    """Submit a job without models that computes for some seconds and keeps its pictures; returns its id."""
+    color = time.time_ns() % (1 << 24)  # ComfyUI would return the cached result of the same workflow
     inputs: dict[str, Any] = {"width": 64, "height": 64, "batch_size": 1, "color": color}
     workflow: dict[str, Any] = {"0": {"class_type": "EmptyImage", "inputs": inputs}}
     for number in range(seconds):
@@ -117,7 +117,7 @@ def test_an_interrupt_keeps_what_was_recorded_and_ends_the_agent(steady: Fleet, 
 
 def test_it_can_be_watched_over_one_connection(steady: Fleet) -> None:
     def logins() -> int:
-        """How often somebody logged in, this time too."""
+        """The number of logins, including this one."""
         return steady.machine.run("journalctl --unit=ssh --output=cat").count("Accepted publickey")
 
     with driver(steady, "h200"):

@@ -1,4 +1,4 @@
-"""A custom node that attacks its host (tests/fixtures/hostile): what it gets at, and whether you stay in control."""
+"""A custom node that attacks its host (tests/fixtures/hostile): its reach, and the operator's control."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ systemd-run --quiet --unit=others --setenv=TOKEN=theirs python3 /usr/local/bin/s
 
 @pytest.fixture(scope="module")
 def attacked(deployed: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Garden]:
-    """A machine of its own, with a loopback of its own, to which the hostile node is deployed."""
+    """A separate machine with its own loopback, with the hostile node deployed."""
     machine = Replica(
         place_for("hostile"), PREFIX, network=False, of=deployed.machine, port=deployed.machine.port, more=FIREWALL
     )
@@ -71,7 +71,7 @@ def test_it_gets_at_nothing_of_anybody_else(attacked: Garden) -> None:
     found = report(attacked)
     assert found["foreign"] == []
     assert len(found["kept from"]) > 20
-    # what it was kept from is there, and others do get at it
+    # the blocked targets exist, and other processes can reach them
     machine = attacked.fleet.machine
     assert "private" in machine.run("runuser -u nobody -- cat /home/deployer/notes.txt")
     assert "200" in machine.run(
@@ -113,7 +113,7 @@ def test_it_is_stopped_updated_and_cleaned_away(attacked: Garden) -> None:
     assert f"{PREFIX}/data/user/comfyui.db-journal is no regular file" in trapped.stderr
     machine.run(f"rm {PREFIX}/data/user/comfyui.db-*")
     clean = attacked.deploy()
-    assert not (fleet.prefix / "data/output/ran-again").exists()  # what it left in custom_nodes was not loaded
+    assert not (fleet.prefix / "data/output/ran-again").exists()  # its files in custom_nodes were not loaded
     assert clean.returncode == 0, clean.stderr
     assert "nothing is loaded from" in clean.stderr
     modes = machine.run(f"find {PREFIX}/data -perm /6000 -type f")
@@ -121,4 +121,4 @@ def test_it_is_stopped_updated_and_cleaned_away(attacked: Garden) -> None:
     assert machine.run("ls /etc/cron.d; stat -c %a /etc/shadow").split()[-1] == "640"
     told = fleet.inv("nuke", "--host", "spark", "--data", "--dry-run")  # this machine's prefix is a mount
     assert "is a mount point" in told.stderr
-    assert not (fleet.prefix / "data/output/hearth-gate").exists()  # the labyrinth in the place of the gate's picture
+    assert not (fleet.prefix / "data/output/hearth-gate").exists()  # the deep tree in place of the gate's picture

@@ -1,4 +1,4 @@
-"""A service under systemd, stopped, paused, looked at, and at last taken away: one machine of its own."""
+"""A service under systemd: stopped, paused, inspected and finally removed, on a separate machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PEOPLE = 'members = ["anna"]\nmembers_may = ["restart"]\nfolders.input = "/srv/p
 
 @pytest.fixture(scope="module")
 def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """A machine with people, a mount of Hearth's, and a ComfyUI that can take its time: EmptyImage of width 65."""
+    """A machine with members, a mount by Hearth, and a ComfyUI that can be slow: EmptyImage of width 65."""
     with fresh(tmp_path_factory.mktemp("lone"), "lifecycle", Fleet) as fleet:
         fleet.machine.add_disk("vault", "400M")
         fleet.machine.boot()
@@ -40,7 +40,7 @@ def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 @pytest.fixture
 def served(lone: Fleet) -> Iterator[Fleet]:
-    """The same; afterwards a deploy must find nothing to do."""
+    """The same machine; after the test a deploy must find nothing to do."""
     yield lone
     lone.configure(PEOPLE + MOUNT)
     again = lone.deploy("--dry-run")
@@ -49,7 +49,7 @@ def served(lone: Fleet) -> Iterator[Fleet]:
 
 
 def inv(fleet: Fleet, *words: str, code: int = 0) -> str:
-    """Both outputs of a task for the host, which must end with that code."""
+    """Run a task for the host; returns both outputs and checks the exit code."""
     done = fleet.inv(words[0], "--host", "spark", *words[1:])
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
@@ -108,7 +108,7 @@ def test_a_restart_of_a_group_begins_with_its_canary(served: Fleet) -> None:
 def test_what_waits_for_a_mount_can_be_stopped_and_not_started(served: Fleet) -> None:
     machine = served.machine
     machine.run("mkdir -p /srv/plain; mount -t tmpfs plain /srv/plain")
-    served.configure(f'{PEOPLE}mounts."/srv/plain" = {{}}\n{MOUNT}')  # what Hearth mounts, systemd mounts again
+    served.configure(f'{PEOPLE}mounts."/srv/plain" = {{}}\n{MOUNT}')  # systemd remounts Hearth's mounts
     assert served.deploy().returncode == 0
     machine.run("umount /srv/plain || umount --lazy /srv/plain")
     end = time.monotonic() + 40
@@ -120,7 +120,7 @@ def test_what_waits_for_a_mount_can_be_stopped_and_not_started(served: Fleet) ->
     assert not served.facts()["service"]["waits"]
     assert "/srv/plain is not mounted" in inv(served, "start", code=63)
     machine.run("mount -t tmpfs plain /srv/plain; sleep 3")
-    assert active(served) == "inactive"  # it was stopped: the mount's return does not start it
+    assert active(served) == "inactive"  # a stopped service stays stopped when the mount returns
     assert "spark: ComfyUI runs" in inv(served, "start")
     assert served.answers(1)
     served.configure(PEOPLE + MOUNT)
@@ -148,7 +148,7 @@ def test_the_journal(served: Fleet) -> None:
     following.send_signal(signal.SIGINT)
     said, _ = following.communicate(timeout=10)
     assert (following.returncode, said) == (130, "")
-    end = time.monotonic() + 15  # the host notices by writing to nobody
+    end = time.monotonic() + 15  # the host notices when it writes
     while "journalctl" in (left := served.machine.run("ps -e -o args")) and time.monotonic() < end:
         time.sleep(0.5)
     assert "journalctl" not in left
@@ -219,7 +219,7 @@ def test_a_prefix_that_is_not_for_deleting_is_refused(lone: Fleet, prefix: str, 
 
 
 def test_a_nuke_goes_on_after_a_kill_and_a_power_cut_and_leaves_the_data(lone: Fleet) -> None:
-    """From here on nothing is deployed."""
+    """From here on, nothing is deployed."""
     machine, prefix = lone.machine, lone.prefix
     machine.run(f"runuser -u comfyui -- sh -c 'echo art > {PREFIX}/data/output/art.png'")
     client = lone.start("nuke", "--host", "spark", "--yes")
@@ -243,7 +243,7 @@ def test_a_nuke_goes_on_after_a_kill_and_a_power_cut_and_leaves_the_data(lone: F
 
 
 def wait_for(fleet: Fleet, title: str) -> None:
-    """Wait until the run under way has begun a step."""
+    """Wait until the current run has begun a step."""
     end = time.monotonic() + 120
     while time.monotonic() < end:
         try:

@@ -1,4 +1,4 @@
-"""`inv deploy` without a host: this machine, no root, no systemd, Hearth's own supervisor."""
+"""`inv deploy` without a host: this machine, no root, no systemd, with Hearth's own supervisor."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Here(Client):
         )
 
     def choose(self) -> None:
-        """Have Hearth supervise ComfyUI, as in a container, also where the login has a systemd."""
+        """Let Hearth supervise ComfyUI as in a container, even if the login has a systemd."""
         (self.prefix / "state").mkdir(parents=True, exist_ok=True)
         (self.prefix / "state/manager.json").write_text('{"manager": "process"}')
 
@@ -67,7 +67,7 @@ class Here(Client):
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     folder = tmp_path_factory.mktemp("local")
-    # On the file system of uv's cache, so that the environment is made of hard links.
+    # On uv's cache file system, so that the environment consists of hard links.
     prefix = place_for("local")
     one = Here(prefix, folder / "hosts.toml", free_port())
     one.configure()
@@ -83,7 +83,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
             while Path(f"/proc/{record['pid']}").exists() and time.monotonic() < end:
                 time.sleep(0.1)
             assert not Path(f"/proc/{record['child']}").exists()
-        # Folders only: files are linked to those of other environments.
+        # Only folders: files are hard links to other environments' files.
         subprocess.run(["find", str(prefix), "-type", "d", "-exec", "chmod", "u+w", "{}", "+"], check=False)
         shutil.rmtree(prefix, ignore_errors=True)
 
@@ -117,13 +117,13 @@ def test_its_gpu_is_seen_and_its_memory_given_back(running: Here, tmp_path: Path
     freed = running.inv("free-memory")
     assert freed.returncode == 0, freed.stderr
     assert freed.stdout.startswith("local: ComfyUI's process: ")
-    dropped = running.inv("drop-caches", **env)  # this machine's, once
+    dropped = running.inv("drop-caches", **env)  # this machine's, only once
     last = json.loads(running.inv("history", "--json").stdout)[-1]
     if os.access("/proc/sys/vm/drop_caches", os.W_OK):
         assert dropped.returncode == 0, dropped.stderr
         assert re.search(r"the page cache: [\d.]+ GB before, [\d.]+ GB after; available memory: ", dropped.stdout)
         assert (last["action"], last["result"]) == ("drop-caches", "done")
-    else:  # who is not root is refused, and root in a container fails
+    else:  # other users are refused, and root in a container fails
         assert dropped.returncode in (63, 69), dropped.stderr
 
 
@@ -215,7 +215,7 @@ def test_without_systemd_too_comfyui_waits_for_its_mounts(running: Here, tmp_pat
 
 
 def test_other_addresses_another_port_and_tls_are_tried_and_taken_back(running: Here, tmp_path: Path) -> None:
-    """Each release is asked where it listens itself, in the trial, after the cut-over and on the way back."""
+    """Each release is polled at its own address: in the trial, after the cut-over and in the rollback."""
     before, port = (running.prefix / "current").readlink(), running.port
     words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=spark.example", "-days", "2"]
     subprocess.run(
@@ -385,7 +385,7 @@ def test_the_supervisors_log(running: Here) -> None:
 
     following = running.start("logs", "-f", "-n", "0")
     assert following.stdout is not None
-    for _ in range(20):  # until it is connected: what was said before is not shown
+    for _ in range(20):  # until it is connected: earlier messages are not shown
         submit(running.port, "seen")
         if select.select([following.stdout], [], [], 3)[0]:
             break
@@ -403,7 +403,7 @@ def test_the_supervisors_log(running: Here) -> None:
 
 
 def submit(port: int, prefix: str) -> str:
-    """Have ComfyUI save a picture, which needs no model; the prompt's id."""
+    """Have ComfyUI save a picture, which needs no model; returns the prompt's id."""
     inputs = {"width": 64, "height": 64, "batch_size": 1, "color": time.time_ns() % (1 << 24)}
     workflow = {
         "1": {"class_type": "EmptyImage", "inputs": inputs},
@@ -449,7 +449,7 @@ def test_a_service_that_does_not_come_up_is_told_with_its_log(running: Here) -> 
     assert "| I am broken" in broken.stderr
     assert json.loads(running.inv("history", "--json").stdout)[-1]["result"] == "failed"
     main.chmod(mode)
-    mended = running.inv("deploy")  # the file is another, if only by its time
+    mended = running.inv("deploy")  # the file differs at least in its time
     assert mended.returncode == 0, mended.stderr
 
 
@@ -470,7 +470,7 @@ def test_what_is_removed_comes_back_with_the_next_deploy(running: Here) -> None:
 
 
 def test_a_nuke_that_was_killed_goes_on_and_keeps_the_data_and_whatever_is_mounted(running: Here) -> None:
-    """The last test here: afterwards nothing is deployed."""
+    """The last test in this file: afterwards nothing is deployed."""
     prefix, pool = running.prefix, running.prefix.parent / f"{running.prefix.name}-pool"
     (pool / "weights").mkdir(parents=True)
     (pool / "weights/large").write_text("kept")

@@ -1,4 +1,4 @@
-"""ComfyUI-Manager on a real host: absent unless chosen, and then without a way to install or to allow itself more."""
+"""ComfyUI-Manager on a real host: absent unless selected, and then unable to install or to loosen its settings."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def call(fleet: Fleet, path: str, body: object = None, method: str = "POST") -> 
 
 
 def inside(fleet: Fleet, command: str) -> str:
-    """What a shell says that runs as the service does: its user, in what it sees of the file system."""
+    """The output of a shell with the service's user and file system view."""
     pid = fleet.machine.run("systemctl show comfyui --property=MainPID --value").strip()
     words = f"nsenter --mount --target {pid} runuser -u comfyui -- sh -c {shlex.quote(f'({command}) 2>&1')}"
     return fleet.machine.run(f"{words} || true")
 
 
 def install(fleet: Fleet) -> dict[str, object]:
-    """Ask the Manager for a node, wait until it has given its answer, and return its record of that."""
+    """Request a node from the Manager, wait for its answer, and return its record of the request."""
     pack = {"id": "comfyui-impact-pack", "version": "latest", "selected_version": "latest"}
     task = {"ui_id": "one", "client_id": "test", "kind": "install"}
     records = fleet.prefix / "data/user/__manager/batch_history"
@@ -82,8 +82,8 @@ def test_the_manager_when_chosen_installs_nothing_and_cannot_be_weakened(steady:
             said = inside(steady, change)
             assert "denied" in said or "Read-only" in said, change
 
-        # What a node could prepare for the next start: settings of its own, a command that Manager runs then, a link
-        # where a mount would have systemd make a file.
+        # What a node could prepare for the next start: its own settings, a command for Manager, or a link at a path
+        # where systemd would create a file for a mount.
         script = f'["{PREFIX}/data", "touch", "{PREFIX}/data/ran"]'
         prepare = f"cd {PREFIX}/data/user && mv __manager aside && mkdir -p __manager/startup-scripts"
         prepare += " && printf '[default]\\nsecurity_level = weak\\n' > __manager/config.ini"

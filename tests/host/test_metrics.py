@@ -1,4 +1,4 @@
-"""Metrics of the real machine and the real ComfyUI, scraped by Debian's prometheus; NVML alone is made up."""
+"""Metrics of the real machine and the real ComfyUI, scraped by Debian's prometheus, with a fake NVML."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DASHBOARD = files.CHECKOUT / "ops/grafana/hearth.json"
 
 
 class Prometheus:
-    """Debian's prometheus, which scrapes one exporter each second as docs/how-to/metrics.md says."""
+    """Debian's prometheus; scrapes one exporter each second, as in docs/how-to/metrics.md."""
 
     def __init__(self, fleet: Fleet, target: int) -> None:
         self.place = fleet.place / "prometheus"
@@ -73,7 +73,7 @@ class Prometheus:
         return found
 
     def value(self, expression: str, wanted: float, within: float = 20) -> None:
-        """Wait until the one series that is found has that value."""
+        """Wait until the only matching series has that value."""
         end = time.monotonic() + within
         while [float(each["value"][1]) for each in self.query(expression)] != [wanted]:
             assert time.monotonic() < end, (expression, self.query(expression))
@@ -82,7 +82,7 @@ class Prometheus:
 
 @pytest.fixture
 def metrics(steady: Fleet) -> Iterator[tuple[Fleet, int]]:
-    """The machine with an exporter, and its port; `steady` sees to it that it goes again."""
+    """The machine with an exporter, and its port; `steady` removes the exporter afterwards."""
     port = free_port()
     steady.configure(f"metrics_port = {port}\n")
     done = steady.deploy()
@@ -108,7 +108,7 @@ def kill(fleet: Fleet, signal: str, unit: str) -> None:
 
 
 def submit(fleet: Fleet, prefix: str) -> str:
-    """A job that writes a picture, where it may; its id, once it has ended."""
+    """Submit a job that writes a picture, if permitted; returns its id after it ends."""
     inputs = {"width": 64, "height": 64, "batch_size": 1, "color": time.time_ns() % (1 << 24)}
     workflow = {
         "1": {"class_type": "EmptyImage", "inputs": inputs},
@@ -126,7 +126,7 @@ def submit(fleet: Fleet, prefix: str) -> str:
 
 
 def expressions() -> list[str]:
-    """Every expression of the dashboard, for the one host."""
+    """Every expression of the dashboard, for this host."""
     panels = json.loads(DASHBOARD.read_text())["panels"]
     found = [target["expr"] for panel in panels for target in panel.get("targets", ())]
     return [each.replace("$host", "spark").replace("$__rate_interval", "1m") for each in found]
@@ -147,7 +147,7 @@ def test_prometheus_finds_all_that_the_dashboard_and_the_alerts_name(metrics: tu
         prometheus.value("hearth_comfyui_up", 1)
         for _ in range(3):
             submit(fleet, "metrics/one")
-        submit(fleet, "../../metrics")  # ComfyUI refuses that when it comes to it
+        submit(fleet, "../../metrics")  # ComfyUI rejects that when it runs
         prometheus.value('hearth_jobs_total{result="done"}', 3)
         prometheus.value('hearth_jobs_total{result="failed"}', 1)
         prometheus.value("hearth_job_duration_seconds_count", 3)
@@ -157,7 +157,7 @@ def test_prometheus_finds_all_that_the_dashboard_and_the_alerts_name(metrics: tu
         assert len(named) > 25
         assert {name for name in named if not prometheus.query(name)} == set()
         for each in expressions():
-            prometheus.query(each)  # raises for what is no expression
+            prometheus.query(each)  # raises for an invalid expression
         rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
         end = time.monotonic() + 20
         while {rule["health"] for rule in rules} != {"ok"}:
@@ -189,7 +189,7 @@ def test_prometheus_finds_all_that_the_dashboard_and_the_alerts_name(metrics: tu
         )
         assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
 
-        # ComfyUI is started anew, and forgets; systemd starts it again by itself, and counts that.
+        # ComfyUI restarts and loses its state; systemd restarts it automatically and counts that.
         kill(fleet, "KILL", "comfyui")
         prometheus.value("hearth_service_restarts_total", 1)
         assert fleet.answers()
@@ -208,7 +208,7 @@ def test_prometheus_finds_all_that_the_dashboard_and_the_alerts_name(metrics: tu
 def test_a_hung_comfyui_is_told_in_time_with_all_else(metrics: tuple[Fleet, int]) -> None:
     fleet, port = metrics
     assert "hearth_comfyui_up 1.0" in scrape(port)
-    time.sleep(1.1)  # an answer serves for a second
+    time.sleep(1.1)  # an answer is cached for a second
     kill(fleet, "STOP", "comfyui")
     try:
         started = time.monotonic()
@@ -253,7 +253,7 @@ def test_the_exporter_changes_alone_and_a_broken_one_gives_way_to_the_one_before
     held = free_port()
     hook = fleet.machine.root / f"etc/systemd/system/{UNIT}.service.d/break.conf"
     hook.parent.mkdir()
-    # the new port's alone fails: the one before starts again
+    # only the new port's unit fails: the previous one starts again
     hook.write_text(f"[Service]\nExecStartPre=/bin/sh -c '! grep -q {held} /opt/comfyui/state/exporter.json'\n")
     try:
         fleet.configure(f"metrics_port = {held}\n")

@@ -1,4 +1,4 @@
-"""Modes on a real host: flags that arrive, nodes under development, memory that is given back."""
+"""Modes on a real host: flags, nodes under development, freed memory."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_excludes_each_other_is_refused_with_who_says_it(deployed: Fleet) -
 
 
 def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet) -> None:
-    """The node lies in a home folder that nobody else may look into, and that the service's unit hides."""
+    """The node is in a private home folder, which the service's unit hides."""
     machine = steady.machine
     node = machine.root / HOME / "__init__.py"
     machine.run(f"runuser -u deployer -- mkdir -p /{HOME}/inner; chmod 0700 /home/deployer")
@@ -120,7 +120,7 @@ def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet
     assert within(60, lambda: "auto-restart" in machine.run("systemctl show comfyui -p SubState"))
     write(NODE.replace("NAME", "DevelopedAgain"))
     assert within(90, lambda: has(steady, "DevelopedAgain"))
-    # what somebody stopped stays so
+    # a stopped service stays stopped
     machine.run("systemctl stop comfyui")
     write(NODE.replace("NAME", "DevelopedThree"))
     assert within(20, lambda: "is stopped" in machine.run("journalctl --no-pager --output=cat --unit=comfyui-reload"))

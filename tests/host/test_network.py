@@ -1,7 +1,7 @@
-"""Networks that fail: packets that nothing answers, an upload that is cut off, a line that is slow.
+"""Network failures: dropped packets, a broken upload, a slow link.
 
-The client and the machine have a network namespace each, and a cable between them: nothing here touches this
-machine's own network.
+The client and the machine each have a network namespace, connected by a virtual cable: this machine's own network is
+not affected.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from tests.host.test_faults import cut_connection, journal, wait_for_step
 pytestmark = pytest.mark.host
 
 NEAR, FAR = "192.0.2.1", "192.0.2.2"
-"""The two ends of the cable: addresses for documentation (RFC 5737), which no network has."""
+"""Addresses of the cable's two ends: reserved for documentation (RFC 5737), so no network uses them."""
 
 SILENCE = 75
-"""Seconds within which a client must notice that nothing answers: about a minute."""
+"""Seconds within which a client must detect a dead connection: about a minute."""
 
 
 @dataclass
 class Distant(Fleet):
-    """A fleet whose client reaches its machine through a cable; `client` is a process in the client's namespace."""
+    """A fleet whose client reaches its machine over a cable; `client` is a process in the client's namespace."""
 
     client: int = 0
 
@@ -39,14 +39,14 @@ class Distant(Fleet):
         return ["nsenter", f"--net=/proc/{self.client}/ns/net", *super().command(*words)]
 
     def there(self, *words: str) -> None:
-        """Run a program of this machine's in the network of the other one."""
+        """Run a program of this machine in the other network namespace."""
         subprocess.run(["nsenter", f"--net=/proc/{self.machine.first}/ns/net", *words], check=True)
 
     def here(self, *words: str) -> None:
         subprocess.run(["nsenter", f"--net=/proc/{self.client}/ns/net", *words], check=True)
 
     def plug_in(self) -> None:
-        """Lay the cable, and tell the client of it."""
+        """Create the cable, and configure the client for it."""
         self.here("ip", "link", "add", "near", "type", "veth", "peer", "name", "far", "netns", str(self.machine.first))
         for run, end, address in ((self.here, "near", NEAR), (self.there, "far", FAR)):
             run("ip", "address", "add", f"{address}/24", "dev", end)
@@ -60,12 +60,12 @@ class Distant(Fleet):
         self.env["HEARTH_SSH_CONFIG"] = str(place / "cable")
 
     def slow(self, *rate: str) -> None:
-        """Let the client send only so much; without a rate, as much as it likes."""
+        """Limit the client's upload rate; no limit without a rate."""
         limit = ["tbf", "rate", *rate, "burst", "8k", "latency", "1s"] if rate else ["pfifo_fast"]
         self.here("tc", "qdisc", "replace", "dev", "near", "root", *limit)
 
     def silence(self) -> None:
-        """Drop every packet of the cable, of either direction: nobody is told that a connection has ended."""
+        """Drop all packets of the cable in both directions: neither end sees the connection close."""
         self.there("nft", "add table inet gone")
         for hook, key in (("input", "iifname"), ("output", "oifname")):
             self.there("nft", f"add chain inet gone {hook} {{ type filter hook {hook} priority 0; }}")
@@ -78,12 +78,12 @@ class Distant(Fleet):
 @pytest.fixture(scope="module")
 def linked(deployed: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Distant]:
     machine = Replica(place_for("distant"), PREFIX, network=False, of=deployed.machine, port=deployed.machine.port)
-    # It ends with us, and takes the namespace and the cable with it.
+    # It ends with this process, and so do the namespace and the cable.
     holder = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "sleep", "infinity"])
     fleet = Distant(machine, tmp_path_factory.mktemp("distant"), client=holder.pid)
     fleet.patience = 240
     fleet.configure()
-    (machine.root / "etc/ssh/sshd_config.d/here.conf").write_text("UseDNS no\n")  # it listens at the cable, too
+    (machine.root / "etc/ssh/sshd_config.d/here.conf").write_text("UseDNS no\n")  # it also listens at the cable
     try:
         machine.boot()
         fleet.plug_in()
@@ -96,7 +96,7 @@ def linked(deployed: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def distant(linked: Distant) -> Iterator[Distant]:
-    """Afterwards it has no changes, and its network works."""
+    """After the test it has no changes, and its network works."""
     release, data = linked.current(), linked.data()
     yield linked
     linked.there("nft", "flush", "ruleset")
@@ -109,12 +109,12 @@ def distant(linked: Distant) -> Iterator[Distant]:
 
 
 def agents(fleet: Fleet) -> list[Path]:
-    """The copies of the agent in the login's home."""
+    """The agent copies in the login's home."""
     return [*(fleet.machine.root / f"home/{LOGIN}/.cache/hearth").glob("agent-*")]
 
 
 def ends_by_itself(client: subprocess.Popen[str]) -> str:
-    """Wait for a client that gets no answer any more; what it said."""
+    """Wait until a client ends that gets no more answers; returns its output."""
     began = time.monotonic()
     try:
         said, _ = client.communicate(timeout=120)
@@ -146,7 +146,7 @@ def test_a_network_that_goes_silent_ends_the_client_and_not_the_deploy(distant: 
 
 
 def test_a_network_that_goes_silent_in_an_upload_ends_the_client(distant: Distant) -> None:
-    """The host still waits for what was under way; the next client does not wait for that."""
+    """The host still waits for the interrupted upload; the next client does not."""
     folder = distant.comfyui("large", {})
     (folder / "src/large.bin").write_bytes(random.Random(1).randbytes(20_000_000))
     distant.slow("16mbit")

@@ -1,4 +1,4 @@
-"""Custom nodes on a real host: real git repositories, the real ComfyUI that imports them."""
+"""Custom nodes on a real host: real git repositories, imported by the real ComfyUI."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ INSTALLERS = {
 
 @dataclass
 class Garden:
-    """A folder with an app.toml, a nodes.toml and locks, and the repositories that the nodes come from."""
+    """A folder with an app.toml, a nodes.toml and locks, and the nodes' repositories."""
 
     folder: Path
     fleet: Fleet
@@ -73,7 +73,7 @@ class Garden:
         (self.folder / "src").symlink_to(source.fetch(application()))
 
     def commit(self, name: str, code: str) -> str:
-        """A commit with this code in the node's repository; the table that pins it."""
+        """Commit this code to the node's repository; returns the table that pins it."""
         place = self.folder / "upstream" / name
         (place / "presets").mkdir(parents=True, exist_ok=True)
         (place / "__init__.py").write_text(code)
@@ -91,7 +91,7 @@ class Garden:
         )
 
     def write(self, *tables: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """List these nodes; the locks are the recipe's, which hold all that they ask for, marked as theirs."""
+        """List these nodes. The locks are the recipe's, with all their requirements, marked as these nodes'."""
         (self.folder / "nodes.toml").write_text("\n".join(tables))
         monkeypatch.setenv("HEARTH_APP", str(self.folder))
         marked = f"and nodes {requirements.nodes_hash(nodes.catalogue())};"
@@ -186,7 +186,7 @@ def test_nodes_that_were_not_resolved_are_refused(garden: Garden, monkeypatch: p
 
 
 def test_a_node_that_is_not_what_it_was_is_refused(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
-    # code that no other test fetches: what lies in the cache is not asked for again
+    # code that no other test fetches: cached code is not fetched again
     table = garden.commit("good", GOOD.replace("WHICH", '("HearthGone",)'))
     garden.write(re.sub('tree = "[0-9a-f]+"', f'tree = "{"0" * 64}"', table), monkeypatch=monkeypatch)
     altered = garden.deploy("good")

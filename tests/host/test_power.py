@@ -1,10 +1,10 @@
-"""Power cuts: a machine boots from what its disk had in one instant of a deploy, and its release and data are whole.
+"""Power cuts: a machine boots from its disk at one instant of a deploy; release and data must be intact.
 
-The disk, in an image file, is copied again and again while a deploy runs; some of the copies, drawn at random, are
-booted from. All that the machine wrote is on it, systemd's units too, so that a copy is one moment of everything. Two
-things are not: Debian itself, below, and the environment of an update, which that does not write (see replica.py);
-a first deploy has its environment on the disk. `--faults` makes 42 cuts, else five. HEARTH_SEED repeats a choice; the
-deploy under it still takes its own time.
+The disk is an image file that is copied repeatedly during a deploy; some randomly chosen copies are booted. It
+contains all writes of the machine, including systemd's units, so a copy is a consistent instant. It lacks the Debian
+base below the overlay, and the environment in an update, which does not write to it (see replica.py); in a first
+deploy the environment is on the disk. `--faults` makes 42 cuts, otherwise five. HEARTH_SEED repeats a choice, but the
+deploy's timing still varies.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from tests.host.test_faults import MIGRATES
 pytestmark = pytest.mark.host
 
 UNHEALTHY = "[hosts.spark.override]\nstart_seconds = 6\n"
-"""The gate of a release that never answers lasts this long."""
+"""The health gate's duration for a release that never answers."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The disk as it was in one instant, and which release was current then."""
+    """The disk at one instant, and the release that was current then."""
 
     image: Path
     at: float
@@ -53,7 +53,7 @@ class Cut:
 
 @dataclass
 class Tower(Fleet):
-    """A fleet whose machine can be given another disk."""
+    """A fleet whose machine's disk can be replaced."""
 
     machine: Replica
 
@@ -66,7 +66,7 @@ def images() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def original(deployed: Fleet) -> Iterator[Fleet]:
-    """The deployed machine, powered off: replicas have its port meanwhile."""
+    """The deployed machine, powered off: replicas use its port meanwhile."""
     deployed.machine.power_off()
     yield deployed
     deployed.machine.boot()
@@ -75,7 +75,7 @@ def original(deployed: Fleet) -> Iterator[Fleet]:
 
 @contextmanager
 def tower(folder: Path, images: Path, kind: str, of: Fleet | None) -> Iterator[Tower]:
-    """A machine whose disk has that kind of file system, booted: a replica that answers, or one with nothing on it."""
+    """A booted machine with this file system type: a replica that answers, or one with an empty disk."""
     image = replica.make_image(images / f"{kind}.img", kind, "20G")
     settings: dict[str, Any] = {"of": of.machine, "port": of.machine.port} if of else {}
     fleet = Tower(Replica(place_for("tower"), PREFIX, image=image, **settings), folder)
@@ -92,13 +92,13 @@ def tower(folder: Path, images: Path, kind: str, of: Fleet | None) -> Iterator[T
 
 
 def chance(request: pytest.FixtureRequest) -> random.Random:
-    """Random numbers of a test's own; what they come from is shown with its output."""
+    """A test's own random numbers; the seed is printed with its output."""
     print(f"HEARTH_SEED={os.environ['HEARTH_SEED']}")
     return random.Random(f"{os.environ['HEARTH_SEED']} {request.node.name}")
 
 
 def cuts(fleet: Tower, client: Popen[str], rest: float, random_: random.Random) -> list[Cut]:
-    """Copy the disk at random until `rest` seconds after the client's end, and often when something happens there."""
+    """Copy the disk at random times until `rest` seconds after the client's end, more often after a journal entry."""
     found: list[Cut] = []
     runs, image = fleet.prefix / "state/runs", fleet.machine.image
     assert image
@@ -106,7 +106,7 @@ def cuts(fleet: Tower, client: Popen[str], rest: float, random_: random.Random) 
     def journalled() -> int:
         size = 0
         for path in runs.glob("*.jsonl"):
-            with suppress(FileNotFoundError):  # pruned this moment
+            with suppress(FileNotFoundError):  # pruned just now
                 size += path.stat().st_size
         return size
 
@@ -130,10 +130,10 @@ def cuts(fleet: Tower, client: Popen[str], rest: float, random_: random.Random) 
 
 
 def damaged(fleet: Fleet) -> list[str]:
-    """The files in finished environments that lack the size that their package's own list (RECORD) says.
+    """Files in finished environments whose size differs from their package's RECORD.
 
-    Hearth knows only what a part had when it was finished. uv syncs nothing that it unpacks into its cache, and a
-    resumed deploy takes it from there.
+    Hearth knows only a part's state at its completion. uv does not sync the files that it unpacks into its cache, and
+    a resumed deploy uses those.
     """
     found: list[str] = []
     for record in (fleet.prefix / "parts").glob("env-*/lib/python*/site-packages/*.dist-info/RECORD"):
@@ -147,7 +147,7 @@ def damaged(fleet: Fleet) -> list[str]:
 
 
 def recovers(fleet: Tower, cut: Cut, allowed: set[str], **env: str) -> None:
-    """Boot from a cut: what was under way ends by itself, a deploy converges, a second one has nothing to do."""
+    """Boot from a cut: the run ends by itself, a deploy converges, and a second one has nothing to do."""
     fleet.machine.exchange_disk(cut.image)
     cut.image.unlink()  # it is mounted
     fleet.machine.boot()
@@ -172,7 +172,7 @@ def recovers(fleet: Tower, cut: Cut, allowed: set[str], **env: str) -> None:
 
 @contextmanager
 def disks(images: Path) -> Iterator[tuple[Path, Path, Path, Path]]:
-    """An image and its copy, which are to be made, and the folders to mount them at; all is taken away afterwards."""
+    """Paths for an image and its copy, and folders to mount them; all are removed afterwards."""
     image, copy, disk, other = (images / name for name in ("one.img", "two.img", "disk", "other"))
     disk.mkdir()
     other.mkdir()
@@ -188,7 +188,7 @@ def disks(images: Path) -> Iterator[tuple[Path, Path, Path, Path]]:
 
 @pytest.mark.parametrize("kind", [*replica.MKFS])
 def test_a_copy_of_a_disk_has_what_was_synced_and_not_what_was_only_in_memory(images: Path, kind: str) -> None:
-    """What all tests here rest on."""
+    """The basis of all tests in this file."""
     with disks(images) as (image, copy, disk, other):
         replica.mount_image(replica.make_image(image, kind, "1G"), disk)
         (disk / "synced").write_text("synced")
@@ -204,7 +204,7 @@ def test_a_copy_of_a_disk_has_what_was_synced_and_not_what_was_only_in_memory(im
 def test_what_is_recorded_as_done_is_not_lost_with_the_power(
     images: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A record that is synced says that something before it was done. btrfs syncs what it is asked to, and no more."""
+    """A synced record implies that an earlier action is on disk. btrfs syncs only the requested file."""
     with disks(images) as (image, copy, disk, other):
         replica.mount_image(replica.make_image(image, kind, "1G"), disk)
         layout = Layout(
@@ -217,7 +217,7 @@ def test_what_is_recorded_as_done_is_not_lost_with_the_power(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("old")
         layout.database.with_name("comfyui.db-wal").write_text("new")
-        os.sync()  # all this is long ago
+        os.sync()  # simulates that all this happened long ago
 
         folders.folders(layout, Folders("t", "w", "u"), lambda _: None)
         with part(layout, "env-1") as place:
@@ -240,7 +240,7 @@ def test_what_is_recorded_as_done_is_not_lost_with_the_power(
 
 
 def series(*always: str) -> Iterator[object]:
-    """(file system, number of cuts): one for each that is named, then with `--faults` many more."""
+    """(file system, number of cuts): one for each named one, many more with `--faults`."""
     for kind in replica.MKFS:
         yield pytest.param(kind, 1, id=kind, marks=[] if kind in always else [pytest.mark.faults])
         yield pytest.param(kind, 4, id=f"{kind}-more", marks=pytest.mark.faults)
@@ -272,7 +272,7 @@ def test_power_is_cut_while_a_release_that_migrates_the_database_is_taken_back(
 ) -> None:
     """Half of the cuts are in its gate, half from a second before its revert to six after its end; at least one each.
 
-    The old release refuses a database that was migrated, so it answers only on the right one.
+    The old release refuses a migrated database, so it answers only on the right one.
     """
     with tower(tmp_path, images, kind, original) as fleet:
         old, data, tables = fleet.current(), fleet.data(), fleet.database()
@@ -299,7 +299,7 @@ def test_power_is_cut_while_a_release_that_migrates_the_database_is_taken_back(
 def test_power_is_cut_in_a_first_deploy(
     images: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str
 ) -> None:
-    """Its environment is made on the disk, gigabytes of files that nobody syncs one by one: three cuts."""
+    """Its environment is created on the disk, gigabytes of files that are not synced individually: three cuts."""
     with tower(tmp_path, images, kind, None) as fleet:
         random_ = chance(request)
         client = fleet.start("deploy", "--host", "spark")

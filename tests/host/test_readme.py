@@ -1,7 +1,7 @@
-"""The README's commands do on stock Debian what it says: they are typed in roots that hold nothing else.
+"""The README's commands work on stock Debian: they are typed in roots with nothing else installed.
 
-A root is debootstrap's smallest, with sudo and a user, as an installation has them. Of this machine it gets only what
-belongs to the network: how the package registries are reached.
+A root is debootstrap's smallest, with sudo and a user, like a real installation. From this machine it gets only
+network settings: access to the package registries.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def commands(section: str) -> list[str]:
 
 
 def bare(suite: str) -> Path:
-    """A minimal Debian with sudo and one user; made once, in a minute."""
+    """A minimal Debian with sudo and one user; created once, in a minute."""
     place = workspace.current().cache / "hosts" / f"bare-{suite}"
     with files.locked(workspace.current().cache / "hosts/base.lock", lambda: None):
         if not place.is_dir():
@@ -48,7 +48,7 @@ def bare(suite: str) -> Path:
 
 @dataclass
 class Root:
-    """A root, without anything booted in it: there is no systemd, as in a container."""
+    """A root without an init system: like a container, it has no systemd."""
 
     place: Path
     suite: str
@@ -71,11 +71,11 @@ class Root:
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, cwd=files.CHECKOUT, check=True, capture_output=True, text=True).stdout
         for name in filter(None, names.split("\0")):
-            if (files.CHECKOUT / name).exists():  # a file that was deleted and not committed is still listed
+            if (files.CHECKOUT / name).exists():  # a deleted but uncommitted file is still listed
                 target = self.home / "hearth" / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(files.CHECKOUT / name, target)
-        # 8188, the default, may be taken: the root shares this machine's network
+        # 8188, the default, may be in use: the root shares this machine's network
         (self.home / "hearth/config/hosts.toml").write_text(f'[hosts.local]\nscope = "user"\nport = {self.port}\n')
         subprocess.run(["chroot", str(self.place / "root"), "chown", "-R", f"{USER}:", f"/home/{USER}"], check=True)
 
@@ -83,13 +83,13 @@ class Root:
         """Copy this machine's certificates and its settings for apt, pip and uv."""
         etc = self.place / "root/etc"
         authorities = Path("usr/local/share/ca-certificates")
-        if (Path("/") / authorities).is_dir():  # installed with the package ca-certificates, by the root's own apt
+        if (Path("/") / authorities).is_dir():  # its own apt installs them with ca-certificates
             shutil.copytree(Path("/") / authorities, self.place / "root" / authorities, dirs_exist_ok=True)
         dumped = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=True).stdout
         acquire = [line for line in dumped.splitlines() if line.startswith("Acquire::")]
         (etc / "apt/apt.conf.d/99here").write_text("\n".join([*acquire, 'APT::Install-Recommends "true";', ""]))
         subprocess.run(["chroot", str(self.place / "root"), "apt-get", "update", "-qq"], check=True)
-        # With a bundle of its own a machine's uv is told to use the system's; the root's is made by its apt.
+        # If this machine has its own certificate bundle, uv is set to use the system's; the root's apt creates that.
         (etc / "uv").mkdir()
         (etc / "uv/uv.toml").write_text("system-certs = true\n")
         if Path("/etc/pip.conf").exists():
@@ -103,7 +103,7 @@ class Root:
         kept = ("PIP_", "UV_", "SSL_CERT_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "REQUESTS_CA")
         given = {name: value for name, value in os.environ.items() if name.upper().startswith(kept)}
         words += [f"--setenv={name}={value}" for name, value in given.items()]
-        # wheels and indexes that pip is told to look for in folders of this machine
+        # local folders of wheels and indexes in pip's settings
         mentioned = re.findall(r"(?:file://)?(/[\w./-]+)", " ".join(given.values()))
         words += [f"--bind-ro={path}" for path in {*mentioned} if Path(path).is_dir() and not path.startswith("/etc")]
         return subprocess.run(
@@ -128,9 +128,9 @@ def root(request: pytest.FixtureRequest) -> Iterator[Root]:
 
 
 def test_the_readmes_commands(root: Root) -> None:
-    """One after another, as a reader types them."""
+    """In order, as a reader types them."""
     (deploy,) = commands("Run ComfyUI on this machine")
-    if root.suite == "trixie":  # what it would change: its Python has other packages, gigabytes of them
+    if root.suite == "trixie":  # skipped: its Python has different packages, gigabytes of them
         done = root.run(f"{deploy} --dry-run || test $? = 2")
         assert "cut over from nothing to " in done.stdout, done.stdout[-3000:]
     else:
@@ -140,7 +140,7 @@ def test_the_readmes_commands(root: Root) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
     install, build, wheels = commands("Build wheels for my GPU")
-    python = {"bookworm": "3.11", "trixie": "3.13"}[root.suite]  # Debian's own: no other can be had everywhere
+    python = {"bookworm": "3.11", "trixie": "3.13"}[root.suite]  # Debian's own: no other is available everywhere
     build = build.replace("build-kernels", f"build-kernels --dry-run --python {python}")
     done = root.run("\n".join(["source .venv/bin/activate", install, build, wheels]))
     assert re.search(rf"sageattention-.*-cp{python.replace('.', '')}-linux_x86_64 .*to build", done.stdout), done.stdout
@@ -148,6 +148,6 @@ def test_the_readmes_commands(root: Root) -> None:
 
     (test,) = commands("Test")
     assert test.endswith(" nox -s verify")
-    done = root.run(f"{test.removesuffix('verify')}lock lint")  # the quick sessions: the others run in CI anyway
+    done = root.run(f"{test.removesuffix('verify')}lock lint")  # the quick sessions; CI runs the others anyway
     assert "lint was successful" in done.stdout, done.stdout[-3000:]
     assert done.returncode == 0, done.stdout[-3000:]

@@ -1,4 +1,4 @@
-"""Secrets on a real host: who sees them, and where they are not."""
+"""Secrets on a real host: who can read them, and where they must not appear."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.host
 
 VALUE = "correct-horse-battery"
 PATTERN = "[c]orrect-horse-battery"
-"""It, in words that do not hold it: what looks for it is a process, too."""
+"""The secret as a pattern that does not match itself: the searching process is also a process."""
 
 
 def test_a_secret_is_comfyuis_alone(steady: Fleet) -> None:
@@ -29,10 +29,10 @@ def test_a_secret_is_comfyuis_alone(steady: Fleet) -> None:
     pid = "$(systemctl show comfyui -p MainPID --value)"
     assert f"HF_TOKEN={VALUE}" in machine.run(f"tr '\\0' '\\n' < /proc/{pid}/environ")
     assert steady.deploy("--dry-run").returncode == 0
-    # nobody else's: not by systemd, in no file, of no other process, in no log
+    # not visible to others: not in systemd, a file, another process or a log
     assert VALUE not in machine.run("systemctl show comfyui; systemctl cat comfyui; journalctl --no-pager")
     found = machine.run(f"grep -rls {PATTERN} {PREFIX} /etc /run /var/log /tmp /home 2>/dev/null || true")
-    assert found.split() == ["/run/credentials/comfyui.service/HF_TOKEN"]  # root's and the service's to read
+    assert found.split() == ["/run/credentials/comfyui.service/HF_TOKEN"]  # readable by root and the service
     others = (
         f"for p in /proc/[0-9]*; do [ $p = /proc/{pid} ] || grep -l {PATTERN} $p/environ $p/cmdline; done 2>/dev/null"
     )

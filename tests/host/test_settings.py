@@ -1,7 +1,7 @@
-"""Settings of a real machine: applied when named, kept over a kill, undone; MPS as a unit, with a daemon made up.
+"""Settings of a real machine: applied by name, resumed after a kill, undone; MPS as a unit, with a fake daemon.
 
-There is no GPU, and a container's kernel settings are the machine's that it runs on: those files are made up by binding
-others over them; that they may not be written otherwise is the real machine's own answer.
+There is no GPU, and a container shares its host's kernel settings. So these files are replaced by bind mounts; that
+they are otherwise read-only is the real machine's answer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RECORD = f"{PREFIX}/state/settings.jsonl"
 
 @contextmanager
 def kernel_file(fleet: Fleet, path: str, text: str) -> Iterator[None]:
-    """A file of the kernel's that may be written."""
+    """A writable file in place of a kernel setting."""
     fleet.machine.run(f"echo {text} > /root/value; chmod 644 /root/value; mount --bind /root/value {path}")
     try:
         yield
@@ -78,7 +78,7 @@ def test_the_unit_of_persistence_mode_is_confined(steady: Fleet) -> None:
 
 @contextmanager
 def control(fleet: Fleet) -> Iterator[None]:
-    """NVIDIA's MPS control program on the machine, made up."""
+    """A fake MPS control program on the machine."""
     place = fleet.machine.root / "usr/bin/nvidia-cuda-mps-control"
     shutil.copy(files.CHECKOUT / "tests/fixtures/mps/nvidia-cuda-mps-control", place)
     place.chmod(0o755)
@@ -120,7 +120,7 @@ def test_mps_on_limited_dying_and_off(steady: Fleet) -> None:
             assert "threads 30.0 %" in shown
             assert "memory" not in shown
 
-            # It dies: systemd starts it again, and ComfyUI with it, whose CUDA died, too.
+            # The daemon dies: systemd restarts it together with ComfyUI, whose CUDA context is lost, too.
             first = machine.run("systemctl show comfyui --property=MainPID --value").strip()
             machine.run("systemctl kill --signal=KILL comfyui-mps")
             end = time.monotonic() + 30
@@ -133,7 +133,7 @@ def test_mps_on_limited_dying_and_off(steady: Fleet) -> None:
             assert steady.answers()
             assert "was started again 1 times" in mps(steady, "status", code=1)
 
-            # It cannot come back.
+            # The daemon cannot restart.
             machine.run("mv /usr/bin/nvidia-cuda-mps-control /usr/bin/away")
             machine.run(
                 "systemctl kill --signal=KILL comfyui-mps; until systemctl is-failed comfyui-mps; do sleep 1; done"

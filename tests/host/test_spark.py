@@ -1,7 +1,7 @@
-"""A DGX Spark without a Spark: the same deploy to an arm64 Debian under emulation, with the real sm_121 wheels.
+"""A DGX Spark without the hardware: the same deploy to an emulated arm64 Debian, with the real sm_121 wheels.
 
-`nox -s host -- --spark`. Needs binfmt-support and qemu-user-static, and in the wheelhouse what this makes:
-inv build-kernels --arch 12.1 --python 3.11
+`nox -s host -- --spark`. Needs binfmt-support and qemu-user-static, and in the wheelhouse the wheels of: inv
+build-kernels --arch 12.1 --python 3.11
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Real sshd, real ssh: every configuration that ssh itself reads, every login shell, and connections that break."""
+"""Real sshd and ssh: every ssh configuration, every login shell, and broken connections."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.fixture
 def box(served: Lab, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """The lab as it was at first: whatever a test changes is undone before the next."""
+    """The lab in its initial state: every change by a test is undone before the next one."""
     for name, value in served.variables().items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
@@ -150,7 +150,7 @@ def test_an_identity_agent_is_asked(box: Lab) -> None:
 
 
 def test_a_public_key_names_one_of_many_in_the_agent(box: Lab) -> None:
-    """sshd closes after three keys, and ours is the sixth."""
+    """sshd closes the connection after three keys, and ours is the sixth."""
     others = [f"another{number}" for number in range(5)]
     for name in others:
         if not (box.place / name).exists():
@@ -302,7 +302,7 @@ SHELLS = ("/bin/sh", "/bin/bash", "/usr/bin/zsh", "/usr/bin/fish", "/usr/bin/tcs
 
 
 def sudo(box: Lab, rule: str, *defaults: str) -> None:
-    """Let the login do that by sudo; every sudo test says so, and the lab takes it away in the end."""
+    """Grant the login a sudo rule. Every sudo test uses it, and the lab removes it at the end."""
     text = "".join(f"Defaults:{box.login} {each}\n" for each in defaults)
     path = Path(f"/etc/sudoers.d/{box.login}")
     path.write_text(text + (f"{box.login} {rule}\n" if rule else ""))
@@ -335,7 +335,7 @@ NOISE = "printf 'Welcome to the lab'; echo '{\"fault\": 1}'; echo 'sudo: passwor
 
 @pytest.mark.parametrize(("path", "file"), [("/bin/bash", ".bashrc"), ("/usr/bin/zsh", ".zshenv")])
 def test_shells_may_print_and_go_elsewhere(box: Lab, path: str, file: str) -> None:
-    """The folder that they go to is anybody's: nothing there is looked at."""
+    """They change to a world-writable folder: no file there is used."""
     box.use_shell(path)
     box.write(file, NOISE)
     planted = Path("/tmp/.cache/hearth") / archive.agent_name()
@@ -382,13 +382,13 @@ def test_a_host_without_python_is_told_apart(box: Lab) -> None:
 
 
 def only_without(box: Lab, program: str) -> None:
-    """Give the login all programs but this one."""
+    """Give the login all programs except this one."""
     box.write(".bashrc", f"mkdir -p ~/bin; ln -sf /usr/bin/* ~/bin; rm -f ~/bin/{program}; PATH=~/bin\n")
 
 
 @pytest.mark.parametrize("version", ["3.8.18", "3.9.2"])
 def test_a_python_that_is_too_old_is_told_apart(box: Lab, version: str) -> None:
-    """The version is looked at before any module of the agent's is read."""
+    """The version is checked before any module of the agent is parsed."""
     numbers = ", ".join(version.split("."))
     start = f"import sys; sys.version_info = ({numbers}, 'final', 0); sys.version = '{version} x'"
     fake_python(box, f'shift 3; exec /usr/bin/python3 -c "{start}; exec(sys.argv.pop(1))" "$@"')  # without -I -S -c
@@ -412,7 +412,7 @@ def test_a_python_that_does_not_work_is_told_apart(box: Lab, script: str, says: 
 
 @contextmanager
 def password(box: Lab, monkeypatch: pytest.MonkeyPatch, text: str) -> Iterator[list[str]]:
-    """What sudo's own log says of attempts, with this password given."""
+    """The attempts in sudo's log with this password."""
     log = Path(f"/var/log/{box.login}.sudo")
     log.unlink(missing_ok=True)
     monkeypatch.setattr("getpass.getpass", lambda _: text)
@@ -497,7 +497,7 @@ def test_an_agent_that_is_not_whole_is_sent_again_and_never_run(box: Lab, name: 
 
 
 def test_a_file_is_sent_whole_though_the_agent_was_missing(box: Lab) -> None:
-    """The first try reads some of what is sent; the second must begin at the start again."""
+    """The first attempt reads part of the file; the second must start from the beginning."""
     blob = box.place / "blob"
     blob.write_bytes(os.urandom(3_000_000))
     digest = hashlib.sha256(blob.read_bytes()).hexdigest()
@@ -537,13 +537,13 @@ def test_an_upload_that_is_cut_off_leaves_nothing(box: Lab, monkeypatch: pytest.
 
 
 def following(box: Lab, monkeypatch: pytest.MonkeyPatch, act: Callable[[connection.Agent], None]) -> HearthError:
-    """The error that ends a watched run when something happens to the connection after the first event."""
+    """The error that ends a watched run if the connection breaks after the first event."""
     monkeypatch.setattr(connection, "ALIVE", 1)
     monkeypatch.setattr(connection, "QUIET", 6)
     state = box.home / ".local/share/hearth/comfyui/state"
     box.write(".local/share/hearth/comfyui/state/runs/r1.jsonl", '{"event": "step", "step": 0, "title": "x"}\n')
     box.write(".local/share/hearth/comfyui/state/pending.json", '{"run": "r1"}')
-    lock = subprocess.Popen(["flock", str(state / "lock"), "sleep", "100"])  # as whoever applies it holds it
+    lock = subprocess.Popen(["flock", str(state / "lock"), "sleep", "100"])  # as the applying process holds it
     try:
         with pytest.raises(HearthError) as caught, connection.connect(find_target("box")) as agent:
             for event in agent.stream("follow", run="r1"):
@@ -556,7 +556,7 @@ def following(box: Lab, monkeypatch: pytest.MonkeyPatch, act: Callable[[connecti
 
 
 def masters(agent: connection.Agent) -> list[int]:
-    """The processes that hold this agent's shared connection."""
+    """The processes of this agent's shared connection."""
     assert isinstance(agent, connection.Ssh)
     (path,) = (word.partition("=")[2] for word in agent._argv if word.startswith("ControlPath="))
     found = []
@@ -590,7 +590,7 @@ def test_whoever_loses_sight_of_a_change_is_sent_to_attach(
 @pytest.mark.parametrize("what", ["follow", "sshd:"])
 @pytest.mark.parametrize("jump", [False, True])
 def test_a_host_that_falls_silent_is_noticed(box: Lab, what: str, jump: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGSTOP: no FIN and no RST, as after a power cut. With a jump host TCP's own time-outs would see nothing."""
+    """SIGSTOP: no FIN and no RST, as after a power cut. Behind a jump host, TCP's own time-outs do not detect that."""
     if jump:
         relay = Path(__file__).with_name("relay.py")
         box.configure(own=f"  ProxyCommand {sys.executable} {relay} %p\n")

@@ -1,4 +1,4 @@
-"""Where models and outputs lie: mounts that go and come, full disks, folders elsewhere, people who share them."""
+"""Places for models and outputs: mounts that come and go, full disks, folders elsewhere, shared access."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ model_roots = ["/srv/more"]
 
 
 def picture(fleet: Fleet, name: str) -> dict[str, object]:
-    """Have ComfyUI save a picture under a name; what its history then says of it."""
+    """Have ComfyUI save a picture under a name; returns its history entry."""
     inputs = {"width": 64, "height": 64, "batch_size": 1, "color": time.time_ns() % (1 << 24)}
     workflow = {
         "1": {"class_type": "EmptyImage", "inputs": inputs},
@@ -71,7 +71,7 @@ def test_comfyui_stops_when_a_mount_goes_waits_for_it_and_starts_when_it_comes(s
     assert machine.run("ls -A /srv/pool") == ""
     gone = steady.deploy()
     assert (gone.returncode, "/srv/pool is not mounted" in gone.stderr) == (63, True), gone.stderr
-    machine.run("mount --bind /srv/inodes /srv/pool")  # nobody starts ComfyUI
+    machine.run("mount --bind /srv/inodes /srv/pool")  # ComfyUI is not started
     assert steady.answers()
 
     machine.power_off()
@@ -84,7 +84,7 @@ def test_comfyui_stops_when_a_mount_goes_waits_for_it_and_starts_when_it_comes(s
     assert machine.run("ls /srv/pool/out").split() == ["kept_00001_.png"]
     steady.becomes()
     machine.run("umount /srv/pool; rm -r /srv/inodes/out /srv/more")
-    assert steady.answers(5)  # what it does not need any more does not stop it
+    assert steady.answers(5)  # a mount that it no longer needs does not stop it
 
 
 def test_hearth_mounts_what_it_is_told_to_and_at_boot_and_never_over_files(steady: Fleet) -> None:

@@ -1,4 +1,4 @@
-"""A deploy without root to a host whose login has a systemd of its own."""
+"""A deploy without root to a host whose login has its own systemd."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def own(tmp_path: Path) -> Iterator[Own]:
         machine.share_downloads(f"{HOME}/.local/share/hearth/comfyui/state/cache/uv")
         fleet.configure('scope = "user"\n')
         machine.boot()
-        # What every full Debian and Ubuntu has; polkit allows a login to let its own services linger.
+        # Standard on every full Debian and Ubuntu; polkit allows a login to enable lingering for itself.
         packages = "libpam-systemd dbus-user-session polkitd"
         machine.run(f"apt-get update -qq && apt-get install -qq -y --no-install-recommends {packages}")
-        # What is linked to this machine's files stays root's: uv copies what it may not link.
+        # Files linked to this machine's stay owned by root: uv copies files that it cannot link.
         machine.run(f"find {HOME}/.local '(' -type d -o -links 1 ')' -exec chown {LOGIN}: {{}} +")
         yield fleet
 

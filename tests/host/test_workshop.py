@@ -1,4 +1,4 @@
-"""Kernels built natively on a host, from this checkout, and brought back."""
+"""Builds kernels natively on a host from this checkout, and downloads the wheels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.host
 
 @pytest.mark.faults
 def test_a_host_builds_and_the_wheel_comes_back(fleet: Fleet) -> None:
-    """It downloads compiler and torch there, 6 GB: part of the long run."""
+    """Downloads compiler and torch on the host, 6 GB: part of the long run."""
     fleet.machine.run("apt-get update -qq && apt-get install -qq -y --no-install-recommends g++ python3-dev git")
     words = ("build-kernels", "--host", "spark", "--kernel", "tiny", "--arch", "8.9", "--python", "3.11")
     env = {"HEARTH_RECIPES": str(FIXTURES / "recipes")}

@@ -1,4 +1,4 @@
-"""Adopting: what is read of an installation, what becomes of it, and how it is moved and put back."""
+"""Adopting: the survey of an installation, the proposal, and moving folders there and back."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def at(place: Path) -> Layout:
 
 
 def wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
-    """A wheel with these files, as small as one can be."""
+    """A minimal wheel with these files."""
     info = f"{name}-1.dist-info"
     meta = {
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n",
@@ -56,7 +56,7 @@ def wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
 
 
 def make(tmp_path: Path, one: dict[str, str], two: dict[str, str]) -> Path:
-    """An environment of the wheels `one` and `two`, made as on a host without a network; the part."""
+    """Create an environment of the wheels `one` and `two`, without a network as on a host; returns the part."""
     layout = Layout({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
     uv = shutil.which("uv")
     assert uv
@@ -74,7 +74,7 @@ def make(tmp_path: Path, one: dict[str, str], two: dict[str, str]) -> Path:
 
 
 def environment(layout: Layout, requirements: str, **values: Any) -> Path:
-    """The environment of these requirements, made without a network unless `offline` says otherwise."""
+    """An environment of these requirements, created without a network unless `offline` says otherwise."""
     step = Env("t", "w", "u", "env-test", sys.executable, False, requirements, (), "3.11", (), tool="uv", offline=True)
     env.env(layout, replace(step, **values), lambda _: None)
     return layout.parts / "env-test"
@@ -100,7 +100,7 @@ def test_packages_that_share_what_does_no_harm_are_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "said"),
     [
-        (["A", "B", "C"], ["node types that are gone: C"]),  # as an older Hearth kept them
+        (["A", "B", "C"], ["node types that are gone: C"]),  # as an older Hearth stored them
         (
             {"A": "custom_nodes.one", "B": "comfy_extras.old", "C": "nodes"},
             ["node types that are gone: C", "node types that another node provides now: A (two, before one)"],
@@ -149,9 +149,9 @@ def test_a_journal_is_followed_without_being_read_again(tmp_path: Path) -> None:
         log.add("note", text=str(number))
     following = runs.follow(layout, "r")
     assert [next(following)["text"] for _ in range(3)] == ["0", "1", "2"]
-    log.path.write_bytes(b" " * log.path.stat().st_size)  # what was told is not looked at any more
+    log.path.write_bytes(b" " * log.path.stat().st_size)  # returned events are not read again
     with log.path.open("ab") as file:
-        file.write(b'{"event": "no')  # torn
+        file.write(b'{"event": "no')  # an incomplete record
     log.add("note", text="3")
     log.add("end", result="done", fault={})
     assert [each.get("text") for each in following] == ["3", None]
@@ -292,18 +292,18 @@ def test_a_program_that_does_not_end_is_a_failure_with_a_message(tmp_path: Path)
     script = f"sleep 60 & echo $! > {tmp_path}/pid; wait"
     with pytest.raises(Fault, match=r"sh -c .* did not end within 1 s"):
         run(["sh", "-c", script], timeout=1)
-    assert time.monotonic() - began < 10  # though its child holds the pipe
+    assert time.monotonic() - began < 10  # although its child holds the pipe
     pid = (tmp_path / "pid").read_text().strip()
     assert processes.wait_for(lambda: gone(Path(f"/proc/{pid}/status")), 5)
 
 
 def gone(status: Path) -> bool:
-    """Whether a process has ended, also when nobody has waited for it yet."""
+    """Whether a process has ended, even if it has not been reaped yet."""
     return not status.exists() or "\nState:\tZ" in status.read_text()
 
 
 def installed(tmp_path: Path, script: str) -> Path:
-    """Run an install.py in a node's tree; the tree."""
+    """Run an install.py in a node's tree; returns the tree."""
     layout, place = at(tmp_path), tmp_path / "tree"
     place.mkdir()
     (place / "install.py").write_text(script)
@@ -354,13 +354,13 @@ def test_what_a_prefix_was_deployed_as_and_where_its_unit_leads_is_told(
     told = prefix.prefix_state(layout)
     assert (told.service, told.scope, told.user, told.elsewhere) == ("old", "system", me, "")
     write(layout.state / "site.json", json.dumps({"service": "old", "scope": "system", "user": "nobody"}))
-    assert prefix.prefix_state(layout).user == ""  # the data was given to another since
+    assert prefix.prefix_state(layout).user == ""  # the data changed its owner since
     units = tmp_path / "home/.config/systemd/user"
     units.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     other = tmp_path / "other"
     (units / "s.service").symlink_to(other / "current/s.service")
-    assert prefix.prefix_state(layout).elsewhere == ""  # it was deleted, or moved here
+    assert prefix.prefix_state(layout).elsewhere == ""  # deleted, or moved here
     write(other / "state/site.json", "{}")
     assert prefix.prefix_state(layout).elsewhere == str(other)
     (tmp_path / "way").symlink_to(other)
@@ -369,7 +369,7 @@ def test_what_a_prefix_was_deployed_as_and_where_its_unit_leads_is_told(
 
 @pytest.mark.parametrize(("boot", "kept"), [("another boot", False), ("", True)])
 def test_a_cache_that_was_in_use_when_the_power_was_cut_is_deleted(tmp_path: Path, boot: str, kept: bool) -> None:
-    """uv syncs nothing, and would install its files without content; after a kill in the same boot they are whole."""
+    """uv does not sync its cache and would install empty files. After a kill in the same boot, they are intact."""
     old = tmp_path / "state/cache/uv/old"
     write(old, "perhaps without content")
     write(tmp_path / "state/cache-in-use", boot or Path("/proc/sys/kernel/random/boot_id").read_text())

@@ -1,4 +1,4 @@
-"""Changing the exporter on a host, whose systemd is a script: restored as a whole, whatever ends the change."""
+"""Changing the exporter on a host with a scripted systemd: fully restored, whatever interrupts the change."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_it_is_installed_changed_and_removed(layout: Layout, server: HTTPServer)
     assert layout.exporter_agent.readlink() == Path(f"agents/{'a' * 16}")
     second = wanted(server.server_port, "[Unit]\n# other\n", "b" * 16)
     change(layout, second)
-    change(layout, second)  # a killed run is done again
+    change(layout, second)  # a killed run is repeated
     assert installed(layout) == second
     change(layout, {})
     assert (installed(layout), units(layout), list(layout.state.iterdir())) == ({}, [], [])

@@ -1,4 +1,4 @@
-"""What the agent reads, deletes and gives away on hosts: damaged records, links, deep trees."""
+"""Files that the agent reads, deletes and changes the owner of on hosts: damaged records, links, deep trees."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def at(place: Path, **values: object) -> Layout:
 
 
 def deep(root: Path, levels: int) -> None:
-    """A tree of so many folders, one in the other; 1365 levels are more than a path can name."""
+    """A tree of nested folders; a path can name at most 1365 levels."""
     root.mkdir()
     place = os.open(root, os.O_RDONLY)
     for _ in range(levels):
@@ -81,7 +81,7 @@ def test_a_damaged_record_of_the_supervisor_is_told(tmp_path: Path) -> None:
     manager = supervised.Supervised(at(tmp_path))
     manager.lock.parent.mkdir()
     manager.record.write_text("")
-    assert not manager.status().active  # it is nobody's
+    assert not manager.status().active  # owned by nobody
     with flock(manager.lock), pytest.raises(Fault, match="is damaged"):
         manager.stop()
 
@@ -222,7 +222,7 @@ def test_the_way_to_mount_points_is_not_more_than_them(tmp_path: Path) -> None:
 
 def test_a_tree_deeper_than_python_recurses_is_shared(tmp_path: Path) -> None:
     """os.walk recurses on Python 3.10 and 3.11."""
-    for levels in (1200, 1500):  # of the latter, what a path can name
+    for levels in (1200, 1500):  # of the latter, as far as a path can name them
         layout = at(tmp_path / str(levels))
         layout.prefix.mkdir()
         layout.data.mkdir()
@@ -262,7 +262,7 @@ def test_a_folder_that_somebody_put_in_the_place_of_a_new_one_is_not_given_away(
 
 
 def test_what_a_killed_run_of_this_pid_left_is_no_obstacle(tmp_path: Path) -> None:
-    """In a container every run has the same one."""
+    """In a container, every run has the same process id."""
     (tmp_path / "source").mkdir()
     (tmp_path / "source/new").touch()
     (tmp_path / f".place.{os.getpid()}").mkdir()
@@ -298,7 +298,7 @@ def test_a_release_runs_its_own_agent(tmp_path: Path) -> None:
 
 
 def test_the_agent_forgets_the_environment_of_whoever_started_it(tmp_path: Path) -> None:
-    """Any program that it starts, by whatever call, gets what is left; messages that it compares are English."""
+    """All its child processes get only the rest; the messages that it matches are English."""
     code = "import os, subprocess; from agent import main; main.main(['nonsense']); subprocess.run('env', env=None)"
     hostile = {"LD_DEBUG_OUTPUT": "/tmp/x", "PYTHONPATH": "/nowhere", "SYSTEMD_PAGER": "evil", "LC_ALL": "de_DE.UTF-8"}
     kept = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "https_proxy": "http://p:1", "UV_INDEX_URL": "x"}
@@ -339,7 +339,7 @@ time.sleep(100)
 
 @pytest.fixture
 def shared_place() -> Iterator[Path]:
-    """A folder that everybody may pass through, as `state/` is."""
+    """A folder that every user can traverse, as `state/`."""
     with tempfile.TemporaryDirectory(dir="/tmp") as place:
         Path(place).chmod(0o755)
         yield Path(place)
@@ -363,7 +363,7 @@ def test_nobody_else_can_hold_a_lock(shared_place: Path) -> None:
     with flock(path):
         assert mode(path) == 0o600
         assert not free(path)
-    path.chmod(0o644)  # as an older Hearth made it
+    path.chmod(0o644)  # as an older Hearth created it
     with held(path, by_nobody=True):
         assert free(path)
         with flock(path):
@@ -402,7 +402,7 @@ def test_locks_are_renewed_by_one_at_a_time(shared_place: Path) -> None:
 
 
 def test_a_draft_goes_with_its_process_and_else_with_its_time(tmp_path: Path) -> None:
-    """One that a run killed moments ago had left outlived the run that went on from it."""
+    """A draft of a run killed moments before used to survive the run that resumed it."""
     with subprocess.Popen(["true"]) as ended:
         pass
     names = {"alive": f".pending.json.{os.getpid()}", "old": f".site.json.{os.getpid()}", "other": ".current.back"}

@@ -1,4 +1,4 @@
-"""The agent's own code on a host: where it is unpacked, from where it is run, and what is deleted."""
+"""The agent's own code on a host: where it is unpacked and run, and what is deleted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WHERE = "import sys\nprint(f'[\"{sys.argv[0]}\"]')\n"
 
 @pytest.fixture
 def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
-    """This machine's, whose state folder is there: something was deployed."""
+    """This machine's layout with a state folder, as after a deploy."""
     place = tmp_path / "prefix"
     (tmp_path / "hosts.toml").write_text(f'[hosts.local]\nprofile = "cpu"\nscope = "user"\nprefix = "{place}"\n')
     monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
@@ -50,7 +50,7 @@ def test_the_second_command_runs_the_unpacked_agent_which_has_its_bytecode(layou
     assert len(sources) > 30
     assert len(list(place.rglob("*.pyc"))) == len(sources)
     assert {path.stat().st_mode & 0o777 for path in sources} == {0o644}
-    (place / "__main__.py").write_text(WHERE)  # the archive and its hash are as before
+    (place / "__main__.py").write_text(WHERE)  # the archive and its hash are unchanged
     for path in place.glob("__pycache__/__main__*"):
         path.unlink()
     assert call() == [str(place)]

@@ -1,4 +1,4 @@
-"""ComfyUI's API as the agent asks it: against real sockets that are slow, silent, hostile, or no ComfyUI at all."""
+"""The agent's use of ComfyUI's API, against real sockets that are slow, silent, hostile, or not ComfyUI at all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STATS = {
 def serving(
     answers: dict[str, Any], address: str = "127.0.0.1", delay: float = 0, late: float = 0, tls: Path | None = None
 ) -> Iterator[int]:
-    """A server that answers paths with JSON, bytes as they are, and with a redirect what is a string; its port."""
+    """Start a server that answers paths with JSON, raw bytes, or (for a string) a redirect; returns its port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -78,7 +78,7 @@ def serving(
 
 @contextmanager
 def listening(talk: Callable[[socket.socket], None] = lambda _: None) -> Iterator[int]:
-    """A program that takes connections and does `talk` with each; its port."""
+    """Start a program that accepts connections and calls `talk` with each; returns its port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def accept() -> None:
@@ -111,7 +111,7 @@ def at(port: int, *addresses: str) -> Endpoint:
 
 
 def layout(place: Path, port: int, argv: list[str] | None = None) -> Layout:
-    """A host whose configuration says `port`, with a release in service that has this command line."""
+    """A host whose configuration has `port`, and whose active release has this command line."""
     found = Layout({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
     if argv is not None:
         write(found.releases / "old/release.json", json.dumps({"id": "old", "argv": argv}))
@@ -130,7 +130,7 @@ def layout(place: Path, port: int, argv: list[str] | None = None) -> Layout:
         (["--listen", "--port=90"], ("127.0.0.1", "::1"), 90, False),
         (["--port", "1", "--port", "2"], ("127.0.0.1",), 2, False),
         (["--tls-keyfile", "k", "--tls-certfile", "c"], ("127.0.0.1",), 8188, True),
-        (["--tls-keyfile", "k"], ("127.0.0.1",), 8188, False),  # ComfyUI wants both
+        (["--tls-keyfile", "k"], ("127.0.0.1",), 8188, False),  # ComfyUI needs both
     ],
 )
 def test_the_endpoint_of_a_command_line(argv: list[str], addresses: tuple[str, ...], port: int, tls: bool) -> None:
@@ -138,7 +138,7 @@ def test_the_endpoint_of_a_command_line(argv: list[str], addresses: tuple[str, .
 
 
 def test_a_release_is_asked_where_it_listens_whatever_the_configuration_says(tmp_path: Path) -> None:
-    """hosts.toml may name another port by now: a rollback, a drain, a revert."""
+    """hosts.toml may already have another port during a rollback, drain or revert."""
     with serving({"/queue": IDLE}) as port:
         released = layout(tmp_path, 1, ["python", "main.py", "--listen", "127.0.0.1", "--port", str(port)])
         assert api.queue(api.endpoint(released)) == ([], [])
@@ -312,7 +312,7 @@ def test_with_force_comfyui_is_asked_nothing() -> None:
 
 
 def test_jobs_that_nodes_queued_in_their_own_way_are_listed(tmp_path: Path) -> None:
-    """Without a time, with a number that is none, with no workflow in the history."""
+    """Without a time, with an invalid number, without a workflow in the history."""
     queue = {
         "queue_running": [["x", "odd", {}]],
         "queue_pending": [[2, "second", {"1": {}}, None], [1, "first", None, {}]],
@@ -341,7 +341,7 @@ RUNNING = Service(active=True, state="active", enabled=True, linked=True, restar
 
 
 class Runs:
-    """A process that runs."""
+    """A running process."""
 
     def status(self) -> Service:
         return RUNNING
@@ -381,14 +381,14 @@ PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(8) + b"\0\0\0\x40\0\0\0\x40"
 
 
 def test_a_busy_comfyui_that_answers_late_is_healthy() -> None:
-    """A node that computes while it is loaded holds Python's lock, for longer than any other question may take."""
+    """A node that computes during import holds Python's GIL for longer than any other request may take."""
     answers = {"/prompt": {"prompt_id": "1"}, "/history/1": {"1": DONE}, "/view": PICTURE}
     with serving(answers, late=5.5) as port:
         health._picture(at(port), Runs(), "first", lambda: None, lambda _: None)
 
 
 def test_a_second_workflow_that_hangs_is_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """comfy-aimdo 0.4.11 was reported to pass the first and to hang in the second (ComfyUI#15269)."""
+    """comfy-aimdo 0.4.11 reportedly passes the first workflow and hangs in the second (ComfyUI#15269)."""
     monkeypatch.setattr(health, "WORKFLOW_SECONDS", 0.5)
     pictures: list[str] = []
 

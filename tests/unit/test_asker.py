@@ -1,4 +1,4 @@
-"""Who asks: what the host noted of a login counts, and what a process says of itself does not."""
+"""Who made a request: the host's record of the login counts, and a process's own claims do not."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def line(login: str = "anna", address: str = "192.0.2.7", key: str = "mine", **f
     ([line()], KNOWN),
     ([line(_EXE="/usr/lib/openssh/sshd-session")], KNOWN),
     ([line(MESSAGE="pam_unix(sshd:session): session opened"), line()], KNOWN),
-    ([line(), line(key="older")], KNOWN),  # the journal is asked for the newest first
+    ([line(), line(key="older")], KNOWN),  # the journal is read newest first
     ([line(MESSAGE="Accepted password for anna from 192.0.2.7 port 4711 ssh2")], ("192.0.2.7", "")),
-    # any program may say so: one that root runs for somebody (sudo, su, logger) as well
+    # any program can claim that, also one that root runs for somebody (sudo, su, logger)
     ([line(_EXE="/usr/bin/sudo", SYSLOG_IDENTIFIER="sshd", _COMM="sshd"), line(key="other", login="bob")], None),
     ([line(_EXE=None)], None),
     ([line(login="bob")], None),
-    # sshd repeats what somebody called themselves, and journald what is no text as numbers
+    # sshd logs a user name as the client sent it, and journald returns binary text as numbers
     ([line(MESSAGE="Invalid user " + ACCEPTED.format(login="anna", address="::1", key="x"))], None),
     ([line(MESSAGE=[65, 255])], None),
     (["no JSON", line()], None),

@@ -1,4 +1,4 @@
-"""The audit: the real `uv audit` against a service of OSV's form here, and the curated list."""
+"""The audit: the real `uv audit` against a local OSV service, and the curated list."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.unit.test_plan import spark
 
 @dataclass
 class Osv:
-    """OSV's API, as far as it was told what to expect: which packages are asked about, and what is known of each."""
+    """OSV's API with expectations: the packages of each request, and their known vulnerabilities."""
 
     packages: set[tuple[str, str]] = field(default_factory=set)
     known: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Osv:
         return f"http://127.0.0.1:{self.port}"
 
     def answer(self, path: str, body: bytes) -> dict[str, Any] | None:
-        """The answer to a request, None to one that was not expected."""
+        """The answer to a request; None to an unexpected one."""
         if path == "/v1/querybatch" and body:
             queries = json.loads(body)["queries"]
             asked = [(each["package"]["name"], each["version"]) for each in queries]
@@ -64,8 +64,8 @@ class Osv:
 
 @pytest.fixture(autouse=True)
 def plain_uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))  # uv keeps answers, and a port may be used again
-    monkeypatch.setenv("UV_HTTP_RETRIES", "0")  # it would wait between them
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))  # uv caches answers, and a port may be reused
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")  # otherwise it waits between them
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_what_cannot_be_told_is_marked(certain: bool, said: str) -> None:
 
 @dataclass
 class Own(Client):
-    """`inv` with nodes of one's own, and the real lists."""
+    """`inv` with the test's own nodes, and the real lists."""
 
     place: Path
 
@@ -160,7 +160,7 @@ class Own(Client):
 
     def list_nodes(self, text: str) -> None:
         (self.place / "src/comfy").mkdir(parents=True, exist_ok=True)
-        for name in ("comfy/cli_args.py", "folder_paths.py"):  # read, and nothing in them is needed
+        for name in ("comfy/cli_args.py", "folder_paths.py"):  # read, but nothing in them is needed
             (self.place / "src" / name).write_text("")
         app = (files.CHECKOUT / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
         (self.place / "app.toml").write_text(f'{app}[[source]]\nfolder = "src"\n')

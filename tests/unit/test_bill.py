@@ -1,4 +1,4 @@
-"""The bill of materials: complete, valid by the standard's schema, and the same bytes for the same release."""
+"""The SBOM: complete, valid against the standard's schema, and the same bytes for the same release."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def manifest(**more: nodes.Node) -> dict[str, Any]:
     assert choice is not None
     assert not against
     found = release.manifest(choice, FRESH.prefix)
-    assert json.loads(json.dumps(found)) == found  # the host keeps it as JSON, and a deploy compares
+    assert json.loads(json.dumps(found)) == found  # the host stores it as JSON, and a deploy compares it
     return found
 
 
@@ -55,7 +55,7 @@ def known() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def parts(known: dict[str, Any]) -> dict[str, Any]:
-    """The bill's components by their reference."""
+    """The SBOM's components by their reference."""
     return {each["bom-ref"]: each for each in json.loads(sbom.write(known))["components"]}
 
 

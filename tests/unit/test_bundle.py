@@ -1,4 +1,4 @@
-"""Bundles: what is in one, whether it is whole, and that nothing else is used once it is open."""
+"""Bundles: their contents and integrity; an open bundle is the only source of files."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_what_is_no_bundle_or_another_hearths_is_refused(made: tuple[Path, Opene
 
 
 def built(place: Path, manifest: Bundle, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
-    """A bundle with any manifest and any members after it."""
+    """A bundle with any manifest, followed by any members."""
     text = msgspec.json.encode(manifest)
     head = tarfile.TarInfo("bundle.json")
     head.size = len(text)
@@ -310,7 +310,7 @@ def test_names_of_any_length_are_read_and_others_refused(made: tuple[Path, Opene
         assert bundle.verify(named(name, name)).bundle.files
     with raises("bundle", match="names a file"):
         bundle.verify(named("a/" * 1000 + "a"))
-    with raises("bundle", match="another version of Hearth"), bundle.opened(named("a")):  # it has no agent
+    with raises("bundle", match="another version of Hearth"), bundle.opened(named("a")):  # the bundle has no agent
         pass
     with raises("bundle", match="cannot be unpacked"), bundle.opened(named("n" * 300, "n" * 300)):
         pass
@@ -457,7 +457,7 @@ def test_a_revoked_key_signs_nothing_whatever_else_lists_or_certifies_it(keys: P
     by_certificate = signature.sign("text", tmp_path / "anna-cert.pub")
     authority = f"carol cert-authority {eve}\n"
     assert by_key.signer(f"# \xe4\n  anna,bob {anna}\r\n@revoked eve {eve} eve@host\n", "the list") == "anna"
-    assert by_key.signer(f'x valid-before="20200101" {anna}\nbob {anna}\n', "the list") == "bob"  # ends a line alone
+    assert by_key.signer(f'x valid-before="20200101" {anna}\nbob {anna}\n', "the list") == "bob"  # alone ends a line
     assert by_certificate.signer(authority, "the list") == "carol"
     for seal, lines in (
         (by_key, f"bob {anna}\n@revoked anna {anna}\nanna {anna}\n"),
@@ -483,7 +483,7 @@ def test_a_revoked_key_signs_nothing_whatever_else_lists_or_certifies_it(keys: P
 def test_the_time_of_checking_ends_a_key_and_no_time_that_a_signer_says(
     keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it signed before does not count either: nobody can tell when that was."""
+    """Its earlier signatures do not count either, since their times cannot be verified."""
     words: list[str] = []
     run = shell.run
 
@@ -512,7 +512,7 @@ def test_a_host_that_lists_signers_takes_no_other_bundle(made: tuple[Path, Opene
 def test_a_host_refuses_a_bundle_before_anything_in_it_is_read(
     made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even its profiles: what is asked of the host, and how it is reached, is the operator's hosts.toml."""
+    """Not even its profiles: the requests to the host and the connection depend only on the operator's hosts.toml."""
     monkeypatch.setenv("HEARTH_HOSTS", str(made[0].with_name("hosts.toml")))
     asked: list[dict[str, Any]] = []
 

@@ -1,4 +1,4 @@
-"""The one flow for changing hosts: refused, shown, confirmed, applied, and looked at again."""
+"""The common flow for changing hosts: refused, shown, confirmed, applied, and checked afterwards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OFFLINE = {"event": "end", "fault": {"kind": "offline", "what": "no index", "cau
 
 
 class Machine:
-    """A host whose agent reports these facts, one after the other (the last again and again), and ends runs so."""
+    """A host whose agent returns these facts in turn (the last one repeatedly) and ends runs as given."""
 
     def __init__(self, *facts: Facts, ends: tuple[dict[str, Any], ...] = (DONE,)) -> None:
         self.facts, self.ends = list(facts), list(ends)
@@ -53,7 +53,7 @@ class Machine:
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts a machine in place of every host."""
+    """Replaces every host by a Machine."""
 
     def put(machine: Machine) -> Machine:
         @contextmanager
@@ -171,7 +171,7 @@ def test_a_refused_change_prints_its_refusals_as_json(capsys: pytest.CaptureFixt
 
 
 def test_a_rollback_converges_on_the_release_that_it_chose(at: Any) -> None:
-    """Afterwards the one that it came from is the previous one."""
+    """Afterwards, the release that it left is the previous one."""
     old = settled()
     new = replace(old, current="newer", proven=("newer", old.current))
     back = replace(old, proven=(old.current, "newer"))
@@ -189,7 +189,7 @@ def test_a_rollback_converges_on_the_release_that_it_chose(at: Any) -> None:
 
 
 def test_an_adoption_converges_when_its_units_are_set_aside(at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of a name that the data has already stay, and are no reason to move again."""
+    """Files that already exist in the data stay in place and do not require another move."""
     before = proposed(units=[unit()], folders={"models": folder("models")})
     left = proposed(units=[unit(aside=True)], folders={"models": folder("models")})
     asked: list[str] = []

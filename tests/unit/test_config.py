@@ -1,4 +1,4 @@
-"""The checked-in configuration loads, agrees with the lock, and a wrong one is refused with a near match."""
+"""The checked-in configuration loads and agrees with the lock; an invalid one is refused with a near match."""
 
 from __future__ import annotations
 
@@ -101,6 +101,6 @@ def test_a_command_reads_each_configuration_file_once(monkeypatch: pytest.Monkey
 
 def test_a_configuration_file_that_changed_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
-    for number in range(50):  # within the resolution of a file system's clock
+    for number in range(50):  # within a file system's time resolution
         path.write_text(f"x = {number % 10}")
         assert config.table(path) == {"x": number % 10}

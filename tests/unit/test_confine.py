@@ -1,4 +1,4 @@
-"""What confines ComfyUI without a system's unit, on this kernel: Landlock and seccomp, as root and as somebody else."""
+"""Confinement of ComfyUI without a system unit, on this kernel: Landlock and seccomp, as root and as another user."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def port() -> Iterator[int]:
 
 
 def tell(place: Path, port: int, user: int = 0, code: str = PROBE, abi: int = 0, **spec: Any) -> dict[str, str]:
-    """What the probe tells, confined, run by a user; on a kernel with an older Landlock where one is named."""
+    """The probe's output when confined and run by a user; `abi` simulates an older Landlock."""
     home, data = place / "home", place / "data"
     for folder in (home, data, place / "secrets"):
         folder.mkdir(exist_ok=True)
@@ -157,7 +157,7 @@ def tell(place: Path, port: int, user: int = 0, code: str = PROBE, abi: int = 0,
     start = f"import sys, json; sys.path.insert(0, {str(place / 'code')!r}); from agent.serve import confine; "
     start += f"confine.abi = lambda: {abi}; " if abi else ""
     start += "confine.main(json.loads(sys.argv[1]), sys.argv[2:])"
-    python = "/usr/bin/python3" if user else os.path.realpath(sys.executable)  # root's own may lie in a closed folder
+    python = "/usr/bin/python3" if user else os.path.realpath(sys.executable)  # root's own may be in a private folder
     command = [python, "-I", "-S", "-c", code, str(home), str(data), str(port)]
     lowered = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
     done = subprocess.run(
@@ -174,7 +174,7 @@ def tell(place: Path, port: int, user: int = 0, code: str = PROBE, abi: int = 0,
 
 @pytest.mark.parametrize("user", [0, 65534])
 def test_it_reads_the_system_writes_its_data_and_gets_no_further(user: int, port: int) -> None:
-    """In a folder that any user may pass through, as a home is not."""
+    """In a folder that every user can traverse, unlike a home."""
     if os.geteuid() or (user and not Path("/usr/bin/python3").exists()):
         pytest.skip("only root can become somebody else, who needs a Python to run")
     folder = Path("/var/tmp") / f"hearth-confine-{os.getpid()}-{user}"
@@ -199,7 +199,7 @@ def test_offline_means_no_datagrams_either(tmp_path: Path, port: int) -> None:
 
 
 def test_secrets_alone_confine_nothing(tmp_path: Path) -> None:
-    """Where a system's unit confines the command, it only gets its secrets."""
+    """If a system unit confines the command, it only gets its secrets."""
     (tmp_path / "TOKEN").write_text("x")
     code = "from agent.serve import confine; import sys; confine.main({'secrets': ['TOKEN']}, sys.argv[1:])"
     words = [sys.executable, "-c", code, sys.executable, "-c", "import os; print(os.environ['TOKEN'])"]
@@ -293,7 +293,7 @@ SHUT = "refused refused refused"
 def test_a_link_that_it_may_have_made_opens_nothing(
     tmp_path: Path, port: int, write: list[str], read: list[str], at: str, abi: int
 ) -> None:
-    """What was confined replaces a folder by a link, and a rule of the next start is for where that leads."""
+    """The confined process replaces a folder by a link; at the next start, a rule must not open the link's target."""
     (tmp_path / "home/loras").mkdir(parents=True)
     (tmp_path / at).parent.mkdir(parents=True)
     (tmp_path / at).symlink_to(tmp_path / "home")
@@ -327,7 +327,7 @@ def test_models_that_somebody_linked_to_a_disk_are_read(tmp_path: Path, port: in
 
 @pytest.mark.parametrize("abi", [0, 1, 2])
 def test_no_rule_opens_what_holds_the_secrets(tmp_path: Path, port: int, abi: int) -> None:
-    """Neither what the host names nor a folder of the system's that it was installed to."""
+    """Neither a path in the host's configuration nor a system folder that it is installed in."""
     for name in ("home/prefix/secrets", "home/prefix/state", "home/prefix/models", "home/more"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "x").touch()
@@ -356,7 +356,7 @@ X86, ARM = 0xC000003E, 0xC00000B7
 
 
 def answer(program: bytes, arch: int, number: int, *arguments: int) -> int:
-    """What a seccomp filter answers to a call: the error's number, 0 when it is allowed (a machine of classic BPF)."""
+    """A seccomp filter's answer to a call: the error number, 0 if allowed (a classic BPF interpreter)."""
     words = struct.pack("<iIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
     held = at = 0
     while True:
@@ -377,7 +377,7 @@ def answer(program: bytes, arch: int, number: int, *arguments: int) -> int:
     [
         (41, 198, (2, 1 | 0o2004000, 6), 0),  # TCP with SOCK_CLOEXEC and SOCK_NONBLOCK
         (41, 198, (2, 1 | 0o2004000, 262), 1),
-        (41, 198, (10 | 1 << 32, 2, 0), 0),  # the kernel takes an int of it
+        (41, 198, (10 | 1 << 32, 2, 0), 0),  # the kernel uses 32 bits of it
         (41, 198, (2, 3, 255), 1),
         (41, 198, (17, 3, 768), 1),
         (53, 199, (1, 1 | 0o2004000, 0), 0),
@@ -395,7 +395,7 @@ def answer(program: bytes, arch: int, number: int, *arguments: int) -> int:
         (302, 261, (77, 7), 1),
         (141, 140, (2, 0, 19), 1),
         (251, 30, (1, 77, 0), 1),
-        (62, 129, (77, 9), 0),  # of whom, no filter can tell
+        (62, 129, (77, 9), 0),  # a filter cannot tell whose
         (62, 129, (-1 & 0xFFFFFFFF, 9), 1),
         *((number, number, (), 1) for number in (424, 425, 434, 438, 440, 448)),
         (30, 196, (), 1),
@@ -460,7 +460,7 @@ os.ftruncate(1, 0) if sys.argv[2] == "empty" else time.sleep(100)
 
 
 def daemons(place: Path, *what: str) -> Any:
-    """A prefix whose ComfyUI leaves processes behind, and says who they are in a folder."""
+    """A prefix whose ComfyUI leaves processes behind, which record themselves in a folder."""
     site = make(place, port=1)
     (place / "left").mkdir()
     argv = [sys.executable, "-c", DAEMON, str(place / "left"), *what]
@@ -469,7 +469,7 @@ def daemons(place: Path, *what: str) -> Any:
 
 
 def alive(place: Path) -> list[str]:
-    """Which of them run; a process whose first thread has ended looks dead but for its others."""
+    """The running ones. A process whose main thread has ended looks dead, but its other threads may run."""
     found = []
     for each in (place / "left").iterdir():
         kind, _, pid = each.name.rpartition("-")
@@ -479,7 +479,7 @@ def alive(place: Path) -> list[str]:
 
 
 def marked(place: Path) -> list[str]:
-    """All processes that name the folder, also those that nobody noted."""
+    """All processes that name the folder, including unrecorded ones."""
     lines = ((each, each.read_bytes()) for each in Path("/proc").glob("[0-9]*/cmdline") if each.exists())
     return [str(each) for each, line in lines if str(place / "left").encode() in line]
 
@@ -504,7 +504,7 @@ def test_nor_does_it_outlive_comfyui_and_its_log_cannot_be_emptied(tmp_path: Pat
         assert processes.wait_for(lambda: not started(pid), 20)
         first = set((tmp_path / "left").iterdir())
         assert processes.wait_for(lambda: "up" in read_text(supervised.Supervised(site).output), 20)
-        assert processes.wait_for(lambda: set((tmp_path / "left").iterdir()) > first, 20)  # the next one has begun
+        assert processes.wait_for(lambda: set((tmp_path / "left").iterdir()) > first, 20)  # the next one has started
         pids = [each.name.rpartition("-")[2] for each in first]
         assert not any(started(int(each)) for each in pids)
         assert processes.wait_for(lambda: read_text(supervised.Supervised(site).output).count("up /\n") > 1, 20)
@@ -513,8 +513,8 @@ def test_nor_does_it_outlive_comfyui_and_its_log_cannot_be_emptied(tmp_path: Pat
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_force_ends_what_lost_its_supervisor(tmp_path: Path, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was killed with its ComfyUI, and a daemon is left; `kept` is another service's, whose supervisor runs."""
-    site = daemons(tmp_path, "", "of its own orphans")  # that one nothing finds but what its dead children are left to
+    """It was killed with its ComfyUI, and a daemon remains; `kept` belongs to a service with a running supervisor."""
+    site = daemons(tmp_path, "", "of its own orphans")  # found only as the parent of its dead children
     monkeypatch.setattr(lifecycle, "_processes", lambda _: [int(each.split("/")[2]) for each in marked(tmp_path)])
     release = read(site.releases / "one/release.json")
     spec = {"read": [str(tmp_path), str(files.CHECKOUT)], "write": [str(tmp_path / "left")], "bind": [], "connect": []}
@@ -572,11 +572,11 @@ def test_the_plan_says_what_this_kernel_does_not_keep_from(version: int, confine
 
 
 def test_a_rule_is_for_none_of_the_datas_own_folder() -> None:
-    """Whoever may write there puts a link in the place of the models."""
+    """A process with write access there can replace the models by a link."""
     facts = replace(FRESH, prefix="/home/d/comfyui")
     target = spark(scope="user", model_roots=("/srv/models",), folders={"output": "/srv/output"})
     step = next(each for each in made(facts, target).steps if each.kind == "release")
     spec = json.loads(values(step)["release"]["confined"][-2])
     assert spec["write"] == ["/home/d/comfyui/data/*", "/srv/output"]
-    assert "/home/d/comfyui/data" not in spec["read"]  # an install.py has these, too
+    assert "/home/d/comfyui/data" not in spec["read"]  # an install.py gets these, too
     assert {"/home/d/comfyui/data/models", "/srv/models"} <= set(spec["read"])

@@ -1,4 +1,4 @@
-"""The client's side of a connection: what it runs, what it makes of how that ends, and what it asks before."""
+"""The client's side of a connection: its commands, its interpretation of every end, and its questions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_program_that_dies_after_it_answered_has_failed() -> None:
 
 
 def test_input_and_output_move_at_once() -> None:
-    """More than any pipe holds, both ways: neither side waits for the other to read first."""
+    """More data than any pipe holds, in both directions: neither side waits for the other to read first."""
     blocks = [b"x" * 200_000 + b"\n"] * 30
     assert list(shell.stream(["cat"], b"first\n", blocks)) == [b"first\n", *blocks]
 
@@ -105,7 +105,7 @@ exec /bin/sh -c "$last"
 
 
 class Box:
-    """A host whose ssh is a script: whatever is in `ssh.sh` comes before what the login would run."""
+    """A host whose ssh is a script: the contents of `ssh.sh` run before the login's command."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -174,7 +174,7 @@ def test_the_agent_is_unpacked_where_something_is_deployed(box: Box) -> None:
         path.unlink()
     (place / "__main__.py").write_text("import sys\nprint('[%r]' % sys.argv[1])".replace("%r", '\\"%s\\"'))
     (path,) = box.agents
-    path.write_bytes(b"print('not the agent')")  # nobody reads it
+    path.write_bytes(b"print('not the agent')")  # it has no reader
     assert box.call() == ["history"]
 
 
@@ -187,7 +187,7 @@ def test_a_file_that_is_cut_off_on_its_way_is_not_there(box: Box) -> None:
     with connection.connect(find_target("box")) as agent:
         assert isinstance(agent, connection.Ssh)
         agent.put(b"old", "x/blob")
-        box.program("bin/cat", "exec /usr/bin/head -c 5")  # what arrives before the connection drops
+        box.program("bin/cat", "exec /usr/bin/head -c 5")  # the data before the connection drops
         with raises("step-failed", match="could not be written"):
             agent.put(b"new and long", "x/blob")
         box.program("bin/cat", "echo 'cat: write error: No space left on device' >&2; exit 1")
@@ -250,7 +250,7 @@ def test_whatever_is_done_when_the_connection_breaks_is_a_connect_error(box: Box
     with connection.connect(find_target("box")) as agent:
         assert isinstance(agent, connection.Ssh)
         assert agent.call("history") == []
-        # After the mark, as a master of the connection that ends.
+        # After the mark, as the master of a closing connection does.
         box.before('printf "\\n--- hearth ---\\n"; echo "--- hearth ---" >&2; echo gone >&2; exit 255\n')
         acts: dict[str, Callable[[], Any]] = {
             "shell": lambda: agent.shell("true", print),
@@ -346,7 +346,7 @@ def test_a_file_that_did_not_arrive_whole_is_an_error(box: Box) -> None:
 
 
 def test_another_process_of_the_login_has_no_request_of_its_own_done(box: Box) -> None:
-    """Such as one that waits for the pipe from which root's agent reads its request."""
+    """For example one that waits for the pipe from which root's agent reads its request."""
     box.program("bin/id", "echo 1000")
     box.program("bin/stat", "echo 1000 drwx------")
     pipe = "$HOME/.cache/hearth/in.*"
@@ -359,7 +359,7 @@ def test_another_process_of_the_login_has_no_request_of_its_own_done(box: Box) -
 def test_this_machines_agent_is_run_from_the_bytes_that_were_compared(
     box: Box, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its file lies in a cache, which the login may write into between the check and the start."""
+    """Its file is in a cache, which the login can modify between the check and the start."""
     forged = tmp_path / "forged"
     forged.write_text('print("[1]")')
     monkeypatch.setattr(archive, "agent_file", lambda: forged)
@@ -368,7 +368,7 @@ def test_this_machines_agent_is_run_from_the_bytes_that_were_compared(
 
 
 def test_sudo_gets_the_password_and_the_agent_the_request(box: Box) -> None:
-    """Without root here: who we are is made up."""
+    """Runs without root: the user id is faked."""
     box.program("bin/id", "echo 1000")
     box.program("bin/stat", "echo 1000 drwx------")
     note = box.place / "sudo.txt"
@@ -377,7 +377,7 @@ def test_sudo_gets_the_password_and_the_agent_the_request(box: Box) -> None:
     assert note.read_text() == "open-sesame\n"
     box.program("bin/sudo", f'/usr/bin/cat >{note}; echo "sudo: 1 incorrect password attempt" >&2; exit 1')
     assert "does not accept the password" in box.fails("sudo", name="rooted").what
-    assert "rooted" not in connection._passwords  # the next try asks again
+    assert "rooted" not in connection._passwords  # the next attempt asks again
     connection._passwords["rooted"] = "open-sesame"
     assert note.read_text() == "open-sesame\n"
     assert not list((box.place / "home/.cache/hearth").glob("in.*"))
@@ -395,7 +395,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Terminal]:
-    """Put somebody at the terminal who types this; what is shown there."""
+    """Simulate a user at the terminal who types this; returns the displayed text."""
 
     def typed(text: str) -> Terminal:
         shown = Terminal()
@@ -407,7 +407,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Terminal]:
 
 
 def everywhere(options: Options, action: str = "deploy", skip: str = "") -> list[str]:
-    """What hosts of the group are changed, in the order that it happens."""
+    """The changed hosts of the group, in order."""
     names = ["box", "rooted", "third"]
     agree = Consent(names, action, options)
     changed: list[str] = []
@@ -467,7 +467,7 @@ def test_passwords_of_a_group_are_asked_for_before_anything(
 def test_what_is_destructive_needs_a_yes(action: str, name: str, asked: Callable[[str], Terminal]) -> None:
     destroys = action in DESTRUCTIVE
     agree = Consent([name], action, Options(ask=True))
-    if destroys:  # nobody is at a terminal
+    if destroys:  # there is no terminal
         with raises("refused") as caught:
             agree()
         assert "--yes" in caught.value.hint
@@ -484,7 +484,7 @@ def test_what_is_destructive_needs_a_yes(action: str, name: str, asked: Callable
 
 
 def test_a_task_without_a_terminal_says_what_it_lacks(box: Box) -> None:
-    """From the command line: a service that is there would be taken away."""
+    """From the command line: an existing service would be removed."""
     prefix = box.place / "home/.local/share/hearth/comfyui"
     (prefix / "releases/old").mkdir(parents=True)
     (prefix / "state").mkdir()

@@ -1,4 +1,4 @@
-"""What reaches the terminal, and numbers as people read them."""
+"""Terminal output: escaping, and numbers in readable form."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ raise ValueError("\\x1b]0;x\\x07 seen")
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_nothing_that_is_written_steers_the_terminal(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> None:
-    """Whatever a host, a repository or a file name holds, by every way that text is written."""
+    """For any text from a host, a repository or a file name, and every way to write text."""
     written = io.BytesIO()
     chance = random.Random(seed := random.randrange(10**6))
     for name, encoding in (("stdout", "utf-8"), ("stderr", "ascii")):
@@ -191,7 +191,7 @@ FORGED = "x\n  error: forged\x1b]\nnext: inv nuke"
 
 
 def test_nobody_forges_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever a host, a repository or a job says stays in its line."""
+    """Text from a host, a repository or a job stays on its own line."""
     one: fleet.Answer[status.Status] = fleet.Answer("box", None, ConnectError("unreachable", FORGED, hint=FORGED))
     job = Job(FORGED, FORGED, 1, node=FORGED, node_type=FORGED, error=FORGED)
     console.show([], status.rows([one]), as_json=False)

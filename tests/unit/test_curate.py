@@ -1,4 +1,4 @@
-"""The list of nodes is changed from real repositories, and keeps what people wrote into it."""
+"""Changes to the list of nodes, from real repositories; they keep people's own edits of the file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upstream:
     one = Upstream(tmp_path / "My-Node")
     one.place.mkdir()
     one.git("init", "--quiet", "--initial-branch=main")
-    one.git("config", "uploadpack.allowAnySHA1InWant", "true")  # as GitHub does
+    one.git("config", "uploadpack.allowAnySHA1InWant", "true")  # as GitHub allows
     one.git("config", "uploadpack.allowFilter", "true")
     one.commit(
         "first",
@@ -114,7 +114,7 @@ def test_add_update_and_remove(upstream: Upstream) -> None:
     (change,) = node_updates.update(["My-Node"], dry_run=True)
     assert [line.partition(" ")[2][11:] for line in change.commits] == ["third", "second"]
     assert change.requirements == ("+scipy",)
-    assert change.imported == ("types.py",)  # later.py changed as well, and nothing imports it
+    assert change.imported == ("types.py",)  # later.py also changed, but no file imports it
     assert nodes.catalogue().nodes["My-Node"] == node
     assert change.powers == ()
     node_updates.update([], dry_run=False)
@@ -177,7 +177,7 @@ def test_a_node_that_cannot_be_updated_keeps_no_other_from_it(
     after = nodes.catalogue().nodes
     assert after["My-Node"].commit == new
     assert [after[name] for name in ("Gone", "Leads-Out")] == [before[name] for name in ("Gone", "Leads-Out")]
-    with raises("source-unreachable", match="Gone"):  # of one kind: its exit code stays
+    with raises("source-unreachable", match="Gone"):  # one error class: its exit code stays
         node_updates.update(["Gone"], dry_run=False)
 
 

@@ -1,11 +1,11 @@
-"""The crash matrix: every durable operation of a cut-over, killed or failing at each one, in each scenario.
+"""The crash matrix: every durable operation of a cut-over, killed or failing, in every scenario.
 
-The code is the agent's own from `runs.apply` down; service manager and health check are stand-ins. Each scenario runs
-once to count its operations, so the matrix grows with the code. That run is photographed before each operation: what is
-on the disk then is what a killed process leaves, so a case of a kill resumes from a copy of the photograph. Operations
-that fail do so in this process. An operation on files that the counter does not see fails the test.
+It runs the agent's own code from `runs.apply` down; service manager and health check are stand-ins. Each scenario
+first runs once to count its operations, so the matrix grows with the code. That run takes a snapshot before each
+operation: it is the disk state that a killed process leaves, so a kill case resumes from a copy of it. Failing
+operations run in this process. A file operation that the counter misses fails the test.
 
-All kills run always, of the failures a random quarter (HEARTH_SEED); `--faults` runs all.
+All kills always run, and a random quarter of the failures (HEARTH_SEED); `--faults` runs all.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PLAN = {
 
 @dataclass(frozen=True)
 class Scenario:
-    """What the new release is like. `migrates`: it changes the database, and the old one then refuses it."""
+    """The new release's behaviour. `migrates`: it migrates the database, and the old release then refuses it."""
 
     name: str
     trial: bool = True
@@ -98,7 +98,7 @@ def set_schema(database: Path, version: int) -> None:
 
 
 class Manager:
-    """A service manager: what runs and is enabled lies beside the prefix."""
+    """A service manager: its running and enabled services are recorded next to the prefix."""
 
     def __init__(self, layout: Layout, scenario: Scenario, layer: Layer) -> None:
         self.site = layout
@@ -122,7 +122,7 @@ class Manager:
             self.boot()
 
     def boot(self) -> None:
-        """Start what is current; an old release does not open a newer database."""
+        """Start the current release; an old release does not open a newer database."""
         release = self.site.release()
         if self.running.exists() or not release:
             return
@@ -155,7 +155,7 @@ class Manager:
 
 
 class Layer:
-    """Counts the durable operations of this process, and has one of them go wrong."""
+    """Counts the durable operations of this process, and makes one of them fail."""
 
     COUNTED = ("open", "write", "fsync", "rename", "replace", "unlink", "remove", "symlink", "link", "mkdir", "rmdir",
                "posix_fallocate")  # fmt: skip
@@ -179,7 +179,7 @@ class Layer:
             self.quiet -= 1
 
     def count(self, name: str, what: object) -> None:
-        """Count an operation, and let it go wrong when it is its turn."""
+        """Count an operation, and inject the fault when it is due."""
         if self.quiet:
             return
         self.number += 1
@@ -197,7 +197,7 @@ class Layer:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     def install(self) -> None:
-        """For the rest of this process."""
+        """Install the counter for the rest of this process."""
         for name in self.COUNTED:
             setattr(os, name, self.counted(name, getattr(os, name)))
         sys.addaudithook(self.audit)
@@ -220,7 +220,7 @@ class Layer:
         return wrapped
 
     def audit(self, event: str, details: tuple[Any, ...]) -> None:
-        """Note what is opened for writing, renamed or removed without having been counted."""
+        """Record files that were opened for writing, renamed or removed without being counted."""
         if self.quiet:
             return
         if event == "open" and isinstance(details[0], str) and not details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
@@ -232,7 +232,7 @@ class Layer:
 
 
 class StandIn(trial.Trial):
-    """A trial whose ComfyUI is none: its scratch data is real."""
+    """A trial without a real ComfyUI; its scratch data is real."""
 
     def start(self, release: Json) -> None:
         self.prepare(release, self.layout.data / "models")
@@ -240,12 +240,12 @@ class StandIn(trial.Trial):
 
 @dataclass
 class World:
-    """A host, made anew for each case from a template."""
+    """A host, created for each case from a template."""
 
     place: Path
     scenario: Scenario
     short: str = ""
-    """Which memory there is too little of for a trial."""
+    """The memory that a trial lacks; empty if there is enough."""
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -280,7 +280,7 @@ class World:
         write(self.site.pending, json.dumps({**PLAN, "steps": steps}))
 
     def failing(self, mode: str, at: int) -> int:
-        """Apply what is pending here, with an operation that fails; the exit code."""
+        """Apply the pending change in this process, with a failing operation; returns the exit code."""
         layer = Layer(self.site.prefix, mode, at)
         try:
             with layer.installed():
@@ -290,7 +290,7 @@ class World:
             return 1
 
     def faulty(self, mode: str, at: int, counted: mmap.mmap | None = None, photographs: Path | None = None) -> int:
-        """Apply what is pending in a process of its own, with a fault; its exit code."""
+        """Apply the pending change in a separate process, with a fault; returns its exit code."""
         if (child := os.fork()) == 0:
             code = 1
             try:
@@ -306,7 +306,7 @@ class World:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def apply(self, layer: Layer | None = None) -> int:
-        """Apply what is pending; 4: the disk takes no writes."""
+        """Apply the pending change; 4: the disk accepts no writes."""
         with self.standing_in(layer):
             try:
                 runs.apply(self.site)
@@ -316,7 +316,7 @@ class World:
 
     @contextmanager
     def standing_in(self, layer: Layer | None = None) -> Iterator[None]:
-        """Have stand-ins for service, health check and trial."""
+        """Use stand-ins for service, health check and trial."""
         manager = Manager(self.site, self.scenario, layer or Layer(self.site.prefix))
 
         def directly(_: Layout, work: Callable[..., Any], *given: Any) -> Any:
@@ -353,7 +353,7 @@ class World:
             yield
 
     def boot(self) -> None:
-        """The machine comes up after a power cut: what is enabled is started."""
+        """Boot after a power cut: enabled services start."""
         manager = Manager(self.site, self.scenario, Layer(self.site.prefix))
         manager.running.unlink(missing_ok=True)
         if manager.enabled.exists():
@@ -363,7 +363,7 @@ class World:
         return {str(path): path.lstat().st_mtime for path in self.place.rglob("*")}
 
     def faults(self) -> list[str]:
-        """What must not be, when no run is pending any more."""
+        """The violated invariants once no run is pending."""
         layout, found = self.site, []
         running = (self.place / "running").read_text() if (self.place / "running").exists() else "nothing"
         current = layout.release()
@@ -395,7 +395,7 @@ class World:
 
 
 def count(place: Path, scenario: Scenario) -> tuple[list[str], list[str]]:
-    """The durable operations of a scenario without faults, and those that the counter did not see."""
+    """The durable operations of a scenario without faults, and those that the counter missed."""
     return count_of(World(place, scenario).make())
 
 
@@ -411,8 +411,8 @@ def count_of(world: World, photographs: Path | None = None) -> tuple[list[str], 
 def test_a_cut_over_survives_every_fault_at_every_operation(
     scenario: Scenario, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """`current` is the old or the new release, it runs, opens the database, and nothing is left over."""
-    root = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path  # memory: a thousand hosts are made
+    """`current` is the old or the new release; it runs and opens the database; nothing is left over."""
+    root = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path  # in memory: a thousand hosts are created
     place = root / f"hearth-{os.getpid()}"
     template, photographs, case = place / "template", place / "photographs", place / "case"
     chance = random.Random(f"{os.environ['HEARTH_SEED']} {scenario.name}")
@@ -427,7 +427,7 @@ def test_a_cut_over_survives_every_fault_at_every_operation(
         cases = 0
         for mode, at in itertools.product(MODES, range(1, len(seen) + 1)):
             kills = mode in ("killed", "power")
-            photographed = kills and at % 16 != 0  # the others are killed for real
+            photographed = kills and at % 16 != 0  # the others are really killed
             if not kills and chance.random() > share:
                 continue
             cases += 1
@@ -450,7 +450,7 @@ ABORT: Json = {
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_forced_stop_ends_a_run_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, again: bool) -> None:
-    """And nothing starts ComfyUI again, whoever goes on: the old release is current, with its own database."""
+    """Afterwards no process starts ComfyUI: the old release is current, with its own database."""
     monkeypatch.setattr(sys, "argv", [__file__])  # what is kept as the agent
     world = World(tmp_path, Scenario("hangs", hangs=True, migrates=True)).make()
     layout, running = world.site, tmp_path / "running"
@@ -461,7 +461,7 @@ def test_a_forced_stop_ends_a_run_that_hangs(tmp_path: Path, monkeypatch: pytest
     with world.standing_in():
         with pytest.raises(Fault, match="is under way"):
             runs.submit(layout, {**ABORT, "steps": [{**ABORT["steps"][0], "force": False}]})
-        if again:  # whoever aborts it is killed, too, before anything else is done
+        if again:  # the aborting process is also killed, before it does anything else
             write(layout.pending, json.dumps({**PLAN, "aborted": "stop by anna"}))
         runs.submit(layout, dict(ABORT))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
@@ -502,7 +502,7 @@ def test_the_record_of_another_run_is_ignored(tmp_path: Path) -> None:
 
 
 def test_a_revert_leaves_a_service_as_it_was(tmp_path: Path) -> None:
-    """Stopped and disabled by somebody: it is neither started nor enabled."""
+    """A user stopped and disabled it: it is neither started nor enabled."""
     world = World(tmp_path, Scenario("fails the gate", gate=False)).make()
     for name in ("running", "enabled"):
         (tmp_path / name).unlink()
@@ -515,7 +515,7 @@ def test_a_revert_leaves_a_service_as_it_was(tmp_path: Path) -> None:
 def test_a_cut_over_that_a_boot_interrupted_does_not_wait_for_mounts_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server of a mount is late: the old release is current again, and starts when the mount is there."""
+    """A mount's server is late: the old release is current again, and starts when the mount is available."""
     world = World(tmp_path, SCENARIOS[0]).make()
     seen, _ = count_of(world)
     at = next(number for number, each in enumerate(seen, 1) if "start" in each)
@@ -579,7 +579,7 @@ def test_errors_of_the_disk_are_told_as_such(code: int) -> None:
 
 
 def outcome(world: World, mode: str, at: int, *, photographed: bool) -> list[str]:
-    """What is wrong after a fault and however many resumptions. A photographed world was killed already."""
+    """The violated invariants after a fault and any number of resumptions. A snapshot counts as killed already."""
     kills = mode in ("killed", "power")
     code = KILLED if photographed else (world.faulty if kills else world.failing)(mode, at)
     expected = (KILLED,) if kills else (0, 4)
@@ -592,7 +592,7 @@ def outcome(world: World, mode: str, at: int, *, photographed: bool) -> list[str
             break
         if (code := world.apply()) != 0:
             return [f"the resumed agent ended with {code}"]
-    world.apply()  # as at the next boot: clears up what a run left that could not record its end
+    world.apply()  # as at the next boot: cleans up after a run that could not record its end
     if world.site.pending.exists():
         return ["the plan is still pending"]
     found = world.faults()

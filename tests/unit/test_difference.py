@@ -1,4 +1,4 @@
-"""Two manifests, and what is said of them."""
+"""Two manifests, and the reported differences."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OLD = manifest()
 
 
 def renamed(found: dict[str, Any], name: str) -> dict[str, Any]:
-    """The same release under another id, which stands in its command, unit and variables, too."""
+    """The same release with another id, which also appears in its command, unit and variables."""
     text = msgspec.json.encode(found).replace(found["id"].encode(), name.encode())
     renamed = msgspec.json.decode(text)
     assert isinstance(renamed, dict)

@@ -1,4 +1,4 @@
-"""The docs are true: the reference is what the tasks say, examples can be typed, the schema is today's, links lead."""
+"""The docs are correct: the reference and schema are current, examples parse, links resolve."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_task_is_in_the_reference_with_its_flags(name: str) -> None:
 
 
 def test_the_reference_is_todays() -> None:
-    """Written anew with: python -m docs.generate."""
+    """To update it: python -m docs.generate."""
     assert generate.render() == REFERENCE
     assert generate.configuration() == generate.CONFIGURATION.read_text()
 
@@ -76,7 +76,7 @@ def test_every_error_has_its_own_exit_code_and_is_in_the_reference() -> None:
 
 
 def test_the_manifest_schema_is_todays() -> None:
-    """Written anew with: python -m tests.unit.test_docs."""
+    """To update it: python -m tests.unit.test_docs."""
     assert (files.CHECKOUT / "docs/reference/manifest.schema.json").read_text() == schema()
 
 
@@ -96,7 +96,7 @@ def commands(text: str) -> Iterator[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_on_a_page_can_be_typed(page: Path) -> None:
     for words in commands(page.read_text()):
-        if words[:1] in (["--list"], ["--print-completion-script"]):  # invoke's own
+        if words[:1] in (["--list"], ["--print-completion-script"]):  # invoke's own flags
             continue
         (found,) = Parser(contexts=generate.contexts().values()).parse_argv(words)
         assert found.name in generate.contexts()

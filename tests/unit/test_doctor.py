@@ -1,4 +1,4 @@
-"""What status and doctor make of what was seen; on a booted host each fault is made for real (tests/host)."""
+"""The findings of status and doctor from given facts; tests/host creates the real faults on a booted host."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_the_tables_of_status_are_100_columns_wide_at_most() -> None:
 
 
 def test_the_page_is_todays() -> None:
-    """Written anew with: python -m ops.doctor."""
+    """To update it: python -m ops.doctor."""
     assert doctor.PAGE.read_text() == doctor.page()
     assert len({check.name for check in CHECKS}) == len(CHECKS)
 

@@ -1,4 +1,4 @@
-"""The exporter: what it counts, that nothing that hangs holds it up, and that what hosts get of it runs there."""
+"""The exporter: its metrics, its time-outs, and that the packed agent on hosts can run it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ALERTS = files.CHECKOUT / "ops/prometheus/alerts.yml"
 
 
 class Stand:
-    """Answers as ComfyUI 0.30.0 does what the exporter asks, and nothing else; `delay` seconds late."""
+    """Answers the exporter's requests as ComfyUI 0.30.0 does, and no others; `delay` seconds late."""
 
     def __init__(self) -> None:
         self.history: dict[str, Any] = {}
@@ -74,7 +74,7 @@ class Stand:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 
     def end(self, name: str, seconds: float = 2, result: str = "success", prefix: str = "art") -> None:
-        """A job ended."""
+        """End a job."""
         last = {"success": "success", "failed": "error", "interrupted": "interrupted"}[result]
         messages = [["execution_start", {"timestamp": 10_000}]]
         messages += [["execution_cached", {"nodes": [], "timestamp": 10_001}]]
@@ -123,7 +123,7 @@ def text(*sources: Source) -> str:
 def test_each_job_is_counted_once_as_it_ended(stand: Stand, tmp_path: Path) -> None:
     stand.end("before")
     found = jobs(stand, tmp_path)
-    assert counted(found) == {"done": 0, "failed": 0, "interrupted": 0}  # who counted those that ended before?
+    assert counted(found) == {"done": 0, "failed": 0, "interrupted": 0}  # the earlier ones are not counted
     stand.end("one", 3)
     stand.end("two", 700)
     stand.end("three", result="failed")
@@ -131,7 +131,7 @@ def test_each_job_is_counted_once_as_it_ended(stand: Stand, tmp_path: Path) -> N
     stand.end("proof", prefix="hearth-gate/proof")
     assert counted(found) == {"done": 2, "failed": 1, "interrupted": 1}
     assert counted(found) == {"done": 2, "failed": 1, "interrupted": 1}
-    assert stand.asked[-1] == 1  # whole workflows: no more of them than needed
+    assert stand.asked[-1] == 1  # whole workflows: requests no more of them than needed
     lines = text(Source("jobs", found.look))
     assert 'hearth_job_duration_seconds_bucket{le="2.5"} 0.0' in lines
     assert 'hearth_job_duration_seconds_bucket{le="5.0"} 1.0' in lines
@@ -148,7 +148,7 @@ def test_counts_outlast_comfyui_and_the_exporter(stand: Stand, tmp_path: Path) -
     assert counted(first)["done"] == 2
     stand.end("while the exporter is not there")
     assert counted(jobs(stand, tmp_path))["done"] == 3
-    stand.history.clear()  # ComfyUI was started anew
+    stand.history.clear()  # ComfyUI restarted
     again = jobs(stand, tmp_path)
     assert counted(again)["done"] == 3
     stand.end("of the new one")
@@ -156,7 +156,7 @@ def test_counts_outlast_comfyui_and_the_exporter(stand: Stand, tmp_path: Path) -
     for number in range(1000):
         stand.end(f"many {number}")
     assert counted(again)["done"] == 4 + comfyui.KNOWN
-    stand.history.pop("many 999")  # by hand, in the browser
+    stand.history.pop("many 999")  # manually, in the browser
     assert counted(again)["done"] == 4 + comfyui.KNOWN
 
 
@@ -184,7 +184,7 @@ def test_an_answer_without_end_is_given_up(stand: Stand, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("answer", [b"{}", b"[0]", b'{"":{"":0}}', b"[" * 90 + b"]" * 90, b'"\\ud83d\\ude00"', b"1.5"])
 def test_no_answer_fills_the_memory_of_the_exporters_unit(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many values as fit its limits: 9 MB of `{},` would be 240 MB once they are parsed."""
+    """As many values as its limits allow: 9 MB of `{},` would take 240 MB when parsed."""
     raw = b""
     monkeypatch.setattr(api, "_exchange", lambda *_: raw)
     for length in (comfyui.LIMIT, comfyui.LIMIT // 3):
@@ -388,7 +388,7 @@ for recording in {recordings}:
 
 
 def gpus(place: Path, *recordings: str, needed: bool = True) -> list[str]:
-    """What one exporter tells while the driver answers this, then that; empty: there is no driver."""
+    """One exporter's metrics while the driver returns these answers in turn; empty: there is no driver."""
     program = GPUS.format(needed=needed, recordings=recordings, place=f"{place}/recording")
     return nvml.python(program, place / "recording").split("---")[1:]
 
@@ -407,7 +407,7 @@ def test_gpus_of_real_machines(tmp_path: Path) -> None:
         assert line in desktop
     assert 'unified="true"' in unified
     assert 'hearth_gpu_memory_size_bytes{gpu="0"}' in unified
-    assert "hearth_gpu_power_limit_watts" not in unified  # it has none, and nothing is made up
+    assert "hearth_gpu_power_limit_watts" not in unified  # there is none, and none is invented
     assert server.count("# TYPE hearth_gpu_temperature_celsius gauge") == 1
 
 
@@ -428,7 +428,7 @@ def test_without_a_driver_there_is_a_fault_only_where_a_gpu_is_needed(tmp_path: 
 
 @contextmanager
 def running(place: Path, port: int) -> Iterator[str]:
-    """The exporter as a host runs it, out of the agent's archive; its address."""
+    """The exporter from the agent's archive, as a host runs it; yields its address."""
     ours = free_port()
     release(place)
     config = {"site": layout(place, port, address="127.0.0.1").json, "port": ours, "cuda": False}

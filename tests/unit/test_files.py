@@ -1,4 +1,4 @@
-"""Files and folders that are made in one rename, also by threads of one process; and what counts as a tree's files."""
+"""Atomic creation of files and folders, also by threads of one process; and the files of a tree."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_what_a_killed_run_left_is_swept_away(tmp_path: Path) -> None:
 
 
 def test_a_leftover_of_the_same_process_id_does_not_block(tmp_path: Path) -> None:
-    """In a container every run has the same one."""
+    """In a container, every run has the same process id."""
     for name in ("made", "file"):
         (tmp_path / f".{name}.{os.getpid()}").mkdir()
         (tmp_path / f".{name}.{os.getpid()}/half").touch()
@@ -71,7 +71,7 @@ def test_what_a_living_process_makes_stays_and_what_it_leaves_when_killed_goes(t
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=files.CHECKOUT) as other:
         assert other.stdout
         part = Path(other.stdout.readline().strip())
-        (tmp_path / "made").mkdir()  # whoever asks for it now sweeps, and makes nothing
+        (tmp_path / "made").mkdir()  # a request for it now sweeps, and creates nothing
         with files.atomic_dir(tmp_path / "made"):
             pass
         assert (part / "half").exists()

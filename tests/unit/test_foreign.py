@@ -1,4 +1,4 @@
-"""Files of strangers are read with limits: no size, nesting or shape of them ends the command."""
+"""Untrusted files are read with limits: no size, nesting or structure crashes the command."""
 
 from __future__ import annotations
 

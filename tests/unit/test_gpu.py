@@ -1,4 +1,4 @@
-"""`inv gpu`, `gpu-plot`, `free-memory`, `drop-caches`: what they show, draw and refuse."""
+"""`inv gpu`, `gpu-plot`, `free-memory`, `drop-caches`: their output, plots and refusals."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ PROCESS = {"pid": 4242, "name": "python3.12 main.py", "user": "comfyui", "unit":
 
 @functools.cache
 def asked(machine: str) -> str:
-    """What the agent's `gpus` tells of a recorded machine, as JSON."""
+    """The JSON of the agent's `gpus` on a recorded machine."""
     code = "import json; from agent.look.gpu import gpus; print(json.dumps(gpus()))"
     return nvml.python(code, nvml.FIXTURES / f"{machine}.txt")
 
 
 def sample(machine: str, **changes: Any) -> dict[str, Any]:
-    """A sample as the agent gives one, without processes unless they are named."""
+    """A sample as the agent returns it, without processes unless they are given."""
     (one,) = json.loads(asked(machine))
     return {"time": 1000.0, "gpus": [{**one, "processes": [], **changes}], "job": None}
 
@@ -125,7 +125,7 @@ def test_flags_that_make_no_sense(words: dict[str, Any], tmp_path: Path, monkeyp
 
 
 def recorded(*jobs: str | None, **changes: Any) -> list[dict[str, Any]]:
-    """A sample each second, with the job that ran."""
+    """One sample per second, with the running job."""
     return [
         {**sample("h200", **changes), "time": 1000.0 + second, "job": job, "host": "spark"}
         for second, job in enumerate(jobs)
@@ -221,7 +221,7 @@ def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
 
 @contextmanager
 def comfyui(*running: str | None) -> Iterator[tuple[Layout, list[str]]]:
-    """A ComfyUI that says of its queue, one after the other, that these jobs run; and what it was asked."""
+    """A ComfyUI whose queue has these jobs, one answer after the other; and the requests that it received."""
     asked: list[str] = []
     left = list(running)
 
@@ -234,7 +234,7 @@ def comfyui(*running: str | None) -> Iterator[tuple[Layout, list[str]]]:
         def do_POST(self) -> None:
             assert self.path == "/free"
             asked.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            self.answer(b"")  # as the real one: 200, and nothing
+            self.answer(b"")  # as the real one: status 200 without content
 
         def answer(self, body: bytes) -> None:
             self.send_response(200)
@@ -320,7 +320,7 @@ def test_what_was_gained() -> None:
 
 
 def test_the_agent_samples_at_its_pace_and_names_the_job(tmp_path: Path) -> None:
-    """Over one library that stays open; ComfyUI's process is marked by its unit."""
+    """Over one open library; ComfyUI's process is identified by its unit."""
     path = tmp_path / "recording"
     path.write_text(nvml.recording("h200"))
     with comfyui("one", "one", None) as (place, _):
@@ -338,7 +338,7 @@ def test_the_agent_samples_at_its_pace_and_names_the_job(tmp_path: Path) -> None
 def test_a_comfyui_that_hangs_does_not_hold_up_the_samples(tmp_path: Path) -> None:
     path = tmp_path / "recording"
     path.write_text(nvml.recording("h200"))
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as hung:  # takes connections, and answers none
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as hung:  # accepts connections, and answers none
         code = (
             "import json; from agent.look.samples import samples; from agent.layout import Layout\n"
             f"print(json.dumps(list(samples(Layout({layout(hung.server_port).json!r}), 0.5, 4)), default=vars))"
@@ -390,7 +390,7 @@ def test_force_drops_the_page_cache_elsewhere() -> None:
 
 
 def test_the_step_says_what_it_gained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not on this machine: its cache is of use to others."""
+    """Not on this machine, where the cache is useful to others."""
     place = tmp_path / "drop_caches"
     place.write_text("")
     monkeypatch.setattr(agent_memory, "CACHES", place)

@@ -1,4 +1,4 @@
-"""The agent and the client ask NVML: the library is made up, what it answers was recorded on real machines."""
+"""NVML queries of agent and client: the library is fake, its answers were recorded on real machines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OF_FACTS = f"agent.look.machine.nvidia(agent.serve.managers.ours(agent.layout.La
 
 
 def asked(tmp_path: Path, recording: str, call: str = "agent.look.gpu.gpus()") -> Any:
-    """What the agent answers on a machine with that recording."""
+    """The agent's answer on a machine with that recording."""
     place = tmp_path / "recording"
     place.write_text(recording, errors="surrogateescape")
     return json.loads(
@@ -92,8 +92,8 @@ def test_an_h200(tmp_path: Path) -> None:
     "edits",
     [
         (),
-        (("memory", "130663165952 1"),),  # nvtop#463: some drivers tell all of the machine's as the GPU's
-        (("capability", "11 0"),),  # one that Hearth does not know: its memory query tells
+        (("memory", "130663165952 1"),),  # nvtop#463: some drivers report the whole machine's as the GPU's
+        (("capability", "11 0"),),  # unknown to Hearth: its memory query decides
     ],
 )
 def test_a_gb10_has_the_machines_memory(tmp_path: Path, edits: tuple[tuple[str, str], ...]) -> None:
@@ -155,7 +155,7 @@ def test_processes_that_make_no_sense(tmp_path: Path) -> None:
 
 
 def test_a_gpu_that_is_lost_midway(tmp_path: Path) -> None:
-    """The first calls succeed, all others fail: what was told stays."""
+    """The first calls succeed, all others fail: earlier values remain."""
     found = one(tmp_path, "h200", ("fails", "5 15"))
     assert (found["capability"], found["memory_source"]) == ("9.0", "nvml")
     assert (found["utilization"], found["power"], found["processes"]) == (None, None, [])
@@ -178,7 +178,7 @@ def test_a_driver_that_tells_nothing_is_no_gpu(tmp_path: Path, recording: str) -
 
 
 def test_without_the_library_there_is_no_gpu() -> None:
-    assert gpus() == []  # no machine that builds Hearth is known to have one
+    assert gpus() == []  # no build machine is known to have one
     words = "from agent.look.gpu import Nvml\ntry: Nvml()\nexcept Exception as error: print(error.report)"
     run = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
     assert "libnvidia-ml.so.1" in run.stdout
@@ -209,7 +209,7 @@ def test_who_a_process_is() -> None:
 
 
 def test_a_name_cannot_write_to_the_terminal() -> None:
-    # It answers once it runs under its own name: Popen returns a moment before.
+    # Wait until it runs under its own name: Popen returns a moment earlier.
     words = ["\x1b[2Jcat", "-"]
     with subprocess.Popen(words, executable="/bin/cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as named:
         assert named.stdin is not None

@@ -1,4 +1,4 @@
-"""How many compiles run at once, and what a wheel says of itself."""
+"""The number of parallel compiles, and a wheel's metadata."""
 
 from __future__ import annotations
 

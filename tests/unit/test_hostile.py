@@ -1,4 +1,4 @@
-"""A ComfyUI that has been taken over: whatever it answers, or does not, every command ends in time and says so."""
+"""A compromised ComfyUI: whatever it answers, or if it does not, every command ends in time with an error message."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from agent.serve import health
 from tests.unit.test_api import BUSY, IDLE, RUNNING, STATS, at, layout, listening
 
 SECONDS = 0.4
-"""What each question may take here, in place of the 2 to 60 s of the real ones."""
+"""The time-out of each request in these tests, in place of the real 2 to 60 s."""
 
 Talk = Callable[[socket.socket], None]
 
 
 def raw(content: bytes) -> Talk:
-    """Sends these bytes, and hangs up."""
+    """Sends these bytes, then closes the connection."""
 
     def talk(connection: socket.socket) -> None:
         connection.recv(65536)
@@ -43,7 +43,7 @@ def body(content: bytes, head: bytes = b"HTTP/1.0 200 OK") -> Talk:
 
 
 def said(**answer: Any) -> Talk:
-    """Every path is answered with the same JSON."""
+    """Answers every path with the same JSON."""
     return body(json.dumps(answer).encode())
 
 
@@ -77,7 +77,7 @@ WAYS: dict[str, Talk] = {
     "hangs up": lambda connection: connection.close(),
     "resets": reset,
     "stops in the middle": half,
-    # what is no HTTP
+    # not HTTP
     "another protocol": raw(b"SSH-2.0-OpenSSH_9.2\r\n"),
     "bytes": raw(bytes(range(256)) * 100),
     "a status that is none": raw(b"HTTP/1.1 2x0 OK\r\n\r\n"),
@@ -144,7 +144,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Unknown:
-    """A process whose log nobody can read."""
+    """A process whose log cannot be read."""
 
     def status(self) -> Service:
         return RUNNING
@@ -160,7 +160,7 @@ def test_there_are_ways_enough() -> None:
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("way", WAYS)
 def test_every_question_ends_in_time(way: str, tmp_path: Path) -> None:
-    """Stop, deploy, rollback, pause, remove and nuke wait for jobs (`drain`); the others ask for what they show."""
+    """Stop, deploy, rollback, pause, remove and nuke wait for jobs (`drain`); the others request data to show."""
     with listening(WAYS[way]) as port:
         place, host = at(port), layout(tmp_path, port)
         client = metrics.Client(lambda: place)
@@ -187,7 +187,7 @@ def test_every_question_ends_in_time(way: str, tmp_path: Path) -> None:
             except Fault as fault:
                 told = json.dumps(fault.report)
             except Exception as error:
-                if name not in ("metrics", "counts"):  # the exporter takes whatever a source raises
+                if name not in ("metrics", "counts"):  # the exporter handles any exception of a source
                     raise
                 told = str(error)
             assert time.monotonic() - begun < 12 * SECONDS, f"{name} against {way}"
@@ -211,7 +211,7 @@ def test_with_force_nothing_is_asked(way: str) -> None:
 
 
 def test_an_honest_one_is_understood() -> None:
-    """The other tests would pass if nothing were."""
+    """Otherwise the other tests would pass with a parser that accepts nothing."""
     with listening(said(**IDLE, **STATS)) as port:
         health.drain(at(port), 1, False, lambda _: None)
         assert api.system_stats(at(port))["version"] == "0.30.0"

@@ -1,4 +1,4 @@
-"""Hosts and profiles: merged, with their origin, strictly; and the flags of a ComfyUI, read without running it."""
+"""Hosts and profiles: merged strictly, with the origin of values; a ComfyUI's flags, read without running it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the linters cannot check. Layers, cycles and banned modules are in pyproject.toml: import-linter and ruff."""
+"""Rules that linters cannot check. Layers, cycles and banned modules are in pyproject.toml: import-linter and ruff."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ CLIENT = [
 
 
 def imported(path: Path) -> set[str]:
-    """The top-level modules a file imports, anywhere in it."""
+    """The top-level modules that a file imports, anywhere in it."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # the schema of the wire is everybody's
+            # the wire schema is shared by all
             found.add("agent.schema" if node.module.startswith("agent.schema") else node.module.partition(".")[0])
     return found
 
 
 def test_no_text_reaches_the_terminal_through_input_or_an_exit() -> None:
-    """Invoke prints the message of an Exit, and Python that of a SystemExit, without making escapes visible."""
+    """Invoke prints an Exit's message, and Python a SystemExit's, without escaping control characters."""
     found: list[str] = []
     for path in CLIENT:
-        if path.name in ("console.py", "smoke.py"):  # the terminal; the second runs in the wheel's own interpreter
+        if path.name in ("console.py", "smoke.py"):  # the terminal; the second one runs in the wheel's own interpreter
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Name) and node.id == "input":

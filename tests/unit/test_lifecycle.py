@@ -1,4 +1,4 @@
-"""Starting, stopping and taking away: the plans, and what may be deleted."""
+"""Start, stop and removal: the plans, and the files that may be deleted."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def test_what_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_units_links_are_found_also_when_they_lead_nowhere(tmp_path: Path) -> None:
-    """As those of a companion that the release in service does not have any more."""
+    """Such as those of a companion that the active release no longer has."""
     wants = tmp_path / "timers.target.wants"
     wants.mkdir()
     (tmp_path / "s-x.timer").symlink_to("/nowhere/current/s-x.timer")
@@ -307,7 +307,7 @@ def test_a_units_links_are_found_also_when_they_lead_nowhere(tmp_path: Path) -> 
 
 
 def pending(own: Layout) -> Journal:
-    """A nuke that was submitted and not begun."""
+    """A nuke that was submitted but has not started."""
     (own.parts / "app-1").mkdir(parents=True)
     (own.parts / "app-1/file").touch()
     own.data.mkdir()
@@ -330,13 +330,13 @@ def test_a_nuke_can_be_followed_to_its_end_though_it_deletes_its_own_journal(tmp
     assert [each["event"] for each in events] == ["step", "note", "done", "step", "note", "done", "end"]
     assert events[-1]["result"] == "done"
     assert [path.name for path in own.prefix.iterdir()] == ["data"]
-    # Whoever comes too late to open the journal is told the same, and makes nothing anew by asking.
+    # A client that comes too late to open the journal gets the same answer, and its request creates no files.
     assert [each["event"] for each in runs.follow(own, "r")] == ["end"]
     assert not own.state.exists()
 
 
 def test_a_nuke_that_was_killed_anywhere_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut short at each deletion in turn: what is there then is enough for the next run."""
+    """Interrupted at each deletion in turn: the remaining files are sufficient for the next run."""
     real = os.unlink
     for count in range(20):
         own = layout(tmp_path / f"prefix-{count}")
@@ -357,7 +357,7 @@ def test_a_nuke_that_was_killed_anywhere_goes_on(tmp_path: Path, monkeypatch: py
             monkeypatch.setattr(os, "unlink", real)
             before = own.pending.exists()
             runs.apply(own)
-            assert before == (not own.state.exists())  # what is left of a run that had ended is the next nuke's
+            assert before == (not own.state.exists())  # the next nuke deletes the remains of a finished run
         else:
             assert count > 1
             return

@@ -1,4 +1,4 @@
-"""The log and the jobs: what is asked, what a terminal may be shown, and how the supervisor's file is read."""
+"""The log and the jobs: the requests, the permitted terminal output, and the supervisor's log file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOW = time.mktime((2026, 11, 23, 14, 30, 0, 0, 0, -1))
 
 def own(place: Path, port: int = 1) -> Layout:
     (place / "state").mkdir(exist_ok=True)
-    (place / "state/enabled").touch()  # so that it is the supervisor's wherever the tests run
+    (place / "state/enabled").touch()  # so that it is the supervisor's on every test machine
     return Layout({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
 
 
@@ -73,7 +73,7 @@ def test_the_last_lines_come_from_both_files_with_progress_bars_as_they_ended(tm
     assert texts(layout) == ["one", "\x1b[31mtwo\x1b[0m", "100%|##|", "three \ufffd", "four"]
     assert texts(layout, lines=2) == ["three \ufffd", "four"]
     assert texts(layout, grep="^t", lines=1) == ["three \ufffd"]
-    assert texts(layout, grep="^two$") == ["\x1b[31mtwo\x1b[0m"]  # as it is read, not as it is coloured
+    assert texts(layout, grep="^two$") == ["\x1b[31mtwo\x1b[0m"]  # the visible text, not the coloured one
     assert list(read(layout, grep="five")) == [{"note": "no line matches"}]
 
 
@@ -141,7 +141,7 @@ PROMPT = [3, "0f5c", {"1": {}, "2": {}}, {"create_time": 1795404759013}, ["2"]]
 
 
 def over(status: str, *messages: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-    """An entry of /history as ComfyUI 0.30.0 gives it."""
+    """An entry of /history as ComfyUI 0.30.0 returns it."""
     said = [["execution_start", {"prompt_id": "0f5c", "timestamp": 1795404760000}], *map(list, messages)]
     return {"prompt": PROMPT, "outputs": {}, "status": {"status_str": status, "completed": True, "messages": said}}
 

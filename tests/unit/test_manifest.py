@@ -1,4 +1,4 @@
-"""Manifests of wheels and TOML files that strangers made: of any kind, size and nesting."""
+"""Untrusted manifests of wheels and TOML files, of any type, size and nesting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.test_plan import wheel
 
 
 def put(path: Path, what: str | None) -> None:
-    """A file with this text, or what is none: a folder, a pipe, a link to nothing."""
+    """Create a file with this text, or something else: a folder, a pipe, a dangling link."""
     match what:
         case "a folder":
             path.mkdir()

@@ -1,4 +1,4 @@
-"""What is asked for becomes builds with keys; what cannot be is refused with its own exit code."""
+"""Requests become builds with keys; unsupported ones are refused with their own exit code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def plan(hearth: Hearth, *words: str, **env: str) -> list[dict[str, str]]:
 
 @pytest.mark.needs("aarch64-linux-gnu-g++")
 def test_the_spark_gets_its_own_platform_and_stack(hearth: Hearth) -> None:
-    assert known_archs()["12.1"].python == "3.12"  # which not every machine that runs this has
+    assert known_archs()["12.1"].python == "3.12"  # not installed on every machine that runs this
     found = [each["identifier"] for each in plan(hearth, "--arch", "12.1", "--python", "3.11")]
     assert found == [
         "flash-attn-2.8.3.post2-cu130-sm121-cp311-linux_aarch64-inference",
@@ -103,7 +103,7 @@ def test_the_key_changes_with_all_that_can_change_a_byte_and_nothing_else(hearth
 
 
 def programs(folder: Path, names: list[str]) -> str:
-    """A PATH that holds only these programs of the real one."""
+    """A PATH with only these of the real programs."""
     folder.mkdir()
     for name in names:
         for place in os.environ["PATH"].split(os.pathsep):

@@ -1,4 +1,4 @@
-"""Modes: merged over profiles, by version and kind of memory; nodes under development; memory that is given back."""
+"""Modes: merged over profiles, by version and type of memory; nodes under development; freed memory."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def wanted(**values: Any) -> dict[str, Any]:
 def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
     found = wanted(develop=("/home/anna/mine",))
     place = f"/opt/comfyui/releases/{found['id']}"
-    assert "custom_nodes/mine" not in found["links"]  # it is mounted there: nothing that the service may write is
+    assert "custom_nodes/mine" not in found["links"]  # mounted there: the service cannot write it
     assert set(found["nodes"]) == {"other"} == set(wanted()["nodes"]) - {"mine"}
     assert "custom_nodes/mine" not in found["parts"]
     assert found["gate"]["required"] == ["other"]
@@ -203,7 +203,7 @@ def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
     for name in ("comfyui.service", "comfyui-reload.service"):
         assert bind in found["files"][name].splitlines(), name
     reload = found["files"]["comfyui-reload.service"]
-    # nothing of another release's, and no package's code: it is root
+    # not another release's, and no package's code: it runs as root
     command = f"/usr/bin/python3.12 -I -S {place}/agent watch"
     assert f"ExecStart={command} /opt/comfyui/state/site.json" in reload
     assert reload.endswith("[Install]\nWantedBy=multi-user.target\n")
@@ -217,7 +217,7 @@ def test_no_unit_takes_the_machine_when_it_goes_wrong() -> None:
     }
     assert "MemoryMax=" in wanted()["files"]["comfyui.service"]
     for name, unit in units.items():
-        above = unit.partition("# --- Only the system's")[0]  # the login's systemd has these, too
+        above = unit.partition("# --- Only the system's")[0]  # the user's systemd has these, too
         assert re.search(r"^TasksMax=\d+$", above, re.MULTILINE), name
         assert re.search(r"^MemoryMax=\d+[MG%]$", above, re.MULTILINE), name
     assert "TasksMax=" in systemd._APPLY_LIMITS
@@ -309,7 +309,7 @@ def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
 
 @contextmanager
 def answering(queue: dict[str, Any]) -> Iterator[tuple[Layout, list[Any]]]:
-    """Something that answers as ComfyUI does when it is asked for its queue, and to free its memory."""
+    """A server that answers as ComfyUI does to queries of its queue, and to requests to free memory."""
     asked: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Custom nodes as data: what is refused, what is chosen, and which packages a choice of nodes reaches."""
+"""Custom nodes as data: refusals, selection, and the packages that a selection of nodes needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts and their stamps: large trees, few processes, and a parent that is killed."""
+"""Parts and their stamps: large trees, few processes, and a killed parent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from core import files
 
 @pytest.fixture
 def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The processes that are forked here."""
+    """The processes forked in this test."""
     made: list[int] = []
     real = os.fork
 
@@ -37,7 +37,7 @@ def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_folder_of_more_folders_than_a_pipe_holds_has_a_stamp(tmp_path: Path) -> None:
     for number in range(1200):
         (tmp_path / str(number)).mkdir()
-    # Pipes of 4 KiB, which hold the numbers of 1024 folders; else it would take 16,384.
+    # Pipes of 4 KiB hold the numbers of 1024 folders; default pipes would need 16,384.
     code = "import fcntl, os, sys; from pathlib import Path; from agent.parts import stamp\nreal = os.pipe\n"
     code += "def pipe(): ends = real(); fcntl.fcntl(ends[1], 1031, 4096); return ends  # F_SETPIPE_SZ\n"
     code += "os.pipe = pipe\nprint(stamp(Path(sys.argv[1])))"
@@ -67,7 +67,7 @@ def test_many_parts_are_verified_by_one_process(tmp_path: Path, forks: list[int]
             (place / "file").write_text("as it was made")
     (layout.parts / "node-7/file").chmod(0o644)
     layout.state.mkdir()
-    write(layout.state / "verified.json", '{"node-3": 1e12}')  # by a clock that was set back since
+    write(layout.state / "verified.json", '{"node-3": 1e12}')  # by a clock that has since been set back
     found = _parts(layout, 300)()
     assert {name for name, fault in found.items() if fault} == {"node-7"}
     assert len(found) == 30
@@ -75,7 +75,7 @@ def test_many_parts_are_verified_by_one_process(tmp_path: Path, forks: list[int]
 
 
 def test_what_a_killed_process_forked_does_not_hold_its_lock_for_ever(tmp_path: Path) -> None:
-    """Its answer is longer than a pipe holds, and nobody reads it."""
+    """Its answer is longer than a pipe holds, and has no reader."""
     lock = tmp_path / "lock"
     code = "import sys, time; from pathlib import Path; from agent.locks import flock; from agent.parts import forked\n"
     code += "with flock(Path(sys.argv[1])):\n"

@@ -1,4 +1,4 @@
-"""Plans: (wanted, facts) give steps or refusals, with nothing else involved."""
+"""Plans: (wanted, facts) give steps or refusals; there are no other inputs."""
 
 from __future__ import annotations
 
@@ -104,13 +104,13 @@ def settled() -> Facts:
 
 
 def reasons(found: plan.Plan) -> list[str]:
-    """Why it is refused."""
+    """The reasons for its refusal."""
     assert all(each.what and each.remedy for each in found.refusals)
     return sorted(each.kind for each in found.refusals)
 
 
 def values(step: Step) -> dict[str, Any]:
-    """What a step says beside its words."""
+    """A step's values except its texts."""
     return asdict(step)
 
 
@@ -286,7 +286,7 @@ def test_members_may_what_is_said_and_nothing_else() -> None:
 
 
 def exporting(facts: Facts, **host: Any) -> list[Step]:
-    """The steps for a host with metrics that is as wanted but for its exporter."""
+    """The steps for a host with metrics that is as wanted except for its exporter."""
     found = made(facts, spark(metrics_port=9188, **host))
     assert not found.refusals
     return [step for step in found.steps if step.kind != "prune"]
@@ -541,7 +541,7 @@ comfyui-manager==1
 
 
 def test_the_managers_settings_lie_where_the_service_cannot_change_them() -> None:
-    """Without a mount: systemd follows links of the service's on the way to where it mounts, as root."""
+    """Without a mount: systemd, as root, follows the service's symlinks on the way to a mount point."""
     target = managed()
     moved = replace(target, host=msgspec.structs.replace(target.host, folders={"user": "/srv/mine"}))
     there = replace(FRESH, places={"/srv/mine": ""})
@@ -578,7 +578,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("scope", ["system", "user"])
 def test_nothing_that_the_service_writes_is_code_of_the_next_start(tmp_path: Path, scope: str) -> None:
-    """In the working directory, which Python puts first for -c and -m, or where Python looks in a home folder."""
+    """In the working directory, which Python searches first for -c and -m, or in Python's folders in a home."""
     target = spark(scope=scope)
     found = made(replace(FRESH, prefix=str(tmp_path)), target)
     unit = unit_of(found)
@@ -597,7 +597,7 @@ def test_nothing_that_the_service_writes_is_code_of_the_next_start(tmp_path: Pat
         [os.path.realpath(sys.executable), tmp_path / "app/main.py"], cwd=folder, env=variables, capture_output=True
     )
     assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
-    assert "LimitCORE=1" in unit.splitlines()  # else who collects crashes notes the secrets
+    assert "LimitCORE=1" in unit.splitlines()  # otherwise crash collectors record the secrets
 
 
 def test_flags_that_say_where_a_release_lies_are_its_own() -> None:
@@ -639,7 +639,7 @@ def test_whom_comfyui_may_reach(network: str, reached: str, denied: str) -> None
 
     assert [each for each in reached.split() if not allowed(each)] == []
     assert [each for each in denied.split() if allowed(each)] == []
-    # sockets by which others would ask for it
+    # sockets through which other processes would access it
     assert bool(re.search(r"^BindReadOnlyPaths=.*resolve.*nscd", unit, re.MULTILINE)) is (network != "offline")
 
 

@@ -1,4 +1,4 @@
-"""Operators' machines other than Linux: every command starts there."""
+"""Operators' machines other than Linux: every command starts."""
 
 from __future__ import annotations
 

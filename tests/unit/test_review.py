@@ -1,4 +1,4 @@
-"""What strangers wrote is read with limits, and what it could do is told by name, however it is written."""
+"""Untrusted code is read with limits, and its capabilities are found by name in any spelling."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_a_tree_that_exhausts_its_reader_ends_it_alone(
     assert one.failed is other.failed is fails
     told = "cannot be read: all of it" if fails else "cannot be read: __init__.py, a.py"
     assert review.gained(review.Reading({}, set(), set()), one) == (told,)
-    assert review.gained(one, other) == ((told,) if fails else ())  # what neither shows may differ
+    assert review.gained(one, other) == ((told,) if fails else ())  # parts that neither shows may differ
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Programs of others' that run once: what their transient units are told."""
+"""Third-party programs that run once: the settings of their transient units."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def layout(**values: object) -> Layout:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The words of the last command."""
+    """The arguments of the last command."""
     words: list[str] = []
 
     def output(command: list[str], *_: object) -> bytes:
@@ -43,7 +43,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     "TemporaryFileSystem=/srv/mine/x",
 ])  # fmt: skip
 def test_nothing_is_mounted_from_or_below_what_the_service_writes(ran: list[str], line: str, *, apart: bool) -> None:
-    """systemd-run asserts nothing, and systemd follows links as root."""
+    """systemd-run checks nothing, and systemd follows links as root."""
     unit = f"[Unit]\nAssertPathIsSymbolicLink=!{DATA}/user\n[Service]\nReadWritePaths={DATA} /srv/mine\n{line}\n"
     sandbox.sandboxed(
         layout(folders={"user": "/srv/mine"}), unit, ["true"], {"environment": {}}, seconds=5, apart=apart
@@ -56,7 +56,7 @@ def test_nothing_is_mounted_from_or_below_what_the_service_writes(ran: list[str]
 def test_the_mps_daemon_is_asked_in_its_own_sandbox(
     ran: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A process of ComfyUI's user outside of it would be a way out."""
+    """A process of ComfyUI's user outside the sandbox would be an escape."""
     monkeypatch.setattr(mps, "UNITS", tmp_path)
     text = (Path(__file__).parents[2] / "recipes/system/mps.service").read_text().replace("$service", "comfyui")
     (tmp_path / "comfyui-mps.service").write_text(text.replace("$user", "comfyui"))
@@ -84,7 +84,7 @@ def test_the_mps_daemon_is_asked_in_its_own_sandbox(
 def test_a_trial_is_given_nothing_from_a_place_that_the_service_or_the_trial_may_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as a link `data/models`, or one that the import of a kernel leaves for the start that comes after it."""
+    """Such as a link `data/models`, or a link that a kernel's import leaves for the following start."""
     folders = {"models": "/mnt/models", "output": "/srv/output"}
     for given in ({}, folders):
         place = layout(prefix=str(tmp_path), user="", folders=given)

@@ -1,4 +1,4 @@
-"""The wire's schema: what one side builds, the other reads, and nothing else is taken."""
+"""The wire schema: one side decodes what the other encodes, and rejects everything else."""
 
 from __future__ import annotations
 

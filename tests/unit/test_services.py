@@ -1,4 +1,4 @@
-"""Who keeps ComfyUI running: locks, the supervisor and its processes, which manager is in charge. Real processes."""
+"""Service managers: locks, the supervisor and its processes, the manager in charge. Real processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from deploy import archive
 
 
 def make(place: Path, **values: Any) -> Layout:
-    """A prefix with a release whose ComfyUI sleeps."""
+    """Create a prefix with a release whose ComfyUI sleeps."""
     layout = Layout(
         {"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": 1, **values}
     )
@@ -49,7 +49,7 @@ def make(place: Path, **values: Any) -> Layout:
 
 @contextmanager
 def supervisor(layout: Layout) -> Iterator[subprocess.Popen[bytes]]:
-    """A supervisor of the site's that has begun; it and its ComfyUI end with the block."""
+    """A running supervisor of the layout; it and its ComfyUI end with the block."""
     argv = [sys.executable, "-I", str(layout.agent), "supervise", str(layout.state / "site.json")]
     with (layout.state / "agent.log").open("ab") as log, subprocess.Popen(argv, stdout=log, stderr=log) as one:
         try:
@@ -63,14 +63,14 @@ def supervisor(layout: Layout) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def child(layout: Layout) -> int:
-    """The pid of the ComfyUI that is supervised, once there is one."""
+    """The process id of the supervised ComfyUI, once it exists."""
     assert wait_for(lambda: bool(Supervised(layout).status().pid), 20)
     return int(Supervised(layout).status().pid)
 
 
 @pytest.fixture
 def askers(tmp_path: Path) -> Iterator[Path]:
-    """A lock file that two processes ask about without a pause."""
+    """A lock file that two processes query continuously."""
     lock = tmp_path / "lock"
     lock.touch()
     code = "import sys; from pathlib import Path; from agent.files import free\nwhile True: free(Path(sys.argv[1]))"
@@ -127,7 +127,7 @@ def test_a_supervisor_that_does_not_come_up_is_a_fault_with_what_it_said(tmp_pat
 
 
 def test_starting_and_stopping_while_others_ask(tmp_path: Path) -> None:
-    """As `status`, `follow` and `facts` do: one that asked at the wrong moment kept the supervisor from starting."""
+    """As `status`, `follow` and `facts` do: a query at the wrong moment used to keep the supervisor from starting."""
     layout = make(tmp_path)
     code = "import json, sys; from agent.layout import Layout; from agent.serve.supervised import Supervised\n"
     code += "one = Supervised(Layout(json.loads(sys.argv[1])))\nwhile True: one.status()"
@@ -163,14 +163,14 @@ def test_comfyui_dies_with_a_supervisor_that_fails(tmp_path: Path) -> None:
     with supervisor(layout) as one:
         pid = child(layout)
         link(layout.current, "nowhere")
-        os.kill(pid, signal.SIGKILL)  # it is started again, and there is no release to start
+        os.kill(pid, signal.SIGKILL)  # restarted without a release to start
         assert one.wait(20) == 3
     assert not started(pid)
 
 
 @pytest.mark.parametrize("ended", ["by a stop", "killed"])
 def test_no_program_outlives_the_agent_that_runs_it(tmp_path: Path, ended: str) -> None:
-    """One that made an environment wrote on where the next command deleted it."""
+    """A program that created an environment kept writing while the next command deleted it."""
     code = "import sys; from pathlib import Path; from agent.locks import flock; from agent.processes import run\n"
     code += "from agent.change.env import _run_long\n"
     code += "with flock(Path(sys.argv[1])): "
@@ -204,7 +204,7 @@ def test_stopping_signals_no_process_that_an_earlier_supervisor_recorded(tmp_pat
                     manager.stop()
                     assert one.wait(5) == 0
             write(manager.record, json.dumps(newer))
-            with flock(manager.lock):  # by a supervisor that could not write its record
+            with flock(manager.lock):  # by a supervisor that cannot write its record
                 assert manager.status().pid == 0
                 with pytest.raises(Fault, match="the supervisor does not end") as raised:
                     manager.stop()
@@ -215,7 +215,7 @@ def test_stopping_signals_no_process_that_an_earlier_supervisor_recorded(tmp_pat
 
 
 def test_a_supervisor_of_an_older_hearth_can_be_stopped(tmp_path: Path) -> None:
-    """It runs on after an update; its record has no times."""
+    """It keeps running after an update; its record has no times."""
     layout = make(tmp_path)
     manager = Supervised(layout)
     with supervisor(layout) as one:
@@ -252,13 +252,13 @@ def test_a_supervisor_goes_on_without_room_for_its_record(tmp_path: Path) -> Non
 
 @pytest.fixture
 def asked_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Sets whether the login's systemd can be reached; `systemctl` does nothing, and the login lingers."""
+    """Sets whether the user's systemd is reachable; `systemctl` does nothing, and lingering is enabled."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/systemctl").write_text("#!/bin/sh\n")
     (tmp_path / "bin/systemctl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr(managers, "login", lambda: str(tmp_path))  # there is a file of that name for who lingers
+    monkeypatch.setattr(managers, "login", lambda: str(tmp_path))  # systemd has a file of that name for lingering users
     yield lambda reached: monkeypatch.setattr(managers, "user_systemd", lambda: reached)
 
 
@@ -277,9 +277,9 @@ def test_what_the_users_systemd_runs_is_never_supervised_too(tmp_path: Path, ask
     layout = make(tmp_path / "prefix")
     asked_from(True)
     manager_of(layout).install()
-    if older:  # an older Hearth noted nothing: the unit says it
+    if older:  # an older Hearth recorded nothing: the unit tells
         layout.choice.unlink()
-    asked_from(False)  # from cron, or when it does not linger any more
+    asked_from(False)  # from cron, or after lingering was disabled
     with pytest.raises(Fault, match="does not answer") as raised:
         manager_of(layout)
     assert "loginctl enable-linger" in raised.value.report["hint"]
@@ -302,7 +302,7 @@ def test_the_logins_systemd_is_found_without_its_variable(monkeypatch: pytest.Mo
     runtime = f"/run/user/{os.getuid()}"
     real = Path.is_dir
     monkeypatch.setattr(Path, "is_dir", lambda self: str(self) == runtime or real(self))
-    for given in ("", "/run/user/12345"):  # cron sets none, su keeps another's
+    for given in ("", "/run/user/12345"):  # cron sets none, su keeps another user's
         monkeypatch.setenv("XDG_RUNTIME_DIR", given)
         Systemd(make(tmp_path / f"prefix{given[-1:]}"))
         assert os.environ["XDG_RUNTIME_DIR"] == runtime
@@ -322,8 +322,8 @@ def test_the_unit_that_applies_names_no_python_of_a_checkout(tmp_path: Path) -> 
 def test_a_unit_of_roots_runs_no_python_that_others_may_replace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """A local deploy as root with uv's or pyenv's Python: it would run at each boot."""
-    # below /root, as /tmp is everybody's
+    """A local deploy as root with uv's or pyenv's Python, which would run at each boot."""
+    # below /root, because /tmp is world-writable
     with tempfile.TemporaryDirectory(dir="/root") as folder:
         home = Path(folder) / "home"
         (home / "bin").mkdir(parents=True)
@@ -338,7 +338,7 @@ def test_a_unit_of_roots_runs_no_python_that_others_may_replace(
             os.chown(home / "real", 0, 1234)
         elif fault == "folder":
             os.chown(home, 1234, 1234)
-        elif fault in ("link", "other link"):  # in a folder of somebody else's, on the way to one of root's
+        elif fault in ("link", "other link"):  # in another user's folder, on the path to one of root's
             theirs = Path(folder) / "theirs"
             theirs.mkdir()
             (theirs / "python3").symlink_to(home / "real")

@@ -1,4 +1,4 @@
-"""Settings outside the prefix: recorded before they are made, put back from the record, planned only when named."""
+"""Settings outside the prefix: recorded before they change, restored from the record, planned only by name."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_what_somebody_changed_since_is_told_and_left(layout: Layout, tmp_path: 
 
 
 class _Killed(BaseException):
-    """The power goes."""
+    """A power cut."""
 
 
 @pytest.mark.parametrize("again", [True, False])

@@ -16,7 +16,7 @@ from tests.errors import raises
 
 
 def repository(place: Path, files: dict[str, str], *more: tuple[str, ...]) -> str:
-    """A repository with one commit that holds these files; returns the commit."""
+    """Create a repository with one commit of these files; returns the commit."""
     for name, text in files.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(text)
@@ -156,7 +156,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfil
 
 
 def chained(kind: bytes, count: int, size: int) -> bytes:
-    """Headers of long names in one another."""
+    """Nested headers of long names."""
     found = b""
     for _ in range(count):
         head = tarfile.TarInfo("././@LongLink")
@@ -166,7 +166,7 @@ def chained(kind: bytes, count: int, size: int) -> bytes:
 
 
 def deep() -> bytes:
-    """Links whose real path is longer than a path may be, and a file through them (CVE-2025-4517)."""
+    """Links whose real path exceeds the path limit, and a file through them (CVE-2025-4517)."""
     step, rows, way = "d" * 247, [], ""
     for letter in "abcdefghijklmnop":
         rows += [(member(f"{way}{step}", tarfile.DIRTYPE), b""), (member(f"{way}{letter}", tarfile.SYMTYPE, step), b"")]

@@ -1,4 +1,4 @@
-"""The front door: shared flags reach the body, errors become exit codes, and it opens from anywhere."""
+"""The tasks: shared flags reach the body, errors become exit codes, and they run from any folder."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_an_audit_without_its_service_is_reported_before_it_fails(
 
 
 def run(monkeypatch: pytest.MonkeyPatch, task: str, flags: dict[str, Any], place: str, result: object) -> int:
-    """Run a task whose work is done by `place`, which gives `result`; returns its exit code."""
+    """Run a task whose work is replaced by `place`, which returns `result`; returns its exit code."""
     monkeypatch.setattr(place, lambda *_, **__: result)
     monkeypatch.setattr("lock.audit.locked", lambda *_, **__: None)
     given = {str(each.attr_name or each.name): each.default for each in contexts()[task].args.values()}

@@ -1,4 +1,4 @@
-"""uv and git do the same whatever the caller's environment and settings are."""
+"""uv and git behave the same with any environment and settings of the caller."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HOSTILE = {
 
 @pytest.fixture
 def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home whose git configuration changes bytes and runs programs, and a caller's environment that misleads git."""
+    """A home whose git configuration changes bytes and runs programs, with a misleading caller's environment."""
     home, ran = tmp_path / "home", tmp_path / "ran"
     (home / "hooks").mkdir(parents=True)
     (home / "template/hooks").mkdir(parents=True)
@@ -70,7 +70,7 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plain(place: Path, contents: dict[str, str], *more: tuple[str, ...]) -> str:
-    """A repository made by a git that heeds nothing of this machine's."""
+    """A repository created by a git that ignores this machine's settings."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_TEMPLATE_DIR"):
             patch.delenv(name, raising=False)
@@ -193,7 +193,7 @@ def test_a_link_to_a_file_of_the_tree_is_that_file_and_a_pin_stays_valid(
     tree = source.fetch(pinned)
     assert not [path for path in tree.rglob("*") if path.is_symlink()]
     assert (tree / "sub/again.py").read_text() == (tree / "same.py").read_text() == "y = 2\n"
-    # as it was computed when links were followed
+    # as computed when links were followed
     digest = hashlib.sha256()
     for name in sorted(("__init__.py", "same.py", "sub/again.py", "sub/inner.py")):
         content = hashlib.sha256((tmp_path / "repo" / name).read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a hostile service may leave among its files, for root or a deploy to fall over: links, pipes, labyrinths."""
+"""Traps that a hostile service may leave among its files for root or a deploy: links, pipes, deep trees."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def served() -> Iterator[Layout]:
-    """A site of root's, whose service is nobody."""
+    """A layout owned by root, whose service runs as nobody."""
     with tempfile.TemporaryDirectory(dir="/tmp") as place:
         layout = at(Path(place))
         layout.user = "nobody"
@@ -177,7 +177,7 @@ def test_no_link_below_the_data_is_followed_by_what_fills_it_or_is_filled_from_i
     parts.as_service(served, trial._fill, served.data, served.prefix / "scratch", [], served.data / "models")
     found = {path.name for path in (served.prefix / "scratch").rglob("*")}
     assert not found & {"notes", "comfyui.db", "deeper"}
-    with pytest.raises(OSError):  # a link, or no folder
+    with pytest.raises(OSError):  # a link, or not a folder
         parts.as_service(served, trees.copy_defaults, served.prefix, served.data, f"{name}/deeper/it", True)
     assert len(list((served.prefix / "home").iterdir())) == 3
     assert not list((served.prefix / "home/deeper").iterdir())
@@ -211,7 +211,7 @@ def test_a_database_is_parsed_by_who_can_never_be_root_and_whom_the_service_cann
 
 @pytest.mark.parametrize("mode_before", [0o4755, 0o6777, 0o1640])
 def test_a_copy_is_nothing_that_runs_as_its_owner(tmp_path: Path, mode_before: int) -> None:
-    """A member may leave such a file, and the copy would be the service's."""
+    """A member may leave a setuid file, and the copy would be the service's."""
     (tmp_path / "comfyui.db").touch()
     (tmp_path / "comfyui.db").chmod(mode_before)
     (tmp_path / "kept").mkdir()
@@ -239,7 +239,7 @@ def test_a_labyrinth_in_the_place_of_the_proof_is_deleted(tmp_path: Path, levels
 
 
 def test_a_link_in_the_place_of_the_output_is_not_followed_by_root(tmp_path: Path, secret: Path) -> None:
-    """S13: as whom the service runs as, root's folder cannot be changed; here that is who runs this."""
+    """S13: root's folder cannot be changed as the service's user, which in this test is the current user."""
     (secret.parent / PROOF).mkdir()
     (tmp_path / "data").mkdir()
     (tmp_path / "data/output").mkdir()
@@ -258,7 +258,7 @@ def test_work_that_does_not_end_is_ended(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root")
 def test_the_service_cannot_stop_what_root_does_as_it() -> None:
-    """A process of the same effective user alone may not be signalled, traced or looked into by that user's."""
+    """A process that shares only the effective user must not be signalled, traced or inspected by that user's."""
     layout = Layout(
         {"prefix": "/nowhere", "service": "s", "scope": "system", "user": "nobody", "address": "", "port": 1}
     )
@@ -303,7 +303,7 @@ def test_what_lies_where_nothing_is_loaded_from_is_told(tmp_path: Path) -> None:
 
 
 def left(*entries: tuple[str, bytes, int]) -> bytes:
-    """What an install.py's tree is sent as."""
+    """The archive of an install.py's tree."""
     packed = [struct.pack(">HIB", len(name.encode()), len(content), kind) for name, content, kind in entries]
     whole = [head + name.encode() + content for head, (name, content, _) in zip(packed, entries, strict=True)]
     return b"".join(whole) + bytes(7)
@@ -363,7 +363,7 @@ def test_no_code_of_a_package_runs_while_an_environment_is_made(tmp_path: Path, 
 
 
 def test_who_asks_is_what_the_host_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not what the client's variables say."""
+    """Not the client's variables."""
     for name in ("LOGNAME", "USER"):
         monkeypatch.setenv(name, "anna")
     told: Json = requester.asker("anna@laptop")
@@ -394,7 +394,7 @@ time.sleep(60)
 
 
 def test_a_process_whose_words_have_no_end_is_read_with_a_limit() -> None:
-    """A command line and variables of 8 GB, which the kernel takes from wherever a process says that they are."""
+    """A command line and variables of 8 GB, which the kernel reads from wherever a process declares them."""
     words = ["/usr/bin/python3", "-ISc", BOUNDLESS]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -442,7 +442,7 @@ def test_an_mps_daemon_that_says_too_much_or_nothing_is_no_obstacle(
 
 
 def test_a_command_that_is_late_takes_no_later_one_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The status of one that failed was lost, and so was its failure, while the last one's descendants were ended."""
+    """A failed command's status used to be lost while the last one's descendants were ended."""
 
     def slowly(spared: set[int]) -> None:
         time.sleep(0.3 if threading.current_thread() is not threading.main_thread() else 0)
@@ -457,7 +457,7 @@ def test_a_command_that_is_late_takes_no_later_one_with_it(monkeypatch: pytest.M
 
 
 def test_members_may_change_what_is_theirs_and_no_code(tmp_path: Path) -> None:
-    """Caches of compiled code, what nodes keep and the interface's extensions are the service's alone."""
+    """Caches of compiled code, nodes' own files and the interface's extensions belong to the service alone."""
     data = tmp_path / "data"
     for name in ("models/a", "user/default/workflows", "user/__manager", "cache/hub", "nodes/x", "comfyui/web"):
         (data / name).mkdir(parents=True)

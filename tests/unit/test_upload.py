@@ -1,4 +1,4 @@
-"""What a deploy sends, and the address that it names."""
+"""The uploads of a deploy, and the address that it reports."""
 
 from __future__ import annotations
 

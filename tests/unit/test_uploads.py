@@ -1,4 +1,4 @@
-"""What clients send to a host, by the agent as it runs there: one after the other, at once, interrupted, cleaned up."""
+"""Uploads to a host, received by the real agent: in turn, concurrent, interrupted, cleaned up."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class Upload:
         self.process.stdin.flush()
 
     def end(self, data: bytes = b"") -> Any:
-        """Send the last of it; the answer."""
+        """Send the rest; returns the answer."""
         output, _ = self.process.communicate(data, timeout=30)
         assert self.process.returncode in (0, 3)
         return json.loads(output)
 
 
 def half(layout: Layout, **values: Any) -> Upload:
-    """An upload that has come half the way."""
+    """An upload at its half."""
     one = Upload(layout, **values)
     one.send(DATA[:HALF])
     part = layout.incoming / f"{DIGEST}.part"
@@ -76,7 +76,7 @@ def test_an_upload_that_was_cut_short_is_resumed(layout: Layout) -> None:
     assert Upload(layout, HALF).end(DATA[HALF:]) == {"size": len(DATA)}
     assert there(layout) == [DIGEST]
     assert (layout.incoming / DIGEST).read_bytes() == DATA
-    assert Upload(layout).end() == {"size": len(DATA)}  # there is nothing to do
+    assert Upload(layout).end() == {"size": len(DATA)}  # nothing to do
     assert there(layout) == [DIGEST]
 
 
@@ -88,7 +88,7 @@ def test_an_upload_that_is_silent_holds_nobody_up(layout: Layout, offset: int) -
     assert time.monotonic() - other.begun < 10
     assert (layout.incoming / DIGEST).read_bytes() == DATA
     assert there(layout) == [DIGEST, f"{DIGEST}.part"]
-    assert silent.end(DATA[HALF:]) == {"size": len(DATA)}  # it was only slow
+    assert silent.end(DATA[HALF:]) == {"size": len(DATA)}  # only slow
     assert there(layout) == [DIGEST]
 
 
@@ -121,7 +121,7 @@ def test_whoever_sends_what_another_run_deletes_is_told(layout: Layout) -> None:
         path.unlink()
     fault = one.end(DATA[HALF:])["fault"]
     assert (fault["what"], fault["hint"]) == ("what was sent so far was deleted", "run the same command again")
-    fault = Upload(layout, HALF).end(DATA[HALF:])["fault"]  # and not only when all is sent
+    fault = Upload(layout, HALF).end(DATA[HALF:])["fault"]  # and not only at its end
     assert fault["what"] == "what was sent so far was deleted"
     assert Upload(layout).end(DATA) == {"size": len(DATA)}
 
@@ -138,7 +138,7 @@ def test_pruning_deletes_what_is_used_up_or_old_and_nothing_of_another_client(la
         (layout.incoming / name).touch()
     day = time.time() - 25 * 3600
     for name, at in ((old, day), (f"{old}.part", day), (busy, day), (ahead, time.time() + 25 * 3600)):
-        os.utime(layout.incoming / name, (at, at))  # `ahead`: the clock has been set back since
+        os.utime(layout.incoming / name, (at, at))  # `ahead`: the clock was set back since
     plan = {"run": "r", "steps": [{"kind": "env", "wheels": [{"file": "x.whl", "sha256": used}]}, {"kind": "prune"}]}
     write(layout.pending, json.dumps(plan))
     with flock(layout.incoming / busy):
@@ -162,7 +162,7 @@ CUTS = packed(CutOver("t", "w", "u", 0, False, "two", "yes"))
 def test_a_plan_that_rests_on_what_another_run_pruned_is_refused(
     layout: Layout, gone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one deployed, pruned and went back: what is current is as the plan expects it."""
+    """The other run deployed, pruned and rolled back: the current release is the one that the plan expects."""
     for name in ("parts/app-1", "parts/env-1"):
         (layout.prefix / name).mkdir(parents=True)
     write(layout.releases / "two/release.json", json.dumps(WRITES["release"]))
@@ -183,7 +183,7 @@ def test_a_plan_that_rests_on_what_another_run_pruned_is_refused(
 
 
 def test_a_tool_is_on_the_disk_before_it_has_its_name(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut in a first deploy left uv's file empty, and the host trusted its name ever after."""
+    """A power cut in a first deploy left uv's file empty, and the host then trusted its name."""
     synced: list[Path] = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink()))
     write(layout.incoming / DIGEST, DATA)

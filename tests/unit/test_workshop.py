@@ -1,4 +1,4 @@
-"""What a build host answers: it is a machine that others may have, and the wheelhouse is for all of them."""
+"""Answers of a build host: it may be shared with others, and the wheelhouse serves all hosts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VERSION = "2.8.3.post2+cu130.torch2.11.0.sm121.inference"
 
 
 def built(content: bytes = b"wheel", **values: Any) -> manifest.Manifest:
-    """A wheel that is just what was asked for, but for these values."""
+    """A wheel as requested, except for these values."""
     kernel = values.get("kernel", "flash-attn")
     found = wheel(kernel, profile="inference", version=VERSION, sha256=hashlib.sha256(content).hexdigest())
     found = msgspec.structs.replace(found, size=len(content), **values)
@@ -35,7 +35,7 @@ def built(content: bytes = b"wheel", **values: Any) -> manifest.Manifest:
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """`inv build-kernels` on a host that answers as told, sends that content, and was asked for other things."""
+    """Run `inv build-kernels` on a host with this answer and content, for another request."""
     monkeypatch.setenv("HEARTH_WHEELHOUSE", str(tmp_path / "house"))
 
     def run(answer: Any, content: bytes = b"wheel", **asked: str) -> list[manifest.Manifest]:
