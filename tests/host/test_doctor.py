@@ -19,7 +19,7 @@ import pytest
 from tests import nvml
 from tests.host.fleet import PREFIX, Fleet
 from tests.host.test_faults import wait_for_step
-from tests.unit.test_plan import wheel
+from tests.plans import wheel
 
 pytestmark = pytest.mark.host
 

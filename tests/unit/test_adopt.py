@@ -31,8 +31,8 @@ from deploy.proposal import Proposal, propose
 from deploy.survey import only, port, without_secrets
 from lock import nodes
 from tests.errors import raises
+from tests.plans import FLAGS, FRESH, kinds, reasons, spark
 from tests.unit.test_agent_files import deep
-from tests.unit.test_plan import FLAGS, FRESH, kinds, reasons, spark
 
 ROOT = {"point": "/", "what": "/dev/sda1", "type": "ext4"}
 MISSING = {

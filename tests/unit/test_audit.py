@@ -21,8 +21,8 @@ from lock.advisory import Advisory, Repository
 from lock.audit import Stock
 from tests.client import Client
 from tests.errors import raises
+from tests.plans import spark
 from tests.unit.test_bill import manifest
-from tests.unit.test_plan import spark
 
 
 @dataclass

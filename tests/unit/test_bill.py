@@ -20,7 +20,7 @@ from deploy import release
 from deploy.choice import choose
 from lock import application, nodes, requirements, sbom
 from tests.errors import raises
-from tests.unit.test_plan import FRESH, inputs, spark, wheel
+from tests.plans import FRESH, inputs, spark, wheel
 
 TOOLCHAIN = {
     "cuda": "nvcc-cu130 c461d9ef",

@@ -28,7 +28,7 @@ from deploy.look import find_target, questions
 from deploy.plan import Options
 from lock import requirements
 from tests.errors import raises
-from tests.unit.test_plan import FRESH
+from tests.plans import FRESH
 
 if TYPE_CHECKING:
     from deploy.facts import Facts

@@ -24,8 +24,8 @@ from deploy.host import Host, Hosts, Target
 from deploy.plan import Options, Plan
 from deploy.refusals import Refusal, refused
 from tests.errors import raises
+from tests.plans import FRESH, RUNNING, inputs, settled, spark
 from tests.unit.test_adopt import folder, proposed, unit
-from tests.unit.test_plan import FRESH, RUNNING, inputs, settled, spark
 
 STEP = Serve("start comfyui", "it is not active", "stop comfyui")
 DONE = {"event": "end", "fault": {}}

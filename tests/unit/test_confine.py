@@ -24,7 +24,7 @@ from agent.processes import started
 from agent.serve import confine, supervised
 from core import files
 from deploy import plan
-from tests.unit.test_plan import FRESH, made, reasons, spark, values
+from tests.plans import FRESH, made, reasons, spark, values
 from tests.unit.test_services import child, make, supervisor
 
 pytestmark = pytest.mark.skipif(confine.abi() < 4, reason="this kernel has no Landlock with rules for TCP (Linux 6.7)")

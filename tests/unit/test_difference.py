@@ -12,8 +12,8 @@ import pytest
 from deploy.facts import named
 from lock.diff import Change, compare, rows
 from tests.errors import raises
+from tests.plans import FRESH
 from tests.unit.test_bill import manifest
-from tests.unit.test_plan import FRESH
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from ops.checks import CHECKS, Case
 from ops.doctor import Finding
 from ops.fleet import Answer
 from tests.errors import raises
+from tests.plans import inputs, made, settled, spark
 from tests.unit.test_gpu import PROCESS, sample
-from tests.unit.test_plan import inputs, made, settled, spark
 
 NOW = 1_000_000.0
 SERVES = ComfyUI("answers", version="1.2.3", torch="2.11.0")

@@ -34,7 +34,7 @@ from deploy.flags import Fleet
 from ops import fleet, gpu, memory, plot, tasks
 from tests import nvml
 from tests.errors import raises
-from tests.unit.test_plan import FRESH, spark
+from tests.plans import FRESH, spark
 
 PROCESS = {"pid": 4242, "name": "python3.12 main.py", "user": "comfyui", "unit": "comfyui.service"}
 

@@ -27,7 +27,7 @@ from deploy.host import Mount
 from deploy.plan import Options
 from ops import lifecycle
 from tests.errors import raises
-from tests.unit.test_plan import FRESH, NO_SERVICE, RUNNING, kinds, made, reasons, settled, spark, values
+from tests.plans import FRESH, NO_SERVICE, RUNNING, kinds, made, reasons, settled, spark, values
 
 OURS = Place(
     real="/opt/comfyui", own=("current", "parts", "releases", "state"), data=True, service="comfyui", ours=True

@@ -13,7 +13,7 @@ from core import files, manifest
 from core.config import load
 from core.wheelhouse import Wheelhouse
 from tests.errors import raises
-from tests.unit.test_plan import wheel
+from tests.plans import wheel
 
 
 def put(path: Path, what: str | None) -> None:

@@ -27,7 +27,7 @@ from deploy.host import Override, Setting, Target
 from lock import nodes
 from ops import flags, profiles
 from tests.errors import raises
-from tests.unit.test_plan import FRESH, inputs, made, spark
+from tests.plans import FRESH, inputs, made, spark
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from agent.change import runs
 from agent.schema import change
 from agent.schema.decode import decode
 from agent.schema.live import Freed, GpuMemory, Held
-from tests.unit.test_plan import FRESH, made, spark
+from tests.plans import FRESH, made, spark
 
 FREED = Freed(True, None, Held((GpuMemory(0, 1, 2),), None, 3), Held((), 4, 5))
 

@@ -20,8 +20,8 @@ from deploy import plan
 from deploy.facts import Facts, Gpu
 from ops import access, fleet, mps, settings, tuning
 from tests.errors import raises
+from tests.plans import FRESH, kinds, reasons, spark, values
 from tests.unit.test_lifecycle import BUSY, running
-from tests.unit.test_plan import FRESH, kinds, reasons, spark, values
 
 DESKTOP = replace(FRESH, gpus=(Gpu("RTX 4070", "8.9", 12 * 10**9, False),))
 

@@ -27,9 +27,9 @@ from agent.processes import end_descendants
 from agent.schema.change import Folders
 from agent.serve import health, sandbox
 from deploy import refusals
+from tests.plans import FRESH, RUNNING, spark
 from tests.unit.test_agent import at, make
 from tests.unit.test_agent_files import deep, mode
-from tests.unit.test_plan import FRESH, RUNNING, spark
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from deploy.look import web_address
 from deploy.upload import Upload
 from lock import requirements
 from tests.errors import raises
-from tests.unit.test_plan import FRESH, inputs, spark, wheel
+from tests.plans import FRESH, inputs, spark, wheel
 
 TLS = {name: Setting(why="w", value="/x") for name in ("--tls-keyfile", "--tls-certfile")}
 

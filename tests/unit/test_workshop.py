@@ -14,7 +14,7 @@ import pytest
 from core import console, lockfile, manifest, workspace
 from deploy import connection, remote_build
 from tests.errors import raises
-from tests.unit.test_plan import spark, wheel
+from tests.plans import spark, wheel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
