@@ -219,6 +219,8 @@ def vanish(layout: Layout, journal: Journal) -> None:
     with flock(layout.state / "submit.lock", wait=30):  # no client may submit a plan meanwhile
         layout.pending.unlink()
         Systemd(layout).remove_apply_unit()
+        with suppress(FileNotFoundError):  # the client looks again at the end; it must not run a half-deleted agent
+            (layout.state / "agents").rename(layout.state / ".agents")
         journal.add("end", result="done", fault={})
         sweep = SafeDeleter()
         sweep.delete(layout.state)

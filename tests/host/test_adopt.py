@@ -285,7 +285,7 @@ def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> N
 
     since = time.time()
     client = fleet.start("adopt", "--host", "spark", "--undo", "--yes")
-    wait_for_step(fleet, "put the old ComfyUI back", since)
+    wait_for_step(fleet, "restore the old ComfyUI", since)
     cut_power(fleet, client.pid)
     said, _ = client.communicate(timeout=180)
     assert client.returncode == 60, said

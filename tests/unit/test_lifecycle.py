@@ -312,6 +312,7 @@ def pending(own: Layout) -> Journal:
     (own.parts / "app-1/file").touch()
     own.data.mkdir()
     (own.state / "cache").mkdir(parents=True)
+    (own.state / "agents/1").mkdir(parents=True)
     plan = {"run": "r", "who": "a@b", "action": "nuke", "release": "", "base": ""}
     kinds = [packed(Delete("parts", "w", "u", ("parts",))), packed(Erase("state", "w", "u"))]
     own.pending.write_text(json.dumps({**plan, "since": "then", "steps": kinds}))
@@ -333,6 +334,21 @@ def test_a_nuke_can_be_followed_to_its_end_though_it_deletes_its_own_journal(tmp
     # A client that comes too late to open the journal gets the same answer, and its request creates no files.
     assert [each["event"] for each in runs.follow(own, "r")] == ["end"]
     assert not own.state.exists()
+
+
+def test_at_the_end_of_a_nuke_no_agent_is_there_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client looks again at once, while the state is still being deleted."""
+    own, there = layout(tmp_path / "prefix"), []
+    pending(own)
+    add = Journal.add
+
+    def added(self: Journal, event: str, **values: Any) -> None:
+        there.append((event, (own.state / "agents").exists()))
+        add(self, event, **values)
+
+    monkeypatch.setattr(Journal, "add", added)
+    runs.apply(own)
+    assert (there[0][1], there[-1]) == (True, ("end", False))
 
 
 def test_a_nuke_that_was_killed_anywhere_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
