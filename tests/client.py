@@ -1,4 +1,4 @@
-"""Somebody at a terminal of this checkout: a way to call `inv` with settings of one's own."""
+"""Calls of `inv` from this checkout, with separate settings."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tests import warm
 
 
 class Client(ABC):
-    """Calls `inv`; `without` are variables of this process's environment that must not reach it."""
+    """Calls `inv`; `without` lists environment variables that it must not inherit."""
 
     without: ClassVar[tuple[str, ...]] = ()
     patience: float = 900
-    """Seconds until a call that does not end is given up."""
+    """Time-out of a call, in seconds."""
     checkout: Path = files.CHECKOUT
     python: str = sys.executable
-    """Whose `inv` is called, and with which interpreter."""
+    """The checkout and the interpreter of `inv`."""
 
     @abstractmethod
     def variables(self) -> dict[str, str]:
-        """The settings of this client."""
+        """The environment of this client."""
 
     def environment(self, **env: str) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if name not in self.without}
@@ -36,7 +36,7 @@ class Client(ABC):
         return [self.python, "-m", "invoke", *words]
 
     def inv(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run `inv` to its end: in a fork of a warm process where that makes no difference to a new Python."""
+        """Run `inv` to its end, in a fork of a warm process if that equals a new Python."""
         argv, variables = self.command(*words), self.environment(**env)
         if argv[:3] == [sys.executable, "-m", "invoke"] and self.checkout == files.CHECKOUT:
             python = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}

@@ -1,4 +1,4 @@
-"""What tests share: a Hearth of their own (cache, wheelhouse, recipes) and a way to call `inv` in it."""
+"""Shared by all tests: a separate Hearth (cache, wheelhouse, recipes) and calls of `inv` in it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PACKAGES = {
     "unshare": "util-linux",
     "zsh": "zsh",
 }
-"""The Debian package of each program that tests need: what `needs` may name, and what .ci/run installs."""
+"""The Debian package of each program that `needs` may name; .ci/run installs them."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Choose the seed of all random faults, anew for every run; HEARTH_SEED repeats one. xdist passes it on."""
+    """Choose the seed of all random faults for this run; HEARTH_SEED repeats one. xdist passes it on."""
     os.environ.setdefault("HEARTH_SEED", str(random.SystemRandom().randrange(1_000_000)))
 
 
@@ -84,14 +84,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_orphans() -> Iterator[None]:
-    """What code under test does to have the children of its children (prctl(2)) ends with the test."""
+    """Undo PR_SET_CHILD_SUBREAPER (prctl(2)), which code under test sets."""
     yield
     ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
 @dataclass
 class Hearth(Client):
-    """A cache, a wheelhouse and a recipe folder in one place; compilers and torch come from the user's cache."""
+    """A separate cache, wheelhouse and recipe folder; compilers and torch come from the user's cache."""
 
     without = ("TORCH_CUDA_ARCH_LIST",)
 

@@ -1,4 +1,4 @@
-"""NVIDIA's library, made up: `fixtures/nvml/nvml.c` compiled, answering from recordings of real machines."""
+"""A stand-in for NVIDIA's library: `fixtures/nvml/nvml.c`, which answers from recordings of real machines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def library(recording: Path = Path("/etc/nvml-recording")) -> Path:
 
 
 def recording(machine: str, *edits: tuple[str, str]) -> str:
-    """What a machine answered; each edit replaces the line of a key (`memory`), or adds it."""
+    """The recorded answers of a machine; each edit replaces or adds the line of a key such as `memory`."""
     lines = (FIXTURES / f"{machine}.txt").read_text().splitlines()
     for key, value in edits:
         kept = [line for line in lines if line.split()[:1] != [key]]
@@ -48,7 +48,7 @@ def environment(place: Path) -> dict[str, str]:
 
 
 def python(code: str, place: Path) -> str:
-    """What a program prints that runs with the library and the recording at `place`."""
+    """The output of a program that runs with the library and the recording at `place`."""
     words = [sys.executable, "-c", code]
     run = subprocess.run(words, env=environment(place), cwd=files.CHECKOUT, capture_output=True, text=True, check=True)
     return run.stdout

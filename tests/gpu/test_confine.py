@@ -36,7 +36,7 @@ def test_cuda_starts_confined_and_so_it_does_in_a_process_of_its_own() -> None:
 
 
 def run(code: str) -> None:
-    """As nobody where this is root, who could set the kernel, and therefore gets less of /proc."""
+    """Runs as nobody if this is root: root could change kernel settings, so it gets less of /proc."""
     start = f"import sys, json; sys.path.insert(0, {code!r}); from agent.serve import confine; "
     start += "confine.main(json.loads(sys.argv[1]), sys.argv[2:])"
     spec = {"read": [code], "write": [], "bind": [], "connect": [], "udp": False}

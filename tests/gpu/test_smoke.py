@@ -1,4 +1,4 @@
-"""Every kernel, built for the GPU of this machine, is numerically right on its default path."""
+"""Every kernel, built for this machine's GPU, is numerically correct on its default path."""
 
 from __future__ import annotations
 

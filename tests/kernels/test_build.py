@@ -1,4 +1,4 @@
-"""The main path with a small real kernel package: compile, link, inspect, import, keep; here and for aarch64."""
+"""The main path with a small real kernel package: compile, link, inspect, import and admit, native and for aarch64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WHEELS = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Hearth:
-    """Tiny, built for 8.9 here and for 12.1 on aarch64, in one run."""
+    """The kernel `tiny`, built in one run for 8.9 on x86_64 and for 12.1 on aarch64."""
     hearth = Hearth(tmp_path_factory.mktemp("built") / "hearth")
     done = hearth.inv(*BUILD, "--arch", "8.9;12.1")
     assert done.returncode == 0, done.stderr
@@ -130,7 +130,7 @@ def test_editing_one_source_rebuilds_one_file(built: Hearth) -> None:
 
 
 def test_another_python_shares_the_kernel_objects(built: Hearth, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build that differs in its Python alone compiles the two bindings again and no kernel."""
+    """A build that differs only in its Python compiles the two bindings again, and no kernel."""
     for name, value in built.environment().items():
         monkeypatch.setenv(name, value)
     (build,), _ = select(Request(arch="8.9", kernel="tiny", python="3.11"))
@@ -219,6 +219,6 @@ def test_the_wheelhouse_is_verified_and_pruned(built: Hearth) -> None:
 
 
 def test_the_interpreter_of_the_tests_is_not_the_wheels() -> None:
-    """The tool's environment holds no torch: what imported above was the stack's."""
+    """The tool's environment contains no torch, so the imports above used the stack's."""
     done = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, check=False)
     assert done.returncode != 0

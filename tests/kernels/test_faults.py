@@ -1,4 +1,4 @@
-"""What goes wrong with real sources, compilers and machines: its exit code, its words, and nothing lost."""
+"""Failures of real sources, compilers and machines: the error, its exit code, and nothing lost."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_compile_error_names_the_file_and_the_log_and_keeps_the_rest(hearth: H
 
 
 def test_a_killed_compiler_is_told_as_out_of_memory(hearth: Hearth) -> None:
-    """The kernel's killer is played by a launcher that kills the compiler proper, as the real one would."""
+    """A compiler launcher stands in for the kernel's OOM killer: it kills the compiler proper."""
     killer = script(
         hearth.place / "killer",
         '#!/bin/sh\n"$@" &\nnvcc=$!\n'
@@ -134,7 +134,7 @@ def test_a_killed_compiler_is_told_as_out_of_memory(hearth: Hearth) -> None:
 
 
 def test_a_full_disk_is_told_and_the_next_run_goes_on(hearth: Hearth) -> None:
-    """The build folder on a file system of 600 kB, in a mount namespace of its own."""
+    """The build folder is on a file system of 600 kB, in a separate mount namespace."""
     build = hearth.cache / "build"
     build.mkdir()
     inner = f"mount -t tmpfs -o size=600k none {build} && exec {' '.join(hearth.command(*BUILD))}"
@@ -226,7 +226,7 @@ def test_what_is_no_wheel_is_told_so(hearth: Hearth) -> None:
 
 
 def test_a_third_kernel_is_a_folder(hearth: Hearth) -> None:
-    """As docs/how-to/add-a-kernel.md tells it: a folder with a recipe and a source, and nothing else changes."""
+    """As in docs/how-to/add-a-kernel.md: a folder with a recipe and a source, without any other change."""
     third = hearth.recipes / "doubler"
     (third / "src").mkdir(parents=True)
     page = (files.CHECKOUT / "docs/how-to/add-a-kernel.md").read_text()
