@@ -219,10 +219,14 @@ def vanish(layout: Layout, journal: Journal) -> None:
     with flock(layout.state / "submit.lock", wait=30):  # no client may submit a plan meanwhile
         layout.pending.unlink()
         Systemd(layout).remove_apply_unit()
-        with suppress(FileNotFoundError):  # the client looks again at the end; it must not run a half-deleted agent
-            (layout.state / "agents").rename(layout.state / ".agents")
-        journal.add("end", result="done", fault={})
         sweep = SafeDeleter()
+        # Hundreds of files, so they go before the end: the client reads the facts at once, and must not run a
+        # half-deleted agent.
+        agents = layout.state / ".agents"
+        with suppress(FileNotFoundError):
+            (layout.state / "agents").rename(agents)
+            sweep.delete(agents)
+        journal.add("end", result="done", fault={})
         sweep.delete(layout.state)
         os.sync()
     with suppress(OSError):  # it still contains the data or foreign files
