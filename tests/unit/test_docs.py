@@ -81,7 +81,10 @@ def test_the_manifest_schema_is_todays() -> None:
 
 
 def schema() -> str:
-    return json.dumps(msgspec.json.schema(Manifest), indent=2) + "\n"
+    found = msgspec.json.schema(Manifest)
+    for each in found["$defs"].values():  # Python 3.13 removes the indentation of docstrings itself
+        each["description"] = inspect.cleandoc(each["description"])
+    return json.dumps(found, indent=2) + "\n"
 
 
 def commands(text: str) -> Iterator[list[str]]:
