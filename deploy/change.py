@@ -11,7 +11,7 @@ from getpass import getuser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.schema.change import packed
+from agent.schema.change import Erase, packed
 from core import console
 from core.errors import ConnectError, GateError, HostError
 from deploy import connection
@@ -155,6 +155,7 @@ def apply(agent: Agent, facts: Facts, plan: Plan, change: Change, *, offline: bo
             "steps": [packed(step) for step in steps],
         }
         agent.call("submit", plan=body)
+    agent.unpacked = not any(isinstance(step, Erase) for step in steps)
     return follow(agent, run)
 
 

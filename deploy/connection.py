@@ -60,13 +60,16 @@ _MARK = "--- hearth ---"
 class Agent(ABC):
     """The agent of one host. It reads `site` and the verb's values as JSON, and writes JSON lines."""
 
+    unpacked: bool = True
+    """Run the agent that is unpacked on the host, if there is one; not while a plan deletes it."""
+
     def __init__(self, target: Target) -> None:
         self._target = target
 
     @property
     def _state(self) -> str:
         """The host's folder for the unpacked agent; `~` is the login's home."""
-        return f"{self._target.prefix}/state"
+        return f"{self._target.prefix}/state" if self.unpacked else os.devnull
 
     def stream(self, verb: str, **values: Any) -> Iterator[Any]:
         """Yield the answers as they arrive; raises the error of the agent's fault, or of an early end."""

@@ -13,7 +13,7 @@ import pytest
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from agent.schema.change import Serve, Step, packed
+from agent.schema.change import Erase, Serve, Step, packed
 from core.command import command
 from core.errors import RefusedError
 from core.flags import Output
@@ -34,6 +34,8 @@ OFFLINE = {"event": "end", "fault": {"kind": "offline", "what": "no index", "cau
 
 class Machine:
     """A host whose agent returns these facts in turn (the last one repeatedly) and ends runs as given."""
+
+    unpacked = True
 
     def __init__(self, *facts: Facts, ends: tuple[dict[str, Any], ...] = (DONE,)) -> None:
         self.facts, self.ends = list(facts), list(ends)
@@ -80,6 +82,13 @@ def planner(*plans: Plan) -> Any:
 
 def some(*steps: Step, refusals: tuple[Refusal, ...] = ()) -> Plan:
     return Plan.of(settled(), steps, refusals)
+
+
+@pytest.mark.parametrize(("step", "unpacked"), [(STEP, True), (Erase("erase", "asked for", "impossible"), False)])
+def test_while_a_plan_deletes_the_unpacked_agent_the_archive_runs(at: Any, step: Step, unpacked: bool) -> None:
+    machine = at(Machine(settled()))
+    change.change_each(["spark"], Change(action="nuke", plan=planner(some(step), some())), Options())
+    assert machine.unpacked == unpacked
 
 
 def test_a_change_is_applied_and_converges(at: Any) -> None:
