@@ -103,7 +103,7 @@ def gpu(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation as a website in site/; warnings and dead links are errors."""
     uv = ("uv", "run", "--isolated", "--only-group", "docs")  # so that the tool's environment stays unchanged
-    session.run(*uv, "zensical", "build", "--strict", "--clean", *session.posargs)
+    session.run(*uv, "zensical", "build", "--strict", "--clean")
 
 
 @nox.session
