@@ -225,7 +225,7 @@ class AuditError(HearthError):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """A sentence that helps whoever mistyped `name`: the nearest known name, then all of them if they are few."""
+    """Return a "did you mean" hint for an unknown name: the nearest known one, and all of them if they are few."""
     names = sorted(known)
     close = get_close_matches(name, names, n=1)
     start = [f"perhaps you meant {close[0]!r}"] if close else []

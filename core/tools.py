@@ -123,7 +123,7 @@ def _configured() -> dict[str, str]:
 
 
 def index_settings(said: dict[str, Any]) -> dict[str, str]:
-    """The indexes and certificates of a uv.toml, as variables. `agent/change/steps.py` does the same on hosts."""
+    """The indexes and certificates of a uv.toml, as variables. `agent/change/env.py` does the same on hosts."""
     said = {**said, **said.get("pip", {})}
     names = ("index-url", "extra-index-url", "keyring-provider", "allow-insecure-host", "native-tls", "system-certs")
     variables = {name: f"UV_{name.upper().replace('-', '_').replace('ALLOW_', '')}" for name in names if said.get(name)}

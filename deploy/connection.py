@@ -14,14 +14,13 @@ import shlex
 import signal
 import sys
 import tempfile
-import threading
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from core import console, shell
+from core import shell
 from core.errors import (
     BusyError,
     ConnectError,
@@ -32,18 +31,15 @@ from core.errors import (
     SourceError,
     UsageError,
 )
-from deploy import archive, ssh_errors
+from deploy import archive, passwords, ssh_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from deploy.host import Host, Target
+    from deploy.host import Target
 
 ALIVE = 10
-"""Seconds between ssh's keepalive messages; after three without a reply the connection is lost.
-
-They detect a host that vanished, also behind jump hosts and proxies; TCP's time-outs do not.
-"""
+"""Seconds between ssh's keepalive messages. Three without a reply, also behind jump hosts, are a lost connection."""
 
 QUIET = 45
 """Seconds of silence after which a verb that sends `alive` every 10 s has lost its agent."""
@@ -377,7 +373,7 @@ class Ssh(Agent):
         if re.search(r"sudoers|not allowed|may not run", said):
             return ConnectError("sudo", f"{user} may not use sudo on {name}", cause=cause, hint=otherwise)
         if self._password and re.search("incorrect password|no password was provided", said):
-            _passwords.pop(name, None)  # prompt again on a retry: some systems lock the login after three failures
+            passwords.known.pop(name, None)  # prompt again on a retry: some systems lock the login after three failures
             hint = f"type it again; when the keyring has it: keyring set hearth-sudo {name}"
             return ConnectError("sudo", f"sudo on {name} does not accept the password", cause=cause, hint=hint)
         hint = "run again with --ask-sudo, or allow sudo without a password there"
@@ -421,7 +417,7 @@ def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterat
     if not target.host.address:
         yield Local(target)
         return
-    password = sudo_password(target.name, target.host) if ask_sudo else ""
+    password = passwords.sudo_password(target.name, target.host) if ask_sudo else ""
     # Not in $TMPDIR, which may be too long for a socket's path.
     with tempfile.TemporaryDirectory(prefix="hearth-", dir="/tmp") as folder:
         socket = f"{folder}/ssh"
@@ -451,38 +447,3 @@ def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterat
             yield Ssh(target, [*argv, "--", target.host.address], settings, password)
         finally:
             shell.run(["ssh", "-F", os.devnull, "-S", socket, "-O", "exit", "hearth"], check=False, input_text="")
-
-
-def sudo_password(name: str, host: Host) -> str:
-    """The sudo password of a host, asked for once; empty if root is not needed. Raises ConnectError."""
-    if not host.address or host.scope != "system":
-        return ""
-    with _asking:  # with several hosts, one prompt at a time
-        if name not in _passwords:
-            _passwords[name] = _ask_password(name)
-        return _passwords[name]
-
-
-_asking = threading.Lock()
-_passwords: dict[str, str] = {}
-
-
-def from_keyring(service: str, name: str) -> str:
-    """A secret from the system's keyring; empty if it has none, or if there is no keyring."""
-    import keyring
-
-    with suppress(keyring.errors.KeyringError):
-        return keyring.get_password(service, name) or ""
-    return ""
-
-
-def _ask_password(name: str) -> str:
-    """From the system's keyring, else typed. Kept only in memory."""
-    if found := from_keyring("hearth-sudo", name):
-        return found
-    if sys.stdin.isatty():
-        with suppress(EOFError):
-            return console.hidden(f"sudo password on {name}: ")
-    raise ConnectError(
-        "sudo", f"no terminal to ask for the sudo password of {name} at", hint=f"run: keyring set hearth-sudo {name}"
-    )

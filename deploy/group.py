@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from core import console
 from core.errors import ConnectError, GroupError, HearthError
-from deploy import connection
 from deploy import host as hosts
+from deploy import passwords
 from deploy.refusals import refused, unconfirmed
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def on_each(
     known = hosts.hosts().hosts
     for name in names if ask_sudo else ():
         try:
-            connection.sudo_password(name, known[name])
+            passwords.sudo_password(name, known[name])
         except ConnectError as error:  # reported with its host
             if error.kind != "sudo":
                 raise

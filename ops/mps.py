@@ -38,11 +38,13 @@ def limits(percent: str, memory: str) -> dict[str, str]:
     """The limits of --percent and --memory; raises UsageError."""
     if percent and not (percent.isdecimal() and 1 <= int(percent) <= 100):
         raise UsageError(
-            "usage", f"--percent {percent} makes no sense", hint="1 to 100 percent of a GPU's threads for a process"
+            "usage",
+            f"--percent {percent} is not a percentage",
+            hint="1 to 100 percent of a GPU's threads for a process",
         )
     if memory and not re.fullmatch(r"\d+=\d+[MG](,\d+=\d+[MG])*", memory):
         raise UsageError(
-            "usage", f"--memory {memory} makes no sense", hint="GPU=SIZE, such as --memory 0=8G or 0=8G,1=500M"
+            "usage", f"--memory {memory} is not a list of limits", hint="GPU=SIZE, such as --memory 0=8G or 0=8G,1=500M"
         )
     return {name: value for name, value in ((PERCENT, percent), (MEMORY, memory)) if value}
 
@@ -150,7 +152,7 @@ def problems(mps: Mps, at: str, *, cuda: bool) -> list[Problem]:
 def run(action: str, names: Sequence[str], percent: str, memory: str, options: Options, *, as_json: bool) -> int:
     """Run `inv mps`; raises UsageError."""
     if action not in ACTIONS:
-        raise UsageError("usage", f"inv mps {action} makes no sense", hint=f"one of {', '.join(ACTIONS)}")
+        raise UsageError("usage", f"inv mps has no action {action!r}", hint=f"one of {', '.join(ACTIONS)}")
     limited = limits(percent, memory)
     if limited and action not in ("on", "limit"):
         raise UsageError("usage", "--percent and --memory go with on and limit", hint="inv mps limit --percent 50")

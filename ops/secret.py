@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from core import console, shell
 from core.errors import ConfigError, HearthError, UsageError
-from deploy import connection
+from deploy import connection, passwords
 from deploy.look import find_target, look
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def read(name: str, command: str, *, keyring: bool) -> str:
             raise ConfigError("secret", f"--command failed: {command}", cause=str(error)) from error
         value = done.stdout
     elif keyring:
-        value = connection.from_keyring("hearth-secret", name)
+        value = passwords.from_keyring("hearth-secret", name)
         if not value:
             raise ConfigError("secret", f"the keyring has no {name}", hint=f"keyring set hearth-secret {name}")
     elif sys.stdin.isatty():

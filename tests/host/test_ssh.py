@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import HearthError
-from deploy import archive, connection
+from deploy import archive, connection, passwords
 from deploy.look import find_target
 from tests.errors import raises
 from tests.host.fleet import within
@@ -321,7 +321,7 @@ def test_any_login_shell_will_do(
 ) -> None:
     box.use_shell(path)
     sudo(box, FREE)
-    monkeypatch.setattr(connection, "_passwords", {"rooted": password})
+    monkeypatch.setattr(passwords, "known", {"rooted": password})
     with connection.connect(find_target(name), ask_sudo=True) as agent:
         assert agent.call("history") == []
         assert isinstance(agent, connection.Ssh)
@@ -417,10 +417,10 @@ def password(box: Lab, monkeypatch: pytest.MonkeyPatch, text: str) -> Iterator[l
     log.unlink(missing_ok=True)
     monkeypatch.setattr("getpass.getpass", lambda _: text)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    connection._passwords.clear()
+    passwords.known.clear()
     seen: list[str] = []
     yield seen
-    connection._passwords.clear()
+    passwords.known.clear()
     if log.exists():
         seen += [line for line in log.read_text().splitlines() if "incorrect password" in line]
         log.unlink()
@@ -472,7 +472,7 @@ def test_a_sudo_that_refuses_is_told_apart(
     if program:
         only_without(box, program)
     given = box.password if "may not" in says else ""
-    monkeypatch.setattr(connection, "_passwords", {"rooted": given})
+    monkeypatch.setattr(passwords, "known", {"rooted": given})
     with raises("sudo", match=says):
         rooted()
 

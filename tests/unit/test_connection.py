@@ -15,7 +15,7 @@ import pytest
 
 from core import shell
 from core.errors import HearthError, ProcessError
-from deploy import archive, connection
+from deploy import archive, connection, passwords
 from deploy.change import Outcome, follow
 from deploy.group import DESTRUCTIVE, Consent, on_each
 from deploy.look import find_target
@@ -148,7 +148,7 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
     monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FAKE", str(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path}/client:{os.environ['PATH']}")
-    monkeypatch.setattr(connection, "_passwords", {"rooted": "open-sesame"})
+    monkeypatch.setattr(passwords, "known", {"rooted": "open-sesame"})
     return found
 
 
@@ -377,8 +377,8 @@ def test_sudo_gets_the_password_and_the_agent_the_request(box: Box) -> None:
     assert note.read_text() == "open-sesame\n"
     box.program("bin/sudo", f'/usr/bin/cat >{note}; echo "sudo: 1 incorrect password attempt" >&2; exit 1')
     assert "does not accept the password" in box.fails("sudo", name="rooted").what
-    assert "rooted" not in connection._passwords  # the next attempt asks again
-    connection._passwords["rooted"] = "open-sesame"
+    assert "rooted" not in passwords.known  # the next attempt asks again
+    passwords.known["rooted"] = "open-sesame"
     assert note.read_text() == "open-sesame\n"
     assert not list((box.place / "home/.cache/hearth").glob("in.*"))
     box.program("bin/sudo", 'echo "sudo: anna is not in the sudoers file." >&2; exit 1')
@@ -441,7 +441,7 @@ def test_passwords_of_a_group_are_asked_for_before_anything(
 ) -> None:
     order: list[str] = []
     monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.null.Keyring")
-    monkeypatch.setattr(connection, "_passwords", {})
+    monkeypatch.setattr(passwords, "known", {})
 
     def type_it(question: str) -> str:
         order.append(question)
@@ -453,7 +453,7 @@ def test_passwords_of_a_group_are_asked_for_before_anything(
 
     def one(name: str) -> Outcome:
         order.append(name)
-        connection.sudo_password(name, find_target(name).host)
+        passwords.sudo_password(name, find_target(name).host)
         return Outcome(name, "r", "", changed=True)
 
     on_each(names, one, lambda: None, ask_sudo=True, keep_going=False)
