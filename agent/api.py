@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from agent.files import Fault, Json
+from agent.files import AgentError, Json
 from agent.layout import Layout
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ MOST = 100
 """Maximum number of jobs read from a queue."""
 
 
-class TooLong(ValueError):
+class TooLongError(ValueError):
     """The response exceeds the size limit."""
 
 
@@ -59,7 +59,7 @@ class Endpoint:
 
 def endpoint(layout: Layout) -> Endpoint:
     """Return the endpoint from the current release's manifest, or the configured one if nothing is deployed."""
-    with suppress(Fault):  # `current` is not Hearth's; facts report it
+    with suppress(AgentError):  # `current` is not Hearth's; facts report it
         if argv := layout.manifest(layout.release()).get("argv"):
             return Endpoint.of(argv)
     return Endpoint.of(["--listen", layout.address, "--port", str(layout.port)])
@@ -91,7 +91,7 @@ def ask(place: Endpoint, path: str, body: Json | None = None, seconds: float = 5
         if path.startswith("/view"):
             return raw
         if sum(map(raw.count, (b",", b"[", b"{"))) > limit // DENSE:
-            raise TooLong(f"the answer to {path} has more values than are looked at")
+            raise TooLongError(f"the answer to {path} has more values than are looked at")
         try:
             return parsed(raw) if raw else None
         except RecursionError as error:
@@ -146,7 +146,7 @@ def _exchange(place: Endpoint, address: str, path: str, body: Json | None, secon
     if late.is_set():
         raise TimeoutError(f"no answer to {path} within {seconds:g} s")
     if len(raw) > limit:
-        raise TooLong(f"the answer to {path} is longer than {limit} bytes")
+        raise TooLongError(f"the answer to {path} is longer than {limit} bytes")
     if answer.status != 200:
         raise ValueError(f"{path} is answered with {answer.status}: {said(raw[:500].decode(errors='replace'), 500)}")
     return raw
@@ -219,7 +219,7 @@ def queue(place: Endpoint, seconds: float = 5) -> tuple[Jobs, Jobs]:
     """Return the running and pending jobs; only the total if the queue exceeds the size limit. Raises like `ask`."""
     try:
         answer = ask(place, "/queue", seconds=seconds)
-    except TooLong:
+    except TooLongError:
         told = ask(place, "/prompt", seconds=seconds, limit=SMALL)
         return Jobs([]), checked("/prompt", told, lambda told: Jobs([], int(told["exec_info"]["queue_remaining"])))
     return checked(
@@ -244,16 +244,16 @@ def takes_connections(place: Endpoint) -> bool:
     return False
 
 
-def unanswered(place: Endpoint, error: Exception) -> Fault:
-    """Return the Fault for a failed request: ComfyUI does not respond, or another program holds its port."""
+def unanswered(place: Endpoint, error: Exception) -> AgentError:
+    """Return the AgentError for a failed request: ComfyUI does not respond, or another program holds its port."""
     if isinstance(error, ValueError):
         what = f"the program at port {place.port} does not answer as ComfyUI does"
-        return Fault("silent", what, str(error), "inv status shows which program holds the port")
+        return AgentError("silent", what, str(error), "inv status shows which program holds the port")
     if takes_connections(place):
         hint = "inv logs shows what it does; inv restart --force ends that"
-        return Fault("silent", "ComfyUI takes connections and does not answer", str(error), hint)
+        return AgentError("silent", "ComfyUI takes connections and does not answer", str(error), hint)
     what = f"nothing listens on port {place.port}: ComfyUI does not run"
-    return Fault("silent", what, str(error), "inv start; inv logs")
+    return AgentError("silent", what, str(error), "inv start; inv logs")
 
 
 def unload(place: Endpoint) -> None:

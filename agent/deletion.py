@@ -11,17 +11,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from agent.files import Fault
+from agent.files import AgentError
 from agent.folders import FOLDER, mounts, opened
 
 
 def remove(path: Path) -> None:
-    """Delete a file, link or tree, even read-only folders. Follows no symlinks. Raises Fault if anything remains."""
+    """Delete a file, link or tree, even read-only folders. Follows no symlinks.
+
+    Raises AgentError if anything remains.
+    """
     sweep = SafeDeleter()
     if os.path.lexists(path):
         sweep.delete(path)
     if left := [*sweep.stuck, *(f"{point} is a mount point" for point in sweep.left)]:
-        raise Fault("step", f"{path} cannot be deleted", "\n".join(left[:20]), "run the same command again")
+        raise AgentError("step", f"{path} cannot be deleted", "\n".join(left[:20]), "run the same command again")
 
 
 class _Level(NamedTuple):

@@ -18,7 +18,7 @@ Note = Callable[[str], None]
 """Reports an event to the clients that follow the run."""
 
 
-class Fault(Exception):
+class AgentError(Exception):
     """An expected failure: `kind` selects the client's error class; the other fields are displayed."""
 
     def __init__(self, kind: str, what: str, cause: str = "", hint: str = "") -> None:
@@ -170,7 +170,7 @@ def retried(act: Callable[[], object]) -> None:
         try:
             act()
             return
-        except (OSError, Fault):
+        except (OSError, AgentError):
             time.sleep(pause)
     act()
 
@@ -179,8 +179,8 @@ RETRIES = [0.1, 1.0]
 """Seconds between the attempts of `retried`, for a briefly full disk or a reloading systemd."""
 
 
-def os_fault(error: OSError, what: str) -> Fault:
-    """Convert an OSError to a Fault; `what` says what failed."""
+def os_error(error: OSError, what: str) -> AgentError:
+    """Convert an OSError to a AgentError; `what` says what failed."""
     remedies = {
         errno.ENOSPC: FULL,
         errno.EDQUOT: FULL,
@@ -188,13 +188,13 @@ def os_fault(error: OSError, what: str) -> Fault:
         errno.EIO: "the disk reports errors: see dmesg and smartctl before anything is written there again",
     }
     kind = "disk" if error.errno in remedies else "step"
-    return Fault(kind, what, str(error), remedies.get(error.errno or 0, "run the same command again"))
+    return AgentError(kind, what, str(error), remedies.get(error.errno or 0, "run the same command again"))
 
 
 def read(path: Path, *, lenient: bool = False) -> Json:
     """Read a JSON object; empty if the file does not exist. Raises OSError if it cannot be read.
 
-    Raises Fault if it is damaged; with `lenient`, return an empty object, for files that the next deploy rewrites.
+    Raises AgentError if it is damaged; with `lenient`, return an empty object, for files that the next deploy rewrites.
     """
     try:
         found = json.loads(path.read_text())
@@ -207,7 +207,7 @@ def read(path: Path, *, lenient: bool = False) -> Json:
     if lenient:
         return {}
     hint = f"look at it; if it is of no use, delete it (rm {path}) and run the same command again"
-    raise Fault("step", f"{path} is damaged: it holds no JSON object", "a disk error, or an edit by hand", hint)
+    raise AgentError("step", f"{path} is damaged: it holds no JSON object", "a disk error, or an edit by hand", hint)
 
 
 def sha256(path: Path) -> str:

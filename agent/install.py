@@ -40,7 +40,7 @@ def keep(layout: Layout) -> None:
 
 
 def prune(layout: Layout) -> None:
-    """Delete unpacked agents older than RECENT that no unit or release links to. Raises Fault."""
+    """Delete unpacked agents older than RECENT that no unit or release links to. Raises AgentError."""
     linked = {
         os.path.realpath(path) for path in (layout.agent, layout.exporter_agent, *layout.releases.glob("*/agent"))
     } | {str(RUNNING)}

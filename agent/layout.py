@@ -10,7 +10,7 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import Fault, Json, read, write
+from agent.files import AgentError, Json, read, write
 
 
 class Layout:
@@ -49,10 +49,10 @@ class Layout:
         self.choice = self.state / "manager.json"  # which manager runs the service
 
     def release(self) -> str:
-        """Return the current release's id; empty if there is none. Raises Fault if `current` is not Hearth's."""
+        """Return the current release's id; empty if there is none. Raises AgentError if `current` is not Hearth's."""
         if not self.current.is_symlink():
             if self.current.exists():
-                raise Fault(
+                raise AgentError(
                     "foreign",
                     f"{self.current} is no link of Hearth's",
                     "something else made it, or it was edited by hand",
@@ -61,7 +61,7 @@ class Layout:
             return ""
         target = self.current.readlink()
         if target.parent != Path("releases") or not read(self.releases / target.name / "release.json", lenient=True):
-            raise Fault(
+            raise AgentError(
                 "foreign",
                 f"{self.current} points at {target}, which is no release of Hearth's",
                 "the release was deleted or damaged, or the link was edited by hand",
@@ -83,7 +83,7 @@ class Layout:
         return [path for path in self.mounts if not os.path.ismount(path)]
 
     def manifest(self, release: str) -> Json:
-        """Return a release's manifest; empty if it does not exist. Raises Fault if it is damaged."""
+        """Return a release's manifest; empty if it does not exist. Raises AgentError if it is damaged."""
         return read(self.releases / release / "release.json")
 
     def owner(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from agent.files import Fault, read_text
+from agent.files import AgentError, read_text
 
 _LOCK = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -19,8 +19,8 @@ _LOCK = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 def flock(path: Path, *, wait: float = 1) -> Iterator[IO[bytes]]:
     """Hold a lock file; yield the file, opened for appending. The kernel releases the lock when the process ends.
 
-    Waits up to `wait` seconds, as `free` holds the lock briefly, then raises Fault. Anyone who can open a file can lock
-    it, so only its owner may; a lock file that others can open is replaced.
+    Waits up to `wait` seconds, as `free` holds the lock briefly, then raises AgentError. Anyone who can open a file can
+    lock it, so only its owner may; a lock file that others can open is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + wait
@@ -37,7 +37,7 @@ def flock(path: Path, *, wait: float = 1) -> Iterator[IO[bytes]]:
                 return
         if time.monotonic() > end:
             hint = f"fuser -v {path}, on the host, shows which; then run the same command again"
-            raise Fault("busy", f"{path} is held by another process", "", hint)
+            raise AgentError("busy", f"{path} is held by another process", "", hint)
         time.sleep(0.01)
 
 

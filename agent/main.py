@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
-from agent.files import Fault, Json, os_fault, read, read_text
+from agent.files import AgentError, Json, os_error, read, read_text
 from agent.install import keep
 from agent.layout import Layout
 from agent.processes import confine
@@ -44,7 +44,7 @@ def say(value: object) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run a verb. Return 0; 3 after a Fault, printed as the last line; UNWRITABLE after an OSError."""
+    """Run a verb. Return 0; 3 after a AgentError, printed as the last line; UNWRITABLE after an OSError."""
     verb = argv[0]
     if verb == "confine":  # keeps its environment, which is the command's
         from agent.serve import confine as confinement
@@ -62,18 +62,18 @@ def main(argv: list[str]) -> int:
             line = sys.stdin.buffer.readline()
             # With sudo, the request passes a pipe that the login's other processes can write to.
             if argv[1:] and hashlib.sha256(line).hexdigest() != argv[1]:
-                raise Fault("usage", "the request was replaced on its way", "", "check what else this login runs")
+                raise AgentError("usage", "the request was replaced on its way", "", "check what else this login runs")
             request = json.loads(line)
             layout = Layout(request["site"])
             _answer(verb, layout, request)
             keep(layout)
-    except Fault as fault:
-        say({"fault": fault.report})
+    except AgentError as error:
+        say({"error": error.report})
         return 3
     except BrokenPipeError:
         return 3
     except OSError as error:  # the disk is full, read-only or broken
-        say({"fault": os_fault(error, f"the agent could not {verb}").report})
+        say({"error": os_error(error, f"the agent could not {verb}").report})
         return UNWRITABLE
     return 0
 
@@ -119,7 +119,7 @@ which keeps the others fast."""
 
 
 def _answer(verb: str, layout: Layout, request: Json) -> None:
-    """Run a client verb; print its result as one line of JSON, or one per value of an iterator. Raises Fault."""
+    """Run a client verb; print its result as one line of JSON, or one per value of an iterator. Raises AgentError."""
     if verb in OWN:
         say(OWN[verb](layout, request))
     elif verb in VERBS:
@@ -129,7 +129,7 @@ def _answer(verb: str, layout: Layout, request: Json) -> None:
         for value in answer if isinstance(answer, Iterator) else [answer]:
             say(value)
     else:
-        raise Fault("step", f"the agent has no verb {verb!r}")
+        raise AgentError("step", f"the agent has no verb {verb!r}")
 
 
 def _facts(layout: Layout, request: Json) -> object:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.deletion import remove
-from agent.files import Fault, read, sha256, sync, write
+from agent.files import AgentError, read, sha256, sync, write
 from agent.folders import tree, walk
 from agent.layout import Layout
 
@@ -24,7 +24,7 @@ from agent.layout import Layout
 def stamp(root: Path) -> str:
     """Return a hash over path, size, mtime, mode and link target of all files: cheap, and changed by any edit.
 
-    System calls dominate, so several processes share the folders of a large tree. Raises OSError or Fault.
+    System calls dominate, so several processes share the folders of a large tree. Raises OSError or AgentError.
     """
     found: dict[str, str] = {}
     pending = [""]
@@ -76,7 +76,7 @@ def _stamp_folder(root: Path, folder: str, found: dict[str, str]) -> list[str]:
 def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) -> Callable[[], Any]:
     """Start `work` in a child process; return a function that waits for its result, which is passed as JSON.
 
-    The function raises OSError if the work did, and Fault for other failures or after `seconds` from now.
+    The function raises OSError if the work did, and AgentError for other failures or after `seconds` from now.
     """
     end = time.monotonic() + seconds if seconds else None
     reader, writer = os.pipe()
@@ -102,18 +102,18 @@ def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) 
             if end and not select.select([reader], [], [], max(0, end - time.monotonic()))[0]:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                raise Fault("step", f"{work.__name__} did not end within {seconds:.0f} s", "", "run it again")
+                raise AgentError("step", f"{work.__name__} did not end within {seconds:.0f} s", "", "run it again")
             said = pipe.read()
         if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
             why = f"by signal {-code}" if code < 0 else "it could not tell its answer"
             if code == -signal.SIGKILL:
                 why += ": the kernel's, where memory is too little (dmesg tells), or somebody's"
-            raise Fault("step", f"{work.__name__} was ended", why, "run it again; inv doctor")
+            raise AgentError("step", f"{work.__name__} was ended", why, "run it again; inv doctor")
         found = json.loads(said)
         if "errno" in found:
             raise OSError(found["errno"], found["error"].partition("] ")[2] or found["error"])
         if "error" in found:
-            raise Fault("step", f"{work.__name__} failed", found["error"])
+            raise AgentError("step", f"{work.__name__} failed", found["error"])
         return found["answer"]
 
     return answer
@@ -172,7 +172,7 @@ def contents(root: Path) -> dict[str, str]:
 def part(layout: Layout, name: str) -> Iterator[Path]:
     """Create a part: yield an empty folder to fill, then seal it and rename it into place, replacing an existing one.
 
-    A sealed part is read-only; PART.json contains its stamp. Raises Fault or OSError.
+    A sealed part is read-only; PART.json contains its stamp. Raises AgentError or OSError.
     """
     place = layout.parts / name
     layout.parts.mkdir(parents=True, exist_ok=True)
@@ -213,18 +213,18 @@ def _seal(path: Path, mode: int) -> None:
         os.close(place)
 
 
-def fault_of(place: Path) -> str:
+def damage_of(place: Path) -> str:
     """Return a part's damage; empty if it is intact."""
     try:
         record = read(place / "PART.json")
         if not record:
             return "it was never finished"
         whole = record.get("stamp") == stamp(place)
-    except (OSError, Fault) as error:
+    except (OSError, AgentError) as error:
         return f"it cannot be read: {error}"
     return "" if whole else "it was changed after it was made"
 
 
-def faults_of(places: list[Path]) -> dict[str, str]:
+def damages_of(places: list[Path]) -> dict[str, str]:
     """Return the damage of each part, by name."""
-    return {place.name: fault_of(place) for place in places}
+    return {place.name: damage_of(place) for place in places}

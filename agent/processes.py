@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
-from agent.files import FULL, Fault, read_some, read_text
+from agent.files import FULL, AgentError, read_some, read_text
 
 
 def started(pid: int) -> str:
@@ -62,7 +62,7 @@ def confine() -> None:
 def run(
     argv: list[str], env: dict[str, str] | None = None, timeout: float = 3600, *, inherit: bool = True, **more: Any
 ) -> str:
-    """Run a program and return its output. Raises Fault with its last lines if it fails.
+    """Run a program and return its output. Raises AgentError with its last lines if it fails.
 
     `env` is added to `inherited()`, or replaces it if `inherit` is False; `more` is passed to subprocess.Popen. After
     `timeout` seconds the program and its process group are killed.
@@ -79,13 +79,13 @@ def run(
                 raise
     except subprocess.TimeoutExpired as error:
         hint = "run the same command again; look at the host's load and network when that does not help"
-        raise Fault("step", f"{' '.join(argv[:3])} did not end within {timeout:.0f} s", "", hint) from error
+        raise AgentError("step", f"{' '.join(argv[:3])} did not end within {timeout:.0f} s", "", hint) from error
     except OSError as error:
-        raise Fault("step", f"{argv[0]} could not be run", str(error)) from error
+        raise AgentError("step", f"{argv[0]} could not be run", str(error)) from error
     if process.returncode:
         tail = "\n".join((said or output).strip().splitlines()[-8:])
         full = "No space left" in tail
-        raise Fault("disk" if full else "step", f"{' '.join(argv[:3])} failed", tail, FULL if full else "")
+        raise AgentError("disk" if full else "step", f"{' '.join(argv[:3])} failed", tail, FULL if full else "")
     return output
 
 
@@ -98,14 +98,14 @@ LINE = 2000
 
 
 def last_of(argv: list[str], lines: int) -> list[str]:
-    """Run a program that prints its newest line first; return the last lines, oldest first. Raises Fault."""
+    """Run a program that prints its newest line first; return the last lines, oldest first. Raises AgentError."""
     with tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, env=inherited()
             )
         except OSError as error:
-            raise Fault("step", f"{argv[0]} could not be run", str(error)) from error
+            raise AgentError("step", f"{argv[0]} could not be run", str(error)) from error
         with process:
             assert process.stdout is not None
             raw = process.stdout.read(LOG_BYTES)
@@ -113,7 +113,7 @@ def last_of(argv: list[str], lines: int) -> list[str]:
         if not raw:
             said.seek(0)
             if why := said.read(LINE).decode(errors="replace").strip():
-                raise Fault("step", f"{' '.join(argv[:3])} failed", why)
+                raise AgentError("step", f"{' '.join(argv[:3])} failed", why)
     return [line[:LINE] for line in reversed(raw.decode(errors="replace").splitlines()[:lines])]
 
 
@@ -150,7 +150,7 @@ def take_orphans() -> set[int]:
 
 
 def end_descendants(spared: Collection[int] = (), *, seconds: float = 20) -> None:
-    """Kill all descendants except `spared` (from `take_orphans`). Raises Fault if some do not end within `seconds`.
+    """Kill all descendants except `spared` (from `take_orphans`); raise AgentError if some remain after `seconds`.
 
     Orphans of killed processes become children here and are killed next. A process that forks and exits in a loop is
     gone before its signal but leaves a zombie each time, so repeat until no child has appeared for a while.
@@ -167,7 +167,7 @@ def end_descendants(spared: Collection[int] = (), *, seconds: float = 20) -> Non
         quiet = 0 if left else quiet + 1
         if left and time.monotonic() > end:
             what = f"{len(left)} processes of ComfyUI's do not end"
-            raise Fault(
+            raise AgentError(
                 "step", what, f"some of them: {sorted(left)[:5]}", "look at them on the host; a reboot ends them"
             )
         time.sleep(0 if left else 0.001)

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A manifest of the wheelhouse; `fault` describes the problem of its wheel, and is empty for a verified one."""
+    """A manifest of the wheelhouse; `error` describes the problem of its wheel, and is empty for a verified one."""
 
     manifest: Manifest
-    fault: str
+    error: str
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Wheelhouse:
     def verify(self) -> list[Entry]:
         """Every manifest, with its wheel hashed again."""
         read = [manifests.read(path) for path in sorted(self.folder.glob("*.whl.json"))]
-        return [Entry(each, self._fault(each)) for each in read if each]
+        return [Entry(each, self._error(each)) for each in read if each]
 
-    def _fault(self, manifest: Manifest) -> str:
+    def _error(self, manifest: Manifest) -> str:
         wheel = self.folder / manifest.file
         if not wheel.is_file():
             return "the wheel is missing"
@@ -59,7 +59,7 @@ class Wheelhouse:
 
     def path(self, manifest: Manifest) -> Path:
         """The path of a wheel whose hash matches its manifest; raises SourceError."""
-        if self._fault(manifest):
+        if self._error(manifest):
             words = ["--kernel", manifest.kernel, "--arch", manifest.arch, "--stack", manifest.stack]
             words += ["--python", manifest.python, "--platform", manifest.platform]
             words += ["--profile", manifest.profile] if manifest.profile else []
@@ -94,7 +94,7 @@ class Wheelhouse:
         reasons: list[tuple[Path, str]] = []
         for path in sorted(self.folder.glob("*.whl")):
             entry = entries.get(path.name)
-            if reason := (entry.fault or outdated(entry.manifest)) if entry else "it has no manifest":
+            if reason := (entry.error or outdated(entry.manifest)) if entry else "it has no manifest":
                 reasons.append((path, reason))
         orphans = [path for path in sorted(self.folder.glob("*.whl.json")) if not path.with_suffix("").exists()]
         reasons += [(path, "its wheel is missing") for path in orphans]

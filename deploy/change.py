@@ -169,8 +169,8 @@ def follow(agent: Agent, run: str) -> tuple[str, ...]:
             notes.append(event["text"])
             console.say(console.line(f"   {event['text']}"))
         elif event["event"] == "end":
-            if event["fault"]:
-                raise connection.error_of(event["fault"])
+            if event["error"]:
+                raise connection.error_of(event["error"])
             return tuple(notes)
     raise ConnectError(
         "unreachable",

@@ -68,7 +68,7 @@ class Agent(ABC):
         return f"{self._target.prefix}/state" if self.unpacked else os.devnull
 
     def stream(self, verb: str, **values: Any) -> Iterator[Any]:
-        """Yield the answers as they arrive; raises the error of the agent's fault, or of an early end."""
+        """Yield the answers as they arrive; raises the error of the agent's error, or of an early end."""
         return self._run(verb, values)
 
     def call(self, verb: str, **values: Any) -> Any:
@@ -109,7 +109,7 @@ class Agent(ABC):
             raise self._ended(verb, error.status, error.said) from error
 
     def _parsed(self, line: bytes) -> Any:
-        """Parse one line of the agent; raises the error of a fault."""
+        """Parse one line of the agent; raises the error of a error."""
         try:
             value = json.loads(line)
         except ValueError:
@@ -119,8 +119,8 @@ class Agent(ABC):
                 cause=line[:500].decode(errors="replace").strip(),
                 hint="another program writes to the output: check what the login's shell starts in the background",
             ) from None
-        if isinstance(value, dict) and value.keys() == {"fault"}:
-            raise error_of(value["fault"])
+        if isinstance(value, dict) and value.keys() == {"error"}:
+            raise error_of(value["error"])
         return value
 
     def _ended(self, verb: str, status: int, said: str) -> HearthError:
@@ -152,7 +152,7 @@ def _patience(verb: str, values: Mapping[str, Any]) -> float:
     return SILENT + float(values.get("wait") or 0) + float(values.get("every") or 0)
 
 
-_FAULTS: dict[str, tuple[type[HearthError], str]] = {
+_ERRORS: dict[str, tuple[type[HearthError], str]] = {
     "busy": (BusyError, "busy"),
     "drain": (BusyError, "drain"),
     "gate": (GateError, "unhealthy"),
@@ -166,14 +166,14 @@ _FAULTS: dict[str, tuple[type[HearthError], str]] = {
     "log": (HostError, "log"),
     "usage": (UsageError, "usage"),
 }
-"""The error and its kind for each kind of the agent's faults. All others are steps that failed."""
+"""The error and its kind for each kind of the agent's errors. All others are steps that failed."""
 
 
-def error_of(fault: dict[str, Any]) -> HearthError:
-    """The error for a fault of the agent."""
-    error, kind = _FAULTS.get(fault["kind"], (HostError, "step-failed"))
-    cause = "\n         ".join([*fault["cause"].splitlines(), *(f"| {line}" for line in fault.get("log", []))])
-    return error(kind, fault["what"], cause=cause, hint=fault["hint"])
+def error_of(report: dict[str, Any]) -> HearthError:
+    """The client's exception for an error report of the agent."""
+    error, kind = _ERRORS.get(report["kind"], (HostError, "step-failed"))
+    cause = "\n         ".join([*report["cause"].splitlines(), *(f"| {line}" for line in report.get("log", []))])
+    return error(kind, report["what"], cause=cause, hint=report["hint"])
 
 
 class Local(Agent):

@@ -29,7 +29,7 @@ def named(facts: Facts, name: str) -> dict[str, Any]:
 def rows(found: Facts) -> list[str]:
     """A host's facts, as a table of two columns."""
     gpus = [f"{gpu.name} ({gpu.capability})" for gpu in found.gpus]
-    damaged = [f"{name}: {fault}" for name, fault in found.parts.items() if fault]
+    damaged = [f"{name}: {error}" for name, error in found.parts.items() if error]
     shared = ", shared with the GPU" if any(gpu.unified for gpu in found.gpus) else ""
     cells = [
         ("host", found.hostname),
@@ -65,11 +65,11 @@ def release_rows(found: Facts) -> list[str]:
     order = [found.current, *found.proven]
     for each in sorted(found.releases, key=lambda each: order.index(each["id"]) if each["id"] in order else len(order)):
         damage = {part: found.parts.get(part, "missing") for part in each["parts"].values()}
-        faults = [f"{part}: {fault}" for part, fault in damage.items() if fault]
-        faults += ["its unit or links were changed"] if each["id"] in found.altered else []
+        errors = [f"{part}: {error}" for part, error in damage.items() if error]
+        errors += ["its unit or links were changed"] if each["id"] in found.altered else []
         kernels = ", ".join(f"{name} {version}" for name, version in each["kernels"].items()) or "-"
         proven = "served before" if each["id"] in found.proven else "never healthy"
         mark = "current" if each["id"] == found.current else proven
         stack = f"{each['stack']}, torch {each['torch']}"
-        cells.append((each["id"], each["version"], stack, each["python"], kernels, mark, "; ".join(faults) or "intact"))
+        cells.append((each["id"], each["version"], stack, each["python"], kernels, mark, "; ".join(errors) or "intact"))
     return console.table(("release", "ComfyUI", "stack", "Python", "kernels", "", "parts"), cells)

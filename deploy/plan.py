@@ -133,7 +133,7 @@ def _steps(target: Target, facts: Facts, choice: Choice, wanted: dict[str, Any],
         steps.append(schema.Linger(title, why, undo))
     steps += _people(target, facts)
     steps += _mounts(target, facts)
-    missing = [path for path, fault in facts.places.items() if fault]
+    missing = [path for path, error in facts.places.items() if error]
     if not facts.data:
         title = f"lay out {facts.prefix}"
         steps.append(schema.Folders(title, "some of its folders are missing", f"rm -r {facts.prefix}"))
@@ -233,8 +233,8 @@ def _part_steps(facts: Facts, choice: Choice, wanted: Mapping[str, Any]) -> list
     steps: list[Step] = []
 
     def why(part: str) -> str:
-        fault = facts.parts.get(part, "")
-        return f"{part} is damaged: {fault}" if fault else "the host lacks it"
+        error = facts.parts.get(part, "")
+        return f"{part} is damaged: {error}" if error else "the host lacks it"
 
     if not _holds(facts, part := choice.app_part):
         title, writable = f"make {part}: ComfyUI {choice.application.version}", tuple(choice.application.writable)

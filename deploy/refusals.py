@@ -90,8 +90,8 @@ def not_deployed(target: Target, facts: Facts) -> list[Refusal]:
 def unchangeable(target: Target, facts: Facts, *, force: bool = False) -> list[Refusal]:
     """Reasons against any change of the service; `force` stops it even while another run is in progress."""
     found = [] if force else busy(target, facts)
-    if facts.current_fault:
-        found.append(Refusal("foreign-current", facts.current_fault["what"], facts.current_fault["hint"]))
+    if facts.current_error:
+        found.append(Refusal("foreign-current", facts.current_error["what"], facts.current_error["hint"]))
     if facts.foreign_unit:
         remedy = f"inv adopt --host {target.name} takes it over; or manage it there with systemctl"
         found.append(Refusal("foreign-unit", f"{facts.foreign_unit} is not Hearth's", remedy))
@@ -194,15 +194,15 @@ def storage(target: Target, facts: Facts) -> list[Refusal]:
             remedy = f"umount {shlex.quote(path)} there, or leave out `what` for it"
             what = f"{there.source} is mounted at {path}, and not by Hearth's unit for it"
             found.append(Refusal("foreign-mount", what, remedy))
-        elif wanted.what and there.fault:
-            what = f"{wanted.what} cannot be mounted at {path}: {there.fault}"
+        elif wanted.what and there.error:
+            what = f"{wanted.what} cannot be mounted at {path}: {there.error}"
             found.append(Refusal("unmountable", what, there.remedy))
     coming = tuple(f"{path}/" for path, wanted in host.mounts.items() if wanted.what and not facts.mounts[path].mounted)
-    for path, fault in facts.places.items():
-        made = fault == MISSING and path in host.folders.values()
-        if fault and not made and not f"{path}/".startswith(coming):
+    for path, error in facts.places.items():
+        made = error == MISSING and path in host.folders.values()
+        if error and not made and not f"{path}/".startswith(coming):
             remedy = f"on the host: ls -ld {shlex.quote(path)}; ComfyUI runs as {host.run_as}"
-            found.append(Refusal("unusable-folder", f"{path} {fault}", remedy))
+            found.append(Refusal("unusable-folder", f"{path} {error}", remedy))
     for path, left in facts.data_free.items():
         if left < RESERVE_DATA:
             what = f"{console.size(left)} free for {path}, {console.size(RESERVE_DATA)} needed"

@@ -311,6 +311,6 @@ def audit(_: Context, host: str = "", service: str = "", *, sudo: Sudo, out: Out
         stock = audit.locked()
     found = audit.check(stock, service)
     console.show(audit.summary(found), audit.rows(found), as_json=out.json)
-    if found.fault:
-        raise found.fault
+    if found.error:
+        raise found.error
     return int(bool(found.findings))

@@ -84,7 +84,7 @@ class Upload:
         if "PART.json" in wanted:  # the agent's record of a part
             raise SourceError("unsafe-tree", f"{tree.name} has a file PART.json, which a host would take for its own")
         used = {each["parts"].get(kind) for each in self.facts.releases}
-        there = sorted(name for name, fault in self.facts.parts.items() if name in used and not fault)
+        there = sorted(name for name, error in self.facts.parts.items() if name in used and not error)
         held: dict[str, str] = {}
         for part, listed in self.agent.call("contents", parts=there).items() if there else ():
             held |= {digest: f"{part}/{name}" for name, digest in listed.items()}

@@ -115,14 +115,14 @@ def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tupl
     def inspect(path: Path) -> tuple[ModuleReport, list[str]]:
         elf = Elf(path)
         report = read_module(elf, path.relative_to(folder))
-        faults = [*_code_faults(report, sass, ptx), *_link_faults(elf, report, chain, providers)]
-        return report, [f"{report.name}: {fault}" for fault in faults]
+        errors = [*_code_errors(report, sass, ptx), *_link_errors(elf, report, chain, providers)]
+        return report, [f"{report.name}: {error}" for error in errors]
 
     # Threads, because cuobjdump takes most of the time.
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         found = list(pool.map(inspect, unpack(wheel, Path(folder))))
     reports = tuple(report for report, _ in found)
-    if wrong := [fault for _, faults in found for fault in faults]:
+    if wrong := [error for _, errors in found for error in errors]:
         raise BuildError(
             "inspection",
             f"{wheel.name} is not what was asked for",
@@ -173,7 +173,7 @@ def read_module(elf: Elf, name: Path) -> ModuleReport:
     )
 
 
-def _code_faults(report: ModuleReport, sass: str, ptx: bool) -> Iterator[str]:
+def _code_errors(report: ModuleReport, sass: str, ptx: bool) -> Iterator[str]:
     """Yield the problems of a module's device code; none for a module with host code only."""
     if not report.sass and not report.ptx:
         return
@@ -185,7 +185,7 @@ def _code_faults(report: ModuleReport, sass: str, ptx: bool) -> Iterator[str]:
         yield "holds no PTX, +PTX was asked for"
 
 
-def _link_faults(elf: Elf, report: ModuleReport, chain: Toolchain, providers: Sequence[Elf]) -> Iterator[str]:
+def _link_errors(elf: Elf, report: ModuleReport, chain: Toolchain, providers: Sequence[Elf]) -> Iterator[str]:
     """Yield the problems that would keep a module from loading with its stack."""
     if elf.machine != chain.platform.cpu:
         yield f"is for {elf.machine}, not {chain.platform.cpu}"

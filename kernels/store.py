@@ -57,7 +57,7 @@ def _recipe_inputs(inputs: dict[str, Any]) -> str:
 
 def summary(found: Sequence[Entry]) -> list[dict[str, Any]]:
     """The wheelhouse for JSON: each manifest, with its wheel's problem."""
-    return [{"fault": entry.fault, **msgspec.to_builtins(entry.manifest)} for entry in found]
+    return [{"error": entry.error, **msgspec.to_builtins(entry.manifest)} for entry in found]
 
 
 def rows(found: Sequence[Entry]) -> list[str]:
@@ -68,7 +68,7 @@ def rows(found: Sequence[Entry]) -> list[str]:
             each.manifest.key[:16],
             each.manifest.imported.result,
             each.manifest.smoke.result,
-            each.fault or "verified",
+            each.error or "verified",
         )
         for each in found
     ]

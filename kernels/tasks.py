@@ -93,7 +93,7 @@ def wheels(_: Context, prune: bool = False, *, out: Output) -> int:
             console.say("nothing to prune")
     found = workspace.current().wheelhouse.verify()
     console.show(store.summary(found), store.rows(found), as_json=out.json)
-    return int(any(entry.fault for entry in found))
+    return int(any(entry.error for entry in found))
 
 
 @command(help={"path": "a wheel file"})

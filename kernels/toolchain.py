@@ -114,7 +114,7 @@ def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
     )
 
 
-def faults(stack: Stack, platform: Platform, python: str) -> list[HearthError]:
+def errors(stack: Stack, platform: Platform, python: str) -> list[HearthError]:
     """Return all errors that `describe` would raise, without calling uv to find a Python."""
     found: list[HearthError] = []
     if _known_python(python) is None:

@@ -81,9 +81,9 @@ def metadata(build: Build) -> bytes:
     try:
         Metadata.from_email(text, validate=True)
     except ExceptionGroup as group:
-        faults = "; ".join(str(each) for each in group.exceptions)
+        errors = "; ".join(str(each) for each in group.exceptions)
         raise ConfigError(
-            "config", f"{recipe.path / 'recipe.toml'}: its wheel could not be installed: {faults}"
+            "config", f"{recipe.path / 'recipe.toml'}: its wheel could not be installed: {errors}"
         ) from group
     return text
 

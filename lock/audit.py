@@ -63,7 +63,7 @@ class Audit:
     repositories: int
     advisories: int
     findings: tuple[Finding, ...]
-    fault: AuditError | None
+    error: AuditError | None
 
 
 def locked() -> Stock:
@@ -104,19 +104,19 @@ def _node(name: str, url: str, commit: str, tree: str) -> Repository:
 def check(stock: Stock, service: str = "") -> Audit:
     """Audit a stock. `service` is the address of an OSV service (default: uv's default, OSV itself).
 
-    The curated list is checked first, so its findings remain if the service does not answer; `fault` then has the
+    The curated list is checked first, so its findings remain if the service does not answer; `error` then has the
     error.
     """
     known = advisory.advisories()
     found = [*_bad_repositories(stock, known), *_bad_packages(stock, known)]
-    fault = None
+    failed = None
     try:
         named = {(each.name, each.at, name) for each in found for name in each.ids}
         asked = _vulnerable(stock, service)
         found += [each for each in asked if not any((each.name, each.at, name) in named for name in each.ids)]
     except AuditError as error:
-        fault = error
-    return Audit(len(stock.packages), len(stock.repositories), len(known), tuple(found), fault)
+        failed = error
+    return Audit(len(stock.packages), len(stock.repositories), len(known), tuple(found), failed)
 
 
 def _bad_repositories(stock: Stock, known: Sequence[Advisory]) -> Iterator[Finding]:
@@ -179,8 +179,8 @@ def _project(place: Path, packages: Sequence[tuple[str, str]]) -> None:
 
 
 def summary(found: Audit) -> dict[str, Any]:
-    """An audit for JSON; `fault` is the reason why packages were not looked up."""
-    return {**msgspec.to_builtins(replace(found, fault=None)), "fault": found.fault.what if found.fault else ""}
+    """An audit for JSON; `error` is the reason why packages were not looked up."""
+    return {**msgspec.to_builtins(replace(found, error=None)), "error": found.error.what if found.error else ""}
 
 
 def rows(found: Audit) -> Iterator[str]:
@@ -190,7 +190,7 @@ def rows(found: Audit) -> Iterator[str]:
         yield f"    {'; '.join(text for text in (', '.join(each.ids), each.remedy, each.source) if text)}"
         if each.where:
             yield f"    in {', '.join(each.where)}"
-    by = "not looked up" if found.fault else "by the vulnerability service"
+    by = "not looked up" if found.error else "by the vulnerability service"
     yield (
         f"{len(found.findings)} findings: {found.packages} packages ({by}); packages and {found.repositories} "
         f"repositories by the {found.advisories} entries of known-bad.toml"

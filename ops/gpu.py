@@ -89,7 +89,7 @@ def rows(seen: Mapping[str, Sample]) -> list[str]:
     notes = [f"{name}: job {sample.job} is running" for name, sample in seen.items() if sample.job]
     notes += [f"{name}: the driver lists no GPU" for name, sample in seen.items() if not sample.gpus]
     notes += [f"{name}: GPU {gpu.index} shares the machine's memory" for name, gpu in gpus if gpu.unified]
-    notes += [f"{name}: GPU {gpu.index}: {fault}" for name, gpu in gpus for fault in gpu.faults]
+    notes += [f"{name}: GPU {gpu.index}: {error}" for name, gpu in gpus for error in gpu.errors]
     return text + [""] * bool(notes) + notes
 
 

@@ -128,8 +128,8 @@ def problems(mps: Mps, at: str, *, cuda: bool) -> list[Problem]:
         return [
             Problem(f"MPS is on, and its daemon does not run: {mps.state}", f"inv mps on {at}; or inv mps off {at}")
         ]
-    if mps.fault:
-        return [Problem(f"MPS is on, and {mps.fault}", f"inv mps off {at}, then inv mps on {at}")]
+    if mps.error:
+        return [Problem(f"MPS is on, and {mps.error}", f"inv mps off {at}, then inv mps on {at}")]
     found = [
         Problem(f"MPS server {each.pid} is in state {each.state}", f"inv restart {at}")
         for each in mps.servers

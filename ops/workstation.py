@@ -58,29 +58,29 @@ def look() -> Seen:
         asked = [each for each in asked if each.kernels]
         severity: Severity = "error" if asked else "warning"  # without hosts, a build may not be wanted
         profiles = asked or [each for each in hosts.profiles().values() if each.kernels]
-        faults = {each.arch: _build_faults(each) for each in profiles}
-        builds = _builds(faults, [each for each in missing if each != "ssh"])
-        for arch, each in faults.items():
+        problems = {each.arch: _build_errors(each) for each in profiles}
+        builds = _builds(problems, [each for each in missing if each != "ssh"])
+        for arch, each in problems.items():
             found += [(severity, Problem(f"no local builds for {arch}: {error.what}", error.hint)) for error in each]
-        found += [*_emulators(faults), *_disk()]
+        found += [*_emulators(problems), *_disk()]
     found += _wheels()
     ordered = sorted(set(found), key=lambda each: (each[0] != "error", each[1].what))
     return Seen((f"deploy: {deploys}", f"local builds: {builds}"), tuple(ordered))
 
 
-def _build_faults(profile: Profile) -> list[HearthError]:
+def _build_errors(profile: Profile) -> list[HearthError]:
     """The problems that prevent a build of a profile's kernels here."""
     from kernels import toolchain
 
     arch = known_archs()[profile.arch]
-    return toolchain.faults(find_stack(profile.stack), Platform.parse(arch.platform), arch.python)
+    return toolchain.errors(find_stack(profile.stack), Platform.parse(arch.platform), arch.python)
 
 
-def _builds(faults: Mapping[str, Sequence[HearthError]], missing: Sequence[str]) -> str:
+def _builds(problems: Mapping[str, Sequence[HearthError]], missing: Sequence[str]) -> str:
     """Whether kernels can be built here, for which archs, and what is missing."""
-    able = ", ".join(arch for arch, errors in faults.items() if not errors)
+    able = ", ".join(arch for arch, errors in problems.items() if not errors)
     reasons = [f"{each} is not installed" for each in missing]
-    reasons = reasons or sorted({error.what for errors in faults.values() for error in errors})
+    reasons = reasons or sorted({error.what for errors in problems.values() for error in errors})
     if not reasons:
         return f"yes, for {able}"
     why = f"{'; '.join(reasons)}; {ELSEWHERE}"
@@ -97,8 +97,8 @@ def _emulators(archs: Iterable[str]) -> Iterator[tuple[Severity, Problem]]:
 
 def _wheels() -> Iterator[tuple[Severity, Problem]]:
     for entry in workspace.current().wheelhouse.verify():
-        if entry.fault:
-            yield "error", Problem(f"{entry.manifest.file}: {entry.fault}", "inv build-kernels builds it again")
+        if entry.error:
+            yield "error", Problem(f"{entry.manifest.file}: {entry.error}", "inv build-kernels builds it again")
 
 
 def _disk() -> Iterator[tuple[Severity, Problem]]:

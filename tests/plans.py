@@ -39,7 +39,7 @@ FRESH = Facts(
     gpus=(Gpu("GB10", "12.1", None, True),), driver="580.95", memory=10**11, cores=20, login="d", root=True,
     prefix="/opt/comfyui", writable=True, disk_free=10**11, inodes_free=10**6, mounts={}, places={}, packages={},
     data_free={"/opt/comfyui/data": 10**11}, port_holder={}, user=False, exporter_user=True, members=(), shared=True,
-    rights="", manager="systemd-system", lingers=True, current="", current_fault={}, releases=(), altered=(), proven=(),
+    rights="", manager="systemd-system", lingers=True, current="", current_error={}, releases=(), altered=(), proven=(),
     failed_nodes={}, parts={}, data=False, service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
 )  # fmt: skip
 

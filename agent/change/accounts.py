@@ -15,7 +15,7 @@ from agent.schema.change import Account, Linger, Members, Rights
 
 
 def account(layout: Layout, step: Account, note: Note) -> None:
-    """Create the system users of the units, each with its group, and the members' group. Raises Fault."""
+    """Create the system users of the units, each with its group, and the members' group. Raises AgentError."""
     run(["groupadd", "--force", "--system", layout.group])
     for user in filter(None, (layout.user, layout.exporter)):
         with suppress(KeyError):
@@ -36,7 +36,7 @@ def members(layout: Layout, step: Members, note: Note) -> None:
 
 
 def rights(layout: Layout, step: Rights, note: Note) -> None:
-    """Write the sudoers file for members. Check it first: an invalid file would disable sudo. Raises Fault."""
+    """Write the sudoers file for members. Check it first: an invalid file would disable sudo. Raises AgentError."""
     place = sudoers(layout)
     if not step.text:
         discard(place)

@@ -18,7 +18,7 @@ from typing import Any
 from agent.api import Endpoint
 from agent.change.cutover import LARGEST
 from agent.deletion import remove
-from agent.files import Fault, Json, Note, discard, sync
+from agent.files import AgentError, Json, Note, discard, sync
 from agent.folders import LEVELS, opened, tree
 from agent.journal import Adopted, now
 from agent.layout import DATABASE, SHARING, Layout
@@ -46,7 +46,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def retire(layout: Layout, step: Retire, note: Note) -> None:
-    """Wait for the old installation's jobs, then stop, disable and set aside its units. Raises Fault."""
+    """Wait for the old installation's jobs, then stop, disable and set aside its units. Raises AgentError."""
     drain(Endpoint(("127.0.0.1",), step.port), step.drain, step.force, note)
     record = Adopted(layout)
     known = {event["unit"]["name"] for event in record.events() if event["event"] == "unit"}
@@ -69,7 +69,9 @@ def retire(layout: Layout, step: Retire, note: Note) -> None:
     for each in all_processes():
         if each["place"] == step.path:
             what = f"the old ComfyUI still runs: pid {each['pid']} of {each['user']}"
-            raise Fault("step", what, "no unit that was stopped is its own", "end it, then run the same command again")
+            raise AgentError(
+                "step", what, "no unit that was stopped is its own", "end it, then run the same command again"
+            )
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -199,7 +201,7 @@ def _set_owner(place: int, name: str, user: int, group: int, mode: int, inode: i
 
 
 def _keep_database(layout: Layout, folder: Path, record: Adopted) -> None:
-    """Copy the old ComfyUI's database: a newer version migrates it, and the old one then fails. Raises Fault."""
+    """Copy the old ComfyUI's database: a newer version migrates it, and the old one then fails. Raises AgentError."""
     kept = layout.state / "adopted/database"
     if kept.exists() or not folder.is_dir():
         return
@@ -209,7 +211,7 @@ def _keep_database(layout: Layout, folder: Path, record: Adopted) -> None:
     for name, status in _database(folder).items():
         if status.st_size > LARGEST:
             what = f"{folder / name} is {status.st_size} bytes, and ComfyUI's database never is: at most {LARGEST}"
-            raise Fault("step", what, "", f"look at it, and move it away: mv {folder / name} …")
+            raise AgentError("step", what, "", f"look at it, and move it away: mv {folder / name} …")
         _copy_file(folder, fresh, name)
     record.add("database", folder=str(folder))
     os.sync()
@@ -276,17 +278,17 @@ def _return_database(layout: Layout, folder: Path) -> None:
 
 
 def unadopt(layout: Layout, step: Unadopt, note: Note) -> None:
-    """Undo an adoption, last change first: owners and modes, folders, database, units. Raises Fault."""
+    """Undo an adoption, last change first: owners and modes, folders, database, units. Raises AgentError."""
     record = Adopted(layout)
     stuck: list[str] = []
     for event in reversed(record.events()):
         try:
             _undo(layout, event)
-        except (Fault, OSError) as error:
+        except (AgentError, OSError) as error:
             stuck.append(str(error))
     if stuck:
         hint = "look at them, then run the same command again"
-        raise Fault("step", f"{len(stuck)} things could not be put back", "\n".join(stuck[:20]), hint)
+        raise AgentError("step", f"{len(stuck)} things could not be put back", "\n".join(stuck[:20]), hint)
     shutil.rmtree(layout.state / "adopted", ignore_errors=True)
     record.path.rename(record.path.with_name("adopted.undone.jsonl"))
     sync(layout.state)

@@ -29,7 +29,21 @@ from agent.api import Endpoint, endpoint
 from agent.change.lifecycle import halt
 from agent.change.trial import lacking, run_trial
 from agent.deletion import remove
-from agent.files import Fault, Json, Note, copy, discard, link, os_fault, read, regular, retried, sha256, sync, write
+from agent.files import (
+    AgentError,
+    Json,
+    Note,
+    copy,
+    discard,
+    link,
+    os_error,
+    read,
+    regular,
+    retried,
+    sha256,
+    sync,
+    write,
+)
 from agent.folders import inside
 from agent.layout import DATABASE, Layout
 from agent.parts import as_service
@@ -43,7 +57,10 @@ MOUNTS_SECONDS = 120
 
 
 def cut_over(layout: Layout, step: CutOver, note: Note) -> None:
-    """Replace the current release by the new one, or roll back. Raises Fault if the new release is not in service."""
+    """Replace the current release by the new one, or roll back.
+
+    Raises AgentError if the new release is not in service.
+    """
     run = str(read(layout.pending)["run"])
     record = read(layout.cut)
     if record.get("run") != run:
@@ -60,8 +77,8 @@ def abandon(layout: Layout, run: str, report: Json, note: Note) -> Json:
     step = CutOver("", "", "", drain=0, force=True, to=record["to"], trial="no")
     try:
         Cutover(layout, step, {**record, "was_active": False}, note).revert(report)
-    except Fault as fault:
-        return {**report, "result": "reverted"} if fault.report.get("result") else fault.report
+    except AgentError as error:
+        return {**report, "result": "reverted"} if error.report.get("result") else error.report
 
 
 class Cutover:
@@ -82,19 +99,19 @@ class Cutover:
         write(self.layout.cut, json.dumps(self.record))
 
     def carry_on(self) -> None:
-        """Resume from the recorded phase. Raises Fault if the new release is not in service."""
+        """Resume from the recorded phase. Raises AgentError if the new release is not in service."""
         phase, switched = self.record["phase"], self.layout.release() == self.record["to"]
         if phase == "ended":
-            if self.record.get("fault"):
-                raise _raised(self.record["fault"])
+            if self.record.get("error"):
+                raise _raised(self.record["error"])
             return
         if phase == "reverting" or (phase == "proving" and not switched):  # the disk was too full to record a revert
-            self.revert(self.record.get("fault") or Fault("gate", "the cut-over was interrupted").report)
+            self.revert(self.record.get("error") or AgentError("gate", "the cut-over was interrupted").report)
         if phase not in ("switched", "proving") or not switched:
             try:
                 self.prepare()
                 self.enter("ended" if self.step.trial == "only" else "stopped")
-            except (Fault, OSError):
+            except (AgentError, OSError):
                 if self.record.get("was_active") and not self.manager.status().active:  # stopped by an earlier attempt
                     retried(self.manager.start)
                 raise
@@ -115,7 +132,7 @@ class Cutover:
             gate(self.layout, self.manager, self.layout.manifest(self.record["to"]), self.note)
             self.enter("ended")
         except Exception as error:  # any error must restore the previous release
-            report = error.report if isinstance(error, Fault) else _unexpected(error).report
+            report = error.report if isinstance(error, AgentError) else _unexpected(error).report
             self.revert(report)
         if not self.record["tried"]:
             places = (self.layout.releases / self.record[name] / "proven" for name in ("from", "to"))
@@ -126,7 +143,7 @@ class Cutover:
         """Do everything that is possible while the old release serves. A failure here has stopped nothing."""
         if missing := self.layout.unmounted():
             what = f"{' and '.join(missing)} went away since the plan was made"
-            raise Fault("step", what, "", "mount it there, then run the same command again")
+            raise AgentError("step", what, "", "mount it there, then run the same command again")
         status = self.manager.status()
         self.record = {"was_active": status.active, "was_enabled": status.enabled, **self.record}
         if not self.record["tried"] and self.step.trial != "no":
@@ -147,45 +164,45 @@ class Cutover:
             link(self.way_back, f"releases/{self.record['from']}")
 
     def try_out(self, active: bool) -> None:
-        """Run the trial if it is useful and memory suffices. Raises Fault."""
+        """Run the trial if it is useful and memory suffices. Raises AgentError."""
         if not active and self.step.trial != "only":
             self.note("no trial: nothing is in service that an unhealthy release could interrupt")
         elif short := lacking():
             if self.step.trial == "only":
-                raise Fault("trial", f"there is not enough memory for a trial: {short}", "", "stop ComfyUI's jobs")
+                raise AgentError("trial", f"there is not enough memory for a trial: {short}", "", "stop ComfyUI's jobs")
             self.note(f"no trial, the cut-over alone proves the release: {short}")
         else:
             run_trial(self.layout, self.manager, self.layout.manifest(self.record["to"]), self.note)
 
     def await_mounts(self) -> None:
-        """Wait for late mounts after a boot; systemd would wait without a limit. Raises Fault."""
+        """Wait for late mounts after a boot; systemd would wait without a limit. Raises AgentError."""
         if self.layout.unmounted():
             self.note(f"waiting for {' and '.join(self.layout.unmounted())} to be mounted")
         if not wait_for(lambda: not self.layout.unmounted(), MOUNTS_SECONDS):
             what = f"{' and '.join(self.layout.unmounted())} is not mounted"
-            raise Fault(
+            raise AgentError(
                 "step", what, f"waited for {MOUNTS_SECONDS} s", "mount it there, then run the same command again"
             )
 
     def revert(self, report: Json) -> NoReturn:
-        """Restore the previous release; always raise the Fault that caused the revert.
+        """Restore the previous release; always raise the AgentError that caused the revert.
 
         Each action is retried. Actions that need no disk space come first.
         """
         previous = self.record["from"]
         if self.record["phase"] != "reverting":
-            with suppress(Fault, OSError):
+            with suppress(AgentError, OSError):
                 report = {**report, "log": last_words(self.manager)}
             (self.layout.state / RESERVE).unlink(missing_ok=True)
             with suppress(OSError):  # without a record, carry_on() detects that `current` was reverted
-                retried(lambda: self.enter("reverting", fault=report))
+                retried(lambda: self.enter("reverting", error=report))
         self.note(f"not healthy, going back to {previous or 'no release'}")
         troubles: list[str] = []
 
         def attempt(act: Callable[[], object]) -> None:
             try:
                 retried(act)
-            except (Fault, OSError) as error:
+            except (AgentError, OSError) as error:
                 troubles.append(str(error))
 
         attempt(self.manager.stop)
@@ -194,7 +211,7 @@ class Cutover:
         if self.record.get("copied"):
             try:
                 as_service(self.layout, restore, self.snapshot, self.layout.database.parent)
-            except (Fault, OSError) as error:
+            except (AgentError, OSError) as error:
                 kept = f"{self.snapshot} holds it as it was before the cut-over"
                 troubles.append(f"the database could not be restored: {error}; {kept}")
                 report = {**report, "kept": True}
@@ -210,7 +227,7 @@ class Cutover:
                     old = self.layout.manifest(previous)
                     first_answer(Endpoint.of(old["argv"]), self.manager, old["gate"]["seconds"])
                     back += " and answers"
-                except Fault as error:
+                except AgentError as error:
                     troubles.append(f"release {previous} is back, and does not serve: {error}")
         else:
             attempt(self.manager.uninstall)
@@ -226,37 +243,37 @@ class Cutover:
         elif self.layout.release() != self.record["from"]:
             link(self.layout.current, f"releases/{self.record['from']}")
 
-    def reverted(self, report: Json, back: str, troubles: list[str]) -> Fault:
-        """Record and return the Fault of a revert."""
+    def reverted(self, report: Json, back: str, troubles: list[str]) -> AgentError:
+        """Record and return the AgentError of a revert."""
         what = f"release {self.record['to']} is not healthy"
         if troubles:
             cause = "\n".join([f"{report['what']} ({report['cause']})", *troubles])
-            fault = Fault("step", f"{what}, and going back failed", cause, "inv facts shows how it is")
+            error = AgentError("step", f"{what}, and going back failed", cause, "inv facts shows how it is")
         else:
             cause = "\n".join(filter(None, [report["cause"], back]))
             hint = report["hint"] or "read the log above; inv deploy tries again"
-            fault = Fault("disk" if report["kind"] == "disk" else "gate", f"{what}: {report['what']}", cause, hint)
-            fault.report["result"] = "reverted"
-        fault.report |= {"log": report.get("log", []), "kept": report.get("kept", False)}
+            error = AgentError("disk" if report["kind"] == "disk" else "gate", f"{what}: {report['what']}", cause, hint)
+            error.report["result"] = "reverted"
+        error.report |= {"log": report.get("log", []), "kept": report.get("kept", False)}
         with suppress(OSError):
-            self.enter("ended", fault=fault.report)
-        return fault
+            self.enter("ended", error=error.report)
+        return error
 
 
 RESERVE = "reserve"
 """A file to delete when the disk is full, to free space for the record of a run's result."""
 
 
-def _raised(report: Json) -> Fault:
-    fault = Fault(report["kind"], report["what"], report["cause"], report["hint"])
-    fault.report = report
-    return fault
+def _raised(report: Json) -> AgentError:
+    error = AgentError(report["kind"], report["what"], report["cause"], report["hint"])
+    error.report = report
+    return error
 
 
-def _unexpected(error: Exception) -> Fault:
+def _unexpected(error: Exception) -> AgentError:
     if isinstance(error, OSError):
-        return os_fault(error, "the cut-over could not be carried out")
-    return Fault("gate", f"internal error in Hearth: {error!r}")
+        return os_error(error, "the cut-over could not be carried out")
+    return AgentError("gate", f"internal error in Hearth: {error!r}")
 
 
 # --- the database: run as the service's user -----------------------------------------------------------------------
@@ -269,7 +286,7 @@ LARGEST = 20_000_000_000
 def reserve(source: Path, place: Path) -> None:
     """Reserve disk space for a copy of the database, so that a full disk is detected before anything is stopped.
 
-    Raises Fault if the database exceeds LARGEST: a custom node may have inflated it.
+    Raises AgentError if the database exceeds LARGEST: a custom node may have inflated it.
     """
     with inside(source) as here:
         for name in filter(lambda name: regular(here / name), DATABASE):
@@ -277,7 +294,7 @@ def reserve(source: Path, place: Path) -> None:
                 size = (here / name).lstat().st_size
                 if size > LARGEST:
                     what = f"{source / name} is {size} bytes, and ComfyUI's database never is: at most {LARGEST}"
-                    raise Fault(
+                    raise AgentError(
                         "step", what, "", f"inv stop --force, look at it, and move it away: mv {source / name} …"
                     )
                 descriptor = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from agent.change.trees import compile_command, receive_blob
 from agent.deletion import remove
-from agent.files import Fault, Json, Note, link, read_text, write
+from agent.files import AgentError, Json, Note, link, read_text, write
 from agent.layout import Layout
 from agent.parts import part
 from agent.processes import INDEX, dies_with_parent, inherited, run
@@ -32,7 +32,7 @@ _NEVER_IMPORTED = ("tests", "test", "docs", "examples", "benchmarks")
 
 
 def _refuse_overwritten(environment: Path) -> None:
-    """Raise Fault if two packages install the same module with different contents: the last one overwrites it."""
+    """Raise AgentError if two packages install the same module with different contents: the last one overwrites it."""
     owners: dict[str, tuple[str, str]] = {}
     for record in sorted(environment.glob("lib/python*/site-packages/*.dist-info/RECORD")):
         package = record.parent.name.partition("-")[0].replace("_", "-")
@@ -42,7 +42,7 @@ def _refuse_overwritten(environment: Path) -> None:
                     continue
                 other, held = owners.setdefault(path, (package, digest))
                 if held != digest:
-                    raise Fault(
+                    raise AgentError(
                         "step",
                         f"{other} and {package} both bring {path}, and one has overwritten the other's",
                         "which one a node gets is chance",
@@ -68,7 +68,7 @@ def _configured(python: str) -> dict[str, str]:
     user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     found: dict[str, str] = {}
     for path in (Path("/etc/uv/uv.toml"), user / "uv/uv.toml"):
-        with suppress(Fault, ValueError, LookupError, TypeError, AttributeError):  # skip a file that uv rejects
+        with suppress(AgentError, ValueError, LookupError, TypeError, AttributeError):  # skip a file that uv rejects
             found |= index_settings(json.loads(run([python, "-ISc", code, str(path)]))) if path.exists() else {}
     return found
 
@@ -92,7 +92,10 @@ def index_settings(said: Json) -> dict[str, str]:
 
 
 def env(layout: Layout, step: Env, note: Note) -> None:
-    """Create the virtual environment from the locked list and the kernel wheels, with hashes checked. Raises Fault."""
+    """Create the virtual environment from the locked list and the kernel wheels, with hashes checked.
+
+    Raises AgentError.
+    """
     uv = str(layout.state / "tools" / step.tool)
     # uv hard-links installed files to its cache. In a shared cache, other users could change a part's files.
     own_cache = str(layout.state / "cache/uv")
@@ -107,7 +110,7 @@ def env(layout: Layout, step: Env, note: Note) -> None:
     wheels.mkdir(exist_ok=True)
     for wheel in step.wheels:
         if "/" in wheel.file:
-            raise Fault("step", f"{wheel.file} is no wheel's name", "its manifest was altered", "do not deploy it")
+            raise AgentError("step", f"{wheel.file} is no wheel's name", "its manifest was altered", "do not deploy it")
         link(wheels / wheel.file, receive_blob(layout, wheel.sha256))
     with part(layout, step.part) as place:
         venv = ["--no-config", "venv", "--quiet", "--relocatable", "--no-project", "--python", step.python]
@@ -131,20 +134,20 @@ def env(layout: Layout, step: Env, note: Note) -> None:
         argv += ["--no-cache"] if step.repair else []
         try:
             _run_long([*argv, str(listed)], environment)
-        except Fault as fault:
-            if not step.offline and re.search(_UNTRUSTED, fault.report["cause"], re.IGNORECASE):
+        except AgentError as error:
+            if not step.offline and re.search(_UNTRUSTED, error.report["cause"], re.IGNORECASE):
                 what = "the host does not trust the certificate of the package index, or of a proxy before it"
                 hint = "on the host: add the CA to the system's (update-ca-certificates), and system-certs = true to "
                 hint += "/etc/uv/uv.toml; or deploy from a bundle, which needs no index (inv bundle)"
-                raise Fault("step", what, fault.report["cause"], hint) from None
-            if not step.offline and re.search(_NO_NETWORK, fault.report["cause"], re.IGNORECASE):
-                raise Fault("offline", "the host cannot reach the package index", fault.report["cause"]) from None
+                raise AgentError("step", what, error.report["cause"], hint) from None
+            if not step.offline and re.search(_NO_NETWORK, error.report["cause"], re.IGNORECASE):
+                raise AgentError("offline", "the host cannot reach the package index", error.report["cause"]) from None
             raise
         finally:
             listed.unlink()
         _refuse_overwritten(place)
         # Some packages ship templates and tests that Python cannot parse; those are never imported.
-        with suppress(Fault):
+        with suppress(AgentError):
             run(compile_command(layout, step, place))
     used.unlink()  # sealing the part has synced everything
     shutil.rmtree(wheels)

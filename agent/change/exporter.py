@@ -8,7 +8,7 @@ import subprocess
 import time
 from contextlib import suppress
 
-from agent.files import Fault, Json, Note, discard, link, read, write
+from agent.files import AgentError, Json, Note, discard, link, read, write
 from agent.layout import Layout
 from agent.look.exporter import installed, unit_file
 from agent.processes import run
@@ -20,7 +20,7 @@ SECONDS = 20
 
 
 def exporter(layout: Layout, step: Exporter, note: Note) -> None:
-    """Install the step's exporter, or remove it. On a failure, restore the previous one and raise Fault.
+    """Install the step's exporter, or remove it. On a failure, restore the previous one and raise AgentError.
 
     Records the previous exporter first, so that a resumed run restores that one and not the new one.
     """
@@ -31,33 +31,33 @@ def exporter(layout: Layout, step: Exporter, note: Note) -> None:
         put(layout, step.exporter)
         if step.exporter:
             _await_answer(step.exporter["settings"]["port"])
-    except (Fault, OSError) as error:
+    except (AgentError, OSError) as error:
         log = _log(layout)
         what = f"the new exporter of metrics does not run{_restore(layout, before or {})}"
         discard(record)
-        cause = error.report["what"] if isinstance(error, Fault) else str(error)
-        fault = Fault(
+        cause = error.report["what"] if isinstance(error, AgentError) else str(error)
+        error = AgentError(
             "step", what, cause, "ComfyUI is not affected; read the log above, then run the same command again"
         )
-        fault.report["log"] = log
-        raise fault from None
+        error.report["log"] = log
+        raise error from None
     discard(record)
 
 
 def _restore(layout: Layout, before: Json) -> str:
-    """Restore the previous exporter, if any; return a phrase for the message. Raises Fault or OSError."""
+    """Restore the previous exporter, if any; return a phrase for the message. Raises AgentError or OSError."""
     put(layout, before)
     if not before:
         return ""
     try:
         _await_answer(before["settings"]["port"])
-    except Fault:
+    except AgentError:
         return "; the previous one is restored, and does not answer either"
     return "; the previous one is restored"
 
 
 def put(layout: Layout, wanted: Json) -> None:
-    """Install and restart an exporter in the form of `installed`; remove it if empty. Raises Fault or OSError."""
+    """Install and restart an exporter in the form of `installed`; remove it if empty. Raises AgentError or OSError."""
     systemd, unit = Systemd(layout), unit_file(layout)
     name = systemd.exporter_unit
     if not wanted:
@@ -80,7 +80,7 @@ def put(layout: Layout, wanted: Json) -> None:
 
 
 def _await_answer(port: int) -> None:
-    """Wait until the exporter responds to a scrape. Raises Fault."""
+    """Wait until the exporter responds to a scrape. Raises AgentError."""
     end, why = time.monotonic() + SECONDS, ""
     while time.monotonic() < end:
         asked = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
@@ -94,12 +94,12 @@ def _await_answer(port: int) -> None:
         finally:
             asked.close()
         time.sleep(0.2)
-    raise Fault("step", f"127.0.0.1:{port} does not answer a scrape within {SECONDS} s: {why}")
+    raise AgentError("step", f"127.0.0.1:{port} does not answer a scrape within {SECONDS} s: {why}")
 
 
 def _log(layout: Layout) -> list[str]:
     who = "--user-unit" if layout.scope == "user" else "--unit"
     words = ["journalctl", "--no-pager", "--quiet", "--output=cat", "--lines=12", who, Systemd(layout).exporter_unit]
-    with suppress(Fault):
+    with suppress(AgentError):
         return run(words).splitlines()
     return []

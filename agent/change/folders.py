@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import Fault, Note, link, sync, write
+from agent.files import AgentError, Note, link, sync, write
 from agent.folders import branches, opened
 from agent.layout import DATA, SHARED, SHARING, UNUSED, Layout, shared
 from agent.parts import as_service
@@ -19,13 +19,13 @@ from agent.serve.systemd import UNITS
 
 
 def mount(layout: Layout, step: Mount, note: Note) -> None:
-    """Mount a file system with a mount unit: now, at boot, and whenever its device appears. Raises Fault."""
+    """Mount a file system with a mount unit: now, at boot, and whenever its device appears. Raises AgentError."""
     path, unit = Path(step.path), layout.mounts[step.path]
     mounted = os.path.ismount(path)
     path.mkdir(parents=True, exist_ok=True)
     if not mounted and any(os.scandir(path)):
         hint = f"move them away first: ls {path}"
-        raise Fault("step", f"there are files in {path} itself, which the mount would hide", "", hint)
+        raise AgentError("step", f"there are files in {path} itself, which the mount would hide", "", hint)
     write(UNITS / unit, step.text)
     link(UNITS / "multi-user.target.wants" / unit, f"../{unit}")
     if step.what.startswith("/dev/"):
@@ -36,11 +36,11 @@ def mount(layout: Layout, step: Mount, note: Note) -> None:
     if done.returncode:
         tail = run(["journalctl", "--no-pager", "--output=cat", "--lines=5", f"--unit={unit}"])
         hint = "look whether the server or device answers, then run the same command again"
-        raise Fault("step", f"{step.what} cannot be mounted at {path}", tail.strip() or done.stderr.strip(), hint)
+        raise AgentError("step", f"{step.what} cannot be mounted at {path}", tail.strip() or done.stderr.strip(), hint)
 
 
 def folders(layout: Layout, step: Folders, note: Note) -> None:
-    """Create the folders of the prefix. Existing folders, mounts and links are kept. Raises Fault."""
+    """Create the folders of the prefix. Existing folders, mounts and links are kept. Raises AgentError."""
     for folder in (layout.parts, layout.releases, layout.state, layout.incoming):
         folder.mkdir(parents=True, exist_ok=True)
     for folder in (layout.data, *map(Path, layout.elsewhere.values())):
@@ -52,7 +52,7 @@ def folders(layout: Layout, step: Folders, note: Note) -> None:
         place = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             if os.fstat(place).st_uid != os.geteuid() or os.listdir(place):  # noqa: PTH208
-                raise Fault("step", f"{fresh} was replaced while it was being made", "look who may write there")
+                raise AgentError("step", f"{fresh} was replaced while it was being made", "look who may write there")
             os.fchown(place, *layout.sharing())
             os.fchmod(place, 0o750 if layout.user and not layout.public else 0o755)
         finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 from agent.api import endpoint
 from agent.change.exporter import put as put_exporter
 from agent.deletion import SafeDeleter
-from agent.files import Fault, Note, discard, read, read_text, write
+from agent.files import AgentError, Note, discard, read, read_text, write
 from agent.journal import Journal, now
 from agent.layout import Layout
 from agent.locks import flock
@@ -39,7 +39,10 @@ from agent.serve.systemd import UNITS, Systemd, entries
 
 
 def stop(layout: Layout, step: Stop, note: Note) -> None:
-    """Stop ComfyUI when its jobs are done; with `pause` it also stays stopped at boot until resumed. Raises Fault."""
+    """Stop ComfyUI when its jobs are done; with `pause` it also stays stopped at boot until resumed.
+
+    Raises AgentError.
+    """
     manager = manager_of(layout)
     await_jobs(layout, manager, step, note)
     if step.pause:
@@ -64,7 +67,7 @@ def halt(layout: Layout, manager: Manager, *, force: bool) -> None:
 
 
 def end_all(layout: Layout) -> None:
-    """Kill all processes of the service user, even a fork bomb that survives systemd's kill. Raises Fault.
+    """Kill all processes of the service user, even a fork bomb that survives systemd's kill. Raises AgentError.
 
     Without a service user, kill confined processes whose unit or supervisor was killed before it could stop them.
     """
@@ -75,7 +78,7 @@ def end_all(layout: Layout) -> None:
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > end:
             what = f"{len(left)} processes of {layout.user or 'the service'} do not end"
-            raise Fault("step", what, f"the first: {left[:5]}", "look at them on the host; a reboot ends them")
+            raise AgentError("step", what, f"the first: {left[:5]}", "look at them on the host; a reboot ends them")
         time.sleep(0.1)
 
 
@@ -111,11 +114,11 @@ def _confined(pid: int) -> bool:
 
 
 def start(layout: Layout, step: Start, note: Note) -> None:
-    """Start ComfyUI and wait until it responds; with `resume`, also enable it at boot. Raises Fault."""
+    """Start ComfyUI and wait until it responds; with `resume`, also enable it at boot. Raises AgentError."""
     manager = manager_of(layout)
     if missing := layout.unmounted():  # systemd would wait for it without a limit
         what = f"{' and '.join(missing)} went away since the plan was made"
-        raise Fault("step", what, "", "mount it there, then run the same command again")
+        raise AgentError("step", what, "", "mount it there, then run the same command again")
     if step.resume:
         manager.enable()
         discard(layout.paused)
@@ -123,7 +126,7 @@ def start(layout: Layout, step: Start, note: Note) -> None:
 
 
 def restart(layout: Layout, step: Restart, note: Note) -> None:
-    """Stop ComfyUI when its jobs are done, start it, and wait until it responds. Raises Fault."""
+    """Stop ComfyUI when its jobs are done, start it, and wait until it responds. Raises AgentError."""
     manager = manager_of(layout)
     await_jobs(layout, manager, step, note)
     halt(layout, manager, force=step.force)
@@ -131,27 +134,27 @@ def restart(layout: Layout, step: Restart, note: Note) -> None:
 
 
 def await_jobs(layout: Layout, manager: Manager, step: Ending | Set | Unset, note: Note) -> None:
-    """Wait until ComfyUI has no jobs, with the step's `drain` seconds and `force`. Raises Fault on a timeout."""
+    """Wait until ComfyUI has no jobs, with the step's `drain` seconds and `force`. Raises AgentError on a timeout."""
     if manager.status().active:  # else another ComfyUI holds the port
         drain(endpoint(layout), step.drain, step.force, note)
 
 
 def await_answer(layout: Layout, manager: Manager, note: Note) -> None:
-    """Start ComfyUI and wait until it responds. Raises Fault with its log if it does not."""
+    """Start ComfyUI and wait until it responds. Raises AgentError with its log if it does not."""
     began = time.monotonic()
     manager.start()
     try:
         stats = first_answer(endpoint(layout), manager, layout.manifest(layout.release())["gate"]["seconds"])
-    except Fault as fault:
-        fault.report |= {"kind": "silent", "hint": "read the log above; inv rollback returns to the release before"}
-        with suppress(Fault, OSError):
-            fault.report["log"] = last_words(manager)
+    except AgentError as error:
+        error.report |= {"kind": "silent", "hint": "read the log above; inv rollback returns to the release before"}
+        with suppress(AgentError, OSError):
+            error.report["log"] = last_words(manager)
         raise
     note(f"answers after {time.monotonic() - began:.1f} s: ComfyUI {stats['version']}")
 
 
 def withdraw(layout: Layout, step: Withdraw, note: Note) -> None:
-    """Take the current release out of service. It stays on disk for a later deploy or rollback. Raises Fault."""
+    """Take the current release out of service. It stays on disk for a later deploy or rollback. Raises AgentError."""
     manager = manager_of(layout)
     await_jobs(layout, manager, step, note)
     halt(layout, manager, force=step.force)
@@ -183,7 +186,7 @@ def forget_mounts(layout: Layout, step: ForgetMounts, note: Note) -> None:
 
 
 def delete(layout: Layout, step: Delete, note: Note) -> None:
-    """Delete the step's names from the prefix. Raises Fault if something cannot be deleted."""
+    """Delete the step's names from the prefix. Raises AgentError if something cannot be deleted."""
     _sweep([layout.prefix / name for name in step.names], note)
 
 
@@ -192,7 +195,7 @@ RUN = ("agent", "agents", "lock", "pending.json", "runs", "site.json", "submit.l
 
 
 def erase(layout: Layout, step: Erase, note: Note) -> None:
-    """Delete Hearth's state except this run's files, which `vanish` deletes. Raises Fault."""
+    """Delete Hearth's state except this run's files, which `vanish` deletes. Raises AgentError."""
     _sweep([path for path in layout.state.iterdir() if path.name not in RUN], note)
 
 
@@ -208,7 +211,7 @@ def _sweep(paths: list[Path], note: Note) -> None:
         more = [f"and {len(sweep.stuck) - 20} more"] if len(sweep.stuck) > 20 else []
         what = f"{len(sweep.stuck)} things could not be deleted"
         hint = "look at them (lsattr shows what is immutable), then run the same command again"
-        raise Fault("step", what, "\n".join([*sweep.stuck[:20], *more]), hint)
+        raise AgentError("step", what, "\n".join([*sweep.stuck[:20], *more]), hint)
 
 
 def vanish(layout: Layout, journal: Journal) -> None:
@@ -226,7 +229,7 @@ def vanish(layout: Layout, journal: Journal) -> None:
         with suppress(FileNotFoundError):
             (layout.state / "agents").rename(agents)
             sweep.delete(agents)
-        journal.add("end", result="done", fault={})
+        journal.add("end", result="done", error={})
         sweep.delete(layout.state)
         os.sync()
     with suppress(OSError):  # it still contains the data or foreign files

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from agent.api import endpoint, unload
-from agent.files import Fault, Note, meminfo, read_text
+from agent.files import AgentError, Note, meminfo, read_text
 from agent.layout import Layout
 from agent.look.gpu import gpus
 from agent.look.samples import running_job
@@ -19,7 +19,7 @@ CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 def free(layout: Layout, wait: float) -> Freed:
-    """Ask ComfyUI to unload its models and clear cached results, and wait up to `wait` seconds. Raises Fault.
+    """Ask ComfyUI to unload its models and clear cached results, and wait up to `wait` seconds. Raises AgentError.
 
     It does so at once or after the running job (main.py, prompt_worker). `freed` is false if that job is still running.
     """
@@ -33,7 +33,7 @@ def free(layout: Layout, wait: float) -> Freed:
                 return Freed(False, job, before, held(layout))
             time.sleep(0.25)
     except (OSError, ValueError) as error:
-        raise Fault(
+        raise AgentError(
             "step", "ComfyUI does not answer, and keeps its memory", str(error), "inv status shows how it is"
         ) from error
     return Freed(True, job, before, _settled(layout, before))
@@ -70,14 +70,14 @@ def _sum(each: Held) -> int:
 
 
 def drop_caches(layout: Layout, step: DropCaches, note: Note) -> None:
-    """Write dirty pages to disk, then drop the kernel's caches. Raises Fault."""
+    """Write dirty pages to disk, then drop the kernel's caches. Raises AgentError."""
     before = meminfo()
     os.sync()  # dirty pages cannot be dropped
     try:
         CACHES.write_text("3\n")  # page cache, dentries and inodes (proc(5))
     except OSError as error:
         hint = "a container has no say in this: do it on the machine itself"
-        raise Fault("step", "the kernel does not let its cache be dropped", str(error), hint) from error
+        raise AgentError("step", "the kernel does not let its cache be dropped", str(error), hint) from error
     after = meminfo()
     for what, name in (("the page cache", "Cached"), ("available memory", "MemAvailable")):
         note(f"{what}: {_gb(before[name])} before, {_gb(after[name])} after")

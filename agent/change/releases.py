@@ -38,7 +38,7 @@ def release(layout: Layout, step: Release, note: Note) -> None:
 
 
 def serve(layout: Layout, step: Serve, note: Note) -> None:
-    """Install, enable and start the current release's unit, and check its health. Raises Fault."""
+    """Install, enable and start the current release's unit, and check its health. Raises AgentError."""
     manager = manager_of(layout)
     manager.install()
     manager.start()
@@ -47,7 +47,7 @@ def serve(layout: Layout, step: Serve, note: Note) -> None:
 
 
 def prune(layout: Layout, step: Prune, note: Note) -> None:
-    """Delete old releases, unused parts and agents, used blobs and old journals. Raises Fault."""
+    """Delete old releases, unused parts and agents, used blobs and old journals. Raises AgentError."""
     current = layout.release()
     for path in layout.releases.glob("*"):
         if path.name not in (*step.keep, current):

@@ -39,7 +39,7 @@ from agent.change.settings import apply_setting, undo_settings
 from agent.change.trees import app, node, tool
 from agent.change.trial import trial_of
 from agent.deletion import SafeDeleter
-from agent.files import Fault, Json, Note, append, cut, os_fault, read, remove_drafts, retried, sha256, sync, write
+from agent.files import AgentError, Json, Note, append, cut, os_error, read, remove_drafts, retried, sha256, sync, write
 from agent.install import install
 from agent.journal import Journal, busy, events, history, now
 from agent.layout import Layout
@@ -85,7 +85,7 @@ STEPS: dict[str, Callable[[Layout, Any, Note], None]] = {
 
 
 def submit(layout: Layout, plan: Json) -> Json:
-    """Accept a plan and start applying it. Raises Fault if another run is in progress or the host has changed.
+    """Accept a plan and start applying it. Raises AgentError if another run is in progress or the host has changed.
 
     A plan with a forced stop aborts the run in progress instead.
     """
@@ -94,7 +94,7 @@ def submit(layout: Layout, plan: Json) -> Json:
     try:
         steps = [unpacked(each) for each in plan["steps"]]
     except ValueError as error:
-        raise Fault("usage", "the plan has a step that this agent does not know", str(error)) from error
+        raise AgentError("usage", "the plan has a step that this agent does not know", str(error)) from error
     with flock(layout.state / "submit.lock", wait=SUBMIT_SECONDS):  # held briefly: the first client submits its plan
         ends = any(isinstance(step, Stop) and step.force for step in steps)
         other = busy(layout)
@@ -103,14 +103,14 @@ def submit(layout: Layout, plan: Json) -> Json:
         elif other:
             if not other["alive"]:
                 manager_of(layout).start_apply()  # the applying process was killed and not restarted
-            raise Fault(
+            raise AgentError(
                 "busy",
                 f"a {other['action']} is under way on this host: {other['who']}, since {other['since']}",
                 "",
                 "watch it with inv attach, then run the same command again",
             )
         elif layout.release() != plan["base"] or _missing(layout, steps):
-            raise Fault("busy", "the host was changed since the plan was made", "", "run the same command again")
+            raise AgentError("busy", "the host was changed since the plan was made", "", "run the same command again")
         write(layout.state / "site.json", json.dumps(layout.json))
         install(layout)
         write(layout.state / RESERVE, bytes(RESERVED))
@@ -174,17 +174,17 @@ def apply(layout: Layout) -> None:
             return
         journal = Journal(layout, plan["run"])
         if "result" not in plan:
-            fault = _abandon(layout, plan, journal) if "aborted" in plan else _carry_out(layout, plan, journal)
-            if not fault and plan["steps"][-1]["kind"] == "erase":
+            error = _abandon(layout, plan, journal) if "aborted" in plan else _carry_out(layout, plan, journal)
+            if not error and plan["steps"][-1]["kind"] == "erase":
                 vanish(layout, journal)
                 return
-            plan |= {"result": fault.get("result", "failed") if fault else "done", "fault": fault}
+            plan |= {"result": error.get("result", "failed") if error else "done", "error": error}
             _record(layout, plan)
         _end(layout, plan, journal)
 
 
 def _carry_out(layout: Layout, plan: Json, journal: Journal) -> Json:
-    """Run the remaining steps; return the report of the Fault that ended them, or an empty one."""
+    """Run the remaining steps; return the report of the AgentError that ended them, or an empty one."""
     done = {event["step"] for event in journal.events() if event["event"] == "done"}
     note = _noting(journal)
     for number, step in enumerate(plan["steps"]):
@@ -193,27 +193,29 @@ def _carry_out(layout: Layout, plan: Json, journal: Journal) -> Json:
         try:
             journal.add("step", step=number, title=step["title"])
             STEPS[step["kind"]](layout, unpacked(step), note)
-        except Fault as error:
+        except AgentError as error:
             return error.report
         except OSError as error:
-            return os_fault(error, f"could not {step['title']}").report
+            return os_error(error, f"could not {step['title']}").report
         except Exception as error:  # a bug: a retry would not help
             what = f"could not {step['title']}: internal error in Hearth"
-            return Fault("step", what, repr(error), f"report it, with {journal.path}").report
+            return AgentError("step", what, repr(error), f"report it, with {journal.path}").report
         try:
             journal.add("done", step=number)
         except OSError as error:
-            return os_fault(error, f"done, but it could not be recorded: {step['title']}").report
+            return os_error(error, f"done, but it could not be recorded: {step['title']}").report
     return {}
 
 
 def _abandon(layout: Layout, plan: Json, journal: Journal) -> Json:
     """End a run that a forced stop has aborted; return its report."""
-    report = Fault("step", f"ended by {plan['aborted']}", "", "run the same command again when that is over").report
+    report = AgentError(
+        "step", f"ended by {plan['aborted']}", "", "run the same command again when that is over"
+    ).report
     try:
         return abandon(layout, plan["run"], report, _noting(journal))
-    except (Fault, OSError) as error:
-        return Fault("step", report["what"], f"what it did could not be undone: {error}", "inv facts").report
+    except (AgentError, OSError) as error:
+        return AgentError("step", report["what"], f"what it did could not be undone: {error}", "inv facts").report
 
 
 def _noting(journal: Journal) -> Note:
@@ -252,15 +254,15 @@ def _end(layout: Layout, plan: Json, journal: Journal) -> None:
     """Record the result of a run once and delete its files; the plan last, so that the next apply() can resume."""
     names = ("run", "who", "key", "action", "release", "base")
     asked: Json = {name: plan.get(name, "") for name in names}
-    line: Json = {"at": now(), "result": plan["result"], **asked, "error": plan["fault"].get("what", "")}
+    line: Json = {"at": now(), "result": plan["result"], **asked, "error": plan["error"].get("what", "")}
     (layout.state / RESERVE).unlink(missing_ok=True)
     with suppress(OSError):  # a full disk must not keep the run from ending
         if not any(each.get("run") == plan["run"] for each in history(layout)):
             append(layout.history, line)
     with suppress(OSError):
         if not any(event["event"] == "end" for event in journal.events()):
-            journal.add("end", result=plan["result"], fault=plan["fault"])
-    if not plan["fault"].get("kept"):
+            journal.add("end", result=plan["result"], error=plan["error"])
+    if not plan["error"].get("kept"):
         for _ in range(2):  # one retry; leftovers waste only space
             SafeDeleter().delete(layout.state / f"database-{plan['run']}")
     _clear(layout)
@@ -278,7 +280,10 @@ def _clear(layout: Layout) -> None:
 
 
 def follow(layout: Layout, run_id: str) -> Iterator[Json]:
-    """Yield the events of a run up to its end. The journal stays open: a run may end by deleting it. Raises Fault."""
+    """Yield the events of a run up to its end. The journal stays open: a run may end by deleting it.
+
+    Raises AgentError.
+    """
     journal = Journal(layout, run_id).path
     rest, quiet, gone, idle = b"", 0.0, False, 0
     with ExitStack() as stack:
@@ -287,7 +292,7 @@ def follow(layout: Layout, run_id: str) -> Iterator[Json]:
             with suppress(FileNotFoundError):
                 held = held or stack.enter_context(journal.open("rb"))
             if held is None and not layout.state.exists():
-                yield {"event": "end", "result": "done", "fault": {}}  # the run has deleted the state itself
+                yield {"event": "end", "result": "done", "error": {}}  # the run has deleted the state itself
                 return
             whole, _, rest = (rest + held.read() if held is not None else b"").rpartition(b"\n")
             fresh = events(whole.decode(errors="replace"))
@@ -295,17 +300,17 @@ def follow(layout: Layout, run_id: str) -> Iterator[Json]:
             if any(event["event"] == "end" for event in fresh):
                 return
             if gone:
-                raise Fault("step", "the run ended without a record", "the disk may be full", "inv facts shows it")
+                raise AgentError("step", "the run ended without a record", "the disk may be full", "inv facts shows it")
             quiet = 0.0 if fresh else quiet + 0.1
             if quiet > 10:
                 gone = read(layout.pending).get("run") != run_id  # read once more: its last line may be new
                 idle = idle + 1 if not gone and free(layout.lock) else 0
                 if idle > 3:
                     hint = "mend what the log shows, then inv attach: it is started again, and goes on"
-                    fault = Fault("step", "what applies the plan ends each time it is started", "", hint)
-                    with suppress(Fault):  # the systemd journal may not be readable
-                        fault.report["log"] = manager_of(layout).apply_log()
-                    raise fault
+                    error = AgentError("step", "what applies the plan ends each time it is started", "", hint)
+                    with suppress(AgentError):  # the systemd journal may not be readable
+                        error.report["log"] = manager_of(layout).apply_log()
+                    raise error
                 if idle:
                     manager_of(layout).start_apply()
                 yield {"event": "alive"}  # keeps the connection alive
@@ -321,7 +326,7 @@ def receive(layout: Layout, digest: str, size: int, offset: int) -> Json:
     """Write standard input to a blob of `size` bytes, starting at `offset`; return the bytes received so far (`size`).
 
     A partial blob stays for the next upload to resume. While another client uploads the same blob, write to a copy.
-    Raises Fault if no data arrives, the blob is damaged, or another run has deleted the file.
+    Raises AgentError if no data arrives, the blob is damaged, or another run has deleted the file.
     """
     signal.signal(signal.SIGALRM, _silent)
     path = layout.incoming / digest
@@ -330,7 +335,7 @@ def receive(layout: Layout, digest: str, size: int, offset: int) -> Json:
         with ExitStack() as stack:
             try:
                 file = stack.enter_context(flock(part))
-            except Fault:
+            except AgentError:
                 other, part = part, layout.incoming / f"{digest}.{os.getpid()}.part"
                 file = stack.enter_context(flock(part))
                 stack.callback(part.unlink, missing_ok=True)
@@ -349,17 +354,20 @@ def receive(layout: Layout, digest: str, size: int, offset: int) -> Json:
             if there >= size:
                 if sha256(part) != digest:
                     part.unlink()
-                    raise Fault("step", "what was sent is damaged", "", "run the same command again")
+                    raise AgentError("step", "what was sent is damaged", "", "run the same command again")
                 part.replace(path)
                 sync(layout.incoming)
     except FileNotFoundError:
         what, hint = "what was sent so far was deleted", "run the same command again"
-        raise Fault("step", what, "another run cleaned up meanwhile", hint) from None
+        raise AgentError("step", what, "another run cleaned up meanwhile", hint) from None
     return {"size": there}
 
 
 def _block() -> bytes:
-    """Read the next block from standard input. Uses an alarm, as `select` does not see buffered data. Raises Fault."""
+    """Read the next block from standard input. Uses an alarm, as `select` does not see buffered data.
+
+    Raises AgentError.
+    """
     signal.alarm(SILENCE)
     try:
         return cast("BufferedReader", sys.stdin.buffer).read1(1 << 20)
@@ -369,4 +377,4 @@ def _block() -> bytes:
 
 def _silent(*_: object) -> None:
     cause = "the client sleeps, or its connection is gone"
-    raise Fault("step", f"nothing came for {SILENCE} seconds", cause, "run the same command again: it resumes")
+    raise AgentError("step", f"nothing came for {SILENCE} seconds", cause, "run the same command again: it resumes")

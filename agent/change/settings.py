@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.change.lifecycle import await_answer, await_jobs
-from agent.files import Fault, Json, Note, discard, write
+from agent.files import AgentError, Json, Note, discard, write
 from agent.journal import Settings
 from agent.layout import Layout
 from agent.processes import run
@@ -180,7 +180,7 @@ def look(layout: Layout, request: Json) -> State:
 def apply_setting(layout: Layout, step: Set, note: Note) -> None:
     """Apply the changes of a setting; with `serves`, stop ComfyUI first and start it afterwards.
 
-    Undoes the whole setting and raises Fault if a change fails or ComfyUI does not respond.
+    Undoes the whole setting and raises AgentError if a change fails or ComfyUI does not respond.
     """
     if step.serves:
         _stop(layout, step, note)
@@ -188,14 +188,16 @@ def apply_setting(layout: Layout, step: Set, note: Note) -> None:
         _apply(layout, step.setting, step.changes)
         if step.serves:
             await_answer(layout, manager_of(layout), note)
-    except (Fault, OSError) as error:
+    except (AgentError, OSError) as error:
         stuck = _undo(layout, step.setting, force=True)
         if step.serves:
             manager_of(layout).stop()
             await_answer(layout, manager_of(layout), note)
         what = f"{step.setting} could not be set, and is undone: {error}"
-        cause = error.report["cause"] if isinstance(error, Fault) else ""
-        raise Fault("step", what, "\n".join([cause, *stuck]).strip(), "mend that, then run the same command") from error
+        cause = error.report["cause"] if isinstance(error, AgentError) else ""
+        raise AgentError(
+            "step", what, "\n".join([cause, *stuck]).strip(), "mend that, then run the same command"
+        ) from error
 
 
 def _apply(layout: Layout, setting: str, changes: Sequence[Json]) -> None:
@@ -214,7 +216,10 @@ def _apply(layout: Layout, setting: str, changes: Sequence[Json]) -> None:
 
 
 def undo_settings(layout: Layout, step: Unset, note: Note) -> None:
-    """Undo settings, last change first. Places edited since are kept and raise Fault, unless `overwrite` is set."""
+    """Undo settings, last change first.
+
+    Places edited since are kept and raise AgentError, unless `overwrite` is set.
+    """
     if step.serves:
         _stop(layout, step, note)
     stuck = [each for name in step.settings for each in _undo(layout, name, force=step.overwrite)]
@@ -222,7 +227,7 @@ def undo_settings(layout: Layout, step: Unset, note: Note) -> None:
         await_answer(layout, manager_of(layout), note)
     if stuck:
         hint = "look at them; --force puts back what was there before Hearth, too"
-        raise Fault(
+        raise AgentError(
             "changed", f"{len(stuck)} things were changed since, and are left as they are", "\n".join(stuck), hint
         )
 
@@ -243,7 +248,7 @@ def _undo(layout: Layout, setting: str, *, force: bool) -> list[str]:
                 put(change["place"], change["old"])
         except FileNotFoundError:
             pass  # a CPU or device that no longer exists
-        except (Fault, OSError) as error:
+        except (AgentError, OSError) as error:
             stuck.append(f"{change['place']}: {error}")
             continue
         record.add("undone", **told)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.deletion import remove
-from agent.files import Fault, Note, copy, os_fault, sha256
+from agent.files import AgentError, Note, copy, os_error, sha256
 from agent.folders import inside, tree
 from agent.layout import Layout
 from agent.parts import as_service, contents, part
@@ -21,16 +21,16 @@ from agent.serve.sandbox import confined_to, sandboxed
 
 
 def receive_blob(layout: Layout, digest: str) -> Path:
-    """Return the path of an uploaded blob. Raises Fault if it is missing or damaged."""
+    """Return the path of an uploaded blob. Raises AgentError if it is missing or damaged."""
     path = layout.incoming / digest
     if not path.exists() or sha256(path) != digest:
         path.unlink(missing_ok=True)
-        raise Fault("step", f"what was sent is damaged: {digest[:12]}", "", "run the same command again")
+        raise AgentError("step", f"what was sent is damaged: {digest[:12]}", "", "run the same command again")
     return path
 
 
 def tool(layout: Layout, step: Tool, note: Note) -> None:
-    """Install the pinned uv for the following steps. Raises Fault."""
+    """Install the pinned uv for the following steps. Raises AgentError."""
     place = layout.state / "tools" / step.name
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def tool(layout: Layout, step: Tool, note: Note) -> None:
 
 
 def app(layout: Layout, step: Tree, note: Note) -> None:
-    """Create the application's tree, or another tree without install.py. Raises Fault."""
+    """Create the application's tree, or another tree without install.py. Raises AgentError."""
     with part(layout, step.part) as place:
         _unpack(layout, step, place)
         run(compile_command(layout, step, place))
@@ -48,7 +48,7 @@ def app(layout: Layout, step: Tree, note: Note) -> None:
 
 
 def _unpack(layout: Layout, step: Tree, place: Path) -> None:
-    """Fill a part with uploaded files and identical files of other parts. Raises Fault if the result differs."""
+    """Fill a part with uploaded files and identical files of other parts. Raises AgentError if the result differs."""
     with tarfile.open(receive_blob(layout, step.blob)) as archive:
         archive.extractall(place)  # trusted archive, checked by hash; 3.10 may lack filters
     for name, source in step.reuse.items():
@@ -58,16 +58,16 @@ def _unpack(layout: Layout, step: Tree, place: Path) -> None:
     for path in tree(place):
         path.chmod(0o755)
     if contents(place) != step.files:
-        raise Fault("step", f"the tree of {step.part} is not the one that was planned", "a part was changed")
+        raise AgentError("step", f"the tree of {step.part} is not the one that was planned", "a part was changed")
 
 
 def node(layout: Layout, step: Node, note: Note) -> None:
-    """Create a custom node's tree. Raises Fault."""
+    """Create a custom node's tree. Raises AgentError."""
     with part(layout, step.part) as place:
         _unpack(layout, step, place)
         if step.install:
             _install(layout, step, place, note)
-        with suppress(Fault):  # some files are not valid Python; ComfyUI reports nodes that fail to import
+        with suppress(AgentError):  # some files are not valid Python; ComfyUI reports nodes that fail to import
             run(compile_command(layout, step, place))
         link_writable(layout, step, place)
 
@@ -130,7 +130,7 @@ sys.stdout.buffer.write(bytes(7))
 
 
 def _install(layout: Layout, step: Node, place: Path, note: Note) -> None:
-    """Run a node's install.py on a copy of its tree in a sandbox; keep the regular files. Raises Fault."""
+    """Run a node's install.py on a copy of its tree in a sandbox; keep the regular files. Raises AgentError."""
     scratch = layout.state / "install"
     room = "/tmp" if layout.scope == "system" else str(scratch)  # noqa: S108  private to the unit
     remove(scratch)
@@ -144,9 +144,9 @@ def _install(layout: Layout, step: Node, place: Path, note: Note) -> None:
         for inner in list(place.iterdir()):
             remove(inner)
         taken_over(raw, place, note)
-    except Fault as fault:
-        cause = fault.report["cause"] or fault.report["what"]
-        fault.report |= {"what": f"the install.py failed: {step.title}", "cause": cause}
+    except AgentError as error:
+        cause = error.report["cause"] or error.report["what"]
+        error.report |= {"what": f"the install.py failed: {step.title}", "cause": cause}
         raise
     finally:
         remove(scratch)
@@ -157,7 +157,7 @@ TAKEN, DEEP = 100_000, 50
 
 
 def taken_over(raw: bytes, place: Path, note: Note) -> None:
-    """Write the regular files of an untrusted tree into an empty folder; `note` the skipped ones. Raises Fault.
+    """Write the regular files of an untrusted tree into an empty folder; `note` the skipped ones. Raises AgentError.
 
     Each entry: name length, content length, kind (0: not a regular file, 1: file, 2: executable), name, content. An
     empty name ends the stream. A custom format avoids the complexity of archive parsers.
@@ -182,9 +182,9 @@ def taken_over(raw: bytes, place: Path, note: Note) -> None:
                     file.write(view[content:at])
                 (place / name).chmod(0o755 if kind == 2 else 0o644)
     except (struct.error, ValueError) as error:
-        raise Fault("step", "what it left is no tree that can be taken over", str(error)) from error
+        raise AgentError("step", "what it left is no tree that can be taken over", str(error)) from error
     except OSError as error:
-        raise os_fault(error, "what it left cannot be taken over") from error
+        raise os_error(error, "what it left cannot be taken over") from error
     if left:
         note(f"not regular files, and left out: {', '.join(left[:10])}")
 

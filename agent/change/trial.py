@@ -20,7 +20,7 @@ from pathlib import Path
 
 from agent.api import Endpoint
 from agent.deletion import SafeDeleter
-from agent.files import Fault, Json, Note, link, meminfo, read, read_some, regular, write
+from agent.files import AgentError, Json, Note, link, meminfo, read, read_some, regular, write
 from agent.folders import branches, inside
 from agent.layout import DATA, Layout
 from agent.look.gpu import gpus
@@ -64,7 +64,7 @@ def trial_of(layout: Layout, manager: Manager) -> Trial:
 
 
 def run_trial(layout: Layout, manager: Manager, release: Json, note: Note) -> None:
-    """Prove a release without touching the current one. Raises Fault of kind `trial` with the trial's log."""
+    """Prove a release without touching the current one. Raises AgentError of kind `trial` with the trial's log."""
     trial = trial_of(layout, manager)
     current = layout.release()
     try:
@@ -73,14 +73,14 @@ def run_trial(layout: Layout, manager: Manager, release: Json, note: Note) -> No
             Endpoint.of(trial.argv), trial, release, trial.argv, lambda text: note(f"trial: {text}"), lambda: None
         )
     except Exception as error:
-        report = error.report if isinstance(error, Fault) else Fault("trial", repr(error)).report
+        report = error.report if isinstance(error, AgentError) else AgentError("trial", repr(error)).report
         still = f"release {current} stays in service: nothing was stopped" if current else "nothing was in service"
-        fault = Fault("trial", f"release {release['id']} failed its trial: {report['what']}")
-        fault.report["cause"] = "\n".join(filter(None, [report["cause"], still]))
-        fault.report["hint"] = report["hint"] or "read the log above; inv deploy tries again"
-        with suppress(Fault, OSError):
-            fault.report["log"] = trial.log(25)
-        raise fault from error
+        error = AgentError("trial", f"release {release['id']} failed its trial: {report['what']}")
+        error.report["cause"] = "\n".join(filter(None, [report["cause"], still]))
+        error.report["hint"] = report["hint"] or "read the log above; inv deploy tries again"
+        with suppress(AgentError, OSError):
+            error.report["log"] = trial.log(25)
+        raise error from error
     finally:
         trial.clear()
     say_changed_types(read(layout.releases / current / "proven", lenient=True), proof, note)
@@ -131,12 +131,12 @@ class Trial:
     def prepare(self, release: Json, models: Path) -> None:
         """Choose a port and create the scratch data as the service user; `models` is the target of its models link.
 
-        Raises Fault if an earlier trial's files cannot be deleted.
+        Raises AgentError if an earlier trial's files cannot be deleted.
         """
         self.clear()
         if os.path.lexists(self.room):
             what = f"{self.room} could not be deleted: an earlier trial has made too much of it, or a mount"
-            raise Fault("trial", what, "", f"look at it, and delete it: rm -r --one-file-system {self.room}")
+            raise AgentError("trial", what, "", f"look at it, and delete it: rm -r --one-file-system {self.room}")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -150,7 +150,7 @@ class Trial:
         as_service(self.layout, _fill, self.layout.data, self.scratch, inside, models)
 
     def start(self, release: Json) -> None:
-        """Start a release. Raises Fault if a kernel cannot be imported."""
+        """Start a release. Raises AgentError if a kernel cannot be imported."""
         self.prepare(release, self.layout.data / "models")
         self.argv = [self.moved(word) for word in self.argv]
         variables = {name: self.moved(value) for name, value in release["environment"].items()}
@@ -176,7 +176,7 @@ class Trial:
             with suppress(subprocess.TimeoutExpired):
                 self.child.wait(IMPORT_SECONDS)
             if self.child.poll() != 0:
-                raise Fault("gate", "a kernel of the release cannot be imported", " ".join(check[1:]))
+                raise AgentError("gate", "a kernel of the release cannot be imported", " ".join(check[1:]))
         self.child = spawn([*self.confined(release), *self.argv])
 
     def stop(self) -> None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
-from agent.files import Fault, Json, read, read_text, write
+from agent.files import AgentError, Json, read, read_text, write
 from agent.folders import mounts
 from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
 from agent.layout import DATA, Layout
@@ -23,7 +23,7 @@ from agent.look.machine import nvidia, os_release, packages, pythons
 from agent.look.ports import port_holder
 from agent.look.prefix import prefix_state
 from agent.look.storage import folder_problem, free_bytes, mount_state, shares, traps, unused
-from agent.parts import faults_of, forked
+from agent.parts import damages_of, forked
 from agent.schema.facts import Ended, Facts, Paused, Report, Service
 from agent.schema.live import GpuState
 from agent.serve.confine import abi as landlock
@@ -40,13 +40,13 @@ def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: floa
     """Return the state of this host. `ask` lists the Python versions, mounts, folders and Debian packages to check.
 
     `devices` are its GPUs (`ours`). Parts verified within the last `verified` seconds are not verified again. Blocks on
-    a mount whose server is down: call `answering` first. Raises Fault.
+    a mount whose server is down: call `answering` first. Raises AgentError.
     """
-    current, fault = "", Report()
+    current, problem = "", Report()
     try:
         current = layout.release()
-    except Fault as error:
-        fault = cast("Report", error.report)
+    except AgentError as error:
+        problem = cast("Report", error.report)
     manifests = [read(path, lenient=True) for path in sorted(layout.releases.glob("*/release.json"))]
     parts = _parts(layout, verified)
     place = next(path for path in [layout.prefix, *layout.prefix.parents] if path.exists())
@@ -103,7 +103,7 @@ def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: floa
         manager=manager.name if here else "none",
         lingers=manager.name != "process" or not user_systemd() or Supervised(layout).enabled.exists(),
         current=current,
-        current_fault=fault,
+        current_error=problem,
         releases=tuple(each for each in manifests if each),
         altered=tuple(each["id"] for each in manifests if each and altered(layout, each)),
         proven=tuple(_proven(layout, runs)),
@@ -126,7 +126,7 @@ takes milliseconds; a disk that spins up or an automount takes up to ten seconds
 
 
 def answering(layout: Layout, ask: Json, seconds: float) -> None:
-    """Raise Fault if a folder does not respond in time: stat() on a mount whose server is down blocks indefinitely."""
+    """Raise AgentError if a folder does not respond in time: stat() on a mount whose server is down blocks."""
     inside = (each["point"] for each in mounts() if each["point"].startswith(f"{layout.prefix}/"))
     places = sorted({*ask["mounts"], *ask["places"], *inside})
     children = {place: subprocess.Popen(["stat", "-f", place], stdout=-3, stderr=-3) for place in places}
@@ -140,7 +140,9 @@ def answering(layout: Layout, ask: Json, seconds: float) -> None:
             dead.append(place)
     if dead:
         remedy = "on the host: umount --lazy it, or wait for its server"
-        raise Fault("storage", f"{', '.join(dead)} does not answer", "its server or its disk is gone, or slow", remedy)
+        raise AgentError(
+            "storage", f"{', '.join(dead)} does not answer", "its server or its disk is gone, or slow", remedy
+        )
 
 
 def _parts(layout: Layout, verified: float) -> Callable[[], dict[str, str]]:
@@ -150,13 +152,13 @@ def _parts(layout: Layout, verified: float) -> Callable[[], dict[str, str]]:
     begun = time.time()
     names = [path.name for path in sorted(layout.parts.glob("[!.]*"))]
     asked = [layout.parts / name for name in names if name not in known]
-    faults = forked(faults_of, asked) if asked else dict
+    errors = forked(damages_of, asked) if asked else dict
 
     def answer() -> dict[str, str]:
-        found: dict[str, str] = dict.fromkeys(names, "") | faults()
+        found: dict[str, str] = dict.fromkeys(names, "") | errors()
         if asked and layout.state.is_dir():
             with suppress(OSError):  # only a cache
-                whole = {name: known.get(name, begun) for name, fault in found.items() if not fault}
+                whole = {name: known.get(name, begun) for name, error in found.items() if not error}
                 write(note, json.dumps(whole))
         return found
 

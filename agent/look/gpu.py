@@ -1,7 +1,7 @@
 """Query NVIDIA GPUs through the driver's library (NVML) with nvidia-ml-py (`import pynvml`).
 
 A query may be unsupported, fail, or return an impossible value. The value is then None, and is listed in the GPU's
-`unsupported` or explained in its `faults`. pynvml is imported only if the driver's library exists, since the import
+`unsupported` or explained in its `errors`. pynvml is imported only if the driver's library exists, since the import
 takes about 20 ms.
 """
 
@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agent.files import Fault, Json, meminfo, read_some, read_text
+from agent.files import AgentError, Json, meminfo, read_some, read_text
 
 UNIFIED = ("12.1",)
 """Compute capabilities of GPUs with unified memory (GB10). NVML does not report their memory, or reports all of the
@@ -25,7 +25,7 @@ _PIDS = 1 << 22  # the kernel's PID_MAX_LIMIT
 
 
 class Nvml:
-    """NVML, initialised until the end of the `with` block. Raises Fault without the library or a driver."""
+    """NVML, initialised until the end of the `with` block. Raises AgentError without the library or a driver."""
 
     def __init__(self) -> None:
         try:
@@ -36,7 +36,7 @@ class Nvml:
             pynvml.nvmlInit()
         except Exception as error:  # OSError or NVMLError, which is unknown before the import
             hint = "on the host: nvidia-smi must list the GPU; install or load the NVIDIA driver"
-            raise Fault("gpu", "the NVIDIA driver's library (NVML) does not answer", str(error), hint) from error
+            raise AgentError("gpu", "the NVIDIA driver's library (NVML) does not answer", str(error), hint) from error
 
     def __enter__(self) -> Nvml:
         return self
@@ -46,21 +46,21 @@ class Nvml:
             self._nvml.nvmlShutdown()
 
     def gpus(self) -> list[Json]:
-        """Return the current state of all GPUs. Raises Fault if the driver does not report their number."""
+        """Return the current state of all GPUs. Raises AgentError if the driver does not report their number."""
         try:
             count = _within(self._nvml.nvmlDeviceGetCount(), 1000)
         except (self._nvml.NVMLError, ValueError) as error:
-            raise Fault("gpu", "the NVIDIA driver does not report the number of GPUs", str(error)) from error
+            raise AgentError("gpu", "the NVIDIA driver does not report the number of GPUs", str(error)) from error
         return [_Device(self._nvml, index).report() for index in range(count)]
 
 
 class _Device:
-    """One GPU; each failed query is added to `faults` or `unsupported`."""
+    """One GPU; each failed query is added to `errors` or `unsupported`."""
 
     def __init__(self, nvml: Any, index: int) -> None:
         self.nvml = nvml
         self.index = index
-        self.faults: list[str] = []
+        self.errors: list[str] = []
         self.unsupported: list[str] = []
         self.handle: Any = None
         self.handle = self._get("device", lambda: nvml.nvmlDeviceGetHandleByIndex(index))
@@ -72,11 +72,11 @@ class _Device:
         except self.nvml.NVMLError_NotSupported:
             self.unsupported.append(what)
         except (self.nvml.NVMLError, ValueError) as error:  # ValueError: impossible, or not UTF-8
-            self.faults.append(f"{what}: {error}")
+            self.errors.append(f"{what}: {error}")
         return None
 
     def report(self) -> Json:
-        """Return the GPU's state (see `gpus`). Without a handle, all values are None and `faults` has one entry."""
+        """Return the GPU's state (see `gpus`). Without a handle, all values are None and `errors` has one entry."""
         nvml, handle = self.nvml, self.handle
         queries: dict[str, Callable[[], Any]] = {
             "name": lambda: _text(nvml.nvmlDeviceGetName(handle)),
@@ -114,7 +114,7 @@ class _Device:
             **{what: get(what, query) for what, query in queries.items()},
             "processes": processes,
             "unsupported": self.unsupported,
-            "faults": self.faults,
+            "errors": self.errors,
         }
 
     def _memory(self, capability: str | None) -> tuple[int, int, str]:
@@ -141,11 +141,11 @@ class _Device:
         found: list[Json] = []
         for each in listed:
             if not 0 < each.pid <= _PIDS:
-                self.faults.append(f"{kind} processes: answers process {each.pid}")
+                self.errors.append(f"{kind} processes: answers process {each.pid}")
                 continue
             used = each.usedGpuMemory
             if used is not None and total is not None and used > total:
-                self.faults.append(f"{kind} processes: answers that process {each.pid} holds {used} bytes")
+                self.errors.append(f"{kind} processes: answers that process {each.pid} holds {used} bytes")
                 used = None
             found.append({**process(each.pid), "bytes": used, "kind": kind})
         return found
@@ -160,12 +160,12 @@ def gpus() -> list[Json]:
     and `power_limit` in watts, `clock_sm` and `clock_memory` in MHz, `persistence`, `compute_mode` ("default",
     "prohibited", "exclusive process"), `processes` (see `process`; each with its `bytes` and the `kind` of its work,
     "compute", "graphics" or "mps"). A value that is not reported is None: `unsupported` names those that this GPU does
-    not have, `faults` has a line for each query that failed or returned an impossible value.
+    not have, `errors` has a line for each query that failed or returned an impossible value.
     """
     try:
         with Nvml() as nvml:
             return nvml.gpus()
-    except Fault:
+    except AgentError:
         return []
 
 

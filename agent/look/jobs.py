@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.api import Endpoint, TooLong, ask, checked, endpoint, job, queue, said, seconds_of, unanswered
+from agent.api import Endpoint, TooLongError, ask, checked, endpoint, job, queue, said, seconds_of, unanswered
 from agent.files import Json
 from agent.layout import Layout
 from agent.schema.live import Job
@@ -12,7 +12,7 @@ PATIENCE = 5.0
 
 
 def jobs(layout: Layout, count: int) -> list[Job]:
-    """Return up to `count` finished jobs, then the running and the pending jobs. Raises Fault without a response.
+    """Return up to `count` finished jobs, then the running and the pending jobs. Raises AgentError without a response.
 
     Times are in seconds since 1970. ComfyUI's history is lost when it ends. A long queue is truncated; its last entry
     `+N` counts the rest. A history over the size limit is shortened.
@@ -36,7 +36,7 @@ def _history(place: Endpoint, count: int) -> list[Job]:
     path = f"/history?max_items={count}"
     try:
         history = ask(place, path, seconds=PATIENCE)
-    except TooLong:
+    except TooLongError:
         if count == 1:
             raise
         return _history(place, max(1, count // 8))

@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from agent.api import ask, checked, endpoint
-from agent.files import Fault, Json
+from agent.files import AgentError, Json
 from agent.layout import Layout
 from agent.processes import LOG_BYTES
 from agent.serve.managers import manager_of
@@ -37,13 +37,13 @@ def logs(layout: Layout, request: Json) -> Iterator[Json]:
     """Yield the log, oldest first: `text` with its time `at` (seconds since 1970; None: unknown), and `note`s.
 
     `lines` is the number of last lines (None: all), `since` a time, `grep` a regular expression that is matched
-    without colours; `follow` streams without end. Raises Fault if the log cannot be read.
+    without colours; `follow` streams without end. Raises AgentError if the log cannot be read.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that journalctl is ended, too
     try:
         wanted = re.compile(request["grep"])
     except re.error as error:
-        raise Fault("usage", f"--grep {request['grep']} is no regular expression", str(error)) from None
+        raise AgentError("usage", f"--grep {request['grep']} is no regular expression", str(error)) from None
     manager = manager_of(layout)
 
     def match(text: str) -> bool:
@@ -88,7 +88,7 @@ def _silence(manager: Systemd | Supervised, request: Json) -> str:
         return f"no line matches{since}"
     if isinstance(manager, Supervised):
         return f"nothing was logged{since}" if manager.output.exists() else "nothing was ever logged: it never ran here"
-    with suppress(StopIteration, Fault):
+    with suppress(StopIteration, AgentError):
         first = next(_entries(["journalctl", "--quiet", "--output=json", "--output-fields=MESSAGE"]))
         begin = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(_at(first)))
         return f"the journal has no line of {manager.unit}{since}. It begins at {begin}: what is older was rotated away"
@@ -117,10 +117,10 @@ def _journal(manager: Systemd, request: Json, match: Match) -> Iterator[Json]:
                     break
                 found += _line(entry, match)
             yield from reversed(found)
-    except Fault as fault:
-        if fault.report["kind"] != "log":
+    except AgentError as error:
+        if error.report["kind"] != "log":
             raise
-        yield from _remembered(manager.layout, fault, match)
+        yield from _remembered(manager.layout, error, match)
         return
     if request["follow"]:
         place = ["--no-tail", f"--after-cursor={cursor}"] if cursor else ["--lines=0"]
@@ -150,12 +150,12 @@ def _at(entry: Json) -> float:
 
 
 def _entries(words: list[str], alive: float | None = None) -> Iterator[Json]:
-    """Yield journalctl's entries, and an empty one after `alive` seconds without any. Raises Fault if it fails."""
+    """Yield journalctl's entries, and an empty one after `alive` seconds without any. Raises AgentError if it fails."""
     with tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
         except OSError as error:
-            raise Fault("log", "journalctl could not be run", str(error)) from error
+            raise AgentError("log", "journalctl could not be run", str(error)) from error
         assert process.stdout is not None
         rest = b""
         try:
@@ -177,24 +177,26 @@ def _entries(words: list[str], alive: float | None = None) -> Iterator[Json]:
         said.seek(0)
         why = said.read().decode(errors="replace").strip()
         if process.returncode:
-            raise _fault(why)
+            raise _error(why)
 
 
-def _fault(why: str) -> Fault:
+def _error(why: str) -> AgentError:
     if "timestamp" in why:
-        return Fault("usage", "--since is no time that journalctl takes", why, "such as '2026-11-23 14:00' or '1h ago'")
+        return AgentError(
+            "usage", "--since is no time that journalctl takes", why, "such as '2026-11-23 14:00' or '1h ago'"
+        )
     hint = f"on the host, as root: usermod --append --groups systemd-journal {login()}; then log in again"
-    return Fault("log", f"{login()} cannot read the journal", why, hint)
+    return AgentError("log", f"{login()} cannot read the journal", why, hint)
 
 
-def _remembered(layout: Layout, fault: Fault, match: Match) -> Iterator[Json]:
-    """Yield the last 300 writes from ComfyUI's memory if the journal is not readable. Raises `fault` on failure."""
+def _remembered(layout: Layout, error: AgentError, match: Match) -> Iterator[Json]:
+    """Yield the last 300 writes from ComfyUI's memory if the journal is not readable. Raises `error` on failure."""
     try:
         found = ask(endpoint(layout), "/internal/logs/raw", limit=LOG_BYTES)
         remembered = checked("its log", found, lambda log: "".join(str(each["m"]) for each in log["entries"]))
     except (OSError, ValueError):
-        raise fault from None
-    yield {"note": f"{fault.report['what']}: this is what ComfyUI remembers. {fault.report['hint']}"}
+        raise error from None
+    yield {"note": f"{error.report['what']}: this is what ComfyUI remembers. {error.report['hint']}"}
     for line in remembered.splitlines():
         if match(line):
             yield {"at": None, "text": line}
@@ -211,7 +213,7 @@ def _file(manager: Supervised, request: Json, match: Match) -> Iterator[Json]:
             at = moment(request["since"], time.time())
         except ValueError:
             what = f"--since {request['since']} is no time that is known here"
-            raise Fault("usage", what, "", "such as '2026-11-23 14:00', '10 min ago' or yesterday") from None
+            raise AgentError("usage", what, "", "such as '2026-11-23 14:00', '10 min ago' or yesterday") from None
         marks = [_mark(manager.times.with_name(f"{manager.times.name}.1"), at), _mark(manager.times, at)]
         if marks[1] is not None:
             places = [(manager.output, marks[1])]

@@ -11,7 +11,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from agent.files import Fault, read_some, read_text
+from agent.files import AgentError, read_some, read_text
 from agent.journal import Settings
 from agent.layout import Layout
 from agent.look.gpu import process
@@ -25,7 +25,7 @@ CONTROL = "nvidia-cuda-mps-control"
 
 
 def mps(layout: Layout) -> Mps:
-    """Return the state of MPS, its servers and their clients. Raises Fault if systemctl fails."""
+    """Return the state of MPS, its servers and their clients. Raises AgentError if systemctl fails."""
     unit = f"{layout.service}-mps.service"
     pipes = f"/run/{layout.service}-mps"
     here = Path("/run/systemd/system").is_dir() and layout.scope == "system"
@@ -48,8 +48,8 @@ def mps(layout: Layout) -> Mps:
         return found
     try:
         percent, servers = _ask_all(found.control, pipes, layout)
-    except Fault as fault:
-        return replace(found, fault=f"{fault}: {fault.report['cause']}")
+    except AgentError as error:
+        return replace(found, error=f"{error}: {error.report['cause']}")
     return replace(found, percent=percent, servers=servers)
 
 
@@ -58,7 +58,7 @@ def _environment(pid: int) -> list[bytes]:
 
 
 def _ask_all(control: str, pipes: str, layout: Layout) -> tuple[str, tuple[MpsServer, ...]]:
-    """Return the default active thread percentage and the servers. Raises Fault."""
+    """Return the default active thread percentage and the servers. Raises AgentError."""
 
     def ask(command: str) -> list[str]:
         return _said(control, command, pipes, layout)
@@ -86,7 +86,7 @@ SECONDS, LONGEST = 5, 65_536
 
 
 def _said(control: str, command: str, pipes: str, layout: Layout) -> list[str]:
-    """Send a command as the daemon's user in its unit's sandbox; return the lines of the reply. Raises Fault.
+    """Send a command as the daemon's user in its unit's sandbox; return the lines of the reply. Raises AgentError.
 
     Outside the sandbox, a process of that user would let ComfyUI escape (/proc/PID/root).
     """
@@ -95,6 +95,6 @@ def _said(control: str, command: str, pipes: str, layout: Layout) -> list[str]:
     argv = ["/bin/sh", "-c", 'echo "$1" | "$0"', control, command]
     try:
         said = sandboxed(layout, unit, argv, release, seconds=SECONDS, most=LONGEST).decode(errors="replace")
-    except Fault as fault:
-        raise Fault("step", "the MPS daemon does not answer", fault.report["cause"] or str(fault)) from fault
+    except AgentError as error:
+        raise AgentError("step", "the MPS daemon does not answer", error.report["cause"] or str(error)) from error
     return [line.strip() for line in said.splitlines() if line.strip()]

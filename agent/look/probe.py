@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agent.files import Fault, Json, read_text
+from agent.files import AgentError, Json, read_text
 from agent.layout import DATA, Layout
 from agent.look.facts import STALE, answering
 from agent.look.mps import mps
@@ -29,7 +29,7 @@ LINES = 2000
 
 
 def probe(layout: Layout, request: Json) -> Probed:
-    """Collect the data for the doctor's checks. Slow parts run in parallel child processes. Raises Fault."""
+    """Collect the data for the doctor's checks. Slow parts run in parallel child processes. Raises AgentError."""
     answering(layout, request, STALE)
     manager = manager_of(layout)
     access, log = forked(_access, layout, request["roots"]), forked(_log, layout)
@@ -68,12 +68,12 @@ def _access(layout: Layout, roots: list[str]) -> dict[str, str]:
 
     try:
         return as_service(layout, look, seconds=10) if not layout.user or _known(layout) else {}
-    except Fault as fault:
-        return {str(layout.prefix): fault.report["what"]}
+    except AgentError as error:
+        return {str(layout.prefix): error.report["what"]}
 
 
 def _known(layout: Layout) -> bool:
-    with suppress(Fault, KeyError):
+    with suppress(AgentError, KeyError):
         layout.owner()
         return True
     return False
@@ -94,7 +94,7 @@ def _kernel(layout: Layout) -> Kernel:
 
 def _log(layout: Layout) -> list[list[Any]]:
     """Return the service's last log lines without colours, with times in seconds since 1970 if known."""
-    with suppress(Fault, OSError):
+    with suppress(AgentError, OSError):
         return [[at, re.sub(r"\x1b\[[0-9;]*m", "", line)] for at, line in manager_of(layout).timed_log(LINES)]
     return []
 
@@ -103,7 +103,7 @@ def _result(manager: Manager) -> str:
     """Return systemd's result of the last run: success, exit-code, oom-kill, start-limit-hit, …"""
     if not isinstance(manager, Systemd):
         return ""
-    with suppress(Fault):
+    with suppress(AgentError):
         return run([*manager.ctl, "show", manager.unit, "--property=Result", "--value"]).strip()
     return ""
 
@@ -111,7 +111,7 @@ def _result(manager: Manager) -> str:
 def _oom_kills(manager: Manager) -> int:
     """Return the number of processes killed at the service's memory limit since it was started."""
     if isinstance(manager, Systemd):
-        with suppress(Fault, OSError, StopIteration, ValueError):
+        with suppress(AgentError, OSError, StopIteration, ValueError):
             group = run([*manager.ctl, "show", manager.unit, "--property=ControlGroup", "--value"]).strip()
             events = Path(f"/sys/fs/cgroup{group}/memory.events").read_text().splitlines() if group else []
             return int(next(line.split()[1] for line in events if line.startswith("oom_kill ")))
@@ -120,7 +120,7 @@ def _oom_kills(manager: Manager) -> int:
 
 def _synchronized() -> bool | None:
     """Return whether the clock is synchronised; None if not reported."""
-    with suppress(OSError, Fault):
+    with suppress(OSError, AgentError):
         said = run(["timedatectl", "show", "--property=NTPSynchronized", "--value"], timeout=3).strip()
         return {"yes": True, "no": False}.get(said)
     return None
@@ -161,10 +161,10 @@ def _torch(layout: Layout) -> Json:
         return dict(
             json.loads(sandboxed(layout, release["files"][f"{layout.service}.service"], argv, release, seconds=60))
         )
-    except Fault as fault:
-        return {"fault": fault.report["cause"] or fault.report["what"]}
+    except AgentError as error:
+        return {"error": error.report["cause"] or error.report["what"]}
     except (ValueError, TypeError, KeyError) as error:
-        return {"fault": str(error)}
+        return {"error": str(error)}
 
 
 def _containers() -> Containers:
@@ -172,9 +172,9 @@ def _containers() -> Containers:
     toolkit = ""
     devices: list[str] = []
     if program := shutil.which("nvidia-ctk"):
-        with suppress(OSError, Fault):
+        with suppress(OSError, AgentError):
             toolkit = (re.findall(r"version (\S+)", run([program, "--version"], timeout=5)) or ["?"])[0]
-        with suppress(OSError, Fault):
+        with suppress(OSError, AgentError):
             devices = re.findall(r"nvidia\.com/gpu=\S+", run([program, "cdi", "list"], timeout=5))
     units = (Path(each, "systemd/system/nvidia-cdi-refresh.service") for each in ("/etc", "/usr/lib"))
     return Containers(

@@ -16,7 +16,7 @@ def samples(layout: Layout, every: float, seconds: float | None) -> Iterator[Jso
     """Yield a sample now and then one every `every` seconds for `seconds` (None: no end; 0: one sample).
 
     `time` is this host's in seconds since 1970; `gpus` are those of `agent.look.gpu.gpus` with processes marked by
-    `ours`; `job` is the id of ComfyUI's running job. Raises Fault without NVML.
+    `ours`; `job` is the id of ComfyUI's running job. Raises AgentError without NVML.
     """
     begun = time.monotonic()
     number, asked_again = 0, 0.0

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.api import endpoint, queue, system_stats, takes_connections
-from agent.files import Fault, Json, meminfo
+from agent.files import AgentError, Json, meminfo
 from agent.layout import Layout
 from agent.look.facts import STALE, answering, facts
 from agent.look.gpu import gpus
@@ -23,7 +23,7 @@ VERIFIED = 300
 
 
 def status(layout: Layout, request: Json) -> Glance:
-    """Return facts and current state; recently verified parts are not verified again. Raises Fault."""
+    """Return facts and current state; recently verified parts are not verified again. Raises AgentError."""
     answering(layout, request, STALE)
     return glance(layout, request)
 
@@ -69,14 +69,14 @@ def _disk(path: Path) -> Disk:
     try:
         disk = os.statvfs(path)
     except OSError as error:
-        return Disk(fault=error.strerror or str(error))
+        return Disk(error=error.strerror or str(error))
     files = (disk.f_favail, disk.f_files) if disk.f_files else (None, None)
     return Disk(disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize, *files)
 
 
 def _age(pid: int) -> float | None:
     """Return the seconds since a process was started (proc(5), stat: starttime, the 20th field after the name)."""
-    with suppress(OSError, ValueError, IndexError, Fault):
+    with suppress(OSError, ValueError, IndexError, AgentError):
         ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
         up = float(Path("/proc/uptime").read_text().split()[0])
         return up - ticks / os.sysconf("SC_CLK_TCK")

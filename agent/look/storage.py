@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from agent.files import Fault, Json, read_text, regular
+from agent.files import AgentError, Json, read_text, regular
 from agent.folders import inside, mounts
 from agent.layout import DATABASE, SHARED, SHARING, UNUSED, Layout, shared
 from agent.look.accounts import user_exists
@@ -49,8 +49,8 @@ def mount_state(layout: Layout, path: str, wanted: Json) -> MountState:
     mounted = os.path.ismount(path)
     source = next((each["what"] for each in reversed(mounts()) if each["point"] == path), "")
     unit = read_text(UNITS / layout.mounts[path])
-    fault, remedy = _unmountable(path, wanted["what"], wanted["type"]) if wanted["what"] and not mounted else ("", "")
-    return MountState(mounted, source, unit, fault, remedy)
+    error, remedy = _unmountable(path, wanted["what"], wanted["type"]) if wanted["what"] and not mounted else ("", "")
+    return MountState(mounted, source, unit, error, remedy)
 
 
 def _unmountable(path: str, what: str, kind: str) -> tuple[str, str]:
@@ -80,8 +80,8 @@ def folder_problem(layout: Layout, path: Path, use: str) -> str:
         path, inside = Path(), os.open(path, os.O_PATH)
     try:
         may = not user_exists(layout.user) or as_service(layout, _access, str(path), need, inside, seconds=10)
-    except Fault as fault:
-        return f"cannot be looked at as the service: {fault.report['what']}"
+    except AgentError as error:
+        return f"cannot be looked at as the service: {error.report['what']}"
     return "" if may else f"cannot be {'written' if use == 'write' else 'read'} by the service"
 
 
@@ -100,7 +100,7 @@ def traps(layout: Layout) -> dict[str, str]:
         except OSError as error:
             return {str(folder): f"is refused: {error.strerror}"} if error.errno == errno.ELOOP else {}
 
-    return looked(layout, look, lambda fault: {str(folder): str(fault)})
+    return looked(layout, look, lambda error: {str(folder): str(error)})
 
 
 def looked(layout: Layout, look: Callable[[], T], otherwise: Callable[[Exception], T]) -> T:
@@ -110,7 +110,7 @@ def looked(layout: Layout, look: Callable[[], T], otherwise: Callable[[Exception
         return found
     except KeyError:  # no such group yet
         return look()
-    except (OSError, Fault) as error:
+    except (OSError, AgentError) as error:
         return otherwise(error)
 
 

@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from agent.files import Fault, Json, read_some, read_text
+from agent.files import AgentError, Json, read_some, read_text
 from agent.folders import LEVELS, branches, mounts, real
 from agent.layout import Layout
 from agent.look.ports import port_holder
@@ -313,7 +313,7 @@ def _repository(place: Path) -> Json:
     try:
         found = _as_owner(place, _read_repository, place)
         return {**found, "edited": None if found["edited"] is None else tuple(found["edited"])}
-    except (OSError, Fault):
+    except (OSError, AgentError):
         return {"url": "", "commit": "", "edited": None}
 
 
@@ -376,6 +376,6 @@ def _edited(place: Path, folder: Path, commit: str) -> list[str] | None:
         words += ["--ignore-submodules=all", "--no-renames"]
         try:
             said = run(words, environment, GIT_SECONDS, inherit=False, cwd=place)
-        except Fault:
+        except AgentError:
             return None
     return [line[3:] for line in said.split("\0") if line]

@@ -34,7 +34,7 @@ class Source:
         self._otherwise = otherwise
         self._thread = threading.Thread()
         self._found: list[Metric] | None = None
-        self._fault = ""
+        self._failure = ""
         self._began = self._ended = 0.0
 
     def begin(self) -> None:
@@ -45,7 +45,7 @@ class Source:
             self._thread.start()
 
     def _run(self) -> None:
-        fault = ""
+        failure = ""
         try:
             found = list(self._ask())
             for sample in (sample for metric in found for sample in metric.samples):
@@ -53,10 +53,10 @@ class Source:
                     raise ValueError(f"{sample.name} is {sample.value}")
             self._found = found
         except Exception as error:  # any error: the other sources must continue
-            fault = f"{type(error).__name__}: {error}"
-        if fault != self._fault:  # log changes only
-            print(f"{self.name}: {fault or 'well again'}", file=sys.stderr, flush=True)
-            self._fault = fault
+            failure = f"{type(error).__name__}: {error}"
+        if failure != self._failure:  # log changes only
+            print(f"{self.name}: {failure or 'works again'}", file=sys.stderr, flush=True)
+            self._failure = failure
         self._ended = time.monotonic()
 
     def answer(self, deadline: float) -> tuple[Iterable[Metric], bool, float]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from prometheus_client import ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
-from agent.files import Fault, meminfo, read
+from agent.files import AgentError, meminfo, read
 from agent.journal import DEPLOYS, history, last
 from agent.layout import Layout
 from agent.look.gpu import Nvml
@@ -45,7 +45,7 @@ class Release:
         self._kept = Kept()
 
     def __call__(self) -> Metrics:
-        """Yield the metrics. Raises Fault if `current` is not Hearth's link."""
+        """Yield the metrics. Raises AgentError if `current` is not Hearth's link."""
         if release := self._layout.release():
             place = self._layout.releases / release
             yield self._kept.get(place / "release.json", _info)
@@ -152,11 +152,11 @@ class Gpus:
         self._nvml: Nvml | None = None
 
     def __call__(self) -> Metrics:
-        """Return the metrics. Raises Fault if the driver does not respond and a GPU is needed."""
+        """Return the metrics. Raises AgentError if the driver does not respond and a GPU is needed."""
         try:
             self._nvml = self._nvml or Nvml()
             found = self._nvml.gpus()
-        except Fault:
+        except AgentError:
             self._close()
             if self._needed:
                 raise

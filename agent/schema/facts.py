@@ -123,7 +123,7 @@ class MountState:
     mounted: bool
     source: str  # the mounted device or remote path
     unit: str  # the text of Hearth's own mount unit; empty: none
-    fault: str  # why the wanted file system cannot be mounted; empty: it can
+    error: str  # why the wanted file system cannot be mounted; empty: it can
     remedy: str
 
 
@@ -160,7 +160,7 @@ class Facts:
     manager: str  # what runs services: "systemd-system", "systemd-user", "process" or "none"
     lingers: bool  # false where the login's systemd could run the service if lingering were enabled
     current: str  # id of the release in service; empty: none
-    current_fault: Report  # why `current` is not usable; empty: it is
+    current_error: Report  # why `current` is not usable; empty: it is
     releases: tuple[dict[str, Any], ...]  # manifests of all releases that are kept
     altered: tuple[str, ...]  # ids of releases whose unit or links were changed on disk
     proven: tuple[str, ...]  # ids of releases that passed the health check, latest first

@@ -10,7 +10,7 @@ from agent.schema.facts import Facts, Process
 
 @dataclass(frozen=True)
 class GpuState:
-    """The current state of a GPU. None: listed in `unsupported` or explained in `faults`."""
+    """The current state of a GPU. None: listed in `unsupported` or explained in `errors`."""
 
     index: int
     name: str | None
@@ -33,7 +33,7 @@ class GpuState:
     compute_mode: str | None  # "default", "prohibited" or "exclusive process"
     processes: tuple[Process, ...]
     unsupported: tuple[str, ...]  # values that this GPU does not support
-    faults: tuple[str, ...]  # a line for each failed query or impossible value
+    errors: tuple[str, ...]  # a line for each failed query or impossible value
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Disk:
     total: int = 0
     files_free: int | None = None  # inodes; None: no fixed number
     files: int | None = None  # inodes; None: no fixed number
-    fault: str = ""  # why it cannot be queried
+    error: str = ""  # why it cannot be queried
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Mps:
     limits: dict[str, str] = field(default_factory=dict)  # variables in the daemon's unit
     percent: str = ""  # default thread percentage, as the daemon reports it
     servers: tuple[MpsServer, ...] = ()
-    fault: str = ""  # why the daemon did not answer
+    error: str = ""  # why the daemon did not answer
     service_pid: int = 0  # ComfyUI's; 0: not running
     service_knows: bool = False  # ComfyUI was started with the daemon's pipe directory
 
@@ -213,7 +213,7 @@ class Probe:
     compiler: str = ""  # path of a C compiler; empty: none
     headers: str = ""  # path of Python.h for the release's Python; empty: none
     installed: dict[str, str] = field(default_factory=dict)  # versions of torch's packages in the environment
-    torch: dict[str, Any] = field(default_factory=dict)  # torch's view of CUDA, or its `fault`; empty: ComfyUI answers
+    torch: dict[str, Any] = field(default_factory=dict)  # torch's view of CUDA, or its `error`; empty: ComfyUI answers
     access: dict[str, str] = field(default_factory=dict)  # paths that the service must, but cannot "read" or "write"
     kernel: Kernel = Kernel(True, ())
     log: tuple[tuple[float | None, str], ...] = ()  # the service's last lines with their times, without colours

@@ -74,7 +74,7 @@ def _call(number: int, *words: object) -> int:
     return done
 
 
-class Closed(OSError):
+class ClosedError(OSError):
     """No rule may grant access to this path."""
 
 
@@ -112,7 +112,7 @@ def opened(path: str, writable: Collection[tuple[int, int]], *, make: bool = Fal
             target, links = os.readlink("", dir_fd=inner), links + 1
             os.close(inner)
             if below or links > 40:
-                raise Closed(f"{path}: {name} is a link in what ComfyUI may write")
+                raise ClosedError(f"{path}: {name} is a link in what ComfyUI may write")
             names += target.split("/")[::-1]
             while target.startswith("/") and len(way) > 1:
                 os.close(way.pop()[0])
@@ -151,7 +151,7 @@ def _make(spec: Json) -> None:
     if scratch := os.environ.get("TMPDIR"):
         try:
             os.close(opened(scratch, _identities(_written(spec["write"])), make=True))
-        except Closed as error:
+        except ClosedError as error:
             print(f"not made: {error}", file=sys.stderr)
 
 
@@ -209,8 +209,8 @@ def restrict(spec: Json, version: int) -> None:
                 place = opened(path, writable)
                 real = Path(f"/proc/self/fd/{place}").readlink()
                 if any(each.is_relative_to(real) for each in closed):
-                    raise Closed(f"{path}: the home folder, or what Hearth keeps for itself, is in it")
-            except Closed as error:
+                    raise ClosedError(f"{path}: the home folder, or what Hearth keeps for itself, is in it")
+            except ClosedError as error:
                 print(f"not opened to ComfyUI: {error}", file=sys.stderr)
                 continue
             except (FileNotFoundError, NotADirectoryError, PermissionError):

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from agent.api import Endpoint, ask, checked, endpoint, queue, said, system_stats, unload
 from agent.deletion import remove
-from agent.files import Fault, Json, Note, write
+from agent.files import AgentError, Json, Note, write
 from agent.journal import now
 from agent.layout import PROOF, Layout
 from agent.parts import as_service
@@ -47,8 +47,8 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
     """Wait up to `seconds` until ComfyUI has no jobs. With `force`, return at once; the stop interrupts its jobs.
 
     Only a refused connection means that ComfyUI is not running. A late or invalid response may come from a busy
-    ComfyUI, whose server shares the GIL with its jobs. Raises Fault with the remaining jobs, or the reason why they are
-    unknown.
+    ComfyUI, whose server shares the GIL with its jobs. Raises AgentError with the remaining jobs or the reason why
+    they are unknown.
     """
     if force:
         note("not waiting for jobs (--force): what runs is interrupted")
@@ -68,7 +68,7 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
             ids = ", ".join([*(each["id"] for each in running[:5]), *["..."] * (running.total > 5)])
             found = f"{running.total} running ({ids}), {waiting.total} waiting"
         if time.monotonic() > end:
-            raise Fault(
+            raise AgentError(
                 "drain",
                 f"ComfyUI is still working after {seconds:.0f} s: {found}",
                 "",
@@ -81,7 +81,7 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
 
 
 def gate(layout: Layout, process: Process, release: Json, note: Note) -> None:
-    """Prove that the current release is healthy and store the result in its `proven` file. Raises Fault."""
+    """Prove that the current release is healthy and store the result in its `proven` file. Raises AgentError."""
     proof = prove(Endpoint.of(release["argv"]), process, release, release["argv"], note, clearer(layout, note))
     write(layout.releases / release["id"] / "proven", json.dumps(proof))
 
@@ -99,7 +99,7 @@ def clearer(layout: Layout, note: Note) -> Callable[[], None]:
     def clear() -> None:
         try:
             as_service(layout, remove, layout.folder("output") / PROOF, seconds=20)
-        except (Fault, OSError) as error:
+        except (AgentError, OSError) as error:
             note(f"the proof's folder stays: {error}")
 
     return clear
@@ -113,7 +113,7 @@ def prove(
     note: Note,
     clear: Callable[[], None],
 ) -> Json:
-    """Prove that ComfyUI responds, is the expected release, and generates pictures. Raises Fault.
+    """Prove that ComfyUI responds, is the expected release, and generates pictures. Raises AgentError.
 
     `command` is the command that started it; `clear` deletes the pictures. Returns the time (`at`), the node types
     with their modules (`types`), and the nodes that failed to import with their reasons (`failed_nodes`).
@@ -131,23 +131,25 @@ def prove(
     ]
     for what, found, expected in checks:
         if found != expected:
-            raise Fault("gate", f"{what} is not the release's", f"found {said(found, 2000)}, wanted {expected}")
+            raise AgentError("gate", f"{what} is not the release's", f"found {said(found, 2000)}, wanted {expected}")
     if wanted["cuda"] and "cuda" not in kinds:
-        raise Fault(
+        raise AgentError(
             "gate", "ComfyUI sees no CUDA device", f"it runs on {', '.join(kinds[:5])}", "inv facts shows the GPUs"
         )
     lines = _output(place, process, "Import times for custom nodes:" if release.get("nodes") else "")
     if wanted["attention"]:
         used = next((line.strip() for line in lines if re.search(r"Using .* attention", line)), "nothing it logged")
         if wanted["attention"].lower() not in used.lower():
-            raise Fault("gate", f"the attention in use is not {wanted['attention']}", f"ComfyUI says: {said(used)}")
+            raise AgentError(
+                "gate", f"the attention in use is not {wanted['attention']}", f"ComfyUI says: {said(used)}"
+            )
         note(f"attention: {wanted['attention']}")
     failed = _failed_nodes(
         lines, {*release.get("nodes", ()), *(Path(each).name for each in release.get("develop", ()))}
     )
     for name, reason in failed.items():
         if name in wanted.get("required", ()):
-            raise Fault("gate", f"node {name} cannot be imported, and is required", reason)
+            raise AgentError("gate", f"node {name} cannot be imported, and is required", reason)
         note(f"node {name} cannot be imported: {reason}")
     for turn in ("first", "second"):  # an upstream regression hangs in the second workflow only (ComfyUI#15269)
         _picture(place, process, turn, clear, note)
@@ -161,7 +163,7 @@ def prove(
             },
         )
     except (OSError, ValueError) as error:
-        raise Fault("gate", "ComfyUI does not list its node types", str(error)) from error
+        raise AgentError("gate", "ComfyUI does not list its node types", str(error)) from error
     return {"at": now(), "failed_nodes": failed, "types": types}
 
 
@@ -174,7 +176,7 @@ def _output(place: Endpoint, process: Process, until: str) -> list[str]:
     lines: list[str] = []
     end = time.monotonic() + LOG_SECONDS
     while True:
-        with suppress(Fault, OSError):
+        with suppress(AgentError, OSError):
             lines = process.log(20_000)
         if not lines:  # journal not readable: ComfyUI keeps its last 300 writes
             with suppress(OSError, ValueError):
@@ -223,7 +225,7 @@ def say_changed_types(old: Json, new: Json, note: Note) -> None:
 
 
 def first_answer(place: Endpoint, process: Process, seconds: float) -> Json:
-    """Poll `/system_stats` until ComfyUI responds. Raises Fault if the process dies or `seconds` pass."""
+    """Poll `/system_stats` until ComfyUI responds. Raises AgentError if the process dies or `seconds` pass."""
     end = time.monotonic() + seconds
     restarts = process.status().restarts
     answer = "nothing yet"
@@ -236,10 +238,10 @@ def first_answer(place: Endpoint, process: Process, seconds: float) -> Json:
             pass
         status = process.status()
         if not status.active or status.restarts > restarts:
-            raise Fault("gate", "ComfyUI died while it started", status.state)
+            raise AgentError("gate", "ComfyUI died while it started", status.state)
         if time.monotonic() > end:
             why = f"{status.state}; the last answer at port {place.port}: {answer}"
-            raise Fault("gate", f"ComfyUI does not answer after {seconds:.0f} s", why)
+            raise AgentError("gate", f"ComfyUI does not answer after {seconds:.0f} s", why)
         time.sleep(0.25)
 
 
@@ -248,7 +250,7 @@ WORKFLOW_SECONDS = 120
 
 
 def _picture(place: Endpoint, process: Process, turn: str, clear: Callable[[], None], note: Note) -> None:
-    """Run a workflow without models, fetch its picture, check it and delete it. Raises Fault."""
+    """Run a workflow without models, fetch its picture, check it and delete it. Raises AgentError."""
     started = time.monotonic()
     color = time.time_ns() % (1 << 24)  # unique: the same workflow would be a cache hit, without a file
     inputs = {"width": 64, "height": 64, "batch_size": 1, "color": color}
@@ -264,16 +266,18 @@ def _picture(place: Endpoint, process: Process, turn: str, clear: Callable[[], N
         prompt = said(answer("/prompt", {"prompt": workflow})["prompt_id"])
         while not (done := answer(f"/history/{prompt}").get(prompt)):
             if time.monotonic() - started > WORKFLOW_SECONDS:
-                raise Fault("gate", f"the {turn} workflow without models does not end within {WORKFLOW_SECONDS} s")
+                raise AgentError("gate", f"the {turn} workflow without models does not end within {WORKFLOW_SECONDS} s")
             if not process.status().active:
-                raise Fault("gate", f"ComfyUI died during the {turn} workflow", process.status().state)
+                raise AgentError("gate", f"ComfyUI died during the {turn} workflow", process.status().state)
             time.sleep(0.1)
         (image,) = done["outputs"]["2"]["images"]
         raw = answer(f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Fault("gate", f"the {turn} workflow without models makes no picture", said(repr(error), 500)) from error
+        raise AgentError(
+            "gate", f"the {turn} workflow without models makes no picture", said(repr(error), 500)
+        ) from error
     finally:
         clear()
     if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[16:24] != b"\0\0\0\x40\0\0\0\x40":
-        raise Fault("gate", "the picture that came back is not the one asked for", f"{len(raw)} bytes")
+        raise AgentError("gate", "the picture that came back is not the one asked for", f"{len(raw)} bytes")
     note(f"the {turn} picture came back after {time.monotonic() - started:.1f} s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from agent.files import Fault, Json, read
+from agent.files import AgentError, Json, read
 from agent.layout import Layout
 from agent.schema.facts import Process
 from agent.schema.live import GpuState
@@ -18,8 +18,8 @@ Manager = Systemd | Supervised
 def manager_of(layout: Layout) -> Manager:
     """Return the manager: the system's systemd, the user's if lingering is enabled, or Hearth's supervisor.
 
-    The manager that installed the service stays in charge: two managers would start it twice. Raises Fault if that is
-    the user's systemd and it does not respond.
+    The manager that installed the service stays in charge: two managers would start it twice. Raises AgentError if that
+    is the user's systemd and it does not respond.
     """
     systemd, supervised = Systemd(layout), Supervised(layout)
     if layout.scope == "system":
@@ -35,7 +35,7 @@ def manager_of(layout: Layout) -> Manager:
     if not user_systemd():
         what = f"{login()}'s systemd, which runs {layout.service} here, does not answer"
         cause = f"it ends with {login()}'s last session unless it lingers; its socket is in /run/user/{os.getuid()}"
-        raise Fault(
+        raise AgentError(
             "step", what, cause, f"on the host: loginctl enable-linger {login()}, then run the same command again"
         )
     return systemd

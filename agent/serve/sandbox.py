@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from agent.files import Fault, Json
+from agent.files import AgentError, Json
 from agent.layout import Layout
 from agent.processes import end_descendants, inherited, take_orphans
 from agent.schema.change import Node
@@ -38,11 +38,11 @@ def sandboxed(
     apart: bool = False,
     network: bool = False,
 ) -> bytes:
-    """Run a program with the sandbox settings of `unit` (a unit's text) and return its standard output. Raises Fault.
+    """Run a program with the sandbox settings of `unit` (a unit's text) and return its standard output.
 
     The program and its descendants are killed after `seconds` or after `most` bytes of output. `apart` runs it as a
     transient user who can write only to a private /tmp. `release` provides its `environment` and, without a system
-    unit, its `confined` prefix. Without `network` it has no network access.
+    unit, its `confined` prefix. Without `network` it has no network access. Raises AgentError.
     """
     variables = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}  # not the deploying user's environment
     variables |= {**release["environment"], "PYTHONDONTWRITEBYTECODE": "1"}
@@ -85,7 +85,7 @@ def confined_to(folder: Path, layout: Layout, step: Node) -> list[str]:
 
 
 def _output(command: list[str], variables: dict[str, str], seconds: int, most: int) -> bytes:
-    """Run a command with limits on time and output; return its standard output. Raises Fault."""
+    """Run a command with limits on time and output; return its standard output. Raises AgentError."""
     tail, late = bytearray(), threading.Event()
 
     def listen(pipe: IO[bytes]) -> None:
@@ -126,12 +126,12 @@ def _output(command: list[str], variables: dict[str, str], seconds: int, most: i
                 timer.cancel()
                 timer.join()  # else it could kill the next command's descendants
     except OSError as error:
-        raise Fault("step", f"{command[0]} could not be run", str(error)) from error
+        raise AgentError("step", f"{command[0]} could not be run", str(error)) from error
     if late.is_set():
-        raise Fault("step", f"it did not end within {seconds} s")
+        raise AgentError("step", f"it did not end within {seconds} s")
     if len(said) > most:
-        raise Fault("step", f"it said more than {most} bytes")
+        raise AgentError("step", f"it said more than {most} bytes")
     if process.returncode:
         lines = (bytes(tail) or said[-4000:]).decode(errors="replace").strip().splitlines()
-        raise Fault("step", f"it ended with {process.returncode}", "\n".join(lines[-8:]))
+        raise AgentError("step", f"it ended with {process.returncode}", "\n".join(lines[-8:]))
     return said

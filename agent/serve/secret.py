@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from contextlib import suppress
 
-from agent.files import Fault, Json, append, write
+from agent.files import AgentError, Json, append, write
 from agent.journal import now
 from agent.layout import Layout
 from agent.requester import asker
@@ -28,10 +28,10 @@ def secrets(layout: Layout) -> dict[str, str]:
 
 
 def keep(layout: Layout, request: Json) -> Json:
-    """Store a secret (`name`, `value`), or delete it if the value is None; return its storage. Raises Fault."""
+    """Store a secret (`name`, `value`), or delete it if the value is None; return its storage. Raises AgentError."""
     name, value = str(request["name"]), request["value"]
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise Fault("usage", f"{name!r} is no variable's name", "", "such as HF_TOKEN")
+        raise AgentError("usage", f"{name!r} is no variable's name", "", "such as HF_TOKEN")
     layout.secrets.mkdir(parents=True, exist_ok=True)
     layout.secrets.chmod(0o700)
     plain, encrypted = layout.secrets / name, layout.secrets / f"{name}{ENCRYPTED}"

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import Fault, Json, discard, read, read_some, write
+from agent.files import AgentError, Json, discard, read, read_some, write
 from agent.journal import now
 from agent.layout import Layout
 from agent.locks import free
@@ -37,7 +37,7 @@ class Supervised:
         self._marked = (0.0, -1)
 
     def status(self) -> Service:
-        """Return the state of the service. Raises Fault."""
+        """Return the state of the service. Raises AgentError."""
         running = not free(self.lock)
         record = read(self.record) if running else {}
         return Service(
@@ -68,7 +68,7 @@ class Supervised:
         """Nothing starts it at boot."""
 
     def start(self, *, wait: bool = True) -> None:
-        """Start the supervisor, which waits for mounts itself. Raises Fault if it does not start."""
+        """Start the supervisor, which waits for mounts itself. Raises AgentError if it does not start."""
         if not free(self.lock):
             return
         before = len(read_some(agent_log(self.layout)))
@@ -77,10 +77,12 @@ class Supervised:
         if not up or free(self.lock):
             said = read_some(agent_log(self.layout))[before:].decode(errors="replace").strip()
             what = "the supervisor, which runs ComfyUI where there is no systemd, did not start"
-            raise Fault("step", what, said[-2000:], f"read {agent_log(self.layout)}, then run the same command again")
+            raise AgentError(
+                "step", what, said[-2000:], f"read {agent_log(self.layout)}, then run the same command again"
+            )
 
     def stop(self) -> None:
-        """Stop the service and wait until it has stopped. Raises Fault if it does not."""
+        """Stop the service and wait until it has stopped. Raises AgentError if it does not."""
         if free(self.lock):
             return
         # A supervisor that has just started needs a moment to write its record.
@@ -91,7 +93,7 @@ class Supervised:
                 os.kill(pid, signal.SIGTERM)
         if not (pid or free(self.lock)) or not wait_for(lambda: free(self.lock), 40):
             cause = f"process {pid} holds {self.lock}" if pid else f"{self.record} does not name it: was the disk full?"
-            raise Fault(
+            raise AgentError(
                 "step", "the supervisor does not end", cause, f"on the host: fuser -v {self.lock}, then kill it"
             )
 

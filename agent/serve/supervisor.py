@@ -43,7 +43,7 @@ class Supervisor:
         self.ends: list[float] = []
 
     def run(self) -> None:
-        """Run ComfyUI until SIGTERM or too many exits. Raises Fault if another supervisor holds the lock."""
+        """Run ComfyUI until SIGTERM or too many exits. Raises AgentError if another supervisor holds the lock."""
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which ComfyUI would inherit and never stop
         take_orphans()

@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import Fault, discard, link, read_text, write
+from agent.files import AgentError, discard, link, read_text, write
 from agent.layout import Layout
 from agent.processes import last_of, run
 from agent.schema.facts import Service
@@ -51,7 +51,7 @@ class Systemd:
         return self.units / f"{self.target}.wants" / unit
 
     def status(self) -> Service:
-        """Return the state of the service. Raises Fault."""
+        """Return the state of the service. Raises AgentError."""
         values = self._shown(self.unit, "ActiveState,SubState,NRestarts,ActiveEnterTimestamp,MainPID")
         died = values.get("SubState") == "auto-restart"  # its ActiveState is "activating"
         active = values.get("ActiveState") in ("active", "activating", "reloading") and not died
@@ -111,7 +111,7 @@ class Systemd:
         return str(place) if text and WRITTEN not in text else ""
 
     def install(self) -> None:
-        """Install and enable the current release's unit and companions; remove stale ones. Raises Fault."""
+        """Install and enable the current release's unit and companions; remove stale ones. Raises AgentError."""
         self.layout.note_manager(self.name)
         link(self._wants(self.unit), f"../{self.unit}")
         for place, to in self._links().items():
@@ -123,7 +123,7 @@ class Systemd:
         run([*self.ctl, "daemon-reload"])
 
     def uninstall(self) -> None:
-        """Stop the companions; remove the unit and the companions. Raises Fault."""
+        """Stop the companions; remove the unit and the companions. Raises AgentError."""
         if companions := self._linked_companions():
             self._stop(companions)
         for name in (self.unit, *companions):
@@ -144,7 +144,7 @@ class Systemd:
         run([*self.ctl, "daemon-reload"])
 
     def start(self, *, wait: bool = True) -> None:
-        """Start the service and restart its companions; `wait` until they have started. Raises Fault."""
+        """Start the service and restart its companions; `wait` until they have started. Raises AgentError."""
         subprocess.run([*self.ctl, "reset-failed", self.unit], capture_output=True)
         how = [] if wait else ["--no-block"]
         run([*self.ctl, "start", *how, self.unit])
@@ -152,28 +152,28 @@ class Systemd:
             run([*self.ctl, "restart", *how, *wanted])
 
     def restart(self) -> None:
-        """Restart the service without its companions; resets the start limit first. Raises Fault."""
+        """Restart the service without its companions; resets the start limit first. Raises AgentError."""
         subprocess.run([*self.ctl, "reset-failed", self.unit], capture_output=True)
         run([*self.ctl, "restart", self.unit])
 
     def stop(self) -> None:
-        """Stop the service and wait until it has stopped. Raises Fault."""
+        """Stop the service and wait until it has stopped. Raises AgentError."""
         self._stop([name for name in (self.storage, self.unit) if os.path.lexists(self.units / name)])
 
     def _stop(self, units: list[str]) -> None:
         done = subprocess.run([*self.ctl, "stop", *units], capture_output=True, text=True) if units else None
         if done and done.returncode not in (0, 5):  # 5: not loaded, so not running (systemctl(1))
-            raise Fault("step", f"systemctl stop {' '.join(units)} failed", done.stderr.strip())
+            raise AgentError("step", f"systemctl stop {' '.join(units)} failed", done.stderr.strip())
 
     def log(self, lines: int) -> list[str]:
-        """Return the last lines of the service's current or most recent run. Raises Fault."""
+        """Return the last lines of the service's current or most recent run. Raises AgentError."""
         who = ["--user-unit"] if self.layout.scope == "user" else ["--unit"]
         shown = run([*self.ctl, "show", self.unit, "--property=InvocationID", "--value"]).strip()
         match = [f"_SYSTEMD_INVOCATION_ID={shown}"] if shown else [*who, self.unit]
         return last_of(["journalctl", "--no-pager", "--reverse", "--output=cat", f"--lines={lines}", *match], lines)
 
     def timed_log(self, lines: int) -> list[tuple[float | None, str]]:
-        """Return the last lines of the past day, across runs, with times in seconds since 1970. Raises Fault."""
+        """Return the last lines of the past day, across runs, with times in seconds since 1970. Raises AgentError."""
         who = "--user-unit" if self.layout.scope == "user" else "--unit"
         words = ["journalctl", "--no-pager", "--quiet", "--reverse", "--output=short-unix", "--since=-1d"]
         shown = last_of([*words, f"--lines={lines}", who, self.unit], lines)
@@ -187,7 +187,7 @@ class Systemd:
                 subprocess.run([*self.ctl, *words], capture_output=True)
 
     def start_apply(self) -> None:
-        """Write, enable and start the apply unit. systemd restarts it if it is killed. Raises Fault."""
+        """Write, enable and start the apply unit. systemd restarts it if it is killed. Raises AgentError."""
         limits = _APPLY_LIMITS if self.layout.scope == "system" else ""
         text = _APPLY_UNIT.format(
             service=self.layout.service,
@@ -205,7 +205,7 @@ class Systemd:
         run([*self.ctl, "start", "--no-block", self.apply_unit])
 
     def apply_log(self) -> list[str]:
-        """Return the state of the apply unit and its last log lines. Raises Fault."""
+        """Return the state of the apply unit and its last log lines. Raises AgentError."""
         fields = "ActiveState,SubState,Result,ExecMainCode,ExecMainStatus,NRestarts,Job"
         shown = run([*self.ctl, "show", self.apply_unit, f"--property={fields}"]).split()
         who = "--user-unit" if self.layout.scope == "user" else "--unit"
@@ -221,7 +221,7 @@ class Systemd:
 
 
 def _python(layout: Layout) -> str:
-    """Return the Python for a unit started at boot. Raises Fault if it runs as root and no Python is root-only.
+    """Return the Python for a unit started at boot. Raises AgentError if it runs as root and no Python is root-only.
 
     A user who deploys as root may run a Python of their own (uv, pyenv), which their login can replace.
     """
@@ -230,11 +230,11 @@ def _python(layout: Layout) -> str:
     if layout.scope != "system" or rooted(Path(python)):
         return python
     for each in ("/usr/bin/python3", "/usr/local/bin/python3"):
-        with suppress(Fault):
+        with suppress(AgentError):
             if rooted(Path(each)) and run([each, "-ISc", "import sys; print(sys.version_info >= (3, 10))"]) == "True\n":
                 return each
     what = f"{python} would run as root at each boot, and not root alone may change it"
-    raise Fault("step", what, "", "install the system's python3, 3.10 or newer, then run the same command again")
+    raise AgentError("step", what, "", "install the system's python3, 3.10 or newer, then run the same command again")
 
 
 def rooted(path: Path, links: int = 40) -> bool:

@@ -26,8 +26,8 @@ def _cuda(case: Case) -> Iterator[Problem]:
     if comfyui.state == "answers" and not any(each.type == "cuda" for each in comfyui.devices):
         kinds = ", ".join(each.type for each in comfyui.devices)
         yield Problem(f"ComfyUI finds no CUDA device and computes on {kinds}", f"inv gpu-access {case.at}")
-    elif torch and (torch.get("fault") or not torch.get("available")):
-        reason = torch.get("fault") or f"torch {torch.get('version')} finds no device"
+    elif torch and (torch.get("error") or not torch.get("available")):
+        reason = torch.get("error") or f"torch {torch.get('version')} finds no device"
         yield Problem(f"torch cannot use CUDA: {reason}", f"inv gpu-access {case.at}")
 
 
@@ -39,8 +39,8 @@ def _shared(case: Case) -> Iterator[Problem]:
                 f"other processes use GPU {gpu.index}: {who}",
                 f'stop them, or set modes = ["shared-gpu"] for {case.target.name}',
             )
-        if gpu.faults:
-            yield Problem(f"GPU {gpu.index} does not report everything: {gpu.faults[0]}", "on the host: nvidia-smi -q")
+        if gpu.errors:
+            yield Problem(f"GPU {gpu.index} does not report everything: {gpu.errors[0]}", "on the host: nvidia-smi -q")
 
 
 def _mps(case: Case) -> Iterator[Problem]:

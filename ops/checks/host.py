@@ -35,8 +35,8 @@ def _access(case: Case) -> Iterator[Problem]:
 
 def _disk(case: Case) -> Iterator[Problem]:
     for path, disk in case.live.disks.items():
-        if disk.fault:
-            yield Problem(f"{path} cannot be read: {disk.fault}", f"on the host: ls -ld {shlex.quote(path)}")
+        if disk.error:
+            yield Problem(f"{path} cannot be read: {disk.error}", f"on the host: ls -ld {shlex.quote(path)}")
         elif disk.total and (disk.free < disk.total * LEAST or disk.free < refusals.RESERVE_DATA):
             yield Problem(
                 f"{console.size(disk.free)} of {console.size(disk.total)} left at {path}",

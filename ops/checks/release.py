@@ -28,9 +28,9 @@ def _deployed(case: Case) -> Iterator[Problem]:
 def _drift(case: Case) -> Iterator[Problem]:
     if not case.facts.current:
         return
-    for name, fault in case.facts.parts.items():
-        if fault and name in case.release.get("parts", {}).values():
-            yield Problem(f"{name} is damaged: {fault}", f"inv deploy {case.at}")
+    for name, error in case.facts.parts.items():
+        if error and name in case.release.get("parts", {}).values():
+            yield Problem(f"{name} is damaged: {error}", f"inv deploy {case.at}")
     if steps := case.planned.steps:
         more = f", and {len(steps) - 1} more" if len(steps) > 1 else ""
         yield Problem(f"a deploy would {steps[0].title} ({steps[0].why}){more}", f"inv deploy {case.at} --dry-run")

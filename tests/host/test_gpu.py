@@ -63,7 +63,7 @@ def test_a_gpu_is_shown_with_comfyuis_process(steady: Fleet) -> None:
         assert told.returncode == 0, told.stderr
         (sample,) = json.loads(told.stdout)
         (gpu,) = sample["gpus"]
-        assert (gpu["name"], gpu["faults"]) == ("NVIDIA GeForce RTX 4070", [])
+        assert (gpu["name"], gpu["errors"]) == ("NVIDIA GeForce RTX 4070", [])
         ours = next(each for each in gpu["processes"] if each["comfyui"])
         assert (ours["pid"], ours["user"], ours["unit"]) == (pid, "comfyui", "comfyui.service")
         assert ours["name"].endswith(" main.py")

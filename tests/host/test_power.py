@@ -26,7 +26,7 @@ import pytest
 from agent.change import cutover, folders
 from agent.files import discard, write
 from agent.layout import Layout
-from agent.parts import fault_of, part
+from agent.parts import damage_of, part
 from agent.schema.change import Folders
 from agent.serve.systemd import Systemd
 from tests.host import replica
@@ -232,7 +232,7 @@ def test_what_is_recorded_as_done_is_not_lost_with_the_power(
         found = Layout({**layout.json, "prefix": f"{other}/prefix"})
         assert (found.state / "record").exists()
         assert (found.parts / "env-1/python").read_text() == "python"
-        assert fault_of(found.parts / "env-1") == ""
+        assert damage_of(found.parts / "env-1") == ""
         assert (found.data / "cache").is_dir()
         assert not (other / units.relative_to(disk) / "default.target.wants/s.service").exists()
         assert not found.paused.exists()

@@ -330,7 +330,7 @@ def test_any_login_shell_will_do(
         ) == f"A  B {box.home}\n".replace(str(box.home), str(box.home).translate(str.maketrans("ab", "AB")))
 
 
-NOISE = "printf 'Welcome to the lab'; echo '{\"fault\": 1}'; echo 'sudo: password' >&2; cd /tmp\n"
+NOISE = "printf 'Welcome to the lab'; echo '{\"error\": 1}'; echo 'sudo: password' >&2; cd /tmp\n"
 
 
 @pytest.mark.parametrize(("path", "file"), [("/bin/bash", ".bashrc"), ("/usr/bin/zsh", ".zshenv")])

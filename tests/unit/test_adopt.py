@@ -18,7 +18,7 @@ import pytest
 
 from agent.change import adopt as adopting
 from agent.deletion import remove
-from agent.files import Fault, read_text
+from agent.files import AgentError, read_text
 from agent.folders import opened
 from agent.journal import Adopted
 from agent.layout import Layout
@@ -426,7 +426,7 @@ def test_a_database_beyond_all_is_not_adopted(tmp_path: Path) -> None:
     old.mkdir(parents=True)
     (old / "comfyui.db").touch()
     os.truncate(old / "comfyui.db", 10**13)
-    with pytest.raises(Fault, match="ComfyUI's database never is"):
+    with pytest.raises(AgentError, match="ComfyUI's database never is"):
         adopting.adopt(place, Adopt("t", "w", "u", "user", str(old), (os.geteuid(),)), print)
 
 

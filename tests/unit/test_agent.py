@@ -25,7 +25,7 @@ import pytest
 
 from agent import journal, processes
 from agent.change import env, runs, trees
-from agent.files import Fault, Json, append, write
+from agent.files import AgentError, Json, append, write
 from agent.layout import Layout
 from agent.look import prefix
 from agent.processes import last_of, run
@@ -81,7 +81,7 @@ def environment(layout: Layout, requirements: str, **values: Any) -> Path:
 
 
 def test_packages_that_overwrite_each_others_modules_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(Fault) as raised:
+    with pytest.raises(AgentError) as raised:
         make(tmp_path, {"cv2/__init__.py": "whose = 1"}, {"cv2/__init__.py": "whose = 2"})
     report = raised.value.report
     assert report["what"] == "one and two both bring cv2/__init__.py, and one has overwritten the other's"
@@ -136,7 +136,7 @@ def test_following_a_run_that_nobody_can_go_on_with_ends(tmp_path: Path, monkeyp
     monkeypatch.setattr("agent.change.runs.manager_of", lambda _: manager)
     following = runs.follow(layout, "r")
     assert [next(following) for _ in range(3)] == [{"event": "alive"}] * 3
-    with pytest.raises(Fault, match="ends each time it is started") as raised:
+    with pytest.raises(AgentError, match="ends each time it is started") as raised:
         next(following)
     assert raised.value.report["log"] == ["Traceback"]
     assert len(started) == 3
@@ -153,7 +153,7 @@ def test_a_journal_is_followed_without_being_read_again(tmp_path: Path) -> None:
     with log.path.open("ab") as file:
         file.write(b'{"event": "no')  # an incomplete record
     log.add("note", text="3")
-    log.add("end", result="done", fault={})
+    log.add("end", result="done", error={})
     assert [each.get("text") for each in following] == ["3", None]
 
 
@@ -163,12 +163,12 @@ def test_notes_and_faults_are_limited(tmp_path: Path, monkeypatch: pytest.Monkey
     def chatty(_: Layout, __: Json, note: Callable[[str], None]) -> None:
         for _number in range(3 * runs.NOTES):
             note("x" * 1_000_000)
-        raise Fault("step", "y" * 1_000_000, "z" * 1_000_000)
+        raise AgentError("step", "y" * 1_000_000, "z" * 1_000_000)
 
     monkeypatch.setitem(runs.STEPS, "serve", chatty)
     log = journal.Journal(layout, "r")
-    fault = runs._carry_out(layout, {"steps": [packed(Serve("t", "w", "u"))]}, log)
-    assert len(json.dumps(fault)) < 30_000
+    error = runs._carry_out(layout, {"steps": [packed(Serve("t", "w", "u"))]}, log)
+    assert len(json.dumps(error)) < 30_000
     assert log.path.stat().st_size < 3_000_000
     assert log.events()[-1]["text"] == "there is more, which is left out"
 
@@ -184,7 +184,7 @@ def test_a_log_without_an_end_is_read_in_part(tmp_path: Path) -> None:
     assert [line for _, line in manager.timed_log(25)][-1] == "last"
     assert last_of(["sh", "-c", "echo last; tr '\\0' x </dev/zero"], 5)[-1] == "last"
     assert last_of(["yes"], 3) == ["y"] * 3
-    with pytest.raises(Fault, match="sh -c echo"):
+    with pytest.raises(AgentError, match="sh -c echo"):
         last_of(["sh", "-c", "echo no >&2; exit 1"], 5)
 
 
@@ -261,7 +261,7 @@ def test_an_index_whose_certificate_is_not_trusted_is_told_as_that(
     serving = threading.Thread(target=server.serve_forever)
     serving.start()
     try:
-        with pytest.raises(Fault) as raised:
+        with pytest.raises(AgentError) as raised:
             environment(layout, f"one==1 --hash=sha256:{'a' * 64}\n", offline=False)
     finally:
         server.shutdown()
@@ -272,7 +272,7 @@ def test_an_index_whose_certificate_is_not_trusted_is_told_as_that(
     assert "invalid peer certificate" in raised.value.report["cause"]
     assert "update-ca-certificates" in raised.value.report["hint"]
     monkeypatch.setenv("UV_DEFAULT_INDEX", "http://127.0.0.1:1/simple")
-    with pytest.raises(Fault) as raised:
+    with pytest.raises(AgentError) as raised:
         environment(layout, f"one==1 --hash=sha256:{'a' * 64}\n", offline=False)
     assert raised.value.report["kind"] == "offline"
 
@@ -290,7 +290,7 @@ def test_a_program_gets_what_it_needs_of_the_environment_and_no_more(monkeypatch
 def test_a_program_that_does_not_end_is_a_failure_with_a_message(tmp_path: Path) -> None:
     began = time.monotonic()
     script = f"sleep 60 & echo $! > {tmp_path}/pid; wait"
-    with pytest.raises(Fault, match=r"sh -c .* did not end within 1 s"):
+    with pytest.raises(AgentError, match=r"sh -c .* did not end within 1 s"):
         run(["sh", "-c", script], timeout=1)
     assert time.monotonic() - began < 10  # although its child holds the pipe
     pid = (tmp_path / "pid").read_text().strip()
@@ -316,7 +316,7 @@ def installed(tmp_path: Path, script: str) -> Path:
 
 def test_an_install_script_that_hangs_is_a_failed_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trees, "INSTALL_SECONDS", 1)
-    with pytest.raises(Fault) as raised:
+    with pytest.raises(AgentError) as raised:
         installed(tmp_path, "import time; time.sleep(60)")
     assert raised.value.report["what"] == "the install.py failed: make node it"
     assert "did not end within 1 s" in raised.value.report["cause"]

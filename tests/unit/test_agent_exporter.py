@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agent.change import exporter
-from agent.files import Fault, Json
+from agent.files import AgentError, Json
 from agent.layout import Layout
 from agent.look.exporter import installed, unit_file
 from agent.schema.change import Exporter
@@ -110,7 +110,7 @@ def test_one_that_does_not_answer_gives_way_to_the_one_before(
 
 
 def refuses(layout: Layout, bad: Json) -> str:
-    with pytest.raises(Fault, match="does not run") as raised:
+    with pytest.raises(AgentError, match="does not run") as raised:
         change(layout, bad)
     return str(raised.value.report["what"])
 
@@ -134,7 +134,7 @@ def test_a_killed_change_that_is_done_again_restores_what_was_there_first(
         with pytest.raises(KeyboardInterrupt):
             change(layout, bad)
     assert installed(layout) == bad
-    with pytest.raises(Fault, match="previous one is restored"):
+    with pytest.raises(AgentError, match="previous one is restored"):
         change(layout, bad)
     assert installed(layout) == first
 

@@ -17,7 +17,7 @@ import pytest
 from agent import files as agent_files
 from agent.change import folders, releases, trees
 from agent.deletion import SafeDeleter, remove
-from agent.files import Fault, append, link, read
+from agent.files import AgentError, append, link, read
 from agent.layout import DATA, Layout
 from agent.locks import flock, free
 from agent.look.facts import facts
@@ -62,7 +62,7 @@ def test_a_record_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path) -> No
         read(tmp_path / "folder")
     for content in (b"", b'{"run": "a"', b"[]", b"null", b"\xff\xfe", b"\0" * 100):
         (tmp_path / "damaged.json").write_bytes(content)
-        with pytest.raises(Fault, match="is damaged") as raised:
+        with pytest.raises(AgentError, match="is damaged") as raised:
             read(tmp_path / "damaged.json")
         assert f"rm {tmp_path}/damaged.json" in raised.value.report["hint"]
         assert read(tmp_path / "damaged.json", lenient=True) == {}
@@ -73,7 +73,7 @@ def test_a_damaged_record_of_a_run_or_a_pause_stops_whoever_needs_it(tmp_path: P
     layout = at(tmp_path)
     layout.state.mkdir()
     (layout.state / name).write_text('{"run": ')
-    with pytest.raises(Fault, match=f"{name} is damaged"):
+    with pytest.raises(AgentError, match=f"{name} is damaged"):
         facts(layout, ASK, [])
 
 
@@ -82,7 +82,7 @@ def test_a_damaged_record_of_the_supervisor_is_told(tmp_path: Path) -> None:
     manager.lock.parent.mkdir()
     manager.record.write_text("")
     assert not manager.status().active  # owned by nobody
-    with flock(manager.lock), pytest.raises(Fault, match="is damaged"):
+    with flock(manager.lock), pytest.raises(AgentError, match="is damaged"):
         manager.stop()
 
 
@@ -105,7 +105,7 @@ def test_what_a_deploy_writes_again_may_be_damaged(tmp_path: Path) -> None:
         path.write_text("")
     found = facts(layout, ASK, [])
     assert (found.releases, found.current, found.failed_nodes) == ((), "", {})
-    assert found.current_fault["kind"] == "foreign"
+    assert found.current_error["kind"] == "foreign"
     assert found.parts["app-1"].startswith("it cannot be read")
 
 
@@ -155,7 +155,7 @@ def test_what_cannot_be_deleted_in_a_deep_tree_is_left_with_its_folders(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refuse)
-        with pytest.raises(Fault, match="cannot be deleted") as raised:
+        with pytest.raises(AgentError, match="cannot be deleted") as raised:
             remove(tmp_path / "deep")
     assert raised.value.report["cause"] == f"{tmp_path}/deep{'/dd' * 30}/file: Operation not permitted"
     assert (tmp_path / f"deep{'/dd' * 30}/file").exists()
@@ -251,7 +251,7 @@ def test_a_folder_that_somebody_put_in_the_place_of_a_new_one_is_not_given_away(
         with pytest.raises(OSError):
             folders.folders(layout, Folders("t", "w", "u"), lambda _: None)
         patch.setattr("agent.change.folders.tempfile.mkdtemp", lambda **_: str(victim))
-        with pytest.raises(Fault, match="was replaced while it was being made"):
+        with pytest.raises(AgentError, match="was replaced while it was being made"):
             folders.folders(layout, Folders("t", "w", "u"), lambda _: None)
     assert mode(victim) == 0o700
     for path in tmp_path.glob("p*/.*"):
@@ -369,7 +369,7 @@ def test_nobody_else_can_hold_a_lock(shared_place: Path) -> None:
         with flock(path):
             assert mode(path) == 0o600
             assert not free(path)
-            with pytest.raises(Fault, match="is held by another process"), flock(path, wait=0.1):
+            with pytest.raises(AgentError, match="is held by another process"), flock(path, wait=0.1):
                 pass
     assert [each.name for each in shared_place.iterdir()] == ["lock"]
 
@@ -379,7 +379,7 @@ def test_what_an_older_hearth_holds_is_held(shared_place: Path) -> None:
     path.touch(0o644)
     with held(path, by_nobody=False):
         assert not free(path)
-        with pytest.raises(Fault, match="is held by another process"), flock(path, wait=0.1):
+        with pytest.raises(AgentError, match="is held by another process"), flock(path, wait=0.1):
             pass
     with flock(path):
         assert mode(path) == 0o600

@@ -18,7 +18,7 @@ import pytest
 
 from agent import api
 from agent.api import Endpoint
-from agent.files import Fault, link, write
+from agent.files import AgentError, link, write
 from agent.layout import Layout
 from agent.look import jobs, status
 from agent.schema.facts import Service
@@ -233,7 +233,7 @@ def test_of_many_jobs_the_first_are_told_and_their_number(tmp_path: Path) -> Non
         assert len(told) == 201
         seen = status._comfyui(place)
         assert (len(seen.running), seen.pending) == (100, 5000)
-        with pytest.raises(Fault) as raised:
+        with pytest.raises(AgentError) as raised:
             health.drain(at(port), 0.1, False, lambda _: None)
     assert "5000 running (xxx" in raised.value.report["what"]
     assert len(raised.value.report["what"]) < 1500
@@ -269,7 +269,7 @@ def test_what_is_nested_as_deeply_as_json_may_be_is_no_answer(tmp_path: Path, de
     )
     with serving(dict.fromkeys(("/queue", "/history", "/system_stats"), answer)) as port:
         status._comfyui(layout(tmp_path, port))
-        with pytest.raises(Fault):
+        with pytest.raises(AgentError):
             health.drain(at(port), 0.01, False, lambda _: None)
 
 
@@ -284,7 +284,7 @@ def test_a_refused_connection_means_that_nothing_runs() -> None:
 
 @pytest.mark.parametrize(("answers", "delay"), [({"/queue": IDLE}, 8.0), ({"/queue": b"busy"}, 0), ({}, 0)])
 def test_a_comfyui_that_is_slow_or_says_nonsense_may_be_at_work(answers: dict[str, Any], delay: float) -> None:
-    with serving(answers, delay=delay) as port, pytest.raises(Fault) as raised:
+    with serving(answers, delay=delay) as port, pytest.raises(AgentError) as raised:
         health.drain(at(port), 0.2, False, lambda _: None)
     assert raised.value.report["kind"] == "drain"
     assert "its jobs are not known" in raised.value.report["what"]
@@ -331,7 +331,7 @@ def test_jobs_that_nodes_queued_in_their_own_way_are_listed(tmp_path: Path) -> N
 def test_another_program_at_the_port_is_named_as_such(tmp_path: Path, answer: object) -> None:
     answers = dict.fromkeys(("/queue", "/history", "/system_stats"), answer)
     with serving(answers) as port:
-        with pytest.raises(Fault) as raised:
+        with pytest.raises(AgentError) as raised:
             jobs.jobs(layout(tmp_path, port), 10)
         assert status._comfyui(layout(tmp_path, port)).state == "silent"
     assert raised.value.report["what"] == f"the program at port {port} does not answer as ComfyUI does"
@@ -351,7 +351,7 @@ class Runs:
 
 
 def test_the_health_check_says_what_answered_instead_of_comfyui() -> None:
-    with serving({"/system_stats": {"system": 1}}) as port, pytest.raises(Fault) as raised:
+    with serving({"/system_stats": {"system": 1}}) as port, pytest.raises(AgentError) as raised:
         health.first_answer(at(port), Runs(), 0.1)
     assert "the answer to /system_stats is not ComfyUI's" in raised.value.report["cause"]
 
@@ -359,7 +359,7 @@ def test_the_health_check_says_what_answered_instead_of_comfyui() -> None:
 def test_what_comfyui_says_of_itself_is_cut_in_messages() -> None:
     release = {"code": "/app", "gate": {"seconds": 1, "version": "0.30.0", "torch": ""}}
     told = {"system": {"comfyui_version": "0.30.0", "pytorch_version": "", "argv": ["x" * 300] * 3000}, "devices": []}
-    with serving({"/system_stats": told}) as port, pytest.raises(Fault, match="command line is not the") as raised:
+    with serving({"/system_stats": told}) as port, pytest.raises(AgentError, match="command line is not the") as raised:
         health.prove(at(port), Runs(), release, ["python", "/app/main.py"], lambda _: None, lambda: None)
     assert len(str(raised.value.report)) < 5000
 
@@ -404,7 +404,7 @@ def test_a_second_workflow_that_hangs_is_unhealthy(monkeypatch: pytest.MonkeyPat
         "code": "/app",
         "gate": {"seconds": 1, "version": "0.30.0", "torch": "2.11.0", "cuda": False, "attention": ""},
     }
-    with pytest.raises(Fault) as raised:
+    with pytest.raises(AgentError) as raised:
         health.prove(at(1), Runs(), release, ["python", "/app/main.py"], lambda _: None, lambda: None)
     assert raised.value.report["what"] == "the second workflow without models does not end within 0.5 s"
     assert len(set(pictures)) == 2

@@ -110,7 +110,7 @@ def test_every_version_is_looked_up_and_named_with_its_remedy(osv: Osv) -> None:
     osv.packages = {("torch", "2.6.0"), ("torch", "2.11.0"), ("idna", "3.4")}
     osv.known = {("torch", "2.6.0"): "PYSEC-1"}
     found = audit.check(stock(*osv.packages), osv.url)
-    assert found.fault is None
+    assert found.error is None
     assert found.packages == 3
     (each,) = found.findings
     assert (each.name, each.at, each.ids, each.what) == ("torch", "2.6.0", ("PYSEC-1", "CVE-1"), "a hole in torch")
@@ -126,8 +126,8 @@ def test_what_the_curated_list_has_is_not_told_twice(osv: Osv) -> None:
 
 def test_a_service_that_refuses_is_no_all_clear(osv: Osv) -> None:
     found = audit.check(stock(("idna", "3.4")), osv.url)
-    assert isinstance(found.fault, AuditError)
-    assert "400" in found.fault.cause
+    assert isinstance(found.error, AuditError)
+    assert "400" in found.error.cause
     assert osv.refused
     osv.refused.clear()
 
@@ -136,9 +136,9 @@ def test_without_a_service_what_is_known_here_is_told_first() -> None:
     bad = Repository("x", "https://github.com/applebotzz/comfyui_llmvision.git", "a" * 40, "")
     found = audit.check(stock(("litellm", "1.82.8"), repositories=(bad,)), "http://127.0.0.1:1")
     assert [(each.name, each.at) for each in found.findings] == [("x", "a" * 40), ("litellm", "1.82.8")]
-    assert found.fault is not None
-    assert "1 packages were not looked up" in found.fault.what
-    assert "127.0.0.1:1" in found.fault.cause
+    assert found.error is not None
+    assert "1 packages were not looked up" in found.error.what
+    assert "127.0.0.1:1" in found.error.cause
 
 
 @pytest.mark.parametrize(("certain", "said"), [(True, "x 1: a hole"), (False, "x 1: possibly: a hole")])
@@ -188,7 +188,7 @@ def test_all_that_is_locked_here_is_audited(osv: Osv, tmp_path: Path) -> None:
     assert bad.returncode == 1, bad.stderr
     (finding,) = json.loads(bad.stdout)["findings"]
     assert finding["name"] == "vision"
-    assert json.loads(bad.stdout)["fault"] == ""
+    assert json.loads(bad.stdout)["error"] == ""
 
 
 def test_a_service_that_is_gone_has_its_own_exit_code(tmp_path: Path) -> None:

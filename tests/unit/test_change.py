@@ -28,8 +28,8 @@ from tests.plans import FRESH, RUNNING, inputs, settled, spark
 from tests.unit.test_adopt import folder, proposed, unit
 
 STEP = Serve("start comfyui", "it is not active", "stop comfyui")
-DONE = {"event": "end", "fault": {}}
-OFFLINE = {"event": "end", "fault": {"kind": "offline", "what": "no index", "cause": "", "hint": ""}}
+DONE = {"event": "end", "error": {}}
+OFFLINE = {"event": "end", "error": {"kind": "offline", "what": "no index", "cause": "", "hint": ""}}
 
 
 class Machine:

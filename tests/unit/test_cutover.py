@@ -30,7 +30,7 @@ import pytest
 
 from agent import files
 from agent.change import cutover, runs, trial
-from agent.files import Fault, Json, link, write
+from agent.files import AgentError, Json, link, write
 from agent.journal import history
 from agent.layout import DATA, Layout
 from agent.processes import wait_for
@@ -326,14 +326,14 @@ class World:
 
         def prove(_: object, process: object, *__: object) -> Json:
             if not (self.scenario.trial if isinstance(process, trial.Trial) else self.scenario.gate):
-                raise Fault("gate", "unhealthy", "as the scenario wants it")
+                raise AgentError("gate", "unhealthy", "as the scenario wants it")
             while self.scenario.hangs and not isinstance(process, trial.Trial):
                 pass
             return {"types": {}, "failed_nodes": {}}
 
         def first_answer(*_: object) -> Json:
             if not manager.status().active:
-                raise Fault("gate", "ComfyUI died while it started")
+                raise AgentError("gate", "ComfyUI died while it started")
             return {}
 
         with pytest.MonkeyPatch.context() as patch:
@@ -459,7 +459,7 @@ def test_a_forced_stop_ends_a_run_that_hangs(tmp_path: Path, monkeypatch: pytest
         os._exit(0)
     assert wait_for(lambda: running.exists() and running.read_text() == "new", 20)
     with world.standing_in():
-        with pytest.raises(Fault, match="is under way"):
+        with pytest.raises(AgentError, match="is under way"):
             runs.submit(layout, {**ABORT, "steps": [{**ABORT["steps"][0], "force": False}]})
         if again:  # the aborting process is also killed, before it does anything else
             write(layout.pending, json.dumps({**PLAN, "aborted": "stop by anna"}))
@@ -496,7 +496,7 @@ def test_a_run_that_is_cut_short_anywhere_starts_nothing(tmp_path: Path) -> None
 def test_the_record_of_another_run_is_ignored(tmp_path: Path) -> None:
     world = World(tmp_path, SCENARIOS[0]).make()
     other = {"run": "r0", "phase": "reverting", "from": "gone", "to": "new", "tried": True, "copied": True}
-    write(world.site.cut, json.dumps({**other, "fault": Fault("gate", "of another run").report}))
+    write(world.site.cut, json.dumps({**other, "error": AgentError("gate", "of another run").report}))
     assert world.apply() == 0
     assert (world.site.release(), world.faults()) == ("new", [])
 
@@ -573,9 +573,9 @@ def test_a_trial_alone_touches_nothing(tmp_path: Path, good: bool) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 def test_errors_of_the_disk_are_told_as_such(code: int) -> None:
-    fault = files.os_fault(OSError(code, os.strerror(code)), "it could not be written")
-    assert (fault.report["kind"], fault.report["hint"] != "") == ("disk", True)
-    assert os.strerror(code) in fault.report["cause"]
+    error = files.os_error(OSError(code, os.strerror(code)), "it could not be written")
+    assert (error.report["kind"], error.report["hint"] != "") == ("disk", True)
+    assert os.strerror(code) in error.report["cause"]
 
 
 def outcome(world: World, mode: str, at: int, *, photographed: bool) -> list[str]:

@@ -56,7 +56,7 @@ def test_a_clock_that_is_wrong(off: float, what: str) -> None:
 def test_torch_is_asked_when_comfyui_does_not_answer() -> None:
     stopped = replace(settled(), service=replace(settled().service, active=False))
     live = replace(WELL, comfyui=ComfyUI("closed"))
-    case = seen(stopped, live, replace(PROBE, torch={"fault": "CUDA driver initialization failed"}))
+    case = seen(stopped, live, replace(PROBE, torch={"error": "CUDA driver initialization failed"}))
     assert found(case)["cuda"] == "torch cannot use CUDA: CUDA driver initialization failed"
 
 

@@ -300,18 +300,18 @@ def test_what_hangs_is_not_asked_again_and_scrapes_share_an_answer(monkeypatch: 
 
 
 def test_a_fault_is_told_once_and_when_it_is_over(capsys: pytest.CaptureFixture[str]) -> None:
-    faults: list[Exception] = [ValueError("nonsense"), ValueError("nonsense")]
+    errors: list[Exception] = [ValueError("nonsense"), ValueError("nonsense")]
 
     def ask() -> list[Any]:
-        if faults:
-            raise faults.pop()
+        if errors:
+            raise errors.pop()
         return []
 
     source = Source("odd", ask)
     for _ in range(4):
         source.begin()
         source.answer(time.monotonic() + 5)
-    assert capsys.readouterr().err == "odd: ValueError: nonsense\nodd: well again\n"
+    assert capsys.readouterr().err == "odd: ValueError: nonsense\nodd: works again\n"
 
 
 def test_a_family_of_two_sources_is_one() -> None:

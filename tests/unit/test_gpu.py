@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from agent.change import memory as agent_memory
-from agent.files import Fault
+from agent.files import AgentError
 from agent.layout import Layout
 from agent.schema.change import DropCaches
 from agent.schema.live import Freed, GpuMemory, Held, Sample
@@ -77,7 +77,7 @@ def test_what_is_not_told_is_a_dash_and_only_failures_need_words() -> None:
     untold = dict.fromkeys(
         ("name", "utilization", "memory_used", "temperature", "power", "power_limit", "clock_memory")
     )
-    text = shown(spark=sample("gb10", **untold, unified=True, faults=["power: GPU is lost"]))
+    text = shown(spark=sample("gb10", **untold, unified=True, errors=["power: GPU is lost"]))
     assert "0    -     - %" in text
     assert "spark: GPU 0 shares the machine's memory" in text
     assert "spark: GPU 0: power: GPU is lost" in text
@@ -284,7 +284,7 @@ def test_a_job_that_runs_on_is_not_waited_for_longer_than_asked() -> None:
 
 
 def test_a_comfyui_that_does_not_answer_keeps_its_memory() -> None:
-    with pytest.raises(Fault, match="does not answer"):
+    with pytest.raises(AgentError, match="does not answer"):
         agent_memory.free(layout(1), 1)
 
 
@@ -399,5 +399,5 @@ def test_the_step_says_what_it_gained(tmp_path: Path, monkeypatch: pytest.Monkey
     assert place.read_text() == "3\n"
     assert [note.partition(":")[0] for note in notes] == ["the page cache", "available memory"]
     monkeypatch.setattr(agent_memory, "CACHES", tmp_path / "no/such")
-    with pytest.raises(Fault, match="does not let its cache be dropped"):
+    with pytest.raises(AgentError, match="does not let its cache be dropped"):
         agent_memory.drop_caches(layout(1), DropCaches("t", "w", "u"), notes.append)

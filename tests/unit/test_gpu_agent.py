@@ -21,7 +21,7 @@ from tests import nvml
 KEYS = {
     *("index", "name", "uuid", "capability", "driver", "cuda", "memory_total", "memory_used", "unified"),
     *("memory_source", "utilization", "memory_utilization", "temperature", "power", "power_limit", "clock_sm"),
-    *("clock_memory", "persistence", "compute_mode", "processes", "unsupported", "faults"),
+    *("clock_memory", "persistence", "compute_mode", "processes", "unsupported", "errors"),
 }
 
 
@@ -72,7 +72,7 @@ def test_an_rtx_4070(tmp_path: Path) -> None:
         "persistence": True,
         "compute_mode": "default",
         "unsupported": [],
-        "faults": [],
+        "errors": [],
     }
     assert [(each["kind"], each["bytes"] >> 20) for each in listed] == [
         ("compute", 1708),
@@ -84,7 +84,7 @@ def test_an_h200(tmp_path: Path) -> None:
     found = one(tmp_path, "h200")
     assert (found["name"], found["capability"], found["cuda"]) == ("NVIDIA H200", "9.0", "13.1")
     assert (found["memory_total"] >> 20, found["memory_used"] >> 20) == (143771, 32976)
-    assert (found["utilization"], found["power"], found["faults"]) == (100, 627.32, [])
+    assert (found["utilization"], found["power"], found["errors"]) == (100, 627.32, [])
     assert len(found["processes"]) == 3
 
 
@@ -102,7 +102,7 @@ def test_a_gb10_has_the_machines_memory(tmp_path: Path, edits: tuple[tuple[str, 
     assert found["memory_total"] == meminfo()["MemTotal"]
     assert 0 < found["memory_used"] < found["memory_total"]
     assert found["power_limit"] is None
-    assert (found["unsupported"], found["faults"]) == (["power_limit", "clock_memory"], [])
+    assert (found["unsupported"], found["errors"]) == (["power_limit", "clock_memory"], [])
     assert [each["bytes"] for each in found["processes"]] == [1000]
 
 
@@ -129,9 +129,9 @@ def test_what_is_not_told_or_makes_no_sense_is_none_and_all_else_is_there(
     tmp_path: Path, edit: tuple[str, str], keys: tuple[str, ...], said: str
 ) -> None:
     whole, found = one(tmp_path, "h200"), one(tmp_path, "h200", edit)
-    assert found["faults"] == [said]
+    assert found["errors"] == [said]
     assert [found[key] for key in keys] == [None] * len(keys)
-    rest = KEYS - {*keys, "faults", "memory_source"}
+    rest = KEYS - {*keys, "errors", "memory_source"}
     assert {key: found[key] for key in rest} == {key: whole[key] for key in rest}
 
 
@@ -147,7 +147,7 @@ def test_processes_that_make_no_sense(tmp_path: Path) -> None:
         (3910309, 29605494784, "compute"),
         (pid, None, "mps"),
     ]
-    assert found["faults"] == [
+    assert found["errors"] == [
         "compute processes: answers process 0",
         "compute processes: answers process 4294967295",
         f"mps processes: answers that process {pid} holds {2**60} bytes",
@@ -159,15 +159,15 @@ def test_a_gpu_that_is_lost_midway(tmp_path: Path) -> None:
     found = one(tmp_path, "h200", ("fails", "5 15"))
     assert (found["capability"], found["memory_source"]) == ("9.0", "nvml")
     assert (found["utilization"], found["power"], found["processes"]) == (None, None, [])
-    assert "power: GPU is lost" in found["faults"]
+    assert "power: GPU is lost" in found["errors"]
 
 
 def test_a_gpu_without_a_handle_is_listed_beside_one_that_works(tmp_path: Path) -> None:
     driver, _, gpu = nvml.recording("h200", ("gpus", "2")).partition("gpu\n")
     lost, works = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}")
     assert lost.keys() == KEYS
-    assert (lost["index"], lost["name"], lost["faults"]) == (0, None, ["device: GPU is lost"])
-    assert (works["index"], works["name"], works["faults"]) == (1, "NVIDIA H200", [])
+    assert (lost["index"], lost["name"], lost["errors"]) == (0, None, ["device: GPU is lost"])
+    assert (works["index"], works["name"], works["errors"]) == (1, "NVIDIA H200", [])
     listed, _ = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}", OF_FACTS)
     assert [each["name"] for each in listed] == ["NVIDIA H200"]
 

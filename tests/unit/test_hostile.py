@@ -14,7 +14,7 @@ import pytest
 
 from agent import api
 from agent.change import memory
-from agent.files import Fault
+from agent.files import AgentError
 from agent.look import jobs, logs, samples, status
 from agent.metrics import comfyui as metrics
 from agent.schema.facts import Service
@@ -172,7 +172,7 @@ def test_every_question_ends_in_time(way: str, tmp_path: Path) -> None:
             "free-memory": lambda: memory.free(host, SECONDS),
             "the timer": lambda: health.free_if_idle(host),
             "gpu": lambda: samples.running_job(host, SECONDS),
-            "logs": lambda: list(logs._remembered(host, Fault("log", "x"), lambda _: True)),
+            "logs": lambda: list(logs._remembered(host, AgentError("log", "x"), lambda _: True)),
             "metrics": lambda: list(metrics.queue(client)),
             "counts": lambda: list(metrics.Jobs(client, tmp_path / "counts").look()),
             "gate": lambda: health._picture(place, Unknown(), "first", lambda: None, notes.append),
@@ -184,8 +184,8 @@ def test_every_question_ends_in_time(way: str, tmp_path: Path) -> None:
                 told = json.dumps(ask(), default=repr, allow_nan=False)
             except (OSError, ValueError) as error:
                 told = str(error)
-            except Fault as fault:
-                told = json.dumps(fault.report)
+            except AgentError as error:
+                told = json.dumps(error.report)
             except Exception as error:
                 if name not in ("metrics", "counts"):  # the exporter handles any exception of a source
                     raise

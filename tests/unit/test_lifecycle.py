@@ -14,7 +14,7 @@ import pytest
 from agent.change import lifecycle as steps
 from agent.change import runs
 from agent.deletion import SafeDeleter
-from agent.files import Fault
+from agent.files import AgentError
 from agent.journal import Journal
 from agent.layout import Layout
 from agent.schema.change import Delete, Erase, packed
@@ -290,7 +290,7 @@ def test_what_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         real(name, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "unlink", refuse)
-    with pytest.raises(Fault, match="1 things could not be deleted") as caught:
+    with pytest.raises(AgentError, match="1 things could not be deleted") as caught:
         steps.delete(layout(tmp_path), Delete("t", "w", "u", ("parts",)), lambda _: None)
     assert caught.value.report["cause"] == f"{tmp_path}/parts/one/fixed: Operation not permitted"
     assert not (tmp_path / "parts/other").exists()
@@ -390,7 +390,7 @@ def test_a_nuke_that_fails_keeps_its_record(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(SafeDeleter, "delete", full)
     runs.apply(own)
     events = list(runs.follow(own, "r"))
-    assert events[-1]["fault"]["what"] == "1 things could not be deleted"
+    assert events[-1]["error"]["what"] == "1 things could not be deleted"
     assert not own.pending.exists()
 
 

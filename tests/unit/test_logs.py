@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agent.files import Fault
+from agent.files import AgentError
 from agent.layout import Layout
 from agent.look import jobs as agent_jobs
 from agent.look import logs as agent_logs
@@ -106,7 +106,7 @@ def test_a_time_is_found_by_what_the_supervisor_noted(tmp_path: Path, monkeypatc
     assert texts(layout, since="2500 s ago", lines=None) == ["old", "too soon to be noted", "new"]
     assert texts(layout, since="1500 s ago", lines=None) == ["too soon to be noted", "new"]
     assert texts(layout, since="10 s ago", lines=None) == []
-    with pytest.raises(Fault, match="--since then is no time"):
+    with pytest.raises(AgentError, match="--since then is no time"):
         list(read(layout, since="then"))
     monkeypatch.setattr("agent.serve.supervised.LONG", 10)
     manager.rotate()
@@ -190,10 +190,10 @@ def test_a_comfyui_that_hangs_is_told_apart_from_one_that_does_not_run(
         listening.listen()
         layout = own(tmp_path, listening.getsockname()[1])
         started = time.monotonic()
-        with pytest.raises(Fault, match="takes connections and does not answer"):
+        with pytest.raises(AgentError, match="takes connections and does not answer"):
             agent_jobs.jobs(layout, 20)
         assert time.monotonic() - started < 3
-    with pytest.raises(Fault, match="ComfyUI does not run"):
+    with pytest.raises(AgentError, match="ComfyUI does not run"):
         agent_jobs.jobs(layout, 20)
 
 

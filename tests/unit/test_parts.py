@@ -69,7 +69,7 @@ def test_many_parts_are_verified_by_one_process(tmp_path: Path, forks: list[int]
     layout.state.mkdir()
     write(layout.state / "verified.json", '{"node-3": 1e12}')  # by a clock that has since been set back
     found = _parts(layout, 300)()
-    assert {name for name, fault in found.items() if fault} == {"node-7"}
+    assert {name for name, error in found.items() if error} == {"node-7"}
     assert len(found) == 30
     assert len(forks) == 1
 

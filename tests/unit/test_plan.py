@@ -97,7 +97,7 @@ def test_flags_are_a_new_release_of_the_same_parts() -> None:
         ({"manager": "none"}, "no-systemd", ""),
         ({"writable": False}, "not-writable", "/opt/comfyui"),
         ({"busy": {"action": "deploy", "who": "anna@x", "since": "t"}}, "busy", "deploy by anna@x since t"),
-        ({"current_fault": {"what": "foreign", "hint": "move it"}}, "foreign-current", "foreign"),
+        ({"current_error": {"what": "foreign", "hint": "move it"}}, "foreign-current", "foreign"),
         ({"foreign_unit": "/etc/systemd/system/comfyui.service"}, "foreign-unit", "comfyui.service"),
     ],
 )
@@ -116,7 +116,7 @@ NAS = {"/mnt/models": Mount("nas:/models", "nfs4", "nosuid")}
 
 
 def mounted(**values: Any) -> Facts:
-    there = facts.MountState(mounted=False, source="", unit="", fault="", remedy="")
+    there = facts.MountState(mounted=False, source="", unit="", error="", remedy="")
     return replace(FRESH, mounts={"/mnt/models": replace(there, **values)})
 
 
@@ -124,7 +124,7 @@ def mounted(**values: Any) -> Facts:
     ("mount", "there", "kind"),
     [
         (Mount(), {}, "not-mounted"),
-        (NAS["/mnt/models"], {"fault": "the host has no mount.nfs4", "remedy": "install it"}, "unmountable"),
+        (NAS["/mnt/models"], {"error": "the host has no mount.nfs4", "remedy": "install it"}, "unmountable"),
         (NAS["/mnt/models"], {"mounted": True, "source": "/dev/sdb"}, "foreign-mount"),
     ],
 )

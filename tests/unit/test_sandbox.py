@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agent.change import trial
-from agent.files import Fault, write
+from agent.files import AgentError, write
 from agent.layout import Layout
 from agent.look import mps
 from agent.serve import sandbox
@@ -73,10 +73,10 @@ def test_the_mps_daemon_is_asked_in_its_own_sandbox(
     assert ran[ran.index("--") + 1 :] == ["/bin/sh", "-c", 'echo "$1" | "$0"', "/usr/bin/control", "get_server_list"]
 
     def fails(*_: object) -> bytes:
-        raise Fault("step", "it ended with 1", "Cannot find MPS control daemon process")
+        raise AgentError("step", "it ended with 1", "Cannot find MPS control daemon process")
 
     monkeypatch.setattr(sandbox, "_output", fails)
-    with pytest.raises(Fault, match="does not answer") as caught:
+    with pytest.raises(AgentError, match="does not answer") as caught:
         mps._said("/usr/bin/control", "get_server_list", "/run/comfyui-mps", layout())
     assert "Cannot find" in caught.value.report["cause"]
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from agent import processes
-from agent.files import Fault, link, read, read_text, write
+from agent.files import AgentError, link, read, read_text, write
 from agent.layout import Layout
 from agent.locks import flock, free, holders
 from agent.look.gpu import process
@@ -93,7 +93,7 @@ def test_those_who_ask_for_a_lock_do_not_take_each_other_for_a_holder(askers: Pa
     assert all(free(askers) for _ in range(5000))
     with flock(askers):
         assert not free(askers)
-        with pytest.raises(Fault, match="held by another process"), flock(askers):
+        with pytest.raises(AgentError, match="held by another process"), flock(askers):
             pass
 
 
@@ -121,7 +121,7 @@ def test_a_lock_whose_file_was_deleted_while_one_waited_is_taken_anew(tmp_path: 
 def test_a_supervisor_that_does_not_come_up_is_a_fault_with_what_it_said(tmp_path: Path) -> None:
     layout = make(tmp_path)
     write(layout.agent, "import sys; sys.exit('there is no room')")
-    with pytest.raises(Fault, match="did not start") as raised:
+    with pytest.raises(AgentError, match="did not start") as raised:
         Supervised(layout).start()
     assert raised.value.report["cause"] == "there is no room"
 
@@ -206,7 +206,7 @@ def test_stopping_signals_no_process_that_an_earlier_supervisor_recorded(tmp_pat
             write(manager.record, json.dumps(newer))
             with flock(manager.lock):  # by a supervisor that cannot write its record
                 assert manager.status().pid == 0
-                with pytest.raises(Fault, match="the supervisor does not end") as raised:
+                with pytest.raises(AgentError, match="the supervisor does not end") as raised:
                     manager.stop()
                 assert "does not name it" in raised.value.report["cause"]
             assert other.poll() is None
@@ -280,7 +280,7 @@ def test_what_the_users_systemd_runs_is_never_supervised_too(tmp_path: Path, ask
     if older:  # an older Hearth recorded nothing: the unit tells
         layout.choice.unlink()
     asked_from(False)  # from cron, or after lingering was disabled
-    with pytest.raises(Fault, match="does not answer") as raised:
+    with pytest.raises(AgentError, match="does not answer") as raised:
         manager_of(layout)
     assert "loginctl enable-linger" in raised.value.report["hint"]
     asked_from(True)
@@ -357,6 +357,6 @@ def test_a_unit_of_roots_runs_no_python_that_others_may_replace(
         layout = Layout({**make(tmp_path / "prefix").json, "scope": "system"})
         assert systemd._python(layout) == ("/usr/bin/python3" if fault else str(python))
         monkeypatch.setattr(systemd, "rooted", lambda _: False)
-        with pytest.raises(Fault, match="would run as root at each boot"):
+        with pytest.raises(AgentError, match="would run as root at each boot"):
             systemd._python(layout)
         assert systemd._python(make(tmp_path / "other")) == str(python)  # the login's own

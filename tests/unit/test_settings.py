@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from agent.change import settings as steps
-from agent.files import Fault
+from agent.files import AgentError
 from agent.journal import Settings
 from agent.layout import Layout
 from agent.schema.change import Set, Unset
@@ -79,7 +79,7 @@ def test_what_somebody_changed_since_is_told_and_left(layout: Layout, tmp_path: 
     mine.write_text("before")
     steps.apply_setting(layout, step(settings.file(str(mine), "set"), settings.file(str(other), "set")), quiet)
     mine.write_text("edited")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(AgentError) as caught:
         steps.undo_settings(layout, undo(), quiet)
     assert caught.value.report["kind"] == "changed"
     assert caught.value.report["cause"] == f"{mine}: edited"
@@ -117,7 +117,7 @@ def test_killed_between_record_and_change(
 
 def test_what_cannot_be_made_undoes_the_whole_setting(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "folder").write_text("a file where a folder is needed")
-    with pytest.raises(Fault, match="could not be set, and is undone"):
+    with pytest.raises(AgentError, match="could not be set, and is undone"):
         wrong = settings.file(f"{tmp_path}/folder/file", "x")
         steps.apply_setting(layout, step(settings.file(f"{tmp_path}/first", "x"), wrong), quiet)
     assert not (tmp_path / "first").exists()
@@ -131,7 +131,7 @@ def test_what_cannot_be_put_back_is_told_and_stays_recorded(layout: Layout, tmp_
     )
     (tmp_path / "two").unlink()
     (tmp_path / "two").mkdir()
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(AgentError) as caught:
         steps.undo_settings(layout, undo(), quiet)
     assert "Is a directory" in caught.value.report["cause"]
     assert (tmp_path / "one").read_text() == "before"
@@ -285,7 +285,7 @@ def test_mps_that_is_off() -> None:
     [
         (Mps(service_knows=True), "ComfyUI looks for an MPS that is off"),
         (replace(ON, state="failed (failed)"), "its daemon does not run: failed (failed)"),
-        (replace(ON, fault="it does not answer"), "MPS is on, and it does not answer"),
+        (replace(ON, error="it does not answer"), "MPS is on, and it does not answer"),
         (replace(ON, service_knows=False), "was started before MPS"),
         (replace(ON, servers=()), "is no client of its MPS"),
         (replace(ON, restarts=2), "started again 2 times"),

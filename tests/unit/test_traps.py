@@ -20,7 +20,7 @@ import pytest
 from agent import parts, requester
 from agent.change import cutover, folders, trees, trial
 from agent.deletion import remove
-from agent.files import Fault, Json
+from agent.files import AgentError, Json
 from agent.layout import DATA, PROOF, UNUSED, Layout
 from agent.look import mps, ports, storage, survey
 from agent.processes import end_descendants
@@ -85,7 +85,7 @@ def test_a_database_beyond_all_is_told_before_anything_is_stopped(tmp_path: Path
     (tmp_path / "kept").mkdir()
     with (tmp_path / "comfyui.db").open("wb") as file:
         file.truncate(10**12)
-    with pytest.raises(Fault, match="ComfyUI's database never is"):
+    with pytest.raises(AgentError, match="ComfyUI's database never is"):
         cutover.reserve(tmp_path, tmp_path / "kept")
 
 
@@ -204,7 +204,7 @@ def test_a_database_is_parsed_by_who_can_never_be_root_and_whom_the_service_cann
     assert b"TABLE one" in (served.prefix / "scratch/comfyui.db").read_bytes()
     with service:
         assert parts.as_service(served, work) == [False, True, True]
-    with pytest.raises(Fault, match="attack was ended") as raised:
+    with pytest.raises(AgentError, match="attack was ended") as raised:
         parts.as_service(served, attack)
     assert raised.value.report["cause"].startswith("by signal 9: the kernel's")
 
@@ -251,7 +251,7 @@ def test_a_link_in_the_place_of_the_output_is_not_followed_by_root(tmp_path: Pat
 
 def test_work_that_does_not_end_is_ended(tmp_path: Path) -> None:
     began = time.monotonic()
-    with pytest.raises(Fault, match="did not end within 1 s"):
+    with pytest.raises(AgentError, match="did not end within 1 s"):
         parts.as_service(at(tmp_path), lambda: time.sleep(60), seconds=1)
     assert time.monotonic() - began < 5
 
@@ -336,7 +336,7 @@ def test_what_an_install_script_leaves_is_taken_over_or_refused(
 ) -> None:
     monkeypatch.setattr(trees, "TAKEN", 100)
     (tmp_path / "place").mkdir()
-    with pytest.raises(Fault, match="what it left"):
+    with pytest.raises(AgentError, match="what it left"):
         trees.taken_over(raw, tmp_path / "place", print)
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
     assert sum(path.stat().st_size for path in (tmp_path / "place").rglob("*") if path.is_file()) < 10
@@ -436,7 +436,7 @@ def test_an_mps_daemon_that_says_too_much_or_nothing_is_no_obstacle(
         if answer:
             assert mps._said(str(program), "ask", "", at(tmp_path)) == answer
         else:
-            with pytest.raises(Fault, match="does not answer"):
+            with pytest.raises(AgentError, match="does not answer"):
                 mps._said(str(program), "ask", "", at(tmp_path))
         assert time.monotonic() - began < 20
 
@@ -450,9 +450,9 @@ def test_a_command_that_is_late_takes_no_later_one_with_it(monkeypatch: pytest.M
 
     monkeypatch.setattr(sandbox, "end_descendants", slowly)
     for _ in range(3):
-        with pytest.raises(Fault, match="did not end"):
+        with pytest.raises(AgentError, match="did not end"):
             sandbox._output(["/bin/sleep", "60"], {}, 1, 100)
-        with pytest.raises(Fault, match="ended with 3"):
+        with pytest.raises(AgentError, match="ended with 3"):
             sandbox._output(["/bin/sh", "-c", "sleep 0.4; exit 3"], {}, 9, 100)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from agent.change import releases, runs, trees
 from agent.deletion import remove
-from agent.files import Fault, write
+from agent.files import AgentError, write
 from agent.layout import Layout
 from agent.locks import flock
 from agent.processes import wait_for
@@ -103,7 +103,7 @@ def test_an_upload_from_which_nothing_comes_ends_and_can_be_resumed(layout: Layo
     silent = half(layout, silence=1)
     assert silent.process.wait(10) == 3
     assert time.monotonic() - silent.begun < 8
-    assert "nothing came for 1 seconds" in silent.end()["fault"]["what"]
+    assert "nothing came for 1 seconds" in silent.end()["error"]["what"]
     assert Upload(layout, HALF).end(DATA[HALF:]) == {"size": len(DATA)}
 
 
@@ -119,15 +119,15 @@ def test_whoever_sends_what_another_run_deletes_is_told(layout: Layout) -> None:
     one = half(layout)
     for path in layout.incoming.iterdir():
         path.unlink()
-    fault = one.end(DATA[HALF:])["fault"]
-    assert (fault["what"], fault["hint"]) == ("what was sent so far was deleted", "run the same command again")
-    fault = Upload(layout, HALF).end(DATA[HALF:])["fault"]  # and not only at its end
-    assert fault["what"] == "what was sent so far was deleted"
+    error = one.end(DATA[HALF:])["error"]
+    assert (error["what"], error["hint"]) == ("what was sent so far was deleted", "run the same command again")
+    error = Upload(layout, HALF).end(DATA[HALF:])["error"]  # and not only at its end
+    assert error["what"] == "what was sent so far was deleted"
     assert Upload(layout).end(DATA) == {"size": len(DATA)}
 
 
 def test_what_was_sent_damaged_is_deleted(layout: Layout) -> None:
-    assert Upload(layout).end(DATA[1:] + DATA[:1])["fault"]["what"] == "what was sent is damaged"
+    assert Upload(layout).end(DATA[1:] + DATA[:1])["error"]["what"] == "what was sent is damaged"
     assert there(layout) == []
 
 
@@ -176,7 +176,7 @@ def test_a_plan_that_rests_on_what_another_run_pruned_is_refused(
     if not gone:
         assert runs.submit(layout, plan) == {"run": "r"}
         return
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(AgentError) as caught:
         runs.submit(layout, plan)
     assert caught.value.report["kind"] == "busy"
     assert not begun and not layout.pending.exists()
