@@ -111,7 +111,7 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "follow": ("agent.change.runs", "follow", ("run",)),
     "free-memory": ("agent.change.memory", "free", ("wait",)),
     "settings": ("agent.change.settings", "look", None),
-    "access": ("agent.change.settings", "access", None),
+    "access": ("agent.look.access", "access", None),
     "secret": ("agent.serve.secret", "keep", None),
 }
 """Module, function and request keys (None: the whole request) of each client verb. A verb imports only its own modules,

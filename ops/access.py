@@ -30,18 +30,20 @@ if TYPE_CHECKING:
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.plan import Options
-    from ops.settings import Place
 
 NAME, GROUP = "gpu-access", "gpu-users"
 
-_RULE = (
-    "# Written by Hearth: inv gpu-access --undo removes it.\n"
-    f'SUBSYSTEM=="drm", KERNEL=="renderD*", DRIVERS=="nvidia", GROUP="{GROUP}", MODE="0660"\n'
-)
-_DRIVER = (
-    "# Written by Hearth: inv gpu-access --undo removes it. The driver reads it when it is loaded.\n"
-    "options nvidia NVreg_DeviceFileUID=0 NVreg_DeviceFileGID=@gid@ NVreg_DeviceFileMode=0660\n"
-)
+_HEAD = "# Written by Hearth: inv gpu-access --undo removes it.\n"
+_DEVICES = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/nvidia-uvm*", "/dev/nvidia-modeset")
+_FILES = {
+    # Options for device files that the driver creates; it reads them when it is loaded.
+    "/etc/modprobe.d/hearth-gpu-access.conf": f"{_HEAD}options nvidia NVreg_DeviceFileUID=0 "
+    f"NVreg_DeviceFileGID=@gid:{GROUP}@ NVreg_DeviceFileMode=0660\n",
+    "/etc/udev/rules.d/70-hearth-gpu-access.rules": f'{_HEAD}SUBSYSTEM=="drm", KERNEL=="renderD*", DRIVERS=="nvidia", '
+    f'GROUP="{GROUP}", MODE="0660"\n',
+    # The existing device files.
+    "/etc/tmpfiles.d/hearth-gpu-access.conf": _HEAD + "".join(f"z {each} 0660 - {GROUP} -\n" for each in _DEVICES),
+}
 
 
 def users(target: Target) -> list[str]:
@@ -49,17 +51,9 @@ def users(target: Target) -> list[str]:
     return list(filter(None, dict.fromkeys([target.host.run_as, target.site["exporter"], *target.host.members])))
 
 
-def places(target: Target) -> list[Place]:
-    """What restricts the GPU to a group: the group, options for new device files, and the existing device files."""
-    return [
-        {"kind": "group", "place": GROUP, "members": users(target)},
-        settings.file("/etc/modprobe.d/hearth-gpu-access.conf", _DRIVER, group=GROUP),
-        settings.file("/etc/udev/rules.d/70-hearth-gpu-access.rules", _RULE),
-        *(
-            {"kind": "node", "place": place, "group": GROUP, "mode": 0o660}
-            for place in ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/nvidia-uvm*", "/dev/nvidia-modeset")
-        ),
-    ]
+def setting(target: Target) -> settings.Setting:
+    """The drop-in files that restrict the GPU to a group, and the group."""
+    return settings.Setting(_FILES, {GROUP: tuple(users(target))})
 
 
 # --- plans: pure ---------------------------------------------------------------------------------------------------
@@ -74,7 +68,7 @@ def keep(target: Target, facts: Facts, state: State, access: Access, options: Op
         return Plan.of(facts, [], found)
     title = f"restrict the GPU to group {GROUP}: {', '.join(users(target))}"
     around = settings.stopped(facts, options)
-    step = settings.apply_step(NAME, places(target), title, undo="inv gpu-access --undo", around=around)
+    step = settings.apply_step(NAME, setting(target), title, undo="inv gpu-access --undo", around=around)
     notes = [
         "nobody else can use the GPU then: no other login, desktop or container",
         f"users who are logged in get the group at their next login: {', '.join(users(target)[1:]) or 'nobody'}",
@@ -104,7 +98,7 @@ def run(names: Sequence[str], options: Options, *, apply: bool, undo: bool, as_j
         return show(look(names, ask_sudo=options.ask_sudo), as_json=as_json)
 
     def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
-        state = settings.look(agent, {NAME: places(target)})
+        state = settings.look(agent, {NAME: setting(target)})
         if undo:
             return give_back(target, facts, state, options)
         return keep(target, facts, state, msgspec.convert(agent.call("access", users=users(target)), Access), options)

@@ -88,7 +88,8 @@ def quarantine(target: Target, facts: Facts, options: Options) -> Plan:
         text = "# Written by Hearth: inv quarantine --undo removes it.\n[Service]\nPrivateNetwork=yes\n"
         place = f"/etc/systemd/system/{host.service}.service.d/zz-hearth-quarantine.conf"
         title = f"deny {host.service} the network, whatever starts it"
-        steps.append(settings.apply_step(QUARANTINE, [settings.file(place, text)], title, undo="inv quarantine --undo"))
+        drop_in = settings.Setting({place: text})
+        steps.append(settings.apply_step(QUARANTINE, drop_in, title, undo="inv quarantine --undo"))
     if facts.service.active or facts.service.waits or facts.busy or not facts.paused:
         title = f"stop {host.service} at once, until inv quarantine --undo and inv resume"
         steps.append(schema.Stop(title, "asked for", "inv resume", options.drain, force=True, pause=True))

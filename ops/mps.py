@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.plan import Options
-    from ops.settings import Place
 
 ACTIONS = ("on", "off", "status", "limit")
 
@@ -49,8 +48,8 @@ def limits(percent: str, memory: str) -> dict[str, str]:
     return {name: value for name, value in ((PERCENT, percent), (MEMORY, memory)) if value}
 
 
-def places(target: Target, control: str, limited: Mapping[str, str]) -> list[Place]:
-    """The files and units of MPS: the daemon's unit, and a drop-in that points ComfyUI to it."""
+def setting(target: Target, control: str, limited: Mapping[str, str]) -> settings.Setting:
+    """The drop-in files of MPS: the daemon's unit, and a drop-in that points ComfyUI to it."""
     service = target.host.service
     text = (files.CHECKOUT / "recipes/system/mps.service").read_text()
     values = {
@@ -69,11 +68,8 @@ def places(target: Target, control: str, limited: Mapping[str, str]) -> list[Pla
         f"[Service]\nEnvironment=CUDA_MPS_PIPE_DIRECTORY=/run/{service}-mps\nBindPaths=-/run/{service}-mps\n"
         "PrivateUsers=no\n"
     )
-    return [
-        settings.file(f"/etc/systemd/system/{unit}", Template(text).substitute(values)),
-        {"kind": "unit", "place": unit},
-        settings.file(f"/etc/systemd/system/{service}.service.d/hearth-mps.conf", drop_in),
-    ]
+    found = {unit: Template(text).substitute(values), f"{service}.service.d/hearth-mps.conf": drop_in}
+    return settings.Setting({f"/etc/systemd/system/{name}": text for name, text in found.items()})
 
 
 # --- plans: pure ---------------------------------------------------------------------------------------------------
@@ -88,7 +84,7 @@ def turn_on(target: Target, facts: Facts, mps: Mps, state: State, limited: Mappi
     told = ", ".join(f"{name}={value}" for name, value in limited.items()) or "no limits"
     step = settings.apply_step(
         "mps",
-        places(target, mps.control, limited),
+        setting(target, mps.control, limited),
         f"make {target.host.service} compute through MPS ({told})",
         undo="inv mps off",
         why="asked for" if not mps.on else f"it is {mps.state or 'off'}, or has other limits",
@@ -168,7 +164,7 @@ def run(action: str, names: Sequence[str], percent: str, memory: str, options: O
         if action == "off":
             return turn_off(target, facts, mps, options)
         kept = limited if limited or action == "limit" else mps.limits
-        state = settings.look(agent, {"mps": places(target, mps.control, kept)})
+        state = settings.look(agent, {"mps": setting(target, mps.control, kept)})
         return (limit if action == "limit" else turn_on)(target, facts, mps, state, kept, options)
 
     state = f"MPS is {'off' if action == 'off' else 'on'}"

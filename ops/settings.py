@@ -1,9 +1,9 @@
-"""Settings outside Hearth's prefix: files, kernel values, groups, devices, units. A host records and restores them."""
+"""System settings: drop-in files outside Hearth's prefix, which a host records and deletes to undo them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -11,7 +11,7 @@ from agent.schema.change import Set, Unset
 from agent.schema.settings import State
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from agent.schema.change import Step
     from deploy.connection import Agent
@@ -30,8 +30,13 @@ class Around:
 
 NOTHING = Around()
 
-Place = dict[str, Any]
-"""One place that a setting changes; `agent/change/settings.py` lists the kinds."""
+
+@dataclass(frozen=True)
+class Setting:
+    """Drop-in files by path, and members that groups get; `agent/change/settings.py` says what the files change."""
+
+    files: dict[str, str]
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def settled(state: State, name: str) -> bool:
@@ -39,21 +44,16 @@ def settled(state: State, name: str) -> bool:
     return all(each.now == each.wanted for each in state.seen[name])
 
 
-def look(agent: Agent, wanted: Mapping[str, Sequence[Place]]) -> State:
+def look(agent: Agent, wanted: Mapping[str, Setting]) -> State:
     """The state of some settings on a host."""
-    return msgspec.convert(agent.call("settings", changes=wanted), State)
-
-
-def file(place: str, text: str, **more: str) -> Place:
-    """A file that a setting writes, and that its undo removes."""
-    return {"kind": "file", "place": place, "text": text, **more}
+    return msgspec.convert(agent.call("settings", settings=msgspec.to_builtins(wanted)), State)
 
 
 def apply_step(
-    name: str, places: Sequence[Place], title: str, *, undo: str, why: str = "asked for", around: Around = NOTHING
+    name: str, setting: Setting, title: str, *, undo: str, why: str = "asked for", around: Around = NOTHING
 ) -> Step:
     """The step that applies a setting."""
-    return Set(title, why, undo, name, tuple(places), around.serves, around.drain, around.force)
+    return Set(title, why, undo, name, setting.files, setting.groups, around.serves, around.drain, around.force)
 
 
 def undo_step(name: str, title: str, *, force: bool, around: Around = NOTHING) -> Step:

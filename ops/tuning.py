@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from deploy.host import Target
     from deploy.plan import Options
     from deploy.refusals import Refusal
-    from ops.settings import Place
 
 
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -60,22 +59,17 @@ def known() -> Known:
     return found
 
 
-def places(name: str, setting: Setting) -> list[Place]:
-    """The places that a setting changes, now and at every boot."""
-    told = f"# Written by Hearth: inv tune --undo {name} removes it.\n"
+def drop_ins(name: str, setting: Setting) -> settings.Setting:
+    """The drop-in file of a setting."""
     if setting.unit:
-        unit = f"hearth-{name}.service"
         text = (files.CHECKOUT / "recipes/system" / setting.unit).read_text()
-        return [settings.file(f"/etc/systemd/system/{unit}", text), {"kind": "unit", "place": unit}]
+        return settings.Setting({f"/etc/systemd/system/hearth-{name}.service": text})
+    head = f"# Written by Hearth: inv tune --undo {name} removes it.\n"
     if setting.sysctl:
         lines = "".join(f"{key} = {value}\n" for key, value in setting.sysctl.items())
-        values = {f"/proc/sys/{key.replace('.', '/')}": value for key, value in setting.sysctl.items()}
-        first = settings.file(f"/etc/sysctl.d/90-hearth-{name}.conf", told + lines)
-    else:
-        values = setting.value
-        lines = "".join(f"w {place} - - - - {value}\n" for place, value in values.items())  # tmpfiles.d(5)
-        first = settings.file(f"/etc/tmpfiles.d/hearth-{name}.conf", told + lines)
-    return [first, *({"kind": "value", "place": place, "value": value} for place, value in values.items())]
+        return settings.Setting({f"/etc/sysctl.d/90-hearth-{name}.conf": head + lines})
+    lines = "".join(f"w {place} - - - - {value}\n" for place, value in setting.value.items())
+    return settings.Setting({f"/etc/tmpfiles.d/hearth-{name}.conf": head + lines})
 
 
 def unfit(setting: Setting, facts: Facts) -> str:
@@ -104,7 +98,7 @@ def apply(target: Target, facts: Facts, state: State, names: Sequence[str]) -> P
             setting = known().settings[name]
             title = f"set {name}: {now(name, state)} -> {becomes(setting)}"
             undo = f"inv tune --undo {name}"
-            steps.append(settings.apply_step(name, places(name, setting), title, undo=undo, why=setting.expect))
+            steps.append(settings.apply_step(name, drop_ins(name, setting), title, undo=undo, why=setting.expect))
     return Plan.of(facts, steps, found)
 
 
@@ -114,7 +108,7 @@ def _unfit_here(name: str, facts: Facts, state: State) -> list[Refusal]:
     if why := unfit(setting, facts):
         return [refusals.unfit_setting(name, f"of no use there: {why}")]
     if not setting.unit and not values:
-        listed = ", ".join(each["place"] for each in places(name, setting) if each["kind"] == "value")
+        listed = ", ".join(setting.sysctl or setting.value)
         return [refusals.unfit_setting(name, f"the machine has no {listed}")]
     if closed := [each.place for each in values if not each.writable and each.now != each.wanted]:
         remedy = "in a container the machine that it runs on decides: set it there"
@@ -143,7 +137,7 @@ def _back(change: Applied) -> str:
 
 def seen(agent: Agent, names: Sequence[str]) -> State:
     """The state of settings on a host."""
-    return settings.look(agent, {name: places(name, known().settings[name]) for name in names})
+    return settings.look(agent, {name: drop_ins(name, known().settings[name]) for name in names})
 
 
 def named(text: str) -> list[str]:
@@ -221,7 +215,7 @@ def now(name: str, state: State) -> str:
     """A setting's current value, in words."""
     found = state.seen[name]
     if units := [each for each in found if each.kind == "unit"]:
-        return "on" if units[0].now == [True, True] else "off"
+        return str(units[0].now)
     by_place: dict[str, list[str]] = {}
     for each in found:
         if each.kind == "value":

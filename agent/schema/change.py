@@ -230,7 +230,8 @@ class Set(Step):
 
     kind = "set"
     setting: str
-    changes: tuple[dict[str, Any], ...]  # see agent.change.settings
+    files: dict[str, str]  # drop-in files: path and text
+    groups: dict[str, tuple[str, ...]]  # members that a group gets
     serves: bool = False  # ComfyUI is stopped before and started afterwards
     drain: float = 0
     force: bool = False

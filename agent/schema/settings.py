@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A place that a setting changes. The values' type depends on the kind, see `agent.change.settings`."""
+    """A place that a setting changes, see `agent.change.settings`."""
 
-    kind: str  # "file", "value", "group", "node" or "unit"
+    kind: str  # "file", "value" (of the kernel), "device", "group" or "unit"
     place: str
-    now: Any
-    wanted: Any
+    now: str | None  # None: there is no such file or group
+    wanted: str
     writable: bool
 
 
@@ -23,8 +22,8 @@ class Applied:
 
     kind: str
     place: str
-    old: Any
-    new: Any
+    old: str | None
+    new: str
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def test_an_mps_that_does_not_start_is_off_again_and_comfyui_serves(steady: Flee
         )
         shown = mps(steady, "on", code=69)
         steady.machine.run("rm -r /etc/systemd/system/comfyui-mps.service.d")
-        assert "mps could not be set, and is undone" in shown
+        assert "mps could not be set and was undone" in shown
         assert steady.answers()
         assert steady.facts()["settings"] == []
 

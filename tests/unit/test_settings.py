@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from agent.change import settings as steps
 from agent.files import AgentError
 from agent.journal import Settings
 from agent.layout import Layout
+from agent.look import access as devices
 from agent.schema.change import Set, Unset
 from agent.schema.live import Mps, MpsClient, MpsServer
 from agent.schema.settings import Access, Applied, Node, Seen, State
 from deploy import plan
 from deploy.facts import Facts, Gpu
-from ops import access, fleet, mps, settings, tuning
+from ops import access, fleet, mps, tuning
 from tests.errors import raises
 from tests.plans import FRESH, kinds, reasons, spark, values
 from tests.unit.test_lifecycle import BUSY, running
@@ -33,8 +35,8 @@ def layout(tmp_path: Path) -> Layout:
     return Layout({**values, "address": "127.0.0.1", "port": 1})
 
 
-def step(*changes: dict[str, Any]) -> Set:
-    return Set("t", "w", "u", "one", changes)
+def step(files: dict[str, str], **groups: tuple[str, ...]) -> Set:
+    return Set("t", "w", "u", "one", files, groups)
 
 
 def undo(*, overwrite: bool = False) -> Unset:
@@ -45,39 +47,66 @@ def quiet(_: str) -> None:
     pass
 
 
-def test_twice_keeps_the_first_old_value_and_undo_puts_it_back(layout: Layout, tmp_path: Path) -> None:
-    old, fresh, kernel = (tmp_path / name for name in ("old", "fresh", "kernel0"))
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "TMPFILES", tmp_path / "tmpfiles.d")
+    monkeypatch.setattr(steps, "SYSCTL", tmp_path / "sysctl.d")
+
+
+def test_a_second_change_keeps_the_first_old_value_and_undo_restores_it(layout: Layout, tmp_path: Path) -> None:
+    old, fresh, kernel = (tmp_path / name for name in ("old", "tmpfiles.d/new", "kernel0"))
     old.write_text("before")
-    old.chmod(0o600)
     kernel.write_text("60\n")
-    changes = [settings.file(str(old), "first"), settings.file(str(fresh), "new"),
-               {"kind": "value", "place": f"{tmp_path}/kernel[0-9]", "value": "10"}]  # fmt: skip
-    steps.apply_setting(layout, step(*changes), quiet)
-    steps.apply_setting(layout, step(settings.file(str(old), "second"), *changes[1:]), quiet)
-    assert (old.read_text(), fresh.read_text(), kernel.read_text()) == ("second", "new", "10")
+    line = f"# a comment\n\nw {tmp_path}/kernel[0-9] - - - - 10\n"
+    steps.apply_setting(layout, step({str(old): "first", str(fresh): line}), quiet)
+    steps.apply_setting(layout, step({str(old): "second", str(fresh): line}), quiet)
+    assert (old.read_text(), fresh.read_text(), kernel.read_text()) == ("second", line, "10")
     assert {each["place"]: each["old"] for each in Settings(layout).in_force()["one"]} == {
-        str(old): ["before", 0o600], str(fresh): None, str(kernel): "60",
+        str(old): "before", str(fresh): None, str(kernel): "60",
     }  # fmt: skip
     steps.undo_settings(layout, undo(), quiet)
-    assert (old.read_text(), old.stat().st_mode & 0o777, fresh.exists()) == ("before", 0o600, False)
-    assert kernel.read_text() == "60"
+    assert (old.read_text(), fresh.exists(), kernel.read_text()) == ("before", False, "60")
     assert Settings(layout).in_force() == {}
     kept = Settings(layout).path.read_text()
     steps.undo_settings(layout, undo(), quiet)
     assert Settings(layout).path.read_text() == kept
 
 
-def test_what_is_so_already_is_not_recorded(layout: Layout, tmp_path: Path) -> None:
+@pytest.mark.needs("root")
+def test_groups_and_device_files_are_restored(layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, file, options = tmp_path / "nvidia0", tmp_path / "tmpfiles.d/gpu", tmp_path / "options"
+    device.touch()
+    device.chmod(0o600)
+    gid = grp.getgrnam("daemon").gr_gid
+    members: dict[str, str | None] = {}
+    monkeypatch.setitem(steps.KINDS, "group", (members.get, members.__setitem__))
+    monkeypatch.setattr(steps, "_read_group", members.get)
+    files = {str(options): "gid=@gid:daemon@", str(file): f"z {tmp_path}/nvidia[0-9] 0660 - daemon -\n"}
+    steps.apply_setting(layout, step(files, gpu=("b", "a")), quiet)
+    status = device.stat()
+    assert (status.st_mode & 0o777, status.st_gid, members) == (0o660, gid, {"gpu": "a,b"})
+    assert options.read_text() == f"gid={gid}"
+    steps.undo_settings(layout, undo(), quiet)
+    status = device.stat()
+    assert (status.st_mode & 0o777, status.st_gid, members) == (0o600, 0, {"gpu": None})
+    assert not options.exists()
+
+
+def test_sysctl_files_set_kernel_values(tmp_path: Path) -> None:
+    found = steps.seen({f"{tmp_path}/sysctl.d/90-x.conf": "# vm.x = 1\nvm.swappiness = 10\n"}, {})
+    assert [(each.kind, each.place, each.wanted) for each in found][1:] == [("value", "/proc/sys/vm/swappiness", "10")]
+
+
+def test_existing_values_are_not_recorded(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("same")
-    (tmp_path / "file").chmod(0o644)
-    steps.apply_setting(layout, step(settings.file(f"{tmp_path}/file", "same")), quiet)
+    steps.apply_setting(layout, step({f"{tmp_path}/file": "same"}), quiet)
     assert Settings(layout).in_force() == {}
 
 
-def test_what_somebody_changed_since_is_told_and_left(layout: Layout, tmp_path: Path) -> None:
+def test_later_edits_are_reported_and_kept(layout: Layout, tmp_path: Path) -> None:
     mine, other = tmp_path / "mine", tmp_path / "other"
     mine.write_text("before")
-    steps.apply_setting(layout, step(settings.file(str(mine), "set"), settings.file(str(other), "set")), quiet)
+    steps.apply_setting(layout, step({str(mine): "set", str(other): "set"}), quiet)
     mine.write_text("edited")
     with pytest.raises(AgentError) as caught:
         steps.undo_settings(layout, undo(), quiet)
@@ -105,10 +134,10 @@ def test_killed_between_record_and_change(
 
     with monkeypatch.context() as patched, pytest.raises(_Killed):
         patched.setitem(steps.KINDS, "file", (steps.KINDS["file"][0], killed))
-        steps.apply_setting(layout, step(settings.file(str(path), "set")), quiet)
+        steps.apply_setting(layout, step({str(path): "set"}), quiet)
     assert (path.read_text(), list(Settings(layout).in_force())) == ("before", ["one"])
     if again:
-        steps.apply_setting(layout, step(settings.file(str(path), "set")), quiet)
+        steps.apply_setting(layout, step({str(path): "set"}), quiet)
         assert path.read_text() == "set"
         assert len(Settings(layout).events()) == 1
     steps.undo_settings(layout, undo(), quiet)
@@ -117,18 +146,15 @@ def test_killed_between_record_and_change(
 
 def test_what_cannot_be_made_undoes_the_whole_setting(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "folder").write_text("a file where a folder is needed")
-    with pytest.raises(AgentError, match="could not be set, and is undone"):
-        wrong = settings.file(f"{tmp_path}/folder/file", "x")
-        steps.apply_setting(layout, step(settings.file(f"{tmp_path}/first", "x"), wrong), quiet)
+    with pytest.raises(AgentError, match="could not be set and was undone"):
+        steps.apply_setting(layout, step({f"{tmp_path}/first": "x", f"{tmp_path}/folder/file": "x"}), quiet)
     assert not (tmp_path / "first").exists()
     assert Settings(layout).in_force() == {}
 
 
 def test_what_cannot_be_put_back_is_told_and_stays_recorded(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "one").write_text("before")
-    steps.apply_setting(
-        layout, step(settings.file(f"{tmp_path}/one", "set"), settings.file(f"{tmp_path}/two", "set")), quiet
-    )
+    steps.apply_setting(layout, step({f"{tmp_path}/one": "set", f"{tmp_path}/two": "set"}), quiet)
     (tmp_path / "two").unlink()
     (tmp_path / "two").mkdir()
     with pytest.raises(AgentError) as caught:
@@ -141,14 +167,14 @@ def test_what_cannot_be_put_back_is_told_and_stays_recorded(layout: Layout, tmp_
 def test_a_choice_of_the_kernels_is_read_by_its_brackets(tmp_path: Path) -> None:
     path = tmp_path / "enabled"
     path.write_text("always [madvise] never\n")
-    (found,) = steps.seen([{"kind": "value", "place": str(path), "value": "always"}])
+    _, found = steps.seen({f"{tmp_path}/tmpfiles.d/huge": f"w {path} - - - - always"}, {})
     assert (found.now, found.wanted) == ("madvise", "always")
 
 
 def test_who_may_use_a_device() -> None:
     def may(mode: int, groups: tuple[str, ...]) -> bool:
         status = os.stat_result((0o020000 | mode, 0, 0, 1, 0, 0, 0, 0, 0, 0))  # root:root
-        return steps._may(status, "somebody", groups)
+        return devices._may(status, "somebody", groups)
 
     assert (may(0o666, ()), may(0o660, ()), may(0o660, ("root",)), may(0o606, ("root",))) == (True, False, True, False)
 
@@ -158,10 +184,10 @@ def test_who_may_use_a_device() -> None:
 
 def state(name: str = "swappiness", now: str = "60", *, writable: bool = True, applied: bool = False) -> State:
     setting = tuning.known().settings[name]
-    seen = [
-        Seen(each["kind"], each["place"], [True, True] if each["kind"] == "unit" else now, each.get("value"), writable)
-        for each in tuning.places(name, setting)
-    ]
+    seen = [Seen("file", file, None, text, True) for file, text in tuning.drop_ins(name, setting).files.items()]
+    seen += [Seen("unit", f"hearth-{name}.service", "on", "on", True)] if setting.unit else []
+    values = {f"/proc/sys/{key.replace('.', '/')}": value for key, value in setting.sysctl.items()} | setting.value
+    seen += [Seen("value", place, now, value, writable) for place, value in values.items()]
     record: dict[str, tuple[Applied, ...]] = {name: (Applied("value", seen[1].place, "60", "10"),)} if applied else {}
     return State(record, {name: tuple(seen)})
 
@@ -170,11 +196,9 @@ def test_only_what_is_named_is_planned_and_only_when_it_is_otherwise() -> None:
     found = tuning.apply(spark(), FRESH, state(), ["swappiness"])
     assert kinds(found) == ["set"]
     assert found.steps[0].title == "set swappiness: 60 -> 10"
-    changes = values(found.steps[0])["changes"]
-    assert [(each["kind"], each["place"]) for each in changes] == [
-        ("file", "/etc/sysctl.d/90-hearth-swappiness.conf"), ("value", "/proc/sys/vm/swappiness"),
-    ]  # fmt: skip
-    assert changes[0]["text"].endswith("\nvm.swappiness = 10\n")
+    ((path, text),) = values(found.steps[0])["files"].items()
+    assert path == "/etc/sysctl.d/90-hearth-swappiness.conf"
+    assert text.endswith("\nvm.swappiness = 10\n")
     assert kinds(tuning.apply(spark(), FRESH, state(now="10"), ["swappiness"])) == []
     assert kinds(tuning.apply(spark(), FRESH, state(), [])) == []
 
@@ -235,7 +259,7 @@ ON = Mps(on=True, control=CONTROL, state="active (running)", service_pid=7, serv
 
 
 def mps_state(*, now: str | None) -> State:
-    places = [Seen(each["kind"], each["place"], now, "wanted", True) for each in mps.places(spark(), CONTROL, {})]
+    places = [Seen("file", file, now, "wanted", True) for file in mps.setting(spark(), CONTROL, {}).files]
     return State({}, {"mps": tuple(places)})
 
 
@@ -244,13 +268,13 @@ def test_mps_is_turned_on_around_a_service_that_runs() -> None:
     found = mps.turn_on(spark(), facts, OFF, mps_state(now=None), {mps.PERCENT: "40"}, plan.Options(drain=5))
     (step,) = found.steps
     assert (step.kind, values(step)["serves"], values(step)["drain"]) == ("set", True, 5)
-    unit, _, drop_in = values(step)["changes"]
-    assert "\nEnvironment=CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=40\n" in unit["text"]
-    assert f"\nExecStart={CONTROL} -f\n" in unit["text"]
-    assert "\nUser=comfyui\n" in unit["text"]
-    assert "\nDeviceAllow=char-nvidia-uvm rw\n" in unit["text"]
-    assert "$" not in unit["text"]
-    assert "\nEnvironment=CUDA_MPS_PIPE_DIRECTORY=/run/comfyui-mps\n" in drop_in["text"]
+    unit, drop_in = values(step)["files"].values()
+    assert "\nEnvironment=CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=40\n" in unit
+    assert f"\nExecStart={CONTROL} -f\n" in unit
+    assert "\nUser=comfyui\n" in unit
+    assert "\nDeviceAllow=char-nvidia-uvm rw\n" in unit
+    assert "$" not in unit
+    assert "\nEnvironment=CUDA_MPS_PIPE_DIRECTORY=/run/comfyui-mps\n" in drop_in
     assert "not verified on GB10" in found.notes[0]
     still = mps.turn_on(spark(), facts, ON, mps_state(now="wanted"), {}, plan.Options())
     assert kinds(still) == []
@@ -318,8 +342,7 @@ def test_limits_that_make_no_sense(percent: str, memory: str) -> None:
 
 def test_the_gpu_is_kept_to_a_group() -> None:
     target = spark(members=("anna",))
-    wanted = access.places(target)
-    places = tuple(Seen(each["kind"], each["place"], None, "x", True) for each in wanted)
+    places = tuple(Seen("file", file, None, "x", True) for file in access.setting(target).files)
     seen = Access((), {}, (), {"comfyui": ("comfyui",), "anna": ("anna",)})
     found = access.keep(target, running(), State({}, {access.NAME: places}), seen, plan.Options())
     assert found.steps[0].title == "restrict the GPU to group gpu-users: comfyui, anna"
