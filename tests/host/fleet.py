@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from core import source
+from core import files, source, workspace
 from lock.application import application
 from tests.client import Client
-from tests.host.machine import Machine, place_for
+from tests.host.machine import Machine, clear, mounted_below, place_for
 
 PREFIX = "/opt/comfyui"
 
@@ -142,11 +143,62 @@ F = TypeVar("F", bound=Fleet)
 
 
 @contextmanager
-def fresh(folder: Path, name: str, kind: type[F], prefix: str = PREFIX, **machine: Any) -> Iterator[F]:
-    """A fleet with its own machine, not booted yet and discarded at the end."""
-    fleet = kind(Machine(place_for(name), prefix=prefix, **machine), folder)
+def fresh(
+    folder: Path, name: str, kind: type[F], prefix: str = PREFIX, *, bare: bool = False, **machine: Any
+) -> Iterator[F]:
+    """A fleet with its own machine, not booted yet and discarded at the end.
+
+    The environment is there already (see `environment`), unless the machine is `bare`.
+    """
+    layers = () if bare else (environment(),)
+    fleet = kind(Machine(place_for(name), prefix=prefix, layers=layers, **machine), folder)
     fleet.configure()
     try:
         yield fleet
     finally:
         fleet.machine.discard()
+
+
+MAKERS = ("agent/parts.py", "agent/change/env.py", "agent/change/trees.py", "deploy/choice.py", "uv.lock")
+"""The code that makes an environment. Its name is a hash of all else that it consists of."""
+
+
+def environment() -> Path:
+    """An overlay layer with the environment of a real first deploy, for all machines: 60,000 files.
+
+    One is kept on this machine, as long as neither the locks nor the code that makes it change.
+    """
+    hosts, locks = workspace.current().cache / "hosts", (files.CHECKOUT / "recipes/comfyui/locks").glob("*.txt")
+    names = [*MAKERS, *(str(path.relative_to(files.CHECKOUT)) for path in locks)]
+    place = hosts / f"environment-{files.tree_hash(files.CHECKOUT, names)[:16]}"
+    with files.locked(hosts / "environment.lock", lambda: None):
+        if not place.is_dir():
+            for stale in hosts.glob("environment-*"):
+                if str(stale) not in Path("/proc/mounts").read_text():
+                    clear(stale)
+            with files.atomic_dir(place) as part:
+                _deploy_first(part)
+    return place
+
+
+def _deploy_first(layer: Path) -> None:
+    """Deploy to a new machine, and move the environment to this folder."""
+    with TemporaryDirectory() as folder, fresh(Path(folder), "first", Fleet, bare=True, downloads=True) as first:
+        first.machine.boot()
+        done = first.deploy()
+        assert done.returncode == 0, done.stderr
+        assert "-> make env-" in done.stderr
+        first.machine.power_off()
+        for point in mounted_below(first.machine.place):
+            subprocess.run(["umount", str(point)], check=True)
+        parts = f"{PREFIX.lstrip('/')}/parts"
+        (layer / parts).mkdir(parents=True)
+        for made in (first.machine.disk / "upper" / parts).glob("env-*"):
+            made.rename(layer / parts / made.name)
+
+
+def link_environment(prefix: Path) -> None:
+    """Give a prefix on the file system of uv's cache that environment, by hard links."""
+    (prefix / "parts").mkdir(parents=True)
+    for made in (environment() / PREFIX.lstrip("/") / "parts").iterdir():
+        subprocess.run(["cp", "-al", str(made), str(prefix / "parts")], check=True)

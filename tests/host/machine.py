@@ -145,15 +145,16 @@ class Machine:
     """One host: `boot` and `power_off` as often as needed; its disk remains.
 
     Without `network` it has only its own loopback; ssh connects through its namespace. `more` are further flags of
-    systemd-nspawn.
+    systemd-nspawn. `layers` are overlay layers above the base. With `downloads`, its uv has this machine's cache.
     """
 
     place: Path
     prefix: str
     arch: str = "amd64"
-    downloads: bool = True
+    downloads: bool = False
     network: bool = True
     more: tuple[str, ...] = ()
+    layers: tuple[Path, ...] = ()
     ssh_port: int = field(default_factory=free_port)
     port: int = field(default_factory=free_port)
     login: str = LOGIN
@@ -193,7 +194,9 @@ class Machine:
         """Mount the machine's root."""
         for name in ("upper", "work"):
             (self.disk / name).mkdir(exist_ok=True)
-        options = f"lowerdir={base(self.arch)},upperdir={self.disk}/upper,workdir={self.disk}/work"
+        lower = ":".join(str(each) for each in (*self.layers, base(self.arch)))
+        # redirect_dir: a folder of a layer can be renamed, as on any other file system
+        options = f"lowerdir={lower},upperdir={self.disk}/upper,workdir={self.disk}/work,redirect_dir=on"
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(self.root)], check=True)
 
     def configure_ssh(self, text: str = "") -> None:

@@ -82,7 +82,6 @@ class Replica(Machine):
 
     of: Machine | None = None
     image: Path | None = None
-    downloads: bool = False
 
     @property
     def disk(self) -> Path:
@@ -104,6 +103,7 @@ class Replica(Machine):
             parts = Path(inside) / "parts"
             binds |= {path: self.root / parts / path.name for path in (self.of.root / parts).glob("env-*")}
         for source, target in binds.items():
+            target.mkdir(parents=True, exist_ok=True)
             subprocess.run(["mount", "--bind", str(source), str(target)], check=True)
 
     def _fill(self, upper: Path) -> None:

@@ -344,7 +344,7 @@ def test_the_agent_is_killed_while_it_takes_back_a_release_that_migrated_the_dat
 @pytest.mark.faults
 def test_a_first_deploy_interrupted_at_every_step(tmp_path: Path) -> None:
     """The agent is killed at each step in turn; systemd restarts it each time, and it gets further."""
-    with fresh(tmp_path, "first", Fleet) as first:
+    with fresh(tmp_path, "first", Fleet, bare=True, downloads=True) as first:
         first.machine.boot()
         since = time.time()
         client = first.start("deploy", "--host", "spark")

@@ -22,7 +22,8 @@ from core import files, workspace
 from tests import nvml
 from tests.client import Client
 from tests.errors import kind_of
-from tests.host.machine import free_port, place_for, share_downloads
+from tests.host.fleet import link_environment
+from tests.host.machine import free_port, place_for
 
 pytestmark = pytest.mark.host
 
@@ -67,12 +68,11 @@ class Here(Client):
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     folder = tmp_path_factory.mktemp("local")
-    # On uv's cache file system, so that the environment consists of hard links.
     prefix = place_for("local")
     one = Here(prefix, folder / "hosts.toml", free_port())
     one.configure()
     one.choose()
-    share_downloads(prefix / "state/cache/uv")
+    link_environment(prefix)
     try:
         yield one
     finally:

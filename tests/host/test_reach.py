@@ -69,7 +69,7 @@ def test_every_host_is_reached_by_a_check(deployed: Fleet) -> None:
 def test_a_host_without_a_network_is_deployed_to_from_a_bundle(tmp_path: Path) -> None:
     """Everything comes from one file: the client's cache and wheelhouse are empty, too."""
     bundle, cut = tmp_path / "spark.tar", tmp_path / "cut.tar"
-    with fresh(tmp_path, "bundle", Fleet, downloads=False, network=False) as alone:
+    with fresh(tmp_path, "bundle", Fleet, bare=True, network=False) as alone:
         alone.configure("metrics_port = 9101\n")
         alone.machine.boot()
         made = alone.inv("bundle", "--host", "spark", "--output", str(bundle), "--json")
@@ -97,7 +97,7 @@ def test_a_host_without_a_network_is_deployed_to_from_a_bundle(tmp_path: Path) -
 @pytest.mark.faults
 def test_a_host_without_a_network_gets_its_packages_from_here(tmp_path: Path) -> None:
     """They are downloaded here (3 GB) and uploaded: part of the long run."""
-    with fresh(tmp_path, "offline", Fleet, downloads=False, network=False) as alone:
+    with fresh(tmp_path, "offline", Fleet, bare=True, network=False) as alone:
         alone.machine.boot()
         done = alone.deploy()
         assert done.returncode == 0, done.stderr

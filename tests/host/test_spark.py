@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.host, pytest.mark.spark]
 
 
 def test_a_spark_takes_the_same_deploy(tmp_path: Path) -> None:
-    with fresh(tmp_path, "spark", Fleet, arch="arm64") as fleet:
+    with fresh(tmp_path, "spark", Fleet, bare=True, downloads=True, arch="arm64") as fleet:
         fleet.patience = 3600
         fleet.env["HEARTH_WHEELHOUSE"] = str(workspace.current().wheelhouse.folder)
         fleet.configure(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.host.fleet import Fleet, fresh, within
+from tests.host.fleet import Fleet, fresh, link_environment, within
 from tests.host.machine import LOGIN, free_port
 from tests.host.test_metrics import scrape
 
@@ -26,16 +26,16 @@ class Own(Fleet):
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Own]:
-    with fresh(tmp_path, "user", Own, prefix="/nowhere", downloads=False) as fleet:
+    with fresh(tmp_path, "user", Own, bare=True) as fleet:
         machine = fleet.machine
-        machine.share_downloads(f"{HOME}/.local/share/hearth/comfyui/state/cache/uv")
+        # before it boots, because it goes below the overlay
+        link_environment(machine.disk / f"upper/{HOME}/.local/share/hearth/comfyui")
         fleet.configure('scope = "user"\n')
         machine.boot()
         # Standard on every full Debian and Ubuntu; polkit allows a login to enable lingering for itself.
         packages = "libpam-systemd dbus-user-session polkitd"
         machine.run(f"apt-get update -qq && apt-get install -qq -y --no-install-recommends {packages}")
-        # Files linked to this machine's stay owned by root: uv copies files that it cannot link.
-        machine.run(f"find {HOME}/.local '(' -type d -o -links 1 ')' -exec chown {LOGIN}: {{}} +")
+        machine.run(f"find {HOME}/.local -type d -exec chown {LOGIN}: {{}} +")  # files are shared with other hosts
         yield fleet
 
 
