@@ -87,16 +87,16 @@ def ask(place: Endpoint, path: str, body: Json | None = None, seconds: float = 5
             unknown = unknown or (None if error.errno in NOBODY else error)
             continue
         except HTTPException as error:  # another protocol at this port
-            raise ValueError(f"no HTTP: {said(repr(error))}") from error
+            raise ValueError(f"not an HTTP answer: {said(repr(error))}") from error
         if path.startswith("/view"):
             return raw
         if sum(map(raw.count, (b",", b"[", b"{"))) > limit // DENSE:
-            raise TooLongError(f"the answer to {path} has more values than are looked at")
+            raise TooLongError(f"the answer to {path} has too many values")
         try:
             return parsed(raw) if raw else None
         except RecursionError as error:
             raise ValueError(f"the answer to {path} is nested too deeply") from error
-    raise unknown or ConnectionRefusedError(f"nothing listens at {' or '.join(place.addresses)}, port {place.port}")
+    raise unknown or ConnectionRefusedError(f"no process listens at {' or '.join(place.addresses)}, port {place.port}")
 
 
 def _exchange(place: Endpoint, address: str, path: str, body: Json | None, seconds: float, limit: int) -> bytes:
@@ -148,7 +148,7 @@ def _exchange(place: Endpoint, address: str, path: str, body: Json | None, secon
     if len(raw) > limit:
         raise TooLongError(f"the answer to {path} is longer than {limit} bytes")
     if answer.status != 200:
-        raise ValueError(f"{path} is answered with {answer.status}: {said(raw[:500].decode(errors='replace'), 500)}")
+        raise ValueError(f"{path} returned status {answer.status}: {said(raw[:500].decode(errors='replace'), 500)}")
     return raw
 
 
@@ -157,7 +157,7 @@ def parsed(raw: bytes) -> Any:
 
     def number(text: str) -> float:
         if not math.isfinite(found := float(text)):
-            raise ValueError(f"{text} is no number")
+            raise ValueError(f"{text} is not a number")
         return found
 
     return json.loads(raw, parse_float=number, parse_constant=number)
@@ -171,7 +171,7 @@ def checked(name: str, answer: Any, read: Callable[[Any], T]) -> T:
     try:
         return read(answer)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"the answer to {name} is not ComfyUI's: {said(repr(error))}") from error
+        raise ValueError(f"the answer to {name} is not in ComfyUI's format: {said(repr(error))}") from error
 
 
 def said(value: object, limit: int = 200) -> str:
@@ -248,11 +248,11 @@ def unanswered(place: Endpoint, error: Exception) -> AgentError:
     """Return the AgentError for a failed request: ComfyUI does not respond, or another program holds its port."""
     if isinstance(error, ValueError):
         what = f"the program at port {place.port} does not answer as ComfyUI does"
-        return AgentError("silent", what, str(error), "inv status shows which program holds the port")
+        return AgentError("silent", what, str(error), "inv status shows which process uses the port")
     if takes_connections(place):
-        hint = "inv logs shows what it does; inv restart --force ends that"
-        return AgentError("silent", "ComfyUI takes connections and does not answer", str(error), hint)
-    what = f"nothing listens on port {place.port}: ComfyUI does not run"
+        hint = "read its log: inv logs; to end it: inv restart --force"
+        return AgentError("silent", "ComfyUI accepts connections but does not answer", str(error), hint)
+    what = f"ComfyUI is not running: no process listens on port {place.port}"
     return AgentError("silent", what, str(error), "inv start; inv logs")
 
 

@@ -62,7 +62,7 @@ class SafeDeleter:
             try:
                 while way[-1].names or len(way) > 1:
                     if time.monotonic() > self._end:
-                        self.stuck.append(f"{path}: there is more than {self._seconds:.0f} s suffice for")
+                        self.stuck.append(f"{path}: deleting it takes more than {self._seconds:.0f} s")
                         return
                     here = self._enter(here, way, mount) if way[-1].names else self._leave(here, way)
             finally:
@@ -108,7 +108,7 @@ class SafeDeleter:
         above = os.open("..", FOLDER, dir_fd=here)
         os.close(here)
         if _identity(above) != way[-1].identity:
-            self.stuck.append(f"{level.path}: it was moved while it was being deleted")
+            self.stuck.append(f"{level.path}: it was moved during its deletion")
             way[:] = [way[0]._replace(names=[])]
         elif level.kept == len(self.left) + len(self.stuck):
             name = level.path.rpartition("/")[2]

@@ -48,7 +48,7 @@ def copy(source: Path, place: Path) -> None:
     with os.fdopen(os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "no regular file", str(source))
+            raise OSError(errno.EINVAL, "not a regular file", str(source))
         with _draft(place, mode & 0o777) as descriptor:
             while block := file.read(1 << 20):
                 _write_all(descriptor, block)
@@ -180,12 +180,12 @@ RETRIES = [0.1, 1.0]
 
 
 def os_error(error: OSError, what: str) -> AgentError:
-    """Convert an OSError to a AgentError; `what` says what failed."""
+    """Convert an OSError to an AgentError; `what` says what failed."""
     remedies = {
         errno.ENOSPC: FULL,
         errno.EDQUOT: FULL,
-        errno.EROFS: "the file system is read-only: see dmesg, check the disk, remount it, then run the command again",
-        errno.EIO: "the disk reports errors: see dmesg and smartctl before anything is written there again",
+        errno.EROFS: "the file system is read-only: check dmesg, remount it, then run the same command again",
+        errno.EIO: "the disk reports errors: check dmesg and smartctl before writing to it again",
     }
     kind = "disk" if error.errno in remedies else "step"
     return AgentError(kind, what, str(error), remedies.get(error.errno or 0, "run the same command again"))
@@ -206,8 +206,8 @@ def read(path: Path, *, lenient: bool = False) -> Json:
         return found
     if lenient:
         return {}
-    hint = f"look at it; if it is of no use, delete it (rm {path}) and run the same command again"
-    raise AgentError("step", f"{path} is damaged: it holds no JSON object", "a disk error, or an edit by hand", hint)
+    hint = f"inspect it; if you do not need it, delete it (rm {path}) and run the same command again"
+    raise AgentError("step", f"{path} is damaged: it is not a JSON object", "a disk error, or a manual edit", hint)
 
 
 def sha256(path: Path) -> str:

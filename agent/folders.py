@@ -36,8 +36,8 @@ def opened(folder: Path, *, links: bool = False) -> Iterator[int]:
                 target = os.readlink("", dir_fd=inner)
                 os.close(inner)
                 if not links or status.st_uid == distrusted() or not left:
-                    whose = " of the service's" if links and left else ""
-                    raise OSError(errno.ELOOP, f"{name} on the way is a link{whose}", str(folder))
+                    whose = " of the service user" if links and left else ""
+                    raise OSError(errno.ELOOP, f"{name} in its path is a link{whose}", str(folder))
                 names += reversed(Path(target).parts)
                 left -= 1
             else:
@@ -114,7 +114,7 @@ def real(path: Path | str) -> Path:
     try:
         return Path(os.path.realpath(path))
     except RecursionError:  # 3.12 and older
-        raise OSError(errno.ELOOP, "links lead to links without an end", str(path)) from None
+        raise OSError(errno.ELOOP, "too many levels of links", str(path)) from None
 
 
 def mounts() -> list[Json]:

@@ -54,18 +54,18 @@ class Layout:
             if self.current.exists():
                 raise AgentError(
                     "foreign",
-                    f"{self.current} is no link of Hearth's",
-                    "something else made it, or it was edited by hand",
-                    f"look at it, move it away (mv {self.current} {self.current}.old), then deploy again",
+                    f"{self.current} is not Hearth's link",
+                    "another program made it, or it was edited by hand",
+                    f"inspect it, move it away (mv {self.current} {self.current}.old), then run inv deploy",
                 )
             return ""
         target = self.current.readlink()
         if target.parent != Path("releases") or not read(self.releases / target.name / "release.json", lenient=True):
             raise AgentError(
                 "foreign",
-                f"{self.current} points at {target}, which is no release of Hearth's",
+                f"{self.current} points at {target}, which is not a release",
                 "the release was deleted or damaged, or the link was edited by hand",
-                f"remove the link (rm {self.current}), then deploy again; data/ is not touched by that",
+                f"remove the link (rm {self.current}), then run inv deploy; data/ stays as it is",
             )
         return target.name
 

@@ -36,8 +36,8 @@ def flock(path: Path, *, wait: float = 1) -> Iterator[IO[bytes]]:
                 yield file
                 return
         if time.monotonic() > end:
-            hint = f"fuser -v {path}, on the host, shows which; then run the same command again"
-            raise AgentError("busy", f"{path} is held by another process", "", hint)
+            hint = f"find it on the host with fuser -v {path}; when it has ended, run the same command again"
+            raise AgentError("busy", f"another process has locked {path}", "", hint)
         time.sleep(0.01)
 
 

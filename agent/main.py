@@ -44,7 +44,7 @@ def say(value: object) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run a verb. Return 0; 3 after a AgentError, printed as the last line; UNWRITABLE after an OSError."""
+    """Run a verb. Return 0; 3 after an AgentError, printed as the last line; UNWRITABLE after an OSError."""
     verb = argv[0]
     if verb == "confine":  # keeps its environment, which is the command's
         from agent.serve import confine as confinement
@@ -62,7 +62,12 @@ def main(argv: list[str]) -> int:
             line = sys.stdin.buffer.readline()
             # With sudo, the request passes a pipe that the login's other processes can write to.
             if argv[1:] and hashlib.sha256(line).hexdigest() != argv[1]:
-                raise AgentError("usage", "the request was replaced on its way", "", "check what else this login runs")
+                raise AgentError(
+                    "usage",
+                    "the request was replaced during its transfer",
+                    "",
+                    "check which other programs this login runs",
+                )
             request = json.loads(line)
             layout = Layout(request["site"])
             _answer(verb, layout, request)
@@ -129,7 +134,7 @@ def _answer(verb: str, layout: Layout, request: Json) -> None:
         for value in answer if isinstance(answer, Iterator) else [answer]:
             say(value)
     else:
-        raise AgentError("step", f"the agent has no verb {verb!r}")
+        raise AgentError("step", f"the agent does not support {verb!r}")
 
 
 def _facts(layout: Layout, request: Json) -> object:

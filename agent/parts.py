@@ -102,13 +102,20 @@ def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) 
             if end and not select.select([reader], [], [], max(0, end - time.monotonic()))[0]:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                raise AgentError("step", f"{work.__name__} did not end within {seconds:.0f} s", "", "run it again")
+                raise AgentError(
+                    "step", f"{work.__name__} did not end within {seconds:.0f} s", "", "run the same command again"
+                )
             said = pipe.read()
         if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-            why = f"by signal {-code}" if code < 0 else "it could not tell its answer"
+            why = f"by signal {-code}" if code < 0 else "it could not send its answer"
             if code == -signal.SIGKILL:
-                why += ": the kernel's, where memory is too little (dmesg tells), or somebody's"
-            raise AgentError("step", f"{work.__name__} was ended", why, "run it again; inv doctor")
+                why += ", sent by the kernel for lack of memory (see dmesg) or by a user"
+            raise AgentError(
+                "step",
+                f"{work.__name__} was ended",
+                why,
+                "run the same command again; if that does not help: inv doctor",
+            )
         found = json.loads(said)
         if "errno" in found:
             raise OSError(found["errno"], found["error"].partition("] ")[2] or found["error"])
@@ -218,7 +225,7 @@ def damage_of(place: Path) -> str:
     try:
         record = read(place / "PART.json")
         if not record:
-            return "it was never finished"
+            return "it is incomplete"
         whole = record.get("stamp") == stamp(place)
     except (OSError, AgentError) as error:
         return f"it cannot be read: {error}"

@@ -78,10 +78,10 @@ def run(
                     os.killpg(process.pid, signal.SIGKILL)
                 raise
     except subprocess.TimeoutExpired as error:
-        hint = "run the same command again; look at the host's load and network when that does not help"
+        hint = "run the same command again; if that does not help, check the host's load and network"
         raise AgentError("step", f"{' '.join(argv[:3])} did not end within {timeout:.0f} s", "", hint) from error
     except OSError as error:
-        raise AgentError("step", f"{argv[0]} could not be run", str(error)) from error
+        raise AgentError("step", f"{argv[0]} could not be started", str(error)) from error
     if process.returncode:
         tail = "\n".join((said or output).strip().splitlines()[-8:])
         full = "No space left" in tail
@@ -105,7 +105,7 @@ def last_of(argv: list[str], lines: int) -> list[str]:
                 argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, env=inherited()
             )
         except OSError as error:
-            raise AgentError("step", f"{argv[0]} could not be run", str(error)) from error
+            raise AgentError("step", f"{argv[0]} could not be started", str(error)) from error
         with process:
             assert process.stdout is not None
             raw = process.stdout.read(LOG_BYTES)
@@ -166,9 +166,9 @@ def end_descendants(spared: Collection[int] = (), *, seconds: float = 20) -> Non
                 os.waitpid(pid, os.WNOHANG)
         quiet = 0 if left else quiet + 1
         if left and time.monotonic() > end:
-            what = f"{len(left)} processes of ComfyUI's do not end"
+            what = f"{len(left)} processes of ComfyUI do not end"
             raise AgentError(
-                "step", what, f"some of them: {sorted(left)[:5]}", "look at them on the host; a reboot ends them"
+                "step", what, f"some of them: {sorted(left)[:5]}", "inspect them on the host; a reboot ends them"
             )
         time.sleep(0 if left else 0.001)
 

@@ -62,7 +62,7 @@ def command(*, help: dict[str, str] | None = None, **options: Any) -> Callable[[
                 console.say(f"error[{error.kind}]: {error}")
                 raise Exit(code=error.exit_code) from error
             except KeyboardInterrupt:
-                console.say("interrupted; the same command goes on from here")
+                console.say("interrupted; run the same command again to continue")
                 raise Exit(code=130) from None
             except BrokenPipeError:
                 raise Exit(code=0) from None

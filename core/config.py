@@ -72,7 +72,7 @@ def table(path: Path) -> dict[str, Any]:
 def _parse(path: Path) -> dict[str, Any]:
     text = foreign.content(path).decode()
     if max(line.count(".") for line in text.split("\n")) > DOTS:
-        raise ConfigError("config", f"{path} is not read: a line of it has more than {DOTS} dots")
+        raise ConfigError("config", f"{path} is not accepted: one of its lines has more than {DOTS} dots")
     return tomli.loads(text)
 
 

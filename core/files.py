@@ -67,7 +67,7 @@ def tree(root: Path, largest: int = LARGEST) -> list[tuple[str, Path]]:
                 if path.stat().st_size > largest:
                     what = f"{root.name}: {name} is larger than {largest // 1_000_000} MB"
                     raise SourceError(
-                        "unsafe-tree", what, cause="trees are code, and models are not sent", hint=_REFUSED
+                        "unsafe-tree", what, cause="trees contain code; models are not sent", hint=_REFUSED
                     )
                 found.append((name, path))
             elif not inside or path.is_symlink() or not path.is_dir():

@@ -55,7 +55,9 @@ class Tree:
         """Remember a symbolic link."""
         self._new(name, 0)
         if not 0 < len(target) < 4096 or b"\0" in target:
-            raise SourceError("unsafe-tree", f"{self.label}: {name!r} is a link to nothing", hint=LEAVE_OUT)
+            raise SourceError(
+                "unsafe-tree", f"{self.label}: {name!r} is a link to a path that does not exist", hint=LEAVE_OUT
+            )
         if name in self._links:
             raise self._twice(name)
         self._links[name] = os.fsdecode(target)
@@ -76,10 +78,10 @@ class Tree:
     def _new(self, name: str, size: int) -> Path:
         parts = name.split("/")
         if {"", ".", "..", ".git"} & {part.lower() for part in parts} or not files.plain(name):
-            raise SourceError("unsafe-tree", f"{self.label}: a file cannot be named {name!r}", hint=LEAVE_OUT)
+            raise SourceError("unsafe-tree", f"{self.label}: {name!r} is not allowed as a file name", hint=LEAVE_OUT)
         if len(parts) > DEPTH or max(len(os.fsencode(part)) for part in parts) > 250 or len(os.fsencode(name)) > 2000:
             raise SourceError(
-                "unsafe-tree", f"{self.label}: {name[:100]!r}... is too long a name, or too deep", hint=LEAVE_OUT
+                "unsafe-tree", f"{self.label}: {name[:100]!r}... is too long, or nested too deeply", hint=LEAVE_OUT
             )
         self._count(name, size)
         path = self.place.joinpath(*parts)
@@ -111,8 +113,10 @@ def _told(label: str, where: str) -> Iterator[None]:
     except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError, RecursionError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # of the disk
             raise
-        cause = f"damaged, cut short or made to be misread, at {where!r}: {error!r}"
-        raise SourceError("unsafe-tree", f"{label} is no archive that can be unpacked", cause=cause[:500]) from error
+        cause = f"damaged, truncated or malicious, at {where!r}: {error!r}"
+        raise SourceError(
+            "unsafe-tree", f"{label} is not an archive that can be unpacked", cause=cause[:500]
+        ) from error
 
 
 class _Rationed:
@@ -138,7 +142,7 @@ def members(raw: IO[bytes], label: str) -> Iterator[tuple[tarfile.TarInfo, Itera
     Raises SourceError with the member's name for anything but files, folders and symbolic links: hard links, devices,
     and sparse files, which are huge when unpacked. At most one block is in memory.
     """
-    ration, last, count, total = _Rationed(raw), "its beginning", 0, 0
+    ration, last, count, total = _Rationed(raw), "its start", 0, 0
 
     def content(file: IO[bytes] | None) -> Iterator[bytes]:
         with _told(label, last):
@@ -153,7 +157,7 @@ def members(raw: IO[bytes], label: str) -> Iterator[tuple[tarfile.TarInfo, Itera
             last, count, total = member.name, count + 1, total + member.size
             if not (member.isreg() or member.isdir() or member.issym()) or member.issparse() or member.size < 0:
                 raise SourceError(
-                    "unsafe-tree", f"{label}: {last} is no plain file, folder or link to one", hint=LEAVE_OUT
+                    "unsafe-tree", f"{label}: {last} is not a regular file, a folder or a link to one", hint=LEAVE_OUT
                 )
             if count > FILES or total > TOTAL:
                 raise SourceError("unsafe-tree", f"{label} is too large, at {last!r}", hint=LEAVE_OUT)
@@ -167,13 +171,13 @@ def content(path: Path, limit: int = LIMIT) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # do not block on a pipe
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise SourceError("unsafe-tree", f"{path} is no plain file, and is not read", hint=LEAVE_OUT)
+            raise SourceError("unsafe-tree", f"{path} is not a regular file", hint=LEAVE_OUT)
         with os.fdopen(os.dup(descriptor), "rb") as file:
             read = file.read(limit + 1)
     finally:
         os.close(descriptor)
     if len(read) > limit:
-        raise SourceError("unsafe-tree", f"{path} is larger than {limit // 1000} kB, and is not read", hint=LEAVE_OUT)
+        raise SourceError("unsafe-tree", f"{path} is larger than {limit // 1000} kB", hint=LEAVE_OUT)
     return read
 
 

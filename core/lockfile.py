@@ -25,7 +25,7 @@ def renew(*, check: bool) -> None:
             "lock-stale",
             "uv.lock is stale" if check else "uv.lock could not be resolved",
             cause=done.stderr.strip().splitlines()[-1],
-            hint="inv lock" if check else "read uv's message above",
+            hint="run inv lock" if check else "read uv's message above",
         )
 
 

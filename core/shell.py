@@ -70,7 +70,9 @@ def run(
         raise ProcessError("process", f"{words[0]} did not end within {timeout:.0f} s") from error
     if done.returncode and "No space left on device" in done.stderr:
         raise HostError(
-            "disk-full", f"the disk is full: {words[0]} could not write", hint="free some space, then run again"
+            "disk-full",
+            f"the disk is full: {words[0]} could not write",
+            hint="free some space, then run the same command again",
         )
     if check and done.returncode:
         last = (done.stderr or done.stdout or "").strip().splitlines()[-8:]
@@ -150,7 +152,7 @@ def stream(
                     yield bytes(line) + b"\n"
             if len(output) > LINE:
                 what = f"{words[0]} wrote a line of more than {LINE} bytes"
-                raise HostError("step-failed", what, hint="look at what runs there: inv logs")
+                raise HostError("step-failed", what, hint="read the log: inv logs")
         errors.join(1)  # at most: the background master of an older ssh keeps stderr open
         if process.returncode:
             cause = "\n    ".join([*errors.lines][-8:])

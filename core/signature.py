@@ -54,8 +54,8 @@ def sign(text: str, key: Path) -> Signed:
         _keygen("sign", "-n", NAMESPACE, "-f", key, said=text) if key.is_file() else None
     )  # ssh-keygen would block on a pipe
     if done is None or done.returncode:
-        cause = done.stderr.strip() if done else "there is no such file"
-        hint = "--sign KEY names another one, --sign none signs nothing; ssh-add unlocks one that has a passphrase"
+        cause = done.stderr.strip() if done else "the file does not exist"
+        hint = "use --sign KEY for another key, --sign none for no signature, ssh-add for a key with a passphrase"
         raise BundleError("signature", f"ssh-keygen cannot sign with {key}", cause=cause, hint=hint)
     return Signed(text, done.stdout)
 
@@ -73,7 +73,7 @@ class Signed:
             done = _keygen("check-novalidate", "-n", NAMESPACE, "-s", place, said=self.text)
         if done.returncode:
             cause = (done.stderr.strip() or done.stdout.strip()).replace(str(place), "it")
-            raise BundleError("signature", "the signature is not one of this content", cause=cause)
+            raise BundleError("signature", "the signature does not match the content", cause=cause)
         return done.stdout.strip().partition(" with ")[2]
 
     def signer(self, allowed: str, where: str) -> str:
@@ -81,13 +81,13 @@ class Signed:
 
         Raises BundleError when no listed signer signed it.
         """
-        hint = f"have one of {where} sign it; or add who did, with the key that they name to you themselves"
+        hint = f"have someone listed in {where} sign it, or add the signer after verifying the key with them"
         if not self.signature:
             raise BundleError("signature", "it is not signed", cause=f"{where} lists who may sign", hint=hint)
         key = self.key()
         valid, revoked = _without_revoked(allowed, where)
         if key.rpartition(" ")[2] in revoked:
-            raise BundleError("signature", f"{where} says that the key which signed it is revoked: {key}", hint=hint)
+            raise BundleError("signature", f"the key that signed it is revoked in {where}: {key}", hint=hint)
         with _files(signature=self.signature, allowed_signers=valid) as (place, listed):
             done = _keygen("find-principals", "-s", place, "-f", listed)
             for name in done.stdout.splitlines() if not done.returncode else ():
@@ -95,7 +95,7 @@ class Signed:
                 if not done.returncode:
                     return name
         cause = (done.stderr.strip() or done.stdout.strip()).replace(str(listed), where)
-        raise BundleError("signature", f"nobody of {where} signed it: its key is {key}", cause=cause, hint=hint)
+        raise BundleError("signature", f"no key in {where} signed it; its key is {key}", cause=cause, hint=hint)
 
 
 _PUBLIC = re.compile(r"(?<!\S)((?:sk-)?(?:ssh|ecdsa)-[\w@.-]+)[ \t]+([A-Za-z0-9+/]+={0,2})(?!\S)", re.ASCII)
@@ -111,8 +111,8 @@ def _without_revoked(allowed: str, where: str) -> tuple[str, set[str]]:
     marked = [line for line in lines if line.startswith("@")]
     for line in marked:
         if line.split()[0] != "@revoked" or not keys[line] or "" in keys[line]:
-            hint = "@revoked anna@example.org ssh-ed25519 AAAA...: the line as it was, with the mark before it"
-            raise BundleError("signature", f"{where} has a line that cannot be read: {line[:80]!r}", hint=hint)
+            hint = "revoke a key by a mark before its line: @revoked anna@example.org ssh-ed25519 AAAA..."
+            raise BundleError("signature", f"{where} has an invalid line: {line[:80]!r}", hint=hint)
     revoked = {key for line in marked for key in keys[line]}
     return "".join(f"{line}\n" for line in lines if line not in marked and not keys[line] & revoked), revoked
 

@@ -80,7 +80,9 @@ def check(recipe: Pinned) -> None:
             raise ConfigError("config", f"{recipe.path}: a git source needs commit; an sdist needs version and sha256")
         if source.git and not re.fullmatch("[0-9a-f]{40,64}", source.commit):
             raise ConfigError(
-                "config", f"{recipe.path}: commit {source.commit!r} is not a whole commit", hint="40 hexadecimal digits"
+                "config",
+                f"{recipe.path}: commit {source.commit!r} is not a full commit hash",
+                hint="use 40 hexadecimal digits",
             )
 
 
@@ -115,7 +117,7 @@ def fetch(recipe: Pinned) -> Path:
     place = _place(recipe)
     if workspace.current().bundled:
         raise BundleError(
-            "bundle", f"the bundle lacks {recipe.name} {recipe.version}", hint="make it again: inv bundle"
+            "bundle", f"the bundle lacks {recipe.name} {recipe.version}", hint="create it again: inv bundle"
         )
     failures: list[str] = []
     for source in recipe.source:
@@ -133,7 +135,7 @@ def fetch(recipe: Pinned) -> Path:
         "source-unreachable",
         f"no source of {recipe.name} {recipe.version} could be fetched",
         cause="\n         ".join(failures),
-        hint="check the network (and git's url.<mirror>.insteadOf, if you use one), then run the same command",
+        hint="check the network (and git's url.<mirror>.insteadOf, if you use one), then run the same command again",
     )
 
 
@@ -166,7 +168,7 @@ def _fetch_with_retries(
             transient = error.kind in ("process", "source-unreachable")
             if not pause or not transient or not any(sign in f"{error}".lower() for sign in TRANSIENT):
                 raise
-            console.say(f"{recipe.name}: the network failed, trying again")
+            console.say(f"{recipe.name}: network error, retrying")
             time.sleep(pause)
             shutil.rmtree(place)
             place.mkdir()
@@ -178,9 +180,9 @@ def _check(recipe: Pinned, source: Source, tree: Path) -> None:
     if found != recipe.tree:
         raise SourceError(
             "hash-mismatch",
-            f"the source of {recipe.name} from {source.label} is not what the recipe pins",
-            cause=f"tree {found}, pinned {recipe.tree or '(nothing)'}: altered on the way, or the pin is wrong",
-            hint=f"rm -r {shlex.quote(str(tree))} has it fetched again"
+            f"the source of {recipe.name} from {source.label} differs from the recipe's pin",
+            cause=f"tree {found}, pinned {recipe.tree or '(nothing)'}: altered in transit, or the pin is wrong",
+            hint=f"rm -r {shlex.quote(str(tree))}, then run the same command again to fetch it"
             if tree == _place(recipe)
             else f"compare it with the release; only then change `tree` in {recipe.path}",
         )
@@ -247,7 +249,10 @@ def _entries(raw: IO[bytes], source: Source) -> dict[str, list[str]]:
     """Parse the output of `git ls-tree -r -z`: mode, type and object of each path. Raises SourceError for too many."""
     if (size := raw.seek(0, os.SEEK_END)) > LISTED:
         raise SourceError(
-            "unsafe-tree", f"{source.label} has too many files", cause=f"{size} bytes of names", hint=foreign.LEAVE_OUT
+            "unsafe-tree",
+            f"{source.label} has too many files",
+            cause=f"their names have {size} bytes",
+            hint=foreign.LEAVE_OUT,
         )
     raw.seek(0)
     found: dict[str, list[str]] = {}
@@ -273,7 +278,7 @@ def _submodule(name: str, source: Source, entries: Mapping[str, Sequence[str]], 
     )
     if not url or entries.get(name, ("",))[0] != "160000":
         raise ConfigError(
-            "config", f"{source.label} has no submodule {name!r}", hint="`submodules` has its path in the repository"
+            "config", f"{source.label} has no submodule {name!r}", hint="set `submodules` to paths in the repository"
         )
     if url.startswith(("./", "../")):  # relative to the repository's own address
         base = source.git.rstrip("/")
@@ -286,8 +291,8 @@ def _submodule(name: str, source: Source, entries: Mapping[str, Sequence[str]], 
         raise SourceError(
             "unsafe-tree",
             f"{source.label}: submodule {name!r} comes from {url!r}",
-            cause="a repository elsewhere cannot name a folder of this machine, nor another way than https and ssh",
-            hint="leave it out of `submodules`",
+            cause="a remote repository's submodules must have https or ssh addresses",
+            hint="remove it from `submodules`",
         )
     return Source(git=url, commit=entries[name][2])
 
@@ -325,7 +330,7 @@ def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
             client.download_package(pinned[0], archive)
     except DigestMismatchError as error:
         raise SourceError(
-            "hash-mismatch", f"the sdist {source.sdist}=={source.version} was altered on the way", cause=str(error)
+            "hash-mismatch", f"the sdist {source.sdist}=={source.version} was altered in transit", cause=str(error)
         ) from error
     except (RequestException, ValueError) as error:
         raise SourceError("source-unreachable", f"the package index did not answer: {error}") from error

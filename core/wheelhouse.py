@@ -55,7 +55,7 @@ class Wheelhouse:
         wheel = self.folder / manifest.file
         if not wheel.is_file():
             return "the wheel is missing"
-        return "" if files.sha256(wheel) == manifest.sha256 else "the wheel is not the one that was inspected"
+        return "" if files.sha256(wheel) == manifest.sha256 else "the wheel differs from the inspected one"
 
     def path(self, manifest: Manifest) -> Path:
         """The path of a wheel whose hash matches its manifest; raises SourceError."""
@@ -65,8 +65,8 @@ class Wheelhouse:
             words += ["--profile", manifest.profile] if manifest.profile else []
             raise SourceError(
                 "hash-mismatch",
-                f"{self.folder / manifest.file} is not the wheel that was inspected",
-                cause="its SHA-256 differs from its manifest's: it was damaged or replaced",
+                f"{self.folder / manifest.file} differs from the inspected wheel",
+                cause="its SHA-256 differs from the manifest: it was damaged or replaced",
                 hint=f"inv build-kernels --force {shlex.join(words)}",
             )
         return self.folder / manifest.file

@@ -43,13 +43,13 @@ def adopt(
     adopted.
     """
     if by not in ("rename", "reference") or (apply and undo):
-        raise UsageError("usage", "give --by rename or --by reference, and only one of --apply and --undo")
+        raise UsageError("usage", "use --by rename or --by reference, and only one of --apply and --undo")
     if undo:
         change = Change(action="undo adopt", plan=lambda _, target, facts: put_back(target, facts, options))
         (outcome,) = change_each(hosts.select(name, ""), change, options)
         if not outcome.changed:
             hint = f"inv history --host {outcome.host}"
-            raise HostError("no-installation", f"nothing was adopted on {outcome.host}", hint=hint)
+            raise HostError("no-installation", f"there is no adopted installation on {outcome.host}", hint=hint)
         return None, outcome
     target = find_target(name)
     with connection.connect(target, options.ask_sudo) as agent:
@@ -91,18 +91,21 @@ def take_over(target: Target, facts: Facts, proposal: Proposal, options: Options
     against += [refusals.loose_process(each.pid, each.user) for each in found.processes if each.unit not in units]
     steps: list[Step] = []
     if units:
-        title, why = f"stop {', '.join(units)} and set it aside", f"it runs {found.path}, or has the name of Hearth's"
+        title, why = (
+            f"stop {', '.join(units)} and set the unit files aside",
+            f"it runs {found.path}, or has the name of Hearth's unit",
+        )
         old = tuple(schema.OldUnit(each.name, each.path, each.active, each.enabled) for each in units.values())
         retire = schema.Retire(title, why, _UNDO, options.drain, options.force, old, found.path, port(found))
         steps.append(retire)
     if proposal.moves and not facts.user:
-        steps.append(account([target.host.run_as], "it will own the moved files"))
+        steps.append(account([target.host.run_as], "the moved files will belong to it"))
     if proposal.moves and not facts.data:
         title, undo = f"create {facts.prefix}", f"rm -r {facts.prefix}"
         steps.append(schema.Folders(title, "some of its folders are missing", undo))
     for name, (place, size, count) in proposal.moves.items():
         title = f"move {place} to {data}/{name} ({count} files, {console.size(size)})"
-        steps.append(schema.Adopt(title, "one rename, nothing is copied", _UNDO, name, place, tuple(found.owners)))
+        steps.append(schema.Adopt(title, "a rename, without a copy", _UNDO, name, place, tuple(found.owners)))
     return Plan.of(facts, steps, against)
 
 
@@ -113,9 +116,9 @@ def put_back(target: Target, facts: Facts, options: Options) -> Plan:
     steps: list[Step] = []
     if facts.current:
         title = f"take release {facts.current} out of service"
-        why = "the old ComfyUI gets its folders and its port back"
+        why = "the old ComfyUI needs its folders and its port"
         steps.append(schema.Withdraw(title, why, "inv deploy", options.drain, options.force))
-    steps.append(schema.Unadopt("restore the old ComfyUI", "asked for", "inv adopt --apply"))
+    steps.append(schema.Unadopt("restore the old ComfyUI", "requested", "inv adopt --apply"))
     return Plan.of(facts, steps, refusals.unadoptable(target, facts), release="")
 
 
@@ -125,16 +128,16 @@ def rows(found: Proposal) -> Iterator[str]:
     version = f"ComfyUI {old.version or 'of an unknown version'} {old.commit[:9]}".rstrip()
     yield f"{old.path}: {version}{f', torch {old.torch}, Python {old.python}' if old.torch else ''}"
     for unit in old.units:
-        state = "put aside" if unit.aside else f"{'active' if unit.active else 'stopped'}, runs as {unit.user}"
+        state = "set aside" if unit.aside else f"{'active' if unit.active else 'stopped'}, runs as {unit.user}"
         yield f"  {unit.name}: {state}"
     for process in old.processes:
-        yield f"  pid {process.pid} of {process.user}{', which listens on the port' if old.holds_port else ''}"
+        yield f"  pid {process.pid} of {process.user}{', listens on the port' if old.holds_port else ''}"
     for name, (origin, size, count) in found.moves.items():
-        yield f"  {name}: {origin}, {count} files, {console.size(size)}: moved into the data by a rename"
+        yield f"  {name}: {origin}, {count} files, {console.size(size)}: moved into data/ by a rename"
     for name, remark in found.nodes.items():
         yield f"  node {name}: known, {remark}"
     for what, why in found.left:
-        yield f"  not taken over: {what}: {why}"
+        yield f"  not adopted: {what}: {why}"
     yield from ("", "for config/hosts.toml:", "", *found.snippet.splitlines())
     if found.add:
         yield from ("", "unknown nodes: pin them, run inv lock, then add their names to `nodes`:", "")
@@ -154,6 +157,6 @@ def adopted_rows(found: Proposal | None, outcome: Outcome, *, dry_run: bool) -> 
         yield from (
             "",
             f"{outcome.host}: adopted; add the lines above to config/hosts.toml, then run inv deploy {at}",
-            f"inv adopt {at} --undo restores the original installation; to give that up, delete",
+            f"inv adopt {at} --undo restores the original installation; if you do not need that any more, delete",
             f"{found.installation.path} and {environment} on the host",
         )

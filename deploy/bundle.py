@@ -99,7 +99,7 @@ def _origin(seal: Signed) -> str:
     place = signers_file()
     if (listed := _signers(place)) is not None:
         return f"signed by {seal.signer(listed, str(place))}"
-    return f"signed with {seal.key()}, which {place} could name" if seal.signature else "not signed"
+    return f"signed with {seal.key()}, which is not listed in {place}" if seal.signature else "not signed"
 
 
 def _signers(place: Path) -> str | None:
@@ -116,7 +116,7 @@ def _signers(place: Path) -> str | None:
         with _plain_file(place) as file:
             content = file.read(signature.LIMIT + 1)
     except OSError as error:
-        hint = "put the list there, or mend its rights; HEARTH_ALLOWED_SIGNERS names another one"
+        hint = "create it or correct its permissions, or set HEARTH_ALLOWED_SIGNERS to another file"
         raise BundleError(
             "signature", f"{place} lists who may sign, and cannot be read", cause=str(error), hint=hint
         ) from error
@@ -132,7 +132,7 @@ def _plain_file(path: Path) -> IO[bytes]:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "no plain file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
 
 
@@ -150,7 +150,9 @@ def write(
     The same content gives the same bytes, except for signatures of key types that are not deterministic.
     """
     if output.exists() and not output.is_file():
-        raise BundleError("bundle", f"{output} is no file, and cannot be replaced by a bundle", hint="name another one")
+        raise BundleError(
+            "bundle", f"{output} is not a file, so a bundle cannot replace it", hint="choose another file with --output"
+        )
     asking = releases.asking(target, inputs.nodes)
     listed = _listed(inputs, asking, platform, python, wheels)
     total = sum(path.stat().st_size for path in listed.values())
@@ -242,14 +244,14 @@ def opened(path: Path) -> Iterator[Opened]:
     with files.draft(workspace.current().cache / "bundles/open") as place:
         place.mkdir()
         found = _read(path, place)
-        console.say(f"{path.name} is whole, and {found.origin}")
+        console.say(f"{path.name} is intact, and {found.origin}")
         theirs = found.bundle.files.get(AGENT)
         if theirs is None or theirs.sha256 != hashlib.sha256(archive.packed_agent()).hexdigest():
             raise BundleError(
                 "bundle",
                 f"{path} was made by another version of Hearth",
-                cause="its agent is not this one's, so what it would do on a host may differ",
-                hint="use the checkout that it was made with, or make it again: inv bundle",
+                cause="its agent differs from this version's, and may act differently on a host",
+                hint="use the checkout that made it, or create it again: inv bundle",
             )
         with workspace.using(Workspace.of_bundle(place)):
             yield found
@@ -284,12 +286,14 @@ def _read(path: Path, place: Path | None) -> Opened:
     return Opened(bundle, seal, origin)
 
 
-_ALTERED = "do not use it; ask for it again where it was made"
+_ALTERED = "do not use it; get another copy from where it was made"
 
 
 def _cut_short(path: Path, why: str) -> BundleError:
-    again = "copy it again, or make it again: inv bundle"
-    return BundleError("bundle", f"{path} is no whole bundle", cause=f"cut short, or something else: {why}", hint=again)
+    again = "copy it again, or create it again: inv bundle"
+    return BundleError(
+        "bundle", f"{path} is not a complete bundle", cause=f"truncated, or not a bundle: {why}", hint=again
+    )
 
 
 def _altered(path: Path, name: str) -> BundleError:
@@ -323,7 +327,7 @@ def _told(path: Path, records: bytes) -> dict[str, str]:
     while records:
         found = re.match(rb"(\d{1,5}) (?:(path)=([^\n]+)|(size)=(\d{1,15}))\n", records)
         if not found or int(found[1]) != found.end():
-            raise _altered(path, f"its archive says {records[:80]!r}")
+            raise _altered(path, f"its archive reports {records[:80]!r}")
         told[(found[2] or found[4]).decode()] = (found[3] or found[5]).decode()
         records = records[found.end() :]
     return told
@@ -341,9 +345,9 @@ def _head(path: Path, file: IO[bytes], member: tarfile.TarInfo | None, name: str
     if member is None:
         raise _cut_short(path, "it is empty")
     if member.name != name:
-        hint = "an older Hearth's has its manifest at its end: use that one, or make the bundle again"
+        hint = "in bundles of older versions the manifest is at the end: use that version, or create the bundle again"
         cause = f"it begins with {member.name!r}, not with {name}"
-        raise BundleError("bundle", f"{path} is no bundle of this Hearth's", cause=cause, hint=hint)
+        raise BundleError("bundle", f"{path} is not a bundle of this version of Hearth", cause=cause, hint=hint)
     if member.size > most:
         raise BundleError("bundle", f"{path} was altered: its {name} has {console.size(member.size)}", hint=_ALTERED)
     return _whole(file, member.size)
@@ -353,11 +357,11 @@ def _manifest(path: Path, text: bytes) -> Bundle:
     """Decode a manifest; raises BundleError for another format, or for names that would escape the folder."""
     try:
         if (told := msgspec.json.decode(text, type=_Format).format) != FORMAT:
-            hint = "use the Hearth that it was made with"
+            hint = "use the version of Hearth that made it"
             raise BundleError("bundle", f"{path} has format {told}, this Hearth reads {FORMAT}", hint=hint)
         bundle = msgspec.json.decode(text, type=Bundle)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise BundleError("bundle", f"{path} has a manifest that is none", cause=str(error), hint=_ALTERED) from error
+        raise BundleError("bundle", f"{path} has an invalid manifest", cause=str(error), hint=_ALTERED) from error
     for name in bundle.files:
         parts = name.split("/")
         if {"", ".", ".."} & set(parts) or len(parts) > DEPTH or not name.isprintable():

@@ -130,7 +130,7 @@ def _converged(name: str, left: Plan) -> None:
             "not-converged",
             f"{name} was changed but did not converge; remaining:",
             cause="\n         ".join(remains),
-            hint="run the same command again; if that does not help, this is an error in Hearth",
+            hint="run the same command again; if that does not help, please report it as an error in Hearth",
         )
 
 
@@ -175,7 +175,7 @@ def follow(agent: Agent, run: str) -> tuple[str, ...]:
     raise ConnectError(
         "unreachable",
         "the result of the change is unknown: the agent stopped reporting before the run's end",
-        hint="it may still be in progress; watch it by: inv attach, with the same --host",
+        hint="it may still be in progress; follow it with inv attach and the same --host",
     )
 
 
@@ -186,7 +186,7 @@ def attach(name: str, *, ask_sudo: bool = False) -> None:
         facts = look(agent, target)
         run = (facts.busy or facts.last).get("run")
         if not run:
-            console.say(f"nothing was ever changed on {target.name}")
+            console.say(f"no change was ever made on {target.name}")
             return
         if not facts.busy:
             console.say(f"no run is in progress on {target.name}; its last run:")

@@ -86,7 +86,7 @@ class Agent(ABC):
         values = {"sha256": digest, "size": size, "offset": offset}
         answers = list(self._run("receive", values, lambda: _blocks(path, offset, progress)))
         if not answers or answers[-1]["size"] < size:
-            raise self.lost(f"{path.name} did not arrive whole")
+            raise self.lost(f"{path.name} was not transferred completely")
 
     def lost(self, cause: str) -> ConnectError:
         """The error for a connection that ended before the answer."""
@@ -94,7 +94,7 @@ class Agent(ABC):
             "unreachable",
             f"the connection to {self._target.name} was lost",
             cause=cause,
-            hint=f"a change that was begun continues there: inv attach --host {self._target.name}",
+            hint=f"a started change continues on the host; follow it: inv attach --host {self._target.name}",
         )
 
     def _run(self, verb: str, values: dict[str, Any], blocks: Callable[[], Iterable[bytes]] = tuple) -> Iterator[Any]:
@@ -117,7 +117,7 @@ class Agent(ABC):
                 "step-failed",
                 f"the answer of {self._target.name} is not JSON",
                 cause=line[:500].decode(errors="replace").strip(),
-                hint="another program writes to the output: check what the login's shell starts in the background",
+                hint="another program writes to the output: check what the login shell starts in the background",
             ) from None
         if isinstance(value, dict) and value.keys() == {"error"}:
             raise error_of(value["error"])
@@ -130,7 +130,7 @@ class Agent(ABC):
         how = f"was killed by {signal.Signals(number).name}" if killed else f"ended with {status}"
         if verb == "follow":
             return self.lost(f"the agent that watches the change {how}")
-        hint = f"the host may be out of memory: inv doctor --host {self._target.name}" if killed else ""
+        hint = f"check whether the host is out of memory: inv doctor --host {self._target.name}" if killed else ""
         return HostError(
             "step-failed", f"the agent on {self._target.name} {how} at {verb}", cause=said[-2000:], hint=hint
         )
@@ -216,7 +216,7 @@ class Ssh(Agent):
                 "remote-command",
                 f"a command on {self._target.name} ended with {error.status}",
                 cause=_last(error.said),
-                hint="its output is above; running the same command again continues from there",
+                hint="read its output above, then run the same command again to continue",
             ) from error
 
     def put(self, content: bytes, path: str) -> None:
@@ -227,14 +227,14 @@ class Ssh(Agent):
         digest = hashlib.sha256(content).hexdigest()
         quoted, folder = shlex.quote(path), shlex.quote(os.path.dirname(path))  # noqa: PTH120  the other machine's
         script = f"""umask 022; f={quoted}; p=$f.$$; mkdir -p {folder} && chmod go-w {folder} && cat >"$p" &&
-        case $(sha256sum <"$p") in {digest}*) mv -f "$p" "$f"; exit;; *) echo it arrived damaged >&2;; esac;
+        case $(sha256sum <"$p") in {digest}*) mv -f "$p" "$f"; exit;; *) echo damaged during the transfer >&2;; esac;
         rm -f "$p"; exit 1"""
         try:
             list(self._session(script, content, silence=SILENT))
         except ProcessError as error:
             kind = "disk-full" if "No space left" in error.said else "step-failed"
             what = f"{path} could not be written on {self._target.name}"
-            hint = f"free space in {folder} there, or make it writable"
+            hint = f"on the host: free space in {folder}, or make it writable"
             raise HostError(kind, what, cause=error.said, hint=hint) from error
 
     def get(self, path: str, place: Path, most: int) -> None:
@@ -347,16 +347,20 @@ class Ssh(Agent):
         name = self._target.name
         if status == archive.NO_PYTHON:
             return HostError(
-                "step-failed", f"{name} has no python3", hint="install it there, for example: apt-get install python3"
+                "step-failed",
+                f"{name} has no python3",
+                hint="on the host: install it, for example with apt-get install python3",
             )
         if status == archive.OLD_PYTHON:
-            what = f"python3 on {name} is {_last(said)}, and Hearth needs 3.10 or newer"
+            what = f"python3 on {name} is {_last(said)}; Hearth needs 3.10 or newer"
             return HostError(
-                "step-failed", what, hint="upgrade that system, or put a newer python3 first on the login's PATH"
+                "step-failed",
+                what,
+                hint="on the host: upgrade the system, or put a newer python3 first on the login's PATH",
             )
         if status in (126, 127):
             return HostError(
-                "step-failed", f"python3 on {name} does not start", cause=said, hint="reinstall python3 there"
+                "step-failed", f"python3 on {name} cannot be started", cause=said, hint="on the host: reinstall python3"
             )
         sudo = status in (1, archive.NO_SUDO) and self._target.host.scope == "system"
         return (self._no_root(status, said) if sudo else None) or super()._ended(verb, status, said)
@@ -364,7 +368,7 @@ class Ssh(Agent):
     def _no_root(self, status: int, said: str) -> ConnectError | None:
         """The error for a refusal by sudo; None if sudo did not fail."""
         name, user = self._target.name, self._settings["user"]
-        otherwise = f'log in as root or as who may use sudo (`user` of hosts.{name}), or set scope = "user"'
+        otherwise = f'log in as root or as a user with sudo (`user` of hosts.{name}), or set scope = "user"'
         if status == archive.NO_SUDO:
             return ConnectError("sudo", f"{name} has no sudo, and {user} is not root", hint=otherwise)
         if not re.search(r"^(sudo: |Sorry, )|sudoers", said, re.MULTILINE):
@@ -374,10 +378,10 @@ class Ssh(Agent):
             return ConnectError("sudo", f"{user} may not use sudo on {name}", cause=cause, hint=otherwise)
         if self._password and re.search("incorrect password|no password was provided", said):
             passwords.known.pop(name, None)  # prompt again on a retry: some systems lock the login after three failures
-            hint = f"type it again; when the keyring has it: keyring set hearth-sudo {name}"
+            hint = f"type it again; if it is in the keyring: keyring set hearth-sudo {name}"
             return ConnectError("sudo", f"sudo on {name} does not accept the password", cause=cause, hint=hint)
-        hint = "run again with --ask-sudo, or allow sudo without a password there"
-        return ConnectError("sudo", f"sudo gives {user} no root on {name}", cause=cause, hint=hint)
+        hint = "run the same command again with --ask-sudo, or allow sudo without a password on the host"
+        return ConnectError("sudo", f"sudo does not give {user} root on {name}", cause=cause, hint=hint)
 
     def _unreachable(self, said: str) -> HearthError:
         """The error for an ssh that did not log in."""
@@ -436,7 +440,9 @@ def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterat
         read = shell.run([*argv, "-G", "--", target.host.address], check=False, input_text="", timeout=60)
         if read.returncode:
             what = f"ssh cannot read its configuration for {target.name}"
-            raise ConnectError("unreachable", what, cause=read.stderr.strip(), hint="correct the file that it names")
+            raise ConnectError(
+                "unreachable", what, cause=read.stderr.strip(), hint="correct the file named in its message"
+            )
         settings = dict(line.partition(" ")[::2] for line in read.stdout.splitlines())
         if settings.get("stricthostkeychecking") in ("false", "no", "off"):
             argv += ["-o", "StrictHostKeyChecking=accept-new"]  # never run as root on a host whose key changed

@@ -40,7 +40,7 @@ def deploy_each(
     """Deploy to hosts with `deploy` and `on_each`. `bundle` is a file (empty: none)."""
     if build and bundle:
         raise UsageError(
-            "usage", "--build and --bundle exclude each other", hint="a bundle holds the wheels that it needs"
+            "usage", "--build and --bundle exclude each other", hint="a bundle contains the wheels; omit --build"
         )
     with bundles.opened(Path(bundle)) if bundle else nullcontext() as opened:
         agree = Consent(names, "deploy", options)
@@ -104,12 +104,10 @@ def _kept(target: Target, facts: Facts, to: str) -> str:
     others = [each for each in facts.proven if each != facts.current]
     if not others:
         raise UsageError(
-            "unknown-name", f"{target.name} keeps no other release", hint=f"inv releases --host {target.name}"
+            "unknown-name", f"{target.name} has no other release", hint=f"inv releases --host {target.name}"
         )
     if to and to not in others:
-        raise UsageError(
-            "unknown-name", f"{target.name} keeps no release {to!r} to go back to", hint=suggest(to, others)
-        )
+        raise UsageError("unknown-name", f"{target.name} has no release {to!r} to return to", hint=suggest(to, others))
     return to or others[0]
 
 
@@ -134,7 +132,7 @@ def _accept(opened: Opened, name: str, facts: Facts) -> None:
         raise BundleError(
             "bundle",
             f"the bundle is for {opened.bundle.platform}, and {name} is {facts.platform}",
-            hint=f"make one for it: inv bundle --host {name}",
+            hint=f"create one for it: inv bundle --host {name}",
         )
 
 
@@ -145,7 +143,7 @@ def _same_nodes(opened: Opened, name: str, asking: Sequence[str]) -> None:
         raise BundleError(
             "bundle",
             f"the bundle has other nodes ({theirs}) than {name} ({ours})",
-            hint=f"change `nodes` of {name}, or make a bundle for it: inv bundle --host {name}",
+            hint=f"change `nodes` of {name}, or create a bundle for it: inv bundle --host {name}",
         )
 
 

@@ -48,9 +48,9 @@ def change(target: Target, facts: Facts, interpreter: str) -> Exporter | None:
     if not differs and bool(found.get("active")) == bool(right):
         return None
     if not right:
-        return Exporter("remove the exporter of metrics", "metrics_port is not set", "set metrics_port again", right)
+        return Exporter("remove the metrics exporter", "metrics_port is not set", "set metrics_port again", right)
     title = f"export metrics at 127.0.0.1:{target.host.metrics_port}"
-    why = "nothing exports them"
+    why = "no exporter is installed"
     if found:
-        why = f"its {' and '.join(differs)} changed" if differs else "the exporter does not run"
-    return Exporter(title, why, "rolls back automatically when it does not answer", right)
+        why = f"its {' and '.join(differs)} changed" if differs else "the exporter is not running"
+    return Exporter(title, why, "rolls back automatically if it does not answer", right)

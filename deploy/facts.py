@@ -21,8 +21,8 @@ def named(facts: Facts, name: str) -> dict[str, Any]:
     found = facts.release(words.get(name, name))
     if found is None:
         known = [*words, *(each["id"] for each in facts.releases)]
-        hint = suggest(name, known) if known else "nothing is deployed there yet: inv deploy"
-        raise UsageError("unknown-name", f"{facts.hostname} keeps no release {name!r}", hint=hint)
+        hint = suggest(name, known) if known else "deploy one: inv deploy"
+        raise UsageError("unknown-name", f"{facts.hostname} has no release {name!r}", hint=hint)
     return found
 
 
@@ -34,7 +34,10 @@ def rows(found: Facts) -> list[str]:
     cells = [
         ("host", found.hostname),
         ("system", f"{found.os}, {found.machine}, kernel {found.kernel}, glibc {found.glibc}"),
-        ("Python", ", ".join(f"{version} ({path})" for version, path in found.pythons.items()) or "no supported one"),
+        (
+            "Python",
+            ", ".join(f"{version} ({path})" for version, path in found.pythons.items()) or "no supported version",
+        ),
         ("GPU", ", ".join(gpus) or "none"),
         ("driver", found.driver or "none"),
         ("memory", f"{console.size(found.memory)}{shared}"),
@@ -68,7 +71,7 @@ def release_rows(found: Facts) -> list[str]:
         errors = [f"{part}: {error}" for part, error in damage.items() if error]
         errors += ["its unit or links were changed"] if each["id"] in found.altered else []
         kernels = ", ".join(f"{name} {version}" for name, version in each["kernels"].items()) or "-"
-        proven = "served before" if each["id"] in found.proven else "never healthy"
+        proven = "was active before" if each["id"] in found.proven else "never healthy"
         mark = "current" if each["id"] == found.current else proven
         stack = f"{each['stack']}, torch {each['torch']}"
         cells.append((each["id"], each["version"], stack, each["python"], kernels, mark, "; ".join(errors) or "intact"))

@@ -37,6 +37,6 @@ def options(sudo: Sudo, how: DryRun, *, force: bool = False) -> Options:
     trial = "yes"
     if isinstance(how, Tried):
         if how.trial and how.no_trial:
-            raise UsageError("usage", "--trial and --no-trial exclude each other", hint="give one of them")
+            raise UsageError("usage", "--trial and --no-trial exclude each other", hint="use one of them")
         trial = "only" if how.trial else "no" if how.no_trial else "yes"
     return Options(seconds(cut.drain), cut.force or force, how.dry_run, sudo.ask_sudo, asks, trial)

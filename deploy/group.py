@@ -33,7 +33,7 @@ class Consent:
         self._destroys = action in DESTRUCTIVE
         asks = options.ask and not options.dry_run and (self._destroys or any(known[each].address for each in names))
         self._given = None if asks else True
-        self._remedy = "run it again and answer y, or add --yes"
+        self._remedy = "run the same command again and answer y, or add --yes"
 
     def __call__(self) -> None:
         """Raises RefusedError unless the change is confirmed."""
@@ -41,7 +41,7 @@ class Consent:
             answer = console.confirm(self._question)
             self._given = not self._destroys if answer is None else answer
             if answer is None:
-                self._remedy = "add --yes: there is no terminal to ask at; --dry-run shows what it does"
+                self._remedy = "add --yes, since there is no terminal to ask at; --dry-run shows the changes"
         if not self._given:
             raise refused("nothing was changed", [unconfirmed(self._question[:-1], self._remedy)])
 
@@ -103,7 +103,7 @@ def _failures(
             + [f"{name}: {error.what}" for name, error in failed.items()]
             + [f"{name}: skipped, the canary failed" for name in skipped]
         ),
-        hint="each host's own error is above; the same command continues with the hosts that are left",
+        hint="read each host's error above; the same command continues with the remaining hosts",
     )
     error.refusals = tuple(refusal for each in failed.values() for refusal in each.refusals)
     return error

@@ -26,17 +26,17 @@ PLAIN_PATH = re.compile(r"(/[\w.@+-]+)+", re.ASCII)
 """No blanks, quotes, % or colons, which have special meanings in units and command lines."""
 
 _PLAIN = {
-    "address": (r"(?!-)[\w.:%@+-]*", "a name or address as ssh takes it"),
-    "user": (r"((?!-)[\w.@\\+-]+\$?)?", "a login"),
+    "address": (r"(?!-)[\w.:%@+-]*", "a name or address that ssh accepts"),
+    "user": (r"((?!-)[\w.@\\+-]+\$?)?", "a login name"),
     "service": (
         r"(?!(systemd-.*|dbus.*|sshd?|cron|user|getty)$)[a-z][a-z0-9_-]{0,30}",
-        "service and run_as are plain lower-case names, and no other service's",
+        "a plain lower-case name, and not the name of another service",
     ),
     "run_as": (
         rf"(?!(root|daemon|bin|sys|nobody|systemd-.*|{EXPORTER})$)[a-z_][a-z0-9_-]{{0,22}}",
-        "service and run_as are plain lower-case names, and nobody runs as root or another service's user",
+        "a plain lower-case name, and neither root nor the user of another service",
     ),
-    "free_memory": (r"([1-9][0-9]{0,5}[smhd])?", "such as 30m, 4h or 1d"),
+    "free_memory": (r"([1-9][0-9]{0,5}[smhd])?", "a duration such as 30m, 4h or 1d"),
 }
 """The allowed form of values that are written unquoted to units and command lines, except paths."""
 
@@ -56,9 +56,12 @@ def _check_places(place: str, host: Host) -> None:
         temporary = host.scope == "system" and re.match(r"/(var/)?tmp(/|$)", each)
         shallow = kind == "prefix" and each.startswith("/") and each.count("/") < 2
         if SYSTEM.match(each) or each in _SHARED or temporary or shallow:
-            why = "the service has a /tmp of its own" if temporary else "it is the system's, or others' too"
+            why = "the service has its own /tmp" if temporary else "it is a system folder, or shared with other users"
             raise ConfigError(
-                "config", f"{place}: {each} cannot be a {kind}", cause=why, hint="a folder of its own, in /srv or /mnt"
+                "config",
+                f"{place}: {each} cannot be a {kind}",
+                cause=why,
+                hint="use a folder of its own, such as /srv/models",
             )
         if any(f"{each}/".startswith(f"{its}/") for its in own) or (
             kind == "folder" and each in (prefix, f"{prefix}/data")
@@ -66,7 +69,7 @@ def _check_places(place: str, host: Host) -> None:
             raise ConfigError(
                 "config",
                 f"{place}: {each} cannot be a {kind}",
-                cause=f"Hearth keeps its own in {prefix}",
+                cause=f"Hearth keeps its own files in {prefix}",
                 hint="another",
             )
 
@@ -93,15 +96,15 @@ def _check_words(place: str, host: Host) -> None:
         if each in (host.run_as, EXPORTER):
             raise ConfigError(
                 "config",
-                f"{place}: members: {each} is a service's user",
-                cause="nodes or the exporter run as that user, and members have more rights",
-                hint="list only people's logins",
+                f"{place}: members: {each} is the user of a service",
+                cause="nodes or the exporter run as that user; members have more rights",
+                hint="list only the logins of people",
             )
     for each in host.listen.split(","):
         try:
             ipaddress.ip_address(each.replace("%", " "))  # no zone as in fe80::1%eth0, because units expand %
         except ValueError as error:
-            hint = 'one or more, as "127.0.0.1" or "127.0.0.1,::1"; "0.0.0.0,::" is everywhere'
+            hint = 'use one or more, such as "127.0.0.1" or "127.0.0.1,::1"; "0.0.0.0,::" is all addresses'
             raise ConfigError(
                 "config", f"{place}: listen = {host.listen!r}: {each!r} is not an IP address", hint=hint
             ) from error
@@ -114,8 +117,8 @@ def _check_words(place: str, host: Host) -> None:
     if bad or len(host.developed) < len(host.develop):
         raise ConfigError(
             "config",
-            f"{place}: develop: {', '.join(bad or host.develop)}: each node needs a name of its own",
-            hint="its folder's: letters, digits, _ and -",
+            f"{place}: develop: {', '.join(bad or host.develop)}: not valid as names of node folders",
+            hint="use letters, digits, _ and -",
         )
 
 
@@ -123,11 +126,12 @@ def _check_numbers(place: str, host: Host) -> None:
     """Ports, and the number of kept releases."""
     ports = range(1, 65536)
     if host.port not in ports or host.ssh_port not in (None, *ports) or host.keep < 1:
-        raise ConfigError("config", f"{place}: port and ssh_port are 1 to 65535, keep at least 1")
+        raise ConfigError("config", f"{place}: port and ssh_port must be from 1 to 65535, and keep at least 1")
     if not all(each in ports for each in host.connect):
-        raise ConfigError("config", f"{place}: connect = {list(host.connect)}", hint="ports from 1 to 65535")
+        raise ConfigError("config", f"{place}: connect = {list(host.connect)}", hint="use ports from 1 to 65535")
     if host.metrics_port is not None and (host.metrics_port not in ports or host.metrics_port == host.port):
-        raise ConfigError("config", f"{place}: metrics_port is 1 to 65535, and another than ComfyUI's {host.port}")
+        what = f"{place}: metrics_port must be from 1 to 65535, and not ComfyUI's {host.port}"
+        raise ConfigError("config", what)
 
 
 def _check_paths(place: str, host: Host) -> None:
@@ -148,14 +152,14 @@ def _check_paths(place: str, host: Host) -> None:
             raise ConfigError(
                 "config",
                 f"{place}: {each!r} is not a plain absolute path",
-                hint="such as /mnt/models: letters, digits and . _ @ + - between slashes, none at the end",
+                hint="use a path such as /mnt/models: letters, digits and . _ @ + -, no slash at the end",
             )
         # nodes under development are bound to the service's own path
         if host.scope == "system" and each not in host.develop and home.match(each):
             raise ConfigError(
                 "config",
-                f"{place}: {each} lies in a home folder, which the unit hides from the service",
-                hint='another place (a bind mount will do), or scope = "user"',
+                f"{place}: {each} is in a home folder, which the unit hides from the service",
+                hint='use another folder, such as a bind mount of it, or scope = "user"',
             )
 
 
@@ -167,9 +171,9 @@ def _check_overlaps(place: str, host: Host) -> None:
         if inside := next((its for its in written if each.startswith(f"{its}/")), ""):
             raise ConfigError(
                 "config",
-                f"{place}: {each} lies in {inside}",
-                cause="ComfyUI writes there, and could replace it by a link that leads root elsewhere",
-                hint='a place of its own, such as mounts."/mnt/models" and folders.models = "/mnt/models"',
+                f"{place}: {each} is in {inside}",
+                cause="ComfyUI can write there, and could replace it by a link that root would follow",
+                hint='use a folder of its own, such as mounts."/mnt/models" and folders.models = "/mnt/models"',
             )
 
 
@@ -179,17 +183,17 @@ def _check_mounts(place: str, host: Host) -> None:
         if mount.what and (not mount.type or host.scope != "system"):
             raise ConfigError(
                 "config",
-                f"{place}: mount {each} cannot be made",
-                cause="`what` needs a `type`, and root",
-                hint='type = "nfs4"; without root leave `what` out, and let fstab mount it',
+                f"{place}: mount {each} is not possible",
+                cause='`what` needs a `type` and scope = "system"',
+                hint='set type, such as "nfs4"; without root omit `what` and mount it in fstab',
             )
         for key, _, value in (each.partition("=") for each in mount.options.split(",")):
             if names_secret(key.strip()) and not value.startswith("/"):  # a file with a secret is named by its path
                 raise ConfigError(
                     "secret",
                     f"{place}: mount {each}: the option {key} is a secret",
-                    cause="this file is copied, backed up and shown, and everybody may read a unit",
-                    hint='options = "credentials=/etc/hearth/nas", a file there that only root may read',
+                    cause="this file is copied, backed up and shown, and every user can read a unit",
+                    hint='use a file that only root can read: options = "credentials=/etc/hearth/nas"',
                 )
         told = (
             ("what", mount.what, r"(?![- ])[^\\'\"]*(?<! )"),
@@ -204,21 +208,23 @@ def _check_mounts(place: str, host: Host) -> None:
 def check_settings(place: str, said: Profile | Override) -> None:
     """Refuse values that a unit cannot contain, invalid ranges, and contradictory allocator settings."""
     if not re.fullmatch(r"([0-9]+(\.[0-9]+)?%|[0-9]+[KMGT]?|infinity)?", said.memory_max or ""):
-        raise ConfigError("config", f"{place}: memory_max = {said.memory_max!r}", hint="such as 48G or 90%")
+        raise ConfigError("config", f"{place}: memory_max = {said.memory_max!r}", hint="use a size such as 48G or 90%")
     for each in said.pythons or ():
         if not re.fullmatch(r"3\.[0-9]+", each):
-            raise ConfigError("config", f"{place}: pythons: {each!r}", hint="such as 3.12")
+            raise ConfigError("config", f"{place}: pythons: {each!r}", hint="use a version such as 3.12")
     forms = ((said.flags, r"--[a-z][a-z0-9-]*", r"[^\\'\"]*"), (said.env, r"[A-Za-z_][A-Za-z0-9_]*", r".*"))
     for settings, form, values in forms:
         for name, setting in settings.items():
             if not re.fullmatch(form, name):
                 raise ConfigError(
-                    "config", f"{place}: {name!r} is no {'flag' if settings is said.flags else 'variable'}"
+                    "config", f"{place}: {name!r} is not a {'flag' if settings is said.flags else 'variable'}"
                 )
             if not (setting.value.isprintable() and re.fullmatch(values, setting.value)):
                 what = f"{place}: {name}: {setting.value!r} cannot be written into a unit"
                 raise ConfigError(
-                    "config", what, hint="no line breaks and control characters, in flags no quotes and backslashes"
+                    "config",
+                    what,
+                    hint="remove line breaks and control characters, in flags also quotes and backslashes",
                 )
     for name, setting in (said.flags | said.env).items():
         for what in ("torch", "comfyui"):
@@ -230,7 +236,7 @@ def check_settings(place: str, said: Profile | Override) -> None:
         if "expandable_segments:True" in setting.value and "max_split_size_mb" in setting.value:
             raise ConfigError(
                 "config",
-                f"{place}: {name}: max_split_size_mb means nothing with expandable_segments",
-                cause="a segment that grows is never too large to be split",
-                hint="keep expandable_segments:True alone",
+                f"{place}: {name}: max_split_size_mb has no effect with expandable_segments",
+                cause="expandable segments are always split",
+                hint="remove max_split_size_mb",
             )

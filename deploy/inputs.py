@@ -57,7 +57,7 @@ def gather(target: Target) -> Inputs:
         raise LockError(
             "lock-stale",
             f"nodes were changed but not resolved: {', '.join(stale)}",
-            hint="inv lock, then the same command",
+            hint="run inv lock, then the same command again",
         )
     return Inputs(
         application=app,
@@ -75,5 +75,5 @@ def _refuse_known_bad(target: Target, chosen: Mapping[str, Node]) -> None:
     listed = advisory.advisories()
     bad = {name: each for name, node in chosen.items() for each in advisory.of(node.url, listed) if each.outright}
     if bad:
-        what = f"{target.name} would get nodes that are known to be bad; nothing was changed"
+        what = f"{target.name} would get nodes with known problems; nothing was changed"
         raise refused(what, [known_bad(name, each) for name, each in bad.items()], host=target.name)

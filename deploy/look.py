@@ -95,12 +95,12 @@ def reach(names: Sequence[str], *, ask_sudo: bool = False) -> None:
         except HearthError as error:
             console.say(f"{name}: {error}")
             return error
-        console.say(console.line(f"{name}: reached, {found.os}, {found.machine}, release {found.current or 'none'}"))
+        console.say(console.line(f"{name}: reachable, {found.os}, {found.machine}, release {found.current or 'none'}"))
         return None
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         failed = [error for error in pool.map(one, names) if error]
     if failed:
         raise GroupError(
-            "group", f"{len(failed)} of {len(names)} hosts cannot be reached", hint="each one's reason is above"
+            "group", f"{len(failed)} of {len(names)} hosts cannot be reached", hint="read the reasons above"
         )

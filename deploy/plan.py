@@ -72,7 +72,9 @@ class Options:
 def seconds(drain: str) -> float:
     """Parse the seconds of --drain; raises UsageError."""
     if not drain.isdecimal():
-        raise UsageError("usage", f"--drain {drain} is not a number of seconds", hint="such as: --drain 300")
+        raise UsageError(
+            "usage", f"--drain {drain} is not a number of seconds", hint="give a number of seconds, such as --drain 300"
+        )
     return float(drain)
 
 
@@ -96,7 +98,7 @@ def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
     wanted, service = facts.release(to), facts.service
     steps = [_release_step(wanted, "its unit or links were changed")] if wanted and to in facts.altered else []
     if steps or facts.current != to or not (service.linked and service.active and service.enabled):
-        steps.append(_cut_over(facts, to, "asked for", options))
+        steps.append(_cut_over(facts, to, "requested", options))
     return Plan.of(facts, steps, found, release=to)
 
 
@@ -106,7 +108,7 @@ def _system(facts: Facts, inputs: Inputs) -> tuple[list[Refusal], list[str]]:
     notes: list[str] = []
     for name, node in inputs.nodes.items():
         if lacking := [each for each in node.system if facts.packages.get(each) is False]:
-            what = f"node {name} needs {', '.join(lacking)}, which the host lacks"
+            what = f"node {name} needs {', '.join(lacking)}, missing on the host"
             remedy = f"on the host: apt-get install {' '.join(lacking)}"
             if node.required:
                 found.append(release_refusals.no_package(what, remedy))
@@ -129,7 +131,7 @@ def _steps(target: Target, facts: Facts, choice: Choice, wanted: dict[str, Any],
         steps.append(account(users, "units run without privileges"))
     if not facts.lingers:
         title = f"let {facts.login}'s systemd run without a login (loginctl enable-linger)"
-        why, undo = "ComfyUI would end with your session, and not start at boot", "loginctl disable-linger"
+        why, undo = "without it ComfyUI ends with your session and does not start at boot", "loginctl disable-linger"
         steps.append(schema.Linger(title, why, undo))
     steps += _people(target, facts)
     steps += _mounts(target, facts)
@@ -140,8 +142,8 @@ def _steps(target: Target, facts: Facts, choice: Choice, wanted: dict[str, Any],
     elif missing or not facts.shared:
         people = "everybody read" if host.public else "members share, and nobody else see,"
         title = f"make {', '.join(missing)}" if missing else f"let {people} what is in {facts.prefix}/data"
-        why = "it is not there" if missing else "its modes or group differ"
-        steps.append(schema.Folders(title, why, "nothing: no file is touched"))
+        why = "missing" if missing else "its mode or group differs"
+        steps.append(schema.Folders(title, why, "nothing: no file is changed"))
     steps += _part_steps(facts, choice, wanted)
     if facts.release(wanted["id"]) is None:
         steps.append(_release_step(wanted, "to allow a rollback"))
@@ -180,9 +182,9 @@ def _cut_over(facts: Facts, to: str, why: str, options: Options) -> Step:
     """The step that puts a release in service, or only tries it."""
     before = facts.current or "nothing"
     if options.trial == "only":
-        title, undo = f"try {to} beside {before}, which stays in service", "nothing: it leaves nothing behind"
+        title, undo = f"try {to} beside {before}, which stays in service", "nothing: it leaves no files"
     else:
-        title, undo = f"cut over from {before} to {to}", f"back to {before}, also by itself when unhealthy"
+        title, undo = f"cut over from {before} to {to}", f"rolls back to {before} automatically if unhealthy"
     return schema.CutOver(title, why, undo, options.drain, options.force, to, options.trial)
 
 
@@ -195,14 +197,14 @@ def _people(target: Target, facts: Facts) -> list[Step]:
     group = f"{host.run_as}-members"
     there = facts.members if facts.user else ()  # created by the account's step
     if there is None or sorted(host.members) != sorted(there):
-        title = f"members of group {group}: {', '.join(host.members) or 'nobody'}"
-        why, undo = "they may write the data", f"gpasswd --members '{','.join(there or ())}' {group}"
+        title = f"members of group {group}: {', '.join(host.members) or 'none'}"
+        why, undo = "they can write to the data", f"gpasswd --members '{','.join(there or ())}' {group}"
         steps.append(schema.Members(title, why, undo, host.members))
     rights = target.rights
     if facts.rights is not None and facts.rights != rights:
         may = " and ".join(["read its log", *(f"{each} it" for each in host.members_may)])
-        title = f"let members of {group} {may} (sudo)" if rights else "revoke what members may do by sudo"
-        steps.append(schema.Rights(title, "as configured", "rm the file in /etc/sudoers.d", rights))
+        title = f"let members of {group} {may} (sudo)" if rights else "remove the members' sudo rules"
+        steps.append(schema.Rights(title, "as configured", "delete the file in /etc/sudoers.d", rights))
     return steps
 
 
@@ -223,10 +225,10 @@ def _mounts(target: Target, facts: Facts) -> list[Step]:
 
 def _release_step(wanted: dict[str, Any], why: str) -> Step:
     title = f"write release {wanted['id']}: ComfyUI {wanted['version']}, torch {wanted['torch']}"
-    return schema.Release(f"{title}, Python {wanted['python']}", why, "pruned when others serve", wanted)
+    return schema.Release(f"{title}, Python {wanted['python']}", why, "pruned after later deploys", wanted)
 
 
-PRUNED = "pruned when no release names it"
+PRUNED = "pruned when no release uses it"
 
 
 def _part_steps(facts: Facts, choice: Choice, wanted: Mapping[str, Any]) -> list[Step]:
@@ -241,7 +243,9 @@ def _part_steps(facts: Facts, choice: Choice, wanted: Mapping[str, Any]) -> list
         steps.append(schema.App(title, why(part), PRUNED, part, choice.interpreter, writable, "comfyui"))
     if not _holds(facts, part := choice.env_part):
         if choice.uv not in facts.tools:
-            steps.append(schema.Tool(f"send uv ({choice.uv[:12]})", "it makes the environment", "pruned later"))
+            steps.append(
+                schema.Tool(f"send uv ({choice.uv[:12]})", "it installs the environment", "pruned after later deploys")
+            )
         steps.append(_env_step(choice, why(part), repair=bool(facts.parts.get(part))))
     steps += [
         _node_step(choice, name, part, why(part), wanted)
@@ -303,7 +307,7 @@ def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
     if not (changes or gone or unnamed):
         return []
     title = f"prune: keep {', '.join(kept)}"
-    return [schema.Prune(title, "old releases take room", "deploy it again", tuple(kept))]
+    return [schema.Prune(title, "old releases take disk space", "deploy it again", tuple(kept))]
 
 
 def others(processes: Sequence[Process]) -> str:
@@ -326,10 +330,10 @@ def allocator_without_effect(target: Target) -> str:
 
 _LACKS = {
     2: "ComfyUI cannot move files from one folder to another (Linux 5.19)",
-    3: "only the filter of system calls keeps custom nodes from emptying files that they may not write (Linux 6.2)",
-    LANDLOCK_TCP: "custom nodes reach every TCP port, and listen at any (Linux 6.7)",
-    5: "custom nodes may send any command (ioctl) to a device that is open to them (Linux 6.10)",
-    6: "custom nodes can end other processes of {login}, Hearth's too, and reach their abstract sockets (Linux 6.12)",
+    3: "only the seccomp filter keeps custom nodes from truncating files that they must not write (Linux 6.2)",
+    LANDLOCK_TCP: "custom nodes can connect to every TCP port, and listen on any (Linux 6.7)",
+    5: "custom nodes can send any ioctl to a device that they can open (Linux 6.10)",
+    6: "custom nodes can signal other processes of {login} and connect to their abstract sockets (Linux 6.12)",
 }
 """Operations that Landlock restricts only from this version on, and the first kernel with it (landlock(7))."""
 
@@ -340,9 +344,9 @@ def unconfined(target: Target, facts: Facts) -> list[str]:
         return []
     if not (facts.landlock and target.host.confined):
         why = "this kernel has no Landlock" if target.host.confined else "the host is not `confined`"
-        return [f"{why}: custom nodes can read and write all that {facts.login} can"]
+        return [f"{why}: custom nodes can read and write everything that {facts.login} can"]
     lacks = (text.format(login=facts.login) for version, text in _LACKS.items() if facts.landlock < version)
-    return [f"this kernel's Landlock is of version {facts.landlock}: {text}" for text in lacks]
+    return [f"this kernel has version {facts.landlock} of Landlock: {text}" for text in lacks]
 
 
 def _notes(target: Target, facts: Facts) -> list[str]:
@@ -357,13 +361,15 @@ def _notes(target: Target, facts: Facts) -> list[str]:
             f"{idle} has no effect: ComfyUI selects cudaMallocAsync; mode native-allocator selects torch's allocator"
         )
     if facts.manager == "process" and facts.lingers:
-        found.append("this login has no systemd: Hearth supervises ComfyUI, and does not start it at boot")
+        found.append("this login has no systemd: Hearth's own supervisor runs ComfyUI and does not start it at boot")
     if facts.manager == "process" and target.profile.memory_max:
-        found.append("nothing limits ComfyUI's memory here: `memory_max` needs systemd")
+        found.append("ComfyUI's memory is not limited: `memory_max` needs systemd")
     if facts.unused:
         names = ", ".join(facts.unused)
-        found.append(f"nothing is loaded from {facts.prefix}/data/custom_nodes: {names} (inv nodes.add, or delete it)")
+        found.append(
+            f"not loaded, because it is in {facts.prefix}/data/custom_nodes: {names} (run inv nodes.add, or delete it)"
+        )
     found += unconfined(target, facts)
     if facts.rights is None and target.rights:
-        found.append("the host has no sudo: members cannot read the log or restart ComfyUI by it")
+        found.append("the host has no sudo: members cannot read the log or restart ComfyUI")
     return found

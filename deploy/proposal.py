@@ -53,7 +53,7 @@ OWN_FLAGS = {
 }  # fmt: skip
 """Flags that a release sets itself, or that the proposal expresses as host keys."""
 
-WHY = "the installation before was started so"
+WHY = "as in the previous installation"
 
 
 def propose(
@@ -104,14 +104,14 @@ def _host(host: Host, found: Installation) -> list[str]:
 def _lost(found: Installation) -> list[tuple[str, str]]:
     """The items that are not adopted and belong to the installation as a whole."""
     names = sorted({name for unit in found.units for name in unit.variables} - {"PATH", "PYTHONUNBUFFERED"})
-    lost = [(f"variable {name}", "set it in the host's override.env if it has a reason") for name in names]
+    lost = [(f"variable {name}", "set it in the host's override.env if it is needed") for name in names]
     if edited := [each for each in found.edited or () if not each.startswith(("models/", "input/", "output/"))]:
-        lost.append((f"edits of ComfyUI: {_some(edited)}", "a release has ComfyUI as it is pinned"))
+        lost.append((f"edits of ComfyUI: {_some(edited)}", "a release contains the pinned ComfyUI without edits"))
     unread = ["ComfyUI"] if found.commit and found.edited is None else []
     if unread := [*unread, *(each.name for each in found.nodes if each.commit and each.edited is None)]:
-        lost.append((f"edits of {_some(unread)}", "nobody can tell whether there are any: the host has no git"))
+        lost.append((f"edits of {_some(unread)}", "unknown, because the host has no git"))
     if database := settings(found.argv).get("--database-url"):
-        lost.append(("its database", f"it is at {database}; Hearth's ComfyUI makes one anew"))
+        lost.append(("its database", f"it is at {database}; Hearth's ComfyUI creates a new one"))
     return lost
 
 
@@ -126,7 +126,7 @@ def _folders(
         if told := elsewhere.get(name):
             places[name] = told
             if folder.files and folder.real != told:
-                left.append((f"{name} in {folder.real}", f"hosts.toml says that it lies in {told}"))
+                left.append((f"{name} in {folder.real}", f"hosts.toml places it in {told}"))
         elif folder.foreign:
             left.append((f"{name} in {folder.real}", folder.foreign))
         elif folder.kind == "missing" or (folder.rename and not folder.files):
@@ -146,8 +146,12 @@ def _folders(
 def _unfit(place: str) -> str:
     """The reason why hosts.toml cannot name a folder; empty if it can."""
     if re.match(r"/(home|root)\b", place):
-        return "a system's service sees no home folder: move it elsewhere first"
-    return "" if re.fullmatch(r"(/[\w.@:+-]+)+", place, re.ASCII) else "hosts.toml takes no such name: rename it first"
+        return "a system service cannot see home folders: move it elsewhere first"
+    return (
+        ""
+        if re.fullmatch(r"(/[\w.@:+-]+)+", place, re.ASCII)
+        else "hosts.toml does not accept this name: rename it first"
+    )
 
 
 def _links(folder: Folder, found: Installation) -> list[tuple[str, str]]:
@@ -159,11 +163,11 @@ def _links(folder: Folder, found: Installation) -> list[tuple[str, str]]:
         if not target.startswith("/"):
             depth = len(PurePosixPath(link).parent.parts)
             if PurePosixPath(target).parts[: depth + 1] == ("..",) * (depth + 1):
-                wrong.append((f"link {here} -> {target}", "it leads out of what is moved: make it absolute first"))
+                wrong.append((f"link {here} -> {target}", "it leads out of the moved folders: make it absolute first"))
         elif any(PurePosixPath(target).is_relative_to(each) for each in moved):
-            wrong.append((f"link {here} -> {target}", "it leads into what is moved: make it anew afterwards"))
+            wrong.append((f"link {here} -> {target}", "it leads into the moved folders: create it again afterwards"))
         elif target.startswith(("/home/", "/root/")):
-            wrong.append((f"link {here} -> {target}", "a system's service sees no home folder"))
+            wrong.append((f"link {here} -> {target}", "a system service cannot see home folders"))
     return wrong
 
 
@@ -192,7 +196,11 @@ def _model_roots(text: str, left: list[tuple[str, str]]) -> list[str]:
         elif value not in ("", "|", ">") and kind != "is_default":
             place = PurePosixPath(base, value)
             fits = place.name == kind and place.is_absolute() and kind != "custom_nodes"
-            why = _unfit(str(place.parent)) if fits else "model_roots have a folder a kind, named as ComfyUI names it"
+            why = (
+                _unfit(str(place.parent))
+                if fits
+                else "a folder of model_roots has one folder for each kind, with ComfyUI's name for it"
+            )
             if not why:
                 roots[str(place.parent)] = None
             else:
@@ -217,9 +225,11 @@ def _flags(
         if name in OWN_FLAGS or own.get(name) == value:
             continue
         if HIDDEN in value:
-            left.append((f"flag {name}", "it holds a secret, which belongs in no command line: inv secret set"))
+            left.append(
+                (f"flag {name}", "it is a secret, and a command line is visible to other users: inv secret set")
+            )
         elif name.startswith("--enable-manager"):
-            left.append((f"flag {name}", "off by default, and unable to install: docs/decisions/0010-manager.md"))
+            left.append((f"flag {name}", "off by default, and cannot install nodes: docs/decisions/0010-manager.md"))
         elif wrong := application.wrong({**own, **chosen, name: value}, known):
             left.append((f"flag {f'{name} {value}'.strip()}", wrong[0][0]))
         else:
@@ -237,23 +247,27 @@ def _nodes(found: Installation, known: Catalogue, left: list[tuple[str, str]]) -
         if each.disabled:
             left.append((f"node {each.name}", "it is disabled"))
         elif each.file:
-            left.append((f"node {each.name}", "a single file has no repository that could be pinned"))
+            left.append((f"node {each.name}", "a single file has no repository to pin"))
         elif each.edited:
-            why = f"it was edited here ({_some(each.edited)}): put that into a repository of yours, and pin it"
+            why = f"it was edited ({_some(each.edited)}): put the edits into your own repository, and pin that"
             left.append((f"node {each.name}", why))
         elif name:
             pinned = known.nodes[name].commit
-            same = "at the same commit" if pinned == each.commit else f"pinned at {pinned[:9]}, here {each.commit[:9]}"
-            nodes[name] = same if each.commit else f"pinned at {pinned[:9]}, here of an unknown commit"
+            same = (
+                "pinned at the same commit"
+                if pinned == each.commit
+                else f"pinned at {pinned[:9]}, installed {each.commit[:9]}"
+            )
+            nodes[name] = same if each.commit else f"pinned at {pinned[:9]}, installed from an unknown commit"
         elif each.name in known.left_out:
             left.append((f"node {each.name}", known.left_out[each.name]))
         elif not each.url:
-            left.append((f"node {each.name}", "nothing says which repository it is from"))
+            left.append((f"node {each.name}", "its repository is unknown"))
         else:
             try:  # the address is untrusted input
                 check_address(f"node {each.name}", each.url)
             except ConfigError:
-                left.append((f"node {each.name}", f"its repository has no address that git takes here: {each.url!r}"))
+                left.append((f"node {each.name}", f"git does not accept the address of its repository: {each.url!r}"))
                 continue
             commit = f"@{each.commit}" if each.commit else ""
             add.append(f'inv nodes.add {shlex.quote(each.url + commit)} --why "it was installed on this host"')

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RESERVE_DATA = 200_000_000
 """Free space to keep where ComfyUI writes: a cut-over first copies its database, and outputs need space."""
 
-MISSING = "is not there"
+MISSING = "does not exist"
 """The agent's word for a folder that a step can create."""
 
 LANDLOCK_TCP = 4
@@ -62,7 +62,7 @@ def refused(what: str, refusals: Sequence[Refusal], host: str = "") -> RefusedEr
 
 def unconfirmed(change: str, remedy: str) -> Refusal:
     """The change was not confirmed."""
-    return Refusal("unconfirmed", f"nobody agreed to {change}", remedy)
+    return Refusal("unconfirmed", f"not confirmed: {change}", remedy)
 
 
 # --- any change ------------------------------------------------------------------------------------------------------
@@ -78,7 +78,9 @@ def busy(target: Target, facts: Facts) -> list[Refusal]:
 
 def no_systemd(facts: Facts, remedy: str) -> list[Refusal]:
     """The host runs no systemd, which a system service needs."""
-    return [] if facts.manager.startswith("systemd") else [Refusal("no-systemd", "the host runs no systemd", remedy)]
+    return (
+        [] if facts.manager.startswith("systemd") else [Refusal("no-systemd", "the host does not run systemd", remedy)]
+    )
 
 
 def not_deployed(target: Target, facts: Facts) -> list[Refusal]:
@@ -93,7 +95,7 @@ def unchangeable(target: Target, facts: Facts, *, force: bool = False) -> list[R
     if facts.current_error:
         found.append(Refusal("foreign-current", facts.current_error["what"], facts.current_error["hint"]))
     if facts.foreign_unit:
-        remedy = f"inv adopt --host {target.name} takes it over; or manage it there with systemctl"
+        remedy = f"to adopt it: inv adopt --host {target.name}; or manage it on the host with systemctl"
         found.append(Refusal("foreign-unit", f"{facts.foreign_unit} is not Hearth's", remedy))
     if target.host.scope == "system":
         found += no_systemd(facts, 'set scope = "user" for this host')
@@ -119,13 +121,13 @@ def deployed_otherwise(target: Target, facts: Facts) -> list[Refusal]:
         add(what, f'set scope = "{place.scope}" so that its units are found; {first}')
     if host.scope == "system" and place.user and place.user != host.run_as:
         data = shlex.quote(f"{facts.prefix}/data")
-        change = f"inv stop, then there: useradd --system {host.run_as}; chown -R {host.run_as}: {data}"
+        change = f"inv stop, then on the host: useradd --system {host.run_as}; chown -R {host.run_as}: {data}"
         what = f"{facts.prefix}/data belongs to {place.user}, and the configuration says run_as = {host.run_as}"
         add(what, f'set run_as = "{place.user}"; to change it, then: {change}')
     if place.elsewhere:
         move = f"to move it: {first}, and mv {shlex.quote(place.elsewhere)}/data there"
         what = f"{host.service} is deployed at {place.elsewhere}, and the configuration says {facts.prefix}"
-        add(what, f'set prefix = "{place.elsewhere}"; {move}; for a second installation set another `service`')
+        add(what, f'set prefix = "{place.elsewhere}"; {move}; or, for a second installation, set another `service`')
     return found
 
 
@@ -145,7 +147,7 @@ def undeployable(target: Target, facts: Facts) -> list[Refusal]:
         remedy = 'set `run_as` to a name of its own, such as "comfyui-service"'
         found.append(Refusal("foreign-user", f"the user {host.run_as} {facts.user_fault}", remedy))
     if not PLAIN_PATH.fullmatch(facts.prefix):
-        what = f"{facts.prefix} has characters that units and command lines do not take"
+        what = f"{facts.prefix} has characters that units and command lines do not allow"
         found.append(Refusal("unusable-prefix", what, "set a `prefix` of letters, digits and . _ @ + -"))
     if not facts.writable:
         what = f"{facts.login} has no write permission for {facts.prefix}"
@@ -166,17 +168,17 @@ def network(target: Target, facts: Facts) -> list[Refusal]:
     found: list[Refusal] = []
     host, wanted = target.host, target.profile.network
     if host.scope == "user" and wanted == "lan-deny":
-        what = "mode lan-deny has no effect: without root nothing distinguishes private addresses from others"
+        what = "mode lan-deny has no effect: without root private addresses cannot be blocked"
         remedy = 'set scope = "system" for this host, or mode "offline"'
         found.append(Refusal("network-unenforced", what, remedy))
     if host.scope == "user" and wanted == "offline" and not (host.confined and facts.landlock >= LANDLOCK_TCP):
-        old = f"Landlock {facts.landlock} does not restrict TCP, Linux 6.7 does"
+        old = f"Landlock {facts.landlock} cannot restrict TCP; Linux 6.7 and newer can"
         why = old if host.confined else "the host is not `confined`"
         remedy = 'set scope = "system" for this host, or use a newer kernel and confined = true'
         found.append(Refusal("network-unenforced", f"mode offline has no effect here: {why}", remedy))
     listed = host.listen.split(",")
     if wanted != "open" and not all(ipaddress.ip_address(each).is_loopback for each in listed):
-        what = f"network = {wanted} also blocks the clients that connect to {host.listen}"
+        what = f"network = {wanted} also blocks clients that connect to {host.listen}"
         remedy = 'set listen = "127.0.0.1", and connect by ssh -L or through a proxy on the host'
         found.append(Refusal("network-blocks-clients", what, remedy))
     return found
@@ -189,10 +191,14 @@ def storage(target: Target, facts: Facts) -> list[Refusal]:
     for path, wanted in host.mounts.items():
         there = facts.mounts[path]
         if not wanted.what and not there.mounted:
-            found.append(not_mounted(path, f"mount {path} there; files written to the empty mount point get hidden"))
+            found.append(
+                not_mounted(
+                    path, f"on the host: mount {path}; files written to the empty mount point would be hidden later"
+                )
+            )
         elif wanted.what and there.mounted and target.mount_text(path).split("\nWhere")[0] not in there.unit:
-            remedy = f"umount {shlex.quote(path)} there, or leave out `what` for it"
-            what = f"{there.source} is mounted at {path}, and not by Hearth's unit for it"
+            remedy = f"on the host: umount {shlex.quote(path)}; or omit `what` for it"
+            what = f"{there.source} is mounted at {path}, but not by Hearth's unit"
             found.append(Refusal("foreign-mount", what, remedy))
         elif wanted.what and there.error:
             what = f"{wanted.what} cannot be mounted at {path}: {there.error}"
@@ -206,7 +212,7 @@ def storage(target: Target, facts: Facts) -> list[Refusal]:
     for path, left in facts.data_free.items():
         if left < RESERVE_DATA:
             what = f"{console.size(left)} free for {path}, {console.size(RESERVE_DATA)} needed"
-            found.append(Refusal("data-full", what, "free some space there: ComfyUI could not write its files"))
+            found.append(Refusal("data-full", what, "free some space there; otherwise ComfyUI cannot write its files"))
     return found
 
 
@@ -220,7 +226,7 @@ def port(target: Target, facts: Facts) -> list[Refusal]:
     holder = facts.port_holder
     if not holder or (facts.service.active and holder["pid"] in (0, facts.service.pid)):
         return []
-    what = f"port {target.host.port} is held by {holder['command']} (pid {holder['pid']})"
+    what = f"port {target.host.port} is in use by {holder['command']} (pid {holder['pid']})"
     return [Refusal("port-taken", what, "stop that process, or set another `port` for this host")]
 
 
@@ -229,10 +235,10 @@ def metrics(target: Target, facts: Facts) -> list[Refusal]:
     found: list[Refusal] = []
     wanted, holder = target.host.metrics_port, facts.metrics_holder
     if wanted and facts.manager == "process" and facts.lingers:
-        what = "no exporter can run: this login has no systemd, and Hearth's supervisor runs only ComfyUI"
-        found.append(Refusal("no-exporter", what, "leave `metrics_port` out for this host"))
+        what = "the exporter needs systemd, which this login does not have"
+        found.append(Refusal("no-exporter", what, "omit `metrics_port` for this host"))
     if holder and holder["unit"] != target.exporter_unit:
-        what = f"port {wanted} is held by {holder['command']} (pid {holder['pid']})"
+        what = f"port {wanted} is in use by {holder['command']} (pid {holder['pid']})"
         remedy = "stop that process, or set another `metrics_port` for this host"
         found.append(Refusal("metrics-port-taken", what, remedy))
     return found
@@ -252,14 +258,14 @@ def unstartable(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal("quarantine", what, f"inv quarantine --undo {at}"))
     found += storage(target, facts)
     found += [
-        not_mounted(path, f"inv deploy {at} mounts it")
+        not_mounted(path, f"to mount it: inv deploy {at}")
         for path, wanted in target.host.mounts.items()
         if wanted.what and not facts.mounts[path].mounted
     ]
     found += port(target, facts)
     if not facts.service.linked:
         what = f"systemd would not start release {facts.current}: the unit is missing or was changed"
-        found.append(Refusal("unlinked", what, f"inv deploy {at} fixes it"))
+        found.append(Refusal("unlinked", what, f"to repair it: inv deploy {at}"))
     return found
 
 
@@ -268,29 +274,32 @@ def undeletable(target: Target, facts: Facts) -> list[Refusal]:
     found = unchangeable(target, facts)
     place, prefix = facts.place, facts.prefix
 
-    def unsafe(what: str, remedy: str = "look at its content, and delete by hand what is Hearth's") -> None:
+    def unsafe(what: str, remedy: str = "inspect it, and delete Hearth's files by hand") -> None:
         found.append(Refusal("unsafe-prefix", what, remedy))
 
     if place.link:
-        unsafe(f"{prefix} is a symbolic link to {place.real}", f"set `prefix` to {place.real}, if that is meant")
+        unsafe(
+            f"{prefix} is a symbolic link to {place.real}",
+            f"set `prefix` to {place.real} if that is the intended folder",
+        )
     if place.mount:
         unsafe(f"{prefix} is a mount point")
     if place.real.count("/") < 2:
         unsafe(f"{prefix} is {'the root' if place.real == '/' else 'a top-level folder'}")
     if place.homes:
-        unsafe(f"{prefix} is or holds the home of {', '.join(place.homes)}")
+        unsafe(f"{prefix} is or contains the home folder of {', '.join(place.homes)}")
     if place.crossings:
-        unsafe(f"{', '.join(place.crossings)} in {prefix}: a link leads out of there")
+        unsafe(f"{', '.join(place.crossings)} in {prefix}: a link out of the prefix")
     if inside := [path for path in place.mounts if not f"{path}/".startswith(f"{place.real}/data/")]:
-        unsafe(f"something is mounted at {', '.join(inside)}", "umount it there first")
+        unsafe(f"something is mounted at {', '.join(inside)}", "on the host: umount it first")
     if (place.own or place.data) and not (place.ours or facts.data):
-        unsafe(f"{prefix} does not look like Hearth's: no state and no release of its own")
+        unsafe(f"{prefix} does not look like a prefix of Hearth: it has neither state nor releases")
     if facts.adopted:
-        what = "an installation was adopted, and state/ holds what restores it"
-        undo = f"inv adopt --host {target.name} --undo; or, to keep it as it is, rm {prefix}/state/adopted.jsonl there"
+        what = "an installation was adopted, and state/ contains the records that restore it"
+        undo = f"inv adopt --host {target.name} --undo; or to keep it, on the host: rm {prefix}/state/adopted.jsonl"
         found.append(Refusal("adopted", what, undo))
     if facts.settings:
-        what = f"{', '.join(facts.settings)} is set outside {prefix}, and state/ holds the values from before"
+        what = f"{', '.join(facts.settings)} is set outside {prefix}, and state/ contains the previous values"
         found.append(Refusal("settings-applied", what, settings_undo(target, facts)))
     return found
 
@@ -307,10 +316,10 @@ def settings_undo(target: Target, facts: Facts) -> str:
 
 def unadoptable(target: Target, facts: Facts) -> list[Refusal]:
     """Reasons why folders and units of others cannot be moved."""
-    by_hand = "move its folders by hand to the data that inv facts names"
+    by_hand = "move its folders by hand to the data folder that inv facts shows"
     if target.host.scope == "user":
-        what = "moving the folders and units of others needs root, and this host's scope is user"
-        return [Refusal("no-root", what, f'scope = "system", or {by_hand}'), *busy(target, facts)]
+        what = "moving other users' folders and units needs root, but this host's scope is user"
+        return [Refusal("no-root", what, f'set scope = "system", or {by_hand}'), *busy(target, facts)]
     return no_systemd(facts, by_hand) + busy(target, facts)
 
 
@@ -318,20 +327,20 @@ def unsettable(target: Target, facts: Facts) -> list[Refusal]:
     """Reasons against changing anything outside the prefix."""
     if target.host.scope == "user":
         what = 'scope = "user" changes nothing outside the login\'s own folders'
-        return [Refusal("no-root", what, f'set scope = "system" for {target.name}, or do it there by hand')]
+        return [Refusal("no-root", what, f'set scope = "system" for {target.name}, or do it by hand on the host')]
     if not facts.root:
         remedy = "log in as root, or as a user with sudo (--ask-sudo)"
-        return [Refusal("no-root", f"needs root, and this is {facts.login}", remedy)]
-    return no_systemd(facts, "do it there by hand: systemd would keep it over a reboot") + busy(target, facts)
+        return [Refusal("no-root", f"needs root, but the login is {facts.login}", remedy)]
+    return no_systemd(facts, "do it by hand on the host: only systemd can keep it after a reboot") + busy(target, facts)
 
 
 def loose_process(pid: int, user: str) -> Refusal:
     """The ComfyUI to adopt runs without a unit that could be stopped."""
     what = f"the old ComfyUI runs without a system unit: pid {pid} of {user}"
-    return Refusal("loose-process", what, "stop it: nothing is moved while it is in use")
+    return Refusal("loose-process", what, "stop it; folders in use are not moved")
 
 
-def unfit_setting(name: str, why: str, remedy: str = "leave it out") -> Refusal:
+def unfit_setting(name: str, why: str, remedy: str = "omit it") -> Refusal:
     """A setting does not apply to the host, or has no use there."""
     return Refusal("unfit-setting", f"{name}: {why}", remedy)
 
@@ -344,12 +353,12 @@ def no_mps(target: Target, facts: Facts, control: str, gpus: Sequence[int]) -> l
         found.append(Refusal("no-gpu", "the driver shows no NVIDIA GPU", f"inv doctor {at}"))
     elif not target.profile.cuda:
         what = f"profile {target.host.profile} computes on the CPU"
-        found.append(Refusal("cpu-profile", what, "choose a profile with a GPU"))
+        found.append(Refusal("cpu-profile", what, "choose a profile for a GPU"))
     if not control:
-        remedy = "there: apt-get install nvidia-cuda-mps (Ubuntu: nvidia-compute-utils-VERSION)"
-        found.append(Refusal("no-mps", "there is no nvidia-cuda-mps-control", remedy))
+        remedy = "on the host: apt-get install nvidia-cuda-mps (Ubuntu: nvidia-compute-utils-VERSION)"
+        found.append(Refusal("no-mps", "nvidia-cuda-mps-control is not installed", remedy))
     if wrong := [each for each in gpus if each >= len(facts.gpus)]:
-        what = f"there is no GPU {wrong[0]}, there are {len(facts.gpus)}"
+        what = f"there is no GPU {wrong[0]}; the host has {len(facts.gpus)}"
         found.append(Refusal("no-such-gpu", what, f"inv gpu {at}"))
     return found
 
@@ -361,7 +370,7 @@ def mps_off(target: Target) -> Refusal:
 
 def no_user(target: Target, names: Sequence[str]) -> Refusal:
     """The host lacks users who need access to the GPU."""
-    remedy = f"inv deploy --host {target.name} first, or remove them from `members`"
+    remedy = f"run inv deploy --host {target.name} first, or remove them from `members`"
     return Refusal("no-user", f"{target.name} has no user {', '.join(names)}", remedy)
 
 
@@ -369,9 +378,9 @@ def undroppable(target: Target, facts: Facts, *, force: bool) -> list[Refusal]:
     """Reasons against dropping the page cache."""
     found = not_deployed(target, facts)
     if not facts.root:
-        by_hand = "there: sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'"
-        found.append(Refusal("no-root", f"only root may drop the page cache, and this is {facts.login}", by_hand))
+        by_hand = "on the host: sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'"
+        found.append(Refusal("no-root", f"only root can drop the page cache, but the login is {facts.login}", by_hand))
     if not force and not any(gpu.unified for gpu in facts.gpus):
-        what = "no GPU there shares the machine's memory, so that the page cache takes nothing from one"
-        found.append(Refusal("no-unified-gpu", what, "keep the cache: it saves reading files again; or --force"))
+        what = "no GPU of this host shares the machine's memory, so the page cache takes no memory from a GPU"
+        found.append(Refusal("no-unified-gpu", what, "keep the cache, which saves reading files again; or use --force"))
     return found

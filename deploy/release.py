@@ -126,9 +126,9 @@ def require_complete(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     if "packages" not in manifest:
         raise HostError(
             "old-release",
-            f"release {manifest['id']} does not say which packages and wheels it holds",
+            f"the manifest of release {manifest['id']} does not list its packages and wheels",
             cause="an older Hearth made it",
-            hint="inv deploy writes a new release of the same parts, which does",
+            hint="run inv deploy, which writes a new release with the same parts and the list",
         )
     return manifest
 

@@ -37,11 +37,11 @@ def gpu(target: Target, facts: Facts) -> list[Refusal]:
         what = f"profile {target.profile_name} needs an NVIDIA GPU, and nvidia-smi shows none"
         return [Refusal("no-gpu", what, "install the driver, or choose profile cpu")]
     if facts.driver and _older(facts.driver, stack.driver):
-        what = f"the driver is {facts.driver}, and CUDA {stack.cuda} needs {stack.driver}"
+        what = f"the driver is {facts.driver}, but CUDA {stack.cuda} needs {stack.driver}"
         found.append(Refusal("old-driver", what, 'update the driver, or set stack = "cu124" in the host\'s override'))
     have = sorted({gpu.capability for gpu in facts.gpus})
     if profile.kernels and profile.arch not in have:
-        what = f"the GPU is {', '.join(have)}, and profile {target.profile_name} is for {profile.arch}"
+        what = f"the GPU is {', '.join(have)}, but profile {target.profile_name} is for {profile.arch}"
         remedy = f'set arch = "{have[0]}" in the host\'s override, or choose another profile'
         found.append(Refusal("other-gpu", what, remedy))
     return found
@@ -59,14 +59,14 @@ def no_torch(target: Target, facts: Facts) -> list[Refusal]:
     stack = target.stack
     if facts.platform in stack.platforms:
         return []
-    what = f"the machine is {facts.machine}, and torch {stack.torch} has no build for it"
+    what = f"the machine is {facts.machine}, for which torch {stack.torch} has no build"
     return [Refusal("other-machine", what, f"stack {stack.name} has {', '.join(stack.platforms)}")]
 
 
 def no_python(listed: Sequence[str], facts: Facts) -> Refusal:
     """The host has no Python that both the profile and the locks support."""
     packages = " or ".join(f"apt-get install python{each}" for each in listed[:2])
-    what = f"no Python {' or '.join(listed)} (there is {', '.join(facts.pythons) or 'none of them'})"
+    what = f"no Python {' or '.join(listed)} (found: {', '.join(facts.pythons) or 'none'})"
     return Refusal("no-python", what, f"on the host: {packages}")
 
 
@@ -77,7 +77,7 @@ def flags(target: Target, known: Mapping[str, Flag]) -> list[Refusal]:
         Refusal(
             "own-flag",
             f"{flag} ({origin[flag]}) is reserved: a release sets it itself",
-            "leave it out; use `folders`, `model_roots`, `listen` and `port` of the host",
+            "omit it; use `folders`, `model_roots`, `listen` and `port` of the host",
         )
         for flag in sorted(releases.OWN_FLAGS & target.flags.keys())
     ]
@@ -86,17 +86,17 @@ def flags(target: Target, known: Mapping[str, Flag]) -> list[Refusal]:
     alone = [flag for flag in releases.TLS_FLAGS if flag in target.flags]
     if len(alone) == 1:  # ComfyUI would serve http
         (other,) = set(releases.TLS_FLAGS) - set(alone)
-        found.append(Refusal("half-tls", f"{alone[0]} needs {other}, too", "set both, or neither"))
+        found.append(Refusal("half-tls", f"{alone[0]} also needs {other}", "set both, or neither"))
     if releases.manager(target) and target.host.scope == "user":
         what = "ComfyUI-Manager could change its own security level: only a system service's unit prevents that"
-        remedy = 'set scope = "system" for this host, or leave --enable-manager out'
+        remedy = 'set scope = "system" for this host, or omit --enable-manager'
         found.append(Refusal("manager-unprotected", what, remedy))
     return found
 
 
 def no_wheel(what: str, words: tuple[str, ...]) -> Refusal:
     """A kernel wheel is missing; `words` are the arguments of `inv build-kernels` that build it."""
-    remedy = f"inv build-kernels {shlex.join(words)}   (or run again with --build)"
+    remedy = f"inv build-kernels {shlex.join(words)}   (or run the same command again with --build)"
     return Refusal("no-wheel", f"the wheelhouse has no {what}", remedy, words)
 
 
@@ -109,7 +109,7 @@ def no_lock(platform: str, python: str, inputs: Inputs) -> Refusal:
 
 def known_bad(name: str, listed: Advisory) -> Refusal:
     """A configured node is known to be bad in every version."""
-    remedy = f"remove it from the host's `nodes`, then inv nodes.remove {shlex.quote(name)}"
+    remedy = f"remove it from the host's `nodes`, then run inv nodes.remove {shlex.quote(name)}"
     return Refusal("known-bad-node", f"{name}: {listed.what} ({listed.source})", remedy)
 
 
@@ -118,7 +118,7 @@ def old_glibc(wheel: Manifest, facts: Facts) -> list[Refusal]:
     if Version(wheel.glibc) <= Version(facts.glibc):
         return []
     what = f"{wheel.file} needs glibc {wheel.glibc}, the host has {facts.glibc}"
-    return [Refusal("old-glibc", what, "build it on an older system, or there: inv build-kernels --host")]
+    return [Refusal("old-glibc", what, "build it on an older system, or on the host: inv build-kernels --host")]
 
 
 def no_package(what: str, remedy: str) -> Refusal:
@@ -136,7 +136,7 @@ def room(target: Target, facts: Facts, inputs: Inputs) -> list[Refusal]:
     inodes = inputs.application.files[target.profile.stack] + RESERVE_FILES
     if facts.inodes_free is not None and facts.inodes_free < inodes:
         what = f"{facts.inodes_free} inodes free at {facts.prefix}, {inodes} needed"
-        found.append(Refusal("no-inodes", what, "delete small files there, or set another `prefix`"))
+        found.append(Refusal("no-inodes", what, "delete files there, or set another `prefix`"))
     return found
 
 
@@ -147,7 +147,7 @@ def broken_release(target: Target, facts: Facts, to: str) -> list[Refusal]:
     host, manifest = target.host, facts.release(to) or {}
     damaged = [part for part in manifest.get("parts", {}).values() if facts.parts.get(part) != ""]
     if damaged:
-        what = f"release {to} cannot run any more: {', '.join(damaged)} is missing or damaged"
+        what = f"release {to} cannot run: {', '.join(damaged)} is missing or damaged"
         found.append(Refusal("damaged-release", what, remedy))
     unit = manifest.get("files", {f"{host.service}.service": ""}).get(f"{host.service}.service")
     if unit is None or (host.scope == "system" and unit and f"\nUser={host.run_as}\n" not in unit):

@@ -56,7 +56,7 @@ def build(name: str, asked: Mapping[str, str], *, force: bool, dry_run: bool) ->
         parse_list(asked["arch"], known_archs())  # the host would reject a wrong one only minutes later
     target = find_target(name)
     if not target.host.address:
-        raise UsageError("usage", f"{name} is this machine", hint="leave --host out")
+        raise UsageError("usage", f"{name} is this machine", hint="omit --host")
     with connection.connect(target) as agent:
         assert isinstance(agent, connection.Ssh)
         machine = agent.shell("uname -m", console.say).strip()
@@ -130,18 +130,16 @@ def _answer(name: str, said: str, asked: Mapping[str, str]) -> list[Manifest]:
         found = msgspec.json.decode(said, type=list[manifest.Manifest])
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise HostError(
-            "remote-command", f"what {name} says of its wheels cannot be read", cause=str(error)[:500]
+            "remote-command", f"the list of wheels from {name} cannot be read", cause=str(error)[:500]
         ) from error
     wrong = [f"{each.file}: {why}" for each in found if (why := _unasked(each, asked))]
     if len({each.file for each in found}) < len(found):
-        wrong.append("one of them twice")
+        wrong.append("the list has one of them twice")
     if not asked.get("arch") and len({each.arch for each in found}) > 1:
-        wrong.append("they are for several GPUs, which only --arch asks for")
+        wrong.append("they are for several GPUs; only --arch requests that")
     if wrong:
-        hint = f"nothing was taken; see who else has the login on {name}"
-        raise HostError(
-            "remote-command", f"{name} answers with wheels that it was not asked for", cause=wrong[0], hint=hint
-        )
+        hint = f"no wheel was fetched; check who else uses this login on {name}"
+        raise HostError("remote-command", f"{name} returned wheels that were not requested", cause=wrong[0], hint=hint)
     return found
 
 
@@ -174,7 +172,7 @@ def _unasked(wheel: Manifest, asked: Mapping[str, str]) -> str:
     tag = f"cp{wheel.python.replace('.', '')}"
     file = f"{re.sub('[-_.]+', '_', wheel.kernel).lower()}-{wheel.version}-{tag}-{tag}-{wheel.platform}.whl"
     if not re.fullmatch(version, wheel.version) or wheel.file != file:
-        return f"its name is another wheel's than {file}"
+        return f"its name differs from {file}"
     return "" if 0 < wheel.size <= LARGEST else f"it has {wheel.size} bytes"
 
 
@@ -190,8 +188,8 @@ def _fetch(agent: Ssh, wheel: Manifest) -> None:
         agent.get(f"{PLACE}/wheelhouse/{wheel.file}", place, wheel.size)
         if files.sha256(place) != wheel.sha256:
             raise SourceError(
-                "hash-mismatch", f"{wheel.file} was altered on the way", hint="run the same command again"
+                "hash-mismatch", f"{wheel.file} was altered in transit", hint="run the same command again"
             )
         if there.is_file() and (old := files.sha256(there)) != wheel.sha256:
-            console.say(f"the wheelhouse had another {wheel.file}, which is replaced: sha256 {old}, now {wheel.sha256}")
+            console.say(f"the wheelhouse had another {wheel.file}, now replaced: sha256 {old}, now {wheel.sha256}")
         workspace.current().wheelhouse.admit(place, wheel)

@@ -48,7 +48,7 @@ def refuse_secrets(path: Path) -> None:
             "secret",
             f"{path}: {place} looks like a secret",
             cause="this file is copied, backed up and shown; secrets do not belong in it",
-            hint="for sudo use --ask-sudo; for ComfyUI: inv secret set NAME, and its name in the host's `secrets`",
+            hint="for sudo use --ask-sudo; for ComfyUI use inv secret set NAME and the host's `secrets`",
         )
 
     walk(table(path), "")

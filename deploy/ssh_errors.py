@@ -29,7 +29,7 @@ def unreachable(said: str, name: str, settings: Mapping[str, str], retry: str) -
             "unreachable",
             f"SSH authentication failed for {user} on {name}",
             cause=cause,
-            hint=f"try: {retry}; a key with a passphrase must be in your agent (ssh-add)",
+            hint=f"try: {retry}; a key with a passphrase must be in your SSH agent (ssh-add)",
         )
     return ConnectError(
         "unreachable", f"{name} cannot be reached ({user}@{host}:{port})", cause=cause, hint=f"try: {retry}"
@@ -50,7 +50,8 @@ def _host_key(said: str, cause: str, of: str, settings: Mapping[str, str], retry
             f"the host key of {of} has CHANGED",
             cause=f"offered: {offered[1] if offered else '?'}; known: {known[0] if known else '?'}. "
             "The host was reinstalled, or this is a man-in-the-middle attack",
-            hint=f"compare it with {scan}; only if it is right: ssh-keygen -R '{entry}', then connect once by: {retry}",
+            hint=f"compare it with {scan}; only if it is right: ssh-keygen -R '{entry}', "
+            f"then connect once with: {retry}",
         )
     if "REVOKED" in said or "revoked" in said:
         return ConnectError(
@@ -62,7 +63,7 @@ def _host_key(said: str, cause: str, of: str, settings: Mapping[str, str], retry
         return ConnectError(
             "host-key",
             f"the host key of {of} is not known",
-            cause="no known_hosts file of yours or of the system lists it, nor an authority that certified it",
-            hint=f"compare the output of {scan} with the host's own key; then connect once by: {retry}",
+            cause="neither your known_hosts files nor the system's list it or an authority that certified it",
+            hint=f"compare the output of {scan} with the host's own key; then connect once with: {retry}",
         )
     return None

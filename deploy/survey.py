@@ -29,8 +29,8 @@ def only(survey: Survey, host: str) -> Installation:
     raise HostError(
         "no-installation",
         f"no ComfyUI was found on {host}",
-        cause="\n         ".join(["looked for main.py and comfy/ in:", *survey.looked]),
-        hint="--path FOLDER says where it is",
+        cause="\n         ".join(["searched for main.py and comfy/ in:", *survey.looked]),
+        hint="name its folder with --path FOLDER",
     )
 
 

@@ -14,8 +14,8 @@ from deploy.flags import Fleet, options
 
 @command(
     help={
-        "build": "build missing kernel wheels first, if nothing else prevents the deploy",
-        "bundle": "take everything from this file of `inv bundle`, and nothing from a network; not with --build",
+        "build": "build missing kernel wheels first, unless the deploy is refused for another reason",
+        "bundle": "take everything from this file of `inv bundle` and nothing from the network; not with --build",
         "keep-going": "continue with the other hosts of a group if one fails",
     }
 )
@@ -96,7 +96,7 @@ def bundle(
     else:
         key = None if sign == "none" else Path(sign) if sign else signature.own_key()
         if key is None and not sign:
-            console.say("not signed: there is no SSH key in ~/.ssh; name one with --sign")
+            console.say("not signed, because ~/.ssh has no SSH key; name one with --sign")
         place = Path(output) if output else None
         path, found = make_bundle(where.host, place, platform, python, key, ask_sudo=where.ask_sudo)
     console.show(bundles.summary(path, found), bundles.rows(path, found), as_json=out.json)
@@ -198,7 +198,7 @@ def attach(_: Context, *, where: Where) -> None:
         "path": "the folder of its main.py (default: search the usual places, units and processes)",
         "by": "rename: move its folders into Hearth's data; reference: keep them, named in hosts.toml "
         "(default: rename)",
-        "apply": "stop its units and put them aside; move models, input, output and user into the data, by rename",
+        "apply": "stop its units and set them aside; rename models, input, output and user into data/",
         "undo": "move everything back, with owners and modes, and start what ran before; not with --apply",
     }
 )

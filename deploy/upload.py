@@ -69,7 +69,7 @@ class Upload:
             folder = requirements.download(lock, step.asking, platform)
             packages = [schema.WheelFile(each.name, self._blob(each)) for each in sorted(folder.glob("*.whl"))]
             if damaged := [each.file for each in packages if each.sha256 not in lock.text]:
-                what = f"{folder / damaged[0]} was damaged: its hash is not the locked one"
+                what = f"{folder / damaged[0]} is damaged: its hash differs from the locked one"
                 raise SourceError(
                     "hash-mismatch", what, hint=f"rm -r {shlex.quote(str(folder))}, then run the same command again"
                 )
@@ -82,7 +82,7 @@ class Upload:
             name: files.sha256(path) + ("x" if path.stat().st_mode & 0o100 else "") for name, path in files.tree(tree)
         }
         if "PART.json" in wanted:  # the agent's record of a part
-            raise SourceError("unsafe-tree", f"{tree.name} has a file PART.json, which a host would take for its own")
+            raise SourceError("unsafe-tree", f"{tree.name} has a file PART.json, a name that Hearth reserves")
         used = {each["parts"].get(kind) for each in self.facts.releases}
         there = sorted(name for name, error in self.facts.parts.items() if name in used and not error)
         held: dict[str, str] = {}

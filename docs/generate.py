@@ -56,12 +56,12 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
     "`config/modes/NAME.toml`": host.Mode,
 }
 
-KINDS = "An error is shown as `error[KIND]: what happened`. The kind tells errors with the same exit code apart."
+KINDS = "An error is shown as `error[KIND]: what happened`. The kind distinguishes errors with the same exit code."
 
 OTHER_CODES = {
     0: "Done; on a dry run, nothing to do.",
     1: "A wheel in the wheelhouse differs from its manifest; a workflow needs a node type that no known node has; an "
-    "audit has findings; a host is not well; the doctor has warnings. Also an unknown task or flag.",
+    "audit has findings; `inv status` shows a problem; the doctor has warnings. Also an unknown task or flag.",
     2: "A dry run: there are changes. The doctor: there are errors.",
     130: "Interrupted.",
 }

@@ -58,7 +58,7 @@ def build_kernels(builds: Sequence[Build], *, jobs: int | None = None, force: bo
                     "disk-full",
                     "the disk is full",
                     cause=str(error),
-                    hint=f"free some space (the cache is {workspace.current().cache}), then run the same command",
+                    hint=f"free some space (the cache is {workspace.current().cache}), then run the same command again",
                 ) from error
     return [done[build.identifier] for build in builds]
 

@@ -30,7 +30,7 @@ def runner(platform: Platform, python: str) -> Runner | str:
     """Return a Python of `platform` under emulation, or the reason why there is none."""
     qemu = shell.which(f"qemu-{platform.cpu}-static") or shell.which(f"qemu-{platform.cpu}")
     if qemu is None:
-        return f"no emulator for {platform.cpu} here (apt-get install qemu-user-static)"
+        return f"no emulator for {platform.cpu} is installed (apt-get install qemu-user-static)"
     try:
         root = _root(platform, python)
     except (ProcessError, ToolError) as error:
@@ -48,7 +48,7 @@ def _root(platform: Platform, python: str) -> Path:
     if place.is_dir():
         return place
     console.say(
-        f"fetching a {platform.cpu} Python {python} from the distribution's packages, to import under emulation"
+        f"fetching Python {python} for {platform.cpu} from the distribution, to import the wheel under emulation"
     )
     with files.atomic_dir(place) as part:
         archives = part / "apt/archives"

@@ -312,13 +312,15 @@ def _explain(text: str, graph: Graph, log: Path, jobs: int) -> HearthError:
             f"the disk is full: {name} could not be written",
             cause="No space left on device",
             hint="free some space (inv wheels --prune; the cache is "
-            f"{workspace.current().cache}), then run the same command: finished files are kept",
+            f"{workspace.current().cache}), then run the same command again (finished files are kept)",
         )
     if re.search(r"died due to signal 9|Killed signal terminated|signal: Killed|^Killed$", said, re.MULTILINE):
         return BuildError(
             "out-of-memory",
             f"the machine ran out of memory while compiling {name}",
             cause=f"a compiler was killed (signal 9) with {jobs} jobs at once",
-            hint=f"run again with fewer: --jobs {max(1, jobs // 2)} (finished files are kept)",
+            hint=f"run the same command again with fewer jobs: --jobs {max(1, jobs // 2)} (finished files are kept)",
         )
-    return BuildError("compile", f"{name} does not build", cause="\n         ".join(tail), hint=f"the whole log: {log}")
+    return BuildError(
+        "compile", f"{name} could not be compiled", cause="\n         ".join(tail), hint=f"read the complete log: {log}"
+    )

@@ -125,7 +125,7 @@ def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tupl
     if wrong := [error for _, errors in found for error in errors]:
         raise BuildError(
             "inspection",
-            f"{wheel.name} is not what was asked for",
+            f"{wheel.name} differs from the request",
             cause="\n         ".join(wrong),
             hint="it was not admitted to the wheelhouse; check the recipe's flags, sources and libraries",
         )
@@ -138,7 +138,7 @@ def describe_wheel(wheel: Path) -> tuple[ModuleReport, ...]:
         found = tuple(read_module(Elf(path), path.relative_to(folder)) for path in unpack(wheel, Path(folder)))
     if not found:
         raise BuildError(
-            "inspection", f"{wheel} holds no extension module", cause="it is a wheel of Python files alone"
+            "inspection", f"{wheel} contains no extension module", cause="the wheel contains only Python files"
         )
     return found
 
@@ -149,7 +149,7 @@ def unpack(wheel: Path, folder: Path) -> list[Path]:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
     except (zipfile.BadZipFile, OSError) as error:
-        raise BuildError("inspection", f"{wheel} is not a wheel that can be read", cause=str(error)) from error
+        raise BuildError("inspection", f"{wheel} is not a readable wheel", cause=str(error)) from error
     return sorted(folder.rglob("*.so"))
 
 
@@ -178,11 +178,11 @@ def _code_errors(report: ModuleReport, sass: str, ptx: bool) -> Iterator[str]:
     if not report.sass and not report.ptx:
         return
     if report.sass != (sass,):
-        yield f"holds SASS for {', '.join(report.sass) or 'nothing (PTX only)'}, asked for {sass}"
+        yield f"contains SASS for {', '.join(report.sass) or 'nothing (PTX only)'}, requested {sass}"
     if report.ptx and not ptx:
-        yield f"holds PTX for {', '.join(report.ptx)}, none was asked for"
+        yield f"contains PTX for {', '.join(report.ptx)}, none was requested"
     if ptx and not report.ptx:
-        yield "holds no PTX, +PTX was asked for"
+        yield "contains no PTX, but +PTX was requested"
 
 
 def _link_errors(elf: Elf, report: ModuleReport, chain: Toolchain, providers: Sequence[Elf]) -> Iterator[str]:
@@ -192,12 +192,12 @@ def _link_errors(elf: Elf, report: ModuleReport, chain: Toolchain, providers: Se
         return
     for tag in ("DT_RPATH", "DT_RUNPATH"):
         if elf.dynamic[tag]:
-            yield f"carries {tag[3:]} {', '.join(elf.dynamic[tag])}: a path of the machine it was built on"
+            yield f"carries {tag[3:]} {', '.join(elf.dynamic[tag])}: a path of the build machine"
     missing = set(elf.undefined) - set(report.from_driver)
     for provider in providers:
         missing -= provider.defines(sorted(missing))
     if missing:
-        yield f"needs symbols that nothing provides: {', '.join(sorted(missing)[:8])}"
+        yield f"needs symbols that no library provides: {', '.join(sorted(missing)[:8])}"
 
 
 def device_code(path: Path) -> tuple[list[str], tuple[str, ...]]:
@@ -289,9 +289,11 @@ def prove_smoke(wheel: Path, build: Build) -> Proof:
         return Proof("not run", "the recipe has no smoke.py")
     local = archs.local_gpu()
     if local is None or not build.toolchain.native:
-        return Proof("not run", f"no GPU of capability {build.arch.capability} here")
+        return Proof("not run", f"this machine has no GPU of capability {build.arch.capability}")
     if local.capability != build.arch.capability:
-        return Proof("not run", f"the GPU here has capability {local.capability}, not {build.arch.capability}")
+        return Proof(
+            "not run", f"the GPU of this machine has capability {local.capability}, not {build.arch.capability}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         unpack(wheel, Path(folder))
         path = f"{folder}:{build.toolchain.site}:{files.CHECKOUT}"  # for kernels/smoke.py
@@ -300,7 +302,7 @@ def prove_smoke(wheel: Path, build: Build) -> Proof:
     if done.returncode:
         raise BuildError(
             "inspection",
-            f"{wheel.name} fails its smoke test on the GPU here",
+            f"{wheel.name} failed its smoke test on the GPU of this machine",
             cause="\n         ".join((done.stdout + done.stderr).strip().splitlines()[-12:]),
             hint="it was not admitted to the wheelhouse",
         )

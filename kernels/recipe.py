@@ -136,7 +136,7 @@ def load_recipe(path: Path) -> Recipe:
     for module in recipe.modules:
         for arch in module.archs:
             if arch not in recipe.archs:
-                raise ConfigError("config", f"{file}: module {module.name} names arch {arch}, the recipe does not")
+                raise ConfigError("config", f"{file}: module {module.name} lists arch {arch}, but the recipe does not")
     return recipe
 
 

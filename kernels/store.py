@@ -47,7 +47,7 @@ def _outdated(manifest: Manifest) -> str:
     except HearthError as error:
         return error.what
     same = _recipe_inputs(builds[0].inputs) == _recipe_inputs(manifest.inputs)
-    return "" if same else "its recipe or source changed since"
+    return "" if same else "its recipe or source has changed"
 
 
 def _recipe_inputs(inputs: dict[str, Any]) -> str:
@@ -72,5 +72,5 @@ def rows(found: Sequence[Entry]) -> list[str]:
         )
         for each in found
     ]
-    empty = ["the wheelhouse is empty; fill it with: inv build-kernels --arch 12.1"]
+    empty = ["the wheelhouse is empty; build wheels with: inv build-kernels --arch 12.1"]
     return console.table(("wheel", "key", "import", "GPU", "state"), cells) if found else empty

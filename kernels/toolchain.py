@@ -152,8 +152,8 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
         raise ToolError(
             "compiler-version",
             f"{name} is GCC {major}, which CUDA {stack.cuda} does not accept",
-            cause=f"crt/host_config.h of CUDA {stack.cuda} stops at GCC {stack.gcc}",
-            hint=f"apt-get install g++-{stack.gcc}, then run again with CXX=g++-{stack.gcc}",
+            cause=f"crt/host_config.h of CUDA {stack.cuda} accepts GCC up to {stack.gcc}",
+            hint=f"apt-get install g++-{stack.gcc}, then run the same command again with CXX=g++-{stack.gcc}",
         )
     version = shell.run([name, "--version"]).stdout.splitlines()[0]
     linker = shell.run([name, "-Wl,--version"], check=False).stdout.splitlines()
@@ -182,7 +182,7 @@ def _cuda(stack: Stack) -> tuple[str, str]:
         tried.append(f"{home}: {release.strip()}")
     raise ToolError(
         "cuda-missing",
-        f"stack {stack.name} needs the CUDA {stack.cuda} compiler, and there is none",
+        f"stack {stack.name} needs the CUDA {stack.cuda} compiler, which is not installed",
         cause="; ".join(tried),
         hint=f"install CUDA {stack.cuda} (Debian 13: apt-get install nvidia-cuda-toolkit, from non-free) "
         f"and set CUDA_HOME, or build for another stack: --stack cu130",
@@ -210,15 +210,15 @@ def _python(version: str) -> tuple[str, str, str]:
     """
     asked = _known_python(version)
     if asked is None:
-        console.say(f"there is no Python {version} here; asking uv to install it")
+        console.say(f"Python {version} is not installed; uv installs it")
         installed = tools.uv("python", "install", "--quiet", version, check=False)
         asked = _ask_python(_uv_python(version), version)
     if asked is None:
         raise ToolError(
             "python-missing",
-            f"there is no Python {version}, and uv could not install it",
+            f"Python {version} is not installed, and uv could not install it",
             cause=(installed.stderr.strip().splitlines() or [""])[-1].strip(),
-            hint=f"apt-get install python{version}-dev, or uv python install {version} where GitHub can be reached",
+            hint=f"apt-get install python{version}-dev, or uv python install {version} if GitHub can be reached",
         )
     interpreter, full, include = asked[0], asked[1], Path(asked[2])
     if not (include / "Python.h").exists():

@@ -47,7 +47,7 @@ class Advisory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """The affected versions, in words."""
         told = [f"versions {' or '.join(self.versions)}"] if self.versions else []
         told += [f"all before commit {self.fixed}"] if self.fixed else []
-        return f"affected: {', '.join(told) or 'all of it'}"
+        return f"affected: {', '.join(told) or 'all versions'}"
 
     def has(self, version: str) -> bool | None:
         """Whether a version is affected; None if its version string does not allow a decision."""
@@ -80,12 +80,16 @@ def advisories() -> tuple[Advisory, ...]:
     found = load(path, _File).advisory
     for each in found:
         if bool(each.package) == bool(each.urls):
-            raise ConfigError("config", f"{path}: {each.what!r}: of what?", hint="either `package` or `urls`")
+            raise ConfigError(
+                "config",
+                f"{path}: {each.what!r}: has neither `package` nor `urls`, or both",
+                hint="set either `package` or `urls`",
+            )
         try:
             SpecifierSet(",".join(each.versions))
         except InvalidSpecifier as error:
             raise ConfigError(
-                "config", f"{path}: {each.what!r}: {error}", hint="versions such as '<3.38' or '>=4,<4.0.5'"
+                "config", f"{path}: {each.what!r}: {error}", hint="use versions such as '<3.38' or '>=4,<4.0.5'"
             ) from None
     return found
 

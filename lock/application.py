@@ -130,7 +130,7 @@ def model_folders(text: str) -> dict[str, tuple[str, ...]]:
 def _parsed(text: str, name: str) -> ast.Module:
     """The syntax tree of a ComfyUI file, which may come from a host; raises ConfigError if it cannot be parsed."""
     if len(text) > foreign.TEXT:
-        raise ConfigError("config", f"ComfyUI's {name} is larger than {foreign.TEXT // 1000} kB, and is not read")
+        raise ConfigError("config", f"ComfyUI's {name} is larger than {foreign.TEXT // 1000} kB")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about escapes and comparisons, which concern only its author
         try:

@@ -113,4 +113,4 @@ def rows(found: Difference) -> Iterator[str]:
     yield from found.files
     yield f"shared parts: {', '.join(found.shared) or 'none'}"
     if found.unknown:
-        yield f"not compared, since an older Hearth did not record it: {', '.join(found.unknown)}"
+        yield f"not compared, because an older Hearth did not record it: {', '.join(found.unknown)}"

@@ -50,19 +50,19 @@ def add(address: str, why: str) -> str:
     and upstream errors.
     """
     if not why:
-        raise UsageError("usage", "a node is listed with its reason", hint='--why "what it is for"')
+        raise UsageError("usage", "a node needs a reason", hint='add --why "its purpose"')
     url, rev = _revision(address)
     nodes.check_address("inv nodes.add", url)
     name = url.rstrip("/").rpartition("/")[2].removesuffix(".git")
     known = nodes.catalogue()
     if name in known.nodes:
-        raise ConfigError("config", f"{name} is listed already", hint="inv nodes.update")
+        raise ConfigError("config", f"{name} is already listed", hint="inv nodes.update")
     if name in known.left_out:
         raise ConfigError(
-            "config", f"{name} is left out: {known.left_out[name]}", hint="take it out of [left-out] first"
+            "config", f"{name} is left out: {known.left_out[name]}", hint="remove it from [left-out] first"
         )
     for each in advisory.of(url, advisory.advisories()):
-        console.say(f"warning: {name} is known to be bad ({each.affected}): {each.what}; {each.source}")
+        console.say(f"warning: {name} has known problems ({each.affected}): {each.what}; {each.source}")
     commit = newest(url, rev or "HEAD")
     node = nodes.Node(url=url, commit=commit, tree="", why=why)
     nodes.check("inv nodes.add", name, node)
@@ -173,9 +173,9 @@ def _together(failures: Mapping[str, Exception]) -> HearthError:
     told = [f"{name}: {error}".replace("\n", "\n    ") for name, error in failures.items()]
     return found(
         kind,
-        f"{len(failures)} node(s) could not be looked at: {', '.join(failures)}",
+        f"{len(failures)} node(s) could not be examined: {', '.join(failures)}",
         cause="\n    ".join(told),
-        hint="the others were; when a repository is gone for good, inv nodes.remove",
+        hint="the others were; if a repository no longer exists, run inv nodes.remove",
     )
 
 
@@ -199,13 +199,13 @@ def newest(url: str, rev: str = "HEAD") -> str:
     if done.returncode:
         raise SourceError(
             "source-unreachable",
-            f"{url} does not answer",
+            f"{url} cannot be reached",
             cause=done.stderr.strip(),
             hint="check the address and the network",
         )
     found = re.findall(r"^([0-9a-f]{40})\t", done.stdout, re.MULTILINE)
     if not found:
-        raise UsageError("unknown-name", f"{url} has no {rev!r}", hint="a branch, a tag or a whole commit")
+        raise UsageError("unknown-name", f"{url} has no {rev!r}", hint="use a branch, a tag or a full commit hash")
     return str(found[-1])  # for an annotated tag, the commit follows
 
 
@@ -279,14 +279,14 @@ def search(workflow: Path) -> dict[str, list[str]]:
         raise ConfigError("config", f"{workflow} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            "config", f"{workflow} is no JSON: {error}", hint="save the workflow again, or export it"
+            "config", f"{workflow} is not JSON: {error}", hint="save or export the workflow again"
         ) from None
     try:
         types = _types(content)
     except msgspec.ValidationError as error:
-        raise ConfigError("config", f"{workflow} is no workflow: {error}", hint="save it again, or export it") from None
+        raise ConfigError("config", f"{workflow} is not a workflow: {error}", hint="save or export it again") from None
     if not types:
-        raise ConfigError("config", f"{workflow} holds no nodes", hint="a workflow as ComfyUI saves or exports it")
+        raise ConfigError("config", f"{workflow} contains no nodes", hint="use a workflow saved or exported by ComfyUI")
     from lock.application import application
 
     own = _named(source.fetch(application()))
@@ -349,7 +349,7 @@ def _named(tree: Path) -> set[str]:
     if not kept.exists():
         found = review.read(tree)
         if found.failed:
-            console.say(f"{tree.name} cannot be read: which node types it has is not known")
+            console.say(f"{tree.name} cannot be read, so its node types are unknown")
             return set()
         files.write(kept, json.dumps(sorted(found.strings)))
     return set(json.loads(kept.read_text()))
@@ -393,4 +393,4 @@ def outdated_rows(found: Mapping[str, tuple[str, str]]) -> list[str]:
 def search_rows(found: Mapping[str, Sequence[str]]) -> list[str]:
     """A table of a workflow's node types and the known nodes that may provide them."""
     cells = [(each, ", ".join(names) or "no known node") for each, names in found.items()]
-    return console.table(("node type", "in"), cells) if found else ["ComfyUI itself has every node of the workflow"]
+    return console.table(("node type", "in"), cells) if found else ["all nodes of the workflow are part of ComfyUI"]

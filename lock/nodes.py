@@ -108,22 +108,30 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 def check(path: str, name: str, node: Node) -> None:
     """Raise ConfigError if a path leaves the node's folder or a pin is invalid. `path` is the file to name."""
     if not _NAME.fullmatch(name):
-        raise ConfigError("config", f"{path}: {name!r} cannot be a node's name", hint="letters, digits, dots, dashes")
+        raise ConfigError(
+            "config", f"{path}: {name!r} is not a valid node name", hint="use letters, digits, dots and dashes"
+        )
     if not re.fullmatch(r"[0-9a-f]{40}", node.commit):
         raise ConfigError(
-            "config", f"{path}: {name}: commit {node.commit!r} is not a whole commit", hint="40 hexadecimal digits"
+            "config",
+            f"{path}: {name}: commit {node.commit!r} is not a full commit hash",
+            hint="use 40 hexadecimal digits",
         )
     check_address(f"{path}: {name}", node.url)
     for each in node.system:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]+", each):  # deb-control(5)
             raise ConfigError(
-                "config", f"{path}: {name}: {each!r} cannot be a Debian package", hint='system = ["ffmpeg"]'
+                "config",
+                f"{path}: {name}: {each!r} is not a valid name of a Debian package",
+                hint='system = ["ffmpeg"]',
             )
     for each in node.writable:
         parts = Path(each).parts
         if not parts or each.startswith("/") or ".." in parts:
             raise ConfigError(
-                "config", f"{path}: {name}: writable {each!r} is not below the node", hint="config.json, or cache/"
+                "config",
+                f"{path}: {name}: writable {each!r} is not below the node",
+                hint="use a path such as config.json or cache/",
             )
 
 
@@ -132,8 +140,8 @@ def check_address(place: str, url: str) -> None:
     if not source.ADDRESS.fullmatch(url):
         raise ConfigError(
             "config",
-            f"{place}: {url!r} is no address of a repository",
-            hint="https://..., ssh://..., file:///... or git@...; passwords belong to git's credential helper",
+            f"{place}: {url!r} is not the address of a repository",
+            hint="use https://..., ssh://..., file:///... or git@...; keep passwords in git's credential helper",
         )
 
 

@@ -147,7 +147,7 @@ def compile_all(*, check: bool) -> list[str]:
         raise LockError(
             "lock-stale",
             f"the environments of ComfyUI are stale: {', '.join(names)}",
-            cause="ComfyUI's version, a node, the stack's torch or the extra packages changed since they were compiled",
+            cause="ComfyUI's version, a node, the stack's torch or the extra packages changed after they were compiled",
             hint="inv lock",
         )
     if stale:
@@ -191,20 +191,20 @@ def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
         if requirement is None:
             raise ConfigError(
                 "config",
-                f"node {name} asks for {line[:200]!r}, which is no requirement that can be pinned",
-                hint=f"leave the node out: in {nodes.catalogue_file()}, [left-out]",
+                f"node {name} requires {line[:200]!r}, which is not a requirement that can be pinned",
+                hint=f"list the node in [left-out]: {nodes.catalogue_file()}, [left-out]",
             )
         package = canonicalize_name(requirement.name)
         if package in TRIO:
             if requirement.specifier or requirement.url:
-                console.say(f"{name} asks for {line}: the stack's {package} stays")
+                console.say(f"{name} requires {line}: the stack's {package} is kept")
         elif package in known.override:
             found += [each for each in [known.override[package].requirement] if each]
         elif requirement.url and not _PINNED.fullmatch(requirement.url):
             raise ConfigError(
                 "config",
-                f"node {name} asks for {line}, which no hash pins",
-                cause="what lies at an address may change; nothing unpinned reaches a host",
+                f"node {name} requires {line}, which no hash pins",
+                cause="the content of an address can change; only pinned files are deployed",
                 hint=f"name a package of the index instead: in {nodes.catalogue_file()}, "
                 f'[override.{package}] requirement = "..." why = "..."',
             )
@@ -221,7 +221,9 @@ def _plain(line: str) -> str:
     """Return a requirement unchanged; raises ConfigError for a line that uv would interpret differently."""
     if _parsed(line) is None:
         raise ConfigError(
-            "config", f"{line[:200]!r} is no requirement", hint="leave the node out, or name a package of the index"
+            "config",
+            f"{line[:200]!r} is not a requirement",
+            hint="list the node in [left-out], or name a package of the index",
         )
     return line
 
@@ -320,9 +322,13 @@ def _compile(
     helps = [file.removesuffix(".node.txt") for file, each in without.items() if each.returncode == 0]
     raise LockError(
         "resolution",
-        f"no versions suit ComfyUI and all nodes at once ({old.stem})",
+        f"no set of versions meets all requirements of ComfyUI and its nodes ({old.stem})",
         cause=done.stderr.strip().replace(".node.txt", "").replace("\n", "\n         "),
-        hint=(f"not to be had even alone: {', '.join(bad)}. " if bad else "")
-        + (f"it resolves without {' or without '.join(helps)}: move it to [left-out]" if helps else "leave several out")
-        + f" in {nodes.catalogue_file()}, or decide the package there with [override.PACKAGE] and a reason",
+        hint=(f"not available even alone: {', '.join(bad)}. " if bad else "")
+        + (
+            f"it resolves without {' or without '.join(helps)}: move it to [left-out]"
+            if helps
+            else "move several nodes to [left-out]"
+        )
+        + f" in {nodes.catalogue_file()}, or set the package there with [override.PACKAGE] and a reason",
     )

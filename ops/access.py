@@ -70,9 +70,9 @@ def keep(target: Target, facts: Facts, state: State, access: Access, options: Op
     around = settings.stopped(facts, options)
     step = settings.apply_step(NAME, setting(target), title, undo="inv gpu-access --undo", around=around)
     notes = [
-        "nobody else can use the GPU then: no other login, desktop or container",
-        f"users who are logged in get the group at their next login: {', '.join(users(target)[1:]) or 'nobody'}",
-        "device files that the driver creates follow it once it is reloaded: reboot (first update-initramfs -u, where "
+        "all others lose access to the GPU: logins, the desktop and containers",
+        f"users who are logged in get the group at their next login: {', '.join(users(target)[1:]) or 'none'}",
+        "the driver applies this to its device files once it is reloaded: reboot (first update-initramfs -u, where "
         "the initramfs has the driver)",
     ]
     return Plan.of(facts, [step], found, notes)
@@ -82,7 +82,7 @@ def give_back(target: Target, facts: Facts, state: State, options: Options) -> P
     """The plan that restores the previous access."""
     if NAME not in state.applied:
         return Plan.of(facts, [], [])
-    title = f"lift the restriction: remove group {GROUP}, the driver's option and the udev rule"
+    title = f"remove the restriction:  group {GROUP}, the driver's option and the udev rule"
     step = settings.undo_step(NAME, title, force=options.force, around=settings.stopped(facts, options))
     return Plan.of(facts, [step], refusals.unsettable(target, facts))
 
@@ -93,7 +93,7 @@ def give_back(target: Target, facts: Facts, state: State, options: Options) -> P
 def run(names: Sequence[str], options: Options, *, apply: bool, undo: bool, as_json: bool) -> int:
     """Run `inv gpu-access`: check, restrict to the group (`apply`) or lift the restriction (`undo`)."""
     if apply and undo:
-        raise UsageError("usage", "--apply and --undo exclude each other", hint="one after the other")
+        raise UsageError("usage", "--apply and --undo exclude each other", hint="run the command twice, once with each")
     if not (apply or undo):
         return show(look(names, ask_sudo=options.ask_sudo), as_json=as_json)
 
@@ -103,7 +103,7 @@ def run(names: Sequence[str], options: Options, *, apply: bool, undo: bool, as_j
             return give_back(target, facts, state, options)
         return keep(target, facts, state, msgspec.convert(agent.call("access", users=users(target)), Access), options)
 
-    action, state = ("undo gpu-access", "the GPU is unrestricted") if undo else (NAME, f"only {GROUP} may use the GPU")
+    action, state = ("undo gpu-access", "the GPU is unrestricted") if undo else (NAME, f"only {GROUP} can use the GPU")
     results = change_each(names, Change(action=action, plan=planner, state=state), options)
     return lifecycle.show(results, as_json=as_json, dry_run=options.dry_run)
 
@@ -141,15 +141,15 @@ def lines(name: str, access: Access) -> list[str]:
         (each.place, f"{each.mode:04o}", f"{each.owner}:{each.group}", ", ".join(each.denied) or "-")
         for each in access.nodes
     ]
-    found = [f"{name}:", *console.table(("device", "mode", "owner", "may not use it"), rows)]
+    found = [f"{name}:", *console.table(("device", "mode", "owner", "cannot use it"), rows)]
     found += [f"driver: {', '.join(f'{key}={value}' for key, value in access.driver.items())}"] if access.driver else []
     found += [f"rule: {each.file}: {each.rule}"[:100] for each in access.rules]
-    found += [f"there is no user {who}" for who, groups in access.users.items() if groups is None]
+    found += [f"user {who} does not exist" for who, groups in access.users.items() if groups is None]
     if denied := _denied(access):
         groups = {each.group for each in denied} - {"root"}
         join = f"on the host: usermod -aG {shlex.quote(groups.pop())} USER" if len(groups) == 1 else ""
-        found.append(f"{name}: not everybody who must may use the GPU; next: "
+        found.append(f"{name}: some required users cannot use the GPU; next: "
                      f"{join + '; or ' if join else ''}inv gpu-access --host {name} --apply")  # fmt: skip
     else:
-        found.append(f"{name}: everybody who must use the GPU may")
+        found.append(f"{name}: all required users can use the GPU")
     return found

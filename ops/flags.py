@@ -139,4 +139,4 @@ def rows(seen: Iterable[Flags]) -> Iterator[str]:
                 f"configuration differs: {each.name} is {there} in the release, {here} in the configuration",
             )
         if found.differences:
-            yield f"apply it with inv deploy --host {found.host}"
+            yield f"to apply it: inv deploy --host {found.host}"

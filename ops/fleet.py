@@ -93,5 +93,5 @@ def _late(name: str, seconds: float) -> ConnectError:
         "unreachable",
         f"{name} did not answer within {seconds:.0f} s",
         cause="it is busy or hangs, or the connection is slow",
-        hint=f"inv facts --host {name} waits longer",
+        hint=f"try inv facts --host {name}, which waits longer",
     )

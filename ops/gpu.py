@@ -33,12 +33,12 @@ def check(names: Sequence[str], *, watch: str | bool, record: str, seconds: str,
     if bool(record) != bool(seconds) or (every and not record) or (record and watch):
         raise UsageError(
             "usage",
-            "--record FILE requires --seconds N, --every S requires both, and none of them goes with --watch",
+            "--record FILE requires --seconds N, --every S requires both, and --watch excludes all three",
             hint="inv gpu --record FILE --seconds 60",
         )
     if watch and as_json:
         raise UsageError(
-            "usage", "--watch has no JSON output", hint="inv gpu --record FILE --seconds 60 writes JSON lines"
+            "usage", "--watch has no JSON output", hint="for JSON lines: inv gpu --record FILE --seconds 60"
         )
     if record and len(names) > 1:
         raise UsageError(
@@ -55,7 +55,9 @@ def number(flag: str, text: str, least: float = 0.1) -> float:
     """Parse a flag in seconds; raises UsageError."""
     if not re.fullmatch(r"\d+(\.\d+)?", text) or float(text) < least:
         raise UsageError(
-            "usage", f"--{flag} must be at least {least:g} seconds (got {text!r})", hint=f"such as --{flag} 10"
+            "usage",
+            f"--{flag} must be at least {least:g} seconds (got {text!r})",
+            hint=f"use a number such as --{flag} 10",
         )
     return float(text)
 
@@ -179,7 +181,7 @@ def record(name: str, place: Path, seconds: float, every: float, *, ask_sudo: bo
                 file.flush()
                 count += 1
     except FileExistsError:
-        raise UsageError("usage", f"{place} exists already", hint="record to another file") from None
+        raise UsageError("usage", f"{place} already exists", hint="record to another file") from None
     except OSError as error:
         what, why, hint = f"{place} cannot be written", str(error), "record to another folder"
         if error.errno == errno.ENOSPC:

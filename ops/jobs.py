@@ -25,7 +25,9 @@ WIDTH = 100
 def recent(names: Sequence[str], count: str, *, ask_sudo: bool) -> list[fleet.Answer[list[Job]]]:
     """The last `count` finished jobs of each host, and all running and waiting ones; raises UsageError."""
     if not (count.isdecimal() and int(count)):
-        raise UsageError("usage", f"--number must be a positive integer (got {count!r})", hint="such as --number 50")
+        raise UsageError(
+            "usage", f"--number must be a positive integer (got {count!r})", hint="use a number such as --number 50"
+        )
 
     def one(agent: Agent, _: Target) -> list[Job]:
         return msgspec.convert(agent.call("jobs", count=int(count)), list[Job])

@@ -54,7 +54,7 @@ def restart(target: Target, facts: Facts, options: Options) -> Plan:
     """The plan that restarts ComfyUI. It always has a step."""
     found = refusals.unstartable(target, facts) + refusals.paused(target, facts)
     title = f"restart {target.host.service}"
-    step = schema.Restart(title, "asked for", "nothing", options.drain, options.force)
+    step = schema.Restart(title, "requested", "nothing", options.drain, options.force)
     return Plan.of(facts, [step], found)
 
 
@@ -66,7 +66,7 @@ def pause(target: Target, facts: Facts, options: Options) -> Plan:
     if facts.paused and not (service.active or service.waits or starts or facts.busy):
         return Plan.of(facts, [], found)
     title = f"stop {target.host.service} until inv resume; no boot and no deploy starts it"
-    steps = [schema.Stop(title, "asked for", "inv resume", options.drain, options.force, pause=True)]
+    steps = [schema.Stop(title, "requested", "inv resume", options.drain, options.force, pause=True)]
     return Plan.of(facts, steps, found, _ended(facts, force=options.force))
 
 
@@ -75,7 +75,7 @@ def resume(target: Target, facts: Facts, _: Options) -> Plan:
     service, found = facts.service, refusals.unstartable(target, facts)
     if service.active and service.enabled and not facts.paused:
         return Plan.of(facts, [], found)
-    why = next((each.what for each in refusals.paused(target, facts)), "it does not run, or is not started at boot")
+    why = next((each.what for each in refusals.paused(target, facts)), "it is not running, or not started at boot")
     title = f"start {target.host.service}{', also at boot' * (facts.manager != 'process')}"
     return Plan.of(facts, [schema.Start(title, why, "inv pause", resume=True)], found)
 
@@ -87,20 +87,22 @@ def quarantine(target: Target, facts: Facts, options: Options) -> Plan:
     if host.scope == "system" and QUARANTINE not in facts.settings:  # first, since a stop may fail
         text = "# Written by Hearth: inv quarantine --undo removes it.\n[Service]\nPrivateNetwork=yes\n"
         place = f"/etc/systemd/system/{host.service}.service.d/zz-hearth-quarantine.conf"
-        title = f"deny {host.service} the network, whatever starts it"
+        title = f"cut {host.service} off from the network, also after a restart"
         drop_in = settings.Setting({place: text})
         steps.append(settings.apply_step(QUARANTINE, drop_in, title, undo="inv quarantine --undo"))
     if facts.service.active or facts.service.waits or facts.busy or not facts.paused:
         title = f"stop {host.service} at once, until inv quarantine --undo and inv resume"
-        steps.append(schema.Stop(title, "asked for", "inv resume", options.drain, force=True, pause=True))
-    notes = [] if host.scope == "system" else ["without root nothing denies it the network, should anything start it"]
+        steps.append(schema.Stop(title, "requested", "inv resume", options.drain, force=True, pause=True))
+    notes = (
+        [] if host.scope == "system" else ["without root its network cannot be blocked if another program starts it"]
+    )
     found = [] if facts.service.active else refusals.unchangeable(target, facts, force=True)
     return Plan.of(facts, steps, found, [*notes, *_ended(facts, force=bool(steps))])
 
 
 def end_quarantine(target: Target, facts: Facts, options: Options) -> Plan:
     """The plan that restores the service's network access; it stays paused."""
-    title = f"give {target.host.service} its network back; it stays paused until inv resume"
+    title = f"restore the network of {target.host.service}; it stays paused until inv resume"
     steps = [settings.undo_step(QUARANTINE, title, force=options.force)] if QUARANTINE in facts.settings else []
     return Plan.of(facts, steps, refusals.unchangeable(target, facts))
 
@@ -133,7 +135,9 @@ def remove(target: Target, facts: Facts, options: Options) -> Plan:
         steps.append(schema.Forget(title, "no longer needed", "inv deploy"))
     kept = [f"kept: releases and data in {facts.prefix}; inv deploy --host {target.name} brings the service back"]
     if facts.settings:
-        kept.append(f"kept: {', '.join(facts.settings)}, set outside it; {refusals.settings_undo(target, facts)}")
+        kept.append(
+            f"kept: {', '.join(facts.settings)}, set outside the prefix; {refusals.settings_undo(target, facts)}"
+        )
     return Plan.of(facts, steps, refusals.unchangeable(target, facts), kept, release="")
 
 
@@ -153,10 +157,10 @@ def nuke(target: Target, facts: Facts, options: Options, *, data: bool = False) 
     whole = top not in place.mounts and f"{facts.prefix}/data" not in place.links
     if data and whole and place.data:
         title = f"DELETE {facts.prefix}/data: models, inputs, outputs, workflows, settings"
-        steps.append(schema.Delete(title, "asked for by --data", "impossible", ("data",)))
+        steps.append(schema.Delete(title, "requested by --data", "impossible", ("data",)))
     if steps or "state" in place.own or facts.placed:
         title = f"delete {facts.prefix}/state, with the history of this host"
-        steps.append(schema.Erase(title, "nothing else is left", "impossible"))
+        steps.append(schema.Erase(title, "the prefix is otherwise empty", "impossible"))
     notes = _left(target, facts, data=data and whole)
     return Plan.of(facts, steps, refusals.undeletable(target, facts), notes, release="")
 
@@ -171,9 +175,9 @@ def _without_service(target: Target, facts: Facts, options: Options) -> list[Ste
     units = [path for path in facts.placed if not path.endswith(f"{service}-apply.service")]
     if facts.current or units or facts.service.active or facts.service.waits:
         title = f"take release {facts.current} out of service" if facts.current else f"remove {service}"
-        steps.append(schema.Withdraw(title, "asked for", "inv deploy", options.drain, options.force))
+        steps.append(schema.Withdraw(title, "requested", "inv deploy", options.drain, options.force))
     if facts.rights:
-        title = "revoke what members may do by sudo"
+        title = "remove the members' sudo rules"
         steps.append(schema.Rights(title, "the service is gone", "inv deploy", ""))
     if facts.lingered:
         title = f"let {facts.login}'s systemd end with the last session (loginctl disable-linger)"
@@ -184,24 +188,30 @@ def _without_service(target: Target, facts: Facts, options: Options) -> list[Ste
 def _ended(facts: Facts, *, force: bool) -> list[str]:
     """The note that a forced stop ends the current run, which may wait for this service."""
     busy = facts.busy
-    return [f"this ends the {busy['action']} by {busy['who']} since {busy['since']}"] if busy and force else []
+    return (
+        [f"this aborts the {busy['action']} by {busy['who']}, in progress since {busy['since']}"]
+        if busy and force
+        else []
+    )
 
 
 def _left(target: Target, facts: Facts, *, data: bool) -> list[str]:
     """The data that a nuke leaves, with its path."""
     place, host = facts.place, target.host
-    found = [] if data else [f"left: {facts.prefix}/data"] * place.data
-    found += [f"left, it is mounted: {path}" for path in place.mounts]
-    found += [f"left, {path} leads there: {to}" for path, to in place.links.items()]
-    found += [f"left, it lies elsewhere: {path}" for path in (*host.folders.values(), *host.model_roots)]
+    found = [] if data else [f"kept: {facts.prefix}/data"] * place.data
+    found += [f"kept, it is mounted: {path}" for path in place.mounts]
+    found += [f"kept, {path} links to it: {to}" for path, to in place.links.items()]
+    found += [f"kept, it is outside the prefix: {path}" for path in (*host.folders.values(), *host.model_roots)]
     others = (*(f"{facts.prefix}/{name}" for name in place.others), *facts.drop_ins)
-    found += [f"left, it is not Hearth's: {path}" for path in others]
+    found += [f"kept, it is not Hearth's: {path}" for path in others]
     if target.site["user"] and facts.user:
-        found.append(f"left: the account {host.run_as}, which owns what it wrote; userdel {host.run_as} removes it")
+        found.append(
+            f"kept: the user {host.run_as}, which owns the files that it wrote; to remove it: userdel {host.run_as}"
+        )
     if target.site["exporter"] and facts.exporter_user:
         who = target.site["exporter"]
         found.append(
-            f"left: the account {who} of this machine's exporters, which owns nothing; userdel {who} removes it"
+            f"kept: the user {who} of this machine's exporters, which owns no files; to remove it: userdel {who}"
         )
     return found
 
@@ -209,15 +219,15 @@ def _left(target: Target, facts: Facts, *, data: bool) -> list[str]:
 # --- carried out ---------------------------------------------------------------------------------------------------
 
 ACTIONS: Mapping[str, tuple[Make, str]] = {
-    "start": (start, "ComfyUI runs"),
+    "start": (start, "ComfyUI is running"),
     "stop": (stop, "ComfyUI is stopped"),
-    "restart": (restart, "ComfyUI runs again"),
+    "restart": (restart, "ComfyUI is running again"),
     "pause": (pause, "ComfyUI is paused"),
-    "resume": (resume, "ComfyUI runs"),
+    "resume": (resume, "ComfyUI is running"),
     "quarantine": (quarantine, "ComfyUI is stopped and has no network; nothing is deleted"),
-    "end quarantine": (end_quarantine, "ComfyUI has its network back, and is paused"),
+    "end quarantine": (end_quarantine, "ComfyUI's network is restored; ComfyUI is paused"),
     "remove": (remove, "the service is removed, releases and data are kept"),
-    "nuke": (nuke, "nothing of Hearth's is left but what was named"),
+    "nuke": (nuke, "Hearth is removed, except for the kept items above"),
 }
 """The actions, each with its plan and the host's state afterwards."""
 
@@ -247,19 +257,19 @@ def _consent(names: Sequence[str], named: str, *, data: bool) -> Callable[[], No
     if not data:
         raise UsageError(
             "usage",
-            "--yes-delete-data-of goes with --data",
-            hint="inv nuke --host NAME --data --dry-run shows what goes",
+            "--yes-delete-data-of requires --data",
+            hint="to see what it deletes: inv nuke --host NAME --data --dry-run",
         )
     if len(names) > 1:
-        raise UsageError("usage", "--data is for one host at a time", hint="inv nuke --host NAME --data")
+        raise UsageError("usage", "--data works on one host at a time", hint="inv nuke --host NAME --data")
     if named and named != names[0]:
         what = f"--yes-delete-data-of {named} names another host than {names[0]}"
-        raise UsageError("usage", what, hint="nothing was changed; name the host whose data shall go")
+        raise UsageError("usage", what, hint="nothing was changed; name the host whose data to delete")
 
     def ask() -> None:
         if not named and not console.confirm_name(f"type {names[0]} to delete its data for good:", names[0]):
             remedy = f"at a terminal, type {names[0]}; elsewhere add --yes-delete-data-of {names[0]}"
-            unconfirmed = refusals.unconfirmed("deleting the data: its name was not typed", remedy)
+            unconfirmed = refusals.unconfirmed("the host's name was not typed", remedy)
             raise refusals.refused("nothing was changed", [unconfirmed], host=names[0])
 
     return ask
@@ -269,7 +279,9 @@ def show_evidence(names: Sequence[str]) -> None:
     """Print what to inspect on hosts in quarantine."""
     found = {target.name: evidence(target, target.prefix) for target in map(find_target, names)}
     rows = [
-        line for name, lines in found.items() for line in (f"{name}: what to inspect", *(f"  {each}" for each in lines))
+        line
+        for name, lines in found.items()
+        for line in (f"{name}: places to inspect", *(f"  {each}" for each in lines))
     ]
     console.show(found, rows, as_json=False)
 

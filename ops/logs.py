@@ -23,7 +23,7 @@ LINES = 100
 def question(lines: str, since: str, grep: str, *, follow: bool) -> dict[str, Any]:
     """The request to the agent; `lines` is None for all. Raises UsageError."""
     if lines and not lines.isdecimal():
-        raise UsageError("usage", f"--lines must be a number (got {lines!r})", hint="such as --lines 500")
+        raise UsageError("usage", f"--lines must be a number (got {lines!r})", hint="use a number such as --lines 500")
     try:
         re.compile(grep)
     except re.error as error:

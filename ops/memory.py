@@ -90,7 +90,7 @@ def dropped_rows(results: Sequence[Outcome]) -> Iterator[str]:
 
 def plan(target: Target, facts: Facts, *, force: bool) -> Plan:
     """The plan that drops a host's page cache; it always has its one step."""
-    why = "it competes with the GPU for the same memory" if not force else "asked for"
-    undo = "nothing: files are read again from the disk"
+    why = "it competes with the GPU for the same memory" if not force else "requested"
+    undo = "nothing: the next reads come from the disk"
     step = DropCaches("write unsaved data to disk, drop the page cache", why, undo)
     return Plan.of(facts, [step], refusals.undroppable(target, facts, force=force))

@@ -39,11 +39,13 @@ def limits(percent: str, memory: str) -> dict[str, str]:
         raise UsageError(
             "usage",
             f"--percent {percent} is not a percentage",
-            hint="1 to 100 percent of a GPU's threads for a process",
+            hint="give 1 to 100, the percentage of a GPU's threads for a process",
         )
     if memory and not re.fullmatch(r"\d+=\d+[MG](,\d+=\d+[MG])*", memory):
         raise UsageError(
-            "usage", f"--memory {memory} is not a list of limits", hint="GPU=SIZE, such as --memory 0=8G or 0=8G,1=500M"
+            "usage",
+            f"--memory {memory} is not a list of limits",
+            hint="use GPU=SIZE, such as --memory 0=8G or 0=8G,1=500M",
         )
     return {name: value for name, value in ((PERCENT, percent), (MEMORY, memory)) if value}
 
@@ -85,9 +87,9 @@ def turn_on(target: Target, facts: Facts, mps: Mps, state: State, limited: Mappi
     step = settings.apply_step(
         "mps",
         setting(target, mps.control, limited),
-        f"make {target.host.service} compute through MPS ({told})",
+        f"run {target.host.service} under MPS ({told})",
         undo="inv mps off",
-        why="asked for" if not mps.on else f"it is {mps.state or 'off'}, or has other limits",
+        why="requested" if not mps.on else f"it is {mps.state or 'off'}, or has other limits",
         around=settings.stopped(facts, options),
     )
     notes = [
@@ -109,7 +111,7 @@ def turn_off(target: Target, facts: Facts, mps: Mps, options: Options) -> Plan:
     """The plan that removes MPS."""
     if not mps.on:
         return Plan.of(facts, [], [])
-    title = f"stop MPS, remove its unit, and make {target.host.service} compute without it"
+    title = f"stop MPS, remove its unit, and run {target.host.service} without it"
     step = settings.undo_step("mps", title, force=options.force, around=settings.stopped(facts, options))
     return Plan.of(facts, [step], refusals.unsettable(target, facts))
 
@@ -118,14 +120,14 @@ def problems(mps: Mps, at: str, *, cuda: bool) -> list[Problem]:
     """The problems of MPS; `cuda` is true if ComfyUI uses a GPU now."""
     if not mps.on:
         if mps.service_knows:
-            return [Problem("ComfyUI looks for an MPS that is off", f"inv restart {at}")]
+            return [Problem("ComfyUI is configured for MPS, but MPS is off", f"inv restart {at}")]
         return []
     if not mps.state.startswith("active"):
         return [
-            Problem(f"MPS is on, and its daemon does not run: {mps.state}", f"inv mps on {at}; or inv mps off {at}")
+            Problem(f"MPS is on, but its daemon is not running: {mps.state}", f"inv mps on {at}; or inv mps off {at}")
         ]
     if mps.error:
-        return [Problem(f"MPS is on, and {mps.error}", f"inv mps off {at}, then inv mps on {at}")]
+        return [Problem(f"MPS is on, but {mps.error}", f"inv mps off {at}, then inv mps on {at}")]
     found = [
         Problem(f"MPS server {each.pid} is in state {each.state}", f"inv restart {at}")
         for each in mps.servers
@@ -133,11 +135,11 @@ def problems(mps: Mps, at: str, *, cuda: bool) -> list[Problem]:
     ]
     clients = {client.pid for each in mps.servers for client in each.clients}
     if mps.service_pid and not mps.service_knows:
-        found.append(Problem("ComfyUI was started before MPS, and computes without it", f"inv restart {at}"))
+        found.append(Problem("ComfyUI was started before MPS and runs without it", f"inv restart {at}"))
     elif mps.service_pid and cuda and mps.service_pid not in clients:
-        found.append(Problem("ComfyUI computes on the GPU, and is no client of its MPS", f"inv restart {at}"))
+        found.append(Problem("ComfyUI uses the GPU, but not through MPS", f"inv restart {at}"))
     if mps.restarts:
-        found.append(Problem(f"the MPS daemon was started again {mps.restarts} times, and ComfyUI with it",
+        found.append(Problem(f"the MPS daemon was restarted {mps.restarts} times, and ComfyUI with it",
                              "on the host: journalctl --unit '*-mps'"))  # fmt: skip
     return found
 
@@ -151,10 +153,12 @@ def run(action: str, names: Sequence[str], percent: str, memory: str, options: O
         raise UsageError("usage", f"inv mps has no action {action!r}", hint=f"one of {', '.join(ACTIONS)}")
     limited = limits(percent, memory)
     if limited and action not in ("on", "limit"):
-        raise UsageError("usage", "--percent and --memory go with on and limit", hint="inv mps limit --percent 50")
+        raise UsageError("usage", "--percent and --memory require on or limit", hint="run inv mps limit --percent 50")
     if not limited and action == "limit":
         raise UsageError(
-            "usage", "limit to what?", hint="--percent 50, --memory 0=8G, or both; --percent 100 lifts all"
+            "usage",
+            "inv mps limit needs a limit",
+            hint="give --percent 50, --memory 0=8G or both; --percent 100 removes the limit",
         )
     if action == "status":
         return show(look(names, ask_sudo=options.ask_sudo), as_json=as_json)
@@ -200,7 +204,7 @@ def lines(name: str, mps: Mps) -> list[str]:
     """A host's MPS status in words."""
     trouble = [f"{name}: {each.what}; next: {each.remedy}" for each in _problems(name, mps)]
     if not mps.on:
-        why = "" if mps.control else ", and there is no nvidia-cuda-mps-control"
+        why = "" if mps.control else "; nvidia-cuda-mps-control is not installed"
         return [f"{name}: MPS is off{why}", *trouble]
     told = [f"threads {mps.percent} %"] if mps.percent else []
     told += [f"memory {mps.limits[MEMORY]}"] if MEMORY in mps.limits else []
@@ -211,5 +215,5 @@ def lines(name: str, mps: Mps) -> list[str]:
             own = " (ComfyUI)" if client.pid == mps.service_pid else ""
             result.append(f"    client {client.pid}: {client.name or '?'}, {client.user or '?'}{own}")
     if not mps.servers and not trouble:
-        result.append("  no server: the first process that computes starts one")
+        result.append("  no server: the first process that uses the GPU starts one")
     return [*result, *trouble]

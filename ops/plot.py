@@ -59,7 +59,7 @@ def plot(recording: str, output: str) -> Path:
     """
     place = Path(output) if output else Path(recording).with_suffix(".svg")
     if place.suffix not in (".svg", ".png"):
-        raise UsageError("usage", f"{place} is neither .svg nor .png", hint="--output FILE.svg")
+        raise UsageError("usage", f"{place} is neither .svg nor .png", hint="use --output FILE.svg")
     samples = read(Path(recording))
     try:
         from matplotlib import rc_context
@@ -84,11 +84,11 @@ def read(path: Path) -> list[Recorded]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UsageError(
-            "recording", f"{path} cannot be read", cause=str(error), hint="give a file of inv gpu --record"
+            "recording", f"{path} cannot be read", cause=str(error), hint="use a file of inv gpu --record"
         ) from error
     whole, rest = lines[:-1], lines[-1]
     if rest or not whole:
-        what = f"line {len(lines)} of {path} is cut short" if rest else f"{path} is empty"
+        what = f"line {len(lines)} of {path} is incomplete" if rest else f"{path} is empty"
         hint = (
             f"delete that line: sed -i '$d' {shlex.quote(str(path))}"
             if whole
@@ -100,7 +100,7 @@ def read(path: Path) -> list[Recorded]:
         try:
             found.append(msgspec.json.decode(line, type=Recorded))
         except msgspec.DecodeError as error:  # includes a wrong type
-            hint = "give a file of inv gpu --record, or delete the line"
+            hint = "use a file of inv gpu --record, or delete the line"
             raise UsageError(
                 "recording", f"line {number} of {path} is not a sample", cause=str(error), hint=hint
             ) from error

@@ -81,7 +81,7 @@ def _profile(name: str, profile: Profile) -> Explained:
 def _mode(name: str, mode: Mode) -> Explained:
     about = {
         "excludes": ", ".join(mode.excludes),
-        "develop": "the host may name folders of nodes under development" if mode.develop else "",
+        "develop": "the host can name folders of nodes under development" if mode.develop else "",
     }
     lines = [*_settings(mode), *_plain(mode)]
     if mode.on_unified:

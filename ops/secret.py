@@ -27,10 +27,12 @@ def run(
     """Set or remove a secret on hosts, and return how each stores it; raises UsageError, ConfigError."""
     if action not in ("set", "remove"):
         raise UsageError(
-            "usage", f"unknown action {action!r}", hint="inv secret set or inv secret remove; inv secrets lists them"
+            "usage",
+            f"unknown action {action!r}",
+            hint="use inv secret set or inv secret remove; to list them: inv secrets",
         )
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise UsageError("usage", f"{name!r} is not a variable name", hint="such as HF_TOKEN")
+        raise UsageError("usage", f"{name!r} is not a variable name", hint="use a name such as HF_TOKEN")
     value = read(name, command, keyring=keyring) if action == "set" else None
     done: dict[str, dict[str, str]] = {}
     for each in names:
@@ -40,11 +42,11 @@ def run(
             kept = agent.call("secret", name=name, value=value, who=who)["kept"]
         done[each] = {name: kept or "removed"}
         if kept == "plain" and target.host.scope == "system":
-            console.say(f"{each}: systemd there cannot encrypt it; it is stored in a file that only root can read")
+            console.say(f"{each}: its systemd cannot encrypt secrets; it is stored in a file that only root can read")
         if action == "set" and name not in target.host.secrets:
             console.say(f'{each}: to pass it to ComfyUI, add secrets = ["{name}"] to hosts.toml, then inv deploy')
         elif action == "set":
-            console.say(f"{each}: ComfyUI gets it at its next start: inv restart --host {each}")
+            console.say(f"{each}: ComfyUI reads it at its next start: inv restart --host {each}")
     return done
 
 
@@ -81,5 +83,7 @@ def read(name: str, command: str, *, keyring: bool) -> str:
         value = sys.stdin.read(LARGEST + 1)
     value = value.rstrip("\r\n")
     if not value or "\0" in value or len(value) > LARGEST:
-        raise ConfigError("secret", f"{name} is empty, too long, or binary", hint="nothing was sent to a host")
+        raise ConfigError(
+            "secret", f"{name} is empty, too long, or binary", hint="nothing was sent; check the source of the secret"
+        )
     return value

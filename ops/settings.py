@@ -50,7 +50,7 @@ def look(agent: Agent, wanted: Mapping[str, Setting]) -> State:
 
 
 def apply_step(
-    name: str, setting: Setting, title: str, *, undo: str, why: str = "asked for", around: Around = NOTHING
+    name: str, setting: Setting, title: str, *, undo: str, why: str = "requested", around: Around = NOTHING
 ) -> Step:
     """The step that applies a setting."""
     return Set(title, why, undo, name, setting.files, setting.groups, around.serves, around.drain, around.force)
@@ -58,8 +58,8 @@ def apply_step(
 
 def undo_step(name: str, title: str, *, force: bool, around: Around = NOTHING) -> Step:
     """The step that undoes a setting; with `force` it also overwrites later changes by others."""
-    undo = "the same command without --undo"
-    return Unset(title, "asked for", undo, (name,), force, around.serves, around.drain, around.force)
+    undo = "run the same command without --undo"
+    return Unset(title, "requested", undo, (name,), force, around.serves, around.drain, around.force)
 
 
 def stopped(facts: Facts, options: Options) -> Around:

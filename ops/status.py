@@ -225,4 +225,4 @@ def notes(answers: Sequence[fleet.Answer[Status]]) -> list[str]:
         else:
             assert each.value is not None
             lines += [f"{each.host}: {found.what}; fix: {found.remedy}" for found in each.value.problems]
-    return [console.line(each) for each in lines] or ["all is well"]
+    return [console.line(each) for each in lines] or ["no problems found"]

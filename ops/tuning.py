@@ -106,13 +106,13 @@ def _unfit_here(name: str, facts: Facts, state: State) -> list[Refusal]:
     setting = known().settings[name]
     values = [each for each in state.seen[name] if each.kind == "value"]
     if why := unfit(setting, facts):
-        return [refusals.unfit_setting(name, f"of no use there: {why}")]
+        return [refusals.unfit_setting(name, f"of no use on this machine: {why}")]
     if not setting.unit and not values:
         listed = ", ".join(setting.sysctl or setting.value)
         return [refusals.unfit_setting(name, f"the machine has no {listed}")]
     if closed := [each.place for each in values if not each.writable and each.now != each.wanted]:
-        remedy = "in a container the machine that it runs on decides: set it there"
-        return [refusals.unfit_setting(name, f"{closed[0]} cannot be written there", remedy)]
+        remedy = "a container cannot set it: set it on the machine that runs the container"
+        return [refusals.unfit_setting(name, f"{closed[0]} is not writable", remedy)]
     return []
 
 
@@ -128,7 +128,7 @@ def undo(target: Target, facts: Facts, state: State, names: Sequence[str], *, fo
 
 def _back(change: Applied) -> str:
     if change.kind == "value":
-        return f"{change.place} back to {change.old}"
+        return f"restore {change.place} to {change.old}"
     return f"{'remove' if change.old is None else 'restore'} {change.place}" if change.kind == "file" else change.place
 
 
@@ -146,7 +146,11 @@ def named(text: str) -> list[str]:
     for each in found:
         if each not in known().settings:
             if each in ("mps", "gpu-access"):
-                raise UsageError("unknown-name", f"{each} is a task of its own", hint=f"inv {each}; inv --help {each}")
+                raise UsageError(
+                    "unknown-name",
+                    f"{each} is a task of its own",
+                    hint=f"run inv {each}; for its help: inv --help {each}",
+                )
             raise UsageError("unknown-name", f"there is no setting {each!r}", hint=suggest(each, known().settings))
     return found
 
@@ -156,7 +160,7 @@ def run(hosts: Sequence[str], applied: str, undone: str | bool, options: Options
     from ops import lifecycle
 
     if applied and undone:
-        raise UsageError("usage", "--apply and --undo exclude each other", hint="one after the other")
+        raise UsageError("usage", "--apply and --undo exclude each other", hint="run the command twice, once with each")
     if not (applied or undone):
         return show(look(hosts, ask_sudo=options.ask_sudo), as_json=as_json)
     names = [] if undone is True else named(applied or str(undone))
@@ -167,7 +171,7 @@ def run(hosts: Sequence[str], applied: str, undone: str | bool, options: Options
             return undo(target, facts, state, names, force=options.force)
         return apply(target, facts, state, names)
 
-    action, state = ("undo tune", "as before Hearth") if undone else ("tune", "set")
+    action, state = ("undo tune", "the previous values are restored") if undone else ("tune", "set")
     what = ", ".join(names) or "all settings"
     results = change_each(hosts, Change(action=action, plan=planner, state=f"{what} {state}"), options)
     return lifecycle.show(results, as_json=as_json, dry_run=options.dry_run)
@@ -224,7 +228,7 @@ def now(name: str, state: State) -> str:
 
 
 def _absent(name: str, state: State) -> str:
-    return "" if any(each.kind != "file" for each in state.seen[name]) else "the machine has no such thing"
+    return "" if any(each.kind != "file" for each in state.seen[name]) else "not available on this machine"
 
 
 def becomes(setting: Setting) -> str:

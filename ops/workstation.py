@@ -84,7 +84,7 @@ def _builds(problems: Mapping[str, Sequence[HearthError]], missing: Sequence[str
     if not reasons:
         return f"yes, for {able}"
     why = f"{'; '.join(reasons)}; {ELSEWHERE}"
-    return f"yes, for {able}; not for the others: {why}" if able and not missing else f"no: {why}"
+    return f"yes, for {able}; not for other archs: {why}" if able and not missing else f"no: {why}"
 
 
 def _emulators(archs: Iterable[str]) -> Iterator[tuple[Severity, Problem]]:
@@ -98,7 +98,7 @@ def _emulators(archs: Iterable[str]) -> Iterator[tuple[Severity, Problem]]:
 def _wheels() -> Iterator[tuple[Severity, Problem]]:
     for entry in workspace.current().wheelhouse.verify():
         if entry.error:
-            yield "error", Problem(f"{entry.manifest.file}: {entry.error}", "inv build-kernels builds it again")
+            yield "error", Problem(f"{entry.manifest.file}: {entry.error}", "to build it again: inv build-kernels")
 
 
 def _disk() -> Iterator[tuple[Severity, Problem]]:

@@ -20,7 +20,7 @@ def account(layout: Layout, step: Account, note: Note) -> None:
     for user in filter(None, (layout.user, layout.exporter)):
         with suppress(KeyError):
             pwd.getpwnam(user)
-            note(f"{user} is there")
+            note(f"user {user} exists")
             continue
         home = str(layout.data) if user == layout.user else "/nonexistent"
         run(["useradd", "--system", "--user-group", "--home-dir", home, "--shell", "/usr/sbin/nologin", user])
@@ -54,4 +54,4 @@ def linger(layout: Layout, step: Linger, note: Note) -> None:
     done = subprocess.run(["loginctl", "enable-linger"], capture_output=True, text=True)
     if done.returncode:
         discard(layout.lingered)
-        note(f"loginctl enable-linger: {done.stderr.strip()}: ComfyUI is supervised by Hearth instead")
+        note(f"loginctl enable-linger: {done.stderr.strip()}; Hearth's own supervisor runs ComfyUI instead")

@@ -70,7 +70,7 @@ def retire(layout: Layout, step: Retire, note: Note) -> None:
         if each["place"] == step.path:
             what = f"the old ComfyUI still runs: pid {each['pid']} of {each['user']}"
             raise AgentError(
-                "step", what, "no unit that was stopped is its own", "end it, then run the same command again"
+                "step", what, "none of the stopped units started it", "stop it, then run the same command again"
             )
 
 
@@ -99,16 +99,16 @@ def adopt(layout: Layout, step: Adopt, note: Note) -> None:
         _keep_database(layout, source, record)
     left = _move_tree(source, target, record)
     for each in left[:20]:
-        note(f"left where it is, the data has one of that name: {each}")
+        note(f"not moved, because data/ has one of that name: {each}")
     if left[20:]:
-        note(f"and {len(left) - 20} more of these")
+        note(f"and {len(left) - 20} more")
     moved = [Path(event["target"]) for event in record.events() if event["event"] == "rename"]
     owners = {*step.owners, layout.owner()[0]}
     kept = sum(
         _take_tree(layout, each, owners, record) for each in dict.fromkeys(moved) if target in (each, *each.parents)
     )
     if kept:
-        note(f"{kept} files have several names or another owner than the installation, and keep their owners and modes")
+        note(f"{kept} files keep their owners and modes: they have hard links, or another owner than the installation")
 
 
 def _move_tree(source: Path, target: Path, record: Adopted) -> list[str]:
@@ -210,8 +210,8 @@ def _keep_database(layout: Layout, folder: Path, record: Adopted) -> None:
     fresh.mkdir(parents=True, mode=0o700)
     for name, status in _database(folder).items():
         if status.st_size > LARGEST:
-            what = f"{folder / name} is {status.st_size} bytes, and ComfyUI's database never is: at most {LARGEST}"
-            raise AgentError("step", what, "", f"look at it, and move it away: mv {folder / name} …")
+            what = f"{folder / name} is {status.st_size} bytes, more than ComfyUI's database can have ({LARGEST})"
+            raise AgentError("step", what, "", f"inspect it, then move it away: mv {folder / name} …")
         _copy_file(folder, fresh, name)
     record.add("database", folder=str(folder))
     os.sync()
@@ -287,8 +287,8 @@ def unadopt(layout: Layout, step: Unadopt, note: Note) -> None:
         except (AgentError, OSError) as error:
             stuck.append(str(error))
     if stuck:
-        hint = "look at them, then run the same command again"
-        raise AgentError("step", f"{len(stuck)} things could not be put back", "\n".join(stuck[:20]), hint)
+        hint = "inspect them, then run the same command again"
+        raise AgentError("step", f"{len(stuck)} paths could not be restored", "\n".join(stuck[:20]), hint)
     shutil.rmtree(layout.state / "adopted", ignore_errors=True)
     record.path.rename(record.path.with_name("adopted.undone.jsonl"))
     sync(layout.state)

@@ -142,7 +142,7 @@ class Cutover:
     def prepare(self) -> None:
         """Do everything that is possible while the old release serves. A failure here has stopped nothing."""
         if missing := self.layout.unmounted():
-            what = f"{' and '.join(missing)} went away since the plan was made"
+            what = f"{' and '.join(missing)} was unmounted after the plan was made"
             raise AgentError("step", what, "", "mount it there, then run the same command again")
         status = self.manager.status()
         self.record = {"was_active": status.active, "was_enabled": status.enabled, **self.record}
@@ -166,11 +166,16 @@ class Cutover:
     def try_out(self, active: bool) -> None:
         """Run the trial if it is useful and memory suffices. Raises AgentError."""
         if not active and self.step.trial != "only":
-            self.note("no trial: nothing is in service that an unhealthy release could interrupt")
+            self.note("no trial: no release is in service, so an unhealthy one cannot interrupt it")
         elif short := lacking():
             if self.step.trial == "only":
-                raise AgentError("trial", f"there is not enough memory for a trial: {short}", "", "stop ComfyUI's jobs")
-            self.note(f"no trial, the cut-over alone proves the release: {short}")
+                raise AgentError(
+                    "trial",
+                    f"there is not enough memory for a trial: {short}",
+                    "",
+                    "wait for ComfyUI's jobs, or stop them; then run the same command again",
+                )
+            self.note(f"no trial, the release is checked after the cut-over only: {short}")
         else:
             run_trial(self.layout, self.manager, self.layout.manifest(self.record["to"]), self.note)
 
@@ -196,7 +201,7 @@ class Cutover:
             (self.layout.state / RESERVE).unlink(missing_ok=True)
             with suppress(OSError):  # without a record, carry_on() detects that `current` was reverted
                 retried(lambda: self.enter("reverting", error=report))
-        self.note(f"not healthy, going back to {previous or 'no release'}")
+        self.note(f"not healthy, rolling back to {previous or 'no release'}")
         troubles: list[str] = []
 
         def attempt(act: Callable[[], object]) -> None:
@@ -212,7 +217,7 @@ class Cutover:
             try:
                 as_service(self.layout, restore, self.snapshot, self.layout.database.parent)
             except (AgentError, OSError) as error:
-                kept = f"{self.snapshot} holds it as it was before the cut-over"
+                kept = f"{self.snapshot} is the copy from before the cut-over"
                 troubles.append(f"the database could not be restored: {error}; {kept}")
                 report = {**report, "kept": True}
         if previous:
@@ -221,18 +226,18 @@ class Cutover:
                 attempt(self.manager.disable)
             if self.record["was_active"]:
                 attempt(lambda: self.manager.start(wait=not self.layout.unmounted()))
-            back = f"release {previous} is back"
+            back = f"release {previous} is restored"
             if self.record["was_active"] and not troubles and not self.layout.unmounted():
                 try:
                     old = self.layout.manifest(previous)
                     first_answer(Endpoint.of(old["argv"]), self.manager, old["gate"]["seconds"])
-                    back += " and answers"
+                    back += " and answers requests"
                 except AgentError as error:
-                    troubles.append(f"release {previous} is back, and does not serve: {error}")
+                    troubles.append(f"release {previous} is restored, but does not answer: {error}")
         else:
             attempt(self.manager.uninstall)
             attempt(lambda: discard(self.layout.current))
-            back = "there was no release before, so none runs now"
+            back = "there was no previous release, so none runs now"
         raise self.reverted(report, back, troubles)
 
     def switch_back(self) -> None:
@@ -248,10 +253,10 @@ class Cutover:
         what = f"release {self.record['to']} is not healthy"
         if troubles:
             cause = "\n".join([f"{report['what']} ({report['cause']})", *troubles])
-            error = AgentError("step", f"{what}, and going back failed", cause, "inv facts shows how it is")
+            error = AgentError("step", f"{what}, and the rollback failed", cause, "inv doctor shows the host's state")
         else:
             cause = "\n".join(filter(None, [report["cause"], back]))
-            hint = report["hint"] or "read the log above; inv deploy tries again"
+            hint = report["hint"] or "read the log above; to try again: inv deploy"
             error = AgentError("disk" if report["kind"] == "disk" else "gate", f"{what}: {report['what']}", cause, hint)
             error.report["result"] = "reverted"
         error.report |= {"log": report.get("log", []), "kept": report.get("kept", False)}
@@ -272,7 +277,7 @@ def _raised(report: Json) -> AgentError:
 
 def _unexpected(error: Exception) -> AgentError:
     if isinstance(error, OSError):
-        return os_error(error, "the cut-over could not be carried out")
+        return os_error(error, "the cut-over failed")
     return AgentError("gate", f"internal error in Hearth: {error!r}")
 
 
@@ -293,9 +298,9 @@ def reserve(source: Path, place: Path) -> None:
             with suppress(FileNotFoundError):
                 size = (here / name).lstat().st_size
                 if size > LARGEST:
-                    what = f"{source / name} is {size} bytes, and ComfyUI's database never is: at most {LARGEST}"
+                    what = f"{source / name} is {size} bytes, more than ComfyUI's database can have ({LARGEST})"
                     raise AgentError(
-                        "step", what, "", f"inv stop --force, look at it, and move it away: mv {source / name} …"
+                        "step", what, "", f"inv stop --force; inspect it, then move it away: mv {source / name} …"
                     )
                 descriptor = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
                 try:

@@ -44,9 +44,9 @@ def _refuse_overwritten(environment: Path) -> None:
                 if held != digest:
                     raise AgentError(
                         "step",
-                        f"{other} and {package} both bring {path}, and one has overwritten the other's",
-                        "which one a node gets is chance",
-                        f"decide which stays: [override.{package}] in nodes.toml, then inv lock",
+                        f"{other} and {package} both install {path}; one has overwritten the other's",
+                        "the order of the installation decides which one remains",
+                        f"choose one with [override.{package}] in nodes.toml, then run inv lock",
                     )
 
 
@@ -110,7 +110,9 @@ def env(layout: Layout, step: Env, note: Note) -> None:
     wheels.mkdir(exist_ok=True)
     for wheel in step.wheels:
         if "/" in wheel.file:
-            raise AgentError("step", f"{wheel.file} is no wheel's name", "its manifest was altered", "do not deploy it")
+            raise AgentError(
+                "step", f"{wheel.file} is not a wheel's file name", "its manifest was altered", "build the wheel again"
+            )
         link(wheels / wheel.file, receive_blob(layout, wheel.sha256))
     with part(layout, step.part) as place:
         venv = ["--no-config", "venv", "--quiet", "--relocatable", "--no-project", "--python", step.python]
@@ -136,8 +138,8 @@ def env(layout: Layout, step: Env, note: Note) -> None:
             _run_long([*argv, str(listed)], environment)
         except AgentError as error:
             if not step.offline and re.search(_UNTRUSTED, error.report["cause"], re.IGNORECASE):
-                what = "the host does not trust the certificate of the package index, or of a proxy before it"
-                hint = "on the host: add the CA to the system's (update-ca-certificates), and system-certs = true to "
+                what = "the host does not trust the certificate of the package index, or of a proxy in front of it"
+                hint = "on the host: install the CA (update-ca-certificates), and add system-certs = true to "
                 hint += "/etc/uv/uv.toml; or deploy from a bundle, which needs no index (inv bundle)"
                 raise AgentError("step", what, error.report["cause"], hint) from None
             if not step.offline and re.search(_NO_NETWORK, error.report["cause"], re.IGNORECASE):

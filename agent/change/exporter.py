@@ -33,7 +33,7 @@ def exporter(layout: Layout, step: Exporter, note: Note) -> None:
             _await_answer(step.exporter["settings"]["port"])
     except (AgentError, OSError) as error:
         log = _log(layout)
-        what = f"the new exporter of metrics does not run{_restore(layout, before or {})}"
+        what = f"the new metrics exporter does not run{_restore(layout, before or {})}"
         discard(record)
         cause = error.report["what"] if isinstance(error, AgentError) else str(error)
         error = AgentError(
@@ -52,7 +52,7 @@ def _restore(layout: Layout, before: Json) -> str:
     try:
         _await_answer(before["settings"]["port"])
     except AgentError:
-        return "; the previous one is restored, and does not answer either"
+        return "; the previous one is restored, but does not answer either"
     return "; the previous one is restored"
 
 
@@ -88,7 +88,7 @@ def _await_answer(port: int) -> None:
             asked.request("GET", "/metrics")
             if b"hearth_" in asked.getresponse().read():
                 return
-            why = "its answer has no metrics of Hearth's"
+            why = "its answer has none of Hearth's metrics"
         except (OSError, http.client.HTTPException) as error:
             why = str(error)
         finally:

@@ -35,7 +35,7 @@ def mount(layout: Layout, step: Mount, note: Note) -> None:
     done = subprocess.run(["systemctl", "reload" if mounted else "start", unit], capture_output=True, text=True)
     if done.returncode:
         tail = run(["journalctl", "--no-pager", "--output=cat", "--lines=5", f"--unit={unit}"])
-        hint = "look whether the server or device answers, then run the same command again"
+        hint = "check that the server or device responds, then run the same command again"
         raise AgentError("step", f"{step.what} cannot be mounted at {path}", tail.strip() or done.stderr.strip(), hint)
 
 
@@ -52,7 +52,7 @@ def folders(layout: Layout, step: Folders, note: Note) -> None:
         place = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             if os.fstat(place).st_uid != os.geteuid() or os.listdir(place):  # noqa: PTH208
-                raise AgentError("step", f"{fresh} was replaced while it was being made", "look who may write there")
+                raise AgentError("step", f"{fresh} was replaced while it was being made", "check who can write there")
             os.fchown(place, *layout.sharing())
             os.fchmod(place, 0o750 if layout.user and not layout.public else 0o755)
         finally:
@@ -63,7 +63,7 @@ def folders(layout: Layout, step: Folders, note: Note) -> None:
     mode = (0o2755 if layout.public else 0o2750) if layout.user else 0
     whole = as_service(layout, share_folders, layout.data, list(layout.elsewhere.values()), group, mode, sharing=True)
     if not whole:
-        note(f"there is so much in {layout.data} that not all of it is given to the members yet: inv deploy goes on")
+        note(f"{layout.data} has too many files to give all to the members at once; inv deploy continues")
     _make_unused(layout)
 
 

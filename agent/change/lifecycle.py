@@ -78,7 +78,7 @@ def end_all(layout: Layout) -> None:
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > end:
             what = f"{len(left)} processes of {layout.user or 'the service'} do not end"
-            raise AgentError("step", what, f"the first: {left[:5]}", "look at them on the host; a reboot ends them")
+            raise AgentError("step", what, f"the first: {left[:5]}", "inspect them on the host; a reboot ends them")
         time.sleep(0.1)
 
 
@@ -117,7 +117,7 @@ def start(layout: Layout, step: Start, note: Note) -> None:
     """Start ComfyUI and wait until it responds; with `resume`, also enable it at boot. Raises AgentError."""
     manager = manager_of(layout)
     if missing := layout.unmounted():  # systemd would wait for it without a limit
-        what = f"{' and '.join(missing)} went away since the plan was made"
+        what = f"{' and '.join(missing)} was unmounted after the plan was made"
         raise AgentError("step", what, "", "mount it there, then run the same command again")
     if step.resume:
         manager.enable()
@@ -146,7 +146,10 @@ def await_answer(layout: Layout, manager: Manager, note: Note) -> None:
     try:
         stats = first_answer(endpoint(layout), manager, layout.manifest(layout.release())["gate"]["seconds"])
     except AgentError as error:
-        error.report |= {"kind": "silent", "hint": "read the log above; inv rollback returns to the release before"}
+        error.report |= {
+            "kind": "silent",
+            "hint": "read the log above; to return to the previous release: inv rollback",
+        }
         with suppress(AgentError, OSError):
             error.report["log"] = last_words(manager)
         raise
@@ -204,13 +207,13 @@ def _sweep(paths: list[Path], note: Note) -> None:
     for path in paths:
         sweep.delete(path)
     os.sync()  # deleted files must not reappear after a power loss
-    note(f"{sweep.files} files are deleted")
+    note(f"{sweep.files} files deleted")
     for point in sweep.left:
-        note(f"left, it is a mount point: {point}")
+        note(f"kept, it is a mount point: {point}")
     if sweep.stuck:
         more = [f"and {len(sweep.stuck) - 20} more"] if len(sweep.stuck) > 20 else []
-        what = f"{len(sweep.stuck)} things could not be deleted"
-        hint = "look at them (lsattr shows what is immutable), then run the same command again"
+        what = f"{len(sweep.stuck)} paths could not be deleted"
+        hint = "inspect them (lsattr shows immutable files), then run the same command again"
         raise AgentError("step", what, "\n".join([*sweep.stuck[:20], *more]), hint)
 
 

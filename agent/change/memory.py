@@ -34,7 +34,7 @@ def free(layout: Layout, wait: float) -> Freed:
             time.sleep(0.25)
     except (OSError, ValueError) as error:
         raise AgentError(
-            "step", "ComfyUI does not answer, and keeps its memory", str(error), "inv status shows how it is"
+            "step", "ComfyUI does not answer, so its memory is not freed", str(error), "inv status shows its state"
         ) from error
     return Freed(True, job, before, _settled(layout, before))
 
@@ -76,8 +76,8 @@ def drop_caches(layout: Layout, step: DropCaches, note: Note) -> None:
     try:
         CACHES.write_text("3\n")  # page cache, dentries and inodes (proc(5))
     except OSError as error:
-        hint = "a container has no say in this: do it on the machine itself"
-        raise AgentError("step", "the kernel does not let its cache be dropped", str(error), hint) from error
+        hint = "in a container this is not possible: do it on the machine that runs the container"
+        raise AgentError("step", "the kernel refuses to drop its page cache", str(error), hint) from error
     after = meminfo()
     for what, name in (("the page cache", "Cached"), ("available memory", "MemAvailable")):
         note(f"{what}: {_gb(before[name])} before, {_gb(after[name])} after")

@@ -94,7 +94,7 @@ def submit(layout: Layout, plan: Json) -> Json:
     try:
         steps = [unpacked(each) for each in plan["steps"]]
     except ValueError as error:
-        raise AgentError("usage", "the plan has a step that this agent does not know", str(error)) from error
+        raise AgentError("usage", "the plan has a step that this agent does not support", str(error)) from error
     with flock(layout.state / "submit.lock", wait=SUBMIT_SECONDS):  # held briefly: the first client submits its plan
         ends = any(isinstance(step, Stop) and step.force for step in steps)
         other = busy(layout)
@@ -105,9 +105,9 @@ def submit(layout: Layout, plan: Json) -> Json:
                 manager_of(layout).start_apply()  # the applying process was killed and not restarted
             raise AgentError(
                 "busy",
-                f"a {other['action']} is under way on this host: {other['who']}, since {other['since']}",
+                f"a {other['action']} by {other['who']} is in progress on this host since {other['since']}",
                 "",
-                "watch it with inv attach, then run the same command again",
+                "follow it with inv attach, then run the same command again",
             )
         elif layout.release() != plan["base"] or _missing(layout, steps):
             raise AgentError("busy", "the host was changed since the plan was made", "", "run the same command again")
@@ -199,23 +199,25 @@ def _carry_out(layout: Layout, plan: Json, journal: Journal) -> Json:
             return os_error(error, f"could not {step['title']}").report
         except Exception as error:  # a bug: a retry would not help
             what = f"could not {step['title']}: internal error in Hearth"
-            return AgentError("step", what, repr(error), f"report it, with {journal.path}").report
+            return AgentError("step", what, repr(error), f"please report it with {journal.path}").report
         try:
             journal.add("done", step=number)
         except OSError as error:
-            return os_error(error, f"done, but it could not be recorded: {step['title']}").report
+            return os_error(error, f"{step['title']}: done, but not recorded").report
     return {}
 
 
 def _abandon(layout: Layout, plan: Json, journal: Journal) -> Json:
     """End a run that a forced stop has aborted; return its report."""
     report = AgentError(
-        "step", f"ended by {plan['aborted']}", "", "run the same command again when that is over"
+        "step", f"aborted by {plan['aborted']}", "", "wait for its end, then run the same command again"
     ).report
     try:
         return abandon(layout, plan["run"], report, _noting(journal))
     except (AgentError, OSError) as error:
-        return AgentError("step", report["what"], f"what it did could not be undone: {error}", "inv facts").report
+        return AgentError(
+            "step", report["what"], f"its changes could not be undone: {error}", "inv doctor shows the host's state"
+        ).report
 
 
 def _noting(journal: Journal) -> Note:
@@ -226,7 +228,7 @@ def _noting(journal: Journal) -> Note:
         left -= 1
         with suppress(OSError):  # a failed note must not stop a step, least of all a revert
             if left >= 0:
-                journal.add("note", text=cut(text, 2000) if left else "there is more, which is left out")
+                journal.add("note", text=cut(text, 2000) if left else "further notes are omitted")
 
     return note
 
@@ -300,14 +302,19 @@ def follow(layout: Layout, run_id: str) -> Iterator[Json]:
             if any(event["event"] == "end" for event in fresh):
                 return
             if gone:
-                raise AgentError("step", "the run ended without a record", "the disk may be full", "inv facts shows it")
+                raise AgentError(
+                    "step",
+                    "the run ended without a record",
+                    "the disk may be full",
+                    "inv doctor shows the host's state",
+                )
             quiet = 0.0 if fresh else quiet + 0.1
             if quiet > 10:
                 gone = read(layout.pending).get("run") != run_id  # read once more: its last line may be new
                 idle = idle + 1 if not gone and free(layout.lock) else 0
                 if idle > 3:
-                    hint = "mend what the log shows, then inv attach: it is started again, and goes on"
-                    error = AgentError("step", "what applies the plan ends each time it is started", "", hint)
+                    hint = "fix the error in the log above, then run inv attach, which resumes the run"
+                    error = AgentError("step", "the apply unit fails at every start", "", hint)
                     with suppress(AgentError):  # the systemd journal may not be readable
                         error.report["log"] = manager_of(layout).apply_log()
                     raise error
@@ -354,12 +361,14 @@ def receive(layout: Layout, digest: str, size: int, offset: int) -> Json:
             if there >= size:
                 if sha256(part) != digest:
                     part.unlink()
-                    raise AgentError("step", "what was sent is damaged", "", "run the same command again")
+                    raise AgentError(
+                        "step", "the file was damaged during the transfer", "", "run the same command again"
+                    )
                 part.replace(path)
                 sync(layout.incoming)
     except FileNotFoundError:
-        what, hint = "what was sent so far was deleted", "run the same command again"
-        raise AgentError("step", what, "another run cleaned up meanwhile", hint) from None
+        what, hint = "the partly transferred file was deleted", "run the same command again"
+        raise AgentError("step", what, "another run deleted unused files at the same time", hint) from None
     return {"size": there}
 
 
@@ -376,5 +385,7 @@ def _block() -> bytes:
 
 
 def _silent(*_: object) -> None:
-    cause = "the client sleeps, or its connection is gone"
-    raise AgentError("step", f"nothing came for {SILENCE} seconds", cause, "run the same command again: it resumes")
+    cause = "the client is suspended, or its connection was lost"
+    raise AgentError(
+        "step", f"no data arrived for {SILENCE} seconds", cause, "run the same command again; it continues the transfer"
+    )

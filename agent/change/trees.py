@@ -25,7 +25,9 @@ def receive_blob(layout: Layout, digest: str) -> Path:
     path = layout.incoming / digest
     if not path.exists() or sha256(path) != digest:
         path.unlink(missing_ok=True)
-        raise AgentError("step", f"what was sent is damaged: {digest[:12]}", "", "run the same command again")
+        raise AgentError(
+            "step", f"the file {digest[:12]} was damaged during the transfer", "", "run the same command again"
+        )
     return path
 
 
@@ -58,7 +60,7 @@ def _unpack(layout: Layout, step: Tree, place: Path) -> None:
     for path in tree(place):
         path.chmod(0o755)
     if contents(place) != step.files:
-        raise AgentError("step", f"the tree of {step.part} is not the one that was planned", "a part was changed")
+        raise AgentError("step", f"the tree of {step.part} differs from the plan", "a part was changed")
 
 
 def node(layout: Layout, step: Node, note: Note) -> None:
@@ -146,7 +148,7 @@ def _install(layout: Layout, step: Node, place: Path, note: Note) -> None:
         taken_over(raw, place, note)
     except AgentError as error:
         cause = error.report["cause"] or error.report["what"]
-        error.report |= {"what": f"the install.py failed: {step.title}", "cause": cause}
+        error.report |= {"what": f"install.py failed: {step.title}", "cause": cause}
         raise
     finally:
         remove(scratch)
@@ -182,11 +184,11 @@ def taken_over(raw: bytes, place: Path, note: Note) -> None:
                     file.write(view[content:at])
                 (place / name).chmod(0o755 if kind == 2 else 0o644)
     except (struct.error, ValueError) as error:
-        raise AgentError("step", "what it left is no tree that can be taken over", str(error)) from error
+        raise AgentError("step", "the files that install.py made are not accepted", str(error)) from error
     except OSError as error:
-        raise os_error(error, "what it left cannot be taken over") from error
+        raise os_error(error, "the files that install.py made could not be read") from error
     if left:
-        note(f"not regular files, and left out: {', '.join(left[:10])}")
+        note(f"left out, because they are not regular files: {', '.join(left[:10])}")
 
 
 def compile_command(layout: Layout, step: Tree | Env, place: Path) -> list[str]:

@@ -49,7 +49,7 @@ SMALL_ONES = 500_000_000
 def lacking() -> str:
     """Return a sentence about the memory that is too small for two instances; empty if memory suffices."""
     if (free := meminfo()["MemAvailable"]) < MEMORY:
-        return f"{free / 1e9:.1f} GB of memory are available, {MEMORY / 1e9:.1f} GB needed"
+        return f"{free / 1e9:.1f} GB of memory available, {MEMORY / 1e9:.1f} GB needed"
     for gpu in gpus():
         if not gpu["unified"] and gpu["memory_total"] and gpu["memory_used"] is not None:
             free = gpu["memory_total"] - gpu["memory_used"]
@@ -74,10 +74,10 @@ def run_trial(layout: Layout, manager: Manager, release: Json, note: Note) -> No
         )
     except Exception as error:
         report = error.report if isinstance(error, AgentError) else AgentError("trial", repr(error)).report
-        still = f"release {current} stays in service: nothing was stopped" if current else "nothing was in service"
+        still = f"release {current} stays in service: nothing was stopped" if current else "no release was in service"
         error = AgentError("trial", f"release {release['id']} failed its trial: {report['what']}")
         error.report["cause"] = "\n".join(filter(None, [report["cause"], still]))
-        error.report["hint"] = report["hint"] or "read the log above; inv deploy tries again"
+        error.report["hint"] = report["hint"] or "read the log above; to try again: inv deploy"
         with suppress(AgentError, OSError):
             error.report["log"] = trial.log(25)
         raise error from error
@@ -135,8 +135,8 @@ class Trial:
         """
         self.clear()
         if os.path.lexists(self.room):
-            what = f"{self.room} could not be deleted: an earlier trial has made too much of it, or a mount"
-            raise AgentError("trial", what, "", f"look at it, and delete it: rm -r --one-file-system {self.room}")
+            what = f"{self.room} could not be deleted: an earlier trial left too many files in it, or a mount"
+            raise AgentError("trial", what, "", f"inspect it, then delete it: rm -r --one-file-system {self.room}")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -199,7 +199,7 @@ class Trial:
         code = self.child.poll() if self.child else None
         active = self.child is not None and code is None
         return Service(
-            active=active, state=f"it ended with {code}", enabled=False, linked=True, restarts=0, since="", pid=0
+            active=active, state=f"ended with {code}", enabled=False, linked=True, restarts=0, since="", pid=0
         )
 
     def log(self, lines: int) -> list[str]:
@@ -315,4 +315,4 @@ def _copy_live(folder: Path, place: Path) -> None:
             own = [each.stat() for each in Path("/proc/self/fd").iterdir() if each.exists()]
             if not any(os.path.samestat(known, each) for each in own):
                 place.unlink()
-                raise OSError(errno.ELOOP, "it was replaced while it was being copied", str(folder / "comfyui.db"))
+                raise OSError(errno.ELOOP, "it was replaced during the copy", str(folder / "comfyui.db"))

@@ -28,7 +28,7 @@ def account_problem(layout: Layout) -> str:
         if entry and entry.pw_uid == 0:
             return "is root"
         if entry and entry.pw_dir != str(layout.data) and Path(entry.pw_dir).exists():
-            return f"has its home in {entry.pw_dir}: what else runs as it would be a way out of the sandbox"
+            return f"has its home in {entry.pw_dir}: other programs of that user would be a way out of the sandbox"
     return ""
 
 

@@ -139,10 +139,8 @@ def answering(layout: Layout, ask: Json, seconds: float) -> None:
             child.kill()  # it may be unkillable while it waits for the server, so do not wait for it
             dead.append(place)
     if dead:
-        remedy = "on the host: umount --lazy it, or wait for its server"
-        raise AgentError(
-            "storage", f"{', '.join(dead)} does not answer", "its server or its disk is gone, or slow", remedy
-        )
+        remedy = "on the host: umount --lazy PATH, or wait for its server"
+        raise AgentError("storage", f"{', '.join(dead)} does not answer", "its server or disk is down or slow", remedy)
 
 
 def _parts(layout: Layout, verified: float) -> Callable[[], dict[str, str]]:

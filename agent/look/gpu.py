@@ -129,7 +129,7 @@ class _Device:
         except self.nvml.NVMLError_NotSupported:
             return _shared_memory()
         if not memory.total or memory.used > memory.total:
-            raise ValueError(f"answers that {memory.used} of {memory.total} bytes are used")
+            raise ValueError(f"implausible: {memory.used} of {memory.total} bytes used")
         return memory.total, memory.used, "nvml"
 
     def _utilization(self) -> tuple[int, int]:
@@ -141,11 +141,11 @@ class _Device:
         found: list[Json] = []
         for each in listed:
             if not 0 < each.pid <= _PIDS:
-                self.errors.append(f"{kind} processes: answers process {each.pid}")
+                self.errors.append(f"{kind} processes: implausible: process {each.pid}")
                 continue
             used = each.usedGpuMemory
             if used is not None and total is not None and used > total:
-                self.errors.append(f"{kind} processes: answers that process {each.pid} holds {used} bytes")
+                self.errors.append(f"{kind} processes: implausible: process {each.pid} uses {used} bytes")
                 used = None
             found.append({**process(each.pid), "bytes": used, "kind": kind})
         return found
@@ -203,13 +203,13 @@ def _shared_memory() -> tuple[int, int, str]:
 def _within(value: int, most: int) -> int:
     """Return the value. Raises ValueError if it is out of range."""
     if not 0 <= value <= most:
-        raise ValueError(f"answers {value}")
+        raise ValueError(f"implausible: {value}")
     return value
 
 
 def _text(text: str) -> str:
     if not text.isprintable() or not text:
-        raise ValueError(f"answers {text!r}")
+        raise ValueError(f"implausible: {text!r}")
     return text
 
 

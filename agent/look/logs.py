@@ -43,7 +43,7 @@ def logs(layout: Layout, request: Json) -> Iterator[Json]:
     try:
         wanted = re.compile(request["grep"])
     except re.error as error:
-        raise AgentError("usage", f"--grep {request['grep']} is no regular expression", str(error)) from None
+        raise AgentError("usage", f"--grep {request['grep']} is not a regular expression", str(error)) from None
     manager = manager_of(layout)
 
     def match(text: str) -> bool:
@@ -87,12 +87,14 @@ def _silence(manager: Systemd | Supervised, request: Json) -> str:
     if request["grep"]:
         return f"no line matches{since}"
     if isinstance(manager, Supervised):
-        return f"nothing was logged{since}" if manager.output.exists() else "nothing was ever logged: it never ran here"
+        return (
+            f"nothing was logged{since}" if manager.output.exists() else "there is no log: ComfyUI has never run here"
+        )
     with suppress(StopIteration, AgentError):
         first = next(_entries(["journalctl", "--quiet", "--output=json", "--output-fields=MESSAGE"]))
         begin = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(_at(first)))
-        return f"the journal has no line of {manager.unit}{since}. It begins at {begin}: what is older was rotated away"
-    return "the journal is empty: journald keeps none, or its disk is full"
+        return f"the journal has no line of {manager.unit}{since}. It begins at {begin}; older lines were rotated away"
+    return "the journal is empty: journald does not store it, or its disk is full"
 
 
 # --- the journal ---------------------------------------------------------------------------------------------------
@@ -183,7 +185,10 @@ def _entries(words: list[str], alive: float | None = None) -> Iterator[Json]:
 def _error(why: str) -> AgentError:
     if "timestamp" in why:
         return AgentError(
-            "usage", "--since is no time that journalctl takes", why, "such as '2026-11-23 14:00' or '1h ago'"
+            "usage",
+            "journalctl does not accept the time of --since",
+            why,
+            "use a time such as '2026-11-23 14:00' or '1h ago'",
         )
     hint = f"on the host, as root: usermod --append --groups systemd-journal {login()}; then log in again"
     return AgentError("log", f"{login()} cannot read the journal", why, hint)
@@ -196,7 +201,7 @@ def _remembered(layout: Layout, error: AgentError, match: Match) -> Iterator[Jso
         remembered = checked("its log", found, lambda log: "".join(str(each["m"]) for each in log["entries"]))
     except (OSError, ValueError):
         raise error from None
-    yield {"note": f"{error.report['what']}: this is what ComfyUI remembers. {error.report['hint']}"}
+    yield {"note": f"{error.report['what']}; these are the lines that ComfyUI keeps in memory. {error.report['hint']}"}
     for line in remembered.splitlines():
         if match(line):
             yield {"at": None, "text": line}
@@ -212,14 +217,16 @@ def _file(manager: Supervised, request: Json, match: Match) -> Iterator[Json]:
         try:
             at = moment(request["since"], time.time())
         except ValueError:
-            what = f"--since {request['since']} is no time that is known here"
-            raise AgentError("usage", what, "", "such as '2026-11-23 14:00', '10 min ago' or yesterday") from None
+            what = f"--since {request['since']} is not a supported time"
+            raise AgentError(
+                "usage", what, "", "use a time such as '2026-11-23 14:00', '10 min ago' or yesterday"
+            ) from None
         marks = [_mark(manager.times.with_name(f"{manager.times.name}.1"), at), _mark(manager.times, at)]
         if marks[1] is not None:
             places = [(manager.output, marks[1])]
         elif marks[0] is not None:
             places = [(older, marks[0]), (manager.output, 0)]
-        yield {"note": "its lines have no times: this begins up to five seconds early"}
+        yield {"note": "the lines have no times; the output can begin up to five seconds early"}
     read = 0
 
     def written() -> Iterator[Json]:

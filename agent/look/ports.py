@@ -42,7 +42,7 @@ def port_holder(port: int) -> Holder:
         with suppress(OSError), os.scandir(place / "fd") as entries:
             for entry in entries:
                 if late := time.monotonic() > end:
-                    return {"pid": -1, "command": f"{_whose(sockets)}, not found in time", "unit": None}
+                    return {"pid": -1, "command": f"{_whose(sockets)} (search timed out)", "unit": None}
                 if os.readlink(entry.path) in sockets:  # noqa: PTH115  a Path for each takes longer
                     words = read_some(place / "cmdline", 4096).decode(errors="replace").split("\0")
                     command = " ".join(words[:3]).strip()[:200]
@@ -59,5 +59,5 @@ def _uid(process: Path) -> int:
 def _whose(sockets: dict[str, int]) -> str:
     uid = min(sockets.values(), default=-1)
     with suppress(KeyError):
-        return f"a process of {pwd.getpwuid(uid).pw_name}" if sockets else "a process of somebody's"
+        return f"a process of {pwd.getpwuid(uid).pw_name}" if sockets else "a process of another user"
     return f"a process of user {uid}"

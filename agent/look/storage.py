@@ -57,7 +57,7 @@ def _unmountable(path: str, what: str, kind: str) -> tuple[str, str]:
     """Return why a file system cannot be mounted at a path, and the remedy; empty if it can."""
     if what.startswith("/dev/mapper/") and not Path(what).exists():
         opening = f"on the host: cryptsetup open DEVICE {shlex.quote(Path(what).name)} (or vgchange -ay)"
-        return "this encrypted or logical volume is not open", f"{opening}; it is mounted then"
+        return "this encrypted or logical volume is not open", f"{opening}; then it is mounted automatically"
     if what.startswith("/") and not Path(what).exists():
         return "the host has no such device", "connect it, or correct `what`"
     if kind.startswith(("nfs", "cifs")) and not shutil.which(f"mount.{kind}", path="/sbin:/usr/sbin"):
@@ -71,9 +71,9 @@ def _unmountable(path: str, what: str, kind: str) -> tuple[str, str]:
 def folder_problem(layout: Layout, path: Path, use: str) -> str:
     """Return why the service cannot use a folder (`use`: "read", "write" or "bind"); empty if it can."""
     if not path.exists():
-        return "is not there"
+        return "does not exist"
     if not path.is_dir():
-        return "is no folder"
+        return "is not a folder"
     need = os.R_OK | os.X_OK | (os.W_OK if use == "write" else 0)
     inside = None
     if use == "bind":  # the unit bind-mounts it, so parent permissions do not matter
@@ -81,8 +81,8 @@ def folder_problem(layout: Layout, path: Path, use: str) -> str:
     try:
         may = not user_exists(layout.user) or as_service(layout, _access, str(path), need, inside, seconds=10)
     except AgentError as error:
-        return f"cannot be looked at as the service: {error.report['what']}"
-    return "" if may else f"cannot be {'written' if use == 'write' else 'read'} by the service"
+        return f"cannot be checked as the service user: {error.report['what']}"
+    return "" if may else f"cannot be {'written' if use == 'write' else 'read'} by the service user"
 
 
 def traps(layout: Layout) -> dict[str, str]:
@@ -96,9 +96,9 @@ def traps(layout: Layout) -> dict[str, str]:
         try:
             with inside(folder) as here:
                 names = [name for name in DATABASE if os.path.lexists(here / name) and not regular(here / name)]
-                return {str(folder / name): "is no regular file" for name in names}
+                return {str(folder / name): "is not a regular file" for name in names}
         except OSError as error:
-            return {str(folder): f"is refused: {error.strerror}"} if error.errno == errno.ELOOP else {}
+            return {str(folder): f"is not accepted: {error.strerror}"} if error.errno == errno.ELOOP else {}
 
     return looked(layout, look, lambda error: {str(folder): str(error)})
 

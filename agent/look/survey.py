@@ -227,7 +227,7 @@ def _foreign(folder: Path, owners: set[int]) -> str:
     """Return the reason why a folder must not be adopted; empty if it may be."""
     homes = {entry.pw_dir for entry in pwd.getpwall()}
     if str(folder) in (*_SHARED, *_SYSTEM, *homes) or str(folder).startswith(tuple(f"{each}/" for each in _SYSTEM)):
-        return "it is the system's, or somebody's home"
+        return "it is a system folder or a user's home"
     owner = folder.stat().st_uid
     return "" if owner in owners else f"it belongs to user {owner}, who neither owns nor runs this ComfyUI"
 

@@ -62,14 +62,14 @@ def queue(client: Client) -> Iterable[Metric]:
     )
     return [
         _up(True),
-        GaugeMetricFamily("hearth_jobs_running", "Jobs that ComfyUI works on.", value=running),
-        GaugeMetricFamily("hearth_jobs_pending", "Jobs that wait in ComfyUI's queue.", value=pending),
+        GaugeMetricFamily("hearth_jobs_running", "Running jobs.", value=running),
+        GaugeMetricFamily("hearth_jobs_pending", "Jobs waiting in ComfyUI's queue.", value=pending),
     ]
 
 
 def _number(total: object) -> int:
     if not (isinstance(total, int) and 0 <= total < 1_000_000_000):
-        raise ValueError("ComfyUI's number of jobs is none")
+        raise ValueError("ComfyUI's number of jobs is not a number")
     return total
 
 
@@ -153,18 +153,18 @@ class Jobs:
         try:
             write(self._file, json.dumps(kept))
         except OSError as error:  # full disk: the counts stay correct in this process
-            print(f"jobs: the counts cannot be kept: {error}", file=sys.stderr, flush=True)
+            print(f"jobs: the counts could not be stored: {error}", file=sys.stderr, flush=True)
 
     def told(self) -> Iterable[Metric]:
         """Return the counts; they do not need a response from ComfyUI."""
-        jobs = CounterMetricFamily("hearth_jobs", "Jobs that ended.", labels=["result"])
+        jobs = CounterMetricFamily("hearth_jobs", "Finished jobs.", labels=["result"])
         with self._lock:
             for result, count in self._results.items():
                 jobs.add_metric([result], count)
             bounds = [*map(str, BUCKETS), "+Inf"]
             buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
             seconds = HistogramMetricFamily(
-                "hearth_job_duration_seconds", "How long the jobs took that are done.", buckets, self._seconds
+                "hearth_job_duration_seconds", "Duration of successful jobs.", buckets, self._seconds
             )
         return [jobs, seconds]
 

@@ -90,10 +90,10 @@ class Gatherer(Collector):
         for source in self._sources:
             source.begin()
         success = GaugeMetricFamily(
-            "hearth_scrape_collector_success", "Whether a source of metrics answered in time.", labels=["collector"]
+            "hearth_scrape_collector_success", "Whether a collector answered in time.", labels=["collector"]
         )
         duration = GaugeMetricFamily(
-            "hearth_scrape_collector_duration_seconds", "How long a source of metrics took.", labels=["collector"]
+            "hearth_scrape_collector_duration_seconds", "Duration of a collector's run.", labels=["collector"]
         )
         merged: dict[str, Metric] = {}
         for source in self._sources:

@@ -70,7 +70,7 @@ def _info(path: Path) -> Metric:
     told["kernels"] = ", ".join(f"{name} {version}" for name, version in sorted(manifest["kernels"].items()))
     # The attention verified by the gate; empty if ComfyUI selects it.
     told["attention"] = manifest["gate"]["attention"]
-    return InfoMetricFamily("hearth_release", "The release in service.", {"release": manifest["id"], **told})
+    return InfoMetricFamily("hearth_release", "The active release.", {"release": manifest["id"], **told})
 
 
 def _deploy(layout: Layout) -> list[Metric]:
@@ -78,7 +78,7 @@ def _deploy(layout: Layout) -> list[Metric]:
     ended = last(history(layout), *DEPLOYS)
     if not ended:
         return []
-    what = "Whether the last deploy or rollback was done."
+    what = "Whether the last deploy or rollback succeeded."
     when = "When the last deploy or rollback ended."
     return [
         GaugeMetricFamily("hearth_deploy_success", what, value=ended["result"] == "done"),
@@ -99,10 +99,10 @@ def service(layout: Layout) -> Metrics:
     )
     shown = dict(line.split("=", 1) for line in done.stdout.splitlines())
     active = shown["ActiveState"] == "active"
-    yield GaugeMetricFamily("hearth_service_active", "Whether systemd runs ComfyUI's unit.", value=active)
+    yield GaugeMetricFamily("hearth_service_active", "Whether ComfyUI's systemd unit is active.", value=active)
     yield CounterMetricFamily(
         "hearth_service_restarts",
-        "How often systemd has started ComfyUI again by itself.",
+        "Automatic restarts of ComfyUI by systemd.",
         value=int(shown["NRestarts"]),
     )
     if int(shown["MainPID"]):
@@ -112,8 +112,8 @@ def service(layout: Layout) -> Metrics:
 def memory() -> Metrics:
     """Yield the machine's memory; with unified memory, it is also the GPU's."""
     machine = meminfo()
-    yield GaugeMetricFamily("hearth_memory_size_bytes", "The machine's memory.", value=machine["MemTotal"])
-    what = "Memory that can be had without swapping."
+    yield GaugeMetricFamily("hearth_memory_size_bytes", "Size of the machine's memory.", value=machine["MemTotal"])
+    what = "Memory available without swapping."
     yield GaugeMetricFamily("hearth_memory_available_bytes", what, value=machine["MemAvailable"])
 
 
@@ -124,7 +124,11 @@ def disk(layout: Layout, place: Path) -> Metrics:
     room = os.statvfs(place)
     for name, what, blocks in (
         ("hearth_disk_size_bytes", "Size of the file system at a path.", room.f_blocks),
-        ("hearth_disk_available_bytes", "Room for those who are not root in the file system at a path.", room.f_bavail),
+        (
+            "hearth_disk_available_bytes",
+            "Free space for unprivileged users in the file system at a path.",
+            room.f_bavail,
+        ),
     ):
         metric = GaugeMetricFamily(name, what, labels=["path"])
         metric.add_metric([str(place)], blocks * room.f_frsize)
@@ -132,12 +136,12 @@ def disk(layout: Layout, place: Path) -> Metrics:
 
 
 _GPU = (
-    ("memory_total", "memory_size_bytes", "The GPU's memory; of one that shares the machine's, that.", 1),
-    ("memory_used", "memory_used_bytes", "Memory in use.", 1),
-    ("utilization", "utilization_ratio", "Part of the time in which the GPU computed.", 100),
+    ("memory_total", "memory_size_bytes", "Size of the GPU's memory; the machine's, if the GPU shares it.", 1),
+    ("memory_used", "memory_used_bytes", "GPU memory in use.", 1),
+    ("utilization", "utilization_ratio", "Share of the time during which the GPU was busy.", 100),
     ("temperature", "temperature_celsius", "The GPU's temperature.", 1),
-    ("power", "power_watts", "The power that the GPU draws.", 1),
-    ("power_limit", "power_limit_watts", "The power that the GPU may draw.", 1),
+    ("power", "power_watts", "The GPU's power draw.", 1),
+    ("power_limit", "power_limit_watts", "The GPU's power limit.", 1),
 )
 """Key in `agent.look.gpu`, metric name, help, and divisor to the base unit."""
 

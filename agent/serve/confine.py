@@ -112,7 +112,7 @@ def opened(path: str, writable: Collection[tuple[int, int]], *, make: bool = Fal
             target, links = os.readlink("", dir_fd=inner), links + 1
             os.close(inner)
             if below or links > 40:
-                raise ClosedError(f"{path}: {name} is a link in what ComfyUI may write")
+                raise ClosedError(f"{path}: {name} is a link in a folder that ComfyUI can write to")
             names += target.split("/")[::-1]
             while target.startswith("/") and len(way) > 1:
                 os.close(way.pop()[0])
@@ -152,7 +152,7 @@ def _make(spec: Json) -> None:
         try:
             os.close(opened(scratch, _identities(_written(spec["write"])), make=True))
         except ClosedError as error:
-            print(f"not made: {error}", file=sys.stderr)
+            print(f"not created: {error}", file=sys.stderr)
 
 
 def _around(path: str, closed: Collection[Path]) -> Iterator[str]:
@@ -209,7 +209,7 @@ def restrict(spec: Json, version: int) -> None:
                 place = opened(path, writable)
                 real = Path(f"/proc/self/fd/{place}").readlink()
                 if any(each.is_relative_to(real) for each in closed):
-                    raise ClosedError(f"{path}: the home folder, or what Hearth keeps for itself, is in it")
+                    raise ClosedError(f"{path}: it contains the home folder or Hearth's own files")
             except ClosedError as error:
                 print(f"not opened to ComfyUI: {error}", file=sys.stderr)
                 continue
@@ -347,7 +347,7 @@ def _filter(program: bytes) -> None:
     told = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
     for words in ((38, 1, 0, 0, 0), (22, 2, told)):  # PR_SET_NO_NEW_PRIVS; PR_SET_SECCOMP, a filter
         if _libc.prctl(*(ctypes.c_ulong(each) if isinstance(each, int) else each for each in words)):
-            raise OSError(ctypes.get_errno(), "the kernel takes no seccomp filter")
+            raise OSError(ctypes.get_errno(), "the kernel does not accept the seccomp filter")
 
 
 def main(spec: Json, argv: list[str]) -> None:
@@ -372,5 +372,5 @@ def main(spec: Json, argv: list[str]) -> None:
     if version:
         restrict({"program": argv[0], **spec}, version)
     else:
-        print("this kernel has no Landlock: ComfyUI can read and write all that this login can", file=sys.stderr)
+        print("this kernel has no Landlock: ComfyUI can read and write everything that this login can", file=sys.stderr)
     os.execv(argv[0], argv)  # noqa: S606

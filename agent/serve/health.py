@@ -36,11 +36,11 @@ def free_if_idle(layout: Layout) -> str:
     try:
         running, waiting = queue(place)
         if running.total or waiting.total:
-            return "ComfyUI has a job: its memory stays as it is"
+            return "ComfyUI has a job, so its memory is not freed"
         unload(place)
     except (OSError, ValueError) as error:
         return f"ComfyUI does not answer: {error}"
-    return "ComfyUI has no job, and gives its memory back"
+    return "ComfyUI has no job and frees its memory"
 
 
 def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
@@ -51,7 +51,7 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
     they are unknown.
     """
     if force:
-        note("not waiting for jobs (--force): what runs is interrupted")
+        note("not waiting for jobs (--force): running jobs are interrupted")
         return
     end = time.monotonic() + seconds
     said = ""
@@ -61,7 +61,7 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
         except ConnectionRefusedError:
             return
         except (OSError, ValueError) as error:
-            found = f"its jobs are not known: {error}"
+            found = f"its jobs are unknown: {error}"
         else:
             if not running.total and not waiting.total:
                 return
@@ -72,7 +72,7 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
                 "drain",
                 f"ComfyUI is still working after {seconds:.0f} s: {found}",
                 "",
-                "wait and run again, give it longer (--drain SECONDS), or interrupt it (--force)",
+                "run the same command again later, wait longer (--drain SECONDS), or interrupt the jobs (--force)",
             )
         if found != said:
             note(f"waiting for jobs: {found}")
@@ -100,7 +100,7 @@ def clearer(layout: Layout, note: Note) -> Callable[[], None]:
         try:
             as_service(layout, remove, layout.folder("output") / PROOF, seconds=20)
         except (AgentError, OSError) as error:
-            note(f"the proof's folder stays: {error}")
+            note(f"the health check's folder could not be deleted: {error}")
 
     return clear
 
@@ -131,25 +131,27 @@ def prove(
     ]
     for what, found, expected in checks:
         if found != expected:
-            raise AgentError("gate", f"{what} is not the release's", f"found {said(found, 2000)}, wanted {expected}")
+            raise AgentError(
+                "gate", f"{what} differs from the release", f"found {said(found, 2000)}, expected {expected}"
+            )
     if wanted["cuda"] and "cuda" not in kinds:
         raise AgentError(
-            "gate", "ComfyUI sees no CUDA device", f"it runs on {', '.join(kinds[:5])}", "inv facts shows the GPUs"
+            "gate", "ComfyUI sees no CUDA device", f"it runs on {', '.join(kinds[:5])}", "inv doctor checks the GPU"
         )
     lines = _output(place, process, "Import times for custom nodes:" if release.get("nodes") else "")
     if wanted["attention"]:
-        used = next((line.strip() for line in lines if re.search(r"Using .* attention", line)), "nothing it logged")
+        used = next(
+            (line.strip() for line in lines if re.search(r"Using .* attention", line)), "nothing about attention"
+        )
         if wanted["attention"].lower() not in used.lower():
-            raise AgentError(
-                "gate", f"the attention in use is not {wanted['attention']}", f"ComfyUI says: {said(used)}"
-            )
+            raise AgentError("gate", f"ComfyUI does not use {wanted['attention']}", f"its log: {said(used)}")
         note(f"attention: {wanted['attention']}")
     failed = _failed_nodes(
         lines, {*release.get("nodes", ()), *(Path(each).name for each in release.get("develop", ()))}
     )
     for name, reason in failed.items():
         if name in wanted.get("required", ()):
-            raise AgentError("gate", f"node {name} cannot be imported, and is required", reason)
+            raise AgentError("gate", f"required node {name} cannot be imported", reason)
         note(f"node {name} cannot be imported: {reason}")
     for turn in ("first", "second"):  # an upstream regression hangs in the second workflow only (ComfyUI#15269)
         _picture(place, process, turn, clear, note)
@@ -218,7 +220,7 @@ def say_changed_types(old: Json, new: Json, note: Note) -> None:
         # Older versions of Hearth stored names only; a newer ComfyUI may move its own types.
         if isinstance(old, dict) and old[name] != new[name] and new[name].startswith("custom_nodes.")
     ]
-    for what, names in (("are gone", gone), ("another node provides now", moved)):
+    for what, names in (("no longer exist", gone), ("are provided by another node now", moved)):
         if names:
             more = f" and {len(names) - 20} more" if len(names) > 20 else ""
             note(f"node types that {what}: {', '.join(names[:20])}{more}")
@@ -228,7 +230,7 @@ def first_answer(place: Endpoint, process: Process, seconds: float) -> Json:
     """Poll `/system_stats` until ComfyUI responds. Raises AgentError if the process dies or `seconds` pass."""
     end = time.monotonic() + seconds
     restarts = process.status().restarts
-    answer = "nothing yet"
+    answer = "none yet"
     while True:
         try:
             return system_stats(place)
@@ -238,7 +240,7 @@ def first_answer(place: Endpoint, process: Process, seconds: float) -> Json:
             pass
         status = process.status()
         if not status.active or status.restarts > restarts:
-            raise AgentError("gate", "ComfyUI died while it started", status.state)
+            raise AgentError("gate", "ComfyUI died during its start", status.state)
         if time.monotonic() > end:
             why = f"{status.state}; the last answer at port {place.port}: {answer}"
             raise AgentError("gate", f"ComfyUI does not answer after {seconds:.0f} s", why)
@@ -266,7 +268,7 @@ def _picture(place: Endpoint, process: Process, turn: str, clear: Callable[[], N
         prompt = said(answer("/prompt", {"prompt": workflow})["prompt_id"])
         while not (done := answer(f"/history/{prompt}").get(prompt)):
             if time.monotonic() - started > WORKFLOW_SECONDS:
-                raise AgentError("gate", f"the {turn} workflow without models does not end within {WORKFLOW_SECONDS} s")
+                raise AgentError("gate", f"the {turn} workflow without models did not end within {WORKFLOW_SECONDS} s")
             if not process.status().active:
                 raise AgentError("gate", f"ComfyUI died during the {turn} workflow", process.status().state)
             time.sleep(0.1)
@@ -274,10 +276,10 @@ def _picture(place: Endpoint, process: Process, turn: str, clear: Callable[[], N
         raw = answer(f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AgentError(
-            "gate", f"the {turn} workflow without models makes no picture", said(repr(error), 500)
+            "gate", f"the {turn} workflow without models made no picture", said(repr(error), 500)
         ) from error
     finally:
         clear()
     if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[16:24] != b"\0\0\0\x40\0\0\0\x40":
-        raise AgentError("gate", "the picture that came back is not the one asked for", f"{len(raw)} bytes")
-    note(f"the {turn} picture came back after {time.monotonic() - started:.1f} s")
+        raise AgentError("gate", "the returned picture is not the requested one", f"{len(raw)} bytes")
+    note(f"the {turn} picture arrived after {time.monotonic() - started:.1f} s")

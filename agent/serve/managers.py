@@ -33,8 +33,8 @@ def manager_of(layout: Layout) -> Manager:
     if name == supervised.name:
         return supervised
     if not user_systemd():
-        what = f"{login()}'s systemd, which runs {layout.service} here, does not answer"
-        cause = f"it ends with {login()}'s last session unless it lingers; its socket is in /run/user/{os.getuid()}"
+        what = f"{login()}'s systemd, which runs {layout.service}, does not answer"
+        cause = f"without lingering it ends with {login()}'s last session; its socket is in /run/user/{os.getuid()}"
         raise AgentError(
             "step", what, cause, f"on the host: loginctl enable-linger {login()}, then run the same command again"
         )

@@ -126,11 +126,11 @@ def _output(command: list[str], variables: dict[str, str], seconds: int, most: i
                 timer.cancel()
                 timer.join()  # else it could kill the next command's descendants
     except OSError as error:
-        raise AgentError("step", f"{command[0]} could not be run", str(error)) from error
+        raise AgentError("step", f"{command[0]} could not be started", str(error)) from error
     if late.is_set():
         raise AgentError("step", f"it did not end within {seconds} s")
     if len(said) > most:
-        raise AgentError("step", f"it said more than {most} bytes")
+        raise AgentError("step", f"it printed more than {most} bytes")
     if process.returncode:
         lines = (bytes(tail) or said[-4000:]).decode(errors="replace").strip().splitlines()
         raise AgentError("step", f"it ended with {process.returncode}", "\n".join(lines[-8:]))

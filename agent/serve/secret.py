@@ -31,7 +31,7 @@ def keep(layout: Layout, request: Json) -> Json:
     """Store a secret (`name`, `value`), or delete it if the value is None; return its storage. Raises AgentError."""
     name, value = str(request["name"]), request["value"]
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise AgentError("usage", f"{name!r} is no variable's name", "", "such as HF_TOKEN")
+        raise AgentError("usage", f"{name!r} is not a variable name", "", "use a name such as HF_TOKEN")
     layout.secrets.mkdir(parents=True, exist_ok=True)
     layout.secrets.chmod(0o700)
     plain, encrypted = layout.secrets / name, layout.secrets / f"{name}{ENCRYPTED}"
@@ -46,7 +46,7 @@ def keep(layout: Layout, request: Json) -> Json:
     for path, kept in ((plain, "plain"), (encrypted, "encrypted")):
         if how != kept:
             path.unlink(missing_ok=True)
-    action = f"{'forget' if value is None else 'set'} secret {name}"
+    action = f"{'remove' if value is None else 'set'} secret {name}"
     line = {"at": now(), "result": "done", "run": "", "action": action, "release": "", "base": "", "error": ""}
     with suppress(OSError):
         layout.state.mkdir(exist_ok=True)

@@ -76,7 +76,7 @@ class Supervised:
         up = wait_for(lambda: not free(self.lock) or child.poll() is not None, 30)
         if not up or free(self.lock):
             said = read_some(agent_log(self.layout))[before:].decode(errors="replace").strip()
-            what = "the supervisor, which runs ComfyUI where there is no systemd, did not start"
+            what = "the supervisor, which runs ComfyUI without systemd, did not start"
             raise AgentError(
                 "step", what, said[-2000:], f"read {agent_log(self.layout)}, then run the same command again"
             )
@@ -92,9 +92,16 @@ class Supervised:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         if not (pid or free(self.lock)) or not wait_for(lambda: free(self.lock), 40):
-            cause = f"process {pid} holds {self.lock}" if pid else f"{self.record} does not name it: was the disk full?"
+            cause = (
+                f"process {pid} has locked {self.lock}"
+                if pid
+                else f"{self.record} does not name its process; perhaps the disk was full"
+            )
             raise AgentError(
-                "step", "the supervisor does not end", cause, f"on the host: fuser -v {self.lock}, then kill it"
+                "step",
+                "the supervisor does not end",
+                cause,
+                f"on the host: find the process with fuser -v {self.lock}, then kill it",
             )
 
     def log(self, lines: int) -> list[str]:

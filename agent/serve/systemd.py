@@ -233,7 +233,7 @@ def _python(layout: Layout) -> str:
         with suppress(AgentError):
             if rooted(Path(each)) and run([each, "-ISc", "import sys; print(sys.version_info >= (3, 10))"]) == "True\n":
                 return each
-    what = f"{python} would run as root at each boot, and not root alone may change it"
+    what = f"{python} would run as root at each boot, but users other than root can change it"
     raise AgentError("step", what, "", "install the system's python3, 3.10 or newer, then run the same command again")
 
 
@@ -274,7 +274,7 @@ SystemCallErrorNumber=EPERM
 # must not end the apply.
 _APPLY_UNIT = """\
 [Unit]
-Description=Hearth: goes on with a change of {service} that is under way, else sees that it was started
+Description=Hearth: resumes an interrupted change of {service}, or starts it if it is not running
 RequiresMountsFor={state}
 StartLimitIntervalSec=0
 
@@ -282,13 +282,13 @@ StartLimitIntervalSec=0
 Type=exec
 ExecStart={python} -I -S {state}/agent apply {state}/site.json
 Restart=on-failure
-# A damaged record, or a disk that takes no writes: trying each second would not help. The next boot or command goes on.
+# After a damaged record or a read-only disk a retry each second does not help. The next boot or command resumes.
 RestartPreventExitStatus=3 4
 RestartSec=1
 OOMPolicy=continue
 KillMode=control-group
 # Now and then systemd (252, in a container under load) misses that a killed process was the last of its group, and
-# starts the next one only after this time. Nothing here needs long to end.
+# starts the next one only after this time. Every process here ends quickly.
 TimeoutStopSec=5
 {limits}
 [Install]

@@ -65,7 +65,7 @@ def _kernels(case: Case) -> Iterator[Problem]:
 def _faults(case: Case) -> Iterator[Problem]:
     if lines := [line for line in case.probe.kernel.lines if "Xid" in line]:
         yield Problem(
-            f"the GPU driver reported {len(lines)} faults, the last: {lines[-1].strip()[:140]}",
+            f"the GPU driver reported {len(lines)} errors, the last: {lines[-1].strip()[:140]}",
             "look up the Xid in NVIDIA's catalogue; a reboot recovers a GPU that has fallen off the bus",
         )
 
@@ -109,10 +109,10 @@ CHECKS = (
     ),
     Check(
         name="gpu-faults",
-        question="Did the driver report GPU faults?",
+        question="Did the driver report GPU errors?",
         detected_by="Xid lines in the kernel log of a week",
-        fix="look up the number in NVIDIA's Xid catalogue: 13, 31 and 43 are program faults; 48, 63, 64, 79, 94 and 95 "
-        "are hardware faults",
+        fix="look up the number in NVIDIA's Xid catalogue: 13, 31 and 43 are program errors; 48, 63, 64, 79, 94 and 95 "
+        "are hardware errors",
         find=_faults,
     ),
 )

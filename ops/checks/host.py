@@ -30,7 +30,7 @@ def _storage(case: Case) -> Iterator[Problem]:
 def _access(case: Case) -> Iterator[Problem]:
     who = case.target.host.run_as if case.target.host.scope == "system" else case.facts.login
     for path, what in case.probe.access.items():
-        yield Problem(f"{who} may not {what} {path}", f"on the host: chown -R {shlex.quote(who)}: {shlex.quote(path)}")
+        yield Problem(f"{who} cannot {what} {path}", f"on the host: chown -R {shlex.quote(who)}: {shlex.quote(path)}")
 
 
 def _disk(case: Case) -> Iterator[Problem]:
@@ -49,7 +49,7 @@ def _disk(case: Case) -> Iterator[Problem]:
             )
     if not case.planned.steps:
         for refusal in release_refusals.room(case.target, case.facts, case.inputs):
-            yield Problem(f"no room for a new environment: {refusal.what}", refusal.remedy)
+            yield Problem(f"too little space for a new environment: {refusal.what}", refusal.remedy)
 
 
 def _clock(case: Case) -> Iterator[Problem]:
@@ -81,7 +81,10 @@ def _containers(case: Case) -> Iterator[Problem]:
     if not found.devices:
         unit = "systemctl enable --now nvidia-cdi-refresh.service"
         make = "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
-        yield Problem("no GPU is described for containers (CDI)", f"on the host: {unit if found.refresh else make}")
+        yield Problem(
+            "containers cannot find the GPU: it has no CDI description",
+            f"on the host: {unit if found.refresh else make}",
+        )
 
 
 def _older(version: str, floor: str) -> bool:

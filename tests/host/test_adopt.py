@@ -199,12 +199,12 @@ def test_what_is_there_is_read_and_a_proposal_made(old: Old) -> None:
     assert host["model_roots"] == ["/srv/more"]
     assert host["override"]["nodes"] == ["good"]
     assert host["override"]["flags"].keys() == {"--preview-method"}
-    assert found["nodes"] == {"good": "at the same commit"}
+    assert found["nodes"] == {"good": "pinned at the same commit"}
     (command,) = found["add"]
     commit = git(old.place / "custom_nodes/unknown", "rev-parse", "HEAD")
     assert command.startswith(f"inv nodes.add file://{old.garden.folder}/upstream/unknown@{commit} ")
     left = dict(found["left"])
-    assert left["node edited"].startswith("it was edited here (__init__.py)")
+    assert left["node edited"].startswith("it was edited (__init__.py)")
     assert "single file" in left["node single.py"]
     assert "exclude each other" in left["flag --highvram"]
     assert "variable OMP_NUM_THREADS" in left
@@ -225,7 +225,7 @@ def test_what_cannot_be_adopted_is_told_apart(old: Old) -> None:
     undo = old.adopt("--undo", "--yes")
     assert {kind_of(none.stderr), kind_of(undo.stderr)} == {"no-installation"}
     assert "no ComfyUI was found on spark" in none.stderr
-    assert "nothing was adopted on spark" in undo.stderr
+    assert "there is no adopted installation on spark" in undo.stderr
     machine = old.fleet.machine
     machine.run(f"mkdir -p /home/anna/comfy && cp -r {OLD} /home/anna/comfy && rm -r /home/anna/comfy/ComfyUI/output")
     two = old.adopt()
@@ -304,7 +304,7 @@ def test_an_adopted_installation_is_deployed_and_nothing_is_lost(old: Old) -> No
     fleet.machine.run(f"mkdir -p {PREFIX}/data/models/configs; echo mine > '{PREFIX}/data/models/configs/ü b.yaml'")
     adopted = old.adopt("--apply", "--yes")
     assert adopted.returncode == 0, adopted.stderr
-    assert f"the data has one of that name: {OLD}/models/configs/ü b.yaml" in adopted.stderr
+    assert f"data/ has one of that name: {OLD}/models/configs/ü b.yaml" in adopted.stderr
     assert (taken / "ü b.yaml").read_text() == "mine\n"
     done = old.garden.deploy("good")
     assert done.returncode == 0, done.stderr

@@ -150,12 +150,12 @@ def test_comfyui_gives_its_memory_back_when_its_job_has_ended(steady: Fleet) -> 
 def test_a_container_does_not_let_its_page_cache_be_dropped(steady: Fleet) -> None:
     refused = steady.inv("drop-caches", "--host", "spark")
     assert refused.returncode == 63
-    assert "no GPU there shares the machine's memory" in refused.stderr
+    assert "no GPU of this host shares the machine's memory" in refused.stderr
     with driver(steady, "gb10"):
         assert steady.inv("drop-caches", "--host", "spark", "--dry-run").returncode == 2
         done = steady.inv("drop-caches", "--host", "spark")
     assert done.returncode == 69, done.stderr
-    assert "does not let its cache be dropped" in done.stderr
+    assert "refuses to drop its page cache" in done.stderr
     assert "Read-only file system" in done.stderr
     last = json.loads(steady.inv("history", "--host", "spark", "--json").stdout)[-1]
     assert (last["action"], last["result"]) == ("drop-caches", "failed")

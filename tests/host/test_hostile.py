@@ -110,12 +110,12 @@ def test_it_is_stopped_updated_and_cleaned_away(attacked: Garden) -> None:
         done = fleet.inv(*words, "--host", "spark")
         assert done.returncode == 0, done.stderr
     trapped = attacked.deploy()
-    assert f"{PREFIX}/data/user/comfyui.db-journal is no regular file" in trapped.stderr
+    assert f"{PREFIX}/data/user/comfyui.db-journal is not a regular file" in trapped.stderr
     machine.run(f"rm {PREFIX}/data/user/comfyui.db-*")
     clean = attacked.deploy()
     assert not (fleet.prefix / "data/output/ran-again").exists()  # its files in custom_nodes were not loaded
     assert clean.returncode == 0, clean.stderr
-    assert "nothing is loaded from" in clean.stderr
+    assert "not loaded, because it is in" in clean.stderr
     modes = machine.run(f"find {PREFIX}/data -perm /6000 -type f")
     assert modes.strip() == "", modes
     assert machine.run("ls /etc/cron.d; stat -c %a /etc/shadow").split()[-1] == "640"

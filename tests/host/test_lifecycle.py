@@ -100,7 +100,7 @@ def test_a_restart_of_a_group_begins_with_its_canary(served: Fleet) -> None:
     served.configure(f'{PEOPLE}{MOUNT}{ghost}[groups]\nsound = ["spark", "ghost"]\nsick = ["ghost", "spark"]\n')
     sound, sick = (served.inv("restart", "--group", group) for group in ("sound", "sick"))
     assert (sound.returncode, sick.returncode) == (70, 70)
-    assert "spark: ComfyUI runs again" in sound.stderr
+    assert "spark: ComfyUI is running again" in sound.stderr
     assert "answers after" in sound.stderr
     assert "spark: skipped, the canary failed" in sick.stderr
 
@@ -121,7 +121,7 @@ def test_what_waits_for_a_mount_can_be_stopped_and_not_started(served: Fleet) ->
     assert "/srv/plain is not mounted" in inv(served, "start", code=63)
     machine.run("mount -t tmpfs plain /srv/plain; sleep 3")
     assert active(served) == "inactive"  # a stopped service stays stopped when the mount returns
-    assert "spark: ComfyUI runs" in inv(served, "start")
+    assert "spark: ComfyUI is running" in inv(served, "start")
     assert served.answers(1)
     served.configure(PEOPLE + MOUNT)
     assert served.deploy().returncode == 0
@@ -179,7 +179,7 @@ def test_what_is_removed_leaves_systemd_and_comes_back(served: Fleet) -> None:
     assert "comfyui-apply.service" in machine.run("ls /etc/systemd/system")
     release = served.current()
     said = inv(served, "remove", "--yes")
-    assert "revoke what members may do by sudo" in said
+    assert "remove the members' sudo rules" in said
     assert "comfyui" not in machine.run("ls -R /etc/systemd/system /etc/sudoers.d")
     for listing in ("list-units --all --state=loaded", "list-units --failed", "list-unit-files"):
         assert "comfyui" not in machine.run(f"systemctl {listing} --no-legend")
@@ -199,7 +199,7 @@ def test_what_is_removed_leaves_systemd_and_comes_back(served: Fleet) -> None:
         ("/", "true", "'/' is not a plain absolute path"),
         ("/srv/vault", "true", "/srv/vault is a mount point"),
         ("/srv/link", f"ln -s {PREFIX} /srv/link", f"/srv/link is a symbolic link to {PREFIX}"),
-        ("/srv/ben", "useradd --create-home --home-dir /srv/ben ben", "/srv/ben is or holds the home of ben"),
+        ("/srv/ben", "useradd --create-home --home-dir /srv/ben ben", "/srv/ben is or contains the home folder of ben"),
         ("/srv/other", "mkdir -p /srv/other/data/x /srv/other/releases", "/srv/other does not look like Hearth's"),
     ],
     ids=["top", "root", "mount", "link", "home", "foreign"],
@@ -263,10 +263,10 @@ def test_the_data_goes_only_by_its_hosts_name_and_never_across_a_mount_or_link(l
     machine.run(f"runuser -u comfyui -- ln -s /srv {PREFIX}/data/output/evil")
     lone.configure()
     dry = inv(lone, "nuke", "--data", "--dry-run", code=2)
-    assert f"left, it is mounted: {PREFIX}/data/models/nas" in dry
-    assert "its name was not typed" in inv(lone, "nuke", "--data", "--yes", code=63)
+    assert f"kept, it is mounted: {PREFIX}/data/models/nas" in dry
+    assert "the host's name was not typed" in inv(lone, "nuke", "--data", "--yes", code=63)
     status, said = at_a_terminal(lone, ("nuke", "--host", "spark", "--data"), "yes\n")
-    assert (status, "its name was not typed" in said) == (63, True), said
+    assert (status, "the host's name was not typed" in said) == (63, True), said
     assert (lone.prefix / "data/output/art.png").exists()
     status, said = at_a_terminal(lone, ("nuke", "--host", "spark", "--data"), "spark\n")
     assert status == 0, said

@@ -265,7 +265,7 @@ def test_without_systemd_too_nodes_under_development_are_looked_at_and_memory_is
             time.sleep(0.2)
         return text in log.read_text()
 
-    assert said("ComfyUI has no job, and gives its memory back", 20)
+    assert said("ComfyUI has no job and frees its memory", 20)
     (node / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\nprint('the second one')\n")
     assert said(f"{node}/__init__.py changed: restarting ComfyUI", 20)
     assert said("the second one", 60)
@@ -336,7 +336,7 @@ def test_releases_and_history_and_hosts(running: Here) -> None:
 
 
 def test_stop_start_restart_pause_and_resume(running: Here) -> None:
-    assert running.inv("start").stdout == "local: nothing to do, ComfyUI runs\n"
+    assert running.inv("start").stdout == "local: nothing to do, ComfyUI is running\n"
     dry = running.inv("stop", "--dry-run")
     assert (dry.returncode, "stop comfyui until inv start" in dry.stderr) == (2, True), dry.stderr
     assert running.answers(1)
@@ -381,7 +381,7 @@ def test_the_supervisors_log(running: Here) -> None:
         assert (wrong.returncode, said in wrong.stderr) == (15, True), wrong.stderr
     lately = running.inv("logs", "--since", "1 min ago", "--json")
     assert any("To see the GUI" in json.loads(line)["text"] for line in lately.stdout.splitlines())
-    assert "this begins up to five seconds early" in lately.stderr
+    assert "the output can begin up to five seconds early" in lately.stderr
 
     following = running.start("logs", "-f", "-n", "0")
     assert following.stdout is not None
@@ -433,7 +433,7 @@ def test_jobs_that_ended_well_and_badly_and_a_comfyui_that_hangs(running: Here) 
     finally:
         os.kill(child, signal.SIGCONT)
     assert (silent.returncode, kind_of(silent.stderr)) == (69, "no-answer")
-    assert "ComfyUI takes connections and does not answer" in silent.stderr
+    assert "ComfyUI accepts connections but does not answer" in silent.stderr
 
 
 def test_a_service_that_does_not_come_up_is_told_with_its_log(running: Here) -> None:
@@ -504,16 +504,16 @@ def test_a_nuke_that_was_killed_goes_on_and_keeps_the_data_and_whatever_is_mount
         assert sorted(path.name for path in prefix.iterdir()) == ["data", "notes.txt"]
         assert (prefix / "data/output/art.png").read_text() == "art"
         assert running.inv("nuke").stdout.startswith("local: nothing to do")
-        assert running.inv("attach").stderr == "nothing was ever changed on local\n"
+        assert running.inv("attach").stderr == "no change was ever made on local\n"
 
         unnamed = running.inv("nuke", "--data", "--yes")
-        assert (unnamed.returncode, "its name was not typed" in unnamed.stderr) == (63, True), unnamed.stderr
+        assert (unnamed.returncode, "the host's name was not typed" in unnamed.stderr) == (63, True), unnamed.stderr
         wrong = running.inv("nuke", "--data", "--yes-delete-data-of", "spark")
         assert (wrong.returncode, (prefix / "data/output/art.png").exists()) == (15, True), wrong.stderr
         gone = running.inv("nuke", "--data", "--yes-delete-data-of", "local")
         assert gone.returncode == 0, gone.stderr
-        assert f"left, it is mounted: {inside}" in gone.stderr
-        assert f"left, it is not Hearth's: {prefix}/notes.txt" in gone.stderr
+        assert f"kept, it is mounted: {inside}" in gone.stderr
+        assert f"kept, it is not Hearth's: {prefix}/notes.txt" in gone.stderr
         left = [str(path.relative_to(prefix)) for path in sorted(prefix.rglob("*"))]
         assert left == [
             "data", "data/models", "data/models/pool", "data/models/pool/weights", "data/models/pool/weights/large",

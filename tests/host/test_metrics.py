@@ -228,7 +228,7 @@ def test_a_hung_comfyui_is_told_in_time_with_all_else(metrics: tuple[Fleet, int]
     fleet.machine.run(f"kill {held}")
     fleet.configure(f"metrics_port = {port}\n")
     assert refused.returncode == 63, refused.stderr
-    assert f"port 18189 is held by python3 -m http.server (pid {held})" in refused.stderr
+    assert f"port 18189 is in use by python3 -m http.server (pid {held})" in refused.stderr
     assert "`metrics_port`" in refused.stderr
 
 

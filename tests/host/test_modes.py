@@ -84,7 +84,7 @@ def test_what_excludes_each_other_is_refused_with_who_says_it(deployed: Fleet) -
     assert "--cache-none and --cache-ram exclude each other" in flags.stderr
     assert "--cache-none is from host spark, --cache-ram is from mode low-memory" in flags.stderr
     assert "production is not for that" in develop.stderr
-    assert "/srv/nothing is not there" in missing.stderr
+    assert "/srv/nothing does not exist" in missing.stderr
 
 
 def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet) -> None:
@@ -137,7 +137,7 @@ def test_memory_is_given_back_by_a_timer(steady: Fleet) -> None:
     timers = json.loads(steady.machine.run("systemctl list-timers --output=json comfyui-free-memory.timer"))
     assert [each["activates"] for each in timers] == ["comfyui-free-memory.service"]
     journal = "journalctl --no-pager --output=cat --unit=comfyui-free-memory"
-    said = "ComfyUI has no job, and gives its memory back"
+    said = "ComfyUI has no job and frees its memory"
     assert within(20, lambda: steady.machine.run(journal).count(said) >= 2)
     assert exposure(steady, "comfyui-free-memory") <= 2.0
     steady.machine.run("systemctl stop comfyui")

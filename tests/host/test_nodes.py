@@ -120,7 +120,7 @@ def test_nodes_are_read_only_parts_with_writable_corners(garden: Garden, monkeyp
     done = garden.deploy("good", "bad")
     assert done.returncode == 0, done.stderr
     assert "node bad cannot be imported: No module named 'nothing_like_this'" in done.stderr
-    assert "node good needs ffmpeg, which the host lacks; on the host: apt-get install ffmpeg" in done.stderr
+    assert "node good needs ffmpeg, missing on the host; on the host: apt-get install ffmpeg" in done.stderr
     assert "HearthOne" in fleet.ask("/object_info")
     kept = fleet.prefix / "data/nodes/good"
     assert json.loads((kept / "count.json").read_text()) == {"started": True}
@@ -149,7 +149,7 @@ def test_nodes_are_read_only_parts_with_writable_corners(garden: Garden, monkeyp
     garden.write(second, required, monkeypatch=monkeypatch)
     refused = garden.deploy("good", "bad")
     assert refused.returncode == 66, refused.stderr
-    assert "node bad cannot be imported, and is required" in refused.stderr
+    assert "required node bad cannot be imported" in refused.stderr
     assert fleet.current() == release
 
 
@@ -193,4 +193,4 @@ def test_a_node_that_is_not_what_it_was_is_refused(garden: Garden, monkeypatch: 
     garden.write(table.replace(str(garden.folder / "upstream/good"), "/nowhere/at/all"), monkeypatch=monkeypatch)
     gone = garden.deploy("good")
     assert (kind_of(altered.stderr), kind_of(gone.stderr)) == ("hash-mismatch", "source-unreachable")
-    assert "is not what the recipe pins" in altered.stderr
+    assert "differs from the recipe's pin" in altered.stderr

@@ -62,8 +62,8 @@ def test_every_host_is_reached_by_a_check(deployed: Fleet) -> None:
     done = deployed.inv("hosts", "--check")
     assert (one_is_off.returncode, done.returncode) == (70, 0), one_is_off.stderr + done.stderr
     assert "ghost: ghost cannot be reached" in one_is_off.stderr
-    assert "spark: reached, debian 12" in one_is_off.stderr
-    assert f"spark: reached, debian 12, x86_64, release {deployed.current()}" in done.stderr
+    assert "spark: reachable, debian 12" in one_is_off.stderr
+    assert f"spark: reachable, debian 12, x86_64, release {deployed.current()}" in done.stderr
 
 
 def test_a_host_without_a_network_is_deployed_to_from_a_bundle(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def kernel_file(fleet: Fleet, path: str, text: str) -> Iterator[None]:
 def test_a_setting_is_applied_recorded_and_undone(steady: Fleet) -> None:
     machine = steady.machine
     refused = steady.inv("tune", "--host", "spark", "--apply", "swappiness")
-    assert (refused.returncode, "cannot be written there" in refused.stderr) == (63, True), refused.stderr
+    assert (refused.returncode, "is not writable" in refused.stderr) == (63, True), refused.stderr
     with kernel_file(steady, SWAPPINESS, "60"):
         listed = steady.inv("tune", "--host", "spark", "--json")
         ((host),) = json.loads(listed.stdout)
@@ -99,7 +99,7 @@ def test_mps_on_limited_dying_and_off(steady: Fleet) -> None:
     assert "the driver shows no NVIDIA GPU" in mps(steady, "on", code=63)
     steady.configure("override.cuda = true\n")
     with gpu(steady, "rtx-4070"):
-        assert "there is no nvidia-cuda-mps-control" in mps(steady, "on", code=63)
+        assert "nvidia-cuda-mps-control is not installed" in mps(steady, "on", code=63)
         with control(steady):
             assert "MPS is off" in mps(steady, "limit", "--percent", "50", code=63)
             mps(steady, "on", "--dry-run", code=2)

@@ -392,7 +392,7 @@ def test_a_python_that_is_too_old_is_told_apart(box: Lab, version: str) -> None:
     numbers = ", ".join(version.split("."))
     start = f"import sys; sys.version_info = ({numbers}, 'final', 0); sys.version = '{version} x'"
     fake_python(box, f'shift 3; exec /usr/bin/python3 -c "{start}; exec(sys.argv.pop(1))" "$@"')  # without -I -S -c
-    assert f"python3 on box is {version}, and Hearth needs 3.10" in refused("step-failed").what
+    assert f"python3 on box is {version}; Hearth needs 3.10" in refused("step-failed").what
 
 
 @pytest.mark.parametrize(

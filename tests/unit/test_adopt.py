@@ -109,7 +109,7 @@ def test_what_lies_elsewhere_already_is_not_moved_into_the_data() -> None:
     assert found.moves.keys() == {"output"}
     assert host(found)["folders"] == {"models": "/srv/models"}
     place = "models in /opt/comfyui/ComfyUI/models"
-    assert (place, "hosts.toml says that it lies in /srv/models") in found.left
+    assert (place, "hosts.toml places it in /srv/models") in found.left
 
 
 def test_a_home_folder_is_moved_but_never_referred_to() -> None:
@@ -123,10 +123,10 @@ def test_a_home_folder_is_moved_but_never_referred_to() -> None:
 @pytest.mark.parametrize(
     ("link", "target", "why"),
     [
-        ("a", "../output/a", "leads out of what is moved"),
+        ("a", "../output/a", "leads out of the moved folders"),
         ("sub/a", "../a", ""),
-        ("sub/a", "../../a", "leads out of what is moved"),
-        ("a", "/opt/comfyui/ComfyUI/models/b", "leads into what is moved"),
+        ("sub/a", "../../a", "leads out of the moved folders"),
+        ("a", "/opt/comfyui/ComfyUI/models/b", "leads into the moved folders"),
         ("a", "/home/anna/a", "sees no home folder"),
         ("a", "/srv/a", ""),
     ],
@@ -184,7 +184,7 @@ def test_nodes_are_known_or_can_be_listed_or_have_a_reason() -> None:
         found_node("bare", url="", commit="", edited=None),
     ]
     found = proposed(nodes=listed)
-    assert found.nodes == {"pinned": "pinned at aaaaaaaaa, here ccccccccc"}
+    assert found.nodes == {"pinned": "pinned at aaaaaaaaa, installed ccccccccc"}
     assert host(found)["override"]["nodes"] == ["pinned"]
     assert [command.split(" --why")[0] for command in found.add] == [
         f"inv nodes.add https://example.org/other@{'c' * 40}",
@@ -197,7 +197,7 @@ def test_nodes_are_known_or_can_be_listed_or_have_a_reason() -> None:
         "edits of unread",
     ]
     assert "a.py, b.py" in dict(found.left)["node edited"]
-    assert "nobody can tell" in dict(found.left)["edits of unread"]
+    assert "the host has no git" in dict(found.left)["edits of unread"]
 
 
 def test_one_installation_must_be_meant() -> None:
@@ -360,7 +360,7 @@ def test_a_folder_that_anybodys_process_names_is_not_taken(tmp_path: Path) -> No
     assert survey._foreign(tmp_path, {me}) == ""
     assert survey._foreign(tmp_path, {me + 1}).startswith(f"it belongs to user {me}, ")
     for each in ("/", "/etc", "/etc/ssl", "/usr/share", "/opt", "/var/lib", "/home", str(Path.home())):
-        assert survey._foreign(Path(each), {0, me}) == "it is the system's, or somebody's home"
+        assert survey._foreign(Path(each), {0, me}) == "it is a system folder or a user's home"
     folders = {"output": folder("output", real="/opt/hbob/private", rename=False, foreign="it belongs to user 7")}
     found = proposed(folders=folders)
     assert found.moves == {}
@@ -426,7 +426,7 @@ def test_a_database_beyond_all_is_not_adopted(tmp_path: Path) -> None:
     old.mkdir(parents=True)
     (old / "comfyui.db").touch()
     os.truncate(old / "comfyui.db", 10**13)
-    with pytest.raises(AgentError, match="ComfyUI's database never is"):
+    with pytest.raises(AgentError, match="more than ComfyUI's database can have"):
         adopting.adopt(place, Adopt("t", "w", "u", "user", str(old), (os.geteuid(),)), print)
 
 
@@ -438,7 +438,7 @@ def test_labyrinths_in_both_places_are_left_where_they_are(tmp_path: Path, level
         deep(root, levels)
     said: list[str] = []
     adopting.adopt(place, Adopt("t", "w", "u", "output", str(old), (os.geteuid(),)), said.append)
-    assert said[0].startswith(f"left where it is, the data has one of that name: {old}/dd/dd")
+    assert said[0].startswith(f"not moved, because data/ has one of that name:  {old}/dd/dd")
     for root in (old, place.data):
         remove(root)
 
@@ -527,7 +527,7 @@ def test_what_an_installation_keeps_secret_is_not_shown(text: str, shown: str) -
     left: list[tuple[str, str]] = []
     if shown != text:
         assert proposal._flags("cpu", {"--x": shown}, {}, left) == {}
-        assert left == [("flag --x", "it holds a secret, which belongs in no command line: inv secret set")]
+        assert left == [("flag --x", "it is a secret, and a command line is visible to other users: inv secret set")]
 
 
 def test_an_address_is_of_use_without_who_asks() -> None:

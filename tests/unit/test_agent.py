@@ -84,7 +84,7 @@ def test_packages_that_overwrite_each_others_modules_are_refused_by_name(tmp_pat
     with pytest.raises(AgentError) as raised:
         make(tmp_path, {"cv2/__init__.py": "whose = 1"}, {"cv2/__init__.py": "whose = 2"})
     report = raised.value.report
-    assert report["what"] == "one and two both bring cv2/__init__.py, and one has overwritten the other's"
+    assert report["what"] == "one and two both install cv2/__init__.py; one has overwritten the other's"
     assert "[override.two]" in report["hint"]
     assert not list((tmp_path / "parts").iterdir())
 
@@ -100,10 +100,13 @@ def test_packages_that_share_what_does_no_harm_are_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "said"),
     [
-        (["A", "B", "C"], ["node types that are gone: C"]),  # as an older Hearth stored them
+        (["A", "B", "C"], ["node types that no longer exist: C"]),  # as an older Hearth stored them
         (
             {"A": "custom_nodes.one", "B": "comfy_extras.old", "C": "nodes"},
-            ["node types that are gone: C", "node types that another node provides now: A (two, before one)"],
+            [
+                "node types that no longer exist: C",
+                "node types that are provided by another node now: A (two, before one)",
+            ],
         ),
         ({"A": "custom_nodes.two", "B": "comfy_extras.new"}, []),
     ],
@@ -136,7 +139,7 @@ def test_following_a_run_that_nobody_can_go_on_with_ends(tmp_path: Path, monkeyp
     monkeypatch.setattr("agent.change.runs.manager_of", lambda _: manager)
     following = runs.follow(layout, "r")
     assert [next(following) for _ in range(3)] == [{"event": "alive"}] * 3
-    with pytest.raises(AgentError, match="ends each time it is started") as raised:
+    with pytest.raises(AgentError, match="fails at every start") as raised:
         next(following)
     assert raised.value.report["log"] == ["Traceback"]
     assert len(started) == 3
@@ -170,7 +173,7 @@ def test_notes_and_faults_are_limited(tmp_path: Path, monkeypatch: pytest.Monkey
     error = runs._carry_out(layout, {"steps": [packed(Serve("t", "w", "u"))]}, log)
     assert len(json.dumps(error)) < 30_000
     assert log.path.stat().st_size < 3_000_000
-    assert log.events()[-1]["text"] == "there is more, which is left out"
+    assert log.events()[-1]["text"] == "further notes are omitted"
 
 
 def test_a_log_without_an_end_is_read_in_part(tmp_path: Path) -> None:
@@ -318,7 +321,7 @@ def test_an_install_script_that_hangs_is_a_failed_step(tmp_path: Path, monkeypat
     monkeypatch.setattr(trees, "INSTALL_SECONDS", 1)
     with pytest.raises(AgentError) as raised:
         installed(tmp_path, "import time; time.sleep(60)")
-    assert raised.value.report["what"] == "the install.py failed: make node it"
+    assert raised.value.report["what"] == "install.py failed: make node it"
     assert "did not end within 1 s" in raised.value.report["cause"]
 
 

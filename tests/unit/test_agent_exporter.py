@@ -90,7 +90,7 @@ def test_it_is_installed_changed_and_removed(layout: Layout, server: HTTPServer)
 
 
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("broken", ["does not start", "says nothing", "is not there"])
+@pytest.mark.parametrize("broken", ["does not start", "says nothing", "does not exist"])
 def test_one_that_does_not_answer_gives_way_to_the_one_before(
     layout: Layout, server: HTTPServer, before: bool, broken: str
 ) -> None:
@@ -100,7 +100,7 @@ def test_one_that_does_not_answer_gives_way_to_the_one_before(
         other.text = b"up 1\n"  # type: ignore[attr-defined]
         threading.Thread(target=other.serve_forever, args=(0.05,), daemon=True).start()
         bad = wanted(other.server_port, "# broken\n" if broken == "does not start" else "# new\n", "b" * 16)
-        if broken == "is not there":
+        if broken == "does not exist":
             bad["settings"]["port"] = 1
         refused = refuses(layout, bad)
         other.shutdown()
@@ -119,7 +119,7 @@ def test_a_previous_one_that_does_not_answer_either_is_restored_and_said(layout:
     first = wanted(server.server_port)
     change(layout, first)
     server.text = b""  # type: ignore[attr-defined]
-    assert refuses(layout, wanted(1)).endswith("restored, and does not answer either")
+    assert refuses(layout, wanted(1)).endswith("restored, but does not answer either")
     assert installed(layout) == first
 
 

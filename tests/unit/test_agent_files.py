@@ -180,7 +180,7 @@ def test_a_folder_that_is_moved_while_it_is_deleted_takes_nothing_else_with_it(
     monkeypatch.setattr(os, "unlink", moving)
     sweep = SafeDeleter()
     sweep.delete(tmp_path / "tree")
-    assert [each.rpartition(": ")[2] for each in sweep.stuck] == ["it was moved while it was being deleted"]
+    assert [each.rpartition(": ")[2] for each in sweep.stuck] == ["it was moved during its deletion"]
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["inner", "other", "tree"]
 
 
@@ -317,7 +317,7 @@ def test_more_than_can_be_held_or_deleted_in_time_is_told(tmp_path: Path, monkey
         (tmp_path / f"wide/{number}").mkdir(parents=True)
     late = SafeDeleter(seconds=0)
     late.delete(tmp_path / "wide")
-    assert "there is more than 0 s suffice for" in late.stuck[0]
+    assert "deleting it takes more than 0 s" in late.stuck[0]
     sweep = SafeDeleter()
     sweep.delete(tmp_path / "wide")
     assert sweep.stuck == []
@@ -369,7 +369,7 @@ def test_nobody_else_can_hold_a_lock(shared_place: Path) -> None:
         with flock(path):
             assert mode(path) == 0o600
             assert not free(path)
-            with pytest.raises(AgentError, match="is held by another process"), flock(path, wait=0.1):
+            with pytest.raises(AgentError, match="another process has locked"), flock(path, wait=0.1):
                 pass
     assert [each.name for each in shared_place.iterdir()] == ["lock"]
 
@@ -379,7 +379,7 @@ def test_what_an_older_hearth_holds_is_held(shared_place: Path) -> None:
     path.touch(0o644)
     with held(path, by_nobody=False):
         assert not free(path)
-        with pytest.raises(AgentError, match="is held by another process"), flock(path, wait=0.1):
+        with pytest.raises(AgentError, match="another process has locked"), flock(path, wait=0.1):
             pass
     with flock(path):
         assert mode(path) == 0o600

@@ -287,7 +287,7 @@ def test_a_comfyui_that_is_slow_or_says_nonsense_may_be_at_work(answers: dict[st
     with serving(answers, delay=delay) as port, pytest.raises(AgentError) as raised:
         health.drain(at(port), 0.2, False, lambda _: None)
     assert raised.value.report["kind"] == "drain"
-    assert "its jobs are not known" in raised.value.report["what"]
+    assert "its jobs are unknown" in raised.value.report["what"]
 
 
 def test_a_comfyui_that_hangs_is_waited_for_until_it_answers() -> None:
@@ -298,7 +298,7 @@ def test_a_comfyui_that_hangs_is_waited_for_until_it_answers() -> None:
         notes: list[str] = []
         health.drain(at(port), 20, False, notes.append)
     assert notes[-1] == "waiting for jobs: 1 running (a-job), 0 waiting"
-    assert "its jobs are not known" in notes[0]
+    assert "its jobs are unknown" in notes[0]
 
 
 def test_with_force_comfyui_is_asked_nothing() -> None:
@@ -353,13 +353,16 @@ class Runs:
 def test_the_health_check_says_what_answered_instead_of_comfyui() -> None:
     with serving({"/system_stats": {"system": 1}}) as port, pytest.raises(AgentError) as raised:
         health.first_answer(at(port), Runs(), 0.1)
-    assert "the answer to /system_stats is not ComfyUI's" in raised.value.report["cause"]
+    assert "the answer to /system_stats is not in ComfyUI's format" in raised.value.report["cause"]
 
 
 def test_what_comfyui_says_of_itself_is_cut_in_messages() -> None:
     release = {"code": "/app", "gate": {"seconds": 1, "version": "0.30.0", "torch": ""}}
     told = {"system": {"comfyui_version": "0.30.0", "pytorch_version": "", "argv": ["x" * 300] * 3000}, "devices": []}
-    with serving({"/system_stats": told}) as port, pytest.raises(AgentError, match="command line is not the") as raised:
+    with (
+        serving({"/system_stats": told}) as port,
+        pytest.raises(AgentError, match="command line differs from the") as raised,
+    ):
         health.prove(at(port), Runs(), release, ["python", "/app/main.py"], lambda _: None, lambda: None)
     assert len(str(raised.value.report)) < 5000
 
@@ -406,7 +409,7 @@ def test_a_second_workflow_that_hangs_is_unhealthy(monkeypatch: pytest.MonkeyPat
     }
     with pytest.raises(AgentError) as raised:
         health.prove(at(1), Runs(), release, ["python", "/app/main.py"], lambda _: None, lambda: None)
-    assert raised.value.report["what"] == "the second workflow without models does not end within 0.5 s"
+    assert raised.value.report["what"] == "the second workflow without models did not end within 0.5 s"
     assert len(set(pictures)) == 2
 
 

@@ -287,8 +287,8 @@ def test_the_curated_list_names_its_sources_and_none_of_ours() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('what = "w"\nsource = "s"', "either `package` or `urls`"),
-        ('what = "w"\nsource = "s"\npackage = "a"\nurls = ["b"]', "either `package` or `urls`"),
+        ('what = "w"\nsource = "s"', "set either `package` or `urls`"),
+        ('what = "w"\nsource = "s"\npackage = "a"\nurls = ["b"]', "set either `package` or `urls`"),
         ('what = "w"\nsource = "s"\npackage = "a"\nversions = ["1.0"]', "such as"),
         ('what = "w"\npackage = "a"', "source"),
     ],

@@ -136,7 +136,7 @@ def test_the_same_release_gives_the_same_bytes(known: dict[str, Any], tmp_path: 
 
 def test_a_release_of_an_older_hearth_is_told() -> None:
     old = {name: value for name, value in manifest().items() if name not in ("packages", "wheels", "sources", "tree")}
-    with raises("old-release", match=f"release {old['id']} does not say which packages"):
+    with raises("old-release", match=f"release {old['id']} does not list its packages"):
         release.require_complete(old)
 
 

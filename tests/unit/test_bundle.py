@@ -135,7 +135,7 @@ def test_a_bundle_that_was_cut_short_is_refused(made: tuple[Path, Opened], tmp_p
     content = path.read_bytes()
     short = tmp_path / "short.tar"
     short.write_bytes(content[: int(len(content) * share)])
-    with raises("bundle", match="is no whole bundle"):
+    with raises("bundle", match="is not a complete bundle"):
         bundle.verify(short)
 
 
@@ -165,7 +165,7 @@ def test_what_is_no_bundle_or_another_hearths_is_refused(made: tuple[Path, Opene
         with raises("bundle", match="cannot be unpacked"), bundle.opened(tmp_path / name):
             pass
     (tmp_path / "text.tar").write_text("no tar")
-    with raises("bundle", match="no whole bundle"):
+    with raises("bundle", match="not a complete bundle"):
         bundle.verify(tmp_path / "text.tar")
     with tarfile.open(tmp_path / "older.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("agent.pyz"))
@@ -220,7 +220,7 @@ def test_members_that_are_not_what_the_manifest_names_are_refused(made: tuple[Pa
             bundle.verify(built(tmp_path, named("a"), each))
     with raises("bundle", match=r"altered: a"):
         bundle.verify(built(tmp_path, named("a"), member("a", b"abc"), member("a", b"abc")))
-    with raises("bundle", match="no whole bundle"):
+    with raises("bundle", match="not a complete bundle"):
         bundle.verify(built(tmp_path, named("a")))
     for name in ("../a", "/a", "a/../b", "a//b", "./a", "a\nb", "a\x1b[2J", ""):
         with raises("bundle", match="names a file"):
@@ -377,14 +377,14 @@ def test_a_signature_of_something_else_is_refused_before_anything_is_read(
     place = content.index(b'"version":"1.2.3"')
     altered = tmp_path / "altered.tar"
     altered.write_bytes(content[:place] + content[place:].replace(b"1.2.3", b"1.2.4", 1))
-    with raises("signature", match="is not one of this content"):
+    with raises("signature", match="does not match the content"):
         bundle.verify(altered)
     monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
     with raises("signature"), bundle.opened(altered):
         pass
     assert not list((tmp_path / "cache/bundles").iterdir())
     other = signature.sign("another text", keys / "anna").signature
-    with raises("signature", match="is not one of this content"):
+    with raises("signature", match="does not match the content"):
         Signed(made[1].id, other).key()
     for text in ("", "nonsense", other[:200], "-----BEGIN SSH SIGNATURE-----\n" * 2):
         with raises("signature"):
@@ -466,7 +466,7 @@ def test_a_revoked_key_signs_nothing_whatever_else_lists_or_certifies_it(keys: P
         (by_certificate, f"{authority}@revoked anna {anna}\n"),
         (by_certificate, f"{authority}@revoked eve cert-authority {eve}\n"),
     ):
-        with raises("signature", match=r"is revoked: ED25519|nobody of the list"):
+        with raises("signature", match=r"is revoked in the list: ED25519|no key in the list"):
             seal.signer(lines, "the list")
     for mark in (
         "@revoked",
@@ -476,7 +476,7 @@ def test_a_revoked_key_signs_nothing_whatever_else_lists_or_certifies_it(keys: P
         f"@revoked {anna[:-9]}!",
         f"@{anna}",
     ):
-        with raises("signature", match="the list has a line that cannot be read: '@"):
+        with raises("signature", match="the list has an invalid line: '@"):
             by_key.signer(f"anna {anna}\n{mark}\n", "the list")
 
 
@@ -493,7 +493,7 @@ def test_the_time_of_checking_ends_a_key_and_no_time_that_a_signer_says(
 
     monkeypatch.setattr(shell, "run", record)
     seal = signature.sign("text", keys / "anna")
-    with raises("signature", match="nobody of the list signed it"):
+    with raises("signature", match="no key in the list signed it"):
         seal.signer(allowed(keys, "anna", 'valid-before="19700102Z"'), "the list")
     assert "verify" in words or "find-principals" in words
     assert not [word for word in words if "verify-time" in word]
@@ -503,7 +503,7 @@ def test_a_host_that_lists_signers_takes_no_other_bundle(made: tuple[Path, Opene
     facts = replace(FRESH, machine="x86_64", signers=allowed(keys, "anna"))
     with bundle.opened(signed) as opened:
         deploy._accept(opened, "far", facts)
-        with raises("signature", match="nobody of /etc/hearth/allowed_signers on far signed it"):
+        with raises("signature", match="no key in /etc/hearth/allowed_signers on far signed it"):
             deploy._accept(opened, "far", replace(FRESH, machine="x86_64", signers=""))
     with bundle.opened(made[0]) as opened, raises("signature", match="it is not signed"):
         deploy._accept(opened, "far", facts)
@@ -542,5 +542,5 @@ def test_a_bundle_with_other_nodes_is_refused(made: tuple[Path, Opened]) -> None
 
 def test_a_bundle_takes_no_folders_place(tmp_path: Path) -> None:
     wanted: Any = None
-    with raises("bundle", match="is no file"):
+    with raises("bundle", match="is not a file"):
         bundle.write(wanted, wanted, "", "", [], tmp_path)

@@ -120,7 +120,7 @@ def test_nothing_is_applied_on_a_dry_run_without_steps_or_without_consent(at: An
     machine = at(Machine(settled()))
 
     def no() -> None:
-        raise refused("nothing was changed", [Refusal("unconfirmed", "nobody agreed", "say yes")])
+        raise refused("nothing was changed", [Refusal("unconfirmed", "not confirmed", "say yes")])
 
     for plan, options in ((some(STEP), Options(dry_run=True)), (some(), Options())):
         (found,) = change.change_each(["spark"], Change(action="stop", plan=planner(plan)), options, agree=no)

@@ -288,7 +288,7 @@ def test_a_command_that_fails_there_is_a_remote_error(box: Box) -> None:
 @pytest.mark.parametrize(
     ("script", "says", "cause"),
     [
-        ("exit 127", "python3 on box does not start", ""),
+        ("exit 127", "python3 on box cannot be started", ""),
         ("echo 'error while loading shared libraries' >&2; exit 127", "does not start", "shared libraries"),
         ("kill -9 $$", "was killed by SIGKILL", ""),
         ("echo 'sudo: not mine' >&2; exit 1", "ended with 1", "sudo: not mine"),
@@ -353,7 +353,7 @@ def test_another_process_of_the_login_has_no_request_of_its_own_done(box: Box) -
     forged = f"""printf '{{"site": {{}}, "verb": "nuke"}}\\n' >$(echo {pipe})"""
     taken = f"/usr/bin/cat $(echo {pipe}) >/dev/null"
     box.program("bin/sudo", f'/usr/bin/cat >/dev/null; {taken}; {forged} & shift 3; exec "$@"')
-    assert "was replaced on its way" in box.fails("usage", name="rooted").what
+    assert "was replaced during its transfer" in box.fails("usage", name="rooted").what
 
 
 def test_this_machines_agent_is_run_from_the_bytes_that_were_compared(

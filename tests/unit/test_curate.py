@@ -88,7 +88,7 @@ def test_a_node_that_is_known_to_be_bad_is_warned_of(
     assert "warning" not in capsys.readouterr().err
     node_updates.add(address, "for a test")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert "ComfyUI_LLMVISION is known to be bad (affected: all of it): stole browser passwords" in line
+    assert "ComfyUI_LLMVISION has known problems (affected: all versions): stole browser passwords" in line
 
 
 def test_what_is_left_out_is_not_added(upstream: Upstream) -> None:
@@ -103,7 +103,7 @@ def test_add_update_and_remove(upstream: Upstream) -> None:
     node = nodes.catalogue().nodes["My-Node"]
     assert (node.url, node.commit, node.why) == (upstream.url, first, "for a test")
     assert (nodes.fetch({"My-Node": node})["My-Node"] / "types.py").exists()
-    with raises("config", match="listed already"):
+    with raises("config", match="already listed"):
         node_updates.add(upstream.url, "again")
     assert node_updates.outdated(nodes.catalogue()) == {}
     assert node_updates.update([], dry_run=False) == []
@@ -263,11 +263,11 @@ def test_files_that_run_at_import(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        *(("{", "is no JSON"), ("9" * 5_000, "is no JSON"), ("[" * 100_000, "is no JSON")),
-        *(("[]", "holds no nodes"), ("{}", "holds no nodes"), ('{"nodes": [{}]}', "holds no nodes")),
-        *(('{"nodes": [1]}', "is no workflow"), ('{"nodes": [{"type": []}]}', "is no workflow")),
-        *((f'{{"nodes": [], "definitions": {each}}}', "no workflow") for each in ("[]", "1", '{"subgraphs": [1]}')),
-        *((f'{{"1": {{"class_type": {each}}}}}', "is no workflow") for each in ("1", "{}", "null")),
+        *(("{", "is not JSON"), ("9" * 5_000, "is not JSON"), ("[" * 100_000, "is not JSON")),
+        *(("[]", "contains no nodes"), ("{}", "contains no nodes"), ('{"nodes": [{}]}', "contains no nodes")),
+        *(('{"nodes": [1]}', "is not a workflow"), ('{"nodes": [{"type": []}]}', "is not a workflow")),
+        *((f'{{"nodes": [], "definitions": {each}}}', "not a workflow") for each in ("[]", "1", '{"subgraphs": [1]}')),
+        *((f'{{"1": {{"class_type": {each}}}}}', "is not a workflow") for each in ("1", "{}", "null")),
     ],
 )
 @pytest.mark.usefixtures("upstream")

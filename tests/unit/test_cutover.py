@@ -333,7 +333,7 @@ class World:
 
         def first_answer(*_: object) -> Json:
             if not manager.status().active:
-                raise AgentError("gate", "ComfyUI died while it started")
+                raise AgentError("gate", "ComfyUI died during its start")
             return {}
 
         with pytest.MonkeyPatch.context() as patch:
@@ -459,7 +459,7 @@ def test_a_forced_stop_ends_a_run_that_hangs(tmp_path: Path, monkeypatch: pytest
         os._exit(0)
     assert wait_for(lambda: running.exists() and running.read_text() == "new", 20)
     with world.standing_in():
-        with pytest.raises(AgentError, match="is under way"):
+        with pytest.raises(AgentError, match="is in progress"):
             runs.submit(layout, {**ABORT, "steps": [{**ABORT["steps"][0], "force": False}]})
         if again:  # the aborting process is also killed, before it does anything else
             write(layout.pending, json.dumps({**PLAN, "aborted": "stop by anna"}))
@@ -539,7 +539,7 @@ def test_a_cut_over_that_a_boot_interrupted_does_not_wait_for_mounts_without_end
 
 def test_without_memory_for_two_there_is_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "meminfo", lambda: {"MemAvailable": 1_000_000_000})
-    assert trial.lacking() == "1.0 GB of memory are available, 2.5 GB needed"
+    assert trial.lacking() == "1.0 GB of memory available, 2.5 GB needed"
     monkeypatch.setattr(trial, "meminfo", lambda: {"MemAvailable": 10_000_000_000})
     gpu = {"index": 0, "unified": False, "memory_total": 12_000_000_000, "memory_used": 11_000_000_000}
     monkeypatch.setattr(trial, "gpus", lambda: [gpu])

@@ -172,7 +172,7 @@ def test_builds_that_lack_a_compiler_for_some_archs() -> None:
     error = ToolError("cross-compiler-missing", "there is no arm64 compiler")
     assert workstation._builds({"8.9": [], "12.1": []}, []) == "yes, for 8.9, 12.1"
     assert workstation._builds({"8.9": [], "12.1": [error]}, []) == (
-        "yes, for 8.9; not for the others: there is no arm64 compiler; use inv build-kernels --host NAME"
+        "yes, for 8.9; not for other archs: there is no arm64 compiler; use inv build-kernels --host NAME"
     )
     assert workstation._builds({"12.1": [error]}, []).startswith("no: there is no arm64 compiler; use inv")
 

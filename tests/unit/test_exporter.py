@@ -171,7 +171,7 @@ def test_counts_that_cannot_be_kept_or_read_go_on(
     counted(found)
     stand.end("one")
     assert counted(found)["done"] == 1
-    assert "the counts cannot be kept" in capsys.readouterr().err
+    assert "the counts could not be stored" in capsys.readouterr().err
 
 
 def test_an_answer_without_end_is_given_up(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_a_pyproject_of_any_shape(tmp_path: Path, text: str, wanted: list[str]) 
 
 def test_what_is_too_large_or_no_file_is_refused_by_name(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "requirements.txt")
-    with raises("unsafe-tree", match=r"requirements\.txt is no plain file"):
+    with raises("unsafe-tree", match=r"requirements\.txt is not a regular file"):
         nodes.requirements(tmp_path)
     (tmp_path / "requirements.txt").unlink()
     for name in ("requirements.txt", "__init__.py"):
@@ -87,7 +87,7 @@ def test_addresses_of_repositories(url: str, good: bool) -> None:
     if good:
         nodes.check_address("here", url)
     else:
-        with raises("config", match=r"here: .* is no address of a repository"):
+        with raises("config", match=r"here: .* is not the address of a repository"):
             nodes.check_address("here", url)
 
 

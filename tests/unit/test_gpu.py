@@ -191,7 +191,7 @@ def test_without_matplotlib_the_error_names_the_command(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda raw: raw[:-30], "line 3 of .*run.jsonl is cut short"),
+        (lambda raw: raw[:-30], "line 3 of .*run.jsonl is incomplete"),
         (lambda raw: raw.replace(b"{", b"[", 1), "line 1 of .* is not a sample"),
         (lambda raw: raw.replace(b'"time": 1001.0', b'"time": "noon"'), "line 2 of .* is not a sample"),
         (lambda raw: raw.replace(b'"gpus"', b'"cpus"'), "line 1 of .* is not a sample"),
@@ -399,5 +399,5 @@ def test_the_step_says_what_it_gained(tmp_path: Path, monkeypatch: pytest.Monkey
     assert place.read_text() == "3\n"
     assert [note.partition(":")[0] for note in notes] == ["the page cache", "available memory"]
     monkeypatch.setattr(agent_memory, "CACHES", tmp_path / "no/such")
-    with pytest.raises(AgentError, match="does not let its cache be dropped"):
+    with pytest.raises(AgentError, match="refuses to drop its page cache"):
         agent_memory.drop_caches(layout(1), DropCaches("t", "w", "u"), notes.append)

@@ -110,8 +110,8 @@ def test_a_gb10_has_the_machines_memory(tmp_path: Path, edits: tuple[tuple[str, 
     ("edit", "keys", "said"),
     [
         (("memory", "!15"), ("memory_total", "memory_used", "memory_source"), "memory: GPU is lost"),
-        (("memory", "100 101"), ("memory_total", "memory_used"), "memory: answers that 101 of 100 bytes are used"),
-        (("memory", "0 0"), ("memory_total", "memory_used"), "memory: answers that 0 of 0 bytes are used"),
+        (("memory", "100 101"), ("memory_total", "memory_used"), "memory: implausible: 101 of 100 bytes used"),
+        (("memory", "0 0"), ("memory_total", "memory_used"), "memory: implausible: 0 of 0 bytes used"),
         (("utilization", "200 1"), ("utilization", "memory_utilization"), "utilization: answers 200"),
         (("temperature", "4294967295"), ("temperature",), "temperature: answers 4294967295"),
         (("power", "!4"), ("power",), "power: Insufficient Permissions"),
@@ -148,9 +148,9 @@ def test_processes_that_make_no_sense(tmp_path: Path) -> None:
         (pid, None, "mps"),
     ]
     assert found["errors"] == [
-        "compute processes: answers process 0",
-        "compute processes: answers process 4294967295",
-        f"mps processes: answers that process {pid} holds {2**60} bytes",
+        "compute processes: implausible: process 0",
+        "compute processes: implausible: process 4294967295",
+        f"mps processes: implausible: process {pid} uses {2**60} bytes",
     ]
 
 

@@ -59,7 +59,7 @@ def test_a_forced_stop_ends_what_is_under_way(action: str, service: Service) -> 
     facts = running(busy=BUSY, service=service, paused=PAUSED)
     asked = lifecycle.ACTIONS[action][0](spark(), facts, Options(force=True))
     assert (asked.refusals, kinds(asked)[-1]) == ((), "stop")
-    assert asked.notes == ("this ends the deploy by a@b since then",)
+    assert asked.notes == ("this aborts the deploy by a@b, in progress since then",)
     if action != "quarantine":
         assert lifecycle.ACTIONS[action][0](spark(), facts, Options()).refusals
 
@@ -168,10 +168,10 @@ def test_a_missing_mount_keeps_it_from_starting_and_not_from_stopping(mount: Mou
         ({"mount": True}, "is a mount point"),
         ({"link": True, "real": "/srv/x"}, "is a symbolic link to /srv/x"),
         ({"homes": ("anna",)}, "is or holds the home of anna"),
-        ({"crossings": ("parts",)}, "parts in /opt/comfyui: a link leads out of there"),
+        ({"crossings": ("parts",)}, "parts in /opt/comfyui: a link out of the prefix"),
         ({"mounts": ("/opt/comfyui/parts",)}, "something is mounted at /opt/comfyui/parts"),
-        ({"ours": False, "own": ("parts",)}, "does not look like Hearth's"),
-        ({"ours": False, "own": ()}, "does not look like Hearth's"),
+        ({"ours": False, "own": ("parts",)}, "does not look like a prefix of Hearth"),
+        ({"ours": False, "own": ()}, "does not look like a prefix of Hearth"),
         ({"service": "other"}, "was deployed as service other"),
     ],
 )
@@ -214,8 +214,8 @@ def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
         "the account comfyui",
     ):
         assert each in left
-    assert "left: /opt/comfyui/data" in without.notes
-    assert "left: /opt/comfyui/data" not in with_data.notes
+    assert "kept: /opt/comfyui/data" in without.notes
+    assert "kept: /opt/comfyui/data" not in with_data.notes
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_the_name_is_typed_or_given(monkeypatch: pytest.MonkeyPatch) -> None:
         lifecycle._consent(["box"], "spark", data=True)
     with raises("usage", match="one host at a time"):
         lifecycle._consent(["box", "spark"], "", data=True)
-    with raises("usage", match="goes with --data"):
+    with raises("usage", match="requires --data"):
         lifecycle._consent(["box"], "box", data=False)
 
 
@@ -290,7 +290,7 @@ def test_what_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         real(name, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "unlink", refuse)
-    with pytest.raises(AgentError, match="1 things could not be deleted") as caught:
+    with pytest.raises(AgentError, match="1 paths could not be deleted") as caught:
         steps.delete(layout(tmp_path), Delete("t", "w", "u", ("parts",)), lambda _: None)
     assert caught.value.report["cause"] == f"{tmp_path}/parts/one/fixed: Operation not permitted"
     assert not (tmp_path / "parts/other").exists()
@@ -390,7 +390,7 @@ def test_a_nuke_that_fails_keeps_its_record(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(SafeDeleter, "delete", full)
     runs.apply(own)
     events = list(runs.follow(own, "r"))
-    assert events[-1]["error"]["what"] == "1 things could not be deleted"
+    assert events[-1]["error"]["what"] == "1 paths could not be deleted"
     assert not own.pending.exists()
 
 

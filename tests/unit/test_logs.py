@@ -87,7 +87,7 @@ def test_a_line_without_an_end_comes_in_pieces(tmp_path: Path) -> None:
 
 
 def test_nothing_to_read_says_why(tmp_path: Path) -> None:
-    assert list(read(own(tmp_path))) == [{"note": "nothing was ever logged: it never ran here"}]
+    assert list(read(own(tmp_path))) == [{"note": "there is no log: ComfyUI has never run here"}]
     (tmp_path / "state/comfyui.log").touch()
     assert list(read(own(tmp_path))) == [{"note": "nothing was logged"}]
 
@@ -190,7 +190,7 @@ def test_a_comfyui_that_hangs_is_told_apart_from_one_that_does_not_run(
         listening.listen()
         layout = own(tmp_path, listening.getsockname()[1])
         started = time.monotonic()
-        with pytest.raises(AgentError, match="takes connections and does not answer"):
+        with pytest.raises(AgentError, match="accepts connections but does not answer"):
             agent_jobs.jobs(layout, 20)
         assert time.monotonic() - started < 3
     with pytest.raises(AgentError, match="ComfyUI does not run"):

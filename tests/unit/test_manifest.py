@@ -57,7 +57,7 @@ def test_a_wheel_that_is_no_file_is_none(tmp_path: Path, what: str | None) -> No
     listed = msgspec.structs.replace(listed, size=size)
     (tmp_path / f"{listed.file}.json").write_text(manifest.encode(listed))
     assert Wheelhouse(tmp_path).wheels() == []
-    with raises("hash-mismatch", match="is not the wheel that was inspected"):
+    with raises("hash-mismatch", match="differs from the inspected wheel"):
         Wheelhouse(tmp_path).path(listed)
 
 
@@ -66,8 +66,8 @@ def test_a_wheel_that_is_no_file_is_none(tmp_path: Path, what: str | None) -> No
     [
         (None, "does not exist"),
         ("a link to nothing", "does not exist"),
-        ("a folder", "no plain file"),
-        ("a pipe", "no plain file"),
+        ("a folder", "it is not a regular file"),
+        ("a pipe", "it is not a regular file"),
         ("x = " + "[" * 5000, "is not TOML"),
         ("x = " + "{a=" * 5000, "is not TOML"),
         ("x = " + "1" * 5000, "is not TOML"),

@@ -139,16 +139,16 @@ def test_every_mode_gives_reasons_and_excludes_modes_that_are_there() -> None:
         ('modes = ["production"]\ndevelop = ["/home/a/n"]', "config", "production is not for that"),
         ('modes = ["production", "development"]', "config", "production and development exclude each other"),
         ('modes = ["development"]\ndevelop = ["n"]', "config", "'n' is not a plain absolute path"),
-        ('modes = ["development"]\ndevelop = ["/a/n.x"]', "config", "n.x: each node needs a name of its own"),
+        ('modes = ["development"]\ndevelop = ["/a/n.x"]', "config", "n.x: not valid as names of node folders"),
         ('modes = ["development"]\ndevelop = ["/a/n", "/b/n"]', "config", "/a/n, /b/n: each node needs a name"),
-        ('free_memory = "often"', "config", "such as 30m, 4h or 1d"),
-        ('free_memory = "0h"', "config", "such as 30m, 4h or 1d"),
+        ('free_memory = "often"', "config", "a duration such as 30m, 4h or 1d"),
+        ('free_memory = "0h"', "config", "a duration such as 30m, 4h or 1d"),
         ('override.flags."--x" = { why = "w", comfyui = "new" }', "config", "comfyui = 'new' is no version range"),
         ('override.flags."--x" = { why = "w", torch = "2.9" }', "config", "torch = '2.9' is no version range"),
         (
             'override.env.PYTORCH_ALLOC_CONF = { why = "w", value = "expandable_segments:True,max_split_size_mb:64" }',
             "config",
-            "max_split_size_mb means nothing with expandable_segments",
+            "max_split_size_mb has no effect with expandable_segments",
         ),
         ("override.summary = 'x'", "config", "summary"),
     ],
@@ -263,7 +263,7 @@ def test_a_limit_that_nobody_holds_is_told() -> None:
     profile = msgspec.structs.replace(spark().profile, memory_max="90%")
     target = replace(spark(scope="user"), profile=profile)
     without = replace(FRESH, manager="process")
-    assert "nothing limits ComfyUI's memory here: `memory_max` needs systemd" in made(without, target).notes
+    assert "ComfyUI's memory is not limited: `memory_max` needs systemd" in made(without, target).notes
     assert not any("memory_max" in each for each in made(replace(FRESH, manager="x"), target).notes)
 
 

@@ -29,11 +29,11 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("text", "error", "said"),
     [
-        (node("up").replace("nodes.up", 'nodes."../up"'), "config", "cannot be a node's name"),
-        (node("a").replace("a" * 40, "main"), "config", "not a whole commit"),
+        (node("up").replace("nodes.up", 'nodes."../up"'), "config", "is not a valid node name"),
+        (node("a").replace("a" * 40, "main"), "config", "not a full commit hash"),
         (node("a").replace("https://example.org/a", "/tmp/a"), "config", "no address"),
         (node("a", 'writable = ["../../etc"]'), "config", "not below the node"),
-        (node("a", 'system = ["-o=x"]'), "config", "cannot be a Debian package"),
+        (node("a", 'system = ["-o=x"]'), "config", "is not a valid name of a Debian package"),
         (node("a", 'writable = ["/etc"]'), "config", "not below the node"),
         (node("a") + node("b").replace("example.org/b", "example.org/A.git"), "config", "are the same node"),
         (node("a") + node("A").replace("example.org/A", "example.org/b"), "config", "are the same node"),
@@ -178,9 +178,9 @@ def test_an_address_with_its_hash_is_kept(tmp_path: Path) -> None:
 )
 def test_a_line_that_means_more_to_uv_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "pyproject.toml").write_text(f"[project]\ndependencies = [{json.dumps(line)}]")
-    with raises("config", match="no requirement that can be pinned"):
+    with raises("config", match="not a requirement that can be pinned"):
         requirements._pinnable("it", tmp_path, nodes.Catalogue())
-    with raises("config", match="is no requirement"):
+    with raises("config", match="is not a requirement"):
         requirements._plain(line)
 
 
@@ -197,7 +197,7 @@ def test_lines_of_requirements_are_read_as_pip_reads_them(tmp_path: Path) -> Non
 
 
 def test_what_is_no_requirement_is_refused(tmp_path: Path) -> None:
-    with raises("config", match="no requirement"):
+    with raises("config", match="not a requirement"):
         asked(tmp_path, "--extra-index-url https://example.org")
 
 

@@ -170,10 +170,10 @@ def test_a_folder_that_cannot_be_used_is_refused_and_one_that_is_missing_is_made
     target = spark(folders={"output": "/srv/out"}, model_roots=("/srv/more",))
     missing = replace(FRESH, places={"/srv/out": refusals.MISSING, "/srv/more": refusals.MISSING})
     (refusal,) = made(missing, target).refusals
-    assert (refusal.kind, refusal.what) == ("unusable-folder", "/srv/more is not there")
-    unusable = replace(FRESH, places={"/srv/out": "cannot be written by the service", "/srv/more": ""})
+    assert (refusal.kind, refusal.what) == ("unusable-folder", "/srv/more does not exist")
+    unusable = replace(FRESH, places={"/srv/out": "cannot be written by the service user", "/srv/more": ""})
     (refusal,) = made(unusable, target).refusals
-    assert refusal.what == "/srv/out cannot be written by the service"
+    assert refusal.what == "/srv/out cannot be written by the service user"
 
 
 def test_members_may_what_is_said_and_nothing_else() -> None:
@@ -228,7 +228,7 @@ def test_the_exporter_is_a_step_of_its_own_and_no_part_of_the_release() -> None:
 
 def test_an_exporter_is_changed_alone() -> None:
     (step,) = exporting(settled())
-    assert (step.kind, step.why) == ("exporter", "nothing exports them")
+    assert (step.kind, step.why) == ("exporter", "no exporter is installed")
     there = values(step)["exporter"]
     as_wanted = replace(settled(), exporter={**there, "active": True})
     assert exporting(as_wanted) == []
@@ -236,12 +236,12 @@ def test_an_exporter_is_changed_alone() -> None:
         ({"agent": "f" * 16}, "its agent changed"),
         ({"unit": "[Unit]\n"}, "its unit changed"),
         ({"settings": {}, "unit": ""}, "its settings and unit changed"),
-        ({"active": False}, "the exporter does not run"),
+        ({"active": False}, "the exporter is not running"),
     ):
         (step,) = exporting(replace(settled(), exporter={**there, "active": True, **change}))
         assert (step.kind, step.why, values(step)["exporter"]) == ("exporter", why, there)
     (step,) = made(as_wanted).steps[:1]
-    assert (step.kind, step.title, values(step)["exporter"]) == ("exporter", "remove the exporter of metrics", {})
+    assert (step.kind, step.title, values(step)["exporter"]) == ("exporter", "remove the metrics exporter", {})
 
 
 def test_metrics_that_could_not_be_exported_are_refused() -> None:
@@ -417,7 +417,7 @@ def test_what_nodes_need_of_the_system_is_told_and_refused_when_required(
 ) -> None:
     node = nodes.Node(url="u", commit="c" * 40, tree="t", why="w", required=required, system=("ffmpeg", "libgl1"))
     found = made(replace(FRESH, packages=packages), stock=replace(inputs(), nodes={"mine": node}))
-    said = "node mine needs ffmpeg, which the host lacks; on the host: apt-get install ffmpeg"
+    said = "node mine needs ffmpeg, missing on the host; on the host: apt-get install ffmpeg"
     assert (said in found.notes) is noted
     assert reasons(found) == ["no-package"] * refused
     assert bool(found.steps) is not refused

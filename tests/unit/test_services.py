@@ -93,7 +93,7 @@ def test_those_who_ask_for_a_lock_do_not_take_each_other_for_a_holder(askers: Pa
     assert all(free(askers) for _ in range(5000))
     with flock(askers):
         assert not free(askers)
-        with pytest.raises(AgentError, match="held by another process"), flock(askers):
+        with pytest.raises(AgentError, match="another process has locked"), flock(askers):
             pass
 
 
@@ -139,7 +139,7 @@ def test_starting_and_stopping_while_others_ask(tmp_path: Path) -> None:
             subprocess.run([sys.executable, "-c", code, json.dumps(layout.json)], cwd=files.CHECKOUT, check=True)
         finally:
             asker.kill()
-    assert "held by another process" not in (layout.state / "agent.log").read_text()
+    assert "another process has locked" not in (layout.state / "agent.log").read_text()
 
 
 def test_comfyui_dies_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_what_makes_no_sense_there_is_refused() -> None:
     name = "dirty-pages"
     (refusal,) = tuning.apply(spark(), DESKTOP, state(name), [name]).refusals
     assert refusal.kind == "unfit-setting"
-    assert refusal.what == "dirty-pages: of no use there: for a GPU that shares the machine's memory"
+    assert refusal.what == "dirty-pages: of no use on this machine: for a GPU that shares the machine's memory"
     assert kinds(tuning.apply(spark(), FRESH, state(name), [name])) == ["set"]
 
 
@@ -307,11 +307,11 @@ def test_mps_that_is_off() -> None:
 @pytest.mark.parametrize(
     ("seen", "what"),
     [
-        (Mps(service_knows=True), "ComfyUI looks for an MPS that is off"),
+        (Mps(service_knows=True), "ComfyUI is configured for MPS, but MPS is off"),
         (replace(ON, state="failed (failed)"), "its daemon does not run: failed (failed)"),
-        (replace(ON, error="it does not answer"), "MPS is on, and it does not answer"),
+        (replace(ON, error="it does not answer"), "MPS is on, but it does not answer"),
         (replace(ON, service_knows=False), "was started before MPS"),
-        (replace(ON, servers=()), "is no client of its MPS"),
+        (replace(ON, servers=()), "but not through MPS"),
         (replace(ON, restarts=2), "started again 2 times"),
         (replace(ON, servers=(MpsServer(9, "FAULT", ON.servers[0].clients),)), "is in state FAULT"),
     ],
@@ -355,9 +355,9 @@ def test_the_gpu_is_kept_to_a_group() -> None:
 @pytest.mark.parametrize(
     ("node", "code", "what"),
     [
-        (Node("/dev/nvidia0", 0o666, "root", "root", ()), 0, "everybody who must use the GPU may"),
+        (Node("/dev/nvidia0", 0o666, "root", "root", ()), 0, "all required users can use the GPU"),
         (Node("/dev/nvidia0", 0o660, "root", "video", ("anna",)), 1, "usermod -aG video USER; or inv gpu-access"),
-        (Node("/dev/dri/renderD128", 0o660, "root", "render", ("anna",)), 0, "everybody who must use the GPU may"),
+        (Node("/dev/dri/renderD128", 0o660, "root", "render", ("anna",)), 0, "all required users can use the GPU"),
     ],
 )
 def test_who_may_not_use_the_gpu(node: Node, code: int, what: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,14 +100,14 @@ def objects(place: Path, levels: list[list[tuple[str, str, str]]]) -> str:
 
 
 SHAPES = {
-    "a line feed in a name": ([[("100644", "a\nb.py", "")]], "cannot be named"),
-    "an escape in a name": ([[("100644", "a\x1b]0;x", "")]], "cannot be named"),
-    "text turned around": ([[("100644", "a\u202eyp.b", "")]], "cannot be named"),
-    "a long name": ([[("100644", "a" * 300, "")]], "too long a name"),
+    "a line feed in a name": ([[("100644", "a\nb.py", "")]], "is not allowed as a file name"),
+    "an escape in a name": ([[("100644", "a\x1b]0;x", "")]], "is not allowed as a file name"),
+    "text turned around": ([[("100644", "a\u202eyp.b", "")]], "is not allowed as a file name"),
+    "a long name": ([[("100644", "a" * 300, "")]], "is too long"),
     "many levels": ([[("100644", "x", "")], *[[("tree", "d", "")] for _ in range(600)]], "too deep"),
-    "a link to nothing": ([[("120000", "l", "")]], "is a link to nothing"),
-    "a link with a zero": ([[("120000", "l", "a\0b")]], "is a link to nothing"),
-    "a long link": ([[("120000", "l", "a/" * 3000)]], "is a link to nothing"),
+    "a link to nothing": ([[("120000", "l", "")]], "is a link to a path that does not exist"),
+    "a link with a zero": ([[("120000", "l", "a\0b")]], "is a link to a path that does not exist"),
+    "a long link": ([[("120000", "l", "a/" * 3000)]], "is a link to a path that does not exist"),
     "a huge file": ([[("100644", "zeros", "0" * 3000)]], "is too large, at 'zeros'"),
     "a file many times": ([[("100644", "a", "0" * 900)], *[[("tree", f"{n}", "") for n in range(9)]]], "is too large"),
     "trees many times": (
@@ -136,7 +136,7 @@ def test_a_cached_tree_that_was_edited_is_not_sent(upstream: str) -> None:
     pinned = source.pin(source.Pinned(name="it", version="1", source=(where,), tree=""))
     (source.intact(pinned) / "one.py").write_text("other")
     assert source.fetch(pinned)
-    with raises("hash-mismatch", match=r"rm -r .* has it fetched again"):
+    with raises("hash-mismatch", match=r"rm -r .* to fetch it"):
         source.intact(pinned)
 
 

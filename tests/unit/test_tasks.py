@@ -52,7 +52,7 @@ def test_a_dataclass_of_flags_is_flags_outside_and_itself_inside() -> None:
             64,
             "error[busy]: a\n  cause: c[2J\n         next:  d\n",
         ),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here\n"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to continue\n"),
         (BrokenPipeError(), 0, ""),
     ],
 )
@@ -74,7 +74,7 @@ def test_an_expected_error_is_an_exit_code(
     [
         (["deploy", "--drain", "soon"], "--drain soon is not a number of seconds"),
         (["deploy", "--build", "--bundle", "x.tar"], "--build and --bundle exclude each other"),
-        (["adopt", "--by", "copy"], "give --by rename or --by reference"),
+        (["adopt", "--by", "copy"], "use --by rename or --by reference"),
         (["adopt", "--apply", "--undo"], "one of --apply and --undo"),
     ],
 )

@@ -103,7 +103,7 @@ def test_an_upload_from_which_nothing_comes_ends_and_can_be_resumed(layout: Layo
     silent = half(layout, silence=1)
     assert silent.process.wait(10) == 3
     assert time.monotonic() - silent.begun < 8
-    assert "nothing came for 1 seconds" in silent.end()["error"]["what"]
+    assert "no data arrived for 1 seconds" in silent.end()["error"]["what"]
     assert Upload(layout, HALF).end(DATA[HALF:]) == {"size": len(DATA)}
 
 
@@ -120,14 +120,14 @@ def test_whoever_sends_what_another_run_deletes_is_told(layout: Layout) -> None:
     for path in layout.incoming.iterdir():
         path.unlink()
     error = one.end(DATA[HALF:])["error"]
-    assert (error["what"], error["hint"]) == ("what was sent so far was deleted", "run the same command again")
+    assert (error["what"], error["hint"]) == ("the partly transferred file was deleted", "run the same command again")
     error = Upload(layout, HALF).end(DATA[HALF:])["error"]  # and not only at its end
-    assert error["what"] == "what was sent so far was deleted"
+    assert error["what"] == "the partly transferred file was deleted"
     assert Upload(layout).end(DATA) == {"size": len(DATA)}
 
 
 def test_what_was_sent_damaged_is_deleted(layout: Layout) -> None:
-    assert Upload(layout).end(DATA[1:] + DATA[:1])["error"]["what"] == "what was sent is damaged"
+    assert Upload(layout).end(DATA[1:] + DATA[:1])["error"]["what"] == "the file was damaged during the transfer"
     assert there(layout) == []
 
 

@@ -117,7 +117,7 @@ def test_anything_else_is_refused_and_nothing_is_taken(
     workspace.current().wheelhouse.folder.mkdir()
     for each in wheels:
         (workspace.current().wheelhouse.folder / each.file).write_bytes(b"good")
-    with raises("remote-command", match="spark answers with wheels that it was not asked for"):
+    with raises("remote-command", match="spark returned wheels that were not requested"):
         build(wheels, **asked)
     assert {path.read_bytes() for path in workspace.current().wheelhouse.folder.iterdir()} == {b"good"}
 
@@ -136,13 +136,13 @@ def test_anything_else_is_refused_and_nothing_is_taken(
     ids=lambda value: value[:10].encode(errors="replace").decode(),
 )
 def test_an_answer_that_is_none_is_told(build: Any, answer: str) -> None:
-    with raises("remote-command", match="what spark says of its wheels cannot be read"):
+    with raises("remote-command", match="the list of wheels from spark cannot be read"):
         build(answer)
 
 
 def test_a_wheel_of_other_bytes_is_refused_and_no_more_is_taken_than_was_said(build: Any) -> None:
     for content in (b"whee", b"Wheel"):
-        with raises("hash-mismatch", match="was altered on the way"):
+        with raises("hash-mismatch", match="was altered in transit"):
             build([built()], content)
     before = build.taken
     with raises("hash-mismatch", match=r"more than the 5 bytes of .* were sent"):
