@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import ninja
 from ninja.ninja_syntax import Writer
 
-from core import console, files, shell, workspace
+from core import console, files, shell, tools, workspace
 from core.errors import BuildError, ConfigError, HearthError
 from kernels.source import HEADERS
 
@@ -159,7 +159,7 @@ def _kernel_edge(build: Build, source: str) -> Edge:
 
 def _binding_edge(build: Build, module: Module, source: str) -> Edge:
     """Compile a .cpp file. The object contains the module's name, so each module compiles its own."""
-    view, tag = _view(build), build.toolchain.abi_tag
+    view, tag = _view(build), build.toolchain.python_folder
     includes = [
         *_isystem(build, f"{view}/{tag}/site/torch/include", f"{view}/{tag}/site/nvidia"),
         f"-isystem {view}/nvcc/include",  # CUDA's headers include crt/, which ships with the compiler
@@ -235,7 +235,7 @@ def _seconds(recipe: Recipe, source: str) -> float:
 def _link_variables(build: Build, module: Module) -> dict[str, str]:
     chain = build.toolchain
     view = _view(build)
-    site = f"{view}/{chain.abi_tag}/site"
+    site = f"{view}/{chain.python_folder}/site"
     runtime = next(chain.site.glob("nvidia/*/lib/libcudart.so")).parent.relative_to(chain.site)
     libraries = [
         *(f"-L{site}/torch/lib", f"-L{site}/{runtime}", f"-L{view}/stubs"),
@@ -270,7 +270,8 @@ def run(graph: Graph, jobs: int, lock: int) -> None:
     weight = sum(map(graph.seconds, pending))
     log = place / "log.txt"
     with console.Progress("compiling", weight, len(pending)) as progress, log.open("w") as text:
-        output = shell.lines(argv, cwd=place, env={"NINJA_STATUS": _STATUS}, pass_fds=[lock])
+        env = tools.build_environment() | {"NINJA_STATUS": _STATUS}
+        output = shell.lines(argv, cwd=place, env=env, pass_fds=[lock])
         status = _follow(output, graph, progress, text.write)
     if status:
         raise _explain(log.read_text(), graph, log, jobs)
@@ -278,7 +279,7 @@ def run(graph: Graph, jobs: int, lock: int) -> None:
 
 def _pending(argv: Sequence[str], place: Path) -> list[str]:
     """The outputs that ninja would make, from a dry run."""
-    done = shell.run([*argv, "-n"], cwd=place, env={"NINJA_STATUS": _STATUS}, check=False)
+    done = tools.build(*argv, "-n", "-C", place, env={"NINJA_STATUS": _STATUS}, check=False)
     return [line.split()[5] for line in done.stdout.splitlines() if line.startswith("@@")]
 
 

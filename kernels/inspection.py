@@ -20,7 +20,7 @@ from elftools.elf.hash import GNUHashSection
 from packaging.version import Version
 
 from core import arch as archs
-from core import console, files, shell, workspace
+from core import console, files, tools, workspace
 from core.errors import BuildError
 from core.manifest import ModuleReport, Proof
 from kernels import emulation
@@ -204,8 +204,8 @@ def device_code(path: Path) -> tuple[list[str], tuple[str, ...]]:
     """Return the SASS target of each cubin in a module, and the PTX targets, as cuobjdump lists them."""
     tool = toolchains.cuobjdump()
     # Without device code, cuobjdump reports that on stderr and fails. This is a valid result, not an error.
-    cubins = shell.run([tool, "--list-elf", path], check=False).stdout
-    ptx = shell.run([tool, "--list-ptx", path], check=False).stdout
+    cubins = tools.build(tool, "--list-elf", path, check=False).stdout
+    ptx = tools.build(tool, "--list-ptx", path, check=False).stdout
     pattern = re.compile(r"\.(sm_\d+[af]?)\.(?:cubin|ptx)")
     return pattern.findall(cubins), tuple(sorted(set(pattern.findall(ptx))))
 
@@ -219,7 +219,7 @@ def _providers(chain: Toolchain) -> Iterator[Elf]:
         yield Elf(runtime)
     loader = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}[chain.platform.cpu]
     for name in ("libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", loader):
-        found = Path(shell.run([chain.cxx, f"-print-file-name={name}"]).stdout.strip())
+        found = Path(tools.build(chain.cxx, f"-print-file-name={name}").stdout.strip())
         if found.is_absolute():
             yield Elf(found.resolve())
     yield from map(Elf, _python_libraries(chain))
@@ -231,7 +231,7 @@ def _python_libraries(chain: Toolchain) -> list[Path]:
     The symbol names are the same on every platform, so they are valid for the target, too.
     """
     code = "import sys, sysconfig as s; print(sys.executable); print(s.get_config_var('LIBDIR'))"
-    executable, folder = shell.run([chain.interpreter, "-Ic", code]).stdout.splitlines()
+    executable, folder = tools.build(chain.interpreter, "-Ic", code).stdout.splitlines()
     library = Path(folder) / f"libpython{chain.python}.so.1.0"
     return [Path(executable).resolve(), *([library] if library.exists() else [])]
 
@@ -260,9 +260,8 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
             "LD_LIBRARY_PATH": folder,
             # Most of torch's import time is bytecode compilation: the installed stack has no bytecode.
             "PYTHONPYCACHEPREFIX": str(compiled),
-            "PYTHONDONTWRITEBYTECODE": "",
         }
-        done = shell.run([*runner.argv, "-c", code], env=env, check=False)
+        done = tools.build(*runner.argv, "-c", code, env=env, check=False)
         shutil.rmtree(f"{compiled}{folder}", ignore_errors=True)
     if done.returncode:
         raise BuildError(
@@ -296,7 +295,7 @@ def prove_smoke(wheel: Path, build: Build) -> Proof:
         unpack(wheel, Path(folder))
         path = f"{folder}:{build.toolchain.site}:{files.CHECKOUT}"  # for kernels/smoke.py
         env = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-        done = shell.run([build.toolchain.interpreter, smoke], env=env, check=False, timeout=600)
+        done = tools.build(build.toolchain.interpreter, smoke, env=env, check=False, timeout=600)
     if done.returncode:
         raise BuildError(
             "inspection",
