@@ -106,7 +106,7 @@ def _finish(build: Build, graph: Graph) -> Manifest:
     modules = {module.name: graph.modules[build.identifier, module.name] for module in build.modules}
     path = wheel.assemble(build, graphs.root() / build.folder / "src", modules, place / "wheel")
     console.say(f"inspecting {path.name}")
-    reports = inspection.inspect_modules(path, build.sass, build.arch.ptx, build.toolchain)
+    reports = inspection.inspect_modules(path, build)
     manifest = Manifest(
         file=path.name,
         sha256=files.sha256(path),

@@ -190,12 +190,12 @@ def test_of_two_builds_at_once_the_second_waits_and_finds_the_wheel(hearth: Hear
         (
             '"-O1"]\n\n[[modules]]',
             '"-O1", "-gencode=arch=compute_90,code=sm_90"]\n\n[[modules]]',
-            "holds SASS for sm_89, sm_90",
+            "contains SASS for sm_89, sm_90",
         ),
         (
             '"-O1"]\n\n[[modules]]',
             '"-O1", "-gencode=arch=compute_89,code=compute_89"]\n\n[[modules]]',
-            "none was asked for",
+            "none was requested",
         ),
         ('kernels = ["csrc/sum.cu"]\n', 'kernels = ["csrc/scale.cu"]\n', "nothing provides: _Z3sumN2at6TensorES0_"),
     ],
