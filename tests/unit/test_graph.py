@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
+import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
-from kernels import wheel
+from kernels import sbom, wheel
 from kernels.graph import plan_jobs
 from kernels.matrix import Build, Request, select
 from tests.errors import raises
@@ -34,6 +40,28 @@ def test_the_largest_compile_of_all_kernels_limits_them(build: Build) -> None:
 
 def test_the_user_knows_better(build: Build) -> None:
     assert plan_jobs([needing(build, 10**9)], 64) == 64
+
+
+def test_an_sbom_names_the_inputs_and_is_the_same_every_time(build: Build) -> None:
+    text = sbom.write(build)
+    assert sbom.write(replace(build)) == text
+    found = json.loads(text)
+    assert found["metadata"]["component"]["version"] == build.version
+    assert {each["name"] for each in found["components"]} == {"sageattention", "torch", "nvcc", "g++"}
+    commit = build.recipe.source[0].commit
+    assert f"pkg:github/thu-ml/sageattention@{commit}" in [each.get("purl") for each in found["components"]]
+    assert not list(JsonStrictValidator(SchemaVersion.V1_6).validate_str(text.decode()) or ())
+
+
+def test_a_record_is_csv(build: Build, tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(build.recipe, files=("*.py",), license_files=(), modules=())
+    (tmp_path / "a, b.py").write_text("x = 1")
+    path = wheel.assemble(replace(build, recipe=recipe), tmp_path, {}, tmp_path / "out")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        text = archive.read(next(name for name in names if name.endswith("/RECORD"))).decode()
+    assert [row[0] for row in csv.reader(text.splitlines())] == names
+    assert next(name for name in names if "/sboms/" in name).endswith(".dist-info/sboms/hearth.cdx.json")
 
 
 def test_metadata_is_what_installers_accept(build: Build) -> None:
