@@ -166,7 +166,9 @@ def _values(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
         yield "stack", stack, stack in stacks()
     for arch, target in recipe.archs.items():
         digits = re.fullmatch(r"(\d{1,2})\.(\d)", arch, re.ASCII)
-        yield "arch", f"{arch} = {target}", bool(digits and re.fullmatch(f"{digits[1]}{digits[2]}[af]?", target))
+        # Plain code of an older minor version runs, too; "a" is for one capability alone.
+        runs = digits and re.fullmatch(f"{digits[1]}[0-{digits[2]}]f?|{digits[1]}{digits[2]}a", target)
+        yield "arch", f"{arch} = {target}", bool(runs)
     names = [module.name for module in recipe.modules]
     for name in names:
         valid = all(each.isidentifier() and each.isascii() for each in name.split("."))

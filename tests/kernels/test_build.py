@@ -161,7 +161,7 @@ def test_another_python_shares_the_kernel_objects(built: Hearth, monkeypatch: py
     headers = replace(build.toolchain, parts=parts)  # the same version, with headers that the distribution has patched
     assert headers.site != build.toolchain.site
     site.symlink_to(build.toolchain.site)  # the graph looks there for the CUDA runtime; nothing is compiled
-    first, second = (set(graph.write([each], 1).edges) for each in (build, other))
+    first, second = (set(graph.write([each], {"": 1}).edges) for each in (build, other))
     assert {Path(name).name for name in first & second} == {"scale.cu.o", "scale_half.cu.o", "sum.cu.o"}
     assert {Path(name).name for name in second - first} == {"scale.cpp.o", "sum.cpp.o", "_scale.so", "_sum.so"}
 

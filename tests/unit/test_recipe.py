@@ -41,6 +41,8 @@ def edited(place: Path, old: str, new: str) -> Path:
         ("[profiles.small]", "[profiles.small]\ndefault = true"),
         ('"cu130"]', '"cu13"]'),
         ('"12.1" = "121a"', '"12.1" = "120a"'),
+        ('"12.1" = "121a"', '"12.1" = "122"'),
+        ('"12.1" = "121a"', '"12.1" = "90"'),
         ('"12.1" = "121a"', '"12.1" = "sm_121a"'),
         ('"12.1" = "121a"', '"12.10" = "1210"'),
         ('name = "tiny._sum"', 'name = "tiny._scale"'),
