@@ -49,7 +49,13 @@ def build_kernels(builds: Sequence[Build], *, jobs: int | None = None, force: bo
         workspace.current().wheelhouse.check_writable()  # otherwise this error would come after the compile
         with files.locked(workspace.current().cache / "build.lock", _say_waiting) as lock:
             done = {} if force else _existing(builds, errors)
-            _make([each for each in builds if each.identifier not in {*done, *errors}], jobs, lock, done, errors, force)
+            missing = [each for each in builds if each.identifier not in {*done, *errors}]
+            try:
+                _make(missing, jobs, lock, done, errors, force)
+            except OSError as error:
+                if (known := os_error(error)) is None or known.kind != "disk-full":
+                    raise
+                raise BuildError(known.kind, known.what, cause=known.cause, hint=known.hint) from error
     if errors:
         raise _all(errors, len(builds))
     return [done[build.identifier] for build in builds]
@@ -87,7 +93,10 @@ def _collected(build: Build, errors: dict[str, HearthError]) -> Iterator[None]:
     except OSError as error:
         if (known := os_error(error)) is None:
             raise
-        errors[build.identifier] = known
+        own = known.kind in BuildError.kinds
+        errors[build.identifier] = (
+            BuildError(known.kind, known.what, cause=known.cause, hint=known.hint) if own else known
+        )
 
 
 def _say_waiting() -> None:

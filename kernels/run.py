@@ -120,7 +120,7 @@ def _explain(graph: Graph, build: str, outputs: set[str], failed: dict[str, str]
             "disk-full",
             f"the disk is full: {name} could not be written",
             cause="No space left on device",
-            hint=f"free some space (inv cache; the cache is {workspace.current().cache}), then run the same command: "
+            hint=f"free some space (the cache is {workspace.current().cache}), then run the same command: "
             "finished files are kept",
         )
     if _OUT_OF_MEMORY.search(said):
