@@ -27,7 +27,7 @@ from elftools.elf.elffile import ELFFile
 from core import files, source, workspace
 from core.stack import Platform, find_stack
 from kernels import toolchain
-from kernels.inspection import unpack
+from kernels.inspection import modules, unpacked
 from kernels.recipe import find_recipe
 
 ARCH, PYTHON = "12.1", "3.11"
@@ -129,9 +129,8 @@ def hearth(work: Path) -> tuple[Cost, Path]:
 def kernel_functions(wheel: Path) -> dict[str, bytes]:
     """The machine code of all kernel functions of a wheel, by module and mangled name."""
     found: dict[str, bytes] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for module in unpack(wheel, folder):
+    with unpacked(wheel) as folder:
+        for module in modules(folder):
             place = folder / "cubins" / module.stem
             place.mkdir(parents=True)
             subprocess.run([toolchain.cuobjdump(), "-xelf", "all", module], cwd=place, check=True, capture_output=True)

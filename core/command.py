@@ -13,7 +13,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import Task, task
 
 from core import console
-from core.errors import HearthError
+from core.errors import HearthError, os_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +54,12 @@ def command(*, help: dict[str, str] | None = None, **options: Any) -> Callable[[
             }
             try:
                 status = body(context, **given, **filled)
-            except HearthError as error:
+            except BrokenPipeError:
+                raise Exit(code=0) from None
+            except (HearthError, OSError) as caught:
+                error = os_error(caught) if isinstance(caught, OSError) else caught
+                if error is None:
+                    raise
                 if error.refusals and any(getattr(each, "json", False) for each in filled.values()):
                     console.data_json(
                         {"error": error.what, "kind": error.kind, "refusals": [vars(each) for each in error.refusals]}
@@ -64,8 +69,6 @@ def command(*, help: dict[str, str] | None = None, **options: Any) -> Callable[[
             except KeyboardInterrupt:
                 console.say("interrupted; run the same command again to continue")
                 raise Exit(code=130) from None
-            except BrokenPipeError:
-                raise Exit(code=0) from None
             if status:
                 sys.exit(status)
 

@@ -6,6 +6,7 @@ Exit codes 0 to 2 are Python's and invoke's own (2 also says "there would be cha
 
 from __future__ import annotations
 
+import errno
 import re
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -128,6 +129,7 @@ class BuildError(HearthError):
         "compile": "The compiler or the linker rejected a file.",
         "out-of-memory": "A compiler was killed for lack of memory.",
         "disk-full": "The disk is full.",
+        "several": "Several builds failed, for different reasons.",
         "inspection": "A wheel is not what was requested, or is not a wheel.",
     }
 
@@ -194,6 +196,7 @@ class HostError(HearthError):
     kinds: ClassVar[Mapping[str, str]] = {
         "step-failed": "A step on the host failed; the active release was not touched.",
         "disk-full": "The disk is full.",
+        "not-writable": "A file or folder of this machine cannot be read or written.",
         "offline": "The host cannot reach the package index, and was not sent the packages.",
         "remote-command": "A command on the host failed; its output was shown.",
         "old-release": "An older Hearth made the release, and its manifest lacks what is needed.",
@@ -222,6 +225,18 @@ class AuditError(HearthError):
     kinds: ClassVar[Mapping[str, str]] = {
         "audit-service": "The service did not answer; packages were not looked up.",
     }
+
+
+def os_error(error: OSError) -> HearthError | None:
+    """The HearthError for a file system's error that the user can resolve; None for any other OSError."""
+    where = f": {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some space (the cache is in ~/.cache/hearth, or HEARTH_CACHE), then run the same command"
+        return HostError("disk-full", f"the disk is full{where}", cause=error.strerror or "", hint=hint)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and where:
+        hint = "use another folder: HEARTH_CACHE, HEARTH_WHEELHOUSE, TMPDIR"
+        return HostError("not-writable", f"no access{where}", cause=error.strerror or "", hint=hint)
+    return None
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -91,7 +91,7 @@ def _missing(program: str) -> ToolError:
 def lines(
     argv: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str], pass_fds: Sequence[int] = ()
 ) -> Generator[str, None, int]:
-    """Run a program and yield its output, with stderr, line by line; return its exit status.
+    """Run a program in this environment and yield its output, with stderr, line by line; return its exit status.
 
     The status is the generator's return value: the `value` of its StopIteration. `pass_fds` stay open in
     the program and its children, so that a file lock on one outlives this process.
@@ -99,7 +99,7 @@ def lines(
     process = subprocess.Popen(
         [str(word) for word in argv],
         cwd=cwd,
-        env={**os.environ, **env},
+        env=dict(env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

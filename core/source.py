@@ -78,6 +78,8 @@ def check(recipe: Pinned) -> None:
             raise ConfigError("config", f"{recipe.path}: folder {source.folder!r} is not below the recipe")
         if (source.git and not source.commit) or (source.sdist and not (source.version and source.sha256)):
             raise ConfigError("config", f"{recipe.path}: a git source needs commit; an sdist needs version and sha256")
+        if source.subfolder and not source.sdist:
+            raise ConfigError("config", f"{recipe.path}: only an sdist can have a `subfolder`")
         if source.git and not re.fullmatch("[0-9a-f]{40,64}", source.commit):
             raise ConfigError(
                 "config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform as machine
+import re
 from enum import Enum
 from typing import Literal
 
@@ -10,7 +11,7 @@ import msgspec
 
 from core import workspace
 from core.config import load
-from core.errors import UsageError, suggest
+from core.errors import ConfigError, UsageError, suggest
 
 
 class Platform(Enum):
@@ -69,6 +70,13 @@ class Stack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def stacks() -> dict[str, Stack]:
     """The stacks of `config/stacks.toml`, by name."""
     loaded = load(workspace.current().checkout / "config/stacks.toml", dict[str, Stack])
+    for name, stack in loaded.items():  # both are parts of the version label of wheels
+        if not re.fullmatch(r"[a-z][a-z0-9]* \d+(\.\d+)*", f"{name} {stack.torch}", re.ASCII):
+            raise ConfigError(
+                "config",
+                f"config/stacks.toml: stack {name!r} with torch {stack.torch!r} is not valid",
+                hint="a name has lower-case letters and digits; torch is a release, such as 2.11.0",
+            )
     return {name: msgspec.structs.replace(stack, name=name) for name, stack in loaded.items()}
 
 

@@ -1,4 +1,4 @@
-"""Runs uv, pip and git with an allow-list of environment variables, so that user settings do not change results."""
+"""Runs uv, pip, git and compilers with an allow-list of environment variables: user settings do not change results."""
 
 from __future__ import annotations
 
@@ -45,6 +45,22 @@ _GIT = """
 GIT_SSH* GIT_SSL_* GIT_PROXY_* GIT_ASKPASS SSH_* KRB5* GNUPGHOME DISPLAY WAYLAND_DISPLAY DBUS_SESSION_BUS_ADDRESS
 GIT_CONFIG_GLOBAL GIT_CONFIG_SYSTEM GIT_CONFIG_NOSYSTEM GIT_CONFIG_COUNT GIT_CONFIG_KEY_* GIT_CONFIG_VALUE_*
 """
+
+# The places of a compiler launcher's cache. Its settings that could return an object of another compile are in _BUILD.
+_LAUNCHER = """
+CCACHE_DIR CCACHE_CONFIGPATH CCACHE_REMOTE_* CCACHE_SECONDARY_STORAGE CCACHE_RESHARE CCACHE_MAXSIZE CCACHE_MAXFILES
+CCACHE_TEMPDIR CCACHE_READONLY* CCACHE_RECACHE CCACHE_DISABLE CCACHE_DEBUG* CCACHE_LOGFILE CCACHE_STATS* SCCACHE_*
+"""
+
+# Messages are in English, __DATE__ is constant, and ccache compares everything, whatever its configuration file says.
+_BUILD = {
+    "LANG": "C",
+    "LC_ALL": "C",
+    "SOURCE_DATE_EPOCH": "315532800",
+    "CCACHE_COMPILERCHECK": "content",
+    **dict.fromkeys(("CCACHE_COMPILER", "CCACHE_PREFIX", "CCACHE_SLOPPINESS", "CCACHE_IGNOREOPTIONS"), ""),
+    **dict.fromkeys(("CCACHE_IGNOREHEADERS", "CCACHE_EXTRAFILES"), ""),
+}
 
 # Git starts no programs except transports, changes no byte of a patch, and stores one pack instead of a file for each
 # object, which is a third of the work. Large files are streamed.
@@ -98,6 +114,28 @@ def pip(*words: str | Path) -> Done:
     """Run this environment's pip with the user's index: uv's, else the one in pip's configuration."""
     chosen = ["--index-url", index()] if index() else []
     return shell.run([sys.executable, "-I", "-m", "pip", *words, *chosen], env=_passed(_COMMON + _PIP), inherit=False)
+
+
+def build_environment() -> dict[str, str]:
+    """The environment of compilers, linkers and inspections: no variable that one of them reads, such as CPATH."""
+    return _passed(f"PATH HOME TMPDIR {_LAUNCHER}") | _BUILD
+
+
+def build(
+    *argv: str | Path,
+    check: bool = True,
+    input_text: str | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+) -> Done:
+    """Run a compiler, an interpreter or an inspection as `shell.run` does, with `build_environment` and `env`."""
+    env = {**build_environment(), **(env or {})}
+    return shell.run(argv, env=env, inherit=False, check=check, input_text=input_text, timeout=timeout)
+
+
+def apt(*argv: str | Path) -> Done:
+    """Run Debian's package manager with the network's variables; the result has its status."""
+    return shell.run(argv, env=_passed(_COMMON) | {"LC_ALL": "C"}, inherit=False, check=False)
 
 
 def index() -> str:

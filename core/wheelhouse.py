@@ -71,12 +71,22 @@ class Wheelhouse:
             )
         return self.folder / manifest.file
 
-    def admit(self, wheel: Path, manifest: Manifest) -> None:
-        """Copy an inspected wheel into the wheelhouse, then write its manifest."""
+    def check_writable(self) -> None:
+        """Raise OSError if no file can be written into the wheelhouse."""
+        files.write(self.folder / ".writable", "")
+        (self.folder / ".writable").unlink()
+
+    def admit(self, wheel: Path, manifest: Manifest) -> Path:
+        """Copy an inspected wheel into the wheelhouse, then write its manifest.
+
+        An older manifest of the file goes first: it must never describe the new wheel.
+        """
         with files.draft(self.folder / manifest.file) as part:
             shutil.copyfile(wheel, part)  # a rename is not atomic between file systems
+            (self.folder / f"{manifest.file}.json").unlink(missing_ok=True)
             part.replace(self.folder / manifest.file)
         files.write(self.folder / f"{manifest.file}.json", manifests.encode(manifest))
+        return self.folder / manifest.file
 
     def prune(self, outdated: Callable[[Manifest], str]) -> list[tuple[Path, str]]:
         """Delete unwanted files and return them with the reasons.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import files
+from core.errors import UsageError
 from core.wheelhouse import Wheelhouse
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Workspace:
         The cache defaults to `hearth` in the user's cache directory (XDG), the wheelhouse to `wheelhouse/` in the
         checkout.
         """
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        base = base if Path(base).is_absolute() else str(_home() / ".cache")  # a relative one is ignored (XDG)
         cache = Path(os.environ.get("HEARTH_CACHE") or Path(base, "hearth")).absolute()
         wheelhouse = Path(os.environ.get("HEARTH_WHEELHOUSE") or files.CHECKOUT / "wheelhouse").absolute()
         return cls(files.CHECKOUT, cache, Wheelhouse(wheelhouse))
@@ -43,6 +45,13 @@ class Workspace:
     def of_bundle(cls, place: Path) -> Workspace:
         """The workspace of a bundle that is unpacked at `place`."""
         return cls(place / "checkout", place / "cache", Wheelhouse(place / "wheelhouse"), bundled=True)
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:  # a container's user without an entry in /etc/passwd
+        raise UsageError("usage", "this user has no home folder", hint="set HOME, or HEARTH_CACHE") from error
 
 
 # One for the process, not a ContextVar: the threads that serve the hosts of a group start with an empty context, and

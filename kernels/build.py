@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from core import console, files, workspace
-from core.errors import BuildError
+from core.errors import BuildError, HearthError, os_error
 from core.manifest import Manifest
-from kernels import store
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from kernels.graph import Graph
     from kernels.matrix import Build, Request
@@ -40,61 +39,119 @@ def build_missing(asked: Sequence[Sequence[str]]) -> None:
 def build_kernels(builds: Sequence[Build], *, jobs: int | None = None, force: bool = False) -> list[Manifest]:
     """Bring every build's wheel into the wheelhouse and return their manifests, in the order of `builds`.
 
-    Concurrent runs take turns; the second finds the wheels of the first. `force` ignores existing wheels and objects.
+    Each wheel is admitted as soon as it is complete; a failed build ends no other one. The errors of all builds are
+    raised at the end. Concurrent runs take turns; the second finds the wheels of the first. `force` ignores existing
+    wheels and objects.
     """
-    done = {} if force else _existing(builds)
-    if len(done) < len(builds):
+    errors: dict[str, HearthError] = {}
+    done = {} if force else _existing(builds, errors)
+    if len(done) + len(errors) < len(builds):
+        workspace.current().wheelhouse.check_writable()  # otherwise this error would come after the compile
         with files.locked(workspace.current().cache / "build.lock", _say_waiting) as lock:
-            done = {} if force else _existing(builds)
-            missing = [build for build in builds if build.identifier not in done]
-            if not missing:  # the other run has built them
-                return [done[build.identifier] for build in builds]
+            done = {} if force else _existing(builds, errors)
+            missing = [each for each in builds if each.identifier not in {*done, *errors}]
             try:
-                done |= _make(missing, jobs, lock, force=force)
+                _make(missing, jobs, lock, done, errors, force)
             except OSError as error:
-                if error.errno != errno.ENOSPC:
+                if (known := os_error(error)) is None or known.kind != "disk-full":
                     raise
-                raise BuildError(
-                    "disk-full",
-                    "the disk is full",
-                    cause=str(error),
-                    hint=f"free some space (the cache is {workspace.current().cache}), then run the same command again",
-                ) from error
+                raise BuildError(known.kind, known.what, cause=known.cause, hint=known.hint) from error
+    if errors:
+        raise _all(errors, len(builds))
     return [done[build.identifier] for build in builds]
 
 
-def _existing(builds: Sequence[Build]) -> dict[str, Manifest]:
-    found = {build.identifier: store.find(build) for build in builds}
-    return {identifier: manifest for identifier, manifest in found.items() if manifest is not None}
+def _all(errors: Mapping[str, HearthError], builds: int) -> HearthError:
+    """One error for all: itself, or of the common kind, or of kind `several`."""
+    first, *others = errors.values()
+    if not others:
+        return first
+    what = f"{len(errors)} of {builds} builds failed; the other wheels are in the wheelhouse"
+    cause = "\n".join(f"{name}: {error}" for name, error in errors.items())
+    if all(each.kind == first.kind for each in others):
+        return type(first)(first.kind, what, cause=cause)
+    return BuildError("several", what, cause=cause)
+
+
+def _existing(builds: Sequence[Build], errors: dict[str, HearthError]) -> dict[str, Manifest]:
+    """The existing wheels; builds whose key cannot be computed, for lack of a compiler, go into `errors`."""
+    found: dict[str, Manifest] = {}
+    for build in builds:
+        with _collected(build, errors):
+            if manifest := workspace.current().wheelhouse.find(build.wheel_name, build.key):
+                found[build.identifier] = manifest
+    return found
+
+
+@contextmanager
+def _collected(build: Build, errors: dict[str, HearthError]) -> Iterator[None]:
+    """Put an error of this build into `errors`."""
+    try:
+        yield
+    except HearthError as error:
+        errors[build.identifier] = error
+    except OSError as error:
+        if (known := os_error(error)) is None:
+            raise
+        own = known.kind in BuildError.kinds
+        errors[build.identifier] = (
+            BuildError(known.kind, known.what, cause=known.cause, hint=known.hint) if own else known
+        )
 
 
 def _say_waiting() -> None:
     console.say("another build is running; waiting for it to end")
 
 
-def _make(builds: Sequence[Build], jobs: int | None, lock: int, *, force: bool) -> dict[str, Manifest]:
-    """Compile, link, assemble, inspect and admit `builds`; return their manifests by identifier.
+def _make(
+    builds: Sequence[Build],
+    jobs: int | None,
+    lock: int,
+    done: dict[str, Manifest],
+    errors: dict[str, HearthError],
+    force: bool,
+) -> None:
+    """Compile, link, assemble, inspect and admit `builds`; their manifests go into `done`, or an error into `errors`.
 
     `lock` is the descriptor of the build lock, which the caller holds. `force` deletes existing objects.
     """
     from kernels import graph as graphs
-    from kernels import source, toolchain, wheel
+    from kernels import resources, toolchain, wheel
+    from kernels import run as runs
 
+    laid: set[str] = set()  # Pythons and profiles share a folder
     for build in builds:
-        wheel.metadata(build)  # otherwise this error would come after the compile
-    root = graphs.root()
-    for build in {build.folder: build for build in builds}.values():  # Pythons and profiles share a folder
-        place = root / build.folder
-        if force:
-            shutil.rmtree(place, ignore_errors=True)
-        patches = build.recipe.patches_for(build.toolchain.stack.cuda)
-        source.lay_out(build.recipe, patches, place / "src")
-    for build in builds:
-        toolchain.assemble(build.toolchain)
-    width = graphs.plan_jobs(builds, jobs)
-    graph = graphs.write(builds, width)
-    graphs.run(graph, width, lock)
-    return {build.identifier: _finish(build, graph) for build in builds}
+        with _collected(build, errors):
+            wheel.metadata(build)  # otherwise this error would come after the compile
+            if build.folder not in laid:
+                _lay_out(build, force=force)
+                laid.add(build.folder)
+            toolchain.assemble(build.toolchain)
+    ready = {build.identifier: build for build in builds if build.identifier not in errors}
+    if not ready:
+        return
+    cores = resources.cpus()
+    need = {build.recipe.name: build.recipe.memory_mb * 1_000_000 for build in ready.values()}
+    pools = resources.pools(need, jobs, cores, resources.free_memory())
+    graph = graphs.write(list(ready.values()), pools)
+
+    def complete(identifier: str) -> None:
+        with _collected(ready[identifier], errors):
+            done[identifier] = _finish(ready[identifier], graph)
+
+    width = jobs or min(cores, sum(pools.values()))
+    errors |= graph.errors | runs.run(graph, width, lock, complete)
+
+
+def _lay_out(build: Build, *, force: bool) -> None:
+    """Write the patched source of a build into its folder."""
+    from kernels import graph as graphs
+    from kernels import source
+
+    place = graphs.root() / build.folder
+    if force:
+        shutil.rmtree(place, ignore_errors=True)
+    source.lay_out(build.recipe, build.recipe.patches_for(build.toolchain.stack.cuda), place / "src")
 
 
 def _finish(build: Build, graph: Graph) -> Manifest:
@@ -106,7 +163,7 @@ def _finish(build: Build, graph: Graph) -> Manifest:
     modules = {module.name: graph.modules[build.identifier, module.name] for module in build.modules}
     path = wheel.assemble(build, graphs.root() / build.folder / "src", modules, place / "wheel")
     console.say(f"inspecting {path.name}")
-    reports = inspection.inspect_modules(path, build.sass, build.arch.ptx, build.toolchain)
+    reports = inspection.inspect_modules(path, build)
     manifest = Manifest(
         file=path.name,
         sha256=files.sha256(path),
@@ -128,6 +185,7 @@ def _finish(build: Build, graph: Graph) -> Manifest:
         smoke=inspection.prove_smoke(path, build),
         inputs=build.inputs,
     )
-    workspace.current().wheelhouse.admit(path, manifest)
+    place = workspace.current().wheelhouse.admit(path, manifest)
+    console.say(f"finished {place}")
     path.unlink()
     return manifest

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from core import console, files, shell, workspace
+from core import console, files, shell, tools, workspace
 from core.errors import ProcessError, ToolError
 from core.stack import Platform
 
@@ -45,8 +45,9 @@ def runner(platform: Platform, python: str) -> Runner | str:
 def _root(platform: Platform, python: str) -> Path:
     """Return the tree with that Python; raises ProcessError or ToolError if it cannot be created."""
     place = workspace.current().cache / "emulation" / f"{platform.cpu}-python{python}"
-    if place.is_dir():
+    if (place / f"usr/bin/python{python}").exists():
         return place
+    shutil.rmtree(place, ignore_errors=True)  # an older version kept incomplete ones
     console.say(
         f"fetching Python {python} for {platform.cpu} from the distribution, to import the wheel under emulation"
     )
@@ -63,13 +64,13 @@ def _root(platform: Platform, python: str) -> Path:
             *("-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"),
             *("-o", "APT::Sandbox::User="),
         ]
-        shell.run([*apt, "update"], check=False)  # a source without this architecture is not fatal
+        tools.apt(*apt, "update")  # a source without this architecture is not fatal
         install = ["install", "--download-only", "--no-install-recommends", f"python{python}", "libstdc++6"]
-        shell.run([*apt, *install], check=False)
-        packages = sorted(archives.glob("*.deb"))
-        if not packages:
-            raise ProcessError("process", f"the distribution has no {architecture} package python{python}")
-        for package in packages:
-            shell.run(["dpkg-deb", "-x", package, part])
+        done = tools.apt(*apt, *install)
+        if done.returncode:  # also after a part of the packages: the tree would lack libraries for ever
+            cause = (done.stderr.strip().splitlines() or [""])[-1]
+            raise ProcessError("process", f"no {architecture} package python{python} could be fetched", cause=cause)
+        for package in sorted(archives.glob("*.deb")):
+            tools.build("dpkg-deb", "-x", package, part)
         shutil.rmtree(part / "apt")
     return place

@@ -1,25 +1,22 @@
-"""Writes and runs one ninja file for all modules of all kernels: longest compile first, no local paths in commands."""
+"""Writes one ninja file for all modules of all kernels: longest compile first, no local paths in commands."""
 
 from __future__ import annotations
 
 import os
-import re
-import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ninja
 from ninja.ninja_syntax import Writer
 
-from core import console, files, shell, workspace
-from core.errors import BuildError, ConfigError, HearthError
+from core import workspace
+from core.errors import ConfigError, HearthError
 from kernels.source import HEADERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Mapping, Sequence
 
     from kernels.matrix import Build
     from kernels.recipe import Module, Recipe
@@ -43,11 +40,16 @@ class Edge:
 
 @dataclass(frozen=True)
 class Graph:
-    """A ninja file's text, its edges by output, and the linked modules by (build, module name)."""
+    """A ninja file's text, its edges by output, the outputs of each build, and the modules by (build, module name).
+
+    `errors` are the builds that have no place in it: a pattern of their recipe matches no file.
+    """
 
     text: str
     edges: dict[str, Edge]
+    outputs: dict[str, set[str]]
     modules: dict[tuple[str, str], Path]
+    errors: dict[str, HearthError]
 
     def name(self, output: str) -> str:
         """The display name of the step that makes `output`: its source file, or the module for a link."""
@@ -59,24 +61,8 @@ class Graph:
         return self.edges[output].seconds if output in self.edges else 0.0
 
 
-def plan_jobs(builds: Sequence[Build], jobs: int | None) -> int:
-    """Return the number of parallel compiles: one per core, limited by free memory and the largest compile.
-
-    `jobs` overrides it. Free memory is MemAvailable of /proc/meminfo, in kB.
-    """
-    if jobs:
-        return jobs
-    cores = os.cpu_count() or 1
-    if sys.platform == "linux":  # macOS has no affinity
-        cores = len(os.sched_getaffinity(0))
-    need = max((build.recipe.memory_mb for build in builds), default=1) * 1000
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0])
-    return max(1, min(cores, free // need))
-
-
-def write(builds: Sequence[Build], jobs: int) -> Graph:
-    """Write the graph of `builds`. Their sources must be in place.
+def write(builds: Sequence[Build], pools: Mapping[str, int]) -> Graph:
+    """Write the graph of `builds`. Their sources must be in place. `pools` limits the compiles of each recipe.
 
     The folder of kernel objects is not keyed by Python version or profile, so builds that differ only in those share
     the objects.
@@ -84,7 +70,8 @@ def write(builds: Sequence[Build], jobs: int) -> Graph:
     text = StringIO()
     writer = Writer(text, width=1_000_000)
     writer.comment("Written by Hearth; a run writes it anew.")
-    writer.pool("compile", jobs)
+    for name, depth in pools.items():
+        writer.pool(f"compile-{name}", depth)
     launcher = os.environ.get("HEARTH_COMPILER_LAUNCHER", "")
     start = f"{launcher} " if launcher else ""
     for name, body in _RULES.items():
@@ -94,27 +81,28 @@ def write(builds: Sequence[Build], jobs: int) -> Graph:
             (start if compiles else "") + body,
             description=f"{name} $out",
             depfile="$out.d" if compiles else None,
-            pool="compile" if compiles else None,
         )
     edges: dict[str, Edge] = {}
+    outputs: dict[str, set[str]] = {}
     modules: dict[tuple[str, str], Path] = {}
+    errors: dict[str, HearthError] = {}
     for build in builds:
+        try:
+            own = [edge for module in build.modules for edge in _module_edges(build, module)]
+        except ConfigError as error:
+            errors[build.identifier] = error
+            continue
+        pool = f"compile-{build.recipe.name if build.recipe.name in pools else ''}"
+        for edge in (each for each in own if each.rule != "link"):
+            edge.variables["pool"] = pool
+        edges |= {edge.output: edge for edge in own}
+        outputs[build.identifier] = {edge.output for edge in own}
         for module in build.modules:
-            objects = _compile_edges(build, module)
-            output = f"{build.python_folder}/{module.path}.so"
-            link = Edge(
-                rule="link",
-                output=output,
-                inputs=[edge.output for edge in objects],
-                seconds=1.0,
-                variables=_link_variables(build, module),
-            )
-            edges |= {edge.output: edge for edge in [*objects, link]}
-            modules[build.identifier, module.name] = root() / output
+            modules[build.identifier, module.name] = root() / _module_output(build, module)
     # ninja starts edges of equal weight in file order, so write the longest compile first.
     for edge in sorted(edges.values(), key=lambda edge: -edge.seconds):
         writer.build([edge.output], edge.rule, edge.inputs, variables=edge.variables)
-    return Graph(text.getvalue(), edges, modules)
+    return Graph(text.getvalue(), edges, outputs, modules, errors)
 
 
 # --objdir-as-tempdir and --orig_src_path_name: otherwise nvcc mangles internal names with a hash of its temporary file
@@ -130,17 +118,29 @@ _RULES = {
 }
 
 
-def _compile_edges(build: Build, module: Module) -> list[Edge]:
-    """The compile edges of a module, kernels first."""
+def _module_output(build: Build, module: Module) -> str:
+    return f"{build.python_folder}/{module.path}.so"
+
+
+def _module_edges(build: Build, module: Module) -> list[Edge]:
+    """The edges of a module: kernels, bindings, and the link."""
     tree = root() / build.folder / "src"
     profile = build.recipe.profiles.get(build.profile)
     exclude = profile.exclude if profile else ()
     kernels = [name for pattern in module.kernels for name in _matches(tree, pattern, exclude, build.recipe)]
     bindings = [name for pattern in module.bindings for name in _matches(tree, pattern, exclude, build.recipe)]
-    return [
+    objects = [
         *(_kernel_edge(build, source) for source in kernels),
         *(_binding_edge(build, module, source) for source in bindings),
     ]
+    link = Edge(
+        rule="link",
+        output=_module_output(build, module),
+        inputs=[edge.output for edge in objects],
+        seconds=1.0,
+        variables=_link_variables(build, module),
+    )
+    return [*objects, link]
 
 
 def _kernel_edge(build: Build, source: str) -> Edge:
@@ -159,7 +159,7 @@ def _kernel_edge(build: Build, source: str) -> Edge:
 
 def _binding_edge(build: Build, module: Module, source: str) -> Edge:
     """Compile a .cpp file. The object contains the module's name, so each module compiles its own."""
-    view, tag = _view(build), build.toolchain.abi_tag
+    view, tag = _view(build), build.toolchain.python_folder
     includes = [
         *_isystem(build, f"{view}/{tag}/site/torch/include", f"{view}/{tag}/site/nvidia"),
         f"-isystem {view}/nvcc/include",  # CUDA's headers include crt/, which ships with the compiler
@@ -235,7 +235,7 @@ def _seconds(recipe: Recipe, source: str) -> float:
 def _link_variables(build: Build, module: Module) -> dict[str, str]:
     chain = build.toolchain
     view = _view(build)
-    site = f"{view}/{chain.abi_tag}/site"
+    site = f"{view}/{chain.python_folder}/site"
     runtime = next(chain.site.glob("nvidia/*/lib/libcudart.so")).parent.relative_to(chain.site)
     libraries = [
         *(f"-L{site}/torch/lib", f"-L{site}/{runtime}", f"-L{view}/stubs"),
@@ -247,80 +247,3 @@ def _link_variables(build: Build, module: Module) -> dict[str, str]:
 
 
 _TORCH_LIBRARIES = ("torch_python", "torch", "torch_cuda", "torch_cpu", "c10_cuda", "c10")
-
-
-# finished / total / running, then the edge's description. `_follow` parses this.
-_STATUS = "@@ %f %t %r "
-
-
-def run(graph: Graph, jobs: int, lock: int) -> None:
-    """Bring every object and module of the graph up to date. Results of an interrupted run are kept.
-
-    `lock` is the file descriptor of the held build lock. Compilers inherit it, so the lock is held until the last one
-    has exited, even if this process is killed.
-
-    Raises BuildError with the failing file and the log's path.
-    """
-    place = root()
-    files.write(place / "build.ninja", graph.text)
-    argv = [str(Path(ninja.BIN_DIR) / "ninja"), "-j", str(jobs)]
-    pending = _pending(argv, place)
-    if not pending:
-        return
-    weight = sum(map(graph.seconds, pending))
-    log = place / "log.txt"
-    with console.Progress("compiling", weight, len(pending)) as progress, log.open("w") as text:
-        output = shell.lines(argv, cwd=place, env={"NINJA_STATUS": _STATUS}, pass_fds=[lock])
-        status = _follow(output, graph, progress, text.write)
-    if status:
-        raise _explain(log.read_text(), graph, log, jobs)
-
-
-def _pending(argv: Sequence[str], place: Path) -> list[str]:
-    """The outputs that ninja would make, from a dry run."""
-    done = shell.run([*argv, "-n"], cwd=place, env={"NINJA_STATUS": _STATUS}, check=False)
-    return [line.split()[5] for line in done.stdout.splitlines() if line.startswith("@@")]
-
-
-def _follow(
-    lines: Generator[str, None, int], graph: Graph, progress: console.Progress, log: Callable[[str], object]
-) -> int:
-    """Convert ninja's output to progress and write all of it to the log; return ninja's exit status."""
-    while True:
-        try:
-            line = next(lines)
-        except StopIteration as stop:
-            return int(stop.value)
-        log(line + "\n")
-        if line.startswith("@@"):
-            _, finished, total, running, _, output = line.split(maxsplit=5)
-            # ninja still counts the finished step as running; another one takes its place while any are left
-            left = min(int(running), int(total) - int(finished))
-            progress.step(graph.name(output), graph.seconds(output), left)
-
-
-def _explain(text: str, graph: Graph, log: Path, jobs: int) -> HearthError:
-    """Return the error for a failed run, derived from the compilers' output."""
-    failed = re.search(r"^FAILED: (?:\[code=\d+\] )?(\S+)", text, re.MULTILINE)
-    name = graph.name(failed[1]) if failed else "the build"
-    said = text[failed.start() :] if failed else text
-    # The command line is long and not useful here; it is in the log.
-    tail = [line for line in said.splitlines()[2:] if line.strip() and not line.startswith(("@@", "ninja:"))][-12:]
-    if re.search(r"No space left on device", said):
-        return BuildError(
-            "disk-full",
-            f"the disk is full: {name} could not be written",
-            cause="No space left on device",
-            hint="free some space (inv wheels --prune; the cache is "
-            f"{workspace.current().cache}), then run the same command again (finished files are kept)",
-        )
-    if re.search(r"died due to signal 9|Killed signal terminated|signal: Killed|^Killed$", said, re.MULTILINE):
-        return BuildError(
-            "out-of-memory",
-            f"the machine ran out of memory while compiling {name}",
-            cause=f"a compiler was killed (signal 9) with {jobs} jobs at once",
-            hint=f"run the same command again with fewer jobs: --jobs {max(1, jobs // 2)} (finished files are kept)",
-        )
-    return BuildError(
-        "compile", f"{name} could not be compiled", cause="\n         ".join(tail), hint=f"read the complete log: {log}"
-    )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import lzma
 import re
 import shutil
-import tempfile
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
@@ -20,7 +22,7 @@ from elftools.elf.hash import GNUHashSection
 from packaging.version import Version
 
 from core import arch as archs
-from core import console, files, shell, workspace
+from core import console, files, tools, workspace
 from core.errors import BuildError
 from core.manifest import ModuleReport, Proof
 from kernels import emulation
@@ -102,27 +104,32 @@ class Elf:
             yield ELFFile(file)
 
 
-def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tuple[ModuleReport, ...]:
+def inspect_modules(wheel: Path, build: Build) -> tuple[ModuleReport, ...]:
     """Check every extension module of a wheel; raises BuildError with all problems.
 
-    Each module with device code must contain SASS for `sass` and no other, and PTX only if `ptx` was requested. Its
-    undefined symbols must be defined by torch, the CUDA runtime, the C and C++ libraries or CPython. It must be built
-    for the target's CPU and have no RPATH.
+    The wheel must hold the modules of the recipe. One with kernels must contain SASS for exactly the target, and PTX
+    only if it was requested. Its undefined symbols must be defined by torch, the CUDA runtime, the C and C++ libraries
+    or CPython. It must be built for the target's CPU and have no RPATH.
     """
+    chain = build.toolchain
+    with_kernels = {module.name: bool(module.kernels) for module in build.modules}
     providers = list(_providers(chain))
     toolchains.cuobjdump()  # installed before the threads need it
 
     def inspect(path: Path) -> tuple[ModuleReport, list[str]]:
         elf = Elf(path)
         report = read_module(elf, path.relative_to(folder))
-        errors = [*_code_errors(report, sass, ptx), *_link_errors(elf, report, chain, providers)]
+        kernels = with_kernels.get(report.name, False)
+        errors = [*_code_errors(report, build, kernels=kernels), *_link_errors(elf, report, chain, providers)]
         return report, [f"{report.name}: {error}" for error in errors]
 
     # Threads, because cuobjdump takes most of the time.
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
-        found = list(pool.map(inspect, unpack(wheel, Path(folder))))
+    with unpacked(wheel) as folder, ThreadPoolExecutor() as pool:
+        found = list(pool.map(inspect, modules(folder)))
     reports = tuple(report for report, _ in found)
-    if wrong := [error for _, errors in found for error in errors]:
+    missing = sorted(with_kernels.keys() - {report.name for report in reports})
+    wrong = [f"{name}: is not in the wheel" for name in missing]
+    if wrong := [*wrong, *(error for _, errors in found for error in errors)]:
         raise BuildError(
             "inspection",
             f"{wheel.name} differs from the request",
@@ -134,23 +141,40 @@ def inspect_modules(wheel: Path, sass: str, ptx: bool, chain: Toolchain) -> tupl
 
 def describe_wheel(wheel: Path) -> tuple[ModuleReport, ...]:
     """Describe the extension modules of any wheel; raises BuildError if it is no wheel or contains none."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = tuple(read_module(Elf(path), path.relative_to(folder)) for path in unpack(wheel, Path(folder)))
+    with unpacked(wheel) as folder:
+        found = tuple(read_module(Elf(path), path.relative_to(folder)) for path in modules(folder))
+        foreign = sorted(path.name for path in folder.rglob("*") if path.suffix in (".so", ".pyd", ".dylib", ".dll"))
     if not found:
-        raise BuildError(
-            "inspection", f"{wheel} contains no extension module", cause="the wheel contains only Python files"
-        )
+        cause = f"{foreign[0]} is for macOS or Windows" if foreign else "it contains only Python files"
+        raise BuildError("inspection", f"{wheel} contains no extension module for Linux", cause=cause)
     return found
 
 
-def unpack(wheel: Path, folder: Path) -> list[Path]:
-    """Unpack a wheel and return its extension modules."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise BuildError("inspection", f"{wheel} is not a readable wheel", cause=str(error)) from error
-    return sorted(folder.rglob("*.so"))
+@contextmanager
+def unpacked(wheel: Path) -> Iterator[Path]:
+    """Unpack a wheel into a folder of the cache, from which modules can be loaded: /tmp may be mounted noexec."""
+    with files.draft(workspace.current().cache / "scratch" / "wheel") as folder:
+        folder.mkdir()
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder)
+        except OSError as error:
+            kind: Literal["disk-full", "inspection"] = "disk-full" if error.errno == errno.ENOSPC else "inspection"
+            raise BuildError(kind, f"{wheel} cannot be unpacked", cause=str(error)) from error
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
+            raise BuildError("inspection", f"{wheel} is damaged, or not a wheel", cause=str(error)) from error
+        yield folder
+
+
+def modules(folder: Path) -> list[Path]:
+    """The extension modules and shared libraries for Linux in a folder."""
+    named = sorted(path for path in folder.rglob("*.so*") if re.search(r"\.so(\.[\d.]+)?$", path.name))
+    return [path for path in named if path.is_file() and _starts_with(path, b"\x7fELF")]
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def read_module(elf: Elf, name: Path) -> ModuleReport:
@@ -160,7 +184,7 @@ def read_module(elf: Elf, name: Path) -> ModuleReport:
     # Driver functions start with "cu" and a capital letter. Their library comes with the GPU, not with a package.
     driver = sorted(each for each in elf.undefined if re.match(r"cu[A-Z]", each))
     return ModuleReport(
-        name=str(name).split(".", 1)[0].replace("/", "."),
+        name=str(name.with_name(name.name.partition(".")[0])).replace("/", "."),
         sass=tuple(sorted(set(cubins))),
         ptx=ptx,
         cubins=len(cubins),
@@ -173,15 +197,15 @@ def read_module(elf: Elf, name: Path) -> ModuleReport:
     )
 
 
-def _code_errors(report: ModuleReport, sass: str, ptx: bool) -> Iterator[str]:
-    """Yield the problems of a module's device code; none for a module with host code only."""
-    if not report.sass and not report.ptx:
+def _code_errors(report: ModuleReport, build: Build, *, kernels: bool) -> Iterator[str]:
+    """Yield the problems of a module's device code. A module without `kernels` needs none."""
+    if not kernels and not report.sass and not report.ptx:
         return
-    if report.sass != (sass,):
-        yield f"contains SASS for {', '.join(report.sass) or 'nothing (PTX only)'}, requested {sass}"
-    if report.ptx and not ptx:
+    if report.sass != (build.sass,):
+        yield f"contains SASS for {', '.join(report.sass) or 'no GPU'}, requested {build.sass}"
+    if report.ptx and not build.arch.ptx:
         yield f"contains PTX for {', '.join(report.ptx)}, none was requested"
-    if ptx and not report.ptx:
+    if build.arch.ptx and not report.ptx:
         yield "contains no PTX, but +PTX was requested"
 
 
@@ -201,13 +225,19 @@ def _link_errors(elf: Elf, report: ModuleReport, chain: Toolchain, providers: Se
 
 
 def device_code(path: Path) -> tuple[list[str], tuple[str, ...]]:
-    """Return the SASS target of each cubin in a module, and the PTX targets, as cuobjdump lists them."""
-    tool = toolchains.cuobjdump()
-    # Without device code, cuobjdump reports that on stderr and fails. This is a valid result, not an error.
-    cubins = shell.run([tool, "--list-elf", path], check=False).stdout
-    ptx = shell.run([tool, "--list-ptx", path], check=False).stdout
-    pattern = re.compile(r"\.(sm_\d+[af]?)\.(?:cubin|ptx)")
-    return pattern.findall(cubins), tuple(sorted(set(pattern.findall(ptx))))
+    """Return the SASS target of each cubin in a module, and the PTX targets, as cuobjdump lists them.
+
+    Raises BuildError if cuobjdump cannot read the module.
+    """
+    listed: list[list[str]] = []
+    for option in ("--list-elf", "--list-ptx"):
+        done = tools.build(toolchains.cuobjdump(), option, path, check=False)
+        if done.returncode and not (done.returncode == 255 and "does not contain device code" in done.stderr):
+            cause = f"cuobjdump {option} ended with {done.returncode}: {done.stderr.strip()}"
+            raise BuildError("inspection", f"the machine code of {path.name} cannot be read", cause=cause)
+        listed.append(re.findall(r"\.(sm_\d+[af]?)\.(?:cubin|ptx)", done.stdout))
+    cubins, ptx = listed
+    return cubins, tuple(sorted(set(ptx)))
 
 
 def _providers(chain: Toolchain) -> Iterator[Elf]:
@@ -219,7 +249,7 @@ def _providers(chain: Toolchain) -> Iterator[Elf]:
         yield Elf(runtime)
     loader = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}[chain.platform.cpu]
     for name in ("libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", loader):
-        found = Path(shell.run([chain.cxx, f"-print-file-name={name}"]).stdout.strip())
+        found = Path(tools.build(chain.cxx, f"-print-file-name={name}").stdout.strip())
         if found.is_absolute():
             yield Elf(found.resolve())
     yield from map(Elf, _python_libraries(chain))
@@ -231,7 +261,7 @@ def _python_libraries(chain: Toolchain) -> list[Path]:
     The symbol names are the same on every platform, so they are valid for the target, too.
     """
     code = "import sys, sysconfig as s; print(sys.executable); print(s.get_config_var('LIBDIR'))"
-    executable, folder = shell.run([chain.interpreter, "-Ic", code]).stdout.splitlines()
+    executable, folder = tools.build(chain.interpreter, "-Ic", code).stdout.splitlines()
     library = Path(folder) / f"libpython{chain.python}.so.1.0"
     return [Path(executable).resolve(), *([library] if library.exists() else [])]
 
@@ -249,20 +279,18 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
     names = [module.name for module in build.modules]
     code = f"import torch\nfor name in {names!r}: __import__(name)\nprint('imported with torch', torch.__version__)"
     compiled = workspace.current().cache / "pycache"
-    with tempfile.TemporaryDirectory() as folder:
-        unpack(wheel, Path(folder))
+    with unpacked(wheel) as folder:
         functions = sorted({name for report in reports for name in report.from_driver})
         if functions:
-            toolchains.driver_stub(chain, Path(folder), functions)
+            toolchains.driver_stub(chain, folder, functions)
         env = {
             **runner.env,
             "PYTHONPATH": f"{folder}:{chain.site}",
-            "LD_LIBRARY_PATH": folder,
+            "LD_LIBRARY_PATH": str(folder),
             # Most of torch's import time is bytecode compilation: the installed stack has no bytecode.
             "PYTHONPYCACHEPREFIX": str(compiled),
-            "PYTHONDONTWRITEBYTECODE": "",
         }
-        done = shell.run([*runner.argv, "-c", code], env=env, check=False)
+        done = tools.build(*runner.argv, "-c", code, env=env, check=False)
         shutil.rmtree(f"{compiled}{folder}", ignore_errors=True)
     if done.returncode:
         raise BuildError(
@@ -294,11 +322,10 @@ def prove_smoke(wheel: Path, build: Build) -> Proof:
         return Proof(
             "not run", f"the GPU of this machine has capability {local.capability}, not {build.arch.capability}"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        unpack(wheel, Path(folder))
+    with unpacked(wheel) as folder:
         path = f"{folder}:{build.toolchain.site}:{files.CHECKOUT}"  # for kernels/smoke.py
         env = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-        done = shell.run([build.toolchain.interpreter, smoke], env=env, check=False, timeout=600)
+        done = tools.build(build.toolchain.interpreter, smoke, env=env, check=False, timeout=600)
     if done.returncode:
         raise BuildError(
             "inspection",

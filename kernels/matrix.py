@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from core import arch as archs
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from kernels.recipe import Module, Recipe
     from kernels.toolchain import Toolchain
 
-BUILDER = 1
+BUILDER = 2
 """Increase it when a change of Hearth changes wheels: link line, metadata, wheel layout."""
 
 
@@ -87,7 +88,7 @@ class Build:
     @property
     def python_folder(self) -> str:
         """Its subfolder for one Python version and profile: bindings and linked modules."""
-        return f"{self.folder}/{self.toolchain.abi_tag}{f'-{self.profile}' if self.profile else ''}"
+        return f"{self.folder}/{self.toolchain.python_folder}{f'-{self.profile}' if self.profile else ''}"
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -120,12 +121,20 @@ class Build:
             "platform": chain.platform.value,
             "python": chain.python,
             "toolchain": dict(chain.parts),
+            "zlib": _zlib(),
         }
 
     @cached_property
     def key(self) -> str:
         """The hash of the inputs: builds with the same key produce the same bytes."""
         return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _zlib() -> str:
+    """The identity of the zlib that compresses wheels: other versions and replacements write other bytes."""
+    sample = zlib.compress("".join(map(str, range(10_000))).encode())
+    return f"{zlib.ZLIB_RUNTIME_VERSION} {hashlib.sha256(sample).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)

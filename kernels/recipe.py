@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
+from packaging.version import InvalidVersion, Version
 
 from core.config import load
 from core.errors import ConfigError, UsageError, suggest
 from core.files import CHECKOUT
 from core.source import Pinned, check
+from core.stack import stacks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -130,6 +136,8 @@ def load_recipe(path: Path) -> Recipe:
     file = path / "recipe.toml"
     recipe = msgspec.structs.replace(load(file, Recipe), folder=str(path))
     check(recipe)
+    if wrong := [f"{what} {value!r}" for what, value, right in _values(recipe) if not right]:
+        raise ConfigError("config", f"{file}: not valid: {', '.join(wrong)}", cause=_NAMES)
     for name in (*(f"patches/{patch.file}" for patch in recipe.patches), recipe.headers):
         if not (path / name).exists():
             raise ConfigError("config", f"{file}: {name} does not exist in the recipe's folder")
@@ -138,6 +146,41 @@ def load_recipe(path: Path) -> Recipe:
             if arch not in recipe.archs:
                 raise ConfigError("config", f"{file}: module {module.name} lists arch {arch}, but the recipe does not")
     return recipe
+
+
+_NAMES = """\
+name: letters, digits, - and _; version: as PyPI writes it, without +; profiles: lower-case letters and digits, one with
+default = true; stacks: of config/stacks.toml; archs: "12.1" = "121", "121a" or "121f"; modules: Python names,
+each once; memory_mb: positive"""
+
+
+def _values(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
+    """Each value that becomes a part of a wheel's name, label or command line: what it is, the value, is it valid."""
+    yield "name", recipe.name, bool(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?", recipe.name, re.ASCII))
+    yield "version", recipe.version, _canonical(recipe.version)
+    for profile in recipe.profiles:
+        yield "profile", profile, bool(re.fullmatch("[a-z][a-z0-9]*", profile))
+    defaults = [name for name, profile in recipe.profiles.items() if profile.default]
+    yield "profiles with default = true", ", ".join(defaults), len(defaults) == bool(recipe.profiles)
+    for stack in recipe.stacks:
+        yield "stack", stack, stack in stacks()
+    for arch, target in recipe.archs.items():
+        digits = re.fullmatch(r"(\d{1,2})\.(\d)", arch, re.ASCII)
+        # Plain code of an older minor version runs, too; "a" is for one capability alone.
+        runs = digits and re.fullmatch(f"{digits[1]}[0-{digits[2]}]f?|{digits[1]}{digits[2]}a", target)
+        yield "arch", f"{arch} = {target}", bool(runs)
+    names = [module.name for module in recipe.modules]
+    for name in names:
+        valid = all(each.isidentifier() and each.isascii() for each in name.split("."))
+        yield "module", name, valid and names.count(name) == 1
+    yield "memory_mb", str(recipe.memory_mb), recipe.memory_mb > 0
+
+
+def _canonical(version: str) -> bool:
+    try:
+        return str(Version(version)) == version and "+" not in version
+    except InvalidVersion:
+        return False
 
 
 def recipes() -> dict[str, Recipe]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from typing import TYPE_CHECKING
@@ -54,13 +55,13 @@ def _apply(recipe: Recipe, patch: Patch, tree: Path) -> None:
 
 def _mirror(fresh: Path, place: Path) -> None:
     """Make the files of `place` equal to those of `fresh`, replacing only files that differ."""
-    wanted = {path.relative_to(fresh) for path in fresh.rglob("*") if not path.is_dir()}
-    for path in [path for path in place.rglob("*") if not path.is_dir()]:
-        if path.relative_to(place) not in wanted:
-            path.unlink()
-    for name in wanted:
+    wanted = {path.relative_to(fresh): path.is_dir() for path in fresh.rglob("*")}
+    for path in sorted(place.rglob("*"), reverse=True):  # a folder's content before the folder
+        if wanted.get(path.relative_to(place)) != path.is_dir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    for name in (name for name, is_folder in wanted.items() if not is_folder):
         old, new = place / name, fresh / name
-        if old.is_file() and old.stat().st_size == new.stat().st_size and old.read_bytes() == new.read_bytes():
+        if old.is_file() and old.stat().st_mode == new.stat().st_mode and filecmp.cmp(old, new, shallow=False):
             continue
         old.parent.mkdir(parents=True, exist_ok=True)
         new.replace(old)

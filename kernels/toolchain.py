@@ -30,7 +30,7 @@ _COMPILE_TIME = ("torch==", "nvidia-")
 class Toolchain:
     """The identity of every input that can change the output, and its place in the cache.
 
-    `kernel_fingerprint` covers the inputs of kernel objects; `fingerprint` adds Python, for the bindings.
+    `kernel_fingerprint` covers the inputs of kernel objects.
     """
 
     stack: Stack
@@ -54,11 +54,6 @@ class Toolchain:
         return _digest([part for part in self.parts if part[0] != "python"])
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of all parts."""
-        return _digest(self.parts)
-
-    @property
     def view(self) -> Path:
         """The folder of symlinks that compile commands use, so that commands contain no path of this machine."""
         name = f"{self.stack.name}-{self.platform.cpu}-{self.kernel_fingerprint[:12]}"
@@ -70,9 +65,14 @@ class Toolchain:
         return "cp" + self.python.replace(".", "")
 
     @property
+    def python_folder(self) -> str:
+        """The name of the folder for one Python: objects and links of other headers are in another one."""
+        return f"{self.abi_tag}-{_digest(dict(self.parts)['python'])[:12]}"
+
+    @property
     def site(self) -> Path:
         """The stack installed for the target: torch's headers and libraries, and torch's import dependencies."""
-        return self.view / self.abi_tag / "site"
+        return self.view / self.python_folder / "site"
 
 
 def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
@@ -134,9 +134,12 @@ def errors(stack: Stack, platform: Platform, python: str) -> list[HearthError]:
 def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
     """Return the C++ compiler for `platform` and its identity: compiler, binutils and C library versions."""
     if platform is Platform.local():
-        name = os.environ.get("CXX", "g++")
+        name = os.environ.get("CXX") or "g++"
         if not shell.which(name):
-            raise ToolError("compiler-missing", f"there is no C++ compiler ({name})", hint="apt-get install g++")
+            hint = "CXX names one program; HEARTH_COMPILER_LAUNCHER is for ccache" if " " in name else ""
+            hint = hint or "apt-get install g++"
+            raise ToolError("compiler-missing", f"there is no C++ compiler ({name})", hint=hint)
+        name = name if Path(name).name == name else str(Path(name).absolute())  # ninja runs in another folder
     else:
         name = f"{platform.cpu}-linux-gnu-g++"
         if not shell.which(name):
@@ -145,9 +148,11 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
                 f"there is no C++ compiler for {platform.value} ({name})",
                 hint=f"apt-get install g++-{platform.cpu.replace('_', '-')}-linux-gnu",
             )
-    program = "#include <features.h>\n__GNUC__ __GLIBC__ __GLIBC_MINOR__\n"
-    asked = shell.run([name, "-E", "-P", "-x", "c++", "-"], input_text=program)
-    major, *glibc = asked.stdout.split()[-3:]
+    program = "#include <features.h>\n__clang__ __GNUC__ __GLIBC__ __GLIBC_MINOR__\n"
+    asked = tools.build(name, "-E", "-P", "-x", "c++", "-", input_text=program)
+    clang, major, *glibc = asked.stdout.split()[-4:]
+    if clang != "__clang__":
+        raise ToolError("compiler-version", f"{name} is Clang; the build needs GCC", hint="apt-get install g++")
     if int(major) > stack.gcc:
         raise ToolError(
             "compiler-version",
@@ -155,9 +160,12 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
             cause=f"crt/host_config.h of CUDA {stack.cuda} accepts GCC up to {stack.gcc}",
             hint=f"apt-get install g++-{stack.gcc}, then run the same command again with CXX=g++-{stack.gcc}",
         )
-    version = shell.run([name, "--version"]).stdout.splitlines()[0]
-    linker = shell.run([name, "-Wl,--version"], check=False).stdout.splitlines()
-    return name, f"{version}; {linker[0] if linker else 'unknown linker'}; glibc {'.'.join(glibc)}"
+    version = tools.build(name, "--version").stdout.splitlines()[0]
+    linker = tools.build(name, "-Wl,--version", check=False).stdout.splitlines()
+    # CXX may be a script that adds flags, and distributions patch a compiler without changing its version.
+    programs = [shell.find(name), tools.build(name, "-print-prog-name=cc1plus").stdout.strip()]
+    identity = _digest([files.sha256(Path(each)) for each in programs])[:16]
+    return name, f"{version}; {identity}; {linker[0] if linker else 'unknown linker'}; glibc {'.'.join(glibc)}"
 
 
 @cache
@@ -174,7 +182,7 @@ def _cuda(stack: Stack) -> tuple[str, str]:
             tried.append(f"{home}: no bin/nvcc")
             continue
         # Debian's nvcc has no nvcc.profile next to it, but still prints its version.
-        text = shell.run([nvcc, "--version"], check=False).stdout
+        text = tools.build(nvcc, "--version", check=False).stdout
         if f"release {stack.cuda}," in text:
             hashes = [files.sha256(_program(home, name)) for name in _NVCC_PROGRAMS]
             return str(home), f"nvcc {_digest(hashes)}, headers {locked}"
@@ -229,7 +237,10 @@ def _python(version: str) -> tuple[str, str, str]:
         )
     # Listed individually: distributions link other packages' headers (numpy's) into this folder.
     headers = [str(path.relative_to(include)) for path in include.rglob("*") if path.is_file()]
-    return interpreter, str(include), f"{full} headers {files.tree_hash(include, headers)}"
+    multiarch = [
+        files.sha256(each) for each in sorted(include.parent.glob(f"*-linux-gnu/{include.name}/*.h"))
+    ]  # Debian
+    return interpreter, str(include), f"{full} headers {files.tree_hash(include, headers)} {_digest(multiarch)[:16]}"
 
 
 def _known_python(version: str) -> list[str] | None:
@@ -248,9 +259,10 @@ def _ask_python(program: str, version: str) -> list[str] | None:
     """
     if not program or not shell.which(program):
         return None
-    code = "import sys, sysconfig as s; print(sys._base_executable, sys.version.split()[0], s.get_path('include'))"
-    answer = shell.run([program, "-ISc", code], check=False).stdout.split()
-    return answer if len(answer) == 3 and answer[1].startswith(f"{version}.") else None
+    code = "import sys, sysconfig as s; print(sys._base_executable, sys.version.split()[0], s.get_path('include'),"
+    code += " sys.abiflags, sep='\\n')"  # "d": a debug build, "t": without the GIL; both have another ABI
+    *answer, flags = shell.run([program, "-ISc", code], check=False).stdout.split("\n")[:4] or [""]
+    return answer if len(answer) == 3 and not flags and answer[1].startswith(f"{version}.") else None
 
 
 def _requirements(extra: str, *, compile_time: bool = False) -> list[str]:
@@ -274,8 +286,8 @@ def assemble(toolchain: Toolchain) -> None:
     if not (view / "torch").exists():
         _link(view / "torch", site / "torch")
         _link(view / "nvidia", site / "nvidia")
-    _link(view / toolchain.abi_tag / "site", site)
-    _link(view / toolchain.abi_tag / "include", Path(toolchain.python_include))
+    _link(toolchain.site, site)
+    _link(toolchain.site.with_name("include"), Path(toolchain.python_include))
     stubs = view / "stubs"
     if not (stubs / "libcuda.so").exists():
         stubs.mkdir(exist_ok=True)
@@ -344,7 +356,7 @@ def driver_stub(toolchain: Toolchain, folder: Path, functions: Sequence[str] = (
     stub = folder / "libcuda.so.1"
     body = "".join(f'extern "C" void {name}() {{}}\n' for name in functions)
     words = [toolchain.cxx, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c++", "-o"]
-    shell.run([*words, stub, "-"], input_text=body)
+    tools.build(*words, stub, "-", input_text=body)
     _link(folder / "libcuda.so", Path(stub.name))
 
 

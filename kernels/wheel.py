@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
+import io
 import zipfile
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 from packaging.metadata import Metadata, RFC822Message
 
 from core.errors import ConfigError
+from kernels import sbom
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,12 +47,14 @@ def assemble(build: Build, tree: Path, modules: dict[str, Path], place: Path) ->
     content[f"{info}/WHEEL"] = (
         f"Wheel-Version: 1.0\nGenerator: hearth\nRoot-Is-Purelib: false\nTag: {build.tag}\n"
     ).encode()
-    record = "".join(f"{each},{_hash(body)},{len(body)}\n" for each, body in sorted(content.items()))
-    record += f"{info}/RECORD,,\n"
+    content[f"{info}/sboms/hearth.cdx.json"] = sbom.write(build)
+    record = io.StringIO()  # CSV: a path may contain a comma
+    rows = [(each, _hash(body), len(body)) for each, body in sorted(content.items())]
+    csv.writer(record, lineterminator="\n").writerows([*rows, (f"{info}/RECORD", "", "")])
     place.mkdir(parents=True, exist_ok=True)
     wheel = place / build.wheel_name
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-        for each, body in [*sorted(content.items()), (f"{info}/RECORD", record.encode())]:
+        for each, body in [*sorted(content.items()), (f"{info}/RECORD", record.getvalue().encode())]:
             entry = zipfile.ZipInfo(each, _EPOCH)
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.external_attr = (0o100755 if each.endswith(".so") else 0o100644) << 16

@@ -110,9 +110,28 @@ def test_the_same_command_again_finds_the_wheels(built: Hearth) -> None:
     assert "in the wheelhouse" in plan.stdout
 
 
-def test_another_place_gives_the_same_bytes(built: Hearth, tmp_path: Path) -> None:
+HOSTILE = {
+    "NVCC_APPEND_FLAGS": "-Xptxas -O0 -lineinfo",
+    "NVCC_PREPEND_FLAGS": "-DNDEBUG -O0",
+    "NVCC_CCBIN": "/nowhere/g++",
+    "CPATH": "/nowhere",
+    "CPLUS_INCLUDE_PATH": "{place}",
+    "LIBRARY_PATH": "{place}",
+    "COMPILER_PATH": "{place}",
+    "LD_PRELOAD": "{place}/missing.so",
+    "LD_RUN_PATH": "/nowhere",
+    "PYTHONPATH": "{place}",
+    "SOURCE_DATE_EPOCH": "1",
+    "LANG": "de_DE.UTF-8",
+}
+
+
+def test_another_place_and_environment_give_the_same_bytes(built: Hearth, tmp_path: Path) -> None:
     other = Hearth(tmp_path / "a" / "deeper" / "checkout")
-    done = other.inv(*BUILD, "--arch", "8.9;12.1", "--jobs", "1")
+    (other.place / "Python.h").write_text("#error a header of the environment\n")
+    (other.place / "torch.py").write_text("raise RuntimeError('a module of the environment')\n")
+    env = {name: value.format(place=other.place) for name, value in HOSTILE.items()}
+    done = other.inv(*BUILD, "--arch", "8.9;12.1", "--jobs", "1", **env)
     assert done.returncode == 0, done.stderr
     for name in WHEELS.values():
         assert (other.wheelhouse / name).read_bytes() == (built.wheelhouse / name).read_bytes()
@@ -139,8 +158,10 @@ def test_another_python_shares_the_kernel_objects(built: Hearth, monkeypatch: py
     assert other.key != build.key
     site = other.toolchain.site
     site.parent.mkdir()
+    headers = replace(build.toolchain, parts=parts)  # the same version, with headers that the distribution has patched
+    assert headers.site != build.toolchain.site
     site.symlink_to(build.toolchain.site)  # the graph looks there for the CUDA runtime; nothing is compiled
-    first, second = (set(graph.write([each], 1).edges) for each in (build, other))
+    first, second = (set(graph.write([each], {"": 1}).edges) for each in (build, other))
     assert {Path(name).name for name in first & second} == {"scale.cu.o", "scale_half.cu.o", "sum.cu.o"}
     assert {Path(name).name for name in second - first} == {"scale.cpp.o", "sum.cpp.o", "_scale.so", "_sum.so"}
 

@@ -101,13 +101,32 @@ def test_a_compile_error_names_the_file_and_the_log_and_keeps_the_rest(hearth: H
     assert done.returncode == 40
     assert "src/csrc/sum.cu could not be compiled" in done.stderr
     assert 'identifier "nothing" is undefined' in done.stderr
-    assert "log.txt" in done.stderr
+    (log,) = (hearth.cache / "build/logs").iterdir()
+    assert str(log) in done.stderr
+    assert 'identifier "nothing" is undefined' in log.read_text()
     assert not hearth.wheels()
     finished = set(steps(done.stderr)) - {"sum.cu"}
     hearth.edit("src/csrc/sum.cu", "float total = nothing;", "float total = 0;")
     done = hearth.inv(*BUILD)
     assert done.returncode == 0, done.stderr
     assert not finished & set(steps(done.stderr))
+
+
+def test_a_kernel_that_fails_withholds_no_other_wheel(hearth: Hearth) -> None:
+    for name, kernel in (("broken", "csrc/sum.cu"), ("missing", "csrc/nothing.cu")):
+        shutil.copytree(hearth.tiny, hearth.recipes / name)
+        recipe = hearth.recipes / name / "recipe.toml"
+        text = recipe.read_text().replace('name = "tiny"', f'name = "{name}"')
+        recipe.write_text(text.replace('kernels = ["csrc/sum.cu"]', f'kernels = ["{kernel}"]'))
+    source = hearth.recipes / "broken/src/csrc/sum.cu"
+    source.write_text(source.read_text().replace("float total = 0;", "float total = nothing;"))
+    words = ("--kernel", "broken,missing,tiny", "--arch", "8.9;9.0", "--python", "3.11")
+    done = hearth.inv("build-kernels", *words)
+    assert (done.returncode, kind_of(done.stderr)) == (40, "several"), done.stderr
+    assert [each.name.partition("+")[0] for each in hearth.wheels()] == ["tiny-0.1"] * 2
+    assert "4 of 6 builds failed" in done.stderr
+    assert done.stderr.count("src/csrc/sum.cu does not build") == 2
+    assert done.stderr.count("no file of the source matches 'csrc/nothing.cu'") == 2
 
 
 def test_a_killed_compiler_is_told_as_out_of_memory(hearth: Hearth) -> None:

@@ -1,15 +1,19 @@
-"""The number of parallel compiles, and a wheel's metadata."""
+"""A wheel's metadata, record and SBOM."""
 
 from __future__ import annotations
 
-import os
+import csv
+import json
+import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
-from kernels import wheel
-from kernels.graph import plan_jobs
+from kernels import sbom, wheel
 from kernels.matrix import Build, Request, select
 from tests.errors import raises
 
@@ -20,20 +24,26 @@ def build() -> Build:
     return found
 
 
-def needing(build: Build, megabytes: int) -> Build:
-    return replace(build, recipe=msgspec.structs.replace(build.recipe, memory_mb=megabytes))
+def test_an_sbom_names_the_inputs_and_is_the_same_every_time(build: Build) -> None:
+    text = sbom.write(build)
+    assert sbom.write(replace(build)) == text
+    found = json.loads(text)
+    assert found["metadata"]["component"]["version"] == build.version
+    assert {each["name"] for each in found["components"]} == {"sageattention", "torch", "nvcc", "g++"}
+    commit = build.recipe.source[0].commit
+    assert f"pkg:github/thu-ml/sageattention@{commit}" in [each.get("purl") for each in found["components"]]
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text.decode()) is None
 
 
-def test_a_compile_a_core_while_memory_allows(build: Build) -> None:
-    assert plan_jobs([needing(build, 1)], None) == len(os.sched_getaffinity(0))
-
-
-def test_the_largest_compile_of_all_kernels_limits_them(build: Build) -> None:
-    assert plan_jobs([needing(build, 1), needing(build, 10**9)], None) == 1
-
-
-def test_the_user_knows_better(build: Build) -> None:
-    assert plan_jobs([needing(build, 10**9)], 64) == 64
+def test_a_record_is_csv(build: Build, tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(build.recipe, files=("*.py",), license_files=(), modules=())
+    (tmp_path / "a, b.py").write_text("x = 1")
+    path = wheel.assemble(replace(build, recipe=recipe), tmp_path, {}, tmp_path / "out")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        text = archive.read(next(name for name in names if name.endswith("/RECORD"))).decode()
+    assert [row[0] for row in csv.reader(text.splitlines())] == names
+    assert next(name for name in names if "/sboms/" in name).endswith(".dist-info/sboms/hearth.cdx.json")
 
 
 def test_metadata_is_what_installers_accept(build: Build) -> None:

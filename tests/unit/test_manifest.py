@@ -90,3 +90,21 @@ def test_a_toml_file_that_is_no_text_or_below_a_file_is_told(tmp_path: Path) -> 
     with raises("config", match="cannot be read"):
         load(tmp_path / "x.toml/y.toml", dict[str, Any])
     assert max(path.stat().st_size for path in (files.CHECKOUT / "recipes").rglob("*.toml")) < 100_000
+
+
+def test_an_older_manifest_never_describes_a_new_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed between the two renames leaves a wheel without a manifest."""
+    house, old = Wheelhouse(tmp_path / "house"), wheel("same", size=3)
+    (tmp_path / "built").write_text("old")
+    house.admit(tmp_path / "built", old)
+    assert house.wheels() == [old]
+    (tmp_path / "built").write_text("new")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        house.admit(tmp_path / "built", msgspec.structs.replace(old, sha256="c" * 64))
+    assert house.wheels() == []
+    assert [path.read_text() for path in (tmp_path / "house").rglob("*.whl")] == ["new"]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import stat
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from core.arch import known_archs
+from kernels import matrix
+from kernels.matrix import Request, select
 from tests.conftest import Hearth
 from tests.errors import kind_of
 
@@ -78,9 +82,23 @@ def test_what_cannot_be_is_refused(hearth: Hearth, words: list[str], kind: str, 
     assert not done.stdout
 
 
+ONE = ("--kernel", "tiny", "--arch", "8.9", "--python", "3.11")
+
+
 def key(hearth: Hearth, *words: str) -> str:
-    (found,) = plan(hearth, "--kernel", "tiny", "--arch", "8.9", "--python", "3.11", *words)
+    (found,) = plan(hearth, *ONE, *words)
     return found["key"]
+
+
+def test_the_key_has_the_zlib_that_compresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    (build,), _ = select(Request(arch="8.9", kernel="sageattention", python="3.11"))
+    real, first = zlib.compress, build.key
+    monkeypatch.setattr(zlib, "compress", lambda data: real(data, 1))
+    matrix._zlib.cache_clear()
+    assert replace(build).key != first
+    monkeypatch.undo()
+    matrix._zlib.cache_clear()
+    assert replace(build).key == first
 
 
 def test_the_key_changes_with_all_that_can_change_a_byte_and_nothing_else(hearth: Hearth) -> None:
@@ -97,6 +115,10 @@ def test_the_key_changes_with_all_that_can_change_a_byte_and_nothing_else(hearth
         changed = key(hearth)
         assert changed != first, name
         first = changed
+    compiler = hearth.place / "g++"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    compiler.chmod(0o755)
+    assert plan(hearth, *ONE, CXX=str(compiler))[0]["key"] != first
     hearth.edit("recipe.toml", "memory_mb = 700", "memory_mb = 800")
     hearth.edit("recipe.toml", 'reason = "shows', 'reason = "demonstrates')
     assert key(hearth) == first

@@ -1,0 +1,118 @@
+"""Inspection of wheels: a check that cannot run is an error, and foreign or damaged wheels are described."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from core.manifest import ModuleReport
+from kernels import inspection, toolchain
+from kernels.matrix import Request, select
+from tests.errors import raises
+
+LIBZ = next((path for path in Path("/usr/lib").glob("*-linux-gnu/libz.so.1")), None)
+HOST_ONLY = ModuleReport("m", (), (), 0, (), 0, (), "", "", 1)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def cuobjdump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for cuobjdump, to be written by the test."""
+    program = tmp_path / "cuobjdump"
+    program.touch(0o755)
+    monkeypatch.setattr(toolchain, "cuobjdump", lambda: program)
+    return program
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "exit 1",
+        "exit 255",
+        "echo 'ELF file 1: a.1.sm_60.cubin'; echo 'cuobjdump fatal : Invalid ELF' >&2; exit 1",
+        "echo 'does not contain device code' >&2; exit 1",
+        "kill -9 $$",
+    ],
+)
+def test_machine_code_that_cannot_be_read_is_an_error(cuobjdump: Path, body: str) -> None:
+    cuobjdump.write_text(f"#!/bin/sh\n{body}\n")
+    with raises("inspection"):
+        inspection.device_code(Path("m.so"))
+
+
+def test_a_module_of_host_code_has_no_machine_code(cuobjdump: Path) -> None:
+    cuobjdump.write_text("#!/bin/sh\necho \"File 'm.so' does not contain device code\" >&2\nexit 255\n")
+    assert inspection.device_code(Path("m.so")) == ([], ())
+
+
+@pytest.mark.parametrize(
+    ("arch", "sass", "ptx", "kernels", "faults"),
+    [
+        ("8.9", (), (), False, 0),
+        ("8.9", (), (), True, 1),
+        ("8.9", ("sm_89",), (), True, 0),
+        ("8.9", ("sm_89",), (), False, 0),
+        ("8.9", ("sm_90",), (), False, 1),
+        ("8.9", ("sm_80", "sm_89"), (), True, 1),
+        ("8.9", ("sm_89",), ("sm_89",), True, 1),
+        ("8.9+PTX", (), (), True, 2),
+        ("8.9+PTX", ("sm_89",), ("sm_89",), True, 0),
+    ],
+)
+def test_a_module_with_kernels_contains_code_for_the_target_only(
+    arch: str, sass: tuple[str, ...], ptx: tuple[str, ...], kernels: bool, faults: int
+) -> None:
+    (build,), _ = select(Request(arch=arch, kernel="sageattention", python="3.11"))
+    report = msgspec.structs.replace(HOST_ONLY, sass=sass, ptx=ptx)
+    assert len(list(inspection._code_errors(report, build, kernels=kernels))) == faults
+
+
+def archive(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        for name, content in members.items():
+            wheel.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("members", "cause"),
+    [
+        ({"m.so": b"\xcf\xfa\xed\xfe not ELF"}, "macOS or Windows"),
+        ({"m.cp312-win_amd64.pyd": b"MZ"}, "macOS or Windows"),
+        ({"m.so": b""}, "macOS or Windows"),
+        ({"m.py": b"", "notes.sorted": b""}, "only Python files"),
+        ({}, "only Python files"),
+    ],
+)
+def test_a_wheel_without_modules_for_linux_says_what_it_contains(
+    tmp_path: Path, members: dict[str, bytes], cause: str
+) -> None:
+    with raises("inspection") as raised:
+        inspection.describe_wheel(archive(tmp_path / "w.whl", members))
+    assert cause in raised.value.cause
+
+
+def test_a_damaged_member_is_an_error(tmp_path: Path) -> None:
+    path = archive(tmp_path / "w.whl", {"m.so": os.urandom(5000) + bytes(5000)})
+    content = bytearray(path.read_bytes())
+    content[40:2000] = bytes(1960)
+    path.write_bytes(content)
+    with raises("inspection"):
+        inspection.describe_wheel(path)
+
+
+@pytest.mark.skipif(LIBZ is None, reason="no libz.so.1 in /usr/lib")
+def test_a_versioned_library_is_a_module_too(tmp_path: Path, cuobjdump: Path) -> None:
+    assert LIBZ is not None
+    cuobjdump.write_text("#!/bin/sh\necho 'does not contain device code' >&2\nexit 255\n")
+    (found,) = inspection.describe_wheel(archive(tmp_path / "w.whl", {"x.libs/libz.so.1": LIBZ.read_bytes()}))
+    assert (found.name, found.sass) == ("x.libs.libz", ())
+    assert not list((tmp_path / "cache/scratch").iterdir())

@@ -1,0 +1,96 @@
+"""A recipe's values become parts of file names, version labels and command lines: wrong ones are refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from packaging.utils import parse_wheel_filename
+
+from core import stack, workspace
+from kernels.matrix import Request, select
+from kernels.recipe import load_recipe
+from kernels.source import _mirror
+from tests.conftest import FIXTURES
+from tests.errors import raises
+
+
+def edited(place: Path, old: str, new: str) -> Path:
+    shutil.copytree(FIXTURES / "recipes/tiny", place / "tiny")
+    text = (place / "tiny/recipe.toml").read_text()
+    assert old in text
+    (place / "tiny/recipe.toml").write_text(text.replace(old, new))
+    return place / "tiny"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('name = "tiny"', 'name = "ti/ny"'),
+        ('name = "tiny"', 'name = ""'),
+        ('name = "tiny"', 'name = "tíny"'),
+        ('version = "0.1"', 'version = "0.1-rc1"'),
+        ('version = "0.1"', 'version = "0.1+git1"'),
+        ('version = "0.1"', 'version = "v0.1"'),
+        ('version = "0.1"', 'version = "latest"'),
+        ("[profiles.small]", "[profiles.no-half]"),
+        ("[profiles.small]", "[profiles.Small]"),
+        ("[profiles.small]", "[profiles.01]"),
+        ("default = true", "default = false"),
+        ("[profiles.small]", "[profiles.small]\ndefault = true"),
+        ('"cu130"]', '"cu13"]'),
+        ('"12.1" = "121a"', '"12.1" = "120a"'),
+        ('"12.1" = "121a"', '"12.1" = "122"'),
+        ('"12.1" = "121a"', '"12.1" = "90"'),
+        ('"12.1" = "121a"', '"12.1" = "sm_121a"'),
+        ('"12.1" = "121a"', '"12.10" = "1210"'),
+        ('name = "tiny._sum"', 'name = "tiny._scale"'),
+        ('name = "tiny._sum"', 'name = "tiny/_sum"'),
+        ("memory_mb = 700", "memory_mb = 0"),
+        ('folder = "src"', f'git = "https://x/y"\ncommit = "{"a" * 40}"\nsubfolder = "z"'),
+    ],
+)
+def test_a_value_that_cannot_be_part_of_a_wheel_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    with raises("config"):
+        load_recipe(edited(tmp_path, old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('name = "tiny"', 'name = "Tiny-Kernels_2"'), ('version = "0.1"', 'version = "1.0rc1.post2"')]
+)
+def test_the_wheels_of_a_valid_recipe_have_names_that_installers_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
+    recipe = load_recipe(edited(tmp_path, old, new))
+    monkeypatch.setenv("HEARTH_RECIPES", str(tmp_path))
+    (build,), _ = select(Request(arch="8.9", kernel=recipe.name, python="3.11"))
+    assert str(parse_wheel_filename(build.wheel_name)[1]) == build.version
+
+
+@pytest.mark.parametrize("name", ["cu130-torch212", "Cu130", "cu130.1"])
+def test_a_stack_whose_name_is_no_label_is_refused(tmp_path: Path, name: str) -> None:
+    text = (workspace.current().checkout / "config/stacks.toml").read_text()
+    (tmp_path / "checkout/config").mkdir(parents=True)
+    (tmp_path / "checkout/config/stacks.toml").write_text(text.replace("[cu130]", f'["{name}"]'))
+    with workspace.using(workspace.Workspace.of_bundle(tmp_path)), raises("config"):
+        stack.stacks()
+
+
+def test_a_tree_is_mirrored_whatever_was_there(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    for path in ("same", "edited", "mode", "folder/file", "file", "gone/inner/x"):
+        (old / path).parent.mkdir(parents=True, exist_ok=True)
+        (old / path).write_text("old")
+    (old / "link").symlink_to("nowhere")
+    for path in ("same", "edited", "mode", "folder", "file/inner", "link"):
+        (new / path).parent.mkdir(parents=True, exist_ok=True)
+        (new / path).write_text("old" if path in ("same", "mode") else "new")
+    (new / "mode").chmod(0o755)
+    times = {path: (old / path).stat().st_mtime_ns for path in ("same", "edited")}
+    wanted = {str(path.relative_to(new)): path.is_file() and path.read_text() for path in new.rglob("*")}
+    _mirror(new, old)
+    assert {str(path.relative_to(old)): path.is_file() and path.read_text() for path in old.rglob("*")} == wanted
+    assert (old / "mode").stat().st_mode & 0o100
+    assert (old / "same").stat().st_mtime_ns == times["same"]
+    assert (old / "edited").stat().st_mtime_ns > times["edited"]

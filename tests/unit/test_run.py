@@ -1,0 +1,84 @@
+"""The output of ninja and of compilers: which build failed, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import pytest
+
+from core import console
+from kernels.graph import Edge, Graph
+from kernels.run import _explain, _steps
+
+GRAPH = Graph("", {"a.o": Edge(rule="cxx", output="a.o", inputs=["a.cpp"], seconds=1, variables={})}, {}, {}, {})
+
+
+def kind(said: str, code: int = 1) -> str:
+    failed = f"FAILED: [code={code}] a.o \ng++ -c a.cpp -o a.o\n{said}\n"
+    return _explain(GRAPH, "build", {"a.o", "m.so"}, {"a.o": failed, "other.o": failed}, 4).kind
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "g++: fatal error: Killed signal terminated program cc1plus\ncompilation terminated.",
+        "nvcc error   : 'cicc' died due to signal 9 (Kill signal)",
+        "nvcc error   : 'ptxas' died due to signal 9 (Kill signal)",
+        "collect2: fatal error: ld terminated with signal 9 [Killed]",
+        "g++: internal compiler error: Killed (program cc1plus)",
+        "Killed",
+        "/bin/sh: line 1:  4711 Killed                  g++ -c a.cpp",
+        "virtual memory exhausted: Cannot allocate memory",
+        "cc1plus: out of memory allocating 65536 bytes after a total of 1 bytes",
+        "a.cpp:3:5: fatal error: out of memory",
+        "/usr/bin/ld: final link failed: memory exhausted",
+        "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc",
+        "LLVM ERROR: out of memory",
+        "ptxas fatal   : Memory allocation failure",
+        "fork: Cannot allocate memory",
+    ],
+)
+def test_each_way_to_run_out_of_memory_is_recognised(said: str) -> None:
+    assert kind(said) == "out-of-memory"
+
+
+def test_a_command_killed_without_a_word_ran_out_of_memory() -> None:
+    assert kind("", code=137) == "out-of-memory"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        'a.cu(3): error: identifier "nothing" is undefined\n      throw std::runtime_error("out of memory: Killed");\n',
+        "a.cpp:3:5: error: 'x' was not declared\n    3 | catch (std::bad_alloc&) { puts(\"Cannot allocate memory\"); }",
+        "a.cpp:3:5: error: 'bad_alloc' is not a member of 'std'",
+    ],
+)
+def test_a_compile_error_that_quotes_such_words_is_a_compile_error(said: str) -> None:
+    assert kind(said) == "compile"
+
+
+@pytest.mark.parametrize("said", ["a.o: No space left on device", "error: a.o: Disk quota exceeded"])
+def test_a_full_disk_is_recognised(said: str) -> None:
+    assert kind(said) == "disk-full"
+
+
+def test_a_step_ends_with_the_line_of_the_next() -> None:
+    def ninja() -> Generator[str, None, int]:
+        yield "@@ 1 3 1 cxx a.o"
+        yield "a.cpp:1: warning: unused"
+        yield "@@ 2 3 1 cxx b.o"
+        yield "FAILED: [code=1] b.o "
+        yield "g++"
+        yield "@@ 3 3 0 link m.so"
+        yield "ninja: build stopped: subcommand failed."
+        return 1
+
+    with console.Progress("compiling", 3, 3) as progress:
+        found = list(_steps(ninja(), GRAPH, progress))
+    assert found == [
+        ("a.o", "a.cpp:1: warning: unused\n"),
+        ("b.o", "FAILED: [code=1] b.o \ng++\n"),
+        ("m.so", ""),
+        ("", "ninja: build stopped: subcommand failed.\n"),
+    ]
