@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from deploy import release_refusals as refusals
 from deploy.refusals import Refusal
-from deploy.release import asking, digest
+from deploy.release import digest, requesters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -72,13 +72,13 @@ class Choice:
         return [self.env_part, str(bool(node.install_network))] if node.install else []
 
     @property
-    def asking(self) -> list[str]:
+    def requesters(self) -> list[str]:
         """The requesters of packages in addition to ComfyUI."""
-        return asking(self.target, self.nodes)
+        return requesters(self.target, self.nodes)
 
     @cached_property
     def _locked(self) -> str:
-        return self.lock.select(self.asking)
+        return self.lock.select(self.requesters)
 
     @property
     def requirements(self) -> str:

@@ -306,14 +306,14 @@ class Ssh(Agent):
 
         The login's shell can be of any kind and may print text itself: the output begins after a mark.
         """
-        begun = heard = False  # mark seen in the output; and on stderr, which the shell may redirect
+        begun = stderr_begun = False  # mark seen in the output; and on stderr, which the shell may redirect
         noise: list[bytes] = []
 
         def listen(line: str) -> None:
-            nonlocal heard
-            if heard:
+            nonlocal stderr_begun
+            if stderr_begun:
                 say(line)
-            heard = heard or line == _MARK
+            stderr_begun = stderr_begun or line == _MARK
 
         # One line: a C shell does not accept several in quotes.
         script = " ".join(f'cd; echo; echo "{_MARK}"; echo "{_MARK}" >&2; {script}'.split("\n"))
@@ -327,7 +327,7 @@ class Ssh(Agent):
                     yield from lines
                     return
         except ProcessError as error:
-            if heard:
+            if stderr_begun:
                 error.said = error.said.rpartition(_MARK)[2].strip()
             if error.status == 255:  # ssh's own
                 raise (self.lost(_last(error.said)) if begun else self._unreachable(error.said)) from error

@@ -268,7 +268,7 @@ def _env_step(choice: Choice, why: str, *, repair: bool) -> Step:
         requirements=choice.requirements,
         kernels=tuple(wheel.file for wheel in choice.wheels),
         version=choice.python,
-        asking=tuple(choice.asking),
+        asking=tuple(choice.requesters),
     )
 
 

@@ -56,7 +56,7 @@ def manager(target: Target) -> bool:
     return any(flag.startswith("--enable-manager") for flag in target.flags)
 
 
-def asking(target: Target, nodes: Iterable[str]) -> list[str]:
+def requesters(target: Target, nodes: Iterable[str]) -> list[str]:
     """The requesters of packages in addition to ComfyUI: the nodes and ComfyUI-Manager."""
     return [*nodes, *([MANAGER] if manager(target) else [])]
 
@@ -83,7 +83,7 @@ def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
         },
         "sources": [_source(each) for each in choice.application.source],
         "tree": choice.application.tree,
-        "packages": choice.lock.versions(choice.asking),
+        "packages": choice.lock.versions(choice.requesters),
         "nodes": {
             name: {"url": node.url, "commit": node.commit, "tree": node.tree} for name, node in choice.pinned.items()
         },

@@ -48,11 +48,11 @@ def confinement(choice: Choice, prefix: str, place: str) -> list[str]:
     """
     host = choice.target.host
     offline = choice.target.profile.network == "offline"
-    told: dict[str, Any] = {"secrets": list(choice.secrets)}
+    options: dict[str, Any] = {"secrets": list(choice.secrets)}
     if host.scope == "user" and host.confined:
         named = [value for value in choice.target.flags.values() if value.startswith("/")]  # e.g. a certificate
         more = [*host.model_roots, *host.develop, *named]
-        told |= {
+        options |= {
             "folder": f"{prefix}/secrets",
             # The folders in data, not data itself: otherwise the service could replace one by a link that is opened at
             # the next start.
@@ -66,8 +66,8 @@ def confinement(choice: Choice, prefix: str, place: str) -> list[str]:
     elif not choice.secrets:
         return []
     elif host.scope == "user":
-        told["folder"] = f"{prefix}/secrets"
-    return [choice.interpreter, "-I", "-S", f"{place}/agent", "confine", json.dumps(told), "--"]
+        options["folder"] = f"{prefix}/secrets"
+    return [choice.interpreter, "-I", "-S", f"{place}/agent", "confine", json.dumps(options), "--"]
 
 
 # Never reachable for a service: link-local neighbours, and the metadata addresses of clouds, which return credentials

@@ -62,7 +62,7 @@ def known() -> Known:
 
 def places(name: str, setting: Setting) -> list[Place]:
     """The places that a setting changes, now and at every boot."""
-    told = f"# Written by Hearth: inv tune --undo {name} removes it.\n"
+    header = f"# Written by Hearth: inv tune --undo {name} removes it.\n"
     if setting.unit:
         unit = f"hearth-{name}.service"
         text = (files.CHECKOUT / "recipes/system" / setting.unit).read_text()
@@ -70,11 +70,11 @@ def places(name: str, setting: Setting) -> list[Place]:
     if setting.sysctl:
         lines = "".join(f"{key} = {value}\n" for key, value in setting.sysctl.items())
         values = {f"/proc/sys/{key.replace('.', '/')}": value for key, value in setting.sysctl.items()}
-        first = settings.file(f"/etc/sysctl.d/90-hearth-{name}.conf", told + lines)
+        first = settings.file(f"/etc/sysctl.d/90-hearth-{name}.conf", header + lines)
     else:
         values = setting.value
         lines = "".join(f"w {place} - - - - {value}\n" for place, value in values.items())  # tmpfiles.d(5)
-        first = settings.file(f"/etc/tmpfiles.d/hearth-{name}.conf", told + lines)
+        first = settings.file(f"/etc/tmpfiles.d/hearth-{name}.conf", header + lines)
     return [first, *({"kind": "value", "place": place, "value": value} for place, value in values.items())]
 
 

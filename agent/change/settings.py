@@ -25,7 +25,7 @@ from typing import Any
 
 from agent.change.lifecycle import await_answer, await_jobs
 from agent.files import AgentError, Json, Note, discard, write
-from agent.journal import Settings
+from agent.journal import SettingsJournal
 from agent.layout import Layout
 from agent.processes import run
 from agent.schema.change import Set, Unset
@@ -169,7 +169,7 @@ def look(layout: Layout, request: Json) -> State:
     """Return the changes in force and the state of the places of the requested settings (`changes`, by name)."""
     applied = {
         name: tuple(Applied(each["kind"], each["place"], each["old"], each["new"]) for each in listed)
-        for name, listed in Settings(layout).in_force().items()
+        for name, listed in SettingsJournal(layout).in_force().items()
     }
     return State(applied, {name: seen(changes) for name, changes in request["changes"].items()})
 
@@ -201,7 +201,7 @@ def apply_setting(layout: Layout, step: Set, note: Note) -> None:
 
 
 def _apply(layout: Layout, setting: str, changes: Sequence[Json]) -> None:
-    record = Settings(layout)
+    record = SettingsJournal(layout)
     known = {(each["kind"], each["place"]): each["new"] for each in record.in_force().get(setting, [])}
     for change in changes:
         read, put = KINDS[change["kind"]]
@@ -233,7 +233,7 @@ def undo_settings(layout: Layout, step: Unset, note: Note) -> None:
 
 
 def _undo(layout: Layout, setting: str, *, force: bool) -> list[str]:
-    record = Settings(layout)
+    record = SettingsJournal(layout)
     stuck: list[str] = []
     for change in reversed(record.in_force().get(setting, [])):
         read, put = KINDS[change["kind"]]
