@@ -13,13 +13,13 @@ from deploy import bundle as bundles
 from deploy import connection, plan
 from deploy import host as hosts
 from deploy.change import Change, carry_out, change_each
-from deploy.choice import find_wheel
 from deploy.group import Consent, on_each
 from deploy.inputs import gather
 from deploy.look import find_target, look
 from deploy.refusals import Refusal, refused
 from deploy.release import requesters
 from deploy.release_refusals import no_lock
+from deploy.selection import find_wheel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
