@@ -117,14 +117,14 @@ def _exchange(place: Endpoint, address: str, path: str, body: Json | None, secon
     late = threading.Event()
     sockets: list[socket.socket | None] = []
 
-    def hang_up() -> None:
+    def close_sockets() -> None:
         late.set()
         for each in filter(None, (connection.sock, *sockets)):
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 
     # A socket timeout restarts with every byte; this timer also limits a response that trickles in.
-    timer = threading.Timer(seconds, hang_up)
+    timer = threading.Timer(seconds, close_sockets)
     timer.daemon = True
     with closing(connection):
         timer.start()
@@ -220,8 +220,10 @@ def queue(place: Endpoint, seconds: float = 5) -> tuple[Jobs, Jobs]:
     try:
         answer = ask(place, "/queue", seconds=seconds)
     except TooLongError:
-        told = ask(place, "/prompt", seconds=seconds, limit=SMALL)
-        return Jobs([]), checked("/prompt", told, lambda told: Jobs([], int(told["exec_info"]["queue_remaining"])))
+        answer = ask(place, "/prompt", seconds=seconds, limit=SMALL)
+        return Jobs([]), checked(
+            "/prompt", answer, lambda answer: Jobs([], int(answer["exec_info"]["queue_remaining"]))
+        )
     return checked(
         "/queue", answer, lambda answer: (Jobs(list(answer["queue_running"])), Jobs(list(answer["queue_pending"])))
     )
@@ -236,7 +238,7 @@ def job(entry: Sequence[Any]) -> Json:
     return {"id": said(entry[1]), "nodes": len(workflow), "queued": seconds_of(extra.get("create_time"))}
 
 
-def takes_connections(place: Endpoint) -> bool:
+def accepts_connections(place: Endpoint) -> bool:
     """Return whether any address of the endpoint accepts connections."""
     for address in place.addresses:
         with suppress(OSError), socket.create_connection((address, place.port), timeout=1):
@@ -249,7 +251,7 @@ def unanswered(place: Endpoint, error: Exception) -> AgentError:
     if isinstance(error, ValueError):
         what = f"the program at port {place.port} does not answer as ComfyUI does"
         return AgentError("silent", what, str(error), "inv status shows which process uses the port")
-    if takes_connections(place):
+    if accepts_connections(place):
         hint = "read its log: inv logs; to end it: inv restart --force"
         return AgentError("silent", "ComfyUI accepts connections but does not answer", str(error), hint)
     what = f"ComfyUI is not running: no process listens on port {place.port}"

@@ -54,14 +54,14 @@ class Journal:
         append(self.path, {"at": now(), "event": event, **values})
 
 
-class Adopted(Journal):
+class AdoptionJournal(Journal):
     """Changes of an adoption; each is on disk before it is made. Undo reads them backwards."""
 
     def __init__(self, layout: Layout) -> None:
         self.path = layout.state / "adopted.jsonl"
 
 
-class Settings(Journal):
+class SettingsJournal(Journal):
     """Requested changes outside the prefix; each is on disk before it is made."""
 
     def __init__(self, layout: Layout) -> None:

@@ -138,11 +138,11 @@ def _answer(verb: str, layout: Layout, request: Json) -> None:
 
 
 def _facts(layout: Layout, request: Json) -> object:
-    from agent.look.facts import PATIENT, answering, facts
+    from agent.look.facts import PATIENT, check_folders_respond, facts
     from agent.look.gpu import gpus
     from agent.serve.managers import ours
 
-    answering(layout, request, PATIENT)
+    check_folders_respond(layout, request, PATIENT)
     return facts(layout, request, ours(layout, gpus()))
 
 

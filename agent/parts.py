@@ -152,7 +152,7 @@ def as_service(
     return forked(lowered, seconds=seconds)()
 
 
-def forsake_root() -> None:
+def drop_root() -> None:
     """Drop root permanently in a process of `as_service` that parses untrusted data.
 
     The real uid becomes an unused one, so that the service's processes cannot signal or trace it.

@@ -37,9 +37,9 @@ class HearthError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        told = (("", self.what), ("  cause: ", self.cause), ("  next:  ", self.hint))
+        parts = (("", self.what), ("  cause: ", self.cause), ("  next:  ", self.hint))
         # What follows in the same part is further in: it may be others' text, and look like the next part.
-        return "\n".join(name + re.sub(r"\n *", "\n         ", text) for name, text in told if text or not name)
+        return "\n".join(name + re.sub(r"\n *", "\n         ", text) for name, text in parts if text or not name)
 
 
 class ConfigError(HearthError):

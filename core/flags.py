@@ -46,7 +46,7 @@ class DryRun:
 
 
 @dataclass(frozen=True)
-class Agreed(DryRun):
+class Confirmation(DryRun):
     """Changes that ask for confirmation."""
 
     yes: bool = flag(False, "do not ask for confirmation; remove, nuke and adopt require it without a terminal")
@@ -63,7 +63,7 @@ class CutOver(DryRun):
 
 
 @dataclass(frozen=True)
-class Tried(CutOver):
+class Trial(CutOver):
     """Whether to try a release next to the active one before the cut-over."""
 
     trial: bool = flag(False, "stop after the trial; the active release is not touched")
@@ -71,10 +71,10 @@ class Tried(CutOver):
 
 
 @dataclass(frozen=True)
-class Change(CutOver, Agreed):
+class Change(CutOver, Confirmation):
     """A cut-over that asks for confirmation."""
 
 
 @dataclass(frozen=True)
-class TriedChange(Tried, Agreed):
+class TrialChange(Trial, Confirmation):
     """A cut-over after a trial, which asks for confirmation."""

@@ -270,13 +270,13 @@ LISTED = 20_000_000
 
 def _submodule(name: str, source: Source, entries: Mapping[str, Sequence[str]], own: Mapping[str, str]) -> Source:
     """The source of a submodule; raises ConfigError when the commit has no submodule of that path."""
-    told = ""
+    output = ""
     if ".gitmodules" in entries:
         words = ["config", "--blob", entries[".gitmodules"][2], "-z", "--get-regexp", r"^submodule\..*\.(path|url)$"]
-        told = tools.git(*words, env=own, check=False).stdout
-    said = dict(each.split("\n", 1) for each in told.split("\0")[:-1])
+        output = tools.git(*words, env=own, check=False).stdout
+    values = dict(each.split("\n", 1) for each in output.split("\0")[:-1])
     url = next(
-        (said.get(f"{key[:-4]}url", "") for key, path in said.items() if (key[-5:], path) == (".path", name)), ""
+        (values.get(f"{key[:-4]}url", "") for key, path in values.items() if (key[-5:], path) == (".path", name)), ""
     )
     if not url or entries.get(name, ("",))[0] != "160000":
         raise ConfigError(

@@ -58,7 +58,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The target of a bundle and all its files. `asking` are its nodes, and ComfyUI-Manager if selected."""
+    """The target of a bundle and all its files. `requesters` are its nodes, and ComfyUI-Manager if selected."""
 
     format: int
     profile: str
@@ -153,8 +153,8 @@ def write(
         raise BundleError(
             "bundle", f"{output} is not a file, so a bundle cannot replace it", hint="choose another file with --output"
         )
-    asking = releases.asking(target, inputs.nodes)
-    listed = _listed(inputs, asking, platform, python, wheels)
+    requesters = releases.requesters(target, inputs.nodes)
+    listed = _listed(inputs, requesters, platform, python, wheels)
     total = sum(path.stat().st_size for path in listed.values())
     console.say(f"bundling {len(listed)} files, {console.size(total)}")
     found = {
@@ -167,7 +167,7 @@ def write(
         platform=platform,
         python=python,
         version=inputs.application.version,
-        asking=tuple(asking),
+        asking=tuple(requesters),
         kernels={wheel.kernel: wheel.version for wheel in wheels},
         files=found,
     )
@@ -197,7 +197,7 @@ def _member(name: str, file: File) -> tarfile.TarInfo:
 
 
 def _listed(
-    inputs: Inputs, asking: Sequence[str], platform: str, python: str, wheels: Sequence[Manifest]
+    inputs: Inputs, requesters: Sequence[str], platform: str, python: str, wheels: Sequence[Manifest]
 ) -> dict[str, Path]:
     """Every file of a bundle by its name in it; fetches what the cache lacks."""
     app, lock, here = inputs.application, inputs.locks[platform, python], workspace.current()
@@ -212,7 +212,7 @@ def _listed(
         found |= {f"checkout/recipes/comfyui/{own}/{name}": path for name, path in files.tree(tree)}
     cached = [
         *nodes.fetch(inputs.nodes).values(),
-        requirements.download(lock, asking, Platform.parse(platform)),
+        requirements.download(lock, requesters, Platform.parse(platform)),
         lockfile.install("uv", Platform.parse(platform), "3.11"),
         *([] if own else [tree]),
     ]
@@ -307,30 +307,30 @@ def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     it reads headers of any size into memory, follows them without limit, and accepts sparse files that expand to a
     huge size.
     """
-    told: dict[str, str] = {}
+    extended: dict[str, str] = {}
     while (head := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
         member = tarfile.TarInfo.frombuf(head, "utf-8", "strict")
-        if member.type == tarfile.XHDTYPE and not told and 0 < member.size <= SHORT:
-            told = _told(path, _whole(file, member.size))
+        if member.type == tarfile.XHDTYPE and not extended and 0 < member.size <= SHORT:
+            extended = _pax_records(path, _whole(file, member.size))
         else:
-            member.name, member.size = told.get("path", member.name), int(told.get("size", member.size))
+            member.name, member.size = extended.get("path", member.name), int(extended.get("size", member.size))
             if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.size < 0:
                 raise _altered(path, member.name)
-            told = {}
+            extended = {}
             yield member
         file.read(-member.size % tarfile.BLOCKSIZE)
 
 
-def _told(path: Path, records: bytes) -> dict[str, str]:
+def _pax_records(path: Path, records: bytes) -> dict[str, str]:
     """Parse the pax records for the next member's name and size; raises BundleError for any other record."""
-    told: dict[str, str] = {}
+    values: dict[str, str] = {}
     while records:
         found = re.match(rb"(\d{1,5}) (?:(path)=([^\n]+)|(size)=(\d{1,15}))\n", records)
         if not found or int(found[1]) != found.end():
             raise _altered(path, f"its archive reports {records[:80]!r}")
-        told[(found[2] or found[4]).decode()] = (found[3] or found[5]).decode()
+        values[(found[2] or found[4]).decode()] = (found[3] or found[5]).decode()
         records = records[found.end() :]
-    return told
+    return values
 
 
 def _whole(file: IO[bytes], size: int) -> bytes:
@@ -356,9 +356,9 @@ def _head(path: Path, file: IO[bytes], member: tarfile.TarInfo | None, name: str
 def _manifest(path: Path, text: bytes) -> Bundle:
     """Decode a manifest; raises BundleError for another format, or for names that would escape the folder."""
     try:
-        if (told := msgspec.json.decode(text, type=_Format).format) != FORMAT:
+        if (number := msgspec.json.decode(text, type=_Format).format) != FORMAT:
             hint = "use the version of Hearth that made it"
-            raise BundleError("bundle", f"{path} has format {told}, this Hearth reads {FORMAT}", hint=hint)
+            raise BundleError("bundle", f"{path} has format {number}, this Hearth reads {FORMAT}", hint=hint)
         bundle = msgspec.json.decode(text, type=Bundle)
     except (msgspec.DecodeError, RecursionError) as error:
         raise BundleError("bundle", f"{path} has an invalid manifest", cause=str(error), hint=_ALTERED) from error

@@ -306,14 +306,14 @@ class Ssh(Agent):
 
         The login's shell can be of any kind and may print text itself: the output begins after a mark.
         """
-        begun = heard = False  # mark seen in the output; and on stderr, which the shell may redirect
+        begun = stderr_begun = False  # mark seen in the output; and on stderr, which the shell may redirect
         noise: list[bytes] = []
 
         def listen(line: str) -> None:
-            nonlocal heard
-            if heard:
+            nonlocal stderr_begun
+            if stderr_begun:
                 say(line)
-            heard = heard or line == _MARK
+            stderr_begun = stderr_begun or line == _MARK
 
         # One line: a C shell does not accept several in quotes.
         script = " ".join(f'cd; echo; echo "{_MARK}"; echo "{_MARK}" >&2; {script}'.split("\n"))
@@ -327,7 +327,7 @@ class Ssh(Agent):
                     yield from lines
                     return
         except ProcessError as error:
-            if heard:
+            if stderr_begun:
                 error.said = error.said.rpartition(_MARK)[2].strip()
             if error.status == 255:  # ssh's own
                 raise (self.lost(_last(error.said)) if begun else self._unreachable(error.said)) from error
@@ -346,17 +346,11 @@ class Ssh(Agent):
     def _ended(self, verb: str, status: int, said: str) -> HearthError:
         name = self._target.name
         if status == archive.NO_PYTHON:
-            return HostError(
-                "step-failed",
-                f"{name} has no python3",
-                hint="on the host: install it, for example with apt-get install python3",
-            )
+            return HostError("step-failed", f"{name} has no python3", hint="on the host: apt-get install python3")
         if status == archive.OLD_PYTHON:
             what = f"python3 on {name} is {_last(said)}; Hearth needs 3.10 or newer"
             return HostError(
-                "step-failed",
-                what,
-                hint="on the host: upgrade the system, or put a newer python3 first on the login's PATH",
+                "step-failed", what, hint="on the host: upgrade it, or put a newer python3 first on the login's PATH"
             )
         if status in (126, 127):
             return HostError(
@@ -440,9 +434,7 @@ def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterat
         read = shell.run([*argv, "-G", "--", target.host.address], check=False, input_text="", timeout=60)
         if read.returncode:
             what = f"ssh cannot read its configuration for {target.name}"
-            raise ConnectError(
-                "unreachable", what, cause=read.stderr.strip(), hint="correct the file named in its message"
-            )
+            raise ConnectError("unreachable", what, cause=read.stderr.strip(), hint="correct the file that it names")
         settings = dict(line.partition(" ")[::2] for line in read.stdout.splitlines())
         if settings.get("stricthostkeychecking") in ("false", "no", "off"):
             argv += ["-o", "StrictHostKeyChecking=accept-new"]  # never run as root on a host whose key changed

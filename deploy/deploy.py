@@ -13,13 +13,13 @@ from deploy import bundle as bundles
 from deploy import connection, plan
 from deploy import host as hosts
 from deploy.change import Change, carry_out, change_each
-from deploy.choice import find_wheel
 from deploy.group import Consent, on_each
 from deploy.inputs import gather
 from deploy.look import find_target, look
 from deploy.refusals import Refusal, refused
-from deploy.release import asking
+from deploy.release import requesters
 from deploy.release_refusals import no_lock
+from deploy.selection import find_wheel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,7 +78,7 @@ def _deploy(name: str, options: Options, bundle: Opened | None, agree: Callable[
     target = find_target(name)
     inputs = gather(target)
     if bundle:
-        _same_nodes(bundle, name, asking(target, inputs.nodes))
+        _same_nodes(bundle, name, requesters(target, inputs.nodes))
 
     def make(_: Agent, target: Target, facts: Facts) -> Plan:
         return plan.make(target, facts, inputs, options)
@@ -136,10 +136,10 @@ def _accept(opened: Opened, name: str, facts: Facts) -> None:
         )
 
 
-def _same_nodes(opened: Opened, name: str, asking: Sequence[str]) -> None:
+def _same_nodes(opened: Opened, name: str, requesters: Sequence[str]) -> None:
     """Refuse a bundle whose nodes differ from the host's."""
-    if set(opened.bundle.asking) != set(asking):
-        theirs, ours = (", ".join(each) or "none" for each in (opened.bundle.asking, asking))
+    if set(opened.bundle.asking) != set(requesters):
+        theirs, ours = (", ".join(each) or "none" for each in (opened.bundle.asking, requesters))
         raise BundleError(
             "bundle",
             f"the bundle has other nodes ({theirs}) than {name} ({ours})",

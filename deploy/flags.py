@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.flags import Agreed, CutOver, DryRun, Sudo, Tried, Where, flag
+from core.flags import Confirmation, CutOver, DryRun, Sudo, Trial, Where, flag
 
 if TYPE_CHECKING:
     from deploy.plan import Options
@@ -33,9 +33,9 @@ def options(sudo: Sudo, how: DryRun, *, force: bool = False) -> Options:
     from deploy.plan import Options, seconds
 
     cut = how if isinstance(how, CutOver) else CutOver()
-    asks = isinstance(how, Agreed) and not how.yes
+    asks = isinstance(how, Confirmation) and not how.yes
     trial = "yes"
-    if isinstance(how, Tried):
+    if isinstance(how, Trial):
         if how.trial and how.no_trial:
             raise UsageError("usage", "--trial and --no-trial exclude each other", hint="use one of them")
         trial = "only" if how.trial else "no" if how.no_trial else "yes"

@@ -195,12 +195,12 @@ def _check_mounts(place: str, host: Host) -> None:
                     cause="this file is copied, backed up and shown, and every user can read a unit",
                     hint='use a file that only root can read: options = "credentials=/etc/hearth/nas"',
                 )
-        told = (
+        fields = (
             ("what", mount.what, r"(?![- ])[^\\'\"]*(?<! )"),
             ("type", mount.type, r"[\w.-]*"),
             ("options", mount.options, r"[^\s\\'\"]*"),
         )
-        for key, value, form in told:
+        for key, value, form in fields:
             if not ((value.isprintable() and re.fullmatch(form, value)) or not value):
                 raise ConfigError("config", f"{place}: mount {each}: {key} = {value!r} cannot be written into a unit")
 

@@ -13,18 +13,18 @@ from core import console
 from core.errors import UsageError
 from deploy import exporter, refusals, release_refusals
 from deploy import release as releases
-from deploy.choice import choose
 from deploy.refusals import LANDLOCK_TCP
+from deploy.selection import choose
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from agent.schema.change import Step
-    from deploy.choice import Choice
     from deploy.facts import Facts, Process
     from deploy.host import Target
     from deploy.inputs import Inputs
     from deploy.refusals import Refusal
+    from deploy.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,15 @@ def seconds(drain: str) -> float:
 
 def make(target: Target, facts: Facts, inputs: Inputs, options: Options) -> Plan:
     """The plan for a deploy."""
-    choice, found = choose(target, facts, inputs)
+    selection, found = choose(target, facts, inputs)
     lacking, notes = _system(facts, inputs)
     found += refusals.undeployable(target, facts) + lacking
-    if choice is None:
+    if selection is None:
         return Plan.of(facts, (), found, release="")
-    wanted = releases.manifest(choice, facts.prefix)
-    if not _holds(facts, choice.env_part):
+    wanted = releases.manifest(selection, facts.prefix)
+    if not _holds(facts, selection.env_part):
         found += release_refusals.room(target, facts, inputs)
-    steps = _steps(target, facts, choice, wanted, options)
+    steps = _steps(target, facts, selection, wanted, options)
     return Plan.of(facts, steps, found, (*_notes(target, facts), *notes), release=wanted["id"])
 
 
@@ -121,7 +121,7 @@ def _holds(facts: Facts, part: str) -> bool:
     return facts.parts.get(part) == ""
 
 
-def _steps(target: Target, facts: Facts, choice: Choice, wanted: dict[str, Any], options: Options) -> list[Step]:
+def _steps(target: Target, facts: Facts, selection: Selection, wanted: dict[str, Any], options: Options) -> list[Step]:
     """The steps, in order; none if the host is as wanted."""
     host = target.host
     steps: list[Step] = []
@@ -144,7 +144,7 @@ def _steps(target: Target, facts: Facts, choice: Choice, wanted: dict[str, Any],
         title = f"make {', '.join(missing)}" if missing else f"let {people} what is in {facts.prefix}/data"
         why = "missing" if missing else "its mode or group differs"
         steps.append(schema.Folders(title, why, "nothing: no file is changed"))
-    steps += _part_steps(facts, choice, wanted)
+    steps += _part_steps(facts, selection, wanted)
     if facts.release(wanted["id"]) is None:
         steps.append(_release_step(wanted, "to allow a rollback"))
     elif facts.release(wanted["id"]) != wanted or wanted["id"] in facts.altered:
@@ -165,7 +165,7 @@ def _steps(target: Target, facts: Facts, choice: Choice, wanted: dict[str, Any],
         missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
         steps.append(schema.Serve(title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
-    if changed := exporter.change(target, facts, choice.interpreter):
+    if changed := exporter.change(target, facts, selection.interpreter):
         steps.append(changed)
     made = any(step.kind in ("app", "env", "node", "exporter", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
@@ -225,61 +225,59 @@ def _mounts(target: Target, facts: Facts) -> list[Step]:
 
 def _release_step(wanted: dict[str, Any], why: str) -> Step:
     title = f"write release {wanted['id']}: ComfyUI {wanted['version']}, torch {wanted['torch']}"
-    return schema.Release(f"{title}, Python {wanted['python']}", why, "pruned after later deploys", wanted)
+    return schema.Release(f"{title}, Python {wanted['python']}", why, "pruned later", wanted)
 
 
 PRUNED = "pruned when no release uses it"
 
 
-def _part_steps(facts: Facts, choice: Choice, wanted: Mapping[str, Any]) -> list[Step]:
+def _part_steps(facts: Facts, selection: Selection, wanted: Mapping[str, Any]) -> list[Step]:
     steps: list[Step] = []
 
     def why(part: str) -> str:
         error = facts.parts.get(part, "")
         return f"{part} is damaged: {error}" if error else "the host lacks it"
 
-    if not _holds(facts, part := choice.app_part):
-        title, writable = f"make {part}: ComfyUI {choice.application.version}", tuple(choice.application.writable)
-        steps.append(schema.App(title, why(part), PRUNED, part, choice.interpreter, writable, "comfyui"))
-    if not _holds(facts, part := choice.env_part):
-        if choice.uv not in facts.tools:
-            steps.append(
-                schema.Tool(f"send uv ({choice.uv[:12]})", "it installs the environment", "pruned after later deploys")
-            )
-        steps.append(_env_step(choice, why(part), repair=bool(facts.parts.get(part))))
+    if not _holds(facts, part := selection.app_part):
+        title, writable = f"make {part}: ComfyUI {selection.application.version}", tuple(selection.application.writable)
+        steps.append(schema.App(title, why(part), PRUNED, part, selection.interpreter, writable, "comfyui"))
+    if not _holds(facts, part := selection.env_part):
+        if selection.uv not in facts.tools:
+            steps.append(schema.Tool(f"send uv ({selection.uv[:12]})", "it installs the environment", "pruned later"))
+        steps.append(_env_step(selection, why(part), repair=bool(facts.parts.get(part))))
     steps += [
-        _node_step(choice, name, part, why(part), wanted)
-        for name, part in choice.node_parts.items()
+        _node_step(selection, name, part, why(part), wanted)
+        for name, part in selection.node_parts.items()
         if not _holds(facts, part)
     ]
     return steps
 
 
-def _env_step(choice: Choice, why: str, *, repair: bool) -> Step:
-    kernels = ", ".join(f"{wheel.kernel} {wheel.version}" for wheel in choice.wheels)
-    label = f"the environment {choice.lock.name}{f' with {kernels}' if kernels else ''}"
+def _env_step(selection: Selection, why: str, *, repair: bool) -> Step:
+    kernels = ", ".join(f"{wheel.kernel} {wheel.version}" for wheel in selection.wheels)
+    label = f"the environment {selection.lock.name}{f' with {kernels}' if kernels else ''}"
     return schema.Env(
-        title=f"make {choice.env_part}: {label}",
+        title=f"make {selection.env_part}: {label}",
         why=why,
         undo=PRUNED,
-        part=choice.env_part,
-        python=choice.interpreter,
+        part=selection.env_part,
+        python=selection.interpreter,
         repair=repair,
-        requirements=choice.requirements,
-        kernels=tuple(wheel.file for wheel in choice.wheels),
-        version=choice.python,
-        asking=tuple(choice.asking),
+        requirements=selection.requirements,
+        kernels=tuple(wheel.file for wheel in selection.wheels),
+        version=selection.python,
+        asking=tuple(selection.requesters),
     )
 
 
-def _node_step(choice: Choice, name: str, part: str, why: str, wanted: Mapping[str, Any]) -> Step:
-    node = choice.nodes[name]
+def _node_step(selection: Selection, name: str, part: str, why: str, wanted: Mapping[str, Any]) -> Step:
+    node = selection.nodes[name]
     step = schema.Node(
         title=f"make {part}: node {name} {node.commit[:9]}",
         why=why,
         undo=PRUNED,
         part=part,
-        python=choice.interpreter,
+        python=selection.interpreter,
         writable=tuple(node.writable),
         keeps=f"nodes/{name}",
         node=name,
@@ -288,11 +286,11 @@ def _node_step(choice: Choice, name: str, part: str, why: str, wanted: Mapping[s
         return step
     return replace(  # runs with the service's rights
         step,
-        install=choice.env_part,
+        install=selection.env_part,
         network=bool(node.install_network),
         confined=tuple(wanted.get("confined", ())),
         environment=wanted["environment"],
-        unit=wanted["files"][f"{choice.target.host.service}.service"],
+        unit=wanted["files"][f"{selection.target.host.service}.service"],
     )
 
 

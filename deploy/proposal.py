@@ -85,13 +85,13 @@ def propose(
 
 def _host(host: Host, found: Installation) -> list[str]:
     """The lines of a host's own keys: current values, with the installation's address, port and members."""
-    told = settings(found.argv)
+    given = settings(found.argv)
     started = bool(found.units or found.processes)  # otherwise its flags are unknown
     people = {name for folder in found.folders.values() for name in folder.people} - {host.run_as}
     values = {
         "address": host.address, "user": host.user, "ssh_port": host.ssh_port, "prefix": host.prefix,
         "service": host.service, "run_as": host.run_as, "keep": host.keep,
-        "listen": (told["--listen"] or "0.0.0.0") if "--listen" in told else host.listen,  # noqa: S104  ComfyUI's own
+        "listen": (given["--listen"] or "0.0.0.0") if "--listen" in given else host.listen,  # noqa: S104  ComfyUI's own
         "port": port(found) if started else host.port, "members": tuple(sorted(people | set(host.members))),
     }  # fmt: skip
     default = Host()
@@ -123,10 +123,10 @@ def _folders(
     places: dict[str, str] = {}
     mounts: dict[str, str] = {}
     for name, folder in found.folders.items():
-        if told := elsewhere.get(name):
-            places[name] = told
-            if folder.files and folder.real != told:
-                left.append((f"{name} in {folder.real}", f"hosts.toml places it in {told}"))
+        if configured := elsewhere.get(name):
+            places[name] = configured
+            if folder.files and folder.real != configured:
+                left.append((f"{name} in {folder.real}", f"hosts.toml places it in {configured}"))
         elif folder.foreign:
             left.append((f"{name} in {folder.real}", folder.foreign))
         elif folder.kind == "missing" or (folder.rename and not folder.files):
@@ -216,12 +216,12 @@ def _profile(facts: Facts) -> str:
 
 
 def _flags(
-    profile: str, told: Mapping[str, str], known: Mapping[str, Flag], left: list[tuple[str, str]]
+    profile: str, given: Mapping[str, str], known: Mapping[str, Flag], left: list[tuple[str, str]]
 ) -> dict[str, str]:
     """The flags for an override: those that this ComfyUI accepts and the profile does not set."""
     own = {name: setting.value for name, setting in profiles()[profile].flags.items()}
     chosen: dict[str, str] = {}
-    for name, value in told.items():
+    for name, value in given.items():
         if name in OWN_FLAGS or own.get(name) == value:
             continue
         if HIDDEN in value:

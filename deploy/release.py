@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from core.manifest import Manifest
     from core.source import Source
-    from deploy.choice import Choice
     from deploy.host import Target
+    from deploy.selection import Selection
 
 # The flags that select an attention, and ComfyUI's log line when it is used (comfy/ldm/modules/attention.py).
 ATTENTION = {
@@ -56,7 +56,7 @@ def manager(target: Target) -> bool:
     return any(flag.startswith("--enable-manager") for flag in target.flags)
 
 
-def asking(target: Target, nodes: Iterable[str]) -> list[str]:
+def requesters(target: Target, nodes: Iterable[str]) -> list[str]:
     """The requesters of packages in addition to ComfyUI: the nodes and ComfyUI-Manager."""
     return [*nodes, *([MANAGER] if manager(target) else [])]
 
@@ -66,41 +66,41 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def manifest(choice: Choice, prefix: str) -> dict[str, Any]:
-    """The release's manifest, as JSON values. The same choice gives the same id on any host and date."""
-    target, profile = choice.target, choice.target.profile
+def manifest(selection: Selection, prefix: str) -> dict[str, Any]:
+    """The release's manifest, as JSON values. The same selection gives the same id on any host and date."""
+    target, profile = selection.target, selection.target.profile
     content: dict[str, Any] = {
-        "version": choice.application.version,
+        "version": selection.application.version,
         "stack": profile.stack,
         "torch": target.stack.torch,
-        "python": choice.python,
-        "platform": choice.lock.platform,
+        "python": selection.python,
+        "platform": selection.lock.platform,
         "profile": target.profile_name,
         "parts": {
-            "app": choice.app_part,
-            "env": choice.env_part,
-            **{f"custom_nodes/{name}": part for name, part in choice.node_parts.items()},
+            "app": selection.app_part,
+            "env": selection.env_part,
+            **{f"custom_nodes/{name}": part for name, part in selection.node_parts.items()},
         },
-        "sources": [_source(each) for each in choice.application.source],
-        "tree": choice.application.tree,
-        "packages": choice.lock.versions(choice.asking),
+        "sources": [_source(each) for each in selection.application.source],
+        "tree": selection.application.tree,
+        "packages": selection.lock.versions(selection.requesters),
         "nodes": {
-            name: {"url": node.url, "commit": node.commit, "tree": node.tree} for name, node in choice.pinned.items()
+            name: {"url": node.url, "commit": node.commit, "tree": node.tree} for name, node in selection.pinned.items()
         },
-        "kernels": {wheel.kernel: wheel.version for wheel in choice.wheels},
-        "wheels": {wheel.kernel: _wheel(wheel) for wheel in choice.wheels},
+        "kernels": {wheel.kernel: wheel.version for wheel in selection.wheels},
+        "wheels": {wheel.kernel: _wheel(wheel) for wheel in selection.wheels},
         "gate": {
             "seconds": profile.start_seconds,
-            "version": choice.application.version,
+            "version": selection.application.version,
             "torch": target.stack.torch,
             "cuda": profile.cuda,
             "attention": next((log for flag, log in ATTENTION.items() if flag in target.flags), ""),
-            "required": [name for name, node in choice.pinned.items() if node.required],
-            "imports": [name for wheel in choice.wheels for name in IMPORTS.get(wheel.kernel, ())],
+            "required": [name for name, node in selection.pinned.items() if node.required],
+            "imports": [name for wheel in selection.wheels for name in IMPORTS.get(wheel.kernel, ())],
         },
     }
-    for name in ("@", digest([content, _running(choice, prefix, "@")])):
-        content |= {"id": name, **_running(choice, prefix, name)}
+    for name in ("@", digest([content, _running(selection, prefix, "@")])):
+        content |= {"id": name, **_running(selection, prefix, name)}
     return content
 
 
@@ -133,12 +133,12 @@ def require_complete(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     return manifest
 
 
-def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
+def _running(selection: Selection, prefix: str, release: str) -> dict[str, Any]:
     """The command line, environment and unit, with paths of the release's folder.
 
     They use the release's path, not `current`, so that files of two releases are never mixed.
     """
-    target = choice.target
+    target = selection.target
     place, data = f"{prefix}/releases/{release}", f"{prefix}/data"
     lies = {name: f"{data}/{name}" for name in ("input", "output", "user")} | target.host.folders
     files: dict[str, str] = {}
@@ -149,7 +149,7 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
     binds = units.binds(target, developed)
     empty = ["custom_nodes", *(f"custom_nodes/{name}" for name in developed if binds)]
     links |= {f"custom_nodes/{name}": path for name, path in developed.items() if not binds}
-    more = [*binds, *units.credentials(choice, prefix)]
+    more = [*binds, *units.credentials(selection, prefix)]
     if manager(target):
         # Its settings, and scripts that it runs before ComfyUI, are in the user folder. So the release has its own
         # user folder, with links into the data for writable files.
@@ -161,19 +161,19 @@ def _running(choice: Choice, prefix: str, release: str) -> dict[str, Any]:
         links |= {f"user/{name}": f"{user}/{name}" for name in kept}
         made = [f"{user}/{name}" for name in kept if not name.endswith(".list")]
         more.append(f"ExecStartPre=-{units.command_line(['/bin/mkdir', '-p', *made])}")
-    paths = _search_paths(choice)
+    paths = _search_paths(selection)
     if paths:
         files["paths.yaml"] = json.dumps(paths, indent=1) + "\n"  # JSON is YAML
     argv = _argv(target, place, data, lies, search=bool(paths))
     environment = _environment(target, data)
     running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
     running["empty"] = empty
-    confined = units.confinement(choice, prefix, place)
+    confined = units.confinement(selection, prefix, place)
     running |= {"confined": confined} if confined else {}
     files[f"{target.host.service}.service"] = units.service(
-        choice, [*confined, *argv], environment, data, release, more
+        selection, [*confined, *argv], environment, data, release, more
     )
-    for name, text in units.companions(choice, prefix, release, developed).items():
+    for name, text in units.companions(selection, prefix, release, developed).items():
         files[f"{target.host.service}-{name}"] = text
     # read by the supervisor, which does this itself, and by the units' processes
     running |= {"develop": list(developed.values())} if developed else {}
@@ -227,7 +227,7 @@ OWN_FLAGS = (
 """Flags that a release sets in addition to those of its profile, modes and host."""
 
 
-def _search_paths(choice: Choice) -> dict[str, dict[str, str]]:
+def _search_paths(selection: Selection) -> dict[str, dict[str, str]]:
     """ComfyUI's extra search paths: the host's additional model folders."""
-    kinds = {kind: "\n".join(names) for kind, names in choice.model_folders.items()}
-    return {root: {"base_path": root} | kinds for root in choice.target.host.model_roots}
+    kinds = {kind: "\n".join(names) for kind, names in selection.model_folders.items()}
+    return {root: {"base_path": root} | kinds for root in selection.target.host.model_roots}

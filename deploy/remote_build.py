@@ -154,7 +154,7 @@ def _unasked(wheel: Manifest, asked: Mapping[str, str]) -> str:
         return f"arch {wheel.arch!r}, stack {wheel.stack!r}"
     usual = known[arch.capability]
     kernels = _names(asked.get("kernel"))
-    told = {
+    expected = {
         "arch": (wheel.arch, [str(each) for each in wanted]),
         "kernel": (wheel.kernel, kernels or [wheel.kernel]),
         "stack": (wheel.stack, [asked.get("stack") or usual.stack]),
@@ -164,7 +164,7 @@ def _unasked(wheel: Manifest, asked: Mapping[str, str]) -> str:
         # kernels without that profile are built with their default
         "profile": (wheel.profile, [(asked.get("profile") if len(kernels) == 1 else "") or wheel.profile]),
     }
-    if wrong := [f"{what} {value!r}" for what, (value, right) in told.items() if value not in right]:
+    if wrong := [f"{what} {value!r}" for what, (value, right) in expected.items() if value not in right]:
         return ", ".join(wrong)
     label = f"{wheel.stack}.torch{torch}.sm{arch.major}{arch.minor}"
     version = rf"[0-9a-z.]+\+{re.escape(label)}{arch.suffix or '[af]?'}{r'[.]ptx' if arch.ptx else ''}"

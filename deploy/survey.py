@@ -36,8 +36,8 @@ def only(survey: Survey, host: str) -> Installation:
 
 def port(found: Installation) -> int:
     """The port that an installation listens on; ComfyUI's default is 8188."""
-    told = settings(found.argv).get("--port", "")
-    return int(told) if told.isdecimal() else 8188
+    given = settings(found.argv).get("--port", "")
+    return int(given) if given.isdecimal() else 8188
 
 
 HIDDEN = "***"

@@ -8,7 +8,7 @@ from invoke.context import Context  # `command` evaluates annotations
 
 from core import console
 from core.command import command
-from core.flags import Change, Output, Sudo, Tried, TriedChange, Where
+from core.flags import Change, Output, Sudo, Trial, TrialChange, Where
 from deploy.flags import Fleet, options
 
 
@@ -26,7 +26,7 @@ def deploy(
     keep_going: bool = False,
     *,
     where: Fleet,
-    how: TriedChange,
+    how: TrialChange,
     out: Output,
 ) -> int:
     """Deploy ComfyUI to a host (default: this machine), with a health check before it takes traffic.
@@ -103,7 +103,7 @@ def bundle(
 
 
 @command(help={"to": "the release to return to (default: the previous one)"})
-def rollback(_: Context, to: str = "", *, where: Where, how: Tried, out: Output) -> int:
+def rollback(_: Context, to: str = "", *, where: Where, how: Trial, out: Output) -> int:
     """Return to a kept release, with the same trial, cut-over and health check as a deploy.
 
     Nothing is uploaded or built: the host still has all parts of the release.
@@ -306,10 +306,10 @@ def audit(_: Context, host: str = "", service: str = "", *, sudo: Sudo, out: Out
     from lock import audit
 
     if host:
-        stock = audit.deployed(require_complete(named(look.facts(host, ask_sudo=sudo.ask_sudo), "current")))
+        inventory = audit.deployed(require_complete(named(look.facts(host, ask_sudo=sudo.ask_sudo), "current")))
     else:
-        stock = audit.locked()
-    found = audit.check(stock, service)
+        inventory = audit.locked()
+    found = audit.check(inventory, service)
     console.show(audit.summary(found), audit.rows(found), as_json=out.json)
     if found.error:
         raise found.error

@@ -15,16 +15,16 @@ from deploy.host import mount_unit
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from deploy.choice import Choice
     from deploy.host import Profile, Target
+    from deploy.selection import Selection
 
 
-def credentials(choice: Choice, prefix: str) -> list[str]:
+def credentials(selection: Selection, prefix: str) -> list[str]:
     """The unit lines that pass secrets to the service (systemd.exec(5), Credentials), by storage type on the host."""
-    if choice.target.host.scope == "user":
+    if selection.target.host.scope == "user":
         return []
     kinds = {"encrypted": ("LoadCredentialEncrypted", ".cred"), "plain": ("LoadCredential", "")}
-    lines = ((name, *kinds[how]) for name, how in choice.secrets.items())
+    lines = ((name, *kinds[how]) for name, how in selection.secrets.items())
     return [f"{key}={name}:{prefix}/secrets/{name}{end}" for name, key, end in lines]
 
 
@@ -40,19 +40,19 @@ def binds(target: Target, developed: Mapping[str, str]) -> list[str]:
     return [f"BindReadOnlyPaths=-{folders[name]}:{at}" for name, at in developed.items() if at != folders[name]]
 
 
-def confinement(choice: Choice, prefix: str, place: str) -> list[str]:
+def confinement(selection: Selection, prefix: str, place: str) -> list[str]:
     """The command prefix that passes secrets to the command, and confines it unless a system unit does.
 
     It runs `agent/serve/confine.py`. Empty without secrets and confinement. For system services, systemd decrypts the
     secrets.
     """
-    host = choice.target.host
-    offline = choice.target.profile.network == "offline"
-    told: dict[str, Any] = {"secrets": list(choice.secrets)}
+    host = selection.target.host
+    offline = selection.target.profile.network == "offline"
+    options: dict[str, Any] = {"secrets": list(selection.secrets)}
     if host.scope == "user" and host.confined:
-        named = [value for value in choice.target.flags.values() if value.startswith("/")]  # e.g. a certificate
+        named = [value for value in selection.target.flags.values() if value.startswith("/")]  # e.g. a certificate
         more = [*host.model_roots, *host.develop, *named]
-        told |= {
+        options |= {
             "folder": f"{prefix}/secrets",
             # The folders in data, not data itself: otherwise the service could replace one by a link that is opened at
             # the next start.
@@ -63,11 +63,11 @@ def confinement(choice: Choice, prefix: str, place: str) -> list[str]:
             "connect": [] if offline else [53, *host.connect, host.port],
             "udp": not offline,
         }
-    elif not choice.secrets:
+    elif not selection.secrets:
         return []
     elif host.scope == "user":
-        told["folder"] = f"{prefix}/secrets"
-    return [choice.interpreter, "-I", "-S", f"{place}/agent", "confine", json.dumps(told), "--"]
+        options["folder"] = f"{prefix}/secrets"
+    return [selection.interpreter, "-I", "-S", f"{place}/agent", "confine", json.dumps(options), "--"]
 
 
 # Never reachable for a service: link-local neighbours, and the metadata addresses of clouds, which return credentials
@@ -99,7 +99,7 @@ BindReadOnlyPaths=-/run/netconfig -/run/connman/resolv.conf"""
 
 
 def service(
-    choice: Choice,
+    selection: Selection,
     command: Sequence[str],
     environment: Mapping[str, str],
     data: str,
@@ -107,16 +107,16 @@ def service(
     more: Sequence[str],
 ) -> str:
     """The systemd unit, from the template of the host's scope; `more` are additional lines."""
-    target = choice.target
+    target = selection.target
     host, profile = target.host, target.profile
     lines = [f'Environment="{name}={_quoted(value)}"' for name, value in environment.items()]
     storage = f"{host.service}-storage.service"
     values = {
         "service": host.service,
         "release": release,
-        "version": choice.application.version,
+        "version": selection.application.version,
         "user": host.run_as,
-        "python": choice.python,
+        "python": selection.python,
         "data": data,
         "folders": " ".join(host.folders.values()),
         "storage": f"BindsTo={storage}\nAfter={storage}" if host.mounts else "",
@@ -132,16 +132,16 @@ def service(
     return filled(host.scope, values)
 
 
-def companions(choice: Choice, prefix: str, release: str, developed: Mapping[str, str]) -> dict[str, str]:
+def companions(selection: Selection, prefix: str, release: str, developed: Mapping[str, str]) -> dict[str, str]:
     """The service's further units, by name suffix: mounts, nodes under development, timer."""
-    target = choice.target
+    target = selection.target
     host = target.host
 
     def command(verb: str) -> str:
         # Use the release's own agent: another client's submit replaces the one in state/. Do not use the environment's
         # Python: its packages would run as root.
         agent = f"{prefix}/releases/{release}/agent"
-        return command_line([choice.interpreter, "-I", "-S", agent, verb, f"{prefix}/state/site.json"])
+        return command_line([selection.interpreter, "-I", "-S", agent, verb, f"{prefix}/state/site.json"])
 
     values = {
         "service": host.service,

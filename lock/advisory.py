@@ -45,9 +45,9 @@ class Advisory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def affected(self) -> str:
         """The affected versions, in words."""
-        told = [f"versions {' or '.join(self.versions)}"] if self.versions else []
-        told += [f"all before commit {self.fixed}"] if self.fixed else []
-        return f"affected: {', '.join(told) or 'all versions'}"
+        ranges = [f"versions {' or '.join(self.versions)}"] if self.versions else []
+        ranges += [f"all before commit {self.fixed}"] if self.fixed else []
+        return f"affected: {', '.join(ranges) or 'all versions'}"
 
     def has(self, version: str) -> bool | None:
         """Whether a version is affected; None if its version string does not allow a decision."""
@@ -110,8 +110,8 @@ def applies(advisory: Advisory, there: Repository, holds: Callable[[str, str, st
     of its commit contains the fix: `holds` (url, commit, wanted commit) returns that, or None if unknown.
     """
     if advisory.outright or (advisory.versions and there.version):
-        told = advisory.has(there.version)
-        if told is not None:
-            return told
+        listed = advisory.has(there.version)
+        if listed is not None:
+            return listed
     held = holds(there.url, there.commit, advisory.fixed) if advisory.fixed else None
     return None if held is None else not held

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Stock:
+class Inventory:
     """What to audit: packages as (name, version) with the places that list them, and repositories."""
 
     packages: Mapping[tuple[str, str], Sequence[str]]
@@ -66,7 +66,7 @@ class Audit:
     error: AuditError | None
 
 
-def locked() -> Stock:
+def locked() -> Inventory:
     """Everything that this checkout locks: the lists for hosts, the tool's own lock, the nodes and ComfyUI."""
     packages: dict[tuple[str, str], list[str]] = defaultdict(list)
     for stack, platform, python in requirements.combinations():
@@ -77,14 +77,14 @@ def locked() -> Stock:
         if "registry" in package["source"]:
             packages[package["name"], package["version"]].append("uv.lock")
     ours = [_node(name, each.url, each.commit, each.tree) for name, each in nodes.catalogue().nodes.items()]
-    return Stock(packages, [_comfyui(applications.application().version), *ours])
+    return Inventory(packages, [_comfyui(applications.application().version), *ours])
 
 
-def deployed(manifest: Mapping[str, Any]) -> Stock:
+def deployed(manifest: Mapping[str, Any]) -> Inventory:
     """The contents of a release, from its manifest, which must list packages."""
     packages = {each: [f"release {manifest['id']}"] for each in manifest["packages"].items()}
     theirs = [_node(name, each["url"], each["commit"], each["tree"]) for name, each in manifest["nodes"].items()]
-    return Stock(packages, [_comfyui(manifest["version"]), *theirs])
+    return Inventory(packages, [_comfyui(manifest["version"]), *theirs])
 
 
 def _comfyui(version: str) -> Repository:
@@ -101,26 +101,26 @@ def _node(name: str, url: str, commit: str, tree: str) -> Repository:
     return Repository(name, url, commit, version)
 
 
-def check(stock: Stock, service: str = "") -> Audit:
-    """Audit a stock. `service` is the address of an OSV service (default: uv's default, OSV itself).
+def check(inventory: Inventory, service: str = "") -> Audit:
+    """Audit a inventory. `service` is the address of an OSV service (default: uv's default, OSV itself).
 
     The curated list is checked first, so its findings remain if the service does not answer; `error` then has the
     error.
     """
     known = advisory.advisories()
-    found = [*_bad_repositories(stock, known), *_bad_packages(stock, known)]
+    found = [*_bad_repositories(inventory, known), *_bad_packages(inventory, known)]
     failed = None
     try:
         named = {(each.name, each.at, name) for each in found for name in each.ids}
-        asked = _vulnerable(stock, service)
+        asked = _vulnerable(inventory, service)
         found += [each for each in asked if not any((each.name, each.at, name) in named for name in each.ids)]
     except AuditError as error:
         failed = error
-    return Audit(len(stock.packages), len(stock.repositories), len(known), tuple(found), failed)
+    return Audit(len(inventory.packages), len(inventory.repositories), len(known), tuple(found), failed)
 
 
-def _bad_repositories(stock: Stock, known: Sequence[Advisory]) -> Iterator[Finding]:
-    for there in stock.repositories:
+def _bad_repositories(inventory: Inventory, known: Sequence[Advisory]) -> Iterator[Finding]:
+    for there in inventory.repositories:
         for each in advisory.of(there.url, known):
             affected = advisory.applies(each, there, node_updates.holds)
             if affected is not False:
@@ -128,33 +128,33 @@ def _bad_repositories(stock: Stock, known: Sequence[Advisory]) -> Iterator[Findi
                 yield Finding(there.name, at, each.ids, each.what, each.affected, each.source, certain=certain)
 
 
-def _bad_packages(stock: Stock, known: Sequence[Advisory]) -> Iterator[Finding]:
-    for (name, version), where in stock.packages.items():
+def _bad_packages(inventory: Inventory, known: Sequence[Advisory]) -> Iterator[Finding]:
+    for (name, version), where in inventory.packages.items():
         for each in known:
             if each.package == name and each.has(version):
                 yield Finding(name, version, each.ids, each.what, each.affected, each.source, tuple(where))
 
 
-def _vulnerable(stock: Stock, service: str) -> Iterator[Finding]:
+def _vulnerable(inventory: Inventory, service: str) -> Iterator[Finding]:
     """The findings of `uv audit`. Raises AuditError if the audit fails."""
     words = ["audit", "--frozen", "--output-format", "json"]
     words += ["--preview-features", "audit-command,json-output"]  # both are still previews, and uv warns about that
     words += ["--service-url", service] if service else []
     with tempfile.TemporaryDirectory(prefix="hearth-") as name:
-        _project(Path(name), sorted(stock.packages))
+        _project(Path(name), sorted(inventory.packages))
         done = tools.uv(*words, cwd=Path(name), check=False)
     if done.returncode not in (0, 1) or not done.stdout:  # 1: vulnerabilities found
         raise AuditError(
             "audit-service",
-            f"{len(stock.packages)} packages were not looked up: uv audit failed",
+            f"{len(inventory.packages)} packages were not looked up: uv audit failed",
             cause=done.stderr.strip().removeprefix("error: ").replace("\n", "\n       "),
             hint="check the network, or name a service that speaks OSV's API: inv audit --service URL",
         )
     answer = json.loads(done.stdout)
-    if answer["summary"]["audited_packages"] != len(stock.packages):
+    if answer["summary"]["audited_packages"] != len(inventory.packages):
         raise AuditError(
             "audit-service",
-            f"uv audit looked up {answer['summary']['audited_packages']} of {len(stock.packages)} packages",
+            f"uv audit looked up {answer['summary']['audited_packages']} of {len(inventory.packages)} packages",
             cause="this uv reads a lock in another way than the one that Hearth's own lock names",
             hint="uv sync, then the same command",
         )
@@ -163,7 +163,7 @@ def _vulnerable(stock: Stock, service: str) -> Iterator[Finding]:
         ids = tuple(dict.fromkeys([each["id"], *each["aliases"]]))
         fixed = f"fixed in {', '.join(each['fix_versions'])}" if each["fix_versions"] else "no version repairs it yet"
         what = each["summary"] or (each["description"] or "").strip().partition("\n")[0]
-        yield Finding(*package, ids, what, fixed, each["link"] or "", tuple(stock.packages[package]))
+        yield Finding(*package, ids, what, fixed, each["link"] or "", tuple(inventory.packages[package]))
 
 
 def _project(place: Path, packages: Sequence[tuple[str, str]]) -> None:

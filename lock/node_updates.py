@@ -170,11 +170,11 @@ def _together(failures: Mapping[str, Exception]) -> HearthError:
     kinds = {(type(error), error.kind) for error in failures.values() if isinstance(error, HearthError)}
     same = len(kinds) == 1 and all(isinstance(error, HearthError) for error in failures.values())
     found, kind = kinds.pop() if same else (SourceError, "nodes")
-    told = [f"{name}: {error}".replace("\n", "\n    ") for name, error in failures.items()]
+    causes = [f"{name}: {error}".replace("\n", "\n    ") for name, error in failures.items()]
     return found(
         kind,
         f"{len(failures)} node(s) could not be examined: {', '.join(failures)}",
-        cause="\n    ".join(told),
+        cause="\n    ".join(causes),
         hint="the others were; if a repository no longer exists, run inv nodes.remove",
     )
 

@@ -73,26 +73,26 @@ class LockedList:
             name = re.match(r"([\w.-]+)==", lines[0]) if lines else None
             if name is None:
                 continue
-            told = [line.partition("#")[2].strip() for line in lines if line.lstrip().startswith("#")]
-            asking = {each.removeprefix("via").strip().removeprefix("-r ") for each in told} - {""}
+            comments = [line.partition("#")[2].strip() for line in lines if line.lstrip().startswith("#")]
+            requesters = {each.removeprefix("via").strip().removeprefix("-r ") for each in comments} - {""}
             pinned = [line for line in lines if not line.lstrip().startswith("#")]
-            found[canonicalize_name(name[1])] = "\n".join(pinned) + "\n", asking
+            found[canonicalize_name(name[1])] = "\n".join(pinned) + "\n", requesters
         return found
 
-    def select(self, asking: Iterable[str]) -> str:
+    def select(self, requesters: Iterable[str]) -> str:
         """The list without packages that only other nodes than these (or MANAGER) need."""
-        reached = self._reached(asking)
+        reached = self._reached(requesters)
         return "".join(text for name, (text, _) in sorted(self._packages.items()) if name in reached)
 
-    def versions(self, asking: Iterable[str] | None = None) -> dict[str, str]:
-        """The packages' versions by name; with `asking`, without packages that only other nodes need."""
+    def versions(self, requesters: Iterable[str] | None = None) -> dict[str, str]:
+        """The packages' versions by name; with `requesters`, without packages that only other nodes need."""
         pinned = {name: re.split(r"==|[\s;]", text)[1] for name, (text, _) in sorted(self._packages.items())}
-        reached = pinned.keys() if asking is None else self._reached(asking)
+        reached = pinned.keys() if requesters is None else self._reached(requesters)
         return {name: version for name, version in pinned.items() if name in reached}
 
-    def _reached(self, asking: Iterable[str]) -> set[str]:
+    def _reached(self, requesters: Iterable[str]) -> set[str]:
         """The packages that ComfyUI, the stack and these nodes need."""
-        reached = {APP, OWN, *(f"{name}.node.txt" for name in asking)}
+        reached = {APP, OWN, *(f"{name}.node.txt" for name in requesters)}
         while fresh := {name for name, (_, via) in self._packages.items() if via & reached} - reached:
             reached |= fresh
         return reached
@@ -238,9 +238,9 @@ def _parsed(line: str) -> Requirement | None:
     return Requirement(f"{address[1]} @ {line}") if address else None
 
 
-def download(lock: LockedList, asking: Iterable[str], platform: Platform) -> Path:
+def download(lock: LockedList, requesters: Iterable[str], platform: Platform) -> Path:
     """Download all wheels of these nodes into a cache folder, for a host without access to the index."""
-    text = lock.select(asking)
+    text = lock.select(requesters)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = workspace.current().cache / "wheels" / f"{lock.name}-{digest}"
     if place.is_dir():

@@ -114,9 +114,9 @@ def gained(before: Reading, after: Reading) -> tuple[str, ...]:
         for power, name, _ in {*uses} - {*before.uses.get(file, ())}:
             fresh[power].add(name)
         for power, names in fresh.items():
-            told = ", ".join(sorted(names - {""}))
-            found[power].append(f"{file} ({told})" if told else file)
-    return tuple(f"{power}: {', '.join(told)}" for power, told in sorted(found.items()))
+            shown = ", ".join(sorted(names - {""}))
+            found[power].append(f"{file} ({shown})" if shown else file)
+    return tuple(f"{power}: {', '.join(where)}" for power, where in sorted(found.items()))
 
 
 def _read(tree: Path) -> Reading:

@@ -83,11 +83,11 @@ def turn_on(target: Target, facts: Facts, mps: Mps, state: State, limited: Mappi
     found = refusals.no_mps(target, facts, mps.control, gpus)
     if settings.settled(state, "mps"):
         return Plan.of(facts, [], found)
-    told = ", ".join(f"{name}={value}" for name, value in limited.items()) or "no limits"
+    shown = ", ".join(f"{name}={value}" for name, value in limited.items()) or "no limits"
     step = settings.apply_step(
         "mps",
         setting(target, mps.control, limited),
-        f"run {target.host.service} under MPS ({told})",
+        f"run {target.host.service} under MPS ({shown})",
         undo="inv mps off",
         why="requested" if not mps.on else f"it is {mps.state or 'off'}, or has other limits",
         around=settings.stopped(facts, options),
@@ -206,9 +206,9 @@ def lines(name: str, mps: Mps) -> list[str]:
     if not mps.on:
         why = "" if mps.control else "; nvidia-cuda-mps-control is not installed"
         return [f"{name}: MPS is off{why}", *trouble]
-    told = [f"threads {mps.percent} %"] if mps.percent else []
-    told += [f"memory {mps.limits[MEMORY]}"] if MEMORY in mps.limits else []
-    result = [f"{name}: MPS is on, {mps.state}{''.join(f', {each}' for each in told)}"]
+    shown = [f"threads {mps.percent} %"] if mps.percent else []
+    shown += [f"memory {mps.limits[MEMORY]}"] if MEMORY in mps.limits else []
+    result = [f"{name}: MPS is on, {mps.state}{''.join(f', {each}' for each in shown)}"]
     for server in mps.servers:
         result.append(f"  server {server.pid}: {server.state}")
         for client in server.clients:

@@ -9,7 +9,7 @@ from invoke.context import Context  # `command` evaluates annotations
 
 from core import console
 from core.command import command
-from core.flags import Agreed, Change, Output
+from core.flags import Change, Confirmation, Output
 from deploy.flags import Fleet, options
 
 
@@ -123,7 +123,7 @@ def free_memory(_: Context, wait: str = "60", *, where: Fleet, out: Output) -> i
 
 
 @command(help={"force": "also on hosts without a GPU that shares the machine's memory"})
-def drop_caches(_: Context, force: bool = False, *, where: Fleet, how: Agreed, out: Output) -> int:
+def drop_caches(_: Context, force: bool = False, *, where: Fleet, how: Confirmation, out: Output) -> int:
     """Drop the page cache of a host whose GPU shares the machine's memory, and report the memory freed.
 
     Cached files stay in memory until it is needed, so CUDA on a GB10 may find too little free memory. Runs once and
@@ -182,7 +182,7 @@ def flags(_: Context, *, where: Fleet, out: Output) -> int:
     return fleet.code(answers)
 
 
-def _change(action: str, where: Fleet, how: Agreed, out: Output, **more: Any) -> int:
+def _change(action: str, where: Fleet, how: Confirmation, out: Output, **more: Any) -> int:
     from ops import lifecycle
 
     results = lifecycle.carry_out(action, where.names(), options(where, how), **more)
@@ -190,7 +190,7 @@ def _change(action: str, where: Fleet, how: Agreed, out: Output, **more: Any) ->
 
 
 @command()
-def start(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
+def start(_: Context, *, where: Fleet, how: Confirmation, out: Output) -> int:
     """Start ComfyUI, and wait until it answers.
 
     Refused if it is paused, if a file system that it needs is not mounted, or if another process uses its port.
@@ -235,7 +235,7 @@ def pause(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
 
 
 @command()
-def resume(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
+def resume(_: Context, *, where: Fleet, how: Confirmation, out: Output) -> int:
     """Start ComfyUI after a pause, now and at boot.
 
     Refused for the same reasons as `inv start`, except the pause.
@@ -246,7 +246,7 @@ def resume(_: Context, *, where: Fleet, how: Agreed, out: Output) -> int:
 
 
 @command(help={"undo": "restore the network; ComfyUI stays paused until `inv resume`"})
-def quarantine(_: Context, undo: bool = False, *, where: Fleet, how: Agreed, out: Output) -> int:
+def quarantine(_: Context, undo: bool = False, *, where: Fleet, how: Confirmation, out: Output) -> int:
     """Stop ComfyUI at once, cut it off from the network, and list what to inspect. Deletes nothing.
 
     For a custom node that misbehaves. Interrupts jobs. No boot and no deploy starts ComfyUI again; started by hand, its
@@ -350,7 +350,7 @@ def jobs(_: Context, number: str = "20", *, where: Fleet, out: Output) -> int:
     optional=["undo"],
 )
 def tune(
-    _: Context, apply: str = "", undo: str = "", force: bool = False, *, where: Fleet, how: Agreed, out: Output
+    _: Context, apply: str = "", undo: str = "", force: bool = False, *, where: Fleet, how: Confirmation, out: Output
 ) -> int:
     """List recommended system settings: current and recommended value, benefit, and cost.
 

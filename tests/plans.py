@@ -10,10 +10,10 @@ import msgspec
 from agent.schema.change import Step
 from core.manifest import Manifest, Proof
 from deploy import plan, release
-from deploy.choice import choose
 from deploy.facts import Facts, Gpu, Service
 from deploy.host import Host, Target, profiles
 from deploy.inputs import Inputs
+from deploy.selection import choose
 from lock import application, requirements
 
 APP = msgspec.convert(
@@ -75,10 +75,10 @@ def made(facts: Facts = FRESH, target: Target | None = None, stock: Inputs | Non
 def settled() -> Facts:
     """The facts after a first deploy."""
     target, stock = spark(), inputs()
-    choice, against = choose(target, FRESH, stock)
-    assert choice is not None
+    selection, against = choose(target, FRESH, stock)
+    assert selection is not None
     assert not against
-    manifest = release.manifest(choice, FRESH.prefix)
+    manifest = release.manifest(selection, FRESH.prefix)
     return replace(
         FRESH,
         user=True,

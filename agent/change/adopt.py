@@ -20,7 +20,7 @@ from agent.change.cutover import LARGEST
 from agent.deletion import remove
 from agent.files import AgentError, Json, Note, discard, sync
 from agent.folders import LEVELS, opened, tree
-from agent.journal import Adopted, now
+from agent.journal import AdoptionJournal, now
 from agent.layout import DATABASE, SHARING, Layout
 from agent.look.survey import all_processes
 from agent.processes import run
@@ -48,7 +48,7 @@ def rename(source: Path, target: Path) -> None:
 def retire(layout: Layout, step: Retire, note: Note) -> None:
     """Wait for the old installation's jobs, then stop, disable and set aside its units. Raises AgentError."""
     drain(Endpoint(("127.0.0.1",), step.port), step.drain, step.force, note)
-    record = Adopted(layout)
+    record = AdoptionJournal(layout)
     known = {event["unit"]["name"] for event in record.events() if event["event"] == "unit"}
     for unit in step.units:
         if unit.name not in known:
@@ -93,7 +93,7 @@ def _drop(place: Path) -> None:
 
 def adopt(layout: Layout, step: Adopt, note: Note) -> None:
     """Move a folder of the old installation into the data and change its owner to the service."""
-    record = Adopted(layout)
+    record = AdoptionJournal(layout)
     source, target = Path(step.source), layout.data.resolve() / step.name
     if step.name == "user":
         _keep_database(layout, source, record)
@@ -111,7 +111,7 @@ def adopt(layout: Layout, step: Adopt, note: Note) -> None:
         note(f"{kept} files keep their owners and modes: they have hard links, or another owner than the installation")
 
 
-def _move_tree(source: Path, target: Path, record: Adopted) -> list[str]:
+def _move_tree(source: Path, target: Path, record: AdoptionJournal) -> list[str]:
     """Rename a folder, or merge it into an existing one; return the paths that could not be moved."""
     left: list[str] = []
     pending = [(source, target)]
@@ -138,7 +138,7 @@ LONGEST = 3800
 """Maximum length of a path in bytes; the kernel accepts 4096."""
 
 
-def _take_tree(layout: Layout, root: Path, owners: set[int], record: Adopted) -> int:
+def _take_tree(layout: Layout, root: Path, owners: set[int], record: AdoptionJournal) -> int:
     """Set a tree's owner and group to the service's, except files not owned by `owners`; return the number kept."""
     left = 0
     with opened(root.parent) as parent:
@@ -155,7 +155,7 @@ def _take_tree(layout: Layout, root: Path, owners: set[int], record: Adopted) ->
 
 
 def _take_entries(
-    place: int, folder: Path, names: list[str], owner: tuple[int, int], owners: set[int], record: Adopted
+    place: int, folder: Path, names: list[str], owner: tuple[int, int], owners: set[int], record: AdoptionJournal
 ) -> int:
     """Do the same for entries of the open folder `place`. Records their owners and modes first."""
     changes: list[tuple[list[Any], int]] = []
@@ -200,7 +200,7 @@ def _set_owner(place: int, name: str, user: int, group: int, mode: int, inode: i
             os.close(entry)
 
 
-def _keep_database(layout: Layout, folder: Path, record: Adopted) -> None:
+def _keep_database(layout: Layout, folder: Path, record: AdoptionJournal) -> None:
     """Copy the old ComfyUI's database: a newer version migrates it, and the old one then fails. Raises AgentError."""
     kept = layout.state / "adopted/database"
     if kept.exists() or not folder.is_dir():
@@ -279,7 +279,7 @@ def _return_database(layout: Layout, folder: Path) -> None:
 
 def unadopt(layout: Layout, step: Unadopt, note: Note) -> None:
     """Undo an adoption, last change first: owners and modes, folders, database, units. Raises AgentError."""
-    record = Adopted(layout)
+    record = AdoptionJournal(layout)
     stuck: list[str] = []
     for event in reversed(record.events()):
         try:

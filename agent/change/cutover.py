@@ -27,7 +27,7 @@ from typing import NoReturn
 
 from agent.api import Endpoint, endpoint
 from agent.change.lifecycle import halt
-from agent.change.trial import lacking, run_trial
+from agent.change.trial import memory_shortage, run_trial
 from agent.deletion import remove
 from agent.files import (
     AgentError,
@@ -49,7 +49,7 @@ from agent.layout import DATABASE, Layout
 from agent.parts import as_service
 from agent.processes import wait_for
 from agent.schema.change import CutOver
-from agent.serve.health import drain, first_answer, gate, say_changed_types
+from agent.serve.health import drain, first_answer, gate, report_changed_types
 from agent.serve.managers import last_words, manager_of
 
 MOUNTS_SECONDS = 120
@@ -137,7 +137,7 @@ class Cutover:
         if not self.record["tried"]:
             places = (self.layout.releases / self.record[name] / "proven" for name in ("from", "to"))
             old, new = (read(place, lenient=True) for place in places)
-            say_changed_types(old, new, self.note)
+            report_changed_types(old, new, self.note)
 
     def prepare(self) -> None:
         """Do everything that is possible while the old release serves. A failure here has stopped nothing."""
@@ -167,7 +167,7 @@ class Cutover:
         """Run the trial if it is useful and memory suffices. Raises AgentError."""
         if not active and self.step.trial != "only":
             self.note("no trial: no release is in service, so an unhealthy one cannot interrupt it")
-        elif short := lacking():
+        elif short := memory_shortage():
             if self.step.trial == "only":
                 raise AgentError(
                     "trial",
@@ -202,13 +202,13 @@ class Cutover:
             with suppress(OSError):  # without a record, carry_on() detects that `current` was reverted
                 retried(lambda: self.enter("reverting", error=report))
         self.note(f"not healthy, rolling back to {previous or 'no release'}")
-        troubles: list[str] = []
+        failures: list[str] = []
 
         def attempt(act: Callable[[], object]) -> None:
             try:
                 retried(act)
             except (AgentError, OSError) as error:
-                troubles.append(str(error))
+                failures.append(str(error))
 
         attempt(self.manager.stop)
         if previous:
@@ -218,7 +218,7 @@ class Cutover:
                 as_service(self.layout, restore, self.snapshot, self.layout.database.parent)
             except (AgentError, OSError) as error:
                 kept = f"{self.snapshot} is the copy from before the cut-over"
-                troubles.append(f"the database could not be restored: {error}; {kept}")
+                failures.append(f"the database could not be restored: {error}; {kept}")
                 report = {**report, "kept": True}
         if previous:
             attempt(self.manager.install)
@@ -227,18 +227,18 @@ class Cutover:
             if self.record["was_active"]:
                 attempt(lambda: self.manager.start(wait=not self.layout.unmounted()))
             back = f"release {previous} is restored"
-            if self.record["was_active"] and not troubles and not self.layout.unmounted():
+            if self.record["was_active"] and not failures and not self.layout.unmounted():
                 try:
                     old = self.layout.manifest(previous)
                     first_answer(Endpoint.of(old["argv"]), self.manager, old["gate"]["seconds"])
                     back += " and answers requests"
                 except AgentError as error:
-                    troubles.append(f"release {previous} is restored, but does not answer: {error}")
+                    failures.append(f"release {previous} is restored, but does not answer: {error}")
         else:
             attempt(self.manager.uninstall)
             attempt(lambda: discard(self.layout.current))
             back = "there was no previous release, so none runs now"
-        raise self.reverted(report, back, troubles)
+        raise self.reverted(report, back, failures)
 
     def switch_back(self) -> None:
         """Point `current` at the old release by renaming a link made before, which needs no disk space."""
@@ -248,11 +248,11 @@ class Cutover:
         elif self.layout.release() != self.record["from"]:
             link(self.layout.current, f"releases/{self.record['from']}")
 
-    def reverted(self, report: Json, back: str, troubles: list[str]) -> AgentError:
+    def reverted(self, report: Json, back: str, failures: list[str]) -> AgentError:
         """Record and return the AgentError of a revert."""
         what = f"release {self.record['to']} is not healthy"
-        if troubles:
-            cause = "\n".join([f"{report['what']} ({report['cause']})", *troubles])
+        if failures:
+            cause = "\n".join([f"{report['what']} ({report['cause']})", *failures])
             error = AgentError("step", f"{what}, and the rollback failed", cause, "inv doctor shows the host's state")
         else:
             cause = "\n".join(filter(None, [report["cause"], back]))

@@ -198,7 +198,7 @@ RUN = ("agent", "agents", "lock", "pending.json", "runs", "site.json", "submit.l
 
 
 def erase(layout: Layout, step: Erase, note: Note) -> None:
-    """Delete Hearth's state except this run's files, which `vanish` deletes. Raises AgentError."""
+    """Delete Hearth's state except this run's files, which `finish_erase` deletes. Raises AgentError."""
     _sweep([path for path in layout.state.iterdir() if path.name not in RUN], note)
 
 
@@ -217,7 +217,7 @@ def _sweep(paths: list[Path], note: Note) -> None:
         raise AgentError("step", what, "\n".join([*sweep.stuck[:20], *more]), hint)
 
 
-def vanish(layout: Layout, journal: Journal) -> None:
+def finish_erase(layout: Layout, journal: Journal) -> None:
     """End an erase run: record its end, then delete all remaining state including the journal.
 
     Clients that follow the run read the last line from the open journal.

@@ -41,13 +41,13 @@ def free(layout: Layout, wait: float) -> Freed:
 
 def held(layout: Layout) -> Held:
     """Return the memory in use."""
-    told = (
+    used = (
         GpuMemory(gpu.index, gpu.memory_used, sum(each.bytes or 0 for each in gpu.processes if each.comfyui))
         for gpu in ours(layout, gpus())
     )
     status = read_text(Path(f"/proc/{manager_of(layout).status().pid}/status"))
     resident = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:")), None)
-    return Held(tuple(told), resident, meminfo()["MemAvailable"])
+    return Held(tuple(used), resident, meminfo()["MemAvailable"])
 
 
 def _settled(layout: Layout, before: Held) -> Held:

@@ -24,13 +24,13 @@ from agent.change.lifecycle import (
     delete,
     end_linger,
     erase,
+    finish_erase,
     forget,
     forget_mounts,
     halt,
     restart,
     start,
     stop,
-    vanish,
     withdraw,
 )
 from agent.change.memory import drop_caches
@@ -176,7 +176,7 @@ def apply(layout: Layout) -> None:
         if "result" not in plan:
             error = _abandon(layout, plan, journal) if "aborted" in plan else _carry_out(layout, plan, journal)
             if not error and plan["steps"][-1]["kind"] == "erase":
-                vanish(layout, journal)
+                finish_erase(layout, journal)
                 return
             plan |= {"result": error.get("result", "failed") if error else "done", "error": error}
             _record(layout, plan)

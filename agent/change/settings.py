@@ -23,7 +23,7 @@ from pathlib import Path
 
 from agent.change.lifecycle import await_answer, await_jobs
 from agent.files import AgentError, Json, Note, discard, write
-from agent.journal import Settings
+from agent.journal import SettingsJournal
 from agent.layout import Layout
 from agent.processes import run
 from agent.schema.change import Set, Unset
@@ -159,7 +159,7 @@ def look(layout: Layout, request: Json) -> State:
     """Return the changes in force and the state of the requested `settings`, by name."""
     applied = {
         name: tuple(Applied(each["kind"], each["place"], each["old"], each["new"]) for each in listed)
-        for name, listed in Settings(layout).in_force().items()
+        for name, listed in SettingsJournal(layout).in_force().items()
     }
     return State(applied, {name: seen(each["files"], each["groups"]) for name, each in request["settings"].items()})
 
@@ -190,7 +190,7 @@ def apply_setting(layout: Layout, step: Set, note: Note) -> None:
 
 
 def _apply(layout: Layout, step: Set) -> None:
-    record = Settings(layout)
+    record = SettingsJournal(layout)
     known = {(each["kind"], each["place"]): each["new"] for each in record.in_force().get(step.setting, [])}
     for kind, place, wanted in _changes(step.files, step.groups):
         read, put = KINDS[kind]
@@ -219,7 +219,7 @@ def undo_settings(layout: Layout, step: Unset, note: Note) -> None:
 
 def _undo(layout: Layout, setting: str, *, force: bool) -> list[str]:
     """Undo the changes of a setting; return those that were kept, with reasons."""
-    record = Settings(layout)
+    record = SettingsJournal(layout)
     kept: list[str] = []
     for change in reversed(record.in_force().get(setting, [])):
         kind, place, old, new = (change[key] for key in ("kind", "place", "old", "new"))

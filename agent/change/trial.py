@@ -24,10 +24,10 @@ from agent.files import AgentError, Json, Note, link, meminfo, read, read_some, 
 from agent.folders import branches, inside
 from agent.layout import DATA, Layout
 from agent.look.gpu import gpus
-from agent.parts import as_service, forsake_root
+from agent.parts import as_service, drop_root
 from agent.processes import copied, dies_with_parent, end_descendants, inherited, run, take_orphans, wait_for
 from agent.schema.facts import Service
-from agent.serve.health import prove, say_changed_types
+from agent.serve.health import prove, report_changed_types
 from agent.serve.managers import Manager
 from agent.serve.supervised import end_of
 from agent.serve.systemd import Systemd
@@ -46,7 +46,7 @@ SMALL_ONES = 500_000_000
 """Maximum total size of these copies in bytes, so that a node's runaway files do not fill the disk."""
 
 
-def lacking() -> str:
+def memory_shortage() -> str:
     """Return a sentence about the memory that is too small for two instances; empty if memory suffices."""
     if (free := meminfo()["MemAvailable"]) < MEMORY:
         return f"{free / 1e9:.1f} GB of memory available, {MEMORY / 1e9:.1f} GB needed"
@@ -83,7 +83,7 @@ def run_trial(layout: Layout, manager: Manager, release: Json, note: Note) -> No
         raise error from error
     finally:
         trial.clear()
-    say_changed_types(read(layout.releases / current / "proven", lenient=True), proof, note)
+    report_changed_types(read(layout.releases / current / "proven", lenient=True), proof, note)
 
 
 IMPORT_SECONDS = 300
@@ -304,7 +304,7 @@ def _copy_live(folder: Path, place: Path) -> None:
             return
         import sqlite3
 
-        forsake_root()  # parses a file that the service wrote
+        drop_root()  # parses a file that the service wrote
         known = source.lstat()
         with (
             closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True)) as live,

@@ -15,7 +15,7 @@ from typing import cast
 
 from agent.files import AgentError, Json, read, read_text, write
 from agent.folders import mounts
-from agent.journal import DEPLOYS, Adopted, Settings, busy, history, last
+from agent.journal import DEPLOYS, AdoptionJournal, SettingsJournal, busy, history, last
 from agent.layout import DATA, Layout
 from agent.look.accounts import account_problem, group_members, member_rights, user_exists
 from agent.look.exporter import exporter
@@ -40,7 +40,7 @@ def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: floa
     """Return the state of this host. `ask` lists the Python versions, mounts, folders and Debian packages to check.
 
     `devices` are its GPUs (`ours`). Parts verified within the last `verified` seconds are not verified again. Blocks on
-    a mount whose server is down: call `answering` first. Raises AgentError.
+    a mount whose server is down: call `check_folders_respond` first. Raises AgentError.
     """
     current, problem = "", Report()
     try:
@@ -81,8 +81,8 @@ def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: floa
         port_holder=port_holder(layout.port),
         metrics_holder=port_holder(ask["metrics_port"]) if ask["metrics_port"] else {},
         foreign_unit=manager.foreign() if here and isinstance(manager, Systemd) else "",
-        adopted=Adopted(layout).path.exists(),
-        settings=tuple(sorted(Settings(layout).in_force())),
+        adopted=AdoptionJournal(layout).path.exists(),
+        settings=tuple(sorted(SettingsJournal(layout).in_force())),
         paused=cast("Paused", read(layout.paused)),
         placed=tuple(map(str, Systemd(layout).placed())),
         drop_ins=tuple(map(str, sorted(Systemd(layout).units.glob(f"{layout.service}*.service.d")))),
@@ -125,7 +125,7 @@ STALE, PATIENT = 2.0, 15.0
 takes milliseconds; a disk that spins up or an automount takes up to ten seconds."""
 
 
-def answering(layout: Layout, ask: Json, seconds: float) -> None:
+def check_folders_respond(layout: Layout, ask: Json, seconds: float) -> None:
     """Raise AgentError if a folder does not respond in time: stat() on a mount whose server is down blocks."""
     inside = (each["point"] for each in mounts() if each["point"].startswith(f"{layout.prefix}/"))
     places = sorted({*ask["mounts"], *ask["places"], *inside})

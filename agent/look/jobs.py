@@ -47,19 +47,19 @@ def _over(name: str, entry: Json) -> Job:
     """Decode a job of the history."""
     status = entry.get("status") or {}
     asked = job(entry["prompt"]) if entry.get("prompt") else {"id": said(name), "nodes": 0, "queued": None}
-    told = dict(status.get("messages", ()))
-    begun = seconds_of(told.get("execution_start", {}).get("timestamp"))
+    messages = dict(status.get("messages", ()))
+    begun = seconds_of(messages.get("execution_start", {}).get("timestamp"))
     names = ("execution_success", "execution_error", "execution_interrupted")
-    ending = next((name for name in names if name in told), "")
-    ended = seconds_of(told.get(ending, {}).get("timestamp"))
-    error = told[ending] if ending in names[1:] else {}
+    ending = next((name for name in names if name in messages), "")
+    ended = seconds_of(messages.get(ending, {}).get("timestamp"))
+    error = messages[ending] if ending in names[1:] else {}
     words = (error[name] for name in ("exception_type", "exception_message") if error.get(name))
     return Job(
         **asked,
         status=ending.removeprefix("execution_") or said(status.get("status_str", "unknown")),
         started=begun,
         seconds=ended - begun if begun and ended else None,
-        cached=len(told.get("execution_cached", {}).get("nodes", ())),
+        cached=len(messages.get("execution_cached", {}).get("nodes", ())),
         node=said(error.get("node_id", "")),
         node_type=said(error.get("node_type", "")),
         error=": ".join(said(word, 20_000).strip() for word in words),

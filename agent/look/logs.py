@@ -257,7 +257,7 @@ def _mark(times: Path, at: float) -> int | None:
 
 def _grown(path: Path, read: int) -> Iterator[str | None]:
     """Follow a log from byte `read` on, across rotation; yield its lines, and None as keep-alive."""
-    rest, heard = b"", time.monotonic()
+    rest, last = b"", time.monotonic()
     while True:
         chunk = b""
         with suppress(FileNotFoundError), path.open("rb") as file:
@@ -270,8 +270,8 @@ def _grown(path: Path, read: int) -> Iterator[str | None]:
                 if len(rest) > LONGEST:
                     whole, rest = [*whole, rest], b""
                 yield from map(_shown, whole)
-                heard = time.monotonic()
-        if time.monotonic() - heard > ALIVE:
+                last = time.monotonic()
+        if time.monotonic() - last > ALIVE:
             yield None
-            heard = time.monotonic()
+            last = time.monotonic()
         time.sleep(0.0 if chunk else 0.2)

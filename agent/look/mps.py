@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from agent.files import AgentError, read_some, read_text
-from agent.journal import Settings
+from agent.journal import SettingsJournal
 from agent.layout import Layout
 from agent.look.gpu import process
 from agent.processes import run
@@ -32,7 +32,7 @@ def mps(layout: Layout) -> Mps:
     pid = manager_of(layout).status().pid if here and layout.state.exists() else 0
     limits = r"^Environment=(CUDA_MPS_[A-Z_]*(?:PERCENTAGE|LIMIT))=(\S+)$"
     found = Mps(
-        on="mps" in Settings(layout).in_force(),
+        on="mps" in SettingsJournal(layout).in_force(),
         control=shutil.which(CONTROL) or "",
         limits=dict(re.findall(limits, read_text(UNITS / unit), re.MULTILINE)),
         service_pid=pid,

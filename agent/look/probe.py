@@ -13,7 +13,7 @@ from typing import Any
 
 from agent.files import AgentError, Json, read_text
 from agent.layout import DATA, Layout
-from agent.look.facts import STALE, answering
+from agent.look.facts import STALE, check_folders_respond
 from agent.look.mps import mps
 from agent.look.status import glance
 from agent.parts import as_service, forked
@@ -30,7 +30,7 @@ LINES = 2000
 
 def probe(layout: Layout, request: Json) -> Probed:
     """Collect the data for the doctor's checks. Slow parts run in parallel child processes. Raises AgentError."""
-    answering(layout, request, STALE)
+    check_folders_respond(layout, request, STALE)
     manager = manager_of(layout)
     access, log = forked(_access, layout, request["roots"]), forked(_log, layout)
     kernel, containers, of_mps = forked(_kernel, layout), forked(_containers), forked(mps, layout)

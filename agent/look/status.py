@@ -7,10 +7,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from agent.api import endpoint, queue, system_stats, takes_connections
+from agent.api import accepts_connections, endpoint, queue, system_stats
 from agent.files import AgentError, Json, meminfo
 from agent.layout import Layout
-from agent.look.facts import STALE, answering, facts
+from agent.look.facts import STALE, check_folders_respond, facts
 from agent.look.gpu import gpus
 from agent.schema.live import ComfyUI, Device, Disk, Glance, Live, RunningJob
 from agent.serve.managers import ours
@@ -24,7 +24,7 @@ VERIFIED = 300
 
 def status(layout: Layout, request: Json) -> Glance:
     """Return facts and current state; recently verified parts are not verified again. Raises AgentError."""
-    answering(layout, request, STALE)
+    check_folders_respond(layout, request, STALE)
     return glance(layout, request)
 
 
@@ -49,7 +49,7 @@ def _comfyui(layout: Layout) -> ComfyUI:
         stats = system_stats(place, PATIENCE)
         running, waiting = queue(place, PATIENCE)
     except (OSError, ValueError) as error:
-        return ComfyUI("silent" if takes_connections(place) else "closed", str(error))
+        return ComfyUI("silent" if accepts_connections(place) else "closed", str(error))
     return ComfyUI(
         state="answers",
         seconds=time.monotonic() - started,

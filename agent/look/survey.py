@@ -65,8 +65,8 @@ def _installation(layout: Layout, place: Path, units: list[Json], processes: lis
     folders = {}
     for name in FOLDERS:
         folder = base / name
-        if told := _flag(argv, f"--{name}-directory"):
-            folder = place / told
+        if given := _flag(argv, f"--{name}-directory"):
+            folder = place / given
         folders[name] = _folder(folder, layout.data, owners)
     configs = [base / "extra_model_paths.yaml", place / "extra_model_paths.yaml"]
     configs += [place / argv[number + 1] for number, word in enumerate(argv[:-1]) if word == _MODEL_PATHS]

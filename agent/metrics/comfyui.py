@@ -101,7 +101,7 @@ class Jobs:
                 for job in fresh:
                     self._count(job)
             self._keep()
-        return self.told()
+        return self.metrics()
 
     def _fresh(self) -> list[Json]:
         """Return the jobs not seen before, oldest first, and remember them.
@@ -131,8 +131,10 @@ class Jobs:
 
     def _count(self, job: Json) -> None:
         status = job["status"] or {}
-        told = dict(status.get("messages", ()))
-        times = {event: seconds for event in told if (seconds := seconds_of(told[event]["timestamp"])) is not None}
+        messages = dict(status.get("messages", ()))
+        times = {
+            event: seconds for event in messages if (seconds := seconds_of(messages[event]["timestamp"])) is not None
+        }
         if status.get("status_str") == "success":
             self._results["done"] += 1
             if {"execution_start", "execution_success"} <= times.keys():
@@ -140,7 +142,7 @@ class Jobs:
                 self._counts[bisect_left(BUCKETS, seconds)] += 1
                 self._seconds += seconds
         else:
-            self._results["interrupted" if "execution_interrupted" in told else "failed"] += 1
+            self._results["interrupted" if "execution_interrupted" in messages else "failed"] += 1
 
     def _keep(self) -> None:
         kept = {
@@ -155,7 +157,7 @@ class Jobs:
         except OSError as error:  # full disk: the counts stay correct in this process
             print(f"jobs: the counts could not be stored: {error}", file=sys.stderr, flush=True)
 
-    def told(self) -> Iterable[Metric]:
+    def metrics(self) -> Iterable[Metric]:
         """Return the counts; they do not need a response from ComfyUI."""
         jobs = CounterMetricFamily("hearth_jobs", "Finished jobs.", labels=["result"])
         with self._lock:

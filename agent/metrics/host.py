@@ -66,11 +66,11 @@ class Release:
 
 def _info(path: Path) -> Metric:
     manifest = read(path)
-    told = {name: str(manifest[name]) for name in ("version", "torch", "stack", "profile", "python")}
-    told["kernels"] = ", ".join(f"{name} {version}" for name, version in sorted(manifest["kernels"].items()))
+    labels = {name: str(manifest[name]) for name in ("version", "torch", "stack", "profile", "python")}
+    labels["kernels"] = ", ".join(f"{name} {version}" for name, version in sorted(manifest["kernels"].items()))
     # The attention verified by the gate; empty if ComfyUI selects it.
-    told["attention"] = manifest["gate"]["attention"]
-    return InfoMetricFamily("hearth_release", "The active release.", {"release": manifest["id"], **told})
+    labels["attention"] = manifest["gate"]["attention"]
+    return InfoMetricFamily("hearth_release", "The active release.", {"release": manifest["id"], **labels})
 
 
 def _deploy(layout: Layout) -> list[Metric]:

@@ -40,7 +40,7 @@ def gatherer(layout: Layout, place: Callable[[], Endpoint], counts: Path, *, cud
     named |= {f"disk {place}": partial(host.disk, layout, place) for place in places}
     return Gatherer(
         Source("comfyui", partial(comfyui.queue, client), comfyui.down),
-        Source("jobs", jobs.look, jobs.told),
+        Source("jobs", jobs.look, jobs.metrics),
         *(Source(name, ask) for name, ask in named.items()),
     )
 

@@ -344,8 +344,8 @@ def _drop() -> None:
 
 def _filter(program: bytes) -> None:
     buffer = ctypes.create_string_buffer(program, len(program))
-    told = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
-    for words in ((38, 1, 0, 0, 0), (22, 2, told)):  # PR_SET_NO_NEW_PRIVS; PR_SET_SECCOMP, a filter
+    program_header = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
+    for words in ((38, 1, 0, 0, 0), (22, 2, program_header)):  # PR_SET_NO_NEW_PRIVS; PR_SET_SECCOMP, a filter
         if _libc.prctl(*(ctypes.c_ulong(each) if isinstance(each, int) else each for each in words)):
             raise OSError(ctypes.get_errno(), "the kernel does not accept the seccomp filter")
 

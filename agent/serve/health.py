@@ -206,7 +206,7 @@ def _failed_nodes(lines: list[str], known: Collection[str] = ()) -> dict[str, st
     return {name: reasons.get(name, why) for name, why in failed.items() if name in known}
 
 
-def say_changed_types(old: Json, new: Json, note: Note) -> None:
+def report_changed_types(old: Json, new: Json, note: Note) -> None:
     """Report node types that disappeared since the previous release or now come from another node: workflows use them.
 
     `old` and `new` are results of `prove` (empty: unknown). If two nodes define the same type, ComfyUI silently uses

@@ -20,7 +20,7 @@ from agent.change import adopt as adopting
 from agent.deletion import remove
 from agent.files import AgentError, read_text
 from agent.folders import opened
-from agent.journal import Adopted
+from agent.journal import AdoptionJournal
 from agent.layout import Layout
 from agent.look import survey
 from agent.schema.change import Adopt, Unadopt
@@ -117,7 +117,7 @@ def test_a_home_folder_is_moved_but_never_referred_to() -> None:
     assert proposed(folders=folders).moves.keys() == {"models"}
     stays = proposed("reference", folders=folders)
     assert "folders" not in host(stays)
-    assert "sees no home folder" in dict(stays.left)["models in /home/anna/ComfyUI/models"]
+    assert "cannot see home folders" in dict(stays.left)["models in /home/anna/ComfyUI/models"]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_home_folder_is_moved_but_never_referred_to() -> None:
         ("sub/a", "../a", ""),
         ("sub/a", "../../a", "leads out of the moved folders"),
         ("a", "/opt/comfyui/ComfyUI/models/b", "leads into the moved folders"),
-        ("a", "/home/anna/a", "sees no home folder"),
+        ("a", "/home/anna/a", "cannot see home folders"),
         ("a", "/srv/a", ""),
     ],
 )
@@ -325,7 +325,7 @@ def test_folders_in_both_places_are_brought_together_and_apart_again(tmp_path: P
     adopting.unadopt(place, Unadopt("t", "w", "u"), said.append)
     assert tree(old) == before
     assert tree(place.data) == {name: each for name, each in data.items() if name != "models/checkpoints"}
-    assert not Adopted(place).path.exists()
+    assert not AdoptionJournal(place).path.exists()
 
 
 def test_what_runs_as_its_owner_does_so_neither_afterwards_nor_when_it_is_put_back(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_files_of_others_are_left_to_them(tmp_path: Path) -> None:
     (tmp_path / "theirs").chmod(0o600)
     with opened(tmp_path) as here:
         nobody: set[int] = set()
-        left = adopting._take_entries(here, tmp_path, ["theirs"], (0, 0), nobody, Adopted(layout(tmp_path)))
+        left = adopting._take_entries(here, tmp_path, ["theirs"], (0, 0), nobody, AdoptionJournal(layout(tmp_path)))
     assert left == 1
     assert (tmp_path / "theirs").stat().st_mode & 0o777 == 0o600
 
@@ -438,7 +438,7 @@ def test_labyrinths_in_both_places_are_left_where_they_are(tmp_path: Path, level
         deep(root, levels)
     said: list[str] = []
     adopting.adopt(place, Adopt("t", "w", "u", "output", str(old), (os.geteuid(),)), said.append)
-    assert said[0].startswith(f"not moved, because data/ has one of that name:  {old}/dd/dd")
+    assert said[0].startswith(f"not moved, because data/ has one of that name: {old}/dd/dd")
     for root in (old, place.data):
         remove(root)
 

@@ -114,7 +114,7 @@ def test_packages_that_share_what_does_no_harm_are_not(tmp_path: Path) -> None:
 def test_node_types_that_are_gone_or_another_nodes_are_told(before: object, said: list[str]) -> None:
     after = {"A": "custom_nodes.two", "B": "comfy_extras.new"}
     notes: list[str] = []
-    health.say_changed_types({"types": before}, {"types": after}, notes.append)
+    health.report_changed_types({"types": before}, {"types": after}, notes.append)
     assert [note.replace("custom_nodes.", "") for note in notes] == said
 
 

@@ -149,7 +149,7 @@ def test_a_release_is_asked_where_it_listens_whatever_the_configuration_says(tmp
 def test_of_several_addresses_the_one_that_answers_is_asked(address: str) -> None:
     with serving({"/queue": IDLE}, address) as port:
         assert api.queue(at(port, "127.0.0.1", "::1")) == ([], [])
-        assert api.takes_connections(at(port, "127.0.0.1", "::1"))
+        assert api.accepts_connections(at(port, "127.0.0.1", "::1"))
 
 
 def test_a_tls_endpoint_is_asked_by_https(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from core.errors import AuditError
 from deploy.inputs import gather
 from lock import advisory, audit, nodes
 from lock.advisory import Advisory, Repository
-from lock.audit import Stock
+from lock.audit import Inventory
 from tests.client import Client
 from tests.errors import raises
 from tests.plans import spark
@@ -102,8 +102,8 @@ def osv() -> Iterator[Osv]:
     assert told.refused == []
 
 
-def stock(*packages: tuple[str, str], repositories: tuple[Repository, ...] = ()) -> Stock:
-    return Stock({each: ["a-list"] for each in packages}, repositories)
+def stock(*packages: tuple[str, str], repositories: tuple[Repository, ...] = ()) -> Inventory:
+    return Inventory({each: ["a-list"] for each in packages}, repositories)
 
 
 def test_every_version_is_looked_up_and_named_with_its_remedy(osv: Osv) -> None:

@@ -17,7 +17,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from core import files
 from deploy import release
-from deploy.choice import choose
+from deploy.selection import choose
 from lock import application, nodes, requirements, sbom
 from tests.errors import raises
 from tests.plans import FRESH, inputs, spark, wheel
@@ -40,10 +40,10 @@ def manifest(**more: nodes.Node) -> dict[str, Any]:
         locks={("linux_aarch64", "3.12"): lock},
         nodes={**nodes.choose(nodes.catalogue(), ["recommended"]), **more},
     )
-    choice, against = choose(spark(), FRESH, stock)
-    assert choice is not None
+    selection, against = choose(spark(), FRESH, stock)
+    assert selection is not None
     assert not against
-    found = release.manifest(choice, FRESH.prefix)
+    found = release.manifest(selection, FRESH.prefix)
     assert json.loads(json.dumps(found)) == found  # the host stores it as JSON, and a deploy compares it
     return found
 
@@ -142,8 +142,8 @@ def test_a_release_of_an_older_hearth_is_told() -> None:
 
 def test_a_wheel_that_says_nothing_of_its_compilers_is_billed() -> None:
     stock = inputs()
-    choice, _ = choose(spark(), FRESH, stock)
-    assert choice is not None
-    folder = msgspec.structs.replace(choice.application, version="1.2.3")
-    found = json.loads(sbom.write(release.manifest(replace(choice, application=folder), FRESH.prefix)))
+    selection, _ = choose(spark(), FRESH, stock)
+    assert selection is not None
+    folder = msgspec.structs.replace(selection.application, version="1.2.3")
+    found = json.loads(sbom.write(release.manifest(replace(selection, application=folder), FRESH.prefix)))
     assert {each["name"] for each in found["components"]} == {"ComfyUI", "sageattention", "flash-attn"}

@@ -366,7 +366,7 @@ def test_a_bundle_is_signed_by_somebody_or_refused(
         "nonsense\n",
     ):
         listed.write_text(lines)
-        with raises("signature", match="signed it: its key is ED25519 key SHA256:"):
+        with raises("signature", match="signed it; its key is ED25519 key SHA256:"):
             bundle.verify(signed)
 
 

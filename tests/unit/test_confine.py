@@ -555,7 +555,7 @@ def test_only_what_was_started_since_is_ended(tmp_path: Path) -> None:
     [
         (0, True, ["no Landlock"]),
         (6, False, ["not `confined`"]),
-        (1, True, ["cannot move", "truncating", "TCP port", "ioctl", "signal other processes of d,"]),
+        (1, True, ["cannot move", "truncating", "TCP port", "ioctl", "signal other processes of d and"]),
         (2, True, ["truncating", "TCP port", "ioctl", "signal other processes"]),
         (5, True, ["signal other processes"]),
         (6, True, []),

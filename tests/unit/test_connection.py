@@ -289,7 +289,7 @@ def test_a_command_that_fails_there_is_a_remote_error(box: Box) -> None:
     ("script", "says", "cause"),
     [
         ("exit 127", "python3 on box cannot be started", ""),
-        ("echo 'error while loading shared libraries' >&2; exit 127", "does not start", "shared libraries"),
+        ("echo 'error while loading shared libraries' >&2; exit 127", "cannot be started", "shared libraries"),
         ("kill -9 $$", "was killed by SIGKILL", ""),
         ("echo 'sudo: not mine' >&2; exit 1", "ended with 1", "sudo: not mine"),
         ("exit 0", "without an answer", ""),
@@ -308,7 +308,7 @@ def test_what_becomes_of_an_agent_that_fails(box: Box, script: str, says: str, c
 def test_the_version_of_python_is_looked_at_before_any_module(box: Box) -> None:
     old = "import sys; sys.version_info = (3, 8, 18); sys.version = '3.8.18 (old)'; exec(sys.argv.pop(1))"
     box.program("bin/python3", f'shift 3; exec {sys.executable} -c "{old}" "$@"')
-    assert "python3 on box is 3.8.18, and Hearth needs 3.10" in box.fails("step-failed").what
+    assert "python3 on box is 3.8.18; Hearth needs 3.10" in box.fails("step-failed").what
 
 
 def test_lost_sight_of_a_change_is_never_its_end(box: Box) -> None:

@@ -171,7 +171,7 @@ def test_a_node_that_cannot_be_updated_keeps_no_other_from_it(
         assert nodes.catalogue().nodes == before
     with pytest.raises(HearthError, match=r"Gone, Leads-Out") as raised:
         node_updates.update([], dry_run=False)
-    assert "Gone does not answer" in str(raised.value)
+    assert "Gone cannot be reached" in str(raised.value)
     assert "/etc/passwd" in str(raised.value)
     assert "network: types.py (socket)" in capsys.readouterr().err
     after = nodes.catalogue().nodes
@@ -206,7 +206,7 @@ def test_requirements_are_compared_in_any_order(upstream: Upstream) -> None:
     [
         ("{url}", "", "usage", "reason"),
         ("{url}@nothing", "x", "unknown-name", "has no 'nothing'"),
-        ("{url}-gone", "x", "source-unreachable", "does not answer"),
+        ("{url}-gone", "x", "source-unreachable", "cannot be reached"),
     ],
 )
 def test_what_cannot_be_added(upstream: Upstream, address: str, why: str, error: str, said: str) -> None:

@@ -347,7 +347,7 @@ class World:
                 patch.setattr(module, "trial_of", lambda layout, _: StandIn(layout))
             patch.setattr(cutover, "drain", lambda *_: None)
             patch.setattr(cutover, "first_answer", first_answer)
-            patch.setattr(cutover, "lacking", lambda: self.short)
+            patch.setattr(cutover, "memory_shortage", lambda: self.short)
             patch.setattr(files, "RETRIES", [0, 0])
             patch.setattr(files, "DRAFT_SECONDS", 0)
             yield
@@ -469,7 +469,7 @@ def test_a_forced_stop_ends_a_run_that_hangs(tmp_path: Path, monkeypatch: pytest
         assert (layout.release(), schema(layout.database)) == ("old", 1)
         (ended,) = history(layout)
         assert (ended["run"], ended["result"]) == ("r1", "reverted")
-        assert ended["error"].startswith("ended by stop by anna")
+        assert ended["error"].startswith("aborted by stop by anna")
         assert files.read(layout.pending)["run"] == "r2"
     assert world.apply() == 0
     assert not running.exists()
@@ -539,13 +539,13 @@ def test_a_cut_over_that_a_boot_interrupted_does_not_wait_for_mounts_without_end
 
 def test_without_memory_for_two_there_is_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "meminfo", lambda: {"MemAvailable": 1_000_000_000})
-    assert trial.lacking() == "1.0 GB of memory available, 2.5 GB needed"
+    assert trial.memory_shortage() == "1.0 GB of memory available, 2.5 GB needed"
     monkeypatch.setattr(trial, "meminfo", lambda: {"MemAvailable": 10_000_000_000})
     gpu = {"index": 0, "unified": False, "memory_total": 12_000_000_000, "memory_used": 11_000_000_000}
     monkeypatch.setattr(trial, "gpus", lambda: [gpu])
-    assert trial.lacking() == "GPU 0 has 1.0 GB free, 1.5 GB needed"
+    assert trial.memory_shortage() == "GPU 0 has 1.0 GB free, 1.5 GB needed"
     monkeypatch.setattr(trial, "gpus", lambda: [{**gpu, "unified": True}, {**gpu, "memory_used": None}])
-    assert trial.lacking() == ""
+    assert trial.memory_shortage() == ""
     world = World(tmp_path, Scenario("fails the trial", trial=False)).make()
     world.short = "no memory"
     assert world.apply() == 0

@@ -111,7 +111,7 @@ def jobs(stand: Stand, place: Path) -> comfyui.Jobs:
 
 def counted(found: comfyui.Jobs) -> dict[str, float]:
     found.look()
-    return {sample.labels["result"]: sample.value for sample in next(iter(found.told())).samples}
+    return {sample.labels["result"]: sample.value for sample in next(iter(found.metrics())).samples}
 
 
 def text(*sources: Source) -> str:

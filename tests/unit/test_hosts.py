@@ -62,16 +62,16 @@ def test_an_entry_for_local_has_the_same_defaults_as_none(
         ('[hosts.a]\naddress = "a"\n[groups]\ng = ["b"]', "unknown-name", "known: a"),
         ('[hosts.a]\naddress = "a"', "config", "has no profile"),
         ('[hosts.a]\naddress = "a"\nmounts."/mnt/../etc" = {}', "config", "not a plain absolute path"),
-        ('[hosts.a]\naddress = "a"\nmounts."/opt/comfyui/data/models" = {}', "config", "lies in /opt/comfyui/data"),
+        ('[hosts.a]\naddress = "a"\nmounts."/opt/comfyui/data/models" = {}', "config", "is in /opt/comfyui/data"),
         (
             '[hosts.a]\naddress = "a"\nmounts."/mnt/a/b" = {}\nfolders.input = "/mnt/a"',
             "config",
-            "/mnt/a/b lies in /mnt/a",
+            "/mnt/a/b is in /mnt/a",
         ),
         (
             '[hosts.a]\naddress = "a"\nfolders.input = "/opt/comfyui/data/x/in"',
             "config",
-            "lies in /opt/comfyui/data",
+            "is in /opt/comfyui/data",
         ),
         ('[hosts.a]\naddress = "a"\nmodel_roots = ["/mnt/my models"]', "config", "not a plain absolute path"),
         ('[hosts.a]\naddress = "a"\nfolders.output = "/home/anna/out"', "config", "hides from the service"),
@@ -79,7 +79,7 @@ def test_an_entry_for_local_has_the_same_defaults_as_none(
         ('[hosts.a]\naddress = "a"\nmounts."/mnt/a" = { what = "nas:/a" }', "config", "`what` needs a `type`"),
         ('[hosts.a]\naddress = "a"\nmembers_may = ["stop"]', "config", "stop"),
         ('[hosts.a]\naddress = "a"\nmetrics_port = 0', "config", "metrics_port must be from 1 to 65535"),
-        ('[hosts.a]\naddress = "a"\nmetrics_port = 8188', "config", "another than ComfyUI's 8188"),
+        ('[hosts.a]\naddress = "a"\nmetrics_port = 8188', "config", "and not ComfyUI's 8188"),
         ("hosts = [", "config", "is not TOML"),
     ],
 )

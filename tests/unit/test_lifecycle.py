@@ -167,7 +167,7 @@ def test_a_missing_mount_keeps_it_from_starting_and_not_from_stopping(mount: Mou
         ({"real": "/opt"}, "is a top-level folder"),
         ({"mount": True}, "is a mount point"),
         ({"link": True, "real": "/srv/x"}, "is a symbolic link to /srv/x"),
-        ({"homes": ("anna",)}, "is or holds the home of anna"),
+        ({"homes": ("anna",)}, "is or contains the home folder of anna"),
         ({"crossings": ("parts",)}, "parts in /opt/comfyui: a link out of the prefix"),
         ({"mounts": ("/opt/comfyui/parts",)}, "something is mounted at /opt/comfyui/parts"),
         ({"ours": False, "own": ("parts",)}, "does not look like a prefix of Hearth"),
@@ -211,7 +211,7 @@ def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
         "/srv/more",
         "/opt/comfyui/notes",
         own,
-        "the account comfyui",
+        "the user comfyui",
     ):
         assert each in left
     assert "kept: /opt/comfyui/data" in without.notes

@@ -106,7 +106,7 @@ def test_a_time_is_found_by_what_the_supervisor_noted(tmp_path: Path, monkeypatc
     assert texts(layout, since="2500 s ago", lines=None) == ["old", "too soon to be noted", "new"]
     assert texts(layout, since="1500 s ago", lines=None) == ["too soon to be noted", "new"]
     assert texts(layout, since="10 s ago", lines=None) == []
-    with pytest.raises(AgentError, match="--since then is no time"):
+    with pytest.raises(AgentError, match="--since then is not a supported time"):
         list(read(layout, since="then"))
     monkeypatch.setattr("agent.serve.supervised.LONG", 10)
     manager.rotate()
@@ -193,7 +193,7 @@ def test_a_comfyui_that_hangs_is_told_apart_from_one_that_does_not_run(
         with pytest.raises(AgentError, match="accepts connections but does not answer"):
             agent_jobs.jobs(layout, 20)
         assert time.monotonic() - started < 3
-    with pytest.raises(AgentError, match="ComfyUI does not run"):
+    with pytest.raises(AgentError, match="ComfyUI is not running"):
         agent_jobs.jobs(layout, 20)
 
 

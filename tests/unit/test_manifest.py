@@ -66,8 +66,8 @@ def test_a_wheel_that_is_no_file_is_none(tmp_path: Path, what: str | None) -> No
     [
         (None, "does not exist"),
         ("a link to nothing", "does not exist"),
-        ("a folder", "it is not a regular file"),
-        ("a pipe", "it is not a regular file"),
+        ("a folder", "not a regular file"),
+        ("a pipe", "not a regular file"),
         ("x = " + "[" * 5000, "is not TOML"),
         ("x = " + "{a=" * 5000, "is not TOML"),
         ("x = " + "1" * 5000, "is not TOML"),

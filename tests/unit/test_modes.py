@@ -140,7 +140,7 @@ def test_every_mode_gives_reasons_and_excludes_modes_that_are_there() -> None:
         ('modes = ["production", "development"]', "config", "production and development exclude each other"),
         ('modes = ["development"]\ndevelop = ["n"]', "config", "'n' is not a plain absolute path"),
         ('modes = ["development"]\ndevelop = ["/a/n.x"]', "config", "n.x: not valid as names of node folders"),
-        ('modes = ["development"]\ndevelop = ["/a/n", "/b/n"]', "config", "/a/n, /b/n: each node needs a name"),
+        ('modes = ["development"]\ndevelop = ["/a/n", "/b/n"]', "config", "/a/n, /b/n: not valid as names"),
         ('free_memory = "often"', "config", "a duration such as 30m, 4h or 1d"),
         ('free_memory = "0h"', "config", "a duration such as 30m, 4h or 1d"),
         ('override.flags."--x" = { why = "w", comfyui = "new" }', "config", "comfyui = 'new' is no version range"),
@@ -338,7 +338,7 @@ def answering(queue: dict[str, Any]) -> Iterator[tuple[Layout, list[Any]]]:
 @pytest.mark.parametrize(
     ("queue", "said", "freed"),
     [
-        ({"queue_running": [], "queue_pending": []}, "gives its memory back", True),
+        ({"queue_running": [], "queue_pending": []}, "frees its memory", True),
         ({"queue_running": [[0, "p", {}]], "queue_pending": []}, "has a job", False),
         ({"queue_running": [], "queue_pending": [[0, "p", {}]]}, "has a job", False),
     ],

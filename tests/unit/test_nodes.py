@@ -31,7 +31,7 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (node("up").replace("nodes.up", 'nodes."../up"'), "config", "is not a valid node name"),
         (node("a").replace("a" * 40, "main"), "config", "not a full commit hash"),
-        (node("a").replace("https://example.org/a", "/tmp/a"), "config", "no address"),
+        (node("a").replace("https://example.org/a", "/tmp/a"), "config", "not the address"),
         (node("a", 'writable = ["../../etc"]'), "config", "not below the node"),
         (node("a", 'system = ["-o=x"]'), "config", "is not a valid name of a Debian package"),
         (node("a", 'writable = ["/etc"]'), "config", "not below the node"),

@@ -12,7 +12,7 @@ import pytest
 
 from agent.change import settings as steps
 from agent.files import AgentError
-from agent.journal import Settings
+from agent.journal import SettingsJournal
 from agent.layout import Layout
 from agent.look import access as devices
 from agent.schema.change import Set, Unset
@@ -61,15 +61,15 @@ def test_a_second_change_keeps_the_first_old_value_and_undo_restores_it(layout: 
     steps.apply_setting(layout, step({str(old): "first", str(fresh): line}), quiet)
     steps.apply_setting(layout, step({str(old): "second", str(fresh): line}), quiet)
     assert (old.read_text(), fresh.read_text(), kernel.read_text()) == ("second", line, "10")
-    assert {each["place"]: each["old"] for each in Settings(layout).in_force()["one"]} == {
+    assert {each["place"]: each["old"] for each in SettingsJournal(layout).in_force()["one"]} == {
         str(old): "before", str(fresh): None, str(kernel): "60",
     }  # fmt: skip
     steps.undo_settings(layout, undo(), quiet)
     assert (old.read_text(), fresh.exists(), kernel.read_text()) == ("before", False, "60")
-    assert Settings(layout).in_force() == {}
-    kept = Settings(layout).path.read_text()
+    assert SettingsJournal(layout).in_force() == {}
+    kept = SettingsJournal(layout).path.read_text()
     steps.undo_settings(layout, undo(), quiet)
-    assert Settings(layout).path.read_text() == kept
+    assert SettingsJournal(layout).path.read_text() == kept
 
 
 @pytest.mark.needs("root")
@@ -100,7 +100,7 @@ def test_sysctl_files_set_kernel_values(tmp_path: Path) -> None:
 def test_existing_values_are_not_recorded(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("same")
     steps.apply_setting(layout, step({f"{tmp_path}/file": "same"}), quiet)
-    assert Settings(layout).in_force() == {}
+    assert SettingsJournal(layout).in_force() == {}
 
 
 def test_later_edits_are_reported_and_kept(layout: Layout, tmp_path: Path) -> None:
@@ -113,9 +113,9 @@ def test_later_edits_are_reported_and_kept(layout: Layout, tmp_path: Path) -> No
     assert caught.value.report["kind"] == "changed"
     assert caught.value.report["cause"] == f"{mine}: edited"
     assert (mine.read_text(), other.exists()) == ("edited", False)
-    assert [each["place"] for each in Settings(layout).in_force()["one"]] == [str(mine)]
+    assert [each["place"] for each in SettingsJournal(layout).in_force()["one"]] == [str(mine)]
     steps.undo_settings(layout, undo(overwrite=True), quiet)
-    assert (mine.read_text(), Settings(layout).in_force()) == ("before", {})
+    assert (mine.read_text(), SettingsJournal(layout).in_force()) == ("before", {})
 
 
 class _Killed(BaseException):
@@ -135,13 +135,13 @@ def test_killed_between_record_and_change(
     with monkeypatch.context() as patched, pytest.raises(_Killed):
         patched.setitem(steps.KINDS, "file", (steps.KINDS["file"][0], killed))
         steps.apply_setting(layout, step({str(path): "set"}), quiet)
-    assert (path.read_text(), list(Settings(layout).in_force())) == ("before", ["one"])
+    assert (path.read_text(), list(SettingsJournal(layout).in_force())) == ("before", ["one"])
     if again:
         steps.apply_setting(layout, step({str(path): "set"}), quiet)
         assert path.read_text() == "set"
-        assert len(Settings(layout).events()) == 1
+        assert len(SettingsJournal(layout).events()) == 1
     steps.undo_settings(layout, undo(), quiet)
-    assert (path.read_text(), Settings(layout).in_force()) == ("before", {})
+    assert (path.read_text(), SettingsJournal(layout).in_force()) == ("before", {})
 
 
 def test_what_cannot_be_made_undoes_the_whole_setting(layout: Layout, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_what_cannot_be_made_undoes_the_whole_setting(layout: Layout, tmp_path: 
     with pytest.raises(AgentError, match="could not be set and was undone"):
         steps.apply_setting(layout, step({f"{tmp_path}/first": "x", f"{tmp_path}/folder/file": "x"}), quiet)
     assert not (tmp_path / "first").exists()
-    assert Settings(layout).in_force() == {}
+    assert SettingsJournal(layout).in_force() == {}
 
 
 def test_what_cannot_be_put_back_is_told_and_stays_recorded(layout: Layout, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_what_cannot_be_put_back_is_told_and_stays_recorded(layout: Layout, tmp_
         steps.undo_settings(layout, undo(), quiet)
     assert "Is a directory" in caught.value.report["cause"]
     assert (tmp_path / "one").read_text() == "before"
-    assert [each["place"] for each in Settings(layout).in_force()["one"]] == [f"{tmp_path}/two"]
+    assert [each["place"] for each in SettingsJournal(layout).in_force()["one"]] == [f"{tmp_path}/two"]
 
 
 def test_a_choice_of_the_kernels_is_read_by_its_brackets(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_what_makes_no_sense_there_is_refused() -> None:
 
 def test_undo_names_what_goes_back_and_does_nothing_twice() -> None:
     found = tuning.undo(spark(), FRESH, state(applied=True), [], force=False)
-    assert found.steps[0].title == "undo swappiness: /proc/sys/vm/swappiness back to 60"
+    assert found.steps[0].title == "undo swappiness: restore /proc/sys/vm/swappiness to 60"
     assert kinds(tuning.undo(spark(), FRESH, state(), [], force=False)) == []
 
 
@@ -247,7 +247,7 @@ def test_a_mistyped_name() -> None:
         tuning.named("cpu-governor,swapiness")
     with raises("unknown-name") as caught:
         tuning.named("mps")
-    assert caught.value.hint.startswith("inv mps")
+    assert caught.value.hint.startswith("run inv mps")
 
 
 # --- MPS -----------------------------------------------------------------------------------------------------------
@@ -308,11 +308,11 @@ def test_mps_that_is_off() -> None:
     ("seen", "what"),
     [
         (Mps(service_knows=True), "ComfyUI is configured for MPS, but MPS is off"),
-        (replace(ON, state="failed (failed)"), "its daemon does not run: failed (failed)"),
+        (replace(ON, state="failed (failed)"), "its daemon is not running: failed (failed)"),
         (replace(ON, error="it does not answer"), "MPS is on, but it does not answer"),
         (replace(ON, service_knows=False), "was started before MPS"),
         (replace(ON, servers=()), "but not through MPS"),
-        (replace(ON, restarts=2), "started again 2 times"),
+        (replace(ON, restarts=2), "restarted 2 times"),
         (replace(ON, servers=(MpsServer(9, "FAULT", ON.servers[0].clients),)), "is in state FAULT"),
     ],
 )

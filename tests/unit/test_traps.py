@@ -192,7 +192,7 @@ def test_a_database_is_parsed_by_who_can_never_be_root_and_whom_the_service_cann
     service = subprocess.Popen(words, stdin=-1, stderr=-1)
 
     def work() -> list[object]:
-        parts.forsake_root()
+        parts.drop_root()
         said = service.communicate(f"{os.getpid()}\n".encode())[1]
         return [0 in (*os.getresuid(), *os.getresgid()), os.geteuid() == NOBODY, b"PermissionError" in said]
 

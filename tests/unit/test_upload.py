@@ -81,7 +81,7 @@ def test_a_damaged_wheel_is_named_before_it_is_sent(
         (tmp_path / "sageattention.whl").write_bytes(damage)
     else:
         (tmp_path / "sageattention.whl").unlink()
-    with raises("hash-mismatch", match=r"sageattention\.whl is not the wheel") as raised:
+    with raises("hash-mismatch", match=r"sageattention\.whl differs from the inspected wheel") as raised:
         packed(env(), inputs(found), tmp_path)
     assert "inv build-kernels --force --kernel sageattention --arch 12.1 --stack cu130" in raised.value.hint
     assert raised.value.hint.endswith("--profile inference")
@@ -100,7 +100,7 @@ def test_a_damaged_package_of_the_cache_is_named_before_it_is_sent(
     step, _ = packed(env(kernels=[]), stock, tmp_path, offline=True)
     assert [each.file for each in step.wheels] == [package.name]
     package.write_bytes(b"wrong")
-    with raises("hash-mismatch", match=r"six-1-py3-none-any\.whl was damaged"):
+    with raises("hash-mismatch", match=r"six-1-py3-none-any\.whl is damaged"):
         packed(env(kernels=[]), stock, tmp_path, offline=True)
 
 

@@ -1,4 +1,4 @@
-"""The choice of what runs on a host: Python, locked list, wheels, nodes; and the resulting parts."""
+"""The selection of what runs on a host: Python, locked list, wheels, nodes; and the resulting parts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from deploy import release_refusals as refusals
 from deploy.refusals import Refusal
-from deploy.release import asking, digest
+from deploy.release import digest, requesters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ LAYOUT = 4
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """Everything that determines a host's release."""
 
     target: Target
@@ -72,13 +72,13 @@ class Choice:
         return [self.env_part, str(bool(node.install_network))] if node.install else []
 
     @property
-    def asking(self) -> list[str]:
+    def requesters(self) -> list[str]:
         """The requesters of packages in addition to ComfyUI."""
-        return asking(self.target, self.nodes)
+        return requesters(self.target, self.nodes)
 
     @cached_property
     def _locked(self) -> str:
-        return self.lock.select(self.asking)
+        return self.lock.select(self.requesters)
 
     @property
     def requirements(self) -> str:
@@ -87,7 +87,7 @@ class Choice:
         return self._locked + "".join(f"{line}\n" for line in lines)
 
 
-def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Choice | None, list[Refusal]]:
+def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Selection | None, list[Refusal]]:
     """Choose Python, locked list and wheels for a host; returns None with the reasons if no combination fits."""
     profile = target.profile
     if found := refusals.no_torch(target, facts):
@@ -107,7 +107,7 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Choice | None,
         else:
             found += refusals.old_glibc(wheel, facts)
             wheels.append(wheel)
-    choice = Choice(
+    selection = Selection(
         target=target,
         application=inputs.application,
         lock=inputs.locks[facts.platform, python],
@@ -119,7 +119,7 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Choice | None,
         model_folders=inputs.model_folders,
         secrets={name: facts.secrets.get(name, "plain") for name in target.host.secrets},
     )
-    return choice, found
+    return selection, found
 
 
 def find_wheel(inputs: Inputs, kernel: str, target: Target, platform: str, python: str) -> Manifest | Refusal:
