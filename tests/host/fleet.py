@@ -56,9 +56,9 @@ class Fleet(Client):
         return self.inv("deploy", "--host", "spark", *words, **env)
 
     def becomes(self, text: str = "", *words: str) -> subprocess.CompletedProcess[str]:
-        """Configure and deploy; the deploy must succeed."""
+        """Configure, and deploy without a trial, which takes as long as the rest; the deploy must succeed."""
         self.configure(text)
-        done = self.deploy(*words)
+        done = self.deploy("--no-trial", *words)
         assert done.returncode == 0, done.stderr
         return done
 
@@ -144,14 +144,21 @@ F = TypeVar("F", bound=Fleet)
 
 @contextmanager
 def fresh(
-    folder: Path, name: str, kind: type[F], prefix: str = PREFIX, *, bare: bool = False, **machine: Any
+    folder: Path,
+    name: str,
+    kind: type[F],
+    prefix: str = PREFIX,
+    *,
+    bare: bool = False,
+    place: Path | None = None,
+    **machine: Any,
 ) -> Iterator[F]:
     """A fleet with its own machine, not booted yet and discarded at the end.
 
     The environment is there already (see `environment`), unless the machine is `bare`.
     """
     layers = () if bare else (environment(),)
-    fleet = kind(Machine(place_for(name), prefix=prefix, layers=layers, **machine), folder)
+    fleet = kind(Machine(place or place_for(name), prefix=prefix, layers=layers, **machine), folder)
     fleet.configure()
     try:
         yield fleet

@@ -63,6 +63,20 @@ def mount_image(image: Path, place: Path) -> None:
     subprocess.run(["mount", "-o", options, str(image), str(place)], check=True)
 
 
+@contextmanager
+def scratch(name: str) -> Iterator[Path]:
+    """A folder on a file system of its own, in one file: a disk with online discard takes milliseconds to delete each
+    of a real first deploy's 60,000 files."""
+    place = place_for(name)
+    folder = place / "disk"
+    folder.mkdir(parents=True)
+    try:
+        mount_image(make_image(place / "disk.img", "ext4", "60G"), folder)
+        yield folder
+    finally:
+        clear(place)
+
+
 def unmount(place: Path) -> None:
     """Unmount everything below a folder, as soon as it is unused."""
     end = time.monotonic() + 20

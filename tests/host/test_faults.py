@@ -170,7 +170,7 @@ def test_an_upload_outlives_what_other_clients_do_meanwhile(steady: Fleet) -> No
     client, app = half_uploaded(steady)
     flag = '[hosts.spark.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n'
     release = steady.current()
-    steady.becomes(flag, "--no-trial")  # an upload is abandoned after 60 s of silence
+    steady.becomes(flag)  # an upload is abandoned after 60 s of silence
     other = steady.current()
     back = steady.inv("rollback", "--host", "spark", "--no-trial")
     assert back.returncode == 0, back.stderr
@@ -187,7 +187,7 @@ def test_an_upload_outlives_what_other_clients_do_meanwhile(steady: Fleet) -> No
 
 def test_an_upload_for_a_host_that_another_client_has_changed_is_refused(steady: Fleet) -> None:
     client, _ = half_uploaded(steady)
-    steady.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "400", why = "a test" }\n', "--no-trial")
+    steady.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "400", why = "a test" }\n')
     release = steady.current()
     os.kill(client.pid, signal.SIGCONT)
     said, _ = client.communicate(timeout=180)
@@ -232,7 +232,7 @@ def test_a_clock_that_was_set_back_does_not_change_where_rollback_goes(steady: F
         backdate(steady, second, 2 * 86_400)
         steady.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "700", why = "a test" }\n')
         backdate(steady, steady.current(), 2 * 86_400)
-    back = steady.inv("rollback", "--host", "spark")
+    back = steady.inv("rollback", "--host", "spark", "--no-trial")
     assert back.returncode == 0, back.stderr
     assert steady.current() == second != first
 

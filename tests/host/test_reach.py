@@ -10,6 +10,7 @@ import pytest
 
 from tests.errors import kind_of
 from tests.host.fleet import Fleet, fresh
+from tests.host.replica import scratch
 
 pytestmark = pytest.mark.host
 
@@ -69,7 +70,10 @@ def test_every_host_is_reached_by_a_check(deployed: Fleet) -> None:
 def test_a_host_without_a_network_is_deployed_to_from_a_bundle(tmp_path: Path) -> None:
     """Everything comes from one file: the client's cache and wheelhouse are empty, too."""
     bundle, cut = tmp_path / "spark.tar", tmp_path / "cut.tar"
-    with fresh(tmp_path, "bundle", Fleet, bare=True, network=False) as alone:
+    with (
+        scratch("bundle") as disk,
+        fresh(tmp_path, "bundle", Fleet, bare=True, place=disk / "machine", network=False) as alone,
+    ):
         alone.configure("metrics_port = 9101\n")
         alone.machine.boot()
         made = alone.inv("bundle", "--host", "spark", "--output", str(bundle), "--json")

@@ -18,6 +18,7 @@ import pytest
 
 from core import files, workspace
 from tests.host import machine
+from tests.host.replica import scratch
 
 pytestmark = pytest.mark.host
 
@@ -119,12 +120,10 @@ class Root:
 
 @pytest.fixture(params=["bookworm", "trixie"])
 def root(request: pytest.FixtureRequest) -> Iterator[Root]:
-    one = Root(machine.place_for(f"readme-{request.param}"), request.param)
-    try:
+    with scratch(f"readme-{request.param}") as disk:
+        one = Root(disk / "machine", request.param)
         one.make()
         yield one
-    finally:
-        machine.clear(one.place)
 
 
 def test_the_readmes_commands(root: Root) -> None:

@@ -31,6 +31,18 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables for builds that need not compile anything themselves: ccache has what one of them has compiled."""
+    place = tmp_path_factory.mktemp("ccache")
+    return {"HEARTH_COMPILER_LAUNCHER": "ccache", "CCACHE_DIR": str(place)} if shutil.which("ccache") else {}
+
+
+@pytest.fixture
+def quick(hearth: Hearth, compiled: dict[str, str]) -> None:
+    hearth.env |= compiled
+
+
 @pytest.fixture
 def upstream(hearth: Hearth) -> Path:
     """The tiny recipe's source as a real git repository; the recipe fetches it from there."""
@@ -52,6 +64,7 @@ def upstream(hearth: Hearth) -> Path:
     return repository
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_source_that_is_gone_is_replaced_by_the_next_and_only_its_paths_are_fetched(
     hearth: Hearth, upstream: Path
 ) -> None:
@@ -220,6 +233,7 @@ def test_of_two_builds_at_once_the_second_waits_and_finds_the_wheel(hearth: Hear
     ],
     ids=["another arch", "ptx", "symbol"],
 )
+@pytest.mark.usefixtures("quick")
 def test_a_wheel_that_is_not_what_was_asked_is_not_admitted(hearth: Hearth, old: str, new: str, says: str) -> None:
     hearth.edit("recipe.toml", old, new)
     done = hearth.inv(*BUILD)
@@ -228,6 +242,7 @@ def test_a_wheel_that_is_not_what_was_asked_is_not_admitted(hearth: Hearth, old:
     assert not hearth.wheels()
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_module_that_cannot_be_imported_is_not_admitted(hearth: Hearth) -> None:
     hearth.edit("src/csrc/sum.cpp", "m.def", 'throw std::runtime_error("no use"); m.def')
     done = hearth.inv(*BUILD)
