@@ -326,12 +326,13 @@ def test_the_agent_samples_at_its_pace_and_names_the_job(tmp_path: Path) -> None
     with comfyui("one", "one", None) as (place, _):
         code = (
             "import json, time; from agent.look.samples import samples; from agent.layout import Layout\n"
-            f"found = list(samples(Layout({place.json!r}), 0.5, 1.2))\n"
-            "print(json.dumps(found, default=vars))"
+            f"start, found = time.time(), list(samples(Layout({place.json!r}), 0.5, 1.2))\n"
+            "print(json.dumps([start, found], default=vars))"
         )
-        found = msgspec.json.decode(nvml.python(code, path), type=list[Sample])
+        start, found = msgspec.json.decode(nvml.python(code, path), type=tuple[float, list[Sample]])
     assert [each.job for each in found] == ["one", "one", None]
-    assert [each.time - found[0].time for each in found] == pytest.approx([0, 0.5, 1.0], abs=0.3)
+    # A busy machine may delay a sample, and none comes early.
+    assert all(each.time - start >= 0.5 * number for number, each in enumerate(found))
     assert found[0].gpus[0].power == 627.32
 
 
