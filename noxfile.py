@@ -42,11 +42,15 @@ def types(session: nox.Session) -> None:
     session.run("mypy", "--platform", "darwin", "--follow-imports", "silent", *client)
 
 
+CACHED = {"PYTHONDONTWRITEBYTECODE": None}
+"""Containers often set it. Without bytecode, each of the processes that tests start compiles all that it imports."""
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """Every test that needs no GPU, two files in parallel: hosts boot, start and wait. The long ones run first."""
     two = ("--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder")
-    session.run("pytest", "-m", "not gpu", *two, *session.posargs)
+    session.run("pytest", "-m", "not gpu", *two, *session.posargs, env=CACHED)
 
 
 UNIT = ("-m", "not toolchain and not gpu and not host", "--numprocesses", "4", "--dist", "worksteal")
@@ -56,7 +60,7 @@ UNIT = ("-m", "not toolchain and not gpu and not host", "--numprocesses", "4", "
 @nox.session
 def unit(session: nox.Session) -> None:
     """The tests that neither compile nor boot. `-- --faults`: every fault of the crash matrix."""
-    session.run("pytest", *UNIT, *session.posargs)
+    session.run("pytest", *UNIT, *session.posargs, env=CACHED)
 
 
 @nox.session
@@ -68,9 +72,9 @@ def pythons(session: nox.Session) -> None:
         if not (interpreter := found[version]):
             continue
         place = Path(".nox", f"unit-{version}").absolute()
-        env = {"UV_PROJECT_ENVIRONMENT": str(place)}
+        env = {**CACHED, "UV_PROJECT_ENVIRONMENT": str(place)}
         session.run("uv", "sync", "--quiet", "--frozen", "--python", interpreter, env=env)
-        session.run(str(place / "bin/python"), "-m", "pytest", *UNIT, *session.posargs, external=True)
+        session.run(str(place / "bin/python"), "-m", "pytest", *UNIT, *session.posargs, external=True, env=CACHED)
     ran = [version for version in found if found[version] or version == default]
     missing = [version for version in found if version not in ran]
     session.log(

@@ -113,6 +113,9 @@ def lines(
     return process.returncode
 
 
+GRACE = 5
+"""Seconds that a program with its own session has after SIGTERM, before SIGKILL."""
+
 LINE = 64_000_000
 """Maximum bytes of a line: the hashes of all files of a release are one line of some MB."""
 
@@ -143,7 +146,7 @@ def stream(
     errors = _Errors(process, said)
     errors.start()
     output = bytearray()
-    with _ended(process, patience=5):
+    with _ended(process, patience=GRACE):
         for chunk in _exchange(process, itertools.chain((request,), blocks), errors, first, silence):
             output += chunk
             if b"\n" in chunk:

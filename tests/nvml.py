@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -42,13 +43,60 @@ def recording(machine: str, *edits: tuple[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def environment(place: Path) -> dict[str, str]:
-    """This process's environment, with the library in it and the recording at `place`."""
-    return {**os.environ, "LD_LIBRARY_PATH": str(library(place).parent)}
+def python(code: str, recording: str) -> str:
+    """The output of a program in a process of its own, on a machine with this recording.
+
+    The program can change the file RECORDING.
+    """
+    server, place = _server(os.getpid())
+    place.write_text(recording, errors="surrogateescape")
+    assert server.stdin
+    assert server.stdout
+    server.stdin.write(json.dumps(code) + "\n")
+    server.stdin.flush()
+    output = ""
+    while not (line := server.stdout.readline()).startswith(END):
+        assert line, "the server has ended"
+        output += line
+    assert line == f"{END} 0\n", "the program failed"
+    return output
 
 
-def python(code: str, place: Path) -> str:
-    """The output of a program that runs with the library and the recording at `place`."""
-    words = [sys.executable, "-c", code]
-    run = subprocess.run(words, env=environment(place), cwd=files.CHECKOUT, capture_output=True, text=True, check=True)
-    return run.stdout
+END = "--- the program's status:"
+
+SERVER = f"""
+import json, os, sys, traceback
+from pathlib import Path
+import agent.look.facts, agent.look.samples, agent.metrics.gather, agent.metrics.host, core.arch, pynvml
+for line in sys.stdin:
+    if not (child := os.fork()):
+        status = 1
+        try:
+            exec(json.loads(line), {{"RECORDING": Path(sys.argv[1])}})
+            sys.stdout.flush()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(status)
+    print("{END}", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Forks a child for each program, so that no program imports the agent anew. It has not loaded the library itself."""
+
+
+@functools.cache
+def _server(_: int) -> tuple[subprocess.Popen[str], Path]:
+    """This process's server, and the path of its recording."""
+    place = Path(tempfile.mkdtemp(prefix="hearth-nvml-"), "recording")
+    env = {**os.environ, "LD_LIBRARY_PATH": str(library(place).parent)}
+    pipe = subprocess.PIPE
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(place)], env=env, cwd=files.CHECKOUT, stdin=pipe, stdout=pipe, text=True
+    )
+
+    def end(owner: int = os.getpid()) -> None:
+        if os.getpid() == owner:
+            server.communicate()
+            shutil.rmtree(place.parent)
+
+    atexit.register(end)
+    return server, place

@@ -15,6 +15,9 @@ from agent.schema.change import DropCaches
 from agent.schema.live import Freed, GpuMemory, Held
 from agent.serve.managers import manager_of, ours
 
+UNCHANGED = 3.0
+"""Seconds after which memory that has not fallen is not expected to fall."""
+
 CACHES = Path("/proc/sys/vm/drop_caches")
 
 
@@ -51,13 +54,13 @@ def held(layout: Layout) -> Held:
 
 
 def _settled(layout: Layout, before: Held) -> Held:
-    """Return the memory in use once it has stopped falling for a second, or has not fallen for three seconds.
+    """Return the memory in use once it has stopped falling for a second, or has not fallen for UNCHANGED seconds.
 
     ComfyUI does not report completion, and starts only when its worker wakes up.
     """
     least, since = before, time.monotonic()
     end = since + 15
-    while time.monotonic() < min(end, since + (3 if least is before else 1)):
+    while time.monotonic() < min(end, since + (UNCHANGED if least is before else 1)):
         time.sleep(0.25)
         found = held(layout)
         if _sum(found) < _sum(least) - 1_000_000:

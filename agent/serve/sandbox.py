@@ -84,7 +84,7 @@ def confined_to(folder: Path, layout: Layout, step: Node) -> list[str]:
     return words
 
 
-def _output(command: list[str], variables: dict[str, str], seconds: int, most: int) -> bytes:
+def _output(command: list[str], variables: dict[str, str], seconds: float, most: int) -> bytes:
     """Run a command with limits on time and output; return its standard output. Raises AgentError."""
     tail, late = bytearray(), threading.Event()
 

@@ -13,8 +13,6 @@ import termios
 import time
 
 import pytest
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 
 from core import files
 from tests.errors import kind_of
@@ -60,6 +58,9 @@ def machine_since(fleet: Fleet) -> str:
 
 
 def test_facts_releases_history_and_what_a_release_holds(deployed: Fleet) -> None:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
     facts = deployed.facts()
     assert facts["os"] == "debian 12"
     assert facts["manager"] == "systemd-system"

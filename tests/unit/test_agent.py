@@ -203,13 +203,8 @@ def test_the_last_words_are_those_of_the_run_before_when_the_next_has_said_nothi
 
 
 MISLEADING = {
-    "target": '[pip]\ntarget = "{elsewhere}"\n',
-    "prefix": '[pip]\nprefix = "{elsewhere}"\n',
-    "exclude-newer": 'exclude-newer = "2001-01-01T00:00:00Z"\n',
-    "required-version": 'required-version = ">=99"\n',
-    "no-binary": '[pip]\nno-binary = [":all:"]\n',
-    "python-version": '[pip]\npython-version = "3.8"\n',
-    "link-mode": 'link-mode = "symlink"\n',
+    "options": 'exclude-newer = "2001-01-01T00:00:00Z"\nrequired-version = ">=99"\nlink-mode = "symlink"\n'
+    '[pip]\ntarget = "{elsewhere}"\nprefix = "{elsewhere}"\nno-binary = [":all:"]\npython-version = "3.8"\n',
     "not TOML": "[[[",
 }
 

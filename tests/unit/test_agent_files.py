@@ -131,7 +131,7 @@ def test_the_release_to_return_to_goes_by_the_history_and_not_by_clocks(tmp_path
 
 
 def test_a_tree_of_any_depth_is_deleted_with_few_descriptors(tmp_path: Path) -> None:
-    deep(tmp_path / "deep", 2500)
+    deep(tmp_path / "deep", 1400)
     code = "import resource, sys; from pathlib import Path; from agent.deletion import SafeDeleter\n"
     code += (
         "resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))\nsweep = SafeDeleter(); sweep.delete(Path(sys.argv[1]))\n"
@@ -222,7 +222,7 @@ def test_the_way_to_mount_points_is_not_more_than_them(tmp_path: Path) -> None:
 
 def test_a_tree_deeper_than_python_recurses_is_shared(tmp_path: Path) -> None:
     """os.walk recurses on Python 3.10 and 3.11."""
-    for levels in (1200, 1500):  # of the latter, as far as a path can name them
+    for levels in (1200, 1400):  # of the latter, as far as a path can name them
         layout = at(tmp_path / str(levels))
         layout.prefix.mkdir()
         layout.data.mkdir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from core import shell
+from core import files, shell
 from core.errors import HearthError, ProcessError
 from deploy import archive, connection, passwords
 from deploy.change import Outcome, follow
 from deploy.group import DESTRUCTIVE, Consent, on_each
 from deploy.look import find_target
 from deploy.plan import Options
+from tests import warm
 from tests.errors import raises
 
 # --- a program on the other end -----------------------------------------------------------------------------------
@@ -82,7 +82,8 @@ def test_words_on_stderr_and_a_slow_reader_are_no_silence() -> None:
         time.sleep(0.5)
 
 
-def test_a_program_that_is_given_up_is_ended() -> None:
+def test_a_program_that_is_given_up_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shell, "GRACE", 0.2)
     answers = shell.stream(["sh", "-c", "trap '' TERM; echo $$; while :; do sleep 0.1; done"], b"")
     pid = int(next(answers))
     answers.close()  # type: ignore[attr-defined]  # a generator
@@ -489,12 +490,8 @@ def test_a_task_without_a_terminal_says_what_it_lacks(box: Box) -> None:
     (prefix / "releases/old").mkdir(parents=True)
     (prefix / "state").mkdir()
     (prefix / "releases/old/release.json").write_text('{"id": "old", "parts": {}}')
-    words = [sys.executable, "-m", "invoke", "nuke", "--host", "box"]
-
-    def inv(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*words, *more], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-
-    refused = inv()
+    words = ["nuke", "--host", "box"]
+    refused = warm.run(words, dict(os.environ), files.CHECKOUT, 60)
     assert (refused.returncode, "--yes" in refused.stderr) == (63, True), refused.stderr
     assert (prefix / "releases/old").exists()
-    assert inv("--dry-run").returncode == 2
+    assert warm.run([*words, "--dry-run"], dict(os.environ), files.CHECKOUT, 60).returncode == 2

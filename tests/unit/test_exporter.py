@@ -380,21 +380,20 @@ registry = CollectorRegistry()
 registry.register(gather.Gatherer(gather.Source("gpu", Gpus(needed={needed}))))
 for recording in {recordings}:
     if recording:
-        Path({place!r}).write_text(recording)
+        RECORDING.write_text(recording)
     else:
-        Path({place!r}).unlink(missing_ok=True)
+        RECORDING.unlink(missing_ok=True)
     print("---", generate_latest(registry).decode())
 """
 
 
-def gpus(place: Path, *recordings: str, needed: bool = True) -> list[str]:
+def gpus(*recordings: str, needed: bool = True) -> list[str]:
     """One exporter's metrics while the driver returns these answers in turn; empty: there is no driver."""
-    program = GPUS.format(needed=needed, recordings=recordings, place=f"{place}/recording")
-    return nvml.python(program, place / "recording").split("---")[1:]
+    return nvml.python(GPUS.format(needed=needed, recordings=recordings), "").split("---")[1:]
 
 
-def test_gpus_of_real_machines(tmp_path: Path) -> None:
-    desktop, unified, server = gpus(tmp_path, *map(nvml.recording, ("rtx-4070", "gb10", "h200")))
+def test_gpus_of_real_machines() -> None:
+    desktop, unified, server = gpus(*map(nvml.recording, ("rtx-4070", "gb10", "h200")))
     for line in (
         'hearth_gpu_info{capability="8.9",cuda="12.2",driver="535.247.01",gpu="0",name="NVIDIA GeForce RTX 4070",'
         'unified="false",uuid="GPU-4070aaaa-0000-0000-0000-000000000000"} 1.0',
@@ -411,19 +410,19 @@ def test_gpus_of_real_machines(tmp_path: Path) -> None:
     assert server.count("# TYPE hearth_gpu_temperature_celsius gauge") == 1
 
 
-def test_a_gpu_that_is_lost_is_looked_for_again(tmp_path: Path) -> None:
+def test_a_gpu_that_is_lost_is_looked_for_again() -> None:
     whole, lost = nvml.recording("rtx-4070"), nvml.recording("rtx-4070", ("fails", "0 15"))
     silent = nvml.recording("rtx-4070", *((key, "!15") for key in ("name", "uuid", "temperature")))
-    found = gpus(tmp_path, whole, silent, lost, "", whole)
+    found = gpus(whole, silent, lost, "", whole)
     assert ['success{collector="gpu"} 1.0' in each for each in found] == [True, True, False, False, True]
     assert ['hearth_gpu_up{gpu="0"} 1.0' in each for each in found] == [True, False, False, False, True]
     assert 'hearth_gpu_up{gpu="0"} 0.0' in found[1]
     assert ["hearth_gpu_temperature_celsius{" in each for each in found] == [True, False, False, False, True]
 
 
-def test_without_a_driver_there_is_a_fault_only_where_a_gpu_is_needed(tmp_path: Path) -> None:
-    assert 'success{collector="gpu"} 0.0' in gpus(tmp_path, "")[0]
-    assert 'success{collector="gpu"} 1.0' in gpus(tmp_path, "", needed=False)[0]
+def test_without_a_driver_there_is_a_fault_only_where_a_gpu_is_needed() -> None:
+    assert 'success{collector="gpu"} 0.0' in gpus("")[0]
+    assert 'success{collector="gpu"} 1.0' in gpus("", needed=False)[0]
 
 
 @contextmanager

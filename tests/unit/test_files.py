@@ -85,7 +85,7 @@ def test_what_a_living_process_makes_stays_and_what_it_leaves_when_killed_goes(t
 def test_processes_that_begin_at_the_same_moment_sweep_nothing_of_each_other(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from core import files\n"
-        "for number in range(100):\n"
+        "for number in range(40):\n"
         "    with files.draft(Path(sys.argv[1])) as part:\n"
         "        part.write_text('x'); assert part.read_text() == 'x'; part.replace(sys.argv[1])"
     )

@@ -29,27 +29,21 @@ SITE = {"prefix": "/nowhere", "service": "s", "scope": "user", "user": "", "addr
 OF_FACTS = f"agent.look.machine.nvidia(agent.serve.managers.ours(agent.layout.Layout({SITE}), agent.look.gpu.gpus()))"
 
 
-def asked(tmp_path: Path, recording: str, call: str = "agent.look.gpu.gpus()") -> Any:
+def asked(recording: str, call: str = "agent.look.gpu.gpus()") -> Any:
     """The agent's answer on a machine with that recording."""
-    place = tmp_path / "recording"
-    place.write_text(recording, errors="surrogateescape")
-    return json.loads(
-        nvml.python(
-            f"import json, agent.layout, agent.look.gpu, agent.look.facts; print(json.dumps({call}, default=vars))",
-            place,
-        )
-    )
+    code = f"import json, agent.layout, agent.look.gpu, agent.look.facts; print(json.dumps({call}, default=vars))"
+    return json.loads(nvml.python(code, recording))
 
 
-def one(tmp_path: Path, machine: str, *edits: tuple[str, str]) -> dict[str, Any]:
-    (found,) = asked(tmp_path, nvml.recording(machine, *edits))
+def one(machine: str, *edits: tuple[str, str]) -> dict[str, Any]:
+    (found,) = asked(nvml.recording(machine, *edits))
     assert isinstance(found, dict)
     assert found.keys() == KEYS
     return found
 
 
-def test_an_rtx_4070(tmp_path: Path) -> None:
-    found = one(tmp_path, "rtx-4070")
+def test_an_rtx_4070() -> None:
+    found = one("rtx-4070")
     listed = found.pop("processes")
     assert found == {
         "index": 0,
@@ -80,8 +74,8 @@ def test_an_rtx_4070(tmp_path: Path) -> None:
     ]
 
 
-def test_an_h200(tmp_path: Path) -> None:
-    found = one(tmp_path, "h200")
+def test_an_h200() -> None:
+    found = one("h200")
     assert (found["name"], found["capability"], found["cuda"]) == ("NVIDIA H200", "9.0", "13.1")
     assert (found["memory_total"] >> 20, found["memory_used"] >> 20) == (143771, 32976)
     assert (found["utilization"], found["power"], found["errors"]) == (100, 627.32, [])
@@ -96,8 +90,8 @@ def test_an_h200(tmp_path: Path) -> None:
         (("capability", "11 0"),),  # unknown to Hearth: its memory query decides
     ],
 )
-def test_a_gb10_has_the_machines_memory(tmp_path: Path, edits: tuple[tuple[str, str], ...]) -> None:
-    found = one(tmp_path, "gb10", ("compute", "3904242 1000"), *edits)
+def test_a_gb10_has_the_machines_memory(edits: tuple[tuple[str, str], ...]) -> None:
+    found = one("gb10", ("compute", "3904242 1000"), *edits)
     assert (found["unified"], found["memory_source"]) == (True, "meminfo")
     assert found["memory_total"] == meminfo()["MemTotal"]
     assert 0 < found["memory_used"] < found["memory_total"]
@@ -126,21 +120,21 @@ def test_a_gb10_has_the_machines_memory(tmp_path: Path, edits: tuple[tuple[str, 
     ],
 )
 def test_what_is_not_told_or_makes_no_sense_is_none_and_all_else_is_there(
-    tmp_path: Path, edit: tuple[str, str], keys: tuple[str, ...], said: str
+    edit: tuple[str, str], keys: tuple[str, ...], said: str
 ) -> None:
-    whole, found = one(tmp_path, "h200"), one(tmp_path, "h200", edit)
+    whole, found = one("h200"), one("h200", edit)
     assert found["errors"] == [said]
     assert [found[key] for key in keys] == [None] * len(keys)
     rest = KEYS - {*keys, "errors", "memory_source"}
     assert {key: found[key] for key in rest} == {key: whole[key] for key in rest}
 
 
-def test_processes_that_make_no_sense(tmp_path: Path) -> None:
+def test_processes_that_make_no_sense() -> None:
     pid, unknown = os.getpid(), 2**64 - 1
     lines = f"compute 0 5\ncompute {pid} {unknown}\ncompute 4294967295 5\nmps {pid} {2**60}\n"
-    found = one(tmp_path, "h200", ("compute", "!3"))
+    found = one("h200", ("compute", "!3"))
     assert found["processes"] == []
-    (found,) = asked(tmp_path, nvml.recording("h200").replace("compute 3910291 2690646016\n", lines))
+    (found,) = asked(nvml.recording("h200").replace("compute 3910291 2690646016\n", lines))
     assert [(each["pid"], each["bytes"], each["kind"]) for each in found["processes"]] == [
         (pid, None, "compute"),
         (3910293, 1616904192, "compute"),
@@ -154,27 +148,27 @@ def test_processes_that_make_no_sense(tmp_path: Path) -> None:
     ]
 
 
-def test_a_gpu_that_is_lost_midway(tmp_path: Path) -> None:
+def test_a_gpu_that_is_lost_midway() -> None:
     """The first calls succeed, all others fail: earlier values remain."""
-    found = one(tmp_path, "h200", ("fails", "5 15"))
+    found = one("h200", ("fails", "5 15"))
     assert (found["capability"], found["memory_source"]) == ("9.0", "nvml")
     assert (found["utilization"], found["power"], found["processes"]) == (None, None, [])
     assert "power: GPU is lost" in found["errors"]
 
 
-def test_a_gpu_without_a_handle_is_listed_beside_one_that_works(tmp_path: Path) -> None:
+def test_a_gpu_without_a_handle_is_listed_beside_one_that_works() -> None:
     driver, _, gpu = nvml.recording("h200", ("gpus", "2")).partition("gpu\n")
-    lost, works = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}")
+    lost, works = asked(f"{driver}gpu\nhandle !15\ngpu\n{gpu}")
     assert lost.keys() == KEYS
     assert (lost["index"], lost["name"], lost["errors"]) == (0, None, ["device: GPU is lost"])
     assert (works["index"], works["name"], works["errors"]) == (1, "NVIDIA H200", [])
-    listed, _ = asked(tmp_path, f"{driver}gpu\nhandle !15\ngpu\n{gpu}", OF_FACTS)
+    listed, _ = asked(f"{driver}gpu\nhandle !15\ngpu\n{gpu}", OF_FACTS)
     assert [each["name"] for each in listed] == ["NVIDIA H200"]
 
 
 @pytest.mark.parametrize("recording", ["", "driver 1\n", "gpus !9\n", "gpus 4294967295\n"])
-def test_a_driver_that_tells_nothing_is_no_gpu(tmp_path: Path, recording: str) -> None:
-    assert asked(tmp_path, recording) == []
+def test_a_driver_that_tells_nothing_is_no_gpu(recording: str) -> None:
+    assert asked(recording) == []
 
 
 def test_without_the_library_there_is_no_gpu() -> None:
@@ -228,8 +222,8 @@ def test_a_name_cannot_write_to_the_terminal() -> None:
         ("gb10", {"name": "NVIDIA GB10", "capability": "12.1", "memory": None, "unified": True}),
     ],
 )
-def test_facts_are_told_by_nvml(tmp_path: Path, machine: str, wanted: dict[str, Any]) -> None:
-    (gpu,), driver = asked(tmp_path, nvml.recording(machine), OF_FACTS)
+def test_facts_are_told_by_nvml(machine: str, wanted: dict[str, Any]) -> None:
+    (gpu,), driver = asked(nvml.recording(machine), OF_FACTS)
     listed = re.findall(r"^(?:compute|graphics) (\d+)", nvml.recording(machine), re.MULTILINE)
     assert [each["pid"] for each in gpu.pop("processes")] == list(map(int, listed))
     assert gpu == wanted
@@ -248,7 +242,6 @@ def test_facts_are_told_by_nvidia_smi_where_nvml_cannot_be_loaded(
 
 
 @pytest.mark.parametrize(("machine", "arch"), [("rtx-4070", "8.9"), ("h200", "9.0"), ("gb10", "12.1")])
-def test_the_client_asks_the_same_library_by_pynvml(tmp_path: Path, machine: str, arch: str) -> None:
-    (tmp_path / "recording").write_text(nvml.recording(machine))
+def test_the_client_asks_the_same_library_by_pynvml(machine: str, arch: str) -> None:
     code = "from core.arch import local_gpu; print(local_gpu())"
-    assert nvml.python(code, tmp_path / "recording") == f"{arch}\n"
+    assert nvml.python(code, nvml.recording(machine)) == f"{arch}\n"

@@ -73,13 +73,17 @@ def askers(tmp_path: Path) -> Iterator[Path]:
     """A lock file that two processes query continuously."""
     lock = tmp_path / "lock"
     lock.touch()
-    code = "import sys; from pathlib import Path; from agent.files import free\nwhile True: free(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from agent.locks import free\nlock = Path(sys.argv[1])\n"
+    code += "print(free(lock), flush=True)\nwhile True: free(lock)"
+    words = [sys.executable, "-c", code, str(lock)]
     with ExitStack() as stack:
-        for _ in range(2):
-            one = stack.enter_context(subprocess.Popen([sys.executable, "-c", code, str(lock)], cwd=files.CHECKOUT))
+        running = [subprocess.Popen(words, cwd=files.CHECKOUT, stdout=subprocess.PIPE) for _ in range(2)]
+        for one in map(stack.enter_context, running):
             stack.callback(one.kill)
-        time.sleep(0.5)
+            assert one.stdout
+            assert one.stdout.readline() == b"True\n"
         yield lock
+        assert [one.poll() for one in running] == [None, None]
 
 
 def test_whoever_asks_for_a_lock_keeps_nobody_from_taking_it(askers: Path) -> None:
@@ -135,7 +139,7 @@ def test_starting_and_stopping_while_others_ask(tmp_path: Path) -> None:
     with subprocess.Popen(argv, cwd=files.CHECKOUT) as asker:
         try:
             code = "import json, sys; from agent.layout import Layout; from agent.serve.supervised import Supervised\n"
-            code += "one = Supervised(Layout(json.loads(sys.argv[1])))\nfor _ in range(4): one.start(); one.stop()"
+            code += "one = Supervised(Layout(json.loads(sys.argv[1])))\nfor _ in range(3): one.start(); one.stop()"
             subprocess.run([sys.executable, "-c", code, json.dumps(layout.json)], cwd=files.CHECKOUT, check=True)
         finally:
             asker.kill()
@@ -189,7 +193,9 @@ def test_no_program_outlives_the_agent_that_runs_it(tmp_path: Path, ended: str) 
     assert wait_for(lambda: not any(started(each) for each in left), 5)
 
 
-def test_stopping_signals_no_process_that_an_earlier_supervisor_recorded(tmp_path: Path) -> None:
+def test_stopping_signals_no_process_that_an_earlier_supervisor_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout = make(tmp_path, mounts={str(tmp_path / "pool"): "pool.mount"})  # the supervisor waits for it
     manager = Supervised(layout)
     with subprocess.Popen(["sleep", "100"]) as other:
@@ -206,6 +212,7 @@ def test_stopping_signals_no_process_that_an_earlier_supervisor_recorded(tmp_pat
             write(manager.record, json.dumps(newer))
             with flock(manager.lock):  # by a supervisor that cannot write its record
                 assert manager.status().pid == 0
+                monkeypatch.setattr("agent.serve.supervised.wait_for", lambda condition, _: condition())
                 with pytest.raises(AgentError, match="the supervisor does not end") as raised:
                     manager.stop()
                 assert "does not name it" in raised.value.report["cause"]
