@@ -131,7 +131,7 @@ def test_mps_on_limited_dying_and_off(steady: Fleet) -> None:
                 time.sleep(0.5)
             assert pid != first
             assert steady.answers()
-            assert "was started again 1 times" in mps(steady, "status", code=1)
+            assert "was restarted 1 times" in mps(steady, "status", code=1)
 
             # The daemon cannot restart.
             machine.run("mv /usr/bin/nvidia-cuda-mps-control /usr/bin/away")
@@ -140,9 +140,9 @@ def test_mps_on_limited_dying_and_off(steady: Fleet) -> None:
             )
             machine.run("mv /usr/bin/away /usr/bin/nvidia-cuda-mps-control")
             assert steady.answers()  # without MPS
-            assert "its daemon does not run: failed" in mps(steady, "status", code=1)
+            assert "its daemon is not running: failed" in mps(steady, "status", code=1)
             what, remedy = only(findings(steady, code=2), "mps")
-            assert "its daemon does not run: failed" in what
+            assert "its daemon is not running: failed" in what
             assert remedy.startswith("inv mps on --host spark")
             mps(steady, "on")
             machine.power_off()

@@ -229,7 +229,7 @@ def test_of_two_builds_at_once_the_second_waits_and_finds_the_wheel(hearth: Hear
             '"-O1", "-gencode=arch=compute_89,code=compute_89"]\n\n[[modules]]',
             "none was requested",
         ),
-        ('kernels = ["csrc/sum.cu"]\n', 'kernels = ["csrc/scale.cu"]\n', "nothing provides: _Z3sumN2at6TensorES0_"),
+        ('kernels = ["csrc/sum.cu"]\n', 'kernels = ["csrc/scale.cu"]\n', "no library provides: _Z3sumN2at6TensorES0_"),
     ],
     ids=["another arch", "ptx", "symbol"],
 )
