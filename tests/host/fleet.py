@@ -166,7 +166,7 @@ def fresh(
         fleet.machine.discard()
 
 
-MAKERS = ("agent/parts.py", "agent/change/env.py", "agent/change/trees.py", "deploy/choice.py", "uv.lock")
+MAKERS = ("agent/parts.py", "agent/change/env.py", "agent/change/trees.py", "deploy/selection.py", "uv.lock")
 """The code that makes an environment. Its name is a hash of all else that it consists of."""
 
 
