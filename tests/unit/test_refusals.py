@@ -63,7 +63,7 @@ def test_a_change_of_the_service_is_refused(name: str) -> None:
         ({"current_error": {"what": "foreign", "hint": "move it"}}, "foreign-current"),
         ({"foreign_unit": "/etc/systemd/system/comfyui.service"}, "foreign-unit"),
     ):
-        assert refused(SERVICE[name], replace(facts, **change)) == [kind]  # type: ignore[arg-type]
+        assert refused(SERVICE[name], replace(facts, **change)) == [kind]
     both = replace(facts, busy=BUSY, manager="none")
     assert refused(SERVICE[name], both) == ["busy", "no-systemd"]
 
