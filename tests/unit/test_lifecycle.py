@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,18 +231,30 @@ def test_only_mount_units_of_hearths_are_forgotten() -> None:
 
 
 def test_the_name_is_typed_or_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    agreed: list[str] = []
+
+    def change_each(names: list[str], *_: object, agree: Callable[[], None]) -> None:
+        agree()
+        agreed.extend(names)
+
+    def nuke(*names: str, named: str = "", data: bool = True) -> None:
+        lifecycle.carry_out("nuke", names, Options(), data=data, yes_delete_data_of=named)
+
+    monkeypatch.setattr(lifecycle, "change_each", change_each)
     monkeypatch.setattr(console, "confirm_name", lambda _, word: word == "spark")
-    lifecycle._consent(["spark"], "", data=True)()
-    lifecycle._consent(["box"], "box", data=True)()
+    nuke("spark")
+    nuke("box", named="box")
+    assert agreed == ["spark", "box"]
     with raises("refused") as caught:
-        lifecycle._consent(["box"], "", data=True)()
+        nuke("box")
     assert [(each.host, each.kind) for each in caught.value.refusals] == [("box", "unconfirmed")]
     with raises("usage", match="names another host than box"):
-        lifecycle._consent(["box"], "spark", data=True)
+        nuke("box", named="spark")
     with raises("usage", match="one host at a time"):
-        lifecycle._consent(["box", "spark"], "", data=True)
+        nuke("box", "spark")
     with raises("usage", match="goes with --data"):
-        lifecycle._consent(["box"], "box", data=False)
+        nuke("box", named="box", data=False)
+    assert agreed == ["spark", "box"]
 
 
 # --- the agent -----------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_a_choice_of_the_kernels_is_read_by_its_brackets(tmp_path: Path) -> None
 def test_who_may_use_a_device() -> None:
     def may(mode: int, groups: tuple[str, ...]) -> bool:
         status = os.stat_result((0o020000 | mode, 0, 0, 1, 0, 0, 0, 0, 0, 0))  # root:root
-        return devices._may(status, "somebody", groups)
+        return devices.may_use(status, "somebody", groups)
 
     assert (may(0o666, ()), may(0o660, ()), may(0o660, ("root",)), may(0o606, ("root",))) == (True, False, True, False)
 
