@@ -53,8 +53,8 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-m", "not gpu", *two, *session.posargs, env=CACHED)
 
 
-UNIT = ("-m", "not toolchain and not gpu and not host", "--numprocesses", "4", "--dist", "worksteal")
-"""The tests that neither compile nor boot. Four in parallel on two cores: they spend half of their time waiting."""
+UNIT = ("-m", "not toolchain and not gpu and not host", "--numprocesses", "6", "--dist", "worksteal")
+"""The tests that neither compile nor boot. Six in parallel on two cores: they spend half of their time waiting."""
 
 
 @nox.session

@@ -376,7 +376,7 @@ def no_user(target: Target, names: Sequence[str]) -> Refusal:
 
 def undroppable(target: Target, facts: Facts, *, force: bool) -> list[Refusal]:
     """Reasons against dropping the page cache."""
-    found = not_deployed(target, facts)
+    found = busy(target, facts) + not_deployed(target, facts)
     if not facts.root:
         by_hand = "on the host: sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'"
         found.append(Refusal("no-root", f"only root can drop the page cache, but the login is {facts.login}", by_hand))

@@ -154,7 +154,7 @@ def compile_all(*, check: bool) -> list[str]:
         asked = requirement_inputs(app, known)
 
         def resolve(stack: Stack, platform: Platform, python: str, path: Path, first: str) -> str:
-            second = f"# What they ask for: {_asked_hash(asked, known, stack)}\n"
+            second = f"# What they ask for: {asked_hash(asked, known, stack)}\n"
             _, _, body = path.read_text().partition(second) if path.exists() else ("", "", "")
             body = body or _compile(asked, known, stack, platform, python, path)  # new code, same needs
             files.write(path, first + second + body)
@@ -175,7 +175,7 @@ def requirement_inputs(app: Application, known: Catalogue) -> dict[str, list[str
     asked = {APP: nodes.requirements(source.fetch(app)), OWN: list(app.extra)}
     asked |= {f"{MANAGER}.node.txt": [app.manager]} if app.manager else {}
     return asked | {
-        f"{name}.node.txt": [*_pinnable(name, tree, known), *known.nodes[name].extra] for name, tree in trees.items()
+        f"{name}.node.txt": [*pinnable(name, tree, known), *known.nodes[name].extra] for name, tree in trees.items()
     }
 
 
@@ -183,7 +183,7 @@ def requirement_inputs(app: Application, known: Catalogue) -> dict[str, list[str
 _PINNED = re.compile(r"https://[^#]+#(?:[^#]*&)?sha256=[0-9a-f]{64}(?:&[^#]*)?")
 
 
-def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
+def pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
     """A node's requirements without torch, which the stack pins; raises ConfigError for one without a hash."""
     found: list[str] = []
     for line in nodes.requirements(tree):
@@ -217,7 +217,7 @@ def _pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
 _MORE = re.compile(r"[$\\`\x00-\x1f\x7f-\x9f\u2028\u2029]|(^|\s)[-#]")
 
 
-def _plain(line: str) -> str:
+def plain(line: str) -> str:
     """Return a requirement unchanged; raises ConfigError for a line that uv would interpret differently."""
     if _parsed(line) is None:
         raise ConfigError(
@@ -278,7 +278,7 @@ def _other(name: str, requirement: str) -> bool:
     return not requirement or canonicalize_name(Requirement(requirement).name) != canonicalize_name(name)
 
 
-def _asked_hash(asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack) -> str:
+def asked_hash(asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack) -> str:
     """The hash of all requirements that a list resolves; it is in the list's second line."""
     decided = {name: each.requirement for name, each in known.override.items()}
     listed = json.dumps([asked, decided, trio(stack)], sort_keys=True)
@@ -293,7 +293,7 @@ def _compile(
         place = Path(name)
         pinned = trio(stack)
         for file, lines in asked.items():
-            listed = [*(pinned if file == OWN else []), *map(_plain, lines)]
+            listed = [*(pinned if file == OWN else []), *map(plain, lines)]
             (place / file).write_text("".join(f"{line}\n" for line in listed))
         decided = [each.requirement for each in known.override.values() if each.requirement]
         (place / "overrides").write_text("\n".join([*pinned, *decided]) + "\n")

@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 
 from agent.schema.change import Step
+from agent.schema.facts import Busy, Paused
 from core.manifest import Manifest, Proof
 from deploy import plan, release
-from deploy.facts import Facts, Gpu, Service
+from deploy.facts import Facts, Gpu, Place, Service
 from deploy.host import Host, Target, profiles
 from deploy.inputs import Inputs
 from deploy.selection import choose
@@ -42,6 +43,15 @@ FRESH = Facts(
     rights="", manager="systemd-system", lingers=True, current="", current_error={}, releases=(), altered=(), proven=(),
     failed_nodes={}, parts={}, data=False, service=NO_SERVICE, incoming={}, tools=(), busy={}, last={},
 )  # fmt: skip
+
+OURS = Place(
+    real="/opt/comfyui", own=("current", "parts", "releases", "state"), data=True, service="comfyui", ours=True
+)
+UNITS = tuple(f"/etc/systemd/system/{name}" for name in ("comfyui.service", "comfyui-apply.service"))
+PAUSED = Paused(who="anna@desk", at="2026-11-23T03:00:00Z")
+DIED = replace(NO_SERVICE, state="activating (auto-restart)", linked=True, enabled=True, waits=True)
+STOPPED = replace(NO_SERVICE, state="inactive (dead)", linked=True, enabled=True)
+BUSY = Busy(action="deploy", who="a@b", since="then")
 
 
 def wheel(kernel: str, **values: Any) -> Manifest:
@@ -91,6 +101,14 @@ def settled() -> Facts:
         tools=("uv-1",),
         port_holder={"pid": 7, "command": "python main.py"},
     )
+
+
+def running(**values: Any) -> Facts:
+    return replace(settled(), **{"placed": UNITS, "place": OURS, **values})
+
+
+def stopped(**values: Any) -> Facts:
+    return running(**{"port_holder": {}, "service": STOPPED, **values})
 
 
 def reasons(found: plan.Plan) -> list[str]:

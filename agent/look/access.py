@@ -24,7 +24,7 @@ def access(layout: Layout, request: Json) -> Access:
         if not stat.S_ISCHR(status.st_mode):
             continue
         group = _group(status.st_gid)
-        denied = tuple(name for name, groups in people.items() if not _may(status, name, groups))
+        denied = tuple(name for name, groups in people.items() if not may_use(status, name, groups))
         nodes.append(Node(place, stat.S_IMODE(status.st_mode), _user(status.st_uid), group, denied))
     params = {}
     with suppress(OSError):
@@ -55,7 +55,7 @@ def _groups(user: str) -> tuple[str, ...] | None:
     return tuple(sorted(_group(each) for each in os.getgrouplist(user, entry.pw_gid)))
 
 
-def _may(status: os.stat_result, user: str, groups: tuple[str, ...] | None) -> bool:
+def may_use(status: os.stat_result, user: str, groups: tuple[str, ...] | None) -> bool:
     """Return whether a user may read and write a device by its mode (ACLs are ignored)."""
     if groups is None:
         return False

@@ -127,7 +127,7 @@ def test_a_host_gets_the_packages_that_its_nodes_reach(chosen: list[str], expect
 
 def asked(tmp_path: Path, lines: str, override: dict[str, nodes.Override] | None = None) -> list[str]:
     (tmp_path / "requirements.txt").write_text(lines)
-    return requirements._pinnable("a", tmp_path, nodes.Catalogue(override=override or {}))
+    return requirements.pinnable("a", tmp_path, nodes.Catalogue(override=override or {}))
 
 
 def test_a_nodes_torch_is_the_stacks_and_its_namesakes_stay(tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_an_address_with_its_hash_is_kept(tmp_path: Path) -> None:
 def test_a_line_that_means_more_to_uv_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "pyproject.toml").write_text(f"[project]\ndependencies = [{json.dumps(line)}]")
     with raises("config", match="not a requirement that can be pinned"):
-        requirements._pinnable("it", tmp_path, nodes.Catalogue())
+        requirements.pinnable("it", tmp_path, nodes.Catalogue())
     with raises("config", match="is not a requirement"):
-        requirements._plain(line)
+        requirements.plain(line)
 
 
 def test_lines_of_requirements_are_read_as_pip_reads_them(tmp_path: Path) -> None:
@@ -220,9 +220,7 @@ def test_new_code_that_asks_for_the_same_needs_no_resolution(tmp_path: Path, mon
     asked = requirements.requirement_inputs(application(), known)
     for stack, platform, python in requirements.combinations():
         path = tmp_path / "locks" / f"{requirements.LockedList(stack.name, platform.value, python, '').name}.txt"
-        path.write_text(
-            f"# before\n# What they ask for: {requirements._asked_hash(asked, known, stack)}\nsix==1.17.0\n"
-        )
+        path.write_text(f"# before\n# What they ask for: {requirements.asked_hash(asked, known, stack)}\nsix==1.17.0\n")
     monkeypatch.setenv("PATH", "")  # no uv: nothing can be resolved
     assert len(requirements.compile_all(check=False)) == len(requirements.combinations())
     assert all(path.read_text().endswith("\nsix==1.17.0\n") for path in (tmp_path / "locks").iterdir())

@@ -6,7 +6,6 @@ import grp
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,8 +21,7 @@ from deploy import plan
 from deploy.facts import Facts, Gpu
 from ops import access, fleet, mps, tuning
 from tests.errors import raises
-from tests.plans import FRESH, kinds, reasons, spark, values
-from tests.unit.test_lifecycle import BUSY, running
+from tests.plans import FRESH, kinds, reasons, running, spark, values
 
 DESKTOP = replace(FRESH, gpus=(Gpu("RTX 4070", "8.9", 12 * 10**9, False),))
 
@@ -174,7 +172,7 @@ def test_a_choice_of_the_kernels_is_read_by_its_brackets(tmp_path: Path) -> None
 def test_who_may_use_a_device() -> None:
     def may(mode: int, groups: tuple[str, ...]) -> bool:
         status = os.stat_result((0o020000 | mode, 0, 0, 1, 0, 0, 0, 0, 0, 0))  # root:root
-        return devices._may(status, "somebody", groups)
+        return devices.may_use(status, "somebody", groups)
 
     assert (may(0o666, ()), may(0o660, ()), may(0o660, ("root",)), may(0o606, ("root",))) == (True, False, True, False)
 
@@ -203,20 +201,9 @@ def test_only_what_is_named_is_planned_and_only_when_it_is_otherwise() -> None:
     assert kinds(tuning.apply(spark(), FRESH, state(), [])) == []
 
 
-@pytest.mark.parametrize(
-    ("facts", "host", "writable", "kind"),
-    [
-        (FRESH, {"scope": "user"}, True, "no-root"),
-        (replace(FRESH, root=False), {}, True, "no-root"),
-        (replace(FRESH, manager="none"), {}, True, "no-systemd"),
-        (replace(FRESH, busy=BUSY), {}, True, "busy"),
-        (FRESH, {}, False, "unfit-setting"),
-    ],
-)
-def test_refused_with_a_reason(facts: Facts, host: dict[str, Any], writable: bool, kind: str) -> None:
-    found = tuning.apply(spark(**host), facts, state(writable=writable), ["swappiness"])
-    assert reasons(found) == [kind]
-    assert found.steps == ()
+def test_a_value_that_cannot_be_written_is_refused() -> None:
+    found = tuning.apply(spark(), FRESH, state(writable=False), ["swappiness"])
+    assert (reasons(found), found.steps) == (["unfit-setting"], ())
 
 
 def test_what_makes_no_sense_there_is_refused() -> None:
@@ -281,19 +268,16 @@ def test_mps_is_turned_on_around_a_service_that_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "host", "seen", "kind"),
+    ("facts", "seen", "kind"),
     [
-        (running(gpus=()), {}, OFF, "no-gpu"),
-        (running(), {}, Mps(), "no-mps"),
-        (running(), {"scope": "user"}, OFF, "no-root"),
-        (running(root=False), {}, OFF, "no-root"),
-        (running(busy=BUSY), {}, OFF, "busy"),
-        (FRESH, {}, OFF, "not-deployed"),
+        (running(gpus=()), OFF, "no-gpu"),
+        (running(), Mps(), "no-mps"),
+        (FRESH, OFF, "not-deployed"),
     ],
 )
-def test_mps_is_refused_with_a_reason(facts: Facts, host: dict[str, Any], seen: Mps, kind: str) -> None:
+def test_mps_is_refused_with_a_reason(facts: Facts, seen: Mps, kind: str) -> None:
     limited = {mps.MEMORY: "3=8G"}
-    found = mps.turn_on(spark(**host), facts, seen, mps_state(now=None), limited, plan.Options())
+    found = mps.turn_on(spark(), facts, seen, mps_state(now=None), limited, plan.Options())
     assert reasons(found) == sorted([kind, "no-such-gpu"])
     assert found.steps == ()
 
