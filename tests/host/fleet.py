@@ -181,7 +181,9 @@ def environment() -> Path:
     with files.locked(hosts / "environment.lock", lambda: None):
         if not place.is_dir():
             for stale in hosts.glob("environment-*"):
-                if str(stale) not in Path("/proc/mounts").read_text():
+                # Another checkout's tests may be about to mount theirs.
+                old = time.time() - stale.stat().st_mtime > 86400
+                if old and str(stale) not in Path("/proc/mounts").read_text():
                     clear(stale)
             with files.atomic_dir(place) as part:
                 _deploy_first(part)
