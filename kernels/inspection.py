@@ -325,7 +325,7 @@ def prove_smoke(wheel: Path, build: Build) -> Proof:
     with unpacked(wheel) as folder:
         path = f"{folder}:{build.toolchain.site}:{files.CHECKOUT}"  # for kernels/smoke.py
         env = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-        done = tools.build(build.toolchain.interpreter, smoke, env=env, check=False, timeout=600)
+        done = tools.build(build.toolchain.interpreter, smoke, env=env, check=False, timeout=3600)
     if done.returncode:
         raise BuildError(
             "inspection",

@@ -110,7 +110,7 @@ def _main() -> None:
     for folder in ("core", "lock", "deploy", "kernels", "ops"):
         for path in sorted((checkout / folder).rglob("*.py")):
             name = ".".join(path.relative_to(checkout).with_suffix("").parts).removesuffix(".__init__")
-            if name != "kernels.smoke":  # a script for the interpreter of a wheel, which has torch
+            if name not in ("kernels.attention", "kernels.smoke"):  # for an interpreter with torch
                 importlib.import_module(name)
     program = importlib.import_module("invoke.main").program
     gc.freeze()
