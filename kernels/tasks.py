@@ -73,6 +73,37 @@ def build_kernels(
         console.say(f"in {house}; install with: uv pip install --find-links {house.name} ...")
 
 
+@command(
+    help={
+        "python": "an interpreter with torch whose backends are measured, such as ComfyUI's "
+        "(default: the wheelhouse's kernels with their torch)",
+        "recording": "show a recording instead of measuring",
+        "plot": "write a plot to this .svg or .png file, too; needs matplotlib: uv sync --group plot",
+    }
+)
+def bench_kernels(_: Context, python: str = "", recording: str = "", plot: str = "", *, out: Output) -> None:
+    """Measure the error, speed and memory of each attention backend on this GPU, with the shapes of real models.
+
+    Shows which correct backend is the fastest. Stop ComfyUI first: it takes time and memory of the GPU. Without a GPU,
+    shows a recording of another one.
+
+        inv bench-kernels
+        inv bench-kernels --python /opt/comfyui/current/env/bin/python --plot kernels.svg
+        inv bench-kernels --recording bench/recordings/h200.jsonl
+    """
+    from pathlib import Path
+
+    from core import figure
+    from kernels import bench
+
+    if plot:
+        figure.check(Path(plot), "plot")  # before minutes of measuring
+    found = bench.look(python, recording)
+    console.show(found, bench.rows(found), as_json=out.json)
+    if plot:
+        bench.plot(found, Path(plot))
+
+
 @command(help={"prune": "delete wheels that no recipe produces any more, and give the reason for each"})
 def wheels(_: Context, prune: bool = False, *, out: Output) -> int:
     """List the wheels in the wheelhouse, and verify each against its manifest.

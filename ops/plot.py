@@ -13,16 +13,14 @@ import msgspec
 
 from agent.schema.live import GpuState, Sample
 from core import console
-from core.errors import ToolError, UsageError
+from core import figure as drawing
+from core.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
-"""The palette of Okabe and Ito, which people with colour blindness can tell apart (jfly.uni-koeln.de/color)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,23 +56,9 @@ def plot(recording: str, output: str) -> Path:
     Raises UsageError, and ToolError without matplotlib.
     """
     place = Path(output) if output else Path(recording).with_suffix(".svg")
-    if place.suffix not in (".svg", ".png"):
-        raise UsageError("usage", f"{place} is neither .svg nor .png", hint="use --output FILE.svg")
+    drawing.check(place, "output")
     samples = read(Path(recording))
-    try:
-        from matplotlib import rc_context
-    except ImportError as error:
-        raise ToolError(
-            "program-missing", "matplotlib is not installed", cause=str(error), hint="uv sync --group plot"
-        ) from error
-    # Text stays text in an SVG, and a dollar sign in a name starts no formula.
-    with rc_context({"svg.fonttype": "none", "text.parse_math": False}):
-        try:
-            figure(samples).savefig(place, dpi=150)
-        except OSError as error:
-            raise UsageError(
-                "usage", f"{place} cannot be written", cause=str(error), hint="choose another --output"
-            ) from error
+    drawing.save(lambda: figure(samples), place, "output")
     return place
 
 
@@ -153,7 +137,11 @@ def _draw(panel: Panel, axes: Axes, samples: Sequence[Recorded], names: dict[int
         values = (next((panel.value(gpu) for gpu in sample.gpus if gpu.index == index), None) for sample in samples)
         line = [nan if value is None else value for value in values]  # a gap
         axes.plot(
-            times, line, color=COLORS[index % len(COLORS)], label=_clean(f"GPU {index}: {name}"), gid=f"gpu{index}"
+            times,
+            line,
+            color=drawing.COLORS[index % len(drawing.COLORS)],
+            label=_clean(f"GPU {index}: {name}"),
+            gid=f"gpu{index}",
         )
 
 
