@@ -74,7 +74,7 @@ class Wheelhouse:
     def check_writable(self) -> None:
         """Raise OSError if no file can be written into the wheelhouse."""
         files.write(self.folder / ".writable", "")
-        (self.folder / ".writable").unlink()
+        (self.folder / ".writable").unlink(missing_ok=True)  # another run may have deleted it
 
     def admit(self, wheel: Path, manifest: Manifest) -> Path:
         """Copy an inspected wheel into the wheelhouse, then write its manifest.

@@ -16,6 +16,7 @@ from deploy.change import Change, carry_out, change_each
 from deploy.group import Consent, on_each
 from deploy.inputs import gather
 from deploy.look import find_target, look
+from deploy.profile import Profile
 from deploy.refusals import Refusal, refused
 from deploy.release import requesters
 from deploy.release_refusals import no_lock
@@ -117,7 +118,7 @@ def _kept(target: Target, facts: Facts, to: str) -> str:
 def _glance(name: str, ask_sudo: bool) -> Facts:
     """A host's facts from its entry in hosts.toml only, since profiles, modes and recipes come from the bundle."""
     (name,) = hosts.select(name, "")
-    unknown = hosts.Profile(summary="", stack="", pythons=(), start_seconds=0)
+    unknown = Profile(summary="", stack="", pythons=(), start_seconds=0)
     target = hosts.Target(name, hosts.hosts().hosts[name], "", unknown, {}, comfyui="")
     with connection.connect(target, ask_sudo) as agent:
         return look(agent, target)

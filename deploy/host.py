@@ -1,4 +1,4 @@
-"""Hosts, profiles and modes: where ComfyUI runs, and how (`config/hosts.toml`, `profiles/`, `modes/`)."""
+"""Hosts: where ComfyUI runs (`config/hosts.toml`), merged with their profiles and modes."""
 
 from __future__ import annotations
 
@@ -9,123 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-from packaging.specifiers import SpecifierSet
 
-from core import workspace
-from core.config import convert, load, table
+from core.config import convert, table
 from core.errors import ConfigError, UsageError, suggest
 from core.files import CHECKOUT
 from core.stack import Stack, find_stack
-from deploy.host_rules import EXPORTER, SYSTEM_PREFIX, check_host, check_settings
+from deploy.host_rules import EXPORTER, SYSTEM_PREFIX, check_host
+from deploy.profile import Mode, Override, Profile, Setting, merged, modes, profiles
 from deploy.secrets import refuse_secrets
 from lock import application as applications
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 LOCAL = "local"
-
-
-class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The value of a flag or environment variable, and the reason for it."""
-
-    why: str
-    """The reason."""
-    value: str = ""
-    """The value; empty for a flag without one."""
-    torch: str = ""
-    """The torch versions that it applies to, such as `>=2.8` (PEP 440); empty: all."""
-    comfyui: str = ""
-    """The ComfyUI versions that it applies to; empty: all."""
-    off: bool = False
-    """Remove what the profile or a mode sets."""
-
-    def active(self, torch: str, comfyui: str) -> bool:
-        """Whether it is for these versions, and not off."""
-        return not self.off and torch in SpecifierSet(self.torch) and comfyui in SpecifierSet(self.comfyui)
-
-    @property
-    def versions(self) -> str:
-        """What it is for, in words; empty when it is for all."""
-        said = (("torch", self.torch), ("ComfyUI", self.comfyui))
-        return ", ".join(f"{name} {wanted}" for name, wanted in said if wanted)
-
-
-Network = Literal["open", "lan-deny", "offline"]
-
-
-class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Flags, environment and limits for a kind of machine."""
-
-    summary: str
-    """One line for `inv profiles`."""
-    stack: str
-    """A stack of `config/stacks.toml`."""
-    pythons: tuple[str, ...]
-    """Python versions, in order of preference."""
-    start_seconds: int
-    """How long the health gate waits for ComfyUI to start."""
-    arch: str = ""
-    """The compute capability that the kernels are built for."""
-    cuda: bool = False
-    """The health gate requires a CUDA device."""
-    unified: bool = False
-    """CPU and GPU share their memory."""
-    kernels: tuple[str, ...] = ()
-    """Kernel wheels to install, by the names of their recipes."""
-    nodes: tuple[str, ...] = ()
-    """Sets and names of custom nodes in `recipes/comfyui/nodes.toml`."""
-    flags: dict[str, Setting] = {}
-    """ComfyUI's flags."""
-    env: dict[str, Setting] = {}
-    """ComfyUI's environment variables."""
-    device_policy: Literal["closed", "auto"] = "closed"
-    """The unit's `DevicePolicy=`."""
-    memory_max: str = "90%"
-    """The unit's `MemoryMax=`."""
-    network: Network = "open"
-    """Whom ComfyUI can reach: everyone except link-local and metadata addresses ("open"), no private network either
-    ("lan-deny"), or only its own machine ("offline")."""
-    restart: Literal["on-failure", "always"] = "on-failure"
-    """The unit's `Restart=`."""
-
-
-class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Values that differ from the profile. Keys that are left out keep the profile's value."""
-
-    stack: str | None = None
-    pythons: tuple[str, ...] | None = None
-    start_seconds: int | None = None
-    arch: str | None = None
-    cuda: bool | None = None
-    unified: bool | None = None
-    kernels: tuple[str, ...] | None = None
-    nodes: tuple[str, ...] | None = None
-    flags: dict[str, Setting] = {}
-    env: dict[str, Setting] = {}
-    device_policy: Literal["closed", "auto"] | None = None
-    memory_max: str | None = None
-    network: Network | None = None
-    restart: Literal["on-failure", "always"] | None = None
-
-
-class Mode(Override, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a machine is used for. A mode changes values of the profile; later modes take precedence."""
-
-    summary: str
-    """One line for `inv profiles`."""
-    excludes: tuple[str, ...] = ()
-    """Modes that cannot be combined with this one."""
-    develop: bool = False
-    """A host with this mode may list nodes under `develop`."""
-    on_unified: Override | None = None
-    """Values to use instead where CPU and GPU share their memory."""
-    why: dict[str, str] = {}
-    """The reason for each value that is neither a flag nor a variable."""
-
-    def on(self, *, unified: bool) -> Override:
-        """What it says for such a machine."""
-        return self.on_unified if self.on_unified and unified else self
 
 
 class Mount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -200,7 +97,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     @property
     def free_seconds(self) -> int:
-        """How often ComfyUI gives its memory back, in seconds; 0 for never."""
+        """How often an idle ComfyUI frees its memory, in seconds; 0: never."""
         return int(self.free_memory[:-1]) * _SECONDS[self.free_memory[-1]] if self.free_memory else 0
 
 
@@ -216,9 +113,9 @@ class Hosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Target:
-    """A host with its profile and modes, merged. `origin` says of each value where it comes from.
+    """A host merged with its profile and modes. `origin` names the file or table of each value.
 
-    `comfyui` is the version that is to run.
+    `comfyui` is the version to deploy.
     """
 
     name: str
@@ -235,7 +132,7 @@ class Target:
 
     @property
     def prefix(self) -> str:
-        """Where everything lies on the host; `~` is its login's home."""
+        """The folder of the installation on the host; `~` is the login's home."""
         return self.host.prefix or (SYSTEM_PREFIX if self.host.scope == "system" else "~/.local/share/hearth/comfyui")
 
     @property
@@ -245,7 +142,7 @@ class Target:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment that is set, as far as it is for these versions."""
+        """ComfyUI's environment variables for these versions."""
         return self._active(self.profile.env)
 
     def _active(self, settings: dict[str, Setting]) -> dict[str, str]:
@@ -254,7 +151,7 @@ class Target:
 
     @property
     def site(self) -> dict[str, Any]:
-        """What the agent must know of the place."""
+        """The agent's layout: paths, service, user and address."""
         return {
             "prefix": self.prefix,
             "service": self.host.service,
@@ -275,9 +172,9 @@ class Target:
 
     @property
     def rights(self) -> str:
-        """The sudoers file that lets members read the log, and do what they may; empty without members.
+        """The sudoers file that lets members read the log and run what `members_may` lists; empty without members.
 
-        Whole command lines, without wildcards and without a pager: nobody gets more by them.
+        Complete command lines, without wildcards and without a pager, grant nothing else.
         """
         if self.host.scope != "system" or not self.host.members:
             return ""
@@ -308,7 +205,7 @@ def mount_unit(path: str) -> str:
 
 
 def hosts_file() -> Path:
-    """Where hosts are listed: $HEARTH_HOSTS, else `config/hosts.toml`."""
+    """The file that lists hosts: $HEARTH_HOSTS, else `config/hosts.toml`."""
     return Path(os.environ.get("HEARTH_HOSTS") or CHECKOUT / "config/hosts.toml")
 
 
@@ -327,7 +224,7 @@ def hosts() -> Hosts:
     for each in (*listed.hosts, *listed.groups):  # printed within commands to copy
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", each):
             raise ConfigError(
-                "config", f"{path}: {each!r} is no name for a host or group", hint="letters, digits and . _ -"
+                "config", f"{path}: {each!r} is not a name for a host or group", hint="use letters, digits and . _ -"
             )
     for group, names in listed.groups.items():
         for name in names:
@@ -347,44 +244,12 @@ def hosts() -> Hosts:
     return msgspec.structs.replace(listed, hosts={**listed.hosts, LOCAL: local})
 
 
-def profiles() -> dict[str, Profile]:
-    """The profiles of `config/profiles/`, by name."""
-    found: dict[str, Profile] = {}
-    for path in sorted((workspace.current().checkout / "config/profiles").glob("*.toml")):
-        refuse_secrets(path)
-        found[path.stem] = load(path, Profile)
-        check_settings(str(path), found[path.stem])
-    return found
-
-
-def modes() -> dict[str, Mode]:
-    """The modes of `config/modes/`, by name."""
-    found: dict[str, Mode] = {}
-    for path in sorted((workspace.current().checkout / "config/modes").glob("*.toml")):
-        refuse_secrets(path)
-        found[path.stem] = mode = load(path, Mode)
-        check_settings(str(path), mode)
-        check_settings(f"{path}: on_unified", mode.on(unified=True))
-        unexplained = plain(mode).keys() - mode.why.keys()
-        if unexplained:
-            raise ConfigError(
-                "config", f"{path}: no reason for {', '.join(sorted(unexplained))}", hint="say it below [why]"
-            )
-    return found
-
-
-def plain(said: Override) -> dict[str, Any]:
-    """What is said beside flags and variables."""
-    names = [field.name for field in msgspec.structs.fields(Override) if field.name not in ("flags", "env")]
-    return {name: value for name in names if (value := getattr(said, name)) is not None}
-
-
 def select(host: str, group: str) -> list[str]:
     """The names of the hosts meant by --host or --group; raises UsageError."""
     known = hosts()
     if group:
         if group not in known.groups:
-            none = f"there are none: [groups] in {hosts_file()}, as config/hosts.example.toml has it"
+            none = f"add [groups] to {hosts_file()}; config/hosts.example.toml shows how"
             hint = suggest(group, known.groups) if known.groups else none
             raise UsageError("unknown-name", f"there is no group {group!r}", hint=hint)
         return list(known.groups[group])
@@ -416,27 +281,8 @@ def target(name: str, fallback: str = "cpu") -> Target:
     return Target(name, host, chosen, profile, origin)
 
 
-def merged(base_origin: str, base: Profile, layers: Sequence[tuple[str, Override]]) -> tuple[Profile, dict[str, str]]:
-    """A profile with what is put over it, each layer over those before; and where each value comes from."""
-    values: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for name, value in ((each.name, getattr(base, each.name)) for each in msgspec.structs.fields(Profile)):
-        values[name] = dict(value) if isinstance(value, dict) else value
-        origin |= {f"{name}.{key}": base_origin for key in value} if isinstance(value, dict) else {name: base_origin}
-    for layer, said in layers:
-        for kind in ("flags", "env"):
-            settings: dict[str, Setting] = getattr(said, kind)
-            values[kind] |= settings
-            origin |= {f"{kind}.{key}": layer for key in settings}
-        given = {name: getattr(said, name) for name in values if name not in ("flags", "env", "summary")}
-        for name, value in given.items():
-            if value is not None:
-                values[name], origin[name] = value, layer
-    return Profile(**values), origin
-
-
 def _modes_of(name: str, host: Host) -> dict[str, Mode]:
-    """A host's modes, in its order; raises UsageError, or ConfigError where they cannot be had together."""
+    """A host's modes, in its order; raises UsageError, or ConfigError if they exclude each other."""
     known = modes()
     for each in host.modes:
         if each not in known:
@@ -448,11 +294,11 @@ def _modes_of(name: str, host: Host) -> dict[str, Mode]:
                 "config", f"host {name}: modes {one} and {other} exclude each other", hint="keep one of them"
             )
     if host.develop and not any(mode.develop for mode in found.values()):
-        unfit = f", and {', '.join(found)} is not for that" if found else ""
+        unfit = f", which {', '.join(found)} does not allow" if found else ""
         raise ConfigError(
             "config",
             f"host {name}: `develop` names nodes under development{unfit}",
-            cause="ComfyUI starts anew whenever they change, in the middle of a job",
+            cause="ComfyUI restarts whenever they change, even during a job",
             hint='modes = ["development"], or leave `develop` out',
         )
     return found
@@ -474,7 +320,7 @@ def summary(found: Target) -> dict[str, Any]:
 
 
 def rows(found: Target) -> Iterator[str]:
-    """A host, and below it every setting with the file or table that it comes from."""
+    """A host, then each of its settings with the file or table that it comes from."""
     where = found.host.address or "this machine"
     yield f"{found.name}: {where}, {found.prefix}, {found.host.listen}:{found.host.port}, {found.host.scope}"
     for key, origin in found.origin.items():

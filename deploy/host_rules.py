@@ -12,7 +12,8 @@ from core.errors import ConfigError
 from deploy.secrets import names_secret
 
 if TYPE_CHECKING:
-    from deploy.host import Host, Override, Profile
+    from deploy.host import Host
+    from deploy.profile import Override, Profile
 
 SYSTEM_PREFIX = "/opt/comfyui"
 """The default prefix on a host with root."""

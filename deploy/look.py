@@ -14,6 +14,7 @@ from core.errors import GroupError, HearthError
 from deploy import connection
 from deploy import host as hosts
 from deploy.facts import Facts
+from deploy.profile import profiles
 from deploy.release import TLS_FLAGS
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def _fitting_profile() -> str:
     if gpu is None:
         return "cpu"
     built = {(wheel.kernel, wheel.arch) for wheel in workspace.current().wheelhouse.wheels()}
-    for name, profile in hosts.profiles().items():
+    for name, profile in profiles().items():
         if profile.arch == str(gpu) and all((kernel, profile.arch) in built for kernel in profile.kernels):
             return name
     return "cuda"

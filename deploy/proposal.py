@@ -13,7 +13,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from core.errors import ConfigError
-from deploy.host import Host, profiles
+from deploy.host import Host
+from deploy.profile import profiles
 from deploy.survey import HIDDEN, port, settings
 from lock import application
 from lock.nodes import check_address

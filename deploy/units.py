@@ -15,7 +15,8 @@ from deploy.host import mount_unit
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from deploy.host import Profile, Target
+    from deploy.host import Target
+    from deploy.profile import Profile
     from deploy.selection import Selection
 
 

@@ -17,6 +17,7 @@ import msgspec
 
 from core import errors, files
 from deploy import host
+from deploy.profile import Mode, Override, Profile, Setting
 from tasks import ns
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ also read [environment variables](environment.md)."""
 CONFIGURATION_HEAD = """\
 # Configuration
 
-<!-- Written by: python -m docs.generate. Change the structs in deploy/host.py. -->
+<!-- Written by: python -m docs.generate. Change the structs in deploy/host.py and deploy/profile.py. -->
 
 `config/hosts.toml` lists hosts and groups. `config/profiles/` and `config/modes/` hold a file for each profile and
 mode. Precedence, lowest first: the profile, the modes in the order listed, the host's `override`. An unknown key is an
@@ -50,10 +51,10 @@ error that names the closest known key. `inv hosts` shows the result for each ho
 STRUCTS: dict[str, type[msgspec.Struct]] = {
     "`[hosts.NAME]`": host.Host,
     '`[hosts.NAME.mounts."PATH"]`': host.Mount,
-    "`[hosts.NAME.override]`": host.Override,
-    "Flags and variables": host.Setting,
-    "`config/profiles/NAME.toml`": host.Profile,
-    "`config/modes/NAME.toml`": host.Mode,
+    "`[hosts.NAME.override]`": Override,
+    "Flags and variables": Setting,
+    "`config/profiles/NAME.toml`": Profile,
+    "`config/modes/NAME.toml`": Mode,
 }
 
 KINDS = "An error is shown as `error[KIND]: what happened`. The kind distinguishes errors with the same exit code."
@@ -112,7 +113,7 @@ def configuration() -> str:
 
 def _keys(struct: type[msgspec.Struct]) -> str:
     """A table of the keys that a TOML table has; an override's are explained where the profile's are."""
-    meanings = {name: text for each in (host.Profile, *reversed(struct.__mro__)) for name, text in _docs(each).items()}
+    meanings = {name: text for each in (Profile, *reversed(struct.__mro__)) for name, text in _docs(each).items()}
     rows: list[tuple[str, ...]] = []
     for each in msgspec.structs.fields(struct):
         required = each.default is msgspec.NODEFAULT and each.default_factory is msgspec.NODEFAULT
@@ -123,7 +124,7 @@ def _keys(struct: type[msgspec.Struct]) -> str:
 
 def _docs(struct: type) -> dict[str, str]:
     """The docstrings below the fields of a struct, by field."""
-    if struct.__module__ != host.__name__:
+    if not struct.__module__.startswith("deploy."):
         return {}
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(struct))).body
     assert isinstance(body, ast.ClassDef)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from core import console
 from core.errors import UsageError, suggest
 from core.stack import stacks
-from deploy import host
+from deploy import profile as loaded
 from lock import application
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from deploy.host import Mode, Override, Profile, Setting
+    from deploy.profile import Mode, Override, Profile, Setting
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ SEPARATE, UNIFIED = "separate GPU memory", "shared memory"
 def every() -> list[Explained]:
     """All profiles, then all modes."""
     return [
-        *(_profile(name, each) for name, each in host.profiles().items()),
-        *(_mode(name, each) for name, each in host.modes().items()),
+        *(_profile(name, each) for name, each in loaded.profiles().items()),
+        *(_mode(name, each) for name, each in loaded.modes().items()),
     ]
 
 
@@ -107,7 +107,7 @@ def _settings(said: Profile | Override) -> Iterator[Line]:
 
 
 def _plain(mode: Mode) -> Iterator[Line]:
-    for name, value in host.plain(mode).items():
+    for name, value in loaded.plain(mode).items():
         yield Line(
             name, ", ".join(value) if isinstance(value, tuple) else str(value), mode.why[name], "", tuple(stacks())
         )

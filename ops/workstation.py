@@ -12,13 +12,14 @@ from core import console, shell, workspace
 from core.arch import known_archs
 from core.stack import Platform, find_stack
 from deploy import host as hosts
+from deploy.profile import profiles as known_profiles
 from ops.status import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from core.errors import HearthError
-    from deploy.host import Profile
+    from deploy.profile import Profile
     from ops.checks import Severity
 
 NAME = "this machine"
@@ -57,7 +58,7 @@ def look() -> Seen:
         asked = [hosts.target(name).profile for name in hosts.hosts().hosts if name != hosts.LOCAL]
         asked = [each for each in asked if each.kernels]
         severity: Severity = "error" if asked else "warning"  # without hosts, a build may not be wanted
-        profiles = asked or [each for each in hosts.profiles().values() if each.kernels]
+        profiles = asked or [each for each in known_profiles().values() if each.kernels]
         problems = {each.arch: _build_errors(each) for each in profiles}
         builds = _builds(problems, [each for each in missing if each != "ssh"])
         for arch, each in problems.items():

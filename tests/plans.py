@@ -12,8 +12,9 @@ from agent.schema.facts import Busy, Paused
 from core.manifest import Manifest, Proof
 from deploy import plan, release
 from deploy.facts import Facts, Gpu, Place, Service
-from deploy.host import Host, Target, profiles
+from deploy.host import Host, Target
 from deploy.inputs import Inputs
+from deploy.profile import profiles
 from deploy.selection import choose
 from lock import application, requirements
 

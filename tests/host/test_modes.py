@@ -8,7 +8,7 @@ import urllib.error
 
 import pytest
 
-from deploy import host
+from deploy import profile
 from tests.host.fleet import PREFIX, Fleet, within
 
 pytestmark = pytest.mark.host
@@ -55,7 +55,7 @@ def test_a_modes_flags_arrive_and_are_explained(steady: Fleet) -> None:
     assert "  --cpu --gpu-only --highvram --lowvram --novram\n" in told.stdout
 
 
-@pytest.mark.parametrize("mode", host.modes())
+@pytest.mark.parametrize("mode", profile.modes())
 def test_every_mode_is_one_for_the_comfyui_that_is_deployed(deployed: Fleet, mode: str) -> None:
     try:
         deployed.configure(f'modes = ["{mode}"]\n')

@@ -9,6 +9,7 @@ import pytest
 
 from core import files
 from deploy import host
+from deploy.profile import Override, Profile, profiles
 from deploy.secrets import names_secret
 from lock import application
 from tests.errors import raises
@@ -207,7 +208,7 @@ def test_unknown_names(written: Path) -> None:
 
 
 def test_every_profile_loads_and_gives_reasons() -> None:
-    found = host.profiles()
+    found = profiles()
     assert set(found) == {"cpu", "cuda", "dgx-spark", "rtx-4070"}
     for profile in found.values():
         for setting in (profile.flags | profile.env).values():
@@ -246,8 +247,8 @@ def test_flags_are_checked_against_the_parser(chosen: dict[str, str], said: list
 
 
 def test_a_host_may_override_all_that_a_profile_says() -> None:
-    said = {field.name for field in msgspec.structs.fields(host.Profile)} - {"summary"}
-    assert {field.name for field in msgspec.structs.fields(host.Override)} == said
+    said = {field.name for field in msgspec.structs.fields(Profile)} - {"summary"}
+    assert {field.name for field in msgspec.structs.fields(Override)} == said
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_names_of_secrets(name: str) -> None:
 
 
 def test_names_of_flags_folders_and_ordinary_variables_are_none() -> None:
-    names = [*host.Host.__struct_fields__, *host.Profile.__struct_fields__, "--tls-keyfile", "--comfy-api-base"]
+    names = [*host.Host.__struct_fields__, *Profile.__struct_fields__, "--tls-keyfile", "--comfy-api-base"]
     names += ["TOKENIZERS_PARALLELISM", "PYTORCH_CUDA_ALLOC_CONF"]
     names += ["MAX_TOKENS", "KEYBOARD_LAYOUT", "COMPASS", "PATH", "AUTHOR", "CUDA_MODULE_LOADING", "HF_HUB_OFFLINE"]
     assert [name for name in names if names_secret(name)] == []

@@ -23,7 +23,9 @@ from agent.serve.watch import Watcher
 from core import files, workspace
 from core.stack import stacks
 from deploy import host, plan, refusals
-from deploy.host import Override, Setting, Target
+from deploy import profile as loaded
+from deploy.host import Target
+from deploy.profile import Override, Setting, merged, modes
 from lock import nodes
 from ops import flags, profiles
 from tests.errors import raises
@@ -70,7 +72,7 @@ def test_modes_lie_over_the_profile_in_their_order_and_the_host_over_all(written
 
 def test_of_two_modes_the_later_says() -> None:
     one, two = (Override(flags={"--x": Setting(value=value, why="w")}, memory_max=f"{value}G") for value in "12")
-    profile, origin = host.merged("p", host.profiles()["cpu"], [("one", one), ("two", two), ("three", Override())])
+    profile, origin = merged("p", loaded.profiles()["cpu"], [("one", one), ("two", two), ("three", Override())])
     assert (profile.flags["--x"].value, profile.memory_max) == ("2", "2G")
     assert (origin["flags.--x"], origin["memory_max"], origin["flags.--cpu"]) == ("two", "two", "p")
 
@@ -116,7 +118,7 @@ def test_a_variable_for_the_allocator_that_does_not_run_is_told(written: Path) -
 
 
 def test_every_mode_gives_reasons_and_excludes_modes_that_are_there() -> None:
-    found = host.modes()
+    found = modes()
     wanted = {"standard", "low-memory", "high-memory", "shared-gpu", "native-allocator", "development", "production"}
     wanted |= {"lan-deny", "offline"}
     assert set(found) == wanted
@@ -164,7 +166,7 @@ def test_a_mode_without_a_reason_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config/modes/mine.toml").write_text('summary = "s"\nmemory_max = "1G"\n')
     here = replace(workspace.current(), checkout=tmp_path)
     with workspace.using(here), raises("config", match="no reason for memory_max"):
-        host.modes()
+        modes()
 
 
 def test_flags_of_one_group_are_refused_with_who_sets_them() -> None:

@@ -21,7 +21,8 @@ from core import files
 from core.manifest import Manifest
 from deploy import archive, facts, plan, refusals
 from deploy.facts import Facts, Gpu, Process
-from deploy.host import Mount, Setting, Target, profiles
+from deploy.host import Mount, Target
+from deploy.profile import Setting, profiles
 from deploy.selection import find_wheel
 from lock import application, nodes, requirements
 from tests.plans import FLAGS, FRESH, NO_SERVICE, RUNNING, inputs, kinds, made, reasons, settled, spark, values, wheel

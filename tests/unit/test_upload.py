@@ -12,9 +12,9 @@ import pytest
 from agent.schema.change import App, Env, WheelFile
 from core import files
 from core.manifest import Manifest
-from deploy.host import Setting
 from deploy.inputs import Inputs
 from deploy.look import web_address
+from deploy.profile import Setting
 from deploy.upload import Upload
 from lock import requirements
 from tests.errors import raises

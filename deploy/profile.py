@@ -1,0 +1,170 @@
+"""Profiles and modes: flags, environment and limits of a kind of machine (`config/profiles/`, `config/modes/`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+from packaging.specifiers import SpecifierSet
+
+from core import workspace
+from core.config import load
+from core.errors import ConfigError
+from deploy.host_rules import check_settings
+from deploy.secrets import refuse_secrets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The value of a flag or environment variable, and the reason for it."""
+
+    why: str
+    """The reason."""
+    value: str = ""
+    """The value; empty for a flag without one."""
+    torch: str = ""
+    """The torch versions that it applies to, such as `>=2.8` (PEP 440); empty: all."""
+    comfyui: str = ""
+    """The ComfyUI versions that it applies to; empty: all."""
+    off: bool = False
+    """Remove what the profile or a mode sets."""
+
+    def active(self, torch: str, comfyui: str) -> bool:
+        """Whether it applies to these versions and is not off."""
+        return not self.off and torch in SpecifierSet(self.torch) and comfyui in SpecifierSet(self.comfyui)
+
+    @property
+    def versions(self) -> str:
+        """The versions that it applies to, in words; empty: all."""
+        limits = (("torch", self.torch), ("ComfyUI", self.comfyui))
+        return ", ".join(f"{name} {wanted}" for name, wanted in limits if wanted)
+
+
+Network = Literal["open", "lan-deny", "offline"]
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Flags, environment and limits for a kind of machine."""
+
+    summary: str
+    """One line for `inv profiles`."""
+    stack: str
+    """A stack of `config/stacks.toml`."""
+    pythons: tuple[str, ...]
+    """Python versions, in order of preference."""
+    start_seconds: int
+    """How long the health gate waits for ComfyUI to start."""
+    arch: str = ""
+    """The compute capability that the kernels are built for."""
+    cuda: bool = False
+    """The health gate requires a CUDA device."""
+    unified: bool = False
+    """CPU and GPU share their memory."""
+    kernels: tuple[str, ...] = ()
+    """Kernel wheels to install, by the names of their recipes."""
+    nodes: tuple[str, ...] = ()
+    """Sets and names of custom nodes in `recipes/comfyui/nodes.toml`."""
+    flags: dict[str, Setting] = {}
+    """ComfyUI's flags."""
+    env: dict[str, Setting] = {}
+    """ComfyUI's environment variables."""
+    device_policy: Literal["closed", "auto"] = "closed"
+    """The unit's `DevicePolicy=`."""
+    memory_max: str = "90%"
+    """The unit's `MemoryMax=`."""
+    network: Network = "open"
+    """Whom ComfyUI can reach: everyone except link-local and metadata addresses ("open"), no private network either
+    ("lan-deny"), or only its own machine ("offline")."""
+    restart: Literal["on-failure", "always"] = "on-failure"
+    """The unit's `Restart=`."""
+
+
+class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Values that differ from the profile. Keys that are left out keep the profile's value."""
+
+    stack: str | None = None
+    pythons: tuple[str, ...] | None = None
+    start_seconds: int | None = None
+    arch: str | None = None
+    cuda: bool | None = None
+    unified: bool | None = None
+    kernels: tuple[str, ...] | None = None
+    nodes: tuple[str, ...] | None = None
+    flags: dict[str, Setting] = {}
+    env: dict[str, Setting] = {}
+    device_policy: Literal["closed", "auto"] | None = None
+    memory_max: str | None = None
+    network: Network | None = None
+    restart: Literal["on-failure", "always"] | None = None
+
+
+class Mode(Override, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a machine is used for. A mode changes values of the profile; later modes take precedence."""
+
+    summary: str
+    """One line for `inv profiles`."""
+    excludes: tuple[str, ...] = ()
+    """Modes that cannot be combined with this one."""
+    develop: bool = False
+    """A host with this mode may list nodes under `develop`."""
+    on_unified: Override | None = None
+    """Values to use instead where CPU and GPU share their memory."""
+    why: dict[str, str] = {}
+    """The reason for each value that is neither a flag nor a variable."""
+
+    def on(self, *, unified: bool) -> Override:
+        """Its values for a machine whose CPU and GPU share their memory, or not."""
+        return self.on_unified if self.on_unified and unified else self
+
+
+def profiles() -> dict[str, Profile]:
+    """The profiles of `config/profiles/`, by name."""
+    found: dict[str, Profile] = {}
+    for path in sorted((workspace.current().checkout / "config/profiles").glob("*.toml")):
+        refuse_secrets(path)
+        found[path.stem] = load(path, Profile)
+        check_settings(str(path), found[path.stem])
+    return found
+
+
+def modes() -> dict[str, Mode]:
+    """The modes of `config/modes/`, by name."""
+    found: dict[str, Mode] = {}
+    for path in sorted((workspace.current().checkout / "config/modes").glob("*.toml")):
+        refuse_secrets(path)
+        found[path.stem] = mode = load(path, Mode)
+        check_settings(str(path), mode)
+        check_settings(f"{path}: on_unified", mode.on(unified=True))
+        unexplained = plain(mode).keys() - mode.why.keys()
+        if unexplained:
+            raise ConfigError(
+                "config", f"{path}: no reason for {', '.join(sorted(unexplained))}", hint="add it to [why]"
+            )
+    return found
+
+
+def plain(override: Override) -> dict[str, Any]:
+    """The given values other than flags and variables."""
+    names = [field.name for field in msgspec.structs.fields(Override) if field.name not in ("flags", "env")]
+    return {name: value for name in names if (value := getattr(override, name)) is not None}
+
+
+def merged(base_origin: str, base: Profile, layers: Sequence[tuple[str, Override]]) -> tuple[Profile, dict[str, str]]:
+    """A profile with layers applied in their order, and the layer that each value comes from."""
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, value in ((each.name, getattr(base, each.name)) for each in msgspec.structs.fields(Profile)):
+        values[name] = dict(value) if isinstance(value, dict) else value
+        origin |= {f"{name}.{key}": base_origin for key in value} if isinstance(value, dict) else {name: base_origin}
+    for layer, override in layers:
+        for kind in ("flags", "env"):
+            settings: dict[str, Setting] = getattr(override, kind)
+            values[kind] |= settings
+            origin |= {f"{kind}.{key}": layer for key in settings}
+        given = {name: getattr(override, name) for name in values if name not in ("flags", "env", "summary")}
+        for name, value in given.items():
+            if value is not None:
+                values[name], origin[name] = value, layer
+    return Profile(**values), origin
