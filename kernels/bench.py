@@ -16,6 +16,7 @@ from core import arch, console, files, tools, workspace
 from core import figure as drawing
 from core.errors import BuildError, UsageError
 from kernels import inspection, matrix, store, toolchain
+from kernels.shapes import Shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,13 +37,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     backend: str
-    model: str
-    dtype: str
-    batch: int
-    heads: int
-    length: int
-    kv_length: int
-    head_dim: int
+    shape: Shape
     tolerance: float
     error: float | None = None
     memory: int | None = None
@@ -78,7 +73,7 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def models(self) -> list[str]:
         """The models, in the order of their measurements."""
-        return list(dict.fromkeys(each.model for each in self.measurements))
+        return list(dict.fromkeys(each.shape.model for each in self.measurements))
 
     @property
     def backends(self) -> list[str]:
@@ -157,13 +152,13 @@ def measure(python: str, capability: str) -> Bench:
 
 def fastest(bench: Bench, model: str) -> Measurement | None:
     """The fastest correct backend on a shape; None if none was timed."""
-    timed = [each for each in bench.measurements if each.model == model and each.correct and each.milliseconds]
+    timed = [each for each in bench.measurements if each.shape.model == model and each.correct and each.milliseconds]
     return min(timed, key=lambda each: each.milliseconds or math.inf, default=None)
 
 
 def speeds(bench: Bench) -> dict[str, float | None]:
     """The speed of each backend relative to SDPA: the geometric mean over all models; None if it failed on one."""
-    by = {(each.backend, each.model): each for each in bench.measurements}
+    by = {(each.backend, each.shape.model): each for each in bench.measurements}
     found: dict[str, float | None] = {}
     for backend in bench.backends:
         ratios: list[float] = []
@@ -186,14 +181,14 @@ def rows(bench: Bench) -> Iterator[str]:
     yield f"{machine.gpu}, capability {machine.capability}, CUDA {machine.cuda}, {versions}"
     best = {model: fastest(bench, model) for model in bench.models}
     headings = ("model", "backend", "error", "at most", "ms", "TFLOP/s", "memory", "result")
-    yield from console.table(headings, (_cells(each, best[each.model]) for each in bench.measurements))
+    yield from console.table(headings, (_cells(each, best[each.shape.model]) for each in bench.measurements))
     yield ""
     for model, one in best.items():
         yield f"{model}: {f'{one.backend}, {_number(one.milliseconds)} ms' if one else 'no correct backend'}"
     yield ""
     for backend, speed in speeds(bench).items():
-        told = "wrong or failed on a model" if speed is None else f"{speed:.2f} times the speed of {BASELINE}"
-        yield f"{backend}: {told}"
+        text = "wrong or failed on a model" if speed is None else f"{speed:.2f} times the speed of {BASELINE}"
+        yield f"{backend}: {text}"
     yield from bench.notes
 
 
@@ -203,7 +198,16 @@ def _cells(each: Measurement, best: Measurement | None) -> Sequence[str]:
     memory = "-" if each.memory is None else console.size(each.memory)
     tflops = "-" if each.tflops is None else f"{each.tflops:.0f}"
     state = "fastest" if each is best else result[:60]
-    return each.model, each.backend, error, f"{each.tolerance:.5f}", _number(each.milliseconds), tflops, memory, state
+    return (
+        each.shape.model,
+        each.backend,
+        error,
+        f"{each.tolerance:.5f}",
+        _number(each.milliseconds),
+        tflops,
+        memory,
+        state,
+    )
 
 
 def _number(value: float | None) -> str:
@@ -224,7 +228,7 @@ def figure(bench: Bench) -> Figure:
     picture = Figure(figsize=(9.6, 0.9 + 1.9 * lines), layout="constrained")
     panels = picture.subplots(lines, columns, squeeze=False).flat
     for panel, model in zip(panels, bench.models, strict=False):
-        for each in [each for each in bench.measurements if each.model == model]:
+        for each in [each for each in bench.measurements if each.shape.model == model]:
             color = drawing.COLORS[bench.backends.index(each.backend) % len(drawing.COLORS)]
             hatch = "" if each.correct else "//"
             panel.barh(each.backend, each.tflops or 0, color=color, hatch=hatch, gid=each.backend)
@@ -234,6 +238,6 @@ def figure(bench: Bench) -> Figure:
         panel.set_xlabel("TFLOP/s", fontsize="x-small")
     for panel in list(panels):
         panel.set_axis_off()
-    told = f"{bench.machine.gpu}{', recorded' if bench.recording else ''}"
-    picture.suptitle(f"Speed of attention: {told}")
+    recorded = ", recorded" if bench.recording else ""
+    picture.suptitle(f"Speed of attention: {bench.machine.gpu}{recorded}")
     return picture

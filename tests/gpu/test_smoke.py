@@ -26,5 +26,5 @@ def test_backends_are_measured_on_this_gpu(hearth: Hearth) -> None:
     found = json.loads(done.stdout)
     assert found["recording"] == ""
     measured = [each for each in found["measurements"] if each["backend"] == "SDPA"]
-    assert {each["model"].split()[0] for each in measured} == {"SDXL", "Flux", "Qwen-Image", "Wan"}
+    assert {each["shape"]["model"].split()[0] for each in measured} == {"SDXL", "Flux", "Qwen-Image", "Wan"}
     assert all(each["error"] <= each["tolerance"] and each["milliseconds"] > 0 for each in measured)

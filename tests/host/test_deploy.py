@@ -119,7 +119,7 @@ def test_a_change_of_flags_is_a_new_release_of_the_same_parts_and_can_be_taken_b
     steady.configure('[hosts.spark.override.flags]\n"--preview-method" = { value = "auto", why = "a test" }\n')
     done = steady.deploy()
     assert done.returncode == 0, done.stderr
-    assert "trial: the second picture came back" in done.stderr
+    assert "trial: the second picture arrived" in done.stderr
     assert steady.current() != first
     assert "sending" not in done.stderr
     system = steady.ask("/system_stats")["system"]

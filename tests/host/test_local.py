@@ -93,7 +93,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
 def running(here: Here) -> Here:
     done = here.inv("deploy")
     assert done.returncode == 0, done.stderr
-    assert "the second picture came back" in done.stderr
+    assert "the second picture arrived" in done.stderr
     assert done.stdout.strip().endswith(f"is in service at http://127.0.0.1:{here.port}")
     return here
 
@@ -176,7 +176,7 @@ def test_a_deploy_goes_on_without_its_client_and_can_be_watched(running: Here) -
     assert "under way" in refused.stderr or "being changed" in refused.stderr
     watched = running.inv("attach")
     assert watched.returncode == 0, watched.stderr
-    assert "the second picture came back" in watched.stderr
+    assert "the second picture arrived" in watched.stderr
     assert (running.prefix / "current").readlink() != before
     assert running.inv("deploy", "--dry-run").returncode == 0
     running.configure()
@@ -231,7 +231,7 @@ def test_other_addresses_another_port_and_tls_are_tried_and_taken_back(running: 
         running.configure(f'listen = "127.0.0.1,::1"\n[hosts.local.override.flags]\n{flags}')
         done = running.inv("deploy")
         assert done.returncode == 0, done.stderr
-        assert "trial: the second picture came back" in done.stderr
+        assert "trial: the second picture arrived" in done.stderr
         assert done.stdout.strip().endswith(f"is in service at https://127.0.0.1:{running.port}")
         status = json.loads(running.inv("status", "--json").stdout)
         assert "answers" in json.dumps(status)
@@ -320,7 +320,7 @@ def test_the_tutorial_does_what_it_says(running: Here, tmp_path: Path) -> None:
     assert "node hello-node" in chosen
     assert '"tutorial"' in shown
     assert "node hello-node cannot be imported: No module named 'a_package_that_nobody_has'" in broke
-    assert "node types that are gone: TutorialHello" in broke
+    assert "node types that no longer exist: TutorialHello" in broke
     assert '"tutorial"' in back
     done = running.inv("deploy", "--no-trial")
     assert done.returncode == 0, done.stderr

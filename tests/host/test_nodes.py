@@ -141,7 +141,7 @@ def test_nodes_are_read_only_parts_with_writable_corners(garden: Garden, monkeyp
     assert done.returncode == 0, done.stderr
     assert "sending 1 files" in done.stderr  # one node was changed
     assert len(re.findall(r"-> make node-", done.stderr)) == 1
-    assert "node types that are gone: HearthTwo" in done.stderr
+    assert "node types that no longer exist: HearthTwo" in done.stderr
     assert (kept / "presets/shipped.txt").read_text() == "edited by its user"
 
     release = fleet.current()

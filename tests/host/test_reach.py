@@ -88,7 +88,7 @@ def test_a_host_without_a_network_is_deployed_to_from_a_bundle(tmp_path: Path) -
         assert short.returncode == 33, short.stderr
         done = alone.deploy("--bundle", str(bundle))
         assert done.returncode == 0, done.stderr
-        assert "the second picture came back" in done.stderr
+        assert "the second picture arrived" in done.stderr
         again = alone.deploy("--bundle", str(bundle), "--dry-run")
         assert again.returncode == 0, again.stderr
         facts = alone.facts()
@@ -106,7 +106,7 @@ def test_a_host_without_a_network_gets_its_packages_from_here(tmp_path: Path) ->
         done = alone.deploy()
         assert done.returncode == 0, done.stderr
         assert "spark cannot reach the package index; uploading packages from this machine" in done.stderr
-        assert "the second picture came back" in done.stderr
+        assert "the second picture arrived" in done.stderr
         facts = alone.facts()
         assert set(facts["parts"].values()) == {""}
         again = alone.deploy("--dry-run")

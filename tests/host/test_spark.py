@@ -30,7 +30,7 @@ def test_a_spark_takes_the_same_deploy(tmp_path: Path) -> None:
         fleet.machine.boot()
         done = fleet.deploy()
         assert done.returncode == 0, done.stderr
-        assert "the second picture came back" in done.stderr
+        assert "the second picture arrived" in done.stderr
         assert "attention: sage attention" in done.stderr
         facts = fleet.facts()
         assert (facts["machine"], facts["manager"]) == ("aarch64", "systemd-system")

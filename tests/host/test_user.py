@@ -43,7 +43,7 @@ def test_a_user_deploys_without_root(own: Own) -> None:
     done = own.deploy()
     assert done.returncode == 0, done.stderr
     assert "systemd run without a login (loginctl enable-linger)" in done.stderr
-    assert "the second picture came back" in done.stderr
+    assert "the second picture arrived" in done.stderr
     facts = own.facts()
     assert (facts["manager"], facts["root"], facts["login"]) == ("systemd-user", False, LOGIN)
     assert facts["service"]["enabled"]
@@ -68,7 +68,7 @@ def test_a_user_deploys_without_root(own: Own) -> None:
     own.machine.run(f"runuser -u {LOGIN} -- sh -c 'echo NODE_CLASS_MAPPINGS = {{}} > {node}/__init__.py'")
     told = f"journalctl --no-pager --output=cat _UID=$(id -u {LOGIN})"
     assert within(30, lambda: f"{node}/__init__.py changed: restarting ComfyUI" in own.machine.run(told))
-    assert within(30, lambda: "gives its memory back" in own.machine.run(told))
+    assert within(30, lambda: "frees its memory" in own.machine.run(told))
     assert own.answers()
     assert own.facts()["service"]["pid"] != before
     own.configure('scope = "user"\n')

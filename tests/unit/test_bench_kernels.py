@@ -20,9 +20,9 @@ MACHINE = {"gpu": "NVIDIA Tiny", "capability": "9.0", "cuda": "13.0", "versions"
 
 
 def line(backend: str, model: str = "Flux", **more: Any) -> dict[str, Any]:
-    shape = {"dtype": "bfloat16", "batch": 1, "heads": 2, "length": 9, "kv_length": 9, "head_dim": 64}
+    shape = {"model": model, "dtype": "bfloat16", "batch": 1, "heads": 2, "length": 9, "kv_length": 9, "head_dim": 64}
     measured = {"tolerance": 0.01, "error": 0.001, "memory": 1000, "milliseconds": 2.0, "tflops": 1.0, "reason": ""}
-    return {"backend": backend, "model": model, **shape, **measured, **more}
+    return {"backend": backend, "shape": shape, **measured, **more}
 
 
 def recording(place: Path, *lines: dict[str, Any]) -> Path:
@@ -42,7 +42,7 @@ def test_the_shipped_recording_is_of_a_real_gpu_and_shown_without_one(
     found = json.loads(capsys.readouterr().out)
     assert Path(found["recording"]) == bench.SHIPPED
     assert found["machine"]["gpu"] in shown
-    models = {each["model"] for each in found["measurements"]}
+    models = {each["shape"]["model"] for each in found["measurements"]}
     assert {model.split()[0] for model in models} == {"SDXL", "Flux", "Qwen-Image", "Wan"}
     backends = {"SDPA", "SDPA flash", "SDPA cuDNN", "flash-attention", "SageAttention", "comfy-kitchen"}
     assert {each["backend"] for each in found["measurements"]} >= backends

@@ -203,7 +203,7 @@ def test_unknown_names(written: Path) -> None:
     with raises("unknown-name", match="dgx-spark"):
         host.target("spark")
     written.write_text('[hosts.spark]\naddress = "a"\nprofile = "cpu"')
-    with raises("unknown-name", match=r"there are none: \[groups\] in "):
+    with raises("unknown-name", match=r"add \[groups\] to "):
         host.select("", "all")
 
 

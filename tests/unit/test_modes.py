@@ -138,7 +138,7 @@ def test_every_mode_gives_reasons_and_excludes_modes_that_are_there() -> None:
         ('modes = ["shared-gpu", "high-memory"]', "config", "shared-gpu and high-memory exclude each other"),
         ('modes = ["low-memroy"]', "unknown-name", "low-memory"),
         ('develop = ["/home/a/n"]', "config", 'modes = ["development"]'),
-        ('modes = ["production"]\ndevelop = ["/home/a/n"]', "config", "production is not for that"),
+        ('modes = ["production"]\ndevelop = ["/home/a/n"]', "config", "which production does not allow"),
         ('modes = ["production", "development"]', "config", "production and development exclude each other"),
         ('modes = ["development"]\ndevelop = ["n"]', "config", "'n' is not a plain absolute path"),
         ('modes = ["development"]\ndevelop = ["/a/n.x"]', "config", "n.x: not valid as names of node folders"),
