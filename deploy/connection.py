@@ -68,7 +68,7 @@ class Agent(ABC):
         return f"{self._target.prefix}/state" if self.unpacked else os.devnull
 
     def stream(self, verb: str, **values: Any) -> Iterator[Any]:
-        """Yield the answers as they arrive; raises the error of the agent's error, or of an early end."""
+        """Yield the answers as they arrive; raises the error that the agent reports, or that of an early end."""
         return self._run(verb, values)
 
     def call(self, verb: str, **values: Any) -> Any:
@@ -109,7 +109,7 @@ class Agent(ABC):
             raise self._ended(verb, error.status, error.said) from error
 
     def _parsed(self, line: bytes) -> Any:
-        """Parse one line of the agent; raises the error of a error."""
+        """Parse one line of the agent; raises the error that it reports."""
         try:
             value = json.loads(line)
         except ValueError:

@@ -233,7 +233,7 @@ def check_settings(place: str, said: Profile | Override) -> None:
                 SpecifierSet(getattr(setting, what))
             except InvalidSpecifier as error:
                 text = getattr(setting, what)
-                raise ConfigError("config", f"{place}: {name}: {what} = {text!r} is no version range") from error
+                raise ConfigError("config", f"{place}: {name}: {what} = {text!r} is not a version range") from error
         if "expandable_segments:True" in setting.value and "max_split_size_mb" in setting.value:
             raise ConfigError(
                 "config",

@@ -102,7 +102,7 @@ def _node(name: str, url: str, commit: str, tree: str) -> Repository:
 
 
 def check(inventory: Inventory, service: str = "") -> Audit:
-    """Audit a inventory. `service` is the address of an OSV service (default: uv's default, OSV itself).
+    """Audit an inventory. `service` is the address of an OSV service (default: uv's default, OSV itself).
 
     The curated list is checked first, so its findings remain if the service does not answer; `error` then has the
     error.

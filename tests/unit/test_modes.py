@@ -145,8 +145,8 @@ def test_every_mode_gives_reasons_and_excludes_modes_that_are_there() -> None:
         ('modes = ["development"]\ndevelop = ["/a/n", "/b/n"]', "config", "/a/n, /b/n: not valid as names"),
         ('free_memory = "often"', "config", "a duration such as 30m, 4h or 1d"),
         ('free_memory = "0h"', "config", "a duration such as 30m, 4h or 1d"),
-        ('override.flags."--x" = { why = "w", comfyui = "new" }', "config", "comfyui = 'new' is no version range"),
-        ('override.flags."--x" = { why = "w", torch = "2.9" }', "config", "torch = '2.9' is no version range"),
+        ('override.flags."--x" = { why = "w", comfyui = "new" }', "config", "comfyui = 'new' is not a version range"),
+        ('override.flags."--x" = { why = "w", torch = "2.9" }', "config", "torch = '2.9' is not a version range"),
         (
             'override.env.PYTORCH_ALLOC_CONF = { why = "w", value = "expandable_segments:True,max_split_size_mb:64" }',
             "config",
