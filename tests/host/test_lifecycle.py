@@ -200,7 +200,7 @@ def test_what_is_removed_leaves_systemd_and_comes_back(served: Fleet) -> None:
         ("/srv/vault", "true", "/srv/vault is a mount point"),
         ("/srv/link", f"ln -s {PREFIX} /srv/link", f"/srv/link is a symbolic link to {PREFIX}"),
         ("/srv/ben", "useradd --create-home --home-dir /srv/ben ben", "/srv/ben is or contains the home folder of ben"),
-        ("/srv/other", "mkdir -p /srv/other/data/x /srv/other/releases", "/srv/other does not look like Hearth's"),
+        ("/srv/other", "mkdir -p /srv/other/data/x /srv/other/releases", "/srv/other does not look like a prefix of Hearth"),
     ],
     ids=["top", "root", "mount", "link", "home", "foreign"],
 )

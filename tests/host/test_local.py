@@ -374,7 +374,7 @@ def test_the_supervisors_log(running: Here) -> None:
         0, f"[INFO] To see the GUI go to: http://127.0.0.1:{running.port}",
     )  # fmt: skip
     for words, said in (
-        (("--since", "whenever"), "--since whenever is no time"),
+        (("--since", "whenever"), "--since whenever is not a supported time"),
         (("--grep", "("), "--grep ( is not a regular expression"),
         (("--lines", "many"), "--lines must be a number"),
     ):

@@ -83,7 +83,7 @@ def test_what_excludes_each_other_is_refused_with_who_says_it(deployed: Fleet) -
     assert "modes low-memory and high-memory exclude each other" in modes.stderr
     assert "--cache-none and --cache-ram exclude each other" in flags.stderr
     assert "--cache-none is from host spark, --cache-ram is from mode low-memory" in flags.stderr
-    assert "production is not for that" in develop.stderr
+    assert "which production does not allow" in develop.stderr
     assert "/srv/nothing does not exist" in missing.stderr
 
 
