@@ -120,17 +120,17 @@ def _explain(graph: Graph, build: str, outputs: set[str], failed: dict[str, str]
             "disk-full",
             f"the disk is full: {name} could not be written",
             cause="No space left on device",
-            hint=f"free some space (the cache is {workspace.current().cache}), then run the same command: "
-            "finished files are kept",
+            hint=f"free some space (the cache is {workspace.current().cache}), then run the same command again "
+            "(finished files are kept)",
         )
     if _OUT_OF_MEMORY.search(said):
         return BuildError(
             "out-of-memory",
             f"the machine ran out of memory while compiling {name}{more}",
             cause=f"a compiler was killed or got no memory, with {jobs} jobs at once",
-            hint=f"run again with fewer: --jobs {max(1, jobs // 2)} (finished files are kept)",
+            hint=f"run the same command again with fewer jobs: --jobs {max(1, jobs // 2)} (finished files are kept)",
         )
     # The command line is long and not useful here; it is in the log.
     tail = [line for line in said.splitlines()[2:] if line.strip()][-12:]
-    what = f"{name} does not build{more}"
-    return BuildError("compile", what, cause="\n         ".join(tail), hint=f"the whole log: {log(build)}")
+    what = f"{name} could not be compiled{more}"
+    return BuildError("compile", what, cause="\n         ".join(tail), hint=f"read the complete log: {log(build)}")

@@ -222,6 +222,8 @@ def test_a_nuke_goes_on_after_a_kill_and_a_power_cut_and_leaves_the_data(lone: F
     """From here on, nothing is deployed."""
     machine, prefix = lone.machine, lone.prefix
     machine.run(f"runuser -u comfyui -- sh -c 'echo art > {PREFIX}/data/output/art.png'")
+    # As uv's cache after a real first deploy: the deletion of the state takes a while.
+    machine.run(f"mkdir -p {PREFIX}/state/cache/uv/files; cd {PREFIX}/state/cache/uv/files; seq 50000 | xargs touch")
     client = lone.start("nuke", "--host", "spark", "--yes")
     wait_for(lone, "delete current")
     kill_agent(lone, 0)

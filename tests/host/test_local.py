@@ -472,7 +472,7 @@ def test_what_is_removed_comes_back_with_the_next_deploy(running: Here) -> None:
 
 def test_a_nuke_that_was_killed_goes_on_and_keeps_the_data_and_whatever_is_mounted(running: Here) -> None:
     """The last test in this file: afterwards nothing is deployed."""
-    prefix, pool = running.prefix, running.prefix.parent / f"{running.prefix.name}-pool"
+    prefix, pool = running.prefix, place_for("pool")  # on the same file system
     (pool / "weights").mkdir(parents=True)
     (pool / "weights/large").write_text("kept")
     inside = prefix / "data/models/pool"

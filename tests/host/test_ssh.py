@@ -398,7 +398,7 @@ def test_a_python_that_is_too_old_is_told_apart(box: Lab, version: str) -> None:
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ("echo 'error while loading shared libraries: libpython3.11.so.1.0' >&2; exit 127", "does not start"),
+        ("echo 'error while loading shared libraries: libpython3.11.so.1.0' >&2; exit 127", "cannot be started"),
         ("echo 'conda: no environment is active' >&2; exit 1", "ended with 1"),
         ("kill -9 $$", "was killed by SIGKILL"),
     ],
@@ -461,7 +461,7 @@ def test_a_wrong_sudo_password_is_one_failed_attempt(box: Lab, monkeypatch: pyte
     [
         ("", "", "may not use sudo"),
         ("ALL=(ALL) /bin/true", "", "may not use sudo"),
-        (ASKED, "", "gives .* no root"),
+        (ASKED, "", "does not give .* root"),
         (FREE, "sudo", "has no sudo"),
     ],
 )

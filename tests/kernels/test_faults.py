@@ -138,7 +138,7 @@ def test_a_kernel_that_fails_withholds_no_other_wheel(hearth: Hearth) -> None:
     assert (done.returncode, kind_of(done.stderr)) == (40, "several"), done.stderr
     assert [each.name.partition("+")[0] for each in hearth.wheels()] == ["tiny-0.1"] * 2
     assert "4 of 6 builds failed" in done.stderr
-    assert done.stderr.count("src/csrc/sum.cu does not build") == 2
+    assert done.stderr.count("src/csrc/sum.cu could not be compiled") == 2
     assert done.stderr.count("no file of the source matches 'csrc/nothing.cu'") == 2
 
 
