@@ -28,7 +28,7 @@ for line in sys.argv[1:]:
 
 
 @pytest.mark.gpu
-def test_cuda_starts_confined_and_so_it_does_in_a_process_of_its_own() -> None:
+def test_cuda_works_confined_and_in_a_child_process() -> None:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as code:  # pytest's own is closed to others
         shutil.copytree(Path(__file__).parents[2] / "agent", f"{code}/agent")
         Path(code).chmod(0o755)

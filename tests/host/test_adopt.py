@@ -181,7 +181,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Old]:
         yield one
 
 
-def test_what_is_there_is_read_and_a_proposal_made(old: Old) -> None:
+def test_installation_is_surveyed_and_proposed(old: Old) -> None:
     before = old.state()
     refused = old.fleet.deploy()
     assert refused.returncode == 63, refused.stderr
@@ -220,7 +220,7 @@ def test_what_is_there_is_read_and_a_proposal_made(old: Old) -> None:
     assert old.serves(1)
 
 
-def test_what_cannot_be_adopted_is_told_apart(old: Old) -> None:
+def test_unadoptable_installations_have_distinct_errors(old: Old) -> None:
     none = old.adopt("--path", "/srv")
     undo = old.adopt("--undo", "--yes")
     assert {kind_of(none.stderr), kind_of(undo.stderr)} == {"no-installation"}
@@ -240,7 +240,7 @@ def test_what_cannot_be_adopted_is_told_apart(old: Old) -> None:
     assert f"runs without a system unit: pid {pid} of root" in loose.stderr
 
 
-def test_jobs_of_the_old_one_are_waited_for(old: Old) -> None:
+def test_adopt_waits_for_jobs_of_the_old_installation(old: Old) -> None:
     before = old.state()
     (old.place / "jobs.json").write_text('{"queue_running": [[0, "job-7"]], "queue_pending": []}')
     busy = old.adopt("--apply", "--drain", "1", "--yes")
@@ -252,7 +252,7 @@ def test_jobs_of_the_old_one_are_waited_for(old: Old) -> None:
     assert old.adopt("--undo", "--yes").returncode == 69
 
 
-def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> None:
+def test_killed_adoption_resumes_and_undo_restores_modes(old: Old) -> None:
     before = old.state()
     fleet, since = old.fleet, time.time()
     plan = old.adopt("--apply", "--dry-run")
@@ -296,7 +296,7 @@ def test_a_killed_adoption_goes_on_and_is_undone_to_the_last_mode(old: Old) -> N
     assert old.adopt("--undo", "--yes").returncode == 69
 
 
-def test_an_adopted_installation_is_deployed_and_nothing_is_lost(old: Old) -> None:
+def test_adopted_installation_deploys_without_loss(old: Old) -> None:
     before = old.state()
     fleet = old.fleet
     # An earlier trial of Hearth: existing files in the data stay.

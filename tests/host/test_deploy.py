@@ -42,7 +42,7 @@ def test_the_service_runs_unprivileged_and_its_code_is_read_only(deployed: Fleet
     assert (deployed.prefix / "data/models").stat().st_mode & 0o7777 == 0o2770
 
 
-def test_a_second_deploy_does_nothing_and_says_so(deployed: Fleet) -> None:
+def test_second_deploy_changes_nothing(deployed: Fleet) -> None:
     since = machine_since(deployed)
     done = deployed.deploy("--json")
     assert done.returncode == 0, done.stderr
@@ -85,7 +85,7 @@ def test_facts_releases_history_and_what_a_release_holds(deployed: Fleet) -> Non
     assert f"0 findings: {len(listed)} packages (not looked up)" in audited.stdout
 
 
-def test_what_drifted_is_put_right(steady: Fleet) -> None:
+def test_drift_is_repaired(steady: Fleet) -> None:
     steady.machine.run("systemctl stop comfyui; rm /etc/systemd/system/multi-user.target.wants/comfyui.service")
     plan = steady.deploy("--dry-run")
     assert plan.returncode == 2
@@ -100,7 +100,7 @@ def test_what_drifted_is_put_right(steady: Fleet) -> None:
     ],
     ids=["in the release", "a file in its place"],
 )
-def test_an_edited_unit_is_put_right(steady: Fleet, edit: str, why: str) -> None:
+def test_edited_unit_is_repaired(steady: Fleet, edit: str, why: str) -> None:
     """Some editors write through a link, others replace it. An administrator's drop-in stays."""
     unit = "/etc/systemd/system/comfyui.service"
     steady.machine.run(f"mkdir -p {unit}.d; printf '[Service]\\nEnvironment=OWN=1\\n' > {unit}.d/own.conf")
@@ -114,7 +114,7 @@ def test_an_edited_unit_is_put_right(steady: Fleet, edit: str, why: str) -> None
     steady.machine.run(f"rm -r {unit}.d; systemctl daemon-reload")
 
 
-def test_a_change_of_flags_is_a_new_release_of_the_same_parts_and_can_be_taken_back(steady: Fleet) -> None:
+def test_changed_flags_make_a_release_that_can_be_rolled_back(steady: Fleet) -> None:
     first = steady.current()
     steady.configure('[hosts.spark.override.flags]\n"--preview-method" = { value = "auto", why = "a test" }\n')
     done = steady.deploy()
@@ -147,7 +147,7 @@ def test_a_change_of_flags_is_a_new_release_of_the_same_parts_and_can_be_taken_b
         ("no-pictures", {"nodes.py": (r"filename_with_batch_num = ", "raise OSError; x = ")}, "made no picture"),
     ],
 )
-def test_an_unhealthy_release_fails_its_trial_or_is_taken_back(
+def test_unhealthy_release_fails_its_trial_or_is_rolled_back(
     steady: Fleet, name: str, edits: dict[str, tuple[str, str]], said: str
 ) -> None:
     """A failed trial stops nothing; without a trial, the previous release is restored."""
@@ -170,7 +170,7 @@ def test_an_unhealthy_release_fails_its_trial_or_is_taken_back(
     assert steady.data() == data
 
 
-def test_a_gpu_or_kernel_that_is_not_used_is_unhealthy(steady: Fleet) -> None:
+def test_unused_gpu_or_kernel_is_unhealthy(steady: Fleet) -> None:
     """Only nvidia-smi is faked, so that the plan accepts a GPU profile; ComfyUI is real and runs on the CPU."""
     release = steady.current()
     smi = steady.machine.root / "usr/local/bin/nvidia-smi"
@@ -194,7 +194,7 @@ def test_a_gpu_or_kernel_that_is_not_used_is_unhealthy(steady: Fleet) -> None:
     assert steady.answers(1)
 
 
-def test_a_newer_database_is_taken_back_with_its_release(steady: Fleet) -> None:
+def test_rollback_restores_the_database(steady: Fleet) -> None:
     """An unhealthy version that migrated the database: the old one would refuse to start on it."""
     before = (steady.prefix / "data/user/comfyui.db").read_bytes()
     line = 'import sqlite3,sys; d=sqlite3.connect(sys.argv[sys.argv.index("--database-url")+1][10:]);'
@@ -228,7 +228,7 @@ def test_every_refusal_is_shown_at_once(deployed: Fleet) -> None:
     assert deployed.answers(1)
 
 
-def test_a_port_that_another_program_holds_is_named(deployed: Fleet) -> None:
+def test_port_in_use_is_reported(deployed: Fleet) -> None:
     holder = deployed.machine.run("sh -c 'python3 -m http.server 18188 --bind 127.0.0.1 >/dev/null 2>&1 & echo $!'")
     time.sleep(1)
     deployed.configure()
@@ -268,7 +268,7 @@ def test_a_changed_and_an_unknown_host_key_are_refused(deployed: Fleet) -> None:
     assert "is not known" in unknown.stderr
 
 
-def test_no_sudo_is_told_apart(deployed: Fleet) -> None:
+def test_missing_sudo_has_its_own_error(deployed: Fleet) -> None:
     rule = deployed.machine.root / "etc/sudoers.d/deployer"
     text = rule.read_text()
     rule.write_text("")
@@ -283,7 +283,7 @@ def test_no_sudo_is_told_apart(deployed: Fleet) -> None:
     assert "no terminal" in asked.stderr
 
 
-def test_a_host_that_is_off_is_told_apart(deployed: Fleet) -> None:
+def test_unreachable_host_has_its_own_error(deployed: Fleet) -> None:
     text = (deployed.place / "hosts.toml").read_text()
     (deployed.place / "hosts.toml").write_text(text.replace('"spark"', '"127.0.0.1"') + "ssh_port = 1\n")
     done = deployed.deploy()
@@ -292,7 +292,7 @@ def test_a_host_that_is_off_is_told_apart(deployed: Fleet) -> None:
     assert "cannot be reached" in done.stderr
 
 
-def test_a_foreign_current_is_refused_and_left_alone(steady: Fleet) -> None:
+def test_foreign_current_link_is_refused(steady: Fleet) -> None:
     current = steady.prefix / "current"
     target = current.readlink()
     current.unlink()
@@ -309,7 +309,7 @@ def test_a_foreign_current_is_refused_and_left_alone(steady: Fleet) -> None:
     current.symlink_to(target)
 
 
-def test_a_tampered_part_is_made_anew(steady: Fleet) -> None:
+def test_tampered_part_is_rebuilt(steady: Fleet) -> None:
     manifest = json.loads((steady.prefix / "current/release.json").read_text())
     target = steady.prefix / "parts" / manifest["parts"]["app"]
     (target / "nodes.py").chmod(0o644)
@@ -323,7 +323,7 @@ def test_a_tampered_part_is_made_anew(steady: Fleet) -> None:
     assert "tampered" not in (target / "nodes.py").read_text()
 
 
-def test_jobs_are_waited_for_and_named(steady: Fleet) -> None:
+def test_deploy_waits_for_jobs_and_lists_them(steady: Fleet) -> None:
     """A slow job: a node of the test makes ComfyUI sleep."""
     wait = "import time; time.sleep(25 if width == 65 else 0)"
     slow = {"nodes.py": (r"(def generate\(self, width, height, batch_size=1, color=0\):\n)", rf"\1        {wait}\n")}
@@ -384,7 +384,7 @@ def test_it_starts_at_boot(steady: Fleet) -> None:
     assert steady.current() == release
 
 
-def test_a_group_begins_with_its_canary(deployed: Fleet) -> None:
+def test_group_starts_with_its_canary(deployed: Fleet) -> None:
     ghost = '[hosts.ghost]\naddress = "127.0.0.1"\nssh_port = 1\nprofile = "cpu"\n'
     deployed.configure(f'{ghost}[groups]\nsound = ["spark", "ghost"]\nsick = ["ghost", "spark"]\n')
     sound = deployed.inv("deploy", "--group", "sound")
@@ -399,7 +399,7 @@ def test_a_group_begins_with_its_canary(deployed: Fleet) -> None:
     assert "ghost: error[unreachable]: ghost cannot be reached" in both.stderr
 
 
-def test_the_sudo_password_is_asked_for_once_and_never_shown(deployed: Fleet) -> None:
+def test_sudo_password_is_requested_once_and_hidden(deployed: Fleet) -> None:
     rule = deployed.machine.root / "etc/sudoers.d/deployer"
     text = rule.read_text()
     # Not by a command over ssh: sudo's log would then contain the password.

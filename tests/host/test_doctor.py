@@ -118,7 +118,7 @@ def test_nothing_deployed(steady: Fleet) -> None:
     assert steady.inv("status", "--host", "bare").returncode == 1
 
 
-def test_a_host_that_is_off_holds_nobody_up(steady: Fleet) -> None:
+def test_unreachable_host_does_not_delay_others(steady: Fleet) -> None:
     more = '[hosts.off]\naddress = "127.0.0.1"\nssh_port = 9\nprofile = "cpu"\n[groups]\nall = ["spark", "off"]\n'
     steady.configure(more)
     done = steady.inv("status", "--group", "all", "--json")
@@ -145,7 +145,7 @@ def test_the_logs_of_several_hosts_are_followed_at_once(steady: Fleet) -> None:
     assert following.returncode == 130
 
 
-def test_damage_and_another_torch(steady: Fleet) -> None:
+def test_damage_and_wrong_torch_are_reported(steady: Fleet) -> None:
     place = f"{PREFIX}/current/env/lib/python3.11/site-packages"
     steady.machine.run(f"mv {place}/torch-2.11.0.dist-info {place}/torch-2.9.1.dist-info")
     found = findings(steady, code=2)
@@ -156,7 +156,7 @@ def test_damage_and_another_torch(steady: Fleet) -> None:
     assert any(what.startswith(("a deploy would make env-", "a deploy would send uv")) for what, _ in found["drift"])
 
 
-def test_a_crash_loop_shows_the_line_that_tells(steady: Fleet) -> None:
+def test_crash_loop_shows_the_error_line(steady: Fleet) -> None:
     command = "/bin/sh -c 'echo starting; echo \"ModuleNotFoundError: No module named kornia\" >&2; echo bye; exit 1'"
     with drop_in(steady, "ExecStart=", f"ExecStart={command}", "RestartSec=100ms"):
         steady.machine.run("until systemctl is-failed comfyui; do sleep 0.1; done")
@@ -167,7 +167,7 @@ def test_a_crash_loop_shows_the_line_that_tells(steady: Fleet) -> None:
     assert (status.returncode, "stopped" in status.stdout) == (1, True)
 
 
-def test_a_comfyui_that_crashes_again_and_again_and_one_that_never_serves(steady: Fleet) -> None:
+def test_crash_loops_and_hanging_starts_are_reported(steady: Fleet) -> None:
     count = f"{PREFIX}/data/output/count"
     script = f'echo >> {count}; [ $(wc -l < {count}) -gt 3 ] && exec sleep 600; echo "RuntimeError: boom" >&2; exit 1'
     with drop_in(steady, "ExecStart=", f"ExecStart=/bin/sh -c '{script}'", "RestartSec=100ms"):
@@ -183,7 +183,7 @@ def test_a_comfyui_that_crashes_again_and_again_and_one_that_never_serves(steady
     assert remedy == "inv logs --host spark"
 
 
-def test_a_deploy_that_failed_and_one_that_was_cut_short(steady: Fleet) -> None:
+def test_failed_and_interrupted_deploys_are_reported(steady: Fleet) -> None:
     app = steady.comfyui("broken", {"main.py": (r"\A", 'raise RuntimeError("broken")\n')})
     for flag, how in ((), "failed"), (("--no-trial",), "reverted"):
         assert steady.deploy(*flag, HEARTH_APP=str(app)).returncode == 66
@@ -202,7 +202,7 @@ def test_a_deploy_that_failed_and_one_that_was_cut_short(steady: Fleet) -> None:
     assert remedy == "inv attach --host spark"
 
 
-def test_a_comfyui_that_hangs(steady: Fleet) -> None:
+def test_hanging_comfyui_is_reported(steady: Fleet) -> None:
     pid = steady.machine.run("systemctl show comfyui --property=MainPID --value").strip()
     steady.machine.run(f"kill -STOP {pid}")
     status = steady.inv("status", "--host", "spark")
@@ -214,7 +214,7 @@ def test_a_comfyui_that_hangs(steady: Fleet) -> None:
     assert "inv restart --host spark --force" in remedy
 
 
-def test_a_port_that_is_held(steady: Fleet) -> None:
+def test_port_in_use_is_reported(steady: Fleet) -> None:
     machine = steady.machine
     machine.run(f"systemctl stop comfyui; systemd-run --unit=other python3 -m http.server {machine.port}")
     machine.run(f"until ss -ltn | grep -q :{machine.port}; do sleep 0.1; done")
@@ -225,7 +225,7 @@ def test_a_port_that_is_held(steady: Fleet) -> None:
     assert only(found, "service") == ("the service is not running (inactive (dead))", "inv start --host spark")
 
 
-def test_a_slow_start_names_what_it_waited_for(steady: Fleet) -> None:
+def test_slow_start_names_its_cause(steady: Fleet) -> None:
     with drop_in(steady, "ExecStartPre=/bin/echo Background asset scan initiated", "ExecStartPre=/bin/sleep 20"):
         # longer than any other step of a start, on a busy machine too
         assert steady.answers()
@@ -268,7 +268,7 @@ def test_out_of_memory_in_the_kernel_and_on_the_gpu(steady: Fleet) -> None:
     assert 'modes = ["low-memory"] for spark' in remedy
 
 
-def test_folders_that_are_missing_dead_or_closed(steady: Fleet) -> None:
+def test_missing_dead_and_unreadable_folders_are_reported(steady: Fleet) -> None:
     machine = steady.machine
     steady.configure('mounts."/srv/none" = {}\n')
     assert any("/srv/none" in what for what, _ in findings(steady, code=2)["storage"])
@@ -294,7 +294,7 @@ def test_folders_that_are_missing_dead_or_closed(steady: Fleet) -> None:
     assert remedy == f"on the host: chown -R comfyui: {PREFIX}/data/output"
 
 
-def test_a_clock_that_is_off(steady: Fleet) -> None:
+def test_wrong_clock_is_reported(steady: Fleet) -> None:
     library = steady.machine.root / "usr/local/lib/clock.so"
     words = ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-x", "c", "-", "-o", str(library), "-ldl"]
     subprocess.run(words, input=AHEAD, text=True, check=True)

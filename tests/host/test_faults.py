@@ -127,9 +127,7 @@ def converge(fleet: Fleet, **env: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "when"), list(cases()))
-def test_an_interrupted_deploy_leaves_the_old_release_or_the_new(
-    steady: Fleet, other: Path, kind: str, when: str | float
-) -> None:
+def test_interrupted_deploy_leaves_old_or_new_release(steady: Fleet, other: Path, kind: str, when: str | float) -> None:
     old, data = steady.current(), steady.data()
     since = time.time()
     client = steady.start("deploy", "--host", "spark", HEARTH_APP=str(other))
@@ -165,7 +163,7 @@ def test_two_deploys_at_once(steady: Fleet, other: Path) -> None:
     converge(steady, HEARTH_APP=str(other))
 
 
-def test_an_upload_outlives_what_other_clients_do_meanwhile(steady: Fleet) -> None:
+def test_upload_survives_other_clients(steady: Fleet) -> None:
     """Another client deploys, prunes and rolls back: the facts match the first client's again; its upload remains."""
     client, app = half_uploaded(steady)
     flag = '[hosts.spark.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n'
@@ -223,7 +221,7 @@ def test_a_damaged_agent_is_sent_again(deployed: Fleet, damage: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_clock_that_was_set_back_does_not_change_where_rollback_goes(steady: Fleet) -> None:
+def test_rollback_ignores_the_clock(steady: Fleet) -> None:
     """The target is the previously active release, not the one with the newest files."""
     first = steady.current()
     with clock_set_back(steady, 2 * 86_400):
@@ -312,9 +310,7 @@ def kill_applying(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("when", [*revert_cases()])
-def test_the_agent_is_killed_while_it_takes_back_a_release_that_migrated_the_database(
-    steady: Fleet, when: float
-) -> None:
+def test_kill_during_rollback_of_a_migrated_database(steady: Fleet, when: float) -> None:
     """The health gate takes 3 s, so the times reach from the gate to the end of the revert."""
     old, tables, before = steady.current(), steady.database(), len(ended(steady))
     steady.configure("[hosts.spark.override]\nstart_seconds = 3\n")

@@ -57,7 +57,7 @@ def queue(fleet: Fleet, seconds: int) -> str:
         return str(json.load(answer)["prompt_id"])
 
 
-def test_a_gpu_is_shown_with_comfyuis_process(steady: Fleet) -> None:
+def test_gpu_shows_comfyuis_process(steady: Fleet) -> None:
     with driver(steady, "rtx-4070") as pid:
         told = steady.inv("gpu", "--host", "spark", "--json")
         assert told.returncode == 0, told.stderr
@@ -101,7 +101,7 @@ def test_a_recording_names_the_jobs(steady: Fleet, tmp_path: Path) -> None:
         assert (again.returncode, len(place.read_text().splitlines())) == (15, len(samples))
 
 
-def test_an_interrupt_keeps_what_was_recorded_and_ends_the_agent(steady: Fleet, tmp_path: Path) -> None:
+def test_interrupt_keeps_the_recording(steady: Fleet, tmp_path: Path) -> None:
     with driver(steady, "gb10"):
         place = tmp_path / "run.jsonl"
         started = steady.start("gpu", "--host", "spark", "--record", str(place), "--seconds", "600", "--every", "0.2")
@@ -115,7 +115,7 @@ def test_an_interrupt_keeps_what_was_recorded_and_ends_the_agent(steady: Fleet, 
         wait_for(lambda: not steady.machine.run("pgrep -f '[a]gent-.*pyz .* gpu'", check=False))
 
 
-def test_it_can_be_watched_over_one_connection(steady: Fleet) -> None:
+def test_watch_uses_one_connection(steady: Fleet) -> None:
     def logins() -> int:
         """The number of logins, including this one."""
         return steady.machine.run("journalctl --unit=ssh --output=cat").count("Accepted publickey")
@@ -131,7 +131,7 @@ def test_it_can_be_watched_over_one_connection(steady: Fleet) -> None:
         assert logins() == before + 2
 
 
-def test_comfyui_gives_its_memory_back_when_its_job_has_ended(steady: Fleet) -> None:
+def test_comfyui_frees_its_memory_after_its_job(steady: Fleet) -> None:
     job = queue(steady, 8)
     at_once = steady.inv("free-memory", "--host", "spark", "--wait", "0")
     assert at_once.returncode == 1, at_once.stdout + at_once.stderr
@@ -147,7 +147,7 @@ def test_comfyui_gives_its_memory_back_when_its_job_has_ended(steady: Fleet) -> 
     assert "ComfyUI's process: " in shown.stdout
 
 
-def test_a_container_does_not_let_its_page_cache_be_dropped(steady: Fleet) -> None:
+def test_page_cache_cannot_be_dropped_in_a_container(steady: Fleet) -> None:
     refused = steady.inv("drop-caches", "--host", "spark")
     assert refused.returncode == 63
     assert "no GPU of this host shares the machine's memory" in refused.stderr

@@ -67,7 +67,7 @@ def report(garden: Garden) -> dict[str, list[str]]:
     return found
 
 
-def test_it_gets_at_nothing_of_anybody_else(attacked: Garden) -> None:
+def test_hostile_node_reaches_nothing_of_others(attacked: Garden) -> None:
     found = report(attacked)
     assert found["foreign"] == []
     assert len(found["kept from"]) > 20
@@ -90,15 +90,15 @@ def timed(fleet: Fleet, *words: str, seconds: float = 60) -> str:
 
 
 @pytest.mark.parametrize("verb", ["status", "doctor", "jobs", "logs", "facts", "free-memory"])
-def test_what_is_asked_ends_in_time(attacked: Garden, verb: str) -> None:
+def test_requests_to_a_hostile_node_end_in_time(attacked: Garden, verb: str) -> None:
     assert timed(attacked.fleet, verb)
 
 
-def test_what_it_planted_is_told(attacked: Garden) -> None:
+def test_planted_files_are_reported(attacked: Garden) -> None:
     assert "data/custom_nodes contains evil.py, which is never loaded" in timed(attacked.fleet, "status")
 
 
-def test_it_is_stopped_updated_and_cleaned_away(attacked: Garden) -> None:
+def test_hostile_node_can_be_stopped_updated_and_removed(attacked: Garden) -> None:
     fleet, machine = attacked.fleet, attacked.fleet.machine
     stopped = fleet.inv("quarantine", "--host", "spark")
     assert stopped.returncode == 0, stopped.stderr

@@ -59,7 +59,7 @@ def active(fleet: Fleet) -> str:
     return fleet.machine.run("systemctl is-active comfyui || true").strip()
 
 
-def test_a_stop_waits_for_jobs_is_alone_and_lasts_until_the_next_boot(served: Fleet) -> None:
+def test_stop_waits_for_jobs_and_lasts_until_boot(served: Fleet) -> None:
     prompt = submit(served, 65)
     assert prompt in inv(served, "stop", "--drain", "1", code=64)
     assert active(served) == "active"
@@ -79,7 +79,7 @@ def test_a_stop_waits_for_jobs_is_alone_and_lasts_until_the_next_boot(served: Fl
     assert served.answers()
 
 
-def test_a_pause_outlasts_a_boot_and_is_not_undone_by_a_deploy(served: Fleet) -> None:
+def test_pause_survives_boot_and_deploy(served: Fleet) -> None:
     assert "until inv resume" in inv(served, "pause", "--dry-run", code=2)
     inv(served, "pause")
     served.machine.power_off()
@@ -95,7 +95,7 @@ def test_a_pause_outlasts_a_boot_and_is_not_undone_by_a_deploy(served: Fleet) ->
     assert served.facts()["service"]["enabled"]
 
 
-def test_a_restart_of_a_group_begins_with_its_canary(served: Fleet) -> None:
+def test_group_restart_starts_with_its_canary(served: Fleet) -> None:
     ghost = '[hosts.ghost]\naddress = "127.0.0.1"\nssh_port = 1\nprofile = "cpu"\n'
     served.configure(f'{PEOPLE}{MOUNT}{ghost}[groups]\nsound = ["spark", "ghost"]\nsick = ["ghost", "spark"]\n')
     sound, sick = (served.inv("restart", "--group", group) for group in ("sound", "sick"))
@@ -105,7 +105,7 @@ def test_a_restart_of_a_group_begins_with_its_canary(served: Fleet) -> None:
     assert "spark: skipped, the canary failed" in sick.stderr
 
 
-def test_what_waits_for_a_mount_can_be_stopped_and_not_started(served: Fleet) -> None:
+def test_service_waiting_for_a_mount_can_be_stopped(served: Fleet) -> None:
     machine = served.machine
     machine.run("mkdir -p /srv/plain; mount -t tmpfs plain /srv/plain")
     served.configure(f'{PEOPLE}mounts."/srv/plain" = {{}}\n{MOUNT}')  # systemd remounts Hearth's mounts
@@ -174,7 +174,7 @@ def test_jobs_that_run_and_wait(served: Fleet) -> None:
     assert "no jobs" in inv(served, "jobs")
 
 
-def test_what_is_removed_leaves_systemd_and_comes_back(served: Fleet) -> None:
+def test_removed_service_leaves_systemd_and_can_return(served: Fleet) -> None:
     machine = served.machine
     assert "comfyui-apply.service" in machine.run("ls /etc/systemd/system")
     release = served.current()
@@ -208,7 +208,7 @@ def test_what_is_removed_leaves_systemd_and_comes_back(served: Fleet) -> None:
     ],
     ids=["top", "root", "mount", "link", "home", "foreign"],
 )
-def test_a_prefix_that_is_not_for_deleting_is_refused(lone: Fleet, prefix: str, prepare: str, said: str) -> None:
+def test_unsafe_prefix_is_not_deleted(lone: Fleet, prefix: str, prepare: str, said: str) -> None:
     lone.machine.run(prepare)
     before = lone.machine.run(f"ls -A {prefix}/")
     lone.configure(f'prefix = "{prefix}"\n')
@@ -222,7 +222,7 @@ def test_a_prefix_that_is_not_for_deleting_is_refused(lone: Fleet, prefix: str, 
     assert active(lone) == "active"
 
 
-def test_a_nuke_goes_on_after_a_kill_and_a_power_cut_and_leaves_the_data(lone: Fleet) -> None:
+def test_nuke_resumes_after_kill_and_power_loss_and_keeps_data(lone: Fleet) -> None:
     """From here on, nothing is deployed."""
     machine, prefix = lone.machine, lone.prefix
     machine.run(f"runuser -u comfyui -- sh -c 'echo art > {PREFIX}/data/output/art.png'")
@@ -262,7 +262,7 @@ def wait_for(fleet: Fleet, title: str) -> None:
     raise AssertionError(f"step {title!r} never began")
 
 
-def test_the_data_goes_only_by_its_hosts_name_and_never_across_a_mount_or_link(lone: Fleet) -> None:
+def test_data_deletion_needs_the_name_and_stays_in_the_prefix(lone: Fleet) -> None:
     machine = lone.machine
     machine.run(f"mkdir -p /srv/vault/keep {PREFIX}/data/models/nas; touch /srv/vault/keep/file /srv/outside")
     machine.run(f"mount --bind /srv/vault {PREFIX}/data/models/nas")

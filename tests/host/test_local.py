@@ -107,7 +107,7 @@ def test_a_second_deploy_does_nothing(running: Here) -> None:
     assert running.supervisor() == before
 
 
-def test_its_gpu_is_seen_and_its_memory_given_back(running: Here, tmp_path: Path) -> None:
+def test_gpu_is_shown_and_memory_is_freed(running: Here, tmp_path: Path) -> None:
     child = running.supervisor()["child"]
     recording = tmp_path / "recording"
     recording.write_text(nvml.recording("gb10", ("compute", f"{child} 5000000000")))
@@ -128,7 +128,7 @@ def test_its_gpu_is_seen_and_its_memory_given_back(running: Here, tmp_path: Path
         assert dropped.returncode in (63, 69), dropped.stderr
 
 
-def test_comfyui_is_started_again_when_it_dies(running: Here) -> None:
+def test_crashed_comfyui_is_restarted(running: Here) -> None:
     before = running.supervisor()
     os.kill(before["child"], signal.SIGKILL)
     end = time.monotonic() + 30
@@ -138,7 +138,7 @@ def test_comfyui_is_started_again_when_it_dies(running: Here) -> None:
     assert running.answers(60)
 
 
-def test_a_supervisor_that_was_killed_is_started_by_the_next_deploy(running: Here) -> None:
+def test_deploy_restarts_a_killed_supervisor(running: Here) -> None:
     record = running.supervisor()
     os.kill(record["pid"], signal.SIGKILL)
     os.kill(record["child"], signal.SIGKILL)
@@ -150,7 +150,7 @@ def test_a_supervisor_that_was_killed_is_started_by_the_next_deploy(running: Her
     assert running.answers(1)
 
 
-def test_a_damaged_part_is_made_anew_and_comfyui_restarted(running: Here) -> None:
+def test_damaged_part_is_rebuilt_and_comfyui_restarted(running: Here) -> None:
     before = running.supervisor()
     part = (running.prefix / "current/app").resolve()
     (part / "nodes.py").chmod(0o644)
@@ -162,7 +162,7 @@ def test_a_damaged_part_is_made_anew_and_comfyui_restarted(running: Here) -> Non
     assert (part / "nodes.py").stat().st_mode & 0o222 == 0
 
 
-def test_a_deploy_goes_on_without_its_client_and_can_be_watched(running: Here) -> None:
+def test_deploy_continues_without_its_client(running: Here) -> None:
     before = (running.prefix / "current").readlink()
     running.configure('[hosts.local.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n')
     client = running.start("deploy")
@@ -185,7 +185,7 @@ def test_a_deploy_goes_on_without_its_client_and_can_be_watched(running: Here) -
     assert (running.prefix / "current").readlink() == before
 
 
-def test_without_systemd_too_comfyui_waits_for_its_mounts(running: Here, tmp_path: Path) -> None:
+def test_supervised_comfyui_waits_for_mounts(running: Here, tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     pool.mkdir()
     before = (running.prefix / "current").readlink()
@@ -215,7 +215,7 @@ def test_without_systemd_too_comfyui_waits_for_its_mounts(running: Here, tmp_pat
         subprocess.run(["umount", "--lazy", str(pool)], check=False)
 
 
-def test_other_addresses_another_port_and_tls_are_tried_and_taken_back(running: Here, tmp_path: Path) -> None:
+def test_changed_address_port_and_tls_can_be_rolled_back(running: Here, tmp_path: Path) -> None:
     """Each release is polled at its own address: in the trial, after the cut-over and in the rollback."""
     before, port = (running.prefix / "current").readlink(), running.port
     words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=spark.example", "-days", "2"]
@@ -247,9 +247,7 @@ def test_other_addresses_another_port_and_tls_are_tried_and_taken_back(running: 
     assert running.inv("deploy", "--dry-run").returncode == 0
 
 
-def test_without_systemd_too_nodes_under_development_are_looked_at_and_memory_is_given_back(
-    running: Here, tmp_path: Path
-) -> None:
+def test_supervised_development_mode_and_memory_timer(running: Here, tmp_path: Path) -> None:
     before = (running.prefix / "current").readlink()
     node = tmp_path / "my-node"
     node.mkdir()
@@ -279,7 +277,7 @@ def test_without_systemd_too_nodes_under_development_are_looked_at_and_memory_is
     assert (running.prefix / "current").readlink() == before
 
 
-def test_the_tutorial_does_what_it_says(running: Here, tmp_path: Path) -> None:
+def test_tutorial_commands_work(running: Here, tmp_path: Path) -> None:
     """docs/tutorial/custom-nodes.md, block by block, with a list of nodes that begins empty."""
     app = tmp_path / "app"
     shutil.copytree(files.CHECKOUT / "recipes/comfyui", app, ignore=shutil.ignore_patterns("nodes.toml"))
@@ -416,7 +414,7 @@ def submit(port: int, prefix: str) -> str:
         return str(json.load(answer)["prompt_id"])
 
 
-def test_jobs_that_ended_well_and_badly_and_a_comfyui_that_hangs(running: Here) -> None:
+def test_jobs_show_results_and_a_hanging_comfyui(running: Here) -> None:
     good, bad = submit(running.port, "good"), submit(running.port, "../../outside")
     time.sleep(2)
     shown = running.inv("jobs")
@@ -437,7 +435,7 @@ def test_jobs_that_ended_well_and_badly_and_a_comfyui_that_hangs(running: Here) 
     assert "ComfyUI accepts connections but does not answer" in silent.stderr
 
 
-def test_a_service_that_does_not_come_up_is_told_with_its_log(running: Here) -> None:
+def test_failed_start_shows_the_log(running: Here) -> None:
     main = running.prefix / "current/app/main.py"
     mode, text = main.stat().st_mode, main.read_text()
     main.chmod(0o644)
@@ -454,7 +452,7 @@ def test_a_service_that_does_not_come_up_is_told_with_its_log(running: Here) -> 
     assert mended.returncode == 0, mended.stderr
 
 
-def test_what_is_removed_comes_back_with_the_next_deploy(running: Here) -> None:
+def test_deploy_restores_a_removed_service(running: Here) -> None:
     release = (running.prefix / "current").readlink()
     done = running.inv("remove", "--yes")
     assert done.returncode == 0, done.stderr
@@ -470,7 +468,7 @@ def test_what_is_removed_comes_back_with_the_next_deploy(running: Here) -> None:
     assert [each["action"] for each in json.loads(running.inv("history", "--json").stdout)][-2:] == ["remove", "deploy"]
 
 
-def test_a_nuke_that_was_killed_goes_on_and_keeps_the_data_and_whatever_is_mounted(running: Here) -> None:
+def test_killed_nuke_resumes_and_keeps_data_and_mounts(running: Here) -> None:
     """The last test in this file: afterwards nothing is deployed."""
     prefix, pool = running.prefix, place_for("pool")  # on the same file system
     (pool / "weights").mkdir(parents=True)

@@ -55,7 +55,7 @@ def install(fleet: Fleet) -> dict[str, object]:
     return found
 
 
-def test_the_manager_when_chosen_installs_nothing_and_cannot_be_weakened(steady: Fleet) -> None:
+def test_manager_installs_nothing_and_cannot_be_weakened(steady: Fleet) -> None:
     machine = steady.machine
     package = steady.prefix / "current/env/lib/python3.11/site-packages/comfyui_manager"
     assert call(steady, "/v2/manager/version", method="GET")[0] == 404

@@ -205,7 +205,7 @@ def test_prometheus_finds_all_that_the_dashboard_and_the_alerts_name(metrics: tu
     machine.run("rm -r /opt/comfyui/data/output/metrics")
 
 
-def test_a_hung_comfyui_is_told_in_time_with_all_else(metrics: tuple[Fleet, int]) -> None:
+def test_metrics_report_a_hung_comfyui_in_time(metrics: tuple[Fleet, int]) -> None:
     fleet, port = metrics
     assert "hearth_comfyui_up 1.0" in scrape(port)
     time.sleep(1.1)  # an answer is cached for a second
@@ -236,7 +236,7 @@ def pid(fleet: Fleet, unit: str) -> str:
     return fleet.machine.run(f"systemctl show {unit} --property=MainPID --value").strip()
 
 
-def test_the_exporter_changes_alone_and_a_broken_one_gives_way_to_the_one_before(metrics: tuple[Fleet, int]) -> None:
+def test_exporter_changes_separately_and_rolls_back(metrics: tuple[Fleet, int]) -> None:
     fleet, port = metrics
     before = {unit: pid(fleet, unit) for unit in ("comfyui", UNIT)}
     release = fleet.current()

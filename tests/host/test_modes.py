@@ -36,7 +36,7 @@ def exposure(fleet: Fleet, unit: str) -> float:
     return float(found[1])
 
 
-def test_a_modes_flags_arrive_and_are_explained(steady: Fleet) -> None:
+def test_mode_flags_are_applied_and_explained(steady: Fleet) -> None:
     steady.becomes('modes = ["low-memory", "production"]\n')
     system = steady.ask("/system_stats")["system"]
     assert isinstance(system, dict)
@@ -56,7 +56,7 @@ def test_a_modes_flags_arrive_and_are_explained(steady: Fleet) -> None:
 
 
 @pytest.mark.parametrize("mode", profile.modes())
-def test_every_mode_is_one_for_the_comfyui_that_is_deployed(deployed: Fleet, mode: str) -> None:
+def test_every_mode_works_with_the_deployed_comfyui(deployed: Fleet, mode: str) -> None:
     try:
         deployed.configure(f'modes = ["{mode}"]\n')
         done = deployed.deploy("--dry-run")
@@ -65,7 +65,7 @@ def test_every_mode_is_one_for_the_comfyui_that_is_deployed(deployed: Fleet, mod
     assert done.returncode == (0 if mode == "standard" else 2), done.stderr
 
 
-def test_what_excludes_each_other_is_refused_with_who_says_it(deployed: Fleet) -> None:
+def test_exclusive_flags_are_refused_with_their_origins(deployed: Fleet) -> None:
     try:
         deployed.configure('modes = ["low-memory", "high-memory"]\n')
         modes = deployed.deploy()
@@ -87,7 +87,7 @@ def test_what_excludes_each_other_is_refused_with_who_says_it(deployed: Fleet) -
     assert "/srv/nothing does not exist" in missing.stderr
 
 
-def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet) -> None:
+def test_comfyui_restarts_when_a_developed_node_changes(steady: Fleet) -> None:
     """The node is in a private home folder, which the service's unit hides."""
     machine = steady.machine
     node = machine.root / HOME / "__init__.py"
@@ -132,7 +132,7 @@ def test_comfyui_starts_anew_when_a_node_under_development_changes(steady: Fleet
     assert machine.run("systemctl is-active comfyui-reload || true").strip() == "inactive"
 
 
-def test_memory_is_given_back_by_a_timer(steady: Fleet) -> None:
+def test_timer_frees_memory(steady: Fleet) -> None:
     steady.becomes('free_memory = "3s"\n')
     timers = json.loads(steady.machine.run("systemctl list-timers --output=json comfyui-free-memory.timer"))
     assert [each["activates"] for each in timers] == ["comfyui-free-memory.service"]

@@ -126,7 +126,7 @@ def ends_by_itself(client: subprocess.Popen[str]) -> str:
     return said
 
 
-def test_a_network_that_goes_silent_ends_the_client_and_not_the_deploy(distant: Distant) -> None:
+def test_silent_network_ends_the_client_but_not_the_deploy(distant: Distant) -> None:
     app = str(distant.comfyui("silent", {"README.md": (r"\A", "another\n")}))
     since = time.time()
     client = distant.start("deploy", "--host", "spark", HEARTH_APP=app)
@@ -145,7 +145,7 @@ def test_a_network_that_goes_silent_ends_the_client_and_not_the_deploy(distant: 
     assert (again.returncode, "nothing to do" in again.stdout) == (0, True), again.stderr
 
 
-def test_a_network_that_goes_silent_in_an_upload_ends_the_client(distant: Distant) -> None:
+def test_silent_network_during_upload_ends_the_client(distant: Distant) -> None:
     """The host still waits for the interrupted upload; the next client does not."""
     folder = distant.comfyui("large", {})
     (folder / "src/large.bin").write_bytes(random.Random(1).randbytes(20_000_000))
@@ -161,7 +161,7 @@ def test_a_network_that_goes_silent_in_an_upload_ends_the_client(distant: Distan
     assert done.returncode == 0, done.stderr
 
 
-def test_an_upload_of_the_agent_that_is_cut_off_is_done_again(distant: Distant) -> None:
+def test_interrupted_agent_upload_is_repeated(distant: Distant) -> None:
     for agent in agents(distant):
         agent.unlink()
     distant.slow("100kbit")

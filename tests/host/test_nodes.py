@@ -111,7 +111,7 @@ def garden(steady: Fleet, tmp_path: Path) -> Iterator[Garden]:
     steady.machine.run("rm -rf /opt/comfyui/data/nodes")
 
 
-def test_nodes_are_read_only_parts_with_writable_corners(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_are_read_only_with_writable_paths(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = garden.fleet
     first = garden.commit("good", GOOD.replace("WHICH", '("HearthOne", "HearthTwo")'))
     first += 'system = ["coreutils", "ffmpeg"]\n'
@@ -153,7 +153,7 @@ def test_nodes_are_read_only_parts_with_writable_corners(garden: Garden, monkeyp
     assert fleet.current() == release
 
 
-def test_a_node_finds_no_git_and_no_installer(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_cannot_see_git_or_installers(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = garden.fleet.machine
     for name in INSTALLERS:
         path = machine.root / name
@@ -176,7 +176,7 @@ def test_a_node_finds_no_git_and_no_installer(garden: Garden, monkeypatch: pytes
     assert tried["git clone x"] == "Permission denied"
 
 
-def test_nodes_that_were_not_resolved_are_refused(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresolved_nodes_are_refused(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
     first = garden.commit("good", GOOD.replace("WHICH", '("HearthOne",)'))
     garden.write(first, monkeypatch=monkeypatch)
     (garden.folder / "nodes.toml").write_text(garden.commit("good", "NODE_CLASS_MAPPINGS = {}\n"))
@@ -185,7 +185,7 @@ def test_nodes_that_were_not_resolved_are_refused(garden: Garden, monkeypatch: p
     assert "inv lock" in done.stderr
 
 
-def test_a_node_that_is_not_what_it_was_is_refused(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_altered_node_is_refused(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
     # code that no other test fetches: cached code is not fetched again
     table = garden.commit("good", GOOD.replace("WHICH", '("HearthGone",)'))
     garden.write(re.sub('tree = "[0-9a-f]+"', f'tree = "{"0" * 64}"', table), monkeypatch=monkeypatch)

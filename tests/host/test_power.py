@@ -187,7 +187,7 @@ def disks(images: Path) -> Iterator[tuple[Path, Path, Path, Path]]:
 
 
 @pytest.mark.parametrize("kind", [*replica.MKFS])
-def test_a_copy_of_a_disk_has_what_was_synced_and_not_what_was_only_in_memory(images: Path, kind: str) -> None:
+def test_replica_has_synced_data_only(images: Path, kind: str) -> None:
     """The basis of all tests in this file."""
     with disks(images) as (image, copy, disk, other):
         replica.mount_image(replica.make_image(image, kind, "1G"), disk)
@@ -201,9 +201,7 @@ def test_a_copy_of_a_disk_has_what_was_synced_and_not_what_was_only_in_memory(im
 
 
 @pytest.mark.parametrize("kind", [*replica.MKFS])
-def test_what_is_recorded_as_done_is_not_lost_with_the_power(
-    images: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recorded_steps_survive_power_loss(images: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A synced record implies that an earlier action is on disk. btrfs syncs only the requested file."""
     with disks(images) as (image, copy, disk, other):
         replica.mount_image(replica.make_image(image, kind, "1G"), disk)
@@ -247,7 +245,7 @@ def series(*always: str) -> Iterator[object]:
 
 
 @pytest.mark.parametrize(("kind", "count"), [*series("ext4")])
-def test_power_is_cut_in_an_update(
+def test_power_loss_during_an_update(
     original: Fleet, images: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str, count: int
 ) -> None:
     with tower(tmp_path, images, kind, original) as fleet:
@@ -267,7 +265,7 @@ def test_power_is_cut_in_an_update(
 
 
 @pytest.mark.parametrize(("kind", "count"), [*series("ext4")])
-def test_power_is_cut_while_a_release_that_migrates_the_database_is_taken_back(
+def test_power_loss_during_rollback_of_a_migration(
     original: Fleet, images: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str, count: int
 ) -> None:
     """Half of the cuts are in its gate, half from a second before its revert to six after its end; at least one each.
@@ -296,7 +294,7 @@ def test_power_is_cut_while_a_release_that_migrates_the_database_is_taken_back(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", [*replica.MKFS])
-def test_power_is_cut_in_a_first_deploy(
+def test_power_loss_during_a_first_deploy(
     images: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str
 ) -> None:
     """Its environment is created on the disk, gigabytes of files that are not synced individually: three cuts."""

@@ -55,7 +55,7 @@ def test_sudos_password_comes_from_the_keyring(deployed: Fleet) -> None:
     assert "open-sesame" not in done.stdout + done.stderr
 
 
-def test_every_host_is_reached_by_a_check(deployed: Fleet) -> None:
+def test_check_reaches_every_host(deployed: Fleet) -> None:
     ghost = '[hosts.ghost]\naddress = "127.0.0.1"\nssh_port = 1\nprofile = "cpu"\n'
     deployed.configure(ghost)
     one_is_off = deployed.inv("hosts", "--check")
@@ -67,7 +67,7 @@ def test_every_host_is_reached_by_a_check(deployed: Fleet) -> None:
     assert f"spark: reachable, debian 12, x86_64, release {deployed.current()}" in done.stderr
 
 
-def test_a_host_without_a_network_is_deployed_to_from_a_bundle(tmp_path: Path) -> None:
+def test_offline_host_is_deployed_from_a_bundle(tmp_path: Path) -> None:
     """Everything comes from one file: the client's cache and wheelhouse are empty, too."""
     bundle, cut = tmp_path / "spark.tar", tmp_path / "cut.tar"
     with (
@@ -99,7 +99,7 @@ def test_a_host_without_a_network_is_deployed_to_from_a_bundle(tmp_path: Path) -
 
 
 @pytest.mark.faults
-def test_a_host_without_a_network_gets_its_packages_from_here(tmp_path: Path) -> None:
+def test_offline_host_gets_packages_from_the_client(tmp_path: Path) -> None:
     """They are downloaded here (3 GB) and uploaded: part of the long run."""
     with fresh(tmp_path, "offline", Fleet, bare=True, network=False) as alone:
         alone.machine.boot()

@@ -15,7 +15,7 @@ PATTERN = "[c]orrect-horse-battery"
 """The secret as a pattern that does not match itself: the searching process is also a process."""
 
 
-def test_a_secret_is_comfyuis_alone(steady: Fleet) -> None:
+def test_secret_reaches_only_comfyui(steady: Fleet) -> None:
     machine = steady.machine
     steady.configure('secrets = ["HF_TOKEN"]\n')
     refused = steady.deploy()

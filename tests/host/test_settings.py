@@ -94,7 +94,7 @@ def mps(fleet: Fleet, *words: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_mps_on_limited_dying_and_off(steady: Fleet) -> None:
+def test_mps_life_cycle(steady: Fleet) -> None:
     machine = steady.machine
     assert "the driver shows no NVIDIA GPU" in mps(steady, "on", code=63)
     steady.configure("override.cuda = true\n")
@@ -158,7 +158,7 @@ def test_mps_on_limited_dying_and_off(steady: Fleet) -> None:
             assert "MPS is off" in mps(steady, "status")
 
 
-def test_an_mps_that_does_not_start_is_off_again_and_comfyui_serves(steady: Fleet) -> None:
+def test_failed_mps_start_is_rolled_back(steady: Fleet) -> None:
     steady.configure("override.cuda = true\n")
     with gpu(steady, "rtx-4070"), control(steady):
         steady.machine.run("mkdir -p /etc/systemd/system/comfyui-mps.service.d")
@@ -172,7 +172,7 @@ def test_an_mps_that_does_not_start_is_off_again_and_comfyui_serves(steady: Flee
         assert steady.facts()["settings"] == []
 
 
-def test_the_gpu_kept_to_a_group(steady: Fleet) -> None:
+def test_gpu_restricted_to_a_group(steady: Fleet) -> None:
     machine = steady.machine
     machine.run("useradd anna 2>/dev/null || true; mknod /dev/nvidia0 c 1 3; chmod 600 /dev/nvidia0")
     steady.configure('members = ["anna"]\n')

@@ -85,14 +85,14 @@ def test_included_files_are_read(box: Lab) -> None:
         "  IdentityFile ~/.ssh/none # a comment\n",
     ],
 )
-def test_an_option_that_ssh_takes_does_no_harm(box: Lab, own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ssh_options_are_accepted(box: Lab, own: str, monkeypatch: pytest.MonkeyPatch) -> None:
     relay = Path(__file__).with_name("relay.py").read_text()
     monkeypatch.setenv("HEARTH_RELAY", relay)
     box.configure(own=own)
     assert reach() == []
 
 
-def test_bytes_of_another_encoding_are_no_matter(box: Lab) -> None:
+def test_ssh_configuration_may_have_any_encoding(box: Lab) -> None:
     config = box.place / "config"
     config.write_bytes(b"# mein B\xfcro\r\n" + config.read_bytes())
     known = box.place / "known_hosts"
@@ -101,14 +101,14 @@ def test_bytes_of_another_encoding_are_no_matter(box: Lab) -> None:
 
 
 @pytest.mark.parametrize("broken", ["\ufeffHost x\n", 'IdentityFile "unbalanced\n', "NoSuchOption yes\n"])
-def test_a_configuration_that_ssh_refuses_is_named(box: Lab, broken: str) -> None:
+def test_invalid_ssh_configuration_is_reported(box: Lab, broken: str) -> None:
     box.configure(first=broken)
     error = refused("unreachable")
     assert "cannot read its configuration" in error.what
     assert f"{box.place}/config" in error.cause
 
 
-def test_a_host_key_alias_is_heeded(box: Lab) -> None:
+def test_host_key_alias_is_used(box: Lab) -> None:
     box.configure(own="  HostKeyAlias labbox\n")
     box.know(box.public("host"), name="labbox")
     assert reach() == []
@@ -161,7 +161,7 @@ def test_a_public_key_names_one_of_many_in_the_agent(box: Lab) -> None:
         assert reach() == []
 
 
-def test_a_certificate_that_lies_elsewhere_is_shown(box: Lab) -> None:
+def test_certificate_file_is_used(box: Lab) -> None:
     box.serve(f"TrustedUserCAKeys {box.place}/ca.pub\nAuthorizedKeysFile none\n")
     error = refused("unreachable")
     assert f"SSH authentication failed for {box.login} on box" in error.what
@@ -192,7 +192,7 @@ def test_jump_hosts_are_chained_and_each_key_is_checked(box: Lab) -> None:
     assert "SSH authentication failed" in refused("unreachable").what
 
 
-def test_hosts_toml_is_above_the_configuration(box: Lab) -> None:
+def test_hosts_toml_overrides_ssh_configuration(box: Lab) -> None:
     listed = box.place / "hosts.toml"
     text = listed.read_text()
     listed.write_text(text.replace('"lab"\n', f'"127.0.0.1"\nuser = "{box.login}"\nssh_port = {box.port}\n'))
@@ -217,7 +217,7 @@ def test_a_missing_ssh_names_its_package(box: Lab) -> None:
 
 
 @pytest.mark.usefixtures("box")
-def test_nothing_is_left_of_a_connection() -> None:
+def test_connection_leaves_no_files() -> None:
     with connection.connect(find_target("box")) as agent:
         agent.call("history")
         assert len(masters(agent)) == 1
@@ -243,7 +243,7 @@ def certify(box: Lab, *words: str, key: str) -> None:
         "@nonsense x y z",
     ],
 )
-def test_a_line_of_known_hosts_that_is_not_for_this_host_is_no_matter(box: Lab, line: str) -> None:
+def test_known_hosts_lines_of_others_are_ignored(box: Lab, line: str) -> None:
     box.know(box.public("host"), line.format(other=box.public("other")) + "\n")
     assert reach() == []
 
@@ -270,7 +270,7 @@ def test_a_revoked_key_is_refused(box: Lab) -> None:
     assert "is revoked" in refused("host-key").what
 
 
-def test_an_unknown_key_is_refused_unless_ssh_was_told_to_accept_it(box: Lab) -> None:
+def test_unknown_key_is_refused_by_default(box: Lab) -> None:
     known = box.place / "known_hosts"
     known.write_text("")
     error = refused("host-key")
@@ -316,9 +316,7 @@ ASKED = "ALL=(ALL) ALL"
 @pytest.mark.parametrize("password", ["", "secret"])
 @pytest.mark.parametrize("name", ["box", "rooted"])
 @pytest.mark.parametrize("path", SHELLS)
-def test_any_login_shell_will_do(
-    box: Lab, path: str, name: str, password: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_login_shell_works(box: Lab, path: str, name: str, password: str, monkeypatch: pytest.MonkeyPatch) -> None:
     box.use_shell(path)
     sudo(box, FREE)
     monkeypatch.setattr(passwords, "known", {"rooted": password})
@@ -334,7 +332,7 @@ NOISE = "printf 'Welcome to the lab'; echo '{\"error\": 1}'; echo 'sudo: passwor
 
 
 @pytest.mark.parametrize(("path", "file"), [("/bin/bash", ".bashrc"), ("/usr/bin/zsh", ".zshenv")])
-def test_shells_may_print_and_go_elsewhere(box: Lab, path: str, file: str) -> None:
+def test_shell_start_files_may_print_and_change_folder(box: Lab, path: str, file: str) -> None:
     """They change to a world-writable folder: no file there is used."""
     box.use_shell(path)
     box.write(file, NOISE)
@@ -354,14 +352,14 @@ def test_shells_may_print_and_go_elsewhere(box: Lab, path: str, file: str) -> No
         assert (box.place / "blob").read_bytes() == content
 
 
-def test_a_login_without_a_shell_is_told_apart(box: Lab) -> None:
+def test_login_without_shell_has_its_own_error(box: Lab) -> None:
     box.use_shell("/usr/sbin/nologin")
     error = refused("step-failed")
     assert "the login shell on box does not run commands" in error.what
     assert "not available" in error.cause
 
 
-def test_output_that_is_not_the_agents_is_told_apart(box: Lab) -> None:
+def test_foreign_output_has_its_own_error(box: Lab) -> None:
     box.write(".bashrc", "(sleep 0.05; while sleep 0.01; do echo tick; done) &\n")
     fake_python(box, "echo '[]'; sleep 0.5")
     assert "is not JSON" in refused("step-failed").what
@@ -376,7 +374,7 @@ def fake_python(box: Lab, script: str) -> None:
     box.write(".bashrc", f"PATH=~/bin:$PATH\n{path.read_text() if path.exists() else ''}")
 
 
-def test_a_host_without_python_is_told_apart(box: Lab) -> None:
+def test_missing_python_has_its_own_error(box: Lab) -> None:
     only_without(box, "python3")
     assert "box has no python3" in refused("step-failed").what
 
@@ -387,7 +385,7 @@ def only_without(box: Lab, program: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["3.8.18", "3.9.2"])
-def test_a_python_that_is_too_old_is_told_apart(box: Lab, version: str) -> None:
+def test_old_python_has_its_own_error(box: Lab, version: str) -> None:
     """The version is checked before any module of the agent is parsed."""
     numbers = ", ".join(version.split("."))
     start = f"import sys; sys.version_info = ({numbers}, 'final', 0); sys.version = '{version} x'"
@@ -403,7 +401,7 @@ def test_a_python_that_is_too_old_is_told_apart(box: Lab, version: str) -> None:
         ("kill -9 $$", "was killed by SIGKILL"),
     ],
 )
-def test_a_python_that_does_not_work_is_told_apart(box: Lab, script: str, says: str) -> None:
+def test_broken_python_has_its_own_error(box: Lab, script: str, says: str) -> None:
     fake_python(box, script)
     error = refused("step-failed")
     assert says in error.what
@@ -431,7 +429,7 @@ def rooted() -> object:
         return agent.call("history")
 
 
-def test_sudos_password_reaches_sudo_and_nobody_else(box: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sudo_password_reaches_only_sudo(box: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     for defaults in (
         (),
         ("timestamp_timeout=0",),
@@ -465,7 +463,7 @@ def test_a_wrong_sudo_password_is_one_failed_attempt(box: Lab, monkeypatch: pyte
         (FREE, "sudo", "has no sudo"),
     ],
 )
-def test_a_sudo_that_refuses_is_told_apart(
+def test_sudo_refusal_has_its_own_error(
     box: Lab, rule: str, program: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sudo(box, rule)
@@ -481,7 +479,7 @@ def test_a_sudo_that_refuses_is_told_apart(
 
 
 @pytest.mark.parametrize("name", ["box", "rooted"])
-def test_an_agent_that_is_not_whole_is_sent_again_and_never_run(box: Lab, name: str) -> None:
+def test_incomplete_agent_is_sent_again(box: Lab, name: str) -> None:
     sudo(box, FREE)
     reach(name)
     (path,) = (box.home / ".cache/hearth").glob("agent-*.pyz")
@@ -496,7 +494,7 @@ def test_an_agent_that_is_not_whole_is_sent_again_and_never_run(box: Lab, name: 
     assert not Path("/tmp/planted").exists()
 
 
-def test_a_file_is_sent_whole_though_the_agent_was_missing(box: Lab) -> None:
+def test_file_is_sent_completely_after_a_missing_agent(box: Lab) -> None:
     """The first attempt reads part of the file; the second must start from the beginning."""
     blob = box.place / "blob"
     blob.write_bytes(os.urandom(3_000_000))
@@ -507,7 +505,7 @@ def test_a_file_is_sent_whole_though_the_agent_was_missing(box: Lab) -> None:
     assert there.read_bytes() == blob.read_bytes()
 
 
-def test_a_folder_that_others_may_write_into_is_closed_first(box: Lab) -> None:
+def test_writable_folder_is_closed_first(box: Lab) -> None:
     reach()
     folder = box.home / ".cache/hearth"
     folder.chmod(0o777)
@@ -515,7 +513,7 @@ def test_a_folder_that_others_may_write_into_is_closed_first(box: Lab) -> None:
     assert folder.stat().st_mode & 0o022 == 0
 
 
-def test_an_upload_that_is_cut_off_leaves_nothing(box: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_upload_leaves_nothing(box: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     with connection.connect(find_target("box")) as agent:
         assert isinstance(agent, connection.Ssh)
         agent.put(b"old", ".cache/hearth/x/blob")
@@ -574,9 +572,7 @@ def signal_all(pids: list[int], number: int) -> None:
 
 
 @pytest.mark.parametrize("what", ["agent", "server", "connection"])
-def test_whoever_loses_sight_of_a_change_is_sent_to_attach(
-    box: Lab, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_connection_suggests_attach(box: Lab, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kills = {
         "agent": lambda _: box.processes("follow"),
         "server": lambda _: box.processes("sshd:"),
@@ -589,7 +585,7 @@ def test_whoever_loses_sight_of_a_change_is_sent_to_attach(
 
 @pytest.mark.parametrize("what", ["follow", "sshd:"])
 @pytest.mark.parametrize("jump", [False, True])
-def test_a_host_that_falls_silent_is_noticed(box: Lab, what: str, jump: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_host_is_detected(box: Lab, what: str, jump: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGSTOP: no FIN and no RST, as after a power cut. Behind a jump host, TCP's own time-outs do not detect that."""
     if jump:
         relay = Path(__file__).with_name("relay.py")
@@ -610,7 +606,7 @@ def test_a_host_that_falls_silent_is_noticed(box: Lab, what: str, jump: bool, mo
     assert time.monotonic() - begun < 15
 
 
-def test_a_host_that_is_off_or_unknown_is_told_apart(box: Lab) -> None:
+def test_unreachable_and_unknown_hosts_have_distinct_errors(box: Lab) -> None:
     box.serve()
     box.stop()
     assert "cannot be reached" in refused("unreachable").what
@@ -621,7 +617,7 @@ def test_a_host_that_is_off_or_unknown_is_told_apart(box: Lab) -> None:
     assert "no-such-program" in refused("unreachable").cause
 
 
-def test_a_host_that_takes_the_connection_and_says_nothing_is_given_up(box: Lab) -> None:
+def test_silent_ssh_server_times_out(box: Lab) -> None:
     box.stop()
     with socket.create_server(("127.0.0.1", box.port)):
         begun = time.monotonic()
@@ -631,7 +627,7 @@ def test_a_host_that_takes_the_connection_and_says_nothing_is_given_up(box: Lab)
 
 
 @pytest.mark.usefixtures("box")
-def test_a_connection_that_ended_between_two_verbs_is_made_again() -> None:
+def test_lost_connection_is_reopened_between_verbs() -> None:
     with connection.connect(find_target("box")) as agent:
         assert agent.call("history") == []
         signal_all(masters(agent), signal.SIGKILL)

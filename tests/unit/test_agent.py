@@ -89,7 +89,7 @@ def test_packages_that_overwrite_each_others_modules_are_refused_by_name(tmp_pat
     assert not list((tmp_path / "parts").iterdir())
 
 
-def test_packages_that_share_what_does_no_harm_are_not(tmp_path: Path) -> None:
+def test_packages_may_share_harmless_files(tmp_path: Path) -> None:
     shared = {"space/__init__.py": "", "LICENSE": "a"}
     one = {**shared, "space/one.py": "", "tests/__init__.py": "a = 1"}
     two = {**shared, "space/two.py": "", "tests/__init__.py": "a = 2", "LICENSE": "b"}
@@ -111,14 +111,14 @@ def test_packages_that_share_what_does_no_harm_are_not(tmp_path: Path) -> None:
         ({"A": "custom_nodes.two", "B": "comfy_extras.new"}, []),
     ],
 )
-def test_node_types_that_are_gone_or_another_nodes_are_told(before: object, said: list[str]) -> None:
+def test_removed_and_moved_node_types_are_reported(before: object, said: list[str]) -> None:
     after = {"A": "custom_nodes.two", "B": "comfy_extras.new"}
     notes: list[str] = []
     health.report_changed_types({"types": before}, {"types": after}, notes.append)
     assert [note.replace("custom_nodes.", "") for note in notes] == said
 
 
-def test_a_line_of_the_history_that_a_power_cut_tore_is_left_out(tmp_path: Path) -> None:
+def test_torn_history_line_is_skipped(tmp_path: Path) -> None:
     layout = at(tmp_path)
     assert journal.last(journal.history(layout)) == {}
     append(layout.history, {"action": "deploy", "run": "1"})
@@ -130,7 +130,7 @@ def test_a_line_of_the_history_that_a_power_cut_tore_is_left_out(tmp_path: Path)
     assert journal.last(journal.history(layout), *journal.DEPLOYS)["run"] == "1"
 
 
-def test_following_a_run_that_nobody_can_go_on_with_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_following_a_run_ends_if_it_cannot_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = at(tmp_path)
     write(layout.pending, json.dumps({"run": "r"}))
     started: list[Layout] = []
@@ -145,7 +145,7 @@ def test_following_a_run_that_nobody_can_go_on_with_ends(tmp_path: Path, monkeyp
     assert len(started) == 3
 
 
-def test_a_journal_is_followed_without_being_read_again(tmp_path: Path) -> None:
+def test_following_reads_each_journal_line_once(tmp_path: Path) -> None:
     layout = at(tmp_path)
     log = journal.Journal(layout, "r")
     for number in range(3):
@@ -160,7 +160,7 @@ def test_a_journal_is_followed_without_being_read_again(tmp_path: Path) -> None:
     assert [each.get("text") for each in following] == ["3", None]
 
 
-def test_notes_and_faults_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notes_and_errors_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = at(tmp_path)
 
     def chatty(_: Layout, __: Json, note: Callable[[str], None]) -> None:
@@ -176,7 +176,7 @@ def test_notes_and_faults_are_limited(tmp_path: Path, monkeypatch: pytest.Monkey
     assert log.events()[-1]["text"] == "further notes are omitted"
 
 
-def test_a_log_without_an_end_is_read_in_part(tmp_path: Path) -> None:
+def test_long_line_in_log_is_read_partly(tmp_path: Path) -> None:
     layout = at(tmp_path)
     manager = supervised.Supervised(layout)
     write(manager.output, "")
@@ -191,7 +191,7 @@ def test_a_log_without_an_end_is_read_in_part(tmp_path: Path) -> None:
         last_of(["sh", "-c", "echo no >&2; exit 1"], 5)
 
 
-def test_the_last_words_are_those_of_the_run_before_when_the_next_has_said_nothing_yet(tmp_path: Path) -> None:
+def test_last_words_fall_back_to_the_previous_run(tmp_path: Path) -> None:
     manager = supervised.Supervised(at(tmp_path))
     write(manager.output, "starting\nI am broken\n")
     write(manager.record, json.dumps({"offset": manager.output.stat().st_size}))
@@ -210,7 +210,7 @@ MISLEADING = {
 
 
 @pytest.mark.parametrize("text", MISLEADING.values(), ids=MISLEADING)
-def test_uvs_own_file_does_not_change_an_environment(
+def test_uv_configuration_does_not_change_an_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     (tmp_path / "config/uv").mkdir(parents=True)
@@ -239,9 +239,7 @@ def test_the_callers_variables_do_not_change_an_environment(tmp_path: Path, monk
     assert not (tmp_path / "other").exists()
 
 
-def test_an_index_whose_certificate_is_not_trusted_is_told_as_that(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_untrusted_index_certificate_has_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-days", "1"]
     words += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
     subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
@@ -275,7 +273,7 @@ def test_an_index_whose_certificate_is_not_trusted_is_told_as_that(
     assert raised.value.report["kind"] == "offline"
 
 
-def test_a_program_gets_what_it_needs_of_the_environment_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_get_an_allow_list_of_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/x")
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
@@ -285,7 +283,7 @@ def test_a_program_gets_what_it_needs_of_the_environment_and_no_more(monkeypatch
     assert run(["/usr/bin/env"], {"OWN": "1"}, inherit=False) == "OWN=1\n"
 
 
-def test_a_program_that_does_not_end_is_a_failure_with_a_message(tmp_path: Path) -> None:
+def test_program_time_out_is_an_error(tmp_path: Path) -> None:
     began = time.monotonic()
     script = f"sleep 60 & echo $! > {tmp_path}/pid; wait"
     with pytest.raises(AgentError, match=r"sh -c .* did not end within 1 s"):
@@ -312,7 +310,7 @@ def installed(tmp_path: Path, script: str) -> Path:
     return place
 
 
-def test_an_install_script_that_hangs_is_a_failed_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_install_script_fails_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trees, "INSTALL_SECONDS", 1)
     with pytest.raises(AgentError) as raised:
         installed(tmp_path, "import time; time.sleep(60)")
@@ -320,7 +318,7 @@ def test_an_install_script_that_hangs_is_a_failed_step(tmp_path: Path, monkeypat
     assert "did not end within 1 s" in raised.value.report["cause"]
 
 
-def test_of_what_an_install_script_leaves_only_regular_files_are_taken_over(tmp_path: Path) -> None:
+def test_install_script_output_keeps_only_regular_files(tmp_path: Path) -> None:
     script = """
 import os
 os.symlink("/etc/passwd", "link"); os.mkfifo("pipe"); os.makedirs("a/b"); open("a/b/c", "w").write("made")
@@ -333,7 +331,7 @@ open("tool", "w").close(); os.chmod("tool", 0o4755); print("on standard output")
     assert found["tool"].stat().st_mode & 0o7777 == 0o755
 
 
-def test_an_install_script_sees_nothing_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_script_gets_a_clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "HTTPS_PROXY", "PIP_INDEX_URL", "SSH_AUTH_SOCK", "PYTHONPATH", "XDG_RUNTIME_DIR"):
         monkeypatch.setenv(name, "x")
     place = installed(tmp_path, "import json, os; json.dump(dict(os.environ), open('seen', 'w'))")
@@ -342,9 +340,7 @@ def test_an_install_script_sees_nothing_of_the_caller(tmp_path: Path, monkeypatc
     assert seen["HOME"] == str(tmp_path / "state/install")
 
 
-def test_what_a_prefix_was_deployed_as_and_where_its_unit_leads_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prefix_state_has_deployed_settings_and_unit_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = at(tmp_path / "new")
     me = pwd.getpwuid(os.getuid()).pw_name
     layout.data.mkdir(parents=True)
@@ -366,7 +362,7 @@ def test_what_a_prefix_was_deployed_as_and_where_its_unit_leads_is_told(
 
 
 @pytest.mark.parametrize(("boot", "kept"), [("another boot", False), ("", True)])
-def test_a_cache_that_was_in_use_when_the_power_was_cut_is_deleted(tmp_path: Path, boot: str, kept: bool) -> None:
+def test_uv_cache_is_deleted_after_a_power_cut(tmp_path: Path, boot: str, kept: bool) -> None:
     """uv does not sync its cache and would install empty files. After a kill in the same boot, they are intact."""
     old = tmp_path / "state/cache/uv/old"
     write(old, "perhaps without content")

@@ -73,7 +73,7 @@ def units(layout: Layout) -> list[str]:
     return sorted(str(path.relative_to(layout.prefix / "units")) for path in (layout.prefix / "units").rglob("s-*"))
 
 
-def test_it_is_installed_changed_and_removed(layout: Layout, server: HTTPServer) -> None:
+def test_exporter_is_installed_changed_and_removed(layout: Layout, server: HTTPServer) -> None:
     assert installed(layout) == {}
     first = wanted(server.server_port)
     change(layout, first)
@@ -91,9 +91,7 @@ def test_it_is_installed_changed_and_removed(layout: Layout, server: HTTPServer)
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("broken", ["does not start", "says nothing", "does not exist"])
-def test_one_that_does_not_answer_gives_way_to_the_one_before(
-    layout: Layout, server: HTTPServer, before: bool, broken: str
-) -> None:
+def test_unresponsive_exporter_is_rolled_back(layout: Layout, server: HTTPServer, before: bool, broken: str) -> None:
     first = wanted(server.server_port) if before else {}
     change(layout, first)
     with HTTPServer(("127.0.0.1", 0), Metrics) as other:
@@ -115,7 +113,7 @@ def refuses(layout: Layout, bad: Json) -> str:
     return str(raised.value.report["what"])
 
 
-def test_a_previous_one_that_does_not_answer_either_is_restored_and_said(layout: Layout, server: HTTPServer) -> None:
+def test_unresponsive_previous_exporter_is_restored_and_reported(layout: Layout, server: HTTPServer) -> None:
     first = wanted(server.server_port)
     change(layout, first)
     server.text = b""  # type: ignore[attr-defined]
@@ -123,7 +121,7 @@ def test_a_previous_one_that_does_not_answer_either_is_restored_and_said(layout:
     assert installed(layout) == first
 
 
-def test_a_killed_change_that_is_done_again_restores_what_was_there_first(
+def test_killed_exporter_change_restores_the_original(
     layout: Layout, server: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = wanted(server.server_port)
@@ -139,9 +137,7 @@ def test_a_killed_change_that_is_done_again_restores_what_was_there_first(
     assert installed(layout) == first
 
 
-def test_an_older_hearths_link_into_its_release_is_replaced_and_not_written_through(
-    layout: Layout, server: HTTPServer
-) -> None:
+def test_old_exporter_link_is_replaced_not_followed(layout: Layout, server: HTTPServer) -> None:
     old = layout.prefix / "old.service"
     old.write_text("old")
     unit_file(layout).symlink_to(old)

@@ -53,7 +53,7 @@ def mode(path: Path) -> int:
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path) -> None:
+def test_unreadable_record_is_an_error(tmp_path: Path) -> None:
     assert read(tmp_path / "none.json") == {}
     (tmp_path / "file").touch()
     assert read(tmp_path / "file/none.json") == {}
@@ -69,7 +69,7 @@ def test_a_record_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["pending.json", "paused.json"])
-def test_a_damaged_record_of_a_run_or_a_pause_stops_whoever_needs_it(tmp_path: Path, name: str) -> None:
+def test_damaged_run_or_pause_record_is_an_error(tmp_path: Path, name: str) -> None:
     layout = at(tmp_path)
     layout.state.mkdir()
     (layout.state / name).write_text('{"run": ')
@@ -77,7 +77,7 @@ def test_a_damaged_record_of_a_run_or_a_pause_stops_whoever_needs_it(tmp_path: P
         facts(layout, ASK, [])
 
 
-def test_a_damaged_record_of_the_supervisor_is_told(tmp_path: Path) -> None:
+def test_damaged_supervisor_record_is_reported(tmp_path: Path) -> None:
     manager = supervised.Supervised(at(tmp_path))
     manager.lock.parent.mkdir()
     manager.record.write_text("")
@@ -89,7 +89,7 @@ def test_a_damaged_record_of_the_supervisor_is_told(tmp_path: Path) -> None:
 ASK = {"pythons": [], "mounts": {}, "places": {}, "packages": [], "metrics_port": 0}
 
 
-def test_what_a_deploy_writes_again_may_be_damaged(tmp_path: Path) -> None:
+def test_damaged_caches_are_ignored(tmp_path: Path) -> None:
     layout = at(tmp_path)
     (layout.releases / "one").mkdir(parents=True)
     layout.state.mkdir()
@@ -112,7 +112,7 @@ def test_what_a_deploy_writes_again_may_be_damaged(tmp_path: Path) -> None:
 # --- the order of releases -----------------------------------------------------------------------------------------
 
 
-def test_the_release_to_return_to_goes_by_the_history_and_not_by_clocks(tmp_path: Path) -> None:
+def test_previous_release_comes_from_history_not_clocks(tmp_path: Path) -> None:
     layout = at(tmp_path)
     at_once = {"a": 1000, "b": 2000, "c": 500, "d": 9000}  # the clock was set back before c was served
     for name, when in at_once.items():
@@ -141,9 +141,7 @@ def test_a_tree_of_any_depth_is_deleted_with_few_descriptors(tmp_path: Path) -> 
     assert not (tmp_path / "deep").exists()
 
 
-def test_what_cannot_be_deleted_in_a_deep_tree_is_left_with_its_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_undeletable_file_keeps_its_parent_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep(tmp_path / "deep", 30)
     (tmp_path / "deep/dd/other").touch()
     real = os.unlink
@@ -164,9 +162,7 @@ def test_what_cannot_be_deleted_in_a_deep_tree_is_left_with_its_folders(
     remove(tmp_path / "deep")  # it is gone already
 
 
-def test_a_folder_that_is_moved_while_it_is_deleted_takes_nothing_else_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_moved_during_deletion_deletes_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tree/inner").mkdir(parents=True)
     (tmp_path / "tree/inner/file").touch()
     (tmp_path / "kept/other").mkdir(parents=True)
@@ -184,7 +180,7 @@ def test_a_folder_that_is_moved_while_it_is_deleted_takes_nothing_else_with_it(
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["inner", "other", "tree"]
 
 
-def test_removing_a_link_touches_nothing_behind_it(tmp_path: Path) -> None:
+def test_removing_a_link_keeps_its_target(tmp_path: Path) -> None:
     home = tmp_path / "home"
     (home / ".ssh").mkdir(parents=True)
     (home / ".ssh/key").touch()
@@ -208,7 +204,7 @@ def test_folders_without_any_permission_are_deleted(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_way_to_mount_points_is_not_more_than_them(tmp_path: Path) -> None:
+def test_parent_folders_of_mount_points_are_kept(tmp_path: Path) -> None:
     deep(tmp_path / "data", 1200)
     point = f"{tmp_path}/data{'/dd' * 1100}"
     assert not _deletable(f"{tmp_path}/data", [point])
@@ -233,9 +229,7 @@ def test_a_tree_deeper_than_python_recurses_is_shared(tmp_path: Path) -> None:
         remove(layout.data)
 
 
-def test_a_folder_that_somebody_put_in_the_place_of_a_new_one_is_not_given_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replaced_new_folder_is_not_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     victim = tmp_path / "victim"
     victim.mkdir(mode=0o700)
     (victim / "secret").touch()
@@ -261,7 +255,7 @@ def test_a_folder_that_somebody_put_in_the_place_of_a_new_one_is_not_given_away(
     assert mode(tmp_path / "pool/out") == 0o755
 
 
-def test_what_a_killed_run_of_this_pid_left_is_no_obstacle(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_with_this_pid_are_replaced(tmp_path: Path) -> None:
     """In a container, every run has the same process id."""
     (tmp_path / "source").mkdir()
     (tmp_path / "source/new").touch()
@@ -271,7 +265,7 @@ def test_what_a_killed_run_of_this_pid_left_is_no_obstacle(tmp_path: Path) -> No
     assert [path.name for path in (tmp_path / "place").iterdir()] == ["new"]
 
 
-def test_a_folder_that_a_killed_run_was_making_is_hearths_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_folder_of_a_killed_run_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = at(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -297,7 +291,7 @@ def test_a_release_runs_its_own_agent(tmp_path: Path) -> None:
     assert not os.path.lexists(layout.releases / "one/agent")
 
 
-def test_the_agent_forgets_the_environment_of_whoever_started_it(tmp_path: Path) -> None:
+def test_agent_clears_the_callers_environment(tmp_path: Path) -> None:
     """All its child processes get only the rest; the messages that it matches are English."""
     code = "import os, subprocess; from agent import main; main.main(['nonsense']); subprocess.run('env', env=None)"
     hostile = {"LD_DEBUG_OUTPUT": "/tmp/x", "PYTHONPATH": "/nowhere", "SYSTEMD_PAGER": "evil", "LC_ALL": "de_DE.UTF-8"}
@@ -311,7 +305,7 @@ def test_the_agent_forgets_the_environment_of_whoever_started_it(tmp_path: Path)
     assert said == kept | {"LC_ALL": "C.UTF-8"}
 
 
-def test_more_than_can_be_held_or_deleted_in_time_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deletion_limits_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.deletion.AT_ONCE", 10)
     for number in range(105):
         (tmp_path / f"wide/{number}").mkdir(parents=True)
@@ -358,7 +352,7 @@ def held(path: Path, *, by_nobody: bool) -> Iterator[None]:
 
 
 @pytest.mark.needs("root")
-def test_nobody_else_can_hold_a_lock(shared_place: Path) -> None:
+def test_other_users_cannot_hold_a_lock(shared_place: Path) -> None:
     path = shared_place / "lock"
     with flock(path):
         assert mode(path) == 0o600
@@ -374,7 +368,7 @@ def test_nobody_else_can_hold_a_lock(shared_place: Path) -> None:
     assert [each.name for each in shared_place.iterdir()] == ["lock"]
 
 
-def test_what_an_older_hearth_holds_is_held(shared_place: Path) -> None:
+def test_locks_of_older_versions_are_respected(shared_place: Path) -> None:
     path = shared_place / "lock"
     path.touch(0o644)
     with held(path, by_nobody=False):
@@ -401,7 +395,7 @@ def test_locks_are_renewed_by_one_at_a_time(shared_place: Path) -> None:
     assert count.read_text() == "8"
 
 
-def test_a_draft_goes_with_its_process_and_else_with_its_time(tmp_path: Path) -> None:
+def test_drafts_of_dead_processes_and_old_drafts_are_removed(tmp_path: Path) -> None:
     """A draft of a run killed moments before used to survive the run that resumed it."""
     with subprocess.Popen(["true"]) as ended:
         pass

@@ -118,7 +118,7 @@ def installing(layout: Layout) -> list[str]:
     return [sys.executable, "-c", CODE, str(archive.agent_file()), json.dumps(layout.json)]
 
 
-def test_killed_at_any_moment_an_agent_is_whole_or_not_there(layout: Layout) -> None:
+def test_killed_unpacking_leaves_a_complete_agent_or_none(layout: Layout) -> None:
     name = unpacked(layout).name
     whole = len(archive.packed_agent())
     for delay in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4):
@@ -145,7 +145,7 @@ def test_a_plan_replaces_an_agent_that_was_not_trusted(layout: Layout) -> None:
     assert [path.name for path in planted.parents[1].iterdir()] == [planted.parent.name]
 
 
-def test_agents_are_kept_that_something_links_to_or_that_may_be_in_use(layout: Layout) -> None:
+def test_linked_and_recent_agents_are_kept(layout: Layout) -> None:
     for name in ("unit", "release", "recent", "old", ".draft.1"):
         place = layout.state / "agents" / name
         place.mkdir(parents=True)

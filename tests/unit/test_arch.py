@@ -16,12 +16,12 @@ from tests.errors import raises
         ("10.0f", Arch(10, 0, "f")),
     ],
 )
-def test_parses_what_torch_writes(text: str, arch: Arch) -> None:
+def test_arch_parses_torchs_notation(text: str, arch: Arch) -> None:
     assert Arch.parse(text) == arch
 
 
 @pytest.mark.parametrize("text", ["12.10", "abc", "12", "sm_89", "8,9", "-8.9", "8.9b", ""])
-def test_refuses_what_is_no_capability(text: str) -> None:
+def test_invalid_capability_is_refused(text: str) -> None:
     with raises("arch"):
         Arch.parse(text)
 
@@ -37,6 +37,6 @@ def test_a_list_refuses_what_archs_toml_does_not_know(text: str) -> None:
         parse_list(text, known_archs())
 
 
-def test_text_and_back() -> None:
+def test_arch_round_trips_through_text() -> None:
     for text in ("12.1", "9.0a", "8.9+PTX"):
         assert str(Arch.parse(text)) == text

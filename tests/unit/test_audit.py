@@ -22,7 +22,7 @@ from lock.audit import Inventory
 from tests.client import Client
 from tests.errors import raises
 from tests.plans import spark
-from tests.unit.test_bill import manifest
+from tests.unit.test_sbom import manifest
 
 
 @dataclass
@@ -117,14 +117,14 @@ def test_every_version_is_looked_up_and_named_with_its_remedy(osv: Osv) -> None:
     assert (each.remedy, each.source, each.where) == ("fixed in 99", "https://example.org/hole", ("a-list",))
 
 
-def test_what_the_curated_list_has_is_not_told_twice(osv: Osv) -> None:
+def test_curated_findings_are_not_repeated(osv: Osv) -> None:
     osv.packages = {("ultralytics", "8.3.41")}
     osv.known = {("ultralytics", "8.3.41"): "PYSEC-2024-154"}
     (each,) = audit.check(stock(*osv.packages), osv.url).findings
     assert "mine cryptocurrency" in each.what
 
 
-def test_a_service_that_refuses_is_no_all_clear(osv: Osv) -> None:
+def test_refusing_service_is_an_error(osv: Osv) -> None:
     found = audit.check(stock(("idna", "3.4")), osv.url)
     assert isinstance(found.error, AuditError)
     assert "400" in found.error.cause
@@ -132,7 +132,7 @@ def test_a_service_that_refuses_is_no_all_clear(osv: Osv) -> None:
     osv.refused.clear()
 
 
-def test_without_a_service_what_is_known_here_is_told_first() -> None:
+def test_curated_findings_are_shown_without_the_service() -> None:
     bad = Repository("x", "https://github.com/applebotzz/comfyui_llmvision.git", "a" * 40, "")
     found = audit.check(stock(("litellm", "1.82.8"), repositories=(bad,)), "http://127.0.0.1:1")
     assert [(each.name, each.at) for each in found.findings] == [("x", "a" * 40), ("litellm", "1.82.8")]
@@ -142,7 +142,7 @@ def test_without_a_service_what_is_known_here_is_told_first() -> None:
 
 
 @pytest.mark.parametrize(("certain", "said"), [(True, "x 1: a hole"), (False, "x 1: possibly: a hole")])
-def test_what_cannot_be_told_is_marked(certain: bool, said: str) -> None:
+def test_uncertain_findings_are_marked(certain: bool, said: str) -> None:
     finding = audit.Finding("x", "1", ("CVE-1",), "a hole", "fixed in 2", "https://example.org", certain=certain)
     first, second, last = audit.rows(audit.Audit(1, 0, 0, (finding,), None))
     assert (first, second) == (said, "    CVE-1; fixed in 2; https://example.org")
@@ -173,7 +173,7 @@ STEALER = (
 )
 
 
-def test_all_that_is_locked_here_is_audited(osv: Osv, tmp_path: Path) -> None:
+def test_audit_covers_all_locks(osv: Osv, tmp_path: Path) -> None:
     osv.packages = set(audit.locked().packages)
     assert {"torch", "cyclonedx-python-lib", "nvidia-cuda-nvcc"} <= {name for name, _ in osv.packages}
     own = Own(tmp_path)
@@ -262,7 +262,9 @@ FIXED = "f" * 40
         (msgspec.structs.replace(MANAGER, versions=()), "1", None, True),
     ],
 )
-def test_who_is_affected(entry: Advisory, version: str, held: bool | None, expected: bool | None) -> None:
+def test_advisory_version_and_commit_ranges(
+    entry: Advisory, version: str, held: bool | None, expected: bool | None
+) -> None:
     there = Repository("b", "https://github.com/A/b.git/", "c" * 40, version)
     assert advisory.of("https://github.com/A/b.git/", [entry]) == [entry]
     assert advisory.of("https://github.com/A/bb", [entry]) == []
@@ -293,9 +295,7 @@ def test_the_curated_list_names_its_sources_and_none_of_ours() -> None:
         ('what = "w"\npackage = "a"', "source"),
     ],
 )
-def test_an_entry_that_says_too_little_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
-) -> None:
+def test_incomplete_advisory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str) -> None:
     (tmp_path / "recipes/comfyui").mkdir(parents=True)
     (tmp_path / "recipes/comfyui/known-bad.toml").write_text(f"[[advisory]]\n{text}\n")
     monkeypatch.setattr(files, "CHECKOUT", tmp_path)

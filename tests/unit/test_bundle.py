@@ -78,7 +78,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Opened]:
     return output, found
 
 
-def test_a_bundle_names_every_file_and_is_found_whole(made: tuple[Path, Opened]) -> None:
+def test_bundle_lists_every_file_and_verifies(made: tuple[Path, Opened]) -> None:
     path, opened = made
     assert bundle.verify(path) == opened
     assert opened.origin == "not signed"
@@ -90,7 +90,7 @@ def test_a_bundle_names_every_file_and_is_found_whole(made: tuple[Path, Opened])
     assert (written.version, written.platform, written.python, written.asking) == ("1.2.3", "linux_x86_64", "3.11", ())
 
 
-def test_what_is_deployed_from_a_bundle_comes_from_it_alone(
+def test_deploy_from_bundle_uses_no_other_source(
     made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path, _ = made
@@ -130,7 +130,7 @@ def test_a_bundle_needs_a_list_for_its_platform_and_python(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
-def test_a_bundle_that_was_cut_short_is_refused(made: tuple[Path, Opened], tmp_path: Path, share: float) -> None:
+def test_truncated_bundle_is_refused(made: tuple[Path, Opened], tmp_path: Path, share: float) -> None:
     path, _ = made
     content = path.read_bytes()
     short = tmp_path / "short.tar"
@@ -139,7 +139,7 @@ def test_a_bundle_that_was_cut_short_is_refused(made: tuple[Path, Opened], tmp_p
         bundle.verify(short)
 
 
-def test_a_bundle_that_was_altered_is_refused_and_nothing_of_it_stays(
+def test_altered_bundle_is_refused_and_removed(
     made: tuple[Path, Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, _ = made
@@ -155,7 +155,7 @@ def test_a_bundle_that_was_altered_is_refused_and_nothing_of_it_stays(
     assert not list((tmp_path / "empty/bundles").iterdir())
 
 
-def test_what_is_no_bundle_or_another_hearths_is_refused(made: tuple[Path, Opened], tmp_path: Path) -> None:
+def test_non_bundle_and_other_format_are_refused(made: tuple[Path, Opened], tmp_path: Path) -> None:
     _, opened = made
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
@@ -197,7 +197,7 @@ def member(name: str, content: bytes, kind: bytes = tarfile.REGTYPE, **fields: A
     return info, content
 
 
-def test_members_that_are_not_what_the_manifest_names_are_refused(made: tuple[Path, Opened], tmp_path: Path) -> None:
+def test_unexpected_members_are_refused(made: tuple[Path, Opened], tmp_path: Path) -> None:
     def named(name: str, size: int = 3) -> Bundle:
         digest = hashlib.sha256(b"abc").hexdigest()
         return msgspec.structs.replace(made[1].bundle, files={name: File(digest, size)})
@@ -282,7 +282,7 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 @pytest.mark.parametrize("first", [True, False])
-def test_what_an_archive_may_say_is_refused_in_little_memory(
+def test_hostile_archives_are_refused_with_bounded_memory(
     made: tuple[Path, Opened], tmp_path: Path, what: str, *, first: bool
 ) -> None:
     whole = built(tmp_path, msgspec.structs.replace(made[1].bundle, files={"a": File("0" * 64, 3)})).read_bytes()
@@ -344,7 +344,7 @@ def signed(made: tuple[Path, Opened], keys: Path, tmp_path_factory: pytest.TempP
     return place
 
 
-def test_a_bundle_is_signed_by_somebody_or_refused(
+def test_unsigned_bundle_is_refused_if_signers_are_listed(
     made: tuple[Path, Opened], signed: Path, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = tmp_path / "allowed_signers"
@@ -370,7 +370,7 @@ def test_a_bundle_is_signed_by_somebody_or_refused(
             bundle.verify(signed)
 
 
-def test_a_signature_of_something_else_is_refused_before_anything_is_read(
+def test_foreign_signature_is_refused_before_reading(
     made: tuple[Path, Opened], signed: Path, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = signed.read_bytes()
@@ -403,7 +403,7 @@ def test_a_key_that_cannot_sign_says_why(tmp_path: Path, keys: Path, monkeypatch
 
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("kind", ["missing", "a link to nothing", "a folder", "a pipe", "too large", "below a file"])
-def test_a_list_that_cannot_be_read_lists_nobody(
+def test_invalid_signers_list_is_an_error(
     made: tuple[Path, Opened], signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, *, named: bool
 ) -> None:
     listed = tmp_path / "config/allowed_signers"
@@ -436,7 +436,7 @@ def public(keys: Path, name: str) -> str:
     return " ".join((keys / f"{name}.pub").read_text().split()[:2])
 
 
-def test_a_revoked_key_signs_nothing_whatever_else_lists_or_certifies_it(keys: Path, tmp_path: Path) -> None:
+def test_revoked_key_is_refused(keys: Path, tmp_path: Path) -> None:
     anna, eve = public(keys, "anna"), public(keys, "eve")
     by_key = signature.sign("text", keys / "anna")
     shutil.copy(keys / "anna", tmp_path / "anna")
@@ -480,9 +480,7 @@ def test_a_revoked_key_signs_nothing_whatever_else_lists_or_certifies_it(keys: P
             by_key.signer(f"anna {anna}\n{mark}\n", "the list")
 
 
-def test_the_time_of_checking_ends_a_key_and_no_time_that_a_signer_says(
-    keys: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_key_expiry_uses_the_verification_time(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its earlier signatures do not count either, since their times cannot be verified."""
     words: list[str] = []
     run = shell.run
@@ -499,7 +497,7 @@ def test_the_time_of_checking_ends_a_key_and_no_time_that_a_signer_says(
     assert not [word for word in words if "verify-time" in word]
 
 
-def test_a_host_that_lists_signers_takes_no_other_bundle(made: tuple[Path, Opened], signed: Path, keys: Path) -> None:
+def test_host_with_signers_refuses_other_bundles(made: tuple[Path, Opened], signed: Path, keys: Path) -> None:
     facts = replace(FRESH, machine="x86_64", signers=allowed(keys, "anna"))
     with bundle.opened(signed) as opened:
         deploy._accept(opened, "far", facts)
@@ -509,9 +507,7 @@ def test_a_host_that_lists_signers_takes_no_other_bundle(made: tuple[Path, Opene
         deploy._accept(opened, "far", facts)
 
 
-def test_a_host_refuses_a_bundle_before_anything_in_it_is_read(
-    made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_host_refuses_a_bundle_before_reading_it(made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even its profiles: the requests to the host and the connection depend only on the operator's hosts.toml."""
     monkeypatch.setenv("HEARTH_HOSTS", str(made[0].with_name("hosts.toml")))
     asked: list[dict[str, Any]] = []
@@ -540,7 +536,7 @@ def test_a_bundle_with_other_nodes_is_refused(made: tuple[Path, Opened]) -> None
         deploy._same_nodes(made[1], "far", ["six"])
 
 
-def test_a_bundle_takes_no_folders_place(tmp_path: Path) -> None:
+def test_bundle_does_not_replace_a_folder(tmp_path: Path) -> None:
     wanted: Any = None
     with raises("bundle", match="is not a file"):
         bundle.write(wanted, wanted, "", "", [], tmp_path)

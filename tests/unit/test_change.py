@@ -100,14 +100,14 @@ def test_a_change_is_applied_and_converges(at: Any) -> None:
 
 
 @pytest.mark.parametrize("left", [some(STEP), some(refusals=(Refusal("busy", "start comfyui", "wait"),))])
-def test_what_did_not_converge_is_named(at: Any, left: Plan) -> None:
+def test_remaining_steps_are_reported(at: Any, left: Plan) -> None:
     at(Machine(settled()))
     with raises("not-converged") as caught:
         change.change_each(["spark"], Change(action="start", plan=planner(some(STEP), left)), Options())
     assert caught.value.cause == "start comfyui"
 
 
-def test_another_plan_may_check_it_or_none(at: Any) -> None:
+def test_convergence_check_uses_the_given_plan(at: Any) -> None:
     at(Machine(settled(), ends=(DONE, DONE)))
     checked = Change(action="restart", plan=planner(some(STEP)), check=planner(some()))
     unchecked = Change(action="drop-caches", plan=planner(some(STEP)), unchecked="the cache fills again")
@@ -116,7 +116,7 @@ def test_another_plan_may_check_it_or_none(at: Any) -> None:
         assert found.changed
 
 
-def test_nothing_is_applied_on_a_dry_run_without_steps_or_without_consent(at: Any) -> None:
+def test_dry_run_no_steps_and_no_confirmation_apply_nothing(at: Any) -> None:
     machine = at(Machine(settled()))
 
     def no() -> None:
@@ -130,7 +130,7 @@ def test_nothing_is_applied_on_a_dry_run_without_steps_or_without_consent(at: An
     assert not machine.submitted
 
 
-def test_a_host_without_a_way_to_the_index_gets_the_packages(at: Any) -> None:
+def test_offline_host_is_sent_the_packages(at: Any) -> None:
     at(Machine(settled(), ends=(OFFLINE, DONE)))
     plans = [some(STEP), some(STEP), some()]
     (found,) = change.change_each(["spark"], Change(action="deploy", plan=planner(*plans), inputs=inputs()), Options())
@@ -143,7 +143,7 @@ def test_a_host_without_a_way_to_the_index_gets_the_packages(at: Any) -> None:
 BUSY, TAKEN = Refusal("busy", "b", "wait"), Refusal("port-taken", "p", "stop it")
 
 
-def test_refusals_are_data_of_the_error_also_of_a_groups(at: Any) -> None:
+def test_refusals_are_data_of_errors_and_group_errors(at: Any) -> None:
     machine = at(Machine(settled()))
     with raises("refused") as one:
         change.change_each(

@@ -52,9 +52,7 @@ def test_every_recipe_supports_only_what_exists(monkeypatch: pytest.MonkeyPatch)
         ("git = ", "gti = ", "$.source[0]", "git"),
     ],
 )
-def test_an_unknown_key_is_refused_with_its_place_and_a_near_match(
-    tmp_path: Path, old: str, new: str, place: str, near: str
-) -> None:
+def test_unknown_key_error_has_path_and_suggestion(tmp_path: Path, old: str, new: str, place: str, near: str) -> None:
     text = (files.CHECKOUT / "recipes/sageattention/recipe.toml").read_text()
     (tmp_path / "recipe.toml").write_text(text.replace(old, new, 1))
     with raises("config") as caught:

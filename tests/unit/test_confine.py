@@ -173,7 +173,7 @@ def tell(place: Path, port: int, user: int = 0, code: str = PROBE, abi: int = 0,
 
 
 @pytest.mark.parametrize("user", [0, 65534])
-def test_it_reads_the_system_writes_its_data_and_gets_no_further(user: int, port: int) -> None:
+def test_confined_process_reads_system_and_writes_data_only(user: int, port: int) -> None:
     """In a folder that every user can traverse, unlike a home."""
     if os.geteuid() or (user and not Path("/usr/bin/python3").exists()):
         pytest.skip("only root can become somebody else, who needs a Python to run")
@@ -192,13 +192,13 @@ def test_it_reads_the_system_writes_its_data_and_gets_no_further(user: int, port
     assert told["secret"] == "told to it alone"
 
 
-def test_offline_means_no_datagrams_either(tmp_path: Path, port: int) -> None:
+def test_offline_blocks_udp(tmp_path: Path, port: int) -> None:
     told = tell(tmp_path, port, udp=False, connect=[])
     assert told["UDP"] == told["MPTCP"] == told["connect by sendto"] == "Operation not permitted"
     assert told["connect to an allowed port"] == "Permission denied"
 
 
-def test_secrets_alone_confine_nothing(tmp_path: Path) -> None:
+def test_secrets_without_confinement(tmp_path: Path) -> None:
     """If a system unit confines the command, it only gets its secrets."""
     (tmp_path / "TOKEN").write_text("x")
     code = "from agent.serve import confine; import sys; confine.main({'secrets': ['TOKEN']}, sys.argv[1:])"
@@ -243,7 +243,7 @@ print(json.dumps(told))
 
 
 @pytest.mark.parametrize("abi", [0, 1, 2])
-def test_what_comfyui_does_works_confined(tmp_path: Path, port: int, abi: int) -> None:
+def test_comfyui_operations_work_confined(tmp_path: Path, port: int, abi: int) -> None:
     told = tell(tmp_path, port, code=WORKS, abi=abi)
     assert told.pop("temporary 3").startswith(str(tmp_path / "data/cache/tmp"))
     assert [told.pop(f"{each}") for each in ("<lambda> 0", "squares 1", "shared 2", "ran 4")] == [
@@ -290,7 +290,7 @@ SHUT = "refused refused refused"
         (["data"], [], "data/cache/tmp"),  # TMPDIR
     ],
 )
-def test_a_link_that_it_may_have_made_opens_nothing(
+def test_links_in_writable_folders_grant_nothing(
     tmp_path: Path, port: int, write: list[str], read: list[str], at: str, abi: int
 ) -> None:
     """The confined process replaces a folder by a link; at the next start, a rule must not open the link's target."""
@@ -313,7 +313,7 @@ def test_no_folder_is_made_through_a_link(tmp_path: Path, port: int) -> None:
 
 
 @pytest.mark.parametrize("abi", [0, 1, 2])
-def test_models_that_somebody_linked_to_a_disk_are_read(tmp_path: Path, port: int, abi: int) -> None:
+def test_linked_models_folder_is_readable(tmp_path: Path, port: int, abi: int) -> None:
     model = tmp_path / "disk/models/a.safetensors"
     model.parent.mkdir(parents=True)
     model.touch()
@@ -326,7 +326,7 @@ def test_models_that_somebody_linked_to_a_disk_are_read(tmp_path: Path, port: in
 
 
 @pytest.mark.parametrize("abi", [0, 1, 2])
-def test_no_rule_opens_what_holds_the_secrets(tmp_path: Path, port: int, abi: int) -> None:
+def test_no_rule_grants_the_secrets_folder(tmp_path: Path, port: int, abi: int) -> None:
     """Neither a path in the host's configuration nor a system folder that it is installed in."""
     for name in ("home/prefix/secrets", "home/prefix/state", "home/prefix/models", "home/more"):
         (tmp_path / name).mkdir(parents=True)
@@ -342,7 +342,7 @@ def test_no_rule_opens_what_holds_the_secrets(tmp_path: Path, port: int, abi: in
     assert confine._closed(spec) >= {Path(folder), Path(folder).parent / "state", Path("/root")}
 
 
-def test_of_a_python_in_the_home_folder_its_own_files_are_opened(tmp_path: Path) -> None:
+def test_python_in_home_is_readable(tmp_path: Path) -> None:
     own = ("bin/python3.12", "lib/python3.12", "lib/libpython3.12.so.1.0", "include/python3.12")
     others = ("share/keyrings", "lib/python3.11", "lib/systemd", "bin/hearth", "include/x")
     for name in (*own, *others):
@@ -404,7 +404,7 @@ def answer(program: bytes, arch: int, number: int, *arguments: int) -> int:
         (0, 63, (), 0),  # read
     ],
 )
-def test_the_filter_knows_the_calls_of_both_architectures(
+def test_seccomp_filter_covers_both_architectures(
     x86: int, arm: int, arguments: tuple[int, ...], error: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for machine, arch, number in (("x86_64", X86, x86), ("aarch64", ARM, arm)):
@@ -417,7 +417,7 @@ def test_the_filter_knows_the_calls_of_both_architectures(
         assert len(program) < 8 * 4096  # BPF_MAXINSNS
 
 
-def test_what_an_old_landlock_lets_be_emptied_the_filter_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seccomp_blocks_truncation_under_old_landlock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     old, new = (confine.filtered(udp=True, version=version) for version in (2, 3))
     for number, arguments, error in ((76, (0, 0), 1), (2, (0, 0x200), 1), (257, (0, 0, 0x203), 1), (437, (), 38)):
@@ -484,7 +484,7 @@ def marked(place: Path) -> list[str]:
     return [str(each) for each, line in lines if str(place / "left").encode() in line]
 
 
-def test_nothing_outlives_the_supervisor_that_is_stopped(tmp_path: Path) -> None:
+def test_stopping_the_supervisor_ends_all_processes(tmp_path: Path) -> None:
     site = daemons(tmp_path, "")
     with supervisor(site) as one:
         pid = child(site)
@@ -497,7 +497,7 @@ def test_nothing_outlives_the_supervisor_that_is_stopped(tmp_path: Path) -> None
     assert not marked(tmp_path)
 
 
-def test_nor_does_it_outlive_comfyui_and_its_log_cannot_be_emptied(tmp_path: Path) -> None:
+def test_processes_end_with_comfyui_and_its_log_is_append_only(tmp_path: Path) -> None:
     site = daemons(tmp_path, "empty")
     with supervisor(site):
         pid = child(site)
@@ -512,7 +512,7 @@ def test_nor_does_it_outlive_comfyui_and_its_log_cannot_be_emptied(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_force_ends_what_lost_its_supervisor(tmp_path: Path, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_stop_ends_orphans(tmp_path: Path, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was killed with its ComfyUI, and a daemon remains; `kept` belongs to a service with a running supervisor."""
     site = daemons(tmp_path, "", "of its own orphans")  # found only as the parent of its dead children
     monkeypatch.setattr(lifecycle, "_processes", lambda _: [int(each.split("/")[2]) for each in marked(tmp_path)])
@@ -536,7 +536,7 @@ def test_force_ends_what_lost_its_supervisor(tmp_path: Path, kept: bool, monkeyp
             other.kill()
 
 
-def test_only_what_was_started_since_is_ended(tmp_path: Path) -> None:
+def test_only_newer_processes_are_ended(tmp_path: Path) -> None:
     code = "import os, subprocess, sys, time; from agent.processes import end_descendants, take_orphans\n"
     code += "words = [sys.executable, '-c', 'import os, time; os.fork() or os.fork(); time.sleep(100)', sys.argv[1]]\n"
     code += "before = subprocess.Popen(words)\ntime.sleep(0.5)\nspared = take_orphans()\n"
@@ -561,7 +561,7 @@ def test_only_what_was_started_since_is_ended(tmp_path: Path) -> None:
         (6, True, []),
     ],
 )
-def test_the_plan_says_what_this_kernel_does_not_keep_from(version: int, confined: bool, says: list[str]) -> None:
+def test_plan_notes_missing_landlock_features(version: int, confined: bool, says: list[str]) -> None:
     facts, target = replace(FRESH, landlock=version), spark(scope="user", confined=confined)
     notes = [each for each in made(facts, target).notes if "Landlock" in each or "confined" in each]
     assert len(notes) == len(says)
@@ -571,7 +571,7 @@ def test_the_plan_says_what_this_kernel_does_not_keep_from(version: int, confine
     assert reasons(made(facts, offline)) == ["network-unenforced"] * (version < 4 or not confined)
 
 
-def test_a_rule_is_for_none_of_the_datas_own_folder() -> None:
+def test_no_rule_grants_the_data_folder_itself() -> None:
     """A process with write access there can replace the models by a link."""
     facts = replace(FRESH, prefix="/home/d/comfyui")
     target = spark(scope="user", model_roots=("/srv/models",), folders={"output": "/srv/output"})

@@ -25,7 +25,7 @@ from tests.errors import raises
 # --- a program on the other end -----------------------------------------------------------------------------------
 
 
-def test_a_program_that_dies_after_it_answered_has_failed() -> None:
+def test_exit_status_counts_after_output() -> None:
     answers = shell.stream(["sh", "-c", "echo one; echo unfini; echo why >&2; printf shed; kill -9 $$"], b"")
     assert [next(answers), next(answers)] == [b"one\n", b"unfini\n"]
     with raises("process") as caught:
@@ -40,7 +40,7 @@ def test_input_and_output_move_at_once() -> None:
     assert list(shell.stream(["cat"], b"first\n", blocks)) == [b"first\n", *blocks]
 
 
-def test_a_long_line_is_read_in_time_and_one_without_an_end_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_lines_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import sys; [sys.stdout.write('x' * 1_000_000) for _ in range(40)]"
     begun = time.monotonic()
     assert [len(each) for each in shell.stream([sys.executable, "-c", script], b"")] == [40_000_000]
@@ -50,11 +50,11 @@ def test_a_long_line_is_read_in_time_and_one_without_an_end_not_at_all(monkeypat
         list(shell.stream(["cat", "/dev/zero"], b""))
 
 
-def test_a_program_that_reads_nothing_is_no_matter() -> None:
+def test_unread_input_is_no_error() -> None:
     assert list(shell.stream(["echo", "done"], b"x" * 1_000_000)) == [b"done\n"]
 
 
-def test_the_last_line_needs_no_end() -> None:
+def test_last_line_without_newline_is_read() -> None:
     assert list(shell.stream(["printf", "a\\nb"], b"")) == [b"a\n", b"b"]
 
 
@@ -73,7 +73,7 @@ def test_silence_is_a_failure(script: str, limits: dict[str, Any]) -> None:
     assert time.monotonic() - begun < 10
 
 
-def test_words_on_stderr_and_a_slow_reader_are_no_silence() -> None:
+def test_stderr_and_slow_readers_are_not_silence() -> None:
     said: list[str] = []
     script = "for each in 1 2 3 4; do sleep 0.2; echo $each >&2; done; echo done"
     assert list(shell.stream(["sh", "-c", script], b"", first=0.6, said=said.append)) == [b"done\n"]
@@ -82,7 +82,7 @@ def test_words_on_stderr_and_a_slow_reader_are_no_silence() -> None:
         time.sleep(0.5)
 
 
-def test_a_program_that_is_given_up_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abandoned_program_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shell, "GRACE", 0.2)
     answers = shell.stream(["sh", "-c", "trap '' TERM; echo $$; while :; do sleep 0.1; done"], b"")
     pid = int(next(answers))
@@ -154,7 +154,7 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
 
 
 @pytest.mark.parametrize("text", [b"", b"PK half", b"print('not the agent')"])
-def test_an_agent_that_is_not_the_right_one_is_sent_again(box: Box, text: bytes) -> None:
+def test_wrong_agent_is_sent_again(box: Box, text: bytes) -> None:
     assert box.call() == []
     (path,) = box.agents
     path.write_bytes(text)
@@ -179,12 +179,12 @@ def test_the_agent_is_unpacked_where_something_is_deployed(box: Box) -> None:
     assert box.call() == ["history"]
 
 
-def test_this_machines_own_agent_is_compared_too(box: Box) -> None:
+def test_local_agent_is_verified(box: Box) -> None:
     archive.agent_file().write_bytes(b"PK half")
     assert box.call(name="local") == []
 
 
-def test_a_file_that_is_cut_off_on_its_way_is_not_there(box: Box) -> None:
+def test_truncated_upload_leaves_no_file(box: Box) -> None:
     with connection.connect(find_target("box")) as agent:
         assert isinstance(agent, connection.Ssh)
         agent.put(b"old", "x/blob")
@@ -201,7 +201,7 @@ def test_a_file_that_is_cut_off_on_its_way_is_not_there(box: Box) -> None:
 NOISE = "printf 'Welcome'; echo '[1]'; echo 'sudo: Permission denied (publickey)' >&2; cd /tmp\n"
 
 
-def test_what_the_login_shell_says_is_not_the_agents(box: Box) -> None:
+def test_login_shell_output_is_ignored(box: Box) -> None:
     box.before(NOISE.replace("cd /tmp", ""))
     assert box.call() == []
     box.program("bin/python3", "echo failed >&2; exit 1")
@@ -238,7 +238,7 @@ def test_what_the_login_shell_says_is_not_the_agents(box: Box) -> None:
         ),
     ],
 )
-def test_why_a_host_is_not_reached(box: Box, script: str, kind: str, says: str) -> None:
+def test_unreachable_host_errors(box: Box, script: str, kind: str, says: str) -> None:
     box.before(script)
     error = box.fails(kind)
     assert says in error.what
@@ -246,7 +246,7 @@ def test_why_a_host_is_not_reached(box: Box, script: str, kind: str, says: str) 
 
 
 @pytest.mark.parametrize("act", ["shell", "put", "get", "call", "send"])
-def test_whatever_is_done_when_the_connection_breaks_is_a_connect_error(box: Box, act: str) -> None:
+def test_broken_connection_is_a_connect_error(box: Box, act: str) -> None:
     (box.place / "blob").write_bytes(b"x" * 100)
     with connection.connect(find_target("box")) as agent:
         assert isinstance(agent, connection.Ssh)
@@ -266,7 +266,7 @@ def test_whatever_is_done_when_the_connection_breaks_is_a_connect_error(box: Box
     assert "inv attach --host box" in caught.value.hint
 
 
-def test_a_shell_that_hides_stderr_hides_no_failure(box: Box) -> None:
+def test_failures_are_found_without_stderr(box: Box) -> None:
     box.before("exec 2>/dev/null\n")
     box.program("bin/python3", "exit 7")
     assert "ended with 7" in box.fails("step-failed").what
@@ -299,20 +299,20 @@ def test_a_command_that_fails_there_is_a_remote_error(box: Box) -> None:
         ("echo '[]'; kill -9 $$", "was killed by SIGKILL", ""),
     ],
 )
-def test_what_becomes_of_an_agent_that_fails(box: Box, script: str, says: str, cause: str) -> None:
+def test_failing_agent_errors(box: Box, script: str, says: str, cause: str) -> None:
     box.program("bin/python3", script)
     error = box.fails("step-failed")
     assert says in error.what
     assert cause in error.cause
 
 
-def test_the_version_of_python_is_looked_at_before_any_module(box: Box) -> None:
+def test_python_version_is_checked_before_imports(box: Box) -> None:
     old = "import sys; sys.version_info = (3, 8, 18); sys.version = '3.8.18 (old)'; exec(sys.argv.pop(1))"
     box.program("bin/python3", f'shift 3; exec {sys.executable} -c "{old}" "$@"')
     assert "python3 on box is 3.8.18; Hearth needs 3.10" in box.fails("step-failed").what
 
 
-def test_lost_sight_of_a_change_is_never_its_end(box: Box) -> None:
+def test_lost_connection_does_not_end_a_change(box: Box) -> None:
     box.program("bin/python3", 'echo \'{"event": "step", "title": "x"}\'; kill -9 $$')
     error = box.fails("unreachable", "follow", run="r1")
     assert "inv attach --host box" in error.hint
@@ -322,14 +322,14 @@ def test_lost_sight_of_a_change_is_never_its_end(box: Box) -> None:
     assert "inv attach" in caught.value.hint
 
 
-def test_this_machines_own_agent_may_be_killed_too(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_local_agent_is_an_error(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     box.program("bin/python3", 'echo \'{"event": "alive"}\'; kill -9 $$')
     monkeypatch.setattr(sys, "executable", str(box.place / "bin/python3"))
     assert "inv attach --host local" in box.fails("unreachable", "follow", "local", run="r1").hint
     assert "was killed by SIGKILL" in box.fails("step-failed", "facts", "local").what
 
 
-def test_an_agent_that_falls_silent_is_lost(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_agent_is_a_lost_connection(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "QUIET", 0.3)
     monkeypatch.setattr(connection, "SILENT", 0.6)
     box.program("bin/python3", 'echo \'{"event": "alive"}\'; exec sleep 60')
@@ -339,14 +339,14 @@ def test_an_agent_that_falls_silent_is_lost(box: Box, monkeypatch: pytest.Monkey
     assert connection._patience("logs", {"follow": False}) == connection.SILENT
 
 
-def test_a_file_that_did_not_arrive_whole_is_an_error(box: Box) -> None:
+def test_incomplete_upload_is_an_error(box: Box) -> None:
     box.program("bin/python3", "echo '{\"size\": 5}'")
     (box.place / "blob").write_bytes(b"x" * 100)
     with connection.connect(find_target("box")) as agent, raises("unreachable", match="was lost"):
         agent.send(box.place / "blob", "0" * 64, 0, lambda _: None)
 
 
-def test_another_process_of_the_login_has_no_request_of_its_own_done(box: Box) -> None:
+def test_replaced_request_is_refused(box: Box) -> None:
     """For example one that waits for the pipe from which root's agent reads its request."""
     box.program("bin/id", "echo 1000")
     box.program("bin/stat", "echo 1000 drwx------")
@@ -357,9 +357,7 @@ def test_another_process_of_the_login_has_no_request_of_its_own_done(box: Box) -
     assert "was replaced during its transfer" in box.fails("usage", name="rooted").what
 
 
-def test_this_machines_agent_is_run_from_the_bytes_that_were_compared(
-    box: Box, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_local_agent_runs_the_verified_bytes(box: Box, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its file is in a cache, which the login can modify between the check and the start."""
     forged = tmp_path / "forged"
     forged.write_text('print("[1]")')
@@ -424,7 +422,7 @@ def everywhere(options: Options, action: str = "deploy", skip: str = "") -> list
 
 
 @pytest.mark.usefixtures("box")
-def test_a_group_is_asked_for_once_before_the_others_begin(asked: Callable[[str], Terminal]) -> None:
+def test_group_is_confirmed_once(asked: Callable[[str], Terminal]) -> None:
     for skip in ("", "box"):
         shown = asked("y\n")
         assert len(everywhere(Options(ask=True), skip=skip)) == 3 - bool(skip)
@@ -437,9 +435,7 @@ def test_a_group_is_asked_for_once_before_the_others_begin(asked: Callable[[str]
 
 
 @pytest.mark.usefixtures("box")
-def test_passwords_of_a_group_are_asked_for_before_anything(
-    asked: Callable[[str], Terminal], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_group_passwords_are_requested_first(asked: Callable[[str], Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.null.Keyring")
     monkeypatch.setattr(passwords, "known", {})
@@ -465,7 +461,7 @@ def test_passwords_of_a_group_are_asked_for_before_anything(
 @pytest.mark.usefixtures("box")
 @pytest.mark.parametrize("action", ["deploy", "stop", *DESTRUCTIVE])
 @pytest.mark.parametrize("name", ["box", "local"])
-def test_what_is_destructive_needs_a_yes(action: str, name: str, asked: Callable[[str], Terminal]) -> None:
+def test_destructive_action_needs_yes(action: str, name: str, asked: Callable[[str], Terminal]) -> None:
     destroys = action in DESTRUCTIVE
     agree = Consent([name], action, Options(ask=True))
     if destroys:  # there is no terminal
@@ -484,7 +480,7 @@ def test_what_is_destructive_needs_a_yes(action: str, name: str, asked: Callable
     assert shown.getvalue().count("[y/N]") <= 1
 
 
-def test_a_task_without_a_terminal_says_what_it_lacks(box: Box) -> None:
+def test_missing_terminal_error_names_the_flag(box: Box) -> None:
     """From the command line: an existing service would be removed."""
     prefix = box.place / "home/.local/share/hearth/comfyui"
     (prefix / "releases/old").mkdir(parents=True)

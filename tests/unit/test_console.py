@@ -60,7 +60,7 @@ def test_age(seconds: float, text: str) -> None:
         (os.fsdecode(b"na\xefve"), "na\\udcefve", "na\\udcefve"),
     ],
 )
-def test_text_colours_the_terminal_and_does_nothing_else_to_it(text: str, coloured: str, plain: str) -> None:
+def test_only_colour_sequences_are_kept(text: str, coloured: str, plain: str) -> None:
     assert printable(text, colours=True) == coloured
     assert printable(text) == plain
 
@@ -105,7 +105,7 @@ def writers() -> list[Callable[[str], object]]:
     ]
 
 
-def test_what_is_ours_stays_whatever_is_put_into_it() -> None:
+def test_own_text_survives_hostile_values() -> None:
     chance = random.Random(seed := random.randrange(10**6))
     for _ in range(5000):
         hostile = "".join(chance.choices(ALPHABET, k=chance.randrange(1, 12)))
@@ -118,7 +118,7 @@ def test_what_is_ours_stays_whatever_is_put_into_it() -> None:
             assert printable(before + within + after) == before + within + after
 
 
-def test_what_others_put_into_a_line_does_not_end_it() -> None:
+def test_hostile_value_does_not_break_a_line() -> None:
     assert console.line("\x1b[31mred\x1b[0m\r\n\tforged\x1b]0;t\x07\x1b]") == "red\\n\\tforged]"
 
 
@@ -129,7 +129,7 @@ def test_long_texts_are_made_printable_in_time() -> None:
         assert time.monotonic() - begun < 5
 
 
-def test_python_itself_writes_nothing_else() -> None:
+def test_python_output_is_guarded() -> None:
     code = """
 import sys, threading, warnings
 from core import console, files
@@ -150,7 +150,7 @@ raise ValueError("\\x1b]0;x\\x07 seen")
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_nothing_that_is_written_steers_the_terminal(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> None:
+def test_control_characters_are_removed(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> None:
     """For any text from a host, a repository or a file name, and every way to write text."""
     written = io.BytesIO()
     chance = random.Random(seed := random.randrange(10**6))
@@ -190,7 +190,7 @@ def test_a_result_is_json_or_rows(capsys: pytest.CaptureFixture[str]) -> None:
 FORGED = "x\n  error: forged\x1b]\nnext: inv nuke"
 
 
-def test_nobody_forges_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_cannot_be_forged(capsys: pytest.CaptureFixture[str]) -> None:
     """Text from a host, a repository or a job stays on its own line."""
     one: fleet.Answer[status.Status] = fleet.Answer("box", None, ConnectError("unreachable", FORGED, hint=FORGED))
     job = Job(FORGED, FORGED, 1, node=FORGED, node_type=FORGED, error=FORGED)

@@ -405,7 +405,7 @@ def count_of(world: World, photographs: Path | None = None) -> tuple[list[str], 
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
-def test_a_cut_over_survives_every_fault_at_every_operation(
+def test_cut_over_survives_every_fault_at_every_operation(
     scenario: Scenario, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """`current` is the old or the new release; it runs and opens the database; nothing is left over."""
@@ -444,7 +444,7 @@ ABORT: Json = {
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_forced_stop_ends_a_run_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, again: bool) -> None:
+def test_forced_stop_ends_a_hanging_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, again: bool) -> None:
     """Afterwards no process starts ComfyUI: the old release is current, with its own database."""
     monkeypatch.setattr(sys, "argv", [__file__])  # what is kept as the agent
     world = World(tmp_path, Scenario("hangs", hangs=True, migrates=True)).make()
@@ -471,7 +471,7 @@ def test_a_forced_stop_ends_a_run_that_hangs(tmp_path: Path, monkeypatch: pytest
     assert [each["result"] for each in history(layout)] == ["reverted", "done"]
 
 
-def test_a_run_that_is_cut_short_anywhere_starts_nothing(tmp_path: Path) -> None:
+def test_aborted_run_starts_nothing(tmp_path: Path) -> None:
     place = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path
     with tempfile.TemporaryDirectory(dir=place) as root:
         scenario = Scenario("migrates", migrates=True)
@@ -506,9 +506,7 @@ def test_a_revert_leaves_a_service_as_it_was(tmp_path: Path) -> None:
     assert not (tmp_path / "enabled").exists()
 
 
-def test_a_cut_over_that_a_boot_interrupted_does_not_wait_for_mounts_without_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_cut_over_limits_the_wait_for_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mount's server is late: the old release is current again, and starts when the mount is available."""
     world = World(tmp_path, SCENARIOS[0]).make()
     seen, _ = count_of(world)
@@ -531,7 +529,7 @@ def test_a_cut_over_that_a_boot_interrupted_does_not_wait_for_mounts_without_end
     assert "/mnt/late is not mounted" in line["error"]
 
 
-def test_without_memory_for_two_there_is_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_skips_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "meminfo", lambda: {"MemAvailable": 1_000_000_000})
     assert trial.memory_shortage() == "1.0 GB of memory available, 2.5 GB needed"
     monkeypatch.setattr(trial, "meminfo", lambda: {"MemAvailable": 10_000_000_000})
@@ -566,7 +564,7 @@ def test_a_trial_alone_touches_nothing(tmp_path: Path, good: bool) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-def test_errors_of_the_disk_are_told_as_such(code: int) -> None:
+def test_disk_errors_have_their_own_kind(code: int) -> None:
     error = files.os_error(OSError(code, os.strerror(code)), "it could not be written")
     assert (error.report["kind"], error.report["hint"] != "") == ("disk", True)
     assert os.strerror(code) in error.report["cause"]

@@ -36,7 +36,7 @@ def test_every_task_is_in_the_reference_with_its_flags(name: str) -> None:
             assert argument.help.endswith(f"(default: {argument.default})")
 
 
-def test_the_reference_is_todays() -> None:
+def test_reference_is_up_to_date() -> None:
     """To update it: python -m docs.generate."""
     assert generate.render() == REFERENCE
     assert generate.configuration() == generate.CONFIGURATION.read_text()
@@ -75,7 +75,7 @@ def test_every_error_has_its_own_exit_code_and_is_in_the_reference() -> None:
             assert f"| {each.exit_code} | `{kind}` |" in REFERENCE
 
 
-def test_the_manifest_schema_is_todays() -> None:
+def test_manifest_schema_is_up_to_date() -> None:
     """To update it: python -m tests.unit.test_docs."""
     assert (files.CHECKOUT / "docs/reference/manifest.schema.json").read_text() == schema()
 

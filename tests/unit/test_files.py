@@ -37,7 +37,7 @@ def test_a_body_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_run_left_is_swept_away(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".made.999999999").mkdir()
     with files.atomic_dir(tmp_path / "made"):
         pass
@@ -66,7 +66,7 @@ with files.atomic_dir(Path(sys.argv[1])) as part:
 """
 
 
-def test_what_a_living_process_makes_stays_and_what_it_leaves_when_killed_goes(tmp_path: Path) -> None:
+def test_drafts_live_as_long_as_their_process(tmp_path: Path) -> None:
     words = [sys.executable, "-c", HOLD, str(tmp_path / "made")]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=files.CHECKOUT) as other:
         assert other.stdout
@@ -82,7 +82,7 @@ def test_what_a_living_process_makes_stays_and_what_it_leaves_when_killed_goes(t
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_processes_that_begin_at_the_same_moment_sweep_nothing_of_each_other(tmp_path: Path) -> None:
+def test_concurrent_processes_keep_each_others_drafts(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from core import files\n"
         "for number in range(40):\n"
@@ -95,7 +95,7 @@ def test_processes_that_begin_at_the_same_moment_sweep_nothing_of_each_other(tmp
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
 
 
-def test_what_is_no_file_of_the_tree_is_refused_by_name(tmp_path: Path) -> None:
+def test_special_files_and_outside_links_are_refused(tmp_path: Path) -> None:
     outside, root = tmp_path / "secret", tmp_path / "tree"
     outside.write_text("PRIVATE")
     root.mkdir()

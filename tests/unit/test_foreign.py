@@ -22,14 +22,14 @@ DEEP = {
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_python_that_the_parser_cannot_take_is_as_if_empty(tmp_path: Path, name: str) -> None:
+def test_unparsable_python_counts_as_empty(tmp_path: Path, name: str) -> None:
     (tmp_path / "__init__.py").write_text(DEEP[name])
     foreign.python(tmp_path / "__init__.py")
     assert node_updates.imported(tmp_path) == {"__init__.py"}
 
 
 @pytest.mark.filterwarnings("error")
-def test_its_warnings_are_its_authors_affair(tmp_path: Path) -> None:
+def test_syntax_warnings_are_suppressed(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text("x = '\\d' is 1\n")
     assert isinstance(foreign.python(tmp_path / "x.py").body[0], ast.Assign)
 
@@ -51,7 +51,7 @@ def test_a_pyproject_of_any_shape(tmp_path: Path, text: str, wanted: list[str]) 
     assert nodes.requirements(tmp_path) == wanted
 
 
-def test_what_is_too_large_or_no_file_is_refused_by_name(tmp_path: Path) -> None:
+def test_oversized_and_special_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "requirements.txt")
     with raises("unsafe-tree", match=r"requirements\.txt is not a regular file"):
         nodes.requirements(tmp_path)

@@ -74,7 +74,7 @@ def test_a_gpu_and_its_processes() -> None:
     )
 
 
-def test_what_is_not_told_is_a_dash_and_only_failures_need_words() -> None:
+def test_missing_value_is_a_dash_and_errors_are_explained() -> None:
     untold = dict.fromkeys(
         ("name", "utilization", "memory_used", "temperature", "power", "power_limit", "clock_memory")
     )
@@ -113,7 +113,7 @@ def test_tables_fit_100_columns() -> None:
         {"watch": "nan"},
     ],
 )
-def test_flags_that_make_no_sense(words: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_flags_are_refused(words: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     given = {"watch": "", "record": "", "seconds": "", "every": "", **words}
     with pytest.raises(Exit) as raised:
@@ -180,7 +180,7 @@ def test_names_are_neither_markup_nor_formulas(tmp_path: Path) -> None:
     assert {"<j&b>", "GPU 0: <script>$x_{$"} <= {each.text for each in ElementTree.fromstring(text).iter()}
 
 
-def test_a_png_is_one(tmp_path: Path) -> None:
+def test_plot_writes_a_png(tmp_path: Path) -> None:
     plot.plot(str(written(tmp_path, recorded("a", "b"))), str(tmp_path / "run.png"))
     assert (tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -203,7 +203,7 @@ def test_without_matplotlib_the_error_names_the_command(tmp_path: Path, monkeypa
         (lambda _: b"", "is empty"),
     ],
 )
-def test_a_damaged_recording_is_told_by_its_line(tmp_path: Path, damage: Any, said: str) -> None:
+def test_damaged_recording_error_names_the_line(tmp_path: Path, damage: Any, said: str) -> None:
     path = written(tmp_path, recorded(None, "a", "b"))
     path.write_bytes(damage(path.read_bytes()))
     with raises("recording", match=said):
@@ -211,7 +211,7 @@ def test_a_damaged_recording_is_told_by_its_line(tmp_path: Path, damage: Any, sa
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
+def test_missing_and_unsupported_files_are_refused(tmp_path: Path) -> None:
     with raises("recording", match="cannot be read"):
         plot.plot(str(tmp_path / "none"), "")
     with raises("usage", match="neither"):
@@ -264,7 +264,7 @@ def layout(port: int) -> Layout:
     return Layout({**where, "address": "127.0.0.1", "port": port})
 
 
-def test_memory_is_freed_at_once_when_no_job_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_comfyui_frees_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_memory, "UNCHANGED", 0.1)
     with comfyui(None) as (place, asked):
         found = msgspec.convert(agent_memory.free(place, 0), Freed)
@@ -273,14 +273,14 @@ def test_memory_is_freed_at_once_when_no_job_runs(monkeypatch: pytest.MonkeyPatc
     assert found.before.available > 0
 
 
-def test_memory_is_freed_when_the_job_that_runs_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_freed_after_the_running_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_memory, "UNCHANGED", 0.1)
     with comfyui("one", "one", "one", "two") as (place, _):
         found = agent_memory.free(place, 30)
     assert (found.freed, found.job) == (True, "one")
 
 
-def test_a_job_that_runs_on_is_not_waited_for_longer_than_asked() -> None:
+def test_wait_for_a_job_is_limited() -> None:
     with comfyui("one") as (place, asked):
         found = msgspec.convert(agent_memory.free(place, 0.1), Freed)
     assert not found.freed
@@ -289,7 +289,7 @@ def test_a_job_that_runs_on_is_not_waited_for_longer_than_asked() -> None:
     assert memory.lines("spark", found) == [said]
 
 
-def test_a_comfyui_that_does_not_answer_keeps_its_memory() -> None:
+def test_unresponsive_comfyui_keeps_its_memory() -> None:
     with pytest.raises(AgentError, match="does not answer"):
         agent_memory.free(layout(1), 1)
 
@@ -311,7 +311,7 @@ def test_the_results_of_all_hosts_come_at_the_end(
     )  # fmt: skip
 
 
-def test_what_was_gained() -> None:
+def test_freed_memory_is_shown() -> None:
     def held(used: int | None, resident: int | None) -> Held:
         of = () if used is None else (GpuMemory(0, used, 0),)
         return Held(of, resident, 10**10)
@@ -393,7 +393,7 @@ def test_force_drops_the_page_cache_elsewhere() -> None:
     assert memory.plan(spark(), there, force=True).steps
 
 
-def test_the_step_says_what_it_gained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drop_caches_step_reports_freed_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not on this machine, where the cache is useful to others."""
     place = tmp_path / "drop_caches"
     place.write_text("")

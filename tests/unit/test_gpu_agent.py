@@ -119,9 +119,7 @@ def test_a_gb10_has_the_machines_memory(edits: tuple[tuple[str, str], ...]) -> N
         (("compute-mode", "9"), ("compute_mode",), "compute_mode: implausible: 9"),
     ],
 )
-def test_what_is_not_told_or_makes_no_sense_is_none_and_all_else_is_there(
-    edit: tuple[str, str], keys: tuple[str, ...], said: str
-) -> None:
+def test_missing_or_implausible_value_is_none(edit: tuple[str, str], keys: tuple[str, ...], said: str) -> None:
     whole, found = one("h200"), one("h200", edit)
     assert found["errors"] == [said]
     assert [found[key] for key in keys] == [None] * len(keys)
@@ -129,7 +127,7 @@ def test_what_is_not_told_or_makes_no_sense_is_none_and_all_else_is_there(
     assert {key: found[key] for key in rest} == {key: whole[key] for key in rest}
 
 
-def test_processes_that_make_no_sense() -> None:
+def test_implausible_processes_are_reported() -> None:
     pid, unknown = os.getpid(), 2**64 - 1
     lines = f"compute 0 5\ncompute {pid} {unknown}\ncompute 4294967295 5\nmps {pid} {2**60}\n"
     found = one("h200", ("compute", "!3"))
@@ -167,7 +165,7 @@ def test_a_gpu_without_a_handle_is_listed_beside_one_that_works() -> None:
 
 
 @pytest.mark.parametrize("recording", ["", "driver 1\n", "gpus !9\n", "gpus 4294967295\n"])
-def test_a_driver_that_tells_nothing_is_no_gpu(recording: str) -> None:
+def test_driver_without_data_reports_no_gpu(recording: str) -> None:
     assert asked(recording) == []
 
 
@@ -187,7 +185,7 @@ def test_a_library_that_is_not_nvidias(tmp_path: Path) -> None:
     assert run.stdout == "[]\n", run.stderr
 
 
-def test_who_a_process_is() -> None:
+def test_process_has_user_and_unit() -> None:
     words = [sys.executable, "-c", "print(flush=True); input()"]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as named:
         assert named.stdin is not None
@@ -202,7 +200,7 @@ def test_who_a_process_is() -> None:
     assert process(4_194_303) == {"pid": 4_194_303, "name": None, "user": None, "unit": None}
 
 
-def test_a_name_cannot_write_to_the_terminal() -> None:
+def test_gpu_names_are_sanitised() -> None:
     # Wait until it runs under its own name: Popen returns a moment earlier.
     words = ["\x1b[2Jcat", "-"]
     with subprocess.Popen(words, executable="/bin/cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as named:
@@ -222,7 +220,7 @@ def test_a_name_cannot_write_to_the_terminal() -> None:
         ("gb10", {"name": "NVIDIA GB10", "capability": "12.1", "memory": None, "unified": True}),
     ],
 )
-def test_facts_are_told_by_nvml(machine: str, wanted: dict[str, Any]) -> None:
+def test_facts_use_nvml(machine: str, wanted: dict[str, Any]) -> None:
     (gpu,), driver = asked(nvml.recording(machine), OF_FACTS)
     listed = re.findall(r"^(?:compute|graphics) (\d+)", nvml.recording(machine), re.MULTILINE)
     assert [each["pid"] for each in gpu.pop("processes")] == list(map(int, listed))
@@ -230,9 +228,7 @@ def test_facts_are_told_by_nvml(machine: str, wanted: dict[str, Any]) -> None:
     assert driver.startswith("5")
 
 
-def test_facts_are_told_by_nvidia_smi_where_nvml_cannot_be_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_facts_fall_back_to_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho NVIDIA H200, 9.0, 143771\n")
     smi.chmod(0o755)

@@ -154,13 +154,13 @@ class Unknown:
         return []
 
 
-def test_there_are_ways_enough() -> None:
+def test_hostile_answers_cover_all_endpoints() -> None:
     assert len(WAYS) >= 30
 
 
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("way", WAYS)
-def test_every_question_ends_in_time(way: str, tmp_path: Path) -> None:
+def test_every_request_ends_in_time(way: str, tmp_path: Path) -> None:
     """Stop, deploy, rollback, pause, remove and nuke wait for jobs (`drain`); the others request data to show."""
     with listening(WAYS[way]) as port:
         place, host = at(port), layout(tmp_path, port)
@@ -204,7 +204,7 @@ def test_every_question_ends_in_time(way: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_with_force_nothing_is_asked(way: str) -> None:
+def test_force_sends_no_request(way: str) -> None:
     asked: list[socket.socket] = []
 
     def talk(connection: socket.socket) -> None:
@@ -216,7 +216,7 @@ def test_with_force_nothing_is_asked(way: str) -> None:
     assert asked == []
 
 
-def test_an_honest_one_is_understood() -> None:
+def test_honest_answers_are_parsed() -> None:
     """Otherwise the other tests would pass with a parser that accepts nothing."""
     with listening(said(**IDLE, **STATS)) as port:
         health.drain(at(port), 1, False, lambda _: None)

@@ -84,7 +84,7 @@ def test_an_entry_for_local_has_the_same_defaults_as_none(
         ("hosts = [", "config", "is not TOML"),
     ],
 )
-def test_what_is_wrong_is_refused(written: Path, text: str, error: str, said: str) -> None:
+def test_invalid_hosts_toml_is_refused(written: Path, text: str, error: str, said: str) -> None:
     written.write_text(text)
     with raises(error) as raised:
         host.hosts()
@@ -143,7 +143,7 @@ ODD = ["a b", "a\\nb", "a%b", 'a\\"b', "a'b", "a$b", "a;b", "a\\\\b", "../b", "-
         'develop = ["/srv/a:b"]\nmodes = ["development"]',
     ],
 )
-def test_what_units_and_command_lines_would_take_otherwise_is_refused(written: Path, text: str) -> None:
+def test_values_unsafe_in_units_are_refused(written: Path, text: str) -> None:
     address = "" if text.startswith("address") else 'address = "a"\n'
     written.write_text(f'[hosts.a]\n{address}profile = "cpu"\n{text}\n')
     with raises("config"):
@@ -173,7 +173,7 @@ def test_what_units_and_command_lines_would_take_otherwise_is_refused(written: P
         'override.flags."--x" = { why = "w", value = "10 32%" }',
     ],
 )
-def test_what_units_and_command_lines_can_hold_is_taken(written: Path, text: str) -> None:
+def test_values_safe_in_units_are_accepted(written: Path, text: str) -> None:
     address = "" if text.startswith("address") else 'address = "a"\n'
     written.write_text(f'[hosts.a]\n{address}profile = "cpu"\n{text}\n')
     assert "a" in host.hosts().hosts
@@ -188,7 +188,7 @@ def test_what_units_and_command_lines_can_hold_is_taken(written: Path, text: str
         'override.env.X = { why = "w", value = "https://tok123456789@host/simple" }',
     ],
 )
-def test_secrets_are_found_wherever_they_are(written: Path, text: str) -> None:
+def test_secrets_are_found_at_any_depth(written: Path, text: str) -> None:
     written.write_text(f'[hosts.a]\naddress = "a"\nprofile = "cpu"\n{text}\n')
     with raises("secret"):
         host.hosts()
@@ -272,7 +272,7 @@ def test_names_of_secrets(name: str) -> None:
     assert names_secret(name)
 
 
-def test_names_of_flags_folders_and_ordinary_variables_are_none() -> None:
+def test_ordinary_names_are_not_secret() -> None:
     names = [*host.Host.__struct_fields__, *Profile.__struct_fields__, "--tls-keyfile", "--comfy-api-base"]
     names += ["TOKENIZERS_PARALLELISM", "PYTORCH_CUDA_ALLOC_CONF"]
     names += ["MAX_TOKENS", "KEYBOARD_LAYOUT", "COMPASS", "PATH", "AUTHOR", "CUDA_MODULE_LOADING", "HF_HUB_OFFLINE"]

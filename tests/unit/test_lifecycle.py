@@ -52,7 +52,7 @@ def planned(action: str, facts: Facts, **host: Any) -> plan.Plan:
 
 @pytest.mark.parametrize("service", [RUNNING, STOPPED])
 @pytest.mark.parametrize("action", ["stop", "pause", "quarantine"])
-def test_a_forced_stop_ends_what_is_under_way(action: str, service: Service) -> None:
+def test_forced_stop_aborts_a_running_change(action: str, service: Service) -> None:
     facts = running(busy=BUSY, service=service, paused=PAUSED)
     asked = lifecycle.ACTIONS[action][0](spark(), facts, Options(force=True))
     assert (asked.refusals, kinds(asked)[-1]) == ((), "stop")
@@ -61,11 +61,11 @@ def test_a_forced_stop_ends_what_is_under_way(action: str, service: Service) -> 
         assert lifecycle.ACTIONS[action][0](spark(), facts, Options()).refusals
 
 
-def test_a_quarantine_takes_the_network_first() -> None:
+def test_quarantine_blocks_the_network_first() -> None:
     assert kinds(planned("quarantine", running())) == ["set", "stop"]
 
 
-def test_what_to_look_at_is_where_the_host_keeps_it() -> None:
+def test_quarantine_lists_the_hosts_own_paths() -> None:
     system = lifecycle.evidence(spark(folders={"output": "/mnt/art"}), "/opt/comfyui")
     assert sum("/opt/comfyui/data /mnt/art " in line for line in system) == 2
     assert "sudo journalctl --unit comfyui.service" in system[-1]
@@ -101,11 +101,11 @@ def test_what_to_look_at_is_where_the_host_keeps_it() -> None:
         ("nuke", replace(FRESH, place=Place(real="/opt/comfyui")), []),
     ],
 )  # fmt: skip
-def test_the_steps_of_each(action: str, facts: Facts, expected: list[str]) -> None:
+def test_lifecycle_actions_have_their_steps(action: str, facts: Facts, expected: list[str]) -> None:
     assert kinds(planned(action, facts)) == expected
 
 
-def test_without_systemd_a_pause_disables_nothing_and_a_removal_forgets_no_unit() -> None:
+def test_pause_and_remove_without_systemd() -> None:
     host = {"scope": "user"}
     facts = stopped(manager="process", placed=())
     assert kinds(planned("pause", replace(facts, paused=PAUSED), **host)) == []
@@ -114,14 +114,14 @@ def test_without_systemd_a_pause_disables_nothing_and_a_removal_forgets_no_unit(
     assert step.title == "stop comfyui until inv start"
 
 
-def test_the_wait_for_jobs_reaches_the_step() -> None:
+def test_drain_seconds_reach_the_step() -> None:
     (step,) = planned("stop", running()).steps
     assert (values(step)["drain"], values(step)["force"], values(step)["pause"]) == (5, False, False)
     (step,) = planned("pause", running()).steps
     assert values(step)["pause"]
 
 
-def test_what_is_paused_is_left_so_by_a_start_and_a_deploy() -> None:
+def test_paused_service_stays_paused() -> None:
     for found in (
         planned("start", stopped(paused=PAUSED)),
         planned("restart", stopped(paused=PAUSED)),
@@ -142,13 +142,13 @@ def test_what_is_paused_is_left_so_by_a_start_and_a_deploy() -> None:
         (stopped(settings=("quarantine",)), "quarantine"),
     ],
 )
-def test_what_cannot_start_is_refused(facts: Facts, kind: str) -> None:
+def test_unstartable_release_is_refused(facts: Facts, kind: str) -> None:
     for action in ("start", "restart", "resume"):
         assert reasons(planned(action, facts)) == [kind]
 
 
 @pytest.mark.parametrize("mount", [Mount(), Mount("nas:/models", "nfs4")])
-def test_a_missing_mount_keeps_it_from_starting_and_not_from_stopping(mount: Mount) -> None:
+def test_missing_mount_blocks_start_but_not_stop(mount: Mount) -> None:
     host = {"mounts": {"/mnt/models": mount}}
     facts = stopped(mounts={"/mnt/models": MountState(False, "", "", "", "")}, service=DIED)
     assert reasons(planned("start", facts, **host)) == ["not-mounted"]
@@ -170,7 +170,7 @@ def test_a_missing_mount_keeps_it_from_starting_and_not_from_stopping(mount: Mou
         ({"service": "other"}, "was deployed as service other"),
     ],
 )
-def test_a_prefix_that_is_not_for_deleting_is_refused(place: dict[str, Any], said: str) -> None:
+def test_unsafe_prefix_is_not_deleted(place: dict[str, Any], said: str) -> None:
     facts = running(data=False)
     found = planned("nuke", replace(facts, place=replace(OURS, **place)))
     assert not found.steps
@@ -178,12 +178,12 @@ def test_a_prefix_that_is_not_for_deleting_is_refused(place: dict[str, Any], sai
     assert len([each for each in found.refusals if said in each.what]) == 1
 
 
-def test_what_was_adopted_is_given_back_before_a_nuke() -> None:
+def test_nuke_is_refused_while_adopted() -> None:
     (refusal,) = planned("nuke", running(adopted=True)).refusals
     assert (refusal.kind, "inv adopt --host spark --undo" in refusal.remedy) == ("adopted", True)
 
 
-def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
+def test_nuke_lists_kept_items_and_keeps_data_by_default() -> None:
     place = replace(
         OURS, mounts=("/opt/comfyui/data/models/nas",), links={"/opt/comfyui/data/input": "/srv/in"}, others=("notes",)
     )
@@ -215,13 +215,13 @@ def test_a_nuke_names_what_it_leaves_and_deletes_data_only_when_told() -> None:
 @pytest.mark.parametrize(
     "place", [{"mounts": ("/opt/comfyui/data",)}, {"links": {"/opt/comfyui/data": "/srv/data"}}], ids=["mount", "link"]
 )
-def test_data_that_is_a_mount_or_a_link_is_left(place: dict[str, Any]) -> None:
+def test_mounted_or_linked_data_is_kept(place: dict[str, Any]) -> None:
     facts = running(place=replace(OURS, **place))
     found = lifecycle.nuke(spark(), facts, Options(), data=True)
     assert not [step for step in found.steps if values(step).get("names") == ("data",)]
 
 
-def test_only_mount_units_of_hearths_are_forgotten() -> None:
+def test_only_hearths_mount_units_are_removed() -> None:
     host = {"mounts": {"/mnt/a": Mount("nas:/a", "nfs4"), "/mnt/b": Mount()}}
     ours = MountState(True, "nas:/a", "# Written by Hearth; a deploy replaces it.\n", "", "")
     theirs = MountState(True, "/dev/sdb", "[Mount]\n", "", "")
@@ -230,7 +230,7 @@ def test_only_mount_units_of_hearths_are_forgotten() -> None:
     assert values(step)["units"] == ("mnt-a.mount",)
 
 
-def test_the_name_is_typed_or_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_deletion_needs_the_hosts_name(monkeypatch: pytest.MonkeyPatch) -> None:
     agreed: list[str] = []
 
     def change_each(names: list[str], *_: object, agree: Callable[[], None]) -> None:
@@ -284,7 +284,7 @@ def test_deleting_follows_no_link(tmp_path: Path) -> None:
     sweep.delete(inside)  # it is gone already
 
 
-def test_what_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undeletable_paths_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "parts/one").mkdir(parents=True)
     (tmp_path / "parts/one/fixed").touch()
     (tmp_path / "parts/other").touch()
@@ -302,7 +302,7 @@ def test_what_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "parts/other").exists()
 
 
-def test_a_units_links_are_found_also_when_they_lead_nowhere(tmp_path: Path) -> None:
+def test_dangling_unit_links_are_found(tmp_path: Path) -> None:
     """Such as those of a companion that the active release no longer has."""
     wants = tmp_path / "timers.target.wants"
     wants.mkdir()
@@ -327,7 +327,7 @@ def pending(own: Layout) -> Journal:
     return journal
 
 
-def test_a_nuke_can_be_followed_to_its_end_though_it_deletes_its_own_journal(tmp_path: Path) -> None:
+def test_nuke_can_be_followed_to_its_end(tmp_path: Path) -> None:
     own = layout(tmp_path / "prefix")
     pending(own)
     following = runs.follow(own, "r")
@@ -342,7 +342,7 @@ def test_a_nuke_can_be_followed_to_its_end_though_it_deletes_its_own_journal(tmp
     assert not own.state.exists()
 
 
-def test_at_the_end_of_a_nuke_no_agent_is_there_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nuke_removes_the_agents_before_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client looks again at once, while the state is still being deleted."""
     own, there = layout(tmp_path / "prefix"), []
     pending(own)
@@ -357,7 +357,7 @@ def test_at_the_end_of_a_nuke_no_agent_is_there_to_run(tmp_path: Path, monkeypat
     assert (there[0][1], there[-1]) == (True, ("end", False))
 
 
-def test_a_nuke_that_was_killed_anywhere_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_nuke_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted at each deletion in turn: the remaining files are sufficient for the next run."""
     real = os.unlink
     for count in range(20):
@@ -386,7 +386,7 @@ def test_a_nuke_that_was_killed_anywhere_goes_on(tmp_path: Path, monkeypatch: py
     raise AssertionError("it never came through")
 
 
-def test_a_nuke_that_fails_keeps_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_nuke_keeps_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = layout(tmp_path / "prefix")
     pending(own)
 
@@ -400,7 +400,7 @@ def test_a_nuke_that_fails_keeps_its_record(tmp_path: Path, monkeypatch: pytest.
     assert not own.pending.exists()
 
 
-def test_what_is_set_outside_the_prefix_is_named_and_keeps_its_record() -> None:
+def test_settings_outside_the_prefix_keep_their_journal() -> None:
     facts = running(settings=("mps", "swappiness"))
     (refusal,) = planned("nuke", facts).refusals
     assert refusal.what.startswith("mps, swappiness is set outside /opt/comfyui")

@@ -37,7 +37,7 @@ def texts(layout: Layout, **asked: Any) -> list[str]:
     return [each["text"] for each in read(layout, **asked) if "text" in each]
 
 
-def test_what_is_asked() -> None:
+def test_log_request_fields() -> None:
     assert logs.question("", "", "", follow=True) == {"lines": 100, "since": "", "grep": "", "follow": True}
     assert logs.question("", "yesterday", "", follow=False)["lines"] is None
     assert logs.question("7", "yesterday", "", follow=False)["lines"] == 7
@@ -61,7 +61,7 @@ def test_times(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["foo", "10 min", "10 parsecs ago", "25:00", "2026-13-01", ""])
-def test_what_is_no_time(text: str) -> None:
+def test_invalid_time_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         agent_logs.moment(text, NOW)
 
@@ -86,13 +86,13 @@ def test_a_line_without_an_end_comes_in_pieces(tmp_path: Path) -> None:
     assert len(next(grown) or "") <= 2 * agent_logs.LONGEST
 
 
-def test_nothing_to_read_says_why(tmp_path: Path) -> None:
+def test_empty_log_has_a_reason(tmp_path: Path) -> None:
     assert list(read(own(tmp_path))) == [{"note": "there is no log: ComfyUI has never run here"}]
     (tmp_path / "state/comfyui.log").touch()
     assert list(read(own(tmp_path))) == [{"note": "nothing was logged"}]
 
 
-def test_a_time_is_found_by_what_the_supervisor_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_since_uses_the_supervisors_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = own(tmp_path)
     manager = Supervised(layout)
     log = layout.state / "comfyui.log"
@@ -115,7 +115,7 @@ def test_a_time_is_found_by_what_the_supervisor_noted(tmp_path: Path, monkeypatc
     assert texts(layout, since="1500 s ago", lines=None) == ["too soon to be noted", "new", "newest"]
 
 
-def test_following_goes_on_in_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_following_continues_after_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = own(tmp_path)
     log = layout.state / "comfyui.log"
     log.write_text("before\nlast\n")
@@ -181,9 +181,7 @@ def test_jobs_are_shown_in_a_hundred_columns(capsys: pytest.CaptureFixture[str])
         fleet.collect([off])
 
 
-def test_a_comfyui_that_hangs_is_told_apart_from_one_that_does_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hanging_and_stopped_comfyui_have_different_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_jobs, "PATIENCE", 0.3)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -197,7 +195,7 @@ def test_a_comfyui_that_hangs_is_told_apart_from_one_that_does_not_run(
         agent_jobs.jobs(layout, 20)
 
 
-def test_how_many_jobs_makes_sense() -> None:
+def test_invalid_number_of_jobs_is_refused() -> None:
     for count in ("0", "x", "-3"):
         with raises("usage", match="--number must be a positive integer"):
             jobs.recent(["local"], count, ask_sudo=False)

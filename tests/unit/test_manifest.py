@@ -39,7 +39,7 @@ def put(path: Path, what: str | None) -> None:
     ],
     ids=lambda what: what[:20].strip() or str(len(what)),
 )
-def test_a_manifest_that_cannot_be_read_is_passed_over(tmp_path: Path, what: str) -> None:
+def test_unreadable_manifest_is_skipped(tmp_path: Path, what: str) -> None:
     good = wheel("good", size=4)
     (tmp_path / good.file).write_text("good")
     (tmp_path / f"{good.file}.json").write_text(manifest.encode(good))
@@ -50,7 +50,7 @@ def test_a_manifest_that_cannot_be_read_is_passed_over(tmp_path: Path, what: str
 
 
 @pytest.mark.parametrize("what", ["a folder", "a pipe", "a link to nothing", None])
-def test_a_wheel_that_is_no_file_is_none(tmp_path: Path, what: str | None) -> None:
+def test_missing_or_special_wheel_is_skipped(tmp_path: Path, what: str | None) -> None:
     listed = wheel("odd")
     put(tmp_path / listed.file, what)
     size = (tmp_path / listed.file).stat().st_size if what in ("a folder", "a pipe") else 1
@@ -77,13 +77,13 @@ def test_a_wheel_that_is_no_file_is_none(tmp_path: Path, what: str | None) -> No
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_toml_file_of_any_shape_is_an_error_of_one_kind(tmp_path: Path, what: str | None, says: str) -> None:
+def test_invalid_toml_is_a_config_error(tmp_path: Path, what: str | None, says: str) -> None:
     put(tmp_path / "x.toml", what)
     with raises("config", match=says):
         load(tmp_path / "x.toml", dict[str, Any])
 
 
-def test_a_toml_file_that_is_no_text_or_below_a_file_is_told(tmp_path: Path) -> None:
+def test_unreadable_toml_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_bytes(b"x = '\\xff'".replace(b"\\xff", b"\xff"))
     with raises("config", match="is not TOML"):
         load(tmp_path / "x.toml", dict[str, Any])

@@ -75,7 +75,7 @@ def test_what_a_recipe_does_not_support_is_skipped_with_its_reason(hearth: Heart
         (["--arch", "8.9", "--platform", "linux_arm64"], "unknown-name", "linux_aarch64"),
     ],
 )
-def test_what_cannot_be_is_refused(hearth: Hearth, words: list[str], kind: str, says: str) -> None:
+def test_impossible_requests_are_refused(hearth: Hearth, words: list[str], kind: str, says: str) -> None:
     done = hearth.inv("build-kernels", "--dry-run", *words)
     assert kind_of(done.stderr) == kind, done.stderr
     assert says in done.stderr
@@ -101,7 +101,7 @@ def test_the_key_has_the_zlib_that_compresses(monkeypatch: pytest.MonkeyPatch) -
     assert replace(build).key == first
 
 
-def test_the_key_changes_with_all_that_can_change_a_byte_and_nothing_else(hearth: Hearth) -> None:
+def test_key_covers_every_build_input(hearth: Hearth) -> None:
     first = key(hearth)
     assert key(hearth, "--profile", "small") != first
     for name, old, new in [
@@ -154,7 +154,7 @@ def test_a_compiler_too_new_for_cuda_is_refused(hearth: Hearth) -> None:
     assert "apt-get install g++-15" in done.stderr
 
 
-def test_cu124_without_its_compiler_says_where_it_looked(hearth: Hearth) -> None:
+def test_missing_cuda_compiler_error_lists_searched_places(hearth: Hearth) -> None:
     done = hearth.inv(
         "build-kernels", "--arch", "8.9", "--stack", "cu124", "--python", "3.11", "--dry-run", CUDA_HOME="/nowhere"
     )

@@ -47,7 +47,7 @@ def target(written: Path, text: str, profile: str = "rtx-4070") -> Target:
 # --- what is merged ------------------------------------------------------------------------------------------------
 
 
-def test_modes_lie_over_the_profile_in_their_order_and_the_host_over_all(written: Path) -> None:
+def test_precedence_is_profile_modes_host(written: Path) -> None:
     text = 'modes = ["shared-gpu", "low-memory", "production"]\n[hosts.a.override]\nmemory_max = "20G"\n'
     found = target(written, text + 'flags."--cache-ram" = { value = "3", why = "mine" }\n')
     assert found.flags == {
@@ -70,14 +70,14 @@ def test_modes_lie_over_the_profile_in_their_order_and_the_host_over_all(written
     assert (found.profile.restart, found.profile.memory_max) == ("always", "20G")
 
 
-def test_of_two_modes_the_later_says() -> None:
+def test_later_mode_wins() -> None:
     one, two = (Override(flags={"--x": Setting(value=value, why="w")}, memory_max=f"{value}G") for value in "12")
     profile, origin = merged("p", loaded.profiles()["cpu"], [("one", one), ("two", two), ("three", Override())])
     assert (profile.flags["--x"].value, profile.memory_max) == ("2", "2G")
     assert (origin["flags.--x"], origin["memory_max"], origin["flags.--cpu"]) == ("two", "two", "p")
 
 
-def test_a_mode_is_another_where_cpu_and_gpu_share_their_memory(written: Path) -> None:
+def test_modes_differ_on_unified_memory(written: Path) -> None:
     text = 'modes = ["high-memory"]\n'
     assert "--high-ram" in target(written, text).flags
     assert target(written, text, "dgx-spark").flags["--cache-ram"] == "10 32"
@@ -85,7 +85,7 @@ def test_a_mode_is_another_where_cpu_and_gpu_share_their_memory(written: Path) -
     assert "--cache-ram" in target(written, text + "override.unified = true\n", "cuda").flags
 
 
-def test_settings_are_for_versions_of_torch_and_comfyui(written: Path) -> None:
+def test_settings_apply_to_version_ranges(written: Path) -> None:
     old = 'modes = ["low-memory"]\noverride.stack = "cu124"\n'
     assert {"--lowvram", "--cache-ram"} <= target(written, old).flags.keys()
     assert "--vram-headroom" not in target(written, old).flags
@@ -99,7 +99,7 @@ def test_settings_are_for_versions_of_torch_and_comfyui(written: Path) -> None:
 
 @pytest.mark.parametrize("stack", ["cu124", "cu130"])
 @pytest.mark.parametrize("profile", ["cuda", "rtx-4070", "dgx-spark"])
-def test_the_allocators_variable_has_the_name_that_torch_knows(written: Path, profile: str, stack: str) -> None:
+def test_allocator_variable_matches_torch(written: Path, profile: str, stack: str) -> None:
     chosen = f'override.stack = "{stack}"\n'
     assert target(written, chosen, profile).env == {}
     found = target(written, f'modes = ["native-allocator"]\n{chosen}', profile)
@@ -109,7 +109,7 @@ def test_the_allocators_variable_has_the_name_that_torch_knows(written: Path, pr
     assert ("--disable-dynamic-vram" in found.flags) is (stack == "cu130")
 
 
-def test_a_variable_for_the_allocator_that_does_not_run_is_told(written: Path) -> None:
+def test_unused_allocator_variable_is_noted(written: Path) -> None:
     text = '[hosts.a.override.env]\nPYTORCH_ALLOC_CONF = { value = "expandable_segments:True", why = "w" }\n'
     assert plan.allocator_without_effect(target(written, text)) == "PYTORCH_ALLOC_CONF"
     assert plan.allocator_without_effect(target(written, text, "cpu")) == ""
@@ -117,7 +117,7 @@ def test_a_variable_for_the_allocator_that_does_not_run_is_told(written: Path) -
     assert plan.allocator_without_effect(target(written, 'modes = ["native-allocator"]\n')) == ""
 
 
-def test_every_mode_gives_reasons_and_excludes_modes_that_are_there() -> None:
+def test_modes_have_reasons_and_exclude_existing_modes() -> None:
     found = modes()
     wanted = {"standard", "low-memory", "high-memory", "shared-gpu", "native-allocator", "development", "production"}
     wanted |= {"lan-deny", "offline"}
@@ -155,7 +155,7 @@ def test_every_mode_gives_reasons_and_excludes_modes_that_are_there() -> None:
         ("override.summary = 'x'", "config", "summary"),
     ],
 )
-def test_what_is_wrong_is_refused(written: Path, text: str, error: str, said: str) -> None:
+def test_invalid_modes_and_overrides_are_refused(written: Path, text: str, error: str, said: str) -> None:
     with raises(error) as raised:
         target(written, text)
     assert said in str(raised.value)
@@ -169,7 +169,7 @@ def test_a_mode_without_a_reason_is_refused(tmp_path: Path) -> None:
         modes()
 
 
-def test_flags_of_one_group_are_refused_with_who_sets_them() -> None:
+def test_conflicting_flags_are_refused_with_their_origins() -> None:
     profile = msgspec.structs.replace(spark().profile, flags=spark().profile.flags | {"--use-flash-attention": WHY})
     origin = {"flags.--use-sage-attention": "profile x", "flags.--use-flash-attention": "mode y"}
     found = made(target=replace(spark(), profile=profile, origin=origin))
@@ -192,7 +192,7 @@ def wanted(**values: Any) -> dict[str, Any]:
     return step.release
 
 
-def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
+def test_developed_node_replaces_the_released_one() -> None:
     found = wanted(develop=("/home/anna/mine",))
     place = f"/opt/comfyui/releases/{found['id']}"
     assert "custom_nodes/mine" not in found["links"]  # mounted there: the service cannot write it
@@ -211,7 +211,7 @@ def test_a_node_under_development_takes_the_place_of_its_namesake() -> None:
     assert reload.endswith("[Install]\nWantedBy=multi-user.target\n")
 
 
-def test_no_unit_takes_the_machine_when_it_goes_wrong() -> None:
+def test_companion_units_are_limited() -> None:
     units = {path.stem: path.read_text() for path in (files.CHECKOUT / "recipes").rglob("*.service")}
     assert {"system", "user", "exporter", "storage", "free-memory", "reload", "mps", "persistence"} == units.keys()
     units |= {
@@ -225,7 +225,7 @@ def test_no_unit_takes_the_machine_when_it_goes_wrong() -> None:
     assert "TasksMax=" in systemd._APPLY_LIMITS
 
 
-def test_without_root_it_is_linked_to_where_it_lies() -> None:
+def test_developed_node_is_linked_without_root() -> None:
     found = wanted(develop=("/home/anna/mine",), scope="user", free_memory="30m")
     assert found["links"]["custom_nodes/mine"] == "/home/anna/mine"
     assert (found["develop"], found["free_memory"]) == (["/home/anna/mine"], 1800)
@@ -246,14 +246,14 @@ def test_the_timer_and_what_it_starts() -> None:
     assert "IPAddressAllow=localhost\n" in anywhere
 
 
-def test_who_wants_none_of_it_has_the_release_as_it_was() -> None:
+def test_unused_features_do_not_change_the_release() -> None:
     found = wanted()
     assert not {"develop", "free_memory"} & found.keys()
     assert [name for name in found["files"] if name.startswith("comfyui-")] == []
     assert "\nRestart=on-failure\n" in found["files"]["comfyui.service"]
 
 
-def test_a_folder_under_development_must_be_there() -> None:
+def test_missing_developed_folder_is_refused() -> None:
     missing = replace(FRESH, places={"/home/anna/mine": refusals.MISSING})
     (refusal,) = made(missing, spark(develop=("/home/anna/mine",))).refusals
     assert (refusal.kind, "/home/anna/mine" in refusal.what) == ("unusable-folder", True)
@@ -261,7 +261,7 @@ def test_a_folder_under_development_must_be_there() -> None:
     assert there.notes == ("ComfyUI restarts whenever a Python file in /home/anna/mine changes, even during a job",)
 
 
-def test_a_limit_that_nobody_holds_is_told() -> None:
+def test_unenforced_memory_limit_is_noted() -> None:
     profile = msgspec.structs.replace(spark().profile, memory_max="90%")
     target = replace(spark(scope="user"), profile=profile)
     without = replace(FRESH, manager="process")
@@ -272,7 +272,7 @@ def test_a_limit_that_nobody_holds_is_told() -> None:
 # --- what the agent does -------------------------------------------------------------------------------------------
 
 
-def test_changes_are_told_once_they_have_settled(tmp_path: Path) -> None:
+def test_changes_are_reported_once_stable(tmp_path: Path) -> None:
     def touch(name: str, text: str = "x") -> str:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -301,7 +301,7 @@ def test_changes_are_told_once_they_have_settled(tmp_path: Path) -> None:
     assert [watcher.changed(), watcher.changed()] == [[], []]
 
 
-def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
+def test_missing_folder_counts_as_empty(tmp_path: Path) -> None:
     watcher = Watcher([str(tmp_path / "later")])
     assert watcher.changed() == []
     (tmp_path / "later").mkdir()
@@ -345,7 +345,7 @@ def answering(queue: dict[str, Any]) -> Iterator[tuple[Layout, list[Any]]]:
         ({"queue_running": [], "queue_pending": [[0, "p", {}]]}, "has a job", False),
     ],
 )
-def test_memory_is_given_back_when_there_is_no_job(queue: dict[str, Any], said: str, freed: bool) -> None:
+def test_idle_comfyui_frees_its_memory(queue: dict[str, Any], said: str, freed: bool) -> None:
     with answering(queue) as (layout, asked):
         assert said in health.free_if_idle(layout)
     assert asked == ([("/free", {"unload_models": True, "free_memory": True})] if freed else [])
@@ -374,7 +374,7 @@ def test_a_command_line_is_read_as_comfyui_reads_it() -> None:
     assert read == {"--cpu": "", "--cache-ram": "10 32", "--size": "4"}
 
 
-def test_flags_say_what_is_set_by_what_and_what_differs(written: Path) -> None:
+def test_flags_show_origin_and_differences(written: Path) -> None:
     wish = target(written, '[hosts.a.override]\nflags."--size" = { value = "4", why = "w" }\n', "cpu")
     found = flags.compare(wish, release_of("--listen", "127.0.0.1", "--cpu", "--size", "3", "--hash", "md5"), CLI)
     shown = {each.name: each for each in found.lines}

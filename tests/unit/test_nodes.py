@@ -44,14 +44,14 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("nodes = [", "config", "is not TOML"),
     ],
 )
-def test_what_is_wrong_is_refused(listed: Path, text: str, error: str, said: str) -> None:
+def test_invalid_catalogue_is_refused(listed: Path, text: str, error: str, said: str) -> None:
     listed.write_text(text)
     with raises(error) as raised:
         nodes.catalogue()
     assert said in str(raised.value)
 
 
-def test_sets_nodes_and_what_they_require_are_chosen(listed: Path) -> None:
+def test_sets_and_required_nodes_are_selected(listed: Path) -> None:
     text = node("a", 'requires = ["c"]') + node("b") + node("c") + '[sets]\nmine = ["a"]\n[left-out]\nd = "it is bad"\n'
     listed.write_text(text)
     found = nodes.catalogue()
@@ -73,7 +73,7 @@ def test_the_known_nodes_load_and_each_set_can_be_chosen() -> None:
     assert all(each.why for each in found.override.values())
 
 
-def test_no_list_has_a_package_that_an_override_replaced() -> None:
+def test_overridden_packages_are_not_locked() -> None:
     for stack, platform, python in requirements.combinations():
         lock = requirements.find(stack.name, platform.value, python)
         assert lock
@@ -130,7 +130,7 @@ def asked(tmp_path: Path, lines: str, override: dict[str, nodes.Override] | None
     return requirements.pinnable("a", tmp_path, nodes.Catalogue(override=override or {}))
 
 
-def test_a_nodes_torch_is_the_stacks_and_its_namesakes_stay(tmp_path: Path) -> None:
+def test_stack_torch_overrides_a_nodes_torch(tmp_path: Path) -> None:
     text = "torch==2.1\nTorchVision\ntorchsde # a comment\ntorchmetrics>1\n# nothing\n\nnumpy<2"
     assert asked(tmp_path, text) == ["torchsde", "torchmetrics>1", "numpy<2"]
 
@@ -147,7 +147,7 @@ def test_a_nodes_torch_is_the_stacks_and_its_namesakes_stay(tmp_path: Path) -> N
         "thing @ https://example.org/thing-1.0-py3-none-any.whl#sha256=00",
     ],
 )
-def test_what_no_hash_pins_is_refused_unless_decided_otherwise(tmp_path: Path, line: str) -> None:
+def test_unpinnable_requirement_needs_an_override(tmp_path: Path, line: str) -> None:
     with raises("config", match="which no hash pins"):
         asked(tmp_path, line)
     assert asked(tmp_path, line, {"thing": nodes.Override(why="")}) == []
@@ -176,7 +176,7 @@ def test_an_address_with_its_hash_is_kept(tmp_path: Path) -> None:
         "a # b",
     ],
 )
-def test_a_line_that_means_more_to_uv_is_refused(tmp_path: Path, line: str) -> None:
+def test_uv_options_in_requirements_are_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "pyproject.toml").write_text(f"[project]\ndependencies = [{json.dumps(line)}]")
     with raises("config", match="not a requirement that can be pinned"):
         requirements.pinnable("it", tmp_path, nodes.Catalogue())
@@ -196,7 +196,7 @@ def test_lines_of_requirements_are_read_as_pip_reads_them(tmp_path: Path) -> Non
     assert time.monotonic() - started < 5
 
 
-def test_what_is_no_requirement_is_refused(tmp_path: Path) -> None:
+def test_invalid_requirement_is_refused(tmp_path: Path) -> None:
     with raises("config", match="not a requirement"):
         asked(tmp_path, "--extra-index-url https://example.org")
 
@@ -208,7 +208,7 @@ def test_without_a_list_the_projects_dependencies_count(tmp_path: Path) -> None:
     assert nodes.requirements(tmp_path) == []
 
 
-def test_new_code_that_asks_for_the_same_needs_no_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_requirements_need_no_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "locks").mkdir()
     (tmp_path / "src/requirements.txt").write_text("six\n")

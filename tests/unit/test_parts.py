@@ -74,7 +74,7 @@ def test_many_parts_are_verified_by_one_process(tmp_path: Path, forks: list[int]
     assert len(forks) == 1
 
 
-def test_what_a_killed_process_forked_does_not_hold_its_lock_for_ever(tmp_path: Path) -> None:
+def test_children_of_a_killed_process_release_its_lock(tmp_path: Path) -> None:
     """Its answer is longer than a pipe holds, and has no reader."""
     lock = tmp_path / "lock"
     code = "import sys, time; from pathlib import Path; from agent.locks import flock; from agent.parts import forked\n"

@@ -34,11 +34,11 @@ def test_a_first_deploy() -> None:
     assert all(step.title and step.why and step.undo for step in found.steps)
 
 
-def test_nothing_to_do() -> None:
+def test_converged_host_has_no_steps() -> None:
     assert kinds(made(settled())) == []
 
 
-def test_the_same_wishes_give_the_same_release() -> None:
+def test_release_id_is_deterministic() -> None:
     assert made().release == made(settled()).release
 
 
@@ -57,11 +57,11 @@ def test_the_same_wishes_give_the_same_release() -> None:
          ["app", "env", "cut-over", "prune"]),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_done_and_no_more(change: dict[str, Any], expected: list[str]) -> None:
+def test_only_missing_parts_are_made(change: dict[str, Any], expected: list[str]) -> None:
     assert kinds(made(replace(settled(), **change))) == expected
 
 
-def test_who_else_computes_on_the_gpu_is_told_before_a_change() -> None:
+def test_other_gpu_processes_are_noted() -> None:
     users = (
         Process(7, "python", "comfyui", "comfyui.service", 10**9, "compute", comfyui=True),
         Process(8, "Xorg", "root", None, 10**8, "graphics"),
@@ -126,13 +126,13 @@ def mounted(**values: Any) -> Facts:
         (NAS["/mnt/models"], {"mounted": True, "source": "/dev/sdb"}, "foreign-mount"),
     ],
 )
-def test_what_cannot_be_mounted_is_refused(mount: Mount, there: dict[str, Any], kind: str) -> None:
+def test_unmountable_mount_is_refused(mount: Mount, there: dict[str, Any], kind: str) -> None:
     found = made(mounted(**there), spark(mounts={"/mnt/models": mount}))
     assert not found.steps
     assert reasons(found) == [kind]
 
 
-def test_what_hearth_mounts_gets_a_unit_before_anything_is_put_there() -> None:
+def test_mount_units_come_before_data_steps() -> None:
     target = spark(mounts=NAS, folders={"models": "/mnt/models/comfyui"})
     now = replace(mounted(), places={"/mnt/models/comfyui": refusals.MISSING})
     steps = made(now, target).steps
@@ -144,7 +144,7 @@ def test_what_hearth_mounts_gets_a_unit_before_anything_is_put_there() -> None:
     assert "mount" in kinds(made(changed, target))
 
 
-def test_folders_elsewhere_are_comfyuis_own_flags_and_never_links_in_the_data() -> None:
+def test_folders_elsewhere_become_flags() -> None:
     target = spark(mounts=NAS, folders={"models": "/mnt/models", "output": "/srv/out"}, model_roots=("/srv/more",))
     stock = replace(inputs(), model_folders={"text_encoders": ("text_encoders", "clip")})
     there = mounted(mounted=True, unit=target.mount_text("/mnt/models"))
@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_used_is_refused_and_one_that_is_missing_is_made
     assert refusal.what == "/srv/out cannot be written by the service user"
 
 
-def test_members_may_what_is_said_and_nothing_else() -> None:
+def test_members_get_configured_rights_only() -> None:
     target = spark(members=("anna",), members_may=("restart",))
     steps = [step for step in made(target=target).steps if step.kind in ("members", "rights")]
     assert [step.title for step in steps] == [
@@ -198,7 +198,7 @@ def exporting(facts: Facts, **host: Any) -> list[Step]:
     return [step for step in found.steps if step.kind != "prune"]
 
 
-def test_the_exporter_is_a_step_of_its_own_and_no_part_of_the_release() -> None:
+def test_exporter_is_a_separate_step() -> None:
     first = made(target=spark(metrics_port=9188, listen="192.168.1.5"))
     assert kinds(first)[-3:] == ["cut-over", "exporter", "prune"]
     bare = made(target=spark(listen="192.168.1.5"))
@@ -242,7 +242,7 @@ def test_an_exporter_is_changed_alone() -> None:
     assert (step.kind, step.title, values(step)["exporter"]) == ("exporter", "remove the metrics exporter", {})
 
 
-def test_metrics_that_could_not_be_exported_are_refused() -> None:
+def test_metrics_port_without_systemd_is_refused() -> None:
     target = spark(metrics_port=9188)
     unit = "comfyui-exporter.service"
     held = Holder(pid=9, command="postgres_exporter", unit="postgres.service")
@@ -286,7 +286,7 @@ def test_the_wheels_hash_reaches_the_list_and_the_environment() -> None:
         (["2.3.0rc1", "2.3.0"], "2.3.0"),
     ],
 )
-def test_of_a_kernels_wheels_the_highest_version_is_taken_whatever_its_size(versions: list[str], taken: str) -> None:
+def test_highest_wheel_version_is_selected(versions: list[str], taken: str) -> None:
     wheels = [wheel("flash-attn", size=n, version=f"{each}+cu130.sm121a") for n, each in enumerate(versions)]
     for listed in (wheels, wheels[::-1]):
         found = find_wheel(inputs(*listed), "flash-attn", spark(), "linux_aarch64", "3.12")
@@ -295,7 +295,7 @@ def test_of_a_kernels_wheels_the_highest_version_is_taken_whatever_its_size(vers
 
 
 @pytest.mark.parametrize("other", ["full", "training", "a", "z", ""])
-def test_of_a_versions_profiles_inference_is_taken_whatever_its_size(other: str) -> None:
+def test_inference_profile_is_preferred(other: str) -> None:
     inference = wheel("flash-attn", profile="inference", size=9, version="2+cu130.inference", file="i.whl")
     more = wheel("flash-attn", profile=other, size=1, version=f"2+cu130{f'.{other}' * bool(other)}", file="m.whl")
     newer = wheel("flash-attn", profile=other, size=99, version="2.1+cu130", file="n.whl")
@@ -317,7 +317,7 @@ def test_of_a_versions_profiles_inference_is_taken_whatever_its_size(other: str)
         ({"elsewhere": "/srv/old"}, {}, "comfyui is deployed at /srv/old", 'prefix = "/srv/old"'),
     ],
 )
-def test_what_was_deployed_under_other_settings_is_refused(
+def test_changed_service_scope_or_prefix_is_refused(
     place: dict[str, str], values: dict[str, str], what: str, remedy: str
 ) -> None:
     changed = replace(settled(), place=facts.Place(ours=True, **place))  # type: ignore[arg-type]
@@ -330,7 +330,7 @@ def test_what_was_deployed_under_other_settings_is_refused(
 
 
 @pytest.mark.parametrize("values", [{"service": "new"}, {"run_as": "art"}])
-def test_a_release_of_another_service_or_user_is_not_gone_back_to(values: dict[str, str]) -> None:
+def test_rollback_to_another_services_release_is_refused(values: dict[str, str]) -> None:
     old, before = settled(), settled().current
     now = replace(old, current="", service=NO_SERVICE, port_holder={})
     found = plan.back(spark(**values), now, before, plan.Options())
@@ -338,14 +338,14 @@ def test_a_release_of_another_service_or_user_is_not_gone_back_to(values: dict[s
     assert not plan.back(spark(), now, before, plan.Options()).refusals
 
 
-def test_what_was_taken_away_may_be_deployed_under_another_name() -> None:
+def test_removed_service_may_be_renamed() -> None:
     place = facts.Place(ours=True, service="comfyui-old", scope="user")
     assert kinds(made(replace(FRESH, place=place)))
     same = facts.Place(ours=True, service="comfyui", scope="system", user="comfyui")
     assert kinds(made(replace(settled(), place=same))) == []
 
 
-def test_a_home_that_units_cannot_name_is_refused() -> None:
+def test_prefix_unsafe_in_units_is_refused() -> None:
     found = made(replace(FRESH, prefix="/home/my user/.local/share/hearth/comfyui"))
     assert reasons(found) == ["unusable-prefix"]
 
@@ -354,7 +354,7 @@ TLS = {"--tls-keyfile": Setting(why="w", value="/x/k.pem"), "--tls-certfile": Se
 
 
 @pytest.mark.parametrize(("one", "other"), [tuple(TLS), tuple(TLS)[::-1]])
-def test_one_of_the_two_flags_for_tls_is_refused(one: str, other: str) -> None:
+def test_incomplete_tls_flags_are_refused(one: str, other: str) -> None:
     known = application.flags(
         "parser.add_argument('--use-sage-attention', action='store_true')\n"
         "parser.add_argument('--tls-keyfile', type=str)\nparser.add_argument('--tls-certfile', type=str)\n"
@@ -372,12 +372,12 @@ def test_one_of_the_two_flags_for_tls_is_refused(one: str, other: str) -> None:
     assert refused(one, other) == []
 
 
-def test_going_back_writes_an_altered_release_anew() -> None:
+def test_rollback_rewrites_an_altered_release() -> None:
     facts = replace(settled(), altered=(settled().current,))
     assert kinds(plan.back(spark(), facts, facts.current, plan.Options())) == ["release", "cut-over"]
 
 
-def test_going_back_needs_whole_parts() -> None:
+def test_rollback_needs_intact_parts() -> None:
     facts = replace(settled(), current="")
     (name,) = facts.proven
     assert kinds(plan.back(spark(), facts, name, plan.Options())) == ["cut-over"]
@@ -386,7 +386,7 @@ def test_going_back_needs_whole_parts() -> None:
 
 
 @pytest.mark.parametrize("off", [{"active": False}, {"enabled": False}, {"linked": False}])
-def test_going_back_converges_when_the_release_serves(off: Any) -> None:
+def test_rollback_converges(off: Any) -> None:
     facts = settled()
     assert kinds(plan.back(spark(), facts, facts.current, plan.Options())) == []
     not_yet = replace(facts, service=replace(RUNNING, **off), port_holder={})
@@ -412,7 +412,7 @@ def test_the_unit_names_its_release_and_hides_nothing_it_needs() -> None:
         ({}, True, False, False),
     ],
 )
-def test_what_nodes_need_of_the_system_is_told_and_refused_when_required(
+def test_missing_system_packages_are_noted_or_refused(
     packages: dict[str, bool], required: bool, noted: bool, refused: bool
 ) -> None:
     node = nodes.Node(url="u", commit="c" * 40, tree="t", why="w", required=required, system=("ffmpeg", "libgl1"))
@@ -429,7 +429,7 @@ def managed(**values: Any) -> Target:
     return replace(target, profile=msgspec.structs.replace(target.profile, flags=flags))
 
 
-def test_the_manager_is_not_there_unless_it_is_chosen() -> None:
+def test_manager_is_opt_in() -> None:
     locks = {key: replace(lock, text=LOCKED) for key, lock in inputs().locks.items()}
     without, chosen = (made(target=each, stock=replace(inputs(), locks=locks)) for each in (spark(), managed()))
     for found, expected in ((without, False), (chosen, True)):
@@ -448,7 +448,7 @@ comfyui-manager==1
 """
 
 
-def test_the_managers_settings_lie_where_the_service_cannot_change_them() -> None:
+def test_manager_settings_are_read_only() -> None:
     """Without a mount: systemd, as root, follows the service's symlinks on the way to a mount point."""
     target = managed()
     moved = replace(target, host=msgspec.structs.replace(target.host, folders={"user": "/srv/mine"}))
@@ -465,7 +465,7 @@ def test_the_managers_settings_lie_where_the_service_cannot_change_them() -> Non
 
 
 @pytest.mark.parametrize("each", [spark(), managed(), spark(folders={"user": "/srv/mine"}), spark(develop=("/srv/n",))])
-def test_nothing_is_mounted_from_or_below_what_the_service_writes(each: Target) -> None:
+def test_binds_are_not_below_writable_folders(each: Target) -> None:
     places = dict.fromkeys(each.host.folders.values(), "")
     unit = unit_of(made(replace(FRESH, places=places), each))
     written = ["/opt/comfyui/data", *places]
@@ -485,7 +485,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("scope", ["system", "user"])
-def test_nothing_that_the_service_writes_is_code_of_the_next_start(tmp_path: Path, scope: str) -> None:
+def test_service_cannot_write_code(tmp_path: Path, scope: str) -> None:
     """In the working directory, which Python searches first for -c and -m, or in Python's folders in a home."""
     target = spark(scope=scope)
     found = made(replace(FRESH, prefix=str(tmp_path)), target)
@@ -508,7 +508,7 @@ def test_nothing_that_the_service_writes_is_code_of_the_next_start(tmp_path: Pat
     assert "LimitCORE=1" in unit.splitlines()  # otherwise crash collectors record the secrets
 
 
-def test_flags_that_say_where_a_release_lies_are_its_own() -> None:
+def test_path_flags_are_reserved() -> None:
     flags = {"--base-directory": Setting(why="a test", value="/srv/mine")}
     target = replace(spark(), profile=msgspec.structs.replace(spark().profile, flags=flags))
     known = FLAGS | application.flags("parser.add_argument('--base-directory', type=str)\n")
@@ -516,7 +516,7 @@ def test_flags_that_say_where_a_release_lies_are_its_own() -> None:
     assert (refusal.kind, refusal.what.split()[0]) == ("own-flag", "--base-directory")
 
 
-def test_an_account_of_somebody_elses_is_not_taken() -> None:
+def test_foreign_account_is_refused() -> None:
     assert reasons(made(replace(FRESH, user=True, user_fault="is root"))) == ["foreign-user"]
 
 
@@ -532,7 +532,7 @@ def unit_of(found: plan.Plan) -> str:
      "fc00::1 fdff::1 febf::1 fec0::1 ::ffff:10.0.0.1 64:ff9b::a00:1 64:ff9b:1::1 2002:a00:1:: 2001::1 ::"),
     ("offline", "127.0.0.1 ::1", "127.0.0.53 127.0.0.54 127.0.1.1 1.1.1.1 10.0.0.1 ::ffff:127.0.0.53"),
 ])  # fmt: skip
-def test_whom_comfyui_may_reach(network: str, reached: str, denied: str) -> None:
+def test_network_policy_in_the_unit(network: str, reached: str, denied: str) -> None:
     profile = msgspec.structs.replace(spark().profile, network=network)
     unit = unit_of(made(target=replace(spark(), profile=profile)))
     names = {"link-local": "169.254.0.0/16 fe80::/64", "multicast": "224.0.0.0/4 ff00::/8", "any": "0.0.0.0/0 ::/0"}
@@ -556,7 +556,7 @@ def test_whom_comfyui_may_reach(network: str, reached: str, denied: str) -> None
     ("offline", {"listen": "192.168.1.2"}, "network-blocks-clients"),
     ("lan-deny", {"scope": "user"}, "network-unenforced"),
 ])  # fmt: skip
-def test_a_network_that_makes_no_sense_is_refused(network: str, values: dict[str, Any], kind: str) -> None:
+def test_inconsistent_network_policy_is_refused(network: str, values: dict[str, Any], kind: str) -> None:
     target = spark(**values)
     target = replace(target, profile=msgspec.structs.replace(target.profile, network=network))
     assert reasons(made(target=target)) == [kind]
@@ -567,7 +567,7 @@ def test_the_manager_is_refused_where_it_could_change_its_own_security_level() -
     assert made(target=managed()).steps
 
 
-def test_every_lock_is_there() -> None:
+def test_every_locked_list_exists() -> None:
     for stack, platform, python in requirements.combinations():
         lock = requirements.find(stack.name, platform.value, python)
         assert lock is not None

@@ -85,13 +85,13 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> review.Reading:
 
 
 @pytest.mark.parametrize("code", CODE, ids=lambda code: code[:40])
-def test_what_code_could_do_is_told(cases: review.Reading, code: str) -> None:
+def test_capabilities_of_code_are_listed(cases: review.Reading, code: str) -> None:
     power, name = CODE[code]
     told = {(each, of[-80:]) for each, of, _ in cases.uses[f"{list(CODE).index(code)}.py"]}
     assert (power, name[-80:]) in told
 
 
-def test_what_is_harmless_is_not(cases: review.Reading) -> None:
+def test_harmless_code_has_no_capabilities(cases: review.Reading) -> None:
     assert f"{len(CODE)}.py" not in cases.uses
 
 
@@ -125,7 +125,7 @@ FILES = {
 }
 
 
-def test_files_that_are_not_read_are_told_whenever_they_change(tmp_path: Path) -> None:
+def test_unread_files_are_reported_when_changed(tmp_path: Path) -> None:
     contents = {name: content for name, (content, _) in FILES.items()}
     before, same = written(tmp_path / "a", contents), written(tmp_path / "b", contents)
     after = written(tmp_path / "c", {name: content + b"\n" for name, content in contents.items()})
@@ -165,7 +165,7 @@ def test_an_update_is_compared_by_name(tmp_path: Path, old: str, new: str, told:
         ("os.environ.get('SECRET') and os.abort()", False),
     ],
 )
-def test_a_tree_that_exhausts_its_reader_ends_it_alone(
+def test_exhausting_tree_ends_only_its_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, fails: bool
 ) -> None:
     code = f"import os, resource, runpy, sys; from core import foreign; foreign.parsed = lambda _: ({does}) and None; "
@@ -215,12 +215,12 @@ def test_folders_that_are_not_understood_are_left_out(text: str, found: dict[str
 @pytest.mark.parametrize(
     "text", ["(", "x = \0", "-" * 50_000 + "1", "a" + ".b" * 100_000, "\udcff", "9" * 5_000, "#" * 300_000]
 )
-def test_comfyui_that_cannot_be_parsed_is_said_by_file(text: str) -> None:
+def test_unparsable_comfyui_error_names_the_file(text: str) -> None:
     with raises("config", match=r"comfy/cli_args\.py"):
         application.flags(text)
     with raises("config", match=r"folder_paths\.py"):
         application.model_folders(text)
 
 
-def test_a_version_of_too_many_digits_is_perhaps_affected() -> None:
+def test_overlong_version_counts_as_possibly_affected() -> None:
     assert Advisory(what="w", source="s", package="p", versions=("<2",)).has("9" * 5_000) is None

@@ -42,7 +42,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     "BindReadOnlyPaths=/r/manager.ini:/srv/mine/__manager/config.ini",
     "TemporaryFileSystem=/srv/mine/x",
 ])  # fmt: skip
-def test_nothing_is_mounted_from_or_below_what_the_service_writes(ran: list[str], line: str, *, apart: bool) -> None:
+def test_sandbox_binds_are_not_below_writable_folders(ran: list[str], line: str, *, apart: bool) -> None:
     """systemd-run checks nothing, and systemd follows links as root."""
     unit = f"[Unit]\nAssertPathIsSymbolicLink=!{DATA}/user\n[Service]\nReadWritePaths={DATA} /srv/mine\n{line}\n"
     sandbox.sandboxed(
@@ -53,9 +53,7 @@ def test_nothing_is_mounted_from_or_below_what_the_service_writes(ran: list[str]
     assert "--property=WorkingDirectory=/" in ran
 
 
-def test_the_mps_daemon_is_asked_in_its_own_sandbox(
-    ran: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_mps_daemon_is_queried_in_a_sandbox(ran: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A process of ComfyUI's user outside the sandbox would be an escape."""
     monkeypatch.setattr(mps, "UNITS", tmp_path)
     text = (Path(__file__).parents[2] / "recipes/system/mps.service").read_text().replace("$service", "comfyui")
@@ -81,9 +79,7 @@ def test_the_mps_daemon_is_asked_in_its_own_sandbox(
     assert "Cannot find" in caught.value.report["cause"]
 
 
-def test_a_trial_is_given_nothing_from_a_place_that_the_service_or_the_trial_may_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trial_binds_are_not_below_writable_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as a link `data/models`, or a link that a kernel's import leaves for the following start."""
     folders = {"models": "/mnt/models", "output": "/srv/output"}
     for given in ({}, folders):

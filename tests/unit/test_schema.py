@@ -26,7 +26,7 @@ def test_agent_and_client_read_the_same() -> None:
     assert msgspec.convert(plain(FRESH), type(FRESH)) == FRESH
 
 
-def test_steps_survive_the_wire() -> None:
+def test_steps_round_trip_through_json() -> None:
     planned = made(target=spark(metrics_port=9188)).steps
     assert [change.unpacked(plain(change.packed(step))) for step in planned] == list(planned)
 
@@ -44,7 +44,7 @@ def test_the_agent_carries_out_every_kind_of_step() -> None:
         ({"after": []}, "Freed.after is list, expected an object"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(edit: dict[str, Any], said: str) -> None:
+def test_invalid_value_error_names_the_field(edit: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         decode(Freed, {**plain(FREED), **edit})
 

@@ -86,14 +86,14 @@ def askers(tmp_path: Path) -> Iterator[Path]:
         assert [one.poll() for one in running] == [None, None]
 
 
-def test_whoever_asks_for_a_lock_keeps_nobody_from_taking_it(askers: Path) -> None:
+def test_checking_a_lock_does_not_block_it(askers: Path) -> None:
     for _ in range(300):
         with flock(askers):
             pass
         time.sleep(0.001)
 
 
-def test_those_who_ask_for_a_lock_do_not_take_each_other_for_a_holder(askers: Path) -> None:
+def test_concurrent_lock_checks_ignore_each_other(askers: Path) -> None:
     assert all(free(askers) for _ in range(5000))
     with flock(askers):
         assert not free(askers)
@@ -101,12 +101,12 @@ def test_those_who_ask_for_a_lock_do_not_take_each_other_for_a_holder(askers: Pa
             pass
 
 
-def test_asking_for_a_lock_makes_no_file(tmp_path: Path) -> None:
+def test_checking_a_lock_creates_no_file(tmp_path: Path) -> None:
     assert free(tmp_path / "state/lock")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_whose_file_was_deleted_while_one_waited_is_taken_anew(tmp_path: Path) -> None:
+def test_deleted_lock_file_is_locked_again(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     code = "import sys; from pathlib import Path; from agent.locks import flock\n"
     code += "with flock(Path(sys.argv[1]), wait=True): print('mine', flush=True); sys.stdin.read()"
@@ -122,7 +122,7 @@ def test_a_lock_whose_file_was_deleted_while_one_waited_is_taken_anew(tmp_path: 
         other.stdin.close()
 
 
-def test_a_supervisor_that_does_not_come_up_is_a_fault_with_what_it_said(tmp_path: Path) -> None:
+def test_failed_supervisor_start_shows_its_output(tmp_path: Path) -> None:
     layout = make(tmp_path)
     write(layout.agent, "import sys; sys.exit('there is no room')")
     with pytest.raises(AgentError, match="did not start") as raised:
@@ -130,7 +130,7 @@ def test_a_supervisor_that_does_not_come_up_is_a_fault_with_what_it_said(tmp_pat
     assert raised.value.report["cause"] == "there is no room"
 
 
-def test_starting_and_stopping_while_others_ask(tmp_path: Path) -> None:
+def test_start_and_stop_during_status_queries(tmp_path: Path) -> None:
     """As `status`, `follow` and `facts` do: a query at the wrong moment used to keep the supervisor from starting."""
     layout = make(tmp_path)
     code = "import json, sys; from agent.layout import Layout; from agent.serve.supervised import Supervised\n"
@@ -146,7 +146,7 @@ def test_starting_and_stopping_while_others_ask(tmp_path: Path) -> None:
     assert "another process has locked" not in (layout.state / "agent.log").read_text()
 
 
-def test_comfyui_dies_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+def test_comfyui_ends_with_a_killed_supervisor(tmp_path: Path) -> None:
     layout = make(tmp_path)
     manager = Supervised(layout)
     with supervisor(layout) as one:
@@ -162,7 +162,7 @@ def test_comfyui_dies_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
         assert not manager.status().active
 
 
-def test_comfyui_dies_with_a_supervisor_that_fails(tmp_path: Path) -> None:
+def test_comfyui_ends_with_a_failed_supervisor(tmp_path: Path) -> None:
     layout = make(tmp_path)
     with supervisor(layout) as one:
         pid = child(layout)
@@ -193,9 +193,7 @@ def test_no_program_outlives_the_agent_that_runs_it(tmp_path: Path, ended: str) 
     assert wait_for(lambda: not any(started(each) for each in left), 5)
 
 
-def test_stopping_signals_no_process_that_an_earlier_supervisor_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stop_ignores_stale_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = make(tmp_path, mounts={str(tmp_path / "pool"): "pool.mount"})  # the supervisor waits for it
     manager = Supervised(layout)
     with subprocess.Popen(["sleep", "100"]) as other:
@@ -234,7 +232,7 @@ def test_a_supervisor_of_an_older_hearth_can_be_stopped(tmp_path: Path) -> None:
         assert one.wait(5) == 0
 
 
-def test_a_process_with_the_number_of_comfyui_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_reused_pid_is_not_comfyui(tmp_path: Path) -> None:
     layout = make(tmp_path)
     with supervisor(layout):
         pid = child(layout)
@@ -246,7 +244,7 @@ def test_a_process_with_the_number_of_comfyui_is_not_taken_for_it(tmp_path: Path
         assert managers.ours(layout, [gpu])[0].processes[0].comfyui is False
 
 
-def test_a_supervisor_goes_on_without_room_for_its_record(tmp_path: Path) -> None:
+def test_supervisor_runs_on_a_full_disk(tmp_path: Path) -> None:
     layout = make(tmp_path)
     (Supervised(layout).record / "in the way").mkdir(parents=True)  # the rename fails
     with supervisor(layout) as one:
@@ -269,7 +267,7 @@ def asked_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
     yield lambda reached: monkeypatch.setattr(managers, "user_systemd", lambda: reached)
 
 
-def test_what_was_supervised_once_stays_so(tmp_path: Path, asked_from: Any) -> None:
+def test_supervised_prefix_stays_supervised(tmp_path: Path, asked_from: Any) -> None:
     layout = make(tmp_path / "prefix")
     asked_from(False)
     manager_of(layout).install()
@@ -280,7 +278,7 @@ def test_what_was_supervised_once_stays_so(tmp_path: Path, asked_from: Any) -> N
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_what_the_users_systemd_runs_is_never_supervised_too(tmp_path: Path, asked_from: Any, older: bool) -> None:
+def test_user_systemd_prefix_is_never_supervised(tmp_path: Path, asked_from: Any, older: bool) -> None:
     layout = make(tmp_path / "prefix")
     asked_from(True)
     manager_of(layout).install()
@@ -297,7 +295,7 @@ def test_what_the_users_systemd_runs_is_never_supervised_too(tmp_path: Path, ask
     assert manager_of(layout).name == "process"
 
 
-def test_a_full_disk_keeps_no_manager_from_being_installed(tmp_path: Path, asked_from: Any) -> None:
+def test_manager_installs_on_a_full_disk(tmp_path: Path, asked_from: Any) -> None:
     layout = make(tmp_path / "prefix")
     layout.choice.mkdir()  # it cannot be written
     asked_from(False)
@@ -316,7 +314,7 @@ def test_the_logins_systemd_is_found_without_its_variable(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("asked_from")
-def test_the_unit_that_applies_names_no_python_of_a_checkout(tmp_path: Path) -> None:
+def test_apply_unit_uses_the_systems_python(tmp_path: Path) -> None:
     manager = Systemd(make(tmp_path / "prefix"))
     manager.start_apply()
     text = (manager.units / manager.apply_unit).read_text()
@@ -326,9 +324,7 @@ def test_the_unit_that_applies_names_no_python_of_a_checkout(tmp_path: Path) -> 
 
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("fault", ["", "owner", "mode", "group", "folder", "link", "other link", "loop", "gone"])
-def test_a_unit_of_roots_runs_no_python_that_others_may_replace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
+def test_root_unit_refuses_a_replaceable_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """A local deploy as root with uv's or pyenv's Python, which would run at each boot."""
     # below /root, because /tmp is world-writable
     with tempfile.TemporaryDirectory(dir="/root") as folder:

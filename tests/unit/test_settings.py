@@ -121,7 +121,7 @@ class _Killed(BaseException):
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_killed_between_record_and_change(
+def test_kill_between_record_and_change(
     layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     path = tmp_path / "file"
@@ -142,7 +142,7 @@ def test_killed_between_record_and_change(
     assert (path.read_text(), SettingsJournal(layout).in_force()) == ("before", {})
 
 
-def test_what_cannot_be_made_undoes_the_whole_setting(layout: Layout, tmp_path: Path) -> None:
+def test_failed_setting_is_rolled_back(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "folder").write_text("a file where a folder is needed")
     with pytest.raises(AgentError, match="could not be set and was undone"):
         steps.apply_setting(layout, step({f"{tmp_path}/first": "x", f"{tmp_path}/folder/file": "x"}), quiet)
@@ -150,7 +150,7 @@ def test_what_cannot_be_made_undoes_the_whole_setting(layout: Layout, tmp_path: 
     assert SettingsJournal(layout).in_force() == {}
 
 
-def test_what_cannot_be_put_back_is_told_and_stays_recorded(layout: Layout, tmp_path: Path) -> None:
+def test_failed_undo_is_reported_and_stays_recorded(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "one").write_text("before")
     steps.apply_setting(layout, step({f"{tmp_path}/one": "set", f"{tmp_path}/two": "set"}), quiet)
     (tmp_path / "two").unlink()
@@ -162,14 +162,14 @@ def test_what_cannot_be_put_back_is_told_and_stays_recorded(layout: Layout, tmp_
     assert [each["place"] for each in SettingsJournal(layout).in_force()["one"]] == [f"{tmp_path}/two"]
 
 
-def test_a_choice_of_the_kernels_is_read_by_its_brackets(tmp_path: Path) -> None:
+def test_bracketed_kernel_value_is_parsed(tmp_path: Path) -> None:
     path = tmp_path / "enabled"
     path.write_text("always [madvise] never\n")
     _, found = steps.seen({f"{tmp_path}/tmpfiles.d/huge": f"w {path} - - - - always"}, {})
     assert (found.now, found.wanted) == ("madvise", "always")
 
 
-def test_who_may_use_a_device() -> None:
+def test_device_access_by_user_and_group() -> None:
     def may(mode: int, groups: tuple[str, ...]) -> bool:
         status = os.stat_result((0o020000 | mode, 0, 0, 1, 0, 0, 0, 0, 0, 0))  # root:root
         return devices.may_use(status, "somebody", groups)
@@ -190,7 +190,7 @@ def state(name: str = "swappiness", now: str = "60", *, writable: bool = True, a
     return State(record, {name: tuple(seen)})
 
 
-def test_only_what_is_named_is_planned_and_only_when_it_is_otherwise() -> None:
+def test_only_named_and_different_settings_are_planned() -> None:
     found = tuning.apply(spark(), FRESH, state(), ["swappiness"])
     assert kinds(found) == ["set"]
     assert found.steps[0].title == "set swappiness: 60 -> 10"
@@ -206,7 +206,7 @@ def test_a_value_that_cannot_be_written_is_refused() -> None:
     assert (reasons(found), found.steps) == (["unfit-setting"], ())
 
 
-def test_what_makes_no_sense_there_is_refused() -> None:
+def test_inapplicable_settings_are_refused() -> None:
     name = "dirty-pages"
     (refusal,) = tuning.apply(spark(), DESKTOP, state(name), [name]).refusals
     assert refusal.kind == "unfit-setting"
@@ -214,7 +214,7 @@ def test_what_makes_no_sense_there_is_refused() -> None:
     assert kinds(tuning.apply(spark(), FRESH, state(name), [name])) == ["set"]
 
 
-def test_undo_names_what_goes_back_and_does_nothing_twice() -> None:
+def test_undo_lists_values_and_is_idempotent() -> None:
     found = tuning.undo(spark(), FRESH, state(applied=True), [], force=False)
     assert found.steps[0].title == "undo swappiness: restore /proc/sys/vm/swappiness to 60"
     assert kinds(tuning.undo(spark(), FRESH, state(), [], force=False)) == []
@@ -229,7 +229,7 @@ def test_every_setting_is_explained_and_fits_the_terminal() -> None:
         assert any(line.startswith(f"{name}: ") for line in told)
 
 
-def test_a_mistyped_name() -> None:
+def test_mistyped_setting_suggests_a_name() -> None:
     with raises("unknown-name", match="swapiness"):
         tuning.named("cpu-governor,swapiness")
     with raises("unknown-name") as caught:
@@ -282,7 +282,7 @@ def test_mps_is_refused_with_a_reason(facts: Facts, seen: Mps, kind: str) -> Non
     assert found.steps == ()
 
 
-def test_mps_that_is_off() -> None:
+def test_mps_off_status() -> None:
     assert kinds(mps.turn_off(spark(), running(), OFF, plan.Options())) == []
     (refusal,) = mps.limit(spark(), running(), OFF, mps_state(now=None), {}, plan.Options()).refusals
     assert refusal.kind == "mps-off"
@@ -300,12 +300,12 @@ def test_mps_that_is_off() -> None:
         (replace(ON, servers=(MpsServer(9, "FAULT", ON.servers[0].clients),)), "is in state FAULT"),
     ],
 )
-def test_what_is_not_well_with_mps(seen: Mps, what: str) -> None:
+def test_mps_problems_are_reported(seen: Mps, what: str) -> None:
     (found,) = mps.problems(seen, "--host spark", cuda=True)
     assert what in found.what
 
 
-def test_mps_that_is_well() -> None:
+def test_healthy_mps_has_no_problems() -> None:
     assert mps.problems(ON, "--host spark", cuda=True) == []
     assert mps.problems(OFF, "--host spark", cuda=True) == []
     told = mps.lines("spark", ON)
@@ -315,7 +315,7 @@ def test_mps_that_is_well() -> None:
 @pytest.mark.parametrize(
     ("percent", "memory"), [("0", ""), ("101", ""), ("half", ""), ("", "8G"), ("", "0=8"), ("", "0:8G")]
 )
-def test_limits_that_make_no_sense(percent: str, memory: str) -> None:
+def test_invalid_mps_limits_are_refused(percent: str, memory: str) -> None:
     with raises("usage"):
         mps.limits(percent, memory)
     assert mps.limits("50", "0=8G,1=500M") == {mps.PERCENT: "50", mps.MEMORY: "0=8G,1=500M"}
@@ -324,7 +324,7 @@ def test_limits_that_make_no_sense(percent: str, memory: str) -> None:
 # --- who may use the GPU -------------------------------------------------------------------------------------------
 
 
-def test_the_gpu_is_kept_to_a_group() -> None:
+def test_gpu_is_restricted_to_a_group() -> None:
     target = spark(members=("anna",))
     places = tuple(Seen("file", file, None, "x", True) for file in access.setting(target).files)
     seen = Access((), {}, (), {"comfyui": ("comfyui",), "anna": ("anna",)})
@@ -344,7 +344,9 @@ def test_the_gpu_is_kept_to_a_group() -> None:
         (Node("/dev/dri/renderD128", 0o660, "root", "render", ("anna",)), 0, "all required users can use the GPU"),
     ],
 )
-def test_who_may_not_use_the_gpu(node: Node, code: int, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_users_without_gpu_access_are_reported(
+    node: Node, code: int, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen = Access((node,), {"DeviceFileMode": "438"}, (), {"anna": ()})
     assert access.show([fleet.Answer("spark", seen)], as_json=False) == code
     assert what in capsys.readouterr().out

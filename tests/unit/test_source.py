@@ -59,16 +59,14 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ({"submodules": ("part",), "without": ("docs",)}, {".gitmodules", "one.py", "part/inner.py"}),
     ],
 )
-def test_what_is_wanted_of_a_commit_is_fetched_and_no_more(
-    upstream: str, limits: dict[str, tuple[str, ...]], expected: set[str]
-) -> None:
+def test_only_needed_paths_are_fetched(upstream: str, limits: dict[str, tuple[str, ...]], expected: set[str]) -> None:
     where = source.Source(git="https://example.org/whole", commit=upstream)
     tree = source.fetch(source.pin(source.Pinned(name="it", version="1", source=(where,), tree="", **limits)))  # type: ignore[arg-type]
     assert {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()} == expected
 
 
 @pytest.mark.parametrize("url", ["{tmp}/mirror/part", "file://{tmp}/mirror/part", "http://example.org/part", "ext::id"])
-def test_a_repository_elsewhere_names_no_folder_of_this_machine(upstream: str, tmp_path: Path, url: str) -> None:
+def test_remote_submodule_cannot_use_local_paths(upstream: str, tmp_path: Path, url: str) -> None:
     assert upstream
     add = ("config", "-f", str(tmp_path / "mirror/whole/.gitmodules"), "submodule.part.url", url.format(tmp=tmp_path))
     commit = repository(tmp_path / "mirror/whole", {"two.py": "2"}, add)
@@ -119,7 +117,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize(("levels", "said"), SHAPES.values(), ids=SHAPES)
-def test_a_commit_of_any_shape_is_refused_before_it_costs_anything(
+def test_hostile_commit_is_refused_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: list[list[tuple[str, str, str]]], said: str
 ) -> None:
     monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
@@ -132,7 +130,7 @@ def test_a_commit_of_any_shape_is_refused_before_it_costs_anything(
         source.pin(source.Pinned(name="it", version="1", source=(where,), tree=""))
 
 
-def test_a_cached_tree_that_was_edited_is_not_sent(upstream: str) -> None:
+def test_edited_cached_tree_is_not_sent(upstream: str) -> None:
     where = source.Source(git="https://example.org/whole", commit=upstream)
     pinned = source.pin(source.Pinned(name="it", version="1", source=(where,), tree=""))
     (source.intact(pinned) / "one.py").write_text("other")
@@ -200,9 +198,7 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("make", ARCHIVES.values(), ids=ARCHIVES)
-def test_an_archive_of_any_shape_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], bytes]
-) -> None:
+def test_invalid_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], bytes]) -> None:
     monkeypatch.setattr(files, "LARGEST", 2000)
     monkeypatch.setattr(foreign, "TOTAL", 5000)
     (tmp_path / "outside").mkdir()

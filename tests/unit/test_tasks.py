@@ -27,7 +27,7 @@ from tests.conftest import Hearth
 from tests.errors import kind_of
 
 
-def test_a_dataclass_of_flags_is_flags_outside_and_itself_inside() -> None:
+def test_flag_dataclasses_become_task_flags() -> None:
     seen: list[Any] = []
 
     @command(help={"own": "its own"})
@@ -78,7 +78,7 @@ def test_an_expected_error_is_an_exit_code(
         (["adopt", "--apply", "--undo"], "one of --apply and --undo"),
     ],
 )
-def test_what_no_task_can_take_is_refused(hearth: Hearth, words: list[str], says: str) -> None:
+def test_invalid_arguments_are_refused(hearth: Hearth, words: list[str], says: str) -> None:
     done = hearth.inv(*words)
     assert done.returncode == 15
     assert says in done.stderr

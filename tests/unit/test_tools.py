@@ -87,7 +87,7 @@ def plain(place: Path, contents: dict[str, str], *more: tuple[str, ...]) -> str:
 
 
 @pytest.mark.parametrize("limits", [{}, {"without": ("g.py",)}], ids=["whole", "limited"])
-def test_a_source_has_the_same_bytes_whatever_git_is_told(
+def test_source_bytes_ignore_git_configuration(
     hostile: Path, tmp_path: Path, limits: dict[str, tuple[str, ...]]
 ) -> None:
     commit = plain(tmp_path / "repo", HOSTILE)
@@ -98,7 +98,7 @@ def test_a_source_has_the_same_bytes_whatever_git_is_told(
     assert not hostile.exists()
 
 
-def test_a_submodule_has_the_same_bytes_too(hostile: Path, tmp_path: Path) -> None:
+def test_submodule_bytes_ignore_git_configuration(hostile: Path, tmp_path: Path) -> None:
     plain(tmp_path / "part", HOSTILE)
     add = ("submodule", "--quiet", "add", f"file://{tmp_path}/part", "part")
     commit = plain(
@@ -113,7 +113,7 @@ def test_a_submodule_has_the_same_bytes_too(hostile: Path, tmp_path: Path) -> No
         source.pin(other.pinned("it"))
 
 
-def test_updates_are_looked_for_without_the_callers_git(hostile: Path, tmp_path: Path) -> None:
+def test_update_checks_ignore_the_callers_git_configuration(hostile: Path, tmp_path: Path) -> None:
     commit = plain(tmp_path / "repo", {"a.py": ""})
     assert node_updates.newest(f"file://{tmp_path}/repo") == commit
     assert node_updates.holds(f"file://{tmp_path}/repo", commit, commit) is True
@@ -121,7 +121,7 @@ def test_updates_are_looked_for_without_the_callers_git(hostile: Path, tmp_path:
 
 
 @pytest.mark.parametrize("url", ["ext::sh -c 'touch {ran}'", "--upload-pack=touch {ran}"])
-def test_an_address_runs_nothing(hostile: Path, url: str) -> None:
+def test_repository_addresses_run_no_program(hostile: Path, url: str) -> None:
     address = url.format(ran=hostile)
     assert node_updates.holds(address, "a" * 40, "b" * 40) is None
     with pytest.raises(Exception, match="cannot be reached"):
@@ -228,9 +228,7 @@ MISLEADING = {
 
 
 @pytest.mark.parametrize("text", MISLEADING.values(), ids=MISLEADING)
-def test_uv_installs_where_it_is_told_whatever_its_own_file_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
+def test_uv_target_ignores_uv_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     elsewhere = tmp_path / "elsewhere"
     (tmp_path / "config/uv").mkdir(parents=True)
     (tmp_path / "config/uv/uv.toml").write_text(text.format(elsewhere=elsewhere))

@@ -81,7 +81,7 @@ def test_only_a_database_of_regular_files_is_copied(
     assert secret.read_text() == "private"
 
 
-def test_a_database_beyond_all_is_told_before_anything_is_stopped(tmp_path: Path) -> None:
+def test_oversized_database_is_reported_before_the_stop(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     with (tmp_path / "comfyui.db").open("wb") as file:
         file.truncate(10**12)
@@ -90,9 +90,7 @@ def test_a_database_beyond_all_is_told_before_anything_is_stopped(tmp_path: Path
 
 
 @pytest.mark.parametrize("trap", TRAPS)
-def test_a_trial_is_given_what_nodes_keep_and_nothing_else(
-    tmp_path: Path, secret: Path, trap: Callable[[Path, Path], None]
-) -> None:
+def test_trial_gets_node_data_only(tmp_path: Path, secret: Path, trap: Callable[[Path, Path], None]) -> None:
     data, scratch = tmp_path / "data", tmp_path / "scratch"
     (data / "nodes/one").mkdir(parents=True)
     (data / "nodes/one/settings").write_text("mine")
@@ -133,7 +131,7 @@ def _give(place: Path, user: int) -> None:
 
 @pytest.mark.parametrize("work", [cutover.reserve, cutover.take_snapshot, trial._copy_live])
 @pytest.mark.needs("root")
-def test_a_link_of_the_services_to_anothers_database_is_refused(served: Layout, work: Callable[..., None]) -> None:
+def test_service_link_to_another_database_is_refused(served: Layout, work: Callable[..., None]) -> None:
     user, kept = served.data / "user", served.prefix / "scratch"
     copy = kept / "comfyui.db" if work is trial._copy_live else kept
     for name in ("user", "user/comfyui.db"):  # the folder, and the file
@@ -161,7 +159,7 @@ def test_a_link_of_the_services_to_anothers_database_is_refused(served: Layout, 
 
 
 @pytest.mark.needs("root")
-def test_a_link_of_the_operators_is_followed(served: Layout) -> None:
+def test_operators_link_is_followed(served: Layout) -> None:
     (served.data / "user").symlink_to("../home")
     parts.as_service(served, cutover.take_snapshot, served.data / "user", served.prefix / "scratch")
     assert (served.prefix / "scratch/comfyui.db").read_text() == "private"
@@ -170,7 +168,7 @@ def test_a_link_of_the_operators_is_followed(served: Layout) -> None:
 
 @pytest.mark.parametrize("name", ["nodes", "nodes/pack", "comfyui"])
 @pytest.mark.needs("root")
-def test_no_link_below_the_data_is_followed_by_what_fills_it_or_is_filled_from_it(served: Layout, name: str) -> None:
+def test_links_below_data_are_not_followed(served: Layout, name: str) -> None:
     for each in ("home", "home/deeper"):
         (served.prefix / each).mkdir(exist_ok=True)
         (served.prefix / each).chmod(0o777)
@@ -187,7 +185,7 @@ def test_no_link_below_the_data_is_followed_by_what_fills_it_or_is_filled_from_i
 
 
 @pytest.mark.needs("root")
-def test_a_database_is_parsed_by_who_can_never_be_root_and_whom_the_service_cannot_end(served: Layout) -> None:
+def test_database_is_parsed_without_privileges(served: Layout) -> None:
     code = "import os; os.kill(int(input()), 9)"
     words = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "/usr/bin/python3", "-ISc", code]
     service = subprocess.Popen(words, stdin=-1, stderr=-1)
@@ -213,7 +211,7 @@ def test_a_database_is_parsed_by_who_can_never_be_root_and_whom_the_service_cann
 
 
 @pytest.mark.parametrize("mode_before", [0o4755, 0o6777, 0o1640])
-def test_a_copy_is_nothing_that_runs_as_its_owner(tmp_path: Path, mode_before: int) -> None:
+def test_copies_drop_setuid_bits(tmp_path: Path, mode_before: int) -> None:
     """A member may leave a setuid file, and the copy would be the service's."""
     (tmp_path / "comfyui.db").touch()
     (tmp_path / "comfyui.db").chmod(mode_before)
@@ -222,7 +220,7 @@ def test_a_copy_is_nothing_that_runs_as_its_owner(tmp_path: Path, mode_before: i
     assert mode(tmp_path / "kept/comfyui.db") == mode_before & 0o777
 
 
-def test_a_trial_is_not_given_more_than_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_copy_is_limited_in_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "SMALL_ONES", 50_000)
     (tmp_path / "data/nodes").mkdir(parents=True)
     for number in range(100):
@@ -232,7 +230,7 @@ def test_a_trial_is_not_given_more_than_fits(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("levels", [1400])
-def test_a_labyrinth_in_the_place_of_the_proof_is_deleted(tmp_path: Path, levels: int) -> None:
+def test_deeply_nested_proof_folder_is_deleted(tmp_path: Path, levels: int) -> None:
     layout, notes = at(tmp_path), list[str]()
     (tmp_path / "data/output").mkdir(parents=True)
     deep(tmp_path / "data/output" / PROOF, levels)
@@ -252,7 +250,7 @@ def test_a_link_in_the_place_of_the_output_is_not_followed_by_root(tmp_path: Pat
     assert not os.path.lexists(tmp_path / "data/output" / PROOF)
 
 
-def test_work_that_does_not_end_is_ended(tmp_path: Path) -> None:
+def test_work_as_the_service_has_a_time_limit(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(AgentError, match="did not end within 1 s"):
         parts.as_service(at(tmp_path), lambda: time.sleep(60), seconds=1)
@@ -288,7 +286,7 @@ print(" ".join(told))
     assert parts.as_service(layout, work) == []
 
 
-def test_what_lies_where_nothing_is_loaded_from_is_told(tmp_path: Path) -> None:
+def test_unused_custom_nodes_are_reported(tmp_path: Path) -> None:
     layout = at(tmp_path)
     layout.prefix.mkdir(exist_ok=True)
     folders.folders(layout, Folders("t", "w", "u"), lambda _: None)
@@ -334,9 +332,7 @@ def compressed() -> bytes:
         b"\xff" * 10_000,
     ],
 )
-def test_what_an_install_script_leaves_is_taken_over_or_refused(
-    tmp_path: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_install_script_output_is_validated(tmp_path: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trees, "TAKEN", 100)
     (tmp_path / "place").mkdir()
     with pytest.raises(AgentError, match=r"files that install\.py made"):
@@ -345,7 +341,7 @@ def test_what_an_install_script_leaves_is_taken_over_or_refused(
     assert sum(path.stat().st_size for path in (tmp_path / "place").rglob("*") if path.is_file()) < 10
 
 
-def test_what_an_install_script_leaves_is_written_as_plain_files(tmp_path: Path) -> None:
+def test_install_script_output_is_written_as_plain_files(tmp_path: Path) -> None:
     said: list[str] = []
     entries = (("a/b", b"1", 1), ("tool", b"", 2), ("link", b"", 0), ("__pycache__/x", b"", 1), ("a/\u00fc", b"2", 7))
     trees.taken_over(left(*entries), tmp_path, said.append)
@@ -365,7 +361,7 @@ def test_no_code_of_a_package_runs_while_an_environment_is_made(tmp_path: Path, 
     assert not proof.exists()
 
 
-def test_who_asks_is_what_the_host_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requester_comes_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the client's variables."""
     for name in ("LOGNAME", "USER"):
         monkeypatch.setenv(name, "anna")
@@ -396,7 +392,7 @@ time.sleep(60)
 """
 
 
-def test_a_process_whose_words_have_no_end_is_read_with_a_limit() -> None:
+def test_command_lines_are_limited() -> None:
     """A command line and variables of 8 GB, which the kernel reads from wherever a process declares them."""
     words = ["/usr/bin/python3", "-ISc", BOUNDLESS]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
@@ -411,7 +407,7 @@ def test_a_process_whose_words_have_no_end_is_read_with_a_limit() -> None:
             process.kill()
 
 
-def test_who_holds_a_port_is_looked_for_with_a_limit_and_then_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_holder_search_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as place:
         port = place.getsockname()[1]
         files = [os.open("/dev/null", os.O_RDONLY) for _ in range(100)]
@@ -427,9 +423,7 @@ def test_who_holds_a_port_is_looked_for_with_a_limit_and_then_not_known(monkeypa
     assert (refusal.kind, "search timed out" in refusal.what) == ("port-taken", True)
 
 
-def test_an_mps_daemon_that_says_too_much_or_nothing_is_no_obstacle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_misbehaving_mps_daemon_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "control"
     for script, answer in (("cat", ["ask"]), ("exec yes", None), ("sleep 60", None), ("exit 3", None)):
         program.write_text(f"#!/bin/sh\n{script}\n")
@@ -444,7 +438,7 @@ def test_an_mps_daemon_that_says_too_much_or_nothing_is_no_obstacle(
         assert time.monotonic() - began < 20
 
 
-def test_a_command_that_is_late_takes_no_later_one_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_command_does_not_affect_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed command's status used to be lost while the last one's descendants were ended."""
 
     def slowly(spared: set[int]) -> None:
@@ -459,7 +453,7 @@ def test_a_command_that_is_late_takes_no_later_one_with_it(monkeypatch: pytest.M
             sandbox._output(["/bin/sh", "-c", "sleep 0.4; exit 3"], {}, 9, 100)
 
 
-def test_members_may_change_what_is_theirs_and_no_code(tmp_path: Path) -> None:
+def test_members_can_change_data_but_no_code(tmp_path: Path) -> None:
     """Caches of compiled code, nodes' own files and the interface's extensions belong to the service alone."""
     data = tmp_path / "data"
     for name in ("models/a", "user/default/workflows", "user/__manager", "cache/hub", "nodes/x", "comfyui/web"):

@@ -38,7 +38,7 @@ def line(login: str = "anna", address: str = "192.0.2.7", key: str = "mine", **f
     (["no JSON", line()], None),
     ([], None),
 ])  # fmt: skip
-def test_what_sshd_noted_counts(
+def test_requester_comes_from_sshds_log(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lines: list[str], found: tuple[str, str] | None
 ) -> None:
     (tmp_path / "said").write_text("".join(f"{each}\n" for each in lines))
@@ -54,7 +54,7 @@ def test_what_sshd_noted_counts(
     assert requester._let_in(8, "anna") is None  # no sshd
 
 
-def test_a_process_that_calls_itself_sshd_is_none() -> None:
+def test_process_named_sshd_is_not_trusted() -> None:
     code = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'sshd'); print(flush=True); time.sleep(60)"
     lower = ["setpriv", "--reuid=65534", "--clear-groups"] if os.getuid() == 0 else []
     with subprocess.Popen([*lower, "/usr/bin/python3", "-ISc", code], stdout=subprocess.PIPE) as process:
@@ -64,7 +64,7 @@ def test_a_process_that_calls_itself_sshd_is_none() -> None:
         process.kill()
 
 
-def test_without_sshds_word_an_address_is_told_as_the_logins_own() -> None:
+def test_address_without_sshd_log_is_marked_as_claimed() -> None:
     code = "from agent.requester import asker; print(asker('anna@laptop'))"
     env = {"SSH_CONNECTION": "192.0.2.7 4711 192.0.2.1 22", "PYTHONPATH": "."}
     words = [os.path.realpath(sys.executable), "-S", "-c", code]

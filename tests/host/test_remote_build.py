@@ -15,7 +15,7 @@ pytestmark = pytest.mark.host
 
 
 @pytest.mark.faults
-def test_a_host_builds_and_the_wheel_comes_back(fleet: Fleet) -> None:
+def test_remote_build_returns_the_wheel(fleet: Fleet) -> None:
     """Downloads compiler and torch on the host, 6 GB: part of the long run."""
     fleet.machine.run("apt-get update -qq && apt-get install -qq -y --no-install-recommends g++ python3-dev git")
     words = ("build-kernels", "--host", "spark", "--kernel", "tiny", "--arch", "8.9", "--python", "3.11")
@@ -32,7 +32,7 @@ def test_a_host_builds_and_the_wheel_comes_back(fleet: Fleet) -> None:
     assert json.loads((place.parent / f"{place.name}.json").read_text()) == wheel
 
 
-def test_a_build_that_fails_there_is_told_apart(fleet: Fleet) -> None:
+def test_failed_remote_build_has_its_own_error(fleet: Fleet) -> None:
     done = fleet.inv("build-kernels", "--host", "spark", "--kernel", "nothing", "--arch", "8.9")
     assert (done.returncode, kind_of(done.stderr)) == (69, "remote-command"), done.stderr
     assert "there is no kernel 'nothing'" in done.stderr

@@ -71,7 +71,7 @@ def there(layout: Layout) -> list[str]:
     return sorted(path.name for path in layout.incoming.iterdir())
 
 
-def test_an_upload_that_was_cut_short_is_resumed(layout: Layout) -> None:
+def test_interrupted_upload_is_resumed(layout: Layout) -> None:
     assert half(layout).end() == {"size": HALF}
     assert Upload(layout, HALF).end(DATA[HALF:]) == {"size": len(DATA)}
     assert there(layout) == [DIGEST]
@@ -81,7 +81,7 @@ def test_an_upload_that_was_cut_short_is_resumed(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, HALF - 5])
-def test_an_upload_that_is_silent_holds_nobody_up(layout: Layout, offset: int) -> None:
+def test_silent_upload_blocks_no_other(layout: Layout, offset: int) -> None:
     silent = half(layout)
     other = Upload(layout, offset)
     assert other.end(DATA[offset:]) == {"size": len(DATA)}
@@ -92,14 +92,14 @@ def test_an_upload_that_is_silent_holds_nobody_up(layout: Layout, offset: int) -
     assert there(layout) == [DIGEST]
 
 
-def test_a_copy_that_is_cut_short_is_not_kept(layout: Layout) -> None:
+def test_truncated_copy_is_deleted(layout: Layout) -> None:
     silent = half(layout)
     assert Upload(layout, HALF).end(DATA[HALF:-1]) == {"size": len(DATA) - 1}
     assert there(layout) == [f"{DIGEST}.part"]
     silent.end()
 
 
-def test_an_upload_from_which_nothing_comes_ends_and_can_be_resumed(layout: Layout) -> None:
+def test_silent_upload_ends_and_can_be_resumed(layout: Layout) -> None:
     silent = half(layout, silence=1)
     assert silent.process.wait(10) == 3
     assert time.monotonic() - silent.begun < 8
@@ -115,7 +115,7 @@ def test_a_slow_upload_is_not_taken_for_a_silent_one(layout: Layout) -> None:
     assert slow.end(DATA[6000:]) == {"size": len(DATA)}
 
 
-def test_whoever_sends_what_another_run_deletes_is_told(layout: Layout) -> None:
+def test_deleted_upload_is_an_error(layout: Layout) -> None:
     one = half(layout)
     for path in layout.incoming.iterdir():
         path.unlink()
@@ -126,12 +126,12 @@ def test_whoever_sends_what_another_run_deletes_is_told(layout: Layout) -> None:
     assert Upload(layout).end(DATA) == {"size": len(DATA)}
 
 
-def test_what_was_sent_damaged_is_deleted(layout: Layout) -> None:
+def test_damaged_upload_is_deleted(layout: Layout) -> None:
     assert Upload(layout).end(DATA[1:] + DATA[:1])["error"]["what"] == "the file was damaged during the transfer"
     assert there(layout) == []
 
 
-def test_pruning_deletes_what_is_used_up_or_old_and_nothing_of_another_client(layout: Layout) -> None:
+def test_pruning_keeps_uploads_of_other_clients(layout: Layout) -> None:
     layout.incoming.mkdir(parents=True)
     used, young, old, ahead, busy = ("a" * 64, "b" * 64, "c" * 64, "d" * 64, f"{'e' * 64}.part")
     for name in (used, f"{used}.part", young, f"{young}.part", old, f"{old}.part", ahead, busy):
@@ -159,9 +159,7 @@ CUTS = packed(CutOver("t", "w", "u", 0, False, "two", "yes"))
 
 
 @pytest.mark.parametrize("gone", ["", "parts/app-1", "parts/env-1", "releases/two"])
-def test_a_plan_that_rests_on_what_another_run_pruned_is_refused(
-    layout: Layout, gone: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_with_pruned_files_is_refused(layout: Layout, gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other run deployed, pruned and rolled back: the current release is the one that the plan expects."""
     for name in ("parts/app-1", "parts/env-1"):
         (layout.prefix / name).mkdir(parents=True)
@@ -182,7 +180,7 @@ def test_a_plan_that_rests_on_what_another_run_pruned_is_refused(
     assert not begun and not layout.pending.exists()
 
 
-def test_a_tool_is_on_the_disk_before_it_has_its_name(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tool_is_synced_before_its_rename(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """A power cut in a first deploy left uv's file empty, and the host then trusted its name."""
     synced: list[Path] = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink()))

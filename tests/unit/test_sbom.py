@@ -61,7 +61,7 @@ def properties(component: dict[str, Any]) -> dict[str, str]:
     return {each["name"]: each["value"] for each in component["properties"]}
 
 
-def test_it_is_valid(known: dict[str, Any]) -> None:
+def test_sbom_is_valid_cyclonedx(known: dict[str, Any]) -> None:
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator  # a second of grammars
 
@@ -84,7 +84,7 @@ def test_every_package_is_named_as_the_index_names_it(known: dict[str, Any], par
     assert len(purls) == len(known["packages"]) > 100
 
 
-def test_comfyui_is_its_commit_and_what_carries_it(known: dict[str, Any], parts: dict[str, Any]) -> None:
+def test_comfyui_component_has_commit_and_carrier(known: dict[str, Any], parts: dict[str, Any]) -> None:
     git, sdist = application.application().source
     found = parts["comfyui"]
     assert (found["version"], found["purl"]) == (known["version"], f"pkg:github/comfy-org/comfyui@{git.commit}")
@@ -93,7 +93,7 @@ def test_comfyui_is_its_commit_and_what_carries_it(known: dict[str, Any], parts:
     assert carrier["hashes"] == [{"alg": "SHA-256", "content": sdist.sha256}]
 
 
-def test_nodes_are_their_commits(parts: dict[str, Any]) -> None:
+def test_node_components_have_commits(parts: dict[str, Any]) -> None:
     node = nodes.catalogue().nodes["rgthree-comfy"]
     found = parts["node:rgthree-comfy"]
     assert found["purl"] == f"pkg:github/rgthree/rgthree-comfy@{node.commit}"
@@ -121,7 +121,7 @@ def test_kernel_wheels_have_hash_arch_and_compilers(known: dict[str, Any], parts
     assert sorted(needs[f"release:{known['id']}"]) == sorted(running)
 
 
-def test_the_same_release_gives_the_same_bytes(known: dict[str, Any], tmp_path: Path) -> None:
+def test_sbom_is_reproducible(known: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "release.json").write_text(json.dumps(known))
     program = "import json, sys; from lock import sbom; print(sbom.write(json.load(open(sys.argv[1]))), end='')"
     words = [sys.executable, "-W", "error", "-c", program, str(tmp_path / "release.json")]
@@ -135,13 +135,13 @@ def test_the_same_release_gives_the_same_bytes(known: dict[str, Any], tmp_path: 
     assert other["serialNumber"] != json.loads(sbom.write(known))["serialNumber"]
 
 
-def test_a_release_of_an_older_hearth_is_told() -> None:
+def test_release_without_package_list_is_refused() -> None:
     old = {name: value for name, value in manifest().items() if name not in ("packages", "wheels", "sources", "tree")}
     with raises("old-release", match=f"release {old['id']} does not list its packages"):
         release.require_complete(old)
 
 
-def test_a_wheel_that_says_nothing_of_its_compilers_is_billed() -> None:
+def test_wheel_without_compilers_is_listed() -> None:
     stock = inputs()
     selection, _ = choose(spark(), FRESH, stock)
     assert selection is not None

@@ -13,7 +13,7 @@ from deploy.facts import named
 from lock.diff import Change, compare, rows
 from tests.errors import raises
 from tests.plans import FRESH
-from tests.unit.test_bill import manifest
+from tests.unit.test_sbom import manifest
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def renamed(found: dict[str, Any], name: str) -> dict[str, Any]:
     return renamed
 
 
-def test_another_id_alone_is_no_difference(old: dict[str, Any]) -> None:
+def test_release_id_alone_is_no_difference(old: dict[str, Any]) -> None:
     found = compare(old, renamed(old, "b" * 16))
     assert (found.changes, found.files, found.unknown) == ((), (), ())
     assert found.shared == tuple(old["parts"])
@@ -56,7 +56,7 @@ def test_another_id_alone_is_no_difference(old: dict[str, Any]) -> None:
         (("parts", "env"), "env-1", Change("part", "env", _OLD["parts"]["env"], "env-1")),
     ],
 )  # fmt: skip
-def test_what_changes_is_named(old: dict[str, Any], path: tuple[str, ...], value: object, expected: Change) -> None:
+def test_changes_are_listed(old: dict[str, Any], path: tuple[str, ...], value: object, expected: Change) -> None:
     new = renamed(old, "b" * 16)
     place = new
     for key in path[:-1]:
@@ -66,7 +66,7 @@ def test_what_changes_is_named(old: dict[str, Any], path: tuple[str, ...], value
     assert compare(new, old).changes == (Change(expected.kind, expected.name, expected.new, expected.old),)
 
 
-def test_what_is_not_there_any_more_is_named(old: dict[str, Any]) -> None:
+def test_removals_are_listed(old: dict[str, Any]) -> None:
     new = renamed(old, "b" * 16)
     del new["packages"]["aiohttp"], new["nodes"]["rgthree-comfy"], new["parts"]["custom_nodes/rgthree-comfy"]
     found = compare(old, new)
@@ -105,7 +105,7 @@ def test_the_units_text_is_compared_line_by_line(old: dict[str, Any]) -> None:
     assert [line for line in found.files[2:] if line[0] in "+-"] == ["-KillSignal=SIGINT", "+KillSignal=SIGTERM"]
 
 
-def test_what_an_older_hearth_did_not_note_is_told(old: dict[str, Any]) -> None:
+def test_missing_fields_of_old_releases_are_reported(old: dict[str, Any]) -> None:
     older = renamed(old, "b" * 16)
     for name in ("packages", "wheels", "sources", "tree"):
         del older[name]

@@ -66,7 +66,7 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upstream:
     return one
 
 
-def test_a_repair_is_looked_for_in_a_commits_history(upstream: Upstream, tmp_path: Path) -> None:
+def test_fix_is_searched_in_the_commit_history(upstream: Upstream, tmp_path: Path) -> None:
     first = upstream.git("rev-parse", "HEAD")
     second = upstream.commit("second", later__py="x = 1\n")
     assert node_updates.holds(upstream.url, second, first) is True
@@ -77,7 +77,7 @@ def test_a_repair_is_looked_for_in_a_commits_history(upstream: Upstream, tmp_pat
     assert node_updates.holds(f"file://{tmp_path}/nothing", second, first) is None
 
 
-def test_a_node_that_is_known_to_be_bad_is_warned_of(
+def test_known_bad_node_causes_a_warning(
     upstream: Upstream, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     address = "https://github.com/AppleBotzz/ComfyUI_LLMVISION"
@@ -91,7 +91,7 @@ def test_a_node_that_is_known_to_be_bad_is_warned_of(
     assert "ComfyUI_LLMVISION has known problems (affected: all versions): stole browser passwords" in line
 
 
-def test_what_is_left_out_is_not_added(upstream: Upstream) -> None:
+def test_left_out_node_is_not_added(upstream: Upstream) -> None:
     nodes.catalogue_file().write_text('[left-out]\nMy-Node = "it comes with ComfyUI"\n')
     with raises("config", match="it comes with ComfyUI"):
         node_updates.add(upstream.url, "for a test")
@@ -129,7 +129,7 @@ def test_add_update_and_remove(upstream: Upstream) -> None:
     assert "# to be filled" in path.read_text()
 
 
-def test_an_update_tells_what_a_node_could_not_do_before(upstream: Upstream) -> None:
+def test_update_shows_new_capabilities(upstream: Upstream) -> None:
     node_updates.add(upstream.url, "for a test")
     (upstream.place / "evil.pth").write_text("import os\n")
     (upstream.place / "lib.so").write_bytes(b"\x7fELF")
@@ -151,7 +151,7 @@ def test_an_update_tells_what_a_node_could_not_do_before(upstream: Upstream) -> 
     }
 
 
-def test_a_node_that_cannot_be_updated_keeps_no_other_from_it(
+def test_failed_update_does_not_block_others(
     upstream: Upstream, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     others = [Upstream(tmp_path / name) for name in ("Gone", "Leads-Out")]
@@ -181,7 +181,7 @@ def test_a_node_that_cannot_be_updated_keeps_no_other_from_it(
         node_updates.update(["Gone"], dry_run=False)
 
 
-def test_all_links_of_a_history_that_was_rewritten_are_told(upstream: Upstream) -> None:
+def test_all_links_are_reported_after_rewritten_history(upstream: Upstream) -> None:
     (upstream.place / "link").symlink_to("types.py")
     upstream.commit("a link")
     node_updates.add(upstream.url, "for a test")
@@ -209,7 +209,7 @@ def test_requirements_are_compared_in_any_order(upstream: Upstream) -> None:
         ("{url}-gone", "x", "source-unreachable", "cannot be reached"),
     ],
 )
-def test_what_cannot_be_added(upstream: Upstream, address: str, why: str, error: str, said: str) -> None:
+def test_invalid_additions_are_refused(upstream: Upstream, address: str, why: str, error: str, said: str) -> None:
     before = nodes.catalogue_file().read_text()
     with raises(error, match=said):
         node_updates.add(address.format(url=upstream.url), why)
@@ -239,7 +239,7 @@ def test_the_nodes_that_a_workflow_needs(upstream: Upstream, tmp_path: Path, wor
     assert node_updates.search(path) == {"MyType": ["My-Node"], "Nobodys": []}
 
 
-def test_a_tree_that_cannot_be_read_is_said_and_read_again(
+def test_unreadable_tree_is_reported_and_retried(
     upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     node_updates.add(upstream.url, "for a test")
@@ -271,7 +271,7 @@ def test_files_that_run_at_import(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("upstream")
-def test_what_is_no_workflow(tmp_path: Path, text: str, said: str) -> None:
+def test_invalid_workflow_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "workflow.json").write_text(text)
     with raises("config", match=said):
         node_updates.search(tmp_path / "workflow.json")
@@ -282,7 +282,7 @@ def test_what_is_no_workflow(tmp_path: Path, text: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(("failures", "arrives"), [(2, True), (3, False)])
-def test_a_fetch_that_the_network_cut_is_tried_again(
+def test_transient_fetch_error_is_retried(
     upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, arrives: bool
 ) -> None:
     node_updates.add(upstream.url, "for a test")

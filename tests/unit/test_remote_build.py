@@ -77,9 +77,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         ([], {}),
     ],
 )  # fmt: skip
-def test_what_was_asked_for_comes_into_the_wheelhouse(
-    build: Any, wheels: list[manifest.Manifest], asked: dict[str, str]
-) -> None:
+def test_requested_wheels_are_admitted(build: Any, wheels: list[manifest.Manifest], asked: dict[str, str]) -> None:
     assert build(wheels, **asked) == wheels
     assert [each.file for each in workspace.current().wheelhouse.wheels()] == sorted(each.file for each in wheels)
 
@@ -111,9 +109,7 @@ def test_what_was_asked_for_comes_into_the_wheelhouse(
         ([msgspec.structs.replace(built(), size=-1)], {}),
     ],
 )  # fmt: skip
-def test_anything_else_is_refused_and_nothing_is_taken(
-    build: Any, wheels: list[manifest.Manifest], asked: dict[str, str]
-) -> None:
+def test_unrequested_wheels_are_refused(build: Any, wheels: list[manifest.Manifest], asked: dict[str, str]) -> None:
     workspace.current().wheelhouse.folder.mkdir()
     for each in wheels:
         (workspace.current().wheelhouse.folder / each.file).write_bytes(b"good")
@@ -135,12 +131,12 @@ def test_anything_else_is_refused_and_nothing_is_taken(
     ],
     ids=lambda value: value[:10].encode(errors="replace").decode(),
 )
-def test_an_answer_that_is_none_is_told(build: Any, answer: str) -> None:
+def test_invalid_answer_is_an_error(build: Any, answer: str) -> None:
     with raises("remote-command", match="the list of wheels from spark cannot be read"):
         build(answer)
 
 
-def test_a_wheel_of_other_bytes_is_refused_and_no_more_is_taken_than_was_said(build: Any) -> None:
+def test_altered_wheel_is_refused_and_size_is_limited(build: Any) -> None:
     for content in (b"whee", b"Wheel"):
         with raises("hash-mismatch", match="was altered in transit"):
             build([built()], content)
@@ -151,7 +147,7 @@ def test_a_wheel_of_other_bytes_is_refused_and_no_more_is_taken_than_was_said(bu
     assert not workspace.current().wheelhouse.folder.exists()
 
 
-def test_another_wheel_of_that_name_is_replaced_and_that_is_said(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaced_wheel_is_reported(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(console, "say", said.append)
     for content in (b"old", b"old", b"new"):
@@ -162,6 +158,6 @@ def test_another_wheel_of_that_name_is_replaced_and_that_is_said(build: Any, mon
     assert hashlib.sha256(b"new").hexdigest() in told
 
 
-def test_an_arch_that_is_none_is_refused_before_the_host_is_asked(build: Any) -> None:
+def test_invalid_arch_is_refused_before_connecting(build: Any) -> None:
     with raises("arch", match="'sm_121a' is not a compute capability"):
         build([], arch="sm_121a")
