@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 def cpus(root: Path = Path("/")) -> int:
     """The CPUs that this process may use: its affinity, limited by CPU quotas."""
-    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1  # macOS has no affinity
+    if sys.platform == "linux":
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1  # macOS has no affinity
     quotas = [_read(folder / "cpu.max").split() for folder in _cgroups(root, "cpu")]
     quotas += [
         [_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
