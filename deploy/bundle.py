@@ -33,7 +33,7 @@ from lock import application as applications
 from lock import nodes, requirements
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from core.manifest import Manifest
     from deploy.host import Target
@@ -175,19 +175,24 @@ def write(
     digest = hashlib.sha256(text).hexdigest()
     seal = signature.sign(digest, key) if key else Signed(digest, "")
     with files.draft(output) as part:
-        with (
-            console.Progress("bundling", total, len(listed)) as progress,
-            tarfile.open(part, mode="w", format=tarfile.PAX_FORMAT) as tar,
-        ):
-            for name, content in ((MANIFEST, text), (SIGNATURE, seal.signature.encode())):
-                if content:
-                    tar.addfile(_member(name, File("", len(content))), io.BytesIO(content))
-            for name, each in found.items():
-                with listed[name].open("rb") as file:
-                    tar.addfile(_member(name, each), file)
-                progress.advance(each.size)
+        _write_tar(part, {MANIFEST: text, SIGNATURE: seal.signature.encode()}, found, listed)
         part.replace(output)
     return Opened(bundle, seal, f"signed with {seal.key()}" if key else "not signed")
+
+
+def _write_tar(output: Path, texts: Mapping[str, bytes], found: Mapping[str, File], listed: Mapping[str, Path]) -> None:
+    """Write the texts that are not empty, then the listed files."""
+    with (
+        console.Progress("bundling", sum(each.size for each in found.values()), len(found)) as progress,
+        tarfile.open(output, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for name, content in texts.items():
+            if content:
+                tar.addfile(_member(name, File("", len(content))), io.BytesIO(content))
+        for name, each in found.items():
+            with listed[name].open("rb") as file:
+                tar.addfile(_member(name, each), file)
+            progress.advance(each.size)
 
 
 def _member(name: str, file: File) -> tarfile.TarInfo:

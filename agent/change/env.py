@@ -50,12 +50,10 @@ def _refuse_overwritten(environment: Path) -> None:
                     )
 
 
-_NO_NETWORK = "failed to fetch|error sending request|dns error|connection refused|network is unreachable|timed out"
-
-
-_NO_NETWORK += "|network connectivity is disabled"
-
-
+_NO_NETWORK = (
+    "failed to fetch|error sending request|dns error|connection refused|network is unreachable|timed out"
+    "|network connectivity is disabled"
+)
 _UNTRUSTED = "invalid peer certificate|certificate verify failed"
 
 
@@ -96,7 +94,6 @@ def env(layout: Layout, step: Env, note: Note) -> None:
 
     Raises AgentError.
     """
-    uv = str(layout.state / "tools" / step.tool)
     # uv hard-links installed files to its cache. In a shared cache, other users could change a part's files.
     own_cache = str(layout.state / "cache/uv")
     environment = {**_configured(step.python), **inherited(*INDEX)}
@@ -115,41 +112,36 @@ def env(layout: Layout, step: Env, note: Note) -> None:
             )
         link(wheels / wheel.file, receive_blob(layout, wheel.sha256))
     with part(layout, step.part) as place:
-        venv = ["--no-config", "venv", "--quiet", "--relocatable", "--no-project", "--python", step.python]
-        _run_long([uv, *venv, str(place)], environment)
-        listed = layout.state / f"requirements-{os.getpid()}.txt"
-        listed.write_text(step.requirements)
-        argv = [
-            uv,
-            "--no-config",
-            "pip",
-            "sync",
-            "--quiet",
-            "--python",
-            f"{place}/bin/python",
-            "--require-hashes",
-            "--strict",
-        ]
-        argv += ["--only-binary", ":all:", "--find-links", str(wheels)]
-        argv += ["--no-index"] if step.offline else []
-        # A damaged part may be hard-linked to the cache, which is then damaged, too.
-        argv += ["--no-cache"] if step.repair else []
-        try:
-            _run_long([*argv, str(listed)], environment)
-        except AgentError as error:
-            if not step.offline and re.search(_UNTRUSTED, error.report["cause"], re.IGNORECASE):
-                what = "the host does not trust the certificate of the package index, or of a proxy in front of it"
-                hint = "on the host: install the CA (update-ca-certificates), and add system-certs = true to "
-                hint += "/etc/uv/uv.toml; or deploy from a bundle, which needs no index (inv bundle)"
-                raise AgentError("step", what, error.report["cause"], hint) from None
-            if not step.offline and re.search(_NO_NETWORK, error.report["cause"], re.IGNORECASE):
-                raise AgentError("offline", "the host cannot reach the package index", error.report["cause"]) from None
-            raise
-        finally:
-            listed.unlink()
+        _install(layout, step, place, wheels, environment)
         _refuse_overwritten(place)
         # Some packages ship templates and tests that Python cannot parse; those are never imported.
         with suppress(AgentError):
             run(compile_command(layout, step, place))
     used.unlink()  # sealing the part has synced everything
     shutil.rmtree(wheels)
+
+
+def _install(layout: Layout, step: Env, place: Path, wheels: Path, environment: dict[str, str]) -> None:
+    uv = [str(layout.state / "tools" / step.tool), "--no-config"]
+    venv = ["venv", "--quiet", "--relocatable", "--no-project", "--python", step.python]
+    _run_long([*uv, *venv, str(place)], environment)
+    listed = layout.state / f"requirements-{os.getpid()}.txt"
+    listed.write_text(step.requirements)
+    argv = [*uv, "pip", "sync", "--quiet", "--python", f"{place}/bin/python", "--require-hashes", "--strict"]
+    argv += ["--only-binary", ":all:", "--find-links", str(wheels)]
+    argv += ["--no-index"] if step.offline else []
+    # A damaged part may be hard-linked to the cache, which is then damaged, too.
+    argv += ["--no-cache"] if step.repair else []
+    try:
+        _run_long([*argv, str(listed)], environment)
+    except AgentError as error:
+        if not step.offline and re.search(_UNTRUSTED, error.report["cause"], re.IGNORECASE):
+            what = "the host does not trust the certificate of the package index, or of a proxy in front of it"
+            hint = "on the host: install the CA (update-ca-certificates), and add system-certs = true to "
+            hint += "/etc/uv/uv.toml; or deploy from a bundle, which needs no index (inv bundle)"
+            raise AgentError("step", what, error.report["cause"], hint) from None
+        if not step.offline and re.search(_NO_NETWORK, error.report["cause"], re.IGNORECASE):
+            raise AgentError("offline", "the host cannot reach the package index", error.report["cause"]) from None
+        raise
+    finally:
+        listed.unlink()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from agent.api import Endpoint, ask, checked, endpoint, queue, said, system_stats, unload
 from agent.deletion import remove
@@ -122,22 +122,7 @@ def prove(
     started = time.monotonic()
     stats = first_answer(place, process, wanted["seconds"])
     note(f"answers after {time.monotonic() - started:.1f} s: ComfyUI {stats['version']}")
-    argv = command[command.index(f"{release['code']}/main.py") :]
-    kinds = sorted({device["type"] for device in stats["devices"]})
-    checks = [
-        ("ComfyUI", stats["version"], wanted["version"]),
-        ("its command line", " ".join(stats["argv"]), " ".join(argv)),
-        ("torch", stats["torch"].partition("+")[0], wanted["torch"]),
-    ]
-    for what, found, expected in checks:
-        if found != expected:
-            raise AgentError(
-                "gate", f"{what} differs from the release", f"found {said(found, 2000)}, expected {expected}"
-            )
-    if wanted["cuda"] and "cuda" not in kinds:
-        raise AgentError(
-            "gate", "ComfyUI sees no CUDA device", f"it runs on {', '.join(kinds[:5])}", "inv doctor checks the GPU"
-        )
+    _check_stats(stats, wanted, command[command.index(f"{release['code']}/main.py") :])
     lines = _output(place, process, "Import times for custom nodes:" if release.get("nodes") else "")
     if wanted["attention"]:
         used = next(
@@ -155,18 +140,42 @@ def prove(
         note(f"node {name} cannot be imported: {reason}")
     for turn in ("first", "second"):  # an upstream regression hangs in the second workflow only (ComfyUI#15269)
         _picture(place, process, turn, clear, note)
+    return {"at": now(), "failed_nodes": failed, "types": _node_types(place)}
+
+
+def _check_stats(stats: Json, wanted: Json, argv: list[str]) -> None:
+    kinds = sorted({device["type"] for device in stats["devices"]})
+    checks = [
+        ("ComfyUI", stats["version"], wanted["version"]),
+        ("its command line", " ".join(stats["argv"]), " ".join(argv)),
+        ("torch", stats["torch"].partition("+")[0], wanted["torch"]),
+    ]
+    for what, found, expected in checks:
+        if found != expected:
+            raise AgentError(
+                "gate", f"{what} differs from the release", f"found {said(found, 2000)}, expected {expected}"
+            )
+    if wanted["cuda"] and "cuda" not in kinds:
+        raise AgentError(
+            "gate", "ComfyUI sees no CUDA device", f"it runs on {', '.join(kinds[:5])}", "inv doctor checks the GPU"
+        )
+
+
+def _node_types(place: Endpoint) -> Json:
     try:
-        types = checked(
-            "/object_info",
-            ask(place, "/object_info", seconds=60, limit=OBJECT_INFO),
-            lambda listed: {
-                said(name, 120): said(each.get("python_module", ""), 120)
-                for name, each in sorted(listed.items())[:TYPES]
-            },
+        return cast(
+            "Json",
+            checked(
+                "/object_info",
+                ask(place, "/object_info", seconds=60, limit=OBJECT_INFO),
+                lambda listed: {
+                    said(name, 120): said(each.get("python_module", ""), 120)
+                    for name, each in sorted(listed.items())[:TYPES]
+                },
+            ),
         )
     except (OSError, ValueError) as error:
         raise AgentError("gate", "ComfyUI does not list its node types", str(error)) from error
-    return {"at": now(), "failed_nodes": failed, "types": types}
 
 
 LOG_SECONDS = 5.0
