@@ -87,7 +87,7 @@ def ask(place: Endpoint, path: str, body: Json | None = None, seconds: float = 5
             unknown = unknown or (None if error.errno in NOBODY else error)
             continue
         except HTTPException as error:  # another protocol at this port
-            raise ValueError(f"not an HTTP answer: {said(repr(error))}") from error
+            raise ValueError(f"not an HTTP answer: {printable(repr(error))}") from error
         if path.startswith("/view"):
             return raw
         if sum(map(raw.count, (b",", b"[", b"{"))) > limit // DENSE:
@@ -148,7 +148,9 @@ def _exchange(place: Endpoint, address: str, path: str, body: Json | None, secon
     if len(raw) > limit:
         raise TooLongError(f"the answer to {path} is longer than {limit} bytes")
     if answer.status != 200:
-        raise ValueError(f"{path} returned status {answer.status}: {said(raw[:500].decode(errors='replace'), 500)}")
+        raise ValueError(
+            f"{path} returned status {answer.status}: {printable(raw[:500].decode(errors='replace'), 500)}"
+        )
     return raw
 
 
@@ -171,10 +173,10 @@ def checked(name: str, answer: Any, read: Callable[[Any], T]) -> T:
     try:
         return read(answer)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"the answer to {name} is not in ComfyUI's format: {said(repr(error))}") from error
+        raise ValueError(f"the answer to {name} is not in ComfyUI's format: {printable(repr(error))}") from error
 
 
-def said(value: object, limit: int = 200) -> str:
+def printable(value: object, limit: int = 200) -> str:
     """Convert an untrusted value to one line of printable text of at most `limit` characters."""
     if isinstance(value, (list, dict)):  # of any depth and size
         value = f"({len(value)} values)"
@@ -196,10 +198,12 @@ def system_stats(place: Endpoint, seconds: float = 5) -> Json:
     def read(answer: Any) -> Json:
         system = answer["system"]
         return {
-            "version": said(system.get("comfyui_version", "")),
-            "torch": said(system.get("pytorch_version", "")),
-            "argv": [said(word, 10_000) for word in system.get("argv", [])[:1000]],
-            "devices": [{"name": said(each["name"]), "type": said(each["type"])} for each in answer["devices"][:100]],
+            "version": printable(system.get("comfyui_version", "")),
+            "torch": printable(system.get("pytorch_version", "")),
+            "argv": [printable(word, 10_000) for word in system.get("argv", [])[:1000]],
+            "devices": [
+                {"name": printable(each["name"]), "type": printable(each["type"])} for each in answer["devices"][:100]
+            ],
         }
 
     return checked("/system_stats", ask(place, "/system_stats", seconds=seconds, limit=SMALL), read)
@@ -235,7 +239,7 @@ def job(entry: Sequence[Any]) -> Json:
     `queued` is in seconds since 1970; None if not reported.
     """
     workflow, extra = (each if isinstance(each, dict) else {} for each in [*entry[2:4], None, None][:2])
-    return {"id": said(entry[1]), "nodes": len(workflow), "queued": seconds_of(extra.get("create_time"))}
+    return {"id": printable(entry[1]), "nodes": len(workflow), "queued": seconds_of(extra.get("create_time"))}
 
 
 def accepts_connections(place: Endpoint) -> bool:

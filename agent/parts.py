@@ -86,13 +86,13 @@ def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) 
         status = 1
         with suppress(BaseException):
             try:
-                said = {"answer": work(*given)}
+                result = {"answer": work(*given)}
             except OSError as error:
-                said = {"errno": error.errno or 0, "error": str(error)}
+                result = {"errno": error.errno or 0, "error": str(error)}
             except Exception as error:
-                said = {"error": repr(error)}
+                result = {"error": repr(error)}
             with os.fdopen(writer, "w") as pipe:
-                pipe.write(json.dumps(said, default=vars))
+                pipe.write(json.dumps(result, default=vars))
             status = 0
         os._exit(status)
     os.close(writer)
@@ -105,7 +105,7 @@ def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) 
                 raise AgentError(
                     "step", f"{work.__name__} did not end within {seconds:.0f} s", "", "run the same command again"
                 )
-            said = pipe.read()
+            result = pipe.read()
         if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
             why = f"by signal {-code}" if code < 0 else "it could not send its answer"
             if code == -signal.SIGKILL:
@@ -116,7 +116,7 @@ def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) 
                 why,
                 "run the same command again; if that does not help: inv doctor",
             )
-        found = json.loads(said)
+        found = json.loads(result)
         if "errno" in found:
             raise OSError(found["errno"], found["error"].partition("] ")[2] or found["error"])
         if "error" in found:

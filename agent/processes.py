@@ -72,7 +72,7 @@ def run(
     try:
         with subprocess.Popen(argv, text=True, errors="replace", **more) as process:
             try:
-                output, said = (str(each) for each in process.communicate(timeout=timeout))
+                output, stderr = (str(each) for each in process.communicate(timeout=timeout))
             except BaseException:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -83,7 +83,7 @@ def run(
     except OSError as error:
         raise AgentError("step", f"{argv[0]} could not be started", str(error)) from error
     if process.returncode:
-        tail = "\n".join((said or output).strip().splitlines()[-8:])
+        tail = "\n".join((stderr or output).strip().splitlines()[-8:])
         full = "No space left" in tail
         raise AgentError("disk" if full else "step", f"{' '.join(argv[:3])} failed", tail, FULL if full else "")
     return output
@@ -99,10 +99,10 @@ LINE = 2000
 
 def last_of(argv: list[str], lines: int) -> list[str]:
     """Run a program that prints its newest line first; return the last lines, oldest first. Raises AgentError."""
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as stderr:
         try:
             process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, env=inherited()
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=inherited()
             )
         except OSError as error:
             raise AgentError("step", f"{argv[0]} could not be started", str(error)) from error
@@ -111,8 +111,8 @@ def last_of(argv: list[str], lines: int) -> list[str]:
             raw = process.stdout.read(LOG_BYTES)
             process.kill()  # it may have more output
         if not raw:
-            said.seek(0)
-            if why := said.read(LINE).decode(errors="replace").strip():
+            stderr.seek(0)
+            if why := stderr.read(LINE).decode(errors="replace").strip():
                 raise AgentError("step", f"{' '.join(argv[:3])} failed", why)
     return [line[:LINE] for line in reversed(raw.decode(errors="replace").splitlines()[:lines])]
 

@@ -34,8 +34,8 @@ def asker(claim: str) -> Json:
             address, key = found
             return {"who": f"{login} from {address} (says {claim})", "key": key}
     for pid in above:  # sudo drops it; the shell above has it
-        if said := re.match(r"[0-9A-Fa-f:.%]+", _environment(pid).get("SSH_CONNECTION", "")):
-            return {"who": f"{login}, by its own account from {said[0]} (says {claim})", "key": ""}
+        if match := re.match(r"[0-9A-Fa-f:.%]+", _environment(pid).get("SSH_CONNECTION", "")):
+            return {"who": f"{login}, by its own account from {match[0]} (says {claim})", "key": ""}
     return {"who": f"{login}@{os.uname().nodename}", "key": ""}
 
 
@@ -78,9 +78,9 @@ def _let_in(pid: int, login: str) -> tuple[str, str] | None:
     with suppress(OSError, subprocess.SubprocessError, ValueError, TypeError, LookupError):
         log = subprocess.run([*words, "--output-fields=MESSAGE,_EXE"], capture_output=True, timeout=5).stdout
         for line in map(json.loads, log.splitlines()):
-            said = re.match(pattern, str(line.get("MESSAGE")))
-            if said and said[1] == login and Path(str(line.get("_EXE"))).name in SSHD:
-                return said[2], said[3] or ""
+            match = re.match(pattern, str(line.get("MESSAGE")))
+            if match and match[1] == login and Path(str(line.get("_EXE"))).name in SSHD:
+                return match[2], match[3] or ""
     return None
 
 

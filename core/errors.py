@@ -145,7 +145,7 @@ class ProcessError(HearthError):
     status: int = 0
     """Its exit status, negative for the signal that killed it."""
 
-    said: str = ""
+    stderr: str = ""
     """What it wrote to stderr."""
 
 

@@ -127,15 +127,15 @@ def stream(
     *,
     first: float | None = None,
     silence: float | None = None,
-    said: Callable[[str], None] = lambda _: None,
+    on_stderr: Callable[[str], None] = lambda _: None,
 ) -> Iterator[bytes]:
     """Write a program's standard input and yield its output, line by line with the line ends.
 
-    Input and output are transferred at the same time, so that full pipes cannot block both sides; `said` gets each line
-    of stderr. The program has its own session: it cannot prompt at the terminal, and Ctrl-C reaches it through this
-    process. Raises TimeoutError when no byte moves for `silence` seconds (`first`: before any output), and
-    ProcessError with the status and stderr whenever the status is not 0, also after output. The unfinished last line
-    of a program that fails is dropped.
+    Input and output are transferred at the same time, so that full pipes cannot block both sides; `on_stderr` gets
+    each line of stderr. The program has its own session: it cannot prompt at the terminal, and Ctrl-C reaches it
+    through this process. Raises TimeoutError when no byte moves for `silence` seconds (`first`: before any output),
+    and ProcessError with the status and stderr whenever the status is not 0, also after output. The unfinished last
+    line of a program that fails is dropped.
     """
     words = [str(word) for word in argv]
     pipe = subprocess.PIPE
@@ -143,7 +143,7 @@ def stream(
         process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
     except FileNotFoundError as error:
         raise _missing(words[0]) from error
-    errors = _Errors(process, said)
+    errors = _Errors(process, on_stderr)
     errors.start()
     output = bytearray()
     with _ended(process, patience=GRACE):
@@ -160,7 +160,7 @@ def stream(
         if process.returncode:
             cause = "\n    ".join([*errors.lines][-8:])
             failure = ProcessError("process", f"{' '.join(words[-2:])} ended with {process.returncode}", cause=cause)
-            failure.status, failure.said = process.returncode, "\n".join(errors.lines)
+            failure.status, failure.stderr = process.returncode, "\n".join(errors.lines)
             raise failure
         if output:
             yield bytes(output)
@@ -169,10 +169,10 @@ def stream(
 class _Errors(threading.Thread):
     """Reads a program's stderr: its last lines, and the time of the latest."""
 
-    def __init__(self, process: subprocess.Popen[bytes], said: Callable[[str], None]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], on_stderr: Callable[[str], None]) -> None:
         super().__init__(daemon=True)
         assert process.stderr is not None
-        self._stderr, self._said = process.stderr, said
+        self._stderr, self._on_stderr = process.stderr, on_stderr
         self.lines: deque[str] = deque(maxlen=1000)
         self.moved = time.monotonic()
 
@@ -181,7 +181,7 @@ class _Errors(threading.Thread):
             for line in iter(lambda: self._stderr.readline(1 << 16), b""):
                 self.moved = time.monotonic()
                 self.lines.append(line.decode(errors="replace").rstrip())
-                self._said(self.lines[-1])
+                self._on_stderr(self.lines[-1])
 
 
 def _exchange(

@@ -41,8 +41,8 @@ def own_key() -> Path | None:
     return next((path for name in _KEYS if (path := Path.home() / ".ssh" / name).exists()), None)
 
 
-def _keygen(action: str, *words: str | Path, said: str | None = None) -> Done:
-    return shell.run(["ssh-keygen", "-Y", action, *words], input_text=said, check=False)
+def _keygen(action: str, *words: str | Path, stdin: str | None = None) -> Done:
+    return shell.run(["ssh-keygen", "-Y", action, *words], input_text=stdin, check=False)
 
 
 def sign(text: str, key: Path) -> Signed:
@@ -51,7 +51,7 @@ def sign(text: str, key: Path) -> Signed:
     Raises BundleError.
     """
     done = (
-        _keygen("sign", "-n", NAMESPACE, "-f", key, said=text) if key.is_file() else None
+        _keygen("sign", "-n", NAMESPACE, "-f", key, stdin=text) if key.is_file() else None
     )  # ssh-keygen would block on a pipe
     if done is None or done.returncode:
         cause = done.stderr.strip() if done else "the file does not exist"
@@ -70,7 +70,7 @@ class Signed:
     def key(self) -> str:
         """The type and fingerprint of the signing key; raises BundleError for an invalid signature."""
         with _files(signature=self.signature) as (place,):
-            done = _keygen("check-novalidate", "-n", NAMESPACE, "-s", place, said=self.text)
+            done = _keygen("check-novalidate", "-n", NAMESPACE, "-s", place, stdin=self.text)
         if done.returncode:
             cause = (done.stderr.strip() or done.stdout.strip()).replace(str(place), "it")
             raise BundleError("signature", "the signature does not match the content", cause=cause)
@@ -91,7 +91,7 @@ class Signed:
         with _files(signature=self.signature, allowed_signers=valid) as (place, listed):
             done = _keygen("find-principals", "-s", place, "-f", listed)
             for name in done.stdout.splitlines() if not done.returncode else ():
-                done = _keygen("verify", "-n", NAMESPACE, "-f", listed, "-I", name, "-s", place, said=self.text)
+                done = _keygen("verify", "-n", NAMESPACE, "-f", listed, "-I", name, "-s", place, stdin=self.text)
                 if not done.returncode:
                     return name
         cause = (done.stderr.strip() or done.stdout.strip()).replace(str(listed), where)

@@ -7,10 +7,11 @@ import sys
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import tomli
 
+from agent.schema.uv import index_settings
 from core import shell, workspace
 from core.errors import BundleError
 
@@ -157,22 +158,4 @@ def _configured() -> dict[str, str]:
     for place in (Path("/etc/uv/uv.toml"), user / "uv/uv.toml"):
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # uv reports errors in it
             found |= index_settings(tomli.loads(place.read_text()))
-    return found
-
-
-def index_settings(said: dict[str, Any]) -> dict[str, str]:
-    """The indexes and certificates of a uv.toml, as variables. `agent/change/env.py` does the same on hosts."""
-    said = {**said, **said.get("pip", {})}
-    names = ("index-url", "extra-index-url", "keyring-provider", "allow-insecure-host", "native-tls", "system-certs")
-    variables = {name: f"UV_{name.upper().replace('-', '_').replace('ALLOW_', '')}" for name in names if said.get(name)}
-    found = {
-        variable: " ".join(said[name]) if isinstance(said[name], list) else str(said[name]).replace("True", "true")
-        for name, variable in variables.items()
-    }
-    for each in said.get("index", []):
-        if each.get("default"):
-            found["UV_DEFAULT_INDEX"] = each["url"]
-        elif not each.get("explicit"):
-            named = f"{each['name']}={each['url']}" if "name" in each else each["url"]
-            found["UV_INDEX"] = f"{found.get('UV_INDEX', '')} {named}".strip()
     return found

@@ -106,7 +106,7 @@ class Agent(ABC):
         except TimeoutError as error:
             raise self.lost(f"the agent does not answer: {error}") from error
         except ProcessError as error:
-            raise self._ended(verb, error.status, error.said) from error
+            raise self._ended(verb, error.status, error.stderr) from error
 
     def _parsed(self, line: bytes) -> Any:
         """Parse one line of the agent; raises the error that it reports."""
@@ -123,7 +123,7 @@ class Agent(ABC):
             raise error_of(value["error"])
         return value
 
-    def _ended(self, verb: str, status: int, said: str) -> HearthError:
+    def _ended(self, verb: str, status: int, stderr: str) -> HearthError:
         """The error for an agent that ended with this status."""
         number = -status if status < 0 else status - 128  # a shell's status for a signal
         killed = number in set(signal.Signals)
@@ -132,7 +132,7 @@ class Agent(ABC):
             return self.lost(f"the agent that watches the change {how}")
         hint = f"check whether the host is out of memory: inv doctor --host {self._target.name}" if killed else ""
         return HostError(
-            "step-failed", f"the agent on {self._target.name} {how} at {verb}", cause=said[-2000:], hint=hint
+            "step-failed", f"the agent on {self._target.name} {how} at {verb}", cause=stderr[-2000:], hint=hint
         )
 
     @abstractmethod
@@ -215,7 +215,7 @@ class Ssh(Agent):
             raise HostError(
                 "remote-command",
                 f"a command on {self._target.name} ended with {error.status}",
-                cause=_last(error.said),
+                cause=_last(error.stderr),
                 hint="read its output above, then run the same command again to continue",
             ) from error
 
@@ -232,10 +232,10 @@ class Ssh(Agent):
         try:
             list(self._session(script, content, silence=SILENT))
         except ProcessError as error:
-            kind = "disk-full" if "No space left" in error.said else "step-failed"
+            kind = "disk-full" if "No space left" in error.stderr else "step-failed"
             what = f"{path} could not be written on {self._target.name}"
             hint = f"on the host: free space in {folder}, or make it writable"
-            raise HostError(kind, what, cause=error.said, hint=hint) from error
+            raise HostError(kind, what, cause=error.stderr, hint=hint) from error
 
     def get(self, path: str, place: Path, most: int) -> None:
         """Fetch a file from there, of at most so many bytes; raises HostError, or SourceError for more."""
@@ -247,7 +247,7 @@ class Ssh(Agent):
                     file.write(block)
         except ProcessError as error:
             raise HostError(
-                "remote-command", f"{path} could not be read on {self._target.name}", cause=error.said
+                "remote-command", f"{path} could not be read on {self._target.name}", cause=error.stderr
             ) from error
 
     def _lines(
@@ -318,7 +318,7 @@ class Ssh(Agent):
         # One line: a C shell does not accept several in quotes.
         script = " ".join(f'cd; echo; echo "{_MARK}"; echo "{_MARK}" >&2; {script}'.split("\n"))
         command = f"exec /bin/sh -c {shlex.quote(script)}"
-        lines = shell.stream([*self._argv, command], request, blocks(), first=_LOGIN, silence=silence, said=listen)
+        lines = shell.stream([*self._argv, command], request, blocks(), first=_LOGIN, silence=silence, on_stderr=listen)
         try:
             for line in lines:
                 noise.append(line)
@@ -328,12 +328,12 @@ class Ssh(Agent):
                     return
         except ProcessError as error:
             if stderr_begun:
-                error.said = error.said.rpartition(_MARK)[2].strip()
+                error.stderr = error.stderr.rpartition(_MARK)[2].strip()
             if error.status == 255:  # ssh's own
-                raise (self.lost(_last(error.said)) if begun else self._unreachable(error.said)) from error
+                raise (self.lost(_last(error.stderr)) if begun else self._unreachable(error.stderr)) from error
             if begun:
                 raise
-            noise.append(error.said.encode())
+            noise.append(error.stderr.encode())
         except TimeoutError as error:
             raise (self.lost if begun else self._unreachable)(str(error)) from error
         raise HostError(
@@ -343,41 +343,44 @@ class Ssh(Agent):
             hint=f"try: {self._try} 'exec /bin/sh -c true'",
         )
 
-    def _ended(self, verb: str, status: int, said: str) -> HearthError:
+    def _ended(self, verb: str, status: int, stderr: str) -> HearthError:
         name = self._target.name
         if status == archive.NO_PYTHON:
             return HostError("step-failed", f"{name} has no python3", hint="on the host: apt-get install python3")
         if status == archive.OLD_PYTHON:
-            what = f"python3 on {name} is {_last(said)}; Hearth needs 3.10 or newer"
+            what = f"python3 on {name} is {_last(stderr)}; Hearth needs 3.10 or newer"
             return HostError(
                 "step-failed", what, hint="on the host: upgrade it, or put a newer python3 first on the login's PATH"
             )
         if status in (126, 127):
             return HostError(
-                "step-failed", f"python3 on {name} cannot be started", cause=said, hint="on the host: reinstall python3"
+                "step-failed",
+                f"python3 on {name} cannot be started",
+                cause=stderr,
+                hint="on the host: reinstall python3",
             )
         sudo = status in (1, archive.NO_SUDO) and self._target.host.scope == "system"
-        return (self._no_root(status, said) if sudo else None) or super()._ended(verb, status, said)
+        return (self._no_root(status, stderr) if sudo else None) or super()._ended(verb, status, stderr)
 
-    def _no_root(self, status: int, said: str) -> ConnectError | None:
+    def _no_root(self, status: int, stderr: str) -> ConnectError | None:
         """The error for a refusal by sudo; None if sudo did not fail."""
         name, user = self._target.name, self._settings["user"]
         otherwise = f'log in as root or as a user with sudo (`user` of hosts.{name}), or set scope = "user"'
         if status == archive.NO_SUDO:
             return ConnectError("sudo", f"{name} has no sudo, and {user} is not root", hint=otherwise)
-        if not re.search(r"^(sudo: |Sorry, )|sudoers", said, re.MULTILINE):
+        if not re.search(r"^(sudo: |Sorry, )|sudoers", stderr, re.MULTILINE):
             return None
-        cause = _last(said)
-        if re.search(r"sudoers|not allowed|may not run", said):
+        cause = _last(stderr)
+        if re.search(r"sudoers|not allowed|may not run", stderr):
             return ConnectError("sudo", f"{user} may not use sudo on {name}", cause=cause, hint=otherwise)
-        if self._password and re.search("incorrect password|no password was provided", said):
+        if self._password and re.search("incorrect password|no password was provided", stderr):
             passwords.known.pop(name, None)  # prompt again on a retry: some systems lock the login after three failures
             hint = f"type it again; if it is in the keyring: keyring set hearth-sudo {name}"
             return ConnectError("sudo", f"sudo on {name} does not accept the password", cause=cause, hint=hint)
         hint = "run the same command again with --ask-sudo, or allow sudo without a password on the host"
         return ConnectError("sudo", f"sudo does not give {user} root on {name}", cause=cause, hint=hint)
 
-    def _unreachable(self, said: str) -> HearthError:
+    def _unreachable(self, stderr: str) -> HearthError:
         """The error for an ssh that did not log in."""
         if self._settings.keys() & {"proxyjump", "proxycommand"}:
             # Connection sharing hides errors of the proxy command (ssh_proxy_connect in OpenSSH): retry once without
@@ -387,16 +390,16 @@ class Ssh(Agent):
                 try:
                     list(shell.stream(alone, b"", first=_LOGIN))
                 except ProcessError as error:
-                    said = error.said or said
-        return ssh_errors.unreachable(said, self._target.name, self._settings, self._try)
+                    stderr = error.stderr or stderr
+        return ssh_errors.unreachable(stderr, self._target.name, self._settings, self._try)
 
     @property
     def _try(self) -> str:
         return shlex.join([*_ssh(self._target), self._target.host.address])
 
 
-def _last(said: str) -> str:
-    return said.rpartition("\n")[2]
+def _last(stderr: str) -> str:
+    return stderr.rpartition("\n")[2]
 
 
 def _ssh(target: Target) -> list[str]:

@@ -206,19 +206,19 @@ def _check_mounts(place: str, host: Host) -> None:
                 raise ConfigError("config", f"{place}: mount {each}: {key} = {value!r} cannot be written into a unit")
 
 
-def check_settings(place: str, said: Profile | Override) -> None:
+def check_settings(place: str, given: Profile | Override) -> None:
     """Refuse values that a unit cannot contain, invalid ranges, and contradictory allocator settings."""
-    if not re.fullmatch(r"([0-9]+(\.[0-9]+)?%|[0-9]+[KMGT]?|infinity)?", said.memory_max or ""):
-        raise ConfigError("config", f"{place}: memory_max = {said.memory_max!r}", hint="use a size such as 48G or 90%")
-    for each in said.pythons or ():
+    if not re.fullmatch(r"([0-9]+(\.[0-9]+)?%|[0-9]+[KMGT]?|infinity)?", given.memory_max or ""):
+        raise ConfigError("config", f"{place}: memory_max = {given.memory_max!r}", hint="use a size such as 48G or 90%")
+    for each in given.pythons or ():
         if not re.fullmatch(r"3\.[0-9]+", each):
             raise ConfigError("config", f"{place}: pythons: {each!r}", hint="use a version such as 3.12")
-    forms = ((said.flags, r"--[a-z][a-z0-9-]*", r"[^\\'\"]*"), (said.env, r"[A-Za-z_][A-Za-z0-9_]*", r".*"))
+    forms = ((given.flags, r"--[a-z][a-z0-9-]*", r"[^\\'\"]*"), (given.env, r"[A-Za-z_][A-Za-z0-9_]*", r".*"))
     for settings, form, values in forms:
         for name, setting in settings.items():
             if not re.fullmatch(form, name):
                 raise ConfigError(
-                    "config", f"{place}: {name!r} is not a {'flag' if settings is said.flags else 'variable'}"
+                    "config", f"{place}: {name!r} is not a {'flag' if settings is given.flags else 'variable'}"
                 )
             if not (setting.value.isprintable() and re.fullmatch(values, setting.value)):
                 what = f"{place}: {name}: {setting.value!r} cannot be written into a unit"
@@ -227,7 +227,7 @@ def check_settings(place: str, said: Profile | Override) -> None:
                     what,
                     hint="remove line breaks and control characters, in flags also quotes and backslashes",
                 )
-    for name, setting in (said.flags | said.env).items():
+    for name, setting in (given.flags | given.env).items():
         for what in ("torch", "comfyui"):
             try:
                 SpecifierSet(getattr(setting, what))

@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def unreachable(said: str, name: str, settings: Mapping[str, str], retry: str) -> HearthError:
+def unreachable(stderr: str, name: str, settings: Mapping[str, str], retry: str) -> HearthError:
     """The error for an ssh that did not log in to the host `name`.
 
-    `said` is ssh's stderr, `settings` are those of `ssh -G`, `retry` is the command that connects in a terminal.
+    `stderr` is ssh's stderr, `settings` are those of `ssh -G`, `retry` is the command that connects in a terminal.
     """
     user, host, port = (settings[key] for key in ("user", "hostname", "port"))
-    cause = "\n         ".join([line for line in said.splitlines() if line.strip("@ ")][-6:])
+    cause = "\n         ".join([line for line in stderr.splitlines() if line.strip("@ ")][-6:])
     # Our ssh reports only a closed connection: the rejected key is that of a jump host.
-    jump = re.search("exchange_identification|UNKNOWN port", said)
+    jump = re.search("exchange_identification|UNKNOWN port", stderr)
     of = f"a jump host of {name}" if jump else f"{name} ({host})"
-    if found := _host_key(said, cause, of, settings, retry):
+    if found := _host_key(stderr, cause, of, settings, retry):
         return found
-    if "Permission denied (" in said or "Too many authentication failures" in said:
+    if "Permission denied (" in stderr or "Too many authentication failures" in stderr:
         return ConnectError(
             "unreachable",
             f"SSH authentication failed for {user} on {name}",
@@ -36,14 +36,14 @@ def unreachable(said: str, name: str, settings: Mapping[str, str], retry: str) -
     )
 
 
-def _host_key(said: str, cause: str, of: str, settings: Mapping[str, str], retry: str) -> ConnectError | None:
+def _host_key(stderr: str, cause: str, of: str, settings: Mapping[str, str], retry: str) -> ConnectError | None:
     """The error for a host key that ssh rejects; None if that was not the reason."""
     port, host = (shlex.quote(settings[key]) for key in ("port", "hostname"))
     scan = f"`ssh-keyscan -p {port} {host} | ssh-keygen -lf -`"
-    if "HOST IDENTIFICATION HAS CHANGED" in said:
-        offered = re.search(r"key sent .* is\s+(SHA256:\S+\w)", said)
-        known = re.search("Offending .*", said)
-        listed = re.search(r"Host key for (\S+) has changed", said)
+    if "HOST IDENTIFICATION HAS CHANGED" in stderr:
+        offered = re.search(r"key sent .* is\s+(SHA256:\S+\w)", stderr)
+        known = re.search("Offending .*", stderr)
+        listed = re.search(r"Host key for (\S+) has changed", stderr)
         entry = (listed[1] if listed else settings["hostname"]).replace("'", "'\\''")
         return ConnectError(
             "host-key",
@@ -53,13 +53,13 @@ def _host_key(said: str, cause: str, of: str, settings: Mapping[str, str], retry
             hint=f"compare it with {scan}; only if it is right: ssh-keygen -R '{entry}', "
             f"then connect once with: {retry}",
         )
-    if "REVOKED" in said or "revoked" in said:
+    if "REVOKED" in stderr or "revoked" in stderr:
         return ConnectError(
             "host-key", f"the host key of {of} is revoked", cause=cause, hint="ask the host's administrator"
         )
-    if "Certificate invalid" in said:
+    if "Certificate invalid" in stderr:
         return ConnectError("host-key", f"the host certificate of {of} is not valid", cause=cause, hint=f"try: {retry}")
-    if "Host key verification failed" in said:
+    if "Host key verification failed" in stderr:
         return ConnectError(
             "host-key",
             f"the host key of {of} is not known",

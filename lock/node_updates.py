@@ -239,7 +239,7 @@ def _change(
 ) -> Change:
     (old, new), (before, after) = commits, trees
     log = git("log", "--format=%h %cs %s", "--max-count=30", f"{old}..{new}", check=False)
-    said = log.stdout.splitlines() if log.returncode == 0 else ["(its history was rewritten)"]
+    subjects = log.stdout.splitlines() if log.returncode == 0 else ["(its history was rewritten)"]
     asked, asks = dict.fromkeys(nodes.requirements(before)), dict.fromkeys(nodes.requirements(after))
     wanted = [f"-{line}" for line in asked if line not in asks] + [f"+{line}" for line in asks if line not in asked]
     was, now = review.read(before), review.read(after)
@@ -250,7 +250,7 @@ def _change(
         or files.sha256(before / name) != files.sha256(after / name)
     ]
     powers = (*review.gained(was, now), *([f"symbolic links: {', '.join(sorted(links))}"] if links else []))
-    return Change(name, old, new, tuple(said), tuple(wanted), tuple(changed), powers)
+    return Change(name, old, new, tuple(subjects), tuple(wanted), tuple(changed), powers)
 
 
 def _links(url: str, commit: str) -> set[str]:

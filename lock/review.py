@@ -99,10 +99,13 @@ class Reading(msgspec.Struct, frozen=True):
 def read(tree: Path) -> Reading:
     """Analyse a tree in a separate process. A failed analysis gives a result that differs from every other tree's."""
     argv: list[str | Path] = [sys.executable, "-Es", "-X", "utf8", "-m", "lock.review", tree.absolute()]
-    with tempfile.TemporaryFile() as said, suppress(ProcessError, ValueError, RecursionError, msgspec.ValidationError):
-        shell.run(argv, cwd=files.CHECKOUT, env={}, inherit=False, output=said, timeout=5 * LIMITS["RLIMIT_CPU"])
-        said.seek(0)
-        return msgspec.convert(json.load(said), Reading)
+    with (
+        tempfile.TemporaryFile() as stdout,
+        suppress(ProcessError, ValueError, RecursionError, msgspec.ValidationError),
+    ):
+        shell.run(argv, cwd=files.CHECKOUT, env={}, inherit=False, output=stdout, timeout=5 * LIMITS["RLIMIT_CPU"])
+        stdout.seek(0)
+        return msgspec.convert(json.load(stdout), Reading)
     return Reading({"all of it": [("cannot be read", "", str(tree))]}, set(), set(), failed=True)
 
 

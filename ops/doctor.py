@@ -61,8 +61,8 @@ def examine(host: str, group: str, *, ask_sudo: bool = False) -> tuple[list[str]
 
 def _one(agent: Agent, target: Target) -> list[Finding]:
     inputs = gather(target)
-    said = agent.call("probe", **questions(target, inputs.packages), roots=list(target.host.model_roots))
-    seen = msgspec.convert(said, Probed)
+    answer = agent.call("probe", **questions(target, inputs.packages), roots=list(target.host.model_roots))
+    seen = msgspec.convert(answer, Probed)
     planned = plan.make(target, seen.facts, inputs, plan.Options())
     case = Case(target, seen.facts, seen.live, seen.probe, inputs, planned, time.time())
     return judge(case)

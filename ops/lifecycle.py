@@ -116,7 +116,7 @@ def evidence(target: Target, prefix: str) -> list[str]:
     all_data = " ".join([data, *map(shlex.quote, target.host.folders.values())])
     log = f"{root}journalctl {unit} {service}.service --since '7 days ago' --output json > evidence.json"
     return [
-        f"inv logs {name} --since '7 days ago'   # what ComfyUI and its nodes said",
+        f"inv logs {name} --since '7 days ago'   # what ComfyUI and its nodes logged",
         f"inv history {name}                     # who changed what, and from where",
         f"inv doctor {name}                      # damaged parts, files where none belong",
         f"inv audit {name}                       # nodes and packages that are known to be bad",

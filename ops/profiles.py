@@ -94,14 +94,14 @@ def _said(about: Mapping[str, str]) -> dict[str, str]:
     return {name: text for name, text in about.items() if text}
 
 
-def _settings(said: Profile | Override) -> Iterator[Line]:
+def _settings(given: Profile | Override) -> Iterator[Line]:
     comfyui, known = application.version(), stacks()
 
     def line(name: str, setting: Setting) -> Line:
         active = tuple(each.name for each in known.values() if setting.active(each.torch, comfyui))
         return Line(name, "off" if setting.off else setting.value, setting.why, setting.versions, active)
 
-    for settings in (said.flags, said.env):
+    for settings in (given.flags, given.env):
         for name, setting in settings.items():
             yield line(name, setting)
 

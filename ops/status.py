@@ -63,9 +63,9 @@ def look(names: Sequence[str], *, ask_sudo: bool = False, seconds: float = SECON
 def _one(agent: Agent, target: Target, known: dict[str, Inputs]) -> Status:
     key = repr(target.profile)
     inputs = known.get(key) or known.setdefault(key, gather(target))
-    said = msgspec.convert(agent.call("status", **questions(target, inputs.packages)), Glance)
-    planned = plan.make(target, said.facts, inputs, plan.Options())
-    return judge(target, said.facts, said.live, planned)
+    answer = msgspec.convert(agent.call("status", **questions(target, inputs.packages)), Glance)
+    planned = plan.make(target, answer.facts, inputs, plan.Options())
+    return judge(target, answer.facts, answer.live, planned)
 
 
 def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Status:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from agent.change.trees import compile_command, receive_blob
 from agent.deletion import remove
-from agent.files import AgentError, Json, Note, link, read_text, write
+from agent.files import AgentError, Note, link, read_text, write
 from agent.layout import Layout
 from agent.parts import part
 from agent.processes import INDEX, dies_with_parent, inherited, run
 from agent.schema.change import Env
+from agent.schema.uv import index_settings
 
 
 def _run_long(argv: list[str], env: dict[str, str] | None = None) -> None:
@@ -68,24 +69,6 @@ def _configured(python: str) -> dict[str, str]:
     for path in (Path("/etc/uv/uv.toml"), user / "uv/uv.toml"):
         with suppress(AgentError, ValueError, LookupError, TypeError, AttributeError):  # skip a file that uv rejects
             found |= index_settings(json.loads(run([python, "-ISc", code, str(path)]))) if path.exists() else {}
-    return found
-
-
-def index_settings(said: Json) -> dict[str, str]:
-    """Convert a uv.toml's indexes and certificates to environment variables. Same as in the client's core/tools.py."""
-    said = {**said, **said.get("pip", {})}
-    names = ("index-url", "extra-index-url", "keyring-provider", "allow-insecure-host", "native-tls", "system-certs")
-    variables = {name: f"UV_{name.upper().replace('-', '_').replace('ALLOW_', '')}" for name in names if said.get(name)}
-    found = {
-        variable: " ".join(said[name]) if isinstance(said[name], list) else str(said[name]).replace("True", "true")
-        for name, variable in variables.items()
-    }
-    for each in said.get("index", []):
-        if each.get("default"):
-            found["UV_DEFAULT_INDEX"] = each["url"]
-        elif not each.get("explicit"):
-            named = f"{each['name']}={each['url']}" if "name" in each else each["url"]
-            found["UV_INDEX"] = f"{found.get('UV_INDEX', '')} {named}".strip()
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.api import Endpoint, TooLongError, ask, checked, endpoint, job, queue, said, seconds_of, unanswered
+from agent.api import Endpoint, TooLongError, ask, checked, endpoint, job, printable, queue, seconds_of, unanswered
 from agent.files import Json
 from agent.layout import Layout
 from agent.schema.live import Job
@@ -46,7 +46,7 @@ def _history(place: Endpoint, count: int) -> list[Job]:
 def _over(name: str, entry: Json) -> Job:
     """Decode a job of the history."""
     status = entry.get("status") or {}
-    asked = job(entry["prompt"]) if entry.get("prompt") else {"id": said(name), "nodes": 0, "queued": None}
+    asked = job(entry["prompt"]) if entry.get("prompt") else {"id": printable(name), "nodes": 0, "queued": None}
     messages = dict(status.get("messages", ()))
     begun = seconds_of(messages.get("execution_start", {}).get("timestamp"))
     names = ("execution_success", "execution_error", "execution_interrupted")
@@ -56,11 +56,11 @@ def _over(name: str, entry: Json) -> Job:
     words = (error[name] for name in ("exception_type", "exception_message") if error.get(name))
     return Job(
         **asked,
-        status=ending.removeprefix("execution_") or said(status.get("status_str", "unknown")),
+        status=ending.removeprefix("execution_") or printable(status.get("status_str", "unknown")),
         started=begun,
         seconds=ended - begun if begun and ended else None,
         cached=len(messages.get("execution_cached", {}).get("nodes", ())),
-        node=said(error.get("node_id", "")),
-        node_type=said(error.get("node_type", "")),
-        error=": ".join(said(word, 20_000).strip() for word in words),
+        node=printable(error.get("node_id", "")),
+        node_type=printable(error.get("node_type", "")),
+        error=": ".join(printable(word, 20_000).strip() for word in words),
     )

@@ -50,11 +50,11 @@ def logs(layout: Layout, request: Json) -> Iterator[Json]:
         return bool(wanted.search(re.sub(r"\x1b\[[0-9;]*m", "", text)))
 
     lines = _journal(manager, request, match) if isinstance(manager, Systemd) else _file(manager, request, match)
-    said = False
+    printed = False
     for each in lines:
-        said = said or "text" in each
+        printed = printed or "text" in each
         yield each
-    if not said:
+    if not printed:
         yield {"note": _silence(manager, request)}
 
 
@@ -153,9 +153,9 @@ def _at(entry: Json) -> float:
 
 def _entries(words: list[str], alive: float | None = None) -> Iterator[Json]:
     """Yield journalctl's entries, and an empty one after `alive` seconds without any. Raises AgentError if it fails."""
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as stderr:
         try:
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
         except OSError as error:
             raise AgentError("log", "journalctl could not be run", str(error)) from error
         assert process.stdout is not None
@@ -176,8 +176,8 @@ def _entries(words: list[str], alive: float | None = None) -> Iterator[Json]:
             if process.poll() is None:
                 process.terminate()
             process.wait()
-        said.seek(0)
-        why = said.read().decode(errors="replace").strip()
+        stderr.seek(0)
+        why = stderr.read().decode(errors="replace").strip()
         if process.returncode:
             raise _error(why)
 

@@ -94,7 +94,7 @@ def _said(control: str, command: str, pipes: str, layout: Layout) -> list[str]:
     release = {"environment": {"CUDA_MPS_PIPE_DIRECTORY": pipes, "PATH": "/usr/bin:/bin"}}
     argv = ["/bin/sh", "-c", 'echo "$1" | "$0"', control, command]
     try:
-        said = sandboxed(layout, unit, argv, release, seconds=SECONDS, most=LONGEST).decode(errors="replace")
+        output = sandboxed(layout, unit, argv, release, seconds=SECONDS, most=LONGEST).decode(errors="replace")
     except AgentError as error:
         raise AgentError("step", "the MPS daemon does not answer", error.report["cause"] or str(error)) from error
-    return [line.strip() for line in said.splitlines() if line.strip()]
+    return [line.strip() for line in output.splitlines() if line.strip()]

@@ -121,8 +121,8 @@ def _oom_kills(manager: Manager) -> int:
 def _synchronized() -> bool | None:
     """Return whether the clock is synchronised; None if not reported."""
     with suppress(OSError, AgentError):
-        said = run(["timedatectl", "show", "--property=NTPSynchronized", "--value"], timeout=3).strip()
-        return {"yes": True, "no": False}.get(said)
+        answer = run(["timedatectl", "show", "--property=NTPSynchronized", "--value"], timeout=3).strip()
+        return {"yes": True, "no": False}.get(answer)
     return None
 
 

@@ -375,7 +375,7 @@ def _edited(place: Path, folder: Path, commit: str) -> list[str] | None:
         words = ["git", "-c", "core.fsmonitor=false", "status", "--porcelain", "-z", "--untracked-files=no"]
         words += ["--ignore-submodules=all", "--no-renames"]
         try:
-            said = run(words, environment, GIT_SECONDS, inherit=False, cwd=place)
+            output = run(words, environment, GIT_SECONDS, inherit=False, cwd=place)
         except AgentError:
             return None
-    return [line[3:] for line in said.split("\0") if line]
+    return [line[3:] for line in output.split("\0") if line]

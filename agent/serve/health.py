@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from agent.api import Endpoint, ask, checked, endpoint, queue, said, system_stats, unload
+from agent.api import Endpoint, ask, checked, endpoint, printable, queue, system_stats, unload
 from agent.deletion import remove
 from agent.files import AgentError, Json, Note, write
 from agent.journal import now
@@ -54,7 +54,7 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
         note("not waiting for jobs (--force): running jobs are interrupted")
         return
     end = time.monotonic() + seconds
-    said = ""
+    shown = ""
     while True:
         try:
             running, waiting = queue(place)
@@ -74,9 +74,9 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
                 "",
                 "run the same command again later, wait longer (--drain SECONDS), or interrupt the jobs (--force)",
             )
-        if found != said:
+        if found != shown:
             note(f"waiting for jobs: {found}")
-            said = found
+            shown = found
         time.sleep(0.5)
 
 
@@ -129,7 +129,7 @@ def prove(
             (line.strip() for line in lines if re.search(r"Using .* attention", line)), "nothing about attention"
         )
         if wanted["attention"].lower() not in used.lower():
-            raise AgentError("gate", f"ComfyUI does not use {wanted['attention']}", f"its log: {said(used)}")
+            raise AgentError("gate", f"ComfyUI does not use {wanted['attention']}", f"its log: {printable(used)}")
         note(f"attention: {wanted['attention']}")
     failed = _failed_nodes(
         lines, {*release.get("nodes", ()), *(Path(each).name for each in release.get("develop", ()))}
@@ -153,7 +153,7 @@ def _check_stats(stats: Json, wanted: Json, argv: list[str]) -> None:
     for what, found, expected in checks:
         if found != expected:
             raise AgentError(
-                "gate", f"{what} differs from the release", f"found {said(found, 2000)}, expected {expected}"
+                "gate", f"{what} differs from the release", f"found {printable(found, 2000)}, expected {expected}"
             )
     if wanted["cuda"] and "cuda" not in kinds:
         raise AgentError(
@@ -169,7 +169,7 @@ def _node_types(place: Endpoint) -> Json:
                 "/object_info",
                 ask(place, "/object_info", seconds=60, limit=OBJECT_INFO),
                 lambda listed: {
-                    said(name, 120): said(each.get("python_module", ""), 120)
+                    printable(name, 120): printable(each.get("python_module", ""), 120)
                     for name, each in sorted(listed.items())[:TYPES]
                 },
             ),
@@ -209,7 +209,7 @@ def _failed_nodes(lines: list[str], known: Collection[str] = ()) -> dict[str, st
     for line in lines:
         place, found, why = line.partition(" module for custom nodes: ")
         if found:
-            reasons[place.rpartition("/")[2]] = said(why, 500)
+            reasons[place.rpartition("/")[2]] = printable(why, 500)
         elif "(IMPORT FAILED): " in line:
             failed[line.rpartition("/")[2].strip()] = "it has no NODE_CLASS_MAPPINGS and no comfy_entrypoint"
     return {name: reasons.get(name, why) for name, why in failed.items() if name in known}
@@ -274,7 +274,7 @@ def _picture(place: Endpoint, process: Process, turn: str, clear: Callable[[], N
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": f"{PROOF}/proof"}},
     }
     try:
-        prompt = said(answer("/prompt", {"prompt": workflow})["prompt_id"])
+        prompt = printable(answer("/prompt", {"prompt": workflow})["prompt_id"])
         while not (done := answer(f"/history/{prompt}").get(prompt)):
             if time.monotonic() - started > WORKFLOW_SECONDS:
                 raise AgentError("gate", f"the {turn} workflow without models did not end within {WORKFLOW_SECONDS} s")
@@ -285,7 +285,7 @@ def _picture(place: Endpoint, process: Process, turn: str, clear: Callable[[], N
         raw = answer(f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AgentError(
-            "gate", f"the {turn} workflow without models made no picture", said(repr(error), 500)
+            "gate", f"the {turn} workflow without models made no picture", printable(repr(error), 500)
         ) from error
     finally:
         clear()

@@ -92,7 +92,7 @@ def _output(command: list[str], variables: dict[str, str], seconds: float, most:
         while block := pipe.read1(65536):  # type: ignore[attr-defined]
             tail[:] = (tail + block)[-4000:]
 
-    said, spared = b"", take_orphans()  # a daemon could hold the pipe open and outlive it
+    output, spared = b"", take_orphans()  # a daemon could hold the pipe open and outlive it
     try:
         with subprocess.Popen(
             command,
@@ -116,8 +116,8 @@ def _output(command: list[str], variables: dict[str, str], seconds: float, most:
             listener.start()
             try:
                 assert process.stdout is not None
-                said = process.stdout.read(most + 1)
-                if len(said) > most:
+                output = process.stdout.read(most + 1)
+                if len(output) > most:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 end_descendants(spared)
@@ -129,9 +129,9 @@ def _output(command: list[str], variables: dict[str, str], seconds: float, most:
         raise AgentError("step", f"{command[0]} could not be started", str(error)) from error
     if late.is_set():
         raise AgentError("step", f"it did not end within {seconds} s")
-    if len(said) > most:
+    if len(output) > most:
         raise AgentError("step", f"it printed more than {most} bytes")
     if process.returncode:
-        lines = (bytes(tail) or said[-4000:]).decode(errors="replace").strip().splitlines()
+        lines = (bytes(tail) or output[-4000:]).decode(errors="replace").strip().splitlines()
         raise AgentError("step", f"it ended with {process.returncode}", "\n".join(lines[-8:]))
-    return said
+    return output

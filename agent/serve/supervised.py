@@ -75,10 +75,10 @@ class Supervised:
         child = detach([sys.executable, "-I", str(self.layout.agent), "supervise"], self.layout)
         up = wait_for(lambda: not free(self.lock) or child.poll() is not None, 30)
         if not up or free(self.lock):
-            said = read_some(agent_log(self.layout))[before:].decode(errors="replace").strip()
+            log = read_some(agent_log(self.layout))[before:].decode(errors="replace").strip()
             what = "the supervisor, which runs ComfyUI without systemd, did not start"
             raise AgentError(
-                "step", what, said[-2000:], f"read {agent_log(self.layout)}, then run the same command again"
+                "step", what, log[-2000:], f"read {agent_log(self.layout)}, then run the same command again"
             )
 
     def stop(self) -> None:

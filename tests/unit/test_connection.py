@@ -31,7 +31,7 @@ def test_exit_status_counts_after_output() -> None:
     with raises("process") as caught:
         next(answers)
     assert isinstance(caught.value, ProcessError)
-    assert (caught.value.status, caught.value.said) == (-9, "why")
+    assert (caught.value.status, caught.value.stderr) == (-9, "why")
 
 
 def test_input_and_output_move_at_once() -> None:
@@ -76,7 +76,7 @@ def test_silence_is_a_failure(script: str, limits: dict[str, Any]) -> None:
 def test_stderr_and_slow_readers_are_not_silence() -> None:
     said: list[str] = []
     script = "for each in 1 2 3 4; do sleep 0.2; echo $each >&2; done; echo done"
-    assert list(shell.stream(["sh", "-c", script], b"", first=0.6, said=said.append)) == [b"done\n"]
+    assert list(shell.stream(["sh", "-c", script], b"", first=0.6, on_stderr=said.append)) == [b"done\n"]
     assert said == ["1", "2", "3", "4"]
     for _ in shell.stream(["sh", "-c", "echo a; echo b; sleep 0.1; echo c"], b"", first=0.4, silence=0.4):
         time.sleep(0.5)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.change.env import index_settings
+from agent.schema.uv import index_settings
 from core import source, tools
 from kernels import toolchain
 from lock import node_updates, nodes
@@ -307,7 +307,7 @@ def test_settings_of_indexes_become_variables() -> None:
         "UV_INSECURE_HOST": "e f",
         "UV_EXTRA_INDEX_URL": "https://g https://h",
     }
-    assert tools.index_settings(said) == index_settings(said) == expected
+    assert index_settings(said) == expected
 
 
 def test_a_debug_or_free_threaded_python_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
