@@ -48,9 +48,9 @@ CACHED = {"PYTHONDONTWRITEBYTECODE": None}
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Every test that needs no GPU, two files in parallel: hosts boot, start and wait. The long ones run first."""
-    two = ("--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder")
-    session.run("pytest", "-m", "not gpu", *two, *session.posargs, env=CACHED)
+    """Every test that needs no GPU, three files in parallel: hosts boot, start and wait. The long ones run first."""
+    three = ("--numprocesses", "3", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "60")
+    session.run("pytest", "-m", "not gpu", *three, *session.posargs, env=CACHED)
 
 
 UNIT = ("-m", "not toolchain and not gpu and not host", "--numprocesses", "6", "--dist", "worksteal")
