@@ -35,6 +35,7 @@ CHECKOUT = (
     "pyproject.toml",
     "uv.lock",
     "README.md",
+    "agent",
     "core",
     "kernels",
     "lock",
