@@ -23,9 +23,6 @@ def build() -> Build:
 
 
 def test_an_sbom_names_the_inputs_and_is_the_same_every_time(build: Build) -> None:
-    from cyclonedx.schema import SchemaVersion
-    from cyclonedx.validation.json import JsonStrictValidator  # a second of grammars
-
     text = sbom.write(build)
     assert sbom.write(replace(build)) == text
     found = json.loads(text)
@@ -33,7 +30,6 @@ def test_an_sbom_names_the_inputs_and_is_the_same_every_time(build: Build) -> No
     assert {each["name"] for each in found["components"]} == {"sageattention", "torch", "nvcc", "g++"}
     commit = build.recipe.source[0].commit
     assert f"pkg:github/thu-ml/sageattention@{commit}" in [each.get("purl") for each in found["components"]]
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text.decode()) is None
 
 
 def test_a_record_is_csv(build: Build, tmp_path: Path) -> None:
