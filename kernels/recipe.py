@@ -127,7 +127,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def folders() -> list[Path]:
     """The recipe search path: the checkout's folder, then every folder of $HEARTH_RECIPES (`:`-separated)."""
-    extra = [Path(each) for each in os.environ.get("HEARTH_RECIPES", "").split(os.pathsep) if each]
+    extra = [Path(each).absolute() for each in os.environ.get("HEARTH_RECIPES", "").split(os.pathsep) if each]
     return [CHECKOUT / "recipes", *extra]
 
 

@@ -364,8 +364,6 @@ def _link(link: Path, target: Path) -> None:
     """Point `link` at `target` atomically, by rename."""
     if link.is_symlink() and link.readlink() == target:
         return
-    link.parent.mkdir(parents=True, exist_ok=True)
-    part = link.with_name(f".{link.name}.{os.getpid()}")
-    part.unlink(missing_ok=True)
-    part.symlink_to(target)
-    part.replace(link)
+    with files.draft(link) as part:
+        part.symlink_to(target)
+        part.replace(link)

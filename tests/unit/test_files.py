@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from core import files
+from kernels import toolchain
 from tests.errors import raises
 
 
@@ -93,6 +94,15 @@ def test_concurrent_processes_keep_each_others_drafts(tmp_path: Path) -> None:
     running = [subprocess.Popen(words, cwd=files.CHECKOUT) for _ in range(4)]
     assert [each.wait() for each in running] == [0, 0, 0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
+
+
+def test_links_of_processes_with_the_same_id_replace_each_other(tmp_path: Path) -> None:
+    """Threads stand for containers here, in which all process ids are the same."""
+    targets = [Path(f"target{number}") for number in range(400)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda target: toolchain._link(tmp_path / "link", target), targets))
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+    assert (tmp_path / "link").readlink() in targets
 
 
 def test_special_files_and_outside_links_are_refused(tmp_path: Path) -> None:

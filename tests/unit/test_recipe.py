@@ -10,7 +10,7 @@ from packaging.utils import parse_wheel_filename
 
 from core import stack, workspace
 from kernels.matrix import Request, select
-from kernels.recipe import load_recipe
+from kernels.recipe import find_recipe, load_recipe
 from kernels.source import _mirror
 from tests.conftest import FIXTURES
 from tests.errors import raises
@@ -94,3 +94,11 @@ def test_a_tree_is_mirrored_whatever_was_there(tmp_path: Path) -> None:
     assert (old / "mode").stat().st_mode & 0o100
     assert (old / "same").stat().st_mtime_ns == times["same"]
     assert (old / "edited").stat().st_mtime_ns > times["edited"]
+
+
+def test_a_relative_search_path_means_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """git and the compilers run in other folders."""
+    monkeypatch.chdir(edited(tmp_path, 'version = "0.1"', 'version = "0.2"').parent)
+    monkeypatch.setenv("HEARTH_RECIPES", ".")
+    assert find_recipe("tiny").path.is_absolute()
+    assert find_recipe("tiny").version == "0.2"
