@@ -123,7 +123,7 @@ SAGE = ("build-kernels", "--kernel", "sageattention", "--arch", ARCH, "--python"
 def hearth(work: Path) -> tuple[Cost, Path]:
     """The same wheel by Hearth, cold: compile, link, assemble, inspect, import."""
     cost = measure(inv(*SAGE), cwd=files.CHECKOUT, env=hearth_env(work), log=work / "hearth.log")
-    return cost, next((work / "wheelhouse").glob("*.whl"))
+    return cost, next((work / "wheelhouse").rglob("*.whl"))
 
 
 def kernel_functions(wheel: Path) -> dict[str, bytes]:

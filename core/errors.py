@@ -69,7 +69,7 @@ class UsageError(HearthError):
     exit_code = 15
     kinds: ClassVar[Mapping[str, str]] = {
         "usage": "A value is not valid for this task.",
-        "unknown-name": "No kernel, stack, platform, profile or host has this name.",
+        "unknown-name": "No kernel, stack, platform, profile, host or directory of the cache has this name.",
         "recording": "The recording of GPUs is truncated or not a recording.",
     }
 

@@ -189,20 +189,23 @@ def atomic_dir(place: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[int]:
+def locked(path: Path, on_wait: Callable[[], None], *, shared: bool = False) -> Iterator[int]:
     """Hold the lock file at `path`; call `on_wait` first when another process holds it.
+
+    A `shared` lock excludes only those that are not.
 
     Yields the descriptor. A `flock` belongs to the open file, so a child that inherits the descriptor keeps
     the lock when this process is killed, and the next run waits for that child.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             on_wait()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, kind)
         yield descriptor
     finally:
         os.close(descriptor)

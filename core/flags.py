@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from core import console
+from core.errors import RefusedError
+
 
 def flag(default: str | bool, meaning: str) -> Any:
     """A dataclass field for a flag, with its default and its text in `inv --help`."""
@@ -49,7 +52,20 @@ class DryRun:
 class Confirmation(DryRun):
     """Changes that ask for confirmation."""
 
-    yes: bool = flag(False, "do not ask for confirmation; remove, nuke and adopt require it without a terminal")
+    yes: bool = flag(
+        False,
+        "do not ask for confirmation; remove, nuke, adopt, wheels --prune and cache --clear require it without a "
+        "terminal",
+    )
+
+    def require(self, question: str) -> None:
+        """Ask before files of this machine are deleted; raises RefusedError unless it is confirmed."""
+        if self.yes or (answer := console.confirm(question)):
+            return
+        hint = "run the same command again and answer y, or add --yes"
+        if answer is None:
+            hint = "add --yes, since there is no terminal to ask at; --dry-run shows what would be deleted"
+        raise RefusedError("refused", "nothing was deleted", cause="it was not confirmed", hint=hint)
 
 
 @dataclass(frozen=True)

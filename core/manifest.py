@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
+StackName = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9]*$(?!\n)")]
 WheelFile = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*\.whl$(?!\n)")]
 
 
@@ -58,7 +60,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kernel: str
     version: str
     arch: str
-    stack: str
+    stack: StackName
     torch: str
     python: str
     platform: str
@@ -69,6 +71,30 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     imported: Proof
     smoke: Proof
     inputs: dict[str, Any]
+
+    @property
+    def capabilities(self) -> list[str]:
+        """The compute capabilities that it was built for: `12.1`."""
+        return capabilities(self.arch)
+
+    @property
+    def index(self) -> str:
+        """The index that it belongs to."""
+        return index(self.stack, self.arch)
+
+
+def capabilities(arch: str) -> list[str]:
+    """The plain compute capabilities in a list of archs: `9.0a+PTX` has `9.0`."""
+    return re.findall(r"\d+\.\d", arch)
+
+
+def index(stack: str, arch: str) -> str:
+    """The wheelhouse's folder for a stack and a GPU, `cu130/sm_89`; `cu130/sm_89.sm_120` for wheels of both.
+
+    All wheels in it run on that GPU: the suffix and `+PTX` of an arch do not count.
+    """
+    numbers = (each.replace(".", "") for each in capabilities(arch))
+    return f"{stack}/{'.'.join(f'sm_{each}' for each in numbers)}"
 
 
 def read(path: Path) -> Manifest | None:

@@ -1,18 +1,26 @@
-"""The wheelhouse: a folder of finished wheels, each with its manifest next to it (`NAME.whl.json`)."""
+"""The wheelhouse: finished wheels, each with its manifest (`NAME.whl.json`), in one package index per stack and GPU.
+
+`cu130/sm_89/` holds the wheels for one GPU, and a static simple index of them (PEP 503): an installer that is pointed
+there, with --find-links or --index-url, cannot choose another GPU's wheel. It would compare their labels as text.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from core import files
 from core import manifest as manifests
 from core.errors import SourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from core.manifest import Manifest
@@ -20,56 +28,75 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A manifest of the wheelhouse; `error` describes the problem of its wheel, and is empty for a verified one."""
+    """A manifest and the path of its wheel; `error` describes the wheel's problem, and is empty for a verified one."""
 
+    wheel: Path
     manifest: Manifest
     error: str
 
 
 @dataclass(frozen=True)
 class Wheelhouse:
-    """A folder of wheels. A wheel without a manifest does not count."""
+    """A folder of indexes. A wheel without a manifest does not count.
+
+    Wheels of older versions of Hearth lie in the folder itself; they count, too.
+    """
 
     folder: Path
 
     def wheels(self) -> list[Manifest]:
         """The manifests of all wheels that exist with the size that the manifest states; no wheel is hashed."""
-        read = [(manifests.read(path), path.with_suffix("")) for path in sorted(self.folder.glob("*.whl.json"))]
-        named = [(each, wheel) for each, wheel in read if each and each.file == wheel.name and wheel.is_file()]
-        return [each for each, wheel in named if wheel.stat().st_size == each.size]
+        return [each for wheel, each in self._listed() if wheel.is_file() and wheel.stat().st_size == each.size]
 
-    def find(self, name: str, key: str) -> Manifest | None:
+    def _listed(self) -> list[tuple[Path, Manifest]]:
+        """Every manifest in its place, and the path of its wheel."""
+        found: dict[tuple[str, str], tuple[Path, Manifest]] = {}
+        for path in (*self.folder.glob("*.whl.json"), *self.folder.glob("*/sm_*/*.whl.json")):
+            wheel, each = path.with_suffix(""), manifests.read(path)
+            if each and each.file == wheel.name and wheel.parent in (self.folder, self.folder / each.index):
+                found[each.index, each.file] = wheel, each
+        return [found[key] for key in sorted(found)]
+
+    def find(self, index: str, name: str, key: str) -> Manifest | None:
         """The manifest of the wheel file `name`; None unless it exists with this key and the size stated."""
-        wheel = self.folder / name
-        found = manifests.read(wheel.with_name(f"{name}.json"))
-        if found is None or found.key != key or not wheel.is_file() or wheel.stat().st_size != found.size:
-            return None
-        return found
+        for folder in (self.folder / index, self.folder):
+            wheel, found = folder / name, manifests.read(folder / f"{name}.json")
+            if found and (found.index, found.key) == (index, key) and wheel.is_file():
+                return found if wheel.stat().st_size == found.size else None
+        return None
 
     def verify(self) -> list[Entry]:
         """Every manifest, with its wheel hashed again."""
-        read = [manifests.read(path) for path in sorted(self.folder.glob("*.whl.json"))]
-        return [Entry(each, self._error(each)) for each in read if each]
+        return [Entry(wheel, each, _error(wheel, each)) for wheel, each in self._listed()]
 
-    def _error(self, manifest: Manifest) -> str:
-        wheel = self.folder / manifest.file
-        if not wheel.is_file():
-            return "the wheel is missing"
-        return "" if files.sha256(wheel) == manifest.sha256 else "the wheel differs from the inspected one"
+    def place(self, manifest: Manifest) -> Path:
+        """The path of a wheel."""
+        place, old = self.folder / manifest.index / manifest.file, self.folder / manifest.file
+        return old if old.is_file() and not place.exists() else place
 
     def path(self, manifest: Manifest) -> Path:
         """The path of a wheel whose hash matches its manifest; raises SourceError."""
-        if self._error(manifest):
+        wheel = self.place(manifest)
+        if _error(wheel, manifest):
             words = ["--kernel", manifest.kernel, "--arch", manifest.arch, "--stack", manifest.stack]
             words += ["--python", manifest.python, "--platform", manifest.platform]
             words += ["--profile", manifest.profile] if manifest.profile else []
             raise SourceError(
                 "hash-mismatch",
-                f"{self.folder / manifest.file} differs from the inspected wheel",
+                f"{wheel} differs from the inspected wheel",
                 cause="its SHA-256 differs from the manifest: it was damaged or replaced",
                 hint=f"inv build-kernels --force {shlex.join(words)}",
             )
-        return self.folder / manifest.file
+        return wheel
+
+    def install_command(self, manifest: Manifest, server: str = "") -> str:
+        """The command that installs exactly this wheel, and nothing else, into the active environment.
+
+        It takes the wheel from `server` if given, else from the folder; as a URL, since uv splits a path at commas.
+        """
+        folder = ["--no-index", "--find-links", self.place(manifest).parent.as_uri()]
+        source = ["--index-url", f"{server}/{manifest.index}/"] if server else folder
+        return shlex.join(["uv", "pip", "install", "--no-deps", *source, f"{manifest.kernel}=={manifest.version}"])
 
     def check_writable(self) -> None:
         """Raise OSError if no file can be written into the wheelhouse."""
@@ -77,35 +104,79 @@ class Wheelhouse:
         (self.folder / ".writable").unlink(missing_ok=True)  # another run may have deleted it
 
     def admit(self, wheel: Path, manifest: Manifest) -> Path:
-        """Copy an inspected wheel into the wheelhouse, then write its manifest.
+        """Copy an inspected wheel into its index, then write its manifest.
 
         An older manifest of the file goes first: it must never describe the new wheel.
         """
-        with files.draft(self.folder / manifest.file) as part:
+        place = self.folder / manifest.index / manifest.file
+        with files.draft(place) as part:
             shutil.copyfile(wheel, part)  # a rename is not atomic between file systems
-            (self.folder / f"{manifest.file}.json").unlink(missing_ok=True)
-            part.replace(self.folder / manifest.file)
-        files.write(self.folder / f"{manifest.file}.json", manifests.encode(manifest))
-        return self.folder / manifest.file
+            place.with_name(f"{place.name}.json").unlink(missing_ok=True)
+            part.replace(place)
+        files.write(place.with_name(f"{place.name}.json"), manifests.encode(manifest))
+        self._write_pages()
+        return place
 
-    def prune(self, outdated: Callable[[Manifest], str]) -> list[tuple[Path, str]]:
-        """Delete unwanted files and return them with the reasons.
+    def arrange(self) -> None:
+        """Move the wheels of older versions of Hearth into their indexes, if the wheelhouse is writable.
 
-        `outdated` returns why a wheel is no longer wanted, or an empty text.
+        At every moment, each wheel is complete in at least one place.
         """
-        gone = self._unwanted(outdated)
-        for path, _ in gone:
-            files.sweep(path)
-            path.with_name(path.name + ".json").unlink(missing_ok=True)
-        return gone
+        if not os.access(self.folder, os.W_OK):
+            return
+        for wheel, manifest in self._listed():
+            place = self.folder / manifest.index / wheel.name
+            if wheel == place or wheel.is_symlink():
+                continue
+            with suppress(OSError):  # the file system has no hard links, or another file is there: the wheel stays
+                place.parent.mkdir(parents=True, exist_ok=True)
+                names = (wheel.name, f"{wheel.name}.json")
+                for old, new in ((self.folder / name, place.with_name(name)) for name in names):
+                    if not (new.exists() and new.samefile(old)):
+                        os.link(old, new)
+                for name in reversed(names):
+                    (self.folder / name).unlink()
+        self._write_pages()
 
-    def _unwanted(self, outdated: Callable[[Manifest], str]) -> list[tuple[Path, str]]:
-        entries = {entry.manifest.file: entry for entry in self.verify()}
-        reasons: list[tuple[Path, str]] = []
-        for path in sorted(self.folder.glob("*.whl")):
-            entry = entries.get(path.name)
-            if reason := (entry.error or outdated(entry.manifest)) if entry else "it has no manifest":
-                reasons.append((path, reason))
-        orphans = [path for path in sorted(self.folder.glob("*.whl.json")) if not path.with_suffix("").exists()]
-        reasons += [(path, "its wheel is missing") for path in orphans]
-        return reasons + [(path, "left by an interrupted run") for path in sorted(self.folder.glob(".*"))]
+    def delete(self, entries: Iterable[Entry]) -> None:
+        """Delete wheels, unless they were replaced in the meantime."""
+        for each in entries:
+            manifest = each.wheel.with_name(f"{each.wheel.name}.json")
+            if manifests.read(manifest) == each.manifest:
+                each.wheel.unlink(missing_ok=True)
+                manifest.unlink(missing_ok=True)  # last: without it, nothing would know the wheel
+        self._write_pages()
+
+    def _write_pages(self) -> None:
+        written: dict[Path, str] | None = None
+        while (pages := self._pages()) != written:  # another run may have changed the wheelhouse in the meantime
+            for path, text in pages.items():
+                if not path.is_file() or path.read_text() != text:
+                    files.write(path, text)
+            written = pages
+
+    def _pages(self) -> dict[Path, str]:
+        """The pages of all indexes. A wheel for several GPUs is also in the index of each."""
+        links: dict[Path, dict[Path, str]] = {}
+        for wheel, manifest in self._listed():
+            project = re.sub(r"[-_.]+", "-", manifest.kernel).lower()
+            for name in {wheel.parent.name, *wheel.parent.name.split(".")} if wheel.parent != self.folder else ():
+                index = wheel.parent.with_name(name)
+                links.setdefault(index, {})[index / project] = f"{project}/"
+                address = f"{quote(os.path.relpath(wheel, index / project))}#sha256={manifest.sha256}"
+                links.setdefault(index / project, {})[wheel] = address
+        return {
+            folder / "index.html": _page([(path.name, links[folder][path]) for path in sorted(links[folder])])
+            for folder in links
+        }
+
+
+def _error(wheel: Path, manifest: Manifest) -> str:
+    if not wheel.is_file():
+        return "the wheel is missing"
+    return "" if files.sha256(wheel) == manifest.sha256 else "the wheel differs from the inspected one"
+
+
+def _page(links: Sequence[tuple[str, str]]) -> str:
+    head = '<!DOCTYPE html>\n<meta name="pypi:repository-version" content="1.0">\n'
+    return head + "".join(f'<a href="{address}">{text}</a><br>\n' for text, address in links)

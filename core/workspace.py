@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core import files
+from core import console, files
 from core.errors import UsageError
 from core.wheelhouse import Wheelhouse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,26 @@ class Workspace:
     def of_bundle(cls, place: Path) -> Workspace:
         """The workspace of a bundle that is unpacked at `place`."""
         return cls(place / "checkout", place / "cache", Wheelhouse(place / "wheelhouse"), bundled=True)
+
+    def building(self) -> AbstractContextManager[int]:
+        """Hold the build lock; wait for the process that holds it. Yields the descriptor."""
+        return files.locked(self.cache / "build.lock", _waiting("another build"))
+
+    def reading(self) -> AbstractContextManager[object]:
+        """Keep `clearing` away from the cache; several processes can."""
+        if not os.access(self.cache, os.W_OK):  # nothing can be cleared
+            return nullcontext()
+        return files.locked(self.cache / "read.lock", _waiting("inv cache --clear"), shared=True)
+
+    @contextmanager
+    def clearing(self) -> Iterator[None]:
+        """Wait until no process builds or reads the cache, and keep them waiting."""
+        with self.building(), files.locked(self.cache / "read.lock", _waiting("another command")):
+            yield
+
+
+def _waiting(what: str) -> Callable[[], None]:
+    return lambda: console.say(f"{what} is running; waiting for it to end")
 
 
 def _home() -> Path:

@@ -227,8 +227,9 @@ def _listed(
     exported = lockfile.exported("uv")
     found[f"cache/{exported.relative_to(here.cache)}"] = exported
     for wheel in wheels:
-        found |= {f"wheelhouse/{wheel.file}": here.wheelhouse.path(wheel)}
-        found |= {f"wheelhouse/{wheel.file}.json": here.wheelhouse.folder / f"{wheel.file}.json"}
+        place = here.wheelhouse.path(wheel)
+        found |= {f"wheelhouse/{wheel.index}/{wheel.file}": place}
+        found |= {f"wheelhouse/{wheel.index}/{wheel.file}.json": place.with_name(f"{wheel.file}.json")}
     return found
 
 

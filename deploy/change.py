@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.schema.change import Erase, packed
-from core import console
+from core import console, workspace
 from core.errors import ConnectError, GateError, HostError
 from deploy import connection
 from deploy.facts import Facts
@@ -140,7 +140,7 @@ def _converged(name: str, left: Plan) -> None:
 def apply(agent: Agent, facts: Facts, plan: Plan, change: Change, *, offline: bool) -> tuple[str, ...]:
     """Send the files of the steps, submit them and follow the run to its end; returns its notes."""
     steps = list(plan.steps)
-    with tempfile.TemporaryDirectory(prefix="hearth-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="hearth-") as scratch, workspace.current().reading():
         if change.inputs:
             upload = Upload(agent, facts, change.inputs, Path(scratch), offline)
             steps = upload.pack(steps)

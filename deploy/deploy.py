@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core import console
+from core import console, workspace
 from core.errors import BundleError, RefusedError, UsageError, suggest
 from deploy import bundle as bundles
 from deploy import connection, plan
@@ -172,4 +172,5 @@ def make_bundle(
         raise refused("kernel wheels are missing", missing)
     place = output or Path(f"{name}-{inputs.application.version}-{platform}-py{python}.bundle.tar")
     built = [wheel for wheel in wheels if not isinstance(wheel, Refusal)]
-    return place, bundles.write(target, inputs, platform, python, built, place, key)
+    with workspace.current().reading():
+        return place, bundles.write(target, inputs, platform, python, built, place, key)

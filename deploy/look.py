@@ -38,7 +38,8 @@ def _fitting_profile() -> str:
     gpu = local_gpu()
     if gpu is None:
         return "cpu"
-    built = {(wheel.kernel, wheel.arch) for wheel in workspace.current().wheelhouse.wheels()}
+    wheels = workspace.current().wheelhouse.wheels()
+    built = {(wheel.kernel, capability) for wheel in wheels for capability in wheel.capabilities}
     for name, profile in profiles().items():
         if profile.arch == str(gpu) and all((kernel, profile.arch) in built for kernel in profile.kernels):
             return name

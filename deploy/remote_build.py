@@ -183,10 +183,10 @@ def _names(listed: str | None) -> list[str]:
 
 def _fetch(agent: Ssh, wheel: Manifest) -> None:
     """Download one wheel into the wheelhouse; reports if it replaces another wheel of the same name."""
-    there = workspace.current().wheelhouse.folder / wheel.file
+    there = workspace.current().wheelhouse.place(wheel)
     with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
         place = Path(folder) / wheel.file
-        agent.get(f"{PLACE}/wheelhouse/{wheel.file}", place, wheel.size)
+        agent.get(f"{PLACE}/wheelhouse/{wheel.index}/{wheel.file}", place, wheel.size)
         if files.sha256(place) != wheel.sha256:
             raise SourceError(
                 "hash-mismatch", f"{wheel.file} was altered in transit", hint="run the same command again"

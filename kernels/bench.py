@@ -129,8 +129,8 @@ def measure(python: str, capability: str) -> Bench:
             site = toolchain.install(chain.stack.name, chain.platform, chain.python)
             python = chain.interpreter
             built = [(build, wheel) for build in builds if (wheel := store.find(build))]
-            house = workspace.current().wheelhouse.folder
-            path += [str(stack.enter_context(inspection.unpacked(house / wheel.file))) for _, wheel in built]
+            house = workspace.current().wheelhouse
+            path += [str(stack.enter_context(inspection.unpacked(house.place(wheel)))) for _, wheel in built]
             path.append(str(site))
             missing = {build.recipe.name for build in builds} - {build.recipe.name for build, _ in built}
             notes += [f"{name} is not in the wheelhouse: inv build-kernels --kernel {name}" for name in sorted(missing)]

@@ -43,11 +43,12 @@ def build_kernels(builds: Sequence[Build], *, jobs: int | None = None, force: bo
     raised at the end. Concurrent runs take turns; the second finds the wheels of the first. `force` ignores existing
     wheels and objects.
     """
+    workspace.current().wheelhouse.arrange()
     errors: dict[str, HearthError] = {}
     done = {} if force else _existing(builds, errors)
     if len(done) + len(errors) < len(builds):
         workspace.current().wheelhouse.check_writable()  # otherwise this error would come after the compile
-        with files.locked(workspace.current().cache / "build.lock", _say_waiting) as lock:
+        with workspace.current().building() as lock:
             done = {} if force else _existing(builds, errors)
             missing = [each for each in builds if each.identifier not in {*done, *errors}]
             try:
@@ -78,7 +79,7 @@ def _existing(builds: Sequence[Build], errors: dict[str, HearthError]) -> dict[s
     found: dict[str, Manifest] = {}
     for build in builds:
         with _collected(build, errors):
-            if manifest := workspace.current().wheelhouse.find(build.wheel_name, build.key):
+            if manifest := workspace.current().wheelhouse.find(build.index, build.wheel_name, build.key):
                 found[build.identifier] = manifest
     return found
 
@@ -97,10 +98,6 @@ def _collected(build: Build, errors: dict[str, HearthError]) -> Iterator[None]:
         errors[build.identifier] = (
             BuildError(known.kind, known.what, cause=known.cause, hint=known.hint) if own else known
         )
-
-
-def _say_waiting() -> None:
-    console.say("another build is running; waiting for it to end")
 
 
 def _make(

@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from core import arch as archs
-from core import console, files, workspace
+from core import console, files, manifest, workspace
 from core.errors import HearthError, SupportError, UsageError, suggest
 from core.stack import Platform, Stack, find_stack, stacks
 from kernels import recipe as recipes_of
@@ -70,6 +70,11 @@ class Build:
     def wheel_name(self) -> str:
         """The wheel's file name (PyPA binary distribution format)."""
         return f"{self.recipe.file_name}-{self.version}-{self.tag}.whl"
+
+    @property
+    def index(self) -> str:
+        """The wheelhouse's index for it: the wheel runs on the requested GPU, whatever the recipe's target is."""
+        return manifest.index(self.toolchain.stack.name, str(self.arch))
 
     @property
     def identifier(self) -> str:
@@ -268,7 +273,7 @@ def summary(builds: Sequence[Build], skipped: Sequence[Skipped]) -> list[dict[st
         {
             "identifier": each.identifier,
             "key": each.key,
-            "state": "in the wheelhouse" if wheelhouse.find(each.wheel_name, each.key) else "to build",
+            "state": "in the wheelhouse" if wheelhouse.find(each.index, each.wheel_name, each.key) else "to build",
         }
         for each in builds
     ]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from packaging.version import InvalidVersion, Version
 
 from core import console, workspace
+from core.arch import known_archs, parse_list
 from core.errors import HearthError
+from core.stack import Platform, find_stack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from core.manifest import Manifest
     from core.wheelhouse import Entry
@@ -21,33 +25,52 @@ if TYPE_CHECKING:
 
 def find(build: Build) -> Manifest | None:
     """The manifest of the wheel with this build's key; None when it has to be built."""
-    return workspace.current().wheelhouse.find(build.wheel_name, build.key)
+    return workspace.current().wheelhouse.find(build.index, build.wheel_name, build.key)
 
 
-def prune() -> list[tuple[Path, str]]:
-    """Delete the wheels that no recipe produces any more; returns them with the reasons."""
-    return workspace.current().wheelhouse.prune(_outdated)
+def superseded(found: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
+    """The wheels that newer ones replace, with those: verified, equal in purpose, and of the current recipe.
+
+    Other wheels are kept: nothing shows that they are not wanted.
+    """
+    groups: dict[tuple[str, ...], list[tuple[tuple[Version, Version, int], Entry]]] = {}
+    for each in found:
+        one = each.manifest
+        if each.error and each.wheel.exists():
+            continue  # the manifest describes another file than this
+        with suppress(InvalidVersion):
+            purpose = (one.kernel, one.stack, one.arch, one.python, one.platform, one.profile)
+            groups.setdefault(purpose, []).append((_age(each), each))
+    replaced: list[tuple[Entry, Entry]] = []
+    for group in (group for group in groups.values() if len(group) > 1):
+        current = [(age, each) for age, each in group if not each.error and _is_current(each.manifest)]
+        newest, by = max(current, key=itemgetter(0), default=(None, None))
+        replaced += [(each, by) for age, each in group if newest and by and age < newest]
+    return replaced
 
 
-def _outdated(manifest: Manifest) -> str:
-    """The reason why no current recipe produces this wheel; empty if one does."""
-    from kernels.matrix import Request, select
+def _age(entry: Entry) -> tuple[Version, Version, int]:
+    made = entry.wheel.with_name(f"{entry.wheel.name}.json").stat().st_mtime_ns
+    return Version(entry.manifest.version.partition("+")[0]), Version(entry.manifest.torch), made
+
+
+def _is_current(manifest: Manifest) -> bool:
+    """Whether the current recipe describes this wheel. Compilers do not count: other machines built some wheels."""
+    from kernels import matrix
+    from kernels.recipe import find_recipe
+    from kernels.toolchain import Toolchain
 
     try:
-        builds, _ = select(
-            Request(
-                arch=manifest.arch,
-                kernel=manifest.kernel,
-                stack=manifest.stack,
-                python=manifest.python,
-                platform=manifest.platform,
-                profile=manifest.profile,
-            )
-        )
-    except HearthError as error:
-        return error.what
-    same = _recipe_inputs(builds[0].inputs) == _recipe_inputs(manifest.inputs)
-    return "" if same else "its recipe or source has changed"
+        recipe, stack = find_recipe(manifest.kernel), find_stack(manifest.stack)
+        (arch,) = parse_list(manifest.arch, known_archs())
+        platform = Platform.parse(manifest.platform)
+        if matrix.refusal(recipe, arch, stack):
+            return False
+    except HearthError:
+        return False
+    chain = Toolchain(stack, platform, manifest.python, "", "", "", "", "", ())
+    build = matrix.Build(recipe, arch, manifest.profile, chain)
+    return _recipe_inputs(build.inputs) == _recipe_inputs(manifest.inputs)
 
 
 def _recipe_inputs(inputs: dict[str, Any]) -> str:
@@ -56,8 +79,8 @@ def _recipe_inputs(inputs: dict[str, Any]) -> str:
 
 
 def summary(found: Sequence[Entry]) -> list[dict[str, Any]]:
-    """The wheelhouse for JSON: each manifest, with its wheel's problem."""
-    return [{"error": entry.error, **msgspec.to_builtins(entry.manifest)} for entry in found]
+    """The wheelhouse for JSON: each manifest, with its wheel's path and problem."""
+    return [{"error": entry.error, "path": str(entry.wheel), **msgspec.to_builtins(entry.manifest)} for entry in found]
 
 
 def rows(found: Sequence[Entry]) -> list[str]:

@@ -6,7 +6,7 @@ from invoke.context import Context  # `command` evaluates annotations
 
 from core import console
 from core.command import command
-from core.flags import Output
+from core.flags import Confirmation, Output
 
 _BUILD_HELP = {
     "arch": "compute capabilities: 12.1, '8.9;12.0', 9.0a, '8.9+PTX' (default: TORCH_CUDA_ARCH_LIST, or the local GPU)",
@@ -69,8 +69,10 @@ def build_kernels(
         console.show(found, manifest.rows(found), as_json=out.json)
         for note in manifest.unproven(found):
             console.say(note)
-        house = workspace.current().wheelhouse.folder
-        console.say(f"in {house}; install with: uv pip install --find-links {house.name} ...")
+        house = workspace.current().wheelhouse
+        console.say("to install into the active environment:")
+        for words in dict.fromkeys(map(house.install_command, found)):
+            console.say(f"  {words}")
 
 
 @command(
@@ -104,27 +106,72 @@ def bench_kernels(_: Context, python: str = "", recording: str = "", plot: str =
         bench.plot(found, Path(plot))
 
 
-@command(help={"prune": "delete wheels that no recipe produces any more, and give the reason for each"})
-def wheels(_: Context, prune: bool = False, *, out: Output) -> int:
+@command(
+    help={
+        "prune": "delete wheels that a newer wheel of the current recipe replaces; keep all others",
+        "serve": "serve the wheelhouse to installers on this machine until Ctrl-C",
+        "port": "the port of --serve; 0: any free one (default: 8199)",
+    }
+)
+def wheels(
+    _: Context, prune: bool = False, serve: bool = False, port: str = "8199", *, how: Confirmation, out: Output
+) -> int:
     """List the wheels in the wheelhouse, and verify each against its manifest.
 
     Exit code 1 if the hash of a wheel differs from its manifest.
 
         inv wheels
-        inv wheels --prune   # delete outdated wheels first
+        inv wheels --prune --dry-run   # show which wheels newer ones replace
+        inv wheels --serve             # prints the command that installs each wheel, here or over SSH
     """
     from core import workspace
-    from kernels import store
+    from kernels import server, store
 
+    here = workspace.current()
+    if serve:
+        server.serve(here.wheelhouse, port)
+        return 0
+    here.wheelhouse.arrange()
+    replaced = []
     if prune:
-        deleted = store.prune()
-        for path, reason in deleted:
-            console.say(f"deleted {path.name}: {reason}")
-        if not deleted:
-            console.say("nothing to prune")
-    found = workspace.current().wheelhouse.verify()
+        with here.building():
+            replaced = store.superseded(here.wheelhouse.verify())
+            for old, new in replaced:
+                console.say(f"{old.manifest.file} is replaced by {new.manifest.file}")
+            if not replaced:
+                console.say("nothing to prune")
+            elif not how.dry_run:
+                how.require(f"delete {len(replaced)} of {len(here.wheelhouse.wheels())} wheels?")
+                here.wheelhouse.delete(old for old, _ in replaced)
+    found = here.wheelhouse.verify()
     console.show(store.summary(found), store.rows(found), as_json=out.json)
-    return int(any(entry.error for entry in found))
+    return int(any(entry.error for entry in found)) or how.code(changes=bool(replaced))
+
+
+@command(optional=["clear"], help={"clear": "delete these directories, comma-separated; without a name: all"})
+def cache(_: Context, clear: str = "", *, how: Confirmation, out: Output) -> int:
+    """List the directories of the cache: size and content.
+
+    What is deleted is made or downloaded again when it is needed. Builds and deploys that are running are waited for.
+
+        inv cache
+        inv cache --clear build,sources --dry-run
+        inv cache --clear
+    """
+    from core import cache as caches
+    from core import workspace
+
+    found = chosen = caches.directories()
+    if clear:
+        chosen = caches.choose(found, "all" if isinstance(clear, bool) else clear)
+        if chosen and not how.dry_run:
+            names = ", ".join(each.name for each in chosen)
+            how.require(f"delete {names} ({console.size(sum(each.size for each in chosen))})?")
+            with workspace.current().clearing():
+                caches.clear(chosen)
+            found = chosen = caches.directories()
+    console.show(chosen, caches.rows(chosen), as_json=out.json)
+    return how.code(changes=bool(clear and chosen))
 
 
 @command(help={"path": "a wheel file"})

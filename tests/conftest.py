@@ -124,7 +124,7 @@ class Hearth(Client):
         return self.recipes / "tiny"
 
     def wheels(self) -> list[Path]:
-        return sorted(self.wheelhouse.glob("*.whl"))
+        return sorted(self.wheelhouse.rglob("*.whl"))
 
     def variables(self) -> dict[str, str]:
         own = {

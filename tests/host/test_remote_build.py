@@ -27,7 +27,7 @@ def test_remote_build_returns_the_wheel(fleet: Fleet) -> None:
     assert done.returncode == 0, done.stderr
     (wheel,) = json.loads(done.stdout)
     assert wheel["imported"]["result"] == "passed"
-    place = fleet.place / "wheelhouse" / wheel["file"]
+    place = fleet.place / "wheelhouse/cu130/sm_89" / wheel["file"]
     assert files.sha256(place) == wheel["sha256"]
     assert json.loads((place.parent / f"{place.name}.json").read_text()) == wheel
 

@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.toolchain, pytest.mark.needs("g++", "aarch64-linux-gnu
 
 BUILD = ("build-kernels", "--kernel", "tiny", "--python", "3.11")
 WHEELS = {
-    "8.9": "tiny-0.1+cu130.torch2.11.0.sm89.plain-cp311-cp311-linux_x86_64.whl",
-    "12.1": "tiny-0.1+cu130.torch2.11.0.sm121a.plain-cp311-cp311-linux_aarch64.whl",
+    "8.9": "cu130/sm_89/tiny-0.1+cu130.torch2.11.0.sm89.plain-cp311-cp311-linux_x86_64.whl",
+    "12.1": "cu130/sm_121/tiny-0.1+cu130.torch2.11.0.sm121a.plain-cp311-cp311-linux_aarch64.whl",
 }
 
 
@@ -92,7 +92,7 @@ def test_wheel_format_is_valid(built: Hearth, tmp_path: Path) -> None:
             assert stated == f"sha256={digest},{len(content)}", member
     assert [str(each) for each in metadata.requires_dist or []] == ["torch==2.11.0"]
     pip = ("uv", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"))
-    subprocess.run([*pip, "--no-index", "--find-links", str(built.wheelhouse), "tiny"], check=True, cwd=tmp_path)
+    subprocess.run([*pip, "--no-index", "--find-links", str(path.parent), "tiny"], check=True, cwd=tmp_path)
     assert sorted(path.name for path in (tmp_path / "site/tiny").iterdir()) == [
         "__init__.py",
         "_scale.cpython-311-x86_64-linux-gnu.so",
@@ -174,7 +174,7 @@ def test_profiles_share_kernel_objects(built: Hearth) -> None:
     steps = {line.rpartition("/")[2] for line in done.stderr.splitlines() if line.startswith("[")}
     assert steps == {"scale.cpp", "sum.cpp", "_scale.so", "_sum.so"}
     assert [module["cubins"] for module in found["modules"]] == [1, 1]
-    assert WHEELS["8.9"] in [path.name for path in built.wheels()]
+    assert built.wheelhouse / WHEELS["8.9"] in built.wheels()
 
 
 def test_a_compiler_launcher_serves_every_compile_of_a_second_build(built: Hearth) -> None:

@@ -93,7 +93,7 @@ def test_requested_wheels_are_admitted(build: Any, wheels: list[manifest.Manifes
         ([built(arch="12.1a")], {}),
         ([built(arch="12.1", version=VERSION.replace("121", "90"))], {}),
         ([built(stack="cu124", torch="2.6.0", version=VERSION.replace("130.torch2.11", "124.torch2.6"))], {}),
-        ([built(stack="../x")], {}),
+        ([built(stack="x")], {}),
         ([built(torch="9", version=VERSION.replace("2.11.0", "9"))], {}),
         ([built(python="3.11")], {}),
         ([built(python="3.12")], {"python": "3.11"}),
@@ -128,6 +128,7 @@ def test_unrequested_wheels_are_refused(build: Any, wheels: list[manifest.Manife
         "[" * 10**5,
         "\udc80",
         json.dumps([{**msgspec.to_builtins(built()), "file": "../x.whl"}]),
+        json.dumps([{**msgspec.to_builtins(built()), "stack": "../x"}]),
     ],
     ids=lambda value: value[:10].encode(errors="replace").decode(),
 )
