@@ -9,6 +9,7 @@ from core import foreign, lockfile, source, workspace
 from core.errors import LockError
 from deploy.refusals import refused
 from deploy.release_refusals import known_bad
+from kernels.recipe import recipes
 from lock import advisory, nodes, requirements
 from lock import application as applications
 
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """ComfyUI with its flags, locked lists by platform and Python, kernel wheels, uv, pinned nodes."""
+    """ComfyUI with its flags, locked lists by platform and Python, kernel wheels, uv, pinned nodes.
+
+    `recipes` has the current version and the default profile of each kernel's recipe.
+    """
 
     application: Application
     flags: Mapping[str, Flag]
@@ -33,6 +37,7 @@ class Inputs:
     uv: str
     nodes: Mapping[str, Node] = field(default_factory=dict)
     model_folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    recipes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def packages(self) -> list[str]:
@@ -63,11 +68,19 @@ def gather(target: Target) -> Inputs:
         application=app,
         flags=applications.flags(foreign.text(tree / "comfy/cli_args.py")),
         locks=locks,
-        wheels=workspace.current().wheelhouse.wheels(),
+        wheels=[each for each in workspace.current().wheelhouse.wheels() if target.profile.arch in each.capabilities],
         uv=uv,
         nodes=chosen,
         model_folders=applications.model_folders(foreign.text(tree / "folder_paths.py")),
+        recipes=_recipes(target.profile.kernels),
     )
+
+
+def _recipes(kernels: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The current version and default profile of these kernels. A bundle has one wheel of each, and no recipe."""
+    if not kernels or workspace.current().bundled:
+        return {}
+    return {name: (each.version, each.default_profile) for name, each in recipes().items() if name in kernels}
 
 
 def _refuse_known_bad(target: Target, chosen: Mapping[str, Node]) -> None:

@@ -123,20 +123,23 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Selection | No
 
 
 def find_wheel(inputs: Inputs, kernel: str, target: Target, platform: str, python: str) -> Manifest | Refusal:
-    """The matching wheel: the highest version, then the inference profile, since ComfyUI does not train."""
+    """The matching wheel: the recipe's version and default profile; without that, the highest version."""
     stack, arch = target.stack, target.profile.arch
     fitting = [
         wheel
         for wheel in inputs.wheels
         if wheel.kernel == kernel
-        and wheel.arch == arch
+        and arch in wheel.capabilities
         and (wheel.stack, wheel.torch) == (stack.name, stack.torch)
         and (wheel.python, wheel.platform) == (python, platform)
     ]
     if fitting:
-        # ignore the local label: it names arch and profile, and sorts as text
-        return max(
-            fitting, key=lambda each: (Version(Version(each.version).public), each.profile == "inference", each.key)
-        )
+        version, profile = inputs.recipes.get(kernel, ("", ""))
+
+        def rank(wheel: Manifest) -> tuple[bool, Version, bool, bool, str]:
+            public = wheel.version.partition("+")[0]  # the local label names arch and profile, and sorts as text
+            return public == version, Version(public), wheel.profile == profile, wheel.arch == arch, wheel.key
+
+        return max(fitting, key=rank)
     words = ("--kernel", kernel, "--arch", arch, "--stack", stack.name, "--python", python, "--platform", platform)
     return refusals.no_wheel(f"{kernel} for {arch}, {stack.name}, Python {python}, {platform}", words)

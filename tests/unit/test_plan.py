@@ -294,15 +294,30 @@ def test_highest_wheel_version_is_selected(versions: list[str], taken: str) -> N
         assert found.version.partition("+")[0] == taken
 
 
-@pytest.mark.parametrize("other", ["full", "training", "a", "z", ""])
-def test_inference_profile_is_preferred(other: str) -> None:
-    inference = wheel("flash-attn", profile="inference", size=9, version="2+cu130.inference", file="i.whl")
-    more = wheel("flash-attn", profile=other, size=1, version=f"2+cu130{f'.{other}' * bool(other)}", file="m.whl")
-    newer = wheel("flash-attn", profile=other, size=99, version="2.1+cu130", file="n.whl")
-    for listed, expected in (((inference, more), "i.whl"), ((more, inference), "i.whl"), ((inference, newer), "n.whl")):
-        found = find_wheel(inputs(*listed), "flash-attn", spark(), "linux_aarch64", "3.12")
+@pytest.mark.parametrize("usual", ["inference", "full", "a", "z", ""])
+@pytest.mark.parametrize("other", ["inference", "full", "b", "y", ""])
+def test_recipe_decides_version_and_profile(usual: str, other: str) -> None:
+    """Neither the size nor the text of the local label does."""
+    best = wheel("flash-attn", profile=usual, size=9, version=f"2+cu130{f'.{usual}' * bool(usual)}", file="best.whl")
+    others = [
+        wheel("flash-attn", profile=other, size=1, version="2+cu130.other", file="profile.whl"),
+        wheel("flash-attn", profile=usual, size=1, version="2.1+cu130", file="newer.whl"),
+        wheel("flash-attn", profile=usual, size=1, version="1.10+cu130", file="older.whl"),
+    ]
+    known = replace(inputs(best, *others[usual == other :]), recipes={"flash-attn": ("2", usual)})
+    for stock in (known, replace(known, wheels=known.wheels[::-1])):
+        found = find_wheel(stock, "flash-attn", spark(), "linux_aarch64", "3.12")
         assert isinstance(found, Manifest)
-        assert found.file == expected
+        assert found.file == "best.whl"
+
+
+@pytest.mark.parametrize(
+    ("arch", "fits"),
+    [("12.1", True), ("12.1a", True), ("12.1+PTX", True), ("12.0;12.1", True), ("12.0", False), ("2.1", False)],
+)
+def test_wheel_is_for_the_gpu(arch: str, fits: bool) -> None:
+    found = find_wheel(inputs(wheel("flash-attn", arch=arch)), "flash-attn", spark(), "linux_aarch64", "3.12")
+    assert isinstance(found, Manifest) == fits
 
 
 @pytest.mark.parametrize(
