@@ -67,13 +67,19 @@ def choose(found: Sequence[Directory], text: str) -> list[Directory]:
 
 
 def clear(chosen: Sequence[Directory]) -> None:
-    """Delete the content of directories, except for drafts of running processes. The caller holds the locks."""
-    for path in (path for each in chosen for path in Path(each.path).iterdir()):
-        if path.name.startswith("."):
-            files.sweep(path)
-        else:
-            with files.draft(path) as part:  # a folder is complete or absent, also when this process is killed
-                path.rename(part)
+    """Delete the content of directories, except for drafts of running processes. Waits for builds and deploys."""
+    with workspace.current().clearing():
+        for path in (path for each in chosen for path in Path(each.path).iterdir()):
+            if path.name.startswith("."):
+                files.sweep(path)
+            else:
+                with files.draft(path) as part:  # a folder is complete or absent, also when this process is killed
+                    path.rename(part)
+
+
+def total(found: Sequence[Directory]) -> str:
+    """The size of all these directories, formatted."""
+    return console.size(sum(each.size for each in found))
 
 
 def _size(place: Path) -> int:
@@ -90,5 +96,4 @@ def _size(place: Path) -> int:
 def rows(found: Sequence[Directory]) -> list[str]:
     """A table of the cache."""
     cells = [(each.name, console.size(each.size), each.content) for each in found]
-    total = console.size(sum(each.size for each in found))
-    return [*console.table(("directory", "size", "content"), cells), f"{total} in {workspace.current().cache}"]
+    return [*console.table(("directory", "size", "content"), cells), f"{total(found)} in {workspace.current().cache}"]

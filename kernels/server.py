@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 def serve(house: Wheelhouse, port: str) -> None:
     """Serve until Ctrl-C; raises UsageError for a port that cannot be used."""
-    house.arrange()
     handler = partial(_Handler, directory=str(house.folder))
     try:
         server = ThreadingHTTPServer(("127.0.0.1", int(port)), handler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from core.stack import Platform, find_stack
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from core.flags import Confirmation
     from core.manifest import Manifest
     from core.wheelhouse import Entry
     from kernels.matrix import Build
@@ -49,6 +50,21 @@ def superseded(found: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
     return replaced
 
 
+def prune(how: Confirmation) -> bool:
+    """Delete superseded wheels, if that is confirmed; a dry run only names them. Returns whether there are any."""
+    here = workspace.current()
+    with nullcontext() if how.dry_run else here.building():
+        replaced = superseded(here.wheelhouse.verify())
+        for old, new in replaced:
+            console.say(f"{old.manifest.file} is replaced by {new.manifest.file}")
+        if not replaced:
+            console.say("nothing to prune")
+        elif not how.dry_run:
+            how.require(f"delete {len(replaced)} of {len(here.wheelhouse.wheels())} wheels?")
+            here.wheelhouse.delete(old for old, _ in replaced)
+    return bool(replaced)
+
+
 def _age(entry: Entry) -> tuple[Version, Version, int]:
     made = entry.wheel.with_name(f"{entry.wheel.name}.json").stat().st_mtime_ns
     return Version(entry.manifest.version.partition("+")[0]), Version(entry.manifest.torch), made
@@ -62,9 +78,9 @@ def _is_current(manifest: Manifest) -> bool:
 
     try:
         recipe, stack = find_recipe(manifest.kernel), find_stack(manifest.stack)
-        (arch,) = parse_list(manifest.arch, known_archs())
+        arch, *more = parse_list(manifest.arch, known_archs())
         platform = Platform.parse(manifest.platform)
-        if matrix.refusal(recipe, arch, stack):
+        if more or matrix.refusal(recipe, arch, stack):
             return False
     except HearthError:
         return False

@@ -127,25 +127,16 @@ def wheels(
     from core import workspace
     from kernels import server, store
 
-    here = workspace.current()
+    house = workspace.current().wheelhouse
+    if not how.dry_run:
+        house.arrange()
     if serve:
-        server.serve(here.wheelhouse, port)
+        server.serve(house, port)
         return 0
-    here.wheelhouse.arrange()
-    replaced = []
-    if prune:
-        with here.building():
-            replaced = store.superseded(here.wheelhouse.verify())
-            for old, new in replaced:
-                console.say(f"{old.manifest.file} is replaced by {new.manifest.file}")
-            if not replaced:
-                console.say("nothing to prune")
-            elif not how.dry_run:
-                how.require(f"delete {len(replaced)} of {len(here.wheelhouse.wheels())} wheels?")
-                here.wheelhouse.delete(old for old, _ in replaced)
-    found = here.wheelhouse.verify()
+    changes = prune and store.prune(how)
+    found = house.verify()
     console.show(store.summary(found), store.rows(found), as_json=out.json)
-    return int(any(entry.error for entry in found)) or how.code(changes=bool(replaced))
+    return int(any(entry.error for entry in found)) or how.code(changes=changes)
 
 
 @command(optional=["clear"], help={"clear": "delete these directories, comma-separated; without a name: all"})
@@ -159,19 +150,16 @@ def cache(_: Context, clear: str = "", *, how: Confirmation, out: Output) -> int
         inv cache --clear
     """
     from core import cache as caches
-    from core import workspace
 
-    found = chosen = caches.directories()
+    found = caches.directories()
     if clear:
-        chosen = caches.choose(found, "all" if isinstance(clear, bool) else clear)
-        if chosen and not how.dry_run:
-            names = ", ".join(each.name for each in chosen)
-            how.require(f"delete {names} ({console.size(sum(each.size for each in chosen))})?")
-            with workspace.current().clearing():
-                caches.clear(chosen)
-            found = chosen = caches.directories()
-    console.show(chosen, caches.rows(chosen), as_json=out.json)
-    return how.code(changes=bool(clear and chosen))
+        found = caches.choose(found, "all" if isinstance(clear, bool) else clear)
+        if found and not how.dry_run:
+            how.require(f"delete {', '.join(each.name for each in found)}, {caches.total(found)}?")
+            caches.clear(found)
+            found = caches.directories()
+    console.show(found, caches.rows(found), as_json=out.json)
+    return how.code(changes=bool(clear and found))
 
 
 @command(help={"path": "a wheel file"})

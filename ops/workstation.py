@@ -108,4 +108,4 @@ def _disk() -> Iterator[tuple[Severity, Problem]]:
     free = shutil.disk_usage(place).free
     if free < BUILD_BYTES:
         what = f"{console.size(free)} free at {place}; a build needs {console.size(BUILD_BYTES)}"
-        yield "warning", Problem(what, "inv wheels --prune, or set HEARTH_CACHE to a folder on a larger disk")
+        yield "warning", Problem(what, "inv cache --clear, or set HEARTH_CACHE to a folder on a larger disk")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -214,7 +216,7 @@ def test_inspect_wheel_reads_any_wheel(built: Hearth) -> None:
     assert [module["sass"] for module in json.loads(done.stdout)] == [["sm_121a"], ["sm_121a"]]
 
 
-def test_the_wheelhouse_is_verified_and_pruned(built: Hearth) -> None:
+def test_the_wheelhouse_is_verified(built: Hearth) -> None:
     assert built.inv("wheels").returncode == 0
     wheel = built.wheelhouse / WHEELS["8.9"]
     whole = wheel.read_bytes()
@@ -223,20 +225,26 @@ def test_the_wheelhouse_is_verified_and_pruned(built: Hearth) -> None:
     assert done.returncode == 1
     assert "differs from the inspected one" in done.stdout
     wheel.write_bytes(whole)
-    stray = built.wheelhouse / "stray-1.0-py3-none-any.whl"
-    stray.write_bytes(b"")
-    kept = {path.name for path in built.wheels()} - {stray.name}
-    done = built.inv("wheels", "--prune")
-    assert done.returncode == 0, done.stderr
-    assert "deleted stray-1.0-py3-none-any.whl" in done.stderr
-    assert {path.name for path in built.wheels()} == kept
-    built.edit("recipe.toml", '"-O1"', '"-O2"')
+
+
+def test_a_newer_build_replaces_a_wheel(built: Hearth) -> None:
+    """The command that the build prints installs exactly it; prune deletes only the older one."""
+    before = set(built.wheels())
+    built.edit("recipe.toml", 'version = "0.1"', 'version = "0.2"')
     try:
-        done = built.inv("wheels", "--prune")
+        assert built.inv("wheels", "--prune", "--yes").returncode == 0
+        assert set(built.wheels()) == before
+        done = built.inv(*BUILD, "--arch", "8.9")
+        assert done.returncode == 0, done.stderr
+        (printed,) = re.findall(r"^ +(uv pip install .+)", done.stderr, re.MULTILINE)
+        site = built.place / "site"
+        subprocess.run([*shlex.split(printed), "--quiet", "--target", str(site)], check=True, cwd=built.place)
+        assert [path.name for path in site.glob("*.dist-info")] == ["tiny-0.2+cu130.torch2.11.0.sm89.plain.dist-info"]
+        assert built.inv("wheels", "--prune", "--yes").returncode == 0
+        new = Path(WHEELS["8.9"].replace("0.1", "0.2", 1))
+        assert set(built.wheels()) == before - {built.wheelhouse / WHEELS["8.9"]} | {built.wheelhouse / new}
     finally:
-        built.edit("recipe.toml", '"-O2"', '"-O1"')
-    assert "has changed" in done.stderr
-    assert not built.wheels()
+        built.edit("recipe.toml", 'version = "0.2"', 'version = "0.1"')
 
 
 def test_wheel_python_differs_from_the_tests() -> None:
