@@ -79,14 +79,13 @@ def _is_current(manifest: Manifest) -> bool:
     try:
         recipe, stack = find_recipe(manifest.kernel), find_stack(manifest.stack)
         arch, *more = parse_list(manifest.arch, known_archs())
-        platform = Platform.parse(manifest.platform)
         if more or matrix.refusal(recipe, arch, stack):
             return False
-    except HearthError:
+        chain = Toolchain(stack, Platform.parse(manifest.platform), manifest.python, "", "", "", "", "", ())
+        inputs = matrix.Build(recipe, arch, manifest.profile, chain).inputs
+    except (HearthError, OSError):
         return False
-    chain = Toolchain(stack, platform, manifest.python, "", "", "", "", "", ())
-    build = matrix.Build(recipe, arch, manifest.profile, chain)
-    return _recipe_inputs(build.inputs) == _recipe_inputs(manifest.inputs)
+    return _recipe_inputs(inputs) == _recipe_inputs(manifest.inputs)
 
 
 def _recipe_inputs(inputs: dict[str, Any]) -> str:

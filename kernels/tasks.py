@@ -70,9 +70,8 @@ def build_kernels(
         for note in manifest.unproven(found):
             console.say(note)
         house = workspace.current().wheelhouse
-        console.say("to install into the active environment:")
-        for words in dict.fromkeys(map(house.install_command, found)):
-            console.say(f"  {words}")
+        commands = dict.fromkeys(map(house.install_command, found))
+        console.say("\n  ".join(["to install into the active environment:", *commands]))
 
 
 @command(
@@ -146,7 +145,7 @@ def cache(_: Context, clear: str = "", *, how: Confirmation, out: Output) -> int
     What is deleted is made or downloaded again when it is needed. Builds and deploys that are running are waited for.
 
         inv cache
-        inv cache --clear build,sources --dry-run
+        inv cache --clear objects,sources --dry-run
         inv cache --clear
     """
     from core import cache as caches

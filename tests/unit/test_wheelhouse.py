@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -97,9 +98,13 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
 TOOLS = {"uv": ("uv", "pip", "install"), "pip": (sys.executable, "-I", "-m", "pip", "install")}
 
 
-def installed(words: list[str], target: Path) -> str:
+OTHER_INDEXES = dict.fromkeys(("PIP_EXTRA_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_INDEX"), "http://127.0.0.1:9/simple")
+"""Nothing answers there."""
+
+
+def installed(words: list[str], target: Path, **env: str) -> str:
     """The version of the only package that a command installs."""
-    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | {"NO_PROXY": "127.0.0.1"}
+    env |= {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | {"NO_PROXY": "127.0.0.1"}
     done = subprocess.run([*words, "--target", str(target)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (info,) = target.glob("*.dist-info")
@@ -114,7 +119,7 @@ def test_the_printed_command_installs_exactly_its_wheel(filled: Filled, tool: st
     for number, found in enumerate((filled.wheels["8.0"], filled.wheels["8.9"], *filled.more)):
         words = shlex.split(filled.house.install_command(found))
         assert words[:3] == ["uv", "pip", "install"]
-        assert installed([*TOOLS[tool], *words[3:]], tmp_path / str(number)) == found.version
+        assert installed([*TOOLS[tool], *words[3:]], tmp_path / str(number), **OTHER_INDEXES) == found.version
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -176,7 +181,9 @@ def test_served_wheels_are_installed(
 
 @pytest.mark.parametrize("port", ["", "x", "-1", "65536", "1e3"])
 def test_invalid_port_is_a_usage_error(tmp_path: Path, port: str) -> None:
-    done = Hearth(tmp_path / "hearth").inv("wheels", "--serve", f"--port={port}")
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = port or str(used.getsockname()[1])
+        done = Hearth(tmp_path / "hearth").inv("wheels", "--serve", f"--port={port}")
     assert (done.returncode, kind_of(done.stderr)) == (15, "usage")
 
 
@@ -353,7 +360,7 @@ def versions() -> list[str]:
 
 
 def names(hearth: Hearth) -> set[str]:
-    return {path.name for path in hearth.wheelhouse.rglob("*") if path.is_file()}
+    return {str(path.relative_to(hearth.wheelhouse)) for path in hearth.wheelhouse.rglob("*") if path.is_file()}
 
 
 def test_prune_deletes_what_the_current_recipe_replaced(pruning: Hearth) -> None:
@@ -389,6 +396,7 @@ NO_CURRENT_WHEEL: dict[str, Callable[[Hearth], object]] = {
     "recipe newer": edit('version = "0.3"', 'version = "0.4"'),
     "recipe older": edit('version = "0.3"', 'version = "0.1"'),
     "recipe edited": edit('nvcc = ["-O1"]', 'nvcc = ["-O2"]'),
+    "source missing": lambda hearth: shutil.rmtree(hearth.tiny / "src"),
     "arch dropped": edit('"8.9" = "89"', ""),
     "wheels damaged": damage,
 }
@@ -412,17 +420,17 @@ def test_prune_keeps_what_it_does_not_know(pruning: Hearth, tmp_path: Path) -> N
     for version in ("0.1", "0.3"):
         path, fat = make(current("12.0", version), tmp_path)
         house.admit(path, msgspec.structs.replace(fat, arch="8.9;12.0"))
-    kept = {admit(house, each, tmp_path).file for each in others}
+    kept = {house.place(admit(house, each, tmp_path)) for each in others}
     for folder in (house.folder, house.folder / "cu130/sm_89"):
         for name in ("mine.txt", "mine-1-py3-none-any.whl", ".gitignore", "bad.whl.json"):
             (folder / name).write_text("mine")
-            kept.add(name)
+            kept.add(folder / name)
     with files.draft(house.folder / "cu130/sm_89/new.whl") as part:
         part.write_text("in progress")
         done = pruning.inv("wheels", "--prune", "--yes")
         assert part.read_text() == "in progress"
     assert done.returncode == 0, done.stderr
-    assert kept <= names(pruning)
+    assert {each for each in kept if not each.exists()} == set()
     assert len(versions()) == len(others) + 3
 
 
