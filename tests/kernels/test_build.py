@@ -94,7 +94,8 @@ def test_wheel_format_is_valid(built: Hearth, tmp_path: Path) -> None:
             assert stated == f"sha256={digest},{len(content)}", member
     assert [str(each) for each in metadata.requires_dist or []] == ["torch==2.11.0"]
     pip = ("uv", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"))
-    subprocess.run([*pip, "--no-index", "--find-links", str(path.parent), "tiny"], check=True, cwd=tmp_path)
+    words = [*pip, "--no-index", "--find-links", str(built.wheelhouse / "cu130/sm_89"), "tiny"]
+    subprocess.run(words, check=True, cwd=tmp_path)
     assert sorted(path.name for path in (tmp_path / "site/tiny").iterdir()) == [
         "__init__.py",
         "_scale.cpython-311-x86_64-linux-gnu.so",
