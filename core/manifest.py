@@ -27,7 +27,7 @@ class ModuleReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `sass` and `ptx` are the targets in it (`sm_121a`), `cubins` the number of device images, `needed` its shared
     libraries, `undefined` the number of undefined symbols, of which the GPU's driver provides `from_driver`.
-    `glibc` and `glibcxx` are the highest symbol versions it requires.
+    `glibc`, `glibcxx` and `cxxabi` are the highest symbol versions it requires.
     """
 
     name: str
@@ -39,6 +39,7 @@ class ModuleReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     from_driver: tuple[str, ...]
     glibc: str
     glibcxx: str
+    cxxabi: str
     size: int
 
 
@@ -67,6 +68,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     profile: str
     glibc: str
     glibcxx: str
+    cxxabi: str
     modules: tuple[ModuleReport, ...]
     imported: Proof
     smoke: Proof

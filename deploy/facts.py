@@ -31,9 +31,11 @@ def rows(found: Facts) -> list[str]:
     gpus = [f"{gpu.name} ({gpu.capability})" for gpu in found.gpus]
     damaged = [f"{name}: {error}" for name, error in found.parts.items() if error]
     shared = ", shared with the GPU" if any(gpu.unified for gpu in found.gpus) else ""
+    versions = (("glibc", found.glibc), ("GLIBCXX", found.glibcxx), ("CXXABI", found.cxxabi))
+    libraries = ", ".join(f"{name} {version or 'not reported'}" for name, version in versions)
     cells = [
         ("host", found.hostname),
-        ("system", f"{found.os}, {found.machine}, kernel {found.kernel}, glibc {found.glibc}"),
+        ("system", f"{found.os}, {found.machine}, kernel {found.kernel}, {libraries}"),
         (
             "Python",
             ", ".join(f"{version} ({path})" for version, path in found.pythons.items()) or "no supported version",

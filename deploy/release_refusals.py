@@ -113,12 +113,19 @@ def known_bad(name: str, listed: Advisory) -> Refusal:
     return Refusal("known-bad-node", f"{name}: {listed.what} ({listed.source})", remedy)
 
 
-def old_glibc(wheel: Manifest, facts: Facts) -> list[Refusal]:
-    """The host's C library is too old for a wheel."""
-    if Version(wheel.glibc) <= Version(facts.glibc):
-        return []
-    what = f"{wheel.file} needs glibc {wheel.glibc}, the host has {facts.glibc}"
-    return [Refusal("old-glibc", what, "build it on an older system, or on the host: inv build-kernels --host")]
+def old_libraries(wheel: Manifest, facts: Facts) -> list[Refusal]:
+    """The host's C or C++ library is too old for a wheel. A version that the host does not report is not refused."""
+    libraries = (
+        ("old-glibc", "glibc", wheel.glibc, facts.glibc),
+        ("old-libstdcxx", "GLIBCXX", wheel.glibcxx, facts.glibcxx),
+        ("old-libstdcxx", "CXXABI", wheel.cxxabi, facts.cxxabi),
+    )
+    remedy = "build it on an older system, or on the host: inv build-kernels --host"
+    return [
+        Refusal(kind, f"{wheel.file} needs {name} {needed}, the host has {there}", remedy)
+        for kind, name, needed, there in libraries
+        if _older(there, needed)
+    ]
 
 
 def no_package(what: str, remedy: str) -> Refusal:

@@ -105,7 +105,7 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Selection | No
         if isinstance(wheel, Refusal):
             found.append(wheel)
         else:
-            found += refusals.old_glibc(wheel, facts)
+            found += refusals.old_libraries(wheel, facts)
             wheels.append(wheel)
     selection = Selection(
         target=target,

@@ -177,6 +177,7 @@ def _finish(build: Build, graph: Graph) -> Manifest:
         profile=build.profile,
         glibc=inspection.highest([report.glibc for report in reports]),
         glibcxx=inspection.highest([report.glibcxx for report in reports]),
+        cxxabi=inspection.highest([report.cxxabi for report in reports]),
         modules=reports,
         imported=inspection.prove_import(path, build, reports),
         smoke=inspection.prove_smoke(path, build),

@@ -193,6 +193,7 @@ def read_module(elf: Elf, name: Path) -> ModuleReport:
         from_driver=tuple(driver) if "libcuda.so.1" in needed else (),
         glibc=elf.versions.get("GLIBC", ""),
         glibcxx=elf.versions.get("GLIBCXX", ""),
+        cxxabi=elf.versions.get("CXXABI", ""),
         size=elf.path.stat().st_size,
     )
 

@@ -60,8 +60,8 @@ def wheel(kernel: str, **values: Any) -> Manifest:
     found = Manifest(
         file=f"{kernel}.whl", sha256="a" * 64, size=1, key="b" * 64, identifier=kernel, kernel=kernel,
         version="1+cu130.torch2.11.0.sm121a", arch="12.1", stack="cu130", torch="2.11.0", python="3.12",
-        platform="linux_aarch64", profile="", glibc="2.17", glibcxx="3.4", modules=(), imported=proof, smoke=proof,
-        inputs={},
+        platform="linux_aarch64", profile="", glibc="2.17", glibcxx="3.4", cxxabi="1.3", modules=(), imported=proof,
+        smoke=proof, inputs={},
     )  # fmt: skip
     return msgspec.structs.replace(found, **values)
 

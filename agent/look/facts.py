@@ -19,7 +19,7 @@ from agent.journal import DEPLOYS, AdoptionJournal, SettingsJournal, busy, histo
 from agent.layout import DATA, Layout
 from agent.look.accounts import account_problem, group_members, member_rights, user_exists
 from agent.look.exporter import exporter
-from agent.look.machine import nvidia, os_release, packages, pythons
+from agent.look.machine import libstdcxx, nvidia, os_release, packages, pythons
 from agent.look.ports import port_holder
 from agent.look.prefix import prefix_state
 from agent.look.storage import folder_problem, free_bytes, mount_state, shares, traps, unused
@@ -56,12 +56,15 @@ def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: floa
     manager = manager_of(layout)
     runs = history(layout)
     gpus, driver = nvidia(devices)
+    glibcxx, cxxabi = libstdcxx()
     return Facts(
         hostname=socket.gethostname(),
         os=f"{system.get('ID', 'linux')} {system.get('VERSION_ID', '')}".strip(),
         machine=platform.machine(),
         kernel=platform.release(),
         glibc=(os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
+        glibcxx=glibcxx,
+        cxxabi=cxxabi,
         pythons=pythons(layout, ask["pythons"]),
         gpus=gpus,
         driver=driver,

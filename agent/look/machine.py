@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -23,6 +24,19 @@ def os_release() -> dict[str, str]:
     with suppress(OSError):
         return platform.freedesktop_os_release()
     return {}
+
+
+def libstdcxx() -> tuple[str, str]:
+    """Return the newest GLIBCXX and CXXABI versions of the libstdc++ that programs load; empty if there is none."""
+    newest = {b"GLIBCXX": "", b"CXXABI": ""}
+    with suppress(OSError):
+        ctypes.CDLL("libstdc++.so.6")
+        loaded = re.search(r"/.*/libstdc\+\+\.so\.6.*", Path("/proc/self/maps").read_text())
+        content = Path(loaded[0]).read_bytes() if loaded else b""
+        defined = re.findall(rb"\b(GLIBCXX|CXXABI)_(\d+(?:\.\d+)+)\0", content)
+        for family, version in sorted(defined, key=lambda each: [*map(int, each[1].split(b"."))]):
+            newest[family] = version.decode()
+    return newest[b"GLIBCXX"], newest[b"CXXABI"]
 
 
 def pythons(layout: Layout, wanted: list[str]) -> dict[str, str]:

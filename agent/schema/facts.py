@@ -135,7 +135,7 @@ class Facts:
     os: str  # such as "debian 12"
     machine: str  # "x86_64" or "aarch64"
     kernel: str
-    glibc: str
+    glibc: str  # version; empty: not reported
     pythons: dict[str, str]  # interpreters by minor version, of those asked for
     gpus: tuple[Gpu, ...]
     driver: str  # version of the NVIDIA driver; empty: none
@@ -188,6 +188,8 @@ class Facts:
     lingered: bool = False  # Hearth enabled lingering for the login
     signers: str | None = None  # /etc/hearth/allowed_signers, the allowed signers of bundles; None: no such file
     place: Place = field(default_factory=Place)
+    glibcxx: str = ""  # the newest GLIBCXX symbol version of its libstdc++; empty: not reported
+    cxxabi: str = ""  # the same for CXXABI
 
     @property
     def platform(self) -> str:

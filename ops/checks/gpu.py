@@ -58,7 +58,7 @@ def _kernels(case: Case) -> Iterator[Problem]:
                 f"inv build-kernels --kernel {name} --arch '{';'.join(sorted(have))}'; inv deploy {case.at}",
             )
     for refusal in case.planned.refusals:
-        if refusal.kind in ("no-wheel", "old-glibc"):
+        if refusal.kind in ("no-wheel", "old-glibc", "old-libstdcxx"):
             yield Problem(refusal.what, refusal.remedy)
 
 

@@ -106,8 +106,26 @@ def test_refusals(change: dict[str, Any], kind: str, named: str) -> None:
     assert named in found.refusals[0].what
 
 
-def test_an_old_c_library_is_refused_for_each_wheel() -> None:
-    assert reasons(made(replace(FRESH, glibc="2.10"))) == ["old-glibc", "old-glibc"]
+@pytest.mark.parametrize(
+    ("host", "kind"),
+    [
+        ({"glibc": "2.10"}, "old-glibc"),
+        ({"glibcxx": "3.4.9", "cxxabi": "1.3.13"}, "old-libstdcxx"),
+        ({"glibcxx": "3.4.30", "cxxabi": "1.3.2"}, "old-libstdcxx"),
+    ],
+)
+def test_an_old_c_or_cxx_library_is_refused_for_each_wheel(host: dict[str, Any], kind: str) -> None:
+    needs = {"glibc": "2.17", "glibcxx": "3.4.21", "cxxabi": "1.3.9"}
+    stock = inputs(wheel("sageattention", **needs), wheel("flash-attn", **needs))
+    assert reasons(made(replace(FRESH, **host), stock=stock)) == [kind, kind]
+    enough: dict[str, Any] = {"glibc": "2.36", "glibcxx": "3.4.21", "cxxabi": "1.3.13"}
+    assert not made(replace(FRESH, **enough), stock=stock).refusals
+
+
+def test_a_library_that_is_not_reported_is_not_refused() -> None:
+    assert not made(replace(FRESH, glibc="", glibcxx="", cxxabi="")).refusals
+    stock = inputs(*(wheel(name, glibc="", glibcxx="", cxxabi="") for name in ("sageattention", "flash-attn")))
+    assert not made(stock=stock).refusals
 
 
 NAS = {"/mnt/models": Mount("nas:/models", "nfs4", "nosuid")}
