@@ -12,6 +12,7 @@ import shlex
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -57,12 +58,16 @@ class Wheelhouse:
                 found[each.index, each.file] = wheel, each
         return [found[key] for key in sorted(found)]
 
-    def find(self, index: str, name: str, key: str) -> Manifest | None:
-        """The manifest of the wheel file `name`; None unless it exists with this key and the size stated."""
-        for folder in (self.folder / index, self.folder):
-            wheel, found = folder / name, manifests.read(folder / f"{name}.json")
-            if found and (found.index, found.key) == (index, key) and wheel.is_file():
-                return found if wheel.stat().st_size == found.size else None
+    def find(self, index: str, pattern: str, key: str) -> Manifest | None:
+        """The manifest of the wheel with this key, of those whose file name matches; None if there is none.
+
+        The wheel exists with the size that the manifest states.
+        """
+        for path in (path for folder in (self.folder / index, self.folder) for path in folder.glob(f"{pattern}.json")):
+            wheel, found = path.with_suffix(""), manifests.read(path)
+            same = found and (found.index, found.file, found.key) == (index, wheel.name, key)
+            if found and same and wheel.is_file() and wheel.stat().st_size == found.size:
+                return found
         return None
 
     def verify(self) -> list[Entry]:
@@ -106,7 +111,8 @@ class Wheelhouse:
     def admit(self, wheel: Path, manifest: Manifest) -> Path:
         """Copy an inspected wheel into its index, then write its manifest.
 
-        An older manifest of the file goes first: it must never describe the new wheel.
+        An older manifest of the file goes first: it must never describe the new wheel. An older wheel of the same build
+        with another platform tag goes last: installers would choose between both.
         """
         place = self.folder / manifest.index / manifest.file
         with files.draft(place) as part:
@@ -114,7 +120,9 @@ class Wheelhouse:
             place.with_name(f"{place.name}.json").unlink(missing_ok=True)
             part.replace(place)
         files.write(place.with_name(f"{place.name}.json"), manifests.encode(manifest))
-        self._write_pages()
+        same = f"{manifest.file.rpartition('-')[0]}-*linux*_{manifest.platform.removeprefix('linux_')}.whl"
+        others = ((old, each) for old, each in self._listed() if old.parent == place.parent and old != place)
+        self.delete(Entry(old, each, "") for old, each in others if fnmatchcase(old.name, same))
         return place
 
     def arrange(self) -> None:

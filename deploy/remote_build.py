@@ -171,9 +171,10 @@ def _unasked(wheel: Manifest, asked: Mapping[str, str]) -> str:
     version = rf"[0-9a-z.]+\+{re.escape(label)}{arch.suffix or '[af]?'}{r'[.]ptx' if arch.ptx else ''}"
     version += re.escape(f".{wheel.profile}") if wheel.profile else ""
     tag = f"cp{wheel.python.replace('.', '')}"
-    file = f"{re.sub('[-_.]+', '_', wheel.kernel).lower()}-{wheel.version}-{tag}-{tag}-{wheel.platform}.whl"
-    if not re.fullmatch(version, wheel.version) or wheel.file != file:
-        return f"its name differs from {file}"
+    name = f"{re.sub('[-_.]+', '_', wheel.kernel).lower()}-{wheel.version}-{tag}-{tag}"
+    file = rf"{re.escape(name)}-(many)?linux(_2_\d+)?_{wheel.platform.removeprefix('linux_')}[.]whl"
+    if not re.fullmatch(version, wheel.version) or not re.fullmatch(file, wheel.file, re.ASCII):
+        return f"its name differs from {name}"
     return "" if 0 < wheel.size <= LARGEST else f"it has {wheel.size} bytes"
 
 

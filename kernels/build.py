@@ -79,7 +79,7 @@ def _existing(builds: Sequence[Build], errors: dict[str, HearthError]) -> dict[s
     found: dict[str, Manifest] = {}
     for build in builds:
         with _collected(build, errors):
-            if manifest := workspace.current().wheelhouse.find(build.index, build.wheel_name, build.key):
+            if manifest := workspace.current().wheelhouse.find(build.index, build.wheel_pattern, build.key):
                 found[build.identifier] = manifest
     return found
 

@@ -13,6 +13,7 @@ from ninja.ninja_syntax import Writer
 
 from core import workspace
 from core.errors import ConfigError, HearthError
+from kernels import toolchain as toolchains
 from kernels.source import HEADERS
 
 if TYPE_CHECKING:
@@ -238,6 +239,7 @@ def _link_variables(build: Build, module: Module) -> dict[str, str]:
     site = f"{view}/{chain.python_folder}/site"
     runtime = next(chain.site.glob("nvidia/*/lib/libcudart.so")).parent.relative_to(chain.site)
     libraries = [
+        f"{view}/stubs/{toolchains.COMPAT}",
         *(f"-L{site}/torch/lib", f"-L{site}/{runtime}", f"-L{view}/stubs"),
         *(f"-l{each}" for each in (*_TORCH_LIBRARIES, "cudart")),
         # Keep the recipe's libraries even if no symbol needs them: the driver stub defines none.

@@ -31,6 +31,7 @@ from kernels import toolchain as toolchains
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from core.stack import Platform
     from kernels.matrix import Build
     from kernels.toolchain import Toolchain
 
@@ -73,17 +74,19 @@ class Elf:
             ]
 
     @cached_property
+    def required(self) -> set[str]:
+        """The required symbol versions: `GLIBC_2.17`."""
+        with self._open() as elf:
+            sections = [section for section in elf.iter_sections() if isinstance(section, GNUVerNeedSection)]
+            return {each.name for section in sections for _, needed in section.iter_versions() for each in needed}
+
+    @property
     def versions(self) -> dict[str, str]:
         """The highest required version of each versioned symbol family: GLIBC, GLIBCXX ..."""
         highest: dict[str, str] = {}
-        with self._open() as elf:
-            for section in elf.iter_sections():
-                if isinstance(section, GNUVerNeedSection):
-                    for _, needed in section.iter_versions():
-                        for each in needed:
-                            family, _, version = each.name.partition("_")
-                            if re.fullmatch(r"[\d.]+", version):
-                                highest[family] = max(highest.get(family, "0"), version, key=Version)
+        for family, _, version in (name.partition("_") for name in self.required):
+            if re.fullmatch(r"[\d.]+", version):
+                highest[family] = max(highest.get(family, "0"), version, key=Version)
         return highest
 
     def defines(self, names: Sequence[str]) -> set[str]:
@@ -223,6 +226,19 @@ def _link_errors(elf: Elf, report: ModuleReport, chain: Toolchain, providers: Se
         missing -= provider.defines(sorted(missing))
     if missing:
         yield f"needs symbols that no library provides: {', '.join(sorted(missing)[:8])}"
+
+
+def platform_tag(modules: Sequence[Elf], platform: Platform) -> str:
+    """The oldest manylinux platform with all symbol versions that the modules require; `linux_x86_64` if none has all.
+
+    By auditwheel's policies, without their list of libraries: torch's are in no policy, and METADATA requires torch.
+    """
+    from auditwheel.architecture import Architecture
+    from auditwheel.libc import Libc
+    from auditwheel.policy import WheelPolicies
+
+    policies = WheelPolicies(libc=Libc.GLIBC, arch=Architecture(platform.cpu))
+    return str(policies.versioned_symbols_policy({str(elf.path): elf.required for elf in modules}).name)
 
 
 def device_code(path: Path) -> tuple[list[str], tuple[str, ...]]:

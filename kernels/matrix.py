@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kernels.recipe import Module, Recipe
     from kernels.toolchain import Toolchain
 
-BUILDER = 2
+BUILDER = 3
 """Increase it when a change of Hearth changes wheels: link line, metadata, wheel layout."""
 
 
@@ -60,16 +60,18 @@ class Build:
         label = f"{self.toolchain.stack.label}.sm{self.target}{'.ptx' if self.arch.ptx else ''}"
         return f"{self.recipe.version}+{label}{f'.{self.profile}' if self.profile else ''}"
 
-    @property
-    def tag(self) -> str:
-        """The wheel's compatibility tag."""
-        chain = self.toolchain
-        return f"{chain.abi_tag}-{chain.abi_tag}-{chain.platform.value}"
+    def tag(self, platform: str) -> str:
+        """The wheel's compatibility tag, with this platform tag."""
+        return f"{self.toolchain.abi_tag}-{self.toolchain.abi_tag}-{platform}"
+
+    def wheel_name(self, platform: str) -> str:
+        """The wheel's file name (PyPA binary distribution format), with this platform tag."""
+        return f"{self.recipe.file_name}-{self.version}-{self.tag(platform)}.whl"
 
     @property
-    def wheel_name(self) -> str:
-        """The wheel's file name (PyPA binary distribution format)."""
-        return f"{self.recipe.file_name}-{self.version}-{self.tag}.whl"
+    def wheel_pattern(self) -> str:
+        """A glob pattern of the wheel's file name: the platform tag depends on the symbols of the linked modules."""
+        return self.wheel_name(f"*linux*_{self.toolchain.platform.cpu}")
 
     @property
     def index(self) -> str:
@@ -273,7 +275,7 @@ def summary(builds: Sequence[Build], skipped: Sequence[Skipped]) -> list[dict[st
         {
             "identifier": each.identifier,
             "key": each.key,
-            "state": "in the wheelhouse" if wheelhouse.find(each.index, each.wheel_name, each.key) else "to build",
+            "state": "in the wheelhouse" if wheelhouse.find(each.index, each.wheel_pattern, each.key) else "to build",
         }
         for each in builds
     ]

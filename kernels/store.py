@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def find(build: Build) -> Manifest | None:
     """The manifest of the wheel with this build's key; None when it has to be built."""
-    return workspace.current().wheelhouse.find(build.index, build.wheel_name, build.key)
+    return workspace.current().wheelhouse.find(build.index, build.wheel_pattern, build.key)
 
 
 def superseded(found: Sequence[Entry]) -> list[tuple[Entry, Entry]]:

@@ -292,6 +292,25 @@ def assemble(toolchain: Toolchain) -> None:
     if not (stubs / "libcuda.so").exists():
         stubs.mkdir(exist_ok=True)
         driver_stub(toolchain, stubs)
+    if not (stubs / COMPAT).exists():
+        compat(toolchain.cxx, stubs / COMPAT)
+
+
+COMPAT = "compat.o"
+"""An object that is linked into each module, so that the module loads with an older C library."""
+
+# Headers of libstdc++ read this variable of glibc 2.32 to skip atomic operations in a process with one thread. The
+# module's own one says that there may be more threads, which is always correct.
+_COMPAT = """\
+extern "C" { __attribute__((visibility("hidden"))) char __libc_single_threaded; }
+"""
+
+
+def compat(cxx: str, place: Path) -> None:
+    """Compile the object that each module is linked with."""
+    with files.draft(place) as part:
+        tools.build(cxx, "-c", "-fPIC", "-x", "c++", "-o", part, "-", input_text=_COMPAT)
+        part.replace(place)
 
 
 def cuobjdump() -> Path:

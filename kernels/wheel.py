@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from packaging.metadata import Metadata, RFC822Message
 
 from core.errors import ConfigError
-from kernels import sbom
+from kernels import inspection, sbom
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,19 +40,20 @@ def assemble(build: Build, tree: Path, modules: dict[str, Path], place: Path) ->
                 content[name] = path.read_bytes()
     for module in build.modules:
         content[module.path + suffix] = modules[module.name].read_bytes()
+    platform = inspection.platform_tag([inspection.Elf(path) for path in modules.values()], chain.platform)
     info = f"{recipe.file_name}-{build.version}.dist-info"
     for license_file in recipe.license_files:
         content[f"{info}/licenses/{license_file}"] = (tree / license_file).read_bytes()
     content[f"{info}/METADATA"] = metadata(build)
     content[f"{info}/WHEEL"] = (
-        f"Wheel-Version: 1.0\nGenerator: hearth\nRoot-Is-Purelib: false\nTag: {build.tag}\n"
+        f"Wheel-Version: 1.0\nGenerator: hearth\nRoot-Is-Purelib: false\nTag: {build.tag(platform)}\n"
     ).encode()
     content[f"{info}/sboms/hearth.cdx.json"] = sbom.write(build)
     record = io.StringIO()  # CSV: a path may contain a comma
     rows = [(each, _hash(body), len(body)) for each, body in sorted(content.items())]
     csv.writer(record, lineterminator="\n").writerows([*rows, (f"{info}/RECORD", "", "")])
     place.mkdir(parents=True, exist_ok=True)
-    wheel = place / build.wheel_name
+    wheel = place / build.wheel_name(platform)
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         for each, body in [*sorted(content.items()), (f"{info}/RECORD", record.getvalue().encode())]:
             entry = zipfile.ZipInfo(each, _EPOCH)

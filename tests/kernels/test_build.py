@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.toolchain, pytest.mark.needs("g++", "aarch64-linux-gnu
 
 BUILD = ("build-kernels", "--kernel", "tiny", "--python", "3.11")
 WHEELS = {
-    "8.9": "cu130/sm_89/tiny-0.1+cu130.torch2.11.0.sm89.plain-cp311-cp311-linux_x86_64.whl",
-    "12.1": "cu130/sm_121/tiny-0.1+cu130.torch2.11.0.sm121a.plain-cp311-cp311-linux_aarch64.whl",
+    "8.9": "cu130/sm_89/tiny-0.1+cu130.torch2.11.0.sm89.plain-cp311-cp311-manylinux_2_24_x86_64.whl",
+    "12.1": "cu130/sm_121/tiny-0.1+cu130.torch2.11.0.sm121a.plain-cp311-cp311-manylinux_2_24_aarch64.whl",
 }
 
 
@@ -81,7 +81,7 @@ def test_wheel_format_is_valid(built: Hearth, tmp_path: Path) -> None:
     path = built.wheelhouse / WHEELS["12.1"]
     name, version, _, tags = parse_wheel_filename(path.name)
     assert (name, str(version)) == ("tiny", "0.1+cu130.torch2.11.0.sm121a.plain")
-    assert {str(tag) for tag in tags} == {"cp311-cp311-linux_aarch64"}
+    assert {str(tag) for tag in tags} == {"cp311-cp311-manylinux_2_24_aarch64"}
     with zipfile.ZipFile(path) as archive:
         info = "tiny-0.1+cu130.torch2.11.0.sm121a.plain.dist-info"
         metadata = Metadata.from_email(archive.read(f"{info}/METADATA"))
@@ -195,7 +195,7 @@ def test_ptx_is_kept_when_asked_for(built: Hearth) -> None:
     done = built.inv(*BUILD, "--arch", "8.9+PTX", "--json")
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)
-    assert found["file"] == "tiny-0.1+cu130.torch2.11.0.sm89.ptx.plain-cp311-cp311-linux_x86_64.whl"
+    assert found["file"] == "tiny-0.1+cu130.torch2.11.0.sm89.ptx.plain-cp311-cp311-manylinux_2_24_x86_64.whl"
     assert [(module["sass"], module["ptx"]) for module in found["modules"]] == [(["sm_89"], ["sm_89"])] * 2
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +13,7 @@ import msgspec
 import pytest
 
 from core.manifest import ModuleReport
+from core.stack import Platform
 from kernels import inspection, toolchain
 from kernels.matrix import Request, select
 from tests.errors import raises
@@ -73,6 +76,51 @@ def test_a_module_with_kernels_contains_code_for_the_target_only(
     (build,), _ = select(Request(arch=arch, kernel="sageattention", python="3.11"))
     report = msgspec.structs.replace(HOST_ONLY, sass=sass, ptx=ptx)
     assert len(list(inspection._code_errors(report, build, kernels=kernels))) == faults
+
+
+CXX = {Platform.LINUX_X86_64: "g++", Platform.LINUX_AARCH64: "aarch64-linux-gnu-g++"}
+MODULES = {
+    "nothing": ("", "manylinux_2_(5|17)"),
+    "std::string": ("#include <string>\nstd::string f(long n) { return std::to_string(n) + 'x'; }", "manylinux_2_24"),
+    "GLIBCXX_3.4.29": ("namespace std { void __throw_bad_array_new_length(); }\n"
+                       "void f() { std::__throw_bad_array_new_length(); }", "manylinux_2_34"),
+    "GLIBC_2.33": ("#include <sys/stat.h>\nint f(struct stat* s) { return stat(\"/\", s); }", "manylinux_2_34"),
+    "GLIBC_2.36": ("#include <cstdlib>\nint f() { return arc4random(); }", "manylinux_2_36"),
+}  # fmt: skip
+
+
+@pytest.mark.needs(*CXX.values())
+@pytest.mark.parametrize("platform", CXX, ids=CXX.values())
+@pytest.mark.parametrize(("source", "expected"), MODULES.values(), ids=MODULES)
+def test_a_platform_tag_is_what_the_symbols_allow(
+    tmp_path: Path, platform: Platform, source: str, expected: str
+) -> None:
+    words = [CXX[platform], "-shared", "-fPIC", "-x", "c++", "-o", str(tmp_path / "m.so"), "-"]
+    subprocess.run(words, input=source, text=True, check=True)
+    elf = inspection.Elf(tmp_path / "m.so")
+    assert re.fullmatch(f"{expected}_{platform.cpu}", inspection.platform_tag([elf], platform))
+    assert re.fullmatch(f"{expected}_{platform.cpu}", inspection.platform_tag([elf, elf], platform))
+
+
+def test_a_symbol_version_of_no_policy_has_no_manylinux_tag() -> None:
+    newer, older = inspection.Elf(Path("a.so")), inspection.Elf(Path("b.so"))
+    vars(newer)["required"], vars(older)["required"] = {"GLIBC_9.99"}, {"GLIBC_2.17"}
+    assert inspection.platform_tag([newer, older], Platform.LINUX_X86_64) == "linux_x86_64"
+    assert inspection.platform_tag([older], Platform.LINUX_X86_64) == "manylinux_2_17_x86_64"
+
+
+@pytest.mark.needs(*CXX.values())
+@pytest.mark.parametrize("platform", CXX, ids=CXX.values())
+def test_shared_pointers_need_no_newer_c_library(tmp_path: Path, platform: Platform) -> None:
+    """Compiled against glibc 2.32 and newer, their reference counts read a variable that older ones lack."""
+    compat, module = tmp_path / "compat.o", tmp_path / "m.so"
+    source = "#include <memory>\nstd::shared_ptr<int> kept;\nvoid keep(std::shared_ptr<int> it) { kept = it; }\n"
+    toolchain.compat(CXX[platform], compat)
+    words = [CXX[platform], "-shared", "-fPIC", "-o", str(module), "-x", "c++", "-", "-x", "none", str(compat)]
+    subprocess.run(words, input=source, text=True, check=True)
+    elf = inspection.Elf(module)
+    assert inspection.platform_tag([elf], platform) in ("manylinux_2_5_x86_64", "manylinux_2_17_aarch64")
+    assert not elf.defines(["__libc_single_threaded"])
 
 
 def archive(path: Path, members: dict[str, bytes]) -> Path:

@@ -108,3 +108,21 @@ def test_an_older_manifest_never_describes_a_new_wheel(tmp_path: Path, monkeypat
         house.admit(tmp_path / "built", msgspec.structs.replace(old, sha256="c" * 64))
     assert house.wheels() == []
     assert [path.read_text() for path in (tmp_path / "house").rglob("*.whl")] == ["new"]
+
+
+def test_a_wheel_replaces_one_of_its_build_with_another_platform_tag(tmp_path: Path) -> None:
+    """Installers would choose between both: they prefer the newest manylinux, not the newest build."""
+    house, stem = Wheelhouse(tmp_path / "house"), "same-1+sm89"
+    (tmp_path / "built").write_text("any")
+    names = ("cp312-cp312-linux_x86_64", "cp312-cp312-manylinux_2_34_x86_64", "cp312-cp312-manylinux_2_24_x86_64")
+    others = ("cp311-cp311-manylinux_2_34_x86_64", "cp312-cp312-manylinux_2_34_aarch64")
+    for name in (*others, *names):
+        platform = f"linux_{name.partition('_')[2].removeprefix('2_34_').removeprefix('2_24_')}"
+        listed = wheel("same", size=3, file=f"{stem}-{name}.whl", key=name.encode().hex().rjust(64, "0")[-64:])
+        house.admit(tmp_path / "built", msgspec.structs.replace(listed, platform=platform))
+    kept = {f"{stem}-{name}.whl" for name in (*others, names[-1])}
+    assert {each.file for each in house.wheels()} == {path.name for path in house.folder.rglob("*.whl")} == kept
+    pattern, key = f"{stem}-cp312-cp312-*linux*_x86_64.whl", names[-1].encode().hex()[-64:]
+    assert house.find(listed.index, pattern, key) is not None
+    assert house.find(listed.index, pattern, "0" * 64) is None
+    assert house.find(listed.index, pattern.replace("x86_64", "aarch64"), key) is None

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 ASKED = {"kernel": "flash-attn", "arch": "12.1", "stack": "", "python": "", "platform": "", "profile": "inference"}
 VERSION = "2.8.3.post2+cu130.torch2.11.0.sm121.inference"
 
+PLATFORMS = ("manylinux_2_24_x86_64", "musllinux_1_2_aarch64", "manylinux_2_24_aarch64.linux_aarch64", "any")
+"""Platform tags that no build for aarch64 has."""
+
 
 def built(content: bytes = b"wheel", **values: Any) -> manifest.Manifest:
     """A wheel as requested, except for these values."""
@@ -29,7 +32,8 @@ def built(content: bytes = b"wheel", **values: Any) -> manifest.Manifest:
     found = wheel(kernel, profile="inference", version=VERSION, sha256=hashlib.sha256(content).hexdigest())
     found = msgspec.structs.replace(found, size=len(content), **values)
     tag = f"cp{found.python.replace('.', '')}"
-    name = f"{kernel.replace('-', '_')}-{found.version}-{tag}-{tag}-{found.platform}.whl"
+    platform = found.platform.replace("linux", "manylinux_2_24")
+    name = f"{kernel.replace('-', '_')}-{found.version}-{tag}-{tag}-{platform}.whl"
     return msgspec.structs.replace(found, file=values.get("file", name))
 
 
@@ -74,6 +78,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
          {"kernel": "flash-attn, sageattention"}),
         ([built(arch="12.1+PTX", version=VERSION.replace(".inf", ".ptx.inf"))], {"arch": "9.0;12.1+PTX"}),
         ([built(python="3.11"), built(python="3.12")], {"python": "3.12,3.11"}),
+        ([built(file=f"flash_attn-{VERSION}-cp312-cp312-linux_aarch64.whl")], {}),
         ([], {}),
     ],
 )  # fmt: skip
@@ -102,6 +107,7 @@ def test_requested_wheels_are_admitted(build: Any, wheels: list[manifest.Manifes
         ([built(profile="full")], {"profile": ""}),
         ([built(file="sageattention-2.2.0+cu130.torch2.11.0.sm90a-cp312-cp312-linux_x86_64.whl")], {}),
         ([built(file="flash_attn.whl")], {}),
+        *(([built(file=f"flash_attn-{VERSION}-cp312-cp312-{platform}.whl")], {}) for platform in PLATFORMS),
         ([built(version="1+x")], {}),
         ([built(), built()], {}),
         ([built(), built(kernel="sageattention")], {}),

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tests.errors import kind_of, raises
 
 ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 TARGETS = {"8.0": "80", "8.6": "86", "8.9": "89", "9.0": "90a", "10.0": "100a", "12.0": "120a"}
+LIBRARY = Path(str(find_spec("msgspec._core").origin))  # type: ignore[union-attr]  # any will do
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -48,7 +50,7 @@ def build(arch: str, profile: str = "plain", **values: object) -> matrix.Build:
 
 def described(build: matrix.Build, content: Path) -> Manifest:
     found = plans.wheel(
-        build.recipe.name, file=build.wheel_name, version=build.version, arch=str(build.arch), key=build.key,
+        build.recipe.name, file=content.name, version=build.version, arch=str(build.arch), key=build.key,
         python=build.toolchain.python, platform=build.toolchain.platform.value, profile=build.profile,
         inputs=msgspec.to_builtins(build.inputs), size=content.stat().st_size,
     )  # fmt: skip
@@ -56,9 +58,9 @@ def described(build: matrix.Build, content: Path) -> Manifest:
 
 
 def make(build: matrix.Build, scratch: Path) -> tuple[Path, Manifest]:
-    """A wheel by Hearth's own writer; its modules only name the GPU."""
+    """A wheel by Hearth's own writer; its modules are a library that ends with the GPU's name."""
     module = scratch / "module.so"
-    module.write_text(build.sass)
+    module.write_bytes(LIBRARY.read_bytes() + build.sass.encode())
     path = wheel.assemble(
         build, FIXTURES / "recipes/tiny/src", {each.name: module for each in build.modules}, scratch / "wheels"
     )
@@ -108,7 +110,7 @@ def installed(words: list[str], target: Path, **env: str) -> str:
     done = subprocess.run([*words, "--target", str(target)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (info,) = target.glob("*.dist-info")
-    code = next((target / "tiny").glob("_sum*.so")).read_text()
+    code = next((target / "tiny").glob("_sum*.so")).read_bytes()[LIBRARY.stat().st_size :].decode()
     version = info.name.removeprefix("tiny-").removesuffix(".dist-info")
     assert re.search(r"\.sm(\w+)", version)[1] == code.removeprefix("sm_")  # type: ignore[index]
     return version
@@ -212,10 +214,10 @@ def test_targets_of_an_older_arch_are_in_their_own_index(tmp_path: Path) -> None
     first = build("8.0")
     second = replace(first, recipe=recipe(summary=first.recipe.summary), arch=Arch(8, 9))
     second = replace(second, recipe=msgspec.structs.replace(second.recipe, archs={**TARGETS, "8.9": "80"}))
-    assert (second.wheel_name, second.key) == (first.wheel_name, first.key)
+    assert (second.wheel_pattern, second.key) == (first.wheel_pattern, first.key)
     made = admit(house, first, tmp_path)
-    assert house.find(first.index, first.wheel_name, first.key) == made
-    assert house.find(second.index, second.wheel_name, second.key) is None
+    assert house.find(first.index, first.wheel_pattern, first.key) == made
+    assert house.find(second.index, second.wheel_pattern, second.key) is None
     admit(house, second, tmp_path)
     assert [each.arch for each in house.wheels()] == ["8.0", "8.9"]
 
@@ -258,7 +260,7 @@ def test_wheels_of_older_versions_are_found_and_moved(tmp_path: Path) -> None:
         assert sorted(each.file for each in house.wheels()) == sorted(each.file for each in listed)
         assert not [each for each in house.verify() if each.error]
         for each, found in zip(builds, listed, strict=True):
-            assert house.find(each.index, each.wheel_name, each.key) == found
+            assert house.find(each.index, each.wheel_pattern, each.key) == found
             assert files.sha256(house.path(found)) == found.sha256
         house.arrange()
     assert [path.name for path in house.folder.glob("*.whl*")] == [mine.name]
