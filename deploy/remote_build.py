@@ -47,11 +47,11 @@ CHECKOUT = (
 """The parts of this checkout that `inv build-kernels` needs."""
 
 
-def build(name: str, asked: Mapping[str, str], *, force: bool, dry_run: bool) -> list[Manifest]:
+def build(name: str, asked: Mapping[str, str], *, force: bool) -> list[Manifest]:
     """Run `inv build-kernels` on a host and download the wheels into the wheelhouse; returns their manifests.
 
-    `asked` are its flags with their values. A dry run only prints the host's output. Raises connection errors, and
-    HostError, also for a wheel that was not requested.
+    `asked` are its flags with their values. Raises connection errors, and HostError, also for a wheel that was not
+    requested.
     """
     if asked.get("arch"):
         parse_list(asked["arch"], known_archs())  # the host would reject a wrong one only minutes later
@@ -66,11 +66,8 @@ def build(name: str, asked: Mapping[str, str], *, force: bool, dry_run: bool) ->
         checkout = _send(agent, uv)
         command = f"cd {checkout} && exec {_environment()} ../uv run --frozen --no-group dev inv build-kernels"
         words = [word for flag, value in asked.items() if value for word in (f"--{flag}", value)]
-        words += [*(["--force"] if force else []), "--dry-run" if dry_run else "--json"]
+        words += [*(["--force"] if force else []), "--json"]
         said = agent.shell(f"{command} {shlex.join(words)}", console.say)
-        if dry_run:
-            console.data(said.rstrip())
-            return []
         found = _answer(name, said, asked)
         for each in found:
             _fetch(agent, each)

@@ -18,11 +18,13 @@ from kernels import recipe as recipes_of
 from kernels import toolchain as toolchains
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from core.arch import Arch
     from kernels.recipe import Module, Recipe
     from kernels.toolchain import Toolchain
+
+    Describe = Callable[[Stack, Platform, str], Toolchain]
 
 BUILDER = 3
 """Increase it when a change of Hearth changes wheels: link line, metadata, wheel layout."""
@@ -191,10 +193,10 @@ def wanted_archs(text: str) -> list[Arch]:
     return archs.parse_list(str(local), known)
 
 
-def select(request: Request) -> tuple[list[Build], list[Skipped]]:
+def select(request: Request, describe: Describe = toolchains.describe) -> tuple[list[Build], list[Skipped]]:
     """Combine recipes and archs; unsupported combinations are skipped with the reason.
 
-    Raises the reason if the user named the kernel, or if no build remains.
+    `describe` finds a toolchain. Raises the reason if the user named the kernel, or if no build remains.
     """
     wanted = wanted_archs(request.arch)
     known = archs.known_archs()
@@ -217,7 +219,7 @@ def select(request: Request) -> tuple[list[Build], list[Skipped]]:
         for python in [each.strip() for each in (request.python or info.python).split(",")]:
             for recipe in chosen:
                 try:
-                    builds.append(_build(recipe, arch, stack, platform, python, request.profile))
+                    builds.append(_build(recipe, arch, request.profile, describe, stack, platform, python))
                 except SupportError as error:
                     if names or error.kind == "arch":
                         raise
@@ -227,12 +229,14 @@ def select(request: Request) -> tuple[list[Build], list[Skipped]]:
     return builds, skipped
 
 
-def _build(recipe: Recipe, arch: Arch, stack: Stack, platform: Platform, python: str, profile: str) -> Build:
+def _build(
+    recipe: Recipe, arch: Arch, profile: str, describe: Describe, stack: Stack, platform: Platform, python: str
+) -> Build:
     """One build; a recipe without the profile uses its default."""
     if (reason := refusal(recipe, arch, stack)) is not None:
         raise reason
     chosen = profile if profile in recipe.profiles else recipe.default_profile
-    return Build(recipe, arch, chosen, toolchains.describe(stack, platform, python))
+    return Build(recipe, arch, chosen, describe(stack, platform, python))
 
 
 def refusal(recipe: Recipe, arch: Arch, stack: Stack) -> SupportError | SupportError | None:
@@ -268,29 +272,38 @@ def _stacks_for(arch: Arch) -> Sequence[str]:
     return [name for name, stack in stacks().items() if arch.capability in stack.archs]
 
 
-def summary(builds: Sequence[Build], skipped: Sequence[Skipped]) -> list[dict[str, str | None]]:
-    """Each build with its key and state, for a dry run; a skipped one has a reason and no key."""
+def summary(builds: Sequence[Build], skipped: Sequence[Skipped]) -> list[dict[str, Any]]:
+    """Each build with its key, its state, and what this machine lacks for it, for a dry run.
+
+    The key is None if the toolchain is incomplete. A skipped build has a reason and no key.
+    """
     wheelhouse = workspace.current().wheelhouse
-    found: list[dict[str, str | None]] = [
-        {
-            "identifier": each.identifier,
-            "key": each.key,
-            "state": "in the wheelhouse" if wheelhouse.find(each.index, each.wheel_pattern, each.key) else "to build",
-        }
-        for each in builds
-    ]
+    found: list[dict[str, Any]] = []
+    for each in builds:
+        key = None if each.toolchain.missing else each.key
+        exists = key is not None and wheelhouse.find(each.index, each.wheel_pattern, key) is not None
+        state = "in the wheelhouse" if exists else "to build"
+        lacks = [] if exists else toolchains.lacking(each.toolchain, each.recipe)
+        found.append({"identifier": each.identifier, "key": key, "state": state, "lacks": lacks})
     return found + [
         {"identifier": each.identifier, "key": None, "state": "skipped", "reason": each.error.what} for each in skipped
     ]
 
 
-def rows(found: Sequence[Mapping[str, str | None]]) -> list[str]:
-    """A table of `summary`."""
+def rows(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of `summary`, then what each build lacks."""
     cells = []
     for each in found:
-        state = f"skipped: {each['reason']}" if "reason" in each else str(each["state"])
-        cells.append((str(each["identifier"]), (each["key"] or "-")[:16], state))
-    return console.table(("build", "key", "state"), cells)
+        state = f"skipped: {each['reason']}" if "reason" in each else each["state"]
+        key = (each["key"] or ("-" if "reason" in each else "unknown"))[:16]
+        cells.append((each["identifier"], key, state))
+    lacks: dict[str, list[str]] = {}
+    for each in found:
+        for text in each.get("lacks", ()):
+            lacks.setdefault(text, []).append(each["identifier"])
+    every = sum("reason" not in each for each in found)
+    lines = [f"{text}: {'all builds' if len(names) == every else ', '.join(names)}" for text, names in lacks.items()]
+    return [*console.table(("build", "key", "state"), cells), *lines]
 
 
 def support() -> list[dict[str, str]]:

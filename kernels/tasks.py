@@ -18,7 +18,7 @@ _BUILD_HELP = {
     "jobs": "parallel compile jobs (default: CPU count, limited by free memory)",
     "force": "rebuild even if the wheel already exists",
     "host": "build natively on this host, without root, and fetch the wheels; the host needs the build tools",
-    "dry-run": "list the builds only, one per line: identifier, key, state",
+    "dry-run": "list the builds only: identifier, key, state, and what this machine lacks for each; installs nothing",
 }
 
 
@@ -50,28 +50,32 @@ def build_kernels(
     from dataclasses import asdict
 
     from core import manifest, workspace
-    from kernels import build, matrix
+    from core.errors import UsageError
+    from kernels import build, matrix, toolchain
 
     request = matrix.Request(
         arch=arch, kernel=kernel, stack=stack, python=python, platform=platform, profile=profile, jobs=jobs
     )
-    if dry_run and not host:
-        plan = matrix.summary(*matrix.select(request))
+    if dry_run:
+        if host:
+            console.say(f"a dry run does not contact {host}: keys, states and what is missing are of this machine")
+            if not arch:
+                raise UsageError("usage", "a dry run does not ask a host for its GPU", hint="give it with --arch")
+        plan = matrix.summary(*matrix.select(request, toolchain.look))
         console.show(plan, matrix.rows(plan), as_json=out.json)
         return
     if host:
         from deploy import remote_build  # slow to import, and rarely needed
 
-        found = remote_build.build(host, asdict(request), force=force, dry_run=dry_run)
+        found = remote_build.build(host, asdict(request), force=force)
     else:
         found = build.build_asked(request, force=force)
-    if not dry_run:
-        console.show(found, manifest.rows(found), as_json=out.json)
-        for note in manifest.unproven(found):
-            console.say(note)
-        house = workspace.current().wheelhouse
-        commands = dict.fromkeys(map(house.install_command, found))
-        console.say("\n  ".join(["to install into the active environment:", *commands]))
+    console.show(found, manifest.rows(found), as_json=out.json)
+    for note in manifest.unproven(found):
+        console.say(note)
+    house = workspace.current().wheelhouse
+    commands = dict.fromkeys(map(house.install_command, found))
+    console.say("\n  ".join(["to install into the active environment:", *commands]))
 
 
 @command(

@@ -10,17 +10,21 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import console, files, lockfile, shell, tools, workspace
+from core import source as sources
 from core.errors import HearthError, SupportError, ToolError
 from core.stack import Platform, Stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from core.source import Pinned
 
 # Compile-time packages. The stack's other packages (sympy, filelock ...) do not affect kernels.
 _COMPILE_TIME = ("torch==", "nvidia-")
@@ -30,7 +34,8 @@ _COMPILE_TIME = ("torch==", "nvidia-")
 class Toolchain:
     """The identity of every input that can change the output, and its place in the cache.
 
-    `kernel_fingerprint` covers the inputs of kernel objects.
+    `kernel_fingerprint` covers the inputs of kernel objects. With `missing` parts, only stack, platform and Python are
+    known.
     """
 
     stack: Stack
@@ -41,7 +46,8 @@ class Toolchain:
     cuda_home: str
     interpreter: str
     python_include: str
-    parts: tuple[tuple[str, str], ...]
+    parts: tuple[tuple[str, str], ...] = ()
+    missing: tuple[HearthError, ...] = ()
 
     @property
     def native(self) -> bool:
@@ -76,23 +82,11 @@ class Toolchain:
 
 
 def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
-    """Find every part without installing anything.
+    """Find every part; uv installs a missing Python.
 
     Raises ToolError with the package to install, or SupportError if the stack lacks the platform or the Python.
     """
-    if platform.value not in stack.platforms:
-        raise SupportError(
-            "recipe-support",
-            f"stack {stack.name} has no {platform.value}",
-            cause=f"torch {stack.torch} has no CUDA build for it",
-            hint=f"platforms of {stack.name}: {', '.join(stack.platforms)}",
-        )
-    if python not in stack.pythons:
-        raise SupportError(
-            "recipe-support",
-            f"stack {stack.name} has no Python {python}",
-            hint=f"Pythons of {stack.name}: {', '.join(stack.pythons)}",
-        )
+    _check_support(stack, platform, python)
     cxx, cxx_version = _host_compiler(stack, platform)
     cuda_home, cuda_identity = _cuda(stack)
     interpreter, include, headers = _python(python)
@@ -114,20 +108,62 @@ def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
     )
 
 
+def look(stack: Stack, platform: Platform, python: str) -> Toolchain:
+    """Do the same as `describe`, but install nothing, and raise no ToolError: it goes into `missing`."""
+    _check_support(stack, platform, python)
+    if missing := errors(stack, platform, python):
+        return Toolchain(stack, platform, python, "", "", "", "", "", missing=tuple(missing))
+    return describe(stack, platform, python)
+
+
+def _check_support(stack: Stack, platform: Platform, python: str) -> None:
+    if platform.value not in stack.platforms:
+        raise SupportError(
+            "recipe-support",
+            f"stack {stack.name} has no {platform.value}",
+            cause=f"torch {stack.torch} has no CUDA build for it",
+            hint=f"platforms of {stack.name}: {', '.join(stack.platforms)}",
+        )
+    if python not in stack.pythons:
+        raise SupportError(
+            "recipe-support",
+            f"stack {stack.name} has no Python {python}",
+            hint=f"Pythons of {stack.name}: {', '.join(stack.pythons)}",
+        )
+
+
 def errors(stack: Stack, platform: Platform, python: str) -> list[HearthError]:
-    """Return all errors that `describe` would raise, without calling uv to find a Python."""
+    """Return all errors that `describe` would raise if it installed nothing."""
+
+    def find_python() -> None:
+        if _known_python(python) is None:
+            hint = f"apt-get install python{python}-dev, or uv python install {python}"
+            raise ToolError("python-missing", f"there is no Python {python}", hint=hint)
+        _python(python)
+
     found: list[HearthError] = []
-    if _known_python(python) is None:
-        hint = f"apt-get install python{python}-dev, or uv python install {python}"
-        found.append(ToolError("python-missing", f"there is no Python {python}", hint=hint))
-    looks: list[Callable[[], object]] = [lambda: _host_compiler(stack, platform), lambda: _cuda(stack)]
-    looks += [] if found else [lambda: _python(python)]
-    for look in looks:
+    finds: list[Callable[[], object]] = [lambda: _host_compiler(stack, platform), lambda: _cuda(stack), find_python]
+    for find in finds:
         try:
-            look()
+            find()
         except HearthError as error:
-            found.append(error)
+            found += [] if error.what in [each.what for each in found] else [error]
     return found
+
+
+def lacking(toolchain: Toolchain, source: Pinned) -> list[str]:
+    """Return what a build lacks on this machine: what to install first, and what the build itself downloads."""
+    local = Platform.local()
+    extras = [(toolchain.stack.name, toolchain.platform, toolchain.python)]
+    extras += [(each, local, "3.11") for each in (f"nvcc-{toolchain.stack.name}", "cuobjdump")]
+    lacks = [f"{error.what} ({error.hint})" for error in toolchain.missing]
+    with suppress(HearthError):  # without uv, which is then in `missing`
+        absent = [each[0] for each in extras if not lockfile.place(*each).is_dir()]
+        lacks += [f"{each} is not installed (the build downloads it)" for each in absent]
+    if sources.cached(source) is None:
+        pinned = "the build downloads it" if source.tree else "recipe.toml has no `tree` for it"
+        lacks.append(f"the source of {source.name} {source.version} is not in the cache ({pinned})")
+    return lacks
 
 
 @cache

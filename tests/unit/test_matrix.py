@@ -8,6 +8,7 @@ import stat
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.errors import kind_of
 pytestmark = pytest.mark.needs("g++", "git")
 
 
-def plan(hearth: Hearth, *words: str, **env: str) -> list[dict[str, str]]:
+def plan(hearth: Hearth, *words: str, **env: str) -> list[dict[str, Any]]:
     done = hearth.inv("build-kernels", "--dry-run", "--json", *words, **env)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -87,7 +88,8 @@ ONE = ("--kernel", "tiny", "--arch", "8.9", "--python", "3.11")
 
 def key(hearth: Hearth, *words: str) -> str:
     (found,) = plan(hearth, *ONE, *words)
-    return found["key"]
+    assert found["key"]
+    return str(found["key"])
 
 
 def test_the_key_has_the_zlib_that_compresses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,27 +139,51 @@ def programs(folder: Path, names: list[str]) -> str:
 
 def test_a_missing_compiler_is_named_with_its_package(hearth: Hearth) -> None:
     path = programs(hearth.place / "bin", ["uv", "git"])
-    done = hearth.inv("build-kernels", "--arch", "8.9", "--dry-run", PATH=path)
+    done = hearth.inv("build-kernels", "--arch", "8.9", PATH=path)
     assert (done.returncode, kind_of(done.stderr)) == (25, "compiler-missing")
     assert "apt-get install g++" in done.stderr
-    done = hearth.inv("build-kernels", "--arch", "12.1", "--dry-run", PATH=path)
+    done = hearth.inv("build-kernels", "--arch", "12.1", PATH=path)
     assert (done.returncode, kind_of(done.stderr)) == (25, "cross-compiler-missing")
     assert "apt-get install g++-aarch64-linux-gnu" in done.stderr
+
+
+@pytest.mark.parametrize("tools", [["uv", "git"], []], ids=["no compiler", "not even uv"])
+def test_a_dry_run_lists_what_is_missing_and_installs_nothing(hearth: Hearth, tools: list[str]) -> None:
+    (hearth.cache / "installed").unlink()
+    (hearth.cache / "exports").unlink()
+    env = {"PATH": programs(hearth.place / "bin", tools), "UV_PYTHON_INSTALL_DIR": str(hearth.place / "pythons")}
+    found = plan(hearth, "--arch", "8.9;12.1", "--kernel", "tiny,flash-attn", **env)
+    assert [(each["key"], each["state"]) for each in found] == [(None, "to build")] * 4
+    packages = {"8.9": "apt-get install g++)", "12.1": "apt-get install g++-aarch64-linux-gnu)"}
+    for each, arch in zip(found, ("8.9", "8.9", "12.1", "12.1"), strict=True):
+        lacks = "\n".join(each["lacks"])
+        assert packages[arch] in lacks
+        assert ("the source of flash-attn" in lacks) == each["identifier"].startswith("flash-attn")
+        assert "there is no Python 3.12 (" in lacks or "uv is not installed" in lacks
+    assert not (hearth.place / "pythons").exists()
+    assert {path.name for path in hearth.cache.iterdir()} <= {"emulation", "exports"}
+    assert not list(hearth.wheelhouse.glob("*"))
+
+
+def test_a_dry_run_does_not_contact_a_host(hearth: Hearth) -> None:
+    words = ("--host", "nowhere", "--kernel", "tiny", "--python", "3.11")
+    (found,) = plan(hearth, *words, "--arch", "8.9")
+    assert found["identifier"] == "tiny-0.1-cu130-sm89-cp311-linux_x86_64-plain"
+    done = hearth.inv("build-kernels", "--dry-run", *words)
+    assert kind_of(done.stderr) == "usage"
 
 
 def test_a_compiler_too_new_for_cuda_is_refused(hearth: Hearth) -> None:
     newer = hearth.place / "g++-99"
     newer.write_text('#!/bin/sh\nexec g++ -U__GNUC__ -D__GNUC__=99 "$@"\n')
     newer.chmod(newer.stat().st_mode | stat.S_IXUSR)
-    done = hearth.inv("build-kernels", "--arch", "8.9", "--dry-run", CXX=str(newer))
+    done = hearth.inv("build-kernels", "--arch", "8.9", CXX=str(newer))
     assert (done.returncode, kind_of(done.stderr)) == (25, "compiler-version")
     assert "apt-get install g++-15" in done.stderr
 
 
 def test_missing_cuda_compiler_error_lists_searched_places(hearth: Hearth) -> None:
-    done = hearth.inv(
-        "build-kernels", "--arch", "8.9", "--stack", "cu124", "--python", "3.11", "--dry-run", CUDA_HOME="/nowhere"
-    )
+    done = hearth.inv("build-kernels", "--arch", "8.9", "--stack", "cu124", "--python", "3.11", CUDA_HOME="/nowhere")
     assert (done.returncode, kind_of(done.stderr)) == (25, "cuda-missing")
     assert "/nowhere: no bin/nvcc" in done.stderr
     assert "nvidia-cuda-toolkit" in done.stderr
@@ -166,7 +192,7 @@ def test_missing_cuda_compiler_error_lists_searched_places(hearth: Hearth) -> No
 def test_a_missing_python_is_named(hearth: Hearth) -> None:
     path = programs(hearth.place / "bin", ["uv", "git", "g++", "as", "ld"])
     empty = {"UV_PYTHON_INSTALL_DIR": str(hearth.place / "none"), "UV_PYTHON_DOWNLOADS": "never"}
-    done = hearth.inv("build-kernels", "--arch", "8.9", "--python", "3.13", "--dry-run", PATH=path, **empty)
+    done = hearth.inv("build-kernels", "--arch", "8.9", "--python", "3.13", PATH=path, **empty)
     assert (done.returncode, kind_of(done.stderr)) == (25, "python-missing")
     assert "uv python install 3.13" in done.stderr
     assert "apt-get install python3.13-dev" in done.stderr

@@ -63,7 +63,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(connection, "connect", connect)
         monkeypatch.setattr(lockfile, "install", lambda *_: Path("/nowhere"))
         monkeypatch.setattr(remote_build, "_send", lambda *_: "place")
-        return remote_build.build("spark", {**ASKED, **asked}, force=False, dry_run=False)
+        return remote_build.build("spark", {**ASKED, **asked}, force=False)
 
     run.taken = 0  # type: ignore[attr-defined]
     return run
