@@ -39,8 +39,8 @@ class ModuleReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     from_driver: tuple[str, ...]
     glibc: str
     glibcxx: str
-    cxxabi: str
     size: int
+    cxxabi: str = ""
 
 
 class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,8 +50,19 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     detail: str
 
 
+class Hearth(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A version of Hearth. An empty value is not reported; `modified` means that files differ from the commit."""
+
+    version: str = ""
+    commit: str = ""
+    modified: bool = False
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One wheel: its file and hash, its coordinates, its key with the inputs, and the findings of the inspection."""
+    """One wheel: its file and hash, its coordinates, its key with the inputs, and the findings of the inspection.
+
+    `hearth` built it. Fields with a default are missing in older manifests.
+    """
 
     file: WheelFile
     sha256: Sha256
@@ -68,11 +79,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     profile: str
     glibc: str
     glibcxx: str
-    cxxabi: str
     modules: tuple[ModuleReport, ...]
     imported: Proof
     smoke: Proof
     inputs: dict[str, Any]
+    cxxabi: str = ""
+    hearth: Hearth = Hearth()
 
     @property
     def capabilities(self) -> list[str]:

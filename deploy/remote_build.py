@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from core import console, files, lockfile, manifest, workspace
+from core import console, files, lockfile, manifest, version, workspace
 from core.arch import known_archs, parse_list
 from core.errors import HearthError, HostError, SourceError, UsageError
 from core.stack import Platform, find_stack
@@ -68,7 +68,8 @@ def build(name: str, asked: Mapping[str, str], *, force: bool) -> list[Manifest]
         words = [word for flag, value in asked.items() if value for word in (f"--{flag}", value)]
         words += [*(["--force"] if force else []), "--json"]
         said = agent.shell(f"{command} {shlex.join(words)}", console.say)
-        found = _answer(name, said, asked)
+        own = version.own()  # the host has a copy of this checkout without git
+        found = [msgspec.structs.replace(each, hearth=own) for each in _answer(name, said, asked)]
         for each in found:
             _fetch(agent, each)
     return found

@@ -6,7 +6,7 @@ import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from core import console, files, workspace
+from core import console, files, version, workspace
 from core.errors import BuildError, HearthError, os_error
 from core.manifest import Manifest
 
@@ -182,6 +182,7 @@ def _finish(build: Build, graph: Graph) -> Manifest:
         imported=inspection.prove_import(path, build, reports),
         smoke=inspection.prove_smoke(path, build),
         inputs=build.inputs,
+        hearth=version.own(),
     )
     place = workspace.current().wheelhouse.admit(path, manifest)
     console.say(f"finished {place}")

@@ -18,7 +18,7 @@ from kernels import inspection, toolchain
 from kernels.matrix import Request, select
 from tests.errors import raises
 
-HOST_ONLY = ModuleReport("m", (), (), 0, (), 0, (), "", "", "", 1)
+HOST_ONLY = ModuleReport("m", (), (), 0, (), 0, (), "", "", 1)
 
 
 @pytest.fixture(autouse=True)
