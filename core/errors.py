@@ -227,13 +227,19 @@ class AuditError(HearthError):
     }
 
 
+_NO_ACCESS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG),
+)
+
+
 def os_error(error: OSError) -> HearthError | None:
     """The HearthError for a file system's error that the user can resolve; None for any other OSError."""
     where = f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = "free some space (inv cache shows what Hearth uses), then run the same command"
         return HostError("disk-full", f"the disk is full{where}", cause=error.strerror or "", hint=hint)
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and where:
+    if error.errno in _NO_ACCESS and where:
         hint = "use another folder: HEARTH_CACHE, HEARTH_WHEELHOUSE, TMPDIR"
         return HostError("not-writable", f"no access{where}", cause=error.strerror or "", hint=hint)
     return None

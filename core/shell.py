@@ -62,10 +62,10 @@ def run(
             check=False,
             timeout=timeout,
         )
-    except FileNotFoundError as error:
-        if cwd is not None and not cwd.exists():
+    except OSError as error:
+        if error.filename != words[0]:  # `cwd` does not exist, or a resource is exhausted
             raise
-        raise _missing(words[0]) from error
+        raise _missing(words[0], error) from error
     except subprocess.TimeoutExpired as error:
         raise ProcessError("process", f"{words[0]} did not end within {timeout:.0f} s") from error
     if done.returncode and "No space left on device" in done.stderr:
@@ -82,10 +82,11 @@ def run(
     return done
 
 
-def _missing(program: str) -> ToolError:
-    return ToolError(
-        "program-missing", f"{program} is not installed", hint=f"install {_PACKAGES.get(program, program)}"
-    )
+def _missing(program: str, error: OSError | None = None) -> ToolError:
+    if error is None or isinstance(error, FileNotFoundError):
+        hint = f"install {_PACKAGES.get(program, program)}"
+        return ToolError("program-missing", f"{program} is not installed", hint=hint)
+    return ToolError("program-missing", f"{program} cannot be run", cause=error.strerror or "")
 
 
 def lines(

@@ -122,6 +122,7 @@ def fetch(recipe: Pinned) -> Path:
             "bundle", f"the bundle lacks {recipe.name} {recipe.version}", hint="create it again: inv bundle"
         )
     failures: list[str] = []
+    hint = "check the network (and git's url.<mirror>.insteadOf, if you use one), then run the same command again"
     for source in recipe.source:
         try:
             with files.atomic_dir(place) as part:
@@ -133,11 +134,12 @@ def fetch(recipe: Pinned) -> Path:
             if error.kind in ("hash-mismatch", "unsafe-tree"):
                 raise
             failures.append(f"{source.label}: {error.cause or error.what}")
+            hint = error.hint if error.kind == "program-missing" else hint
     raise SourceError(
         "source-unreachable",
         f"no source of {recipe.name} {recipe.version} could be fetched",
         cause="\n         ".join(failures),
-        hint="check the network (and git's url.<mirror>.insteadOf, if you use one), then run the same command again",
+        hint=hint,
     )
 
 

@@ -76,7 +76,8 @@ def build(name: str, asked: Mapping[str, str], *, force: bool) -> list[Manifest]
 
 
 def _environment() -> str:
-    return "env HEARTH_CACHE=$HOME/.cache/hearth HEARTH_WHEELHOUSE=$PWD/../wheelhouse HEARTH_RECIPES=$PWD/more-recipes"
+    recipes = "$PWD/more-recipes" if os.environ.get("HEARTH_RECIPES") else ""
+    return f"env HEARTH_CACHE=$HOME/.cache/hearth HEARTH_WHEELHOUSE=$PWD/../wheelhouse HEARTH_RECIPES={recipes}"
 
 
 def _send(agent: Ssh, uv: Path) -> str:

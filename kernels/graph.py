@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from io import StringIO
@@ -73,7 +74,7 @@ def write(builds: Sequence[Build], pools: Mapping[str, int]) -> Graph:
     writer.comment("Written by Hearth; a run writes it anew.")
     for name, depth in pools.items():
         writer.pool(f"compile-{name}", depth)
-    launcher = os.environ.get("HEARTH_COMPILER_LAUNCHER", "")
+    launcher = toolchains.launcher()
     start = f"{launcher} " if launcher else ""
     for name, body in _RULES.items():
         compiles = name != "link"
@@ -151,7 +152,7 @@ def _kernel_edge(build: Build, source: str) -> Edge:
     flags = [*build.recipe.flags.nvcc, _abi(build), *_gencode(build), *_own_includes(build), *includes]
     variables = {
         "nvcc": f"{view}/nvcc/bin/nvcc",
-        "cxx": build.toolchain.cxx,
+        "cxx": _cxx(build),
         "name": f"{build.recipe.name}/{source}",
         "flags": " ".join(flags),
     }
@@ -170,7 +171,7 @@ def _binding_edge(build: Build, module: Module, source: str) -> Edge:
     profile = build.recipe.profiles.get(build.profile)
     defines = [f"-D{each}" for each in profile.defines] if profile else []
     flags = [*build.recipe.flags.cxx, *defines, _abi(build), name, *_own_includes(build), *includes]
-    variables = {"cxx": build.toolchain.cxx, "flags": " ".join(flags)}
+    variables = {"cxx": _cxx(build), "flags": " ".join(flags)}
     return _compile_edge("cxx", build, source, f"{build.python_folder}/obj/{module.path}/{source}.o", variables)
 
 
@@ -182,6 +183,11 @@ def _compile_edge(rule: str, build: Build, source: str, output: str, variables: 
         seconds=_seconds(build.recipe, source),
         variables=variables,
     )
+
+
+def _cxx(build: Build) -> str:
+    """The compiler, quoted for the shell and for ninja."""
+    return shlex.quote(build.toolchain.cxx).replace("$", "$$")
 
 
 def _view(build: Build) -> str:
@@ -245,7 +251,7 @@ def _link_variables(build: Build, module: Module) -> dict[str, str]:
         # Keep the recipe's libraries even if no symbol needs them: the driver stub defines none.
         *(f"-Wl,--no-as-needed -l{each}" for each in module.libraries),
     ]
-    return {"cxx": chain.cxx, "libs": " ".join(libraries)}
+    return {"cxx": _cxx(build), "libs": " ".join(libraries)}
 
 
 _TORCH_LIBRARIES = ("torch_python", "torch", "torch_cuda", "torch_cpu", "c10_cuda", "c10")

@@ -224,6 +224,7 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
                     if names or error.kind == "arch":
                         raise
                     skipped.append(Skipped(f"{recipe.name} {arch} {stack.name} {python} {platform.value}", error))
+    builds = list({each.identifier: each for each in builds}.values())  # '9.0;9.0a' may be one target
     if not builds and skipped:
         raise skipped[0].error
     return builds, skipped

@@ -126,8 +126,15 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def folders() -> list[Path]:
-    """The recipe search path: the checkout's folder, then every folder of $HEARTH_RECIPES (`:`-separated)."""
+    """The recipe search path: the checkout's folder, then every folder of $HEARTH_RECIPES (`:`-separated).
+
+    Raises UsageError for one without recipes.
+    """
     extra = [Path(each).absolute() for each in os.environ.get("HEARTH_RECIPES", "").split(os.pathsep) if each]
+    for folder in extra:
+        if not any(folder.glob("*/recipe.toml")):
+            hint = f"use its parent folder: {folder.parent}" if (folder / "recipe.toml").exists() else ""
+            raise UsageError("usage", f"HEARTH_RECIPES: {folder} has no folder with a recipe.toml", hint=hint)
     return [CHECKOUT / "recipes", *extra]
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def cpus(root: Path = Path("/")) -> int:
-    """The CPUs that this process may use: its affinity, limited by CPU quotas."""
+    """The CPUs that this process may use: its affinity, limited by CPU quotas and $MAX_JOBS."""
     if sys.platform == "linux":
         count = len(os.sched_getaffinity(0))
     else:
@@ -23,6 +23,8 @@ def cpus(root: Path = Path("/")) -> int:
         [_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
         for folder in _cgroups(root, "cpu")
     ]
+    most = os.environ.get("MAX_JOBS", "")  # the limit that torch's extension builder reads
+    count = min(count, int(most)) if most.isdecimal() else count
     limits = [
         int(quota) / int(period) for quota, period in (each for each in quotas if len(each) == 2) if quota.isdigit()
     ]

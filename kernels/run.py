@@ -48,7 +48,7 @@ def run(graph: Graph, jobs: int, lock: int, complete: Callable[[str], None]) -> 
     if pending:
         weight = sum(map(graph.seconds, pending))
         with console.Progress("compiling", weight, len(pending)) as progress, ExitStack() as stack:
-            logs = {build: stack.enter_context(log(build).open("w")) for build in left}
+            logs = {build: stack.enter_context(log(build).open("w", encoding="utf-8")) for build in left}
             env = tools.build_environment() | {"NINJA_STATUS": _STATUS}
             lines = shell.lines(argv, cwd=place, env=env, pass_fds=[lock])
             for output, said in _steps(lines, graph, progress):

@@ -15,7 +15,7 @@ _BUILD_HELP = {
     "python": "Python versions, comma-separated, such as 3.12,3.11 (default: from config/archs.toml)",
     "platform": "linux_x86_64 or linux_aarch64 (default: from config/archs.toml)",
     "profile": "a build profile, such as inference or full; recipes without it use their default",
-    "jobs": "parallel compile jobs (default: CPU count, limited by free memory)",
+    "jobs": "parallel compile jobs (default: CPU count, limited by free memory and MAX_JOBS)",
     "force": "rebuild even if the wheel already exists",
     "host": "build natively on this host, without root, and fetch the wheels; the host needs the build tools",
     "dry-run": "list the builds only: identifier, key, state, and what this machine lacks for each; installs nothing",

@@ -87,6 +87,7 @@ def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
     Raises ToolError with the package to install, or SupportError if the stack lacks the platform or the Python.
     """
     _check_support(stack, platform, python)
+    launcher()
     cxx, cxx_version = _host_compiler(stack, platform)
     cuda_home, cuda_identity = _cuda(stack)
     interpreter, include, headers = _python(python)
@@ -142,7 +143,8 @@ def errors(stack: Stack, platform: Platform, python: str) -> list[HearthError]:
         _python(python)
 
     found: list[HearthError] = []
-    finds: list[Callable[[], object]] = [lambda: _host_compiler(stack, platform), lambda: _cuda(stack), find_python]
+    finds: list[Callable[[], object]] = [lambda: _host_compiler(stack, platform), lambda: _cuda(stack)]
+    finds += [find_python, launcher]
     for find in finds:
         try:
             find()
@@ -166,11 +168,20 @@ def lacking(toolchain: Toolchain, source: Pinned) -> list[str]:
     return lacks
 
 
+def launcher() -> str:
+    """Return the program before each compile, from HEARTH_COMPILER_LAUNCHER, with its arguments; raises ToolError."""
+    words = os.environ.get("HEARTH_COMPILER_LAUNCHER", "").split()
+    if words and not shell.which(words[0]):
+        what = f"HEARTH_COMPILER_LAUNCHER: {words[0]} is not installed"
+        raise ToolError("program-missing", what, hint=f"install {words[0]}, or unset the variable")
+    return " ".join(words)
+
+
 @cache
 def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
     """Return the C++ compiler for `platform` and its identity: compiler, binutils and C library versions."""
     if platform is Platform.local():
-        name = os.environ.get("CXX") or "g++"
+        name = os.environ.get("CXX", "").strip() or "g++"
         if not shell.which(name):
             hint = "CXX names one program; HEARTH_COMPILER_LAUNCHER is for ccache" if " " in name else ""
             hint = hint or "apt-get install g++"
@@ -185,7 +196,10 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
                 hint=f"apt-get install g++-{platform.cpu.replace('_', '-')}-linux-gnu",
             )
     program = "#include <features.h>\n__clang__ __GNUC__ __GLIBC__ __GLIBC_MINOR__\n"
-    asked = tools.build(name, "-E", "-P", "-x", "c++", "-", input_text=program)
+    asked = tools.build(name, "-E", "-P", "-x", "c++", "-", input_text=program, check=False)
+    if asked.returncode or len(asked.stdout.split()) < 4:
+        cause = "; ".join(asked.stderr.strip().splitlines()[:2])
+        raise ToolError("compiler-missing", f"{name} compiles no C++", cause=cause, hint="apt-get install g++")
     clang, major, *glibc = asked.stdout.split()[-4:]
     if clang != "__clang__":
         raise ToolError("compiler-version", f"{name} is Clang; the build needs GCC", hint="apt-get install g++")
@@ -291,14 +305,14 @@ def _uv_python(version: str) -> str:
 def _ask_python(program: str, version: str) -> list[str] | None:
     """Return an interpreter's own path (outside any virtual environment), full version and header folder.
 
-    None if it cannot be run or has another minor version.
+    None if it cannot be run, has another minor version, or has another ABI: a debug build, or one without the GIL.
     """
     if not program or not shell.which(program):
         return None
     code = "import sys, sysconfig as s; print(sys._base_executable, sys.version.split()[0], s.get_path('include'),"
-    code += " sys.abiflags, sep='\\n')"  # "d": a debug build, "t": without the GIL; both have another ABI
-    *answer, flags = shell.run([program, "-ISc", code], check=False).stdout.split("\n")[:4] or [""]
-    return answer if len(answer) == 3 and not flags and answer[1].startswith(f"{version}.") else None
+    code += " any(map(s.get_config_var, ('Py_GIL_DISABLED', 'Py_DEBUG'))) or '', sep='\\n')"
+    *answer, other = shell.run([program, "-ISc", code], check=False).stdout.split("\n")[:4] or [""]
+    return answer if len(answer) == 3 and not other and answer[1].startswith(f"{version}.") else None
 
 
 def _requirements(extra: str, *, compile_time: bool = False) -> list[str]:

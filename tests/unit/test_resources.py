@@ -97,3 +97,13 @@ def test_cpus_are_limited_by_the_quota(
 def test_this_machine_has_a_cpu_and_memory() -> None:
     assert cpus() >= 1
     assert free_memory() > 0
+
+
+@pytest.mark.parametrize(("most", "expected"), [("1", 1), ("0", 1), ("1000", None), ("many", None), ("", None)])
+def test_jobs_are_limited_by_the_variable_of_torch(
+    monkeypatch: pytest.MonkeyPatch, most: str, expected: int | None
+) -> None:
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    usual = cpus()
+    monkeypatch.setenv("MAX_JOBS", most)
+    assert cpus() == (expected or usual)

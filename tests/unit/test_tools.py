@@ -12,7 +12,6 @@ import pytest
 
 from agent.schema.uv import index_settings
 from core import source, tools
-from kernels import toolchain
 from lock import node_updates, nodes
 from tests.errors import raises
 from tests.unit.test_source import repository
@@ -308,14 +307,3 @@ def test_settings_of_indexes_become_variables() -> None:
         "UV_EXTRA_INDEX_URL": "https://g https://h",
     }
     assert index_settings(said) == expected
-
-
-def test_a_debug_or_free_threaded_python_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their ABI is another one, and no name of a wheel or module would say so."""
-    for flags in ("", "t", "d"):
-        program = tmp_path / f"python{flags}"
-        program.write_text(f"#!/bin/sh\nprintf '/my python\\n3.13.1\\n/include\\n{flags}\\n'\n")
-        program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    asked = {flags: toolchain._ask_python(f"python{flags}", "3.13") for flags in ("", "t", "d")}
-    assert asked == {"": ["/my python", "3.13.1", "/include"], "t": None, "d": None}

@@ -1,0 +1,233 @@
+"""What a build takes from this machine: compilers, launchers, Pythons, emulators and folders, or why it cannot."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import ninja
+import pytest
+
+from core import source, tools, workspace
+from core.stack import Platform, find_stack
+from kernels import emulation, graph, inspection, recipe, toolchain
+from kernels.matrix import Request, select
+from tests.conftest import FIXTURES, Hearth
+from tests.errors import kind_of, raises
+from tests.unit.test_inspection import archive
+
+Script = Callable[[str, str], Path]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
+    toolchain._host_compiler.cache_clear()
+    yield
+    toolchain._host_compiler.cache_clear()
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Write a program that is first in PATH."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    return write
+
+
+def host_compiler() -> str:
+    return toolchain._host_compiler(find_stack("cu130"), Platform.local())[0]
+
+
+@pytest.mark.needs("g++")
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_cxx_is_no_choice(monkeypatch: pytest.MonkeyPatch, empty: str) -> None:
+    monkeypatch.setenv("CXX", empty)
+    assert host_compiler() == "g++"
+
+
+@pytest.mark.parametrize(
+    ("cxx", "kind", "says"),
+    [
+        ("ccache g++", "compiler-missing", "HEARTH_COMPILER_LAUNCHER"),
+        ("g++ -m64", "compiler-missing", "HEARTH_COMPILER_LAUNCHER"),
+        ("no-such-compiler", "compiler-missing", "apt-get install g++"),
+        ("/usr", "compiler-missing", "apt-get install g++"),
+        ("true", "compiler-missing", "compiles no C++"),
+        ("false", "compiler-missing", "compiles no C++"),
+    ],
+)
+def test_a_cxx_that_is_no_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch, cxx: str, kind: str, says: str) -> None:
+    monkeypatch.setenv("CXX", cxx)
+    with raises(kind) as raised:
+        host_compiler()
+    assert says in f"{raised.value}"
+
+
+@pytest.mark.needs("g++")
+def test_clang_and_a_file_that_cannot_be_run_are_errors(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    clang = script("clang++", '#!/bin/sh\nexec g++ -D__clang__=1 -U__GNUC__ -D__GNUC__=4 "$@"\n')
+    monkeypatch.setenv("CXX", str(clang))
+    with raises("compiler-version", match="Clang"):
+        host_compiler()
+    monkeypatch.setenv("CXX", str(script("no-interpreter", 'exec g++ "$@"\n')))
+    with raises("program-missing", match="cannot be run"):
+        host_compiler()
+
+
+@pytest.mark.needs("g++")
+def test_a_compiler_with_a_blank_in_its_path_compiles(tmp_path: Path) -> None:
+    place = tmp_path / "a b $c 'd'"
+    place.mkdir()
+    (place / "g++").symlink_to("/usr/bin/g++")
+    (build,), _ = select(Request(arch="8.9", kernel="sageattention", python="3.11"))
+    named = graph._cxx(replace(build, toolchain=replace(build.toolchain, cxx=str(place / "g++"))))
+    rule = "rule cxx\n  command = $cxx -xc++ -c $in -o $out\nbuild a.o: cxx a.cpp\n"
+    (tmp_path / "build.ninja").write_text(f"{rule}  cxx = {named}\n")
+    (tmp_path / "a.cpp").write_text("int a;")
+    done = subprocess.run([f"{ninja.BIN_DIR}/ninja", "-C", tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert shlex.split(named.replace("$$", "$")) == [str(place / "g++")]
+
+
+def test_a_launcher_that_is_not_installed_is_an_error(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEARTH_COMPILER_LAUNCHER", "no-such-launcher --verbose")
+    with raises("program-missing", match="HEARTH_COMPILER_LAUNCHER"):
+        toolchain.describe(find_stack("cu130"), Platform.local(), "3.11")
+    chain = toolchain.look(find_stack("cu130"), Platform.local(), "3.11")
+    assert "program-missing" in [each.kind for each in chain.missing]
+    script("no-such-launcher", "")
+    assert toolchain.launcher() == "no-such-launcher --verbose"
+
+
+def test_a_debug_or_free_threaded_python_is_passed_over(script: Script) -> None:
+    """Their ABI is another one, and no name of a wheel or module would say so."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for name in ("Py_GIL_DISABLED", "Py_DEBUG", "Py_NOTHING"):
+        setting = f"import sysconfig; sysconfig.get_config_vars()['{name}'] = 1;"
+        script(f"python-{name}", f'#!/bin/sh\nexec {sys.executable} -ISc "{setting} $2"\n')
+    asked = [toolchain._ask_python(f"python-Py_{each}", version) for each in ("GIL_DISABLED", "DEBUG")]
+    assert asked == [None, None]
+    assert toolchain._ask_python("python-Py_NOTHING", version) == toolchain._ask_python(sys.executable, version)
+    assert toolchain._ask_python(sys.executable, version)
+
+
+PACKAGES = """\
+#!/bin/sh
+for word; do case "$word" in Dir::Cache=*) cache="${word#Dir::Cache=}" ;; esac; done
+case "$*" in *" install "*) ;; *) exit 0 ;; esac
+touch "$cache/archives/first.deb"
+[ -e "$HOME/network" ] || { echo "E: Failed to fetch second.deb" >&2; exit 100; }
+touch "$cache/archives/second.deb"
+"""
+UNPACK = """\
+#!/bin/sh
+mkdir -p "$3/usr/bin" && touch "$3/usr/bin/python3.11" "$3/$(basename "$2")"
+"""
+
+
+def test_an_interrupted_download_leaves_no_emulated_python(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    script("qemu-aarch64-static", "")
+    script("apt-get", PACKAGES)
+    script("dpkg-deb", UNPACK)
+    reason = emulation.runner(Platform.LINUX_AARCH64, "3.11")
+    assert isinstance(reason, str)
+    assert "python3.11" in reason
+    assert not list((tmp_path / "cache/emulation").iterdir())
+    (tmp_path / "network").touch()
+    found = emulation.runner(Platform.LINUX_AARCH64, "3.11")
+    assert isinstance(found, emulation.Runner)
+    names = {path.name for path in Path(found.argv[2]).iterdir()}
+    assert names == {"usr", "first.deb", "second.deb"}
+
+
+def test_wheels_are_unpacked_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/tmp may be mounted noexec, and on another, full file system."""
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    with inspection.unpacked(archive(tmp_path / "w.whl", {"a.so": b"x"})) as folder:
+        assert folder.is_relative_to(workspace.current().cache)
+        assert (folder / "a.so").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("name", ["HEARTH_WHEELHOUSE", "HEARTH_CACHE"])
+@pytest.mark.parametrize("place", ["/proc/nowhere", "{file}", "{file}/folder"])
+@pytest.mark.needs("g++")
+def test_a_folder_that_cannot_be_made_is_an_error_before_the_compile(hearth: Hearth, name: str, place: str) -> None:
+    (hearth.place / "file").touch()
+    words = ("build-kernels", "--kernel", "tiny", "--arch", "8.9", "--python", "3.11")
+    done = hearth.inv(*words, **{name: place.format(file=hearth.place / "file")})
+    assert (done.returncode, kind_of(done.stderr)) == (69, "not-writable"), done.stderr
+    assert "compiling" not in done.stderr
+
+
+def test_a_user_without_a_home_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HEARTH_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    with raises("usage", match="no home folder"):
+        workspace.current()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/some/cache")
+    assert workspace.current().cache == Path("/some/cache/hearth")
+
+
+def test_a_relative_cache_folder_of_xdg_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEARTH_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert workspace.current().cache == Path.home() / ".cache/hearth"
+
+
+def test_a_program_without_permission_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "uv").write_text("#!/bin/sh\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with raises("program-missing", match="uv cannot be run"):
+        tools.uv("--version")
+
+
+def test_a_missing_git_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    where = source.Source(git=f"file://{tmp_path}", commit="a" * 40)
+    with raises("source-unreachable") as raised:
+        source.fetch(source.Pinned(name="it", version="1", source=(where,), tree="b" * 64))
+    assert raised.value.hint == "install git"
+
+
+@pytest.mark.parametrize("place", ["nowhere", "recipes/tiny", ""])
+def test_a_recipe_folder_without_recipes_is_an_error(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setenv("HEARTH_RECIPES", str(FIXTURES / place))
+    with raises("usage", match="HEARTH_RECIPES"):
+        recipe.recipes()
+
+
+def test_a_recipe_is_utf8_in_every_locale(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes('summary = "für"'.encode())
+    code = (
+        "import sys; from pathlib import Path; from core import config; print(ascii(config.table(Path(sys.argv[1]))))"
+    )
+    env = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-c", code, str(tmp_path / "x.toml")]
+    assert (
+        subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout == "{'summary': 'f\\xfcr'}\n"
+    )
+
+
+def test_two_names_of_one_target_are_one_build() -> None:
+    builds, _ = select(Request(arch="9.0;9.0a", kernel="sageattention", python="3.11, 3.11"))
+    assert len(builds) == 1
