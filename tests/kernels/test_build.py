@@ -188,7 +188,9 @@ def test_a_compiler_launcher_serves_every_compile_of_a_second_build(built: Heart
         assert done.returncode == 0, done.stderr
     text = subprocess.run(statistics, env=built.environment(**env), capture_output=True, text=True, check=True).stdout
     counts = dict(line.split("\t") for line in text.splitlines())
-    assert (counts["cache_miss"], counts["direct_cache_hit"]) == ("5", "5")
+    # ccache reads a header again that is as new as the compile, which depends on the machine's load
+    hits = int(counts["direct_cache_hit"]) + int(counts["preprocessed_cache_hit"])
+    assert (counts["cache_miss"], hits) == ("5", 5)
 
 
 def test_ptx_is_kept_when_asked_for(built: Hearth) -> None:
