@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,7 +13,10 @@ import pytest
 
 from agent.schema.uv import index_settings
 from core import source, tools
+from kernels import recipe
+from kernels import source as kernel_source
 from lock import node_updates, nodes
+from tests.conftest import FIXTURES
 from tests.errors import raises
 from tests.unit.test_source import repository
 
@@ -110,6 +114,17 @@ def test_submodule_bytes_ignore_git_configuration(hostile: Path, tmp_path: Path)
     other = nodes.Node(url=node.url, commit=commit, tree="", why="w", submodules=("one.py",))
     with raises("config", match=r"has no submodule 'one\.py'"):
         source.pin(other.pinned("it"))
+
+
+def test_patches_ignore_git_configuration(hostile: Path, tmp_path: Path) -> None:
+    tiny = recipe.load_recipe(FIXTURES / "recipes/tiny")
+    shutil.copytree(tiny.path / "src", tmp_path / "src")
+    before = (tmp_path / "src/tiny/__init__.py").read_bytes()
+    kernel_source._apply(tiny, tiny.patches[0], tmp_path / "src")
+    after = (tmp_path / "src/tiny/__init__.py").read_bytes()
+    assert after != before
+    assert b"\r" not in after
+    assert not hostile.exists()
 
 
 def test_update_checks_ignore_the_callers_git_configuration(hostile: Path, tmp_path: Path) -> None:
