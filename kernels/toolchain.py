@@ -158,7 +158,7 @@ def lacking(toolchain: Toolchain, source: Pinned) -> list[str]:
     local = Platform.local()
     extras = [(toolchain.stack.name, toolchain.platform, toolchain.python)]
     extras += [(each, local, "3.11") for each in (f"nvcc-{toolchain.stack.name}", "cuobjdump")]
-    lacks = [f"{error.what} ({error.hint})" for error in toolchain.missing]
+    lacks = [f"{error.what} ({error.hint or error.cause})" for error in toolchain.missing]
     with suppress(HearthError):  # without uv, which is then in `missing`
         absent = [each[0] for each in extras if not lockfile.place(*each).is_dir()]
         lacks += [f"{each} is not installed (the build downloads it)" for each in absent]
