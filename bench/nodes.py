@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 from bench.kernels import machine as this_machine
 from core import files, workspace
-from core.stack import Platform, find_stack
-from lock import nodes, requirements
+from core.stack import find_stack
+from lock import nodes, requirements, resolution
 from lock.application import application
+from lock.requirements import LockedList
 from tests.host.machine import free_port
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 DELAYS, RATE = (0.020, 0.040), 100e6 / 8
 FETCH = """
 import sys, time
-from deploy import nodes
+from lock import nodes
 known, started = nodes.catalogue().nodes, time.monotonic()
 nodes.fetch(known, parallel=int(sys.argv[1]))
 print(time.monotonic() - started)
@@ -122,8 +123,9 @@ def resolved() -> float:
     """Seconds to resolve one list from scratch, with uv's cache of the index."""
     app, known = application(), nodes.catalogue()
     asked = requirements.requirement_inputs(app, known)
-    started = time.monotonic()
-    requirements._compile(asked, known, find_stack("cu130"), Platform.parse("linux_x86_64"), "3.12", Path("/nowhere"))
+    started, empty = time.monotonic(), LockedList("cu130", "linux_x86_64", "3.12", "")
+    with tempfile.TemporaryDirectory(prefix="hearth-bench-") as place:
+        resolution.Resolver(Path(place), asked, known, find_stack("cu130"), empty).compiled()
     return time.monotonic() - started
 
 

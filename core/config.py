@@ -70,7 +70,7 @@ def table(path: Path) -> dict[str, Any]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    text = foreign.content(path).decode()
+    text = foreign.content(path).decode("utf-8-sig")  # editors of Windows write a BOM
     if max(line.count(".") for line in text.split("\n")) > DOTS:
         raise ConfigError("config", f"{path} is not accepted: one of its lines has more than {DOTS} dots")
     return tomli.loads(text)

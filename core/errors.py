@@ -95,6 +95,7 @@ class LockError(HearthError):
     kinds: ClassVar[Mapping[str, str]] = {
         "lock-stale": "The lock is older than its inputs; `inv lock` renews it.",
         "resolution": "No set of versions meets all requirements of ComfyUI and its nodes.",
+        "same-files": "Two packages install the same files, and only one of them would remain.",
     }
 
 

@@ -27,6 +27,9 @@ LIMIT = 1_000_000
 TEXT, TABLE = 256_000, 32_000
 """Maximum bytes of a requirements.txt, and of a pyproject.toml, which may take seconds to parse."""
 
+LINE = 2000
+"""Maximum characters of a requirement."""
+
 FILES, DEPTH, TOTAL = 100_000, 64, 2_000_000_000
 """Limits of a tree: files and links, nested folders, bytes. flash-attention has 12,000 files and 0.1 GB."""
 
@@ -182,8 +185,8 @@ def content(path: Path, limit: int = LIMIT) -> bytes:
 
 
 def text(path: Path, limit: int = TEXT) -> str:
-    """A file's text, with U+FFFD for bytes that are not UTF-8; raises SourceError as `content` does."""
-    return content(path, limit).decode(errors="replace")
+    """A file's text without BOM, with U+FFFD for bytes that are not UTF-8; raises SourceError as `content` does."""
+    return content(path, limit).decode("utf-8-sig", "replace")
 
 
 def parsed(path: Path) -> ast.Module | None:

@@ -89,6 +89,12 @@ def make(target: Target, facts: Facts, inputs: Inputs, options: Options) -> Plan
     if not _holds(facts, selection.env_part):
         found += release_refusals.room(target, facts, inputs)
     steps = _steps(target, facts, selection, wanted, options)
+    for name in inputs.nodes.keys() - selection.nodes.keys():
+        what = f"node {name} is not available for {selection.lock.name}: {selection.lock.unavailable[name]}"
+        if inputs.nodes[name].required:
+            found.append(release_refusals.unavailable_node(what))
+        else:
+            notes.append(f"left out: {what}")
     return Plan.of(facts, steps, found, (*_notes(target, facts), *notes), release=wanted["id"])
 
 

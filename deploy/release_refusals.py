@@ -133,6 +133,13 @@ def no_package(what: str, remedy: str) -> Refusal:
     return Refusal("no-package", what, remedy)
 
 
+def unavailable_node(what: str) -> Refusal:
+    """The locked list for the host's platform and Python lacks a required node."""
+    return Refusal(
+        "unavailable-node", what, "remove it from the host's `nodes`, or replace the package with [override]"
+    )
+
+
 def room(target: Target, facts: Facts, inputs: Inputs) -> list[Refusal]:
     """A new environment does not fit on the disk. Both sizes were measured and are in the recipe."""
     found: list[Refusal] = []

@@ -107,15 +107,16 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Selection | No
         else:
             found += refusals.old_libraries(wheel, facts)
             wheels.append(wheel)
+    lock = inputs.locks[facts.platform, python]
     selection = Selection(
         target=target,
         application=inputs.application,
-        lock=inputs.locks[facts.platform, python],
+        lock=lock,
         python=python,
         interpreter=facts.pythons[python],
         wheels=tuple(wheels),
         uv=inputs.uv,
-        nodes=inputs.nodes,
+        nodes={name: node for name, node in inputs.nodes.items() if name not in lock.unavailable},
         model_folders=inputs.model_folders,
         secrets={name: facts.secrets.get(name, "plain") for name in target.host.secrets},
     )

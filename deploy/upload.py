@@ -74,6 +74,7 @@ class Upload:
                     "hash-mismatch", what, hint=f"rm -r {shlex.quote(str(folder))}, then run the same command again"
                 )
             wheels += packages
+            step = replace(step, requirements=requirements.offline(step.requirements))
         return replace(step, tool=self.inputs.uv, wheels=tuple(wheels), offline=self.offline)
 
     def pack_tree(self, step: schema.Tree, kind: str, tree: Path) -> Step:

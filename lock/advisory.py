@@ -17,7 +17,8 @@ from core.config import load
 from core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from pathlib import Path
 
 
 class Advisory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -26,7 +27,7 @@ class Advisory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     `urls` are the repository's addresses, including old ones. `versions` are the affected ranges; a node's version is
     that of its pyproject.toml. `fixed` is the commit with the fix. Without `versions` and `fixed`, all versions are
     affected and no deploy accepts them. `what` describes the effect, `source` is the reporter, `ids` are public
-    identifiers.
+    identifiers. `inv lock` avoids affected versions of a package; `tolerated` is the reason to keep one.
     """
 
     what: str
@@ -36,6 +37,7 @@ class Advisory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     urls: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
     fixed: str = ""
+    tolerated: str = ""
 
     @property
     def outright(self) -> bool:
@@ -70,13 +72,51 @@ class Repository:
     version: str
 
 
-class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+@dataclass(frozen=True)
+class BadPackage:
+    """A locked package that an advisory concerns."""
+
+    name: str
+    version: str
+    advisory: Advisory
+
+    @property
+    def constraint(self) -> str:
+        """A constraint that excludes the version."""
+        return f"{self.name}!={self.version}"
+
+    @property
+    def said(self) -> str:
+        """The package, what is wrong, and who says so."""
+        return f"{self.name} {self.version}: {self.advisory.what} ({self.advisory.source})"
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
     advisory: tuple[Advisory, ...]
+    same_files: tuple[tuple[str, ...], ...] = ()
+
+
+def _path() -> Path:
+    return files.CHECKOUT / "recipes/comfyui/known-bad.toml"
+
+
+def clashing(names: Collection[str]) -> list[list[str]]:
+    """The packages that install the same files, in groups of which only one can be installed; the best one first."""
+    groups = [[name for name in group if name in names] for group in load(_path(), _File).same_files]
+    return [group for group in groups if len(group) > 1]
+
+
+def bad_packages(versions: Mapping[str, str], known: Sequence[Advisory] | None = None) -> list[BadPackage]:
+    """The packages that have an affected version."""
+    concerned = [each for each in known or advisories() if each.package in versions]
+    return [
+        BadPackage(each.package, versions[each.package], each) for each in concerned if each.has(versions[each.package])
+    ]
 
 
 def advisories() -> tuple[Advisory, ...]:
     """Return the curated list; raises ConfigError for an entry without a subject or with an invalid range."""
-    path = files.CHECKOUT / "recipes/comfyui/known-bad.toml"
+    path = _path()
     found = load(path, _File).advisory
     for each in found:
         if bool(each.package) == bool(each.urls):

@@ -43,6 +43,7 @@ class Finding:
     """One known problem; `certain` is false if Hearth cannot tell whether it applies.
 
     `at` is a version or a commit; `remedy` gives the affected versions or the fix; `where` lists the sources.
+    `tolerated` is the reason to keep the version: the audit does not fail.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Finding:
     source: str
     where: tuple[str, ...] = ()
     certain: bool = True
+    tolerated: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,10 @@ def _bad_repositories(inventory: Inventory, known: Sequence[Advisory]) -> Iterat
 
 def _bad_packages(inventory: Inventory, known: Sequence[Advisory]) -> Iterator[Finding]:
     for (name, version), where in inventory.packages.items():
-        for each in known:
-            if each.package == name and each.has(version):
-                yield Finding(name, version, each.ids, each.what, each.affected, each.source, tuple(where))
+        for bad in advisory.bad_packages({name: version}, known):
+            each = bad.advisory
+            found = Finding(name, version, each.ids, each.what, each.affected, each.source, tuple(where))
+            yield replace(found, tolerated=each.tolerated)
 
 
 def _vulnerable(inventory: Inventory, service: str) -> Iterator[Finding]:
@@ -188,6 +191,8 @@ def rows(found: Audit) -> Iterator[str]:
     for each in found.findings:
         yield f"{each.name} {each.at}: {'' if each.certain else 'possibly: '}{each.what}"
         yield f"    {'; '.join(text for text in (', '.join(each.ids), each.remedy, each.source) if text)}"
+        if each.tolerated:
+            yield f"    it is kept: {each.tolerated}"
         if each.where:
             yield f"    in {', '.join(each.where)}"
     by = "not looked up" if found.error else "by the vulnerability service"

@@ -17,7 +17,7 @@ import tomlkit
 
 from core import console, files, source, tools, workspace
 from core.errors import ConfigError, HearthError, ProcessError, SourceError, UsageError, suggest
-from lock import advisory, nodes, review
+from lock import advisory, nodes, requirement_files, review
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -240,7 +240,7 @@ def _change(
     (old, new), (before, after) = commits, trees
     log = git("log", "--format=%h %cs %s", "--max-count=30", f"{old}..{new}", check=False)
     subjects = log.stdout.splitlines() if log.returncode == 0 else ["(its history was rewritten)"]
-    asked, asks = dict.fromkeys(nodes.requirements(before)), dict.fromkeys(nodes.requirements(after))
+    asked, asks = (dict.fromkeys(requirement_files.read(tree).lines) for tree in (before, after))
     wanted = [f"-{line}" for line in asked if line not in asks] + [f"+{line}" for line in asks if line not in asked]
     was, now = review.read(before), review.read(after)
     changed = [

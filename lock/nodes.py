@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from core import console, foreign, source
+from core import console, source
 from core.config import load
 from core.errors import ConfigError, UsageError, suggest
 from lock import application
@@ -93,7 +93,7 @@ def catalogue() -> Catalogue:
             if each not in found.nodes:
                 raise UsageError("unknown-name", f"{path}: set {name} names {each!r}", hint=suggest(each, found.nodes))
     for name in found.nodes:
-        _closure(found, [name])
+        closure(found, [name])
     return found
 
 
@@ -162,10 +162,10 @@ def choose(found: Catalogue, wanted: Iterable[str]) -> dict[str, Node]:
             raise UsageError(
                 "unknown-name", f"there is no node or set {each!r}", hint=suggest(each, [*found.sets, *found.nodes])
             )
-    return {name: found.nodes[name] for name in sorted(_closure(found, names))}
+    return {name: found.nodes[name] for name in sorted(closure(found, names))}
 
 
-def _closure(found: Catalogue, names: Sequence[str]) -> set[str]:
+def closure(found: Catalogue, names: Sequence[str]) -> set[str]:
     """The nodes with all required nodes; raises ConfigError for a cycle."""
     closed: set[str] = set()
 
@@ -203,17 +203,6 @@ def fetch(chosen: Mapping[str, Node], parallel: int = PARALLEL) -> dict[str, Pat
     return {name: source.fetch(node.pinned(name)) for name, node in chosen.items()}
 
 
-def requirements(tree: Path) -> list[str]:
-    """A node's requirements, one per line: from its requirements.txt, else from pyproject.toml."""
-    listed = tree / "requirements.txt"
-    if listed.exists():
-        joined = _CONTINUED.sub(r"\1", foreign.text(listed).removeprefix("\ufeff"))
-        lines = [_COMMENT.split(line, maxsplit=1)[0].strip() for line in joined.splitlines()]
-        return [line for line in lines if line]
-    named = foreign.pyproject(tree).get("dependencies")
-    return [str(each) for each in named] if isinstance(named, list) else []
-
-
 def rows(found: Catalogue) -> Iterator[str]:
     """A table of the known nodes with their sets, followed by the rejected ones."""
     cells = []
@@ -222,8 +211,3 @@ def rows(found: Catalogue) -> Iterator[str]:
         cells.append((name, node.commit[:9], sets or "-", "required" if node.required else "", node.why))
     yield from console.table(("node", "commit", "sets", "", "why"), cells)
     yield from (f"left out: {name}: {reason}" for name, reason in found.left_out.items())
-
-
-# pip's rules for lines. pip's own comment pattern takes minutes on a line of 256 kB of spaces.
-_CONTINUED = re.compile(r"^([^#\n]*)\\\r?\n", re.MULTILINE)
-_COMMENT = re.compile(r"(?:^|\s)#")

@@ -9,30 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from core import console, files, lockfile, source, tools, workspace
+from core import console, files, foreign, lockfile, source, tools, workspace
 from core.errors import ConfigError, LockError
 from core.stack import Platform, stacks
 from lock import application as applications
 from lock import nodes
-from lock.application import application
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
+
+    from packaging.tags import Tag
+    from packaging.version import Version
 
     from core.stack import Stack
     from lock.application import Application
@@ -65,18 +63,26 @@ class LockedList:
         return f"and nodes {nodes_hash(known)};" in self.text.partition("\n")[0]
 
     @cached_property
+    def unavailable(self) -> dict[str, str]:
+        """The nodes whose requirements the list lacks, because no packages for its combination meet them: reasons."""
+        head = re.match(r"(#.*\n)*", self.text)
+        return dict(re.findall(r"^# Without (\S+): (.*)$", head[0], re.MULTILINE)) if head else {}
+
+    @cached_property
+    def _pinned(self) -> dict[str, str]:
+        """Each package's version."""
+        return dict(sorted(map(_pin, re.findall(r"^\w.*", self.text, re.MULTILINE))))
+
+    @cached_property
     def _packages(self) -> dict[str, tuple[str, set[str]]]:
         """Each package's requirement with hashes, and its requesters: packages, or requirements files."""
         found: dict[str, tuple[str, set[str]]] = {}
-        for block in re.split(r"\n(?=[\w])", self.text):
+        for block in re.split(r"^(?=\w)", self.text, flags=re.MULTILINE)[1:]:
             lines = block.splitlines()
-            name = re.match(r"([\w.-]+)==", lines[0]) if lines else None
-            if name is None:
-                continue
             comments = [line.partition("#")[2].strip() for line in lines if line.lstrip().startswith("#")]
             requesters = {each.removeprefix("via").strip().removeprefix("-r ") for each in comments} - {""}
             pinned = [line for line in lines if not line.lstrip().startswith("#")]
-            found[canonicalize_name(name[1])] = "\n".join(pinned) + "\n", requesters
+            found[_pin(lines[0])[0]] = "\n".join(pinned) + "\n", requesters
         return found
 
     def select(self, requesters: Iterable[str]) -> str:
@@ -86,9 +92,12 @@ class LockedList:
 
     def versions(self, requesters: Iterable[str] | None = None) -> dict[str, str]:
         """The packages' versions by name; with `requesters`, without packages that only other nodes need."""
-        pinned = {name: re.split(r"==|[\s;]", text)[1] for name, (text, _) in sorted(self._packages.items())}
-        reached = pinned.keys() if requesters is None else self._reached(requesters)
-        return {name: version for name, version in pinned.items() if name in reached}
+        reached = self._pinned.keys() if requesters is None else self._reached(requesters)
+        return {name: version for name, version in self._pinned.items() if name in reached}
+
+    def requesters(self, package: str) -> list[str]:
+        """The packages and nodes that require a package."""
+        return sorted(each.removesuffix(".node.txt") for each in self._packages[package][1])
 
     def _reached(self, requesters: Iterable[str]) -> set[str]:
         """The packages that ComfyUI, the stack and these nodes need."""
@@ -96,6 +105,29 @@ class LockedList:
         while fresh := {name for name, (_, via) in self._packages.items() if via & reached} - reached:
             reached |= fresh
         return reached
+
+
+def _pin(text: str) -> tuple[str, str]:
+    """Name and version of a locked requirement: `name==1 ...`, or `name @ ADDRESS ...` of a wheel."""
+    if pinned := re.match(r"([\w.-]+)==([^\s;]+)", text):
+        return canonicalize_name(pinned[1]), pinned[2]
+    if (pinned := re.match(r"[\w.-]+ @ (\S+)", text)) and (found := wheel(pinned[1])):
+        return found[0], str(found[1])
+    line = text.partition("\n")[0]
+    raise LockError("lock-stale", f"a locked list has the line {line[:200]!r}, which pins no package", hint="inv lock")
+
+
+def wheel(url: str) -> tuple[str, Version, frozenset[Tag]] | None:
+    """Name, version and tags of the wheel at an address; None if it is another file."""
+    with suppress(InvalidWheelFilename):
+        name, version, _, tags = parse_wheel_filename(unquote(re.split(r"[?#]", url)[0].rpartition("/")[2]))
+        return name, version, tags
+    return None
+
+
+def offline(text: str) -> str:
+    """Locked requirements for a host that has the wheels: names and versions in place of addresses."""
+    return re.sub(r"^[\w.-]+ @ \S+", lambda found: "==".join(_pin(found[0])), text, flags=re.MULTILINE)
 
 
 def folder() -> Path:
@@ -127,90 +159,82 @@ def trio(stack: Stack) -> list[str]:
     return [each for each in pinned if each.partition("==")[0] in TRIO]
 
 
-def compile_all(*, check: bool) -> list[str]:
-    """Compile every list whose inputs changed and return their names; with `check` raise LockError instead.
-
-    A list's first line contains the hash of its inputs, so checking needs no network. Raises LockError with the
-    conflicting nodes, and ConfigError for a requirement that cannot be pinned.
-    """
-    app, known = application(), nodes.catalogue()
-    stale: list[tuple[Stack, Platform, str, Path, str]] = []
-    for stack, platform, python in combinations():
-        path = folder() / f"{LockedList(stack.name, platform.value, python, '').name}.txt"
-        first = (
-            f"# Compiled by `inv lock` from ComfyUI {_inputs(app, stack)} and nodes {nodes_hash(known)}; do not edit.\n"
-        )
-        if not (path.exists() and path.read_text().startswith(first)):
-            stale.append((stack, platform, python, path, first))
-    names = [path.stem for *_, path, _ in stale]
-    if check and stale:
-        raise LockError(
-            "lock-stale",
-            f"the environments of ComfyUI are stale: {', '.join(names)}",
-            cause="ComfyUI's version, a node, the stack's torch or the extra packages changed after they were compiled",
-            hint="inv lock",
-        )
-    if stale:
-        asked = requirement_inputs(app, known)
-
-        def resolve(stack: Stack, platform: Platform, python: str, path: Path, first: str) -> str:
-            second = f"# What they ask for: {asked_hash(asked, known, stack)}\n"
-            _, _, body = path.read_text().partition(second) if path.exists() else ("", "", "")
-            body = body or _compile(asked, known, stack, platform, python, path)  # new code, same needs
-            files.write(path, first + second + body)
-            return path.stem
-
-        with (
-            console.Progress("resolving", len(stale), len(stale)) as progress,
-            ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,  # uv uses one core to resolve
-        ):
-            for done in as_completed([pool.submit(resolve, *each) for each in stale]):
-                progress.step(f"{done.result()}: ComfyUI and {len(known.nodes)} nodes", 1, 0)
-    return names
-
-
 def requirement_inputs(app: Application, known: Catalogue) -> dict[str, list[str]]:
-    """The requirements of ComfyUI and every node, by the name of the requirements file that uv gets."""
+    """The requirements of ComfyUI and every node, by the name of the requirements file that uv gets.
+
+    A node's constraints are in a file of their own, `NODE.constraints.txt`.
+    """
+    from lock import requirement_files
+
     trees = nodes.fetch(known.nodes)
-    asked = {APP: nodes.requirements(source.fetch(app)), OWN: list(app.extra)}
+    asked = {APP: requirement_files.read(source.fetch(app)).requirements, OWN: list(app.extra)}
     asked |= {f"{MANAGER}.node.txt": [app.manager]} if app.manager else {}
-    return asked | {
-        f"{name}.node.txt": [*pinnable(name, tree, known), *known.nodes[name].extra] for name, tree in trees.items()
-    }
+    for name, tree in trees.items():
+        listed = requirement_files.read(tree)
+        for line in listed.ignored:
+            console.say(f"{name} lists {line[:200]!r}: ignored, packages come from your index as wheels")
+        asked[f"{name}.node.txt"] = [*pinnable(name, listed.requirements, known), *known.nodes[name].extra]
+        if listed.constraints:
+            asked[f"{name}.constraints.txt"] = pinnable(name, listed.constraints, known)
+    return asked
 
 
-# A file with a hash. Code from a repository (git+https) has no hash that uv checks.
-_PINNED = re.compile(r"https://[^#]+#(?:[^#]*&)?sha256=[0-9a-f]{64}(?:&[^#]*)?")
+def pinnable(name: str, lines: Sequence[str], known: Catalogue) -> list[str]:
+    """A node's requirements without those that never apply, and without torch, which the stack pins.
 
-
-def pinnable(name: str, tree: Path, known: Catalogue) -> list[str]:
-    """A node's requirements without torch, which the stack pins; raises ConfigError for one without a hash."""
+    Raises ConfigError for one without a hash.
+    """
     found: list[str] = []
-    for line in nodes.requirements(tree):
-        requirement = _parsed(line)
+    for line in lines:
+        requirement = parsed(line)
         if requirement is None:
             raise ConfigError(
                 "config",
                 f"node {name} requires {line[:200]!r}, which is not a requirement that can be pinned",
-                hint=f"list the node in [left-out]: {nodes.catalogue_file()}, [left-out]",
+                cause="it is malformed, an option, or a file or folder of the node",
+                hint="set the node's packages in `extra` and leave its own list out, for example "
+                f'without = ["requirements.txt"], or list the node in [left-out]: {nodes.catalogue_file()}',
             )
         package = canonicalize_name(requirement.name)
+        if not any(applies(requirement, platform, python) for _, platform, python in combinations()):
+            continue
         if package in TRIO:
             if requirement.specifier or requirement.url:
                 console.say(f"{name} requires {line}: the stack's {package} is kept")
         elif package in known.override:
             found += [each for each in [known.override[package].requirement] if each]
-        elif requirement.url and not _PINNED.fullmatch(requirement.url):
+        elif requirement.url and not (_PINNED.fullmatch(requirement.url) and wheel(requirement.url)):
             raise ConfigError(
                 "config",
-                f"node {name} requires {line}, which no hash pins",
-                cause="the content of an address can change; only pinned files are deployed",
-                hint=f"name a package of the index instead: in {nodes.catalogue_file()}, "
-                f'[override.{package}] requirement = "..." why = "..."',
+                f"node {name} requires {line}, which is not a wheel that a hash pins",
+                cause="the content of an address can change, and building a package runs its code",
+                hint=f"name a package of the index instead, below [override] of {nodes.catalogue_file()}: "
+                f'{package} = {{ requirement = "...", why = "..." }}',
             )
         else:
-            found.append(line)
+            found.append(str(requirement))
     return found
+
+
+# A wheel with a hash. Code from a repository (git+https) has no hash that uv checks.
+_PINNED = re.compile(r"https://[^#?]+\.whl#(?:[^#]*&)?sha256=[0-9a-f]{64}(?:&[^#]*)?")
+
+
+def applies(requirement: Requirement, platform: Platform, python: str) -> bool:
+    """Whether a requirement's marker is true for a list. uv evaluates it for the first release of the Python, too."""
+    environment = {
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "os_name": "posix",
+        "platform_machine": platform.cpu,
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "implementation_version": f"{python}.0",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+        "extra": "",
+    }
+    return requirement.marker is None or requirement.marker.evaluate(environment)
 
 
 # Characters that give uv more than a requirement: a variable, a line continuation, an option.
@@ -219,7 +243,7 @@ _MORE = re.compile(r"[$\\`\x00-\x1f\x7f-\x9f\u2028\u2029]|(^|\s)[-#]")
 
 def plain(line: str) -> str:
     """Return a requirement unchanged; raises ConfigError for a line that uv would interpret differently."""
-    if _parsed(line) is None:
+    if parsed(line) is None:
         raise ConfigError(
             "config",
             f"{line[:200]!r} is not a requirement",
@@ -228,14 +252,21 @@ def plain(line: str) -> str:
     return line
 
 
-def _parsed(line: str) -> Requirement | None:
-    """Parse a line of requirements; a plain address (`git+https://.../name.git`) is named after its repository."""
-    if len(line) > 2000 or _MORE.search(line):
+def parsed(line: str) -> Requirement | None:
+    """Parse a line of requirements; a plain address is named after its wheel, `#egg=` or repository."""
+    if len(line) > foreign.LINE or _MORE.search(line):
         return None
     with suppress(InvalidRequirement, RecursionError):
         return Requirement(line)
-    address = re.fullmatch(r"(?:git\+)?(?:https?|ssh|git)://\S*?/([\w.-]+?)(?:\.git|\.zip|\.whl)?(?:[@#]\S*)?", line)
-    return Requirement(f"{address[1]} @ {line}") if address else None
+    address, _, marker = line.partition("; " if re.match(r"[a-z+]+://", line) else ";")  # as pip splits it
+    named = re.search(r"[#&]egg=([\w.-]+)", address) or _ADDRESS.fullmatch(address.strip())
+    with suppress(InvalidRequirement, RecursionError):
+        name = f"{named[1]} @ " if named and " @ " not in line else ""
+        return Requirement(f"{name}{address.strip()}" + (f" ; {marker}" if marker else ""))
+    return None
+
+
+_ADDRESS = re.compile(r"(?:git\+)?(?:https?|ssh|git)://\S*?/([\w.-]+?)(?:-\d[^/\s#]*\.whl|\.git|\.zip)?(?:[@#]\S*)?")
 
 
 def download(lock: LockedList, requesters: Iterable[str], platform: Platform) -> Path:
@@ -252,18 +283,17 @@ def download(lock: LockedList, requesters: Iterable[str], platform: Platform) ->
         listed.write_text(text)
         words: list[str | Path] = ["download", "--quiet", "--require-hashes", "--no-deps", "--dest", part]
         words += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", lock.python]
-        # pip compares tags literally: a newer manylinux does not imply an older one.
-        tags = [f"manylinux_2_{minor}" for minor in range(28, 4, -1)] + ["manylinux2014", "manylinux2010", "manylinux1"]
-        words += [word for each in [*tags, "linux"] for word in ("--platform", f"{each}_{platform.cpu}")]
+        words += [word for each in platform_tags(platform) for word in ("--platform", each)]
         words += [word for abi in (tag, "abi3", "none") for word in ("--abi", abi)]
         tools.pip(*words, "--requirement", listed)
         listed.unlink()
     return place
 
 
-def _inputs(app: Application, stack: Stack) -> str:
-    """The hash of a list's inputs except the nodes."""
-    return hashlib.sha256(json.dumps([app.tree, app.extra, app.manager, trio(stack)]).encode()).hexdigest()[:16]
+def platform_tags(platform: Platform) -> list[str]:
+    """The platform tags of wheels. pip compares them literally: a newer manylinux does not imply an older one."""
+    names = [f"manylinux_2_{minor}" for minor in range(28, 4, -1)] + ["manylinux2014", "manylinux2010", "manylinux1"]
+    return [f"{each}_{platform.cpu}" for each in [*names, "linux"]]
 
 
 def nodes_hash(known: Catalogue) -> str:
@@ -271,64 +301,3 @@ def nodes_hash(known: Catalogue) -> str:
     listed = [[name, node.tree, node.extra] for name, node in sorted(known.nodes.items())]
     decided = [[name, each.requirement] for name, each in sorted(known.override.items())]
     return hashlib.sha256(json.dumps([listed, decided]).encode()).hexdigest()[:16]
-
-
-def _other(name: str, requirement: str) -> bool:
-    """Whether an override replaces the package by another one, or by none."""
-    return not requirement or canonicalize_name(Requirement(requirement).name) != canonicalize_name(name)
-
-
-def asked_hash(asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack) -> str:
-    """The hash of all requirements that a list resolves; it is in the list's second line."""
-    decided = {name: each.requirement for name, each in known.override.items()}
-    listed = json.dumps([asked, decided, trio(stack)], sort_keys=True)
-    return hashlib.sha256(listed.encode()).hexdigest()[:16]
-
-
-def _compile(
-    asked: Mapping[str, Sequence[str]], known: Catalogue, stack: Stack, platform: Platform, python: str, old: Path
-) -> str:
-    """Resolve one list, keeping existing pins where possible. Raises LockError."""
-    with tempfile.TemporaryDirectory(prefix="hearth-") as name:
-        place = Path(name)
-        pinned = trio(stack)
-        for file, lines in asked.items():
-            listed = [*(pinned if file == OWN else []), *map(plain, lines)]
-            (place / file).write_text("".join(f"{line}\n" for line in listed))
-        decided = [each.requirement for each in known.override.values() if each.requirement]
-        (place / "overrides").write_text("\n".join([*pinned, *decided]) + "\n")
-        # uv cannot replace one package by another: exclude it for dependencies; the nodes' own lines are already
-        # replaced.
-        gone = [name for name, each in known.override.items() if _other(name, each.requirement)]
-        (place / "excludes").write_text("\n".join(gone))
-
-        def resolve(chosen: Iterable[str], *more: str) -> Any:
-            words = ["pip", "compile", "--quiet", "--no-header", "--generate-hashes", "--only-binary", ":all:"]
-            words += ["--python-version", python, "--python-platform", platform.uv_name]
-            words += ["--overrides", "overrides", "--excludes", "excludes", *more, *chosen]
-            return tools.uv(*words, "--python", sys.executable, cwd=place, check=False)
-
-        if old.exists():  # uv keeps the pins of an existing output file where possible
-            shutil.copy(old, place / "list")
-        done = resolve(asked, "--output-file", "list")
-        if done.returncode == 0:
-            return (place / "list").read_text()
-        alone = [APP, OWN]
-        rest = [file for file in asked if file not in alone]
-        with ThreadPoolExecutor() as pool:
-            single = dict(zip(rest, pool.map(lambda file: resolve([*alone, file]), rest), strict=True))
-            without = dict(zip(rest, pool.map(lambda file: resolve(set(asked) - {file}), rest), strict=True))
-    bad = [file.removesuffix(".node.txt") for file, each in single.items() if each.returncode]
-    helps = [file.removesuffix(".node.txt") for file, each in without.items() if each.returncode == 0]
-    raise LockError(
-        "resolution",
-        f"no set of versions meets all requirements of ComfyUI and its nodes ({old.stem})",
-        cause=done.stderr.strip().replace(".node.txt", "").replace("\n", "\n         "),
-        hint=(f"not available even alone: {', '.join(bad)}. " if bad else "")
-        + (
-            f"it resolves without {' or without '.join(helps)}: move it to [left-out]"
-            if helps
-            else "move several nodes to [left-out]"
-        )
-        + f" in {nodes.catalogue_file()}, or set the package there with [override.PACKAGE] and a reason",
-    )

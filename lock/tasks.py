@@ -116,9 +116,9 @@ def lock(_: Context, check: bool = False) -> None:
         inv lock --check   # in CI
     """
     from core import lockfile
-    from lock import requirements
+    from lock import resolution
 
     lockfile.renew(check=check)
-    for name in requirements.compile_all(check=check):
+    for name in resolution.compile_all(check=check):
         console.say(f"updated {name}")
     console.say("the locks are up to date")

@@ -68,7 +68,7 @@ def wheel(kernel: str, **values: Any) -> Manifest:
 
 def inputs(*wheels: Manifest) -> Inputs:
     locks = {
-        (platform, python): requirements.LockedList("cu130", platform, python, f"torch # {platform} {python}\n")
+        (platform, python): requirements.LockedList("cu130", platform, python, f"torch==2 # {platform} {python}\n")
         for platform in ("linux_aarch64", "linux_x86_64")
         for python in ("3.11", "3.12")
     }

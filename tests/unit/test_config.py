@@ -98,6 +98,11 @@ def test_a_command_reads_each_configuration_file_once(monkeypatch: pytest.Monkey
     assert len(read) == len(set(read)) > 10
 
 
+def test_a_configuration_file_may_have_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "hosts.toml").write_bytes(b"\xef\xbb\xbf[a]\nb = 1\n")
+    assert config.table(tmp_path / "hosts.toml") == {"a": {"b": 1}}
+
+
 def test_a_configuration_file_that_changed_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     for number in range(50):  # within a file system's time resolution

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 from pathlib import Path
 
 import pytest
@@ -32,36 +31,6 @@ def test_unparsable_python_counts_as_empty(tmp_path: Path, name: str) -> None:
 def test_syntax_warnings_are_suppressed(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text("x = '\\d' is 1\n")
     assert isinstance(foreign.python(tmp_path / "x.py").body[0], ast.Assign)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ('[project]\ndependencies = ["one", "two>1"]', ["one", "two>1"]),
-        ("project = 1", []),
-        ("[project]\ndependencies = 3", []),
-        ("a = " + "[" * 20_000, []),
-        ("[project]\nname = " + "9" * 5_000, []),
-        ("[project\n", []),
-        ("[project]\nname = '\udcef'", []),
-    ],
-)
-def test_a_pyproject_of_any_shape(tmp_path: Path, text: str, wanted: list[str]) -> None:
-    (tmp_path / "pyproject.toml").write_bytes(text.encode(errors="surrogateescape"))
-    assert nodes.requirements(tmp_path) == wanted
-
-
-def test_oversized_and_special_files_are_refused(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "requirements.txt")
-    with raises("unsafe-tree", match=r"requirements\.txt is not a regular file"):
-        nodes.requirements(tmp_path)
-    (tmp_path / "requirements.txt").unlink()
-    for name in ("requirements.txt", "__init__.py"):
-        (tmp_path / name).touch()
-        os.truncate(tmp_path / name, foreign.LIMIT + 1)
-    with raises("unsafe-tree", match=r"requirements\.txt is larger than 256 kB"):
-        nodes.requirements(tmp_path)
-    assert node_updates.imported(tmp_path) == {"__init__.py"}
 
 
 @pytest.mark.parametrize(

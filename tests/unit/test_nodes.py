@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
 
-from lock import nodes, requirements
+from lock import nodes, requirement_files, requirements, resolution
 from lock.application import application
 from tests.errors import raises
 
@@ -107,6 +106,11 @@ torch==5 \\
     # via
     #   -r hearth.txt
     #   only-a
+wheel-a @ https://example.org/1/Wheel.a-1.0%2Bcu130-py3-none-any.whl#sha256=00 \\
+    --hash=sha256:00
+    # via
+    #   -c a.constraints.txt
+    #   -r a.node.txt
 """
 
 
@@ -114,20 +118,36 @@ torch==5 \\
     ("chosen", "expected"),
     [
         ([], ["base==1", "torch==5"]),
-        (["a"], ["base==1", "deep-one==2", "only-a==3", "torch==5"]),
+        (["a"], ["base==1", "deep-one==2", "only-a==3", "torch==5", "wheel-a"]),
         (["b"], ["base==1", "deep-one==2", "other==4", "torch==5"]),
     ],
 )
 def test_a_host_gets_the_packages_that_its_nodes_reach(chosen: list[str], expected: list[str]) -> None:
     text = requirements.LockedList("cu130", "linux_x86_64", "3.12", LISTED).select(chosen)
-    assert [line.split()[0] for line in text.splitlines() if "==" in line] == expected
+    assert [line.split()[0] for line in text.splitlines() if not line.startswith(" ")] == expected
     assert ("sha256:bb" in text) == ("deep-one==2" in expected)
     assert "via" not in text
 
 
+def test_a_wheel_by_address_has_a_version_and_is_found_offline() -> None:
+    lock = requirements.LockedList("cu130", "linux_x86_64", "3.12", LISTED)
+    assert lock.versions(["a"])["wheel-a"] == "1.0+cu130"
+    assert requirements.offline(lock.select(["a"])).splitlines()[-2:] == [
+        "wheel-a==1.0+cu130 \\",
+        "    --hash=sha256:00",
+    ]
+
+
+@pytest.mark.parametrize("line", ["thing", "thing @ https://x/thing-1.tar.gz", "thing>=1"])
+def test_an_unknown_line_of_a_list_is_an_error(line: str) -> None:
+    with raises("lock-stale", match="pins no package"):
+        requirements.LockedList("cu130", "linux_x86_64", "3.12", f"{LISTED}{line}\n").select(["a"])
+
+
 def asked(tmp_path: Path, lines: str, override: dict[str, nodes.Override] | None = None) -> list[str]:
     (tmp_path / "requirements.txt").write_text(lines)
-    return requirements.pinnable("a", tmp_path, nodes.Catalogue(override=override or {}))
+    listed = requirement_files.read(tmp_path)
+    return requirements.pinnable("a", listed.requirements, nodes.Catalogue(override=override or {}))
 
 
 def test_stack_torch_overrides_a_nodes_torch(tmp_path: Path) -> None:
@@ -145,18 +165,45 @@ def test_stack_torch_overrides_a_nodes_torch(tmp_path: Path) -> None:
         "thing @ git+https://example.org/x/thing#sha256=" + "0" * 64,
         "thing @ https://example.org/thing-1.0-py3-none-any.whl?sha256=" + "0" * 64,
         "thing @ https://example.org/thing-1.0-py3-none-any.whl#sha256=00",
+        "thing @ https://example.org/thing-1.0.tar.gz#sha256=" + "0" * 64,  # building it would run its code
+        "thing @ https://example.org/thing.whl#sha256=" + "0" * 64,
+        "-e git+https://example.org/x/y.git#egg=thing",
+        "https://example.org/thing-1.0-py3-none-any.whl ; sys_platform == 'linux'",
     ],
 )
 def test_unpinnable_requirement_needs_an_override(tmp_path: Path, line: str) -> None:
-    with raises("config", match="which no hash pins"):
+    with raises("config", match="not a wheel that a hash pins"):
         asked(tmp_path, line)
     assert asked(tmp_path, line, {"thing": nodes.Override(why="")}) == []
     assert asked(tmp_path, line, {"thing": nodes.Override(why="", requirement="thing==1")}) == ["thing==1"]
 
 
-def test_an_address_with_its_hash_is_kept(tmp_path: Path) -> None:
-    line = "thing @ https://example.org/thing-1.0-py3-none-any.whl#sha256=" + "0" * 64
-    assert asked(tmp_path, line) == [line]
+@pytest.mark.parametrize("name", ["", "thing @ "])
+@pytest.mark.parametrize("by", ["#sha256=", " --hash=sha256:"])
+def test_an_address_with_its_hash_is_kept(tmp_path: Path, name: str, by: str) -> None:
+    line = "https://example.org/thing-1.0-py3-none-any.whl{}" + "0" * 64
+    assert asked(tmp_path, name + line.format(by)) == [f"thing @ {line.format('#sha256=')}"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "https://example.org/thing-1.0-cp312-cp312-win_amd64.whl ; sys_platform == 'win32'",
+        "https://example.org/thing-1.0-cp312-cp312-win_amd64.whl; platform_system == 'Windows'",
+        "thing @ https://example.org/thing.zip; sys_platform == 'darwin'",
+        "git+https://example.org/x/thing.git ; python_version < '3.9'",
+        "thing ; os_name == 'nt' or platform_machine == 'AMD64'",
+    ],
+)
+def test_what_never_applies_is_not_asked_for(tmp_path: Path, line: str) -> None:
+    assert asked(tmp_path, f"{line}\nsix") == ["six"]
+
+
+@pytest.mark.parametrize("line", ["-e .", ".", "./wheels/thing.whl", "file:.", "numpy>=1.x", "six six"])
+def test_a_requirement_that_is_none_names_the_way_out(tmp_path: Path, line: str) -> None:
+    with raises("config", match="not a requirement that can be pinned") as raised:
+        asked(tmp_path, line)
+    assert "`extra`" in raised.value.hint
 
 
 @pytest.mark.parametrize(
@@ -179,33 +226,9 @@ def test_an_address_with_its_hash_is_kept(tmp_path: Path) -> None:
 def test_uv_options_in_requirements_are_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "pyproject.toml").write_text(f"[project]\ndependencies = [{json.dumps(line)}]")
     with raises("config", match="not a requirement that can be pinned"):
-        requirements.pinnable("it", tmp_path, nodes.Catalogue())
+        requirements.pinnable("it", requirement_files.read(tmp_path).requirements, nodes.Catalogue())
     with raises("config", match="is not a requirement"):
         requirements.plain(line)
-
-
-def test_lines_of_requirements_are_read_as_pip_reads_them(tmp_path: Path) -> None:
-    text = "\ufeffnumpy>=1, \\\n  <2\n# a comment \\\nsix\t# tab\n\npillow#not-a-comment\r\n  #x\n"
-    text += "einops \\\r\n==1\n-r x.txt"
-    (tmp_path / "requirements.txt").write_bytes(text.encode())
-    found = nodes.requirements(tmp_path)
-    assert found == ["numpy>=1,   <2", "six", "pillow#not-a-comment", "einops ==1", "-r x.txt"]
-    (tmp_path / "requirements.txt").write_text("a" + " " * 250_000 + "b\\")
-    started = time.monotonic()
-    assert len(nodes.requirements(tmp_path)) == 1
-    assert time.monotonic() - started < 5
-
-
-def test_invalid_requirement_is_refused(tmp_path: Path) -> None:
-    with raises("config", match="not a requirement"):
-        asked(tmp_path, "--extra-index-url https://example.org")
-
-
-def test_without_a_list_the_projects_dependencies_count(tmp_path: Path) -> None:
-    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["lark>=1"]\n')
-    assert nodes.requirements(tmp_path) == ["lark>=1"]
-    (tmp_path / "pyproject.toml").write_text("[project\n")
-    assert nodes.requirements(tmp_path) == []
 
 
 def test_unchanged_requirements_need_no_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,11 +243,11 @@ def test_unchanged_requirements_need_no_resolution(tmp_path: Path, monkeypatch: 
     asked = requirements.requirement_inputs(application(), known)
     for stack, platform, python in requirements.combinations():
         path = tmp_path / "locks" / f"{requirements.LockedList(stack.name, platform.value, python, '').name}.txt"
-        path.write_text(f"# before\n# What they ask for: {requirements.asked_hash(asked, known, stack)}\nsix==1.17.0\n")
+        path.write_text(f"# before\n# What they ask for: {resolution.asked_hash(asked, known, stack)}\nsix==1.17.0\n")
     monkeypatch.setenv("PATH", "")  # no uv: nothing can be resolved
-    assert len(requirements.compile_all(check=False)) == len(requirements.combinations())
+    assert len(resolution.compile_all(check=False)) == len(requirements.combinations())
     assert all(path.read_text().endswith("\nsix==1.17.0\n") for path in (tmp_path / "locks").iterdir())
-    assert requirements.compile_all(check=True) == []
+    assert resolution.compile_all(check=True) == []
     (tmp_path / "src/requirements.txt").write_text("six<1\n")
     with raises("program-missing"):
-        requirements.compile_all(check=False)
+        resolution.compile_all(check=False)

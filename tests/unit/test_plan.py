@@ -456,6 +456,19 @@ def test_missing_system_packages_are_noted_or_refused(
     assert bool(found.steps) is not refused
 
 
+@pytest.mark.parametrize("required", [False, True])
+def test_a_node_without_packages_for_the_host_is_left_out_or_refused(required: bool) -> None:
+    listed = nodes.Node(url="u", commit="c" * 40, tree="t", why="w", required=required)
+    stock = replace(inputs(), nodes={"video": listed, "mine": msgspec.structs.replace(listed, required=False)})
+    lacking = {key: replace(lock, text=f"# Without video: no wheel\n{lock.text}") for key, lock in stock.locks.items()}
+    assert made(stock=stock).notes == made(stock=replace(stock, nodes={})).notes
+    found = made(stock=replace(stock, locks=lacking))
+    said = "node video is not available for cu130-linux_aarch64-cp312: no wheel"
+    assert (f"left out: {said}" in found.notes) is not required
+    assert reasons(found) == ["unavailable-node"] * required
+    assert [values(step)["node"] for step in found.steps if step.kind == "node"] == ["mine"] * (not required)
+
+
 def managed(**values: Any) -> Target:
     target = spark(**values)
     flags = {**target.profile.flags, "--enable-manager": Setting(why="a test")}

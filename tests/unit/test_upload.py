@@ -97,7 +97,11 @@ def test_a_damaged_package_of_the_cache_is_named_before_it_is_sent(
     lock = requirements.LockedList("cu130", "linux_aarch64", "3.12", text)
     stock = replace(inputs(), locks={("linux_aarch64", "3.12"): lock})
     monkeypatch.setattr(requirements, "download", lambda *_: tmp_path)
-    step, _ = packed(env(kernels=[]), stock, tmp_path, offline=True)
+    address = env(
+        kernels=[], requirements="six @ https://example.org/six-1-py3-none-any.whl \\\n    --hash=sha256:00\n"
+    )
+    step, _ = packed(address, stock, tmp_path, offline=True)
+    assert step.requirements == "six==1 \\\n    --hash=sha256:00\n"  # among the wheels that are sent
     assert [each.file for each in step.wheels] == [package.name]
     package.write_bytes(b"wrong")
     with raises("hash-mismatch", match=r"six-1-py3-none-any\.whl is damaged"):
