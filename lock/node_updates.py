@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import tomlkit
 
-from core import console, files, source, tools, workspace
+from core import console, files, foreign, source, tools, workspace
 from core.errors import ConfigError, HearthError, ProcessError, SourceError, UsageError, suggest
 from lock import advisory, nodes, requirement_files, review
 
@@ -271,21 +271,19 @@ def imported(tree: Path) -> set[str]:
 def search(workflow: Path) -> dict[str, list[str]]:
     """The node types of a workflow that ComfyUI lacks, each with the known nodes whose code contains the name.
 
-    Raises ConfigError for a file that is not a workflow.
+    Raises ConfigError for a file that is not a workflow, and not a picture with one.
     """
     try:
-        content = json.loads(workflow.read_text())
+        types = _types(_workflow(workflow.read_bytes()))
     except FileNotFoundError:
         raise ConfigError("config", f"{workflow} does not exist") from None
+    except msgspec.ValidationError as error:
+        raise ConfigError("config", f"{workflow} is not a workflow: {error}", hint="save or export it again") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             "config", f"{workflow} is not JSON: {error}", hint="save or export the workflow again"
         ) from None
-    try:
-        types = _types(content)
-    except msgspec.ValidationError as error:
-        raise ConfigError("config", f"{workflow} is not a workflow: {error}", hint="save or export it again") from None
-    if not types:
+    if types is None:
         raise ConfigError("config", f"{workflow} contains no nodes", hint="use a workflow saved or exported by ComfyUI")
     from lock.application import application
 
@@ -293,13 +291,49 @@ def search(workflow: Path) -> dict[str, list[str]]:
     known = nodes.catalogue()
     trees = nodes.fetch(known.nodes)
     names = {name: _named(tree) for name, tree in trees.items()}
-    return {each: [name for name in names if _names(names[name], each)] for each in sorted(types - own)}
+    found = {each: [name for name in names if _names(names[name], each)] for each in sorted(types - own)}
+    scripts = {name: _scripts(tree) for name, tree in trees.items()} if not all(found.values()) else {}
+    return {
+        each: there or [name for name in scripts if _script_names(scripts[name], each)] for each, there in found.items()
+    }
+
+
+def _workflow(data: bytes) -> Any:
+    """A JSON file in any of Unicode's encodings, or what ComfyUI wrote into a PNG or WebP: the workflow or prompt."""
+    if not data.startswith((b"\x89PNG", b"RIFF")):
+        return json.loads(data)
+    for found in sorted(_EMBEDDED.finditer(data), key=lambda found: found[0].startswith(b"prompt")):
+        with suppress(ValueError):  # the same bytes by chance, in the picture
+            return json.JSONDecoder().raw_decode(data[found.end() :].decode(errors="replace"))[0]
+    raise ValueError("the picture contains no workflow")
+
+
+_EMBEDDED = re.compile(rb"(workflow|prompt)(:|\0|\0\0\0[^\0]*\0[^\0]*\0)(?=\{)")
+"""The name before JSON: in EXIF of a WebP, in tEXt and (uncompressed) iTXt of a PNG."""
 
 
 def _names(strings: set[str], node_type: str) -> bool:
     """Whether a node's code names a type: literally, or composed as in `Seed (rgthree)`."""
     parts = re.fullmatch(r"(.+) \((.+)\)", node_type) if len(node_type) < 200 else None  # `strings` are shorter
     return node_type in strings or bool(parts and {parts[1], parts[2]} <= strings)
+
+
+def _scripts(tree: Path) -> str:
+    """A tree's JavaScript, which defines types that exist only in the editor."""
+    texts: list[str] = []
+    for path in sorted(tree.rglob("*.js")):
+        with suppress(SourceError):  # too large
+            texts.append(foreign.text(path, foreign.LIMIT))
+    return "\n".join(texts)
+
+
+def _script_names(script: str, node_type: str) -> bool:
+    """Whether JavaScript names a type, as in `registerNodeType("SetNode", ...)` or `add("Label")` with " (rgthree)"."""
+    name, _, tag = node_type.partition(" (")
+    return any(
+        f"{quote}{node_type}{quote}" in script or (tag and f"{quote}{name}{quote}" in script and f" ({tag}" in script)
+        for quote in "\"'`"
+    )
 
 
 class _Node(msgspec.Struct):
@@ -312,31 +346,43 @@ class _Graph(msgspec.Struct):
 
 
 class _Definitions(msgspec.Struct):
-    subgraphs: list[_Graph] = []
+    subgraphs: list[_Graph] | None = None
+
+
+class _Extra(msgspec.Struct, rename="camel"):
+    group_nodes: dict[str, _Graph] | None = None
 
 
 class _Workflow(_Graph):
     definitions: _Definitions | None = None
+    extra: _Extra | None = None
 
 
 class _Step(msgspec.Struct):
     class_type: str
 
 
-def _types(content: Any) -> set[str]:
-    """The node types of a workflow, in the editor's format or the API's.
+def _types(content: Any) -> set[str] | None:
+    """The node types of a workflow, in the editor's format or the API's, as sent to /prompt or received from /history.
 
-    Raises ValidationError for any other format.
+    None if the content is neither. Raises ValidationError for a malformed workflow.
     """
     if not isinstance(content, dict):
-        return set()
+        return None
     if isinstance(content.get("nodes"), list):
         whole = msgspec.convert(content, _Workflow)
-        inner = whole.definitions.subgraphs if whole.definitions else []
-        inside = {str(part.id) for part in inner}  # a subgraph's id is also a type
-        return {str(node.type) for part in (whole, *inner) for node in part.nodes} - inside - _EDITORS
+        subgraphs = (whole.definitions and whole.definitions.subgraphs) or []
+        groups = (whole.extra and whole.extra.group_nodes) or {}
+        # types of the workflow itself: a subgraph's id, and a group node's name
+        inside = {str(part.id) for part in subgraphs} | {f"workflow{sign}{name}" for name in groups for sign in ">/"}
+        parts = (whole, *subgraphs, *groups.values())
+        return {str(node.type) for part in parts for node in part.nodes} - inside - _EDITORS
     steps = [each for each in content.values() if isinstance(each, dict) and "class_type" in each]
-    return {each.class_type for each in msgspec.convert(steps, list[_Step])}
+    if steps:
+        return {each.class_type for each in msgspec.convert(steps, list[_Step])}
+    inner = content.get("workflow") or content.get("prompt") or next(iter(content.values()), None)
+    # an entry of /history has a list: its number, its id, the prompt
+    return _types(inner[2] if isinstance(inner, list) and len(inner) > 2 else inner)
 
 
 _EDITORS = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode", "None"}

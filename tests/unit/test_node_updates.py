@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import shutil
@@ -231,12 +232,89 @@ EDITOR = {
 API = {"1": {"class_type": "KSampler"}, "2": {"class_type": "MyType"}, "3": {"class_type": "Nobodys"}}
 
 
-@pytest.mark.parametrize("workflow", [EDITOR, API], ids=["saved", "exported"])
-def test_the_nodes_that_a_workflow_needs(upstream: Upstream, tmp_path: Path, workflow: dict[str, object]) -> None:
+def png(chunk: bytes, text: bytes) -> bytes:
+    """The start of a PNG with one chunk of text."""
+    return b"\x89PNG\r\n\x1a\n" + len(text).to_bytes(4, "big") + chunk + text + b"\x00\x01\xff\xfeIDAT"
+
+
+def dump(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+WORKFLOWS = {
+    "saved": dump(EDITOR),
+    "exported": dump(API),
+    "BOM": codecs.BOM_UTF8 + dump(EDITOR),
+    "UTF-16": json.dumps(EDITOR).encode("utf-16"),
+    "UTF-16 without BOM": json.dumps(EDITOR).encode("utf-16-le"),
+    "UTF-32": json.dumps(API).encode("utf-32"),
+    "sent to /prompt": dump({"prompt": API, "client_id": "a"}),
+    "exported with its workflow": dump({"prompt": API, "workflow": EDITOR}),
+    "wrapped": dump({"workflow": EDITOR}),
+    "from /history": dump({"id-1": {"prompt": [7, "id-1", API, {}, ["9"]], "outputs": {}, "status": {}}}),
+    "PNG": png(b"tEXt", b"prompt\0{}") + png(b"tEXt", b"workflow\0" + dump(EDITOR)),
+    "PNG with a prompt alone": png(b"tEXt", b"prompt\0" + dump(API)),
+    "PNG, international text": png(b"iTXt", b"workflow\0\0\0\0\0" + dump(EDITOR)),
+    "PNG, misleading bytes": png(b"tEXt", b"workflow\0{x") + png(b"tEXt", b"workflow\0" + dump(EDITOR)),
+    "WebP": b"RIFF\0\0\0\0WEBPVP8X" + b"prompt:" + dump(API) + b"\0workflow:" + dump(EDITOR) + b"\0\xff",
+}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_the_nodes_that_a_workflow_needs(upstream: Upstream, tmp_path: Path, name: str) -> None:
     node_updates.add(upstream.url, "for a test")
-    path = tmp_path / "workflow.json"
-    path.write_text(json.dumps(workflow))
+    path = tmp_path / "workflow"
+    path.write_bytes(WORKFLOWS[name])
     assert node_updates.search(path) == {"MyType": ["My-Node"], "Nobodys": []}
+
+
+@pytest.mark.parametrize("sign", ">/")
+def test_types_of_group_nodes(upstream: Upstream, tmp_path: Path, sign: str) -> None:
+    node_updates.add(upstream.url, "for a test")
+    groups = {
+        "a pair": {"nodes": [{"type": "MyType"}, {"type": f"workflow{sign}b"}]},
+        "b": {"nodes": [{"type": "KSampler"}]},
+    }
+    nodes_ = [{"type": f"workflow{sign}{name}"} for name in ("a pair", "gone")]
+    (tmp_path / "workflow").write_bytes(dump({"nodes": nodes_, "extra": {"groupNodes": groups}}))
+    assert node_updates.search(tmp_path / "workflow") == {"MyType": ["My-Node"], f"workflow{sign}gone": []}
+
+
+@pytest.mark.parametrize(
+    "workflow",
+    [
+        {"nodes": []},
+        {"nodes": [{"type": None}]},
+        {"nodes": [{"type": "s"}], "definitions": {"subgraphs": [{"id": "s", "nodes": []}]}},
+        {"nodes": [], "definitions": {"subgraphs": None}, "extra": None},
+        {"nodes": [], "definitions": None, "extra": {"groupNodes": None, "ds": {}}},
+    ],
+)
+@pytest.mark.usefixtures("upstream")
+def test_a_workflow_that_needs_no_nodes(tmp_path: Path, workflow: dict[str, object]) -> None:
+    (tmp_path / "workflow").write_bytes(dump(workflow))
+    assert node_updates.search(tmp_path / "workflow") == {}
+
+
+def test_types_that_only_javascript_defines(upstream: Upstream, tmp_path: Path) -> None:
+    (upstream.place / "web").mkdir()
+    (upstream.place / "web/set.js").write_text(
+        "// don't\nLiteGraph.registerNodeType('SetNode', SetNode);\n"
+        'const add = (name) => name + " (mine)";\nexport const Names = { LABEL: add("Label"), MY: "MyType" };\n'
+    )
+    (upstream.place / "web/large.js").write_text("x" * 2_000_000)
+    upstream.commit("scripts")
+    node_updates.add(upstream.url, "for a test")
+    wanted = ["SetNode", "Label (mine)", "Label (other)", "Set", "MyType"]
+    (tmp_path / "workflow").write_bytes(dump({"nodes": [{"type": each} for each in wanted]}))
+    ours = ["My-Node"]
+    assert node_updates.search(tmp_path / "workflow") == {
+        "SetNode": ours,
+        "Label (mine)": ours,
+        "MyType": ours,
+        "Label (other)": [],
+        "Set": [],
+    }
 
 
 def test_unreadable_tree_is_reported_and_retried(
@@ -264,7 +342,8 @@ def test_files_that_run_at_import(tmp_path: Path) -> None:
     ("text", "said"),
     [
         *(("{", "is not JSON"), ("9" * 5_000, "is not JSON"), ("[" * 100_000, "is not JSON")),
-        *(("[]", "contains no nodes"), ("{}", "contains no nodes"), ('{"nodes": [{}]}', "contains no nodes")),
+        *(("[]", "contains no nodes"), ("{}", "contains no nodes"), ('{"prompt": 1}', "contains no nodes")),
+        ('{"a":' * 400 + "1" + "}" * 400, "contains no nodes"),
         *(('{"nodes": [1]}', "is not a workflow"), ('{"nodes": [{"type": []}]}', "is not a workflow")),
         *((f'{{"nodes": [], "definitions": {each}}}', "not a workflow") for each in ("[]", "1", '{"subgraphs": [1]}')),
         *((f'{{"1": {{"class_type": {each}}}}}', "is not a workflow") for each in ("1", "{}", "null")),
