@@ -34,7 +34,7 @@ def test_the_spark_gets_its_own_platform_and_stack(hearth: Hearth) -> None:
     assert known_archs()["12.1"].python == "3.12"  # not installed on every machine that runs this
     found = [each["identifier"] for each in plan(hearth, "--arch", "12.1", "--python", "3.11")]
     assert found == [
-        "flash-attn-2.8.3.post2-cu130-sm121-cp311-linux_aarch64-inference",
+        "flash-attn-2.8.3.post2-cu130-sm121-cp311-linux_aarch64-diffusion",
         "sageattention-2.2.0-cu130-sm121a-cp311-linux_aarch64",
         "tiny-0.1-cu130-sm121a-cp311-linux_aarch64-plain",
     ]
