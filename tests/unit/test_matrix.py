@@ -15,8 +15,8 @@ import pytest
 from core.arch import known_archs
 from kernels import matrix
 from kernels.matrix import Request, select
-from tests.conftest import Hearth
-from tests.errors import kind_of
+from tests.conftest import FIXTURES, Hearth
+from tests.errors import kind_of, raises
 
 pytestmark = pytest.mark.needs("g++", "git")
 
@@ -54,6 +54,23 @@ def test_what_a_recipe_does_not_support_is_skipped_with_its_reason(hearth: Heart
     skipped = [each for each in found if each["state"] == "skipped"]
     assert len(found) == 3
     assert [each["reason"] for each in skipped] == ["tiny 0.1 does not support 8.0"]
+
+
+def test_several_machines_get_a_part_for_each_recipe_and_arch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEARTH_RECIPES", str(FIXTURES / "recipes"))
+    parts = matrix.split(Request(arch="8.0;8.9", python="3.11,3.12", profile="full"))
+    assert [(each.arch, each.kernel, each.profile) for each in parts] == [
+        ("8.0", "flash-attn", "full"),
+        ("8.0", "sageattention", ""),
+        ("8.9", "flash-attn", "full"),
+        ("8.9", "sageattention", ""),
+        ("8.9", "tiny", ""),
+    ]
+    assert {each.python for each in parts} == {"3.11,3.12"}
+    with raises("recipe-support", match="tiny 0.1 does not support 8.0"):
+        matrix.split(Request(arch="8.0", kernel="tiny"))
+    with raises("unknown-name", match="'ful'"):
+        matrix.split(Request(arch="8.9", kernel="flash-attn", profile="ful"))
 
 
 @pytest.mark.parametrize(
