@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from core.arch import known_archs
-from kernels import matrix
+from kernels import matrix, toolchain
 from kernels.matrix import Request, select
 from tests.conftest import FIXTURES, Hearth
 from tests.errors import kind_of, raises
@@ -213,3 +214,11 @@ def test_a_missing_python_is_named(hearth: Hearth) -> None:
     assert (done.returncode, kind_of(done.stderr)) == (25, "python-missing")
     assert "uv python install 3.13" in done.stderr
     assert "apt-get install python3.13-dev" in done.stderr
+
+
+def test_this_interpreter_describes_itself_as_a_started_one_does() -> None:
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    asked = toolchain._ask_python(sys.executable, version)
+    assert asked is not None
+    assert toolchain._own_python(version) == (asked if Path(asked[2], "Python.h").exists() else None)
+    assert toolchain._own_python("3.8") is None
