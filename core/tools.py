@@ -53,12 +53,14 @@ CCACHE_DIR CCACHE_CONFIGPATH CCACHE_REMOTE_* CCACHE_SECONDARY_STORAGE CCACHE_RES
 CCACHE_TEMPDIR CCACHE_READONLY* CCACHE_RECACHE CCACHE_DISABLE CCACHE_DEBUG* CCACHE_LOGFILE CCACHE_STATS* SCCACHE_*
 """
 
-# Messages are in English, __DATE__ is constant, and ccache compares everything, whatever its configuration file says.
+# Messages are in English, __DATE__ is constant, and ccache compares everything, whatever its configuration file says,
+# except the working directory: it takes -gencode for a debug flag, and no object contains a path of this machine.
 _BUILD = {
     "LANG": "C",
     "LC_ALL": "C",
     "SOURCE_DATE_EPOCH": "315532800",
     "CCACHE_COMPILERCHECK": "content",
+    "CCACHE_NOHASHDIR": "true",
     **dict.fromkeys(("CCACHE_COMPILER", "CCACHE_PREFIX", "CCACHE_SLOPPINESS", "CCACHE_IGNOREOPTIONS"), ""),
     **dict.fromkeys(("CCACHE_IGNOREHEADERS", "CCACHE_EXTRAFILES"), ""),
 }

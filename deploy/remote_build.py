@@ -1,7 +1,8 @@
-"""Builds kernel wheels natively on a host, as the login user without root, and downloads them."""
+"""Builds kernel wheels on hosts, as the login user without root, and downloads them."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import os
@@ -9,6 +10,9 @@ import re
 import shlex
 import tarfile
 import tempfile
+import threading
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +20,23 @@ import msgspec
 
 from core import console, files, lockfile, manifest, version, workspace
 from core.arch import known_archs, parse_list
-from core.errors import HearthError, HostError, SourceError, UsageError
+from core.errors import (
+    BuildError,
+    ConfigError,
+    GroupError,
+    HearthError,
+    HostError,
+    ProcessError,
+    SourceError,
+    SupportError,
+    UsageError,
+)
 from core.stack import Platform, find_stack
 from deploy import connection
 from deploy.look import find_target
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from core.manifest import Manifest
     from deploy.connection import Ssh
@@ -75,9 +89,90 @@ def build(name: str, asked: Mapping[str, str], *, force: bool) -> list[Manifest]
     return found
 
 
+_OF_THE_BUILD = {*BuildError.kinds, *ConfigError.kinds, *SupportError.kinds, *UsageError.kinds, "patch"}
+_OF_THE_BUILD -= {"disk-full", "out-of-memory"}
+"""Kinds of errors that a build has on every host. All others are the host's."""
+
+
+def distribute(
+    names: Sequence[str], parts: Sequence[Mapping[str, str]], one: Callable[[str, Mapping[str, str]], list[Manifest]]
+) -> list[Manifest]:
+    """Build parts of a request on several hosts at once with `one`; each host takes the next part when it is idle.
+
+    A host that is lost or cannot build gets no further part, and another host takes over the part that it had. Raises
+    GroupError at the end for all parts that were not built.
+    """
+    for name in names:
+        find_target(name)  # a mistyped name is an error before anything is built
+    waiting, idle = deque(range(len(parts))), deque(names)
+    running: dict[Future[list[Manifest]], tuple[str, int]] = {}
+    found: dict[int, list[Manifest]] = {}
+    failed: dict[int, HearthError] = {}
+    lost: dict[str, HearthError] = {}
+    while running or (waiting and idle):
+        while waiting and idle:
+            name, part = idle.popleft(), waiting.popleft()
+            running[_started(one, name, parts[part])] = name, part
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            name, part = running.pop(future)
+            try:
+                found[part] = future.result()
+            except HearthError as error:
+                console.say(f"{name}: {_label(parts[part])} failed: error[{_kind(error)}]: {error}")
+                if _kind(error) not in _OF_THE_BUILD:
+                    waiting.appendleft(part)
+                    lost[name] = error
+                    continue
+                failed[part] = error
+            idle.append(name)
+            console.say(f"{len(found)} of {len(parts)} builds done, {len(running) + len(waiting)} left")
+    causes = [f"{_label(parts[part])}: {error.what}" for part, error in failed.items()]
+    causes += [f"{_label(parts[part])}: no host is left to build it" for part in waiting]
+    causes += [f"{name} built nothing more: {error.what}" for name, error in lost.items()]
+    if failed or waiting:
+        raise GroupError(
+            "group",
+            f"{len(failed) + len(waiting)} of {len(parts)} builds failed; the other wheels are in the wheelhouse",
+            cause="\n".join(causes),
+            hint="read the errors above; the same command continues with the missing builds",
+        )
+    return [wheel for part in sorted(found) for wheel in found[part]]
+
+
+def _started(
+    one: Callable[[str, Mapping[str, str]], list[Manifest]], name: str, part: Mapping[str, str]
+) -> Future[list[Manifest]]:
+    """Begin a part on a host, in a daemon thread: Ctrl-C must not wait for it."""
+    future: Future[list[Manifest]] = Future()
+
+    def run() -> None:
+        with console.speaking(name):
+            console.say(f"building {_label(part)}")
+            try:
+                future.set_result(one(name, part))
+            except BaseException as error:
+                future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _label(part: Mapping[str, str]) -> str:
+    return f"{part['kernel']} for {part['arch']}"
+
+
+def _kind(error: HearthError) -> str:
+    """The kind of an error; for a build that failed on a host, the kind that its own command reported."""
+    stderr = error.__cause__.stderr if isinstance(error.__cause__, ProcessError) else ""
+    kinds: list[str] = re.findall(r"^error\[([a-z-]+)\]: ", stderr, re.MULTILINE)
+    return kinds[-1] if kinds else error.kind
+
+
 def _environment() -> str:
     recipes = "$PWD/more-recipes" if os.environ.get("HEARTH_RECIPES") else ""
-    return f"env HEARTH_CACHE=$HOME/.cache/hearth HEARTH_WHEELHOUSE=$PWD/../wheelhouse HEARTH_RECIPES={recipes}"
+    launcher = shlex.quote(os.environ.get("HEARTH_COMPILER_LAUNCHER", ""))  # its settings are the host's own
+    place = f"HEARTH_CACHE=$HOME/.cache/hearth HEARTH_WHEELHOUSE=$PWD/../wheelhouse HEARTH_RECIPES={recipes}"
+    return f"env {place} HEARTH_COMPILER_LAUNCHER={launcher}"
 
 
 def _send(agent: Ssh, uv: Path) -> str:
@@ -93,15 +188,20 @@ def _send(agent: Ssh, uv: Path) -> str:
         agent.put(archive, f"{place}.tar.gz")
         unpack = f"rm -rf {place}.part && mkdir {place}.part && tar -C {place}.part -xzf {place}.tar.gz"
         agent.shell(f"{unpack} && rm {place}.tar.gz && mv {place}.part {place}", console.say)
+    old = f"find {PLACE} -maxdepth 1 -name 'checkout-*' -mtime +30"
+    agent.shell(f"touch {place} && {old} -exec rm -rf {{}} +", console.say)
     return place
 
 
 def _pack() -> bytes:
-    """Pack the checkout and the folders of $HEARTH_RECIPES into an archive, without the user's hosts."""
+    """Pack the checkout and the folders of $HEARTH_RECIPES into an archive, without the user's hosts.
+
+    The same files give the same bytes: the host has them already.
+    """
     buffer = io.BytesIO()
     extra = [Path(each) for each in os.environ.get("HEARTH_RECIPES", "").split(os.pathsep) if each]
     trees = [(files.CHECKOUT / each, each) for each in CHECKOUT]
-    recipes = [file.parent for folder in extra for file in folder.glob("*/recipe.toml")]
+    recipes = [file.parent for folder in extra for file in sorted(folder.glob("*/recipe.toml"))]
     trees += [(recipe, f"more-recipes/{recipe.name}") for recipe in recipes]
 
     def wanted(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
@@ -111,10 +211,10 @@ def _pack() -> bytes:
         info.uname = info.gname = ""
         return info
 
-    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as tar:
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
         for path, name in trees:
             tar.add(path, name, filter=wanted)
-    return buffer.getvalue()
+    return gzip.compress(buffer.getvalue(), 6, mtime=0)
 
 
 LARGEST = 4_000_000_000

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -228,6 +228,22 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
     if not builds and skipped:
         raise skipped[0].error
     return builds, skipped
+
+
+def split(request: Request) -> list[Request]:
+    """Divide a request for several machines: one part per recipe and arch. Needs no compiler.
+
+    All Pythons are in one part, since they share the kernel objects. Raises what `select` raises.
+    """
+    builds, skipped = select(request, toolchains.look)
+    for each in skipped:
+        console.say(f"skipping {each.identifier}: {each.error.what}")
+    parts: dict[tuple[str, str], Request] = {}
+    for build in builds:
+        kernel, arch = build.recipe.name, str(build.arch)
+        profile = request.profile if request.profile in build.recipe.profiles else ""
+        parts[kernel, arch] = replace(request, kernel=kernel, arch=arch, profile=profile)
+    return list(parts.values())
 
 
 def _build(

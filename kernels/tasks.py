@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from invoke.context import Context  # `command` evaluates annotations
 
 from core import console
 from core.command import command
 from core.flags import Confirmation, Output
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from core.manifest import Manifest
+    from kernels.matrix import Request
 
 _BUILD_HELP = {
     "arch": "compute capabilities: 12.1, '8.9;12.0', 9.0a, '8.9+PTX' (default: TORCH_CUDA_ARCH_LIST, or the local GPU)",
@@ -14,10 +22,10 @@ _BUILD_HELP = {
     "stack": "cu124 or cu130 (default: from config/archs.toml)",
     "python": "Python versions, comma-separated, such as 3.12,3.11 (default: from config/archs.toml)",
     "platform": "linux_x86_64 or linux_aarch64 (default: from config/archs.toml)",
-    "profile": "a build profile, such as inference or full; recipes without it use their default",
+    "profile": "a build profile, such as diffusion or full; recipes without it use their default",
     "jobs": "parallel compile jobs (default: CPU count, limited by free memory and MAX_JOBS)",
     "force": "rebuild even if the wheel already exists",
-    "host": "build natively on this host, without root, and fetch the wheels; the host needs the build tools",
+    "host": "build on this host, without root, and fetch the wheels; several, comma-separated, share the builds",
     "dry-run": "list the builds only: identifier, key, state, and what this machine lacks for each; installs nothing",
 }
 
@@ -46,9 +54,8 @@ def build_kernels(
         inv build-kernels --arch '8.9;12.0' --dry-run   # list the builds for two GPUs, and the existing wheels
         inv build-kernels --arch 8.9 --stack cu124      # for drivers older than 580; needs a CUDA 12.4 compiler
         inv build-kernels --arch 12.1 --host spark      # on the Spark itself
+        inv build-kernels --arch '8.9;12.0' --host local,tower   # share the builds with another machine
     """
-    from dataclasses import asdict
-
     from core import manifest, workspace
     from core.errors import UsageError
     from kernels import build, matrix, toolchain
@@ -64,18 +71,31 @@ def build_kernels(
         plan = matrix.summary(*matrix.select(request, toolchain.look))
         console.show(plan, matrix.rows(plan), as_json=out.json)
         return
-    if host:
-        from deploy import remote_build  # slow to import, and rarely needed
-
-        found = remote_build.build(host, asdict(request), force=force)
-    else:
-        found = build.build_asked(request, force=force)
+    found = _on_hosts(host, request, force=force) if host else build.build_asked(request, force=force)
     console.show(found, manifest.rows(found), as_json=out.json)
     for note in manifest.unproven(found):
         console.say(note)
     house = workspace.current().wheelhouse
     commands = dict.fromkeys(map(house.install_command, found))
     console.say("\n  ".join(["to install into the active environment:", *commands]))
+
+
+def _on_hosts(listed: str, request: Request, *, force: bool) -> list[Manifest]:
+    """Build a request on a host, or divide it among several; `local` is this machine."""
+    from dataclasses import asdict
+
+    from deploy import remote_build  # slow to import, and rarely needed
+    from kernels import build, matrix
+
+    def one(name: str, part: Mapping[str, str]) -> list[Manifest]:
+        if name == "local":
+            return build.build_asked(matrix.Request(**part), force=force)
+        return remote_build.build(name, part, force=force)
+
+    names = list(dict.fromkeys(each.strip() for each in listed.split(",") if each.strip()))
+    if len(names) == 1:
+        return remote_build.build(names[0], asdict(request), force=force)
+    return remote_build.distribute(names, [asdict(each) for each in matrix.split(request)], one)
 
 
 @command(

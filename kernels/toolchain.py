@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import sysconfig
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -294,7 +296,19 @@ def _python(version: str) -> tuple[str, str, str]:
 
 
 def _known_python(version: str) -> list[str] | None:
-    return _ask_python(f"python{version}", version) or _ask_python(_uv_python(version), version)
+    return _own_python(version) or _ask_python(f"python{version}", version) or _ask_python(_uv_python(version), version)
+
+
+def _own_python(version: str) -> list[str] | None:
+    """As `_ask_python`, for the interpreter that runs this, if it has the version and headers: starts no process."""
+    include = sysconfig.get_path("include")
+    if (
+        version != f"{sys.version_info[0]}.{sys.version_info[1]}"
+        or sys.abiflags
+        or not Path(include, "Python.h").exists()
+    ):
+        return None
+    return [sys._base_executable, sys.version.split()[0], include]  # type: ignore[attr-defined]
 
 
 def _uv_python(version: str) -> str:

@@ -1,4 +1,4 @@
-"""flash-attention, as ComfyUI's --use-flash-attention calls it. It chooses split-KV kernels itself."""
+"""flash-attention, as ComfyUI's --use-flash-attention calls it. It chooses split-KV kernels itself, if it has them."""
 
 import torch
 from flash_attn import flash_attn_func
@@ -18,6 +18,7 @@ path = DispatchPath(
     attention=attention,
     tolerance=TOLERANCE,
     tiles=(64, 128),
+    head_dims=(32, 64, 80, 96, 128, 160, 256),  # those of kernels, and some that kernels pad
     layouts=("NHD",),  # its only one: (batch, length, heads, head dimension)
 )
 check([path])

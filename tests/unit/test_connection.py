@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from core import files, shell
+from core import console, files, shell
 from core.errors import HearthError, ProcessError
 from deploy import archive, connection, passwords
 from deploy.change import Outcome, follow
@@ -56,6 +56,12 @@ def test_unread_input_is_no_error() -> None:
 
 def test_last_line_without_newline_is_read() -> None:
     assert list(shell.stream(["printf", "a\\nb"], b"")) == [b"a\n", b"b"]
+
+
+def test_messages_of_a_program_name_their_host(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.speaking("spark"):
+        list(shell.stream(["sh", "-c", "echo building >&2"], b"", on_stderr=console.say))
+    assert capsys.readouterr().err == "spark: building\n"
 
 
 @pytest.mark.parametrize(

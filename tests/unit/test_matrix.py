@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 
 from core.arch import known_archs
-from kernels import matrix
+from kernels import matrix, toolchain
 from kernels.matrix import Request, select
-from tests.conftest import Hearth
-from tests.errors import kind_of
+from tests.conftest import FIXTURES, Hearth
+from tests.errors import kind_of, raises
 
 pytestmark = pytest.mark.needs("g++", "git")
 
@@ -34,7 +35,7 @@ def test_the_spark_gets_its_own_platform_and_stack(hearth: Hearth) -> None:
     assert known_archs()["12.1"].python == "3.12"  # not installed on every machine that runs this
     found = [each["identifier"] for each in plan(hearth, "--arch", "12.1", "--python", "3.11")]
     assert found == [
-        "flash-attn-2.8.3.post2-cu130-sm121-cp311-linux_aarch64-inference",
+        "flash-attn-2.8.3.post2-cu130-sm121-cp311-linux_aarch64-diffusion",
         "sageattention-2.2.0-cu130-sm121a-cp311-linux_aarch64",
         "tiny-0.1-cu130-sm121a-cp311-linux_aarch64-plain",
     ]
@@ -54,6 +55,23 @@ def test_what_a_recipe_does_not_support_is_skipped_with_its_reason(hearth: Heart
     skipped = [each for each in found if each["state"] == "skipped"]
     assert len(found) == 3
     assert [each["reason"] for each in skipped] == ["tiny 0.1 does not support 8.0"]
+
+
+def test_several_machines_get_a_part_for_each_recipe_and_arch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEARTH_RECIPES", str(FIXTURES / "recipes"))
+    parts = matrix.split(Request(arch="8.0;8.9", python="3.11,3.12", profile="full"))
+    assert [(each.arch, each.kernel, each.profile) for each in parts] == [
+        ("8.0", "flash-attn", "full"),
+        ("8.0", "sageattention", ""),
+        ("8.9", "flash-attn", "full"),
+        ("8.9", "sageattention", ""),
+        ("8.9", "tiny", ""),
+    ]
+    assert {each.python for each in parts} == {"3.11,3.12"}
+    with raises("recipe-support", match="tiny 0.1 does not support 8.0"):
+        matrix.split(Request(arch="8.0", kernel="tiny"))
+    with raises("unknown-name", match="'ful'"):
+        matrix.split(Request(arch="8.9", kernel="flash-attn", profile="ful"))
 
 
 @pytest.mark.parametrize(
@@ -196,3 +214,11 @@ def test_a_missing_python_is_named(hearth: Hearth) -> None:
     assert (done.returncode, kind_of(done.stderr)) == (25, "python-missing")
     assert "uv python install 3.13" in done.stderr
     assert "apt-get install python3.13-dev" in done.stderr
+
+
+def test_this_interpreter_describes_itself_as_a_started_one_does() -> None:
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    asked = toolchain._ask_python(sys.executable, version)
+    assert asked is not None
+    assert toolchain._own_python(version) == (asked if Path(asked[2], "Python.h").exists() else None)
+    assert toolchain._own_python("3.8") is None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ import msgspec
 import pytest
 
 from core import console, lockfile, manifest, version, workspace
+from core.errors import BuildError, ConnectError, HearthError, HostError, ProcessError
 from deploy import connection, remote_build
 from tests.errors import raises
 from tests.plans import spark, wheel
@@ -169,3 +172,110 @@ def test_replaced_wheel_is_reported(build: Any, monkeypatch: pytest.MonkeyPatch)
 def test_invalid_arch_is_refused_before_connecting(build: Any) -> None:
     with raises("arch", match="'sm_121a' is not a compute capability"):
         build([], arch="sm_121a")
+
+
+def test_the_same_checkout_is_the_same_archive(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = remote_build._pack()
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    assert remote_build._pack() == packed
+
+
+# --- several hosts ----------------------------------------------------------------------------------------------------
+
+PARTS = [{"kernel": "sageattention", "arch": arch} for arch in ("8.9", "9.0", "12.0", "12.1")]
+
+
+def failed_there(kind: str) -> HostError:
+    """The error for a build command that reported this kind on its host."""
+    error, process = HostError("remote-command", "a command on a ended with 1"), ProcessError("process", "ssh")
+    process.stderr = f"compiling\nerror[{kind}]: what happened\n  next:  this"
+    error.__cause__ = process
+    return error
+
+
+@pytest.fixture
+def hosts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Distribute PARTS over hosts a and b: `fail(host, arch)` returns an error or None; what each built, in order."""
+    monkeypatch.setattr(remote_build, "find_target", lambda _: spark())
+
+    def run(fail: Any, names: tuple[str, ...] = ("a", "b")) -> tuple[list[str], HearthError | None]:
+        run.built = {name: [] for name in names}  # type: ignore[attr-defined]
+
+        def one(name: str, part: Any) -> list[manifest.Manifest]:
+            if error := fail(name, part["arch"]):
+                raise error
+            run.built[name].append(part["arch"])  # type: ignore[attr-defined]
+            return [built(arch=part["arch"])]
+
+        try:
+            return [each.arch for each in remote_build.distribute(names, PARTS, one)], None
+        except HearthError as error:
+            return [], error
+
+    return run
+
+
+def test_hosts_build_at_once_and_each_build_once(hosts: Any) -> None:
+    both = threading.Barrier(2, timeout=20)
+    found, error = hosts(lambda *_: both.wait() and None)
+    assert error is None
+    assert found == ["8.9", "9.0", "12.0", "12.1"]
+    assert sorted(hosts.built["a"] + hosts.built["b"]) == sorted(found)
+    assert min(map(len, hosts.built.values())) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectError("unreachable", "the connection to a was lost"),
+        HostError("remote-command", "a command on a ended with 127"),
+        failed_there("compiler-missing"),
+        failed_there("out-of-memory"),
+        failed_there("disk-full"),
+    ],
+    ids=str,
+)
+def test_another_host_takes_over_from_one_that_cannot_build(
+    hosts: Any, error: HearthError, capsys: pytest.CaptureFixture[str]
+) -> None:
+    idle = threading.Event()  # b has built everything else, and has nothing to do
+
+    def fail(name: str, arch: str) -> HearthError | None:
+        if name == "a":
+            assert idle.wait(20)
+            return error
+        if arch == "12.1":
+            threading.Timer(0.2, idle.set).start()
+        return None
+
+    found, failure = hosts(fail)
+    assert failure is None
+    assert found == ["8.9", "9.0", "12.0", "12.1"]
+    assert hosts.built == {"a": [], "b": ["9.0", "12.0", "12.1", "8.9"]}
+    assert "a: sageattention for 8.9 failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [failed_there("compile"), failed_there("patch"), failed_there("recipe-support"), BuildError("several", "")]
+)
+def test_a_build_that_fails_on_its_own_stops_no_other(hosts: Any, error: HearthError) -> None:
+    _, failure = hosts(lambda _, arch: error if arch == "9.0" else None)
+    assert failure.kind == "group"
+    assert [line.partition(":")[0] for line in failure.cause.splitlines()] == ["sageattention for 9.0"]
+    assert sorted(hosts.built["a"] + hosts.built["b"]) == ["12.0", "12.1", "8.9"]
+
+
+def test_builds_without_a_host_are_reported(hosts: Any) -> None:
+    gone = ConnectError("unreachable", "gone")
+    _, failure = hosts(lambda name, arch: None if (name, arch) == ("b", "9.0") else gone)
+    assert failure.kind == "group"
+    missing = {each["arch"] for each in PARTS} - {"9.0"}
+    assert {line.split()[2].rstrip(":") for line in failure.cause.splitlines() if "no host" in line} == missing
+    assert {line.split()[0] for line in failure.cause.splitlines() if "gone" in line} == {"a", "b"}
+
+
+def test_an_unknown_host_is_refused_before_anything_is_built(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    _, failure = hosts(lambda *_: None, ("local", "nowhere"))
+    assert failure.kind == "unknown-name"
+    assert hosts.built == {"local": [], "nowhere": []}
