@@ -189,7 +189,7 @@ def profile_costs(work: Path) -> list[tuple[int, float, float]]:
         log = work / f"flash-{profile}.log"
         cost = measure(inv(*FLASH, "--profile", profile), cwd=files.CHECKOUT, env=hearth_env(work), log=log)
         count, cpu = count + log.read_text().count(".cu\n"), cpu + cost.cpu
-        (wheel,) = (work / "wheelhouse").glob(f"flash_attn-*.{profile}-*.whl")
+        (wheel,) = (work / "wheelhouse").rglob(f"flash_attn-*.{profile}-*.whl")
         costs.append((count, cpu, wheel.stat().st_size / 1e6))
     return costs
 
