@@ -66,7 +66,7 @@ def unit(session: nox.Session) -> None:
 @nox.session
 def pythons(session: nox.Session) -> None:
     """The unit tests on this machine's other supported Pythons; each has its environment in .nox/."""
-    found = {version: _interpreter(version) for version in ("3.11", "3.12", "3.13")}
+    found = {version: _interpreter(version) for version in ("3.11", "3.12", "3.13", "3.14")}
     default = ".".join(platform.python_version_tuple()[:2])
     for version in sorted({*found} - {default}):
         if not (interpreter := found[version]):

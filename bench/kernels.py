@@ -62,9 +62,9 @@ def inv(*words: str) -> list[str]:
 
 def cuda_home(place: Path) -> Path:
     """A CUDA installation in the layout of upstream's setup.py: the locked compiler with the stack's headers."""
-    stack = find_stack("cu130")
-    compiler = toolchain.install("nvcc-cu130", Platform.local(), "3.11") / "nvidia/cu13"
-    site = toolchain.install(stack.name, Platform.local(), PYTHON) / "nvidia/cu13"
+    stack = find_stack()
+    compiler = toolchain.install_compiler(stack) / "nvidia/cu13"
+    site = toolchain.install_stack(stack, Platform.local(), PYTHON) / "nvidia/cu13"
     for each in (site, compiler):
         subprocess.run(["cp", "-a", f"{each}/.", place], check=True)
     return place
@@ -87,14 +87,14 @@ def upstream(work: Path) -> tuple[Cost, Path]:
     ):
         subprocess.run([*git, *words], check=True)
     home = cuda_home(work / "cuda")
-    chain = toolchain.describe(find_stack("cu130"), Platform.local(), PYTHON)
+    chain = toolchain.describe(find_stack(), Platform.local(), PYTHON)
     venv = work / "venv"
     subprocess.run(["uv", "venv", "-q", "-p", chain.interpreter, venv], check=True)
     # setuptools and wheel within the bounds of upstream's pyproject.toml; torch's extension builder needs ninja
     tools = ["setuptools>=62,<75", "wheel>=0.38,<0.44", "packaging>=21,<24", "ninja"]
     subprocess.run(["uv", "pip", "install", "-q", "-p", venv / "bin/python", *tools], check=True)
     env = {
-        "PYTHONPATH": str(toolchain.install("cu130", Platform.local(), PYTHON)),
+        "PYTHONPATH": str(toolchain.install_stack(find_stack(), Platform.local(), PYTHON)),
         "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
         "CUDA_HOME": str(home),
         "TORCH_CUDA_ARCH_LIST": ARCH,
@@ -283,7 +283,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     page = files.CHECKOUT / "docs/benchmarks.md"
     for name in [arguments.only] if arguments.only else SECTIONS:
-        text = SECTIONS[name](work) + f"\nMeasured on {datetime.now(UTC).date()} on {machine()}.\n"
+        stack = f"torch {find_stack().torch}, CUDA {find_stack().cuda}"
+        text = SECTIONS[name](work) + f"\nMeasured on {datetime.now(UTC).date()} with {stack}, on {machine()}.\n"
         title = text.partition("\n")[0]
         before, _, rest = page.read_text().partition(f"{title}\n")
         after = rest.partition("\n## ")[2]
@@ -292,7 +293,7 @@ def main() -> None:
 
 
 SIDE_BY_SIDE = """\
-## SageAttention 2.2.0 for 12.1 (x86_64, cu130, Python 3.11), clean build
+## SageAttention 2.2.0 for 12.1 (x86_64, Python 3.11), clean build
 
 Upstream: `setup.py bdist_wheel` with MAX_JOBS and EXT_PARALLEL at the number of cores. Hearth: `inv build-kernels`,
 which also inspects and imports the wheel. The same nvcc, torch and g++.
@@ -332,7 +333,7 @@ an empty local cache of ccache's; the first fills the remote storage.
 """
 
 PROFILES = """\
-## flash-attention 2.8.3.post2 for 12.1 (aarch64, cu130, Python 3.11), clean build
+## flash-attention 2.8.3.post2 for 12.1 (aarch64, Python 3.11), clean build
 
 The profiles were built in this order, and share kernel objects; a column is the sum of the runs up to it. `diffusion`
 takes {cpu:.2f} of the CPU time of `inference`.

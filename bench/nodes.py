@@ -123,9 +123,9 @@ def resolved() -> float:
     """Seconds to resolve one list from scratch, with uv's cache of the index."""
     app, known = application(), nodes.catalogue()
     asked = requirements.requirement_inputs(app, known)
-    started, empty = time.monotonic(), LockedList("cu130", "linux_x86_64", "3.12", "")
+    started, empty = time.monotonic(), LockedList(find_stack().name, "linux_x86_64", "3.12", "")
     with tempfile.TemporaryDirectory(prefix="hearth-bench-") as place:
-        resolution.Resolver(Path(place), asked, known, find_stack("cu130"), empty).compiled()
+        resolution.Resolver(Path(place), asked, known, find_stack(), empty).compiled()
     return time.monotonic() - started
 
 

@@ -52,7 +52,6 @@ class ArchInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     gpus: str
     platform: str
-    stack: str
     python: str
     suffixes: tuple[str, ...] = ()
 

@@ -11,7 +11,7 @@ from core import console, files, tools, workspace
 from core.errors import LockError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from core.stack import Platform
@@ -48,27 +48,38 @@ def exported(extra: str) -> Path:
     return here.cache / "exports" / f"{extra}-{files.sha256(here.checkout / 'uv.lock')[:16]}.txt"
 
 
-def place(extra: str, platform: Platform, python: str) -> Path:
-    """The cache folder of an extra for a platform and Python; it exists if the extra is installed."""
-    digest = hashlib.sha256(json.dumps(requirements(extra)).encode()).hexdigest()
+def place(extra: str, platform: Platform, python: str, pinned: Sequence[str] = ()) -> Path:
+    """The cache folder of an extra, or of `pinned` ones of its requirements, for a platform and Python.
+
+    It exists if they are installed.
+    """
+    digest = hashlib.sha256(json.dumps([*(pinned or requirements(extra))]).encode()).hexdigest()
     name = f"{extra}-{platform.cpu}-cp{python.replace('.', '')}-{digest[:12]}"
     return workspace.current().cache / "installed" / name
 
 
-def install(extra: str, platform: Platform, python: str, finish: Callable[[Path], None] | None = None) -> Path:
+def install(
+    extra: str,
+    platform: Platform,
+    python: str,
+    *,
+    pinned: Sequence[str] = (),
+    finish: Callable[[Path], None] | None = None,
+) -> Path:
     """Install a locked extra for a platform and Python into its own cache folder, in one rename.
 
-    `finish` completes the folder before the rename.
+    `pinned` are those of its requirements to install (default: all). `finish` completes the folder before the rename.
     """
-    folder = place(extra, platform, python)
+    folder = place(extra, platform, python, pinned)
     if folder.is_dir():
         return folder
-    console.say(f"installing {extra} for {platform.value}, Python {python}, into the cache")
+    pinned = pinned or requirements(extra)
+    console.say(f"installing {len(pinned)} packages of {extra} for {platform.value}, Python {python}, into the cache")
     with files.atomic_dir(folder) as part:
         words = ["pip", "install", "--quiet", "--only-binary", ":all:", "--no-deps", "--require-hashes"]
         words += ["--target", str(part), "--python-version", python, "--python-platform", platform.uv_name]
         words += ["--python", sys.executable]  # uv reads its paths; without one it looks for any in the current folder
-        tools.uv(*words, "--requirements", "-", input_text="\n".join(requirements(extra)) + "\n")
+        tools.uv(*words, "--requirements", "-", input_text="\n".join(pinned) + "\n")
         if finish is not None:
             finish(part)
     return folder

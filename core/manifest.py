@@ -103,7 +103,7 @@ def capabilities(arch: str) -> list[str]:
 
 
 def index(stack: str, arch: str) -> str:
-    """The wheelhouse's folder for a stack and a GPU, `cu130/sm_89`; `cu130/sm_89.sm_120` for wheels of both.
+    """The wheelhouse's folder for a stack and a GPU, `STACK/sm_89`; `STACK/sm_89.sm_120` for wheels of both.
 
     All wheels in it run on that GPU: the suffix and `+PTX` of an arch do not count.
     """

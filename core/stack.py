@@ -47,11 +47,12 @@ class Platform(Enum):
 
 
 class Stack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One torch and its CUDA: the properties that uv.lock cannot state (`config/stacks.toml`)."""
+    """One torch and its CUDA: the properties that uv.lock cannot state; `config/stacks.toml` explains them."""
 
     torch: str
     cuda: str
     compiler: Literal["locked", "system"]
+    cxx: str
     cxx11_abi: bool
     pythons: tuple[str, ...]
     platforms: tuple[str, ...]
@@ -59,30 +60,44 @@ class Stack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gcc: int
     archs: tuple[str, ...]
     archs_reason: str
+    size: int
+    files: int
+    default: bool = False
+    deprecated: str = ""
+    builds_only: str = ""
     name: str = ""
 
     @property
     def label(self) -> str:
-        """The stack's part of a wheel's local version label: `cu130.torch2.11.0`."""
+        """The stack's part of a wheel's local version label: `NAME.torch2.11.0`."""
         return f"{self.name}.torch{self.torch}"
+
+    @property
+    def notice(self) -> str:
+        """What to tell whoever chooses this stack; empty unless it is deprecated."""
+        return f"stack {self.name} is deprecated: {self.deprecated}" if self.deprecated else ""
 
 
 def stacks() -> dict[str, Stack]:
     """The stacks of `config/stacks.toml`, by name."""
     loaded = load(workspace.current().checkout / "config/stacks.toml", dict[str, Stack])
-    for name, stack in loaded.items():  # both are parts of the version label of wheels
-        if not re.fullmatch(r"[a-z][a-z0-9]* \d+(\.\d+)*", f"{name} {stack.torch}", re.ASCII):
+    for name, stack in loaded.items():  # all are parts of the version label of wheels, or of a compiler's command
+        if not re.fullmatch(r"[a-z][a-z0-9]* \d+(\.\d+)* c\+\+\d+", f"{name} {stack.torch} {stack.cxx}", re.ASCII):
             raise ConfigError(
                 "config",
-                f"config/stacks.toml: stack {name!r} with torch {stack.torch!r} is not valid",
-                hint="a name has lower-case letters and digits; torch is a release, such as 2.11.0",
+                f"config/stacks.toml: stack {name!r} with torch {stack.torch!r} and cxx {stack.cxx!r} is not valid",
+                hint="a name has lower-case letters and digits; torch is a release, such as 2.11.0; cxx is c++20 or so",
             )
+    if sum(stack.default for stack in loaded.values()) != 1:
+        raise ConfigError("config", "config/stacks.toml: one stack, and only one, must have default = true")
     return {name: msgspec.structs.replace(stack, name=name) for name, stack in loaded.items()}
 
 
-def find_stack(name: str) -> Stack:
-    """Return the stack `name`; raises UsageError with the nearest name."""
+def find_stack(name: str = "") -> Stack:
+    """Return the stack `name`, or the default one; raises UsageError with the nearest name."""
     known = stacks()
+    if not name:
+        return next(stack for stack in known.values() if stack.default)
     if name not in known:
         raise UsageError("unknown-name", f"there is no stack {name!r}", hint=suggest(name, known))
     return known[name]

@@ -1,6 +1,6 @@
 """The wheelhouse: finished wheels, each with its manifest (`NAME.whl.json`), in one package index per stack and GPU.
 
-`cu130/sm_89/` holds the wheels for one GPU, and a static simple index of them (PEP 503): an installer that is pointed
+`STACK/sm_89/` holds the wheels for one GPU, and a static simple index of them (PEP 503): an installer that is pointed
 there, with --find-links or --index-url, cannot choose another GPU's wheel. It would compare their labels as text.
 """
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from deploy.host import Target
     from deploy.inputs import Inputs
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"
 LIMIT, SHORT = 64_000_000, 64_000

@@ -19,7 +19,7 @@ from deploy.look import find_target, look
 from deploy.profile import Profile
 from deploy.refusals import Refusal, refused
 from deploy.release import requesters
-from deploy.release_refusals import no_lock
+from deploy.release_refusals import builds_only, no_lock
 from deploy.selection import find_wheel
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _kept(target: Target, facts: Facts, to: str) -> str:
 def _glance(name: str, ask_sudo: bool) -> Facts:
     """A host's facts from its entry in hosts.toml only, since profiles, modes and recipes come from the bundle."""
     (name,) = hosts.select(name, "")
-    unknown = Profile(summary="", stack="", pythons=(), start_seconds=0)
+    unknown = Profile(summary="", pythons=(), start_seconds=0)
     target = hosts.Target(name, hosts.hosts().hosts[name], "", unknown, {}, comfyui="")
     with connection.connect(target, ask_sudo) as agent:
         return look(agent, target)
@@ -157,6 +157,8 @@ def make_bundle(
     and BundleError if the key cannot sign.
     """
     target = find_target(name)
+    if unfit := builds_only(target.stack):
+        raise refused("no bundle was written", unfit)
     inputs = gather(target)
     if not (platform and python):
         with connection.connect(target, ask_sudo) as agent:

@@ -275,7 +275,8 @@ def target(name: str, fallback: str = "cpu") -> Target:
         raise UsageError("unknown-name", f"host {name}: there is no profile {chosen!r}", hint=suggest(chosen, known))
     base = known[chosen]
     unified = base.unified if host.override.unified is None else host.override.unified
-    layers = [(f"mode {each}", mode.on(unified=unified)) for each, mode in _modes_of(name, host).items()]
+    layers = [] if base.stack else [("config/stacks.toml", Override(stack=find_stack().name))]
+    layers += [(f"mode {each}", mode.on(unified=unified)) for each, mode in _modes_of(name, host).items()]
     layers.append((f"host {name}", host.override))
     profile, origin = merged(f"profile {chosen}", base, layers)
     return Target(name, host, chosen, profile, origin)

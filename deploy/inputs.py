@@ -53,7 +53,7 @@ def gather(target: Target) -> Inputs:
     locks = {
         (lock.platform, lock.python): lock
         for each, platform, python in requirements.combinations()
-        if each.name == target.profile.stack and (lock := requirements.find(each.name, platform.value, python))
+        if each == target.stack and (lock := requirements.find(each.name, platform.value, python))
     }
     known = nodes.catalogue()
     chosen = nodes.choose(known, target.profile.nodes)

@@ -357,6 +357,7 @@ def _notes(target: Target, facts: Facts) -> list[str]:
     found = [
         f"ComfyUI restarts whenever a Python file in {each} changes, even during a job" for each in target.host.develop
     ]
+    found += [target.stack.notice] if target.stack.deprecated else []
     for number, gpu in enumerate(facts.gpus if target.profile.cuda else ()):
         if who := others(gpu.processes):
             found.append(f"other processes use GPU {number}; their memory is not available to ComfyUI: {who}")

@@ -50,12 +50,12 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     summary: str
     """One line for `inv profiles`."""
-    stack: str
-    """A stack of `config/stacks.toml`."""
     pythons: tuple[str, ...]
     """Python versions, in order of preference."""
     start_seconds: int
     """How long the health gate waits for ComfyUI to start."""
+    stack: str = ""
+    """A stack of `config/stacks.toml`; empty: its default."""
     arch: str = ""
     """The compute capability that the kernels are built for."""
     cuda: bool = False

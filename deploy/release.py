@@ -71,7 +71,7 @@ def manifest(selection: Selection, prefix: str) -> dict[str, Any]:
     target, profile = selection.target, selection.target.profile
     content: dict[str, Any] = {
         "version": selection.application.version,
-        "stack": profile.stack,
+        "stack": target.stack.name,
         "torch": target.stack.torch,
         "python": selection.python,
         "platform": selection.lock.platform,

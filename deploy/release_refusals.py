@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from packaging.version import InvalidVersion, Version
 
 from core import console
+from core.stack import stacks
 from deploy import release as releases
 from deploy.refusals import Refusal
 from lock import application as applications
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from core.manifest import Manifest
+    from core.stack import Stack
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.inputs import Inputs
@@ -38,7 +40,10 @@ def gpu(target: Target, facts: Facts) -> list[Refusal]:
         return [Refusal("no-gpu", what, "install the driver, or choose profile cpu")]
     if facts.driver and _older(facts.driver, stack.driver):
         what = f"the driver is {facts.driver}, but CUDA {stack.cuda} needs {stack.driver}"
-        found.append(Refusal("old-driver", what, 'update the driver, or set stack = "cu124" in the host\'s override'))
+        fits = [each for each in stacks().values() if not _older(facts.driver, each.driver)]
+        older = [each.name for each in fits if facts.platform in each.platforms and not each.builds_only]
+        remedy = f', or set stack = "{older[-1]}" in the host\'s override' if older else ""
+        found.append(Refusal("old-driver", what, f"update the driver{remedy}"))
     have = sorted({gpu.capability for gpu in facts.gpus})
     if profile.kernels and profile.arch not in have:
         what = f"the GPU is {', '.join(have)}, but profile {target.profile_name} is for {profile.arch}"
@@ -54,9 +59,17 @@ def _older(version: str, floor: str) -> bool:
         return False
 
 
+def builds_only(stack: Stack) -> list[Refusal]:
+    """ComfyUI cannot run on the stack."""
+    what = f"stack {stack.name} is only for builds: {stack.builds_only}"
+    return [Refusal("builds-only", what, "choose another `stack`")] if stack.builds_only else []
+
+
 def no_torch(target: Target, facts: Facts) -> list[Refusal]:
-    """No torch exists for the host's platform."""
+    """No torch that runs ComfyUI exists for the host's platform."""
     stack = target.stack
+    if stack.builds_only:
+        return builds_only(stack)
     if facts.platform in stack.platforms:
         return []
     what = f"the machine is {facts.machine}, for which torch {stack.torch} has no build"
@@ -141,13 +154,13 @@ def unavailable_node(what: str) -> Refusal:
 
 
 def room(target: Target, facts: Facts, inputs: Inputs) -> list[Refusal]:
-    """A new environment does not fit on the disk. Both sizes were measured and are in the recipe."""
+    """A new environment does not fit on the disk. Both sizes were measured."""
     found: list[Refusal] = []
-    need = int(inputs.application.size[target.profile.stack] * NEEDS_ROOM) + RESERVE_BYTES
+    need = int((target.stack.size + inputs.application.size) * NEEDS_ROOM) + RESERVE_BYTES
     if facts.disk_free < need:
         what = f"{console.size(facts.disk_free)} free at {facts.prefix}, {console.size(need)} needed"
         found.append(Refusal("no-room", what, "free some space there, or set another `prefix`"))
-    inodes = inputs.application.files[target.profile.stack] + RESERVE_FILES
+    inodes = target.stack.files + inputs.application.files + RESERVE_FILES
     if facts.inodes_free is not None and facts.inodes_free < inodes:
         what = f"{facts.inodes_free} inodes free at {facts.prefix}, {inodes} needed"
         found.append(Refusal("no-inodes", what, "delete files there, or set another `prefix`"))

@@ -257,7 +257,7 @@ def _unasked(wheel: Manifest, asked: Mapping[str, str]) -> str:
     expected = {
         "arch": (wheel.arch, [str(each) for each in wanted]),
         "kernel": (wheel.kernel, kernels or [wheel.kernel]),
-        "stack": (wheel.stack, [asked.get("stack") or usual.stack]),
+        "stack": (wheel.stack, [asked.get("stack") or find_stack().name]),
         "torch": (wheel.torch, [torch]),
         "python": (wheel.python, _names(asked.get("python")) or [usual.python]),
         "platform": (wheel.platform, [asked.get("platform") or usual.platform]),

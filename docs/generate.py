@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 import msgspec
 
 from core import errors, files
+from core.stack import Stack, stacks
 from deploy import host
 from deploy.profile import Mode, Override, Profile, Setting
 from tasks import ns
@@ -47,6 +48,10 @@ mode. Precedence, lowest first: the profile, the modes in the order listed, the 
 error that names the closest known key. `inv hosts` shows the result for each host, and the origin of each value.
 
 `config/hosts.example.toml` is an example to copy."""
+
+STACKS = """\
+`config/stacks.toml` describes them. `stack = "NAME"` in a profile, mode or override, and `--stack NAME` of
+`inv build-kernels`, choose one."""
 
 STRUCTS: dict[str, type[msgspec.Struct]] = {
     "`[hosts.NAME]`": host.Host,
@@ -108,7 +113,18 @@ def configuration() -> str:
     parts = [CONFIGURATION_HEAD]
     for title, struct in STRUCTS.items():
         parts += [f"## {title}", str(inspect.getdoc(struct)), _keys(struct)]
+    rows = [
+        (f"`{each.name}`", each.torch, ", ".join(each.pythons), ", ".join(each.platforms), each.driver, _note(each))
+        for each in stacks().values()
+    ]
+    parts += ["## Stacks", STACKS, _table(("Stack", "torch", "Python", "Platforms", "Oldest driver", ""), rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def _note(stack: Stack) -> str:
+    if stack.builds_only:
+        return f"only for builds: {stack.builds_only}"
+    return "the default" if stack.default else stack.deprecated and f"deprecated: {stack.deprecated}"
 
 
 def _keys(struct: type[msgspec.Struct]) -> str:

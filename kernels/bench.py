@@ -126,7 +126,7 @@ def measure(python: str, capability: str) -> Bench:
         if not python:
             builds, _ = matrix.select(matrix.Request(arch=capability))
             chain = builds[0].toolchain
-            site = toolchain.install(chain.stack.name, chain.platform, chain.python)
+            site = toolchain.install_stack(chain.stack, chain.platform, chain.python)
             python = chain.interpreter
             built = [(build, wheel) for build in builds if (wheel := store.find(build))]
             house = workspace.current().wheelhouse

@@ -113,9 +113,9 @@ def write(builds: Sequence[Build], pools: Mapping[str, int]) -> Graph:
 # -fno-canonical-system-headers: otherwise g++ writes resolved header paths into messages (__FILE__).
 _RULES = {
     "nvcc": "$nvcc -c $in -o $out -MMD -MF $out.d -MT $out --objdir-as-tempdir "
-    "-Xcudafe --orig_src_path_name -Xcudafe $name -ccbin $cxx -std=c++17 "
+    "-Xcudafe --orig_src_path_name -Xcudafe $name -ccbin $cxx $std "
     "-Xcompiler -fPIC,-fno-canonical-system-headers $flags",
-    "cxx": "$cxx -c $in -o $out -MMD -MF $out.d -MT $out -std=c++17 -fPIC -fno-canonical-system-headers $flags",
+    "cxx": "$cxx -c $in -o $out -MMD -MF $out.d -MT $out $std -fPIC -fno-canonical-system-headers $flags",
     "link": "$cxx -shared -o $out $in -Wl,-s -Wl,--as-needed $libs",
 }
 
@@ -181,7 +181,7 @@ def _compile_edge(rule: str, build: Build, source: str, output: str, variables: 
         output=output,
         inputs=[f"{build.folder}/src/{source}"],
         seconds=_seconds(build.recipe, source),
-        variables=variables,
+        variables={"std": f"-std={build.toolchain.stack.cxx}", **variables},
     )
 
 

@@ -126,7 +126,7 @@ class Build:
             ],
             "requires": recipe.requires,
             "target": [self.target, self.arch.ptx],
-            "stack": [chain.stack.name, chain.stack.torch, chain.stack.cuda, chain.stack.cxx11_abi],
+            "stack": [chain.stack.name, chain.stack.torch, chain.stack.cuda, chain.stack.cxx11_abi, chain.stack.cxx],
             "platform": chain.platform.value,
             "python": chain.python,
             "toolchain": dict(chain.parts),
@@ -199,6 +199,9 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
     `describe` finds a toolchain. Raises the reason if the user named the kernel, or if no build remains.
     """
     wanted = wanted_archs(request.arch)
+    stack = find_stack(request.stack)
+    if stack.notice:
+        console.say(stack.notice)
     known = archs.known_archs()
     # Every comma-separated name is looked up, so that a mistyped one is an error.
     names = [name.strip() for name in request.kernel.split(",") if name.strip()]
@@ -214,7 +217,6 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
     skipped: list[Skipped] = []
     for arch in wanted:
         info = known[arch.capability]
-        stack = find_stack(request.stack or info.stack)
         platform = Platform.parse(request.platform or info.platform)
         for python in [each.strip() for each in (request.python or info.python).split(",")]:
             for recipe in chosen:
@@ -284,8 +286,6 @@ def refusal(recipe: Recipe, arch: Arch, stack: Stack) -> SupportError | SupportE
 
 
 def _stacks_for(arch: Arch) -> Sequence[str]:
-    from core.stack import stacks
-
     return [name for name, stack in stacks().items() if arch.capability in stack.archs]
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _BUILD_HELP = {
     "arch": "compute capabilities: 12.1, '8.9;12.0', 9.0a, '8.9+PTX' (default: TORCH_CUDA_ARCH_LIST, or the local GPU)",
     "kernel": "only these recipes, comma-separated (default: all)",
-    "stack": "cu124 or cu130 (default: from config/archs.toml)",
+    "stack": "a stack of config/stacks.toml (default: the one marked `default` there)",
     "python": "Python versions, comma-separated, such as 3.12,3.11 (default: from config/archs.toml)",
     "platform": "linux_x86_64 or linux_aarch64 (default: from config/archs.toml)",
     "profile": "a build profile, such as diffusion or full; recipes without it use their default",
@@ -52,7 +52,6 @@ def build_kernels(
 
         inv build-kernels --arch 12.1                   # all kernels for a DGX Spark
         inv build-kernels --arch '8.9;12.0' --dry-run   # list the builds for two GPUs, and the existing wheels
-        inv build-kernels --arch 8.9 --stack cu124      # for drivers older than 580; needs a CUDA 12.4 compiler
         inv build-kernels --arch 12.1 --host spark      # on the Spark itself
         inv build-kernels --arch '8.9;12.0' --host local,tower   # share the builds with another machine
     """

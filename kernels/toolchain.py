@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from core import console, files, lockfile, shell, tools, workspace
 from core import source as sources
 from core.errors import HearthError, SupportError, ToolError
-from core.stack import Platform, Stack
+from core.stack import Platform, Stack, stacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 # Compile-time packages. The stack's other packages (sympy, filelock ...) do not affect kernels.
 _COMPILE_TIME = ("torch==", "nvidia-")
+
+# nvcc with what it calls, and its own headers. Importing torch needs only the latter.
+_PROGRAMS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm")
+_COMPILER = (*_PROGRAMS, "nvidia-cuda-cccl", "nvidia-cuda-runtime")
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
         parts=(
             ("cuda", cuda_identity),
             ("cxx", cxx_version),
-            ("torch", _digest(_requirements(stack.name, compile_time=True))),
+            ("torch", _digest([line for line in _packages(stack) if line.startswith(_COMPILE_TIME)])),
             ("python", headers),
         ),
     )
@@ -157,12 +161,15 @@ def errors(stack: Stack, platform: Platform, python: str) -> list[HearthError]:
 
 def lacking(toolchain: Toolchain, source: Pinned) -> list[str]:
     """Return what a build lacks on this machine: what to install first, and what the build itself downloads."""
-    local = Platform.local()
-    extras = [(toolchain.stack.name, toolchain.platform, toolchain.python)]
-    extras += [(each, local, "3.11") for each in (f"nvcc-{toolchain.stack.name}", "cuobjdump")]
+    stack, local = toolchain.stack, Platform.local()
     lacks = [f"{error.what} ({error.hint or error.cause})" for error in toolchain.missing]
     with suppress(HearthError):  # without uv, which is then in `missing`
-        absent = [each[0] for each in extras if not lockfile.place(*each).is_dir()]
+        places = {
+            stack.name: lockfile.place(stack.name, toolchain.platform, toolchain.python, _packages(stack)),
+            f"the compiler of {stack.name}": lockfile.place(stack.name, local, "3.11", _compiler_packages(stack)),
+            "cuobjdump": lockfile.place("cuobjdump", local, "3.11"),
+        }
+        absent = [name for name, place in places.items() if not place.is_dir()]
         lacks += [f"{each} is not installed (the build downloads it)" for each in absent]
     if sources.cached(source) is None:
         pinned = "the build downloads it" if source.tree else "recipe.toml has no `tree` for it"
@@ -223,9 +230,9 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
 @cache
 def _cuda(stack: Stack) -> tuple[str, str]:
     """Return the CUDA compiler's home (empty unless it is the system's) and its identity."""
-    locked = _digest(_requirements(f"nvcc-{stack.name}"))
+    locked = _digest(_compiler_packages(stack))
     if stack.compiler == "locked":
-        return "", f"nvcc-{stack.name} {locked}"
+        return "", f"nvcc of {stack.name} {locked}"
     tried: list[str] = []
     homes = [os.environ.get("CUDA_HOME", ""), f"/usr/local/cuda-{stack.cuda}", "/usr/lib/nvidia-cuda-toolkit"]
     for home in [Path(each) for each in homes if each]:
@@ -240,12 +247,13 @@ def _cuda(stack: Stack) -> tuple[str, str]:
             return str(home), f"nvcc {_digest(hashes)}, headers {locked}"
         release = next((line for line in text.splitlines() if "release" in line), "no version")
         tried.append(f"{home}: {release.strip()}")
+    others = [each.name for each in stacks().values() if each.compiler == "locked"]
     raise ToolError(
         "cuda-missing",
         f"stack {stack.name} needs the CUDA {stack.cuda} compiler, which is not installed",
         cause="; ".join(tried),
         hint=f"install CUDA {stack.cuda} (Debian 13: apt-get install nvidia-cuda-toolkit, from non-free) "
-        f"and set CUDA_HOME, or build for another stack: --stack cu130",
+        f"and set CUDA_HOME, or build for another stack: --stack {' or '.join(others)}",
     )
 
 
@@ -329,10 +337,14 @@ def _ask_python(program: str, version: str) -> list[str] | None:
     return answer if len(answer) == 3 and not other and answer[1].startswith(f"{version}.") else None
 
 
-def _requirements(extra: str, *, compile_time: bool = False) -> list[str]:
-    """The locked requirements of an extra; `compile_time` keeps only the packages that affect a kernel."""
-    lines = lockfile.requirements(extra)
-    return [line for line in lines if not compile_time or line.startswith(_COMPILE_TIME)]
+def _packages(stack: Stack) -> list[str]:
+    """The locked requirements of a stack, without its compiler."""
+    return [line for line in lockfile.requirements(stack.name) if not line.startswith(_PROGRAMS)]
+
+
+def _compiler_packages(stack: Stack) -> list[str]:
+    """The locked requirements of a stack's compiler, or of the headers for the system's."""
+    return [line for line in lockfile.requirements(stack.name) if line.startswith(_COMPILER)]
 
 
 def _digest(value: object) -> str:
@@ -342,8 +354,8 @@ def _digest(value: object) -> str:
 def assemble(toolchain: Toolchain) -> None:
     """Install missing parts of the toolchain into the cache, and create the symlinks that compile commands use."""
     stack, platform = toolchain.stack, toolchain.platform
-    site = install(stack.name, platform, toolchain.python)
-    cuda = _system_cuda(toolchain) if toolchain.cuda_home else _locked_cuda(stack)
+    site = install_stack(stack, platform, toolchain.python)
+    cuda = _system_cuda(toolchain) if toolchain.cuda_home else next(install_compiler(stack).glob("nvidia/cu*"))
     view = toolchain.view
     _link(view / "nvcc", cuda)
     # Any Python version's install works here: torch's headers and CUDA's files are the same for all.
@@ -379,12 +391,17 @@ def compat(cxx: str, place: Path) -> None:
 
 def cuobjdump() -> Path:
     """Return the locked cuobjdump; install it if the cache lacks it."""
-    return install("cuobjdump", Platform.local(), "3.11") / "nvidia/cu13/bin/cuobjdump"
+    return next(lockfile.install("cuobjdump", Platform.local(), "3.11").glob("nvidia/*/bin/cuobjdump"))
 
 
-def install(extra: str, platform: Platform, python: str) -> Path:
-    """Install a locked extra for a platform and Python into its own cache folder, and repair its links."""
-    return lockfile.install(extra, platform, python, finish=_repair)
+def install_stack(stack: Stack, platform: Platform, python: str) -> Path:
+    """Install a stack without its compiler for a platform and Python into its own cache folder."""
+    return lockfile.install(stack.name, platform, python, pinned=_packages(stack), finish=_repair)
+
+
+def install_compiler(stack: Stack) -> Path:
+    """Install a stack's compiler, or the headers for the system's, into its own cache folder. Any Python will do."""
+    return lockfile.install(stack.name, Platform.local(), "3.11", pinned=_compiler_packages(stack), finish=_repair)
 
 
 def _repair(site: Path) -> None:
@@ -392,11 +409,6 @@ def _repair(site: Path) -> None:
     for runtime in site.glob("nvidia/*/lib/libcudart.so.*"):
         _link(runtime.with_name("libcudart.so"), Path(runtime.name))
         _link(runtime.parent.with_name("lib64"), Path("lib"))
-
-
-def _locked_cuda(stack: Stack) -> Path:
-    home = install(f"nvcc-{stack.name}", Platform.local(), "3.11")
-    return next(home.glob("nvidia/cu*"))
 
 
 def _system_cuda(toolchain: Toolchain) -> Path:
@@ -408,7 +420,7 @@ def _system_cuda(toolchain: Toolchain) -> Path:
     place = workspace.current().cache / "installed" / f"system-nvcc-{_digest(dict(toolchain.parts)['cuda'])[:12]}"
     if place.is_dir():
         return place
-    headers = install(f"nvcc-{toolchain.stack.name}", Platform.local(), "3.11")
+    headers = install_compiler(toolchain.stack)
     with files.atomic_dir(place) as part:
         (part / "bin").mkdir()
         (part / "nvvm/bin").mkdir(parents=True)

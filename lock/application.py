@@ -23,14 +23,14 @@ class Application(source.Pinned, frozen=True, forbid_unknown_fields=True, kw_onl
 
     `extra` are packages in addition to its requirements; `manager` is the package that `--enable-manager` needs.
     `writable` are its files and folders (ending in `/`) that nodes write; they live in the data. `size` and `files`
-    are the measured size of an installed release, in bytes and inodes, by stack.
+    are the measured size of an installed release beside its stack, in bytes and inodes.
     """
 
     extra: tuple[str, ...]
     manager: str = ""
     writable: tuple[str, ...] = ()
-    size: dict[str, int]
-    files: dict[str, int]
+    size: int
+    files: int
 
 
 def folder() -> Path:

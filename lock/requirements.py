@@ -141,6 +141,7 @@ def combinations() -> list[tuple[Stack, Platform, str]]:
     return [
         (stack, Platform.parse(platform), python)
         for stack in stacks().values()
+        if not stack.builds_only
         for platform in stack.platforms
         for python in stack.pythons
     ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from core import console
 from core.errors import UsageError, suggest
-from core.stack import stacks
+from core.stack import find_stack, stacks
 from deploy import profile as loaded
 from lock import application
 
@@ -64,7 +64,7 @@ def one(name: str) -> Explained:
 
 
 def _profile(name: str, profile: Profile) -> Explained:
-    stack = stacks()[profile.stack]
+    stack = find_stack(profile.stack)
     about = {
         "stack": f"{stack.name}: torch {stack.torch}, CUDA {stack.cuda}, driver {stack.driver} or newer",
         "Python": ", ".join(profile.pythons),
@@ -127,13 +127,17 @@ def rows(found: Explained, *, explain: bool) -> Iterator[str]:
         return
     versions = ", ".join(f"{each.name} (torch {each.torch})" for each in stacks().values())
     yield from (f"  with ComfyUI {application.version()} and {versions}:", "")
-    cells = [(each.name, each.value, _for(each), ", ".join(each.stacks) or "none") for each in found.lines]
+    cells = [(each.name, each.value, _for(each), _stacks(each)) for each in found.lines]
     heading, *lines = console.table(("", "value", "for", "active with"), cells)
     yield f"  {heading}"
     for each, text in zip(found.lines, lines, strict=True):
         yield f"  {text}"
         if explain:
             yield from textwrap.wrap(each.why, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _stacks(line: Line) -> str:
+    return "all" if line.stacks == tuple(stacks()) else ", ".join(line.stacks) or "none"
 
 
 def _for(line: Line) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NAME = "this machine"
 ELSEWHERE = "use inv build-kernels --host NAME"
 BUILD_BYTES = 15_000_000_000
-"""Measured cache size of a stack, its compiler and a build: 10 GB for cu130, and the objects."""
+"""Measured cache size of the default stack, its compiler and a build: 10 GB, and the objects."""
 
 PROGRAMS = {
     "git": {"linux": "apt-get install git", "darwin": "xcode-select --install"},

@@ -20,7 +20,7 @@ from lock import application, requirements
 
 APP = msgspec.convert(
     {"name": "comfyui", "version": "1.2.3", "source": [{"folder": "src"}], "tree": "t" * 64, "folder": "/nowhere",
-     "extra": [], "size": {"cu124": 10**9, "cu130": 10**9}, "files": {"cu124": 1000, "cu130": 1000}},
+     "extra": [], "size": 10**9, "files": 1000},
     application.Application,
 )  # fmt: skip
 FLAGS = application.flags(
@@ -59,7 +59,7 @@ def wheel(kernel: str, **values: Any) -> Manifest:
     proof = Proof("passed", "")
     found = Manifest(
         file=f"{kernel}.whl", sha256="a" * 64, size=1, key="b" * 64, identifier=kernel, kernel=kernel,
-        version="1+cu130.torch2.11.0.sm121a", arch="12.1", stack="cu130", torch="2.11.0", python="3.12",
+        version="1+cu130.torch2.14.1.sm121a", arch="12.1", stack="cu130", torch="2.14.1", python="3.12",
         platform="linux_aarch64", profile="", glibc="2.17", glibcxx="3.4", cxxabi="1.3", modules=(), imported=proof,
         smoke=proof, inputs={},
     )  # fmt: skip

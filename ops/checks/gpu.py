@@ -75,7 +75,7 @@ CHECKS = (
         name="driver",
         question="Does the driver find the GPU, and is it new enough for the stack's CUDA version?",
         detected_by="NVML, and the driver version compared with the minimum in config/stacks.toml",
-        fix='install or update the driver; for an old driver, stack = "cu124" in the host\'s override',
+        fix="install or update the driver; for an old driver, set an older stack in the host's override",
         find=_driver,
     ),
     Check(

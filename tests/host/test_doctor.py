@@ -147,10 +147,10 @@ def test_the_logs_of_several_hosts_are_followed_at_once(steady: Fleet) -> None:
 
 def test_damage_and_wrong_torch_are_reported(steady: Fleet) -> None:
     place = f"{PREFIX}/current/env/lib/python3.11/site-packages"
-    steady.machine.run(f"mv {place}/torch-2.11.0.dist-info {place}/torch-2.9.1.dist-info")
+    steady.machine.run(f"mv {place}/torch-2.14.1.dist-info {place}/torch-2.9.1.dist-info")
     found = findings(steady, code=2)
-    steady.machine.run(f"mv {place}/torch-2.9.1.dist-info {place}/torch-2.11.0.dist-info")
-    assert only(found, "packages") == ("torch is 2.9.1, the release requires 2.11.0", "inv deploy --host spark")
+    steady.machine.run(f"mv {place}/torch-2.9.1.dist-info {place}/torch-2.14.1.dist-info")
+    assert only(found, "packages") == ("torch is 2.9.1, the release requires 2.14.1", "inv deploy --host spark")
     assert any("was changed after it was made" in what for what, _ in found["drift"])
     # The first step: a machine that has its environment from the shared layer has no uv yet.
     assert any(what.startswith(("a deploy would make env-", "a deploy would send uv")) for what, _ in found["drift"])
@@ -331,7 +331,7 @@ def test_a_gpu_that_is_missing_and_kernels_for_another(steady: Fleet) -> None:
     found = findings(steady, code=2)
     steady.machine.run("systemctl start comfyui")
     assert steady.answers()
-    said = ("torch cannot use CUDA: torch 2.11.0+cu130 finds no device", "inv gpu-access --host spark")
+    said = ("torch cannot use CUDA: torch 2.14.1+cu130 finds no device", "inv gpu-access --host spark")
     assert only(found, "cuda") == said
     steady.configure('override.kernels = ["sageattention"]\noverride.arch = "8.9"\n')
     what, remedy = only(findings(steady, code=2), "kernels")

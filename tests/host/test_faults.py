@@ -364,7 +364,7 @@ def test_a_full_disk(deployed: Fleet, lacking: str, said: str) -> None:
     try:
         refused = deployed.deploy()
         app = deployed.comfyui(lacking, {})
-        recipe = (app / "app.toml").read_text().replace("6_200_000_000", "-9_000_000_000").replace("66_000", "-10_000")
+        recipe = (app / "app.toml").read_text().replace("1_700_000_000", "-9_000_000_000").replace("45_000", "-31_000")
         (app / "app.toml").write_text(recipe)
         full = deployed.deploy(HEARTH_APP=str(app))
     finally:

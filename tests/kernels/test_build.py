@@ -28,8 +28,8 @@ pytestmark = [pytest.mark.toolchain, pytest.mark.needs("g++", "aarch64-linux-gnu
 
 BUILD = ("build-kernels", "--kernel", "tiny", "--python", "3.11")
 WHEELS = {
-    "8.9": "cu130/sm_89/tiny-0.1+cu130.torch2.11.0.sm89.plain-cp311-cp311-manylinux_2_24_x86_64.whl",
-    "12.1": "cu130/sm_121/tiny-0.1+cu130.torch2.11.0.sm121a.plain-cp311-cp311-manylinux_2_24_aarch64.whl",
+    "8.9": "cu130/sm_89/tiny-0.1+cu130.torch2.14.1.sm89.plain-cp311-cp311-manylinux_2_24_x86_64.whl",
+    "12.1": "cu130/sm_121/tiny-0.1+cu130.torch2.14.1.sm121a.plain-cp311-cp311-manylinux_2_24_aarch64.whl",
 }
 
 
@@ -75,17 +75,17 @@ def test_wheel_contains_the_requested_sass_and_imports(built: Hearth, arch: str,
     assert isinstance(imported, dict)
     assert imported["result"] == "passed"
     assert how in imported["detail"]
-    assert "2.11.0+cu130" in imported["detail"]
+    assert "2.14.1+cu130" in imported["detail"]
     assert found["sha256"] == files.sha256(built.wheelhouse / WHEELS[arch])
 
 
 def test_wheel_format_is_valid(built: Hearth, tmp_path: Path) -> None:
     path = built.wheelhouse / WHEELS["12.1"]
     name, version, _, tags = parse_wheel_filename(path.name)
-    assert (name, str(version)) == ("tiny", "0.1+cu130.torch2.11.0.sm121a.plain")
+    assert (name, str(version)) == ("tiny", "0.1+cu130.torch2.14.1.sm121a.plain")
     assert {str(tag) for tag in tags} == {"cp311-cp311-manylinux_2_24_aarch64"}
     with zipfile.ZipFile(path) as archive:
-        info = "tiny-0.1+cu130.torch2.11.0.sm121a.plain.dist-info"
+        info = "tiny-0.1+cu130.torch2.14.1.sm121a.plain.dist-info"
         metadata = Metadata.from_email(archive.read(f"{info}/METADATA"))
         record = dict(line.split(",", 1) for line in archive.read(f"{info}/RECORD").decode().splitlines())
         assert sorted(record) == sorted(archive.namelist())
@@ -94,7 +94,7 @@ def test_wheel_format_is_valid(built: Hearth, tmp_path: Path) -> None:
             content = archive.read(member)
             digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
             assert stated == f"sha256={digest},{len(content)}", member
-    assert [str(each) for each in metadata.requires_dist or []] == ["torch==2.11.0"]
+    assert [str(each) for each in metadata.requires_dist or []] == ["torch==2.14.1"]
     pip = ("uv", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"))
     words = [*pip, "--no-index", "--find-links", str(built.wheelhouse / "cu130/sm_89"), "tiny"]
     subprocess.run(words, check=True, cwd=tmp_path)
@@ -234,7 +234,7 @@ def test_ptx_is_kept_when_asked_for(built: Hearth) -> None:
     done = built.inv(*BUILD, "--arch", "8.9+PTX", "--json")
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)
-    assert found["file"] == "tiny-0.1+cu130.torch2.11.0.sm89.ptx.plain-cp311-cp311-manylinux_2_24_x86_64.whl"
+    assert found["file"] == "tiny-0.1+cu130.torch2.14.1.sm89.ptx.plain-cp311-cp311-manylinux_2_24_x86_64.whl"
     assert [(module["sass"], module["ptx"]) for module in found["modules"]] == [(["sm_89"], ["sm_89"])] * 2
 
 
@@ -279,7 +279,7 @@ def test_a_newer_build_replaces_a_wheel(built: Hearth) -> None:
         (printed,) = re.findall(r"^ +(uv pip install .+)", done.stderr, re.MULTILINE)
         site = built.place / "site"
         subprocess.run([*shlex.split(printed), "--quiet", "--target", str(site)], check=True, cwd=built.place)
-        assert [path.name for path in site.glob("*.dist-info")] == ["tiny-0.2+cu130.torch2.11.0.sm89.plain.dist-info"]
+        assert [path.name for path in site.glob("*.dist-info")] == ["tiny-0.2+cu130.torch2.14.1.sm89.plain.dist-info"]
         assert built.inv("wheels", "--prune", "--yes").returncode == 0
         new = Path(WHEELS["8.9"].replace("0.1", "0.2", 1))
         assert set(built.wheels()) == before - {built.wheelhouse / WHEELS["8.9"]} | {built.wheelhouse / new}

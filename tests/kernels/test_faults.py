@@ -274,4 +274,4 @@ def test_new_recipe_needs_only_a_folder(hearth: Hearth) -> None:
     assert {"recipe.toml", "src/double.cu", "src/double.cpp"} <= set(blocks)
     done = hearth.inv("build-kernels", "--kernel", "doubler", "--python", "3.11", "--arch", "8.9")
     assert done.returncode == 0, done.stderr
-    assert "doubler-1.0+cu130.torch2.11.0.sm89" in done.stdout
+    assert "doubler-1.0+cu130.torch2.14.1.sm89" in done.stdout

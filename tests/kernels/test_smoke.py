@@ -35,8 +35,8 @@ def path(attention, **more):
 
 @functools.cache
 def interpreter() -> tuple[str, dict[str, str]]:
-    chain = toolchain.describe(find_stack("cu130"), Platform.local(), "3.11")
-    site = toolchain.install(chain.stack.name, chain.platform, chain.python)
+    chain = toolchain.describe(find_stack(), Platform.local(), "3.11")
+    site = toolchain.install_stack(chain.stack, chain.platform, chain.python)
     env = {"PYTHONPATH": f"{site}:{files.CHECKOUT}", "PYTHONDONTWRITEBYTECODE": "1"}
     return chain.interpreter, {**tools.build_environment(), **env}
 

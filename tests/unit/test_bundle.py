@@ -39,8 +39,8 @@ name = "comfyui"
 version = "1.2.3"
 tree = ""
 extra = []
-size = { cu130 = 1, cu124 = 1 }
-files = { cu130 = 1, cu124 = 1 }
+size = 1
+files = 1
 [[source]]
 folder = "src"
 """
@@ -127,6 +127,15 @@ def test_a_bundle_for_another_platform_is_refused(made: tuple[Path, Opened], mon
 def test_a_bundle_needs_a_list_for_its_platform_and_python(tmp_path: Path) -> None:
     with raises("refused", match=r"no list of packages for linux_riscv64, Python 3\.11"):
         deploy.make_bundle("local", tmp_path / "x.tar", "linux_riscv64", "3.11", ask_sudo=False)
+
+
+def test_a_bundle_for_a_stack_that_comfyui_cannot_run_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hosts.toml").write_text('[hosts.far]\naddress = "far"\nprofile = "cpu"\noverride.stack = "cu132"\n')
+    monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
+    with raises("refused", match="only for builds"):
+        deploy.make_bundle("far", tmp_path / "x.tar", "linux_x86_64", "3.11", ask_sudo=False)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -22,16 +28,59 @@ PYPROJECT = tomllib.loads((files.CHECKOUT / "pyproject.toml").read_text())
 
 def test_every_arch_has_defaults_that_exist() -> None:
     for name, info in known_archs().items():
-        stack = find_stack(info.stack)
+        stack = find_stack()
         assert name in stack.archs
         assert info.python in stack.pythons
         assert Platform.parse(info.platform).value in stack.platforms
 
 
-def test_stacks_name_the_torch_that_pyproject_pins() -> None:
+def test_stacks_agree_with_their_extras() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
+    assert PYPROJECT["tool"]["uv"]["conflicts"] == [[{"extra": name} for name in stacks()]]
     for name, stack in stacks().items():
-        assert f"torch=={stack.torch}" in [each.partition(";")[0] for each in extras[name]]
+        pinned = dict(each.partition(";")[0].split("==") for each in extras[name])
+        assert stack.builds_only or pinned.keys() >= {"torch", "torchvision", "torchaudio"}
+        assert pinned["torch"] == stack.torch
+        compilers = {package: version for package, version in pinned.items() if package.startswith("nvidia-")}
+        assert {".".join(version.split(".")[:2]) for version in compilers.values()} == {stack.cuda}
+        assert ("nvidia-nvvm" in compilers) == (stack.compiler == "locked")
+
+
+def test_no_other_file_names_a_stack() -> None:
+    words = ["git", "ls-files", "*.py", "*.toml", "*.sh", ".ci/*", "ARCHITECTURE.md"]
+    listed = subprocess.run(words, cwd=files.CHECKOUT, capture_output=True, text=True, check=True).stdout.splitlines()
+    own = ("config/stacks.toml", "pyproject.toml", "tests/", "recipes/")  # recipes list those they support
+    named = re.compile(rf"\b({'|'.join(stacks())})")
+    found = [path for path in listed if not path.startswith(own) and named.search((files.CHECKOUT / path).read_text())]
+    assert found == []
+
+
+def test_a_table_and_an_extra_make_a_stack(tmp_path: Path) -> None:
+    """In a copy of the checkout: uv locks the extra, and a build for the stack is planned."""
+    copied = ["agent", "config", "core", "deploy", "kernels", "lock", "ops", "recipes", "tasks.py", "uv.lock"]
+    for name in copied:
+        whole = files.CHECKOUT / name
+        (shutil.copytree if whole.is_dir() else shutil.copy)(whole, tmp_path / name)
+    default = find_stack()
+    text = (files.CHECKOUT / "pyproject.toml").read_text()
+    extra = text[text.index(f"\n{default.name} = [") :].partition("\n]\n")[0] + "\n]\n"
+    text = text.replace(extra, extra + extra.replace(default.name, "fresh"), 1)
+    text = text.replace(f'{{ extra = "{default.name}" }}', f'{{ extra = "{default.name}" }}, {{ extra = "fresh" }}')
+    (tmp_path / "pyproject.toml").write_text(text)
+    table = (tmp_path / "config/stacks.toml").read_text().partition(f"[{default.name}]\n")[2].partition("\n[")[0]
+    with (tmp_path / "config/stacks.toml").open("a") as file:
+        file.write(f"\n[fresh]\n{table.replace('default = true', '')}")
+    for recipe in (tmp_path / "recipes").glob("*/recipe.toml"):
+        recipe.write_text(recipe.read_text().replace(f'"{default.name}"', f'"{default.name}", "fresh"'))
+    subprocess.run(["uv", "lock", "--quiet"], cwd=tmp_path, check=True)
+    words = ("build-kernels", "--arch", "8.9", "--stack", "fresh", "--python", "3.11", "--dry-run", "--json")
+    env = {**os.environ, "HEARTH_RECIPES": "", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "invoke", *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {each["state"] for each in json.loads(done.stdout)} == {"to build"}
+    assert all("-fresh-" in each["identifier"] for each in json.loads(done.stdout))
 
 
 def test_every_recipe_supports_only_what_exists(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,10 @@ from tests.plans import inputs, made, settled, spark
 from tests.unit.test_gpu import PROCESS, sample
 
 NOW = 1_000_000.0
-SERVES = ComfyUI("answers", version="1.2.3", torch="2.11.0")
+SERVES = ComfyUI("answers", version="1.2.3", torch="2.14.1")
 WELL = Live(NOW, 3600, SERVES, {"MemTotal": 10**11, "MemAvailable": 10**11}, {"/opt/comfyui": Disk(10**11, 10**12)})
 PROBE = Probe(synchronized=True, compiler="/usr/bin/cc", headers="/usr/include/Python.h",
-              installed={"torch": "2.11.0"})  # fmt: skip
+              installed={"torch": "2.14.1"})  # fmt: skip
 
 
 def seen(facts: Facts | None = None, live: Live = WELL, probe: Probe = PROBE) -> Case:

@@ -26,8 +26,9 @@ def test_the_example_loads_and_is_merged(written: Path) -> None:
     written.write_text((files.CHECKOUT / "config/hosts.example.toml").read_text())
     assert host.select("", "home") == ["box", "spark"]
     box = host.target("box")
-    assert box.stack.name == "cu124"
-    assert box.origin["stack"] == "host box"
+    assert box.profile.pythons == ("3.13",)
+    assert box.origin["pythons"] == "host box"
+    assert (box.stack.default, box.origin["stack"]) == (True, "config/stacks.toml")
     assert box.origin["arch"] == "profile rtx-4070"
     assert "--reserve-vram" not in box.flags
     assert "--use-sage-attention" in box.flags

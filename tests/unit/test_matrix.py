@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from core.arch import known_archs
-from kernels import matrix, toolchain
+from core.stack import find_stack
+from kernels import graph, matrix, toolchain
 from kernels.matrix import Request, select
 from tests.conftest import FIXTURES, Hearth
 from tests.errors import kind_of, raises
@@ -85,12 +87,12 @@ def test_several_machines_get_a_part_for_each_recipe_and_arch(monkeypatch: pytes
         ([], "arch", "12.1 (GB10 (DGX Spark))"),
         (["--arch", "12.1", "--stack", "cu124", "--platform", "linux_x86_64"], "stack-arch", "CUDA 12.8"),
         (["--arch", "8.0", "--kernel", "tiny"], "recipe-support", "tiny was never tried on it"),
-        (["--arch", "8.9", "--python", "3.9"], "recipe-support", "3.11, 3.12, 3.13"),
+        (["--arch", "8.9", "--python", "3.9"], "recipe-support", "3.11, 3.12, 3.13, 3.14"),
         (["--arch", "8.9", "--stack", "cu124", "--platform", "linux_aarch64"], "recipe-support", "no CUDA build"),
         (["--arch", "8.9", "--kernel", "flash-attn", "--profile", "ful"], "unknown-name", "'full'"),
         (["--arch", "8.9", "--kernel", "sageattention", "--profile", "full"], "unknown-name", "omit --profile"),
         (["--arch", "8.9", "--kernel", "sageatention"], "unknown-name", "'sageattention'"),
-        (["--arch", "8.9", "--stack", "cu13"], "unknown-name", "'cu130'"),
+        (["--arch", "8.9", "--stack", "cu13"], "unknown-name", "known: cu124, cu130, cu132"),
         (["--arch", "8.9", "--platform", "linux_arm64"], "unknown-name", "linux_aarch64"),
     ],
 )
@@ -205,6 +207,21 @@ def test_missing_cuda_compiler_error_lists_searched_places(hearth: Hearth) -> No
     assert (done.returncode, kind_of(done.stderr)) == (25, "cuda-missing")
     assert "/nowhere: no bin/nvcc" in done.stderr
     assert "nvidia-cuda-toolkit" in done.stderr
+
+
+def test_a_deprecated_stack_is_noted(hearth: Hearth) -> None:
+    words = ("build-kernels", *ONE, "--dry-run")
+    noted = ["is deprecated" in hearth.inv(*words, *more).stderr for more in ((), ("--stack", "cu124"))]
+    assert noted == [False, True]
+
+
+def test_the_stack_chooses_the_standard_of_the_language() -> None:
+    (build,), _ = select(Request(arch="8.9", kernel="sageattention", python="3.11"))
+    older = msgspec.structs.replace(build.toolchain.stack, cxx="c++17")
+    other = replace(build, toolchain=replace(build.toolchain, stack=older))
+    assert other.key != build.key
+    standards = [graph._compile_edge("cxx", each, "a.cpp", "a.o", {}).variables["std"] for each in (build, other)]
+    assert standards == [f"-std={find_stack().cxx}", "-std=c++17"]
 
 
 def test_a_missing_python_is_named(hearth: Hearth) -> None:

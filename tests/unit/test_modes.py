@@ -64,7 +64,7 @@ def test_precedence_is_profile_modes_host(written: Path) -> None:
         "flags.--cache-ram": "host a",
         "restart": "mode production",
         "memory_max": "host a",
-        "stack": "profile rtx-4070",
+        "stack": "config/stacks.toml",
     }
     assert {name: found.origin[name] for name in said} == said
     assert (found.profile.restart, found.profile.memory_max) == ("always", "20G")
@@ -97,16 +97,16 @@ def test_settings_apply_to_version_ranges(written: Path) -> None:
     assert not msgspec.structs.replace(setting, off=True).active("2.11.0", "0.30.0")
 
 
-@pytest.mark.parametrize("stack", ["cu124", "cu130"])
+@pytest.mark.parametrize("stack", list(stacks()))
 @pytest.mark.parametrize("profile", ["cuda", "rtx-4070", "dgx-spark"])
 def test_allocator_variable_matches_torch(written: Path, profile: str, stack: str) -> None:
     chosen = f'override.stack = "{stack}"\n'
     assert target(written, chosen, profile).env == {}
     found = target(written, f'modes = ["native-allocator"]\n{chosen}', profile)
-    name = {"cu124": "PYTORCH_CUDA_ALLOC_CONF", "cu130": "PYTORCH_ALLOC_CONF"}[stack]
+    name = "PYTORCH_CUDA_ALLOC_CONF" if stack == "cu124" else "PYTORCH_ALLOC_CONF"
     assert found.env == {name: "expandable_segments:True"}
     assert "--disable-cuda-malloc" in found.flags
-    assert ("--disable-dynamic-vram" in found.flags) is (stack == "cu130")
+    assert ("--disable-dynamic-vram" in found.flags) is (stack != "cu124")
 
 
 def test_unused_allocator_variable_is_noted(written: Path) -> None:
@@ -420,8 +420,8 @@ def test_every_profile_and_mode_is_explained(name: str) -> None:
 def test_an_explanation_says_with_which_stacks_a_setting_has_effect() -> None:
     shown = {(each.name, each.machines): each for each in profiles.one("low-memory").lines}
     assert shown["--lowvram", profiles.SEPARATE].stacks == ("cu124",)
-    assert shown["--vram-headroom", profiles.SEPARATE].stacks == ("cu130",)
-    assert shown["--cache-ram", profiles.SEPARATE].stacks == ("cu124", "cu130")
+    assert shown["--vram-headroom", profiles.SEPARATE].stacks == ("cu130", "cu132")
+    assert shown["--cache-ram", profiles.SEPARATE].stacks == ("cu124", "cu130", "cu132")
     assert shown["--reserve-vram", profiles.UNIFIED].value == "16"
     assert [(each.name, each.value) for each in profiles.one("production").lines] == [("restart", "always")]
     with raises("unknown-name", match="perhaps you meant 'low-memory'"):

@@ -46,7 +46,7 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upstream:
     (app / "src").mkdir(parents=True)
     (app / "src/nodes.py").write_text('NODE_CLASS_MAPPINGS = {"KSampler": 1}\n')
     (app / "app.toml").write_text(
-        'name = "comfyui"\nversion = "1"\ntree = ""\nextra = []\n[size]\n[files]\n[[source]]\nfolder = "src"\n'
+        'name = "comfyui"\nversion = "1"\ntree = ""\nextra = []\nsize = 1\nfiles = 1\n[[source]]\nfolder = "src"\n'
     )
     (app / "nodes.toml").write_text('# mine\n[sets]\nbest = [] # to be filled\n\n[override]\ncmake = { why = "no" }\n')
     monkeypatch.setenv("HEARTH_APP", str(app))

@@ -236,7 +236,7 @@ def test_unchanged_requirements_need_no_resolution(tmp_path: Path, monkeypatch: 
     (tmp_path / "locks").mkdir()
     (tmp_path / "src/requirements.txt").write_text("six\n")
     (tmp_path / "app.toml").write_text(
-        'name = "comfyui"\nversion = "1"\ntree = ""\nextra = []\nsize = {}\nfiles = {}\n[[source]]\nfolder = "src"\n'
+        'name = "comfyui"\nversion = "1"\ntree = ""\nextra = []\nsize = 1\nfiles = 1\n[[source]]\nfolder = "src"\n'
     )
     monkeypatch.setenv("HEARTH_APP", str(tmp_path))
     known = nodes.catalogue()

@@ -91,7 +91,7 @@ def test_flags_are_a_new_release_of_the_same_parts() -> None:
         ({"gpus": (Gpu("RTX 4070", "8.9", 12, False),)}, "other-gpu", "8.9"),
         ({"machine": "riscv64"}, "other-machine", "riscv64"),
         ({"pythons": {}}, "no-python", "3.12 or 3.11"),
-        ({"disk_free": 10**9}, "no-room", "1.0 GB free at /opt/comfyui, 3.2 GB needed"),
+        ({"disk_free": 10**9}, "no-room", "1.0 GB free at /opt/comfyui, 10.0 GB needed"),
         ({"inodes_free": 10}, "no-inodes", "10 inodes free"),
         ({"port_holder": {"pid": 9, "command": "nginx"}}, "port-taken", "nginx (pid 9)"),
         ({"data_free": {"/mnt/out": 10**7}}, "data-full", "10.0 MB free for /mnt/out, 200.0 MB needed"),
@@ -274,6 +274,33 @@ def test_metrics_port_without_systemd_is_refused() -> None:
     assert not made(supervised, spark(scope="user")).refusals
 
 
+@pytest.mark.parametrize(
+    ("machine", "driver", "older"),
+    [
+        ("x86_64", "570.10", 'set stack = "cu124"'),
+        ("aarch64", "570.10", ""),
+        ("x86_64", "1.0", ""),
+    ],
+)
+def test_an_old_driver_gets_the_newest_stack_that_it_runs(machine: str, driver: str, older: str) -> None:
+    found = made(replace(FRESH, machine=machine, driver=driver))
+    (remedy,) = [each.remedy for each in found.refusals if each.kind == "old-driver"]
+    assert remedy == "update the driver" + (f", or {older} in the host's override" if older else "")
+
+
+def test_a_stack_that_comfyui_cannot_run_on_is_refused() -> None:
+    target = replace(spark(), profile=msgspec.structs.replace(spark().profile, stack="cu132"))
+    (refusal,) = made(FRESH, target).refusals
+    assert (refusal.kind, "torchaudio" in refusal.what) == ("builds-only", True)
+
+
+def test_a_plan_notes_a_deprecated_stack() -> None:
+    old = replace(spark(), profile=msgspec.structs.replace(spark().profile, stack="cu124", kernels=()))
+    facts = replace(FRESH, machine="x86_64")
+    assert [each for each in made(facts, old).notes if "deprecated" in each] == [old.stack.notice]
+    assert not any("deprecated" in each for each in made(FRESH, spark()).notes)
+
+
 def test_all_refusals_at_once() -> None:
     holder = Holder(pid=9, command="nginx")
     bad = replace(FRESH, driver="1.0", disk_free=1, data_free={"/a": 1, "/b": 1})
@@ -291,7 +318,7 @@ def test_a_missing_wheel_says_how_to_build_it() -> None:
 
 def test_the_wheels_hash_reaches_the_list_and_the_environment() -> None:
     (env,) = (step for step in made().steps if step.kind == "env")
-    assert "sageattention==1+cu130.torch2.11.0.sm121a --hash=sha256:" + "a" * 64 in values(env)["requirements"]
+    assert "sageattention==1+cu130.torch2.14.1.sm121a --hash=sha256:" + "a" * 64 in values(env)["requirements"]
     changed = made(stock=inputs(wheel("sageattention", sha256="c" * 64), wheel("flash-attn")))
     assert values(env)["part"] not in [values(step).get("part") for step in changed.steps]
 

@@ -39,7 +39,7 @@ def edited(place: Path, old: str, new: str) -> Path:
         ("[profiles.small]", "[profiles.01]"),
         ("default = true", "default = false"),
         ("[profiles.small]", "[profiles.small]\ndefault = true"),
-        ('"cu130"]', '"cu13"]'),
+        ('"cu132"]', '"cu13"]'),
         ('"12.1" = "121a"', '"12.1" = "120a"'),
         ('"12.1" = "121a"', '"12.1" = "122"'),
         ('"12.1" = "121a"', '"12.1" = "90"'),
@@ -68,11 +68,23 @@ def test_the_wheels_of_a_valid_recipe_have_names_that_installers_read(
     assert str(parse_wheel_filename(build.wheel_name("manylinux_2_28_x86_64"))[1]) == build.version
 
 
-@pytest.mark.parametrize("name", ["cu130-torch212", "Cu130", "cu130.1"])
-def test_a_stack_whose_name_is_no_label_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[cu130]", '["cu130-torch212"]'),
+        ("[cu130]", "[Cu130]"),
+        ("[cu130]", '["cu130.1"]'),
+        ('cxx = "c++20"', 'cxx = "20"'),
+        ('cxx = "c++20"', 'cxx = "c++20 -DX"'),
+        ("default = true", ""),
+        ("[cu132]", "[cu132]\ndefault = true"),
+    ],
+)
+def test_invalid_stacks_are_refused(tmp_path: Path, old: str, new: str) -> None:
     text = (workspace.current().checkout / "config/stacks.toml").read_text()
+    assert old in text
     (tmp_path / "checkout/config").mkdir(parents=True)
-    (tmp_path / "checkout/config/stacks.toml").write_text(text.replace("[cu130]", f'["{name}"]'))
+    (tmp_path / "checkout/config/stacks.toml").write_text(text.replace(old, new))
     with workspace.using(workspace.Workspace.of_bundle(tmp_path)), raises("config"):
         stack.stacks()
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ASKED = {"kernel": "flash-attn", "arch": "12.1", "stack": "", "python": "", "platform": "", "profile": "inference"}
-VERSION = "2.8.3.post2+cu130.torch2.11.0.sm121.inference"
+VERSION = "2.8.3.post2+cu130.torch2.14.1.sm121.inference"
 
 PLATFORMS = ("manylinux_2_24_x86_64", "musllinux_1_2_aarch64", "manylinux_2_24_aarch64.linux_aarch64", "any")
 """Platform tags that no build for aarch64 has."""
@@ -77,7 +77,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     [
         ([built()], {}),
         ([built()], {"kernel": "", "arch": "", "profile": ""}),
-        ([built(), built(kernel="sageattention", profile="", version="1+cu130.torch2.11.0.sm121a")],
+        ([built(), built(kernel="sageattention", profile="", version="1+cu130.torch2.14.1.sm121a")],
          {"kernel": "flash-attn, sageattention"}),
         ([built(arch="12.1+PTX", version=VERSION.replace(".inf", ".ptx.inf"))], {"arch": "9.0;12.1+PTX"}),
         ([built(python="3.11"), built(python="3.12")], {"python": "3.12,3.11"}),
@@ -101,15 +101,15 @@ def test_requested_wheels_are_admitted(build: Any, wheels: list[manifest.Manifes
         ([built(arch="sm_121a")], {}),
         ([built(arch="12.1a")], {}),
         ([built(arch="12.1", version=VERSION.replace("121", "90"))], {}),
-        ([built(stack="cu124", torch="2.6.0", version=VERSION.replace("130.torch2.11", "124.torch2.6"))], {}),
+        ([built(stack="cu124", torch="2.6.0", version=VERSION.replace("130.torch2.14.1", "124.torch2.6.0"))], {}),
         ([built(stack="x")], {}),
-        ([built(torch="9", version=VERSION.replace("2.11.0", "9"))], {}),
+        ([built(torch="9", version=VERSION.replace("2.14.1", "9"))], {}),
         ([built(python="3.11")], {}),
         ([built(python="3.12")], {"python": "3.11"}),
         ([built(platform="linux_x86_64")], {}),
         ([built(profile="full", version=VERSION.replace("inference", "full"))], {}),
         ([built(profile="full")], {"profile": ""}),
-        ([built(file="sageattention-2.2.0+cu130.torch2.11.0.sm90a-cp312-cp312-linux_x86_64.whl")], {}),
+        ([built(file="sageattention-2.2.0+cu130.torch2.14.1.sm90a-cp312-cp312-linux_x86_64.whl")], {}),
         ([built(file="flash_attn.whl")], {}),
         *(([built(file=f"flash_attn-{VERSION}-cp312-cp312-{platform}.whl")], {}) for platform in PLATFORMS),
         ([built(version="1+x")], {}),

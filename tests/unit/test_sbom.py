@@ -27,7 +27,7 @@ TOOLCHAIN = {
     "cxx": "aarch64-linux-gnu-g++ (Debian 12.2.0-14) 12.2.0; GNU ld (GNU Binutils for Debian) 2.40; glibc 2.36",
     "torch": "64cf33f1",
 }
-INPUTS = {"stack": ["cu130", "2.11.0", "13.0", True], "toolchain": TOOLCHAIN}
+INPUTS = {"stack": ["cu130", "2.14.1", "13.0", True], "toolchain": TOOLCHAIN}
 
 
 def manifest(**more: nodes.Node) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def test_the_manifest_has_the_packages_that_the_environment_gets(known: dict[str
 
 
 def test_every_package_is_named_as_the_index_names_it(known: dict[str, Any], parts: dict[str, Any]) -> None:
-    assert parts["pkg:pypi/torch@2.11.0"]["purl"] == "pkg:pypi/torch@2.11.0"
+    assert parts["pkg:pypi/torch@2.14.1"]["purl"] == "pkg:pypi/torch@2.14.1"
     purls = [each["purl"] for each in parts.values() if each.get("purl", "").startswith("pkg:pypi/")]
     assert len(purls) == len(known["packages"]) > 100
 
