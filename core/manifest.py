@@ -107,7 +107,7 @@ def index(stack: str, arch: str) -> str:
 
     All wheels in it run on that GPU: the suffix and `+PTX` of an arch do not count.
     """
-    numbers = (each.replace(".", "") for each in capabilities(arch))
+    numbers = dict.fromkeys(each.replace(".", "") for each in capabilities(arch))
     return f"{stack}/{'.'.join(f'sm_{each}' for each in numbers)}"
 
 

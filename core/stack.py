@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform as machine
 import re
+import sys
 from enum import Enum
 from typing import Literal
 
@@ -76,6 +77,12 @@ class Stack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def notice(self) -> str:
         """What to tell whoever chooses this stack; empty unless it is deprecated."""
         return f"stack {self.name} is deprecated: {self.deprecated}" if self.deprecated else ""
+
+    @property
+    def python(self) -> str:
+        """The Python to build for by default: the one that runs Hearth, or the newest if torch has no build for it."""
+        running = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return running if running in self.pythons else self.pythons[-1]
 
 
 def stacks() -> dict[str, Stack]:

@@ -84,6 +84,7 @@ class Wheelhouse:
         wheel = self.place(manifest)
         if _error(wheel, manifest):
             words = ["--kernel", manifest.kernel, "--arch", manifest.arch, "--stack", manifest.stack]
+            words += ["--fat"] if ";" in manifest.arch else []
             words += ["--python", manifest.python, "--platform", manifest.platform]
             words += ["--profile", manifest.profile] if manifest.profile else []
             raise SourceError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from core import console, workspace
-from core.arch import local_gpu
+from core.arch import local_gpus
 from core.errors import GroupError, HearthError
 from deploy import connection
 from deploy import host as hosts
@@ -35,13 +35,13 @@ def find_target(name: str) -> Target:
 
 
 def _fitting_profile() -> str:
-    gpu = local_gpu()
-    if gpu is None:
+    gpus = {gpu.arch.capability for gpu in local_gpus()}
+    if not gpus:
         return "cpu"
     wheels = workspace.current().wheelhouse.wheels()
     built = {(wheel.kernel, capability) for wheel in wheels for capability in wheel.capabilities}
     for name, profile in profiles().items():
-        if profile.arch == str(gpu) and all((kernel, profile.arch) in built for kernel in profile.kernels):
+        if profile.arch in gpus and all((kernel, profile.arch) in built for kernel in profile.kernels):
             return name
     return "cuda"
 

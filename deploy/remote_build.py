@@ -13,8 +13,9 @@ import tempfile
 import threading
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -61,11 +62,11 @@ CHECKOUT = (
 """The parts of this checkout that `inv build-kernels` needs."""
 
 
-def build(name: str, asked: Mapping[str, str], *, force: bool) -> list[Manifest]:
+def build(name: str, asked: Mapping[str, Any], *, force: bool) -> list[Manifest]:
     """Run `inv build-kernels` on a host and download the wheels into the wheelhouse; returns their manifests.
 
-    `asked` are its flags with their values. Raises connection errors, and HostError, also for a wheel that was not
-    requested.
+    `asked` are its flags with their values; True is a flag without one. Raises connection errors, and HostError, also
+    for a wheel that was not requested.
     """
     if asked.get("arch"):
         parse_list(asked["arch"], known_archs())  # the host would reject a wrong one only minutes later
@@ -79,11 +80,14 @@ def build(name: str, asked: Mapping[str, str], *, force: bool) -> list[Manifest]
         uv = lockfile.install("uv", platform, "3.11") / "bin/uv"
         checkout = _send(agent, uv)
         command = f"cd {checkout} && exec {_environment()} ../uv run --frozen --no-group dev inv build-kernels"
-        words = [word for flag, value in asked.items() if value for word in (f"--{flag}", value)]
+        words = [word for flag, value in asked.items() if value for word in (f"--{flag}", value) if word is not True]
         words += [*(["--force"] if force else []), "--json"]
         said = agent.shell(f"{command} {shlex.join(words)}", console.say)
+        # without --arch, the host builds for its own GPUs
+        where = asked.get("platform") or ("" if asked.get("arch") else platform.value)
         own = version.own()  # the host has a copy of this checkout without git
-        found = [msgspec.structs.replace(each, hearth=own) for each in _answer(name, said, asked)]
+        answer = _answer(name, said, {**asked, "platform": where})
+        found = [msgspec.structs.replace(each, hearth=own) for each in answer]
         for each in found:
             _fetch(agent, each)
     return found
@@ -221,7 +225,7 @@ LARGEST = 4_000_000_000
 """Maximum size of a wheel, in bytes."""
 
 
-def _answer(name: str, said: str, asked: Mapping[str, str]) -> list[Manifest]:
+def _answer(name: str, said: str, asked: Mapping[str, Any]) -> list[Manifest]:
     """The wheels that a host built; raises HostError for one that was not requested: it would replace another one.
 
     A malicious host can thus falsify only the contents of these wheels.
@@ -235,39 +239,48 @@ def _answer(name: str, said: str, asked: Mapping[str, str]) -> list[Manifest]:
     wrong = [f"{each.file}: {why}" for each in found if (why := _unasked(each, asked))]
     if len({each.file for each in found}) < len(found):
         wrong.append("the list has one of them twice")
-    if not asked.get("arch") and len({each.arch for each in found}) > 1:
-        wrong.append("they are for several GPUs; only --arch requests that")
+    if not asked.get("python") and len({each.python for each in found}) > 1:
+        wrong.append("they are for several Python versions; only --python requests that")
     if wrong:
         hint = f"no wheel was fetched; check who else uses this login on {name}"
         raise HostError("remote-command", f"{name} returned wheels that were not requested", cause=wrong[0], hint=hint)
     return found
 
 
-def _unasked(wheel: Manifest, asked: Mapping[str, str]) -> str:
+def _unasked(wheel: Manifest, asked: Mapping[str, Any]) -> str:
     """The properties of a wheel that differ from the request, or from its defaults; empty if none do."""
     known = known_archs()
     try:
-        (arch,) = parse_list(wheel.arch, known)
+        archs = parse_list(wheel.arch, known)
         wanted = parse_list(asked.get("arch") or wheel.arch, known)
-        torch = find_stack(wheel.stack).torch
+        stack = find_stack(wheel.stack)
     except (HearthError, ValueError):
         return f"arch {wheel.arch!r}, stack {wheel.stack!r}"
-    usual = known[arch.capability]
+    usual = known[archs[0].capability]
+    # a recipe may need neither the suffix nor PTX
+    fitting = {
+        str(replace(each, suffix=suffix, ptx=ptx))
+        for each in wanted
+        for suffix in ("", each.suffix)
+        for ptx in (False, each.ptx)
+    }
     kernels = _names(asked.get("kernel"))
-    expected = {
-        "arch": (wheel.arch, [str(each) for each in wanted]),
+    expected: dict[str, tuple[object, Sequence[object]]] = {
+        "arch": (wheel.arch, [";".join(map(str, archs))] if fitting.issuperset(map(str, archs)) else []),
+        "number of archs": (len(archs), [1, len(archs) if asked.get("fat") else 1]),
         "kernel": (wheel.kernel, kernels or [wheel.kernel]),
         "stack": (wheel.stack, [asked.get("stack") or find_stack().name]),
-        "torch": (wheel.torch, [torch]),
-        "python": (wheel.python, _names(asked.get("python")) or [usual.python]),
+        "torch": (wheel.torch, [stack.torch]),
+        "python": (wheel.python, _names(asked.get("python")) or stack.pythons),
         "platform": (wheel.platform, [asked.get("platform") or usual.platform]),
         # kernels without that profile are built with their default
         "profile": (wheel.profile, [(asked.get("profile") if len(kernels) == 1 else "") or wheel.profile]),
     }
     if wrong := [f"{what} {value!r}" for what, (value, right) in expected.items() if value not in right]:
         return ", ".join(wrong)
-    label = f"{wheel.stack}.torch{torch}.sm{arch.major}{arch.minor}"
-    version = rf"[0-9a-z.]+\+{re.escape(label)}{arch.suffix or '[af]?'}{r'[.]ptx' if arch.ptx else ''}"
+    version = rf"[0-9a-z.]+\+{re.escape(stack.label)}"
+    for arch in archs:
+        version += rf"\.sm{arch.major}{arch.minor}{arch.suffix or '[af]?'}{r'[.]ptx' if arch.ptx else ''}"
     version += re.escape(f".{wheel.profile}") if wheel.profile else ""
     tag = f"cp{wheel.python.replace('.', '')}"
     name = f"{re.sub('[-_.]+', '_', wheel.kernel).lower()}-{wheel.version}-{tag}-{tag}"

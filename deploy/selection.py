@@ -124,7 +124,10 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Selection | No
 
 
 def find_wheel(inputs: Inputs, kernel: str, target: Target, platform: str, python: str) -> Manifest | Refusal:
-    """The matching wheel: the recipe's version and default profile; without that, the highest version."""
+    """The matching wheel: the recipe's version and default profile; without that, the highest version.
+
+    Of such, the one for the fewest GPUs.
+    """
     stack, arch = target.stack, target.profile.arch
     fitting = [
         wheel
@@ -137,9 +140,9 @@ def find_wheel(inputs: Inputs, kernel: str, target: Target, platform: str, pytho
     if fitting:
         version, profile = inputs.recipes.get(kernel, ("", ""))
 
-        def rank(wheel: Manifest) -> tuple[bool, Version, bool, bool, str]:
+        def rank(wheel: Manifest) -> tuple[bool, Version, bool, int, str]:
             public = wheel.version.partition("+")[0]  # the local label names arch and profile, and sorts as text
-            return public == version, Version(public), wheel.profile == profile, wheel.arch == arch, wheel.key
+            return public == version, Version(public), wheel.profile == profile, -len(wheel.arch), wheel.key
 
         return max(fitting, key=rank)
     words = ("--kernel", kernel, "--arch", arch, "--stack", stack.name, "--python", python, "--platform", platform)

@@ -92,9 +92,8 @@ def look(python: str, recording: str) -> Bench:
     """
     if recording:
         return read(Path(recording))
-    local = arch.local_gpu()
-    if local is not None:
-        return measure(python, str(local))
+    if gpus := arch.local_gpus():
+        return measure(python, gpus)
     if python:
         raise UsageError("usage", "--python needs an NVIDIA GPU, and this machine has none", hint="omit --python")
     return read(SHIPPED)
@@ -118,8 +117,12 @@ def parse(text: str) -> Bench:
     return Bench(machine=machine, measurements=tuple(msgspec.json.decode(line, type=Measurement) for line in lines[1:]))
 
 
-def measure(python: str, capability: str) -> Bench:
-    """Run kernels/attention.py; if it ends early, the measurements made until then are kept, with a note."""
+def measure(python: str, gpus: Sequence[arch.LocalGpu]) -> Bench:
+    """Run kernels/attention.py on the first of the GPUs, or one like it.
+
+    If it ends early, the measurements made until then are kept, with a note.
+    """
+    capability = gpus[0].arch.capability
     with ExitStack() as stack:
         path = [str(files.CHECKOUT)]
         notes: list[str] = []
@@ -135,6 +138,7 @@ def measure(python: str, capability: str) -> Bench:
             missing = {build.recipe.name for build in builds} - {build.recipe.name for build, _ in built}
             notes += [f"{name} is not in the wheelhouse: inv build-kernels --kernel {name}" for name in sorted(missing)]
         env = {"PYTHONPATH": ":".join(path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
+        env |= arch.device_environment(gpus, capability)
         done = tools.build(python, "-m", "kernels.attention", env=env, check=False, timeout=3600)
     last = done.stderr.strip().rpartition("\n")[2]
     try:

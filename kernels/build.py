@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core import console, files, version, workspace
 from core.errors import BuildError, HearthError, os_error
@@ -23,7 +23,7 @@ def build_asked(asked: Request, *, force: bool = False) -> list[Manifest]:
 
     builds, skipped = select(asked)
     for each in skipped:
-        console.say(f"skipping {each.identifier}: {each.error.what}")
+        console.say(f"skipping {each.identifier}: {each.reason}")
     return build_kernels(builds, jobs=int(asked.jobs) if asked.jobs else None, force=force)
 
 
@@ -32,7 +32,9 @@ def build_missing(asked: Sequence[Sequence[str]]) -> None:
     from kernels.matrix import Request
 
     for words in asked:
-        fields = {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+        fields: dict[str, Any] = {
+            flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)
+        }
         build_asked(Request(**fields))
 
 
@@ -113,16 +115,20 @@ def _make(
     `lock` is the descriptor of the build lock, which the caller holds. `force` deletes existing objects.
     """
     from kernels import graph as graphs
-    from kernels import resources, toolchain, wheel
+    from kernels import resources, source, toolchain, wheel
     from kernels import run as runs
 
-    laid: set[str] = set()  # Pythons and profiles share a folder
+    laid: set[str] = set()  # archs, Pythons and profiles share a folder
     for build in builds:
         with _collected(build, errors):
             wheel.metadata(build)  # otherwise this error would come after the compile
-            if build.folder not in laid:
-                _lay_out(build, force=force)
-                laid.add(build.folder)
+            if force:
+                for each in (build, *build.singles.values()):
+                    shutil.rmtree(graphs.root() / each.folder, ignore_errors=True)
+            if build.source_folder not in laid:
+                patches = build.recipe.patches_for(build.toolchain.stack.cuda)
+                source.lay_out(build.recipe, patches, graphs.root() / build.source_folder)
+                laid.add(build.source_folder)
             toolchain.assemble(build.toolchain)
     ready = {build.identifier: build for build in builds if build.identifier not in errors}
     if not ready:
@@ -140,17 +146,6 @@ def _make(
     errors |= graph.errors | runs.run(graph, width, lock, complete)
 
 
-def _lay_out(build: Build, *, force: bool) -> None:
-    """Write the patched source of a build into its folder."""
-    from kernels import graph as graphs
-    from kernels import source
-
-    place = graphs.root() / build.folder
-    if force:
-        shutil.rmtree(place, ignore_errors=True)
-    source.lay_out(build.recipe, build.recipe.patches_for(build.toolchain.stack.cuda), place / "src")
-
-
 def _finish(build: Build, graph: Graph) -> Manifest:
     """Assemble, inspect and admit one wheel."""
     from kernels import graph as graphs
@@ -158,7 +153,7 @@ def _finish(build: Build, graph: Graph) -> Manifest:
 
     place = graphs.root() / build.python_folder
     modules = {module.name: graph.modules[build.identifier, module.name] for module in build.modules}
-    path = wheel.assemble(build, graphs.root() / build.folder / "src", modules, place / "wheel")
+    path = wheel.assemble(build, graphs.root() / build.source_folder, modules, place / "wheel")
     console.say(f"inspecting {path.name}")
     reports = inspection.inspect_modules(path, build)
     manifest = Manifest(
@@ -169,7 +164,7 @@ def _finish(build: Build, graph: Graph) -> Manifest:
         identifier=build.identifier,
         kernel=build.recipe.name,
         version=build.version,
-        arch=str(build.arch),
+        arch=build.arch,
         stack=build.toolchain.stack.name,
         torch=build.toolchain.stack.torch,
         python=build.toolchain.python,

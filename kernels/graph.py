@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from io import StringIO
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ninja.ninja_syntax import Writer
 
-from core import workspace
+from core import files, workspace
 from core.errors import ConfigError, HearthError
 from kernels import toolchain as toolchains
 from kernels.source import HEADERS
@@ -56,7 +57,7 @@ class Graph:
     def name(self, output: str) -> str:
         """The display name of the step that makes `output`: its source file, or the module for a link."""
         edge = self.edges.get(output)
-        return edge.inputs[0] if edge and edge.rule != "link" else output
+        return edge.inputs[0] if edge and edge.rule in _COMPILES else output
 
     def seconds(self, output: str) -> float:
         """The expected seconds of the step that makes `output`."""
@@ -77,7 +78,7 @@ def write(builds: Sequence[Build], pools: Mapping[str, int]) -> Graph:
     launcher = toolchains.launcher()
     start = f"{launcher} " if launcher else ""
     for name, body in _RULES.items():
-        compiles = name != "link"
+        compiles = name in _COMPILES
         writer.rule(
             name,
             (start if compiles else "") + body,
@@ -95,7 +96,7 @@ def write(builds: Sequence[Build], pools: Mapping[str, int]) -> Graph:
             errors[build.identifier] = error
             continue
         pool = f"compile-{build.recipe.name if build.recipe.name in pools else ''}"
-        for edge in (each for each in own if each.rule != "link"):
+        for edge in (each for each in own if each.rule in _COMPILES):
             edge.variables["pool"] = pool
         edges |= {edge.output: edge for edge in own}
         outputs[build.identifier] = {edge.output for edge in own}
@@ -110,14 +111,20 @@ def write(builds: Sequence[Build], pools: Mapping[str, int]) -> Graph:
 # --objdir-as-tempdir and --orig_src_path_name: otherwise nvcc mangles internal names with a hash of its temporary file
 # name and the source's absolute path, and the same source gives different output in another folder. $name is not the
 # path of an existing file: ccache would treat it as a second source and not cache.
+# THRUST_*: otherwise thrust, which torch's complex numbers include, puts the arch into names of host code, and objects
+# of several archs could not be merged. CUB keeps it in its own: it caches what depends on the arch.
 # -fno-canonical-system-headers: otherwise g++ writes resolved header paths into messages (__FILE__).
 _RULES = {
     "nvcc": "$nvcc -c $in -o $out -MMD -MF $out.d -MT $out --objdir-as-tempdir "
     "-Xcudafe --orig_src_path_name -Xcudafe $name -ccbin $cxx $std "
+    "-DTHRUST_DISABLE_ABI_NAMESPACE -DTHRUST_IGNORE_ABI_NAMESPACE_ERROR "
     "-Xcompiler -fPIC,-fno-canonical-system-headers $flags",
     "cxx": "$cxx -c $in -o $out -MMD -MF $out.d -MT $out $std -fPIC -fno-canonical-system-headers $flags",
     "link": "$cxx -shared -o $out $in -Wl,-s -Wl,--as-needed $libs",
 }
+_COMPILES = ("nvcc", "cxx")
+# The objects of all archs into one; where that is impossible, one compile for all of them.
+_RULES["merge"] = f"$python $merge $cxx $out $in || {_RULES['nvcc'].replace('$in', '$source')}"
 
 
 def _module_output(build: Build, module: Module) -> str:
@@ -126,27 +133,28 @@ def _module_output(build: Build, module: Module) -> str:
 
 def _module_edges(build: Build, module: Module) -> list[Edge]:
     """The edges of a module: kernels, bindings, and the link."""
-    tree = root() / build.folder / "src"
+    tree = root() / build.source_folder
     profile = build.recipe.profiles.get(build.profile)
     exclude = profile.exclude if profile else ()
     kernels = [name for pattern in module.kernels for name in _matches(tree, pattern, exclude, build.recipe)]
     bindings = [name for pattern in module.bindings for name in _matches(tree, pattern, exclude, build.recipe)]
-    objects = [
-        *(_kernel_edge(build, source) for source in kernels),
-        *(_binding_edge(build, module, source) for source in bindings),
-    ]
+    compiles = [_kernel_edges(build.of(module), each) for each in kernels]
+    compiles += [[_binding_edge(build, module, each)] for each in bindings]
     link = Edge(
         rule="link",
         output=_module_output(build, module),
-        inputs=[edge.output for edge in objects],
+        inputs=[edges[-1].output for edges in compiles],
         seconds=1.0,
         variables=_link_variables(build, module),
     )
-    return [*objects, link]
+    return [*(edge for edges in compiles for edge in edges), link]
 
 
-def _kernel_edge(build: Build, source: str) -> Edge:
-    """Compile a .cu file. The command does not depend on Python or the profile."""
+def _kernel_edges(build: Build, source: str) -> list[Edge]:
+    """Compile a .cu file; the last edge is the module's object. The command does not depend on Python or the profile.
+
+    For several archs, the objects of each, which builds for that arch share, are merged.
+    """
     view = _view(build)
     includes = _isystem(build, f"{view}/torch/include", f"{view}/nvidia")
     flags = [*build.recipe.flags.nvcc, _abi(build), *_gencode(build), *_own_includes(build), *includes]
@@ -156,7 +164,16 @@ def _kernel_edge(build: Build, source: str) -> Edge:
         "name": f"{build.recipe.name}/{source}",
         "flags": " ".join(flags),
     }
-    return _compile_edge("nvcc", build, source, f"{build.folder}/obj/{source}.o", variables)
+    output = f"{build.folder}/obj/{source}.o"
+    if len(build.singles) == 1:
+        return [_compile_edge("nvcc", build, source, output, variables)]
+    edges = [edge for single in build.singles.values() for edge in _kernel_edges(single, source)]
+    variables |= {"python": f"{sys.executable} -IS", "merge": str(files.CHECKOUT / "kernels/merge.py")}
+    variables |= {"source": f"{build.source_folder}/{source}"}
+    return [
+        *edges,
+        Edge(rule="merge", output=output, inputs=[e.output for e in edges], seconds=0.1, variables=variables),
+    ]
 
 
 def _binding_edge(build: Build, module: Module, source: str) -> Edge:
@@ -179,7 +196,7 @@ def _compile_edge(rule: str, build: Build, source: str, output: str, variables: 
     return Edge(
         rule=rule,
         output=output,
-        inputs=[f"{build.folder}/src/{source}"],
+        inputs=[f"{build.source_folder}/{source}"],
         seconds=_seconds(build.recipe, source),
         variables={"std": f"-std={build.toolchain.stack.cxx}", **variables},
     )
@@ -201,7 +218,7 @@ def _abi(build: Build) -> str:
 def _own_includes(build: Build) -> list[str]:
     """The recipe's header folder, which comes first, then the source's include folders."""
     recipe = build.recipe
-    return [f"-I{build.folder}/src/{place}" for place in (*([HEADERS] if recipe.headers else []), *recipe.include)]
+    return [f"-I{build.source_folder}/{place}" for place in (*([HEADERS] if recipe.headers else []), *recipe.include)]
 
 
 def _matches(tree: Path, pattern: str, exclude: Sequence[str], recipe: Recipe) -> list[str]:
@@ -224,10 +241,12 @@ def _isystem(build: Build, torch: str, nvidia: str) -> list[str]:
 
 
 def _gencode(build: Build) -> list[str]:
-    target = build.target
-    flags = [f"-gencode=arch=compute_{target},code=sm_{target}"]
-    if build.arch.ptx:
-        flags.append(f"-gencode=arch=compute_{target},code=compute_{target}")
+    flags: list[str] = []
+    for arch in (single.archs[0] for single in build.singles.values()):
+        target = build.target(arch)
+        flags.append(f"-gencode=arch=compute_{target},code=sm_{target}")
+        if arch.ptx:
+            flags.append(f"-gencode=arch=compute_{target},code=compute_{target}")
     return flags
 
 

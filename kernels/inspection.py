@@ -29,10 +29,11 @@ from kernels import emulation
 from kernels import toolchain as toolchains
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from core.stack import Platform
     from kernels.matrix import Build
+    from kernels.recipe import Module
     from kernels.toolchain import Toolchain
 
 
@@ -110,27 +111,27 @@ class Elf:
 def inspect_modules(wheel: Path, build: Build) -> tuple[ModuleReport, ...]:
     """Check every extension module of a wheel; raises BuildError with all problems.
 
-    The wheel must hold the modules of the recipe. One with kernels must contain SASS for exactly the target, and PTX
+    The wheel must hold the modules of the recipe. One with kernels must contain SASS for exactly its targets, and PTX
     only if it was requested. Its undefined symbols must be defined by torch, the CUDA runtime, the C and C++ libraries
     or CPython. It must be built for the target's CPU and have no RPATH.
     """
     chain = build.toolchain
-    with_kernels = {module.name: bool(module.kernels) for module in build.modules}
+    with_kernels = {module.name: module for module in build.modules if module.kernels}
     providers = list(_providers(chain))
     toolchains.cuobjdump()  # installed before the threads need it
 
     def inspect(path: Path) -> tuple[ModuleReport, list[str]]:
         elf = Elf(path)
         report = read_module(elf, path.relative_to(folder))
-        kernels = with_kernels.get(report.name, False)
-        errors = [*_code_errors(report, build, kernels=kernels), *_link_errors(elf, report, chain, providers)]
+        module = with_kernels.get(report.name)
+        errors = [*_code_errors(report, build, module), *_link_errors(elf, report, chain, providers)]
         return report, [f"{report.name}: {error}" for error in errors]
 
     # Threads, because cuobjdump takes most of the time.
     with unpacked(wheel) as folder, ThreadPoolExecutor() as pool:
         found = list(pool.map(inspect, modules(folder)))
     reports = tuple(report for report, _ in found)
-    missing = sorted(with_kernels.keys() - {report.name for report in reports})
+    missing = sorted({module.name for module in build.modules} - {report.name for report in reports})
     wrong = [f"{name}: is not in the wheel" for name in missing]
     if wrong := [*wrong, *(error for _, errors in found for error in errors)]:
         raise BuildError(
@@ -201,16 +202,15 @@ def read_module(elf: Elf, name: Path) -> ModuleReport:
     )
 
 
-def _code_errors(report: ModuleReport, build: Build, *, kernels: bool) -> Iterator[str]:
-    """Yield the problems of a module's device code. A module without `kernels` needs none."""
-    if not kernels and not report.sass and not report.ptx:
+def _code_errors(report: ModuleReport, build: Build, module: Module | None) -> Iterator[str]:
+    """Yield the problems of the device code, which is for exactly the module's archs. None needs no device code."""
+    if module is None and not report.sass and not report.ptx:
         return
-    if report.sass != (build.sass,):
-        yield f"contains SASS for {', '.join(report.sass) or 'no GPU'}, requested {build.sass}"
-    if report.ptx and not build.arch.ptx:
-        yield f"contains PTX for {', '.join(report.ptx)}, none was requested"
-    if build.arch.ptx and not report.ptx:
-        yield "contains no PTX, but +PTX was requested"
+    wanted = build.of(module).archs if module else build.archs
+    for kind, found, of in (("SASS", report.sass, wanted), ("PTX", report.ptx, [each for each in wanted if each.ptx])):
+        targets = {f"sm_{build.target(arch)}" for arch in of}
+        if set(found) != targets:
+            yield f"contains {kind} for {', '.join(found) or 'none'}, requested {', '.join(sorted(targets)) or 'none'}"
 
 
 def _link_errors(elf: Elf, report: ModuleReport, chain: Toolchain, providers: Sequence[Elf]) -> Iterator[str]:
@@ -325,24 +325,28 @@ def native(chain: Toolchain) -> emulation.Runner:
 
 
 def prove_smoke(wheel: Path, build: Build) -> Proof:
-    """Run the recipe's smoke test if this machine has a GPU of exactly this compute capability.
+    """Run the recipe's smoke test on a GPU of each of the wheel's compute capabilities that this machine has.
 
     Raises BuildError if it fails; otherwise returns "not run" with the reason.
     """
-    smoke = build.recipe.path / "smoke.py"
-    if not smoke.exists():
+    if not (build.recipe.path / "smoke.py").exists():
         return Proof("not run", "the recipe has no smoke.py")
-    local = archs.local_gpu()
-    if local is None or not build.toolchain.native:
-        return Proof("not run", f"this machine has no GPU of capability {build.arch.capability}")
-    if local.capability != build.arch.capability:
-        return Proof(
-            "not run", f"the GPU of this machine has capability {local.capability}, not {build.arch.capability}"
-        )
+    gpus = archs.local_gpus() if build.toolchain.native else []
+    local = list(dict.fromkeys(gpu.arch.capability for gpu in gpus))
+    wanted = [each for each in (arch.capability for arch in build.archs) if each in local]
+    if not wanted:
+        have = f": it has {', '.join(local)}" if local else ""
+        return Proof("not run", f"this machine has no GPU of capability {build.arch}{have}")
     with unpacked(wheel) as folder:
         path = f"{folder}:{build.toolchain.site}:{files.CHECKOUT}"  # for kernels/smoke.py
-        env = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-        done = tools.build(build.toolchain.interpreter, smoke, env=env, check=False, timeout=3600)
+        said = [_smoke(wheel, build, path, archs.device_environment(gpus, each)) for each in wanted]
+    return Proof("passed", "; ".join(said))
+
+
+def _smoke(wheel: Path, build: Build, path: str, devices: Mapping[str, str]) -> str:
+    """Run the smoke test on one GPU, and return its last line; raises BuildError if it fails."""
+    env = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **devices}
+    done = tools.build(build.toolchain.interpreter, build.recipe.path / "smoke.py", env=env, check=False, timeout=3600)
     if done.returncode:
         raise BuildError(
             "inspection",
@@ -350,7 +354,7 @@ def prove_smoke(wheel: Path, build: Build) -> Proof:
             cause="\n         ".join((done.stdout + done.stderr).strip().splitlines()[-12:]),
             hint="it was not admitted to the wheelhouse",
         )
-    return Proof("passed", done.stdout.strip().splitlines()[-1])
+    return done.stdout.strip().splitlines()[-1]
 
 
 def highest(versions: Sequence[str]) -> str:

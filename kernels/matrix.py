@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import zlib
@@ -32,35 +33,51 @@ BUILDER = 3
 
 @dataclass(frozen=True)
 class Build:
-    """A wheel to build: Recipe x Arch x Stack x Python x Platform, with a profile."""
+    """A wheel to build: Recipe x Archs x Stack x Python x Platform, with a profile.
+
+    A fat wheel has several archs. They are as the recipe needs them: see `canonical`.
+    """
 
     recipe: Recipe
-    arch: Arch
+    archs: tuple[Arch, ...]
     profile: str
     toolchain: Toolchain
 
     @property
-    def target(self) -> str:
-        """nvcc's name of the target: `121a`. The user's suffix has precedence over the recipe's."""
-        if self.arch.suffix:
-            return f"{self.arch.major}{self.arch.minor}{self.arch.suffix}"
-        return self.recipe.archs[self.arch.capability]
+    def arch(self) -> str:
+        """The archs as `--arch` takes them: `8.9;12.0`."""
+        return ";".join(map(str, self.archs))
 
-    @property
-    def sass(self) -> str:
-        """The only SASS target of every kernel module: `sm_121a`."""
-        return f"sm_{self.target}"
+    def target(self, arch: Arch) -> str:
+        """nvcc's name of an arch's target: `121a`."""
+        return _target(self.recipe, arch)
+
+    def of(self, module: Module) -> Build:
+        """The build with only the archs that a module is compiled for."""
+        named = module.archs or self.recipe.archs
+        return replace(self, archs=tuple(each for each in self.archs if each.capability in named))
 
     @property
     def modules(self) -> list[Module]:
-        """The extension modules of this arch."""
-        return self.recipe.modules_for(self.arch.capability)
+        """The extension modules of these archs."""
+        return [module for module in self.recipe.modules if self.of(module).archs]
+
+    @property
+    def singles(self) -> dict[str, Build]:
+        """The build of each target, by its label: `sm120a`, or `sm89.ptx`. Archs may have a target in common."""
+        labels = [f"sm{self.target(arch)}{'.ptx' if arch.ptx else ''}" for arch in self.archs]
+        return {label: replace(self, archs=(arch,)) for label, arch in zip(labels, self.archs, strict=True)}
+
+    @property
+    def label(self) -> str:
+        """Its targets in names: `sm89.sm120a`."""
+        return ".".join(self.singles)
 
     @property
     def version(self) -> str:
         """The wheel's version, with stack, torch, arch and profile in its local label."""
-        label = f"{self.toolchain.stack.label}.sm{self.target}{'.ptx' if self.arch.ptx else ''}"
-        return f"{self.recipe.version}+{label}{f'.{self.profile}' if self.profile else ''}"
+        label = f"{self.toolchain.stack.label}.{self.label}{f'.{self.profile}' if self.profile else ''}"
+        return f"{self.recipe.version}+{label}"
 
     def tag(self, platform: str) -> str:
         """The wheel's compatibility tag, with this platform tag."""
@@ -78,21 +95,27 @@ class Build:
     @property
     def index(self) -> str:
         """The wheelhouse's index for it: the wheel runs on the requested GPU, whatever the recipe's target is."""
-        return manifest.index(self.toolchain.stack.name, str(self.arch))
+        return manifest.index(self.toolchain.stack.name, self.arch)
 
     @property
     def identifier(self) -> str:
         """The name of this build in lists and messages."""
         chain = self.toolchain
         tail = f"{chain.abi_tag}-{chain.platform.value}{f'-{self.profile}' if self.profile else ''}"
-        name = f"{self.recipe.name}-{self.recipe.version}-{chain.stack.name}-sm{self.target}"
-        return f"{name}{'ptx' if self.arch.ptx else ''}-{tail}"
+        return f"{self.recipe.name}-{self.recipe.version}-{chain.stack.name}-{self.label}-{tail}"
+
+    @property
+    def source_folder(self) -> str:
+        """The folder of the patched source, shared by all archs, Python versions and profiles.
+
+        Messages of kernels contain its path, so another one for each arch would give each its own host code.
+        """
+        return f"{self.recipe.name}-{self.toolchain.view.name}/src"
 
     @property
     def folder(self) -> str:
         """The folder of kernel objects, shared by all Python versions and profiles."""
-        ptx = "ptx" if self.arch.ptx else ""
-        return f"{self.recipe.name}-sm{self.target}{ptx}-{self.toolchain.view.name}"
+        return f"{self.recipe.name}-{self.label}-{self.toolchain.view.name}"
 
     @property
     def python_folder(self) -> str:
@@ -114,7 +137,9 @@ class Build:
             "include": recipe.include,
             "flags": {"cxx": recipe.flags.cxx, "nvcc": recipe.flags.nvcc},
             "profile": [self.profile, chosen.defines if chosen else (), chosen.exclude if chosen else ()],
-            "modules": [[module.name, module.bindings, module.kernels, module.libraries] for module in self.modules],
+            "modules": [
+                [each.name, each.bindings, each.kernels, each.libraries, self.of(each).label] for each in self.modules
+            ],
             "files": [recipe.files, recipe.exclude_files, recipe.license_files],
             "metadata": [
                 recipe.name,
@@ -125,7 +150,7 @@ class Build:
                 recipe.python,
             ],
             "requires": recipe.requires,
-            "target": [self.target, self.arch.ptx],
+            "targets": list(self.singles),
             "stack": [chain.stack.name, chain.stack.torch, chain.stack.cuda, chain.stack.cxx11_abi, chain.stack.cxx],
             "platform": chain.platform.value,
             "python": chain.python,
@@ -151,7 +176,13 @@ class Skipped:
     """A combination that is not built, with the reason."""
 
     identifier: str
+    kernel: str
     error: HearthError
+
+    @property
+    def reason(self) -> str:
+        """What is missing, and why."""
+        return ": ".join(each for each in (self.error.what, self.error.cause) if each)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +199,7 @@ class Request:
     platform: str = ""
     profile: str = ""
     jobs: str = ""
+    fat: bool = False
 
     def __post_init__(self) -> None:
         if self.jobs and not (self.jobs.isdecimal() and int(self.jobs)):
@@ -175,36 +207,16 @@ class Request:
             raise UsageError("usage", f"--jobs must be a positive integer (got {self.jobs!r})", hint=hint)
 
 
-def wanted_archs(text: str) -> list[Arch]:
-    """The requested archs: `text`, else $TORCH_CUDA_ARCH_LIST, else the local GPU's; raises SupportError."""
-    known = archs.known_archs()
-    text = text or os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    if text:
-        return archs.parse_list(text, known)
-    local = archs.local_gpu()
-    if local is None:
-        table = ", ".join(f"{name} ({info.gpus})" for name, info in known.items())
-        raise SupportError(
-            "arch",
-            "no compute capability given, and this machine has no NVIDIA GPU",
-            cause="neither --arch nor TORCH_CUDA_ARCH_LIST is set",
-            hint=f"choose one with --arch: {table}",
-        )
-    return archs.parse_list(str(local), known)
-
-
 def select(request: Request, describe: Describe = toolchains.describe) -> tuple[list[Build], list[Skipped]]:
     """Combine recipes and archs; unsupported combinations are skipped with the reason.
 
-    `describe` finds a toolchain. Raises the reason if the user named the kernel, or if no build remains.
+    `describe` finds a toolchain. Raises the reason if no build remains, also of one of the named kernels.
     """
-    wanted = wanted_archs(request.arch)
     stack = find_stack(request.stack)
     if stack.notice:
         console.say(stack.notice)
-    known = archs.known_archs()
     # Every comma-separated name is looked up, so that a mistyped one is an error.
-    names = [name.strip() for name in request.kernel.split(",") if name.strip()]
+    names = _listed(request.kernel)
     chosen = [recipes_of.find_recipe(name) for name in names] or list(recipes_of.recipes().values())
     profiles = {name for recipe in chosen for name in recipe.profiles}
     if request.profile and request.profile not in profiles:
@@ -213,23 +225,55 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
             f"there is no profile {request.profile!r} of {', '.join(recipe.name for recipe in chosen)}",
             hint=suggest(request.profile, profiles) if profiles else "omit --profile",
         )
-    builds: list[Build] = []
+    builds: dict[str, Build] = {}
     skipped: list[Skipped] = []
-    for arch in wanted:
+    notes: dict[str, None] = {}
+    for platform, group in _groups(request):
+        for python, recipe in itertools.product(_listed(request.python) or [stack.python], chosen):
+            where = f"{stack.name} {python} {platform.value}"
+            usable: list[Arch] = []
+            for arch in group:
+                if (reason := refusal(recipe, arch, stack)) is None:
+                    usable.append(arch)
+                    notes |= dict.fromkeys(_note(recipe, arch))
+                else:
+                    skipped.append(Skipped(f"{recipe.name} {arch} {where}", recipe.name, reason))
+            try:
+                if usable:
+                    found = _build(recipe, usable, request.profile, describe, stack, platform, python)
+                    same = builds.get(found.identifier, found)
+                    builds[found.identifier] = replace(found, archs=tuple(sorted({*same.archs, *found.archs})))
+            except SupportError as error:
+                skipped.append(Skipped(f"{recipe.name} {';'.join(map(str, usable))} {where}", recipe.name, error))
+    if not request.python and not all(build.toolchain.native for build in builds.values()):
+        notes[
+            "for the Python that runs Hearth, or the newest that torch supports; for the other machine's: --python"
+        ] = None
+    built = {build.recipe.name for build in builds.values()}
+    for each in skipped:
+        if not built or (names and each.kernel not in built):
+            raise each.error
+    for note in notes:
+        console.say(note)
+    return list(builds.values()), skipped
+
+
+def _listed(text: str) -> list[str]:
+    """The words of a comma-separated list, each once."""
+    return list(dict.fromkeys(each.strip() for each in text.split(",") if each.strip()))
+
+
+def _groups(request: Request) -> Iterator[tuple[Platform, list[Arch]]]:
+    """The archs of each wheel: one each, or with `fat` all that have the platform in common."""
+    known = archs.known_archs()
+    named = request.arch or os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()  # else the GPUs of this machine
+    groups: dict[tuple[str, str], list[Arch]] = {}
+    for arch in archs.wanted_archs(request.arch):
         info = known[arch.capability]
-        platform = Platform.parse(request.platform or info.platform)
-        for python in [each.strip() for each in (request.python or info.python).split(",")]:
-            for recipe in chosen:
-                try:
-                    builds.append(_build(recipe, arch, request.profile, describe, stack, platform, python))
-                except SupportError as error:
-                    if names or error.kind == "arch":
-                        raise
-                    skipped.append(Skipped(f"{recipe.name} {arch} {stack.name} {python} {platform.value}", error))
-    builds = list({each.identifier: each for each in builds}.values())  # '9.0;9.0a' may be one target
-    if not builds and skipped:
-        raise skipped[0].error
-    return builds, skipped
+        platform = request.platform or (info.platform if named else Platform.local().value)
+        groups.setdefault((platform, "" if request.fat else str(arch)), []).append(arch)
+    for (platform, _), group in groups.items():
+        yield Platform.parse(platform), group
 
 
 def split(request: Request) -> list[Request]:
@@ -239,34 +283,67 @@ def split(request: Request) -> list[Request]:
     """
     builds, skipped = select(request, toolchains.look)
     for each in skipped:
-        console.say(f"skipping {each.identifier}: {each.error.what}")
+        console.say(f"skipping {each.identifier}: {each.reason}")
     parts: dict[tuple[str, str], Request] = {}
     for build in builds:
-        kernel, arch = build.recipe.name, str(build.arch)
+        kernel, arch, fat = build.recipe.name, build.arch, len(build.archs) > 1
         profile = request.profile if request.profile in build.recipe.profiles else ""
-        parts[kernel, arch] = replace(request, kernel=kernel, arch=arch, profile=profile)
+        python = request.python or build.toolchain.python  # hosts may run Hearth with another one
+        parts[kernel, arch] = replace(request, kernel=kernel, arch=arch, fat=fat, profile=profile, python=python)
     return list(parts.values())
 
 
 def _build(
-    recipe: Recipe, arch: Arch, profile: str, describe: Describe, stack: Stack, platform: Platform, python: str
+    recipe: Recipe,
+    group: Sequence[Arch],
+    profile: str,
+    describe: Describe,
+    stack: Stack,
+    platform: Platform,
+    python: str,
 ) -> Build:
     """One build; a recipe without the profile uses its default."""
-    if (reason := refusal(recipe, arch, stack)) is not None:
-        raise reason
     chosen = profile if profile in recipe.profiles else recipe.default_profile
-    return Build(recipe, arch, chosen, describe(stack, platform, python))
+    return Build(recipe, canonical(recipe, group), chosen, describe(stack, platform, python))
 
 
-def refusal(recipe: Recipe, arch: Arch, stack: Stack) -> SupportError | SupportError | None:
+def _target(recipe: Recipe, arch: Arch) -> str:
+    """nvcc's target. The user's suffix has precedence over the recipe's."""
+    own = f"{arch.major}{arch.minor}{arch.suffix}"
+    return own if arch.suffix else recipe.archs[arch.capability]
+
+
+def _note(recipe: Recipe, arch: Arch) -> Iterator[str]:
+    """Say that there is no PTX, where it was requested.
+
+    PTX of an `a` target runs on that capability alone, for which the wheel has machine code; that of an `f` target on
+    the GPUs of its family (CUDA C++ Programming Guide, "Family-Specific Features").
+    """
+    target = _target(recipe, arch)
+    if arch.ptx and target.endswith("a"):
+        yield f"{recipe.name}: no PTX for {arch}: PTX of compute_{target} would run on no other GPU"
+
+
+def canonical(recipe: Recipe, group: Sequence[Arch]) -> tuple[Arch, ...]:
+    """The archs without what does not change the wheel: the suffix that the recipe uses anyway, and PTX of `a`."""
+    found: set[Arch] = set()
+    for arch in group:
+        target = _target(recipe, arch)
+        suffix = "" if target == recipe.archs[arch.capability] else arch.suffix
+        found.add(replace(arch, suffix=suffix, ptx=arch.ptx and not target.endswith("a")))
+    return tuple(sorted(found))
+
+
+def refusal(recipe: Recipe, arch: Arch, stack: Stack) -> SupportError | None:
     """The reason why this recipe cannot be built for this arch and stack, or None."""
+    gpu = f"{arch.capability} ({archs.known_archs()[arch.capability].gpus})"
     if arch.capability not in stack.archs:
+        others = ", ".join(_stacks_for(arch))
         return SupportError(
             "stack-arch",
-            f"stack {stack.name} cannot target {arch.capability}",
+            f"stack {stack.name} does not support {gpu}",
             cause=stack.archs_reason,
-            hint=f"use a stack that can: {', '.join(_stacks_for(arch)) or 'none'}; "
-            f"{stack.name} targets {', '.join(stack.archs)}",
+            hint=f"use a stack that does: {others}" if others else f"{stack.name} supports {', '.join(stack.archs)}",
         )
     if stack.name not in recipe.stacks:
         return SupportError(
@@ -278,8 +355,8 @@ def refusal(recipe: Recipe, arch: Arch, stack: Stack) -> SupportError | SupportE
     if arch.capability not in recipe.archs:
         return SupportError(
             "recipe-support",
-            f"{recipe.name} {recipe.version} does not support {arch.capability}",
-            cause=recipe.unsupported.get(arch.capability, "not listed in [archs] of recipe.toml"),
+            f"Hearth has no build of {recipe.name} {recipe.version} for {gpu}",
+            cause=recipe.unsupported.get(arch.capability, "not listed in [archs] of its recipe"),
             hint=f"archs of {recipe.name}: {', '.join(recipe.archs)}",
         )
     return None
@@ -303,7 +380,7 @@ def summary(builds: Sequence[Build], skipped: Sequence[Skipped]) -> list[dict[st
         lacks = [] if exists else toolchains.lacking(each.toolchain, each.recipe)
         found.append({"identifier": each.identifier, "key": key, "state": state, "lacks": lacks})
     return found + [
-        {"identifier": each.identifier, "key": None, "state": "skipped", "reason": each.error.what} for each in skipped
+        {"identifier": each.identifier, "key": None, "state": "skipped", "reason": each.reason} for each in skipped
     ]
 
 

@@ -78,11 +78,11 @@ def _is_current(manifest: Manifest) -> bool:
 
     try:
         recipe, stack = find_recipe(manifest.kernel), find_stack(manifest.stack)
-        arch, *more = parse_list(manifest.arch, known_archs())
-        if more or matrix.refusal(recipe, arch, stack):
+        group = parse_list(manifest.arch, known_archs())
+        if any(matrix.refusal(recipe, arch, stack) for arch in group):
             return False
         chain = Toolchain(stack, Platform.parse(manifest.platform), manifest.python, "", "", "", "", "", ())
-        inputs = matrix.Build(recipe, arch, manifest.profile, chain).inputs
+        inputs = matrix.Build(recipe, matrix.canonical(recipe, group), manifest.profile, chain).inputs
     except (HearthError, OSError):
         return False
     return _recipe_inputs(inputs) == _recipe_inputs(manifest.inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from invoke.context import Context  # `command` evaluates annotations
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from kernels.matrix import Request
 
 _BUILD_HELP = {
-    "arch": "compute capabilities: 12.1, '8.9;12.0', 9.0a, '8.9+PTX' (default: TORCH_CUDA_ARCH_LIST, or the local GPU)",
+    "arch": "compute capabilities: 12.1, '8.9;12.0', 9.0a, '8.9+PTX' (default: TORCH_CUDA_ARCH_LIST or local GPUs)",
+    "fat": "one wheel for all archs of a platform, instead of one for each",
     "kernel": "only these recipes, comma-separated (default: all)",
     "stack": "a stack of config/stacks.toml (default: the one marked `default` there)",
-    "python": "Python versions, comma-separated, such as 3.12,3.11 (default: from config/archs.toml)",
+    "python": "Python versions, comma-separated, such as 3.12,3.11 (default: the one that runs Hearth)",
     "platform": "linux_x86_64 or linux_aarch64 (default: from config/archs.toml)",
     "profile": "a build profile, such as diffusion or full; recipes without it use their default",
     "jobs": "parallel compile jobs (default: CPU count, limited by free memory and MAX_JOBS)",
@@ -34,6 +35,7 @@ _BUILD_HELP = {
 def build_kernels(
     _: Context,
     arch: str = "",
+    fat: bool = False,
     kernel: str = "",
     stack: str = "",
     python: str = "",
@@ -52,6 +54,7 @@ def build_kernels(
 
         inv build-kernels --arch 12.1                   # all kernels for a DGX Spark
         inv build-kernels --arch '8.9;12.0' --dry-run   # list the builds for two GPUs, and the existing wheels
+        inv build-kernels --arch '8.9;12.0' --fat       # one wheel for both
         inv build-kernels --arch 12.1 --host spark      # on the Spark itself
         inv build-kernels --arch '8.9;12.0' --host local,tower   # share the builds with another machine
     """
@@ -60,7 +63,7 @@ def build_kernels(
     from kernels import build, matrix, toolchain
 
     request = matrix.Request(
-        arch=arch, kernel=kernel, stack=stack, python=python, platform=platform, profile=profile, jobs=jobs
+        arch=arch, fat=fat, kernel=kernel, stack=stack, python=python, platform=platform, profile=profile, jobs=jobs
     )
     if dry_run:
         if host:
@@ -86,7 +89,7 @@ def _on_hosts(listed: str, request: Request, *, force: bool) -> list[Manifest]:
     from deploy import remote_build  # slow to import, and rarely needed
     from kernels import build, matrix
 
-    def one(name: str, part: Mapping[str, str]) -> list[Manifest]:
+    def one(name: str, part: Mapping[str, Any]) -> list[Manifest]:
         if name == "local":
             return build.build_asked(matrix.Request(**part), force=force)
         return remote_build.build(name, part, force=force)

@@ -73,8 +73,8 @@ def _build_errors(profile: Profile) -> list[HearthError]:
     """The problems that prevent a build of a profile's kernels here."""
     from kernels import toolchain
 
-    arch = known_archs()[profile.arch]
-    return toolchain.errors(find_stack(profile.stack), Platform.parse(arch.platform), arch.python)
+    stack = find_stack(profile.stack)
+    return toolchain.errors(stack, Platform.parse(known_archs()[profile.arch].platform), stack.python)
 
 
 def _builds(problems: Mapping[str, Sequence[HearthError]], missing: Sequence[str]) -> str:

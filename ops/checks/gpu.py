@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from core.manifest import capabilities
 from deploy import plan, release_refusals
 from ops.checks.case import Case, Check
 from ops.mps import problems as mps_problems
@@ -51,7 +52,7 @@ def _mps(case: Case) -> Iterator[Problem]:
 def _kernels(case: Case) -> Iterator[Problem]:
     have = {gpu.capability for gpu in case.facts.gpus}
     for name, wheel in case.release.get("wheels", {}).items():
-        if have and wheel["arch"].partition("+")[0].rstrip("af") not in have:
+        if have and have.isdisjoint(capabilities(wheel["arch"])):
             listed = ", ".join(sorted(have))
             yield Problem(
                 f"{name} was built for {wheel['arch']}, but the GPU is {listed}",

@@ -12,7 +12,7 @@ import pytest
 from invoke.context import Context
 
 from core import arch
-from core.arch import Arch
+from core.arch import Arch, LocalGpu
 from kernels import bench, tasks
 from tests.errors import raises
 
@@ -25,6 +25,9 @@ def line(backend: str, model: str = "Flux", **more: Any) -> dict[str, Any]:
     return {"backend": backend, "shape": shape, **measured, **more}
 
 
+GPUS = [LocalGpu(Arch(9, 0), "GPU-1"), LocalGpu(Arch(12, 0), "GPU-2")]
+
+
 def recording(place: Path, *lines: dict[str, Any]) -> Path:
     place.write_text("".join(f"{json.dumps(each)}\n" for each in (MACHINE, *lines)))
     return place
@@ -33,7 +36,7 @@ def recording(place: Path, *lines: dict[str, Any]) -> Path:
 def test_the_shipped_recording_is_of_a_real_gpu_and_shown_without_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(arch, "local_gpu", lambda: None)
+    monkeypatch.setattr(arch, "local_gpus", list)
     tasks.bench_kernels(Context(), json=False)
     shown = capsys.readouterr().out
     assert shown.startswith("RECORDING ")
@@ -102,20 +105,23 @@ def program(place: Path, *commands: str) -> str:
 
 
 def test_an_interpreter_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arch, "local_gpu", lambda: Arch(9, 0))
+    monkeypatch.setattr(arch, "local_gpus", lambda: GPUS)
     printed = recording(tmp_path / "r", line("SDPA"))
     shown = program(
-        tmp_path / "python", f'echo "$@" > {tmp_path}/argv', "echo a library says something", f"cat {printed}"
+        tmp_path / "python",
+        f'echo "$@" $CUDA_VISIBLE_DEVICES > {tmp_path}/argv',
+        "echo a library says something",
+        f"cat {printed}",
     )
     found = bench.look(shown, "")
     assert (found.recording, found.notes) == ("", ())
     assert [each.backend for each in found.measurements] == ["SDPA"]
     assert not next(bench.rows(found)).startswith("RECORDING")
-    assert (tmp_path / "argv").read_text().split() == ["-m", "kernels.attention"]
+    assert (tmp_path / "argv").read_text().split() == ["-m", "kernels.attention", "GPU-1"]
 
 
 def test_measurements_before_a_crash_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arch, "local_gpu", lambda: Arch(9, 0))
+    monkeypatch.setattr(arch, "local_gpus", lambda: GPUS)
     printed = recording(tmp_path / "r", line("SDPA"))
     found = bench.look(program(tmp_path / "python", f"cat {printed}", "echo CUDA error: lost >&2", "exit 1"), "")
     assert len(found.measurements) == 1
@@ -123,10 +129,10 @@ def test_measurements_before_a_crash_are_kept(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_interpreter_without_torch_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arch, "local_gpu", lambda: Arch(9, 0))
+    monkeypatch.setattr(arch, "local_gpus", lambda: GPUS)
     with raises("inspection", match="No module named"):
         bench.look(program(tmp_path / "python", "echo No module named torch >&2", "exit 1"), "")
-    monkeypatch.setattr(arch, "local_gpu", lambda: None)
+    monkeypatch.setattr(arch, "local_gpus", list)
     with raises("usage"):
         bench.look("python", "")
 

@@ -60,6 +60,14 @@ def test_torch_is_asked_when_comfyui_does_not_answer() -> None:
     assert found(case)["cuda"] == "torch cannot use CUDA: CUDA driver initialization failed"
 
 
+@pytest.mark.parametrize("arch", ["12.1", "12.1a", "8.9;12.1+PTX"])
+def test_kernels_for_the_gpu_among_others_are_right(arch: str) -> None:
+    facts = settled()
+    for wheel in facts.releases[0]["wheels"].values():
+        wheel["arch"] = arch
+    assert "kernels" not in found(seen(facts))
+
+
 def test_a_gpu_of_another_kind_than_the_kernels_are_for() -> None:
     other = replace(settled().gpus[0], capability="8.9", unified=False)
     case = seen(replace(settled(), gpus=(other,)))

@@ -239,5 +239,5 @@ def test_facts_fall_back_to_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("machine", "arch"), [("rtx-4070", "8.9"), ("h200", "9.0"), ("gb10", "12.1")])
 def test_the_client_asks_the_same_library_by_pynvml(machine: str, arch: str) -> None:
-    code = "from core.arch import local_gpu; print(local_gpu())"
+    code = "from core.arch import local_gpus; print(*(gpu.arch for gpu in local_gpus()))"
     assert nvml.python(code, nvml.recording(machine)) == f"{arch}\n"

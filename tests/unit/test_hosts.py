@@ -7,12 +7,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from core import files
-from deploy import host
+from core import files, workspace
+from core.arch import Arch, LocalGpu
+from deploy import host, look
 from deploy.profile import Override, Profile, profiles
 from deploy.secrets import names_secret
 from lock import application
 from tests.errors import raises
+from tests.plans import wheel
 
 
 @pytest.fixture
@@ -298,3 +300,16 @@ def test_values_that_look_like_secrets_are_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
     with raises("secret", match=r"hosts\.a\.override\.env\.X\.value looks like a secret"):
         host.hosts()
+
+
+def test_the_profile_fits_any_local_gpu_whose_wheels_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HEARTH_WHEELHOUSE", str(tmp_path / "house"))
+    gpus = [LocalGpu(Arch(12, 0), "GPU-1"), LocalGpu(Arch(8, 9), "GPU-2")]
+    monkeypatch.setattr(look, "local_gpus", lambda: gpus)
+    assert look._fitting_profile() == "cuda"
+    place = tmp_path / "sageattention.whl"
+    place.write_bytes(b"1")
+    workspace.current().wheelhouse.admit(place, wheel("sageattention", arch="8.9;12.0"))
+    assert look._fitting_profile() == "rtx-4070"
+    gpus.clear()
+    assert look._fitting_profile() == "cpu"

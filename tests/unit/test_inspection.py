@@ -6,12 +6,15 @@ import os
 import re
 import subprocess
 import zipfile
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from core import arch as archs
+from core.arch import Arch, LocalGpu
 from core.manifest import ModuleReport
 from core.stack import Platform
 from kernels import inspection, toolchain
@@ -68,14 +71,51 @@ def test_a_module_of_host_code_has_no_machine_code(cuobjdump: Path) -> None:
         ("8.9", ("sm_89",), ("sm_89",), True, 1),
         ("8.9+PTX", (), (), True, 2),
         ("8.9+PTX", ("sm_89",), ("sm_89",), True, 0),
+        ("9.0+PTX", ("sm_90a",), (), True, 0),
+        ("12.0f+PTX", ("sm_120f",), ("sm_120f",), True, 0),
+        ("8.9;12.0", ("sm_120a", "sm_89"), (), True, 0),
+        ("8.9;12.0", ("sm_89",), (), True, 1),
+        ("8.9;12.0", ("sm_120a", "sm_89", "sm_90a"), (), True, 1),
+        ("8.0;8.9", ("sm_89",), (), "sageattention._qattn_sm89", 0),
+        ("8.0;8.9", ("sm_80", "sm_89"), (), "sageattention._qattn_sm89", 1),
     ],
 )
 def test_a_module_with_kernels_contains_code_for_the_target_only(
-    arch: str, sass: tuple[str, ...], ptx: tuple[str, ...], kernels: bool, faults: int
+    arch: str, sass: tuple[str, ...], ptx: tuple[str, ...], kernels: bool | str, faults: int
 ) -> None:
-    (build,), _ = select(Request(arch=arch, kernel="sageattention", python="3.11"))
+    (build,), _ = select(Request(arch=arch, kernel="sageattention", python="3.11", fat=True))
     report = msgspec.structs.replace(HOST_ONLY, sass=sass, ptx=ptx)
-    assert len(list(inspection._code_errors(report, build, kernels=kernels))) == faults
+    name = kernels if isinstance(kernels, str) else "sageattention._fused"
+    module = next(each for each in build.modules if each.name == name)
+    assert len(list(inspection._code_errors(report, build, module if kernels else None))) == faults
+
+
+ADA, BLACKWELL = LocalGpu(Arch(8, 9), "GPU-1"), LocalGpu(Arch(12, 0), "GPU-2")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "arch", "detail"),
+    [
+        ([BLACKWELL, ADA], "8.9", "GPU-1"),
+        ([ADA, BLACKWELL], "12.0", "GPU-2"),
+        ([ADA], "8.9", "GPU-7"),
+        ([BLACKWELL, ADA], "8.9;9.0;12.0", "GPU-1; GPU-2"),
+        ([ADA, BLACKWELL], "9.0", ""),
+        ([], "9.0", ""),
+    ],
+)
+def test_smoke_test_runs_on_a_gpu_of_the_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: list[LocalGpu], arch: str, detail: str
+) -> None:
+    (build,), _ = select(Request(arch=arch, kernel="sageattention", python="3.11", fat=True))
+    interpreter = tmp_path / "python"
+    interpreter.write_text("#!/bin/sh\necho $CUDA_VISIBLE_DEVICES\n")
+    interpreter.chmod(0o755)
+    build = replace(build, toolchain=replace(build.toolchain, interpreter=str(interpreter)))
+    monkeypatch.setattr(archs, "local_gpus", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7")  # the user's choice, where all GPUs are alike
+    proof = inspection.prove_smoke(archive(tmp_path / "w.whl", {"m.py": b""}), build)
+    assert (proof.result, proof.detail if detail else "") == ("passed" if detail else "not run", detail)
 
 
 CXX = {Platform.LINUX_X86_64: "g++", Platform.LINUX_AARCH64: "aarch64-linux-gnu-g++"}

@@ -14,9 +14,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from core.arch import known_archs
-from core.stack import find_stack
-from kernels import graph, matrix, toolchain
+from core import console
+from core.arch import Arch, LocalGpu
+from core.errors import SupportError
+from core.stack import Platform, find_stack
+from kernels import graph, matrix, recipe, toolchain
 from kernels.matrix import Request, select
 from tests.conftest import FIXTURES, Hearth
 from tests.errors import kind_of, raises
@@ -34,7 +36,6 @@ def plan(hearth: Hearth, *words: str, **env: str) -> list[dict[str, Any]]:
 
 @pytest.mark.needs("aarch64-linux-gnu-g++")
 def test_the_spark_gets_its_own_platform_and_stack(hearth: Hearth) -> None:
-    assert known_archs()["12.1"].python == "3.12"  # not installed on every machine that runs this
     found = [each["identifier"] for each in plan(hearth, "--arch", "12.1", "--python", "3.11")]
     assert found == [
         "flash-attn-2.8.3.post2-cu130-sm121-cp311-linux_aarch64-diffusion",
@@ -56,7 +57,8 @@ def test_what_a_recipe_does_not_support_is_skipped_with_its_reason(hearth: Heart
     found = plan(hearth, "--arch", "8.0", "--python", "3.11")
     skipped = [each for each in found if each["state"] == "skipped"]
     assert len(found) == 3
-    assert [each["reason"] for each in skipped] == ["tiny 0.1 does not support 8.0"]
+    (reason,) = [each["reason"] for each in skipped]
+    assert reason == "Hearth has no build of tiny 0.1 for 8.0 (A100, A30): tiny was never tried on it"
 
 
 def test_several_machines_get_a_part_for_each_recipe_and_arch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +72,9 @@ def test_several_machines_get_a_part_for_each_recipe_and_arch(monkeypatch: pytes
         ("8.9", "tiny", ""),
     ]
     assert {each.python for each in parts} == {"3.11,3.12"}
-    with raises("recipe-support", match="tiny 0.1 does not support 8.0"):
+    (fat,) = matrix.split(Request(arch="8.9;12.0;9.0", kernel="sageattention", fat=True))
+    assert (fat.arch, fat.fat, fat.python) == ("8.9;9.0;12.0", True, find_stack().python)
+    with raises("recipe-support", match=r"no build of tiny 0.1 for 8.0"):
         matrix.split(Request(arch="8.0", kernel="tiny"))
     with raises("unknown-name", match="'ful'"):
         matrix.split(Request(arch="8.9", kernel="flash-attn", profile="ful"))
@@ -83,7 +87,12 @@ def test_several_machines_get_a_part_for_each_recipe_and_arch(monkeypatch: pytes
         (["--arch", "abc"], "arch", "not a compute capability"),
         (["--arch", "8.9", "--jobs", "-1"], "usage", "--jobs must be a positive integer (got '-1')"),
         (["--arch", "8.9", "--jobs", "many"], "usage", "--jobs must be a positive integer (got 'many')"),
-        (["--arch", "7.5"], "arch", "8.9"),
+        (["--arch", "5.2"], "arch", "CUDA compilers know 7.5, 8.0"),
+        (["--arch", "7.5"], "recipe-support", "for 7.5 (RTX 20, GTX 16, T4)"),
+        (["--arch", "8.7"], "stack-arch", "Jetson Orin"),
+        (["--arch", "10.3", "--kernel", "sageattention"], "recipe-support", "2.2.0 for 10.3 (B300)"),
+        (["--arch", "12.0f", "--kernel", "tiny"], "recipe-support", "not listed in [archs] of its recipe"),
+        (["--arch", "Ada"], "arch", "names such as Ada"),
         ([], "arch", "12.1 (GB10 (DGX Spark))"),
         (["--arch", "12.1", "--stack", "cu124", "--platform", "linux_x86_64"], "stack-arch", "CUDA 12.8"),
         (["--arch", "8.0", "--kernel", "tiny"], "recipe-support", "tiny was never tried on it"),
@@ -101,6 +110,104 @@ def test_impossible_requests_are_refused(hearth: Hearth, words: list[str], kind:
     assert kind_of(done.stderr) == kind, done.stderr
     assert says in done.stderr
     assert not done.stdout
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The notes of a selection."""
+    found: list[str] = []
+    monkeypatch.setattr(console, "say", found.append)
+    return found
+
+
+def versions(**request: Any) -> list[str]:
+    """The label of each selected wheel after the stack: its targets, and the profile."""
+    return [
+        build.version.partition(f"{find_stack().label}.")[2] for build in select(Request(python="3.11", **request))[0]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arch", "fat", "labels", "archs"),
+    [
+        ("9.0;9.0a", False, ["sm90a"], ["9.0"]),
+        ("9.0,9.0+PTX", False, ["sm90a"], ["9.0"]),
+        ("8.9;12.0", False, ["sm89", "sm120a"], ["8.9", "12.0"]),
+        ("12.0f", False, ["sm120f"], ["12.0f"]),
+        ("12.0f+PTX", False, ["sm120f.ptx"], ["12.0f+PTX"]),
+        ("12.0;8.9+PTX", True, ["sm89.ptx.sm120a"], ["8.9+PTX;12.0"]),
+        ("9.0;9.0a", True, ["sm90a"], ["9.0"]),
+        ("8.9;10.0;12.0", True, ["sm89.sm120a"], ["8.9;12.0"]),
+        ("8.9;12.0;12.1", True, ["sm89.sm120a", "sm121a"], ["8.9;12.0", "12.1"]),  # a wheel for each platform
+    ],
+)
+def test_one_build_for_each_target_or_for_all(arch: str, fat: bool, labels: list[str], archs: list[str]) -> None:
+    assert versions(arch=arch, fat=fat, kernel="sageattention") == labels
+    builds, _ = select(Request(arch=arch, fat=fat, kernel="sageattention", python="3.11"))
+    assert [build.arch for build in builds] == archs
+
+
+def test_repeats_are_built_once() -> None:
+    request = Request(arch="8.9 8.9", kernel="sageattention,sageattention", python="3.11, 3.11")
+    assert len(select(request)[0]) == 1
+
+
+@pytest.mark.parametrize("fat", [False, True])
+def test_archs_with_a_common_target_have_one_wheel(fat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = recipe.recipes()["sageattention"]
+    common = msgspec.structs.replace(usual, archs={**usual.archs, "8.6": "80", "8.9": "80"})
+    monkeypatch.setattr(recipe, "find_recipe", lambda _: common)
+    builds, _ = select(Request(arch="8.0;8.6;12.0;8.9", kernel="sageattention", python="3.11", fat=fat))
+    found = [(build.arch, build.label, len(graph._gencode(build))) for build in builds]
+    assert found == (
+        [("8.0;8.6;8.9;12.0", "sm80.sm120a", 2)] if fat else [("8.0;8.6;8.9", "sm80", 1), ("12.0", "sm120a", 1)]
+    )
+
+
+def test_each_module_of_a_fat_wheel_has_only_its_archs() -> None:
+    (build,), _ = select(Request(arch="8.0;8.9;9.0;12.0", kernel="sageattention", python="3.11", fat=True))
+    found = {each.name.rpartition("_")[2]: " ".join(map(build.target, build.of(each).archs)) for each in build.modules}
+    every, newer = "80 89 90a 120a", "89 90a 120a"
+    assert found == {"sm80": every, "sm89": newer, "sm90": "90a", "fused": every}
+
+
+def test_there_is_no_ptx_that_runs_nowhere_else(said: list[str]) -> None:
+    words = {"arch": "9.0+PTX"}
+    assert versions(kernel="sageattention", **words) == ["sm90a"]
+    assert len([each for each in said if "compute_90a" in each]) == 1
+    said.clear()
+    assert versions(kernel="flash-attn", **words) == ["sm90.ptx.diffusion"]
+    assert versions(kernel="sageattention", arch="8.9+PTX") == ["sm89.ptx"]
+    assert not said
+
+
+def test_unknown_archs_of_the_variable_are_skipped(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", " 5.2 8.0; 10.0 11.0 Ada 12.0+PTX ")
+    assert versions(kernel="sageattention") == ["sm80", "sm120a"]
+    skipped = [each for each in said if each.startswith("TORCH_CUDA_ARCH_LIST=")]
+    assert ["5.2" in skipped[0].partition("skipped")[2], "Ada" in skipped[1].partition("skipped")[2]] == [True, True]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "All")
+    with raises("arch", match="TORCH_CUDA_ARCH_LIST=All"):
+        select(Request())
+    with raises("arch"):
+        select(Request(arch="5.2;8.0"))
+
+
+def test_named_kernel_without_any_build_is_an_error() -> None:
+    builds, skipped = select(Request(arch="8.9;10.0", kernel="sageattention", python="3.11"))
+    assert (len(builds), [each.kernel for each in skipped]) == (1, ["sageattention"])
+    with raises("recipe-support"):
+        select(Request(arch="10.0", kernel="sageattention,flash-attn", python="3.11"))
+
+
+def test_every_local_gpu_gets_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    gpus = [LocalGpu(Arch(*each), "GPU-1") for each in ((7, 5), (12, 0), (8, 9), (8, 9))]
+    monkeypatch.setattr("core.arch.local_gpus", lambda: gpus)
+    builds, skipped = select(Request(kernel="sageattention", python="3.11"))
+    assert [build.arch for build in builds] == ["8.9", "12.0"]
+    assert {build.toolchain.platform for build in builds} == {Platform.local()}
+    assert [("7.5" in each.identifier, type(each.error)) for each in skipped] == [(True, SupportError)]
 
 
 ONE = ("--kernel", "tiny", "--arch", "8.9", "--python", "3.11")
@@ -172,7 +279,7 @@ def test_a_dry_run_lists_what_is_missing_and_installs_nothing(hearth: Hearth, to
     (hearth.cache / "installed").unlink()
     (hearth.cache / "exports").unlink()
     env = {"PATH": programs(hearth.place / "bin", tools), "UV_PYTHON_INSTALL_DIR": str(hearth.place / "pythons")}
-    found = plan(hearth, "--arch", "8.9;12.1", "--kernel", "tiny,flash-attn", **env)
+    found = plan(hearth, "--arch", "8.9;12.1", "--kernel", "tiny,flash-attn", "--python", "3.12", **env)
     assert [(each["key"], each["state"]) for each in found] == [(None, "to build")] * 4
     packages = {"8.9": "apt-get install g++)", "12.1": "apt-get install g++-aarch64-linux-gnu)"}
     for each, arch in zip(found, ("8.9", "8.9", "12.1", "12.1"), strict=True):

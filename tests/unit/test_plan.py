@@ -339,6 +339,23 @@ def test_highest_wheel_version_is_selected(versions: list[str], taken: str) -> N
         assert found.version.partition("+")[0] == taken
 
 
+@pytest.mark.parametrize(
+    ("archs", "taken"),
+    [
+        (["8.9;12.1", "8.9;12.0"], "8.9;12.1"),
+        (["8.9;12.1", "12.1"], "12.1"),
+        (["12.1a"], "12.1a"),
+        (["12.1+PTX", "12.0;12.1+PTX"], "12.1+PTX"),
+        (["2.1", "12.0f", "8.9;12.0"], None),
+    ],
+)
+def test_wheel_for_the_gpu_among_others_is_selected(archs: list[str], taken: str | None) -> None:
+    wheels = [wheel("flash-attn", arch=each) for each in archs]
+    for listed in (wheels, wheels[::-1]):
+        found = find_wheel(inputs(*listed), "flash-attn", spark(), "linux_aarch64", "3.12")
+        assert (found.arch if isinstance(found, Manifest) else None) == taken
+
+
 @pytest.mark.parametrize("usual", ["inference", "full", "a", "z", ""])
 @pytest.mark.parametrize("other", ["inference", "full", "b", "y", ""])
 def test_recipe_decides_version_and_profile(usual: str, other: str) -> None:

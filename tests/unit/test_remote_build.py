@@ -40,12 +40,15 @@ def built(content: bytes = b"wheel", **values: Any) -> manifest.Manifest:
     return msgspec.structs.replace(found, file=values.get("file", name))
 
 
+FAT = built(arch="8.9;12.0", version=VERSION.replace("sm121", "sm89.sm120"))
+
+
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Run `inv build-kernels` on a host with this answer and content, for another request."""
     monkeypatch.setenv("HEARTH_WHEELHOUSE", str(tmp_path / "house"))
 
-    def run(answer: Any, content: bytes = b"wheel", **asked: str) -> list[manifest.Manifest]:
+    def run(answer: Any, content: bytes = b"wheel", **asked: Any) -> list[manifest.Manifest]:
         class Host(connection.Ssh):
             def __init__(self) -> None: ...
 
@@ -76,16 +79,22 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     ("wheels", "asked"),
     [
         ([built()], {}),
-        ([built()], {"kernel": "", "arch": "", "profile": ""}),
+        ([built(platform="linux_x86_64")], {"kernel": "", "arch": "", "profile": ""}),
         ([built(), built(kernel="sageattention", profile="", version="1+cu130.torch2.14.1.sm121a")],
          {"kernel": "flash-attn, sageattention"}),
         ([built(arch="12.1+PTX", version=VERSION.replace(".inf", ".ptx.inf"))], {"arch": "9.0;12.1+PTX"}),
         ([built(python="3.11"), built(python="3.12")], {"python": "3.12,3.11"}),
+        ([built(python="3.11")], {}),
+        ([built(arch="12.1a", version=VERSION.replace("121", "121a"))], {"arch": "12.1a"}),
+        ([built()], {"arch": "12.1+PTX"}),  # the recipe's target has no PTX
+        ([built(arch=each, version=VERSION.replace("121", each.replace(".", "")), platform="linux_x86_64")
+          for each in ("12.0", "12.1")], {"arch": ""}),
+        ([FAT], {"arch": "12.0 8.9", "fat": True, "platform": "linux_aarch64"}),
         ([built(file=f"flash_attn-{VERSION}-cp312-cp312-linux_aarch64.whl")], {}),
         ([], {}),
     ],
 )  # fmt: skip
-def test_requested_wheels_are_admitted(build: Any, wheels: list[manifest.Manifest], asked: dict[str, str]) -> None:
+def test_requested_wheels_are_admitted(build: Any, wheels: list[manifest.Manifest], asked: dict[str, Any]) -> None:
     own = version.own()
     assert build(wheels, **asked) == [msgspec.structs.replace(each, hearth=own) for each in wheels]
     assert [each.file for each in workspace.current().wheelhouse.wheels()] == sorted(each.file for each in wheels)
@@ -96,17 +105,22 @@ def test_requested_wheels_are_admitted(build: Any, wheels: list[manifest.Manifes
     [
         ([built(kernel="sageattention")], {}),
         ([built(arch="9.0", version=VERSION.replace("121", "90"))], {}),
-        ([built(arch="9.0", version=VERSION.replace("121", "90"), python="3.11", platform="linux_x86_64"), built()],
-         {"arch": ""}),
+        ([built(python="3.11"), built()], {}),
+        ([built(python="3.10")], {}),
+        ([built(arch="12.1a", version=VERSION.replace("121", "121a"))], {}),
+        ([FAT], {"arch": "8.9;12.0", "platform": "linux_aarch64"}),
+        ([FAT], {"arch": "8.9", "fat": True, "platform": "linux_aarch64"}),
+        ([msgspec.structs.replace(FAT, arch="12.0;8.9")],
+         {"arch": "8.9;12.0", "fat": True, "platform": "linux_aarch64"}),
         ([built(arch="sm_121a")], {}),
         ([built(arch="12.1a")], {}),
         ([built(arch="12.1", version=VERSION.replace("121", "90"))], {}),
         ([built(stack="cu124", torch="2.6.0", version=VERSION.replace("130.torch2.14.1", "124.torch2.6.0"))], {}),
         ([built(stack="x")], {}),
         ([built(torch="9", version=VERSION.replace("2.14.1", "9"))], {}),
-        ([built(python="3.11")], {}),
         ([built(python="3.12")], {"python": "3.11"}),
         ([built(platform="linux_x86_64")], {}),
+        ([built()], {"arch": ""}),
         ([built(profile="full", version=VERSION.replace("inference", "full"))], {}),
         ([built(profile="full")], {"profile": ""}),
         ([built(file="sageattention-2.2.0+cu130.torch2.14.1.sm90a-cp312-cp312-linux_x86_64.whl")], {}),
@@ -119,7 +133,7 @@ def test_requested_wheels_are_admitted(build: Any, wheels: list[manifest.Manifes
         ([msgspec.structs.replace(built(), size=-1)], {}),
     ],
 )  # fmt: skip
-def test_unrequested_wheels_are_refused(build: Any, wheels: list[manifest.Manifest], asked: dict[str, str]) -> None:
+def test_unrequested_wheels_are_refused(build: Any, wheels: list[manifest.Manifest], asked: dict[str, Any]) -> None:
     workspace.current().wheelhouse.folder.mkdir()
     for each in wheels:
         (workspace.current().wheelhouse.folder / each.file).write_bytes(b"good")

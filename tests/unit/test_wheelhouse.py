@@ -45,12 +45,12 @@ def recipe(**values: object) -> Recipe:
 def build(arch: str, profile: str = "plain", **values: object) -> matrix.Build:
     stack = find_stack("cu130")
     chain = Toolchain(stack, Platform.local(), PYTHON, "", "", "", "", "", ())
-    return matrix.Build(recipe(**values), Arch.parse(arch), profile, chain)
+    return matrix.Build(recipe(**values), (Arch.parse(arch),), profile, chain)
 
 
 def described(build: matrix.Build, content: Path) -> Manifest:
     found = plans.wheel(
-        build.recipe.name, file=content.name, version=build.version, arch=str(build.arch), key=build.key,
+        build.recipe.name, file=content.name, version=build.version, arch=build.arch, key=build.key,
         python=build.toolchain.python, platform=build.toolchain.platform.value, profile=build.profile,
         inputs=msgspec.to_builtins(build.inputs), size=content.stat().st_size,
     )  # fmt: skip
@@ -60,7 +60,7 @@ def described(build: matrix.Build, content: Path) -> Manifest:
 def make(build: matrix.Build, scratch: Path) -> tuple[Path, Manifest]:
     """A wheel by Hearth's own writer; its modules are a library that ends with the GPU's name."""
     module = scratch / "module.so"
-    module.write_bytes(LIBRARY.read_bytes() + build.sass.encode())
+    module.write_bytes(LIBRARY.read_bytes() + f"sm_{build.target(build.archs[0])}".encode())
     path = wheel.assemble(
         build, FIXTURES / "recipes/tiny/src", {each.name: module for each in build.modules}, scratch / "wheels"
     )
@@ -212,7 +212,7 @@ def test_targets_of_an_older_arch_are_in_their_own_index(tmp_path: Path) -> None
     """A recipe may build 8.0 code for 8.9: both wheels have the same name and key."""
     house = Wheelhouse(tmp_path / "house")
     first = build("8.0")
-    second = replace(first, recipe=recipe(summary=first.recipe.summary), arch=Arch(8, 9))
+    second = replace(first, recipe=recipe(summary=first.recipe.summary), archs=(Arch(8, 9),))
     second = replace(second, recipe=msgspec.structs.replace(second.recipe, archs={**TARGETS, "8.9": "80"}))
     assert (second.wheel_pattern, second.key) == (first.wheel_pattern, first.key)
     made = admit(house, first, tmp_path)
