@@ -15,6 +15,7 @@ from deploy import tasks as deploy  # noqa: E402
 from kernels import tasks as kernels  # noqa: E402
 from lock import tasks as lock  # noqa: E402
 from ops import tasks as ops  # noqa: E402
+from ops import workflow_tasks as workflows  # noqa: E402
 
 console.guard()
 ns = Collection(*(each for room in (kernels, deploy, ops) for each in vars(room).values() if isinstance(each, Task)))
@@ -22,3 +23,4 @@ ns.add_task(lock.lock)
 ns.add_collection(
     Collection("nodes", *(each for each in vars(lock).values() if isinstance(each, Task) and each is not lock.lock))
 )
+ns.add_collection(Collection("workflows", *(each for each in vars(workflows).values() if isinstance(each, Task))))

@@ -109,6 +109,7 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "mps": ("agent.look.mps", "mps", ()),
     "logs": ("agent.look.logs", "logs", None),
     "jobs": ("agent.look.jobs", "jobs", ("count",)),
+    "node-types": ("agent.look.node_types", "node_types", ("workflows",)),
     "survey": ("agent.look.survey", "survey", ("path",)),
     "history": ("agent.journal", "history", ()),
     "receive": ("agent.change.runs", "receive", ("sha256", "size", "offset")),

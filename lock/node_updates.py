@@ -10,17 +10,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import tomlkit
 
 from core import console, files, foreign, source, tools, workspace
 from core.errors import ConfigError, HearthError, ProcessError, SourceError, UsageError, suggest
-from lock import advisory, nodes, requirement_files, review
+from lock import advisory, nodes, requirement_files, review, workflows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from core.shell import Done
     from lock.nodes import Catalogue, Node
@@ -271,45 +271,24 @@ def imported(tree: Path) -> set[str]:
 def search(workflow: Path) -> dict[str, list[str]]:
     """The node types of a workflow that ComfyUI lacks, each with the known nodes whose code contains the name.
 
-    Raises ConfigError for a file that is not a workflow, and not a picture with one.
+    Raises ConfigError for a file that is not a workflow, and not a picture or other medium with one.
     """
-    try:
-        types = _types(_workflow(workflow.read_bytes()))
-    except FileNotFoundError:
-        raise ConfigError("config", f"{workflow} does not exist") from None
-    except msgspec.ValidationError as error:
-        raise ConfigError("config", f"{workflow} is not a workflow: {error}", hint="save or export it again") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            "config", f"{workflow} is not JSON: {error}", hint="save or export the workflow again"
-        ) from None
-    if types is None:
-        raise ConfigError("config", f"{workflow} contains no nodes", hint="use a workflow saved or exported by ComfyUI")
     from lock.application import application
 
-    own = _named(source.fetch(application()))
+    types = {node.type for graph in workflows.read(workflow) for node in graph} - workflows.EDITOR
+    return providers(types - _named(source.fetch(application())))
+
+
+def providers(types: Iterable[str]) -> dict[str, list[str]]:
+    """The known nodes whose Python code contains the name of a node type, or else whose JavaScript does."""
     known = nodes.catalogue()
     trees = nodes.fetch(known.nodes)
     names = {name: _named(tree) for name, tree in trees.items()}
-    found = {each: [name for name in names if _names(names[name], each)] for each in sorted(types - own)}
+    found = {each: [name for name in names if _names(names[name], each)] for each in sorted(types)}
     scripts = {name: _scripts(tree) for name, tree in trees.items()} if not all(found.values()) else {}
     return {
         each: there or [name for name in scripts if _script_names(scripts[name], each)] for each, there in found.items()
     }
-
-
-def _workflow(data: bytes) -> Any:
-    """A JSON file in any of Unicode's encodings, or what ComfyUI wrote into a PNG or WebP: the workflow or prompt."""
-    if not data.startswith((b"\x89PNG", b"RIFF")):
-        return json.loads(data)
-    for found in sorted(_EMBEDDED.finditer(data), key=lambda found: found[0].startswith(b"prompt")):
-        with suppress(ValueError):  # the same bytes by chance, in the picture
-            return json.JSONDecoder().raw_decode(data[found.end() :].decode(errors="replace"))[0]
-    raise ValueError("the picture contains no workflow")
-
-
-_EMBEDDED = re.compile(rb"(workflow|prompt)(:|\0|\0\0\0[^\0]*\0[^\0]*\0)(?=\{)")
-"""The name before JSON: in EXIF of a WebP, in tEXt and (uncompressed) iTXt of a PNG."""
 
 
 def _names(strings: set[str], node_type: str) -> bool:
@@ -334,59 +313,6 @@ def _script_names(script: str, node_type: str) -> bool:
         f"{quote}{node_type}{quote}" in script or (tag and f"{quote}{name}{quote}" in script and f" ({tag}" in script)
         for quote in "\"'`"
     )
-
-
-class _Node(msgspec.Struct):
-    type: str | None = None
-
-
-class _Graph(msgspec.Struct):
-    nodes: list[_Node] = []
-    id: str | int | None = None
-
-
-class _Definitions(msgspec.Struct):
-    subgraphs: list[_Graph] | None = None
-
-
-class _Extra(msgspec.Struct, rename="camel"):
-    group_nodes: dict[str, _Graph] | None = None
-
-
-class _Workflow(_Graph):
-    definitions: _Definitions | None = None
-    extra: _Extra | None = None
-
-
-class _Step(msgspec.Struct):
-    class_type: str
-
-
-def _types(content: Any) -> set[str] | None:
-    """The node types of a workflow, in the editor's format or the API's, as sent to /prompt or received from /history.
-
-    None if the content is neither. Raises ValidationError for a malformed workflow.
-    """
-    if not isinstance(content, dict):
-        return None
-    if isinstance(content.get("nodes"), list):
-        whole = msgspec.convert(content, _Workflow)
-        subgraphs = (whole.definitions and whole.definitions.subgraphs) or []
-        groups = (whole.extra and whole.extra.group_nodes) or {}
-        # types of the workflow itself: a subgraph's id, and a group node's name
-        inside = {str(part.id) for part in subgraphs} | {f"workflow{sign}{name}" for name in groups for sign in ">/"}
-        parts = (whole, *subgraphs, *groups.values())
-        return {str(node.type) for part in parts for node in part.nodes} - inside - _EDITORS
-    steps = [each for each in content.values() if isinstance(each, dict) and "class_type" in each]
-    if steps:
-        return {each.class_type for each in msgspec.convert(steps, list[_Step])}
-    inner = content.get("workflow") or content.get("prompt") or next(iter(content.values()), None)
-    # an entry of /history has a list: its number, its id, the prompt
-    return _types(inner[2] if isinstance(inner, list) and len(inner) > 2 else inner)
-
-
-_EDITORS = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode", "None"}
-"""Types that exist only in the editor."""
 
 
 def _named(tree: Path) -> set[str]:

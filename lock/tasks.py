@@ -89,7 +89,7 @@ def outdated(_: Context, *, out: Output) -> None:
     console.show(plain, node_updates.outdated_rows(found), as_json=out.json)
 
 
-@command(help={"workflow": "a workflow saved by the editor or exported for the API, or a picture saved by ComfyUI"})
+@command(help={"workflow": "a workflow of the editor or API, or a picture, video or sound with one"})
 def search(_: Context, workflow: str, *, out: Output) -> int:
     """Find the custom nodes that a workflow needs. Exit code 1 if a node type is unknown.
 

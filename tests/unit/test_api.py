@@ -20,7 +20,7 @@ from agent import api
 from agent.api import Endpoint
 from agent.files import AgentError, link, write
 from agent.layout import Layout
-from agent.look import jobs, status
+from agent.look import jobs, node_types, status
 from agent.schema.facts import Service
 from agent.schema.live import RunningJob
 from agent.serve import health
@@ -427,3 +427,46 @@ def _stats(answer: Any) -> dict[str, Any]:
     system = answer["system"]
     return {"version": system["comfyui_version"], "torch": system["pytorch_version"], "argv": ["/app/main.py"],
             "devices": answer["devices"]}  # fmt: skip
+
+
+# --- node types and saved workflows -----------------------------------------------------------------------------------
+
+TYPES = {"A": {"input": {"required": {}}, "output": ["IMAGE"], "python_module": "nodes", "description": "x" * 9999}}
+
+
+def test_node_types_and_saved_workflows(tmp_path: Path) -> None:
+    saved = {
+        "/object_info": TYPES,
+        "/userdata": ["a.json", "b c/d.json", "notes.txt", "bad.json", "large.json", "gone.json"],
+        "/userdata/workflows%2Fa.json": {"nodes": []},
+        "/userdata/workflows%2Fb%20c%2Fd.json": {"1": {}},
+        "/userdata/workflows%2Fbad.json": b"{",
+        "/userdata/workflows%2Flarge.json": b'"' + b"x" * node_types.EACH + b'"',
+    }
+    with serving(saved) as port:
+        told = node_types.node_types(layout(tmp_path, port), workflows=True)
+    assert told["types"] == {"A": {"input": {"required": {}}, "output": ["IMAGE"], "python_module": "nodes"}}
+    assert told["workflows"] == {
+        "a.json": {"nodes": []},
+        "b c/d.json": {"1": {}},
+        **dict.fromkeys(("bad.json", "large.json", "gone.json")),
+    }
+
+
+def test_a_comfyui_without_saved_workflows(tmp_path: Path) -> None:
+    with serving({"/object_info": TYPES}) as port:
+        assert node_types.node_types(layout(tmp_path, port), workflows=True)["workflows"] == {}
+        assert node_types.node_types(layout(tmp_path, port), workflows=False)["workflows"] == {}
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        *({"/object_info": each} for each in (None, [1], {"A": 1}, b"{", {"A": None})),
+        {"/object_info": TYPES, "/userdata": [1]},
+    ],
+)
+def test_other_answers_than_comfyuis_are_refused(tmp_path: Path, answers: dict[str, Any]) -> None:
+    with serving(answers) as port, pytest.raises(AgentError) as raised:
+        node_types.node_types(layout(tmp_path, port), workflows=True)
+    assert raised.value.report["kind"] == "silent"

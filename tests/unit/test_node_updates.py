@@ -339,25 +339,20 @@ def test_files_that_run_at_import(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    "text",
     [
-        *(("{", "is not JSON"), ("9" * 5_000, "is not JSON"), ("[" * 100_000, "is not JSON")),
-        *(("[]", "contains no nodes"), ("{}", "contains no nodes"), ('{"prompt": 1}', "contains no nodes")),
-        ('{"a":' * 400 + "1" + "}" * 400, "contains no nodes"),
-        *(('{"nodes": [1]}', "is not a workflow"), ('{"nodes": [{"type": []}]}', "is not a workflow")),
-        *((f'{{"nodes": [], "definitions": {each}}}', "not a workflow") for each in ("[]", "1", '{"subgraphs": [1]}')),
-        *((f'{{"1": {{"class_type": {each}}}}}', "is not a workflow") for each in ("1", "{}", "null")),
+        *("{", "9" * 5_000, "[" * 100_000, "[]", "{}", '{"prompt": 1}', '{"a":' * 400 + "1" + "}" * 400),
+        *('{"nodes": [1]}', '{"nodes": [{"type": []}]}', '{"nodes": [], "definitions": 1}'),
+        '{"nodes": [], "definitions": {"subgraphs": [1]}}',
+        *(f'{{"1": {{"class_type": {each}}}}}' for each in ("1", "{}", "null")),
     ],
 )
 @pytest.mark.usefixtures("upstream")
-def test_invalid_workflow_is_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_invalid_workflow_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "workflow.json").write_text(text)
-    with raises("config", match=said):
-        node_updates.search(tmp_path / "workflow.json")
-    with raises("config", match="Is a directory"):
-        node_updates.search(tmp_path)
-    with raises("config", match="does not exist"):
-        node_updates.search(tmp_path / "none.json")
+    for path in (tmp_path / "workflow.json", tmp_path, tmp_path / "none.json"):
+        with raises("config"):
+            node_updates.search(path)
 
 
 @pytest.mark.parametrize(("failures", "arrives"), [(2, True), (3, False)])

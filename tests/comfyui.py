@@ -1,0 +1,79 @@
+"""The pinned ComfyUI, what it reports when it runs, and an older tree made of it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core import source
+from lock import interface
+from lock.application import application
+from lock.interface import Interface
+from tests.conftest import FIXTURES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RECORD = FIXTURES / "workflows/object-info-0.30.0.json.gz"
+"""The answer of ComfyUI 0.30.0, without models, at `/object_info`: the parts that Hearth reads."""
+
+
+@cache
+def tree() -> Path:
+    return source.fetch(application())
+
+
+@cache
+def pinned() -> Interface:
+    return interface.read(tree())
+
+
+@cache
+def real() -> Interface:
+    return interface.reported(json.loads(gzip.decompress(RECORD.read_bytes())))
+
+
+def older(place: Path) -> Path:
+    """A tree like the pinned one, with the differences of OLDER."""
+    for each in tree().iterdir():
+        (place / each.name).symlink_to(each)
+    for name, edit in OLDER.items():
+        folder = place / Path(name).parent
+        if folder.is_symlink():
+            origin = folder.resolve()
+            folder.unlink()
+            folder.mkdir()
+            for each in origin.iterdir():
+                (folder / each.name).symlink_to(each)
+        text = (tree() / name).read_text()
+        (place / name).unlink()
+        (place / name).write_text(edit(text))
+    return place
+
+
+def swap(*pairs: tuple[str, str]) -> Callable[[str], str]:
+    def edit(text: str) -> str:
+        for old, new in pairs:
+            assert old in text
+            text = text.replace(old, new)
+        return text
+
+    return edit
+
+
+OLDER = {
+    "nodes.py": swap(
+        ('    "LatentFlip": LatentFlip,\n', ""),  # a type of the first kind
+        ('    "SaveImage": SaveImage,\n', '    "SaveImage": SaveImage,\n    "ImageSaver": SaveImage,\n'),
+        ('"denoise": ("FLOAT"', '"strength": ("FLOAT"'),
+    ),
+    "comfy_extras/nodes_latent.py": swap(
+        ("            LatentCutToBatch,\n", ""),  # one with a schema
+        ('io.Float.Input("multiplier"', 'io.Int.Input("multiplier"'),
+    ),
+    "comfy/samplers.py": swap(('KSAMPLER_NAMES = ["euler", ', 'KSAMPLER_NAMES = ["older", "euler", ')),
+    "comfy_extras/nodes_mask.py": swap(("IO.Mask.Output()", "IO.Image.Output(), IO.Mask.Output()")),
+}
