@@ -427,7 +427,7 @@ def test_version_is_fetched_by_its_tag(tmp_path: Path, host: Hearth) -> None:
     config = ("user.name a", "user.email a@b", "uploadpack.allowAnySHA1InWant true", "uploadpack.allowFilter true")
     for words in ("init -q", *(f"config {each}" for each in config), "add -A", "commit -qm x", "tag -am x v1.1"):
         subprocess.run(["git", "-C", str(place), *words.split()], check=True)
-    app: dict[str, Any] = {"name": "comfyui", "version": "1.0", "tree": "", "extra": [], "size": {}, "files": {}}
+    app: dict[str, Any] = {"name": "comfyui", "version": "1.0", "tree": "", "extra": [], "size": 1, "files": 1}
     app["source"] = [{"folder": "src"}, {"git": f"file://{place}", "commit": "0" * 40}]
     (tmp_path / "app/app.toml").write_text(tomlkit.dumps(app))
     done = host.inv("workflows.compare", "--to", "1.1", HEARTH_APP=str(tmp_path / "app"))
