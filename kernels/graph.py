@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from io import StringIO
 from pathlib import Path
@@ -165,15 +165,17 @@ def _kernel_edges(build: Build, source: str) -> list[Edge]:
         "flags": " ".join(flags),
     }
     output = f"{build.folder}/obj/{source}.o"
+    edge = _compile_edge("nvcc", build, source, output, variables)
     if len(build.singles) == 1:
-        return [_compile_edge("nvcc", build, source, output, variables)]
-    edges = [edge for single in build.singles.values() for edge in _kernel_edges(single, source)]
-    variables |= {"python": f"{sys.executable} -IS", "merge": str(files.CHECKOUT / "kernels/merge.py")}
-    variables |= {"source": f"{build.source_folder}/{source}"}
-    return [
-        *edges,
-        Edge(rule="merge", output=output, inputs=[e.output for e in edges], seconds=0.1, variables=variables),
-    ]
+        return [edge]
+    singles = [each for single in build.singles.values() for each in _kernel_edges(single, source)]
+    more = {
+        "python": f"{sys.executable} -IS",
+        "merge": str(files.CHECKOUT / "kernels/merge.py"),
+        "source": edge.inputs[0],
+    }
+    inputs = [each.output for each in singles]
+    return [*singles, replace(edge, rule="merge", inputs=inputs, seconds=0.1, variables=edge.variables | more)]
 
 
 def _binding_edge(build: Build, module: Module, source: str) -> Edge:
