@@ -6,6 +6,7 @@ the distribution's package sources, so only the distribution's own Python versio
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,17 @@ from core.errors import ProcessError, ToolError
 from core.stack import Platform
 
 _DEBIAN = {Platform.LINUX_AARCH64: "arm64", Platform.LINUX_X86_64: "amd64"}
+
+
+# qemu 7.2 shows the build machine's /proc/cpuinfo to the guest, and torch 2.14 crashes on one without these lines.
+_CORE = """\
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x3
+CPU part\t: 0xd0c
+CPU revision\t: 1
+"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,10 @@ def runner(platform: Platform, python: str) -> Runner | str:
         if error.kind not in ("process", "program-missing"):
             raise
         return f"no {platform.cpu} Python {python} to emulate: {error.what}"
+    if platform is Platform.LINUX_AARCH64 and not (root / "proc/cpuinfo").exists():
+        files.write(
+            root / "proc/cpuinfo", "\n".join(f"processor\t: {core}\n{_CORE}" for core in range(os.cpu_count() or 1))
+        )
     # -L makes the guest use its own loader, libraries and standard library first.
     argv = (qemu, "-L", str(root), str(root / f"usr/bin/python{python}"))
     return Runner(argv, {"PYTHONHOME": str(root / "usr")}, f"under {Path(qemu).name}")

@@ -86,7 +86,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Own:
     found = Own(tmp_path)
     (tmp_path / "locks").mkdir()
     (tmp_path / "app.toml").write_text(
-        'name = "comfyui"\nversion = "1"\ntree = ""\nextra = []\nsize = 0\nfiles = 0\n[[source]]\nfolder = "src"\n'
+        'name = "comfyui"\nversion = "1"\ntree = ""\nextra = []\nsize = 1\nfiles = 1\n[[source]]\nfolder = "src"\n'
     )
     (tmp_path / "known-bad.toml").write_text(BAD)
     for each in requirements.trio(stacks()["cu130"]):

@@ -153,7 +153,8 @@ def test_an_interrupted_download_leaves_no_emulated_python(
     found = emulation.runner(Platform.LINUX_AARCH64, "3.11")
     assert isinstance(found, emulation.Runner)
     names = {path.name for path in Path(found.argv[2]).iterdir()}
-    assert names == {"usr", "first.deb", "second.deb"}
+    assert names == {"usr", "proc", "first.deb", "second.deb"}
+    assert "CPU implementer" in Path(found.argv[2], "proc/cpuinfo").read_text()
 
 
 def test_wheels_are_unpacked_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
