@@ -18,7 +18,16 @@ from ops import tasks as ops  # noqa: E402
 from ops import workflow_tasks as workflows  # noqa: E402
 
 console.guard()
-ns = Collection(*(each for room in (kernels, deploy, ops) for each in vars(room).values() if isinstance(each, Task)))
+grouped = {kernels.list_kernels, kernels.pin}
+ns = Collection(
+    *(
+        each
+        for room in (kernels, deploy, ops)
+        for each in vars(room).values()
+        if isinstance(each, Task) and each not in grouped
+    )
+)
+ns.add_collection(Collection("kernels", kernels.list_kernels, kernels.pin))
 ns.add_task(lock.lock)
 ns.add_collection(
     Collection("nodes", *(each for each in vars(lock).values() if isinstance(each, Task) and each is not lock.lock))

@@ -28,7 +28,7 @@ from core import files, source, workspace
 from core.stack import Platform, find_stack
 from kernels import toolchain
 from kernels.inspection import modules, unpacked
-from kernels.recipe import find_recipe
+from kernels.recipe import find_recipes, for_stack
 
 ARCH, PYTHON = "12.1", "3.11"
 CORES = len(os.sched_getaffinity(0))
@@ -73,7 +73,7 @@ def cuda_home(place: Path) -> Path:
 def upstream(work: Path) -> tuple[Cost, Path]:
     """Build SageAttention by its own setup.py bdist_wheel."""
     tree = work / "upstream"
-    recipe = find_recipe("sageattention")
+    recipe = for_stack(find_recipes("sageattention"), find_stack())
     first = recipe.source[0]
     git = ["git", "-C", str(tree)]
     tree.mkdir()
@@ -154,7 +154,7 @@ def already_built(work: Path) -> tuple[float, float]:
 
 def one_edit(work: Path) -> tuple[float, float]:
     """Wall seconds of the command after an edit of one source, and of that file's compile alone."""
-    recipe = find_recipe("sageattention")
+    recipe = for_stack(find_recipes("sageattention"), find_stack())
     folder = work / "recipes/sageattention"
     shutil.copytree(recipe.path, folder)
     shutil.copytree(source.fetch(recipe), folder / "src")

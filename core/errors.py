@@ -106,7 +106,9 @@ class SourceError(HearthError):
     kinds: ClassVar[Mapping[str, str]] = {
         "source-unreachable": "No source could be fetched.",
         "hash-mismatch": "A file does not have its pinned hash.",
+        "unpinned": "A recipe has no hash of its source yet; `inv kernels.pin` writes it.",
         "patch": "A patch does not apply to its source.",
+        "generate": "A script of a source that writes more source files failed.",
         "nodes": "Several nodes could not be examined, for different reasons.",
         "unsafe-tree": "A source tree contains a link that leads out of it, or a special file.",
     }

@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from core import console, foreign
 from core.errors import SourceError
@@ -61,7 +62,8 @@ class Hearth(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One wheel: its file and hash, its coordinates, its key with the inputs, and the findings of the inspection.
 
-    `hearth` built it. Fields with a default are missing in older manifests.
+    `hearth` built it. Fields with a default are missing in older manifests. `torch` is one version, or a range for a
+    wheel on LibTorch's stable ABI. `python` is empty for a wheel that serves every Python version of its tag.
     """
 
     file: WheelFile
@@ -95,6 +97,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def index(self) -> str:
         """The index that it belongs to."""
         return index(self.stack, self.arch)
+
+    def suits(self, python: str, torch: str) -> bool:
+        """Whether the wheel runs with this Python and torch."""
+        try:
+            versions = SpecifierSet(self.torch if self.torch.startswith(">=") else f"=={self.torch}")
+        except InvalidSpecifier:  # of another host
+            return False
+        return self.python in ("", python) and torch in versions
 
 
 def capabilities(arch: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Fetches the pinned source of a recipe and checks its hash. No code of the source is executed."""
+"""Fetches the pinned source of a recipe and checks its hash. Executes no code of the source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tempfile
 import time
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, TypeVar, cast
 
 import msgspec
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One origin of a source: git at a commit, an sdist by hash, or a folder of the recipe.
 
-    `subfolder` is the folder of the tree in an sdist.
+    `subfolder` is the folder of the tree in a commit or an sdist.
     """
 
     git: str = ""
@@ -74,12 +74,13 @@ def check(recipe: Pinned) -> None:
         kinds = [kind for kind in (source.git, source.sdist, source.folder) if kind]
         if len(kinds) != 1:
             raise ConfigError("config", f"{recipe.path}: a source is one of git, sdist, folder")
-        if source.folder and (Path(source.folder).is_absolute() or ".." in Path(source.folder).parts):
-            raise ConfigError("config", f"{recipe.path}: folder {source.folder!r} is not below the recipe")
+        for name in (source.folder, source.subfolder):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ConfigError("config", f"{recipe.path}: folder {name!r} is not a relative path without ..")
         if (source.git and not source.commit) or (source.sdist and not (source.version and source.sha256)):
             raise ConfigError("config", f"{recipe.path}: a git source needs commit; an sdist needs version and sha256")
-        if source.subfolder and not source.sdist:
-            raise ConfigError("config", f"{recipe.path}: only an sdist can have a `subfolder`")
+        if source.folder and source.subfolder:
+            raise ConfigError("config", f"{recipe.path}: a folder has no `subfolder`: write it into `folder`")
         if source.git and not re.fullmatch("[0-9a-f]{40,64}", source.commit):
             raise ConfigError(
                 "config",
@@ -116,11 +117,24 @@ def fetch(recipe: Pinned) -> Path:
     """
     if there := cached(recipe):
         return there
+    if not recipe.tree:
+        raise SourceError(
+            "unpinned",
+            f"the source of {recipe.name} {recipe.version} is not pinned",
+            cause="its recipe has no `tree`, the hash of the files",
+            hint=f"inv kernels.pin {recipe.name} fetches and shows it, and writes the hash",
+        )
     place = _place(recipe)
     if workspace.current().bundled:
         raise BundleError(
             "bundle", f"the bundle lacks {recipe.name} {recipe.version}", hint="create it again: inv bundle"
         )
+    _fetch_first(recipe, place)
+    return place
+
+
+def _fetch_first(recipe: Pinned, place: Path) -> None:
+    """Fetch the tree from the first source that answers; check its hash if the recipe has one."""
     failures: list[str] = []
     hint = "check the network (and git's url.<mirror>.insteadOf, if you use one), then run the same command again"
     for source in recipe.source:
@@ -128,10 +142,14 @@ def fetch(recipe: Pinned) -> Path:
             with files.atomic_dir(place) as part:
                 console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
                 _fetch_with_retries(_fetch_git if source.git else _fetch_sdist, source, recipe, part)
-                _check(recipe, source, part)
-            return place
+                if not any(part.iterdir()):
+                    chosen = source.subfolder or ", ".join(recipe.paths)
+                    raise ConfigError("config", f"{source.label} has no file in {chosen or 'it'}")
+                if recipe.tree:
+                    _check(recipe, source, part)
+            return
         except HearthError as error:
-            if error.kind in ("hash-mismatch", "unsafe-tree"):
+            if error.kind in ("hash-mismatch", "unsafe-tree", "config"):
                 raise
             failures.append(f"{source.label}: {error.cause or error.what}")
             hint = error.hint if error.kind == "program-missing" else hint
@@ -143,14 +161,14 @@ def fetch(recipe: Pinned) -> Path:
     )
 
 
-def pin(recipe: Pinned) -> Pinned:
+P = TypeVar("P", bound=Pinned)
+
+
+def pin(recipe: P) -> P:
     """Fetch the source and return the recipe with its hash. For new pins only: nothing is compared."""
-    (source,) = recipe.source
     with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
         place = Path(folder) / recipe.name
-        place.mkdir()
-        console.say(f"fetching {recipe.name} {recipe.version} from {source.label}")
-        _fetch_git(source, recipe, place)
+        _fetch_first(msgspec.structs.replace(recipe, tree=""), place)
         pinned = msgspec.structs.replace(recipe, tree=files.tree_hash(place))
         with files.atomic_dir(_place(pinned)) as part:
             shutil.copytree(place, part, dirs_exist_ok=True, symlinks=True)
@@ -185,7 +203,7 @@ def _check(recipe: Pinned, source: Source, tree: Path) -> None:
         raise SourceError(
             "hash-mismatch",
             f"the source of {recipe.name} from {source.label} differs from the recipe's pin",
-            cause=f"tree {found}, pinned {recipe.tree or '(nothing)'}: altered in transit, or the pin is wrong",
+            cause=f"tree {found}, pinned {recipe.tree}: altered in transit, or the pin is wrong",
             hint=f"rm -r {shlex.quote(str(tree))}, then run the same command again to fetch it"
             if tree == _place(recipe)
             else f"compare it with the release; only then change `tree` in {recipe.path}",
@@ -211,7 +229,7 @@ def _write_commit(source: Source, recipe: Pinned, tree: foreign.Tree, below: str
     url = json.dumps(source.git, ensure_ascii=False)  # git quotes its settings in the same way
     config = f'[remote "origin"]\nurl = {url}\n'
     few: list[str] = []
-    if recipe.paths or recipe.without:
+    if recipe.paths or recipe.without or source.subfolder:
         config += "[core]\nrepositoryFormatVersion = 1\n[extensions]\npartialClone = origin\n"
         few = ["--filter=blob:none"]
     for name in ("objects", "refs"):
@@ -225,9 +243,9 @@ def _write_commit(source: Source, recipe: Pinned, tree: foreign.Tree, below: str
         tools.git("ls-tree", "-r", "-z", "--full-tree", source.commit, output=raw, env=own)
         entries = _entries(raw, source)
     wanted = {
-        name: (mode, blob)
+        inner: (mode, blob)
         for name, (mode, kind, blob) in entries.items()
-        if kind == "blob" and (not recipe.paths or _below(name, recipe.paths)) and not _below(name, recipe.without)
+        if kind == "blob" and (inner := _wanted(name, source, recipe))
     }
     blobs = "".join(f"{blob}\n" for _, blob in wanted.values())
     if few and blobs:  # else cat-file would request each blob separately
@@ -242,9 +260,9 @@ def _write_commit(source: Source, recipe: Pinned, tree: foreign.Tree, below: str
             else:
                 tree.file(below + name, size, files.blocks(raw, size), executable=mode == "100755")
             raw.read(1)  # the line's end
-    inner = {name: _submodule(name, source, entries, own) for name in recipe.submodules}
+    modules = {name: _submodule(name, source, entries, own) for name in recipe.submodules}
     shutil.rmtree(repository)
-    for name, each in inner.items():  # at the commits that the pinned one names
+    for name, each in modules.items():  # at the commits that the pinned one names
         whole = msgspec.structs.replace(recipe, paths=(), without=(), submodules=())
         _write_commit(each, whole, tree, f"{below}{name}/")
 
@@ -273,6 +291,7 @@ LISTED = 20_000_000
 def _submodule(name: str, source: Source, entries: Mapping[str, Sequence[str]], own: Mapping[str, str]) -> Source:
     """The source of a submodule; raises ConfigError when the commit has no submodule of that path."""
     output = ""
+    name = f"{source.subfolder}/{name}" if source.subfolder else name
     if ".gitmodules" in entries:
         words = ["config", "--blob", entries[".gitmodules"][2], "-z", "--get-regexp", r"^submodule\..*\.(path|url)$"]
         output = tools.git(*words, env=own, check=False).stdout
@@ -339,14 +358,7 @@ def _fetch_sdist(source: Source, recipe: Pinned, place: Path) -> None:
     except (RequestException, ValueError) as error:
         raise SourceError("source-unreachable", f"the package index did not answer: {error}") from error
 
-    def wanted(name: str) -> str:
-        if source.subfolder:
-            inside = name.startswith(f"{source.subfolder}/")
-            name = name.removeprefix(f"{source.subfolder}/") if inside else ""
-        chosen = not recipe.paths or _below(name, recipe.paths)
-        return name if chosen and not _below(name, recipe.without) else ""
-
-    unpack(archive, foreign.Tree(place, source.label), wanted)
+    unpack(archive, foreign.Tree(place, source.label), lambda name: _wanted(name, source, recipe))
     archive.unlink()
 
 
@@ -360,6 +372,14 @@ def unpack(archive: Path, tree: foreign.Tree, wanted: Callable[[str], str]) -> N
             elif name and member.isreg():
                 tree.file(name, member.size, blocks, executable=bool(member.mode & 0o100))
     tree.finish()
+
+
+def _wanted(name: str, source: Source, recipe: Pinned) -> str:
+    """The path in the tree of a file of a commit or an archive; empty for one that is left out."""
+    folder = f"{source.subfolder.strip('/')}/" if source.subfolder else ""
+    inner = name.removeprefix(folder)
+    inside = name.startswith(folder) and (not recipe.paths or _below(inner, recipe.paths))
+    return inner if inside and not _below(inner, recipe.without) else ""
 
 
 def _below(name: str, paths: Sequence[str]) -> bool:

@@ -126,6 +126,7 @@ def build_environment() -> dict[str, str]:
 
 def build(
     *argv: str | Path,
+    cwd: Path | None = None,
     check: bool = True,
     input_text: str | None = None,
     env: Mapping[str, str] | None = None,
@@ -133,7 +134,7 @@ def build(
 ) -> Done:
     """Run a compiler, an interpreter or an inspection as `shell.run` does, with `build_environment` and `env`."""
     env = {**build_environment(), **(env or {})}
-    return shell.run(argv, env=env, inherit=False, check=check, input_text=input_text, timeout=timeout)
+    return shell.run(argv, cwd=cwd, env=env, inherit=False, check=check, input_text=input_text, timeout=timeout)
 
 
 def apt(*argv: str | Path) -> Done:

@@ -85,7 +85,8 @@ class Wheelhouse:
         if _error(wheel, manifest):
             words = ["--kernel", manifest.kernel, "--arch", manifest.arch, "--stack", manifest.stack]
             words += ["--fat"] if ";" in manifest.arch else []
-            words += ["--python", manifest.python, "--platform", manifest.platform]
+            words += ["--python", manifest.python] if manifest.python else []
+            words += ["--platform", manifest.platform]
             words += ["--profile", manifest.profile] if manifest.profile else []
             raise SourceError(
                 "hash-mismatch",

@@ -9,7 +9,7 @@ from core import foreign, lockfile, source, workspace
 from core.errors import LockError
 from deploy.refusals import refused
 from deploy.release_refusals import known_bad
-from kernels.recipe import recipes
+from kernels.recipe import for_stack, recipes
 from lock import advisory, nodes, requirements
 from lock import application as applications
 
@@ -72,15 +72,17 @@ def gather(target: Target) -> Inputs:
         uv=uv,
         nodes=chosen,
         model_folders=applications.model_folders(foreign.text(tree / "folder_paths.py")),
-        recipes=_recipes(target.profile.kernels),
+        recipes=_recipes(target),
     )
 
 
-def _recipes(kernels: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """The current version and default profile of these kernels. A bundle has one wheel of each, and no recipe."""
+def _recipes(target: Target) -> dict[str, tuple[str, str]]:
+    """The current version and default profile of a target's kernels. A bundle has one wheel of each, and no recipe."""
+    kernels = target.profile.kernels
     if not kernels or workspace.current().bundled:
         return {}
-    return {name: (each.version, each.default_profile) for name, each in recipes().items() if name in kernels}
+    chosen = {name: for_stack(same, target.stack) for name, same in recipes().items() if name in kernels}
+    return {name: (recipe.version, recipe.default_profile) for name, recipe in chosen.items()}
 
 
 def _refuse_known_bad(target: Target, chosen: Mapping[str, Node]) -> None:

@@ -270,21 +270,22 @@ def _unasked(wheel: Manifest, asked: Mapping[str, Any]) -> str:
         "number of archs": (len(archs), [1, len(archs) if asked.get("fat") else 1]),
         "kernel": (wheel.kernel, kernels or [wheel.kernel]),
         "stack": (wheel.stack, [asked.get("stack") or find_stack().name]),
-        "torch": (wheel.torch, [stack.torch]),
-        "python": (wheel.python, _names(asked.get("python")) or stack.pythons),
+        "torch": (stack.torch if wheel.suits(wheel.python, stack.torch) else wheel.torch, [stack.torch]),
+        "python": (wheel.python, ["", *(_names(asked.get("python")) or stack.pythons)]),
         "platform": (wheel.platform, [asked.get("platform") or usual.platform]),
         # kernels without that profile are built with their default
         "profile": (wheel.profile, [(asked.get("profile") if len(kernels) == 1 else "") or wheel.profile]),
     }
     if wrong := [f"{what} {value!r}" for what, (value, right) in expected.items() if value not in right]:
         return ", ".join(wrong)
-    version = rf"[0-9a-z.]+\+{re.escape(stack.label)}"
+    version = rf"[0-9a-z.]+\+{re.escape(stack.label if wheel.torch == stack.torch else stack.name)}"
     for arch in archs:
         version += rf"\.sm{arch.major}{arch.minor}{arch.suffix or '[af]?'}{r'[.]ptx' if arch.ptx else ''}"
     version += re.escape(f".{wheel.profile}") if wheel.profile else ""
-    tag = f"cp{wheel.python.replace('.', '')}"
-    name = f"{re.sub('[-_.]+', '_', wheel.kernel).lower()}-{wheel.version}-{tag}-{tag}"
-    file = rf"{re.escape(name)}-(many)?linux(_2_\d+)?_{wheel.platform.removeprefix('linux_')}[.]whl"
+    own = f"cp{wheel.python.replace('.', '')}"
+    tags = f"{own}-{own}" if wheel.python else r"(cp3\d+-abi3|py3-none)"
+    name = f"{re.sub('[-_.]+', '_', wheel.kernel).lower()}-{wheel.version}"
+    file = rf"{re.escape(name)}-{tags}-(many)?linux(_2_\d+)?_{wheel.platform.removeprefix('linux_')}[.]whl"
     if not re.fullmatch(version, wheel.version) or not re.fullmatch(file, wheel.file, re.ASCII):
         return f"its name differs from {name}"
     return "" if 0 < wheel.size <= LARGEST else f"it has {wheel.size} bytes"

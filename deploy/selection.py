@@ -134,8 +134,8 @@ def find_wheel(inputs: Inputs, kernel: str, target: Target, platform: str, pytho
         for wheel in inputs.wheels
         if wheel.kernel == kernel
         and arch in wheel.capabilities
-        and (wheel.stack, wheel.torch) == (stack.name, stack.torch)
-        and (wheel.python, wheel.platform) == (python, platform)
+        and (wheel.stack, wheel.platform) == (stack.name, platform)
+        and wheel.suits(python, stack.torch)
     ]
     if fitting:
         version, profile = inputs.recipes.get(kernel, ("", ""))

@@ -126,7 +126,7 @@ def _make(
                 for each in (build, *build.singles.values()):
                     shutil.rmtree(graphs.root() / each.folder, ignore_errors=True)
             if build.source_folder not in laid:
-                patches = build.recipe.patches_for(build.toolchain.stack.cuda)
+                patches = build.recipe.patches_for(build.toolchain.stack, build.profile)
                 source.lay_out(build.recipe, patches, graphs.root() / build.source_folder)
                 laid.add(build.source_folder)
             toolchain.assemble(build.toolchain)
@@ -166,8 +166,8 @@ def _finish(build: Build, graph: Graph) -> Manifest:
         version=build.version,
         arch=build.arch,
         stack=build.toolchain.stack.name,
-        torch=build.toolchain.stack.torch,
-        python=build.toolchain.python,
+        torch=build.recipe.torch if build.recipe.stable_torch else build.toolchain.stack.torch,
+        python=build.toolchain.python if build.recipe.abi == "cpython" else "",
         platform=build.toolchain.platform.value,
         profile=build.profile,
         glibc=inspection.highest([report.glibc for report in reports]),

@@ -19,10 +19,11 @@ from kernels import toolchain as toolchains
 from kernels.source import HEADERS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from kernels.matrix import Build
     from kernels.recipe import Module, Recipe
+    from kernels.toolchain import Toolchain
 
 
 def root() -> Path:
@@ -138,7 +139,7 @@ def _module_edges(build: Build, module: Module) -> list[Edge]:
     exclude = profile.exclude if profile else ()
     kernels = [name for pattern in module.kernels for name in _matches(tree, pattern, exclude, build.recipe)]
     bindings = [name for pattern in module.bindings for name in _matches(tree, pattern, exclude, build.recipe)]
-    compiles = [_kernel_edges(build.of(module), each) for each in kernels]
+    compiles = [_kernel_edges(build.of(module), module, each) for each in kernels]
     compiles += [[_binding_edge(build, module, each)] for each in bindings]
     link = Edge(
         rule="link",
@@ -150,25 +151,32 @@ def _module_edges(build: Build, module: Module) -> list[Edge]:
     return [*(edge for edges in compiles for edge in edges), link]
 
 
-def _kernel_edges(build: Build, source: str) -> list[Edge]:
-    """Compile a .cu file; the last edge is the module's object. The command does not depend on Python or the profile.
+def _kernel_edges(build: Build, module: Module, source: str) -> list[Edge]:
+    """Compile a .cu file; the last edge is the module's object.
 
-    For several archs, the objects of each, which builds for that arch share, are merged.
+    Unless it includes Python's headers, the command depends on neither Python nor the profile. Modules share the object
+    of a file that they compile with the same command. For several archs, the objects of each, which builds for that
+    arch share, are merged.
     """
-    view = _view(build)
-    includes = _isystem(build, f"{view}/torch/include", f"{view}/nvidia")
-    flags = [*build.recipe.flags.nvcc, _abi(build), *_gencode(build), *_own_includes(build), *includes]
+    recipe, view = build.recipe, _view(build)
+    python = module.kernels_include_python
+    own = module.flags.nvcc or module.defines or module.include or python
+    place = f"{build.python_folder if python else build.folder}/obj/{f'{module.path}/' if own else ''}"
+    flags = [
+        *_words([*recipe.flags.nvcc, *module.flags.nvcc, *_defines(build, module, python=python)]),
+        *(_abi(build), *_gencode(build), *_includes(build, module), *_isystem(build, python=python)),
+    ]
     variables = {
         "nvcc": f"{view}/nvcc/bin/nvcc",
         "cxx": _cxx(build),
-        "name": f"{build.recipe.name}/{source}",
+        "name": f"{recipe.name}/{source}",
         "flags": " ".join(flags),
     }
-    output = f"{build.folder}/obj/{source}.o"
+    output = f"{place}{source}.o"
     edge = _compile_edge("nvcc", build, source, output, variables)
     if len(build.singles) == 1:
         return [edge]
-    singles = [each for single in build.singles.values() for each in _kernel_edges(single, source)]
+    singles = [each for single in build.singles.values() for each in _kernel_edges(single, module, source)]
     more = {
         "python": f"{sys.executable} -IS",
         "merge": str(files.CHECKOUT / "kernels/merge.py"),
@@ -180,18 +188,30 @@ def _kernel_edges(build: Build, source: str) -> list[Edge]:
 
 def _binding_edge(build: Build, module: Module, source: str) -> Edge:
     """Compile a .cpp file. The object contains the module's name, so each module compiles its own."""
-    view, tag = _view(build), build.toolchain.python_folder
-    includes = [
-        *_isystem(build, f"{view}/{tag}/site/torch/include", f"{view}/{tag}/site/nvidia"),
-        f"-isystem {view}/nvcc/include",  # CUDA's headers include crt/, which ships with the compiler
-        f"-isystem {view}/{tag}/include",
+    flags = [
+        *_words([*build.recipe.flags.cxx, *module.flags.cxx, *_defines(build, module, python=True)]),
+        *(_abi(build), *_includes(build, module), *_isystem(build, python=True)),
     ]
-    name = f"-DTORCH_EXTENSION_NAME={module.init}"
-    profile = build.recipe.profiles.get(build.profile)
-    defines = [f"-D{each}" for each in profile.defines] if profile else []
-    flags = [*build.recipe.flags.cxx, *defines, _abi(build), name, *_own_includes(build), *includes]
     variables = {"cxx": _cxx(build), "flags": " ".join(flags)}
     return _compile_edge("cxx", build, source, f"{build.python_folder}/obj/{module.path}/{source}.o", variables)
+
+
+def _words(flags: Sequence[str]) -> Iterator[str]:
+    """Flags of a recipe as ninja and its shell read them."""
+    for flag in flags:
+        yield shlex.quote(flag).replace("$", "$$")
+
+
+def _defines(build: Build, module: Module, *, python: bool) -> list[str]:
+    """The macros of a file, with those of the profile and the module's name for one that may contain bindings."""
+    recipe = build.recipe
+    names = [*module.defines, *([f"TORCH_TARGET_VERSION={recipe.torch_target}"] if recipe.stable_torch else [])]
+    if python:
+        profile = recipe.profiles.get(build.profile)
+        names += [*(profile.defines if profile else ()), f"TORCH_EXTENSION_NAME={module.init}"]
+        if recipe.abi == "abi3":
+            names.append(f"Py_LIMITED_API=0x03{int(recipe.python_tag.removeprefix('cp3')):02X}0000")
+    return [f"-D{name}" for name in names]
 
 
 def _compile_edge(rule: str, build: Build, source: str, output: str, variables: dict[str, str]) -> Edge:
@@ -217,10 +237,11 @@ def _abi(build: Build) -> str:
     return f"-D_GLIBCXX_USE_CXX11_ABI={int(build.toolchain.stack.cxx11_abi)}"
 
 
-def _own_includes(build: Build) -> list[str]:
+def _includes(build: Build, module: Module) -> list[str]:
     """The recipe's header folder, which comes first, then the source's include folders."""
     recipe = build.recipe
-    return [f"-I{build.source_folder}/{place}" for place in (*([HEADERS] if recipe.headers else []), *recipe.include)]
+    places = [*([HEADERS] if recipe.headers else []), *module.include, *recipe.include]
+    return list(_words([f"-I{build.source_folder}/{place}" for place in places]))
 
 
 def _matches(tree: Path, pattern: str, exclude: Sequence[str], recipe: Recipe) -> list[str]:
@@ -235,10 +256,20 @@ def _matches(tree: Path, pattern: str, exclude: Sequence[str], recipe: Recipe) -
     return kept
 
 
-def _isystem(build: Build, torch: str, nvidia: str) -> list[str]:
-    """Torch's headers, then CUDA's. cu13 wheels share one include folder; cu12 wheels have one each."""
+def _isystem(build: Build, *, python: bool) -> list[str]:
+    """Torch's headers, then CUDA's and Python's. cu13 wheels share one include folder; cu12 wheels have one each.
+
+    Without `python`, the paths depend on no Python version.
+    """
+    view = _view(build)
+    own = f"{view}/{build.toolchain.python_folder}"
+    site = f"{own}/site" if python else view
     cuda = sorted(path.parent.name for path in (build.toolchain.view / "nvidia").glob("*/include"))
-    places = [torch, f"{torch}/torch/csrc/api/include", *(f"{nvidia}/{each}/include" for each in cuda)]
+    places = [f"{site}/torch/include", f"{site}/torch/include/torch/csrc/api/include"]
+    places += [f"{site}/nvidia/{each}/include" for each in cuda]
+    if python:
+        places += [f"{view}/nvcc/include"]  # CUDA's headers include crt/, which ships with the compiler
+        places += [f"{own}/include"] if build.recipe.abi != "none" else []
     return [f"-isystem {place}" for place in places]
 
 
@@ -270,9 +301,16 @@ def _link_variables(build: Build, module: Module) -> dict[str, str]:
         *(f"-L{site}/torch/lib", f"-L{site}/{runtime}", f"-L{view}/stubs"),
         *(f"-l{each}" for each in (*_TORCH_LIBRARIES, "cudart")),
         # Keep the recipe's libraries even if no symbol needs them: the driver stub defines none.
-        *(f"-Wl,--no-as-needed -l{each}" for each in module.libraries),
+        *(f"-Wl,--no-as-needed {_library(chain, site, each)}" for each in module.libraries),
     ]
     return {"cxx": _cxx(build), "libs": " ".join(libraries)}
+
+
+def _library(chain: Toolchain, site: str, name: str) -> str:
+    """The linker's words for a library: NVIDIA's packages have it under its versioned name alone."""
+    if found := chain.nvidia_library(name):
+        return f"-L{site}/{found.parent.relative_to(chain.site)} -l:{found.name}"
+    return f"-l{name}"
 
 
 _TORCH_LIBRARIES = ("torch_python", "torch", "torch_cuda", "torch_cpu", "c10_cuda", "c10")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import lzma
 import re
 import shutil
@@ -19,6 +20,7 @@ from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection
 from elftools.elf.hash import GNUHashSection
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 from core import arch as archs
@@ -112,19 +114,21 @@ def inspect_modules(wheel: Path, build: Build) -> tuple[ModuleReport, ...]:
     """Check every extension module of a wheel; raises BuildError with all problems.
 
     The wheel must hold the modules of the recipe. One with kernels must contain SASS for exactly its targets, and PTX
-    only if it was requested. Its undefined symbols must be defined by torch, the CUDA runtime, the C and C++ libraries
-    or CPython. It must be built for the target's CPU and have no RPATH.
+    only if it was requested. Its undefined symbols must be defined by torch, the CUDA runtime, NVIDIA's libraries that
+    the recipe links, the C and C++ libraries or CPython, and belong to the ABIs that the recipe promises. It must be
+    built for the target's CPU and have no RPATH.
     """
     chain = build.toolchain
     with_kernels = {module.name: module for module in build.modules if module.kernels}
-    providers = list(_providers(chain))
+    torch, others = list(_torch_libraries(chain)), list(_other_libraries(build))
     toolchains.cuobjdump()  # installed before the threads need it
 
     def inspect(path: Path) -> tuple[ModuleReport, list[str]]:
         elf = Elf(path)
         report = read_module(elf, path.relative_to(folder))
         module = with_kernels.get(report.name)
-        errors = [*_code_errors(report, build, module), *_link_errors(elf, report, chain, providers)]
+        errors = [*_code_errors(report, build, module), *_link_errors(elf, report, chain, [*torch, *others])]
+        errors += _abi_errors(elf, report, build, others)
         return report, [f"{report.name}: {error}" for error in errors]
 
     # Threads, because cuobjdump takes most of the time.
@@ -257,13 +261,46 @@ def device_code(path: Path) -> tuple[list[str], tuple[str, ...]]:
     return cubins, tuple(sorted(set(ptx)))
 
 
-def _providers(chain: Toolchain) -> Iterator[Elf]:
-    """The libraries that may define a kernel's symbols, most likely first."""
-    torch = chain.site / "torch/lib"
+def _abi_errors(elf: Elf, report: ModuleReport, build: Build, others: Sequence[Elf]) -> Iterator[str]:
+    """Yield the undefined symbols outside the ABIs of Python and torch that the recipe promises.
+
+    `others` are the libraries besides torch's.
+    """
+    recipe, undefined = build.recipe, set(elf.undefined)
+    python = {name for name in undefined if re.match("_?Py[A-Z_]", name)}
+    if recipe.abi == "abi3":
+        python -= limited_api(recipe.python_tag)
+    if python and recipe.abi != "cpython":
+        yield f"uses Python outside abi = {recipe.abi!r}: {', '.join(sorted(python)[:8])}"
+    if recipe.stable_torch:
+        for library in others:
+            undefined -= library.defines(sorted(undefined))
+        stable = {name for name in undefined if re.match("(aoti_torch|torch)_", name)}  # the C functions of its shim
+        if unstable := sorted(undefined - stable - {*report.from_driver}):
+            yield f"uses torch outside its stable ABI: {', '.join(unstable[:8])}"
+
+
+def limited_api(oldest: str) -> set[str]:
+    """The symbols of Python's stable ABI since a version: `cp310`."""
+    from abi3info import DATAS, FUNCTIONS
+    from abi3info.models import PyVersion
+
+    version = PyVersion(3, int(oldest.removeprefix("cp3")))
+    return {symbol.name for symbol, entry in [*FUNCTIONS.items(), *DATAS.items()] if entry.added <= version}
+
+
+def _torch_libraries(chain: Toolchain) -> Iterator[Elf]:
+    """Torch's libraries, those that are most likely to define a kernel's symbol first."""
     for name in ("libtorch_python", "libc10", "libc10_cuda", "libtorch_cpu", "libtorch_cuda", "libtorch"):
-        yield Elf(torch / f"{name}.so")
-    for runtime in chain.site.glob("nvidia/*/lib/libcudart.so.*"):
-        yield Elf(runtime)
+        yield Elf(chain.site / f"torch/lib/{name}.so")
+
+
+def _other_libraries(build: Build) -> Iterator[Elf]:
+    """The other libraries that may define a kernel's symbols."""
+    chain = build.toolchain
+    for name in sorted({"cudart", *(name for module in build.modules for name in module.libraries)}):
+        if library := chain.nvidia_library(name):
+            yield Elf(library)
     loader = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}[chain.platform.cpu]
     for name in ("libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", loader):
         found = Path(tools.build(chain.cxx, f"-print-file-name={name}").stdout.strip())
@@ -286,19 +323,21 @@ def _python_libraries(chain: Toolchain) -> list[Path]:
 def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> Proof:
     """Import every module of the wheel with the stack's torch, natively or under emulation.
 
-    GPU driver functions are stubs: Python binds all symbols at load time, and a build machine has no driver. Raises
-    BuildError if an import fails; returns "not run" with the reason if no interpreter is available.
+    A module without an init function registers operators with torch, and is loaded by its path. GPU driver functions
+    are stubs: Python binds all symbols at load time, and a build machine has no driver. Raises BuildError if an import
+    fails; returns "not run" with the reason if no interpreter is available.
     """
     chain = build.toolchain
     runner = native(chain) if chain.native else emulation.runner(chain.platform, chain.python)
     if isinstance(runner, str):
         return Proof("not run", runner)
-    names = [module.name for module in build.modules]
-    code = f"import torch\nfor name in {names!r}: __import__(name)\nprint('imported with torch', torch.__version__)"
     compiled = workspace.current().cache / "pycache"
     with unpacked(wheel) as folder:
+        paths = {module: folder / build.module_file(module) for module in build.modules}
+        loads = [(module.name, str(path), _is_python(path, module)) for module, path in paths.items()]
+        required = [Requirement(each).name.replace("-", "_") for each in build.recipe.requires]
         functions = sorted({name for report in reports for name in report.from_driver})
-        if functions:
+        if any("libcuda.so.1" in report.needed for report in reports):
             toolchains.driver_stub(chain, folder, functions)
         env = {
             **runner.env,
@@ -307,7 +346,7 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
             # Most of torch's import time is bytecode compilation: the installed stack has no bytecode.
             "PYTHONPYCACHEPREFIX": str(compiled),
         }
-        done = tools.build(*runner.argv, "-c", code, env=env, check=False)
+        done = tools.build(*runner.argv, "-c", _LOAD, json.dumps([loads, required]), env=env, check=False)
         shutil.rmtree(f"{compiled}{folder}", ignore_errors=True)
     if done.returncode:
         raise BuildError(
@@ -317,6 +356,34 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
             hint="it was not admitted to the wheelhouse",
         )
     return Proof("passed", f"{done.stdout.strip().splitlines()[-1]}, {runner.label}")
+
+
+# Loads each module. The stack lacks packages that the recipe requires: a module whose own package needs one of them is
+# loaded by its path, without that package.
+_LOAD = """
+import importlib.util as util, json, sys, torch
+operators = lambda: {*torch._C._dispatch_get_all_op_names()}
+first = operators()
+modules, required = json.loads(sys.argv[1])
+for name, path, python in modules:
+    before = operators()
+    try:
+        __import__(name) if python else torch.ops.load_library(path)
+    except ModuleNotFoundError as error:
+        if error.name not in required:
+            raise
+        spec = util.spec_from_file_location(name, path)
+        spec.loader.exec_module(util.module_from_spec(spec))
+    if not python and before == operators():
+        sys.exit(f"{name} has neither an init function nor an operator")
+more = len(operators() - first)
+print("imported with torch", torch.__version__, f"and registered {more} operators" if more else "")
+"""
+
+
+def _is_python(path: Path, module: Module) -> bool:
+    """Whether a module has an init function; one without it only registers operators."""
+    return bool(Elf(path).defines([f"PyInit_{module.init}"]))
 
 
 def native(chain: Toolchain) -> emulation.Runner:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from core import arch as archs
 from core import console, files, manifest, workspace
 from core.errors import HearthError, SupportError, UsageError, suggest
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from core.arch import Arch
+    from core.source import Pinned
     from kernels.recipe import Module, Recipe
     from kernels.toolchain import Toolchain
 
@@ -76,12 +79,25 @@ class Build:
     @property
     def version(self) -> str:
         """The wheel's version, with stack, torch, arch and profile in its local label."""
-        label = f"{self.toolchain.stack.label}.{self.label}{f'.{self.profile}' if self.profile else ''}"
-        return f"{self.recipe.version}+{label}"
+        stack = self.toolchain.stack
+        label = f"{stack.name if self.recipe.stable_torch else stack.label}.{self.label}"
+        return f"{self.recipe.version}+{label}{f'.{self.profile}' if self.profile else ''}"
 
     def tag(self, platform: str) -> str:
         """The wheel's compatibility tag, with this platform tag."""
-        return f"{self.toolchain.abi_tag}-{self.toolchain.abi_tag}-{platform}"
+        return f"{self.python_tag}-{platform}"
+
+    @property
+    def python_tag(self) -> str:
+        """The first two parts of the tag: Python and its ABI."""
+        tags = {"abi3": f"{self.recipe.python_tag}-abi3", "none": "py3-none"}
+        return tags.get(self.recipe.abi, f"{self.toolchain.abi_tag}-{self.toolchain.abi_tag}")
+
+    def module_file(self, module: Module) -> str:
+        """The path of an extension module in the wheel."""
+        chain = self.toolchain
+        cpython = f".cpython-{chain.python.replace('.', '')}-{chain.platform.cpu}-linux-gnu.so"
+        return module.path + {"cpython": cpython, "abi3": ".abi3.so", "none": ".so"}[self.recipe.abi]
 
     def wheel_name(self, platform: str) -> str:
         """The wheel's file name (PyPA binary distribution format), with this platform tag."""
@@ -101,21 +117,27 @@ class Build:
     def identifier(self) -> str:
         """The name of this build in lists and messages."""
         chain = self.toolchain
-        tail = f"{chain.abi_tag}-{chain.platform.value}{f'-{self.profile}' if self.profile else ''}"
+        python = chain.abi_tag if self.recipe.abi == "cpython" else self.python_tag
+        tail = f"{python}-{chain.platform.value}{f'-{self.profile}' if self.profile else ''}"
         return f"{self.recipe.name}-{self.recipe.version}-{chain.stack.name}-{self.label}-{tail}"
 
     @property
     def source_folder(self) -> str:
-        """The folder of the patched source, shared by all archs, Python versions and profiles.
+        """The folder of the patched source, shared by all archs, Python versions and profiles without own patches.
 
         Messages of kernels contain its path, so another one for each arch would give each its own host code.
         """
-        return f"{self.recipe.name}-{self.toolchain.view.name}/src"
+        return f"{self.recipe.name}{self._patched}-{self.toolchain.view.name}/src"
+
+    @property
+    def _patched(self) -> str:
+        """The profile, if the recipe has patches for some profiles only: they change the source and the kernels."""
+        return f"-{self.profile}" if any(patch.profiles for patch in self.recipe.patches) else ""
 
     @property
     def folder(self) -> str:
         """The folder of kernel objects, shared by all Python versions and profiles."""
-        return f"{self.recipe.name}-{self.label}-{self.toolchain.view.name}"
+        return f"{self.recipe.name}-{self.label}{self._patched}-{self.toolchain.view.name}"
 
     @property
     def python_folder(self) -> str:
@@ -127,20 +149,23 @@ class Build:
         """Everything that can change a byte of the wheel."""
         recipe, chain = self.recipe, self.toolchain
         chosen = recipe.profiles.get(self.profile)
-        patches = recipe.patches_for(chain.stack.cuda)
-        source = recipe.source[0]
+        patches = recipe.patches_for(chain.stack, self.profile)
         return {
             "builder": BUILDER,
-            "source": files.tree_hash(recipe.path / source.folder) if source.folder else recipe.tree,
+            "source": _tree(recipe),
+            "extra": [[each.into, _tree(each)] for each in recipe.extra],
+            "generate": [[each.script, each.args, each.tree] for each in recipe.generate],
             "patches": [files.sha256(recipe.path / "patches" / patch.file) for patch in patches],
             "headers": files.tree_hash(recipe.path / recipe.headers) if recipe.headers else "",
             "include": recipe.include,
             "flags": {"cxx": recipe.flags.cxx, "nvcc": recipe.flags.nvcc},
             "profile": [self.profile, chosen.defines if chosen else (), chosen.exclude if chosen else ()],
             "modules": [
-                [each.name, each.bindings, each.kernels, each.libraries, self.of(each).label] for each in self.modules
+                [msgspec.to_builtins(msgspec.structs.replace(each, archs=())), self.of(each).label]
+                for each in self.modules
             ],
-            "files": [recipe.files, recipe.exclude_files, recipe.license_files],
+            "abi": [recipe.abi, recipe.stable_torch and recipe.torch],
+            "files": [recipe.root, recipe.files, recipe.exclude_files, recipe.license_files],
             "metadata": [
                 recipe.name,
                 self.version,
@@ -162,6 +187,12 @@ class Build:
     def key(self) -> str:
         """The hash of the inputs: builds with the same key produce the same bytes."""
         return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _tree(source: Pinned) -> str:
+    """The hash of a source: its pin, or that of the recipe's own folder."""
+    own = source.source[0].folder
+    return files.tree_hash(source.path / own) if own else source.tree
 
 
 @cache
@@ -217,19 +248,22 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
         console.say(stack.notice)
     # Every comma-separated name is looked up, so that a mistyped one is an error.
     names = _listed(request.kernel)
-    chosen = [recipes_of.find_recipe(name) for name in names] or list(recipes_of.recipes().values())
-    profiles = {name for recipe in chosen for name in recipe.profiles}
+    chosen = {name: recipes_of.find_recipes(name) for name in names} or {
+        name: same for name, same in recipes_of.recipes().items() if any(recipe.default for recipe in same)
+    }
+    profiles = {name for same in chosen.values() for recipe in same for name in recipe.profiles}
     if request.profile and request.profile not in profiles:
         raise UsageError(
             "unknown-name",
-            f"there is no profile {request.profile!r} of {', '.join(recipe.name for recipe in chosen)}",
+            f"there is no profile {request.profile!r} of {', '.join(chosen)}",
             hint=suggest(request.profile, profiles) if profiles else "omit --profile",
         )
+    suited = [recipes_of.for_stack(same, stack) for same in chosen.values()]
     builds: dict[str, Build] = {}
     skipped: list[Skipped] = []
     notes: dict[str, None] = {}
     for platform, group in _groups(request):
-        for python, recipe in itertools.product(_listed(request.python) or [stack.python], chosen):
+        for python, recipe in itertools.product(_listed(request.python) or [stack.python], suited):
             where = f"{stack.name} {python} {platform.value}"
             usable: list[Arch] = []
             for arch in group:
@@ -304,7 +338,20 @@ def _build(
 ) -> Build:
     """One build; a recipe without the profile uses its default."""
     chosen = profile if profile in recipe.profiles else recipe.default_profile
-    return Build(recipe, canonical(recipe, group), chosen, describe(stack, platform, python))
+    found = Build(
+        recipe, canonical(recipe, group), chosen, describe(stack, platform, python_for(recipe, stack, python))
+    )
+    names = [module.name for module in found.modules]
+    if twice := {name for name in names if names.count(name) > 1}:
+        what = f"{recipe.name} {recipe.version} cannot be built as one wheel for {found.arch}"
+        cause = f"{', '.join(sorted(twice))} has other files or flags on some of them"
+        raise SupportError("recipe-support", what, cause=cause, hint="omit --fat")
+    return found
+
+
+def python_for(recipe: Recipe, stack: Stack, python: str) -> str:
+    """The Python of a build. A wheel for all is built with one, so that its bytes and key depend on no other."""
+    return stack.pythons[0] if recipe.abi != "cpython" and python in ("", *stack.pythons) else python
 
 
 def _target(recipe: Recipe, arch: Arch) -> str:
@@ -345,12 +392,13 @@ def refusal(recipe: Recipe, arch: Arch, stack: Stack) -> SupportError | None:
             cause=stack.archs_reason,
             hint=f"use a stack that does: {others}" if others else f"{stack.name} supports {', '.join(stack.archs)}",
         )
-    if stack.name not in recipe.stacks:
+    if cause := recipe.unsupported_version(stack):
+        suited = [name for name, each in stacks().items() if not recipe.unsupported_version(each)]
         return SupportError(
             "recipe-support",
             f"{recipe.name} {recipe.version} does not support stack {stack.name}",
-            cause=recipe.unsupported.get(stack.name, "not listed in `stacks` of recipe.toml"),
-            hint=f"stacks of {recipe.name}: {', '.join(recipe.stacks)}",
+            cause=recipe.unsupported.get(stack.name, cause),
+            hint=f"stacks of {recipe.name}: {', '.join(suited) or 'none'}",
         )
     if arch.capability not in recipe.archs:
         return SupportError(
@@ -374,9 +422,11 @@ def summary(builds: Sequence[Build], skipped: Sequence[Skipped]) -> list[dict[st
     wheelhouse = workspace.current().wheelhouse
     found: list[dict[str, Any]] = []
     for each in builds:
-        key = None if each.toolchain.missing else each.key
+        unpinned = each.recipe.unpinned
+        key = None if each.toolchain.missing or unpinned else each.key
         exists = key is not None and wheelhouse.find(each.index, each.wheel_pattern, key) is not None
         state = "in the wheelhouse" if exists else "to build"
+        state = f"not pinned: run inv kernels.pin {each.recipe.name}" if unpinned else state
         lacks = [] if exists else toolchains.lacking(each.toolchain, each.recipe)
         found.append({"identifier": each.identifier, "key": key, "state": state, "lacks": lacks})
     return found + [
@@ -403,8 +453,9 @@ def rows(found: Sequence[Mapping[str, Any]]) -> list[str]:
 def support() -> list[dict[str, str]]:
     """Every recipe crossed with every stack: the archs that it supports, and why it does not support the others."""
     found: list[dict[str, str]] = []
-    for recipe in recipes_of.recipes().values():
+    for same in recipes_of.recipes().values():
         for stack in stacks().values():
+            recipe = recipes_of.for_stack(same, stack)
             refused = {arch: refusal(recipe, archs.Arch.parse(arch), stack) for arch in archs.known_archs()}
             reasons: dict[str, list[str]] = {}
             for arch, error in refused.items():

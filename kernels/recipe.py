@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from core.config import load
@@ -17,21 +18,43 @@ from core.source import Pinned, check
 from core.stack import stacks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from core.stack import Stack
+
+
+# Parts of command lines, and paths in the source tree, which they must not leave.
+Flag = Annotated[str, msgspec.Meta(pattern=r"^[ -~]+$(?!\n)")]
+Define = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(=[ -~]*)?$(?!\n)")]
+Library = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$(?!\n)")]
+Inside = Annotated[str, msgspec.Meta(pattern=r"^(?!/)(?!(.*/)?\.\.(/|$))[ -~]+$(?!\n)")]
+
+
+class Flags(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Compiler flags that affect the machine code or are required to compile the source."""
+
+    cxx: tuple[Flag, ...] = ()
+    nvcc: tuple[Flag, ...] = ()
 
 
 class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One extension module. Paths are relative to the source tree and may be glob patterns.
 
     `kernels` (.cu) include no Python header, so one compile serves every Python version; `bindings` (.cpp) are
-    compiled for each version. `libraries` are linked in addition to torch's and the CUDA runtime.
+    compiled for each version. `kernels_include_python` compiles the kernels for each version, too. `libraries` are
+    linked in addition to torch's and the CUDA runtime. `defines`, `flags` and `include` are added to the recipe's.
+    Modules of one name must have different `archs`.
     """
 
     name: str
-    bindings: tuple[str, ...]
-    kernels: tuple[str, ...] = ()
+    bindings: tuple[Inside, ...] = ()
+    kernels: tuple[Inside, ...] = ()
+    kernels_include_python: bool = False
     archs: tuple[str, ...] = ()
-    libraries: tuple[str, ...] = ()
+    libraries: tuple[Library, ...] = ()
+    defines: tuple[Define, ...] = ()
+    include: tuple[Inside, ...] = ()
+    flags: Flags = Flags()
 
     @property
     def path(self) -> str:
@@ -44,19 +67,29 @@ class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.name.rpartition(".")[2]
 
 
-class Flags(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Compiler flags that affect the machine code or are required to compile the source."""
+class Extra(Pinned, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An additional source, such as CUTLASS. It is placed into the folder `into` of the tree."""
 
-    cxx: tuple[str, ...] = ()
-    nvcc: tuple[str, ...] = ()
+    into: Inside
+    tree: str = ""
+
+
+class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A Python script of the source that writes more source files. `tree` is the hash of what it writes."""
+
+    script: Inside
+    args: tuple[str, ...] = ()
+    tree: str = ""
 
 
 class Patch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A change to the source, with its reason; `cuda_below` limits it to older CUDA versions."""
+    """A change to the source, with its reason; `cuda`, `torch` and `profiles` limit it to these."""
 
     file: str
     reason: str
-    cuda_below: str = ""
+    cuda: str = ""
+    torch: str = ""
+    profiles: tuple[str, ...] = ()
 
 
 class KernelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,7 +101,7 @@ class KernelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     summary: str
     default: bool = False
-    defines: tuple[str, ...] = ()
+    defines: tuple[Define, ...] = ()
     exclude: tuple[str, ...] = ()
 
 
@@ -78,29 +111,41 @@ class Recipe(Pinned, frozen=True, forbid_unknown_fields=True, kw_only=True):
     `archs` maps a plain compute capability to nvcc's target for it (`"12.1" = "121a"`). Other capabilities are not
     supported; `unsupported` may give the reason.
 
+    `torch` and `cuda` are the supported versions (`">=2.6"`). `abi = "abi3"` uses only Python's limited API of the
+    version that `python` begins with, and "none" no Python. With `stable_torch`, the modules use only LibTorch's stable
+    ABI, and the wheel runs with every version in `torch`. Without `default`, it is built only if named.
+
     `seconds` are measured compile times by file pattern: they order the graph and scale the progress bar. `memory_mb`
     is the measured peak memory of one compile.
     """
 
-    summary: str
-    license: str
-    homepage: str
     archs: dict[str, str]
-    stacks: tuple[str, ...]
     modules: tuple[Module, ...]
-    python: str
-    files: tuple[str, ...]
-    license_files: tuple[str, ...]
-    memory_mb: int
+    default: bool = True
+    tree: str = ""
+    summary: str = ""
+    license: str = ""
+    homepage: str = ""
+    python: str = ""
+    torch: str = ""
+    cuda: str = ""
+    abi: Literal["cpython", "abi3", "none"] = "cpython"
+    stable_torch: bool = False
+    extra: tuple[Extra, ...] = ()
+    generate: tuple[Generate, ...] = ()
+    root: Inside = "."
+    files: tuple[Inside, ...] = ()
     exclude_files: tuple[str, ...] = ()
+    license_files: tuple[Inside, ...] = ()
     requires: tuple[str, ...] = ()
     unsupported: dict[str, str] = msgspec.field(default_factory=dict)
-    include: tuple[str, ...] = ()
+    include: tuple[Inside, ...] = ()
     headers: str = ""
     flags: Flags = Flags()
     patches: tuple[Patch, ...] = ()
     profiles: dict[str, KernelProfile] = msgspec.field(default_factory=dict)
     seconds: dict[str, float] = msgspec.field(default_factory=dict)
+    memory_mb: int = 4500
 
     @property
     def file_name(self) -> str:
@@ -116,13 +161,44 @@ class Recipe(Pinned, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """The modules needed for this compute capability."""
         return [module for module in self.modules if not module.archs or capability in module.archs]
 
-    def patches_for(self, cuda: str) -> list[Patch]:
-        """The patches that apply to this CUDA version, in order."""
-        return [patch for patch in self.patches if not patch.cuda_below or _numbers(cuda) < _numbers(patch.cuda_below)]
+    def patches_for(self, stack: Stack, profile: str) -> list[Patch]:
+        """The patches that apply to this stack and profile, in order."""
+        return [
+            patch
+            for patch in self.patches
+            if stack.cuda in SpecifierSet(patch.cuda)
+            and stack.torch in SpecifierSet(patch.torch)
+            and (not patch.profiles or profile in patch.profiles)
+        ]
 
+    def unsupported_version(self, stack: Stack) -> str:
+        """The reason why this stack's torch or CUDA does not suit the recipe; empty if both do."""
+        wanted = {"torch": (self.torch, stack.torch), "CUDA": (self.cuda, stack.cuda)}
+        return "; ".join(
+            f"it needs {name} {versions}, and the stack has {version}"
+            for name, (versions, version) in wanted.items()
+            if version not in SpecifierSet(versions)
+        )
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
+    @property
+    def python_tag(self) -> str:
+        """The oldest Python that an abi3 wheel supports, as wheel tags name it: `cp310`."""
+        oldest = re.match(r">=3\.(\d+)", self.python)
+        return f"cp3{oldest[1]}" if oldest else ""
+
+    @property
+    def torch_target(self) -> str:
+        """The oldest torch that a wheel on LibTorch's stable ABI supports, as its headers encode it."""
+        major, minor, *_ = *Version(self.torch.removeprefix(">=").partition(",")[0]).release, 0
+        return f"0x{major:02X}{minor:02X}000000000000"
+
+    @property
+    def unpinned(self) -> list[str]:
+        """The sources and scripts whose `tree` is empty."""
+        pins = [(self.source[0].folder or self.tree, self.name)]
+        pins += [(each.source[0].folder or each.tree, each.name) for each in self.extra]
+        pins += [(each.tree, each.script) for each in self.generate]
+        return [name for tree, name in pins if not tree]
 
 
 def folders() -> list[Path]:
@@ -141,9 +217,13 @@ def folders() -> list[Path]:
 def load_recipe(path: Path) -> Recipe:
     """Load and check the recipe in the folder `path`; raises ConfigError."""
     file = path / "recipe.toml"
-    recipe = msgspec.structs.replace(load(file, Recipe), folder=str(path))
-    check(recipe)
-    if wrong := [f"{what} {value!r}" for what, value, right in _values(recipe) if not right]:
+    recipe = load(file, Recipe)
+    extra = tuple(msgspec.structs.replace(each, folder=str(path)) for each in recipe.extra)
+    recipe = msgspec.structs.replace(recipe, folder=str(path), extra=extra)
+    for each in (recipe, *extra):
+        check(each)
+    checks = (*_values(recipe), *_versions(recipe))
+    if wrong := [f"{what} {value!r}" for what, value, right in checks if not right]:
         raise ConfigError("config", f"{file}: not valid: {', '.join(wrong)}", cause=_NAMES)
     for name in (*(f"patches/{patch.file}" for patch in recipe.patches), recipe.headers):
         if not (path / name).exists():
@@ -157,30 +237,53 @@ def load_recipe(path: Path) -> Recipe:
 
 _NAMES = """\
 name: letters, digits, - and _; version: as PyPI writes it, without +; profiles: lower-case letters and digits, one with
-default = true; stacks: of config/stacks.toml; archs: "12.1" = "121", "121a" or "121f"; modules: Python names,
-each once; memory_mb: positive"""
+default = true; archs: "12.1" = "121", "121a" or "121f"; modules: Python names, each once for an arch, with bindings or
+kernels; torch, cuda, python: versions, such as ">=2.6"; abi = "abi3" needs python = ">=3.10", or another first version;
+stable_torch needs a first version in torch; memory_mb: positive"""
 
 
 def _values(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
-    """Each value that becomes a part of a wheel's name, label or command line: what it is, the value, is it valid."""
+    """Each value that becomes a part of a wheel's name or label: what it is, the value, is it valid."""
     yield "name", recipe.name, bool(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?", recipe.name, re.ASCII))
     yield "version", recipe.version, _canonical(recipe.version)
     for profile in recipe.profiles:
         yield "profile", profile, bool(re.fullmatch("[a-z][a-z0-9]*", profile))
     defaults = [name for name, profile in recipe.profiles.items() if profile.default]
     yield "profiles with default = true", ", ".join(defaults), len(defaults) == bool(recipe.profiles)
-    for stack in recipe.stacks:
-        yield "stack", stack, stack in stacks()
+    for patch in recipe.patches:
+        yield f"profiles of {patch.file}", ", ".join(patch.profiles), set(patch.profiles) <= recipe.profiles.keys()
     for arch, target in recipe.archs.items():
         digits = re.fullmatch(r"(\d{1,2})\.(\d)", arch, re.ASCII)
         # Plain code of an older minor version runs, too; "a" is for one capability alone.
         runs = digits and re.fullmatch(f"{digits[1]}[0-{digits[2]}]f?|{digits[1]}{digits[2]}a", target)
         yield "arch", f"{arch} = {target}", bool(runs)
-    names = [module.name for module in recipe.modules]
-    for name in names:
-        valid = all(each.isidentifier() and each.isascii() for each in name.split("."))
-        yield "module", name, valid and names.count(name) == 1
+        names = [module.name for module in recipe.modules_for(arch)]
+        yield f"modules for {arch}", ", ".join(names), len(names) == len({*names})
+    for module in recipe.modules:
+        valid = all(each.isidentifier() and each.isascii() for each in module.name.split("."))
+        python = module.kernels_include_python and recipe.abi == "none"
+        yield "module", module.name, valid and bool(module.bindings or module.kernels) and not python
+    into = [each.into.strip("/") for each in recipe.extra]
+    yield "into", ", ".join(into), len(into) == len({*into})
     yield "memory_mb", str(recipe.memory_mb), recipe.memory_mb > 0
+
+
+def _versions(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
+    """Ranges of versions."""
+    patches = [versions for patch in recipe.patches for versions in (patch.cuda, patch.torch)]
+    for versions in (recipe.torch, recipe.cuda, recipe.python, *patches):
+        yield "versions", versions, _specifier(versions)
+    yield "python of abi3", recipe.python, recipe.abi != "abi3" or bool(recipe.python_tag)
+    oldest = bool(re.match(r">=\d+\.\d+", recipe.torch))
+    yield "torch of stable_torch", recipe.torch, not recipe.stable_torch or oldest
+
+
+def _specifier(text: str) -> bool:
+    try:
+        SpecifierSet(text)
+    except InvalidSpecifier:
+        return False
+    return True
 
 
 def _canonical(version: str) -> bool:
@@ -190,19 +293,35 @@ def _canonical(version: str) -> bool:
         return False
 
 
-def recipes() -> dict[str, Recipe]:
-    """All kernel recipes, by name."""
-    found: dict[str, Recipe] = {}
+def recipes() -> dict[str, list[Recipe]]:
+    """All kernel recipes, by name. Several of a name are for different stacks: raises ConfigError otherwise.
+
+    Those in a later folder replace all of their name in earlier ones.
+    """
+    found: dict[str, list[Recipe]] = {}
     for folder in folders():
+        here: dict[str, list[Recipe]] = {}
         for file in sorted(folder.glob("*/recipe.toml")):
             recipe = load_recipe(file.parent)
-            found[recipe.name] = recipe
+            here.setdefault(recipe.name, []).append(recipe)
+        found |= here
+    for name, same in found.items():
+        for stack in stacks().values() if len(same) > 1 else ():
+            suited = [str(each.path) for each in same if not each.unsupported_version(stack)]
+            if len(suited) > 1:
+                what = f"{' and '.join(suited)} both build {name} for stack {stack.name}"
+                raise ConfigError("config", what, hint="limit `torch` or `cuda` in one of them")
     return found
 
 
-def find_recipe(name: str) -> Recipe:
-    """Return the recipe of that name; raises UsageError with the nearest match."""
+def find_recipes(name: str) -> list[Recipe]:
+    """Return the recipes of that name; raises UsageError with the nearest match."""
     known = recipes()
     if name not in known:
         raise UsageError("unknown-name", f"there is no kernel {name!r}", hint=suggest(name, known))
     return known[name]
+
+
+def for_stack(same: Sequence[Recipe], stack: Stack) -> Recipe:
+    """The one of the recipes of a name that suits this stack, else the first of them."""
+    return next((each for each in same if not each.unsupported_version(stack)), same[0])

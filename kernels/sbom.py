@@ -18,6 +18,7 @@ from packageurl import PackageURL
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from core.source import Pinned
     from kernels.matrix import Build
 
 
@@ -58,18 +59,26 @@ def write(build: Build) -> bytes:
 
 
 def _sources(build: Build) -> Iterator[Component]:
-    """The source tree with its patches. All origins contain the same tree, so the first one identifies it."""
-    recipe, source = build.recipe, build.recipe.source[0]
+    """The source tree with its patches, and the additional sources."""
+    recipe = build.recipe
     properties = [
-        *(Property(name="hearth:patch", value=each.file) for each in recipe.patches_for(build.toolchain.stack.cuda)),
-        Property(name="hearth:tree", value=build.inputs["source"]),
+        Property(name="hearth:patch", value=each.file)
+        for each in recipe.patches_for(build.toolchain.stack, build.profile)
     ]
+    yield _source(recipe, "source", build.inputs["source"], properties)
+    for each, (into, tree) in zip(recipe.extra, build.inputs["extra"], strict=True):
+        yield _source(each, f"source:{into}", tree, [])
+
+
+def _source(recipe: Pinned, reference: str, tree: str, properties: list[Property]) -> Component:
+    """One source. All origins contain the same tree, so the first one identifies it."""
+    source = recipe.source[0]
     found = Component(
         type=ComponentType.LIBRARY,
         name=source.sdist or recipe.name,
         version=source.commit or source.version or recipe.version,
-        bom_ref="source",
-        properties=properties,
+        bom_ref=reference,
+        properties=[*properties, Property(name="hearth:tree", value=tree)],
     )
     if source.git:
         github = re.fullmatch(r"https://github\.com/([^/]+)/([^/]+?)(?:\.git)?/?", source.git)
@@ -78,4 +87,4 @@ def _sources(build: Build) -> Iterator[Component]:
     elif source.sdist:
         found.purl = PackageURL("pypi", None, source.sdist, source.version)
         found.hashes.add(HashType(alg=HashAlgorithm.SHA_256, content=source.sha256))
-    yield found
+    return found

@@ -67,21 +67,24 @@ def prune(how: Confirmation) -> bool:
 
 def _age(entry: Entry) -> tuple[Version, Version, int]:
     made = entry.wheel.with_name(f"{entry.wheel.name}.json").stat().st_mtime_ns
-    return Version(entry.manifest.version.partition("+")[0]), Version(entry.manifest.torch), made
+    torch = Version(entry.manifest.torch.lstrip(">=").partition(",")[0])  # a range names the oldest first
+    return Version(entry.manifest.version.partition("+")[0]), torch, made
 
 
 def _is_current(manifest: Manifest) -> bool:
     """Whether the current recipe describes this wheel. Compilers do not count: other machines built some wheels."""
     from kernels import matrix
-    from kernels.recipe import find_recipe
+    from kernels.recipe import find_recipes, for_stack
     from kernels.toolchain import Toolchain
 
     try:
-        recipe, stack = find_recipe(manifest.kernel), find_stack(manifest.stack)
+        stack = find_stack(manifest.stack)
+        recipe = for_stack(find_recipes(manifest.kernel), stack)
         group = parse_list(manifest.arch, known_archs())
         if any(matrix.refusal(recipe, arch, stack) for arch in group):
             return False
-        chain = Toolchain(stack, Platform.parse(manifest.platform), manifest.python, "", "", "", "", "", ())
+        python = matrix.python_for(recipe, stack, manifest.python)
+        chain = Toolchain(stack, Platform.parse(manifest.platform), python, "", "", "", "", "", ())
         inputs = matrix.Build(recipe, matrix.canonical(recipe, group), manifest.profile, chain).inputs
     except (HearthError, OSError):
         return False

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _BUILD_HELP = {
     "arch": "compute capabilities: 12.1, '8.9;12.0', 9.0a, '8.9+PTX' (default: TORCH_CUDA_ARCH_LIST or local GPUs)",
     "fat": "one wheel for all archs of a platform, instead of one for each",
-    "kernel": "only these recipes, comma-separated (default: all)",
+    "kernel": "only these recipes, comma-separated (default: all but those with `default = false`)",
     "stack": "a stack of config/stacks.toml (default: the one marked `default` there)",
     "python": "Python versions, comma-separated, such as 3.12,3.11 (default: the one that runs Hearth)",
     "platform": "linux_x86_64 or linux_aarch64 (default: from config/archs.toml)",
@@ -203,8 +203,8 @@ def inspect_wheel(_: Context, path: str, *, out: Output) -> None:
     console.show(found, inspection.rows(found), as_json=out.json)
 
 
-@command()
-def kernels(_: Context, *, out: Output) -> None:
+@command(name="list", default=True)
+def list_kernels(_: Context, *, out: Output) -> None:
     """List the kernel recipes: versions, build profiles, and supported archs for each stack.
 
     Gives the reason for each arch that a recipe does not support.
@@ -215,3 +215,19 @@ def kernels(_: Context, *, out: Output) -> None:
 
     found = matrix.support()
     console.show(found, matrix.support_rows(found), as_json=out.json)
+
+
+@command(help={"name": "a kernel recipe", "replace": "replace pins that differ, such as those of the previous version"})
+def pin(_: Context, name: str, replace: bool = False, *, out: Output) -> None:
+    """Fetch the sources of a kernel recipe, show what they contain, and write their hashes into recipe.toml.
+
+    Runs the recipe's `generate` scripts, and pins what they write. Look at the source before you build it.
+
+        inv kernels.pin my-kernel
+        inv kernels.pin my-kernel --replace   # after a change of its version
+    """
+    from kernels import pin as pins
+    from kernels import recipe as recipes
+
+    found = [each for recipe in recipes.find_recipes(name) for each in pins.pin(recipe, replace=replace)]
+    console.show(found, pins.rows(found), as_json=out.json)

@@ -86,6 +86,10 @@ class Toolchain:
         """The stack installed for the target: torch's headers and libraries, and torch's import dependencies."""
         return self.view / self.python_folder / "site"
 
+    def nvidia_library(self, name: str) -> Path | None:
+        """A library of one of NVIDIA's packages that torch requires, such as cublas; None if they lack it."""
+        return next(iter(sorted(self.site.glob(f"nvidia/*/lib/lib{name}.so.*"))), None)
+
 
 def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
     """Find every part; uv installs a missing Python.

@@ -29,18 +29,18 @@ def assemble(build: Build, tree: Path, modules: dict[str, Path], place: Path) ->
 
     `tree` is the patched source, `modules` the linked file of each extension module by name.
     """
-    recipe, chain = build.recipe, build.toolchain
-    tag = chain.python.replace(".", "")
-    suffix = f".cpython-{tag}-{chain.platform.cpu}-linux-gnu.so"
+    recipe = build.recipe
     content: dict[str, bytes] = {}
+    root = tree / recipe.root
     for pattern in recipe.files:
-        for path in tree.glob(pattern):
-            name = str(path.relative_to(tree))
+        for path in root.glob(pattern):
+            name = str(path.relative_to(root))
             if path.is_file() and not any(fnmatch(name, each) for each in recipe.exclude_files):
                 content[name] = path.read_bytes()
     for module in build.modules:
-        content[module.path + suffix] = modules[module.name].read_bytes()
-    platform = inspection.platform_tag([inspection.Elf(path) for path in modules.values()], chain.platform)
+        content[build.module_file(module)] = modules[module.name].read_bytes()
+    elves = [inspection.Elf(path) for path in modules.values()]
+    platform = inspection.platform_tag(elves, build.toolchain.platform)
     info = f"{recipe.file_name}-{build.version}.dist-info"
     for license_file in recipe.license_files:
         content[f"{info}/licenses/{license_file}"] = (tree / license_file).read_bytes()
@@ -66,10 +66,13 @@ def assemble(build: Build, tree: Path, modules: dict[str, Path], place: Path) ->
 def metadata(build: Build) -> bytes:
     """Core metadata 2.4 of a build's wheel. torch is pinned to the stack's: its C++ ABI changes with every release.
 
+    The stable ABI does not, so that such a wheel requires the recipe's range.
+
     Raises ConfigError where the recipe has a value that installers reject.
     """
     recipe = build.recipe
     message = RFC822Message()
+    torch = recipe.torch if recipe.stable_torch else f"=={build.toolchain.stack.torch}"
     fields = [
         ("Metadata-Version", "2.4"),
         ("Name", recipe.name),
@@ -79,10 +82,11 @@ def metadata(build: Build) -> bytes:
         ("License-Expression", recipe.license),
         *(("License-File", each) for each in recipe.license_files),
         ("Requires-Python", recipe.python),
-        *(("Requires-Dist", each) for each in (f"torch=={build.toolchain.stack.torch}", *recipe.requires)),
+        *(("Requires-Dist", each) for each in (f"torch{torch}", *recipe.requires)),
     ]
     for name, value in fields:
-        message[name] = value
+        if value:
+            message[name] = value
     text = message.as_bytes()
     try:
         Metadata.from_email(text, validate=True)

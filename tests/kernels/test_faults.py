@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from core import files
+from kernels.recipe import load_recipe
 from tests.conftest import Hearth
 from tests.errors import kind_of
 
@@ -59,7 +61,7 @@ def upstream(hearth: Hearth) -> Path:
     gone = f'git = "file://{hearth.place}/gone"\ncommit = "{commit}"'
     there = f'git = "file://{repository}"\ncommit = "{commit}"'
     hearth.edit("recipe.toml", 'folder = "src"', f"{gone}\n\n[[source]]\n{there}")
-    hearth.edit("recipe.toml", 'tree = ""', f'paths = ["csrc", "tiny", "LICENSE"]\ntree = "{tree}"')
+    hearth.edit("recipe.toml", "headers = ", f'paths = ["csrc", "tiny", "LICENSE"]\ntree = "{tree}"\nheaders = ')
     shutil.rmtree(hearth.tiny / "src")
     return repository
 
@@ -99,7 +101,7 @@ def test_an_sdist_with_another_hash_is_refused(hearth: Hearth) -> None:
 
 
 def test_a_patch_that_does_not_apply(hearth: Hearth) -> None:
-    hearth.edit("recipe.toml", 'cuda_below = "13.0"', 'cuda_below = "99.0"')
+    hearth.edit("recipe.toml", 'cuda = "<13.0"', 'cuda = "<99.0"')
     hearth.edit("src/tiny/__init__.py", "CUDA =", "Cuda =")
     done = hearth.inv(*BUILD)
     assert (done.returncode, kind_of(done.stderr)) == (31, "patch")
@@ -258,20 +260,24 @@ def test_invalid_wheel_is_refused(hearth: Hearth) -> None:
 
 
 def test_new_recipe_needs_only_a_folder(hearth: Hearth) -> None:
-    """As in docs/how-to/add-a-kernel.md: a folder with a recipe and a source, without any other change."""
-    third = hearth.recipes / "doubler"
-    (third / "src").mkdir(parents=True)
+    """As in docs/how-to/add-a-kernel.md: a folder with a recipe and a patch, and the page's commands."""
+    third = hearth.recipes / "causal-conv1d"
     page = (files.CHECKOUT / "docs/how-to/add-a-kernel.md").read_text()
-    blocks = {
-        block.partition("\n")[0].partition(" ")[2]: block.partition("\n")[2]
-        for block in page.split("```")[1::2]
-        if " " in block.partition("\n")[0]
-    }
-    for name, text in blocks.items():
-        path = third / name
+    for block in page.split("```")[1::2]:
+        path = third / block.partition("\n")[0].partition(" ")[2]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert {"recipe.toml", "src/double.cu", "src/double.cpp"} <= set(blocks)
-    done = hearth.inv("build-kernels", "--kernel", "doubler", "--python", "3.11", "--arch", "8.9")
+        path.write_text(block.partition("\n")[2])
+    build = ("build-kernels", "--kernel", "causal-conv1d", "--arch", "8.9", "--python", "3.11")
+    (plan,) = json.loads(hearth.inv(*build, "--dry-run", "--json").stdout)
+    assert (plan["key"], plan["state"]) == (None, "not pinned: run inv kernels.pin causal-conv1d")
+    done = hearth.inv(*build)
+    assert (done.returncode, kind_of(done.stderr)) == (31, "unpinned")
+    assert "inv kernels.pin causal-conv1d" in done.stderr
+    (report,) = json.loads(hearth.inv("kernels.pin", "causal-conv1d", "--json").stdout)
+    assert "LICENSE" in report["content"]
+    pinned, shipped = load_recipe(third), load_recipe(files.CHECKOUT / "recipes/causal_conv1d")
+    assert pinned.tree == report["tree"] == shipped.tree
+    assert (pinned.summary, pinned.homepage, pinned.python) == (shipped.summary, shipped.homepage, shipped.python)
+    done = hearth.inv(*build)
     assert done.returncode == 0, done.stderr
-    assert "doubler-1.0+cu130.torch2.14.1.sm89" in done.stdout
+    assert "causal_conv1d-1.7.0+cu130.torch2.14.1.sm89" in done.stdout

@@ -33,7 +33,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Build]:
             patch.setenv(name, value)
         (found,), _ = select(Request(arch="8.9", kernel="flash-attn", python="3.11"))
         source.lay_out(
-            found.recipe, found.recipe.patches_for(found.toolchain.stack.cuda), graph.root() / found.folder / "src"
+            found.recipe,
+            found.recipe.patches_for(found.toolchain.stack, found.profile),
+            graph.root() / found.folder / "src",
         )
         toolchain.assemble(found.toolchain)
         yield found

@@ -203,3 +203,10 @@ def test_a_versioned_library_is_a_module_too(tmp_path: Path, cuobjdump: Path) ->
     (found,) = inspection.describe_wheel(archive(tmp_path / "w.whl", {"x.libs/libz.so.1": library}))
     assert (found.name, found.sass) == ("x.libs.libz", ())
     assert not list((tmp_path / "cache/scratch").iterdir())
+
+
+def test_the_limited_api_grows_with_the_version() -> None:
+    oldest, newer = inspection.limited_api("cp310"), inspection.limited_api("cp311")
+    assert {"PyModule_Create2", "PyExc_ValueError"} <= oldest
+    assert "PyObject_GetBuffer" in newer - oldest
+    assert "_PyLong_AsByteArray" not in newer

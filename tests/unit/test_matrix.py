@@ -154,9 +154,9 @@ def test_repeats_are_built_once() -> None:
 
 @pytest.mark.parametrize("fat", [False, True])
 def test_archs_with_a_common_target_have_one_wheel(fat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = recipe.recipes()["sageattention"]
+    usual = recipe.recipes()["sageattention"][0]
     common = msgspec.structs.replace(usual, archs={**usual.archs, "8.6": "80", "8.9": "80"})
-    monkeypatch.setattr(recipe, "find_recipe", lambda _: common)
+    monkeypatch.setattr(recipe, "find_recipes", lambda _: [common])
     builds, _ = select(Request(arch="8.0;8.6;12.0;8.9", kernel="sageattention", python="3.11", fat=fat))
     found = [(build.arch, build.label, len(graph._gencode(build))) for build in builds]
     assert found == (

@@ -356,6 +356,15 @@ def test_wheel_for_the_gpu_among_others_is_selected(archs: list[str], taken: str
         assert (found.arch if isinstance(found, Manifest) else None) == taken
 
 
+@pytest.mark.parametrize(
+    ("torch", "suits"), [(">=2.9", True), (">=2.9,<2.11", False), (">=2.15", False), ("2.9", False)]
+)
+def test_a_wheel_for_all_pythons_serves_a_range_of_torch(torch: str, suits: bool) -> None:
+    listed = wheel("flash-attn", python="", torch=torch)
+    found = find_wheel(inputs(listed), "flash-attn", spark(), "linux_aarch64", "3.12")
+    assert (found == listed) == suits
+
+
 @pytest.mark.parametrize("usual", ["inference", "full", "a", "z", ""])
 @pytest.mark.parametrize("other", ["inference", "full", "b", "y", ""])
 def test_recipe_decides_version_and_profile(usual: str, other: str) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ASKED = {"kernel": "flash-attn", "arch": "12.1", "stack": "", "python": "", "platform": "", "profile": "inference"}
 VERSION = "2.8.3.post2+cu130.torch2.14.1.sm121.inference"
+ABI3 = VERSION.replace(".torch2.14.1", "")
 
 PLATFORMS = ("manylinux_2_24_x86_64", "musllinux_1_2_aarch64", "manylinux_2_24_aarch64.linux_aarch64", "any")
 """Platform tags that no build for aarch64 has."""
@@ -34,9 +35,10 @@ def built(content: bytes = b"wheel", **values: Any) -> manifest.Manifest:
     kernel = values.get("kernel", "flash-attn")
     found = wheel(kernel, profile="inference", version=VERSION, sha256=hashlib.sha256(content).hexdigest())
     found = msgspec.structs.replace(found, size=len(content), **values)
-    tag = f"cp{found.python.replace('.', '')}"
+    own = f"cp{found.python.replace('.', '')}"
+    tag = f"{own}-{own}" if found.python else "cp310-abi3"
     platform = found.platform.replace("linux", "manylinux_2_24")
-    name = f"{kernel.replace('-', '_')}-{found.version}-{tag}-{tag}-{platform}.whl"
+    name = f"{kernel.replace('-', '_')}-{found.version}-{tag}-{platform}.whl"
     return msgspec.structs.replace(found, file=values.get("file", name))
 
 
@@ -91,6 +93,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
           for each in ("12.0", "12.1")], {"arch": ""}),
         ([FAT], {"arch": "12.0 8.9", "fat": True, "platform": "linux_aarch64"}),
         ([built(file=f"flash_attn-{VERSION}-cp312-cp312-linux_aarch64.whl")], {}),
+        ([built(python="", torch=">=2.9", version=ABI3)], {"python": "3.13"}),
         ([], {}),
     ],
 )  # fmt: skip
@@ -118,6 +121,10 @@ def test_requested_wheels_are_admitted(build: Any, wheels: list[manifest.Manifes
         ([built(stack="cu124", torch="2.6.0", version=VERSION.replace("130.torch2.14.1", "124.torch2.6.0"))], {}),
         ([built(stack="x")], {}),
         ([built(torch="9", version=VERSION.replace("2.14.1", "9"))], {}),
+        ([built(python="", torch=">=2.15", version=ABI3)], {}),
+        ([built(python="", torch=">=2.9,x", version=ABI3)], {}),
+        ([built(python="", torch=">=2.9")], {}),
+        ([built(python="", torch=">=2.9", version=ABI3, file=f"flash_attn-{ABI3}-cp310-abi3-linux_x86_64.whl")], {}),
         ([built(python="3.12")], {"python": "3.11"}),
         ([built(platform="linux_x86_64")], {}),
         ([built()], {"arch": ""}),
