@@ -16,20 +16,28 @@ FP8 = {"float16": 2 * 2**-4, "bfloat16": 2 * 2**-4}
 # on an H200.
 FP16 = {"float16": 2**-4, "bfloat16": 2**-4}
 
-# Head dimensions that are no power of two are padded; there is no kernel for 256 in this version.
-HEAD_DIMS = (64, 96, 128)
+# Head dimensions that are no power of two are padded. The version for CUDA 13 has kernels for 256, except on 9.0.
+SMALL = (64, 96, 128)
+HEAD_DIMS = (*SMALL, 256) if int(str(torch.version.cuda).partition(".")[0]) >= 13 else SMALL
 
 
-def path(name: str, tolerance: dict[str, float], function: Callable[..., torch.Tensor], **more: object) -> DispatchPath:
+def path(
+    name: str,
+    tolerance: dict[str, float],
+    function: Callable[..., torch.Tensor],
+    head_dims: tuple[int, ...] = HEAD_DIMS,
+    **more: object,
+) -> DispatchPath:
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, causal: bool) -> torch.Tensor:
         return function(q, k, v, tensor_layout=layout, is_causal=causal, **more)
 
-    return DispatchPath(name=name, attention=attention, tolerance=tolerance, tiles=(64, 128), head_dims=HEAD_DIMS)
+    return DispatchPath(name=name, attention=attention, tolerance=tolerance, tiles=(64, 128), head_dims=head_dims)
 
 
 capability = torch.cuda.get_device_capability()
-paths = [path("sageattn", FP8 if capability >= (8, 9) else FP16, sageattn)]
-paths.append(path("triton fp16", FP16, core.sageattn_qk_int8_pv_fp16_triton))
+chosen = SMALL if capability == (9, 0) else HEAD_DIMS
+paths = [path("sageattn", FP8 if capability >= (8, 9) else FP16, sageattn, chosen)]
+paths.append(path("triton fp16", FP16, core.sageattn_qk_int8_pv_fp16_triton, SMALL))
 granularities = ("per_warp", "per_thread")
 if core.SM80_ENABLED:
     fp16 = core.sageattn_qk_int8_pv_fp16_cuda
@@ -46,5 +54,5 @@ if core.SM89_ENABLED and capability >= (8, 9):
 if core.SM90_ENABLED and capability == (9, 0):
     for gran in granularities:
         function = core.sageattn_qk_int8_pv_fp8_cuda_sm90
-        paths.append(path(f"fp8 sm90 {gran}", FP8, function, qk_quant_gran=gran))
+        paths.append(path(f"fp8 sm90 {gran}", FP8, function, SMALL, qk_quant_gran=gran))
 check(paths)
