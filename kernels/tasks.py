@@ -60,7 +60,7 @@ def build_kernels(
     """
     from core import manifest, workspace
     from core.errors import UsageError
-    from kernels import build, matrix, toolchain
+    from kernels import build, listing, matrix, toolchain
 
     request = matrix.Request(
         arch=arch, fat=fat, kernel=kernel, stack=stack, python=python, platform=platform, profile=profile, jobs=jobs
@@ -70,8 +70,8 @@ def build_kernels(
             console.say(f"a dry run does not contact {host}: keys, states and what is missing are of this machine")
             if not arch:
                 raise UsageError("usage", "a dry run does not ask a host for its GPU", hint="give it with --arch")
-        plan = matrix.summary(*matrix.select(request, toolchain.look))
-        console.show(plan, matrix.rows(plan), as_json=out.json)
+        plan = listing.summary(*matrix.select(request, toolchain.look))
+        console.show(plan, listing.rows(plan), as_json=out.json)
         return
     found = _on_hosts(host, request, force=force) if host else build.build_asked(request, force=force)
     console.show(found, manifest.rows(found), as_json=out.json)
@@ -211,10 +211,10 @@ def list_kernels(_: Context, *, out: Output) -> None:
 
         inv kernels
     """
-    from kernels import matrix
+    from kernels import listing
 
-    found = matrix.support()
-    console.show(found, matrix.support_rows(found), as_json=out.json)
+    found = listing.support()
+    console.show(found, listing.support_rows(found), as_json=out.json)
 
 
 @command(help={"name": "a kernel recipe", "replace": "replace pins that differ, such as those of the previous version"})

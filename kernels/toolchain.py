@@ -10,18 +10,17 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-import sysconfig
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core import console, files, lockfile, shell, tools, workspace
+from core import files, lockfile, shell, tools, workspace
 from core import source as sources
 from core.errors import HearthError, SupportError, ToolError
 from core.stack import Platform, Stack, stacks
+from kernels import pythons
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -100,7 +99,7 @@ def describe(stack: Stack, platform: Platform, python: str) -> Toolchain:
     launcher()
     cxx, cxx_version = _host_compiler(stack, platform)
     cuda_home, cuda_identity = _cuda(stack)
-    interpreter, include, headers = _python(python)
+    interpreter, include, headers = pythons.find(python)
     return Toolchain(
         stack=stack,
         platform=platform,
@@ -147,10 +146,10 @@ def errors(stack: Stack, platform: Platform, python: str) -> list[HearthError]:
     """Return all errors that `describe` would raise if it installed nothing."""
 
     def find_python() -> None:
-        if _known_python(python) is None:
+        if pythons.known(python) is None:
             hint = f"apt-get install python{python}-dev, or uv python install {python}"
             raise ToolError("python-missing", f"there is no Python {python}", hint=hint)
-        _python(python)
+        pythons.find(python)
 
     found: list[HearthError] = []
     finds: list[Callable[[], object]] = [lambda: _host_compiler(stack, platform), lambda: _cuda(stack)]
@@ -271,74 +270,6 @@ def _program(home: Path, name: str) -> Path:
         if (place / name).exists():
             return (place / name).resolve()
     raise ToolError("cuda-missing", f"the CUDA compiler in {home} has no {name}", hint="install the CUDA toolkit again")
-
-
-@cache
-def _python(version: str) -> tuple[str, str, str]:
-    """Return an interpreter of this minor version, its headers and their identity.
-
-    The build machine's own headers serve both platforms: between 64-bit little-endian Linux machines, CPython's
-    headers differ only in macros that no public header reads (docs/decisions/0003).
-    """
-    asked = _known_python(version)
-    if asked is None:
-        console.say(f"Python {version} is not installed; uv installs it")
-        installed = tools.uv("python", "install", "--quiet", version, check=False)
-        asked = _ask_python(_uv_python(version), version)
-    if asked is None:
-        raise ToolError(
-            "python-missing",
-            f"Python {version} is not installed, and uv could not install it",
-            cause=(installed.stderr.strip().splitlines() or [""])[-1].strip(),
-            hint=f"apt-get install python{version}-dev, or uv python install {version} if GitHub can be reached",
-        )
-    interpreter, full, include = asked[0], asked[1], Path(asked[2])
-    if not (include / "Python.h").exists():
-        raise ToolError(
-            "python-missing",
-            f"Python {version} has no headers: {include / 'Python.h'} does not exist",
-            hint=f"apt-get install libpython{version}-dev, or: uv python install {version}",
-        )
-    # Listed individually: distributions link other packages' headers (numpy's) into this folder.
-    headers = [str(path.relative_to(include)) for path in include.rglob("*") if path.is_file()]
-    multiarch = [
-        files.sha256(each) for each in sorted(include.parent.glob(f"*-linux-gnu/{include.name}/*.h"))
-    ]  # Debian
-    return interpreter, str(include), f"{full} headers {files.tree_hash(include, headers)} {_digest(multiarch)[:16]}"
-
-
-def _known_python(version: str) -> list[str] | None:
-    return _own_python(version) or _ask_python(f"python{version}", version) or _ask_python(_uv_python(version), version)
-
-
-def _own_python(version: str) -> list[str] | None:
-    """As `_ask_python`, for the interpreter that runs this, if it has the version and headers: starts no process."""
-    include = sysconfig.get_path("include")
-    if (
-        version != f"{sys.version_info[0]}.{sys.version_info[1]}"
-        or sys.abiflags
-        or not Path(include, "Python.h").exists()
-    ):
-        return None
-    return [sys._base_executable, sys.version.split()[0], include]  # type: ignore[attr-defined]
-
-
-def _uv_python(version: str) -> str:
-    """Return uv's interpreter of this minor version; empty if uv has none."""
-    return tools.uv("python", "find", "--no-project", "--system", version, check=False).stdout.strip()
-
-
-def _ask_python(program: str, version: str) -> list[str] | None:
-    """Return an interpreter's own path (outside any virtual environment), full version and header folder.
-
-    None if it cannot be run, has another minor version, or has another ABI: a debug build, or one without the GIL.
-    """
-    if not program or not shell.which(program):
-        return None
-    code = "import sys, sysconfig as s; print(sys._base_executable, sys.version.split()[0], s.get_path('include'),"
-    code += " any(map(s.get_config_var, ('Py_GIL_DISABLED', 'Py_DEBUG'))) or '', sep='\\n')"
-    *answer, other = shell.run([program, "-ISc", code], check=False).stdout.split("\n")[:4] or [""]
-    return answer if len(answer) == 3 and not other and answer[1].startswith(f"{version}.") else None
 
 
 def _packages(stack: Stack) -> list[str]:

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 from core.stack import Platform, stacks
-from kernels import toolchain
+from kernels import pythons, toolchain
 from kernels.recipe import load_recipe
 from tests.conftest import Hearth
 
@@ -82,7 +82,7 @@ def test_one_wheel_registers_its_operators_with_every_torch_and_python(hearth: H
         archive.extractall(hearth.place / "site")
     recipe, tried = load_recipe(place), []
     for stack in (each for each in stacks().values() if not recipe.unsupported_version(each)):
-        known = [found for python in stack.pythons if (found := toolchain._known_python(python))]
+        known = [found for python in stack.pythons if (found := pythons.known(python))]
         for program, version, *_ in known[: 1 + stack.default]:  # each Python has another torch of a gigabyte
             site = toolchain.install_stack(stack, Platform.local(), version.rpartition(".")[0])
             env = {"PYTHONPATH": f"{hearth.place / 'site'}:{site}", "PYTHONDONTWRITEBYTECODE": "1"}

@@ -18,7 +18,7 @@ from core import console
 from core.arch import Arch, LocalGpu
 from core.errors import SupportError
 from core.stack import Platform, find_stack
-from kernels import graph, matrix, recipe, toolchain
+from kernels import graph, matrix, pythons, recipe
 from kernels.matrix import Request, select
 from tests.conftest import FIXTURES, Hearth
 from tests.errors import kind_of, raises
@@ -340,7 +340,7 @@ def test_a_missing_python_is_named(hearth: Hearth) -> None:
 
 def test_this_interpreter_describes_itself_as_a_started_one_does() -> None:
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    asked = toolchain._ask_python(sys.executable, version)
+    asked = pythons.ask(sys.executable, version)
     assert asked is not None
-    assert toolchain._own_python(version) == (asked if Path(asked[2], "Python.h").exists() else None)
-    assert toolchain._own_python("3.8") is None
+    assert pythons.own(version) == (asked if Path(asked[2], "Python.h").exists() else None)
+    assert pythons.own("3.8") is None

@@ -14,7 +14,8 @@ from core import source
 from core.stack import find_stack
 from kernels import graph, sbom, wheel
 from kernels import source as sources
-from kernels.matrix import Build, Request, select, summary
+from kernels.listing import summary
+from kernels.matrix import Build, Request, select
 from kernels.pin import pin
 from kernels.recipe import Module, Recipe, find_recipes, for_stack, load_recipe, recipes
 from tests.conftest import FIXTURES

@@ -15,7 +15,7 @@ import pytest
 
 from core import source, tools, workspace
 from core.stack import Platform, find_stack
-from kernels import emulation, graph, inspection, recipe, toolchain
+from kernels import emulation, graph, inspection, pythons, recipe, toolchain
 from kernels.matrix import Request, select
 from tests.conftest import FIXTURES, Hearth
 from tests.errors import kind_of, raises
@@ -118,10 +118,10 @@ def test_a_debug_or_free_threaded_python_is_passed_over(script: Script) -> None:
     for name in ("Py_GIL_DISABLED", "Py_DEBUG", "Py_NOTHING"):
         setting = f"import sysconfig; sysconfig.get_config_vars()['{name}'] = 1;"
         script(f"python-{name}", f'#!/bin/sh\nexec {sys.executable} -ISc "{setting} $2"\n')
-    asked = [toolchain._ask_python(f"python-Py_{each}", version) for each in ("GIL_DISABLED", "DEBUG")]
+    asked = [pythons.ask(f"python-Py_{each}", version) for each in ("GIL_DISABLED", "DEBUG")]
     assert asked == [None, None]
-    assert toolchain._ask_python("python-Py_NOTHING", version) == toolchain._ask_python(sys.executable, version)
-    assert toolchain._ask_python(sys.executable, version)
+    assert pythons.ask("python-Py_NOTHING", version) == pythons.ask(sys.executable, version)
+    assert pythons.ask(sys.executable, version)
 
 
 PACKAGES = """\
