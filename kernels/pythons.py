@@ -44,14 +44,12 @@ def find(version: str) -> tuple[str, str, str]:
     multiarch = [
         files.sha256(each) for each in sorted(include.parent.glob(f"*-linux-gnu/{include.name}/*.h"))
     ]  # Debian
-    return (
-        interpreter,
-        str(include),
-        f"{full} headers {files.tree_hash(include, headers)} {hashlib.sha256(json.dumps(multiarch).encode()).hexdigest()[:16]}",
-    )
+    digest = hashlib.sha256(json.dumps(multiarch).encode()).hexdigest()[:16]
+    return interpreter, str(include), f"{full} headers {files.tree_hash(include, headers)} {digest}"
 
 
 def known(version: str) -> list[str] | None:
+    """As `ask`, for the installed interpreter of this minor version: this one, the one in PATH, or uv's."""
     return own(version) or ask(f"python{version}", version) or ask(_uv(version), version)
 
 
