@@ -95,6 +95,7 @@ def test_unpinned_source_is_refused(hearth: Hearth) -> None:
 
 def test_an_sdist_with_another_hash_is_refused(hearth: Hearth) -> None:
     hearth.edit("recipe.toml", 'folder = "src"', f'sdist = "iniconfig"\nversion = "2.1.0"\nsha256 = "{"0" * 64}"')
+    hearth.edit("recipe.toml", 'version = "0.1"', f'version = "0.1"\ntree = "{"0" * 64}"')
     done = hearth.inv(*BUILD)
     assert (done.returncode, kind_of(done.stderr)) == (31, "hash-mismatch"), done.stderr
     assert "pinned sha256 0000" in done.stderr
