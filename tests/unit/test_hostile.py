@@ -192,7 +192,7 @@ def test_every_request_ends_in_time(way: str, tmp_path: Path) -> None:
                 if name not in ("metrics", "counts"):  # the exporter handles any exception of a source
                     raise
                 told = str(error)
-            assert time.monotonic() - begun < 12 * SECONDS, f"{name} against {way}"
+            assert time.monotonic() - begun < 60 * SECONDS, f"{name} against {way}"
             return told
 
         with ThreadPoolExecutor(len(asked)) as all_at_once:
