@@ -35,7 +35,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Build]:
         source.lay_out(
             found.recipe,
             found.recipe.patches_for(found.toolchain.stack, found.profile),
-            graph.root() / found.folder / "src",
+            graph.root() / found.source_folder,
         )
         toolchain.assemble(found.toolchain)
         yield found
@@ -100,7 +100,7 @@ def test_dispatch_names_only_the_kernels_of_the_profile(build: Build, tmp_path: 
     ]
     (tmp_path / "dispatch.cpp").write_text(STUBS.replace("KERNELS", "\n".join(stubs)))
     edges = {edge.rule: edge.variables for edge in graph.write([build], {"": 1}).edges.values()}
-    words = f"{edges['cxx']['cxx']} {edges['cxx']['flags']} -std=c++17 -O0 -fPIC -shared".split()
+    words = f"{edges['cxx']['cxx']} {edges['cxx']['flags']} -std={build.toolchain.stack.cxx} -O0 -fPIC -shared".split()
     library = tmp_path / "dispatch.so"
     # now: a call of a kernel that the profile leaves out is an error when the library is loaded
     words += [str(tmp_path / "dispatch.cpp"), "-o", str(library), "-Wl,-z,now", *edges["link"]["libs"].split()]
