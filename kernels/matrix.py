@@ -350,8 +350,8 @@ def _build(
 
 
 def python_for(recipe: Recipe, stack: Stack, python: str) -> str:
-    """The Python of a build. A wheel for all is built with one, so that its bytes and key depend on no other."""
-    return stack.pythons[0] if recipe.abi != "cpython" and python in ("", *stack.pythons) else python
+    """The Python of a build. A wheel for every Python is built with the one that runs Hearth, which is there."""
+    return stack.python if recipe.abi != "cpython" and python in ("", *stack.pythons) else python
 
 
 def _target(recipe: Recipe, arch: Arch) -> str:

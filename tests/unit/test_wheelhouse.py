@@ -107,7 +107,8 @@ OTHER_INDEXES = dict.fromkeys(("PIP_EXTRA_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_
 def installed(words: list[str], target: Path, **env: str) -> str:
     """The version of the only package that a command installs."""
     env |= {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | {"NO_PROXY": "127.0.0.1"}
-    done = subprocess.run([*words, "--target", str(target)], env=env, capture_output=True, text=True, check=False)
+    words = [*words, *(["--python", sys.executable] if words[0] == "uv" else []), "--target", str(target)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (info,) = target.glob("*.dist-info")
     code = next((target / "tiny").glob("_sum*.so")).read_bytes()[LIBRARY.stat().st_size :].decode()
@@ -141,6 +142,7 @@ def test_an_altered_wheel_is_not_installed_from_an_index(filled: Filled, tool: s
     for path in (place / filled.wheels["8.6"].index).glob("*.whl"):
         shutil.copy(filled.house.place(filled.wheels["8.9"]), path)
     words = [*TOOLS[tool], "--no-deps", "--index-url", (place / "cu130/sm_86").as_uri(), "tiny"]
+    words += ["--python", sys.executable] if tool == "uv" else []
     done = subprocess.run([*words, "--target", tmp_path / "x"], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "hash" in done.stderr.lower()
