@@ -74,7 +74,7 @@ def install(
     if folder.is_dir():
         return folder
     pinned = pinned or requirements(extra)
-    console.say(f"installing {len(pinned)} packages of {extra} for {platform.value}, Python {python}, into the cache")
+    console.say(f"installing {extra} (packages: {len(pinned)}) for {platform.value}, Python {python}, into the cache")
     with files.atomic_dir(folder) as part:
         words = ["pip", "install", "--quiet", "--only-binary", ":all:", "--no-deps", "--require-hashes"]
         words += ["--target", str(part), "--python-version", python, "--python-platform", platform.uv_name]

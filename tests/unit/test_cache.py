@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -157,3 +158,11 @@ def test_unknown_name_lists_the_directories() -> None:
     with raises("unknown-name") as raised:
         cache.choose([], "object")
     assert "'objects'" in raised.value.hint
+
+
+def test_every_directory_of_the_cache_is_known() -> None:
+    sources = (
+        path for name in ("core", "kernels", "lock", "deploy", "ops") for path in (files.CHECKOUT / name).rglob("*.py")
+    )
+    used = {name for path in sources for name in re.findall(r'\.cache / "([\w-]+)', path.read_text())}
+    assert used == {folder for folder, _ in cache.KNOWN.values()}
