@@ -228,7 +228,7 @@ def test_concurrent_build_waits_and_hits_the_cache(hearth: Hearth) -> None:
         (
             '"-O1"]\n\n[[modules]]',
             '"-O1", "-gencode=arch=compute_89,code=compute_89"]\n\n[[modules]]',
-            "none was requested",
+            "contains PTX for sm_89, requested none",
         ),
         ('kernels = ["csrc/sum.cu"]\n', 'kernels = ["csrc/scale.cu"]\n', "no library provides: _Z3sumN2at6TensorES0_"),
     ],
