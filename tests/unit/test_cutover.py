@@ -29,7 +29,7 @@ from typing import Any
 import pytest
 
 from agent import files
-from agent.change import cutover, runs, trial
+from agent.change import cutover, lifecycle, runs, trial
 from agent.files import AgentError, Json, link, write
 from agent.journal import history
 from agent.layout import DATA, Layout
@@ -447,6 +447,7 @@ ABORT: Json = {
 def test_forced_stop_ends_a_hanging_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, again: bool) -> None:
     """Afterwards no process starts ComfyUI: the old release is current, with its own database."""
     monkeypatch.setattr(sys, "argv", [__file__])  # what is kept as the agent
+    monkeypatch.setattr(lifecycle, "_strays", list)  # else it ends the confined processes of tests beside it
     world = World(tmp_path, Scenario("hangs", hangs=True, migrates=True)).make()
     layout, running = world.site, tmp_path / "running"
     if (child := os.fork()) == 0:
