@@ -82,7 +82,10 @@ TEXT = json.dumps(json.dumps(API))
         + b"\xff\0BIN",
         b"\x90\1\0\0\0\0\0\0" + f'{{"__metadata__":{{"prompt":{TEXT}}},"w":{{"shape":[1]}}}}'.encode() + bytes(999),
         b"\xff\xd8\xff\xe1" + b'{"a":1{"b":{' * 50 + json.dumps(API).encode(),
-        b"\x7f" + os.urandom(1 << 16).replace(b"{", b"x") + json.dumps(EDITOR).encode() + os.urandom(1 << 16).replace(b"{", b"x"),
+        b"\x7f"
+        + os.urandom(1 << 16).replace(b"{", b"x")
+        + json.dumps(EDITOR).encode()
+        + os.urandom(1 << 16).replace(b"{", b"x"),
     ],
     ids=["svg", "glb", "safetensors", "jpeg", "noise"],
 )
