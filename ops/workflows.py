@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from glob import glob
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from core import files, source, workspace
+from core import source, workspace
 from core.errors import ConfigError, HearthError, UsageError
-from lock import application, evaluate, interface, node_updates, values, workflows
+from lock import application, interface, node_updates, workflows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,13 +61,13 @@ def check(names: Sequence[str], host: str, to: str, *, ask_sudo: bool) -> Checke
     if host:
         new, saved = _running(host, saved=not names, ask_sudo=ask_sudo)
     else:
-        new = _read(source.fetch(application.application()))
+        new = interface.read_cached(source.fetch(application.application()))
     found = {**_files(names), **saved}
     if not found:
         where = f"on {host}" if host else "in config/workflows"
         raise UsageError("usage", f"there are no workflows {where}", hint="name workflow files with --file")
     if to:
-        old, new = new, _read(tree(to))
+        old, new = new, interface.read_cached(tree(to))
     elif not host:
         new = _with_nodes(new, found)
     reports = tuple(_report(name, each, new, old) for name, each in found.items())
@@ -80,7 +79,9 @@ def compare(to: str) -> list[interface.Change]:
     """The changes of node types from the pinned ComfyUI to another version."""
     if not to:
         raise UsageError("usage", "no version to compare with", hint="name one with --to")
-    return interface.compare(_read(source.fetch(application.application())), _read(tree(to)))
+    return interface.compare(
+        interface.read_cached(source.fetch(application.application())), interface.read_cached(tree(to))
+    )
 
 
 def tree(version: str) -> Path:
@@ -105,19 +106,6 @@ def tree(version: str) -> Path:
 _CODE = ("comfy", "comfy_api", "comfy_api_nodes", "comfy_execution", "comfy_extras", "folder_paths.py",
          "node_helpers.py", "nodes.py")  # fmt: skip
 """The parts of ComfyUI that define node types."""
-
-
-def _read(place: Path) -> Interface:
-    """The node types of a tree; those of a cached source, which never changes, are cached, too."""
-    sources = workspace.current().cache / "sources"
-    code = [Path(str(each.__file__)).read_bytes() for each in (interface, evaluate, values)]
-    key = hashlib.sha256(b"".join(code)).hexdigest()[:16]
-    kept = workspace.current().cache / "interfaces" / f"{place.name}-{key}.json"
-    if place.parent != sources:
-        return interface.read(place)
-    if not kept.exists():
-        files.write(kept, msgspec.json.encode(interface.read(place)))
-    return msgspec.json.decode(kept.read_bytes(), type=interface.Interface)
 
 
 def _files(names: Sequence[str]) -> Workflows:

@@ -28,7 +28,7 @@ def tree() -> Path:
 
 @cache
 def pinned() -> Interface:
-    return interface.read(tree())
+    return interface.read_cached(tree())
 
 
 @cache

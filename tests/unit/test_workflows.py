@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import tomlkit
 
-from core import tools
+from core import tools, workspace
 from lock import interface, node_updates, workflows
 from lock.interface import Interface
 from lock.workflows import Finding, Node
@@ -351,8 +351,12 @@ def test_large_files(tmp_path: Path) -> None:
 
 @pytest.fixture
 def host(tmp_path: Path, hearth: Hearth) -> Hearth:
-    """A client that needs no network: everything that the workflows use is part of ComfyUI."""
+    """A client that needs no network: everything that the workflows use is part of ComfyUI, which it has read."""
     saved(tmp_path, API)
+    comfyui.pinned()
+    (hearth.cache / "sources").mkdir()
+    (hearth.cache / "sources" / comfyui.tree().name).symlink_to(comfyui.tree())
+    (hearth.cache / "interfaces").symlink_to(workspace.current().cache / "interfaces")
     return hearth
 
 
@@ -449,8 +453,8 @@ def test_version_is_fetched_by_its_tag(tmp_path: Path, host: Hearth) -> None:
         (["compare"], "usage", 15),
     ],
 )
-def test_usage(hearth: Hearth, words: list[str], kind: str, code: int) -> None:
-    done = hearth.inv(f"workflows.{words[0]}", *words[1:])
+def test_usage(host: Hearth, words: list[str], kind: str, code: int) -> None:
+    done = host.inv(f"workflows.{words[0]}", *words[1:])
     assert (kind_of(done.stderr), done.returncode) == (kind, code), done.stderr
 
 
