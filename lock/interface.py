@@ -63,11 +63,10 @@ class Interface(msgspec.Struct, frozen=True):
 
 def read_cached(tree: Path) -> Interface:
     """Like `read`; the node types of a fetched source, which never changes, are read once."""
-    cache = workspace.current().cache
-    if tree.parent != cache / "sources":
+    if tree.parent != workspace.current().cache / "sources":
         return read(tree)
     code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("interface", "evaluate", "values"))
-    kept = cache / "interfaces" / f"{tree.name}-{hashlib.sha256(code).hexdigest()[:16]}.json"
+    kept = workspace.current().cache / "interfaces" / f"{tree.name}-{hashlib.sha256(code).hexdigest()[:16]}.json"
     if not kept.exists():
         files.write(kept, msgspec.json.encode(read(tree)))
     return msgspec.json.decode(kept.read_bytes(), type=Interface)
