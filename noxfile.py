@@ -53,13 +53,13 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-m", "not gpu", *three, *session.posargs, env=CACHED)
 
 
-UNIT = ("-m", "not toolchain and not gpu and not host", "--numprocesses", "6", "--dist", "worksteal")
-"""The tests that neither compile nor boot. Six in parallel on two cores: they spend half of their time waiting."""
+UNIT = ("-m", "not installer and not toolchain and not gpu and not host", "--numprocesses", "6", "--dist", "worksteal")
+"""The tests that neither install, compile nor boot. Six in parallel on two cores: they wait half of their time."""
 
 
 @nox.session
 def unit(session: nox.Session) -> None:
-    """The tests that neither compile nor boot. `-- --faults`: every fault of the crash matrix."""
+    """The tests that neither install, compile nor boot. `-- --faults`: every fault of the crash matrix."""
     session.run("pytest", *UNIT, *session.posargs, env=CACHED)
 
 

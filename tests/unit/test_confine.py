@@ -449,7 +449,7 @@ for kind in ("fork", "new session", "orphan", "stopped", "without its first thre
             threading.Thread(target=time.sleep, args=(60,)).start()
             ctypes.CDLL(None).pthread_exit(None)
         while time.time() < end:
-            time.sleep(0 if kind == "of its own orphans" else 1)
+            time.sleep(0.002 if kind == "of its own orphans" else 1)
             if kind == "of its own orphans" and os.fork():
                 os._exit(0)  # it is never the same process for long
         os._exit(0)

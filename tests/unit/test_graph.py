@@ -71,6 +71,7 @@ def installed(installer: tuple[str, ...], wheel_file: Path, platform: str, place
     return done.returncode == 0
 
 
+@pytest.mark.installer
 @pytest.mark.parametrize("installer", [PIP, UV], ids=["pip", "uv"])
 def test_installers_accept_the_wheel_on_a_system_that_is_new_enough(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installer: tuple[str, ...]

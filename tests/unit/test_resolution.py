@@ -21,6 +21,8 @@ from lock import advisory, nodes, requirements, resolution
 from lock.requirements import LockedList
 from tests.errors import raises
 
+pytestmark = pytest.mark.installer
+
 BAD = """
 same-files = [["opencv-headless", "opencv", "opencv-contrib"]]
 [[advisory]]

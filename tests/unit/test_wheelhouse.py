@@ -117,6 +117,7 @@ def installed(words: list[str], target: Path, **env: str) -> str:
     return version
 
 
+@pytest.mark.installer
 @pytest.mark.parametrize("tool", TOOLS)
 def test_the_printed_command_installs_exactly_its_wheel(filled: Filled, tool: str, tmp_path: Path) -> None:
     for number, found in enumerate((filled.wheels["8.0"], filled.wheels["8.9"], *filled.more)):
@@ -125,6 +126,7 @@ def test_the_printed_command_installs_exactly_its_wheel(filled: Filled, tool: st
         assert installed([*TOOLS[tool], *words[3:]], tmp_path / str(number), **OTHER_INDEXES) == found.version
 
 
+@pytest.mark.installer
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("option", ["--find-links", "--index-url"])
 def test_a_folder_has_the_wheels_of_one_gpu(filled: Filled, tool: str, option: str, tmp_path: Path) -> None:
@@ -135,6 +137,7 @@ def test_a_folder_has_the_wheels_of_one_gpu(filled: Filled, tool: str, option: s
         assert re.search(rf"\.sm{TARGETS[arch]}\b", installed(words, tmp_path / arch))
 
 
+@pytest.mark.installer
 @pytest.mark.parametrize("tool", TOOLS)
 def test_an_altered_wheel_is_not_installed_from_an_index(filled: Filled, tool: str, tmp_path: Path) -> None:
     place = tmp_path / "wheelhouse"
@@ -171,6 +174,7 @@ def served(filled: Filled, tmp_path: Path) -> Iterator[tuple[dict[str, str], str
         assert "interrupted" not in rest
 
 
+@pytest.mark.installer
 @pytest.mark.parametrize("tool", TOOLS)
 def test_served_wheels_are_installed(
     filled: Filled, served: tuple[dict[str, str], str], tool: str, tmp_path: Path

@@ -482,6 +482,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [each for each in sorted(place.rglob("templates/*.json")) if not re.fullmatch(names, each.name)]
 
 
+@pytest.mark.installer
 def test_corpus_against_the_code_and_the_running_server(corpus: list[Path]) -> None:
     """Both find the same, but for files: the record has no models, and the code does not know which there are."""
     static, real = comfyui.pinned(), comfyui.real()
