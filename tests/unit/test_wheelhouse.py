@@ -45,7 +45,7 @@ def recipe(**values: object) -> Recipe:
 def build(arch: str, profile: str = "plain", **values: object) -> matrix.Build:
     stack = find_stack("cu130")
     chain = Toolchain(stack, Platform.local(), PYTHON, "", "", "", "", "", ())
-    return matrix.Build(recipe(**values), (Arch.parse(arch),), profile, chain)
+    return matrix.Build(recipe(**values), tuple(map(Arch.parse, arch.split(";"))), profile, chain)
 
 
 def described(build: matrix.Build, content: Path) -> Manifest:
@@ -387,6 +387,15 @@ def test_prune_deletes_what_the_current_recipe_replaced(pruning: Hearth) -> None
     again = pruning.inv("wheels", "--prune", "--dry-run")
     assert again.returncode == 0
     assert "nothing to prune" in again.stderr
+
+
+def test_prune_deletes_wheels_for_several_gpus(pruning: Hearth, tmp_path: Path) -> None:
+    for version in ("0.1", "0.2", "0.3"):
+        admit(workspace.current().wheelhouse, current("8.9;12.0", version), tmp_path)
+    done = pruning.inv("wheels", "--prune", "--yes")
+    assert done.returncode == 0, done.stderr
+    left = [(each.version.partition("+")[0], each.arch) for each in workspace.current().wheelhouse.wheels()]
+    assert sorted(left) == [("0.3", "8.9"), ("0.3", "8.9;12.0")]
 
 
 def edit(old: str, new: str) -> Callable[[Hearth], None]:
