@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from core import console, files, tools, workspace
+from core import console, files, shell, tools, workspace
 from core.errors import LockError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def renew(*, check: bool) -> None:
         raise LockError(
             "lock-stale",
             "uv.lock is stale" if check else "uv.lock could not be resolved",
-            cause=done.stderr.strip().splitlines()[-1],
+            cause=shell.last_words(done, 1),
             hint="run inv lock" if check else "read uv's message above",
         )
 

@@ -7,6 +7,7 @@ import itertools
 import os
 import selectors
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -76,11 +77,18 @@ def run(
             hint="free some space, then run the same command again",
         )
     if check and done.returncode:
-        last = (done.stderr or done.stdout or "").strip().splitlines()[-8:]
         raise ProcessError(
-            "process", f"{' '.join(words[:3])} ... exited with {done.returncode}", cause="\n    ".join(last)
+            "process", f"{' '.join(words[:3])} ... exited with {done.returncode}", cause=last_words(done)
         )
     return done
+
+
+def last_words(done: Done, lines: int = 8) -> str:
+    """The end of a failed program's output; for a silent one, its exit status or the signal that killed it."""
+    said = "\n".join((done.stderr or done.stdout or "").strip().splitlines()[-lines:])
+    if said or done.returncode >= 0:
+        return said or f"it wrote no message; its exit status is {done.returncode}"
+    return f"it was killed by signal {-done.returncode} ({signal.strsignal(-done.returncode)})"
 
 
 def _missing(program: str, error: OSError | None = None) -> ToolError:

@@ -54,7 +54,7 @@ def sign(text: str, key: Path) -> Signed:
         _keygen("sign", "-n", NAMESPACE, "-f", key, stdin=text) if key.is_file() else None
     )  # ssh-keygen would block on a pipe
     if done is None or done.returncode:
-        cause = done.stderr.strip() if done else "the file does not exist"
+        cause = shell.last_words(done) if done else "the file does not exist"
         hint = "use --sign KEY for another key, --sign none for no signature, ssh-add for a key with a passphrase"
         raise BundleError("signature", f"ssh-keygen cannot sign with {key}", cause=cause, hint=hint)
     return Signed(text, done.stdout)

@@ -84,8 +84,9 @@ def _root(platform: Platform, python: str) -> Path:
         install = ["install", "--download-only", "--no-install-recommends", f"python{python}", "libstdc++6"]
         done = tools.apt(*apt, *install)
         if done.returncode:  # also after a part of the packages: the tree would lack libraries for ever
-            cause = (done.stderr.strip().splitlines() or [""])[-1]
-            raise ProcessError("process", f"no {architecture} package python{python} could be fetched", cause=cause)
+            raise ProcessError(
+                "process", f"no {architecture} package python{python} could be fetched", cause=shell.last_words(done, 1)
+            )
         for package in sorted(archives.glob("*.deb")):
             tools.build("dpkg-deb", "-x", package, part)
         shutil.rmtree(part / "apt")

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from core import arch as archs
-from core import console, files, tools, workspace
+from core import console, files, shell, tools, workspace
 from core.errors import BuildError
 from core.manifest import ModuleReport, Proof
 from kernels import emulation
@@ -254,7 +254,7 @@ def device_code(path: Path) -> tuple[list[str], tuple[str, ...]]:
     for option in ("--list-elf", "--list-ptx"):
         done = tools.build(toolchains.cuobjdump(), option, path, check=False)
         if done.returncode and not (done.returncode == 255 and "does not contain device code" in done.stderr):
-            cause = f"cuobjdump {option} ended with {done.returncode}: {done.stderr.strip()}"
+            cause = f"cuobjdump {option} ended with {done.returncode}: {shell.last_words(done)}"
             raise BuildError("inspection", f"the machine code of {path.name} cannot be read", cause=cause)
         listed.append(re.findall(r"\.(sm_\d+[af]?)\.(?:cubin|ptx)", done.stdout))
     cubins, ptx = listed
@@ -352,7 +352,7 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
         raise BuildError(
             "inspection",
             f"{wheel.name} cannot be imported",
-            cause="\n         ".join(done.stderr.strip().splitlines()[-6:]),
+            cause=shell.last_words(done),
             hint="it was not admitted to the wheelhouse",
         )
     return Proof("passed", f"{done.stdout.strip().splitlines()[-1]}, {runner.label}")

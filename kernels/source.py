@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from core import files, tools
+from core import files, shell, tools
 from core.errors import SourceError
 from core.source import fetch, pin
 
@@ -60,7 +60,7 @@ def _generate(recipe: Recipe, each: Generate, tree: Path) -> str:
     written = [name for name, stamp in _stamps(tree).items() if stamp != before.get(name)]
     if done.returncode or not written:
         what = f"{each.script} of {recipe.name} {recipe.version} {'failed' if done.returncode else 'writes no file'}"
-        raise SourceError("generate", what, cause="\n         ".join(done.stderr.strip().splitlines()[-6:]))
+        raise SourceError("generate", what, cause=shell.last_words(done))
     return files.tree_hash(tree, written)
 
 
@@ -111,7 +111,7 @@ def _apply(recipe: Recipe, patch: Patch, tree: Path) -> None:
         raise SourceError(
             "patch",
             f"{patch.file} does not apply to {recipe.name} {recipe.version}",
-            cause=done.stderr.strip(),
+            cause=shell.last_words(done),
             hint="the source has changed: update the patch, or delete it if upstream has applied it",
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent.schema.uv import index_settings
-from core import source, tools
+from core import shell, source, tools
 from kernels import recipe
 from kernels import source as kernel_source
 from lock import node_updates, nodes
@@ -322,3 +322,17 @@ def test_settings_of_indexes_become_variables() -> None:
         "UV_EXTRA_INDEX_URL": "https://g https://h",
     }
     assert index_settings(said) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("print(*range(20), sep='\\n'); exit(3)", "12\n13\n14\n15\n16\n17\n18\n19"),
+        ("exit(3)", "it wrote no message; its exit status is 3"),
+        ("import os; os.kill(os.getpid(), 9)", "it was killed by signal 9 (Killed)"),
+    ],
+)
+def test_a_failed_program_always_has_a_cause(code: str, says: str) -> None:
+    with raises("process") as caught:
+        shell.run([sys.executable, "-c", code])
+    assert caught.value.cause == says
