@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def renew(*, check: bool) -> None:
     """Resolve uv.lock again; `check` changes nothing. Raises LockError."""
-    done = tools.uv("lock", *(["--check"] if check else []), cwd=files.CHECKOUT, check=False)
+    done = tools.uv("lock", *(["--check"] if check else []), cwd=workspace.current().checkout, check=False)
     if done.returncode:
         raise LockError(
             "lock-stale",
@@ -37,7 +37,7 @@ def requirements(extra: str) -> list[str]:
     kept = exported(extra)
     if not kept.exists():
         words = ["export", "--quiet", "--frozen", "--no-default-groups", "--no-emit-project", "--no-header"]
-        text = tools.uv(*words, "--no-annotate", "--extra", extra, cwd=files.CHECKOUT).stdout
+        text = tools.uv(*words, "--no-annotate", "--extra", extra, cwd=workspace.current().checkout).stdout
         files.write(kept, text.replace(" \\\n", ""))
     return kept.read_text().splitlines()
 

@@ -33,13 +33,53 @@ if TYPE_CHECKING:
     from lock.nodes import Catalogue
 
 
-def compile_all(*, check: bool) -> list[str]:
+def compile_all(*, check: bool, newest: str = "") -> list[str]:
     """Compile every list whose inputs changed and return their names; with `check` raise LockError instead.
 
     A list's first line contains the hash of its inputs, so checking needs no network. Raises LockError with the
     conflicting nodes, and ConfigError for a requirement that cannot be pinned; then no list is written.
     """
     app, known = application(), nodes.catalogue()
+    lists, stale = _examined(app, known)
+    if check and stale:
+        changed = "ComfyUI's version, a node, the stack's torch or the extra packages changed after they were compiled"
+        raise LockError(
+            "lock-stale",
+            f"the environments of ComfyUI are stale: {', '.join(old.name for _, old, _ in stale)}",
+            cause="\n".join(dict.fromkeys(line for _, old, _ in stale for line in _problems(old))) or changed,
+            hint="inv lock",
+        )
+    lists |= {each.name: each for each in compiled(app, known, newest=newest)}
+    for _, old, _ in stale:
+        files.write(requirements.folder() / f"{old.name}.txt", lists[old.name].text)
+    for line in dict.fromkeys(line for each in lists.values() for line in _remarks(each)):
+        console.say(line)
+    return [old.name for _, old, _ in stale]
+
+
+def compiled(app: Application, known: Catalogue, *, newest: str = "") -> list[LockedList]:
+    """Compile every list whose inputs changed for this ComfyUI and these nodes, and write none.
+
+    Packages uploaded after `newest` (RFC 3339) do not count. Raises LockError and ConfigError as `compile_all` does.
+    """
+    lists, stale = _examined(app, known)
+    if not stale:
+        return []
+    asked, said = requirements.requirement_inputs(app, known), dict[str, str]()
+    with (
+        console.Progress("resolving", len(stale), len(stale)) as progress,
+        ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,  # uv uses one core to resolve
+    ):
+        for done in as_completed([pool.submit(_renewed, *each, asked, known, newest) for each in stale]):
+            lock, reasons = done.result()
+            lists[lock.name], said = lock, said | reasons
+            progress.step(f"{lock.name}: ComfyUI and {len(known.nodes)} nodes", 1, 0)
+    _check([*lists.values()], said)
+    return [lists[old.name] for _, old, _ in stale]
+
+
+def _examined(app: Application, known: Catalogue) -> tuple[dict[str, LockedList], list[tuple[Stack, LockedList, str]]]:
+    """All lists by name, and those whose inputs changed, each with its stack and its new first line."""
     lists: dict[str, LockedList] = {}
     stale: list[tuple[Stack, LockedList, str]] = []
     for stack, platform, python in requirements.combinations():
@@ -49,41 +89,18 @@ def compile_all(*, check: bool) -> list[str]:
         old = lists[new.name] = requirements.find(stack.name, platform.value, python) or new
         if not old.text.startswith(first) or _problems(old):
             stale.append((stack, old, first))
-    if check and stale:
-        changed = "ComfyUI's version, a node, the stack's torch or the extra packages changed after they were compiled"
-        raise LockError(
-            "lock-stale",
-            f"the environments of ComfyUI are stale: {', '.join(old.name for _, old, _ in stale)}",
-            cause="\n".join(dict.fromkeys(line for _, old, _ in stale for line in _problems(old))) or changed,
-            hint="inv lock",
-        )
-    if stale:
-        asked, said = requirements.requirement_inputs(app, known), dict[str, str]()
-        with (
-            console.Progress("resolving", len(stale), len(stale)) as progress,
-            ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,  # uv uses one core to resolve
-        ):
-            for done in as_completed([pool.submit(_renewed, *each, asked, known) for each in stale]):
-                lock, reasons = done.result()
-                lists[lock.name], said = lock, said | reasons
-                progress.step(f"{lock.name}: ComfyUI and {len(known.nodes)} nodes", 1, 0)
-        _check([*lists.values()], said)
-        for _, old, _ in stale:
-            files.write(requirements.folder() / f"{old.name}.txt", lists[old.name].text)
-    for line in dict.fromkeys(line for each in lists.values() for line in _remarks(each)):
-        console.say(line)
-    return [old.name for _, old, _ in stale]
+    return lists, stale
 
 
 def _renewed(
-    stack: Stack, old: LockedList, first: str, asked: Mapping[str, Sequence[str]], known: Catalogue
+    stack: Stack, old: LockedList, first: str, asked: Mapping[str, Sequence[str]], known: Catalogue, newest: str
 ) -> tuple[LockedList, dict[str, str]]:
     """A stale list's replacement, and uv's explanation for each node that it lacks; raises LockError."""
     second, reasons = f"# What they ask for: {asked_hash(asked, known, stack)}\n", dict[str, str]()
     body = old.text.partition(second)[2]
     if not body or _problems(old):  # otherwise: new code, same needs
         with tempfile.TemporaryDirectory(prefix="hearth-") as place:
-            body, reasons = Resolver(Path(place), asked, known, stack, old).compiled()
+            body, reasons = Resolver(Path(place), asked, known, stack, old, newest).compiled()
     return replace(old, text=first + second + body), reasons
 
 
@@ -163,7 +180,9 @@ class Resolver:
         known: Catalogue,
         stack: Stack,
         old: LockedList,
+        newest: str = "",
     ) -> None:
+        self.limit = ["--exclude-newer", newest] if newest else []
         self.place, self.asked, self.known, self.old, self.platform = place, asked, known, old, Platform(old.platform)
         self.nodes = [file for file in asked if file.endswith(".node.txt")]
         self.avoided: dict[str, str] = {}  # known-bad versions as constraints, each with its description
@@ -219,8 +238,8 @@ class Resolver:
     def _uv(self, chosen: Iterable[str], *more: str) -> Done:
         words = ["pip", "compile", "--quiet", "--no-header", "--generate-hashes", "--only-binary", ":all:"]
         words += ["--python-version", self.old.python, "--python-platform", self.platform.uv_name]
-        words += ["--overrides", "overrides", "--excludes", "excludes", "--constraints", "avoided", *more, *chosen]
-        return tools.uv(*words, "--python", sys.executable, cwd=self.place, check=False)
+        words += ["--overrides", "overrides", "--excludes", "excludes", "--constraints", "avoided", *self.limit]
+        return tools.uv(*words, *more, *chosen, "--python", sys.executable, cwd=self.place, check=False)
 
     def _each(self, chosen: Callable[[str], list[str]]) -> dict[str, Done]:
         with ThreadPoolExecutor() as pool:
