@@ -70,6 +70,10 @@ class Pinned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 def check(recipe: Pinned) -> None:
     """Raise ConfigError for a source without an origin or a pin."""
+    if not recipe.source:
+        raise ConfigError(
+            "config", f"{recipe.path}: there is no source", hint="add [[source]] with git, sdist or folder"
+        )
     for source in recipe.source:
         kinds = [kind for kind in (source.git, source.sdist, source.folder) if kind]
         if len(kinds) != 1:

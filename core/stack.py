@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Literal
 
 import msgspec
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from core import workspace
 from core.config import load
@@ -66,6 +67,7 @@ class Stack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default: bool = False
     deprecated: str = ""
     builds_only: str = ""
+    comfyui: str = ""
     name: str = ""
 
     @property
@@ -77,6 +79,10 @@ class Stack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def notice(self) -> str:
         """What to tell whoever chooses this stack; empty unless it is deprecated."""
         return f"stack {self.name} is deprecated: {self.deprecated}" if self.deprecated else ""
+
+    def runs(self, comfyui: str) -> bool:
+        """Whether it runs this version of ComfyUI."""
+        return not self.builds_only and SpecifierSet(self.comfyui).contains(comfyui, prereleases=True)
 
     @property
     def python(self) -> str:
@@ -95,6 +101,11 @@ def stacks() -> dict[str, Stack]:
                 f"config/stacks.toml: stack {name!r} with torch {stack.torch!r} and cxx {stack.cxx!r} is not valid",
                 hint="a name has lower-case letters and digits; torch is a release, such as 2.11.0; cxx is c++20 or so",
             )
+        try:
+            SpecifierSet(stack.comfyui)
+        except InvalidSpecifier:
+            what = f"config/stacks.toml: stack {name!r} with comfyui {stack.comfyui!r} is not valid"
+            raise ConfigError("config", what, hint="versions such as <0.32 (PEP 440)") from None
     if sum(stack.default for stack in loaded.values()) != 1:
         raise ConfigError("config", "config/stacks.toml: one stack, and only one, must have default = true")
     return {name: msgspec.structs.replace(stack, name=name) for name, stack in loaded.items()}

@@ -9,7 +9,7 @@ import msgspec
 
 from agent.schema import change as schema
 from agent.schema.survey import Survey
-from core import console, foreign, source
+from core import console
 from core.errors import HostError, UsageError
 from deploy import connection, refusals
 from deploy import host as hosts
@@ -71,7 +71,7 @@ def adopt(
 
 def _propose(agent: Agent, target: Target, facts: Facts, path: str, by: str) -> Proposal:
     found = only(msgspec.convert(without_secrets(agent.call("survey", path=path)), Survey), target.name)
-    text = foreign.text(source.fetch(application.application()) / "comfy/cli_args.py")
+    text = application.text(application.tree(application.application(target.host.comfyui)), "comfy/cli_args.py")
     return propose(target, facts, found, nodes.catalogue(), application.flags(text), by)
 
 

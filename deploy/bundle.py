@@ -29,7 +29,6 @@ from core.stack import Platform
 from core.workspace import Workspace
 from deploy import archive
 from deploy import release as releases
-from lock import application as applications
 from lock import nodes, requirements
 
 if TYPE_CHECKING:
@@ -209,9 +208,9 @@ def _listed(
     found = {AGENT: archive.agent_file(), "checkout/uv.lock": here.checkout / "uv.lock"}
     for pattern in ("config/stacks.toml", "config/profiles/*.toml", "config/modes/*.toml", "recipes/comfyui/units/*"):
         found |= {f"checkout/{path.relative_to(here.checkout)}": path for path in here.checkout.glob(pattern)}
-    recipe = [applications.folder() / "app.toml", nodes.catalogue_file()]
+    recipe = [app.path / "app.toml", nodes.catalogue_file()]
     found |= {f"checkout/recipes/comfyui/{path.name}": path for path in recipe if path.exists()}
-    found[f"checkout/recipes/comfyui/locks/{lock.name}.txt"] = requirements.folder() / f"{lock.name}.txt"
+    found[f"checkout/recipes/comfyui/locks/{lock.name}.txt"] = requirements.folder(app.path) / f"{lock.name}.txt"
     tree = source.fetch(app)
     if own := app.source[0].folder:
         found |= {f"checkout/recipes/comfyui/{own}/{name}": path for name, path in files.tree(tree)}

@@ -19,7 +19,7 @@ from deploy.look import find_target, look
 from deploy.profile import Profile
 from deploy.refusals import Refusal, refused
 from deploy.release import requesters
-from deploy.release_refusals import builds_only, no_lock
+from deploy.release_refusals import no_lock, uncovered, unfit_stack
 from deploy.selection import find_wheel
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _glance(name: str, ask_sudo: bool) -> Facts:
     """A host's facts from its entry in hosts.toml only, since profiles, modes and recipes come from the bundle."""
     (name,) = hosts.select(name, "")
     unknown = Profile(summary="", pythons=(), start_seconds=0)
-    target = hosts.Target(name, hosts.hosts().hosts[name], "", unknown, {}, comfyui="")
+    target = hosts.Target(name, hosts.hosts().hosts[name], "", unknown, {})
     with connection.connect(target, ask_sudo) as agent:
         return look(agent, target)
 
@@ -157,7 +157,7 @@ def make_bundle(
     and BundleError if the key cannot sign.
     """
     target = find_target(name)
-    if unfit := builds_only(target.stack):
+    if unfit := unfit_stack(target):
         raise refused("no bundle was written", unfit)
     inputs = gather(target)
     if not (platform and python):
@@ -169,6 +169,8 @@ def make_bundle(
         )
     if (platform, python) not in inputs.locks:
         raise refused("no bundle was written", [no_lock(platform, python, inputs)])
+    if missing := uncovered(target, inputs, inputs.locks[platform, python]):
+        raise refused("no bundle was written", missing)
     wheels = [find_wheel(inputs, kernel, target, platform, python) for kernel in target.profile.kernels]
     if missing := [wheel for wheel in wheels if isinstance(wheel, Refusal)]:
         raise refused("kernel wheels are missing", missing)

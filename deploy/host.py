@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,6 +48,9 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """The port of sshd; left out: ssh's own configuration decides."""
     profile: str = ""
     """A profile of `config/profiles/`."""
+    comfyui: str = "pinned"
+    """The ComfyUI that runs there: "pinned" (`recipes/comfyui/app.toml`), the channel "stable" or "latest", or a known
+    version such as "0.30.0"."""
     scope: Literal["system", "user"] = "system"
     """Scope "system" needs root and systemd, "user" needs neither."""
     prefix: str = ""
@@ -113,17 +117,18 @@ class Hosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Target:
-    """A host merged with its profile and modes. `origin` names the file or table of each value.
-
-    `comfyui` is the version to deploy.
-    """
+    """A host merged with its profile and modes. `origin` names the file or table of each value."""
 
     name: str
     host: Host
     profile_name: str
     profile: Profile
     origin: dict[str, str]
-    comfyui: str = field(default_factory=applications.version)
+
+    @cached_property
+    def comfyui(self) -> str:
+        """The version of ComfyUI to deploy; raises ConfigError for an unknown one."""
+        return applications.version(self.host.comfyui)
 
     @property
     def stack(self) -> Stack:
@@ -311,6 +316,7 @@ def summary(found: Target) -> dict[str, Any]:
         "name": found.name,
         "address": found.host.address,
         "profile": found.profile_name,
+        "comfyui": found.comfyui,
         "modes": found.host.modes,
         "site": found.site,
         "flags": found.flags,
@@ -324,6 +330,7 @@ def rows(found: Target) -> Iterator[str]:
     """A host, then each of its settings with the file or table that it comes from."""
     where = found.host.address or "this machine"
     yield f"{found.name}: {where}, {found.prefix}, {found.host.listen}:{found.host.port}, {found.host.scope}"
+    yield f"  {'comfyui = ' + found.comfyui:44} {found.host.comfyui}"
     for key, origin in found.origin.items():
         kind, _, name = key.partition(".")
         value = getattr(found.profile, kind)

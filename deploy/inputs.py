@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from core import foreign, lockfile, source, workspace
+from core import lockfile, workspace
 from core.errors import LockError
 from deploy.refusals import refused
 from deploy.release_refusals import known_bad
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Inputs:
     """ComfyUI with its flags, locked lists by platform and Python, kernel wheels, uv, pinned nodes.
 
-    `recipes` has the current version and the default profile of each kernel's recipe.
+    `required` are ComfyUI's own requirements. `recipes` has the current version and the default profile of each
+    kernel's recipe.
     """
 
     application: Application
@@ -37,6 +38,7 @@ class Inputs:
     uv: str
     nodes: Mapping[str, Node] = field(default_factory=dict)
     model_folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    required: Sequence[str] = ()
     recipes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
@@ -47,14 +49,18 @@ class Inputs:
 
 def gather(target: Target) -> Inputs:
     """Collect the inputs for hosts of a profile. Raises LockError, or RefusedError for known-bad nodes."""
-    app = applications.application()
-    tree = source.fetch(app)
+    app = applications.application(target.host.comfyui)
+    tree = applications.tree(app)
     (uv,) = (line.split()[0].replace("==", "-") for line in lockfile.requirements("uv"))
+    listed = [each for each in requirements.combinations(app.version) if each[0] == target.stack]
     locks = {
         (lock.platform, lock.python): lock
-        for each, platform, python in requirements.combinations()
-        if each == target.stack and (lock := requirements.find(each.name, platform.value, python))
+        for each, platform, python in listed
+        if (lock := requirements.find(each.name, platform.value, python, app.path))
     }
+    if listed and not locks and not workspace.current().bundled:
+        what = f"the packages of ComfyUI {app.version} on stack {target.stack.name} were never resolved"
+        raise LockError("lock-stale", what, hint="inv lock")
     known = nodes.catalogue()
     chosen = nodes.choose(known, target.profile.nodes)
     _refuse_known_bad(target, chosen)
@@ -66,12 +72,13 @@ def gather(target: Target) -> Inputs:
         )
     return Inputs(
         application=app,
-        flags=applications.flags(foreign.text(tree / "comfy/cli_args.py")),
+        flags=applications.flags(applications.text(tree, "comfy/cli_args.py")),
         locks=locks,
         wheels=[each for each in workspace.current().wheelhouse.wheels() if target.profile.arch in each.capabilities],
         uv=uv,
         nodes=chosen,
-        model_folders=applications.model_folders(foreign.text(tree / "folder_paths.py")),
+        model_folders=applications.model_folders(applications.text(tree, "folder_paths.py")),
+        required=requirements.required(app, known),
         recipes=_recipes(target),
     )
 

@@ -12,17 +12,19 @@ from core.stack import stacks
 from deploy import release as releases
 from deploy.refusals import Refusal
 from lock import application as applications
+from lock import requirements
+from lock.requirements import MANAGER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from core.manifest import Manifest
-    from core.stack import Stack
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.inputs import Inputs
     from lock.advisory import Advisory
     from lock.application import Flag
+    from lock.requirements import LockedList
 
 RESERVE_BYTES, RESERVE_FILES = 2_000_000_000, 10_000
 """Free space to keep on a host after a deploy, for outputs, logs and the database."""
@@ -41,7 +43,7 @@ def gpu(target: Target, facts: Facts) -> list[Refusal]:
     if facts.driver and _older(facts.driver, stack.driver):
         what = f"the driver is {facts.driver}, but CUDA {stack.cuda} needs {stack.driver}"
         fits = [each for each in stacks().values() if not _older(facts.driver, each.driver)]
-        older = [each.name for each in fits if facts.platform in each.platforms and not each.builds_only]
+        older = [each.name for each in fits if facts.platform in each.platforms and each.runs(target.comfyui)]
         remedy = f', or set stack = "{older[-1]}" in the host\'s override' if older else ""
         found.append(Refusal("old-driver", what, f"update the driver{remedy}"))
     have = sorted({gpu.capability for gpu in facts.gpus})
@@ -59,17 +61,37 @@ def _older(version: str, floor: str) -> bool:
         return False
 
 
-def builds_only(stack: Stack) -> list[Refusal]:
-    """ComfyUI cannot run on the stack."""
-    what = f"stack {stack.name} is only for builds: {stack.builds_only}"
-    return [Refusal("builds-only", what, "choose another `stack`")] if stack.builds_only else []
+def unfit_stack(target: Target) -> list[Refusal]:
+    """ComfyUI cannot run on the stack, or this version of it cannot."""
+    stack = target.stack
+    if stack.builds_only:
+        what = f"stack {stack.name} is only for builds: {stack.builds_only}"
+        return [Refusal("builds-only", what, "choose another `stack`")]
+    if stack.runs(target.comfyui):
+        return []
+    what = f"stack {stack.name} runs ComfyUI {stack.comfyui}, and {target.name} gets {target.comfyui}"
+    known = [each for each in applications.versions() if stack.runs(each)]
+    newest = f'comfyui = "{max(known, key=Version)}", the newest known version that it runs' if known else ""
+    return [Refusal("unfit-stack", what, f"{newest or 'add an older version'}; or choose another `stack`")]
+
+
+def uncovered(target: Target, inputs: Inputs, lock: LockedList) -> list[Refusal]:
+    """The locked list lacks packages that ComfyUI requires: it belongs to another tree."""
+    app, asking = inputs.application, releases.requesters(target, inputs.nodes)
+    wanted = [*inputs.required, *([app.manager] if MANAGER in asking and app.manager else [])]
+    lacking = requirements.uncovered(lock, wanted, asking)
+    if not lacking:
+        return []
+    each = ", ".join(f"{text} (it has {version or 'none'})" for text, version in lacking.items())
+    what = f"ComfyUI {app.version} requires packages that {applications.label(app)}{lock.name} does not have: {each}"
+    return [Refusal("uncovered", what, "inv lock resolves them; if torch is among them, choose another `stack`")]
 
 
 def no_torch(target: Target, facts: Facts) -> list[Refusal]:
     """No torch that runs ComfyUI exists for the host's platform."""
     stack = target.stack
-    if stack.builds_only:
-        return builds_only(stack)
+    if found := unfit_stack(target):
+        return found
     if facts.platform in stack.platforms:
         return []
     what = f"the machine is {facts.machine}, for which torch {stack.torch} has no build"

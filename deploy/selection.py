@@ -108,6 +108,7 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Selection | No
             found += refusals.old_libraries(wheel, facts)
             wheels.append(wheel)
     lock = inputs.locks[facts.platform, python]
+    found += refusals.uncovered(target, inputs, lock)
     selection = Selection(
         target=target,
         application=inputs.application,

@@ -51,8 +51,8 @@ error that names the closest known key. `inv hosts` shows the result for each ho
 
 STACKS = """\
 `config/stacks.toml` describes them. `stack = "NAME"` in a profile, mode or override, and `--stack NAME` of
-`inv build-kernels`, choose one. To add one, add a table there and an extra of its name to `pyproject.toml`, list the
-extra in `conflicts`, and run `inv lock`."""
+`inv build-kernels`, choose one. A deploy refuses a stack that cannot run the host's ComfyUI. To add one, add a table
+there and an extra of its name to `pyproject.toml`, list the extra in `conflicts`, and run `inv lock`."""
 
 STRUCTS: dict[str, type[msgspec.Struct]] = {
     "`[hosts.NAME]`": host.Host,

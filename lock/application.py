@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+from packaging.version import InvalidVersion, Version
 
 from core import files, foreign, source, workspace
 from core.config import load
-from core.errors import ConfigError, suggest
+from core.errors import ConfigError, SourceError, suggest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 class Application(source.Pinned, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -33,28 +34,134 @@ class Application(source.Pinned, frozen=True, forbid_unknown_fields=True, kw_onl
     files: int
 
 
+class Channels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`channels.toml`: the version that each channel stands for; empty: none yet."""
+
+    stable: str = ""
+    latest: str = ""
+
+
+PINNED = "pinned"
+CHANNELS = Channels.__struct_fields__
+
+
 def folder() -> Path:
-    """The folder that describes the application: $HEARTH_APP, else `recipes/comfyui`; in a bundle, the latter."""
+    """The folder of the pinned application: $HEARTH_APP, else `recipes/comfyui`; in a bundle, the latter.
+
+    `versions/VERSION/` below it describes another version in the same way: an app.toml, and its lists in `locks/`.
+    """
     own = os.environ.get("HEARTH_APP") if workspace.current().checkout == files.CHECKOUT else ""
     return Path(own or workspace.current().checkout / "recipes/comfyui").absolute()
 
 
-def application() -> Application:
-    """Return the pinned ComfyUI, or the one of $HEARTH_APP, a folder with an app.toml; raises ConfigError.
+def channels_file() -> Path:
+    """The file that names the version of each channel, next to the app.toml."""
+    return folder() / "channels.toml"
+
+
+def channels() -> dict[str, str]:
+    """The versions of the channels that have one."""
+    found = load(channels_file(), Channels) if channels_file().exists() else Channels()
+    return {name: version for name, version in msgspec.structs.asdict(found).items() if version}
+
+
+def place(version: str) -> Path:
+    """The folder that describes a version, whether it exists or not."""
+    return folder() if version == _described(folder()).version else folder() / "versions" / version
+
+
+def versions() -> dict[str, Path]:
+    """The folders that describe the known versions: the pinned one, then the others, oldest first."""
+    pinned = _described(folder())
+    others = [_described(path.parent) for path in folder().glob("versions/*/app.toml")]
+    others = sorted((each for each in others if each.version != pinned.version), key=lambda app: Version(app.version))
+    return {app.version: app.path for app in (pinned, *others)}
+
+
+def find(which: str = PINNED) -> Path:
+    """The folder that describes a version, or the version of a channel; raises ConfigError.
+
+    A bundle contains only one version, which is the pinned one and that of every channel.
+    """
+    bundled = workspace.current().bundled
+    if which == PINNED or (bundled and which in CHANNELS):
+        return folder()
+    version = channels().get(which, "") if which in CHANNELS else which
+    known = versions()
+    if version in known:
+        return known[version]
+    if not version:
+        what, hint = f"the channel {which} has no version yet", "inv update comfyui"
+        raise ConfigError("config", what, cause=f"{channels_file()} does not name one", hint=hint)
+    hint = f"{suggest(version, [*known, PINNED, *CHANNELS])}; inv update comfyui --to VERSION adds another one"
+    what = f"there is no ComfyUI {version!r}" + f", which is {which}" * (version != which)
+    raise ConfigError("config", what, hint="create the bundle again: inv bundle" if bundled else hint)
+
+
+def unused(selected: Iterable[str]) -> list[Path]:
+    """The folders of versions that neither these selections of hosts nor a channel need."""
+    needed = {*selected, *channels().values()}
+    return [path for version, path in versions().items() if path != folder() and version not in needed]
+
+
+def application(which: str = PINNED) -> Application:
+    """Return the pinned ComfyUI, or another version, or that of a channel; raises ConfigError.
 
     A source folder next to the app.toml is used as it is, for a ComfyUI of one's own.
     """
-    place = folder()
-    loaded = msgspec.structs.replace(load(place / "app.toml", Application), folder=str(place))
+    loaded = _described(find(which))
     source.check(loaded)
     if own := loaded.source[0].folder:
-        loaded = msgspec.structs.replace(loaded, tree=files.tree_hash(place / own))
+        if not (loaded.path / own).is_dir():
+            raise ConfigError("config", f"{loaded.path}/app.toml: there is no folder {own!r} beside it")
+        loaded = msgspec.structs.replace(loaded, tree=files.tree_hash(loaded.path / own))
     return loaded
 
 
-def version() -> str:
-    """Return the pinned version without reading the source."""
-    return load(folder() / "app.toml", Application).version
+def _described(place: Path) -> Application:
+    """What a folder describes; raises ConfigError."""
+    loaded = msgspec.structs.replace(load(place / "app.toml", Application), folder=str(place))
+    try:
+        Version(loaded.version)
+    except InvalidVersion:
+        hint = "a number such as 0.30.0, or 0.30.0+mine for a ComfyUI of your own"
+        raise ConfigError("config", f"{place}/app.toml: {loaded.version!r} is not a version", hint=hint) from None
+    if place != folder() and place.name != loaded.version:
+        raise ConfigError("config", f"{place}/app.toml describes {loaded.version}", hint="rename the folder")
+    return loaded
+
+
+def version(which: str = PINNED) -> str:
+    """Return the version without reading the source."""
+    return _described(find(which)).version
+
+
+def label(app: Application) -> str:
+    """What precedes the names of lists in messages: nothing for the pinned application."""
+    return "" if app.path == folder() else f"{app.version}/"
+
+
+def tree(app: Application) -> Path:
+    """The application's source, fetched if necessary; raises ConfigError if it is not a ComfyUI."""
+    found = source.fetch(app)
+    for name in ("comfy/cli_args.py", "folder_paths.py"):
+        text(found, name)
+    if not (found / "requirements.txt").is_file():  # its pyproject.toml names no packages
+        raise _no_comfyui(found, "requirements.txt does not exist")
+    return found
+
+
+def text(tree: Path, name: str) -> str:
+    """A Python file of ComfyUI's; raises ConfigError if it cannot be read."""
+    try:
+        return foreign.content(tree / name, foreign.TEXT).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError, SourceError) as error:
+        raise _no_comfyui(tree, f"{name}: {getattr(error, 'strerror', '') or error}") from None
+
+
+def _no_comfyui(tree: Path, cause: str) -> ConfigError:
+    hint = "name a source with ComfyUI's main.py in app.toml, with `subfolder` if it is not at its root"
+    return ConfigError("config", f"{tree} is not a ComfyUI", cause=cause, hint=hint)
 
 
 class Flag(msgspec.Struct, frozen=True):

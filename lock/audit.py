@@ -71,15 +71,17 @@ class Audit:
 def locked() -> Inventory:
     """Everything that this checkout locks: the lists for hosts, the tool's own lock, the nodes and ComfyUI."""
     packages: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for stack, platform, python in requirements.combinations():
-        if lock := requirements.find(stack.name, platform.value, python):
-            for each in lock.versions().items():
-                packages[each].append(lock.name)
+    listed = [applications.application(version) for version in applications.versions()]
+    for app in listed:
+        for stack, platform, python in requirements.combinations(app.version):
+            if lock := requirements.find(stack.name, platform.value, python, app.path):
+                for each in lock.versions().items():
+                    packages[each].append(f"{applications.label(app)}{lock.name}")
     for package in tomli.loads((files.CHECKOUT / "uv.lock").read_text())["package"]:
         if "registry" in package["source"]:
             packages[package["name"], package["version"]].append("uv.lock")
     ours = [_node(name, each.url, each.commit, each.tree) for name, each in nodes.catalogue().nodes.items()]
-    return Inventory(packages, [_comfyui(applications.application().version), *ours])
+    return Inventory(packages, [*(_comfyui(app.version) for app in listed), *ours])
 
 
 def deployed(manifest: Mapping[str, Any]) -> Inventory:

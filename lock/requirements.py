@@ -20,7 +20,7 @@ from urllib.parse import unquote
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from core import console, files, foreign, lockfile, source, tools, workspace
+from core import console, files, foreign, lockfile, tools, workspace
 from core.errors import ConfigError, LockError
 from core.stack import Platform, stacks
 from lock import application as applications
@@ -130,27 +130,31 @@ def offline(text: str) -> str:
     return re.sub(r"^[\w.-]+ @ \S+", lambda found: "==".join(_pin(found[0])), text, flags=re.MULTILINE)
 
 
-def folder() -> Path:
-    """The folder of the lists: next to the app.toml, or in the recipe if that one has no list of its own."""
-    own = applications.folder() / "locks"
-    return own if own.is_dir() else workspace.current().checkout / "recipes/comfyui/locks"
+def folder(place: Path | None = None) -> Path:
+    """The folder of the lists of the application in `place` (default: the pinned one): `locks`, next to the app.toml.
+
+    $HEARTH_APP without lists uses the recipe's.
+    """
+    place = place or applications.folder()
+    shared = place == applications.folder() and not (place / "locks").is_dir()
+    return (workspace.current().checkout / "recipes/comfyui" if shared else place) / "locks"
 
 
-def combinations() -> list[tuple[Stack, Platform, str]]:
-    """Every stack, platform and Python that has a list."""
+def combinations(comfyui: str = "") -> list[tuple[Stack, Platform, str]]:
+    """Every stack, platform and Python that has a list; with a version, only stacks that run it."""
     return [
         (stack, Platform.parse(platform), python)
         for stack in stacks().values()
-        if not stack.builds_only
+        if (stack.runs(comfyui) if comfyui else not stack.builds_only)
         for platform in stack.platforms
         for python in stack.pythons
     ]
 
 
-def find(stack: str, platform: str, python: str) -> LockedList | None:
-    """The locked list for a combination; None if there is none."""
+def find(stack: str, platform: str, python: str, place: Path | None = None) -> LockedList | None:
+    """The locked list for a combination, of the application in `place` (default: the pinned one); None if missing."""
     lock = LockedList(stack, platform, python, "")
-    path = folder() / f"{lock.name}.txt"
+    path = folder(place) / f"{lock.name}.txt"
     return LockedList(stack, platform, python, path.read_text()) if path.exists() else None
 
 
@@ -168,7 +172,7 @@ def requirement_inputs(app: Application, known: Catalogue) -> dict[str, list[str
     from lock import requirement_files
 
     trees = nodes.fetch(known.nodes)
-    asked = {APP: requirement_files.read(source.fetch(app)).requirements, OWN: list(app.extra)}
+    asked = {APP: requirement_files.read(applications.tree(app)).requirements, OWN: list(app.extra)}
     asked |= {f"{MANAGER}.node.txt": [app.manager]} if app.manager else {}
     for name, tree in trees.items():
         listed = requirement_files.read(tree)
@@ -178,6 +182,28 @@ def requirement_inputs(app: Application, known: Catalogue) -> dict[str, list[str
         if listed.constraints:
             asked[f"{name}.constraints.txt"] = pinnable(name, listed.constraints, known)
     return asked
+
+
+def required(app: Application, known: Catalogue) -> list[str]:
+    """The requirements of ComfyUI itself and `extra`, with the replacements of [override]."""
+    from lock import requirement_files
+
+    lines = [*requirement_files.read(applications.tree(app)).requirements, *app.extra]
+    asked = [each for each in map(parsed, map(plain, lines)) if each]
+    decided = [(str(each), known.override.get(canonicalize_name(each.name))) for each in asked]
+    return [text for line, other in decided if (text := other.requirement if other else line)]
+
+
+def uncovered(lock: LockedList, wanted: Iterable[str], requesters: Iterable[str]) -> dict[str, str]:
+    """The requirements that a list's packages for these requesters do not meet, with the version that it has or ""."""
+    there, found = lock.versions(requesters), dict[str, str]()
+    for requirement in map(Requirement, wanted):
+        if applies(requirement, Platform(lock.platform), lock.python):
+            version, pinned = there.get(canonicalize_name(requirement.name), ""), wheel(requirement.url or "")
+            fits = version and requirement.specifier.contains(version, prereleases=True)
+            if not fits or (pinned and str(pinned[1]) != version):
+                found[str(requirement)] = version
+    return found
 
 
 def pinnable(name: str, lines: Sequence[str], known: Catalogue) -> list[str]:

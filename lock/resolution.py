@@ -21,7 +21,7 @@ from core import console, files, tools
 from core.errors import LockError
 from core.stack import Platform
 from lock import advisory, nodes, requirements
-from lock.application import application
+from lock import application as applications
 from lock.requirements import APP, MANAGER, OWN, LockedList
 
 if TYPE_CHECKING:
@@ -34,27 +34,36 @@ if TYPE_CHECKING:
 
 
 def compile_all(*, check: bool, newest: str = "") -> list[str]:
-    """Compile every list whose inputs changed and return their names; with `check` raise LockError instead.
+    """Compile every list of every version whose inputs changed and return their names; with `check` raise LockError.
 
     A list's first line contains the hash of its inputs, so checking needs no network. Raises LockError with the
     conflicting nodes, and ConfigError for a requirement that cannot be pinned; then no list is written.
     """
-    app, known = application(), nodes.catalogue()
-    lists, stale = _examined(app, known)
+    known, done = nodes.catalogue(), dict[str, LockedList]()
+    found = [(app, *_examined(app, known)) for app in map(applications.application, applications.versions())]
+    stale = {f"{applications.label(app)}{old.name}": old for app, _, few in found for _, old, _ in few}
     if check and stale:
         changed = "ComfyUI's version, a node, the stack's torch or the extra packages changed after they were compiled"
         raise LockError(
             "lock-stale",
-            f"the environments of ComfyUI are stale: {', '.join(old.name for _, old, _ in stale)}",
-            cause="\n".join(dict.fromkeys(line for _, old, _ in stale for line in _problems(old))) or changed,
+            f"the environments of ComfyUI are stale: {', '.join(stale)}",
+            cause="\n".join(dict.fromkeys(line for old in stale.values() for line in _problems(old))) or changed,
             hint="inv lock",
         )
-    lists |= {each.name: each for each in compiled(app, known, newest=newest)}
-    for _, old, _ in stale:
-        files.write(requirements.folder() / f"{old.name}.txt", lists[old.name].text)
-    for line in dict.fromkeys(line for each in lists.values() for line in _remarks(each)):
+    for app, lists, few in found:
+        lists |= {each.name: each for each in compiled(app, known, newest=newest)} if few else {}
+    for app, lists, few in found:
+        if few:  # all: $HEARTH_APP may have had the recipe's lists
+            for each in lists.values():
+                files.write(app.path / "locks" / f"{each.name}.txt", each.text)
+            for path in (app.path / "locks").glob("*.txt"):
+                if path.stem not in lists:
+                    console.say(f"removed {path}: no stack needs it for ComfyUI {app.version}")
+                    path.unlink()
+        done |= {f"{applications.label(app)}{name}": each for name, each in lists.items()}
+    for line in dict.fromkeys(line for name, each in done.items() for line in _remarks(name, each)):
         console.say(line)
-    return [old.name for _, old, _ in stale]
+    return list(stale)
 
 
 def compiled(app: Application, known: Catalogue, *, newest: str = "") -> list[LockedList]:
@@ -73,7 +82,7 @@ def compiled(app: Application, known: Catalogue, *, newest: str = "") -> list[Lo
         for done in as_completed([pool.submit(_renewed, *each, asked, known, newest) for each in stale]):
             lock, reasons = done.result()
             lists[lock.name], said = lock, said | reasons
-            progress.step(f"{lock.name}: ComfyUI and {len(known.nodes)} nodes", 1, 0)
+            progress.step(f"{lock.name}: ComfyUI {app.version} and {len(known.nodes)} nodes", 1, 0)
     _check([*lists.values()], said)
     return [lists[old.name] for _, old, _ in stale]
 
@@ -82,11 +91,11 @@ def _examined(app: Application, known: Catalogue) -> tuple[dict[str, LockedList]
     """All lists by name, and those whose inputs changed, each with its stack and its new first line."""
     lists: dict[str, LockedList] = {}
     stale: list[tuple[Stack, LockedList, str]] = []
-    for stack, platform, python in requirements.combinations():
+    for stack, platform, python in requirements.combinations(app.version):
         hashes = f"ComfyUI {_inputs(app, stack)} and nodes {requirements.nodes_hash(known)}"
         first = f"# Compiled by `inv lock` from {hashes}; do not edit.\n"
         new = LockedList(stack.name, platform.value, python, "")
-        old = lists[new.name] = requirements.find(stack.name, platform.value, python) or new
+        old = lists[new.name] = requirements.find(stack.name, platform.value, python, app.path) or new
         if not old.text.startswith(first) or _problems(old):
             stale.append((stack, old, first))
     return lists, stale
@@ -158,12 +167,12 @@ def _check(lists: Sequence[LockedList], said: Mapping[str, str]) -> None:
             )
 
 
-def _remarks(lock: LockedList) -> Iterator[str]:
+def _remarks(name: str, lock: LockedList) -> Iterator[str]:
     """What a user should know about a list: known-bad versions that it keeps, and nodes that it lacks."""
     for each in advisory.bad_packages(lock.versions()):
         yield f"warning: {each.said}; it is kept: {each.advisory.tolerated}"
-    for name, reason in lock.unavailable.items():
-        yield f"{lock.name} lacks {name}: {reason}"
+    for node, reason in lock.unavailable.items():
+        yield f"{name} lacks {node}: {reason}"
 
 
 _UNSOLVABLE = "No solution found"

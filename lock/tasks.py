@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from invoke.context import Context  # `command` evaluates annotations
 
 from core import console
@@ -108,17 +110,20 @@ def search(_: Context, workflow: str, *, out: Output) -> int:
 
 @command(help={"check": "change nothing; fail if a lock is out of date"})
 def lock(_: Context, check: bool = False) -> None:
-    """Update the locks: uv.lock (tool, stacks, CUDA compiler) and recipes/comfyui/locks/ (ComfyUI's environments).
+    """Update the locks: uv.lock (tool, stacks, CUDA compiler) and the environments of every known ComfyUI.
 
-    Run it after changing pyproject.toml, app.toml or nodes.toml.
+    Run it after changing pyproject.toml, app.toml or nodes.toml. It names versions that no host selects, nor a channel.
 
         inv lock
         inv lock --check   # in CI
     """
     from core import lockfile
-    from lock import resolution
+    from deploy import host
+    from lock import application, resolution
 
     lockfile.renew(check=check)
     for name in resolution.compile_all(check=check):
         console.say(f"updated {name}")
+    for place in application.unused(each.comfyui for each in host.hosts().hosts.values()):
+        console.say(f"no host and no channel selects {place}; to remove it: rm -r {shlex.quote(str(place))}")
     console.say("the locks are up to date")

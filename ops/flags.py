@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core import console, foreign, source
+from core import console
 from deploy.release import OWN_FLAGS
 from lock import application as applications
 from ops import fleet
@@ -54,7 +54,8 @@ def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[F
 
     def one(agent: Agent, target: Target) -> Flags:
         found = agent.call("flags")
-        text = found["text"] or foreign.text(source.fetch(applications.application()) / "comfy/cli_args.py")
+        app = target.host.comfyui
+        text = found["text"] or applications.text(applications.tree(applications.application(app)), "comfy/cli_args.py")
         return compare(target, found["release"], text)
 
     return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)

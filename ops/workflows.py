@@ -85,12 +85,12 @@ def compare(to: str) -> list[interface.Change]:
 
 
 def tree(version: str) -> Path:
-    """The tree of a ComfyUI version, or of a folder; raises UsageError, SourceError and ConfigError."""
-    if (Path(version) / "nodes.py").is_file():
+    """The tree of a ComfyUI version, channel or folder; raises UsageError, SourceError and ConfigError."""
+    if "/" in version or (Path(version) / "nodes.py").is_file():
         return Path(version)
+    if version in (application.PINNED, *application.CHANNELS, *application.versions()):
+        return source.fetch(application.application(version))
     app = application.application()
-    if version == app.version:
-        return source.fetch(app)
     origin = next((each for each in app.source if each.git), None)
     if origin is None:
         raise UsageError(

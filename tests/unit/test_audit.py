@@ -16,7 +16,7 @@ import pytest
 from core import files
 from core.errors import AuditError
 from deploy.inputs import gather
-from lock import advisory, audit, nodes, requirements
+from lock import advisory, application, audit, nodes, requirements
 from lock.advisory import Advisory, Repository
 from lock.audit import Inventory
 from tests.client import Client
@@ -160,7 +160,7 @@ class Own(Client):
 
     def list_nodes(self, text: str) -> None:
         (self.place / "src/comfy").mkdir(parents=True, exist_ok=True)
-        for name in ("comfy/cli_args.py", "folder_paths.py"):  # read, but nothing in them is needed
+        for name in ("comfy/cli_args.py", "folder_paths.py", "requirements.txt"):  # nothing in them is needed
             (self.place / "src" / name).write_text("")
         app = (files.CHECKOUT / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
         (self.place / "app.toml").write_text(f'{app}[[source]]\nfolder = "src"\n')
@@ -306,7 +306,7 @@ def test_known_bad_releases(package: str, version: str, bad: bool) -> None:
 
 
 def test_our_lists_have_no_known_bad_package_that_can_be_avoided() -> None:
-    for stack, platform, python in requirements.combinations():
+    for stack, platform, python in requirements.combinations(application.version()):
         lock = requirements.find(stack.name, platform.value, python)
         assert lock
         assert all(each.advisory.tolerated for each in advisory.bad_packages(lock.versions()))

@@ -60,6 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Opened]:
     (place / "app/app.toml").write_text(APP)
     (place / "app/src/comfy/cli_args.py").write_text("parser.add_argument('--cpu', action='store_true')\n")
     (place / "app/src/folder_paths.py").write_text("folder_names_and_paths = {}\n")
+    (place / "app/src/requirements.txt").write_text("six\n")
     for cpu in ("x86_64", "aarch64"):
         (place / f"app/locks/cu130-linux_{cpu}-cp311.txt").write_text(SIX)
     (place / "hosts.toml").write_text(

@@ -26,7 +26,7 @@ from deploy import host, plan, refusals
 from deploy import profile as loaded
 from deploy.host import Target
 from deploy.profile import Override, Setting, merged, modes
-from lock import nodes
+from lock import application, nodes
 from ops import flags, profiles
 from tests.errors import raises
 from tests.plans import FRESH, inputs, made, spark
@@ -89,8 +89,10 @@ def test_settings_apply_to_version_ranges(written: Path) -> None:
     old = 'modes = ["low-memory"]\noverride.stack = "cu124"\n'
     assert {"--lowvram", "--cache-ram"} <= target(written, old).flags.keys()
     assert "--vram-headroom" not in target(written, old).flags
-    before = replace(target(written, 'modes = ["low-memory"]\n'), comfyui="0.29.9")
-    assert not {"--lowvram", "--cache-ram", "--vram-headroom"} & before.flags.keys()
+    before = target(written, 'modes = ["low-memory"]\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(application, "version", lambda _: "0.29.9")
+        assert not {"--lowvram", "--cache-ram", "--vram-headroom"} & before.flags.keys()
     setting = Setting(why="w", torch=">=2.8", comfyui="<1")
     assert [setting.active(torch, "0.30.0") for torch in ("2.6.0", "2.11.0")] == [False, True]
     assert not setting.active("2.11.0", "1.0")

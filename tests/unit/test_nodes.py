@@ -73,7 +73,7 @@ def test_the_known_nodes_load_and_each_set_can_be_chosen() -> None:
 
 
 def test_overridden_packages_are_not_locked() -> None:
-    for stack, platform, python in requirements.combinations():
+    for stack, platform, python in requirements.combinations(application().version):
         lock = requirements.find(stack.name, platform.value, python)
         assert lock
         there = re.findall(r"^([\w.-]+)==", lock.text, re.MULTILINE)
@@ -232,11 +232,12 @@ def test_uv_options_in_requirements_are_refused(tmp_path: Path, line: str) -> No
 
 
 def test_unchanged_requirements_need_no_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "src").mkdir()
+    (tmp_path / "src/comfy").mkdir(parents=True)
     (tmp_path / "locks").mkdir()
-    (tmp_path / "src/requirements.txt").write_text("six\n")
+    for name, text in {"comfy/cli_args.py": "", "folder_paths.py": "", "requirements.txt": "six\n"}.items():
+        (tmp_path / "src" / name).write_text(text)
     (tmp_path / "app.toml").write_text(
-        'name = "comfyui"\nversion = "1"\ntree = ""\nextra = []\nsize = 1\nfiles = 1\n[[source]]\nfolder = "src"\n'
+        'name = "comfyui"\nversion = "0.1"\ntree = ""\nextra = []\nsize = 1\nfiles = 1\n[[source]]\nfolder = "src"\n'
     )
     monkeypatch.setenv("HEARTH_APP", str(tmp_path))
     known = nodes.catalogue()

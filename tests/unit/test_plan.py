@@ -667,9 +667,11 @@ def test_the_manager_is_refused_where_it_could_change_its_own_security_level() -
 
 
 def test_every_locked_list_exists() -> None:
-    for stack, platform, python in requirements.combinations():
+    for stack, platform, python in requirements.combinations(application.version()):
         lock = requirements.find(stack.name, platform.value, python)
         assert lock is not None
         assert f"torch=={stack.torch}" in lock.text
         assert "--hash=sha256:" in lock.text
-    assert len(list((files.CHECKOUT / "recipes/comfyui/locks").iterdir())) == len(requirements.combinations())
+    assert len(list((files.CHECKOUT / "recipes/comfyui/locks").iterdir())) == len(
+        requirements.combinations(application.version())
+    )

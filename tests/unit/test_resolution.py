@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from threading import Thread
 
 import pytest
 
-from core import tools
+from core import files, tools
 from core.stack import Platform, stacks
 from lock import advisory, nodes, requirements, resolution
 from lock.requirements import LockedList
@@ -62,7 +63,9 @@ class Own:
         return f"https://example.org/{file}#sha256={digest}"
 
     def app(self, *lines: str) -> None:
-        (self.place / "src").mkdir(exist_ok=True)
+        (self.place / "src/comfy").mkdir(parents=True, exist_ok=True)
+        for name in ("comfy/cli_args.py", "folder_paths.py"):
+            (self.place / "src" / name).touch()
         (self.place / "src/requirements.txt").write_text("\n".join(lines))
 
     def node(self, name: str, text: str, more: str = "") -> None:
@@ -96,13 +99,39 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Own:
     for version in ("1", "2", "2.1", "3", "3.1"):
         found.publish("six", version)
     found.app("six")
-    monkeypatch.setattr(requirements, "combinations", lambda: COMBINATIONS)
+    monkeypatch.setattr(requirements, "combinations", lambda *_: COMBINATIONS)
     monkeypatch.setattr(advisory, "_path", lambda: tmp_path / "known-bad.toml")
     monkeypatch.setattr(nodes, "fetch", lambda known: {name: tmp_path / "trees" / name for name in known})
     monkeypatch.setenv("HEARTH_APP", str(tmp_path))
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))
     monkeypatch.setenv("UV_DEFAULT_INDEX", f"file://{tmp_path}/simple")
     return found
+
+
+def test_every_version_has_lists_of_its_own(own: Own, capsys: pytest.CaptureFixture[str]) -> None:
+    newer = own.place / "versions/2"
+    shutil.copytree(own.place / "src", newer / "src")
+    (newer / "src/requirements.txt").write_text("six<2\n")
+    (newer / "app.toml").write_text((own.place / "app.toml").read_text().replace('version = "1"', 'version = "2"'))
+    names = [lock.name for lock in own.lock().values()]
+    for place, version in ((own.place, "2"), (newer, "1")):
+        found = [requirements.find(stack.name, each.value, python, place) for stack, each, python in COMBINATIONS]
+        assert {lock.versions()["six"] for lock in found if lock} == {version}
+        assert sorted(path.stem for path in (place / "locks").iterdir()) == sorted(names)
+    (newer / "src/requirements.txt").write_text("six<3\n")
+    (newer / "locks/cu124-linux_x86_64-cp311.txt").touch()
+    with raises("lock-stale", match="stale: 2/"):
+        resolution.compile_all(check=True)
+    own.app("six", "lacking")  # the lists of all versions are written, or none
+    before = files.tree_hash(newer / "locks")
+    with raises("resolution"):
+        own.lock()
+    assert files.tree_hash(newer / "locks") == before
+    own.app("six")
+    capsys.readouterr()
+    assert resolution.compile_all(check=False) == [f"2/{name}" for name in names]
+    assert "removed" in capsys.readouterr().err
+    assert sorted(path.stem for path in (newer / "locks").iterdir()) == sorted(names)
 
 
 def test_known_bad_versions_are_avoided(own: Own, capsys: pytest.CaptureFixture[str]) -> None:
