@@ -13,7 +13,7 @@ from packaging.version import InvalidVersion, Version
 
 from core import files, foreign, source, workspace
 from core.config import load
-from core.errors import ConfigError, SourceError, suggest
+from core.errors import ConfigError, SourceError, UsageError, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -65,11 +65,6 @@ def channels() -> dict[str, str]:
     return {name: version for name, version in msgspec.structs.asdict(found).items() if version}
 
 
-def place(version: str) -> Path:
-    """The folder that describes a version, whether it exists or not."""
-    return folder() if version == _described(folder()).version else folder() / "versions" / version
-
-
 def versions() -> dict[str, Path]:
     """The folders that describe the known versions: the pinned one, then the others, oldest first."""
     pinned = _described(folder())
@@ -91,17 +86,35 @@ def find(which: str = PINNED) -> Path:
     if version in known:
         return known[version]
     if not version:
-        what, hint = f"the channel {which} has no version yet", "inv update comfyui"
-        raise ConfigError("config", what, cause=f"{channels_file()} does not name one", hint=hint)
-    hint = f"{suggest(version, [*known, PINNED, *CHANNELS])}; inv update comfyui --to VERSION adds another one"
+        hint = f'name one of {", ".join(known)} in {channels_file()}: {which} = "VERSION"'
+        raise ConfigError("config", f"the channel {which} has no version yet", hint=hint)
+    hint = f"{suggest(version, [*known, PINNED, *CHANNELS])}; inv update comfyui --to VERSION fetches another one"
     what = f"there is no ComfyUI {version!r}" + f", which is {which}" * (version != which)
     raise ConfigError("config", what, hint="create the bundle again: inv bundle" if bundled else hint)
 
 
 def unused(selected: Iterable[str]) -> list[Path]:
-    """The folders of versions that neither these selections of hosts nor a channel need."""
-    needed = {*selected, *channels().values()}
-    return [path for version, path in versions().items() if path != folder() and version not in needed]
+    """The folders below `versions` that neither these selections of hosts nor a channel need."""
+    needed = {path for version, path in versions().items() if version in {*selected, *channels().values()}}
+    return sorted(path.parent for path in folder().glob("versions/*/app.toml") if path.parent not in needed)
+
+
+def copied(version: str) -> Path:
+    """Copy app.toml and lists of the pinned version to the folder of another one: to keep it, or as a start."""
+    place = folder() / "versions" / version
+    for path in (folder() / "app.toml", *(folder() / "locks").glob("*.txt")):
+        files.write(place / path.relative_to(folder()), path.read_bytes())
+    return place
+
+
+def set_channel(name: str, version: str) -> None:
+    """Write the version of a channel; raises UsageError for an unknown channel."""
+    if name not in CHANNELS:
+        raise UsageError("unknown-name", f"there is no channel {name!r}", hint=suggest(name, CHANNELS))
+    lines = [f'{key} = "{value}"\n' for key, value in sorted({**channels(), name: version}.items())]
+    files.write(
+        channels_file(), "".join(["# The version of each channel; a host selects one with `comfyui`.\n", *lines])
+    )
 
 
 def application(which: str = PINNED) -> Application:

@@ -115,6 +115,46 @@ def test_deploy_from_bundle_uses_no_other_source(
     assert not list((tmp_path / "empty/bundles").iterdir())
 
 
+def test_a_bundle_has_the_version_that_its_host_selects(
+    made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    app, newer = made[0].with_name("app"), tmp_path / "app/versions/1.3"
+    shutil.copytree(app, tmp_path / "app")
+    shutil.copytree(app, newer)
+    (newer / "app.toml").write_text(APP.replace("1.2.3", "1.3"))
+    (newer / "src/comfy/cli_args.py").write_text("parser.add_argument('--newer', action='store_true')\n")
+    for path in (newer / "locks").iterdir():
+        path.write_text(SIX.replace("hearth.txt", "comfyui.txt"))
+    (tmp_path / "app/channels.toml").write_text('latest = "1.3"\n')
+    hosts = tmp_path / "hosts.toml"
+    selects = '[hosts.far]\naddress = "nowhere.invalid"\nprofile = "cpu"\ncomfyui = "{}"\n'
+    hosts.write_text(selects.format("latest"))
+    monkeypatch.setenv("HEARTH_APP", str(tmp_path / "app"))
+    monkeypatch.setenv("HEARTH_HOSTS", str(hosts))
+    path, written = deploy.make_bundle("far", tmp_path / "far.tar", "linux_x86_64", "3.11", ask_sudo=False)
+    assert written.bundle.version == "1.3"
+    with bundle.opened(path):
+        for which in ("latest", "pinned", "1.3"):
+            hosts.write_text(selects.format(which))
+            inputs = gather(find_target("far"))
+            assert (inputs.application.version, list(inputs.flags)) == ("1.3", ["--newer"])
+            assert "comfyui.txt" in inputs.locks["linux_x86_64", "3.11"].text
+        hosts.write_text(selects.format("1.2.3"))
+        with raises("config", match=r"1\.2\.3"):
+            gather(find_target("far"))
+
+
+def test_a_bundle_of_a_tree_that_the_list_does_not_cover_is_refused(
+    made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(made[0].with_name("app"), tmp_path / "app")
+    (tmp_path / "app/src/requirements.txt").write_text("six>=2\n")
+    monkeypatch.setenv("HEARTH_APP", str(tmp_path / "app"))
+    monkeypatch.setenv("HEARTH_HOSTS", str(made[0].with_name("hosts.toml")))
+    with raises("refused", match="six>=2"):
+        deploy.make_bundle("far", tmp_path / "far.tar", "linux_x86_64", "3.11", ask_sudo=False)
+
+
 def test_a_bundle_for_another_platform_is_refused(made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEARTH_HOSTS", str(made[0].with_name("hosts.toml")))
     other = "arm.tar" if platform.machine() == "x86_64" else "far.tar"

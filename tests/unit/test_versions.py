@@ -91,9 +91,6 @@ def test_a_host_gets_the_version_that_it_selects(own: Own) -> None:
         assert not against
         assert selection
         assert selection.application.version == version
-    assert applications.place("0.30.0") == own.place
-    assert applications.place("0.46.0") == newer
-    assert applications.place("0.47.0") == own.place / "versions/0.47.0"
     assert Host().comfyui == PINNED
 
 
@@ -104,7 +101,7 @@ def test_a_host_gets_the_version_that_it_selects(own: Own) -> None:
         ("lates", "perhaps you meant 'latest'"),
         ("9.9", "inv update comfyui --to"),
         ("../app", "known: "),
-        ("stable", "inv update comfyui"),
+        ("stable", 'stable = "VERSION"'),
         ("latest", "inv update comfyui --to"),
     ],
 )
@@ -139,6 +136,22 @@ def test_versions_that_nothing_selects_are_listed(own: Own) -> None:
     own.channels('stable = "0.45.0"\n')
     assert applications.unused([PINNED, "0.46.0"]) == [paths["0.47.0"]]
     assert applications.unused(["latest"]) == [paths["0.46.0"], paths["0.47.0"]]
+    (own.place / "app.toml").write_text(APP.format("0.47.0"))  # the pinned version moved there
+    assert applications.unused(["0.46.0", "0.47.0"]) == [paths["0.47.0"]]
+    assert applications.find("0.47.0") == own.place
+
+
+def test_the_pinned_version_stays_known_when_another_one_replaces_it(own: Own) -> None:
+    applications.set_channel("stable", "0.30.0")
+    kept = applications.copied("0.30.0")
+    assert applications.find("stable") == own.place  # the same, so far
+    (own.place / "app.toml").write_text(APP.format("0.46.0"))
+    assert applications.find("stable") == kept
+    assert requirements.find("cu130", "linux_aarch64", "3.11", kept) is not None
+    applications.set_channel("latest", "0.46.0")
+    assert applications.channels() == {"stable": "0.30.0", "latest": "0.46.0"}
+    with raises("unknown-name"):
+        applications.set_channel("newest", "0.46.0")
 
 
 def test_hosts_with_one_profile_and_other_versions_have_other_inputs(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
