@@ -91,7 +91,7 @@ def _host(host: Host, found: Installation) -> list[str]:
     people = {name for folder in found.folders.values() for name in folder.people} - {host.run_as}
     values = {
         "address": host.address, "user": host.user, "ssh_port": host.ssh_port, "prefix": host.prefix,
-        "service": host.service, "run_as": host.run_as, "keep": host.keep,
+        "service": host.service, "run_as": host.run_as, "keep": host.keep, "comfyui": host.comfyui,
         "listen": (given["--listen"] or "0.0.0.0") if "--listen" in given else host.listen,  # noqa: S104  ComfyUI's own
         "port": port(found) if started else host.port, "members": tuple(sorted(people | set(host.members))),
     }  # fmt: skip

@@ -95,7 +95,8 @@ def find(which: str = PINNED) -> Path:
 
 def unused(selected: Iterable[str]) -> list[Path]:
     """The folders below `versions` that neither these selections of hosts nor a channel need."""
-    needed = {path for version, path in versions().items() if version in {*selected, *channels().values()}}
+    names, known = {*selected, *channels().values()}, versions()
+    needed = {known.get(each) for each in names}
     return sorted(path.parent for path in folder().glob("versions/*/app.toml") if path.parent not in needed)
 
 

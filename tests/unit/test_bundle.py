@@ -115,6 +115,7 @@ def test_deploy_from_bundle_uses_no_other_source(
     assert not list((tmp_path / "empty/bundles").iterdir())
 
 
+@pytest.mark.installer
 def test_a_bundle_has_the_version_that_its_host_selects(
     made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from invoke.context import Context
 
-from core import files, workspace
+from core import files, lockfile, workspace
 from core.stack import find_stack, stacks
 from core.workspace import Workspace
 from deploy import release_refusals
@@ -18,7 +19,7 @@ from deploy.inputs import Inputs, gather
 from deploy.plan import Options, make
 from deploy.selection import choose
 from lock import application as applications
-from lock import audit, nodes, requirements, resolution
+from lock import audit, nodes, requirements, resolution, tasks
 from lock.application import PINNED
 from ops import status, workflows
 from tests import comfyui
@@ -139,6 +140,20 @@ def test_versions_that_nothing_selects_are_listed(own: Own) -> None:
     (own.place / "app.toml").write_text(APP.format("0.47.0"))  # the pinned version moved there
     assert applications.unused(["0.46.0", "0.47.0"]) == [paths["0.47.0"]]
     assert applications.find("0.47.0") == own.place
+
+
+def test_lock_names_versions_that_nothing_selects(
+    own: Own, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used, left = own.add("0.45.0"), own.add("0.46.0")
+    (own.place / "hosts.toml").write_text('[hosts.far]\naddress = "far"\nprofile = "cpu"\ncomfyui = "0.45.0"\n')
+    monkeypatch.setenv("HEARTH_HOSTS", str(own.place / "hosts.toml"))
+    monkeypatch.setattr(lockfile, "renew", lambda **_: None)
+    monkeypatch.setattr(resolution, "compile_all", lambda **_: [])
+    tasks.lock(Context(), check=True)
+    said = capsys.readouterr().err
+    assert f"rm -r {left}\n" in said
+    assert str(used) not in said
 
 
 def test_the_pinned_version_stays_known_when_another_one_replaces_it(own: Own) -> None:
