@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from core import console, workspace
 from core.errors import BundleError, RefusedError, UsageError, suggest
 from deploy import bundle as bundles
-from deploy import connection, plan
+from deploy import connection, plan, proofs
 from deploy import host as hosts
 from deploy.change import Change, carry_out, change_each
 from deploy.group import Consent, on_each
@@ -95,7 +95,7 @@ def rollback(name: str, to: str, options: Options) -> list[Outcome]:
     def back(_: Agent, target: Target, facts: Facts) -> Plan:
         nonlocal chosen  # only once: afterwards the previous release is another one
         chosen = chosen or _kept(target, facts, to)
-        return plan.back(target, facts, chosen, options)
+        return plan.back(target, facts, chosen, options, proofs.read(target))
 
     return change_each(hosts.select(name, ""), Change(action="rollback", plan=back), options)
 

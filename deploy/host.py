@@ -15,7 +15,7 @@ from core.errors import ConfigError, UsageError, suggest
 from core.files import CHECKOUT
 from core.stack import Stack, find_stack
 from deploy.host_rules import EXPORTER, SYSTEM_PREFIX, check_host
-from deploy.profile import Mode, Override, Profile, Setting, merged, modes, profiles
+from deploy.profile import Mode, Override, Profile, Prove, Setting, merged, modes, profiles
 from deploy.secrets import refuse_secrets
 from lock import application as applications
 
@@ -87,6 +87,8 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """TCP ports that a confined ComfyUI may connect to; the kernel can filter only by port."""
     keep: int = 3
     """How many releases are kept."""
+    prove: tuple[Prove, ...] = ()
+    """Workflows that a release must run, besides those of the profile."""
     override: Override = Override()
     """Values that differ from the profile and modes."""
 
@@ -124,6 +126,11 @@ class Target:
     profile: Profile
     origin: dict[str, str]
     comfyui: str = field(default_factory=applications.version)
+
+    @property
+    def proofs(self) -> tuple[Prove, ...]:
+        """The workflows that a release must run."""
+        return (*self.profile.prove, *self.host.prove)
 
     @property
     def stack(self) -> Stack:
@@ -332,5 +339,5 @@ def rows(found: Target) -> Iterator[str]:
             text = f"{name}{f' {setting.value}' if setting.value else ''}{' (off)' if setting.off else ''}"
             yield f"  {text:44} {origin}: {setting.why}"
         elif setting not in ("", (), {}):
-            text = ", ".join(setting) if isinstance(setting, tuple) else str(setting)
+            text = ", ".join(map(str, setting)) if isinstance(setting, tuple) else str(setting)
             yield f"  {kind + ' = ' + text:44} {origin}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from core import foreign, lockfile, source, workspace
 from core.errors import LockError
+from deploy import proofs
 from deploy.refusals import refused
 from deploy.release_refusals import known_bad
 from kernels.recipe import for_stack, recipes
@@ -16,6 +17,7 @@ from lock import application as applications
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from agent.schema.change import Proof
     from core.manifest import Manifest
     from deploy.host import Target
     from lock.application import Application, Flag
@@ -38,6 +40,7 @@ class Inputs:
     nodes: Mapping[str, Node] = field(default_factory=dict)
     model_folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
     recipes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    proofs: Sequence[Proof] = ()
 
     @property
     def packages(self) -> list[str]:
@@ -73,6 +76,7 @@ def gather(target: Target) -> Inputs:
         nodes=chosen,
         model_folders=applications.model_folders(foreign.text(tree / "folder_paths.py")),
         recipes=_recipes(target),
+        proofs=proofs.read(target),
     )
 
 
