@@ -100,10 +100,17 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     @property
     def free_seconds(self) -> int:
         """How often an idle ComfyUI frees its memory, in seconds; 0: never."""
-        return int(self.free_memory[:-1]) * _SECONDS[self.free_memory[-1]] if self.free_memory else 0
+        return duration(self.free_memory) if self.free_memory else 0
 
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def duration(text: str) -> int:
+    """The seconds of a duration such as `30m`; raises UsageError."""
+    if not re.fullmatch(r"[1-9][0-9]{0,5}[smhd]", text):
+        raise UsageError("usage", f"{text!r} is not a duration", hint="use one such as 90s, 30m, 4h or 1d")
+    return int(text[:-1]) * _SECONDS[text[-1]]
 
 
 class Hosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

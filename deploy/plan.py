@@ -58,7 +58,8 @@ class Options:
 
     `drain` is the number of seconds to wait for jobs; with `force` they are then interrupted. A `dry_run` changes
     nothing. `ask_sudo` asks for the sudo password, `ask` for confirmation before changing a remote host. `trial` is
-    whether to try a release next to the active one before the cut-over: "yes", "no", or "only".
+    whether to try a release next to the active one before the cut-over: "yes", "no", or "only". `watch` is the number
+    of seconds to compare users' jobs after a deploy.
     """
 
     drain: float = 60
@@ -67,6 +68,7 @@ class Options:
     ask_sudo: bool = False
     ask: bool = False
     trial: str = "yes"
+    watch: float = 0
 
 
 def seconds(drain: str) -> float:
