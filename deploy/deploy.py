@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from core import console, workspace
 from core.errors import BundleError, GateError, RefusedError, UsageError, suggest
 from deploy import bundle as bundles
-from deploy import connection, plan, proofs, watch
+from deploy import connection, plan, watch
 from deploy import host as hosts
 from deploy.change import Change, carry_out, change_each
 from deploy.group import Consent, on_each
@@ -120,7 +120,7 @@ def rollback(name: str, to: str, options: Options) -> list[Outcome]:
     def back(_: Agent, target: Target, facts: Facts) -> Plan:
         nonlocal chosen  # only once: afterwards the previous release is another one
         chosen = chosen or _kept(target, facts, to)
-        return plan.back(target, facts, chosen, options, proofs.read(target))
+        return plan.back(target, facts, chosen, options)
 
     return change_each(hosts.select(name, ""), Change(action="rollback", plan=back), options)
 

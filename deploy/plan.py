@@ -102,13 +102,13 @@ def make(target: Target, facts: Facts, inputs: Inputs, options: Options) -> Plan
     return Plan.of(facts, steps, found, (*_notes(target, facts), *notes), release=wanted["id"])
 
 
-def back(target: Target, facts: Facts, to: str, options: Options, proofs: Sequence[Proof] = ()) -> Plan:
-    """The plan that returns to a kept release."""
+def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
+    """The plan that returns to a kept release. It has served before, so it runs no proofs, which may be newer."""
     found = refusals.undeployable(target, facts) + release_refusals.broken_release(target, facts, to)
     wanted, service = facts.release(to), facts.service
     steps = [_release_step(wanted, "its unit or links were changed")] if wanted and to in facts.altered else []
     if steps or facts.current != to or not (service.linked and service.active and service.enabled):
-        steps.append(_cut_over(facts, to, "requested", options, proofs))
+        steps.append(_cut_over(facts, to, "requested", options))
     return Plan.of(facts, steps, found, release=to)
 
 
@@ -195,7 +195,7 @@ def account(users: Sequence[str], why: str) -> Step:
     return schema.Account(title, why, "; ".join(f"userdel {user}" for user in users))
 
 
-def _cut_over(facts: Facts, to: str, why: str, options: Options, proofs: Sequence[Proof]) -> Step:
+def _cut_over(facts: Facts, to: str, why: str, options: Options, proofs: Sequence[Proof] = ()) -> Step:
     """The step that puts a release in service, or only tries it."""
     before = facts.current or "nothing"
     if options.trial == "only":

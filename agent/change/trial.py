@@ -197,8 +197,8 @@ class Trial:
         inside = [self.moved(name) for name in release.get("folders", ())]
         as_service(self.layout, _fill, self.layout.data, self.scratch, inside, models)
         source = self.layout.folder("input")
-        if names := [each for each in _texts([proof.workflow for proof in self.proofs]) if _plain(each)]:
-            as_service(self.layout, _copy_inputs, source, Path(self.moved(str(source))), names)
+        if workflows := [proof.workflow for proof in self.proofs]:
+            as_service(self.layout, _copy_inputs, source, Path(self.moved(str(source))), workflows)
 
     def start(self, release: Json) -> None:
         """Start a release. Raises AgentError if a kernel cannot be imported."""
@@ -357,20 +357,19 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
-def _plain(name: str) -> bool:
-    return 0 < len(name) < 200 and "\0" not in name and not {"", ".", ".."} & {*name.split("/")}
-
-
 INPUT = 200_000_000
 """Maximum size in bytes of a copied input file of a proof: a picture or a short video."""
 
 
-def _copy_inputs(source: Path, place: Path, names: list[str]) -> None:
-    """Copy the input files that workflows name."""
-    for name in names:
-        if (source / name).is_file() and (source / name).stat().st_size <= INPUT:
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            (place / name).write_bytes(read_some(source / name, INPUT))
+def _copy_inputs(source: Path, place: Path, workflows: list[Json]) -> None:
+    """Copy the input files that workflows name: any of their texts may be a name."""
+    for name in _texts(workflows):
+        with suppress(OSError):  # too long for a name, or not readable
+            if not name.isprintable() or name.startswith("/") or ".." in name:
+                continue
+            if (source / name).is_file() and (source / name).stat().st_size <= INPUT:
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                (place / name).write_bytes(read_some(source / name, INPUT))
 
 
 def _copy_live(folder: Path, place: Path) -> None:

@@ -1,8 +1,8 @@
 """A program that reads pictures with the release's Python, in the sandbox: a damaged one must not reach the agent.
 
 Input: a line of JSON with the byte lengths of the pictures, the reference first (0: none), then their bytes.
-Output: for each picture a JSON object with `size`, `flat` (a single colour), `nan`, and `difference` from the reference
-(root mean square, 0 to 1; null: of another size), or with `error`.
+Output: for each picture a JSON object with `size`, `flat` (a single colour), and `difference` from the reference (root
+mean square, 0 to 1; null: none, or of another size), or with `error`.
 """
 
 import io
@@ -18,7 +18,7 @@ def examine(source: BinaryIO) -> list[dict[str, Any]]:
 
     def pixels(length: int) -> Any:
         with Image.open(io.BytesIO(source.read(length))) as image:
-            return np.asarray(image if image.mode == "F" else image.convert("RGB"), np.float32)
+            return np.asarray(image.convert("RGB"), np.float32)
 
     first, *lengths = json.loads(source.readline())
     reference, found = pixels(first) if first else None, list[dict[str, Any]]()
@@ -29,14 +29,9 @@ def examine(source: BinaryIO) -> list[dict[str, Any]]:
             found.append({"error": repr(error)[:500]})
             continue
         same = reference is not None and reference.shape == values.shape
-        found.append(
-            {
-                "size": [values.shape[1], values.shape[0]],
-                "flat": bool((values == values[:1, :1]).all()),
-                "nan": bool(np.isnan(values).any()),
-                "difference": float(np.sqrt(np.mean((values - reference) ** 2)) / 255) if same else None,
-            }
-        )
+        difference = float(np.sqrt(np.mean((values - reference) ** 2)) / 255) if same else None
+        flat = bool((values == values[:1, :1]).all())
+        found.append({"size": [values.shape[1], values.shape[0]], "flat": flat, "difference": difference})
     return found
 
 
