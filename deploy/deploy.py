@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import console, workspace
-from core.errors import BundleError, GateError, RefusedError, UsageError, suggest
+from core.errors import BundleError, GateError, HearthError, RefusedError, UsageError, suggest
 from deploy import bundle as bundles
 from deploy import connection, plan, watch
 from deploy import host as hosts
@@ -104,13 +104,14 @@ def _watch(target: Target, outcome: Outcome, jobs: Sequence[Job], options: Optio
     if not (why := watch.watch(target, outcome, jobs, options)):
         return
     console.say(f"{target.name}: {why}; returning to release {outcome.base}")
-    rollback(target.name, outcome.base, replace(options, ask=False, trial="no"))
-    raise GateError(
-        "worse",
-        f"users' jobs got worse with release {outcome.release}: {why}",
-        cause=f"release {outcome.base} is in service again",
-        hint=f"inv jobs and inv logs with --host {target.name}; deploy without --watch to keep the release",
-    )
+    what = f"users' jobs got worse with release {outcome.release}: {why}"
+    try:
+        rollback(target.name, outcome.base, replace(options, ask=False, trial="no"))
+    except HearthError as error:
+        again = f"inv rollback --host {target.name} --to {outcome.base}"
+        raise GateError("worse", what, cause=f"the rollback failed: {error.what}", hint=again) from error
+    keep = f"inv jobs --host {target.name}; deploy without --watch to keep the release"
+    raise GateError("worse", what, cause=f"release {outcome.base} is in service again", hint=keep)
 
 
 def rollback(name: str, to: str, options: Options) -> list[Outcome]:

@@ -135,11 +135,6 @@ class Target:
     comfyui: str = field(default_factory=applications.version)
 
     @property
-    def proofs(self) -> tuple[Prove, ...]:
-        """The workflows that a release must run."""
-        return (*self.profile.prove, *self.host.prove)
-
-    @property
     def stack(self) -> Stack:
         """The stack that runs there."""
         return find_stack(self.profile.stack)
@@ -293,6 +288,9 @@ def target(name: str, fallback: str = "cpu") -> Target:
     layers += [(f"mode {each}", mode.on(unified=unified)) for each, mode in _modes_of(name, host).items()]
     layers.append((f"host {name}", host.override))
     profile, origin = merged(f"profile {chosen}", base, layers)
+    if host.prove:
+        profile = msgspec.structs.replace(profile, prove=(*profile.prove, *host.prove))
+        origin["prove"] += f", host {name}"
     return Target(name, host, chosen, profile, origin)
 
 

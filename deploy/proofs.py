@@ -29,7 +29,7 @@ _UNITS = {"M": 10**6, "G": 10**9}
 
 def read(target: Target) -> tuple[Proof, ...]:
     """The proofs of a host and its profile, with the contents of their files. Raises ConfigError."""
-    found = tuple(_proof(f"{target.name}: prove {each.file}", each) for each in target.proofs)
+    found = tuple(_proof(f"{target.name}: prove {each.file}", each) for each in target.profile.prove)
     names = [each.name for each in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError("config", f"{target.name}: prove names {twice[0]} twice", hint="remove one of them")

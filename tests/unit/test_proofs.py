@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -25,11 +26,11 @@ from agent.layout import Layout
 from agent.schema.change import CutOver, Proof, packed, unpacked
 from agent.schema.facts import Service
 from agent.serve import proofs
-from core import files
 from core.errors import ConfigError
+from deploy import host as hosts
 from deploy import plan
 from deploy import proofs as configured
-from deploy.host import Host, Target
+from deploy.host import Target
 from deploy.profile import Prove
 from lock import workflows
 from tests.plans import inputs, settled, spark
@@ -351,7 +352,7 @@ def test_the_trial_gets_the_input_files_of_its_workflows(tmp_path: Path) -> None
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An own checkout's folder for workflows."""
-    monkeypatch.setattr(files, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(configured, "files", SimpleNamespace(CHECKOUT=tmp_path))
     found = tmp_path / "config/workflows"
     found.mkdir(parents=True)
     (found / "a.json").write_text(json.dumps(WORKFLOW))
@@ -363,16 +364,23 @@ SPARK = spark()
 
 
 def host(*prove: Prove) -> Target:
-    return replace(SPARK, host=Host(address="spark", prove=prove))
+    return replace(SPARK, profile=msgspec.structs.replace(SPARK.profile, prove=prove))
 
 
-@pytest.mark.usefixtures("folder")
-def test_entries_of_profile_and_host_are_read() -> None:
-    target = host(Prove(file="a.json", size="64x48", like="a.png", within=0.1, images=1, memory="24G"))
-    other = msgspec.structs.replace(target.profile, prove=(Prove(file="config/workflows/a.json"),))
-    first, second = configured.read(replace(target, profile=other))
+def test_entries_of_profile_and_host_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = folder / "hosts.toml"
+    monkeypatch.setenv("HEARTH_HOSTS", str(written))
+    monkeypatch.setattr(hosts, "profiles", lambda: {"cpu": host(Prove(file="config/workflows/a.json")).profile})
+    written.write_text(
+        '[hosts.box]\naddress = "box"\nprofile = "cpu"\n[[hosts.box.prove]]\nfile = "a.json"\nimages = 1\n'
+        'size = "64x48"\nlike = "a.png"\nwithin = 0.1\nmemory = "24G"\n'
+    )
+    found = hosts.target("box")
+    first, second = configured.read(found)
     assert first == replace(PROOF, name="config/workflows/a.json", seconds=300)
     assert second == Proof("a.json", WORKFLOW, 300, 1, (64, 48), encoded(STRIPES), 0.1, 24_000_000_000)
+    (row,) = (each.split() for each in hosts.rows(found) if "prove" in each)
+    assert row == ["prove", "=", "config/workflows/a.json,", "a.json", "profile", "cpu,", "host", "box"]
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -441,7 +449,7 @@ def test_plans_contain_the_proofs() -> None:
 
 def test_a_changed_proof_deploys_nothing() -> None:
     stock = replace(inputs(), proofs=(PROOF,))
-    target = spark(prove=(Prove(file="other.json"),))
+    target = host(Prove(file="other.json"))
     assert plan.make(target, settled(), stock, plan.Options()).steps == ()
     (tried,) = plan.make(target, settled(), stock, plan.Options(trial="only")).steps
     assert isinstance(tried, CutOver)

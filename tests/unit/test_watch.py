@@ -12,7 +12,7 @@ import pytest
 
 from agent.look import jobs as agent_jobs
 from agent.schema.live import Job
-from core.errors import ConnectError, HostError
+from core.errors import BusyError, ConnectError, HostError
 from deploy import connection, deploy, host, watch
 from deploy.change import Change, Outcome
 from deploy.facts import Facts
@@ -139,8 +139,11 @@ def test_a_lost_connection_ends_the_watch_with_an_error(at: Any) -> None:
     assert "release new stays in service" in caught.value.what
 
 
-@pytest.mark.parametrize("why", ["", "all jobs failed"])
-def test_a_worse_release_is_rolled_back(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+BUSY = BusyError("drain", "ComfyUI is still working after 60 s")
+
+
+@pytest.mark.parametrize(("why", "fails"), [("", None), ("all jobs failed", None), ("all jobs failed", BUSY)])
+def test_a_worse_release_is_rolled_back(monkeypatch: pytest.MonkeyPatch, why: str, fails: Exception | None) -> None:
     """The jobs before are those that the old release had before the change."""
     agent = Agent(some(2), some(9))
     seen: list[Any] = []
@@ -152,6 +155,8 @@ def test_a_worse_release_is_rolled_back(monkeypatch: pytest.MonkeyPatch, why: st
 
     def rollback(name: str, to: str, options: Options) -> list[Outcome]:
         seen.append((name, to, options.ask, options.trial))
+        if fails:
+            raise fails
         return []
 
     def watching(_: Target, __: Outcome, before: list[Job], ___: Options) -> str:
@@ -168,6 +173,7 @@ def test_a_worse_release_is_rolled_back(monkeypatch: pytest.MonkeyPatch, why: st
         with raises("worse") as caught:
             deploy.deploy("spark", options, agree=lambda: None)
         assert caught.value.exit_code == 66
+        assert ("is in service again" in caught.value.cause) is (fails is None)
         assert seen == [2, ("spark", "old", False, "no")]
     else:
         assert deploy.deploy("spark", options, agree=lambda: None) is OUTCOME
