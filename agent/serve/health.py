@@ -288,7 +288,7 @@ def finished(place: Endpoint, process: Process, workflow: Json, seconds: float, 
         if not status.active or status.restarts > restarts:
             raise AgentError("gate", f"ComfyUI died during {what}", status.state)
         if time.monotonic() > end:
-            raise AgentError("gate", f"{what} did not end within {seconds:.0f} s")
+            raise AgentError("gate", f"{what} did not end within {seconds:g} s")
         time.sleep(0.1)
 
 
