@@ -83,7 +83,7 @@ def _deploy(name: str, options: Options, bundle: Opened | None, agree: Callable[
     if bundle:
         _same_nodes(bundle, name, requesters(target, inputs.nodes))
 
-    watched = options.watch and not options.dry_run
+    watched = options.watch and not options.dry_run and options.trial != "only"
     jobs: list[Job] | None = None
 
     def make(agent: Agent, target: Target, facts: Facts) -> Plan:

@@ -180,12 +180,18 @@ def test_a_worse_release_is_rolled_back(monkeypatch: pytest.MonkeyPatch, why: st
         assert seen == [2]
 
 
-@pytest.mark.parametrize("outcome", [replace(OUTCOME, base="new"), replace(OUTCOME, base="")])
-def test_nothing_is_watched_without_another_release(monkeypatch: pytest.MonkeyPatch, outcome: Outcome) -> None:
+@pytest.mark.parametrize(("outcome", "trial"), [
+    (replace(OUTCOME, base="new"), "yes"),
+    (replace(OUTCOME, base=""), "yes"),
+    (OUTCOME, "only"),
+])  # fmt: skip
+def test_nothing_is_watched_without_another_release(
+    monkeypatch: pytest.MonkeyPatch, outcome: Outcome, trial: str
+) -> None:
     monkeypatch.setattr(deploy, "find_target", lambda _: spark())
     monkeypatch.setattr(deploy, "gather", lambda _: inputs())
     monkeypatch.setattr(deploy, "carry_out", lambda *_: outcome)
-    assert deploy.deploy("spark", Options(watch=60), agree=lambda: None) is outcome
+    assert deploy.deploy("spark", Options(watch=60, trial=trial), agree=lambda: None) is outcome
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1d", 86_400)])
