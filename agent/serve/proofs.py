@@ -115,7 +115,7 @@ def _check(proof: Proof, found: Json, what: str) -> str:
     if proof.size and size != proof.size:
         raise AgentError("gate", f"{what} made a picture of {text}, not {proof.size[0]}x{proof.size[1]}")
     if found["flat"]:
-        raise AgentError("gate", f"{what} made a picture of a single colour", "NaN becomes black")
+        raise AgentError("gate", f"{what} made a picture of a single colour", "NaN would be black")
     if not proof.like:
         return text
     if difference is None:
