@@ -188,6 +188,7 @@ class GateError(HearthError):
     exit_code = 66
     kinds: ClassVar[Mapping[str, str]] = {
         "unhealthy": "The new release is not healthy; the previous one runs again.",
+        "worse": "After a deploy with `--watch`, users' jobs got worse; it rolled back, or tried to.",
         "not-converged": "After the deploy, something still differs from the wanted state.",
     }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import console, workspace
-from core.errors import BundleError, RefusedError, UsageError, suggest
+from core.errors import BundleError, GateError, HearthError, RefusedError, UsageError, suggest
 from deploy import bundle as bundles
-from deploy import connection, plan
+from deploy import connection, plan, watch
 from deploy import host as hosts
 from deploy.change import Change, carry_out, change_each
 from deploy.group import Consent, on_each
@@ -25,6 +26,7 @@ from deploy.selection import find_wheel
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from agent.schema.live import Job
     from deploy.bundle import Opened
     from deploy.change import Outcome
     from deploy.connection import Agent
@@ -81,11 +83,35 @@ def _deploy(name: str, options: Options, bundle: Opened | None, agree: Callable[
     if bundle:
         _same_nodes(bundle, name, requesters(target, inputs.nodes))
 
-    def make(_: Agent, target: Target, facts: Facts) -> Plan:
+    watched = options.watch and not options.dry_run and options.trial != "only"
+    jobs: list[Job] | None = None
+
+    def make(agent: Agent, target: Target, facts: Facts) -> Plan:
+        nonlocal jobs  # of the previous release: its history ends with it
+        if watched and jobs is None:
+            jobs = watch.finished(agent) or []
         return plan.make(target, facts, inputs, options)
 
     change = Change(action="deploy", plan=make, inputs=inputs, offline=bundle is not None)
-    return carry_out(change, target, options, agree)
+    outcome = carry_out(change, target, options, agree)
+    if watched and outcome.base not in ("", outcome.release):
+        _watch(target, outcome, jobs or [], options)
+    return outcome
+
+
+def _watch(target: Target, outcome: Outcome, jobs: Sequence[Job], options: Options) -> None:
+    """Watch a deployed release; raises GateError after a return to the previous one, because jobs got worse."""
+    if not (why := watch.watch(target, outcome, jobs, options)):
+        return
+    console.say(f"{target.name}: {why}; returning to release {outcome.base}")
+    what = f"users' jobs got worse with release {outcome.release}: {why}"
+    try:
+        rollback(target.name, outcome.base, replace(options, ask=False, trial="no"))
+    except HearthError as error:
+        again = f"inv rollback --host {target.name} --to {outcome.base}"
+        raise GateError("worse", what, cause=f"the rollback failed: {error.what}", hint=again) from error
+    keep = f"inv jobs --host {target.name}; deploy without --watch to keep the release"
+    raise GateError("worse", what, cause=f"release {outcome.base} is in service again", hint=keep)
 
 
 def rollback(name: str, to: str, options: Options) -> list[Outcome]:

@@ -16,7 +16,7 @@ from core.errors import ConfigError, UsageError, suggest
 from core.files import CHECKOUT
 from core.stack import Stack, find_stack
 from deploy.host_rules import EXPORTER, SYSTEM_PREFIX, check_host
-from deploy.profile import Mode, Override, Profile, Setting, merged, modes, profiles
+from deploy.profile import Mode, Override, Profile, Prove, Setting, merged, modes, profiles
 from deploy.secrets import refuse_secrets
 from lock import application as applications
 
@@ -91,6 +91,8 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """TCP ports that a confined ComfyUI may connect to; the kernel can filter only by port."""
     keep: int = 3
     """How many releases are kept."""
+    prove: tuple[Prove, ...] = ()
+    """Workflows that a release must run, besides those of the profile."""
     override: Override = Override()
     """Values that differ from the profile and modes."""
 
@@ -102,10 +104,17 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     @property
     def free_seconds(self) -> int:
         """How often an idle ComfyUI frees its memory, in seconds; 0: never."""
-        return int(self.free_memory[:-1]) * _SECONDS[self.free_memory[-1]] if self.free_memory else 0
+        return duration(self.free_memory) if self.free_memory else 0
 
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def duration(text: str) -> int:
+    """The seconds of a duration such as `30m`; raises UsageError."""
+    if not re.fullmatch(r"[1-9][0-9]{0,5}[smhd]", text):
+        raise UsageError("usage", f"{text!r} is not a duration", hint="use one such as 90s, 30m, 4h or 1d")
+    return int(text[:-1]) * _SECONDS[text[-1]]
 
 
 class Hosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -284,6 +293,9 @@ def target(name: str, fallback: str = "cpu") -> Target:
     layers += [(f"mode {each}", mode.on(unified=unified)) for each, mode in _modes_of(name, host).items()]
     layers.append((f"host {name}", host.override))
     profile, origin = merged(f"profile {chosen}", base, layers)
+    if host.prove:
+        profile = msgspec.structs.replace(profile, prove=(*profile.prove, *host.prove))
+        origin["prove"] += f", host {name}"
     return Target(name, host, chosen, profile, origin)
 
 
@@ -339,5 +351,5 @@ def rows(found: Target) -> Iterator[str]:
             text = f"{name}{f' {setting.value}' if setting.value else ''}{' (off)' if setting.off else ''}"
             yield f"  {text:44} {origin}: {setting.why}"
         elif setting not in ("", (), {}):
-            text = ", ".join(setting) if isinstance(setting, tuple) else str(setting)
+            text = ", ".join(map(str, setting)) if isinstance(setting, tuple) else str(setting)
             yield f"  {kind + ' = ' + text:44} {origin}"

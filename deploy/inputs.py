@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from core import lockfile, workspace
 from core.errors import LockError
+from deploy import proofs
 from deploy.refusals import refused
 from deploy.release_refusals import known_bad
 from kernels.recipe import for_stack, recipes
@@ -16,6 +17,7 @@ from lock import application as applications
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from agent.schema.change import Proof
     from core.manifest import Manifest
     from deploy.host import Target
     from lock.application import Application, Flag
@@ -40,6 +42,7 @@ class Inputs:
     model_folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
     required: Sequence[str] = ()
     recipes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    proofs: Sequence[Proof] = ()
 
     @property
     def packages(self) -> list[str]:
@@ -80,6 +83,7 @@ def gather(target: Target) -> Inputs:
         model_folders=applications.model_folders(applications.text(tree, "folder_paths.py")),
         required=requirements.required(app, known),
         recipes=_recipes(target),
+        proofs=proofs.read(target),
     )
 
 

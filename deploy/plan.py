@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from agent.schema import change as schema
 from core import console
 from core.errors import UsageError
-from deploy import exporter, refusals, release_refusals
+from deploy import exporter, proofs, refusals, release_refusals
 from deploy import release as releases
 from deploy.refusals import LANDLOCK_TCP
 from deploy.selection import choose
@@ -19,7 +19,7 @@ from deploy.selection import choose
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from agent.schema.change import Step
+    from agent.schema.change import Proof, Step
     from deploy.facts import Facts, Process
     from deploy.host import Target
     from deploy.inputs import Inputs
@@ -58,7 +58,8 @@ class Options:
 
     `drain` is the number of seconds to wait for jobs; with `force` they are then interrupted. A `dry_run` changes
     nothing. `ask_sudo` asks for the sudo password, `ask` for confirmation before changing a remote host. `trial` is
-    whether to try a release next to the active one before the cut-over: "yes", "no", or "only".
+    whether to try a release next to the active one before the cut-over: "yes", "no", or "only". `watch` is the number
+    of seconds to compare users' jobs after a deploy.
     """
 
     drain: float = 60
@@ -67,6 +68,7 @@ class Options:
     ask_sudo: bool = False
     ask: bool = False
     trial: str = "yes"
+    watch: float = 0
 
 
 def seconds(drain: str) -> float:
@@ -88,18 +90,20 @@ def make(target: Target, facts: Facts, inputs: Inputs, options: Options) -> Plan
     wanted = releases.manifest(selection, facts.prefix)
     if not _holds(facts, selection.env_part):
         found += release_refusals.room(target, facts, inputs)
-    steps = _steps(target, facts, selection, wanted, options)
+    steps = _steps(target, facts, selection, wanted, options, inputs.proofs)
     for name in inputs.nodes.keys() - selection.nodes.keys():
         what = f"node {name} is not available for {selection.lock.name}: {selection.lock.unavailable[name]}"
         if inputs.nodes[name].required:
             found.append(release_refusals.unavailable_node(what))
         else:
             notes.append(f"left out: {what}")
+    if any(isinstance(step, schema.CutOver) for step in steps):
+        notes += proofs.rows(inputs.proofs)
     return Plan.of(facts, steps, found, (*_notes(target, facts), *notes), release=wanted["id"])
 
 
 def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
-    """The plan that returns to a kept release."""
+    """The plan that returns to a kept release. It has served before, so it runs no proofs, which may be newer."""
     found = refusals.undeployable(target, facts) + release_refusals.broken_release(target, facts, to)
     wanted, service = facts.release(to), facts.service
     steps = [_release_step(wanted, "its unit or links were changed")] if wanted and to in facts.altered else []
@@ -127,7 +131,14 @@ def _holds(facts: Facts, part: str) -> bool:
     return facts.parts.get(part) == ""
 
 
-def _steps(target: Target, facts: Facts, selection: Selection, wanted: dict[str, Any], options: Options) -> list[Step]:
+def _steps(
+    target: Target,
+    facts: Facts,
+    selection: Selection,
+    wanted: dict[str, Any],
+    options: Options,
+    proofs: Sequence[Proof],
+) -> list[Step]:
     """The steps, in order; none if the host is as wanted."""
     host = target.host
     steps: list[Step] = []
@@ -162,11 +173,11 @@ def _steps(target: Target, facts: Facts, selection: Selection, wanted: dict[str,
             if facts.current == wanted["id"]
             else "it is not the configured release"
         )
-        steps.append(_cut_over(facts, wanted["id"], why, options))
+        steps.append(_cut_over(facts, wanted["id"], why, options, proofs))
         if options.trial == "only":
             return steps
     elif options.trial == "only":
-        return []
+        return [_cut_over(facts, wanted["id"], "to run its proofs", options, proofs)] if proofs else []
     elif not (facts.service.active and facts.service.enabled):
         missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
@@ -184,14 +195,14 @@ def account(users: Sequence[str], why: str) -> Step:
     return schema.Account(title, why, "; ".join(f"userdel {user}" for user in users))
 
 
-def _cut_over(facts: Facts, to: str, why: str, options: Options) -> Step:
+def _cut_over(facts: Facts, to: str, why: str, options: Options, proofs: Sequence[Proof] = ()) -> Step:
     """The step that puts a release in service, or only tries it."""
     before = facts.current or "nothing"
     if options.trial == "only":
         title, undo = f"try {to} beside {before}, which stays in service", "nothing: it leaves no files"
     else:
         title, undo = f"cut over from {before} to {to}", f"rolls back to {before} automatically if unhealthy"
-    return schema.CutOver(title, why, undo, options.drain, options.force, to, options.trial)
+    return schema.CutOver(title, why, undo, options.drain, options.force, to, options.trial, tuple(proofs))
 
 
 def _people(target: Target, facts: Facts) -> list[Step]:

@@ -42,6 +42,31 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return ", ".join(f"{name} {wanted}" for name, wanted in limits if wanted)
 
 
+class Prove(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A workflow that a release must run before it takes traffic, and what its pictures must be.
+
+    A picture of a single colour or with NaN fails, too. A workflow with a seed also runs with another one.
+    """
+
+    file: str
+    """A workflow in the API format: a file in `config/workflows/`, or relative to the checkout."""
+    seconds: int = 300
+    """Time limit of a run, with loading the models."""
+    images: int | None = None
+    """The number of pictures and videos that it saves; left out: at least one."""
+    size: str = ""
+    """Their width and height, such as `1024x1024`; empty: any."""
+    like: str = ""
+    """A picture that the first one resembles, found as `file` is; empty: none."""
+    within: float = 0.05
+    """The largest root mean square difference from `like`, from 0 (equal) to 1."""
+    memory: str = ""
+    """Memory that it needs, such as `24G`. With less free beside the active release, it runs after the cut-over."""
+
+    def __str__(self) -> str:
+        return self.file
+
+
 Network = Literal["open", "lan-deny", "offline"]
 
 
@@ -79,6 +104,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     ("lan-deny"), or only its own machine ("offline")."""
     restart: Literal["on-failure", "always"] = "on-failure"
     """The unit's `Restart=`."""
+    prove: tuple[Prove, ...] = ()
+    """Workflows that a release must run."""
 
 
 class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -98,6 +125,7 @@ class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     memory_max: str | None = None
     network: Network | None = None
     restart: Literal["on-failure", "always"] | None = None
+    prove: tuple[Prove, ...] | None = None
 
 
 class Mode(Override, frozen=True, forbid_unknown_fields=True, kw_only=True):

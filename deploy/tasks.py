@@ -17,6 +17,7 @@ from deploy.flags import Fleet, options
         "build": "build missing kernel wheels first, unless the deploy is refused for another reason",
         "bundle": "take everything from this file of `inv bundle` and nothing from the network; not with --build",
         "keep-going": "continue with the other hosts of a group if one fails",
+        "watch": "so long, such as 30m, compare users' jobs with those before; roll back when they get worse",
     }
 )
 def deploy(
@@ -24,6 +25,7 @@ def deploy(
     build: bool = False,
     bundle: str = "",
     keep_going: bool = False,
+    watch: str = "",
     *,
     where: Fleet,
     how: TrialChange,
@@ -40,15 +42,19 @@ def deploy(
         inv deploy --host spark --dry-run     # show the changes
         inv deploy --host spark --trial       # try the release; the active one is not touched
         inv deploy --group home --drain 300   # several hosts; wait five minutes for jobs
+        inv deploy --host spark --watch 30m   # then watch users' jobs
         inv deploy --host spark --bundle spark.bundle.tar
     """
+    from dataclasses import replace
+
     from deploy import outcome
     from deploy.deploy import deploy_each
+    from deploy.host import duration
     from kernels.build import build_missing
 
     results = deploy_each(
         where.names(),
-        options(where, how),
+        replace(options(where, how), watch=duration(watch) if watch else 0),
         build=build_missing if build else None,
         bundle=bundle,
         keep_going=keep_going,

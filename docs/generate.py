@@ -18,7 +18,7 @@ import msgspec
 from core import errors, files
 from core.stack import Stack, stacks
 from deploy import host
-from deploy.profile import Mode, Override, Profile, Setting
+from deploy.profile import Mode, Override, Profile, Prove, Setting
 from tasks import ns
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
     '`[hosts.NAME.mounts."PATH"]`': host.Mount,
     "`[hosts.NAME.override]`": Override,
     "Flags and variables": Setting,
+    "`[[prove]]` in a profile, `[[hosts.NAME.prove]]`": Prove,
     "`config/profiles/NAME.toml`": Profile,
     "`config/modes/NAME.toml`": Mode,
 }
@@ -170,7 +171,7 @@ def _type(kind: Any) -> str:
         return f"array of {_type(inner[0])}"
     if origin is dict or issubclass(kind, msgspec.Struct):
         return "table"
-    return {str: "string", int: "integer", bool: "boolean"}[kind]
+    return {str: "string", int: "integer", float: "number", bool: "boolean"}[kind]
 
 
 def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -87,6 +87,25 @@ def read(path: Path) -> list[list[Node]]:
         raise ConfigError("config", f"{path} cannot be read", cause=cause, hint="name workflow files") from None
 
 
+def read_api(path: Path) -> dict[str, Any]:
+    """Read a workflow in the API format, which ComfyUI runs. Raises ConfigError.
+
+    The editor's format is refused: converting it needs the front end's own code, and that of its extensions.
+    """
+    read(path)  # raises for anything that is no workflow
+    raw = path.read_bytes()
+    found = _parsed(path, raw) if raw.lstrip(_MARKS)[:1] == b"{" else {}
+    steps = found.get("prompt", found)
+    if steps and all(isinstance(each, dict) and "class_type" in each for each in steps.values()):
+        return {key: {**each, "inputs": each.get("inputs") or {}} for key, each in steps.items()}
+    raise ConfigError(
+        "config",
+        f"{path} is not in the API format",
+        cause="ComfyUI cannot run the format of its editor",
+        hint="export it in ComfyUI: File > Export (API)",
+    )
+
+
 def graphs(name: str, contents: Iterable[Any], none: str = "it has no nodes") -> list[list[Node]]:
     """The workflows in JSON values of a file or host; raises ConfigError with the cause `none` if there are none."""
     try:

@@ -49,8 +49,9 @@ from agent.layout import DATABASE, Layout
 from agent.parts import as_service
 from agent.processes import wait_for
 from agent.schema.change import CutOver
-from agent.serve.health import drain, first_answer, gate, report_changed_types
+from agent.serve.health import clearer, drain, first_answer, gate, report_changed_types
 from agent.serve.managers import last_words, manager_of
+from agent.serve.proofs import Prover
 
 MOUNTS_SECONDS = 120
 """Time limit for late mounts after a boot: the file server may be booting, too."""
@@ -129,12 +130,12 @@ class Cutover:
             self.await_mounts()
             self.manager.install()
             self.manager.start()
-            gate(self.layout, self.manager, self.layout.manifest(self.record["to"]), self.note)
+            self.prove()
             self.enter("ended")
         except Exception as error:  # any error must restore the previous release
             report = error.report if isinstance(error, AgentError) else _unexpected(error).report
             self.revert(report)
-        if not self.record["tried"]:
+        if not self.record.get("proved"):
             places = (self.layout.releases / self.record[name] / "proven" for name in ("from", "to"))
             old, new = (read(place, lenient=True) for place in places)
             report_changed_types(old, new, self.note)
@@ -148,8 +149,7 @@ class Cutover:
         self.record = {"was_active": status.active, "was_enabled": status.enabled, **self.record}
         if not self.record["tried"] and self.step.trial != "no":
             self.enter("trial")
-            self.try_out(status.active)
-            self.record["tried"] = True
+            self.record |= {"proved": self.try_out(status.active), "tried": True}
         if self.step.trial == "only":
             return
         self.enter("draining")
@@ -163,11 +163,22 @@ class Cutover:
         if self.record["from"]:
             link(self.way_back, f"releases/{self.record['from']}")
 
-    def try_out(self, active: bool) -> None:
-        """Run the trial if it is useful and memory suffices. Raises AgentError."""
+    def prove(self) -> None:
+        """Run the health gate, and the plan's workflows unless the trial has. Raises AgentError."""
+        release = self.layout.manifest(self.record["to"])
+        clear = clearer(self.layout, self.note)
+        prover = Prover(self.layout, self.manager, release, release["argv"], self.note, clear)
+        proofs = () if self.record.get("proved") else self.step.proofs
+        gate(self.layout, self.manager, release, self.note, lambda: prover.run(proofs))
+
+    def try_out(self, active: bool) -> bool:
+        """Run the trial if it is useful and memory suffices; return whether the release passed it with all workflows.
+
+        Raises AgentError.
+        """
         if not active and self.step.trial != "only":
             self.note("no trial: no release is in service, so an unhealthy one cannot interrupt it")
-        elif short := memory_shortage():
+        elif short := memory_shortage(self.step.proofs):
             if self.step.trial == "only":
                 raise AgentError(
                     "trial",
@@ -177,7 +188,8 @@ class Cutover:
                 )
             self.note(f"no trial, the release is checked after the cut-over only: {short}")
         else:
-            run_trial(self.layout, self.manager, self.layout.manifest(self.record["to"]), self.note)
+            return run_trial(self.layout, self.manager, self.layout.manifest(self.record["to"]), self.note, self.step)
+        return False
 
     def await_mounts(self) -> None:
         """Wait for late mounts after a boot; systemd would wait without a limit. Raises AgentError."""

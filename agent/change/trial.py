@@ -15,8 +15,10 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 from agent.api import Endpoint
 from agent.deletion import SafeDeleter
@@ -26,9 +28,11 @@ from agent.layout import DATA, Layout
 from agent.look.gpu import gpus
 from agent.parts import as_service, drop_root
 from agent.processes import copied, dies_with_parent, end_descendants, inherited, run, take_orphans, wait_for
+from agent.schema.change import CutOver, Proof
 from agent.schema.facts import Service
-from agent.serve.health import prove, report_changed_types
+from agent.serve.health import first_answer, prove, report_changed_types
 from agent.serve.managers import Manager
+from agent.serve.proofs import EXAMINE_SECONDS, OutOfMemoryError, Prover
 from agent.serve.supervised import end_of
 from agent.serve.systemd import Systemd
 
@@ -46,15 +50,16 @@ SMALL_ONES = 500_000_000
 """Maximum total size of these copies in bytes, so that a node's runaway files do not fill the disk."""
 
 
-def memory_shortage() -> str:
+def memory_shortage(proofs: Sequence[Proof] = ()) -> str:
     """Return a sentence about the memory that is too small for two instances; empty if memory suffices."""
-    if (free := meminfo()["MemAvailable"]) < MEMORY:
-        return f"{free / 1e9:.1f} GB of memory available, {MEMORY / 1e9:.1f} GB needed"
+    more = max((each.memory for each in proofs), default=0)
+    if (free := meminfo()["MemAvailable"]) < MEMORY + more:
+        return f"{free / 1e9:.1f} GB of memory available, {(MEMORY + more) / 1e9:.1f} GB needed"
     for gpu in gpus():
         if not gpu["unified"] and gpu["memory_total"] and gpu["memory_used"] is not None:
             free = gpu["memory_total"] - gpu["memory_used"]
-            if free < GPU_MEMORY:
-                return f"GPU {gpu['index']} has {free / 1e9:.1f} GB free, {GPU_MEMORY / 1e9:.1f} GB needed"
+            if free < GPU_MEMORY + more:
+                return f"GPU {gpu['index']} has {free / 1e9:.1f} GB free, {(GPU_MEMORY + more) / 1e9:.1f} GB needed"
     return ""
 
 
@@ -63,15 +68,29 @@ def trial_of(layout: Layout, manager: Manager) -> Trial:
     return SystemdTrial(layout) if isinstance(manager, Systemd) else Trial(layout)
 
 
-def run_trial(layout: Layout, manager: Manager, release: Json, note: Note) -> None:
-    """Prove a release without touching the current one. Raises AgentError of kind `trial` with the trial's log."""
+def run_trial(layout: Layout, manager: Manager, release: Json, note: Note, step: CutOver) -> bool:
+    """Prove a release without touching the current one. Return whether it also ran the workflows of `step`.
+
+    Raises AgentError of kind `trial` with the trial's log.
+    """
     trial = trial_of(layout, manager)
+    trial.proofs = step.proofs
     current = layout.release()
+    times: dict[str, float] | None = {}
+
+    def tell(text: str) -> None:
+        note(f"trial: {text}")
+
     try:
         trial.start(release)
-        proof = prove(
-            Endpoint.of(trial.argv), trial, release, trial.argv, lambda text: note(f"trial: {text}"), lambda: None
-        )
+        proof = prove(Endpoint.of(trial.argv), trial, release, trial.argv, tell, lambda: None)
+        try:
+            times = Prover(layout, trial, release, trial.argv, tell).run(step.proofs)
+        except OutOfMemoryError as error:
+            if step.trial == "only":
+                raise
+            times = None
+            note(f"{error} beside release {current}: the proofs run after the cut-over")
     except Exception as error:
         report = error.report if isinstance(error, AgentError) else AgentError("trial", repr(error)).report
         still = f"release {current} stays in service: nothing was stopped" if current else "no release was in service"
@@ -83,7 +102,35 @@ def run_trial(layout: Layout, manager: Manager, release: Json, note: Note) -> No
         raise error from error
     finally:
         trial.clear()
-    report_changed_types(read(layout.releases / current / "proven", lenient=True), proof, note)
+    if times is not None:  # otherwise the gate reports them
+        report_changed_types(read(layout.releases / current / "proven", lenient=True), proof, note)
+    if times and current not in ("", release["id"]):
+        _compare(layout, manager, step.proofs, times, note)
+    return times is not None
+
+
+def _compare(layout: Layout, manager: Manager, proofs: Sequence[Proof], times: Mapping[str, float], note: Note) -> None:
+    """Run the workflows on a trial of the current release, too, and note both times.
+
+    Not on the active one: its users would wait, and it would keep the workflows' results and models.
+    """
+    current, trial = layout.release(), trial_of(layout, manager)
+    trial.proofs = tuple(proofs)
+    before: dict[str, float] = {}
+    try:
+        if short := memory_shortage(proofs):
+            raise AgentError("trial", short)
+        release = layout.manifest(current)
+        trial.start(release)
+        first_answer(Endpoint.of(trial.argv), trial, release["gate"]["seconds"])
+        for each in proofs:
+            before |= Prover(layout, trial, release, trial.argv, lambda _: None).run([each])
+    except Exception as error:  # the new release has passed; nothing depends on this
+        note(f"the proofs could not be run on release {current} to compare: {error}")
+    finally:
+        trial.clear()
+    for name, seconds in before.items():
+        note(f"proof {name}: {times[name]:.1f} s, with release {current} {seconds:.1f} s")
 
 
 IMPORT_SECONDS = 300
@@ -108,6 +155,7 @@ class Trial:
         # The scratch folder for each writable path: the data, and data folders outside of it.
         elsewhere = {path: name for name, path in layout.elsewhere.items() if name != "models"}
         self.places = {str(layout.data): self.scratch, **{path: self.room / name for path, name in elsewhere.items()}}
+        self.proofs: tuple[Proof, ...] = ()  # workflows that it will run
         self.child: subprocess.Popen[bytes] | None = None
         self.spared: set[int] = set()
 
@@ -148,6 +196,9 @@ class Trial:
             os.chown(place, *self.layout.owner())
         inside = [self.moved(name) for name in release.get("folders", ())]
         as_service(self.layout, _fill, self.layout.data, self.scratch, inside, models)
+        source = self.layout.folder("input")
+        if workflows := [proof.workflow for proof in self.proofs]:
+            as_service(self.layout, _copy_inputs, source, Path(self.moved(str(source))), workflows)
 
     def start(self, release: Json) -> None:
         """Start a release. Raises AgentError if a kernel cannot be imported."""
@@ -225,7 +276,8 @@ class SystemdTrial(Trial):
     def start(self, release: Json) -> None:
         """Start a release. The service's drop-ins (systemctl edit) apply to the trial, too."""
         text = (self.layout.releases / release["id"] / f"{self.layout.service}.service").read_text()
-        lines = ["[Service]", "Restart=no", f"RuntimeMaxSec={release['gate']['seconds'] + 900}", "ExecStart="]
+        proofs = sum(2 * (each.seconds + EXAMINE_SECONDS) for each in self.proofs)
+        lines = ["[Service]", "Restart=no", f"RuntimeMaxSec={release['gate']['seconds'] + 900 + proofs}", "ExecStart="]
         if self.layout.scope == "system":
             # Mount all of the real data read-only for its models: if `models` were a symlink, systemd would follow it
             # as root. The trial follows it inside its sandbox.
@@ -294,6 +346,30 @@ def _fill(data: Path, scratch: Path, folders: list[str], models: Path | None) ->
         if not (scratch / name).is_symlink():  # it may dangle until the trial begins
             (scratch / name).mkdir(parents=True, exist_ok=True)
     _copy_live(data / "user", scratch / "user/comfyui.db")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
+
+
+INPUT = 200_000_000
+"""Maximum size in bytes of a copied input file of a proof: a picture or a short video."""
+
+
+def _copy_inputs(source: Path, place: Path, workflows: list[Json]) -> None:
+    """Copy the input files that workflows name: any of their texts may be a name."""
+    for name in _texts(workflows):
+        with suppress(OSError):  # too long for a name, or not readable
+            if not name.isprintable() or name.startswith("/") or ".." in name:
+                continue
+            if (source / name).is_file() and (source / name).stat().st_size <= INPUT:
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                (place / name).write_bytes(read_some(source / name, INPUT))
 
 
 def _copy_live(folder: Path, place: Path) -> None:

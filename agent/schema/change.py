@@ -157,12 +157,27 @@ class Ending(Step):
 
 
 @dataclass(frozen=True)
+class Proof:
+    """A workflow that a release must run, and checks of the pictures that it makes."""
+
+    name: str
+    workflow: dict[str, Any]  # in the API format
+    seconds: int  # time limit of a run
+    images: int  # number of pictures; -1: at least one
+    size: tuple[int, ...]  # width and height; empty: any
+    like: str  # a reference picture, in base64; empty: none
+    within: float  # maximum root mean square difference from it, 0 to 1
+    memory: int  # bytes that it needs beside the active release
+
+
+@dataclass(frozen=True)
 class CutOver(Ending):
     """Put a release in service, or roll back."""
 
     kind = "cut-over"
     to: str  # id of the release
     trial: str  # "yes", "no", or "only" (no cut-over)
+    proofs: tuple[Proof, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ class Job:
     node: str = ""  # the node that failed
     node_type: str = ""
     error: str = ""
+    workflow: str = ""  # hash of its workflow without seeds and texts; empty: not known, or of a health check
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from agent.api import Endpoint, ask, checked, endpoint, printable, queue, system_stats, unload
+from agent.api import LIMIT, Endpoint, ask, checked, endpoint, printable, queue, system_stats, unload
 from agent.deletion import remove
 from agent.files import AgentError, Json, Note, write
 from agent.journal import now
@@ -80,9 +80,15 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
         time.sleep(0.5)
 
 
-def gate(layout: Layout, process: Process, release: Json, note: Note) -> None:
-    """Prove that the current release is healthy and store the result in its `proven` file. Raises AgentError."""
+def gate(
+    layout: Layout, process: Process, release: Json, note: Note, further: Callable[[], object] = lambda: None
+) -> None:
+    """Prove that the current release is healthy and store the result in its `proven` file. Raises AgentError.
+
+    `further` does more checks after the common ones.
+    """
     proof = prove(Endpoint.of(release["argv"]), process, release, release["argv"], note, clearer(layout, note))
+    further()
     write(layout.releases / release["id"] / "proven", json.dumps(proof))
 
 
@@ -123,7 +129,7 @@ def prove(
     stats = first_answer(place, process, wanted["seconds"])
     note(f"answers after {time.monotonic() - started:.1f} s: ComfyUI {stats['version']}")
     _check_stats(stats, wanted, command[command.index(f"{release['code']}/main.py") :])
-    lines = _output(place, process, "Import times for custom nodes:" if release.get("nodes") else "")
+    lines = output(place, process, "Import times for custom nodes:" if release.get("nodes") else "")
     if wanted["attention"]:
         used = next(
             (line.strip() for line in lines if re.search(r"Using .* attention", line)), "nothing about attention"
@@ -182,7 +188,7 @@ LOG_SECONDS = 5.0
 """Seconds to wait for an expected log line: the journal lags behind."""
 
 
-def _output(place: Endpoint, process: Process, until: str) -> list[str]:
+def output(place: Endpoint, process: Process, until: str) -> list[str]:
     """Return ComfyUI's log of this run without colours; wait up to LOG_SECONDS for a line that contains `until`."""
     lines: list[str] = []
     end = time.monotonic() + LOG_SECONDS
@@ -260,29 +266,54 @@ WORKFLOW_SECONDS = 120
 """Time limit for a 64 x 64 workflow without models: normally under a second; a busy disk or GPU may delay it."""
 
 
+def finished(place: Endpoint, process: Process, workflow: Json, seconds: float, what: str) -> Json:
+    """Run a workflow and return its entry in the history. A slow response does not fail it.
+
+    Raises AgentError if it does not end within `seconds`, or if the process dies; otherwise like `ask`, and
+    LookupError, TypeError or AttributeError for a response of another program.
+    """
+    end, restarts = time.monotonic() + seconds, process.status().restarts
+
+    def answer(path: str, body: Json | None = None) -> Any:
+        return ask(place, path, body, seconds=max(1, end - time.monotonic()))
+
+    prompt = printable(answer("/prompt", {"prompt": workflow})["prompt_id"])
+    while True:
+        try:
+            if done := answer(f"/history/{prompt}").get(prompt):
+                return cast("Json", done)
+        except ConnectionRefusedError:
+            pass  # it has died
+        status = process.status()
+        if not status.active or status.restarts > restarts:
+            raise AgentError("gate", f"ComfyUI died during {what}", status.state)
+        if time.monotonic() > end:
+            raise AgentError("gate", f"{what} did not end within {seconds:g} s")
+        time.sleep(0.1)
+
+
+def fetch(place: Endpoint, picture: Json, seconds: float, limit: int = LIMIT) -> bytes:
+    """Fetch a picture that a job of the history lists. Raises like `ask`, and KeyError."""
+    from urllib.parse import urlencode
+
+    query = urlencode({name: str(picture[name]) for name in ("filename", "subfolder", "type")})
+    return cast("bytes", ask(place, f"/view?{query}", seconds=seconds, limit=limit))
+
+
 def _picture(place: Endpoint, process: Process, turn: str, clear: Callable[[], None], note: Note) -> None:
     """Run a workflow without models, fetch its picture, check it and delete it. Raises AgentError."""
     started = time.monotonic()
+    end = started + WORKFLOW_SECONDS
     color = time.time_ns() % (1 << 24)  # unique: the same workflow would be a cache hit, without a file
     inputs = {"width": 64, "height": 64, "batch_size": 1, "color": color}
-
-    def answer(path: str, body: Json | None = None) -> Any:  # a slow response does not fail the release
-        return ask(place, path, body, seconds=max(1, started + WORKFLOW_SECONDS - time.monotonic()))
-
     workflow = {
         "1": {"class_type": "EmptyImage", "inputs": inputs},
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": f"{PROOF}/proof"}},
     }
     try:
-        prompt = printable(answer("/prompt", {"prompt": workflow})["prompt_id"])
-        while not (done := answer(f"/history/{prompt}").get(prompt)):
-            if time.monotonic() - started > WORKFLOW_SECONDS:
-                raise AgentError("gate", f"the {turn} workflow without models did not end within {WORKFLOW_SECONDS} s")
-            if not process.status().active:
-                raise AgentError("gate", f"ComfyUI died during the {turn} workflow", process.status().state)
-            time.sleep(0.1)
+        done = finished(place, process, workflow, WORKFLOW_SECONDS, f"the {turn} workflow without models")
         (image,) = done["outputs"]["2"]["images"]
-        raw = answer(f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}")
+        raw = fetch(place, image, max(1, end - time.monotonic()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AgentError(
             "gate", f"the {turn} workflow without models made no picture", printable(repr(error), 500)

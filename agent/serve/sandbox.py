@@ -8,7 +8,8 @@ import re
 import signal
 import subprocess
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -37,12 +38,14 @@ def sandboxed(
     most: int = OUTPUT,
     apart: bool = False,
     network: bool = False,
+    given: bytes = b"",
 ) -> bytes:
     """Run a program with the sandbox settings of `unit` (a unit's text) and return its standard output.
 
     The program and its descendants are killed after `seconds` or after `most` bytes of output. `apart` runs it as a
     transient user who can write only to a private /tmp. `release` provides its `environment` and, without a system
-    unit, its `confined` prefix. Without `network` it has no network access. Raises AgentError.
+    unit, its `confined` prefix. Without `network` it has no network access. `given` is its input. Raises
+    AgentError.
     """
     variables = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}  # not the deploying user's environment
     variables |= {**release["environment"], "PYTHONDONTWRITEBYTECODE": "1"}
@@ -65,7 +68,9 @@ def sandboxed(
         command = [*words, "--", *argv]
     else:
         command = [*release.get("confined", ()), *argv]
-    return _output(command, {**inherited(), **variables} if layout.scope == "system" else variables, seconds, most)
+    return _output(
+        command, {**inherited(), **variables} if layout.scope == "system" else variables, seconds, most, given
+    )
 
 
 def _split(line: str) -> list[str]:
@@ -84,7 +89,19 @@ def confined_to(folder: Path, layout: Layout, step: Node) -> list[str]:
     return words
 
 
-def _output(command: list[str], variables: dict[str, str], seconds: float, most: int) -> bytes:
+@contextmanager
+def _source(content: bytes) -> Iterator[IO[bytes] | int]:
+    """Yield a program's standard input; in memory, so that it needs no disk."""
+    if not content:
+        yield subprocess.DEVNULL
+        return
+    with os.fdopen(os.memfd_create("hearth"), "w+b") as file:
+        file.write(content)
+        file.seek(0)
+        yield file
+
+
+def _output(command: list[str], variables: dict[str, str], seconds: float, most: int, given: bytes = b"") -> bytes:
     """Run a command with limits on time and output; return its standard output. Raises AgentError."""
     tail, late = bytearray(), threading.Event()
 
@@ -94,15 +111,18 @@ def _output(command: list[str], variables: dict[str, str], seconds: float, most:
 
     output, spared = b"", take_orphans()  # a daemon could hold the pipe open and outlive it
     try:
-        with subprocess.Popen(
-            command,
-            env=variables,
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        ) as process:
+        with (
+            _source(given) as source,
+            subprocess.Popen(
+                command,
+                env=variables,
+                cwd="/",
+                stdin=source,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            ) as process,
+        ):
 
             def end() -> None:
                 late.set()

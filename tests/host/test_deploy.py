@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import termios
 import time
+from typing import Any
 
 import pytest
 
@@ -115,12 +116,38 @@ def test_edited_unit_is_repaired(steady: Fleet, edit: str, why: str) -> None:
     steady.machine.run(f"rm -r {unit}.d; systemctl daemon-reload")
 
 
+PADDED: dict[str, Any] = {
+    "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 255}},
+    "2": {
+        "class_type": "ImagePadForOutpaint",
+        "inputs": {"image": ["1", 0], "left": 16, "top": 0, "right": 0, "bottom": 0, "feathering": 0},
+    },
+    "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "mine"}},
+}
+"""A workflow without models: a blue picture, with grey on its left."""
+
+FLAT = {**PADDED["2"]["inputs"], "left": 0}
+
+
 def test_changed_flags_make_a_release_that_can_be_rolled_back(steady: Fleet) -> None:
-    first = steady.current()
-    steady.configure('[hosts.spark.override.flags]\n"--preview-method" = { value = "auto", why = "a test" }\n')
+    first, since = steady.current(), machine_since(steady)
+    flags = '[hosts.spark.override.flags]\n"--preview-method" = { value = "auto", why = "a test" }\n'
+    (steady.place / "flat.json").write_text(json.dumps({**PADDED, "2": {**PADDED["2"], "inputs": FLAT}}))
+    (steady.place / "padded.json").write_text(json.dumps(PADDED))
+    padded, flat = (f'[[hosts.spark.prove]]\nfile = "{steady.place}/{each}.json"\n' for each in ("padded", "flat"))
+    steady.configure(f'{padded}size = "80x64"\n{flat}{flags}')
+    failed = steady.deploy()
+    assert failed.returncode == 66, failed.stderr
+    assert "padded.json: " in failed.stderr
+    assert "flat.json made a picture of a single colour" in failed.stderr
+    assert (steady.current(), machine_since(steady)) == (first, since)
+    steady.configure(f'{padded}size = "80x64"\n{flags}')
     done = steady.deploy()
     assert done.returncode == 0, done.stderr
     assert "trial: the second picture arrived" in done.stderr
+    assert re.search(rf"proof .*padded.json: [\d.]+ s, with release {first} [\d.]+ s", done.stderr)
+    steady.configure(flags)
+    assert steady.deploy("--dry-run").returncode == 0  # a changed proof is no new release
     assert steady.current() != first
     assert "sending" not in done.stderr
     system = steady.ask("/system_stats")["system"]

@@ -348,7 +348,7 @@ class World:
                 patch.setattr(module, "trial_of", lambda layout, _: StandIn(layout))
             patch.setattr(cutover, "drain", lambda *_: None)
             patch.setattr(cutover, "first_answer", first_answer)
-            patch.setattr(cutover, "memory_shortage", lambda: self.short)
+            patch.setattr(cutover, "memory_shortage", lambda _: self.short)
             patch.setattr(files, "RETRIES", [0, 0])
             patch.setattr(files, "DRAFT_SECONDS", 0)
             yield

@@ -177,7 +177,7 @@ def test_every_request_ends_in_time(way: str, tmp_path: Path) -> None:
             "metrics": lambda: list(metrics.queue(client)),
             "counts": lambda: list(metrics.Jobs(client, tmp_path / "counts").look()),
             "gate": lambda: health._picture(place, Unknown(), "first", lambda: None, notes.append),
-            "log of the gate": lambda: health._output(place, Unknown(), ""),
+            "log of the gate": lambda: health.output(place, Unknown(), ""),
         }
 
         def answer(name: str) -> str:

@@ -47,7 +47,8 @@ def test_only_one_module_starts_ssh() -> None:
 
 def test_the_agent_has_the_standard_library_and_what_travels_with_it() -> None:
     for path in (files.CHECKOUT / "agent").rglob("*.py"):
-        assert imported(path) <= {*sys.stdlib_module_names, "agent", "agent.schema", *archive.LIBRARIES}
+        release = {"PIL", "numpy"} if path.name == "pictures.py" else set()  # runs with the release's Python
+        assert imported(path) <= {*sys.stdlib_module_names, "agent", "agent.schema", *archive.LIBRARIES, *release}
 
 
 def test_recipes_and_config_hold_no_logic() -> None:

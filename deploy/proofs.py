@@ -1,0 +1,104 @@
+"""Proofs: the workflows that a host's releases must run, read from its `[[prove]]` tables and their files."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from typing import TYPE_CHECKING
+
+from agent.schema.change import Proof
+from core import files, workspace
+from core.errors import ConfigError
+from lock import workflows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from deploy.host import Target
+    from deploy.profile import Prove
+
+WORKFLOW, REFERENCE, TOTAL = 2_000_000, 8_000_000, 24_000_000
+"""Maximum bytes of a workflow, of a reference picture, and of all of a host's, which travel in the plan."""
+
+PICTURE = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
+
+_UNITS = {"M": 10**6, "G": 10**9}
+
+
+def read(target: Target) -> tuple[Proof, ...]:
+    """The proofs of a host and its profile, with the contents of their files. Raises ConfigError."""
+    found = tuple(_proof(f"{target.name}: prove {each.file}", each) for each in target.profile.prove)
+    names = [each.name for each in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError("config", f"{target.name}: prove names {twice[0]} twice", hint="remove one of them")
+    if (size := sum(len(json.dumps(each.workflow)) + len(each.like) for each in found)) > TOTAL:
+        raise ConfigError(
+            "config",
+            f"{target.name}: the workflows and pictures of prove have {size / 1e6:.0f} MB",
+            cause=f"at most {TOTAL / 1e6:.0f} MB are sent with a plan",
+            hint="use smaller reference pictures, such as JPEG",
+        )
+    return found
+
+
+def _proof(place: str, prove: Prove) -> Proof:
+    size = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})|", prove.size)
+    memory = re.fullmatch(r"([1-9]\d{0,5})([MG])|", prove.memory)
+    rules = [
+        (1 <= prove.seconds <= 86_400, "seconds", "use 1 to 86400"),
+        (prove.images is None or 0 <= prove.images <= 1000, "images", "use 0 to 1000"),
+        (size, "size", 'use a size such as "1024x1024"'),
+        (0 <= prove.within <= 1, "within", "use 0 (equal) to 1"),
+        (memory, "memory", 'use a size such as "24G"'),
+    ]
+    for good, key, hint in rules:
+        if not good:
+            raise ConfigError("config", f"{place}: {key} = {getattr(prove, key)!r}", hint=hint)
+    assert size
+    assert memory
+    return Proof(
+        name=prove.file,
+        workflow=workflows.read_api(_found(place, prove.file, WORKFLOW)),
+        seconds=prove.seconds,
+        images=-1 if prove.images is None else prove.images,
+        size=(int(size[1]), int(size[2])) if size[1] else (),
+        like=base64.b64encode(_picture(place, prove.like)).decode() if prove.like else "",
+        within=prove.within,
+        memory=int(memory[1]) * _UNITS[memory[2]] if memory[1] else 0,
+    )
+
+
+def _found(place: str, name: str, limit: int) -> Path:
+    """A file in `config/workflows/` or relative to the checkout."""
+    tops = [
+        top / folder for top in (workspace.current().checkout, files.CHECKOUT) for folder in ("config/workflows", "")
+    ]
+    path = next((top / name for top in tops if (top / name).is_file()), None)
+    if path is None:
+        raise ConfigError(
+            "config", f"{place}: there is no file {name}", hint=f"name a file in {files.CHECKOUT / 'config/workflows'}"
+        )
+    if path.stat().st_size > limit:
+        raise ConfigError("config", f"{place}: {name} is larger than {limit / 1e6:.0f} MB", hint="use a smaller one")
+    return path
+
+
+def _picture(place: str, name: str) -> bytes:
+    raw = _found(place, name, REFERENCE).read_bytes()
+    if not PICTURE.match(raw):
+        raise ConfigError("config", f"{place}: like = {name!r} is not a PNG, JPEG or WebP picture", hint="convert it")
+    return raw
+
+
+def rows(proofs: Sequence[Proof]) -> list[str]:
+    """The proofs in words."""
+    found: list[str] = []
+    for each in proofs:
+        checks = [f"within {each.seconds} s"]
+        checks += [f"{each.images} file{'s' * (each.images != 1)}"] if each.images >= 0 else []
+        checks += ["of {}x{}".format(*each.size)] if each.size else []
+        checks += [f"at most {each.within:g} from its reference"] if each.like else []
+        found.append(f"the release must run {each.name}: {', '.join(checks)}")
+    return found
