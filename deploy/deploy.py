@@ -16,6 +16,7 @@ from deploy.change import Change, carry_out, change_each
 from deploy.group import Consent, on_each
 from deploy.inputs import gather
 from deploy.look import find_target, look
+from deploy.preview import preview
 from deploy.profile import Profile
 from deploy.refusals import Refusal, refused
 from deploy.release import requesters
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.plan import Options, Plan
+    from lock.preview import Preview
 
     Build = Callable[[Sequence[Sequence[str]]], None]
 
@@ -84,7 +86,10 @@ def _deploy(name: str, options: Options, bundle: Opened | None, agree: Callable[
     def make(_: Agent, target: Target, facts: Facts) -> Plan:
         return plan.make(target, facts, inputs, options)
 
-    change = Change(action="deploy", plan=make, inputs=inputs, offline=bundle is not None)
+    def breaks(agent: Agent, target: Target, facts: Facts) -> Preview | None:
+        return preview(agent, target, facts, inputs)
+
+    change = Change(action="deploy", plan=make, inputs=inputs, offline=bundle is not None, preview=breaks)
     return carry_out(change, target, options, agree)
 
 
