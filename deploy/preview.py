@@ -134,13 +134,10 @@ def _release(version: str, app: source.Pinned | None, pinned: Mapping[str, sourc
     recipes = {previews.COMFYUI: app, **pinned}
     with ThreadPoolExecutor(max_workers=nodes.PARALLEL) as pool:
         trees = dict(zip(recipes, pool.map(_tree, recipes.values()), strict=True))
-    return Release(
-        version=version,
-        tree=next((each for each in (trees.pop(previews.COMFYUI),) if not isinstance(each, str)), None),
-        nodes={name: each for name, each in trees.items() if not isinstance(each, str)},
-        packages={},
-        unknown={name: each for name, each in trees.items() if isinstance(each, str)},
-    )
+    found = {name: each for name, each in trees.items() if not isinstance(each, str)}
+    unknown = {name: each for name, each in trees.items() if isinstance(each, str)}
+    tree = found.pop(previews.COMFYUI, None)
+    return Release(version=version, tree=tree, nodes=found, packages={}, unknown=unknown)
 
 
 def _tree(recipe: source.Pinned | None) -> Path | str:

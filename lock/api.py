@@ -261,7 +261,7 @@ class _File:
         for name, value in ast.iter_fields(node):
             for inner in value if isinstance(value, list) else [value]:
                 if isinstance(inner, ast.AST):
-                    self._visit(inner, expected=soft if name in ("body", "orelse") else expected)
+                    self._visit(inner, expected=soft if name != "finalbody" else expected)
 
     def _dotted(self, node: ast.AST) -> str:
         """The full name of `alias.part.part`; empty for anything else."""
