@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from deploy.preview import running
 
 from core import source
 from core.errors import HearthError, UsageError
 from deploy import connection
 from deploy.look import find_target
+from deploy.preview import running
 from lock import application, interface, node_updates, workflows
 
 if TYPE_CHECKING:

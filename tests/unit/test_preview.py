@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from core import files, source
@@ -180,7 +181,7 @@ def test_every_change_has_a_row(found: Preview) -> None:
         "insightface", "0006_add_loader_path", "unknown: types of Changes",
     ):  # fmt: skip
         assert part in rows
-    assert json.loads(json.dumps(preview.msgspec.to_builtins(found)))["new"] == "0.31.0"
+    assert json.loads(json.dumps(msgspec.to_builtins(found)))["new"] == "0.31.0"
 
 
 # --- what nodes use ---------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def stock(version: str) -> Any:
         made = plans.inputs()
         values = {"version": version, "tree": trees[version], "source": git}
-        return replace(made, application=preview.msgspec.structs.replace(made.application, **values))
+        return replace(made, application=msgspec.structs.replace(made.application, **values))
 
     selection, _ = choose(plans.spark(), plans.FRESH, stock("1.0"))
     assert selection
@@ -362,7 +363,7 @@ def test_no_preview_without_a_change(deployed: Any) -> None:
     facts, stock, _ = deployed
     machine: Any = Machine()
     assert hosts_preview.preview(machine, plans.spark(), plans.FRESH, stock) is None
-    same = preview.msgspec.structs.replace(stock.application, tree=facts.releases[0]["tree"], version="1.0")
+    same = msgspec.structs.replace(stock.application, tree=facts.releases[0]["tree"], version="1.0")
     assert hosts_preview.preview(machine, plans.spark(), facts, replace(stock, application=same)) is None
     facts.releases[0]["nodes"]["Former"] = {"url": "https://a/b", "commit": "0" * 40, "tree": "0" * 64}
     assert hosts_preview.preview(machine, plans.spark(), facts, replace(stock, application=same))
