@@ -10,7 +10,7 @@ import msgspec
 from packaging.version import Version
 
 from core import console, files, source
-from core.errors import ConfigError, HearthError
+from core.errors import ConfigError, HearthError, SourceError
 from core.stack import find_stack
 from deploy import host as hosts
 from deploy.profile import modes, profiles
@@ -145,7 +145,12 @@ def _tree(recipe: source.Pinned | None) -> Path | str:
     if recipe is None:
         return "an older Hearth did not record its source"
     try:
-        tree = source.fetch(recipe)
+        try:
+            tree = source.fetch(recipe)
+        except SourceError as error:
+            if error.kind != "hash-mismatch" or not recipe.source[0].git:
+                raise
+            return source.fetch(source.pin(recipe))  # the same commit, of which other files are taken now
     except HearthError as error:
         return _reason(error)
     if recipe.source[0].folder and files.tree_hash(tree) != recipe.tree:

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 import msgspec
 from packaging.version import Version
 
-from core import foreign
-from lock import api, application, interface, workflows
+from core import foreign, source
+from lock import api, application, interface, nodes, workflows
 from lock.interface import Interface, NodeType
 from lock.readings import kept
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Set
+    from collections.abc import Iterable, Iterator, Mapping, Set
     from pathlib import Path
 
+    from lock.application import Application
+    from lock.nodes import Catalogue
     from lock.requirements import LockedList
     from lock.workflows import Workflows
 
@@ -41,6 +43,14 @@ class Release:
     packages: Mapping[str, Mapping[str, str]]
     locks: Mapping[str, LockedList] = field(default_factory=dict)
     unknown: Mapping[str, str] = field(default_factory=dict)
+
+
+def of_checkout(app: Application, known: Catalogue, locks: Iterable[LockedList]) -> Release:
+    """The release of a ComfyUI with all known nodes and these locked lists; raises the errors of fetching."""
+    lists = {lock.name: lock for lock in locks}
+    packages = {name: lock.versions() for name, lock in lists.items()}
+    trees = nodes.fetch(known.nodes)
+    return Release(version=app.version, tree=source.fetch(app), nodes=trees, packages=packages, locks=lists)
 
 
 class Flag(msgspec.Struct, frozen=True):
@@ -138,8 +148,8 @@ def preview(old: Release, new: Release, chosen: Chosen, found: Workflows, runnin
 def _interfaces(release: Release, other: Release, tree: Path) -> dict[str, Interface]:
     """The node types of ComfyUI and of the custom nodes that the other release has not, or otherwise."""
     differing = {name: place for name, place in release.nodes.items() if other.nodes.get(name) != place}
-    nodes = {name: interface.read_node_cached(place, tree) for name, place in differing.items()}
-    return {COMFYUI: interface.read_cached(tree), **nodes}
+    types = {name: interface.read_node_cached(place, tree) for name, place in differing.items()}
+    return {COMFYUI: interface.read_cached(tree), **types}
 
 
 def _types(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from deploy import preview as hosts_preview
 from deploy import release as releases
 from deploy.selection import choose
 from lock import api, interface, nodes, preview, workflows
+from lock.application import application
 from lock.interface import Change, Interface
 from lock.preview import COMFYUI, Preview, Release
 from lock.readings import kept
@@ -357,6 +359,28 @@ def test_what_cannot_be_had_is_unknown(deployed: Any, kind: str) -> None:
     }[kind]  # fmt: skip
     if kind == "no source":  # the running server knows its types
         assert [each.breaks for each in found.workflows] == [True]
+
+
+def test_release_whose_source_has_other_files_now(deployed: Any, tmp_path: Path) -> None:
+    """Other `paths` than those with which it was deployed, and a cache that was cleared."""
+    facts, stock, tree = deployed
+    (tree / "README").write_text("more")
+    config = ("user.name a", "user.email a@b", "uploadpack.allowAnySHA1InWant true", "uploadpack.allowFilter true")
+    for words in ("init -q", *(f"config {each}" for each in config), "add -A", "commit -qm x"):
+        subprocess.run(["git", "-C", str(tree), *words.split()], check=True)
+    commit = subprocess.run(["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    tree.rename(tmp_path / "repository")
+    facts.releases[0]["sources"] = [{"git": f"file://{tmp_path}/repository", "commit": commit.stdout.strip()}]
+    found = hosts_preview.preview(Machine(), plans.spark(), facts, stock)  # type: ignore[arg-type]
+    assert found
+    assert (found.unknown, found.types) == ({}, {COMFYUI: (Change("Gone", "removed"),)})
+
+
+def test_release_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "fetch", lambda known: {name: Path(name) for name in known})
+    lock = locked("cu130-linux_aarch64-cp312", "numpy==2.1\n")
+    made = preview.of_checkout(application(), nodes.Catalogue(), [lock])
+    assert (made.tree, made.packages) == (comfyui.tree(), {lock.name: {"numpy": "2.1"}})
 
 
 def test_no_preview_without_a_change(deployed: Any) -> None:
