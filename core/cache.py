@@ -21,7 +21,7 @@ KNOWN = {
     "emulation": ("emulation", "Pythons of other platforms, to import wheels; downloaded again"),
     "exports": ("exports", "the locked lists of uv.lock"),
     "installed": ("installed", "torch, CUDA compilers and tools; downloaded again, several gigabytes"),
-    "interfaces": ("interfaces", "node types of ComfyUI's versions"),
+    "interfaces": ("interfaces", "what the code of ComfyUI and custom nodes defines and uses"),
     "objects": ("build", "compiled objects and build logs; without them, the next build compiles everything"),
     "pycache": ("pycache", "compiled Python files of torch"),
     "scratch": ("scratch", "temporary files of inspections"),

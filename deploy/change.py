@@ -22,6 +22,7 @@ from deploy.look import find_target, look, web_address
 from deploy.plan import Plan
 from deploy.refusals import refused
 from deploy.upload import Upload
+from lock import preview as previews
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from deploy.connection import Agent
     from deploy.inputs import Inputs
     from deploy.plan import Options
+    from lock.preview import Preview
 
 Planner = Callable[["Agent", Target, Facts], Plan]
 """Plans from a host's facts; it may ask the agent for more."""
@@ -41,7 +43,7 @@ class Change:
     `action` is its name in the host's history, `plan` plans it. Afterwards the plan of `check` (default: `plan`) must
     be empty; `unchecked` is the reason if no plan can check it. `state` describes a changed host, unless that is
     "release in service". `inputs` provides the files for steps, with `offline` also those that the host would fetch
-    itself.
+    itself. `preview` tells on a dry run what the change breaks; None: nothing to tell.
     """
 
     action: str
@@ -51,6 +53,7 @@ class Change:
     state: str = ""
     inputs: Inputs | None = None
     offline: bool = False
+    preview: Callable[[Agent, Target, Facts], Preview | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Outcome:
     """The result of changing one host. `changed`: whether it did anything, or on a dry run would do so.
 
     `notes` come from the steps; `state` is as in `Change`, empty if the release is in service at `address`.
+    `preview` is given on a dry run that changes ComfyUI, the stack or nodes.
     """
 
     host: str
@@ -68,6 +72,7 @@ class Outcome:
     address: str = ""
     notes: tuple[str, ...] = ()
     state: str = ""
+    preview: Preview | None = None
 
 
 def change_each(
@@ -92,7 +97,10 @@ def carry_out(change: Change, target: Target, options: Options, agree: Callable[
             return facts, planner(agent, target, facts)
 
         facts, plan = planned(change.plan)
+        preview = change.preview(agent, target, facts) if options.dry_run and change.preview else None
         if plan.refusals:
+            for row in previews.rows(preview) if preview else ():
+                console.say(console.line(row))
             what = f"{change.action} is refused for {target.name}; nothing was changed"
             raise refused(what, plan.refusals, host=target.name)
         show(plan)
@@ -112,7 +120,7 @@ def carry_out(change: Change, target: Target, options: Options, agree: Callable[
     if options.trial == "only" and titles and not options.dry_run:
         state = f"release {plan.release} passed its trial; {plan.base or 'nothing'} stays in service"
     address = "" if change.state else web_address(target)
-    return Outcome(target.name, plan.release, plan.base, bool(titles), titles, address, notes, state)
+    return Outcome(target.name, plan.release, plan.base, bool(titles), titles, address, notes, state, preview)
 
 
 def show(plan: Plan) -> None:

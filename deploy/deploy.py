@@ -17,6 +17,7 @@ from deploy.change import Change, carry_out, change_each
 from deploy.group import Consent, on_each
 from deploy.inputs import gather
 from deploy.look import find_target, look
+from deploy.preview import preview
 from deploy.profile import Profile
 from deploy.refusals import Refusal, refused
 from deploy.release import requesters
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from deploy.facts import Facts
     from deploy.host import Target
     from deploy.plan import Options, Plan
+    from lock.preview import Preview
 
     Build = Callable[[Sequence[Sequence[str]]], None]
 
@@ -92,7 +94,10 @@ def _deploy(name: str, options: Options, bundle: Opened | None, agree: Callable[
             jobs = watch.finished(agent) or []
         return plan.make(target, facts, inputs, options)
 
-    change = Change(action="deploy", plan=make, inputs=inputs, offline=bundle is not None)
+    def breaks(agent: Agent, target: Target, facts: Facts) -> Preview | None:
+        return preview(agent, target, facts, inputs)
+
+    change = Change(action="deploy", plan=make, inputs=inputs, offline=bundle is not None, preview=breaks)
     outcome = carry_out(change, target, options, agree)
     if watched and outcome.base not in ("", outcome.release):
         _watch(target, outcome, jobs or [], options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from core import console
+from lock import preview
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ def rows(results: Sequence[Outcome], *, dry_run: bool) -> Iterator[str]:
     for each in results:
         if dry_run:
             yield f"{each.host}: {len(each.steps)} changes" if each.changed else f"{each.host}: nothing to do"
+            yield from (f"  {row}" for row in preview.rows(each.preview)) if each.preview else ()
         elif each.state:
             yield f"{each.host}: {each.state}"
         elif each.changed:

@@ -37,6 +37,7 @@ def deploy(
     builds the new release beside the active one. Tries the new release on a separate port with separate data; only then
     stops ComfyUI and starts the new release. If that one is unhealthy, the deploy rolls back automatically. On this
     machine it needs no root and installs to `~/.local/share/hearth/comfyui`, on port 8188.
+    With `--dry-run` it also lists what another ComfyUI, stack or node breaks: docs/how-to/preview-an-update.md
     How: docs/how-to/deploy-to-a-spark.md
 
         inv deploy --host spark --dry-run     # show the changes

@@ -21,6 +21,7 @@ from lock.values import (
     Instance,
     Module,
     Scope,
+    absolute,
     changed,
     combined,
     merge,
@@ -88,7 +89,7 @@ class Code:
         """The value of a name that `from ... import *` may give."""
         for each in module.body:
             if isinstance(each, ast.ImportFrom) and each.names[0].name == "*":
-                source = self.module(_absolute(module, each))
+                source = self.module(absolute(module.package, each))
                 if source and (found := self.value(source, name)) is not UNKNOWN:
                     yield found
 
@@ -154,7 +155,7 @@ class Code:
                 name = alias.name if alias.asname else alias.name.partition(".")[0]
                 scope.names[alias.asname or name] = self.module(name) or UNKNOWN
             else:
-                source = self.module(_absolute(scope.module, statement))
+                source = self.module(absolute(scope.module.package, statement))
                 scope.names[alias.asname or alias.name] = self.value(source, alias.name) if source else UNKNOWN
 
     def _assign(self, target: ast.expr, value: Any, scope: Scope) -> None:
@@ -372,10 +373,3 @@ class Code:
         if arguments.kwarg:
             found[arguments.kwarg.arg] = {name: value for name, value in named.items() if name not in found}
         return found
-
-
-def _absolute(module: Module, statement: ast.ImportFrom) -> str:
-    """The dotted name of the module that a statement imports from."""
-    parts = module.package.split(".")
-    above = parts[: len(parts) + 1 - statement.level] if statement.level else []
-    return ".".join(filter(None, [*above, statement.module or ""]))

@@ -6,19 +6,19 @@ What cannot be read stays unknown, and is never reported as removed.
 from __future__ import annotations
 
 import ast
-import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from core import files, foreign, workspace
+from core import foreign
 from core.errors import ConfigError, HostError
 from lock.evaluate import Code, LimitError
+from lock.readings import kept
 from lock.values import UNKNOWN, Class, Instance, Module
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 
 class Input(msgspec.Struct, frozen=True):
@@ -63,13 +63,12 @@ class Interface(msgspec.Struct, frozen=True):
 
 def read_cached(tree: Path) -> Interface:
     """Like `read`; the node types of a fetched source, which never changes, are read once."""
-    if tree.parent != workspace.current().cache / "sources":
-        return read(tree)
-    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("interface", "evaluate", "values"))
-    kept = workspace.current().cache / "interfaces" / f"{tree.name}-{hashlib.sha256(code).hexdigest()[:16]}.json"
-    if not kept.exists():
-        files.write(kept, msgspec.json.encode(read(tree)))
-    return msgspec.json.decode(kept.read_bytes(), type=Interface)
+    return kept(Interface, read, tree)
+
+
+def read_node_cached(tree: Path, comfyui: Path) -> Interface:
+    """Like `read_node`, read once."""
+    return kept(Interface, read_node, tree, comfyui)
 
 
 def read(tree: Path) -> Interface:

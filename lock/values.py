@@ -165,6 +165,13 @@ def changed(body: Iterable[ast.stmt]) -> Iterator[str]:
                 yield from changed(getattr(statement, block, ()))
 
 
+def absolute(package: str, statement: ast.ImportFrom) -> str:
+    """The dotted name of the module that a statement in a package imports from."""
+    parts = package.split(".")
+    above = parts[: len(parts) + 1 - statement.level] if statement.level else []
+    return ".".join(filter(None, [*above, statement.module or ""]))
+
+
 def _root(node: ast.AST) -> str:
     """The name at the start of `name.part["key"]`."""
     while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call, ast.Starred)):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import re
+from glob import glob
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from core.errors import ConfigError
+from core import workspace
+from core.errors import ConfigError, HearthError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-    from pathlib import Path
 
     from lock.interface import Input, Interface, NodeType
 
@@ -65,6 +68,27 @@ class Finding(msgspec.Struct, frozen=True):
     muted: bool = False
 
 
+class Report(msgspec.Struct, frozen=True):
+    """The findings of a workflow, or the reason why it cannot be read.
+
+    With another version, findings are what it changes; `already` counts those that the pinned ComfyUI has as well.
+    """
+
+    file: str
+    findings: tuple[Finding, ...] = ()
+    already: int = 0
+    error: str = ""
+
+    @property
+    def breaks(self) -> bool:
+        """Whether the workflow does not run any more."""
+        return any(not each.muted and each.kind != "replaced" for each in self.findings)
+
+
+Workflows = dict[str, "list[list[Node]] | HearthError"]
+"""Workflows by file name, or the reason why a file cannot be read."""
+
+
 def read(path: Path) -> list[list[Node]]:
     """Read the workflows of a JSON file, or those embedded in a picture, video, sound, latent or 3D model.
 
@@ -114,6 +138,21 @@ def graphs(name: str, contents: Iterable[Any], none: str = "it has no nodes") ->
         raise _no_workflow(name, f"damaged: {error!r}"[:300]) from None
     if not found:
         raise _no_workflow(name, none)
+    return found
+
+
+def collect(names: Sequence[str] = ()) -> Workflows:
+    """Read workflow files; without names or patterns, those in `config/workflows`."""
+    own = workspace.current().checkout / "config/workflows"
+    paths = [str(each) for each in sorted(own.rglob("*")) if each.is_file()] if not names else []
+    for name in map(os.path.expanduser, names):
+        paths += ("" if Path(name).exists() else sorted(glob(name, recursive=True))) or [name]  # noqa: PTH207  absolute patterns, too
+    found: Workflows = {}
+    for path in paths:
+        try:
+            found[path] = read(Path(path))
+        except ConfigError as error:
+            found[path] = error
     return found
 
 
@@ -382,3 +421,37 @@ def _compatible(output: str, wanted: str) -> bool:
     both = (set(output.split(",")), set(wanted.split(",")))
     loose = any(each in ("", "*", "COMBO") or each.startswith("COMFY_") for side in both for each in side)
     return loose or bool(both[0] & both[1])
+
+
+def report(name: str, found: list[list[Node]] | HearthError, new: Interface, old: Interface | None) -> Report:
+    """What a workflow uses and `new` lacks; with `old`, only what that one has."""
+    if isinstance(found, HearthError):
+        return Report(name, error=str(found))
+    now = {each: None for graph in found for each in check(graph, new, old)}
+    before = {each for graph in found for each in check(graph, old)} if old else set()
+    return Report(name, tuple(each for each in now if each not in before), len(before & now.keys()))
+
+
+SAYS = {
+    "type": "{0.type} does not exist{1}",
+    "replaced": "ComfyUI replaces {0.type} by {0.name}",
+    "input": "{0.type} has no input {0.name}",
+    "output": "{0.type}.{0.name} is connected to {0.detail}, which does not exist",
+    "value": "{0.type}.{0.name} does not accept {0.detail}",
+    "range": "{0.type}.{0.name} does not accept {0.detail}",
+    "link": "{0.type}.{0.name} is connected to {0.detail}",
+    "required": "{0.type}.{0.name} is required and has no value",
+}
+
+
+def rows(report: Report) -> Iterator[str]:
+    """A line for each finding, with all nodes that have it."""
+    nodes: dict[str, list[str]] = {}
+    for one in report.findings:
+        line = SAYS[one.kind].format(one, f" ({one.detail})" * bool(one.detail)) + ", but is muted" * one.muted
+        nodes.setdefault(line, []).append(one.node)
+    if nodes or report.already:
+        yield f"{report.file}:"
+    yield from (f"  {line}: node {', '.join(dict.fromkeys(ids))}" for line, ids in nodes.items())
+    if report.already:
+        yield f"  unchanged: {report.already} findings that the older ComfyUI has as well"

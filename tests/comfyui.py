@@ -15,7 +15,7 @@ from lock.interface import Interface
 from tests.conftest import FIXTURES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 RECORD = FIXTURES / "workflows/object-info-0.30.0.json.gz"
 """The answer of ComfyUI 0.30.0, without models, at `/object_info`: the parts that Hearth reads."""
@@ -38,19 +38,24 @@ def real() -> Interface:
 
 def older(place: Path) -> Path:
     """A tree like the pinned one, with the differences of OLDER."""
+    return derived(place, OLDER)
+
+
+def derived(place: Path, edits: Mapping[str, Callable[[str], str] | None]) -> Path:
+    """A tree like the pinned one with edited files; without those whose edit is None."""
     for each in tree().iterdir():
         (place / each.name).symlink_to(each)
-    for name, edit in OLDER.items():
-        folder = place / Path(name).parent
-        if folder.is_symlink():
-            origin = folder.resolve()
-            folder.unlink()
-            folder.mkdir()
-            for each in origin.iterdir():
-                (folder / each.name).symlink_to(each)
-        text = (tree() / name).read_text()
+    for name, edit in edits.items():
+        for folder in [place / each for each in reversed(Path(name).parents)]:
+            if folder.is_symlink():
+                origin = folder.resolve()
+                folder.unlink()
+                folder.mkdir()
+                for each in origin.iterdir():
+                    (folder / each.name).symlink_to(each)
         (place / name).unlink()
-        (place / name).write_text(edit(text))
+        if edit:
+            (place / name).write_text(edit((tree() / name).read_text()))
     return place
 
 

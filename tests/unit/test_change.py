@@ -21,8 +21,10 @@ from deploy import adopt, change, connection, deploy, host
 from deploy.change import Change
 from deploy.facts import Facts
 from deploy.host import Host, Hosts, Target
+from deploy.outcome import rows
 from deploy.plan import Options, Plan
 from deploy.refusals import Refusal, refused
+from lock.preview import Preview
 from tests.errors import raises
 from tests.plans import FRESH, RUNNING, inputs, settled, spark
 from tests.unit.test_adopt import folder, proposed, unit
@@ -128,6 +130,28 @@ def test_dry_run_no_steps_and_no_confirmation_apply_nothing(at: Any) -> None:
     with raises("refused"):
         change.change_each(["spark"], Change(action="stop", plan=planner(some(STEP))), Options(), agree=no)
     assert not machine.submitted
+
+
+def test_dry_run_previews_what_breaks_even_if_it_is_refused(at: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    at(Machine(FRESH))
+    made = Preview(old="1.0", new="1.1", migrations=("0007",))
+    refusal = Refusal("wrong-flag", "no flag --a", "omit it")
+
+    def run(dry: bool, *refusals: Refusal) -> Any:
+        planned = Change(action="deploy", plan=planner(some(STEP, refusals=refusals)), preview=lambda *_: made)
+        if not dry:
+            planned = replace(planned, check=planner(some()))
+        return change.carry_out(planned, spark(), Options(dry_run=dry), lambda: None)
+
+    outcome = run(True)
+    assert outcome.preview is made
+    assert [row for row in rows([outcome], dry_run=True) if "0007" in row]
+    assert msgspec.to_builtins(outcome)["preview"]["migrations"] == ("0007",)
+    assert run(False).preview is None
+    capsys.readouterr()
+    with raises("refused"):
+        run(True, refusal)
+    assert "0007" in capsys.readouterr().err
 
 
 def test_offline_host_is_sent_the_packages(at: Any) -> None:

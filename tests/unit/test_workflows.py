@@ -192,7 +192,7 @@ def test_muted_nodes_need_nothing(tmp_path: Path, mode: int, muted: bool) -> Non
     findings = workflows.check(read(tmp_path, {"nodes": nodes}), comfyui.pinned())
     required = [] if muted else [Finding("2", "SaveImage", "required", "images", "IMAGE")]
     assert findings == [Finding("1", "Gone", "type", muted=muted), *required]
-    assert checks.Report("a", tuple(findings)).breaks != muted
+    assert workflows.Report("a", tuple(findings)).breaks != muted
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_replaced_type_does_not_break_a_workflow(tmp_path: Path) -> None:
     workflow = {"1": {"class_type": "Load3DAnimation", "inputs": {}}}
     findings = workflows.check(read(tmp_path, workflow), comfyui.pinned())
     assert findings == [Finding("1", "Load3DAnimation", "replaced", "Load3D")]
-    assert not checks.Report("a", tuple(findings)).breaks
+    assert not workflows.Report("a", tuple(findings)).breaks
 
 
 # --- files that are none, and the task --------------------------------------------------------------------------------

@@ -1,0 +1,194 @@
+"""What a deploy changes and breaks on a host: its release against the one in service."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from packaging.version import Version
+
+from core import console, files, source
+from core.errors import ConfigError, HearthError, SourceError
+from core.stack import find_stack
+from deploy import host as hosts
+from deploy.profile import modes, profiles
+from deploy.selection import choose
+from lock import interface, nodes, workflows
+from lock import preview as previews
+from lock.preview import Driver, Preview, Release
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from deploy.connection import Agent
+    from deploy.facts import Facts
+    from deploy.host import Target
+    from deploy.inputs import Inputs
+    from lock.interface import Interface
+    from lock.nodes import Node
+    from lock.workflows import Workflows
+
+
+def preview(agent: Agent, target: Target, facts: Facts, inputs: Inputs) -> Preview | None:
+    """Compare a host's release with the one to deploy; None if they have the same ComfyUI, stack and nodes.
+
+    Never fails: what cannot be had is unknown.
+    """
+    manifest = facts.release(facts.current)
+    wanted = {name: node for name, node in inputs.nodes.items() if name not in target.host.developed}
+    if manifest is None or _same(manifest, target, inputs, wanted):
+        return None
+    try:
+        return _preview(agent, target, facts, inputs, manifest, wanted)
+    except (HearthError, OSError, ValueError, RecursionError) as error:
+        return Preview(old=manifest["version"], new=inputs.application.version, unknown={"preview": _reason(error)})
+
+
+def _same(manifest: Mapping[str, Any], target: Target, inputs: Inputs, wanted: Mapping[str, Node]) -> bool:
+    """Whether a release has the wanted ComfyUI, stack and nodes, except for those that are not available."""
+    before = (manifest.get("tree"), manifest["stack"], manifest["torch"])
+    known = {name: each["commit"] for name, each in manifest.get("nodes", {}).items()}
+    lacking = {name for lock in inputs.locks.values() for name in lock.unavailable}
+    commits = {name: node.commit for name, node in wanted.items() if name not in lacking or name in known}
+    return before == (inputs.application.tree, target.stack.name, target.stack.torch) and commits == known
+
+
+def _preview(
+    agent: Agent, target: Target, facts: Facts, inputs: Inputs, manifest: Mapping[str, Any], wanted: Mapping[str, Node]
+) -> Preview:
+    selection, _ = choose(target, facts, inputs)
+    name = selection.lock.name if selection else ""
+    packages = {name: selection.lock.versions(selection.requesters)} if selection else {}
+    lacking = selection.lock.unavailable if selection else {}
+    new = _release(inputs.application.version, inputs.application,
+                   {each: node.pinned(each) for each, node in wanted.items() if each not in lacking})  # fmt: skip
+    new = replace(new, packages=packages, locks={name: selection.lock} if selection else {})
+    old = _release(manifest["version"], _source(manifest, inputs), _nodes(manifest, wanted))
+    old = replace(old, packages={name: manifest.get("packages", {})})
+    found, unknown, types = workflows.collect(), dict[str, str](), None
+    try:
+        types, saved = running(agent, target.name, saved=True)
+        found |= saved
+    except HearthError as error:
+        unknown[f"workflows saved on {target.name}"] = _reason(error)
+    chosen = {target.name: (replace(target, comfyui=old.version).flags, target.flags)}
+    made = previews.preview(old, new, chosen, found, types)
+    unknown |= {} if selection else {"packages": "no locked list fits the host"}
+    unknown |= {} if "packages" in manifest else {"packages": "an older Hearth did not record those in service"}
+    return msgspec.structs.replace(
+        made,
+        flags=tuple(msgspec.structs.replace(each, owner=_owner(target, each.flag)) for each in made.flags),
+        unavailable=tuple(each for each in made.unavailable if each.node in wanted),
+        drivers={target.name: driver(target, facts)} if target.profile.cuda else {},
+        unknown={**made.unknown, **unknown},
+    )
+
+
+def _owner(target: Target, flag: str) -> str:
+    origin = target.origin.get(f"flags.{flag}", "")
+    return f"{target.name} ({origin})" if origin else target.name
+
+
+def driver(target: Target, facts: Facts) -> Driver:
+    """A host's driver, and the one that its stack needs."""
+    stack = target.stack
+    try:
+        fits = Version(facts.driver) >= Version(stack.driver)
+    except ValueError:
+        fits = None
+    return Driver(facts.driver, stack.cuda, stack.driver, fits)
+
+
+def _reason(error: BaseException) -> str:
+    return console.line(getattr(error, "what", "") or repr(error))[:300]
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def _source(manifest: Mapping[str, Any], inputs: Inputs) -> source.Pinned | None:
+    """The source of a release's ComfyUI; None if an older Hearth did not record it."""
+    listed = msgspec.convert(manifest.get("sources", ()), tuple[source.Source, ...])
+    app, tree = inputs.application, manifest.get("tree", "")
+    if not (listed and tree):
+        return None
+    return source.Pinned(
+        name=app.name, version=manifest["version"], source=listed, tree=tree, paths=app.paths, folder=app.folder
+    )
+
+
+def _nodes(manifest: Mapping[str, Any], wanted: Mapping[str, Node]) -> dict[str, source.Pinned]:
+    """The sources of a release's nodes. Which of their files are left out is taken from the wanted ones."""
+    found = {}
+    for name, each in manifest.get("nodes", {}).items():
+        known = wanted.get(name) or nodes.Node(url="", commit="", tree="", why="")
+        found[name] = msgspec.structs.replace(known, **each).pinned(name)
+    return found
+
+
+def _release(version: str, app: source.Pinned | None, pinned: Mapping[str, source.Pinned]) -> Release:
+    """Fetch the sources of a release, in parallel if the cache lacks them."""
+    recipes = {previews.COMFYUI: app, **pinned}
+    with ThreadPoolExecutor(max_workers=nodes.PARALLEL) as pool:
+        trees = dict(zip(recipes, pool.map(_tree, recipes.values()), strict=True))
+    found = {name: each for name, each in trees.items() if not isinstance(each, str)}
+    unknown = {name: each for name, each in trees.items() if isinstance(each, str)}
+    tree = found.pop(previews.COMFYUI, None)
+    return Release(version=version, tree=tree, nodes=found, packages={}, unknown=unknown)
+
+
+def _tree(recipe: source.Pinned | None) -> Path | str:
+    """The tree of a source, or the reason why there is none."""
+    if recipe is None:
+        return "an older Hearth did not record its source"
+    try:
+        try:
+            tree = source.fetch(recipe)
+        except SourceError as error:
+            if error.kind != "hash-mismatch" or not recipe.source[0].git:
+                raise
+            return source.fetch(source.pin(recipe))  # the same commit, of which other files are taken now
+    except HearthError as error:
+        return _reason(error)
+    if recipe.source[0].folder and files.tree_hash(tree) != recipe.tree:
+        return f"{tree} has changed since"
+    return tree
+
+
+# --- hosts and profiles -----------------------------------------------------------------------------------------------
+
+
+def running(agent: Agent, host: str, *, saved: bool) -> tuple[Interface, Workflows]:
+    """The node types of a host's running ComfyUI and, with `saved`, the workflows that its users saved."""
+    answer = agent.call("node-types", workflows=saved)
+    found: Workflows = {}
+    for name, content in sorted(answer["workflows"].items()):
+        label = f"{host}:{name}"
+        try:
+            unread = "it has no nodes" if content else "it is too large, or not JSON"
+            found[label] = workflows.graphs(label, [content], unread)
+        except ConfigError as error:
+            found[label] = error
+    return interface.reported(answer["types"]), found
+
+
+def chosen_flags(old: str, new: str) -> previews.Chosen:
+    """The flags of all profiles, modes and hosts for two versions of ComfyUI."""
+    plain = hosts.Host(scope="user")
+    targets = {f"profile {name}": hosts.Target(name, plain, name, each, {}) for name, each in profiles().items()}
+    targets |= {f"host {name}": hosts.target(name) for name in hosts.hosts().hosts}
+    found = {
+        name: (replace(each, comfyui=old).flags, replace(each, comfyui=new).flags) for name, each in targets.items()
+    }
+    torch = find_stack().torch
+    for name, mode in modes().items():
+        for unified in (False, True):
+            settings = mode.on(unified=unified).flags.items()
+            first, second = (
+                {flag: each.value for flag, each in settings if each.active(torch, version)} for version in (old, new)
+            )
+            found[f"mode {name}" + " (unified memory)" * unified] = (first, second)
+    return found

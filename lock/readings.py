@@ -1,0 +1,32 @@
+"""What is read of fetched sources is kept in the cache: a pinned source never changes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from core import files, workspace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_CODE = ("api", "evaluate", "interface", "values")
+"""The modules of this package that read sources; others read them again."""
+
+
+def kept(kind: type[T], read: Callable[..., T], *trees: Path) -> T:
+    """The result of `read` for these trees, which is read once for fetched sources."""
+    sources = workspace.current().cache / "sources"
+    if any(each.parent != sources for each in trees):
+        return read(*trees)
+    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _CODE)
+    named = "-".join([*(each.name for each in trees), kind.__name__, hashlib.sha256(code).hexdigest()[:16]])
+    place = workspace.current().cache / "interfaces" / f"{named}.json"
+    if not place.exists():
+        files.write(place, msgspec.json.encode(read(*trees)))
+    return msgspec.json.decode(place.read_bytes(), type=kind)
