@@ -152,16 +152,20 @@ class Target:
     @property
     def flags(self) -> dict[str, str]:
         """ComfyUI's flags with their values, in a fixed order."""
-        return self._active(self.profile.flags)
+        return self.flags_for(self.comfyui)
+
+    def flags_for(self, comfyui: str) -> dict[str, str]:
+        """The flags of a version of ComfyUI."""
+        return self._active(self.profile.flags, comfyui)
 
     @property
     def env(self) -> dict[str, str]:
         """ComfyUI's environment variables for these versions."""
-        return self._active(self.profile.env)
+        return self._active(self.profile.env, self.comfyui)
 
-    def _active(self, settings: dict[str, Setting]) -> dict[str, str]:
+    def _active(self, settings: dict[str, Setting], comfyui: str) -> dict[str, str]:
         torch = self.stack.torch
-        return {name: each.value for name, each in sorted(settings.items()) if each.active(torch, self.comfyui)}
+        return {name: each.value for name, each in sorted(settings.items()) if each.active(torch, comfyui)}
 
     @property
     def site(self) -> dict[str, Any]:

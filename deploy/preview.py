@@ -74,7 +74,7 @@ def _preview(
         found |= saved
     except HearthError as error:
         unknown[f"workflows saved on {target.name}"] = _reason(error)
-    chosen = {target.name: (replace(target, comfyui=old.version).flags, target.flags)}
+    chosen = {target.name: (target.flags_for(old.version), target.flags)}
     made = previews.preview(old, new, chosen, found, types)
     unknown |= {} if selection else {"packages": "no locked list fits the host"}
     unknown |= {} if "packages" in manifest else {"packages": "an older Hearth did not record those in service"}
@@ -180,9 +180,7 @@ def chosen_flags(old: str, new: str) -> previews.Chosen:
     plain = hosts.Host(scope="user")
     targets = {f"profile {name}": hosts.Target(name, plain, name, each, {}) for name, each in profiles().items()}
     targets |= {f"host {name}": hosts.target(name) for name in hosts.hosts().hosts}
-    found = {
-        name: (replace(each, comfyui=old).flags, replace(each, comfyui=new).flags) for name, each in targets.items()
-    }
+    found = {name: (each.flags_for(old), each.flags_for(new)) for name, each in targets.items()}
     torch = find_stack().torch
     for name, mode in modes().items():
         for unified in (False, True):
