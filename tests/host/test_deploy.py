@@ -107,7 +107,7 @@ def test_edited_unit_is_repaired(steady: Fleet, edit: str, why: str) -> None:
     unit = "/etc/systemd/system/comfyui.service"
     steady.machine.run(f"mkdir -p {unit}.d; printf '[Service]\\nEnvironment=OWN=1\\n' > {unit}.d/own.conf")
     steady.machine.run(f"{edit} 's/^NoNewPrivileges=yes/NoNewPrivileges=no/' {unit}")
-    done = steady.deploy()
+    done = steady.deploy("--no-trial")
     assert done.returncode == 0, done.stderr
     assert why in done.stderr
     shown = steady.machine.run("systemctl show comfyui -p NoNewPrivileges -p Environment")
@@ -165,7 +165,12 @@ def test_changed_flags_make_a_release_that_can_be_rolled_back(steady: Fleet) -> 
     ("name", "edits", "said"),
     [
         ("crashes", broken('import sys; print("I am broken", flush=True); sys.exit(5)'), "| I am broken"),
-        ("never-answers", broken("import time; time.sleep(1000)"), "does not answer after 6 s"),
+        pytest.param(
+            "never-answers",
+            broken("import time; time.sleep(1000)"),
+            "does not answer after 6 s",
+            marks=pytest.mark.faults,
+        ),
         pytest.param(
             "wrong-version",
             {"comfyui_version.py": (r"0\.30\.0", "0.29.9")},
@@ -346,7 +351,7 @@ def test_tampered_part_is_rebuilt(steady: Fleet) -> None:
     plan = steady.deploy("--dry-run")
     assert plan.returncode == 2
     assert "it was changed after it was made" in plan.stderr
-    done = steady.deploy()
+    done = steady.deploy("--no-trial")
     assert done.returncode == 0, done.stderr
     assert "tampered" not in (target / "nodes.py").read_text()
 

@@ -155,7 +155,7 @@ def test_damaged_part_is_rebuilt_and_comfyui_restarted(running: Here) -> None:
     part = (running.prefix / "current/app").resolve()
     (part / "nodes.py").chmod(0o644)
     (part / "nodes.py").write_text("broken\n")
-    done = running.inv("deploy")
+    done = running.inv("deploy", "--no-trial")
     assert done.returncode == 0, done.stderr
     assert "it was changed after it was made" in done.stderr
     assert running.supervisor()["child"] != before["child"]
@@ -194,7 +194,7 @@ def test_supervised_comfyui_waits_for_mounts(running: Here, tmp_path: Path) -> N
     assert running.inv("deploy").returncode == 63
     subprocess.run(mount, check=True)
     try:
-        done = running.inv("deploy")
+        done = running.inv("deploy", "--no-trial")
         assert done.returncode == 0, done.stderr
         assert (pool / "out").is_dir()
         child = running.supervisor()["child"]
@@ -237,7 +237,7 @@ def test_changed_address_port_and_tls_can_be_rolled_back(running: Here, tmp_path
         assert "answers" in json.dumps(status)
         slow = running.inv("restart")
         assert slow.returncode == 0, slow.stderr
-        back = running.inv("rollback")  # hosts.toml still names the other port
+        back = running.inv("rollback", "--no-trial")  # hosts.toml still names the other port
         assert back.returncode == 0, back.stderr
     finally:
         running.port = port
@@ -253,7 +253,7 @@ def test_supervised_development_mode_and_memory_timer(running: Here, tmp_path: P
     node.mkdir()
     (node / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
     running.configure(f'modes = ["development"]\ndevelop = ["{node}"]\nfree_memory = "4s"\n')
-    done = running.inv("deploy")
+    done = running.inv("deploy", "--no-trial")
     assert done.returncode == 0, done.stderr
     first = running.supervisor()
     log = running.prefix / "state/comfyui.log"
@@ -448,7 +448,7 @@ def test_failed_start_shows_the_log(running: Here) -> None:
     assert "| I am broken" in broken.stderr
     assert json.loads(running.inv("history", "--json").stdout)[-1]["result"] == "failed"
     main.chmod(mode)
-    mended = running.inv("deploy")  # the file differs at least in its time
+    mended = running.inv("deploy", "--no-trial")  # the file differs at least in its time
     assert mended.returncode == 0, mended.stderr
 
 

@@ -157,7 +157,7 @@ def test_silent_network_during_upload_ends_the_client(distant: Distant) -> None:
     ends_by_itself(client)
     distant.restore()
     distant.slow()
-    done = distant.deploy(HEARTH_APP=str(folder))
+    done = distant.deploy("--no-trial", HEARTH_APP=str(folder))
     assert done.returncode == 0, done.stderr
 
 

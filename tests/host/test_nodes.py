@@ -100,9 +100,9 @@ class Garden:
             text = re.sub(r"and nodes \w+;", marked, path.read_text(), count=1)
             (self.folder / "locks" / path.name).write_text(text)
 
-    def deploy(self, *wanted: str) -> subprocess.CompletedProcess[str]:
+    def deploy(self, *wanted: str, trial: bool = False) -> subprocess.CompletedProcess[str]:
         self.fleet.configure(f"[hosts.spark.override]\nnodes = {json.dumps(wanted)}\n")
-        return self.fleet.deploy(HEARTH_APP=str(self.folder))
+        return self.fleet.deploy(*([] if trial else ["--no-trial"]), HEARTH_APP=str(self.folder))
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_nodes_are_read_only_with_writable_paths(garden: Garden, monkeypatch: py
     release = fleet.current()
     required = bad.replace('why = "a test"', 'why = "a test"\nrequired = true')
     garden.write(second, required, monkeypatch=monkeypatch)
-    refused = garden.deploy("good", "bad")
+    refused = garden.deploy("good", "bad", trial=True)
     assert refused.returncode == 66, refused.stderr
     assert "required node bad cannot be imported" in refused.stderr
     assert fleet.current() == release

@@ -162,7 +162,7 @@ def recovers(fleet: Tower, cut: Cut, allowed: set[str], **env: str) -> None:
     if ended:
         assert fleet.answers(120), fleet.machine.run("journalctl --no-pager -u comfyui | tail -50")
         fleet.database()
-    done = fleet.deploy(**env)
+    done = fleet.deploy("--no-trial", **env)
     assert done.returncode == 0, done.stderr
     again = fleet.deploy(**env)
     assert (again.returncode, "nothing to do" in again.stdout) == (0, True), again.stdout + again.stderr

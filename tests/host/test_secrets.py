@@ -24,7 +24,7 @@ def test_secret_reaches_only_comfyui(steady: Fleet) -> None:
     kept = steady.inv("secret", "set", "HF_TOKEN", "--host", "spark", "--command", f"echo {VALUE}")
     assert kept.returncode == 0, kept.stderr
     assert json.loads(steady.inv("secrets", "--host", "spark", "--json").stdout) == {"spark": {"HF_TOKEN": "encrypted"}}
-    done = steady.deploy()
+    done = steady.deploy("--no-trial")
     assert done.returncode == 0, done.stderr
     pid = "$(systemctl show comfyui -p MainPID --value)"
     assert f"HF_TOKEN={VALUE}" in machine.run(f"tr '\\0' '\\n' < /proc/{pid}/environ")

@@ -52,7 +52,7 @@ def test_a_user_deploys_without_root(own: Own) -> None:
     release = own.current()
     port = free_port()
     own.configure(f'scope = "user"\nmetrics_port = {port}\n')
-    measured = own.deploy()
+    measured = own.deploy("--no-trial")
     assert measured.returncode == 0, measured.stderr
     found = scrape(port)
     for line in ("hearth_comfyui_up 1.0", "hearth_service_active 1.0", "hearth_gate_success 1.0"):
@@ -61,7 +61,7 @@ def test_a_user_deploys_without_root(own: Own) -> None:
     node = f"{HOME}/my-node"
     own.machine.run(f"runuser -u {LOGIN} -- sh -c 'mkdir {node}; echo NODE_CLASS_MAPPINGS = 0 > {node}/__init__.py'")
     own.configure(f'scope = "user"\nmodes = ["development"]\ndevelop = ["{node}"]\nfree_memory = "5s"\n')
-    developed = own.deploy()
+    developed = own.deploy("--no-trial")
     assert developed.returncode == 0, developed.stderr
     assert "node my-node cannot be imported" in developed.stderr
     before = own.facts()["service"]["pid"]

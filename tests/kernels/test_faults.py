@@ -109,6 +109,7 @@ def test_a_patch_that_does_not_apply(hearth: Hearth) -> None:
     assert "0001-say-which-cuda.patch does not apply" in done.stderr
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_compile_error_names_the_file_and_the_log_and_keeps_the_rest(hearth: Hearth) -> None:
     hearth.edit("src/csrc/sum.cu", "float total = 0;", "float total = nothing;")
     done = hearth.inv(*BUILD, "--jobs", "1")
@@ -126,6 +127,7 @@ def test_a_compile_error_names_the_file_and_the_log_and_keeps_the_rest(hearth: H
     assert not finished & set(steps(done.stderr))
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_kernel_that_fails_withholds_no_other_wheel(hearth: Hearth) -> None:
     for name, kernel in (("broken", "csrc/sum.cu"), ("missing", "csrc/nothing.cu")):
         shutil.copytree(hearth.tiny, hearth.recipes / name)
@@ -166,6 +168,7 @@ def test_killed_compiler_is_out_of_memory(hearth: Hearth) -> None:
     assert not hearth.wheels()
 
 
+@pytest.mark.usefixtures("quick")
 def test_full_disk_is_reported_and_the_next_run_continues(hearth: Hearth) -> None:
     """The build folder is on a file system of 600 kB, in a separate mount namespace."""
     build = hearth.cache / "build"
