@@ -51,7 +51,11 @@ def compile_all(*, check: bool, newest: str = "") -> list[str]:
             hint="inv lock",
         )
     for app, lists, few in found:
-        lists |= {each.name: each for each in compiled(app, known, newest=newest)} if few else {}
+        try:
+            lists |= {each.name: each for each in compiled(app, known, newest=newest)} if few else {}
+        except LockError as error:
+            error.what = f"ComfyUI {app.version}: {error.what}"
+            raise
     for app, lists, few in found:
         if few:  # all: $HEARTH_APP may have had the recipe's lists
             for each in lists.values():
