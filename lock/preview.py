@@ -213,7 +213,7 @@ def _broken(old: Release, new: Release) -> dict[str, tuple[api.Broken, ...]]:
 
 
 def _known(tree: Path) -> dict[str, application.Flag]:
-    return application.flags(foreign.text(tree / "comfy/cli_args.py"))
+    return application.flags(application.text(tree, "comfy/cli_args.py"))
 
 
 def _flags(old: Mapping[str, application.Flag], new: Mapping[str, application.Flag], chosen: Chosen) -> Iterator[Flag]:
