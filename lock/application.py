@@ -86,7 +86,7 @@ def find(which: str = PINNED) -> Path:
     if version in known:
         return known[version]
     if not version:
-        hint = f'name one of {", ".join(known)} in {channels_file()}: {which} = "VERSION"'
+        hint = f"inv update comfyui --channel {which}"
         raise ConfigError("config", f"the channel {which} has no version yet", hint=hint)
     hint = f"{suggest(version, [*known, PINNED, *CHANNELS])}; inv update comfyui --to VERSION fetches another one"
     what = f"there is no ComfyUI {version!r}" + f", which is {which}" * (version != which)

@@ -102,7 +102,7 @@ def test_a_host_gets_the_version_that_it_selects(own: Own) -> None:
         ("lates", "perhaps you meant 'latest'"),
         ("9.9", "inv update comfyui --to"),
         ("../app", "known: "),
-        ("stable", 'stable = "VERSION"'),
+        ("stable", "inv update comfyui --channel stable"),
         ("latest", "inv update comfyui --to"),
     ],
 )
