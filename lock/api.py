@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
 import re
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -20,6 +18,7 @@ from lock import values
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
 _ROOTS = re.compile(
     r"comfy(_\w+)?|api_server|app|cuda_malloc|execution|folder_paths|latent_preview|main|middleware|node_helpers|nodes"
@@ -85,25 +84,13 @@ def read(tree: Path) -> Api:
     modules: dict[str, Module] = {}
     for top in sorted(tree.iterdir()):
         if _ROOTS.fullmatch(top.stem):
-            for path in [top] if top.suffix == ".py" else _files(top):
+            for path in [top] if top.suffix == ".py" else sorted(top.rglob("*.py")):
                 name = ".".join(path.relative_to(tree).with_suffix("").parts).removesuffix(".__init__")
                 modules[name] = _module(path, name)
                 for at, mark in enumerate(name):
                     if mark == ".":  # a folder without an __init__.py
                         modules.setdefault(name[:at], Module({}))
     return Api(modules)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """The Python files in a folder; links are followed, but no folder is read twice."""
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(each for each in folders if each.isidentifier())
-        yield from (Path(place, each) for each in sorted(names) if each.endswith(".py"))
 
 
 def _module(path: Path, name: str) -> Module:
@@ -180,9 +167,9 @@ def uses(tree: Path) -> Uses:
 
     Left out are uses that the code expects to fail: with `try`, `hasattr` or a comparison of versions.
     """
-    paths = [path for path in _files(tree) if not _ASIDE.fullmatch(path.relative_to(tree).parts[0])]
+    paths = [path for path in sorted(tree.rglob("*.py")) if not _ASIDE.fullmatch(path.relative_to(tree).parts[0])]
     parsed = {path: foreign.python(path) for path in paths}
-    moved = any(b"sys.path" in foreign.content(path) for path in paths)
+    moved = any(each.body and b"sys.path" in foreign.content(path) for path, each in parsed.items())
     own = {each.stem for each in tree.iterdir()} if moved else set()
     found: list[Use] = []
     for path in _imported(tree, parsed):
@@ -197,7 +184,7 @@ _ASIDE = re.compile(r"tests?|examples?|scripts?|docs|build|setup\.py")
 
 def _imported(tree: Path, parsed: Mapping[Path, ast.Module]) -> Iterable[Path]:
     """The files that a node's __init__.py imports, directly or not; all files if a module's name is computed."""
-    waiting, reached = [tree / "__init__.py"], set[Path]()
+    waiting, reached = [tree / "__init__.py"], set()
     while waiting:
         path = waiting.pop()
         if path in reached or path not in parsed:

@@ -101,7 +101,9 @@ def found(other: Path, tmp_path_factory: pytest.TempPathFactory) -> Preview:
     x86 = "cu130-linux_x86_64-cp312"
     lists = {
         arm: locked(arm, "# Without Theirs: no wheel of insightface\nnumpy==2.1\n    # via comfyui.txt\n"),
-        x86: locked(x86, "numpy==2.1\n    # via comfyui.txt\n    # via -r Theirs.node.txt\ntorch==2.14.1\n"),
+        x86: locked(
+            x86, "numpy==2.1\n    # via comfyui.txt\n    # via -r Stays.node.txt\n    # via accelerate\ntorch==2.14.1\n"
+        ),
     }
     old = release(
         comfyui.tree(), "0.30.0", nodes={"Stays": stays, "Changes": before},
@@ -148,7 +150,7 @@ def test_packages(found: Preview) -> None:
     arm, x86 = "cu130-linux_aarch64-cp312", "cu130-linux_x86_64-cp312"
     (numpy,) = found.packages  # torch's major version stays
     assert (numpy.name, numpy.old, numpy.new, numpy.lists) == ("numpy", "1.26", "2.1", (arm, x86))
-    assert numpy.by == ("Theirs", "comfyui.txt")
+    assert numpy.by == (COMFYUI, "Stays")
     assert [(each.node, each.list) for each in found.unavailable] == [("Theirs", arm)]
     assert "insightface" in found.unavailable[0].reason
 
@@ -251,6 +253,20 @@ def test_changed_code_must_fit_the_new_comfyui(apis: tuple[api.Api, api.Api], tm
 def test_own_module_with_a_name_of_comfyui(apis: tuple[api.Api, api.Api], tmp_path: Path) -> None:
     text = "import sys\nsys.path.append(here)\nfrom comfy.utils import common_upscale"
     assert fails(apis, tmp_path, text, comfy="") == set()
+
+
+def test_files_that_cannot_be_read_are_left_out(apis: tuple[api.Api, api.Api], tmp_path: Path) -> None:
+    deep = "from comfy.utils import common_upscale\nx = " + "comfy" + ".utils" * 3000
+    place = node(
+        tmp_path / "node",
+        __init__="from . import large, deep, folder, part",
+        deep=deep,
+        part="import comfy.taesd.taehv",
+    )
+    (place / "large.py").write_text("from comfy.utils import common_upscale\n" + "#" * 1_000_001)
+    (place / "folder.py").mkdir()
+    uses = api.uses(place)
+    assert "comfy.taesd.taehv" in {each.name for each in api.broken(uses, *apis, uses)}
 
 
 def test_names_that_stars_and_code_may_define(tmp_path: Path) -> None:
