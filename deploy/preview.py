@@ -43,7 +43,7 @@ def preview(agent: Agent, target: Target, facts: Facts, inputs: Inputs) -> Previ
         return None
     try:
         return _preview(agent, target, facts, inputs, manifest, wanted)
-    except (HearthError, OSError, ValueError, RecursionError) as error:
+    except (HearthError, OSError, ValueError, LookupError, TypeError, RecursionError, msgspec.MsgspecError) as error:
         return Preview(old=manifest["version"], new=inputs.application.version, unknown={"preview": _reason(error)})
 
 

@@ -155,6 +155,11 @@ class Use(msgspec.Struct, frozen=True):
     count: int = 0
     keywords: tuple[str, ...] = ()
 
+    @property
+    def file(self) -> str:
+        """The file of its place."""
+        return self.place.rpartition(":")[0]
+
 
 class Uses(msgspec.Struct, frozen=True):
     """All uses in a custom node."""
@@ -295,7 +300,7 @@ class Broken(msgspec.Struct, frozen=True):
 def broken(found: Uses, old: Api, new: Api, before: Uses) -> list[Broken]:
     """The uses that fail with a new ComfyUI, without those of the code `before` that do not work with the old one."""
     listed: dict[tuple[str, str, str], list[str]] = {}
-    works = {use.name for use in found.uses if _problem(use, new) == ""}  # calls for several versions
+    works = {(use.name, use.file) for use in found.uses if _problem(use, new) == ""}  # calls for several versions
     former = {use.name for use in before.uses}
     for use in found.uses:
         name, exists = new.find(use.name)
@@ -305,7 +310,7 @@ def broken(found: Uses, old: Api, new: Api, before: Uses) -> list[Broken]:
                 listed.setdefault((name, "missing", ""), []).append(use.place)
         elif use.name in former and _problem(use, old) != "":
             continue
-        elif use.name not in works and (problem := _problem(use, new)):
+        elif (use.name, use.file) not in works and (problem := _problem(use, new)):
             listed.setdefault((use.name, "call", problem), []).append(use.place)
     return [Broken(*key, tuple(dict.fromkeys(places))) for key, places in sorted(listed.items())]
 
