@@ -183,7 +183,7 @@ def chosen_flags(old: str, new: str) -> previews.Chosen:
     found = {name: (each.flags_for(old), each.flags_for(new)) for name, each in targets.items()}
     torch = find_stack().torch
     for name, mode in modes().items():
-        for unified in (False, True):
+        for unified in (False, True)[: 1 + bool(mode.on_unified)]:
             settings = mode.on(unified=unified).flags.items()
             first, second = (
                 {flag: each.value for flag, each in settings if each.active(torch, version)} for version in (old, new)

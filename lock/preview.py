@@ -232,9 +232,13 @@ def _flags(old: Mapping[str, application.Flag], new: Mapping[str, application.Fl
                 yield Flag(owner, what.partition(" ")[0], "conflict", what, remedy)
 
 
+_COUNTS = {"0": "no value", "1": "one value", "?": "at most one value", "+": "at least one value"}
+
+
 def _says(flag: application.Flag) -> str:
-    group = f", excludes others of {flag.group}" if flag.group else ""
-    return f"{flag.values} {flag.kind or 'value'}(s) {'|'.join(flag.choices)}".rstrip() + group
+    choices = f" of {', '.join(flag.choices)}" if flag.choices else ""
+    group = f", not with others of {flag.group}" if flag.group else ""
+    return f"{_COUNTS.get(flag.values, 'several values')}{f' ({flag.kind})' * bool(flag.kind)}{choices}{group}"
 
 
 def _packages(old: Release, new: Release) -> Iterator[Package]:
