@@ -224,8 +224,8 @@ def _flags(old: Mapping[str, application.Flag], new: Mapping[str, application.Fl
             alone |= {what for what, _ in problems}
             if problems and not application.wrong({flag: value}, old):
                 yield Flag(owner, flag, "value" if flag in new else "removed", *problems[0])
-            elif flag in old and flag in new and old[flag] != new[flag]:
-                yield Flag(owner, flag, "changed", f"{flag} takes {_says(new[flag])}, before {_says(old[flag])}")
+            elif flag in old and flag in new and (takes := _takes(new[flag])) != (took := _takes(old[flag])):
+                yield Flag(owner, flag, "changed", f"{flag} takes {takes}, before {took}")
         earlier = {what for what, _ in application.wrong(before, old)}
         for what, remedy in application.wrong(after, new):
             if what not in alone | earlier:
@@ -235,10 +235,9 @@ def _flags(old: Mapping[str, application.Flag], new: Mapping[str, application.Fl
 _COUNTS = {"0": "no value", "1": "one value", "?": "at most one value", "+": "at least one value"}
 
 
-def _says(flag: application.Flag) -> str:
+def _takes(flag: application.Flag) -> str:
     choices = f" of {', '.join(flag.choices)}" if flag.choices else ""
-    group = f", not with others of {flag.group}" if flag.group else ""
-    return f"{_COUNTS.get(flag.values, 'several values')}{f' ({flag.kind})' * bool(flag.kind)}{choices}{group}"
+    return f"{_COUNTS.get(flag.values, 'several values')}{f' ({flag.kind})' * bool(flag.kind)}{choices}"
 
 
 def _packages(old: Release, new: Release) -> Iterator[Package]:

@@ -147,7 +147,6 @@ def test_workflows_that_use_what_is_gone(found: Preview) -> None:
 def test_flags_of_profiles_modes_and_hosts(found: Preview) -> None:
     assert [(each.owner, each.flag, each.kind) for each in found.flags] == [
         ("profile a", "--cpu-vae", "removed"),
-        ("profile a", "--reserve-vram", "changed"),
         ("profile a", "--fast", "changed"),
         ("profile a", "--reserve-vram", "conflict"),
         ("mode b", "--fast", "value"),
