@@ -17,7 +17,7 @@ from core import foreign
 from lock import values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
 _ROOTS = re.compile(
@@ -168,43 +168,47 @@ class Uses(msgspec.Struct, frozen=True):
 
 
 def uses(tree: Path) -> Uses:
-    """What a custom node uses of ComfyUI, in the files that are imported.
+    """What a custom node uses of ComfyUI, in its __init__.py and the files that this one imports, directly or not.
 
     Left out are uses that the code expects to fail: with `try`, `hasattr` or a comparison of versions.
     """
-    paths = [path for path in sorted(tree.rglob("*.py")) if not _ASIDE.fullmatch(path.relative_to(tree).parts[0])]
-    parsed = {path: foreign.python(path) for path in paths}
-    moved = any(each.body and b"sys.path" in foreign.content(path) for path, each in parsed.items())
-    own = {each.stem for each in tree.iterdir()} if moved else set()
-    found: list[Use] = []
-    for path in _imported(tree, parsed):
+    paths = {path for path in tree.rglob("*.py") if not _ASIDE.fullmatch(path.relative_to(tree).parts[0])}
+    waiting, moved, every = [tree / "__init__.py"], False, False
+    found: dict[Path, list[Use]] = {}
+    while waiting:  # one syntax tree at a time: they are large
+        if (path := waiting.pop()) in found or path not in paths:
+            continue
+        found[path], parsed = [], foreign.python(path)
+        waiting += _imported(tree, path, parsed)
+        if not every and _computes(parsed):
+            every, waiting = True, [*waiting, *paths]
+        moved = moved or bool(parsed.body and b"sys.path" in foreign.content(path))
         with suppress(RecursionError):
-            found += _File(str(path.relative_to(tree)), parsed[path]).found
-    return Uses(tuple(each for each in found if each.name.partition(".")[0] not in own))
+            found[path] = _File(str(path.relative_to(tree)), parsed).found
+    own = {each.stem for each in tree.iterdir()} if moved else set()
+    listed = (each for _, uses in sorted(found.items()) for each in uses)
+    return Uses(tuple(each for each in listed if each.name.partition(".")[0] not in own))
 
 
 _ASIDE = re.compile(r"tests?|examples?|scripts?|docs|build|setup\.py")
 """Files and folders of a repository that ComfyUI does not import."""
 
 
-def _imported(tree: Path, parsed: Mapping[Path, ast.Module]) -> Iterable[Path]:
-    """The files that a node's __init__.py imports, directly or not; all files if a module's name is computed."""
-    waiting, reached = [tree / "__init__.py"], set()
-    while waiting:
-        path = waiting.pop()
-        if path in reached or path not in parsed:
-            continue
-        reached.add(path)
-        for node in ast.walk(parsed[path]):
-            if isinstance(node, ast.Name) and node.id in ("importlib", "__import__", "pkgutil", "exec"):
-                return parsed
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                level = getattr(node, "level", 0)
-                base = path.parents[level - 1] if 0 < level <= len(path.parents) else tree
-                base = base.joinpath(*(getattr(node, "module", "") or "").split("."))
-                for place in (base, *(base.joinpath(*each.name.split(".")) for each in node.names)):
-                    waiting += [place / "__init__.py", place.parent / f"{place.name}.py"]
-    return reached
+def _computes(parsed: ast.Module) -> bool:
+    """Whether a file may import modules by a computed name: any of the node's files."""
+    named = {each.id for each in ast.walk(parsed) if isinstance(each, ast.Name)}
+    return bool(named & {"importlib", "__import__", "pkgutil", "exec"})
+
+
+def _imported(tree: Path, path: Path, parsed: ast.Module) -> Iterator[Path]:
+    """The files of a node that one of its files may import."""
+    for node in ast.walk(parsed):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            level = getattr(node, "level", 0)
+            base = path.parents[level - 1] if 0 < level <= len(path.parents) else tree
+            base = base.joinpath(*(getattr(node, "module", "") or "").split("."))
+            for place in (base, *(base.joinpath(*each.name.split(".")) for each in node.names)):
+                yield from (place / "__init__.py", place.parent / f"{place.name}.py")
 
 
 class _File:
