@@ -43,7 +43,7 @@ def preview(agent: Agent, target: Target, facts: Facts, inputs: Inputs) -> Previ
         return None
     try:
         return _preview(agent, target, facts, inputs, manifest, wanted)
-    except (HearthError, OSError, ValueError, RecursionError) as error:
+    except (HearthError, OSError, ValueError, LookupError, TypeError, RecursionError, msgspec.MsgspecError) as error:
         return Preview(old=manifest["version"], new=inputs.application.version, unknown={"preview": _reason(error)})
 
 
@@ -183,7 +183,7 @@ def chosen_flags(old: str, new: str) -> previews.Chosen:
     found = {name: (each.flags_for(old), each.flags_for(new)) for name, each in targets.items()}
     torch = find_stack().torch
     for name, mode in modes().items():
-        for unified in (False, True):
+        for unified in (False, True)[: 1 + bool(mode.on_unified)]:
             settings = mode.on(unified=unified).flags.items()
             first, second = (
                 {flag: each.value for flag, each in settings if each.active(torch, version)} for version in (old, new)

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
 import re
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,7 +17,8 @@ from core import foreign
 from lock import values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator
+    from pathlib import Path
 
 _ROOTS = re.compile(
     r"comfy(_\w+)?|api_server|app|cuda_malloc|execution|folder_paths|latent_preview|main|middleware|node_helpers|nodes"
@@ -85,25 +84,13 @@ def read(tree: Path) -> Api:
     modules: dict[str, Module] = {}
     for top in sorted(tree.iterdir()):
         if _ROOTS.fullmatch(top.stem):
-            for path in [top] if top.suffix == ".py" else _files(top):
+            for path in [top] if top.suffix == ".py" else sorted(top.rglob("*.py")):
                 name = ".".join(path.relative_to(tree).with_suffix("").parts).removesuffix(".__init__")
                 modules[name] = _module(path, name)
                 for at, mark in enumerate(name):
                     if mark == ".":  # a folder without an __init__.py
                         modules.setdefault(name[:at], Module({}))
     return Api(modules)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """The Python files in a folder; links are followed, but no folder is read twice."""
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(each for each in folders if each.isidentifier())
-        yield from (Path(place, each) for each in sorted(names) if each.endswith(".py"))
 
 
 def _module(path: Path, name: str) -> Module:
@@ -168,6 +155,11 @@ class Use(msgspec.Struct, frozen=True):
     count: int = 0
     keywords: tuple[str, ...] = ()
 
+    @property
+    def file(self) -> str:
+        """The file of its place."""
+        return self.place.rpartition(":")[0]
+
 
 class Uses(msgspec.Struct, frozen=True):
     """All uses in a custom node."""
@@ -176,43 +168,47 @@ class Uses(msgspec.Struct, frozen=True):
 
 
 def uses(tree: Path) -> Uses:
-    """What a custom node uses of ComfyUI, in the files that are imported.
+    """What a custom node uses of ComfyUI, in its __init__.py and the files that this one imports, directly or not.
 
     Left out are uses that the code expects to fail: with `try`, `hasattr` or a comparison of versions.
     """
-    paths = [path for path in _files(tree) if not _ASIDE.fullmatch(path.relative_to(tree).parts[0])]
-    parsed = {path: foreign.python(path) for path in paths}
-    moved = any(b"sys.path" in foreign.content(path) for path in paths)
-    own = {each.stem for each in tree.iterdir()} if moved else set()
-    found: list[Use] = []
-    for path in _imported(tree, parsed):
+    paths = {path for path in tree.rglob("*.py") if not _ASIDE.fullmatch(path.relative_to(tree).parts[0])}
+    waiting, moved, every = [tree / "__init__.py"], False, False
+    found: dict[Path, list[Use]] = {}
+    while waiting:  # one syntax tree at a time: they are large
+        if (path := waiting.pop()) in found or path not in paths:
+            continue
+        found[path], parsed = [], foreign.python(path)
+        waiting += _imported(tree, path, parsed)
+        if not every and _computes(parsed):
+            every, waiting = True, [*waiting, *paths]
+        moved = moved or bool(parsed.body and b"sys.path" in foreign.content(path))
         with suppress(RecursionError):
-            found += _File(str(path.relative_to(tree)), parsed[path]).found
-    return Uses(tuple(each for each in found if each.name.partition(".")[0] not in own))
+            found[path] = _File(str(path.relative_to(tree)), parsed).found
+    own = {each.stem for each in tree.iterdir()} if moved else set()
+    listed = (each for _, uses in sorted(found.items()) for each in uses)
+    return Uses(tuple(each for each in listed if each.name.partition(".")[0] not in own))
 
 
 _ASIDE = re.compile(r"tests?|examples?|scripts?|docs|build|setup\.py")
 """Files and folders of a repository that ComfyUI does not import."""
 
 
-def _imported(tree: Path, parsed: Mapping[Path, ast.Module]) -> Iterable[Path]:
-    """The files that a node's __init__.py imports, directly or not; all files if a module's name is computed."""
-    waiting, reached = [tree / "__init__.py"], set[Path]()
-    while waiting:
-        path = waiting.pop()
-        if path in reached or path not in parsed:
-            continue
-        reached.add(path)
-        for node in ast.walk(parsed[path]):
-            if isinstance(node, ast.Name) and node.id in ("importlib", "__import__", "pkgutil", "exec"):
-                return parsed
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                level = getattr(node, "level", 0)
-                base = path.parents[level - 1] if 0 < level <= len(path.parents) else tree
-                base = base.joinpath(*(getattr(node, "module", "") or "").split("."))
-                for place in (base, *(base.joinpath(*each.name.split(".")) for each in node.names)):
-                    waiting += [place / "__init__.py", place.parent / f"{place.name}.py"]
-    return reached
+def _computes(parsed: ast.Module) -> bool:
+    """Whether a file may import modules by a computed name: any of the node's files."""
+    named = {each.id for each in ast.walk(parsed) if isinstance(each, ast.Name)}
+    return bool(named & {"importlib", "__import__", "pkgutil", "exec"})
+
+
+def _imported(tree: Path, path: Path, parsed: ast.Module) -> Iterator[Path]:
+    """The files of a node that one of its files may import."""
+    for node in ast.walk(parsed):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            level = getattr(node, "level", 0)
+            base = path.parents[level - 1] if 0 < level <= len(path.parents) else tree
+            base = base.joinpath(*(getattr(node, "module", "") or "").split("."))
+            for place in (base, *(base.joinpath(*each.name.split(".")) for each in node.names)):
+                yield from (place / "__init__.py", place.parent / f"{place.name}.py")
 
 
 class _File:
@@ -308,7 +304,7 @@ class Broken(msgspec.Struct, frozen=True):
 def broken(found: Uses, old: Api, new: Api, before: Uses) -> list[Broken]:
     """The uses that fail with a new ComfyUI, without those of the code `before` that do not work with the old one."""
     listed: dict[tuple[str, str, str], list[str]] = {}
-    works = {use.name for use in found.uses if _problem(use, new) == ""}  # calls for several versions
+    works = {(use.name, use.file) for use in found.uses if _problem(use, new) == ""}  # calls for several versions
     former = {use.name for use in before.uses}
     for use in found.uses:
         name, exists = new.find(use.name)
@@ -318,7 +314,7 @@ def broken(found: Uses, old: Api, new: Api, before: Uses) -> list[Broken]:
                 listed.setdefault((name, "missing", ""), []).append(use.place)
         elif use.name in former and _problem(use, old) != "":
             continue
-        elif use.name not in works and (problem := _problem(use, new)):
+        elif (use.name, use.file) not in works and (problem := _problem(use, new)):
             listed.setdefault((use.name, "call", problem), []).append(use.place)
     return [Broken(*key, tuple(dict.fromkeys(places))) for key, places in sorted(listed.items())]
 

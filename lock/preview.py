@@ -16,6 +16,7 @@ from core import foreign, source
 from lock import api, application, interface, nodes, workflows
 from lock.interface import Interface, NodeType
 from lock.readings import kept
+from lock.requirements import APP
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Set
@@ -64,7 +65,7 @@ class Flag(msgspec.Struct, frozen=True):
 
 
 class Package(msgspec.Struct, frozen=True):
-    """A package with another major version in some locked lists, and what requires it."""
+    """A package with another major version in some locked lists; ComfyUI, nodes or else packages that require it."""
 
     name: str
     old: str
@@ -120,13 +121,15 @@ def preview(old: Release, new: Release, chosen: Chosen, found: Workflows, runnin
     before = _interfaces(old, new, old.tree) if old.tree else {}
     after = _interfaces(new, old, new.tree) if new.tree else {}
     base = running or (_combined(before) if before else None)
+    proposed = _proposed(base, old, new, after) if base and after else None
+    reports = [workflows.report(name, each, proposed, base) for name, each in found.items() if proposed]
     partly = {f"types of {name}": ", ".join(each.unknown)[:200] for name, each in after.items() if each.unknown}
     made = Preview(
         old=old.version,
         new=new.version,
         packages=tuple(_packages(old, new)),
         unavailable=tuple(_unavailable(old, new)),
-        workflows=_reports(base, _proposed(base, old, new, after), found) if base and after else (),
+        workflows=tuple(reports),
         unknown={**{f"{name} in service": why for name, why in old.unknown.items()}, **new.unknown, **partly},
     )
     if not (old.tree and new.tree):
@@ -182,20 +185,17 @@ def _proposed(before: Interface, old: Release, new: Release, after: Mapping[str,
     Former types of code whose types are not all known, stay, with unknown inputs.
     """
     made = _combined(after)
+    former = {*old.nodes, *old.unknown, COMFYUI}
+    same = {name for name, place in old.nodes.items() if new.nodes.get(name) == place}
     types: dict[str, NodeType] = {}
     for name, kind in before.types.items():
         pack = kind.module.removeprefix("custom_nodes.") if kind.module.startswith("custom_nodes.") else COMFYUI
-        unread = pack in new.unknown or (pack in after and after[pack].unknown)
-        if unread:
+        if pack in new.unknown or (pack in after and after[pack].unknown):
             types[name] = NodeType(kind.module, None, None, complete=False)
-        elif pack != COMFYUI and (pack not in old.nodes or old.nodes[pack] == new.nodes.get(pack)):
+        elif pack in same or pack not in former:
             types[name] = kind
-    gone = {name.lower() for name in old.nodes.keys() - new.nodes.keys() - new.unknown.keys()}
+    gone = {name.lower() for name in former - new.nodes.keys() - new.unknown.keys()}
     return Interface({**types, **made.types}, made.replaced, packs=(before.packs - gone) | made.packs)
-
-
-def _reports(before: Interface, after: Interface, found: Workflows) -> tuple[workflows.Report, ...]:
-    return tuple(workflows.report(name, each, after, before) for name, each in found.items())
 
 
 # --- custom nodes, flags, packages, database --------------------------------------------------------------------------
@@ -224,17 +224,20 @@ def _flags(old: Mapping[str, application.Flag], new: Mapping[str, application.Fl
             alone |= {what for what, _ in problems}
             if problems and not application.wrong({flag: value}, old):
                 yield Flag(owner, flag, "value" if flag in new else "removed", *problems[0])
-            elif flag in old and flag in new and old[flag] != new[flag]:
-                yield Flag(owner, flag, "changed", f"{flag} takes {_says(new[flag])}, before {_says(old[flag])}")
+            elif flag in old and flag in new and (takes := _takes(new[flag])) != (took := _takes(old[flag])):
+                yield Flag(owner, flag, "changed", f"{flag} takes {takes}, before {took}")
         earlier = {what for what, _ in application.wrong(before, old)}
         for what, remedy in application.wrong(after, new):
             if what not in alone | earlier:
                 yield Flag(owner, what.partition(" ")[0], "conflict", what, remedy)
 
 
-def _says(flag: application.Flag) -> str:
-    group = f", excludes others of {flag.group}" if flag.group else ""
-    return f"{flag.values} {flag.kind or 'value'}(s) {'|'.join(flag.choices)}".rstrip() + group
+_COUNTS = {"0": "no value", "1": "one value", "?": "at most one value", "+": "at least one value"}
+
+
+def _takes(flag: application.Flag) -> str:
+    choices = f" of {', '.join(flag.choices)}" if flag.choices else ""
+    return f"{_COUNTS.get(flag.values, 'several values')}{f' ({flag.kind})' * bool(flag.kind)}{choices}"
 
 
 def _packages(old: Release, new: Release) -> Iterator[Package]:
@@ -246,7 +249,8 @@ def _packages(old: Release, new: Release) -> Iterator[Package]:
                 changes.setdefault((package, before[package], versions[package]), []).append(name)
     for change, lists in sorted(changes.items()):
         by = {who for each in lists if each in new.locks for who in new.locks[each].requesters(change[0])}
-        yield Package(*change, tuple(lists), tuple(sorted(by)))
+        own = {COMFYUI if each == APP else each for each in by if each == APP or each in new.nodes}
+        yield Package(*change, tuple(lists), tuple(sorted(own or by)))
 
 
 def _unavailable(old: Release, new: Release) -> Iterator[Unavailable]:

@@ -454,4 +454,4 @@ def rows(report: Report) -> Iterator[str]:
         yield f"{report.file}:"
     yield from (f"  {line}: node {', '.join(dict.fromkeys(ids))}" for line, ids in nodes.items())
     if report.already:
-        yield f"  unchanged: {report.already} findings that the older ComfyUI has as well"
+        yield f"  unchanged: {report.already} findings that the pinned ComfyUI has as well"

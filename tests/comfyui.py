@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import shutil
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import source
@@ -16,6 +17,7 @@ from tests.conftest import FIXTURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 RECORD = FIXTURES / "workflows/object-info-0.30.0.json.gz"
 """The answer of ComfyUI 0.30.0, without models, at `/object_info`: the parts that Hearth reads."""
@@ -43,16 +45,8 @@ def older(place: Path) -> Path:
 
 def derived(place: Path, edits: Mapping[str, Callable[[str], str] | None]) -> Path:
     """A tree like the pinned one with edited files; without those whose edit is None."""
-    for each in tree().iterdir():
-        (place / each.name).symlink_to(each)
+    shutil.copytree(tree(), place, copy_function=os.symlink, dirs_exist_ok=True)
     for name, edit in edits.items():
-        for folder in [place / each for each in reversed(Path(name).parents)]:
-            if folder.is_symlink():
-                origin = folder.resolve()
-                folder.unlink()
-                folder.mkdir()
-                for each in origin.iterdir():
-                    (folder / each.name).symlink_to(each)
         (place / name).unlink()
         if edit:
             (place / name).write_text(edit((tree() / name).read_text()))

@@ -80,6 +80,14 @@ def node(place: Path, **modules: str) -> Path:
     return place
 
 
+def tiny(place: Path) -> Path:
+    """A ComfyUI without node types."""
+    (place / "comfy").mkdir(parents=True)
+    (place / "nodes.py").write_text("NODE_CLASS_MAPPINGS = {}")
+    (place / "comfy/cli_args.py").write_text("")
+    return place
+
+
 def locked(name: str, text: str) -> LockedList:
     stack, platform, _ = name.split("-")
     return LockedList(stack, platform, "3.12", text)
@@ -101,7 +109,9 @@ def found(other: Path, tmp_path_factory: pytest.TempPathFactory) -> Preview:
     x86 = "cu130-linux_x86_64-cp312"
     lists = {
         arm: locked(arm, "# Without Theirs: no wheel of insightface\nnumpy==2.1\n    # via comfyui.txt\n"),
-        x86: locked(x86, "numpy==2.1\n    # via comfyui.txt\n    # via -r Theirs.node.txt\ntorch==2.14.1\n"),
+        x86: locked(
+            x86, "numpy==2.1\n    # via comfyui.txt\n    # via -r Stays.node.txt\n    # via accelerate\ntorch==2.14.1\n"
+        ),
     }
     old = release(
         comfyui.tree(), "0.30.0", nodes={"Stays": stays, "Changes": before},
@@ -137,7 +147,6 @@ def test_workflows_that_use_what_is_gone(found: Preview) -> None:
 def test_flags_of_profiles_modes_and_hosts(found: Preview) -> None:
     assert [(each.owner, each.flag, each.kind) for each in found.flags] == [
         ("profile a", "--cpu-vae", "removed"),
-        ("profile a", "--reserve-vram", "changed"),
         ("profile a", "--fast", "changed"),
         ("profile a", "--reserve-vram", "conflict"),
         ("mode b", "--fast", "value"),
@@ -148,7 +157,7 @@ def test_packages(found: Preview) -> None:
     arm, x86 = "cu130-linux_aarch64-cp312", "cu130-linux_x86_64-cp312"
     (numpy,) = found.packages  # torch's major version stays
     assert (numpy.name, numpy.old, numpy.new, numpy.lists) == ("numpy", "1.26", "2.1", (arm, x86))
-    assert numpy.by == ("Theirs", "comfyui.txt")
+    assert numpy.by == (COMFYUI, "Stays")
     assert [(each.node, each.list) for each in found.unavailable] == [("Theirs", arm)]
     assert "insightface" in found.unavailable[0].reason
 
@@ -159,11 +168,7 @@ def test_migrations_of_the_database(found: Preview, tmp_path: Path) -> None:
     versions.mkdir(parents=True)
     for name, text in {"a": 'revision: str = "one"', "b": "revision = made()", "c": "x = 1"}.items():
         (versions / f"{name}.py").write_text(f'{text}\ndown_revision = "none"\n')
-    for place in (tmp_path / "old", tmp_path / "new"):
-        (place / "comfy").mkdir(parents=True)
-        (place / "nodes.py").write_text("NODE_CLASS_MAPPINGS = {}")
-        (place / "comfy/cli_args.py").write_text("")
-    made = preview.preview(release(tmp_path / "old", "1"), release(tmp_path / "new", "2"), {}, {})
+    made = preview.preview(release(tiny(tmp_path / "old"), "1"), release(tiny(tmp_path / "new"), "2"), {}, {})
     assert (made.migrations, made.newer) == (("b", "c", "one"), ())
     assert sum("database" in row for row in preview.rows(made)) == 2
 
@@ -174,6 +179,27 @@ def test_custom_nodes_that_fail(found: Preview) -> None:
         ("comfy.taesd.taehv", "missing", ("part.py:1",)),
     }
     assert found.broken.keys() == {"Stays"}
+
+
+@pytest.mark.parametrize("fetched", [True, False])
+def test_types_of_custom_nodes_that_a_server_reports(tmp_path: Path, fetched: bool) -> None:
+    """`Stays` is in both releases, `Moves` has other code, `Leaves` is no longer configured, `Own` never was."""
+    kind = interface.NodeType("", {}, ())
+    running = Interface({each: msgspec.structs.replace(kind, module=f"custom_nodes.{each.rstrip('12')}") for each in (
+        "Stays", "Moves1", "Moves2", "Leaves", "Own",
+    )})  # fmt: skip
+    tree = tiny(tmp_path / "comfyui")
+    places = {name: node(tmp_path / name, __init__="NODE_CLASS_MAPPINGS = {}") for name in ("Stays", "Moves", "Leaves")}
+    text = "class A:\n    RETURN_TYPES = ()\n    def INPUT_TYPES(): return {}\nNODE_CLASS_MAPPINGS = {'Moves1': A}\n"
+    moved = node(tmp_path / "moved", __init__=text)
+    gone = {} if fetched else {"Moves": "gone", "Leaves": "gone"}
+    old = release(tree, "1", nodes={name: each for name, each in places.items() if name not in gone}, unknown=gone)
+    new = release(tree, "1", nodes={"Stays": places["Stays"], "Moves": moved})
+    saved: Workflows = {
+        name: workflows.graphs(name, [{"1": {"class_type": name, "inputs": {}}}]) for name in running.types
+    }
+    made = preview.preview(old, new, {}, saved, running)
+    assert {each.file for each in made.workflows if each.breaks} == {"Moves2", "Leaves"}
 
 
 def test_every_change_has_a_row(found: Preview) -> None:
@@ -251,6 +277,20 @@ def test_changed_code_must_fit_the_new_comfyui(apis: tuple[api.Api, api.Api], tm
 def test_own_module_with_a_name_of_comfyui(apis: tuple[api.Api, api.Api], tmp_path: Path) -> None:
     text = "import sys\nsys.path.append(here)\nfrom comfy.utils import common_upscale"
     assert fails(apis, tmp_path, text, comfy="") == set()
+
+
+def test_files_that_cannot_be_read_are_left_out(apis: tuple[api.Api, api.Api], tmp_path: Path) -> None:
+    deep = "from comfy.utils import common_upscale\nx = " + "comfy" + ".utils" * 3000
+    place = node(
+        tmp_path / "node",
+        __init__="from . import large, deep, folder, part",
+        deep=deep,
+        part="import comfy.taesd.taehv",
+    )
+    (place / "large.py").write_text("from comfy.utils import common_upscale\n" + "#" * 1_000_001)
+    (place / "folder.py").mkdir()
+    uses = api.uses(place)
+    assert "comfy.taesd.taehv" in {each.name for each in api.broken(uses, *apis, uses)}
 
 
 def test_names_that_stars_and_code_may_define(tmp_path: Path) -> None:
@@ -344,7 +384,7 @@ def test_preview_of_a_host(deployed: Any) -> None:
     assert found.unknown == {}
 
 
-@pytest.mark.parametrize("kind", ["stopped", "no source", "damaged"])
+@pytest.mark.parametrize("kind", ["stopped", "no source", "damaged", "other manifest"])
 def test_what_cannot_be_had_is_unknown(deployed: Any, kind: str) -> None:
     facts, stock, tree = deployed
     error = HostError("no-answer", "ComfyUI does not answer") if kind == "stopped" else None
@@ -352,11 +392,12 @@ def test_what_cannot_be_had_is_unknown(deployed: Any, kind: str) -> None:
         tree.rename(tree.with_name("gone"))
     elif kind == "damaged":
         (tree / "nodes.py").write_text("x = 1")
+    elif kind == "other manifest":
+        facts.releases[0]["sources"] = [{"later": "field"}]
     found = hosts_preview.preview(Machine(error), plans.spark(), facts, stock)  # type: ignore[arg-type]
     assert found
-    assert found.unknown.keys() == {
-        "stopped": {"workflows saved on spark"}, "no source": {"ComfyUI in service"}, "damaged": {"preview"},
-    }[kind]  # fmt: skip
+    parts = {"stopped": {"workflows saved on spark"}, "no source": {"ComfyUI in service"}}
+    assert found.unknown.keys() == parts.get(kind, {"preview"})
     if kind == "no source":  # the running server knows its types
         assert [each.breaks for each in found.workflows] == [True]
 
