@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,7 +141,13 @@ def switch(record: Record) -> None:
             files.write(part, left[path].new or "")
         files.write(pending, msgspec.json.encode(record))
         for path in left:
-            parts[path].replace(path) if path in parts else path.unlink()
+            if path in parts:
+                parts[path].replace(path)
+                continue
+            path.unlink()
+            with suppress(OSError):  # an empty `locks` would count as lists
+                path.parent.rmdir()
+                path.parent.parent.rmdir()
         os.sync()  # the record goes last
         if record.undoes:
             last.unlink(missing_ok=True)

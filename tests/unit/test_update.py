@@ -329,6 +329,7 @@ def test_a_channel_moves_alone(own: Checkout) -> None:
     transaction.undo()
     assert application().version == "0.32.0"
     assert [*versions()] == ["0.32.0", "0.30.0", "0.31.0"]
+    assert not own.file("recipes/comfyui/versions/0.32.0").exists()
     with raises("unknown-name"):
         move("lates")
     with raises("usage"):
@@ -503,6 +504,30 @@ def test_nodes_move_and_a_dead_one_stays(own: Checkout) -> None:
     }
     resolution.compile_all(check=True)
     assert own.moved("comfyui") == {}
+
+
+def test_an_application_of_ones_own(own: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = own.place / "app"
+    shutil.copytree(REAL / "comfy", app / "src/comfy", ignore=lambda *_: ["ldm", "text_encoders", "k_diffusion"])
+    shutil.copy(REAL / "folder_paths.py", app / "src")
+    (app / "src/requirements.txt").write_text("six==1")
+    (app / "app.toml").write_text(
+        'name = "comfyui"\nversion = "1"\ntree = ""\nextra = []\nsize = 1\nfiles = 1\n[[source]]\nfolder = "src"\n'
+    )
+    monkeypatch.setenv("HEARTH_APP", str(app))
+    mine, before = Repository(own.place / "Mine"), own.texts()
+    mine.commit(OLD, requirements="six")
+    node_updates.add(mine.url, "a test")
+    new = mine.commit(NEW, requirements="six<3")
+    assert own.moved("nodes") == {"Mine": new[:9]}
+    resolution.compile_all(check=True)
+    assert [each.name for each in (app / "locks").iterdir()] == ["cu130-linux_x86_64-cp311.txt"]
+    assert own.texts() == before  # the lists of the recipe stay
+    with raises("config", match="no git source"):
+        own.update("comfyui")
+    transaction.undo()
+    assert not (app / "locks").exists()
+    resolution.compile_all(check=False)
 
 
 @dataclass
