@@ -28,8 +28,10 @@ ns = Collection(
     )
 )
 ns.add_collection(Collection("kernels", kernels.list_kernels, kernels.pin))
-ns.add_task(lock.lock)
+top = {"lock", "update_all", "list_outdated"}
+for name in sorted(top):
+    ns.add_task(getattr(lock, name))
 ns.add_collection(
-    Collection("nodes", *(each for each in vars(lock).values() if isinstance(each, Task) and each is not lock.lock))
+    Collection("nodes", *(each for name, each in vars(lock).items() if isinstance(each, Task) and name not in top))
 )
 ns.add_collection(Collection("workflows", *(each for each in vars(workflows).values() if isinstance(each, Task))))

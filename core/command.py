@@ -10,6 +10,7 @@ from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
 from invoke.exceptions import Exit
+from invoke.parser.parser import ParseMachine
 from invoke.tasks import Task, task
 
 from core import console
@@ -30,6 +31,18 @@ class _Task(Task[Any]):
             found["names"] = [found["names"][0], short]
         return found
 
+
+def _complete_context(
+    machine: ParseMachine, complete: Callable[[ParseMachine], None] = ParseMachine.complete_context
+) -> None:
+    """End a task's arguments. One that is positional and `optional` may be left out, which invoke does not provide."""
+    for each in machine.context.missing_positional_args if machine.context else ():
+        if each.optional:
+            each.value = ""
+    complete(machine)
+
+
+ParseMachine.complete_context = _complete_context  # type: ignore[assignment, method-assign]
 
 _SHORT = {"lines": "n"}  # as in tail and journalctl
 

@@ -109,7 +109,9 @@ class SourceError(HearthError):
         "unpinned": "A recipe has no hash of its source yet; `inv kernels.pin` writes it.",
         "patch": "A patch does not apply to its source.",
         "generate": "A script of a source that writes more source files failed.",
-        "nodes": "Several nodes could not be examined, for different reasons.",
+        "nodes": "Several nodes or other upstreams could not be examined, for different reasons.",
+        "tag-moved": "A tag of a repository does not point to the pinned commit any more.",
+        "not-comfyui": "A source has no ComfyUI.",
         "unsafe-tree": "A source tree contains a link that leads out of it, or a special file.",
     }
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from typing import TYPE_CHECKING
+
+import tomli
 
 from core import console, files, shell, tools, workspace
 from core.errors import LockError
@@ -14,19 +17,51 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from core.shell import Done
     from core.stack import Platform
 
 
 def renew(*, check: bool) -> None:
     """Resolve uv.lock again; `check` changes nothing. Raises LockError."""
     done = tools.uv("lock", *(["--check"] if check else []), cwd=workspace.current().checkout, check=False)
+    if done.returncode and check:
+        raise LockError("lock-stale", "uv.lock is stale", cause=shell.last_words(done, 1), hint="run inv lock")
+    _resolved(done)
+
+
+def _resolved(done: Done) -> None:
     if done.returncode:
-        raise LockError(
-            "lock-stale",
-            "uv.lock is stale" if check else "uv.lock could not be resolved",
-            cause=shell.last_words(done, 1),
-            hint="run inv lock" if check else "read uv's message above",
-        )
+        cause, hint = shell.last_words(done, 20), "change the requirements in pyproject.toml"
+        raise LockError("resolution", "uv.lock could not be resolved", cause=cause, hint=hint)
+
+
+def upgrade(names: Sequence[str], newest: str) -> None:
+    """Resolve uv.lock again with newer versions of these packages; raises LockError.
+
+    Only versions uploaded until `newest` (RFC 3339; empty: now) count. A package whose locked version is younger stays.
+    """
+    path = workspace.current().checkout / "uv.lock"
+    before = path.read_text()
+    times = {
+        each["name"]: file.get("upload-time", "")
+        for each in tomli.loads(before)["package"]
+        for file in each.get("wheels", [])[:1]
+    }
+    chosen = [name for name in names if not newest or times.get(name, "") <= newest]
+    words = [word for name in chosen for word in ("--upgrade-package", name)]
+    words += [word for name in chosen if newest for word in ("--exclude-newer-package", f"{name}={newest}")]
+    _resolved(tools.uv("lock", *words, cwd=path.parent, check=False))
+    if newest and "[options" not in before:  # uv records the limit, and would resolve again without it
+        text = re.sub(r"^\[options\.exclude-newer-package\]\n(.+\n)+\n", "", path.read_text(), flags=re.MULTILINE)
+        files.write(path, re.sub(r"^\[options\]\n\n*", "", text, flags=re.MULTILINE))
+
+
+def versions() -> dict[str, str]:
+    """The locked versions of every package in uv.lock; several are separated by commas."""
+    found: dict[str, list[str]] = {}
+    for each in tomli.loads((workspace.current().checkout / "uv.lock").read_text())["package"]:
+        found.setdefault(each["name"], []).append(each.get("version", ""))
+    return {name: ", ".join(sorted(each)) for name, each in found.items()}
 
 
 def requirements(extra: str) -> list[str]:

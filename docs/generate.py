@@ -91,7 +91,10 @@ def render() -> str:
             noun = module.__name__
             parts.append(f"## {str(module.__doc__).partition(':')[0]}")
         text = re.sub(r"\bdocs/([\w/-]+\.md)", r"[docs/\1](../\1)", str(inspect.getdoc(ns[name])))
-        rows = [_row(each, required=each in context.missing_positional_args) for each in context.args.values()]
+        rows = [
+            _row(each, required=each in context.missing_positional_args and not each.optional)
+            for each in context.args.values()
+        ]
         parts += [f"### {name}", text, _table(("Flag", "Default", "Meaning"), rows)]
     classes = [each for each in vars(errors).values() if inspect.isclass(each) and issubclass(each, errors.HearthError)]
     codes = {each.exit_code: str(inspect.getdoc(each)).partition("\n")[0] for each in classes} | OTHER_CODES

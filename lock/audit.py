@@ -20,7 +20,7 @@ import tomlkit
 
 from core import files, foreign, source, tools
 from core.errors import AuditError, SourceError
-from lock import advisory, node_updates, nodes, requirements
+from lock import advisory, nodes, requirements, upstream
 from lock import application as applications
 from lock.advisory import Repository
 
@@ -126,7 +126,7 @@ def check(inventory: Inventory, service: str = "") -> Audit:
 def _bad_repositories(inventory: Inventory, known: Sequence[Advisory]) -> Iterator[Finding]:
     for there in inventory.repositories:
         for each in advisory.of(there.url, known):
-            affected = advisory.applies(each, there, node_updates.holds)
+            affected = advisory.applies(each, there, upstream.holds)
             if affected is not False:
                 at, certain = there.commit or there.version, affected is not None
                 yield Finding(there.name, at, each.ids, each.what, each.affected, each.source, certain=certain)

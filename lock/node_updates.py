@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,15 +14,16 @@ from typing import TYPE_CHECKING
 import msgspec
 import tomlkit
 
-from core import console, files, foreign, source, tools, workspace
+from core import console, files, foreign, source, workspace
 from core.errors import ConfigError, HearthError, ProcessError, SourceError, UsageError, suggest
-from lock import advisory, nodes, requirement_files, review, workflows
+from lock import advisory, nodes, requirement_files, review, upstream, workflows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from datetime import datetime
 
     from core.shell import Done
-    from lock.nodes import Catalogue, Node
+    from lock.nodes import Node
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Change:
     """The effects of a node's update.
 
     `commits` are the latest first; requirements and files that run at import are the changed ones. `powers` are new
-    capabilities (`review.gained`), and new symbolic links.
+    capabilities (`review.gained`), and new symbolic links. `date` is the day of the new commit.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Change:
     requirements: tuple[str, ...]
     imported: tuple[str, ...]
     powers: tuple[str, ...] = ()
+    date: str = ""
 
 
 def add(address: str, why: str) -> str:
@@ -63,12 +64,11 @@ def add(address: str, why: str) -> str:
         )
     for each in advisory.of(url, advisory.advisories()):
         console.say(f"warning: {name} has known problems ({each.affected}): {each.what}; {each.source}")
-    commit = newest(url, rev or "HEAD")
+    commit = upstream.newest(url, rev or "HEAD")
     node = nodes.Node(url=url, commit=commit, tree="", why=why)
     nodes.check("inv nodes.add", name, node)
     pinned = source.pin(node.pinned(name))
-    with _history(url, commit) as git:
-        date = _date(git, commit)
+    date = f"{upstream.dates(url, [commit])[commit]:%Y-%m-%d}"
     document = _document()
     table = tomlkit.table()
     table.update({"url": url, "commit": commit, "tree": pinned.tree, "why": why})
@@ -99,26 +99,23 @@ def remove(name: str) -> None:
     _write(document)
 
 
-def outdated(known: Catalogue) -> dict[str, tuple[str, str]]:
-    """The nodes whose upstream has a newer commit: pinned and latest, by name.
-
-    Reports what it found even if some upstreams do not answer, then raises their errors.
-    """
-    latest, failures = _latest(known.nodes)
-    found = {name: (node.commit, latest[name]) for name, node in known.nodes.items() if name in latest}
-    found = {name: (old, new) for name, (old, new) in found.items() if old != new}
-    if failures:
-        for name, (old, new) in found.items():
-            console.say(f"{name} {old[:9]} -> {new[:9]}")
-        raise _together(failures)
-    return found
-
-
 def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
     """Pin the latest commits of these nodes (default: all) and report the effects.
 
     A failed update does not stop the others: all errors are raised at the end.
     """
+    changes, failures = pin_latest(names, dry_run=dry_run)
+    if failures:
+        for line in rows(changes) if changes else ():  # otherwise the error would suppress them
+            console.say(line)
+        raise together(failures)
+    return changes
+
+
+def pin_latest(
+    names: Sequence[str], *, dry_run: bool, before: datetime | None = None
+) -> tuple[list[Change], dict[str, Exception]]:
+    """Pin the latest commits of these nodes, or the latest ones `before` a time; the effects, and errors by name."""
     known = nodes.catalogue()
     for name in names:
         if name not in known.nodes:
@@ -126,36 +123,31 @@ def update(names: Sequence[str], *, dry_run: bool) -> list[Change]:
     chosen = {name: known.nodes[name] for name in names} or known.nodes
     changes: list[Change] = []
     document = _document()
-    latest, failures = _latest(chosen)
+    latest, failures = _latest(chosen, before)
     for name, new in latest.items():
         if new == chosen[name].commit:
             continue
         try:
-            change, tree, date = _updated(name, chosen[name], new)
+            change, tree = _updated(name, chosen[name], new)
         except (HearthError, OSError, ValueError) as error:
             failures[name] = error
             continue
         entry = document["nodes"][name]
         entry["commit"], entry["tree"] = new, tree
-        entry["commit"].comment(date)
+        entry["commit"].comment(change.date)
         changes.append(change)
     if changes and not dry_run:
         _write(document)
-    if failures:
-        for each in changes:  # otherwise the error would suppress them
-            lines = (*each.commits, *each.requirements, *each.imported, *each.powers)
-            console.say("\n    ".join((f"{each.name} {each.old[:9]} -> {each.new[:9]}", *lines)))
-        raise _together(failures)
-    return changes
+    return changes, failures
 
 
-def _latest(chosen: Mapping[str, Node]) -> tuple[dict[str, str], dict[str, Exception]]:
+def _latest(chosen: Mapping[str, Node], before: datetime | None) -> tuple[dict[str, str], dict[str, Exception]]:
     """The latest commits of nodes by name, and the errors of the others."""
     failures: dict[str, Exception] = {}
 
     def one(name: str) -> str:
         try:
-            return newest(chosen[name].url)
+            return upstream.newer(chosen[name].url, chosen[name].commit, before)
         except (HearthError, OSError, ValueError) as error:
             failures[name] = error
             return ""
@@ -165,73 +157,33 @@ def _latest(chosen: Mapping[str, Node]) -> tuple[dict[str, str], dict[str, Excep
     return {name: commit for name, commit in found.items() if commit}, failures
 
 
-def _together(failures: Mapping[str, Exception]) -> HearthError:
-    """Combine the errors of several nodes into one; it has their class if they all share one."""
+def together(failures: Mapping[str, Exception]) -> HearthError:
+    """Combine the errors of several upstreams into one; it has their class if they all share one."""
     kinds = {(type(error), error.kind) for error in failures.values() if isinstance(error, HearthError)}
     same = len(kinds) == 1 and all(isinstance(error, HearthError) for error in failures.values())
     found, kind = kinds.pop() if same else (SourceError, "nodes")
-    causes = [f"{name}: {error}".replace("\n", "\n    ") for name, error in failures.items()]
+    said = {name: getattr(error, "cause", "").partition("\n")[0] for name, error in failures.items()}
+    causes = [
+        f"{name}: {getattr(error, 'what', error)}" + f": {said[name]}" * bool(said[name])
+        for name, error in failures.items()
+    ]
     return found(
         kind,
-        f"{len(failures)} node(s) could not be examined: {', '.join(failures)}",
+        f"{len(failures)} upstream(s) could not be examined: {', '.join(failures)}",
         cause="\n    ".join(causes),
-        hint="the others were; if a repository no longer exists, run inv nodes.remove",
+        hint="the others were; if a node's repository no longer exists, run inv nodes.remove",
     )
 
 
-def _updated(name: str, node: Node, new: str) -> tuple[Change, str, str]:
-    """The effects of a node's update, its tree and its date."""
+def _updated(name: str, node: Node, new: str) -> tuple[Change, str]:
+    """The effects of a node's update, and its tree."""
     before = nodes.fetch({name: node})[name]
     pinned = source.pin(msgspec.structs.replace(node, commit=new, tree="").pinned(name))
     links = _links(node.url, new)
     with suppress(ProcessError):  # history rewritten: the old commit is unknown, so all links count as new
         links -= _links(node.url, node.commit)
-    with _history(node.url, new) as git:
-        change = _change(name, git, (node.commit, new), (before, source.fetch(pinned)), links)
-        return change, pinned.tree, _date(git, new)
-
-
-def newest(url: str, rev: str = "HEAD") -> str:
-    """Return the commit of a repository's branch or tag; raises SourceError or UsageError."""
-    if re.fullmatch(r"[0-9a-f]{40}", rev):
-        return rev
-    done = tools.git("ls-remote", "--", url, rev, f"{rev}^{{}}", check=False)
-    if done.returncode:
-        raise SourceError(
-            "source-unreachable",
-            f"{url} cannot be reached",
-            cause=done.stderr.strip(),
-            hint="check the address and the network",
-        )
-    found = re.findall(r"^([0-9a-f]{40})\t", done.stdout, re.MULTILINE)
-    if not found:
-        raise UsageError("unknown-name", f"{url} has no {rev!r}", hint="use a branch, a tag or a full commit hash")
-    return str(found[-1])  # for an annotated tag, the commit follows
-
-
-@contextmanager
-def _history(url: str, commit: str) -> Iterator[partial[Done]]:
-    """Clone a repository's commits without files, while the context lasts; returns a function that runs git there."""
-    with tempfile.TemporaryDirectory(prefix="hearth-") as place:
-        git = partial(tools.git, env={"GIT_DIR": place})
-        git("init", "--quiet", "--bare")
-        git("fetch", "--quiet", "--filter=tree:0", "--", url, commit)
-        yield git
-
-
-def holds(url: str, commit: str, wanted: str) -> bool | None:
-    """Whether a commit's history contains another commit; None if the repository cannot be queried."""
-    if not re.fullmatch(r"[0-9a-f]{40}", commit):  # untrusted input from a host: git would parse --words as options
-        return None
-    try:
-        with _history(url, commit) as git:
-            return {0: True, 1: False}.get(git("merge-base", "--is-ancestor", wanted, commit, check=False).returncode)
-    except ProcessError:
-        return None
-
-
-def _date(git: partial[Done], commit: str) -> str:
-    return git("log", "-1", "--format=%cs", commit).stdout.strip()
+    with upstream.history(node.url, new) as git:
+        return _change(name, git, (node.commit, new), (before, source.fetch(pinned)), links), pinned.tree
 
 
 def _change(
@@ -250,17 +202,13 @@ def _change(
         or files.sha256(before / name) != files.sha256(after / name)
     ]
     powers = (*review.gained(was, now), *([f"symbolic links: {', '.join(sorted(links))}"] if links else []))
-    return Change(name, old, new, tuple(subjects), tuple(wanted), tuple(changed), powers)
+    date = git("log", "-1", "--format=%cs", new).stdout.strip()
+    return Change(name, old, new, tuple(subjects), tuple(wanted), tuple(changed), powers, date)
 
 
 def _links(url: str, commit: str) -> set[str]:
     """The symbolic links of a commit. The fetched tree has copies instead, or the fetch was refused."""
-    with tempfile.TemporaryDirectory(prefix="hearth-") as place:
-        git = partial(tools.git, env={"GIT_DIR": place})
-        git("init", "--quiet", "--bare")
-        git("fetch", "--quiet", "--depth=1", "--filter=blob:none", "--", url, commit)
-        listed = git("ls-tree", "-r", "-z", "--full-tree", commit).stdout.split("\0")
-    return {line.partition("\t")[2] for line in listed if line.startswith("120000 ")}
+    return {name for name, mode in upstream.entries(url, commit).items() if mode == "120000"}
 
 
 def imported(tree: Path) -> set[str]:
@@ -354,12 +302,6 @@ def rows(found: Sequence[Change]) -> Iterator[str]:
                 yield from (f"    {line}" for line in lines)
     if not found:
         yield LATEST
-
-
-def outdated_rows(found: Mapping[str, tuple[str, str]]) -> list[str]:
-    """A table of the nodes whose upstream has a newer commit."""
-    cells = [(name, old[:9], new[:9]) for name, (old, new) in found.items()]
-    return console.table(("node", "pinned", "latest"), cells) if found else [LATEST]
 
 
 def search_rows(found: Mapping[str, Sequence[str]]) -> list[str]:

@@ -43,14 +43,14 @@ FILES = 50
 """Maximum files that a requirements.txt may include."""
 
 
-def read(tree: Path) -> Listed:
-    """The requirements of a tree: from its requirements.txt, else from pyproject.toml.
+def read(tree: Path, name: str = "requirements.txt") -> Listed:
+    """The requirements of a tree: from its requirements.txt, or the file `name`, else from pyproject.toml.
 
     Raises ConfigError for what cannot be read without running code or using the network; SourceError for special files.
     """
     found = Listed()
-    if (tree / "requirements.txt").exists():
-        _follow(tree, "requirements.txt", found, set(), constraint=False)
+    if (tree / name).exists():
+        _follow(tree, name, found, set(), constraint=False)
     else:
         _project(tree, found)
     return found

@@ -41,8 +41,9 @@ def add(_: Context, address: str, why: str = "") -> None:
         inv nodes.add https://github.com/somebody/my-node --why "depth maps"
         inv nodes.add https://github.com/somebody/my-node@v1.2 --why "depth maps"   # a tag
     """
-    from lock import node_updates
+    from lock import node_updates, transaction
 
+    transaction.complete()
     console.say(f"added {node_updates.add(address, why)}; run inv lock to resolve its requirements")
 
 
@@ -54,8 +55,9 @@ def remove(_: Context, name: str) -> None:
 
         inv nodes.remove my-node
     """
-    from lock import node_updates
+    from lock import node_updates, transaction
 
+    transaction.complete()
     node_updates.remove(name)
     console.say(f"removed {name}; run inv lock to update the locked packages")
 
@@ -65,30 +67,17 @@ def update(_: Context, name: list[str], *, how: DryRun, out: Output) -> int:
     """Pin the latest commits of custom nodes, and show what changes.
 
     Shows commits, requirements, files that run at import, and new capabilities. Run `inv lock` afterwards.
+    `inv update nodes` updates all nodes and the locks in one step that can be undone.
 
         inv nodes.update --dry-run            # show only
         inv nodes.update --name a --name b
     """
-    from lock import node_updates
+    from lock import node_updates, transaction
 
+    transaction.complete()
     found = node_updates.update(name, dry_run=how.dry_run)
     console.show(found, node_updates.rows(found), as_json=out.json)
     return how.code(changes=bool(found))
-
-
-@command()
-def outdated(_: Context, *, out: Output) -> None:
-    """List the custom nodes whose upstream has a newer commit.
-
-    Changes nothing; `inv nodes.update` pins the newer commits.
-
-        inv nodes.outdated
-    """
-    from lock import node_updates, nodes
-
-    found = node_updates.outdated(nodes.catalogue())
-    plain = {name: {"pinned": old, "latest": new} for name, (old, new) in found.items()}
-    console.show(plain, node_updates.outdated_rows(found), as_json=out.json)
 
 
 @command(help={"workflow": "a workflow of the editor or API, or a picture, video or sound with one"})
@@ -119,11 +108,101 @@ def lock(_: Context, check: bool = False) -> None:
     """
     from core import lockfile
     from deploy import host
-    from lock import application, resolution
+    from lock import application, resolution, transaction
 
+    if not check:
+        transaction.complete()
     lockfile.renew(check=check)
     for name in resolution.compile_all(check=check):
         console.say(f"updated {name}")
     for place in application.unused(each.comfyui for each in host.hosts().hosts.values()):
         console.say(f"no host and no channel selects {place}; to remove it: rm -r {shlex.quote(str(place))}")
     console.say("the locks are up to date")
+
+
+PART = "comfyui, nodes, stack, tool or all"
+
+
+@command(
+    name="update",
+    positional=["part"],
+    optional=["part"],
+    help={
+        "part": f"{PART} (default: all)",
+        "to": "a version of ComfyUI, or of torch for `stack` (default: the newest)",
+        "cooldown": "ignore what is younger than this, such as 14d or 36h (default: ignore nothing)",
+        "channel": "move this channel of ComfyUI, stable or latest, instead of the pinned version",
+        "undo": "restore the files of before the last update",
+    },
+)
+def update_all(
+    _: Context,
+    part: str | None = None,
+    to: str = "",
+    cooldown: str = "",
+    channel: str = "",
+    undo: bool = False,
+    *,
+    how: DryRun,
+    out: Output,
+) -> int:
+    """Move to newer versions: ComfyUI, custom nodes, torch and its CUDA compiler, or the tool's own packages.
+
+    Changes app.toml, nodes.toml, stacks.toml, pyproject.toml and the locks together, or none of them if the new
+    versions do not fit together. Skips versions that are known to be bad. Hosts change with the next `inv deploy`.
+    How: docs/how-to/update.md
+
+        inv update --dry-run                 # show only
+        inv update comfyui --cooldown 14d    # nothing younger than two weeks
+        inv update comfyui --to 0.30.0
+        inv update comfyui --channel latest  # hosts with `comfyui = "latest"`
+        inv update --undo
+    """
+    from deploy import host
+    from deploy.preview import chosen_flags
+    from lock import node_updates, preview, transaction, update, upstream, workflows
+    from lock.proposal import Request
+
+    if undo:
+        changed = transaction.undo()
+        console.show(changed, (f"restored {each}" for each in changed), as_json=out.json)
+        return 0
+    kept = frozenset(each.comfyui for each in host.hosts().hosts.values())
+    wanted = Request(part or "all", to, upstream.cutoff(cooldown), channel, kept)
+    made, failures = update.update(
+        wanted,
+        dry_run=how.dry_run,
+        look=lambda old, new: preview.preview(old, new, chosen_flags(old.version, new.version), workflows.collect()),
+    )
+    console.show(made, update.rows(made), as_json=out.json)
+    if failures:
+        raise node_updates.together(failures)
+    if made.files and not how.dry_run:
+        console.say("next: inv deploy; to go back: inv update --undo")
+    return how.code(changes=bool(made.files))
+
+
+@command(
+    name="outdated",
+    positional=["part"],
+    optional=["part"],
+    help={
+        "part": f"kernels, {PART} (default: all)",
+        "cooldown": "ignore what is younger than this, such as 14d or 36h (default: ignore nothing)",
+    },
+)
+def list_outdated(_: Context, part: str | None = None, cooldown: str = "", *, out: Output) -> None:
+    """List newer versions of ComfyUI, custom nodes, torch, kernels, uv and the tool's packages, with their ages.
+
+    Changes nothing; `inv update` moves to them. Newer sources of kernels are for `inv kernels.pin`.
+
+        inv outdated
+        inv outdated nodes --cooldown 14d
+    """
+    from lock import node_updates, outdated, upstream
+    from lock.proposal import Request
+
+    found, failures = outdated.outdated(Request(part or "all", before=upstream.cutoff(cooldown)))
+    console.show(found, outdated.rows(found, failures), as_json=out.json)
+    if failures:
+        raise node_updates.together(failures)

@@ -12,7 +12,7 @@ from core.errors import HearthError, UsageError
 from deploy import connection
 from deploy.look import find_target
 from deploy.preview import running
-from lock import application, interface, node_updates, workflows
+from lock import application, interface, node_updates, upstream, workflows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -79,7 +79,7 @@ def tree(version: str) -> Path:
             "unknown-name", f"{version!r} is not a folder with a ComfyUI", cause="app.toml names no git source",
             hint="name a folder",
         )  # fmt: skip
-    commit = node_updates.newest(origin.git, f"refs/tags/v{version}")
+    commit = upstream.newest(origin.git, f"refs/tags/v{version}")
     at = source.Source(git=origin.git, commit=commit)
     pinned = source.pin(msgspec.structs.replace(app, version=version, source=(at,), tree="", paths=_CODE))
     return source.fetch(pinned)

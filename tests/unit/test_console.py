@@ -198,7 +198,7 @@ def test_lines_cannot_be_forged(capsys: pytest.CaptureFixture[str]) -> None:
     console.show([], jobs.rows({"box": [job]}), as_json=False)
     findings = [doctor.Finding("box", "nodes", "error", FORGED, FORGED)]
     console.show(findings, doctor.rows(["box"], findings), as_json=False)
-    changes = [Change("n", "a" * 40, "b" * 40, *[(FORGED,)] * 4)]
+    changes = [Change("n", "a" * 40, "b" * 40, (FORGED,), (FORGED,), (FORGED,), (FORGED,), FORGED)]
     console.show(changes, node_updates.rows(changes), as_json=False)
     outcomes = [Outcome("box", "r", "", True, state=FORGED)]
     console.show(outcomes, outcome.rows(outcomes, dry_run=False), as_json=False)

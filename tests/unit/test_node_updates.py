@@ -15,6 +15,9 @@ import pytest
 
 from core.errors import HearthError
 from lock import node_updates, nodes
+from lock import outdated as listing
+from lock import upstream as upstreams
+from lock.proposal import Request
 from tests.errors import raises
 
 
@@ -67,15 +70,23 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upstream:
     return one
 
 
+def outdated() -> dict[str, tuple[str, str]]:
+    """The nodes with newer commits."""
+    found, failures = listing.outdated(Request("nodes"))
+    if failures:
+        raise node_updates.together(failures)
+    return {each.name: (each.pinned, each.newest) for each in found if each.newest != each.pinned}
+
+
 def test_fix_is_searched_in_the_commit_history(upstream: Upstream, tmp_path: Path) -> None:
     first = upstream.git("rev-parse", "HEAD")
     second = upstream.commit("second", later__py="x = 1\n")
-    assert node_updates.holds(upstream.url, second, first) is True
-    assert node_updates.holds(upstream.url, first, second) is False
-    assert node_updates.holds(upstream.url, second, "a" * 40) is None
-    assert node_updates.holds(upstream.url, f"--upload-pack=touch {tmp_path}/run; git-upload-pack", first) is None
+    assert upstreams.holds(upstream.url, second, first) is True
+    assert upstreams.holds(upstream.url, first, second) is False
+    assert upstreams.holds(upstream.url, second, "a" * 40) is None
+    assert upstreams.holds(upstream.url, f"--upload-pack=touch {tmp_path}/run; git-upload-pack", first) is None
     assert not (tmp_path / "run").exists()
-    assert node_updates.holds(f"file://{tmp_path}/nothing", second, first) is None
+    assert upstreams.holds(f"file://{tmp_path}/nothing", second, first) is None
 
 
 def test_known_bad_node_causes_a_warning(
@@ -106,12 +117,12 @@ def test_add_update_and_remove(upstream: Upstream) -> None:
     assert (nodes.fetch({"My-Node": node})["My-Node"] / "types.py").exists()
     with raises("config", match="already listed"):
         node_updates.add(upstream.url, "again")
-    assert node_updates.outdated(nodes.catalogue()) == {}
+    assert outdated() == {}
     assert node_updates.update([], dry_run=False) == []
 
     upstream.commit("second", types__py="import os\n", later__py="x = 1\n", requirements__txt="numpy\nscipy\n")
     third = upstream.commit("third", README__txt="hello")
-    assert node_updates.outdated(nodes.catalogue()) == {"My-Node": (first, third)}
+    assert outdated() == {"My-Node": (first[:9], third[:9])}
     (change,) = node_updates.update(["My-Node"], dry_run=True)
     assert [line.partition(" ")[2][11:] for line in change.commits] == ["third", "second"]
     assert change.requirements == ("+scipy",)
@@ -165,11 +176,11 @@ def test_failed_update_does_not_block_others(
     (others[1].place / "link").symlink_to("/etc/passwd")
     others[1].commit("a link")
     new = upstream.commit("second", types__py="import socket\n")
-    for look in (lambda: node_updates.outdated(nodes.catalogue()), lambda: node_updates.update([], dry_run=True)):
+    for look in (lambda: outdated(), lambda: node_updates.update([], dry_run=True)):
         with pytest.raises(HearthError, match=r"Gone"):
             look()
-        assert f"My-Node {before['My-Node'].commit[:9]} -> {new[:9]}" in capsys.readouterr().err
         assert nodes.catalogue().nodes == before
+    assert f"My-Node {before['My-Node'].commit[:9]} -> {new[:9]}" in capsys.readouterr().err
     with pytest.raises(HearthError, match=r"Gone, Leads-Out") as raised:
         node_updates.update([], dry_run=False)
     assert "Gone cannot be reached" in str(raised.value)

@@ -16,13 +16,15 @@ from invoke.exceptions import Exit
 import tasks
 from core import files
 from core.command import command
-from core.errors import AuditError, BusyError
+from core.errors import AuditError, BusyError, ConnectError
 from core.flags import CutOver, Where
 from deploy import remote_build
 from deploy.change import Outcome
 from docs.generate import contexts
 from lock.audit import Audit, Finding
 from lock.node_updates import Change as Update
+from lock.outdated import Entry
+from lock.proposal import Proposal
 from tests.conftest import Hearth
 from tests.errors import kind_of
 
@@ -124,6 +126,13 @@ FINDING = Finding("x", "1", (), "a hole", "", "")
         ("nodes.update", {"name": [], "dry_run": True}, "lock.node_updates.update", [update()], 2),
         ("nodes.update", {"name": []}, "lock.node_updates.update", [update()], 0),
         ("nodes.update", {"name": [], "dry_run": True}, "lock.node_updates.update", [], 0),
+        ("update", {"dry_run": True}, "lock.update.update", (Proposal(files=["a"]), {}), 2),
+        ("update", {"dry_run": True}, "lock.update.update", (Proposal(), {}), 0),
+        ("update", {}, "lock.update.update", (Proposal(files=["a"]), {}), 0),
+        ("update", {}, "lock.update.update", (Proposal(), {"a": OSError()}), 31),
+        ("update", {"undo": True}, "lock.transaction.undo", ["a"], 0),
+        ("outdated", {}, "lock.outdated.outdated", ([Entry("nodes", "a", "1", "2", 3)], {}), 0),
+        ("outdated", {}, "lock.outdated.outdated", ([], {"a": ConnectError("unreachable", "b")}), 60),
         ("nodes.search", {"workflow": "w"}, "lock.node_updates.search", {"A": ["node"], "B": []}, 1),
         ("nodes.search", {"workflow": "w"}, "lock.node_updates.search", {"A": ["node"]}, 0),
         ("audit", {}, "lock.audit.check", Audit(1, 1, 1, (), None), 0),
@@ -140,6 +149,13 @@ def test_the_result_of_a_task_is_its_exit_code(
     as_json: bool,
 ) -> None:
     assert run(monkeypatch, task, {**flags, "json": as_json}, place, result) == code
+
+
+@pytest.mark.parametrize("words", [["--cooldown", "1"], ["tool", "--cooldown", "1"], ["--cooldown", "1", "tool"]])
+def test_a_part_may_be_left_out(hearth: Hearth, words: list[str]) -> None:
+    done = hearth.inv("outdated", *words)
+    assert (done.returncode, kind_of(done.stderr)) == (15, "usage"), done.stderr
+    assert kind_of(hearth.inv("outdated", "tol").stderr) == "unknown-name"
 
 
 def test_an_audit_without_its_service_is_reported_before_it_fails(

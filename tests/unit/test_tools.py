@@ -15,7 +15,7 @@ from agent.schema.uv import index_settings
 from core import shell, source, tools
 from kernels import recipe
 from kernels import source as kernel_source
-from lock import node_updates, nodes
+from lock import nodes, upstream
 from tests.conftest import FIXTURES
 from tests.errors import raises
 from tests.unit.test_source import repository
@@ -129,17 +129,17 @@ def test_patches_ignore_git_configuration(hostile: Path, tmp_path: Path) -> None
 
 def test_update_checks_ignore_the_callers_git_configuration(hostile: Path, tmp_path: Path) -> None:
     commit = plain(tmp_path / "repo", {"a.py": ""})
-    assert node_updates.newest(f"file://{tmp_path}/repo") == commit
-    assert node_updates.holds(f"file://{tmp_path}/repo", commit, commit) is True
+    assert upstream.newest(f"file://{tmp_path}/repo") == commit
+    assert upstream.holds(f"file://{tmp_path}/repo", commit, commit) is True
     assert not hostile.exists()
 
 
 @pytest.mark.parametrize("url", ["ext::sh -c 'touch {ran}'", "--upload-pack=touch {ran}"])
 def test_repository_addresses_run_no_program(hostile: Path, url: str) -> None:
     address = url.format(ran=hostile)
-    assert node_updates.holds(address, "a" * 40, "b" * 40) is None
+    assert upstream.holds(address, "a" * 40, "b" * 40) is None
     with pytest.raises(Exception, match="cannot be reached"):
-        node_updates.newest(address)
+        upstream.newest(address)
     assert not hostile.exists()
 
 
@@ -149,7 +149,7 @@ def test_the_users_own_mirror_and_credentials_are_used(tmp_path: Path, monkeypat
     (tmp_path / "home/.gitconfig").write_text(f'[url "file://{tmp_path}/"]\ninsteadOf = https://example.org/\n')
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-    assert node_updates.newest("https://example.org/repo") == commit
+    assert upstream.newest("https://example.org/repo") == commit
     monkeypatch.setenv("GIT_SSH_COMMAND", "ssh -i key")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")
     told = tools.git("-c", "alias.told=!env", "told").stdout.splitlines()
