@@ -42,7 +42,21 @@ def _complete_context(
     complete(machine)
 
 
+def _handle(
+    machine: ParseMachine, token: str, handle: Callable[[ParseMachine, str], None] = ParseMachine.handle
+) -> None:
+    """Read a word. `--help` after a task asks for its help; invoke would take it for a positional argument."""
+    context, initial = machine.context, machine.initial
+    if token in ("--help", "-h") and context and initial and context is not initial and token not in context.flags:
+        initial.flags["--help"].value = context.name
+        for each in context.missing_positional_args:
+            each.value = ""
+    else:
+        handle(machine, token)
+
+
 ParseMachine.complete_context = _complete_context  # type: ignore[assignment, method-assign]
+ParseMachine.handle = _handle  # type: ignore[assignment, method-assign]
 
 _SHORT = {"lines": "n"}  # as in tail and journalctl
 

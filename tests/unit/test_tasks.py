@@ -158,6 +158,12 @@ def test_a_part_may_be_left_out(hearth: Hearth, words: list[str]) -> None:
     assert kind_of(hearth.inv("outdated", "tol").stderr) == "unknown-name"
 
 
+@pytest.mark.parametrize("words", [("nodes.add",), ("outdated",), ("update", "comfyui"), ("deploy",)])
+def test_help_after_a_task_is_its_help(hearth: Hearth, words: tuple[str, ...]) -> None:
+    done = hearth.inv(*words, "--help")
+    assert (done.returncode, f"[--core-opts] {words[0]} " in done.stdout) == (0, True), done.stderr
+
+
 def test_an_audit_without_its_service_is_reported_before_it_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
