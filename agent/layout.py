@@ -46,6 +46,7 @@ class Layout:
         self.paused = self.state / "paused.json"
         self.lingered = self.state / "lingered"  # exists if Hearth has enabled lingering
         self.database = self.data / "user/comfyui.db"
+        self.databases = self.state / "databases"  # of releases whose successor has migrated it, by release
         self.choice = self.state / "manager.json"  # which manager runs the service
 
     def release(self) -> str:

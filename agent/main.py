@@ -7,6 +7,7 @@ standard input (`site` and the verb's own values) and prints JSON lines. State i
     pending.json       the plan in progress; deleted at its end
     cut-over.json      the phase of its cut-over (`cutover`); database-<run>/ is the previous database, deleted at the
                        run's end unless a revert failed to restore it
+    databases/         the databases of releases from before a newer one migrated them, for a rollback
     reserve            reserved disk space for a run's final records, freed when the disk is full
     trial/             scratch data of a release's trial
     runs/<run>.jsonl   events of a run, one per line; read by `follow`

@@ -99,7 +99,9 @@ def make(target: Target, facts: Facts, inputs: Inputs, options: Options) -> Plan
             notes.append(f"left out: {what}")
     if any(isinstance(step, schema.CutOver) for step in steps):
         notes += proofs.rows(inputs.proofs)
-    return Plan.of(facts, steps, found, (*_notes(target, facts), *notes), release=wanted["id"])
+    return Plan.of(
+        facts, steps, found, (*_notes(target, facts), *_database(facts, wanted["id"]), *notes), release=wanted["id"]
+    )
 
 
 def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
@@ -109,7 +111,14 @@ def back(target: Target, facts: Facts, to: str, options: Options) -> Plan:
     steps = [_release_step(wanted, "its unit or links were changed")] if wanted and to in facts.altered else []
     if steps or facts.current != to or not (service.linked and service.active and service.enabled):
         steps.append(_cut_over(facts, to, "requested", options))
-    return Plan.of(facts, steps, found, release=to)
+    return Plan.of(facts, steps, found, _database(facts, to), release=to)
+
+
+def _database(facts: Facts, to: str) -> tuple[str, ...]:
+    """What happens to ComfyUI's database on the way back to a release."""
+    if not (at := facts.databases.get(to)) or facts.current == to:
+        return ()
+    return (f"a newer ComfyUI has migrated the database: {to} gets the one of {at}; the newer one is kept",)
 
 
 def _system(facts: Facts, inputs: Inputs) -> tuple[list[Refusal], list[str]]:

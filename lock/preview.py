@@ -295,7 +295,7 @@ def rows(found: Preview) -> Iterator[str]:
         yield f"package {package.name}: {package.old} -> {package.new} in {', '.join(package.lists)}{by}"
     if found.migrations:
         yield f"database: ComfyUI {found.new} migrates it to {', '.join(found.migrations)}"
-        yield "database: if the deploy rolls back, it restores the database from the time of the update"
+        yield "database: a rollback restores the one from the time of the update"
     if found.newer:
         yield f"database: ComfyUI {found.new} does not start with a database at {', '.join(found.newer)}"
     for host, made in found.drivers.items():

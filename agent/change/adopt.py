@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.api import Endpoint
-from agent.change.cutover import LARGEST
+from agent.change.database import LARGEST
 from agent.deletion import remove
 from agent.files import AgentError, Json, Note, discard, sync
 from agent.folders import LEVELS, opened, tree

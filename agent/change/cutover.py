@@ -7,7 +7,7 @@
     draining    wait for ComfyUI's jobs
     snapshot    reserve space for a copy of ComfyUI's database; create the link for the rollback
     stopped     stop the service and copy its database
-    switched    point `current` at the new release
+    switched    point `current` at the new release; give an older one the database of its time
     proving     start and prove the new release
     reverting   restore `current`, the database and the service
     ended       the result is final
@@ -26,26 +26,24 @@ from pathlib import Path
 from typing import NoReturn
 
 from agent.api import Endpoint, endpoint
+from agent.change.database import forget, reserve, restore, revision, revisions, take_snapshot
 from agent.change.lifecycle import halt
 from agent.change.trial import memory_shortage, run_trial
-from agent.deletion import remove
+from agent.deletion import SafeDeleter, remove
 from agent.files import (
     AgentError,
     Json,
     Note,
-    copy,
     discard,
     link,
     os_error,
     read,
-    regular,
     retried,
-    sha256,
     sync,
     write,
 )
-from agent.folders import inside
 from agent.layout import DATABASE, Layout
+from agent.look.storage import databases
 from agent.parts import as_service
 from agent.processes import wait_for
 from agent.schema.change import CutOver
@@ -126,6 +124,9 @@ class Cutover:
                 self.enter("switched", copied=True)
             if self.record["phase"] == "switched":
                 link(self.layout.current, f"releases/{self.record['to']}")
+                if self.record.get("older"):  # now: before the switch, a resumed run would copy it as the current one
+                    self.manager.stop()  # a boot may have started it
+                    as_service(self.layout, restore, self.database, self.layout.database.parent, True)
                 self.enter("proving")
             self.await_mounts()
             self.manager.install()
@@ -147,6 +148,7 @@ class Cutover:
             raise AgentError("step", what, "", "mount it there, then run the same command again")
         status = self.manager.status()
         self.record = {"was_active": status.active, "was_enabled": status.enabled, **self.record}
+        self.record.setdefault("older", self.older_database())
         if not self.record["tried"] and self.step.trial != "no":
             self.enter("trial")
             self.record |= {"proved": self.try_out(status.active), "tried": True}
@@ -158,10 +160,29 @@ class Cutover:
         self.enter("snapshot", copied=False)
         remove(self.snapshot)
         self.snapshot.mkdir()
+        self.layout.databases.mkdir(exist_ok=True)  # now: a full disk has no room for it later
         os.chown(self.snapshot, *self.layout.owner())
         as_service(self.layout, reserve, self.layout.database.parent, self.snapshot)
         if self.record["from"]:
             link(self.way_back, f"releases/{self.record['from']}")
+
+    def older_database(self) -> str:
+        """Return the release whose saved database the new one gets, because it cannot open the current one; or "".
+
+        Raises AgentError if there is none.
+        """
+        to, now = self.record["to"], as_service(self.layout, revision, self.layout.database.parent)
+        known = revisions(self.layout, to)
+        if not now or not known or now in known:  # a ComfyUI without migrations opens every database
+            return ""
+        for name, at in sorted(databases(self.layout).items(), key=lambda each: each[1], reverse=True):
+            if as_service(self.layout, revision, self.layout.databases / name) in known:
+                self.note(f"release {to} cannot open ComfyUI's database ({now}); it gets the one of {at}")
+                return name
+        what = f"release {to} cannot open ComfyUI's database, which a newer ComfyUI has migrated to {now}"
+        path = self.layout.database
+        hint = f"to begin with an empty database: inv stop, mv {path} {path}.newer, and run the same command again"
+        raise AgentError("step", what, "no copy from before that is kept", hint)
 
     def prove(self) -> None:
         """Run the health gate, and the plan's workflows unless the trial has. Raises AgentError."""
@@ -188,8 +209,16 @@ class Cutover:
                 )
             self.note(f"no trial, the release is checked after the cut-over only: {short}")
         else:
-            return run_trial(self.layout, self.manager, self.layout.manifest(self.record["to"]), self.note, self.step)
+            return run_trial(
+                self.layout, self.manager, self.layout.manifest(self.record["to"]), self.note, self.step, self.database
+            )
         return False
+
+    @property
+    def database(self) -> Path:
+        """The folder of the database that the new release gets."""
+        older = self.record.get("older")
+        return self.layout.databases / older if older else self.layout.database.parent
 
     def await_mounts(self) -> None:
         """Wait for late mounts after a boot; systemd would wait without a limit. Raises AgentError."""
@@ -210,7 +239,8 @@ class Cutover:
         if self.record["phase"] != "reverting":
             with suppress(AgentError, OSError):
                 report = {**report, "log": last_words(self.manager)}
-            (self.layout.state / RESERVE).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.layout.state / RESERVE).unlink(missing_ok=True)
             with suppress(OSError):  # without a record, carry_on() detects that `current` was reverted
                 retried(lambda: self.enter("reverting", error=report))
         self.note(f"not healthy, rolling back to {previous or 'no release'}")
@@ -293,61 +323,25 @@ def _unexpected(error: Exception) -> AgentError:
     return AgentError("gate", f"internal error in Hearth: {error!r}")
 
 
-# --- the database: run as the service's user -----------------------------------------------------------------------
+def settle_database(layout: Layout, run: str) -> None:
+    """Delete a run's copy of the database, or save it for the previous release if the new one has migrated it."""
+    snapshot = layout.state / f"database-{run}"
+    with suppress(AgentError, OSError):
+        retried(lambda: _save_database(layout, run, snapshot))
+    for path in (snapshot / DATABASE[0], snapshot) * 2:  # the database first: what is left is never saved; one retry
+        if os.path.lexists(path):  # leftovers waste only space
+            SafeDeleter().delete(path)
 
 
-LARGEST = 20_000_000_000
-"""Maximum size of the database in bytes. It is an index of models and pictures, normally some MB."""
-
-
-def reserve(source: Path, place: Path) -> None:
-    """Reserve disk space for a copy of the database, so that a full disk is detected before anything is stopped.
-
-    Raises AgentError if the database exceeds LARGEST: a custom node may have inflated it.
-    """
-    with inside(source) as here:
-        for name in filter(lambda name: regular(here / name), DATABASE):
-            with suppress(FileNotFoundError):
-                size = (here / name).lstat().st_size
-                if size > LARGEST:
-                    what = f"{source / name} is {size} bytes, more than ComfyUI's database can have ({LARGEST})"
-                    raise AgentError(
-                        "step", what, "", f"inv stop --force; inspect it, then move it away: mv {source / name} …"
-                    )
-                descriptor = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-                try:
-                    if size:
-                        os.posix_fallocate(descriptor, 0, size)
-                finally:
-                    os.close(descriptor)
-
-
-def take_snapshot(source: Path, place: Path) -> None:
-    """Copy the database while nothing writes to it: a newer ComfyUI migrates it, and an older one then refuses it."""
-    with inside(source) as here:
-        for name in DATABASE:
-            if regular(here / name):  # not through a link: this process can read files that the unit hides
-                copy(here / name, place / name)
-            else:
-                discard(place / name)
-
-
-def restore(snapshot: Path, place: Path) -> None:
-    """Restore the database file by file. Raises OSError and keeps the snapshot if a file cannot be restored.
-
-    The WAL and journal come first: SQLite would apply newer ones to the older database.
-    """
-    with inside(place) as here:
-        for name in reversed(DATABASE):
-            for draft in here.glob(f".{name}.*"):  # left by a killed restore
-                with suppress(OSError):
-                    draft.unlink()
-            kept, now = snapshot / name, here / name
-            if not kept.exists() or not regular(now):
-                retried(lambda now=now: remove(now))  # type: ignore[misc]  # it may be a folder now
-            if kept.exists() and (not regular(now) or sha256(kept) != sha256(now)):
-                try:
-                    retried(lambda kept=kept, now=now: copy(kept, now))  # type: ignore[misc]
-                except OSError:
-                    os.replace(kept, now)  # a full disk has room for this, on the same file system  # noqa: PTH105
-        retried(lambda: sync(here))  # the snapshot is deleted after this
+def _save_database(layout: Layout, run: str, snapshot: Path) -> None:
+    record = read(layout.cut, lenient=True)
+    ended = record.get("run") == run and record.get("phase") == "ended" and not record.get("error")
+    if not ended or layout.release() != record["to"]:
+        return
+    forget(layout, record["to"])  # its database is in use again
+    if record["from"] not in ("", record["to"]) and snapshot.is_dir():
+        before, after = (as_service(layout, revision, each) for each in (snapshot, layout.database.parent))
+        if before and after and before != after:
+            forget(layout, record["from"])
+            snapshot.replace(layout.databases / record["from"])
+            sync(layout.databases)

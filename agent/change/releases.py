@@ -8,6 +8,7 @@ import shutil
 import time
 from contextlib import suppress
 
+from agent.change.database import forget
 from agent.deletion import remove
 from agent.files import Note, link, read, write
 from agent.install import prune as prune_agents
@@ -52,6 +53,7 @@ def prune(layout: Layout, step: Prune, note: Note) -> None:
     for path in layout.releases.glob("*"):
         if path.name not in (*step.keep, current):
             remove(path)
+            forget(layout, path.name)
     named = {part for path in layout.releases.glob("*/release.json") for part in read(path)["parts"].values()}
     for path in layout.parts.glob("*"):
         if path.name not in named:

@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 
 from agent.change.accounts import account, linger, members, rights
 from agent.change.adopt import adopt, retire, unadopt
-from agent.change.cutover import RESERVE, abandon, cut_over
+from agent.change.cutover import RESERVE, abandon, cut_over, settle_database
 from agent.change.env import env
 from agent.change.exporter import exporter
 from agent.change.folders import folders, mount
@@ -38,7 +38,6 @@ from agent.change.releases import prune, release, serve
 from agent.change.settings import apply_setting, undo_settings
 from agent.change.trees import app, node, tool
 from agent.change.trial import trial_of
-from agent.deletion import SafeDeleter
 from agent.files import AgentError, Json, Note, append, cut, os_error, read, remove_drafts, retried, sha256, sync, write
 from agent.install import install
 from agent.journal import Journal, busy, events, history, now
@@ -265,8 +264,7 @@ def _end(layout: Layout, plan: Json, journal: Journal) -> None:
         if not any(event["event"] == "end" for event in journal.events()):
             journal.add("end", result=plan["result"], error=plan["error"])
     if not plan["error"].get("kept"):
-        for _ in range(2):  # one retry; leftovers waste only space
-            SafeDeleter().delete(layout.state / f"database-{plan['run']}")
+        settle_database(layout, plan["run"])
     _clear(layout)
     retried(lambda: layout.pending.unlink(missing_ok=True))
 

@@ -68,13 +68,14 @@ def trial_of(layout: Layout, manager: Manager) -> Trial:
     return SystemdTrial(layout) if isinstance(manager, Systemd) else Trial(layout)
 
 
-def run_trial(layout: Layout, manager: Manager, release: Json, note: Note, step: CutOver) -> bool:
+def run_trial(layout: Layout, manager: Manager, release: Json, note: Note, step: CutOver, database: Path) -> bool:
     """Prove a release without touching the current one. Return whether it also ran the workflows of `step`.
 
+    It gets a copy of the database in the folder `database`.
     Raises AgentError of kind `trial` with the trial's log.
     """
     trial = trial_of(layout, manager)
-    trial.proofs = step.proofs
+    trial.proofs, trial.database = step.proofs, database
     current = layout.release()
     times: dict[str, float] | None = {}
 
@@ -155,6 +156,7 @@ class Trial:
         # The scratch folder for each writable path: the data, and data folders outside of it.
         elsewhere = {path: name for name, path in layout.elsewhere.items() if name != "models"}
         self.places = {str(layout.data): self.scratch, **{path: self.room / name for path, name in elsewhere.items()}}
+        self.database = layout.database.parent
         self.proofs: tuple[Proof, ...] = ()  # workflows that it will run
         self.child: subprocess.Popen[bytes] | None = None
         self.spared: set[int] = set()
@@ -195,7 +197,7 @@ class Trial:
             place.mkdir(0o750, parents=True)
             os.chown(place, *self.layout.owner())
         inside = [self.moved(name) for name in release.get("folders", ())]
-        as_service(self.layout, _fill, self.layout.data, self.scratch, inside, models)
+        as_service(self.layout, _fill, self.layout.data, self.scratch, inside, models, self.database)
         source = self.layout.folder("input")
         if workflows := [proof.workflow for proof in self.proofs]:
             as_service(self.layout, _copy_inputs, source, Path(self.moved(str(source))), workflows)
@@ -322,7 +324,7 @@ class SystemdTrial(Trial):
         return self.unit.log(lines)
 
 
-def _fill(data: Path, scratch: Path, folders: list[str], models: Path | None) -> None:
+def _fill(data: Path, scratch: Path, folders: list[str], models: Path | None, database: Path) -> None:
     """Create the scratch data: folders, a copy of the database, and copies of the nodes' small files."""
     left = SMALL_ONES
     for name, folder in itertools.chain(branches(data, "nodes"), branches(data, "comfyui")):  # releases link to these
@@ -345,7 +347,7 @@ def _fill(data: Path, scratch: Path, folders: list[str], models: Path | None) ->
     for name in (*DATA, *folders):
         if not (scratch / name).is_symlink():  # it may dangle until the trial begins
             (scratch / name).mkdir(parents=True, exist_ok=True)
-    _copy_live(data / "user", scratch / "user/comfyui.db")
+    _copy_live(database, scratch / "user/comfyui.db")
 
 
 def _texts(value: Any) -> Iterator[str]:

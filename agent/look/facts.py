@@ -22,7 +22,7 @@ from agent.look.exporter import exporter
 from agent.look.machine import libstdcxx, nvidia, os_release, packages, pythons
 from agent.look.ports import port_holder
 from agent.look.prefix import prefix_state
-from agent.look.storage import folder_problem, free_bytes, mount_state, shares, traps, unused
+from agent.look.storage import databases, folder_problem, free_bytes, mount_state, shares, traps, unused
 from agent.parts import damages_of, forked
 from agent.schema.facts import Ended, Facts, Paused, Report, Service
 from agent.schema.live import GpuState
@@ -110,6 +110,7 @@ def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: floa
         releases=tuple(each for each in manifests if each),
         altered=tuple(each["id"] for each in manifests if each and altered(layout, each)),
         proven=tuple(_proven(layout, runs)),
+        databases=databases(layout),
         failed_nodes=read(layout.releases / current / "proven", lenient=True).get("failed_nodes", {}),
         # ComfyUI creates `temp` when it starts and deletes it when it ends.
         data=all(os.path.lexists(layout.data / name) for name in DATA if name != "temp"),

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -137,3 +138,9 @@ def _shared(layout: Layout, folder: Path) -> bool:
         return False
     except OSError as error:  # ACLs not supported, or no such folder: fine
         return error.errno in (errno.ENOTSUP, errno.ENOENT)
+
+
+def databases(layout: Layout) -> dict[str, str]:
+    """Return the releases with a saved database, and when it was copied: UTC, ISO 8601."""
+    found = {place.name: place.stat().st_mtime for place in layout.databases.glob("*")}
+    return {name: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)) for name, at in found.items()}

@@ -190,6 +190,9 @@ class Facts:
     place: Place = field(default_factory=Place)
     glibcxx: str = ""  # the newest GLIBCXX symbol version of its libstdc++; empty: not reported
     cxxabi: str = ""  # the same for CXXABI
+    databases: dict[str, str] = field(
+        default_factory=dict
+    )  # releases whose database a newer ComfyUI has migrated: when
 
     @property
     def platform(self) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from agent.change import cutover, folders
+from agent.change import database, folders
 from agent.files import discard, write
 from agent.layout import Layout
 from agent.parts import damage_of, part
@@ -222,7 +222,7 @@ def test_recorded_steps_survive_power_loss(images: Path, kind: str, monkeypatch:
             (place / "python").write_text("python")
         Systemd(layout).disable()
         discard(layout.paused)
-        cutover.restore(kept, layout.database.parent)
+        database.restore(kept, layout.database.parent)
         write(layout.state / "record", "all that was done")
         replica.clone(image, copy)
 

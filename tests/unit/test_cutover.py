@@ -29,7 +29,7 @@ from typing import Any
 import pytest
 
 from agent import files
-from agent.change import cutover, lifecycle, runs, trial
+from agent.change import cutover, database, lifecycle, runs, trial
 from agent.files import AgentError, Json, link, write
 from agent.journal import history
 from agent.layout import DATA, Layout
@@ -54,7 +54,10 @@ PLAN = {
 
 @dataclass(frozen=True)
 class Scenario:
-    """The new release's behaviour. `migrates`: it migrates the database, and the old release then refuses it."""
+    """The new release's behaviour. `migrates`: it migrates the database, and the old release then refuses it.
+
+    `back`: the new release is in service and has migrated the database; the old one replaces it.
+    """
 
     name: str
     trial: bool = True
@@ -62,6 +65,7 @@ class Scenario:
     hangs: bool = False
     migrates: bool = False
     restores: bool = True
+    back: bool = False
 
 
 SCENARIOS = [
@@ -71,6 +75,8 @@ SCENARIOS = [
     Scenario("migrates", migrates=True),
     Scenario("migrates and fails the gate", migrates=True, gate=False),
     Scenario("migrates, fails the gate, cannot be restored", migrates=True, gate=False, restores=False),
+    Scenario("back to before a migration", back=True),
+    Scenario("back to before a migration, fails the gate", back=True, gate=False),
 ]
 
 KILLED = 137
@@ -88,12 +94,14 @@ NEEDS_ROOM = {"open", "write", "mkdir", "symlink", "link", "posix_fallocate"}
 
 def schema(database: Path) -> int:
     with closing(sqlite3.connect(database)) as opened:
-        return int(opened.execute("pragma user_version").fetchone()[0])
+        return int(opened.execute("select version_num from alembic_version").fetchone()[0])
 
 
 def set_schema(database: Path, version: int) -> None:
     with closing(sqlite3.connect(database)) as opened:
-        opened.execute(f"pragma user_version = {version}")
+        opened.execute("create table if not exists alembic_version (version_num text)")
+        opened.execute("delete from alembic_version")
+        opened.execute(f"insert into alembic_version values ('{version}')")
         opened.execute(f"create table t{version} (x)")
         opened.commit()
 
@@ -263,22 +271,31 @@ class World:
         for name in ("old", "new"):
             release = {"id": name, "argv": argv, "environment": {}, "parts": {}, "gate": {"seconds": 1}}
             write(layout.releases / name / "release.json", json.dumps(release))
-        link(layout.current, "releases/old")
+            for number in (1, 2) if name == "new" else (1,):
+                text = f'revision = "{number}"\ndown_revision = "{number - 1}"\n'
+                write(layout.releases / name / f"app/alembic_db/versions/{number}.py", text)
+        first, second = ("new", "old") if self.scenario.back else ("old", "new")
+        link(layout.current, f"releases/{first}")
         set_schema(layout.database, 1)
+        if self.scenario.back:
+            (layout.databases / "old").mkdir(parents=True)
+            shutil.copy(layout.database, (layout.databases / "old"))
+            set_schema(layout.database, 2)
         (layout.data / "output/art.png").write_text("art")
         (layout.data / "user/comfyui.db.mine").write_text("a user's own copy")
         manager = Manager(layout, self.scenario, Layer(layout.prefix))
         manager.install()
         manager.boot()
         write(layout.state / cutover.RESERVE, bytes(runs.RESERVED))
-        write(layout.pending, json.dumps(PLAN))
+        write(layout.pending, json.dumps({**PLAN, "release": second, "base": first}))
+        self.plan(to=second)
         return self
 
     def plan(self, **values: object) -> None:
         """Change the pending cut-over."""
         cut, prune = PLAN["steps"]
         steps = [{**cut, **values}] + ([prune] if values.get("trial") != "only" else [])  # type: ignore[dict-item]
-        write(self.site.pending, json.dumps({**PLAN, "steps": steps}))
+        write(self.site.pending, json.dumps({**files.read(self.site.pending), "steps": steps}))
 
     def failing(self, mode: str, at: int) -> int:
         """Apply the pending change in this process, with a failing operation; returns the exit code."""
@@ -321,7 +338,7 @@ class World:
         manager = Manager(self.site, self.scenario, layer or Layer(self.site.prefix))
 
         def directly(_: Layout, work: Callable[..., Any], *given: Any) -> Any:
-            if work is cutover.restore and not self.scenario.restores:
+            if work is database.restore and not self.scenario.restores:
                 raise OSError(errno.EIO, "cannot be restored")
             return work(*given)
 
@@ -384,7 +401,15 @@ class World:
         expected = {"comfyui.db", "comfyui.db.mine"}
         if {path.name for path in (layout.data / "user").iterdir()} != expected:
             found.append(f"data/user holds {sorted(path.name for path in (layout.data / 'user').iterdir())}")
-        names = {"history.jsonl", "runs", "lock", "incoming", *(path.name for path in layout.state.glob("database-*"))}
+        saved = {path.parent.name: schema(path) for path in layout.state.glob("databases/*/comfyui.db")}
+        if self.scenario.back:
+            expected_copies = {"new": 2} if current == "old" else {"old": 1}
+        else:
+            expected_copies = {"old": 1} if (current, schema(layout.database)) == ("new", 2) else {}
+        if saved != expected_copies:
+            found.append(f"saved are the databases {saved}")
+        names = {"history.jsonl", "runs", "lock", "incoming", "databases"}
+        names |= {path.name for path in layout.state.glob("database-*")}
         left = [path.name for path in layout.state.iterdir() if path.name not in names]
         if left:
             found.append(f"left in state/: {left}")
@@ -556,10 +581,10 @@ def test_too_little_memory_skips_the_trial(tmp_path: Path, monkeypatch: pytest.M
 def test_a_trial_alone_touches_nothing(tmp_path: Path, good: bool) -> None:
     world = World(tmp_path, Scenario("", trial=good, migrates=True)).make()
     world.plan(trial="only")
-    database = world.site.database.read_bytes()
+    before = world.site.database.read_bytes()
     assert world.apply() == 0
     assert (world.site.release(), (tmp_path / "running").read_text()) == ("old", "old")
-    assert (world.faults(), world.site.database.read_bytes()) == ([], database)
+    assert (world.faults(), world.site.database.read_bytes()) == ([], before)
     (line,) = history(world.site)
     assert line["result"] == ("done" if good else "failed")
 

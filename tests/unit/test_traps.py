@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from agent import parts, requester
-from agent.change import cutover, folders, trees, trial
+from agent.change import database, folders, trees, trial
 from agent.deletion import remove
 from agent.files import AgentError, Json
 from agent.layout import DATA, PROOF, UNUSED, Layout
@@ -70,13 +70,13 @@ def test_only_a_database_of_regular_files_is_copied(
     (user / "comfyui.db").write_text("database")
     trap(user / "comfyui.db-wal", secret)
     trap(user / "comfyui.db-x", secret)
-    cutover.reserve(user, kept)
-    cutover.take_snapshot(user, kept)
+    database.reserve(user, kept)
+    database.take_snapshot(user, kept)
     assert [path.name for path in kept.iterdir()] == ["comfyui.db"]
     remove(user / "comfyui.db")
     trap(user / "comfyui.db", secret)
     trap(user / ".comfyui.db.7", secret)
-    cutover.restore(kept, user)
+    database.restore(kept, user)
     assert (user / "comfyui.db").read_text() == "database"
     assert secret.read_text() == "private"
 
@@ -86,7 +86,7 @@ def test_oversized_database_is_reported_before_the_stop(tmp_path: Path) -> None:
     with (tmp_path / "comfyui.db").open("wb") as file:
         file.truncate(10**12)
     with pytest.raises(AgentError, match="more than ComfyUI's database can have"):
-        cutover.reserve(tmp_path, tmp_path / "kept")
+        database.reserve(tmp_path, tmp_path / "kept")
 
 
 @pytest.mark.parametrize("trap", TRAPS)
@@ -98,7 +98,7 @@ def test_trial_gets_node_data_only(tmp_path: Path, secret: Path, trap: Callable[
     if trap is link:
         deep(data / "nodes/labyrinth", 1400)
     scratch.mkdir()
-    trial._fill(data, scratch, [], None)
+    trial._fill(data, scratch, [], None, data / "user")
     assert (scratch / "nodes/one/settings").read_text() == "mine"
     assert not [path for path in (scratch / "nodes/one").iterdir() if path.name == "trap" and not path.is_dir()]
     remove(data)
@@ -129,7 +129,7 @@ def _give(place: Path, user: int) -> None:
     os.chown(place, user, user, follow_symlinks=False)
 
 
-@pytest.mark.parametrize("work", [cutover.reserve, cutover.take_snapshot, trial._copy_live])
+@pytest.mark.parametrize("work", [database.reserve, database.take_snapshot, trial._copy_live])
 @pytest.mark.needs("root")
 def test_service_link_to_another_database_is_refused(served: Layout, work: Callable[..., None]) -> None:
     user, kept = served.data / "user", served.prefix / "scratch"
@@ -154,14 +154,14 @@ def test_service_link_to_another_database_is_refused(served: Layout, work: Calla
         remove(user)
         user.symlink_to(served.prefix / "home")
         _give(user, NOBODY)
-        parts.as_service(served, cutover.restore, kept, user)
+        parts.as_service(served, database.restore, kept, user)
     assert (served.prefix / "home/comfyui.db").read_text() == "private"
 
 
 @pytest.mark.needs("root")
 def test_operators_link_is_followed(served: Layout) -> None:
     (served.data / "user").symlink_to("../home")
-    parts.as_service(served, cutover.take_snapshot, served.data / "user", served.prefix / "scratch")
+    parts.as_service(served, database.take_snapshot, served.data / "user", served.prefix / "scratch")
     assert (served.prefix / "scratch/comfyui.db").read_text() == "private"
     assert storage.traps(served) == {}
 
@@ -175,7 +175,9 @@ def test_links_below_data_are_not_followed(served: Layout, name: str) -> None:
     place = served.data / name
     place.parent.mkdir(exist_ok=True)
     place.symlink_to(served.prefix / "home")
-    parts.as_service(served, trial._fill, served.data, served.prefix / "scratch", [], served.data / "models")
+    parts.as_service(
+        served, trial._fill, served.data, served.prefix / "scratch", [], served.data / "models", served.data / "user"
+    )
     found = {path.name for path in (served.prefix / "scratch").rglob("*")}
     assert not found & {"notes", "comfyui.db", "deeper"}
     with pytest.raises(OSError):  # a link, or not a folder
@@ -198,9 +200,9 @@ def test_database_is_parsed_without_privileges(served: Layout) -> None:
     def attack() -> None:
         os.kill(os.getpid(), 9)
 
-    database = sqlite3.connect(served.data / "comfyui.db")
-    database.execute("CREATE TABLE one (x)")
-    database.close()
+    made = sqlite3.connect(served.data / "comfyui.db")
+    made.execute("CREATE TABLE one (x)")
+    made.close()
     parts.as_service(served, trial._copy_live, served.data, served.prefix / "scratch/comfyui.db")
     assert b"TABLE one" in (served.prefix / "scratch/comfyui.db").read_bytes()
     with service:
@@ -216,7 +218,7 @@ def test_copies_drop_setuid_bits(tmp_path: Path, mode_before: int) -> None:
     (tmp_path / "comfyui.db").touch()
     (tmp_path / "comfyui.db").chmod(mode_before)
     (tmp_path / "kept").mkdir()
-    cutover.take_snapshot(tmp_path, tmp_path / "kept")
+    database.take_snapshot(tmp_path, tmp_path / "kept")
     assert mode(tmp_path / "kept/comfyui.db") == mode_before & 0o777
 
 
@@ -225,7 +227,7 @@ def test_trial_copy_is_limited_in_size(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "data/nodes").mkdir(parents=True)
     for number in range(100):
         (tmp_path / f"data/nodes/{number}").write_bytes(bytes(1000))
-    trial._fill(tmp_path / "data", tmp_path / "scratch", [], None)
+    trial._fill(tmp_path / "data", tmp_path / "scratch", [], None, tmp_path / "data/user")
     assert sum(path.stat().st_size for path in (tmp_path / "scratch/nodes").iterdir()) < 50_000
 
 
