@@ -241,6 +241,40 @@ def test_rollback_restores_the_database(steady: Fleet) -> None:
     assert len((steady.prefix / "data/user/comfyui.db").read_bytes()) == len(before)
 
 
+MIGRATION = """
+import sqlalchemy as sa
+from alembic import op
+revision = "0007_test"
+down_revision = "LAST"
+def upgrade():
+    op.create_table("newer", sa.Column("x", sa.Integer))
+"""
+
+
+def test_rollback_after_a_migration_restores_the_database_of_its_time(steady: Fleet) -> None:
+    """ComfyUI's own migration. The newer database is kept, and a deploy migrates the older one again."""
+    first, before = steady.current(), steady.database()
+    app = steady.comfyui("newer", {})
+    versions = app / "src/alembic_db/versions"
+    last = max(path.stem for path in versions.glob("*.py"))
+    (versions / "0007_test.py").write_text(MIGRATION.replace("LAST", last))
+    done = steady.deploy("--no-trial", HEARTH_APP=str(app))
+    assert done.returncode == 0, done.stderr
+    assert steady.database() >= {"newer", "0007_test"}
+    second = steady.current()
+    plan = steady.inv("rollback", "--host", "spark", "--dry-run")
+    assert f"a newer ComfyUI has migrated the database: {first} gets the one of " in plan.stderr
+    back = steady.inv("rollback", "--host", "spark")
+    assert back.returncode == 0, back.stderr
+    assert "trial: the second picture arrived" in back.stderr  # on that database, too
+    assert "cannot open ComfyUI's database (0007_test); it gets the one of " in back.stderr
+    assert (steady.current(), steady.database()) == (first, before)
+    assert [path.name for path in (steady.prefix / "state/databases").iterdir()] == [second]
+    again = steady.deploy("--no-trial", HEARTH_APP=str(app))
+    assert again.returncode == 0, again.stderr
+    assert "0007_test" in steady.database()
+
+
 def test_every_refusal_is_shown_at_once(deployed: Fleet) -> None:
     deployed.configure(
         'mounts."/mnt/models" = {}\n[hosts.spark.override]\npythons = ["3.13"]\ncuda = true\n'

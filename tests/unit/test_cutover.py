@@ -513,6 +513,23 @@ def test_aborted_run_starts_nothing(tmp_path: Path) -> None:
             assert (left, (world.place / "running").exists()) == ([], False), seen[at - 1]
 
 
+def test_a_release_that_cannot_open_the_database_stops_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path, Scenario("", back=True)).make()
+    shutil.rmtree(world.site.databases)
+    assert world.apply() == 0
+    (line,) = history(world.site)
+    assert (line["result"], world.site.release(), (tmp_path / "running").read_text()) == ("failed", "new", "new")
+    assert "cannot open ComfyUI's database" in line["error"]
+
+
+def test_a_saved_database_of_another_release_is_used(tmp_path: Path) -> None:
+    """The same older ComfyUI with other flags is another release."""
+    world = World(tmp_path, Scenario("", back=True)).make()
+    (world.site.databases / "old").rename(world.site.databases / "with-other-flags")
+    assert world.apply() == 0
+    assert (world.site.release(), schema(world.site.database)) == ("old", 1)
+
+
 def test_the_record_of_another_run_is_ignored(tmp_path: Path) -> None:
     world = World(tmp_path, SCENARIOS[0]).make()
     other = {"run": "r0", "phase": "reverting", "from": "gone", "to": "new", "tried": True, "copied": True}
