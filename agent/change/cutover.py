@@ -29,7 +29,7 @@ from agent.api import Endpoint, endpoint
 from agent.change.database import forget, reserve, restore, revision, revisions, take_snapshot
 from agent.change.lifecycle import halt
 from agent.change.trial import memory_shortage, run_trial
-from agent.deletion import SafeDeleter, remove
+from agent.deletion import remove
 from agent.files import (
     AgentError,
     Json,
@@ -42,7 +42,7 @@ from agent.files import (
     sync,
     write,
 )
-from agent.layout import DATABASE, Layout
+from agent.layout import Layout
 from agent.look.storage import databases
 from agent.parts import as_service
 from agent.processes import wait_for
@@ -328,9 +328,7 @@ def settle_database(layout: Layout, run: str) -> None:
     snapshot = layout.state / f"database-{run}"
     with suppress(AgentError, OSError):
         retried(lambda: _save_database(layout, run, snapshot))
-    for path in (snapshot / DATABASE[0], snapshot) * 2:  # the database first: what is left is never saved; one retry
-        if os.path.lexists(path):  # leftovers waste only space
-            SafeDeleter().delete(path)
+    forget(snapshot)
 
 
 def _save_database(layout: Layout, run: str, snapshot: Path) -> None:
@@ -338,10 +336,10 @@ def _save_database(layout: Layout, run: str, snapshot: Path) -> None:
     ended = record.get("run") == run and record.get("phase") == "ended" and not record.get("error")
     if not ended or layout.release() != record["to"]:
         return
-    forget(layout, record["to"])  # its database is in use again
+    forget(layout.databases / record["to"])  # its database is in use again
     if record["from"] not in ("", record["to"]) and snapshot.is_dir():
         before, after = (as_service(layout, revision, each) for each in (snapshot, layout.database.parent))
         if before and after and before != after:
-            forget(layout, record["from"])
+            forget(layout.databases / record["from"])
             snapshot.replace(layout.databases / record["from"])
             sync(layout.databases)

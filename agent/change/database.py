@@ -18,10 +18,14 @@ from agent.layout import DATABASE, Layout
 from agent.parts import drop_root
 
 
-def forget(layout: Layout, release: str) -> None:
-    """Delete the saved database of a release, if there is one. The service can write there."""
-    if (place := layout.databases / release).is_dir():
-        SafeDeleter().delete(place)
+def forget(place: Path) -> None:
+    """Delete a copy of the database. What cannot be deleted wastes only space.
+
+    The database itself goes first, so that the rest is not taken for a copy. The service can write there.
+    """
+    for path in (place / DATABASE[0], place) * 2:  # one retry
+        if os.path.lexists(path):
+            SafeDeleter().delete(path)
 
 
 def revisions(layout: Layout, release: str) -> set[str]:

@@ -53,7 +53,7 @@ def prune(layout: Layout, step: Prune, note: Note) -> None:
     for path in layout.releases.glob("*"):
         if path.name not in (*step.keep, current):
             remove(path)
-            forget(layout, path.name)
+            forget(layout.databases / path.name)
     named = {part for path in layout.releases.glob("*/release.json") for part in read(path)["parts"].values()}
     for path in layout.parts.glob("*"):
         if path.name not in named:
