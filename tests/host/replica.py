@@ -115,7 +115,9 @@ class Replica(Machine):
         binds = {upper / inside: self.root / inside}
         if self.of:
             parts = Path(inside) / "parts"
-            binds |= {path: self.root / parts / path.name for path in (self.of.root / parts).glob("env-*")}
+            # only the current one: a deploy prunes those of old releases, and cannot delete a mount point
+            used = (self.of.root / inside / "current/env").resolve()
+            binds |= {used: self.root / parts / used.name}
         for source, target in binds.items():
             target.mkdir(parents=True, exist_ok=True)
             subprocess.run(["mount", "--bind", str(source), str(target)], check=True)
