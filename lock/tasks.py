@@ -121,6 +121,7 @@ def lock(_: Context, check: bool = False) -> None:
 
 
 PART = "comfyui, nodes, stack, tool or all"
+COOLDOWN = "ignore what is younger than this, such as 14d or 36h (default: ignore nothing)"
 
 
 @command(
@@ -130,7 +131,7 @@ PART = "comfyui, nodes, stack, tool or all"
     help={
         "part": f"{PART} (default: all)",
         "to": "a version of ComfyUI, or of torch for `stack` (default: the newest)",
-        "cooldown": "ignore what is younger than this, such as 14d or 36h (default: ignore nothing)",
+        "cooldown": COOLDOWN,
         "channel": "move this channel of ComfyUI, stable or latest, instead of the pinned version",
         "undo": "restore the files of before the last update",
     },
@@ -188,7 +189,7 @@ def update_all(
     optional=["part"],
     help={
         "part": f"kernels, {PART} (default: all)",
-        "cooldown": "ignore what is younger than this, such as 14d or 36h (default: ignore nothing)",
+        "cooldown": COOLDOWN,
     },
 )
 def list_outdated(_: Context, part: str | None = None, cooldown: str = "", *, out: Output) -> None:

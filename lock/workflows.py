@@ -14,6 +14,8 @@ import msgspec
 
 from core import workspace
 from core.errors import ConfigError, HearthError
+from lock import embedded
+from lock.embedded import TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
     from lock.interface import Input, Interface, NodeType
 
 _Part = tuple[str, str, str]  # kind, name and detail of a finding
-
-TEXT = 64_000_000
-"""Maximum bytes of a workflow. ComfyUI's largest template has 0.5 MB; a picture inside a node may add some."""
 
 EDITOR = {"MarkdownNote", "Note", "PrimitiveNode", "Reroute"}
 """Node types of the editor itself, which ComfyUI never receives."""
@@ -104,7 +103,7 @@ def read(path: Path) -> list[list[Node]]:
                 file.seek(0)
                 found: Iterable[Any] = [_parsed(path, file.read(TEXT + 1))]
             else:
-                found = _embedded(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                found = embedded.objects(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             return graphs(str(path), found, "it has no nodes" if text else "no workflow is embedded in it")
     except OSError as error:
         cause = error.strerror or ""
@@ -171,44 +170,6 @@ def _parsed(path: Path, raw: bytes) -> Any:
         return json.loads(raw)  # UTF-8, UTF-16 or UTF-32, with or without a byte order mark
     except (ValueError, RecursionError) as error:
         raise _no_workflow(path, f"not JSON: {error}" if raw.strip(_MARKS) else "it is empty") from None
-
-
-_START = re.compile(rb'\{\s*"[^"\\\x00-\x1f\x7f-\xff]{1,200}"\s*:\s*["\[{\d]')
-
-
-def _embedded(raw: Any) -> Iterator[Any]:
-    """The JSON objects in a binary file.
-
-    PNG, WebP, SVG, EXR, MP4, WebM, FLAC, MP3, Opus, glTF and safetensors keep a workflow as plain JSON. Nothing else of
-    the file, which may be hostile, is decoded.
-    """
-    if raw[:4] == b"OggS":
-        raw = b"".join(_pages(raw))
-    at, left, decoder = 0, 10 * TEXT, json.JSONDecoder()  # `left`: what may still be decoded in vain
-    while left > 0 and (match := _START.search(raw, at)):
-        at = match.start() + 1
-        for size in (1 << 16, 1 << 20, TEXT):
-            text = raw[match.start() : match.start() + size].decode(errors="replace")
-            try:
-                value, length = decoder.raw_decode(text)
-            except (ValueError, RecursionError):
-                left -= len(text)
-                if match.start() + size >= len(raw) or left < 0:
-                    break
-            else:
-                at += len(text[:length].encode()) - 1
-                yield value
-                break
-
-
-def _pages(raw: Any) -> Iterator[bytes]:
-    """The contents of an Ogg file (RFC 3533): a page has at most 65 kB, and a header of its own."""
-    at = 0
-    while raw[at : at + 4] == b"OggS" and at < TEXT:
-        sizes = raw[at + 27 : at + 27 + raw[at + 26]]
-        at += 27 + len(sizes)
-        yield raw[at : at + sum(sizes)]
-        at += sum(sizes)
 
 
 def _graphs(content: Any, depth: int = 4) -> Iterator[list[Node]]:
