@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -84,7 +85,7 @@ def run(
         raise AgentError("step", f"{argv[0]} could not be started", str(error)) from error
     if process.returncode:
         tail = "\n".join((stderr or output).strip().splitlines()[-8:])
-        full = "No space left" in tail
+        full = re.search("No space left on device|Disk quota exceeded", tail)
         raise AgentError("disk" if full else "step", f"{' '.join(argv[:3])} failed", tail, FULL if full else "")
     return output
 

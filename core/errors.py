@@ -239,6 +239,10 @@ _NO_ACCESS = (
 )
 
 
+DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
+"""How a program says that the file system, or its user's part of it, is full (glibc's messages in English)."""
+
+
 def os_error(error: OSError) -> HearthError | None:
     """The HearthError for a file system's error that the user can resolve; None for any other OSError."""
     where = f": {error.filename}" if error.filename else ""

@@ -15,7 +15,7 @@ from collections import deque
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any
 
-from core.errors import HostError, ProcessError, ToolError
+from core.errors import DISK_FULL, HostError, ProcessError, ToolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -70,7 +70,7 @@ def run(
         raise _missing(words[0], error) from error
     except subprocess.TimeoutExpired as error:
         raise ProcessError("process", f"{words[0]} did not end within {timeout:.0f} s") from error
-    if done.returncode and "No space left on device" in done.stderr:
+    if done.returncode and DISK_FULL.search(done.stderr):
         raise HostError(
             "disk-full",
             f"the disk is full: {words[0]} could not write",

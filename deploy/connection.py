@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import shell
 from core.errors import (
+    DISK_FULL,
     BusyError,
     ConnectError,
     GateError,
@@ -232,7 +233,7 @@ class Ssh(Agent):
         try:
             list(self._session(script, content, silence=SILENT))
         except ProcessError as error:
-            kind = "disk-full" if "No space left" in error.stderr else "step-failed"
+            kind = "disk-full" if DISK_FULL.search(error.stderr) else "step-failed"
             what = f"{path} could not be written on {self._target.name}"
             hint = f"on the host: free space in {folder}, or make it writable"
             raise HostError(kind, what, cause=error.stderr, hint=hint) from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import ninja
 
 from core import console, files, shell, tools, workspace
-from core.errors import BuildError, HearthError
+from core.errors import DISK_FULL, BuildError, HearthError
 from kernels.graph import root
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def run(graph: Graph, jobs: int, lock: int, complete: Callable[[str], None]) -> 
                     failed[output] = said
                 elif output:
                     finished(output)
-                elif any(left.values()) and not failed:
-                    raise BuildError("compile", "ninja failed", cause=said.strip() or "it was killed")
+                elif any(left.values()) and (not failed or DISK_FULL.search(said)):
+                    raise _explain_ninja(said.strip())
     return {build: _explain(graph, build, outputs, failed, jobs) for build, outputs in left.items() if outputs}
 
 
@@ -108,6 +108,23 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
+def _disk_full(name: str) -> BuildError:
+    return BuildError(
+        "disk-full",
+        f"the disk is full: {name} could not be written",
+        cause="No space left on device",
+        hint=f"free some space (the cache is {workspace.current().cache}), then run the same command again "
+        "(finished files are kept)",
+    )
+
+
+def _explain_ninja(said: str) -> BuildError:
+    """The error of ninja itself, which stops all builds: its records did not fit on the disk, or it was killed."""
+    if DISK_FULL.search(said):
+        return _disk_full("ninja's record of the build")
+    return BuildError("compile", "ninja failed", cause=said or "it was killed")
+
+
 def _explain(graph: Graph, build: str, outputs: set[str], failed: dict[str, str], jobs: int) -> HearthError:
     """The error of a build whose `outputs` are missing, derived from the compilers' messages."""
     own = sorted(outputs & failed.keys())
@@ -115,14 +132,8 @@ def _explain(graph: Graph, build: str, outputs: set[str], failed: dict[str, str]
         return BuildError("compile", f"{build} was not finished", hint="run the same command again")
     name, said = graph.name(own[0]), failed[own[0]]
     more = f" (and {len(own) - 1} more files)" if len(own) > 1 else ""
-    if re.search(r"No space left on device|Disk quota exceeded", said):
-        return BuildError(
-            "disk-full",
-            f"the disk is full: {name} could not be written",
-            cause="No space left on device",
-            hint=f"free some space (the cache is {workspace.current().cache}), then run the same command again "
-            "(finished files are kept)",
-        )
+    if DISK_FULL.search(said):
+        return _disk_full(name)
     if _OUT_OF_MEMORY.search(said):
         return BuildError(
             "out-of-memory",

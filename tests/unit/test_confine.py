@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -480,8 +481,11 @@ def alive(place: Path) -> list[str]:
 
 def marked(place: Path) -> list[str]:
     """All processes that name the folder, including unrecorded ones."""
-    lines = ((each, each.read_bytes()) for each in Path("/proc").glob("[0-9]*/cmdline") if each.exists())
-    return [str(each) for each, line in lines if str(place / "left").encode() in line]
+    found = []
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            found += [str(each)] * (str(place / "left").encode() in each.read_bytes())
+    return found
 
 
 def test_stopping_the_supervisor_ends_all_processes(tmp_path: Path) -> None:

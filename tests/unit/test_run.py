@@ -8,7 +8,7 @@ import pytest
 
 from core import console
 from kernels.graph import Edge, Graph
-from kernels.run import _explain, _steps
+from kernels.run import _explain, _explain_ninja, _steps
 
 GRAPH = Graph("", {"a.o": Edge(rule="cxx", output="a.o", inputs=["a.cpp"], seconds=1, variables={})}, {}, {}, {})
 
@@ -61,6 +61,20 @@ def test_a_compile_error_that_quotes_such_words_is_a_compile_error(said: str) ->
 @pytest.mark.parametrize("said", ["a.o: No space left on device", "error: a.o: Disk quota exceeded"])
 def test_a_full_disk_is_recognised(said: str) -> None:
     assert kind(said) == "disk-full"
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("ninja: build stopped: Error writing to build log: No space left on device.", "disk-full"),
+        ("ninja: error: build.ninja:3: expected build command name", "compile"),
+        ("", "compile"),
+    ],
+)
+def test_an_error_of_ninja_itself_is_explained(said: str, kind: str) -> None:
+    found = _explain_ninja(said)
+    assert found.kind == kind
+    assert found.cause
 
 
 def test_a_step_ends_with_the_line_of_the_next() -> None:
