@@ -1,4 +1,4 @@
-"""The front door: every `inv` task, from the folder that its work is done in."""
+"""The `inv` tasks: a `Collection` of those of each package."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The nouns, their loading and checking, the errors, and the two doors out: shell and console."""
+"""What all packages use: configuration, archs, stacks, files, sources, errors, processes and the console."""

@@ -38,7 +38,7 @@ class HearthError(Exception):
 
     def __str__(self) -> str:
         parts = (("", self.what), ("  cause: ", self.cause), ("  next:  ", self.hint))
-        # What follows in the same part is further in: it may be others' text, and look like the next part.
+        # Continuation lines are indented: text of other programs could look like the next part.
         return "\n".join(name + re.sub(r"\n *", "\n         ", text) for name, text in parts if text or not name)
 
 

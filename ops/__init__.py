@@ -1,1 +1,1 @@
-"""How a host is kept: seen, understood and cared for."""
+"""How hosts are operated: status, doctor, GPU, logs, jobs, lifecycle and settings."""
