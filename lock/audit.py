@@ -20,9 +20,10 @@ import tomlkit
 
 from core import files, foreign, source, tools
 from core.errors import AuditError, SourceError
-from lock import advisory, nodes, requirements, upstream
+from lock import advisory, nodes, requirements
 from lock import application as applications
 from lock.advisory import Repository
+from lock.updates import upstream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

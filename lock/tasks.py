@@ -41,7 +41,7 @@ def add(_: Context, address: str, why: str = "") -> None:
         inv nodes.add https://github.com/somebody/my-node --why "depth maps"
         inv nodes.add https://github.com/somebody/my-node@v1.2 --why "depth maps"   # a tag
     """
-    from lock import node_updates, transaction
+    from lock.updates import node_updates, transaction
 
     transaction.complete()
     console.say(f"added {node_updates.add(address, why)}; run inv lock to resolve its requirements")
@@ -55,7 +55,7 @@ def remove(_: Context, name: str) -> None:
 
         inv nodes.remove my-node
     """
-    from lock import node_updates, transaction
+    from lock.updates import node_updates, transaction
 
     transaction.complete()
     node_updates.remove(name)
@@ -72,7 +72,7 @@ def update(_: Context, name: list[str], *, how: DryRun, out: Output) -> int:
         inv nodes.update --dry-run            # show only
         inv nodes.update --name a --name b
     """
-    from lock import node_updates, transaction
+    from lock.updates import node_updates, transaction
 
     transaction.complete()
     found = node_updates.update(name, dry_run=how.dry_run)
@@ -90,7 +90,7 @@ def search(_: Context, workflow: str, *, out: Output) -> int:
     """
     from pathlib import Path
 
-    from lock import node_updates
+    from lock.updates import node_updates
 
     found = node_updates.search(Path(workflow))
     console.show(found, node_updates.search_rows(found), as_json=out.json)
@@ -108,7 +108,8 @@ def lock(_: Context, check: bool = False) -> None:
     """
     from core import lockfile
     from deploy import host
-    from lock import application, resolution, transaction
+    from lock import application, resolution
+    from lock.updates import transaction
 
     if not check:
         transaction.complete()
@@ -161,8 +162,9 @@ def update_all(
     """
     from deploy import host
     from deploy.preview import chosen_flags
-    from lock import node_updates, preview, transaction, update, upstream, workflows
-    from lock.proposal import Request
+    from lock import preview, workflows
+    from lock.updates import node_updates, transaction, update, upstream
+    from lock.updates.proposal import Request
 
     if undo:
         changed = transaction.undo()
@@ -200,8 +202,8 @@ def list_outdated(_: Context, part: str | None = None, cooldown: str = "", *, ou
         inv outdated
         inv outdated nodes --cooldown 14d
     """
-    from lock import node_updates, outdated, upstream
-    from lock.proposal import Request
+    from lock.updates import node_updates, outdated, upstream
+    from lock.updates.proposal import Request
 
     found, failures = outdated.outdated(Request(part or "all", before=upstream.cutoff(cooldown)))
     console.show(found, outdated.rows(found, failures), as_json=out.json)

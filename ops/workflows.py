@@ -12,7 +12,8 @@ from core.errors import HearthError, UsageError
 from deploy import connection
 from deploy.look import find_target
 from deploy.preview import running
-from lock import application, interface, node_updates, upstream, workflows
+from lock import application, interface, workflows
+from lock.updates import node_updates, upstream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

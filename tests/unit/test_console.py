@@ -23,8 +23,8 @@ from core.errors import ConnectError
 from deploy import change, outcome
 from deploy.change import Outcome
 from deploy.plan import Plan
-from lock import node_updates
-from lock.node_updates import Change
+from lock.updates import node_updates
+from lock.updates.node_updates import Change
 from ops import doctor, fleet, jobs, logs, status
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from core import foreign
-from lock import node_updates, nodes
+from lock import nodes
+from lock.updates import node_updates
 from tests.errors import raises
 
 DEEP = {

@@ -10,7 +10,7 @@ from core import files
 from deploy import archive
 
 CLIENT = [
-    path for room in ("core", "kernels", "lock", "deploy", "ops") for path in (files.CHECKOUT / room).glob("*.py")
+    path for room in ("core", "kernels", "lock", "deploy", "ops") for path in (files.CHECKOUT / room).rglob("*.py")
 ]
 
 

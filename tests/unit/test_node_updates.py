@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from core.errors import HearthError
-from lock import node_updates, nodes
-from lock import outdated as listing
-from lock import upstream as upstreams
-from lock.proposal import Request
+from lock import nodes
+from lock.updates import node_updates
+from lock.updates import outdated as listing
+from lock.updates import upstream as upstreams
+from lock.updates.proposal import Request
 from tests.errors import raises
 
 

@@ -22,9 +22,9 @@ from deploy import remote_build
 from deploy.change import Outcome
 from docs.generate import contexts
 from lock.audit import Audit, Finding
-from lock.node_updates import Change as Update
-from lock.outdated import Entry
-from lock.proposal import Proposal
+from lock.updates.node_updates import Change as Update
+from lock.updates.outdated import Entry
+from lock.updates.proposal import Proposal
 from tests.conftest import Hearth
 from tests.errors import kind_of
 
@@ -123,18 +123,18 @@ FINDING = Finding("x", "1", (), "a hole", "", "")
         ("deploy", {}, "deploy.deploy.deploy_each", [outcome(changed=True)], 0),
         ("adopt", {"undo": True, "dry_run": True}, "deploy.adopt.adopt", (None, outcome(changed=True)), 2),
         ("adopt", {"undo": True}, "deploy.adopt.adopt", (None, outcome(changed=True)), 0),
-        ("nodes.update", {"name": [], "dry_run": True}, "lock.node_updates.update", [update()], 2),
-        ("nodes.update", {"name": []}, "lock.node_updates.update", [update()], 0),
-        ("nodes.update", {"name": [], "dry_run": True}, "lock.node_updates.update", [], 0),
-        ("update", {"dry_run": True}, "lock.update.update", (Proposal(files=["a"]), {}), 2),
-        ("update", {"dry_run": True}, "lock.update.update", (Proposal(), {}), 0),
-        ("update", {}, "lock.update.update", (Proposal(files=["a"]), {}), 0),
-        ("update", {}, "lock.update.update", (Proposal(), {"a": OSError()}), 31),
-        ("update", {"undo": True}, "lock.transaction.undo", ["a"], 0),
-        ("outdated", {}, "lock.outdated.outdated", ([Entry("nodes", "a", "1", "2", 3)], {}), 0),
-        ("outdated", {}, "lock.outdated.outdated", ([], {"a": ConnectError("unreachable", "b")}), 60),
-        ("nodes.search", {"workflow": "w"}, "lock.node_updates.search", {"A": ["node"], "B": []}, 1),
-        ("nodes.search", {"workflow": "w"}, "lock.node_updates.search", {"A": ["node"]}, 0),
+        ("nodes.update", {"name": [], "dry_run": True}, "lock.updates.node_updates.update", [update()], 2),
+        ("nodes.update", {"name": []}, "lock.updates.node_updates.update", [update()], 0),
+        ("nodes.update", {"name": [], "dry_run": True}, "lock.updates.node_updates.update", [], 0),
+        ("update", {"dry_run": True}, "lock.updates.update.update", (Proposal(files=["a"]), {}), 2),
+        ("update", {"dry_run": True}, "lock.updates.update.update", (Proposal(), {}), 0),
+        ("update", {}, "lock.updates.update.update", (Proposal(files=["a"]), {}), 0),
+        ("update", {}, "lock.updates.update.update", (Proposal(), {"a": OSError()}), 31),
+        ("update", {"undo": True}, "lock.updates.transaction.undo", ["a"], 0),
+        ("outdated", {}, "lock.updates.outdated.outdated", ([Entry("nodes", "a", "1", "2", 3)], {}), 0),
+        ("outdated", {}, "lock.updates.outdated.outdated", ([], {"a": ConnectError("unreachable", "b")}), 60),
+        ("nodes.search", {"workflow": "w"}, "lock.updates.node_updates.search", {"A": ["node"], "B": []}, 1),
+        ("nodes.search", {"workflow": "w"}, "lock.updates.node_updates.search", {"A": ["node"]}, 0),
         ("audit", {}, "lock.audit.check", Audit(1, 1, 1, (), None), 0),
         ("audit", {}, "lock.audit.check", Audit(1, 1, 1, (FINDING,), None), 1),
     ],

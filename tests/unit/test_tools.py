@@ -15,7 +15,8 @@ from agent.schema.uv import index_settings
 from core import shell, source, tools
 from kernels import recipe
 from kernels import source as kernel_source
-from lock import nodes, upstream
+from lock import nodes
+from lock.updates import upstream
 from tests.conftest import FIXTURES
 from tests.errors import raises
 from tests.unit.test_source import repository

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from core import files
-from lock import transaction
-from lock.transaction import Change, Record
+from lock.updates import transaction
+from lock.updates.transaction import Change, Record
 from tests.errors import raises
 
 CODE = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ import json, os, signal, sys
 from pathlib import Path
 from core import files
 files.CHECKOUT = root = Path(sys.argv[1])
-from lock import transaction
+from lock.updates import transaction
 from tests.unit.test_transaction import present, record, reset
 
 def change():

@@ -20,10 +20,11 @@ import pytest
 
 from core import files, lockfile, source, stack
 from core.errors import HearthError
-from lock import advisory, node_updates, nodes, outdated, requirements, resolution, transaction, update, upstream
+from lock import advisory, nodes, requirements, resolution
 from lock.application import application, channels, versions
 from lock.preview import Preview, Release
-from lock.proposal import Proposal, Request
+from lock.updates import node_updates, outdated, transaction, update, upstream
+from lock.updates.proposal import Proposal, Request
 from tests.comfyui import tree as real_tree
 from tests.errors import raises
 

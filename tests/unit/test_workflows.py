@@ -19,8 +19,9 @@ import pytest
 import tomlkit
 
 from core import tools, workspace
-from lock import interface, node_updates, workflows
+from lock import interface, workflows
 from lock.interface import Interface
+from lock.updates import node_updates
 from lock.workflows import Finding, Node
 from ops import workflows as checks
 from tests import comfyui

@@ -13,13 +13,14 @@ from packaging.version import Version
 from core import config, console, lockfile, workspace
 from core.errors import HearthError
 from core.stack import stacks
-from lock import application, nodes, packages, releases, upstream
+from lock import application, nodes
+from lock.updates import packages, releases, upstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from core.stack import Stack
-    from lock.proposal import Request
+    from lock.updates.proposal import Request
 
 
 @dataclass(frozen=True)

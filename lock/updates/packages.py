@@ -16,14 +16,14 @@ from core import files, lockfile, shell, tools, workspace
 from core.config import table
 from core.errors import LockError
 from core.stack import Platform, stacks
-from lock import upstream
-from lock.proposal import Move
+from lock.updates import upstream
+from lock.updates.proposal import Move
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from core.stack import Stack
-    from lock.proposal import Proposal, Request
+    from lock.updates.proposal import Proposal, Request
 
 
 def pinned() -> dict[str, dict[str, str]]:

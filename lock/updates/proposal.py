@@ -11,8 +11,8 @@ from lock.application import CHANNELS
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from lock.node_updates import Change
     from lock.preview import Preview
+    from lock.updates.node_updates import Change
 
 PARTS = ("comfyui", "nodes", "stack", "kernels", "tool")
 

@@ -11,8 +11,9 @@ from packaging.version import Version
 
 from core import files, source
 from core.errors import ConfigError, SourceError, UsageError, suggest
-from lock import advisory, application, requirement_files, requirements, upstream
-from lock.proposal import Move
+from lock import advisory, application, requirement_files, requirements
+from lock.updates import upstream
+from lock.updates.proposal import Move
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lock.application import Application
-    from lock.proposal import Proposal, Request
+    from lock.updates.proposal import Proposal, Request
 
 
 def origin(app: Application) -> source.Source:

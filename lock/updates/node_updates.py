@@ -16,7 +16,8 @@ import tomlkit
 
 from core import console, files, foreign, source, workspace
 from core.errors import ConfigError, HearthError, ProcessError, SourceError, UsageError, suggest
-from lock import advisory, nodes, requirement_files, review, upstream, workflows
+from lock import advisory, nodes, requirement_files, review, workflows
+from lock.updates import upstream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from core import console, lockfile, workspace
 from core.errors import HearthError, LockError, UsageError
-from lock import application, node_updates, nodes, packages, preview, releases, requirements, resolution, transaction
-from lock.proposal import Move, Proposal, Request
+from lock import application, nodes, preview, requirements, resolution
+from lock.updates import node_updates, packages, releases, transaction
+from lock.updates.proposal import Move, Proposal, Request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
