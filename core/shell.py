@@ -84,11 +84,11 @@ def run(
 
 
 def last_words(done: Done, lines: int = 8) -> str:
-    """The end of a failed program's output; for a silent one, its exit status or the signal that killed it."""
-    said = "\n".join((done.stderr or done.stdout or "").strip().splitlines()[-lines:])
-    if said or done.returncode >= 0:
-        return said or f"it wrote no message; its exit status is {done.returncode}"
-    return f"it was killed by signal {-done.returncode} ({signal.strsignal(-done.returncode)})"
+    """The end of a failed program's output, and the signal that killed it; for a silent one, its exit status."""
+    said = (done.stderr or "").strip() or (done.stdout or "").strip()
+    words, status = said.splitlines()[-lines:], done.returncode
+    words += [f"it was killed by signal {-status} ({signal.strsignal(-status)})"] if status < 0 else []
+    return "\n".join(words) or f"it wrote no message; its exit status is {status}"
 
 
 def _missing(program: str, error: OSError | None = None) -> ToolError:
@@ -168,9 +168,10 @@ def stream(
                 raise HostError("step-failed", what, hint="read the log: inv logs")
         errors.join(1)  # at most: the background master of an older ssh keeps stderr open
         if process.returncode:
-            cause = "\n    ".join([*errors.lines][-8:])
+            done = Done(words, process.returncode, "", "\n".join(errors.lines))
+            cause = last_words(done)
             failure = ProcessError("process", f"{' '.join(words[-2:])} ended with {process.returncode}", cause=cause)
-            failure.status, failure.stderr = process.returncode, "\n".join(errors.lines)
+            failure.status, failure.stderr = done.returncode, done.stderr
             raise failure
         if output:
             yield bytes(output)

@@ -72,7 +72,7 @@ class Signed:
         with _files(signature=self.signature) as (place,):
             done = _keygen("check-novalidate", "-n", NAMESPACE, "-s", place, stdin=self.text)
         if done.returncode:
-            cause = (done.stderr.strip() or done.stdout.strip()).replace(str(place), "it")
+            cause = shell.last_words(done).replace(str(place), "it")
             raise BundleError("signature", "the signature does not match the content", cause=cause)
         return done.stdout.strip().partition(" with ")[2]
 
@@ -94,7 +94,7 @@ class Signed:
                 done = _keygen("verify", "-n", NAMESPACE, "-f", listed, "-I", name, "-s", place, stdin=self.text)
                 if not done.returncode:
                     return name
-        cause = (done.stderr.strip() or done.stdout.strip()).replace(str(listed), where)
+        cause = shell.last_words(done).replace(str(listed), where)
         raise BundleError("signature", f"no key in {where} signed it; its key is {key}", cause=cause, hint=hint)
 
 

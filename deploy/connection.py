@@ -216,7 +216,7 @@ class Ssh(Agent):
             raise HostError(
                 "remote-command",
                 f"a command on {self._target.name} ended with {error.status}",
-                cause=_last(error.stderr),
+                cause=_last(error.cause),
                 hint="read its output above, then run the same command again to continue",
             ) from error
 
@@ -236,7 +236,7 @@ class Ssh(Agent):
             kind = "disk-full" if DISK_FULL.search(error.stderr) else "step-failed"
             what = f"{path} could not be written on {self._target.name}"
             hint = f"on the host: free space in {folder}, or make it writable"
-            raise HostError(kind, what, cause=error.stderr, hint=hint) from error
+            raise HostError(kind, what, cause=error.cause, hint=hint) from error
 
     def get(self, path: str, place: Path, most: int) -> None:
         """Fetch a file from there, of at most so many bytes; raises HostError, or SourceError for more."""
@@ -247,9 +247,8 @@ class Ssh(Agent):
                         raise SourceError("hash-mismatch", f"more than the {most} bytes of {path} were sent")
                     file.write(block)
         except ProcessError as error:
-            raise HostError(
-                "remote-command", f"{path} could not be read on {self._target.name}", cause=error.stderr
-            ) from error
+            what = f"{path} could not be read on {self._target.name}"
+            raise HostError("remote-command", what, cause=error.cause) from error
 
     def _lines(
         self, verb: str, request: bytes, blocks: Callable[[], Iterable[bytes]], silence: float
@@ -330,11 +329,12 @@ class Ssh(Agent):
         except ProcessError as error:
             if stderr_begun:
                 error.stderr = error.stderr.rpartition(_MARK)[2].strip()
+                error.cause = shell.last_words(shell.Done([], error.status, "", error.stderr))
             if error.status == 255:  # ssh's own
-                raise (self.lost(_last(error.stderr)) if begun else self._unreachable(error.stderr)) from error
+                raise (self.lost(_last(error.cause)) if begun else self._unreachable(error.cause)) from error
             if begun:
                 raise
-            noise.append(error.stderr.encode())
+            noise.append(error.cause.encode())
         except TimeoutError as error:
             raise (self.lost if begun else self._unreachable)(str(error)) from error
         raise HostError(
@@ -354,12 +354,8 @@ class Ssh(Agent):
                 "step-failed", what, hint="on the host: upgrade it, or put a newer python3 first on the login's PATH"
             )
         if status in (126, 127):
-            return HostError(
-                "step-failed",
-                f"python3 on {name} cannot be started",
-                cause=stderr,
-                hint="on the host: reinstall python3",
-            )
+            what, hint = f"python3 on {name} cannot be started", "on the host: reinstall python3"
+            return HostError("step-failed", what, cause=stderr, hint=hint)
         sudo = status in (1, archive.NO_SUDO) and self._target.host.scope == "system"
         return (self._no_root(status, stderr) if sudo else None) or super()._ended(verb, status, stderr)
 
@@ -438,7 +434,7 @@ def connect(target: Target, ask_sudo: bool = False, seconds: int = 15) -> Iterat
         read = shell.run([*argv, "-G", "--", target.host.address], check=False, input_text="", timeout=60)
         if read.returncode:
             what = f"ssh cannot read its configuration for {target.name}"
-            raise ConnectError("unreachable", what, cause=read.stderr.strip(), hint="correct the file that it names")
+            raise ConnectError("unreachable", what, cause=shell.last_words(read), hint="correct the file that it names")
         settings = dict(line.partition(" ")[::2] for line in read.stdout.splitlines())
         if settings.get("stricthostkeychecking") in ("false", "no", "off"):
             argv += ["-o", "StrictHostKeyChecking=accept-new"]  # never run as root on a host whose key changed

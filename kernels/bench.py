@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from core import arch, console, files, tools, workspace
+from core import arch, console, files, shell, tools, workspace
 from core import figure as drawing
 from core.errors import BuildError, UsageError
 from kernels import inspection, matrix, store, toolchain
@@ -140,7 +140,7 @@ def measure(python: str, gpus: Sequence[arch.LocalGpu]) -> Bench:
         env = {"PYTHONPATH": ":".join(path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
         env |= arch.device_environment(gpus, capability)
         done = tools.build(python, "-m", "kernels.attention", env=env, check=False, timeout=3600)
-    last = done.stderr.strip().rpartition("\n")[2]
+    last = shell.last_words(done, 1).replace("\n", "; ") if done.returncode else ""
     try:
         found = parse(done.stdout)
     except msgspec.DecodeError as error:

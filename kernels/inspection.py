@@ -418,7 +418,7 @@ def _smoke(wheel: Path, build: Build, path: str, devices: Mapping[str, str]) -> 
         raise BuildError(
             "inspection",
             f"{wheel.name} failed its smoke test on the GPU of this machine",
-            cause="\n         ".join((done.stdout + done.stderr).strip().splitlines()[-12:]),
+            cause=shell.last_words(shell.Done(done.args, done.returncode, done.stdout + done.stderr, ""), 12),
             hint="it was not admitted to the wheelhouse",
         )
     return done.stdout.strip().splitlines()[-1]

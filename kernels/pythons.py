@@ -29,7 +29,7 @@ def find(version: str) -> tuple[str, str, str]:
         raise ToolError(
             "python-missing",
             f"Python {version} is not installed, and uv could not install it",
-            cause=(installed.stderr.strip().splitlines() or [""])[-1].strip(),
+            cause=shell.last_words(installed, 1).strip(),
             hint=f"apt-get install python{version}-dev, or uv python install {version} if GitHub can be reached",
         )
     interpreter, full, include = asked[0], asked[1], Path(asked[2])

@@ -210,7 +210,7 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
     program = "#include <features.h>\n__clang__ __GNUC__ __GLIBC__ __GLIBC_MINOR__\n"
     asked = tools.build(name, "-E", "-P", "-x", "c++", "-", input_text=program, check=False)
     if asked.returncode or len(asked.stdout.split()) < 4:
-        cause = "; ".join(asked.stderr.strip().splitlines()[:2])
+        cause = "; ".join(asked.stderr.strip().splitlines()[:2]) or shell.last_words(asked)
         raise ToolError("compiler-missing", f"{name} compiles no C++", cause=cause, hint="apt-get install g++")
     clang, major, *glibc = asked.stdout.split()[-4:]
     if clang != "__clang__":

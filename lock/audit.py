@@ -18,7 +18,7 @@ import msgspec
 import tomli
 import tomlkit
 
-from core import files, foreign, source, tools
+from core import files, foreign, shell, source, tools
 from core.errors import AuditError, SourceError
 from lock import advisory, nodes, requirements
 from lock import application as applications
@@ -153,7 +153,7 @@ def _vulnerable(inventory: Inventory, service: str) -> Iterator[Finding]:
         raise AuditError(
             "audit-service",
             f"{len(inventory.packages)} packages were not looked up: uv audit failed",
-            cause=done.stderr.strip().removeprefix("error: ").replace("\n", "\n       "),
+            cause=shell.last_words(done, 20).removeprefix("error: "),
             hint="check the network, or name a service that speaks OSV's API: inv audit --service URL",
         )
     answer = json.loads(done.stdout)

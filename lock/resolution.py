@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name
 
-from core import console, files, tools
+from core import console, files, shell, tools
 from core.errors import LockError
 from core.stack import Platform
 from lock import advisory, nodes, requirements
@@ -272,10 +272,13 @@ class Resolver:
         return ""
 
     def _conflict(self, done: Done, bad: Sequence[str]) -> LockError:
+        if done.returncode < 0:
+            what, hint = f"uv did not finish {self.old.name}", "free some memory, then run the same command again"
+            return LockError("resolution", what, cause=shell.last_words(done), hint=hint)
         without = self._each(lambda file: [APP, OWN, *(each for each in self.nodes if each != file)])
         names = [file.removesuffix(".node.txt") for file in bad]
         helps = [file.removesuffix(".node.txt") for file, each in without.items() if each.returncode == 0]
-        cause = done.stderr.strip().replace(".node.txt", "").replace("\n", "\n         ")
+        cause = shell.last_words(done, 100).replace(".node.txt", "")
         return LockError(
             "resolution",
             f"no set of versions meets all requirements of ComfyUI and its nodes ({self.old.name})",

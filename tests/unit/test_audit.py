@@ -20,7 +20,7 @@ from lock import advisory, application, audit, nodes, requirements
 from lock.advisory import Advisory, Repository
 from lock.audit import Inventory
 from tests.client import Client
-from tests.errors import raises
+from tests.errors import killed, raises
 from tests.plans import spark
 from tests.unit.test_sbom import manifest
 
@@ -130,6 +130,13 @@ def test_refusing_service_is_an_error(osv: Osv) -> None:
     assert "400" in found.error.cause
     assert osv.refused
     osv.refused.clear()
+
+
+def test_a_killed_uv_has_a_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed(tmp_path, monkeypatch, "uv")
+    found = audit.check(stock(("idna", "3.4")))
+    assert found.error
+    assert found.error.cause == "it was killed by signal 9 (Killed)"
 
 
 def test_curated_findings_are_shown_without_the_service() -> None:

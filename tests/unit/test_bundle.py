@@ -27,7 +27,7 @@ from deploy.inputs import gather
 from deploy.look import find_target, questions
 from deploy.plan import Options
 from lock import requirements
-from tests.errors import raises
+from tests.errors import killed, raises
 from tests.plans import FRESH
 
 if TYPE_CHECKING:
@@ -546,6 +546,19 @@ def test_key_expiry_uses_the_verification_time(keys: Path, monkeypatch: pytest.M
         seal.signer(allowed(keys, "anna", 'valid-before="19700102Z"'), "the list")
     assert "verify" in words or "find-principals" in words
     assert not [word for word in words if "verify-time" in word]
+
+
+def test_a_killed_ssh_keygen_has_a_cause(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seal = signature.sign("text", keys / "anna")
+    key = seal.key()
+    killed(tmp_path, monkeypatch, "ssh-keygen")
+    with raises("signature") as caught:
+        seal.key()
+    assert caught.value.cause == "it was killed by signal 9 (Killed)"
+    monkeypatch.setattr(Signed, "key", lambda _: key)
+    with raises("signature") as caught:
+        seal.signer(allowed(keys, "anna"), "the list")
+    assert caught.value.cause == "it was killed by signal 9 (Killed)"
 
 
 def test_host_with_signers_refuses_other_bundles(made: tuple[Path, Opened], signed: Path, keys: Path) -> None:

@@ -248,6 +248,7 @@ def test_unreachable_host_errors(box: Box, script: str, kind: str, says: str) ->
     box.before(script)
     error = box.fails(kind)
     assert says in error.what
+    assert error.cause
     assert "ssh box" in error.hint or "ask the host's administrator" in error.hint
 
 
@@ -289,6 +290,11 @@ def test_a_command_that_fails_there_is_a_remote_error(box: Box) -> None:
             agent.shell("exit 3", said.append)
         with raises("remote-command", match="could not be read"):
             agent.get("nothing", box.place / "got", 100)
+        box.program("bin/cat", "exit 5")
+        for failing in (lambda: agent.get("x", box.place / "got", 100), lambda: agent.shell("exit 5", said.append)):
+            with raises("remote-command") as caught:
+                failing()
+            assert caught.value.cause == "it wrote no message; its exit status is 5"
     assert said == ["it's"]
 
 

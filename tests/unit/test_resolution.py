@@ -20,7 +20,7 @@ from core import files, tools
 from core.stack import Platform, stacks
 from lock import advisory, nodes, requirements, resolution
 from lock.requirements import LockedList
-from tests.errors import raises
+from tests.errors import killed, raises
 
 pytestmark = pytest.mark.installer
 
@@ -268,6 +268,15 @@ def test_an_index_that_fails_leaves_no_node_out(own: Own) -> None:
     with raises("resolution"):
         own.lock()
     assert not list((own.place / "locks").iterdir())
+
+
+def test_a_killed_uv_is_no_conflict(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
+    own.node("mine", "six")
+    killed(own.place, monkeypatch, "uv")
+    with raises("resolution") as caught:
+        own.lock()
+    assert caught.value.cause == "it was killed by signal 9 (Killed)"
+    assert "left-out" not in caught.value.hint
 
 
 def test_packages_with_the_same_files_are_refused(own: Own) -> None:

@@ -331,6 +331,7 @@ def test_settings_of_indexes_become_variables() -> None:
         ("print(*range(20), sep='\\n'); exit(3)", "12\n13\n14\n15\n16\n17\n18\n19"),
         ("exit(3)", "it wrote no message; its exit status is 3"),
         ("import os; os.kill(os.getpid(), 9)", "it was killed by signal 9 (Killed)"),
+        ("import os; print('x', flush=True); os.kill(os.getpid(), 9)", "x\nit was killed by signal 9 (Killed)"),
     ],
 )
 def test_a_failed_program_always_has_a_cause(code: str, says: str) -> None:
