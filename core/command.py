@@ -88,9 +88,8 @@ def command(*, help: dict[str, str] | None = None, **options: Any) -> Callable[[
                 if error is None:
                     raise
                 if error.refusals and any(getattr(each, "json", False) for each in filled.values()):
-                    console.data_json(
-                        {"error": error.what, "kind": error.kind, "refusals": [vars(each) for each in error.refusals]}
-                    )
+                    about = {"error": error.what, "kind": error.kind, "previews": dict(error.previews)}
+                    console.data_json({**about, "refusals": [vars(each) for each in error.refusals]})
                 console.say(f"error[{error.kind}]: {error}")
                 raise Exit(code=error.exit_code) from error
             except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import re
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class HearthError(Exception):
 
     refusals: tuple[Any, ...] = ()
     """Why a change was refused: each a `deploy.refusals.Refusal`."""
+
+    previews: Mapping[str, Any] = MappingProxyType({})
+    """What refused changes would break, by host: each a `lock.preview.Preview`."""
 
     def __init__(self, kind: str, what: str, *, cause: str = "", hint: str = "") -> None:
         super().__init__(kind, what)

@@ -102,7 +102,9 @@ def carry_out(change: Change, target: Target, options: Options, agree: Callable[
             for row in previews.rows(preview) if preview else ():
                 console.say(console.line(row))
             what = f"{change.action} is refused for {target.name}; nothing was changed"
-            raise refused(what, plan.refusals, host=target.name)
+            error = refused(what, plan.refusals, host=target.name)
+            error.previews = {target.name: preview} if preview else {}
+            raise error
         show(plan)
         notes: tuple[str, ...] = ()
         if plan.steps and not options.dry_run:

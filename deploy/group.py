@@ -106,4 +106,5 @@ def _failures(
         hint="read each host's error above; the same command continues with the remaining hosts",
     )
     error.refusals = tuple(refusal for each in failed.values() for refusal in each.refusals)
+    error.previews = {name: made for each in failed.values() for name, made in each.previews.items()}
     return error

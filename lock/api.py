@@ -300,6 +300,12 @@ class Broken(msgspec.Struct, frozen=True):
     detail: str
     places: tuple[str, ...]
 
+    @property
+    def said(self) -> str:
+        """The problem in words, to follow the node's name."""
+        why = f"calls {self.name}, which fails: {self.detail}" if self.detail else f"uses {self.name}, which is missing"
+        return f"{why} ({', '.join(self.places[:3])})"
+
 
 def broken(found: Uses, old: Api, new: Api, before: Uses) -> list[Broken]:
     """The uses that fail with a new ComfyUI, without those of the code `before` that do not work with the old one."""

@@ -310,17 +310,28 @@ def reported(object_info: Any) -> Interface:
 
 
 class Change(msgspec.Struct, frozen=True):
-    """A difference between two ComfyUIs in a node type, or in one of its inputs or outputs (`name`).
-
-    `kind` is `removed`, `replaced`, `added`, `input-removed`, `input-added`, `input-type`, `required`, `values` or
-    `outputs`.
-    """
+    """A difference between two ComfyUIs in a node type, or in one of its inputs or outputs (`name`); see KINDS."""
 
     type: str
     kind: str
     name: str = ""
     old: str = ""
     new: str = ""
+
+    @property
+    def severity(self) -> int:
+        """Its rank by what it may break, 0 is the worst."""
+        return KINDS.index(self.kind)
+
+    @property
+    def said(self) -> str:
+        """The change in words."""
+        part = f"{self.type}.{self.name}" if self.name else self.type
+        return f"{part} {self.kind}" + (f": {_short(self.old)} -> {_short(self.new)}" if self.old or self.new else "")
+
+
+KINDS = ("removed", "input-removed", "required", "input-type", "values", "outputs", "replaced", "input-added", "added")
+"""The kinds of changes, those that break workflows first."""
 
 
 def compare(old: Interface, new: Interface) -> list[Change]:
@@ -361,12 +372,14 @@ def _changes(kind: str, old: NodeType, new: NodeType) -> Iterator[Change]:
 
 def rows(changes: Sequence[Change]) -> Iterator[str]:
     """A line per removed or changed part, and the number of added types."""
-    for each in changes:
-        part = f"{each.type}.{each.name}" if each.name else each.type
-        values = f": {_short(each.old)} -> {_short(each.new)}" if each.old or each.new else ""
-        if each.kind != "added":
-            yield f"{part} {each.kind}{values}"
+    yield from (each.said for each in changes if each.kind != "added")
     yield f"{sum(each.kind == 'added' for each in changes)} node types are added"
+
+
+def counts(changes: Sequence[Change]) -> str:
+    """The number of changes of each kind."""
+    found = {kind: sum(each.kind == kind for each in changes) for kind in KINDS}
+    return f"node types: {', '.join(f'{count} {kind}' for kind, count in found.items() if count)}"
 
 
 def _short(listed: str) -> str:

@@ -270,38 +270,47 @@ def _revisions(tree: Path) -> set[str]:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
+SHOWN = 20
+"""Lines of each part of a preview in text; JSON has all of them."""
+
+
 def rows(found: Preview) -> Iterator[str]:
-    """A line for each change, those that break something first."""
-    yield f"ComfyUI {found.old} -> {found.new}:"
-    for report in found.workflows:
-        yield from workflows.rows(msgspec.structs.replace(report, already=0))
-    broken = sum(each.breaks for each in found.workflows)
-    if read := sum(not each.error for each in found.workflows):
-        yield f"{read - broken} of {read} workflows are not affected"
-    for node, listed in found.broken.items():
-        for each in listed:
-            why = (
-                f"calls {each.name}, which fails: {each.detail}"
-                if each.detail
-                else f"uses {each.name}, which is missing"
-            )
-            yield f"custom node {node} {why} ({', '.join(each.places[:3])})"
-    for flag in found.flags:
-        yield f"{flag.owner}: {flag.what}" + (f" ({flag.remedy})" if flag.remedy else "")
-    for lacking in found.unavailable:
-        yield f"custom node {lacking.node}: not available for {lacking.list}: {lacking.reason}"
-    for package in found.packages:
-        by = f", required by {', '.join(package.by[:5])}" if package.by else ""
-        yield f"package {package.name}: {package.old} -> {package.new} in {', '.join(package.lists)}{by}"
+    """The changes, those that break something first: SHOWN lines of each part, and how many more it has."""
+    lines = [
+        line
+        for part in _parts(found)
+        for line in [*part[:SHOWN], *[f"... and {len(part) - SHOWN} more lines; --json has all"] * (len(part) > SHOWN)]
+    ]
+    name = f"ComfyUI {found.old} -> {found.new}" if found.old != found.new else f"ComfyUI {found.new}"
+    yield f"{name}:" if lines else f"{name}: no differences were found"
+    yield from lines
+
+
+def _parts(found: Preview) -> Iterator[list[str]]:
+    reports = [msgspec.structs.replace(each, already=0) for each in found.workflows]
+    yield [line for each in reports for line in workflows.rows(each)]
+    if read := sum(not each.error for each in reports):
+        yield [f"{read - sum(each.breaks for each in reports)} of {read} workflows are not affected"]
+    yield [f"custom node {node} {each.said}" for node, listed in found.broken.items() for each in listed]
+    yield [f"{flag.owner}: {flag.what}" + (f" ({flag.remedy})" if flag.remedy else "") for flag in found.flags]
+    yield [f"custom node {each.node}: not available for {each.list}: {each.reason}" for each in found.unavailable]
+    yield [
+        f"package {each.name}: {each.old} -> {each.new} in {', '.join(each.lists)}"
+        + (f", required by {', '.join(each.by[:5])}" if each.by else "")
+        for each in found.packages
+    ]
     if found.migrations:
-        yield f"database: ComfyUI {found.new} migrates it to {', '.join(found.migrations)}"
-        yield "database: a rollback restores the one from the time of the update"
+        yield [f"database: ComfyUI {found.new} migrates it to {', '.join(found.migrations)}"]
+        yield ["database: a rollback restores the one from the time of the update"]
     if found.newer:
-        yield f"database: ComfyUI {found.new} does not start with a database at {', '.join(found.newer)}"
-    for host, made in found.drivers.items():
-        fit = {True: "is new enough", False: "is too old", None: "is not reported"}[made.fits]
-        yield f"{host}: driver {made.driver or '-'} {fit}: CUDA {made.cuda} needs {made.needs}"
-    for name, changes in found.types.items():
-        yield from (f"{name}: {each}" for each in interface.rows(changes))
+        yield [f"database: ComfyUI {found.new} does not start with a database at {', '.join(found.newer)}"]
+    fits = {True: "is new enough", False: "is too old", None: "is not reported"}
+    yield [
+        f"{host}: driver {each.driver or '-'} {fits[each.fits]}: CUDA {each.cuda} needs {each.needs}"
+        for host, each in found.drivers.items()
+    ]
+    yield [f"{name}: {interface.counts(changes)}" for name, changes in found.types.items()]
+    changed = [(name, each) for name, changes in found.types.items() for each in changes if each.kind != "added"]
+    yield [f"{name}: {each.said}" for name, each in sorted(changed, key=lambda each: each[1].severity)]
     unread = {each.file: each.error for each in found.workflows if each.error}
-    yield from (f"unknown: {name}: {why}" for name, why in {**found.unknown, **unread}.items())
+    yield [f"unknown: {name}: {why}" for name, why in {**found.unknown, **unread}.items()]

@@ -149,8 +149,9 @@ def test_dry_run_previews_what_breaks_even_if_it_is_refused(at: Any, capsys: pyt
     assert msgspec.to_builtins(outcome)["preview"]["migrations"] == ("0007",)
     assert run(False).preview is None
     capsys.readouterr()
-    with raises("refused"):
+    with raises("refused") as caught:
         run(True, refusal)
+    assert caught.value.previews == {"spark": made}
     assert "0007" in capsys.readouterr().err
 
 
@@ -178,6 +179,11 @@ def test_refusals_are_data_of_errors_and_group_errors(at: Any) -> None:
         plan = planner(some(refusals=(BUSY,)))
         change.change_each(["box", "spark"], Change(action="stop", plan=plan), Options())
     assert [(each.host, each.kind) for each in several.value.refusals] == [("box", "busy")]
+    with raises("group") as several:
+        made = Preview(old="1", new="2")
+        planned = Change(action="deploy", plan=planner(some(refusals=(BUSY,))), preview=lambda *_: made)
+        change.change_each(["box", "spark"], planned, Options(dry_run=True))
+    assert several.value.previews == {"box": made}
     assert not machine.submitted
 
 
@@ -186,7 +192,9 @@ def test_a_refused_change_prints_its_refusals_as_json(capsys: pytest.CaptureFixt
     @command()
     def example(_: Context, *, out: Output) -> None:
         assert out.json is as_json
-        raise refused("nothing was changed", [TAKEN], host="spark")
+        error = refused("nothing was changed", [TAKEN], host="spark")
+        error.previews = {"spark": Preview(old="1", new="2", migrations=("0007",))}
+        raise error
 
     with pytest.raises(Exit) as ended:
         example(Context(), json=as_json)
@@ -194,7 +202,9 @@ def test_a_refused_change_prints_its_refusals_as_json(capsys: pytest.CaptureFixt
     told = capsys.readouterr()
     assert "error[refused]: nothing was changed\n  cause: p\n  next:  stop it\n" in told.err
     if as_json:
-        assert json.loads(told.out) == {
+        answer = json.loads(told.out)
+        assert answer.pop("previews")["spark"]["migrations"] == ["0007"]
+        assert answer == {
             "error": "nothing was changed",
             "kind": "refused",
             "refusals": [{"host": "spark", "kind": "port-taken", "what": "p", "remedy": "stop it", "build": []}],

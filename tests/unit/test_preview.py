@@ -212,6 +212,21 @@ def test_every_change_has_a_row(found: Preview) -> None:
     assert json.loads(json.dumps(msgspec.to_builtins(found)))["new"] == "0.31.0"
 
 
+def test_the_text_of_a_long_preview_is_bounded() -> None:
+    changes = tuple(Change(f"Type{each}", kind) for kind in interface.KINDS for each in range(100))
+    many = {f"node{each}": changes for each in range(100)}
+    broken = {f"node{each}": (api.Broken("comfy.x", "missing", "", ("a.py:1",)),) for each in range(100)}
+    rows = [*preview.rows(Preview(old="1", new="2", types=many, broken=broken, unknown=dict.fromkeys(many, "why")))]
+    assert len(rows) == 1 + 4 * (preview.SHOWN + 1)
+    assert [row for row in rows if "100 removed" in row]
+    assert "... and 79980 more lines; --json has all" in rows
+    assert all("removed" in row for row in rows if ": Type" in row)  # the worst ones first
+
+
+def test_a_preview_without_differences_says_so() -> None:
+    assert [*preview.rows(Preview(old="1", new="1"))] == ["ComfyUI 1: no differences were found"]
+
+
 # --- what nodes use ---------------------------------------------------------------------------------------------------
 
 
