@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from core import files
@@ -102,7 +103,8 @@ def _path() -> Path:
 
 def clashing(names: Collection[str]) -> list[list[str]]:
     """The packages that install the same files, in groups of which only one can be installed; the best one first."""
-    groups = [[name for name in group if name in names] for group in load(_path(), _File).same_files]
+    same = (map(canonicalize_name, group) for group in load(_path(), _File).same_files)
+    groups = [[name for name in group if name in names] for group in same]
     return [group for group in groups if len(group) > 1]
 
 
@@ -117,7 +119,8 @@ def bad_packages(versions: Mapping[str, str], known: Sequence[Advisory] | None =
 def advisories() -> tuple[Advisory, ...]:
     """Return the curated list; raises ConfigError for an entry without a subject or with an invalid range."""
     path = _path()
-    found = load(path, _File).advisory
+    listed = load(path, _File).advisory
+    found = tuple(msgspec.structs.replace(each, package=canonicalize_name(each.package)) for each in listed)
     for each in found:
         if bool(each.package) == bool(each.urls):
             raise ConfigError(

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import InvalidName, canonicalize_name
 
 from core import console, source
 from core.config import load
@@ -94,6 +96,22 @@ def catalogue() -> Catalogue:
                 raise UsageError("unknown-name", f"{path}: set {name} names {each!r}", hint=suggest(each, found.nodes))
     for name in found.nodes:
         closure(found, [name])
+    return msgspec.structs.replace(found, override=_overrides(path, found.override))
+
+
+def _overrides(path: Path, given: Mapping[str, Override]) -> dict[str, Override]:
+    """The overrides by the normal form of their package's name; raises ConfigError."""
+    found: dict[str, Override] = {}
+    for name, each in given.items():
+        try:
+            package = canonicalize_name(name, validate=True)
+            Requirement(each.requirement or name)
+        except (InvalidName, InvalidRequirement) as error:
+            cause = str(error).partition("\n")[0]
+            raise ConfigError("config", f"{path}: override {name!r} is not valid", cause=cause) from None
+        if package in found:
+            raise ConfigError("config", f"{path}: [override] has {package} twice", hint="keep one of them")
+        found[package] = each
     return found
 
 

@@ -82,7 +82,7 @@ class LockedList:
             comments = [line.partition("#")[2].strip() for line in lines if line.lstrip().startswith("#")]
             requesters = {each.removeprefix("via").strip().removeprefix("-r ") for each in comments} - {""}
             pinned = [line for line in lines if not line.lstrip().startswith("#")]
-            found[_pin(lines[0])[0]] = "\n".join(pinned) + "\n", requesters
+            found[_pin(lines[0])[0]] = "\n".join(pinned) + "\n", {each for each in requesters if each[:3] != "-c "}
         return found
 
     def select(self, requesters: Iterable[str]) -> str:
@@ -167,12 +167,14 @@ def trio(stack: Stack) -> list[str]:
 def requirement_inputs(app: Application, known: Catalogue) -> dict[str, list[str]]:
     """The requirements of ComfyUI and every node, by the name of the requirements file that uv gets.
 
-    A node's constraints are in a file of their own, `NODE.constraints.txt`.
+    Constraints are in a file of their own: `constraints_of` the name.
     """
     from lock import requirement_files
 
     trees = nodes.fetch(known.nodes)
-    asked = {APP: requirement_files.read(applications.tree(app)).requirements, OWN: list(app.extra)}
+    own = requirement_files.read(applications.tree(app))
+    asked = {APP: own.requirements, OWN: list(app.extra)}
+    asked |= {constraints_of(APP): pinnable("ComfyUI", own.constraints, known)} if own.constraints else {}
     asked |= {f"{MANAGER}.node.txt": [app.manager]} if app.manager else {}
     for name, tree in trees.items():
         listed = requirement_files.read(tree)
@@ -180,25 +182,47 @@ def requirement_inputs(app: Application, known: Catalogue) -> dict[str, list[str
             console.say(f"{name} lists {line[:200]!r}: ignored, packages come from your index as wheels")
         asked[f"{name}.node.txt"] = [*pinnable(name, listed.requirements, known), *known.nodes[name].extra]
         if listed.constraints:
-            asked[f"{name}.constraints.txt"] = pinnable(name, listed.constraints, known)
+            asked[constraints_of(f"{name}.node.txt")] = pinnable(name, listed.constraints, known)
     return asked
 
 
-def required(app: Application, known: Catalogue) -> list[str]:
-    """The requirements of ComfyUI itself and `extra`, with the replacements of [override]."""
+def constraints_of(file: str) -> str:
+    """The name of the file with the constraints of a requirements file."""
+    return file.removesuffix(".txt") + ".constraints.txt"
+
+
+def named(app: Application, known: Catalogue) -> set[str]:
+    """The packages that ComfyUI, `extra` and the nodes name themselves, whatever their markers."""
     from lock import requirement_files
 
-    lines = [*requirement_files.read(applications.tree(app)).requirements, *app.extra]
-    asked = [each for each in map(parsed, map(plain, lines)) if each]
+    listed = map(requirement_files.read, [applications.tree(app), *nodes.fetch(known.nodes).values()])
+    lines = [line for each in listed for line in (*each.requirements, *each.constraints)]
+    lines += [*app.extra, app.manager, *(line for node in known.nodes.values() for line in node.extra)]
+    return {canonicalize_name(each.name) for each in map(parsed, lines) if each}
+
+
+CONSTRAINT = "-c "
+"""What precedes a constraint among requirements, as in pip's files."""
+
+
+def required(app: Application, known: Catalogue) -> list[str]:
+    """The requirements of ComfyUI itself and `extra`, with the replacements of [override], and constraints."""
+    from lock import requirement_files
+
+    own = requirement_files.read(applications.tree(app))
+    asked = [each for each in map(parsed, map(plain, [*own.requirements, *app.extra])) if each]
     decided = [(str(each), known.override.get(canonicalize_name(each.name))) for each in asked]
-    return [text for line, other in decided if (text := other.requirement if other else line)]
+    limits = [f"{CONSTRAINT}{each}" for each in pinnable("ComfyUI", own.constraints, known)]
+    return [*(text for line, other in decided if (text := other.requirement if other else line)), *limits]
 
 
 def uncovered(lock: LockedList, wanted: Iterable[str], requesters: Iterable[str]) -> dict[str, str]:
     """The requirements that a list's packages for these requesters do not meet, with the version that it has or ""."""
     there, found = lock.versions(requesters), dict[str, str]()
-    for requirement in map(Requirement, wanted):
-        if applies(requirement, Platform(lock.platform), lock.python):
+    for line in wanted:
+        requirement = Requirement(line.removeprefix(CONSTRAINT))
+        absent = line.startswith(CONSTRAINT) and canonicalize_name(requirement.name) not in there
+        if not absent and applies(requirement, Platform(lock.platform), lock.python):
             version, pinned = there.get(canonicalize_name(requirement.name), ""), wheel(requirement.url or "")
             fits = version and requirement.specifier.contains(version, prereleases=True)
             if not fits or (pinned and str(pinned[1]) != version):

@@ -25,7 +25,7 @@ from lock import application as applications
 from lock.requirements import APP, MANAGER, OWN, LockedList
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
     from core.shell import Done
     from core.stack import Stack
@@ -88,6 +88,8 @@ def compiled(app: Application, known: Catalogue, *, newest: str = "") -> list[Lo
             lists[lock.name], said = lock, said | reasons
             progress.step(f"{lock.name}: ComfyUI {app.version} and {len(known.nodes)} nodes", 1, 0)
     _check([*lists.values()], said)
+    for name in sorted(_idle(app, known, lists, stale, asked)):
+        console.say(f"warning: [override] of nodes.toml has {name}, which nothing requires")
     return [lists[old.name] for _, old, _ in stale]
 
 
@@ -115,6 +117,23 @@ def _renewed(
         with tempfile.TemporaryDirectory(prefix="hearth-") as place:
             body, reasons = Resolver(Path(place), asked, known, stack, old, newest).compiled()
     return replace(old, text=first + second + body), reasons
+
+
+def _idle(
+    app: Application,
+    known: Catalogue,
+    lists: Mapping[str, LockedList],
+    stale: Iterable[tuple[Stack, LockedList, str]],
+    asked: Mapping[str, Sequence[str]],
+) -> set[str]:
+    """The packages of [override] that ComfyUI and the nodes do not require, nor do their packages on any platform."""
+    left = set(known.override) - (requirements.named(app, known) if known.override else set())
+    for stack, old in {old.platform: (stack, old) for stack, old, _ in stale}.values():
+        left -= lists[old.name].versions().keys()
+        if left:
+            with tempfile.TemporaryDirectory(prefix="hearth-") as place:
+                left -= Resolver(Path(place), asked, known, stack, lists[old.name]).needed(left)
+    return left
 
 
 def _inputs(app: Application, stack: Stack) -> str:
@@ -201,8 +220,8 @@ class Resolver:
         self.avoided: dict[str, str] = {}  # known-bad versions as constraints, each with its description
         pinned = requirements.trio(stack)
         for file, lines in asked.items():
-            constraints = file.replace(".node.txt", ".constraints.txt")
-            head = [f"-c {constraints}"] if constraints != file and constraints in asked else []
+            constraints = requirements.constraints_of(file)
+            head = [f"-c {constraints}"] if constraints in asked else []
             listed = [*head, *(pinned if file == OWN else []), *map(requirements.plain, lines)]
             (place / file).write_text("".join(f"{line}\n" for line in listed))
         decided = [each.requirement for each in known.override.values() if each.requirement]
@@ -253,6 +272,14 @@ class Resolver:
         words += ["--python-version", self.old.python, "--python-platform", self.platform.uv_name]
         words += ["--overrides", "overrides", "--excludes", "excludes", "--constraints", "avoided", *self.limit]
         return tools.uv(*words, *more, *chosen, "--python", sys.executable, cwd=self.place, check=False)
+
+    def needed(self, names: Set[str]) -> Set[str]:
+        """The packages among these that the list has if [override] does not exclude them; all if that is not known."""
+        excluded = (self.place / "excludes").read_text().splitlines()
+        (self.place / "excludes").write_text("\n".join(each for each in excluded if each not in names))
+        lacking = {f"{name}.node.txt" for name in self.old.unavailable}
+        done = self._uv([APP, OWN, *(file for file in self.nodes if file not in lacking)])
+        return names if done.returncode else names & replace(self.old, text=done.stdout).versions().keys()
 
     def _each(self, chosen: Callable[[str], list[str]]) -> dict[str, Done]:
         with ThreadPoolExecutor() as pool:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +19,7 @@ import pytest
 from core import files, tools
 from core.stack import Platform, stacks
 from lock import advisory, nodes, requirements, resolution
+from lock import application as applications
 from lock.requirements import LockedList
 from tests.errors import killed, raises
 
@@ -307,6 +308,73 @@ def test_constraints_of_a_node_apply(own: Own) -> None:
     with raises("resolution") as raised:
         resolution.compile_all(check=False)
     assert "without mine or without other:" in raised.value.hint
+
+
+def test_constraints_of_comfyui_apply(own: Own) -> None:
+    own.app("-c limits.txt", "six")
+    (own.place / "src/limits.txt").write_text("six<2\ntorch==1\nlark==1\n")
+    for lock in own.lock().values():
+        assert lock.versions().items() >= {"six": "1"}.items()
+        assert "lark" not in lock.versions()
+        assert lock.requesters("six") == ["comfyui.txt"]
+    wanted = requirements.required(applications.application(), nodes.catalogue())
+    assert requirements.uncovered(lock, wanted, []) == {}
+    later = replace(lock, text=lock.text.replace("six==1", "six==3"))
+    assert requirements.uncovered(later, wanted, []) == {"six<2": "3"}
+    own.node("comfyui", "-c more.txt\nsix")
+    (own.place / "trees/comfyui/more.txt").write_text("six>=2")
+    with raises("resolution"):
+        own.lock()
+
+
+@pytest.mark.parametrize("name", ["Open_CV", "open.cv", "OPEN--CV"])
+def test_an_override_counts_in_any_spelling(own: Own, name: str) -> None:
+    own.publish("open-cv", "1")
+    own.node("mine", "open_cv", f'[override]\n"{name}" = {{ requirement = "six<3", why = "w" }}')
+    for lock in own.lock().values():
+        assert lock.versions()["six"] == "2"
+        assert "open-cv" not in lock.versions()
+
+
+def test_known_bad_packages_count_in_any_spelling(own: Own) -> None:
+    bad = BAD.replace('"six"', '"SIX"').replace('"opencv-headless"', '"OpenCV_Headless"')
+    (own.place / "known-bad.toml").write_text(bad)
+    assert [each.name for each in advisory.bad_packages({"six": "2.1"})] == ["six"]
+    assert advisory.clashing({"opencv", "opencv-headless"}) == [["opencv-headless", "opencv"]]
+
+
+def test_an_override_of_nothing_is_reported(own: Own, capsys: pytest.CaptureFixture[str]) -> None:
+    """One replaces a node's requirement, one a dependency's, one a version; `nothing` and `typo` are of no use."""
+    own.publish("deep", "1")
+    own.publish("rembg", "2", "deep", "lark")
+    own.publish("lark", "1")
+    own.publish("lark", "2")
+    own.publish("own", "1")
+    own.node(
+        "mine",
+        "rembg\nown ; sys_platform == 'win32'",
+        """[override]
+deep = { why = "w" }
+lark = { requirement = "lark<2", why = "w" }
+own = { requirement = "six", why = "w" }
+nothing = { why = "w" }
+typo = { requirement = "six<9", why = "w" }""",
+    )
+    own.lock()
+    said = capsys.readouterr().err
+    assert re.findall(r"\[override\] of nodes.toml has (\S+), which nothing requires", said) == ["nothing", "typo"]
+    own.lock()
+    assert "nothing requires" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['"a b" = { why = "w" }', 'a = { requirement = "b >>1", why = "w" }', 'A = { why = "w" }\na = { why = "w" }'],
+)
+def test_an_invalid_override_is_an_error(own: Own, text: str) -> None:
+    own.node("mine", "six", f"[override]\n{text}")
+    with raises("config"):
+        nodes.catalogue()
 
 
 def test_a_damaged_list_is_resolved_again(own: Own) -> None:
