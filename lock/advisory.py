@@ -103,8 +103,8 @@ def _path() -> Path:
 
 def clashing(names: Collection[str]) -> list[list[str]]:
     """The packages that install the same files, in groups of which only one can be installed; the best one first."""
-    same = (map(canonicalize_name, group) for group in load(_path(), _File).same_files)
-    groups = [[name for name in group if name in names] for group in same]
+    listed = load(_path(), _File).same_files
+    groups: list[list[str]] = [[name for name in map(canonicalize_name, group) if name in names] for group in listed]
     return [group for group in groups if len(group) > 1]
 
 

@@ -215,7 +215,9 @@ def test_every_change_has_a_row(found: Preview) -> None:
 def test_the_text_of_a_long_preview_is_bounded() -> None:
     changes = tuple(Change(f"Type{each}", kind) for kind in interface.KINDS for each in range(100))
     many = {f"node{each}": changes for each in range(100)}
-    broken = {f"node{each}": (api.Broken("comfy.x", "missing", "", ("a.py:1",)),) for each in range(100)}
+    broken: dict[str, tuple[api.Broken, ...]] = {
+        f"node{each}": (api.Broken("comfy.x", "missing", "", ("a.py:1",)),) for each in range(100)
+    }
     rows = [*preview.rows(Preview(old="1", new="2", types=many, broken=broken, unknown=dict.fromkeys(many, "why")))]
     assert len(rows) == 1 + 4 * (preview.SHOWN + 1)
     assert [row for row in rows if "100 removed" in row]
