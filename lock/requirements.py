@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.utils import (
+    InvalidSdistFilename,
+    InvalidWheelFilename,
+    canonicalize_name,
+    parse_sdist_filename,
+    parse_wheel_filename,
+)
 
 from core import console, files, foreign, lockfile, tools, workspace
 from core.errors import ConfigError, LockError
@@ -294,7 +300,8 @@ _MORE = re.compile(r"[$\\`\x00-\x1f\x7f-\x9f\u2028\u2029]|(^|\s)[-#]")
 
 def plain(line: str) -> str:
     """Return a requirement unchanged; raises ConfigError for a line that uv would interpret differently."""
-    if parsed(line) is None:
+    found = parsed(line)
+    if found is None or (found.url and not re.match(r"(?!file:)[a-z+]+://", found.url, re.IGNORECASE)):
         raise ConfigError(
             "config",
             f"{line[:200]!r} is not a requirement",
@@ -304,20 +311,32 @@ def plain(line: str) -> str:
 
 
 def parsed(line: str) -> Requirement | None:
-    """Parse a line of requirements; a plain address is named after its wheel, `#egg=` or repository."""
+    """Parse a line of requirements; a plain address or path is named after `#egg=`, its archive or repository."""
+    line = line.replace("\t", " ")
     if len(line) > foreign.LINE or _MORE.search(line):
         return None
     with suppress(InvalidRequirement, RecursionError):
         return Requirement(line)
-    address, _, marker = line.partition("; " if re.match(r"[a-z+]+://", line) else ";")  # as pip splits it
-    named = re.search(r"[#&]egg=([\w.-]+)", address) or _ADDRESS.fullmatch(address.strip())
+    address, _, marker = line.partition("; " if re.match(r"[a-z+]+://", line, re.IGNORECASE) else ";")  # as pip splits
     with suppress(InvalidRequirement, RecursionError):
-        name = f"{named[1]} @ " if named and " @ " not in line else ""
-        return Requirement(f"{name}{address.strip()}" + (f" ; {marker}" if marker else ""))
+        name = "" if " @ " in line else _named(address.strip())
+        return Requirement(f"{name} @ {address.strip()}".removeprefix(" @ ") + (f" ; {marker}" if marker else ""))
     return None
 
 
-_ADDRESS = re.compile(r"(?:git\+)?(?:https?|ssh|git)://\S*?/([\w.-]+?)(?:-\d[^/\s#]*\.whl|\.git|\.zip)?(?:[@#]\S*)?")
+def _named(address: str) -> str:
+    """The name that the address or path of a package has in itself; empty if it has none."""
+    if egg := re.search(r"[#&]egg=([\w.-]+)", address):
+        return egg[1]
+    if found := wheel(address):
+        return found[0]
+    with suppress(InvalidSdistFilename):
+        return parse_sdist_filename(unquote(re.split(r"[?#]", address)[0].rpartition("/")[2]))[0]
+    repository = _ADDRESS.fullmatch(address)
+    return repository[1] if repository else ""
+
+
+_ADDRESS = re.compile(r"(?:git\+)?(?:https?|ssh|git)://\S*?/([\w.-]+?)(?:\.git|\.zip)?(?:[@#?]\S*)?", re.IGNORECASE)
 
 
 def download(lock: LockedList, requesters: Iterable[str], platform: Platform) -> Path:

@@ -9,12 +9,14 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 from pip._internal.exceptions import PipError
 from pip._internal.network.session import PipSession
+from pip._internal.req.constructors import install_req_from_line
 from pip._internal.req.req_file import parse_requirements
 
 from core.errors import HearthError
-from lock import requirement_files
+from lock import nodes, requirement_files, requirements
 from tests.errors import raises
 
 SHA = "0" * 64
@@ -145,6 +147,86 @@ def test_random_files_are_read_as_pip_reads_them(tmp_path: Path) -> None:
         assert found == wanted, repr(text)
         accepted += wanted is not None
     assert accepted > 100
+
+
+LINES = [
+    *(
+        "six\t>=1",
+        "a[b,c]>=1 ; python_version >= '3.8'",
+        "a (>=1,<2)",
+        "a>=1,",
+        "a;",
+        "a.b===weird",
+        "a ; os.name == 'posix'",
+    ),
+    *(
+        "a=1",
+        "a 1",
+        "a~=1",
+        "a^1",
+        "a[b",
+        "'a'",
+        "a>=1.*",
+        "_a",
+        "pip install a",
+        "six\u00a0>=1",
+        "six\u200b",
+        "\ufeffsix",
+    ),
+    *("https://x/A_b-1.0-py3-none-any.whl", "https://x/a-1.0-py3-none-any.whl?x=1", "HTTPS://x/a-1.0-py3-none-any.whl"),
+    *("https://x/a-1-py3-none-any.whl; sys_platform == 'win32'", "https://x/a-1%2Bcu1-py3-none-any.whl#md5=00"),
+    *(f"https://x/a-1.zip#subdirectory=b&egg=a&sha256={SHA}", f"a[b] @ https://x/a-1.zip#sha256={SHA}&subdirectory=c"),
+    *(
+        "a@https://x/a-1-py3-none-any.whl",
+        "a @ git+https://x/y.git@main ; sys_platform == 'linux'",
+        "https://x/b.zip#egg=a",
+    ),
+    *("./wheels/a-1-py3-none-any.whl", "wheels/a-1-py3-none-any.whl ; sys_platform == 'win32'"),
+    "file:///wheels/a-1-py3-none-any.whl",
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_requirement_means_what_it_means_to_pip(tmp_path: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write(tmp_path, wheels__x_txt=""))
+    (tmp_path / "wheels/a-1-py3-none-any.whl").touch()
+    found = requirements.parsed(line)
+    try:
+        wanted = install_req_from_line(line)
+    except PipError:
+        assert found is None
+        return
+    assert found
+    assert wanted.name
+    assert canonicalize_name(found.name) == canonicalize_name(wanted.name)
+    assert (found.extras, str(found.marker or "")) == (wanted.extras, str(wanted.markers or ""))
+    assert bool(found.url) == bool(wanted.link)
+    if wanted.link is None:
+        assert wanted.req
+        assert str(found.specifier) == str(wanted.req.specifier)
+    elif wanted.link.scheme != "file":
+        assert found.url == wanted.link.url
+
+
+def test_only_addresses_of_servers_go_to_uv() -> None:
+    for line in ("./wheels/a-1-py3-none-any.whl", "a @ file:///wheels/a-1-py3-none-any.whl"):
+        with raises("config"):
+            requirements.plain(line)
+    assert requirements.plain("a @ https://x/a-1-py3-none-any.whl")
+
+
+def test_a_wheel_of_the_tree_for_windows_does_not_matter() -> None:
+    lines = ["./wheels/a-1-cp312-cp312-win_amd64.whl ; sys_platform == 'win32'"]
+    assert requirements.pinnable("mine", lines, nodes.Catalogue()) == []
+    with raises("config", match="not a wheel that a hash pins"):
+        requirements.pinnable("mine", ["./wheels/a-1-py3-none-any.whl"], nodes.Catalogue())
+
+
+def test_a_source_archive_is_named_after_its_package() -> None:
+    for address in ("https://x/foo_bar-1.0.tar.gz", "https://x/foo-bar-1.0.zip?a#sha256=0"):
+        found = requirements.parsed(address)
+        assert found
+        assert found.name == "foo-bar"
 
 
 def test_other_encodings_are_latin_1(tmp_path: Path) -> None:
