@@ -65,6 +65,11 @@ def channels() -> dict[str, str]:
     return {name: version for name, version in msgspec.structs.asdict(found).items() if version}
 
 
+def moving(channel: str) -> str:
+    """What an update starts from: the channel if it has a version that is described, else the pinned one."""
+    return channel if channels().get(channel) in versions() else PINNED
+
+
 def versions() -> dict[str, Path]:
     """The folders that describe the known versions: the pinned one, then the others, oldest first."""
     pinned = _described(folder())
@@ -89,6 +94,7 @@ def find(which: str = PINNED) -> Path:
         hint = f"inv update comfyui --channel {which}"
         raise ConfigError("config", f"the channel {which} has no version yet", hint=hint)
     hint = f"{suggest(version, [*known, PINNED, *CHANNELS])}; inv update comfyui --to VERSION fetches another one"
+    hint = f"inv update comfyui --channel {which}" if which in CHANNELS else hint
     what = f"there is no ComfyUI {version!r}" + f", which is {which}" * (version != which)
     raise ConfigError("config", what, hint="create the bundle again: inv bundle" if bundled else hint)
 

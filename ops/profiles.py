@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from core import console
 from core.errors import UsageError, suggest
 from core.stack import find_stack, stacks
+from deploy import host as hosts
 from deploy import profile as loaded
 from lock import application
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Line:
-    """One flag, variable or other value. `stacks` are those it applies to, with the pinned ComfyUI.
+    """One flag, variable or other value. `stacks` are those it applies to, with the ComfyUI of the explanation.
 
     `machines` is the kind of machine that a mode's setting is for.
     """
@@ -35,35 +36,38 @@ class Line:
 
 @dataclass(frozen=True)
 class Explained:
-    """A profile or mode."""
+    """A profile or mode, for a version of ComfyUI."""
 
     name: str
     kind: str
     summary: str
     about: Mapping[str, str]
     lines: tuple[Line, ...]
+    comfyui: str
 
 
 SEPARATE, UNIFIED = "separate GPU memory", "shared memory"
 
 
-def every() -> list[Explained]:
-    """All profiles, then all modes."""
+def every(host: str = "") -> list[Explained]:
+    """All profiles, then all modes, for the ComfyUI that a host selects (default: the pinned one)."""
+    selected = [hosts.hosts().hosts[name].comfyui for name in (hosts.select(host, "") if host else ())]
+    comfyui = application.version(*selected)
     return [
-        *(_profile(name, each) for name, each in loaded.profiles().items()),
-        *(_mode(name, each) for name, each in loaded.modes().items()),
+        *(_profile(name, each, comfyui) for name, each in loaded.profiles().items()),
+        *(_mode(name, each, comfyui) for name, each in loaded.modes().items()),
     ]
 
 
-def one(name: str) -> Explained:
-    """Find a profile or mode by name; raises UsageError."""
-    known = {each.name: each for each in every()}
+def one(name: str, host: str = "") -> Explained:
+    """Find a profile or mode by name, for the ComfyUI of a host as in `every`; raises UsageError."""
+    known = {each.name: each for each in every(host)}
     if name not in known:
         raise UsageError("unknown-name", f"there is no profile or mode {name!r}", hint=suggest(name, known))
     return known[name]
 
 
-def _profile(name: str, profile: Profile) -> Explained:
+def _profile(name: str, profile: Profile, comfyui: str) -> Explained:
     stack = find_stack(profile.stack)
     about = {
         "stack": f"{stack.name}: torch {stack.torch}, CUDA {stack.cuda}, driver {stack.driver} or newer",
@@ -75,27 +79,27 @@ def _profile(name: str, profile: Profile) -> Explained:
         "restart": profile.restart,
         "devices": f"policy {profile.device_policy}" if profile.cuda else "none",
     }
-    return Explained(name, "profile", profile.summary, _said(about), tuple(_settings(profile)))
+    return Explained(name, "profile", profile.summary, _said(about), tuple(_settings(profile, comfyui)), comfyui)
 
 
-def _mode(name: str, mode: Mode) -> Explained:
+def _mode(name: str, mode: Mode, comfyui: str) -> Explained:
     about = {
         "excludes": ", ".join(mode.excludes),
         "develop": "the host can name folders of nodes under development" if mode.develop else "",
     }
-    lines = [*_settings(mode), *_plain(mode)]
+    lines = [*_settings(mode, comfyui), *_plain(mode)]
     if mode.on_unified:
         lines = [replace(each, machines=SEPARATE) for each in lines]
-        lines += [replace(each, machines=UNIFIED) for each in _settings(mode.on_unified)]
-    return Explained(name, "mode", mode.summary, _said(about), tuple(lines))
+        lines += [replace(each, machines=UNIFIED) for each in _settings(mode.on_unified, comfyui)]
+    return Explained(name, "mode", mode.summary, _said(about), tuple(lines), comfyui)
 
 
 def _said(about: Mapping[str, str]) -> dict[str, str]:
     return {name: text for name, text in about.items() if text}
 
 
-def _settings(given: Profile | Override) -> Iterator[Line]:
-    comfyui, known = application.version(), stacks()
+def _settings(given: Profile | Override, comfyui: str) -> Iterator[Line]:
+    known = stacks()
 
     def line(name: str, setting: Setting) -> Line:
         active = tuple(each.name for each in known.values() if setting.active(each.torch, comfyui))
@@ -126,7 +130,7 @@ def rows(found: Explained, *, explain: bool) -> Iterator[str]:
         yield "  sets no flags and no variables"
         return
     versions = ", ".join(f"{each.name} (torch {each.torch})" for each in stacks().values())
-    yield from (f"  with ComfyUI {application.version()} and {versions}:", "")
+    yield from (f"  with ComfyUI {found.comfyui} and {versions}:", "")
     cells = [(each.name, each.value, _for(each), _stacks(each)) for each in found.lines]
     heading, *lines = console.table(("", "value", "for", "active with"), cells)
     yield f"  {heading}"

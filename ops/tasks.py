@@ -152,17 +152,25 @@ def profiles(_: Context, *, out: Output) -> None:
     console.show(found, profiles.list_rows(found), as_json=out.json)
 
 
-@command(positional=["name"], help={"name": "a profile or mode", "explain": "show the reason for each setting"})
-def profile(_: Context, name: str, explain: bool = False, *, out: Output) -> None:
+@command(
+    positional=["name"],
+    help={
+        "name": "a profile or mode",
+        "explain": "show the reason for each setting",
+        "host": "for the ComfyUI that this host of config/hosts.toml selects (default: the pinned one)",
+    },
+)
+def profile(_: Context, name: str, explain: bool = False, host: str = "", *, out: Output) -> None:
     """Show the settings of a profile or mode, with the versions and stacks that each applies to.
 
     `--explain` adds the reason for each setting.
 
         inv profile low-memory --explain
+        inv profile low-memory --host spark
     """
     from ops import profiles
 
-    found = profiles.one(name)
+    found = profiles.one(name, host)
     console.show(found, profiles.rows(found, explain=explain), as_json=out.json)
 
 

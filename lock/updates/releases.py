@@ -36,8 +36,9 @@ def origin(app: Application) -> source.Source:
 
 def move(wanted: Request, made: Proposal) -> None:
     """Move to the newest ComfyUI that is not known to be bad, or to the requested one."""
-    channel, channels = wanted.channel, application.channels()
-    app = application.application(channel if channel in channels else application.PINNED)
+    channel = wanted.channel
+    fresh = channel and application.moving(channel) != channel  # it has no version yet, or its folder was deleted
+    app = application.application(application.moving(channel))
     url, to = origin(app).git, wanted.to.removeprefix("v")
     known = upstream.releases(url)
     newer = [each for each in known if Version(each) > Version(app.version)]
@@ -56,7 +57,7 @@ def move(wanted: Request, made: Proposal) -> None:
             break
         made.skipped.append(f"ComfyUI {name}: {bad[0]}")
     else:
-        if channel and channel not in channels:  # the pinned one is the newest
+        if fresh:  # the pinned one is the newest
             application.set_channel(channel, app.version)
             made.moves.append(Move("comfyui", f"ComfyUI ({channel})", "none", app.version))
         return
@@ -103,7 +104,8 @@ def _lists(app: Application, commit: str) -> Path:
             cause=f"it lacks {', '.join(missing)}",
             hint="choose another version with --to, or another repository in app.toml",
         )
-    at, paths = msgspec.structs.replace(origin(app), commit=commit), ("requirements.txt", _MANAGER)
+    at = msgspec.structs.replace(origin(app), commit=commit)
+    paths = (*(each for each in names if re.fullmatch(r"[^/]*\.txt|(?:requirements|constraints)[^/]*/.*", each)),)
     return source.fetch(
         source.pin(source.Pinned(name="requirements", version=commit[:9], source=(at,), tree="", paths=paths))
     )

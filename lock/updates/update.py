@@ -70,8 +70,7 @@ def _proposed(wanted: Request, look: Look | None) -> tuple[Proposal, transaction
 def _release(wanted: Request, made: Proposal) -> Release | None:
     """The ComfyUI that moves, with all nodes and its locked lists; None, and a warning, if it cannot be had."""
     with _warned(made):
-        which = wanted.channel if wanted.channel in application.channels() else application.PINNED
-        app = application.application(which)
+        app = application.application(application.moving(wanted.channel))
         names = ((stack.name, each.value, python) for stack, each, python in requirements.combinations(app.version))
         lists = filter(None, (requirements.find(*name, app.path) for name in names))
         return preview.of_checkout(app, nodes.catalogue(), lists)

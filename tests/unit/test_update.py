@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -336,6 +336,40 @@ def test_a_channel_moves_alone(own: Checkout) -> None:
     with raises("usage"):
         Request("nodes", channel="latest")
     assert own.texts().keys() > before.keys()
+
+
+@pytest.mark.parametrize("to", ["", "0.30.0", "0.31.0", "0.32.0"])
+def test_a_channel_whose_version_was_deleted_is_repaired(own: Checkout, to: str) -> None:
+    own.tag("0.31.0", requirements__txt="six==2\n")
+    wanted = Request("comfyui", "", None, "latest")
+    update.update(wanted, dry_run=False)
+    shutil.rmtree(own.file("recipes/comfyui/versions/0.31.0"))
+    with raises("config") as caught:
+        application("latest")
+    assert caught.value.hint == "inv update comfyui --channel latest"
+    own.tag("0.32.0", requirements__txt="six==2\n")
+    made, _ = update.update(replace(wanted, to=to), dry_run=False)
+    assert made.warnings == []
+    assert channels() == {"latest": to or "0.32.0"}
+    assert application("latest").version == (to or "0.32.0")
+    resolution.compile_all(check=True)
+    assert application().version == "0.30.0"
+
+
+def test_an_older_channel_that_was_deleted_becomes_the_pinned_version(own: Checkout) -> None:
+    own.file("recipes/comfyui/channels.toml").write_text('stable = "0.29.0"\n')
+    update.update(Request("comfyui", "", None, "stable"), dry_run=False)
+    assert channels() == {"stable": "0.30.0"}
+
+
+def test_requirements_of_a_release_may_be_in_several_files(own: Checkout) -> None:
+    more = {"requirements/base__txt": "six\n", "limits__txt": "six<2\n"}
+    own.tag("0.31.0", requirements__txt="-r requirements/base.txt\n-c limits.txt\n", **more)
+    assert own.moved("comfyui") == {"ComfyUI": "0.31.0"}
+    assert {"limits.txt", "requirements"} <= {*application().paths}
+    found = requirements.find("cu130", "linux_x86_64", "3.11")
+    assert found
+    assert found.versions()["six"] == "1"
 
 
 def test_a_preview_never_prevents_an_update(own: Checkout) -> None:

@@ -13,6 +13,7 @@ from invoke.context import Context
 from core import files, lockfile, workspace
 from core.stack import find_stack, stacks
 from core.workspace import Workspace
+from deploy import profile as loaded
 from deploy import release_refusals
 from deploy.host import Host, Target
 from deploy.inputs import Inputs, gather
@@ -21,7 +22,7 @@ from deploy.selection import choose
 from lock import application as applications
 from lock import audit, nodes, requirements, resolution, tasks
 from lock.application import PINNED
-from ops import status, workflows
+from ops import profiles, status, workflows
 from tests import comfyui
 from tests.errors import raises
 from tests.plans import FRESH, reasons, spark
@@ -95,6 +96,28 @@ def test_a_host_gets_the_version_that_it_selects(own: Own) -> None:
     assert Host().comfyui == PINNED
 
 
+def test_a_profile_is_explained_for_the_version_of_a_host(
+    own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.add("0.46.0")
+    own.channels('latest = "0.46.0"\n')
+    (tmp_path / "hosts.toml").write_text(
+        '[hosts.a]\naddress = "a"\nprofile = "cpu"\ncomfyui = "latest"\n[hosts.b]\naddress = "b"\nprofile = "cpu"\n'
+    )
+    monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
+    profile = {"cpu": loaded.Profile(summary="s", pythons=("3.12",), start_seconds=1, flags={
+        "--new": loaded.Setting(why="w", comfyui=">=0.46"),
+    })}  # fmt: skip
+    monkeypatch.setattr(loaded, "profiles", lambda: profile)
+    for name, version in {"": "0.30.0", "a": "0.46.0", "b": "0.30.0"}.items():
+        found = profiles.one("cpu", name)
+        assert found.comfyui == version
+        assert bool(found.lines[0].stacks) == (version == "0.46.0")
+        assert f"with ComfyUI {version} and" in "\n".join(profiles.rows(found, explain=True))
+    with raises("unknown-name"):
+        profiles.one("cpu", "c")
+
+
 @pytest.mark.parametrize(
     ("which", "hint"),
     [
@@ -103,7 +126,7 @@ def test_a_host_gets_the_version_that_it_selects(own: Own) -> None:
         ("9.9", "inv update comfyui --to"),
         ("../app", "known: "),
         ("stable", "inv update comfyui --channel stable"),
-        ("latest", "inv update comfyui --to"),
+        ("latest", "inv update comfyui --channel latest"),
     ],
 )
 def test_an_unknown_version_names_near_ones_and_the_command(own: Own, which: str, hint: str) -> None:
