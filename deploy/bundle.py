@@ -27,7 +27,7 @@ from core.manifest import Sha256
 from core.signature import Signed
 from core.stack import Platform
 from core.workspace import Workspace
-from deploy import archive
+from deploy import archive, proofs
 from deploy import release as releases
 from lock import nodes, requirements
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from deploy.host import Target
     from deploy.inputs import Inputs
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"
 LIMIT, SHORT = 64_000_000, 64_000
@@ -57,7 +57,10 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The target of a bundle and all its files. `requesters` are its nodes, and ComfyUI-Manager if selected."""
+    """The target of a bundle and all its files.
+
+    `asking` are its nodes, and ComfyUI-Manager if selected; `proofs` are the workflows that a release must run.
+    """
 
     format: int
     profile: str
@@ -66,6 +69,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     version: str
     asking: tuple[str, ...]
     kernels: dict[str, str]
+    proofs: tuple[str, ...]
     files: dict[str, File]
 
     @property
@@ -154,6 +158,7 @@ def write(
         )
     requesters = releases.requesters(target, inputs.nodes)
     listed = _listed(inputs, requesters, platform, python, wheels)
+    listed |= {f"checkout/{name}": path for name, path in proofs.bundled(target).items()}
     total = sum(path.stat().st_size for path in listed.values())
     console.say(f"bundling {len(listed)} files, {console.size(total)}")
     found = {
@@ -168,6 +173,7 @@ def write(
         version=inputs.application.version,
         asking=tuple(requesters),
         kernels={wheel.kernel: wheel.version for wheel in wheels},
+        proofs=tuple(each.name for each in inputs.proofs),
         files=found,
     )
     text = msgspec.json.encode(bundle)
@@ -419,5 +425,6 @@ def rows(path: Path, found: Opened) -> list[str]:
         ("ComfyUI", bundle.version),
         ("kernels", ", ".join(kernels) or "none"),
         ("nodes", ", ".join(bundle.asking) or "none"),
+        ("proofs", ", ".join(bundle.proofs) or "none"),
     ]
     return console.table(("", ""), cells)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.schema.change import Proof
@@ -14,7 +16,6 @@ from lock import workflows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from deploy.host import Target
     from deploy.profile import Prove
@@ -70,16 +71,28 @@ def _proof(place: str, prove: Prove) -> Proof:
     )
 
 
+def bundled(target: Target) -> dict[str, Path]:
+    """The files of a target's proofs, by their names in a bundle's checkout. Raises ConfigError."""
+    names = {name for each in target.profile.prove for name in (each.file, each.like) if name}
+    return {_in_bundle(name): _found(f"{target.name}: prove", name, REFERENCE) for name in sorted(names)}
+
+
+def _in_bundle(name: str) -> str:
+    """Where a bundle's checkout has a file that may be anywhere on the machine that made it."""
+    return f"proofs/{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
 def _found(place: str, name: str, limit: int) -> Path:
-    """A file in `config/workflows/` or relative to the checkout."""
-    tops = [
-        top / folder for top in (workspace.current().checkout, files.CHECKOUT) for folder in ("config/workflows", "")
-    ]
-    path = next((top / name for top in tops if (top / name).is_file()), None)
+    """A file of the open bundle, or else one in `config/workflows/` or relative to the checkout."""
+    here, own = workspace.current(), files.CHECKOUT
+    places = [here.checkout / _in_bundle(name)] if here.bundled else []
+    places += [top / folder / name for top in (here.checkout, own) for folder in ("config/workflows", "")]
+    path = next(filter(Path.is_file, places), None)
     if path is None:
-        raise ConfigError(
-            "config", f"{place}: there is no file {name}", hint=f"name a file in {files.CHECKOUT / 'config/workflows'}"
-        )
+        where, hint = "", f"name a file in {own / 'config/workflows'}"
+        if here.bundled:
+            where, hint = ", neither in the bundle nor here", f"{hint}, or create a bundle for this host: inv bundle"
+        raise ConfigError("config", f"{place}: there is no file {name}{where}", hint=hint)
     if path.stat().st_size > limit:
         raise ConfigError("config", f"{place}: {name} is larger than {limit / 1e6:.0f} MB", hint="use a smaller one")
     return path

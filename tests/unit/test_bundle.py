@@ -115,6 +115,36 @@ def test_deploy_from_bundle_uses_no_other_source(
     assert not list((tmp_path / "empty/bundles").iterdir())
 
 
+def test_a_bundle_has_the_proofs_of_its_host(
+    made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Their files are gone when it is deployed."""
+    monkeypatch.setenv("HEARTH_APP", str(made[0].with_name("app")))
+    monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
+    files_there = tmp_path / "mine"
+    files_there.mkdir()
+    workflow, picture = files_there / "a b.json", files_there / "like.png"
+    workflow.write_text('{"1": {"class_type": "SaveImage", "inputs": {}}}')
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n...")
+    table = '[hosts.far]\naddress = "nowhere.invalid"\nprofile = "cpu"\nmetrics_port = 9188\n[[hosts.far.prove]]\n'
+    table += f'file = "{workflow}"\nlike = "{os.path.relpath(picture, files.CHECKOUT)}"\n'
+    (tmp_path / "hosts.toml").write_text(table)
+    wanted = gather(find_target("far")).proofs
+    path, found = deploy.make_bundle("far", tmp_path / "far.tar", "linux_x86_64", "3.11", ask_sudo=False)
+    assert found.bundle.proofs == (str(workflow),)
+    assert str(workflow) in "\n".join(bundle.rows(path, found))
+    shutil.rmtree(files_there)
+    with bundle.opened(path):
+        assert gather(find_target("far")).proofs == wanted
+        assert wanted[0].like
+        (tmp_path / "hosts.toml").write_text(table.replace("a b.json", "other.json"))
+        with raises("config", match=r"other.json, neither in the bundle nor here") as caught:
+            gather(find_target("far"))
+    assert "inv bundle" in caught.value.hint
+    with raises("config", match="a b.json|other.json"):
+        deploy.make_bundle("far", tmp_path / "again.tar", "linux_x86_64", "3.11", ask_sudo=False)
+
+
 @pytest.mark.installer
 def test_a_bundle_has_the_version_that_its_host_selects(
     made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
