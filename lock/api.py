@@ -147,13 +147,16 @@ def _parameters(given: ast.arguments) -> Parameters:
 
 
 class Use(msgspec.Struct, frozen=True):
-    """A use of one of ComfyUI's names: `import`, `attribute`, or `call` with `count` arguments and these keywords."""
+    """A use of one of ComfyUI's names: `import`, `attribute`, `call` with `count` arguments and these keywords, or
+    `patch` by a function with these parameters.
+    """
 
     name: str
     place: str
     kind: str
     count: int = 0
     keywords: tuple[str, ...] = ()
+    parameters: Parameters = ()
 
     @property
     def file(self) -> str:
@@ -225,6 +228,9 @@ class _File:
         other |= {each.id for each in nodes if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
         other |= {str(each.name) for each in nodes if isinstance(each, (*_DEFINITIONS, ast.ExceptHandler))}
         self._aliases = {local: meant for local, _, meant in imports if local not in other}
+        made = [(each.name, _callable("", each)) for each in nodes if isinstance(each, _DEFINITIONS[:2])]
+        names = [name for name, _ in made]
+        self._functions = {name: found for name, each in made if names.count(name) == 1 for found in each.values()}
         self._visit(tree, expected=False)
 
     @property
@@ -252,6 +258,11 @@ class _File:
                 named = tuple(each.arg for each in keywords if each.arg)
                 if len(named) == len(keywords) and not any(isinstance(each, ast.Starred) for each in args):
                     self._add(self._dotted(func), node, "call", len(args), named, expected=expected)
+                if ast.unparse(func) == "setattr" and len(args) == 3 and isinstance(args[1], ast.Constant):
+                    self._patch(self._dotted(ast.Attribute(args[0], str(args[1].value))), args[2], expected=expected)
+            case ast.Assign(targets=targets, value=value):
+                for each in targets:
+                    self._patch(self._dotted(each) if isinstance(each, ast.Attribute) else "", value, expected=expected)
             case ast.Attribute(ctx=ast.Load()):
                 self._add(self._dotted(node), node, "attribute", expected=expected)
         for name, value in ast.iter_fields(node):
@@ -267,6 +278,18 @@ class _File:
             node = node.value
         meant = self._aliases.get(node.id, "") if isinstance(node, ast.Name) else ""
         return ".".join([meant, *reversed(parts)]) if meant else ""
+
+    def _patch(self, name: str, value: ast.expr, *, expected: bool) -> None:
+        """Add a function that replaces one of ComfyUI's, if its parameters are known."""
+        match value:
+            case ast.Lambda(args=given):
+                parameters: Parameters | None = _parameters(given)
+            case ast.Name(id=local):
+                parameters = self._functions.get(local)
+            case _:
+                parameters = None
+        if name and parameters is not None and not expected:
+            self._uses.append(Use(name, f"{self.name}:{value.lineno}", "patch", parameters=parameters))
 
     def _add(
         self, name: str, node: ast.AST, kind: str, count: int = 0, keywords: tuple[str, ...] = (), *, expected: bool
@@ -293,7 +316,10 @@ def _imports(node: ast.AST) -> Iterator[tuple[str, str, str]]:
 
 
 class Broken(msgspec.Struct, frozen=True):
-    """A name of ComfyUI that a custom node uses and that is `missing`, or whose `call` fails, with the reason."""
+    """A name of ComfyUI that a custom node uses and that is `missing`, or whose `call` fails, with the reason.
+
+    `patch`: ComfyUI's calls fail, since the node puts a function with other parameters in its place.
+    """
 
     name: str
     kind: str
@@ -303,14 +329,18 @@ class Broken(msgspec.Struct, frozen=True):
     @property
     def said(self) -> str:
         """The problem in words, to follow the node's name."""
-        why = f"calls {self.name}, which fails: {self.detail}" if self.detail else f"uses {self.name}, which is missing"
-        return f"{why} ({', '.join(self.places[:3])})"
+        why = {
+            "missing": f"uses {self.name}, which is missing",
+            "call": f"calls {self.name}, which fails: {self.detail}",
+            "patch": f"replaces {self.name}, and ComfyUI's calls of it fail: {self.detail}",
+        }
+        return f"{why[self.kind]} ({', '.join(self.places[:3])})"
 
 
 def broken(found: Uses, old: Api, new: Api, before: Uses) -> list[Broken]:
     """The uses that fail with a new ComfyUI, without those of the code `before` that do not work with the old one."""
     listed: dict[tuple[str, str, str], list[str]] = {}
-    works = {(use.name, use.file) for use in found.uses if _problem(use, new) == ""}  # calls for several versions
+    works = {(use.kind, use.name, use.file) for use in found.uses if _problem(use, new) == ""}  # for several versions
     former = {use.name for use in before.uses}
     for use in found.uses:
         name, exists = new.find(use.name)
@@ -318,22 +348,32 @@ def broken(found: Uses, old: Api, new: Api, before: Uses) -> list[Broken]:
             sure = use.name not in former and use.kind == "import" and "." in name and name.split(".")[0] in new.modules
             if sure or old.find(use.name)[1]:
                 listed.setdefault((name, "missing", ""), []).append(use.place)
-        elif use.name in former and _problem(use, old) != "":
+        elif (use.name in former or use.kind == "patch") and _problem(use, old) != "":
             continue
-        elif (use.name, use.file) not in works and (problem := _problem(use, new)):
-            listed.setdefault((use.name, "call", problem), []).append(use.place)
+        elif (use.kind, use.name, use.file) not in works and (problem := _problem(use, new)):
+            listed.setdefault((use.name, use.kind, problem), []).append(use.place)
     return [Broken(*key, tuple(dict.fromkeys(places))) for key, places in sorted(listed.items())]
 
 
 def _problem(use: Use, api: Api) -> str | None:
-    """Why a call fails; "" if it works, None if that is not known."""
-    wanted = api.parameters(use.name) if use.kind == "call" else None
+    """Why a call fails, of a node or of what it puts in place of a function; "" if it works, None if not known."""
+    wanted = api.parameters(use.name) if use.kind in ("call", "patch") else None
     if wanted is None:
         return None
-    empty = inspect.Parameter.empty
-    made = [inspect.Parameter(name, _KINDS[kind], default=None if given else empty) for name, kind, given in wanted]
     try:
-        inspect.Signature(made).bind(*[None] * use.count, **dict.fromkeys(use.keywords))
+        if use.kind == "call":
+            _signature(wanted).bind(*[None] * use.count, **dict.fromkeys(use.keywords))
+            return ""
+        plain = [given for _, kind, given in wanted if kind < 2]
+        keywords = dict.fromkeys(name for name, kind, _ in wanted if kind > 2)
+        for count in (plain.count(False), len(plain) + any(kind == 2 for _, kind, _ in wanted)):
+            _signature(use.parameters).bind(*[None] * count, **keywords)
     except TypeError as error:
         return str(error)
     return ""
+
+
+def _signature(parameters: Parameters) -> inspect.Signature:
+    empty = inspect.Parameter.empty
+    made = [inspect.Parameter(name, _KINDS[kind], default=None if given else empty) for name, kind, given in parameters]
+    return inspect.Signature(made)

@@ -115,7 +115,7 @@ def _read(code: Code, names: list[str]) -> Interface:
             else:
                 unknown.append(name)
         if module and module.path and b"NodeReplace" in foreign.content(module.path):
-            replaced |= _replacements(module)
+            replaced = {**_replacements(module), **replaced}
     return Interface(types, replaced, tuple(unknown))
 
 
@@ -274,10 +274,12 @@ def _replacements(module: Module) -> dict[str, str]:
     found = {}
     for node in ast.walk(ast.Module(module.body, [])):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("NodeReplace"):
-            words = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
+            given = [*zip(("new_node_id", "old_node_id"), node.args, strict=False)]
+            words = {name: getattr(value, "value", None) for name, value in given}
+            words |= {word.arg: getattr(word.value, "value", None) for word in node.keywords}
             old, new = words.get("old_node_id"), words.get("new_node_id")
             if isinstance(old, str) and isinstance(new, str):
-                found[old] = new
+                found.setdefault(old, new)  # ComfyUI uses the first one
     return found
 
 
@@ -342,8 +344,9 @@ def compare(old: Interface, new: Interface) -> list[Change]:
         if before and after:
             found += _changes(name, before, after)
         elif before and not new.unknown:
-            kind = "replaced" if name in new.replaced else "removed"
-            found.append(Change(name, kind, new=new.replaced.get(name, "")))
+            other = new.replaced.get(name, "")
+            kind = "replaced" if other in new.types else "removed"
+            found.append(Change(name, kind, new=other if other in new.types else ""))
         elif after and not old.unknown:
             found.append(Change(name, "added"))
     return found

@@ -176,7 +176,8 @@ def _combined(parts: Mapping[str, Interface]) -> Interface:
             module = kind.module if name == COMFYUI else f"custom_nodes.{name}"
             types[key] = msgspec.structs.replace(kind, module=module)
     packs = frozenset(name.lower() for name in parts if name != COMFYUI)
-    return Interface(types, parts[COMFYUI].replaced, packs=packs)
+    replaced = {old: new for each in parts.values() for old, new in each.replaced.items()}
+    return Interface(types, {**replaced, **parts[COMFYUI].replaced}, packs=packs)
 
 
 def _proposed(before: Interface, old: Release, new: Release, after: Mapping[str, Interface]) -> Interface:

@@ -284,7 +284,7 @@ def _lacking(node: Node, known: Interface) -> Iterator[Finding]:
     virtual = pack(node.type)
     if node.type in EDITOR or (virtual and virtual.lower() in known.packs):
         return
-    if new := known.replaced.get(node.type):
+    if (new := known.replaced.get(node.type)) and (new in known.types or known.unknown):
         yield Finding(node.id, node.type, "replaced", new, muted=node.muted)
     elif not known.unknown or node.type.startswith("workflow"):
         yield Finding(node.id, node.type, "type", detail=virtual and f"of {virtual}", muted=node.muted)

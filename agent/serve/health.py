@@ -122,7 +122,8 @@ def prove(
     """Prove that ComfyUI responds, is the expected release, and generates pictures. Raises AgentError.
 
     `command` is the command that started it; `clear` deletes the pictures. Returns the time (`at`), the node types
-    with their modules (`types`), and the nodes that failed to import with their reasons (`failed_nodes`).
+    with their modules (`types`), former types with those that ComfyUI uses for them (`replaced`), and the nodes that
+    failed to import with their reasons (`failed_nodes`).
     """
     wanted = release["gate"]
     started = time.monotonic()
@@ -146,7 +147,8 @@ def prove(
         note(f"node {name} cannot be imported: {reason}")
     for turn in ("first", "second"):  # an upstream regression hangs in the second workflow only (ComfyUI#15269)
         _picture(place, process, turn, clear, note)
-    return {"at": now(), "failed_nodes": failed, "types": _node_types(place)}
+    types = _node_types(place)
+    return {"at": now(), "failed_nodes": failed, "types": types, "replaced": _replacements(place, types)}
 
 
 def _check_stats(stats: Json, wanted: Json, argv: list[str]) -> None:
@@ -182,6 +184,19 @@ def _node_types(place: Endpoint) -> Json:
         )
     except (OSError, ValueError) as error:
         raise AgentError("gate", "ComfyUI does not list its node types", str(error)) from error
+
+
+def _replacements(place: Endpoint, types: Json) -> Json:
+    """The types that ComfyUI replaces in workflows, each by the first one registered, if that one exists."""
+    try:
+        listed = checked(
+            "/node_replacements",
+            ask(place, "/node_replacements", limit=OBJECT_INFO),
+            lambda found: {str(old): printable(each[0]["new_node_id"], 120) for old, each in found.items() if each},
+        )
+    except (OSError, ValueError):  # an older ComfyUI has none
+        return {}
+    return {printable(old, 120): new for old, new in [*listed.items()][:TYPES] if new in types}
 
 
 LOG_SECONDS = 5.0
@@ -227,15 +242,20 @@ def report_changed_types(old: Json, new: Json, note: Note) -> None:
     `old` and `new` are results of `prove` (empty: unknown). If two nodes define the same type, ComfyUI silently uses
     the one loaded last.
     """
-    old, new = old.get("types", {}), new.get("types", {})
-    gone = sorted(set(old) - set(new))
+    replaced, old, new = new.get("replaced", {}), old.get("types", {}), new.get("types", {})
+    gone = sorted(set(old) - set(new) - set(replaced))
+    others = [f"{name} ({replaced[name]})" for name in sorted(set(old) & set(replaced) - set(new))]
     moved = [
         f"{name} ({new[name]}, before {old[name]})"
         for name in sorted(set(old) & set(new))
         # Older versions of Hearth stored names only; a newer ComfyUI may move its own types.
         if isinstance(old, dict) and old[name] != new[name] and new[name].startswith("custom_nodes.")
     ]
-    for what, names in (("no longer exist", gone), ("are provided by another node now", moved)):
+    for what, names in (
+        ("no longer exist", gone),
+        ("ComfyUI replaces in workflows", others),
+        ("are provided by another node now", moved),
+    ):
         if names:
             more = f" and {len(names) - 20} more" if len(names) > 20 else ""
             note(f"node types that {what}: {', '.join(names[:20])}{more}")

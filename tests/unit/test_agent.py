@@ -118,6 +118,13 @@ def test_removed_and_moved_node_types_are_reported(before: object, said: list[st
     assert [note.replace("custom_nodes.", "") for note in notes] == said
 
 
+def test_node_types_that_comfyui_replaces_are_told_apart() -> None:
+    notes: list[str] = []
+    new = {"types": {"A": "nodes"}, "replaced": {"Old": "A", "A": "B", "Never": "A"}}
+    health.report_changed_types({"types": {"A": "nodes", "Old": "nodes", "Gone": "nodes"}}, new, notes.append)
+    assert notes == ["node types that no longer exist: Gone", "node types that ComfyUI replaces in workflows: Old (A)"]
+
+
 def test_torn_history_line_is_skipped(tmp_path: Path) -> None:
     layout = at(tmp_path)
     assert journal.last(journal.history(layout)) == {}

@@ -470,3 +470,20 @@ def test_other_answers_than_comfyuis_are_refused(tmp_path: Path, answers: dict[s
     with serving(answers) as port, pytest.raises(AgentError) as raised:
         node_types.node_types(layout(tmp_path, port), workflows=True)
     assert raised.value.report["kind"] == "silent"
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (
+            {"Old": [{"new_node_id": "A"}, {"new_node_id": "B"}], "Lost": [{"new_node_id": "C"}], "None": []},
+            {"Old": "A"},
+        ),
+        (None, {}),
+        ([1], {}),
+        ({"Old": [{}]}, {}),
+    ],
+)
+def test_replacements_are_those_that_comfyui_makes(answer: object, found: object) -> None:
+    with serving({"/node_replacements": answer}) as port:
+        assert health._replacements(at(port), {"A": "nodes", "B": "nodes"}) == found

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lock import interface
+from lock import interface, workflows
 from lock.interface import Change, Interface
 from tests import comfyui
 from tests.errors import raises
@@ -97,6 +97,28 @@ def test_replaced_type_is_not_removed() -> None:
         Change("Load3DAnimation", "replaced", new="Load3D"),
         Change("Nobodys", "removed"),
     ]
+
+
+def test_a_replacement_needs_a_type_that_exists() -> None:
+    kind = comfyui.pinned().types["Load3D"]
+    old = Interface({"A": kind, "B": kind})
+    new = Interface({"New": kind}, {"A": "New", "B": "Lost"})
+    assert [(each.type, each.kind) for each in interface.compare(old, new)] == [
+        ("A", "replaced"), ("B", "removed"), ("New", "added"),
+    ]  # fmt: skip
+    graph = workflows.graphs("a", [{"1": {"class_type": "B", "inputs": {}}}])
+    assert [each.kind for one in graph for each in workflows.check(one, new)] == ["type"]
+
+
+def test_replacements_of_custom_nodes(tmp_path: Path) -> None:
+    """By position, and by keyword; ComfyUI uses the first one."""
+    text = """from comfy_api.latest import io
+async def register(api):
+    await api.node_replacement.register(io.NodeReplace("New", "Old"))
+    await api.node_replacement.register(io.NodeReplace("Other", old_node_id="Old"))
+    await api.node_replacement.register(io.NodeReplace(old_node_id="Former", new_node_id="New"))
+"""
+    assert node(tmp_path / "mine", text).replaced == {"Old": "New", "Former": "New"}
 
 
 def node(place: Path, text: str, **others: str) -> interface.Interface:

@@ -281,6 +281,69 @@ def test_uses(apis: tuple[api.Api, api.Api], tmp_path: Path, text: str, failing:
     assert fails(apis, tmp_path, text, part="from comfy.utils import common_upscale") == failing
 
 
+PATCHED = """
+def kept(a, b=1): pass
+def longer(a, b): pass
+def shorter(a, b, c): pass
+def looser(a, b): pass
+def named(a, *, b): pass
+def gone(a): pass
+def _wrap(f): return f
+@_wrap
+def unknown(a): pass
+class Model:
+    def run(self, a): pass
+"""
+MORE = {
+    "longer(a, b)": "longer(a, b, c)", "shorter(a, b, c)": "shorter(a, b)", "looser(a, b)": "looser(a, b=1)",
+    "named(a, *, b)": "named(a, *, b, c)", "def gone(a): pass": "", "unknown(a)": "unknown(a, b)",
+    "run(self, a)": "run(self, a, b)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "failing"),
+    [
+        ("def mine(a, b=2): pass\nm.kept = mine", {}),
+        ("def mine(a, b): pass\nm.longer = mine", {"longer": "patch"}),
+        ("def mine(a, b): pass\nsetattr(m, 'longer', mine)", {"longer": "patch"}),
+        ("def apply():\n def mine(a, b): pass\n m.longer = mine", {"longer": "patch"}),
+        ("m.longer = lambda a, b: 1", {"longer": "patch"}),
+        ("m.longer = x = lambda a, b: 1", {"longer": "patch"}),
+        ("def mine(*a, **b): pass\nm.longer = m.named = m.shorter = mine", {}),
+        ("def mine(a, b, c=1): pass\nm.longer = mine", {}),
+        ("def mine(a): pass\nm.longer = mine", {}),  # nor did it fit before
+        ("def mine(a, b, c): pass\nm.shorter = mine", {"shorter": "patch"}),
+        ("def mine(a, b): pass\nm.looser = mine", {"looser": "patch"}),
+        ("def mine(a, *, b): pass\nm.named = mine", {"named": "patch"}),
+        ("def mine(self, a): pass\nm.Model.run = mine", {"Model.run": "patch"}),
+        ("def mine(a): pass\nm.gone = mine", {"gone": "missing"}),
+        ("def mine(a): pass\nif hasattr(m, 'gone'): m.gone = mine", {}),
+        ("def mine(a): pass\nm.unknown = mine", {}),
+        ("@wrap\ndef mine(a, b): pass\nm.longer = mine", {}),
+        ("def mine(a, b): pass\nm.longer = wrap(mine)", {}),
+        ("def mine(a, b): pass\ndef make():\n def mine(a, b, c): pass\n m.longer = mine", {}),
+        ("def mine(a, b): pass\nm.longer = mine\nm.longer(1, 2, 3)", {"longer": "patch"}),
+        ("def one(a, b): pass\ndef two(a, b, c): pass\nm.longer = one if old else two", {}),
+    ],
+)
+def test_functions_of_comfyui_that_a_node_replaces(tmp_path: Path, text: str, failing: dict[str, str]) -> None:
+    old, new = tiny(tmp_path / "old"), tiny(tmp_path / "new")
+    (old / "comfy/mod.py").write_text(PATCHED)
+    changed = PATCHED
+    for before, after in MORE.items():
+        changed = changed.replace(before, after)
+    (new / "comfy/mod.py").write_text(changed)
+    place = node(tmp_path / "node", __init__=f"import comfy.mod as m\n{text}")
+    nodes = {"Mine": place}
+    made = preview.preview(release(old, "1", nodes=nodes), release(new, "2", nodes=nodes), {}, {})
+    found = made.broken.get("Mine", ())
+    assert {each.name.removeprefix("comfy.mod."): each.kind for each in found if each.kind != "call"} == failing
+    for each in found:
+        verb = "replaces" if each.kind == "patch" else "uses" if each.kind == "missing" else "calls"
+        assert [row for row in preview.rows(made) if row.startswith(f"custom node Mine {verb} {each.name}")]
+
+
 def test_changed_code_must_fit_the_new_comfyui(apis: tuple[api.Api, api.Api], tmp_path: Path) -> None:
     text = "from comfy.utils import from_the_future\nimport comfy.utils\ncomfy.utils.load_torch_file(1, 2, 3, 4, 5)\n"
     uses, none = api.uses(node(tmp_path / "node", __init__=text)), api.Uses(())
