@@ -496,6 +496,34 @@ def test_corpus_against_the_code_and_the_running_server(corpus: list[Path]) -> N
     assert (len(corpus), broken) == (644, 190)
 
 
+@pytest.mark.installer
+def test_every_finding_of_the_corpus_is_explained_by_the_server(corpus: list[Path]) -> None:
+    """By what the server answers, without Hearth's reading of it: the templates are of a newer ComfyUI."""
+    raw = json.loads(gzip.decompress(comfyui.RECORD.read_bytes()))
+    found = {
+        each for path in corpus for graph in workflows.read(path) for each in workflows.check(graph, comfyui.pinned())
+    }
+    assert [each for each in found if not explained(each, raw)] == []
+    assert {each.kind for each in found} == {"type", "input", "output", "value", "required"}
+
+
+def explained(each: Finding, raw: dict[str, Any]) -> bool:
+    if each.kind == "type":
+        return each.type not in raw
+    sections = raw[each.type]["input"]
+    inputs = {name: given for section in sections.values() for name, given in section.items()}
+    name, _, part = each.name.partition(".")
+    if each.kind == "output":
+        wanted = re.fullmatch(r"output (\d+) of (\S+)", each.detail)
+        return bool(wanted and int(wanted[1]) >= len(raw[wanted[2]]["output"]))
+    if each.kind == "value":
+        given = json.dumps(inputs[name])
+        return json.dumps(each.detail) not in given
+    if each.kind == "required":
+        return name in sections["required"]
+    return name not in inputs or (part != "" and json.dumps(part) not in json.dumps(inputs[name]))
+
+
 def files_of(static: Interface, each: Finding) -> bool:
     kind = static.types.get(each.type)
     return each.kind == "value" and kind is not None and (kind.inputs or {})[each.name].values is None
