@@ -271,12 +271,12 @@ def _io_type(code: Code, kind: Any) -> str:
 
 def _replacements(module: Module) -> dict[str, str]:
     """The node types that ComfyUI replaces by others when it loads a workflow, if it lacks them."""
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.walk(ast.Module(module.body, [])):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("NodeReplace"):
             given = [*zip(("new_node_id", "old_node_id"), node.args, strict=False)]
+            given += [(word.arg or "", word.value) for word in node.keywords]
             words = {name: getattr(value, "value", None) for name, value in given}
-            words |= {word.arg: getattr(word.value, "value", None) for word in node.keywords}
             old, new = words.get("old_node_id"), words.get("new_node_id")
             if isinstance(old, str) and isinstance(new, str):
                 found.setdefault(old, new)  # ComfyUI uses the first one
