@@ -27,6 +27,7 @@ from deploy.selection import find_wheel
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from agent.schema.change import Proof
     from agent.schema.live import Job
     from deploy.bundle import Opened
     from deploy.change import Outcome
@@ -84,6 +85,7 @@ def _deploy(name: str, options: Options, bundle: Opened | None, agree: Callable[
     inputs = gather(target)
     if bundle:
         _same_nodes(bundle, name, requesters(target, inputs.nodes))
+        _tell_idle_proofs(bundle, name, inputs.proofs)
 
     watched = options.watch and not options.dry_run and options.trial != "only"
     jobs: list[Job] | None = None
@@ -177,6 +179,12 @@ def _same_nodes(opened: Opened, name: str, requesters: Sequence[str]) -> None:
             f"the bundle has other nodes ({theirs}) than {name} ({ours})",
             hint=f"change `nodes` of {name}, or create a bundle for it: inv bundle --host {name}",
         )
+
+
+def _tell_idle_proofs(opened: Opened, name: str, proofs: Sequence[Proof]) -> None:
+    """Name the proofs of a bundle that do not run, because this client's hosts.toml does not ask for them."""
+    if idle := sorted({*opened.bundle.proofs} - {each.name for each in proofs}):
+        console.say(f"{name} does not run proofs of the bundle, which its `prove` does not name: {', '.join(idle)}")
 
 
 def make_bundle(

@@ -74,6 +74,8 @@ def log(build: str) -> Path:
 def _pending(argv: Sequence[str], place: Path) -> set[str]:
     """The outputs that ninja would make, from a dry run."""
     done = tools.build(*argv, "-n", "-C", place, env={"NINJA_STATUS": _STATUS}, check=False)
+    if done.returncode:  # otherwise everything would count as up to date
+        raise _explain_ninja(shell.last_words(done))
     return {line.split()[5] for line in done.stdout.splitlines() if line.startswith("@@")}
 
 

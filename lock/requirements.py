@@ -177,6 +177,9 @@ def requirement_inputs(app: Application, known: Catalogue) -> dict[str, list[str
     """
     from lock import requirement_files
 
+    if pinned := sorted(known.override.keys() & {*TRIO}):
+        what = f"{nodes.catalogue_file()}: [override] has {pinned[0]}, which the stack pins"
+        raise ConfigError("config", what, hint="remove it; to move the stack: inv update stack --to VERSION")
     trees = nodes.fetch(known.nodes)
     own = requirement_files.read(applications.tree(app))
     asked = {APP: own.requirements, OWN: list(app.extra)}

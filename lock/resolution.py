@@ -244,7 +244,9 @@ class Resolver:
             said |= fresh
             done = self._resolve_all(said)
         if done.returncode:
-            raise self._conflict(done, [file for file, each in alone.items() if each.returncode and file not in said])
+            raise self._conflict(
+                done, [file for file, each in alone.items() if each.returncode > 0 and file not in said]
+            )
         lacking = {file.removesuffix(".node.txt"): text for file, text in said.items()}
         for name in self.known.nodes:
             if name not in lacking and (missing := sorted(nodes.closure(self.known, [name]) & lacking.keys())):

@@ -116,7 +116,7 @@ def test_deploy_from_bundle_uses_no_other_source(
 
 
 def test_a_bundle_has_the_proofs_of_its_host(
-    made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Their files are gone when it is deployed."""
     monkeypatch.setenv("HEARTH_APP", str(made[0].with_name("app")))
@@ -134,9 +134,14 @@ def test_a_bundle_has_the_proofs_of_its_host(
     assert found.bundle.proofs == (str(workflow),)
     assert str(workflow) in "\n".join(bundle.rows(path, found))
     shutil.rmtree(files_there)
-    with bundle.opened(path):
+    with bundle.opened(path) as opened:
         assert gather(find_target("far")).proofs == wanted
         assert wanted[0].like
+        capsys.readouterr()
+        deploy._tell_idle_proofs(opened, "far", wanted)
+        assert capsys.readouterr().err == ""
+        deploy._tell_idle_proofs(opened, "far", ())
+        assert str(workflow) in capsys.readouterr().err
         (tmp_path / "hosts.toml").write_text(table.replace("a b.json", "other.json"))
         with raises("config", match=r"other.json, neither in the bundle nor here") as caught:
             gather(find_target("far"))

@@ -377,6 +377,13 @@ def test_an_invalid_override_is_an_error(own: Own, text: str) -> None:
         nodes.catalogue()
 
 
+@pytest.mark.parametrize("text", ['Torch = { why = "w" }', 'torch = { requirement = "torch==1", why = "w" }'])
+def test_what_the_stack_pins_has_no_override(own: Own, text: str) -> None:
+    own.node("mine", "six", f"[override]\n{text}")
+    with raises("config", match="which the stack pins"):
+        own.lock()
+
+
 def test_a_damaged_list_is_resolved_again(own: Own) -> None:
     name, lock = next(iter(own.lock().items()))
     (own.place / f"locks/{name}.txt").write_text(f"{lock.text}six @ https://x/six.zip\n")

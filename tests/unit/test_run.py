@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
 from core import console
 from kernels.graph import Edge, Graph
-from kernels.run import _explain, _explain_ninja, _steps
+from kernels.run import _explain, _explain_ninja, _pending, _steps
+from tests.errors import killed, raises
 
 GRAPH = Graph("", {"a.o": Edge(rule="cxx", output="a.o", inputs=["a.cpp"], seconds=1, variables={})}, {}, {}, {})
 
@@ -75,6 +77,14 @@ def test_an_error_of_ninja_itself_is_explained(said: str, kind: str) -> None:
     found = _explain_ninja(said)
     assert found.kind == kind
     assert found.cause
+
+
+def test_a_killed_dry_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lists no outputs, as if all were up to date."""
+    killed(tmp_path, monkeypatch, "ninja")
+    with raises("compile") as caught:
+        _pending([str(tmp_path / "killed/ninja")], tmp_path)
+    assert caught.value.cause == "it was killed by signal 9 (Killed)"
 
 
 def test_a_step_ends_with_the_line_of_the_next() -> None:
