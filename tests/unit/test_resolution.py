@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 import shutil
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from core import files, tools
 from core.stack import Platform, stacks
@@ -54,6 +57,7 @@ class Own:
         file, info = f"{name.replace('-', '_')}-{version}-{tag}.whl", f"{name.replace('-', '_')}-{version}.dist-info"
         metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         metadata += "".join(f"Requires-Dist: {each}\n" for each in requires)
+        metadata += "".join(f"Provides-Extra: {each}\n" for each in re.findall("extra == '(.*)'", "\n".join(requires)))
         with zipfile.ZipFile(folder / file, "w") as wheel:
             wheel.writestr(f"{info}/METADATA", metadata)
             wheel.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
@@ -308,6 +312,49 @@ def test_constraints_of_a_node_apply(own: Own) -> None:
     with raises("resolution") as raised:
         resolution.compile_all(check=False)
     assert "without mine or without other:" in raised.value.hint
+
+
+def test_a_node_gets_what_pip_would_install(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip itself, from the same index, for odd files."""
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_CONSTRAINT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, version, *requires in (
+        ("lark", "1"), ("lark", "2"), ("lark", "3"), ("onnx", "1"), ("foo-bar-baz", "1"), ("foo-bar-baz", "2"),
+        ("rembg", "1", "mark", "onnx ; extra == 'gpu'"), ("mark", "1"), ("old", "1"),
+        ("deep", "1", "rembg[gpu]<2", "lark<3"),
+    ):  # fmt: skip
+        own.publish(name, version, *requires)
+    digest = hashlib.sha256((own.place / "simple/lark/lark-2-py3-none-any.whl").read_bytes()).hexdigest()
+    odd: dict[str, str | bytes] = {
+        "utf16": "# \u6d4b\r\nfoo_bar-BAZ<2\r\n\r\nonnx \\\r\n  >=1\r\n".encode("utf-16"),
+        "hashes": f"lark==2 \\\n    --hash=sha256:{digest} \\\n    --hash=sha256:{'0' * 64}\n",
+        "comment": "onnx # why \\\nold ; python_version < '3'\n# lark \\\nold\n",
+        "nested": "-r sub/more.txt\n-r sub/more.txt\n",
+        "extras": "rembg[gpu,none] ; python_version >= '3.8'\nold ; sys_platform == 'win32'\n",
+        "tabs": "deep\t>=1 ; extra == 'never' or os_name == 'posix'\t# so\n",
+    }
+    for name, content in odd.items():
+        own.node(name, "")
+        (own.place / "trees" / name / "requirements.txt").write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
+    sub = own.place / "trees/nested/sub"
+    sub.mkdir()
+    (sub / "more.txt").write_text("-c ../limits.txt\nfoo.bar_baz\n-r ../last.txt")
+    (sub.parent / "limits.txt").write_text("foo-bar-baz<2\nrare==7\n")
+    (sub.parent / "last.txt").write_text("onnx")
+    lock = own.lock()[f"cu130-{Platform.LINUX_X86_64.value}-cp311"]
+    common = lock.versions([])
+    for name in odd:
+        words = ["install", "--dry-run", "--quiet", "--ignore-installed", "--report", str(own.place / "report.json")]
+        place = own.place / "trees" / name / "requirements.txt"
+        tools.pip(*words, "--python-version=3.11", "--only-binary=:all:", "--target", own.place / "to", "-r", place)
+        report = json.loads((own.place / "report.json").read_text())["install"]
+        wanted = {canonicalize_name(each["metadata"]["name"]): each["metadata"]["version"] for each in report}
+        found = lock.versions([name])
+        assert {each: found.get(each) for each in wanted} == wanted, name
+        assert found.keys() - common.keys() == wanted.keys() - common.keys(), name
 
 
 def test_constraints_of_comfyui_apply(own: Own) -> None:
