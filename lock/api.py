@@ -17,7 +17,7 @@ from core import foreign
 from lock import values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 _ROOTS = re.compile(
@@ -148,7 +148,7 @@ def _parameters(given: ast.arguments) -> Parameters:
 
 class Use(msgspec.Struct, frozen=True):
     """A use of one of ComfyUI's names: `import`, `attribute`, `call` with `count` arguments and these keywords, or
-    `patch` by a function with these parameters.
+    `patch` by a function with these parameters (`by` is its name while they are not known).
     """
 
     name: str
@@ -156,7 +156,8 @@ class Use(msgspec.Struct, frozen=True):
     kind: str
     count: int = 0
     keywords: tuple[str, ...] = ()
-    parameters: Parameters = ()
+    parameters: Parameters | None = None
+    by: str = ""
 
     @property
     def file(self) -> str:
@@ -178,6 +179,7 @@ def uses(tree: Path) -> Uses:
     paths = {path for path in tree.rglob("*.py") if not _ASIDE.fullmatch(path.relative_to(tree).parts[0])}
     waiting, moved, every = [tree / "__init__.py"], False, False
     found: dict[Path, list[Use]] = {}
+    functions: dict[str, list[Parameters | None]] = {}
     while waiting:  # one syntax tree at a time: they are large
         if (path := waiting.pop()) in found or path not in paths:
             continue
@@ -187,10 +189,22 @@ def uses(tree: Path) -> Uses:
             every, waiting = True, [*waiting, *paths]
         moved = moved or bool(parsed.body and b"sys.path" in foreign.content(path))
         with suppress(RecursionError):
-            found[path] = _File(str(path.relative_to(tree)), parsed).found
+            file = _File(str(path.relative_to(tree)), parsed)
+            found[path] = file.found
+            for name, parameters in file.functions.items():
+                functions.setdefault(name, []).append(parameters)
     own = {each.stem for each in tree.iterdir()} if moved else set()
-    listed = (each for _, uses in sorted(found.items()) for each in uses)
+    listed = (_resolved(each, functions) for _, uses in sorted(found.items()) for each in uses)
     return Uses(tuple(each for each in listed if each.name.partition(".")[0] not in own))
+
+
+def _resolved(use: Use, functions: Mapping[str, Sequence[Parameters | None]]) -> Use:
+    """A patch with the parameters of a function of another file; if they are not known, its target must only exist."""
+    if use.kind != "patch" or use.parameters is not None:
+        return use
+    (*others, found) = functions.get(use.by, (None,))
+    known = found is not None and not others
+    return msgspec.structs.replace(use, kind="patch" if known else "attribute", parameters=found, by="")
 
 
 _ASIDE = re.compile(r"tests?|examples?|scripts?|docs|build|setup\.py")
@@ -228,9 +242,11 @@ class _File:
         other |= {each.id for each in nodes if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
         other |= {str(each.name) for each in nodes if isinstance(each, (*_DEFINITIONS, ast.ExceptHandler))}
         self._aliases = {local: meant for local, _, meant in imports if local not in other}
-        made = [(each.name, _callable("", each)) for each in nodes if isinstance(each, _DEFINITIONS[:2])]
+        made = [(each.name, _callable(each.name, each)) for each in nodes if isinstance(each, _DEFINITIONS[:2])]
         names = [name for name, _ in made]
-        self._functions = {name: found for name, each in made if names.count(name) == 1 for found in each.values()}
+        self.functions = {name: each.get(name) if names.count(name) == 1 else None for name, each in made}
+        relative = (each for each in nodes if isinstance(each, ast.ImportFrom) and each.level)
+        self._theirs = {name.asname or name.name: name.name for each in relative for name in each.names}
         self._visit(tree, expected=False)
 
     @property
@@ -280,16 +296,18 @@ class _File:
         return ".".join([meant, *reversed(parts)]) if meant else ""
 
     def _patch(self, name: str, value: ast.expr, *, expected: bool) -> None:
-        """Add a function that replaces one of ComfyUI's, if its parameters are known."""
+        """Add a function that replaces one of ComfyUI's; its parameters may be known later, or not at all."""
+        parameters, by = None, ""
         match value:
             case ast.Lambda(args=given):
-                parameters: Parameters | None = _parameters(given)
+                parameters = _parameters(given)
             case ast.Name(id=local):
-                parameters = self._functions.get(local)
-            case _:
-                parameters = None
-        if name and parameters is not None and not expected:
-            self._uses.append(Use(name, f"{self.name}:{value.lineno}", "patch", parameters=parameters))
+                parameters = self.functions.get(local)
+                by = "" if local in self.functions else self._theirs.get(local, "")
+            case ast.Attribute(value=ast.Name(id=local), attr=attribute):
+                by = attribute if local in self._theirs else ""
+        if name and not expected:
+            self._uses.append(Use(name, f"{self.name}:{value.lineno}", "patch", parameters=parameters, by=by))
 
     def _add(
         self, name: str, node: ast.AST, kind: str, count: int = 0, keywords: tuple[str, ...] = (), *, expected: bool
@@ -367,7 +385,7 @@ def _problem(use: Use, api: Api) -> str | None:
         plain = [given for _, kind, given in wanted if kind < 2]
         keywords = dict.fromkeys(name for name, kind, _ in wanted if kind > 2)
         for count in (plain.count(False), len(plain) + any(kind == 2 for _, kind, _ in wanted)):
-            _signature(use.parameters).bind(*[None] * count, **keywords)
+            _signature(use.parameters or ()).bind(*[None] * count, **keywords)
     except TypeError as error:
         return str(error)
     return ""

@@ -320,10 +320,19 @@ MORE = {
         ("def mine(a): pass\nm.gone = mine", {"gone": "missing"}),
         ("def mine(a): pass\nif hasattr(m, 'gone'): m.gone = mine", {}),
         ("def mine(a): pass\nm.unknown = mine", {}),
+        ("m.gone = make()", {"gone": "missing"}),
+        ("from .part import wrapped\nm.gone = wrapped", {"gone": "missing"}),
+        ("m.new = make()", {}),
         ("@wrap\ndef mine(a, b): pass\nm.longer = mine", {}),
         ("def mine(a, b): pass\nm.longer = wrap(mine)", {}),
         ("def mine(a, b): pass\ndef make():\n def mine(a, b, c): pass\n m.longer = mine", {}),
         ("def mine(a, b): pass\nm.longer = mine\nm.longer(1, 2, 3)", {"longer": "patch"}),
+        ("from .part import mine\nm.longer = mine", {"longer": "patch"}),
+        ("from .part import mine as other\nm.longer = other", {"longer": "patch"}),
+        ("from . import part\nm.longer = part.mine", {"longer": "patch"}),
+        ("from .part import wrapped\nm.longer = wrapped", {}),
+        ("from .part import twice\nm.longer = twice", {}),
+        ("from elsewhere import mine\nfrom . import part\nm.longer = mine", {}),
         ("def one(a, b): pass\ndef two(a, b, c): pass\nm.longer = one if old else two", {}),
     ],
 )
@@ -334,7 +343,8 @@ def test_functions_of_comfyui_that_a_node_replaces(tmp_path: Path, text: str, fa
     for before, after in MORE.items():
         changed = changed.replace(before, after)
     (new / "comfy/mod.py").write_text(changed)
-    place = node(tmp_path / "node", __init__=f"import comfy.mod as m\n{text}")
+    part = "def mine(a, b): pass\n@some\ndef wrapped(a, b): pass\ndef twice(a, b): pass\ndef twice(*a): pass\n"
+    place = node(tmp_path / "node", __init__=f"import comfy.mod as m\n{text}", part=part)
     nodes = {"Mine": place}
     made = preview.preview(release(old, "1", nodes=nodes), release(new, "2", nodes=nodes), {}, {})
     found = made.broken.get("Mine", ())
