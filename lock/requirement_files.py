@@ -182,9 +182,10 @@ def _project(tree: Path, found: Listed) -> None:
         raise _unreadable(tree, "pyproject.toml", str(error)) from None
     found.requirements.extend(project.dependencies)
     if "dependencies" in project.dynamic:
-        named = _at(table, "tool.setuptools.dynamic.dependencies.file")
-        named = named or _at(table, "tool.hatch.metadata.hooks.requirements_txt.files")
-        if not named:
+        hatch = "tool.hatch.metadata.hooks.requirements_txt"
+        places = ("tool.setuptools.dynamic.dependencies.file", f"{hatch}.files", f"{hatch}.filename")
+        named = next(filter(None, (_at(table, each) for each in places)), None)
+        if not isinstance(named, (str, list)):
             raise _unreadable(tree, "pyproject.toml", "its dependencies are dynamic: a build would compute them")
         for each in [named] if isinstance(named, str) else named:
             _follow(tree, posixpath.normpath(str(each)), found, set(), constraint=False)

@@ -324,6 +324,7 @@ HATCH = '[project]\ndynamic = ["dependencies"]\n[tool.hatch.metadata.hooks.requi
         (SETUPTOOLS.format('"sub/deps.txt"'), ["dep>=1"]),
         (SETUPTOOLS.format('["sub/deps.txt", "more.txt"]'), ["dep>=1", "more"]),
         (HATCH, ["dep>=1"]),
+        (HATCH.replace('files = ["sub/deps.txt"]', 'filename = "sub/deps.txt"'), ["dep>=1"]),
     ],
 )
 def test_dependencies_of_a_project(tmp_path: Path, text: str, wanted: list[str]) -> None:
@@ -338,6 +339,7 @@ def test_dependencies_of_a_project(tmp_path: Path, text: str, wanted: list[str])
         *('[project]\ndependencies = "einops"', "[project]\ndependencies = 3", "[project]\ndependencies = [1]"),
         *('[project]\ndynamic = ["dependencies"]', '[project]\ndynamic = "dependencies"'),
         *(SETUPTOOLS.format('"none.txt"'), SETUPTOOLS.format('"../x.txt"'), SETUPTOOLS.format('{ attr = "a.b" }')),
+        *(SETUPTOOLS.format("3"), SETUPTOOLS.format("[]"), SETUPTOOLS.format("[1]"), SETUPTOOLS.format("true")),
         "[project]\ndependencies = ['\udcef']",
     ],
 )
