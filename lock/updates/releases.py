@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import tomlkit
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from core import files, source
@@ -89,8 +90,10 @@ def problems(app: Application, version: str, commit: str, date: datetime, wanted
     if wanted.before and date > wanted.before:
         return [f"of {date:%Y-%m-%d}: younger than the cool-down"]
     bad = [each for each in advisory.of(origin(app).git, advisory.advisories()) if each.has(version)]
-    asked = filter(None, map(requirements.parsed, requirement_files.read(_lists(app, commit)).requirements))
-    exact = {each.name: str(each.specifier)[2:] for each in asked if re.fullmatch(r"==[^,*]+", str(each.specifier))}
+    listed = requirement_files.read(_lists(app, commit))
+    asked = filter(None, map(requirements.parsed, (*listed.requirements, *listed.constraints)))
+    pins = [each for each in asked if re.fullmatch(r"==[^,*]+", str(each.specifier))]
+    exact: dict[str, str] = {canonicalize_name(each.name): str(each.specifier)[2:] for each in pins}
     return [*(f"{each.what} ({each.source})" for each in bad), *(each.said for each in advisory.bad_packages(exact))]
 
 

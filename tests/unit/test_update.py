@@ -267,6 +267,7 @@ def test_the_newest_good_release_of_comfyui(own: Checkout) -> None:
         "0.31.0", requirements__txt="six==2\n", manager_requirements__txt="# a comment\nmanager==2\n", fresh__py="",
         **{"web/a.js": "", ".github": "", "pytest__ini": "", 'a "b" c/d': ""},
     )  # fmt: skip
+    own.tag("0.31.1", requirements__txt="six\naimdo\n-c limits.txt\n", limits__txt="AimDo==0.4.11\n")
     own.tag("0.32.0", requirements__txt="six\naimdo==0.4.11\n")
     own.tag("0.33.0", requirements__txt="six\n")
     own.tag("0.34.0-rc1")
@@ -277,7 +278,7 @@ def test_the_newest_good_release_of_comfyui(own: Checkout) -> None:
     assert made == proposed
     assert [(each.old, each.new, each.date) for each in made.moves] == [("0.30.0", "0.31.0", "2026-01-01")]
     why = {each.split(":")[0]: each for each in made.skipped}
-    assert why.keys() == {"ComfyUI 0.34.0", "ComfyUI 0.33.0", "ComfyUI 0.32.0"}
+    assert why.keys() == {"ComfyUI 0.34.0", "ComfyUI 0.33.0", "ComfyUI 0.32.0", "ComfyUI 0.31.1"}
     assert "cool-down" in why["ComfyUI 0.34.0"]
     assert "it burns" in why["ComfyUI 0.33.0"]
     assert "aimdo 0.4.11: it hangs" in why["ComfyUI 0.32.0"]
