@@ -31,7 +31,7 @@ class HearthError(Exception):
     """Why a change was refused: each a `deploy.refusals.Refusal`."""
 
     previews: Mapping[str, Any] = MappingProxyType({})
-    """What refused changes would break, by host: each a `lock.preview.Preview`."""
+    """What changes would break if they were made, by host: each a `lock.preview.Preview`."""
 
     def __init__(self, kind: str, what: str, *, cause: str = "", hint: str = "") -> None:
         super().__init__(kind, what)

@@ -106,5 +106,6 @@ def _failures(
         hint="read each host's error above; the same command continues with the remaining hosts",
     )
     error.refusals = tuple(refusal for each in failed.values() for refusal in each.refusals)
-    error.previews = {name: made for each in failed.values() for name, made in each.previews.items()}
+    error.previews = {each.host: each.preview for each in results if each.preview}
+    error.previews |= {name: made for each in failed.values() for name, made in each.previews.items()}
     return error

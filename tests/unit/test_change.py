@@ -184,6 +184,11 @@ def test_refusals_are_data_of_errors_and_group_errors(at: Any) -> None:
         planned = Change(action="deploy", plan=planner(some(refusals=(BUSY,))), preview=lambda *_: made)
         change.change_each(["box", "spark"], planned, Options(dry_run=True))
     assert several.value.previews == {"box": made}
+    with raises("group") as several:
+        plans = [some(STEP), some(refusals=(BUSY,))]
+        planned = Change(action="deploy", plan=planner(*plans), preview=lambda *_: made)
+        change.change_each(["box", "spark"], planned, Options(dry_run=True))
+    assert several.value.previews == {"box": made, "spark": made}
     assert not machine.submitted
 
 
