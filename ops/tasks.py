@@ -153,20 +153,14 @@ def profiles(_: Context, *, out: Output) -> None:
 
 
 @command(
-    positional=["name"],
-    help={
-        "name": "a profile or mode",
-        "explain": "show the reason for each setting",
-        "host": "for the ComfyUI that this host of config/hosts.toml selects (default: the pinned one)",
-    },
+    positional=["name"], help={"name": "a profile or mode", "explain": "show the reasons", "host": "a host's name"}
 )
 def profile(_: Context, name: str, explain: bool = False, host: str = "", *, out: Output) -> None:
     """Show the settings of a profile or mode, with the versions and stacks that each applies to.
 
-    `--explain` adds the reason for each setting.
+    It is for the pinned ComfyUI, or with `--host` for that of a host. `--explain` adds the reason for each setting.
 
-        inv profile low-memory --explain
-        inv profile low-memory --host spark
+        inv profile low-memory --explain --host spark
     """
     from ops import profiles
 
