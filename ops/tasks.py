@@ -152,9 +152,7 @@ def profiles(_: Context, *, out: Output) -> None:
     console.show(found, profiles.list_rows(found), as_json=out.json)
 
 
-@command(
-    positional=["name"], help={"name": "a profile or mode", "explain": "show the reasons", "host": "a host's name"}
-)
+@command(positional=["name"], help={"name": "a profile or mode", "explain": "show the reasons", "host": "a host"})
 def profile(_: Context, name: str, explain: bool = False, host: str = "", *, out: Output) -> None:
     """Show the settings of a profile or mode, with the versions and stacks that each applies to.
 
