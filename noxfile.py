@@ -53,8 +53,9 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-m", "not gpu", *three, *session.posargs, env=CACHED)
 
 
-UNIT = ("-m", "not installer and not toolchain and not gpu and not host", "--numprocesses", "6", "--dist", "worksteal")
-"""The tests that neither install, compile nor boot. Six in parallel on two cores: they wait half of their time."""
+UNIT = ("-m", "not installer and not toolchain and not gpu and not host", "--numprocesses", "4", "--dist", "loadfile")
+"""The tests that neither install, compile nor boot. Four files in parallel on two cores: a file's tests share fixtures,
+such as ComfyUI's parsed code, and each worker imports everything."""
 
 
 @nox.session

@@ -100,7 +100,8 @@ def _module(path: Path, name: str) -> Module:
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     names: dict[str, Parameters | None] = dict.fromkeys(values.changed(parsed.body))
     stars = []
-    for node in ast.walk(parsed):
+    content = foreign.content(path)
+    for node in ast.walk(parsed) if _ANYWHERE.search(content) else ():
         if isinstance(node, ast.Global):
             names |= dict.fromkeys(node.names)
         elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
@@ -112,8 +113,11 @@ def _module(path: Path, name: str) -> Module:
     for each, made in values.Module(package, parsed.body).statements.items():
         if len(made) == 1:
             names |= _callable(each, made[0])
-    return Module(names, tuple(stars), bool(_DYNAMIC.search(foreign.content(path))))
+    return Module(names, tuple(stars), bool(_DYNAMIC.search(content)))
 
+
+_ANYWHERE = re.compile(rb"\bglobal\b|\bimport[\s\\]*\*")
+"""Statements that give a module names from inside its functions or blocks; few files have any."""
 
 _DYNAMIC = re.compile(rb"globals\(\)(\[|\.update)|sys\.modules\[__name__|def __getattr__\(\w+\)")
 """Code that may give a module other names than its statements."""

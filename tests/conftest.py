@@ -142,6 +142,14 @@ class Hearth(Client):
         path.write_text(text.replace(old, new))
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables for builds that need not compile anything themselves: ccache has what one of them has compiled."""
+    place = tmp_path_factory.getbasetemp()
+    place = place.parent if "PYTEST_XDIST_WORKER" in os.environ else place  # all workers share one
+    return {"HEARTH_COMPILER_LAUNCHER": "ccache", "CCACHE_DIR": str(place / "ccache")} if shutil.which("ccache") else {}
+
+
 @pytest.fixture
 def hearth(tmp_path: Path) -> Hearth:
     return Hearth(tmp_path / "hearth")

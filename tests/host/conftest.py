@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.host import machine
-from tests.host.fleet import Fleet, fresh
+from tests.host.fleet import Fleet, fresh, unchanged
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -46,10 +46,18 @@ def deployed(fleet: Fleet) -> Fleet:
 @pytest.fixture
 def steady(deployed: Fleet) -> Iterator[Fleet]:
     """The deployed machine. After the test it must be unchanged, and a deploy must find nothing to do."""
-    release, data = deployed.current(), deployed.data()
-    yield deployed
-    deployed.becomes()
-    assert deployed.current() == release
-    assert deployed.data() == data
-    again = deployed.deploy("--dry-run")
-    assert (again.returncode, "nothing to do" in again.stdout) == (0, True), again.stderr
+    with unchanged(deployed):
+        yield deployed
+
+
+@pytest.fixture(scope="module")
+def _first_release_returns(deployed: Fleet) -> Iterator[None]:
+    with unchanged(deployed):
+        yield
+
+
+@pytest.fixture
+def healthy(_first_release_returns: None, deployed: Fleet) -> Fleet:
+    """The deployed machine with any release of the file's tests: it is steady after the last one."""
+    deployed.configure()
+    return deployed

@@ -139,6 +139,18 @@ def within(seconds: float, condition: Callable[[], bool]) -> bool:
     return True
 
 
+@contextmanager
+def unchanged(fleet: Fleet) -> Iterator[None]:
+    """Afterwards return to the release and data from before; a deploy must then find nothing to do."""
+    release, data = fleet.current(), fleet.data()
+    yield
+    fleet.becomes()
+    assert fleet.current() == release
+    assert fleet.data() == data
+    again = fleet.deploy("--dry-run")
+    assert (again.returncode, "nothing to do" in again.stdout) == (0, True), again.stderr
+
+
 F = TypeVar("F", bound=Fleet)
 
 

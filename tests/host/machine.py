@@ -27,6 +27,13 @@ FIREWALL = ("--system-call-filter=bpf", "--capability=CAP_BPF,CAP_NET_ADMIN,CAP_
 """Flags that let a machine's systemd enforce IPAddressDeny=, for which it attaches BPF programs."""
 
 
+SITE = """
+import atexit, gc
+gc.set_threshold(100_000, 50, 50)
+atexit.register(gc.freeze)
+"""
+"""For every Python on a machine. Garbage collection takes 45 % of the CPU time of a start and end of ComfyUI (7 s)."""
+
 NEEDS = ("root", "systemd-nspawn", "debootstrap", "ssh", "ssh-keygen", "mkfs.xfs", "mkfs.btrfs", "ip", "nft")
 """The requirements for booting machines, as arguments of the mark `needs`."""
 
@@ -165,6 +172,8 @@ class Machine:
         if self.downloads:
             self.share_downloads(f"{self.prefix}/state/cache/uv")
         self.mount()
+        with (self.root / "etc/python3.11/sitecustomize.py").open("a") as file:
+            file.write(SITE)
         for key in ("client", "host"):
             words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", str(self.place / key)]
             subprocess.run(words, check=True)

@@ -127,71 +127,73 @@ def converge(fleet: Fleet, **env: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "when"), list(cases()))
-def test_interrupted_deploy_leaves_old_or_new_release(steady: Fleet, other: Path, kind: str, when: str | float) -> None:
-    old, data = steady.current(), steady.data()
+def test_interrupted_deploy_leaves_old_or_new_release(
+    healthy: Fleet, other: Path, kind: str, when: str | float
+) -> None:
+    old, data = healthy.current(), healthy.data()
     since = time.time()
-    client = steady.start("deploy", "--host", "spark", HEARTH_APP=str(other))
+    client = healthy.start("deploy", "--host", "spark", HEARTH_APP=str(other))
     if isinstance(when, str):
-        wait_for_step(steady, when, since - 1)
+        wait_for_step(healthy, when, since - 1)
     else:
         time.sleep(when)
-    KINDS[kind](steady, client.pid)
+    KINDS[kind](healthy, client.pid)
     try:
         client.communicate(timeout=180)
     finally:
         client.kill()
-    assert (steady.prefix / "current").is_symlink()
-    now = steady.current()
-    begun = [event["release"] for event in journal(steady, since - 1) if event["event"] == "begin"]
+    assert (healthy.prefix / "current").is_symlink()
+    now = healthy.current()
+    begun = [event["release"] for event in journal(healthy, since - 1) if event["event"] == "begin"]
     assert now in (old, *begun)
-    assert steady.answers(90)
-    facts = steady.facts()
+    assert healthy.answers(90)
+    facts = healthy.facts()
     (release,) = (each for each in facts["releases"] if each["id"] == now)
     assert {facts["parts"][part] for part in release["parts"].values()} == {""}
-    converge(steady, HEARTH_APP=str(other))
-    assert steady.answers(1)
-    assert steady.data() == data
+    converge(healthy, HEARTH_APP=str(other))
+    assert healthy.answers(1)
+    assert healthy.data() == data
 
 
-def test_two_deploys_at_once(steady: Fleet, other: Path) -> None:
+def test_two_deploys_at_once(healthy: Fleet, other: Path) -> None:
     """One wins; the other names the user and start time of the winner."""
-    clients = [steady.start("deploy", "--host", "spark", "--no-trial", HEARTH_APP=str(other)) for _ in range(2)]
+    clients = [healthy.start("deploy", "--host", "spark", "--no-trial", HEARTH_APP=str(other)) for _ in range(2)]
     said = [client.communicate(timeout=180)[0] for client in clients]
     codes = sorted(client.returncode for client in clients)
     assert codes in ([0, 63], [0, 64]), said
     assert any("@" in text and "since 20" in text for text in said), said
-    converge(steady, HEARTH_APP=str(other))
+    converge(healthy, HEARTH_APP=str(other))
 
 
-def test_upload_survives_other_clients(steady: Fleet) -> None:
+def test_upload_survives_other_clients(healthy: Fleet) -> None:
     """Another client deploys, prunes and rolls back: the facts match the first client's again; its upload remains."""
-    client, app = half_uploaded(steady)
+    client, app = half_uploaded(healthy)
     flag = '[hosts.spark.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n'
-    release = steady.current()
-    steady.becomes(flag)  # an upload is abandoned after 60 s of silence
-    other = steady.current()
-    back = steady.inv("rollback", "--host", "spark", "--no-trial")
+    release = healthy.current()
+    healthy.becomes(flag)  # an upload is abandoned after 60 s of silence
+    other = healthy.current()
+    back = healthy.inv("rollback", "--host", "spark", "--no-trial")
     assert back.returncode == 0, back.stderr
     os.kill(client.pid, signal.SIGCONT)
     said, _ = client.communicate(timeout=180)
     code = client.returncode
     if code in (69, 64):  # it took over a minute on a slow machine, or its files were pruned
         assert "it resumes" in said or "run the same command again" in said
-        again = steady.deploy("--no-trial", HEARTH_APP=str(app))
+        again = healthy.deploy("--no-trial", HEARTH_APP=str(app))
         code, said = again.returncode, again.stderr
     assert code == 0, said
-    assert steady.current() not in (release, other)
+    assert healthy.current() not in (release, other)
 
 
-def test_an_upload_for_a_host_that_another_client_has_changed_is_refused(steady: Fleet) -> None:
-    client, _ = half_uploaded(steady)
-    steady.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "400", why = "a test" }\n')
-    release = steady.current()
+def test_an_upload_for_a_host_that_another_client_has_changed_is_refused(healthy: Fleet) -> None:
+    client, _ = half_uploaded(healthy)
+    healthy.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "400", why = "a test" }\n')
+    release = healthy.current()
     os.kill(client.pid, signal.SIGCONT)
     said, _ = client.communicate(timeout=180)
     assert client.returncode == 64, said
     assert "run the same command again" in said
-    assert steady.current() == release
+    assert healthy.current() == release
 
 
 def half_uploaded(fleet: Fleet) -> tuple[Popen[str], Path]:
@@ -221,18 +223,18 @@ def test_a_damaged_agent_is_sent_again(deployed: Fleet, damage: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_rollback_ignores_the_clock(steady: Fleet) -> None:
+def test_rollback_ignores_the_clock(healthy: Fleet) -> None:
     """The target is the previously active release, not the one with the newest files."""
-    first = steady.current()
-    with clock_set_back(steady, 2 * 86_400):
-        steady.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "600", why = "a test" }\n')
-        second = steady.current()
-        backdate(steady, second, 2 * 86_400)
-        steady.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "700", why = "a test" }\n')
-        backdate(steady, steady.current(), 2 * 86_400)
-    back = steady.inv("rollback", "--host", "spark", "--no-trial")
+    first = healthy.current()
+    with clock_set_back(healthy, 2 * 86_400):
+        healthy.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "600", why = "a test" }\n')
+        second = healthy.current()
+        backdate(healthy, second, 2 * 86_400)
+        healthy.becomes('[hosts.spark.override.flags]\n"--preview-size" = { value = "700", why = "a test" }\n')
+        backdate(healthy, healthy.current(), 2 * 86_400)
+    back = healthy.inv("rollback", "--host", "spark", "--no-trial")
     assert back.returncode == 0, back.stderr
-    assert steady.current() == second != first
+    assert healthy.current() == second != first
 
 
 @contextmanager
@@ -310,29 +312,29 @@ def kill_applying(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("when", [*revert_cases()])
-def test_kill_during_rollback_of_a_migrated_database(steady: Fleet, when: float) -> None:
+def test_kill_during_rollback_of_a_migrated_database(healthy: Fleet, when: float) -> None:
     """The health gate takes 3 s, so the times reach from the gate to the end of the revert."""
-    old, tables, before = steady.current(), steady.database(), len(ended(steady))
-    steady.configure("[hosts.spark.override]\nstart_seconds = 3\n")
-    app = steady.comfyui(f"migrates-{when}", broken(MIGRATES))
-    client = steady.start("deploy", "--host", "spark", "--no-trial", HEARTH_APP=str(app))
-    wait_until(lambda: steady.current() != old, 120)
+    old, tables, before = healthy.current(), healthy.database(), len(ended(healthy))
+    healthy.configure("[hosts.spark.override]\nstart_seconds = 3\n")
+    app = healthy.comfyui(f"migrates-{when}", broken(MIGRATES))
+    client = healthy.start("deploy", "--host", "spark", "--no-trial", HEARTH_APP=str(app))
+    wait_until(lambda: healthy.current() != old, 120)
     if isinstance(when, int):
-        left, seen = when, progress(steady)
+        left, seen = when, progress(healthy)
         while left and client.poll() is None:
-            if seen != (seen := progress(steady)):
+            if seen != (seen := progress(healthy)):
                 left -= 1
     else:
         time.sleep(when)
-    kill_applying(steady)
+    kill_applying(healthy)
     said, _ = client.communicate(timeout=180)
     assert client.returncode == 66, said
-    assert within(60, lambda: not (steady.prefix / "state/pending.json").exists())
-    assert steady.current() == old
-    assert steady.answers()
-    assert steady.database() == tables
-    assert steady.records() == set()
-    (line,) = ended(steady)[before:]
+    assert within(60, lambda: not (healthy.prefix / "state/pending.json").exists())
+    assert healthy.current() == old
+    assert healthy.answers()
+    assert healthy.database() == tables
+    assert healthy.records() == set()
+    (line,) = ended(healthy)[before:]
     assert json.loads(line)["result"] == "reverted"
     shutil.rmtree(app)
 

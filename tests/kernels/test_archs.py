@@ -26,9 +26,9 @@ FAT = ("build-kernels", "--kernel", "tiny", "--python", "3.11", "--fat", "--json
 
 
 @pytest.fixture(scope="module")
-def fat(tmp_path_factory: pytest.TempPathFactory) -> Hearth:
+def fat(tmp_path_factory: pytest.TempPathFactory, compiled: dict[str, str]) -> Hearth:
     """The kernel `tiny`, built for 8.9, and then for 8.9 and 9.0 in one wheel."""
-    hearth = Hearth(tmp_path_factory.mktemp("fat") / "hearth")
+    hearth = Hearth(tmp_path_factory.mktemp("fat") / "hearth", {**compiled})
     for arch in ("8.9", "8.9;9.0"):
         done = hearth.inv(*FAT, "--arch", arch)
         assert done.returncode == 0, done.stderr

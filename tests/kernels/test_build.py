@@ -228,8 +228,8 @@ def test_ptx_is_kept_when_asked_for(built: Hearth) -> None:
     assert [(module["sass"], module["ptx"]) for module in found["modules"]] == [(["sm_89"], ["sm_89"])] * 2
 
 
-def test_module_may_link_the_missing_driver(built: Hearth) -> None:
-    done = built.inv(*BUILD, "--arch", "9.0", "--json")
+def test_module_may_link_the_missing_driver(built: Hearth, compiled: dict[str, str]) -> None:
+    done = built.inv(*BUILD, "--arch", "9.0", "--json", **compiled)
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)
     modules = {module["name"]: module for module in found["modules"]}

@@ -33,13 +33,6 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables for builds that need not compile anything themselves: ccache has what one of them has compiled."""
-    place = tmp_path_factory.mktemp("ccache")
-    return {"HEARTH_COMPILER_LAUNCHER": "ccache", "CCACHE_DIR": str(place)} if shutil.which("ccache") else {}
-
-
 @pytest.fixture
 def quick(hearth: Hearth, compiled: dict[str, str]) -> None:
     hearth.env |= compiled

@@ -44,18 +44,10 @@ class Upstream:
         return self.git("rev-parse", "HEAD")
 
 
-@pytest.fixture
-def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upstream:
-    app = tmp_path / "app"
-    (app / "src").mkdir(parents=True)
-    (app / "src/nodes.py").write_text('NODE_CLASS_MAPPINGS = {"KSampler": 1}\n')
-    (app / "app.toml").write_text(
-        'name = "comfyui"\nversion = "1"\ntree = ""\nextra = []\nsize = 1\nfiles = 1\n[[source]]\nfolder = "src"\n'
-    )
-    (app / "nodes.toml").write_text('# mine\n[sets]\nbest = [] # to be filled\n\n[override]\ncmake = { why = "no" }\n')
-    monkeypatch.setenv("HEARTH_APP", str(app))
-    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
-    one = Upstream(tmp_path / "My-Node")
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository that each test's is a copy of."""
+    one = Upstream(tmp_path_factory.mktemp("first") / "My-Node")
     one.place.mkdir()
     one.git("init", "--quiet", "--initial-branch=main")
     one.git("config", "uploadpack.allowAnySHA1InWant", "true")  # as GitHub allows
@@ -68,7 +60,22 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upstream:
         requirements__txt="numpy\n",
     )
     one.git("tag", "-a", "v1", "-m", "v1")
-    return one
+    return one.place
+
+
+@pytest.fixture
+def upstream(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upstream:
+    app = tmp_path / "app"
+    (app / "src").mkdir(parents=True)
+    (app / "src/nodes.py").write_text('NODE_CLASS_MAPPINGS = {"KSampler": 1}\n')
+    (app / "app.toml").write_text(
+        'name = "comfyui"\nversion = "1"\ntree = ""\nextra = []\nsize = 1\nfiles = 1\n[[source]]\nfolder = "src"\n'
+    )
+    (app / "nodes.toml").write_text('# mine\n[sets]\nbest = [] # to be filled\n\n[override]\ncmake = { why = "no" }\n')
+    monkeypatch.setenv("HEARTH_APP", str(app))
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(first, tmp_path / "My-Node")
+    return Upstream(tmp_path / "My-Node")
 
 
 def outdated() -> dict[str, tuple[str, str]]:

@@ -389,12 +389,13 @@ def test_names_that_stars_and_code_may_define(tmp_path: Path) -> None:
     files = {
         "a": "from .b import *\nfrom .c import *", "b": "x = 1\nwith open(1) as w: pass\nif w: y = 2", "c": "z = 1",
         "d": "from torch import *", "e": "globals()['q'] = 1", "f": "def g():\n global made\n made = 1", "h": "def (",
+        "i": "from .c import\\\n*",
     }  # fmt: skip
     for name, text in files.items():
         (tree / f"comfy/{name}.py").write_text(text)
     (tree / "comfy/sub/inner.py").write_text("")
     found = api.read(tree)
-    names = "a.x a.z a.none b.w b.y d.any e.any f.made f.none h.any sub sub.inner sub.none"
+    names = "a.x a.z a.none b.w b.y d.any e.any f.made f.none h.any i.z sub sub.inner sub.none"
     states = {name: found.find(f"comfy.{name}")[1] for name in names.split()}
     assert {name for name, state in states.items() if state is False} == {"a.none", "f.none", "sub.none"}
     assert {name for name, state in states.items() if state is None} == {"d.any", "e.any", "h.any"}
