@@ -327,7 +327,14 @@ class Change(msgspec.Struct, frozen=True):
     def said(self) -> str:
         """The change in words."""
         part = f"{self.type}.{self.name}" if self.name else self.type
-        return f"{part} {self.kind}" + (f": {_short(self.old)} -> {_short(self.new)}" if self.old or self.new else "")
+        old, new = _short(self.old), _short(self.new)
+        if self.kind == "replaced":
+            return f"{part} replaced by {new}"
+        if self.kind == "values":
+            return f"{part} values " + "; ".join([f"removed: {old}"] * bool(old) + [f"added: {new}"] * bool(new))
+        if self.kind in ("input-type", "outputs"):
+            return f"{part} {self.kind}: {old or 'none'} -> {new or 'none'}"
+        return f"{part} {self.kind}" + (f": {old or new}" if old or new else "")
 
 
 KINDS = ("removed", "input-removed", "required", "input-type", "values", "outputs", "replaced", "input-added", "added")
@@ -384,4 +391,4 @@ def counts(changes: Sequence[Change]) -> str:
 
 def _short(listed: str) -> str:
     """The start of a list of hundreds of values."""
-    return f"{listed[:80]}..." if len(listed) > 83 else listed or "none"
+    return f"{listed[:80]}..." if len(listed) > 83 else listed

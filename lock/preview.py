@@ -224,7 +224,12 @@ def _flags(old: Mapping[str, application.Flag], new: Mapping[str, application.Fl
             alone |= {what for what, _ in problems}
             if problems and not application.wrong({flag: value}, old):
                 yield Flag(owner, flag, "value" if flag in new else "removed", *problems[0])
-            elif flag in old and flag in new and (takes := _takes(new[flag])) != (took := _takes(old[flag])):
+            elif (
+                flag in before
+                and flag in old
+                and flag in new
+                and (takes := _takes(new[flag])) != (took := _takes(old[flag]))
+            ):
                 yield Flag(owner, flag, "changed", f"{flag} takes {takes}, before {took}")
         earlier = {what for what, _ in application.wrong(before, old)}
         for what, remedy in application.wrong(after, new):

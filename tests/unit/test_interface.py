@@ -87,7 +87,21 @@ def test_differences_of_two_trees(former: Interface) -> None:
     assert Change("LatentFlip", "removed") in back
     assert len(back) == len(changes)
     assert interface.compare(read, read) == []
-    assert [*interface.rows(changes)][-1] == "2 node types are added"
+    rows = [*interface.rows(changes)]
+    assert rows[-1] == "2 node types are added"
+    assert {
+        "ImageSaver removed",
+        "KSampler.strength input-removed: FLOAT",
+        "KSampler.denoise input-added: FLOAT, required",
+        "KSampler.sampler_name values removed: older",
+        "LatentMultiply.multiplier input-type: INT -> FLOAT",
+        "InvertMask outputs: IMAGE, MASK -> MASK",
+    } <= {*rows}
+    both = [Change("A", "values", "mode", "a, b", "none"), Change("B", "values", "mode", "", "none")]
+    replaced = Change("C", "replaced", new="D")
+    assert [*interface.rows([*both, replaced])][:-1] == [
+        "A.mode values removed: a, b; added: none", "B.mode values added: none", "C replaced by D"
+    ]  # fmt: skip
 
 
 def test_replaced_type_is_not_removed() -> None:

@@ -127,7 +127,11 @@ def found(other: Path, tmp_path_factory: pytest.TempPathFactory) -> Preview:
         "fits.json": workflows.graphs("fits.json", [{"1": {"class_type": "Theirs", "inputs": {"a": 1}}}]),
     }
     plain = {"--cpu-vae": "", "--reserve-vram": "1", "--fast": "a", "--lowvram": ""}
-    chosen = {"profile a": (plain, plain), "mode b": ({"--fast": "a b"}, {"--fast": "a b"}), "host c": ({}, {})}
+    chosen = {
+        "profile a": (plain, plain),
+        "mode b": ({"--fast": "a b"}, {"--fast": "a b"}),
+        "host c": ({}, {"--fast": "a"}),  # only set for the new version
+    }
     return preview.preview(old, new, chosen, saved)
 
 
