@@ -373,8 +373,13 @@ def _changes(kind: str, old: NodeType, new: NodeType) -> Iterator[Change]:
             yield Change(kind, "input-removed", name, one.type)
         elif other and old.complete:
             yield Change(kind, "input-added", name, "", f"{other.type}, required" if other.required else other.type)
-    if old.outputs is not None and new.outputs is not None and old.outputs != new.outputs:
+    if old.outputs is not None and new.outputs is not None and _differ(old.outputs, new.outputs):
         yield Change(kind, "outputs", "", ", ".join(old.outputs), ", ".join(new.outputs))
+
+
+def _differ(old: Sequence[str], new: Sequence[str]) -> bool:
+    """Whether outputs are known to differ; the type of some may be unknown ("")."""
+    return len(old) != len(new) or any(one and other and one != other for one, other in zip(old, new, strict=True))
 
 
 def rows(changes: Sequence[Change]) -> Iterator[str]:

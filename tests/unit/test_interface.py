@@ -104,6 +104,15 @@ def test_differences_of_two_trees(former: Interface) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "differ"),
+    [(("",), ("TRACKS",), 0), (("A", ""), ("", "B"), 0), (("A", ""), ("C", ""), 1), (("",), ("", "A"), 1), ((), (), 0)],
+)
+def test_outputs_of_unknown_types_are_no_change(old: tuple[str, ...], new: tuple[str, ...], differ: int) -> None:
+    one, other = (Interface({"A": interface.NodeType("", {}, outputs)}) for outputs in (old, new))
+    assert [each.kind for each in interface.compare(one, other)] == ["outputs"] * differ
+
+
 def test_replaced_type_is_not_removed() -> None:
     read = comfyui.pinned()
     old = Interface({"Load3DAnimation": read.types["Load3D"], "Nobodys": read.types["Load3D"]})
