@@ -352,7 +352,9 @@ def rows(found: Target) -> Iterator[str]:
         value = getattr(found.profile, kind)
         setting = value[name] if name else value
         if isinstance(setting, Setting):
+            unfit = not (setting.off or name in found.flags or name in found.env)
             text = f"{name}{f' {setting.value}' if setting.value else ''}{' (off)' if setting.off else ''}"
+            text += f" (only {setting.versions})" if unfit else ""
             yield f"  {text:44} {origin}: {setting.why}"
         elif setting not in ("", (), {}):
             text = ", ".join(map(str, setting)) if isinstance(setting, tuple) else str(setting)

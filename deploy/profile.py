@@ -33,7 +33,8 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def active(self, torch: str, comfyui: str) -> bool:
         """Whether it applies to these versions and is not off."""
-        return not self.off and torch in SpecifierSet(self.torch) and comfyui in SpecifierSet(self.comfyui)
+        given = ((self.torch, torch), (self.comfyui, comfyui))
+        return not self.off and all(SpecifierSet(limit).contains(each, prereleases=True) for limit, each in given)
 
     @property
     def versions(self) -> str:

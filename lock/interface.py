@@ -329,7 +329,14 @@ class Change(msgspec.Struct, frozen=True):
     def said(self) -> str:
         """The change in words."""
         part = f"{self.type}.{self.name}" if self.name else self.type
-        return f"{part} {self.kind}" + (f": {_short(self.old)} -> {_short(self.new)}" if self.old or self.new else "")
+        old, new = _short(self.old), _short(self.new)
+        if self.kind == "replaced":
+            return f"{part} replaced by {new}"
+        if self.kind == "values":
+            return f"{part} values " + "; ".join([f"removed: {old}"] * bool(old) + [f"added: {new}"] * bool(new))
+        if self.kind in ("input-type", "outputs"):
+            return f"{part} {self.kind}: {old or 'none'} -> {new or 'none'}"
+        return f"{part} {self.kind}" + (f": {old or new}" if old or new else "")
 
 
 KINDS = ("removed", "input-removed", "required", "input-type", "values", "outputs", "replaced", "input-added", "added")
@@ -369,8 +376,13 @@ def _changes(kind: str, old: NodeType, new: NodeType) -> Iterator[Change]:
             yield Change(kind, "input-removed", name, one.type)
         elif other and old.complete:
             yield Change(kind, "input-added", name, "", f"{other.type}, required" if other.required else other.type)
-    if old.outputs is not None and new.outputs is not None and old.outputs != new.outputs:
+    if old.outputs is not None and new.outputs is not None and _differ(old.outputs, new.outputs):
         yield Change(kind, "outputs", "", ", ".join(old.outputs), ", ".join(new.outputs))
+
+
+def _differ(old: Sequence[str], new: Sequence[str]) -> bool:
+    """Whether outputs are known to differ; the type of some may be unknown ("")."""
+    return len(old) != len(new) or any(one and other and one != other for one, other in zip(old, new, strict=True))
 
 
 def rows(changes: Sequence[Change]) -> Iterator[str]:
@@ -387,4 +399,4 @@ def counts(changes: Sequence[Change]) -> str:
 
 def _short(listed: str) -> str:
     """The start of a list of hundreds of values."""
-    return f"{listed[:80]}..." if len(listed) > 83 else listed or "none"
+    return f"{listed[:80]}..." if len(listed) > 83 else listed

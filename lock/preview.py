@@ -95,7 +95,8 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True):
     """The changes between two releases. `types` and `broken` are by custom node, or COMFYUI.
 
     ComfyUI makes the `migrations` of its database when it starts; it does not start with a database that had one of
-    `newer`, which the older release has made.
+    `newer`, which the older release has made. A ComfyUI without migrations starts with every database: `restores` says
+    that a rollback needs the database from before.
     """
 
     old: str
@@ -107,6 +108,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True):
     broken: dict[str, tuple[api.Broken, ...]] = {}
     migrations: tuple[str, ...] = ()
     newer: tuple[str, ...] = ()
+    restores: bool = False
     drivers: dict[str, Driver] = {}
     workflows: tuple[workflows.Report, ...] = ()
     unknown: dict[str, str] = {}
@@ -141,7 +143,8 @@ def preview(old: Release, new: Release, chosen: Chosen, found: Workflows, runnin
         flags=tuple(_flags(_known(old.tree), _known(new.tree), chosen)),
         broken=_broken(old, new),
         migrations=tuple(sorted(wanted - revisions)),
-        newer=tuple(sorted(revisions - wanted)),
+        newer=tuple(sorted(revisions - wanted)) if wanted else (),
+        restores=bool(revisions and wanted - revisions),
     )
 
 
@@ -219,13 +222,13 @@ def _known(tree: Path) -> dict[str, application.Flag]:
 
 def _flags(old: Mapping[str, application.Flag], new: Mapping[str, application.Flag], chosen: Chosen) -> Iterator[Flag]:
     for owner, (before, after) in chosen.items():
-        alone: set[str] = set()
+        alone, both = set[str](), before.keys() & old.keys() & new.keys()
         for flag, value in after.items():
             problems = application.wrong({flag: value}, new)
             alone |= {what for what, _ in problems}
             if problems and not application.wrong({flag: value}, old):
                 yield Flag(owner, flag, "value" if flag in new else "removed", *problems[0])
-            elif flag in old and flag in new and (takes := _takes(new[flag])) != (took := _takes(old[flag])):
+            elif flag in both and (takes := _takes(new[flag])) != (took := _takes(old[flag])):
                 yield Flag(owner, flag, "changed", f"{flag} takes {takes}, before {took}")
         earlier = {what for what, _ in application.wrong(before, old)}
         for what, remedy in application.wrong(after, new):
@@ -302,7 +305,8 @@ def _parts(found: Preview) -> Iterator[list[str]]:
     ]
     if found.migrations:
         yield [f"database: ComfyUI {found.new} migrates it to {', '.join(found.migrations)}"]
-        yield ["database: a rollback restores the one from the time of the update"]
+        every = f"keeps it: ComfyUI {found.old} has no migrations, and starts with every database"
+        yield [f"database: a rollback {'restores the one from the time of the update' if found.restores else every}"]
     if found.newer:
         yield [f"database: ComfyUI {found.new} does not start with a database at {', '.join(found.newer)}"]
     fits = {True: "is new enough", False: "is too old", None: "is not reported"}

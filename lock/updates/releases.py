@@ -157,7 +157,7 @@ _MANAGER = "manager_requirements.txt"
 # Top-level entries that do not run: tests, other systems' scripts, examples, and folders that data/ has in their place.
 _LEFT_OUT = re.compile(
     r"\..*|tests.*|.*\.(?:bat|ps1|sh|ini|example|ipynb)|CODEOWNERS|CONTRIBUTING.*|notebooks|script_examples"
-    r"|new_updater\.py|manager_requirements\.txt|input|output|models|AGENTS\.md|CLAUDE\.md|QUANTIZATION\.md"
+    r"|new_updater\.py|manager_requirements\.txt|input|output|models|AGENTS\.md|CLAUDE\.md|QUANTIZATION\.md|SECURITY\.md"
 )
 
 

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import termios
 import time
-from typing import Any
 
 import pytest
 
@@ -116,51 +115,6 @@ def test_edited_unit_is_repaired(steady: Fleet, edit: str, why: str) -> None:
     steady.machine.run(f"rm -r {unit}.d; systemctl daemon-reload")
 
 
-PADDED: dict[str, Any] = {
-    "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 255}},
-    "2": {
-        "class_type": "ImagePadForOutpaint",
-        "inputs": {"image": ["1", 0], "left": 16, "top": 0, "right": 0, "bottom": 0, "feathering": 0},
-    },
-    "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "mine"}},
-}
-"""A workflow without models: a blue picture, with grey on its left."""
-
-FLAT = {**PADDED["2"]["inputs"], "left": 0}
-
-
-def test_changed_flags_make_a_release_that_can_be_rolled_back(steady: Fleet) -> None:
-    first, since = steady.current(), machine_since(steady)
-    flags = '[hosts.spark.override.flags]\n"--preview-method" = { value = "auto", why = "a test" }\n'
-    (steady.place / "flat.json").write_text(json.dumps({**PADDED, "2": {**PADDED["2"], "inputs": FLAT}}))
-    (steady.place / "padded.json").write_text(json.dumps(PADDED))
-    padded, flat = (f'[[hosts.spark.prove]]\nfile = "{steady.place}/{each}.json"\n' for each in ("padded", "flat"))
-    steady.configure(f'{padded}size = "80x64"\n{flat}{flags}')
-    failed = steady.deploy()
-    assert failed.returncode == 66, failed.stderr
-    assert "padded.json: " in failed.stderr
-    assert "flat.json made a picture of a single colour" in failed.stderr
-    assert (steady.current(), machine_since(steady)) == (first, since)
-    steady.configure(f'{padded}size = "80x64"\n{flags}')
-    done = steady.deploy()
-    assert done.returncode == 0, done.stderr
-    assert "trial: the second picture arrived" in done.stderr
-    assert re.search(rf"proof .*padded.json: [\d.]+ s, with release {first} [\d.]+ s", done.stderr)
-    steady.configure(flags)
-    assert steady.deploy("--dry-run").returncode == 0  # a changed proof is no new release
-    assert steady.current() != first
-    assert "sending" not in done.stderr
-    system = steady.ask("/system_stats")["system"]
-    assert isinstance(system, dict)
-    assert system["argv"][-2:] == ["--preview-method", "auto"]
-    told = steady.inv("diff", "previous", "current", "--host", "spark").stdout
-    assert told.startswith("flag --preview-method: none -> auto\n---")
-    assert "shared parts: app, env" in told
-    back = steady.inv("rollback", "--host", "spark")
-    assert back.returncode == 0, back.stderr
-    assert steady.current() == first
-
-
 @pytest.mark.parametrize(
     ("name", "edits", "said"),
     [
@@ -239,40 +193,6 @@ def test_rollback_restores_the_database(steady: Fleet) -> None:
     assert done.returncode == 66, done.stderr
     assert b"newer" not in (steady.prefix / "data/user/comfyui.db").read_bytes()
     assert len((steady.prefix / "data/user/comfyui.db").read_bytes()) == len(before)
-
-
-MIGRATION = """
-import sqlalchemy as sa
-from alembic import op
-revision = "0007_test"
-down_revision = "LAST"
-def upgrade():
-    op.create_table("newer", sa.Column("x", sa.Integer))
-"""
-
-
-def test_rollback_after_a_migration_restores_the_database_of_its_time(steady: Fleet) -> None:
-    """ComfyUI's own migration. The newer database is kept, and a deploy migrates the older one again."""
-    first, before = steady.current(), steady.database()
-    app = steady.comfyui("newer", {})
-    versions = app / "src/alembic_db/versions"
-    last = max(path.stem for path in versions.glob("*.py"))
-    (versions / "0007_test.py").write_text(MIGRATION.replace("LAST", last))
-    done = steady.deploy("--no-trial", HEARTH_APP=str(app))
-    assert done.returncode == 0, done.stderr
-    assert steady.database() >= {"newer", "0007_test"}
-    second = steady.current()
-    plan = steady.inv("rollback", "--host", "spark", "--dry-run")
-    assert f"a newer ComfyUI has migrated the database: {first} gets the one of " in plan.stderr
-    back = steady.inv("rollback", "--host", "spark")
-    assert back.returncode == 0, back.stderr
-    assert "trial: the second picture arrived" in back.stderr  # on that database, too
-    assert "cannot open ComfyUI's database (0007_test); it gets the one of " in back.stderr
-    assert (steady.current(), steady.database()) == (first, before)
-    assert [path.name for path in (steady.prefix / "state/databases").iterdir()] == [second]
-    again = steady.deploy("--no-trial", HEARTH_APP=str(app))
-    assert again.returncode == 0, again.stderr
-    assert "0007_test" in steady.database()
 
 
 def test_every_refusal_is_shown_at_once(deployed: Fleet) -> None:

@@ -87,7 +87,30 @@ def test_differences_of_two_trees(former: Interface) -> None:
     assert Change("LatentFlip", "removed") in back
     assert len(back) == len(changes)
     assert interface.compare(read, read) == []
-    assert [*interface.rows(changes)][-1] == "2 node types are added"
+    rows = [*interface.rows(changes)]
+    assert rows[-1] == "2 node types are added"
+    assert {
+        "ImageSaver removed",
+        "KSampler.strength input-removed: FLOAT",
+        "KSampler.denoise input-added: FLOAT, required",
+        "KSampler.sampler_name values removed: older",
+        "LatentMultiply.multiplier input-type: INT -> FLOAT",
+        "InvertMask outputs: IMAGE, MASK -> MASK",
+    } <= {*rows}
+    both = [Change("A", "values", "mode", "a, b", "none"), Change("B", "values", "mode", "", "none")]
+    replaced = Change("C", "replaced", new="D")
+    assert [*interface.rows([*both, replaced])][:-1] == [
+        "A.mode values removed: a, b; added: none", "B.mode values added: none", "C replaced by D"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "differ"),
+    [(("",), ("TRACKS",), 0), (("A", ""), ("", "B"), 0), (("A", ""), ("C", ""), 1), (("",), ("", "A"), 1), ((), (), 0)],
+)
+def test_outputs_of_unknown_types_are_no_change(old: tuple[str, ...], new: tuple[str, ...], differ: int) -> None:
+    one, other = (Interface({"A": interface.NodeType("", {}, outputs)}) for outputs in (old, new))
+    assert [each.kind for each in interface.compare(one, other)] == ["outputs"] * differ
 
 
 def test_replaced_type_is_not_removed() -> None:

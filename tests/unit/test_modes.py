@@ -97,6 +97,34 @@ def test_settings_apply_to_version_ranges(written: Path) -> None:
     assert [setting.active(torch, "0.30.0") for torch in ("2.6.0", "2.11.0")] == [False, True]
     assert not setting.active("2.11.0", "1.0")
     assert not msgspec.structs.replace(setting, off=True).active("2.11.0", "0.30.0")
+    assert Setting(why="w", comfyui=">=0.30").active("2.11.0", "0.31.0rc1")  # the trial of a pre-release
+
+
+SINCE_0_30 = """
+--cache-ram --debug-hang --disable-async-offload --disable-dynamic-vram --disable-manager-ui --disable-nvml-pressure
+--disable-pinned-memory --disable-triton-backend --enable-asset-hashing --enable-assets --enable-dynamic-vram
+--enable-manager --enable-manager-legacy-ui --enable-triton-backend --fast-disk --feature-flag --fp16-intermediates
+--high-ram --list-feature-flags --models-directory --vram-headroom
+"""
+"""The flags of ComfyUI 0.30.0 that 0.3.64 lacks."""
+
+
+def test_flags_of_profiles_and_modes_fit_an_older_comfyui() -> None:
+    flags = [(name, each.flags) for name, each in loaded.profiles().items()]
+    flags += [(name, each.on(unified=unified).flags) for name, each in modes().items() for unified in (False, True)]
+    used = {(name, flag) for name, given in flags for flag, each in given.items() if each.active("2.14.1", "0.3.64")}
+    assert ("dgx-spark", "--use-sage-attention") in used
+    assert not [each for each in used if each[1] in SINCE_0_30.split()]
+
+
+def test_a_host_shows_which_versions_a_setting_is_for(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown() -> str:
+        (line,) = (each for each in host.rows(target(written, "", "dgx-spark")) if "--disable-nvml-pressure" in each)
+        return line.partition(" profile ")[0].strip()
+
+    assert shown() == "--disable-nvml-pressure"
+    monkeypatch.setattr(application, "version", lambda _: "0.3.64")
+    assert shown() == "--disable-nvml-pressure (only ComfyUI >=0.30)"
 
 
 @pytest.mark.parametrize("stack", list(stacks()))

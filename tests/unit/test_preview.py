@@ -127,7 +127,11 @@ def found(other: Path, tmp_path_factory: pytest.TempPathFactory) -> Preview:
         "fits.json": workflows.graphs("fits.json", [{"1": {"class_type": "Theirs", "inputs": {"a": 1}}}]),
     }
     plain = {"--cpu-vae": "", "--reserve-vram": "1", "--fast": "a", "--lowvram": ""}
-    chosen = {"profile a": (plain, plain), "mode b": ({"--fast": "a b"}, {"--fast": "a b"}), "host c": ({}, {})}
+    chosen = {
+        "profile a": (plain, plain),
+        "mode b": ({"--fast": "a b"}, {"--fast": "a b"}),
+        "host c": ({}, {"--fast": "a"}),  # only set for the new version
+    }
     return preview.preview(old, new, chosen, saved)
 
 
@@ -164,13 +168,23 @@ def test_packages(found: Preview) -> None:
 
 def test_migrations_of_the_database(found: Preview, tmp_path: Path) -> None:
     assert (found.migrations, found.newer) == ((), ("0006_add_loader_path",))
-    versions = tmp_path / "new/alembic_db/versions"
-    versions.mkdir(parents=True)
-    for name, text in {"a": 'revision: str = "one"', "b": "revision = made()", "c": "x = 1"}.items():
-        (versions / f"{name}.py").write_text(f'{text}\ndown_revision = "none"\n')
-    made = preview.preview(release(tiny(tmp_path / "old"), "1"), release(tiny(tmp_path / "new"), "2"), {}, {})
-    assert (made.migrations, made.newer) == (("b", "c", "one"), ())
-    assert sum("database" in row for row in preview.rows(made)) == 2
+    texts = {"a": 'revision: str = "one"', "b": "revision = made()", "c": "x = 1"}
+    for place, names in (("older", "a"), ("newer", "abc")):
+        (tmp_path / place / "alembic_db/versions").mkdir(parents=True)
+        for name in names:
+            (tmp_path / place / f"alembic_db/versions/{name}.py").write_text(f'{texts[name]}\ndown_revision = "none"\n')
+    none, older, newer = (release(tiny(tmp_path / name), name) for name in ("none", "older", "newer"))
+
+    def compared(old: Release, new: Release) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+        made = preview.preview(old, new, {}, {})
+        assert sum("database" in row for row in preview.rows(made)) == 2 * bool(made.migrations) + bool(made.newer)
+        return made.migrations, made.newer, made.restores
+
+    assert compared(older, newer) == (("b", "c"), (), True)
+    assert compared(newer, older) == ((), ("b", "c"), False)
+    # a ComfyUI without migrations starts with every database
+    assert compared(none, newer) == (("b", "c", "one"), (), False)
+    assert compared(newer, none) == ((), (), False)
 
 
 def test_custom_nodes_that_fail(found: Preview) -> None:

@@ -265,7 +265,7 @@ def test_the_newest_good_release_of_comfyui(own: Checkout) -> None:
     own.git("rm", "--quiet", "-r", "comfy/gone.py", "models")
     commit = own.tag(
         "0.31.0", requirements__txt="six==2\n", manager_requirements__txt="# a comment\nmanager==2\n", fresh__py="",
-        **{"web/a.js": "", ".github": "", "pytest__ini": "", 'a "b" c/d': ""},
+        **{"web/a.js": "", ".github": "", "pytest__ini": "", "SECURITY__md": "", 'a "b" c/d': ""},
     )  # fmt: skip
     own.tag("0.31.1", requirements__txt="six\naimdo\n-c limits.txt\n", limits__txt="AimDo==0.4.11\n")
     own.tag("0.32.0", requirements__txt="six\naimdo==0.4.11\n")
