@@ -6,6 +6,7 @@ What cannot be read stays unknown, and is never reported as missing.
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import re
 from contextlib import suppress
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from core import foreign
+from core.errors import SourceError
 from lock import values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 _ROOTS = re.compile(
@@ -93,14 +95,29 @@ def read(tree: Path) -> Api:
     return Api(modules)
 
 
+_known: dict[tuple[str, str, bytes], Module] = {}
+"""The modules that were read, by name and content: most are the same in two versions of ComfyUI."""
+
+
 def _module(path: Path, name: str) -> Module:
+    try:
+        content = foreign.content(path)
+    except SourceError:
+        return Module({}, open=True)
+    key = (name, path.name, hashlib.sha256(content).digest())
+    if key not in _known:
+        _known[key] = _defined(path, name, content)
+    return _known[key]
+
+
+def _defined(path: Path, name: str, content: bytes) -> Module:
     parsed = foreign.parsed(path)
     if parsed is None:
         return Module({}, open=True)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     names: dict[str, Parameters | None] = dict.fromkeys(values.changed(parsed.body))
     stars = []
-    for node in ast.walk(parsed):
+    for node in ast.walk(parsed) if _ANYWHERE.search(content) else ():
         if isinstance(node, ast.Global):
             names |= dict.fromkeys(node.names)
         elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
@@ -112,8 +129,11 @@ def _module(path: Path, name: str) -> Module:
     for each, made in values.Module(package, parsed.body).statements.items():
         if len(made) == 1:
             names |= _callable(each, made[0])
-    return Module(names, tuple(stars), bool(_DYNAMIC.search(foreign.content(path))))
+    return Module(names, tuple(stars), bool(_DYNAMIC.search(content)))
 
+
+_ANYWHERE = re.compile(rb"\bglobal\b|\bimport[\s\\]*\*")
+"""Statements that define names of a module from inside a function or a block."""
 
 _DYNAMIC = re.compile(rb"globals\(\)(\[|\.update)|sys\.modules\[__name__|def __getattr__\(\w+\)")
 """Code that may give a module other names than its statements."""
@@ -179,12 +199,13 @@ def uses(tree: Path) -> Uses:
         if (path := waiting.pop()) in found or path not in paths:
             continue
         found[path], parsed = [], foreign.python(path)
-        waiting += _imported(tree, path, parsed)
-        if not every and _computes(parsed):
+        nodes = [*ast.walk(parsed)]
+        waiting += _imported(tree, path, nodes)
+        if not every and _computes(nodes):
             every, waiting = True, [*waiting, *paths]
         moved = moved or bool(parsed.body and b"sys.path" in foreign.content(path))
         with suppress(RecursionError):
-            found[path] = _File(str(path.relative_to(tree)), parsed).found
+            found[path] = _File(str(path.relative_to(tree)), parsed, nodes).found
     own = {each.stem for each in tree.iterdir()} if moved else set()
     listed = (each for _, uses in sorted(found.items()) for each in uses)
     return Uses(tuple(each for each in listed if each.name.partition(".")[0] not in own))
@@ -194,15 +215,15 @@ _ASIDE = re.compile(r"tests?|examples?|scripts?|docs|build|setup\.py")
 """Files and folders of a repository that ComfyUI does not import."""
 
 
-def _computes(parsed: ast.Module) -> bool:
+def _computes(nodes: Sequence[ast.AST]) -> bool:
     """Whether a file may import modules by a computed name: any of the node's files."""
-    named = {each.id for each in ast.walk(parsed) if isinstance(each, ast.Name)}
+    named = {each.id for each in nodes if isinstance(each, ast.Name)}
     return bool(named & {"importlib", "__import__", "pkgutil", "exec"})
 
 
-def _imported(tree: Path, path: Path, parsed: ast.Module) -> Iterator[Path]:
+def _imported(tree: Path, path: Path, nodes: Sequence[ast.AST]) -> Iterator[Path]:
     """The files of a node that one of its files may import."""
-    for node in ast.walk(parsed):
+    for node in nodes:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             level = getattr(node, "level", 0)
             base = path.parents[level - 1] if 0 < level <= len(path.parents) else tree
@@ -214,11 +235,10 @@ def _imported(tree: Path, path: Path, parsed: ast.Module) -> Iterator[Path]:
 class _File:
     """The uses in one file. `aliases` are its names for ComfyUI's, without those that also mean something else."""
 
-    def __init__(self, name: str, tree: ast.Module) -> None:
+    def __init__(self, name: str, tree: ast.Module, nodes: Sequence[ast.AST]) -> None:
         self.name = name
         self._uses: list[Use] = []
         self._expected: set[str] = set()
-        nodes = [*ast.walk(tree)]
         imports = [each for node in nodes for each in _imports(node)]
         other = {local for local, _, meant in imports if not meant}
         other |= {each.arg for each in nodes if isinstance(each, ast.arg)}

@@ -103,6 +103,7 @@ class Checkout:
 
     place: Path
     uploads: dict[str, datetime] = field(default_factory=dict)
+    connections: int = 0
 
     @property
     def root(self) -> Path:
@@ -178,6 +179,12 @@ def index(tmp_path: Path) -> Iterator[tuple[Checkout, str]]:
     made = Checkout(tmp_path)
 
     class Index(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # keeps connections
+
+        def setup(self) -> None:
+            super().setup()
+            made.connections += 1
+
         def do_GET(self) -> None:
             name, _, file = self.path.removeprefix("/simple/").partition("/")
             path = tmp_path / "simple" / name / file

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from core.errors import GateError, HearthError
 from deploy import proofs, trial
 from deploy.change import Outcome
 from deploy.plan import Options
+from docs.generate import contexts
 from lock import interface, workflows
 from lock.application import application
 from lock.preview import COMFYUI, Preview, Release
@@ -303,6 +307,74 @@ def test_a_killed_proposal_leaves_the_checkout_and_a_whole_branch_or_none(newer:
     assert newer.state() == before
     assert newer.git("diff", "--name-only", "main", BRANCH)
     assert newer.read()["commit"] == tips[-1]
+
+
+# --- the workflow of GitHub -------------------------------------------------------------------------------------------
+
+WORKFLOW = (CODE / ".github/workflows/update.yml").read_text()
+GH = """#!/bin/sh
+echo "$*" >> calls
+test "$1 $2" != "pr list" || cat open 2> /dev/null || true
+"""
+
+
+def script(name: str) -> str:
+    """The shell script of a step."""
+    step = WORKFLOW.partition(f"- name: {name}\n")[2].partition("        run: |\n")[2]
+    lines = [each[10:] for each in takewhile(lambda each: each.startswith(" " * 10), step.splitlines())]
+    return "set -e\n" + "\n".join(lines)
+
+
+@pytest.mark.needs("jq")
+def test_the_workflow_publishes_a_proposal_and_keeps_edited_ones(newer: Mine) -> None:
+    place = newer.upstream.place
+    (place / "bin").mkdir()
+    gh, remote = place / "bin/gh", place / "remote.git"
+    gh.write_text(GH)
+    gh.chmod(0o755)
+    newer.git("init", "--quiet", "--bare", str(remote))
+    newer.git("config", f"url.{remote}.insteadOf", "https://x-access-token:secret@github.com/me/mine")
+    variables = {"RUNNER_TEMP": str(place), "GITHUB_WORKSPACE": str(newer.upstream.root), "GH_TOKEN": "secret"}
+    variables |= {"GH_REPO": "me/mine", "PATH": f"{gh.parent}:{os.environ['PATH']}", "HOME": str(place)}
+    newer.output = place / "proposal"
+
+    def step(name: str) -> None:
+        words = ["bash", "-c", script(name)]
+        subprocess.run(words, cwd=newer.upstream.root, env={**os.environ, **variables}, check=True)
+
+    def calls() -> list[str]:
+        kept = newer.output / "calls"
+        found = [line.partition(" --")[0] for line in kept.read_text().splitlines()] if kept.exists() else []
+        kept.unlink(missing_ok=True)
+        return found
+
+    step("publish")  # there is no proposal
+    step("branches")
+    made, _ = newer.propose()
+    step("publish")
+    assert calls() == ["pr list", "pr create"]
+    assert newer.git("rev-parse", BRANCH, cwd=remote) == made.commit
+    (newer.output / "open").write_text("7")
+    newer.git("commit", "--quiet", "--allow-empty", "-m", "main moves on")
+    newer.git("branch", "--quiet", "-D", BRANCH)
+    newer.git("fetch", "--quiet", str(remote), "+refs/heads/*:refs/remotes/origin/*")  # as actions/checkout does
+    step("branches")
+    again, _ = newer.propose()
+    step("publish")
+    assert calls() == ["pr list", f"pr edit {BRANCH}"]
+    assert newer.git("rev-parse", BRANCH, cwd=remote) == again.commit != made.commit
+
+
+def test_only_steps_without_code_of_the_checkout_have_a_token() -> None:
+    steps = WORKFLOW.partition("    steps:\n")[2].split("      - ")[1:]
+    tokens = [each for each in steps if "github.token" in each]
+    assert len(tokens) == 1
+    assert not any("uv run" in each for each in tokens)
+    (command,) = (each for each in steps if "uv run" in each)
+    known = {flag for each in contexts()["update"].args.values() for flag in each.names}
+    assert {each.replace("-", "_") for each in re.findall(r" --([\w-]+)", command)} <= known
+    assert "permissions: {}" in WORKFLOW
+    assert "persist-credentials: false" in WORKFLOW
 
 
 # --- reports and trials -----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from core.errors import HearthError
 from lock import nodes, requirements, resolution
 from lock.application import application, channels, versions
 from lock.preview import Preview, Release
-from lock.updates import node_updates, outdated, transaction, update, upstream
+from lock.updates import node_updates, outdated, releases, transaction, update, upstream
 from lock.updates.proposal import Proposal, Request
 from tests.comfyui import tree as real_tree
 from tests.errors import raises
@@ -363,6 +364,30 @@ def test_outdated_lists_every_part(own: Checkout) -> None:
     found, failures = outdated.outdated(Request("all"))
     assert failures.keys() == {"ComfyUI", "kernel one"}
     assert len(found) == 5
+
+
+def test_many_requests_share_what_they_can(own: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = own.connections
+    for name in ("uv", "six", "invoke", "manager") * 3:
+        upstream.package(name)
+    assert own.connections == before + 1
+    for minor in range(31, 50):
+        own.tag(f"0.{minor}.0", requirements__txt="six\naimdo==0.4.11\n" if minor > 40 else "six\n")
+    asked, problems = [], releases.problems
+
+    def counted(*words: Any) -> list[str]:
+        asked.append(words[1])
+        return problems(*words)
+
+    monkeypatch.setattr(releases, "problems", counted)
+    found, _ = outdated.outdated(Request("comfyui"))
+    assert [each.newest for each in found] == ["0.40.0"]
+    assert len(found[0].note.split("; ")) == 9  # in order, and none that is older
+    assert len(asked) <= 1 + 2 * releases.AHEAD
+    own.tag("0.50.0", requirements__txt="six\n")
+    asked.clear()
+    found, _ = outdated.outdated(Request("comfyui"))
+    assert ([each.newest for each in found], asked) == (["0.50.0"], ["0.50.0"])
 
 
 @pytest.mark.parametrize("text", ["14", "d", "-1d", "1w", "99999d", "14d "])
