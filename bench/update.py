@@ -8,21 +8,26 @@ Repositories made here stand for ComfyUI, the nodes and the kernels. git daemon 
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tomli
 
+from bench.kernels import machine as this_machine
 from core import files, source
-from lock import nodes
+from lock import interface, nodes
 from lock.application import application
+from tests.comfyui import older
 from tests.host.machine import free_port
 
 if TYPE_CHECKING:
@@ -38,7 +43,9 @@ OUTDATED = """
 import sys
 from lock.updates import outdated
 from lock.updates.proposal import Request
-found, failures = outdated.outdated(Request(sys.argv[1]))
+part, _, parallel = sys.argv[1].partition(" ")
+outdated.PARALLEL = int(parallel or outdated.PARALLEL)
+found, failures = outdated.outdated(Request(part))
 assert found and not failures, failures
 """
 
@@ -87,6 +94,7 @@ def git(place: Path, *words: str) -> None:
 
 def upstreams(place: Path) -> None:
     """A repository for each address; that of ComfyUI has the tags of newer versions."""
+    place.mkdir()
     for name in addresses():
         here = place / name
         if name == "comfyui":
@@ -138,3 +146,99 @@ def measured(code: str, argument: str, environment: Mapping[str, str]) -> tuple[
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return time.monotonic() - started, cpu
+
+
+def previewed(place: Path) -> list[tuple[float, float]]:
+    """A preview between two trees with all nodes and the workflows: nothing read, all but the new ComfyUI, and all."""
+    sources = place / "sources"
+    sources.mkdir(parents=True)
+    older(sources / "older")
+    (sources / "pinned").symlink_to(source.fetch(application()))
+    for name, tree in nodes.fetch(nodes.catalogue().nodes).items():
+        (sources / name).symlink_to(tree)
+    types = [*interface.read_cached(source.fetch(application())).types]
+    paths = [sources / "older", sources / "pinned"]
+    for number in range(WORKFLOWS):  # 50 steps each, every type of ComfyUI several times
+        steps = {f"{at}": {"class_type": types[(number * 50 + at) % len(types)], "inputs": {}} for at in range(50)}
+        paths.append(place / f"{number}.json")
+        paths[-1].write_text(json.dumps(steps))
+    arguments = json.dumps([str(each) for each in paths])
+    runs: list[tuple[float, float]] = []
+    for again in ("*", "pinned-*", "-"):
+        for reading in (place / "interfaces").glob(again):
+            reading.unlink()
+        runs.append(measured(PREVIEW, arguments, {**os.environ, "HEARTH_CACHE": str(place)}))
+    return runs
+
+
+def listed(link: Mapping[str, str], part: str) -> tuple[float, float]:
+    """The fastest of three lists of newer versions of a part, each with an empty cache; one if it is sequential."""
+    runs: list[tuple[float, float]] = []
+    for _ in range(1 if " " in part else 3):
+        with tempfile.TemporaryDirectory(prefix="hearth-bench-") as cache:
+            runs.append(measured(OUTDATED, part, {**link, "HEARTH_CACHE": cache}))
+    return min(runs)
+
+
+def main() -> None:
+    """Run everything and write the page."""
+    with tempfile.TemporaryDirectory(prefix="hearth-bench-") as name:
+        place = Path(name)
+        upstreams(place / "git")
+        with served(place / "git") as link:
+            found = {
+                part: listed(link, part) for part in ("comfyui", "nodes", "stack", "kernels", "tool", "all", "all 1")
+            }
+        cold, usual, warm = previewed(place / "preview")
+    titles = {**{part: f"`inv outdated {part}`" for part in found}, "all 1": "all, one request after another"}
+    whole = found["all"][0]
+    rows = [
+        f"| {titles[part]} | {wall:.1f} s | {cpu:.1f} s | {wall / whole:.1f} |" for part, (wall, cpu) in found.items()
+    ]
+    page = PAGE.format(
+        date=datetime.now(UTC).date(),
+        machine=this_machine(),
+        load=os.getloadavg()[0],
+        delay=DELAY * 1000,
+        count=len(nodes.catalogue().nodes),
+        versions=VERSIONS,
+        rows="\n".join(rows),
+        workflows=WORKFLOWS,
+        cold=cold,
+        usual=usual,
+        warm=warm,
+    )
+    (files.CHECKOUT / "docs/benchmarks-update.md").write_text(page)
+    print(page)
+
+
+PAGE = """\
+# Benchmarks of updates
+
+Written by `uv run python -m bench.update`, in one run, on {date}, on {machine}.
+Other programs used the same cores: the load was {load:.0f}. The CPU time depends less on it.
+
+## Newer versions
+
+ComfyUI with {versions} newer versions, {count} nodes that all have a newer commit, the stacks, kernels and tool. git daemon serves the repositories from the same machine over a link of 100 Mbit/s with {delay:.0f} ms in each direction
+(`bench/link.py`). Packages come from the package index, with its own latency. Each run starts with an empty cache of
+Hearth and the user's cache of uv; the fastest of three, and one sequential run. CPU time includes git, uv
+and the program in place of ssh, but not the servers.
+
+| | wall time | CPU time | of `all` |
+| --- | ---: | ---: | ---: |
+{rows}
+
+## Preview
+
+Between the pinned ComfyUI and a tree with a few changes, with {count} nodes and {workflows} workflows of 50 nodes.
+
+| | wall time | CPU time |
+| --- | ---: | ---: |
+| nothing read before | {cold[0]:.1f} s | {cold[1]:.1f} s |
+| all but the new ComfyUI read before, as after `inv update` | {usual[0]:.1f} s | {usual[1]:.1f} s |
+| all read before | {warm[0]:.1f} s | {warm[1]:.1f} s |
+"""
+
+if __name__ == "__main__":
+    main()

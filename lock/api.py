@@ -245,7 +245,8 @@ class _File:
         other |= {each.id for each in nodes if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
         other |= {str(each.name) for each in nodes if isinstance(each, (*_DEFINITIONS, ast.ExceptHandler))}
         self._aliases = {local: meant for local, _, meant in imports if local not in other}
-        self._visit(tree, expected=False)
+        if any(meant for _, _, meant in imports):  # most files use nothing of ComfyUI
+            self._visit(tree, expected=False)
 
     @property
     def found(self) -> list[Use]:

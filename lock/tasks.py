@@ -10,6 +10,7 @@ from invoke.context import Context  # `command` evaluates annotations
 
 from core import console
 from core.command import command
+from core.errors import UsageError
 from core.flags import DryRun, Output, Sudo
 
 if TYPE_CHECKING:
@@ -167,22 +168,19 @@ def update_all(
     How: docs/how-to/update.md
 
         inv update --dry-run                 # show only
-        inv update comfyui --cooldown 14d    # nothing younger than two weeks
         inv update comfyui --to 0.30.0
         inv update comfyui --channel latest  # hosts with `comfyui = "latest"`
         inv update --undo
-        inv update --propose --cooldown 7d --host spark   # for a timer or CI
+        inv update --propose --host spark    # for a timer or CI
     """
-    from core.errors import UsageError
     from deploy import host as hosts
     from deploy.preview import of_update
     from lock.updates import node_updates, transaction, update, upstream
     from lock.updates.proposal import Request
 
-    if propose and (undo or how.dry_run):
-        raise UsageError("usage", "--propose excludes --undo and --dry-run", hint="use one of them")
-    if (host or output) and not propose:
-        raise UsageError("usage", "--host and --output need --propose", hint="inv update --propose --host HOST")
+    if (undo or how.dry_run) if propose else (host or output):
+        what = "--propose excludes --undo and --dry-run; --host and --output need it"
+        raise UsageError("usage", what, hint="inv update --propose --host HOST")
     if undo:
         changed = transaction.undo()
         console.show(changed, (f"restored {each}" for each in changed), as_json=out.json)
@@ -190,8 +188,7 @@ def update_all(
     kept = frozenset(each.comfyui for each in hosts.hosts().hosts.values())
     wanted = Request(part or "all", to, upstream.cutoff(cooldown), channel, kept)
     if propose:
-        _propose(wanted, host, output, sudo, out)
-        return 0
+        return _propose(wanted, host, output, sudo, out)
     made, failures = update.update(wanted, dry_run=how.dry_run, look=of_update)
     console.show(made, update.rows(made), as_json=out.json)
     if failures:
@@ -201,7 +198,7 @@ def update_all(
     return how.code(changes=bool(made.files))
 
 
-def _propose(wanted: Request, host: str, output: str, sudo: Sudo, out: Output) -> None:
+def _propose(wanted: Request, host: str, output: str, sudo: Sudo, out: Output) -> int:
     """Write a proposal and show where it is; raises the error of its trial or of an upstream afterwards."""
     from deploy import trial
     from deploy.host import select
@@ -214,6 +211,7 @@ def _propose(wanted: Request, host: str, output: str, sudo: Sudo, out: Output) -
     console.show(report, propose.rows(report, place), as_json=out.json)
     if error:
         raise error
+    return 0
 
 
 @command(

@@ -62,12 +62,16 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 def summary(made: Proposal, trial: Trial | None, failures: Iterable[str]) -> str:
     """A line such as `ComfyUI 0.46.0: 41 of 41 workflows pass, 3 % faster, 2 unused node types removed`."""
     facts = [*_facts(_preview(made, trial)), *(_tried(trial) if trial else ())]
-    facts += [f"{unread} upstreams did not answer"] if (unread := len([*failures])) else []
+    facts += [f"{_count(unread, 'upstream')} did not answer"] if (unread := len([*failures])) else []
     moves = [f"{each.name} {each.new}" for each in made.moves if each.part == "comfyui"]
-    for part, what in (("nodes", "custom nodes"), ("stack", "packages of stacks"), ("tool", "packages of the tool")):
+    for part, what in (("nodes", "custom node"), ("stack", "stack package"), ("tool", "tool package")):
         count = sum(each.part == part for each in made.moves)
-        moves += [f"{count} {what}"] * bool(count)
+        moves += [_count(count, what)] * bool(count)
     return ": ".join(filter(None, (", ".join(moves) or "nothing is newer", ", ".join(facts))))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _preview(made: Proposal, trial: Trial | None) -> Preview | None:
@@ -80,15 +84,15 @@ def _facts(found: Preview | None) -> Iterator[str]:
         return
     read = [each for each in found.workflows if not each.error]
     if read:
-        yield f"{sum(not each.breaks for each in read)} of {len(read)} workflows pass"
+        yield f"{sum(not each.breaks for each in read)} of {_count(len(read), 'workflow')} pass"
     if unread := len(found.workflows) - len(read):
-        yield f"{unread} workflows cannot be read"
+        yield f"{_count(unread, 'workflow')} cannot be read"
     used = {one.type for each in read for one in each.findings}
     removed = {each.type for each in found.types.get(COMFYUI, ()) if each.kind == "removed"}
     if unused := len(removed - used):
-        yield f"{unused} unused node types removed"
+        yield f"{_count(unused, 'unused node type')} removed"
     if found.broken:
-        yield f"{len(found.broken)} custom nodes break"
+        yield f"{_count(len(found.broken), 'broken custom node')}"
 
 
 def _tried(trial: Trial) -> Iterator[str]:

@@ -25,7 +25,7 @@ from docs.generate import contexts
 from lock import interface, workflows
 from lock.application import application
 from lock.preview import COMFYUI, Preview, Release
-from lock.updates import propose, report, transaction
+from lock.updates import propose, report
 from lock.updates.proposal import Move, Proposal, Request
 from lock.updates.report import Report, Trial
 from tests.errors import raises
@@ -50,7 +50,7 @@ def look(old: Release, new: Release) -> Preview:
     )
 
 
-FACTS = "1 of 2 workflows pass, 1 workflows cannot be read, 1 unused node types removed"
+FACTS = "1 of 2 workflows pass, 1 workflow cannot be read, 1 unused node type removed"
 
 
 @dataclass
@@ -388,8 +388,8 @@ def proposal(*moves: tuple[str, str]) -> Proposal:
     ("moves", "tried", "failures", "expected"),
     [
         ((), None, (), "nothing is newer"),
-        ((), None, ("a",), "nothing is newer: 1 upstreams did not answer"),
-        ((("nodes", "a"), ("nodes", "b"), ("tool", "c")), None, (), "2 custom nodes, 1 packages of the tool"),
+        ((), None, ("a",), "nothing is newer: 1 upstream did not answer"),
+        ((("nodes", "a"), ("nodes", "b"), ("tool", "c")), None, (), "2 custom nodes, 1 tool package"),
         (
             (("comfyui", "2"),),
             Trial(host="h", times={"a": (2.2, 2.0), "b": (0.1, 0.1)}),
@@ -443,17 +443,3 @@ def test_the_times_of_a_trial_are_read_from_its_notes(monkeypatch: pytest.Monkey
     base = "new"
     assert trial.attempt("spark", ask_sudo=False).tried is False
     assert [each.dry_run for each in asked[2:]] == [True]
-
-
-def test_a_copy_of_the_checkout_with_a_change(own: Checkout) -> None:
-    before, gone = own.texts(), own.file("recipes/comfyui/app.toml")
-    fresh = own.file("recipes/comfyui/versions/1/app.toml")
-    changes = {str(gone): transaction.Change("", None), str(fresh): transaction.Change(None, "new")}
-    with transaction.applied(transaction.Record(changes)):
-        from core import workspace
-
-        copy = workspace.current().checkout
-        assert (copy / "recipes/comfyui/versions/1/app.toml").read_text() == "new"
-        assert not (copy / "recipes/comfyui/app.toml").exists()
-        assert (copy / "config/stacks.toml").read_text() == before["config/stacks.toml"]
-    assert (own.texts(), copy.exists()) == (before, False)
