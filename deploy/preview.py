@@ -175,6 +175,11 @@ def running(agent: Agent, host: str, *, saved: bool) -> tuple[Interface, Workflo
     return interface.reported(answer["types"]), found
 
 
+def of_update(old: Release, new: Release) -> Preview:
+    """Compare two releases of this checkout, with the flags and workflows in its configuration."""
+    return previews.preview(old, new, chosen_flags(old.version, new.version), workflows.collect())
+
+
 def chosen_flags(old: str, new: str) -> previews.Chosen:
     """The flags of all profiles, modes and hosts for two versions of ComfyUI."""
     plain = hosts.Host(scope="user")

@@ -9,13 +9,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.schema.change import Proof
+from agent.schema.change import COMPARED, Proof
 from core import files, workspace
 from core.errors import ConfigError
 from lock import workflows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from deploy.host import Target
     from deploy.profile import Prove
@@ -103,6 +103,13 @@ def _picture(place: str, name: str) -> bytes:
     if not PICTURE.match(raw):
         raise ConfigError("config", f"{place}: like = {name!r} is not a PNG, JPEG or WebP picture", hint="convert it")
     return raw
+
+
+def times(notes: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """The seconds of workflows with the new and the active release, by name, from the notes of a trial."""
+    form = re.escape(COMPARED).replace(r"\{\}", "(.+)").replace(r"\{:\.1f\}", r"(\d+\.\d)")
+    found = (match.groups() for match in map(re.compile(form).fullmatch, notes) if match)
+    return {name: (float(new), float(old)) for name, new, _, old in found}
 
 
 def rows(proofs: Sequence[Proof]) -> list[str]:

@@ -6,6 +6,7 @@ What cannot be read stays unknown, and is never reported as missing.
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import re
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from core import foreign
+from core.errors import SourceError
 from lock import values
 
 if TYPE_CHECKING:
@@ -93,14 +95,28 @@ def read(tree: Path) -> Api:
     return Api(modules)
 
 
+_known: dict[tuple[str, str, bytes], Module] = {}
+"""The modules that were read, by name and content: most are the same in two versions of ComfyUI."""
+
+
 def _module(path: Path, name: str) -> Module:
+    try:
+        content = foreign.content(path)
+    except SourceError:
+        return Module({}, open=True)
+    key = (name, path.name, hashlib.sha256(content).digest())
+    if key not in _known:
+        _known[key] = _defined(path, name, content)
+    return _known[key]
+
+
+def _defined(path: Path, name: str, content: bytes) -> Module:
     parsed = foreign.parsed(path)
     if parsed is None:
         return Module({}, open=True)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     names: dict[str, Parameters | None] = dict.fromkeys(values.changed(parsed.body))
     stars = []
-    content = foreign.content(path)
     for node in ast.walk(parsed) if _ANYWHERE.search(content) else ():
         if isinstance(node, ast.Global):
             names |= dict.fromkeys(node.names)
@@ -188,12 +204,13 @@ def uses(tree: Path) -> Uses:
         if (path := waiting.pop()) in found or path not in paths:
             continue
         found[path], parsed = [], foreign.python(path)
-        waiting += _imported(tree, path, parsed)
-        if not every and _computes(parsed):
+        nodes = [*ast.walk(parsed)]
+        waiting += _imported(tree, path, nodes)
+        if not every and _computes(nodes):
             every, waiting = True, [*waiting, *paths]
         moved = moved or bool(parsed.body and b"sys.path" in foreign.content(path))
         with suppress(RecursionError):
-            file = _File(str(path.relative_to(tree)), parsed)
+            file = _File(str(path.relative_to(tree)), parsed, nodes)
             found[path] = file.found
             for name, parameters in file.functions.items():
                 functions.setdefault(name, []).append(parameters)
@@ -215,15 +232,15 @@ _ASIDE = re.compile(r"tests?|examples?|scripts?|docs|build|setup\.py")
 """Files and folders of a repository that ComfyUI does not import."""
 
 
-def _computes(parsed: ast.Module) -> bool:
+def _computes(nodes: Sequence[ast.AST]) -> bool:
     """Whether a file may import modules by a computed name: any of the node's files."""
-    named = {each.id for each in ast.walk(parsed) if isinstance(each, ast.Name)}
+    named = {each.id for each in nodes if isinstance(each, ast.Name)}
     return bool(named & {"importlib", "__import__", "pkgutil", "exec"})
 
 
-def _imported(tree: Path, path: Path, parsed: ast.Module) -> Iterator[Path]:
+def _imported(tree: Path, path: Path, nodes: Sequence[ast.AST]) -> Iterator[Path]:
     """The files of a node that one of its files may import."""
-    for node in ast.walk(parsed):
+    for node in nodes:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             level = getattr(node, "level", 0)
             base = path.parents[level - 1] if 0 < level <= len(path.parents) else tree
@@ -235,11 +252,10 @@ def _imported(tree: Path, path: Path, parsed: ast.Module) -> Iterator[Path]:
 class _File:
     """The uses in one file. `aliases` are its names for ComfyUI's, without those that also mean something else."""
 
-    def __init__(self, name: str, tree: ast.Module) -> None:
+    def __init__(self, name: str, tree: ast.Module, nodes: Sequence[ast.AST]) -> None:
         self.name = name
         self._uses: list[Use] = []
         self._expected: set[str] = set()
-        nodes = [*ast.walk(tree)]
         imports = [each for node in nodes for each in _imports(node)]
         other = {local for local, _, meant in imports if not meant}
         other |= {each.arg for each in nodes if isinstance(each, ast.arg)}
@@ -251,7 +267,8 @@ class _File:
         self.functions = {name: each.get(name) if names.count(name) == 1 else None for name, each in made}
         relative = (each for each in nodes if isinstance(each, ast.ImportFrom) and each.level)
         self._theirs = {name.asname or name.name: name.name for each in relative for name in each.names}
-        self._visit(tree, expected=False)
+        if any(meant for _, _, meant in imports):  # most files use nothing of ComfyUI
+            self._visit(tree, expected=False)
 
     @property
     def found(self) -> list[Use]:

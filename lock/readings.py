@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,7 +13,7 @@ import msgspec
 from core import files, workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -23,10 +25,24 @@ def kept(kind: type[T], read: Callable[..., T], *trees: Path) -> T:
     """The result of `read` for these trees, which is read once for fetched sources."""
     sources = workspace.current().cache / "sources"
     if any(each.parent != sources for each in trees):
-        return read(*trees)
+        with _uncollected():
+            return read(*trees)
     code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _CODE)
     named = "-".join([*(each.name for each in trees), kind.__name__, hashlib.sha256(code).hexdigest()[:16]])
     place = workspace.current().cache / "interfaces" / f"{named}.json"
     if not place.exists():
-        files.write(place, msgspec.json.encode(read(*trees)))
+        with _uncollected():
+            files.write(place, msgspec.json.encode(read(*trees)))
     return msgspec.json.decode(place.read_bytes(), type=kind)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Collect no garbage meanwhile: syntax trees have millions of objects and no cycles."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
+from typing import TYPE_CHECKING
 
 from invoke.context import Context  # `command` evaluates annotations
 
 from core import console
 from core.command import command
-from core.flags import DryRun, Output
+from core.errors import UsageError
+from core.flags import DryRun, Output, Sudo
+
+if TYPE_CHECKING:
+    from lock.updates.proposal import Request
 
 
 @command(name="list", default=True)
@@ -135,6 +141,9 @@ COOLDOWN = "ignore what is younger than this, such as 14d or 36h (default: ignor
         "cooldown": COOLDOWN,
         "channel": "move this channel of ComfyUI, stable or latest, instead of the pinned version",
         "undo": "restore the files of before the last update",
+        "propose": "write a git branch, a patch and a report; neither this checkout's files nor a host change",
+        "host": "with --propose: make the trial of the new release on this host; nothing is put in service",
+        "output": "with --propose: the folder of the report and the patch (default: .update/proposal)",
     },
 )
 def update_all(
@@ -144,7 +153,11 @@ def update_all(
     cooldown: str = "",
     channel: str = "",
     undo: bool = False,
+    propose: bool = False,
+    host: str = "",
+    output: str = "",
     *,
+    sudo: Sudo,
     how: DryRun,
     out: Output,
 ) -> int:
@@ -155,34 +168,50 @@ def update_all(
     How: docs/how-to/update.md
 
         inv update --dry-run                 # show only
-        inv update comfyui --cooldown 14d    # nothing younger than two weeks
         inv update comfyui --to 0.30.0
         inv update comfyui --channel latest  # hosts with `comfyui = "latest"`
         inv update --undo
+        inv update --propose --host spark    # for a timer or CI
     """
-    from deploy import host
-    from deploy.preview import chosen_flags
-    from lock import preview, workflows
+    from deploy import host as hosts
+    from deploy.preview import of_update
     from lock.updates import node_updates, transaction, update, upstream
     from lock.updates.proposal import Request
 
+    if (undo or how.dry_run) if propose else (host or output):
+        what = "--propose excludes --undo and --dry-run; --host and --output need it"
+        raise UsageError("usage", what, hint="inv update --propose --host HOST")
     if undo:
         changed = transaction.undo()
         console.show(changed, (f"restored {each}" for each in changed), as_json=out.json)
         return 0
-    kept = frozenset(each.comfyui for each in host.hosts().hosts.values())
+    kept = frozenset(each.comfyui for each in hosts.hosts().hosts.values())
     wanted = Request(part or "all", to, upstream.cutoff(cooldown), channel, kept)
-    made, failures = update.update(
-        wanted,
-        dry_run=how.dry_run,
-        look=lambda old, new: preview.preview(old, new, chosen_flags(old.version, new.version), workflows.collect()),
-    )
+    if propose:
+        return _propose(wanted, host, output, sudo, out)
+    made, failures = update.update(wanted, dry_run=how.dry_run, look=of_update)
     console.show(made, update.rows(made), as_json=out.json)
     if failures:
         raise node_updates.together(failures)
     if made.files and not how.dry_run:
         console.say("next: inv deploy; to go back: inv update --undo")
     return how.code(changes=bool(made.files))
+
+
+def _propose(wanted: Request, host: str, output: str, sudo: Sudo, out: Output) -> int:
+    """Write a proposal and show where it is; raises the error of its trial or of an upstream afterwards."""
+    from deploy import trial
+    from deploy.host import select
+    from deploy.preview import of_update
+    from lock.updates import propose
+
+    attempt = partial(trial.attempt, *select(host, ""), ask_sudo=sudo.ask_sudo) if host else None
+    place = propose.folder(output)
+    report, error = propose.propose(wanted, place, of_update, attempt, host)
+    console.show(report, propose.rows(report, place), as_json=out.json)
+    if error:
+        raise error
+    return 0
 
 
 @command(

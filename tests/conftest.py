@@ -25,6 +25,7 @@ PACKAGES = {
     "g++": "g++",
     "git": "git",
     "ip": "iproute2",
+    "jq": "jq",
     "mkfs.btrfs": "btrfs-progs",
     "mkfs.xfs": "xfsprogs",
     "nft": "nftables",

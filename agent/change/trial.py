@@ -28,7 +28,7 @@ from agent.layout import DATA, Layout
 from agent.look.gpu import gpus
 from agent.parts import as_service, drop_root
 from agent.processes import copied, dies_with_parent, end_descendants, inherited, run, take_orphans, wait_for
-from agent.schema.change import CutOver, Proof
+from agent.schema.change import COMPARED, CutOver, Proof
 from agent.schema.facts import Service
 from agent.serve.health import first_answer, prove, report_changed_types
 from agent.serve.managers import Manager
@@ -131,7 +131,7 @@ def _compare(layout: Layout, manager: Manager, proofs: Sequence[Proof], times: M
     finally:
         trial.clear()
     for name, seconds in before.items():
-        note(f"proof {name}: {times[name]:.1f} s, with release {current} {seconds:.1f} s")
+        note(COMPARED.format(name, times[name], current, seconds))
 
 
 IMPORT_SECONDS = 300

@@ -170,6 +170,10 @@ class Proof:
     memory: int  # bytes that it needs beside the active release
 
 
+COMPARED = "proof {}: {:.1f} s, with release {} {:.1f} s"
+"""The note of a trial on a workflow that ran on both releases."""
+
+
 @dataclass(frozen=True)
 class CutOver(Ending):
     """Put a release in service, or roll back."""

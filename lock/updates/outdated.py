@@ -88,11 +88,11 @@ def _comfyui(wanted: Request) -> list[Entry]:
     app = application.application()
     url = releases.origin(app).git
     known = upstream.releases(url)
-    names = [each for each in known if Version(each) > Version(app.version)]
-    dates = upstream.dates(url, [known[each] for each in names])
+    commits = {each: commit for each, commit in known.items() if Version(each) > Version(app.version)}
+    dates = upstream.dates(url, commits.values())
     notes = [each for each in [releases.moved_tag(app, known)] if each]
-    for name in names:
-        if not (bad := releases.problems(app, name, known[name], dates[known[name]], wanted)):
+    for name, bad in releases.examined(app, commits, dates, wanted):
+        if not bad:
             return [Entry("comfyui", "ComfyUI", app.version, name, _days(dates[known[name]]), "; ".join(notes))]
         notes.append(f"{name}: {bad[0]}")
     return [Entry("comfyui", "ComfyUI", app.version, app.version, note="; ".join(notes))]

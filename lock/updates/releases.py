@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -52,8 +53,7 @@ def move(wanted: Request, made: Proposal) -> None:
         made.warnings.append(problem)
     names = [each for each in ([to] if to else newer) if each != app.version]
     dates = upstream.dates(url, [known[each] for each in names])
-    for name in names:
-        bad = problems(app, name, known[name], dates[known[name]], wanted)
+    for name, bad in examined(app, {each: known[each] for each in names}, dates, wanted):
         if to or not bad:
             break
         made.skipped.append(f"ComfyUI {name}: {bad[0]}")
@@ -83,6 +83,25 @@ def _place(wanted: Request, old: str, new: str) -> Path | None:
         return application.folder()
     application.set_channel(wanted.channel, new)
     return None if new in application.versions() else application.copied(new)
+
+
+AHEAD = 8
+"""Versions that are examined at the same time, once the newest one is bad."""
+
+
+def examined(
+    app: Application, commits: Mapping[str, str], dates: Mapping[str, datetime], wanted: Request
+) -> Iterator[tuple[str, list[str]]]:
+    """The versions with their problems, in the same order. Nothing more is fetched if the first one is good."""
+
+    def one(name: str) -> tuple[str, list[str]]:
+        return name, problems(app, name, commits[name], dates[commits[name]], wanted)
+
+    names = [*commits]
+    yield from map(one, names[:1])
+    with ThreadPoolExecutor(max_workers=AHEAD) as pool:
+        for start in range(1, len(names), AHEAD):
+            yield from pool.map(one, names[start : start + AHEAD])
 
 
 def problems(app: Application, version: str, commit: str, date: datetime, wanted: Request) -> list[str]:
@@ -125,9 +144,9 @@ def between(old: str, new: str, wanted: Request) -> Iterator[str]:
     """The good versions between two, the highest first."""
     app = application.application()
     known = upstream.releases(origin(app).git)
-    names = [each for each in known if Version(old) < Version(each) < Version(new)]
-    dates = upstream.dates(origin(app).git, [known[each] for each in names])
-    return (each for each in names if not problems(app, each, known[each], dates[known[each]], wanted))
+    commits = {each: commit for each, commit in known.items() if Version(old) < Version(each) < Version(new)}
+    dates = upstream.dates(origin(app).git, commits.values())
+    return (name for name, bad in examined(app, commits, dates, wanted) if not bad)
 
 
 def moved_tag(app: Application, known: Mapping[str, str]) -> str:

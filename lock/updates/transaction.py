@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import os
 import re
+import shutil
 import tempfile
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
@@ -109,6 +110,26 @@ def draft() -> Iterator[Draft]:
         except HearthError as error:
             error.what, error.cause, error.hint = map(made.named, (error.what, error.cause, error.hint))
             raise
+
+
+@contextmanager
+def applied(record: Record) -> Iterator[None]:
+    """Make a copy of the checkout's pins and configuration, with a change made, the current workspace."""
+    here = workspace.current().checkout
+    with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
+        copy = Path(folder).resolve()
+        for name in ("recipes", "config"):
+            shutil.copytree(here / name, copy / name, symlinks=True)
+        for name in ("pyproject.toml", "uv.lock"):
+            shutil.copy(here / name, copy)
+        for path, change in record.changes.items():
+            place = copy / Path(path).relative_to(here)
+            if change.new is None:
+                place.unlink()
+            else:
+                files.write(place, change.new)
+        with workspace.using(dataclasses.replace(workspace.current(), checkout=copy)):
+            yield
 
 
 def undo() -> list[str]:

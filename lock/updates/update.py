@@ -35,14 +35,14 @@ def update(wanted: Request, *, dry_run: bool, look: Look | None = None) -> tuple
         hint = "edit its recipe, then run inv kernels.pin NAME"
         raise UsageError("usage", "the sources of kernels are updated one by one", hint=hint)
     with transaction.changing():
-        made, record, failures = _proposed(wanted, look)
+        made, record, failures = proposed(wanted, look)
         if record.changes and not dry_run:
             transaction.switch(record)
     return made, failures
 
 
-def _proposed(wanted: Request, look: Look | None) -> tuple[Proposal, transaction.Record, Failures]:
-    """An update with the new texts of the files, and the errors of nodes."""
+def proposed(wanted: Request, look: Look | None) -> tuple[Proposal, transaction.Record, Failures]:
+    """An update with the new texts of the files, and the errors of nodes; needs `transaction.changing`."""
     made, record, failures = Proposal(), transaction.Record({}), Failures()
     before, after = _release(wanted, made) if look and wanted.part != "tool" else None, None
     with transaction.draft() as draft:

@@ -7,7 +7,9 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
+from threading import BoundedSemaphore
 from typing import TYPE_CHECKING
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
@@ -19,6 +21,8 @@ from core.stack import find_stack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from pypi_simple import PyPISimple
 
     from core.shell import Done
 
@@ -88,7 +92,10 @@ def history(url: str, *commits: str, fetch: Iterable[str] = ("--filter=tree:0",)
     """
     with tempfile.TemporaryDirectory(prefix="hearth-") as place:
         git = partial(tools.git, env={"GIT_DIR": place})
-        git("init", "--quiet", "--bare")
+        for name in ("objects", "refs"):  # what `git init` writes, without its process
+            Path(place, name).mkdir()
+        Path(place, "HEAD").write_text("ref: refs/heads/main\n")
+        Path(place, "config").write_text("[core]\nbare = true\n")
         git("fetch", "--quiet", *fetch, "--", url, *commits)
         yield git
 
@@ -135,18 +142,30 @@ class Release:
         return f"{self.date:%Y-%m-%d}" if self.date else ""
 
 
+@cache
+def _index(address: str) -> PyPISimple:
+    """A client of an index, whose connections all packages share; a connection's TLS takes longer than a page."""
+    from pypi_simple import PYPI_SIMPLE_ENDPOINT, PyPISimple
+
+    return PyPISimple(endpoint=address or PYPI_SIMPLE_ENDPOINT)
+
+
+_CONNECTIONS = BoundedSemaphore(6)
+"""Connections to the index at a time."""
+
+
 def package(name: str, before: datetime | None = None, version: str = "") -> Release:
     """A package's newest release on the user's index, or the one of a `version`; raises SourceError.
 
     Yanked releases, pre-releases, and those that do not run on the oldest Python of the default stack do not count, nor
     do those that were not uploaded `before` a time.
     """
-    from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
+    from pypi_simple import NoSuchProjectError
     from requests import RequestException
 
     try:
-        with PyPISimple(endpoint=tools.index() or PYPI_SIMPLE_ENDPOINT) as client:
-            files = client.get_project_page(name).packages
+        with _CONNECTIONS:
+            files = _index(tools.index()).get_project_page(name).packages
     except (RequestException, NoSuchProjectError) as error:
         cause, hint = f"{error}", "check the network and the index"
         raise SourceError("source-unreachable", f"{name} was not found on the index", cause=cause, hint=hint) from None

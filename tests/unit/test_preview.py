@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from core import files, source
+from core import files, foreign, source
 from core.errors import HostError
 from deploy import preview as hosts_preview
 from deploy import release as releases
@@ -545,3 +546,25 @@ def test_flags_of_this_checkout_fit_both_versions() -> None:
     known = preview._known(comfyui.tree())
     assert [*preview._flags(known, known, chosen)] == []
     assert interface.compare(Interface({}), Interface({})) == []
+
+
+def test_what_two_versions_share_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"same.py": "import os\ndef same(a): pass\n", "changed.py": "def old(a): global other\n"}
+    for version in ("old", "new"):
+        for name, text in texts.items():
+            path = tmp_path / version / "comfy" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text.replace("old", version) + f"# {tmp_path.name}\n" * (name == "same.py"))
+    parsed, parse = [], foreign.parsed
+
+    def counted(path: Path) -> object:
+        parsed.append(path.name)
+        assert not gc.isenabled()
+        return parse(path)
+
+    monkeypatch.setattr(foreign, "parsed", counted)
+    old, new = (kept(api.Api, api.read, tmp_path / version) for version in ("old", "new"))
+    assert sorted(parsed) == ["changed.py", "changed.py", "same.py"]
+    assert gc.isenabled()
+    assert old.modules["comfy.same"] == new.modules["comfy.same"]
+    assert [{*each.modules["comfy.changed"].names} for each in (old, new)] == [{"old", "other"}, {"new", "other"}]

@@ -16,7 +16,7 @@ from invoke.exceptions import Exit
 import tasks
 from core import files
 from core.command import command
-from core.errors import AuditError, BusyError, ConnectError
+from core.errors import AuditError, BusyError, ConnectError, GateError
 from core.flags import CutOver, Where
 from deploy import remote_build
 from deploy.change import Outcome
@@ -25,6 +25,7 @@ from lock.audit import Audit, Finding
 from lock.updates.node_updates import Change as Update
 from lock.updates.outdated import Entry
 from lock.updates.proposal import Proposal
+from lock.updates.report import Report
 from tests.conftest import Hearth
 from tests.errors import kind_of
 
@@ -111,6 +112,7 @@ def update() -> Update:
     return Update("node", "a", "b", (), (), ())
 
 
+REPORT = Report(summary="a", branch="b", commit="c", base="d", changed=True, proposal=Proposal())
 FINDING = Finding("x", "1", (), "a hole", "", "")
 
 
@@ -131,6 +133,11 @@ FINDING = Finding("x", "1", (), "a hole", "", "")
         ("update", {}, "lock.updates.update.update", (Proposal(files=["a"]), {}), 0),
         ("update", {}, "lock.updates.update.update", (Proposal(), {"a": OSError()}), 31),
         ("update", {"undo": True}, "lock.updates.transaction.undo", ["a"], 0),
+        ("update", {"undo": True, "propose": True}, "lock.updates.transaction.undo", ["a"], 15),
+        ("update", {"host": "spark"}, "lock.updates.update.update", (Proposal(), {}), 15),
+        ("update", {"propose": True}, "lock.updates.propose.propose", (REPORT, None), 0),
+        ("update", {"propose": True}, "lock.updates.propose.propose", (REPORT, GateError("unhealthy", "a")), 66),
+        ("update", {"propose": True, "host": "x"}, "lock.updates.propose.propose", (REPORT, None), 15),
         ("outdated", {}, "lock.updates.outdated.outdated", ([Entry("nodes", "a", "1", "2", 3)], {}), 0),
         ("outdated", {}, "lock.updates.outdated.outdated", ([], {"a": ConnectError("unreachable", "b")}), 60),
         ("nodes.search", {"workflow": "w"}, "lock.updates.node_updates.search", {"A": ["node"], "B": []}, 1),

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from core import files
+from core import files, workspace
 from lock.updates import transaction
 from lock.updates.transaction import Change, Record
 from tests.errors import raises
+from tests.upstream import Checkout
 
 CODE = Path(__file__).parents[2]
 OLD_FILES = {**dict.fromkeys("abc", "old"), "gone": "old"}
@@ -175,3 +176,16 @@ def test_texts_are_exact(root: Path) -> None:
         transaction.switch(change)
     transaction.undo()
     assert (root / "a").read_bytes() == b"old\r\n"
+
+
+@pytest.mark.installer
+def test_a_copy_of_the_checkout_with_a_change(own: Checkout) -> None:
+    before, gone = own.texts(), own.file("recipes/comfyui/app.toml")
+    fresh = own.file("recipes/comfyui/versions/1/app.toml")
+    changes = {str(gone): Change("", None), str(fresh): Change(None, "new")}
+    with transaction.applied(Record(changes)):
+        copy = workspace.current().checkout
+        assert (copy / "recipes/comfyui/versions/1/app.toml").read_text() == "new"
+        assert not (copy / "recipes/comfyui/app.toml").exists()
+        assert (copy / "config/stacks.toml").read_text() == before["config/stacks.toml"]
+    assert (own.texts(), copy.exists()) == (before, False)
