@@ -344,6 +344,12 @@ def test_files_that_are_hardly_begun_fail(tmp_path: Path, data: bytes) -> None:
     assert (tmp_path / "a").read_bytes() == data
 
 
+def test_a_sound_of_nothing_but_starts_of_frames_ends_soon(tmp_path: Path) -> None:
+    head = b"fLaC\x80\0\0\x22" + bytes(7) + b"\xff\xff\xff" + bytes(24)
+    (tmp_path / "a.flac").write_bytes(head + b"\xff\xf8" * 20_000_000)
+    assert sanitise(tmp_path, "a.flac", write=True, replace=True).error == "it is truncated"
+
+
 def test_a_damaged_chunk_of_a_png_is_reported(tmp_path: Path) -> None:
     png(tmp_path / "a.png", noise())
     raw = bytearray((tmp_path / "a.png").read_bytes())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -180,3 +183,30 @@ def test_the_watermark_uses_only_nodes_of_comfyui(hearth: Hearth) -> None:
     done = hearth.inv("workflows.check", "--file", "docs/how-to/watermark.json")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("1 of 1 workflows fit")
+
+
+@pytest.mark.needs("root")
+def test_a_system_services_outputs_are_cleaned_with_its_rights() -> None:
+    """Root's picture in the folder is neither read nor replaced, and the service's link to one is not followed."""
+    nobody = pwd.getpwnam("nobody").pw_uid
+    with TemporaryDirectory(dir="/tmp") as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        output = root / "data/output"
+        output.mkdir(parents=True)
+        for name in ("root.png", "own.png", "readable.png"):
+            png(output / name, noise())
+        png(root / "outside.png", noise())
+        (output / "root.png").chmod(0o600)
+        (output / "link.png").symlink_to(root / "outside.png")
+        for path in (output, output / "own.png", output / "link.png"):
+            os.chown(path, nobody, nobody, follow_symlinks=False)
+        values = {"prefix": folder, "service": "s", "scope": "system", "user": "nobody", "address": "", "port": 1}
+        found = {each.path: each for each in sanitise_outputs(Layout(values), [], write=True, replace=True)}
+        assert {name: each.state for name, each in found.items()} == {
+            "link.png": "unknown", "own.png": "written", "readable.png": "written", "root.png": "failed",
+        }  # fmt: skip
+        assert found["root.png"].error == "Permission denied"
+        assert SECRET in (output / "root.png").read_bytes()
+        assert SECRET in (root / "outside.png").read_bytes()
+        assert {(output / name).stat().st_uid for name in ("own.png", "readable.png")} == {nobody}
