@@ -126,17 +126,18 @@ def _png(found: Cleaner) -> None:
     at, kind = 8, b""
     while kind != b"IEND":
         length, kind = struct.unpack(">I4s", found.read(at, 8))
+        name = kind.decode("latin-1")
         if at == 8 and kind != b"IHDR":
             raise ValueError("its first chunk is not IHDR")
         checksum = 0
         for block in found.blocks(at + 4, 4 + length):
             checksum = zlib.crc32(block, checksum)
         if found.read(at + 8 + length, 4) != checksum.to_bytes(4, "big"):
-            raise ValueError(f"its chunk {kind!r} is damaged")
+            raise ValueError(f"its chunk {name} is damaged")
         if kind in PNG_KEPT:
             found.keep(at, length + 12)
         elif not kind[0] & 0x20:
-            raise ValueError(f"its critical chunk {kind!r} is unknown")
+            raise ValueError(f"its critical chunk {name} is unknown")
         else:
             _drop_chunk(found, kind, at + 8, length)
         at += length + 12
@@ -360,7 +361,7 @@ def _boxes(found: Cleaner, at: int, end: int, parent: bytes, depth: int) -> Iter
         elif not size and not parent:
             size = end - at
         if size < head or at + size > end:
-            raise ValueError("it is truncated" if not parent else f"its box {kind!r} is damaged")
+            raise ValueError("it is truncated" if not parent else f"its box {kind.decode('latin-1')} is damaged")
         yield kind
         if kind in _CONTAINERS:
             found.keep(at, head)
@@ -384,7 +385,10 @@ def _box(found: Cleaner, kind: bytes, at: int, head: int, size: int, parent: byt
         blank = (head + 4, 16 if found.read(at + head, 1)[0] else 8)
     elif kind == b"hdlr":
         if (track := found.read(at + head + 8, 4)) not in _TRACKS and parent == b"mdia":
-            raise ValueError(f"a track of kind {track!r} may hold metadata, which cannot be removed")
+            name = track.decode("latin-1")
+            raise ValueError(
+                f"its track of kind {name} may hold metadata; copy only video and sound: ffmpeg -map 0:v -map 0:a"
+            )
         blank = (head + 24, max(0, size - head - 24))
     start, length = blank
     if any(found.read(at + start, length)):

@@ -15,8 +15,11 @@ from agent.parts import as_service, drop_root
 from agent.sanitise import DRAFT, sanitise
 from agent.schema.live import Sanitised
 
-BYTES, FILES = 2_000_000_000, 500
+BYTES, FILES = 500_000_000, 500
 """Maximum size and number of files per process, whose time is limited."""
+
+SLOWEST = 5_000_000
+"""Bytes per second of the slowest disk that is fast enough."""
 
 
 def sanitise_outputs(layout: Layout, paths: Sequence[str], write: bool, replace: bool) -> Iterator[Sanitised]:
@@ -34,7 +37,7 @@ def sanitise_outputs(layout: Layout, paths: Sequence[str], write: bool, replace:
         while number < min(FILES, len(pending)) and (not number or size + pending[number][1] < BYTES):
             size, number = size + pending[number][1], number + 1
         names = [name for name, _ in pending[:number]]
-        for each in as_service(layout, _sanitise_each, root, names, write, replace):
+        for each in as_service(layout, _sanitise_each, root, names, write, replace, seconds=600 + size / SLOWEST):
             yield Sanitised(**each)
         pending = pending[number:]
 
@@ -47,9 +50,9 @@ def listed(root: Path, paths: Sequence[str]) -> list[tuple[str, int]]:
         parent, _, name = path.rpartition("/")
         try:
             with inside(root, parent) as place:
-                folder = not name or stat.S_ISDIR((place / name).lstat().st_mode)
-            if not folder:
-                found[path] = 0
+                status = (place / name).lstat()  # without a name, of the folder itself
+            if name and not stat.S_ISDIR(status.st_mode):
+                found[path] = status.st_size
                 continue
             for each, place in branches(root, path):
                 with os.scandir(place) as entries:
