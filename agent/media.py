@@ -33,7 +33,8 @@ class Cleaner:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self.size = os.fstat(file.fileno()).st_size
+        self.status = os.fstat(file.fileno())
+        self.size = self.status.st_size
         self.pieces: list[tuple[int, int] | bytes] = []  # a range (offset or ZEROS, length), or new bytes
         self.removed: dict[str, None] = {}  # what is removed, in order
         self._items = 0
@@ -52,6 +53,10 @@ class Cleaner:
         """Yield a range block by block."""
         for start in range(at, at + length, BLOCK):
             yield self.read(start, min(BLOCK, at + length - start))
+
+    def blank(self, at: int, length: int) -> bool:
+        """Return whether a range contains only zeros."""
+        return not any(block.strip(b"\0") for block in self.blocks(at, length))
 
     def keep(self, at: int, length: int) -> None:
         """Keep a range of the original."""
@@ -146,7 +151,7 @@ def _png(found: Cleaner) -> None:
 
 def _drop_chunk(found: Cleaner, kind: bytes, at: int, length: int) -> None:
     """Remove an ancillary chunk of a PNG, except the orientation."""
-    if kind == b"eXIf" and (small := upright(raw := found.read(at, length))):
+    if kind == b"eXIf" and (small := upright(raw := found.read(at, min(length, BLOCK)))):
         body = kind + small
         found.pieces.append(len(small).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big"))
         if raw == small:
@@ -161,6 +166,7 @@ def _drop_chunk(found: Cleaner, kind: bytes, at: int, length: int) -> None:
 
 # The next marker in entropy-coded data: neither a stuffed byte nor a restart marker.
 _MARKER = re.compile(rb"\xff(?=[^\x00\xff\xd0-\xd7])", re.DOTALL)
+_FRAME = frozenset([*range(0xC0, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD])  # frames, scans and their tables
 _SEGMENTS = ((0xE1, b"Exif\0", "Exif"), (0xE1, b"http", "XMP"), (0xED, b"Photoshop", "IPTC"), (0xEB, b"JP", "C2PA"))
 
 
@@ -185,10 +191,10 @@ def _jpeg(found: Cleaner) -> None:
             end = following.start() if following else found.size + 1
         if end > found.size:
             raise ValueError("it is truncated")
-        if 0xE0 <= kind <= 0xEF or kind == 0xFE:
-            _segment(found, kind, data[at + 4 : end], at)
-        else:
+        if kind in _FRAME:
             found.keep(at, end - at)
+        else:
+            _segment(found, kind, data[at + 4 : end], at)
         at = end
     found.keep(at, 2)
     found.drop_rest(at + 2)
@@ -197,8 +203,10 @@ def _jpeg(found: Cleaner) -> None:
 def _segment(found: Cleaner, kind: int, body: bytes, at: int) -> None:
     """Keep an application segment if it affects the picture: JFIF, colour profile, Adobe's transform, orientation."""
     small = b""
-    if (kind == 0xE2 and body.startswith(b"ICC_PROFILE\0")) or (kind == 0xEE and body.startswith(b"Adobe")):
+    if kind == 0xE2 and body.startswith(b"ICC_PROFILE\0"):
         small = body
+    elif kind == 0xEE and body.startswith(b"Adobe"):
+        small = body[:12]
     elif kind == 0xE0 and body.startswith(b"JFIF\0"):
         small = body[:12] + bytes(2)  # without a thumbnail
     elif kind == 0xE1 and body.startswith(b"Exif\0") and (exif := upright(body[6:])):
@@ -209,13 +217,12 @@ def _segment(found: Cleaner, kind: int, body: bytes, at: int) -> None:
     if small:
         found.pieces.append(struct.pack(">BBH", 0xFF, kind, len(small) + 2) + small)
     names = (name for each, start, name in _SEGMENTS if each == kind and body.startswith(start))
-    found.drop("comment" if kind == 0xFE else next(names, "thumbnail" if small else f"APP{kind - 0xE0}"))
+    found.drop("comment" if kind == 0xFE else next(names, "thumbnail" if small else f"segment {kind:X}"))
 
 
 # --- WebP (RFC 9649) -----------------------------------------------------------------------------------------------
 
 _EXIF, _XMP = 0x08, 0x04  # flags of VP8X
-_SMALLEST = {b"VP8X": 10, b"ANMF": 16}
 
 
 def _webp(found: Cleaner) -> None:
@@ -228,7 +235,7 @@ def _webp(found: Cleaner) -> None:
         kinds.add(kind)
         if kind == b"VP8X":
             flags = len(found.pieces)
-            head = found.read(at, 8 + length)
+            head = found.read(at, 18)
             found.pieces.append(head[:8] + bytes([head[8] & ~(_EXIF | _XMP)]) + head[9:])
         elif kind == b"ANMF":
             _frame(found, at, length)
@@ -236,7 +243,7 @@ def _webp(found: Cleaner) -> None:
             found.keep(at, 8 + length)
             _pad(found, length)
         elif kind == b"EXIF":
-            raw = found.read(at + 8, length).removeprefix(b"Exif\0\0")
+            raw = found.read(at + 8, min(length, BLOCK)).removeprefix(b"Exif\0\0")
             if (small := upright(raw)) and flags > 0 and isinstance(old := found.pieces[flags], bytes):
                 found.pieces[flags] = old[:8] + bytes([old[8] | _EXIF]) + old[9:]
                 found.pieces.append(b"EXIF" + struct.pack("<I", len(small)) + small)
@@ -255,8 +262,10 @@ def _chunks(found: Cleaner, at: int, end: int) -> Iterator[tuple[bytes, int, int
     """Yield kind, offset and length of each chunk of a WebP."""
     while at < end:
         kind, length = struct.unpack("<4sI", found.read(at, 8))
-        if at + 8 + length > end or length < _SMALLEST.get(kind, 0):
+        if at + 8 + length > end:
             raise ValueError("it is truncated")
+        if length < (kind == b"ANMF") * 16 or (length != 10 and kind == b"VP8X"):
+            raise ValueError(f"its chunk {kind.decode('latin-1')} is damaged")
         yield kind, at, length
         at += 8 + length + length % 2
 
@@ -293,7 +302,7 @@ def _flac(found: Cleaner) -> None:
         kind, length = head & 0x7F, int.from_bytes(bytes(size), "big")
         if at == 4 and (kind, length) != (0, 34):
             raise ValueError("its first block is not STREAMINFO")
-        empty = kind == 1 and not any(any(block) for block in found.blocks(at + 4, length))
+        empty = kind == 1 and found.blank(at + 4, length)
         if kind in (0, 3) or empty:  # STREAMINFO, SEEKTABLE
             kept.append((kind, at, length))
         else:
@@ -368,9 +377,7 @@ def _boxes(found: Cleaner, at: int, end: int, parent: bytes, depth: int) -> Iter
             list(_boxes(found, at + head, at + size, kind, depth + 1))
         elif kind in _BOXES:
             _box(found, kind, at, head, size, parent)
-        elif kind in (b"free", b"skip", b"wide") and not any(
-            any(block) for block in found.blocks(at + head, size - head)
-        ):
+        elif kind in (b"free", b"skip", b"wide") and found.blank(at + head, size - head):
             found.keep(at, size)
         else:
             found.drop({b"udta": "tags", b"meta": "tags"}.get(kind, kind.decode("latin-1")))
@@ -391,7 +398,7 @@ def _box(found: Cleaner, kind: bytes, at: int, head: int, size: int, parent: byt
             )
         blank = (head + 24, max(0, size - head - 24))
     start, length = blank
-    if any(found.read(at + start, length)):
+    if not found.blank(at + start, length):
         found.drop("times" if kind != b"hdlr" else "handler names")
     found.keep(at, start)
     found.pieces.append((ZEROS, length))

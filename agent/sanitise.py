@@ -32,7 +32,7 @@ def sanitise(folder: Path, name: str, *, write: bool, replace: bool) -> Sanitise
                 _compare(folder / copy, found)
                 return Sanitised(name, "copied", removed, copy)
             if write:
-                _write(folder, name, copy or name, file, found)
+                _write(folder, name, copy or name, found)
             return Sanitised(name, "written" if write else "dirty", removed, copy)
     except UnknownFormatError as error:
         return Sanitised(name, "unknown", error=str(error))
@@ -43,7 +43,7 @@ def sanitise(folder: Path, name: str, *, write: bool, replace: bool) -> Sanitise
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a regular file. Raises ValueError for a link or another kind of file, and if it changes meanwhile."""
+    """Open a regular file. Raises ValueError for a link or another kind of file."""
     if stat.S_ISLNK(path.lstat().st_mode):
         raise UnknownFormatError("it is a symbolic link")
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
@@ -59,9 +59,9 @@ def _compare(copy: Path, found: Cleaner) -> None:
             raise ValueError(f"{copy.name} exists with other content; move it away")
 
 
-def _write(folder: Path, name: str, target: str, file: IO[bytes], found: Cleaner) -> None:
+def _write(folder: Path, name: str, target: str, found: Cleaner) -> None:
     """Write a cleaned file with the original's mode and time, and rename it to `target`: a kill loses nothing."""
-    before = os.fstat(file.fileno())
+    before = found.status
     draft = folder / f"{DRAFT}{hashlib.sha256(os.fsencode(target)).hexdigest()[:16]}"
     with os.fdopen(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as out:
         try:

@@ -240,6 +240,18 @@ def test_thumbnails_and_data_after_the_end_are_removed(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == raw
 
 
+def test_segments_that_do_not_affect_the_picture_are_removed(tmp_path: Path) -> None:
+    noise("CMYK").save(tmp_path / "a.jpg")
+    raw = (tmp_path / "a.jpg").read_bytes()
+    at = raw.index(b"\xff\xee")
+    assert raw[at : at + 9] == b"\xff\xee\0\x0eAdobe"
+    longer = b"\xff\xee" + struct.pack(">H", 14 + len(SECRET)) + raw[at + 4 : at + 16] + SECRET
+    more = b"".join(struct.pack(">BBH", 0xFF, kind, 2 + len(SECRET)) + SECRET for kind in (0xE2, 0xEF, 0xF3, 0xFD))
+    (tmp_path / "a.jpg").write_bytes(raw[:at] + more + longer + raw[at + 16 :])
+    assert sanitise(tmp_path, "a.jpg", write=True, replace=True).state == "written"
+    assert (tmp_path / "a.jpg").read_bytes() == raw
+
+
 def box(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I4s", 8 + len(data), kind) + data
 
@@ -457,10 +469,32 @@ def test_two_runs_at_once_do_not_write_the_same_file(tmp_path: Path) -> None:
 def test_a_file_that_changes_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     png(tmp_path / "a.png", noise())
     other = noise(seed=5)
-    monkeypatch.setattr(os, "fchmod", lambda *_: png(tmp_path / "a.png", other))
+
+    def change(*_: object) -> None:
+        png(tmp_path / "a.png", other)
+        os.utime(tmp_path / "a.png", (1, 1))
+
+    monkeypatch.setattr(os, "fchmod", change)
     found = sanitise(tmp_path, "a.png", write=True, replace=True)
     assert found.state == "failed"
     assert SECRET in (tmp_path / "a.png").read_bytes()
+    assert [each.name for each in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_file_that_changes_before_it_is_written_is_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    png(tmp_path / "a.png", noise())
+
+    def change(_: Path) -> bool:
+        raw = bytearray((tmp_path / "a.png").read_bytes())
+        raw[-30] ^= 1
+        (tmp_path / "a.png").write_bytes(raw)
+        os.utime(tmp_path / "a.png", (1, 1))
+        return False
+
+    monkeypatch.setattr(os.path, "lexists", change)
+    assert sanitise(tmp_path, "a.png", write=True, replace=False).state == "failed"
     assert [each.name for each in tmp_path.iterdir()] == ["a.png"]
 
 
