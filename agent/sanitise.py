@@ -11,11 +11,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from agent.media import Cleaner, UnknownFormatError, examine
+from agent.media import images, recordings
+from agent.media.cleaner import Cleaner, UnknownFormatError
 from agent.schema.live import Sanitised
 
 DRAFT = ".sanitise-"
 """Prefix of the temporary files; a killed run leaves one, and the next run for the same file replaces it."""
+
+
+def examine(file: IO[bytes]) -> Cleaner:
+    """Find a file's metadata. Raises UnknownFormatError, ValueError if it is damaged, or OSError."""
+    found = Cleaner(file)
+    head = os.pread(file.fileno(), 16, 0)
+    for matches, clean in (
+        (head.startswith(b"\x89PNG\r\n\x1a\n"), images.png),
+        (head.startswith(b"\xff\xd8\xff"), images.jpeg),
+        (head[:4] == b"RIFF" and head[8:12] == b"WEBP", images.webp),
+        (head.startswith(b"fLaC"), recordings.flac),
+        (head[4:8] == b"ftyp", recordings.mp4),
+        (head.startswith(b"\x1a\x45\xdf\xa3"), recordings.webm),
+    ):
+        if matches:
+            clean(found)
+            return found
+    raise UnknownFormatError("it is not a PNG, JPEG, WebP, FLAC, MP4 or WebM file")
 
 
 def sanitise(folder: Path, name: str, *, write: bool, replace: bool) -> Sanitised:

@@ -28,10 +28,11 @@ def sanitise(
     sudo: Sudo,
     out: Output,
 ) -> int:
-    """Remove metadata, such as the workflow, from PNG, JPEG, WebP, MP4 and FLAC files. Exit code 1 if a file failed.
+    """Remove metadata, such as the workflow, from pictures, videos and sounds. Exit code 1 if a file failed.
 
-    Without `--apply`, shows what would be removed; exit code 2 if there is anything. Pixels and samples stay the same.
-    Follows no links. Files of other formats are listed, and may contain metadata. How: docs/how-to/clean-outputs.md
+    Formats: PNG, JPEG, WebP, MP4, WebM and FLAC; others are listed, and may contain metadata. Pixels and samples stay
+    the same. Follows no links. Without `--apply`, shows what would be removed; exit code 2 if there is anything.
+    How: docs/how-to/clean-outputs.md
 
         inv sanitise picture.png clips/
         inv sanitise picture.png --apply               # writes picture.clean.png

@@ -165,6 +165,17 @@ def video(path: Path, codec: str = "libx264", movflags: str = "use_metadata_tags
         file.mux(sound.encode())
 
 
+def webm(path: Path) -> None:
+    with av.open(str(path), "w") as file:
+        file.metadata["workflow"] = file.metadata["title"] = TEXT
+        picture: av.VideoStream = file.add_stream("libvpx-vp9", rate=10, width=64, height=48, pix_fmt="yuv420p")
+        picture.metadata["title"] = TEXT
+        for each in range(20):
+            pixels = np.random.default_rng(each).integers(0, 256, (48, 64, 3), np.uint8)
+            file.mux(picture.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        file.mux(picture.encode())
+
+
 def flac(path: Path) -> None:
     with av.open(str(path), "w") as file:
         file.metadata["workflow"] = TEXT
@@ -188,6 +199,8 @@ MEDIA: dict[str, Callable[[Path], Any]] = {
     "fast.mp4": lambda path: video(path, movflags="faststart"),
     "fragmented.mp4": lambda path: video(path, movflags="frag_keyframe+empty_moov+use_metadata_tags"),
     "quicktime.mov": video,
+    "clip.webm": webm,
+    "matroska.mkv": video,
     "sound.flac": flac,
     "id3.flac": flac_with_id3,
 }
@@ -287,6 +300,43 @@ def test_a_track_of_metadata_is_refused(tmp_path: Path) -> None:
     found = sanitise(tmp_path, "a.mp4", write=True, replace=True)
     assert found.state == "failed"
     assert "track of kind meta" in found.error
+
+
+def element(name: int, data: bytes) -> bytes:
+    return name.to_bytes((name.bit_length() + 7) // 8, "big") + (len(data) | 1 << 56).to_bytes(8, "big") + data
+
+
+HEADER = element(0x1A45DFA3, b"\x42\x82\x84webm")
+
+
+@pytest.mark.parametrize("size", [1, 117, 118, 119, 120, 5000])
+@pytest.mark.parametrize("name", [0x1254C367, 0x1941A469, 0x1043A770, 0xEC, 0xBF, 0x4444])
+def test_any_unknown_element_of_a_webm_is_emptied(tmp_path: Path, name: int, size: int) -> None:
+    secret = element(name, b"x" * size)
+    (tmp_path / "a.webm").write_bytes(HEADER + element(0x18538067, secret + element(0x1F43B675, b"cluster")))
+    found = sanitise(tmp_path, "a.webm", write=True, replace=True)
+    assert found.state == "written"
+    raw = (tmp_path / "a.webm").read_bytes()
+    assert len(raw) == len(HEADER) + 12 + len(secret) + 12 + 7
+    assert b"xx" not in raw
+    assert b"cluster" in raw
+    void = raw[len(HEADER) + 12 : len(HEADER) + 12 + len(secret)]
+    head, length = (2, void[1] & 0x7F) if void[1] & 0x80 else (9, int.from_bytes(void[2:9], "big"))
+    assert (void[0], length, void[head:]) == (0xEC, len(secret) - head, bytes(len(secret) - head))
+    assert sanitise(tmp_path, "a.webm", write=True, replace=True).state == "clean"
+
+
+def test_hostile_webm_files_fail(tmp_path: Path) -> None:
+    nested = b""
+    for _ in range(5000):
+        nested = element(0x18538067, nested)
+    track = element(0x1654AE6B, element(0xAE, element(0x83, b"\x21")))
+    streamed = b"\x18\x53\x80\x67\x01" + b"\xff" * 7
+    states = {}
+    for name, data in {"nested": nested, "track": element(0x18538067, track), "streamed": streamed, "0": b"\0"}.items():
+        (tmp_path / name).write_bytes(HEADER + data)
+        states[name] = sanitise(tmp_path, name, write=False, replace=True).state
+    assert states == {"nested": "dirty", "track": "failed", "streamed": "failed", "0": "failed"}
 
 
 ALL = IMAGES | MEDIA

@@ -128,12 +128,12 @@ def test_exit_codes_and_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_rows_name_what_is_removed_and_count_the_rest() -> None:
     found = [
         Sanitised("a.png", "dirty", ("text workflow", "Exif"), "a.clean.png"),
-        Sanitised("b.txt", "unknown", error="it is not a PNG, JPEG, WebP, FLAC or MP4 file"),
+        Sanitised("b.txt", "unknown", error="it is not a PNG, JPEG, WebP, FLAC, MP4 or WebM file"),
         Sanitised("c.png", "clean"),
     ]
     assert [*sanitise.rows(found, found)] == [
         "a.png -> a.clean.png: would be cleaned: text workflow, Exif",
-        "b.txt: it is not a PNG, JPEG, WebP, FLAC or MP4 file",
+        "b.txt: it is not a PNG, JPEG, WebP, FLAC, MP4 or WebM file",
         "3 files: 1 would be cleaned, 1 nothing to remove, 1 not supported",
     ]
 
@@ -166,7 +166,7 @@ def test_the_task_cleans_the_outputs_of_a_host(hearth: Hearth, outputs: Path, tm
 # --- what ComfyUI saves, and what the page says -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["png.png", "apng.png", "webp.webp", "video.mp4", "flac.flac"])
+@pytest.mark.parametrize("name", ["png.png", "apng.png", "webp.webp", "video.mp4", "webm.webm", "flac.flac"])
 def test_files_that_comfyui_saved_have_no_workflow_afterwards(tmp_path: Path, name: str) -> None:
     shutil.copy(FIXTURES / "workflows" / name, tmp_path)
     assert workflows.read(tmp_path / name)
