@@ -14,6 +14,8 @@ from core import console  # noqa: E402  after the line above
 from deploy import tasks as deploy  # noqa: E402
 from kernels import tasks as kernels  # noqa: E402
 from lock import tasks as lock  # noqa: E402
+from ops import cluster_tasks as clusters  # noqa: E402
+from ops import output_tasks as outputs  # noqa: E402
 from ops import tasks as ops  # noqa: E402
 from ops import workflow_tasks as workflows  # noqa: E402
 
@@ -22,7 +24,7 @@ grouped = {kernels.list_kernels, kernels.pin}
 ns = Collection(
     *(
         each
-        for room in (kernels, deploy, ops)
+        for room in (kernels, deploy, ops, outputs, clusters)
         for each in vars(room).values()
         if isinstance(each, Task) and each not in grouped
     )

@@ -119,6 +119,7 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "free-memory": ("agent.change.memory", "free", ("wait",)),
     "settings": ("agent.change.settings", "look", None),
     "access": ("agent.look.access", "access", None),
+    "sanitise": ("agent.change.sanitise", "sanitise_outputs", ("paths", "write", "replace")),
     "secret": ("agent.serve.secret", "keep", None),
 }
 """Module, function and request keys (None: the whole request) of each client verb. A verb imports only its own modules,

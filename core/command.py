@@ -45,12 +45,18 @@ def _complete_context(
 def _handle(
     machine: ParseMachine, token: str, handle: Callable[[ParseMachine, str], None] = ParseMachine.handle
 ) -> None:
-    """Read a word. `--help` after a task asks for its help; invoke would take it for a positional argument."""
+    """Read a word. `--help` after a task asks for its help; invoke would take it for a positional argument.
+
+    A positional argument that is iterable takes any number of words.
+    """
     context, initial = machine.context, machine.initial
+    lists = [each for each in context.positional_args if each.kind is list] if context else []
     if token in ("--help", "-h") and context and initial and context is not initial and token not in context.flags:
         initial.flags["--help"].value = context.name
         for each in context.missing_positional_args:
             each.value = ""
+    elif lists and not machine.waiting_for_flag_value and not token.startswith("-"):
+        lists[0].value = token
     else:
         handle(machine, token)
 

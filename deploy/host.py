@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 LOCAL = "local"
 
+NO_METADATA = "--disable-metadata"
+"""The flag of `metadata = "none"`."""
+
 
 class Mount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file system that must be mounted at this path. Without `what`, Hearth waits until others (fstab) mount it."""
@@ -156,7 +159,13 @@ class Target:
 
     def flags_for(self, comfyui: str) -> dict[str, str]:
         """The flags of a version of ComfyUI."""
-        return self._active(self.profile.flags, comfyui)
+        own = {NO_METADATA: ""} if self.profile.metadata == "none" else {}
+        return dict(sorted((self._active(self.profile.flags, comfyui) | own).items()))
+
+    def flag_origin(self, name: str) -> str:
+        """The file or table that a flag comes from; empty if it is not set."""
+        by_setting = name == NO_METADATA and self.profile.metadata == "none"
+        return self.origin.get("metadata" if by_setting else f"flags.{name}", "")
 
     @property
     def env(self) -> dict[str, str]:

@@ -378,6 +378,8 @@ def _notes(target: Target, facts: Facts) -> list[str]:
         f"ComfyUI restarts whenever a Python file in {each} changes, even during a job" for each in target.host.develop
     ]
     found += [target.stack.notice] if target.stack.deprecated else []
+    if target.profile.metadata == "none":
+        found.append(f"outputs contain no workflow: metadata = none ({target.origin['metadata']})")
     for number, gpu in enumerate(facts.gpus if target.profile.cuda else ()):
         if who := others(gpu.processes):
             found.append(f"other processes use GPU {number}; their memory is not available to ComfyUI: {who}")

@@ -88,7 +88,7 @@ def _preview(
 
 
 def _owner(target: Target, flag: str) -> str:
-    origin = target.origin.get(f"flags.{flag}", "")
+    origin = target.flag_origin(flag)
     return f"{target.name} ({origin})" if origin else target.name
 
 

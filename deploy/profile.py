@@ -69,6 +69,7 @@ class Prove(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 Network = Literal["open", "lan-deny", "offline"]
+Metadata = Literal["keep", "none"]
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -103,6 +104,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     network: Network = "open"
     """Whom ComfyUI can reach: everyone except link-local and metadata addresses ("open"), no private network either
     ("lan-deny"), or only its own machine ("offline")."""
+    metadata: Metadata = "keep"
+    """Whether ComfyUI saves the workflow in its outputs ("keep"), or not ("none", by its flag `--disable-metadata`)."""
     restart: Literal["on-failure", "always"] = "on-failure"
     """The unit's `Restart=`."""
     prove: tuple[Prove, ...] = ()
@@ -125,6 +128,7 @@ class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     device_policy: Literal["closed", "auto"] | None = None
     memory_max: str | None = None
     network: Network | None = None
+    metadata: Metadata | None = None
     restart: Literal["on-failure", "always"] | None = None
     prove: tuple[Prove, ...] | None = None
 

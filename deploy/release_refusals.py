@@ -107,7 +107,7 @@ def no_python(listed: Sequence[str], facts: Facts) -> Refusal:
 
 def flags(target: Target, known: Mapping[str, Flag]) -> list[Refusal]:
     """Flags that this ComfyUI does not accept, or that a release sets itself."""
-    origin = {name: target.origin.get(f"flags.{name}", "") for name in target.flags}
+    origin = {name: target.flag_origin(name) for name in target.flags}
     found = [
         Refusal(
             "own-flag",

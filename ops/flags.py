@@ -117,7 +117,7 @@ def _origin(target: Target, name: str, value: str | None) -> str:
     if name in OWN_FLAGS:
         return "Hearth"
     same = target.flags.get(name) == value
-    return target.origin.get(f"flags.{name}", "") if same else "an earlier configuration"
+    return target.flag_origin(name) if same else "an earlier configuration"
 
 
 def rows(seen: Iterable[Flags]) -> Iterator[str]:

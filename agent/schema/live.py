@@ -229,3 +229,17 @@ class Probed:
     facts: Facts
     live: Live
     probe: Probe
+
+
+@dataclass(frozen=True)
+class Sanitised:
+    """A file that was searched for metadata.
+
+    `state` is clean, dirty (a dry run), written, copied (a clean copy existed), unknown (its format), or failed.
+    """
+
+    path: str
+    state: str
+    removed: tuple[str, ...] = ()  # what is removed
+    copy: str = ""  # name of the clean copy; empty if the file itself is replaced
+    error: str = ""

@@ -150,7 +150,7 @@ def test_unused_allocator_variable_is_noted(written: Path) -> None:
 def test_modes_have_reasons_and_exclude_existing_modes() -> None:
     found = modes()
     wanted = {"standard", "low-memory", "high-memory", "shared-gpu", "native-allocator", "development", "production"}
-    wanted |= {"lan-deny", "offline"}
+    wanted |= {"lan-deny", "no-metadata", "offline"}
     assert set(found) == wanted
     for name, mode in found.items():
         assert mode.summary
@@ -464,3 +464,42 @@ def test_all_are_listed() -> None:
     assert "\nmode     low-memory " in said
     assert "\nprofile  rtx-4070 " in said
     assert {each.name for each in profiles.every()} >= {"cpu", "standard"}
+
+
+# --- metadata ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "origin"),
+    [
+        ('modes = ["no-metadata"]\n', "mode no-metadata"),
+        ('[hosts.a.override]\nmetadata = "none"\n', "host a"),
+    ],
+)
+def test_metadata_none_sets_comfyuis_flag(written: Path, text: str, origin: str) -> None:
+    found = target(written, text)
+    assert found.flags["--disable-metadata"] == ""
+    assert list(found.flags) == sorted(found.flags)
+    assert found.flag_origin("--disable-metadata") == origin
+    assert f"  {'metadata = none':44} {origin}" in [*host.rows(found)]
+    release = made(
+        target=found, stock=replace(inputs(), flags={**inputs().flags, **application.flags(DISABLE_METADATA)})
+    )
+    assert not [each for each in release.refusals if each.kind == "wrong-flag"]
+    assert f"outputs contain no workflow: metadata = none ({origin})" in release.notes
+
+
+DISABLE_METADATA = "parser.add_argument('--disable-metadata', action='store_true')\n"
+
+
+def test_metadata_is_kept_by_default_and_a_host_can_keep_it_despite_its_mode(written: Path) -> None:
+    for text in ("", 'modes = ["no-metadata"]\n[hosts.a.override]\nmetadata = "keep"\n'):
+        assert "--disable-metadata" not in target(written, text).flags
+    flag = '[hosts.a.override.flags]\n"--disable-metadata" = { why = "mine" }\n'
+    assert target(written, flag).flag_origin("--disable-metadata") == "host a"
+
+
+def test_a_comfyui_without_the_flag_is_refused(written: Path) -> None:
+    found = made(target=target(written, 'modes = ["no-metadata"]\n'))
+    (what,) = [each.what for each in found.refusals if each.kind == "wrong-flag"]
+    assert what == "this ComfyUI has no flag --disable-metadata"

@@ -1,0 +1,142 @@
+"""Manifests are valid, strictly, by the schemas of three versions of Kubernetes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from ops import manifests
+from tests.conftest import Hearth
+from tests.errors import kind_of, raises
+
+IMAGE = "registry.example/comfyui@sha256:" + "0" * 64
+
+HOSTS = """
+[hosts.Spark_1]
+address = "a"
+profile = "dgx-spark"
+
+[hosts.big]
+address = "b"
+profile = "cuda"
+modes = ["no-metadata"]
+[hosts.big.override]
+memory_max = "48G"
+network = "lan-deny"
+
+[hosts.cpu]
+address = "c"
+profile = "cpu"
+override.network = "offline"
+
+[groups]
+all = ["Spark_1", "big", "cpu"]
+"""
+
+
+@pytest.fixture(autouse=True)
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hosts.toml").write_text(HOSTS)
+    monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
+
+
+def objects(name: str, *, dra: bool = False, gpus: str = "2") -> dict[str, Any]:
+    texts = manifests.kubernetes([name], IMAGE, gpus, "200Gi", dra=dra)
+    (text,) = (text for file, text in texts.items() if file != "kustomization.yaml")
+    return {each["kind"]: each for each in yaml.safe_load_all(text)}
+
+
+@pytest.mark.parametrize("version", ["1.35", "1.36", "1.37"])
+@pytest.mark.parametrize(("name", "dra"), [("Spark_1", False), ("big", False), ("big", True), ("cpu", False)])
+def test_manifests_are_valid(version: str, name: str, dra: bool) -> None:
+    found = objects(name, dra=dra)
+    assert len(found) == 3 + dra
+    for each in found.values():
+        kubernetes_validate.validate(each, version, strict=True)
+    found["StatefulSet"]["spec"]["template"]["spec"]["containers"][0]["securityContext"]["readonlyRoot"] = True
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(found["StatefulSet"], version, strict=True)
+
+
+def test_pods_have_the_limits_of_the_host() -> None:
+    found = objects("big")
+    assert {each["metadata"]["name"] for each in found.values()} == {"comfyui-big"}
+    pod = found["StatefulSet"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert "args" not in container  # the flags are in the image
+    assert container["resources"] == {"limits": {"memory": "48Gi", "nvidia.com/gpu": 1}}
+    assert container["image"] == IMAGE
+    assert found["StatefulSet"]["spec"]["replicas"] == 2
+    assert (pod["securityContext"]["runAsNonRoot"], container["securityContext"]["readOnlyRootFilesystem"]) == (
+        True,
+        True,
+    )
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert ports["http"] == found["Service"]["spec"]["ports"][0]["port"] == 8188
+    selected = found["StatefulSet"]["spec"]["selector"]["matchLabels"]
+    assert selected == found["StatefulSet"]["spec"]["template"]["metadata"]["labels"]
+    assert (
+        selected == found["Service"]["spec"]["selector"] == found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"]
+    )
+    assert found["StatefulSet"]["spec"]["serviceName"] == found["Service"]["metadata"]["name"]
+
+
+def test_a_claim_replaces_the_device_plugin() -> None:
+    found = objects("big", dra=True)
+    pod = found["StatefulSet"]["spec"]["template"]["spec"]
+    assert "nvidia.com/gpu" not in pod["containers"][0]["resources"]["limits"]
+    (claim,) = pod["resourceClaims"]
+    assert claim["resourceClaimTemplateName"] == found["ResourceClaimTemplate"]["metadata"]["name"]
+    assert pod["containers"][0]["resources"]["claims"] == [{"name": claim["name"]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "closed"),
+    [("Spark_1", ["169.254.0.0/16"]), ("big", [*manifests.PRIVATE, "169.254.0.0/16"]), ("cpu", None)],
+)
+def test_the_network_is_the_hosts(name: str, closed: list[str] | None) -> None:
+    spec = objects(name)["NetworkPolicy"]["spec"]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    if closed is None:
+        assert spec["egress"] == []
+    else:
+        assert spec["egress"][0]["to"] == [{"ipBlock": {"cidr": "0.0.0.0/0", "except": closed}}]
+
+
+def test_a_machine_without_a_gpu_requests_none_and_a_name_is_made_valid() -> None:
+    assert objects("cpu")["StatefulSet"]["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"] == {}
+    assert objects("Spark_1")["Service"]["metadata"]["name"] == "comfyui-spark-1"
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"image": ""}, "no image"),
+        ({"gpus": "0"}, "number of GPUs"),
+        ({"gpus": "two"}, "number of GPUs"),
+        ({"storage": "200"}, "not a size"),
+        ({"names": ["Spark_1"], "dra": True}, "GB10"),
+    ],
+)
+def test_bad_values_are_refused(given: dict[str, Any], what: str) -> None:
+    values = {"names": ["big"], "image": IMAGE, "gpus": "1", "storage": "1Gi", "dra": False} | given
+    with raises("usage", match=what):
+        manifests.kubernetes(**values)
+
+
+def test_the_task_writes_a_folder_for_kustomize(hearth: Hearth, tmp_path: Path) -> None:
+    words = ["manifests", "--group", "all", "--image", IMAGE, "--output", str(tmp_path / "out"), "--json"]
+    hearth.env["HEARTH_HOSTS"] = str(tmp_path / "hosts.toml")
+    assert kind_of(hearth.inv(*words).stderr) == "usage"
+    done = hearth.inv(*words, "--kubernetes")
+    listed = yaml.safe_load((tmp_path / "out/kustomization.yaml").read_text())["resources"]
+    assert listed == ["comfyui-spark-1.yaml", "comfyui-big.yaml", "comfyui-cpu.yaml"]
+    assert sorted(json.loads(done.stdout)) == sorted(str(path) for path in (tmp_path / "out").iterdir())
+    before = {path: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert hearth.inv(*words, "--kubernetes").returncode == 0
+    assert {path: path.read_text() for path in (tmp_path / "out").iterdir()} == before
