@@ -69,7 +69,8 @@ class Build:
     def singles(self) -> dict[str, Build]:
         """The build of each target, by its label: `sm120a`, or `sm89.ptx`. Archs may have a target in common."""
         labels = [f"sm{self.target(arch)}{'.ptx' if arch.ptx else ''}" for arch in self.archs]
-        return {label: replace(self, archs=(arch,)) for label, arch in zip(labels, self.archs, strict=True)}
+        found = {label: replace(self, archs=(arch,)) for label, arch in zip(labels, self.archs, strict=True)}
+        return {label: each for label, each in found.items() if f"{label}.ptx" not in found}
 
     @property
     def label(self) -> str:
@@ -115,11 +116,19 @@ class Build:
 
     @property
     def identifier(self) -> str:
-        """The name of this build in lists and messages."""
+        """The name of this build in lists and messages, and of its log.
+
+        It names each arch, with a target that has another number: `sm89.80`. Labels name targets alone.
+        """
         chain = self.toolchain
+        archs = []
+        for arch in self.archs:
+            own, target = f"{arch.major}{arch.minor}", self.target(arch)
+            name = target if target.startswith(own) else f"{own}.{target}"
+            archs.append(f"sm{name}{'.ptx' if arch.ptx else ''}")
         python = chain.abi_tag if self.recipe.abi == "cpython" else self.python_tag
         tail = f"{python}-{chain.platform.value}{f'-{self.profile}' if self.profile else ''}"
-        return f"{self.recipe.name}-{self.recipe.version}-{chain.stack.name}-{self.label}-{tail}"
+        return f"{self.recipe.name}-{self.recipe.version}-{chain.stack.name}-{'.'.join(archs)}-{tail}"
 
     @property
     def source_folder(self) -> str:
@@ -275,8 +284,7 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
             try:
                 if usable:
                     found = _build(recipe, usable, request.profile, describe, stack, platform, python)
-                    same = builds.get(found.identifier, found)
-                    builds[found.identifier] = replace(found, archs=tuple(sorted({*same.archs, *found.archs})))
+                    builds.setdefault(found.identifier, found)
             except SupportError as error:
                 skipped.append(Skipped(f"{recipe.name} {';'.join(map(str, usable))} {where}", recipe.name, error))
     if not request.python and not all(build.toolchain.native for build in builds.values()):
@@ -372,13 +380,16 @@ def _note(recipe: Recipe, arch: Arch) -> Iterator[str]:
 
 
 def canonical(recipe: Recipe, group: Sequence[Arch]) -> tuple[Arch, ...]:
-    """The archs without what does not change the wheel: the suffix that the recipe uses anyway, and PTX of `a`."""
+    """The archs without what does not change the wheel.
+
+    That is the suffix that the recipe uses anyway, PTX of `a`, and an arch that is also there with PTX.
+    """
     found: set[Arch] = set()
     for arch in group:
         target = _target(recipe, arch)
         suffix = "" if target == recipe.archs[arch.capability] else arch.suffix
         found.add(replace(arch, suffix=suffix, ptx=arch.ptx and not target.endswith("a")))
-    return tuple(sorted(found))
+    return tuple(sorted(each for each in found if each.ptx or replace(each, ptx=True) not in found))
 
 
 def refusal(recipe: Recipe, arch: Arch, stack: Stack) -> SupportError | None:
