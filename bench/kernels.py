@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import ninja
+import tomlkit
 from elftools.elf.elffile import ELFFile
 
 from core import files, source, workspace
@@ -157,18 +158,19 @@ def one_edit(work: Path) -> tuple[float, float]:
     recipe = for_stack(find_recipes("sageattention"), find_stack())
     folder = work / "recipes/sageattention"
     shutil.copytree(recipe.path, folder)
-    shutil.copytree(source.fetch(recipe), folder / "src")
-    text = (folder / "recipe.toml").read_text()
-    before, _, rest = text.partition("[[source]]")
-    after = rest[rest.index("# nvcc's targets") :]
-    (folder / "recipe.toml").write_text(f'{before}[[source]]\nfolder = "src"\n\n{after}')
+    shutil.copytree(source.intact(recipe), folder / "src")
+    document = tomlkit.parse((folder / "recipe.toml").read_text())
+    document["source"] = [{"folder": "src"}]
+    (folder / "recipe.toml").write_text(tomlkit.dumps(document))
     env = {**hearth_env(work), "HEARTH_RECIPES": str(work / "recipes")}
     log = work / "edit.log"
     measure(inv(*SAGE), cwd=files.CHECKOUT, env=env, log=log)
-    edited = next((folder / "src/csrc/qattn").glob("sm89_*_accum_f32_attn.cu"))
+    edited = folder / "src/csrc/qattn/sm89_qk_int8_sv_f8_accum_f32_attn.cu"
     edited.write_text(edited.read_text() + "// edited\n")
+    (target,) = (work / "cache/build").glob(f"sageattention-sm121a-*/obj/csrc/qattn/{edited.name}.o")
+    before = target.stat().st_mtime_ns
     command = measure(inv(*SAGE), cwd=files.CHECKOUT, env=env, log=log)
-    (target,) = (work / "cache/build").glob(f"*/obj/csrc/qattn/{edited.name}.o")
+    assert target.stat().st_mtime_ns > before, "the edited file belongs to no module of this recipe"
     target.unlink()
     argv = [str(Path(ninja.BIN_DIR) / "ninja"), str(target.relative_to(work / "cache/build"))]
     alone = measure(argv, cwd=work / "cache/build", env={}, log=log)

@@ -15,6 +15,7 @@ from ninja.ninja_syntax import Writer
 
 from core import files, workspace
 from core.errors import ConfigError, HearthError
+from kernels import compat
 from kernels import toolchain as toolchains
 from kernels.source import HEADERS
 
@@ -297,9 +298,10 @@ def _link_variables(build: Build, module: Module) -> dict[str, str]:
     site = f"{view}/{chain.python_folder}/site"
     runtime = next(chain.site.glob("nvidia/*/lib/libcudart.so")).parent.relative_to(chain.site)
     libraries = [
-        f"{view}/stubs/{toolchains.COMPAT}",
+        f"{view}/stubs/{compat.NAME}",
         *(f"-L{site}/torch/lib", f"-L{site}/{runtime}", f"-L{view}/stubs"),
-        *(f"-l{each}" for each in (*_TORCH_LIBRARIES, "cudart")),
+        *(f"-l{each}" for each in (*(_SYSTEM_LIBRARIES if build.recipe.stable_torch else ()), *_TORCH_LIBRARIES)),
+        "-lcudart",
         # Keep the recipe's libraries even if no symbol needs them: the driver stub defines none.
         *(f"-Wl,--no-as-needed {_library(chain, site, each)}" for each in module.libraries),
     ]
@@ -313,4 +315,8 @@ def _library(chain: Toolchain, site: str, name: str) -> str:
     return f"-l{name}"
 
 
+# Torch's libraries export parts of libstdc++, without versions. A module takes them from there where torch is the
+# stack's own, and so runs with an older libstdc++. Other torches need not have them: there the system's libraries come
+# first, and the linker records their versions, which decide the wheel's tag.
+_SYSTEM_LIBRARIES = ("stdc++", "gcc_s", "m", "c")
 _TORCH_LIBRARIES = ("torch_python", "torch", "torch_cuda", "torch_cpu", "c10_cuda", "c10")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Describe = Callable[[Stack, Platform, str], Toolchain]
 
-BUILDER = 3
+BUILDER = 4
 """Increase it when a change of Hearth changes wheels: link line, metadata, wheel layout."""
 
 
@@ -222,7 +222,7 @@ class Skipped:
     @property
     def reason(self) -> str:
         """What is missing, and why."""
-        return ": ".join(each for each in (self.error.what, self.error.cause) if each)
+        return ": ".join(" ".join(each.split()) for each in (self.error.what, self.error.cause) if each)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +269,8 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
         )
     suited = [recipes_of.for_stack(same, stack) for same in chosen.values()]
     builds: dict[str, Build] = {}
-    skipped: list[Skipped] = []
+    broken = {} if names else recipes_of.broken()
+    skipped = [Skipped(f"the recipe of {name}", name, error) for name, error in broken.items()]
     notes: dict[str, None] = {}
     for platform, group in _groups(request):
         for python, recipe in itertools.product(_listed(request.python) or [stack.python], suited):

@@ -88,6 +88,17 @@ def test_clang_and_a_file_that_cannot_be_run_are_errors(script: Script, monkeypa
 
 
 @pytest.mark.needs("g++")
+@pytest.mark.parametrize("name", ["as", "ld", "objcopy"])
+def test_another_assembler_or_linker_in_path_changes_the_key(script: Script, name: str) -> None:
+    """GCC takes both from PATH, where conda's may be first; its version may be the same."""
+    chain = toolchain.describe(find_stack("cu130"), Platform.local(), "3.11")
+    script(name, f'#!/bin/sh\nexec /usr/bin/{name} "$@"\n')
+    toolchain._host_compiler.cache_clear()
+    other = toolchain.describe(find_stack("cu130"), Platform.local(), "3.11")
+    assert other.kernel_fingerprint != chain.kernel_fingerprint
+
+
+@pytest.mark.needs("g++")
 def test_a_compiler_with_a_blank_in_its_path_compiles(tmp_path: Path) -> None:
     place = tmp_path / "a b $c 'd'"
     place.mkdir()
