@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -253,6 +254,12 @@ def _matches(tree: Path, pattern: str, exclude: Sequence[str], recipe: Recipe) -
             "config",
             f"{recipe.path / 'recipe.toml'}: no file of the source matches {pattern!r}",
             cause=f"looked in {tree}",
+        )
+    if odd := [name for name in kept if not re.fullmatch(r"[\w.+,@=/-]+", name, re.ASCII)]:
+        raise ConfigError(
+            "config",
+            f"{recipe.path / 'recipe.toml'}: {odd[0]!r} cannot be compiled: ninja would misread its name",
+            hint="rename the file with a patch",
         )
     return kept
 

@@ -72,8 +72,10 @@ def log(build: str) -> Path:
 
 
 def _pending(argv: Sequence[str], place: Path) -> set[str]:
-    """The outputs that ninja would make, from a dry run."""
+    """The outputs that ninja would make, from a dry run. Raises BuildError if that fails."""
     done = tools.build(*argv, "-n", "-C", place, env={"NINJA_STATUS": _STATUS}, check=False)
+    if done.returncode:
+        raise _explain_ninja(f"{done.stdout}{done.stderr}".strip())
     return {line.split()[5] for line in done.stdout.splitlines() if line.startswith("@@")}
 
 

@@ -131,6 +131,15 @@ def test_kernels_that_include_python_are_compiled_for_each_version(build: Callab
     assert "TORCH_EXTENSION_NAME" not in plain.variables["flags"]
 
 
+@pytest.mark.parametrize("name", ["su m.cu", "su$m.cu", "su'm.cu", "su:m.cu", "süm.cu"])
+def test_a_file_name_that_ninja_would_misread_is_refused(build: Callable[..., Build], name: str) -> None:
+    found = build((MODULE, 'kernels = ["csrc/s*m.cu"]'))
+    (graph.root() / found.source_folder / "csrc/sum.cu").rename(graph.root() / found.source_folder / "csrc" / name)
+    (error,) = graph.write([found], {"": 1}).errors.values()
+    assert error.kind == "config"
+    assert repr(f"csrc/{name}") in error.what
+
+
 def test_nvidias_libraries_are_linked_under_their_versioned_names(build: Callable[..., Build]) -> None:
     found = build((MODULE, f'{MODULE}\nlibraries = ["cublas", "cuda"]'))
     libs = edges(found)["_sum.so"].variables["libs"]
