@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -143,22 +143,23 @@ def kernel_functions(wheel: Path) -> dict[str, bytes]:
     return found
 
 
-def already_built(work: Path) -> tuple[float, float]:
-    """Median wall seconds of the whole command for an existing wheel, and of `inv --list`."""
-    runs: dict[str, list[float]] = {"build": [], "list": []}
+def already_built(work: Path) -> tuple[Cost, Cost]:
+    """Medians of the whole command for an existing wheel, and of `inv --list`."""
+    runs: dict[str, list[Cost]] = {"build": [], "list": []}
     for _ in range(7):
         for name, words in (("build", SAGE), ("list", ("--list",))):
             cost = measure(inv(*words), cwd=files.CHECKOUT, env=hearth_env(work), log=work / "again.log")
-            runs[name].append(cost.wall)
-    return statistics.median(runs["build"]), statistics.median(runs["list"])
+            runs[name].append(cost)
+    build, listing = (Cost(*map(statistics.median, zip(*map(astuple, costs), strict=True))) for costs in runs.values())
+    return build, listing
 
 
-def one_edit(work: Path) -> tuple[float, float]:
-    """Wall seconds of the command after an edit of one source, and of that file's compile alone."""
+def one_edit(work: Path) -> tuple[Cost, Cost]:
+    """The command after an edit of one source, and that file's compile alone."""
     recipe = for_stack(find_recipes("sageattention"), find_stack())
     folder = work / "recipes/sageattention"
-    shutil.copytree(recipe.path, folder)
-    shutil.copytree(source.intact(recipe), folder / "src")
+    shutil.copytree(recipe.path, folder, dirs_exist_ok=True)
+    shutil.copytree(source.intact(recipe), folder / "src", dirs_exist_ok=True)
     document = tomlkit.parse((folder / "recipe.toml").read_text())
     document["source"] = [{"folder": "src"}]
     (folder / "recipe.toml").write_text(tomlkit.dumps(document))
@@ -174,7 +175,7 @@ def one_edit(work: Path) -> tuple[float, float]:
     target.unlink()
     argv = [str(Path(ninja.BIN_DIR) / "ninja"), str(target.relative_to(work / "cache/build"))]
     alone = measure(argv, cwd=work / "cache/build", env={}, log=log)
-    return command.wall, alone.wall
+    return command, alone
 
 
 FLASH = ("build-kernels", "--kernel", "flash-attn", "--arch", ARCH, "--python", PYTHON)
@@ -249,7 +250,9 @@ def afterwards(work: Path) -> str:
         hearth(work)
     again, listing = already_built(work)
     edit, alone = one_edit(work)
-    return AFTERWARDS.format(again=again, listing=listing, edit=edit, alone=alone, ratio=edit / alone)
+    return AFTERWARDS.format(
+        again=again, listing=listing, edit=edit, alone=alone, wall=edit.wall / alone.wall, cpu=edit.cpu / alone.cpu
+    )
 
 
 def profiles(work: Path) -> str:
@@ -313,13 +316,13 @@ identical byte by byte.
 AFTERWARDS = """\
 ## Build again, without changes and after an edit
 
-| | s |
-| --- | ---: |
-| wheel in the wheelhouse (median of 7) | {again:.2f} |
-| `inv --list` (median of 7) | {listing:.2f} |
-| one kernel file edited: the whole command | {edit:.1f} |
-| that file's compile alone | {alone:.1f} |
-| ratio | {ratio:.2f} |
+| | wall, s | CPU, s |
+| --- | ---: | ---: |
+| wheel in the wheelhouse (median of 7) | {again.wall:.2f} | {again.cpu:.2f} |
+| `inv --list` (median of 7) | {listing.wall:.2f} | {listing.cpu:.2f} |
+| one kernel file edited: the whole command | {edit.wall:.1f} | {edit.cpu:.1f} |
+| that file's compile alone | {alone.wall:.1f} | {alone.cpu:.1f} |
+| ratio | {wall:.2f} | {cpu:.2f} |
 """
 
 SHARED = """\

@@ -339,8 +339,8 @@ def _load() -> tuple[dict[str, list[Recipe] | ConfigError], dict[str, ConfigErro
             except ConfigError as error:
                 wrong[canonicalize_name(_stated_name(file))] = error
         for name, same in here.items():
-            if error := _conflict(same):
-                wrong[name] = error
+            if conflict := _conflict(same):
+                wrong[name] = conflict
         found |= here
         found |= {name: error for name, error in wrong.items() if name not in here or len(here[name]) > 1}
         errors = {name: error for name, error in errors.items() if name not in here} | wrong

@@ -123,6 +123,23 @@ def test_a_launcher_that_is_not_installed_is_an_error(script: Script, monkeypatc
     assert toolchain.launcher() == "no-such-launcher --verbose"
 
 
+@pytest.mark.needs("g++", "ccache")
+@pytest.mark.parametrize(
+    "setting", ["path = {place}", "compiler = {place}/g++", "prefix_command = false", "prefix_command_cpp = false"]
+)
+def test_the_configuration_of_a_launcher_chooses_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    (tmp_path / "g++").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "g++").chmod(0o755)
+    (tmp_path / "ccache.conf").write_text(f"{setting.format(place=tmp_path)}\ncache_dir = {tmp_path}/objects\n")
+    monkeypatch.setenv("CCACHE_CONFIGPATH", str(tmp_path / "ccache.conf"))
+    (tmp_path / "a.cpp").write_text("int a;")
+    done = tools.build("ccache", "g++", "-c", "a.cpp", "-o", "a.o", cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.o").exists()
+
+
 def test_a_debug_or_free_threaded_python_is_passed_over(script: Script) -> None:
     """Their ABI is another one, and no name of a wheel or module would say so."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
