@@ -185,7 +185,7 @@ class Wheelhouse:
                     link.symlink_to(os.path.relpath(wheel, link.parent))
 
     def _pages(self) -> dict[Path, str]:
-        """The pages of all indexes. A wheel for several GPUs is also in the index of each."""
+        """The pages of all indexes; empty without wheels. A wheel for several GPUs is also in the index of each."""
         links: dict[Path, dict[Path, str]] = {}
         for wheel, manifest in self._listed():
             project = re.sub(r"[-_.]+", "-", manifest.kernel).lower()
@@ -194,6 +194,9 @@ class Wheelhouse:
                 links.setdefault(index, {})[index / project] = f"{project}/"
                 address = f"{quote(os.path.relpath(wheel, index / project))}#sha256={manifest.sha256}"
                 links.setdefault(index / project, {})[wheel] = address
+        for pattern in ("*/sm_*/index.html", "*/sm_*/*/index.html"):
+            for page in self.folder.glob(pattern):
+                links.setdefault(page.parent, {})
         return {
             folder / "index.html": _page([(path.name, links[folder][path]) for path in sorted(links[folder])])
             for folder in links

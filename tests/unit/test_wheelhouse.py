@@ -271,6 +271,8 @@ def test_links_to_a_fat_wheel_come_and_go_with_it(tmp_path: Path) -> None:
     assert all(link.is_symlink() for link in links)
     house.delete(house.verify())
     assert [link.is_symlink() for link in (*links, mine)] == [False, False, True]
+    assert len(pages := list(house.folder.rglob("index.html"))) == 6
+    assert not [page for page in pages if "href" in page.read_text()]
 
 
 def test_a_fat_wheel_with_the_name_of_anothers_replaces_nothing(tmp_path: Path) -> None:
