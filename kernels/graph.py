@@ -139,8 +139,8 @@ def _module_edges(build: Build, module: Module) -> list[Edge]:
     tree = root() / build.source_folder
     profile = build.recipe.profiles.get(build.profile)
     exclude = profile.exclude if profile else ()
-    kernels = [name for pattern in module.kernels for name in _matches(tree, pattern, exclude, build.recipe)]
-    bindings = [name for pattern in module.bindings for name in _matches(tree, pattern, exclude, build.recipe)]
+    kernels = _matches(tree, module.kernels, exclude, build.recipe)
+    bindings = _matches(tree, module.bindings, exclude, build.recipe)
     compiles = [_kernel_edges(build.of(module), module, each) for each in kernels]
     compiles += [[_binding_edge(build, module, each)] for each in bindings]
     link = Edge(
@@ -246,22 +246,20 @@ def _includes(build: Build, module: Module) -> list[str]:
     return list(_words([f"-I{build.source_folder}/{place}" for place in places]))
 
 
-def _matches(tree: Path, pattern: str, exclude: Sequence[str], recipe: Recipe) -> list[str]:
-    found = sorted(str(path.relative_to(tree)) for path in tree.glob(pattern))
-    kept = [name for name in found if not any(fnmatch(name, each) for each in exclude)]
-    if not kept:
-        raise ConfigError(
-            "config",
-            f"{recipe.path / 'recipe.toml'}: no file of the source matches {pattern!r}",
-            cause=f"looked in {tree}",
-        )
-    if odd := [name for name in kept if not re.fullmatch(r"[\w.+,@=/-]+", name, re.ASCII)]:
-        raise ConfigError(
-            "config",
-            f"{recipe.path / 'recipe.toml'}: {odd[0]!r} cannot be compiled: ninja would misread its name",
-            hint="rename the file with a patch",
-        )
-    return kept
+def _matches(tree: Path, patterns: Sequence[str], exclude: Sequence[str], recipe: Recipe) -> list[str]:
+    """The files of the source that match, each once; raises ConfigError for a pattern without one."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        names = sorted(str(path.relative_to(tree)) for path in tree.glob(pattern) if path.is_file())
+        kept = [name for name in names if not any(fnmatch(name, each) for each in exclude)]
+        if not kept:
+            what = f"{recipe.path / 'recipe.toml'}: no file of the source matches {pattern!r}"
+            raise ConfigError("config", what, cause=f"looked in {tree}")
+        found |= dict.fromkeys(kept)
+    if odd := [name for name in found if not re.fullmatch(r"[\w.+,@=/-]+", name, re.ASCII)]:
+        what = f"{recipe.path / 'recipe.toml'}: {odd[0]!r} cannot be compiled: ninja would misread its name"
+        raise ConfigError("config", what, hint="rename the file with a patch")
+    return list(found)
 
 
 def _isystem(build: Build, *, python: bool) -> list[str]:

@@ -12,6 +12,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from packaging.specifiers import SpecifierSet
 
 from core import arch as archs
 from core import console, files, manifest
@@ -347,9 +348,11 @@ def _build(
 ) -> Build:
     """One build; a recipe without the profile uses its default."""
     chosen = profile if profile in recipe.profiles else recipe.default_profile
-    found = Build(
-        recipe, canonical(recipe, group), chosen, describe(stack, platform, python_for(recipe, stack, python))
-    )
+    python = python_for(recipe, stack, python)
+    if not SpecifierSet(recipe.python).contains(f"{python}.99"):  # of any patch release
+        what = f"{recipe.name} {recipe.version} does not support Python {python}"
+        raise SupportError("recipe-support", what, cause=f"it needs Python {recipe.python}", hint="choose --python")
+    found = Build(recipe, canonical(recipe, group), chosen, describe(stack, platform, python))
     names = [module.name for module in found.modules]
     if twice := {name for name in names if names.count(name) > 1}:
         what = f"{recipe.name} {recipe.version} cannot be built as one wheel for {found.arch}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from contextlib import suppress
@@ -242,7 +243,8 @@ _NAMES = """\
 name: letters, digits, - and _; version: as PyPI writes it, without +; profiles: lower-case letters and digits, one with
 default = true; archs: "12.1" = "121", "121a" or "121f"; modules: Python names, each once for an arch, at least one for
 each arch, with bindings or kernels; torch, cuda, python: versions, such as ">=2.6"; abi = "abi3" needs
-python = ">=3.10", or another first version; stable_torch needs a first version in torch; memory_mb: positive"""
+python = ">=3.10", or another first version; stable_torch needs a first version in torch; patterns: ** is a whole part
+of a path; memory_mb, seconds: positive"""
 
 
 def _values(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
@@ -266,6 +268,11 @@ def _values(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
         valid = all(each.isidentifier() and each.isascii() for each in module.name.split("."))
         python = module.kernels_include_python and recipe.abi == "none"
         yield "module", module.name, valid and bool(module.bindings or module.kernels) and not python
+    own = [each for module in recipe.modules for each in (*module.bindings, *module.kernels)]
+    for pattern in (*recipe.files, *own):
+        yield "pattern", pattern, all(part == "**" or "**" not in part for part in pattern.split("/"))
+    for pattern, seconds in recipe.seconds.items():
+        yield f"seconds of {pattern}", str(seconds), 0 <= seconds < math.inf
     into = [each.into.strip("/") for each in recipe.extra]
     yield "into", ", ".join(into), len(into) == len({*into})
     yield "memory_mb", str(recipe.memory_mb), recipe.memory_mb > 0

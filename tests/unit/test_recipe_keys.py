@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,10 @@ def recipe(place: Path, *edits: tuple[str, str]) -> Path:
         (MODULE, f'{MODULE}\nflags = {{ nvcc = [""] }}'),
         (MODULE, f'{MODULE}\nflags = {{ gcc = ["-O1"] }}'),
         (MODULE, 'kernels = ["/etc/*.cu"]'),
+        (MODULE, 'kernels = ["csrc/**.cu"]'),
+        ('files = ["tiny/**/*.py"]', 'files = ["**.py"]'),
+        ('"csrc/*.cu" = 2', '"csrc/*.cu" = nan'),
+        ('"csrc/*.cu" = 2', '"csrc/*.cu" = -1'),
         (f'bindings = ["csrc/sum.cpp"]\n{MODULE}', ""),
         ('"12.1" = "121a"', '"12.1" = "121a"\n"12.0" = "120a"\n[unsupported]'),
         ('headers = "include"', 'headers = "include/tiny.h"'),
@@ -138,6 +143,24 @@ def test_a_file_name_that_ninja_would_misread_is_refused(build: Callable[..., Bu
     (error,) = graph.write([found], {"": 1}).errors.values()
     assert error.kind == "config"
     assert repr(f"csrc/{name}") in error.what
+
+
+def test_a_file_that_two_patterns_match_is_compiled_once(build: Callable[..., Build]) -> None:
+    found = build((MODULE, 'kernels = ["csrc/sum.cu", "csrc/s*m.cu", "**/sum.cu"]'))
+    (graph.root() / found.source_folder / "csrc/folder.cu").mkdir()
+    link = edges(found)["_sum.so"]
+    assert [Path(name).name for name in link.inputs] == ["sum.cu.o", "sum.cpp.o"]
+
+
+@pytest.mark.parametrize(
+    ("python", "works"), [(">=3.11", True), (">=3.12", False), (">=3.8,<3.11", False), ("==3.11.*", True)]
+)
+def test_a_python_that_the_wheel_would_refuse_is_not_built_for(
+    build: Callable[..., Build], python: str, works: bool
+) -> None:
+    edit = ('python = ">=3.11"', f'python = "{python}"')
+    with nullcontext() if works else raises("recipe-support", match=r"Python 3\.11"):
+        build(edit)
 
 
 def test_nvidias_libraries_are_linked_under_their_versioned_names(build: Callable[..., Build]) -> None:
