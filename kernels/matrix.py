@@ -271,7 +271,7 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
     suited = [recipes_of.for_stack(same, stack) for same in chosen.values()]
     builds: dict[str, Build] = {}
     broken = {} if names else recipes_of.broken()
-    skipped = [Skipped(f"the recipe of {name}", name, error) for name, error in broken.items()]
+    skipped = [Skipped(f"the recipe of {name}", name, why) for name, why in broken.items()]
     notes: dict[str, None] = {}
     for platform, group in _groups(request):
         for python, recipe in itertools.product(_listed(request.python) or [stack.python], suited):
@@ -290,9 +290,7 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
             except SupportError as error:
                 skipped.append(Skipped(f"{recipe.name} {';'.join(map(str, usable))} {where}", recipe.name, error))
     if not request.python and not all(build.toolchain.native for build in builds.values()):
-        notes[
-            "for the Python that runs Hearth, or the newest that torch supports; for the other machine's: --python"
-        ] = None
+        notes |= dict.fromkeys([_PYTHON_NOTE])
     built = {build.recipe.name for build in builds.values()}
     for each in skipped:
         if not built or (names and each.kernel not in built):
@@ -300,6 +298,9 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
     for note in notes:
         console.say(note)
     return list(builds.values()), skipped
+
+
+_PYTHON_NOTE = "for the Python that runs Hearth, or the newest that torch supports; for the other machine's: --python"
 
 
 def _listed(text: str) -> list[str]:

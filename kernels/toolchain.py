@@ -227,7 +227,7 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
     # CXX may be a script that adds flags, and distributions patch programs without changing their versions. GCC takes
     # the assembler and the linker from PATH.
     programs = [name, *(tools.build(name, f"-print-prog-name={each}").stdout.strip() for each in _GCC_PROGRAMS)]
-    identity = _digest([files.sha256(Path(shell.find(each))) for each in programs])[:16]
+    identity = _digest([files.sha256(Path(shell.find(each))) for each in programs if shell.which(each)])[:16]
     return name, f"{version}; {identity}; {linker[0] if linker else 'unknown linker'}; glibc {'.'.join(glibc)}"
 
 
