@@ -45,7 +45,8 @@ def inspect_modules(wheel: Path, build: Build) -> tuple[ModuleReport, ...]:
     chain = build.toolchain
     with_kernels = {module.name: module for module in build.modules if module.kernels}
     torch, system = list(_torch_libraries(chain)), list(_system_libraries(chain))
-    others = [*_nvidia_libraries(build), *system, *map(Elf, _python_libraries(chain))]
+    nvidia = list(_nvidia_libraries(build))
+    others = [*nvidia, *system, *map(Elf, _python_libraries(chain))]
     toolchains.cuobjdump()  # installed before the threads need it
 
     def inspect(path: Path) -> tuple[ModuleReport, list[str]]:
@@ -54,7 +55,7 @@ def inspect_modules(wheel: Path, build: Build) -> tuple[ModuleReport, ...]:
         module = with_kernels.get(report.name)
         errors = [*_code_errors(report, build, module), *_link_errors(elf, report, chain, [*torch, *others])]
         errors += _abi_errors(elf, report, build, others)
-        errors += version_errors(elf, [] if build.recipe.stable_torch else torch, system)
+        errors += version_errors(elf, [] if build.recipe.stable_torch else [*torch, *nvidia], system)
         return report, [f"{report.name}: {error}" for error in errors]
 
     # Threads, because cuobjdump takes most of the time.
@@ -158,14 +159,14 @@ def _link_errors(elf: Elf, report: ModuleReport, chain: Toolchain, providers: Se
         yield f"needs symbols that no library provides: {', '.join(sorted(missing)[:8])}"
 
 
-def version_errors(elf: Elf, torch: Sequence[Elf], system: Sequence[Elf]) -> Iterator[str]:
+def version_errors(elf: Elf, pinned: Sequence[Elf], system: Sequence[Elf]) -> Iterator[str]:
     """Yield the symbols of the C and C++ libraries for which a module names no version: its tag does not cover them.
 
-    The linker records no version if the first library that has the symbol exports it without one. `torch` are the
-    libraries that are certain to be there, and may be that library.
+    The linker records no version if the first library that has the symbol exports it without one. `pinned` are the
+    libraries of the wheel's own torch, which has to be there, and from which such a symbol may come.
     """
     loose = set(elf.unversioned)
-    for library in torch:
+    for library in pinned:
         loose -= library.defines(sorted(loose))
     if found := sorted(name for library in system for name in library.defines(sorted(loose))):
         yield f"needs symbols of the C and C++ libraries without their versions: {', '.join(found[:8])}"
