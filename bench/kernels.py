@@ -101,6 +101,9 @@ def upstream(work: Path) -> tuple[Cost, Path]:
         "TORCH_CUDA_ARCH_LIST": ARCH,
         "MAX_JOBS": str(CORES),
         "EXT_PARALLEL": str(CORES),
+        # torch's headers declare aoti_torch_get_current_cuda_stream only with it; upstream sets it on Windows alone
+        "CXX_APPEND_FLAGS": "-DUSE_CUDA",
+        "NVCC_APPEND_FLAGS": "-DUSE_CUDA",
     }
     argv = [str(venv / "bin/python"), "setup.py", "bdist_wheel"]
     cost = measure(argv, cwd=tree, env=env, log=work / "upstream.log")
@@ -300,8 +303,9 @@ def main() -> None:
 SIDE_BY_SIDE = """\
 ## SageAttention 2.2.0 for 12.1 (x86_64, Python 3.11), clean build
 
-Upstream: `setup.py bdist_wheel` with MAX_JOBS and EXT_PARALLEL at the number of cores. Hearth: `inv build-kernels`,
-which also inspects and imports the wheel. The same nvcc, torch and g++.
+Upstream: the fork's `setup.py bdist_wheel` with MAX_JOBS and EXT_PARALLEL at the number of cores, which leaves out the
+module `_qattn_sm80` for 12.1. Hearth: `inv build-kernels`, which also builds that, and inspects and imports the wheel.
+The same nvcc, torch and g++.
 
 | | upstream | Hearth | upstream / Hearth |
 | --- | ---: | ---: | ---: |
