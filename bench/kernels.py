@@ -17,11 +17,12 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import ninja
+import tomlkit
 from elftools.elf.elffile import ELFFile
 
 from core import files, source, workspace
@@ -100,6 +101,9 @@ def upstream(work: Path) -> tuple[Cost, Path]:
         "TORCH_CUDA_ARCH_LIST": ARCH,
         "MAX_JOBS": str(CORES),
         "EXT_PARALLEL": str(CORES),
+        # torch's headers declare aoti_torch_get_current_cuda_stream only with it; upstream sets it on Windows alone
+        "CXX_APPEND_FLAGS": "-DUSE_CUDA",
+        "NVCC_APPEND_FLAGS": "-DUSE_CUDA",
     }
     argv = [str(venv / "bin/python"), "setup.py", "bdist_wheel"]
     cost = measure(argv, cwd=tree, env=env, log=work / "upstream.log")
@@ -142,37 +146,39 @@ def kernel_functions(wheel: Path) -> dict[str, bytes]:
     return found
 
 
-def already_built(work: Path) -> tuple[float, float]:
-    """Median wall seconds of the whole command for an existing wheel, and of `inv --list`."""
-    runs: dict[str, list[float]] = {"build": [], "list": []}
+def already_built(work: Path) -> tuple[Cost, Cost]:
+    """Medians of the whole command for an existing wheel, and of `inv --list`."""
+    runs: dict[str, list[Cost]] = {"build": [], "list": []}
     for _ in range(7):
         for name, words in (("build", SAGE), ("list", ("--list",))):
             cost = measure(inv(*words), cwd=files.CHECKOUT, env=hearth_env(work), log=work / "again.log")
-            runs[name].append(cost.wall)
-    return statistics.median(runs["build"]), statistics.median(runs["list"])
+            runs[name].append(cost)
+    build, listing = (Cost(*map(statistics.median, zip(*map(astuple, costs), strict=True))) for costs in runs.values())
+    return build, listing
 
 
-def one_edit(work: Path) -> tuple[float, float]:
-    """Wall seconds of the command after an edit of one source, and of that file's compile alone."""
+def one_edit(work: Path) -> tuple[Cost, Cost]:
+    """The command after an edit of one source, and that file's compile alone."""
     recipe = for_stack(find_recipes("sageattention"), find_stack())
     folder = work / "recipes/sageattention"
-    shutil.copytree(recipe.path, folder)
-    shutil.copytree(source.fetch(recipe), folder / "src")
-    text = (folder / "recipe.toml").read_text()
-    before, _, rest = text.partition("[[source]]")
-    after = rest[rest.index("# nvcc's targets") :]
-    (folder / "recipe.toml").write_text(f'{before}[[source]]\nfolder = "src"\n\n{after}')
+    shutil.copytree(recipe.path, folder, dirs_exist_ok=True)
+    shutil.copytree(source.intact(recipe), folder / "src", dirs_exist_ok=True)
+    document = tomlkit.parse((folder / "recipe.toml").read_text())
+    document["source"] = [{"folder": "src"}]
+    (folder / "recipe.toml").write_text(tomlkit.dumps(document))
     env = {**hearth_env(work), "HEARTH_RECIPES": str(work / "recipes")}
     log = work / "edit.log"
     measure(inv(*SAGE), cwd=files.CHECKOUT, env=env, log=log)
-    edited = next((folder / "src/csrc/qattn").glob("sm89_*_accum_f32_attn.cu"))
+    edited = folder / "src/csrc/qattn/sm89_qk_int8_sv_f8_accum_f32_attn.cu"
     edited.write_text(edited.read_text() + "// edited\n")
+    (target,) = (work / "cache/build").glob(f"sageattention-sm121a-*/obj/csrc/qattn/{edited.name}.o")
+    before = target.stat().st_mtime_ns
     command = measure(inv(*SAGE), cwd=files.CHECKOUT, env=env, log=log)
-    (target,) = (work / "cache/build").glob(f"*/obj/csrc/qattn/{edited.name}.o")
+    assert target.stat().st_mtime_ns > before, "the edited file belongs to no module of this recipe"
     target.unlink()
     argv = [str(Path(ninja.BIN_DIR) / "ninja"), str(target.relative_to(work / "cache/build"))]
     alone = measure(argv, cwd=work / "cache/build", env={}, log=log)
-    return command.wall, alone.wall
+    return command, alone
 
 
 FLASH = ("build-kernels", "--kernel", "flash-attn", "--arch", ARCH, "--python", PYTHON)
@@ -247,7 +253,9 @@ def afterwards(work: Path) -> str:
         hearth(work)
     again, listing = already_built(work)
     edit, alone = one_edit(work)
-    return AFTERWARDS.format(again=again, listing=listing, edit=edit, alone=alone, ratio=edit / alone)
+    return AFTERWARDS.format(
+        again=again, listing=listing, edit=edit, alone=alone, wall=edit.wall / alone.wall, cpu=edit.cpu / alone.cpu
+    )
 
 
 def profiles(work: Path) -> str:
@@ -295,8 +303,9 @@ def main() -> None:
 SIDE_BY_SIDE = """\
 ## SageAttention 2.2.0 for 12.1 (x86_64, Python 3.11), clean build
 
-Upstream: `setup.py bdist_wheel` with MAX_JOBS and EXT_PARALLEL at the number of cores. Hearth: `inv build-kernels`,
-which also inspects and imports the wheel. The same nvcc, torch and g++.
+Upstream: the fork's `setup.py bdist_wheel` with MAX_JOBS and EXT_PARALLEL at the number of cores, which leaves out the
+module `_qattn_sm80` for 12.1. Hearth: `inv build-kernels`, which also builds that, and inspects and imports the wheel.
+The same nvcc, torch and g++.
 
 | | upstream | Hearth | upstream / Hearth |
 | --- | ---: | ---: | ---: |
@@ -311,13 +320,13 @@ identical byte by byte.
 AFTERWARDS = """\
 ## Build again, without changes and after an edit
 
-| | s |
-| --- | ---: |
-| wheel in the wheelhouse (median of 7) | {again:.2f} |
-| `inv --list` (median of 7) | {listing:.2f} |
-| one kernel file edited: the whole command | {edit:.1f} |
-| that file's compile alone | {alone:.1f} |
-| ratio | {ratio:.2f} |
+| | wall, s | CPU, s |
+| --- | ---: | ---: |
+| wheel in the wheelhouse (median of 7) | {again.wall:.2f} | {again.cpu:.2f} |
+| `inv --list` (median of 7) | {listing.wall:.2f} | {listing.cpu:.2f} |
+| one kernel file edited: the whole command | {edit.wall:.1f} | {edit.cpu:.1f} |
+| that file's compile alone | {alone.wall:.1f} | {alone.cpu:.1f} |
+| ratio | {wall:.2f} | {cpu:.2f} |
 """
 
 SHARED = """\

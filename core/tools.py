@@ -63,6 +63,7 @@ _BUILD = {
     "CCACHE_NOHASHDIR": "true",
     **dict.fromkeys(("CCACHE_COMPILER", "CCACHE_PREFIX", "CCACHE_SLOPPINESS", "CCACHE_IGNOREOPTIONS"), ""),
     **dict.fromkeys(("CCACHE_IGNOREHEADERS", "CCACHE_EXTRAFILES"), ""),
+    **dict.fromkeys(("CCACHE_PATH", "CCACHE_PREFIX_CPP", "CCACHE_BASEDIR"), ""),  # other programs, other paths
 }
 
 # Git starts no programs except transports, changes no byte of a patch, and stores one pack instead of a file for each

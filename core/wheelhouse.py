@@ -1,7 +1,8 @@
 """The wheelhouse: finished wheels, each with its manifest (`NAME.whl.json`), in one package index per stack and GPU.
 
 `STACK/sm_89/` holds the wheels for one GPU, and a static simple index of them (PEP 503): an installer that is pointed
-there, with --find-links or --index-url, cannot choose another GPU's wheel. It would compare their labels as text.
+there, with --find-links or --index-url, cannot choose another GPU's wheel. It would compare their labels as text. A
+wheel for several GPUs lies in `STACK/sm_89.sm_120/`, with a link to it in the folder of each.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ class Wheelhouse:
     def find(self, index: str, pattern: str, key: str) -> Manifest | None:
         """The manifest of the wheel with this key, of those whose file name matches; None if there is none.
 
-        The wheel exists with the size that the manifest states.
+        The wheel's hash is that of the manifest: a damaged wheel is built again.
         """
         for path in (path for folder in (self.folder / index, self.folder) for path in folder.glob(f"{pattern}.json")):
             wheel, found = path.with_suffix(""), manifests.read(path)
             same = found and (found.index, found.file, found.key) == (index, wheel.name, key)
-            if found and same and wheel.is_file() and wheel.stat().st_size == found.size:
+            if found and same and not _error(wheel, found):
                 return found
         return None
 
@@ -146,7 +147,7 @@ class Wheelhouse:
                         os.link(old, new)
                 for name in reversed(names):
                     (self.folder / name).unlink()
-        self._write_pages()
+        self._write_indexes()
 
     def delete(self, entries: Iterable[Entry]) -> None:
         """Delete wheels, unless they were replaced in the meantime."""
@@ -155,18 +156,36 @@ class Wheelhouse:
             if manifests.read(manifest) == each.manifest:
                 each.wheel.unlink(missing_ok=True)
                 manifest.unlink(missing_ok=True)  # last: without it, nothing would know the wheel
-        self._write_pages()
+        self._write_indexes()
 
-    def _write_pages(self) -> None:
+    def _write_indexes(self) -> None:
+        """Write the pages, and the links that --find-links needs: it reads folders, and no page."""
         written: dict[Path, str] | None = None
         while (pages := self._pages()) != written:  # another run may have changed the wheelhouse in the meantime
             for path, text in pages.items():
                 if not path.is_file() or path.read_text() != text:
                     files.write(path, text)
+            self._link()
             written = pages
 
+    def _link(self) -> None:
+        """Link each wheel for several GPUs into the folder of each, and remove links to deleted wheels."""
+        wanted = {
+            wheel.parent.with_name(name) / wheel.name: wheel
+            for wheel, _ in self._listed()
+            for name in wheel.parent.name.split(".")
+            if name != wheel.parent.name and wheel.parent != self.folder
+        }
+        for link in self.folder.glob("*/sm_*/*.whl"):
+            if link.is_symlink() and link not in wanted and re.match(r"\.\./sm_\d+\.sm_", str(link.readlink())):
+                link.unlink(missing_ok=True)
+        for link, wheel in wanted.items():
+            if not os.path.lexists(link):  # a wheel for this GPU alone may have the same name, and then the same bytes
+                with suppress(OSError):  # the file system has no links: the pages remain
+                    link.symlink_to(os.path.relpath(wheel, link.parent))
+
     def _pages(self) -> dict[Path, str]:
-        """The pages of all indexes. A wheel for several GPUs is also in the index of each."""
+        """The pages of all indexes; empty without wheels. A wheel for several GPUs is also in the index of each."""
         links: dict[Path, dict[Path, str]] = {}
         for wheel, manifest in self._listed():
             project = re.sub(r"[-_.]+", "-", manifest.kernel).lower()
@@ -175,6 +194,9 @@ class Wheelhouse:
                 links.setdefault(index, {})[index / project] = f"{project}/"
                 address = f"{quote(os.path.relpath(wheel, index / project))}#sha256={manifest.sha256}"
                 links.setdefault(index / project, {})[wheel] = address
+        for pattern in ("*/sm_*/index.html", "*/sm_*/*/index.html"):
+            for page in self.folder.glob(pattern):
+                links.setdefault(page.parent, {})
         return {
             folder / "index.html": _page([(path.name, links[folder][path]) for path in sorted(links[folder])])
             for folder in links

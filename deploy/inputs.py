@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from core import lockfile, workspace
+from core import console, lockfile, workspace
 from core.errors import LockError
 from deploy import proofs
 from deploy.refusals import refused
 from deploy.release_refusals import known_bad
-from kernels.recipe import for_stack, recipes
+from kernels.recipe import broken, for_stack, recipes
 from lock import advisory, nodes, requirements
 from lock import application as applications
 
@@ -92,7 +92,12 @@ def _recipes(target: Target) -> dict[str, tuple[str, str]]:
     kernels = target.profile.kernels
     if not kernels or workspace.current().bundled:
         return {}
-    chosen = {name: for_stack(same, target.stack) for name, same in recipes().items() if name in kernels}
+    known = recipes()
+    for name, error in broken().items():
+        if name in kernels and name not in known:
+            raise error
+        console.say(f"the recipe of {name} is not valid, and not used: {error.what}")
+    chosen = {name: for_stack(same, target.stack) for name, same in known.items() if name in kernels}
     return {name: (recipe.version, recipe.default_profile) for name, recipe in chosen.items()}
 
 

@@ -237,7 +237,7 @@ def _answer(name: str, said: str, asked: Mapping[str, Any]) -> list[Manifest]:
             "remote-command", f"the list of wheels from {name} cannot be read", cause=str(error)[:500]
         ) from error
     wrong = [f"{each.file}: {why}" for each in found if (why := _unasked(each, asked))]
-    if len({each.file for each in found}) < len(found):
+    if len({(each.index, each.file) for each in found}) < len(found):
         wrong.append("the list has one of them twice")
     if not asked.get("python") and len({each.python for each in found}) > 1:
         wrong.append("they are for several Python versions; only --python requests that")
@@ -279,8 +279,9 @@ def _unasked(wheel: Manifest, asked: Mapping[str, Any]) -> str:
     if wrong := [f"{what} {value!r}" for what, (value, right) in expected.items() if value not in right]:
         return ", ".join(wrong)
     version = rf"[0-9a-z.]+\+{re.escape(stack.label if wheel.torch == stack.torch else stack.name)}"
-    for arch in archs:
-        version += rf"\.sm{arch.major}{arch.minor}{arch.suffix or '[af]?'}{r'[.]ptx' if arch.ptx else ''}"
+    # the target of an arch may be an older one's, and archs may have one in common
+    targets = [f"{arch.major}[0-{arch.minor}]{arch.suffix or '[af]?'}{'[.]ptx' if arch.ptx else ''}" for arch in archs]
+    version += rf"([.]sm({'|'.join(targets)})){{1,{len(archs)}}}"
     version += re.escape(f".{wheel.profile}") if wheel.profile else ""
     own = f"cp{wheel.python.replace('.', '')}"
     tags = f"{own}-{own}" if wheel.python else r"(cp3\d+-abi3|py3-none)"

@@ -129,6 +129,7 @@ def _make(
                 patches = build.recipe.patches_for(build.toolchain.stack, build.profile)
                 source.lay_out(build.recipe, patches, graphs.root() / build.source_folder)
                 laid.add(build.source_folder)
+            wheel.source_files(build, graphs.root() / build.source_folder)
             toolchain.assemble(build.toolchain)
     ready = {build.identifier: build for build in builds if build.identifier not in errors}
     if not ready:

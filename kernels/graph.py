@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from ninja.ninja_syntax import Writer
 
 from core import files, workspace
 from core.errors import ConfigError, HearthError
+from kernels import compat
 from kernels import toolchain as toolchains
 from kernels.source import HEADERS
 
@@ -137,8 +139,8 @@ def _module_edges(build: Build, module: Module) -> list[Edge]:
     tree = root() / build.source_folder
     profile = build.recipe.profiles.get(build.profile)
     exclude = profile.exclude if profile else ()
-    kernels = [name for pattern in module.kernels for name in _matches(tree, pattern, exclude, build.recipe)]
-    bindings = [name for pattern in module.bindings for name in _matches(tree, pattern, exclude, build.recipe)]
+    kernels = _matches(tree, module.kernels, exclude, build.recipe)
+    bindings = _matches(tree, module.bindings, exclude, build.recipe)
     compiles = [_kernel_edges(build.of(module), module, each) for each in kernels]
     compiles += [[_binding_edge(build, module, each)] for each in bindings]
     link = Edge(
@@ -244,16 +246,20 @@ def _includes(build: Build, module: Module) -> list[str]:
     return list(_words([f"-I{build.source_folder}/{place}" for place in places]))
 
 
-def _matches(tree: Path, pattern: str, exclude: Sequence[str], recipe: Recipe) -> list[str]:
-    found = sorted(str(path.relative_to(tree)) for path in tree.glob(pattern))
-    kept = [name for name in found if not any(fnmatch(name, each) for each in exclude)]
-    if not kept:
-        raise ConfigError(
-            "config",
-            f"{recipe.path / 'recipe.toml'}: no file of the source matches {pattern!r}",
-            cause=f"looked in {tree}",
-        )
-    return kept
+def _matches(tree: Path, patterns: Sequence[str], exclude: Sequence[str], recipe: Recipe) -> list[str]:
+    """The files of the source that match, each once; raises ConfigError for a pattern without one."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        names = sorted(str(path.relative_to(tree)) for path in tree.glob(pattern) if path.is_file())
+        kept = [name for name in names if not any(fnmatch(name, each) for each in exclude)]
+        if not kept:
+            what = f"{recipe.path / 'recipe.toml'}: no file of the source matches {pattern!r}"
+            raise ConfigError("config", what, cause=f"looked in {tree}")
+        found |= dict.fromkeys(kept)
+    if odd := [name for name in found if not re.fullmatch(r"[\w.+,@=/-]+", name, re.ASCII)]:
+        what = f"{recipe.path / 'recipe.toml'}: {odd[0]!r} cannot be compiled: ninja would misread its name"
+        raise ConfigError("config", what, hint="rename the file with a patch")
+    return list(found)
 
 
 def _isystem(build: Build, *, python: bool) -> list[str]:
@@ -297,9 +303,10 @@ def _link_variables(build: Build, module: Module) -> dict[str, str]:
     site = f"{view}/{chain.python_folder}/site"
     runtime = next(chain.site.glob("nvidia/*/lib/libcudart.so")).parent.relative_to(chain.site)
     libraries = [
-        f"{view}/stubs/{toolchains.COMPAT}",
+        f"{view}/stubs/{compat.NAME}",
         *(f"-L{site}/torch/lib", f"-L{site}/{runtime}", f"-L{view}/stubs"),
-        *(f"-l{each}" for each in (*_TORCH_LIBRARIES, "cudart")),
+        *(f"-l{each}" for each in (*(_SYSTEM_LIBRARIES if build.recipe.stable_torch else ()), *_TORCH_LIBRARIES)),
+        "-lcudart",
         # Keep the recipe's libraries even if no symbol needs them: the driver stub defines none.
         *(f"-Wl,--no-as-needed {_library(chain, site, each)}" for each in module.libraries),
     ]
@@ -313,4 +320,8 @@ def _library(chain: Toolchain, site: str, name: str) -> str:
     return f"-l{name}"
 
 
+# Torch's libraries export parts of libstdc++, without versions. A module takes them from there where torch is the
+# stack's own, and so runs with an older libstdc++. Other torches need not have them: there the system's libraries come
+# first, and the linker records their versions, which decide the wheel's tag.
+_SYSTEM_LIBRARIES = ("stdc++", "gcc_s", "m", "c")
 _TORCH_LIBRARIES = ("torch_python", "torch", "torch_cuda", "torch_cpu", "c10_cuda", "c10")

@@ -11,15 +11,9 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from elftools.elf.dynamic import DynamicSection
-from elftools.elf.elffile import ELFFile
-from elftools.elf.gnuversions import GNUVerNeedSection
-from elftools.elf.hash import GNUHashSection
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -29,6 +23,7 @@ from core.errors import BuildError
 from core.manifest import ModuleReport, Proof
 from kernels import emulation
 from kernels import toolchain as toolchains
+from kernels.elf import Elf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -37,77 +32,6 @@ if TYPE_CHECKING:
     from kernels.matrix import Build
     from kernels.recipe import Module
     from kernels.toolchain import Toolchain
-
-
-@dataclass(frozen=True)
-class Elf:
-    """The requirements and exports of a shared library, parsed once."""
-
-    path: Path
-
-    @cached_property
-    def machine(self) -> str:
-        """The target CPU, as uname names it."""
-        with self._open() as elf:
-            name = str(elf.get_machine_arch())
-        return {"x64": "x86_64", "AArch64": "aarch64"}.get(name, name)
-
-    @cached_property
-    def dynamic(self) -> dict[str, list[str]]:
-        """DT_NEEDED, DT_RPATH and DT_RUNPATH entries, by tag."""
-        found: dict[str, list[str]] = {"DT_NEEDED": [], "DT_RPATH": [], "DT_RUNPATH": []}
-        attribute = {"DT_NEEDED": "needed", "DT_RPATH": "rpath", "DT_RUNPATH": "runpath"}
-        with self._open() as elf:
-            for section in elf.iter_sections():
-                if isinstance(section, DynamicSection):
-                    for tag in section.iter_tags():
-                        if tag.entry.d_tag in found:
-                            found[tag.entry.d_tag].append(getattr(tag, attribute[tag.entry.d_tag]))
-        return found
-
-    @cached_property
-    def undefined(self) -> list[str]:
-        """The undefined symbols. Weak ones are excluded, since they may stay undefined."""
-        with self._open() as elf:
-            table = elf.get_section_by_name(".dynsym")
-            return [
-                symbol.name
-                for symbol in table.iter_symbols()
-                if symbol.entry.st_shndx == "SHN_UNDEF" and symbol.name and symbol.entry.st_info.bind == "STB_GLOBAL"
-            ]
-
-    @cached_property
-    def required(self) -> set[str]:
-        """The required symbol versions: `GLIBC_2.17`."""
-        with self._open() as elf:
-            sections = [section for section in elf.iter_sections() if isinstance(section, GNUVerNeedSection)]
-            return {each.name for section in sections for _, needed in section.iter_versions() for each in needed}
-
-    @property
-    def versions(self) -> dict[str, str]:
-        """The highest required version of each versioned symbol family: GLIBC, GLIBCXX ..."""
-        highest: dict[str, str] = {}
-        for family, _, version in (name.partition("_") for name in self.required):
-            if re.fullmatch(r"[\d.]+", version):
-                highest[family] = max(highest.get(family, "0"), version, key=Version)
-        return highest
-
-    def defines(self, names: Sequence[str]) -> set[str]:
-        """The subset of `names` that it defines. Uses the hash table, because torch has a hundred thousand symbols."""
-        with self._open() as elf:
-            for section in elf.iter_sections():
-                if isinstance(section, GNUHashSection):
-                    return {name for name in names if section.get_symbol(name) is not None}
-            table = elf.get_section_by_name(".dynsym")
-            if table is None:
-                return set()
-            defined = {each.name for each in table.iter_symbols() if each.entry.st_shndx != "SHN_UNDEF"}
-            return defined & set(names)
-
-    @contextmanager
-    def _open(self) -> Iterator[ELFFile]:
-        with self.path.open("rb") as file:
-            yield ELFFile(file)
 
 
 def inspect_modules(wheel: Path, build: Build) -> tuple[ModuleReport, ...]:
@@ -120,7 +44,9 @@ def inspect_modules(wheel: Path, build: Build) -> tuple[ModuleReport, ...]:
     """
     chain = build.toolchain
     with_kernels = {module.name: module for module in build.modules if module.kernels}
-    torch, others = list(_torch_libraries(chain)), list(_other_libraries(build))
+    torch, system = list(_torch_libraries(chain)), list(_system_libraries(chain))
+    nvidia = list(_nvidia_libraries(build))
+    others = [*nvidia, *system, *map(Elf, _python_libraries(chain))]
     toolchains.cuobjdump()  # installed before the threads need it
 
     def inspect(path: Path) -> tuple[ModuleReport, list[str]]:
@@ -129,6 +55,7 @@ def inspect_modules(wheel: Path, build: Build) -> tuple[ModuleReport, ...]:
         module = with_kernels.get(report.name)
         errors = [*_code_errors(report, build, module), *_link_errors(elf, report, chain, [*torch, *others])]
         errors += _abi_errors(elf, report, build, others)
+        errors += version_errors(elf, [] if build.recipe.stable_torch else [*torch, *nvidia], system)
         return report, [f"{report.name}: {error}" for error in errors]
 
     # Threads, because cuobjdump takes most of the time.
@@ -232,6 +159,19 @@ def _link_errors(elf: Elf, report: ModuleReport, chain: Toolchain, providers: Se
         yield f"needs symbols that no library provides: {', '.join(sorted(missing)[:8])}"
 
 
+def version_errors(elf: Elf, pinned: Sequence[Elf], system: Sequence[Elf]) -> Iterator[str]:
+    """Yield the symbols of the C and C++ libraries for which a module names no version: its tag does not cover them.
+
+    The linker records no version if the first library that has the symbol exports it without one. `pinned` are the
+    libraries of the wheel's own torch, which has to be there, and from which such a symbol may come.
+    """
+    loose = set(elf.unversioned)
+    for library in pinned:
+        loose -= library.defines(sorted(loose))
+    if found := sorted(name for library in system for name in library.defines(sorted(loose))):
+        yield f"needs symbols of the C and C++ libraries without their versions: {', '.join(found[:8])}"
+
+
 def platform_tag(modules: Sequence[Elf], platform: Platform) -> str:
     """The oldest manylinux platform with all symbol versions that the modules require; `linux_x86_64` if none has all.
 
@@ -295,18 +235,20 @@ def _torch_libraries(chain: Toolchain) -> Iterator[Elf]:
         yield Elf(chain.site / f"torch/lib/{name}.so")
 
 
-def _other_libraries(build: Build) -> Iterator[Elf]:
-    """The other libraries that may define a kernel's symbols."""
-    chain = build.toolchain
+def _nvidia_libraries(build: Build) -> Iterator[Elf]:
+    """NVIDIA's libraries that may define a kernel's symbols."""
     for name in sorted({"cudart", *(name for module in build.modules for name in module.libraries)}):
-        if library := chain.nvidia_library(name):
+        if library := build.toolchain.nvidia_library(name):
             yield Elf(library)
+
+
+def _system_libraries(chain: Toolchain) -> Iterator[Elf]:
+    """The C and C++ libraries of the target, in whose symbols are versions."""
     loader = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}[chain.platform.cpu]
     for name in ("libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", loader):
         found = Path(tools.build(chain.cxx, f"-print-file-name={name}").stdout.strip())
         if found.is_absolute():
             yield Elf(found.resolve())
-    yield from map(Elf, _python_libraries(chain))
 
 
 def _python_libraries(chain: Toolchain) -> list[Path]:

@@ -12,6 +12,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from packaging.specifiers import SpecifierSet
 
 from core import arch as archs
 from core import console, files, manifest
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     Describe = Callable[[Stack, Platform, str], Toolchain]
 
-BUILDER = 3
+BUILDER = 4
 """Increase it when a change of Hearth changes wheels: link line, metadata, wheel layout."""
 
 
@@ -69,7 +70,8 @@ class Build:
     def singles(self) -> dict[str, Build]:
         """The build of each target, by its label: `sm120a`, or `sm89.ptx`. Archs may have a target in common."""
         labels = [f"sm{self.target(arch)}{'.ptx' if arch.ptx else ''}" for arch in self.archs]
-        return {label: replace(self, archs=(arch,)) for label, arch in zip(labels, self.archs, strict=True)}
+        found = {label: replace(self, archs=(arch,)) for label, arch in zip(labels, self.archs, strict=True)}
+        return {label: each for label, each in found.items() if f"{label}.ptx" not in found}
 
     @property
     def label(self) -> str:
@@ -115,11 +117,19 @@ class Build:
 
     @property
     def identifier(self) -> str:
-        """The name of this build in lists and messages."""
+        """The name of this build in lists and messages, and of its log.
+
+        It names each arch, with a target that has another number: `sm89.80`. Labels name targets alone.
+        """
         chain = self.toolchain
+        archs = []
+        for arch in self.archs:
+            own, target = f"{arch.major}{arch.minor}", self.target(arch)
+            name = target if target.startswith(own) else f"{own}.{target}"
+            archs.append(f"sm{name}{'.ptx' if arch.ptx else ''}")
         python = chain.abi_tag if self.recipe.abi == "cpython" else self.python_tag
         tail = f"{python}-{chain.platform.value}{f'-{self.profile}' if self.profile else ''}"
-        return f"{self.recipe.name}-{self.recipe.version}-{chain.stack.name}-{self.label}-{tail}"
+        return f"{self.recipe.name}-{self.recipe.version}-{chain.stack.name}-{'.'.join(archs)}-{tail}"
 
     @property
     def source_folder(self) -> str:
@@ -213,7 +223,7 @@ class Skipped:
     @property
     def reason(self) -> str:
         """What is missing, and why."""
-        return ": ".join(each for each in (self.error.what, self.error.cause) if each)
+        return ": ".join(" ".join(each.split()) for each in (self.error.what, self.error.cause) if each)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +270,8 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
         )
     suited = [recipes_of.for_stack(same, stack) for same in chosen.values()]
     builds: dict[str, Build] = {}
-    skipped: list[Skipped] = []
+    broken = {} if names else recipes_of.broken()
+    skipped = [Skipped(f"the recipe of {name}", name, why) for name, why in broken.items()]
     notes: dict[str, None] = {}
     for platform, group in _groups(request):
         for python, recipe in itertools.product(_listed(request.python) or [stack.python], suited):
@@ -275,14 +286,11 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
             try:
                 if usable:
                     found = _build(recipe, usable, request.profile, describe, stack, platform, python)
-                    same = builds.get(found.identifier, found)
-                    builds[found.identifier] = replace(found, archs=tuple(sorted({*same.archs, *found.archs})))
+                    builds.setdefault(found.identifier, found)
             except SupportError as error:
                 skipped.append(Skipped(f"{recipe.name} {';'.join(map(str, usable))} {where}", recipe.name, error))
     if not request.python and not all(build.toolchain.native for build in builds.values()):
-        notes[
-            "for the Python that runs Hearth, or the newest that torch supports; for the other machine's: --python"
-        ] = None
+        notes |= dict.fromkeys([_PYTHON_NOTE])
     built = {build.recipe.name for build in builds.values()}
     for each in skipped:
         if not built or (names and each.kernel not in built):
@@ -290,6 +298,9 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
     for note in notes:
         console.say(note)
     return list(builds.values()), skipped
+
+
+_PYTHON_NOTE = "for the Python that runs Hearth, or the newest that torch supports; for the other machine's: --python"
 
 
 def _listed(text: str) -> list[str]:
@@ -338,9 +349,11 @@ def _build(
 ) -> Build:
     """One build; a recipe without the profile uses its default."""
     chosen = profile if profile in recipe.profiles else recipe.default_profile
-    found = Build(
-        recipe, canonical(recipe, group), chosen, describe(stack, platform, python_for(recipe, stack, python))
-    )
+    python = python_for(recipe, stack, python)
+    if not SpecifierSet(recipe.python).contains(f"{python}.99"):  # of any patch release
+        what = f"{recipe.name} {recipe.version} does not support Python {python}"
+        raise SupportError("recipe-support", what, cause=f"it needs Python {recipe.python}", hint="choose --python")
+    found = Build(recipe, canonical(recipe, group), chosen, describe(stack, platform, python))
     names = [module.name for module in found.modules]
     if twice := {name for name in names if names.count(name) > 1}:
         what = f"{recipe.name} {recipe.version} cannot be built as one wheel for {found.arch}"
@@ -372,13 +385,16 @@ def _note(recipe: Recipe, arch: Arch) -> Iterator[str]:
 
 
 def canonical(recipe: Recipe, group: Sequence[Arch]) -> tuple[Arch, ...]:
-    """The archs without what does not change the wheel: the suffix that the recipe uses anyway, and PTX of `a`."""
+    """The archs without what does not change the wheel.
+
+    That is the suffix that the recipe uses anyway, PTX of `a`, and an arch that is also there with PTX.
+    """
     found: set[Arch] = set()
     for arch in group:
         target = _target(recipe, arch)
         suffix = "" if target == recipe.archs[arch.capability] else arch.suffix
         found.add(replace(arch, suffix=suffix, ptx=arch.ptx and not target.endswith("a")))
-    return tuple(sorted(found))
+    return tuple(sorted(each for each in found if each.ptx or replace(each, ptx=True) not in found))
 
 
 def refusal(recipe: Recipe, arch: Arch, stack: Stack) -> SupportError | None:

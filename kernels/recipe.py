@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from core.config import load
@@ -225,9 +228,10 @@ def load_recipe(path: Path) -> Recipe:
     checks = (*_values(recipe), *_versions(recipe))
     if wrong := [f"{what} {value!r}" for what, value, right in checks if not right]:
         raise ConfigError("config", f"{file}: not valid: {', '.join(wrong)}", cause=_NAMES)
-    for name in (*(f"patches/{patch.file}" for patch in recipe.patches), recipe.headers):
-        if not (path / name).exists():
-            raise ConfigError("config", f"{file}: {name} does not exist in the recipe's folder")
+    missing = [f"patches/{patch.file}" for patch in recipe.patches if not (path / "patches" / patch.file).is_file()]
+    missing += [f"{recipe.headers}/"] if recipe.headers and not (path / recipe.headers).is_dir() else []
+    if missing:
+        raise ConfigError("config", f"{file}: {', '.join(missing)} does not exist in the recipe's folder")
     for module in recipe.modules:
         for arch in module.archs:
             if arch not in recipe.archs:
@@ -237,9 +241,10 @@ def load_recipe(path: Path) -> Recipe:
 
 _NAMES = """\
 name: letters, digits, - and _; version: as PyPI writes it, without +; profiles: lower-case letters and digits, one with
-default = true; archs: "12.1" = "121", "121a" or "121f"; modules: Python names, each once for an arch, with bindings or
-kernels; torch, cuda, python: versions, such as ">=2.6"; abi = "abi3" needs python = ">=3.10", or another first version;
-stable_torch needs a first version in torch; memory_mb: positive"""
+default = true; archs: "12.1" = "121", "121a" or "121f"; modules: Python names, each once for an arch, at least one for
+each arch, with bindings or kernels; torch, cuda, python: versions, such as ">=2.6"; abi = "abi3" needs
+python = ">=3.10", or another first version; stable_torch needs a first version in torch; patterns: ** is a whole part
+of a path; memory_mb, seconds: positive"""
 
 
 def _values(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
@@ -258,11 +263,16 @@ def _values(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
         runs = digits and re.fullmatch(f"{digits[1]}[0-{digits[2]}]f?|{digits[1]}{digits[2]}a", target)
         yield "arch", f"{arch} = {target}", bool(runs)
         names = [module.name for module in recipe.modules_for(arch)]
-        yield f"modules for {arch}", ", ".join(names), len(names) == len({*names})
+        yield f"modules for {arch}", ", ".join(names), 0 < len(names) == len({*names})
     for module in recipe.modules:
         valid = all(each.isidentifier() and each.isascii() for each in module.name.split("."))
         python = module.kernels_include_python and recipe.abi == "none"
         yield "module", module.name, valid and bool(module.bindings or module.kernels) and not python
+    own = [each for module in recipe.modules for each in (*module.bindings, *module.kernels)]
+    for pattern in (*recipe.files, *own):
+        yield "pattern", pattern, all(part == "**" or "**" not in part for part in pattern.split("/"))
+    for pattern, seconds in recipe.seconds.items():
+        yield f"seconds of {pattern}", str(seconds), 0 <= seconds < math.inf
     into = [each.into.strip("/") for each in recipe.extra]
     yield "into", ", ".join(into), len(into) == len({*into})
     yield "memory_mb", str(recipe.memory_mb), recipe.memory_mb > 0
@@ -294,32 +304,77 @@ def _canonical(version: str) -> bool:
 
 
 def recipes() -> dict[str, list[Recipe]]:
-    """All kernel recipes, by name. Several of a name are for different stacks: raises ConfigError otherwise.
+    """All valid kernel recipes, by name. Several of a name are for different stacks.
 
     Those in a later folder replace all of their name in earlier ones.
     """
-    found: dict[str, list[Recipe]] = {}
-    for folder in folders():
-        here: dict[str, list[Recipe]] = {}
-        for file in sorted(folder.glob("*/recipe.toml")):
-            recipe = load_recipe(file.parent)
-            here.setdefault(recipe.name, []).append(recipe)
-        found |= here
-    for name, same in found.items():
-        for stack in stacks().values() if len(same) > 1 else ():
-            suited = [str(each.path) for each in same if not each.unsupported_version(stack)]
-            if len(suited) > 1:
-                what = f"{' and '.join(suited)} both build {name} for stack {stack.name}"
-                raise ConfigError("config", what, hint="limit `torch` or `cuda` in one of them")
-    return found
+    return {found[0].name: found for found in _load()[0].values() if not isinstance(found, ConfigError)}
+
+
+def broken() -> dict[str, ConfigError]:
+    """The errors of recipes that are not valid, by name. They keep no other kernel from being built."""
+    return _load()[1]
 
 
 def find_recipes(name: str) -> list[Recipe]:
-    """Return the recipes of that name; raises UsageError with the nearest match."""
-    known = recipes()
-    if name not in known:
-        raise UsageError("unknown-name", f"there is no kernel {name!r}", hint=suggest(name, known))
-    return known[name]
+    """Return the recipes of that name, as package indexes compare names (PyPA).
+
+    Raises UsageError with the nearest match, or the ConfigError of a recipe that is not valid.
+    """
+    found = _load()[0].get(canonicalize_name(name))
+    if isinstance(found, ConfigError):
+        raise found
+    if found is None:
+        raise UsageError("unknown-name", f"there is no kernel {name!r}", hint=suggest(name, recipes()))
+    return found
+
+
+def _load() -> tuple[dict[str, list[Recipe] | ConfigError], dict[str, ConfigError]]:
+    """The recipes of each normalised name, or why there are none; and the error of each that is not valid.
+
+    A recipe that is not valid never reveals one of its name in an earlier folder, which it was to replace.
+    """
+    found: dict[str, list[Recipe] | ConfigError] = {}
+    errors: dict[str, ConfigError] = {}
+    for folder in folders():
+        here: dict[str, list[Recipe]] = {}
+        wrong: dict[str, ConfigError] = {}
+        for file in sorted(folder.glob("*/recipe.toml")):
+            try:
+                recipe = load_recipe(file.parent)
+                here.setdefault(canonicalize_name(recipe.name), []).append(recipe)
+            except ConfigError as error:
+                wrong[canonicalize_name(_stated_name(file))] = error
+        for name, same in here.items():
+            if conflict := _conflict(same):
+                wrong[name] = conflict
+        found |= here
+        found |= {name: error for name, error in wrong.items() if name not in here or len(here[name]) > 1}
+        errors = {name: error for name, error in errors.items() if name not in here} | wrong
+    return found, errors
+
+
+def _conflict(same: Sequence[Recipe]) -> ConfigError | None:
+    """The error of recipes with one name: two build wheels of one file name, or they spell the name differently."""
+    names = sorted({each.name for each in same})
+    if len(names) > 1:
+        what = f"{' and '.join(str(each.path) for each in same)}: {' and '.join(names)} are one name for installers"
+        return ConfigError("config", what, hint="use the same spelling, or other names")
+    for stack in stacks().values() if len(same) > 1 else ():
+        suited = [str(each.path) for each in same if not each.unsupported_version(stack)]
+        if len(suited) > 1:
+            what = f"{' and '.join(suited)} both build {names[0]} for stack {stack.name}"
+            return ConfigError("config", what, hint="limit `torch` or `cuda` in one of them")
+    return None
+
+
+def _stated_name(file: Path) -> str:
+    """The name in a recipe that is not valid, else that of its folder."""
+    text = ""
+    with suppress(OSError):
+        text = file.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"""^name *= *["'](.+?)["']""", text.partition("\n[")[0], re.MULTILINE)
+    return found[1] if found else file.parent.name
 
 
 def for_stack(same: Sequence[Recipe], stack: Stack) -> Recipe:

@@ -72,7 +72,7 @@ def log(build: str) -> Path:
 
 
 def _pending(argv: Sequence[str], place: Path) -> set[str]:
-    """The outputs that ninja would make, from a dry run."""
+    """The outputs that ninja would make, from a dry run. Raises BuildError if that fails."""
     done = tools.build(*argv, "-n", "-C", place, env={"NINJA_STATUS": _STATUS}, check=False)
     if done.returncode:  # otherwise everything would count as up to date
         raise _explain_ninja(shell.last_words(done))

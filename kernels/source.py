@@ -14,7 +14,7 @@ import msgspec
 
 from core import files, shell, tools
 from core.errors import SourceError
-from core.source import fetch, pin
+from core.source import intact, pin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,9 +45,9 @@ HEADERS = ".hearth-include"
 def _write_patched(recipe: Recipe, patches: Sequence[Patch], place: Path) -> None:
     """Write the source with the additional sources and the patches to `place`."""
     shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(fetch(recipe), place, symlinks=True)
+    shutil.copytree(intact(recipe), place, symlinks=True)
     for each in recipe.extra:
-        shutil.copytree(fetch(each), place / each.into, symlinks=True, dirs_exist_ok=True)
+        shutil.copytree(intact(each), place / each.into, symlinks=True, dirs_exist_ok=True)
     for patch in patches:
         _apply(recipe, patch, place)
 
@@ -55,8 +55,9 @@ def _write_patched(recipe: Recipe, patches: Sequence[Patch], place: Path) -> Non
 def _generate(recipe: Recipe, each: Generate, tree: Path) -> str:
     """Run a script in the tree, with the build's environment; returns the hash of the files that it writes."""
     before = _stamps(tree)
-    # -E and -s: no variable and no package of the user; -B: no bytecode in the tree.
-    done = tools.build(sys.executable, "-EsB", each.script, *each.args, cwd=tree, check=False)
+    # -s: no package of the user; -B: no bytecode in the tree; and one order of sets, which is random otherwise.
+    env = {"PYTHONHASHSEED": "0"}
+    done = tools.build(sys.executable, "-sB", each.script, *each.args, cwd=tree, env=env, check=False)
     written = [name for name, stamp in _stamps(tree).items() if stamp != before.get(name)]
     if done.returncode or not written:
         what = f"{each.script} of {recipe.name} {recipe.version} {'failed' if done.returncode else 'writes no file'}"

@@ -75,6 +75,8 @@ def build_kernels(
         return
     found = _on_hosts(host, request, force=force) if host else build.build_asked(request, force=force)
     console.show(found, manifest.rows(found), as_json=out.json)
+    if out.json:  # it has all of this; another machine's --host reads it, and prints the commands of its own wheelhouse
+        return
     for note in manifest.unproven(found):
         console.say(note)
     house = workspace.current().wheelhouse
@@ -212,9 +214,12 @@ def list_kernels(_: Context, *, out: Output) -> None:
         inv kernels
     """
     from kernels import listing
+    from kernels.recipe import broken
 
     found = listing.support()
     console.show(found, listing.support_rows(found), as_json=out.json)
+    for name, error in broken().items():
+        console.say(f"the recipe of {name} is not valid: {error}")
 
 
 @command(help={"name": "a kernel recipe", "replace": "replace pins that differ, such as those of the previous version"})

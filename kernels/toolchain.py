@@ -20,7 +20,7 @@ from core import files, lockfile, shell, tools, workspace
 from core import source as sources
 from core.errors import HearthError, SupportError, ToolError
 from core.stack import Platform, Stack, stacks
-from kernels import pythons
+from kernels import compat, pythons
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -224,10 +224,15 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
         )
     version = tools.build(name, "--version").stdout.splitlines()[0]
     linker = tools.build(name, "-Wl,--version", check=False).stdout.splitlines()
-    # CXX may be a script that adds flags, and distributions patch a compiler without changing its version.
-    programs = [shell.find(name), tools.build(name, "-print-prog-name=cc1plus").stdout.strip()]
-    identity = _digest([files.sha256(Path(each)) for each in programs])[:16]
+    # CXX may be a script that adds flags, and distributions patch programs without changing their versions. GCC takes
+    # the assembler and the linker from PATH.
+    programs = [name, *(tools.build(name, f"-print-prog-name={each}").stdout.strip() for each in _GCC_PROGRAMS)]
+    identity = _digest([files.sha256(Path(shell.find(each))) for each in programs if shell.which(each)])[:16]
     return name, f"{version}; {identity}; {linker[0] if linker else 'unknown linker'}; glibc {'.'.join(glibc)}"
+
+
+_GCC_PROGRAMS = ("cc1plus", "as", "ld", "objcopy")
+"""What compiles, assembles and links, and merges the objects of fat wheels (kernels/merge.py)."""
 
 
 @cache
@@ -303,25 +308,8 @@ def assemble(toolchain: Toolchain) -> None:
     if not (stubs / "libcuda.so").exists():
         stubs.mkdir(exist_ok=True)
         driver_stub(toolchain, stubs)
-    if not (stubs / COMPAT).exists():
-        compat(toolchain.cxx, stubs / COMPAT)
-
-
-COMPAT = "compat.o"
-"""An object that is linked into each module, so that the module loads with an older C library."""
-
-# Headers of libstdc++ read this variable of glibc 2.32 to skip atomic operations in a process with one thread. The
-# module's own one says that there may be more threads, which is always correct.
-_COMPAT = """\
-extern "C" { __attribute__((visibility("hidden"))) char __libc_single_threaded; }
-"""
-
-
-def compat(cxx: str, place: Path) -> None:
-    """Compile the object that each module is linked with."""
-    with files.draft(place) as part:
-        tools.build(cxx, "-c", "-fPIC", "-x", "c++", "-o", part, "-", input_text=_COMPAT)
-        part.replace(place)
+    if not (stubs / compat.NAME).exists():
+        compat.build(toolchain.cxx, stubs / compat.NAME)
 
 
 def cuobjdump() -> Path:

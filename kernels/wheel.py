@@ -14,6 +14,7 @@ from packaging.metadata import Metadata, RFC822Message
 
 from core.errors import ConfigError
 from kernels import inspection, sbom
+from kernels.elf import Elf
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,21 +30,12 @@ def assemble(build: Build, tree: Path, modules: dict[str, Path], place: Path) ->
 
     `tree` is the patched source, `modules` the linked file of each extension module by name.
     """
-    recipe = build.recipe
-    content: dict[str, bytes] = {}
-    root = tree / recipe.root
-    for pattern in recipe.files:
-        for path in root.glob(pattern):
-            name = str(path.relative_to(root))
-            if path.is_file() and not any(fnmatch(name, each) for each in recipe.exclude_files):
-                content[name] = path.read_bytes()
+    content = source_files(build, tree)
     for module in build.modules:
         content[build.module_file(module)] = modules[module.name].read_bytes()
-    elves = [inspection.Elf(path) for path in modules.values()]
+    elves = [Elf(path) for path in modules.values()]
     platform = inspection.platform_tag(elves, build.toolchain.platform)
-    info = f"{recipe.file_name}-{build.version}.dist-info"
-    for license_file in recipe.license_files:
-        content[f"{info}/licenses/{license_file}"] = (tree / license_file).read_bytes()
+    info = _info(build)
     content[f"{info}/METADATA"] = metadata(build)
     content[f"{info}/WHEEL"] = (
         f"Wheel-Version: 1.0\nGenerator: hearth\nRoot-Is-Purelib: false\nTag: {build.tag(platform)}\n"
@@ -61,6 +53,36 @@ def assemble(build: Build, tree: Path, modules: dict[str, Path], place: Path) ->
             entry.external_attr = (0o100755 if each.endswith(".so") else 0o100644) << 16
             archive.writestr(entry, body)
     return wheel
+
+
+def _info(build: Build) -> str:
+    return f"{build.recipe.file_name}-{build.version}.dist-info"
+
+
+def source_files(build: Build, tree: Path) -> dict[str, bytes]:
+    """The files of the wheel that are in the source, by their path in the wheel: packages and licences.
+
+    Raises ConfigError for a licence that does not exist, a pattern that matches no file, and a file in the place of one
+    that Hearth writes.
+    """
+    recipe, root = build.recipe, tree / build.recipe.root
+    content: dict[str, bytes] = {}
+    wrong = [f"license_files: {each}" for each in recipe.license_files if not (tree / each).is_file()]
+    for pattern in recipe.files:
+        paths = [path for path in root.glob(pattern) if path.is_file()]
+        wrong += [] if paths else [f"files: {pattern}"]
+        names = {str(path.relative_to(root)): path for path in paths}
+        kept = {name for name in names if not any(fnmatch(name, each) for each in recipe.exclude_files)}
+        content |= {name: names[name].read_bytes() for name in kept}
+    if wrong:
+        what = f"{recipe.path / 'recipe.toml'}: no file of the source matches {', '.join(wrong)}"
+        raise ConfigError("config", what, cause=f"looked in {root}")
+    own = {build.module_file(module) for module in build.modules}
+    if taken := sorted(name for name in content if name in own or name.partition("/")[0].endswith(".dist-info")):
+        what = f"{recipe.path / 'recipe.toml'}: `files` includes {', '.join(taken)}, which the build writes"
+        raise ConfigError("config", what, hint="list it in exclude_files")
+    licences = {f"{_info(build)}/licenses/{each}": (tree / each).read_bytes() for each in recipe.license_files}
+    return content | licences
 
 
 def metadata(build: Build) -> bytes:

@@ -29,6 +29,7 @@ def test_remote_build_returns_the_wheel(fleet: Fleet) -> None:
     assert done.returncode == 0, done.stderr
     assert "gone: tiny for 8.9 failed: error[unreachable]" in done.stderr
     assert "spark: inspecting tiny-0.1" in done.stderr
+    assert "uv pip install" not in done.stderr
     (wheel,) = json.loads(done.stdout)
     assert wheel["imported"]["result"] == "passed"
     place = fleet.place / "wheelhouse/cu130/sm_89" / wheel["file"]

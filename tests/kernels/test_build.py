@@ -110,6 +110,9 @@ def test_second_build_is_a_cache_hit(built: Hearth) -> None:
     done = built.inv(*BUILD, "--arch", "8.9;12.1")
     assert done.returncode == 0
     assert "inspecting" not in done.stderr
+    assert done.stderr.count("uv pip install") == 2
+    quiet = built.inv(*BUILD, "--arch", "8.9", "--json")  # as --host runs it: the commands are for that wheelhouse
+    assert (quiet.returncode, "uv pip install" in quiet.stderr) == (0, False)
     assert [(path.name, path.stat().st_mtime_ns) for path in built.wheels()] == before
     plan = built.inv(*BUILD, "--arch", "12.1", "--dry-run")
     assert "in the wheelhouse" in plan.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -17,7 +18,8 @@ from core import arch as archs
 from core.arch import Arch, LocalGpu
 from core.manifest import ModuleReport
 from core.stack import Platform
-from kernels import inspection, toolchain
+from kernels import compat, inspection, toolchain
+from kernels.elf import Elf
 from kernels.matrix import Request, select
 from tests.errors import raises
 
@@ -137,13 +139,13 @@ def test_a_platform_tag_is_what_the_symbols_allow(
 ) -> None:
     words = [CXX[platform], "-shared", "-fPIC", "-x", "c++", "-o", str(tmp_path / "m.so"), "-"]
     subprocess.run(words, input=source, text=True, check=True)
-    elf = inspection.Elf(tmp_path / "m.so")
+    elf = Elf(tmp_path / "m.so")
     assert re.fullmatch(f"{expected}_{platform.cpu}", inspection.platform_tag([elf], platform))
     assert re.fullmatch(f"{expected}_{platform.cpu}", inspection.platform_tag([elf, elf], platform))
 
 
 def test_a_symbol_version_of_no_policy_has_no_manylinux_tag() -> None:
-    newer, older = inspection.Elf(Path("a.so")), inspection.Elf(Path("b.so"))
+    newer, older = Elf(Path("a.so")), Elf(Path("b.so"))
     vars(newer)["required"], vars(older)["required"] = {"GLIBC_9.99"}, {"GLIBC_2.17"}
     assert inspection.platform_tag([newer, older], Platform.LINUX_X86_64) == "linux_x86_64"
     assert inspection.platform_tag([older], Platform.LINUX_X86_64) == "manylinux_2_17_x86_64"
@@ -153,14 +155,72 @@ def test_a_symbol_version_of_no_policy_has_no_manylinux_tag() -> None:
 @pytest.mark.parametrize("platform", CXX, ids=CXX.values())
 def test_shared_pointers_need_no_newer_c_library(tmp_path: Path, platform: Platform) -> None:
     """Compiled against glibc 2.32 and newer, their reference counts read a variable that older ones lack."""
-    compat, module = tmp_path / "compat.o", tmp_path / "m.so"
+    own, module = tmp_path / "compat.a", tmp_path / "m.so"
     source = "#include <memory>\nstd::shared_ptr<int> kept;\nvoid keep(std::shared_ptr<int> it) { kept = it; }\n"
-    toolchain.compat(CXX[platform], compat)
-    words = [CXX[platform], "-shared", "-fPIC", "-o", str(module), "-x", "c++", "-", "-x", "none", str(compat)]
+    compat.build(CXX[platform], own)
+    words = [CXX[platform], "-shared", "-fPIC", "-o", str(module), "-x", "c++", "-", "-x", "none", str(own)]
     subprocess.run(words, input=source, text=True, check=True)
-    elf = inspection.Elf(module)
+    elf = Elf(module)
     assert inspection.platform_tag([elf], platform) in ("manylinux_2_5_x86_64", "manylinux_2_17_aarch64")
     assert not elf.defines(["__libc_single_threaded"])
+
+
+ISOC23 = """
+extern "C" long __isoc23_strtol(const char*, char**, int);
+extern "C" unsigned long long __isoc23_strtoull(const char*, char**, int);
+extern "C" int __isoc23_sscanf(const char*, const char*, ...);
+extern "C" long number(const char* text) { return __isoc23_strtol(text, nullptr, 16); }
+extern "C" long scan(const char* text) { int found = -1; __isoc23_sscanf(text, "%d", &found); return found; }
+extern "C" unsigned long long large(const char* text) { return __isoc23_strtoull(text, nullptr, 10); }
+"""
+"""What the headers of glibc 2.38 make of strtol, sscanf and strtoull."""
+
+
+def link(cxx: str, module: Path, source: str, *words: str | Path) -> Elf:
+    argv = [cxx, "-shared", "-fPIC", "-o", module, "-x", "c++", "-", "-x", "none", *words]
+    subprocess.run(argv, input=source, text=True, check=True)
+    return Elf(module)
+
+
+@pytest.mark.needs(*CXX.values())
+@pytest.mark.parametrize("platform", CXX, ids=CXX.values())
+def test_numbers_are_read_without_a_newer_c_library(tmp_path: Path, platform: Platform) -> None:
+    compat.build(CXX[platform], tmp_path / "compat.a")
+    elf = link(CXX[platform], tmp_path / "m.so", ISOC23, tmp_path / "compat.a")
+    assert not [name for name in elf.undefined if "isoc23" in name]
+    assert not elf.defines(["__isoc23_strtol", "__isoc23_wcstol"])
+    assert inspection.platform_tag([elf], platform) in ("manylinux_2_12_x86_64", "manylinux_2_17_aarch64")
+    if platform is Platform.local():
+        module = ctypes.CDLL(str(tmp_path / "m.so"))
+        assert (module.number(b"7f"), module.scan(b" 42 "), module.large(b"9")) == (127, 42, 9)
+
+
+@pytest.mark.needs(*CXX.values())
+@pytest.mark.parametrize("platform", CXX, ids=CXX.values())
+def test_a_large_allocation_needs_no_newer_cxx_library(tmp_path: Path, platform: Platform) -> None:
+    compat.build(CXX[platform], tmp_path / "compat.a")
+    elf = link(CXX[platform], tmp_path / "m.so", MODULES["GLIBCXX_3.4.29"][0], tmp_path / "compat.a")
+    assert "GLIBCXX_3.4.29" not in elf.required
+    assert inspection.platform_tag([elf], platform) != f"manylinux_2_34_{platform.cpu}"
+
+
+@pytest.mark.needs("g++")
+def test_a_symbol_without_a_version_is_reported(tmp_path: Path) -> None:
+    """Torch's libraries export parts of libstdc++ without versions, which the linker takes first."""
+    source = MODULES["GLIBCXX_3.4.29"][0]
+    export = "namespace std { void __throw_bad_array_new_length() { throw 1; } }"
+    torch = link("g++", tmp_path / "libtorch.so", export)
+    system = [Elf(Path(subprocess.check_output(("g++", "-print-file-name=libstdc++.so.6"), text=True).strip()))]
+    after = link("g++", tmp_path / "after.so", source, tmp_path / "libtorch.so")
+    before = link("g++", tmp_path / "before.so", source, "-lstdc++", tmp_path / "libtorch.so")
+    unbound = link("g++", tmp_path / "unbound.so", source, "-nodefaultlibs")
+    name = "_ZSt28__throw_bad_array_new_lengthv"
+    assert [name in each.unversioned for each in (after, before, unbound)] == [True, False, True]
+    counts = [len([*inspection.version_errors(after, certain, system)]) for certain in ([torch], [])]
+    assert counts == [0, 1]  # the stack's own torch has it; another torch need not
+    assert not [*inspection.version_errors(before, [], system)]
+    assert [*inspection.version_errors(unbound, [], system)]
+    assert inspection.platform_tag([before], Platform.local()) == f"manylinux_2_34_{Platform.local().cpu}"
 
 
 def archive(path: Path, members: dict[str, bytes]) -> Path:

@@ -119,7 +119,8 @@ def test_a_wheel_replaces_one_of_its_build_with_another_platform_tag(tmp_path: P
     for name in (*others, *names):
         platform = f"linux_{name.partition('_')[2].removeprefix('2_34_').removeprefix('2_24_')}"
         listed = wheel("same", size=3, file=f"{stem}-{name}.whl", key=name.encode().hex().rjust(64, "0")[-64:])
-        house.admit(tmp_path / "built", msgspec.structs.replace(listed, platform=platform))
+        listed = msgspec.structs.replace(listed, platform=platform, sha256=files.sha256(tmp_path / "built"))
+        house.admit(tmp_path / "built", listed)
     kept = {f"{stem}-{name}.whl" for name in (*others, names[-1])}
     assert {each.file for each in house.wheels()} == {path.name for path in house.folder.rglob("*.whl")} == kept
     pattern, key = f"{stem}-cp312-cp312-*linux*_x86_64.whl", names[-1].encode().hex()[-64:]

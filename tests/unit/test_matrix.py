@@ -135,6 +135,9 @@ def versions(**request: Any) -> list[str]:
         ("12.0f+PTX", False, ["sm120f.ptx"], ["12.0f+PTX"]),
         ("12.0;8.9+PTX", True, ["sm89.ptx.sm120a"], ["8.9+PTX;12.0"]),
         ("9.0;9.0a", True, ["sm90a"], ["9.0"]),
+        ("8.9;8.9+PTX", True, ["sm89.ptx"], ["8.9+PTX"]),
+        ("8.9;8.9+PTX", False, ["sm89", "sm89.ptx"], ["8.9", "8.9+PTX"]),
+        ("12.0;12.0f;12.0f+PTX", True, ["sm120a.sm120f.ptx"], ["12.0;12.0f+PTX"]),
         ("8.9;10.0;12.0", True, ["sm89.sm120a"], ["8.9;12.0"]),
         ("8.9;12.0;12.1", True, ["sm89.sm120a", "sm121a"], ["8.9;12.0", "12.1"]),  # a wheel for each platform
     ],
@@ -150,16 +153,24 @@ def test_repeats_are_built_once() -> None:
     assert len(select(request)[0]) == 1
 
 
-@pytest.mark.parametrize("fat", [False, True])
-def test_archs_with_a_common_target_have_one_wheel(fat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archs_with_a_common_target_are_builds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel for each lies in its own index; one fat wheel has the code of a target once."""
     usual = recipe.recipes()["sageattention"][0]
     common = msgspec.structs.replace(usual, archs={**usual.archs, "8.6": "80", "8.9": "80"})
     monkeypatch.setattr(recipe, "find_recipes", lambda _: [common])
-    builds, _ = select(Request(arch="8.0;8.6;12.0;8.9", kernel="sageattention", python="3.11", fat=fat))
-    found = [(build.arch, build.label, len(graph._gencode(build))) for build in builds]
-    assert found == (
-        [("8.0;8.6;8.9;12.0", "sm80.sm120a", 2)] if fat else [("8.0;8.6;8.9", "sm80", 1), ("12.0", "sm120a", 1)]
-    )
+    request = Request(arch="8.0;8.6;12.0;8.9", kernel="sageattention", python="3.11")
+    builds, _ = select(request)
+    assert [(build.arch, build.label) for build in builds] == [
+        ("8.0", "sm80"), ("8.6", "sm80"), ("8.9", "sm80"), ("12.0", "sm120a"),
+    ]  # fmt: skip
+    assert len({build.identifier for build in builds}) == 4
+    assert "-sm89.80-" in builds[2].identifier
+    (one,), _ = select(Request(arch="8.9", kernel="sageattention", python="3.11"))
+    assert (one.identifier, one.index) == (builds[2].identifier, builds[2].index)
+    (fat,), _ = select(replace(request, fat=True))
+    assert (fat.arch, fat.label, len(graph._gencode(fat))) == ("8.0;8.6;8.9;12.0", "sm80.sm120a", 2)
+    (ptx,), _ = select(Request(arch="8.0+PTX;8.9", kernel="sageattention", python="3.11", fat=True))
+    assert graph._gencode(ptx) == [f"-gencode=arch=compute_80,code={each}_80" for each in ("sm", "compute")]
 
 
 def test_each_module_of_a_fat_wheel_has_only_its_archs() -> None:

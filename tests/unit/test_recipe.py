@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from packaging.utils import parse_wheel_filename
 
-from core import stack, workspace
+from core import console, stack, workspace
+from deploy import inputs
 from kernels.matrix import Request, select
-from kernels.recipe import find_recipes, load_recipe
+from kernels.recipe import find_recipes, load_recipe, recipes
 from kernels.source import _mirror
+from tests import plans
 from tests.conftest import FIXTURES
 from tests.errors import raises
 
@@ -104,6 +108,76 @@ def test_a_tree_is_mirrored_whatever_was_there(tmp_path: Path) -> None:
     assert (old / "mode").stat().st_mode & 0o100
     assert (old / "same").stat().st_mtime_ns == times["same"]
     assert (old / "edited").stat().st_mtime_ns > times["edited"]
+
+
+BROKEN = {
+    "not TOML": ('version = "0.1"', 'version = "0.1'),
+    "unknown key": ('version = "0.1"', 'version = "0.1"\nsumary = "x"'),
+    "invalid value": ('version = "0.1"', 'version = "latest"'),
+    "missing patch": ('file = "0001-say-which-cuda.patch"', 'file = "gone.patch"'),
+}
+
+
+@pytest.fixture
+def broken(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of recipes: a good one, and one that is not valid."""
+    place = edited(tmp_path, *request.param)
+    shutil.copytree(FIXTURES / "recipes/tiny", tmp_path / "good")
+    text = (tmp_path / "good/recipe.toml").read_text()
+    (tmp_path / "good/recipe.toml").write_text(text.replace('name = "tiny"', 'name = "good"', 1))
+    monkeypatch.setenv("HEARTH_RECIPES", str(tmp_path))
+    return place
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN, indirect=True)
+def test_a_broken_recipe_blocks_no_other_and_is_named(broken: Path) -> None:
+    builds, skipped = select(Request(arch="8.9", python="3.11"))
+    assert {"good", "sageattention"} <= {build.recipe.name for build in builds}
+    (reason,) = [each.reason for each in skipped if each.kernel == "tiny"]
+    assert str(broken) in reason
+    assert select(Request(arch="8.9", python="3.11", kernel="good,sageattention"))[1] == []
+    with raises("config", match=str(broken)):
+        select(Request(arch="8.9", kernel="good,tiny"))
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN, indirect=True)
+def test_a_broken_recipe_stops_only_a_deploy_of_its_kernel(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(console, "say", said.append)
+    target = plans.spark()
+
+    def needed(*kernels: str) -> dict[str, tuple[str, str]]:
+        profile = msgspec.structs.replace(target.profile, kernels=kernels)
+        return inputs._recipes(replace(target, profile=profile))
+
+    assert set(needed("sageattention", "good")) == {"sageattention", "good"}
+    assert [each for each in said if str(broken) in each]
+    with raises("config", match=str(broken)):
+        needed("sageattention", "tiny")
+
+
+def test_a_broken_recipe_does_not_reveal_the_one_that_it_replaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edited(tmp_path, 'name = "tiny"', 'name = "SageAttention"\nsumary = "x"')
+    monkeypatch.setenv("HEARTH_RECIPES", str(tmp_path))
+    with raises("config", match="sumary"):
+        find_recipes("sageattention")
+
+
+def test_names_that_installers_do_not_distinguish_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both would write the same wheel file, each over the other's."""
+    edited(tmp_path, 'name = "tiny"', 'name = "flash_attn"')
+    monkeypatch.setenv("HEARTH_RECIPES", str(tmp_path))
+    assert [each.path.name for each in find_recipes("Flash-Attn")] == ["tiny"]
+    assert "flash-attn" not in recipes()
+    shutil.copytree(tmp_path / "tiny", tmp_path / "other")
+    text = (tmp_path / "other/recipe.toml").read_text()
+    (tmp_path / "other/recipe.toml").write_text(
+        text.replace("flash_attn", "flash.attn").replace("flash.attn", "Flash-attn")
+    )
+    with raises("config", match="one name for installers"):
+        find_recipes("flash_attn")
 
 
 def test_a_relative_search_path_means_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +68,14 @@ def recipe(place: Path, *edits: tuple[str, str]) -> Path:
         (MODULE, f'{MODULE}\nflags = {{ nvcc = [""] }}'),
         (MODULE, f'{MODULE}\nflags = {{ gcc = ["-O1"] }}'),
         (MODULE, 'kernels = ["/etc/*.cu"]'),
+        (MODULE, 'kernels = ["csrc/**.cu"]'),
+        ('files = ["tiny/**/*.py"]', 'files = ["**.py"]'),
+        ('"csrc/*.cu" = 2', '"csrc/*.cu" = nan'),
+        ('"csrc/*.cu" = 2', '"csrc/*.cu" = -1'),
         (f'bindings = ["csrc/sum.cpp"]\n{MODULE}', ""),
+        ('"12.1" = "121a"', '"12.1" = "121a"\n"12.0" = "120a"\n[unsupported]'),
+        ('headers = "include"', 'headers = "include/tiny.h"'),
+        ('file = "0001-say-which-cuda.patch"', 'file = "."'),
         ('name = "tiny._driver"', 'name = "tiny._sum"'),
     ],
 )
@@ -128,6 +136,33 @@ def test_kernels_that_include_python_are_compiled_for_each_version(build: Callab
     assert "TORCH_EXTENSION_NAME" not in plain.variables["flags"]
 
 
+@pytest.mark.parametrize("name", ["su m.cu", "su$m.cu", "su'm.cu", "su:m.cu", "süm.cu"])
+def test_a_file_name_that_ninja_would_misread_is_refused(build: Callable[..., Build], name: str) -> None:
+    found = build((MODULE, 'kernels = ["csrc/s*m.cu"]'))
+    (graph.root() / found.source_folder / "csrc/sum.cu").rename(graph.root() / found.source_folder / "csrc" / name)
+    (error,) = graph.write([found], {"": 1}).errors.values()
+    assert error.kind == "config"
+    assert repr(f"csrc/{name}") in error.what
+
+
+def test_a_file_that_two_patterns_match_is_compiled_once(build: Callable[..., Build]) -> None:
+    found = build((MODULE, 'kernels = ["csrc/sum.cu", "csrc/s*m.cu", "**/sum.cu"]'))
+    (graph.root() / found.source_folder / "csrc/folder.cu").mkdir()
+    link = edges(found)["_sum.so"]
+    assert [Path(name).name for name in link.inputs] == ["sum.cu.o", "sum.cpp.o"]
+
+
+@pytest.mark.parametrize(
+    ("python", "works"), [(">=3.11", True), (">=3.12", False), (">=3.8,<3.11", False), ("==3.11.*", True)]
+)
+def test_a_python_that_the_wheel_would_refuse_is_not_built_for(
+    build: Callable[..., Build], python: str, works: bool
+) -> None:
+    edit = ('python = ">=3.11"', f'python = "{python}"')
+    with nullcontext() if works else raises("recipe-support", match=r"Python 3\.11"):
+        build(edit)
+
+
 def test_nvidias_libraries_are_linked_under_their_versioned_names(build: Callable[..., Build]) -> None:
     found = build((MODULE, f'{MODULE}\nlibraries = ["cublas", "cuda"]'))
     libs = edges(found)["_sum.so"].variables["libs"]
@@ -153,6 +188,29 @@ def test_each_abi_has_its_own_tag_suffix_and_macro(build: Callable[..., Build]) 
     assert f"{found.toolchain.python_folder}/include" not in flags
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('license_files = ["LICENSE"]', 'license_files = ["COPYING"]', "license_files: COPYING"),
+        ('license_files = ["LICENSE"]', 'license_files = ["csrc"]', "license_files: csrc"),
+        ('files = ["tiny/**/*.py"]', 'files = ["tiny/**/*.py", "tyni/*.py"]', "files: tyni/*.py"),
+        ('files = ["tiny/**/*.py"]', 'files = ["tiny/**/*"]', "tiny/_sum.cpython-311-x86_64-linux-gnu.so"),
+        ('files = ["tiny/**/*.py"]', 'files = ["**/*"]', "other.dist-info/RECORD"),
+    ],
+)
+def test_files_that_a_wheel_cannot_have_are_an_error(
+    build: Callable[..., Build], old: str, new: str, says: str
+) -> None:
+    found = build((old, new))
+    tree = graph.root() / found.source_folder
+    (tree / "tiny/_sum.cpython-311-x86_64-linux-gnu.so").touch()
+    (tree / "other.dist-info").mkdir()
+    (tree / "other.dist-info/RECORD").touch()
+    with raises("config") as raised:
+        wheel.source_files(found, tree)
+    assert says in raised.value.what
+
+
 def test_a_wheel_for_every_python_and_torch_has_one_key(build: Callable[..., Build]) -> None:
     build(('python = ">=3.11"', 'python = ">=3.10"\nabi = "abi3"\nstable_torch = true'))
     found, _ = select(Request(arch="8.9", kernel="tiny", python="3.11,3.12,3.13"))
@@ -163,6 +221,8 @@ def test_a_wheel_for_every_python_and_torch_has_one_key(build: Callable[..., Bui
     (other,), _ = select(Request(arch="8.9", kernel="tiny", python="3.13"))
     assert other.key == found[0].key
     assert b"Requires-Dist: torch>=2.6\n" in wheel.metadata(found[0])
+    libs = edges(build())["_sum.so"].variables["libs"]
+    assert libs.index("-lstdc++ -lgcc_s") < libs.index("-ltorch")  # its versions are recorded, whatever torch exports
     flags = [edge.variables["flags"] for edge in edges(build()).values() if edge.rule != "link"]
     assert all("-DTORCH_TARGET_VERSION=0x0206000000000000" in each for each in flags)
 
@@ -242,7 +302,8 @@ def test_two_recipes_of_a_name_share_the_stacks(build: Callable[..., Build], tmp
     assert [for_stack(found, find_stack(name)).path.name for name in ("cu130", "cu124")] == ["tiny", "tiny-older"]
     older.write_text(older.read_text().replace('cuda = "<13"', 'cuda = "<13.1"'))
     with raises("config", match="both build tiny"):
-        recipes()
+        find_recipes("tiny")
+    assert "tiny" not in recipes()
 
 
 def test_a_recipe_without_default_is_built_only_if_named(build: Callable[..., Build]) -> None:
@@ -323,6 +384,27 @@ def test_a_script_runs_with_the_compilers_environment(tmp_path: Path, monkeypatc
     pin(first)
     sources.lay_out(load_recipe(tmp_path), [], tmp_path / "laid")
     assert sorted(path.name for path in (tmp_path / "laid").iterdir()) == ["a.cu", "autogen.py"]
+
+
+def test_a_script_writes_the_same_files_every_time(tmp_path: Path) -> None:
+    """The order of a set of strings depends on a random seed."""
+    (tmp_path / "src").mkdir()
+    script = "open('a.cu', 'w').write(' '.join({str(number) for number in range(20)}))"
+    (tmp_path / "src/autogen.py").write_text(script)
+    first = loaded(tmp_path, '[[source]]\nfolder = "src"\n[[generate]]\nscript = "autogen.py"')
+    pin(first)
+    sources.lay_out(load_recipe(tmp_path), [], tmp_path / "laid")
+    assert len((tmp_path / "laid/a.cu").read_text().split()) == 20
+
+
+def test_an_edited_source_in_the_cache_is_not_built(tmp_path: Path, upstream: str) -> None:
+    recipe = loaded(tmp_path, f'tree = ""\n[[source]]\n{upstream}')
+    pin(recipe)
+    recipe = load_recipe(tmp_path)
+    sources.lay_out(recipe, (), tmp_path / "laid")
+    (source.fetch(recipe) / "two/c.cu").write_text("edited")
+    with raises("hash-mismatch"):
+        sources.lay_out(recipe, (), tmp_path / "laid")
 
 
 @pytest.mark.parametrize("missing", ['subfolder = "three"', ""])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from core import console
 from kernels.graph import Edge, Graph
-from kernels.run import _explain, _explain_ninja, _pending, _steps
+from kernels.run import _explain, _explain_ninja, _pending, _steps, run
 from tests.errors import killed, raises
 
 GRAPH = Graph("", {"a.o": Edge(rule="cxx", output="a.o", inputs=["a.cpp"], seconds=1, variables={})}, {}, {}, {})
@@ -85,6 +86,17 @@ def test_a_killed_dry_run_is_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
     with raises("compile") as caught:
         _pending([str(tmp_path / "killed/ninja")], tmp_path)
     assert caught.value.cause == "it was killed by signal 9 (Killed)"
+
+
+@pytest.mark.parametrize("text", ["rule x\n", "rule x\n  command = true\nbuild a: x missing\n"])
+def test_a_graph_that_ninja_refuses_is_no_finished_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path))
+    completed: list[str] = []
+    with raises("compile", match="ninja failed"):
+        run(replace(GRAPH, text=text, outputs={"build": {"a"}}), 1, 0, completed.append)
+    assert not completed
 
 
 def test_a_step_ends_with_the_line_of_the_next() -> None:

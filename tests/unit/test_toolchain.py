@@ -88,6 +88,17 @@ def test_clang_and_a_file_that_cannot_be_run_are_errors(script: Script, monkeypa
 
 
 @pytest.mark.needs("g++")
+@pytest.mark.parametrize("name", ["as", "ld", "objcopy"])
+def test_another_assembler_or_linker_in_path_changes_the_key(script: Script, name: str) -> None:
+    """GCC takes both from PATH, where conda's may be first; its version may be the same."""
+    chain = toolchain.describe(find_stack("cu130"), Platform.local(), "3.11")
+    script(name, f'#!/bin/sh\nexec /usr/bin/{name} "$@"\n')
+    toolchain._host_compiler.cache_clear()
+    other = toolchain.describe(find_stack("cu130"), Platform.local(), "3.11")
+    assert other.kernel_fingerprint != chain.kernel_fingerprint
+
+
+@pytest.mark.needs("g++")
 def test_a_compiler_with_a_blank_in_its_path_compiles(tmp_path: Path) -> None:
     place = tmp_path / "a b $c 'd'"
     place.mkdir()
@@ -110,6 +121,23 @@ def test_a_launcher_that_is_not_installed_is_an_error(script: Script, monkeypatc
     assert "program-missing" in [each.kind for each in chain.missing]
     script("no-such-launcher", "")
     assert toolchain.launcher() == "no-such-launcher --verbose"
+
+
+@pytest.mark.needs("g++", "ccache")
+@pytest.mark.parametrize(
+    "setting", ["path = {place}", "compiler = {place}/g++", "prefix_command = false", "prefix_command_cpp = false"]
+)
+def test_the_configuration_of_a_launcher_chooses_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    (tmp_path / "g++").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "g++").chmod(0o755)
+    (tmp_path / "ccache.conf").write_text(f"{setting.format(place=tmp_path)}\ncache_dir = {tmp_path}/objects\n")
+    monkeypatch.setenv("CCACHE_CONFIGPATH", str(tmp_path / "ccache.conf"))
+    (tmp_path / "a.cpp").write_text("int a;")
+    done = tools.build("ccache", "g++", "-c", "a.cpp", "-o", "a.o", cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.o").exists()
 
 
 def test_a_debug_or_free_threaded_python_is_passed_over(script: Script) -> None:

@@ -244,6 +244,62 @@ def test_a_wheel_for_several_gpus_is_in_the_index_of_each(tmp_path: Path) -> Non
     assert {each.arch for each in house.wheels()} == {single.arch, fat.arch}
 
 
+@pytest.mark.installer
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("option", ["--find-links", "--index-url"])
+def test_the_folder_of_each_gpu_finds_a_fat_wheel(tmp_path: Path, tool: str, option: str) -> None:
+    house = Wheelhouse(tmp_path / "house")
+    fat = admit(house, build("8.9;12.0"), tmp_path)
+    admit(house, build("9.0"), tmp_path)
+    moved = house.folder.rename(tmp_path / "moved")  # links are relative
+    for number, index in enumerate(("sm_89", "sm_120")):
+        where = ["--no-index", option] if option == "--find-links" else [option]
+        words = [*TOOLS[tool], "--no-deps", *where, (moved / "cu130" / index).as_uri()]
+        assert installed([*words, f"tiny=={fat.version}"], tmp_path / str(number)) == fat.version
+
+
+def test_links_to_a_fat_wheel_come_and_go_with_it(tmp_path: Path) -> None:
+    house = Wheelhouse(tmp_path / "house")
+    fat = admit(house, build("8.9;12.0"), tmp_path)
+    links = [house.folder / "cu130" / index / fat.file for index in ("sm_89", "sm_120")]
+    assert [files.sha256(link) for link in links] == [fat.sha256] * 2
+    assert house.wheels() == [fat]
+    links[0].unlink()  # as in a wheelhouse of an older version of Hearth
+    mine = links[0].with_name("mine.whl")
+    mine.symlink_to("../nowhere.whl")
+    house.arrange()
+    assert all(link.is_symlink() for link in links)
+    house.delete(house.verify())
+    assert [link.is_symlink() for link in (*links, mine)] == [False, False, True]
+    assert len(pages := list(house.folder.rglob("index.html"))) == 6
+    assert not [page for page in pages if "href" in page.read_text()]
+
+
+def test_a_fat_wheel_with_the_name_of_anothers_replaces_nothing(tmp_path: Path) -> None:
+    """Of archs with a common target, both wheels have one name and the same bytes; each in its own folder."""
+    house = Wheelhouse(tmp_path / "house")
+    common = msgspec.structs.replace(recipe(), archs={**TARGETS, "8.9": "80"})
+    one = replace(build("8.0"), recipe=common)
+    both = replace(one, archs=(Arch(8, 0), Arch(8, 9)))
+    for first, second in ((one, both), (both, one)):
+        made = [admit(house, each, tmp_path) for each in (first, second)]
+        assert len({each.file for each in made}) == 1
+        place = house.folder / "cu130/sm_80" / made[0].file
+        assert not (place.is_symlink() and second is one)
+        assert {each.arch for each in house.wheels()} == {"8.0", "8.0;8.9"}
+        assert not [each for each in house.verify() if each.error]
+        house.delete(house.verify())
+
+
+def test_a_damaged_wheel_of_the_same_size_is_built_again(tmp_path: Path) -> None:
+    house = Wheelhouse(tmp_path / "house")
+    single = build("8.9")
+    place = house.place(admit(house, single, tmp_path))
+    assert house.find(single.index, single.wheel_pattern, single.key)
+    place.write_bytes(place.read_bytes()[:-1] + b"x")
+    assert house.find(single.index, single.wheel_pattern, single.key) is None
+
+
 def flat(folder: Path, scratch: Path, *builds: matrix.Build) -> list[Manifest]:
     """Wheels as older versions of Hearth left them."""
     folder.mkdir()
