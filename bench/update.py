@@ -220,10 +220,11 @@ Other programs used the same cores: the load was {load:.0f}. The CPU time depend
 
 ## Newer versions
 
-ComfyUI with {versions} newer versions, {count} nodes that all have a newer commit, the stacks, kernels and tool. git daemon serves the repositories from the same machine over a link of 100 Mbit/s with {delay:.0f} ms in each direction
+ComfyUI with {versions} newer versions, {count} nodes that all have a newer commit, the stacks, kernels and tool. git
+daemon serves the repositories from the same machine over a link of 100 Mbit/s with {delay:.0f} ms in each direction
 (`bench/link.py`). Packages come from the package index, with its own latency. Each run starts with an empty cache of
-Hearth and the user's cache of uv; the fastest of three, and one sequential run. CPU time includes git, uv
-and the program in place of ssh, but not the servers.
+Hearth and the user's cache of uv; the fastest of three, and one sequential run. CPU time includes git, uv and the
+program in place of ssh, but not the servers.
 
 | | wall time | CPU time | of `all` |
 | --- | ---: | ---: | ---: |
