@@ -349,11 +349,12 @@ def submit(fleet: Fleet, width: int) -> str:
 
 
 def test_old_releases_are_pruned_with_their_parts(steady: Fleet) -> None:
-    for number in range(4):
+    other = steady.comfyui("pruned", {"README.md": (r"\A", "a part of its own\n")})
+    for number, env in enumerate(({"HEARTH_APP": str(other)}, {}, {})):
         steady.configure(
             f'keep = 2\n[hosts.spark.override.flags]\n"--preview-size" = {{ value = "{number}00", why = "a test" }}\n'
         )
-        assert steady.deploy("--no-trial").returncode == 0
+        assert steady.deploy("--no-trial", **env).returncode == 0
     assert len(list((steady.prefix / "releases").iterdir())) == 2
     named = {
         part

@@ -124,7 +124,7 @@ def test_a_machine_without_a_gpu_requests_none_and_a_name_is_made_valid() -> Non
     ],
 )
 def test_bad_values_are_refused(given: dict[str, Any], what: str) -> None:
-    values = {"names": ["big"], "image": IMAGE, "gpus": "1", "storage": "1Gi", "dra": False} | given
+    values: dict[str, Any] = {"names": ["big"], "image": IMAGE, "gpus": "1", "storage": "1Gi", "dra": False} | given
     with raises("usage", match=what):
         manifests.kubernetes(**values)
 
