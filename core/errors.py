@@ -131,13 +131,11 @@ class BundleError(HearthError):
 
 
 class ImageError(HearthError):
-    """A container image that a registry or an engine does not accept."""
+    """A container image that a registry does not accept, or that `run.sh` cannot start."""
 
     exit_code = 34
     kinds: ClassVar[Mapping[str, str]] = {
         "registry": "The registry refused the image, or cannot be reached.",
-        "engine": "run.sh: the container engine is not installed, or does not work.",
-        "platform": "run.sh: the image is for another CPU.",
     }
 
 
