@@ -53,6 +53,8 @@ class Image:
 
 def find_target(host: str, profile: str) -> Target:
     """The host that an image is for, or any machine of a profile; raises UsageError."""
+    if host and profile:
+        raise UsageError("usage", "--host and --profile exclude each other", hint="a host has a profile of its own")
     if host or not profile:
         (name,) = hosts.select(host, "")
         return hosts.target(name)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -248,6 +249,26 @@ def test_a_node_that_installs_itself_is_refused() -> None:
     optional = Node(url="https://x.invalid/c", commit="0" * 40, tree="", why="", system=("ffmpeg",))
     given = replace(plan_inputs(), nodes={"a": node, "b": needy, "c": optional})
     assert [each.kind for each in images._unfit(spark(), given)] == ["image-install", "no-package"]
+
+
+@pytest.mark.installer
+@pytest.mark.needs("unshare")
+def test_a_full_disk_is_reported_and_leaves_no_image(first: Images, tmp_path: Path) -> None:
+    """The output is on a file system of 60 MB, less than the base, in a separate mount namespace."""
+    place = tmp_path / "small"
+    place.mkdir()
+    words = first.command("image", "--profile", "cpu", "--output", str(place))
+    inner = f"mount -t tmpfs -o size=60m none {place} && {shlex.join(words)}; echo $?; find {place} -type f"
+    argv = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-c", inner]
+    done = subprocess.run(
+        argv, cwd=files.CHECKOUT, env=first.environment(), capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, kind_of(done.stderr)) == ("69\n", "disk-full"), done.stderr
+
+
+def test_a_host_and_a_profile_exclude_each_other() -> None:
+    with raises("usage"):
+        images.find_target("far", "cpu")
 
 
 def test_an_unlocked_base_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
