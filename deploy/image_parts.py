@@ -69,9 +69,9 @@ def _debian(platform: Platform, group: str) -> Layer:
             info.name = f"usr/{info.name}" if top in _MERGED else info.name
             yield info, content
 
-    return repr((platform.value, group, sorted(image_base.locked(platform, group).items()))), lambda: nullcontext(
-        merged()
-    )
+    return repr(
+        (image_base.VERSION, platform.value, group, sorted(image_base.locked(platform, group).items()))
+    ), lambda: nullcontext(merged())
 
 
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import struct
 import tempfile
 from pathlib import Path
 from urllib.parse import unquote
@@ -22,6 +23,9 @@ from core.stack import Platform
 GROUPS = ("base", "compiler")
 USER = 1000
 """The uid and gid of ComfyUI in images."""
+
+VERSION = 1
+"""Increase it when the same packages become other files."""
 
 _ACCOUNTS = {
     "etc/passwd": f"root:x:0:0::/root:/bin/sh\ncomfyui:x:{USER}:{USER}::/:/bin/sh\n",
@@ -104,7 +108,7 @@ def tree(platform: Platform, group: str) -> Path:
     Raises LockError, or SourceError.
     """
     packages = locked(platform, group)
-    digest = hashlib.sha256(repr(sorted(packages.items())).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr((VERSION, sorted(packages.items()))).encode()).hexdigest()[:12]
     place = workspace.current().cache / "installed" / f"debian-{platform.cpu}-{group}-{digest}"
     if place.is_dir():
         return place
@@ -124,7 +128,11 @@ def tree(platform: Platform, group: str) -> Path:
 
 
 def _complete(root: Path) -> None:
-    """Do what the packages' own scripts would: the file of all CAs, and the accounts."""
+    """Do what the packages' own scripts would: the file of all CAs, the accounts, a cache of libraries.
+
+    The cache is empty, and the NVIDIA container toolkit replaces it. Triton calls `ldconfig -p`, which fails without one.
+    """
+    (root / "etc/ld.so.cache").write_bytes(struct.pack("<20sIIB19x", b"glibc-ld.so.cache1.1", 0, 0, 2))
     bundle = root / "etc/ssl/certs/ca-certificates.crt"
     bundle.parent.mkdir(parents=True, exist_ok=True)
     bundle.write_bytes(b"".join(path.read_bytes() for path in sorted(root.glob("usr/share/ca-certificates/*/*.crt"))))

@@ -80,6 +80,8 @@ def test_an_image_runs_without_privileges(podman: dict[str, str], tmp_path: Path
         assert "Read-only" in call(env, "podman", "exec", "comfyui", "/bin/sh", "-c", f"echo > {path}").stderr
     inside = "echo > /tmp/x && echo > /opt/comfyui/data/output/x"
     assert call(env, "podman", "exec", "comfyui", "/bin/sh", "-c", inside).returncode == 0
+    libraries = call(env, "podman", "exec", "comfyui", "/sbin/ldconfig", "-p")  # as Triton calls it
+    assert libraries.returncode == 0, libraries.stderr
     os.kill(found["State"]["Pid"], signal.SIGKILL)
     healthy(env)  # it was started again
     assert call(env, "podman", "stop", "comfyui").returncode == 0

@@ -160,6 +160,7 @@ def test_an_image_has_the_release_as_a_host_has_it(made: tuple[Path, dict[str, A
     assert (base["lib"].linkname, base["bin"].linkname) == ("usr/lib", "usr/bin")
     assert oct(base["tmp"].mode) == "0o1777"
     assert base["etc/ssl/certs/ca-certificates.crt"].size > 100_000
+    assert base["etc/ld.so.cache"].size == 48
     assert not [each.name for each in base.values() if each.mode & 0o6000]
     packages = [each.name for each in layer(place, 1)]
     site = "opt/comfyui/env/lib/python3.11/site-packages"
