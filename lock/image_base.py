@@ -130,7 +130,7 @@ def tree(platform: Platform, group: str) -> Path:
 def _complete(root: Path) -> None:
     """Do what the packages' own scripts would: the file of all CAs, the accounts, a cache of libraries.
 
-    The cache is empty, and the NVIDIA container toolkit replaces it. Triton calls `ldconfig -p`, which fails without one.
+    The cache is empty, and the NVIDIA container toolkit replaces it. Triton calls `ldconfig -p`, which needs one.
     """
     (root / "etc/ld.so.cache").write_bytes(struct.pack("<20sIIB19x", b"glibc-ld.so.cache1.1", 0, 0, 2))
     bundle = root / "etc/ssl/certs/ca-certificates.crt"
