@@ -130,6 +130,15 @@ class BundleError(HearthError):
     }
 
 
+class ImageError(HearthError):
+    """A container image that a registry does not accept, or that `run.sh` cannot start."""
+
+    exit_code = 34
+    kinds: ClassVar[Mapping[str, str]] = {
+        "registry": "The registry refused the image, or cannot be reached.",
+    }
+
+
 class BuildError(HearthError):
     """A kernel that does not compile, or a wheel that fails inspection."""
 

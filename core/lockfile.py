@@ -111,10 +111,15 @@ def install(
     pinned = pinned or requirements(extra)
     console.say(f"installing {extra} (packages: {len(pinned)}) for {platform.value}, Python {python}, into the cache")
     with files.atomic_dir(folder) as part:
-        words = ["pip", "install", "--quiet", "--only-binary", ":all:", "--no-deps", "--require-hashes"]
-        words += ["--target", str(part), "--python-version", python, "--python-platform", platform.uv_name]
-        words += ["--python", sys.executable]  # uv reads its paths; without one it looks for any in the current folder
-        tools.uv(*words, "--requirements", "-", input_text="\n".join(pinned) + "\n")
+        install_into(part, platform, python, pinned)
         if finish is not None:
             finish(part)
     return folder
+
+
+def install_into(folder: Path, platform: Platform, python: str, pinned: Sequence[str]) -> None:
+    """Install requirements with their hashes into a folder, for a platform and Python; nothing of them runs."""
+    words = ["pip", "install", "--quiet", "--only-binary", ":all:", "--no-deps", "--require-hashes"]
+    words += ["--target", str(folder), "--python-version", python, "--python-platform", platform.uv_name]
+    words += ["--python", sys.executable]  # uv reads its paths; without one it looks for any in the current folder
+    tools.uv(*words, "--requirements", "-", input_text="\n".join(pinned) + "\n")

@@ -143,6 +143,13 @@ def apt(*argv: str | Path) -> Done:
     return shell.run(argv, env=_passed(_COMMON) | {"LC_ALL": "C"}, inherit=False, check=False)
 
 
+def skopeo(*words: str | Path) -> Done:
+    """Run skopeo with the network's variables and those that name a file with logins; the result has its status."""
+    return shell.run(
+        ["skopeo", *words], env=_passed(f"{_COMMON} REGISTRY_AUTH_FILE DOCKER_CONFIG"), inherit=False, check=False
+    )
+
+
 def index() -> str:
     """The user's package index, as uv would choose it; empty for PyPI."""
     env = {**_configured(), **os.environ}

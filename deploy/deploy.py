@@ -19,10 +19,10 @@ from deploy.inputs import gather
 from deploy.look import find_target, look
 from deploy.preview import preview
 from deploy.profile import Profile
-from deploy.refusals import Refusal, refused
+from deploy.refusals import refused
 from deploy.release import requesters
-from deploy.release_refusals import no_lock, uncovered, unfit_stack
-from deploy.selection import find_wheel
+from deploy.release_refusals import unfit_stack
+from deploy.selection import unseen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -206,14 +206,7 @@ def make_bundle(
         python = python or next(
             (each for each in target.profile.pythons if each in found.pythons and (platform, each) in inputs.locks), ""
         )
-    if (platform, python) not in inputs.locks:
-        raise refused("no bundle was written", [no_lock(platform, python, inputs)])
-    if missing := uncovered(target, inputs, inputs.locks[platform, python]):
-        raise refused("no bundle was written", missing)
-    wheels = [find_wheel(inputs, kernel, target, platform, python) for kernel in target.profile.kernels]
-    if missing := [wheel for wheel in wheels if isinstance(wheel, Refusal)]:
-        raise refused("kernel wheels are missing", missing)
+    wheels = unseen(target, inputs, platform, python, "no bundle was written")
     place = output or Path(f"{name}-{inputs.application.version}-{platform}-py{python}.bundle.tar")
-    built = [wheel for wheel in wheels if not isinstance(wheel, Refusal)]
     with workspace.current().reading():
-        return place, bundles.write(target, inputs, platform, python, built, place, key)
+        return place, bundles.write(target, inputs, platform, python, wheels, place, key)

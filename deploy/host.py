@@ -295,7 +295,11 @@ def target(name: str, fallback: str = "cpu") -> Target:
 
     Raises UsageError, or ConfigError for modes that exclude each other.
     """
-    host = hosts().hosts[name]
+    return of(name, hosts().hosts[name], fallback)
+
+
+def of(name: str, host: Host, fallback: str = "cpu") -> Target:
+    """A host that need not be in hosts.toml, as `target` returns it."""
     known = profiles()
     chosen = host.profile or fallback
     if chosen not in known:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deploy.inputs import Inputs
     from lock.advisory import Advisory
     from lock.application import Flag
+    from lock.image_base import Base
     from lock.requirements import LockedList
 
 RESERVE_BYTES, RESERVE_FILES = 2_000_000_000, 10_000
@@ -148,7 +149,7 @@ def known_bad(name: str, listed: Advisory) -> Refusal:
     return Refusal("known-bad-node", f"{name}: {listed.what} ({listed.source})", remedy)
 
 
-def old_libraries(wheel: Manifest, facts: Facts) -> list[Refusal]:
+def old_libraries(wheel: Manifest, facts: Facts | Base) -> list[Refusal]:
     """The host's C or C++ library is too old for a wheel. A version that the host does not report is not refused."""
     libraries = (
         ("old-glibc", "glibc", wheel.glibc, facts.glibc),

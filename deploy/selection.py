@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from packaging.version import Version
 
 from deploy import release_refusals as refusals
-from deploy.refusals import Refusal
+from deploy.refusals import Refusal, refused
 from deploy.release import digest, requesters
 
 if TYPE_CHECKING:
@@ -122,6 +122,23 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Selection | No
         secrets={name: facts.secrets.get(name, "plain") for name in target.host.secrets},
     )
     return selection, found
+
+
+def unseen(target: Target, inputs: Inputs, platform: str, python: str, nothing: str) -> list[Manifest]:
+    """The wheels for a platform and Python of a host that is not asked; raises RefusedError with all reasons.
+
+    `nothing` is what then was not done.
+    """
+    if found := refusals.unfit_stack(target):
+        raise refused(nothing, found)
+    if (platform, python) not in inputs.locks:
+        raise refused(nothing, [refusals.no_lock(platform, python, inputs)])
+    if found := refusals.uncovered(target, inputs, inputs.locks[platform, python]):
+        raise refused(nothing, found)
+    wheels = [find_wheel(inputs, kernel, target, platform, python) for kernel in target.profile.kernels]
+    if missing := [wheel for wheel in wheels if isinstance(wheel, Refusal)]:
+        raise refused("kernel wheels are missing", missing)
+    return [wheel for wheel in wheels if not isinstance(wheel, Refusal)]
 
 
 def find_wheel(inputs: Inputs, kernel: str, target: Target, platform: str, python: str) -> Manifest | Refusal:

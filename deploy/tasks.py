@@ -109,6 +109,50 @@ def bundle(
     console.show(bundles.summary(path, found), bundles.rows(path, found), as_json=out.json)
 
 
+@command(
+    help={
+        "host": "the host in config/hosts.toml that the image is for; it is not contacted (default: local)",
+        "profile": "instead of a host: any machine of this profile",
+        "platform": "linux_x86_64 or linux_aarch64 (default: the usual one of the profile's GPU, or this machine's)",
+        "output": "the folder to write or renew (default: NAME-VERSION-PLATFORM.image)",
+        "push": "also copy it to this repository of a registry, such as registry.example.org/anna/comfyui",
+        "renew-base": "instead, lock the current versions of the base's Debian packages",
+    }
+)
+def image(
+    _: Context,
+    host: str = "",
+    profile: str = "",
+    platform: str = "",
+    output: str = "",
+    push: str = "",
+    renew_base: bool = False,
+    *,
+    out: Output,
+) -> None:
+    """Write a container image of what a host would get, with the files that run it with Podman or Docker.
+
+    The image is an OCI image layout with one layer for each part, and the SBOM as a referrer. It needs no container
+    engine and no emulation; the same checkout gives the same digest on every machine.
+    How: docs/how-to/containers.md
+
+        inv image --profile dgx-spark
+        inv image --host box --output box.image
+        inv image --host box --output box.image --push registry.example.org/anna/comfyui
+    """
+    from deploy import image as images
+    from lock import image_base
+
+    if renew_base:
+        console.say(f"locked {image_base.renew()} Debian packages in recipes/image/base.lock")
+        return
+    found = images.write(images.find_target(host, profile), platform, Path(output) if output else None)
+    pushed = images.push(found, push) if push else ""
+    console.show(
+        {**vars(found), "path": str(found.path), "pushed": pushed}, images.rows(found, pushed), as_json=out.json
+    )
+
+
 @command(help={"to": "the release to return to (default: the previous one)"})
 def rollback(_: Context, to: str = "", *, where: Where, how: Trial, out: Output) -> int:
     """Return to a kept release, with the same trial, cut-over and health check as a deploy.

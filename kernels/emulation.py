@@ -11,12 +11,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from core import console, files, shell, tools, workspace
+from core import console, debian, files, shell, tools, workspace
 from core.errors import ProcessError, ToolError
 from core.stack import Platform
-
-_DEBIAN = {Platform.LINUX_AARCH64: "arm64", Platform.LINUX_X86_64: "amd64"}
-
 
 # qemu 7.2 shows the build machine's /proc/cpuinfo to the guest, and torch 2.14 crashes on one without these lines.
 _CORE = """\
@@ -68,26 +65,12 @@ def _root(platform: Platform, python: str) -> Path:
         f"fetching Python {python} for {platform.cpu} from the distribution, to import the wheel under emulation"
     )
     with files.atomic_dir(place) as part:
-        archives = part / "apt/archives"
-        for folder in (archives / "partial", part / "apt/lists/partial"):
-            folder.mkdir(parents=True)
-        (part / "apt/status").touch()
-        architecture = _DEBIAN[platform]
-        # apt with its own empty state: nothing is installed there, so it downloads the package with all dependencies.
-        apt = [
-            *("apt-get", "-qq", "-y", "-o", f"Dir::State={part}/apt", "-o", f"Dir::State::status={part}/apt/status"),
-            *("-o", f"Dir::State::Lists={part}/apt/lists", "-o", f"Dir::Cache={part}/apt"),
-            *("-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"),
-            *("-o", "APT::Sandbox::User="),
-        ]
-        tools.apt(*apt, "update")  # a source without this architecture is not fatal
-        install = ["install", "--download-only", "--no-install-recommends", f"python{python}", "libstdc++6"]
-        done = tools.apt(*apt, *install)
+        done = debian.download(platform, [f"python{python}", "libstdc++6"], part / "apt")
         if done.returncode:  # also after a part of the packages: the tree would lack libraries for ever
             raise ProcessError(
-                "process", f"no {architecture} package python{python} could be fetched", cause=shell.last_words(done, 1)
+                "process", f"no {platform.cpu} package python{python} could be fetched", cause=shell.last_words(done, 1)
             )
-        for package in sorted(archives.glob("*.deb")):
+        for package in sorted((part / "apt/archives").glob("*.deb")):
             tools.build("dpkg-deb", "-x", package, part)
         shutil.rmtree(part / "apt")
     return place

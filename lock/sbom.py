@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 
-def write(manifest: Mapping[str, Any]) -> str:
+def write(manifest: Mapping[str, Any], debian: Mapping[str, str] | None = None, architecture: str = "") -> str:
     """The SBOM of the release with that manifest, as JSON. The manifest must list packages and wheels.
+
+    `debian` are the Debian packages of an image, by name, for an `architecture`.
 
     The release depends on everything that it runs. A kernel wheel depends on the compilers that built it: components
     with scope `excluded`, the standard's term for components absent at run time. (`formulation` could describe their
@@ -38,6 +40,9 @@ def write(manifest: Mapping[str, Any]) -> str:
     bom.metadata.component = release
     wheels = {name: _wheel(name, manifest) for name in manifest["wheels"]}
     running = [_comfyui(manifest), *_nodes(manifest), *_packages(manifest), *wheels.values()]
+    for name, version in (debian or {}).items():
+        purl = PackageURL("deb", "debian", name, version, {"arch": architecture})
+        running.append(Component(type=ComponentType.LIBRARY, name=name, version=version, bom_ref=f"{purl}", purl=purl))
     bom.register_dependency(release, running)
     bom.components.update(running)
     for name, wheel in wheels.items():

@@ -13,7 +13,11 @@ from tests.host.fleet import Fleet, fresh, unchanged
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.parent == Path(__file__).parent and item.path.name not in ("test_local.py", "test_ssh.py"):
+        if item.path.parent == Path(__file__).parent and item.path.name not in (
+            "test_image.py",
+            "test_local.py",
+            "test_ssh.py",
+        ):
             item.add_marker(pytest.mark.needs(*machine.NEEDS))
     left_out = [name for name in ("faults", "spark") if not config.getoption(f"--{name}", default=False)]
     deselected = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
