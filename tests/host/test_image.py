@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.test_image import Images, require_debian
+from tests.unit.test_image import Images, require_base
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ default_ulimits = ["nofile=1024:1024", "nproc=1000:1000"]
 @pytest.fixture
 def podman(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of a Podman with its own storage, without systemd's timers for health checks."""
-    require_debian()
+    require_base()
     (tmp_path / "engine.conf").write_text(ENGINE)
     storage = f'[storage]\ndriver = "overlay"\ngraphroot = "{tmp_path}/graph"\nrunroot = "{tmp_path}/run"\n'
     (tmp_path / "storage.conf").write_text(storage)
