@@ -50,7 +50,7 @@ def deploy(
 
     from deploy import outcome
     from deploy.deploy import deploy_each
-    from deploy.host import duration
+    from deploy.host_rules import duration
     from kernels.build import build_missing
 
     results = deploy_each(
