@@ -39,6 +39,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Requests of a person in a minute. ComfyUI's page loads with about 200."""
     prompts: int = 30
     """Prompts of a person in a minute."""
+    connections: int = 100
+    """Requests of a person at the same time. Each open page has one: its websocket."""
     upload: str = "100M"
     """The size of a request. ComfyUI's own limit (--max-upload-size) is 100M."""
     logins: int = 10
@@ -163,7 +165,7 @@ def _check_values(place: str, gateway: Gateway, host: Host) -> None:
     limits = gateway.limits
     if not re.fullmatch(r"[1-9][0-9]{0,5}[KMG]", limits.upload):
         raise ConfigError("config", f"{place}: upload = {limits.upload!r}", hint='use a size such as "100M"')
-    for key in ("requests", "prompts", "logins"):
+    for key in ("requests", "prompts", "connections", "logins"):
         if not 1 <= getattr(limits, key) <= 1_000_000:
             raise ConfigError("config", f"{place}: {key} = {getattr(limits, key)}", hint="use a number from 1")
     try:
