@@ -39,6 +39,7 @@ PACKAGES = {
     "ssh-keygen": "openssh-client",
     "sshd": "openssh-server",
     "sudo": "sudo",
+    "systemd-analyze": "systemd",
     "systemd-nspawn": "systemd-container",
     "tcsh": "tcsh",
     "unshare": "util-linux",

@@ -12,6 +12,7 @@ import pytest
 from deploy.gateways import Gateway, Limits, Person
 from deploy.host import Host, Hosts
 from gateway.haproxy import Places, configuration
+from gateway.unit import unit
 
 HOSTS = Hosts(
     hosts={
@@ -87,4 +88,20 @@ def test_haproxy_accepts_it_without_a_warning(values: dict[str, Any], tmp_path: 
     (tmp_path / "haproxy.cfg").write_text(rendered(Places(str(tmp_path), str(tmp_path), str(certificate)), **values))
     words = ["haproxy", "-c", "-V", "-dW", "-f", str(tmp_path / "haproxy.cfg"), "-f", str(tmp_path / "users.cfg")]
     done = subprocess.run(words, capture_output=True, text=True, env={"PATH": f"{os.environ['PATH']}:/usr/sbin"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.needs("systemd-analyze")
+def test_the_unit_is_valid_and_contained(tmp_path: Path) -> None:
+    """Exposure at most 2.0 of 10."""
+    gateway = Gateway(host="a", names=("spark.local",), port=443)
+    path = tmp_path / "comfyui-gateway.service"
+    path.write_text(
+        unit("home", gateway, "comfyui", "/opt/comfyui/gateway", "/opt/comfyui/gateway/secrets", "/bin/true")
+    )
+    words = ["systemd-analyze", "verify", "--man=no", str(path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    words = ["systemd-analyze", "security", "--offline=true", "--threshold=20", str(path)]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
