@@ -61,7 +61,11 @@ def duration(text: str) -> int:
 def _check_places(place: str, host: Host) -> None:
     """Refuse system folders, world-writable folders and Hearth's own folders; raises ConfigError."""
     prefix = host.prefix or (SYSTEM_PREFIX if host.scope == "system" else "")
-    own = [f"{prefix}/{name}" for name in ("state", "releases", "parts", "current", "secrets")] if prefix else []
+    own = (
+        [f"{prefix}/{name}" for name in ("state", "releases", "parts", "current", "secrets", "gateway")]
+        if prefix
+        else []
+    )
     given = [(each, "folder") for each in host.folders.values()] + [(each, "mount") for each in host.mounts]
     for each, kind in [(prefix, "prefix"), *given]:
         temporary = host.scope == "system" and re.match(r"/(var/)?tmp(/|$)", each)

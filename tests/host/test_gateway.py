@@ -98,3 +98,7 @@ def test_people_use_a_deployed_gateway(fleet: Fleet) -> None:
     assert ask(port, authority, {}) == 401
     done(fleet, "users", "remove", "anna")
     assert ask(port, authority, login) == 401
+
+    fleet.inv("nuke", "--host", "spark", "--yes")
+    left = "ls -d /opt/comfyui/gateway /etc/systemd/system/comfyui-gateway.service 2>/dev/null; pgrep -c haproxy"
+    assert machine.run(left, check=False).strip() == "0"
