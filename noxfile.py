@@ -38,7 +38,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Strict mypy; the client's code also for macOS."""
     session.run("mypy")
-    client = ("core", "kernels", "lock", "deploy", "ops", "tasks.py")
+    client = ("core", "kernels", "lock", "deploy", "ops", "gateway", "tasks.py")
     session.run("mypy", "--platform", "darwin", "--follow-imports", "silent", *client)
 
 

@@ -12,6 +12,7 @@ sys.dont_write_bytecode = bool(sys.flags.dont_write_bytecode)
 
 from core import console  # noqa: E402  after the line above
 from deploy import tasks as deploy  # noqa: E402
+from gateway import tasks as gateway  # noqa: E402
 from kernels import tasks as kernels  # noqa: E402
 from lock import tasks as lock  # noqa: E402
 from ops import cluster_tasks as clusters  # noqa: E402
@@ -24,7 +25,7 @@ grouped = {kernels.list_kernels, kernels.pin}
 ns = Collection(
     *(
         each
-        for room in (kernels, deploy, ops, outputs, clusters)
+        for room in (kernels, deploy, ops, outputs, clusters, gateway)
         for each in vars(room).values()
         if isinstance(each, Task) and each not in grouped
     )

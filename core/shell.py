@@ -9,6 +9,7 @@ import selectors
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -266,3 +267,11 @@ def find(program: str) -> str:
 def which(program: str) -> str | None:
     """The path of a program, or None."""
     return shutil.which(program)
+
+
+def browse(address: str) -> bool:
+    """Open an address in the browser; False if there is no display for one."""
+    import webbrowser
+
+    shown = sys.platform == "darwin" or any(os.environ.get(each) for each in ("DISPLAY", "WAYLAND_DISPLAY"))
+    return shown and webbrowser.open(address)

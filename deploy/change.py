@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from agent.schema.change import Erase, packed
 from core import console, workspace
 from core.errors import ConnectError, GateError, HostError
-from deploy import connection
+from deploy import agent_errors, connection
 from deploy.facts import Facts
 from deploy.group import Consent, on_each
 from deploy.host import Target
@@ -180,7 +180,7 @@ def follow(agent: Agent, run: str) -> tuple[str, ...]:
             console.say(console.line(f"   {event['text']}"))
         elif event["event"] == "end":
             if event["error"]:
-                raise connection.error_of(event["error"])
+                raise agent_errors.error_of(event["error"])
             return tuple(notes)
     raise ConnectError(
         "unreachable",

@@ -23,16 +23,14 @@ from typing import TYPE_CHECKING, Any
 from core import shell
 from core.errors import (
     DISK_FULL,
-    BusyError,
     ConnectError,
-    GateError,
     HearthError,
     HostError,
     ProcessError,
     SourceError,
     UsageError,
 )
-from deploy import archive, passwords, ssh_errors
+from deploy import agent_errors, archive, passwords, ssh_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -121,7 +119,7 @@ class Agent(ABC):
                 hint="another program writes to the output: check what the login shell starts in the background",
             ) from None
         if isinstance(value, dict) and value.keys() == {"error"}:
-            raise error_of(value["error"])
+            raise agent_errors.error_of(value["error"])
         return value
 
     def _ended(self, verb: str, status: int, stderr: str) -> HearthError:
@@ -151,30 +149,6 @@ def _patience(verb: str, values: Mapping[str, Any]) -> float:
     if verb == "follow" or (verb == "logs" and values["follow"]):
         return QUIET
     return SILENT + float(values.get("wait") or 0) + float(values.get("every") or 0)
-
-
-_ERRORS: dict[str, tuple[type[HearthError], str]] = {
-    "busy": (BusyError, "busy"),
-    "drain": (BusyError, "drain"),
-    "gate": (GateError, "unhealthy"),
-    "trial": (GateError, "unhealthy"),
-    "changed": (HostError, "changed"),
-    "disk": (HostError, "disk-full"),
-    "offline": (HostError, "offline"),
-    "storage": (HostError, "storage"),
-    "gpu": (HostError, "gpu"),
-    "silent": (HostError, "no-answer"),
-    "log": (HostError, "log"),
-    "usage": (UsageError, "usage"),
-}
-"""The error and its kind for each kind of the agent's errors. All others are steps that failed."""
-
-
-def error_of(report: dict[str, Any]) -> HearthError:
-    """The client's exception for an error report of the agent."""
-    error, kind = _ERRORS.get(report["kind"], (HostError, "step-failed"))
-    cause = "\n         ".join([*report["cause"].splitlines(), *(f"| {line}" for line in report.get("log", []))])
-    return error(kind, report["what"], cause=cause, hint=report["hint"])
 
 
 class Local(Agent):
@@ -237,6 +211,29 @@ class Ssh(Agent):
             what = f"{path} could not be written on {self._target.name}"
             hint = f"on the host: free space in {folder}, or make it writable"
             raise HostError(kind, what, cause=error.cause, hint=hint) from error
+
+    def forward(self, port: int, address: str, remote: int) -> Iterator[None]:
+        """Forward a port of this machine's loopback to an address as the host reaches it, until the caller stops.
+
+        Yields when it is forwarded, then every 10 s. Needs nothing on the host. Raises ConnectError or UsageError.
+        """
+        held = self._session(f"while echo; do sleep {ALIVE}; done", silence=QUIET)
+        try:
+            next(held)
+            where = f"127.0.0.1:{port}:{f'[{address}]' if ':' in address else address}:{remote}"
+            # Without a configuration: its forwards would be requested, too.
+            asked = ["ssh", "-F", os.devnull, "-S", self._settings["controlpath"], "-O", "forward", "-L", where]
+            done = shell.run([*asked, "hearth"], check=False, input_text="")
+            if done.returncode:
+                hint = "choose another port: --port 8288"
+                raise UsageError("usage", f"port {port} cannot be forwarded", cause=done.stderr.strip(), hint=hint)
+            yield
+            for _ in held:
+                yield
+        except TimeoutError as error:
+            raise self.lost(f"the host does not answer: {error}") from error
+        except ProcessError as error:
+            raise self.lost(_last(error.stderr)) from error
 
     def get(self, path: str, place: Path, most: int) -> None:
         """Fetch a file from there, of at most so many bytes; raises HostError, or SourceError for more."""

@@ -15,7 +15,8 @@ from core.config import convert, table
 from core.errors import ConfigError, UsageError, suggest
 from core.files import CHECKOUT
 from core.stack import Stack, find_stack
-from deploy.host_rules import EXPORTER, SYSTEM_PREFIX, check_host
+from deploy.gateways import Gateway, check_gateways, gateways_of
+from deploy.host_rules import EXPORTER, SYSTEM_PREFIX, check_host, duration
 from deploy.profile import Mode, Override, Profile, Prove, Setting, merged, modes, profiles
 from deploy.secrets import refuse_secrets
 from lock import application as applications
@@ -110,32 +111,27 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return duration(self.free_memory) if self.free_memory else 0
 
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def duration(text: str) -> int:
-    """The seconds of a duration such as `30m`; raises UsageError."""
-    if not re.fullmatch(r"[1-9][0-9]{0,5}[smhd]", text):
-        raise UsageError("usage", f"{text!r} is not a duration", hint="use one such as 90s, 30m, 4h or 1d")
-    return int(text[:-1]) * _SECONDS[text[-1]]
-
-
 class Hosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`config/hosts.toml`: hosts by name, and groups of them."""
+    """`config/hosts.toml`: hosts by name, groups of them, and gateways in front of them."""
 
     hosts: dict[str, Host] = {}
     groups: dict[str, tuple[str, ...]] = {}
+    gateways: dict[str, Gateway] = {}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A host merged with its profile and modes. `origin` names the file or table of each value."""
+    """A host merged with its profile and modes. `origin` names the file or table of each value.
+
+    `gateways` are the names of the gateways in front of it.
+    """
 
     name: str
     host: Host
     profile_name: str
     profile: Profile
     origin: dict[str, str]
+    gateways: tuple[str, ...] = ()
 
     @cached_property
     def comfyui(self) -> str:
@@ -248,10 +244,12 @@ def hosts() -> Hosts:
         listed = convert(path, raw, Hosts)
     else:
         listed = Hosts()
-    for each in (*listed.hosts, *listed.groups):  # printed within commands to copy
+    for each in (*listed.hosts, *listed.groups, *listed.gateways):  # printed within commands to copy
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", each):
             raise ConfigError(
-                "config", f"{path}: {each!r} is not a name for a host or group", hint="use letters, digits and . _ -"
+                "config",
+                f"{path}: {each!r} is not a name for a host, group or gateway",
+                hint="use letters, digits and . _ -",
             )
     for group, names in listed.groups.items():
         for name in names:
@@ -268,7 +266,9 @@ def hosts() -> Hosts:
                 "config", f"{path}: host {name} has no profile", hint=f"profile = one of {', '.join(profiles())}"
             )
     local = listed.hosts.get(LOCAL) or Host(scope="user")
-    return msgspec.structs.replace(listed, hosts={**listed.hosts, LOCAL: local})
+    known = msgspec.structs.replace(listed, hosts={**listed.hosts, LOCAL: local})
+    check_gateways(str(path), known)
+    return known
 
 
 def select(host: str, group: str) -> list[str]:
@@ -295,10 +295,11 @@ def target(name: str, fallback: str = "cpu") -> Target:
 
     Raises UsageError, or ConfigError for modes that exclude each other.
     """
-    return of(name, hosts().hosts[name], fallback)
+    listed = hosts()
+    return of(name, listed.hosts[name], fallback, tuple(gateways_of(name, listed)))
 
 
-def of(name: str, host: Host, fallback: str = "cpu") -> Target:
+def of(name: str, host: Host, fallback: str = "cpu", gateways: tuple[str, ...] = ()) -> Target:
     """A host that need not be in hosts.toml, as `target` returns it."""
     known = profiles()
     chosen = host.profile or fallback
@@ -313,7 +314,7 @@ def of(name: str, host: Host, fallback: str = "cpu") -> Target:
     if host.prove:
         profile = msgspec.structs.replace(profile, prove=(*profile.prove, *host.prove))
         origin["prove"] += f", host {name}"
-    return Target(name, host, chosen, profile, origin)
+    return Target(name, host, chosen, profile, origin, gateways)
 
 
 def _modes_of(name: str, host: Host) -> dict[str, Mode]:

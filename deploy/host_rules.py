@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from core.errors import ConfigError
+from core.errors import ConfigError, UsageError
 from deploy.secrets import names_secret
 
 if TYPE_CHECKING:
@@ -48,10 +48,24 @@ SYSTEM = re.compile(r"/(etc|proc|sys|dev|run|boot|usr|s?bin|lib(32|64|x32)?|var/
 _SHARED = ("/home", "/media", "/mnt", "/opt", "/root", "/srv", "/tmp", "/var", "/var/lib", "/var/log", "/var/tmp")  # noqa: S108
 
 
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def duration(text: str) -> int:
+    """The seconds of a duration such as `30m`; raises UsageError."""
+    if not re.fullmatch(r"[1-9][0-9]{0,5}[smhd]", text):
+        raise UsageError("usage", f"{text!r} is not a duration", hint="use one such as 90s, 30m, 4h or 1d")
+    return int(text[:-1]) * _SECONDS[text[-1]]
+
+
 def _check_places(place: str, host: Host) -> None:
     """Refuse system folders, world-writable folders and Hearth's own folders; raises ConfigError."""
     prefix = host.prefix or (SYSTEM_PREFIX if host.scope == "system" else "")
-    own = [f"{prefix}/{name}" for name in ("state", "releases", "parts", "current", "secrets")] if prefix else []
+    own = (
+        [f"{prefix}/{name}" for name in ("state", "releases", "parts", "current", "secrets", "gateway")]
+        if prefix
+        else []
+    )
     given = [(each, "folder") for each in host.folders.values()] + [(each, "mount") for each in host.mounts]
     for each, kind in [(prefix, "prefix"), *given]:
         temporary = host.scope == "system" and re.match(r"/(var/)?tmp(/|$)", each)

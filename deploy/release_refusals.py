@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 RESERVE_BYTES, RESERVE_FILES = 2_000_000_000, 10_000
 """Free space to keep on a host after a deploy, for outputs, logs and the database."""
 
+UNFIT_BEHIND_GATEWAY = {
+    "--enable-cors-header": "it replaces ComfyUI's check of a request's origin, for every site",
+    "--multi-user": "every client chooses its user itself, which isolates nobody; the gateway removes that header",
+    **dict.fromkeys(releases.TLS_FLAGS, "the gateway serves TLS, and speaks HTTP with ComfyUI"),
+}
+"""Flags that are refused behind a gateway, and why (ComfyUI's server.py and app/user_manager.py)."""
+
 NEEDS_ROOM = 1.2
 """A new environment's peak size relative to its final size: downloads exist next to the hard-linked packages."""
 
@@ -119,6 +126,12 @@ def flags(target: Target, known: Mapping[str, Flag]) -> list[Refusal]:
     ]
     wrong = applications.wrong(target.flags, known, origin)
     found += [Refusal("wrong-flag", what, remedy) for what, remedy in wrong]
+    for flag, why in UNFIT_BEHIND_GATEWAY.items():
+        if target.gateways and flag in target.flags:
+            what = f"{flag} ({origin[flag]}) does not fit gateway {', '.join(target.gateways)}: {why}"
+            found.append(
+                Refusal("unfit-flag", what, f'turn it off: override.flags."{flag}" = {{ off = true, why = "…" }}')
+            )
     alone = [flag for flag in releases.TLS_FLAGS if flag in target.flags]
     if len(alone) == 1:  # ComfyUI would serve http
         (other,) = set(releases.TLS_FLAGS) - set(alone)

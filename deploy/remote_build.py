@@ -56,6 +56,7 @@ CHECKOUT = (
     "lock",
     "deploy",
     "ops",
+    "gateway",
     "config",
     "recipes",
 )

@@ -34,7 +34,8 @@ def refuse_secrets(path: Path) -> None:
     def walk(value: object, place: str) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
-                if place not in ("hosts.", "groups.") and names_secret(key):  # these keys are machines' names
+                named = place in ("hosts.", "groups.", "gateways.") or re.fullmatch(r"gateways\..*\.users\.", place)
+                if not named and names_secret(key):  # else the key is the name of a machine or person
                     refuse(f"{place}{key}")
                 walk(inner, f"{place}{key}.")
         elif isinstance(value, list):

@@ -50,7 +50,7 @@ def deploy(
 
     from deploy import outcome
     from deploy.deploy import deploy_each
-    from deploy.host import duration
+    from deploy.host_rules import duration
     from kernels.build import build_missing
 
     results = deploy_each(
@@ -365,3 +365,17 @@ def audit(_: Context, host: str = "", service: str = "", *, sudo: Sudo, out: Out
     if found.error:
         raise found.error
     return int(any(not each.tolerated for each in found.findings))
+
+
+@command(name="open", help={"port": "the port on this machine (default: ComfyUI's, or a free one)"})
+def open_host(_: Context, port: str = "", *, where: Where) -> None:
+    """Open ComfyUI of a host in the browser, through an SSH tunnel, until Ctrl-C.
+
+    For everybody who can log in to the host with SSH. Without a display, prints the address only.
+
+        inv open --host spark
+        inv open --host spark --port 8288
+    """
+    from deploy import browse
+
+    browse.run(where.host, port)

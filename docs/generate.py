@@ -17,7 +17,7 @@ import msgspec
 
 from core import errors, files
 from core.stack import Stack, stacks
-from deploy import host
+from deploy import gateways, host
 from deploy.profile import Mode, Override, Profile, Prove, Setting
 from tasks import ns
 
@@ -41,11 +41,12 @@ also read [environment variables](environment.md)."""
 CONFIGURATION_HEAD = """\
 # Configuration
 
-<!-- Written by: python -m docs.generate. Change the structs in deploy/host.py and deploy/profile.py. -->
+<!-- Written by: python -m docs.generate. Change the structs in deploy/host.py, gateways.py and profile.py. -->
 
-`config/hosts.toml` lists hosts and groups. `config/profiles/` and `config/modes/` hold a file for each profile and
-mode. Precedence, lowest first: the profile, the modes in the order listed, the host's `override`. An unknown key is an
-error that names the closest known key. `inv hosts` shows the result for each host, and the origin of each value.
+`config/hosts.toml` lists hosts, groups and gateways. `config/profiles/` and `config/modes/` hold a file for each
+profile and mode. Precedence, lowest first: the profile, the modes in the order listed, the host's `override`. An
+unknown key is an error that names the closest known key. `inv hosts` shows the result for each host, and the origin of
+each value.
 
 `config/hosts.example.toml` is an example to copy."""
 
@@ -57,6 +58,9 @@ there and an extra of its name to `pyproject.toml`, list the extra in `conflicts
 STRUCTS: dict[str, type[msgspec.Struct]] = {
     "`[hosts.NAME]`": host.Host,
     '`[hosts.NAME.mounts."PATH"]`': host.Mount,
+    "`[gateways.NAME]`": gateways.Gateway,
+    "`[gateways.NAME.users.PERSON]`": gateways.Person,
+    "`[gateways.NAME.limits]`": gateways.Limits,
     "`[hosts.NAME.override]`": Override,
     "Flags and variables": Setting,
     "`[[prove]]` in a profile, `[[hosts.NAME.prove]]`": Prove,

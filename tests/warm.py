@@ -107,7 +107,7 @@ def _serve(connection: socket.socket) -> list[str]:
 
 def _main() -> None:
     checkout = Path.cwd()
-    for folder in ("core", "lock", "deploy", "kernels", "ops"):
+    for folder in ("core", "lock", "deploy", "kernels", "ops", "gateway"):
         for path in sorted((checkout / folder).rglob("*.py")):
             name = ".".join(path.relative_to(checkout).with_suffix("").parts).removesuffix(".__init__")
             if name not in ("kernels.attention", "kernels.smoke"):  # for an interpreter with torch

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from agent.api import endpoint
 from agent.change.exporter import put as put_exporter
+from agent.change.gateway import put as put_gateway
 from agent.deletion import SafeDeleter
 from agent.files import AgentError, Note, discard, read, read_text, write
 from agent.journal import Journal, now
@@ -190,6 +191,8 @@ def forget_mounts(layout: Layout, step: ForgetMounts, note: Note) -> None:
 
 def delete(layout: Layout, step: Delete, note: Note) -> None:
     """Delete the step's names from the prefix. Raises AgentError if something cannot be deleted."""
+    if "gateway" in step.names:
+        put_gateway(layout, {})
     _sweep([layout.prefix / name for name in step.names], note)
 
 

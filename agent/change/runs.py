@@ -20,6 +20,7 @@ from agent.change.cutover import RESERVE, abandon, cut_over, settle_database
 from agent.change.env import env
 from agent.change.exporter import exporter
 from agent.change.folders import folders, mount
+from agent.change.gateway import gateway
 from agent.change.lifecycle import (
     delete,
     end_linger,
@@ -61,6 +62,7 @@ STEPS: dict[str, Callable[[Layout, Any, Note], None]] = {
     "env": env,
     "node": node,
     "exporter": exporter,
+    "gateway": gateway,
     "release": release,
     "cut-over": cut_over,
     "serve": serve,

@@ -15,7 +15,7 @@ from agent.layout import DATA, Layout
 from agent.schema.facts import Place
 from agent.serve.systemd import Systemd
 
-OWN = ("current", "parts", "releases", "secrets", "state")
+OWN = ("current", "gateway", "parts", "releases", "secrets", "state")
 """Hearth's entries in the prefix, except the data."""
 
 

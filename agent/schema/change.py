@@ -103,6 +103,18 @@ class Exporter(Step):
 
 
 @dataclass(frozen=True)
+class Gateway(Step):
+    """Put a gateway in service, replace it, or remove it."""
+
+    kind = "gateway"
+    gateway: dict[str, Any]  # its unit and configuration; empty: remove it
+    address: str = ""  # where it accepts connections, as its own host reaches it
+    port: int = 0
+    names: tuple[str, ...] = ()  # the names that its own certificate is for
+    certificate: str = ""  # a file with another certificate and its key; empty: its own
+
+
+@dataclass(frozen=True)
 class Node(Tree):
     """Create the part of a custom node."""
 
@@ -338,7 +350,23 @@ class Erase(Step):
 KINDS: dict[str, type[Step]] = {
     each.kind: each
     for each in (
-        *(Account, Linger, Members, Rights, Mount, Folders, Tool, App, Exporter, Node, Env, Release, CutOver, Serve),
+        *(
+            Account,
+            Linger,
+            Members,
+            Rights,
+            Mount,
+            Folders,
+            Tool,
+            App,
+            Exporter,
+            Gateway,
+            Node,
+            Env,
+            Release,
+            CutOver,
+            Serve,
+        ),
         *(Prune, Retire, Adopt, Withdraw, Unadopt, Set, Unset, DropCaches, Stop, Start, Restart, EndLinger, Forget),
         *(ForgetMounts, Delete, Erase),
     )

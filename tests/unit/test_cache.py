@@ -162,7 +162,9 @@ def test_unknown_name_lists_the_directories() -> None:
 
 def test_every_directory_of_the_cache_is_known() -> None:
     sources = (
-        path for name in ("core", "kernels", "lock", "deploy", "ops") for path in (files.CHECKOUT / name).rglob("*.py")
+        path
+        for name in ("core", "kernels", "lock", "deploy", "ops", "gateway")
+        for path in (files.CHECKOUT / name).rglob("*.py")
     )
     used = {name for path in sources for name in re.findall(r'\.cache / "([\w-]+)["/]', path.read_text())}
     assert used == {folder for folder, _ in cache.KNOWN.values()}

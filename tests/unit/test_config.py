@@ -57,7 +57,19 @@ def test_no_other_file_names_a_stack() -> None:
 @pytest.mark.installer
 def test_a_table_and_an_extra_make_a_stack(tmp_path: Path) -> None:
     """In a copy of the checkout: uv locks the extra, and a build for the stack is planned."""
-    copied = ["agent", "config", "core", "deploy", "kernels", "lock", "ops", "recipes", "tasks.py", "uv.lock"]
+    copied = [
+        "agent",
+        "config",
+        "core",
+        "deploy",
+        "gateway",
+        "kernels",
+        "lock",
+        "ops",
+        "recipes",
+        "tasks.py",
+        "uv.lock",
+    ]
     for name in copied:
         whole = files.CHECKOUT / name
         (shutil.copytree if whole.is_dir() else shutil.copy)(whole, tmp_path / name)

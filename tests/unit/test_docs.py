@@ -44,7 +44,11 @@ def test_reference_is_up_to_date() -> None:
 
 def test_every_variable_is_in_the_reference() -> None:
     page = (files.CHECKOUT / "docs/reference/environment.md").read_text()
-    sources = (path.read_text() for folder in ("core", "kernels", "lock", "deploy", "ops") for path in _python(folder))
+    sources = (
+        path.read_text()
+        for folder in ("core", "kernels", "lock", "deploy", "ops", "gateway")
+        for path in _python(folder)
+    )
     used = {name for text in sources for name in re.findall(r"environ(?:\.get\(|\[)\"(HEARTH_\w+)\"", text)}
     assert used == set(re.findall(r"`(HEARTH_\w+)`", page))
 

@@ -15,7 +15,7 @@ CLASSES = {
     if issubclass(each, errors.HearthError) and each is not errors.HearthError
 }
 KINDS = {kind for each in CLASSES.values() for kind in each.kinds}
-PACKAGES = ("core", "kernels", "lock", "deploy", "ops", "bench", "tests")
+PACKAGES = ("core", "kernels", "lock", "deploy", "ops", "gateway", "bench", "tests")
 
 
 def raised(package: str) -> list[tuple[str, str, ast.expr]]:

@@ -10,7 +10,9 @@ from core import files
 from deploy import archive
 
 CLIENT = [
-    path for room in ("core", "kernels", "lock", "deploy", "ops") for path in (files.CHECKOUT / room).rglob("*.py")
+    path
+    for room in ("core", "kernels", "lock", "deploy", "ops", "gateway")
+    for path in (files.CHECKOUT / room).rglob("*.py")
 ]
 
 

@@ -607,6 +607,16 @@ def test_service_cannot_write_code(tmp_path: Path, scope: str) -> None:
     assert "LimitCORE=1" in unit.splitlines()  # otherwise crash collectors record the secrets
 
 
+@pytest.mark.parametrize("flag", ["--enable-cors-header", "--multi-user", "--tls-keyfile"])
+def test_flags_that_open_what_a_gateway_closes_are_refused(flag: str) -> None:
+    target = spark()
+    profile = msgspec.structs.replace(target.profile, flags={flag: Setting(why="w", value="x")})
+    alone = replace(target, profile=profile, origin={f"flags.{flag}": "host spark"})
+    stock = replace(inputs(), flags={**FLAGS, flag: application.Flag(flag, "1", "str", (), "")})
+    assert "unfit-flag" not in reasons(made(target=alone, stock=stock))
+    assert "unfit-flag" in reasons(made(target=replace(alone, gateways=("home",)), stock=stock))
+
+
 def test_path_flags_are_reserved() -> None:
     flags = {"--base-directory": Setting(why="a test", value="/srv/mine")}
     target = replace(spark(), profile=msgspec.structs.replace(spark().profile, flags=flags))

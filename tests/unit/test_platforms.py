@@ -22,7 +22,7 @@ scproxy = sys.modules["_scproxy"] = types.ModuleType("_scproxy")  # macOS's only
 scproxy._get_proxy_settings = scproxy._get_proxies = dict
 sys.modules["spwd"] = sys.modules["ossaudiodev"] = None  # Linux's only
 import tasks
-for folder in ("core", "lock", "deploy", "kernels", "ops"):
+for folder in ("core", "lock", "deploy", "kernels", "ops", "gateway"):
     for path in sorted(pathlib.Path(folder).rglob("*.py")):
         if path.name not in ("attention.py", "smoke.py"):  # for an interpreter with torch
             importlib.import_module(".".join(path.with_suffix("").parts))

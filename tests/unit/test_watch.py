@@ -13,7 +13,7 @@ import pytest
 from agent.look import jobs as agent_jobs
 from agent.schema.live import Job
 from core.errors import BusyError, ConnectError, HostError
-from deploy import connection, deploy, host, watch
+from deploy import connection, deploy, host_rules, watch
 from deploy.change import Change, Outcome
 from deploy.facts import Facts
 from deploy.host import Target
@@ -196,10 +196,10 @@ def test_nothing_is_watched_without_another_release(
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1d", 86_400)])
 def test_durations(text: str, seconds: int) -> None:
-    assert host.duration(text) == seconds
+    assert host_rules.duration(text) == seconds
     for wrong in ("", "30", "0m", "m", f"-{text}", f"{text} "):
         with raises("usage"):
-            host.duration(wrong)
+            host_rules.duration(wrong)
 
 
 def entry(**inputs: Any) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Gateways: HAProxy with logins, limits and an audit log in front of ComfyUI."""

@@ -1,0 +1,170 @@
+"""Deploying and operating gateways. The plan is a pure function of the hosts file and what the host reports."""
+
+from __future__ import annotations
+
+import ipaddress
+from getpass import getuser
+from socket import gethostname
+from typing import TYPE_CHECKING, Any
+
+from agent.schema import change as schema
+from core import console
+from core.errors import UsageError, suggest
+from deploy import connection, refusals
+from deploy import host as hosts
+from deploy.change import Change, change_each
+from deploy.gateways import PERSON
+from deploy.look import find_target
+from deploy.plan import Plan
+from deploy.refusals import Refusal
+from gateway.haproxy import Places, configuration
+from gateway.unit import unit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from deploy.change import Outcome
+    from deploy.connection import Agent
+    from deploy.facts import Facts
+    from deploy.gateways import Gateway
+    from deploy.host import Target
+    from deploy.plan import Options
+
+
+def find(name: str) -> tuple[str, Gateway]:
+    """A gateway by its name (empty: the only one); raises UsageError."""
+    known = hosts.hosts().gateways
+    if not known:
+        hint = f"add [gateways.NAME] to {hosts.hosts_file()}; config/hosts.example.toml shows how"
+        raise UsageError("unknown-name", "there is no gateway", hint=hint)
+    if not name and len(known) == 1:
+        name = next(iter(known))
+    if name not in known:
+        what = f"there is no gateway {name!r}" if name else "there are several gateways"
+        raise UsageError("unknown-name", what, hint=f"--gateway: {suggest(name, known)}")
+    return name, known[name]
+
+
+def address(gateway: Gateway) -> str:
+    """The address that people type."""
+    name = f"[{gateway.names[0]}]" if ":" in gateway.names[0] else gateway.names[0]
+    return f"https://{name}{f':{gateway.port}' * (gateway.port != 443)}"
+
+
+def wanted(name: str, gateway: Gateway, prefix: str, service: str) -> dict[str, str]:
+    """The unit and configuration of a gateway."""
+    folder = f"{prefix}/gateway"
+    places = Places(f"{folder}/secrets", f"/run/{service}-gateway", f"{folder}/secrets/certificate.pem")
+    return {
+        "unit": unit(name, gateway, service, folder, places.secrets),
+        "configuration": configuration(name, gateway, hosts.hosts(), places),
+    }
+
+
+def plan(name: str, gateway: Gateway, target: Target, facts: Facts, found: Mapping[str, Any]) -> Plan:
+    """The plan that puts a gateway in service as configured; `found` is the agent's `agent.look.gateway`."""
+    against = refusals.unsettable(target, facts)
+    if not found["there"]:
+        what = "HAProxy is not installed on the host"
+        against.append(Refusal("no-haproxy", what, "on the host: apt-get install haproxy; systemctl disable haproxy"))
+    right = wanted(name, gateway, facts.prefix, target.host.service)
+    certificate = found["certificate"]
+    why = [f"its {key} is another" for key in ("unit", "configuration") if found[key] != right[key]]
+    if not gateway.certificate and certificate["names"] != sorted(gateway.names):
+        why.append("its certificate is for other names")
+    elif not gateway.certificate and certificate["renew"]:
+        why.append("its certificate ends soon")
+    if not found["unit"]:
+        why = ["there is none"]
+    elif not found["active"]:
+        why.append("it is not running")
+    notes = [
+        f"{person} has neither a password nor a token: inv gateway users add {person}"
+        for person in sorted(gateway.users)
+        if person not in found["people"]
+    ]
+    listen = ipaddress.ip_address(gateway.listen.partition(",")[0])
+    local = ("127.0.0.1" if listen.version == 4 else "::1") if listen.is_unspecified else str(listen)
+    step = schema.Gateway(
+        f"serve {address(gateway)} by HAProxy",
+        ", ".join(why),
+        "returns to the previous one automatically if HAProxy does not serve",
+        right,
+        local,
+        gateway.port,
+        gateway.names,
+        gateway.certificate,
+    )
+    return Plan.of(facts, [step] if why else [], against, notes)
+
+
+def deploy(name: str, options: Options) -> list[Outcome]:
+    """Put a gateway in service; raises RefusedError and the errors of the host."""
+    name, gateway = find(name)
+
+    def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
+        return plan(name, gateway, target, facts, agent.call("gateway"))
+
+    state = f"gateway {name} serves {address(gateway)}"
+    return change_each([gateway.host], Change(action=f"gateway {name}", plan=planner, state=state), options)
+
+
+def status(name: str, *, ask_sudo: bool) -> dict[str, Any]:
+    """What the host reports of a gateway, without its texts."""
+    name, gateway = find(name)
+    with connection.connect(find_target(gateway.host), ask_sudo) as agent:
+        found = agent.call("gateway")
+    return {
+        "name": name,
+        "host": gateway.host,
+        "address": address(gateway),
+        "state": "in service" if found["active"] else "not running" if found["unit"] else "not deployed",
+        "certificate": found["certificate"],
+        "people": {
+            each: {"role": gateway.users[each].role if each in gateway.users else "", **kept}
+            for each, kept in (dict.fromkeys(gateway.users, _NOTHING) | found["people"]).items()
+        },
+    }
+
+
+_NOTHING = {"password": False, "tokens": 0}
+
+
+def rows(found: Mapping[str, Any]) -> list[str]:
+    """A gateway's status: a line, then a table of people."""
+    until = found["certificate"]["until"] or "none"
+    people = [
+        (name, each["role"] or "not in hosts.toml: no access", "yes" if each["password"] else "no", str(each["tokens"]))
+        for name, each in sorted(found["people"].items())
+    ]
+    line = f"{found['name']}: {found['state']} at {found['address']} on {found['host']}, certificate until {until}"
+    return [line, *console.table(("person", "role", "password", "tokens"), people)]
+
+
+def ask(name: str, action: str, *, ask_sudo: bool, **values: Any) -> dict[str, Any]:
+    """Let a gateway's host change its people or certificate; return the answer. Raises UsageError."""
+    name, gateway = find(name)
+    person = str(values.get("person", ""))
+    if person and not PERSON.fullmatch(person):
+        hint = "use a lower-case letter, then letters, digits and . _ -"
+        raise UsageError("usage", f"{person!r} is not a user name", hint=hint)
+    with connection.connect(find_target(gateway.host), ask_sudo) as agent:
+        found = agent.call("gateway-secrets", action=action, who=f"{getuser()}@{gethostname()}", **values)
+    if person and action != "remove" and person not in gateway.users:
+        console.say(f"{person} has no access yet: add [gateways.{name}.users.{person}], then inv gateway deploy")
+    return dict(found)
+
+
+def audit(name: str, lines: str, since: str, *, ask_sudo: bool) -> list[dict[str, Any]]:
+    """The last lines of a gateway's audit log; raises UsageError."""
+    _, gateway = find(name)
+    if not lines.isdecimal() or not 1 <= int(lines) <= 100_000:
+        raise UsageError("usage", f"--lines {lines} is not a number of lines", hint="give a number from 1 to 100000")
+    with connection.connect(find_target(gateway.host), ask_sudo) as agent:
+        return list(agent.call("gateway-audit", lines=int(lines), since=since))
+
+
+def audit_rows(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of the audit log."""
+    keys = ("at", "user", "from", "method", "path", "status", "job", "host")
+    return console.table(keys, [[str(each.get(key, "")) for key in keys] for each in found])

@@ -1,0 +1,135 @@
+"""What a gateway keeps on its host: people and certificates, with the real openssl and HAProxy."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.files import AgentError
+from agent.layout import Layout
+from agent.serve import gateway as kept
+from deploy.gateways import Limits
+from tests.gateway import Running, basic, running
+
+pytestmark = pytest.mark.needs("openssl", "haproxy")
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
+
+
+def ask(layout: Layout, action: str, person: str = "", **values: Any) -> Any:
+    return kept.gateway(layout, {"action": action, "person": person, "who": "a@b", **values})
+
+
+def test_haproxy_accepts_the_people_that_were_added(layout: Layout, tmp_path: Path) -> None:
+    ask(layout, "password", "anna", value='päss $6$ "x" \\ :%')
+    token = ask(layout, "token", "ben")["token"]
+    assert kept.people(layout) == {"anna": {"password": True, "tokens": 0}, "ben": {"password": False, "tokens": 1}}
+    place = tmp_path / "gateway-files"
+    place.mkdir()
+    with running(place, limits=Limits(logins=100)) as (served, _):
+        assert isinstance(served, Running)
+
+        def code(headers: dict[str, str]) -> int:
+            for name in ("users.cfg", "tokens.map"):
+                (place / name).write_text((kept.folder_of(layout) / name).read_text())
+            served.reload()
+            return served.ask("GET", "/", headers=headers).status
+
+        assert code(basic("anna", 'päss $6$ "x" \\ :%')) == 200
+        assert code(basic("anna", "other")) == 401
+        assert code({"Authorization": f"Bearer {token}"}) == 200
+        ask(layout, "password", "anna", value="new one")
+        assert code(basic("anna", 'päss $6$ "x" \\ :%')) == 401
+        assert code(basic("anna", "new one")) == 200
+        assert ask(layout, "remove", "ben") == {"known": True}
+        assert code({"Authorization": f"Bearer {token}"}) == 401
+        assert ask(layout, "remove", "ben") == {"known": False}
+
+
+def test_no_secret_is_readable_or_recorded(layout: Layout) -> None:
+    ask(layout, "password", "anna", value="tell-nobody")
+    token = ask(layout, "token", "anna")["token"]
+    ask(layout, "certificate", names=["spark.local"])
+    folder = kept.folder_of(layout)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == {
+        "people.json": 0o600, "users.cfg": 0o640, "tokens.map": 0o640, "certificate.pem": 0o640, "ca.key": 0o600,
+        "ca.pem": 0o644, "names.json": 0o644, "lock": 0o600,
+    }  # fmt: skip
+    for path in [*folder.iterdir(), layout.history]:
+        assert "tell-nobody" not in path.read_text()
+        assert token not in path.read_text()
+    assert [json.loads(line)["action"] for line in layout.history.read_text().splitlines()] == [
+        "gateway password anna",
+        "gateway token anna",
+    ]
+
+
+@pytest.mark.parametrize("person", ["", "Anna", "anna\n    user root", "a b", "../x", "a" * 33])
+def test_names_that_haproxy_would_misread_are_refused(layout: Layout, person: str) -> None:
+    for action in ("password", "token", "remove"):
+        with pytest.raises(AgentError):
+            ask(layout, action, person, value="x")
+
+
+@pytest.mark.parametrize("value", ["", "a\nb", "a\0b"])
+def test_passwords_that_openssl_would_cut_are_refused(layout: Layout, value: str) -> None:
+    with pytest.raises(AgentError):
+        ask(layout, "password", "anna", value=value)
+    assert not (kept.folder_of(layout) / "users.cfg").exists()
+
+
+NAMES = [["spark.local", "192.168.1.20", "fd00::1"], ["spark.local"], ["192.168.1.20"]]
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_the_certificate_is_valid_for_the_names_and_made_once(layout: Layout, names: list[str]) -> None:
+    first = ask(layout, "certificate", names=names)
+    assert first["made"]
+    folder = kept.folder_of(layout)
+    for name in names:
+        verify(folder / "ca.pem", folder / "certificate.pem", name)
+    ssl.create_default_context(cadata=first["authority"])
+    assert ask(layout, "certificate", names=names) == {**first, "made": False}
+    other = ask(layout, "certificate", names=[*names, "box.local"])
+    assert other["made"]
+    assert other["authority"] != first["authority"]
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("other", ["DNS:bank.example", "IP:10.0.0.1", "IP:fd00::2", "DNS:spark.local.example"])
+def test_the_authority_cannot_sign_for_other_names(layout: Layout, names: list[str], other: str) -> None:
+    """Whoever trusts it trusts it for this gateway only."""
+    ask(layout, "certificate", names=names)
+    folder = kept.folder_of(layout)
+    words = ["openssl", "req", "-x509", "-CA", f"{folder}/ca.pem", "-CAkey", f"{folder}/ca.key", "-nodes", "-days", "9"]
+    words += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-keyout", f"{folder}/k", "-out", f"{folder}/new"]
+    subprocess.run([*words, "-subj", "/CN=x", "-addext", f"subjectAltName={other}"], check=True, capture_output=True)
+    with pytest.raises(subprocess.CalledProcessError):
+        verify(folder / "ca.pem", folder / "new", other.partition(":")[2])
+
+
+def test_a_certificate_is_renewed_before_it_ends(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "DAYS", 29)
+    first = ask(layout, "certificate", names=["spark.local"])
+    assert kept.validity(kept.folder_of(layout))["renew"]
+    monkeypatch.undo()
+    renewed = ask(layout, "certificate", names=["spark.local"])
+    assert (renewed["made"], renewed["authority"]) == (True, first["authority"])
+    assert renewed["until"] != first["until"]
+
+
+def verify(authority: Path, certificate: Path, name: str) -> None:
+    kind = "-verify_ip" if ":" in name or name[0].isdigit() else "-verify_hostname"
+    words = ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-CAfile", str(authority), kind, name]
+    subprocess.run([*words, str(certificate)], check=True, capture_output=True)

@@ -1,0 +1,125 @@
+"""Gateways from the client: what a deploy would do, and what is said of people."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.schema import change as schema
+from deploy import host
+from deploy.plan import Plan
+from gateway import control
+from tests.errors import raises
+from tests.plans import running as running_facts
+
+HOSTS = """
+[hosts.spark]
+address = "spark"
+profile = "cpu"
+[gateways.home]
+host = "spark"
+names = ["spark.local", "192.168.1.20"]
+users.anna = { role = "administrator" }
+users.ben = {}
+"""
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "hosts.toml"
+    path.write_text(HOSTS)
+    monkeypatch.setenv("HEARTH_HOSTS", str(path))
+    return path
+
+
+def reported(**values: Any) -> dict[str, Any]:
+    """A host whose gateway is as configured."""
+    name, found = control.find("")
+    right = control.wanted(name, found, "/opt/comfyui", "comfyui")
+    certificate = {"names": sorted(found.names), "until": "2027", "renew": False}
+    people = {each: {"password": True, "tokens": 0} for each in found.users}
+    return {**right, "active": True, "there": True, "certificate": certificate, "people": people, **values}
+
+
+def planned(facts: Any = None, **values: Any) -> Plan:
+    name, found = control.find("")
+    return control.plan(name, found, host.target("spark"), facts or running_facts(), reported(**values))
+
+
+@pytest.mark.usefixtures("written")
+def test_a_gateway_as_configured_needs_nothing() -> None:
+    found = planned()
+    assert (found.steps, found.refusals, found.notes) == ((), (), ())
+
+
+@pytest.mark.usefixtures("written")
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"unit": "", "configuration": "", "active": False},
+        {"unit": "other"},
+        {"configuration": "other"},
+        {"active": False},
+        {"certificate": {"names": ["other"], "until": "2027", "renew": False}},
+        {"certificate": {"names": ["192.168.1.20", "spark.local"], "until": "2026", "renew": True}},
+    ],
+)
+def test_whatever_differs_is_one_step(values: dict[str, Any]) -> None:
+    (step,) = planned(**values).steps
+    assert isinstance(step, schema.Gateway)
+    assert (step.address, step.port, step.names) == ("127.0.0.1", 443, ("spark.local", "192.168.1.20"))
+    assert schema.unpacked(schema.packed(step)) == step
+    assert step.why
+
+
+def test_a_certificate_of_yours_is_not_compared(written: Path) -> None:
+    written.write_text(
+        f"{HOSTS}\n[gateways.home.limits]\nprompts = 5\n".replace("users.anna", 'certificate = "/x.pem"\nusers.anna', 1)
+    )
+    certificate = {"names": [], "until": "", "renew": True}
+    assert planned(certificate=certificate).steps == ()
+    (step,) = planned(active=False, certificate=certificate).steps
+    assert isinstance(step, schema.Gateway)
+    assert step.certificate == "/x.pem"
+
+
+@pytest.mark.usefixtures("written")
+def test_reasons_against_a_deploy() -> None:
+    assert [each.kind for each in planned(there=False).refusals] == ["no-haproxy"]
+    assert [each.kind for each in planned(replace(running_facts(), root=False)).refusals] == ["no-root"]
+
+
+@pytest.mark.usefixtures("written")
+def test_people_who_cannot_log_in_yet_are_named() -> None:
+    (note,) = planned(people={"anna": {"password": True, "tokens": 0}}).notes
+    assert "inv gateway users add ben" in note
+
+
+def test_a_gateway_is_found_by_name_or_alone(written: Path) -> None:
+    assert control.find("")[0] == control.find("home")[0] == "home"
+    with raises("unknown-name"):
+        control.find("office")
+    written.write_text(
+        f'{HOSTS}\n[hosts.box]\naddress = "b"\nprofile = "cpu"\n[gateways.two]\nhost = "box"\nnames = ["b"]'
+    )
+    with raises("unknown-name"):
+        control.find("")
+    written.write_text("")
+    with raises("unknown-name"):
+        control.find("")
+
+
+@pytest.mark.parametrize(
+    ("values", "address"),
+    [
+        ('names = ["spark.local"]', "https://spark.local"),
+        ('names = ["spark.local"]\nport = 8443', "https://spark.local:8443"),
+        ('names = ["fd00::1"]\nport = 8443', "https://[fd00::1]:8443"),
+    ],
+)
+def test_the_address_that_people_type(written: Path, values: str, address: str) -> None:
+    written.write_text(f'[hosts.spark]\naddress = "s"\nprofile = "cpu"\n[gateways.home]\nhost = "spark"\n{values}\n')
+    assert control.address(control.find("")[1]) == address

@@ -1,0 +1,92 @@
+"""A gateway while ComfyUI restarts or a host is lost: the real HAProxy, in front of stand-ins for ComfyUI."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from deploy.gateways import Limits, Person
+from tests.gateway import running
+
+pytestmark = pytest.mark.needs("haproxy", "openssl")
+
+
+def test_no_request_fails_while_comfyui_restarts(tmp_path: Path) -> None:
+    """GETs and prompts arrive all the time; ComfyUI breaks off what it was doing and is away for 3 s, twice."""
+    with running(tmp_path, limits=Limits(requests=100_000, prompts=100_000)) as (gateway, (comfy,)):
+        comfy.delay = 0.05  # so that some are being answered at that moment
+        ended = False
+
+        def client(method: str, path: str, body: bytes | None) -> list[int]:
+            codes = []
+            while not ended:
+                codes.append(gateway.ask(method, path, "ben", body=body).status)
+            return codes
+
+        async def session() -> list[list[int]]:
+            nonlocal ended
+            kinds = [("GET", "/queue", None), ("POST", "/prompt", b'{"prompt": {}}')]
+            clients = [asyncio.ensure_future(asyncio.to_thread(client, *kinds[i % 2])) for i in range(8)]
+            for _ in range(2):
+                await asyncio.sleep(1)
+                comfy.stop()
+                await asyncio.sleep(3)
+                comfy.start()
+            await asyncio.sleep(2)
+            ended = True
+            return await asyncio.gather(*clients)
+
+        codes = [code for each in asyncio.run(asyncio.wait_for(session(), 120)) for code in each]
+        assert set(codes) == {200}
+        assert len(codes) > 50
+
+
+def test_without_any_comfyui_there_is_a_page_and_no_hang(tmp_path: Path) -> None:
+    edit = {"inter 5s fastinter 2s downinter 2s": "inter 500ms", "timeout queue 10s": "timeout queue 1s"}
+    with running(tmp_path, hold="5s", edit=edit) as (gateway, (comfy,)):
+        comfy.stop()
+        held = gateway.ask("GET", "/", "ben", seconds=30)
+        now = gateway.ask("GET", "/", "ben", seconds=5)
+        assert [held.status, now.status] == [503, 503]
+        assert b"does not answer" in now.body
+        comfy.start()
+        end = time.monotonic() + 30
+        while gateway.ask("GET", "/", "ben").status != 200:
+            assert time.monotonic() < end
+
+
+def test_each_person_stays_on_one_host_also_after_a_reload(tmp_path: Path) -> None:
+    with running(tmp_path, hosts=2) as (gateway, _):
+        people = ["anna", "ben", "cleo"]
+
+        def assigned() -> dict[str, set[int]]:
+            return {who: {gateway.ask("GET", "/", who).json["port"] for _ in range(6)} for who in people}
+
+        first = assigned()
+        assert all(len(ports) == 1 for ports in first.values())
+        gateway.reload()
+        assert assigned() == first
+
+
+def test_people_of_a_lost_host_get_another(tmp_path: Path) -> None:
+    edit = {"inter 5s fastinter 2s downinter 2s": "inter 500ms"}
+    with running(tmp_path, hosts=2, hold="5s", edit=edit) as (gateway, hosts):
+        first = gateway.ask("GET", "/", "ben").json["port"]
+        next(each for each in hosts if each.port == first).stop()
+        gateway.ask("GET", "/", "ben")  # held until the host counts as down
+        assert gateway.ask("GET", "/", "ben", seconds=5).json["port"] != first
+
+
+def test_a_person_with_a_host_gets_no_other_while_it_is_down(tmp_path: Path) -> None:
+    """Otherwise separate hosts would isolate nobody."""
+    edit = {"inter 5s fastinter 2s downinter 2s": "inter 500ms", "timeout queue 10s": "timeout queue 1s"}
+    people = {"ben": Person(host="h1"), "anna": Person(host="h0")}
+    with running(tmp_path, hosts=2, hold="5s", edit=edit, users=people) as (gateway, (one, two)):
+        assert gateway.ask("GET", "/", "ben").json["port"] == two.port
+        two.stop()
+        assert [gateway.ask("GET", "/", "ben").status for _ in range(2)] == [503, 503]
+        assert gateway.ask("GET", "/", "anna").json["port"] == one.port
+        assert len(one.requests) == 1
