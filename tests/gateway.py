@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agent import processes
 from deploy.gateways import Gateway, Person
 from deploy.host import Host, Hosts
 from gateway.haproxy import Places, configuration
@@ -234,18 +235,23 @@ class Running:
         end = time.monotonic() + 20
         while time.monotonic() < end:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return
+                if self._loaded():  # the worker listens before its master is ready
+                    return
             assert self.process.poll() is None, (self.folder / "log").read_text()
             time.sleep(0.05)
         raise AssertionError((self.folder / "log").read_text())
 
+    def _loaded(self) -> int:
+        """How often a configuration was loaded."""
+        return (self.folder / "log").read_text().count("Loading success")
+
     def reload(self) -> None:
-        before = (self.folder / "log").read_text().count("Loading success")
-        self.process.send_signal(signal.SIGUSR2)
-        end = time.monotonic() + 20
-        while (self.folder / "log").read_text().count("Loading success") == before:
+        """Reload the configuration. A master that executes itself again may lose a signal, so it gets several."""
+        before, end = self._loaded(), time.monotonic() + 20
+        while self._loaded() == before:
             assert time.monotonic() < end
-            time.sleep(0.05)
+            self.process.send_signal(signal.SIGUSR2)
+            processes.wait_for(lambda: self._loaded() > before, 2)
 
     def stop(self) -> None:
         self.process.terminate()

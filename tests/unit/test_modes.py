@@ -243,7 +243,8 @@ def test_developed_node_replaces_the_released_one() -> None:
 
 def test_companion_units_are_limited() -> None:
     units = {path.stem: path.read_text() for path in (files.CHECKOUT / "recipes").rglob("*.service")}
-    assert {"haproxy", "system", "user", "exporter", "storage", "free-memory", "reload", "mps", "persistence"} == units.keys()
+    known = {"haproxy", "system", "user", "exporter", "storage", "free-memory", "reload", "mps", "persistence"}
+    assert units.keys() == known
     units |= {
         name: unit.replace("$limits", "MemoryMax=90%") for name, unit in units.items() if name in ("system", "user")
     }
