@@ -53,20 +53,20 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-m", "not gpu", *three, *session.posargs, env=CACHED)
 
 
-UNIT = ("-m", "not installer and not toolchain and not gpu and not host", "--numprocesses", "4", "--dist", "loadfile")
-"""The tests that neither install, compile nor boot. Four files in parallel on two cores: a file's tests share fixtures,
-such as ComfyUI's parsed code, and each worker imports everything."""
+QUICK = "not installer and not toolchain and not gpu and not host"
+PARALLEL = ("--numprocesses", "6", "--dist", "loadfile")
+"""Six files in parallel on two cores: they wait. A file's tests share fixtures, such as ComfyUI's parsed code."""
 
 
 @nox.session
 def unit(session: nox.Session) -> None:
-    """The tests that neither install, compile nor boot. `-- --faults`: every fault of the crash matrix."""
-    session.run("pytest", *UNIT, *session.posargs, env=CACHED)
+    """The tests that call functions. `-- --faults`: every fault of the crash matrix."""
+    session.run("pytest", "-m", f"not process and {QUICK}", *PARALLEL, *session.posargs, env=CACHED)
 
 
 @nox.session
 def pythons(session: nox.Session) -> None:
-    """The unit tests on this machine's other supported Pythons; each has its environment in .nox/."""
+    """What neither installs, compiles nor boots, on this machine's other Pythons; each has its environment in .nox/."""
     found = {version: _interpreter(version) for version in ("3.11", "3.12", "3.13", "3.14")}
     default = ".".join(platform.python_version_tuple()[:2])
     for version in sorted({*found} - {default}):
@@ -75,7 +75,8 @@ def pythons(session: nox.Session) -> None:
         place = Path(".nox", f"unit-{version}").absolute()
         env = {**CACHED, "UV_PROJECT_ENVIRONMENT": str(place)}
         session.run("uv", "sync", "--quiet", "--frozen", "--python", interpreter, env=env)
-        session.run(str(place / "bin/python"), "-m", "pytest", *UNIT, *session.posargs, external=True, env=CACHED)
+        words = (str(place / "bin/python"), "-m", "pytest", "-m", QUICK, *PARALLEL, *session.posargs)
+        session.run(*words, external=True, env=CACHED)
     ran = [version for version in found if found[version] or version == default]
     missing = [version for version in found if version not in ran]
     session.log(

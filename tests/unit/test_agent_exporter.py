@@ -17,6 +17,8 @@ from agent.look.exporter import installed, unit_file
 from agent.schema.change import Exporter
 from agent.serve import systemd
 
+pytestmark = pytest.mark.process
+
 SYSTEMCTL = """#!/bin/sh
 echo "$*" >>{log}
 [ "$1" != restart ] || ! grep -q broken {unit}

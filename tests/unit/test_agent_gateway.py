@@ -17,7 +17,7 @@ from agent.serve import gateway as kept
 from deploy.gateways import Limits
 from tests.gateway import Running, basic, running
 
-pytestmark = pytest.mark.needs("openssl", "haproxy")
+pytestmark = [pytest.mark.process, pytest.mark.needs("openssl", "haproxy")]
 
 
 @pytest.fixture

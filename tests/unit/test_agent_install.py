@@ -20,6 +20,8 @@ from deploy import archive, connection
 from deploy.look import find_target
 from tests.errors import raises
 
+pytestmark = pytest.mark.process
+
 WHERE = "import sys\nprint(f'[\"{sys.argv[0]}\"]')\n"
 
 

@@ -28,7 +28,10 @@ from deploy import plan
 from tests.plans import FRESH, made, reasons, spark, values
 from tests.unit.test_services import child, make, supervisor
 
-pytestmark = pytest.mark.skipif(confine.abi() < 4, reason="this kernel has no Landlock with rules for TCP (Linux 6.7)")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(confine.abi() < 4, reason="this kernel has no Landlock with rules for TCP (Linux 6.7)"),
+]
 
 PROBE = """
 import ctypes, json, os, platform, resource, signal, socket, struct, sys

@@ -22,6 +22,8 @@ from deploy.plan import Options
 from tests import warm
 from tests.errors import raises
 
+pytestmark = pytest.mark.process
+
 # --- a program on the other end -----------------------------------------------------------------------------------
 
 

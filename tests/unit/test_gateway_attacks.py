@@ -11,7 +11,7 @@ import pytest
 from deploy.gateways import Limits
 from tests.gateway import PASSWORD, TOKENS, Running, StandIn, basic, closed, running
 
-pytestmark = pytest.mark.needs("haproxy", "openssl")
+pytestmark = [pytest.mark.process, pytest.mark.needs("haproxy", "openssl")]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from deploy.host import Host, Hosts
 from gateway.haproxy import Places, configuration
 from tests.gateway import basic, free_port
 
-pytestmark = pytest.mark.needs("haproxy", "openssl")
+pytestmark = [pytest.mark.process, pytest.mark.needs("haproxy", "openssl")]
 
 SYSTEMCTL = """#!/bin/sh
 echo "$*" >>{place}/systemctl.log

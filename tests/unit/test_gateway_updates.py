@@ -11,7 +11,7 @@ import pytest
 from deploy.gateways import Limits, Person
 from tests.gateway import running
 
-pytestmark = pytest.mark.needs("haproxy", "openssl")
+pytestmark = [pytest.mark.process, pytest.mark.needs("haproxy", "openssl")]
 
 
 def test_no_request_fails_while_comfyui_restarts(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from agent.processes import wait_for
 from agent.schema.change import App, CutOver, Prune, Release, Tool, packed
 from core import files
 
+pytestmark = pytest.mark.process
+
 DATA = os.urandom(3_000_000)
 DIGEST = hashlib.sha256(DATA).hexdigest()
 HALF = len(DATA) // 2

@@ -32,6 +32,8 @@ from agent.serve.systemd import Systemd
 from core import files
 from deploy import archive
 
+pytestmark = pytest.mark.process
+
 
 def make(place: Path, **values: Any) -> Layout:
     """Create a prefix with a release whose ComfyUI sleeps."""

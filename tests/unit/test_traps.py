@@ -31,6 +31,8 @@ from tests.plans import FRESH, RUNNING, spark
 from tests.unit.test_agent import at, make
 from tests.unit.test_agent_files import deep, mode
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
