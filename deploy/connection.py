@@ -328,7 +328,8 @@ class Ssh(Agent):
                 error.stderr = error.stderr.rpartition(_MARK)[2].strip()
                 error.cause = shell.last_words(shell.Done([], error.status, "", error.stderr))
             if error.status == 255:  # ssh's own
-                raise (self.lost(_last(error.cause)) if begun else self._unreachable(error.cause)) from error
+                failure = self.lost(_last(error.cause)) if begun else self._unreachable(error.stderr or error.cause)
+                raise failure from error
             if begun:
                 raise
             noise.append(error.cause.encode())

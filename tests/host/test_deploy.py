@@ -271,6 +271,7 @@ def test_missing_sudo_has_its_own_error(deployed: Fleet) -> None:
 
 
 def test_unreachable_host_has_its_own_error(deployed: Fleet) -> None:
+    deployed.configure()
     text = (deployed.place / "hosts.toml").read_text()
     (deployed.place / "hosts.toml").write_text(text.replace('"spark"', '"127.0.0.1"') + "ssh_port = 1\n")
     done = deployed.deploy()

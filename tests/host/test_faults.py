@@ -359,6 +359,7 @@ def test_a_first_deploy_interrupted_at_every_step(tmp_path: Path) -> None:
 def test_a_full_disk(deployed: Fleet, lacking: str, said: str) -> None:
     """A prefix on a small file system: refused in advance, or reported if it fills up during the run."""
     port = machine.free_port()
+    deployed.configure()
     text = (deployed.place / "hosts.toml").read_text().replace(str(deployed.machine.port), str(port))
     (deployed.place / "hosts.toml").write_text(
         f'{text}prefix = "/srv/{lacking}/c"\nservice = "small"\nrun_as = "small-{lacking}"\n'
