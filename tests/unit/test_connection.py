@@ -234,7 +234,7 @@ def test_login_shell_output_is_ignored(box: Box) -> None:
             "a jump host of box is not known",
         ),
         (
-            "echo '@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @' >&2; exit 255",
+            "echo '@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @' >&2; seq 12 >&2; exit 255",  # a long message
             "host-key",
             "box (box.lan) has CHANGED",
         ),
