@@ -77,6 +77,9 @@ class StandIn:
 
     async def _stop(self) -> None:
         if self._server:
+            for each in self._server.sockets:
+                self._loop.remove_reader(each.fileno())
+            await asyncio.sleep(0.01)  # asyncio leaks a connection that is accepted as its server closes
             self._server.close()
         served = list(self._open.items())
         for writer, _ in served:
