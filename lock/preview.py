@@ -152,7 +152,7 @@ def preview(old: Release, new: Release, chosen: Chosen, found: Workflows, runnin
 
 
 def _interfaces(release: Release, other: Release, tree: Path) -> dict[str, Interface]:
-    """The node types of ComfyUI and of the custom nodes that the other release has not, or otherwise."""
+    """The node types of ComfyUI, and of the custom nodes that the other release lacks or has in another version."""
     differing = {name: place for name, place in release.nodes.items() if other.nodes.get(name) != place}
     types = {name: interface.read_node_cached(place, tree) for name, place in differing.items()}
     return {COMFYUI: interface.read_cached(tree), **types}
@@ -186,7 +186,7 @@ def _combined(parts: Mapping[str, Interface]) -> Interface:
 def _proposed(before: Interface, old: Release, new: Release, after: Mapping[str, Interface]) -> Interface:
     """The node types of the new release: of an unchanged node as before, otherwise as its code has them.
 
-    Former types of code whose types are not all known, stay, with unknown inputs.
+    A former type of code whose types are not all known stays, with unknown inputs.
     """
     made = _combined(after)
     former = {*old.nodes, *old.unknown, COMFYUI}
