@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -34,14 +34,21 @@ def comfy() -> Iterator[StandIn]:
     one.close()
 
 
-def opened(box: Lab, comfy: StandIn, *more: str) -> subprocess.Popen[str]:
+@contextmanager
+def opened(box: Lab, comfy: StandIn, *more: str) -> Iterator[subprocess.Popen[str]]:
     text = f'[hosts.box]\naddress = "lab"\nprofile = "cpu"\nport = {comfy.port}\n'  # scope system: needs no sudo
     (box.place / "hosts.toml").write_text(text)
     without = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "invoke", "open", "--host", "box", *more],
         cwd=CHECKOUT, env={**without, **box.variables()}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        # Whoever starts the tests in the background makes them, and all they start, deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_tunnel_lasts_until_ctrl_c(box: Lab, comfy: StandIn) -> None:
