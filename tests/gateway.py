@@ -269,20 +269,9 @@ class Running:
         headers: Mapping[str, str] | None = None,
         body: bytes | None = None,
         seconds: float = 30,
+        source: str = "127.0.0.1",
     ) -> Response:
-        return self.ask_from("127.0.0.1", method, path, user, headers, body, seconds)
-
-    def ask_from(
-        self,
-        source: str,
-        method: str,
-        path: str,
-        user: str = "",
-        headers: Mapping[str, str] | None = None,
-        body: bytes | None = None,
-        seconds: float = 30,
-    ) -> Response:
-        """A request from an address of this machine."""
+        """Send a request from an address of this machine."""
         given = {"Host": f"spark.local:{self.port}", **(basic(user) if user else {}), **(headers or {})}
         connection = http.client.HTTPSConnection(
             "127.0.0.1", self.port, timeout=seconds, context=self.tls, source_address=(source, 0)

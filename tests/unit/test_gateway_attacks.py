@@ -104,11 +104,11 @@ def test_guessing_the_password_of_one_person_from_many_addresses_ends(tmp_path: 
     """The source is loopback, any of whose addresses a client can use."""
     with running(tmp_path, limits=Limits(logins=2)) as (gateway, _):
         codes = [
-            gateway.ask_from(f"127.0.0.{i + 2}", "GET", "/", headers=basic("ben", "guess")).status for i in range(22)
+            gateway.ask("GET", "/", headers=basic("ben", "guess"), source=f"127.0.0.{i + 2}").status for i in range(22)
         ]
         assert codes == [401] * 20 + [429] * 2
-        assert gateway.ask_from("127.0.0.99", "GET", "/", "ben").status == 429
-        assert gateway.ask_from("127.0.0.99", "GET", "/", "anna").status == 200
+        assert gateway.ask("GET", "/", "ben", source="127.0.0.99").status == 429
+        assert gateway.ask("GET", "/", "anna", source="127.0.0.99").status == 200
 
 
 def test_a_removed_person_is_out_after_a_reload_and_the_others_stay(tmp_path: Path) -> None:

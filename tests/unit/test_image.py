@@ -319,10 +319,13 @@ def run(place: Path, tmp_path: Path, *words: str, **env: str) -> subprocess.Comp
     for name in ("podman", "docker"):
         (tools / name).write_text(ENGINE)
         (tools / name).chmod(0o755)
-    path = {"PATH": f"{tools}:{os.environ['PATH']}"}
-    return subprocess.run(
-        ["sh", str(place / "run.sh"), *words], env={**path, **env}, capture_output=True, text=True, check=False
-    )
+    return called(place, f"{tools}:{os.environ['PATH']}", *words, **env)
+
+
+def called(place: Path, path: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Call run.sh with a PATH."""
+    argv = ["sh", str(place / "run.sh"), *words]
+    return subprocess.run(argv, env={"PATH": path, **env}, capture_output=True, text=True, check=False)
 
 
 def options(argv: list[str]) -> dict[str, list[str]]:
@@ -412,25 +415,13 @@ def test_run_names_what_is_missing(made: tuple[Path, dict[str, Any]], tmp_path: 
     assert kind_of(run(place, tmp_path).stderr) == "usage"
     assert kind_of(run(place, tmp_path, "lxc").stderr) == "usage"
     (tmp_path / "tools/docker").write_text("#!/bin/sh\necho no socket >&2\nexit 1\n")
-    broken = subprocess.run(
-        ["sh", str(place / "run.sh"), "docker"],
-        env={"PATH": f"{tmp_path}/tools:/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    broken = called(place, f"{tmp_path}/tools:/usr/bin:/bin", "docker")
     assert (broken.returncode, kind_of(broken.stderr)) == (34, "engine")
     assert "no socket" in broken.stderr
     for name in ("sh", "dirname", "uname"):
         (tmp_path / "tools" / name).symlink_to(shutil.which(name) or name)
     (tmp_path / "tools/podman").unlink()
-    absent = subprocess.run(
-        ["sh", str(place / "run.sh"), "podman"],
-        env={"PATH": f"{tmp_path}/tools"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    absent = called(place, f"{tmp_path}/tools", "podman")
     assert (absent.returncode, kind_of(absent.stderr)) == (34, "engine")
 
 

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import signal
 import tarfile
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from referencing.jsonschema import DRAFT4
 from deploy.image_layout import EMPTY, EPOCH, INDEX, MANIFEST, NAME, Layout, file, folder, link, tree
 from tests.conftest import FIXTURES
 from tests.errors import raises
+from tests.kills import killer
 
 if TYPE_CHECKING:
     from deploy.image_layout import Descriptor, Entry
@@ -187,18 +187,7 @@ def killed_at(number: int, place: Path, records: Path) -> bool:
     pid = os.fork()
     if pid == 0:
         with suppress(BaseException):
-            left = number
-
-            def counted(real: Any) -> Any:
-                def call(*given: Any, **named: Any) -> Any:
-                    nonlocal left
-                    left -= 1
-                    if left == 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return real(*given, **named)
-
-                return call
-
+            counted = killer(number - 1)
             for name in ("replace", "rename", "unlink"):
                 setattr(os, name, counted(getattr(os, name)))
             write(place, records, b"two")

@@ -256,7 +256,7 @@ def test_a_dead_node_does_not_hold_up_the_others(mine: Mine) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, sys
 from pathlib import Path
 from core import files
 files.CHECKOUT = Path(sys.argv[1])
@@ -265,21 +265,15 @@ from lock import advisory
 advisory._path = lambda: files.CHECKOUT / "recipes/comfyui/known-bad.toml"
 from lock.updates import propose, transaction, update
 from lock.updates.proposal import Request
+from tests.kills import killer
 from tests.unit.test_propose import look
 
 with transaction.changing():
     known = update.proposed(Request("comfyui"), look)
 update.proposed = lambda *_: known
 
-def killed_at(left):
-    def counted(real):
-        def one(*words, **more):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*words, **more)
-        return one
+def killed_at(calls):
+    counted = killer(calls)
     tools.git, Path.replace = counted(tools.git), counted(Path.replace)
     propose.propose(Request("comfyui"), Path(sys.argv[2]), look)
     os._exit(0)

@@ -51,26 +51,20 @@ def present(root: Path) -> dict[str, str]:
 
 
 KILL = """
-import json, os, signal, sys
+import json, os, sys
 from pathlib import Path
 from core import files
 files.CHECKOUT = root = Path(sys.argv[1])
 from lock.updates import transaction
+from tests.kills import killer
 from tests.unit.test_transaction import present, record, reset
 
 def change():
     with transaction.changing():
         transaction.switch(record(root))
 
-def killed_at(left):
-    def counted(real):
-        def one(*words, **more):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*words, **more)
-        return one
+def killed_at(calls):
+    counted = killer(calls)
     Path.replace, Path.unlink = counted(Path.replace), counted(Path.unlink)
     change() if sys.argv[2] == "do" else transaction.undo()
     os._exit(0)
