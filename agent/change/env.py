@@ -81,9 +81,10 @@ def env(layout: Layout, step: Env, note: Note) -> None:
     own_cache = str(layout.state / "cache/uv")
     environment = {**_configured(step.python), **inherited(*INDEX)}
     environment |= {"UV_CACHE_DIR": own_cache, "UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1"}
-    # uv does not sync: a power loss may leave empty files in its cache; a kill within the same boot does not.
+    # A damaged part may be hard-linked to the cache, which is then damaged, too. And uv does not sync: a power loss
+    # may leave empty files in its cache; a kill within the same boot does not.
     boot, used = read_text(Path("/proc/sys/kernel/random/boot_id")), layout.state / "cache-in-use"
-    if used.exists() and read_text(used) != boot:
+    if step.repair or (used.exists() and read_text(used) != boot):
         remove(layout.state / "cache")
     write(used, boot)
     wheels = layout.state / "wheels"
@@ -113,8 +114,6 @@ def _install(layout: Layout, step: Env, place: Path, wheels: Path, environment: 
     argv = [*uv, "pip", "sync", "--quiet", "--python", f"{place}/bin/python", "--require-hashes", "--strict"]
     argv += ["--only-binary", ":all:", "--find-links", str(wheels)]
     argv += ["--no-index"] if step.offline else []
-    # A damaged part may be hard-linked to the cache, which is then damaged, too.
-    argv += ["--no-cache"] if step.repair else []
     try:
         _run_long([*argv, str(listed)], environment)
     except AgentError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from agent.parts import damage_of
 from core import files, source, workspace
 from lock.application import application
 from tests.client import Client
@@ -182,16 +184,20 @@ MAKERS = ("agent/parts.py", "agent/change/env.py", "agent/change/trees.py", "dep
 """The code that makes an environment. Its name is a hash of all else that it consists of."""
 
 
+@functools.cache
 def environment() -> Path:
     """An overlay layer with the environment of a real first deploy, for all machines: 60,000 files.
 
-    One is kept on this machine, as long as neither the locks nor the code that makes it change.
+    One is kept on this machine, as long as it is intact and neither the locks nor the code that makes it change.
     """
     hosts, locks = workspace.current().cache / "hosts", (files.CHECKOUT / "recipes/comfyui/locks").glob("*.txt")
     names = [*MAKERS, *(str(path.relative_to(files.CHECKOUT)) for path in locks)]
     place = hosts / f"environment-{files.tree_hash(files.CHECKOUT, names)[:16]}"
     with files.locked(hosts / "environment.lock", lambda: None):
-        if not place.is_dir():
+        made = [*place.glob("opt/*/parts/env-*")]
+        if not made or any(damage_of(each) for each in made):
+            if place.exists():
+                clear(place)
             for stale in hosts.glob("environment-*"):
                 # Another checkout's tests may be about to mount theirs.
                 old = time.time() - stale.stat().st_mtime > 86400

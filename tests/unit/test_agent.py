@@ -55,7 +55,7 @@ def wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
     return path
 
 
-def make(tmp_path: Path, one: dict[str, str], two: dict[str, str]) -> Path:
+def make(tmp_path: Path, one: dict[str, str], two: dict[str, str], **values: Any) -> Path:
     """Create an environment of the wheels `one` and `two`, without a network as on a host; returns the part."""
     layout = Layout({"prefix": str(tmp_path), "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
     uv = shutil.which("uv")
@@ -70,7 +70,7 @@ def make(tmp_path: Path, one: dict[str, str], two: dict[str, str]) -> Path:
         path.rename(layout.incoming / digest)
         wheels.append(WheelFile(path.name, digest))
         lines.append(f"{name}==1 --hash=sha256:{digest}\n")
-    return environment(layout, "".join(lines), wheels=tuple(wheels))
+    return environment(layout, "".join(lines), wheels=tuple(wheels), **values)
 
 
 def environment(layout: Layout, requirements: str, **values: Any) -> Path:
@@ -368,12 +368,21 @@ def test_prefix_state_has_deployed_settings_and_unit_target(tmp_path: Path, monk
     assert prefix.prefix_state(Layout({**layout.json, "prefix": str(tmp_path / "way")})).elsewhere == ""
 
 
-@pytest.mark.parametrize(("boot", "kept"), [("another boot", False), ("", True)])
-def test_uv_cache_is_deleted_after_a_power_cut(tmp_path: Path, boot: str, kept: bool) -> None:
-    """uv does not sync its cache and would install empty files. After a kill in the same boot, they are intact."""
+@pytest.mark.parametrize(
+    ("boot", "repair", "kept"), [("another boot", False, False), ("", False, True), ("", True, False)]
+)
+def test_uv_cache_is_deleted_if_it_may_be_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boot: str, repair: bool, kept: bool
+) -> None:
+    """After a power cut, because uv does not sync it, and with a damaged part, which may be hard-linked to it.
+
+    Its replacement is where it was: /tmp is small on many machines, and an environment has gigabytes.
+    """
     old = tmp_path / "state/cache/uv/old"
     write(old, "perhaps without content")
     write(tmp_path / "state/cache-in-use", boot or Path("/proc/sys/kernel/random/boot_id").read_text())
-    make(tmp_path, {"one.py": ""}, {"two.py": ""})
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    make(tmp_path, {"one.py": ""}, {"two.py": ""}, repair=repair)
     assert old.exists() == kept
+    assert (tmp_path / "state/cache/uv/archive-v0").is_dir()
     assert not (tmp_path / "state/cache-in-use").exists()
