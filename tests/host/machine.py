@@ -138,11 +138,13 @@ def _runs(pid: int) -> bool:
 
 
 def share_downloads(there: Path) -> None:
-    """Copy this machine's uv cache. Links would not do: a host changes the modes of the files that it installs."""
+    """Create a uv cache from this machine's downloads by hard links: same file system, no bytes copied."""
     asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
-    there.parent.mkdir(parents=True, exist_ok=True)
-    # Another test's uv may write there; uv downloads what cp misses.
-    subprocess.run(["cp", "-a", asked.stdout.strip(), str(there)], check=False)
+    cache = Path(asked.stdout.strip())
+    there.mkdir(parents=True)
+    for each in cache.glob("*"):  # uv modifies everything except unpacked packages
+        words = ["cp", "-al" if each.name.startswith("archive") else "-a", str(each), str(there)]
+        subprocess.run(words, check=False)  # another test's uv may write there; uv downloads what cp misses
 
 
 @dataclass
