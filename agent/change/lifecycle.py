@@ -223,7 +223,8 @@ def _sweep(paths: list[Path], note: Note) -> None:
 def finish_erase(layout: Layout, journal: Journal) -> None:
     """End an erase run: record its end, then delete all remaining state including the journal.
 
-    Clients that follow the run read the last line from the open journal.
+    Clients that follow the run read the last line from the open journal, and wait until the state is gone: the next
+    look at the host must not see half of it.
     """
     with flock(layout.state / "submit.lock", wait=30):  # no client may submit a plan meanwhile
         layout.pending.unlink()
@@ -235,7 +236,7 @@ def finish_erase(layout: Layout, journal: Journal) -> None:
         with suppress(FileNotFoundError):
             (layout.state / "agents").rename(agents)
             sweep.delete(agents)
-        journal.add("end", result="done", error={})
+        journal.add("end", result="done", error={}, erases=True)
         sweep.delete(layout.state)
         os.sync()
     with suppress(OSError):  # it still contains the data or foreign files

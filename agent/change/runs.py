@@ -298,6 +298,9 @@ def follow(layout: Layout, run_id: str) -> Iterator[Json]:
                 return
             whole, _, rest = (rest + held.read() if held is not None else b"").rpartition(b"\n")
             fresh = events(whole.decode(errors="replace"))
+            end = time.monotonic() + 30
+            while any(event.get("erases") for event in fresh) and layout.state.exists() and time.monotonic() < end:
+                time.sleep(0.02)
             yield from fresh
             if any(event["event"] == "end" for event in fresh):
                 return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -340,6 +342,26 @@ def test_nuke_can_be_followed_to_its_end(tmp_path: Path) -> None:
     # A client that comes too late to open the journal gets the same answer, and its request creates no files.
     assert [each["event"] for each in runs.follow(own, "r")] == ["end"]
     assert not own.state.exists()
+
+
+def test_nuke_ends_for_its_client_when_the_state_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the client's next look at the host could find half of it."""
+    own, delete = layout(tmp_path / "prefix"), SafeDeleter.delete
+    pending(own)
+
+    def slow(self: SafeDeleter, path: Path) -> None:
+        if path == own.state:
+            time.sleep(0.5)
+        delete(self, path)
+
+    monkeypatch.setattr(SafeDeleter, "delete", slow)
+    following = runs.follow(own, "r")
+    assert next(following)["event"] == "begin"
+    worker = threading.Thread(target=runs.apply, args=[own])
+    worker.start()
+    found = next(own.state.exists() for event in following if event["event"] == "end")
+    worker.join()
+    assert not found
 
 
 def test_nuke_removes_the_agents_before_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
