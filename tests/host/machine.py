@@ -137,16 +137,6 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def share_downloads(there: Path) -> None:
-    """Create a uv cache from this machine's downloads by hard links: same file system, no bytes copied."""
-    asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
-    cache = Path(asked.stdout.strip())
-    there.mkdir(parents=True)
-    for each in cache.glob("*"):  # uv modifies everything except unpacked packages
-        words = ["cp", "-al" if each.name.startswith("archive") else "-a", str(each), str(there)]
-        subprocess.run(words, check=False)  # another test's uv may write there; uv downloads what cp misses
-
-
 @dataclass
 class Machine:
     """One host: `boot` and `power_off` as often as needed; its disk remains.
@@ -169,9 +159,9 @@ class Machine:
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True)
+        self.mount()
         if self.downloads:
             self.share_downloads(f"{self.prefix}/state/cache/uv")
-        self.mount()
         with (self.root / "etc/python3.11/sitecustomize.py").open("a") as file:
             file.write(SITE)
         for key in ("client", "host"):
@@ -222,8 +212,13 @@ class Machine:
         shutil.copy(key, self.root / "etc/ssh/ssh_host_ed25519_key")
 
     def share_downloads(self, path: str) -> None:
-        """Give the machine's uv our downloads; only before it boots, because they go below the overlay."""
-        share_downloads(self.place / "upper" / path.lstrip("/"))
+        """Give the machine's uv our downloads, which its writes leave unchanged; only before it boots."""
+        asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
+        there, own = self.root / path.lstrip("/"), self.place / "downloads"
+        for each in (there, own / "upper", own / "work"):
+            each.mkdir(parents=True)
+        options = f"lowerdir={asked.stdout.strip()},upperdir={own}/upper,workdir={own}/work"
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(there)], check=True)
 
     def add_disk(self, name: str, size: str, *options: str) -> None:
         """Add a file system, mounted at /srv/<name> from the next boot on; `options` are mkfs.ext4's."""
