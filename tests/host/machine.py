@@ -215,9 +215,10 @@ class Machine:
         """Give the machine's uv our downloads, which its writes leave unchanged; only before it boots."""
         asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
         there, own = self.root / path.lstrip("/"), self.place / "downloads"
+        cache = _made(Path(asked.stdout.strip()))
         for each in (there, own / "upper", own / "work"):
             each.mkdir(parents=True)
-        options = f"lowerdir={asked.stdout.strip()},upperdir={own}/upper,workdir={own}/work"
+        options = f"lowerdir={cache},upperdir={own}/upper,workdir={own}/work"
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(there)], check=True)
 
     def add_disk(self, name: str, size: str, *options: str) -> None:
