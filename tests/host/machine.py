@@ -137,12 +137,22 @@ def _runs(pid: int) -> bool:
         return False
 
 
+DOWNLOADS = "/srv/downloads"
+"""Where a machine has this machine's uv cache."""
+
+
+def downloads() -> Path:
+    """This machine's uv cache."""
+    asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
+    return _made(Path(asked.stdout.strip()))
+
+
 @dataclass
 class Machine:
     """One host: `boot` and `power_off` as often as needed; its disk remains.
 
     Without `network` it has only its own loopback; ssh connects through its namespace. `more` are further flags of
-    systemd-nspawn. `layers` are overlay layers above the base. With `downloads`, its uv has this machine's cache.
+    systemd-nspawn. `layers` are overlay layers above the base. With `downloads`, its uv uses this machine's cache.
     """
 
     place: Path
@@ -161,7 +171,7 @@ class Machine:
         self.root.mkdir(parents=True)
         self.mount()
         if self.downloads:
-            self.share_downloads(f"{self.prefix}/state/cache/uv")
+            self.share_downloads()
         with (self.root / "etc/python3.11/sitecustomize.py").open("a") as file:
             file.write(SITE)
         for key in ("client", "host"):
@@ -211,15 +221,11 @@ class Machine:
             old.unlink()
         shutil.copy(key, self.root / "etc/ssh/ssh_host_ed25519_key")
 
-    def share_downloads(self, path: str) -> None:
-        """Give the machine's uv our downloads, which its writes leave unchanged; only before it boots."""
-        asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
-        there, own = self.root / path.lstrip("/"), self.place / "downloads"
-        cache = _made(Path(asked.stdout.strip()))
-        for each in (there, own / "upper", own / "work"):
-            each.mkdir(parents=True)
-        options = f"lowerdir={cache},upperdir={own}/upper,workdir={own}/work"
-        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(there)], check=True)
+    def share_downloads(self) -> None:
+        """Have the machine's uv use this machine's cache, mounted elsewhere: it copies the files, which may change."""
+        there = self.root / f"{self.prefix.lstrip('/')}/state/cache"
+        there.mkdir(parents=True)
+        (there / "uv").symlink_to(DOWNLOADS)
 
     def add_disk(self, name: str, size: str, *options: str) -> None:
         """Add a file system, mounted at /srv/<name> from the next boot on; `options` are mkfs.ext4's."""
@@ -236,6 +242,7 @@ class Machine:
         words += [] if self.network else ["--private-network"]
         words += self.more
         words += [f"--bind={disk}:/srv/{disk.name}" for disk in self.place.glob("disks/*")]
+        words += [f"--bind={downloads()}:{DOWNLOADS}"] if self.downloads else []
         with (self.place / "console.log").open("ab") as log:
             self.process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=self._alone
