@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import random
 import shutil
@@ -64,6 +65,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Choose the seed of all random faults for this run; HEARTH_SEED repeats one. xdist passes it on."""
     os.environ.setdefault("HEARTH_SEED", str(random.SystemRandom().randrange(1_000_000)))
+    gc.set_threshold(100_000, 50, 50)  # thousands of collected tests are no garbage
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
 
 
 def pytest_report_header() -> str:

@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """The booted machine; nothing is deployed yet."""
-    with fresh(tmp_path_factory.mktemp("fleet"), "shared", Fleet) as one:
+    with fresh(tmp_path_factory.mktemp("fleet"), "shared", Fleet, downloads=True) as one:
         one.machine.add_disk("blocks", "300M")
         one.machine.add_disk("inodes", "2G", "-N", "300")
         one.machine.boot()

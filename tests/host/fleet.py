@@ -209,11 +209,8 @@ def environment() -> Path:
 
 
 def _deploy_first(layer: Path) -> None:
-    """Deploy to a new machine, and move the environment to this folder.
-
-    It downloads: with hard links from this machine's uv cache, whoever changes a file's mode there damages the layer.
-    """
-    with TemporaryDirectory() as folder, fresh(Path(folder), "first", Fleet, bare=True) as first:
+    """Deploy to a new machine, and move the environment to this folder."""
+    with TemporaryDirectory() as folder, fresh(Path(folder), "first", Fleet, bare=True, downloads=True) as first:
         first.machine.boot()
         done = first.deploy()
         assert done.returncode == 0, done.stderr

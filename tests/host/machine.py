@@ -137,14 +137,14 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def share_downloads(there: Path) -> None:
-    """Create a uv cache from this machine's downloads by hard links: same file system, no bytes copied."""
+DOWNLOADS = "/srv/downloads"
+"""Where a machine has this machine's uv cache."""
+
+
+def downloads() -> Path:
+    """This machine's uv cache."""
     asked = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
-    cache = Path(asked.stdout.strip())
-    there.mkdir(parents=True)
-    for each in cache.glob("*"):  # uv modifies everything except unpacked packages
-        words = ["cp", "-al" if each.name.startswith("archive") else "-a", str(each), str(there)]
-        subprocess.run(words, check=False)  # another test's uv may write there; uv downloads what cp misses
+    return _made(Path(asked.stdout.strip()))
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Machine:
     """One host: `boot` and `power_off` as often as needed; its disk remains.
 
     Without `network` it has only its own loopback; ssh connects through its namespace. `more` are further flags of
-    systemd-nspawn. `layers` are overlay layers above the base. With `downloads`, its uv has this machine's cache.
+    systemd-nspawn. `layers` are overlay layers above the base. With `downloads`, its uv uses this machine's cache.
     """
 
     place: Path
@@ -169,9 +169,9 @@ class Machine:
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True)
-        if self.downloads:
-            self.share_downloads(f"{self.prefix}/state/cache/uv")
         self.mount()
+        if self.downloads:
+            self.share_downloads()
         with (self.root / "etc/python3.11/sitecustomize.py").open("a") as file:
             file.write(SITE)
         for key in ("client", "host"):
@@ -221,9 +221,11 @@ class Machine:
             old.unlink()
         shutil.copy(key, self.root / "etc/ssh/ssh_host_ed25519_key")
 
-    def share_downloads(self, path: str) -> None:
-        """Give the machine's uv our downloads; only before it boots, because they go below the overlay."""
-        share_downloads(self.place / "upper" / path.lstrip("/"))
+    def share_downloads(self) -> None:
+        """Have the machine's uv use this machine's cache, mounted elsewhere: it copies the files, which may change."""
+        there = self.root / f"{self.prefix.lstrip('/')}/state/cache"
+        there.mkdir(parents=True)
+        (there / "uv").symlink_to(DOWNLOADS)
 
     def add_disk(self, name: str, size: str, *options: str) -> None:
         """Add a file system, mounted at /srv/<name> from the next boot on; `options` are mkfs.ext4's."""
@@ -240,6 +242,7 @@ class Machine:
         words += [] if self.network else ["--private-network"]
         words += self.more
         words += [f"--bind={disk}:/srv/{disk.name}" for disk in self.place.glob("disks/*")]
+        words += [f"--bind={downloads()}:{DOWNLOADS}"] if self.downloads else []
         with (self.place / "console.log").open("ab") as log:
             self.process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=self._alone

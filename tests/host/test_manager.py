@@ -62,7 +62,7 @@ def test_manager_installs_nothing_and_cannot_be_weakened(steady: Fleet) -> None:
     assert not package.exists()
     steady.configure('[hosts.spark.override.flags]\n"--enable-manager" = { why = "a test" }\n')
     try:
-        done = steady.deploy()
+        done = steady.deploy("--no-trial")
         assert done.returncode == 0, done.stderr
         assert call(steady, "/v2/manager/version", method="GET") == (200, "V4.2.2")
 

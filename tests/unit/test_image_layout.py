@@ -11,10 +11,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jsonschema  # type: ignore[import-untyped]
 import pytest
-from referencing import Registry, Resource
-from referencing.jsonschema import DRAFT4
 
 from deploy.image_layout import EMPTY, EPOCH, INDEX, MANIFEST, NAME, Layout, file, folder, link, tree
 from tests.conftest import FIXTURES
@@ -33,11 +30,17 @@ def schema_file(uri: str) -> Any:
     return json.loads((FIXTURES / "oci" / uri.rpartition("/")[2]).read_bytes())
 
 
-REGISTRY: Registry[Any] = Registry(retrieve=lambda uri: Resource(schema_file(uri), DRAFT4))  # type: ignore[call-arg]
-
-
 def validate(content: Any, kind: str) -> None:
-    jsonschema.Draft4Validator(schema_file(f"{kind}.json"), registry=REGISTRY).validate(content)
+    """Raises ValueError unless the content is valid."""
+    import jsonschema  # type: ignore[import-untyped]  # a second of grammars
+    from referencing import Registry, Resource
+    from referencing.jsonschema import DRAFT4
+
+    registry: Registry[Any] = Registry(retrieve=lambda uri: Resource(schema_file(uri), DRAFT4))  # type: ignore[call-arg]
+    try:
+        jsonschema.Draft4Validator(schema_file(f"{kind}.json"), registry=registry).validate(content)
+    except jsonschema.ValidationError as error:
+        raise ValueError(f"not a valid {kind}") from error
 
 
 def write(place: Path, records: Path, text: bytes = b"one", leave: str = "") -> Descriptor:
@@ -119,7 +122,7 @@ def test_schemas_refuse_another_digest(tmp_path: Path) -> None:
     write(tmp_path / "image", tmp_path / "records")
     index = json.loads((tmp_path / "image/index.json").read_bytes())
     index["manifests"][0]["digest"] = "md5-of-it"
-    with pytest.raises(jsonschema.ValidationError):
+    with pytest.raises(ValueError, match="not a valid image-index-schema"):
         validate(index, "image-index-schema")
 
 
