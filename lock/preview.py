@@ -13,7 +13,7 @@ import msgspec
 from packaging.version import Version
 
 from core import foreign, source
-from lock import api, application, interface, nodes, workflows
+from lock import ahead, api, application, interface, nodes, workflows
 from lock.interface import Interface, NodeType
 from lock.readings import kept
 from lock.requirements import APP
@@ -120,11 +120,13 @@ Chosen = dict[str, tuple[dict[str, str], dict[str, str]]]
 
 def preview(old: Release, new: Release, chosen: Chosen, found: Workflows, running: Interface | None = None) -> Preview:
     """Compare two releases. `running` are the node types that a server of the old one reports, for the workflows."""
-    before = _interfaces(old, new, old.tree) if old.tree else {}
-    after = _interfaces(new, old, new.tree) if new.tree else {}
-    base = running or (_combined(before) if before else None)
-    proposed = _proposed(base, old, new, after) if base and after else None
-    reports = [workflows.report(name, each, proposed, base) for name, each in found.items() if proposed]
+    trees, used = filter(None, (old.tree, new.tree)), {*old.nodes.values(), *new.nodes.values()}
+    with ahead.reading(trees, used):
+        before = _interfaces(old, new, old.tree) if old.tree else {}
+        after = _interfaces(new, old, new.tree) if new.tree else {}
+        base = running or (_combined(before) if before else None)
+        proposed = _proposed(base, old, new, after) if base and after else None
+        reports = [workflows.report(name, each, proposed, base) for name, each in found.items() if proposed]
     partly = {f"types of {name}": ", ".join(each.unknown)[:200] for name, each in after.items() if each.unknown}
     made = Preview(
         old=old.version,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from core import files, foreign, source
+from core import files, foreign, shell, source
 from core.errors import HostError
 from deploy import preview as hosts_preview
 from deploy import release as releases
 from deploy.selection import choose
-from lock import api, interface, nodes, preview, workflows
+from lock import ahead, api, interface, nodes, preview, workflows
 from lock.application import application
 from lock.interface import Change, Interface
 from lock.preview import COMFYUI, Preview, Release
@@ -568,3 +569,42 @@ def test_what_two_versions_share_is_parsed_once(tmp_path: Path, monkeypatch: pyt
     assert gc.isenabled()
     assert old.modules["comfy.same"] == new.modules["comfy.same"]
     assert [{*each.modules["comfy.changed"].names} for each in (old, new)] == [{"old", "other"}, {"new", "other"}]
+
+
+@pytest.fixture
+def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A ComfyUI and a custom node among the fetched sources."""
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path))
+    (tmp_path / "sources").mkdir()
+    tree = tiny(tmp_path / "sources/comfyui")
+    (tree / "comfy/samplers.py").write_text("def sample(a): pass\n")
+    return tree, node(tmp_path / "sources/node", __init__="import comfy.samplers\ncomfy.samplers.sample(1)\n")
+
+
+def test_another_process_reads_what_nodes_use(fetched: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, place = fetched
+    with ahead.reading([tree], [place.with_name("gone"), place]):
+        pass
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(foreign, "parsed", never)
+    monkeypatch.setattr(foreign, "python", never)
+    assert kept(api.Api, api.read, tree).modules["comfy.samplers"].names.keys() == {"sample"}
+    assert {each.name for each in kept(api.Uses, api.uses, place).uses} == {"comfy.samplers", "comfy.samplers.sample"}
+    monkeypatch.setattr(shell, "run", never)
+    with ahead.reading([tree], [place.with_name("new")]):
+        pass
+
+
+@pytest.mark.parametrize("program", ["false", "nothing-of-this-name"])
+def test_what_another_process_cannot_read_is_read_here(
+    fetched: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    tree, place = fetched
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", program)
+        with ahead.reading([tree], [place]):
+            pass
+    assert kept(api.Api, api.read, tree).modules.keys() == {"comfy", "comfy.cli_args", "comfy.samplers", "nodes"}
