@@ -142,7 +142,7 @@ def test_node_types(found: Preview) -> None:
     assert Change("KSampler", "input-removed", "denoise", "FLOAT") in found.types[COMFYUI]
     assert "Stays" not in found.types  # the same code
     assert "Changes" not in found.types  # what the new code has is not known
-    assert found.unknown == {"types of Changes": ""}
+    assert found.unknown == {"types of Changes": "__init__"}
 
 
 def test_workflows_that_use_what_is_gone(found: Preview) -> None:
@@ -216,6 +216,19 @@ def test_types_of_custom_nodes_that_a_server_reports(tmp_path: Path, fetched: bo
     }
     made = preview.preview(old, new, {}, saved, running)
     assert {each.file for each in made.workflows if each.breaks} == {"Moves2", "Leaves"}
+
+
+def test_types_of_an_unchanged_node_may_depend_on_comfyui(tmp_path: Path) -> None:
+    old, new = (tiny(tmp_path / name) for name in ("old", "new"))
+    (new / "comfy/fresh.py").write_text("class Fresh: pass\n")
+    text = "NODE_CLASS_MAPPINGS = dict()\ntry:\n    from comfy.fresh import {}\nexcept ImportError:\n    pass\n"
+    names = {"Uses": "Fresh", "Others": "Nothing", "Changes": "Fresh"}
+    places = {name: node(tmp_path / name, __init__=text.format(each)) for name, each in names.items()}
+    changed = {**places, "Changes": node(tmp_path / "after", __init__=text.format("Fresh"))}
+    for before, after in ((old, new), (new, old)):
+        made = preview.preview(release(before, "1", nodes=places), release(after, "2", nodes=changed), {}, {})
+        assert made.unknown == {"types of Uses": "its code asks for what only one ComfyUI has: comfy.fresh.Fresh"}
+        assert made.broken == {}
 
 
 def test_every_change_has_a_row(found: Preview) -> None:
