@@ -8,28 +8,22 @@ git daemon serves the repositories on this machine, behind a relay with 100 Mbit
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bench.kernels import machine as this_machine
+from bench.repositories import served
 from core import files, workspace
 from core.stack import find_stack
 from lock import nodes, requirements, resolution
 from lock.application import application
 from lock.requirements import LockedList
-from tests.host.machine import free_port
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-DELAYS, RATE = (0.020, 0.040), 100e6 / 8
+DELAYS = (0.020, 0.040)
 FETCH = """
 import sys, time
 from lock import nodes
@@ -59,36 +53,6 @@ def mirrors(place: Path) -> None:
             if not here.exists():
                 subprocess.run(["git", "clone", "--quiet", "--mirror", url, here], check=True)
         (place / name).symlink_to(here)
-
-
-@contextmanager
-def served(place: Path, delay: float) -> Iterator[dict[str, str]]:
-    """Serve the repositories over a link, `delay` seconds each way; yields the environment that points git to it."""
-    daemon, link = free_port(), free_port()
-    allowed = {"uploadpack.allowAnySHA1InWant": "true", "uploadpack.allowFilter": "true", "safe.directory": "*"}
-    server = ["git", "daemon", "--reuseaddr", "--listen=127.0.0.1", f"--port={daemon}", "--export-all"]
-    server += [f"--base-path={place}"]
-    relay = [sys.executable, "-m", "bench.link", str(link), str(daemon), str(delay), str(RATE)]
-    processes = [
-        subprocess.Popen(server, env={**os.environ, **_git(allowed)}),
-        subprocess.Popen(relay, cwd=files.CHECKOUT),
-    ]
-    time.sleep(1)
-    instead = {f"url.git://127.0.0.1:{link}/{name}.insteadOf": url for name, url in repositories().items()}
-    try:
-        yield {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", **_git(instead)}
-    finally:
-        for each in processes:
-            each.terminate()
-            each.wait()
-
-
-def _git(settings: dict[str, str]) -> dict[str, str]:
-    """Git settings as environment variables."""
-    found = {"GIT_CONFIG_COUNT": str(len(settings))}
-    for number, (key, value) in enumerate(settings.items()):
-        found |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
-    return found
 
 
 def fetched(environment: dict[str, str], parallel: int) -> float:
@@ -140,7 +104,7 @@ def checked() -> float:
 
 def row(place: Path, delay: float) -> str:
     """One line of the table: a link's delay, and the three methods over it."""
-    with served(place, delay) as link:
+    with served(place, repositories(), delay) as link:
         together, single = (min(fetched(link, count) for _ in range(3)) for count in (nodes.PARALLEL, 1))
         by_hand = cloned(link)
     others = " | ".join(f"{each:.1f} s, {each / together:.1f} times" for each in (single, by_hand))

@@ -3,7 +3,7 @@
 uv run python -m bench.update
 
 Repositories made here stand for ComfyUI, the nodes and the kernels. git daemon serves them behind a relay with
-100 Mbit/s and 40 ms each way (`bench/link.py`). Packages come from the user's index.
+100 Mbit/s and a round trip of 40 or 80 ms (`bench/link.py`). Packages come from the user's index.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,16 +23,20 @@ from typing import TYPE_CHECKING
 import tomli
 
 from bench.kernels import machine as this_machine
+from bench.repositories import served
 from core import files, source
 from lock import interface, nodes
 from lock.application import application
 from tests.comfyui import older
-from tests.host.machine import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
-DELAY, RATE = 0.040, 100e6 / 8
+DELAYS = (0.020, 0.040)
+"""Seconds in each direction: a link of 40 ms may mean its round trip, or one direction."""
+
+PARTS = ("comfyui", "nodes", "stack", "kernels", "tool", "all")
+SEQUENTIAL = "all 1"
 VERSIONS = 16
 """Versions of ComfyUI that are newer than the pinned one: 0.31.0 to 0.46.0."""
 
@@ -59,21 +62,6 @@ trees = {name: old.parent / name for name in catalogue().nodes}
 before, after = (preview.Release(version=each.name, tree=each, nodes=trees, packages={}) for each in (old, new))
 made = preview.preview(before, after, {}, workflows.collect([str(each) for each in names]))
 assert made.types and len(made.workflows) == len(names), made
-"""
-
-BRIDGE = r"""#!{python} -IS
-# In place of ssh, to git daemon behind the link. Arguments: options, host, "git-upload-pack '/name'".
-import os, socket, sys
-request = sys.argv[-1].replace("'", "") + "\0\0version=2\0"
-there = socket.create_connection(("127.0.0.1", int(os.environ["BENCH_PORT"])))
-there.sendall(f"{{len(request) + 4:04x}}{{request}}".encode())
-if os.fork():
-    while block := there.recv(1 << 16):
-        os.write(1, block)
-else:
-    while block := os.read(0, 1 << 16):
-        there.sendall(block)
-    there.shutdown(socket.SHUT_WR)
 """
 
 
@@ -112,31 +100,6 @@ def upstreams(place: Path) -> None:
             git(here, "add", "--all", "--force")
             git(here, "commit", "--quiet", "-m", f"{minor}")
             git(here, "tag", f"v0.{30 + minor}.0")
-
-
-@contextmanager
-def served(place: Path) -> Iterator[dict[str, str]]:
-    """Serve the repositories over the link; yields the environment that leads git to it."""
-    daemon, link = free_port(), free_port()
-    bridge = place / "ssh"
-    bridge.write_text(BRIDGE.format(python=sys.executable))
-    bridge.chmod(0o755)
-    server = ["git", "daemon", "--reuseaddr", "--listen=127.0.0.1", f"--port={daemon}", "--export-all"]
-    server += [f"--base-path={place}", "--max-connections=64"]
-    relay = [sys.executable, "-m", "bench.link", str(link), str(daemon), str(DELAY), str(RATE)]
-    processes = [subprocess.Popen(server), subprocess.Popen(relay, cwd=files.CHECKOUT)]
-    time.sleep(1)
-    settings = {f"url.ssh://bench/{name}.insteadOf": url for name, url in addresses().items()}
-    settings["ssh.variant"] = "ssh"
-    found = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_COUNT": str(len(settings))}
-    for number, (key, value) in enumerate(settings.items()):
-        found |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
-    try:
-        yield {**found, "GIT_SSH_COMMAND": f"BENCH_PORT={link} {bridge}"}
-    finally:
-        for each in processes:
-            each.terminate()
-            each.wait()
 
 
 def measured(code: str, argument: str, environment: Mapping[str, str]) -> tuple[float, float]:
@@ -185,21 +148,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hearth-bench-") as name:
         place = Path(name)
         upstreams(place / "git")
-        with served(place / "git") as link:
-            found = {
-                part: listed(link, part) for part in ("comfyui", "nodes", "stack", "kernels", "tool", "all", "all 1")
-            }
+        found: dict[str, list[tuple[float, float]]] = {}
+        for delay in DELAYS:
+            with served(place / "git", addresses(), delay) as link:
+                for part in (*PARTS, SEQUENTIAL):
+                    found.setdefault(part, []).append(listed(link, part))
         cold, usual, warm = previewed(place / "preview")
-    titles = {**{part: f"`inv outdated {part}`" for part in found}, "all 1": "all, one request after another"}
-    whole = found["all"][0]
+    titles = {**{part: f"`inv outdated {part}`" for part in PARTS}, SEQUENTIAL: "all, one request after another"}
     rows = [
-        f"| {titles[part]} | {wall:.1f} s | {cpu:.1f} s | {wall / whole:.1f} |" for part, (wall, cpu) in found.items()
+        f"| {titles[part]} | {' | '.join(f'{wall:.1f} s' for wall, _ in runs)} | {runs[-1][1]:.1f} s |"
+        for part, runs in found.items()
     ]
     page = PAGE.format(
         date=datetime.now(UTC).date(),
         machine=this_machine(),
         load=os.getloadavg()[0],
-        delay=DELAY * 1000,
+        trips=" | ".join(f"{delay * 2000:.0f} ms" for delay in DELAYS),
         count=len(nodes.catalogue().nodes),
         versions=VERSIONS,
         rows="\n".join(rows),
@@ -221,12 +185,11 @@ Other programs used the same cores: the load was {load:.0f}. The CPU time depend
 ## Newer versions
 
 ComfyUI with {versions} newer versions, {count} nodes that all have a newer commit, the stacks, kernels and tool. git
-daemon serves the repositories from the same machine over a link of 100 Mbit/s with {delay:.0f} ms in each direction
-(`bench/link.py`). Packages come from the package index, with its own latency. Each run starts with an empty cache of
-Hearth and the user's cache of uv; the fastest of three, and one sequential run. CPU time includes git, uv and the
-program in place of ssh, but not the servers.
+daemon serves the repositories from the same machine over a link of 100 Mbit/s (`bench/link.py`). Packages come from
+the package index, with its own latency. Each run starts with an empty cache of Hearth and the user's cache of uv; the
+fastest of three, and one sequential run. CPU time includes git, uv and the program in place of ssh, not the servers.
 
-| | wall time | CPU time | of `all` |
+| round trip | {trips} | CPU time |
 | --- | ---: | ---: | ---: |
 {rows}
 

@@ -23,6 +23,7 @@ from deploy.refusals import refused
 from deploy.release import requesters
 from deploy.release_refusals import unfit_stack
 from deploy.selection import unseen
+from lock.updates import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     Build = Callable[[Sequence[Sequence[str]]], None]
 
 
+@transaction.reading()
 def deploy_each(
     names: Sequence[str], options: Options, *, build: Build | None, bundle: str, keep_going: bool
 ) -> list[Outcome]:
@@ -187,6 +189,7 @@ def _tell_idle_proofs(opened: Opened, name: str, proofs: Sequence[Proof]) -> Non
         console.say(f"{name} does not run proofs of the bundle, which its `prove` does not name: {', '.join(idle)}")
 
 
+@transaction.reading()
 def make_bundle(
     name: str, output: Path | None, platform: str, python: str, key: Path | None = None, *, ask_sudo: bool
 ) -> tuple[Path, Opened]:

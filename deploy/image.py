@@ -26,6 +26,7 @@ from deploy.inputs import gather
 from deploy.refusals import Refusal, refused
 from deploy.selection import Selection, unseen
 from lock import image_base, sbom
+from lock.updates import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,6 +62,7 @@ def find_target(host: str, profile: str) -> Target:
     return hosts.of(profile, hosts.Host(profile=profile))
 
 
+@transaction.reading()
 def write(target: Target, platform: str, output: Path | None) -> Image:
     """Write the image of what a host would get; an unchanged part of an earlier image in `output` stays.
 

@@ -13,6 +13,7 @@ from deploy.release_refusals import known_bad
 from kernels.recipe import broken, for_stack, recipes
 from lock import advisory, nodes, requirements
 from lock import application as applications
+from lock.updates import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,6 +51,7 @@ class Inputs:
         return sorted({each for node in self.nodes.values() for each in node.system})
 
 
+@transaction.reading()
 def gather(target: Target) -> Inputs:
     """Collect the inputs for hosts of a profile. Raises LockError, or RefusedError for known-bad nodes."""
     app = applications.application(target.host.comfyui)

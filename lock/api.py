@@ -186,9 +186,10 @@ class Use(msgspec.Struct, frozen=True):
 
 
 class Uses(msgspec.Struct, frozen=True):
-    """All uses in a custom node."""
+    """All uses in a custom node; `expected` are the names that it expects to be missing in some ComfyUI."""
 
     uses: tuple[Use, ...]
+    expected: tuple[str, ...] = ()
 
 
 def uses(tree: Path) -> Uses:
@@ -200,6 +201,7 @@ def uses(tree: Path) -> Uses:
     waiting, moved, every = [tree / "__init__.py"], False, False
     found: dict[Path, list[Use]] = {}
     functions: dict[str, list[Parameters | None]] = {}
+    expected = set[str]()
     while waiting:  # one syntax tree at a time: they are large
         if (path := waiting.pop()) in found or path not in paths:
             continue
@@ -212,11 +214,13 @@ def uses(tree: Path) -> Uses:
         with suppress(RecursionError):
             file = _File(str(path.relative_to(tree)), parsed, nodes)
             found[path] = file.found
+            expected |= file.expected
             for name, parameters in file.functions.items():
                 functions.setdefault(name, []).append(parameters)
     own = {each.stem for each in tree.iterdir()} if moved else set()
     listed = (_resolved(each, functions) for _, uses in sorted(found.items()) for each in uses)
-    return Uses(tuple(each for each in listed if each.name.partition(".")[0] not in own))
+    used = (each for each in listed if each.name.partition(".")[0] not in own)
+    return Uses(tuple(used), tuple(sorted(each for each in expected if each.partition(".")[0] not in own)))
 
 
 def _resolved(use: Use, functions: Mapping[str, Sequence[Parameters | None]]) -> Use:
@@ -255,7 +259,7 @@ class _File:
     def __init__(self, name: str, tree: ast.Module, nodes: Sequence[ast.AST]) -> None:
         self.name = name
         self._uses: list[Use] = []
-        self._expected: set[str] = set()
+        self.expected: set[str] = set()
         imports = [each for node in nodes for each in _imports(node)]
         other = {local for local, _, meant in imports if not meant}
         other |= {each.arg for each in nodes if isinstance(each, ast.arg)}
@@ -273,7 +277,7 @@ class _File:
     @property
     def found(self) -> list[Use]:
         """All uses without those of a name that the file expects to be missing elsewhere."""
-        expected = tuple(f"{each}." for each in self._expected)
+        expected = tuple(f"{each}." for each in self.expected)
         return [each for each in self._uses if not f"{each.name}.".startswith(expected)]
 
     def _visit(self, node: ast.AST, *, expected: bool) -> None:
@@ -282,7 +286,7 @@ class _File:
             case ast.Import() | ast.ImportFrom():
                 for _, name, meant in _imports(node):
                     self._add(name if meant else "", node, "import", expected=expected)
-                    self._expected |= {name} if expected and meant else set()
+                    self.expected |= {name} if expected and meant else set()
             case ast.Try(handlers=handlers) | ast.TryStar(handlers=handlers):
                 soft = soft or any(not each.type or _SOFT.search(ast.unparse(each.type)) for each in handlers)
             case ast.If(test=test) | ast.IfExp(test=test):
@@ -290,7 +294,7 @@ class _File:
             case ast.With(items=items):
                 expected = soft = expected or any("suppress" in ast.unparse(each) for each in items)
             case ast.Call(func=ast.Name(id="hasattr" | "getattr"), args=[of, ast.Constant(value=str(name)), *_]):
-                self._expected |= {f"{dotted}.{name}"} if (dotted := self._dotted(of)) else set()
+                self.expected |= {f"{dotted}.{name}"} if (dotted := self._dotted(of)) else set()
             case ast.Call(func=func, args=args, keywords=keywords):
                 named = tuple(each.arg for each in keywords if each.arg)
                 if len(named) == len(keywords) and not any(isinstance(each, ast.Starred) for each in args):
@@ -392,6 +396,11 @@ def broken(found: Uses, old: Api, new: Api, before: Uses) -> list[Broken]:
         elif (use.kind, use.name, use.file) not in works and (problem := _problem(use, new)):
             listed.setdefault((use.name, use.kind, problem), []).append(use.place)
     return [Broken(*key, tuple(dict.fromkeys(places))) for key, places in sorted(listed.items())]
+
+
+def appearing(found: Uses, old: Api, new: Api) -> list[str]:
+    """The names that a node expects to be missing in some ComfyUI, and that only one of these has."""
+    return [name for name in found.expected if {old.find(name)[1], new.find(name)[1]} == {True, False}]
 
 
 def _problem(use: Use, api: Api) -> str | None:

@@ -13,7 +13,7 @@ import msgspec
 from packaging.version import Version
 
 from core import foreign, source
-from lock import api, application, interface, nodes, workflows
+from lock import ahead, api, application, interface, nodes, workflows
 from lock.interface import Interface, NodeType
 from lock.readings import kept
 from lock.requirements import APP
@@ -120,12 +120,18 @@ Chosen = dict[str, tuple[dict[str, str], dict[str, str]]]
 
 def preview(old: Release, new: Release, chosen: Chosen, found: Workflows, running: Interface | None = None) -> Preview:
     """Compare two releases. `running` are the node types that a server of the old one reports, for the workflows."""
-    before = _interfaces(old, new, old.tree) if old.tree else {}
-    after = _interfaces(new, old, new.tree) if new.tree else {}
-    base = running or (_combined(before) if before else None)
-    proposed = _proposed(base, old, new, after) if base and after else None
-    reports = [workflows.report(name, each, proposed, base) for name, each in found.items() if proposed]
-    partly = {f"types of {name}": ", ".join(each.unknown)[:200] for name, each in after.items() if each.unknown}
+    trees, used = filter(None, (old.tree, new.tree)), {*old.nodes.values(), *new.nodes.values()}
+    with ahead.reading(trees, used):
+        before = _interfaces(old, new, old.tree) if old.tree else {}
+        after = _interfaces(new, old, new.tree) if new.tree else {}
+        base = running or (_combined(before) if before else None)
+        proposed = _proposed(base, old, new, after) if base and after else None
+        reports = [workflows.report(name, each, proposed, base) for name, each in found.items() if proposed]
+    partly = {
+        f"types of {name}": ", ".join(module or "__init__" for module in each.unknown)[:200]
+        for name, each in after.items()
+        if each.unknown
+    }
     made = Preview(
         old=old.version,
         new=new.version,
@@ -142,6 +148,7 @@ def preview(old: Release, new: Release, chosen: Chosen, found: Workflows, runnin
         types=_types(before, after, {*old.unknown, *new.unknown}),
         flags=tuple(_flags(_known(old.tree), _known(new.tree), chosen)),
         broken=_broken(old, new),
+        unknown={**made.unknown, **_appearing(old, new)},
         migrations=tuple(sorted(wanted - revisions)),
         newer=tuple(sorted(revisions - wanted)) if wanted else (),
         restores=bool(revisions and wanted - revisions),
@@ -213,6 +220,16 @@ def _broken(old: Release, new: Release) -> dict[str, tuple[api.Broken, ...]]:
         former = kept(api.Uses, api.uses, old.nodes[name]) if name in old.nodes else api.Uses(())
         if listed := api.broken(kept(api.Uses, api.uses, place), before, after, former):
             found[name] = tuple(listed)
+    return found
+
+
+def _appearing(old: Release, new: Release) -> dict[str, str]:
+    """The unchanged nodes that may have other types, since their code asks for something that only one ComfyUI has."""
+    before, after = (kept(api.Api, api.read, each.tree) for each in (old, new) if each.tree)
+    found = {}
+    for name, place in sorted(new.nodes.items()):
+        if old.nodes.get(name) == place and (names := api.appearing(kept(api.Uses, api.uses, place), before, after)):
+            found[f"types of {name}"] = f"its code asks for what only one ComfyUI has: {', '.join(names)}"[:200]
     return found
 
 

@@ -23,17 +23,24 @@ _CODE = ("api", "evaluate", "interface", "values")
 
 def kept(kind: type[T], read: Callable[..., T], *trees: Path) -> T:
     """The result of `read` for these trees, which is read once for fetched sources."""
-    sources = workspace.current().cache / "sources"
-    if any(each.parent != sources for each in trees):
+    place = place_of(kind, *trees)
+    if place is None:
         with _uncollected():
             return read(*trees)
-    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _CODE)
-    named = "-".join([*(each.name for each in trees), kind.__name__, hashlib.sha256(code).hexdigest()[:16]])
-    place = workspace.current().cache / "interfaces" / f"{named}.json"
     if not place.exists():
         with _uncollected():
             files.write(place, msgspec.json.encode(read(*trees)))
     return msgspec.json.decode(place.read_bytes(), type=kind)
+
+
+def place_of(kind: type[msgspec.Struct], *trees: Path) -> Path | None:
+    """The file with what was read of these trees; None if they are not all fetched sources."""
+    cache = workspace.current().cache
+    if any(each.parent != cache / "sources" for each in trees):
+        return None
+    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _CODE)
+    named = "-".join([*(each.name for each in trees), kind.__name__, hashlib.sha256(code).hexdigest()[:16]])
+    return cache / "interfaces" / f"{named}.json"
 
 
 @contextmanager

@@ -318,12 +318,14 @@ def parsed(line: str) -> Requirement | None:
     line = line.replace("\t", " ")
     if len(line) > foreign.LINE or _MORE.search(line):
         return None
+    # As pip splits: the marker after an address without a name needs a space, that of any other requirement none.
+    address, _, marker = line.partition("; " if re.match(r"[a-z+]+://", line, re.IGNORECASE) else ";")
+    address, marker = address.strip(), f" ; {marker}" if marker.strip() else ""
     with suppress(InvalidRequirement, RecursionError):
-        return Requirement(line)
-    address, _, marker = line.partition("; " if re.match(r"[a-z+]+://", line, re.IGNORECASE) else ";")  # as pip splits
+        return Requirement(address + marker)
     with suppress(InvalidRequirement, RecursionError):
-        name = "" if " @ " in line else _named(address.strip())
-        return Requirement(f"{name} @ {address.strip()}".removeprefix(" @ ") + (f" ; {marker}" if marker else ""))
+        name = "" if " @ " in line else _named(address)
+        return Requirement(f"{name} @ {address}".removeprefix(" @ ") + marker)
     return None
 
 

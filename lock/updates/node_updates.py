@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import tomlkit
+from tomlkit.items import Comment, Table, Whitespace
 
 from core import console, files, foreign, source, workspace
 from core.errors import ConfigError, HearthError, ProcessError, SourceError, UsageError, suggest
@@ -22,6 +24,8 @@ from lock.updates import upstream
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
+
+    from tomlkit.container import Container
 
     from core.shell import Done
     from lock.nodes import Node
@@ -63,8 +67,8 @@ def add(address: str, why: str) -> str:
         raise ConfigError(
             "config", f"{name} is left out: {known.left_out[name]}", hint="remove it from [left-out] first"
         )
-    for each in advisory.of(url, advisory.advisories()):
-        console.say(f"warning: {name} has known problems ({each.affected}): {each.what}; {each.source}")
+    for bad in advisory.of(url, advisory.advisories()):
+        console.say(f"warning: {name} has known problems ({bad.affected}): {bad.what}; {bad.source}")
     commit = upstream.newest(url, rev or "HEAD")
     node = nodes.Node(url=url, commit=commit, tree="", why=why)
     nodes.check("inv nodes.add", name, node)
@@ -74,7 +78,11 @@ def add(address: str, why: str) -> str:
     table = tomlkit.table()
     table.update({"url": url, "commit": commit, "tree": pinned.tree, "why": why})
     table["commit"].comment(date)
-    document.setdefault("nodes", tomlkit.table(is_super_table=True))[name] = table
+    listed = document.setdefault("nodes", tomlkit.table(is_super_table=True))
+    after = _comments_after(listed[[*listed][-1]]) if listed else []
+    listed[name] = table
+    for each in after:
+        listed[name].add(each)
     _write(document)
     return name
 
@@ -93,6 +101,12 @@ def remove(name: str) -> None:
     if name not in known.nodes:
         raise UsageError("unknown-name", f"there is no node {name!r}", hint=suggest(name, known.nodes))
     document = _document()
+    table = document["nodes"][name]
+    for before, each in pairwise(_tables(document)):
+        if each is table:
+            above, below = _comments_after(before), _comments_after(table)
+            for line in [*above, *below[bool(above) :]]:  # one blank line is enough
+                before.add(line)
     del document["nodes"][name]
     for members in document.get("sets", {}).values():
         if name in members:
@@ -274,6 +288,25 @@ def _named(tree: Path) -> set[str]:
             return set()
         files.write(kept, json.dumps(sorted(found.strings)))
     return set(json.loads(kept.read_text()))
+
+
+def _tables(container: Container) -> Iterator[Table]:
+    """The tables of a document that have a header, in its order."""
+    for _, item in container.body:
+        if isinstance(item, Table):
+            yield from () if item.is_super_table() else (item,)
+            yield from _tables(item.value)
+
+
+def _comments_after(table: Table) -> list[Comment | Whitespace]:
+    """Take the lines from the first blank one after a table's last key out of it: they are about the next table."""
+    body, taken = table.value.body, list[Comment | Whitespace]()
+    while body and isinstance(line := body[-1][1], (Comment, Whitespace)):
+        taken.insert(0, line)
+        body.pop()
+    while taken and isinstance(taken[0], Comment):  # its own
+        body.append((None, taken.pop(0)))
+    return taken
 
 
 def _document() -> tomlkit.TOMLDocument:

@@ -86,10 +86,9 @@ def _jobs(wanted: Request) -> Iterator[tuple[str, Callable[[], list[Entry]]]]:
 
 def _comfyui(wanted: Request) -> list[Entry]:
     app = application.application()
-    url = releases.origin(app).git
-    known = upstream.releases(url)
+    known = upstream.releases(releases.origin(app).git)
     commits = {each: commit for each, commit in known.items() if Version(each) > Version(app.version)}
-    dates = upstream.dates(url, commits.values())
+    dates = releases.dated(app, commits)
     notes = [each for each in [releases.moved_tag(app, known)] if each]
     for name, bad in releases.examined(app, commits, dates, wanted):
         if not bad:
@@ -99,9 +98,12 @@ def _comfyui(wanted: Request) -> list[Entry]:
 
 
 def _repository(part: str, name: str, url: str, pinned: str, wanted: Request) -> list[Entry]:
-    newest = upstream.newer(url, pinned, wanted.before)
-    days = _days(upstream.dates(url, [newest])[newest]) if newest != pinned else None
-    return [Entry(part, name, pinned[:9], newest[:9], days)]
+    if wanted.before:
+        newest = upstream.newer(url, pinned, wanted.before)
+        date = upstream.dates(url, [newest])[newest]
+    else:
+        newest, date = upstream.latest(url)
+    return [Entry(part, name, pinned[:9], newest[:9], _days(date) if newest != pinned else None)]
 
 
 def _stack(stack: Stack, wanted: Request) -> list[Entry]:

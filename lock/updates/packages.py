@@ -92,8 +92,9 @@ def newer(stack: Stack, wanted: Request) -> dict[str, str]:
     compiler = [f"{name}=={stack.cuda}.*" for name in now if name.startswith("nvidia-")]
     torch = f"torch=={wanted.to}" if wanted.to else f"torch>={now['torch']}"
     found = _solved(stack, [torch, *compiler], wanted)
-    others = [f"{name}>={now[name]}" for name in COMPANIONS if name in now]
-    found |= _solved(stack, [f"torch=={found['torch']}", *others], wanted, "--resolution", "lowest-direct")
+    if found["torch"] != now["torch"]:
+        others = [f"{name}>={now[name]}" for name in COMPANIONS if name in now]
+        found |= _solved(stack, [f"torch=={found['torch']}", *others], wanted, "--resolution", "lowest-direct")
     return {name: found[name] for name, version in now.items() if found.get(name, version) != version}
 
 

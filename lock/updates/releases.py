@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -51,9 +52,9 @@ def move(wanted: Request, made: Proposal) -> None:
         if to == app.version in known:
             raise SourceError("tag-moved", problem, hint="find out why; to accept it, edit app.toml and run inv lock")
         made.warnings.append(problem)
-    names = [each for each in ([to] if to else newer) if each != app.version]
-    dates = upstream.dates(url, [known[each] for each in names])
-    for name, bad in examined(app, {each: known[each] for each in names}, dates, wanted):
+    commits = {each: known[each] for each in ([to] if to else newer) if each != app.version}
+    dates = dated(app, commits)
+    for name, bad in examined(app, commits, dates, wanted):
         if to or not bad:
             break
         made.skipped.append(f"ComfyUI {name}: {bad[0]}")
@@ -83,6 +84,14 @@ def _place(wanted: Request, old: str, new: str) -> Path | None:
         return application.folder()
     application.set_channel(wanted.channel, new)
     return None if new in application.versions() else application.copied(new)
+
+
+def dated(app: Application, commits: Mapping[str, str]) -> dict[str, datetime]:
+    """When versions were made, by commit. Meanwhile fetches what the first one requires: it is usually taken."""
+    with ThreadPoolExecutor(1) as pool:
+        if first := next(iter(commits.values()), ""):
+            pool.submit(_lists, app, first)  # an error comes again when the version is examined
+        return upstream.dates(origin(app).git, commits.values())
 
 
 AHEAD = 8
@@ -118,26 +127,29 @@ def problems(app: Application, version: str, commit: str, date: datetime, wanted
 
 def _lists(app: Application, commit: str) -> Path:
     """The requirements files of ComfyUI at a commit; raises SourceError for another program."""
-    names = _names(app, commit)
+    return source.fetch(_requirements(msgspec.structs.replace(origin(app), commit=commit)))
+
+
+@cache  # the commit that is chosen was examined before
+def _requirements(at: source.Source) -> source.Pinned:
+    """The pinned requirements files of a source; raises SourceError for another program than ComfyUI."""
+    names = _names(at)
     if missing := sorted({"main.py", "nodes.py", "folder_paths.py", "requirements.txt", "comfy/cli_args.py"} - names):
         raise SourceError(
             "not-comfyui",
-            f"{origin(app).git} is not a ComfyUI at commit {commit[:9]}",
+            f"{at.git} is not a ComfyUI at commit {at.commit[:9]}",
             cause=f"it lacks {', '.join(missing)}",
             hint="choose another version with --to, or another repository in app.toml",
         )
-    at = msgspec.structs.replace(origin(app), commit=commit)
     paths = (*(each for each in names if re.fullmatch(r"[^/]*\.txt|(?:requirements|constraints)[^/]*/.*", each)),)
-    return source.fetch(
-        source.pin(source.Pinned(name="requirements", version=commit[:9], source=(at,), tree="", paths=paths))
-    )
+    recipe = source.Pinned(name="requirements", version=at.commit[:9], source=(at,), tree="", paths=paths)
+    return source.pin(recipe)
 
 
-def _names(app: Application, commit: str) -> set[str]:
-    """The files of ComfyUI at a commit."""
-    at = origin(app)
+def _names(at: source.Source) -> set[str]:
+    """The files of a commit, below the source's folder."""
     below = f"{at.subfolder}/" if at.subfolder else ""
-    return {each.removeprefix(below) for each in upstream.entries(at.git, commit) if each.startswith(below)}
+    return {each.removeprefix(below) for each in upstream.entries(at.git, at.commit) if each.startswith(below)}
 
 
 def between(old: str, new: str, wanted: Request) -> Iterator[str]:
@@ -145,7 +157,7 @@ def between(old: str, new: str, wanted: Request) -> Iterator[str]:
     app = application.application()
     known = upstream.releases(origin(app).git)
     commits = {each: commit for each, commit in known.items() if Version(old) < Version(each) < Version(new)}
-    dates = upstream.dates(origin(app).git, commits.values())
+    dates = dated(app, commits)
     return (name for name, bad in examined(app, commits, dates, wanted) if not bad)
 
 
@@ -161,12 +173,12 @@ def moved_tag(app: Application, known: Mapping[str, str]) -> str:
 
 def _pinned(app: Application, version: str, commit: str) -> Application:
     """The application at a commit: its paths, manager and tree."""
-    names, lists = _names(app, commit), _lists(app, commit)
+    at = msgspec.structs.replace(origin(app), commit=commit)
+    names, lists = _names(at), _lists(app, commit)
     kept = [each for each in app.paths if any(name == each or name.startswith(f"{each}/") for name in names)]
     fresh = {each.partition("/")[0] for each in names} - {each.partition("/")[0] for each in app.paths}
     paths = sorted([*kept, *(each for each in fresh if not _LEFT_OUT.fullmatch(each))]) if app.paths else []
     manager = requirement_files.read(lists, _MANAGER).requirements if (lists / _MANAGER).exists() else []
-    at = msgspec.structs.replace(origin(app), commit=commit)
     new = msgspec.structs.replace(app, version=version, source=(at,), paths=tuple(paths), tree="")
     return source.pin(msgspec.structs.replace(new, manager=next(iter(manager), "")))
 

@@ -24,7 +24,7 @@ from core.errors import HearthError, RefusedError, UsageError
 from lock import application, requirements
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -48,11 +48,7 @@ def _folder() -> Path:
 @contextmanager
 def changing() -> Iterator[None]:
     """Hold the lock of these files while the context lasts; first complete the change of a killed run."""
-
-    def waiting() -> None:
-        console.say("another update is running; waiting for it to end")
-
-    with files.locked(_folder() / "lock", waiting):
+    with files.locked(_folder() / "lock", _waiting("another update is running")):
         if (pending := _folder() / "pending.json").exists():
             console.say("completing an interrupted update")
             switch(msgspec.json.decode(pending.read_bytes(), type=Record))
@@ -64,6 +60,26 @@ def complete() -> None:
     if (_folder() / "pending.json").exists():
         with changing():
             pass
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Keep these files as one change left them while the context lasts; first complete the change of a killed run.
+
+    Others that read do not wait for each other, but the next change waits for all of them.
+    """
+    here = workspace.current()
+    place = _folder() if _folder().exists() else here.checkout
+    if here.bundled or not os.access(place, os.W_OK):  # this user changes nothing
+        yield
+        return
+    complete()
+    with files.locked(_folder() / "read.lock", _waiting("an update is being written"), shared=True):
+        yield
+
+
+def _waiting(what: str) -> Callable[[], None]:
+    return lambda: console.say(f"{what}; waiting for it to end")
 
 
 class Draft:
@@ -118,10 +134,11 @@ def applied(record: Record) -> Iterator[None]:
     here = workspace.current().checkout
     with tempfile.TemporaryDirectory(prefix="hearth-") as folder:
         copy = Path(folder).resolve()
-        for name in ("recipes", "config"):
-            shutil.copytree(here / name, copy / name, symlinks=True)
-        for name in ("pyproject.toml", "uv.lock"):
-            shutil.copy(here / name, copy)
+        with reading():
+            for name in ("recipes", "config"):
+                shutil.copytree(here / name, copy / name, symlinks=True)
+            for name in ("pyproject.toml", "uv.lock"):
+                shutil.copy(here / name, copy)
         for path, change in record.changes.items():
             place = copy / Path(path).relative_to(here)
             if change.new is None:
@@ -145,8 +162,15 @@ def undo() -> list[str]:
 def switch(record: Record) -> None:
     """Replace the files together, or complete that. Raises RefusedError, and changes none, if one was edited.
 
-    All content is written first, then the record: the renames after that need no space.
+    All content is written first, then the record: the renames after that need no space. Waits for commands that read
+    these files.
     """
+    busy = _waiting("a command such as inv deploy is reading these files")
+    with files.locked(_folder() / "read.lock", busy):
+        _switch(record)
+
+
+def _switch(record: Record) -> None:
     left = {Path(path): each for path, each in record.changes.items() if _text(Path(path)) != each.new}
     if edited := [line for path, each in left.items() if _text(path) != each.old for line in _edits(path, each.old)]:
         raise RefusedError(

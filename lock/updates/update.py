@@ -132,5 +132,6 @@ def rows(made: Proposal) -> Iterator[str]:
     yield from (f"skipped: {each}" for each in made.skipped)
     yield from (f"warning: {each}" for each in made.warnings)
     locks = [each for each in made.files if "locks/" in each]
-    others = [*(each for each in made.files if each not in locks), *[f"{len(locks)} locked lists"] * bool(locks)]
+    others = [each for each in made.files if each not in locks]
+    others += [f"{len(locks)} locked list{'s' * (len(locks) > 1)}"] if locks else []
     yield f"changed files: {', '.join(others)}" if others else "nothing to update"

@@ -61,6 +61,16 @@ def newer(url: str, pinned: str, before: datetime | None = None) -> str:
     return done.stdout.strip() or pinned
 
 
+def latest(url: str) -> tuple[str, datetime]:
+    """Return a repository's last commit and when it was made, in one request; raises SourceError."""
+    try:
+        with history(url, "HEAD", fetch=("--depth=1", "--filter=tree:0")) as git:
+            commit, seconds = git("log", "-1", "--format=%H %ct", "FETCH_HEAD").stdout.split()
+    except ProcessError as error:
+        raise _unreachable(url, error.cause) from None
+    return commit, datetime.fromtimestamp(int(seconds), UTC)
+
+
 def releases(url: str) -> dict[str, str]:
     """The commits of a repository's version tags (`v1.2.3`), the highest version first; raises SourceError."""
     found: dict[Version, tuple[str, str]] = {}
@@ -75,13 +85,13 @@ def _references(url: str, *words: str) -> list[tuple[str, str]]:
     flags = [each for each in words if each.startswith("--")]
     done = tools.git("ls-remote", *flags, "--", url, *(each for each in words if each not in flags), check=False)
     if done.returncode:
-        raise SourceError(
-            "source-unreachable",
-            f"{url} cannot be reached",
-            cause=shell.last_words(done),
-            hint="check the address and the network",
-        )
+        raise _unreachable(url, shell.last_words(done))
     return re.findall(r"^([0-9a-f]{40})\t(.*)$", done.stdout, re.MULTILINE)
+
+
+def _unreachable(url: str, cause: str) -> SourceError:
+    hint = "check the address and the network"
+    return SourceError("source-unreachable", f"{url} cannot be reached", cause=cause, hint=hint)
 
 
 @contextmanager
@@ -96,7 +106,8 @@ def history(url: str, *commits: str, fetch: Iterable[str] = ("--filter=tree:0",)
             Path(place, name).mkdir()
         Path(place, "HEAD").write_text("ref: refs/heads/main\n")
         Path(place, "config").write_text("[core]\nbare = true\n")
-        git("fetch", "--quiet", *fetch, "--", url, *commits)
+        # Without tags, git requests no references if the commits are known.
+        git("fetch", "--quiet", "--no-tags", "--no-auto-maintenance", *fetch, "--", url, *commits)
         yield git
 
 
@@ -111,6 +122,7 @@ def dates(url: str, commits: Iterable[str]) -> dict[str, datetime]:
     return {commit: datetime.fromtimestamp(int(found[commit]), UTC) for commit in wanted}
 
 
+@cache
 def entries(url: str, commit: str) -> dict[str, str]:
     """The modes of all files of a commit, by name; raises ProcessError."""
     with history(url, commit, fetch=("--depth=1", "--filter=blob:none")) as git:

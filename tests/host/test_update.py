@@ -40,6 +40,7 @@ EDITS = {
 }
 """The older version: other nodes, flags and requirements, and one migration less."""
 
+PROPOSED = f"update/comfyui-{application().version}"
 COMFYUI, LOCK = "comfyui.txt", "cu130-linux_x86_64-cp311"
 
 
@@ -79,6 +80,21 @@ def checkout(place: Path) -> Path:
     (text,) = re.findall(r"^\[cu130\]$.*?(?=^\[|\Z)", stacks.read_text(), re.DOTALL | re.MULTILINE)
     text = re.sub(r"^(pythons|platforms) = .*$", r"\1 = []", text, flags=re.MULTILINE)
     stacks.write_text(text.replace("pythons = []", 'pythons = ["3.11"]').replace("[]", '["linux_x86_64"]'))
+    return place
+
+
+def git(place: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", place, *words], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def committed(place: Path) -> Path:
+    """Make a checkout a repository with one commit."""
+    git(place, "init", "--quiet", "--initial-branch=main")
+    for name in ("name", "email"):
+        git(place, "config", f"user.{name}", "a@b")
+    git(place, "add", "--all")
+    git(place, "commit", "--quiet", "-m", "mine")
     return place
 
 
@@ -150,10 +166,29 @@ def user(steady: Fleet, tmp_path: Path) -> Iterator[Fleet]:
     assert MIGRATION in steady.database()
 
 
+def propose(user: Fleet, before: dict[str, str]) -> None:
+    """A proposal whose trial fails on the host: it is reported, and neither the checkout nor the host changes."""
+    first, since, report = user.current(), machine_since(user), user.place / "proposal"
+    committed(user.checkout)
+    user.configure(proofs(user, left={"left": 16}, flat={}))
+    where = ("--propose", "--host", "spark", "--output", str(report))
+    failed = user.inv("update", "comfyui", "--to", application().version, *where)
+    assert failed.returncode == 66, failed.stderr
+    assert "left.json: " in failed.stderr
+    found = json.loads((report / "report.json").read_text())
+    assert found["trial"]["kind"] == "unhealthy"
+    assert "flat.json made a picture of a single colour" in found["trial"]["error"]
+    assert found["branch"] == PROPOSED
+    assert found["summary"].endswith("the trial on spark failed")
+    assert (user.current(), machine_since(user), texts(user.checkout)) == (first, since, before)
+    assert git(user.checkout, "status", "--porcelain") == ""
+
+
 def test_an_update_is_previewed_proved_rolled_back_and_undone(user: Fleet) -> None:
     first, types, database, before = user.current(), reported(user), user.database(), texts(user.checkout)
     older = lock(user.checkout)
     assert not [each for each in database if each.startswith(MIGRATION)]
+    propose(user, before)
     saved = user.prefix / "data/user/default/workflows/mine.json"
     saved.parent.mkdir(parents=True, exist_ok=True)
     saved.write_text(json.dumps({"1": {"class_type": "ImageSaver", "inputs": {}}}))
@@ -167,6 +202,7 @@ def test_an_update_is_previewed_proved_rolled_back_and_undone(user: Fleet) -> No
         ("host gb10", "--older", "removed")
     ]
     assert (made["migrations"], made["restores"]) == ([MIGRATION], True)
+    assert git(user.checkout, "diff", "--name-only", PROPOSED) == ""  # what was proposed
     changes = msgspec.convert(made["types"]["ComfyUI"], list[Change])
 
     try:
@@ -176,13 +212,6 @@ def test_an_update_is_previewed_proved_rolled_back_and_undone(user: Fleet) -> No
     (found,) = plan["preview"]["workflows"]
     assert (found["file"], [each["type"] for each in found["findings"]]) == ("spark:mine.json", ["ImageSaver"])
 
-    since = machine_since(user)
-    user.configure(proofs(user, left={"left": 16}, flat={}))
-    failed = user.deploy()
-    assert failed.returncode == 66, failed.stderr
-    assert "left.json: " in failed.stderr
-    assert "flat.json made a picture of a single colour" in failed.stderr
-    assert (user.current(), machine_since(user)) == (first, since)
     user.configure(proofs(user, left={"left": 16}, top={"top": 16}))
     done = user.deploy()
     assert done.returncode == 0, done.stderr

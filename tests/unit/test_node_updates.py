@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -147,6 +148,43 @@ def test_add_update_and_remove(upstream: Upstream) -> None:
     assert (left.nodes, left.sets) == ({}, {"best": ()})
     assert "# mine" in path.read_text()
     assert "# to be filled" in path.read_text()
+
+
+LISTED = """\
+# mine
+[sets]
+best = [] # to be filled
+
+# about A
+[nodes.A]
+url = "https://example.org/A"
+commit = "1111111111111111111111111111111111111111" # 2026-01-01
+tree = ""
+why = "a test"
+# of A as well
+
+# about what nodes ask for
+
+# of all of them
+[override]
+cmake = { why = "no" }
+"""
+
+
+def test_comments_of_other_tables_stay_where_they_are(upstream: Upstream) -> None:
+    path = nodes.catalogue_file()
+    path.write_text(LISTED)
+    node_updates.add(upstream.url, "for a test")
+    after = "\n\n# about what nodes ask for\n"
+    first, last = LISTED.split(after)
+    added = path.read_text().removeprefix(first)
+    assert added.endswith(after + last)
+    table = r"\n\n\[nodes.My-Node\]\n(\w+ = .*\n){3}why = \"for a test\""
+    assert re.fullmatch(table, added.removesuffix(after + last))
+    node_updates.remove("My-Node")
+    assert path.read_text() == LISTED
+    node_updates.remove("A")
+    assert path.read_text() == re.sub(r"\[nodes.A\].*# of A as well\n\n", "", LISTED, flags=re.DOTALL)
 
 
 def test_update_shows_new_capabilities(upstream: Upstream) -> None:

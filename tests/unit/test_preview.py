@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from core import files, foreign, source
+from core import files, foreign, shell, source
 from core.errors import HostError
 from deploy import preview as hosts_preview
 from deploy import release as releases
 from deploy.selection import choose
-from lock import api, interface, nodes, preview, workflows
+from lock import ahead, api, interface, nodes, preview, workflows
 from lock.application import application
 from lock.interface import Change, Interface
 from lock.preview import COMFYUI, Preview, Release
@@ -141,7 +142,7 @@ def test_node_types(found: Preview) -> None:
     assert Change("KSampler", "input-removed", "denoise", "FLOAT") in found.types[COMFYUI]
     assert "Stays" not in found.types  # the same code
     assert "Changes" not in found.types  # what the new code has is not known
-    assert found.unknown == {"types of Changes": ""}
+    assert found.unknown == {"types of Changes": "__init__"}
 
 
 def test_workflows_that_use_what_is_gone(found: Preview) -> None:
@@ -215,6 +216,19 @@ def test_types_of_custom_nodes_that_a_server_reports(tmp_path: Path, fetched: bo
     }
     made = preview.preview(old, new, {}, saved, running)
     assert {each.file for each in made.workflows if each.breaks} == {"Moves2", "Leaves"}
+
+
+def test_types_of_an_unchanged_node_may_depend_on_comfyui(tmp_path: Path) -> None:
+    old, new = (tiny(tmp_path / name) for name in ("old", "new"))
+    (new / "comfy/fresh.py").write_text("class Fresh: pass\n")
+    text = "NODE_CLASS_MAPPINGS = dict()\ntry:\n    from comfy.fresh import {}\nexcept ImportError:\n    pass\n"
+    names = {"Uses": "Fresh", "Others": "Nothing", "Changes": "Fresh"}
+    places = {name: node(tmp_path / name, __init__=text.format(each)) for name, each in names.items()}
+    changed = {**places, "Changes": node(tmp_path / "after", __init__=text.format("Fresh"))}
+    for before, after in ((old, new), (new, old)):
+        made = preview.preview(release(before, "1", nodes=places), release(after, "2", nodes=changed), {}, {})
+        assert made.unknown == {"types of Uses": "its code asks for what only one ComfyUI has: comfy.fresh.Fresh"}
+        assert made.broken == {}
 
 
 def test_every_change_has_a_row(found: Preview) -> None:
@@ -568,3 +582,42 @@ def test_what_two_versions_share_is_parsed_once(tmp_path: Path, monkeypatch: pyt
     assert gc.isenabled()
     assert old.modules["comfy.same"] == new.modules["comfy.same"]
     assert [{*each.modules["comfy.changed"].names} for each in (old, new)] == [{"old", "other"}, {"new", "other"}]
+
+
+@pytest.fixture
+def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A ComfyUI and a custom node among the fetched sources."""
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path))
+    (tmp_path / "sources").mkdir()
+    tree = tiny(tmp_path / "sources/comfyui")
+    (tree / "comfy/samplers.py").write_text("def sample(a): pass\n")
+    return tree, node(tmp_path / "sources/node", __init__="import comfy.samplers\ncomfy.samplers.sample(1)\n")
+
+
+def test_another_process_reads_what_nodes_use(fetched: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, place = fetched
+    with ahead.reading([tree], [place.with_name("gone"), place]):
+        pass
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(foreign, "parsed", never)
+    monkeypatch.setattr(foreign, "python", never)
+    assert kept(api.Api, api.read, tree).modules["comfy.samplers"].names.keys() == {"sample"}
+    assert {each.name for each in kept(api.Uses, api.uses, place).uses} == {"comfy.samplers", "comfy.samplers.sample"}
+    monkeypatch.setattr(shell, "run", never)
+    with ahead.reading([tree], [place.with_name("new")]):
+        pass
+
+
+@pytest.mark.parametrize("program", ["false", "nothing-of-this-name"])
+def test_what_another_process_cannot_read_is_read_here(
+    fetched: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    tree, place = fetched
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", program)
+        with ahead.reading([tree], [place]):
+            pass
+    assert kept(api.Api, api.read, tree).modules.keys() == {"comfy", "comfy.cli_args", "comfy.samplers", "nodes"}

@@ -371,6 +371,13 @@ def test_only_steps_without_code_of_the_checkout_have_a_token() -> None:
     assert "persist-credentials: false" in WORKFLOW
 
 
+def test_actions_are_pinned_by_commit_and_name_their_version() -> None:
+    texts = [path.read_text() for path in (CODE / ".github/workflows").glob("*.yml")]
+    used = {each.strip() for text in texts for each in re.findall(r"uses:(.*)", text)}
+    assert len({each.partition("@")[0] for each in used}) == len(used) > 0  # all use the same
+    assert [each for each in used if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", each)] == []
+
+
 # --- reports and trials -----------------------------------------------------------------------------------------------
 
 

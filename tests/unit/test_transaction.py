@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 
@@ -96,7 +98,7 @@ def test_a_killed_change_is_old_or_new(root: Path, verb: str) -> None:
     first = next(index for index, (_, _, completed, _) in enumerate(runs) if completed == after)
     assert 0 < first < len(runs) - len(NEW_FILES)
     assert [completed for _, _, completed, _ in runs] == [before] * first + [after] * (len(runs) - first)
-    kept = {True: ["last.json", "lock"], False: ["lock"]}
+    kept = {True: ["last.json", "lock", "read.lock"], False: ["lock", "read.lock"]}
     assert all(names == kept[completed == NEW_FILES] for _, _, completed, names in runs)
 
 
@@ -134,13 +136,14 @@ def test_edits_of_an_interrupted_change_are_kept(root: Path, monkeypatch: pytest
         with pytest.raises(KeyboardInterrupt), transaction.changing():
             transaction.switch(record(root))
     (root / "b").write_text("mine")
-    with raises("refused") as raised:
-        transaction.complete()
-    assert raised.value.cause.splitlines()[-2:] == ["-old", "+mine"]
-    assert (root / "b").read_text() == "mine"
+    for completing in (transaction.complete, transaction.reading().__enter__):
+        with raises("refused") as raised:
+            completing()
+        assert raised.value.cause.splitlines()[-2:] == ["-old", "+mine"]
+        assert (root / "b").read_text() == "mine"
     (root / "b").write_text("old")
-    transaction.complete()
-    assert present(root) == NEW_FILES
+    with transaction.reading():
+        assert present(root) == NEW_FILES
 
 
 def test_two_changes_take_turns(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +158,54 @@ def test_two_changes_take_turns(root: Path, capsys: pytest.CaptureFixture[str]) 
         running.result()
     assert "+mine" in raised.value.cause
     assert present(root) == {**OLD_FILES, "a": "mine"}
+
+
+def said(wanted: str, running: Future[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Wait until another thread has said this."""
+    text = ""
+    while wanted not in text:
+        assert not running.done(), running.result()
+        text += capsys.readouterr().err
+        time.sleep(0.01)
+
+
+def test_a_change_waits_for_all_that_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ThreadPoolExecutor() as pool, transaction.reading():
+        with transaction.reading():
+            running = pool.submit(change, root)
+            said("is reading these files", running, capsys)
+        time.sleep(0.05)
+        assert present(root) == OLD_FILES
+    running.result()
+    assert present(root) == NEW_FILES
+
+
+def test_readers_wait_for_a_change_that_is_being_written(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    halfway, go_on, replace = Event(), Event(), Path.replace
+
+    def slowly(path: Path, target: Path) -> Path:
+        made = replace(path, target)
+        if target == root / "b":
+            halfway.set()
+            go_on.wait(60)
+        return made
+
+    def read() -> dict[str, str]:
+        with transaction.reading():
+            return present(root)
+
+    with ThreadPoolExecutor() as pool, monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", slowly)
+        writing = pool.submit(change, root)
+        assert halfway.wait(60)
+        assert present(root) not in (OLD_FILES, NEW_FILES)
+        reading = pool.submit(read)
+        said("another update is running", reading, capsys)
+        go_on.set()
+        writing.result()
+        assert reading.result() == NEW_FILES
 
 
 def change(root: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -11,6 +13,8 @@ import pytest
 
 from core import lockfile, stack
 from core.errors import HearthError
+from deploy import deploy
+from deploy.plan import Options
 from lock import nodes, requirements, resolution
 from lock.application import application, channels, versions
 from lock.preview import Preview, Release
@@ -138,6 +142,13 @@ def test_requirements_of_a_release_may_be_in_several_files(own: Checkout) -> Non
     found = requirements.find("cu130", "linux_x86_64", "3.11")
     assert found
     assert found.versions()["six"] == "1"
+
+
+def test_what_a_release_requires_is_fetched_once(own: Checkout, capsys: pytest.CaptureFixture[str]) -> None:
+    own.tag("0.31.0", requirements__txt="six==2\n")
+    own.update("comfyui")
+    fetched = [line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("fetching")]
+    assert fetched == ["requirements", "comfyui"]
 
 
 def test_a_preview_never_prevents_an_update(own: Checkout) -> None:
@@ -281,6 +292,32 @@ def test_edits_are_kept_and_shown(own: Checkout, monkeypatch: pytest.MonkeyPatch
         transaction.undo()
     assert "+# mine" in raised.value.cause
     assert own.texts() == before
+
+
+def test_an_update_during_a_deploy_waits_for_its_end(
+    own: Checkout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All hosts of a group get the same pins."""
+    own.tag("0.31.0")
+    versions, text = [], ""
+    updating: Future[Proposal]
+
+    def on_each(*_: Any, **__: Any) -> list[Any]:
+        nonlocal text, updating
+        versions.append(application().version)
+        updating = pool.submit(own.update, "comfyui")
+        while "inv deploy is reading these files" not in text:
+            assert not updating.done(), updating.result()
+            text += capsys.readouterr().err
+            time.sleep(0.01)
+        versions.append(application().version)
+        return []
+
+    monkeypatch.setattr(deploy, "on_each", on_each)
+    with ThreadPoolExecutor() as pool:
+        deploy.deploy_each(["local"], Options(), build=None, bundle="", keep_going=False)
+        assert [each.new for each in updating.result().moves] == ["0.31.0"]
+    assert [*versions, application().version] == ["0.30.0", "0.30.0", "0.31.0"]
 
 
 def test_nodes_move_and_a_dead_one_stays(own: Checkout) -> None:
