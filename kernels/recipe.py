@@ -212,7 +212,8 @@ def folders() -> list[Path]:
     extra = [Path(each).absolute() for each in os.environ.get("HEARTH_RECIPES", "").split(os.pathsep) if each]
     for folder in extra:
         if not any(folder.glob("*/recipe.toml")):
-            hint = f"use its parent folder: {folder.parent}" if (folder / "recipe.toml").exists() else ""
+            own = (folder / "recipe.toml").exists()
+            hint = f"use its parent folder: {folder.parent}" if own else "correct the variable, or unset it"
             raise UsageError("usage", f"HEARTH_RECIPES: {folder} has no folder with a recipe.toml", hint=hint)
     return [CHECKOUT / "recipes", *extra]
 
