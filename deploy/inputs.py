@@ -103,12 +103,11 @@ def _recipes(target: Target) -> tuple[dict[str, tuple[str, str]], list[HearthErr
         known, invalid = recipes(), broken()
     except UsageError as error:  # a folder of $HEARTH_RECIPES may have any of them
         return {}, [error]
-    errors = [error for name, error in invalid.items() if name in kernels and name not in known]
-    for name, error in invalid.items():
-        if error not in errors:
-            console.say(f"the recipe of {name} is not valid, and not used: {error.what}")
+    errors = {name: each for name, each in invalid.items() if name in kernels and name not in known}
+    for name in sorted(invalid.keys() - errors.keys()):
+        console.say(f"the recipe of {name} is not valid, and not used: {invalid[name].what}")
     chosen = {name: for_stack(same, target.stack) for name, same in known.items() if name in kernels}
-    return {name: (recipe.version, recipe.default_profile) for name, recipe in chosen.items()}, list(errors)
+    return {name: (recipe.version, recipe.default_profile) for name, recipe in chosen.items()}, list(errors.values())
 
 
 def _refuse_known_bad(target: Target, chosen: Mapping[str, Node]) -> None:

@@ -299,7 +299,7 @@ def assemble(toolchain: Toolchain) -> None:
     view = toolchain.view
     _link(view / "nvcc", cuda)
     # Any Python version's install works here: torch's headers and CUDA's files are the same for all.
-    if not (view / "torch").exists():
+    if not ((view / "torch").exists() and (view / "nvidia").exists()):
         _link(view / "torch", site / "torch")
         _link(view / "nvidia", site / "nvidia")
     _link(toolchain.site, site)
