@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ninja.ninja_syntax import Writer
 
 from core import files, workspace
-from core.errors import ConfigError, HearthError
+from core.errors import ConfigError, HearthError, UsageError
 from kernels import compat
 from kernels import toolchain as toolchains
 from kernels.source import HEADERS
@@ -29,8 +29,15 @@ if TYPE_CHECKING:
 
 
 def root() -> Path:
-    """The folder where ninja runs. All paths in the ninja file are relative to it."""
-    return workspace.current().cache / "build"
+    """The folder where ninja runs. All paths in the ninja file are relative to it.
+
+    Raises UsageError where they would lead elsewhere.
+    """
+    place = workspace.current().cache / "build"
+    if Path(os.path.realpath(place)).parent != Path(os.path.realpath(place.parent)):
+        what, hint = f"{place} is a link to another folder", "link the whole cache instead, or set HEARTH_CACHE"
+        raise UsageError("usage", what, cause="compile commands contain ../toolchains", hint=hint)
+    return place
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -223,6 +223,19 @@ def test_a_relative_cache_folder_of_xdg_is_ignored(monkeypatch: pytest.MonkeyPat
     assert workspace.current().cache == Path.home() / ".cache/hearth"
 
 
+def test_the_cache_may_be_a_link_and_its_build_folder_may_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile commands contain ../toolchains, which the kernel resolves from the real folder."""
+    (tmp_path / "disk/build").mkdir(parents=True)
+    (tmp_path / "cache").symlink_to("disk")
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
+    assert graph.root() == tmp_path / "cache/build"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/build").symlink_to("../disk/build")
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "other"))
+    with raises("usage", match=str(tmp_path / "other/build")):
+        graph.root()
+
+
 def test_a_program_without_permission_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "uv").write_text("#!/bin/sh\n")
     monkeypatch.setenv("PATH", str(tmp_path))
