@@ -10,7 +10,7 @@ from core.errors import LockError, UsageError
 from deploy import proofs
 from deploy.refusals import refused
 from deploy.release_refusals import known_bad
-from kernels.recipe import broken, for_stack, recipes
+from kernels.recipe import for_stack, known
 from lock import advisory, nodes, requirements
 from lock import application as applications
 
@@ -100,13 +100,13 @@ def _recipes(target: Target) -> tuple[dict[str, tuple[str, str]], list[HearthErr
     if not kernels or workspace.current().bundled:
         return {}, []
     try:
-        known, invalid = recipes(), broken()
+        valid, invalid = known()
     except UsageError as error:  # a folder of $HEARTH_RECIPES may have any of them
         return {}, [error]
-    errors = {name: each for name, each in invalid.items() if name in kernels and name not in known}
+    errors = {name: each for name, each in invalid.items() if name in kernels and name not in valid}
     for name in sorted(invalid.keys() - errors.keys()):
         console.say(f"the recipe of {name} is not valid, and not used: {invalid[name].what}")
-    chosen = {name: for_stack(same, target.stack) for name, same in known.items() if name in kernels}
+    chosen = {name: for_stack(same, target.stack) for name, same in valid.items() if name in kernels}
     return {name: (recipe.version, recipe.default_profile) for name, recipe in chosen.items()}, list(errors.values())
 
 

@@ -258,8 +258,9 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
         console.say(stack.notice)
     # Every comma-separated name is looked up, so that a mistyped one is an error.
     names = _listed(request.kernel)
+    known, broken = ({}, {}) if names else recipes_of.known()
     chosen = {name: recipes_of.find_recipes(name) for name in names} or {
-        name: same for name, same in recipes_of.recipes().items() if any(recipe.default for recipe in same)
+        name: same for name, same in known.items() if any(recipe.default for recipe in same)
     }
     profiles = {name for same in chosen.values() for recipe in same for name in recipe.profiles}
     if request.profile and request.profile not in profiles:
@@ -270,7 +271,6 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
         )
     suited = [recipes_of.for_stack(same, stack) for same in chosen.values()]
     builds: dict[str, Build] = {}
-    broken = {} if names else recipes_of.broken()
     skipped = [Skipped(f"the recipe of {name}", name, why) for name, why in broken.items()]
     notes: dict[str, None] = {}
     for platform, group in _groups(request):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -222,13 +223,15 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
             cause=f"crt/host_config.h of CUDA {stack.cuda} accepts GCC up to {stack.gcc}",
             hint=f"apt-get install g++-{stack.gcc}, then run the same command again with CXX=g++-{stack.gcc}",
         )
-    version = tools.build(name, "--version").stdout.splitlines()[0]
-    linker = tools.build(name, "-Wl,--version", check=False).stdout.splitlines()
-    # CXX may be a script that adds flags, and distributions patch programs without changing their versions. GCC takes
-    # the assembler and the linker from PATH.
-    programs = [name, *(tools.build(name, f"-print-prog-name={each}").stdout.strip() for each in _GCC_PROGRAMS)]
-    identity = _digest([files.sha256(Path(shell.find(each))) for each in programs if shell.which(each)])[:16]
-    return name, f"{version}; {identity}; {linker[0] if linker else 'unknown linker'}; glibc {'.'.join(glibc)}"
+    questions = ["--version", "-Wl,--version", *(f"-print-prog-name={each}" for each in _GCC_PROGRAMS)]
+    with ThreadPoolExecutor() as pool:  # most of the time of a cache hit that is not Python's start
+        answers = pool.map(lambda each: tools.build(name, each, check=each != "-Wl,--version").stdout, questions)
+        version, linker, *programs = (answer.strip().partition("\n")[0] for answer in answers)
+        # CXX may be a script that adds flags, and distributions patch programs without changing their versions. GCC
+        # takes the assembler and the linker from PATH.
+        found = [Path(shell.find(each)) for each in (name, *programs) if shell.which(each)]
+        identity = _digest([*pool.map(files.sha256, found)])[:16]
+    return name, f"{version}; {identity}; {linker or 'unknown linker'}; glibc {'.'.join(glibc)}"
 
 
 _GCC_PROGRAMS = ("cc1plus", "as", "ld", "objcopy")
