@@ -66,6 +66,9 @@ _BUILD = {
     **dict.fromkeys(("CCACHE_COMPILER", "CCACHE_PREFIX", "CCACHE_SLOPPINESS", "CCACHE_IGNOREOPTIONS"), ""),
     **dict.fromkeys(("CCACHE_IGNOREHEADERS", "CCACHE_EXTRAFILES"), ""),
     **dict.fromkeys(("CCACHE_PATH", "CCACHE_PREFIX_CPP", "CCACHE_BASEDIR"), ""),  # other programs, other paths
+    "CCACHE_COMPILERTYPE": "auto",
+    "CCACHE_NODEPEND": "true",  # our dependency files leave out system headers
+    "CCACHE_NOHARDLINK": "true",  # a later compile would write through the link, into ccache's own copy
 }
 
 # Git starts no programs except transports, changes no byte of a patch, and stores one pack instead of a file for each

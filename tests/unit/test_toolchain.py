@@ -140,6 +140,23 @@ def test_the_configuration_of_a_launcher_chooses_no_program(
     assert (tmp_path / "a.o").exists()
 
 
+@pytest.mark.needs("g++", "ccache")
+def test_the_configuration_of_a_launcher_weakens_no_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("sloppiness = time_macros", "compiler_check = none", "depend_mode = true", "hard_link = true")
+    settings += ("compiler_type = gcc", "ignore_options = -D*", "hash_dir = true", f"cache_dir = {tmp_path}/objects")
+    (tmp_path / "ccache.conf").write_text("\n".join(settings))
+    monkeypatch.setenv("CCACHE_CONFIGPATH", str(tmp_path / "ccache.conf"))
+    shown = tools.build("ccache", "--show-config").stdout.splitlines()
+    assert [line for line in shown if line.startswith(f"({tmp_path}")] == [
+        f"({tmp_path}/ccache.conf) cache_dir = {tmp_path}/objects"
+    ]
+    (tmp_path / "a.cpp").write_text("int a;")
+    for _ in range(2):
+        (tmp_path / "a.o").unlink(missing_ok=True)
+        tools.build("ccache", "g++", "-c", "a.cpp", "-o", "a.o", cwd=tmp_path)
+        assert (tmp_path / "a.o").stat().st_nlink == 1
+
+
 def test_a_debug_or_free_threaded_python_is_passed_over(script: Script) -> None:
     """Their ABI is another one, and no name of a wheel or module would say so."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
