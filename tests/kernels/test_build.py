@@ -20,10 +20,11 @@ import pytest
 from packaging.metadata import Metadata
 from packaging.utils import parse_wheel_filename
 
-from core import files
+from core import files, version
 from kernels import graph
 from kernels.matrix import Request, select
 from tests.conftest import Hearth
+from tests.errors import kind_of
 
 pytestmark = [pytest.mark.toolchain, pytest.mark.needs("g++", "aarch64-linux-gnu-g++", "qemu-aarch64-static")]
 
@@ -78,6 +79,10 @@ def test_wheel_contains_the_requested_sass_and_imports(built: Hearth, arch: str,
     assert how in imported["detail"]
     assert "2.14.1+cu130" in imported["detail"]
     assert found["sha256"] == files.sha256(built.wheelhouse / WHEELS[arch])
+    hearth, own = found["hearth"], version.own()
+    assert isinstance(hearth, dict)
+    assert own.commit
+    assert (hearth["version"], hearth["commit"]) == (own.version, own.commit)
 
 
 def test_wheel_format_is_valid(built: Hearth, tmp_path: Path) -> None:
@@ -117,6 +122,22 @@ def test_second_build_is_a_cache_hit(built: Hearth) -> None:
     assert [(path.name, path.stat().st_mtime_ns) for path in built.wheels()] == before
     plan = built.inv(*BUILD, "--arch", "12.1", "--dry-run")
     assert "in the wheelhouse" in plan.stdout
+
+
+@pytest.mark.needs("unshare")
+def test_read_only_folders_serve_existing_wheels_and_refuse_a_build_at_once(built: Hearth) -> None:
+    folders = (built.cache, built.wheelhouse)
+    mounts = [f"mount --bind {path} {path} && mount -o remount,ro,bind {path}" for path in folders]
+    own = [] if os.geteuid() == 0 else ["--map-root-user"]
+    for more, status in ((), 0), (("--force",), 69):
+        inner = " && ".join([*mounts, f"exec {shlex.join(built.command(*BUILD, '--arch', '8.9', *more))}"])
+        argv = ["unshare", "--mount", *own, "sh", "-c", inner]
+        done = subprocess.run(
+            argv, cwd=files.CHECKOUT, env=built.environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status, done.stderr
+        assert "inspecting" not in done.stderr
+    assert kind_of(done.stderr) == "not-writable"
 
 
 HOSTILE = {
