@@ -258,7 +258,8 @@ DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
 
 def os_error(error: OSError) -> HearthError | None:
     """The HearthError for a file system's error that the user can resolve; None for any other OSError."""
-    where = f": {error.filename}" if error.filename else ""
+    name = error.filename2 or error.filename  # of a copy or a rename: what could not be written
+    where = f": {name}" if name else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = "free some space (inv cache shows what Hearth uses), then run the same command"
         return HostError("disk-full", f"the disk is full{where}", cause=error.strerror or "", hint=hint)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import re
 import sys
 from contextlib import suppress
-from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -64,6 +66,9 @@ _BUILD = {
     **dict.fromkeys(("CCACHE_COMPILER", "CCACHE_PREFIX", "CCACHE_SLOPPINESS", "CCACHE_IGNOREOPTIONS"), ""),
     **dict.fromkeys(("CCACHE_IGNOREHEADERS", "CCACHE_EXTRAFILES"), ""),
     **dict.fromkeys(("CCACHE_PATH", "CCACHE_PREFIX_CPP", "CCACHE_BASEDIR"), ""),  # other programs, other paths
+    "CCACHE_COMPILERTYPE": "auto",
+    "CCACHE_NODEPEND": "true",  # our dependency files leave out system headers
+    "CCACHE_NOHARDLINK": "true",  # a later compile would write through the link, into ccache's own copy
 }
 
 # Git starts no programs except transports, changes no byte of a patch, and stores one pack instead of a file for each
@@ -159,7 +164,12 @@ def index() -> str:
 def _passed(names: str) -> dict[str, str]:
     if workspace.current().bundled:  # each of these programs would use the network, or files outside the bundle
         raise BundleError("bundle", "the bundle is incomplete", hint="create it again: inv bundle")
-    return {name: value for name, value in os.environ.items() if any(fnmatchcase(name, each) for each in names.split())}
+    return {name: value for name, value in os.environ.items() if _pattern(names).match(name)}
+
+
+@cache
+def _pattern(names: str) -> re.Pattern[str]:
+    return re.compile("|".join(map(fnmatch.translate, names.split())))
 
 
 def _configured() -> dict[str, str]:

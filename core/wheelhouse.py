@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from core import files
 from core import manifest as manifests
-from core.errors import SourceError
+from core.errors import HostError, SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -118,6 +118,10 @@ class Wheelhouse:
         with another platform tag goes last: installers would choose between both.
         """
         place = self.folder / manifest.index / manifest.file
+        for path in (place, place.with_name(f"{place.name}.json")):
+            if path.is_dir():
+                hint = "move it away, then run the same command again"
+                raise HostError("not-writable", f"{path} is a folder", cause="a wheel needs this name", hint=hint)
         with files.draft(place) as part:
             shutil.copyfile(wheel, part)  # a rename is not atomic between file systems
             place.with_name(f"{place.name}.json").unlink(missing_ok=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from core import console, lockfile, workspace
-from core.errors import LockError
+from core.errors import LockError, UsageError
 from deploy import proofs
 from deploy.refusals import refused
 from deploy.release_refusals import known_bad
-from kernels.recipe import broken, for_stack, recipes
+from kernels.recipe import for_stack, known
 from lock import advisory, nodes, requirements
 from lock import application as applications
 from lock.updates import transaction
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from agent.schema.change import Proof
+    from core.errors import HearthError
     from core.manifest import Manifest
     from deploy.host import Target
     from lock.application import Application, Flag
@@ -31,7 +32,7 @@ class Inputs:
     """ComfyUI with its flags, locked lists by platform and Python, kernel wheels, uv, pinned nodes.
 
     `required` are ComfyUI's own requirements. `recipes` has the current version and the default profile of each
-    kernel's recipe.
+    kernel's recipe, and `recipe_errors` why the recipe of one of the target's kernels cannot be read.
     """
 
     application: Application
@@ -43,6 +44,7 @@ class Inputs:
     model_folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
     required: Sequence[str] = ()
     recipes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    recipe_errors: Sequence[HearthError] = ()
     proofs: Sequence[Proof] = ()
 
     @property
@@ -75,6 +77,7 @@ def gather(target: Target) -> Inputs:
             f"nodes were changed but not resolved: {', '.join(stale)}",
             hint="run inv lock, then the same command again",
         )
+    known_recipes, recipe_errors = _recipes(target)
     return Inputs(
         application=app,
         flags=applications.flags(applications.text(tree, "comfy/cli_args.py")),
@@ -84,23 +87,29 @@ def gather(target: Target) -> Inputs:
         nodes=chosen,
         model_folders=applications.model_folders(applications.text(tree, "folder_paths.py")),
         required=requirements.required(app, known),
-        recipes=_recipes(target),
+        recipes=known_recipes,
+        recipe_errors=recipe_errors,
         proofs=proofs.read(target),
     )
 
 
-def _recipes(target: Target) -> dict[str, tuple[str, str]]:
-    """The current version and default profile of a target's kernels. A bundle has one wheel of each, and no recipe."""
+def _recipes(target: Target) -> tuple[dict[str, tuple[str, str]], list[HearthError]]:
+    """The current version and default profile of a target's kernels, and the errors of their recipes.
+
+    A bundle has one wheel of each, and no recipe.
+    """
     kernels = target.profile.kernels
     if not kernels or workspace.current().bundled:
-        return {}
-    known = recipes()
-    for name, error in broken().items():
-        if name in kernels and name not in known:
-            raise error
-        console.say(f"the recipe of {name} is not valid, and not used: {error.what}")
-    chosen = {name: for_stack(same, target.stack) for name, same in known.items() if name in kernels}
-    return {name: (recipe.version, recipe.default_profile) for name, recipe in chosen.items()}
+        return {}, []
+    try:
+        valid, invalid = known()
+    except UsageError as error:  # a folder of $HEARTH_RECIPES may have any of them
+        return {}, [error]
+    errors = {name: each for name, each in invalid.items() if name in kernels and name not in valid}
+    for name in sorted(invalid.keys() - errors.keys()):
+        console.say(f"the recipe of {name} is not valid, and not used: {invalid[name].what}")
+    chosen = {name: for_stack(same, target.stack) for name, same in valid.items() if name in kernels}
+    return {name: (recipe.version, recipe.default_profile) for name, recipe in chosen.items()}, list(errors.values())
 
 
 def _refuse_known_bad(target: Target, chosen: Mapping[str, Node]) -> None:

@@ -84,7 +84,7 @@ def make(target: Target, facts: Facts, inputs: Inputs, options: Options) -> Plan
     """The plan for a deploy."""
     selection, found = choose(target, facts, inputs)
     lacking, notes = _system(facts, inputs)
-    found += refusals.undeployable(target, facts) + lacking
+    found += release_refusals.recipes(inputs) + refusals.undeployable(target, facts) + lacking
     if selection is None:
         return Plan.of(facts, (), found, release="")
     wanted = releases.manifest(selection, facts.prefix)

@@ -41,6 +41,11 @@ NEEDS_ROOM = 1.2
 """A new environment's peak size relative to its final size: downloads exist next to the hard-linked packages."""
 
 
+def recipes(inputs: Inputs) -> list[Refusal]:
+    """The recipe of a kernel cannot be read: the wheelhouse's wheels cannot be compared with its version."""
+    return [Refusal("recipe", each.what, each.hint or "correct the recipe") for each in inputs.recipe_errors]
+
+
 def gpu(target: Target, facts: Facts) -> list[Refusal]:
     """The GPU or its driver does not fit the profile."""
     stack, profile = target.stack, target.profile

@@ -35,6 +35,7 @@ from core.errors import (
 from core.stack import Platform, find_stack
 from deploy import connection
 from deploy.look import find_target
+from kernels.recipe import folders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -69,8 +70,9 @@ def build(name: str, asked: Mapping[str, Any], *, force: bool) -> list[Manifest]
     `asked` are its flags with their values; True is a flag without one. Raises connection errors, and HostError, also
     for a wheel that was not requested.
     """
+    folders()  # raises what the host would report only minutes later
     if asked.get("arch"):
-        parse_list(asked["arch"], known_archs())  # the host would reject a wrong one only minutes later
+        parse_list(asked["arch"], known_archs())
     target = find_target(name)
     if not target.host.address:
         raise UsageError("usage", f"{name} is this machine", hint="omit --host")

@@ -135,6 +135,8 @@ def unseen(target: Target, inputs: Inputs, platform: str, python: str, nothing: 
         raise refused(nothing, [refusals.no_lock(platform, python, inputs)])
     if found := refusals.uncovered(target, inputs, inputs.locks[platform, python]):
         raise refused(nothing, found)
+    if found := refusals.recipes(inputs):
+        raise refused(nothing, found)
     wheels = [find_wheel(inputs, kernel, target, platform, python) for kernel in target.profile.kernels]
     if missing := [wheel for wheel in wheels if isinstance(wheel, Refusal)]:
         raise refused("kernel wheels are missing", missing)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ninja.ninja_syntax import Writer
 
 from core import files, workspace
-from core.errors import ConfigError, HearthError
+from core.errors import ConfigError, HearthError, UsageError
 from kernels import compat
 from kernels import toolchain as toolchains
 from kernels.source import HEADERS
@@ -29,8 +29,15 @@ if TYPE_CHECKING:
 
 
 def root() -> Path:
-    """The folder where ninja runs. All paths in the ninja file are relative to it."""
-    return workspace.current().cache / "build"
+    """The folder where ninja runs. All paths in the ninja file are relative to it.
+
+    Raises UsageError where they would lead elsewhere.
+    """
+    place = workspace.current().cache / "build"
+    if Path(os.path.realpath(place)).parent != Path(os.path.realpath(place.parent)):
+        what, hint = f"{place} is a link to another folder", "link the whole cache instead, or set HEARTH_CACHE"
+        raise UsageError("usage", what, cause="compile commands contain ../toolchains", hint=hint)
+    return place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +134,9 @@ _RULES = {
 }
 _COMPILES = ("nvcc", "cxx")
 # The objects of all archs into one; where that is impossible, one compile for all of them.
-_RULES["merge"] = f"$python $merge $cxx $out $in || {_RULES['nvcc'].replace('$in', '$source')}"
+_RULES["merge"] = f"{{ $python $merge $cxx $out $in || {_RULES['nvcc'].replace('$in', '$source')}; }}"
+# Each command records what it wrote, for `run`.
+_RULES = {name: f"{body} && sha256sum $out > $out.sha256" for name, body in _RULES.items()}
 
 
 def _module_output(build: Build, module: Module) -> str:
@@ -180,8 +189,8 @@ def _kernel_edges(build: Build, module: Module, source: str) -> list[Edge]:
         return [edge]
     singles = [each for single in build.singles.values() for each in _kernel_edges(single, module, source)]
     more = {
-        "python": f"{sys.executable} -IS",
-        "merge": str(files.CHECKOUT / "kernels/merge.py"),
+        "python": f"{_quoted(sys.executable)} -IS",
+        "merge": _quoted(str(files.CHECKOUT / "kernels/merge.py")),
         "source": edge.inputs[0],
     }
     inputs = [each.output for each in singles]
@@ -200,8 +209,12 @@ def _binding_edge(build: Build, module: Module, source: str) -> Edge:
 
 def _words(flags: Sequence[str]) -> Iterator[str]:
     """Flags of a recipe as ninja and its shell read them."""
-    for flag in flags:
-        yield shlex.quote(flag).replace("$", "$$")
+    yield from map(_quoted, flags)
+
+
+def _quoted(word: str) -> str:
+    """A word of a command, quoted for the shell and for ninja."""
+    return shlex.quote(word).replace("$", "$$")
 
 
 def _defines(build: Build, module: Module, *, python: bool) -> list[str]:
@@ -227,8 +240,7 @@ def _compile_edge(rule: str, build: Build, source: str, output: str, variables: 
 
 
 def _cxx(build: Build) -> str:
-    """The compiler, quoted for the shell and for ninja."""
-    return shlex.quote(build.toolchain.cxx).replace("$", "$$")
+    return _quoted(build.toolchain.cxx)
 
 
 def _view(build: Build) -> str:

@@ -9,9 +9,11 @@ import os
 import zlib
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import packaging
 from packaging.specifiers import SpecifierSet
 
 from core import arch as archs
@@ -163,9 +165,10 @@ class Build:
         return {
             "builder": BUILDER,
             "source": _tree(recipe),
+            "origins": [[each.name, each.version, _origin(each)] for each in (recipe, *recipe.extra)],
             "extra": [[each.into, _tree(each)] for each in recipe.extra],
             "generate": [[each.script, each.args, each.tree] for each in recipe.generate],
-            "patches": [files.sha256(recipe.path / "patches" / patch.file) for patch in patches],
+            "patches": [[patch.file, files.sha256(recipe.path / "patches" / patch.file)] for patch in patches],
             "headers": files.tree_hash(recipe.path / recipe.headers) if recipe.headers else "",
             "include": recipe.include,
             "flags": {"cxx": recipe.flags.cxx, "nvcc": recipe.flags.nvcc},
@@ -191,6 +194,7 @@ class Build:
             "python": chain.python,
             "toolchain": dict(chain.parts),
             "zlib": _zlib(),
+            "writers": _writers(),
         }
 
     @cached_property
@@ -203,6 +207,20 @@ def _tree(source: Pinned) -> str:
     """The hash of a source: its pin, or that of the recipe's own folder."""
     own = source.source[0].folder
     return files.tree_hash(source.path / own) if own else source.tree
+
+
+def _origin(source: Pinned) -> dict[str, str]:
+    """Where a source is from, as the SBOM names it."""
+    found: dict[str, str] = msgspec.to_builtins(source.source[0])
+    return found
+
+
+@cache
+def _writers() -> list[str]:
+    """The libraries that write METADATA, the SBOM and the platform tag. importlib.metadata would take 8 ms."""
+    names = ("auditwheel-", "cyclonedx_python_lib-", "packageurl_python-", "packaging-")
+    site = Path(packaging.__file__).parent.parent
+    return sorted(each.stem for each in site.glob("*.dist-info") if each.name.startswith(names))
 
 
 @cache
@@ -258,8 +276,9 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
         console.say(stack.notice)
     # Every comma-separated name is looked up, so that a mistyped one is an error.
     names = _listed(request.kernel)
+    known, broken = ({}, {}) if names else recipes_of.known()
     chosen = {name: recipes_of.find_recipes(name) for name in names} or {
-        name: same for name, same in recipes_of.recipes().items() if any(recipe.default for recipe in same)
+        name: same for name, same in known.items() if any(recipe.default for recipe in same)
     }
     profiles = {name for same in chosen.values() for recipe in same for name in recipe.profiles}
     if request.profile and request.profile not in profiles:
@@ -270,7 +289,6 @@ def select(request: Request, describe: Describe = toolchains.describe) -> tuple[
         )
     suited = [recipes_of.for_stack(same, stack) for same in chosen.values()]
     builds: dict[str, Build] = {}
-    broken = {} if names else recipes_of.broken()
     skipped = [Skipped(f"the recipe of {name}", name, why) for name, why in broken.items()]
     notes: dict[str, None] = {}
     for platform, group in _groups(request):

@@ -79,5 +79,5 @@ def ask(program: str, version: str) -> list[str] | None:
         return None
     code = "import sys, sysconfig as s; print(sys._base_executable, sys.version.split()[0], s.get_path('include'),"
     code += " any(map(s.get_config_var, ('Py_GIL_DISABLED', 'Py_DEBUG'))) or '', sep='\\n')"
-    *answer, other = shell.run([program, "-ISc", code], check=False).stdout.split("\n")[:4] or [""]
+    *answer, other = tools.build(program, "-ISc", code, check=False).stdout.split("\n")[:4] or [""]
     return answer if len(answer) == 3 and not other and answer[1].startswith(f"{version}.") else None

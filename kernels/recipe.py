@@ -212,7 +212,8 @@ def folders() -> list[Path]:
     extra = [Path(each).absolute() for each in os.environ.get("HEARTH_RECIPES", "").split(os.pathsep) if each]
     for folder in extra:
         if not any(folder.glob("*/recipe.toml")):
-            hint = f"use its parent folder: {folder.parent}" if (folder / "recipe.toml").exists() else ""
+            own = (folder / "recipe.toml").exists()
+            hint = f"use its parent folder: {folder.parent}" if own else "correct the variable, or unset it"
             raise UsageError("usage", f"HEARTH_RECIPES: {folder} has no folder with a recipe.toml", hint=hint)
     return [CHECKOUT / "recipes", *extra]
 
@@ -303,17 +304,18 @@ def _canonical(version: str) -> bool:
         return False
 
 
-def recipes() -> dict[str, list[Recipe]]:
-    """All valid kernel recipes, by name. Several of a name are for different stacks.
+def known() -> tuple[dict[str, list[Recipe]], dict[str, ConfigError]]:
+    """All valid kernel recipes, by name, and the errors of the others, which keep no other kernel from being built.
 
-    Those in a later folder replace all of their name in earlier ones.
+    Several of a name are for different stacks. Those in a later folder replace all of their name in earlier ones.
     """
-    return {found[0].name: found for found in _load()[0].values() if not isinstance(found, ConfigError)}
+    found, errors = _load()
+    return {each[0].name: each for each in found.values() if not isinstance(each, ConfigError)}, errors
 
 
-def broken() -> dict[str, ConfigError]:
-    """The errors of recipes that are not valid, by name. They keep no other kernel from being built."""
-    return _load()[1]
+def recipes() -> dict[str, list[Recipe]]:
+    """All valid kernel recipes, by name."""
+    return known()[0]
 
 
 def find_recipes(name: str) -> list[Recipe]:

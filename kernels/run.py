@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack
+import shutil
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from core.errors import DISK_FULL, BuildError, HearthError
 from kernels.graph import root
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from kernels.graph import Graph
 
@@ -32,6 +33,7 @@ def run(graph: Graph, jobs: int, lock: int, complete: Callable[[str], None]) -> 
     place = root()
     files.write(place / "build.ninja", graph.text)
     argv = [str(Path(ninja.BIN_DIR) / "ninja"), "-j", str(jobs), "-k", "0"]
+    _discard(graph.edges, place)
     pending = _pending(argv, place)
     left = {build: outputs & pending for build, outputs in graph.outputs.items()}
     failed: dict[str, str] = {}
@@ -69,6 +71,20 @@ def log(build: str) -> Path:
     place = root() / "logs" / f"{build}.txt"
     place.parent.mkdir(parents=True, exist_ok=True)
     return place
+
+
+def _discard(outputs: Iterable[str], place: Path) -> None:
+    """Delete the outputs that are not what their command wrote, or are newer than now; ninja compares only times.
+
+    They may be damaged by a power cut or another program, or be from a time when the clock was wrong.
+    """
+    now = (place / "build.ninja").stat().st_mtime  # by the clock of this file system
+    for path in (place / each for each in outputs):
+        if path.is_file() and path.stat().st_mtime <= now:
+            with suppress(OSError, UnicodeError, IndexError):
+                if path.with_name(f"{path.name}.sha256").read_text().split()[0] == files.sha256(path):
+                    continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _pending(argv: Sequence[str], place: Path) -> set[str]:

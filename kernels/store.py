@@ -93,7 +93,7 @@ def _is_current(manifest: Manifest) -> bool:
 
 def _recipe_inputs(inputs: dict[str, Any]) -> str:
     """The inputs without the toolchain: a wheel built on a host had that machine's compiler."""
-    return json.dumps({**inputs, "toolchain": {}, "zlib": ""}, sort_keys=True)
+    return json.dumps({**inputs, "toolchain": {}, "zlib": "", "writers": []}, sort_keys=True)
 
 
 def summary(found: Sequence[Entry]) -> list[dict[str, Any]]:

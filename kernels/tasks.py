@@ -213,12 +213,11 @@ def list_kernels(_: Context, *, out: Output) -> None:
 
         inv kernels
     """
-    from kernels import listing
-    from kernels.recipe import broken
+    from kernels import listing, recipe
 
     found = listing.support()
     console.show(found, listing.support_rows(found), as_json=out.json)
-    for name, error in broken().items():
+    for name, error in recipe.known()[1].items():
         console.say(f"the recipe of {name} is not valid: {error}")
 
 

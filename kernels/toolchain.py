@@ -6,10 +6,14 @@ second. `assemble` installs missing parts into the cache.
 
 from __future__ import annotations
 
+import base64
+import csv
 import hashlib
 import json
 import os
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from core import files, lockfile, shell, tools, workspace
 from core import source as sources
-from core.errors import HearthError, SupportError, ToolError
+from core.errors import HearthError, SourceError, SupportError, ToolError
 from core.stack import Platform, Stack, stacks
 from kernels import compat, pythons
 
@@ -222,13 +226,15 @@ def _host_compiler(stack: Stack, platform: Platform) -> tuple[str, str]:
             cause=f"crt/host_config.h of CUDA {stack.cuda} accepts GCC up to {stack.gcc}",
             hint=f"apt-get install g++-{stack.gcc}, then run the same command again with CXX=g++-{stack.gcc}",
         )
-    version = tools.build(name, "--version").stdout.splitlines()[0]
-    linker = tools.build(name, "-Wl,--version", check=False).stdout.splitlines()
-    # CXX may be a script that adds flags, and distributions patch programs without changing their versions. GCC takes
-    # the assembler and the linker from PATH.
-    programs = [name, *(tools.build(name, f"-print-prog-name={each}").stdout.strip() for each in _GCC_PROGRAMS)]
-    identity = _digest([files.sha256(Path(shell.find(each))) for each in programs if shell.which(each)])[:16]
-    return name, f"{version}; {identity}; {linker[0] if linker else 'unknown linker'}; glibc {'.'.join(glibc)}"
+    questions = ["--version", "-Wl,--version", *(f"-print-prog-name={each}" for each in _GCC_PROGRAMS)]
+    with ThreadPoolExecutor() as pool:  # most of the time of a cache hit that is not Python's start
+        answers = pool.map(lambda each: tools.build(name, each, check=each != "-Wl,--version").stdout, questions)
+        version, linker, *programs = (answer.strip().partition("\n")[0] for answer in answers)
+        # CXX may be a script that adds flags, and distributions patch programs without changing their versions. GCC
+        # takes the assembler and the linker from PATH.
+        found = [Path(shell.find(each)) for each in (name, *programs) if shell.which(each)]
+        identity = _digest([*pool.map(files.sha256, found)])[:16]
+    return name, f"{version}; {identity}; {linker or 'unknown linker'}; glibc {'.'.join(glibc)}"
 
 
 _GCC_PROGRAMS = ("cc1plus", "as", "ld", "objcopy")
@@ -295,11 +301,14 @@ def assemble(toolchain: Toolchain) -> None:
     """Install missing parts of the toolchain into the cache, and create the symlinks that compile commands use."""
     stack, platform = toolchain.stack, toolchain.platform
     site = install_stack(stack, platform, toolchain.python)
-    cuda = _system_cuda(toolchain) if toolchain.cuda_home else next(install_compiler(stack).glob("nvidia/cu*"))
+    compiler = install_compiler(stack)
+    for each in (site, compiler):
+        _check_installed(each)
+    cuda = _system_cuda(toolchain, compiler) if toolchain.cuda_home else next(compiler.glob("nvidia/cu*"))
     view = toolchain.view
     _link(view / "nvcc", cuda)
     # Any Python version's install works here: torch's headers and CUDA's files are the same for all.
-    if not (view / "torch").exists():
+    if not ((view / "torch").exists() and (view / "nvidia").exists()):
         _link(view / "torch", site / "torch")
         _link(view / "nvidia", site / "nvidia")
     _link(toolchain.site, site)
@@ -334,16 +343,42 @@ def _repair(site: Path) -> None:
         _link(runtime.parent.with_name("lib64"), Path("lib"))
 
 
-def _system_cuda(toolchain: Toolchain) -> Path:
+def _check_installed(site: Path) -> None:
+    """Compare headers and the compiler's programs with their packages; raises SourceError. The key names these.
+
+    Files that are as old and as large as at the installation are not hashed: there are 14,000. Libraries are left out:
+    no byte of them is in a wheel.
+    """
+    installed = site.stat().st_mtime
+    for record in site.glob("*.dist-info/RECORD"):
+        with record.open(newline="", encoding="utf-8") as lines:
+            for name, digest, size in csv.reader(lines):
+                if digest and re.search("/(bin|include|nvvm)/", name):
+                    path = site / name
+                    with suppress(OSError):
+                        found = path.stat()
+                        if found.st_size == int(size) and (found.st_mtime <= installed or _recorded(path) == digest):
+                            continue
+                    what = f"{path} is not the file of its package"
+                    hint = f"delete {site}, then run the same command again: it is downloaded again"
+                    raise SourceError("hash-mismatch", what, cause="the cache was edited or damaged", hint=hint)
+
+
+def _recorded(path: Path) -> str:
+    """The hash of a file as RECORD has it."""
+    digest = base64.urlsafe_b64encode(bytes.fromhex(files.sha256(path))).decode()
+    return f"sha256={digest.rstrip('=')}"
+
+
+def _system_cuda(toolchain: Toolchain, headers: Path) -> Path:
     """Link the system's compiler programs into a separate tree, with a profile that finds no system headers.
 
-    The system's nvcc may come with headers of another version; the build uses the stack's locked headers.
+    The system's nvcc may come with headers of another version; the build uses the stack's locked `headers`.
     """
     home = Path(toolchain.cuda_home)
     place = workspace.current().cache / "installed" / f"system-nvcc-{_digest(dict(toolchain.parts)['cuda'])[:12]}"
     if place.is_dir():
         return place
-    headers = install_compiler(toolchain.stack)
     with files.atomic_dir(place) as part:
         (part / "bin").mkdir()
         (part / "nvvm/bin").mkdir(parents=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shlex
 import socket
@@ -19,10 +20,11 @@ import pytest
 from packaging.metadata import Metadata
 from packaging.utils import parse_wheel_filename
 
-from core import files
+from core import files, version
 from kernels import graph
 from kernels.matrix import Request, select
 from tests.conftest import Hearth
+from tests.errors import kind_of
 
 pytestmark = [pytest.mark.toolchain, pytest.mark.needs("g++", "aarch64-linux-gnu-g++", "qemu-aarch64-static")]
 
@@ -77,6 +79,10 @@ def test_wheel_contains_the_requested_sass_and_imports(built: Hearth, arch: str,
     assert how in imported["detail"]
     assert "2.14.1+cu130" in imported["detail"]
     assert found["sha256"] == files.sha256(built.wheelhouse / WHEELS[arch])
+    hearth, own = found["hearth"], version.own()
+    assert isinstance(hearth, dict)
+    assert own.commit
+    assert (hearth["version"], hearth["commit"]) == (own.version, own.commit)
 
 
 def test_wheel_format_is_valid(built: Hearth, tmp_path: Path) -> None:
@@ -118,6 +124,22 @@ def test_second_build_is_a_cache_hit(built: Hearth) -> None:
     assert "in the wheelhouse" in plan.stdout
 
 
+@pytest.mark.needs("unshare")
+def test_read_only_folders_serve_existing_wheels_and_refuse_a_build_at_once(built: Hearth) -> None:
+    folders = (built.cache, built.wheelhouse)
+    mounts = [f"mount --bind {path} {path} && mount -o remount,ro,bind {path}" for path in folders]
+    own = [] if os.geteuid() == 0 else ["--map-root-user"]
+    for more, status in ((), 0), (("--force",), 69):
+        inner = " && ".join([*mounts, f"exec {shlex.join(built.command(*BUILD, '--arch', '8.9', *more))}"])
+        argv = ["unshare", "--mount", *own, "sh", "-c", inner]
+        done = subprocess.run(
+            argv, cwd=files.CHECKOUT, env=built.environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status, done.stderr
+        assert "inspecting" not in done.stderr
+    assert kind_of(done.stderr) == "not-writable"
+
+
 HOSTILE = {
     "NVCC_APPEND_FLAGS": "-Xptxas -O0 -lineinfo",
     "NVCC_PREPEND_FLAGS": "-DNDEBUG -O0",
@@ -131,6 +153,17 @@ HOSTILE = {
     "PYTHONPATH": "{place}",
     "SOURCE_DATE_EPOCH": "1",
     "LANG": "de_DE.UTF-8",
+    "LC_ALL": "tr_TR.UTF-8",
+    "TZ": "Asia/Kathmandu",
+    "C_INCLUDE_PATH": "{place}",
+    "GCC_EXEC_PREFIX": "/nowhere/",
+    "DEPENDENCIES_OUTPUT": "{place}/dependencies",
+    "CXXFLAGS": "-O0 -DNDEBUG",
+    "LDFLAGS": "-Wl,-rpath,/nowhere",
+    "CUDA_HOME": "/nowhere",
+    "LD_LIBRARY_PATH": "{place}",
+    "PYTHONHASHSEED": "7",
+    "PYTHONOPTIMIZE": "2",
 }
 
 
@@ -139,7 +172,11 @@ def test_another_place_and_environment_give_the_same_bytes(built: Hearth, tmp_pa
     (other.place / "Python.h").write_text("#error a header of the environment\n")
     (other.place / "torch.py").write_text("raise RuntimeError('a module of the environment')\n")
     env = {name: value.format(place=other.place) for name, value in HOSTILE.items()}
-    done = other.inv(*BUILD, "--arch", "8.9;12.1", "--jobs", "1", **env)
+    usual = os.umask(0o077)
+    try:
+        done = other.inv(*BUILD, "--arch", "8.9;12.1", "--jobs", "1", **env)
+    finally:
+        os.umask(usual)
     assert done.returncode == 0, done.stderr
     for name in WHEELS.values():
         assert (other.wheelhouse / name).read_bytes() == (built.wheelhouse / name).read_bytes()
@@ -154,6 +191,20 @@ def test_editing_one_source_rebuilds_one_file(built: Hearth) -> None:
         steps = [line.rpartition("/")[2] for line in done.stderr.splitlines() if line.startswith("[")]
         assert steps == ["scale.cu", "_scale.so"]
         assert ((built.wheelhouse / WHEELS["8.9"]).read_bytes() == before) == (new == "*= factor")
+
+
+def test_a_damaged_module_in_the_cache_is_linked_again(built: Hearth) -> None:
+    """Its time says that it is up to date, and the inspection cannot know its bytes."""
+    wheel = built.wheelhouse / WHEELS["8.9"]
+    (module,) = built.cache.glob("build/tiny-sm89-*/cp311-*/tiny/_scale.so")
+    before, code = wheel.read_bytes(), module.read_bytes()
+    module.write_bytes(code.replace(b"_scale", b"_SCALE"))
+    wheel.unlink()
+    done = built.inv(*BUILD, "--arch", "8.9")
+    assert done.returncode == 0, done.stderr
+    steps = [line.rpartition("/")[2] for line in done.stderr.splitlines() if line.startswith("[")]
+    assert steps == ["_scale.so"]
+    assert (wheel.read_bytes(), module.read_bytes()) == (before, code)
 
 
 def test_another_python_shares_the_kernel_objects(built: Hearth, monkeypatch: pytest.MonkeyPatch) -> None:

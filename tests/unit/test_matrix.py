@@ -8,6 +8,7 @@ import stat
 import sys
 import zlib
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from core import console
 from core.arch import Arch, LocalGpu
 from core.errors import SupportError
 from core.stack import Platform, find_stack
-from kernels import graph, matrix, pythons, recipe
+from kernels import graph, matrix, pythons, recipe, sbom
 from kernels.matrix import Request, select
 from tests.conftest import FIXTURES, Hearth
 from tests.errors import kind_of, raises
@@ -237,6 +238,22 @@ def test_the_key_has_the_zlib_that_compresses(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
     matrix._zlib.cache_clear()
     assert replace(build).key == first
+
+
+def test_the_key_has_the_origin_that_the_sbom_names() -> None:
+    """Several origins have the same tree."""
+    (build,), _ = select(Request(arch="8.9", kernel="sageattention", python="3.11"))
+    mirror = msgspec.structs.replace(build.recipe.source[0], git="https://example.org/mirror")
+    other = replace(build, recipe=msgspec.structs.replace(build.recipe, source=(mirror,)))
+    assert b"example.org/mirror" in sbom.write(other)
+    assert other.inputs["source"] == build.inputs["source"]
+    assert other.key != build.key
+
+
+def test_the_key_has_the_libraries_that_write_a_wheel() -> None:
+    (build,), _ = select(Request(arch="8.9", kernel="sageattention", python="3.11"))
+    names = ("auditwheel", "cyclonedx-python-lib", "packageurl-python", "packaging")
+    assert build.inputs["writers"] == [f"{name.replace('-', '_')}-{version(name)}" for name in names]
 
 
 def test_key_covers_every_build_input(hearth: Hearth) -> None:

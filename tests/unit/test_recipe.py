@@ -146,14 +146,30 @@ def test_a_broken_recipe_stops_only_a_deploy_of_its_kernel(broken: Path, monkeyp
     monkeypatch.setattr(console, "say", said.append)
     target = plans.spark()
 
-    def needed(*kernels: str) -> dict[str, tuple[str, str]]:
+    def needed(*kernels: str) -> tuple[set[str], list[str]]:
         profile = msgspec.structs.replace(target.profile, kernels=kernels)
-        return inputs._recipes(replace(target, profile=profile))
+        known, errors = inputs._recipes(replace(target, profile=profile))
+        return set(known), [each.kind for each in errors]
 
-    assert set(needed("sageattention", "good")) == {"sageattention", "good"}
+    assert needed("sageattention", "good") == ({"sageattention", "good"}, [])
     assert [each for each in said if str(broken) in each]
-    with raises("config", match=str(broken)):
-        needed("sageattention", "tiny")
+    assert needed("sageattention", "tiny") == ({"sageattention"}, ["config"])
+
+
+def test_a_folder_without_recipes_stops_a_deploy_of_kernels_and_no_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a share that is not mounted, and any kernel's recipe may be in it."""
+    monkeypatch.setenv("HEARTH_RECIPES", str(tmp_path / "share"))
+    target = plans.spark()
+    known, errors = inputs._recipes(target)
+    assert (known, [each.kind for each in errors]) == ({}, ["usage"])
+    without = replace(target, profile=msgspec.structs.replace(target.profile, kernels=()))
+    assert inputs._recipes(without) == ({}, [])
+    given = replace(plans.inputs(), recipe_errors=errors)
+    planned = plans.made(stock=given)
+    assert [each.kind for each in planned.refusals] == ["recipe"]
+    assert not planned.steps
 
 
 def test_a_broken_recipe_does_not_reveal_the_one_that_it_replaces(

@@ -202,6 +202,14 @@ def test_invalid_arch_is_refused_before_connecting(build: Any) -> None:
         build([], arch="sm_121a")
 
 
+def test_a_folder_without_recipes_is_refused_before_connecting(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEARTH_RECIPES", str(tmp_path))
+    with raises("usage", match=str(tmp_path)):
+        build([], arch="8.9")
+
+
 def test_the_same_checkout_is_the_same_archive(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = remote_build._pack()
     monkeypatch.setattr(time, "time", lambda: 2e9)

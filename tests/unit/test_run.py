@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import os
+import time
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +99,65 @@ def test_a_graph_that_ninja_refuses_is_no_finished_build(
     with raises("compile", match="ninja failed"):
         run(replace(GRAPH, text=text, outputs={"build": {"a"}}), 1, 0, completed.append)
     assert not completed
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def _overwrite(path: Path) -> None:
+    path.write_text("wrote")
+
+
+def _replace_by_a_folder(path: Path) -> None:
+    path.unlink()
+    (path / "inner").mkdir(parents=True)
+
+
+def _date_tomorrow(path: Path) -> None:
+    os.utime(path, (time.time() + 86_400,) * 2)
+
+
+def _forget(path: Path) -> None:
+    path.with_name(f"{path.name}.sha256").unlink()
+
+
+def _truncate_record(path: Path) -> None:
+    path.with_name(f"{path.name}.sha256").write_text("")
+
+
+def _keep(_: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "ran"),
+    [
+        (_truncate, 2),
+        (_overwrite, 2),
+        (_replace_by_a_folder, 2),
+        (_date_tomorrow, 2),
+        (_forget, 2),
+        (_truncate_record, 2),
+        (_keep, 1),
+    ],
+)
+def test_an_object_that_its_command_did_not_write_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], ran: int
+) -> None:
+    """Ninja compares only times: it takes what a crash, another program or a wrong clock left."""
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path))
+    place = tmp_path / "build"
+    place.mkdir()
+    (place / "a.cpp").write_text("right")
+    command = "echo ran >> runs && cp $in $out && sha256sum $out > $out.sha256"
+    text = f"rule cxx\n  command = {command}\n  description = cxx $out\nbuild a.o: cxx a.cpp\n"
+    for _ in range(2):
+        assert run(replace(GRAPH, text=text, outputs={"build": {"a.o"}}), 1, 0, lambda _: None) == {}
+        assert (place / "a.o").read_text() == "right"
+        assert (place / "runs").read_text().count("ran") in (1, ran)
+        change(place / "a.o")
+    assert (place / "runs").read_text().count("ran") == ran
 
 
 def test_a_step_ends_with_the_line_of_the_next() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +143,23 @@ def test_the_configuration_of_a_launcher_chooses_no_program(
     assert (tmp_path / "a.o").exists()
 
 
+@pytest.mark.needs("g++", "ccache")
+def test_the_configuration_of_a_launcher_weakens_no_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["sloppiness = time_macros", "compiler_check = none", "depend_mode = true", "hard_link = true"]
+    settings += ["compiler_type = gcc", "ignore_options = -D*", "hash_dir = true", f"cache_dir = {tmp_path}/objects"]
+    (tmp_path / "ccache.conf").write_text("\n".join(settings))
+    monkeypatch.setenv("CCACHE_CONFIGPATH", str(tmp_path / "ccache.conf"))
+    shown = tools.build("ccache", "--show-config").stdout.splitlines()
+    assert [line for line in shown if line.startswith(f"({tmp_path}")] == [
+        f"({tmp_path}/ccache.conf) cache_dir = {tmp_path}/objects"
+    ]
+    (tmp_path / "a.cpp").write_text("int a;")
+    for _ in range(2):
+        (tmp_path / "a.o").unlink(missing_ok=True)
+        tools.build("ccache", "g++", "-c", "a.cpp", "-o", "a.o", cwd=tmp_path)
+        assert (tmp_path / "a.o").stat().st_nlink == 1
+
+
 def test_a_debug_or_free_threaded_python_is_passed_over(script: Script) -> None:
     """Their ABI is another one, and no name of a wheel or module would say so."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -221,6 +241,40 @@ def test_a_relative_cache_folder_of_xdg_is_ignored(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("HEARTH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert workspace.current().cache == Path.home() / ".cache/hearth"
+
+
+def test_the_cache_may_be_a_link_and_its_build_folder_may_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile commands contain ../toolchains, which the kernel resolves from the real folder."""
+    (tmp_path / "disk/build").mkdir(parents=True)
+    (tmp_path / "cache").symlink_to("disk")
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
+    assert graph.root() == tmp_path / "cache/build"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/build").symlink_to("../disk/build")
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "other"))
+    with raises("usage", match=str(tmp_path / "other/build")):
+        graph.root()
+
+
+@pytest.mark.parametrize("name", ["torch/include/a.h", "nvidia/cu13/bin/ptxas", "torch/lib/a.so"])
+@pytest.mark.parametrize("content", [b"edited", None, b"0" * 21, b"0" * 17])  # two as long as the originals
+def test_an_edited_header_or_compiler_in_the_cache_is_not_used(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    lines = []
+    for each in ("torch/include/a.h", "nvidia/cu13/bin/ptxas", "torch/lib/a.so"):
+        (tmp_path / each).parent.mkdir(parents=True)
+        (tmp_path / each).write_text(each)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(each.encode()).digest()).decode().rstrip("=")
+        lines.append(f"{each},sha256={digest},{len(each)}\n")
+    (tmp_path / "torch-2.dist-info").mkdir()
+    (tmp_path / "torch-2.dist-info/RECORD").write_text("".join([*lines, "torch-2.dist-info/RECORD,,\n"]))
+    toolchain._check_installed(tmp_path)
+    (tmp_path / name).unlink()
+    if content:
+        (tmp_path / name).write_bytes(content)
+    with nullcontext() if name.endswith(".so") else raises("hash-mismatch", match=name):
+        toolchain._check_installed(tmp_path)
 
 
 def test_a_program_without_permission_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

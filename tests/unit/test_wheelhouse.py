@@ -31,6 +31,7 @@ from kernels.toolchain import Toolchain
 from tests import plans
 from tests.conftest import FIXTURES, Hearth
 from tests.errors import kind_of, raises
+from tests.kills import killer
 
 ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 TARGETS = {"8.0": "80", "8.6": "86", "8.9": "89", "9.0": "90a", "10.0": "100a", "12.0": "120a"}
@@ -310,6 +311,57 @@ def flat(folder: Path, scratch: Path, *builds: matrix.Build) -> list[Manifest]:
         (folder / f"{found.file}.json").write_text(manifest.encode(found))
         listed.append(found)
     return listed
+
+
+@pytest.mark.parametrize("end", ["", ".json"])
+def test_a_folder_in_the_place_of_a_wheel_is_kept_and_named(tmp_path: Path, end: str) -> None:
+    house, one = Wheelhouse(tmp_path / "house"), build("8.9")
+    path, found = make(one, tmp_path)
+    folder = house.folder / found.index / f"{found.file}{end}"
+    (folder / "mine").mkdir(parents=True)
+    assert house.find(one.index, one.wheel_pattern, one.key) is None
+    assert not house.verify()
+    assert not house.wheels()
+    with raises("not-writable", match=re.escape(str(folder))):
+        house.admit(path, found)
+    folder.rename(tmp_path / "moved")
+    house.admit(path, found)
+    assert house.find(one.index, one.wheel_pattern, one.key) == found
+
+
+def test_a_killed_admission_leaves_the_old_wheel_the_new_one_or_none(tmp_path: Path) -> None:
+    """The new wheel has the name and the size of the old one, and another key."""
+    house, one = Wheelhouse(tmp_path / "house"), build("8.9")
+    path, old = make(one, tmp_path)
+    changed = tmp_path / "changed" / path.name
+    changed.parent.mkdir()
+    changed.write_bytes(path.read_bytes()[:-1] + b"\1")
+    new = msgspec.structs.replace(old, key="c" * 64, sha256=files.sha256(changed))
+    outcomes: list[tuple[bool, bool]] = []
+    status = -signal.SIGKILL
+    while status == -signal.SIGKILL:
+        shutil.rmtree(house.folder, ignore_errors=True)
+        house.admit(path, old)
+        if (child := os.fork()) == 0:
+            counted, code = killer(len(outcomes)), 1
+            try:
+                for owner, name in ((Path, "replace"), (Path, "unlink"), (shutil, "copyfile"), (os, "fsync")):
+                    setattr(owner, name, counted(getattr(owner, name)))
+                house.admit(changed, new)
+                code = 0
+            finally:
+                os._exit(code)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        found = {each.key: house.find(one.index, one.wheel_pattern, each.key) for each in (old, new)}
+        for each in filter(None, found.values()):
+            assert files.sha256(house.path(each)) == each.sha256
+        outcomes.append((found[old.key] is not None, found[new.key] is not None))
+        house.admit(changed, new)
+        assert house.find(one.index, one.wheel_pattern, new.key) == new
+        assert not list(house.folder.rglob(".*"))
+    assert status == 0
+    assert set(outcomes) == {(True, False), (False, False), (False, True)}
+    assert outcomes == sorted(outcomes, key=lambda each: (not each[0], each[1]))
 
 
 def test_wheels_of_older_versions_are_found_and_moved(tmp_path: Path) -> None:
