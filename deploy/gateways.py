@@ -84,14 +84,20 @@ def members(gateway: Gateway, known: Hosts) -> list[str]:
     return list(dict.fromkeys(host for each in named for host in known.groups.get(each, (each,))))
 
 
-def endpoint(gateway: Gateway, name: str, host: Host) -> str:
+def endpoint(gateway: Gateway, host: Host, known: Hosts) -> str:
     """The address at which the gateway reaches the ComfyUI of a host behind it; empty if it cannot.
 
-    On its own host it uses loopback, where nobody on the network can go around it.
+    On its own machine it uses loopback, where nobody on the network can go around it.
     """
-    own = name == gateway.host
+    own = on_its_machine(gateway, host, known)
     listed = [ipaddress.ip_address(each) for each in host.listen.split(",")]
     return str(next((each for each in listed if each.is_loopback == own and not each.is_unspecified), ""))
+
+
+def on_its_machine(gateway: Gateway, host: Host, known: Hosts) -> bool:
+    """Whether a host is the gateway's own or another entry for the same machine, such as one for each person."""
+    own = known.hosts[gateway.host]
+    return (host.address, host.ssh_port) == (own.address, own.ssh_port)
 
 
 def check_gateways(path: str, known: Hosts) -> None:
@@ -126,14 +132,14 @@ def _check_hosts(place: str, gateway: Gateway, known: Hosts) -> None:
         )
     for each in members(gateway, known):
         listen = known.hosts[each].listen
-        if each == gateway.host and not all(map(_is_loopback, listen.split(","))):
+        if on_its_machine(gateway, known.hosts[each], known) and not all(map(_is_loopback, listen.split(","))):
             raise ConfigError(
                 "config",
                 f"{place}: ComfyUI on {each} listens on {listen}",
                 cause="everybody who reaches that address needs no login: ComfyUI has none",
                 hint=f'listen = "127.0.0.1" for host {each}',
             )
-        if not endpoint(gateway, each, known.hosts[each]):
+        if not endpoint(gateway, known.hosts[each], known):
             raise ConfigError(
                 "config",
                 f"{place} does not reach ComfyUI on {each}",
