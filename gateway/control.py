@@ -13,12 +13,13 @@ from core.errors import UsageError, suggest
 from deploy import connection, refusals
 from deploy import host as hosts
 from deploy.change import Change, change_each
-from deploy.gateways import PERSON
+from deploy.gateways import PERSON, members, on_its_machine
+from deploy.host_rules import EXPORTER
 from deploy.look import find_target
 from deploy.plan import Plan
 from deploy.refusals import Refusal
 from gateway.haproxy import Places, configuration
-from gateway.unit import unit
+from gateway.unit import USER, unit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,29 +52,30 @@ def address(gateway: Gateway) -> str:
     return f"https://{name}{f':{gateway.port}' * (gateway.port != 443)}"
 
 
-def wanted(name: str, gateway: Gateway, prefix: str, service: str) -> dict[str, str]:
-    """The unit and configuration of a gateway."""
-    folder = f"{prefix}/gateway"
+def wanted(name: str, gateway: Gateway, prefix: str, service: str) -> dict[str, Any]:
+    """The unit and configuration of a gateway, and the users that reach each port of ComfyUI on its machine."""
+    folder, known = f"{prefix}/gateway", hosts.hosts()
     places = Places(f"{folder}/secrets", f"/run/{service}-gateway", f"{folder}/secrets/certificate.pem")
+    behind = [known.hosts[each] for each in members(gateway, known)]
+    own = [each for each in behind if on_its_machine(gateway, each, known)]
     return {
-        "unit": unit(name, gateway, service, folder, places.secrets),
-        "configuration": configuration(name, gateway, hosts.hosts(), places),
+        "unit": unit(name, gateway, service, folder, places.secrets, [each.service for each in own]),
+        "configuration": configuration(name, gateway, known, places),
+        "access": {str(each.port): [USER, EXPORTER, each.run_as] for each in own},
     }
 
 
 def plan(name: str, gateway: Gateway, target: Target, facts: Facts, found: Mapping[str, Any]) -> Plan:
     """The plan that puts a gateway in service as configured; `found` is the agent's `agent.look.gateway`."""
-    against = refusals.unsettable(target, facts)
-    if not found["there"]:
-        what = "HAProxy is not installed on the host"
-        against.append(Refusal("no-haproxy", what, "on the host: apt-get install haproxy; systemctl disable haproxy"))
     right = wanted(name, gateway, facts.prefix, target.host.service)
     certificate = found["certificate"]
-    why = [f"its {key} is another" for key in ("unit", "configuration") if found[key] != right[key]]
+    why = [f"its {key} is another" for key in right if found[key] != right[key]]
     if not gateway.certificate and certificate["names"] != sorted(gateway.names):
         why.append("its certificate is for other names")
     elif not gateway.certificate and certificate["renew"]:
         why.append("its certificate ends soon")
+    if not found["guarded"]:
+        why.append("its firewall is not in force")
     if not found["unit"]:
         why = ["there is none"]
     elif not found["active"]:
@@ -95,7 +97,16 @@ def plan(name: str, gateway: Gateway, target: Target, facts: Facts, found: Mappi
         gateway.names,
         gateway.certificate,
     )
-    return Plan.of(facts, [step] if why else [], against, notes)
+    return Plan.of(facts, [step] if why else [], _against(target, facts, found), notes)
+
+
+def _against(target: Target, facts: Facts, found: Mapping[str, Any]) -> list[Refusal]:
+    against = refusals.unsettable(target, facts)
+    for path in found["missing"]:
+        package = {"haproxy": "haproxy", "nft": "nftables"}[path.rpartition("/")[2]]
+        remedy = f"on the host: apt-get install {package}{'; systemctl disable haproxy' * (package == 'haproxy')}"
+        against.append(Refusal("no-program", f"{path} is not installed on the host", remedy))
+    return against
 
 
 def deploy(name: str, options: Options) -> list[Outcome]:
@@ -109,6 +120,41 @@ def deploy(name: str, options: Options) -> list[Outcome]:
     return change_each([gateway.host], Change(action=f"gateway {name}", plan=planner, state=state), options)
 
 
+def rollback(name: str, options: Options) -> list[Outcome]:
+    """Put the previous release of a gateway in service again; raises RefusedError and the errors of the host."""
+    name, gateway = find(name)
+    before: dict[str, Any] = {}
+
+    def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
+        found = agent.call("gateway")
+        before.update(before or found["previous"])
+        against = _against(target, facts, found)
+        if not before:
+            what = f"gateway {name} has no previous release"
+            against.append(Refusal("no-release", what, "change config/hosts.toml, then inv gateway deploy"))
+            return Plan.of(facts, [], against)
+        step = schema.Gateway(**{**before, "title": "serve the previous release", "why": "requested"})
+        same = all(found[key] == value for key, value in step.gateway.items())
+        return Plan.of(facts, [] if same else [step], against)
+
+    state = f"gateway {name} serves the previous release; change config/hosts.toml too, or the next deploy replaces it"
+    return change_each([gateway.host], Change(action=f"gateway {name} rollback", plan=planner, state=state), options)
+
+
+def remove(name: str, options: Options) -> list[Outcome]:
+    """Remove a gateway with its people and certificate; raises RefusedError and the errors of the host."""
+    name, gateway = find(name)
+
+    def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
+        why = "its people, their passwords and its certificate, too"
+        step = schema.Delete(f"remove gateway {name}", why, "inv gateway deploy", ("gateway",))
+        found = agent.call("gateway")
+        return Plan.of(facts, [step] if found["kept"] else [], refusals.unsettable(target, facts))
+
+    state = f"gateway {name} is removed; delete it from config/hosts.toml"
+    return change_each([gateway.host], Change(action=f"gateway {name} remove", plan=planner, state=state), options)
+
+
 def status(name: str, *, ask_sudo: bool) -> dict[str, Any]:
     """What the host reports of a gateway, without its texts."""
     name, gateway = find(name)
@@ -119,6 +165,7 @@ def status(name: str, *, ask_sudo: bool) -> dict[str, Any]:
         "host": gateway.host,
         "address": address(gateway),
         "state": "in service" if found["active"] else "not running" if found["unit"] else "not deployed",
+        "guarded": found["guarded"],
         "certificate": found["certificate"],
         "people": {
             each: {"role": gateway.users[each].role if each in gateway.users else "", **kept}
@@ -138,7 +185,9 @@ def rows(found: Mapping[str, Any]) -> list[str]:
         for name, each in sorted(found["people"].items())
     ]
     line = f"{found['name']}: {found['state']} at {found['address']} on {found['host']}, certificate until {until}"
-    return [line, *console.table(("person", "role", "password", "tokens"), people)]
+    if found["state"] == "in service" and not found["guarded"]:
+        line += "\nits firewall is not in force: every login on the host reaches ComfyUI; fix: inv gateway deploy"
+    return [*line.splitlines(), *console.table(("person", "role", "password", "tokens"), people)]
 
 
 def ask(name: str, action: str, *, ask_sudo: bool, **values: Any) -> dict[str, Any]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.schema import change as schema
-from deploy import host
-from deploy.plan import Plan
+from deploy import browse, host
+from deploy.plan import Options, Plan
 from gateway import control
 from tests.errors import raises
 from tests.plans import running as running_facts
@@ -41,7 +41,8 @@ def reported(**values: Any) -> dict[str, Any]:
     right = control.wanted(name, found, "/opt/comfyui", "comfyui")
     certificate = {"names": sorted(found.names), "until": "2027", "renew": False}
     people = {each: {"password": True, "tokens": 0} for each in found.users}
-    return {**right, "active": True, "there": True, "certificate": certificate, "people": people, **values}
+    more = {"active": True, "guarded": True, "missing": [], "certificate": certificate, "people": people}
+    return {**right, **more, **values}
 
 
 def planned(facts: Any = None, **values: Any) -> Plan:
@@ -63,6 +64,8 @@ def test_a_gateway_as_configured_needs_nothing() -> None:
         {"unit": "other"},
         {"configuration": "other"},
         {"active": False},
+        {"guarded": False},
+        {"access": {}},
         {"certificate": {"names": ["other"], "until": "2027", "renew": False}},
         {"certificate": {"names": ["192.168.1.20", "spark.local"], "until": "2026", "renew": True}},
     ],
@@ -88,8 +91,41 @@ def test_a_certificate_of_yours_is_not_compared(written: Path) -> None:
 
 @pytest.mark.usefixtures("written")
 def test_reasons_against_a_deploy() -> None:
-    assert [each.kind for each in planned(there=False).refusals] == ["no-haproxy"]
+    both = planned(missing=["/usr/sbin/haproxy", "/usr/sbin/nft"]).refusals
+    assert [(each.kind, each.remedy.rpartition(" ")[2]) for each in both] == [
+        ("no-program", "haproxy"),
+        ("no-program", "nftables"),
+    ]
     assert [each.kind for each in planned(replace(running_facts(), root=False)).refusals] == ["no-root"]
+
+
+def test_a_tunnel_to_a_host_behind_its_own_gateway_is_refused(written: Path) -> None:
+    """The firewall lets no login reach ComfyUI."""
+    with raises("usage", match="only gateway home"):
+        browse.run("spark", "")
+
+
+@pytest.mark.usefixtures("written")
+def test_a_rollback_serves_the_release_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    planners: list[Any] = []
+    monkeypatch.setattr(control, "change_each", lambda _, change, __: planners.append(change.plan))
+    control.rollback("", Options())
+
+    class Reports:
+        def call(self, _: str) -> dict[str, Any]:
+            return found
+
+    found = reported(previous={})
+    (refusal,) = planners[0](Reports(), host.target("spark"), running_facts()).refusals
+    assert refusal.kind == "no-release"
+    (step,) = planned(unit="other").steps
+    assert isinstance(step, schema.Gateway)
+    before = {**asdict(step), "gateway": {**step.gateway, "configuration": "the one before"}}
+    found = reported(previous=before)
+    (back,) = planners[0](Reports(), host.target("spark"), running_facts()).steps
+    assert (back.gateway["configuration"], back.port) == ("the one before", 443)
+    found = reported(**back.gateway)
+    assert planners[0](Reports(), host.target("spark"), running_facts()).steps == ()
 
 
 @pytest.mark.usefixtures("written")
