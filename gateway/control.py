@@ -74,6 +74,7 @@ def plan(name: str, gateway: Gateway, target: Target, facts: Facts, found: Mappi
         why.append("its certificate is for other names")
     elif not gateway.certificate and certificate["renew"]:
         why.append("its certificate ends soon")
+    why += [f"{each['name']} gets no people" for each in found["servers"] if each["state"] in ("DRAIN", "MAINT")]
     if not found["guarded"]:
         why.append("its firewall is not in force")
     if not found["unit"]:
@@ -152,7 +153,7 @@ def remove(name: str, options: Options) -> list[Outcome]:
         return Plan.of(facts, [step] if found["kept"] else [], refusals.unsettable(target, facts))
 
     state = f"gateway {name} is removed; delete it from config/hosts.toml"
-    return change_each([gateway.host], Change(action=f"gateway {name} remove", plan=planner, state=state), options)
+    return change_each([gateway.host], Change(action="remove gateway", plan=planner, state=state), options)
 
 
 def status(name: str, *, ask_sudo: bool) -> dict[str, Any]:
@@ -165,6 +166,7 @@ def status(name: str, *, ask_sudo: bool) -> dict[str, Any]:
         "host": gateway.host,
         "address": address(gateway),
         "state": "in service" if found["active"] else "not running" if found["unit"] else "not deployed",
+        "hosts": found["servers"],
         "guarded": found["guarded"],
         "certificate": found["certificate"],
         "people": {
@@ -178,7 +180,7 @@ _NOTHING = {"password": False, "tokens": 0}
 
 
 def rows(found: Mapping[str, Any]) -> list[str]:
-    """A gateway's status: a line, then a table of people."""
+    """A gateway's status: a line, then tables of hosts and people."""
     until = found["certificate"]["until"] or "none"
     people = [
         (name, each["role"] or "not in hosts.toml: no access", "yes" if each["password"] else "no", str(each["tokens"]))
@@ -187,7 +189,12 @@ def rows(found: Mapping[str, Any]) -> list[str]:
     line = f"{found['name']}: {found['state']} at {found['address']} on {found['host']}, certificate until {until}"
     if found["state"] == "in service" and not found["guarded"]:
         line += "\nits firewall is not in force: every login on the host reaches ComfyUI; fix: inv gateway deploy"
-    return [*line.splitlines(), *console.table(("person", "role", "password", "tokens"), people)]
+    behind = [(each["name"], each["state"], str(each["requests"])) for each in found["hosts"]]
+    return [
+        *line.splitlines(),
+        *console.table(("host", "state", "requests"), behind),
+        *console.table(("person", "role", "password", "tokens"), people),
+    ]
 
 
 def ask(name: str, action: str, *, ask_sudo: bool, **values: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from agent.files import Json, read, read_text
 from agent.journal import events
 from agent.layout import Layout
 from agent.serve import guard
+from agent.serve.balance import servers
 from agent.serve.gateway import folder_of, people, validity
 from agent.serve.systemd import Systemd
 
@@ -33,8 +34,9 @@ def _guarded(layout: Layout, access: Json) -> bool:
 def gateway(layout: Layout) -> Json:
     """Return `installed` and what there is besides.
 
-    `active` and `guarded`: whether the unit runs and its firewall is in force; `people`, `certificate`; `previous`: the
-    step of the release before; `missing`: programs that are not installed; `kept`: whether there is anything of it.
+    `servers`: the hosts behind it; `active` and `guarded`: whether the unit runs and its firewall is in force;
+    `people`, `certificate`; `previous`: the step of the release before; `missing`: programs that are not installed;
+    `kept`: whether there is anything of it.
     """
     folder = folder_of(layout)
     found = {"unit": "", "configuration": "", "access": {}, "active": False, **installed(layout)}
@@ -43,6 +45,7 @@ def gateway(layout: Layout) -> Json:
         found["active"] = subprocess.run(words, capture_output=True).returncode == 0
     found["people"] = people(layout)
     found["certificate"] = {"names": read(folder / "names.json", lenient=True).get("names", []), **validity(folder)}
+    found["servers"] = servers(layout)
     found["guarded"] = _guarded(layout, found["access"])
     found["previous"] = read(previous(layout) / "step.json", lenient=True)
     found["missing"] = [path for path in ("/usr/sbin/haproxy", guard.NFT) if not Path(path).exists()]

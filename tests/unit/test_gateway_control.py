@@ -41,7 +41,7 @@ def reported(**values: Any) -> dict[str, Any]:
     right = control.wanted(name, found, "/opt/comfyui", "comfyui")
     certificate = {"names": sorted(found.names), "until": "2027", "renew": False}
     people = {each: {"password": True, "tokens": 0} for each in found.users}
-    more = {"active": True, "guarded": True, "missing": [], "certificate": certificate, "people": people}
+    more = {"active": True, "guarded": True, "missing": [], "servers": [], "certificate": certificate, "people": people}
     return {**right, **more, **values}
 
 
@@ -65,6 +65,7 @@ def test_a_gateway_as_configured_needs_nothing() -> None:
         {"configuration": "other"},
         {"active": False},
         {"guarded": False},
+        {"servers": [{"name": "spark", "state": "MAINT", "requests": 0}]},
         {"access": {}},
         {"certificate": {"names": ["other"], "until": "2027", "renew": False}},
         {"certificate": {"names": ["192.168.1.20", "spark.local"], "until": "2026", "renew": True}},
@@ -99,7 +100,8 @@ def test_reasons_against_a_deploy() -> None:
     assert [each.kind for each in planned(replace(running_facts(), root=False)).refusals] == ["no-root"]
 
 
-def test_a_tunnel_to_a_host_behind_its_own_gateway_is_refused(written: Path) -> None:
+@pytest.mark.usefixtures("written")
+def test_a_tunnel_to_a_host_behind_its_own_gateway_is_refused() -> None:
     """The firewall lets no login reach ComfyUI."""
     with raises("usage", match="only gateway home"):
         browse.run("spark", "")

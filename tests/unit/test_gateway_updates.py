@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from agent.layout import Layout
+from agent.serve import balance
 from deploy.gateways import Limits, Person
 from tests.gateway import running
 
@@ -90,3 +92,68 @@ def test_a_person_with_a_host_gets_no_other_while_it_is_down(tmp_path: Path) -> 
         assert [gateway.ask("GET", "/", "ben").status for _ in range(2)] == [503, 503]
         assert gateway.ask("GET", "/", "anna").json["port"] == one.port
         assert len(one.requests) == 1
+
+
+@pytest.fixture
+def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    """A layout whose gateway has its socket in the test's folder."""
+    (tmp_path / "s-gateway").symlink_to(tmp_path)
+    monkeypatch.setattr(balance, "RUN", tmp_path)
+    return Layout({"prefix": str(tmp_path), "service": "s", "scope": "system", "user": "", "address": "", "port": 1})
+
+
+def states(layout: Layout) -> dict[str, str]:
+    return {each["name"]: each["state"] for each in balance.servers(layout)}
+
+
+def test_people_leave_a_host_before_it_is_replaced(tmp_path: Path, layout: Layout) -> None:
+    """First only new people go elsewhere: whoever is there sees the jobs end. The last host keeps its people."""
+    with running(tmp_path, hosts=2) as (gateway, _):
+        name = f"h{[each.port for each in _].index(gateway.ask('GET', '/', 'ben').json['port'])}"
+        first = gateway.ask("GET", "/", "ben").json["port"]
+        other = "h1" if name == "h0" else "h0"
+        assert balance.set_state(layout, name, "drain") == {"done": True}
+        assert gateway.ask("GET", "/", "ben").json["port"] == first
+        assert {gateway.ask("GET", "/", who).json["port"] for who in ("anna", "cleo")} != {first}
+        assert balance.set_state(layout, name, "maint") == {"done": True}
+        assert gateway.ask("GET", "/", "ben").json["port"] != first
+        assert states(layout) == {name: "MAINT", other: "UP"}
+        for state in ("drain", "maint"):
+            assert balance.set_state(layout, other, state) == {"done": False}
+        assert balance.set_state(layout, name, "ready") == {"done": True}
+        assert states(layout) == {name: "UP", other: "UP"}
+        assert balance.set_state(layout, "h9", "drain") == {"done": False}
+    assert balance.servers(layout) == []
+    assert balance.set_state(layout, name, "drain") == {"done": False}
+
+
+def test_no_request_fails_or_waits_while_two_hosts_are_replaced_in_turn(tmp_path: Path, layout: Layout) -> None:
+    with running(tmp_path, hosts=2, limits=Limits(requests=100_000, prompts=100_000)) as (gateway, hosts):
+        ended = False
+
+        def client(who: str) -> list[int]:
+            codes = []
+            while not ended:
+                codes.append(gateway.ask("POST", "/prompt", who, body=b'{"prompt": {}}').status)
+            return codes
+
+        async def session() -> list[list[int]]:
+            nonlocal ended
+            clients = [asyncio.ensure_future(asyncio.to_thread(client, who)) for who in ("anna", "ben", "cleo") * 2]
+            for i, each in enumerate(hosts):
+                for state in ("drain", "maint"):
+                    assert balance.set_state(layout, f"h{i}", state) == {"done": True}
+                await asyncio.sleep(0.5)  # what was being answered ends
+                each.stop()
+                before = len(hosts[1 - i].requests)
+                await asyncio.sleep(1)
+                assert len(hosts[1 - i].requests) > before
+                each.start()
+                assert balance.set_state(layout, f"h{i}", "ready") == {"done": True}
+                while states(layout)[f"h{i}"] != "UP":
+                    await asyncio.sleep(0.1)
+            ended = True
+            return await asyncio.gather(*clients)
+
+        codes = [code for each in asyncio.run(asyncio.wait_for(session(), 120)) for code in each]
+        assert set(codes) == {200}
