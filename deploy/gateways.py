@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -76,6 +76,11 @@ def upload_bytes(limits: Limits) -> int:
     """The maximum size of a request, in bytes."""
     number, unit = limits.upload[:-1], limits.upload[-1]
     return int(number) * _SIZES[unit]
+
+
+def question(gateway: Gateway) -> dict[str, Any]:
+    """What the agent is told when it looks at a gateway (`agent.look.gateway`)."""
+    return {"port": gateway.port, "names": gateway.names, "certificate": gateway.certificate}
 
 
 def members(gateway: Gateway, known: Hosts) -> list[str]:
@@ -208,3 +213,8 @@ def _is_loopback(text: str) -> bool:
 def gateways_of(name: str, known: Hosts) -> Mapping[str, Gateway]:
     """The gateways that a host is behind, by name."""
     return {each: found for each, found in known.gateways.items() if name in members(found, known)}
+
+
+def run_by(name: str, known: Hosts) -> tuple[str, Gateway] | None:
+    """The gateway that runs on a host, with its name."""
+    return next(((each, found) for each, found in known.gateways.items() if found.host == name), None)

@@ -13,7 +13,7 @@ from core.errors import UsageError, suggest
 from deploy import connection, refusals
 from deploy import host as hosts
 from deploy.change import Change, change_each
-from deploy.gateways import PERSON, members, on_its_machine
+from deploy.gateways import PERSON, members, on_its_machine, question
 from deploy.host_rules import EXPORTER
 from deploy.look import find_target
 from deploy.plan import Plan
@@ -74,6 +74,8 @@ def plan(name: str, gateway: Gateway, target: Target, facts: Facts, found: Mappi
         why.append("its certificate is for other names")
     elif not gateway.certificate and certificate["renew"]:
         why.append("its certificate ends soon")
+    elif gateway.certificate and not found["given"]["same"]:
+        why.append("its certificate is another")
     why += [f"{each['name']} gets no people" for each in found["servers"] if each["state"] in ("DRAIN", "MAINT")]
     if not found["guarded"]:
         why.append("its firewall is not in force")
@@ -98,7 +100,33 @@ def plan(name: str, gateway: Gateway, target: Target, facts: Facts, found: Mappi
         gateway.names,
         gateway.certificate,
     )
-    return Plan.of(facts, [step] if why else [], _against(target, facts, found), notes)
+    if gateway.certificate and found["given"]["renew"]:
+        notes.append(f"{gateway.certificate} ends soon: {found['given']['until']}")
+    against = [*_against(target, facts, found), *_unserved(gateway, found)]
+    return Plan.of(facts, [step] if why else [], against, notes)
+
+
+def _unserved(gateway: Gateway, found: Mapping[str, Any]) -> list[Refusal]:
+    """Reasons for which browsers would not get the page."""
+    against, given = [], found["given"]
+    if holder := found["holder"]:
+        what = f"port {gateway.port} is in use by {holder['command']} (pid {holder['pid']})"
+        remedy = (
+            f"stop that program, such as by systemctl disable --now {holder['unit'] or 'UNIT'}, or set another `port`"
+        )
+        against.append(Refusal("port-taken", what, remedy))
+    if given and not given["until"]:
+        what = f"{gateway.certificate} on the host is no certificate"
+        against.append(
+            Refusal("certificate", what, "put the certificate, its chain and its key into that file, as PEM")
+        )
+    elif given and given["expired"]:
+        what = f"{gateway.certificate} expired: {given['until']}"
+        against.append(Refusal("certificate", what, "renew it"))
+    elif given and given["uncovered"]:
+        what = f"{gateway.certificate} is not for {', '.join(given['uncovered'])}"
+        against.append(Refusal("certificate", what, "get one for all `names`, or remove those names"))
+    return against
 
 
 def _against(target: Target, facts: Facts, found: Mapping[str, Any]) -> list[Refusal]:
@@ -115,7 +143,7 @@ def deploy(name: str, options: Options) -> list[Outcome]:
     name, gateway = find(name)
 
     def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
-        return plan(name, gateway, target, facts, agent.call("gateway"))
+        return plan(name, gateway, target, facts, agent.call("gateway", **question(gateway)))
 
     state = f"gateway {name} serves {address(gateway)}"
     return change_each([gateway.host], Change(action=f"gateway {name}", plan=planner, state=state), options)
@@ -127,7 +155,7 @@ def rollback(name: str, options: Options) -> list[Outcome]:
     before: dict[str, Any] = {}
 
     def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
-        found = agent.call("gateway")
+        found = agent.call("gateway", **question(gateway))
         before.update(before or found["previous"])
         against = _against(target, facts, found)
         if not before:
@@ -149,7 +177,7 @@ def remove(name: str, options: Options) -> list[Outcome]:
     def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
         why = "its people, their passwords and its certificate, too"
         step = schema.Delete(f"remove gateway {name}", why, "inv gateway deploy", ("gateway",))
-        found = agent.call("gateway")
+        found = agent.call("gateway", **question(gateway))
         return Plan.of(facts, [step] if found["kept"] else [], refusals.unsettable(target, facts))
 
     state = f"gateway {name} is removed; delete it from config/hosts.toml"
@@ -160,7 +188,7 @@ def status(name: str, *, ask_sudo: bool) -> dict[str, Any]:
     """What the host reports of a gateway, without its texts."""
     name, gateway = find(name)
     with connection.connect(find_target(gateway.host), ask_sudo) as agent:
-        found = agent.call("gateway")
+        found = agent.call("gateway", **question(gateway))
     return {
         "name": name,
         "host": gateway.host,

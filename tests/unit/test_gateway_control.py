@@ -41,7 +41,16 @@ def reported(**values: Any) -> dict[str, Any]:
     right = control.wanted(name, found, "/opt/comfyui", "comfyui")
     certificate = {"names": sorted(found.names), "until": "2027", "renew": False}
     people = {each: {"password": True, "tokens": 0} for each in found.users}
-    more = {"active": True, "guarded": True, "missing": [], "servers": [], "certificate": certificate, "people": people}
+    more = {
+        "active": True,
+        "guarded": True,
+        "missing": [],
+        "servers": [],
+        "given": {},
+        "holder": {},
+        "certificate": certificate,
+        "people": people,
+    }
     return {**right, **more, **values}
 
 
@@ -79,15 +88,35 @@ def test_whatever_differs_is_one_step(values: dict[str, Any]) -> None:
     assert step.why
 
 
-def test_a_certificate_of_yours_is_not_compared(written: Path) -> None:
-    written.write_text(
-        f"{HOSTS}\n[gateways.home.limits]\nprompts = 5\n".replace("users.anna", 'certificate = "/x.pem"\nusers.anna', 1)
-    )
-    certificate = {"names": [], "until": "", "renew": True}
-    assert planned(certificate=certificate).steps == ()
-    (step,) = planned(active=False, certificate=certificate).steps
-    assert isinstance(step, schema.Gateway)
-    assert step.certificate == "/x.pem"
+GIVEN = {"same": True, "until": "2027", "expired": False, "renew": False, "uncovered": []}
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "refused"),
+    [
+        ({}, 0, []),
+        ({"same": False}, 1, []),
+        ({"renew": True}, 0, []),
+        ({"same": False, "expired": True}, 0, ["certificate"]),
+        ({"same": False, "uncovered": ["spark.local"]}, 0, ["certificate"]),
+        ({"same": False, "until": ""}, 0, ["certificate"]),
+    ],
+)
+def test_a_certificate_of_yours_is_used_if_it_is_valid(
+    written: Path, given: dict[str, Any], steps: int, refused: list[str]
+) -> None:
+    """The gateway's own is not looked at. A renewed file is deployed again."""
+    written.write_text(HOSTS.replace("users.anna", 'certificate = "/x.pem"\nusers.anna', 1))
+    found = planned(certificate={"names": [], "until": "", "renew": True}, given={**GIVEN, **given})
+    assert (len(found.steps), [each.kind for each in found.refusals]) == (steps, refused)
+    assert [each.certificate for each in found.steps if isinstance(each, schema.Gateway)] == ["/x.pem"] * steps
+    assert len(found.notes) == ("renew" in given)
+
+
+@pytest.mark.usefixtures("written")
+def test_a_port_that_another_program_uses_is_refused() -> None:
+    (refusal,) = planned(active=False, holder={"pid": 12, "command": "nginx", "unit": "nginx.service"}).refusals
+    assert (refusal.kind, "nginx" in refusal.what, "nginx.service" in refusal.remedy) == ("port-taken", True, True)
 
 
 @pytest.mark.usefixtures("written")
@@ -114,7 +143,7 @@ def test_a_rollback_serves_the_release_before(monkeypatch: pytest.MonkeyPatch) -
     control.rollback("", Options())
 
     class Reports:
-        def call(self, _: str) -> dict[str, Any]:
+        def call(self, _: str, **__: Any) -> dict[str, Any]:
             return found
 
     found = reported(previous={})
