@@ -289,8 +289,8 @@ class Running:
         pages = (int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
         return sum(pages) * os.sysconf("SC_PAGESIZE")
 
-    def raw(self, sent: bytes, seconds: float = 30, *, upgraded: bool = False) -> bytes:
-        """What the gateway answers to these bytes, until it closes the connection; to an upgrade, the first block."""
+    def raw(self, sent: bytes, seconds: float = 30, *, first: bool = False) -> bytes:
+        """What the gateway answers to these bytes: the first block, or all until it closes the connection."""
         with (
             socket.create_connection(("127.0.0.1", self.port), seconds) as plain,
             self.tls.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
@@ -299,7 +299,7 @@ class Running:
             found = b""
             while block := connection.recv(65536):
                 found += block
-                if upgraded:
+                if first:
                     break
             return found
 

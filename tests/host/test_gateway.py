@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import http.client
 import json
+import re
 import shutil
 import ssl
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,37 @@ def reaches(fleet: Fleet, user: str) -> bool:
     return "reached" in fleet.machine.run(words, check=False)
 
 
+def hook_installs_a_renewed_certificate(fleet: Fleet, port: int, authority: str) -> None:
+    """The hook for certbot in the how-to."""
+    page = (fleet.checkout / "docs/how-to/share-over-the-network.md").read_text()
+    hook = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[0]
+    root, made = fleet.machine.root, fleet.place
+    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    words += ["-keyout", f"{made}/privkey.pem", "-out", f"{made}/fullchain.pem", "-subj", "/CN=renewed"]
+    subprocess.run([*words, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    (root / "root/live").mkdir()
+    for name in ("privkey.pem", "fullchain.pem"):
+        shutil.copy(made / name, root / "root/live")
+    (root / "root/hook").write_text(hook)
+    served = root / "opt/comfyui/gateway/secrets/certificate.pem"
+    before = served.read_bytes()
+    fleet.machine.run("RENEWED_LINEAGE=/root/live sh /root/hook")
+    await_certificate(port, (made / "fullchain.pem").read_text())
+    served.write_bytes(before)
+    fleet.machine.run("systemctl reload comfyui-gateway")
+    await_certificate(port, authority)
+
+
+def await_certificate(port: int, authority: str) -> None:
+    """Wait until a reload has loaded a certificate of this authority."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        with suppress(ssl.SSLError):
+            assert ask(port, authority, {}) == 401
+            return
+    raise AssertionError("the certificate is not served")
+
+
 def test_people_use_a_deployed_gateway(fleet: Fleet) -> None:
     port, machine = free_port(), fleet.machine
 
@@ -120,6 +152,8 @@ def test_people_use_a_deployed_gateway(fleet: Fleet) -> None:
     assert json.loads(fleet.inv("gateway", "status", "--json").stdout)["guarded"] is False
     done(fleet, "deploy")
     assert not reaches(fleet, "deployer")
+
+    hook_installs_a_renewed_certificate(fleet, port, authority)
 
     main = machine.run("systemctl show comfyui-gateway --property=MainPID")
     configure(1)

@@ -295,7 +295,7 @@ def websocket_code(gateway: Running, user: str, query: str) -> bytes:
     login = f"Host: spark.local\r\nAuthorization: {basic(user)['Authorization']}\r\nUpgrade: websocket"
     key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13"
     head = f"GET /ws{query} HTTP/1.1\r\n{login}\r\nConnection: Upgrade\r\n{key}\r\n\r\n"
-    return gateway.raw(head.encode(), upgraded=True).split(b" ")[1]
+    return gateway.raw(head.encode(), first=True).split(b" ")[1]
 
 
 @pytest.mark.parametrize("first", ["socket", "prompt"])
@@ -349,17 +349,17 @@ def test_requests_and_prompts_are_limited_for_each_person(tmp_path: Path) -> Non
 
 def test_a_request_that_is_too_large_is_refused_before_it_is_sent(home: tuple[Running, StandIn]) -> None:
     gateway, comfy = home
-    limit = 1 << 20
+    limit = 1 << 20  # HAProxy 3.0 answers at once, too, and then waits for the body
     assert gateway.ask("POST", "/upload/image", "ben", body=b"x" * limit).status == 200
     assert len(comfy.received("/upload/image")) == 1
     login = f"Host: spark.local\r\nAuthorization: {basic('ben')['Authorization']}\r\nConnection: close"
     for size in (limit + 1, 2**31, 2**32 + 1, 10**12, 2**63 - 1, 2**63, 2**64 + 1):
         head = f"POST /upload/image HTTP/1.1\r\n{login}\r\nContent-Length: {size}\r\n\r\n"
-        assert gateway.raw(head.encode()).split(b" ")[1] in (b"413", b"400")
+        assert gateway.raw(head.encode(), first=True).split(b" ")[1] in (b"413", b"400")
     head = f"POST /upload/image HTTP/1.1\r\n{login}\r\nTransfer-Encoding: chunked\r\n\r\n"
-    assert gateway.raw(head.encode()).startswith(b"HTTP/1.1 411 ")
+    assert gateway.raw(head.encode(), first=True).startswith(b"HTTP/1.1 411 ")
     both = f"POST /upload/image HTTP/1.1\r\n{login}\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
-    assert gateway.raw(both.encode()).split(b" ")[1] in (b"400", b"411")
+    assert gateway.raw(both.encode(), first=True).split(b" ")[1] in (b"400", b"411")
     assert len(comfy.received("/upload/image")) == 1
 
 
