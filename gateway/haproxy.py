@@ -82,6 +82,7 @@ def _backend(title: str, gateway: Gateway, hosts: Mapping[str, Host], known: Hos
         "    balance leastconn",
         "    stick-table type string len 32 size 10k expire 8h peers tables",
         "    stick on var(txn.user)",
+        "    option redispatch",  # the last attempt goes to another host
     ]
     fall = -(-duration(gateway.hold) // CHECK_SECONDS)
     return "\n".join(

@@ -166,6 +166,15 @@ def test_people_use_a_deployed_gateway(fleet: Fleet) -> None:
     assert "nothing to do" not in done(fleet, "rollback")
     assert machine.run("systemctl show comfyui-gateway --property=MainPID") == main
 
+    # Without room for the audit log, people are served, and the doctor tells.
+    machine.run("mount -t tmpfs -o size=8m none /var/log/journal && systemctl restart systemd-journald")
+    machine.run("cat /dev/zero >/var/log/journal/full", check=False)
+    assert ask(port, authority, login) == 200
+    told = {each["check"] for each in json.loads(fleet.inv("doctor", "--host", "spark", "--json").stdout)}
+    assert "audit-log" in told
+    assert not told & {"gateway", "gateway-port", "gateway-certificate"}
+    machine.run("umount --lazy /var/log/journal && systemctl restart systemd-journald")
+
     machine.run("systemctl kill --kill-whom=main --signal=KILL comfyui-gateway")
     end = time.monotonic() + 20
     while machine.run("systemctl is-active comfyui-gateway", check=False).strip() != "active":

@@ -11,7 +11,7 @@ import pytest
 from agent.layout import Layout
 from agent.serve import balance
 from deploy.gateways import Limits, Person
-from tests.gateway import running
+from tests.gateway import closed, running
 
 pytestmark = [pytest.mark.process, pytest.mark.needs("haproxy", "openssl")]
 
@@ -78,8 +78,28 @@ def test_people_of_a_lost_host_get_another(tmp_path: Path) -> None:
     with running(tmp_path, hosts=2, hold="5s", edit=edit) as (gateway, hosts):
         first = gateway.ask("GET", "/", "ben").json["port"]
         next(each for each in hosts if each.port == first).stop()
-        gateway.ask("GET", "/", "ben")  # held until the host counts as down
+        assert gateway.ask("GET", "/", "ben").json["port"] != first  # after it waited for the lost one
         assert gateway.ask("GET", "/", "ben", seconds=5).json["port"] != first
+
+
+def test_a_host_lost_during_a_job_ends_its_websocket_and_its_people_go_on(tmp_path: Path) -> None:
+    """The page opens its websocket again, and asks the other host for the job, which does not know it."""
+    edit = {"inter 5s fastinter 2s downinter 2s": "inter 500ms"}
+    with running(tmp_path, hosts=2, hold="5s", edit=edit) as (gateway, hosts):
+
+        async def session() -> tuple[bytes, int]:
+            reader, writer = await gateway.websocket("ben")
+            (lost,) = [each for each in hosts if each.sockets]
+            await asyncio.to_thread(gateway.ask, "POST", "/prompt", "ben", body=b'{"prompt": {}}')
+            await asyncio.to_thread(lost.stop)
+            ended = await reader.read()
+            await closed(writer)
+            _, again = await gateway.websocket("ben")
+            await closed(again)
+            return ended, next(i for i, each in enumerate(hosts) if each is not lost)
+
+        ended, other = asyncio.run(asyncio.wait_for(session(), 60))
+        assert (ended, hosts[other].sockets) == (b"", 1)
 
 
 def test_a_person_with_a_host_gets_no_other_while_it_is_down(tmp_path: Path) -> None:
@@ -108,9 +128,9 @@ def states(layout: Layout) -> dict[str, str]:
 
 def test_people_leave_a_host_before_it_is_replaced(tmp_path: Path, layout: Layout) -> None:
     """First only new people go elsewhere: whoever is there sees the jobs end. The last host keeps its people."""
-    with running(tmp_path, hosts=2) as (gateway, _):
-        name = f"h{[each.port for each in _].index(gateway.ask('GET', '/', 'ben').json['port'])}"
+    with running(tmp_path, hosts=2) as (gateway, hosts):
         first = gateway.ask("GET", "/", "ben").json["port"]
+        name = f"h{[each.port for each in hosts].index(first)}"
         other = "h1" if name == "h0" else "h0"
         assert balance.set_state(layout, name, "drain") == {"done": True}
         assert gateway.ask("GET", "/", "ben").json["port"] == first
