@@ -50,7 +50,8 @@ def succeeds(here: Here, *words: str) -> None:
     """Run `inv` for the deployed ComfyUI; it must succeed."""
     done = here.inv(*words)
     if done.returncode:
-        raise SystemExit(done.stderr)
+        sys.stderr.write(done.stderr)
+        raise SystemExit(1)
 
 
 def page_load(gateway: Running, address: str) -> float:
