@@ -55,7 +55,8 @@ def gateway(layout: Layout, port: int, names: list[str], certificate: str) -> Js
         {"same": _same(Path(certificate), served), **validity(Path(certificate), names)} if certificate else {}
     )
     holder = port_holder(port)
-    found["holder"] = {} if holder.get("unit") == gateway_unit(layout) else holder
+    ours = holder.get("unit") == gateway_unit(layout) or (found["active"] and holder.get("pid", 1) <= 0)  # not found
+    found["holder"] = {} if ours else holder
     found["journal"] = _journal()
     found["servers"] = servers(layout)
     found["guarded"] = _guarded(layout, found["access"])

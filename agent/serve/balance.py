@@ -9,10 +9,14 @@ from pathlib import Path
 
 from agent.files import AgentError, Json
 from agent.layout import Layout
+from agent.processes import wait_for
 
 RUN = Path("/run")
 SHARED = "comfyui"
 """The group of hosts among which people are spread. People with a host of their own stay there."""
+
+PATIENCE = 8.0
+"""How long to wait for another host: the one before it in a group was restarted, and is checked every 2 seconds."""
 
 
 def servers(layout: Layout) -> list[Json]:
@@ -36,9 +40,14 @@ def set_state(layout: Layout, host: str, state: str) -> Json:
 
     Return whether it was `done`: not if people would have no other host, and had better wait. Raises AgentError.
     """
-    known = {each["name"]: each["state"] for each in servers(layout)}
-    others = [name for name, found in known.items() if name != host and found == "UP"]
-    if host not in known or state not in ("drain", "maint", "ready") or (state != "ready" and not others):
+    known = {each["name"] for each in servers(layout)}
+
+    def others() -> bool:
+        return any(each["name"] != host and each["state"] == "UP" for each in servers(layout))
+
+    if host not in known or state not in ("drain", "maint", "ready"):
+        return {"done": False}
+    if state != "ready" and not (len(known) > 1 and wait_for(others, PATIENCE)):
         return {"done": False}
     with suppress(OSError):
         if not (said := _ask(layout, f"set server {SHARED}/{host} state {state}").strip()):
