@@ -58,10 +58,10 @@ def install_gateway(root: Path) -> None:
                 shutil.copy(path, place)
 
 
-def ask(port: int, authority: str, headers: dict[str, str]) -> int:
+def ask(port: int, authority: str, headers: dict[str, str], body: str = '{"prompt": {}}') -> int:
     tls = ssl.create_default_context(cadata=authority)
-    with closing(http.client.HTTPSConnection("127.0.0.1", port, timeout=20, context=tls)) as connection:
-        connection.request("POST", "/prompt", body=b'{"prompt": {}}', headers=headers)
+    with closing(http.client.HTTPSConnection("127.0.0.1", port, timeout=150, context=tls)) as connection:
+        connection.request("POST", "/prompt", body=body, headers=headers)
         return connection.getresponse().status
 
 

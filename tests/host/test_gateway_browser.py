@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from tests.browser import Browser
 from tests.client import Client
 from tests.gateway import PASSWORD
 from tests.host.fleet import Fleet, fresh
-from tests.host.machine import clear, free_port, place_for
-from tests.host.test_gateway import install_gateway
-from tests.host.test_local import Here
+from tests.host.machine import free_port
+from tests.host.test_gateway import ask, install_gateway
 
 pytestmark = [
     pytest.mark.host,
@@ -29,7 +28,7 @@ pytestmark = [
 ]
 
 WORKFLOW: dict[str, dict[str, Any]] = {
-    "1": {"class_type": "EmptyImage", "inputs": {"width": 512, "height": 512, "batch_size": 1}},
+    "1": {"class_type": "EmptyImage", "inputs": {"width": 512, "height": 512, "batch_size": 1, "color": 0}},
     "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "gateway"}},
 }
 COLOURS = {"anna": 0x3366CC, "ben": 0xCC9933}
@@ -37,11 +36,24 @@ COLOURS = {"anna": 0x3366CC, "ben": 0xCC9933}
 
 @dataclass
 class House:
-    """A machine with a gateway in front of two ComfyUIs of this machine: anna has one, ben the other."""
+    """A machine with a gateway in front of two ComfyUIs: anna has one, ben the other, cleo and dora either."""
 
     fleet: Fleet
     ports: dict[str, int]
-    address: str
+    port: int
+
+    @property
+    def address(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
+
+    def configure(self, more: str = "") -> None:
+        self.fleet.configure(
+            f'[hosts.ben]\naddress = "spark"\nprofile = "cpu"\nport = {self.ports["ben"]}\nservice = "ben"\n'
+            f'run_as = "ben"\nprefix = "/opt/ben"\n[groups]\nboth = ["spark", "ben"]\n'
+            f'[gateways.home]\nhost = "spark"\nbehind = ["both"]\nport = {self.port}\nlisten = "127.0.0.1"\n'
+            'names = ["127.0.0.1"]\nusers.anna = { host = "spark" }\nusers.ben = { host = "ben" }\n'
+            f"users.cleo = {{}}\nusers.dora = {{}}\nlimits.prompts = 1000\nlimits.requests = 10000\n{more}"
+        )
 
     def jobs(self, name: str) -> set[str]:
         """The ids of the jobs of a person's ComfyUI."""
@@ -51,42 +63,21 @@ class House:
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    folder, port = tmp_path_factory.mktemp("fleet"), free_port()
     more = ("--capability=CAP_NET_ADMIN",)  # the machine shares this machine's network: its firewall is ours
-    with (
-        comfyui(folder, "anna") as anna,
-        comfyui(folder, "ben") as ben,
-        fresh(folder, "browser", Fleet, bare=True, more=more) as one,
-    ):
-        one.machine.port = anna.port
-        one.machine.boot()
-        install_gateway(one.machine.root)
-        one.configure(
-            f'[hosts.ben]\naddress = "spark"\nprofile = "cpu"\nport = {ben.port}\nservice = "ben"\n'
-            f'prefix = "/opt/ben"\n[gateways.home]\nhost = "spark"\nbehind = ["spark", "ben"]\nport = {port}\n'
-            'listen = "127.0.0.1"\nnames = ["127.0.0.1"]\n'
-            'users.anna = { host = "spark" }\nusers.ben = { host = "ben" }\n'
-        )
+    with fresh(tmp_path_factory.mktemp("fleet"), "browser", Fleet, more=more) as fleet:
+        fleet.machine.boot()
+        install_gateway(fleet.machine.root)
+        # The other prefix has the environment, too: installing it takes minutes.
+        mount = "mkdir -p /opt/ben/parts/$each && mount --bind $each /opt/ben/parts/$each"
+        fleet.machine.run(f"cd /opt/comfyui/parts && for each in env-*; do {mount}; done")
+        one = House(fleet, {"anna": fleet.machine.port, "ben": free_port()}, free_port())
+        one.configure()
+        succeeds(fleet, "deploy", "--group", "both", "--no-trial", "--yes")
         try:
-            succeeds(one, "gateway", "deploy")
-            yield House(one, {"anna": anna.port, "ben": ben.port}, f"https://127.0.0.1:{port}")
+            succeeds(fleet, "gateway", "deploy")
+            yield one
         finally:
-            succeeds(one, "gateway", "remove", "--yes")
-
-
-@contextmanager
-def comfyui(folder: Path, name: str) -> Iterator[Here]:
-    """A real ComfyUI on this machine."""
-    one = Here(place_for(name), folder / f"{name}.toml", free_port())
-    (one.prefix / "data/cache").mkdir(parents=True)
-    one.configure()
-    one.choose()
-    try:
-        succeeds(one, "deploy", "--no-trial")
-        yield one
-    finally:
-        succeeds(one, "nuke", "--yes")
-        clear(one.prefix)
+            succeeds(fleet, "gateway", "remove", "--yes")
 
 
 def succeeds(client: Client, *words: str) -> str:
@@ -138,3 +129,39 @@ def test_a_person_loads_the_page_queues_a_workflow_and_sees_the_picture(
         browser.close()
     assert {each["data"]["prompt_id"] for each in told} <= house.jobs(name)
     assert house.jobs(other) == theirs
+
+
+def test_no_request_fails_while_a_group_is_updated(house: House) -> None:
+    """Whoever has no host of their own is moved, host by host."""
+    tokens = {
+        name: succeeds(house.fleet, "gateway", "users", "add", name, "--token").strip() for name in ["cleo", "dora"]
+    }
+    authority = succeeds(house.fleet, "gateway", "cert")
+    done, codes = threading.Event(), list[int]()
+
+    def use(name: str) -> None:
+        while not done.wait(0.2):
+            codes.append(
+                ask(
+                    house.port, authority, {"Authorization": f"Bearer {tokens[name]}"}, json.dumps({"prompt": WORKFLOW})
+                )
+            )
+
+    threads = [threading.Thread(target=use, args=[name]) for name in tokens]
+    for each in threads:
+        each.start()
+    try:
+        house.configure('[hosts.spark.override]\nmetadata = "none"\n[hosts.ben.override]\nmetadata = "none"\n')
+        changed = house.fleet.inv("deploy", "--group", "both", "--no-trial", "--yes")
+    finally:
+        done.set()
+        for each in threads:
+            each.join()
+    assert changed.returncode == 0, changed.stderr
+    assert changed.stderr.count("new people get other hosts") == 2
+    assert {*codes} == {200}
+    states = {
+        each["name"]: each["state"]
+        for each in json.loads(house.fleet.inv("gateway", "status", "--json").stdout)["hosts"]
+    }
+    assert states == {"spark": "UP", "ben": "UP"}
