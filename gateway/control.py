@@ -209,17 +209,20 @@ _NOTHING = {"password": False, "tokens": 0}
 
 def rows(found: Mapping[str, Any]) -> list[str]:
     """A gateway's status: a line, then tables of hosts and people."""
-    until = found["certificate"]["until"] or "none"
+    certificate = found["certificate"]
+    until = f"{certificate['until'] or 'none'}{', expired' * certificate['expired']}"
+    if names := certificate["uncovered"]:
+        until += f", not for {', '.join(names)}"
     people = [
         (name, each["role"] or "not in hosts.toml: no access", "yes" if each["password"] else "no", str(each["tokens"]))
         for name, each in sorted(found["people"].items())
     ]
-    line = f"{found['name']}: {found['state']} at {found['address']} on {found['host']}, certificate until {until}"
+    lines = [f"{found['name']}: {found['state']} at {found['address']} on {found['host']}, certificate until {until}"]
     if found["state"] == "in service" and not found["guarded"]:
-        line += "\nits firewall is not in force: every login on the host reaches ComfyUI; fix: inv gateway deploy"
+        lines.append("its firewall is not in force: every login on the host reaches ComfyUI; fix: inv gateway deploy")
     behind = [(each["name"], each["state"], str(each["requests"])) for each in found["hosts"]]
     return [
-        *line.splitlines(),
+        *lines,
         *console.table(("host", "state", "requests"), behind),
         *console.table(("person", "role", "password", "tokens"), people),
     ]

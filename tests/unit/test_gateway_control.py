@@ -165,6 +165,24 @@ def test_people_who_cannot_log_in_yet_are_named() -> None:
     assert "inv gateway users add ben" in note
 
 
+def test_the_status_names_what_is_wrong() -> None:
+    people = {"ben": {"role": "", "password": True, "tokens": 2}}
+    found: dict[str, Any] = {
+        "name": "home",
+        "host": "spark",
+        "address": "https://spark.local",
+        "state": "in service",
+        "people": people,
+    }
+    found |= {"guarded": True, "hosts": [{"name": "box", "state": "MAINT", "requests": 3}]}
+    found |= {"certificate": {"until": "2027", "expired": False, "uncovered": []}}
+    well = control.rows(found)
+    assert ["box", "MAINT", "3"] in [each.split() for each in well]
+    worse = {**found, "guarded": False, "certificate": {"until": "2025", "expired": True, "uncovered": ["spark.local"]}}
+    assert len(control.rows(worse)) == len(well) + 1
+    assert control.rows(worse)[0].endswith("certificate until 2025, expired, not for spark.local")
+
+
 def test_a_gateway_is_found_by_name_or_alone(written: Path) -> None:
     assert control.find("")[0] == control.find("home")[0] == "home"
     with raises("unknown-name"):
