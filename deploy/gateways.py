@@ -136,8 +136,15 @@ def _check_hosts(place: str, gateway: Gateway, known: Hosts) -> None:
             hint='run it on a host with scope = "system"; without root, use inv open',
         )
     for each in members(gateway, known):
-        listen = known.hosts[each].listen
-        if on_its_machine(gateway, known.hosts[each], known) and not all(map(_is_loopback, listen.split(","))):
+        listen, own = known.hosts[each].listen, on_its_machine(gateway, known.hosts[each], known)
+        if own and known.hosts[each].scope == "user" and not known.hosts[each].user:
+            raise ConfigError(
+                "config",
+                f"{place}: host {each} does not name its login",
+                cause='with scope "user" ComfyUI runs as that login, which the gateway\'s firewall must let through',
+                hint=f'user = "LOGIN" for host {each}',
+            )
+        if own and not all(map(_is_loopback, listen.split(","))):
             raise ConfigError(
                 "config",
                 f"{place}: ComfyUI on {each} listens on {listen}",

@@ -61,7 +61,9 @@ def wanted(name: str, gateway: Gateway, prefix: str, service: str) -> dict[str, 
     return {
         "unit": unit(name, gateway, service, folder, places.secrets, [each.service for each in own]),
         "configuration": configuration(name, gateway, known, places),
-        "access": {str(each.port): [USER, EXPORTER, each.run_as] for each in own},
+        "access": {
+            str(each.port): [USER, EXPORTER, each.run_as if each.scope == "system" else each.user] for each in own
+        },
     }
 
 

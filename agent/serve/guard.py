@@ -21,7 +21,7 @@ def rules(layout: Layout, access: Mapping[str, Iterable[str]]) -> str:
     """
     table = f"inet {layout.service}-gateway"
     lines = [f"table {table}", f"delete table {table}", f"table {table} {{", "    chain output {"]
-    lines.append("        type filter hook output priority filter;")
+    lines.append("        type filter hook output priority -150;")  # before a container's port is translated
     for port, names in sorted(access.items()):
         uids = ["0", *(str(uid) for uid in sorted({*_uids(names)})), DYNAMIC]
         lines.append(

@@ -65,6 +65,34 @@ def test_a_gateway_as_configured_needs_nothing() -> None:
     assert (found.steps, found.refusals, found.notes) == ((), (), ())
 
 
+def test_the_firewall_lets_the_user_of_each_comfyui_through(written: Path) -> None:
+    """With scope user the agent, which asks for its health, is that user, too. Others are reached over the network."""
+    written.write_text(
+        HOSTS.replace("[gateways.home]", """
+[hosts.ann]
+address = "spark"
+profile = "cpu"
+port = 8288
+run_as = "ann"
+[hosts.ben]
+address = "spark"
+profile = "cpu"
+port = 8388
+scope = "user"
+user = "ben"
+[hosts.box]
+address = "box"
+profile = "cpu"
+listen = "192.168.1.20"
+[gateways.home]
+behind = ["spark", "ann", "ben", "box"]""")
+    )  # fmt: skip
+    name, found = control.find("")
+    access = control.wanted(name, found, "/opt/comfyui", "comfyui")["access"]
+    assert {port: names[2] for port, names in access.items()} == {"8188": "comfyui", "8288": "ann", "8388": "ben"}
+    assert {tuple(names[:2]) for names in access.values()} == {("hearth-gateway", "hearth-exporter")}
+
+
 @pytest.mark.usefixtures("written")
 @pytest.mark.parametrize(
     "values",

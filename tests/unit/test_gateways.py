@@ -70,6 +70,9 @@ def test_other_entries_for_the_gateways_machine_are_reached_at_loopback(written:
     assert gateways.endpoint(found, known.hosts["ben"], known) == "127.0.0.1"
     with raises("config", match="needs no login"):
         gateway(written, f'{LEAST}behind = ["spark", "ben"]\n{BEN}listen = "192.168.1.20"')
+    with raises("config", match="login"):
+        gateway(written, f'{LEAST}behind = ["spark", "ben"]\n{BEN}scope = "user"')
+    gateway(written, f'{LEAST}behind = ["spark", "ben"]\n{BEN}scope = "user"\nuser = "ben"')
 
 
 def test_people_are_named_as_they_like(written: Path) -> None:
