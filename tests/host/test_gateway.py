@@ -10,7 +10,7 @@ import shutil
 import ssl
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -111,6 +111,35 @@ def await_certificate(port: int, authority: str) -> None:
     raise AssertionError("the certificate is not served")
 
 
+def others_do_not_reach_comfyui(fleet: Fleet) -> None:
+    """Only the gateway, root, ComfyUI itself and services of systemd do, also while the gateway is stopped."""
+    machine = fleet.machine
+    machine.run("useradd --system comfyui")
+    done(fleet, "deploy")
+    reached = {who: reaches(fleet, who) for who in ("deployer", "nobody", "hearth-gateway", "comfyui", "root")}
+    assert reached == {"deployer": False, "nobody": False, "hearth-gateway": True, "comfyui": True, "root": True}
+    machine.run("systemd-run --wait --quiet --property=DynamicUser=yes " + CONNECT.format(port=machine.port))
+    machine.run("systemctl stop comfyui-gateway")
+    assert not reaches(fleet, "deployer")
+    machine.run("nft flush ruleset")
+    assert reaches(fleet, "deployer")
+    assert json.loads(fleet.inv("gateway", "status", "--json").stdout)["guarded"] is False
+    done(fleet, "deploy")
+    assert not reaches(fleet, "deployer")
+
+
+def people_are_served_without_room_for_the_log(fleet: Fleet, use: Callable[[], int]) -> None:
+    """The doctor tells that there is none."""
+    machine = fleet.machine
+    machine.run("mount -t tmpfs -o size=8m none /var/log/journal && systemctl restart systemd-journald")
+    machine.run("cat /dev/zero >/var/log/journal/full", check=False)
+    assert use() == 200
+    told = {each["check"] for each in json.loads(fleet.inv("doctor", "--host", "spark", "--json").stdout)}
+    assert "audit-log" in told
+    assert not told & {"gateway", "gateway-port", "gateway-certificate"}
+    machine.run("umount --lazy /var/log/journal && systemctl restart systemd-journald")
+
+
 def test_people_use_a_deployed_gateway(fleet: Fleet) -> None:
     port, machine = free_port(), fleet.machine
 
@@ -139,20 +168,7 @@ def test_people_use_a_deployed_gateway(fleet: Fleet) -> None:
     assert (logged["path"], logged["status"], logged["from"]) == ("/prompt", 200, "127.0.0.1")
     machine.run("systemd-analyze security --no-pager --threshold=20 comfyui-gateway.service")
 
-    # ComfyUI is reached by the gateway, root, ComfyUI itself and services of systemd, and by nobody else of the host.
-    machine.run("useradd --system comfyui")
-    done(fleet, "deploy")
-    reached = {who: reaches(fleet, who) for who in ("deployer", "nobody", "hearth-gateway", "comfyui", "root")}
-    assert reached == {"deployer": False, "nobody": False, "hearth-gateway": True, "comfyui": True, "root": True}
-    machine.run("systemd-run --wait --quiet --property=DynamicUser=yes " + CONNECT.format(port=machine.port))
-    machine.run("systemctl stop comfyui-gateway")
-    assert not reaches(fleet, "deployer")
-    machine.run("nft flush ruleset")
-    assert reaches(fleet, "deployer")
-    assert json.loads(fleet.inv("gateway", "status", "--json").stdout)["guarded"] is False
-    done(fleet, "deploy")
-    assert not reaches(fleet, "deployer")
-
+    others_do_not_reach_comfyui(fleet)
     hook_installs_a_renewed_certificate(fleet, port, authority)
 
     main = machine.run("systemctl show comfyui-gateway --property=MainPID")
@@ -166,14 +182,7 @@ def test_people_use_a_deployed_gateway(fleet: Fleet) -> None:
     assert "nothing to do" not in done(fleet, "rollback")
     assert machine.run("systemctl show comfyui-gateway --property=MainPID") == main
 
-    # Without room for the audit log, people are served, and the doctor tells.
-    machine.run("mount -t tmpfs -o size=8m none /var/log/journal && systemctl restart systemd-journald")
-    machine.run("cat /dev/zero >/var/log/journal/full", check=False)
-    assert ask(port, authority, login) == 200
-    told = {each["check"] for each in json.loads(fleet.inv("doctor", "--host", "spark", "--json").stdout)}
-    assert "audit-log" in told
-    assert not told & {"gateway", "gateway-port", "gateway-certificate"}
-    machine.run("umount --lazy /var/log/journal && systemctl restart systemd-journald")
+    people_are_served_without_room_for_the_log(fleet, lambda: ask(port, authority, login))
 
     machine.run("systemctl kill --kill-whom=main --signal=KILL comfyui-gateway")
     end = time.monotonic() + 20
